@@ -1,0 +1,72 @@
+"""What the planner sees of a model: groups of segments with totals, and the values that cross them.
+
+A `CoarseGraph` keeps the map back to segments, so that a planned group can be executed; its totals equal those of the
+operator graph it came from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from mipipe.graphs.errors import GraphError
+from mipipe.graphs.operator_graph import Phase, Tags
+from mipipe.graphs.serialize import STRICT
+
+
+@dataclass(frozen=True, slots=True)
+class OpGroup:
+    """A convex set of segments that is placed as one.
+
+    ``flops`` and ``bytes_moved`` (read + written) are per phase and microbatch; a phase that does not exist (no
+    trainable parameter, or none upstream) has no entry. ``saved_fi_bytes`` live from F to I, ``saved_fw_bytes`` from F
+    to W, ``saved_iw_bytes`` from I to W. ``input_bytes`` is what recomputation would keep instead.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    name: str
+    segments: tuple[str, ...]
+    flops: dict[Phase, int]
+    bytes_moved: dict[Phase, int]
+    parameter_bytes: int = 0
+    trainable_bytes: int = 0
+    saved_fi_bytes: int = 0
+    saved_fw_bytes: int = 0
+    saved_iw_bytes: int = 0
+    input_bytes: int = 0
+    workspace_bytes: dict[Phase, int] = field(default_factory=dict)
+    tags: Tags = Tags()
+    structure: str = ""
+    """Equal for groups with equal traces in equal order: they share one profile."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupValue:
+    """A tensor made by one group and read by others. ``grad_bytes`` is None where no gradient flows back."""
+
+    __pydantic_config__: ClassVar = STRICT
+    name: str
+    source: int
+    targets: tuple[int, ...]
+    num_bytes: int
+    grad_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class CoarseGraph:
+    """Groups in a topological order and the values between them. ``graph_digest`` names the operator graph."""
+
+    FORMAT: ClassVar = "mipipe.coarse_graph"
+    VERSION: ClassVar = 1
+    __pydantic_config__: ClassVar = STRICT
+    model: str
+    graph_digest: str
+    groups: tuple[OpGroup, ...]
+    values: tuple[GroupValue, ...]
+
+    def __post_init__(self) -> None:
+        for value in self.values:
+            late = [target for target in value.targets if target <= value.source]
+            if late:
+                raise GraphError(f"coarse graph of {self.model}: value {value.name} flows from group {value.source} back to"
+                                 f" group {late[0]}; groups must be in a topological order")

@@ -1,0 +1,56 @@
+"""The exceptions of mipipe: one small tree, each with the exit code the command line ends with.
+
+A message is one line that says where, what was found, what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class MipipeError(Exception):
+    """The base of every error a user can cause. ``exit_code`` is the process's status when it reaches the top."""
+
+    exit_code = 1
+
+
+class InputError(MipipeError):
+    """A file or option is wrong: unreadable, foreign, unknown keys, a value out of range."""
+
+
+class GraphError(MipipeError):
+    """An operator graph is inconsistent, or a model cannot be captured."""
+
+
+class ProblemError(MipipeError):
+    """A planning problem is inconsistent: a cyclic graph, a missing cost, zero microbatches."""
+
+
+class InfeasibleError(MipipeError):
+    """No plan exists. The message gives the reason and the smallest change that would help."""
+
+    exit_code = 3
+
+
+class RunError(MipipeError):
+    """A run under torchrun failed."""
+
+    exit_code = 4
+
+
+class PlanError(MipipeError):
+    """A plan violates a rule: an action missing or twice, an order that deadlocks, memory above the cap."""
+
+    exit_code = 5
+
+
+class ProgramError(PlanError):
+    """A lowered program violates a rule: a receive without its send, a buffer freed twice, a deadlock."""
+
+
+class TimelineError(MipipeError):
+    """A timeline is inconsistent: a span that ends before it starts, spans that overlap on one stream."""
+
+
+class TimeUpError(MipipeError):
+    """The time limit passed before any plan was found."""
+
+    exit_code = 6

@@ -1,0 +1,131 @@
+"""Reading and writing mipipe's files: JSON with ``format`` and ``version``, YAML for what people write.
+
+A type that is saved is a dataclass with the class attributes ``FORMAT`` and ``VERSION``; pydantic validates what is
+read against its annotations, so an unknown key or a wrong type is an error that names its place in the file.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from mipipe.graphs.errors import InputError
+
+STRICT = ConfigDict(extra="forbid")
+"""Set as ``__pydantic_config__`` on every dataclass that is read from a file: unknown keys are errors."""
+
+
+class Saved(Protocol):
+    """A dataclass that is saved as a file of its own."""
+
+    FORMAT: ClassVar[str]
+    VERSION: ClassVar[int]
+
+
+T = TypeVar("T")
+
+
+@functools.cache
+def _adapter(kind: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(kind)
+
+
+def to_data(value: Any) -> Any:
+    """The plain JSON data (dicts, lists, strings, numbers) of a dataclass."""
+    return _adapter(type(value)).dump_python(value, mode="json")
+
+
+def from_data(data: Any, kind: type[T], where: str) -> T:
+    """A ``kind`` validated from plain data; ``where`` (a file, an option) opens the error message."""
+    try:
+        return _adapter(kind).validate_python(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+        found = "" if isinstance(first["input"], (dict, list)) else f" (found {first['input']!r})"
+        more = f"; {error.error_count() - 1} more" if error.error_count() > 1 else ""
+        raise InputError(f"{where}: {place or 'top level'}: {first['msg']}{found}{more}") from None
+
+
+def digest(value: Any) -> str:
+    """The SHA-256 of a dataclass's canonical JSON, 16 hex digits: ties plans to problems and problems to graphs."""
+    text = json.dumps(to_data(value), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def save(value: Saved, path: str | Path) -> None:
+    """Write ``value`` as JSON, whole or not at all."""
+    data = {"format": value.FORMAT, "version": value.VERSION, **to_data(value)}
+    write_text(path, json.dumps(data, separators=(",", ":")) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file atomically: under a temporary name beside it, then renamed.
+
+    Raises:
+        InputError: the folder does not exist or is not writable, or the disk is full.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "w") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def load(path: str | Path, kind: type[T]) -> T:
+    """Read a file written by `save`.
+
+    Raises:
+        InputError: unreadable, no JSON, another format or version, an unknown key or a wrong type.
+    """
+    data = load_data(path)
+    check_header(data, kind.FORMAT, kind.VERSION, str(path))  # type: ignore[attr-defined]
+    return from_data({key: item for key, item in data.items() if key not in ("format", "version")}, kind, str(path))
+
+
+def load_data(path: str | Path) -> dict[str, Any]:
+    """The top-level mapping of a JSON or YAML file, by its ending."""
+    text = read_text(path)
+    try:
+        data = yaml.safe_load(text) if str(path).endswith((".yaml", ".yml")) else json.loads(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        line = str(error).replace("\n", " ")
+        raise InputError(f"{path}: not readable as {'YAML' if str(path).endswith('ml') else 'JSON'}: {line}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: found a {type(data).__name__} at the top level, expected a mapping")
+    return data
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file, or an `InputError` that says why it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: cannot be read: not a text file") from None
+
+
+def check_header(data: dict[str, Any], expected: str, version: int, where: str) -> None:
+    """Raise `InputError` unless ``data`` carries the expected ``format`` and ``version``."""
+    if data.get("format") != expected:
+        found = data.get("format", "no format at all")
+        raise InputError(f"{where}: found {found!r}, expected a file of format {expected!r}")
+    if data.get("version") != version:
+        raise InputError(f"{where}: {expected} version {data.get('version')!r}, but this mipipe reads version {version};"
+                         " write the file again with this version of mipipe")

@@ -1,0 +1,171 @@
+"""`PlanningProblem`: all a planner may look at, and every assumption it makes.
+
+Groups of operators are to be placed on devices; M microbatches pass through them forward (F) and backward (I, W). The
+durations, sizes and limits here are the whole model: nothing else about the hardware is known to a solver, the
+simulator or the checker.
+
+The rules a schedule must keep (design: She et al., arXiv 2503.09357, extended by split backward and memory):
+
+- F(s, m) starts after F(p, m) has ended for every predecessor p, and the transfer in between if p is on another rank.
+- I(s, m) starts after F(s, m), and after the gradient from every successor that returns one has arrived.
+- W(s, m) starts after I(s, m); where a group has no I, under the conditions of I. B is I and W without a gap; its
+  input gradients leave at its end.
+- A rank runs one action at a time on each of its two streams (compute, collective); the streams overlap freely.
+- A transfer occupies its directed channel for ``latency + bytes / bandwidth``; nothing is charged within a rank. All
+  values between the same two stages for one microbatch and direction travel as one transfer.
+- Memory of a rank at a moment: resident bytes of its stages, + saved tensors (``saved_fi`` from the start of F to the
+  end of I, ``saved_fw`` to the end of W, ``saved_iw`` from the start of I to the end of W), + the running action's
+  workspace, + values in flight (at the sender from the end of the producer to the end of the transfer, at the receiver
+  from the posting of the receive to the start of the consumer, within a rank from producer's end to consumer's start).
+- A group with several replicas ends the step with an all-reduce of its gradients, after the last W of every replica.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, ClassVar
+
+from mipipe.graphs.errors import ProblemError
+from mipipe.graphs.operator_graph import Tags
+from mipipe.graphs.serialize import STRICT, digest
+from mipipe.graphs.topology import Topology
+from mipipe.planner.actions import Stream
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseTimes:
+    """Durations of one group on one device kind. ``i_ns`` or ``w_ns`` is None where the phase does not exist."""
+
+    __pydantic_config__: ClassVar = STRICT
+    f_ns: int
+    i_ns: int | None
+    w_ns: int | None
+
+    def __post_init__(self) -> None:
+        if min(self.f_ns, self.i_ns or 0, self.w_ns or 0) < 0:
+            raise ProblemError(f"durations {self.f_ns}, {self.i_ns}, {self.w_ns} ns: expected none below 0")
+
+    @property
+    def total_ns(self) -> int:
+        return self.f_ns + (self.i_ns or 0) + (self.w_ns or 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A unit of placement: operators that stay together.
+
+    ``times`` is keyed by device kind. Saved bytes are per microbatch (`problem` module docstring); ``recompute_bytes``
+    is what stays between F and RECOMPUTE if the group's F is run again before its I (None: not offered). ``loads``
+    gives the relative size of each microbatch for this group (1.0: as traced); it multiplies durations, saved bytes and
+    the bytes of the values the group makes, and () means all 1.0.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    name: str
+    times: dict[str, PhaseTimes]
+    stream: Stream = Stream.COMPUTE
+    resident_bytes: int = 0
+    gradient_bytes: int = 0
+    saved_fi_bytes: int = 0
+    saved_fw_bytes: int = 0
+    saved_iw_bytes: int = 0
+    workspace_bytes: int = 0
+    recompute_bytes: int | None = None
+    loads: tuple[float, ...] = ()
+    segments: tuple[str, ...] = ()
+    tags: Tags = Tags()
+
+
+@dataclass(frozen=True, slots=True)
+class GroupEdge:
+    """A value one group makes and others read. ``grad_bytes`` is None where no gradient flows back."""
+
+    __pydantic_config__: ClassVar = STRICT
+    source: int
+    targets: tuple[int, ...]
+    num_bytes: int = 0
+    grad_bytes: int | None = 0
+    value: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Memory limits beyond each device's own capacity, for comparisons at equal memory; None: no such limit.
+
+    ``resident_bytes`` caps weights and optimizer state per rank, ``activation_bytes`` all the rest.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    resident_bytes: int | None = None
+    activation_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OverlapRule:
+    """Duration of an OVERLAP_F_B action: ``(F + B) * numerator / denominator``, rounded to a nanosecond."""
+
+    __pydantic_config__: ClassVar = STRICT
+    numerator: int = 1
+    denominator: int = 1
+
+    def duration_ns(self, forward_ns: int, backward_ns: int) -> int:
+        return round(Fraction((forward_ns + backward_ns) * self.numerator, self.denominator))
+
+
+@dataclass(frozen=True, slots=True)
+class PlanningProblem:
+    """Groups in a topological order, the values between them, devices, and M microbatches. Immutable.
+
+    ``colocate`` lists sets of groups that share a rank (for every microbatch). ``unit_ns`` is the unit in which people
+    gave the durations (1 for measured ones); it only scales what is printed.
+    """
+
+    FORMAT: ClassVar = "mipipe.problem"
+    VERSION: ClassVar = 1
+    __pydantic_config__: ClassVar = STRICT
+    name: str
+    groups: tuple[Group, ...]
+    edges: tuple[GroupEdge, ...]
+    topology: Topology
+    num_microbatches: int
+    limits: Limits = Limits()
+    colocate: tuple[tuple[int, ...], ...] = ()
+    overlap: OverlapRule = OverlapRule()
+    graph_digest: str = ""
+    unit_ns: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_microbatches < 1:
+            raise ProblemError(f"problem {self.name}: {self.num_microbatches} microbatches; expected at least 1")
+        if not self.groups:
+            raise ProblemError(f"problem {self.name}: no groups to plan")
+        for edge in self.edges:
+            ends = (edge.source, *edge.targets)
+            if not all(0 <= end < len(self.groups) for end in ends):
+                raise ProblemError(f"problem {self.name}: edge {ends} names a group beyond the {len(self.groups)} there are")
+            late = [target for target in edge.targets if target <= edge.source]
+            if late:
+                raise ProblemError(f"problem {self.name}: an edge runs from group {edge.source}"
+                                   f" ({self.groups[edge.source].name}) back to group {late[0]}"
+                                   f" ({self.groups[late[0]].name}); the graph has a cycle or is not in topological order")
+        kinds = {device.kind for device in self.topology.devices}
+        for group in self.groups:
+            missing = sorted(kinds - set(group.times))
+            if missing:
+                raise ProblemError(f"problem {self.name}: group {group.name} has no durations on device kind {missing[0]!r}")
+            if group.loads and len(group.loads) != self.num_microbatches:
+                raise ProblemError(f"problem {self.name}: group {group.name} has {len(group.loads)} loads for"
+                                   f" {self.num_microbatches} microbatches")
+
+    @property
+    def num_ranks(self) -> int:
+        return self.topology.num_devices
+
+    def replace(self, **changes: Any) -> PlanningProblem:
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def digest(self) -> str:
+        return digest(self)
