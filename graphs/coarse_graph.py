@@ -68,5 +68,5 @@ class CoarseGraph:
         for value in self.values:
             late = [target for target in value.targets if target <= value.source]
             if late:
-                raise GraphError(f"coarse graph of {self.model}: value {value.name} flows from group {value.source} back to"
-                                 f" group {late[0]}; groups must be in a topological order")
+                raise GraphError(f"coarse graph of {self.model}: value {value.name} flows from group"
+                                 f" {value.source} back to group {late[0]}; groups must be in a topological order")

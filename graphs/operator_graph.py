@@ -236,8 +236,8 @@ class OperatorGraph:
                 raise GraphError(f"segment {segment.name}: its trace {segment.trace} is not in the file")
             missing = [name for name in segment.inputs if name not in made]
             if missing:
-                raise GraphError(f"segment {segment.name}: reads {missing[0]!r}, which no earlier segment makes; the graph"
-                                 " has a cycle, or its segments are not in topological order")
+                raise GraphError(f"segment {segment.name}: reads {missing[0]!r}, which no earlier segment makes;"
+                                 " the graph has a cycle, or its segments are not in topological order")
             made.update(segment.outputs)
 
     def trace(self, segment: Segment) -> SegmentTrace:

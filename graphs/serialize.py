@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -34,7 +35,7 @@ T = TypeVar("T")
 
 
 @functools.cache
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
+def _adapter(kind: Hashable) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
@@ -127,5 +128,5 @@ def check_header(data: dict[str, Any], expected: str, version: int, where: str) 
         found = data.get("format", "no format at all")
         raise InputError(f"{where}: found {found!r}, expected a file of format {expected!r}")
     if data.get("version") != version:
-        raise InputError(f"{where}: {expected} version {data.get('version')!r}, but this mipipe reads version {version};"
-                         " write the file again with this version of mipipe")
+        raise InputError(f"{where}: {expected} version {data.get('version')!r}, but this mipipe reads version"
+                         f" {version}; write the file again with this version of mipipe")

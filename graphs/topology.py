@@ -61,7 +61,8 @@ class Topology:
             source, arrow, target = key.partition("->")
             ends = (source, target)
             if not arrow or not all(end.isdigit() and int(end) < len(self.devices) for end in ends):
-                raise InputError(f"cluster: link {key!r}: expected 'a->b' with device indices below {len(self.devices)}")
+                raise InputError(f"cluster: link {key!r}: expected 'a->b' with device indices below"
+                                 f" {len(self.devices)}")
 
     @property
     def num_devices(self) -> int:

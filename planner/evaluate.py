@@ -10,6 +10,7 @@ the order of the actions), which is what lowering writes into the program.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -124,8 +125,8 @@ def compile_actions(view: StageView, actions: Sequence[Action]) -> Compiled:
     streams = [view.streams[action.stage] for action in actions]
     durations = [view.duration_ns(action.kind, action.stage, action.microbatch, action.partner) for action in actions]
     reductions = []
-    for index, stage in enumerate(view.placement.stages):
-        if len(stage.ranks) > 1 and view.w_ns[index] is not None:
+    for index, placed in enumerate(view.placement.stages):
+        if len(placed.ranks) > 1 and view.w_ns[index] is not None:
             last = [done_by[ActionKind.W, index, m] for m in range(num_microbatches)]
             reductions.append((index, last, view.reduce_ns(index)))
     return Compiled(view, list(actions), ranks, streams, durations, releases, waits,
@@ -149,7 +150,7 @@ def run(compiled: Compiled, orders: Sequence[Sequence[int]]) -> Evaluation | Non
     waits = compiled.num_waits.copy()
     following = [-1] * count
     for order in orders:
-        for first, second in zip(order, order[1:], strict=False):
+        for first, second in itertools.pairwise(order):
             following[first] = second
             waits[second] += 1
     ready = [0] * count

@@ -144,17 +144,20 @@ class PlanningProblem:
         for edge in self.edges:
             ends = (edge.source, *edge.targets)
             if not all(0 <= end < len(self.groups) for end in ends):
-                raise ProblemError(f"problem {self.name}: edge {ends} names a group beyond the {len(self.groups)} there are")
+                raise ProblemError(f"problem {self.name}: edge {ends} names a group beyond the"
+                                   f" {len(self.groups)} there are")
             late = [target for target in edge.targets if target <= edge.source]
             if late:
                 raise ProblemError(f"problem {self.name}: an edge runs from group {edge.source}"
                                    f" ({self.groups[edge.source].name}) back to group {late[0]}"
-                                   f" ({self.groups[late[0]].name}); the graph has a cycle or is not in topological order")
+                                   f" ({self.groups[late[0]].name}); the graph has a cycle or is not in"
+                                   " topological order")
         kinds = {device.kind for device in self.topology.devices}
         for group in self.groups:
             missing = sorted(kinds - set(group.times))
             if missing:
-                raise ProblemError(f"problem {self.name}: group {group.name} has no durations on device kind {missing[0]!r}")
+                raise ProblemError(f"problem {self.name}: group {group.name} has no durations on device kind"
+                                   f" {missing[0]!r}")
             if group.loads and len(group.loads) != self.num_microbatches:
                 raise ProblemError(f"problem {self.name}: group {group.name} has {len(group.loads)} loads for"
                                    f" {self.num_microbatches} microbatches")

@@ -107,7 +107,8 @@ def view(problem: PlanningProblem, placement: Placement) -> StageView:
             if all(getattr(time[0], name) is None for time in times):
                 return None
             return tuple(
-                sum(_scaled(getattr(time[m], name) or 0, group.loads, m) for group, time in zip(groups, times, strict=True))
+                sum(_scaled(getattr(time[m], name) or 0, group.loads, m)
+                    for group, time in zip(groups, times, strict=True))
                 for m in range(num_microbatches))
 
         def size(name: str, groups=groups) -> tuple[int, ...]:
@@ -165,7 +166,8 @@ def _check_routes(problem: PlanningProblem, placement: Placement) -> None:
             raise PlanError(f"stage {index}: routes for {len(route)} microbatches, expected {problem.num_microbatches}")
         wrong = set(route) - set(stage.ranks)
         if wrong:
-            raise PlanError(f"stage {index}: a microbatch is routed to rank {min(wrong)}, which does not hold the stage")
+            raise PlanError(f"stage {index}: a microbatch is routed to rank {min(wrong)}, which does not"
+                            " hold the stage")
         if not all(0 <= rank < problem.num_ranks for rank in stage.ranks):
             raise PlanError(f"stage {index}: on ranks {stage.ranks}, but the topology has {problem.num_ranks} devices")
 
