@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -35,7 +34,7 @@ T = TypeVar("T")
 
 
 @functools.cache
-def _adapter(kind: Hashable) -> TypeAdapter[Any]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
