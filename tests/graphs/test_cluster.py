@@ -1,0 +1,108 @@
+"""Cluster files: sizes, kinds, links, and one clear line for each kind of mistake."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mipipe.graphs.cluster import load_cluster, read_cluster, shipped_kinds
+from mipipe.graphs.errors import InputError
+
+GOOD = """
+format: mipipe.cluster
+version: 1
+device_kinds:
+  h200x8: {base: h200, count: 8, efficiency: 0.5}
+  mine: {flops: {float32: 10TFLOPS}, memory: 16GiB, bandwidth: 1TB/s, launch_overhead: 0us, source: my own bench}
+hosts:
+  - {name: alpha, devices: 2, kind: h200x8}
+  - {name: beta, devices: 1, kind: mine, memory: 8GB}
+links:
+  within_host: {latency: 2us, bandwidth: 900GB/s}
+  between_hosts: {latency: 5us, bandwidth: 50GB/s}
+  overrides: {"0->2": {latency: 1ms, bandwidth: 1GB/s}}
+"""
+
+
+def changed(**changes):
+    data = yaml.safe_load(GOOD)
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        place = data
+        for part in parents:
+            place = place[int(part) if part.isdigit() else part]
+        if value is None:
+            del place[last]
+        else:
+            place[last] = value
+    return data
+
+
+def test_a_file_becomes_devices_links_and_kinds(tmp_path):
+    path = tmp_path / "cluster.yaml"
+    path.write_text(GOOD)
+    cluster = load_cluster(path)
+    topology = cluster.topology
+    assert [device.name for device in topology.devices] == ["alpha/0", "alpha/1", "beta/0"]
+    assert [device.local_rank for device in topology.devices] == [0, 1, 0]
+    assert topology.devices[0].memory_bytes == 8 * 141 * 10**9
+    assert topology.devices[2].memory_bytes == 8 * 10**9
+    assert topology.transfer_ns(0, 1, 900_000) == 2_000 + 1_000
+    assert topology.transfer_ns(2, 0, 50_000) == 5_000 + 1_000
+    assert topology.transfer_ns(0, 2, 1_000) == 1_000_000 + 1_000
+    assert set(cluster.kinds) == {"h200x8", "mine"}
+    assert cluster.kinds["h200x8"].peak("bfloat16") == 4 * 989 * 10**12
+    assert cluster.kinds["h200x8"].bytes_per_s == 4 * 4_800 * 10**9
+    assert cluster.kinds["mine"].memory_bytes == 16 * 2**30
+
+
+def test_shipped_kinds_name_their_source_and_only_cpu_lacks_peaks():
+    kinds = shipped_kinds()
+    assert set(kinds) == {"h100", "h200", "a100", "b200", "mi300x", "cpu"}
+    assert all(kind.source for kind in kinds.values())
+    assert [name for name, kind in kinds.items() if not kind.has_peaks] == ["cpu"]
+    # Two public figures as an anchor: arithmetic intensity at which an H100 and an A100 turn compute-bound in bfloat16.
+    assert round(kinds["h100"].peak("bfloat16") / kinds["h100"].bytes_per_s) == 295
+    assert round(kinds["a100"].peak("bfloat16") / kinds["a100"].bytes_per_s) == 153
+
+
+def test_the_cpu_kind_has_no_peak_and_needs_its_memory_stated():
+    hosts = [{"name": "here", "devices": 4, "kind": "cpu"}]
+    with pytest.raises(InputError, match=r"hosts\[0\].*no memory size.*add memory"):
+        read_cluster(changed(hosts=hosts, links__overrides={}), "c.yaml")
+    cluster = read_cluster(changed(hosts=[{**hosts[0], "memory": "2GiB"}], links__overrides={}), "c.yaml")
+    assert cluster.topology.devices[3].memory_bytes == 2 * 2**30
+    with pytest.raises(InputError, match="always profiled"):
+        cluster.kinds["cpu"].peak("float32")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"hosts__0__colour": "red"}, r"c.yaml: hosts\[0\]\.colour: Unexpected"),
+    ({"hosts__0__kind": "h300"}, r"hosts\[0\]\.kind: unknown device kind 'h300'; known are a100"),
+    ({"hosts__0__devices": 0}, r"hosts\[0\]\.devices: found 0, expected at least 1"),
+    ({"hosts__1__name": "alpha"}, r"hosts\[1\]\.name: two hosts are named 'alpha'"),
+    ({"hosts__1__memory": "much"}, r"hosts\[1\]\.memory: found 'much', expected a size"),
+    ({"hosts": []}, "no devices"),
+    ({"device_kinds__h200x8__base": "h20"}, r"device_kinds\.h200x8\.base: unknown device kind 'h20'"),
+    ({"device_kinds__h200x8__efficiency": 1.5}, r"h200x8\.efficiency: found 1.5, expected a share"),
+    ({"device_kinds__h200x8__count": 0}, r"h200x8\.count: found 0"),
+    ({"device_kinds__mine__bandwidth": None}, r"device_kinds\.mine: has flops but no bandwidth"),
+    ({"device_kinds__mine__launch_overhead": None}, r"device_kinds\.mine: has flops but no launch_overhead"),
+    ({"device_kinds__mine__flops": None}, r"device_kinds\.mine: expected base: .* or flops:"),
+    ({"links__within_host__bandwidth": "fast"}, r"links\.within_host\.bandwidth: found 'fast'"),
+    ({"links__within_host__bandwidth": "0GB/s"}, "expected a rate above 0"),
+    ({"links__within_host__latency": None}, r"links\.within_host\.latency"),
+    ({"links__within_host": None}, r"links\.within_host: missing, but a host has several devices"),
+    ({"links__between_hosts": None}, r"links\.between_hosts: missing, but there are 2 hosts"),
+    ({"links__overrides": {"0->7": {"latency": 0, "bandwidth": 1}}}, "device indices below 3"),
+    ({"format": "other"}, "expected a file of format 'mipipe.cluster'"),
+    ({"version": 2}, "reads version 1"),
+])
+def test_a_mistake_is_named_with_its_place(change, message):
+    with pytest.raises(InputError, match=message):
+        read_cluster(changed(**change), "c.yaml")
+
+
+def test_an_absent_file_is_one_line():
+    with pytest.raises(InputError, match=r"cannot be read: No such file"):
+        load_cluster(Path("absent.yaml"))
