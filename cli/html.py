@@ -1,0 +1,80 @@
+"""Timelines as one self-contained HTML file: true durations, memory under each rank, zoom; no network, no library.
+
+`page` puts the data as JSON into ``timeline.html``, whose script draws it. Several timelines on one page share one
+time axis, so a simulated and a measured run can be compared by eye.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from mipipe.cli.terminal import stages_by_rank
+from mipipe.graphs.serialize import write_text
+from mipipe.graphs.units import format_bytes
+from mipipe.planner.actions import Stream
+from mipipe.planner.timeline import Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One timeline on the page. ``capacities`` are the devices' memories in bytes, None where unlimited."""
+
+    title: str
+    timeline: Timeline
+    capacities: tuple[int | None, ...] = ()
+
+
+def page(title: str, panels: Sequence[Panel], facts: Sequence[tuple[str, str]] = (), extra: str = "") -> str:
+    """The whole HTML document. ``facts`` are shown as tiles above the timelines, ``extra`` is HTML put below them."""
+    data = {"panels": [_panel(panel) for panel in panels]}
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
+    tiles = "".join(f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in facts)
+    template = resources.files("mipipe.cli").joinpath("timeline.html").read_text(encoding="utf-8")
+    return (template.replace("%TITLE%", html.escape(title)).replace("%FACTS%", tiles).replace("%EXTRA%", extra)
+            .replace("%DATA%", text))
+
+
+def write(path: str | Path, title: str, panels: Sequence[Panel], facts: Sequence[tuple[str, str]] = (),
+          extra: str = "") -> None:
+    """Write the page of `page` to a file."""
+    write_text(path, page(title, panels, facts, extra))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An HTML table; the first column is text, the others are numbers."""
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<table class="report"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def _panel(panel: Panel) -> dict[str, Any]:
+    timeline = panel.timeline
+    labels: dict[str, int] = {}
+    kinds: dict[str, int] = {}
+    stages = stages_by_rank(timeline)
+    ranks: list[dict[str, Any]] = [{"compute": [], "collective": [], "channel": []} for _ in range(timeline.num_ranks)]
+    for span in sorted(timeline.spans, key=lambda span: (span.start_ns, span.end_ns)):
+        second = int(span.stage in stages[span.rank] and stages[span.rank].index(span.stage) % 2)
+        ranks[span.rank][span.stream.value].append(
+            [span.start_ns, span.end_ns, kinds.setdefault(span.kind.value, len(kinds)),
+             labels.setdefault(span.label, len(labels)), span.microbatch, second, span.peer])
+    bubbles = timeline.bubbles_ns()
+    for number, rank in enumerate(ranks):
+        rank["bubble"] = bubbles[number]
+        capacity = panel.capacities[number] if panel.capacities else None
+        if timeline.memory and timeline.memory[number]:
+            rank["memory"] = [list(step) for step in timeline.memory[number]]
+            rank["peak"] = timeline.peak_bytes(number)
+            rank["peak_text"] = format_bytes(timeline.peak_bytes(number))
+            if capacity is not None and capacity < 2**60:
+                rank["capacity"] = capacity
+                rank["peak_text"] += f" of {format_bytes(capacity)}"
+    return {"title": panel.title, "origin": timeline.origin, "makespan": timeline.makespan_ns,
+            "unit": timeline.unit_ns, "ratio": timeline.bubble_ratio, "labels": list(labels), "kinds": list(kinds),
+            "ranks": ranks, "streams": [stream.value for stream in Stream]}

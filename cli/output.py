@@ -1,0 +1,65 @@
+"""What every verb shares: the ``--json`` option, the consoles, and progress that is silent off a terminal.
+
+People's output goes to stdout as text; with ``--json`` stdout carries exactly one JSON object. Everything else (logs,
+progress, errors) goes to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mipipe.graphs.errors import InputError
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; logs go to stderr.")]
+TimeLimit = Annotated[float, typer.Option("--time-limit", help="Seconds the planner may take.", min=0.1)]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random in the planner.")]
+Html = Annotated[Path | None, typer.Option("--html", help="Also write a self-contained HTML timeline here.")]
+Trace = Annotated[Path | None, typer.Option("--trace", help="Also write a Perfetto trace (JSON) here.")]
+
+
+def stdout() -> Console:
+    """The console for results. Off a terminal it is 120 columns wide and without colours."""
+    width = shutil.get_terminal_size((120, 40)).columns
+    return Console(width=max(width, 60), highlight=False, soft_wrap=False)
+
+
+def emit(data: dict[str, Any]) -> None:
+    """Print the one JSON object of ``--json``."""
+    sys.stdout.write(json.dumps(data, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def log(text: str) -> None:
+    """One line for people on stderr."""
+    sys.stderr.write(text + "\n")
+
+
+def number(value: float) -> int | float:
+    """An integer where the value is one: 15 rather than 15.0."""
+    return int(value) if value == int(value) else value
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr with a line that the caller updates; nothing at all when stderr is not a terminal."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status(what) as status:
+        yield lambda text: status.update(f"{what}: {text}")
+
+
+def check_folder(path: Path | None, option: str) -> None:
+    """Raise `InputError` before long work if the file could not be written in the end."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise InputError(f"{option} {path}: the folder {path.parent} does not exist; make it first")

@@ -1,0 +1,162 @@
+"""Timelines as text: one line per rank, width is true duration, readable with and without colours.
+
+A cell shows what its action is and on which microbatch (``F3``, ``I3``, ``W3``, ``B3``; ``F3B1`` for an overlapped
+pair). Lower case is every second stage of a rank, so that the two halves of a V or of a two-way pipeline can be told
+apart. Dots are idle time. The collective stream gets a line of its own where it is used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from rich.text import Text
+
+from mipipe.graphs.units import format_bytes, format_ns
+from mipipe.planner.actions import ActionKind, Stream
+from mipipe.planner.timeline import Span, Timeline
+
+STYLES = {
+    ActionKind.F: ("black on #8ab4f8", "black on #c6dafc"),
+    ActionKind.I: ("black on #81c995", "black on #c5e7cd"),
+    ActionKind.W: ("black on #fcc55c", "black on #fde3ad"),
+    ActionKind.B: ("black on #66c2a5", "black on #b8e4d7"),
+    ActionKind.OVERLAP_F_B: ("black on #c79be8", "black on #e3cdf4"),
+    ActionKind.RECOMPUTE: ("black on #b0bec5", "black on #d8dfe2"),
+    ActionKind.OPTIMIZER_STEP: ("black on #e6b8a2", "black on #e6b8a2"),
+}
+_COMM = ("black on #f48fb1", "black on #f9c6d8")
+_OVERLAP = re.compile(r"\(\d+F(\d+);\d+B(\d+)\)OVERLAP_F_B")
+
+
+def format_time(ns: float, unit_ns: int) -> str:
+    """A time in the unit people gave (``15``), or with a unit of its own where times were measured (``1.2 ms``)."""
+    return f"{ns / unit_ns:g}" if unit_ns != 1 else format_ns(ns)
+
+
+def draw(timeline: Timeline, width: int, until_ns: int | None = None) -> Text:
+    """The timeline as lines of at most ``width`` characters.
+
+    ``until_ns`` is the time at the right edge (default: the makespan); several timelines drawn with the same value
+    have the same scale.
+    """
+    until = max(until_ns or timeline.makespan_ns, 1)
+    names = [f"rank {rank}" for rank in range(timeline.num_ranks)]
+    gutter = max(map(len, names)) + 1
+    columns = max(width - gutter - 9, 10)
+    text = Text(no_wrap=True, overflow="crop")
+    bubbles = timeline.bubbles_ns()
+    makespan = max(timeline.makespan_ns, 1)
+    stages = stages_by_rank(timeline)
+    for stream in (Stream.COMPUTE, Stream.COLLECTIVE):
+        if stream is Stream.COLLECTIVE and not any(span.stream is stream for span in timeline.spans):
+            continue
+        if stream is Stream.COLLECTIVE:
+            text.append("communication stream\n", "dim")
+        for rank in range(timeline.num_ranks):
+            spans = [span for span in timeline.spans if span.rank == rank and span.stream is stream]
+            text.append(f"{names[rank]:<{gutter}}", "bold")
+            text.append_text(_line(spans, stages[rank], columns, until))
+            if stream is Stream.COMPUTE:
+                text.append(f" {bubbles[rank] / makespan:6.1%} ", "dim")
+            text.append("\n")
+    text.append_text(_axis(until, timeline.unit_ns, columns, gutter))
+    return text
+
+
+def stages_by_rank(timeline: Timeline) -> list[list[int]]:
+    """The stages each rank computes, in the order of their numbers."""
+    found: list[set[int]] = [set() for _ in range(timeline.num_ranks)]
+    for span in timeline.spans:
+        if span.stage >= 0 and span.stream is not Stream.CHANNEL:
+            found[span.rank].add(span.stage)
+    return [sorted(stages) for stages in found]
+
+
+def _line(spans: Sequence[Span], stages: Sequence[int], columns: int, until: int) -> Text:
+    line = Text()
+    at = 0
+    for span in sorted(spans, key=lambda span: (span.start_ns, span.end_ns)):
+        begin, end = (round(time * columns / until) for time in (span.start_ns, span.end_ns))
+        begin, end = max(begin, at), min(end, columns)
+        if end <= begin:
+            continue
+        line.append("·" * (begin - at), "dim")
+        second = span.stage in stages and stages.index(span.stage) % 2 == 1
+        style = STYLES.get(span.kind, _COMM)[second]
+        label = _label(span, end - begin)
+        line.append((label.lower() if second else label).ljust(end - begin), style)
+        at = end
+    line.append("·" * (columns - at), "dim")
+    return line
+
+
+def _label(span: Span, room: int) -> str:
+    overlap = _OVERLAP.fullmatch(span.label)
+    if overlap:
+        choices = [f"F{overlap[1]}B{overlap[2]}", "FB", "X"]
+    elif span.kind is ActionKind.OPTIMIZER_STEP:
+        choices = ["optimizer", "opt", "O"]
+    elif span.kind is ActionKind.ALL_REDUCE:
+        choices = ["all-reduce", "ar", "A"]
+    else:
+        letter = "R" if span.kind is ActionKind.RECOMPUTE else span.kind.value[0]
+        choices = [f"{letter}{span.microbatch}" if span.microbatch >= 0 else letter, letter]
+    return next((choice for choice in choices if len(choice) <= room), "")
+
+
+def _axis(until: int, unit_ns: int, columns: int, gutter: int) -> Text:
+    """A ruler with a tick at every quarter."""
+    ruler = [" "] * (columns + 12)
+    for quarter in range(5):
+        label = format_time(until * quarter / 4, unit_ns)
+        at = round(columns * quarter / 4)
+        label = "|" + label
+        for offset, letter in enumerate(label):
+            if at + offset < len(ruler):
+                ruler[at + offset] = letter
+    return Text(" " * gutter + "".join(ruler).rstrip() + "\n", "dim")
+
+
+def legend(timeline: Timeline) -> Text:
+    """The kinds of actions that occur, in their colours."""
+    names = {ActionKind.F: "F forward", ActionKind.I: "I input gradient", ActionKind.W: "W weight gradient",
+             ActionKind.B: "B both gradients", ActionKind.OVERLAP_F_B: "FB forward and backward overlapped",
+             ActionKind.RECOMPUTE: "R recompute", ActionKind.ALL_REDUCE: "A all-reduce",
+             ActionKind.ALL_TO_ALL: "all-to-all", ActionKind.OPTIMIZER_STEP: "O optimizer"}
+    kinds = {span.kind for span in timeline.spans if span.stream is not Stream.CHANNEL}
+    text = Text()
+    for kind, name in names.items():
+        if kind in kinds:
+            text.append(f" {name} ", STYLES.get(kind, _COMM)[0])
+            text.append(" ")
+    text.append("· idle", "dim")
+    if any(len(stages) > 1 for stages in stages_by_rank(timeline)):
+        text.append("  lower case: every second stage of the rank; right: the rank's bubble", "dim")
+    else:
+        text.append("  right: the rank's bubble", "dim")
+    return text
+
+
+def summary(timeline: Timeline) -> str:
+    """Makespan and bubbles in one line."""
+    unit = timeline.unit_ns
+    bubbles = timeline.bubbles_ns()
+    mean = sum(bubbles) / len(bubbles)
+    return (f"makespan {format_time(timeline.makespan_ns, unit)}, bubble {format_time(max(bubbles), unit)} (mean"
+            f" {format_time(mean, unit)}), bubble ratio {timeline.bubble_ratio:.1%}")
+
+
+def memory_lines(timeline: Timeline, capacities: Sequence[int | None]) -> list[str]:
+    """One line per rank: peak against capacity. Empty where no memory was recorded."""
+    if not timeline.memory:
+        return []
+    lines = []
+    for rank, capacity in enumerate(capacities):
+        peak = timeline.peak_bytes(rank)
+        resident = timeline.resident_bytes[rank] if timeline.resident_bytes else 0
+        text = f"rank {rank}: peak {format_bytes(peak)} (resident {format_bytes(resident)})"
+        if capacity is not None and capacity < 2**60:
+            text += f" of {format_bytes(capacity)}, {peak / capacity:.0%}"
+        lines.append(text)
+    return lines
