@@ -1,0 +1,79 @@
+"""The direction of imports and the homes of torch and the solver, read from the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ("graphs", "planner", "runtime", "cli")
+"""Each may import itself and what stands before it."""
+TORCH_IN_GRAPHS = {"capture", "partition", "profile", "trace", "sources", "families", "segment", "flops"}
+LIGHT_VERBS = ("plan", "place", "check", "simulate", "show", "compare", "export", "main", "output", "terminal", "html")
+"""Modules of cli/ that must work without torch."""
+
+
+def _files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def _imports(path: Path) -> Iterator[tuple[str, int]]:
+    """Every module name a file imports, with its line, wherever in the file the import stands."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import; write mipipe.<folder>.<module>"
+            module = node.module or ""
+            yield module, node.lineno
+            if module == "mipipe":
+                yield from ((f"mipipe.{alias.name}", node.lineno) for alias in node.names)
+
+
+def _under(name: str, *roots: str) -> bool:
+    return any(name == root or name.startswith(root + ".") for root in roots)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_each_layer_imports_only_the_layers_before_it(layer: str) -> None:
+    """graphs <- planner <- runtime <- cli; what flows back flows through files."""
+    later = [f"mipipe.{other}" for other in LAYERS[LAYERS.index(layer) + 1:]]
+    files = _files(layer)
+    assert files
+    wrong = [f"{path.relative_to(ROOT)}:{line}: {name}" for path in files for name, line in _imports(path)
+             if _under(name, *later)]
+    assert not wrong, "imports against the one direction:\n" + "\n".join(wrong)
+
+
+def test_nothing_imports_the_folders_by_their_bare_names() -> None:
+    """`import planner` from the repository root would make a second copy whose classes are not equal."""
+    wrong = [f"{path.relative_to(ROOT)}:{line}: {name}"
+             for path in _files(*LAYERS, "examples", "tests", "benchmarks") for name, line in _imports(path)
+             if _under(name, *LAYERS)]
+    assert not wrong, "write mipipe.<folder>:\n" + "\n".join(wrong)
+
+
+def test_torch_lives_in_the_runtime_and_in_few_modules_of_graphs() -> None:
+    """The planner starts without torch."""
+    wrong = [f"{path.relative_to(ROOT)}:{line}: {name}"
+             for path in _files("graphs", "planner") for name, line in _imports(path)
+             if _under(name, "torch", "transformers", "safetensors", "torchdata")
+             and not (path.parent.name == "graphs" and path.stem in TORCH_IN_GRAPHS)]
+    assert not wrong, "torch outside its homes:\n" + "\n".join(wrong)
+
+
+def test_the_solver_lives_in_planner_milp() -> None:
+    """A worker starts without a solver."""
+    wrong = [f"{path.relative_to(ROOT)}:{line}: {name}" for path in _files(*LAYERS, "examples")
+             for name, line in _imports(path)
+             if _under(name, "pyomo", "highspy", "ortools") and "milp" not in path.parts]
+    assert not wrong, "the solver outside planner/milp:\n" + "\n".join(wrong)
+
+
+def test_light_verbs_do_not_name_torch_or_the_runtime() -> None:
+    wrong = [f"cli/{stem}.py:{line}: {name}" for stem in LIGHT_VERBS for name, line in _imports(ROOT / f"cli/{stem}.py")
+             if _under(name, "torch", "mipipe.runtime", *(f"mipipe.graphs.{stem}" for stem in TORCH_IN_GRAPHS))]
+    assert not wrong, "verbs that must start without torch:\n" + "\n".join(wrong)
