@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -40,13 +40,14 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 def to_data(value: Any) -> Any:
     """The plain JSON data (dicts, lists, strings, numbers) of a dataclass."""
-    return _adapter(type(value)).dump_python(value, mode="json")
+    kind: Any = type(value)
+    return _adapter(kind).dump_python(value, mode="json")
 
 
 def from_data(data: Any, kind: type[T], where: str) -> T:
     """A ``kind`` validated from plain data; ``where`` (a file, an option) opens the error message."""
     try:
-        return _adapter(kind).validate_python(data)
+        return _adapter(cast(Any, kind)).validate_python(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
