@@ -19,8 +19,10 @@ class OpGroup:
     """A convex set of segments that is placed as one.
 
     ``flops`` and ``bytes_moved`` (read + written) are per phase and microbatch; a phase that does not exist (no
-    trainable parameter, or none upstream) has no entry. ``saved_fi_bytes`` live from F to I, ``saved_fw_bytes`` from F
-    to W, ``saved_iw_bytes`` from I to W. ``input_bytes`` is what recomputation would keep instead.
+    trainable parameter, or none upstream) has no entry. ``parameter_bytes`` is all that stays resident, buffers
+    included; a tied tensor counts once in each group that reads it. ``saved_fi_bytes`` live from F to I,
+    ``saved_fw_bytes`` from F to W, ``saved_iw_bytes`` from I to W. ``input_bytes`` is what recomputation would keep
+    instead.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -38,6 +40,8 @@ class OpGroup:
     tags: Tags = Tags()
     structure: str = ""
     """Equal for groups with equal traces in equal order: they share one profile."""
+    collective: bool = False
+    """All segments are collectives (all-to-all): they run on the communication stream."""
 
 
 @dataclass(frozen=True, slots=True)

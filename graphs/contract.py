@@ -1,0 +1,289 @@
+"""From a grouping of segments to a `CoarseGraph`: totals, saved storages, values between groups.
+
+Every total is the sum over the group's segments, except where segments share memory: a storage that several segments
+of a group keep counts once, parameters count once in a group, and an alias of a parameter or buffer counts nothing (it
+is resident anyway). Left out: two groups that keep the same storage on one rank count it twice, on the safe side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mipipe.graphs.coarse_graph import CoarseGraph, GroupValue, OpGroup
+from mipipe.graphs.operator_graph import OperatorGraph, Parameter, Phase, Role, SavedTensor, Segment, SegmentTrace, Tags
+from mipipe.graphs.serialize import digest
+
+PHASES = (Phase.F, Phase.I, Phase.W)
+
+
+@dataclass(frozen=True)
+class GraphIndex:
+    """An operator graph with its names resolved once.
+
+    ``source[v]`` is the index of the segment that makes value v (-1: an input of the model), ``readers[v]`` the
+    indices of those that read it, in order.
+    """
+
+    graph: OperatorGraph
+    traces: tuple[SegmentTrace, ...]
+    parameters: dict[str, Parameter]
+    num_bytes: dict[str, int]
+    source: dict[str, int]
+    readers: dict[str, tuple[int, ...]]
+    returns_grad: frozenset[str]
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return self.graph.segments
+
+
+def index_graph(graph: OperatorGraph) -> GraphIndex:
+    """The index of a graph. A value returns a gradient if its maker takes one and some reader gives one."""
+    by_digest = {trace.digest: trace for trace in graph.traces}
+    traces = tuple(by_digest[segment.trace] for segment in graph.segments)
+    source = {value.name: -1 for value in graph.values}
+    readers: dict[str, list[int]] = {value.name: [] for value in graph.values}
+    takes: set[str] = set()
+    gives: set[str] = set()
+    for number, (segment, trace) in enumerate(zip(graph.segments, traces, strict=True)):
+        for name, grad in zip(segment.outputs, trace.output_grads, strict=True):
+            source[name] = number
+            if grad is not None:
+                takes.add(name)
+        for name, grad in zip(segment.inputs, trace.input_grads, strict=True):
+            if not readers[name] or readers[name][-1] != number:
+                readers[name].append(number)
+            if grad is not None:
+                gives.add(name)
+    differentiable = {value.name for value in graph.values if value.differentiable}
+    return GraphIndex(graph, traces, {parameter.fqn: parameter for parameter in graph.parameters},
+                      {value.name: value.spec.num_bytes for value in graph.values}, source,
+                      {name: tuple(numbers) for name, numbers in readers.items()},
+                      frozenset(takes & gives & differentiable))
+
+
+def contract(index: GraphIndex, groups: Sequence[Sequence[int]]) -> CoarseGraph:
+    """The coarse graph whose g-th group holds the segments ``groups[g]`` (indices in ascending order).
+
+    Raises:
+        GraphError: the groups are not in a topological order, or not convex.
+    """
+    group_of = {member: number for number, members in enumerate(groups) for member in members}
+    assert len(group_of) == len(index.segments) == sum(map(len, groups)), "every segment is in exactly one group"
+    names = _names(index, groups)
+    values = []
+    for value in index.graph.values:
+        source = index.source[value.name]
+        if source < 0:
+            continue
+        home = group_of[source]
+        targets = sorted({group_of[reader] for reader in index.readers[value.name]} - {home})
+        if targets:
+            size = index.num_bytes[value.name]
+            outside = any(group_of[reader] != home and _gives_grad(index, reader, value.name)
+                          for reader in index.readers[value.name])
+            grad = size if outside and value.name in index.returns_grad else None
+            values.append(GroupValue(value.name, home, tuple(targets), size, grad))
+    op_groups = tuple(_group(index, members, name) for members, name in zip(groups, names, strict=True))
+    return CoarseGraph(index.graph.model, digest(index.graph), op_groups, tuple(values))
+
+
+def _gives_grad(index: GraphIndex, reader: int, value: str) -> bool:
+    """Whether a segment returns a gradient for one of its inputs."""
+    pairs = zip(index.segments[reader].inputs, index.traces[reader].input_grads, strict=True)
+    return any(name == value and grad is not None for name, grad in pairs)
+
+
+def _group(index: GraphIndex, members: Sequence[int], name: str) -> OpGroup:
+    """The totals of one group."""
+    traces = [index.traces[member] for member in members]
+    phases = [phase for phase in PHASES if any(trace.has(phase) for trace in traces)]
+    inside = set(members)
+    outer = {value for member in members for value in index.segments[member].inputs
+             if index.source[value] not in inside}
+    parameters = {_owner(index, fqn) for member in members
+                  for fqn in (*index.segments[member].parameters, *index.segments[member].buffers)}
+    size = {fqn: index.parameters[fqn].spec.num_bytes for fqn in parameters}
+    saved = saved_bytes(index, members)
+    return OpGroup(
+        name,
+        tuple(index.segments[member].name for member in members),
+        {phase: sum(trace.flops(phase) for trace in traces) for phase in phases},
+        {phase: sum(moved_bytes(trace, phase) for trace in traces) for phase in phases},
+        sum(size.values()),
+        sum(size[fqn] for fqn in parameters if index.parameters[fqn].trainable and not index.parameters[fqn].buffer),
+        *saved,
+        sum(index.num_bytes[value] for value in outer),
+        {phase: _workspace(index, members, phase) for phase in phases},
+        _tags(index, members),
+        _structure(index, members),
+        all(is_collective(trace) for trace in traces),
+    )
+
+
+def moved_bytes(trace: SegmentTrace, phase: Phase) -> int:
+    """Bytes read and written by a phase's operators."""
+    return sum(operator.bytes_read + operator.bytes_written for operator in trace.phase_operators(phase))
+
+
+def is_collective(trace: SegmentTrace) -> bool:
+    """Whether a segment is a collective: an all-to-all of expert parallelism."""
+    return any("all_to_all" in operator.kind for operator in trace.phase_operators(Phase.F))
+
+
+def saved_bytes(index: GraphIndex, members: Sequence[int]) -> tuple[int, int, int]:
+    """Bytes kept from F to I, from F to W, and from I to W: the union of the members' storages.
+
+    A storage that one segment reads in I and another in W is kept to W; one that exists from F on counts from F.
+    """
+    kept: dict[tuple[str, str], tuple[int, bool, bool]] = {}
+    for member in members:
+        for tensor in index.traces[member].saved:
+            storage = _storage(index, member, tensor)
+            if storage is not None:
+                size, from_f, to_w = kept.get(storage, (0, False, False))
+                kept[storage] = (max(size, tensor.num_bytes), from_f or tensor.source is Phase.F,
+                                 to_w or tensor.last is Phase.W)
+    fi = sum(size for size, from_f, to_w in kept.values() if not to_w)
+    fw = sum(size for size, from_f, to_w in kept.values() if to_w and from_f)
+    iw = sum(size for size, from_f, to_w in kept.values() if to_w and not from_f)
+    return fi, fw, iw
+
+
+def _storage(index: GraphIndex, member: int, tensor: SavedTensor) -> tuple[str, str] | None:
+    """What identifies a kept storage within a group; None for parameters and buffers.
+
+    A gradient is one storage for maker and reader only where there is one reader: more are summed into a new one.
+    """
+    segment, trace = index.segments[member], index.traces[member]
+    name = tensor.alias or tensor.name
+    if name in trace.parameters or name in trace.buffers:
+        return None
+    if name in trace.inputs:
+        return "value", segment.inputs[trace.inputs.index(name)]
+    if name in trace.outputs:
+        return "value", segment.outputs[trace.outputs.index(name)]
+    if name in trace.output_grads:
+        return "gradient", segment.outputs[trace.output_grads.index(name)]
+    if name in trace.input_grads:
+        value = segment.inputs[trace.input_grads.index(name)]
+        if len(index.readers[value]) == 1:
+            return "gradient", value
+    return segment.name, name
+
+
+def _workspace(index: GraphIndex, members: Sequence[int], phase: Phase) -> int:
+    """Largest transient memory while the group's phase runs.
+
+    A member's own intermediates, and, from the member that makes them (or from the start) to the last that reads them
+    (or to the end): values in F, gradients in I, weight gradients in W until they are added up. Kept storages are
+    counted elsewhere.
+    """
+    order = list(members) if phase is Phase.F else list(reversed(members))
+    change = [0] * (len(order) + 1)
+    for first, last, size in _waiting(index, order, phase):
+        change[first] += size
+        change[last + 1] -= size
+    peak = waiting = 0
+    for member, difference in zip(order, change, strict=False):
+        waiting += difference
+        peak = max(peak, waiting + index.traces[member].workspace_bytes.get(phase, 0))
+    return peak
+
+
+def _waiting(index: GraphIndex, order: Sequence[int], phase: Phase) -> Iterator[tuple[int, int, int]]:
+    """Tensors that wait while members run in ``order``: (first step, last step, bytes)."""
+    step = {member: position for position, member in enumerate(order)}
+    end = len(order) - 1
+    kept = {storage for member in order for tensor in index.traces[member].saved
+            if (storage := _storage(index, member, tensor)) is not None}
+    if phase is Phase.W:
+        for member in order:
+            trace = index.traces[member]
+            pairs = zip(trace.parameters, trace.parameter_grads, strict=True)
+            made = [name for name, grad in pairs if grad is not None]
+            yield step[member], step[member], sum(trace.specs[name].num_bytes for name in made)
+    touched = dict.fromkeys(value for member in order
+                            for value in (*index.segments[member].inputs, *index.segments[member].outputs))
+    for value in touched:
+        maker = step.get(index.source[value])
+        readers = [step[reader] for reader in index.readers[value] if reader in step]
+        leaves = len(readers) < len(index.readers[value])
+        size = index.num_bytes[value]
+        if phase is Phase.F and index.source[value] >= 0 and ("value", value) not in kept:
+            last = end if leaves and maker is not None else max(readers, default=maker or 0)
+            yield 0 if maker is None else maker, last, size
+        elif phase is Phase.I and value in index.returns_grad and ("gradient", value) not in kept:
+            first = 0 if maker is not None and leaves else min(readers, default=0)
+            yield first, end if maker is None else maker, size
+
+
+def _owner(index: GraphIndex, fqn: str) -> str:
+    return index.parameters[fqn].tied_to or fqn
+
+
+def _tags(index: GraphIndex, members: Sequence[int]) -> Tags:
+    """Tags the members agree on; the role is that of the most expensive member."""
+    tags = [index.segments[member].tags for member in members]
+
+    def common(values: list) -> object:
+        known = {value for value in values if value is not None}
+        return known.pop() if len(known) == 1 else None
+
+    costs: dict[Role, int] = {}
+    for member, tag in zip(members, tags, strict=True):
+        trace = index.traces[member]
+        work = sum(trace.flops(phase) for phase in PHASES)
+        costs[tag.role] = costs.get(tag.role, 0) + max(work, 1)
+    role = max(costs, key=lambda role: (costs[role], role.value))
+    return Tags(common([tag.layer for tag in tags]), common([tag.branch for tag in tags]), role,  # type: ignore[arg-type]
+                common([tag.expert_group for tag in tags]))  # type: ignore[arg-type]
+
+
+def _structure(index: GraphIndex, members: Sequence[int]) -> str:
+    """A digest of the members' traces in order and of how they are wired among each other."""
+    position = {member: number for number, member in enumerate(members)}
+    outside: dict[str, int] = {}
+    wiring = []
+    for member in members:
+        segment = index.segments[member]
+        inputs: list[object] = []
+        for value in segment.inputs:
+            source = index.source[value]
+            if source in position:
+                inputs.append([position[source], index.segments[source].outputs.index(value)])
+            else:
+                inputs.append(outside.setdefault(value, len(outside)))
+        wiring.append([segment.trace, inputs])
+    return hashlib.sha256(json.dumps(wiring).encode()).hexdigest()[:16]
+
+
+def _names(index: GraphIndex, groups: Sequence[Sequence[int]]) -> list[str]:
+    """A readable, unique name for each group: the module that holds just its segments, or first..last segment."""
+    paths = [segment.fqn.split(".") for segment in index.segments]
+    names = []
+    for members in groups:
+        first, last = index.segments[members[0]].name, index.segments[members[-1]].name
+        prefix = _common_prefix([paths[member] for member in members])
+        if len(members) == 1:
+            names.append(first)
+        elif prefix and sum(path[:len(prefix)] == prefix for path in paths) == len(members):
+            names.append(".".join(prefix))
+        else:
+            names.append(f"{first}..{last}")
+    if len(set(names)) < len(names):  # a module path may equal another group's segment name
+        names = [f"{index.segments[members[0]].name}..{index.segments[members[-1]].name}" if len(members) > 1 else name
+                 for members, name in zip(groups, names, strict=True)]
+    return names
+
+
+def _common_prefix(paths: Sequence[Sequence[str]]) -> list[str]:
+    prefix: list[str] = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        prefix.append(parts[0])
+    return prefix
