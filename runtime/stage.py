@@ -1,0 +1,328 @@
+"""One stage as code: its segments' F, I and W functions bound to the slots of a frame.
+
+A stage runs its segments in topological order forward and in reverse backward. Everything that can be decided before
+the first step is decided here: which slot each argument is in, which gradients meet in a sum, what is accumulated into
+which parameter, and after which call a slot is empty. What is left for the step is a walk over `Call`s.
+
+Left out: shapes that change between microbatches, and control flow.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mipipe.graphs.errors import GraphError
+from mipipe.graphs.operator_graph import OperatorGraph, Phase, Segment, SegmentTrace, TensorSpec
+from mipipe.runtime.buffers import Frame
+from mipipe.runtime.flow import GradientFlow
+from mipipe.runtime.phases import PhaseCode, Phases
+from mipipe.runtime.weights import Weights
+
+Key = tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Call:
+    """One segment's function of one phase, bound to slots of the stage's frame.
+
+    ``sums`` are done first: (slot, slots of the contributions). ``stores`` are (result, slot), ``gradients`` (result,
+    parameter, whether its memory may be kept), ``updates`` (result, buffer). ``segment`` numbers the segment in the
+    graph where its operators draw random numbers, else -1. ``drops`` are empty afterwards.
+    """
+
+    function: Callable[..., tuple[torch.Tensor, ...]]
+    arguments: Callable[[Frame], tuple[Any, ...]]
+    reads: tuple[int, ...]
+    sums: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    stores: tuple[tuple[int, int], ...] = ()
+    gradients: tuple[tuple[int, torch.nn.Parameter, bool], ...] = ()
+    updates: tuple[tuple[int, torch.Tensor], ...] = ()
+    segment: int = -1
+    drops: tuple[int, ...] = ()
+
+    def touched(self) -> set[int]:
+        """All slots it reads or writes."""
+        return {*self.reads, *(slot for _, slot in self.stores), *(slot for slot, _ in self.sums),
+                *(slot for _, parts in self.sums for slot in parts)}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one action does: calls in order; ``drops`` are empty after its results have been delivered."""
+
+    calls: tuple[Call, ...]
+    drops: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StageCode:
+    """The code of one stage on one rank.
+
+    ``template``: a fresh frame. ``inputs`` and ``outputs``: slots of values from and for elsewhere. ``incoming[(value,
+    stage)]``: slot of the gradient that stage returns; ``outgoing[value]``: slot of the gradient returned for an input.
+    ``parts`` by name: F, I, W, B; ``keep`` (F that keeps only inputs), ``again`` (F once more), ``only`` (F without
+    gradients to follow).
+    """
+
+    template: Frame
+    inputs: dict[str, int]
+    outputs: dict[str, int]
+    incoming: dict[tuple[str, int], int]
+    outgoing: dict[str, int]
+    parts: dict[str, Part]
+    parameters: tuple[str, ...]
+    buffer_updates: bool
+
+
+@dataclass(slots=True)
+class _Slots:
+    """Numbers for keys, and the template they index."""
+
+    template: Frame = field(default_factory=list)
+    numbers: dict[Key, int] = field(default_factory=dict)
+    static: set[int] = field(default_factory=set)
+
+    def number(self, key: Key) -> int:
+        found = self.numbers.get(key)
+        if found is None:
+            found = self.numbers[key] = len(self.template)
+            self.template.append(None)
+        return found
+
+    def constant(self, key: Key, value: Any) -> int:
+        number = self.number(key)
+        self.template[number] = value
+        self.static.add(number)
+        return number
+
+
+@dataclass(slots=True)
+class _Builder:
+    """The state of building one stage."""
+
+    graph: OperatorGraph
+    flow: GradientFlow
+    weights: Weights
+    loss_gradient: torch.Tensor
+    stage_of: dict[str, int]
+    index: int
+    segments: Sequence[Segment]
+    device: torch.device
+    slots: _Slots = field(default_factory=_Slots)
+    specs: dict[str, TensorSpec] = field(default_factory=dict)
+    local: set[str] = field(default_factory=set)
+    kept: set[str] = field(default_factory=set)
+
+    def gradient(self, value: str) -> tuple[int, tuple[int, tuple[int, ...]] | None]:
+        """The slot of a value's whole gradient, and the sum that makes it (None for a single contribution)."""
+        parts = []
+        seen: set[int] = set()
+        for segment, position in self.flow.contributions(value):
+            if segment in self.local:
+                parts.append(self.slots.number(("part", value, segment, str(position))))
+            elif self.stage_of[segment] not in seen:
+                seen.add(self.stage_of[segment])
+                parts.append(self.slots.number(("incoming", value, str(self.stage_of[segment]))))
+        if value == self.graph.loss:
+            parts.append(self.slots.constant(("loss gradient",), self.loss_gradient))
+        if not parts:
+            spec = self.specs[value]
+            zeros = torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=self.device)
+            return self.slots.constant(("zeros", str(spec.shape), spec.dtype), zeros), None
+        if len(parts) == 1:
+            return parts[0], None
+        whole = self.slots.number(("gradient", value))
+        return whole, (whole, tuple(parts))
+
+    def keys(self, segment: Segment, trace: SegmentTrace) -> dict[str, int]:
+        """Slots of the trace's arguments and outputs; names absent here are saved tensors."""
+        slots: dict[str, int] = {}
+        for name, value in zip(trace.outputs, segment.outputs, strict=True):
+            slots[name] = self.slots.number(("value", value))
+        for name, value in zip(trace.inputs, segment.inputs, strict=True):
+            slots[name] = self.slots.number(("value", value))
+        for names, fqns in ((trace.parameters, segment.parameters), (trace.buffers, segment.buffers)):
+            for name, fqn in zip(names, fqns, strict=True):
+                slots[name] = self.slots.constant(("weight", fqn), self.weights.tensor(fqn))
+        return slots
+
+    def forward(self, segment: Segment, trace: SegmentTrace, code: PhaseCode, needed: set[str]) -> Call:
+        """The F call: outputs and what I and W will read are stored."""
+        slots = self.keys(segment, trace)
+        outputs = list(zip(trace.outputs, segment.outputs, strict=True))
+        stores, updates = [], []
+        replaced = {name: fqn for name, fqn in zip(trace.buffers, segment.buffers, strict=True)}
+        targets = [(result, self.weights.tensor(replaced[name])) for name, result in trace.buffer_updates.items()]
+        for position, name in enumerate(code.results):
+            stores += [(position, self.slots.number(("value", value))) for output, value in outputs if output == name]
+            if name in needed and name not in slots:
+                stores.append((position, self.slots.number(("saved", segment.name, name))))
+            updates += [(position, target) for result, target in targets if result == name]
+        reads = tuple(slots[name] for name in code.arguments)
+        number = self.graph.segments.index(segment) if code.random else -1
+        return Call(code.function, _getter(reads), reads, (), tuple(stores), (), tuple(updates), number)
+
+    def backward(self, segment: Segment, trace: SegmentTrace, code: PhaseCode, phase: Phase, needed: set[str],
+                 first: bool) -> Call:
+        """The I or W call; ``first`` sums the output gradients, ``needed`` are I's results that W reads."""
+        slots = self.keys(segment, trace)
+        sums = []
+        for name, value in zip(trace.output_grads, segment.outputs, strict=True):
+            if name is not None:
+                slots[name], total = self.gradient(value)
+                if total is not None and first:
+                    sums.append(total)
+        stores: list[tuple[int, int]] = []
+        gradients = []
+        for position, name in enumerate(code.results):
+            if phase is Phase.I:
+                stores += [(position, self.slots.number(("part", value, segment.name, str(number))))
+                           for number, (result, value) in enumerate(zip(trace.input_grads, segment.inputs, strict=True))
+                           if result == name and self.flow.wanted(value)]
+                if name in needed and name not in slots:
+                    stores.append((position, self.slots.number(("saved", segment.name, name))))
+            else:
+                gradients += [(position, self.weights.parameters[self.weights.canonical[fqn]], code.owned[position])
+                              for result, fqn in zip(trace.parameter_grads, segment.parameters, strict=True)
+                              if result == name]
+        saved = self.slots.number
+        reads = tuple(slots[name] if name in slots else saved(("saved", segment.name, name)) for name in code.arguments)
+        return Call(code.function, _getter(reads), reads, tuple(sums), tuple(stores), tuple(gradients))
+
+
+def build_stage(graph: OperatorGraph, flow: GradientFlow, segments: Sequence[Segment], index: int,
+                stage_of: dict[str, int], weights: Weights, loss_gradient: torch.Tensor, phases: Phases,
+                keep: Iterable[str] = ()) -> StageCode:
+    """The code of stage ``index``, whose ``segments`` are in topological order.
+
+    ``stage_of`` gives the stage of every segment; ``keep`` names values the caller wants after F (the loss, outputs).
+    """
+    builder = _Builder(graph, flow, weights, loss_gradient, stage_of, index, segments, phases.device)
+    builder.specs = {value.name: value.spec for value in graph.values}
+    builder.local = {segment.name for segment in segments}
+    forward, backward = [], []
+    for segment in segments:
+        trace = phases.trace(segment)
+        codes = {phase: phases.code(trace, phase) for phase in Phase}
+        active = flow.active(segment.name)
+        later = {name for phase in (Phase.I, Phase.W) if active and trace.has(phase) for name in codes[phase].arguments}
+        forward.append(builder.forward(segment, trace, codes[Phase.F], later))
+        if not active:
+            continue
+        weight = trace.has(Phase.W)
+        read = set(codes[Phase.W].arguments) if weight else set()
+        pair: list[Call | None] = [None, None]
+        if trace.has(Phase.I):
+            pair[0] = builder.backward(segment, trace, codes[Phase.I], Phase.I, read, True)
+            if not pair[0].stores:
+                pair[0] = None
+        if weight:
+            pair[1] = builder.backward(segment, trace, codes[Phase.W], Phase.W, set(), pair[0] is None)
+        backward.append((pair[0], pair[1]))
+    backward.reverse()
+    return _assemble(builder, forward, backward, set(keep))
+
+
+def _assemble(builder: _Builder, forward: list[Call], backward: list[tuple[Call | None, Call | None]],
+              keep: set[str]) -> StageCode:
+    slots, flow = builder.slots, builder.flow
+    made = {value for segment in builder.segments for value in segment.outputs}
+    read_elsewhere = {value for segment in builder.graph.segments if segment.name not in builder.local
+                      for value in segment.inputs}
+    outputs = {value: slots.number(("value", value)) for segment in builder.segments for value in segment.outputs
+               if value in read_elsewhere or value in keep}
+    inputs = {value: slots.number(("value", value)) for segment in builder.segments for value in segment.inputs
+              if value not in made}
+    sums: list[tuple[int, tuple[int, ...]]] = []
+    outgoing = {}
+    for value in inputs:
+        parts = tuple(slots.number(("part", value, segment, str(position)))
+                      for segment, position in flow.contributions(value) if segment in builder.local)
+        if len(parts) == 1:
+            outgoing[value] = parts[0]
+        elif parts:
+            outgoing[value] = slots.number(("outgoing", value))
+            sums.append((outgoing[value], parts))
+    incoming = {(key[1], int(key[2])): number for key, number in slots.numbers.items() if key[0] == "incoming"}
+    last = [Call(_nothing, _getter(()), (), tuple(sums))] if sums else []
+    input_calls = [i for i, _ in backward if i is not None] + last
+    weight_calls = [w for _, w in backward if w is not None]
+    both = [call for pair in backward for call in pair if call is not None] + last
+    sent, returned = set(outputs.values()), set(outgoing.values())
+    frozen = set(inputs.values())
+    f, i, w = _parts([(forward, sent), (input_calls, returned), (weight_calls, set())], slots.static)
+    _, b = _parts([(forward, sent), (both, returned)], slots.static)
+    (only,) = _parts([(forward, sent)], slots.static)
+    (kept,) = _parts([(forward, sent)], slots.static | frozen)
+    again, _ = _parts([([_without_updates(call) for call in forward], set()), (both, returned)], slots.static)
+    if not input_calls:
+        w = b
+    parts = {"F": f, "I": i, "W": w, "B": b, "only": only, "keep": kept, "again": again}
+    names = tuple(dict.fromkeys(builder.weights.canonical[fqn] for segment in builder.segments
+                                for fqn in segment.parameters))
+    return StageCode(slots.template, inputs, outputs, incoming, outgoing, parts, names,
+                     any(call.updates for call in forward))
+
+
+def _parts(actions: list[tuple[list[Call], set[int]]], static: set[int]) -> list[Part]:
+    """The actions of one microbatch in this order as parts, every slot dropped after its last use.
+
+    Each action is its calls and the slots read when its results are delivered.
+    """
+    last: dict[int, tuple[int, int]] = {}
+    for number, (calls, delivered) in enumerate(actions):
+        for position, call in enumerate(calls):
+            last.update(dict.fromkeys(call.touched(), (number, position)))
+        last.update(dict.fromkeys(delivered, (number, len(calls))))
+    drops: dict[tuple[int, int], list[int]] = {}
+    for slot, where in last.items():
+        if slot not in static:
+            drops.setdefault(where, []).append(slot)
+    parts = []
+    for number, (calls, _) in enumerate(actions):
+        fresh = tuple(_with_drops(call, drops.get((number, position), ())) for position, call in enumerate(calls))
+        parts.append(Part(fresh, tuple(drops.get((number, len(calls)), ()))))
+    return parts
+
+
+def _with_drops(call: Call, drops: Iterable[int]) -> Call:
+    return Call(call.function, call.arguments, call.reads, call.sums, call.stores, call.gradients, call.updates,
+                call.segment, tuple(drops))
+
+
+def _without_updates(call: Call) -> Call:
+    return Call(call.function, call.arguments, call.reads, call.sums, call.stores, call.gradients, (), call.segment)
+
+
+def _nothing() -> tuple[torch.Tensor, ...]:
+    return ()
+
+
+def _getter(slots: tuple[int, ...]) -> Callable[[Frame], tuple[Any, ...]]:
+    """A function that takes these slots out of a frame, in C where there is more than one."""
+    if len(slots) > 1:
+        return operator.itemgetter(*slots)
+    if slots:
+        only = slots[0]
+        return lambda frame: (frame[only],)
+    return lambda frame: ()
+
+
+def check_segments(graph: OperatorGraph, names: Iterable[str]) -> list[Segment]:
+    """The graph's segments of these names, in the graph's (topological) order.
+
+    Raises:
+        GraphError: a name the graph does not have.
+    """
+    wanted = list(names)
+    known = {segment.name for segment in graph.segments}
+    for name in wanted:
+        if name not in known:
+            raise GraphError(f"plan: segment {name!r} is not in the operator graph of {graph.model}")
+    chosen = set(wanted)
+    return [segment for segment in graph.segments if segment.name in chosen]

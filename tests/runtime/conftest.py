@@ -1,0 +1,28 @@
+"""Fixtures of the runtime tests: one pool of gloo workers for the whole session."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from runtime_pool import Pool  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Four worker processes that live as long as the test session."""
+    made = Pool()
+    yield made
+    made.close()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """One thread, as in the workers."""
+    torch.set_num_threads(1)

@@ -1,0 +1,117 @@
+"""Four persistent worker processes that run test functions as the ranks of a gloo group.
+
+torch is imported once for each worker. A task is a file and the name of a function in it; the function gets its
+arguments inside an initialised process group of the asked size and returns something picklable.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+WORKERS = 4
+
+
+class TaskError(AssertionError):
+    """A rank raised, or did not answer in time; the message has every rank's traceback and output."""
+
+
+def worker_main(rank: int, connection: Any, log: str) -> None:
+    """Serve tasks until the pipe closes."""
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    import torch
+    import torch.distributed as dist
+    torch.set_num_threads(1)
+    modules: dict[str, Any] = {}
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        path, name, args, world, store, timeout = task
+        try:
+            if path not in modules:
+                spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+                modules[path] = importlib.util.module_from_spec(spec)
+                sys.modules[Path(path).stem] = modules[path]
+                spec.loader.exec_module(modules[path])
+            dist.init_process_group("gloo", rank=rank, world_size=world, store=dist.FileStore(store, world),
+                                    timeout=timedelta(seconds=timeout))
+            answer = ("ok", getattr(modules[path], name)(*args))
+            dist.barrier()
+        except BaseException:
+            answer = ("error", traceback.format_exc())
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        connection.send(answer)
+
+
+class Pool:
+    """The workers; `run` one task on the first ``world`` of them."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._workers: list[tuple[Any, Any, Path]] = []
+        self._count = 0
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        for rank in range(WORKERS):
+            ours, theirs = context.Pipe()
+            log = Path(self._folder.name) / f"rank{rank}-{self._count}.log"
+            process = context.Process(target=worker_main, args=(rank, theirs, str(log)), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours, log))
+
+    def run(self, world: int, path: str, name: str, *args: Any, timeout: float = 60.0) -> list[Any]:
+        """The answers of all ranks.
+
+        Raises:
+            TaskError: a rank raised or gave no answer within ``timeout`` seconds.
+        """
+        if not self._workers:
+            self._start()
+        self._count += 1
+        store = f"{self._folder.name}/store{self._count}"
+        starts = [log.stat().st_size if log.exists() else 0 for _, _, log in self._workers]
+        for _, connection, _ in self._workers[:world]:
+            connection.send((path, name, args, world, store, timeout))
+        deadline = time.monotonic() + timeout + 20
+        answers: list[Any] = []
+        for _, connection, _ in self._workers[:world]:
+            if connection.poll(max(0.0, deadline - time.monotonic())):
+                try:
+                    answers.append(connection.recv())
+                except EOFError:
+                    answers.append(("error", "the process died"))
+            else:
+                answers.append(("error", f"no answer within {timeout} s"))
+        if all(state == "ok" for state, _ in answers):
+            return [value for _, value in answers]
+        lines = []
+        for rank, (state, text) in enumerate(answers):
+            log = self._workers[rank][2]
+            output = log.read_text()[starts[rank]:] if log.exists() else ""
+            lines.append(f"--- rank {rank}: {state}\n{text if state == 'error' else ''}\n{output}")
+        self.close()
+        raise TaskError(f"{name} on {world} ranks failed\n" + "\n".join(lines))
+
+    def close(self) -> None:
+        """End all workers."""
+        for process, connection, _ in self._workers:
+            connection.close()
+            process.kill()
+            process.join()
+        self._workers.clear()
