@@ -1,0 +1,189 @@
+"""Lower bounds on the makespan that need no solver: at one placement, and over all placements of a problem.
+
+At a placement (`placement_bound`) the actions are a job shop with heads and tails: longest paths to the start of every
+job and from it to the end of the step, along data, FIFO and memory arcs (`mipipe.planner.jobs`). The best of
+
+- **path**: the longest path alone;
+- **device**: Jackson's preemptive schedule of each machine's jobs (Jackson 1955; Carlier 1982), which is at least
+  ``head + load + tail`` for every subset of jobs;
+- **channel**: the same for the transfers of each directed channel;
+- **memory**: activations occupy ``bytes x time``; a rank offers ``capacity`` bytes between its first F and its end.
+
+Over all placements see `mipipe.planner.free_bound`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mipipe.graphs.errors import PlanError
+from mipipe.planner.actions import Action, ActionKind
+from mipipe.planner.jobs import Jobs, classes, job_shop
+from mipipe.planner.stages import StageView
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """No schedule is shorter than ``ns``; ``what`` says which argument shows it."""
+
+    ns: int
+    what: str
+
+
+def placement_bound(view: StageView, jobs: Jobs | None = None) -> Bound:
+    """The best combinatorial bound on the makespan at a placement.
+
+    Raises:
+        PlanError: the memory arcs form a cycle: some activations never fit together (the message names the rank).
+    """
+    jobs = job_shop(view) if jobs is None else jobs
+    heads, tails = heads_and_tails(jobs)
+    reduce_tails(jobs, tails)
+    best = [Bound(max(head + tail for head, tail in zip(heads, tails, strict=True)), "critical path")]
+    for machine, members in jobs.by_machine().items():
+        value = preemptive_bound([(heads[j], jobs.durations[j], tails[j] - jobs.durations[j]) for j in members])
+        stream = "collective stream of rank" if machine % 2 else "rank"
+        best.append(Bound(value, f"{stream} {machine // 2}: earliest start + load + what must follow"))
+    best.append(_channel_bound(jobs, heads, tails))
+    best.append(_memory_bound(jobs, heads, tails))
+    return max(best, key=lambda bound: bound.ns)
+
+
+def heads_and_tails(jobs: Jobs) -> tuple[list[int], list[int]]:
+    """Longest path to the start of every job, and from its start to the end of the step.
+
+    Raises:
+        PlanError: the arcs form a cycle, so some activations never fit together.
+    """
+    after: list[list[tuple[int, int]]] = [[] for _ in range(jobs.count)]
+    waits = [0] * jobs.count
+    for first, second, lag in jobs.arcs:
+        after[first].append((second, lag))
+        waits[second] += 1
+    order = [job for job in range(jobs.count) if not waits[job]]
+    heads = [0] * jobs.count
+    for job in order:
+        end = heads[job] + jobs.durations[job]
+        for second, lag in after[job]:
+            if heads[second] < end + lag:
+                heads[second] = end + lag
+            waits[second] -= 1
+            if not waits[second]:
+                order.append(second)
+    if len(order) < jobs.count:
+        stuck = next(job for job in range(jobs.count) if waits[job])
+        raise PlanError(f"rank {jobs.machine[stuck] // 2}: {jobs.compiled.actions[stuck]} can never start within"
+                        f" {jobs.capacity[jobs.machine[stuck] // 2]} bytes for activations; give the rank more memory"
+                        " or fewer groups")
+    tails = [0] * jobs.count
+    for job in reversed(order):
+        tails[job] = jobs.durations[job] + max((lag + tails[second] for second, lag in after[job]), default=0)
+    return heads, tails
+
+
+def reduce_tails(jobs: Jobs, tails: list[int]) -> None:
+    """Raise the tails of the weight gradients of replicated stages, in place: a reduction follows each of them."""
+    for _, members, duration in jobs.compiled.reductions:
+        for job in members:
+            tails[job] = max(tails[job], jobs.durations[job] + duration)
+
+
+def preemptive_bound(items: Sequence[tuple[int, int, int]]) -> int:
+    """Jackson's preemptive schedule of jobs (head, duration, tail) on one machine: its makespan with tails."""
+    waiting: list[tuple[int, int]] = []
+    coming = sorted(items)
+    now = best = 0
+    number = 0
+    while number < len(coming) or waiting:
+        if not waiting:
+            now = max(now, coming[number][0])
+        while number < len(coming) and coming[number][0] <= now:
+            heapq.heappush(waiting, (-coming[number][2], coming[number][1]))
+            number += 1
+        tail, left = heapq.heappop(waiting)
+        until = coming[number][0] if number < len(coming) else now + left
+        step = min(left, until - now)
+        now += step
+        if step < left:
+            heapq.heappush(waiting, (tail, left - step))
+        else:
+            best = max(best, now - tail)
+    return best
+
+
+def _channel_bound(jobs: Jobs, heads: list[int], tails: list[int]) -> Bound:
+    items: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+    for producer, releases in enumerate(jobs.compiled.releases):
+        for consumer, channel, duration, _, _ in releases:
+            if channel >= 0 and duration:
+                items[channel].append((heads[producer] + jobs.durations[producer], duration, tails[consumer]))
+    ranks = jobs.view.problem.num_ranks
+    found = [Bound(preemptive_bound(jobs_on), f"channel {channel // ranks}->{channel % ranks}: earliest start + load"
+                   " + what must follow") for channel, jobs_on in items.items()]
+    return max(found, key=lambda bound: bound.ns, default=Bound(0, "channels"))
+
+
+def _memory_bound(jobs: Jobs, heads: list[int], tails: list[int]) -> Bound:
+    """Bytes x time of all activations on a rank over its capacity, after its first F and before its last free."""
+    view = jobs.view
+    area: dict[int, int] = defaultdict(int)
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for forward, until_i, until_w, end in _residences(jobs):
+        action = jobs.compiled.actions[forward]
+        rank = jobs.machine[forward] // 2
+        area[rank] += (view.saved_fi[action.stage][action.microbatch] * until_i
+                       + view.saved_fw[action.stage][action.microbatch] * until_w)
+        first[rank] = min(first.get(rank, heads[forward]), heads[forward])
+        after = tails[end] - jobs.durations[end]
+        last[rank] = min(last.get(rank, after), after)
+    found = [Bound(first[rank] + -(-size // jobs.capacity[rank]) + last[rank],
+                   f"memory of rank {rank}: bytes x time of its activations over its capacity")
+             for rank, size in area.items() if size and jobs.capacity[rank] > 0]
+    return max(found, key=lambda bound: bound.ns, default=Bound(0, "memory"))
+
+
+def _residences(jobs: Jobs) -> list[tuple[int, int, int, int]]:
+    """(F, least time from F's start to the end of its I, to the end of its W, the job that frees the last of it).
+
+    The times are longest paths through the data arcs of one microbatch: FIFO and memory arcs may pass through others.
+    """
+    view, index = jobs.view, jobs.compiled.index
+    if any(stage.recompute for stage in view.placement.stages) or any(
+            action.kind not in (ActionKind.F, ActionKind.I, ActionKind.W) for action in jobs.compiled.actions):
+        return []
+    result = []
+    paths: dict[int, list[tuple[int, int] | None]] = {}
+    for m, name in enumerate(classes(view)):
+        if name not in paths:
+            paths[name] = [_path_through(jobs, stage, m) for stage in range(view.num_stages)]
+        for stage, found in enumerate(paths[name]):
+            if found is not None:
+                last = ActionKind.I if view.w_ns[stage] is None else ActionKind.W
+                result.append((index[Action(stage, ActionKind.F, m)], *found, index[Action(stage, last, m)]))
+    return result
+
+
+def _path_through(jobs: Jobs, stage: int, microbatch: int) -> tuple[int, int] | None:
+    """Longest path from the start of F of a stage to the ends of its I and W; None without a backward."""
+    view, index = jobs.view, jobs.compiled.index
+    start = index[Action(stage, ActionKind.F, microbatch)]
+    reach = {start: jobs.durations[start]}
+    # a microbatch's jobs in topological order: F by stage, then I backwards, W last
+    forward = [index[Action(s, ActionKind.F, microbatch)] for s in range(stage, view.num_stages)]
+    backward = [index[Action(s, kind, microbatch)] for s in reversed(range(view.num_stages))
+                for kind in (ActionKind.I, ActionKind.W) if Action(s, kind, microbatch) in index]
+    for job in (*forward, *backward):
+        if job not in reach:
+            continue
+        for consumer, channel, duration, _, _ in jobs.compiled.releases[job]:
+            end = reach[job] + (duration if channel >= 0 else 0) + jobs.durations[consumer]
+            reach[consumer] = max(reach.get(consumer, 0), end)
+    ends = [reach.get(index[action]) for kind in (ActionKind.I, ActionKind.W)
+            if (action := Action(stage, kind, microbatch)) in index]
+    if not ends or ends[-1] is None:
+        return None
+    return ends[0] or 0, ends[-1]

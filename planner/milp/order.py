@@ -1,0 +1,113 @@
+"""The exact order of actions at a fixed placement: the disjunctive job-shop MIP with memory.
+
+`solve_order` is the definition of "optimal at this placement" and, on small instances, its proof. What makes it larger
+than a textbook job shop are microbatches, and they also make it small: FIFO within a class removes all orders between
+equal actions, and the horizon decides most of the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mipipe.planner.actions import Action
+from mipipe.planner.bounds import placement_bound
+from mipipe.planner.evaluate import Evaluation, orders_of, run
+from mipipe.planner.jobs import Jobs, elementary_actions, job_shop, peak_memory, relabel
+from mipipe.planner.milp import disjunctive
+from mipipe.planner.milp.highs import SolverOutcome, Termination
+from mipipe.planner.milp.shop import Shop, time_unit, whole
+from mipipe.planner.plan import RankOrder, Schedule
+from mipipe.planner.stages import StageView
+
+__all__ = ["OrderResult", "solve_order"]
+
+
+@dataclass(frozen=True, slots=True)
+class OrderResult:
+    """The best schedule known (None: none found), its makespan as evaluated, and the bound at the placement."""
+
+    schedule: Schedule | None
+    makespan_ns: int | None
+    bound_ns: int
+    outcome: SolverOutcome
+
+
+def solve_order(view: StageView, *, time_limit_s: float, seed: int, start: Schedule | None = None,
+                horizon_ns: int | None = None, split_backward: bool = True) -> OrderResult:
+    """The optimal order at a placement, or the best found in time.
+
+    Args:
+        view: the placement.
+        time_limit_s, seed: see `highs.solve`.
+        start: a schedule of the same actions within memory; the search is for strictly better ones.
+        horizon_ns: only schedules up to this makespan are of interest; by default found by doubling.
+        split_backward: I and W as actions of their own; False: joined to B.
+
+    Raises:
+        PlanError: no order fits the memory.
+    """
+    jobs = job_shop(view, elementary_actions(view, split_backward=split_backward))
+    shop = whole(jobs)
+    lower = placement_bound(view, jobs).ns
+    unit = time_unit(shop, lower)
+    best, best_ns = start, None
+    if start is not None:
+        best_ns = _evaluate(jobs, _ordered(jobs, relabel(view, start))).makespan_ns
+        horizon_ns = min(best_ns - unit, horizon_ns or best_ns)
+    if best_ns is not None and best_ns <= lower:
+        return OrderResult(best, best_ns, lower, SolverOutcome(Termination.OPTIMAL, best_ns, lower, 0.0, 0, 0))
+    grow = horizon_ns is None
+    horizon = horizon_ns if horizon_ns is not None else lower + lower // 8
+    seconds = 0.0
+    while True:
+        result = disjunctive.solve(shop, horizon, time_limit_s=time_limit_s - seconds, seed=seed, lower_ns=lower)
+        seconds += result.outcome.seconds
+        lower = max(lower, result.bound_ns)
+        if not (grow and result.outcome.termination is Termination.INFEASIBLE) or seconds >= time_limit_s:
+            break
+        horizon += horizon // 4
+    if result.orders is not None:
+        found = _evaluate(jobs, list(result.orders.values()))
+        if best_ns is None or found.makespan_ns < best_ns:
+            best, best_ns = to_schedule(jobs, result.orders), found.makespan_ns
+    return OrderResult(best, best_ns, lower if best_ns is None else min(lower, best_ns),
+                       _summary(result.outcome, best_ns, lower, seconds))
+
+
+def to_schedule(jobs: Jobs, orders: dict[int, list[int]]) -> Schedule:
+    """The schedule with the given order of jobs on every machine."""
+    actions = jobs.compiled.actions
+
+    def line(machine: int) -> tuple[Action, ...]:
+        return tuple(actions[job] for job in orders.get(machine, ()))
+
+    return Schedule(tuple(RankOrder(line(2 * rank), line(2 * rank + 1)) for rank in range(len(jobs.capacity))))
+
+
+def fits(jobs: Jobs, evaluation: Evaluation) -> bool:
+    """Whether saved tensors and workspace stay within every rank's capacity."""
+    peaks = peak_memory(jobs, evaluation.starts)
+    return all(peak <= room for peak, room in zip(peaks, jobs.capacity, strict=True))
+
+
+def _ordered(jobs: Jobs, schedule: Schedule) -> list[list[int]]:
+    return orders_of(jobs.compiled, schedule)
+
+
+def _evaluate(jobs: Jobs, orders: list[list[int]]) -> Evaluation:
+    evaluation = run(jobs.compiled, orders)
+    assert evaluation is not None, "the model's order deadlocks"
+    return evaluation
+
+
+def _summary(outcome: SolverOutcome, best_ns: int | None, lower: int, seconds: float) -> SolverOutcome:
+    """The outcome with respect to the best schedule, which the last solve may only have proven."""
+    termination = outcome.termination
+    if best_ns is not None and termination is not Termination.INTERRUPTED:
+        termination = Termination.OPTIMAL if lower >= best_ns else Termination.FEASIBLE
+    return SolverOutcome(termination, best_ns, lower, seconds, outcome.num_variables, outcome.num_constraints)
+
+
+def shop_of(view: StageView) -> Shop:
+    """The shop of a placement's elementary actions."""
+    return whole(job_shop(view))
