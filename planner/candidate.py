@@ -1,0 +1,116 @@
+"""One placement under search: its view, instances, incumbent and bound; and the judgement of a schedule.
+
+The search's own clock ignores queueing on channels and values in flight. `judge` applies the shared rules (`evaluate`,
+and the simulated program's memory) and is the only way an order becomes a plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mipipe.graphs.errors import PlanError
+from mipipe.planner import bounds, greedy, search
+from mipipe.planner.evaluate import evaluate
+from mipipe.planner.greedy import Orders
+from mipipe.planner.instance import Instance, build, capacity, expand, mirror
+from mipipe.planner.lower import lower
+from mipipe.planner.plan import Placement, Plan, Schedule
+from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.simulate import execute
+from mipipe.planner.simulate_memory import memory_curves
+from mipipe.planner.stages import StageView, view
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A schedule with its simulated makespan and the bytes by which each rank exceeds its capacity (0: it fits)."""
+
+    schedule: Schedule
+    makespan_ns: int
+    excess_bytes: tuple[int, ...]
+
+    @property
+    def fits(self) -> bool:
+        return not any(self.excess_bytes)
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A placement in the race. ``best`` is the best judged schedule that fits, ``rung`` what found it."""
+
+    view: StageView
+    bound: bounds.Bound
+    halved: bool
+    instance: Instance
+    search: search.Search | None = None
+    best: Judged | None = None
+    rung: str = ""
+    seconds: float = 0.0
+    seen_ns: int = 1 << 62
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def placement(self) -> Placement:
+        return self.view.placement
+
+    @property
+    def makespan_ns(self) -> int:
+        return self.best.makespan_ns if self.best else 1 << 62
+
+    @property
+    def closed(self) -> bool:
+        """Whether the incumbent is proven optimal at this placement."""
+        return self.makespan_ns <= self.bound.ns
+
+
+def candidate(problem: PlanningProblem, placement: Placement) -> Candidate:
+    """A placement ready for search.
+
+    Raises:
+        PlanError: the placement does not fit the problem, or some activations never fit together.
+    """
+    stage_view = view(problem, placement)
+    halved = mirror(stage_view) is not None
+    return Candidate(stage_view, bounds.placement_bound(stage_view), halved, build(stage_view, halve=halved))
+
+
+def judge(stage_view: StageView, schedule: Schedule) -> Judged:
+    """The schedule's makespan by the evaluator, and its memory by the rules of the simulated program."""
+    _, evaluation = evaluate(stage_view, schedule)
+    excess = (0,) * stage_view.problem.num_ranks
+    if _carries_bytes(stage_view):
+        program = lower(Plan("", stage_view.problem, stage_view.placement, schedule))
+        curves = memory_curves(stage_view, program, execute(stage_view, program))
+        excess = tuple(max(0, max(size for _, size in curve) - stage_view.resident_bytes[rank] - capacity(stage_view, rank))
+                       for rank, curve in enumerate(curves))
+    return Judged(schedule, evaluation.makespan_ns, excess)
+
+
+def _carries_bytes(stage_view: StageView) -> bool:
+    """Whether values in flight take memory; if none does, the search's own memory rule is exact."""
+    return any(max(edge.num_bytes, default=0) or max(edge.grad_bytes or (0,)) for edge in stage_view.edges)
+
+
+def offer(found: Candidate, orders: Orders, rung: str) -> bool:
+    """Judge orders; whether they became the candidate's incumbent."""
+    try:
+        judged = judge(found.view, expand(found.instance, orders.lists()))
+    except PlanError as error:
+        found.notes.append(str(error))
+        return False
+    return offer_judged(found, judged, rung)
+
+
+def offer_judged(found: Candidate, judged: Judged, rung: str) -> bool:
+    """Keep a judged schedule if it fits and is shorter; whether it was kept."""
+    if not judged.fits or judged.makespan_ns >= found.makespan_ns:
+        return False
+    found.best, found.rung = judged, rung
+    return True
+
+
+def first_orders(found: Candidate, *, compiled: bool, seed: int = 0) -> Orders | None:
+    """The best list schedule over the rules; None where memory does not suffice for one microbatch at a time."""
+    rules = greedy.RULES if compiled else greedy.RULES[:1]
+    tried = [greedy.schedule(found.instance, rule, compiled=compiled) for rule in rules]
+    return min((orders for orders in tried if orders), key=lambda orders: orders.makespan_ns, default=None)

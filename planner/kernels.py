@@ -1,0 +1,405 @@
+"""The inner loops of the planner, compiled by numba: list scheduling, longest paths, simulated annealing on orders.
+
+All work on the arrays of `mipipe.planner.instance.Instance`. They hold no state, release the GIL (two searches run in
+two threads), and return often enough for Ctrl-C. A schedule here is ``seq[k, :length[k]]``: the nodes of machine k in
+order; classes (interchangeable microbatches) stay in their fixed internal order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+_FAR = 1 << 62
+
+
+@njit(cache=True, nogil=True)
+def list_schedule(machine, rank, dur, succ_ptr, succ, lag, waits0, base, class_machine, alloc, free, work, cap,
+                  microbatch, num_micro, num_machines, prio, delay, seq, start):
+    """Fill ``seq`` and ``start`` by list scheduling; the makespan, or -1 if memory blocks everything.
+
+    At every step the machine that can start first takes, of the actions it could start within ``delay`` of that moment,
+    the one with the smallest ``prio``. An action that takes memory starts only if afterwards the microbatches already
+    under way could still be finished one after the other, oldest first (the banker's rule of Dijkstra, 1965): so memory
+    never deadlocks the schedule. Within one microbatch the rest of its forwards must fit together.
+    """
+    count = dur.shape[0]
+    num_classes = base.shape[0] - 1
+    num_ranks = cap.shape[0]
+    waits = waits0.copy()
+    ready = np.zeros(count, np.int64)
+    nxt = base[:num_classes].copy()
+    # classes of each machine
+    ptr = np.zeros(num_machines + 1, np.int64)
+    for c in range(num_classes):
+        ptr[class_machine[c] + 1] += 1
+    for k in range(num_machines):
+        ptr[k + 1] += ptr[k]
+    fill = ptr[:-1].copy()
+    owned = np.zeros(num_classes, np.int64)
+    for c in range(num_classes):
+        owned[fill[class_machine[c]]] = c
+        fill[class_machine[c]] += 1
+    machine_rank = np.zeros(num_machines, np.int64)
+    for n in range(count):
+        machine_rank[machine[n]] = rank[n]
+    need = np.zeros((num_ranks, num_micro), np.int64)
+    held = np.zeros((num_ranks, num_micro), np.int64)
+    extra = np.zeros(num_ranks, np.int64)
+    for n in range(count):
+        if free[n] == 0 and alloc[n] > 0:
+            need[rank[n], microbatch[n]] += alloc[n]
+        extra[rank[n]] = max(extra[rank[n]], work[n] + (alloc[n] if free[n] > 0 else 0))
+    used = np.zeros(num_ranks, np.int64)
+    free_at = np.zeros(num_machines, np.int64)
+    last_free = np.zeros(num_machines, np.int64)
+    length = np.zeros(num_machines, np.int64)
+    best_time = np.full(num_machines, -1, np.int64)
+    best_node = np.full(num_machines, -1, np.int64)
+    dirty = np.ones(num_machines, np.bool_)
+    admitted = np.zeros(num_micro, np.int64)
+    in_list = np.zeros(num_micro, np.bool_)
+    todo = np.zeros(num_micro, np.int64)
+    for n in range(count):
+        todo[microbatch[n]] += 1
+    num_admitted = 0
+    makespan = 0
+    for _ in range(count):
+        chosen = -1
+        chosen_time = _FAR
+        for k in range(num_machines):
+            if dirty[k]:
+                dirty[k] = False
+                best_node[k] = -1
+                earliest = _FAR
+                for turn in range(2):
+                    best_prio = np.inf
+                    for index in range(ptr[k], ptr[k + 1]):
+                        c = owned[index]
+                        n = nxt[c]
+                        if n >= base[c + 1] or waits[n] > 0:
+                            continue
+                        time = max(free_at[k], ready[n])
+                        if turn == 1 and (time > earliest + delay or prio[n] >= best_prio):
+                            continue
+                        if turn == 0 and time >= earliest:
+                            continue
+                        r = rank[n]
+                        pending = 0
+                        pending_until = 0
+                        for other in range(num_machines):
+                            if other != k and machine_rank[other] == r and free_at[other] > time:
+                                pending += last_free[other]
+                                pending_until = max(pending_until, free_at[other])
+                        room = cap[r] - used[r] - alloc[n] - work[n]
+                        if room < 0:
+                            continue
+                        if room < pending:
+                            time = max(time, pending_until)
+                            if turn == 1 and time > earliest + delay:
+                                continue
+                            if turn == 0 and time >= earliest:
+                                continue
+                        if alloc[n] > 0:
+                            m = microbatch[n]
+                            own = alloc[n] if free[n] == 0 else 0
+                            room = cap[r] - used[r] - alloc[n] - extra[r]
+                            safe = True
+                            new = not in_list[m]
+                            for slot in range(num_admitted + 1):
+                                if slot == num_admitted:
+                                    if not new:
+                                        break
+                                    q = m
+                                else:
+                                    q = admitted[slot]
+                                short = need[r, q] - (own if q == m else 0)
+                                if short > room:
+                                    safe = False
+                                    break
+                                room += held[r, q] + (alloc[n] if q == m else 0)
+                            if not safe and num_admitted > 0 and not (num_admitted == 1 and admitted[0] == m):
+                                continue
+                        if turn == 0:
+                            earliest = time
+                        else:
+                            best_prio = prio[n]
+                            best_node[k] = n
+                            best_time[k] = time
+                    if earliest == _FAR:
+                        break
+            if best_node[k] >= 0 and best_time[k] < chosen_time:
+                chosen_time = best_time[k]
+                chosen = k
+        if chosen < 0:
+            return -1
+        k = chosen
+        n = best_node[k]
+        r = rank[n]
+        m = microbatch[n]
+        start[n] = chosen_time
+        end = chosen_time + dur[n]
+        makespan = max(makespan, end)
+        seq[k, length[k]] = n
+        length[k] += 1
+        for index in range(ptr[k], ptr[k + 1]):
+            c = owned[index]
+            if nxt[c] == n and n < base[c + 1]:
+                nxt[c] += 1
+                break
+        free_at[k] = end
+        last_free[k] = free[n]
+        used[r] += alloc[n] - free[n]
+        held[r, m] += alloc[n] - free[n]
+        if free[n] == 0 and alloc[n] > 0:
+            need[r, m] -= alloc[n]
+        if not in_list[m]:
+            in_list[m] = True
+            admitted[num_admitted] = m
+            num_admitted += 1
+        todo[m] -= 1
+        if todo[m] == 0:
+            at = 0
+            for slot in range(num_admitted):
+                if admitted[slot] != m:
+                    admitted[at] = admitted[slot]
+                    at += 1
+            num_admitted = at
+        dirty[k] = True
+        for other in range(num_machines):
+            if machine_rank[other] == r:
+                dirty[other] = True
+        for e in range(succ_ptr[n], succ_ptr[n + 1]):
+            s = succ[e]
+            ready[s] = max(ready[s], end + lag[e])
+            waits[s] -= 1
+            if waits[s] == 0:
+                dirty[machine[s]] = True
+    return makespan
+
+
+@njit(cache=True, nogil=True)
+def times(seq, length, dur, succ_ptr, succ, lag, waits0, start, follow, waits, stack):
+    """Earliest starts under the given orders, into ``start``; the makespan, or -1 if the orders deadlock."""
+    count = dur.shape[0]
+    for n in range(count):
+        waits[n] = waits0[n]
+        start[n] = 0
+        follow[n] = -1
+    for k in range(seq.shape[0]):
+        for i in range(1, length[k]):
+            follow[seq[k, i - 1]] = seq[k, i]
+            waits[seq[k, i]] += 1
+    top = 0
+    for n in range(count):
+        if waits[n] == 0:
+            stack[top] = n
+            top += 1
+    done = 0
+    makespan = 0
+    while top > 0:
+        top -= 1
+        n = stack[top]
+        done += 1
+        end = start[n] + dur[n]
+        if end > makespan:
+            makespan = end
+        for e in range(succ_ptr[n], succ_ptr[n + 1]):
+            s = succ[e]
+            if start[s] < end + lag[e]:
+                start[s] = end + lag[e]
+            waits[s] -= 1
+            if waits[s] == 0:
+                stack[top] = s
+                top += 1
+        s = follow[n]
+        if s >= 0:
+            if start[s] < end:
+                start[s] = end
+            waits[s] -= 1
+            if waits[s] == 0:
+                stack[top] = s
+                top += 1
+    return makespan if done == count else -1
+
+
+@njit(cache=True, nogil=True)
+def memory_fits(seq, k, first, last, used, alloc, free, work, cap):
+    """Whether positions first..last of machine k keep within ``cap`` when ``used`` is held before them."""
+    for i in range(first, last + 1):
+        n = seq[k, i]
+        used += alloc[n]
+        if used + work[n] > cap:
+            return False
+        used -= free[n]
+    return True
+
+
+@njit(cache=True, nogil=True)
+def shift(seq, k, i, j, cls):
+    """Move the node at position i of machine k to position j, keeping every class in its internal order."""
+    moved = seq[k, i]
+    step = 1 if j > i else -1
+    at = i
+    hole = i
+    # the moved element's class is renamed along the way: the k-th of a class stays the k-th
+    c = cls[moved]
+    while at != j:
+        at += step
+        n = seq[k, at]
+        if cls[n] == c:
+            seq[k, hole] = moved
+            moved = n
+        else:
+            seq[k, hole] = n
+        hole = at
+    seq[k, j] = moved
+
+
+@njit(cache=True, nogil=True)
+def _trace(tip, start, dur, pred_ptr, pred, pred_lag, seq, pos, machine, path):
+    """A critical path backwards from ``tip`` into ``path``; its length. Ties are broken at random."""
+    size = 0
+    n = tip
+    while True:
+        path[size] = n
+        size += 1
+        at = start[n]
+        if at == 0:
+            return size
+        choice = -1
+        seen = 0
+        i = pos[n]
+        if i > 0:
+            u = seq[machine[n], i - 1]
+            if start[u] + dur[u] == at:
+                choice = u
+                seen = 1
+        for e in range(pred_ptr[n], pred_ptr[n + 1]):
+            u = pred[e]
+            if u != choice and start[u] + dur[u] + pred_lag[e] == at:
+                seen += 1
+                if np.random.randint(seen) == 0:
+                    choice = u
+        if choice < 0:
+            return size
+        n = choice
+
+
+@njit(cache=True, nogil=True)
+def _cost(makespan, seq, length, start, dur, tilt):
+    """Makespan plus ``tilt`` times the mean end of the machines: a slope on the plateaus of the makespan."""
+    total = 0.0
+    for k in range(seq.shape[0]):
+        n = seq[k, length[k] - 1]
+        total += start[n] + dur[n]
+    return makespan + tilt * total / seq.shape[0]
+
+
+@njit(cache=True, nogil=True)
+def anneal(seq, length, machine, rank, dur, succ_ptr, succ, lag, pred_ptr, pred, pred_lag, waits0, cls, alloc, free, work,
+           cap, iterations, hot, cold, tilt, wild, target, seed, best):
+    """Improve ``seq`` in place for some iterations of simulated annealing; ``best`` gets the best orders; its makespan.
+
+    A move takes an action on a random critical path out of its block (a run of critical actions on one machine) to
+    another place in or next to it, or, with probability ``wild``, any action to a place nearby. Moves that overfill the
+    memory or deadlock are rejected. Stops early at ``target``.
+    """
+    np.random.seed(seed)
+    count = dur.shape[0]
+    machines = seq.shape[0]
+    start = np.zeros(count, np.int64)
+    follow = np.zeros(count, np.int64)
+    waits = np.zeros(count, np.int64)
+    stack = np.zeros(count, np.int64)
+    path = np.zeros(count + 1, np.int64)
+    pos = np.zeros(count, np.int64)
+    before = np.zeros((machines, seq.shape[1] + 1), np.int64)
+    kept = np.zeros(count, np.int64)
+    for k in range(machines):
+        for i in range(length[k]):
+            pos[seq[k, i]] = i
+            before[k, i + 1] = before[k, i] + alloc[seq[k, i]] - free[seq[k, i]]
+    makespan = times(seq, length, dur, succ_ptr, succ, lag, waits0, start, follow, waits, stack)
+    cost = _cost(makespan, seq, length, start, dur, tilt)
+    best[:] = seq
+    best_makespan = makespan
+    best_cost = cost
+    kept[:] = start
+    size = 0
+    for turn in range(iterations):
+        temperature = hot * (cold / hot) ** (turn / iterations)
+        if size == 0:
+            tip = -1
+            seen = 0
+            for k in range(machines):
+                n = seq[k, length[k] - 1]
+                if kept[n] + dur[n] == makespan:
+                    seen += 1
+                    if np.random.randint(seen) == 0:
+                        tip = n
+            size = _trace(tip, kept, dur, pred_ptr, pred, pred_lag, seq, pos, machine, path)
+        if np.random.random() < wild:
+            n = np.random.randint(count)
+            k = machine[n]
+            i = pos[n]
+            j = i + np.random.randint(1, 9) * (1 if np.random.random() < 0.5 else -1)
+        else:
+            at = np.random.randint(size)
+            n = path[at]
+            k = machine[n]
+            i = pos[n]
+            lo = at
+            while lo + 1 < size and machine[path[lo + 1]] == k and pos[path[lo + 1]] == pos[path[lo]] - 1:
+                lo += 1
+            hi = at
+            while hi > 0 and machine[path[hi - 1]] == k and pos[path[hi - 1]] == pos[path[hi]] + 1:
+                hi -= 1
+            first = pos[path[lo]]
+            final = pos[path[hi]]
+            choice = np.random.randint(4)
+            if choice == 0:
+                j = first
+            elif choice == 1:
+                j = final
+            elif choice == 2:
+                j = i + (1 if np.random.random() < 0.5 else -1)
+            else:
+                j = first - 1 + np.random.randint(final - first + 3)
+        if j < 0:
+            j = 0
+        if j >= length[k]:
+            j = length[k] - 1
+        if j == i or cls[seq[k, j]] == cls[n] and abs(i - j) == 1:
+            size = size if np.random.random() < 0.9 else 0
+            continue
+        shift(seq, k, i, j, cls)
+        a = min(i, j)
+        b = max(i, j)
+        fits = memory_fits(seq, k, a, b, before[k, a], alloc, free, work, cap[rank[n]])
+        value = -1
+        if fits:
+            value = times(seq, length, dur, succ_ptr, succ, lag, waits0, start, follow, waits, stack)
+        accept = False
+        if value >= 0:
+            new = _cost(value, seq, length, start, dur, tilt)
+            accept = new <= cost or np.random.random() < np.exp((cost - new) / temperature)
+        if not accept:
+            shift(seq, k, j, i, cls)
+            continue
+        for p in range(a, b + 1):
+            pos[seq[k, p]] = p
+            before[k, p + 1] = before[k, p] + alloc[seq[k, p]] - free[seq[k, p]]
+        makespan = value
+        cost = new
+        kept[:] = start
+        size = 0
+        if cost < best_cost:
+            best_cost = cost
+            if makespan <= best_makespan:
+                best[:] = seq
+                if makespan < best_makespan:
+                    best_makespan = makespan
+                    if makespan <= target:
+                        break
+    return best_makespan

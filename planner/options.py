@@ -1,0 +1,52 @@
+"""What a user may steer of the planner: limits, which rungs of the ladder run, which placements are allowed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from mipipe.graphs.errors import InputError
+
+PlacementName = Literal["free", "chain", "v", "interleaved", "wave", "two-way", "two-way-v", "two-way-interleaved",
+                        "apart", "colocated"]
+Objective = Literal["makespan", "memory", "utilisation"]
+
+PLACEMENTS: tuple[str, ...] = get_args(PlacementName)
+OBJECTIVES: tuple[str, ...] = get_args(Objective)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """Options of one solve.
+
+    ``placement``: ``free`` lets the planner choose; another name fixes the shape, and bounds are then bounds at the
+    placement. ``use_baselines``: published schedules may start the search. ``use_milp``: the MIP rungs run.
+    ``use_search``: the annealing rung runs. ``objective``: ``memory`` minimises peak activation memory at a makespan
+    within ``1 + epsilon`` of the best; ``utilisation`` minimises the devices' total idle time, counted from a device's
+    first action to its last. ``recompute``: stages may run F twice where memory is short. ``threads``: concurrent
+    searches. ``gap``: stop at this relative gap.
+    """
+
+    time_limit_s: float = 60.0
+    seed: int = 0
+    placement: PlacementName = "free"
+    objective: Objective = "makespan"
+    epsilon: float = 0.05
+    use_baselines: bool = True
+    use_milp: bool = True
+    use_search: bool = True
+    recompute: bool = True
+    threads: int = 2
+    gap: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.time_limit_s > 0:
+            raise InputError(f"time limit: found {self.time_limit_s} s, expected more than 0")
+        if self.placement not in PLACEMENTS:
+            raise InputError(f"placement: found {self.placement!r}, expected one of {', '.join(PLACEMENTS)}")
+        if self.objective not in OBJECTIVES:
+            raise InputError(f"objective: found {self.objective!r}, expected one of {', '.join(OBJECTIVES)}")
+        if self.epsilon < 0 or self.gap < 0:
+            raise InputError(f"epsilon and gap: found {self.epsilon} and {self.gap}, expected none below 0")
+        if not 1 <= self.threads <= 64:
+            raise InputError(f"threads: found {self.threads}, expected 1 to 64")

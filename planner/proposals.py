@@ -1,0 +1,196 @@
+"""Known placement shapes, fitted to a problem: chain, V, interleaved, wave, two-way, two-way V, encoders apart.
+
+A shape says which rank holds the k-th of its stages, in one or two directions. The groups, in topological order, are
+cut into that many consecutive stages; the cuts start even (equal counts) or balanced and are then moved, one at a time,
+while ``max over ranks of head + M * load + tail`` falls. Groups without resident bytes at either end (an embedding or a
+head whose parameters are not counted, or that fit everywhere) may be spread over several ranks by microbatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from mipipe.planner.actions import Stream
+from mipipe.planner.plan import Placement, Stage
+from mipipe.planner.problem import PlanningProblem
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """``rank_of[k]`` is the rank of stage k; ``two_way`` adds a replica of every stage at its mirror image."""
+
+    name: str
+    rank_of: tuple[int, ...]
+    two_way: bool = False
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.rank_of)
+
+
+def shapes(ranks: int, name: str = "free") -> list[Shape]:
+    """The shapes a placement option allows, simplest first."""
+    forth = tuple(range(ranks))
+    back = forth[::-1]
+    one = [Shape("chain", forth), Shape("v", forth + back), Shape("interleaved", forth * 2), Shape("interleaved", forth * 3),
+           Shape("interleaved", forth * 4), Shape("wave", (forth + back) * 2), Shape("wave", (forth + back) * 3)]
+    two = [Shape("two-way", forth, True), Shape("two-way-v", forth + back, True),
+           Shape("two-way-interleaved", forth * 2, True)]
+    found = one + (two if ranks % 2 == 0 or ranks == 1 else [Shape("two-way", forth, True)])
+    if ranks == 1:
+        found = one[:1]
+    return [shape for shape in found if name in ("free", shape.name)]
+
+
+def units(problem: PlanningProblem) -> list[list[int]]:
+    """Runs of consecutive groups that must stay together: colocated sets, with whatever lies between their ends."""
+    end = list(range(len(problem.groups)))
+    for members in problem.colocate:
+        for group in range(min(members), max(members) + 1):
+            end[group] = max(end[group], max(members))
+    result: list[list[int]] = []
+    last = -1
+    for group in range(len(problem.groups)):
+        if group > last:
+            result.append([])
+        result[-1].append(group)
+        last = max(last, end[group])
+    return result
+
+
+def loads(problem: PlanningProblem) -> list[list[int]]:
+    """``loads[group][rank]``: compute time of one average microbatch; 0 for groups on the collective stream."""
+    result = []
+    for group in problem.groups:
+        scale = sum(group.loads) / len(group.loads) if group.loads else 1.0
+        result.append([round(group.times[device.kind].total_ns * scale) if group.stream is Stream.COMPUTE else 0
+                       for device in problem.topology.devices])
+    return result
+
+
+def fit_cuts(problem: PlanningProblem, shape: Shape) -> list[list[int]]:
+    """Stages as lists of groups: the cuts of the shape with the smallest estimated makespan.
+
+    The estimate is ``M * load + head + tail`` of the worst rank, plus a penalty for resident bytes that do not fit.
+    """
+    blocks = units(problem)
+    count = shape.num_stages
+    work = loads(problem)
+    sizes = [[sum(work[g][r] for g in block) for r in range(problem.num_ranks)] for block in blocks]
+    weight = [sum(problem.groups[g].resident_bytes for g in block) for block in blocks]
+    forward = [sum(next(iter(problem.groups[g].times.values())).f_ns for g in block) for block in blocks]
+    room = [resident_room(problem, r) for r in range(problem.num_ranks)]
+
+    def cost(cuts: Sequence[int]) -> tuple[float, float, float]:
+        load = [0.0] * problem.num_ranks
+        bytes_ = [0.0] * problem.num_ranks
+        head = [0.0] * problem.num_ranks
+        passed = 0.0
+        for k in range(count):
+            low, high = cuts[k], cuts[k + 1]
+            rank = shape.rank_of[k]
+            ends = [(rank, 0.5), (problem.num_ranks - 1 - rank, 0.5)] if shape.two_way else [(rank, 1.0)]
+            for where, share in ends:
+                load[where] += share * sum(sizes[b][where] for b in range(low, high))
+                bytes_[where] += sum(weight[low:high])
+                if k < problem.num_ranks:
+                    head[where] = max(head[where], passed)
+            passed += sum(forward[low:high])
+        over = sum(max(0.0, have - limit) for have, limit in zip(bytes_, room, strict=True))
+        empty = sum(cuts[k] == cuts[k + 1] for k in range(count))
+        estimate = max(problem.num_microbatches * l for l in load)  # noqa: E741
+        return over, estimate + empty * 1e-9, sum(l * l for l in load)  # noqa: E741
+
+    best: tuple[tuple[float, float, float], list[int]] | None = None
+    for start in (_even(len(blocks), count), _balanced([max(size) for size in sizes], count)):
+        cuts = _descend(start, cost)
+        value = cost(cuts)
+        if best is None or value < best[0]:
+            best = (value, cuts)
+    assert best is not None
+    cuts = best[1]
+    return [[g for b in range(cuts[k], cuts[k + 1]) for g in blocks[b]] for k in range(count)]
+
+
+def _even(blocks: int, count: int) -> list[int]:
+    return [round(k * blocks / count) for k in range(count + 1)]
+
+
+def _balanced(sizes: list[int], count: int) -> list[int]:
+    """Cuts where the running total passes equal shares."""
+    total = sum(sizes)
+    cuts, passed = [0], 0
+    for index, size in enumerate(sizes):
+        while len(cuts) < count and (passed + size / 2) * count >= total * len(cuts):
+            cuts.append(index)
+        passed += size
+    return cuts + [len(sizes)] * (count + 1 - len(cuts))
+
+
+def _descend(cuts: list[int], cost: Callable[[Sequence[int]], tuple[float, float, float]]) -> list[int]:
+    """Move single cuts, then runs of cuts, while the cost falls."""
+    value = cost(cuts)
+    improved = True
+    rounds = 0
+    while improved and rounds < 200:
+        improved = False
+        rounds += 1
+        for low in range(1, len(cuts) - 1):
+            for high in range(low, min(len(cuts) - 1, low + 12)):
+                for step in (-1, 1):
+                    trial = [cut + step if low <= k <= high else cut for k, cut in enumerate(cuts)]
+                    if any(a > b for a, b in zip(trial, trial[1:], strict=False)) or trial[-2] > trial[-1] or trial[1] < 0:
+                        continue
+                    new = cost(trial)
+                    if new < value:
+                        cuts, value, improved = trial, new, True
+    return cuts
+
+
+def resident_room(problem: PlanningProblem, rank: int) -> int:
+    """Bytes of weights and optimizer state a rank may hold."""
+    limit = problem.limits.resident_bytes
+    memory = problem.topology.devices[rank].memory_bytes
+    return memory if limit is None else min(limit, memory)
+
+
+def split_streams(problem: PlanningProblem, groups: Sequence[int]) -> list[list[int]]:
+    """A stage as runs of groups on one stream, in order."""
+    result: list[list[int]] = []
+    for group in groups:
+        if not result or problem.groups[result[-1][-1]].stream is not problem.groups[group].stream:
+            result.append([])
+        result[-1].append(group)
+    return result
+
+
+def place(problem: PlanningProblem, shape: Shape, parts: Sequence[Sequence[int]]) -> Placement:
+    """The placement of a shape with given stages; microbatches take the two directions in turn."""
+    last = problem.num_ranks - 1
+    stages, routes = [], []
+    for rank, groups in zip(shape.rank_of, parts, strict=True):
+        for part in split_streams(problem, groups):
+            ranks = tuple(sorted({rank, last - rank})) if shape.two_way else (rank,)
+            stages.append(Stage(tuple(part), ranks))
+            routes.append(tuple(last - rank if shape.two_way and m % 2 else rank for m in range(problem.num_microbatches)))
+    return Placement(tuple(stages), tuple(routes), shape.name)
+
+
+def resident_fits(problem: PlanningProblem, placement: Placement) -> bool:
+    """Whether every rank has room for the weights and states of its stages."""
+    held = [0] * problem.num_ranks
+    for stage in placement.stages:
+        for rank in stage.ranks:
+            held[rank] += sum(problem.groups[group].resident_bytes for group in stage.groups)
+    return all(held[rank] <= resident_room(problem, rank) for rank in range(problem.num_ranks))
+
+
+def propose(problem: PlanningProblem, name: str = "free") -> Iterator[Placement]:
+    """Placements of the allowed shapes whose weights fit, simplest first."""
+    for shape in shapes(problem.num_ranks, name):
+        if len(units(problem)) < shape.num_stages and shape.name != "chain":
+            continue
+        placement = place(problem, shape, fit_cuts(problem, shape))
+        if resident_fits(problem, placement):
+            yield placement
