@@ -86,8 +86,9 @@ def without(costs, group):
 @pytest.mark.parametrize(("change", "options", "message"), [
     (lambda costs: dataclasses.replace(costs, graph_digest="d2"), {}, "made for graph d2, but toy is graph d1"),
     (lambda costs: without(costs, "text"), {}, "no entry for group 'text' on device kind 'device'"),
-    (lambda costs: dataclasses.replace(costs, entries=(*costs.entries[:2], GroupCost("text", "device", {F: 1}, "given"))),
-     {}, "group 'text' on 'device' has phases F, but the graph has F, I, W"),
+    (lambda costs: dataclasses.replace(
+        costs, entries=(*costs.entries[:2], GroupCost("text", "device", {F: 1}, "given"))), {},
+     "group 'text' on 'device' has phases F, but the graph has F, I, W"),
     (None, {"optimizer": "adamax"}, "optimizer 'adamax': unknown; expected one of none, sgd"),
     (None, {"optimizer": -1.0}, "expected 0 or more"),
     (None, {"loads": {"audio": [1.0]}}, "'audio' is neither a group nor a branch; branches are text, vision"),
