@@ -1,0 +1,303 @@
+"""A segment as three functions of explicit tensors: F (forward), I (input gradient) and W (weight gradient).
+
+Of the joint graph, F gets the ancestors of outputs and buffer updates; I what is left and some input gradient needs; W
+the rest. Operators that need no gradient and serve only the backward (powers, casts, copies) go where they are needed,
+unless computing them in F keeps fewer bytes: an exact minimum cut decides. What crosses from one phase to a later one
+is saved; views of one storage count once, and views of parameters are made again instead.
+
+Left out: recomputing cheap parts of F in I (the planner recomputes whole groups instead).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import networkx as nx
+import torch
+from torch import Tensor, fx, nn
+
+from mipipe.graphs import joint as joint_graph
+from mipipe.graphs.flops import count_flops, num_bytes
+from mipipe.graphs.joint import Function, Joint, storage_bytes, storage_of, trace_joint
+from mipipe.graphs.operator_graph import Operator, Phase, SavedTensor, SegmentTrace, TensorSpec
+from mipipe.graphs.serialize import digest
+from mipipe.graphs.trace import CONSTANT, GETITEM, encode, identifier, spec_of
+
+ORDER = {Phase.F: 0, Phase.I: 1, Phase.W: 2}
+
+
+def trace_segment(function: Function, inputs: Mapping[str, TensorSpec],
+                  parameters: Mapping[str, TensorSpec] | None = None,
+                  buffers: Mapping[str, TensorSpec] | None = None, *, differentiable: Sequence[bool] | None = None,
+                  trainable: Sequence[bool] | None = None, wanted: Sequence[bool] | None = None) -> SegmentTrace:
+    """The trace of ``function(*inputs, *parameters, *buffers) -> tensors``, split into F, I and W.
+
+    Args:
+        function: pure but for buffers, which it may change in place; called on fake tensors only.
+        inputs, parameters, buffers: argument names (distinct Python identifiers) to specs, in the order of the call.
+        differentiable: for each input, whether its gradient is wanted; by default all of floating dtype.
+        trainable: for each parameter, whether it trains; by default all.
+        wanted: for each output, whether a gradient arrives; by default for all that require one.
+
+    Raises:
+        GraphError: an operation has no stored form, or a large tensor is closed over.
+    """
+    parameters, buffers = parameters or {}, buffers or {}
+    if differentiable is None:
+        differentiable = [spec.dtype.startswith(("float", "bfloat", "complex")) for spec in inputs.values()]
+    if trainable is None:
+        trainable = [True] * len(parameters)
+    flags = [*differentiable, *trainable, *([False] * len(buffers))]
+    specs = [*inputs.values(), *parameters.values(), *buffers.values()]
+    made = trace_joint(function, specs, flags, wanted, len(inputs) + len(parameters))
+    _freeze_updated(made)
+    phases = _assign(made, len(inputs))
+    _repeat_parameter_views(made, phases, len(inputs))
+    return _to_trace(made, phases, (tuple(inputs), tuple(parameters), tuple(buffers)))
+
+
+def trace_module(module: nn.Module, inputs: Mapping[str, Tensor], *, differentiable: Sequence[bool] | None = None,
+                 wanted: Sequence[bool] | None = None) -> SegmentTrace:
+    """The trace of a whole module as one segment: ``module(*inputs)`` gives a tensor or a sequence of tensors.
+
+    Parameters and buffers are bound in the order of ``named_parameters()`` and ``named_buffers()`` (ties once); their
+    names in the trace are `identifier` of the FQNs. What has ``requires_grad`` trains.
+    """
+    params, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+
+    def function(*tensors: Tensor) -> Sequence[Tensor]:
+        given, state = tensors[:len(inputs)], dict(zip([*params, *buffers], tensors[len(inputs):], strict=True))
+        result = torch.func.functional_call(module, state, given)
+        return (result,) if isinstance(result, Tensor) else tuple(result)
+
+    def named(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+        return {identifier(name): spec_of(tensor) for name, tensor in tensors.items()}
+
+    return trace_segment(function, named(inputs), named(params), named(buffers), differentiable=differentiable,
+                         trainable=[param.requires_grad for param in params.values()], wanted=wanted)
+
+
+def _freeze_updated(made: Joint) -> None:
+    """Copy arguments which F changes and the backward reads: by then the runtime holds the new value."""
+    after = _closure([node for node in made.tangents if node is not None], lambda node: node.users)
+    for index in made.updates:
+        argument = made.arguments[index]
+        late = [user for user in argument.users if user in after]
+        if late:
+            with made.graph.inserting_after(made.arguments[-1]):
+                copy = made.graph.call_function(torch.ops.aten.clone.default, (argument,))
+            with made.mode:
+                copy.meta["val"] = argument.meta["val"].clone()
+            for user in late:
+                user.replace_input_with(argument, copy)
+
+
+def _closure(nodes: Iterable[fx.Node | None], step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """All nodes reached from ``nodes`` (themselves included) by ``step``."""
+    found: set[fx.Node] = set()
+    pending = [node for node in nodes if node is not None]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending.extend(step(node))
+    return found
+
+
+def _ancestors(nodes: Iterable[fx.Node | None]) -> set[fx.Node]:
+    return _closure(nodes, lambda node: node.all_input_nodes)
+
+
+def _assign(made: Joint, num_inputs: int) -> dict[fx.Node, Phase]:
+    """The phase of every operator of the joint graph; results of an operator with several go with it."""
+    operators = [node for node in made.graph.nodes if node.op == "call_function"]
+    forward = _ancestors([*made.outputs, *made.updates.values()])
+    backward = _closure([node for node in made.tangents if node is not None], lambda node: node.users)
+    free = [node for node in operators if node not in forward and node not in backward]
+    resident = {storage_of(node) for node in made.arguments[num_inputs:]}
+    forward |= _cheaper_in_forward(free, backward, resident)
+    towards_inputs = _ancestors(made.grads[:num_inputs])
+    phases: dict[fx.Node, Phase] = {}
+    for node in operators:
+        if node.target is operator.getitem:
+            phases[node] = phases[node.args[0]]
+        else:
+            phases[node] = Phase.F if node in forward else Phase.I if node in towards_inputs else Phase.W
+    return phases
+
+
+def _cheaper_in_forward(free: Sequence[fx.Node], backward: set[fx.Node], resident: set[int | None]) -> set[fx.Node]:
+    """The gradient-free operators outside F which F should compute, so that the fewest bytes are kept.
+
+    A minimum cut between what F has and what the backward reads; each storage is a vertex that costs its bytes
+    (``resident`` ones, of parameters and buffers, nothing). Among equal cuts the one with the least in F.
+    """
+    cut, members = nx.DiGraph(), set(free)
+
+    def vertex(node: fx.Node) -> Hashable:
+        storage = storage_of(node)
+        if storage is None:
+            cut.add_edge((node, "in"), (node, "out"))
+            return node
+        size = 0 if storage in resident else max(1, storage_bytes(node))
+        cut.add_edge((storage, "in"), (storage, "out"), capacity=size)
+        return storage
+
+    sources = {source for node in free for source in node.all_input_nodes}
+    for node in {*free, *sources}:
+        if node not in members or _draws(node):
+            cut.add_edge("source", (vertex(node), "in"))
+        if any(user in backward for user in node.users):
+            cut.add_edge((vertex(node), "out"), "sink")
+    for node in free:
+        for source in node.all_input_nodes:
+            if vertex(source) != vertex(node):
+                cut.add_edge((vertex(source), "out"), (vertex(node), "in"))
+    if "sink" not in cut or "source" not in cut:
+        return set()
+    _, (early, _) = nx.minimum_cut(cut, "source", "sink")
+    chosen = [node for node in free if (vertex(node), "in") in early and not _is_view(node)]
+    return _ancestors(chosen)
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether an operator draws random numbers: it must run exactly once, in F."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node's tensor shares the storage of one of its inputs."""
+    storage = storage_of(node)
+    return storage is not None and any(storage_of(source) == storage for source in node.all_input_nodes)
+
+
+def _repeat_parameter_views(made: Joint, phases: dict[fx.Node, Phase], num_inputs: int) -> None:
+    """Make views of parameters and buffers again in each phase that reads them, rather than saving them."""
+    resident = {storage_of(node) for node in made.arguments[num_inputs:]}
+    copies: dict[tuple[fx.Node, Phase], fx.Node] = {}
+
+    def again(node: fx.Node, phase: Phase, before: fx.Node) -> fx.Node:
+        if node not in phases or phases[node] is phase or storage_of(node) not in resident:
+            return node
+        if (node, phase) not in copies:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda item: again(item, phase, before))
+            with made.graph.inserting_before(before):
+                copy = made.graph.create_node("call_function", node.target, args, kwargs)
+            copy.meta.update(node.meta)
+            phases[copy], copies[node, phase] = phase, copy
+        return copies[node, phase]
+
+    for node in [node for node in made.graph.nodes if node in phases and phases[node] is not Phase.F]:
+        for source in node.all_input_nodes:
+            node.replace_input_with(source, again(source, phases[node], node))
+
+
+def _name(made: Joint, names: Sequence[str]) -> None:
+    """Name placeholders after the arguments, gradients ``grad_i`` after their outputs, the rest apart from these."""
+    wanted = dict(zip(made.arguments, names, strict=True))
+    wanted.update({node: f"grad_{i}" for i, node in enumerate(made.tangents) if node is not None})
+    taken = set(wanted.values())
+    for node in made.graph.nodes:
+        name, count = wanted.get(node, node.name), 0
+        while node not in wanted and name in taken:
+            name, count = f"{node.name}_{count}", count + 1
+        node.name = name
+        taken.add(name)
+
+
+def _saved(made: Joint, phases: dict[fx.Node, Phase], num_inputs: int) -> list[SavedTensor]:
+    """What crosses phases; each storage is counted once, at the tensor that keeps it longest."""
+    inputs, has_input_grads = made.arguments[:num_inputs], any(made.grads[:num_inputs])
+    born = {**phases, **dict.fromkeys(inputs, Phase.F)}
+    if has_input_grads:
+        born |= {node: Phase.I for node in made.tangents if node is not None}
+    last: dict[fx.Node, Phase] = {}
+    reads = [(source, phase) for node, phase in phases.items() for source in node.all_input_nodes]
+    reads += [(node, Phase.W) for node in made.grads[num_inputs:] if node is not None]
+    for source, phase in reads:
+        if source in born and ORDER[born[source]] < ORDER[phase]:
+            last[source] = max(last.get(source, phase), phase, key=ORDER.__getitem__)
+    aliases = {storage_of(node): node.name for node in (*inputs, *made.tangents) if node is not None}
+    crossing = [node for node in made.graph.nodes if node in last]
+    counted: set[int | None] = set()
+    found: dict[fx.Node, SavedTensor] = {}
+    for node in sorted(crossing, key=lambda node: -ORDER[last[node]]):
+        storage = storage_of(node)
+        size = 0 if storage in counted else storage_bytes(node)
+        counted.add(storage)
+        found[node] = SavedTensor(node.name, size, born[node], last[node], aliases.get(storage))
+    return [found[node] for node in crossing]
+
+
+_GATHERS = {"aten.embedding.default", "aten.index.Tensor", "aten.gather.default", "aten.index_select.default"}
+"""Operators that read as much of their first argument as they return, not all of it."""
+
+
+def _to_operator(node: fx.Node, phase: Phase) -> Operator:
+    """A node of the joint graph as data."""
+    value = node.meta["val"]
+    outputs = tuple(spec_of(item) for item in (value if isinstance(value, (tuple, list)) else (value,))
+                    if isinstance(item, Tensor))
+    if node.target is operator.getitem:
+        return Operator(node.name, GETITEM, phase, encode(node.args), {}, outputs)
+    if node.target is joint_graph.make_constant:
+        return Operator(node.name, CONSTANT, phase, encode(node.args), {}, outputs, bytes_written=num_bytes(value))
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda item: item.meta["val"])
+    encoded = {key: encode(item) for key, item in node.kwargs.items() if key != "pin_memory"}
+    read = written = 0
+    if not _is_view(node):
+        sources = node.all_input_nodes
+        read, written = sum(num_bytes(source.meta["val"]) for source in sources), num_bytes(value)
+        if str(node.target) in _GATHERS:
+            read += written - num_bytes(sources[0].meta["val"])
+    return Operator(node.name, str(node.target), phase, encode(node.args), encoded, outputs,
+                    count_flops(node.target, args, kwargs, value), max(read, 0), written, node.meta.get("fqn", ""))
+
+
+def _to_trace(made: Joint, phases: dict[fx.Node, Phase], names: tuple[tuple[str, ...], ...]) -> SegmentTrace:
+    """The partitioned graph as data, with its digest."""
+    inputs, parameters, buffers = names
+    _name(made, (*inputs, *parameters, *buffers))
+    nodes = [node for node in made.graph.nodes if node in phases]
+    operators = tuple(_to_operator(node, phase) for phase in Phase for node in nodes if phases[node] is phase)
+    boundary = (*made.arguments, *made.tangents, *made.outputs, *made.updates.values(), *made.grads)
+    saved = _saved(made, phases, len(inputs))
+    crossing = {item.name for item in saved}
+    specs = {node.name: spec_of(node.meta["val"]) for node in made.graph.nodes
+             if node in boundary or node.name in crossing}
+    grads = tuple(None if node is None else node.name for node in made.grads)
+    trace = SegmentTrace(
+        "", inputs, parameters, buffers, tuple(None if node is None else node.name for node in made.tangents), specs,
+        operators, tuple(node.name for node in made.outputs if node is not None),
+        {made.arguments[index].name: node.name for index, node in made.updates.items() if node is not None},
+        grads[:len(inputs)], grads[len(inputs):len(inputs) + len(parameters)], tuple(saved))
+    trace = replace(trace, workspace_bytes={phase: _workspace(nodes, phases, phase, boundary, crossing)
+                                            for phase in Phase if trace.has(phase)})
+    return replace(trace, digest=digest(trace))
+
+
+def _workspace(nodes: Sequence[fx.Node], phases: dict[fx.Node, Phase], phase: Phase, boundary: Sequence[fx.Node | None],
+               crossing: set[str]) -> int:
+    """The most bytes of a phase's intermediates alive at once, without what it is given and what it keeps."""
+    own = [node for node in nodes if phases[node] is phase]
+    made_here = {storage_of(node) for node in own if not _is_view(node)} - {None}
+    kept = {storage_of(node) for node in own if node in boundary or node.name in crossing}
+    last: dict[int | None, int] = {}
+    for index, node in enumerate(own):
+        last.update({storage_of(item): index for item in (node, *node.all_input_nodes)})
+    live = peak = 0
+    sizes: dict[int | None, int] = {}
+    for index, node in enumerate(own):
+        for item in (node,):
+            storage = storage_of(item)
+            if storage in made_here and storage not in kept and storage not in sizes:
+                sizes[storage] = storage_bytes(item)
+                live += sizes[storage]
+        peak = max(peak, live)
+        for storage in {storage_of(item) for item in (node, *node.all_input_nodes)}:
+            if last[storage] == index and storage in sizes:
+                live -= sizes[storage]
+                sizes[storage] = 0
+    return peak
