@@ -78,8 +78,8 @@ def sce(tile: Tile, stats: tuple[Cutoffs | None, list[float]], *, select_topk: f
     """
     cutoffs, weight = stats
     deltas = tile.deltas()
-    if mask_deltas and cutoffs is not None:
-        mask = _selected(tile, deltas, cutoffs)
+    mask = _selected(tile, deltas, cutoffs) if mask_deltas else None
+    if mask is not None:
         deltas = [delta * mask for delta in deltas]
     signs = elected_signs(deltas, [1.0] * len(deltas))
     return tile.origin + agreeing(deltas, weight, signs, "mean")

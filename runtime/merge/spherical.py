@@ -122,7 +122,8 @@ def nuslerp(tile: Tile, stats: Any, *, weight: Sequence[float], nuslerp_row_wise
         weights = arc_weights(first.double().square().sum(1), second.double().square().sum(1),
                               (first.double() * second.double()).sum(1), nuslerp_position(weight))[..., None]
     elif stats is None:
-        weights = arc_weights(*(value.double().sum() for value in (first**2, second**2, first * second)),
+        wide = first.double(), second.double()
+        weights = arc_weights(wide[0].square().sum(), wide[1].square().sum(), (wide[0] * wide[1]).sum(),
                               nuslerp_position(weight))
     else:
         weights = stats

@@ -1,0 +1,370 @@
+"""The numeric checks of every method, as worked out in the papers' notation (methods.md, part A)."""
+
+import math
+
+import pytest
+import torch
+
+from mipipe.graphs.tensor_classes import TensorClass
+from mipipe.runtime.merge import (
+    arithmetic,
+    consensus,
+    disentangle,
+    low_rank,
+    method,
+    one_bit,
+    projective,
+    spectral,
+    spherical,
+)
+from mipipe.runtime.merge.method import TensorPiece, merge_piece, merge_tensors
+from mipipe.runtime.merge.registry import BY_METHOD
+
+
+def tensor(*rows):
+    return torch.tensor(rows[0] if len(rows) == 1 else list(rows), dtype=torch.float64)
+
+
+def close(found, expected, tolerance=1e-6):
+    torch.testing.assert_close(torch.as_tensor(found, dtype=torch.float64),
+                               torch.as_tensor(expected, dtype=torch.float64), rtol=0, atol=tolerance)
+
+
+def merged(name, base, models, **params):
+    params = {key.removesuffix("_"): value for key, value in params.items()}
+    return merge_tensors(BY_METHOD[name], base, models, params)
+
+
+def deltas(name, *taus, **params):
+    """The merged delta over a zero base."""
+    return merged(name, torch.zeros_like(taus[0]), list(taus), **params)
+
+
+def test_task_arithmetic():
+    close(merged("task_arithmetic", tensor([1, 2, 3]), [tensor([2, 2, 1]), tensor([1, 4, 3])], lambda_=0.5),
+          [1.5, 3, 2])
+
+
+def test_one_task_vector_average_is_task_arithmetic_bit_for_bit():
+    base, model = torch.randn(64, 16), torch.randn(64, 16)
+    half = merged("task_arithmetic", base, [model], weight=0.5)
+    assert torch.equal(half, merged("task_arithmetic", base, [model, base.clone()], weight=1.0, normalize=True))
+
+
+TIES = tensor([4, -3, 1, 0.5]), tensor([-2, -5, 3, 0.1])
+
+
+def test_ties_mean_sum_and_weights():
+    close(deltas("ties", *TIES, density=0.5), [4, -4, 3, 0])
+    close(deltas("ties", *TIES, density=0.5, normalize=False), [4, -8, 3, 0])
+    close(deltas("ties", *TIES, density=0.5, weight=[1, 3]), [4, -4.5, 3, 0])
+    close(deltas("ties", *TIES, density=0.5, combine="max"), [4, -5, 3, 0])
+
+
+def test_ties_scope_tensor_against_model():
+    ties = BY_METHOD["ties"]
+    pieces = [TensorPiece(torch.zeros(3), [tensor(values).float()]) for values in ([10, 9, 8], [.1, .2, .3])]
+    for scope, kept in (("tensor", [[10, 0, 0], [0, 0, .3]]), ("model", [[10, 9, 8], [0, 0, .3]])):
+        params = method.fill(ties, {"density": 0.5, "scope": scope}, 1)
+        stats = None
+        if scope == "model":
+            for step in ties.rounds(**params):
+                total = sum(method.measure_piece(step, piece, stats, params) for piece in pieces)
+                stats = step.finish(total, stats, **params)
+        for piece, expected in zip(pieces, kept, strict=True):
+            close(torch.cat(list(merge_piece(ties, piece, params, stats))), expected)
+
+
+def test_ties_keeps_exactly_k_entries_when_magnitudes_are_equal():
+    tau = torch.ones(10)
+    assert int(deltas("ties", tau, density=0.35).count_nonzero()) == 3
+
+
+def test_ties_majority_sign_where_the_sum_is_zero():
+    first, second = tensor([-1, -1, 1]), tensor([-1, -1, -1])
+    close(deltas("ties", first, second)[2], 1.0)
+    close(deltas("ties", first, second, zero_sum="majority")[2], -1.0)
+
+
+def test_dare_rescaling(monkeypatch):
+    tau = tensor([1, 2, 3, 4])
+    monkeypatch.setattr(method.Tile, "random", lambda self, model: tensor([.1, .9, .1, .9]))
+    close(deltas("dare_linear", tau, density=0.5), [2, 0, 6, 0])
+    close(deltas("dare_linear", tau, density=0.5, rescale_norm="l1"), [2.5, 0, 7.5, 0])
+    close(deltas("dare_linear", tau, density=0.5, rescale=False), [1, 0, 3, 0])
+
+
+def test_dare_keeps_the_expectation():
+    tau = torch.full((40000,), 2.0)
+    found = deltas("dare_linear", tau, density=0.1)
+    assert abs(float(found.mean()) - 2.0) < 0.1
+    assert abs(float(found.var()) - 36.0) < 1.5
+
+
+def test_della_keeps_large_entries_more_often():
+    tau = torch.linspace(0.1, 1.0, 100).repeat(500, 1)
+    stays = (deltas("della_linear", tau, density=0.5, epsilon=0.6) != 0).double().mean(0)
+    assert abs(float(stays.mean()) - 0.5) < 0.02
+    assert abs(float(stays[:10].mean()) - 0.23) < 0.04 and abs(float(stays[-10:].mean()) - 0.77) < 0.04
+
+
+def test_breadcrumbs_drops_outliers_and_small_entries():
+    tau = tensor([10, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+    close(deltas("breadcrumbs", tau, density=0.5, gamma=0.2), [0, 0, 0, 0, 4, 5, 6, 7, 8, 0])
+
+
+@pytest.mark.parametrize(("v0", "v1", "t", "expected"), [
+    ([1, 0], [0, 1], .5, [.707107, .707107]),
+    ([1, 0], [0, 1], .25, [.923880, .382683]),
+    ([2, 0], [0, 1], .5, [1.414214, .707107]),
+    ([2, 0], [0, 1], 0, [2, 0]),
+    ([2, 0], [0, 1], 1, [0, 1]),
+    ([1, 0], [-1, 0], .25, [.5, 0]),
+    ([0, 0], [0, 1], .5, [0, .707107]),
+])
+def test_slerp(v0, v1, t, expected):
+    close(merged("slerp", None, [tensor(v0), tensor(v1)], t=t), expected)
+
+
+def test_nuslerp_is_slerp_at_the_position_of_its_weights():
+    first, second = torch.randn(6, 4).double(), torch.randn(6, 4).double()
+    close(merged("nuslerp", None, [first, second], weight=[3, 1]), merged("slerp", None, [first, second], t=.25))
+    base = torch.randn(6, 4).double()
+    close(merged("nuslerp", base, [base + first, base + second], weight=[1, 1]),
+          base + merged("slerp", None, [first, second], t=.5))
+    by_row = merged("nuslerp", None, [first, second], weight=[1, 2], nuslerp_row_wise=True)
+    by_column = merged("nuslerp", None, [first, second], weight=[1, 2], nuslerp_flatten=False)
+    for index in range(4):
+        close(by_row[index], merged("slerp", None, [first[index], second[index]], t=2 / 3))
+        close(by_column[:, index], merged("slerp", None, [first[:, index], second[:, index]], t=2 / 3))
+
+
+def test_karcher_of_two_models_is_their_slerp():
+    first, second = tensor([1, 0, 0]), tensor([0, 1, 0])
+    close(merged("karcher", None, [first, second], max_iter=50, tol=1e-12), [.707107, .707107, 0])
+    close(merged("karcher", None, [first, second], weight=[3, 1], max_iter=50, tol=1e-12),
+          merged("slerp", None, [first, second], t=.25))
+    axes = torch.eye(3, dtype=torch.float64)
+    close(merged("karcher", None, list(axes), max_iter=100, tol=1e-12), [3**-.5] * 3)
+
+
+def test_model_stock():
+    close(deltas("model_stock", tensor([1, 0]), tensor([0, 1])), [0, 0])
+    close(deltas("model_stock", tensor([1, 2]), tensor([1, 2])), [1, 2])
+    # cosine 1/2 between two vectors: t = 2 c / (1 + c) = 2/3, T = 2
+    first, second = tensor([1, 0]), tensor([.5, math.sqrt(.75)])
+    close(deltas("model_stock", first, second), 2 / 3 * (first + second) / 2)
+    rows = torch.stack([first, tensor([1, 2])]), torch.stack([second, tensor([1, 2])])
+    close(deltas("model_stock", *rows, filter_wise=True), torch.stack([(first + second) / 3, tensor([1, 2])]))
+
+
+def test_sce_selection_weights_and_both_variants():
+    taus = tensor([2, 0, 1]), tensor([0, 0, -3])
+    close(deltas("sce", *taus, select_topk=.5, mask_deltas=False), [2, 0, -3])
+    close(deltas("sce", *taus, select_topk=.5), [0, 0, -3])
+    close(deltas("sce", *taus), [2, 0, -3])
+    for share, expected in ((.5, (.1, .9)), (1.0, (.357143, .642857))):
+        sce, piece = BY_METHOD["sce"], TensorPiece(torch.zeros(3).double(), taus)
+        params, stats = method.fill(sce, {"select_topk": share}, 2), None
+        for step in sce.rounds(**params):
+            stats = step.finish(method.measure_piece(step, piece, stats, params), stats, **params)
+        close(stats[1], expected)
+    same = tensor([1, -2, 3])
+    close(deltas("sce", same, same, select_topk=.5, mask_deltas=False), same)
+    close(deltas("sce", same, same, select_topk=.5), [0, 0, 0])
+
+
+def test_varm():
+    close(deltas("varm", tensor([2, 0]), tensor([0, 1])), [2 * .8, .2])
+
+
+def test_frank_closed_form_is_the_minimum_of_the_bound():
+    close(consensus.frank_lambdas([4, 1], [1, 1]), [.8, .2])
+    close(consensus.frank_lambdas([4, 1], [.25, .75]), [.571429, .428571])
+    close(consensus.frank_prior(math.log(2), 3, "sum"), [4 / 7, 2 / 7, 1 / 7])
+    close(consensus.frank_prior(math.log(2), 3, "max"), [1, .5, .25])
+    grid = torch.linspace(0, 1, 101, dtype=torch.float64)
+    bound = 4 * ((1 - grid)**2 * 4 + (1 - grid)**2 * 1) + 1 * ((1 - (1 - grid))**2 * 1 + grid**2 * 4)
+    close(grid[bound.argmin()], .8, 1e-9)
+    frank = BY_METHOD["frank"]
+    base, vision, reason = torch.zeros(4), tensor([2, 0, 0, 0]).float(), tensor([0, 1, 0, 0]).float()
+    close(merge_tensors(frank, base, [vision, reason], layer=0), [1.6, .2, 0, 0])
+    close(merge_tensors(frank, base, [vision, reason], layer=None), vision)
+
+
+def test_layer_swapping_weights():
+    weights = [arithmetic.layer_swapping_weight(layer, 12, 3, 1, 1, .5) for layer in range(12)]
+    assert weights == [0, 0, 0, .5, 1, 1, 1, 1, 1, 1, .5, 0]
+    assert {arithmetic.layer_swapping_weight(layer, 12, 0, 0, 0, .5) for layer in range(12)} == {1.0}
+    assert {arithmetic.layer_swapping_weight(layer, 12, 12, 0, 0, .5) for layer in range(12)} == {0.0}
+
+
+def test_widen_matrix_and_vector():
+    base = torch.eye(2, dtype=torch.float64)
+    models = [tensor([2, 0], [0, 1]), tensor([1, .5], [0, 1])]
+    moves = [disentangle.column_moves(base, model) for model in models]
+    close(disentangle.ranks(torch.stack([move[0] for move in moves])), [[.5, 0], [0, .5]])
+    close(disentangle.ranks(torch.stack([move[1] for move in moves])), [[0, .5], [0, .5]])
+    close(merged("widen", base, models), [[1.75, .5], [0, 1]])
+    # Entry 2: the first model is above its mean (score 1), the second gets softmax(1, 1/4) = 1 / (1 + e^0.75).
+    close(merged("widen", tensor([1, 1]), [tensor([1, 2]), tensor([1.5, 1.25])]),
+          [1.5, 2 + .25 / (1 + math.exp(.75))])
+
+
+def test_widen_tolerates_zero_columns():
+    base, model = tensor([0, 1], [0, 1]), tensor([1, 1], [0, 2])
+    assert merged("widen", base, [model, base]).isfinite().all()
+
+
+def test_lore_threshold_objective_and_two_models():
+    close(low_rank.soft_threshold(torch.diag(tensor([3, .05, 1])), .1), torch.diag(tensor([2.9, 0, .9])))
+    torch.manual_seed(0)
+    models = [torch.randn(8, 6, dtype=torch.float64) for _ in range(3)]
+    values = []
+    for iterations in range(1, 8):
+        base, found = low_rank.lore_estimate(models, .3, iterations)
+        values.append(low_rank.lore_objective(models, base, found, .3))
+    assert all(after <= before + 1e-9 for before, after in zip(values, values[1:], strict=False))
+    average = (models[0] + models[1]) / 2
+    close(merged("lore", None, models[:2], mu=.2, lambda_=.7), average, 1e-12)
+    assert not torch.allclose(merged("lore", None, models[:2], mu=.2, combine="ties"), average)
+    close(merged("lore", None, models, mu=0.0), sum(models) / 3, 1e-12)
+
+
+def test_one_bit_quantiser_and_packing():
+    tau = tensor([1, -2], [3, -4])
+    close(one_bit.scale_of(tau), 2.5)
+    close(one_bit.quantised(tau, 2.5), [[2.5, -2.5], [2.5, -2.5]])
+    assert float((tau - one_bit.quantised(tau, 2.5)).square().sum()) == 5.0
+    close(deltas("onebit", tau, torch.ones_like(tau), route=0), [[2.5, -2.5], [2.5, -2.5]])
+    signs = torch.randn(5, 7)
+    assert torch.equal(one_bit.unpack_signs(one_bit.pack_signs(signs), (5, 7)), signs.sign())
+    close(one_bit.unpack_signs(one_bit.pack_signs(torch.zeros(3)), (3,)), [1, 1, 1])
+
+
+def test_one_bit_without_quantisation_returns_the_routed_expert():
+    base, models = torch.randn(4, 4).double(), [torch.randn(4, 4).double() for _ in range(3)]
+    close(merged("onebit", base, models, route=2, full_precision=True), models[2], 1e-12)
+
+
+def test_optmerge_closed_form_and_descent():
+    taus = torch.diag(tensor([3, 1])), tensor([0, 2], [0, 1])
+    for centred in (True, False):
+        targets, maps = projective.optmerge_targets(taus, 1, centred)
+        solved = projective.optmerge_closed_form(sum(taus), targets, maps)
+        close(solved, [[3, 2], [0, 1]])
+        assert projective.optmerge_loss(solved, targets, maps) < 1e-20
+    targets, maps = projective.optmerge_targets(taus, 1, False)
+    assert projective.optmerge_loss(sum(taus), targets, maps) == pytest.approx(1.0)
+    assert projective.optmerge_loss(sum(taus) / 2, targets, maps) == pytest.approx(3.025)
+    descended = projective.optmerge_descent(sum(taus), targets, maps, "adam", 1e-2, 3000)
+    close(descended, [[3, 2], [0, 1]], 1e-3)
+
+
+def test_optmerge_identical_experts_give_the_best_low_rank_part():
+    tau = torch.randn(6, 5).double()
+    found = deltas("optmerge", tau, tau, start="mean", centred=False)
+    left, values, right = spectral.svd(tau)
+    row_space = right[:2].T @ right[:2]
+    close(found @ row_space, (left[:, :2] * values[:2]) @ right[:2], 1e-9)
+
+
+def test_rmm_compression():
+    vectors = tensor([1, 2, 3], [3, 2, 1])
+    mean, basis, coefficients = low_rank.rmm_compress(vectors, 1)
+    close(mean, [2, 2, 2])
+    close(basis.abs(), [[.707107, 0, .707107]])
+    close(coefficients.abs(), [[1.414214], [1.414214]])
+    close(low_rank.rmm_reconstruct(mean, basis, coefficients), vectors, 1e-12)
+    eye = torch.eye(3, dtype=torch.float64)
+    for num_basis, error in ((1, 1.0), (2, 0.0)):
+        found = low_rank.rmm_reconstruct(*low_rank.rmm_compress(eye, num_basis))
+        close((found - eye).norm(), error, 1e-9)
+    for num_basis, share in ((1, .2513), (2, .3776), (4, .6302), (7, 1.0091)):
+        assert low_rank.rmm_share(768, 8, num_basis) == pytest.approx(share, abs=1e-4)
+
+
+def test_rmm_returns_each_adapter_when_nothing_is_dropped():
+    taus = [torch.randn(6, 2).double() @ torch.randn(2, 5).double() for _ in range(3)]
+    for index, tau in enumerate(taus):
+        close(deltas("rmm", *taus, num_basis=2, rank=2, route=[float(index == at) for at in range(3)]), tau, 1e-9)
+
+
+def test_twin_one_hot_full_density_and_truncation():
+    torch.manual_seed(1)
+    base, models = torch.randn(4, 4).double(), [torch.randn(4, 4).double() for _ in range(2)]
+    close(merged("twin", base, models, density=1.0, route=[0, 1]), models[1], 1e-12)
+    close(merged("twin", base, models, density=1.0), (models[0] + models[1]) / 2, 1e-12)
+    shared = base + .29 * (models[0] - base + models[1] - base)
+    values = spectral.svd(models[0] - shared)[1]
+    for rank in (1, 2):
+        error = (merged("twin", base, models, density=rank / 4, route=[1, 0]) - models[0]).norm()
+        close(error, values[rank:].square().sum().sqrt(), 1e-9)
+
+
+def test_tsvm_examples():
+    close(deltas("tsvm", torch.diag(tensor([3, 1])), torch.diag(tensor([0, 2]))), [[3, 0], [0, 2]])
+    direction = tensor([.5, math.sqrt(3) / 2])
+    found = deltas("tsvm", tensor([2, 0], [0, 0]), torch.outer(direction, direction))
+    close(found, [[1.933013, -.25], [-.25, 1.066987]])
+    close(torch.linalg.eigvalsh(found), [1, 2])
+    tau = torch.randn(5, 4).double()
+    close(deltas("tsvm", tau), tau, 1e-9)
+
+
+def test_tsvm_sums_orthogonal_low_rank_tasks_and_survives_identical_ones():
+    torch.manual_seed(2)
+    left, right = (torch.linalg.qr(torch.randn(12, 12).double())[0] for _ in range(2))
+    taus = [left[:, 2 * i:2 * i + 2] @ torch.diag(tensor([3, 1.5])) @ right[:, 2 * i:2 * i + 2].T for i in range(3)]
+    close(deltas("tsvm", *taus), sum(taus), 1e-9)
+    tau = torch.randn(6, 4).double()
+    close(deltas("tsvm", tau, tau), low_rank.truncated(tau, 2), 1e-9)
+
+
+def test_rtsvm_weights_and_ranks():
+    assert spectral.outlier_weights([3, 1]) == [1.5, .5]
+    assert spectral.outlier_weights([0, 0]) == [1, 1]
+    assert spectral.adaptive_ranks([.5, .5], 16) == [4, 4]
+    assert spectral.adaptive_ranks([0, 0], 16) == [8, 8]
+    signs = torch.randn(8, 8).double().sign()  # equal magnitudes: no outliers, nothing small
+    other = torch.randn(8, 8).double().sign()
+    close(deltas("rtsvm", signs, other), deltas("tsvm", signs, other), 1e-9)
+
+
+def test_doge_numbers():
+    taus = tensor([1, 0], [0, 0]), tensor([0, 0], [0, 2])
+    lambdas = projective.doge_lambdas(taus, .07)
+    close(lambdas, [.07, .035])
+    loss, gradient = projective.doge_loss(taus, lambdas, torch.zeros(2, 2).double())
+    close(loss, 15.7645)
+    close(gradient, [[-.1953, 0], [0, -1.6212]], 1e-4)
+    many = [torch.randn(12, 12).double() for _ in range(2)]
+    lambdas, subspace = projective.doge_lambdas(many, .07), projective.shared_subspace(many, 6)
+    assert all(weight * float(tau.norm()) == pytest.approx(.07) for weight, tau in zip(lambdas, many, strict=True))
+    before = projective.doge_loss(many, lambdas, torch.zeros(12, 12).double())[0]
+    for reproject in (False, True):
+        shift = projective.doge_shift(many, lambdas, subspace, 1e-4, 400, reproject)
+        assert projective.doge_loss(many, lambdas, shift)[0] < before
+    assert float((subspace.T @ shift).abs().max()) < 1e-12
+
+
+def test_doge_skips_a_zero_task_vector_and_keeps_the_base_elsewhere():
+    tau = torch.randn(12, 12)
+    doge = BY_METHOD["doge"]
+    params = {"steps": 20}
+    assert merge_tensors(doge, torch.zeros(12, 12), [tau, torch.zeros(12, 12)], params).isfinite().all()
+    bias = torch.randn(4)
+    assert torch.equal(merge_tensors(doge, bias, [bias + 1], params), bias)
+
+
+def test_embeddings_of_widen_are_weighted_by_token():
+    base = torch.randn(5, 3).double()
+    models = [base + torch.randn(5, 3).double() for _ in range(2)]
+    as_embedding = merge_tensors(BY_METHOD["widen"], base, models, tensor_class=TensorClass.EMBEDDING)
+    as_matrix = merge_tensors(BY_METHOD["widen"], base.T.contiguous(), [model.T.contiguous() for model in models])
+    close(as_embedding, as_matrix.T, 1e-12)
+
+
+def test_arc_weights_agree_with_the_scalar_form():
+    found = spherical.arc_weights(tensor(4.0), tensor(1.0), tensor(.6), .3)
+    close(found, spherical.slerp_coefficients(.3, .3))
