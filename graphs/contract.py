@@ -24,7 +24,9 @@ class GraphIndex:
     """An operator graph with its names resolved once.
 
     ``source[v]`` is the index of the segment that makes value v (-1: an input of the model), ``readers[v]`` the
-    indices of those that read it, in order.
+    indices of those that read it, in order. ``acting`` are the segments whose I and W run: those with a gradient from
+    the loss. ``returns_grad`` are the values whose gradient some reader gives and the maker takes. (The runtime decides
+    the same from the graph alone, `mipipe.runtime.flow`.)
     """
 
     graph: OperatorGraph
@@ -33,36 +35,49 @@ class GraphIndex:
     num_bytes: dict[str, int]
     source: dict[str, int]
     readers: dict[str, tuple[int, ...]]
+    acting: frozenset[int]
     returns_grad: frozenset[str]
 
     @property
     def segments(self) -> tuple[Segment, ...]:
         return self.graph.segments
 
+    def runs(self, member: int, phase: Phase) -> bool:
+        """Whether a segment's phase exists in a training step."""
+        return phase is Phase.F or (member in self.acting and self.traces[member].has(phase))
+
 
 def index_graph(graph: OperatorGraph) -> GraphIndex:
-    """The index of a graph. A value returns a gradient if its maker takes one and some reader gives one."""
+    """The index of a graph."""
     by_digest = {trace.digest: trace for trace in graph.traces}
     traces = tuple(by_digest[segment.trace] for segment in graph.segments)
     source = {value.name: -1 for value in graph.values}
     readers: dict[str, list[int]] = {value.name: [] for value in graph.values}
-    takes: set[str] = set()
-    gives: set[str] = set()
-    for number, (segment, trace) in enumerate(zip(graph.segments, traces, strict=True)):
-        for name, grad in zip(segment.outputs, trace.output_grads, strict=True):
+    for number, segment in enumerate(graph.segments):
+        for name in segment.outputs:
             source[name] = number
-            if grad is not None:
-                takes.add(name)
-        for name, grad in zip(segment.inputs, trace.input_grads, strict=True):
-            if not readers[name] or readers[name][-1] != number:
-                readers[name].append(number)
-            if grad is not None:
-                gives.add(name)
-    differentiable = {value.name for value in graph.values if value.differentiable}
+        for name in dict.fromkeys(segment.inputs):
+            readers[name].append(number)
+    acting, returned = _gradient_flow(graph, traces)
     return GraphIndex(graph, traces, {parameter.fqn: parameter for parameter in graph.parameters},
                       {value.name: value.spec.num_bytes for value in graph.values}, source,
-                      {name: tuple(numbers) for name, numbers in readers.items()},
-                      frozenset(takes & gives & differentiable))
+                      {name: tuple(numbers) for name, numbers in readers.items()}, acting, returned)
+
+
+def _gradient_flow(graph: OperatorGraph, traces: Sequence[SegmentTrace]) -> tuple[frozenset[int], frozenset[str]]:
+    """Which segments act in the backward pass, and which values get a gradient that is used."""
+    reached = {graph.loss}
+    acting: set[int] = set()
+    needed: set[str] = set()
+    for number in reversed(range(len(traces))):
+        segment, trace = graph.segments[number], traces[number]
+        taken = {value for value, name in zip(segment.outputs, trace.output_grads, strict=True) if name is not None}
+        if not taken & reached or not (trace.has(Phase.I) or trace.has(Phase.W)):
+            continue
+        acting.add(number)
+        needed |= taken
+        reached |= {value for value, name in zip(segment.inputs, trace.input_grads, strict=True) if name is not None}
+    return frozenset(acting), frozenset(needed & reached - {graph.loss})
 
 
 def contract(index: GraphIndex, groups: Sequence[Sequence[int]]) -> CoarseGraph:
@@ -83,7 +98,7 @@ def contract(index: GraphIndex, groups: Sequence[Sequence[int]]) -> CoarseGraph:
         targets = sorted({group_of[reader] for reader in index.readers[value.name]} - {home})
         if targets:
             size = index.num_bytes[value.name]
-            outside = any(group_of[reader] != home and _gives_grad(index, reader, value.name)
+            outside = any(group_of[reader] != home and gives_grad(index, reader, value.name)
                           for reader in index.readers[value.name])
             grad = size if outside and value.name in index.returns_grad else None
             values.append(GroupValue(value.name, home, tuple(targets), size, grad))
@@ -91,16 +106,18 @@ def contract(index: GraphIndex, groups: Sequence[Sequence[int]]) -> CoarseGraph:
     return CoarseGraph(index.graph.model, digest(index.graph), op_groups, tuple(values))
 
 
-def _gives_grad(index: GraphIndex, reader: int, value: str) -> bool:
+def gives_grad(index: GraphIndex, reader: int, value: str) -> bool:
     """Whether a segment returns a gradient for one of its inputs."""
+    if reader not in index.acting:
+        return False
     pairs = zip(index.segments[reader].inputs, index.traces[reader].input_grads, strict=True)
     return any(name == value and grad is not None for name, grad in pairs)
 
 
 def _group(index: GraphIndex, members: Sequence[int], name: str) -> OpGroup:
     """The totals of one group."""
-    traces = [index.traces[member] for member in members]
-    phases = [phase for phase in PHASES if any(trace.has(phase) for trace in traces)]
+    phases = [phase for phase in PHASES if any(index.runs(member, phase) for member in members)]
+    running = {phase: [index.traces[member] for member in members if index.runs(member, phase)] for phase in phases}
     inside = set(members)
     outer = {value for member in members for value in index.segments[member].inputs
              if index.source[value] not in inside}
@@ -111,8 +128,8 @@ def _group(index: GraphIndex, members: Sequence[int], name: str) -> OpGroup:
     return OpGroup(
         name,
         tuple(index.segments[member].name for member in members),
-        {phase: sum(trace.flops(phase) for trace in traces) for phase in phases},
-        {phase: sum(moved_bytes(trace, phase) for trace in traces) for phase in phases},
+        {phase: sum(trace.flops(phase) for trace in running[phase]) for phase in phases},
+        {phase: sum(moved_bytes(trace, phase) for trace in running[phase]) for phase in phases},
         sum(size.values()),
         sum(size[fqn] for fqn in parameters if index.parameters[fqn].trainable and not index.parameters[fqn].buffer),
         *saved,
@@ -120,7 +137,7 @@ def _group(index: GraphIndex, members: Sequence[int], name: str) -> OpGroup:
         {phase: _workspace(index, members, phase) for phase in phases},
         _tags(index, members),
         _structure(index, members),
-        all(is_collective(trace) for trace in traces),
+        all(is_collective(index.traces[member]) for member in members),
     )
 
 
@@ -141,7 +158,7 @@ def saved_bytes(index: GraphIndex, members: Sequence[int]) -> tuple[int, int, in
     """
     kept: dict[tuple[str, str], tuple[int, bool, bool]] = {}
     for member in members:
-        for tensor in index.traces[member].saved:
+        for tensor in index.traces[member].saved if member in index.acting else ():
             storage = _storage(index, member, tensor)
             if storage is not None:
                 size, from_f, to_w = kept.get(storage, (0, False, False))
@@ -190,7 +207,8 @@ def _workspace(index: GraphIndex, members: Sequence[int], phase: Phase) -> int:
     peak = waiting = 0
     for member, difference in zip(order, change, strict=False):
         waiting += difference
-        peak = max(peak, waiting + index.traces[member].workspace_bytes.get(phase, 0))
+        own = index.traces[member].workspace_bytes.get(phase, 0) if index.runs(member, phase) else 0
+        peak = max(peak, waiting + own)
     return peak
 
 
@@ -201,7 +219,7 @@ def _waiting(index: GraphIndex, order: Sequence[int], phase: Phase) -> Iterator[
     kept = {storage for member in order for tensor in index.traces[member].saved
             if (storage := _storage(index, member, tensor)) is not None}
     if phase is Phase.W:
-        for member in order:
+        for member in filter(index.acting.__contains__, order):
             trace = index.traces[member]
             pairs = zip(trace.parameters, trace.parameter_grads, strict=True)
             made = [name for name, grad in pairs if grad is not None]

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from mipipe.graphs.cluster import DeviceKind
 from mipipe.graphs.coarse_graph import CoarseGraph
+from mipipe.graphs.contract import index_graph
 from mipipe.graphs.costs import CostTable, GroupCost
 from mipipe.graphs.errors import GraphError, ProblemError
 from mipipe.graphs.operator_graph import Operator, OperatorGraph, Phase, SegmentTrace
@@ -42,19 +43,20 @@ def roofline(coarse: CoarseGraph, graph: OperatorGraph, kinds: Mapping[str, Devi
         if not kind.has_peaks:
             raise ProblemError(f"costs: device kind {kind.name} has no peaks, so a roofline cannot be computed; profile"
                                " the graph on the machine, or give --costs a table")
-    traces = {trace.digest: trace for trace in graph.traces}
-    used = {segment.name: segment.trace for segment in graph.segments}
+    index = index_graph(graph)
+    number_of = {segment.name: number for number, segment in enumerate(graph.segments)}
     entries: list[GroupCost] = []
     for kind in kinds.values():
-        times = {(key, phase): phase_seconds(trace, phase, kind, dtype)
-                 for key, trace in traces.items() for phase in Phase}
+        times = {(trace.digest, phase): phase_seconds(trace, phase, kind, dtype)
+                 for trace in graph.traces for phase in Phase}
         for group in coarse.groups:
-            missing = [name for name in group.segments if name not in used]
+            missing = [name for name in group.segments if name not in number_of]
             if missing:
                 raise GraphError(f"group {group.name}: its segment {missing[0]!r} is not in the operator graph of"
                                  f" {graph.model}; coarsen this graph again")
-            spent = {phase: round(1e9 * sum(times[used[name], phase] for name in group.segments))
-                     for phase in group.flops}
+            members = [number_of[name] for name in group.segments]
+            spent = {phase: round(1e9 * sum(times[graph.segments[member].trace, phase] for member in members
+                                            if index.runs(member, phase))) for phase in group.flops}
             entries.append(GroupCost(group.name, kind.name, spent, "roofline"))
     notes = {f"roofline.{kind.name}": f"{kind.source}; efficiency {kind.efficiency:g}, launch {kind.launch_ns} ns"
              for kind in kinds.values()}

@@ -137,6 +137,15 @@ def test_values_between_groups_carry_gradients_only_where_one_flows(builder):
     assert coarse.groups[0].trainable_bytes == 0 and coarse.groups[0].parameter_bytes == W_BYTES
 
 
+def test_what_never_reaches_the_loss_has_no_backward(builder):
+    x = builder.linear("a", builder.source("ids"))
+    builder.linear("metric", x)
+    builder.linear("loss", x)
+    coarse = coarsen(builder.graph(), granularity="operator")
+    assert [sorted(group.flops) for group in coarse.groups] == [["F", "W"], ["F"], ["F", "I", "W"]]
+    assert coarse.groups[1].saved_fw_bytes == 0
+
+
 def test_tied_parameters_count_once_in_a_group_and_in_each_group(builder):
     x = builder.linear("embed", builder.source("ids"))
     builder.linear("head", x, tied="embed.weight")
@@ -187,6 +196,8 @@ def test_random_graphs_stay_acyclic_and_whole(builder, data):
         role = data.draw(st.sampled_from([Role.NORM, Role.ATTENTION, Role.MLP]))
         branch = data.draw(st.sampled_from(["text", "vision"]))
         names.append(made.linear(f"n{number}", *inputs, layer=layer, role=role, branch=branch))
+    read = {name for segment in made.segments for name in segment.inputs}
+    made.linear("loss", *(name for name in names if name not in read), branch="text")
     graph = made.graph()
     check_partition(graph, coarsen(graph, granularity=data.draw(st.sampled_from(["operator", "block", "layer"]))))
     try:
