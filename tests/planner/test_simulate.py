@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from contextlib import nullcontext
 
 import pytest
 from hypothesis import given, settings
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 from mipipe.graphs.errors import PlanError, ProgramError
 from mipipe.graphs.topology import Device, Link, Topology
 from mipipe.planner.actions import Action, ActionKind, Stream
+from mipipe.planner.check import check_plan, check_program
 from mipipe.planner.evaluate import evaluate
 from mipipe.planner.lower import lower
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
-from mipipe.planner.problem import Group, GroupEdge, OverlapRule, PhaseTimes, PlanningProblem
+from mipipe.planner.problem import Group, GroupEdge, Limits, OverlapRule, PhaseTimes, PlanningProblem
 from mipipe.planner.simulate import simulate
 from mipipe.planner.stages import view
 from mipipe.planner.timeline import Timeline
@@ -23,16 +25,16 @@ from mipipe.planner.timeline import Timeline
 
 def random_problem(rng: random.Random, ranks: int, microbatches: int) -> PlanningProblem:
     """A DAG of 2 to 6 groups with random sizes; phases, collectives, loads and links vary."""
-    count = rng.randint(2, 6)
+    count, least = rng.randint(2, 6), rng.choice((0, 1, 1))
     groups = []
     frozen = rng.randint(0, 1)
     for n in range(count):
         no_i = n == 0 and rng.random() < 0.5
-        times = PhaseTimes(rng.randint(0, 9), None if no_i else rng.randint(0, 9),
-                           None if n < frozen or rng.random() < 0.2 else rng.randint(0, 9))
+        times = PhaseTimes(rng.randint(2 * least, 9), None if no_i else rng.randint(2 * least, 9),
+                           None if n < frozen or rng.random() < 0.2 else rng.randint(2 * least, 9))
         loads = tuple(rng.choice((0.5, 1.0, 2.0)) for _ in range(microbatches)) if rng.random() < 0.3 else ()
         groups.append(Group(
-            f"g{n}", {"a": times, "b": times}, resident_bytes=rng.randint(0, 50), gradient_bytes=rng.randint(0, 40),
+            f"g{n}", {"a": times, "b": times}, resident_bytes=rng.randint(0, 50), gradient_bytes=rng.randint(least, 40),
             stream=Stream.COLLECTIVE if rng.random() < 0.25 else Stream.COMPUTE, saved_fi_bytes=rng.randint(0, 9),
             saved_fw_bytes=rng.randint(0, 9), saved_iw_bytes=rng.randint(0, 9), workspace_bytes=rng.randint(0, 5),
             recompute_bytes=rng.randint(0, 3), loads=loads))
@@ -43,7 +45,7 @@ def random_problem(rng: random.Random, ranks: int, microbatches: int) -> Plannin
         back = None if rng.random() < 0.15 else rng.randint(0, 9)
         edges.append(GroupEdge(source, tuple(sorted(targets)), rng.randint(0, 9), back, f"v{n}"))
     devices = tuple(Device(f"d{r}", rng.choice("ab"), 10**6, host=f"h{r % 2}") for r in range(ranks))
-    topology = Topology(devices, Link(rng.randint(0, 3)), Link(rng.randint(0, 6), 10**9))
+    topology = Topology(devices, Link(rng.randint(least, 3)), Link(rng.randint(least, 6), 10**9))
     return PlanningProblem("random", tuple(groups), tuple(edges), topology, microbatches,
                            overlap=OverlapRule(rng.randint(2, 4), 4))
 
@@ -141,6 +143,27 @@ def test_program_takes_as_long_as_the_plan(seed):
         assert starts[str(action)] == evaluation.starts[node]
     moved = sorted((span.start_ns, span.end_ns) for span in timeline.spans if span.stream is Stream.CHANNEL)
     assert moved == sorted((move.start_ns, move.end_ns) for move in evaluation.transfers)
+
+
+@settings(max_examples=300, deadline=None)
+@given(SEEDS)
+def test_the_checker_agrees(seed):
+    """The independent check finds the same makespan and the same peak memory, to the byte, in plan and program."""
+    plan = random_plan(seed)
+    timeline = simulate(plan, lower(plan))
+    plan = dataclasses.replace(plan, makespan_ns=timeline.makespan_ns)
+    check_plan(plan)
+    check_program(plan, lower(plan))
+    if any(span.start_ns == span.end_ns for span in timeline.spans):
+        return  # what takes no time may be ordered either way, and receives are then posted sooner
+    peaks = [timeline.peak_bytes(rank) - timeline.resident_bytes[rank] for rank in range(plan.problem.num_ranks)]
+    rank = peaks.index(max(peaks))
+    for size, raises in ((peaks[rank], False), (peaks[rank] - 1, peaks[rank] > 0)):
+        problem = plan.problem.replace(limits=Limits(activation_bytes=size))
+        capped = dataclasses.replace(plan, problem=problem)
+        for check in (lambda plan=capped: check_plan(plan), lambda plan=capped: check_program(plan, lower(plan))):
+            with pytest.raises(PlanError, match="activations and buffers take") if raises else nullcontext():
+                check()
 
 
 @settings(max_examples=150, deadline=None)
