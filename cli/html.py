@@ -59,7 +59,8 @@ def _panel(panel: Panel) -> dict[str, Any]:
     kinds: dict[str, int] = {}
     stages = stages_by_rank(timeline)
     ranks: list[dict[str, Any]] = [{"compute": [], "collective": [], "channel": []} for _ in range(timeline.num_ranks)]
-    for span in sorted(timeline.spans, key=lambda span: (span.start_ns, span.end_ns)):
+    shown = (span for span in timeline.spans if span.end_ns > span.start_ns)
+    for span in sorted(shown, key=lambda span: (span.start_ns, span.end_ns)):
         second = int(span.stage in stages[span.rank] and stages[span.rank].index(span.stage) % 2)
         ranks[span.rank][span.stream.value].append(
             [span.start_ns, span.end_ns, kinds.setdefault(span.kind.value, len(kinds)),

@@ -49,7 +49,7 @@ def draw(timeline: Timeline, width: int, until_ns: int | None = None) -> Text:
     makespan = max(timeline.makespan_ns, 1)
     stages = stages_by_rank(timeline)
     for stream in (Stream.COMPUTE, Stream.COLLECTIVE):
-        if stream is Stream.COLLECTIVE and not any(span.stream is stream for span in timeline.spans):
+        if stream is Stream.COLLECTIVE and not _used(timeline, stream):
             continue
         if stream is Stream.COLLECTIVE:
             text.append("communication stream\n", "dim")
@@ -62,6 +62,10 @@ def draw(timeline: Timeline, width: int, until_ns: int | None = None) -> Text:
             text.append("\n")
     text.append_text(_axis(until, timeline.unit_ns, columns, gutter))
     return text
+
+
+def _used(timeline: Timeline, stream: Stream) -> bool:
+    return any(span.stream is stream and span.end_ns > span.start_ns for span in timeline.spans)
 
 
 def stages_by_rank(timeline: Timeline) -> list[list[int]]:
@@ -124,7 +128,7 @@ def legend(timeline: Timeline) -> Text:
              ActionKind.B: "B both gradients", ActionKind.OVERLAP_F_B: "FB forward and backward overlapped",
              ActionKind.RECOMPUTE: "R recompute", ActionKind.ALL_REDUCE: "A all-reduce",
              ActionKind.ALL_TO_ALL: "all-to-all", ActionKind.OPTIMIZER_STEP: "O optimizer"}
-    kinds = {span.kind for span in timeline.spans if span.stream is not Stream.CHANNEL}
+    kinds = {span.kind for span in timeline.spans if span.stream is not Stream.CHANNEL and span.end_ns > span.start_ns}
     text = Text()
     for kind, name in names.items():
         if kind in kinds:

@@ -1,0 +1,62 @@
+"""``mipipe capture``: a model becomes an operator graph, on the meta device, without weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from mipipe.cli.output import Json, check_folder, emit, progress, stdout
+from mipipe.graphs.errors import InputError
+
+EXAMPLE = "mipipe capture examples/qwen3_moe_tiny --seq 64 --batch 2 -o graph.json"
+
+
+def capture(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A folder with a transformers config.json (or the file), a transformers"
+                                               " class name, package.module:factory, or an exported .pt2 program.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The operator graph to write.")],
+    seq: Annotated[int, typer.Option(help="Tokens per sequence.", min=1)] = 128,
+    batch: Annotated[int, typer.Option(help="Sequences per microbatch.", min=1)] = 1,
+    dtype: Annotated[str, typer.Option(help="Parameters' type: float32, bfloat16, float64, ...")] = "float32",
+    settings: Annotated[list[str] | None, typer.Option(
+        "--set", help="Override of the model's configuration, such as num_hidden_layers=8; may be repeated.")] = None,
+    expert_groups: Annotated[int | None, typer.Option(
+        help="Split every bank of experts into this many branches.", min=1)] = None,
+    json_output: Json = False,
+) -> None:
+    """Capture a model's training step as an operator graph: forward, input and weight gradients."""
+    check_folder(output, "--output")
+    overrides = parse_settings(settings or [])
+    with progress(f"capturing {source}"):
+        from mipipe.graphs.capture import capture as capture_model
+        from mipipe.graphs.serialize import save
+        from mipipe.graphs.summary import graph_summary, summary_rows
+
+        graph = capture_model(source, seq=seq, batch=batch, dtype=dtype, overrides=overrides,
+                              expert_groups=expert_groups)
+        save(graph, output)
+    if json_output:
+        emit({"output": str(output), **graph_summary(graph)})
+        return
+    from mipipe.cli.tables import print_rows
+
+    console = stdout()
+    print_rows(console, summary_rows(graph))
+    console.print(f"wrote {output}")
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """``["a.b=3", "c=text"]`` as a mapping; values are read as YAML, so numbers and booleans are what they look like."""
+    parsed: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name:
+            raise InputError(f"--set {setting}: expected name=value, such as num_hidden_layers=8")
+        try:
+            parsed[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"--set {setting}: {value!r} is no YAML value; quote it") from None
+    return parsed

@@ -1,0 +1,44 @@
+"""``mipipe check``: is this plan (or lowered program) executable and within memory? Says the first rule it breaks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mipipe.cli.output import Json, emit, stdout
+
+EXAMPLE = "mipipe check plan.json"
+
+
+def check(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.")],
+    program_file: Annotated[Path | None, typer.Option(
+        "--program", help="A lowered program of this plan (from `mipipe simulate --program`) to check instead of"
+                          " lowering the plan anew.")] = None,
+    graph_file: Annotated[Path | None, typer.Option("--graph", help="The operator graph the plan must be for.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Check a plan with code that shares nothing with the planner: order, deadlock, memory, recorded makespan."""
+    from mipipe.graphs.errors import PlanError
+    from mipipe.graphs.operator_graph import OperatorGraph
+    from mipipe.graphs.serialize import digest, load
+    from mipipe.planner.check import check_plan, check_program
+    from mipipe.planner.lower import lower
+    from mipipe.planner.plan import Plan
+    from mipipe.planner.program import Program
+
+    plan = load(plan_file, Plan)
+    if graph_file is not None and digest(load(graph_file, OperatorGraph)) != plan.problem.graph_digest:
+        raise PlanError(f"{plan_file}: made for graph {plan.problem.graph_digest or '(none)'}, not for {graph_file};"
+                        " plan this graph")
+    check_plan(plan)
+    program = load(program_file, Program) if program_file is not None else lower(plan)
+    check_program(plan, program)
+    count = sum(len(order.compute) + len(order.collective) for order in plan.schedule.ranks)
+    if json_output:
+        emit({"plan": str(plan_file), "ok": True, "actions": count, "transfers": len(program.transfers)})
+    else:
+        stdout().print(f"{plan_file}: ok; {count} actions on {plan.problem.num_ranks} ranks, {len(program.transfers)}"
+                       " transfers, no deadlock, memory within capacity")

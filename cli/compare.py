@@ -1,0 +1,142 @@
+"""``mipipe compare``: published schedules and our plan on one problem, each in its stated accounting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mipipe.cli.output import Html, Json, Seed, check_folder, emit, number, progress, stdout
+from mipipe.graphs.errors import InputError
+
+if TYPE_CHECKING:
+    from mipipe.planner.compare import Row
+    from mipipe.planner.problem import PlanningProblem
+
+EXAMPLE = "mipipe compare --ranks 8 --microbatches 20 --f 2 --i 2 --w 1"
+
+_CHAIN = "Equal stages"
+
+
+def compare(
+    ranks: Annotated[int | None, typer.Option(help="Devices.", rich_help_panel=_CHAIN)] = None,
+    microbatches: Annotated[int | None, typer.Option(help="Microbatches of one step.", rich_help_panel=_CHAIN)] = None,
+    f: Annotated[float, typer.Option("--f", help="Forward of an even stage.", rich_help_panel=_CHAIN)] = 1.0,
+    i: Annotated[float, typer.Option("--i", help="Its input gradient.", rich_help_panel=_CHAIN)] = 1.0,
+    w: Annotated[float, typer.Option("--w", help="Its weight gradient.", rich_help_panel=_CHAIN)] = 1.0,
+    comm: Annotated[float, typer.Option(help="Duration of each transfer.", rich_help_panel=_CHAIN)] = 0.0,
+    fb: Annotated[float | None, typer.Option(help="Duration of an overlapped F&B of an even stage (default: F+I+W).",
+                                             rich_help_panel=_CHAIN)] = None,
+    layers: Annotated[int | None, typer.Option(help="Equal layers of the model (default: 2 per rank).",
+                                               rich_help_panel=_CHAIN)] = None,
+    first: Annotated[float, typer.Option(help="Embedding before the layers, as a fraction of an even stage.",
+                                         rich_help_panel=_CHAIN)] = 0.0,
+    last: Annotated[float, typer.Option(help="Head after the layers, as a fraction of an even stage.",
+                                        rich_help_panel=_CHAIN)] = 0.0,
+    copies: Annotated[float | None, typer.Option(help="Planned rows: parameters per device, in even shares, at most"
+                                                      " (default 2).", rich_help_panel=_CHAIN)] = None,
+    activations: Annotated[float | None, typer.Option(help="Planned rows: activations per device at most, in even"
+                                                           " stages of one microbatch (default ranks + 1).",
+                                                      rich_help_panel=_CHAIN)] = None,
+    problem_file: Annotated[Path | None, typer.Option("--problem", help="A planning problem or a plan (for its"
+                                                                        " problem) instead of equal stages.")] = None,
+    placement: Annotated[str, typer.Option(help="Placement of the planned row: free, chain, v, interleaved, wave,"
+                                                " two-way, ...")] = "free",
+    schedules: Annotated[str | None, typer.Option(help="Which rows, separated by commas (default: all; mipipe is the"
+                                                       " planned one).")] = None,
+    time_limit: Annotated[float, typer.Option("--time-limit", help="Seconds for the planned row.", min=0.1)] = 30.0,
+    seed: Seed = 0,
+    html_file: Html = None,
+    json_output: Json = False,
+) -> None:
+    """Compare published schedules with the planned one: makespan, bubble, memory, bound and gap."""
+    check_folder(html_file, "--html")
+    from mipipe.planner.compare import compare as compare_schedules
+    from mipipe.planner.options import PlanOptions
+
+    chain = {"ranks": ranks, "microbatches": microbatches, "f": f, "i": i, "w": w, "comm": comm, "fb": fb,
+             "layers": layers, "first": first, "last": last, "copies": copies, "activations": activations}
+    problem = _read_problem(problem_file, chain)
+    options = PlanOptions(time_limit_s=time_limit, seed=seed, placement=placement)  # type: ignore[arg-type]
+    names = None if schedules is None else [name.strip() for name in schedules.split(",") if name.strip()]
+    with progress("comparing") as update:
+        rows = compare_schedules(problem, names, options, update)
+    if html_file is not None:
+        _write_html(html_file, problem, rows)
+    if json_output:
+        emit({"problem": problem_data(problem, {} if problem_file else chain), "rows": [row.data() for row in rows]})
+        return
+    _print(problem, rows)
+
+
+def _read_problem(path: Path | None, chain: dict[str, Any]) -> PlanningProblem:
+    """The problem of the options, or of a file."""
+    from mipipe.cli.files import open_any
+    from mipipe.planner.plan import Plan
+    from mipipe.planner.problem import PlanningProblem
+    from mipipe.planner.uniform import uniform_problem
+
+    given = {name: value for name, value in chain.items() if value is not None}
+    if path is None:
+        for name in ("ranks", "microbatches"):
+            if name not in given:
+                raise InputError(f"compare: --{name} is missing; give --ranks and --microbatches, or --problem FILE")
+        return uniform_problem(**given)
+    if chain["ranks"] is not None or chain["microbatches"] is not None:
+        raise InputError(f"compare: --problem {path} fixes ranks and microbatches; leave out --ranks and"
+                         " --microbatches")
+    found = open_any(path, PlanningProblem, Plan)
+    return found.problem if isinstance(found, Plan) else found
+
+
+def problem_data(problem: PlanningProblem, chain: dict[str, Any]) -> dict[str, Any]:
+    """What was compared, with the assumptions every row rests on, as JSON data."""
+    from mipipe.planner.uniform import in_activations, in_copies
+
+    limits = problem.limits
+    stated = {name: value for name, value in chain.items() if value is not None}
+    return {
+        "name": problem.name, "digest": problem.digest(), "unit_ns": problem.unit_ns, **stated,
+        "ranks": problem.num_ranks, "microbatches": problem.num_microbatches, "groups": len(problem.groups),
+        "copies": None if limits.resident_bytes is None else number(in_copies(problem, limits.resident_bytes)),
+        "activations": None if limits.activation_bytes is None
+        else number(in_activations(problem, limits.activation_bytes)),
+        "reduction": "none" if not any(group.gradient_bytes for group in problem.groups) else "all-reduce"}
+
+
+_COLUMNS = ("schedule", "accounting", "makespan", "bubble", "ratio", "copies", "activations", "bound", "gap",
+            "placement", "seconds", "note")
+
+
+def _cells(row: Row) -> dict[str, Any]:
+    values = (row.name, row.accounting, row.makespan, row.bubble,
+              None if row.bubble_ratio is None else f"{row.bubble_ratio:.1%}", row.parameter_copies,
+              row.peak_activations, row.bound, None if row.gap is None else f"{row.gap:.1%}", row.placement,
+              None if row.seconds is None else round(row.seconds, 1), row.note)
+    return dict(zip(_COLUMNS, values, strict=True))
+
+
+def _print(problem: PlanningProblem, rows: list[Row]) -> None:
+    from mipipe.cli.tables import print_rows
+
+    console = stdout()
+    data = problem_data(problem, {})
+    caps = "" if data["activations"] is None else (
+        f"; planned with at most {data['copies']:g} copies and {data['activations']:g} activations")
+    console.print(f"{data['name']}: {data['ranks']} ranks, {data['microbatches']} microbatches{caps}")
+    print_rows(console, [_cells(row) for row in rows])
+    planned = [row for row in rows if row.bound is not None]
+    for row in planned:
+        against = "" if row.without_baselines is None else (
+            f"; without any published schedule as a start: {row.without_baselines:g}")
+        console.print(f"{row.name}: bound holds over {row.bound_scope}; found by {row.rung}{against}")
+
+
+def _write_html(path: Path, problem: PlanningProblem, rows: list[Row]) -> None:
+    from mipipe.cli import html
+    from mipipe.cli.tables import cell
+
+    panels = [html.Panel(f"{row.name} ({row.accounting})", row.timeline) for row in rows if row.timeline is not None]
+    table = html.table(_COLUMNS, [[cell(value) for value in _cells(row).values()] for row in rows])
+    html.write(path, f"{problem.name}: schedules compared", panels, extra=f"<h2>All rows</h2>{table}")

@@ -1,0 +1,58 @@
+"""``mipipe export``: a plan's order as CSV in torch's grammar, its timeline as a Perfetto trace or HTML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mipipe.cli.output import Html, Json, Trace, check_folder, emit, stdout
+from mipipe.graphs.errors import InputError
+
+EXAMPLE = "mipipe export plan.json --csv order.csv --trace trace.json"
+
+
+def export(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A plan, or a timeline (for --trace and --html).")],
+    csv_file: Annotated[Path | None, typer.Option(
+        "--csv", help="The order of actions for torch.distributed.pipelining's schedule runtime.")] = None,
+    trace_file: Trace = None,
+    html_file: Html = None,
+    json_output: Json = False,
+) -> None:
+    """Write a plan or a timeline in other tools' formats."""
+    from mipipe.cli import html
+    from mipipe.cli.files import open_any
+    from mipipe.cli.report import capacities, facts
+    from mipipe.graphs.serialize import write_text
+    from mipipe.planner.export import perfetto_text, torch_csv
+    from mipipe.planner.lower import lower
+    from mipipe.planner.plan import Plan
+    from mipipe.planner.simulate import simulate
+    from mipipe.planner.timeline import Timeline
+
+    wanted = {"csv": csv_file, "trace": trace_file, "html": html_file}
+    if not any(wanted.values()):
+        raise InputError("export: nothing to write; give --csv, --trace or --html with a file name")
+    for name, path in wanted.items():
+        check_folder(path, f"--{name}")
+    found = open_any(file, Plan, Timeline)
+    plan = found if isinstance(found, Plan) else None
+    if csv_file is not None:
+        if plan is None:
+            raise InputError(f"{file}: a timeline has no order of actions to export; give the plan for --csv")
+        write_text(csv_file, torch_csv(plan))
+    if trace_file is not None or html_file is not None:
+        timeline = found if plan is None else simulate(plan, lower(plan))
+        if trace_file is not None:
+            write_text(trace_file, perfetto_text(timeline))
+        if html_file is not None:
+            html.write(html_file, plan.name if plan else file.name,
+                       [html.Panel(timeline.origin, timeline, capacities(plan) if plan else ())],
+                       facts(plan, timeline) if plan else [])
+    written = {name: str(path) for name, path in wanted.items() if path is not None}
+    if json_output:
+        emit({"written": written})
+    else:
+        stdout().print("wrote " + ", ".join(written.values()))

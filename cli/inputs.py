@@ -1,0 +1,88 @@
+"""From a verb's files and options to a `PlanningProblem`: shared by ``plan`` and ``compare``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from mipipe.cli.files import open_any, positive
+from mipipe.graphs.cluster import Cluster, load_cluster
+from mipipe.graphs.coarse_graph import CoarseGraph
+from mipipe.graphs.coarsen import coarsen
+from mipipe.graphs.costs import CostTable
+from mipipe.graphs.errors import InputError
+from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.roofline import roofline
+from mipipe.graphs.serialize import load
+from mipipe.graphs.topology import Topology
+from mipipe.graphs.units import parse_bytes
+from mipipe.planner.from_graph import build_problem
+from mipipe.planner.problem import PlanningProblem
+
+
+def read_problem(graph: Path, cluster: Path | None, microbatches: int | None, *, groups: int | None = None,
+                 granularity: str | None = None, costs: Path | None = None, memory: str | None = None,
+                 **details: Any) -> PlanningProblem:
+    """The problem of a graph on a cluster, or a problem file as it is (with ``memory`` and microbatches changed).
+
+    Raises:
+        InputError: a file is not what it should be, an option is missing or does not apply.
+    """
+    positive(microbatches, "--microbatches")
+    positive(groups, "--groups")
+    source = open_any(graph, OperatorGraph, CoarseGraph, PlanningProblem)
+    if isinstance(source, PlanningProblem):
+        return _changed(source, graph, cluster, costs, groups, microbatches, memory)
+    if cluster is None:
+        raise InputError(f"{graph}: an operator graph needs --cluster CLUSTER.yaml, which describes the devices")
+    if microbatches is None:
+        raise InputError(f"{graph}: an operator graph needs --microbatches, the number of microbatches of one step")
+    described = load_cluster(cluster)
+    table = None if costs is None else load(costs, CostTable)
+    if isinstance(source, CoarseGraph):
+        if table is None:
+            raise InputError(f"{graph}: a coarse graph needs --costs; estimates are made from an operator graph")
+        coarse = source
+    else:
+        coarse = _coarse(source, table, groups, granularity)
+        table = table or _estimate(coarse, source, described, cluster)
+    topology = with_memory(described.topology, memory)
+    return build_problem(coarse, table, topology, num_microbatches=microbatches, **details)
+
+
+def with_memory(topology: Topology, memory: str | None) -> Topology:
+    """The topology with every device's memory set to ``memory`` (a size such as 80GB), unchanged for None."""
+    if memory is None:
+        return topology
+    size = parse_bytes(memory, "--memory")
+    return dataclasses.replace(
+        topology, devices=tuple(dataclasses.replace(device, memory_bytes=size) for device in topology.devices))
+
+
+def _coarse(graph: OperatorGraph, table: CostTable | None, groups: int | None, granularity: str | None) -> CoarseGraph:
+    """The graph in groups: as asked, or as the cost table was made."""
+    if groups is None and granularity is None and table is not None:
+        noted = table.notes.get("groups")
+        groups = int(noted) if noted else None
+        granularity = table.notes.get("granularity")
+    return coarsen(graph, num_groups=groups, granularity=granularity)
+
+
+def _estimate(coarse: CoarseGraph, graph: OperatorGraph, described: Cluster, cluster: Path) -> CostTable:
+    unknown = sorted({device.kind for device in described.topology.devices
+                      if not described.kinds[device.kind].has_peaks})
+    if unknown:
+        raise InputError(f"{cluster}: device kind {unknown[0]!r} has no peak rates to estimate costs from; run"
+                         " `mipipe profile` on it and give its file as --costs")
+    return roofline(coarse, graph, {device.kind: described.kinds[device.kind] for device in described.topology.devices})
+
+
+def _changed(problem: PlanningProblem, path: Path, cluster: Path | None, costs: Path | None, groups: int | None,
+             microbatches: int | None, memory: str | None) -> PlanningProblem:
+    for option, value in (("--cluster", cluster), ("--costs", costs), ("--groups", groups)):
+        if value is not None:
+            raise InputError(f"{path} is a whole planning problem: {option} does not apply to it")
+    if memory is not None:
+        problem = problem.replace(topology=with_memory(problem.topology, memory))
+    return problem if microbatches is None else problem.replace(num_microbatches=microbatches)

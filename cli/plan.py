@@ -1,0 +1,125 @@
+"""``mipipe plan``: an operator graph and a cluster become a plan, with a bound on how good any plan could be."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mipipe.cli.output import Html, Json, Seed, TimeLimit, Trace, check_folder, emit, log, progress, stdout
+from mipipe.graphs.errors import InfeasibleError, TimeUpError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mipipe.planner.solve import Progress, SolveResult
+
+EXAMPLE = "mipipe plan graph.json --cluster cluster.yaml --microbatches 8 --costs costs.json -o plan.json"
+
+
+def plan(
+    graph: Annotated[Path, typer.Argument(metavar="GRAPH", help="An operator graph, a coarse graph, or a whole planning problem.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The plan to write.")] = None,
+    cluster: Annotated[Path | None, typer.Option(help="The cluster file (YAML): devices and links.")] = None,
+    microbatches: Annotated[int | None, typer.Option(help="Microbatches of one training step.")] = None,
+    groups: Annotated[int | None, typer.Option(
+        help="Merge operators into about this many groups (default: as in --costs).")] = None,
+    granularity: Annotated[str | None, typer.Option(help="Or merge by structure: layer, block, operator.")] = None,
+    costs: Annotated[Path | None, typer.Option(
+        help="Cost table from `mipipe profile` or `calibrate` (default: roofline estimates of the device kinds).")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory of every device, such as 80GB, instead of the"
+                                                    " cluster's.")] = None,
+    optimizer: Annotated[str, typer.Option(help="What the optimizer keeps: none, sgd, momentum, adam, adamw,"
+                                                " adamw_mixed.")] = "adamw",
+    placement: Annotated[str, typer.Option(help="free, or a fixed shape: chain, v, interleaved, wave, two-way,"
+                                                " ...")] = "free",
+    objective: Annotated[str, typer.Option(help="makespan, memory or utilisation.")] = "makespan",
+    recompute: Annotated[bool, typer.Option(help="Let groups run their forward twice to save memory.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Say what binds, and what each rung found.")] = False,
+    time_limit: TimeLimit = 60.0,
+    seed: Seed = 0,
+    html_file: Html = None,
+    trace_file: Trace = None,
+    json_output: Json = False,
+) -> None:
+    """Plan a training step: placement, order of work, and a bound. Ctrl-C keeps the best plan so far."""
+    for path, option in ((output, "--output"), (html_file, "--html"), (trace_file, "--trace")):
+        check_folder(path, option)
+    from mipipe.cli.inputs import read_problem
+    from mipipe.cli.report import gap, plan_data, print_plan, timeline_data, write_files
+    from mipipe.graphs.serialize import save
+    from mipipe.planner.lower import lower
+    from mipipe.planner.options import PlanOptions
+    from mipipe.planner.simulate import simulate
+    from mipipe.planner.solve import plan as solve
+
+    options = PlanOptions(time_limit_s=time_limit, seed=seed, placement=placement,  # type: ignore[arg-type]
+                          objective=objective, recompute=recompute)  # type: ignore[arg-type]
+    problem = read_problem(graph, cluster, microbatches, groups=groups, granularity=granularity, costs=costs,
+                           memory=memory, optimizer=optimizer, recompute=recompute)
+    with progress("planning") as update:
+        result = solve(problem, options, show_progress(update, problem.unit_ns))
+    if result.plan is None:
+        raise_reason(result)
+    found = result.plan
+    assert found is not None
+    timeline = simulate(found, lower(found))
+    if output is not None:
+        save(found, output)
+    write_files(found, [(f"simulated, placement {found.placement.name}", timeline)], html_file, trace_file)
+    if json_output:
+        data = {**plan_data(found), **timeline_data(timeline), "termination": result.termination.value,
+                "rung": result.rung, "seconds": round(result.seconds, 3),
+                "placement_gap": gap(found.makespan_ns, found.placement_bound_ns),
+                "history": [{"seconds": round(item.seconds, 3), "makespan": item.makespan_ns / problem.unit_ns,
+                             "rung": item.rung, "placement": item.placement} for item in result.history]}
+        if explain:
+            data |= {"explanation": list(result.explanation), "ablation": list(result.ablation)}
+        emit(data)
+        return
+    console = stdout()
+    print_plan(console, found, timeline)
+    console.print(f"found by {result.rung} in {result.seconds:.1f} s ({result.termination.value})")
+    if explain:
+        _print_explanation(result)
+    if output is not None:
+        console.print(f"wrote {output}")
+
+
+def show_progress(update: Callable[[str], None], unit_ns: int) -> Callable[[Progress], None]:
+    """A progress callback that says the best makespan, its gap and who found it."""
+    from mipipe.cli.terminal import format_time
+
+    def on_progress(state: Progress) -> None:
+        text = f"{state.seconds:.0f} s, {state.phase}"
+        if state.makespan_ns:
+            text += f", makespan {format_time(state.makespan_ns, unit_ns)}"
+        if state.makespan_ns and state.bound_ns:
+            text += f" (gap {state.makespan_ns / state.bound_ns - 1:.1%})"
+        update(text)
+
+    return on_progress
+
+
+def raise_reason(result: SolveResult) -> None:
+    """Raise the error of a solve that ended without a plan."""
+    from mipipe.planner.solve import Termination
+
+    if result.termination is Termination.INFEASIBLE:
+        raise InfeasibleError(f"no plan exists: {result.reason}")
+    if result.termination is Termination.INTERRUPTED:
+        raise KeyboardInterrupt
+    raise TimeUpError(result.reason)
+
+
+def _print_explanation(result: SolveResult) -> None:
+    from mipipe.cli.tables import print_rows
+
+    console = stdout()
+    for line in result.explanation:
+        console.print(line)
+    print_rows(console, result.ablation, title="what each rung found")
+    if not sys.stdout.isatty():
+        log(f"{len(result.history)} improvements")

@@ -1,0 +1,119 @@
+"""``mipipe show``: any file of mipipe's for people: graphs as a table, plans and timelines drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mipipe.cli.output import Html, Json, check_folder, emit, stdout
+from mipipe.graphs.errors import InputError
+
+if TYPE_CHECKING:
+    from mipipe.graphs.costs import CostTable
+    from mipipe.planner.plan import Plan
+    from mipipe.planner.timeline import Timeline
+
+EXAMPLE = "mipipe show plan.json measured.json --html timeline.html"
+
+
+def show(
+    files: Annotated[list[Path], typer.Argument(metavar="FILES", help="A graph; or a plan and timelines, drawn under one another.")],
+    html_file: Html = None,
+    json_output: Json = False,
+) -> None:
+    """Show a graph's summary, or plans and timelines on one time scale with their ratios."""
+    check_folder(html_file, "--html")
+    from mipipe.cli.files import open_any
+    from mipipe.graphs.coarse_graph import CoarseGraph
+    from mipipe.graphs.costs import CostTable
+    from mipipe.graphs.operator_graph import OperatorGraph
+    from mipipe.planner.plan import Plan
+    from mipipe.planner.timeline import Timeline
+
+    found = [open_any(path, OperatorGraph, CoarseGraph, CostTable, Plan, Timeline) for path in files]
+    graphs = [item for item in found if isinstance(item, (OperatorGraph, CoarseGraph, CostTable))]
+    if not graphs:
+        _show_timelines(list(zip(files, found, strict=True)), html_file, json_output)
+        return
+    if len(found) > 1:
+        raise InputError(f"{files[found.index(graphs[0])]}: a graph or cost table is shown alone; give one file, or"
+                         " only plans and timelines")
+    _show_graph(graphs[0], html_file, json_output)
+
+
+def _show_graph(graph: Any, html_file: Path | None, json_output: bool) -> None:
+    from mipipe.cli.tables import print_rows
+    from mipipe.graphs.costs import CostTable
+    from mipipe.graphs.summary import coarse_svg, graph_summary, summary_rows
+
+    if isinstance(graph, CostTable):
+        rows = cost_rows(graph)
+        if json_output:
+            emit({"hardware": graph.hardware, "notes": graph.notes, "rows": rows})
+        else:
+            print_rows(stdout(), rows, title=f"costs on {graph.hardware}")
+        return
+    rows = summary_rows(graph)
+    if html_file is not None:
+        from mipipe.cli import html
+
+        header = [name.replace("_", " ") for name in rows[0]]
+        cells = [[str(row.get(name, "")) for name in rows[0]] for row in rows]
+        html.write(html_file, graph.model, [], extra=html.table(header, cells) + f"<figure>{coarse_svg(graph)}</figure>")
+    if json_output:
+        emit(graph_summary(graph))
+    else:
+        print_rows(stdout(), rows, title=graph.model)
+
+
+def cost_rows(table: CostTable) -> list[dict[str, Any]]:
+    """A cost table's entries as rows, times in microseconds."""
+    from mipipe.graphs.operator_graph import Phase
+
+    return [{"group": entry.group, "device_kind": entry.device_kind,
+             **{f"{phase}_us": entry.times_ns[phase] / 1000 if phase in entry.times_ns else None for phase in Phase},
+             "origin": entry.origin, "spread": entry.spread} for entry in table.entries]
+
+
+def _show_timelines(files: list[tuple[Path, Plan | Timeline]], html_file: Path | None, json_output: bool) -> None:
+    from mipipe.cli import html
+    from mipipe.cli.report import bound_line, capacities, facts, print_placement, print_timeline, timeline_data
+    from mipipe.planner.lower import lower
+    from mipipe.planner.plan import Plan
+    from mipipe.planner.simulate import simulate
+
+    drawn: list[tuple[str, Timeline, tuple[int | None, ...]]] = []
+    plans = [item for _, item in files if isinstance(item, Plan)]
+    limits = capacities(plans[0]) if plans else ()
+    for path, item in files:
+        if isinstance(item, Plan):
+            drawn.append((f"{path.name} simulated", simulate(item, lower(item)), capacities(item)))
+        else:
+            same = limits if len(limits) == item.num_ranks else ()
+            drawn.append((f"{path.name} {item.origin}", item, same))
+    first = drawn[0][1]
+    ratios = [timeline.makespan_ns / max(first.makespan_ns, 1) for _, timeline, _ in drawn]
+    if html_file is not None:
+        tiles = facts(plans[0], first) if plans else []
+        tiles += [(f"{name} / first", f"{ratio:.3f}") for (name, _, _), ratio in
+                  zip(drawn[1:], ratios[1:], strict=True)]
+        html.write(html_file, drawn[0][0], [html.Panel(*panel) for panel in drawn], tiles)
+    if json_output:
+        emit({"timelines": [{"name": name, **timeline_data(timeline, limit), "ratio": ratio}
+                            for (name, timeline, limit), ratio in zip(drawn, ratios, strict=True)]})
+        return
+    console = stdout()
+    for plan in plans:
+        print_placement(console, plan)
+        console.print(bound_line(plan), style="bold")
+    until = max(timeline.makespan_ns for _, timeline, _ in drawn)
+    for number, (name, timeline, limit) in enumerate(drawn):
+        console.print(f"\n{name}", style="bold")
+        print_timeline(console, timeline, limit, until, explained=number == len(drawn) - 1)
+        if number:
+            console.print(f"{name} / {drawn[0][0]}: {ratios[number]:.3f}", style="bold")
+        for key, note in timeline.notes.items():
+            if number:
+                console.print(f"  {key}: {note}", style="dim")

@@ -1,0 +1,34 @@
+"""Tables for people: rows of named cells as a rich table, numbers aligned to the right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_rows(console: Console, rows: Sequence[Mapping[str, Any]], title: str | None = None) -> None:
+    """Print rows that share their keys; a missing value is an empty cell, floats get four digits."""
+    if not rows:
+        return
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for name in rows[0]:
+        numeric = all(not isinstance(row.get(name), str) or not row[name] for row in rows)
+        table.add_column(name.replace("_", " "), justify="right" if numeric else "left",
+                         overflow="fold" if name == "note" else "ellipsis", no_wrap=name != "note")
+    for row in rows:
+        table.add_row(*(cell(row.get(name)) for name in rows[0]))
+    console.print(table)
+
+
+def cell(value: Any) -> str:
+    """A value as text."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 10000 else f"{value:.0f}"
+    return f"{value:,}" if isinstance(value, int) and abs(value) >= 100000 else str(value)
