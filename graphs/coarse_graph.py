@@ -58,7 +58,10 @@ class GroupValue:
 
 @dataclass(frozen=True, slots=True)
 class CoarseGraph:
-    """Groups in a topological order and the values between them. ``graph_digest`` names the operator graph."""
+    """Groups in a topological order and the values between them. ``graph_digest`` names the operator graph.
+
+    ``notes`` records how the groups were asked for (``groups``, ``granularity``), so that they can be made again.
+    """
 
     FORMAT: ClassVar = "mipipe.coarse_graph"
     VERSION: ClassVar = 1
@@ -67,6 +70,7 @@ class CoarseGraph:
     graph_digest: str
     groups: tuple[OpGroup, ...]
     values: tuple[GroupValue, ...]
+    notes: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for value in self.values:

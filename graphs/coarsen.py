@@ -107,7 +107,8 @@ def coarsen(graph: OperatorGraph, *, num_groups: int | None = None, granularity:
         groups = _cut(state, order, num_groups)
     else:
         groups = [state.clusters[cluster].members for cluster in order]
-    return contract(index, groups)
+    asked = {"groups": num_groups, "granularity": granularity}
+    return contract(index, groups, {key: str(item) for key, item in asked.items() if item is not None})
 
 
 def segment_cost(trace: SegmentTrace) -> int:

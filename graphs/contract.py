@@ -80,7 +80,7 @@ def _gradient_flow(graph: OperatorGraph, traces: Sequence[SegmentTrace]) -> tupl
     return frozenset(acting), frozenset(needed & reached - {graph.loss})
 
 
-def contract(index: GraphIndex, groups: Sequence[Sequence[int]]) -> CoarseGraph:
+def contract(index: GraphIndex, groups: Sequence[Sequence[int]], notes: dict[str, str] | None = None) -> CoarseGraph:
     """The coarse graph whose g-th group holds the segments ``groups[g]`` (indices in ascending order).
 
     Raises:
@@ -103,7 +103,7 @@ def contract(index: GraphIndex, groups: Sequence[Sequence[int]]) -> CoarseGraph:
             grad = size if outside and value.name in index.returns_grad else None
             values.append(GroupValue(value.name, home, tuple(targets), size, grad))
     op_groups = tuple(_group(index, members, name) for members, name in zip(groups, names, strict=True))
-    return CoarseGraph(index.graph.model, digest(index.graph), op_groups, tuple(values))
+    return CoarseGraph(index.graph.model, digest(index.graph), op_groups, tuple(values), notes or {})
 
 
 def gives_grad(index: GraphIndex, reader: int, value: str) -> bool:

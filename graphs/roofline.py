@@ -58,8 +58,8 @@ def roofline(coarse: CoarseGraph, graph: OperatorGraph, kinds: Mapping[str, Devi
             spent = {phase: round(1e9 * sum(times[graph.segments[member].trace, phase] for member in members
                                             if index.runs(member, phase))) for phase in group.flops}
             entries.append(GroupCost(group.name, kind.name, spent, "roofline"))
-    notes = {f"roofline.{kind.name}": f"{kind.source}; efficiency {kind.efficiency:g}, launch {kind.launch_ns} ns"
-             for kind in kinds.values()}
+    notes = coarse.notes | {f"roofline.{kind.name}": f"{kind.source}; efficiency {kind.efficiency:g}, launch {kind.launch_ns} ns"
+                            for kind in kinds.values()}
     return CostTable(coarse.graph_digest, tuple(entries), ", ".join(kinds), notes)
 
 

@@ -174,6 +174,9 @@ def test_a_skip_around_a_group_never_closes_a_cycle(builder):
 def test_coarsening_is_deterministic_and_names_its_graph(transformer):
     first, second = (coarsen(transformer(5, experts=2), num_groups=20) for _ in range(2))
     assert first == second and first.graph_digest == second.graph_digest != ""
+    assert first.notes == {"groups": "20"}
+    again = coarsen(transformer(5, experts=2), num_groups=len(first.groups))
+    assert again.groups == first.groups
 
 
 def test_sixty_one_layers_with_experts_take_seconds(transformer):

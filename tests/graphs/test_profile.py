@@ -1,0 +1,156 @@
+"""Profiling: real tensors through real phase functions, each structure once, inputs that are in range."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from mipipe.graphs.coarsen import coarsen
+from mipipe.graphs.contract import index_graph
+from mipipe.graphs.errors import GraphError, InputError, RunError
+from mipipe.graphs.operator_graph import OperatorGraph, Parameter, Phase, Segment, Tags, TensorSpec, Value
+from mipipe.graphs.partition import trace_segment
+from mipipe.graphs.profile import ProfileOptions, _recall, _remember, profile_groups
+from mipipe.graphs.rehearse import build_group, index_bound, model_input, rehearse
+
+QUICK = ProfileOptions(seconds=0.02, samples=4)
+CPU = torch.device("cpu")
+VOCAB, CLASSES, TOKENS, WIDTH, EXPERTS = 11, 7, 6, 8, 3
+
+
+@pytest.fixture(scope="module")
+def language_model():
+    """Token ids -> embedding -> a router that indexes experts' weights -> loss against labels."""
+    def embed(ids, table):
+        return (torch.nn.functional.embedding(ids, table),)
+
+    def route(x, gate, scale):
+        best = (x @ gate).argmax(dim=-1)
+        return x * scale[best].unsqueeze(-1), best
+
+    def loss(x, best, labels, head):
+        scores = torch.nn.functional.log_softmax(x @ head, dim=-1)
+        return (torch.nn.functional.nll_loss(scores, labels.clamp(min=0)) + 0.0 * best.sum(),)
+
+    f32, i64 = "float32", "int64"
+    ids, x = TensorSpec((TOKENS,), i64), TensorSpec((TOKENS, WIDTH), f32)
+    weights = {"table": TensorSpec((VOCAB, WIDTH), f32), "gate": TensorSpec((WIDTH, EXPERTS), f32),
+               "scale": TensorSpec((EXPERTS,), f32), "head": TensorSpec((WIDTH, CLASSES), f32)}
+    traces = (trace_segment(embed, {"ids": ids}, {"table": weights["table"]}),
+              trace_segment(route, {"x": x}, {"gate": weights["gate"], "scale": weights["scale"]}),
+              trace_segment(loss, {"x": x, "best": ids, "labels": ids}, {"head": weights["head"]}))
+    segments = (Segment("embed", "embed", traces[0].digest, ("ids",), ("h0",), ("table",)),
+                Segment("route", "route", traces[1].digest, ("h0",), ("h1", "best"), ("gate", "scale")),
+                Segment("loss", "loss", traces[2].digest, ("h1", "best", "labels"), ("l",), ("head",), (), Tags()))
+    values = (Value("ids", ids, None, False), Value("labels", ids, None, False), Value("h0", x, "embed", True),
+              Value("h1", x, "route", True), Value("best", ids, "route", False),
+              Value("l", TensorSpec((), f32), "loss", True))
+    return OperatorGraph("toy", ("ids", "labels"), ("l",), "l", segments, values,
+                         tuple(Parameter(name, spec) for name, spec in weights.items()), traces)
+
+
+def test_integer_inputs_stay_within_what_they_index(language_model):
+    index = index_graph(language_model)
+    assert index_bound(index, "ids") == VOCAB
+    assert index_bound(index, "labels") == CLASSES
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([model_input(index, "ids", generator) for _ in range(50)])
+    assert drawn.min() == 0 and drawn.max() == VOCAB - 1
+
+
+def test_a_rehearsal_gives_the_losses_and_gradients_of_autograd(language_model):
+    index = index_graph(language_model)
+    run = build_group(index, [0, 1, 2], CPU)
+    generator = torch.Generator().manual_seed(0)
+    for name in run.inputs:
+        run.slots[f"value:{name}"] = model_input(index, name, generator)
+    assert set(run.inputs) == {"ids", "labels"}
+    for name in run.gradients:
+        run.slots[name] = torch.ones(())
+    with torch.no_grad():
+        for phase in Phase:
+            run.run(phase)
+    leaves = {name: run.slots[f"weight:{name}"].clone().requires_grad_() for name in ("table", "gate", "scale", "head")}
+    x = leaves["table"][run.slots["value:ids"]]
+    best = (x @ leaves["gate"]).argmax(dim=-1)
+    x = x * leaves["scale"][best].unsqueeze(-1)
+    loss = torch.nn.functional.cross_entropy(x @ leaves["head"], run.slots["value:labels"])
+    loss.backward()
+    torch.testing.assert_close(run.slots["value:l"], loss.detach())
+    for name in ("table", "scale", "head"):
+        torch.testing.assert_close(run.slots[f"total:{name}"], leaves[name].grad)
+
+
+def test_equal_groups_hand_on_tensors_instead_of_running_again(transformer):
+    graph = transformer(5)
+    coarse = coarsen(graph, granularity="layer")
+    number_of = {segment.name: number for number, segment in enumerate(graph.segments)}
+    groups = [[number_of[name] for name in group.segments] for group in coarse.groups]
+    with torch.no_grad():
+        found = list(rehearse(index_graph(graph), groups, [g.structure for g in coarse.groups], {1, 6}, CPU))
+    assert [number for number, _ in found] == [1, 6]
+    assert found[1][1].inputs == ("layers.4.mlp",)
+    assert torch.isfinite(found[1][1].slots["value:head"]).all()
+
+
+def test_a_table_has_every_group_and_times_grow_with_work(transformer):
+    graph = transformer(3, width=512)
+    coarse = coarsen(graph, granularity="layer")
+    table = profile_groups(graph, coarse, workers=2, cache=None, options=ProfileOptions(0.2), device_kind="here")
+    assert [entry.group for entry in table.entries] == [group.name for group in coarse.groups]
+    assert [set(entry.times_ns) for entry in table.entries] == [set(group.flops) for group in coarse.groups]
+    assert {entry.device_kind for entry in table.entries} == {"here"}
+    assert {entry.origin for entry in table.entries} == {"profiled"}
+    layers = [table.find(f"layers.{number}", "here").times_ns for number in range(3)]
+    assert layers[0] == layers[1] == layers[2]
+    assert sum(layers[0].values()) > 1.5 * sum(table.find("head", "here").times_ns.values()) > 0
+    assert table.graph_digest == coarse.graph_digest and "core" in table.hardware
+    assert table.notes["measured"].startswith("3 of 3") and table.notes["granularity"] == "layer"
+
+
+def test_results_are_kept_by_structure_and_workers(transformer, tmp_path):
+    def measure(layers, **options):
+        graph = transformer(layers)
+        return profile_groups(graph, coarsen(graph, granularity="layer"), cache=tmp_path, options=QUICK, **options)
+
+    first = measure(2)
+    again = measure(2)
+    deeper = measure(4)
+    assert again.entries == first.entries and again.notes["measured"].startswith("0 of 3")
+    assert deeper.notes["measured"].startswith("0 of 3") and len(deeper.entries) == 6
+    for path in tmp_path.iterdir():
+        path.write_text("{ broken")
+    assert measure(2).notes["measured"].startswith("3 of 3")
+
+
+def test_an_unwritable_cache_is_no_error():
+    _remember(Path("/proc/nowhere"), "key", [{"F": [1.0]}])
+    assert _recall(Path("/proc/nowhere"), "key") is None
+
+
+def test_a_group_that_cannot_run_is_one_line(builder):
+    builder.linear("a", builder.source("x"))
+    builder.linear("b", "a", all_to_all=True)
+    graph = builder.graph()
+    with pytest.raises((GraphError, RunError), match=r"mipipe\.all_to_all"):
+        profile_groups(graph, coarsen(graph, granularity="operator"), cache=None, options=QUICK)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"workers": 0}, "0 workers; expected at least 1"),
+    ({"device": "tpu"}, "device 'tpu' is not available"),
+])
+def test_impossible_requests_are_refused(transformer, options, message):
+    graph = transformer(1)
+    with pytest.raises(InputError, match=message):
+        profile_groups(graph, coarsen(graph, granularity="layer"), cache=None, **options)
+
+
+def test_options_must_be_positive():
+    with pytest.raises(InputError, match="samples is 0"):
+        dataclasses.replace(QUICK, samples=0)
+    with pytest.raises(InputError, match="seconds is 0"):
+        ProfileOptions(seconds=0)
+    assert math.isfinite(ProfileOptions().seconds)
