@@ -7,6 +7,7 @@ number, its text and the peer.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from mipipe.planner.program import Program
 from mipipe.runtime import comm, reduce
 from mipipe.runtime.batches import Batch, count_valid, split_batch
 from mipipe.runtime.buffers import Buffers, Frame
-from mipipe.runtime.compiled import Compiled, Step, Transport, compile_rank
+from mipipe.runtime.compiled import Compiled, compile_rank
+from mipipe.runtime.instructions import Step, Transport
 from mipipe.runtime.mesh import Mesh
 from mipipe.runtime.stage import Call, Part
 from mipipe.runtime.weights import Source, Weights
@@ -36,7 +38,7 @@ class EngineOptions:
 
     ``master_dtype`` keeps weights and gradients in another dtype than the graph computes in. ``share_loss`` returns the
     loss on every rank (one small all-reduce), else only where it is computed. ``track_memory`` measures after every
-    instruction, slowly. ``average_over_microbatches``: divide by their number instead of by the valid labels.
+    instruction, slowly.
     """
 
     seed: int = 0
@@ -62,16 +64,16 @@ class Engine:
         self.options = options or EngineOptions()
         self.on_update = on_update
         self.steps_done = 0
-        self._compiled: Compiled = compile_rank(plan, graph, weights, program, mesh, torch.device(device), self.options)
-        self.plan, self.graph, self.mesh = plan, graph, self._compiled.mesh
-        self.weights: Weights = self._compiled.weights
+        self.compiled: Compiled = compile_rank(plan, graph, weights, program, mesh, torch.device(device), self.options)
+        self.plan, self.graph, self.mesh = plan, graph, self.compiled.mesh
+        self.weights: Weights = self.compiled.weights
         self._normaliser = normaliser or (lambda microbatches: count_valid(graph, microbatches))
         self._timeout = timedelta(seconds=self.options.timeout_s)
         self._blocking = self.mesh.device.type == "cpu"
         self._buffers = Buffers()
         self._losses: dict[int, torch.Tensor] = {}
         self._microbatches: list[dict[str, torch.Tensor]] = []
-        self._reducer = reduce.Reducer(self._compiled, self._timeout, self._blocking)
+        self._reducer = reduce.Reducer(self.compiled, self._timeout, self._blocking)
         self.outputs: dict[str, dict[int, torch.Tensor]] = {}
         self.events: list[tuple[int, int, int]] = []
         self.transfer_times: list[tuple[int, int, int]] = []
@@ -83,11 +85,11 @@ class Engine:
             ActionKind.B: self._compute, ActionKind.OVERLAP_F_B: self._compute, ActionKind.RECOMPUTE: self._compute,
             ActionKind.SEND: self._send, ActionKind.RECV: self._receive, ActionKind.FREE: self._free,
             ActionKind.ALL_REDUCE: self._all_reduce, ActionKind.OPTIMIZER_STEP: self._update}
-        missing = [item.kind for item in self._compiled.instructions if item.kind not in handlers]
+        missing = [item.kind for item in self.compiled.instructions if item.kind not in handlers]
         if missing:
             raise ProgramError(f"program: instruction {missing[0]} is not known to the engine")
-        self._program = [(handlers[item.kind], item.argument) for item in self._compiled.instructions]
-        self._evaluation = [(handlers[item.kind], item.argument) for item in self._compiled.evaluation]
+        self._program = [(handlers[item.kind], item.argument) for item in self.compiled.instructions]
+        self._evaluation = [(handlers[item.kind], item.argument) for item in self.compiled.evaluation]
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The trainable parameters of this rank."""
@@ -100,7 +102,7 @@ class Engine:
     def step(self, batch: Batch) -> float | None:
         """The loss of one step: the sum of all microbatches' losses over the global number of valid labels.
 
-        ``batch``: the batch tensors of the graph's inputs, split along their first dimension, or a list of microbatches.
+        ``batch``: tensors by the graph's input names, split along their first dimension, or a list of microbatches.
         Gradients are added to what ``.grad`` holds. None where the loss is not known to this rank (``share_loss``).
 
         Raises:
@@ -114,14 +116,14 @@ class Engine:
             weight = float(total)
         if weight <= 0:
             raise RunError("step: the batch has no valid label; every label is ignored")
-        self._compiled.loss_gradient.fill_(1.0 / weight)
+        self.compiled.loss_gradient.fill_(1.0 / weight)
         self._evaluating = False
         self._run(self._program)
         self.steps_done += 1
         return self._share(self._losses, 1.0 / weight)
 
     def evaluate(self, batch: Batch) -> float | None:
-        """The loss of a batch without gradients; ``engine.outputs`` then has this rank's other outputs by microbatch."""
+        """The loss of a batch without gradients; ``engine.outputs`` then has this rank's outputs by microbatch."""
         self._microbatches = split_batch(self.graph, batch, self.plan.problem.num_microbatches, self.mesh.device)
         weight = self._normaliser(self._microbatches)
         self._evaluating = True
@@ -154,7 +156,7 @@ class Engine:
                 self._drain()
         except Exception as error:
             self._buffers.clear()
-            where = (self._compiled.evaluation if self._evaluating else self._compiled.instructions)[position]
+            where = (self.compiled.evaluation if self._evaluating else self.compiled.instructions)[position]
             text = f"rank {self.mesh.rank}, instruction {position} ({where.label})"
             if isinstance(error, MipipeError):
                 raise type(error)(f"{text}: {error}") from error
@@ -218,7 +220,8 @@ class Engine:
 
     def _take(self, transport: Transport) -> None:
         tensors, works = self._buffers.incoming.pop(transport.index)
-        comm.wait(works, self._timeout, lambda: f"receiving {transport.text} from rank {transport.peer}", self._blocking)
+        comm.wait(works, self._timeout, lambda: f"receiving {transport.text} from rank {transport.peer}",
+                  self._blocking)
         self.transfer_times.append((transport.index, 1, time.perf_counter_ns()))
         frame = self._buffers.frame(transport.frame, transport.template)
         for slot, tensor in zip(transport.slots, tensors, strict=True):
@@ -227,7 +230,8 @@ class Engine:
     def _receive(self, transport: Transport) -> None:
         device = self.mesh.device
         tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in transport.specs]
-        self._buffers.incoming[transport.index] = (tensors, comm.start_receive(transport.group, tensors, transport.place))
+        works = comm.start_receive(transport.group, tensors, transport.place)
+        self._buffers.incoming[transport.index] = (tensors, works)
 
     def _send(self, transport: Transport) -> None:
         tensors, works = self._buffers.outgoing[transport.index]
@@ -252,7 +256,7 @@ class Engine:
 
     def _static_storages(self) -> set[int]:
         """Data pointers of what is there without the step: weights, constants, the batch."""
-        held = [item for code in self._compiled.stages.values() for item in code.template if item is not None]
+        held = [item for code in self.compiled.stages.values() for item in code.template if item is not None]
         held += [tensor for piece in self._microbatches for tensor in piece.values()]
         return {tensor.untyped_storage().data_ptr() for tensor in held}
 
@@ -260,7 +264,7 @@ class Engine:
         """Wait for sends the program left to run (programs without FREE); nothing else may be left over."""
         for index in list(self._buffers.outgoing):
             _, works = self._buffers.outgoing.pop(index)
-            comm.wait(works, self._timeout, lambda index=index: f"sending transfer {index}", self._blocking)
+            comm.wait(works, self._timeout, functools.partial("sending transfer {}".format, index), self._blocking)
         left = len(self._buffers.incoming) + len(self._buffers.frames)
         if left:
             raise ProgramError(f"{left} buffers are left at the end of the step; see mipipe check")

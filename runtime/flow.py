@@ -38,7 +38,8 @@ def gradient_flow(graph: OperatorGraph) -> GradientFlow:
     traces = {trace.digest: trace for trace in graph.traces}
     reached = {graph.loss}
     found: dict[str, list[tuple[str, int]]] = {}
-    acting, needing = set(), set()
+    acting: set[str] = set()
+    needing: set[str] = set()
     for segment in reversed(graph.segments):
         trace = traces[segment.trace]
         hot = any(value in reached and name is not None
@@ -46,7 +47,8 @@ def gradient_flow(graph: OperatorGraph) -> GradientFlow:
         if not hot or not (trace.has(Phase.I) or trace.has(Phase.W)):
             continue
         acting.add(segment.name)
-        needing.update(value for value, name in zip(segment.outputs, trace.output_grads, strict=True) if name is not None)
+        needing.update(value for value, name in zip(segment.outputs, trace.output_grads, strict=True)
+                       if name is not None)
         for position in reversed(range(len(segment.inputs))):
             if trace.input_grads[position] is not None:
                 reached.add(segment.inputs[position])

@@ -41,6 +41,10 @@ class Mesh:
     plan_group: Any = None
     copy_group: Any = None
 
+    def global_rank(self, rank: int) -> int:
+        """The rank in the world of a plan rank of this copy."""
+        return self.world[self.copy * self.num_ranks + rank]
+
     def channel(self, source: int, target: int) -> Any:
         """The group of a directed channel."""
         return self.channels[source, target]

@@ -6,6 +6,7 @@ step (accumulation over several steps) are set aside first, so that they are not
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -31,6 +32,7 @@ class Reducer:
         self._started: set[str] = set()
         self._done = True
         self._copies = compiled.mesh.copy_group is not None
+        self._graded = frozenset(compiled.graded)
         self._shared = [name for name in compiled.graded if self._copies or len(compiled.holders[name]) > 1]
 
     def begin(self) -> None:
@@ -47,8 +49,10 @@ class Reducer:
 
     def start(self, stage: int) -> None:
         """Start the sum of a stage's gradients over its replicas; parameters tied to other stages wait for `finish`."""
-        names = [name for name in self._compiled.stages[stage].parameters if name in self._compiled.exclusive]
-        self._launch([name for name in names if len(self._compiled.holders[name]) > 1], f"gradients of stage {stage}")
+        compiled = self._compiled
+        names = [name for name in compiled.stages[stage].parameters
+                 if name in self._graded and name in compiled.exclusive and len(compiled.holders[name]) > 1]
+        self._launch(names, f"gradients of stage {stage}")
 
     def finish(self) -> None:
         """Complete all sums and add what was set aside. Later calls in the same step do nothing."""
@@ -101,7 +105,7 @@ class Reducer:
 
     def _wait(self) -> None:
         for work, flat, names, what in self._pending:
-            comm.wait([work], self._timeout, lambda what=what: f"all-reduce of {what}", self._blocking)
+            comm.wait([work], self._timeout, functools.partial("all-reduce of {}".format, what), self._blocking)
             offset = 0
             for name in names:
                 gradient = self._gradient(name)

@@ -156,7 +156,7 @@ class _Builder:
         slots = self.keys(segment, trace)
         outputs = list(zip(trace.outputs, segment.outputs, strict=True))
         stores, updates = [], []
-        replaced = {name: fqn for name, fqn in zip(trace.buffers, segment.buffers, strict=True)}
+        replaced = dict(zip(trace.buffers, segment.buffers, strict=True))
         targets = [(result, self.weights.tensor(replaced[name])) for name, result in trace.buffer_updates.items()]
         for position, name in enumerate(code.results):
             stores += [(position, self.slots.number(("value", value))) for output, value in outputs if output == name]
@@ -218,9 +218,8 @@ def build_stage(graph: OperatorGraph, flow: GradientFlow, segments: Sequence[Seg
         read = set(codes[Phase.W].arguments) if weight else set()
         pair: list[Call | None] = [None, None]
         if trace.has(Phase.I):
-            pair[0] = builder.backward(segment, trace, codes[Phase.I], Phase.I, read, True)
-            if not pair[0].stores:
-                pair[0] = None
+            call = builder.backward(segment, trace, codes[Phase.I], Phase.I, read, True)
+            pair[0] = call if call.stores else None
         if weight:
             pair[1] = builder.backward(segment, trace, codes[Phase.W], Phase.W, set(), pair[0] is None)
         backward.append((pair[0], pair[1]))
@@ -262,10 +261,10 @@ def _assemble(builder: _Builder, forward: list[Call], backward: list[tuple[Call 
     again, _ = _parts([([_without_updates(call) for call in forward], set()), (both, returned)], slots.static)
     if not input_calls:
         w = b
-    parts = {"F": f, "I": i, "W": w, "B": b, "only": only, "keep": kept, "again": again}
+    named = {"F": f, "I": i, "W": w, "B": b, "only": only, "keep": kept, "again": again}
     names = tuple(dict.fromkeys(builder.weights.canonical[fqn] for segment in builder.segments
                                 for fqn in segment.parameters))
-    return StageCode(slots.template, inputs, outputs, incoming, outgoing, parts, names,
+    return StageCode(slots.template, inputs, outputs, incoming, outgoing, named, names,
                      any(call.updates for call in forward))
 
 

@@ -62,8 +62,8 @@ def load_weights(graph: OperatorGraph, names: Iterable[str], source: Source, dev
             raise GraphError(f"weights: {item.fqn!r} is in the operator graph but not in the model given; the graph was"
                              " captured from another model")
         if tuple(found.shape) != item.spec.shape:
-            raise GraphError(f"weights: {item.fqn} has shape {tuple(found.shape)}, expected {item.spec.shape}; the graph"
-                             " was captured from another model")
+            raise GraphError(f"weights: {item.fqn} has shape {tuple(found.shape)}, expected {item.spec.shape}; the"
+                             " graph was captured from another model")
         if found.is_meta:
             raise GraphError(f"weights: {item.fqn} is on the meta device and has no values; load a checkpoint or build"
                              " the model on a real device")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from runtime_pool import Pool  # noqa: E402
+from runtime_pool import Pool
 
 
 @pytest.fixture(scope="session")
@@ -24,5 +25,6 @@ def pool() -> Iterator[Pool]:
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """One thread, as in the workers."""
+    """One thread, as in the workers; and no debug records of every traced operator."""
     torch.set_num_threads(1)
+    logging.getLogger("torch.__trace").propagate = False

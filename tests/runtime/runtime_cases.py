@@ -6,7 +6,16 @@ from typing import Any
 
 import torch
 
-from mipipe.graphs.operator_graph import Operator, OperatorGraph, Parameter, Phase, Segment, SegmentTrace, TensorSpec, Value
+from mipipe.graphs.operator_graph import (
+    Operator,
+    OperatorGraph,
+    Parameter,
+    Phase,
+    Segment,
+    SegmentTrace,
+    TensorSpec,
+    Value,
+)
 from mipipe.graphs.serialize import digest
 from mipipe.graphs.topology import Topology
 from mipipe.planner.actions import Action
@@ -31,8 +40,8 @@ def linear_trace() -> SegmentTrace:
         Operator("xt", "aten.t.default", Phase.W, [ref("x")], {}, (TensorSpec((WIDTH, ROWS), "float64"),)),
         Operator("gw", "aten.mm.default", Phase.W, [ref("xt"), ref("gy")], {}, (w,)),
     )
-    return SegmentTrace("linear", ("x",), ("w",), (), ("gy",), {"x": x, "w": w, "gy": x}, operators, ("y",), {}, ("gx",),
-                        ("gw",), ())
+    return SegmentTrace("linear", ("x",), ("w",), (), ("gy",), {"x": x, "w": w, "gy": x}, operators, ("y",), {},
+                        ("gx",), ("gw",), ())
 
 
 def loss_trace() -> SegmentTrace:
@@ -78,7 +87,8 @@ def problem_of(graph: OperatorGraph, num_microbatches: int, ranks: int, groups: 
     for value in graph.values:
         if value.source is None:
             continue
-        readers = tuple(sorted({where[s.name] for s in graph.segments if value.name in s.inputs} - {where[value.source]}))
+        reading = {where[segment.name] for segment in graph.segments if value.name in segment.inputs}
+        readers = tuple(sorted(reading - {where[value.source]}))
         source = segment_of[value.source]
         name = traces[source.trace].output_grads[source.outputs.index(value.name)]
         if readers:

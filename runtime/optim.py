@@ -1,0 +1,102 @@
+"""Optimizers by name, learning-rate schedules, and gradient clipping over all ranks of a plan."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mipipe.graphs.errors import InputError, RunError
+from mipipe.runtime.engine import Engine
+
+_TORCH = {name.lower(): item for name, item in vars(torch.optim).items()
+          if inspect.isclass(item) and issubclass(item, torch.optim.Optimizer) and item is not torch.optim.Optimizer}
+
+
+def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any]) -> torch.optim.Optimizer | None:
+    """An optimizer over the rank's parameters; None for a rank without any.
+
+    ``name``: a class of torch.optim in any case (``adamw``), or ``package.module:Class`` for others.
+
+    Raises:
+        InputError: there is no such optimizer, or it does not take these options.
+    """
+    parameters = engine.parameters()
+    if not parameters:
+        return None
+    if ":" in name:
+        kind = load_object(name)
+    elif name.lower() in _TORCH:
+        kind = _TORCH[name.lower()]
+    else:
+        raise InputError(f"optimizer {name!r}: expected one of {', '.join(sorted(_TORCH))}, or package.module:Class")
+    try:
+        return kind(parameters, **options)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"optimizer {name}: {error}") from None
+
+
+def load_object(path: str) -> Any:
+    """The object ``package.module:name``.
+
+    Raises:
+        InputError: it cannot be imported.
+    """
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{path}: cannot be imported: {error}; expected an importable package.module:name") from None
+
+
+def learning_rate_factor(name: str, warmup: int, steps: int) -> Callable[[int], float]:
+    """step -> factor of the learning rate: ``constant``, ``linear`` or ``cosine`` decay to 0, after linear warm-up."""
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        done = (step - warmup) / max(1, steps - warmup)
+        if name == "linear":
+            return max(0.0, 1.0 - done)
+        if name == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+        return 1.0
+
+    if name not in ("constant", "linear", "cosine"):
+        raise InputError(f"schedule {name!r}: expected constant, linear or cosine")
+    return factor
+
+
+def gradient_norm(engine: Engine) -> float:
+    """The 2-norm of all gradients of the plan; tied and replicated parameters count once. All ranks must call.
+
+    Raises:
+        RunError: the norm is not finite.
+    """
+    owned = [item.grad for name, item in engine.named_parameters()
+             if item.grad is not None and engine.compiled.holders[name][0] == engine.mesh.rank]
+    total = torch.zeros((), dtype=torch.float64, device=engine.mesh.device)
+    for norm in torch._foreach_norm(owned) if owned else ():
+        total += norm.double() ** 2
+    if engine.mesh.plan_group is not None:
+        dist.all_reduce(total, group=engine.mesh.plan_group)
+    value = float(total) ** 0.5
+    if not math.isfinite(value):
+        raise RunError(f"step {engine.steps_done}: the gradient norm is {value}; lower the learning rate, or look for bad"
+                       " data in this step's batch")
+    return value
+
+
+def clip_gradients(engine: Engine, max_norm: float | None) -> float:
+    """The gradient norm before clipping; with ``max_norm`` all gradients are scaled down to it. All ranks must call."""
+    norm = gradient_norm(engine)
+    if max_norm is not None and norm > max_norm:
+        scale = max_norm / (norm + 1e-6)
+        for parameter in engine.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+    return norm

@@ -1,0 +1,169 @@
+"""The torchrun entry: ``torchrun --nproc-per-node N -m mipipe.runtime.worker --plan P --graph G --config C``.
+
+Each process reads the files, takes its rank's part of the plan and trains. Files and options are checked before any
+process waits for another. A user's error is one line on stderr (from one rank) and its exit code; any other failure is
+reported with its traceback in torchrun's summary. With ``--report FOLDER`` a failing rank also leaves its error there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from mipipe.graphs.errors import MipipeError, RunError
+from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.serialize import load
+from mipipe.planner.lower import lower
+from mipipe.planner.plan import Plan
+from mipipe.planner.program import Program
+from mipipe.planner.simulate import simulate
+from mipipe.runtime.batches import check_sizes
+from mipipe.runtime.compiled import check_plan_fits
+from mipipe.runtime.config import TrainConfig, read_config
+from mipipe.runtime.data import make_batches
+from mipipe.runtime.engine import Engine, EngineOptions
+from mipipe.runtime.models import initial_weights
+from mipipe.runtime.training import Trainer
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The worker's options."""
+    parser = argparse.ArgumentParser(prog="mipipe.runtime.worker", description=__doc__)
+    parser.add_argument("--plan", required=True, help="the plan to run")
+    parser.add_argument("--graph", required=True, help="the operator graph it was made for")
+    parser.add_argument("--config", required=True, help="the training configuration (YAML)")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
+    parser.add_argument("--progress", action="store_true", help="show progress on stderr (rank 0)")
+    parser.add_argument("--report", help="folder in which a failing rank leaves its error")
+    parser.add_argument("--device", default=None, help="cpu or cuda; default: cuda where there is one for each rank")
+    return parser.parse_args(arguments)
+
+
+def train(options: argparse.Namespace) -> list[float]:
+    """Train as this process's rank; the losses of all steps."""
+    graph, plan, config = load(options.graph, OperatorGraph), load(options.plan, Plan), read_config(options.config)
+    check_plan_fits(plan, graph)
+    program = lower(plan)
+    check_sizes(graph, config.batch, config.seq, plan.problem.num_microbatches)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world % len(program.ranks):
+        raise RunError(f"{world} processes were started, but the plan has {len(program.ranks)} ranks; start"
+                       f" {len(program.ranks)} (torchrun --nproc-per-node {len(program.ranks)}), or a multiple of it")
+    device = choose_device(options.device)
+    start_processes(world, device, config.timeout_s)
+    try:
+        return run(plan, program, graph, config, device, options)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def run(plan: Plan, program: Program, graph: OperatorGraph, config: TrainConfig, device: torch.device,
+        options: argparse.Namespace) -> list[float]:
+    """Build the engine and train."""
+    master = getattr(torch, config.dtype) if config.dtype else None
+    engine = Engine(plan, graph, initial_weights(graph, config), program=program, device=device,
+                    options=EngineOptions(config.seed, config.timeout_s, config.compile, master))
+    rows = microbatch_rows(graph) * plan.problem.num_microbatches
+    batches = make_batches(config.data, graph, rows, config.seed, engine.mesh.copy)
+    show = ProgressBar(config.steps) if options.progress else None
+    trainer = Trainer(engine, config, batches, show, simulate(plan, program))
+    start = trainer.resume() if options.resume else 0
+    return trainer.run(start)
+
+
+def microbatch_rows(graph: OperatorGraph) -> int:
+    """Rows of one microbatch: the first dimension of the graph's first input."""
+    first = next(value for value in graph.values if value.name == graph.inputs[0])
+    return first.spec.shape[0]
+
+
+def choose_device(name: str | None) -> torch.device:
+    """This process's device: the named one, else CUDA where every local rank has one, else the CPU."""
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if name == "cuda" or (name is None and torch.cuda.is_available() and torch.cuda.device_count() >= count):
+        torch.cuda.set_device(local)
+        return torch.device("cuda", local)
+    return torch.device("cpu")
+
+
+def start_processes(world: int, device: torch.device, timeout_s: float) -> None:
+    """Join the process group (gloo on CPU, nccl on CUDA). One thread on a CPU: ranks share the cores, and reruns are
+    bitwise equal."""
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+
+
+class ProgressBar:
+    """One line on stderr that is overwritten; called with (step, loss)."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps, self._start = steps, time.monotonic()
+
+    def __call__(self, step: int, loss: float) -> None:
+        took = time.monotonic() - self._start
+        end = "\n" if step == self._steps else "\r"
+        sys.stderr.write(f"step {step}/{self._steps}  loss {loss:.4f}  {took:.0f} s{end}")
+        sys.stderr.flush()
+
+
+def die_with_parent() -> None:
+    """Ask the kernel (Linux) to end this process when torchrun's agent is gone, so that no orphan holds a device."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def report(folder: str | None, error: BaseException) -> None:
+    """Leave the error for the launcher: type, message, exit code, traceback, moment."""
+    if folder is None:
+        return
+    rank = os.environ.get("RANK", "0")
+    data: dict[str, Any] = {"rank": int(rank), "type": type(error).__name__, "message": str(error), "time": time.time(),
+                            "exit_code": getattr(error, "exit_code", 4), "traceback": traceback.format_exc()}
+    path = Path(folder) / f"error-rank{rank}.json"
+    path.write_text(json.dumps(data))
+
+
+@record
+def guarded(options: argparse.Namespace) -> int:
+    """Train; a user's error becomes its exit code, everything else torchrun's report."""
+    try:
+        train(options)
+    except MipipeError as error:
+        report(options.report, error)
+        if isinstance(error, RunError) and error.__cause__ is not None:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"mipipe: error: {error}\n")
+        return error.exit_code
+    except Exception as error:
+        report(options.report, error)
+        raise
+    return 0
+
+
+def main() -> None:
+    """Run the worker and end the process with its exit code."""
+    die_with_parent()
+    code = guarded(parse_arguments())
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

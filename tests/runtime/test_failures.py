@@ -1,0 +1,133 @@
+"""What goes wrong is said by name, soon: peers that hang or die, plans and batches that do not fit."""
+
+import dataclasses
+import time
+
+import pytest
+import runtime_cases as cases
+import torch
+from runtime_pool import TaskError
+
+from mipipe.graphs.errors import GraphError, PlanError, RunError
+from mipipe.runtime.engine import Engine, EngineOptions
+
+ORDERS = ["0F0 0F1 0I0 0W0 0I1 0W1", "1F0 1I0 1W0 1F1 1I1 1W1"]
+
+
+def two_ranks():
+    problem = cases.problem_of(cases.chain_graph(), 2, 2, [["layer0"], ["layer1", "loss"]])
+    return cases.plan_of(problem, [([0], [0]), ([1], [1])], [[0, 0], [1, 1]], ORDERS)
+
+
+def one_rank():
+    problem = cases.problem_of(cases.chain_graph(), 2, 1)
+    return cases.plan_of(problem, [([0, 1, 2], [0])], [[0, 0]], ["0F0 0B0 0F1 0B1"])
+
+
+def hang(plan):
+    """Rank 1 never steps; rank 0 says for whom it waited."""
+    engine = Engine(plan, cases.chain_graph(), cases.chain_state(), options=EngineOptions(timeout_s=1.0))
+    if engine.mesh.rank == 1:
+        time.sleep(4)
+        return None
+    start = time.monotonic()
+    with pytest.raises(RunError) as caught:
+        engine.step(cases.chain_batch(2))
+    return str(caught.value), time.monotonic() - start
+
+
+def fail(plan):
+    """Rank 1 raises in the middle of its second action."""
+    engine = Engine(plan, cases.chain_graph(), cases.chain_state(), options=EngineOptions(timeout_s=20.0))
+    if engine.mesh.rank == 1:
+        part = engine.compiled.stages[1].parts["I"]
+
+        def broken(*_):
+            raise ValueError("out of luck")
+
+        part.calls[0].function = broken
+        engine.step(cases.chain_batch(2))
+        return None
+    start = time.monotonic()
+    with pytest.raises(RunError) as caught:
+        engine.step(cases.chain_batch(2))
+    raise RuntimeError(f"rank 0 after {time.monotonic() - start:.1f} s: {caught.value}")
+
+
+@pytest.mark.distributed
+def test_a_peer_that_hangs_is_named_within_the_timeout(pool):
+    """The message has the rank, the instruction, the transfer and the peer."""
+    (text, took), _ = pool.run(2, __file__, "hang", two_ranks())
+    assert text.startswith("rank 0, instruction ")
+    assert "0⇒1:0" in text and "rank 1" in text and "nothing for 1 s" in text
+    assert took < 3
+
+
+@pytest.mark.distributed
+def test_a_rank_that_raises_takes_its_peer_along(pool):
+    """The failing rank names its instruction and cause; the peer notices the closed connection at once."""
+    with pytest.raises(TaskError) as caught:
+        pool.run(2, __file__, "fail", two_ranks(), timeout=20)
+    text = str(caught.value)
+    assert "rank 1, instruction" in text and "1I0" in text and "ValueError: out of luck" in text
+    assert "the peer has failed" in text
+    seconds = float(text.split("rank 0 after ")[1].split(" s")[0])
+    assert seconds < 5
+
+
+def test_a_plan_for_another_graph_is_refused():
+    plan = dataclasses.replace(one_rank(), problem=one_rank().problem.replace(graph_digest="0" * 16))
+    with pytest.raises(PlanError, match="made for graph 0000000000000000, but this graph's digest is"):
+        Engine(plan, cases.chain_graph(), cases.chain_state())
+
+
+def test_more_ranks_than_processes_is_refused():
+    with pytest.raises(PlanError, match="2 ranks, but this process was not started by torchrun"):
+        Engine(two_ranks(), cases.chain_graph(), cases.chain_state())
+
+
+@pytest.mark.distributed
+def test_a_world_that_is_no_multiple_of_the_plan_is_refused(pool):
+    for text in pool.run(3, __file__, "refused", two_ranks()):
+        assert text.startswith("3 processes were started, but the plan has 2 ranks")
+
+
+def refused(plan):
+    with pytest.raises(RunError) as caught:
+        Engine(plan, cases.chain_graph(), cases.chain_state())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda b: b.pop("t"), "input 't' of chain is missing"),
+    (lambda b: b.update(y=b["x"]), "'y' is no input of chain; expected x, t"),
+    (lambda b: b.update(x=b["x"][:4]), r"captured with float64 \[3, 4\]"),
+    (lambda b: b.update(x=b["x"].float()), r"x is torch.float32 \[3, 4\]"),
+    (lambda b: b.update(x=b["x"][:5]), "x has 5 rows, not a multiple of the plan's 2 microbatches"),
+])
+def test_batches_that_do_not_fit_are_refused(change, message):
+    engine = Engine(one_rank(), cases.chain_graph(), cases.chain_state())
+    batch = cases.chain_batch(2)
+    change(batch)
+    with pytest.raises(RunError, match=message):
+        engine.step(batch)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s.pop("layer1.w"), "'layer1.w' is in the operator graph but not in the model"),
+    (lambda s: s.update({"layer1.w": torch.zeros(2, 2)}), r"layer1.w has shape \(2, 2\), expected \(4, 4\)"),
+    (lambda s: s.update({"layer1.w": torch.zeros(4, 4, device="meta")}), "on the meta device"),
+])
+def test_weights_that_do_not_fit_are_refused(change, message):
+    state = cases.chain_state()
+    change(state)
+    with pytest.raises(GraphError, match=message):
+        Engine(one_rank(), cases.chain_graph(), state)
+
+
+def test_one_process_needs_no_process_group():
+    """A one-rank plan runs as it is, and its loss and gradients are autograd's."""
+    losses, gradients = cases.run_chain(one_rank(), 2, 2)
+    loss, expected = cases.chain_reference(2, 2)
+    assert losses == pytest.approx([loss], rel=1e-12)
+    assert all(torch.allclose(gradients[name], expected[name], rtol=1e-12) for name in expected)
