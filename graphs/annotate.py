@@ -1,0 +1,91 @@
+"""What a segment is: its layer, modality branch, role in a MoE layer; read from module paths by patterns.
+
+The patterns are data (`DEFAULT`): a YAML file of the same form, given by the user, is tried first. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar
+
+from mipipe.graphs.errors import InputError
+from mipipe.graphs.operator_graph import OperatorGraph, Role, Segment, Tags
+from mipipe.graphs.serialize import STRICT, from_data, load_data
+
+
+@dataclass(frozen=True, slots=True)
+class Patterns:
+    """Regular expressions, searched in a segment's name; of each kind the first that matches decides.
+
+    ``roles`` maps an expression to a role, ``branches`` to a branch name, ``layers`` lists expressions whose first
+    group is the layer's number. ``single_branch`` names no branch where a model has only one.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    roles: dict[str, Role] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
+
+
+DEFAULT = Patterns(
+    roles={
+        r"shared_experts?\b|shared_mlp\b": Role.SHARED_EXPERTS,
+        r"\.router$|(^|\.)(mlp|moe|block_sparse_moe|feed_forward|ffn)\.(gate|router)$": Role.ROUTER,
+        r"(^|\.)experts(\.\d+)?$|\.experts\.group\d+$": Role.EXPERTS,
+        r"\.combine$": Role.COMBINE,
+        r"\.dispatch$": Role.DISPATCH,
+        r"attn\b|attention\b|(^|\.)mixer$|self_attn|cross_attn|encoder_attn": Role.ATTENTION,
+        r"lm_head|(^|\.)(head|classifier|score|output_projection|fc|proj_out)$|logits": Role.HEAD,
+        r"(^|[._])loss\b": Role.LOSS,
+        r"embed|(^|\.)(wte|wpe|tok_embeddings|embeddings)(\.|$)|(^|\.)(stem|patchify)": Role.EMBEDDING,
+        r"(^|\.)(mlp|ffn|feed_forward|feedforward|fc\d|block_sparse_moe|moe)(\.|$)": Role.MLP,
+        r"norm\b|(^|[._])ln(_f|\d)?$": Role.NORM,
+    },
+    branches={
+        r"projector|connector|(^|\.)merger|visual_projection|text_projection|aligner": "projector",
+        r"vision|visual|image|(^|\.)vit(\.|$)|pixel": "vision",
+        r"audio|speech|acoustic": "audio",
+    },
+    layers=(r"(?:^|\.)(?:layers?|blocks?|h|resblocks|encoder|decoder|stages?)\.(\d+)(?:\.|$|#)",),
+)
+
+
+def load_patterns(path: str | Path) -> Patterns:
+    """Patterns from a YAML file with the keys ``roles``, ``branches`` and ``layers``.
+
+    Raises:
+        InputError: unknown keys or roles, or an invalid regular expression.
+    """
+    patterns = from_data(load_data(path), Patterns, str(path))
+    for text in (*patterns.roles, *patterns.branches, *patterns.layers):
+        try:
+            re.compile(text)
+        except re.error as error:
+            raise InputError(f"{path}: {text!r} is no regular expression: {error}") from None
+    return patterns
+
+
+def tag(name: str, patterns: Sequence[Patterns] = (DEFAULT,)) -> Tags:
+    """The tags of a segment by its name; earlier patterns win."""
+    layer = next((int(match[1]) for item in patterns for text in item.layers if (match := re.search(text, name))), None)
+    role = next((role for item in patterns for text, role in item.roles.items() if re.search(text, name)), Role.OTHER)
+    branches = [pair for item in patterns for pair in item.branches.items()]
+    branch = next((branch for text, branch in branches if re.search(text, name)), None)
+    group = re.search(r"\.experts\.group(\d+)$", name)
+    return Tags(layer, branch, role, int(group[1]) if group else None)
+
+
+def annotate(graph: OperatorGraph, patterns: Patterns | None = None) -> OperatorGraph:
+    """The graph with tags on every segment; a segment without a branch is ``text`` where others have one."""
+    sources = (DEFAULT,) if patterns is None else (patterns, DEFAULT)
+    tags = {segment.name: tag(segment.name, sources) for segment in graph.segments}
+    several = any(item.branch is not None for item in tags.values())
+
+    def tagged(segment: Segment) -> Segment:
+        item = tags[segment.name]
+        return replace(segment, tags=replace(item, branch="text") if several and item.branch is None else item)
+
+    return replace(graph, segments=tuple(tagged(segment) for segment in graph.segments))
