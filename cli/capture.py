@@ -15,8 +15,9 @@ EXAMPLE = "mipipe capture examples/qwen3_moe_tiny --seq 64 --batch 2 -o graph.js
 
 
 def capture(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A folder with a transformers config.json (or the file), a transformers"
-                                               " class name, package.module:factory, or an exported .pt2 program.")],
+    source: Annotated[str, typer.Argument(
+        metavar="SOURCE", help="A folder with a transformers config.json (or the file), a transformers class name,"
+                               " package.module:factory, or an exported .pt2 program.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The operator graph to write.")],
     seq: Annotated[int, typer.Option(help="Tokens per sequence.", min=1)] = 128,
     batch: Annotated[int, typer.Option(help="Sequences per microbatch.", min=1)] = 1,
@@ -49,7 +50,7 @@ def capture(
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
-    """``["a.b=3", "c=text"]`` as a mapping; values are read as YAML, so numbers and booleans are what they look like."""
+    """``["a.b=3", "c=text"]`` as a mapping; values are read as YAML (numbers, booleans)."""
     parsed: dict[str, Any] = {}
     for setting in settings:
         name, equals, value = setting.partition("=")

@@ -66,7 +66,7 @@ def _coarse(graph: OperatorGraph, table: CostTable | None, groups: int | None, g
         noted = table.notes.get("groups")
         groups = int(noted) if noted else None
         granularity = table.notes.get("granularity")
-    return coarsen(graph, num_groups=groups, granularity=granularity)
+    return coarsen(graph, num_groups=groups, granularity=granularity)  # type: ignore[arg-type]
 
 
 def _estimate(coarse: CoarseGraph, graph: OperatorGraph, described: Cluster, cluster: Path) -> CostTable:

@@ -26,10 +26,17 @@ Html = Annotated[Path | None, typer.Option("--html", help="Also write a self-con
 Trace = Annotated[Path | None, typer.Option("--trace", help="Also write a Perfetto trace (JSON) here.")]
 
 
+class _Stdout(Console):
+    """A console that lets `mipipe.cli.main` see that the reader of its output has gone."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def stdout() -> Console:
-    """The console for results. Off a terminal it is 120 columns wide and without colours."""
+    """The console for results. Off a terminal it is 120 columns wide (or ``COLUMNS``) and without colours."""
     width = shutil.get_terminal_size((120, 40)).columns
-    return Console(width=max(width, 60), highlight=False, soft_wrap=False)
+    return _Stdout(width=max(width, 60), highlight=False)
 
 
 def emit(data: dict[str, Any]) -> None:

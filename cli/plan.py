@@ -20,7 +20,8 @@ EXAMPLE = "mipipe plan graph.json --cluster cluster.yaml --microbatches 8 --cost
 
 
 def plan(
-    graph: Annotated[Path, typer.Argument(metavar="GRAPH", help="An operator graph, a coarse graph, or a whole planning problem.")],
+    graph: Annotated[Path, typer.Argument(metavar="GRAPH", help="An operator graph, a coarse graph, or a whole"
+                                                               " planning problem.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The plan to write.")] = None,
     cluster: Annotated[Path | None, typer.Option(help="The cluster file (YAML): devices and links.")] = None,
     microbatches: Annotated[int | None, typer.Option(help="Microbatches of one training step.")] = None,
@@ -28,7 +29,8 @@ def plan(
         help="Merge operators into about this many groups (default: as in --costs).")] = None,
     granularity: Annotated[str | None, typer.Option(help="Or merge by structure: layer, block, operator.")] = None,
     costs: Annotated[Path | None, typer.Option(
-        help="Cost table from `mipipe profile` or `calibrate` (default: roofline estimates of the device kinds).")] = None,
+        help="Cost table from `mipipe profile` or `calibrate` (default: roofline estimates of the device"
+             " kinds).")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory of every device, such as 80GB, instead of the"
                                                     " cluster's.")] = None,
     optimizer: Annotated[str, typer.Option(help="What the optimizer keeps: none, sgd, momentum, adam, adamw,"

@@ -19,7 +19,8 @@ EXAMPLE = "mipipe show plan.json measured.json --html timeline.html"
 
 
 def show(
-    files: Annotated[list[Path], typer.Argument(metavar="FILES", help="A graph; or a plan and timelines, drawn under one another.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILES", help="A graph or cost table; or plans and timelines,"
+                                                                      " drawn under one another.")],
     html_file: Html = None,
     json_output: Json = False,
 ) -> None:
@@ -61,7 +62,8 @@ def _show_graph(graph: Any, html_file: Path | None, json_output: bool) -> None:
 
         header = [name.replace("_", " ") for name in rows[0]]
         cells = [[str(row.get(name, "")) for name in rows[0]] for row in rows]
-        html.write(html_file, graph.model, [], extra=html.table(header, cells) + f"<figure>{coarse_svg(graph)}</figure>")
+        drawing = f"<figure>{coarse_svg(graph)}</figure>"
+        html.write(html_file, graph.model, [], extra=html.table(header, cells) + drawing)
     if json_output:
         emit(graph_summary(graph))
     else:

@@ -29,7 +29,7 @@ def test_data_files_are_packaged() -> None:
     patterns = PROJECT["tool"]["setuptools"]["package-data"]
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*"):
-            if path.is_file() and path.suffix not in (".py", ".pyc"):
+            if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts:
                 package = "mipipe." + ".".join(path.parent.relative_to(ROOT).parts)
                 assert any(path.match(pattern) for pattern in patterns.get(package, [])), f"{path} is not packaged"
 

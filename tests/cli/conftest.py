@@ -1,0 +1,73 @@
+"""A command line to call in-process, and a small planned problem on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mipipe.cli.main import app
+from mipipe.graphs.serialize import save
+from mipipe.planner.options import PlanOptions
+from mipipe.planner.solve import plan
+from mipipe.planner.uniform import uniform_problem
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The one JSON object of ``--json``."""
+        return json.loads(self.stdout)
+
+    @property
+    def error(self) -> str:
+        """The error's line, without the program's name. Fails if there is a traceback or more than one line."""
+        assert self.stdout == ""
+        assert self.stderr.startswith("mipipe: error: ") and self.stderr.endswith("\n"), self.stderr
+        assert "Traceback" not in self.stderr
+        return self.stderr.removeprefix("mipipe: error: ").rstrip("\n")
+
+
+Run = Callable[..., Ended]
+
+
+def call(*arguments: object) -> Ended:
+    """Run a command line in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            app([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def mipipe() -> Run:
+    """``mipipe("plan", file, "--json")`` -> how it ended."""
+    return call
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """problem.json (4 equal ranks, 8 microbatches) and plan.json, a chain plan of it."""
+    path = tmp_path_factory.mktemp("cli")
+    problem = uniform_problem(ranks=4, microbatches=8, f=2, i=2, w=1)
+    save(problem, path / "problem.json")
+    found = plan(problem, PlanOptions(time_limit_s=3, placement="chain")).plan
+    assert found is not None
+    save(found, path / "plan.json")
+    return path

@@ -1,0 +1,129 @@
+"""Every verb: its help, its start without torch, usage errors, and the way errors become exit codes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from mipipe.cli.main import VERBS, guarded
+from mipipe.graphs import errors
+
+NAMES = [module.__name__.rpartition(".")[2] for module in VERBS]
+
+
+@pytest.mark.parametrize("verb", NAMES)
+def test_help_has_a_purpose_json_and_one_example(mipipe, verb: str) -> None:
+    ended = mipipe(verb, "--help")
+    text = " ".join(ended.stdout.split())
+    assert ended.code == 0
+    assert f"Usage: mipipe {verb}" in text or f"{verb} [OPTIONS]" in text
+    assert text.count(f"Example: mipipe {verb}") == 1
+    assert "--json" in text
+
+
+def test_help_lists_all_verbs_and_the_exit_codes(mipipe) -> None:
+    ended = mipipe("--help")
+    assert ended.code == 0
+    for verb in NAMES:
+        assert re.search(rf"\b{verb}\b", ended.stdout)
+    assert "130 interrupted" in " ".join(ended.stdout.split())
+
+
+def test_examples_use_options_that_exist(mipipe) -> None:
+    """Each example parses: every option it shows is in the verb's help."""
+    for module in VERBS:
+        verb, *words = module.EXAMPLE.split()[1:]
+        text = mipipe(verb, "--help").stdout
+        for word in words:
+            if word.startswith("-"):
+                assert word in text, f"{verb}: {word}"
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["plan"], ["plan", "x.json", "--no-such-option"],
+                                       ["compare", "--ranks", "many"], ["simulate"]])
+def test_wrong_usage_ends_with_2(mipipe, arguments: list[str]) -> None:
+    ended = mipipe(*arguments)
+    assert ended.code == 2
+    assert "Traceback" not in ended.stderr
+    assert ended.stdout == ""
+
+
+CODES = {errors.InputError: 1, errors.GraphError: 1, errors.ProblemError: 1, errors.TimelineError: 1,
+         errors.InfeasibleError: 3, errors.RunError: 4, errors.PlanError: 5, errors.ProgramError: 5,
+         errors.TimeUpError: 6, KeyboardInterrupt: 130}
+
+
+@pytest.mark.parametrize("kind", CODES, ids=lambda kind: kind.__name__)
+def test_every_error_class_has_its_exit_code(capsys, kind: type[BaseException]) -> None:
+    def verb() -> None:
+        raise kind("where: what; what to do")
+
+    with pytest.raises(typer.Exit) as ended:
+        guarded(verb)()
+    assert ended.value.exit_code == CODES[kind]
+    line = capsys.readouterr().err
+    assert line == ("mipipe: interrupted\n" if kind is KeyboardInterrupt else "mipipe: error: where: what; what to do\n")
+
+
+def test_no_error_class_is_without_a_tested_code() -> None:
+    """A new class of errors must be added to the table above."""
+    known = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.MipipeError)}
+    assert known - {errors.MipipeError} == set(CODES) - {KeyboardInterrupt}
+
+
+def test_light_verbs_start_without_torch(folder: Path) -> None:
+    """`plan`, `compare`, `check`, `simulate`, `show`, `export` and `--help` never import torch."""
+    script = f"""
+import sys
+from mipipe.cli.main import app
+for line in {[["--help"], ["check", "plan.json"], ["simulate", "plan.json"], ["show", "plan.json"],
+              ["export", "plan.json", "--trace", "trace.json"],
+              ["plan", "problem.json", "--time-limit", "0.5"],
+              ["compare", "--ranks", "2", "--microbatches", "4", "--time-limit", "0.5"],
+              *([verb, "--help"] for verb in NAMES)]!r}:
+    try:
+        app(line)
+    except SystemExit as ended:
+        assert not ended.code, line
+    loaded = {{"torch", "transformers"}} & set(sys.modules)
+    assert not loaded, (line, loaded)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_output_into_a_closed_pipe_is_no_error(folder: Path) -> None:
+    """`mipipe show plan.json | head -1` ends quietly."""
+    process = subprocess.Popen([sys.executable, "-m", "mipipe.cli.main", "show", "plan.json"], cwd=folder,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 0
+
+
+def test_ctrl_c_keeps_the_best_plan_so_far(folder: Path, tmp_path: Path) -> None:
+    """The first Ctrl-C ends the search, not the command: the plan is written and checks."""
+    from mipipe.graphs.serialize import save
+    from mipipe.planner.uniform import uniform_problem
+
+    save(uniform_problem(ranks=8, microbatches=24, f=10, i=13, w=8, comm=2), tmp_path / "problem.json")
+    command = [sys.executable, "-m", "mipipe.cli.main", "plan", "problem.json", "--time-limit", "100", "-o", "plan.json"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(12)
+    assert process.poll() is None, process.communicate()
+    began = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert time.monotonic() - began < 20
+    assert "interrupted" in out
+    check = subprocess.run([sys.executable, "-m", "mipipe.cli.main", "check", "plan.json"], cwd=tmp_path, timeout=60)
+    assert check.returncode == 0
