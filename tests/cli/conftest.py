@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from mipipe.cli.main import app
 from mipipe.graphs.serialize import save
 from mipipe.planner.options import PlanOptions

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import typer
+
 from mipipe.cli.main import VERBS, guarded
 from mipipe.graphs import errors
 
@@ -68,8 +69,8 @@ def test_every_error_class_has_its_exit_code(capsys, kind: type[BaseException]) 
     with pytest.raises(typer.Exit) as ended:
         guarded(verb)()
     assert ended.value.exit_code == CODES[kind]
-    line = capsys.readouterr().err
-    assert line == ("mipipe: interrupted\n" if kind is KeyboardInterrupt else "mipipe: error: where: what; what to do\n")
+    expected = "interrupted" if kind is KeyboardInterrupt else "error: where: what; what to do"
+    assert capsys.readouterr().err == f"mipipe: {expected}\n"
 
 
 def test_no_error_class_is_without_a_tested_code() -> None:
@@ -115,7 +116,8 @@ def test_ctrl_c_keeps_the_best_plan_so_far(folder: Path, tmp_path: Path) -> None
     from mipipe.planner.uniform import uniform_problem
 
     save(uniform_problem(ranks=8, microbatches=24, f=10, i=13, w=8, comm=2), tmp_path / "problem.json")
-    command = [sys.executable, "-m", "mipipe.cli.main", "plan", "problem.json", "--time-limit", "100", "-o", "plan.json"]
+    command = [sys.executable, "-m", "mipipe.cli.main", "plan", "problem.json", "--time-limit", "100",
+               "-o", "plan.json"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     time.sleep(12)
     assert process.poll() is None, process.communicate()

@@ -7,10 +7,11 @@ import io
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
+
 from mipipe.cli import terminal
 from mipipe.planner.actions import ActionKind, Stream
 from mipipe.planner.timeline import Span, Timeline
-from rich.console import Console
 
 MS = 10**6
 
