@@ -8,14 +8,27 @@ import torch
 from torch import nn
 
 
+class Block(nn.Module):
+    """A residual MLP."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.drop = nn.Dropout(dropout)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.drop(nn.functional.gelu(self.up(self.norm(x)))))
+
+
 class SkipTiedTwo(nn.Module):
     """Tied embedding and head, a long skip connection, an auxiliary output that joins the loss, and an unused one."""
 
     def __init__(self, vocab: int = 11, width: int = 8, layers: int = 3, dropout: float = 0.0) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocab, width)
-        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(),
-                                                  nn.Dropout(dropout), nn.Linear(width, width)) for _ in range(layers))
+        self.layers = nn.ModuleList(Block(width, dropout) for _ in range(layers))
         self.gate = nn.Linear(width, 1)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocab, bias=False)
@@ -25,7 +38,7 @@ class SkipTiedTwo(nn.Module):
         first = hidden = self.embed(input_ids)
         gates = []
         for layer in self.layers:
-            hidden = hidden + layer(hidden)
+            hidden = layer(hidden)
             gates.append(self.gate(hidden))
         logits = self.head(self.norm(hidden + first))
         tokens = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
@@ -55,6 +68,8 @@ def eager(module: nn.Module, microbatches: list[dict[str, torch.Tensor]], weight
           loss_of: Any = None) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of the model's own forward and torch's autograd; the sum of losses over ``weight``."""
     module.zero_grad()
+    if hasattr(module, "set_experts_implementation"):
+        module.set_experts_implementation("eager")  # transformers' grouped kernel has no float64 on CPU
     total = 0.0
     for piece in microbatches:
         output = module(**piece)
@@ -62,3 +77,70 @@ def eager(module: nn.Module, microbatches: list[dict[str, torch.Tensor]], weight
         loss.backward()
         total += loss.item()
     return total, {name: item.grad.clone() for name, item in module.named_parameters() if item.grad is not None}
+
+
+def tiny_moe(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """transformers' Qwen3-MoE: 4 layers, 4 experts, 2 active, untied head."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    config = Qwen3MoeConfig(vocab_size=64, hidden_size=16, intermediate_size=32, moe_intermediate_size=8,
+                            num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+                            num_experts=4, num_experts_per_tok=2, max_position_embeddings=64, use_cache=False,
+                            tie_word_embeddings=False)
+    torch.manual_seed(11)
+    return Qwen3MoeForCausalLM(config).to(dtype)
+
+
+def tiny_vlm(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """transformers' LLaVA: a CLIP tower of 2 layers, a projector, a Llama of 2 layers."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                              image_size=8, patch_size=4, projection_dim=16)
+    text = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                       num_key_value_heads=2, max_position_embeddings=64, use_cache=False)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=31, image_seq_length=4,
+                         vision_feature_layer=-1, vision_feature_select_strategy="default")
+    torch.manual_seed(12)
+    return LlavaForConditionalGeneration(config).to(dtype)
+
+
+def image_batch(rows: int, dtype: torch.dtype = torch.float64, seed: int = 8) -> dict[str, torch.Tensor]:
+    """Four image tokens, then text; labels on the text."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(30, (rows, 9), generator=generator)
+    tokens[:, 1:5] = 31
+    labels = tokens.clone()
+    labels[:, :5] = -100
+    labels[torch.rand(labels.shape, generator=generator) < 0.2] = -100
+    return {"input_ids": tokens, "pixel_values": torch.randn(rows, 3, 8, 8, dtype=dtype, generator=generator),
+            "labels": labels}
+
+
+def token_losses(output: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The sum of next-token losses over valid labels."""
+    logits = output["logits"] if not isinstance(output, torch.Tensor) else output
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float() if logits.dtype is torch.bfloat16
+                                       else logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten(),
+                                       reduction="sum")
+
+
+def add_lora(module: nn.Module, names: tuple[str, ...], rank: int = 2) -> None:
+    """Freeze everything; linear layers whose last name is in ``names`` get a trainable low-rank part (Hu et al., 2021)."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    for path, child in list(module.named_modules()):
+        if isinstance(child, nn.Linear) and path.rpartition(".")[2] in names:
+            parent = module.get_submodule(path.rpartition(".")[0])
+            setattr(parent, path.rpartition(".")[2], Lora(child, rank))
+
+
+class Lora(nn.Module):
+    """``base(x) + b(a(x))``, with only a and b trained."""
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        self.a = nn.Linear(base.in_features, rank, bias=False, dtype=base.weight.dtype)
+        self.b = nn.Linear(rank, base.out_features, bias=False, dtype=base.weight.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.b(self.a(x))

@@ -1,0 +1,116 @@
+"""What the equality tests share: captured models, problems, plans, the run on a rank and the comparison."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import runtime_cases as cases
+import runtime_models as models
+import torch
+from torch import nn
+
+from mipipe.graphs.capture import capture_module
+from mipipe.graphs.cluster import shipped_kinds
+from mipipe.graphs.coarsen import coarsen
+from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.roofline import roofline
+from mipipe.graphs.topology import Topology
+from mipipe.planner.from_graph import build_problem
+from mipipe.planner.plan import Plan
+from mipipe.planner.problem import PlanningProblem
+from mipipe.runtime.engine import Engine, EngineOptions
+
+ROWS, LENGTH = 2, 12
+
+
+@dataclass(frozen=True)
+class Case:
+    """A captured model with what its reference needs."""
+
+    module: nn.Module
+    graph: OperatorGraph
+    shift: bool
+    loss_of: Any
+
+    def batch(self, num_microbatches: int) -> dict[str, torch.Tensor]:
+        dtype = next(self.module.parameters()).dtype
+        if "pixel_values" in self.graph.inputs:
+            return models.image_batch(ROWS * num_microbatches, dtype)
+        vocab = 64 if self.shift else 11
+        return models.token_batch(ROWS * num_microbatches, LENGTH, vocab)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        found = {name: item.detach() for name, item in self.module.named_parameters(remove_duplicate=False)}
+        found.update({name: item.detach() for name, item in self.module.named_buffers(remove_duplicate=False)})
+        return found
+
+
+@functools.cache
+def case(name: str, dtype: torch.dtype = torch.float64) -> Case:
+    """``moe``, ``vlm``, ``vlm-frozen`` (vision tower), ``vlm-lora`` (language model), ``skip``."""
+    if name == "skip":
+        module, shift, loss_of = models.skip_module(dtype), False, None
+    elif name == "moe":
+        module, shift, loss_of = models.tiny_moe(dtype), True, models.token_losses
+    else:
+        module, shift, loss_of = models.tiny_vlm(dtype), True, models.token_losses
+        if name == "vlm-frozen":
+            module.model.vision_tower.requires_grad_(False)
+        elif name == "vlm-lora":
+            torch.manual_seed(13)
+            models.add_lora(module.model.language_model, ("q_proj", "v_proj"))
+            module.model.vision_tower.requires_grad_(False)
+            module.model.multi_modal_projector.requires_grad_(False)
+            module.lm_head.requires_grad_(False)
+    batch = models.image_batch(ROWS, dtype) if name.startswith("vlm") else \
+        models.token_batch(ROWS, LENGTH, 64 if shift else 11)
+    graph = capture_module(module, batch, loss=loss_of, granularity="module" if name == "skip" else "block")
+    return Case(module, graph, shift, loss_of)
+
+
+def problem(graph: OperatorGraph, ranks: int, num_microbatches: int, num_groups: int = 8) -> PlanningProblem:
+    """The problem of a captured model on equal devices: coarsened, costs from a roofline."""
+    coarse = coarsen(graph, num_groups=num_groups)
+    kind = shipped_kinds()["h100"]
+    costs = roofline(coarse, graph, {"h100": kind})
+    return build_problem(coarse, costs, Topology.uniform(ranks, latency_ns=1000, bytes_per_s=10**10, kind="h100"),
+                         num_microbatches=num_microbatches)
+
+
+def valid_labels(shift: bool, microbatches: Any) -> float:
+    return float(sum(int((piece["labels"][:, int(shift):] != -100).sum()) for piece in microbatches))
+
+
+def run_case(plan: Plan, graph: OperatorGraph, state: Any, batch: Any, shift: bool,
+             options: EngineOptions | None = None) -> tuple[float, dict[str, torch.Tensor]]:
+    """What a rank does."""
+    engine = Engine(plan, graph, state, options=options, normaliser=functools.partial(valid_labels, shift))
+    loss = engine.step(batch)
+    return loss, {name: item.grad for name, item in engine.named_parameters() if item.grad is not None}
+
+
+def compare(pool: Any, made: Case, plan: Plan, tolerance: float = 1e-12, options: EngineOptions | None = None) -> None:
+    """Run a plan on the pool; losses on all ranks and gradients on all holders equal the model's own, by torch's autograd.
+
+    Every gradient that eager autograd makes must be there; a gradient that is zero may be absent.
+    """
+    count, ranks = plan.problem.num_microbatches, plan.problem.num_ranks
+    batch = made.batch(count)
+    answers = pool.run(ranks, __file__, "run_case", plan, made.graph, made.state(), batch, made.shift, options)
+    pieces = models.chunked(batch, count)
+    loss, gradients = models.eager(made.module, pieces, valid_labels(made.shift, pieces), made.loss_of)
+    found = set()
+    for rank, (own, mine) in enumerate(answers):
+        assert abs(own - loss) <= tolerance * abs(loss), f"rank {rank}: loss {own}, expected {loss}"
+        for name, gradient in mine.items():
+            wanted = gradients[name]
+            difference, size = torch.linalg.vector_norm(gradient - wanted), torch.linalg.vector_norm(wanted)
+            assert difference <= tolerance * size + 1e-30, f"rank {rank}: {name} is off by {difference / size:.1e}"
+            found.add(name)
+    missing = {name for name, gradient in gradients.items() if gradient.any()} - found
+    assert not missing, f"no gradient for {sorted(missing)}"
+
+
+__all__ = ["Case", "Plan", "case", "cases", "compare", "problem"]
