@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from mipipe.graphs.errors import PlanError
 from mipipe.planner import bounds, greedy, search
 from mipipe.planner.evaluate import evaluate
@@ -111,6 +113,6 @@ def offer_judged(found: Candidate, judged: Judged, rung: str) -> bool:
 
 def first_orders(found: Candidate, *, compiled: bool, seed: int = 0) -> Orders | None:
     """The best list schedule over the rules; None where memory does not suffice for one microbatch at a time."""
-    rules = greedy.RULES if compiled else greedy.RULES[:1]
-    tried = [greedy.schedule(found.instance, rule, compiled=compiled) for rule in rules]
-    return min((orders for orders in tried if orders), key=lambda orders: orders.makespan_ns, default=None)
+    if not compiled:
+        return greedy.schedule(found.instance, greedy.RULES[0], compiled=False)
+    return greedy.best_of(found.instance, max(0, min(100, 100_000 // found.instance.size)), np.random.default_rng(seed))

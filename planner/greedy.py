@@ -29,22 +29,31 @@ class Orders:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Weights of a priority: smaller runs first. ``forward``, ``gradient``, ``weight`` are offsets in microbatches.
+    """Weights of a priority, in periods (a period is the busiest machine's load per microbatch); smaller runs first.
 
-    ``depth`` breaks ties in favour of later stages; ``noise`` is a standard deviation in microbatches; ``delay_ns`` lets
-    a machine wait that long for a more urgent action.
+    An action's priority is its microbatch's place in line, plus ``pace`` times its earliest start in an empty pipeline,
+    plus ``forward``, ``gradient`` or ``weight`` by its phase, minus ``depth`` times its stage's number, plus noise of
+    standard deviation ``noise``. A machine waits up to ``delay`` periods for a more urgent action.
     """
 
     forward: float = 50.0
     gradient: float = 0.0
     weight: float = 1e4
+    pace: float = 0.0
     depth: float = 1e-3
     noise: float = 0.0
-    delay_ns: int = 0
+    delay: float = 0.0
 
 
-RULES = (Rule(), Rule(weight=60.0), Rule(forward=1e3, weight=4.0), Rule(forward=0.5, gradient=0.0, weight=1.0),
-         Rule(forward=0.0, gradient=50.0, weight=1e4), Rule(forward=2.0, gradient=0.0, weight=4.0, depth=0.2))
+RULES = (Rule(), Rule(weight=60.0), Rule(forward=1e3, weight=4.0), Rule(forward=0.5, weight=1.0),
+         Rule(forward=0.0, gradient=50.0), Rule(forward=0.0, pace=1.0, weight=2.0), Rule(forward=2.0, pace=1.0, weight=1e3))
+
+
+def sample(rng: np.random.Generator) -> Rule:
+    """A random rule around those that published schedules follow."""
+    return Rule(forward=float(rng.choice([rng.uniform(-2, 20), 50.0, 1e3])), weight=float(rng.choice([rng.uniform(0, 30), 1e4])),
+                pace=float(rng.choice([0.0, rng.uniform(0, 2)])), depth=float(rng.choice([1e-3, 0.05, -1e-3])),
+                noise=float(rng.choice([0.0, rng.uniform(0, 2)])), delay=float(rng.choice([0.0, rng.uniform(0, 0.5)])))
 
 
 def admission(instance: Instance) -> np.ndarray:
@@ -64,9 +73,24 @@ def priorities(instance: Instance, rule: Rule, rng: np.random.Generator | None =
     offsets = np.array([rule.forward, rule.gradient - 0.5, rule.gradient, rule.weight])
     microbatch = np.array([instance.compiled.actions[n].microbatch for n in instance.origin])
     result = offsets[instance.kind] + admission(instance)[microbatch] - rule.depth * instance.depth
+    if rule.pace:
+        result = result + rule.pace / max(1, period(instance)) * instance.head
     if rule.noise and rng is not None:
         result = result + rng.normal(0.0, rule.noise, instance.size)
     return result
+
+
+def period(instance: Instance) -> int:
+    """Load of the busiest machine per microbatch."""
+    load = np.bincount(instance.machine, weights=instance.dur, minlength=instance.num_machines)
+    return int(load.max()) // instance.view.problem.num_microbatches
+
+
+def best_of(instance: Instance, trials: int, rng: np.random.Generator) -> Orders | None:
+    """The shortest of the list schedules of all `RULES` and of ``trials`` random ones; None if none fits."""
+    rules = [*RULES, *(sample(rng) for _ in range(trials))]
+    tried = [schedule(instance, rule, rng) for rule in rules]
+    return min((orders for orders in tried if orders), key=lambda orders: orders.makespan_ns, default=None)
 
 
 def schedule(instance: Instance, rule: Rule, rng: np.random.Generator | None = None, *,
@@ -82,5 +106,6 @@ def schedule(instance: Instance, rule: Rule, rng: np.random.Generator | None = N
     makespan = kernel(instance.machine, instance.rank, instance.dur, instance.succ_ptr, instance.succ, instance.lag,
                       instance.waits, instance.base, instance.machine[instance.base[:-1]], instance.alloc, instance.free,
                       instance.work, instance.cap, instance.microbatch, instance.view.problem.num_microbatches,
-                      instance.num_machines, priorities(instance, rule, rng), rule.delay_ns, seq, start)
+                      instance.num_machines, priorities(instance, rule, rng), int(rule.delay * period(instance)),
+                      seq, start)
     return None if makespan < 0 else Orders(seq, length, int(makespan))

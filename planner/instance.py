@@ -57,6 +57,8 @@ class Instance:
     depth: np.ndarray
     origin: np.ndarray
     twin: np.ndarray
+    head: np.ndarray
+    tail: np.ndarray
     machine_key: tuple[tuple[int, Stream], ...]
 
     @property
@@ -167,14 +169,15 @@ def build(view: StageView, halve: bool = False) -> Instance:
     succ_ptr, succ, lag = _csr(len(kept), edges)
     pred_ptr, pred, pred_lag = _csr(len(kept), [(b, a, d) for a, b, d in edges])
     array = lambda values: np.array(values, dtype=np.int64)  # noqa: E731
+    dur = array([compiled.durations[n] for n in kept])
     return Instance(
         view, compiled, array([machine_of[compiled.ranks[n], compiled.streams[n]] for n in kept]),
-        array([compiled.ranks[n] for n in kept]), array([compiled.durations[n] for n in kept]),
+        array([compiled.ranks[n] for n in kept]), dur,
         succ_ptr, succ, lag, pred_ptr, pred, pred_lag, cls, array([*starts, len(kept)]),
         memory[:, 0].copy(), memory[:, 1].copy(), memory[:, 2].copy(), array([capacity(view, r) for r in range(ranks)]),
         array([a.microbatch if image is None else min(a.microbatch, image[a.microbatch]) for a in actions]),
         array([KINDS.index(a.kind) for a in actions]), array([a.stage for a in actions]),
-        array(kept), twin, tuple(keys))
+        array(kept), twin, _longest(pred_ptr, pred, pred_lag, dur) - dur, _longest(succ_ptr, succ, lag, dur), tuple(keys))
 
 
 def _csr(size: int, edges: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -184,6 +187,30 @@ def _csr(size: int, edges: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.n
         pointer[source + 1] += 1
     return (np.cumsum(pointer), np.array([b for _, b, _ in edges], dtype=np.int64),
             np.array([d for _, _, d in edges], dtype=np.int64))
+
+
+def _longest(succ_ptr: np.ndarray, succ: np.ndarray, lag: np.ndarray, dur: np.ndarray) -> np.ndarray:
+    """Longest path from the start of every node to the end, by precedence alone (given predecessors: from the
+    beginning to the node's end)."""
+    size = len(dur)
+    waits = np.diff(succ_ptr)
+    before: list[list[tuple[int, int]]] = [[] for _ in range(size)]
+    for n in range(size):
+        for e in range(succ_ptr[n], succ_ptr[n + 1]):
+            before[succ[e]].append((n, int(lag[e])))
+    after = [0] * size
+    stack = [n for n in range(size) if waits[n] == 0]
+    left = waits.tolist()
+    length = dur.tolist()
+    while stack:
+        n = stack.pop()
+        length[n] += after[n]
+        for u, pause in before[n]:
+            after[u] = max(after[u], length[n] + pause)
+            left[u] -= 1
+            if not left[u]:
+                stack.append(u)
+    return np.array(length, dtype=np.int64)
 
 
 def _memory(view: StageView, action: Action) -> tuple[int, int, int]:

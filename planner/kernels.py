@@ -289,6 +289,8 @@ def _trace(tip, start, dur, pred_ptr, pred, pred_lag, seq, pos, machine, path):
 @njit(cache=True, nogil=True)
 def _cost(makespan, seq, length, start, dur, tilt):
     """Makespan plus ``tilt`` times the mean end of the machines: a slope on the plateaus of the makespan."""
+    if tilt == 0.0:
+        return float(makespan)
     total = 0.0
     for k in range(seq.shape[0]):
         n = seq[k, length[k] - 1]
@@ -297,8 +299,135 @@ def _cost(makespan, seq, length, start, dur, tilt):
 
 
 @njit(cache=True, nogil=True)
-def anneal(seq, length, machine, rank, dur, succ_ptr, succ, lag, pred_ptr, pred, pred_lag, waits0, cls, alloc, free, work,
-           cap, iterations, hot, cold, tilt, wild, target, seed, best):
+def _retime(first, limit, seq, length, pos, machine, dur, succ_ptr, succ, lag, pred_ptr, pred, pred_lag, tail, topo, tpos,
+            kept, start, waits, queue):
+    """Starts after a move, from place ``first`` of the old topological order on; nodes before it keep theirs.
+
+    The new order of the rest goes to ``queue``. Returns the makespan, -1 for a cycle, -2 when some path passes ``limit``.
+    """
+    count = dur.shape[0]
+    last = 0
+    for place in range(first, count):
+        n = topo[place]
+        wait = 0
+        ready = 0
+        for e in range(pred_ptr[n], pred_ptr[n + 1]):
+            u = pred[e]
+            if tpos[u] >= first:
+                wait += 1
+            else:
+                ready = max(ready, kept[u] + dur[u] + pred_lag[e])
+        if pos[n] > 0:
+            u = seq[machine[n], pos[n] - 1]
+            if tpos[u] >= first:
+                wait += 1
+            else:
+                ready = max(ready, kept[u] + dur[u])
+        waits[n] = wait
+        start[n] = ready
+        if wait == 0:
+            queue[last] = n
+            last += 1
+    at = 0
+    while at < last:
+        n = queue[at]
+        at += 1
+        if start[n] + tail[n] > limit:
+            return -2
+        end = start[n] + dur[n]
+        for e in range(succ_ptr[n], succ_ptr[n + 1]):
+            s = succ[e]
+            start[s] = max(start[s], end + lag[e])
+            waits[s] -= 1
+            if waits[s] == 0:
+                queue[last] = s
+                last += 1
+        k = machine[n]
+        i = pos[n] + 1
+        if i < length[k]:
+            s = seq[k, i]
+            start[s] = max(start[s], end)
+            waits[s] -= 1
+            if waits[s] == 0:
+                queue[last] = s
+                last += 1
+    if last < count - first:
+        return -1
+    makespan = 0
+    for k in range(seq.shape[0]):
+        n = seq[k, length[k] - 1]
+        makespan = max(makespan, (start[n] if tpos[n] >= first else kept[n]) + dur[n])
+    return makespan
+
+
+@njit(cache=True, nogil=True)
+def _likely_cycle(seq, k, i, j, kept, dur, succ_ptr, succ, pred_ptr, pred):
+    """Whether a shift from i to j (already made) probably closes a cycle: some neighbour of the moved node lies, in time,
+    between it and what it passed. Exact only when False (Balas and Vazacopoulos, 1998)."""
+    n = seq[k, j]
+    if j > i:
+        x = seq[k, j - 1]
+        for e in range(succ_ptr[n], succ_ptr[n + 1]):
+            if kept[succ[e]] + dur[succ[e]] <= kept[x]:
+                return True
+    else:
+        x = seq[k, j + 1]
+        for e in range(pred_ptr[n], pred_ptr[n + 1]):
+            if kept[pred[e]] >= kept[x] + dur[x]:
+                return True
+    return False
+
+
+@njit(cache=True, nogil=True)
+def _pick(seq, length, pos, machine, path, size, wild):
+    """A move (machine, from, to): out of a critical block, or with probability ``wild`` any action to a place nearby."""
+    if np.random.random() < wild:
+        n = np.random.randint(pos.shape[0])
+        k = machine[n]
+        i = pos[n]
+        j = i + np.random.randint(1, 9) * (1 if np.random.random() < 0.5 else -1)
+    else:
+        at = np.random.randint(size)
+        n = path[at]
+        k = machine[n]
+        i = pos[n]
+        lo = at
+        while lo + 1 < size and machine[path[lo + 1]] == k and pos[path[lo + 1]] == pos[path[lo]] - 1:
+            lo += 1
+        hi = at
+        while hi > 0 and machine[path[hi - 1]] == k and pos[path[hi - 1]] == pos[path[hi]] + 1:
+            hi -= 1
+        first = pos[path[lo]]
+        final = pos[path[hi]]
+        choice = np.random.randint(4)
+        if choice == 0:
+            j = first
+        elif choice == 1:
+            j = final
+        elif choice == 2:
+            j = i + (1 if np.random.random() < 0.5 else -1)
+        else:
+            j = first - 1 + np.random.randint(final - first + 3)
+    return k, i, min(max(j, 0), length[k] - 1)
+
+
+@njit(cache=True, nogil=True)
+def _tip(seq, length, kept, dur, makespan):
+    """A machine's last action that ends at the makespan, at random."""
+    tip = -1
+    seen = 0
+    for k in range(seq.shape[0]):
+        n = seq[k, length[k] - 1]
+        if kept[n] + dur[n] == makespan:
+            seen += 1
+            if np.random.randint(seen) == 0:
+                tip = n
+    return tip
+
+
+@njit(cache=True, nogil=True)
+def anneal(seq, length, machine, rank, dur, succ_ptr, succ, lag, pred_ptr, pred, pred_lag, waits0, tail, cls, alloc, free,
+           work, cap, iterations, hot, cold, tilt, wild, target, seed, best):
     """Improve ``seq`` in place for some iterations of simulated annealing; ``best`` gets the best orders; its makespan.
 
     A move takes an action on a random critical path out of its block (a run of critical actions on one machine) to
@@ -309,90 +438,81 @@ def anneal(seq, length, machine, rank, dur, succ_ptr, succ, lag, pred_ptr, pred,
     count = dur.shape[0]
     machines = seq.shape[0]
     start = np.zeros(count, np.int64)
-    follow = np.zeros(count, np.int64)
     waits = np.zeros(count, np.int64)
-    stack = np.zeros(count, np.int64)
+    queue = np.zeros(count, np.int64)
     path = np.zeros(count + 1, np.int64)
     pos = np.zeros(count, np.int64)
     before = np.zeros((machines, seq.shape[1] + 1), np.int64)
     kept = np.zeros(count, np.int64)
+    topo = np.arange(count)
+    tpos = np.arange(count)
+    floor = dur.sum() / machines
     for k in range(machines):
         for i in range(length[k]):
             pos[seq[k, i]] = i
             before[k, i + 1] = before[k, i] + alloc[seq[k, i]] - free[seq[k, i]]
-    makespan = times(seq, length, dur, succ_ptr, succ, lag, waits0, start, follow, waits, stack)
-    cost = _cost(makespan, seq, length, start, dur, tilt)
+    makespan = _retime(0, _FAR, seq, length, pos, machine, dur, succ_ptr, succ, lag, pred_ptr, pred, pred_lag, tail, topo,
+                       tpos, kept, start, waits, queue)
+    kept[:] = start
+    topo[:] = queue
+    for place in range(count):
+        tpos[topo[place]] = place
+    cost = _cost(makespan, seq, length, kept, dur, tilt)
     best[:] = seq
     best_makespan = makespan
     best_cost = cost
-    kept[:] = start
     size = 0
-    for turn in range(iterations):
-        temperature = hot * (cold / hot) ** (turn / iterations)
+    cooling = (cold / hot) ** (1.0 / max(1, iterations))
+    temperature = hot
+    for _ in range(iterations):
+        temperature *= cooling
         if size == 0:
-            tip = -1
-            seen = 0
-            for k in range(machines):
-                n = seq[k, length[k] - 1]
-                if kept[n] + dur[n] == makespan:
-                    seen += 1
-                    if np.random.randint(seen) == 0:
-                        tip = n
-            size = _trace(tip, kept, dur, pred_ptr, pred, pred_lag, seq, pos, machine, path)
-        if np.random.random() < wild:
-            n = np.random.randint(count)
-            k = machine[n]
-            i = pos[n]
-            j = i + np.random.randint(1, 9) * (1 if np.random.random() < 0.5 else -1)
-        else:
-            at = np.random.randint(size)
-            n = path[at]
-            k = machine[n]
-            i = pos[n]
-            lo = at
-            while lo + 1 < size and machine[path[lo + 1]] == k and pos[path[lo + 1]] == pos[path[lo]] - 1:
-                lo += 1
-            hi = at
-            while hi > 0 and machine[path[hi - 1]] == k and pos[path[hi - 1]] == pos[path[hi]] + 1:
-                hi -= 1
-            first = pos[path[lo]]
-            final = pos[path[hi]]
-            choice = np.random.randint(4)
-            if choice == 0:
-                j = first
-            elif choice == 1:
-                j = final
-            elif choice == 2:
-                j = i + (1 if np.random.random() < 0.5 else -1)
-            else:
-                j = first - 1 + np.random.randint(final - first + 3)
-        if j < 0:
-            j = 0
-        if j >= length[k]:
-            j = length[k] - 1
-        if j == i or cls[seq[k, j]] == cls[n] and abs(i - j) == 1:
-            size = size if np.random.random() < 0.9 else 0
+            size = _trace(_tip(seq, length, kept, dur, makespan), kept, dur, pred_ptr, pred, pred_lag, seq, pos, machine, path)
+        k, i, j = _pick(seq, length, pos, machine, path, size, wild)
+        if j == i or (abs(i - j) == 1 and cls[seq[k, j]] == cls[seq[k, i]]):
+            if np.random.random() < 0.1:
+                size = 0
             continue
         shift(seq, k, i, j, cls)
         a = min(i, j)
         b = max(i, j)
-        fits = memory_fits(seq, k, a, b, before[k, a], alloc, free, work, cap[rank[n]])
-        value = -1
-        if fits:
-            value = times(seq, length, dur, succ_ptr, succ, lag, waits0, start, follow, waits, stack)
-        accept = False
-        if value >= 0:
-            new = _cost(value, seq, length, start, dur, tilt)
-            accept = new <= cost or np.random.random() < np.exp((cost - new) / temperature)
-        if not accept:
+        if (not memory_fits(seq, k, a, b, before[k, a], alloc, free, work, cap[rank[seq[k, i]]])
+                or (np.random.random() < 0.7
+                    and _likely_cycle(seq, k, i, j, kept, dur, succ_ptr, succ, pred_ptr, pred))):
             shift(seq, k, j, i, cls)
             continue
+        first = count
         for p in range(a, b + 1):
             pos[seq[k, p]] = p
+            first = min(first, tpos[seq[k, p]])
+        threshold = cost - temperature * np.log(1.0 - np.random.random())
+        value = _retime(first, threshold - tilt * floor, seq, length, pos, machine, dur, succ_ptr, succ, lag, pred_ptr, pred,
+                        pred_lag, tail, topo, tpos, kept, start, waits, queue)
+        if value < 0 or value > threshold:
+            shift(seq, k, j, i, cls)
+            for p in range(a, b + 1):
+                pos[seq[k, p]] = p
+            continue
+        for at in range(count - first):
+            n = queue[at]
+            waits[n] = kept[n]
+            kept[n] = start[n]
+        new = _cost(value, seq, length, kept, dur, tilt)
+        if new > threshold:
+            shift(seq, k, j, i, cls)
+            for p in range(a, b + 1):
+                pos[seq[k, p]] = p
+            for at in range(count - first):
+                kept[queue[at]] = waits[queue[at]]
+            continue
+        for at in range(count - first):
+            n = queue[at]
+            topo[first + at] = n
+            tpos[n] = first + at
+        for p in range(a, b + 1):
             before[k, p + 1] = before[k, p] + alloc[seq[k, p]] - free[seq[k, p]]
         makespan = value
         cost = new
-        kept[:] = start
         size = 0
         if cost < best_cost:
             best_cost = cost

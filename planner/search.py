@@ -44,6 +44,7 @@ class Search:
     round_length: int = 0
     hot: float = 1.0
     tilt: float = 0.0
+    wild: float = 0.2
 
     @property
     def finished(self) -> bool:
@@ -53,7 +54,7 @@ class Search:
 def start(instance: Instance, orders: Orders, seed: int, target_ns: int = 0) -> Search:
     """A search that begins at ``orders``."""
     size = max(1, int(instance.size))
-    return Search(instance, seed, orders, target_ns, length=max(2_000, min(60_000, 250 * size)))
+    return Search(instance, seed, orders, target_ns, length=max(2_000, min(200_000, 250 * size)))
 
 
 def advance(search: Search, seconds: float, stop: Callable[[], bool] = lambda: False) -> bool:
@@ -74,7 +75,7 @@ def _slice(search: Search, seconds: float) -> None:
     instance = search.instance
     moves = max(50, min(int(search.rate * seconds), search.round_length - search.done))
     scale = float(instance.dur.mean()) or 1.0
-    cold = 0.02
+    cold = 0.05
     cool = cold / search.hot
     first = search.hot * cool ** (search.done / search.round_length) * scale
     search.done += moves
@@ -83,8 +84,8 @@ def _slice(search: Search, seconds: float) -> None:
     began = time.monotonic()
     makespan = kernels.anneal(
         search.current, search.best.length, instance.machine, instance.rank, instance.dur, instance.succ_ptr, instance.succ,
-        instance.lag, instance.pred_ptr, instance.pred, instance.pred_lag, instance.waits, instance.cls, instance.alloc,
-        instance.free, instance.work, instance.cap, moves, first, last, search.tilt, 0.2, search.target_ns,
+        instance.lag, instance.pred_ptr, instance.pred, instance.pred_lag, instance.waits, instance.tail, instance.cls, instance.alloc,
+        instance.free, instance.work, instance.cap, moves, first, last, search.tilt, search.wild, search.target_ns,
         search.seed * 7919 + search.rounds * 104729 + search.done, best)
     search.rate = 0.5 * search.rate + 0.5 * moves / max(1e-6, time.monotonic() - began)
     if makespan < search.best.makespan_ns:
@@ -93,15 +94,12 @@ def _slice(search: Search, seconds: float) -> None:
 
 def _begin_round(search: Search) -> None:
     rng = np.random.default_rng((search.seed, search.rounds))
-    fresh = None
-    if search.rounds % 3 == 2:
-        rule = greedy.RULES[int(rng.integers(len(greedy.RULES)))]
-        fresh = greedy.schedule(search.instance, greedy.Rule(rule.forward, rule.gradient, rule.weight, rule.depth,
-                                                             float(rng.uniform(0.0, 2.0))), rng)
+    fresh = greedy.best_of(search.instance, 20, rng) if search.rounds % 3 == 2 else None
     search.current = (search.best if fresh is None else fresh).seq.copy()
-    search.hot = 1.0 if fresh is not None or search.rounds == 0 else float(rng.choice([1.0, 0.5, 0.25]))
+    search.hot = 2.0 if fresh is not None or search.rounds == 0 else float(rng.choice([2.0, 1.0, 0.5]))
     search.tilt = TILTS[search.rounds % len(TILTS)]
+    search.wild = float(rng.choice([0.1, 0.2, 0.5]))
     search.round_length = search.length
-    search.length = min(int(search.length * 1.6), 5_000_000)
+    search.length = min(int(search.length * 1.6), 20_000_000)
     search.rounds += 1
     search.done = 0
