@@ -15,10 +15,11 @@ from typing import Any
 
 import typer
 
-from mipipe.cli import calibrate, capture, check, compare, export, plan, profile, show, simulate, train
+from mipipe.cli import calibrate, capture, check, compare, experts, export, merge, plan, profile, show, simulate, train
 from mipipe.graphs.errors import MipipeError
 
-VERBS: tuple[ModuleType, ...] = (capture, profile, plan, check, simulate, show, compare, export, calibrate, train)
+VERBS: tuple[ModuleType, ...] = (capture, profile, plan, check, simulate, show, compare, export, calibrate, train,
+                                 experts, merge)
 """Each module has a function of the module's name, and an ``EXAMPLE`` that its ``--help`` ends with."""
 
 app = typer.Typer(

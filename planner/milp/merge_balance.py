@@ -47,11 +47,11 @@ def build(kinds: Sequence[UnitKind], num_ranks: int) -> pyo.ConcreteModel:
         return sum(cost / mean * model.n[k, rank] for k, cost in enumerate(costs))
 
     times = [kind.time for kind in kinds]
-    model.take = pyo.Constraint(model.K, rule=lambda model, k: sum(model.n[k, d] for d in model.D) == kinds[k].count)
-    model.time = pyo.Constraint(model.D, rule=lambda model, d: load(d, times) <= model.z)
-    model.read = pyo.Constraint(model.D, rule=lambda model, d: load(d, [kind.read for kind in kinds]) <= model.r)
-    model.write = pyo.Constraint(model.D, rule=lambda model, d: load(d, [kind.write for kind in kinds]) <= model.w)
-    model.order = pyo.Constraint(pyo.RangeSet(0, num_ranks - 2),
+    model.taking = pyo.Constraint(model.K, rule=lambda model, k: sum(model.n[k, d] for d in model.D) == kinds[k].count)
+    model.timing = pyo.Constraint(model.D, rule=lambda model, d: load(d, times) <= model.z)
+    model.reading = pyo.Constraint(model.D, rule=lambda model, d: load(d, [kind.read for kind in kinds]) <= model.r)
+    model.writing = pyo.Constraint(model.D, rule=lambda model, d: load(d, [kind.write for kind in kinds]) <= model.w)
+    model.sorting = pyo.Constraint(pyo.RangeSet(0, num_ranks - 2),
                                  rule=lambda model, d: load(d, times) >= load(d + 1, times))
     model.goal = pyo.Objective(expr=model.z + EPSILON * (model.r + model.w))
     return model

@@ -1,0 +1,177 @@
+"""What a checkpoint on disk holds: its config and, from the headers alone, every tensor's place in the shards.
+
+No tensor data is read and no torch is needed. Reads Hugging Face folders: ``config.json``, ``model.safetensors`` or
+shards with an index; LoRA folders (``adapter_config.json``, ``adapter_model.safetensors``). The safetensors format:
+eight bytes little-endian header length, a JSON header, then the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mipipe.graphs.errors import InputError
+from mipipe.graphs.serialize import STRICT, load_data, read_text
+
+DTYPE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "U16": 16,
+              "U32": 32, "U64": 64, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "C64": 64}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor's place: bytes ``[start, stop)`` of a file of the checkpoint. ``dtype`` in safetensors' spelling."""
+
+    __pydantic_config__: ClassVar = STRICT
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    stop: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFiles:
+    """One checkpoint: folder, config, tensors by name. ``fingerprint`` changes when a file does (its header,
+    size or time of change).
+
+    ``adapter`` is the LoRA config of an adapter folder, else empty.
+    """
+
+    path: str
+    config: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+    fingerprint: str
+    adapter: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+    def require(self, name: str) -> StoredTensor:
+        """The tensor of a name, or an `InputError` that suggests near names."""
+        if name in self.tensors:
+            return self.tensors[name]
+        tail = name.rsplit(".", 2)[-2:]
+        near = sorted(other for other in self.tensors if other.endswith(".".join(tail)))[:1]
+        hint = f"; it has {near[0]}: give the model a name map (names: auto, or from/to)" if near else ""
+        raise InputError(f"{self.path}: has no tensor {name}, which the merge needs{hint}")
+
+
+def read_checkpoint(path: str | Path) -> CheckpointFiles:
+    """The files of a checkpoint folder.
+
+    Raises:
+        InputError: no such folder, no safetensors, a truncated or damaged file, an index that disagrees with a shard.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{path}: no such folder; models are given as local checkpoint folders"
+                         " (config.json and .safetensors files)")
+    adapter = load_data(folder / "adapter_config.json") if (folder / "adapter_config.json").exists() else {}
+    files = ["adapter_model.safetensors"] if adapter else _model_files(folder)
+    config = load_data(folder / "config.json") if (folder / "config.json").exists() else {}
+    if not adapter and not config:
+        raise InputError(f"{path}: has no config.json")
+    tensors: dict[str, StoredTensor] = {}
+    seal = hashlib.sha256()
+    for file in files:
+        found, header = read_header(folder / file)
+        status = (folder / file).stat()
+        seal.update(f"{file}:{status.st_size}:{status.st_mtime_ns}:".encode() + header)
+        for tensor in found:
+            if tensor.name in tensors:
+                raise InputError(f"{path}: tensor {tensor.name} is in {tensors[tensor.name].file} and in {file};"
+                                 " expected it once")
+            tensors[tensor.name] = tensor
+    _check_index(folder, tensors)
+    return CheckpointFiles(str(folder), config, tensors, seal.hexdigest()[:16], adapter)
+
+
+def _model_files(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(load_data(index).get("weight_map", {}).values()))
+    else:
+        names = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not names:
+        other = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        hint = f"; found {other[0]}: save the model again as safetensors" if other else ""
+        raise InputError(f"{folder}: has no .safetensors file{hint}")
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise InputError(f"{folder}: the index names {missing[0]}, which is not there")
+    return names
+
+
+def _check_index(folder: Path, tensors: dict[str, StoredTensor]) -> None:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return
+    for name, file in load_data(index).get("weight_map", {}).items():
+        found = tensors[name].file if name in tensors else "no shard"
+        if found != file:
+            raise InputError(f"{index}: says {name} is in {file}, but {found} holds it")
+
+
+def read_header(file: Path) -> tuple[list[StoredTensor], bytes]:
+    """The tensors a safetensors file says it holds, and its raw header; checks sizes against the file's.
+
+    Raises:
+        InputError: unreadable, no safetensors, truncated, or offsets that do not fit the shapes.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = struct.unpack("<Q", stream.read(8))[0] if size >= 8 else 0
+            raw = stream.read(length) if 2 <= length <= size - 8 else b""
+        header = json.loads(raw)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    except (ValueError, UnicodeDecodeError):
+        raise InputError(f"{file}: no safetensors file, or truncated within its header ({size} bytes)") from None
+    begin, end = 8 + length, 8 + length
+    tensors = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape = str(entry["dtype"]), tuple(int(item) for item in entry["shape"])
+            start, stop = (begin + int(offset) for offset in entry["data_offsets"])
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{file}: tensor {name} has no valid dtype, shape and data_offsets") from None
+        if dtype not in DTYPE_BITS:
+            raise InputError(f"{file}: tensor {name} has dtype {dtype}, which this version does not know")
+        if stop - start != math.prod(shape) * DTYPE_BITS[dtype] // 8:
+            raise InputError(f"{file}: tensor {name} of shape {list(shape)} and dtype {dtype} has {stop - start} bytes")
+        end = max(end, stop)
+        tensors.append(StoredTensor(name, dtype, shape, file.name, start, stop))
+    if end != size:
+        problem = "truncated" if size < end else "damaged"
+        raise InputError(f"{file}: {problem}: has {size} bytes, its header describes {end}")
+    return tensors, raw
+
+
+def licence_of(path: str) -> str:
+    """The licence a model's card states in its front matter, or ``unknown``."""
+    card = Path(path) / "README.md"
+    if not card.exists():
+        return "unknown"
+    lines = read_text(card).splitlines()
+    if not lines or lines[0].strip() != "---":
+        return "unknown"
+    for line in lines[1:]:
+        if line.strip() == "---":
+            break
+        if line.startswith("license:"):
+            return line.split(":", 1)[1].strip() or "unknown"
+    return "unknown"

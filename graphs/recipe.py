@@ -1,0 +1,283 @@
+"""Merge recipes: the YAML people write, in mergekit's vocabulary, checked to the last key.
+
+A file holds one recipe, or several separated by ``---``: each but the last has a ``name`` that later ones may use in
+place of a model's path. Beyond mergekit's keys: ``branches`` (methods per part of a multimodal model), ``names`` (name
+maps between wrapped and unwrapped checkpoints), ``mismatch`` (what to do with tables of other sizes), ``align``
+(matching experts before merging) and ``seed``. Nothing unknown is skipped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+
+from mipipe.graphs.errors import InputError
+from mipipe.graphs.merge_methods import BY_NAME, Base, MethodSpec, Parameter
+from mipipe.graphs.serialize import STRICT, from_data, read_text
+
+Parameters = dict[str, Any]
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+
+
+@dataclass(frozen=True, slots=True)
+class NameRule:
+    """Renames a model's tensors to the base's names: ``re.sub(source, target)``; written ``from`` and ``to``."""
+
+    __pydantic_config__: ClassVar = STRICT
+    source: str
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeModel:
+    """A model to merge: a folder, ``folder+adapter``, or the name of an earlier recipe; in slices with layers."""
+
+    __pydantic_config__: ClassVar = STRICT
+    model: str
+    layer_range: tuple[int, int] | None = None
+    parameters: Parameters = field(default_factory=dict)
+    names: Literal["auto"] | tuple[NameRule, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeSlice:
+    """Layers of the output, made from the same number of layers of each source."""
+
+    __pydantic_config__: ClassVar = STRICT
+    sources: tuple[RecipeModel, ...]
+    parameters: Parameters = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Tensors (by regular expression) merged by a method of their own, from models of their own if given."""
+
+    __pydantic_config__: ClassVar = STRICT
+    tensors: str
+    merge_method: str
+    models: tuple[RecipeModel, ...] = ()
+    base_model: str | None = None
+    parameters: Parameters = field(default_factory=dict)
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerRule:
+    """Whose vocabulary the output has: ``base``, ``union``, or a model of the recipe."""
+
+    __pydantic_config__: ClassVar = STRICT
+    source: str = "base"
+    pad_to_multiple_of: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AlignRule:
+    """Experts to reorder before the merge: by similarity of their weights to the base's (or first model's).
+
+    ``hidden_units``: also match the hidden units inside each expert.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    experts: bool = True
+    hidden_units: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MergeRecipe:
+    """One merge. Exactly one of ``models`` and ``slices`` is given."""
+
+    __pydantic_config__: ClassVar = STRICT
+    merge_method: str
+    models: tuple[RecipeModel, ...] = ()
+    slices: tuple[RecipeSlice, ...] = ()
+    base_model: str | None = None
+    parameters: Parameters = field(default_factory=dict)
+    dtype: str | None = None
+    out_dtype: str | None = None
+    tokenizer_source: str | None = None
+    tokenizer: TokenizerRule | None = None
+    chat_template: str | None = None
+    branches: tuple[Branch, ...] = ()
+    base_names: Literal["auto"] | tuple[NameRule, ...] = ()
+    architecture: str | None = None
+    """The model whose tensors and config the output has; the base (else the first model) if not given."""
+    mismatch: Literal["error", "submatrix"] = "error"
+    align: AlignRule | None = None
+    seed: int = 0
+    name: str = ""
+
+    @property
+    def spec(self) -> MethodSpec:
+        return BY_NAME[self.merge_method]
+
+    @property
+    def vocabulary(self) -> TokenizerRule | None:
+        """The tokenizer rule, whichever of its two spellings was used."""
+        if self.tokenizer is not None:
+            return self.tokenizer
+        return TokenizerRule(self.tokenizer_source) if self.tokenizer_source else None
+
+
+def read_recipes(path: str | Path) -> list[MergeRecipe]:
+    """The recipes of a YAML file, in the order in which they run.
+
+    Raises:
+        InputError: no YAML, an unknown key, method or parameter, a value out of range, a missing or needless base.
+    """
+    try:
+        documents = [item for item in yaml.safe_load_all(read_text(path)) if item is not None]
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from None
+    if not documents:
+        raise InputError(f"{path}: is empty; expected a recipe with merge_method and models")
+    recipes = [parse_recipe(item, f"{path}" if len(documents) == 1 else f"{path}, recipe {number}")
+               for number, item in enumerate(documents, 1)]
+    unnamed = [number for number, recipe in enumerate(recipes[:-1], 1) if not recipe.name]
+    if unnamed:
+        raise InputError(f"{path}, recipe {unnamed[0]}: has no name, so no later recipe can use it; only the last may"
+                         " go without")
+    return recipes
+
+
+def parse_recipe(data: Any, where: str) -> MergeRecipe:
+    """A checked recipe from plain data; ``where`` opens error messages."""
+    if not isinstance(data, dict):
+        raise InputError(f"{where}: found a {type(data).__name__}, expected a mapping with merge_method and models")
+    recipe = from_data(_python_names(data), MergeRecipe, where)
+    if bool(recipe.models) == bool(recipe.slices):
+        found = "both models and slices" if recipe.models else "neither models nor slices"
+        raise InputError(f"{where}: has {found}; expected one of them")
+    for key, value in (("dtype", recipe.dtype), ("out_dtype", recipe.out_dtype)):
+        if value is not None and value not in DTYPES:
+            raise InputError(f"{where}: {key}: found {value!r}, expected one of {', '.join(DTYPES)}")
+    _check_method(recipe.merge_method, recipe.models, recipe.base_model, recipe.parameters, where)
+    for number, piece in enumerate(recipe.slices):
+        _check_slice(recipe, piece, f"{where}: slices[{number}]")
+    for number, branch in enumerate(recipe.branches):
+        _check_branch(recipe, branch, f"{where}: branches[{number}]")
+    return recipe
+
+
+def _python_names(data: Any) -> Any:
+    """The data with ``from`` and ``to`` of name rules as Python spells them, and ``1e-5`` as the number it is.
+
+    YAML 1.1, which PyYAML reads, takes a number without a point for a word.
+    """
+    if isinstance(data, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", data):
+        return float(data)
+    if isinstance(data, dict):
+        renamed = {"from": "source", "to": "target"} if set(data) == {"from", "to"} else {}
+        return {renamed.get(key, key): _python_names(item) for key, item in data.items()}
+    return [_python_names(item) for item in data] if isinstance(data, list) else data
+
+
+def _check_slice(recipe: MergeRecipe, piece: RecipeSlice, where: str) -> None:
+    lengths = set()
+    for source in piece.sources:
+        if source.layer_range is None:
+            raise InputError(f"{where}: source {source.model} has no layer_range; expected [first, last + 1]")
+        first, last = source.layer_range
+        if not 0 <= first < last:
+            raise InputError(f"{where}: layer_range [{first}, {last}] of {source.model}: expected 0 <= first < last")
+        lengths.add(last - first)
+    if len(lengths) > 1:
+        raise InputError(f"{where}: its sources have {' and '.join(map(str, sorted(lengths)))} layers; expected equal"
+                         " numbers")
+    _check_method(recipe.merge_method, piece.sources, recipe.base_model, piece.parameters, where)
+
+
+def _check_branch(recipe: MergeRecipe, branch: Branch, where: str) -> None:
+    try:
+        re.compile(branch.tensors)
+    except re.error as error:
+        raise InputError(f"{where}: tensors: {branch.tensors!r} is no regular expression: {error}") from None
+    if branch.merge_method != "drop":
+        _check_method(branch.merge_method, branch.models or recipe.models, branch.base_model or recipe.base_model,
+                      branch.parameters, where)
+
+
+def _check_method(name: str, models: Sequence[RecipeModel], base: str | None, shared: Parameters, where: str) -> None:
+    spec = BY_NAME.get(name)
+    if spec is None:
+        raise InputError(f"{where}: merge_method: found {name!r}, expected one of {', '.join(BY_NAME)}")
+    check_parameters(spec, shared, f"{where}: parameters")
+    for model in models:
+        check_parameters(spec, model.parameters, f"{where}: parameters of {model.model}", own=True)
+    if spec.base is Base.REQUIRED and base is None:
+        raise InputError(f"{where}: {name} works on task vectors and needs a base_model")
+    if not models:
+        return
+    others = [model for model in models if model.model != base]
+    count = len(merged_models(spec, models, base))
+    low, high = spec.min_models, spec.max_models
+    if count < low or (high is not None and count > high):
+        expected = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
+        raise InputError(f"{where}: {name} merges {expected} models, found {count}"
+                         + ("" if len(others) == len(models) else " (the base is not counted)"))
+
+
+def merged_models(spec: MethodSpec, models: Sequence[RecipeModel], base: str | None) -> list[RecipeModel]:
+    """The models whose weights go in: without the base where task vectors are merged, with it first for SLERP."""
+    if spec.base_first and base is not None:
+        others = [model for model in models if model.model != base]
+        given = [model for model in models if model.model == base]
+        return [*(given[:1] or [RecipeModel(base)]), *others]
+    if spec.base is Base.UNUSED:
+        return list(models)
+    return [model for model in models if model.model != base]
+
+
+def check_parameters(spec: MethodSpec, values: Parameters, where: str, own: bool = False) -> None:
+    """Raises unless every key is a parameter of the method and every value in its range.
+
+    ``own``: the values belong to one model, where only per-model parameters may stand.
+    """
+    for key, value in values.items():
+        parameter = spec.parameter(key)
+        if parameter is None:
+            known = ", ".join(item.name for item in spec.parameters) or "none"
+            raise InputError(f"{where}: {spec.name} has no parameter {key!r}; it has {known}")
+        if own and not parameter.per_model and spec.name not in ("passthrough",):
+            raise InputError(f"{where}: {key} of {spec.name} is one value for all models; move it to the recipe's"
+                             " parameters")
+        for item in _scalars(value, f"{where}: {key}"):
+            check_value(parameter, item, f"{where}: {key}")
+
+
+def _scalars(value: Any, where: str) -> list[Any]:
+    """Every plain value in a parameter: of filters, and of gradients."""
+    if not isinstance(value, list):
+        return [value]
+    found: list[Any] = []
+    for item in value:
+        if isinstance(item, dict):
+            unknown = set(item) - {"filter", "value"}
+            if unknown or "value" not in item:
+                problem = f"unknown key {sorted(unknown)[0]!r}" if unknown else "no value"
+                raise InputError(f"{where}: an entry has {problem}; expected filter and value")
+            found += _scalars(item["value"], where)
+        else:
+            found.append(item)
+    if not found:
+        raise InputError(f"{where}: is an empty list")
+    return found
+
+
+def check_value(parameter: Parameter, value: Any, where: str) -> None:
+    """Raises unless a plain value has the parameter's type and is in its range."""
+    kinds: Any = (int, float) if parameter.kind is float else (parameter.kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and parameter.kind is not bool):
+        words = {float: "a number", int: "an integer", bool: "true or false", str: "a word"}
+        raise InputError(f"{where}: found {value!r}, expected {words[parameter.kind]}")
+    if parameter.choices and value not in parameter.choices:
+        raise InputError(f"{where}: found {value!r}, expected one of {', '.join(parameter.choices)}")
+    if parameter.low is not None and (value < parameter.low or (parameter.above and value == parameter.low)):
+        raise InputError(f"{where}: found {value!r}, expected {'more than' if parameter.above else 'at least'}"
+                         f" {parameter.low:g}")
+    if parameter.high is not None and value > parameter.high:
+        raise InputError(f"{where}: found {value!r}, expected at most {parameter.high:g}")

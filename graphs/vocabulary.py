@@ -1,0 +1,99 @@
+"""Vocabularies of different models joined: which row of whose table holds each token of the output (methods.md 1.3).
+
+The output's first tokens are the base's with their ids; the union appends the tokens only others have. Tokenizers are
+read from ``tokenizer.json``, without any tokenizer library.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mipipe.graphs.errors import InputError
+from mipipe.graphs.serialize import STRICT, load_data, read_text
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Rows of the output's token tables. ``rows[model][row]`` is that model's row for it, or -1.
+
+    ``size`` rows in all; ``added`` are the tokens the base lacks, with their ids.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    size: int
+    rows: tuple[tuple[int, ...], ...]
+    added: tuple[tuple[str, int], ...] = ()
+
+
+def read_tokens(folder: str) -> dict[str, int]:
+    """Token -> id of a model's tokenizer.
+
+    Raises:
+        InputError: the folder has no ``tokenizer.json``, or one without a vocabulary.
+    """
+    path = Path(folder) / "tokenizer.json"
+    if not path.exists():
+        raise InputError(f"{folder}: has no tokenizer.json, which joining vocabularies needs")
+    data = load_data(path)
+    vocabulary = data.get("model", {}).get("vocab")
+    if isinstance(vocabulary, list):
+        tokens = {str(entry[0]): index for index, entry in enumerate(vocabulary)}
+    elif isinstance(vocabulary, dict):
+        tokens = {str(token): int(index) for token, index in vocabulary.items()}
+    else:
+        raise InputError(f"{path}: has no vocabulary (model.vocab)")
+    tokens.update({str(entry["content"]): int(entry["id"]) for entry in data.get("added_tokens", ())})
+    return tokens
+
+
+def join(tokens: Sequence[dict[str, int]], sizes: Sequence[int], main: int, union: bool,
+         multiple_of: int | None) -> Vocabulary:
+    """The output's rows for each model.
+
+    Args:
+        tokens: token -> id of every model.
+        sizes: rows of every model's table (tables may be padded beyond the vocabulary).
+        main: the model whose ids are kept.
+        union: append the tokens that only other models have.
+        multiple_of: pad the table to a multiple of this.
+    """
+    size = sizes[main]
+    slots: dict[str, int] = dict(tokens[main])
+    added: list[tuple[str, int]] = []
+    if union:
+        size = max(tokens[main].values()) + 1
+        for other in tokens:
+            for token in sorted(other, key=lambda text, other=other: (other[text], text)):  # type: ignore[misc]
+                if token not in slots:
+                    slots[token] = size
+                    added.append((token, size))
+                    size += 1
+        size = max(size, sizes[main])
+    if multiple_of:
+        size = -(-size // multiple_of) * multiple_of
+    rows = []
+    for index, other in enumerate(tokens):
+        mapped = [-1] * size
+        for token, slot in slots.items():
+            row = other.get(token, -1)
+            mapped[slot] = row if row < sizes[index] else -1
+        rows.append(mapped)
+    named = set(slots.values())
+    for slot in range(size):  # padding rows of the main table keep their values
+        if slot not in named and slot < sizes[main]:
+            rows[main][slot] = slot
+    return Vocabulary(size, tuple(map(tuple, rows)), tuple(added))
+
+
+def union_tokenizer(folder: str, added: Sequence[tuple[str, int]]) -> str:
+    """The main model's ``tokenizer.json`` with the union's further tokens as added tokens."""
+    data: dict[str, Any] = json.loads(read_text(Path(folder) / "tokenizer.json"))
+    entries = data.setdefault("added_tokens", [])
+    for token, index in added:
+        entries.append({"id": index, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+                        "normalized": False, "special": False})
+    return json.dumps(data, ensure_ascii=False, indent=2)

@@ -1,0 +1,169 @@
+"""`MergePlan`: which rank merges which tensors, in which order, where each goes, and what it will cost.
+
+The result of a merge does not depend on the plan: tiles, seeds and sums are fixed by names and shapes. The plan decides
+only how long it takes and how much memory each rank uses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mipipe.graphs.checkpoint_files import CheckpointFiles
+from mipipe.graphs.errors import InfeasibleError
+from mipipe.graphs.merge_build import build
+from mipipe.graphs.merge_graph import MergeGraph, MergeUnit
+from mipipe.graphs.merge_layout import Shard, as_checkpoint, lay_out
+from mipipe.graphs.recipe import MergeRecipe
+from mipipe.graphs.serialize import STRICT, digest
+from mipipe.graphs.units import format_bytes
+from mipipe.planner.merge_costs import MergeRates, UnitCost, measure_rates, unit_cost
+
+SHARD_BYTES = 5 * 10**9
+"""Largest output file, as transformers splits by default."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankLoad:
+    """What one rank does: estimated nanoseconds, bytes read and written, peak memory beyond the bare process."""
+
+    __pydantic_config__: ClassVar = STRICT
+    time_ns: int
+    read_bytes: int
+    write_bytes: int
+    memory_bytes: int
+    num_units: int
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """Units by rank, in the order of their first input's place on disk, so that files are read forward.
+
+    ``bound_ns`` is a proven lower bound of the longest rank at these costs, None where none was computed.
+    """
+
+    FORMAT: ClassVar = "mipipe.merge_plan"
+    VERSION: ClassVar = 1
+    __pydantic_config__: ClassVar = STRICT
+    graph: MergeGraph
+    shards: tuple[Shard, ...]
+    ranks: tuple[tuple[int, ...], ...]
+    loads: tuple[RankLoad, ...]
+    rates: MergeRates
+    memory_cap: int | None = None
+    bound_ns: int | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def time_ns(self) -> int:
+        """Estimated time of the slowest rank."""
+        return max(load.time_ns for load in self.loads)
+
+    def job_digest(self) -> str:
+        """What a half-done merge must share with this one to be continued: graph and layout, not the ranks."""
+        return digest(self.graph)[:8] + digest_shards(self.shards)[:8]
+
+
+def digest_shards(shards: Sequence[Shard]) -> str:
+    """A digest of the output's layout."""
+    text = ";".join(f"{shard.file}:{shard.num_bytes}:{len(shard.tensors)}" for shard in shards)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def plan_merge(graph: MergeGraph, num_ranks: int, rates: MergeRates, memory_cap: int | None = None,
+               shard_bytes: int = SHARD_BYTES, time_limit_s: float = 5.0, seed: int = 0) -> MergePlan:
+    """Units balanced over ranks.
+
+    Raises:
+        InfeasibleError: a unit needs more memory than the cap.
+    """
+    width = 8 if graph.compute_dtype == "float64" else 4
+    costs = [unit_cost(unit, rates, width) for unit in graph.units]
+    _check_memory(graph, costs, memory_cap)
+    ranks, bound, notes = _assign(costs, num_ranks, time_limit_s, seed)
+    ordered = tuple(tuple(sorted(rank, key=lambda index: _place(graph.units[index]))) for rank in ranks)
+    loads = tuple(RankLoad(sum(costs[i].total_ns for i in rank), sum(costs[i].read_bytes for i in rank),
+                           sum(costs[i].write_bytes for i in rank),
+                           max((costs[i].memory_bytes for i in rank), default=0), len(rank)) for rank in ordered)
+    return MergePlan(graph, lay_out(graph.units, shard_bytes), ordered, loads, rates, memory_cap, bound, notes)
+
+
+def plan_recipe(recipe: MergeRecipe, where: str, out: Path, known: Mapping[str, CheckpointFiles], num_ranks: int,
+                memory_cap: int | None, shard_bytes: int, dtype: str | None = None) -> MergePlan:
+    """The plan of one recipe at rates measured now; ``dtype`` replaces its out_dtype.
+
+    Raises:
+        InputError, InfeasibleError: see `mipipe.graphs.merge_build.build` and `plan_merge`.
+    """
+    if dtype is not None:
+        recipe = dataclasses.replace(recipe, out_dtype=dtype)
+    graph = build(recipe, f"{where}, recipe {recipe.name}" if recipe.name else where, known)
+    return plan_merge(graph, num_ranks, measure_rates(graph, out), memory_cap, shard_bytes)
+
+
+def plan_chain(recipes: Sequence[MergeRecipe], where: str, out: Path, num_ranks: int, memory_cap: int | None,
+               shard_bytes: int, dtype: str | None = None) -> list[MergePlan]:
+    """The plans of chained recipes of which none has run: later ones read the layouts of earlier ones."""
+    known: dict[str, CheckpointFiles] = {}
+    plans = []
+    for recipe in recipes:
+        plans.append(plan_recipe(recipe, where, out, known, num_ranks, memory_cap, shard_bytes, dtype))
+        known[recipe.name] = as_checkpoint(plans[-1].graph, plans[-1].shards)
+    return plans
+
+
+def _place(unit: MergeUnit) -> tuple[str, str, int]:
+    first = unit.inputs[0]
+    return first.folder, first.tensor.file, first.tensor.start
+
+
+def _check_memory(graph: MergeGraph, costs: Sequence[UnitCost], cap: int | None) -> None:
+    largest = max(range(len(costs)), key=lambda index: costs[index].memory_bytes)
+    if cap is not None and costs[largest].memory_bytes > cap:
+        unit = graph.units[largest]
+        raise InfeasibleError(f"memory cap {format_bytes(cap)} per rank: merging {unit.name} of shape"
+                              f" {list(unit.shape)} with {unit.method} takes"
+                              f" {format_bytes(costs[largest].memory_bytes)} at once; raise --memory to at least that")
+
+
+def _assign(costs: Sequence[UnitCost], num_ranks: int, time_limit_s: float,
+            seed: int) -> tuple[list[list[int]], int | None, dict[str, Any]]:
+    """Units per rank, a bound on the longest rank, and how they were found."""
+    total = sum(cost.total_ns for cost in costs)
+    if num_ranks == 1:
+        return [list(range(len(costs)))], total, {"method": "one rank"}
+    from mipipe.planner.milp.merge_balance import UnitKind, balance
+    kinds: dict[tuple[int, int, int], list[int]] = {}
+    for index, cost in enumerate(costs):
+        kinds.setdefault((cost.total_ns, cost.read_bytes, cost.write_bytes), []).append(index)
+    members = list(kinds.values())
+    start = longest_first([cost.total_ns for cost in costs], num_ranks)
+    owner = {index: rank for rank, units in enumerate(start) for index in units}
+    counts = [[sum(owner[index] == rank for index in group) for rank in range(num_ranks)] for group in members]
+    counts, outcome = balance([UnitKind(len(group), *key) for key, group in kinds.items()], num_ranks, counts,
+                              time_limit_s, seed)
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    for group, row in zip(members, counts, strict=True):
+        left = list(group)
+        for rank, count in enumerate(row):
+            ranks[rank] += left[:count]
+            left = left[count:]
+    notes = {"method": "MIP over kinds of units, started from longest first", "kinds": len(members),
+             "termination": outcome.termination.value, "gap": outcome.gap, "seconds": round(outcome.seconds, 3)}
+    longest = max(cost.total_ns for cost in costs)
+    return ranks, max(-(-total // num_ranks), longest), notes
+
+
+def longest_first(times: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Units given one by one, the longest first, to the rank with the least work (Graham 1969); ranks by load."""
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for index in sorted(range(len(times)), key=lambda index: (-times[index], index)):
+        rank = min(range(num_ranks), key=lambda rank: (loads[rank], rank))
+        ranks[rank].append(index)
+        loads[rank] += times[index]
+    return [ranks[rank] for rank in sorted(range(num_ranks), key=lambda rank: -loads[rank])]

@@ -1,0 +1,150 @@
+"""Merging from a recipe file to a finished folder: the library form of ``mipipe merge``.
+
+    merge("recipe.yaml", "out", num_ranks=4, memory_cap=8 * 10**9)
+
+One rank runs in this process; several under torchrun. Recipes chained in one file run one after another; results of all
+but the last are kept in ``<out>.steps`` until the last is done.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mipipe.graphs import errors
+from mipipe.graphs.checkpoint_files import CheckpointFiles, read_checkpoint
+from mipipe.graphs.errors import InputError, MipipeError, RunError
+from mipipe.graphs.recipe import MergeRecipe, read_recipes
+from mipipe.planner.merge_plan import SHARD_BYTES, MergePlan, plan_recipe
+from mipipe.runtime.launch import run_watched
+from mipipe.runtime.merge import worker
+from mipipe.runtime.merge.exchange import Exchange
+from mipipe.runtime.merge.output import partial_folder
+
+
+@dataclass(frozen=True, slots=True)
+class MergeOptions:
+    """How to merge: ranks, device kind, memory cap in bytes per rank (None: no cap), largest output file, dtype.
+
+    ``dtype`` replaces the recipe's out_dtype.
+    """
+
+    num_ranks: int = 1
+    device: str = "cpu"
+    memory_cap: int | None = None
+    shard_bytes: int = SHARD_BYTES
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_ranks < 1:
+            raise InputError(f"--ranks {self.num_ranks}: expected at least 1")
+        if self.shard_bytes < 1:
+            raise InputError(f"--shard-size {self.shard_bytes}: expected at least one byte")
+
+
+@dataclass(frozen=True, slots=True)
+class MergeResult:
+    """A finished merge: the folder, its plan, what each rank did, seconds from start to end."""
+
+    out: Path
+    plan: MergePlan
+    reports: tuple[dict[str, Any], ...]
+    seconds: float
+
+
+def merge(recipe: str | Path | Sequence[MergeRecipe], out: str | Path, options: MergeOptions | None = None,
+          progress: Callable[[int, int], None] | None = None) -> MergeResult:
+    """Merge as a recipe file (or recipes) says, into a new folder.
+
+    Args:
+        progress: called with (bytes done, bytes in all) of the running recipe, where one rank runs in this process.
+
+    Raises:
+        InputError: the recipe, a model or an option is wrong, or ``out`` exists.
+        InfeasibleError: the memory cap is below what one tensor needs.
+        RunError: no space, a source that changed or is damaged, a rank that died.
+    """
+    began = time.monotonic()
+    options = options or MergeOptions()
+    where = str(recipe) if isinstance(recipe, (str, Path)) else "recipe"
+    recipes = read_recipes(recipe) if isinstance(recipe, (str, Path)) else list(recipe)
+    out = Path(out)
+    if out.exists():
+        raise InputError(f"{out}: exists already; give another -o, or remove it")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"{out}: the folder {out.parent} does not exist; make it first")
+    steps = out.with_name(out.name + ".steps")
+    known: dict[str, CheckpointFiles] = {}
+    for number, part in enumerate(recipes):
+        last = number == len(recipes) - 1
+        target = out if last else steps / part.name
+        target.parent.mkdir(exist_ok=True)
+        plan = plan_recipe(part, where, out, known, options.num_ranks, options.memory_cap, options.shard_bytes,
+                           options.dtype)
+        if not (target.exists() and _made_by(target, plan)):
+            run_plan(plan, target, options, progress)
+        if not last:
+            known[part.name] = read_checkpoint(target)
+    shutil.rmtree(steps, ignore_errors=True)
+    record = json.loads((out / worker.RECORD).read_text())
+    return MergeResult(out, plan, tuple(record["ranks"]), time.monotonic() - began)
+
+
+def _made_by(folder: Path, plan: MergePlan) -> bool:
+    """Whether a step's result is that of this very merge."""
+    record = folder / worker.RECORD
+    return record.exists() and json.loads(record.read_text()).get("job") == plan.job_digest()
+
+
+def run_plan(plan: MergePlan, out: Path, options: MergeOptions,
+             progress: Callable[[int, int], None] | None = None) -> None:
+    """Run a plan: in this process for one rank, under torchrun for several.
+
+    Raises:
+        MipipeError: as the failing rank raised it.
+    """
+    device = worker.device_of(options.device, 0)
+    folder = worker.begin(plan, out)
+    for stale in folder.glob("error-*.txt"):
+        stale.unlink()
+    if options.num_ranks == 1:
+        total, done = plan.graph.write_bytes, 0
+
+        def advance(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            if progress is not None:
+                progress(done, total)
+
+        worker.work(plan, out, Exchange.alone(), device, advance)
+        return
+    with tempfile.TemporaryDirectory(prefix="mipipe-merge-") as logs:
+        log = Path(logs) / "torchrun.log"
+        code = run_watched(torchrun_command(out, options), log, None)
+        if code:
+            raise _explain(partial_folder(out), log, code)
+
+
+def torchrun_command(out: Path, options: MergeOptions) -> list[str]:
+    """The command that runs the prepared merge of ``out``; the same line works by hand."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.num_ranks),
+            "-m", "mipipe.runtime.merge.worker", str(out), options.device]
+
+
+def _explain(folder: Path, log: Path, code: int) -> MipipeError:
+    """The error of a failed run: what a rank reported, else what torchrun said."""
+    for report in sorted(folder.glob("error-*.txt")):
+        found = json.loads(report.read_text())
+        kind = next(kind for kind in (InputError, RunError, *vars(errors).values())
+                    if isinstance(kind, type) and issubclass(kind, MipipeError) and kind.exit_code == found["code"])
+        return kind(found["message"])
+    lines = [line for line in log.read_text().splitlines() if line.strip()]
+    tail = next((line for line in reversed(lines) if "Error" in line or "Signal" in line), lines[-1] if lines else "")
+    return RunError(f"torchrun ended with status {code}: {tail.strip()}; run the same command again to continue")

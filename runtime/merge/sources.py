@@ -1,0 +1,184 @@
+"""A unit's pieces as they come from disk: tiles of the base and the models in the compute dtype.
+
+On the way from file to tile happen, in this order: adapters are added, experts and hidden units put in the base's
+order, rows gathered by the joined vocabulary, tables cropped, and matrices stored transposed turned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mipipe.graphs.merge_graph import Input, MergeGraph, MergeUnit
+from mipipe.graphs.merge_methods import BY_NAME
+from mipipe.graphs.tensor_classes import Piece, is_stacked, pieces
+from mipipe.runtime.merge.method import Tile, tile_ranges
+from mipipe.runtime.merge.shelf import Shelf
+
+
+@dataclass(frozen=True)
+class Reordering:
+    """How one input's rows and columns map to the base's order: lists of source indices, None where unchanged.
+
+    ``blocks`` reorders runs of ``block_rows`` rows (experts of a stacked bank, one row per expert in a router).
+    """
+
+    blocks: tuple[int, ...] | None = None
+    block_rows: int = 1
+    rows: dict[int, Tensor] = field(default_factory=dict)
+    columns: dict[int, Tensor] = field(default_factory=dict)
+    """Hidden-unit order inside a block, by the block's number in the base's order."""
+    instead: str = ""
+    """The unit whose tensor of the same model is read in place of this one (experts stored one by one)."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What reading needs besides the unit: open files, where and in which dtype to compute, matched experts."""
+
+    graph: MergeGraph
+    shelf: Shelf
+    device: torch.device
+    inputs: dict[tuple[int, str], Input] = field(default_factory=dict)
+    orders: dict[tuple[int, str], Reordering] = field(default_factory=dict)
+    """By (model, unit name)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if self.graph.compute_dtype == "float64" else torch.float32
+
+
+def columns_of(unit: MergeUnit, shape: tuple[int, ...]) -> int:
+    """Columns of a tensor seen as the unit's table."""
+    if len(shape) < 2:
+        return 1
+    return shape[-1] if is_stacked(unit.name, shape) else math.prod(shape[1:])
+
+
+def unit_pieces(unit: MergeUnit, around: Surroundings) -> list[UnitPiece]:
+    """The pieces of a unit in row order; a matrix stored transposed is one piece."""
+    config = around.graph.source_config
+    if unit.vocabulary or unit.crop or unit.transposed:
+        rows = unit.shape[0] if unit.shape else 1
+        return [UnitPiece(unit, Piece(unit.name, 0, rows), around)]
+    return [UnitPiece(unit, piece, around) for piece in pieces(unit.name, unit.shape, config)]
+
+
+class UnitPiece:
+    """One piece of a unit; see `mipipe.runtime.merge.method.PieceReader`."""
+
+    def __init__(self, unit: MergeUnit, piece: Piece, around: Surroundings) -> None:
+        self.unit, self.piece, self.around = unit, piece, around
+        self._factors: dict[tuple[str, str], Tensor] = {}
+
+    def tiles(self, whole: bool) -> Iterator[Tile]:
+        """Tiles in row order. A whole tile of an oriented method is turned if it is stored transposed."""
+        unit = self.unit
+        columns = columns_of(unit, unit.shape)
+        ranges = tile_ranges(self.piece.stop - self.piece.start, columns, whole)
+        turn = whole and unit.transposed and BY_NAME[unit.method].oriented
+        for index, (start, stop) in enumerate(ranges):
+            tensors = self._rows(self.piece.start + start, self.piece.start + stop)
+            if len(unit.shape) < 2:
+                tensors = [tensor[:, 0] for tensor in tensors]
+            if turn:
+                tensors = [tensor.T.contiguous() for tensor in tensors]
+            base = tensors[0] if unit.base is not None else None
+            models = tuple(tensors[1:] if unit.base is not None else tensors)
+            yield Tile(base, models, self.piece.key, index, len(ranges), unit.layer, unit.num_layers,
+                       unit.tensor_class, self.around.graph.seed)
+
+    def _rows(self, start: int, stop: int) -> list[Tensor]:
+        """Rows of every input (base first), in the compute dtype and on the device."""
+        unit = self.unit
+        if unit.vocabulary:
+            return self._gathered(start, stop)
+        columns = columns_of(unit, unit.shape)
+        found = []
+        for item in unit.inputs:
+            own = columns_of(unit, item.tensor.shape)
+            rows = self._input_rows(item, start, stop, own)
+            found.append(rows[:, :columns].contiguous() if own != columns else rows)
+        return found
+
+    def _input_rows(self, item: Input, start: int, stop: int, columns: int) -> Tensor:
+        order = self.around.orders.get((item.model, self.unit.name))
+        if order is None:
+            return self._plain_rows(item, start, stop, columns)
+        if order.instead:
+            item = self.around.inputs[item.model, order.instead]
+        size = order.block_rows
+        parts = []
+        place = start
+        while place < stop:  # a tile lies within one expert, except in a router, whose blocks are single rows
+            block = place // size
+            end = min(stop, (block + 1) * size)
+            source = (order.blocks[block] if order.blocks is not None else block) * size
+            if block in order.rows:
+                every = self._plain_rows(item, source, source + size, columns)
+                parts.append(every[order.rows[block][place - block * size:end - block * size]])
+            else:
+                parts.append(self._plain_rows(item, source + place - block * size, source + end - block * size,
+                                              columns))
+            if block in order.columns:
+                parts[-1] = parts[-1][:, order.columns[block]].contiguous()
+            place = end
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _plain_rows(self, item: Input, start: int, stop: int, columns: int) -> Tensor:
+        """Rows as stored, with adapters added."""
+        around = self.around
+        raw = around.shelf.read_rows(item.folder, item.tensor, start, stop, columns)
+        rows = raw.to(around.device).to(around.dtype)
+        for adapter in item.adapters:
+            down = self._factor(adapter.folder, adapter.down.name, item)
+            rank = adapter.down.shape[0]
+            up = around.shelf.read_rows(adapter.folder, adapter.up, start, stop, rank)
+            rows = torch.addmm(rows, up.to(around.device).to(around.dtype), down, alpha=adapter.scale)
+        return rows
+
+    def _factor(self, folder: str, name: str, item: Input) -> Tensor:
+        if (folder, name) not in self._factors:
+            tensor = next(adapter.down for adapter in item.adapters
+                          if adapter.folder == folder and adapter.down.name == name)
+            raw = self.around.shelf.read_rows(folder, tensor, 0, tensor.shape[0], tensor.shape[1])
+            self._factors[folder, name] = raw.to(self.around.device).to(self.around.dtype)
+        return self._factors[folder, name]
+
+    def _gathered(self, start: int, stop: int) -> list[Tensor]:
+        """Rows of the joined vocabulary: a missing token takes the base's row, else the mean of those that have it."""
+        unit, vocabulary = self.unit, self.around.graph.vocabulary
+        assert vocabulary is not None
+        columns = columns_of(unit, unit.shape)
+        wanted = [torch.tensor(vocabulary.rows[item.model][start:stop]) for item in unit.inputs]
+        tables = [self._pick(item, rows, columns) for item, rows in zip(unit.inputs, wanted, strict=True)]
+        has = [(rows >= 0).to(self.around.device) for rows in wanted]
+        first = 1 if unit.base is not None else 0
+        count = torch.stack(has[first:]).sum(0).clamp_min(1)[:, None]
+        mean = torch.stack([table * mask[:, None] for table, mask in zip(tables[first:], has[first:], strict=True)])
+        substitute = mean.sum(0) / count
+        if unit.base is not None:
+            substitute = torch.where(has[0][:, None], tables[0], substitute)
+        return [torch.where(mask[:, None], table, substitute) for table, mask in zip(tables, has, strict=True)]
+
+    def _pick(self, item: Input, rows: Tensor, columns: int) -> Tensor:
+        """Rows of one input by number, runs of consecutive ones read together; zeros where the number is -1."""
+        result = torch.zeros(len(rows), columns, dtype=self.around.dtype, device=self.around.device)
+        numbers = rows.tolist()
+        place = 0
+        while place < len(numbers):
+            if numbers[place] < 0:
+                place += 1
+                continue
+            end = place + 1
+            while end < len(numbers) and numbers[end] == numbers[end - 1] + 1:
+                end += 1
+            result[place:end] = self._plain_rows(item, numbers[place], numbers[end - 1] + 1, columns)
+            place = end
+        return result
+
+

@@ -1,0 +1,113 @@
+"""The process of one rank of a merge: ``torchrun -m mipipe.runtime.merge.worker OUT``, or called in-process for one.
+
+The plan and the prepared shards are in ``OUT.partial`` (see `mipipe.runtime.merge.output`). Rank 0 publishes the result
+when all ranks are done. An error is one line on stderr and in ``error-<rank>.txt``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from mipipe.graphs.checkpoint_files import read_checkpoint
+from mipipe.graphs.errors import InputError, MipipeError, RunError
+from mipipe.graphs.serialize import load, save
+from mipipe.planner.merge_plan import MergePlan
+from mipipe.runtime.merge.card import write_companions
+from mipipe.runtime.merge.exchange import Exchange
+from mipipe.runtime.merge.execute import RankReport, run_rank
+from mipipe.runtime.merge.output import partial_folder, prepare, publish
+
+RECORD = "mipipe_merge.json"
+"""A file of the result: which merge made it, and what each rank did."""
+
+
+def begin(plan: MergePlan, out: Path) -> Path:
+    """The prepared partial folder of a merge, with its plan.
+
+    Raises:
+        InputError: ``out`` exists, or holds another unfinished merge.
+        RunError: no space for the output.
+    """
+    folder = prepare(out, plan.shards, plan.job_digest())
+    save(plan, folder / "plan.json")
+    return folder
+
+
+def work(plan: MergePlan, out: Path, exchange: Exchange, device: torch.device,
+         progress: Callable[[int], None] | None = None) -> list[RankReport]:
+    """Merge this rank's part; rank 0 then publishes. Returns all ranks' reports."""
+    folder = partial_folder(out)
+    if len(plan.ranks) != exchange.size:
+        raise RunError(f"{folder}: is planned for {len(plan.ranks)} ranks, but {exchange.size} were started")
+    report = run_rank(plan, folder, exchange, device, progress)
+    reports = exchange.gather(report)
+    if exchange.rank == 0:
+        _check_sources(plan)
+        write_companions(plan, folder)
+        facts = {"job": plan.job_digest(), "ranks": [asdict(item) for item in reports]}
+        (folder / RECORD).write_text(json.dumps(facts) + "\n")
+        publish(folder, out, plan.shards)
+    exchange.barrier()
+    return reports
+
+
+def _check_sources(plan: MergePlan) -> None:
+    """Raises if a source's files changed while it was merged."""
+    for model in plan.graph.models:
+        if not model.fingerprint.startswith(read_checkpoint(model.folder).fingerprint):
+            raise RunError(f"{model.folder}: has changed since the merge began; run it again")
+
+
+def device_of(kind: str, local_rank: int) -> torch.device:
+    """``cpu``, or this rank's CUDA device.
+
+    Raises:
+        InputError: another kind, or no CUDA device here.
+    """
+    if kind == "cpu":
+        return torch.device("cpu")
+    if kind != "cuda":
+        raise InputError(f"device: found {kind!r}, expected cpu or cuda")
+    if not torch.cuda.is_available():
+        raise InputError("device: cuda asked for, but torch sees no CUDA device; use --device cpu")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def main(arguments: list[str]) -> int:
+    """The exit status of one rank started by torchrun: ``OUT [DEVICE]``."""
+    out = Path(arguments[0])
+    folder = partial_folder(out)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        plan = load(folder / "plan.json", MergePlan)
+        with Exchange.from_torchrun() as exchange:
+            device = device_of(arguments[1] if len(arguments) > 1 else "cpu", exchange.local_rank)
+            work(plan, out, exchange, device)
+    except MipipeError as error:
+        return _fail(folder, rank, str(error), error.exit_code)
+    except OSError as error:
+        return _fail(folder, rank, f"{error.filename or out}: {error.strerror or error}", 4)
+    return 0
+
+
+def _fail(folder: Path, rank: int, message: str, code: int) -> int:
+    if folder.is_dir():
+        (folder / f"error-{rank}.txt").write_text(json.dumps({"message": message, "code": code}))
+    sys.stderr.write(f"mipipe: error: rank {rank}: {message}\n")
+    return code
+
+
+if __name__ == "__main__":
+    # os._exit: a rank that failed must not wait in torch.distributed's shutdown for ranks that wait for it.
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
+        os._exit(status)

@@ -1,0 +1,83 @@
+"""Small checkpoints on disk for the merge tests: the tiny transformer of methods.md X3 and its variants."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+HIDDEN, INNER, VOCABULARY, LAYERS = 8, 16, 11, 2
+CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN,
+          "intermediate_size": INNER, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4,
+          "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY, "tie_word_embeddings": False, "dtype": "float32"}
+
+
+def shapes(layers=LAYERS, vocabulary=VOCABULARY, experts=0):
+    """Tensor shapes of the tiny transformer; with ``experts`` the MLP is a stacked bank with a router."""
+    found = {"model.embed_tokens.weight": (vocabulary, HIDDEN), "model.norm.weight": (HIDDEN,),
+             "lm_head.weight": (vocabulary, HIDDEN)}
+    for layer in range(layers):
+        at = f"model.layers.{layer}"
+        found |= {f"{at}.self_attn.q_proj.weight": (8, HIDDEN), f"{at}.self_attn.k_proj.weight": (4, HIDDEN),
+                  f"{at}.self_attn.v_proj.weight": (4, HIDDEN), f"{at}.self_attn.o_proj.weight": (HIDDEN, 8),
+                  f"{at}.input_layernorm.weight": (HIDDEN,), f"{at}.post_attention_layernorm.weight": (HIDDEN,)}
+        if experts:
+            found |= {f"{at}.mlp.gate.weight": (experts, HIDDEN),
+                      f"{at}.mlp.experts.gate_up_proj": (experts, 2 * INNER, HIDDEN),
+                      f"{at}.mlp.experts.down_proj": (experts, HIDDEN, INNER)}
+        else:
+            found |= {f"{at}.mlp.gate_proj.weight": (INNER, HIDDEN), f"{at}.mlp.up_proj.weight": (INNER, HIDDEN),
+                      f"{at}.mlp.down_proj.weight": (HIDDEN, INNER)}
+    return found
+
+
+def state(seed, base=None, scale=0.01, dtype=torch.float32, **kind):
+    """Weights: random for a base, base + scale * noise for an expert; plus one int64 buffer."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {name: torch.randn(shape, generator=generator) for name, shape in shapes(**kind).items()}
+    if base is not None:
+        found = {name: (base[name].float() + scale * value) for name, value in found.items()}
+    found = {name: value.to(dtype) for name, value in found.items()}
+    found["model.position_ids"] = torch.arange(4)
+    return found
+
+
+def write(folder: Path, tensors, config=None, shards=1, licence="apache-2.0"):
+    """A checkpoint folder; with an index where there are several shards."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **(config or {})}))
+    (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+    names = sorted(tensors)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return folder
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name] for name in names[shard::shards]}
+        save_file(part, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def read(folder: Path):
+    """All tensors of a folder."""
+    found = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def trio(root: Path, shards=2, **kind):
+    """A base and three experts on disk, and their weights by name."""
+    weights = {"base": state(0, **kind)}
+    weights |= {f"expert{seed}": state(seed, weights["base"], **kind) for seed in (1, 2, 3)}
+    experts = kind.get("experts", 0)
+    config = {"vocab_size": kind.get("vocabulary", VOCABULARY), "num_hidden_layers": kind.get("layers", LAYERS)}
+    config |= {"num_experts": experts, "model_type": "qwen3_moe"} if experts else {}
+    for name, tensors in weights.items():
+        write(root / name, tensors, config, shards)
+    return weights
