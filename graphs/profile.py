@@ -1,10 +1,11 @@
 """Costs by timing this machine: each distinct group once per phase, with as many processes at once as will train.
 
-A sample is the mean over a batch of whole F-I-W rounds that spans several time slices of the scheduler: where workers
-share cores, a median of single calls would miss the waiting. A table entry is the median over workers of the median
-over samples; ``spread`` is the relative half-width of the middle half of all samples. Results are kept on disk by
-structure (which fixes shapes and dtypes), device, torch version, workers and threads. Left out: transfers and the
-optimizer.
+A sample is the mean over a batch of whole F-I-W rounds while all workers compute, so that caches and memory are shared
+as in a run. On a CPU it is CPU time, multiplied by the workers' shortage of cores (4 workers on 2 cores: 2): the wall
+clock of a few milliseconds shows the scheduler's time slices (some 20 ms), not the work. On a GPU it is the time
+between events. A table entry is the median over workers of the median over samples; ``spread`` is the relative
+half-width of the middle half of all samples. Results are kept on disk by structure (which fixes shapes and dtypes),
+device, torch version, workers and threads. Left out: transfers and the optimizer.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from mipipe.graphs.errors import GraphError, InputError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph, Phase
 
 DEFAULT_CACHE = Path.home() / ".cache" / "mipipe" / "profile"
-_FORMAT = 1
+_FORMAT = 2
 
 Samples = dict[str, list[float]]
 """Nanoseconds per phase, one number for each sample."""
@@ -40,7 +41,7 @@ Samples = dict[str, list[float]]
 class ProfileOptions:
     """How long to measure: ``seconds`` per structure, cut into ``samples``, after ``warmup`` rounds."""
 
-    seconds: float = 0.5
+    seconds: float = 0.4
     samples: int = 9
     warmup: int = 2
     threads: int = 1
@@ -89,8 +90,10 @@ def profile_groups(graph: OperatorGraph, coarse: CoarseGraph, *, device: str = "
             found[names[name]] = samples
             _remember(cache, keys[names[name]], samples)
     kind = device_kind or device.partition(":")[0]
-    entries = tuple(_entry(group, kind, found[_identity(group)]) for group in coarse.groups)
+    share = _shortage(device, workers, options)
+    entries = tuple(_entry(group, kind, found[_identity(group)], share) for group in coarse.groups)
     notes = {"workers": str(workers), "threads": str(options.threads), "torch": version("torch"),
+             "clock": f"CPU time x {share:g}" if device.startswith("cpu") else "events",
              "measured": f"{len(missing)} of {len(representatives)} distinct groups now, the rest from the cache"}
     return CostTable(coarse.graph_digest, entries, hardware, coarse.notes | notes)
 
@@ -122,9 +125,16 @@ def _identity(group: OpGroup) -> str:
     return group.structure + "".join(phase.value for phase in Phase if phase in group.flops)
 
 
-def _entry(group: OpGroup, kind: str, samples: Sequence[Samples]) -> GroupCost:
+def _shortage(device: str, workers: int, options: ProfileOptions) -> float:
+    """How many busy threads share one core of a CPU: what a worker's CPU time is multiplied by to get its time."""
+    if not device.startswith("cpu"):
+        return 1.0
+    return max(1.0, workers * options.threads / len(os.sched_getaffinity(0)))
+
+
+def _entry(group: OpGroup, kind: str, samples: Sequence[Samples], share: float) -> GroupCost:
     """Median over workers of each worker's median; the spread over all samples of whole rounds."""
-    times = {phase: round(statistics.median(statistics.median(worker[phase]) for worker in samples))
+    times = {phase: round(share * statistics.median(statistics.median(worker[phase]) for worker in samples))
              for phase in Phase if phase in group.flops}
     rounds = sorted(sum(parts) for worker in samples for parts in zip(*worker.values(), strict=True))
     middle = statistics.median(rounds)
