@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from mipipe.graphs.errors import InputError, RunError
+from mipipe.graphs.loss import weight
 from mipipe.graphs.operator_graph import OperatorGraph
 
 Batch = Mapping[str, torch.Tensor] | Sequence[Mapping[str, torch.Tensor]]
 """Full-batch tensors by the graph's input names, or one such mapping for each microbatch."""
-
-IGNORED_LABEL = -100
-"""The label that torch's cross entropy and transformers leave out of the loss."""
 
 
 def split_batch(graph: OperatorGraph, batch: Batch, num_microbatches: int,
@@ -57,11 +55,9 @@ def split_batch(graph: OperatorGraph, batch: Batch, num_microbatches: int,
     return result
 
 
-def count_valid(graph: OperatorGraph, microbatches: Sequence[Mapping[str, torch.Tensor]]) -> float:
-    """The number of valid labels over all microbatches; the number of microbatches where the graph has no labels."""
-    if "labels" not in graph.inputs:
-        return float(len(microbatches))
-    return float(sum(int((piece["labels"] != IGNORED_LABEL).sum()) for piece in microbatches))
+def total_weight(graph: OperatorGraph, microbatches: Sequence[Mapping[str, torch.Tensor]]) -> float:
+    """What the summed loss of all microbatches is divided by: their valid labels, or their number (`graphs.loss`)."""
+    return float(sum(weight(graph, piece) for piece in microbatches))
 
 
 def check_sizes(graph: OperatorGraph, batch: int | None, seq: int | None, num_microbatches: int) -> None:

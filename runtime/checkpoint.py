@@ -36,7 +36,7 @@ class Pending:
     step: int
     folder: Path
     state: dict[str, Any]
-    future: Future[Any] | None
+    future: Future[Any] | None = None
 
 
 class Checkpoints:
@@ -65,17 +65,18 @@ class Checkpoints:
                  "plan": self._engine.compiled.program.plan_digest,
                  "graph": self._engine.plan.problem.graph_digest, "seed": self._engine.options.seed}
         tensors = {**model_tensors(self._engine), **optimizer_tensors(self._engine, self._optimizer)}
-        future = None
+        pending = Pending(step, folder, state)
         try:
             if self._asynchronous:
-                future = dcp.async_save(tensors, checkpoint_id=folder, process_group=self._group)
+                started = dcp.async_save(tensors, checkpoint_id=folder, process_group=self._group)
+                pending.future = started if isinstance(started, Future) else started.upload_completion
             else:
                 dcp.save(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
         except Exception as error:
             raise RunError(f"checkpoint {folder}: cannot be written: {_first_line(error)}; earlier checkpoints are"
                            " untouched") from error
-        self._pending = Pending(step, folder, state, future)
-        if future is None:
+        self._pending = pending
+        if pending.future is None:
             self.finish()
 
     def finish(self) -> None:
@@ -91,8 +92,8 @@ class Checkpoints:
                 _publish(pending.folder, pending.state)
                 self._forget()
         except Exception as error:
-            raise RunError(f"checkpoint {pending.folder}: cannot be written: {_first_line(error)}; earlier checkpoints are"
-                           " untouched") from error
+            raise RunError(f"checkpoint {pending.folder}: cannot be written: {_first_line(error)}; earlier checkpoints"
+                           " are untouched") from error
         _barrier()
 
     def resume(self) -> dict[str, Any] | None:
@@ -201,8 +202,8 @@ def verify(folder: Path, state: dict[str, Any]) -> None:
     for name, (size, digest) in state["files"].items():
         path = folder / name
         if not path.exists() or path.stat().st_size != size or _sha256(path) != digest:
-            raise InputError(f"checkpoint {folder}: {name} is damaged or incomplete; remove the folder to use an earlier"
-                             " checkpoint")
+            raise InputError(f"checkpoint {folder}: {name} is damaged or incomplete; remove the folder to use an"
+                             " earlier checkpoint")
 
 
 def _publish(folder: Path, state: dict[str, Any]) -> None:

@@ -68,8 +68,8 @@ class TextBytes:
     def __init__(self, text: torch.Tensor, rows: int, graph: OperatorGraph, seed: int, copy: int = 0) -> None:
         specs = {value.name: value.spec for value in graph.values if value.source is None}
         if "input_ids" not in specs:
-            raise InputError(f"data: {graph.model} has no input 'input_ids' (inputs: {', '.join(graph.inputs)}); give your"
-                             " own loader as package.module:callable")
+            raise InputError(f"data: {graph.model} has no input 'input_ids' (inputs: {', '.join(graph.inputs)}); give"
+                             " your own loader as package.module:callable")
         unknown = sorted(set(graph.inputs) - {"input_ids", "labels", "attention_mask", "position_ids"})
         if unknown:
             raise InputError(f"data: text gives no input {unknown[0]!r} of {graph.model}; give your own loader as"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -23,7 +23,7 @@ from mipipe.planner.actions import ActionKind
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
 from mipipe.runtime import comm, reduce
-from mipipe.runtime.batches import Batch, count_valid, split_batch
+from mipipe.runtime.batches import Batch, split_batch, total_weight
 from mipipe.runtime.buffers import Buffers, Frame
 from mipipe.runtime.compiled import Compiled, compile_rank
 from mipipe.runtime.instructions import Step, Transport
@@ -59,7 +59,6 @@ class Engine:
 
     def __init__(self, plan: Plan, graph: OperatorGraph, weights: Source, *, program: Program | None = None,
                  mesh: Mesh | None = None, options: EngineOptions | None = None,
-                 normaliser: Callable[[Sequence[Mapping[str, torch.Tensor]]], float] | None = None,
                  on_update: Callable[[], None] | None = None, device: torch.device | str = "cpu") -> None:
         self.options = options or EngineOptions()
         self.on_update = on_update
@@ -67,7 +66,6 @@ class Engine:
         self.compiled: Compiled = compile_rank(plan, graph, weights, program, mesh, torch.device(device), self.options)
         self.plan, self.graph, self.mesh = plan, graph, self.compiled.mesh
         self.weights: Weights = self.compiled.weights
-        self._normaliser = normaliser or (lambda microbatches: count_valid(graph, microbatches))
         self._timeout = timedelta(seconds=self.options.timeout_s)
         self._blocking = self.mesh.device.type == "cpu"
         self._buffers = Buffers()
@@ -109,7 +107,7 @@ class Engine:
             RunError: an instruction failed or a peer kept this rank waiting for too long.
         """
         self._microbatches = split_batch(self.graph, batch, self.plan.problem.num_microbatches, self.mesh.device)
-        weight = self._normaliser(self._microbatches)
+        weight = total_weight(self.graph, self._microbatches)
         if self.mesh.copy_group is not None:
             total = torch.tensor(float(weight), dtype=torch.float64, device=self.mesh.device)
             dist.all_reduce(total, group=self.mesh.copy_group)
@@ -125,7 +123,7 @@ class Engine:
     def evaluate(self, batch: Batch) -> float | None:
         """The loss of a batch without gradients; ``engine.outputs`` then has this rank's outputs by microbatch."""
         self._microbatches = split_batch(self.graph, batch, self.plan.problem.num_microbatches, self.mesh.device)
-        weight = self._normaliser(self._microbatches)
+        weight = total_weight(self.graph, self._microbatches)
         self._evaluating = True
         self._run(self._evaluation)
         return self._share(self._losses, 1.0 / weight)

@@ -129,7 +129,7 @@ def explain(folder: Path, log: Path, code: int) -> MipipeError:
     found = [json.loads(path.read_text()) for path in folder.glob("error-rank*.json")]
     if not found:
         lines = [line for line in log.read_text().splitlines() if line.strip()]
-        tail = next((line for line in reversed(lines) if "Error" in line or "Signal" in line), lines[-1] if lines else "")
+        tail = next((line for line in reversed(lines) if "Error" in line or "Signal" in line), "".join(lines[-1:]))
         return RunError(f"torchrun ended with status {code}: {tail.strip() or 'no message; see the output above'}")
     first = min(found, key=lambda item: (_is_consequence(item), item["time"]))
     if first["type"] in vars(errors):

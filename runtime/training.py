@@ -58,8 +58,8 @@ class Trainer:
         engine.on_update = self._update
         self.checkpoints: Checkpoints | None = None
         if config.checkpoint is not None:
-            self.checkpoints = Checkpoints(config.checkpoint.folder, engine, self.optimizer, keep=config.checkpoint.keep,
-                                           asynchronous=config.checkpoint.asynchronous)
+            self.checkpoints = Checkpoints(config.checkpoint.folder, engine, self.optimizer,
+                                           keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous)
         self.first = engine.mesh.rank == 0 and engine.mesh.copy == 0
 
     def _update(self) -> None:
@@ -96,8 +96,8 @@ class Trainer:
                 loss = self.engine.step(batch)
             assert loss is not None
             if not math.isfinite(loss):
-                raise RunError(f"step {step + 1}: the loss is {loss}; lower the learning rate, clip gradients, or look for"
-                               " bad data in this step's batch")
+                raise RunError(f"step {step + 1}: the loss is {loss}; lower the learning rate, clip gradients, or look"
+                               " for bad data in this step's batch")
             losses.append(loss)
             timeline = measured_timeline(self.engine) if last else None
             if metrics is not None:
@@ -133,7 +133,8 @@ class Trainer:
             metrics.board = SummaryWriter(self.config.tensorboard)
         return metrics
 
-    def _record(self, step: int, loss: float, begin: float, loaded: float, timeline: Timeline | None) -> dict[str, float]:
+    def _record(self, step: int, loss: float, begin: float, loaded: float,
+                timeline: Timeline | None) -> dict[str, float]:
         took = time.perf_counter() - begin
         record: dict[str, float] = {
             "step": step + 1, "loss_metrics/global_avg_loss": loss, "grad_norm": self._norm,

@@ -159,7 +159,8 @@ def random_order(rng, problem, stages, routes) -> tuple[RankOrder, ...]:
 def state_of(graph: OperatorGraph) -> dict[str, torch.Tensor]:
     """Random weights; tied names share one tensor."""
     generator = torch.Generator().manual_seed(5)
-    state = {item.fqn: torch.randn(item.spec.shape, dtype=torch.float64, generator=generator) for item in graph.parameters}
+    state = {item.fqn: torch.randn(item.spec.shape, dtype=torch.float64, generator=generator)
+             for item in graph.parameters}
     return {item.fqn: state[item.tied_to or item.fqn] for item in graph.parameters}
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from mipipe.graphs.capture import capture_module
 from mipipe.graphs.cluster import shipped_kinds
 from mipipe.graphs.coarsen import coarsen
+from mipipe.graphs.loss import sum_over
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.roofline import roofline
 from mipipe.graphs.topology import Topology
@@ -66,7 +67,8 @@ def case(name: str, dtype: torch.dtype = torch.float64) -> Case:
             module.lm_head.requires_grad_(False)
     batch = models.image_batch(ROWS, dtype) if name.startswith("vlm") else \
         models.token_batch(ROWS, LENGTH, 64 if shift else 11)
-    graph = capture_module(module, batch, loss=loss_of, granularity="module" if name == "skip" else "block")
+    graph = capture_module(module, batch, loss=loss_of, granularity="module" if name == "skip" else "block",
+                           loss_info=sum_over("labels", shift=shift))
     return Case(module, graph, shift, loss_of)
 
 
@@ -83,22 +85,22 @@ def valid_labels(shift: bool, microbatches: Any) -> float:
     return float(sum(int((piece["labels"][:, int(shift):] != -100).sum()) for piece in microbatches))
 
 
-def run_case(plan: Plan, graph: OperatorGraph, state: Any, batch: Any, shift: bool,
+def run_case(plan: Plan, graph: OperatorGraph, state: Any, batch: Any,
              options: EngineOptions | None = None) -> tuple[float, dict[str, torch.Tensor]]:
     """What a rank does."""
-    engine = Engine(plan, graph, state, options=options, normaliser=functools.partial(valid_labels, shift))
+    engine = Engine(plan, graph, state, options=options)
     loss = engine.step(batch)
     return loss, {name: item.grad for name, item in engine.named_parameters() if item.grad is not None}
 
 
 def compare(pool: Any, made: Case, plan: Plan, tolerance: float = 1e-12, options: EngineOptions | None = None) -> None:
-    """Run a plan on the pool; losses on all ranks and gradients on all holders equal the model's own, by torch's autograd.
+    """Run a plan on the pool; losses on all ranks and gradients on all holders equal the model's own by autograd.
 
     Every gradient that eager autograd makes must be there; a gradient that is zero may be absent.
     """
     count, ranks = plan.problem.num_microbatches, plan.problem.num_ranks
     batch = made.batch(count)
-    answers = pool.run(ranks, __file__, "run_case", plan, made.graph, made.state(), batch, made.shift, options)
+    answers = pool.run(ranks, __file__, "run_case", plan, made.graph, made.state(), batch, options)
     pieces = models.chunked(batch, count)
     loss, gradients = models.eager(made.module, pieces, valid_labels(made.shift, pieces), made.loss_of)
     found = set()

@@ -61,7 +61,8 @@ def token_batch(rows: int, length: int, vocab: int, seed: int = 4) -> dict[str, 
 
 def chunked(batch: dict[str, torch.Tensor], num_microbatches: int) -> list[dict[str, torch.Tensor]]:
     """The microbatches of a batch."""
-    return [{name: tensor.chunk(num_microbatches)[m] for name, tensor in batch.items()} for m in range(num_microbatches)]
+    return [{name: tensor.chunk(num_microbatches)[m] for name, tensor in batch.items()}
+            for m in range(num_microbatches)]
 
 
 def eager(module: nn.Module, microbatches: list[dict[str, torch.Tensor]], weight: float,
@@ -124,7 +125,7 @@ def token_losses(output: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def add_lora(module: nn.Module, names: tuple[str, ...], rank: int = 2) -> None:
-    """Freeze everything; linear layers whose last name is in ``names`` get a trainable low-rank part (Hu et al., 2021)."""
+    """Freeze everything; linear layers with a last name in ``names`` get a trainable low-rank part (LoRA)."""
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     for path, child in list(module.named_modules()):
