@@ -81,8 +81,13 @@ def memory_of(unit: MergeUnit, compute_bytes: int = 4) -> int:
     return entries * compute_bytes * tensors + factors * 2 + counters
 
 
-def measure_rates(graph: MergeGraph, output: str | Path, sample_bytes: int = 2**25) -> MergeRates:
+SAMPLE_BYTES = 2**25
+"""Rates of reading and writing are measured on at most this much, and on no more than the merge writes."""
+
+
+def measure_rates(graph: MergeGraph, output: str | Path) -> MergeRates:
     """Rates of reading the inputs, writing beside the output, and arithmetic on one core, from short samples."""
+    sample_bytes = max(2**16, min(SAMPLE_BYTES, graph.write_bytes))
     first = graph.units[0].inputs[0]
     source = Path(first.folder) / first.tensor.file
     buffer = bytearray(sample_bytes)

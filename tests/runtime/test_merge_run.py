@@ -1,0 +1,323 @@
+"""Whole merges on disk: equal to the mathematics in memory, on any ranks and cap, from any shards, after any crash."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from merge_fixtures import read, state, trio, write
+
+from mipipe.graphs.errors import InfeasibleError
+from mipipe.graphs.merge_methods import Base
+from mipipe.graphs.recipe import parse_recipe
+from mipipe.graphs.tensor_classes import TensorClass, classify, layer_index
+from mipipe.planner.merge_plan import SHARD_BYTES, plan_recipe
+from mipipe.runtime.merge import output
+from mipipe.runtime.merge.execute import run_rank
+from mipipe.runtime.merge.exchange import Exchange
+from mipipe.runtime.merge.launch import MergeOptions, merge
+from mipipe.runtime.merge.method import Scope, fill, merge_tensors
+from mipipe.runtime.merge.output import publish
+from mipipe.runtime.merge.registry import BY_METHOD, METHODS
+from mipipe.runtime.merge.worker import begin
+
+PARAMETERS = {"slerp": {"t": 0.4}, "nuslerp": {"weight": 1.0}, "rmm": {"num_basis": 1, "rank": 4},
+              "onebit": {"route": 1}, "layer_swapping": {"bottom": 1, "top": 0}, "doge": {"steps": 10},
+              "ties": {"density": 0.4}, "dare_ties": {"density": 0.5}, "sce": {"select_topk": 0.3},
+              "della": {"density": 0.5}, "lore": {"iterations": 3}}
+
+
+def recipe_for(method, root, **changes):
+    """The recipe of a method over the trio's experts."""
+    spec = BY_METHOD[method].spec
+    count = min(3, spec.max_models or 3)
+    data = {"merge_method": method, "models": [{"model": f"{root}/expert{seed}"} for seed in range(1, count + 1)],
+            "parameters": PARAMETERS.get(method, {})}
+    if spec.base is not Base.UNUSED:
+        data["base_model"] = f"{root}/base"
+    return {**data, **changes}
+
+
+def run(data, out, **options):
+    recipes = [parse_recipe(item, "recipe") for item in (data if isinstance(data, list) else [data])]
+    return merge(recipes, out, MergeOptions(**options))
+
+
+class Threads(Exchange):
+    """Ranks as threads of one process: what they gather goes through a shared list."""
+
+    def __init__(self, rank, size, shared, barrier):
+        super().__init__(rank, size, rank)
+        self.shared, self.wait = shared, barrier.wait
+
+    def gather(self, value):
+        self.shared[self.rank] = value
+        self.wait()
+        values = list(self.shared)
+        self.wait()
+        return values
+
+
+def run_threads(data, out, ranks, cap=None):
+    """The same merge with several ranks in one process."""
+    plan = plan_recipe(parse_recipe(data, "recipe"), "recipe", out, {}, ranks, cap, SHARD_BYTES)
+    folder = begin(plan, out)
+    barrier, shared, failures = threading.Barrier(ranks, timeout=60), [None] * ranks, []
+
+    def one(rank):
+        try:
+            run_rank(plan, folder, Threads(rank, ranks, shared, barrier), torch.device("cpu"))
+        except BaseException as error:
+            failures.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    publish(folder, out, plan.shards)
+    return plan
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A base and three experts, two shards each."""
+    folder = tmp_path_factory.mktemp("models")
+    trio(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", [method.spec.name for method in METHODS])
+def test_a_merge_on_disk_equals_the_merge_in_memory(name, root, tmp_path):
+    """I5 and I6, tensor by tensor; integer tensors are the base's (or first model's)."""
+    method = BY_METHOD[name]
+    data = recipe_for(name, root)
+    run(data, tmp_path / "out")
+    found, base = read(tmp_path / "out"), read(root / "base")
+    models = [read(Path(model["model"])) for model in data["models"]]
+    assert set(found) == set(base)
+    for key, value in found.items():
+        assert value.shape == base[key].shape and value.dtype == base[key].dtype
+        if not value.is_floating_point():
+            assert torch.equal(value, base[key])
+            continue
+        values = fill(method, data["parameters"], len(models))
+        kind = classify(key, tuple(value.shape), "F32")
+        if method.scope(**values) is not Scope.PIECE and kind in method.spec.classes:
+            continue  # statistics over several tensors: see below
+        expected = merge_tensors(method, base[key] if "base_model" in data else None, [model[key] for model in models],
+                                 data["parameters"], key=key, layer=layer_index(key), num_layers=2, tensor_class=kind)
+        assert torch.equal(value, expected), key
+
+
+def test_frank_takes_norms_over_whole_layers(root, tmp_path):
+    run(recipe_for("frank", root), tmp_path / "out")
+    found, base = read(tmp_path / "out"), read(root / "base")
+    experts = [read(root / f"expert{seed}") for seed in (1, 2, 3)]
+    for layer in range(2):
+        names = [name for name in base if f"layers.{layer}." in name]
+        energies = [sum(float((expert[name] - base[name]).double().square().sum()) for name in names)
+                    for expert in experts]
+        for name in names:
+            expected = base[name] + sum(energy / sum(energies) * (expert[name] - base[name])
+                                        for energy, expert in zip(energies, experts, strict=True))
+            torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-6)
+    assert torch.equal(found["lm_head.weight"], experts[0]["lm_head.weight"])
+
+
+def test_ties_over_the_whole_model_has_one_threshold(root, tmp_path):
+    data = recipe_for("ties", root, parameters={"density": 0.2, "scope": "model"})
+    data["models"] = data["models"][:1]
+    run(data, tmp_path / "out")
+    found, base, expert = read(tmp_path / "out"), read(root / "base"), read(root / "expert1")
+    names = [name for name in base if base[name].is_floating_point()]
+    deltas = torch.cat([(expert[name] - base[name]).flatten() for name in sorted(names)])
+    bound = deltas.abs().sort(descending=True).values[int(0.2 * len(deltas))]
+    for name in names:
+        delta = expert[name] - base[name]
+        torch.testing.assert_close(found[name], base[name] + torch.where(delta.abs() >= bound, delta, 0.0),
+                                   rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(("name", "changes"), [
+    ("linear", {}), ("ties", {"parameters": {"density": 0.3, "scope": "model"}}), ("dare_ties", {}), ("frank", {}),
+    ("doge", {}), ("slerp", {}), ("tsvm", {}), ("widen", {}), ("karcher", {}), ("sce", {}),
+])
+def test_ranks_and_memory_caps_do_not_show_in_the_result(name, changes, root, tmp_path):
+    data = recipe_for(name, root, **changes)
+    run(data, tmp_path / "one")
+    expected = (tmp_path / "one" / "model.safetensors").read_bytes()
+    for ranks, cap in ((2, None), (4, None), (3, 10**8)):
+        plan = run_threads(data, tmp_path / f"out{ranks}", ranks, cap)
+        assert sorted(index for rank in plan.ranks for index in rank) == list(range(len(plan.graph.units)))
+        assert (tmp_path / f"out{ranks}" / "model.safetensors").read_bytes() == expected
+
+
+def test_shards_of_inputs_and_output_do_not_show_in_the_result(root, tmp_path):
+    other = tmp_path / "resharded"
+    for name in ("base", "expert1", "expert2", "expert3"):
+        write(other / name, read(root / name), shards=1)
+    run(recipe_for("ties", root), tmp_path / "a")
+    run(recipe_for("ties", other), tmp_path / "b", shard_bytes=1500)
+    index = json.loads((tmp_path / "b" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    a, b = read(tmp_path / "a"), read(tmp_path / "b")
+    assert set(a) == set(index["weight_map"]) and all(torch.equal(a[name], b[name]) for name in a)
+    for file in set(index["weight_map"].values()):
+        assert (tmp_path / "b" / file).stat().st_size < 3000
+
+
+@pytest.mark.distributed
+def test_two_processes_under_torchrun_give_the_same_bytes(root, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_for("frank", root)))
+    merge(recipe, tmp_path / "one")
+    merge(recipe, tmp_path / "two", MergeOptions(num_ranks=2))
+    assert ((tmp_path / "one" / "model.safetensors").read_bytes()
+            == (tmp_path / "two" / "model.safetensors").read_bytes())
+    assert not (tmp_path / "two.partial").exists()
+
+
+class Crash(Exception):
+    """Stands for a process that dies."""
+
+
+@pytest.mark.parametrize("name", ["dare_ties", "frank"])
+def test_an_interrupted_merge_continues_where_it_stopped(name, root, tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "JOURNAL_BYTES", 1)
+    recipes = [parse_recipe(recipe_for(name, root), "recipe")]
+    merge(recipes, tmp_path / "whole")
+
+    def crash(done, total):
+        if done > total / 2:
+            raise Crash
+
+    with pytest.raises(Crash):
+        merge(recipes, tmp_path / "out", progress=crash)
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").is_dir()
+    result = merge(recipes, tmp_path / "out")
+    (report,) = result.reports
+    assert report["resumed"] > 5 and report["units"] > 3
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_killed_process_leaves_no_result_and_can_be_continued(root, tmp_path):
+    """SIGKILL in the middle, from a process of its own."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_for("ties", root)))
+    program = f"""
+import os, signal
+from mipipe.runtime.merge import launch, output
+output.JOURNAL_BYTES = 1
+def die(done, total):
+    if done > total / 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+launch.merge({str(recipe)!r}, {str(tmp_path / "out")!r}, progress=die)
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -9
+    assert not (tmp_path / "out").exists()
+    result = merge(recipe, tmp_path / "out")
+    assert result.reports[0]["resumed"] > 5
+    merge(recipe, tmp_path / "whole")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_after_a_restart_of_the_machine_the_journal_does_not_count(root, tmp_path, monkeypatch):
+    recipes = [parse_recipe(recipe_for("linear", root), "recipe")]
+
+    def crash(done, total):
+        raise Crash
+
+    with pytest.raises(Crash):
+        merge(recipes, tmp_path / "out", progress=crash)
+    monkeypatch.setattr(output, "boot_id", lambda: "another boot")
+    assert merge(recipes, tmp_path / "out").reports[0]["resumed"] == 0
+
+
+def test_an_unfinished_merge_of_another_recipe_is_not_touched(root, tmp_path):
+    def crash(done, total):
+        raise Crash
+
+    with pytest.raises(Crash):
+        merge([parse_recipe(recipe_for("linear", root), "recipe")], tmp_path / "out", progress=crash)
+    with pytest.raises(Exception, match=r"out\.partial: holds an unfinished merge of another recipe"):
+        run(recipe_for("ties", root), tmp_path / "out")
+    assert (tmp_path / "out.partial" / "model.safetensors").exists()
+
+
+def test_memory_cap_below_the_largest_tensor(root, tmp_path):
+    with pytest.raises(InfeasibleError, match=r"memory cap 1.00 kB per rank: merging .* raise --memory"):
+        run(recipe_for("linear", root), tmp_path / "out", memory_cap=1_000)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_output_dtypes_and_subtraction_in_float32(tmp_path):
+    """bf16 inputs: the merge is that of the float32 values, cast once."""
+    weights = trio(tmp_path, dtype=torch.bfloat16)
+    run(recipe_for("task_arithmetic", tmp_path, parameters={"lambda": 0.7}), tmp_path / "out")
+    found = read(tmp_path / "out")
+    for name, base in weights["base"].items():
+        if not base.is_floating_point():
+            continue
+        exact = base.float()
+        for seed in (1, 2, 3):
+            exact = exact.add(weights[f"expert{seed}"][name].float() - base.float(), alpha=0.7)
+        assert torch.equal(found[name], exact.to(torch.bfloat16))
+    run(recipe_for("linear", tmp_path, out_dtype="float16"), tmp_path / "half")
+    half = read(tmp_path / "half")
+    assert {value.dtype for name, value in half.items() if name != "model.position_ids"} == {torch.float16}
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_chained_recipes(root, tmp_path):
+    first = {**recipe_for("linear", root), "name": "soup"}
+    second = {"merge_method": "slerp", "base_model": f"{root}/base", "models": [{"model": "soup"}],
+              "parameters": {"t": 0.5}}
+    run([first, second], tmp_path / "out")
+    found, base = read(tmp_path / "out"), read(root / "base")
+    experts = [read(root / f"expert{seed}") for seed in (1, 2, 3)]
+    for name, value in found.items():
+        if value.is_floating_point():
+            soup = sum(expert[name] for expert in experts) / 3
+            torch.testing.assert_close(value, merge_tensors(BY_METHOD["slerp"], None, [base[name], soup], {"t": 0.5}),
+                                       rtol=0, atol=1e-6)
+    assert not (tmp_path / "out.steps").exists()
+
+
+def test_the_model_card_names_sources_method_and_licences(tmp_path):
+    weights = trio(tmp_path)
+    write(tmp_path / "other", state(7, weights["base"]), licence="mit")
+    data = recipe_for("ties", tmp_path)
+    data["models"].append({"model": f"{tmp_path}/other"})
+    run(data, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["license"] == "other" and "merge" in head["tags"]
+    assert f"{tmp_path}/other | mit" in card and "arXiv 2306.01708" in card
+    again = yaml.safe_load(card.split("```yaml")[1].split("```")[0])
+    assert dataclasses.replace(parse_recipe(again, "card")) == parse_recipe(data, "recipe")
+
+
+def test_tiles_of_planner_and_runtime_are_the_same():
+    from mipipe.planner.merge_costs import TILE_ENTRIES
+    from mipipe.runtime.merge.method import TILE_ELEMENTS
+    assert TILE_ENTRIES == TILE_ELEMENTS
+
+
+def test_classes_of_the_tiny_transformer(root):
+    kinds = {name: classify(name, tuple(value.shape), "F32" if value.is_floating_point() else "I64")
+             for name, value in read(root / "base").items()}
+    assert kinds["model.embed_tokens.weight"] is TensorClass.EMBEDDING
+    assert kinds["lm_head.weight"] is TensorClass.HEAD
+    assert kinds["model.norm.weight"] is TensorClass.VECTOR
+    assert kinds["model.position_ids"] is TensorClass.BUFFER
+    assert kinds["model.layers.0.self_attn.q_proj.weight"] is TensorClass.MATRIX
