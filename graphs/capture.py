@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from mipipe.graphs.joint import output_mask
 from mipipe.graphs.operator_graph import OperatorGraph, Parameter, Segment, SegmentTrace, TensorSpec, Value
 from mipipe.graphs.partition import trace_segment
 from mipipe.graphs.segment import Cut, Granularity, cut_segments
+from mipipe.graphs.sources import open_source
 from mipipe.graphs.trace import dtype_name, encode, identifier, spec_of
 
 Progress = Callable[[str], None]
@@ -58,10 +60,30 @@ class Piece:
         return [values[node] for node in self.outputs]
 
 
+def capture(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str = "float32",
+            overrides: Mapping[str, Any] | None = None, images: int = 1, image: int = 0, expert_groups: int = 1,
+            freeze: Sequence[str] = (), granularity: Granularity = "block", patterns: Patterns | None = None,
+            progress: Progress | None = None) -> OperatorGraph:
+    """The operator graph of what ``source`` names; arguments as of `open_source` and `capture_module`.
+
+    Raises:
+        InputError: the source is unknown or does not give a model.
+        GraphError: the model cannot be captured.
+    """
+    say = progress or (lambda text: None)
+    opened = open_source(source, seq=seq, batch=batch, dtype=dtype, overrides=overrides, images=images, image=image,
+                         expert_groups=expert_groups, freeze=freeze)
+    say(f"building {opened.name}")
+    return capture_module(opened.build(opened.device), opened.inputs(opened.device), loss=opened.loss,
+                          loss_info=opened.loss_info, name=opened.name, granularity=granularity, patterns=patterns,
+                          source=opened.record, withheld=opened.withheld, constants=opened.constants, progress=progress)
+
+
 def capture_module(module: nn.Module, example_inputs: Mapping[str, Any], *, loss: Callable[..., Any] | None = None,
                    loss_info: Mapping[str, Any] | None = None, name: str | None = None,
                    granularity: Granularity = "block", patterns: Patterns | None = None,
-                   source: Mapping[str, Any] | None = None, progress: Progress | None = None) -> OperatorGraph:
+                   source: Mapping[str, Any] | None = None, withheld: Collection[str] = (),
+                   constants: Mapping[str, Any] | None = None, progress: Progress | None = None) -> OperatorGraph:
     """The operator graph of ``module(**example_inputs)`` and its backward.
 
     Args:
@@ -73,13 +95,15 @@ def capture_module(module: nn.Module, example_inputs: Mapping[str, Any], *, loss
         granularity: ``layer``, ``block`` (attention, MLP, parts of a MoE layer) or ``module``.
         patterns: corrections of the annotation.
         source: recorded in the graph.
+        withheld: inputs that go to ``loss`` alone, not to the module.
+        constants: fixed arguments of the module's forward.
         progress: called with a line now and then.
 
     Raises:
         GraphError: the model cannot be exported, has no scalar loss, or nothing in it trains.
     """
     say = progress or (lambda text: None)
-    wrapped = WithLoss(module, loss)
+    wrapped = WithLoss(module, loss, withheld, constants or {})
     say("exporting the model")
     exported = export_model(wrapped, example_inputs, prefix=WithLoss.PREFIX)
     cuts = cut_segments(exported, granularity)
@@ -96,13 +120,15 @@ class WithLoss(nn.Module):
 
     PREFIX = "wrapped."
 
-    def __init__(self, wrapped: nn.Module, loss: Callable[..., Any] | None) -> None:
+    def __init__(self, wrapped: nn.Module, loss: Callable[..., Any] | None, withheld: Collection[str] = (),
+                 constants: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self.wrapped, self.loss = wrapped, loss
-        self.train(wrapped.training)
+        self.wrapped, self.loss, self.withheld, self.constants = wrapped, loss, withheld, dict(constants or {})
+        self.training = wrapped.training
 
     def forward(self, **inputs: Any) -> dict[str, Any]:
-        result = self.wrapped(**inputs)
+        own = {name: item for name, item in inputs.items() if name not in self.withheld}
+        result = self.wrapped(**own, **self.constants)
         if self.loss is not None:
             made = self.loss(result, inputs)
             return dict(made) if isinstance(made, Mapping) else {"loss": made}
@@ -118,7 +144,8 @@ def parameters_of(module: nn.Module) -> tuple[Parameter, ...]:
     first = aliases_of(module)
     passing = {f"{path}.{name}".lstrip(".") for path, child in module.named_modules()
                for name in child._non_persistent_buffers_set}
-    found = [(name, item, False) for name, item in module.named_parameters(remove_duplicate=False)]
+    found: list[tuple[str, Tensor, bool]] = []
+    found += [(name, item, False) for name, item in module.named_parameters(remove_duplicate=False)]
     found += [(name, item, True) for name, item in module.named_buffers(remove_duplicate=False)]
     return tuple(
         Parameter(name, spec_of(item), trainable=item.requires_grad and not buffer,

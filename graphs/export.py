@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 import mipipe.graphs.kernels  # noqa: F401  (registers mipipe's operators)
 from mipipe.graphs.errors import GraphError
-from mipipe.graphs.joint import attention_call, make_constant, storage_of
+from mipipe.graphs.joint import argument, attention_call, make_constant, storage_of
 
 aten = torch.ops.aten
 
@@ -73,7 +73,8 @@ def explain(module: nn.Module, error: BaseException) -> str:
     """One line: the model's own source line at which the export stopped, what happened, and what to try."""
     torch_folder = str(Path(torch.__file__).parent)
     own = str(Path(__file__).parent)
-    place, chain, current = "", [], error
+    place, chain = "", list[BaseException]()
+    current: BaseException | None = error
     while current is not None and current not in chain:
         chain.append(current)
         current = current.__cause__ or current.__context__
@@ -166,10 +167,10 @@ def _copy_nodes(module: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, Any]
         elif node.op == "get_attr":
             env[node] = getattr(module, str(node.target))
         elif node.op == "output":
-            results = node.args[0]
+            results = argument(node, 0)
             return [_look_up(item, env) for item in (results if isinstance(results, (list, tuple)) else [results])]
-        elif node.target is operator.getitem and not isinstance(env[node.args[0]], fx.Node):
-            env[node] = env[node.args[0]][node.args[1]]
+        elif node.target is operator.getitem and not isinstance(env[argument(node, 0)], fx.Node):
+            env[node] = env[argument(node, 0)][argument(node, 1)]
         elif str(node.target) in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
             env[node] = _inline(node, graph, env, prefix)
         else:
@@ -186,14 +187,14 @@ def _look_up(value: Any, env: Mapping[fx.Node, Any]) -> Any:
 def _inline(node: fx.Node, graph: fx.Graph, env: dict[fx.Node, Any], prefix: str) -> list[Any]:
     """The results of a region without gradients (detached) or with autocast off."""
     if str(node.target) == "wrap_with_autocast":
-        enabled, body, args = node.args[2], node.args[4], node.args[5:]
+        enabled, body, args = argument(node, 2), argument(node, 4), node.args[5:]
         if enabled:
             where = "".join(f" of {path}" for path, *_ in _module_stack(node, prefix)[-1:])
             raise GraphError(f"a part{where} computes under autocast, which an operator graph cannot say; cast"
                              " explicitly, or capture the model in the dtype you train in")
         stop = False
     else:
-        stop, body, args = not node.args[0], node.args[1], node.args[2:]
+        stop, body, args = not argument(node, 0), argument(node, 1), node.args[2:]
     inner = env[body]
     places = inner.graph.find_nodes(op="placeholder")
     results = _copy_nodes(inner, graph, dict(zip(places, _look_up(args, env), strict=True)), prefix)
@@ -242,8 +243,8 @@ def _clean(graph: fx.Graph, outputs: Mapping[str, fx.Node]) -> dict[str, fx.Node
         if kind.startswith(_DROPPED):
             graph.erase_node(node)
         elif kind in _SAME or (kind in _CASTS and _is_noop(node)):
-            moved[node] = node.args[0]
-            node.replace_all_uses_with(node.args[0])
+            moved[node] = argument(node, 0)
+            node.replace_all_uses_with(argument(node, 0))
             graph.erase_node(node)
         else:
             _replace_kernel(node)
@@ -256,7 +257,7 @@ def _clean(graph: fx.Graph, outputs: Mapping[str, fx.Node]) -> dict[str, fx.Node
 
 
 def _is_noop(node: fx.Node) -> bool:
-    before, after = node.args[0].meta.get("val"), node.meta.get("val")
+    before, after = argument(node, 0).meta.get("val"), node.meta.get("val")
     if not isinstance(before, Tensor) or not isinstance(after, Tensor) or node.kwargs.get("copy"):
         return False
     return before.dtype == after.dtype and before.stride() == after.stride()
@@ -267,9 +268,9 @@ def _replace_kernel(node: fx.Node) -> None:
     kind = str(node.target)
     if kind == "aten.scaled_dot_product_attention.default":
         node.target = attention_call
-    elif kind in _GROUPED and len(node.args) == 3 and node.args[1].meta["val"].dim() == 3:
+    elif kind in _GROUPED and len(node.args) == 3 and argument(node, 1).meta["val"].dim() == 3:
         node.target = torch.ops.mipipe.grouped_mm.default
-    elif kind == "aten.histc.default" and not node.args[0].meta["val"].is_floating_point():
+    elif kind == "aten.histc.default" and not argument(node, 0).meta["val"].is_floating_point():
         node.target, node.kwargs = torch.ops.mipipe.histogram.default, {}
 
 
@@ -281,7 +282,7 @@ def _functional(graph: fx.Graph, node: fx.Node, placeholders: set[fx.Node]) -> N
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
         return
-    changed = node.args[0]
+    changed = argument(node, 0)
     name = target._schema.name.split("::")[1]
     if not name.endswith("_") or changed in placeholders or not isinstance(changed, fx.Node):
         return

@@ -114,7 +114,7 @@ def attention_call(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor 
                    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
     """F.scaled_dot_product_attention, as one operator where it can be (three or four dimensions, no dropout)."""
     if dropout_p > 0.0:
-        return _attention_with_dropout(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        return attention_with_dropout(query, key, value, attn_mask, dropout_p, is_causal, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     lead = query.shape[:-3]
     four = [x.reshape(-1, *x.shape[-3:]) if x.dim() >= 3 else x[None, None] for x in (query, key, value)]
@@ -125,7 +125,7 @@ def attention_call(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor 
     return out.reshape(*query.shape[:-1], value.shape[-1])
 
 
-def _attention_with_dropout(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float,
+def attention_with_dropout(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float,
                             causal: bool, scale: float | None) -> Tensor:
     """Attention in plain operators: the dropped weights must be kept for the backward in any case."""
     heads = query.shape[-3]
@@ -235,6 +235,11 @@ def _take_updates(graph: fx.Graph, arguments: Sequence[fx.Node]) -> dict[int, fx
             node.replace_all_uses_with(value)
             graph.erase_node(node)
     return updates
+
+
+def argument(node: fx.Node, index: int) -> Any:
+    """A positional argument of a node, as it is (a node, a number, a list)."""
+    return node.args[index]
 
 
 def storage_of(node: fx.Node) -> int | None:

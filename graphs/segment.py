@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from mipipe.graphs.export import Exported
-from mipipe.graphs.joint import attention_call, storage_of
+from mipipe.graphs.joint import argument, attention_call, storage_of
 
 Granularity = Literal["layer", "block", "module"]
 Label = str
@@ -84,7 +84,7 @@ def _mutated(node: fx.Node) -> fx.Node | None:
 def clonable(exported: Exported, nodes: Sequence[fx.Node]) -> set[fx.Node]:
     """Operators that depend on no parameter, no floating-point input and no random number: masks, positions."""
     free = {node for node in exported.inputs.values() if not node.meta["val"].is_floating_point()}
-    changed = {storage_of(found) for node in nodes if (found := _mutated(node)) is not None}
+    changed = {storage_of(item) for node in nodes if (item := _mutated(node)) is not None}
     batch_norms = {item for node in nodes if "batch_norm" in str(node.target) for item in node.all_input_nodes}
     free |= {node for node in exported.buffers.values() if storage_of(node) not in changed and node not in batch_norms}
     found: set[fx.Node] = set()
@@ -198,8 +198,8 @@ def _hard_labels(unit: str, nodes: Sequence[fx.Node], granularity: Granularity) 
         top = paths[0][0] if paths else ""
         block = next((path for path, _ in paths if path in moe), None)
         if block is not None:
-            inner = paths[-1][0].removeprefix(block).lstrip(".").split(".")[0]
-            part = _moe_part(node, inner, block in seen)
+            child = paths[-1][0].removeprefix(block).lstrip(".").split(".")[0]
+            part = _moe_part(node, child, block in seen)
             if part.startswith("experts"):
                 seen.add(block)
             labels[node] = f"{unit}.{block}.{part}"
@@ -268,7 +268,7 @@ def _keep_together(nodes: Sequence[fx.Node], labels: dict[fx.Node, Label]) -> No
                and found.op == "call_function"}
     for node in nodes:
         if node.target is operator.getitem:
-            labels[node] = labels[node.args[0]]
+            labels[node] = labels[argument(node, 0)]
         elif isinstance(node.meta.get("val"), Tensor) and storage_of(node) in changed:
             labels[node] = changed[storage_of(node)]
 

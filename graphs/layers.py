@@ -1,0 +1,105 @@
+"""Attention and experts in transformers' interfaces, built on mipipe's operators.
+
+Attention is one operator: grouped heads are not repeated, causal masks and windows are flags instead of tensors. The
+experts of a layer are grouped matrix products, optionally in groups that may be placed on different devices.
+Legend: B batch, H heads, G key heads, S queries, T keys (or tokens), D and E head sizes, k experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mipipe.graphs.kernels  # noqa: F401  (registers mipipe's operators)
+from mipipe.graphs.errors import GraphError
+from mipipe.graphs.joint import attention_with_dropout
+
+NAME = "mipipe"
+"""The name under which both are registered with transformers."""
+
+
+def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+              scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None,
+              sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
+              position_bias: Tensor | None = None, **unused: Any) -> tuple[Tensor, None]:
+    """Attention in transformers' interface: [B,H,S,D], [B,G,T,D], [B,G,T,E] -> [B,S,H,E]."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(causal) and query.shape[2] > 1 and attention_mask is None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if dropout > 0.0 or position_bias is not None:
+        bias = position_bias if attention_mask is None else attention_mask if position_bias is None else (
+            torch.where(attention_mask, position_bias, float("-inf")) if attention_mask.dtype is torch.bool
+            else position_bias + attention_mask)
+        if s_aux is not None or softcap or (sliding_window and attention_mask is None):
+            raise GraphError("attention with dropout and sinks, soft caps or windows at once: set attention_dropout=0")
+        out = attention_with_dropout(query, key, value, bias, dropout, causal, scale)
+    else:
+        window = int(sliding_window or 0) if attention_mask is None else 0
+        out, _ = torch.ops.mipipe.attention(query, key, value, attention_mask, s_aux, causal, window, float(scale),
+                                            float(softcap or 0.0))
+    return out.transpose(1, 2).contiguous(), None
+
+
+def experts(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """All experts of a MoE layer in transformers' interface: [T,H], chosen [T,k] and their weights [T,k] -> [T,H].
+
+    The bank is computed in ``module.config.mipipe_expert_groups`` groups, whose partial sums are added: each sees all
+    tokens, sorts those of its own experts to the front, and leaves the other rows zero.
+    """
+    groups = getattr(module.config, "mipipe_expert_groups", 1)
+    if module.num_experts % groups:
+        raise GraphError(f"expert groups: found {groups}, expected a divisor of the {module.num_experts} experts")
+    size = module.num_experts // groups
+    total = expert_group(module, hidden, index, weights, 0, size)
+    for group in range(1, groups):
+        total = total + expert_group(module, hidden, index, weights, group * size, size)
+    return total.to(hidden.dtype)
+
+
+def expert_group(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, first: int, size: int) -> Tensor:
+    """The partial sum [T,H] of experts ``first`` to ``first + size``."""
+    tokens, top = index.shape
+    whole = size == module.num_experts
+    chosen = index.reshape(-1)
+    if not whole:
+        inside = (chosen >= first) & (chosen < first + size)
+        chosen = torch.where(inside, chosen - first, size)
+    ordered, order = torch.sort(chosen, stable=True)
+    counts = torch.ops.mipipe.histogram(ordered, size, 0, size - 1)
+    offsets = torch.cumsum(counts, dim=0, dtype=torch.int32)
+    rows = hidden[order // top]
+    used = None if whole else ordered < size
+    local = ordered if used is None else ordered.clamp(max=size - 1)
+
+    def project(x: Tensor, name: str) -> Tensor:
+        bank = getattr(module, name)
+        bank = bank if whole else bank[first:first + size]
+        bank = bank if module.is_transposed else bank.transpose(-2, -1)
+        out = torch.ops.mipipe.grouped_mm(x.to(bank.dtype), bank, offsets)
+        if module.has_bias:
+            bias = getattr(module, f"{name}_bias")
+            out = out + (bias if whole else bias[first:first + size])[local]
+        return out
+
+    if module.has_gate:
+        inner = module._apply_gate(project(rows, "gate_up_proj"))
+    else:
+        inner = module.act_fn(project(rows, "up_proj"))
+    out = project(inner, "down_proj")
+    if getattr(module, "has_post_expert_norm", False):
+        out = module.post_expert_norm(out)
+    out = out * weights.reshape(-1)[order].unsqueeze(-1)
+    if used is not None:
+        out = torch.where(used.unsqueeze(-1), out, torch.zeros((), dtype=out.dtype, device=out.device))
+    return out[torch.argsort(order)].view(tokens, top, -1).sum(dim=1)
+
+
+def register() -> None:
+    """Make `attention` and `experts` known to transformers under the name ``mipipe``."""
+    from transformers import AttentionInterface
+    from transformers.integrations.moe import ExpertsInterface
+
+    AttentionInterface.register(NAME, attention)
+    ExpertsInterface.register(NAME, experts)

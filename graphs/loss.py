@@ -1,0 +1,36 @@
+"""How a graph's loss is normalised: what the runtime must know to scale it, and the losses that capture puts inside.
+
+``graph.source["loss"]`` is ``{"reduction": "mean"}`` (each microbatch's loss is a mean; a step is their average) or
+``{"reduction": "sum", "labels": name, "ignore_index": i, "shift": bool}`` (the loss is a sum over valid labels; a
+step is the sum over all microbatches divided by the global count of valid labels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mipipe.graphs.operator_graph import OperatorGraph
+
+MEAN: dict[str, Any] = {"reduction": "mean"}
+
+
+def sum_over(labels: str, *, ignore_index: int = -100, shift: bool = False) -> dict[str, Any]:
+    """The loss is a sum over the entries of input ``labels`` that differ from ``ignore_index``.
+
+    With ``shift`` position t predicts label t + 1, so that the first label of each sequence does not count.
+    """
+    return {"reduction": "sum", "labels": labels, "ignore_index": ignore_index, "shift": shift}
+
+
+def weight(graph: OperatorGraph, microbatch: Mapping[str, Any]) -> int:
+    """What one microbatch adds to the denominator: its count of valid labels, or 1 where the loss is a mean.
+
+    The step's loss is sum(loss_m) / sum(weight_m), so every backward starts with the gradient 1 / sum(weight_m).
+    """
+    info = graph.source.get("loss", MEAN)
+    if info["reduction"] != "sum":
+        return 1
+    labels = microbatch[info["labels"]]
+    labels = labels[..., 1:] if info["shift"] else labels
+    return int((labels != info["ignore_index"]).sum())

@@ -1,0 +1,127 @@
+"""Transformers' families, small: F, I, W of all segments reproduce the family's own eager loss and all gradients.
+
+The reference is transformers' model as it ships (its SDPA attention with its own masks, eager experts), never our code.
+In float64; the families cast norms and router weights to float32 inside, which bounds the agreement (`RTOL`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mipipe.graphs import loss as losses
+from mipipe.graphs.capture import capture
+from mipipe.graphs.compose import parameter_tensors, run_step
+from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role
+
+transformers = pytest.importorskip("transformers")
+from mipipe.graphs import families  # noqa: E402
+
+RTOL = 1e-6
+TEXT = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64}
+MOE = {**TEXT, "moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small variant of a family: source name, overrides, capture options, and the branches expected."""
+
+    source: str
+    overrides: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    branches: frozenset[str | None] = frozenset({None})
+
+
+CASES = {
+    "llama": Case("llama", TEXT),
+    "qwen3_moe": Case("qwen3_moe", {**MOE, "head_dim": 8}),
+    "qwen3_moe_aux": Case("Qwen3MoeForCausalLM", {**MOE, "head_dim": 8, "output_router_logits": True}),
+    "mixtral": Case("mixtral", {**TEXT, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5}),
+    "deepseek_v3": Case("deepseek_v3", {
+        **TEXT, "num_key_value_heads": 4, "moe_intermediate_size": 8, "n_routed_experts": 8, "num_experts_per_tok": 2,
+        "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4, "n_shared_experts": 1}),
+}
+
+
+def reference(case: Case, graph: OperatorGraph) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
+    """transformers' own model with random weights, a random batch, and its loss times the weight of the microbatch."""
+    torch.manual_seed(0)
+    config = families.read_config(case.source, case.overrides)
+    config._experts_implementation = "eager"
+    kind = families.model_class(config)
+    model = kind._from_config(config, attn_implementation="sdpa", dtype=torch.float64).train()
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    batch = random_batch(case, graph, config)
+    task = families.task_of(config, kind)
+    if task.kind == "own":
+        return model, batch, model(**batch, **task.constants).loss
+    output = model(**{key: item for key, item in batch.items() if key != "labels"}, **task.constants)
+    labels = batch["labels"][:, 1:] if task.shift else batch["labels"]
+    logits = output.logits[:, :-1] if task.shift else output.logits
+    valid = labels != -100
+    loss = -logits.log_softmax(-1)[valid].gather(-1, labels[valid][:, None]).sum()
+    if getattr(output, "aux_loss", None) is not None:
+        loss = loss + config.router_aux_loss_coef * output.aux_loss * losses.weight(graph, batch)
+    return model, batch, loss
+
+
+def random_batch(case: Case, graph: OperatorGraph, config: Any) -> dict[str, Tensor]:
+    """Random inputs with the graph's shapes; some labels are ignored."""
+    batch: dict[str, Tensor] = {}
+    for value in graph.values:
+        if value.source is None:
+            dtype = getattr(torch, value.spec.dtype)
+            batch[value.name] = (torch.randn(value.spec.shape, dtype=dtype) if dtype.is_floating_point
+                                 else torch.randint(0, 60, value.spec.shape))
+    if batch.get("labels") is not None and batch["labels"].dim() == 2:
+        batch["labels"][:, -2] = -100
+    return batch
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_family_equals_eager(name: str) -> None:
+    case = CASES[name]
+    graph = capture(case.source, overrides=case.overrides, dtype="float64", **{"seq": 8, "batch": 2, **case.options})
+    model, batch, loss = reference(case, graph)
+    assert_same(graph, model, batch, loss)
+    assert {segment.tags.branch for segment in graph.segments} == set(case.branches)
+    sizes = [torch.Size(item.spec.shape).numel() for item in graph.parameters if not item.buffer and not item.tied_to]
+    assert sum(sizes) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def assert_same(graph: OperatorGraph, model: nn.Module, batch: Mapping[str, Tensor], loss: Tensor,
+                rtol: float = RTOL) -> None:
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    step = run_step(graph, parameter_tensors(graph, named), batch)
+    loss.backward()
+    assert abs(step.outputs[graph.loss] - loss.detach()) <= rtol * abs(loss.detach())
+    expected = {key: item.grad for key, item in model.named_parameters() if item.grad is not None and item.grad.any()}
+    assert set(expected) <= set(step.gradients)
+    for key, grad in expected.items():
+        error = (step.gradients[key] - grad).norm() / grad.norm()
+        assert error <= rtol, f"{key}: relative error {error:.1e}"
+
+
+def test_layers_share_traces_and_moe_has_its_roles() -> None:
+    case = CASES["qwen3_moe"]
+    graph = capture(case.source, overrides={**case.overrides, "num_hidden_layers": 6}, seq=8, batch=2)
+    assert len(graph.segments) == 6 * 4 + 2 and len(graph.traces) == 6
+    roles = [segment.tags.role for segment in graph.segments]
+    assert roles[:5] == [Role.EMBEDDING, Role.ATTENTION, Role.ROUTER, Role.EXPERTS, Role.COMBINE]
+    assert roles[-1] is Role.HEAD
+    crossing = [item for item in graph.values if item.source and "self_attn" in item.source]
+    assert all(item.spec.shape == (2, 8, 16) for item in crossing)  # no mask, no rotary embedding is sent
+
+
+def test_frozen_model_with_trained_head() -> None:
+    graph = capture("llama", overrides=TEXT, seq=8, batch=2, freeze=[r"^model\."])
+    assert [sum(graph.trace(s).has(p) for p in Phase) for s in graph.segments] == [1] * 5 + [2]
