@@ -120,14 +120,16 @@ def test_results_are_kept_by_structure_and_workers(transformer, tmp_path):
     deeper = measure(4)
     assert again.entries == first.entries and again.notes["measured"].startswith("0 of 3")
     assert deeper.notes["measured"].startswith("0 of 3") and len(deeper.entries) == 6
-    for path in tmp_path.iterdir():
-        path.write_text("{ broken")
-    assert measure(2).notes["measured"].startswith("3 of 3")
 
 
-def test_an_unwritable_cache_is_no_error():
-    _remember(Path("/proc/nowhere"), "key", [{"F": [1.0]}])
+def test_a_cache_that_cannot_be_written_or_read_is_no_error(tmp_path):
+    samples = [{"F": [1.0]}]
+    _remember(Path("/proc/nowhere"), "key", samples)
     assert _recall(Path("/proc/nowhere"), "key") is None
+    _remember(tmp_path, "key", samples)
+    assert _recall(tmp_path, "key") == samples and _recall(tmp_path, "other") is None
+    (tmp_path / "key.json").write_text("{ broken")
+    assert _recall(tmp_path, "key") is None
 
 
 def test_a_group_that_cannot_run_is_one_line(builder):
