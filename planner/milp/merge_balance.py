@@ -23,6 +23,9 @@ from mipipe.planner.milp.highs import SolverOutcome, solve
 EPSILON = 0.01
 """Weight of the balance of bytes beside that of time: it decides between plans of equal time."""
 
+GAP = 5e-3
+"""Relative gap at which a balance is good enough: costs are estimates."""
+
 
 @dataclass(frozen=True, slots=True)
 class UnitKind:
@@ -64,7 +67,7 @@ def balance(kinds: Sequence[UnitKind], num_ranks: int, start: Sequence[Sequence[
     for k, row in enumerate(start):
         for d, count in enumerate(row):
             model.n[k, d].value = count
-    outcome = solve(model, time_limit_s=time_limit_s, seed=seed, warm_start=True, gap=1e-3)
+    outcome = solve(model, time_limit_s=time_limit_s, seed=seed, warm_start=True, gap=GAP)
     if not outcome.has_solution:
         return [list(row) for row in start], outcome
     return [[round(model.n[k, d].value) for d in range(num_ranks)] for k in range(len(kinds))], outcome
