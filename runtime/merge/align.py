@@ -59,7 +59,7 @@ def _match_layer(units: Sequence[MergeUnit], around: Surroundings) -> dict[tuple
     found: dict[tuple[int, str], Reordering] = {}
     for model in models:
         score = torch.zeros(count, count, dtype=torch.float64)
-        for group in _same_place(experts):
+        for group in [*_same_place(experts), *_routers(units, count)]:
             score += _bank(group, reference, count, around) @ _bank(group, model, count, around).T
         order = assign(score)
         hidden = _match_hidden(experts, reference, model, order, around) if around.graph.align_hidden_units else {}
@@ -90,14 +90,32 @@ def _same_place(experts: Sequence[MergeUnit]) -> list[list[MergeUnit]]:
             for _, group in sorted(groups.items())]
 
 
+def _routers(units: Sequence[MergeUnit], count: int) -> list[list[MergeUnit]]:
+    """Router tensors: one row per expert."""
+    return [[unit] for unit in units if _is_router(unit, count)]
+
+
+def _is_router(unit: MergeUnit, count: int) -> bool:
+    return _ROUTER.search(unit.name) is not None and unit.shape[:1] == (count,)
+
+
 def _input(unit: MergeUnit, model: int) -> Input:
     return next(item for item in unit.inputs if item.model == model)
 
 
 def _bank(group: Sequence[MergeUnit], model: int, count: int, around: Surroundings) -> Tensor:
-    """One projection of all experts of a model, float64 ``[experts, entries]``."""
-    tables = [_read(_input(unit, model), unit, around) for unit in group]
-    return torch.cat(tables).reshape(count, -1).double().cpu()
+    """What tells the experts of a model apart in one projection, float64 ``[experts, features]``.
+
+    All entries; or, where hidden units may be in another order, what does not depend on it: their sum.
+    """
+    table = torch.cat([_read(_input(unit, model), unit, around) for unit in group]).double().cpu()
+    if not around.graph.align_hidden_units or _is_router(group[0], count):
+        return table.reshape(count, -1)
+    blocks = table.reshape(count, -1, table.shape[1])
+    if _DOWN.search(group[0].name):
+        return blocks.sum(2)
+    halves = 2 if "gate_up" in group[0].name else 1
+    return blocks.reshape(count, halves, -1, table.shape[1]).sum(2).reshape(count, -1)
 
 
 def _read(item: Input, unit: MergeUnit, around: Surroundings) -> Tensor:
@@ -156,7 +174,7 @@ def _reorder(unit: MergeUnit, model: int, order: Sequence[int], hidden: dict[int
     if is_stacked(unit.name, unit.shape):
         rows, columns = _hidden_maps(unit, hidden)
         return {key: Reordering(tuple(order), unit.shape[1], rows, columns)}
-    if _ROUTER.search(unit.name) and unit.shape and unit.shape[0] == count:
+    if _is_router(unit, count):
         return {key: Reordering(tuple(order), 1)}
     return {}
 

@@ -102,7 +102,8 @@ def test_missing_folder_config_and_weights(root):
         file.unlink()
     (root / "expert2" / "model.safetensors.index.json").unlink()
     (root / "expert2" / "pytorch_model.bin").write_bytes(b"")
-    fails(root, recipe(root, models=[{"model": f"{root}/expert2"}]), "has no .safetensors file; found pytorch_model.bin")
+    fails(root, recipe(root, models=[{"model": f"{root}/expert2"}]),
+          "has no .safetensors file; found pytorch_model.bin")
 
 
 def test_missing_tensor_and_surplus_tensors(root):

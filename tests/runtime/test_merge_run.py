@@ -18,8 +18,8 @@ from mipipe.graphs.recipe import parse_recipe
 from mipipe.graphs.tensor_classes import TensorClass, classify, layer_index
 from mipipe.planner.merge_plan import SHARD_BYTES, plan_recipe
 from mipipe.runtime.merge import output
-from mipipe.runtime.merge.execute import run_rank
 from mipipe.runtime.merge.exchange import Exchange
+from mipipe.runtime.merge.execute import run_rank
 from mipipe.runtime.merge.launch import MergeOptions, merge
 from mipipe.runtime.merge.method import Scope, fill, merge_tensors
 from mipipe.runtime.merge.output import publish
@@ -186,6 +186,11 @@ def test_two_processes_under_torchrun_give_the_same_bytes(root, tmp_path):
     assert not (tmp_path / "two.partial").exists()
 
 
+def weights_of(folder):
+    """The bytes of a folder's only weights file."""
+    return (folder / "model.safetensors").read_bytes()
+
+
 class Crash(Exception):
     """Stands for a process that dies."""
 
@@ -206,7 +211,7 @@ def test_an_interrupted_merge_continues_where_it_stopped(name, root, tmp_path, m
     result = merge(recipes, tmp_path / "out")
     (report,) = result.reports
     assert report["resumed"] > 5 and report["units"] > 3
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -228,7 +233,7 @@ launch.merge({str(recipe)!r}, {str(tmp_path / "out")!r}, progress=die)
     result = merge(recipe, tmp_path / "out")
     assert result.reports[0]["resumed"] > 5
     merge(recipe, tmp_path / "whole")
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
 
 
 def test_after_a_restart_of_the_machine_the_journal_does_not_count(root, tmp_path, monkeypatch):

@@ -1,0 +1,328 @@
+"""Merges of unlike models: slices, other vocabularies, adapters, tied heads, experts, multimodal models."""
+
+import json
+
+import pytest
+import torch
+from merge_fixtures import CONFIG, HIDDEN, read, state, trio, write
+from safetensors.torch import save_file
+
+from mipipe.graphs.merge_build import build
+from mipipe.graphs.recipe import parse_recipe
+from mipipe.runtime.merge.launch import MergeOptions, merge
+from mipipe.runtime.merge.method import merge_tensors
+from mipipe.runtime.merge.registry import BY_METHOD
+
+
+def run(data, out, **options):
+    return merge([parse_recipe(data, "recipe")], out, MergeOptions(**options))
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_passthrough_stacks_layers_of_two_models(tmp_path):
+    weights = {name: state(seed, layers=3) for seed, name in enumerate("ab")}
+    for name, tensors in weights.items():
+        write(tmp_path / name, tensors, {"num_hidden_layers": 3, "layer_types": [f"{name}{i}" for i in range(3)]})
+    run({"merge_method": "passthrough", "slices": [
+        {"sources": [{"model": f"{tmp_path}/a", "layer_range": [0, 2]}]},
+        {"sources": [{"model": f"{tmp_path}/b", "layer_range": [1, 3], "parameters": {
+            "scale": [{"filter": "o_proj", "value": 0.5}, {"value": 1.0}]}}]}]}, tmp_path / "out")
+    found = read(tmp_path / "out")
+    for layer, (name, source) in enumerate([("a", 0), ("a", 1), ("b", 1), ("b", 2)]):
+        for part, scale in (("mlp.up_proj", 1.0), ("self_attn.o_proj", 0.5 if name == "b" else 1.0)):
+            assert torch.equal(found[f"model.layers.{layer}.{part}.weight"],
+                               weights[name][f"model.layers.{source}.{part}.weight"] * scale)
+    assert torch.equal(found["model.embed_tokens.weight"], weights["a"]["model.embed_tokens.weight"])
+    assert torch.equal(found["lm_head.weight"], weights["b"]["lm_head.weight"])
+    config = config_of(tmp_path / "out")
+    assert config["num_hidden_layers"] == 4 and config["layer_types"] == ["a0", "a1", "a1", "a2"]
+
+
+def test_layer_swapping_equals_its_slices(tmp_path):
+    for seed, name in enumerate(("language", "task")):
+        write(tmp_path / name, state(seed, layers=6), {"num_hidden_layers": 6})
+    both = [{"model": f"{tmp_path}/language"}, {"model": f"{tmp_path}/task"}]
+    run({"merge_method": "layer_swapping", "models": both,
+         "parameters": {"bottom": 2, "top": 1, "transition": 1}}, tmp_path / "swapped")
+
+    def piece(first, last, share):
+        return {"sources": [{**both[0], "layer_range": [first, last], "parameters": {"weight": 1 - share}},
+                            {**both[1], "layer_range": [first, last], "parameters": {"weight": share}}]}
+
+    run({"merge_method": "linear", "slices": [piece(0, 2, 0.0), piece(2, 3, 0.5), piece(3, 4, 1.0), piece(4, 5, 0.5),
+                                              piece(5, 6, 0.0)]}, tmp_path / "sliced")
+    swapped, sliced = read(tmp_path / "swapped"), read(tmp_path / "sliced")
+    for name, value in swapped.items():
+        torch.testing.assert_close(value, sliced[name], rtol=0, atol=1e-6)
+
+
+def test_gradients_filters_and_levels_reach_the_right_tensors(tmp_path):
+    trio(tmp_path, layers=5)
+    graph = build(parse_recipe({
+        "merge_method": "task_arithmetic", "base_model": f"{tmp_path}/base",
+        "models": [{"model": f"{tmp_path}/expert1", "parameters": {"weight": [0.0, 1.0]}},
+                   {"model": f"{tmp_path}/expert2", "parameters": {
+                       "weight": [{"filter": "mlp", "value": [1, 0, 1]},
+                                  {"filter": "re:norm\\.weight$", "value": 7}]}}],
+        "parameters": {"weight": 0.25, "lambda": [{"filter": "lm_head", "value": 2.0}]}}, "recipe"))
+    values = {unit.name: unit.parameters for unit in graph.units}
+    at = "model.layers.{}.{}.weight".format
+    assert values[at(0, "mlp.up_proj")]["weight"] == [0.0, 1]
+    assert values[at(1, "mlp.up_proj")]["weight"] == [0.25, 0.5]
+    assert values[at(2, "mlp.up_proj")]["weight"] == [0.5, 0]
+    assert values[at(4, "self_attn.q_proj")]["weight"] == [1.0, 0.25]
+    assert values["model.norm.weight"]["weight"] == [1.0, 7]
+    assert values["model.embed_tokens.weight"]["weight"] == [0.0, 0.25]
+    assert values["lm_head.weight"]["lambda"] == 2.0 and values["model.norm.weight"]["lambda"] == 1.0
+
+
+# Vocabularies ---------------------------------------------------------------------------------------------------------
+
+
+def tokenizer(folder, tokens, added=()):
+    data = {"version": "1.0", "added_tokens": [{"id": index, "content": token, "special": True, "single_word": False,
+                                                "lstrip": False, "rstrip": False, "normalized": False}
+                                               for token, index in added],
+            "model": {"type": "WordLevel", "vocab": tokens, "unk_token": "a"}}
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+
+
+def test_submatrix_rule_crops_to_the_base(tmp_path):
+    base = state(0, vocabulary=8)
+    expert = state(1, vocabulary=10)
+    write(tmp_path / "base", base, {"vocab_size": 8})
+    write(tmp_path / "expert", expert, {"vocab_size": 10})
+    run({"merge_method": "task_arithmetic", "base_model": f"{tmp_path}/base", "mismatch": "submatrix",
+         "models": [{"model": f"{tmp_path}/expert"}], "parameters": {"weight": 0.5}}, tmp_path / "out")
+    found = read(tmp_path / "out")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        expected = merge_tensors(BY_METHOD["task_arithmetic"], base[name], [expert[name][:8]], {"weight": 0.5})
+        assert torch.equal(found[name], expected)
+
+
+def test_union_of_vocabularies(tmp_path):
+    """Base: a b c and padding; first model: c a d; second: b e d and its own padding."""
+    vocabularies = {"base": {"a": 0, "b": 1, "c": 2}, "one": {"c": 0, "a": 1, "d": 2}, "two": {"b": 0, "e": 1, "d": 2}}
+    rows = {"base": 4, "one": 3, "two": 5}
+    weights = {}
+    for seed, (name, tokens) in enumerate(vocabularies.items()):
+        weights[name] = state(seed, vocabulary=rows[name])
+        write(tmp_path / name, weights[name], {"vocab_size": rows[name]})
+        tokenizer(tmp_path / name, tokens)
+    run({"merge_method": "task_arithmetic", "base_model": f"{tmp_path}/base", "tokenizer_source": "union",
+         "models": [{"model": f"{tmp_path}/one"}, {"model": f"{tmp_path}/two"}]}, tmp_path / "out")
+    found = read(tmp_path / "out")
+    order = {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
+    assert config_of(tmp_path / "out")["vocab_size"] == 5
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        one, two = (weights[name][key] for name in ("one", "two"))
+        assert found[key].shape == (5, HIDDEN)
+        expected = {"a": one[1], "b": two[0], "c": one[0]}  # only one model moves each of these: base + its tau
+        d = (one[2] + two[2]) / 2  # not in the base: its row is the mean, tau_i = row_i - mean
+        expected |= {"d": d + (one[2] - d) + (two[2] - d), "e": two[1]}
+        for token, row in expected.items():
+            torch.testing.assert_close(found[key][order[token]], row, rtol=0, atol=1e-6)
+    joined = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert [(entry["content"], entry["id"]) for entry in joined["added_tokens"]] == [("d", 3), ("e", 4)]
+
+
+def test_union_with_the_same_vocabulary_changes_nothing(tmp_path):
+    trio(tmp_path)
+    for name in ("base", "expert1", "expert2"):
+        tokenizer(tmp_path / name, {f"t{index}": index for index in range(9)}, [("<s>", 9)])
+    data = {"merge_method": "linear", "models": [{"model": f"{tmp_path}/{name}"} for name in ("expert1", "expert2")]}
+    run(data, tmp_path / "plain")
+    run({**data, "tokenizer": {"source": "union", "pad_to_multiple_of": 8}}, tmp_path / "union")
+    plain, union = read(tmp_path / "plain"), read(tmp_path / "union")
+    assert union["lm_head.weight"].shape == (16, HIDDEN)
+    first = read(tmp_path / "expert1")
+    for name, value in plain.items():
+        table = name.startswith(("lm_head", "model.embed"))
+        torch.testing.assert_close(union[name][:10] if table else union[name], value[:10] if table else value,
+                                   rtol=0, atol=1e-7)
+        if table:  # a padding row is nobody's token: it is the main model's
+            assert torch.equal(union[name][10], first[name][10])
+
+
+# Heads, adapters ------------------------------------------------------------------------------------------------------
+
+
+def test_tied_heads_stay_tied_and_mixed_ones_are_untied(tmp_path):
+    base = state(0)
+    tied = {name: value for name, value in state(1, base).items() if name != "lm_head.weight"}
+    other = {name: value for name, value in state(2, base).items() if name != "lm_head.weight"}
+    write(tmp_path / "tied", tied, {"tie_word_embeddings": True})
+    write(tmp_path / "other", other, {"tie_word_embeddings": True})
+    write(tmp_path / "untied", state(3, base))
+    pair = {"merge_method": "linear", "models": [{"model": f"{tmp_path}/tied"}, {"model": f"{tmp_path}/other"}]}
+    run(pair, tmp_path / "both")
+    assert "lm_head.weight" not in read(tmp_path / "both")
+    pair["models"][1]["model"] = f"{tmp_path}/untied"
+    run(pair, tmp_path / "mixed")
+    found, untied = read(tmp_path / "mixed"), read(tmp_path / "untied")
+    expected = (tied["model.embed_tokens.weight"] + untied["lm_head.weight"]) / 2
+    torch.testing.assert_close(found["lm_head.weight"], expected, rtol=0, atol=1e-6)
+    assert config_of(tmp_path / "mixed")["tie_word_embeddings"] is False
+
+
+def adapter(folder, seed, rank=2, alpha=4, **config):
+    """A LoRA folder on two weights; returns the deltas by weight name."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(seed)
+    factors, deltas = {}, {}
+    modules = {"model.layers.0.mlp.up_proj": (16, 8), "model.layers.1.self_attn.q_proj": (8, 8)}
+    for module, (rows, columns) in modules.items():
+        down, up = (torch.randn(shape, generator=generator) for shape in ((rank, columns), (rows, rank)))
+        factors[f"base_model.model.{module}.lora_A.weight"] = down
+        factors[f"base_model.model.{module}.lora_B.weight"] = up
+        scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+        deltas[f"{module}.weight"] = scale * up @ down
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(factors, folder / "adapter_model.safetensors")
+    return deltas
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_adapters_are_models(tmp_path, rslora):
+    base = trio(tmp_path)["base"]
+    one, two = (adapter(tmp_path / f"lora{seed}", seed, rank=seed + 1, use_rslora=rslora) for seed in (1, 2))
+    run({"merge_method": "task_arithmetic", "base_model": f"{tmp_path}/base", "models": [
+        {"model": f"{tmp_path}/lora1", "parameters": {"weight": 0.5}},
+        {"model": f"{tmp_path}/base+{tmp_path}/lora2", "parameters": {"weight": 2.0}}]}, tmp_path / "out")
+    found = read(tmp_path / "out")
+    for name, value in base.items():
+        expected = value + 0.5 * one[name] + 2.0 * two[name] if name in one else value
+        torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-5)
+
+
+# Experts --------------------------------------------------------------------------------------------------------------
+
+
+def test_experts_of_a_stacked_bank_are_merged_one_by_one(tmp_path):
+    weights = trio(tmp_path, experts=4)
+    data = {"merge_method": "ties", "base_model": f"{tmp_path}/base", "parameters": {"density": 0.3},
+            "models": [{"model": f"{tmp_path}/expert1"}, {"model": f"{tmp_path}/expert2"}]}
+    run(data, tmp_path / "out")
+    found = read(tmp_path / "out")
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    for expert in range(4):
+        for half in (slice(0, 16), slice(16, 32)):
+            expected = merge_tensors(BY_METHOD["ties"], weights["base"][name][expert, half],
+                                     [weights[f"expert{seed}"][name][expert, half] for seed in (1, 2)],
+                                     {"density": 0.3})
+            assert torch.equal(found[name][expert, half], expected)
+
+
+def unstack(weights):
+    """The same model with one tensor per expert and projection, as older checkpoints store them."""
+    found = {}
+    for name, value in weights.items():
+        if name.endswith("experts.gate_up_proj"):
+            for expert, bank in enumerate(value):
+                for part, rows in zip(("gate_proj", "up_proj"), bank.chunk(2), strict=True):
+                    found[f"{name.removesuffix('gate_up_proj')}{expert}.{part}.weight"] = rows.contiguous()
+        elif name.endswith("experts.down_proj"):
+            for expert, bank in enumerate(value):
+                found[f"{name.removesuffix('down_proj')}{expert}.down_proj.weight"] = bank.contiguous()
+        else:
+            found[name] = value
+    return found
+
+
+def shuffled(weights, order, units=None):
+    """The model with its experts (and their hidden units) in another order: the same function."""
+    found = dict(weights)
+    for name, value in weights.items():
+        if name.endswith("experts.gate_up_proj"):
+            bank = value[order]
+            if units is not None:
+                bank = torch.cat([half[:, units] for half in bank.chunk(2, 1)], 1)
+            found[name] = bank.contiguous()
+        elif name.endswith("experts.down_proj"):
+            bank = value[order]
+            found[name] = (bank[:, :, units] if units is not None else bank).contiguous()
+        elif name.endswith("mlp.gate.weight"):
+            found[name] = value[order].contiguous()
+    return found
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_experts_in_another_order_are_matched_first(tmp_path, single, hidden):
+    """A shuffled copy merged with the original gives the original."""
+    weights = trio(tmp_path / "models", experts=4)["expert1"]
+    order = torch.tensor([2, 0, 3, 1])
+    units = torch.randperm(16, generator=torch.Generator().manual_seed(5)) if hidden else None
+    other = shuffled(weights, order, units)
+    shape = unstack if single else dict
+    config = {"num_experts": 4, "model_type": "qwen3_moe"}
+    write(tmp_path / "first", shape(weights), config)
+    write(tmp_path / "other", shape(other), config)
+    data = {"merge_method": "linear", "models": [{"model": f"{tmp_path}/first"}, {"model": f"{tmp_path}/other"}]}
+    run({**data, "align": {"experts": True, "hidden_units": hidden}}, tmp_path / "aligned")
+    found = read(tmp_path / "aligned")
+    for name, value in shape(weights).items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
+    run(data, tmp_path / "mixed")
+    mixed = read(tmp_path / "mixed")
+    assert any(not torch.allclose(mixed[name], value) for name, value in shape(weights).items() if "experts" in name)
+
+
+# Multimodal -----------------------------------------------------------------------------------------------------------
+
+
+def vision(seed):
+    generator = torch.Generator().manual_seed(seed)
+    names = {"model.vision_tower.layers.0.mlp.fc1.weight": (6, 4),
+             "model.multi_modal_projector.linear_1.weight": (8, 6)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in names.items()}
+
+
+def wrap(weights, seed):
+    text = {name.replace("model.", "model.language_model.", 1): value for name, value in weights.items()}
+    return {**text, **vision(seed)}
+
+
+def test_branches_and_name_maps_of_a_multimodal_pair(tmp_path):
+    """Vision tower from one model, projector averaged, language model merged with a text-only expert."""
+    weights = trio(tmp_path / "text")
+    wrapped = {"model_type": "llava", "text_config": dict(CONFIG)}
+    write(tmp_path / "images", wrap(weights["expert1"], 1), wrapped)
+    write(tmp_path / "charts", wrap(weights["expert2"], 2), wrapped)
+    text = f"{tmp_path}/text"
+    to_wrapped = [{"from": r"^model\.(?!language)", "to": "model.language_model."}]
+    run({"merge_method": "task_arithmetic", "architecture": f"{tmp_path}/images", "base_model": f"{text}/base",
+         "base_names": "auto", "parameters": {"weight": 0.5},
+         "models": [{"model": f"{tmp_path}/images"}, {"model": f"{tmp_path}/charts"},
+                    {"model": f"{text}/expert3", "names": to_wrapped}],
+         "branches": [
+             {"name": "tower", "tensors": "vision_tower", "merge_method": "passthrough",
+              "models": [{"model": f"{tmp_path}/images"}]},
+             {"name": "projector", "tensors": "multi_modal_projector", "merge_method": "linear",
+              "models": [{"model": f"{tmp_path}/images"}, {"model": f"{tmp_path}/charts"}]}]}, tmp_path / "out")
+    found = read(tmp_path / "out")
+    assert set(found) == set(wrap(weights["base"], 1))
+    assert torch.equal(found["model.vision_tower.layers.0.mlp.fc1.weight"],
+                       vision(1)["model.vision_tower.layers.0.mlp.fc1.weight"])
+    name = "model.multi_modal_projector.linear_1.weight"
+    torch.testing.assert_close(found[name], (vision(1)[name] + vision(2)[name]) / 2, rtol=0, atol=1e-6)
+    for key, base in weights["base"].items():
+        if not base.is_floating_point():
+            continue
+        expected = base + 0.5 * sum(weights[f"expert{seed}"][key] - base for seed in (1, 2, 3))
+        wrapped_key = key.replace("model.", "model.language_model.", 1)
+        torch.testing.assert_close(found[wrapped_key], expected, rtol=0, atol=1e-6)
+    assert config_of(tmp_path / "out")["model_type"] == "llava"
+
+
+def test_dropped_tensors(tmp_path):
+    weights = trio(tmp_path / "text")
+    write(tmp_path / "images", wrap(weights["expert1"], 1))
+    run({"merge_method": "linear", "architecture": f"{tmp_path}/text/base", "models": [
+        {"model": f"{tmp_path}/images", "names": "auto"}, {"model": f"{tmp_path}/text/base"}],
+        "branches": [{"tensors": "vision_tower|projector", "merge_method": "drop"}]}, tmp_path / "out")
+    assert set(read(tmp_path / "out")) == set(weights["base"])
