@@ -6,12 +6,14 @@ gaps; older microbatches before younger ones. `mipipe.planner.kernels.list_sched
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
 
 from mipipe.planner import kernels
-from mipipe.planner.instance import Instance
+from mipipe.planner.actions import ActionKind
+from mipipe.planner.instance import KINDS, Instance
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,8 @@ class Rule:
 
     An action's priority is its microbatch's place in line, plus ``pace`` times its earliest start in an empty pipeline,
     plus ``forward``, ``gradient`` or ``weight`` by its phase, minus ``depth`` times its stage's number, plus noise of
-    standard deviation ``noise``. A machine waits up to ``delay`` periods for a more urgent action.
+    standard deviation ``noise``. A machine waits up to ``delay`` periods for a more urgent action. At most ``limit``
+    microbatches are under way (pairs of them where the instance is halved).
     """
 
     forward: float = 50.0
@@ -43,17 +46,20 @@ class Rule:
     depth: float = 1e-3
     noise: float = 0.0
     delay: float = 0.0
+    limit: int = 1 << 30
 
 
 RULES = (Rule(), Rule(weight=60.0), Rule(forward=1e3, weight=4.0), Rule(forward=0.5, weight=1.0),
          Rule(forward=0.0, gradient=50.0), Rule(forward=0.0, pace=1.0, weight=2.0), Rule(forward=2.0, pace=1.0, weight=1e3))
 
 
-def sample(rng: np.random.Generator) -> Rule:
+def sample(rng: np.random.Generator, ranks: int) -> Rule:
     """A random rule around those that published schedules follow."""
-    return Rule(forward=float(rng.choice([rng.uniform(-2, 20), 50.0, 1e3])), weight=float(rng.choice([rng.uniform(0, 30), 1e4])),
+    return Rule(forward=float(rng.choice([rng.uniform(-2, 20), 50.0, 1e3])),
+                weight=float(rng.choice([rng.uniform(0, 30), 1e4])),
                 pace=float(rng.choice([0.0, rng.uniform(0, 2)])), depth=float(rng.choice([1e-3, 0.05, -1e-3])),
-                noise=float(rng.choice([0.0, rng.uniform(0, 2)])), delay=float(rng.choice([0.0, rng.uniform(0, 0.5)])))
+                noise=float(rng.choice([0.0, rng.uniform(0, 2)])), delay=float(rng.choice([0.0, rng.uniform(0, 0.5)])),
+                limit=int(rng.choice([1 << 30, rng.integers(max(1, ranks // 4), 2 * ranks + 2)])))
 
 
 def admission(instance: Instance) -> np.ndarray:
@@ -86,11 +92,21 @@ def period(instance: Instance) -> int:
     return int(load.max()) // instance.view.problem.num_microbatches
 
 
-def best_of(instance: Instance, trials: int, rng: np.random.Generator) -> Orders | None:
-    """The shortest of the list schedules of all `RULES` and of ``trials`` random ones; None if none fits."""
-    rules = [*RULES, *(sample(rng) for _ in range(trials))]
-    tried = [schedule(instance, rule, rng) for rule in rules]
-    return min((orders for orders in tried if orders), key=lambda orders: orders.makespan_ns, default=None)
+def best_of(instance: Instance, trials: int, rng: np.random.Generator, seconds: float = 0.3) -> Orders | None:
+    """The shortest of the list schedules of all `RULES` and of ``trials`` random ones; None if none fits.
+
+    No new trial begins after ``seconds``.
+    """
+    end = time.monotonic() + seconds
+    ranks = instance.view.problem.num_ranks
+    best: Orders | None = None
+    for number in range(len(RULES) + trials):
+        found = schedule(instance, RULES[number] if number < len(RULES) else sample(rng, ranks), rng)
+        if found is not None and (best is None or found.makespan_ns < best.makespan_ns):
+            best = found
+        if time.monotonic() > end:
+            break
+    return best
 
 
 def schedule(instance: Instance, rule: Rule, rng: np.random.Generator | None = None, *,
@@ -106,6 +122,6 @@ def schedule(instance: Instance, rule: Rule, rng: np.random.Generator | None = N
     makespan = kernel(instance.machine, instance.rank, instance.dur, instance.succ_ptr, instance.succ, instance.lag,
                       instance.waits, instance.base, instance.machine[instance.base[:-1]], instance.alloc, instance.free,
                       instance.work, instance.cap, instance.microbatch, instance.view.problem.num_microbatches,
-                      instance.num_machines, priorities(instance, rule, rng), int(rule.delay * period(instance)),
-                      seq, start)
+                      instance.num_machines, instance.kind == KINDS.index(ActionKind.W),
+                      priorities(instance, rule, rng), int(rule.delay * period(instance)), rule.limit, seq, start)
     return None if makespan < 0 else Orders(seq, length, int(makespan))

@@ -15,13 +15,14 @@ _FAR = 1 << 62
 
 @njit(cache=True, nogil=True)
 def list_schedule(machine, rank, dur, succ_ptr, succ, lag, waits0, base, class_machine, alloc, free, work, cap,
-                  microbatch, num_micro, num_machines, prio, delay, seq, start):
+                  microbatch, num_micro, num_machines, weight, prio, delay, limit, seq, start):
     """Fill ``seq`` and ``start`` by list scheduling; the makespan, or -1 if memory blocks everything.
 
     At every step the machine that can start first takes, of the actions it could start within ``delay`` of that moment,
     the one with the smallest ``prio``. An action that takes memory starts only if afterwards the microbatches already
     under way could still be finished one after the other, oldest first (the banker's rule of Dijkstra, 1965): so memory
-    never deadlocks the schedule. Within one microbatch the rest of its forwards must fit together.
+    never deadlocks the schedule. Within one microbatch the rest of its forwards must fit together. At most ``limit``
+    microbatches are between their first action and their last that is no ``weight`` gradient.
     """
     count = dur.shape[0]
     num_classes = base.shape[0] - 1
@@ -60,9 +61,14 @@ def list_schedule(machine, rank, dur, succ_ptr, succ, lag, waits0, base, class_m
     admitted = np.zeros(num_micro, np.int64)
     in_list = np.zeros(num_micro, np.bool_)
     todo = np.zeros(num_micro, np.int64)
+    core = np.zeros(num_micro, np.int64)
     for n in range(count):
         todo[microbatch[n]] += 1
+        if not weight[n]:
+            core[microbatch[n]] += 1
     num_admitted = 0
+    flying = 0
+    full = False
     makespan = 0
     for _ in range(count):
         chosen = -1
@@ -83,6 +89,9 @@ def list_schedule(machine, rank, dur, succ_ptr, succ, lag, waits0, base, class_m
                         if turn == 1 and (time > earliest + delay or prio[n] >= best_prio):
                             continue
                         if turn == 0 and time >= earliest:
+                            continue
+                        if flying >= limit and not in_list[microbatch[n]]:
+                            full = True
                             continue
                         r = rank[n]
                         pending = 0
@@ -157,7 +166,15 @@ def list_schedule(machine, rank, dur, succ_ptr, succ, lag, waits0, base, class_m
             in_list[m] = True
             admitted[num_admitted] = m
             num_admitted += 1
+            flying += 1
         todo[m] -= 1
+        if not weight[n]:
+            core[m] -= 1
+            if core[m] == 0:
+                flying -= 1
+                if full:
+                    dirty[:] = True
+                    full = False
         if todo[m] == 0:
             at = 0
             for slot in range(num_admitted):
@@ -179,8 +196,11 @@ def list_schedule(machine, rank, dur, succ_ptr, succ, lag, waits0, base, class_m
 
 
 @njit(cache=True, nogil=True)
-def times(seq, length, dur, succ_ptr, succ, lag, waits0, start, follow, waits, stack):
-    """Earliest starts under the given orders, into ``start``; the makespan, or -1 if the orders deadlock."""
+def times(seq, length, dur, succ_ptr, succ, lag, waits0, start, follow, waits, queue):
+    """Earliest starts under the given orders, into ``start``; the makespan, or -1 if the orders deadlock.
+
+    ``queue`` gets a topological order.
+    """
     count = dur.shape[0]
     for n in range(count):
         waits[n] = waits0[n]
@@ -190,37 +210,33 @@ def times(seq, length, dur, succ_ptr, succ, lag, waits0, start, follow, waits, s
         for i in range(1, length[k]):
             follow[seq[k, i - 1]] = seq[k, i]
             waits[seq[k, i]] += 1
-    top = 0
+    last = 0
     for n in range(count):
         if waits[n] == 0:
-            stack[top] = n
-            top += 1
-    done = 0
+            queue[last] = n
+            last += 1
+    at = 0
     makespan = 0
-    while top > 0:
-        top -= 1
-        n = stack[top]
-        done += 1
+    while at < last:
+        n = queue[at]
+        at += 1
         end = start[n] + dur[n]
-        if end > makespan:
-            makespan = end
+        makespan = max(makespan, end)
         for e in range(succ_ptr[n], succ_ptr[n + 1]):
             s = succ[e]
-            if start[s] < end + lag[e]:
-                start[s] = end + lag[e]
+            start[s] = max(start[s], end + lag[e])
             waits[s] -= 1
             if waits[s] == 0:
-                stack[top] = s
-                top += 1
+                queue[last] = s
+                last += 1
         s = follow[n]
         if s >= 0:
-            if start[s] < end:
-                start[s] = end
+            start[s] = max(start[s], end)
             waits[s] -= 1
             if waits[s] == 0:
-                stack[top] = s
-                top += 1
-    return makespan if done == count else -1
+                queue[last] = s
+                last += 1
+    return makespan if last == count else -1
 
 
 @njit(cache=True, nogil=True)
@@ -299,32 +315,21 @@ def _cost(makespan, seq, length, start, dur, tilt):
 
 
 @njit(cache=True, nogil=True)
-def _retime(first, limit, seq, length, pos, machine, dur, succ_ptr, succ, lag, pred_ptr, pred, pred_lag, tail, topo, tpos,
-            kept, start, waits, queue):
-    """Starts after a move, from place ``first`` of the old topological order on; nodes before it keep theirs.
+def _reorder(lo, hi, seq, length, pos, machine, succ_ptr, succ, pred_ptr, pred, topo, tpos, waits, queue):
+    """A topological order of the nodes at places lo..hi after a move among them, into ``queue``; False for a cycle.
 
-    The new order of the rest goes to ``queue``. Returns the makespan, -1 for a cycle, -2 when some path passes ``limit``.
+    Only these places can change (Pearce and Kelly, 2006).
     """
-    count = dur.shape[0]
     last = 0
-    for place in range(first, count):
+    for place in range(lo, hi + 1):
         n = topo[place]
         wait = 0
-        ready = 0
         for e in range(pred_ptr[n], pred_ptr[n + 1]):
-            u = pred[e]
-            if tpos[u] >= first:
+            if lo <= tpos[pred[e]] <= hi:
                 wait += 1
-            else:
-                ready = max(ready, kept[u] + dur[u] + pred_lag[e])
-        if pos[n] > 0:
-            u = seq[machine[n], pos[n] - 1]
-            if tpos[u] >= first:
-                wait += 1
-            else:
-                ready = max(ready, kept[u] + dur[u])
+        if pos[n] > 0 and lo <= tpos[seq[machine[n], pos[n] - 1]] <= hi:
+            wait += 1
         waits[n] = wait
-        start[n] = ready
         if wait == 0:
             queue[last] = n
             last += 1
@@ -332,32 +337,62 @@ def _retime(first, limit, seq, length, pos, machine, dur, succ_ptr, succ, lag, p
     while at < last:
         n = queue[at]
         at += 1
-        if start[n] + tail[n] > limit:
-            return -2
-        end = start[n] + dur[n]
         for e in range(succ_ptr[n], succ_ptr[n + 1]):
             s = succ[e]
-            start[s] = max(start[s], end + lag[e])
-            waits[s] -= 1
-            if waits[s] == 0:
-                queue[last] = s
-                last += 1
+            if lo <= tpos[s] <= hi:
+                waits[s] -= 1
+                if waits[s] == 0:
+                    queue[last] = s
+                    last += 1
+        if pos[n] + 1 < length[machine[n]]:
+            s = seq[machine[n], pos[n] + 1]
+            if lo <= tpos[s] <= hi:
+                waits[s] -= 1
+                if waits[s] == 0:
+                    queue[last] = s
+                    last += 1
+    return last == hi - lo + 1
+
+
+@njit(cache=True, nogil=True)
+def _propagate(lo, pending, limit, seq, length, pos, machine, dur, succ_ptr, succ, pred_ptr, pred, pred_lag, tail, topo,
+               kept, stamp, now, log_node, log_start):
+    """Recompute the starts of the ``pending`` stamped nodes from place ``lo`` on, and of what follows from changes.
+
+    Changes go into ``kept`` and the log; returns the log's length, or -1 - length when some path passes ``limit``.
+    """
+    changes = 0
+    place = lo
+    while pending > 0:
+        n = topo[place]
+        place += 1
+        if stamp[n] != now:
+            continue
+        pending -= 1
+        ready = 0
+        for e in range(pred_ptr[n], pred_ptr[n + 1]):
+            u = pred[e]
+            ready = max(ready, kept[u] + dur[u] + pred_lag[e])
         k = machine[n]
-        i = pos[n] + 1
-        if i < length[k]:
-            s = seq[k, i]
-            start[s] = max(start[s], end)
-            waits[s] -= 1
-            if waits[s] == 0:
-                queue[last] = s
-                last += 1
-    if last < count - first:
-        return -1
-    makespan = 0
-    for k in range(seq.shape[0]):
-        n = seq[k, length[k] - 1]
-        makespan = max(makespan, (start[n] if tpos[n] >= first else kept[n]) + dur[n])
-    return makespan
+        if pos[n] > 0:
+            u = seq[k, pos[n] - 1]
+            ready = max(ready, kept[u] + dur[u])
+        if ready == kept[n]:
+            continue
+        log_node[changes] = n
+        log_start[changes] = kept[n]
+        changes += 1
+        kept[n] = ready
+        if ready + tail[n] > limit:
+            return -1 - changes
+        for e in range(succ_ptr[n], succ_ptr[n + 1]):
+            if stamp[succ[e]] != now:
+                stamp[succ[e]] = now
+                pending += 1
+        if pos[n] + 1 < length[k] and stamp[seq[k, pos[n] + 1]] != now:
+            stamp[seq[k, pos[n] + 1]] = now
+            pending += 1
+    return changes
 
 
 @njit(cache=True, nogil=True)
@@ -437,24 +472,23 @@ def anneal(seq, length, machine, rank, dur, succ_ptr, succ, lag, pred_ptr, pred,
     np.random.seed(seed)
     count = dur.shape[0]
     machines = seq.shape[0]
-    start = np.zeros(count, np.int64)
     waits = np.zeros(count, np.int64)
     queue = np.zeros(count, np.int64)
     path = np.zeros(count + 1, np.int64)
     pos = np.zeros(count, np.int64)
     before = np.zeros((machines, seq.shape[1] + 1), np.int64)
     kept = np.zeros(count, np.int64)
-    topo = np.arange(count)
-    tpos = np.arange(count)
+    stamp = np.zeros(count, np.int64)
+    log_node = np.zeros(count, np.int64)
+    log_start = np.zeros(count, np.int64)
+    tpos = np.zeros(count, np.int64)
     floor = dur.sum() / machines
     for k in range(machines):
         for i in range(length[k]):
             pos[seq[k, i]] = i
             before[k, i + 1] = before[k, i] + alloc[seq[k, i]] - free[seq[k, i]]
-    makespan = _retime(0, _FAR, seq, length, pos, machine, dur, succ_ptr, succ, lag, pred_ptr, pred, pred_lag, tail, topo,
-                       tpos, kept, start, waits, queue)
-    kept[:] = start
-    topo[:] = queue
+    makespan = times(seq, length, dur, succ_ptr, succ, lag, waits0, kept, log_node, waits, queue)
+    topo = _by_time(kept, queue)
     for place in range(count):
         tpos[topo[place]] = place
     cost = _cost(makespan, seq, length, kept, dur, tilt)
@@ -462,6 +496,7 @@ def anneal(seq, length, machine, rank, dur, succ_ptr, succ, lag, pred_ptr, pred,
     best_makespan = makespan
     best_cost = cost
     size = 0
+    now = 0
     cooling = (cold / hot) ** (1.0 / max(1, iterations))
     temperature = hot
     for _ in range(iterations):
@@ -481,34 +516,49 @@ def anneal(seq, length, machine, rank, dur, succ_ptr, succ, lag, pred_ptr, pred,
                     and _likely_cycle(seq, k, i, j, kept, dur, succ_ptr, succ, pred_ptr, pred))):
             shift(seq, k, j, i, cls)
             continue
-        first = count
+        lo = count
+        hi = 0
         for p in range(a, b + 1):
             pos[seq[k, p]] = p
-            first = min(first, tpos[seq[k, p]])
+            lo = min(lo, tpos[seq[k, p]])
+            hi = max(hi, tpos[seq[k, p]])
+        if not _reorder(lo, hi, seq, length, pos, machine, succ_ptr, succ, pred_ptr, pred, topo, tpos, waits, queue):
+            shift(seq, k, j, i, cls)
+            for p in range(a, b + 1):
+                pos[seq[k, p]] = p
+            continue
+        for place in range(lo, hi + 1):
+            n = queue[place - lo]
+            queue[place - lo] = topo[place]
+            topo[place] = n
+            tpos[n] = place
+        now += 1
+        until = min(b + 1, length[k] - 1)
+        for p in range(a, until + 1):
+            stamp[seq[k, p]] = now
         threshold = cost - temperature * np.log(1.0 - np.random.random())
-        value = _retime(first, threshold - tilt * floor, seq, length, pos, machine, dur, succ_ptr, succ, lag, pred_ptr, pred,
-                        pred_lag, tail, topo, tpos, kept, start, waits, queue)
-        if value < 0 or value > threshold:
+        changes = _propagate(lo, until - a + 1, threshold - tilt * floor, seq, length, pos, machine, dur, succ_ptr, succ,
+                             pred_ptr, pred, pred_lag, tail, topo, kept, stamp, now, log_node, log_start)
+        accept = changes >= 0
+        if accept:
+            value = 0
+            for q in range(machines):
+                n = seq[q, length[q] - 1]
+                value = max(value, kept[n] + dur[n])
+            new = _cost(value, seq, length, kept, dur, tilt)
+            accept = new <= threshold
+        else:
+            changes = -1 - changes
+        if not accept:
+            for at in range(changes):
+                kept[log_node[at]] = log_start[at]
+            for place in range(lo, hi + 1):
+                topo[place] = queue[place - lo]
+                tpos[topo[place]] = place
             shift(seq, k, j, i, cls)
             for p in range(a, b + 1):
                 pos[seq[k, p]] = p
             continue
-        for at in range(count - first):
-            n = queue[at]
-            waits[n] = kept[n]
-            kept[n] = start[n]
-        new = _cost(value, seq, length, kept, dur, tilt)
-        if new > threshold:
-            shift(seq, k, j, i, cls)
-            for p in range(a, b + 1):
-                pos[seq[k, p]] = p
-            for at in range(count - first):
-                kept[queue[at]] = waits[queue[at]]
-            continue
-        for at in range(count - first):
-            n = queue[at]
-            topo[first + at] = n
-            tpos[n] = first + at
         for p in range(a, b + 1):
             before[k, p + 1] = before[k, p] + alloc[seq[k, p]] - free[seq[k, p]]
         makespan = value
@@ -523,3 +573,12 @@ def anneal(seq, length, machine, rank, dur, succ_ptr, succ, lag, pred_ptr, pred,
                     if makespan <= target:
                         break
     return best_makespan
+
+
+@njit(cache=True, nogil=True)
+def _by_time(kept, queue):
+    """The nodes by start, ties in the topological order ``queue``."""
+    keys = np.zeros(queue.shape[0], np.int64)
+    for at in range(queue.shape[0]):
+        keys[at] = kept[queue[at]]
+    return queue[np.argsort(keys, kind="mergesort")]

@@ -69,12 +69,13 @@ def loads(problem: PlanningProblem) -> list[list[int]]:
     return result
 
 
-def fit_cuts(problem: PlanningProblem, shape: Shape) -> list[list[int]]:
+def fit_cuts(problem: PlanningProblem, shape: Shape, groups: Sequence[int] | None = None) -> list[list[int]]:
     """Stages as lists of groups: the cuts of the shape with the smallest estimated makespan.
 
     The estimate is ``M * load + head + tail`` of the worst rank, plus a penalty for resident bytes that do not fit.
     """
-    blocks = units(problem)
+    wanted = set(range(len(problem.groups)) if groups is None else groups)
+    blocks = [block for block in units(problem) if wanted.issuperset(block)]
     count = shape.num_stages
     work = loads(problem)
     sizes = [[sum(work[g][r] for g in block) for r in range(problem.num_ranks)] for block in blocks]
@@ -186,11 +187,59 @@ def resident_fits(problem: PlanningProblem, placement: Placement) -> bool:
     return all(held[rank] <= resident_room(problem, rank) for rank in range(problem.num_ranks))
 
 
+def light_ends(problem: PlanningProblem) -> list[int]:
+    """The first and the last group, where they may run anywhere: in no colocated set, one stream, on every rank they
+    would fit beside an even share of the rest."""
+    total = sum(group.resident_bytes for group in problem.groups)
+    tied = {group for members in problem.colocate for group in members}
+    found = []
+    for index in (0, len(problem.groups) - 1):
+        group = problem.groups[index]
+        share = (total - group.resident_bytes) // problem.num_ranks
+        room = min(resident_room(problem, rank) for rank in range(problem.num_ranks))
+        if index not in tied and group.stream is Stream.COMPUTE and share + group.resident_bytes <= room:
+            found.append(index)
+    return found if len(problem.groups) > problem.num_ranks + 1 else []
+
+
+def place_spread(problem: PlanningProblem, shape: Shape, ends: Sequence[int]) -> Placement:
+    """A shape for all groups but the ends, which every rank holds; each microbatch takes them where the load is lowest.
+
+    In a two-way shape every second microbatch is routed as the mirror image of the one before it.
+    """
+    rest = [group for group in range(len(problem.groups)) if group not in ends]
+    base = place(problem, shape, fit_cuts(problem, shape, rest))
+    work = loads(problem)
+    load = [0] * problem.num_ranks
+    for stage, route in zip(base.stages, base.routes, strict=True):
+        for rank in route:
+            load[rank] += sum(work[group][rank] for group in stage.groups)
+    routes: dict[int, list[int]] = {end: [0] * problem.num_microbatches for end in ends}
+    step = 2 if shape.two_way else 1
+    heavy = sorted(ends, key=lambda end: -work[end][0])
+    for end in heavy:
+        recent = [-1] * problem.num_ranks
+        for m in range(0, problem.num_microbatches, step):
+            rank = min(range(problem.num_ranks), key=lambda r: (load[r], recent[r], r))
+            for offset in range(min(step, problem.num_microbatches - m)):
+                where = problem.num_ranks - 1 - rank if offset else rank
+                routes[end][m + offset] = where
+                load[where] += work[end][where]
+                recent[where] = m
+    used = {end: tuple(sorted(set(route))) for end, route in routes.items()}
+    first = [(Stage((end,), used[end]), tuple(routes[end])) for end in ends if end == 0]
+    last = [(Stage((end,), used[end]), tuple(routes[end])) for end in ends if end != 0]
+    stages = [*first, *zip(base.stages, base.routes, strict=True), *last]
+    return Placement(tuple(stage for stage, _ in stages), tuple(route for _, route in stages), f"{shape.name}+spread")
+
+
 def propose(problem: PlanningProblem, name: str = "free") -> Iterator[Placement]:
     """Placements of the allowed shapes whose weights fit, simplest first."""
+    ends = light_ends(problem)
     for shape in shapes(problem.num_ranks, name):
         if len(units(problem)) < shape.num_stages and shape.name != "chain":
             continue
-        placement = place(problem, shape, fit_cuts(problem, shape))
-        if resident_fits(problem, placement):
-            yield placement
+        found = [place(problem, shape, fit_cuts(problem, shape))]
+        if ends and problem.num_ranks > 1 and len(units(problem)) - len(ends) >= shape.num_stages:
+            found.append(place_spread(problem, shape, ends))
+        yield from (placement for placement in found if resident_fits(problem, placement))

@@ -23,6 +23,9 @@ SLICE_S = 0.15
 
 TILTS = (0.0, 0.3, 0.05)
 
+LARGE = 1200
+"""Nodes from which the first round starts cool: a hot round would not get back to where it began in time."""
+
 
 @dataclass(slots=True)
 class Search:
@@ -96,7 +99,10 @@ def _begin_round(search: Search) -> None:
     rng = np.random.default_rng((search.seed, search.rounds))
     fresh = greedy.best_of(search.instance, 20, rng) if search.rounds % 3 == 2 else None
     search.current = (search.best if fresh is None else fresh).seq.copy()
-    search.hot = 2.0 if fresh is not None or search.rounds == 0 else float(rng.choice([2.0, 1.0, 0.5]))
+    if search.rounds == 0:
+        search.hot = 2.0 if search.instance.size < LARGE else 0.3
+    else:
+        search.hot = float(rng.choice([2.0, 1.0, 0.5, 0.2]))
     search.tilt = TILTS[search.rounds % len(TILTS)]
     search.wild = float(rng.choice([0.1, 0.2, 0.5]))
     search.round_length = search.length
