@@ -178,13 +178,18 @@ def place(problem: PlanningProblem, shape: Shape, parts: Sequence[Sequence[int]]
     return Placement(tuple(stages), tuple(routes), shape.name)
 
 
-def resident_fits(problem: PlanningProblem, placement: Placement) -> bool:
-    """Whether every rank has room for the weights and states of its stages."""
+def resident_bytes(problem: PlanningProblem, placement: Placement) -> list[int]:
+    """Bytes of weights and optimizer state on every rank."""
     held = [0] * problem.num_ranks
     for stage in placement.stages:
         for rank in stage.ranks:
             held[rank] += sum(problem.groups[group].resident_bytes for group in stage.groups)
-    return all(held[rank] <= resident_room(problem, rank) for rank in range(problem.num_ranks))
+    return held
+
+
+def resident_fits(problem: PlanningProblem, placement: Placement) -> bool:
+    """Whether every rank has room for the weights and states of its stages."""
+    return all(held <= resident_room(problem, rank) for rank, held in enumerate(resident_bytes(problem, placement)))
 
 
 def light_ends(problem: PlanningProblem) -> list[int]:
@@ -235,11 +240,19 @@ def place_spread(problem: PlanningProblem, shape: Shape, ends: Sequence[int]) ->
 
 def propose(problem: PlanningProblem, name: str = "free") -> Iterator[Placement]:
     """Placements of the allowed shapes whose weights fit, simplest first."""
+    return (placement for placement in all_placements(problem, name) if resident_fits(problem, placement))
+
+
+def all_placements(problem: PlanningProblem, name: str = "free") -> Iterator[Placement]:
+    """Placements of the allowed shapes, whether or not their weights fit."""
     ends = light_ends(problem)
+    blocks = len(units(problem))
     for shape in shapes(problem.num_ranks, name):
-        if len(units(problem)) < shape.num_stages and shape.name != "chain":
+        if blocks < shape.num_stages:
+            if shape.name == "chain":
+                yield place(problem, Shape("chain", shape.rank_of[:blocks]),
+                            fit_cuts(problem, Shape("chain", shape.rank_of[:blocks])))
             continue
-        found = [place(problem, shape, fit_cuts(problem, shape))]
-        if ends and problem.num_ranks > 1 and len(units(problem)) - len(ends) >= shape.num_stages:
-            found.append(place_spread(problem, shape, ends))
-        yield from (placement for placement in found if resident_fits(problem, placement))
+        yield place(problem, shape, fit_cuts(problem, shape))
+        if ends and problem.num_ranks > 1 and blocks - len(ends) >= shape.num_stages:
+            yield place_spread(problem, shape, ends)

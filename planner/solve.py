@@ -11,17 +11,22 @@ returned.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from mipipe.graphs.errors import InfeasibleError, PlanError
+from mipipe.planner import rungs
 from mipipe.planner.candidate import candidate
+from mipipe.planner.check import check_plan
+from mipipe.planner.explain import explain
+from mipipe.planner.feasible import why_infeasible, with_recomputation
 from mipipe.planner.options import PlanOptions
-from mipipe.planner.plan import Plan
+from mipipe.planner.plan import Placement, Plan
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.proposals import propose
 from mipipe.planner.race import Incumbent, Progress, Run, race, seed_search
+from mipipe.planner.search import LARGE
 
 __all__ = ["Incumbent", "Progress", "SolveResult", "Termination", "plan"]
 
@@ -80,23 +85,71 @@ def plan(problem: PlanningProblem, options: PlanOptions | None = None,
 
 
 def _ladder(run: Run) -> None:
-    reasons = []
-    for placement in propose(run.problem, run.options.placement):
-        if run.best is not None and run.left < 0.5 * run.options.time_limit_s:
-            break
-        try:
-            found = candidate(run.problem, placement)
-        except PlanError as error:
-            reasons.append(str(error))
-            continue
-        first = run.best is None
-        if seed_search(run, found, compiled=not first):
-            run.candidates.append(found)
-        else:
-            reasons.append(f"placement {placement.name}: not enough memory for one microbatch at a time")
+    """Climb: lists, the periodic MIP on large instances, the race, proofs and windows, the race again."""
+    _enter(run)
     if not run.candidates:
-        raise InfeasibleError(reasons[0] if reasons else "no placement of the allowed shapes fits the weights")
-    race(run, run.candidates, lambda: run.left)
+        raise InfeasibleError(why_infeasible(run.problem, run.options.placement))
+    limit = run.options.time_limit_s
+    began, before = run.seconds, run.history[0].makespan_ns
+    run.ablation.append({"rung": "list", "placement": run.candidates[0].placement.name, "before": None,
+                         "makespan": run.makespan_ns / run.problem.unit_ns, "variables": None, "constraints": None,
+                         "seconds": round(run.seconds, 3)})
+    if run.options.use_milp:
+        _periodic(run)
+    if run.options.use_search:
+        before = run.makespan_ns
+        race(run, run.candidates, lambda: run.left - (0.25 * limit if run.options.use_milp else 0.0))
+        assert run.best is not None
+        run.ablation.append({"rung": "search", "placement": run.best.placement.name,
+                             "before": before / run.problem.unit_ns, "makespan": run.makespan_ns / run.problem.unit_ns,
+                             "variables": None, "constraints": None, "seconds": round(run.seconds - began, 3)})
+    if run.options.use_milp and not run.closed:
+        _proofs(run)
+    if run.options.use_search and not run.closed:
+        race(run, run.candidates, lambda: run.left)
+
+
+def _enter(run: Run) -> None:
+    """Propose placements and schedule each by list; recomputation where nothing else fits."""
+    waiting = propose(run.problem, run.options.placement)
+    for placement in waiting:
+        if run.best is not None and run.left < 0.6 * run.options.time_limit_s:
+            break
+        _admit(run, placement)
+    if not run.candidates and run.options.recompute:
+        for placement in propose(run.problem, run.options.placement):
+            for variant in with_recomputation(run.problem, placement):
+                _admit(run, variant)
+
+
+def _admit(run: Run, placement: Placement) -> None:
+    """Make a placement a candidate if some order fits its memory."""
+    try:
+        found = candidate(run.problem, placement)
+    except PlanError:
+        return
+    if seed_search(run, found, compiled=run.best is not None):
+        run.candidates.append(found)
+
+
+def _periodic(run: Run) -> None:
+    """The periodic MIP where the search is slow: on large instances, for the placements with the lowest bounds."""
+    large = [found for found in run.candidates if found.instance.size > LARGE]
+    large.sort(key=lambda found: found.bound.ns)
+    for found in large[:3]:
+        if run.left < 0.5 * run.options.time_limit_s or run.closed:
+            return
+        rungs.pace(run, found, 0.1 * run.options.time_limit_s)
+
+
+def _proofs(run: Run) -> None:
+    """The exact order MIP on small instances, and windows on the best candidate."""
+    share = 0.1 * run.options.time_limit_s
+    rivals = [found for found in run.candidates if found.bound.ns < run.makespan_ns]
+    for found in sorted(rivals, key=lambda found: found.makespan_ns)[:2]:
+        rungs.prove(run, found, min(share, run.left))
+    if run.best is not None and not run.closed and run.left > 0:
+        rungs.polish(run, run.best, min(share, run.left))
 
 
 def _finish(run: Run, interrupted: bool) -> SolveResult:
@@ -116,5 +169,6 @@ def _finish(run: Run, interrupted: bool) -> SolveResult:
                  {"method": best.rung, "seconds": round(run.seconds, 3), "seed": run.options.seed})
     proven = bound is not None and best.makespan_ns <= bound
     ended = Termination.OPTIMAL if proven else Termination.INTERRUPTED if interrupted else Termination.FEASIBLE
-    return SolveResult(replace(found), best.makespan_ns, bound, placement_bound, ended, run.seconds,
-                       tuple(run.history), best.rung, tuple(run.ablation))
+    check_plan(found)
+    return SolveResult(found, best.makespan_ns, bound, placement_bound, ended, run.seconds, tuple(run.history), best.rung,
+                       tuple(run.ablation), explain(best))

@@ -1,0 +1,89 @@
+"""What binds a plan: the device with the least idle time, the channel that is busiest, the memory that is full.
+
+Every line is a fact about the plan as simulated, not an opinion: what the bound rests on, where time is lost, and what
+would have to change for a shorter step.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from mipipe.graphs.units import format_bytes
+from mipipe.planner.actions import Stream
+from mipipe.planner.candidate import Candidate
+from mipipe.planner.evaluate import Compiled, Evaluation, evaluate
+from mipipe.planner.instance import capacity
+
+
+def explain(found: Candidate) -> tuple[str, ...]:
+    """Lines that say what binds the candidate's best schedule."""
+    assert found.best is not None
+    compiled, evaluation = evaluate(found.view, found.best.schedule)
+    unit = found.view.problem.unit_ns
+    makespan = evaluation.makespan_ns
+    lines = [_placement(found)]
+    lines.append(f"bound at this placement: {found.bound.ns / unit:g} ({found.bound.what}); the plan takes"
+                 f" {makespan / unit:g}, {makespan / found.bound.ns - 1:.1%} above it")
+    busy: dict[int, int] = defaultdict(int)
+    first: dict[int, int] = {}
+    last: dict[int, int] = defaultdict(int)
+    for node, rank in enumerate(compiled.ranks):
+        if compiled.streams[node] is Stream.COMPUTE:
+            busy[rank] += compiled.durations[node]
+            first[rank] = min(first.get(rank, makespan), evaluation.starts[node])
+            last[rank] = max(last[rank], evaluation.starts[node] + compiled.durations[node])
+    rank = max(busy, key=lambda r: (busy[r], -first[r]))
+    inside = last[rank] - first[rank] - busy[rank]
+    lines.append(f"device: rank {rank} has the most work, {busy[rank] / unit:g}; it starts at {first[rank] / unit:g},"
+                 f" ends {(makespan - last[rank]) / unit:g} before the step and idles {inside / unit:g} in between")
+    lines += _channel(compiled, evaluation)
+    lines += _memory(found)
+    return tuple(lines)
+
+
+def _placement(found: Candidate) -> str:
+    stages = found.placement.stages
+    copies = max(len(stage.ranks) for stage in stages)
+    ranks = {rank for stage in stages for rank in stage.ranks}
+    per_rank = max(sum(rank in stage.ranks for stage in stages) for rank in ranks)
+    return (f"placement {found.placement.name}: {len(stages)} stages on {len(ranks)} ranks, up to {per_rank} stages on a"
+            f" rank, up to {copies} replicas of a stage")
+
+
+def _channel(compiled: Compiled, evaluation: Evaluation) -> list[str]:
+    unit = compiled.view.problem.unit_ns
+    moved: dict[tuple[int, int], int] = defaultdict(int)
+    for transfer in evaluation.transfers:
+        action = compiled.actions[transfer.producer]
+        target = compiled.ranks[transfer.consumer]
+        moved[compiled.view.rank(action.stage, action.microbatch), target] += transfer.end_ns - transfer.start_ns
+    if not any(moved.values()):
+        return []
+    (source, target), load = max(moved.items(), key=lambda item: item[1])
+    return [f"channel: rank {source} to rank {target} is the busiest, {load / unit:g} of {evaluation.makespan_ns / unit:g}"]
+
+
+def _memory(found: Candidate) -> list[str]:
+    """How full the fullest rank's activation memory gets, by the order alone (values in flight not counted)."""
+    instance = found.instance
+    assert found.best is not None
+    peak: dict[int, float] = {}
+    number = {int(node): n for n, node in enumerate(instance.origin)}
+    for rank, order in enumerate(found.best.schedule.ranks):
+        used = top = 0
+        for action in order.compute:
+            n = number.get(instance.compiled.index[action])
+            if n is None:
+                break
+            used += int(instance.alloc[n])
+            top = max(top, used + int(instance.work[n]))
+            used -= int(instance.free[n])
+        room = capacity(found.view, rank)
+        if top:
+            peak[rank] = top / max(1, room)
+    if not peak:
+        return []
+    rank = max(peak, key=lambda r: peak[r])
+    room = capacity(found.view, rank)
+    full = "which binds: more memory may shorten the step" if peak[rank] > 0.97 else "which does not bind"
+    return [f"memory: rank {rank} uses {peak[rank]:.0%} of its {format_bytes(room)} for activations, {full}"]

@@ -1,0 +1,105 @@
+"""Why no plan fits: which device lacks how many bytes, and the smallest memory (or change) that would do.
+
+A placement can be scheduled if and only if one microbatch at a time fits: its forwards on a rank are all saved together
+before its first gradient frees any. So the bytes that rank lacks are exact at a placement; the reason names the
+placement of the allowed shapes that lacks least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mipipe.graphs.units import format_bytes
+from mipipe.planner.instance import Instance, build
+from mipipe.planner.plan import Placement
+from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.proposals import all_placements, resident_bytes, resident_room
+from mipipe.planner.stages import view
+
+
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """Rank ``rank`` has ``room_bytes`` for ``what`` and needs ``need_bytes``."""
+
+    rank: int
+    what: str
+    need_bytes: int
+    room_bytes: int
+    placement: str
+
+    @property
+    def lacking_bytes(self) -> int:
+        return self.need_bytes - self.room_bytes
+
+
+def shortage(problem: PlanningProblem, placement: Placement) -> Shortage | None:
+    """The rank that lacks most at a placement; None where one microbatch at a time fits."""
+    held = resident_bytes(problem, placement)
+    found = [Shortage(rank, "weights and optimizer state", held[rank], resident_room(problem, rank), placement.name)
+             for rank in range(problem.num_ranks)]
+    instance = build(view(problem, placement))
+    found += [Shortage(rank, "the activations of one microbatch", int(need), int(instance.cap[rank]), placement.name)
+              for rank, need in enumerate(one_at_a_time(instance))]
+    worst = max(found, key=lambda item: item.lacking_bytes)
+    return worst if worst.lacking_bytes > 0 else None
+
+
+def one_at_a_time(instance: Instance) -> np.ndarray:
+    """Bytes each rank needs to run one microbatch alone, the worst over microbatches."""
+    ranks, count = len(instance.cap), instance.view.problem.num_microbatches
+    total = np.zeros((ranks, count), dtype=np.int64)
+    extra = np.zeros((ranks, count), dtype=np.int64)
+    for n in range(instance.size):
+        at = instance.rank[n], instance.microbatch[n]
+        if instance.kind[n] == 0:
+            total[at] += instance.alloc[n]
+            extra[at] = max(extra[at], instance.work[n])
+        else:
+            extra[at] = max(extra[at], instance.alloc[n] + instance.work[n])
+    return (total + extra).max(axis=1)
+
+
+def why_infeasible(problem: PlanningProblem, name: str) -> str:
+    """One line: the device, the bytes lacking, and what would do, at the allowed placement that lacks least."""
+    found: list[Shortage] = []
+    for placement in all_placements(problem, name):
+        lack = shortage(problem, placement)
+        if lack is None:
+            return f"placement {placement.name} fits one microbatch at a time, yet no order was found; report this"
+        found.append(lack)
+    if not found:
+        return (f"placement {name!r} does not exist for {problem.num_ranks} ranks and {len(problem.groups)} groups;"
+                " choose another placement or split the model into more groups")
+    least = min(found, key=lambda item: item.lacking_bytes)
+    device = problem.topology.devices[least.rank].name
+    cap = _cap(problem, least)
+    return (f"rank {least.rank} ({device}) has {format_bytes(least.room_bytes)} for {least.what} and needs"
+            f" {format_bytes(least.need_bytes)}: {least.lacking_bytes} bytes lack even at placement {least.placement},"
+            f" which lacks least; {cap}")
+
+
+def _cap(problem: PlanningProblem, least: Shortage) -> str:
+    """The smallest change of the limit that binds."""
+    limits = problem.limits
+    limited = limits.resident_bytes if least.what.startswith("weights") else limits.activation_bytes
+    memory = problem.topology.devices[least.rank].memory_bytes
+    if limited is not None and limited <= least.room_bytes:
+        name = "resident" if least.what.startswith("weights") else "activation"
+        return f"raise the {name} limit to {least.need_bytes} bytes, use more devices, or recompute"
+    return (f"a device memory of {memory + least.lacking_bytes} bytes ({format_bytes(memory + least.lacking_bytes)}) would"
+            " do, or more devices")
+
+
+def with_recomputation(problem: PlanningProblem, placement: Placement) -> list[Placement]:
+    """The placement with F run twice: by every stage that may, and by the first half of them only."""
+    may = [index for index, stage in enumerate(placement.stages)
+           if all(problem.groups[group].recompute_bytes is not None for group in stage.groups)]
+    return [_recomputing(placement, chosen) for chosen in (may[:(len(may) + 1) // 2], may) if chosen]
+
+
+def _recomputing(placement: Placement, chosen: Sequence[int]) -> Placement:
+    stages = tuple(replace(stage, recompute=index in set(chosen)) for index, stage in enumerate(placement.stages))
+    return replace(placement, stages=stages, name=f"{placement.name}+recompute")
