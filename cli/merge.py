@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,17 +30,14 @@ def merge(
     json_output: Json = False,
 ) -> None:
     """Merge model checkpoints as RECIPE says. An interrupted merge continues when the same command runs again."""
-    from mipipe.graphs.recipe import DTYPES, read_recipes
+    from mipipe.graphs.recipe import DTYPES
 
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
     cap = None if memory is None else parse_bytes(memory, "--memory")
     size = parse_bytes(shard_size, "--shard-size")
-    recipes = read_recipes(recipe)
     if dry_run:
-        from mipipe.planner.merge_plan import plan_chain
-
-        plans = plan_chain(recipes, str(recipe), output, ranks, cap, size, dtype)
+        plans = _plans(recipe, output, ranks, cap, size, dtype)
         if json_output:
             emit({"recipes": [_facts(plan) for plan in plans]})
             return
@@ -61,6 +59,19 @@ def merge(
     console.print(f"{result.out}: {len(result.plan.graph.units)} tensors, {format_bytes(written)} written in"
                   f" {result.seconds:.1f} s on {ranks} rank{'s' if ranks > 1 else ''}, peak memory beyond the bare"
                   f" process {format_bytes(max(report['peak_bytes'] for report in result.reports))}")
+
+
+def _plans(recipe: Path, output: Path, ranks: int, cap: int | None, size: int, dtype: str | None) -> list[MergePlan]:
+    """The plans of a file's recipes, or of its assembly."""
+    from mipipe.graphs.moe_recipe import build_moe, dry_router, read_moe_recipe
+    from mipipe.graphs.recipe import read_recipes
+    from mipipe.planner.merge_plan import plan_chain, plan_graph
+
+    assembly = read_moe_recipe(recipe)
+    if assembly is not None:
+        assembly = dataclasses.replace(assembly, dtype=dtype or assembly.dtype)
+        return [plan_graph(build_moe(assembly, dry_router(assembly), str(recipe)), output, ranks, cap, size)]
+    return plan_chain(read_recipes(recipe), str(recipe), output, ranks, cap, size, dtype)
 
 
 def _facts(plan: MergePlan) -> dict[str, Any]:

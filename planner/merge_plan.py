@@ -102,6 +102,11 @@ def plan_recipe(recipe: MergeRecipe, where: str, out: Path, known: Mapping[str, 
     if dtype is not None:
         recipe = dataclasses.replace(recipe, out_dtype=dtype)
     graph = build(recipe, f"{where}, recipe {recipe.name}" if recipe.name else where, known)
+    return plan_graph(graph, out, num_ranks, memory_cap, shard_bytes)
+
+
+def plan_graph(graph: MergeGraph, out: Path, num_ranks: int, memory_cap: int | None, shard_bytes: int) -> MergePlan:
+    """The plan of a graph at rates measured now."""
     return plan_merge(graph, num_ranks, measure_rates(graph, out), memory_cap, shard_bytes)
 
 

@@ -8,6 +8,7 @@ but the last are kept in ``<out>.steps`` until the last is done.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -21,12 +22,14 @@ from typing import Any
 from mipipe.graphs import errors
 from mipipe.graphs.checkpoint_files import CheckpointFiles, read_checkpoint
 from mipipe.graphs.errors import InputError, MipipeError, RunError
+from mipipe.graphs.moe_recipe import MoeRecipe, build_moe, read_moe_recipe
 from mipipe.graphs.recipe import MergeRecipe, read_recipes
-from mipipe.planner.merge_plan import SHARD_BYTES, MergePlan, plan_recipe
+from mipipe.planner.merge_plan import SHARD_BYTES, MergePlan, plan_graph, plan_recipe
 from mipipe.runtime.launch import run_watched
 from mipipe.runtime.merge import worker
 from mipipe.runtime.merge.exchange import Exchange
 from mipipe.runtime.merge.output import partial_folder
+from mipipe.runtime.merge.router import make_router
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +76,14 @@ def merge(recipe: str | Path | Sequence[MergeRecipe], out: str | Path, options: 
     """
     began = time.monotonic()
     options = options or MergeOptions()
-    where = str(recipe) if isinstance(recipe, (str, Path)) else "recipe"
-    recipes = read_recipes(recipe) if isinstance(recipe, (str, Path)) else list(recipe)
     out = Path(out)
-    if out.exists():
-        raise InputError(f"{out}: exists already; give another -o, or remove it")
-    if not out.absolute().parent.is_dir():
-        raise InputError(f"{out}: the folder {out.parent} does not exist; make it first")
+    where = str(recipe) if isinstance(recipe, (str, Path)) else "recipe"
+    if isinstance(recipe, (str, Path)):
+        assembly = read_moe_recipe(recipe)
+        if assembly is not None:
+            return assemble(assembly, out, options, where, progress)
+    recipes = read_recipes(recipe) if isinstance(recipe, (str, Path)) else list(recipe)
+    _check_target(out)
     steps = out.with_name(out.name + ".steps")
     known: dict[str, CheckpointFiles] = {}
     for number, part in enumerate(recipes):
@@ -95,6 +99,33 @@ def merge(recipe: str | Path | Sequence[MergeRecipe], out: str | Path, options: 
     shutil.rmtree(steps, ignore_errors=True)
     record = json.loads((out / worker.RECORD).read_text())
     return MergeResult(out, plan, tuple(record["ranks"]), time.monotonic() - began)
+
+
+def assemble(recipe: MoeRecipe, out: Path, options: MergeOptions, where: str = "recipe",
+             progress: Callable[[int, int], None] | None = None) -> MergeResult:
+    """A mixture of experts made from dense models, with its routers, in a new folder.
+
+    Raises:
+        InputError: the recipe or a model is wrong, or ``out`` exists.
+    """
+    began = time.monotonic()
+    _check_target(out)
+    steps = out.with_name(out.name + ".steps")
+    files = make_router(recipe, steps / "router")
+    if options.dtype is not None:
+        recipe = dataclasses.replace(recipe, dtype=options.dtype)
+    plan = plan_graph(build_moe(recipe, files, where), out, options.num_ranks, options.memory_cap, options.shard_bytes)
+    run_plan(plan, out, options, progress)
+    shutil.rmtree(steps, ignore_errors=True)
+    record = json.loads((out / worker.RECORD).read_text())
+    return MergeResult(out, plan, tuple(record["ranks"]), time.monotonic() - began)
+
+
+def _check_target(out: Path) -> None:
+    if out.exists():
+        raise InputError(f"{out}: exists already; give another -o, or remove it")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"{out}: the folder {out.parent} does not exist; make it first")
 
 
 def _made_by(folder: Path, plan: MergePlan) -> bool:
