@@ -22,7 +22,7 @@ from heapq import heapify, heappop, heappush
 from typing import Literal
 
 from mipipe.graphs.coarse_graph import CoarseGraph
-from mipipe.graphs.contract import GraphIndex, contract, index_graph, is_collective
+from mipipe.graphs.contract import GraphIndex, contract, index_graph, is_collective, layer_stack
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.intervals import cut_intervals
 from mipipe.graphs.operator_graph import OperatorGraph, Role, SegmentTrace
@@ -48,7 +48,7 @@ class _Cluster:
     cost: int
     kind: int
     protected: tuple
-    layer: int | None
+    layer: tuple
     blocks: frozenset[str]
 
 
@@ -131,7 +131,8 @@ def _initial_state(index: GraphIndex, labels: Mapping[str, str]) -> _State:
         apart = number if collective[segment.trace] else None  # a collective is a group of its own
         protected = (tags.branch, tags.expert_group, labels.get(segment.name), apart)
         # A branch without layers has no structure to follow: its segments are merged by intervals only.
-        layer = tags.layer if tags.layer is not None else (-1 if tags.branch in layered else -2 - number)
+        outside = () if tags.branch in layered else (number,)
+        layer = outside if tags.layer is None else (layer_stack(segment), tags.layer)
         kind = state.kinds.setdefault((segment.trace, tags.branch, tags.expert_group), len(state.kinds))
         blocks = frozenset((_BLOCKS[tags.role],)) if tags.role in _BLOCKS else frozenset()
         state.clusters[number] = _Cluster([number], costs[segment.trace], kind, protected, layer, blocks)

@@ -106,6 +106,12 @@ def contract(index: GraphIndex, groups: Sequence[Sequence[int]], notes: dict[str
     return CoarseGraph(index.graph.model, digest(index.graph), op_groups, tuple(values), notes or {})
 
 
+def layer_stack(segment: Segment) -> str:
+    """The module that numbers a segment's layer (``model.encoder.layers``); '' outside layers or where none does."""
+    parts = segment.fqn.split(".")
+    return ".".join(parts[:parts.index(str(segment.tags.layer))]) if str(segment.tags.layer) in parts else ""
+
+
 def gives_grad(index: GraphIndex, reader: int, value: str) -> bool:
     """Whether a segment returns a gradient for one of its inputs."""
     if reader not in index.acting:

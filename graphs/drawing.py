@@ -15,7 +15,7 @@ from mipipe.graphs.coarse_graph import CoarseGraph, OpGroup
 from mipipe.graphs.operator_graph import Phase
 from mipipe.graphs.units import format_bytes
 
-WIDTH, HEIGHT, GAP_X, GAP_Y, LANE = 210.0, 34.0, 26.0, 22.0, 10.0
+WIDTH, HEIGHT, GAP_X, GAP_Y, LANE = 220.0, 34.0, 26.0, 22.0, 10.0
 COLOURS = ("#4c78a8", "#e6872d", "#54a24b", "#b279a2", "#9c755f", "#d4a72c")
 COLLECTIVE = "#888888"
 SWEEPS = 6
@@ -143,16 +143,16 @@ def _order(layout: _Layout) -> None:
 
 
 def _place(layout: _Layout) -> None:
-    """Horizontal centres: each rank packed, then pulled towards its neighbours without changing the order."""
+    """Horizontal centres: each rank packed, then pulled towards its neighbours above and below in turns."""
     for row in layout.ranks:
         _pack(layout, row, dict.fromkeys(row, 0.0))
     for sweep in range(2 * SWEEPS):
-        rows = layout.ranks if sweep % 2 == 0 else layout.ranks[::-1]
+        near, rows = (layout.above, layout.ranks) if sweep % 2 == 0 else (layout.below, layout.ranks[::-1])
         for row in rows:
             wanted = {}
             for place in row:
-                near = [layout.x[other] for other in (*layout.above.get(place, ()), *layout.below.get(place, ()))]
-                wanted[place] = sum(near) / len(near) if near else layout.x[place]
+                around = [layout.x[other] for other in near.get(place, ())]
+                wanted[place] = sum(around) / len(around) if around else layout.x[place]
             _pack(layout, row, wanted)
 
 
@@ -194,7 +194,7 @@ def _box(group: OpGroup, x: float, y: float, colour: str, share: float) -> str:
     lines = [group.name, f"{len(group.segments)} segments", f"parameters {format_bytes(group.parameter_bytes)}",
              f"saved {format_bytes(group.saved_fi_bytes + group.saved_fw_bytes)} per microbatch"]
     lines += [f"{phase}: {group.flops[phase] / 1e9:.4g} GFLOP" for phase in Phase if phase in group.flops]
-    label = group.name if len(group.name) <= 34 else f"{group.name[:15]}…{group.name[-18:]}"
+    label = group.name if len(group.name) <= 28 else f"{group.name[:9]}…{group.name[-18:]}"
     left = x - WIDTH / 2
     phases = "".join(phase.value for phase in Phase if phase in group.flops)
     return (f'<g><title>{escape(chr(10).join(lines))}</title>'

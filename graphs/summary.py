@@ -7,7 +7,7 @@ from typing import Any
 
 from mipipe.graphs.coarse_graph import CoarseGraph, OpGroup
 from mipipe.graphs.coarsen import coarsen
-from mipipe.graphs.contract import GraphIndex, index_graph, moved_bytes, saved_bytes
+from mipipe.graphs.contract import GraphIndex, index_graph, layer_stack, moved_bytes, saved_bytes
 from mipipe.graphs.costs import CostTable
 from mipipe.graphs.drawing import draw
 from mipipe.graphs.operator_graph import OperatorGraph, Phase
@@ -65,20 +65,24 @@ def coarse_svg(graph: OperatorGraph | CoarseGraph) -> str:
 
 def _layer_kinds(index: GraphIndex) -> list[tuple[str, list[list[int]]]]:
     """(name, one list of segments for each layer of the kind), in the order of first appearance."""
-    layers: dict[tuple[str | None, int | None, str], list[int]] = {}
+    layers: dict[tuple[str | None, str, int | None, str], list[int]] = {}
     for number, segment in enumerate(index.segments):
         tags = segment.tags
         role = "" if tags.layer is not None else tags.role.value
-        layers.setdefault((tags.branch, tags.layer, role), []).append(number)
+        layers.setdefault((tags.branch, layer_stack(segment), tags.layer, role), []).append(number)
     kinds: dict[tuple, list[tuple[int | None, list[int]]]] = {}
-    for (branch, layer, role), members in layers.items():
+    stacks: dict[str | None, set[str]] = {}
+    for (branch, stack, layer, role), members in layers.items():
         structure = tuple(index.segments[member].trace for member in members) if layer is not None else ()
-        kinds.setdefault((branch, role, structure), []).append((layer, members))
+        kinds.setdefault((branch, stack, role, structure), []).append((layer, members))
+        if layer is not None:
+            stacks.setdefault(branch, set()).add(stack)
     named = []
-    for (branch, role, _), alike in kinds.items():
+    for (branch, stack, role, _), alike in kinds.items():
         numbers = [layer for layer, _ in alike if layer is not None]
         what = f"layers {_ranges(numbers)}" if len(numbers) > 1 else f"layer {numbers[0]}" if numbers else role
-        named.append((f"{branch} {what}" if branch else what, [members for _, members in alike]))
+        owner = stack.split(".")[-2:-1] if numbers and len(stacks[branch]) > 1 else []  # encoder and decoder
+        named.append((" ".join([*([branch] if branch else []), *owner, what]), [members for _, members in alike]))
     return named
 
 

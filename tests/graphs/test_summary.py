@@ -43,6 +43,14 @@ def test_layers_that_differ_are_rows_of_their_own(builder):
     assert [row["part"] for row in rows] == ["text layer 0", "text layers 1, 3", "text layer 2", "total"]
 
 
+def test_an_encoder_and_a_decoder_are_told_apart(builder):
+    x = builder.linear("encoder.layers.0.attn", builder.source("audio"), layer=0)
+    x = builder.linear("decoder.layers.0.attn", x, layer=0)
+    graph = builder.graph()
+    assert [row["part"] for row in summary_rows(graph)] == ["encoder layer 0", "decoder layer 0", "total"]
+    assert len(coarsen(graph, granularity="layer").groups) == 2
+
+
 def test_a_coarse_graph_is_summed_up_by_structure_with_its_times(transformer):
     graph = transformer(3)
     coarse = coarsen(graph, granularity="layer")
