@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/train_moe.py
 
 test: install
 	$(BIN)/python -m pytest

@@ -24,20 +24,31 @@ def capture(
     dtype: Annotated[str, typer.Option(help="Parameters' type: float32, bfloat16, float64, ...")] = "float32",
     settings: Annotated[list[str] | None, typer.Option(
         "--set", help="Override of the model's configuration, such as num_hidden_layers=8; may be repeated.")] = None,
-    expert_groups: Annotated[int | None, typer.Option(
-        help="Split every bank of experts into this many branches.", min=1)] = None,
+    expert_groups: Annotated[int, typer.Option(help="Split every bank of experts into this many branches.",
+                                               min=1)] = 1,
+    images: Annotated[int, typer.Option(help="Images per sequence, where the model takes them.", min=0)] = 1,
+    image: Annotated[int, typer.Option(help="Height and width of an image (default: the model's own).", min=0)] = 0,
+    freeze: Annotated[list[str] | None, typer.Option(
+        help="Parameters that do not train, by a pattern of their names, such as 'model.vision_tower.*'; may be"
+             " repeated.")] = None,
+    granularity: Annotated[str, typer.Option(help="The smallest pieces: layer, block or module.")] = "block",
+    tags: Annotated[Path | None, typer.Option(help="Corrections of the annotation (YAML: layers, branches, roles by"
+                                                   " patterns).")] = None,
     json_output: Json = False,
 ) -> None:
     """Capture a model's training step as an operator graph: forward, input and weight gradients."""
     check_folder(output, "--output")
     overrides = parse_settings(settings or [])
-    with progress(f"capturing {source}"):
+    with progress(f"capturing {source}") as update:
+        from mipipe.graphs.annotate import load_patterns
         from mipipe.graphs.capture import capture as capture_model
         from mipipe.graphs.serialize import save
         from mipipe.graphs.summary import graph_summary, summary_rows
 
-        graph = capture_model(source, seq=seq, batch=batch, dtype=dtype, overrides=overrides,
-                              expert_groups=expert_groups)
+        graph = capture_model(source, seq=seq, batch=batch, dtype=dtype, overrides=overrides, images=images,
+                              image=image, expert_groups=expert_groups, freeze=freeze or (),
+                              granularity=granularity,  # type: ignore[arg-type]
+                              patterns=None if tags is None else load_patterns(tags), progress=update)
         save(graph, output)
     if json_output:
         emit({"output": str(output), **graph_summary(graph)})

@@ -95,7 +95,7 @@ def problem_data(problem: PlanningProblem, chain: dict[str, Any]) -> dict[str, A
     from mipipe.planner.uniform import in_activations, in_copies
 
     limits = problem.limits
-    stated = {name: value for name, value in chain.items() if value is not None}
+    stated = {name: number(value) for name, value in chain.items() if value is not None}
     return {
         "name": problem.name, "digest": problem.digest(), "unit_ns": problem.unit_ns, **stated,
         "ranks": problem.num_ranks, "microbatches": problem.num_microbatches, "groups": len(problem.groups),

@@ -45,7 +45,7 @@ def read_problem(graph: Path, cluster: Path | None, microbatches: int | None, *,
             raise InputError(f"{graph}: a coarse graph needs --costs; estimates are made from an operator graph")
         coarse = source
     else:
-        coarse = _coarse(source, table, groups, granularity)
+        coarse = coarse_for(source, table, groups, granularity)
         table = table or _estimate(coarse, source, described, cluster)
     topology = with_memory(described.topology, memory)
     return build_problem(coarse, table, topology, num_microbatches=microbatches, **details)
@@ -60,7 +60,8 @@ def with_memory(topology: Topology, memory: str | None) -> Topology:
         topology, devices=tuple(dataclasses.replace(device, memory_bytes=size) for device in topology.devices))
 
 
-def _coarse(graph: OperatorGraph, table: CostTable | None, groups: int | None, granularity: str | None) -> CoarseGraph:
+def coarse_for(graph: OperatorGraph, table: CostTable | None, groups: int | None = None,
+               granularity: str | None = None) -> CoarseGraph:
     """The graph in groups: as asked, or as the cost table was made."""
     if groups is None and granularity is None and table is not None:
         noted = table.notes.get("groups")

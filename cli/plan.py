@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -65,8 +66,8 @@ def plan(
         result = solve(problem, options, show_progress(update, problem.unit_ns))
     if result.plan is None:
         raise_reason(result)
-    found = result.plan
-    assert found is not None
+    assert result.plan is not None
+    found = dataclasses.replace(result.plan, provenance={**result.plan.provenance, "allowed": placement})
     timeline = simulate(found, lower(found))
     if output is not None:
         save(found, output)

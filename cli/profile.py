@@ -18,6 +18,8 @@ def profile(
     groups: Annotated[int | None, typer.Option(help="Merge operators into about this many groups.", min=1)] = None,
     granularity: Annotated[str | None, typer.Option(help="Or merge by structure: layer, block, operator.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that compute at once, as they will in training.", min=1)] = 1,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew, without earlier results kept for this"
+                                                        " machine.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json_output: Json = False,
 ) -> None:
@@ -29,10 +31,11 @@ def profile(
 
     graph = load(graph_file, OperatorGraph)
     coarse = coarsen(graph, num_groups=groups, granularity=granularity)  # type: ignore[arg-type]
-    with progress(f"profiling {len(coarse.groups)} groups with {workers} workers"):
-        from mipipe.graphs.profile import profile_groups
+    with progress(f"profiling {len(coarse.groups)} groups with {workers} workers") as update:
+        from mipipe.graphs.profile import DEFAULT_CACHE, profile_groups
 
-        table = profile_groups(graph, coarse, device=device, workers=workers)
+        table = profile_groups(graph, coarse, device=device, workers=workers, cache=None if fresh else DEFAULT_CACHE,
+                               progress=lambda done, total: update(f"{done} of {total} distinct groups"))
     save(table, output)
     if json_output:
         emit({"output": str(output), "hardware": table.hardware, "groups": len(table.entries),

@@ -93,7 +93,7 @@ def print_placement(console: Console, plan: Plan) -> None:
 
 def _names(plan: Plan, groups: Sequence[int]) -> str:
     names = [plan.problem.groups[group].name for group in groups]
-    return ", ".join(names) if len(names) <= 3 else f"{names[0]} .. {names[-1]} ({len(names)} groups)"
+    return ", ".join(names) if len(names) <= 2 else f"{names[0]} .. {names[-1]} ({len(names)} groups)"
 
 
 def bound_line(plan: Plan) -> str:
@@ -102,7 +102,9 @@ def bound_line(plan: Plan) -> str:
     if plan.makespan_ns is None:
         return "no makespan recorded"
     parts = [f"makespan {terminal.format_time(plan.makespan_ns, unit)}"]
-    for name, bound in (("bound over all placements", plan.bound_ns),
+    allowed = plan.provenance.get("allowed", "free")
+    over = "bound over all placements" if allowed == "free" else f"bound over placements of shape {allowed}"
+    for name, bound in ((over, plan.bound_ns),
                         ("bound at this placement", plan.placement_bound_ns)):
         if bound is not None:
             missing = gap(plan.makespan_ns, bound)

@@ -11,7 +11,9 @@ from mipipe.cli.output import Html, Json, check_folder, emit, stdout
 from mipipe.graphs.errors import InputError
 
 if TYPE_CHECKING:
+    from mipipe.graphs.coarse_graph import CoarseGraph
     from mipipe.graphs.costs import CostTable
+    from mipipe.graphs.operator_graph import OperatorGraph
     from mipipe.planner.plan import Plan
     from mipipe.planner.timeline import Timeline
 
@@ -19,8 +21,9 @@ EXAMPLE = "mipipe show plan.json measured.json --html timeline.html"
 
 
 def show(
-    files: Annotated[list[Path], typer.Argument(metavar="FILES", help="A graph or cost table; or plans and timelines,"
-                                                                      " drawn under one another.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILES", help="A graph and its cost table, or one of them; or"
+                                                                      " plans and timelines, drawn under one"
+                                                                      " another.")],
     html_file: Html = None,
     json_output: Json = False,
 ) -> None:
@@ -34,49 +37,66 @@ def show(
     from mipipe.planner.timeline import Timeline
 
     found = [open_any(path, OperatorGraph, CoarseGraph, CostTable, Plan, Timeline) for path in files]
-    graphs = [item for item in found if isinstance(item, (OperatorGraph, CoarseGraph, CostTable))]
-    if not graphs:
+    graphs = [item for item in found if isinstance(item, (OperatorGraph, CoarseGraph))]
+    tables = [item for item in found if isinstance(item, CostTable)]
+    if not graphs and not tables:
         _show_timelines(list(zip(files, found, strict=True)), html_file, json_output)
-        return
-    if len(found) > 1:
-        raise InputError(f"{files[found.index(graphs[0])]}: a graph or cost table is shown alone; give one file, or"
-                         " only plans and timelines")
-    _show_graph(graphs[0], html_file, json_output)
+    elif len(graphs) + len(tables) < len(found) or len(graphs) > 1 or len(tables) > 1:
+        raise InputError("show: give one graph (with or without a cost table of it), or plans and timelines")
+    elif graphs:
+        _show_graph(graphs[0], tables[0] if tables else None, html_file, json_output)
+    elif html_file is not None:
+        raise InputError("show: --html draws graphs, plans and timelines; give the graph with its cost table")
+    else:
+        _show_costs(tables[0], json_output)
 
 
-def _show_graph(graph: Any, html_file: Path | None, json_output: bool) -> None:
+def _show_costs(table: CostTable, json_output: bool) -> None:
     from mipipe.cli.tables import print_rows
-    from mipipe.graphs.costs import CostTable
+
+    rows = cost_rows(table)
+    if json_output:
+        emit({"hardware": table.hardware, "notes": table.notes, "rows": rows})
+    else:
+        print_rows(stdout(), rows, title=f"costs on {table.hardware or 'unnamed hardware'}")
+
+
+def _show_graph(graph: OperatorGraph | CoarseGraph, table: CostTable | None, html_file: Path | None,
+                json_output: bool) -> None:
+    from mipipe.cli.inputs import coarse_for
+    from mipipe.cli.tables import cell, print_rows
+    from mipipe.graphs.operator_graph import OperatorGraph
     from mipipe.graphs.summary import coarse_svg, graph_summary, summary_rows
 
-    if isinstance(graph, CostTable):
-        rows = cost_rows(graph)
-        if json_output:
-            emit({"hardware": graph.hardware, "notes": graph.notes, "rows": rows})
-        else:
-            print_rows(stdout(), rows, title=f"costs on {graph.hardware}")
-        return
-    rows = summary_rows(graph)
+    if table is not None and isinstance(graph, OperatorGraph):
+        graph = coarse_for(graph, table)
+    rows = summary_rows(graph, table)
     if html_file is not None:
         from mipipe.cli import html
 
         header = [name.replace("_", " ") for name in rows[0]]
-        cells = [[str(row.get(name, "")) for name in rows[0]] for row in rows]
+        cells = [[cell(row.get(name)) for name in rows[0]] for row in rows]
         drawing = f"<figure>{coarse_svg(graph)}</figure>"
         html.write(html_file, graph.model, [], extra=html.table(header, cells) + drawing)
     if json_output:
-        emit(graph_summary(graph))
+        emit(graph_summary(graph, table))
     else:
         print_rows(stdout(), rows, title=graph.model)
 
 
 def cost_rows(table: CostTable) -> list[dict[str, Any]]:
-    """A cost table's entries as rows, times in microseconds."""
+    """A cost table as rows, times in microseconds; groups with equal entries (the same structure) share a row."""
     from mipipe.graphs.operator_graph import Phase
 
-    return [{"group": entry.group, "device_kind": entry.device_kind,
-             **{f"{phase}_us": entry.times_ns[phase] / 1000 if phase in entry.times_ns else None for phase in Phase},
-             "origin": entry.origin, "spread": entry.spread} for entry in table.entries]
+    rows: dict[Any, dict[str, Any]] = {}
+    for entry in table.entries:
+        key = (entry.device_kind, tuple(entry.times_ns.items()), entry.origin, entry.spread)
+        row = rows.setdefault(key, {
+            "group": entry.group, "alike": 0, "device_kind": entry.device_kind,
+            **{f"{phase}_us": entry.times_ns[phase] / 1000 if phase in entry.times_ns else None for phase in Phase},
+            "origin": entry.origin, "spread": entry.spread})
+        row["alike"] += 1
+    return list(rows.values())
 
 
 def _show_timelines(files: list[tuple[Path, Plan | Timeline]], html_file: Path | None, json_output: bool) -> None:

@@ -66,7 +66,7 @@ def mipipe() -> Run:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """problem.json (4 equal ranks, 8 microbatches) and plan.json, a chain plan of it."""
     path = tmp_path_factory.mktemp("cli")
-    problem = uniform_problem(ranks=4, microbatches=8, f=2, i=2, w=1)
+    problem = uniform_problem(ranks=4, microbatches=8, f=2, i=2, w=1, copies=1)
     save(problem, path / "problem.json")
     found = plan(problem, PlanOptions(time_limit_s=3, placement="chain")).plan
     assert found is not None
