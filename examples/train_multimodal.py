@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from sklearn.datasets import load_digits
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mipipe.graphs.capture import capture_module
@@ -36,7 +37,7 @@ from mipipe.planner.solve import plan as solve
 from mipipe.runtime.engine import Engine, EngineOptions
 from mipipe.runtime.trace import measured_timeline
 
-WORKERS, MICROBATCHES, ROWS, STEPS = 4, 4, 32, 40
+WORKERS, MICROBATCHES, ROWS, STEPS = 4, 4, 32, 60
 IMAGE_TOKEN, QUESTION, PATCHES = 10, 11, 16
 """Tokens 0-9 are the digits themselves; an image is 4 x 4 patches of 2 x 2 pixels."""
 
@@ -71,6 +72,7 @@ def conversations(images: Tensor, digits: Tensor) -> dict[str, Tensor]:
 
 def digit_images() -> tuple[Tensor, Tensor]:
     """All 1,797 images, scaled to [-1, 1] and shuffled, and their digits."""
+    from sklearn.datasets import load_digits
     data = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
     return torch.tensor(data.images, dtype=torch.float32)[order] / 8 - 1, torch.tensor(data.target)[order]
@@ -85,10 +87,10 @@ def training_batches(images: Tensor, digits: Tensor) -> Iterator[dict[str, Tenso
 
 
 def prepare(folder: Path) -> None:
-    """Capture the model, time its groups on this CPU, and plan them for four workers."""
+    """Capture the model, time its groups on this CPU, plan them for four workers, and put everything into files."""
     images, digits = digit_images()
-    example = conversations(images[:ROWS], digits[:ROWS])
-    graph = capture_module(build_model(), example, loss=answer_loss, loss_info=sum_over("labels"), name="llava-digits")
+    model, example = build_model(), conversations(images[:ROWS], digits[:ROWS])
+    graph = capture_module(model, example, loss=answer_loss, loss_info=sum_over("labels"), name="llava-digits")
     coarse = coarsen(graph, num_groups=12)
     costs = profile_groups(graph, coarse, workers=WORKERS, options=ProfileOptions(seconds=0.1))
     topology = Topology.uniform(WORKERS, latency_ns=400_000, bytes_per_s=10**9, kind="cpu")
@@ -98,6 +100,8 @@ def prepare(folder: Path) -> None:
         sys.exit(f"no plan: {result.reason}")
     save(graph, folder / "graph.json")
     save(result.plan, folder / "plan.json")
+    save_file(model.state_dict(), folder / "weights.safetensors")
+    save_file({"images": images, "digits": digits}, folder / "digits.safetensors")
     for number, stage in enumerate(result.plan.placement.stages):
         names = ", ".join(problem.groups[group].name for group in stage.groups)
         print(f"stage {number} on rank {stage.ranks[0]}: {names}")
@@ -108,18 +112,19 @@ def work(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     plan, graph = load(folder / "plan.json", Plan), load(folder / "graph.json", OperatorGraph)
-    engine = Engine(plan, graph, build_model, options=EngineOptions(timeout_s=60))
-    optimizer = torch.optim.AdamW(engine.parameters(), lr=3e-3) if engine.parameters() else None
-    images, digits = digit_images()
+    engine = Engine(plan, graph, load_file(folder / "weights.safetensors"), options=EngineOptions(timeout_s=60))
+    optimizer = torch.optim.AdamW(engine.parameters(), lr=3e-3)
+    data = load_file(folder / "digits.safetensors")
+    images, digits = data["images"], data["digits"]
     held = ROWS * MICROBATCHES * 2
     batches = training_batches(images[held:], digits[held:])
+    started = time.monotonic()
     for step in range(STEPS):
         loss = engine.step(next(batches))
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         if dist.get_rank() == 0 and (step % 10 == 0 or step == STEPS - 1):
-            print(f"step {step + 1:3}  loss {loss:.3f}", flush=True)
+            print(f"step {step + 1:3}  loss {loss:.3f}  {time.monotonic() - started:4.1f} s", flush=True)
     timeline = measured_timeline(engine)
     if timeline is not None:
         save(timeline, folder / "measured.json")

@@ -1,0 +1,223 @@
+"""The training loop in the pool: equal to one process over several steps, resumable under any plan, measured."""
+
+import functools
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+import runtime_dags as dags
+import runtime_equal as equal
+import runtime_models as models
+import torch
+
+from mipipe.graphs.errors import InputError, RunError
+from mipipe.planner.lower import lower
+from mipipe.planner.simulate import simulate
+from mipipe.runtime.checkpoint import latest, read_state, verify
+from mipipe.runtime.config import CheckpointConfig, OptimizerConfig, TrainConfig
+from mipipe.runtime.data import Batches
+from mipipe.runtime.engine import Engine, EngineOptions
+from mipipe.runtime.trace import measured_timeline
+from mipipe.runtime.training import Trainer
+
+pytestmark = pytest.mark.distributed
+
+COUNT = 3
+
+
+def plan(seed, ranks=2):
+    return dags.random_plan(random.Random(seed), equal.case("skip").graph, ranks, COUNT)
+
+
+def batches():
+    """An endless loader of different batches."""
+    number = 0
+    while True:
+        yield models.token_batch(equal.ROWS * COUNT, equal.LENGTH, 11, seed=100 + number)
+        number += 1
+
+
+def train(made, graph, state, config, resume=False):
+    """What a rank does: losses, parameters, and the rank's number of steps done before."""
+    engine = Engine(made, graph, state, options=EngineOptions(seed=config.seed))
+    trainer = Trainer(engine, config, Batches(batches()))
+    start = trainer.resume() if resume else 0
+    losses = trainer.run(start)
+    return losses, {name: item.detach() for name, item in engine.named_parameters()}, start
+
+
+def run(pool, made, config, resume=False):
+    case = equal.case("skip")
+    answers = pool.run(made.problem.num_ranks, __file__, "train", made, case.graph, case.state(), config, resume)
+    weights = {}
+    for _, mine, _ in answers:
+        weights.update(mine)
+    return answers[0][0], weights, answers[0][2]
+
+
+@functools.cache
+def alone(steps, clip):
+    """The same training with the model's own forward, autograd and torch's AdamW."""
+    module = models.skip_module()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    losses = []
+    for _, batch in zip(range(steps), batches(), strict=False):
+        pieces = models.chunked(batch, COUNT)
+        loss, _ = models.eager(module, pieces, equal.valid_labels(False, pieces))
+        losses.append(loss)
+        if clip:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
+        optimizer.step()
+    return losses, {name: item.detach() for name, item in module.named_parameters()}
+
+
+def config(steps, **more):
+    return TrainConfig(steps, optimizer=OptimizerConfig("adamw", 1e-2), **more)
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("seed", [3, 4])
+def test_steps_of_adamw_equal_the_single_process(pool, seed, clip):
+    """Tied and replicated parameters stay equal on all holders, count once in clipping, and move as alone."""
+    losses, weights, _ = run(pool, plan(seed), config(4, clip=clip))
+    expected, final = alone(4, clip)
+    assert losses == pytest.approx(expected, rel=1e-9)
+    for name, tensor in weights.items():
+        assert torch.linalg.vector_norm(tensor - final[name]) <= 1e-8 * torch.linalg.vector_norm(final[name]), name
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_resume_is_bitwise(pool, tmp_path, asynchronous):
+    """Six steps at once, and three, a checkpoint, three more: the same losses and weights to the last bit."""
+    whole, weights, _ = run(pool, plan(3), config(6))
+    saved = CheckpointConfig(str(tmp_path / "c"), every=3, asynchronous=asynchronous)
+    first, _, _ = run(pool, plan(3), config(3, checkpoint=saved))
+    rest, resumed, start = run(pool, plan(3), config(6, checkpoint=saved), resume=True)
+    assert start == 3
+    assert first + rest == whole
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+
+def test_resume_under_another_plan(pool, tmp_path):
+    """Other ranks, other stages: the losses go on as in one process, Adam's moments included."""
+    saved = CheckpointConfig(str(tmp_path / "c"), every=2)
+    first, _, _ = run(pool, plan(3, ranks=2), config(2, checkpoint=saved))
+    rest, _, start = run(pool, plan(5, ranks=4), config(4, checkpoint=saved), resume=True)
+    assert start == 2
+    assert first + rest == pytest.approx(alone(4, None)[0], rel=1e-9)
+
+
+def test_a_half_written_checkpoint_is_never_loaded(pool, tmp_path):
+    """A folder without its state, and one still called partial, are passed over."""
+    saved = CheckpointConfig(str(tmp_path), every=2)
+    run(pool, plan(3), config(4, checkpoint=saved))
+    (tmp_path / "step-4" / "state.json").unlink()
+    (tmp_path / "step-9.partial").mkdir()
+    assert latest(tmp_path).name == "step-2"
+    assert run(pool, plan(3), config(4, checkpoint=saved), resume=True)[2] == 2
+
+
+def test_a_tampered_checkpoint_is_refused(pool, tmp_path):
+    """One flipped byte is found by its SHA-256; the message names the file and what to do."""
+    run(pool, plan(3), config(2, checkpoint=CheckpointConfig(str(tmp_path))))
+    folder = latest(tmp_path)
+    file = next(path for path in sorted(folder.iterdir()) if path.suffix == ".distcp" and path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(InputError, match=f"{file.name} is damaged or incomplete; remove the folder"):
+        verify(folder, read_state(folder))
+
+
+def test_the_loss_is_checked(pool):
+    """A loss that is not finite ends the run and names the step."""
+    case = equal.case("skip")
+    state = {name: tensor * float("nan") if name == "norm.weight" else tensor for name, tensor in case.state().items()}
+    for text in pool.run(2, __file__, "fails", plan(3), case.graph, state, config(2)):
+        assert "is nan" in text and "lower the learning rate" in text
+
+
+def fails(*arguments):
+    with pytest.raises(RunError) as caught:
+        train(*arguments)
+    return str(caught.value)
+
+
+def measure(made, graph, state, batch):
+    engine = Engine(made, graph, state, options=EngineOptions(track_memory=True))
+    engine.step(batch)
+    return measured_timeline(engine)
+
+
+def test_the_measured_timeline_has_every_action(pool):
+    """As many spans as the simulated one, in the order of the program on every rank, on one clock."""
+    case, made = equal.case("skip"), plan(3, ranks=4)
+    timeline, *others = pool.run(4, __file__, "measure", made, case.graph, case.state(), case.batch(COUNT))
+    assert others == [None] * 3
+    simulated = simulate(made, lower(made))
+    assert sorted(span.label for span in timeline.spans if span.microbatch >= 0) == \
+        sorted(span.label for span in simulated.spans if span.microbatch >= 0)
+    for rank in range(4):
+        mine = [span for span in timeline.spans if span.rank == rank and span.peer is None and span.stage >= 0]
+        assert all(a.end_ns <= b.start_ns for a, b in itertools.pairwise(mine))
+    ends = {(span.rank, span.label): span.end_ns for span in timeline.spans}
+    assert min(span.start_ns for span in timeline.spans) == 0
+    assert 0 < timeline.bubble_ratio < 1 and ends and max(map(timeline.peak_bytes, range(4))) > 0
+
+
+def evaluate(made, graph, state, batch):
+    engine = Engine(made, graph, state)
+    loss = engine.evaluate(batch)
+    return loss, engine.outputs.get("logits", {}), any(item.grad is not None for item in engine.parameters())
+
+
+def test_evaluation_runs_forward_only(pool):
+    """The loss of a step without gradients, and the other outputs where they are made."""
+    case, made = equal.case("skip"), plan(4)
+    batch = case.batch(COUNT)
+    logits = {}
+    losses = set()
+    for loss, found, graded in pool.run(2, __file__, "evaluate", made, case.graph, case.state(), batch):
+        logits.update(found)
+        losses.add(loss)
+        assert not graded
+    pieces = models.chunked(batch, COUNT)
+    expected, _ = models.eager(case.module, pieces, equal.valid_labels(False, pieces))
+    assert len(losses) == 1 and losses.pop() == pytest.approx(expected, rel=1e-12)
+    for number, piece in enumerate(pieces):
+        torch.testing.assert_close(logits[number], case.module(**piece)["logits"], rtol=1e-12, atol=1e-12)
+
+
+def test_a_metrics_file_has_one_line_for_each_step(pool, tmp_path):
+    """Names as torchtitan's; a resumed run drops what the checkpoint does not know."""
+    path = tmp_path / "metrics.jsonl"
+    losses, _, _ = run(pool, plan(3), config(2, metrics=str(path)))
+    import json
+    records = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    assert [record["loss_metrics/global_avg_loss"] for record in records] == losses
+    assert {"step", "grad_norm", "lr", "throughput(tps)", "time_metrics/end_to_end(s)"} <= set(records[0])
+    assert 0 <= records[-1]["bubble_ratio/measured"] < 1
+
+
+@pytest.mark.parametrize("name", ["skip", "moe", "vlm", "vlm-frozen"])
+def test_saved_memory_is_as_planned(name):
+    """After the k-th F, k times the planned saved bytes are held: exactly in a chain, less where tensors are shared.
+
+    Batch tensors are not counted here: they are there anyway.
+    """
+    case = equal.case(name)
+    problem = equal.problem(case.graph, 1, COUNT, 6)
+    everything = list(range(len(problem.groups)))
+    order = " ".join([*(f"0F{m}" for m in range(COUNT)), *(f"0I{m} 0W{m}" for m in range(COUNT))])
+    made = equal.cases.plan_of(problem, [(everything, [0])], [[0] * COUNT], [order])
+    engine = Engine(made, case.graph, case.state(), options=EngineOptions(track_memory=True))
+    engine.step(case.batch(COUNT))
+    planned = sum(group.saved_fi_bytes + group.saved_fw_bytes for group in problem.groups)
+    sizes = [size for _, size in engine.memory]
+    assert sizes[:COUNT] == [sizes[0] * (k + 1) for k in range(COUNT)]
+    assert sizes[-1] == 0
+    if name == "moe":
+        assert sizes[0] == planned - case.batch(1)["input_ids"].nbytes
+    else:
+        assert 0.9 * planned < sizes[0] <= planned
