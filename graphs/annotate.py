@@ -79,13 +79,19 @@ def tag(name: str, patterns: Sequence[Patterns] = (DEFAULT,)) -> Tags:
 
 
 def annotate(graph: OperatorGraph, patterns: Patterns | None = None) -> OperatorGraph:
-    """The graph with tags on every segment; a segment without a branch is ``text`` where others have one."""
+    """The graph with tags on every segment.
+
+    Where some segments have a branch, the others are ``text`` if they start from an embedding of their own; else they
+    belong to the one branch there is.
+    """
     sources = (DEFAULT,) if patterns is None else (patterns, DEFAULT)
     tags = {segment.name: tag(segment.name, sources) for segment in graph.segments}
-    several = any(item.branch is not None for item in tags.values())
+    branches = {item.branch for item in tags.values()} - {None}
+    reads = any(item.branch is None and item.role is Role.EMBEDDING for item in tags.values())
+    rest = "text" if branches and (reads or len(branches) > 1) else next(iter(branches), None)
 
     def tagged(segment: Segment) -> Segment:
         item = tags[segment.name]
-        return replace(segment, tags=replace(item, branch="text") if several and item.branch is None else item)
+        return replace(segment, tags=replace(item, branch=item.branch or rest))
 
     return replace(graph, segments=tuple(tagged(segment) for segment in graph.segments))

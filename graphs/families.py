@@ -26,15 +26,16 @@ from mipipe.graphs.layers import NAME, register
 
 @dataclass(frozen=True)
 class Adjustment:
-    """What a model type needs: another attention implementation, fixed forward arguments."""
+    """What a model type needs: its class, another attention implementation, fixed forward arguments."""
 
+    architecture: str | None = None
     attention: str = NAME
     constants: Mapping[str, Any] = field(default_factory=dict)
 
 
 ADJUSTMENTS: dict[str, Adjustment] = {
-    "clip": Adjustment(constants={"return_loss": True}),
-    "siglip": Adjustment(constants={"return_loss": True}),
+    "clip": Adjustment("CLIPModel", constants={"return_loss": True}),
+    "siglip": Adjustment("SiglipModel", constants={"return_loss": True}),
 }
 
 
@@ -97,10 +98,11 @@ def _make_config(kind: Any, data: Mapping[str, Any], overrides: Mapping[str, Any
 
     What the configuration derives from other entries (head sizes, kinds of layers) is derived after the change.
     """
-    data, known = copy.deepcopy(dict(data)), kind.from_dict(dict(data))
+    made: dict[str, Any] = copy.deepcopy(dict(data))
+    known = kind.from_dict(dict(data))
     for key, value in overrides.items():
         *path, last = key.split(".")
-        part, owner = data, known
+        part, owner = made, known
         for name in path:
             owner = getattr(owner, name, None)
             part = part.setdefault(name, {})
@@ -112,7 +114,7 @@ def _make_config(kind: Any, data: Mapping[str, Any], overrides: Mapping[str, Any
                 part.pop(name, None)
         part[last] = value
     try:
-        return kind.from_dict(data)
+        return kind.from_dict(made)
     except Exception as error:
         raise InputError(f"{where}: {kind.__name__} refuses these values: {str(error).splitlines()[-1]}") from None
 
@@ -135,13 +137,18 @@ def model_class(config: Any) -> Any:
     """
     from transformers.models.auto import modeling_auto as auto
 
-    for name in config.architectures or ():
+    adjusted = ADJUSTMENTS.get(config.model_type, Adjustment()).architecture
+    for name in config.architectures or ([adjusted] if adjusted else ()):
         found = _find_class(name)
         if found is not None:
             return found
-    for table in ("MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
-                  "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
-                  "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING", "MODEL_FOR_MASKED_LM_MAPPING", "MODEL_MAPPING"):
+    tables = ["MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_MASKED_LM_MAPPING", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+              "MODEL_MAPPING"]
+    if config.is_encoder_decoder:
+        tables = ["MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", *tables]
+    elif hasattr(config, "vision_config"):
+        tables = ["MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", *tables]
+    for table in tables:
         mapping = getattr(auto, table)
         if type(config) in mapping:
             return mapping[type(config)]

@@ -240,8 +240,9 @@ def _attach(nodes: Sequence[fx.Node], labels: dict[fx.Node, Label | None], units
     """
     rank = {label: index for index, node in enumerate(nodes) if (label := labels[node]) is not None}
 
-    def follow(node: fx.Node) -> None:
-        found = [label for user in node.users if (label := labels.get(user)) is not None]
+    def follow(node: fx.Node, *, enter_layers: bool = True) -> None:
+        found = [label for user in node.users if (label := labels.get(user)) is not None
+                 and (enter_layers or not _layers(user))]
         if labels[node] is None and found:
             labels[node] = min(found, key=rank.__getitem__)
 
@@ -253,9 +254,9 @@ def _attach(nodes: Sequence[fx.Node], labels: dict[fx.Node, Label | None], units
 
     for node in reversed(nodes):
         if units[node]:
-            follow(node)
+            follow(node, enter_layers=bool(_layers(node)))
     for node in nodes:
-        join(node, leave_layers=units[node] == "")
+        join(node, leave_layers=not _layers(node))
     for node in reversed(nodes):
         follow(node)
     for node in nodes:

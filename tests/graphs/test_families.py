@@ -38,16 +38,49 @@ class Case:
     branches: frozenset[str | None] = frozenset({None})
 
 
-CASES = {
-    "llama": Case("llama", TEXT),
-    "qwen3_moe": Case("qwen3_moe", {**MOE, "head_dim": 8}),
+VISION = {f"vision_config.{key}": value for key, value in {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 8,
+    "patch_size": 4}.items()}
+
+
+def text(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides of the language part of a multimodal configuration."""
+    return {f"text_config.{key}": value for key, value in values.items()}
+
+
+QUICK = {
     "qwen3_moe_aux": Case("Qwen3MoeForCausalLM", {**MOE, "head_dim": 8, "output_router_logits": True}),
-    "mixtral": Case("mixtral", {**TEXT, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5}),
     "deepseek_v3": Case("deepseek_v3", {
         **TEXT, "num_key_value_heads": 4, "moe_intermediate_size": 8, "n_routed_experts": 8, "num_experts_per_tok": 2,
         "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8,
         "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4, "n_shared_experts": 1}),
+    "llava": Case("llava", {**text(TEXT), **VISION, "image_token_index": 63}, {"seq": 12, "image": 8},
+                  frozenset({"vision", "text", "projector"})),
 }
+SLOW = {
+    "llama": Case("llama", TEXT),
+    "qwen3": Case("qwen3", {**TEXT, "head_dim": 8}),
+    "qwen3_moe": Case("qwen3_moe", {**MOE, "head_dim": 8}),
+    "mixtral": Case("mixtral", {**TEXT, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5}),
+    "gemma3": Case("gemma3_text", {**TEXT, "head_dim": 8, "sliding_window": 3, "num_hidden_layers": 6}),
+    "olmoe": Case("olmoe", {**TEXT, "num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": Case("gpt_oss", {**TEXT, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+                                "sliding_window": 3}),
+    "clip": Case("clip", {**VISION, **text({key: TEXT[key] for key in TEXT if key != "num_key_value_heads"}),
+                          "text_config.eos_token_id": 59, "projection_dim": 8}, {"batch": 3, "seq": 6},
+                 frozenset({"vision", "text", "projector"})),
+    "whisper": Case("whisper", {
+        "vocab_size": 64, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_source_positions": 10,
+        "max_target_positions": 16, "num_mel_bins": 8, "pad_token_id": 1}),
+    "qwen2_5_vl": Case("qwen2_5_vl", {**text(TEXT), "image_token_id": 63}),
+    "resnet": Case("ResNetForImageClassification", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2],
+                                                    "layer_type": "basic", "num_labels": 5}, {"image": 16, "batch": 3}),
+    "vit": Case("ViTForImageClassification", {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
+                                              "intermediate_size": 32, "image_size": 8, "patch_size": 4},
+                {"batch": 3}, frozenset({"vision"})),
+}
+CASES = {**QUICK, **SLOW}
 
 
 def reference(case: Case, graph: OperatorGraph) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
@@ -56,7 +89,8 @@ def reference(case: Case, graph: OperatorGraph) -> tuple[nn.Module, dict[str, Te
     config = families.read_config(case.source, case.overrides)
     config._experts_implementation = "eager"
     kind = families.model_class(config)
-    model = kind._from_config(config, attn_implementation="sdpa", dtype=torch.float64).train()
+    implementation = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
+    model = kind._from_config(config, attn_implementation=implementation, dtype=torch.float64).train()
     for parameter in model.parameters():
         with torch.no_grad():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -84,10 +118,16 @@ def random_batch(case: Case, graph: OperatorGraph, config: Any) -> dict[str, Ten
                                  else torch.randint(0, 60, value.spec.shape))
     if batch.get("labels") is not None and batch["labels"].dim() == 2:
         batch["labels"][:, -2] = -100
+    elif batch.get("labels") is not None:
+        batch["labels"] %= config.num_labels
+    if "text_config.eos_token_id" in case.overrides:  # CLIP reads its text at this token
+        batch["input_ids"][:, -1] = case.overrides["text_config.eos_token_id"]
+    if "image_token_index" in case.overrides:
+        batch["input_ids"][:, 1:5] = case.overrides["image_token_index"]
     return batch
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_family_equals_eager(name: str) -> None:
     case = CASES[name]
     graph = capture(case.source, overrides=case.overrides, dtype="float64", **{"seq": 8, "batch": 2, **case.options})
@@ -112,7 +152,7 @@ def assert_same(graph: OperatorGraph, model: nn.Module, batch: Mapping[str, Tens
 
 
 def test_layers_share_traces_and_moe_has_its_roles() -> None:
-    case = CASES["qwen3_moe"]
+    case = SLOW["qwen3_moe"]
     graph = capture(case.source, overrides={**case.overrides, "num_hidden_layers": 6}, seq=8, batch=2)
     assert len(graph.segments) == 6 * 4 + 2 and len(graph.traces) == 6
     roles = [segment.tags.role for segment in graph.segments]
