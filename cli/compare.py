@@ -47,6 +47,7 @@ def compare(
                                                        " planned one).")] = None,
     time_limit: Annotated[float, typer.Option("--time-limit", help="Seconds for the planned row.", min=0.1)] = 30.0,
     seed: Seed = 0,
+    draw: Annotated[bool, typer.Option("--draw", help="Draw the timelines of all rows on one time scale.")] = False,
     html_file: Html = None,
     json_output: Json = False,
 ) -> None:
@@ -67,6 +68,8 @@ def compare(
     if json_output:
         emit({"problem": problem_data(problem, {} if problem_file else chain), "rows": [row.data() for row in rows]})
         return
+    if draw:
+        _draw(rows)
     _print(problem, rows)
 
 
@@ -119,18 +122,41 @@ def _cells(row: Row) -> dict[str, Any]:
 
 def _print(problem: PlanningProblem, rows: list[Row]) -> None:
     from mipipe.cli.tables import print_rows
+    from mipipe.planner.compare import PLANNED
 
     console = stdout()
     data = problem_data(problem, {})
     caps = "" if data["activations"] is None else (
         f"; planned with at most {data['copies']:g} copies and {data['activations']:g} activations")
     console.print(f"{data['name']}: {data['ranks']} ranks, {data['microbatches']} microbatches{caps}")
-    print_rows(console, [_cells(row) for row in rows])
-    planned = [row for row in rows if row.bound is not None]
-    for row in planned:
+    notes = list(dict.fromkeys(row.note for row in rows if row.note))
+    marks = {note: f"({number + 1})" for number, note in enumerate(notes)}
+    cells = [_cells(row) | {"note": marks.get(row.note)} for row in rows]
+    kept = [name for name in _COLUMNS if any(line[name] is not None for line in cells)]
+    styles = ["bold" if row.name == PLANNED else "dim" if row.accounting == "published" else "" for row in rows]
+    print_rows(console, [{name: line[name] for name in kept} for line in cells], styles=styles)
+    for note, mark in marks.items():
+        console.print(f"{mark} {note}", style="dim")
+    for row in (row for row in rows if row.name == PLANNED and row.plan is not None):
         against = "" if row.without_baselines is None else (
             f"; without any published schedule as a start: {row.without_baselines:g}")
-        console.print(f"{row.name}: bound holds over {row.bound_scope}; found by {row.rung}{against}")
+        proven = "no bound" if row.bound is None else f"the bound holds over {row.bound_scope}"
+        console.print(f"{row.name}: found by {row.rung}, {proven}{against}")
+
+
+def _draw(rows: list[Row]) -> None:
+    from mipipe.cli.terminal import draw, legend, summary
+
+    console = stdout()
+    drawn = [row for row in rows if row.timeline is not None]
+    until = max((row.timeline.makespan_ns for row in drawn if row.timeline is not None), default=0)
+    for row in drawn:
+        assert row.timeline is not None
+        console.print(f"{row.name} ({row.accounting}): {summary(row.timeline)}", style="bold")
+        console.print(draw(row.timeline, console.width, until))
+    if drawn and drawn[-1].timeline is not None:
+        console.print(legend(drawn[-1].timeline))
+        console.print()
 
 
 def _write_html(path: Path, problem: PlanningProblem, rows: list[Row]) -> None:

@@ -9,17 +9,19 @@ from rich.console import Console
 from rich.table import Table
 
 
-def print_rows(console: Console, rows: Sequence[Mapping[str, Any]], title: str | None = None) -> None:
+def print_rows(console: Console, rows: Sequence[Mapping[str, Any]], title: str | None = None,
+               styles: Sequence[str] = ()) -> None:
     """Print rows that share their keys; a missing value is an empty cell, floats get four digits."""
     if not rows:
         return
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for name in rows[0]:
         numeric = all(not isinstance(row.get(name), str) or not row[name] for row in rows)
-        table.add_column(name.replace("_", " "), justify="right" if numeric else "left",
-                         overflow="fold" if name == "note" else "ellipsis", no_wrap=name != "note")
-    for row in rows:
-        table.add_row(*(cell(row.get(name)) for name in rows[0]))
+        table.add_column(name.replace("_", " "), justify="right" if numeric else "left", no_wrap=True)
+    for number, row in enumerate(rows):
+        table.add_row(*(cell(row.get(name)) for name in rows[0]), style=styles[number] if styles else None)
+    if title:
+        console.print(title, style="italic")
     console.print(table)
 
 

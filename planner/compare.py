@@ -140,11 +140,11 @@ def measured_row(name: str, accounting: Accounting, found: Plan) -> Row:
     """The row of a plan: lowered, simulated, measured."""
     problem = found.problem
     timeline = simulate(found, lower(found))
-    unit = problem.unit_ns
     bubbles = timeline.bubbles_ns()
     activations = max(timeline.peak_bytes(rank) - timeline.resident_bytes[rank] for rank in range(problem.num_ranks))
-    return Row(name, accounting, makespan=_in_units(timeline.makespan_ns, unit), bubble=_in_units(max(bubbles), unit),
-               bubble_mean=_in_units(Fraction(sum(bubbles), len(bubbles)), unit), bubble_ratio=timeline.bubble_ratio,
+    return Row(name, accounting, makespan=_in_units(timeline.makespan_ns, problem),
+               bubble=_in_units(max(bubbles), problem),
+               bubble_mean=_in_units(Fraction(sum(bubbles), len(bubbles)), problem), bubble_ratio=timeline.bubble_ratio,
                devices=problem.num_ranks, parameter_copies=in_copies(problem, max(timeline.resident_bytes)),
                peak_activations=in_activations(problem, activations), placement=found.placement.name,
                timeline=timeline, plan=found)
@@ -154,39 +154,49 @@ def planned_row(problem: PlanningProblem, options: PlanOptions, rows: Sequence[R
                 tell: Callable[[str], None]) -> Row:
     """The planner's row: its plan, bound and gap, and what the planner found without published schedules as starts.
 
-    The planner first works without them; only if one of ``rows`` within the same caps is better does it start from
-    published schedules, in the last fifth of the time, so that it is never worse than what is already known.
+    The planner first works without them. Only if one of ``rows`` within the same caps is better does it start from
+    published schedules, in the last fifth of the time, and is then never worse than them.
     """
     began = time.monotonic()
-    accounting: Accounting = "streams" if _has_streams(problem) else "split"
     alone = dataclasses.replace(options, time_limit_s=(1 - RESERVE) * options.time_limit_s, use_baselines=False)
-    result = first = plan(problem, alone, lambda state: tell(f"{PLANNED}, {state.phase}, {state.seconds:.0f} s"))
-    known = [row.makespan for row in rows if row.makespan is not None and _within_caps(row, problem)]
-    best = min(known, default=None)
-    own = None if first.makespan_ns is None else _in_units(first.makespan_ns, problem.unit_ns)
-    interrupted = first.termination is Termination.INTERRUPTED
-    if options.use_baselines and not interrupted and best is not None and (own is None or best < own):
+    first = plan(problem, alone, lambda state: tell(f"{PLANNED}, {state.phase}, {state.seconds:.0f} s"))
+    results = [first]
+    own = _units_or_none(first.makespan_ns, problem)
+    free = options.use_baselines and options.placement == "free"
+    known = [row for row in rows if free and _within_caps(row, problem)]
+    best = min(known, key=_makespan, default=None)
+    better = best is not None and (own is None or _makespan(best) < own)
+    if better and first.termination is not Termination.INTERRUPTED:
         left = max(options.time_limit_s - (time.monotonic() - began), RESERVE * options.time_limit_s)
-        again = plan(problem, dataclasses.replace(options, time_limit_s=left),
-                     lambda state: tell(f"{PLANNED}, from published schedules, {state.seconds:.0f} s"))
-        if again.makespan_ns is not None and (first.makespan_ns is None or again.makespan_ns < first.makespan_ns):
-            result = again
+        results.append(plan(problem, dataclasses.replace(options, time_limit_s=left),
+                            lambda state: tell(f"{PLANNED}, from published schedules, {state.seconds:.0f} s")))
     seconds = round(time.monotonic() - began, 2)
-    if result.plan is None:
+    result = min(results, key=lambda found: found.makespan_ns or 1 << 62)
+    accounting: Accounting = "streams" if _has_streams(problem) else "split"
+    if result.plan is not None and not (better and _makespan(best) < _in_units(result.makespan_ns or 0, problem)):
+        row, rung = measured_row(PLANNED, accounting, result.plan), result.rung
+    elif better and best is not None:
+        row, rung = dataclasses.replace(best, name=PLANNED, accounting=accounting, note=""), f"published: {best.name}"
+    else:
         return Row(PLANNED, accounting, devices=problem.num_ranks, seconds=seconds,
                    note=f"{result.termination.value}: {result.reason}")
-    row = measured_row(PLANNED, accounting, result.plan)
-    bound = max((found.bound_ns for found in (first, result) if found.bound_ns is not None), default=None)
+    bound = _units_or_none(max((found.bound_ns for found in results if found.bound_ns is not None), default=None),
+                           problem)
     scope = "all placements within the caps" if options.placement == "free" else f"placement {options.placement}"
-    return dataclasses.replace(
-        row, bound=None if bound is None else _in_units(bound, problem.unit_ns),
-        gap=None if not bound or result.makespan_ns is None else result.makespan_ns / bound - 1, bound_scope=scope,
-        rung=result.rung, without_baselines=own, seconds=seconds)
+    return dataclasses.replace(row, bound=bound, gap=None if not bound else _makespan(row) / bound - 1,
+                               bound_scope=None if bound is None else scope, rung=rung, without_baselines=own,
+                               seconds=seconds)
+
+
+def _makespan(row: Row | None) -> float:
+    """The makespan of a row that has one."""
+    assert row is not None and row.makespan is not None
+    return row.makespan
 
 
 def _within_caps(row: Row, problem: PlanningProblem) -> bool:
     """Whether a measured row keeps the problem's limits, so that the planner could have given its plan."""
-    if row.makespan is None or row.timeline is None or row.accounting == "indivisible":
+    if row.timeline is None or row.plan is None or row.plan.problem != problem or row.accounting == "indivisible":
         return False
     limits, devices = problem.limits, problem.topology.devices
     for rank in range(problem.num_ranks):
@@ -205,5 +215,9 @@ def _has_streams(problem: PlanningProblem) -> bool:
     return any(group.stream is Stream.COLLECTIVE for group in problem.groups)
 
 
-def _in_units(time_ns: int | Fraction, unit_ns: int) -> float:
-    return float(Fraction(time_ns) / unit_ns)
+def _in_units(time_ns: int | Fraction, problem: PlanningProblem) -> float:
+    return float(Fraction(time_ns) / problem.unit_ns)
+
+
+def _units_or_none(time_ns: int | None, problem: PlanningProblem) -> float | None:
+    return None if time_ns is None else _in_units(time_ns, problem)
