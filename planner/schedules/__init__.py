@@ -1,0 +1,33 @@
+"""The published schedules. To add one: a function in a file here, and a line in `BASELINES`."""
+
+from __future__ import annotations
+
+from mipipe.planner.schedules import closed_forms
+from mipipe.planner.schedules.baseline import Accounting, Baseline
+from mipipe.planner.schedules.chimera import chimera
+from mipipe.planner.schedules.cut import Cut, merge_streams
+from mipipe.planner.schedules.dualpipe import dualpipe, dualpipe_v
+from mipipe.planner.schedules.one_f_one_b import gpipe, interleaved, one_f_one_b
+from mipipe.planner.schedules.pattern import Pattern, Times
+from mipipe.planner.schedules.v_shape import v_half, v_min, zb_v
+from mipipe.planner.schedules.zero_bubble import zb1p, zb_h1, zb_h2
+
+__all__ = ["BASELINES", "Accounting", "Baseline", "Cut", "Pattern", "Times", "merge_streams"]
+
+_BOTH: tuple[Accounting, ...] = ("indivisible", "split")
+_SPLIT: tuple[Accounting, ...] = ("split",)
+
+BASELINES: tuple[Baseline, ...] = (
+    Baseline("GPipe", gpipe, _BOTH, closed_forms.one_f_one_b, "Huang et al., 2019"),
+    Baseline("1F1B", one_f_one_b, _BOTH, closed_forms.one_f_one_b, "Narayanan et al., 2021"),
+    Baseline("Interleaved 1F1B", interleaved, _BOTH, closed_forms.interleaved, "Narayanan et al., 2021"),
+    Baseline("ZB-H1", zb_h1, _SPLIT, closed_forms.zb1p, "Qi et al., 2023"),
+    Baseline("ZB-H2", zb_h2, _SPLIT, closed_forms.zb_h2, "Qi et al., 2023"),
+    Baseline("ZB1P", zb1p, _SPLIT, closed_forms.zb1p, "Qi et al., 2023; interleaved, two stages per rank"),
+    Baseline("ZB-V", zb_v, _SPLIT, None, "Qi et al., 2023 and 2024"),
+    Baseline("V-Half", v_half, _SPLIT, None, "Qi et al., 2024"),
+    Baseline("V-Min", v_min, _SPLIT, None, "Qi et al., 2024"),
+    Baseline("DualPipe", dualpipe, _BOTH, closed_forms.dualpipe, "DeepSeek-AI, 2024"),
+    Baseline("DualPipeV", dualpipe_v, _BOTH, closed_forms.dualpipe_v, "DeepSeek-AI, 2025"),
+    Baseline("Chimera", chimera, _BOTH, closed_forms.chimera, "Li and Hoefler, 2021"),
+)

@@ -1,0 +1,184 @@
+"""Orders by list scheduling: a clock runs over the stages, and every rank that is free takes its most urgent action.
+
+This is how the automatic schedules of the zero-bubble papers are made: they look at the durations of F, I and W, at the
+memory limit, and keep the best of a few rules. Activations are counted in stages, from the start of F to the end of W.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from mipipe.planner.actions import Action, ActionKind
+from mipipe.planner.schedules.pattern import Times
+
+
+@dataclass(frozen=True, slots=True)
+class Shop:
+    """What is scheduled: ``rank_of(stage, microbatch)``, durations of a stage, and the cap of activations per rank.
+
+    ``fused``: I and W are one action B. ``reserve[stage]`` activations must stay free when that stage starts.
+    ``entries``: per direction its microbatches, which enter stage 0 in this order.
+    """
+
+    num_ranks: int
+    num_stages: int
+    num_microbatches: int
+    rank_of: Callable[[int, int], int]
+    times: Times
+    cap: int
+    entries: tuple[Sequence[int], ...]
+    fused: bool = False
+    reserve: dict[int, int] = field(default_factory=dict)
+
+
+Urgency = Callable[[ActionKind, int, int], tuple]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How a free rank chooses: smaller ``urgency(kind, stage, microbatch)`` first; W only fills what would be idle.
+
+    ``patience``: wait for a more urgent action that arrives within this part of the chosen one's duration.
+    ``alternate``: prefer F after a gradient and a gradient after F, as 1F1B does.
+    """
+
+    urgency: Urgency
+    patience: float = 0.0
+    alternate: bool = False
+
+
+@dataclass(slots=True)
+class _Rank:
+    free_ns: int = 0
+    held: int = 0
+    order: list[Action] = field(default_factory=list)
+    last: ActionKind | None = None
+    arrived: list[tuple[int, tuple, ActionKind, int, int]] = field(default_factory=list)
+    put_off: list[tuple[int, int]] = field(default_factory=list)
+
+
+def list_order(shop: Shop, rule: Rule) -> tuple[int, list[list[Action]]] | None:
+    """(makespan, order per rank); None where the rule runs into its memory limit for good."""
+    ranks = [_Rank() for _ in range(shop.num_ranks)]
+    events: list[tuple[int, int]] = []
+
+    def offer(kind: ActionKind, stage: int, microbatch: int, time_ns: int) -> None:
+        rank = shop.rank_of(stage, microbatch)
+        ranks[rank].arrived.append((time_ns, rule.urgency(kind, stage, microbatch), kind, stage, microbatch))
+        heapq.heappush(events, (time_ns, rank))
+
+    next_entry: dict[int, int] = {}
+    for line in shop.entries:
+        next_entry.update(pairwise(line))
+        offer(ActionKind.F, 0, line[0], 0)
+    remaining = shop.num_stages * shop.num_microbatches * (2 if shop.fused else 3)
+    end = 0
+    while events:
+        now, number = heapq.heappop(events)
+        rank = ranks[number]
+        if rank.free_ns > now:
+            continue
+        choice = _choose(shop, rule, rank, now)
+        if choice is None:
+            continue
+        kind, stage, microbatch = choice
+        rank.free_ns = now + _duration(shop, kind)
+        end = max(end, rank.free_ns)
+        rank.order.append(Action(stage, kind, microbatch))
+        remaining -= 1
+        heapq.heappush(events, (rank.free_ns, number))
+        if kind is ActionKind.F and stage == 0 and microbatch in next_entry:
+            offer(kind, 0, next_entry[microbatch], now)
+        step = 1 if kind is ActionKind.F else -1
+        follower = stage + step
+        if kind is ActionKind.F and follower == shop.num_stages:
+            offer(_gradient(shop), stage, microbatch, rank.free_ns)
+        elif kind is not ActionKind.W and 0 <= follower < shop.num_stages:
+            moved = shop.rank_of(follower, microbatch) != number
+            offer(ActionKind.F if step > 0 else _gradient(shop), follower, microbatch,
+                  rank.free_ns + (shop.times.comm if moved else 0))
+    return None if remaining else (end, [rank.order for rank in ranks])
+
+
+def _gradient(shop: Shop) -> ActionKind:
+    return ActionKind.B if shop.fused else ActionKind.I
+
+
+def _duration(shop: Shop, kind: ActionKind) -> int:
+    times = shop.times
+    return {ActionKind.F: times.f, ActionKind.I: times.i, ActionKind.W: times.w}.get(kind, times.i + times.w)
+
+
+def _choose(shop: Shop, rule: Rule, rank: _Rank, now: int) -> tuple[ActionKind, int, int] | None:
+    """The action a free rank starts now, taken off its lists; None to wait for what comes next."""
+    def urgency(entry: tuple) -> tuple:
+        return (rule.alternate and (entry[2] is ActionKind.F) is (rank.last is ActionKind.F), *entry[1])
+
+    fits = [entry for entry in rank.arrived if entry[2] is not ActionKind.F
+            or rank.held + 1 + shop.reserve.get(entry[3], 0) <= shop.cap]
+    best = min((entry for entry in fits if entry[0] <= now), key=urgency, default=None)
+    soon = now + rule.patience * _duration(shop, ActionKind.W if best is None else best[2])
+    if any(now < entry[0] <= soon and (best is None or urgency(entry) < urgency(best)) for entry in fits):
+        return None
+    if best is not None:
+        rank.arrived.remove(best)
+        _, _, kind, stage, microbatch = best
+        rank.last = kind
+        if kind is ActionKind.F:
+            rank.held += 1
+        elif kind is ActionKind.I:
+            rank.put_off.append((stage, microbatch))
+        else:
+            rank.held -= 1
+        return kind, stage, microbatch
+    if rank.put_off:
+        rank.held -= 1
+        return (ActionKind.W, *rank.put_off.pop(0))
+    return None
+
+
+def order_time(shop: Shop, orders: Sequence[Sequence[Action]]) -> int:
+    """The makespan of given orders under the shop's durations (transfers without queueing)."""
+    done: dict[tuple[ActionKind, int, int], tuple[int, int]] = {}
+    places, free = [0] * len(orders), [0] * len(orders)
+    moved = True
+    while moved:
+        moved = False
+        for number, order in enumerate(orders):
+            while places[number] < len(order):
+                action = order[places[number]]
+                source = _source(shop, action)
+                if source is not None and source not in done:
+                    break
+                if source is not None:
+                    end, where = done[source]
+                    free[number] = max(free[number], end + (shop.times.comm if where != number else 0))
+                free[number] += _duration(shop, action.kind)
+                done[action.kind, action.stage, action.microbatch] = (free[number], number)
+                places[number] += 1
+                moved = True
+    assert places == [len(order) for order in orders], "the orders deadlock"
+    return max(free)
+
+
+def _source(shop: Shop, action: Action) -> tuple[ActionKind, int, int] | None:
+    """What an action waits for beside its rank's order."""
+    stage, microbatch = action.stage, action.microbatch
+    if action.kind is ActionKind.F:
+        return (ActionKind.F, stage - 1, microbatch) if stage else None
+    if action.kind is ActionKind.W:
+        return (ActionKind.I, stage, microbatch)
+    if stage == shop.num_stages - 1:
+        return (ActionKind.F, stage, microbatch)
+    return (_gradient(shop), stage + 1, microbatch)
+
+
+def best_order(shop: Shop, rules: Sequence[Rule], given: Sequence[list[list[Action]]] = ()) -> list[list[Action]]:
+    """The orders with the smallest makespan among the rules' and the given ones (the first of equals)."""
+    found = [(order_time(shop, orders), orders) for orders in given]
+    found += [result for result in (list_order(shop, rule) for rule in rules) if result is not None]
+    assert found, "no rule fits the memory limit"
+    return min(found, key=lambda result: result[0])[1]
