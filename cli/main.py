@@ -15,7 +15,20 @@ from typing import Any
 
 import typer
 
-from mipipe.cli import calibrate, capture, check, compare, experts, export, merge, plan, profile, show, simulate, train
+from mipipe.cli import (
+    calibrate,
+    capture,
+    check,
+    compare,
+    experts,
+    export,
+    merge,
+    plan,
+    profile,
+    show,
+    simulate,
+    train,
+)
 from mipipe.graphs.errors import MipipeError
 
 VERBS: tuple[ModuleType, ...] = (capture, profile, plan, check, simulate, show, compare, export, calibrate, train,
