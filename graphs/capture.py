@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from mipipe.graphs.annotate import Patterns, annotate
 from mipipe.graphs.errors import GraphError
+from mipipe.graphs.expert_groups import slice_parameters, split_banks
 from mipipe.graphs.export import Exported, aliases_of, export_model
 from mipipe.graphs.joint import output_mask
 from mipipe.graphs.operator_graph import OperatorGraph, Parameter, Segment, SegmentTrace, TensorSpec, Value
@@ -106,9 +107,10 @@ def capture_module(module: nn.Module, example_inputs: Mapping[str, Any], *, loss
     wrapped = WithLoss(module, loss, withheld, constants or {})
     say("exporting the model")
     exported = export_model(wrapped, example_inputs, prefix=WithLoss.PREFIX)
+    exported, rows = split_banks(exported)
     cuts = cut_segments(exported, granularity)
     say(f"{len(list(exported.graph.nodes))} nodes, {len(cuts)} segments")
-    parameters = parameters_of(module)
+    parameters = slice_parameters(parameters_of(module), rows)
     graph = assemble(name or type(module).__name__, exported, cuts, parameters, say)
     record = {"torch": torch.__version__, "granularity": granularity, **dict(source or {}),
               "loss": dict(loss_info or {"reduction": "mean"})}

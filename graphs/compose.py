@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mipipe.graphs.expert_groups import parse_slice, slice_tensor
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Segment
 from mipipe.graphs.trace import build_phase, phase_signature
 
@@ -86,4 +87,4 @@ def _run(graph: OperatorGraph, segment: Segment, phase: Phase, given: Mapping[st
 def parameter_tensors(graph: OperatorGraph, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the graph's segments read, by FQN, from a model's named parameters and buffers (or its state dict)."""
     wanted = [item.fqn for item in graph.parameters if item.tied_to is None]
-    return {fqn: named[fqn].detach() for fqn in wanted if fqn in named}
+    return {fqn: slice_tensor(named, fqn).detach() for fqn in wanted if fqn in named or parse_slice(fqn)[0] in named}

@@ -219,10 +219,9 @@ def _moe_paths(below: Mapping[fx.Node, Sequence[tuple[str, str]]]) -> set[str]:
 
 
 def _moe_part(node: fx.Node, inner: str, after_experts: bool) -> str:
-    """router, experts, experts.groupN, shared_experts or combine."""
+    """router, experts, experts.groupN (see `expert_groups`), shared_experts or combine."""
     if _EXPERTS.match(inner):
-        groups = node.meta.get("groups", ())
-        return "experts" if not groups else f"experts.group{groups[0]}" if len(groups) == 1 else "combine"
+        return str(node.meta.get("part", "experts"))
     if _SHARED.search(inner):
         return "shared_experts"
     return "combine" if after_experts else "router"
