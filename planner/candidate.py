@@ -115,4 +115,5 @@ def first_orders(found: Candidate, *, compiled: bool, seed: int = 0) -> Orders |
     """The best list schedule over the rules; None where memory does not suffice for one microbatch at a time."""
     if not compiled:
         return greedy.schedule(found.instance, greedy.RULES[0], compiled=False)
-    return greedy.best_of(found.instance, max(0, min(100, 100_000 // found.instance.size)), np.random.default_rng(seed))
+    tuned = greedy.best_of(found.instance, 1000, np.random.default_rng(seed))
+    return tuned.orders if tuned else None

@@ -7,7 +7,7 @@ gaps; older microbatches before younger ones. `mipipe.planner.kernels.list_sched
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,6 +27,14 @@ class Orders:
     def lists(self) -> list[list[int]]:
         """The orders as lists, one per machine."""
         return [[int(n) for n in row[:size]] for row, size in zip(self.seq, self.length, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """The best list schedule of a tuning run, and the rule that gave it, which fits any number of microbatches."""
+
+    orders: Orders
+    rule: Rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +85,7 @@ def admission(instance: Instance) -> np.ndarray:
 def priorities(instance: Instance, rule: Rule, rng: np.random.Generator | None = None) -> np.ndarray:
     """The priority of every node under a rule."""
     offsets = np.array([rule.forward, rule.gradient - 0.5, rule.gradient, rule.weight])
-    microbatch = np.array([instance.compiled.actions[n].microbatch for n in instance.origin])
-    result = offsets[instance.kind] + admission(instance)[microbatch] - rule.depth * instance.depth
+    result = offsets[instance.kind] + admission(instance)[instance.own_microbatch] - rule.depth * instance.depth
     if rule.pace:
         result = result + rule.pace / max(1, period(instance)) * instance.head
     if rule.noise and rng is not None:
@@ -92,18 +99,38 @@ def period(instance: Instance) -> int:
     return int(load.max()) // instance.view.problem.num_microbatches
 
 
-def best_of(instance: Instance, trials: int, rng: np.random.Generator, seconds: float = 0.3) -> Orders | None:
-    """The shortest of the list schedules of all `RULES` and of ``trials`` random ones; None if none fits.
+def vary(rule: Rule, rng: np.random.Generator, ranks: int) -> Rule:
+    """A rule near another one: one or two weights changed."""
+    changes: dict[str, float | int] = {}
+    for name in rng.choice(["forward", "weight", "pace", "depth", "noise", "delay", "limit", "gradient"], 2):
+        if name == "limit":
+            base = min(rule.limit, 2 * ranks)
+            changes["limit"] = max(1, base + int(rng.integers(-2, 3)))
+        elif name == "depth":
+            changes["depth"] = float(rng.choice([1e-3, -1e-3, rule.depth * 2, rule.depth / 2]))
+        elif name in ("noise", "delay"):
+            changes[name] = float(rng.choice([0.0, rng.uniform(0.0, 0.3)]))
+        else:
+            changes[name] = float(min(getattr(rule, name), 60.0) + rng.normal(0.0, 1.0 + 0.1 * abs(getattr(rule, name))))
+    return replace(rule, **changes)  # type: ignore[arg-type]
 
-    No new trial begins after ``seconds``.
+
+def best_of(instance: Instance, trials: int, rng: np.random.Generator, seconds: float = 0.3) -> Tuned | None:
+    """The shortest of the list schedules of all `RULES`, of random ones and of variations of the best so far.
+
+    ``trials`` beyond `RULES`; no new one begins after ``seconds``. None if no rule's schedule fits the memory.
     """
     end = time.monotonic() + seconds
     ranks = instance.view.problem.num_ranks
-    best: Orders | None = None
+    best: Tuned | None = None
+    chosen = RULES[0]
     for number in range(len(RULES) + trials):
-        found = schedule(instance, RULES[number] if number < len(RULES) else sample(rng, ranks), rng)
-        if found is not None and (best is None or found.makespan_ns < best.makespan_ns):
-            best = found
+        rule = RULES[number] if number < len(RULES) else sample(rng, ranks) if number % 3 else vary(chosen, rng, ranks)
+        if number > len(RULES) + 30:
+            rule = vary(chosen, rng, ranks) if number % 3 else sample(rng, ranks)
+        found = schedule(instance, rule, rng)
+        if found is not None and (best is None or found.makespan_ns < best.orders.makespan_ns):
+            best, chosen = Tuned(found, rule), rule
         if time.monotonic() > end:
             break
     return best

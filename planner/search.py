@@ -97,8 +97,8 @@ def _slice(search: Search, seconds: float) -> None:
 
 def _begin_round(search: Search) -> None:
     rng = np.random.default_rng((search.seed, search.rounds))
-    fresh = greedy.best_of(search.instance, 20, rng) if search.rounds % 3 == 2 else None
-    search.current = (search.best if fresh is None else fresh).seq.copy()
+    fresh = greedy.best_of(search.instance, 100, rng) if search.rounds % 3 == 2 else None
+    search.current = (search.best if fresh is None else fresh.orders).seq.copy()
     if search.rounds == 0:
         search.hot = 2.0 if search.instance.size < LARGE else 0.3
     else:
