@@ -1,0 +1,202 @@
+"""A lower bound on the makespan over all placements a problem allows, replicas and routes included. No solver.
+
+Sum the devices' time: ``D * makespan >= work + idle``, for each stream. Every device idles at least
+
+- until the first of its groups can start: its *head*, the longest chain of forwards before that group; and
+- between its first input gradient, which no device sees before the gradient's *head* (all forwards of one microbatch
+  and the gradients behind it), and the forwards its memory lets it run before: ``capacity / (bytes per ns of F)``.
+
+Which group a device meets first is the placement's choice; but D devices meet D different ones unless groups are
+replicated, and replicas take resident bytes. So the sum over devices is at least the sum of the D smallest heads, where
+as many devices may share the very smallest as replicas fit into the memory left over. Groups without resident bytes can
+be everywhere: they count as filling idle time with all their work, or as sharable, whichever is better.
+
+A chain of groups changes devices at least as often as its resident bytes overflow one; every change costs the cheapest
+transfer. Beside that sum: one microbatch's critical path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mipipe.planner.actions import Stream
+from mipipe.planner.problem import Group, PlanningProblem
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """No schedule is shorter than ``ns``; ``what`` says which argument shows it."""
+
+    ns: int
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Per group: least durations over device kinds (0 where a phase does not exist), heads of F and of the gradient."""
+
+    f: list[int]
+    i: list[int]
+    w: list[int]
+    head: list[int]
+    gradient_head: list[int | None]
+    longest: int
+
+
+def problem_bound(problem: PlanningProblem) -> Bound:
+    """The best bound over all placements."""
+    facts = facts_of(problem)
+    best = [Bound(facts.longest, "one microbatch's critical path")]
+    for stream in Stream:
+        members = [g for g, group in enumerate(problem.groups) if group.stream is stream]
+        if members and stream is not Stream.CHANNEL:
+            best.append(_stream_bound(problem, facts, members, stream))
+    return max(best, key=lambda bound: bound.ns)
+
+
+def _stream_bound(problem: PlanningProblem, facts: Facts, members: list[int], stream: Stream) -> Bound:
+    devices = problem.num_ranks
+    work = sum(work_of(problem, problem.groups[g], duration) for g in members
+               for duration in (facts.f[g], facts.i[g], facts.w[g]))
+    start = _idle_before_start(problem, facts, members)
+    gradient = _idle_before_gradient(problem, facts, members) if stream is Stream.COMPUTE else 0
+    idle = max(0, start, gradient)
+    why = ""
+    if idle:
+        reason = "its first group can start" if idle == start else "gradients come back, its memory full of activations"
+        why = f" + {idle // devices} ns each waits on average before {reason}"
+    return Bound(-(-(work + idle) // devices), f"work of the {stream.value} stream over {devices} devices{why}")
+
+
+def _idle_before_start(problem: PlanningProblem, facts: Facts, members: list[int]) -> int:
+    fill = [g for g in members if not problem.groups[g].resident_bytes]
+    filled = sum(work_of(problem, problem.groups[g], facts.f[g]) for g in fill)
+    bound = [(facts.head[g], problem.groups[g].resident_bytes) for g in members]
+    solid = [(head, size) for head, size in bound if size]
+    return max(_spread(problem, bound), _spread(problem, solid) - filled)
+
+
+def _idle_before_gradient(problem: PlanningProblem, facts: Facts, members: list[int]) -> int:
+    """Sum over devices of (first gradient - forwards that fit); may be negative."""
+    heads = [(head, problem.groups[g].resident_bytes) for g in members
+             if (head := facts.gradient_head[g]) is not None]
+    if len(heads) < len(members) or any(problem.groups[g].recompute_bytes is not None for g in members):
+        return 0  # forwards of frozen groups hold nothing; recomputed ones as little as they like
+    room = sum(_room(problem, rank) for rank in range(problem.num_ranks))
+    free, per_byte = 0, 0.0
+    for g in members:
+        group = problem.groups[g]
+        saved = group.saved_fi_bytes + group.saved_fw_bytes
+        if saved:
+            per_byte = max(per_byte, facts.f[g] / saved)
+        else:
+            free += work_of(problem, group, facts.f[g])
+    filled = sum(work_of(problem, problem.groups[g], duration) for g in members
+                 if not problem.groups[g].resident_bytes for duration in (facts.f[g], facts.i[g], facts.w[g]))
+    solid = [(head, size) for head, size in heads if size]
+    rounding = 1.001 if any(problem.groups[g].loads for g in members) else 1.0
+    forwards = int(room * per_byte * rounding) + free + 1
+    return max(_spread(problem, heads), _spread(problem, solid) - filled) - forwards
+
+
+def _spread(problem: PlanningProblem, heads: Sequence[tuple[int, int]]) -> int:
+    """Least sum over devices of the head of their first group; ``heads``: (head, resident bytes) of the groups."""
+    if not heads:
+        return 0
+    devices = problem.num_ranks
+    ordered = sorted(head for head, _ in heads)
+    budget = sum(_resident_room(problem, rank) for rank in range(devices)) - sum(size for _, size in heads)
+    sizes = [size for _, size in heads]
+    if budget < 0:
+        return devices * ordered[0]
+    extra = devices if min(sizes) == 0 else budget // min(sizes)
+    distinct = max(0, devices - extra)
+    # devices beyond the distinct ones share the first group; a problem with fewer groups than devices leaves some idle
+    own = [ordered[min(k, len(ordered) - 1)] for k in range(distinct)]
+    return sum(own) + (devices - distinct) * ordered[0]
+
+
+def facts_of(problem: PlanningProblem) -> Facts:
+    count = len(problem.groups)
+    kinds = {device.kind for device in problem.topology.devices}
+
+    def least(name: str, group: Group) -> int:
+        return min(getattr(group.times[kind], name) or 0 for kind in kinds)
+
+    f, i, w = ([least(name, group) for group in problem.groups] for name in ("f_ns", "i_ns", "w_ns"))
+    scale = [min(group.loads, default=1.0) for group in problem.groups]
+    light = [[int(value * factor) for value, factor in zip(column, scale, strict=True)] for column in (f, i, w)]
+    hop = _cheapest_hop(problem)
+    device_bytes = max(_resident_room(problem, rank) for rank in range(problem.num_ranks))
+
+    def hops(size: int) -> int:
+        return hop * max(0, -(-size // device_bytes) - 1) if device_bytes else 0
+
+    size = [group.resident_bytes for group in problem.groups]
+    forward = [(light[0][g], size[g]) for g in range(count)]  # (longest chain of F to the end of g, its bytes)
+    incoming: list[list[int]] = [[] for _ in range(count)]
+    backward: list[list[int]] = [[] for _ in range(count)]
+    for edge in problem.edges:
+        for target in edge.targets:
+            incoming[target].append(edge.source)
+            if edge.grad_bytes is not None:
+                backward[edge.source].append(target)
+    head = [0] * count
+    for g in range(count):
+        if incoming[g]:
+            length, held = max(forward[p] for p in incoming[g])
+            forward[g] = length + light[0][g], held + size[g]
+            head[g] = length + hops(held + size[g])
+    gradient_head, longest = _gradient_heads(problem, light, forward, backward, hops)
+    return Facts(f, i, w, head, gradient_head, longest)
+
+
+def _gradient_heads(problem: PlanningProblem, light: list[list[int]], forward: list[tuple[int, int]],
+                    backward: list[list[int]], hops: Callable[[int], int]) -> tuple[list[int | None], int]:
+    """Per group the earliest moment of its gradient, and the longest path of one microbatch."""
+    phases = [next(iter(group.times.values())) for group in problem.groups]
+    behind: list[int] = [group.resident_bytes for group in problem.groups]  # bytes of the chain of gradients behind g
+    heads: list[int | None] = [None] * len(phases)
+    longest = max(length + hops(held) for length, held in forward)
+    for g in reversed(range(len(phases))):
+        if phases[g].i_ns is None and phases[g].w_ns is None:
+            continue
+        best = forward[g][0] + hops(forward[g][1])
+        for target in backward[g]:
+            earlier = heads[target]
+            if earlier is None or phases[target].i_ns is None:
+                continue
+            held = behind[target] + problem.groups[g].resident_bytes
+            arrival = earlier + light[1][target] + hops(held) - hops(behind[target])
+            if arrival > best:
+                best, behind[g] = arrival, held
+        heads[g] = best
+        longest = max(longest, best + light[1][g] + light[2][g])
+    return heads, longest
+
+
+def _cheapest_hop(problem: PlanningProblem) -> int:
+    devices = range(problem.num_ranks)
+    size = min((edge.num_bytes for edge in problem.edges), default=0)
+    sizes = [size, *(edge.grad_bytes for edge in problem.edges if edge.grad_bytes is not None)]
+    return min((problem.topology.transfer_ns(a, b, min(sizes)) for a in devices for b in devices if a != b), default=0)
+
+
+def work_of(problem: PlanningProblem, group: Group, duration: int) -> int:
+    """Work of one phase of a group over all microbatches."""
+    if not group.loads:
+        return duration * problem.num_microbatches
+    return sum(round(duration * load) for load in group.loads)
+
+
+def _resident_room(problem: PlanningProblem, rank: int) -> int:
+    limit = problem.limits.resident_bytes
+    memory = problem.topology.devices[rank].memory_bytes
+    return memory if limit is None else min(memory, limit)
+
+
+def _room(problem: PlanningProblem, rank: int) -> int:
+    limit = problem.limits.activation_bytes
+    memory = problem.topology.devices[rank].memory_bytes
+    return memory if limit is None else min(memory, limit)

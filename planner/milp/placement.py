@@ -1,0 +1,280 @@
+"""Which device holds what: the placement MIP, with replicas.
+
+Units u are colocated sets of groups (usually single groups). x[u,d]: d holds a replica of u; n[u,d]: the share of the
+microbatches u runs on d. Per device, for each stream, with everything per step of M microbatches:
+
+    minimise C + hop_weight * (time a microbatch spends in transfers)
+    C >= head_d + sum_u work[u,d] n[u,d] + tail_d          the device's first group cannot start before its head
+    C >= return_d - forwards_d + sum_u work[u,d] n[u,d]    until gradients return its memory holds forwards_d of work
+    C capacity_d >= sum_u area_u n[u,d]                    activations take bytes x time (Little's law)
+    sum_u resident_u x[u,d] <= resident room of d;  sum_u saved_u x[u,d] <= capacity_d  (one microbatch of each)
+    n[u,d] <= x[u,d],  sum_d n[u,d] = 1,  1 <= sum_d x[u,d] <= max_replicas
+    head_d = sum_u head_u first[u,d],  sum_u first[u,d] = 1,  first <= x     (continuous: the least head wins by itself)
+
+The row with saved_u only for one replica each: then a microbatch holds all of them at once. Heads, areas and returns
+count transfers at the cheapest link only where memory forces them, so with ``hop_weight = 0`` the optimum is a lower
+bound on the makespan of every placement with at most ``max_replicas`` replicas of each unit. Equal devices are
+interchangeable: they are numbered by their first unit. Left out: channels as machines (checked by the evaluation of
+what is proposed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pyomo.environ as pyo
+
+from mipipe.planner.actions import Stream
+from mipipe.planner.free_bound import Facts, facts_of, work_of
+from mipipe.planner.milp import highs
+from mipipe.planner.milp.highs import SolverOutcome, Termination
+from mipipe.planner.milp.routes import to_placement
+from mipipe.planner.plan import Placement
+from mipipe.planner.problem import PlanningProblem
+
+HOP_WEIGHTS = (1.0, 4.0, 0.25, 0.0)
+"""Weights of transfer time that give different placements: few hops shorten warm-up, many start devices sooner."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A placement, the estimate of its makespan (C above), and the solve it came from.
+
+    ``bound_ns`` holds for every placement with as few replicas (None if the solve minimised transfers as well).
+    """
+
+    placement: Placement
+    estimate_ns: int
+    bound_ns: int | None
+    outcome: SolverOutcome
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """Per unit: its groups, the work of a step [stream][unit][device], bytes, heads and returns in nanoseconds."""
+
+    groups: list[list[int]]
+    work: dict[Stream, list[list[int]]]
+    resident: list[int]
+    saved: list[int]
+    area: list[int]
+    head: list[int]
+    gradient: list[int | None]
+
+
+def propose(problem: PlanningProblem, *, time_limit_s: float, seed: int, count: int = 4, max_replicas: int = 1,
+            contiguous: bool = False) -> list[Proposal]:
+    """Up to ``count`` different placements, each the best found for another weight of transfer time.
+
+    Args:
+        problem: what to place.
+        time_limit_s, seed: of all solves together; see `highs.solve`.
+        count: most placements.
+        max_replicas: most devices that hold the same unit.
+        contiguous: devices hold consecutive pieces, in device order (one replica each).
+    """
+    units = units_of(problem)
+    found: list[Proposal] = []
+    for weight in HOP_WEIGHTS[:count]:
+        model = build(problem, units, max_replicas=max_replicas, contiguous=contiguous, hop_weight=weight)
+        outcome = highs.solve(model, time_limit_s=time_limit_s / min(count, len(HOP_WEIGHTS)), seed=seed, gap=1e-3)
+        if outcome.has_solution:
+            shares = [[max(0.0, share(model)[u, d].value) for d in range(problem.num_ranks)]
+                      for u in range(len(units.groups))]
+            placement = to_placement(problem, units.groups, shares)
+            estimate = round(model.makespan.value * _scale(problem))
+            if all(placement.stages != other.placement.stages or placement.routes != other.placement.routes
+                   for other in found):
+                found.append(Proposal(placement, estimate, bound_of(problem, outcome) if not weight else None, outcome))
+        if outcome.termination is Termination.INTERRUPTED:
+            break
+    return sorted(found, key=lambda proposal: proposal.estimate_ns)
+
+
+def placement_bound(problem: PlanningProblem, *, time_limit_s: float, seed: int) -> tuple[int | None, SolverOutcome]:
+    """A bound on the makespan over all placements, with any number of replicas."""
+    units = units_of(problem)
+    model = build(problem, units, max_replicas=problem.num_ranks, contiguous=False, hop_weight=0.0)
+    outcome = highs.solve(model, time_limit_s=time_limit_s, seed=seed, gap=1e-4)
+    return bound_of(problem, outcome), outcome
+
+
+def bound_of(problem: PlanningProblem, outcome: SolverOutcome) -> int | None:
+    """The solver's bound in nanoseconds, less its tolerance."""
+    return None if outcome.bound is None else int((outcome.bound - 1e-5) * _scale(problem))
+
+
+def units_of(problem: PlanningProblem) -> Units:
+    """Colocated sets as units, in topological order of their first groups."""
+    facts = facts_of(problem)
+    leader = list(range(len(problem.groups)))
+    for members in problem.colocate:
+        lowest = min(leader[g] for g in members)
+        old = {leader[g] for g in members}
+        leader = [lowest if name in old else name for name in leader]
+    groups = [[g for g, name in enumerate(leader) if name == first] for first in sorted(set(leader))]
+    kinds = [device.kind for device in problem.topology.devices]
+    work = {stream: [[sum(work_of(problem, problem.groups[g], problem.groups[g].times[kind].total_ns)
+                          for g in unit if problem.groups[g].stream is stream) for kind in kinds] for unit in groups]
+            for stream in (Stream.COMPUTE, Stream.COLLECTIVE)}
+    gradient = [min((head for g in unit if (head := facts.gradient_head[g]) is not None), default=None)
+                for unit in groups]
+    return Units(groups, work, [sum(problem.groups[g].resident_bytes for g in unit) for unit in groups],
+                 [sum(_saved(problem, g) for g in unit) for unit in groups],
+                 [sum(_area(problem, facts, g) for g in unit) for unit in groups],
+                 [min(facts.head[g] for g in unit) for unit in groups], gradient)
+
+
+def _saved(problem: PlanningProblem, g: int) -> int:
+    group = problem.groups[g]
+    full = group.saved_fi_bytes + group.saved_fw_bytes
+    kept = full if group.recompute_bytes is None else min(full, group.recompute_bytes)
+    return int(kept * min(group.loads, default=1.0))
+
+
+def _area(problem: PlanningProblem, facts: Facts, g: int) -> int:
+    """Bytes x time of one step's activations of a group: from F's start to the end of I and of W."""
+    group, back = problem.groups[g], facts.gradient_head[g]
+    if back is None or group.recompute_bytes is not None:
+        return 0
+    light = min(group.loads, default=1.0)
+    until_i = back + int(light * facts.i[g]) - facts.head[g]
+    sizes = group.saved_fi_bytes * until_i + group.saved_fw_bytes * (until_i + int(light * facts.w[g]))
+    return int(sizes * (sum(group.loads) if group.loads else problem.num_microbatches))
+
+
+def _scale(problem: PlanningProblem) -> float:
+    """Nanoseconds per solver unit: an even device's work is 1,000 units."""
+    total = sum(work_of(problem, group, next(iter(group.times.values())).total_ns) for group in problem.groups)
+    return max(1.0, total / problem.num_ranks / 1000)
+
+
+def build(problem: PlanningProblem, units: Units, *, max_replicas: int, contiguous: bool,
+          hop_weight: float) -> pyo.ConcreteModel:
+    """The model of the module docstring, times in units of `_scale`."""
+    model = pyo.ConcreteModel()
+    devices, members = range(problem.num_ranks), range(len(units.groups))
+    model.x = pyo.Var(members, devices, domain=pyo.Binary)
+    if max_replicas > 1:
+        model.n = pyo.Var(members, devices, bounds=(0, 1))
+    model.makespan = pyo.Var(bounds=(0, None))
+    model.rows = pyo.ConstraintList()
+    for u in members:
+        if max_replicas > 1:
+            model.rows.add(sum(model.n[u, d] for d in devices) == 1)
+            for d in devices:
+                model.rows.add(model.n[u, d] <= model.x[u, d])
+        held = sum(model.x[u, d] for d in devices)
+        model.rows.add(pyo.inequality(1, held, max_replicas))
+    device_rows(model, problem, units)
+    moved = hops(model, problem, units) if hop_weight else 0.0
+    model.goal = pyo.Objective(expr=model.makespan + hop_weight * moved)
+    if contiguous:
+        _in_device_order(model, problem, units)
+    else:
+        _interchangeable(model, problem, len(units.groups))
+    return model
+
+
+def share(model: pyo.ConcreteModel) -> pyo.Var:
+    """n[u, d]; with one replica of each unit it is x itself."""
+    n = model.component("n")
+    return model.x if n is None else n
+
+
+def device_rows(model: pyo.ConcreteModel, problem: PlanningProblem, units: Units) -> None:
+    """Everything that holds on one device: load with head and with return, memory and its area."""
+    scale, members, n = _scale(problem), range(len(units.groups)), share(model)
+    model.first = pyo.Var(members, range(problem.num_ranks), bounds=(0, 1))
+    model.back = pyo.Var(members, range(problem.num_ranks), bounds=(0, 1))
+    rate = _forwards_per_byte(problem)
+    for d, device in enumerate(problem.topology.devices):
+        resident, room = (device.memory_bytes if limit is None else min(device.memory_bytes, limit)
+                          for limit in (problem.limits.resident_bytes, problem.limits.activation_bytes))
+        model.rows.add(sum(units.resident[u] / max(1, resident) * model.x[u, d] for u in members) <= 1)
+        if any(units.saved) and n is model.x:
+            model.rows.add(sum(units.saved[u] / max(1, room) * model.x[u, d] for u in members) <= 1)
+        if any(units.area):
+            model.rows.add(model.makespan >= sum(units.area[u] / max(1, room) / scale * n[u, d] for u in members))
+        model.rows.add(sum(model.first[u, d] for u in members) == 1)
+        for u in members:
+            model.rows.add(model.first[u, d] <= model.x[u, d])
+        head = sum(units.head[u] / scale * model.first[u, d] for u in members)
+        for stream, work in units.work.items():
+            if any(any(row) for row in work):
+                load = sum(work[u][d] / scale * n[u, d] for u in members)
+                model.rows.add(model.makespan >= load + (head if stream is Stream.COMPUTE else 0))
+        if rate is not None and all(moment is not None for moment in units.gradient):
+            model.rows.add(sum(model.back[u, d] for u in members) == 1)
+            for u in members:
+                model.rows.add(model.back[u, d] <= model.x[u, d])
+            back = sum((units.gradient[u] or 0) / scale * model.back[u, d] for u in members)
+            load = sum(units.work[Stream.COMPUTE][u][d] / scale * n[u, d] for u in members)
+            # what saves nothing may run its forwards while the device waits
+            light = sum(_light_forwards(problem, units.groups[u]) / scale * n[u, d] for u in members)
+            model.rows.add(model.makespan >= load + back - room * rate / scale - light)
+
+
+def _forwards_per_byte(problem: PlanningProblem) -> float | None:
+    """Most nanoseconds of compute F per saved byte; None where forwards may hold nothing."""
+    rate = 0.0
+    for group in problem.groups:
+        phases = next(iter(group.times.values()))
+        if group.recompute_bytes is not None or (phases.i_ns is None and phases.w_ns is None):
+            return None
+        saved = group.saved_fi_bytes + group.saved_fw_bytes
+        if saved and group.stream is Stream.COMPUTE:
+            rounding = 1.001 if group.loads else 1.0  # loads round sizes and durations apart
+            rate = max(rate, max(times.f_ns for times in group.times.values()) / saved * rounding)
+    return rate
+
+
+def _light_forwards(problem: PlanningProblem, unit: Sequence[int]) -> int:
+    return sum(work_of(problem, problem.groups[g], max(times.f_ns for times in problem.groups[g].times.values()))
+               for g in unit if problem.groups[g].stream is Stream.COMPUTE
+               and not problem.groups[g].saved_fi_bytes + problem.groups[g].saved_fw_bytes)
+
+
+def hops(model: pyo.ConcreteModel, problem: PlanningProblem, units: Units) -> pyo.Expression:
+    """Time a microbatch spends in transfers: for each edge the share of microbatches that must change devices."""
+    unit_of = {g: u for u, unit in enumerate(units.groups) for g in unit}
+    n = share(model)
+    cost: dict[tuple[int, int], int] = {}
+    topology = problem.topology
+    ranks = range(problem.num_ranks)
+    typical = max((topology.transfer_ns(a, b, 0), a, b) for a in ranks for b in ranks if a != b or len(ranks) == 1)[1:]
+    for edge in problem.edges:
+        for target in {unit_of[g] for g in edge.targets} - {unit_of[edge.source]}:
+            pair = unit_of[edge.source], target
+            size = topology.transfer_ns(*typical, edge.num_bytes)
+            back = topology.transfer_ns(*typical, edge.grad_bytes) if edge.grad_bytes is not None else 0
+            cost[pair] = cost.get(pair, 0) + size + back
+    model.hop = pyo.Var(list(cost), range(problem.num_ranks), bounds=(0, 1))
+    for u, v in cost:
+        for d in range(problem.num_ranks):
+            model.rows.add(model.hop[u, v, d] >= n[u, d] - n[v, d])
+    scale = _scale(problem)
+    # a chain without transfer time still prefers few hops a little: every hop is one more message
+    return sum(max(time / scale, 1e-3) * model.hop[u, v, d] for (u, v), time in cost.items()
+               for d in range(problem.num_ranks))
+
+
+def _in_device_order(model: pyo.ConcreteModel, problem: PlanningProblem, units: Units) -> None:
+    unit_of = {g: u for u, unit in enumerate(units.groups) for g in unit}
+    pairs = {(unit_of[edge.source], unit_of[g]) for edge in problem.edges for g in edge.targets}
+    for u, v in sorted(pairs):
+        if u != v:
+            for low in range(problem.num_ranks - 1):
+                model.rows.add(sum(model.x[v, d] for d in range(low + 1)) <= sum(model.x[u, d] for d in range(low + 1)))
+
+
+def _interchangeable(model: pyo.ConcreteModel, problem: PlanningProblem, count: int) -> None:
+    """Equal devices are numbered by their first unit: d holds u only if d - 1 holds some unit up to u."""
+    if problem.topology.overrides:
+        return
+    for (d, one), (e, two) in pairwise(enumerate(problem.topology.devices)):
+        if (one.kind, one.memory_bytes, one.host) == (two.kind, two.memory_bytes, two.host):
+            for u in range(min(count, 24)):
+                model.rows.add(model.x[u, e] <= sum(model.x[v, d] for v in range(u + 1)))
