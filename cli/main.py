@@ -23,6 +23,7 @@ from mipipe.cli import (
     experts,
     export,
     merge,
+    place,
     plan,
     profile,
     show,
@@ -31,8 +32,8 @@ from mipipe.cli import (
 )
 from mipipe.graphs.errors import MipipeError
 
-VERBS: tuple[ModuleType, ...] = (capture, profile, plan, check, simulate, show, compare, export, calibrate, train,
-                                 experts, merge)
+VERBS: tuple[ModuleType, ...] = (
+    capture, profile, plan, place, check, simulate, show, compare, export, calibrate, train, merge, experts)
 """Each module has a function of the module's name, and an ``EXAMPLE`` that its ``--help`` ends with."""
 
 app = typer.Typer(

@@ -129,7 +129,7 @@ def facts(plan: Plan, timeline: Timeline) -> list[tuple[str, str]]:
 
 def write_files(plan: Plan, timelines: Sequence[tuple[str, Timeline]], html_file: Path | None,
                 trace_file: Path | None, extra: str = "") -> None:
-    """The HTML timeline and the Perfetto trace, where asked for. The trace holds the last of ``timelines``."""
+    """The HTML timeline and the Perfetto trace of ``timelines``, where asked for. The trace holds all of them."""
     if html_file is not None:
         from mipipe.cli import html
 
@@ -139,4 +139,4 @@ def write_files(plan: Plan, timelines: Sequence[tuple[str, Timeline]], html_file
         from mipipe.graphs.serialize import write_text
         from mipipe.planner.export import perfetto_text
 
-        write_text(trace_file, perfetto_text(timelines[-1][1]))
+        write_text(trace_file, perfetto_text(*(timeline for _, timeline in timelines)))

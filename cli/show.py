@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mipipe.cli.output import Html, Json, check_folder, emit, stdout
+from mipipe.cli.output import Html, Json, Trace, check_folder, emit, stdout
 from mipipe.graphs.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,10 +25,12 @@ def show(
                                                                       " plans and timelines, drawn under one"
                                                                       " another.")],
     html_file: Html = None,
+    trace_file: Trace = None,
     json_output: Json = False,
 ) -> None:
     """Show a graph's summary, or plans and timelines on one time scale with their ratios."""
     check_folder(html_file, "--html")
+    check_folder(trace_file, "--trace")
     from mipipe.cli.files import open_any
     from mipipe.graphs.coarse_graph import CoarseGraph
     from mipipe.graphs.costs import CostTable
@@ -40,7 +42,9 @@ def show(
     graphs = [item for item in found if isinstance(item, (OperatorGraph, CoarseGraph))]
     tables = [item for item in found if isinstance(item, CostTable)]
     if not graphs and not tables:
-        _show_timelines(list(zip(files, found, strict=True)), html_file, json_output)
+        _show_timelines(list(zip(files, found, strict=True)), html_file, trace_file, json_output)
+    elif trace_file is not None:
+        raise InputError("show: --trace is for plans and timelines")
     elif len(graphs) + len(tables) < len(found) or len(graphs) > 1 or len(tables) > 1:
         raise InputError("show: give one graph (with or without a cost table of it), or plans and timelines")
     elif graphs:
@@ -99,7 +103,8 @@ def cost_rows(table: CostTable) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _show_timelines(files: list[tuple[Path, Plan | Timeline]], html_file: Path | None, json_output: bool) -> None:
+def _show_timelines(files: list[tuple[Path, Plan | Timeline]], html_file: Path | None, trace_file: Path | None,
+                    json_output: bool) -> None:
     from mipipe.cli import html
     from mipipe.cli.report import bound_line, capacities, facts, print_placement, print_timeline, timeline_data
     from mipipe.planner.lower import lower
@@ -122,6 +127,11 @@ def _show_timelines(files: list[tuple[Path, Plan | Timeline]], html_file: Path |
         tiles += [(f"{name} / first", f"{ratio:.3f}") for (name, _, _), ratio in
                   zip(drawn[1:], ratios[1:], strict=True)]
         html.write(html_file, drawn[0][0], [html.Panel(*panel) for panel in drawn], tiles)
+    if trace_file is not None:
+        from mipipe.graphs.serialize import write_text
+        from mipipe.planner.export import perfetto_text
+
+        write_text(trace_file, perfetto_text(*(timeline for _, timeline, _ in drawn)))
     if json_output:
         emit({"timelines": [{"name": name, **timeline_data(timeline, limit), "ratio": ratio}
                             for (name, timeline, limit), ratio in zip(drawn, ratios, strict=True)]})

@@ -1,4 +1,4 @@
-"""The whole path on this machine, without a GPU: a small mixture-of-experts model, captured, profiled, planned, trained.
+"""The whole path on this machine, without a GPU: a small MoE model, captured, profiled, planned and trained.
 
 Run it as ``make demo`` or ``python examples/train_moe.py``; everything it makes is in ``demo/``. It prints every
 command before it runs it, so that each step can be repeated by hand, and compares the losses of the planned run on four
@@ -43,8 +43,8 @@ def main() -> None:
 
     say(f"5. Simulated and measured. {WORKERS} workers share {os.cpu_count()} cores here: the costs were profiled under"
         " the same load, but a worker that waits lends its core to the others, which no simulation of devices knows.")
-    mipipe("show", "demo/plan.json", "demo/measured.json", "--html", "demo/timeline.html")
-    mipipe("export", "demo/measured.json", "--trace", "demo/trace.json")
+    mipipe("show", "demo/plan.json", "demo/measured.json", "--html", "demo/timeline.html", "--trace",
+           "demo/trace.json")
 
     say("6. The same model under published schedules (even cuts by measured time) and under our plan.")
     mipipe("compare", "--problem", "demo/plan.json", "--schedules", SCHEDULES, "--time-limit", "15")
