@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from mipipe.graphs import loss as losses
 from mipipe.graphs.annotate import Patterns, annotate
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.expert_groups import slice_parameters, split_banks
-from mipipe.graphs.export import Exported, aliases_of, export_model
+from mipipe.graphs.export import Exported, aliases_of, export_model, flatten_program
 from mipipe.graphs.joint import output_mask
 from mipipe.graphs.operator_graph import OperatorGraph, Parameter, Segment, SegmentTrace, TensorSpec, Value
 from mipipe.graphs.partition import trace_segment
 from mipipe.graphs.segment import Cut, Granularity, cut_segments
-from mipipe.graphs.sources import open_source
+from mipipe.graphs.sources import load_program, open_source
 from mipipe.graphs.trace import dtype_name, encode, identifier, spec_of
 
 Progress = Callable[[str], None]
@@ -72,6 +73,9 @@ def capture(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str = 
         GraphError: the model cannot be captured.
     """
     say = progress or (lambda text: None)
+    if str(source).endswith(".pt2"):
+        return capture_program(load_program(source), name=Path(source).stem, granularity=granularity, patterns=patterns,
+                               source={"source": str(source)}, progress=progress)
     opened = open_source(source, seq=seq, batch=batch, dtype=dtype, overrides=overrides, images=images, image=image,
                          expert_groups=expert_groups, freeze=freeze)
     say(f"building {opened.name}")
@@ -113,7 +117,27 @@ def capture_module(module: nn.Module, example_inputs: Mapping[str, Any], *, loss
     parameters = slice_parameters(parameters_of(module), rows)
     graph = assemble(name or type(module).__name__, exported, cuts, parameters, say)
     record = {"torch": torch.__version__, "granularity": granularity, **dict(source or {}),
-              "loss": dict(loss_info or {"reduction": "mean"})}
+              "loss": dict(loss_info or losses.MEAN)}
+    return annotate(replace(graph, source=record), patterns)
+
+
+def capture_program(program: torch.export.ExportedProgram, *, name: str = "program", granularity: Granularity = "block",
+                    patterns: Patterns | None = None, source: Mapping[str, Any] | None = None,
+                    progress: Progress | None = None) -> OperatorGraph:
+    """The operator graph of an exported program whose results hold a scalar loss (see `capture_module`)."""
+    say = progress or (lambda text: None)
+    first: dict[int, str] = {}
+    state = {**dict(program.named_parameters()), **dict(program.named_buffers())}
+    aliases = {key: first.setdefault(id(tensor), key) for key, tensor in state.items()}
+    trained = set(program.graph_signature.parameters)
+    passing = set(program.graph_signature.non_persistent_buffers)
+    parameters = tuple(
+        Parameter(key, spec_of(tensor), key in trained and tensor.requires_grad,
+                  None if aliases[key] == key else aliases[key], key not in trained, key not in passing)
+        for key, tensor in state.items())
+    exported = flatten_program(program, "", aliases)
+    graph = assemble(name, exported, cut_segments(exported, granularity), parameters, say)
+    record = {"torch": torch.__version__, "granularity": granularity, **dict(source or {}), "loss": dict(losses.MEAN)}
     return annotate(replace(graph, source=record), patterns)
 
 
@@ -160,7 +184,8 @@ def assemble(name: str, exported: Exported, cuts: Sequence[Cut], parameters: Seq
     """The operator graph of an exported model that has been cut."""
     pieces = _pieces(exported, cuts)
     loss = _find_loss(exported)
-    fqns = {node: fqn for table in (exported.buffers, exported.parameters) for fqn, node in reversed(table.items())}
+    tied = {item.fqn: item.tied_to or item.fqn for item in parameters}
+    fqns = {node: tied[fqn] for table in (exported.buffers, exported.parameters) for fqn, node in table.items()}
     trainable = {item.fqn for item in parameters if item.trainable}
     asks = _asks_gradients(pieces, {node for node, fqn in fqns.items() if fqn in trainable})
     traces, kept, wanted = _trace_all(pieces, fqns, asks, exported.outputs[loss], say)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import mipipe.graphs.kernels  # noqa: F401  (registers mipipe's operators)
-from mipipe.graphs.errors import GraphError
+from mipipe.graphs.errors import GraphError, MipipeError
 from mipipe.graphs.joint import argument, attention_call, make_constant, storage_of
 
 aten = torch.ops.aten
@@ -57,6 +57,8 @@ def export_model(module: nn.Module, inputs: Mapping[str, Any], *, prefix: str = 
         raise GraphError("example inputs: one tensor is given under two names; pass a copy, or they become one input")
     try:
         program = torch.export.export(module, (), dict(inputs), strict=False)
+    except MipipeError:
+        raise
     except Exception as error:
         raise GraphError(explain(module, error)) from error
     return flatten_program(program, prefix, aliases_of(module))
@@ -95,8 +97,9 @@ def explain(module: nn.Module, error: BaseException) -> str:
         advice = "return tensors (alone, in a tuple or a dict) and switch caches off (use_cache=False)"
     else:
         advice = "check that module(**example_inputs) runs, with these input names and shapes"
-    name = type(error).__name__ if not message else f"{type(chain[-1]).__name__}: {message[:200]}"
-    return f"model {type(module).__name__} cannot be exported: stopped{place}: {name}; {advice}"
+    found = f"{type(chain[-1]).__name__}: {message[:200]}" if message else type(error).__name__
+    name = type(getattr(module, "wrapped", module)).__name__
+    return f"model {name} cannot be exported: stopped{place}: {found}; {advice}"
 
 
 def flatten_program(program: torch.export.ExportedProgram, prefix: str, aliases: Mapping[str, str]) -> Exported:

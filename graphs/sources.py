@@ -137,6 +137,21 @@ def _call_factory(factory: Any, source: str, record: Mapping[str, Any]) -> tuple
     return result
 
 
+def load_program(path: str | Path) -> torch.export.ExportedProgram:
+    """A program saved by ``torch.export.save``.
+
+    Raises:
+        InputError: no such file, or not such a program.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        return torch.export.load(path)
+    except Exception as error:
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{path}: not a program saved by torch.export.save with this torch: {line[:200]}") from None
+
+
 def _freeze(module: nn.Module, patterns: Sequence[str]) -> nn.Module:
     """The module with ``requires_grad`` off for parameters whose FQN matches a pattern."""
     for name, parameter in module.named_parameters():

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mipipe.graphs.capture import capture_module
+from mipipe.graphs.capture import capture, capture_module
 from mipipe.graphs.compose import parameter_tensors, run_step
-from mipipe.graphs.errors import GraphError
+from mipipe.graphs.errors import GraphError, InputError
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role
 from mipipe.graphs.serialize import from_data, to_data
+from mipipe.graphs.trace import uses_random
 
 
 def assert_same_step(graph: OperatorGraph, module: nn.Module, batch: Mapping[str, Tensor], loss: Tensor,
@@ -112,3 +113,138 @@ def test_loss_function() -> None:
     batch = {"input": torch.randn(2, 3, dtype=torch.float64)}
     graph = capture_module(module, batch, loss=lambda output, inputs: (output - inputs["input"]).pow(2).sum())
     assert_same_step(graph, module, batch, (module(batch["input"]) - batch["input"]).pow(2).sum())
+
+
+class Counted(nn.Module):
+    """A layer with a buffer of its own (layers differ in it) and a batch norm."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.register_buffer("shift", torch.full((4,), float(index)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.linear(x)) + self.shift)
+
+
+class Tower(nn.Module):
+    def __init__(self, drop: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Counted(index) for index in range(3))
+        self.drop, self.head = nn.Dropout(drop), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.drop(x)).pow(2).mean()
+
+
+def test_each_layer_keeps_its_buffers_and_tracing_moves_none() -> None:
+    torch.manual_seed(0)
+    module, batch = Tower().double(), {"x": torch.randn(5, 4, dtype=torch.float64)}
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    graph = capture_module(module, batch)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert len({segment.trace for segment in graph.segments[:2]}) <= 2
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    state = {name: tensor.clone() for name, tensor in parameter_tensors(graph, named).items()}
+    step = run_step(graph, state, batch)
+    assert_same_step(graph, module, batch, module(**batch))
+    for name, buffer in module.named_buffers():
+        moved = step.buffers.get(name)
+        assert "shift" in name if moved is None else torch.allclose(moved.double(), buffer.double(), rtol=1e-12)
+
+
+def test_dropout_is_reproduced_from_the_seed() -> None:
+    torch.manual_seed(0)
+    module, batch = Tower(drop=0.5).double(), {"x": torch.randn(5, 4, dtype=torch.float64)}
+    graph = capture_module(module, batch)
+    assert [uses_random(graph.trace(segment)) for segment in graph.segments] == [False, False, False, True]
+    torch.manual_seed(1)
+    assert_same_step(graph, module, batch, module(**batch))
+
+
+def test_poisoned_memory_changes_nothing() -> None:
+    """Uninitialised memory is filled with NaN: nothing reads it."""
+    module, batch = skip_tied()
+    graph = capture_module(module, batch)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan()
+        assert_same_step(graph, module, batch, module(**batch)["loss"])
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_saved_program(tmp_path: Any) -> None:
+    module, batch = skip_tied()
+    program = torch.export.export(module, (), batch, strict=False)
+    torch.export.save(program, tmp_path / "model.pt2")
+    graph = capture(tmp_path / "model.pt2")
+    assert_same_step(graph, module, batch, module(**batch)["loss"])
+    assert [segment.name for segment in graph.segments][:2] == ["emb", "layers.0.attn"]
+
+
+class LoraLinear(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(size, size).requires_grad_(False)
+        self.down, self.up = nn.Linear(size, 2, bias=False), nn.Linear(2, size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+class LoraTower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(7, 4).requires_grad_(False)
+        self.layers = nn.ModuleList(LoraLinear(4) for _ in range(3))
+        self.head = nn.Linear(4, 7).requires_grad_(False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.emb(ids)
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return nn.functional.cross_entropy(self.head(x), ids)
+
+
+def test_lora_needs_w_only_where_something_trains() -> None:
+    torch.manual_seed(0)
+    module, batch = LoraTower().double(), {"ids": torch.randint(0, 7, (6,))}
+    graph = capture_module(module, batch, granularity="layer")
+    assert_same_step(graph, module, batch, module(**batch))
+    has = ["".join(p for p in Phase if graph.trace(segment).has(p)) for segment in graph.segments]
+    assert has == ["F", "FW", "FIW", "FIW", "FI"]
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return x.mean()
+        return x.sum()
+
+
+@pytest.mark.parametrize(("module", "inputs", "message"), [
+    (Branching(), {"x": torch.zeros(3)}, r"test_capture\.py:\d+ `if x\.sum\(\) > 0:`.*torch\.where"),
+    (nn.Linear(3, 1), {"wrong": torch.zeros(2, 3)}, r"wrong"),
+    (nn.Linear(3, 1), {"input": torch.zeros(2, 4)}, r"model Linear cannot be exported.*example_inputs"),
+])
+def test_what_cannot_be_exported_says_why(module: nn.Module, inputs: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(GraphError, match=message) as caught:
+        capture_module(module, inputs)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("source", "options", "message"), [
+    ("no_such_model_type", {}, "not a model class"),
+    ("llama", {"overrides": {"hidden_sizee": 3}}, "hidden_sizee"),
+    ("llama", {"dtype": "int64"}, "dtype"),
+    ("llama", {"batch": 0}, "batch"),
+    ("math:sqrt", {}, "factory raised"),
+    ("no.such.package:factory", {}, "cannot import"),
+    ("missing.pt2", {}, "no such file"),
+])
+def test_bad_sources(source: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        capture(source, **options)
