@@ -27,4 +27,4 @@ def pool() -> Iterator[Pool]:
 def one_thread() -> None:
     """One thread, as in the workers; and no debug records of every traced operator."""
     torch.set_num_threads(1)
-    logging.getLogger("torch.__trace").propagate = False
+    logging.getLogger("torch.__trace").disabled = True

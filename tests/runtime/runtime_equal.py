@@ -85,34 +85,41 @@ def valid_labels(shift: bool, microbatches: Any) -> float:
     return float(sum(int((piece["labels"][:, int(shift):] != -100).sum()) for piece in microbatches))
 
 
-def run_case(plan: Plan, graph: OperatorGraph, state: Any, batch: Any,
-             options: EngineOptions | None = None) -> tuple[float, dict[str, torch.Tensor]]:
-    """What a rank does."""
-    engine = Engine(plan, graph, state, options=options)
-    loss = engine.step(batch)
-    return loss, {name: item.grad for name, item in engine.named_parameters() if item.grad is not None}
+def run_case(plans: list[Plan], graph: OperatorGraph, state: Any, batch: Any,
+             options: EngineOptions | None = None) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    """What a rank does: one step of each plan, from the same weights."""
+    answers = []
+    for plan in plans:
+        engine = Engine(plan, graph, state, options=options)
+        loss = engine.step(batch)
+        gradients = {name: item.grad for name, item in engine.named_parameters() if item.grad is not None}
+        answers.append((loss, gradients))
+    return answers
 
 
-def compare(pool: Any, made: Case, plan: Plan, tolerance: float = 1e-12, options: EngineOptions | None = None) -> None:
-    """Run a plan on the pool; losses on all ranks and gradients on all holders equal the model's own by autograd.
+def compare(pool: Any, made: Case, plans: list[Plan], tolerance: float = 1e-12,
+            options: EngineOptions | None = None) -> None:
+    """Run plans of one size on the pool; losses on all ranks and gradients on all holders equal the model's own.
 
     Every gradient that eager autograd makes must be there; a gradient that is zero may be absent.
     """
-    count, ranks = plan.problem.num_microbatches, plan.problem.num_ranks
+    count, ranks = plans[0].problem.num_microbatches, plans[0].problem.num_ranks
     batch = made.batch(count)
-    answers = pool.run(ranks, __file__, "run_case", plan, made.graph, made.state(), batch, options)
+    answers = pool.run(ranks, __file__, "run_case", plans, made.graph, made.state(), batch, options, timeout=120.0)
     pieces = models.chunked(batch, count)
     loss, gradients = models.eager(made.module, pieces, valid_labels(made.shift, pieces), made.loss_of)
-    found = set()
-    for rank, (own, mine) in enumerate(answers):
-        assert abs(own - loss) <= tolerance * abs(loss), f"rank {rank}: loss {own}, expected {loss}"
-        for name, gradient in mine.items():
-            wanted = gradients[name]
-            difference, size = torch.linalg.vector_norm(gradient - wanted), torch.linalg.vector_norm(wanted)
-            assert difference <= tolerance * size + 1e-30, f"rank {rank}: {name} is off by {difference / size:.1e}"
-            found.add(name)
-    missing = {name for name, gradient in gradients.items() if gradient.any()} - found
-    assert not missing, f"no gradient for {sorted(missing)}"
+    for number, plan in enumerate(plans):
+        found = set()
+        for rank, (own, mine) in enumerate(answer[number] for answer in answers):
+            where = f"{plan.name}, rank {rank}"
+            assert abs(own - loss) <= tolerance * abs(loss), f"{where}: loss {own}, expected {loss}"
+            for name, gradient in mine.items():
+                wanted = gradients[name]
+                difference, size = torch.linalg.vector_norm(gradient - wanted), torch.linalg.vector_norm(wanted)
+                assert difference <= tolerance * size + 1e-30, f"{where}: {name} is off by {difference / size:.1e}"
+                found.add(name)
+        missing = {name for name, gradient in gradients.items() if gradient.any()} - found
+        assert not missing, f"{plan.name}: no gradient for {sorted(missing)}"
 
 
 __all__ = ["Case", "Plan", "case", "cases", "compare", "problem"]

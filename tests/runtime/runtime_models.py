@@ -25,7 +25,7 @@ class Block(nn.Module):
 class SkipTiedTwo(nn.Module):
     """Tied embedding and head, a long skip connection, an auxiliary output that joins the loss, and an unused one."""
 
-    def __init__(self, vocab: int = 11, width: int = 8, layers: int = 3, dropout: float = 0.0) -> None:
+    def __init__(self, vocab: int = 11, width: int = 8, layers: int = 8, dropout: float = 0.0) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocab, width)
         self.layers = nn.ModuleList(Block(width, dropout) for _ in range(layers))
@@ -81,10 +81,10 @@ def eager(module: nn.Module, microbatches: list[dict[str, torch.Tensor]], weight
 
 
 def tiny_moe(dtype: torch.dtype = torch.float64) -> nn.Module:
-    """transformers' Qwen3-MoE: 4 layers, 4 experts, 2 active, untied head."""
+    """transformers' Qwen3-MoE: 8 layers, 4 experts, 2 active, untied head."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
     config = Qwen3MoeConfig(vocab_size=64, hidden_size=16, intermediate_size=32, moe_intermediate_size=8,
-                            num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+                            num_hidden_layers=8, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
                             num_experts=4, num_experts_per_tok=2, max_position_embeddings=64, use_cache=False,
                             tie_word_embeddings=False)
     torch.manual_seed(11)
@@ -92,11 +92,11 @@ def tiny_moe(dtype: torch.dtype = torch.float64) -> nn.Module:
 
 
 def tiny_vlm(dtype: torch.dtype = torch.float64) -> nn.Module:
-    """transformers' LLaVA: a CLIP tower of 2 layers, a projector, a Llama of 2 layers."""
+    """transformers' LLaVA: a CLIP tower of 4 layers, a projector, a Llama of 4 layers."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
                               image_size=8, patch_size=4, projection_dim=16)
-    text = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+    text = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
                        num_key_value_heads=2, max_position_embeddings=64, use_cache=False)
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=31, image_seq_length=4,
                          vision_feature_layer=-1, vision_feature_select_strategy="default")
