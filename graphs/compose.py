@@ -85,6 +85,13 @@ def _run(graph: OperatorGraph, segment: Segment, phase: Phase, given: Mapping[st
 
 
 def parameter_tensors(graph: OperatorGraph, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the graph's segments read, by FQN, from a model's named parameters and buffers (or its state dict)."""
-    wanted = [item.fqn for item in graph.parameters if item.tied_to is None]
-    return {fqn: slice_tensor(named, fqn).detach() for fqn in wanted if fqn in named or parse_slice(fqn)[0] in named}
+    """What the graph's segments read, by FQN, from a model's named parameters and buffers (or its state dict).
+
+    A tied tensor may stand in ``named`` under any of its names.
+    """
+    names: dict[str, list[str]] = {}
+    for item in graph.parameters:
+        names.setdefault(item.tied_to or item.fqn, []).append(item.fqn)
+    found = {first: [name for name in group if parse_slice(name)[0] in named or name in named]
+             for first, group in names.items()}
+    return {first: slice_tensor(named, group[0]).detach() for first, group in found.items() if group}
