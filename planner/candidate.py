@@ -76,11 +76,14 @@ def candidate(problem: PlanningProblem, placement: Placement) -> Candidate:
     return Candidate(stage_view, bounds.placement_bound(stage_view), halved, build(stage_view, halve=halved))
 
 
-def judge(stage_view: StageView, schedule: Schedule) -> Judged:
-    """The schedule's makespan by the evaluator, and its memory by the rules of the simulated program."""
+def judge(stage_view: StageView, schedule: Schedule, *, saved_fit: bool = False) -> Judged:
+    """The schedule's makespan by the evaluator, and its memory by the rules of the simulated program.
+
+    ``saved_fit``: saved tensors are known to fit, so memory is looked at only where values in flight take some.
+    """
     _, evaluation = evaluate(stage_view, schedule)
     excess = (0,) * stage_view.problem.num_ranks
-    if _carries_bytes(stage_view):
+    if not saved_fit or _carries_bytes(stage_view):
         program = lower(Plan("", stage_view.problem, stage_view.placement, schedule))
         curves = memory_curves(stage_view, program, execute(stage_view, program))
         excess = tuple(max(0, max(size for _, size in curve) - stage_view.resident_bytes[rank] - capacity(stage_view, rank))
@@ -96,7 +99,7 @@ def _carries_bytes(stage_view: StageView) -> bool:
 def offer(found: Candidate, orders: Orders, rung: str) -> bool:
     """Judge orders; whether they became the candidate's incumbent."""
     try:
-        judged = judge(found.view, expand(found.instance, orders.lists()))
+        judged = judge(found.view, expand(found.instance, orders.lists()), saved_fit=True)
     except PlanError as error:
         found.notes.append(str(error))
         return False

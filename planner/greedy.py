@@ -102,12 +102,13 @@ def period(instance: Instance) -> int:
 def vary(rule: Rule, rng: np.random.Generator, ranks: int) -> Rule:
     """A rule near another one: one or two weights changed."""
     changes: dict[str, float | int] = {}
-    for name in rng.choice(["forward", "weight", "pace", "depth", "noise", "delay", "limit", "gradient"], 2):
+    names = ["forward", "weight", "pace", "depth", "noise", "delay", "limit", "gradient"]
+    for name in (names[at] for at in rng.choice(len(names), 2)):
         if name == "limit":
             base = min(rule.limit, 2 * ranks)
             changes["limit"] = max(1, base + int(rng.integers(-2, 3)))
         elif name == "depth":
-            changes["depth"] = float(rng.choice([1e-3, -1e-3, rule.depth * 2, rule.depth / 2]))
+            changes["depth"] = float(rng.choice(np.array([1e-3, -1e-3, rule.depth * 2, rule.depth / 2])))
         elif name in ("noise", "delay"):
             changes[name] = float(rng.choice([0.0, rng.uniform(0.0, 0.3)]))
         else:

@@ -10,16 +10,18 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from mipipe.graphs.errors import PlanError
+from mipipe.graphs.errors import MipipeError, PlanError
 from mipipe.planner import search
 from mipipe.planner.bounds import Bound
-from mipipe.planner.candidate import Candidate, judge, offer_judged
+from mipipe.planner.candidate import Candidate, candidate, judge, offer_judged
 from mipipe.planner.greedy import Orders, to_array
-from mipipe.planner.instance import orders_from
+from mipipe.planner.instance import build, orders_from
 from mipipe.planner.milp import order, periodic, unroll, windows
 from mipipe.planner.milp.highs import SolverOutcome, Termination
 from mipipe.planner.plan import Schedule
+from mipipe.planner.proposals import resident_fits
 from mipipe.planner.race import Run
+from mipipe.planner.schedules import BASELINES
 
 EXACT_NODES = 130
 """Elementary actions up to which the exact order MIP is tried: HiGHS proves about 100 with a fixed placement."""
@@ -53,6 +55,46 @@ def record(run: Run, rung: str, found: Candidate, before: int, began: float, out
         "rung": rung, "placement": found.placement.name, "before": shown(before), "makespan": shown(found.makespan_ns),
         "variables": outcome.num_variables if outcome else None, "constraints": outcome.num_constraints if outcome else None,
         "seconds": round(time.monotonic() - began, 3), **more})
+
+
+def published(run: Run) -> None:
+    """The published schedules that exist for the problem and keep its limits, as candidates of their own."""
+    began, before = time.monotonic(), run.makespan_ns
+    name = run.options.placement
+    best: Candidate | None = None
+    for baseline in BASELINES:
+        for cut in ("even", "balanced"):
+            if run.left < 0.5 * run.options.time_limit_s:
+                break
+            try:
+                known = baseline.plan(run.problem, split=True, cut=cut)  # type: ignore[arg-type]
+                if name not in ("free", known.placement.name) or not resident_fits(run.problem, known.placement):
+                    continue
+                found = candidate(run.problem, known.placement)
+                found = next((other for other in run.candidates if other.placement == known.placement), found)
+                judged = judge(found.view, known.schedule)
+            except MipipeError:
+                continue
+            if not offer_judged(found, judged, baseline.name):
+                continue
+            if found not in run.candidates:
+                _seed(run, found)
+            run.note(found, baseline.name)
+            if best is None or found.makespan_ns < best.makespan_ns:
+                best = found
+    if best is not None:
+        record(run, "published schedules", best, before, began)
+
+
+def _seed(run: Run, found: Candidate) -> None:
+    """Enter a candidate that came with a schedule: the search starts there, on the whole placement."""
+    assert found.best is not None
+    if found.halved:
+        found.halved, found.instance = False, build(found.view)
+    seq = to_array(orders_from(found.instance, found.best.schedule))
+    found.search = search.start(found.instance, Orders(seq, found.instance.lengths(), found.makespan_ns),
+                                run.options.seed + 31, found.bound.ns)
+    run.candidates.append(found)
 
 
 def pace(run: Run, found: Candidate, seconds: float) -> None:

@@ -21,6 +21,7 @@ from mipipe.planner.candidate import candidate
 from mipipe.planner.check import check_plan
 from mipipe.planner.explain import explain
 from mipipe.planner.feasible import why_infeasible, with_recomputation
+from mipipe.planner.free_bound import problem_bound
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Placement, Plan
 from mipipe.planner.problem import PlanningProblem
@@ -86,7 +87,11 @@ def plan(problem: PlanningProblem, options: PlanOptions | None = None,
 
 def _ladder(run: Run) -> None:
     """Climb: lists, the periodic MIP on large instances, the race, proofs and windows, the race again."""
+    if run.options.placement == "free":
+        run.bound_ns = problem_bound(run.problem).ns
     _enter(run)
+    if run.options.use_baselines:
+        rungs.published(run)
     if not run.candidates:
         raise InfeasibleError(why_infeasible(run.problem, run.options.placement))
     limit = run.options.time_limit_s

@@ -1,0 +1,40 @@
+"""Random planning problems for the planner's property tests: chains and branches, bytes, loads, odd phases."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from mipipe.graphs.topology import Device, Link, Topology
+from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
+
+
+@st.composite
+def problems(draw: st.DrawFn, *, max_groups: int = 6, max_ranks: int = 3, max_microbatches: int = 5,
+             tight: bool = False) -> PlanningProblem:
+    """Problems with small integers; with ``tight`` the activation limit holds one to two microbatches of everything."""
+    count = draw(st.integers(1, max_groups))
+    microbatches = draw(st.integers(1, max_microbatches))
+    vary = draw(st.booleans())
+    groups = []
+    for number in range(count):
+        first_frozen = number == 0 and draw(st.booleans())
+        times = PhaseTimes(draw(st.integers(1, 9)), None if first_frozen else draw(st.integers(1, 9)),
+                           None if draw(st.booleans()) and first_frozen else draw(st.integers(1, 9)))
+        loads = tuple(draw(st.sampled_from([0.5, 1.0, 2.0])) for _ in range(microbatches)) if vary and number < 2 else ()
+        groups.append(Group(f"g{number}", {"d": times}, resident_bytes=draw(st.integers(0, 5)),
+                            gradient_bytes=draw(st.integers(0, 3)), saved_fi_bytes=draw(st.integers(0, 4)),
+                            saved_fw_bytes=draw(st.integers(0, 4)), saved_iw_bytes=draw(st.integers(0, 2)),
+                            workspace_bytes=draw(st.integers(0, 2)), loads=loads,
+                            recompute_bytes=draw(st.sampled_from([None, 1]))))
+    edges = []
+    for number in range(1, count):
+        sources = {draw(st.integers(0, number - 1))} | ({number - 1} if draw(st.booleans()) else set())
+        for source in sorted(sources):
+            gradient = None if groups[source].times["d"].i_ns is None and groups[source].times["d"].w_ns is None else 2
+            edges.append(GroupEdge(source, (number,), draw(st.integers(0, 3)), gradient, f"v{source}.{number}"))
+    saved = sum(4 * (g.saved_fi_bytes + g.saved_fw_bytes + g.saved_iw_bytes + g.workspace_bytes) + 12 for g in groups)
+    limits = Limits(activation_bytes=draw(st.integers(saved // 4, saved))) if tight else Limits()
+    ranks = draw(st.integers(1, max_ranks))
+    link = Link(draw(st.integers(0, 3)), draw(st.sampled_from([None, 10**9])))
+    topology = Topology(tuple(Device(f"d{r}", "d", 10**6, local_rank=r) for r in range(ranks)), link, link)
+    return PlanningProblem("random", tuple(groups), tuple(edges), topology, microbatches, limits=limits)

@@ -1,0 +1,134 @@
+"""`plan`: proven optima, properties over random problems, outcomes as data."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from mipipe.graphs.errors import InputError
+from mipipe.planner import solve
+from mipipe.planner.check import check_plan
+from mipipe.planner.lower import lower
+from mipipe.planner.options import PlanOptions
+from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.simulate import simulate
+from mipipe.planner.solve import Progress, Termination, plan
+from mipipe.planner.uniform import two_stream_problem, uniform_problem
+
+sys.path.insert(0, str(Path(__file__).parent))
+from planner_problems import problems
+
+
+def _plan(problem: PlanningProblem, seconds: float = 10.0, **options: object) -> solve.SolveResult:
+    return plan(problem, PlanOptions(time_limit_s=seconds, **options))  # type: ignore[arg-type]
+
+
+def test_proves_the_chain_of_four() -> None:
+    result = _plan(uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, activations=4, copies=1), placement="chain")
+    assert result.termination is Termination.OPTIMAL
+    assert result.makespan_ns == 27 * 10**6 == result.bound_ns
+
+
+def test_proves_the_two_way_pipeline_of_four() -> None:
+    result = _plan(uniform_problem(ranks=4, microbatches=8, f=2, i=2, w=1, activations=5), placement="two-way")
+    assert result.termination is Termination.OPTIMAL
+    assert result.plan is not None
+    assert max(simulate(result.plan, lower(result.plan)).bubbles_ns()) == 2 * 10**6
+
+
+@pytest.mark.parametrize(("f", "i", "w", "comm", "most"), [(1, 1, 1, 0, 63), (1, 1.1, 0.9, 0, 63), (2, 2, 1, 0, 106)])
+def test_reaches_the_proven_optima_at_dualpipes_placement(f: float, i: float, w: float, comm: float, most: int) -> None:
+    problem = uniform_problem(ranks=8, microbatches=20, f=f, i=i, w=w, comm=comm, activations=9)
+    result = _plan(problem, 30.0, placement="two-way", use_baselines=False)
+    assert result.makespan_ns is not None and result.makespan_ns <= most * problem.unit_ns
+    assert result.gap == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("placement", "copies", "activations", "most"), [
+    ("two-way", 2, 9, 636), ("v", 1, 8, 664), ("v", 1, 8.5, 658), ("v", 1, 9, 653), ("chain", 1, 9, 704),
+    ("free", 2, 9, 630)])
+def test_reaches_the_known_optima_with_transfers(placement: str, copies: int, activations: float, most: int) -> None:
+    problem = uniform_problem(ranks=8, microbatches=20, f=10, i=12, w=8, comm=1, copies=copies, activations=activations)
+    result = _plan(problem, 60.0, placement=placement, use_baselines=False)
+    assert result.makespan_ns is not None and result.makespan_ns <= most * problem.unit_ns
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("copies", "most"), [(1, 74), (2, 70)])
+def test_balances_an_uneven_model(copies: int, most: int) -> None:
+    problem = uniform_problem(ranks=8, microbatches=20, f=1, i=1, w=1, layers=32, first=0.2, last=0.6, copies=copies,
+                              activations=9)
+    result = _plan(problem, 30.0, use_baselines=False)
+    assert result.makespan_ns is not None and result.makespan_ns <= most * problem.unit_ns
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(problems(tight=True))
+def test_every_plan_passes_the_check_and_respects_its_bounds(problem: PlanningProblem) -> None:
+    result = _plan(problem, 1.0, use_milp=False, gap=0.5)
+    if result.plan is None:
+        assert result.termination is Termination.INFEASIBLE and result.reason
+        return
+    check_plan(result.plan)
+    makespan = simulate(result.plan, lower(result.plan)).makespan_ns
+    assert makespan == result.makespan_ns
+    assert result.bound_ns is not None and result.bound_ns <= makespan
+    assert result.placement_bound_ns is not None and result.placement_bound_ns <= makespan
+
+
+def test_two_streams_overlap() -> None:
+    problem = two_stream_problem(ranks=2, microbatches=4)
+    result = _plan(problem, 3.0)
+    assert result.plan is not None and result.makespan_ns is not None
+    serial = sum(time.total_ns for group in problem.groups for time in group.times.values()) * 4 // 2
+    assert result.makespan_ns < serial
+
+
+def test_infeasible_memory_names_the_device_and_the_memory_that_would_do() -> None:
+    problem = uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, activations=0.9, copies=1)
+    result = _plan(problem)
+    assert result.termination is Termination.INFEASIBLE
+    assert "device0" in result.reason and "800 bytes lack" in result.reason and "8000 bytes" in result.reason
+    enough = uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, activations=1, copies=1)
+    assert _plan(enough, 2.0, use_milp=False).plan is not None
+
+
+def test_infeasible_weights_are_named() -> None:
+    result = _plan(uniform_problem(ranks=2, microbatches=2, f=1, i=1, w=1, copies=0.5))
+    assert result.termination is Termination.INFEASIBLE
+    assert "weights" in result.reason and "resident limit" in result.reason
+
+
+def test_interruption_returns_the_best_plan_so_far() -> None:
+    def stop(state: Progress) -> None:
+        raise KeyboardInterrupt
+
+    result = plan(uniform_problem(ranks=4, microbatches=8, f=1, i=2, w=3), PlanOptions(), stop)
+    assert result.termination is Termination.INTERRUPTED
+    assert result.plan is not None
+    check_plan(result.plan)
+
+
+def test_progress_is_monotonic_and_starts_soon() -> None:
+    seen: list[Progress] = []
+    result = plan(uniform_problem(ranks=4, microbatches=8, f=10, i=12, w=8, comm=1, activations=4),
+                  PlanOptions(time_limit_s=4, use_milp=False), seen.append)
+    found = [state.makespan_ns for state in seen if state.makespan_ns is not None]
+    assert found == sorted(found, reverse=True) and found[-1] == result.makespan_ns
+    assert [item.makespan_ns for item in result.history] == sorted(set(found), reverse=True)
+
+
+def test_small_instances_are_proven_by_the_order_mip() -> None:
+    problem = uniform_problem(ranks=3, microbatches=4, f=3, i=4, w=2, comm=1, copies=1, activations=2)
+    result = _plan(problem, 20.0, placement="chain", use_baselines=False)
+    assert result.termination is Termination.OPTIMAL
+
+
+def test_options_are_checked() -> None:
+    for bad in ({"time_limit_s": 0}, {"placement": "ring"}, {"objective": "fame"}, {"threads": 0}, {"gap": -1.0}):
+        with pytest.raises(InputError, match="expected"):
+            PlanOptions(**bad)  # type: ignore[arg-type]
