@@ -23,10 +23,14 @@ def merge(
     shard_size: Annotated[str, typer.Option(help="Largest output file.")] = "5GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan (bytes, time, memory), merge"
                                                             " nothing.")] = False,
+    store: Annotated[bool, typer.Option("--store", help="Store the experts as parts (onebit, twin, rmm), to be"
+                                                        " rebuilt for a route later.")] = False,
+    route: Annotated[str | None, typer.Option(help="Rebuild stored parts: each expert's weight, as 0,1,0.")] = None,
     json_output: Json = False,
 ) -> None:
     """Merge checkpoints by a recipe. An interrupted merge continues when the same command is given again."""
-    from mipipe.graphs.units import format_bytes, parse_bytes
+    from mipipe.graphs.errors import InputError
+from mipipe.graphs.units import format_bytes, parse_bytes
 
     cap = None if memory is None else parse_bytes(memory, "--memory")
     shard_bytes = parse_bytes(shard_size, "--shard-size")
@@ -55,7 +59,8 @@ def _show_plan(recipe: Path, output: Path, ranks: int, cap: int | None, shard_by
     from mipipe.cli.tables import print_rows
     from mipipe.graphs.recipe import read_recipes
     from mipipe.graphs.serialize import to_data
-    from mipipe.graphs.units import format_bytes, format_ns
+    from mipipe.graphs.errors import InputError
+from mipipe.graphs.units import format_bytes, format_ns
     from mipipe.planner.merge_plan import plan_chain
 
     plans = plan_chain(read_recipes(recipe), str(recipe), output, ranks, cap, shard_bytes, dtype)

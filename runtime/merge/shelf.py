@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -35,7 +34,7 @@ class Shelf:
 
     def read_bytes(self, folder: str, tensor: StoredTensor, start: int, stop: int) -> Tensor:
         """Bytes ``[start, stop)`` of a tensor, uint8, in memory of their own (aligned, whatever the file's offsets)."""
-        path = str(Path(folder) / tensor.file)
+        path = f"{folder}/{tensor.file}"
         if path not in self._files:
             self._files[path] = os.open(path, os.O_RDONLY)
         buffer = torch.empty(stop - start, dtype=torch.uint8)

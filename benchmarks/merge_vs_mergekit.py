@@ -1,0 +1,255 @@
+"""mipipe's merges beside mergekit's on the same checkpoints: the same tensors, the wall time, the peak memory.
+
+    python benchmarks/merge_vs_mergekit.py                        # about 1 B parameters, bf16, 4 shards: 10 GB of disk
+    python benchmarks/merge_vs_mergekit.py --scale small          # about 0.1 B, a quick look
+
+Synthetic Llama checkpoints (a base and two experts, base + noise) are written once. Each method runs in a fresh process
+with one thread, alternating between the two programs; the best of ``--repeats`` counts. Peak memory is the process's
+largest resident set minus that of a process that only imports torch, each measured by its own interpreter.
+
+mergekit (LGPL-3.0) is a peer, never a dependency: this script installs it into an environment of its own
+(``--environment``), runs its command ``mergekit-yaml`` and reads the files that writes; nothing of it is imported here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+SCALES = {  # hidden, inner, layers, heads, key-value heads, vocabulary
+    "tiny": (256, 512, 2, 4, 2, 2000),
+    "small": (768, 2048, 12, 12, 4, 16000),
+    "1b": (2048, 5632, 20, 32, 8, 32000),
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "linear": {"weight": [0.6, 0.4]},
+    "slerp": {"t": 0.4},
+    "task_arithmetic": {"weight": [0.6, 0.4]},
+    "ties": {"weight": [0.6, 0.4], "density": [0.5, 0.3]},
+    "dare_linear": {"weight": [0.6, 0.4], "density": [1.0, 1.0]},
+    "dare_ties": {"weight": [0.6, 0.4], "density": [1.0, 1.0]},
+    "sce": {"select_topk": 0.3},
+    "model_stock": {},
+    "dare_ties half": {"weight": [0.6, 0.4], "density": [0.5, 0.5]},
+}
+"""Parameters by method; lists are per model. At density 1 DARE drops nothing, so both must agree; at 0.5 the masks are
+each program's own, and only time and memory are compared."""
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def shapes(scale: str) -> dict[str, tuple[int, ...]]:
+    """Tensor shapes of a Llama."""
+    hidden, inner, layers, heads, groups, vocabulary = SCALES[scale]
+    size = hidden // heads
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden),
+                                         "lm_head.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
+    for layer in range(layers):
+        at = f"model.layers.{layer}"
+        found |= {f"{at}.self_attn.q_proj.weight": (hidden, hidden),
+                  f"{at}.self_attn.k_proj.weight": (groups * size, hidden),
+                  f"{at}.self_attn.v_proj.weight": (groups * size, hidden),
+                  f"{at}.self_attn.o_proj.weight": (hidden, hidden), f"{at}.mlp.gate_proj.weight": (inner, hidden),
+                  f"{at}.mlp.up_proj.weight": (inner, hidden), f"{at}.mlp.down_proj.weight": (hidden, inner),
+                  f"{at}.input_layernorm.weight": (hidden,), f"{at}.post_attention_layernorm.weight": (hidden,)}
+    return found
+
+
+def config(scale: str) -> dict[str, Any]:
+    """The Llama's config.json."""
+    hidden, inner, layers, heads, groups, vocabulary = SCALES[scale]
+    return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": hidden,
+            "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": groups, "vocab_size": vocabulary, "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16", "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "hidden_act": "silu"}
+
+
+def write_models(root: Path, scale: str, num_shards: int = 4) -> None:
+    """A base and two experts in bfloat16, in shards of whole tensors."""
+    names = sorted(shapes(scale))
+    for number, model in enumerate(("base", "one", "two")):
+        folder = root / model
+        if (folder / "model.safetensors.index.json").exists():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config(scale)))
+        weight_map = {}
+        for shard in range(num_shards):
+            file = f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
+            part = {}
+            for place, name in enumerate(names):
+                if place * num_shards // len(names) != shard:
+                    continue
+                shape = shapes(scale)[name]
+                value = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(place))
+                if number:
+                    noise = torch.Generator().manual_seed(100_000 * number + place)
+                    value += 0.002 * torch.randn(shape, generator=noise)
+                part[name] = value.to(torch.bfloat16)
+            save_file(part, folder / file, {"format": "pt"})
+            weight_map |= dict.fromkeys(part, file)
+        index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def recipe(root: Path, name: str) -> dict[str, Any]:
+    """The recipe of a method; the same text for both programs."""
+    method = name.split()[0]
+    params = METHODS[name]
+    shared = {key: value for key, value in params.items() if not isinstance(value, list)}
+    own = [{key: value[index] for key, value in params.items() if isinstance(value, list)} for index in range(2)]
+    models = [{"model": str(root / model), "parameters": values}
+              for model, values in zip(("one", "two"), own, strict=True)]
+    data: dict[str, Any] = {"merge_method": method, "models": models, "dtype": "float32", "out_dtype": "bfloat16"}
+    if method == "slerp":
+        data["base_model"] = str(root / "one")
+    elif method != "linear":
+        data["base_model"] = str(root / "base")
+    if shared:
+        data["parameters"] = shared
+    return data
+
+
+# Programs -------------------------------------------------------------------------------------------------------------
+
+WATCH = """
+import resource, runpy, sys, json, time
+began = time.perf_counter()
+sys.argv = sys.argv[1:]
+try:
+    {body}
+except SystemExit as ended:
+    if ended.code:
+        raise
+finally:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    sys.stderr.write("\\nMEASURED " + json.dumps({{"seconds": time.perf_counter() - began, "peak": peak}}) + "\\n")
+"""
+"""Runs a program in its own interpreter and says how long it took and how large it became."""
+
+
+def measured(python: Path, body: str, arguments: list[str]) -> dict[str, float]:
+    """Seconds of wall time (of the whole process) and peak resident bytes of a program."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    began = time.perf_counter()
+    done = subprocess.run([str(python), "-c", WATCH.format(body=body), *arguments], capture_output=True, text=True,
+                          env=environment, check=False)
+    seconds = time.perf_counter() - began
+    lines = [line for line in done.stderr.splitlines() if line.startswith("MEASURED ")]
+    if done.returncode or not lines:
+        raise SystemExit(f"{arguments}: failed\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return {**json.loads(lines[-1].removeprefix("MEASURED ")), "seconds": seconds}
+
+
+def install(environment: Path) -> Path:
+    """The interpreter of an environment with mergekit, made on first use; torch stays at this project's version."""
+    python = environment / "bin" / "python"
+    if not (environment / "bin" / "mergekit-yaml").exists():
+        constraints = Path(__file__).resolve().parent.parent / "constraints.txt"
+        subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", "-c", str(constraints), "mergekit"], check=True)
+    return python
+
+
+def run_mipipe(file: Path, out: Path) -> dict[str, float]:
+    """``mipipe merge`` on one rank."""
+    body = "runpy.run_module('mipipe.cli.main', run_name='__main__')"
+    return measured(Path(sys.executable), body, ["mipipe", "merge", str(file), "-o", str(out)])
+
+
+def run_mergekit(python: Path, file: Path, out: Path) -> dict[str, float]:
+    """``mergekit-yaml`` with its lazy loader, which bounds its memory."""
+    script = python.parent / "mergekit-yaml"
+    body = f"runpy.run_path({str(script)!r}, run_name='__main__')"
+    return measured(python, body, ["mergekit-yaml", str(file), str(out), "--lazy-unpickle", "--quiet"])
+
+
+def compare(ours: Path, theirs: Path) -> tuple[float, float]:
+    """Share of entries that differ at all, and the largest difference in units of bfloat16's spacing."""
+    places = [{name: file for file in sorted(folder.glob("*.safetensors"))
+               for name in safe_open(file, "pt").keys()} for folder in (ours, theirs)]  # noqa: SIM118
+    assert set(places[0]) == set(places[1]), set(places[0]) ^ set(places[1])
+    differing = total = 0
+    worst = 0.0
+    for name in places[0]:
+        a, b = (safe_open(place[name], "pt").get_tensor(name).float() for place in places)
+        spacing = torch.maximum(a.abs(), b.abs()).clamp_min(1e-30).log2().floor().exp2() * 2**-7
+        steps = (a - b).abs() / spacing
+        worst = max(worst, float(steps.max()))
+        differing += int(steps.count_nonzero())
+        total += a.numel()
+    return differing / total, worst
+
+
+# The comparison -------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Run the comparison and print its table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--scale", choices=SCALES, default="1b")
+    parser.add_argument("--folder", type=Path, default=Path("merge-benchmark"), help="where checkpoints are written")
+    parser.add_argument("--environment", type=Path, help="mergekit's environment (default: in the folder)")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--json", type=Path, help="also write the records here")
+    arguments = parser.parse_args()
+    root = (arguments.folder / arguments.scale).absolute()
+    write_models(root, arguments.scale)
+    python = install((arguments.environment or arguments.folder / "environment").absolute())
+    bare = {"mipipe": measured(Path(sys.executable), "import torch", ["import"])["peak"],
+            "mergekit": measured(python, "import torch", ["import"])["peak"]}
+    records = []
+    for name in arguments.methods:
+        best: dict[str, dict[str, float]] = {}
+        for _ in range(arguments.repeats):
+            for program in ("mergekit", "mipipe"):
+                out = root / f"out-{program}"
+                shutil.rmtree(out, ignore_errors=True)
+                file = root / "recipe.yaml"
+                file.write_text(yaml.safe_dump(recipe(root, name)))
+                found = run_mipipe(file, out) if program == "mipipe" else run_mergekit(python, file, out)
+                found["memory"] = found["peak"] - bare[program]
+                seen = best.setdefault(program, found)
+                best[program] = {key: min(seen[key], value) for key, value in found.items()}
+        differing, worst = compare(root / "out-mipipe", root / "out-mergekit")
+        records.append({"method": name, "differing": differing, "steps": worst, **best,
+                        "time_ratio": best["mipipe"]["seconds"] / best["mergekit"]["seconds"],
+                        "memory_ratio": best["mipipe"]["memory"] / max(1.0, best["mergekit"]["memory"])})
+        Console(stderr=True).print(f"{name}: time ratio {records[-1]['time_ratio']:.2f}, memory ratio"
+                                   f" {records[-1]['memory_ratio']:.2f}")
+    show(records, arguments.scale)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(records, indent=2) + "\n")
+
+
+def show(records: list[dict[str, Any]], scale: str) -> None:
+    """The table of all methods."""
+    table = Table("method", "mipipe s", "mergekit s", "time ratio", "mipipe MB", "mergekit MB", "memory ratio",
+                  "entries that differ", "largest, in bf16 steps",
+                  title=f"{scale}: whole processes, one thread; memory above a bare `import torch`")
+    for record in records:
+        ours, theirs = record["mipipe"], record["mergekit"]
+        table.add_row(record["method"], f"{ours['seconds']:.1f}", f"{theirs['seconds']:.1f}",
+                      f"{record['time_ratio']:.2f}", f"{ours['memory'] / 1e6:.0f}", f"{theirs['memory'] / 1e6:.0f}",
+                      f"{record['memory_ratio']:.2f}", f"{record['differing']:.2%}", f"{record['steps']:.3g}")
+    Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    main()
