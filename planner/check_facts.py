@@ -56,7 +56,16 @@ class Facts:
         return self.plan.placement.routes[stage][microbatch]
 
     def groups(self, stage: int) -> list[Group]:
-        return [self.plan.problem.groups[group] for group in self.plan.placement.stages[stage].groups]
+        return self._groups[stage]
+
+    @cached_property
+    def _groups(self) -> list[list[Group]]:
+        return [[self.plan.problem.groups[group] for group in stage.groups] for stage in self.plan.placement.stages]
+
+    @cached_property
+    def _durations(self) -> dict[tuple[ActionKind, int, str], int]:
+        """Durations of parts without loads, by kind, stage and device kind."""
+        return {}
 
     @cached_property
     def streams(self) -> list[Stream]:
@@ -84,11 +93,16 @@ class Facts:
         """Duration of an elementary part on the rank its microbatch is routed to."""
         kind, stage, microbatch = part
         device = self.plan.problem.topology.devices[self.rank(stage, microbatch)].kind
+        known = self._durations.get((kind, stage, device))
+        if known is not None:
+            return known
         total = 0
         for group in self.groups(stage):
             times = group.times[device]
             time = {ActionKind.I: times.i_ns, ActionKind.W: times.w_ns}.get(kind, times.f_ns)
             total += scaled(time or 0, group, microbatch)
+        if not any(group.loads for group in self.groups(stage)):
+            self._durations[kind, stage, device] = total
         return total
 
     def action_ns(self, action: Action) -> int:

@@ -121,14 +121,15 @@ def _dependencies(facts: Facts, doer: dict[Part, Place]) -> tuple[dict[Place, in
 def _postings(facts: Facts, lanes: dict[tuple[int, int], tuple[Action, ...]], parts: dict[Part, tuple[int, int]],
               moved: dict[int, tuple[int, int]]) -> dict[int, int]:
     """When receives are posted: at the end of the reader's last compute action that ended by the transfer's start."""
-    ends = {rank: [parts[action.parts()[0]][1] for action in lanes[rank, 0]]
-            for rank in range(len(facts.plan.schedule.ranks))}
+    arriving: dict[int, list[tuple[int, int]]] = {}
+    for number, (begin, _) in moved.items():
+        _, stage, microbatch = facts.flows[number].consumer
+        arriving.setdefault(facts.rank(stage, microbatch), []).append((begin, number))
     posted = {}
-    for rank, times in ends.items():
-        arriving = sorted((moved[number][0], number) for number in moved
-                          if facts.rank(*facts.flows[number].consumer[1:]) == rank)
+    for rank, entries in arriving.items():
+        times = [parts[action.parts()[0]][1] for action in lanes[rank, 0]]
         count = 0
-        for begin, number in arriving:
+        for begin, number in sorted(entries):
             while count < len(times) and times[count] <= begin:
                 count += 1
             posted[number] = times[count - 1] if count else 0

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
+from itertools import islice, product
 
 from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.schedules.list_order import Rule, Shop, best_order
 from mipipe.planner.schedules.pattern import Pattern, Times, forward, input_gradient, one_copy, weight_gradient
 
 _INTERVAL = 6
+_RULE_ACTIONS = 150_000
+"""Actions that ZB-V schedules in trying rules (16 of them): some three seconds, whatever the size."""
 
 
 def v_half(ranks: int, microbatches: int, times: Times | None = None) -> Pattern:
@@ -54,11 +56,11 @@ def zb_v(ranks: int, microbatches: int, times: Times | None = None) -> Pattern:
     base = best_order(equal, [Rule(by_turn), Rule(far_first)], [block])
     if times is None:
         return one_copy(where, microbatches, base, "v")
-    rules = [Rule(urgency, patience, alternate) for urgency in (by_turn, far_first) for patience in (0.0, 0.4)
-             for alternate in (False, True)]
-    for spare in (0, 1):
+    options = product((0, 1), (by_turn, far_first), (0.4, 0.0), (True, False))
+    affordable = _RULE_ACTIONS // (6 * ranks * microbatches)
+    for spare, urgency, patience, alternate in islice(options, affordable):
         shop = replace(equal, times=times, reserve=dict.fromkeys(range(ranks), spare))
-        base = best_order(shop, rules, [base, block])
+        base = best_order(shop, [Rule(urgency, patience, alternate)], [base, block])
     return one_copy(where, microbatches, base, "v")
 
 
