@@ -58,7 +58,7 @@ def test_models_equal_to_the_base_give_the_base(method, seed):
         base, models = make(method, seed, shape=shape, scale=0.0, dtype=torch.float32)
         params = {"full_precision": True} if method.spec.name == "onebit" else SPARSE.get(method.spec.name)
         found = run(method, base, models, params)
-        if method.spec.name in ELEMENTWISE or len(shape) == 1 and method.spec.name != "karcher":
+        if method.spec.name in ELEMENTWISE or (len(shape) == 1 and method.spec.name != "karcher"):
             assert torch.equal(found, base)
         else:
             torch.testing.assert_close(found, base, rtol=0, atol=2e-6)

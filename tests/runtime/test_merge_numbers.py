@@ -1,5 +1,6 @@
 """The numeric checks of every method, as worked out in the papers' notation (methods.md, part A)."""
 
+import itertools
 import math
 
 import pytest
@@ -224,7 +225,7 @@ def test_lore_threshold_objective_and_two_models():
     for iterations in range(1, 8):
         base, found = low_rank.lore_estimate(models, .3, iterations)
         values.append(low_rank.lore_objective(models, base, found, .3))
-    assert all(after <= before + 1e-9 for before, after in zip(values, values[1:], strict=False))
+    assert all(after <= before + 1e-9 for before, after in itertools.pairwise(values))
     average = (models[0] + models[1]) / 2
     close(merged("lore", None, models[:2], mu=.2, lambda_=.7), average, 1e-12)
     assert not torch.allclose(merged("lore", None, models[:2], mu=.2, combine="ties"), average)
