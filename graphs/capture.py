@@ -124,11 +124,15 @@ def capture_module(module: nn.Module, example_inputs: Mapping[str, Any], *, loss
 def capture_program(program: torch.export.ExportedProgram, *, name: str = "program", granularity: Granularity = "block",
                     patterns: Patterns | None = None, source: Mapping[str, Any] | None = None,
                     progress: Progress | None = None) -> OperatorGraph:
-    """The operator graph of an exported program whose results hold a scalar loss (see `capture_module`)."""
+    """The operator graph of an exported program whose results hold a scalar loss (see `capture_module`).
+
+    A program knows tied tensors by their memory, no longer by identity.
+    """
     say = progress or (lambda text: None)
-    first: dict[int, str] = {}
+    first: dict[Any, str] = {}
     state = {**dict(program.named_parameters()), **dict(program.named_buffers())}
-    aliases = {key: first.setdefault(id(tensor), key) for key, tensor in state.items()}
+    places = {key: (tensor.data_ptr(), tensor.shape) if tensor.data_ptr() else key for key, tensor in state.items()}
+    aliases = {key: first.setdefault(place, key) for key, place in places.items()}
     trained = set(program.graph_signature.parameters)
     passing = set(program.graph_signature.non_persistent_buffers)
     parameters = tuple(

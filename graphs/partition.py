@@ -157,7 +157,7 @@ def _cheaper_in_forward(free: Sequence[fx.Node], backward: set[fx.Node], residen
                 cut.add_edge((vertex(source), "out"), (vertex(node), "in"))
     if "sink" not in cut or "source" not in cut:
         return set()
-    _, (early, _) = nx.minimum_cut(cut, "source", "sink")
+    _, (_, early) = nx.minimum_cut(cut.reverse(copy=False), "sink", "source")  # reversed: the smallest side of F
     chosen = [node for node in free if (vertex(node), "in") in early and not _is_view(node)]
     return _ancestors(chosen)
 

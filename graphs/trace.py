@@ -49,7 +49,7 @@ def spec_of(tensor: Tensor) -> TensorSpec:
 
 def identifier(name: str) -> str:
     """A Python identifier for an FQN: ``layers.0.weight`` -> ``layers_0_weight``, ``0.weight`` -> ``x0_weight``."""
-    text = "".join(letter if letter.isalnum() else "_" for letter in name)
+    text = "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in name)
     return text if text.isidentifier() and not keyword.iskeyword(text) else f"x{text}"
 
 
