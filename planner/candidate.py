@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mipipe.graphs.errors import PlanError
 from mipipe.planner import bounds, greedy, search
 from mipipe.planner.evaluate import evaluate
 from mipipe.planner.greedy import Orders
-from mipipe.planner.instance import Instance, build, capacity, expand, mirror
+from mipipe.planner.instance import Instance, build, capacity, mirror
 from mipipe.planner.lower import lower
 from mipipe.planner.plan import Placement, Plan, Schedule
 from mipipe.planner.problem import PlanningProblem
@@ -45,10 +44,12 @@ class Candidate:
     halved: bool
     instance: Instance
     search: search.Search | None = None
+    helpers: list[search.Search] = field(default_factory=list)
     best: Judged | None = None
     rung: str = ""
     seconds: float = 0.0
     seen_ns: int = 1 << 62
+    reserved: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -91,19 +92,29 @@ def judge(stage_view: StageView, schedule: Schedule, *, saved_fit: bool = False)
     return Judged(schedule, evaluation.makespan_ns, excess)
 
 
+def in_flight(stage_view: StageView) -> np.ndarray:
+    """Bytes per rank that values in flight usually take: two arriving (one waits while the next is received), one leaving.
+
+    Fewer and the schedules found overfill a rank by a value or two; more wastes memory that activations could use.
+    """
+    arriving = np.zeros(stage_view.problem.num_ranks, dtype=np.int64)
+    leaving = arriving.copy()
+    for edge in stage_view.edges:
+        for m in range(stage_view.problem.num_microbatches):
+            source, target = stage_view.rank(edge.source, m), stage_view.rank(edge.target, m)
+            if source == target:
+                continue
+            back = edge.grad_bytes[m] if edge.grad_bytes is not None else 0
+            arriving[target] = max(arriving[target], edge.num_bytes[m])
+            arriving[source] = max(arriving[source], back)
+            leaving[source] = max(leaving[source], edge.num_bytes[m])
+            leaving[target] = max(leaving[target], back)
+    return 2 * arriving + leaving
+
+
 def _carries_bytes(stage_view: StageView) -> bool:
     """Whether values in flight take memory; if none does, the search's own memory rule is exact."""
     return any(max(edge.num_bytes, default=0) or max(edge.grad_bytes or (0,)) for edge in stage_view.edges)
-
-
-def offer(found: Candidate, orders: Orders, rung: str) -> bool:
-    """Judge orders; whether they became the candidate's incumbent."""
-    try:
-        judged = judge(found.view, expand(found.instance, orders.lists()), saved_fit=True)
-    except PlanError as error:
-        found.notes.append(str(error))
-        return False
-    return offer_judged(found, judged, rung)
 
 
 def offer_judged(found: Candidate, judged: Judged, rung: str) -> bool:

@@ -68,7 +68,8 @@ def why_infeasible(problem: PlanningProblem, name: str) -> str:
     for placement in all_placements(problem, name):
         lack = shortage(problem, placement)
         if lack is None:
-            return f"placement {placement.name} fits one microbatch at a time, yet no order was found; report this"
+            return (f"at placement {placement.name} the saved tensors of one microbatch fit, but not with the values in"
+                    " flight beside them; give the devices more memory, or cut the model elsewhere")
         found.append(lack)
     if not found:
         return (f"placement {name!r} does not exist for {problem.num_ranks} ranks and {len(problem.groups)} groups;"

@@ -63,11 +63,11 @@ RULES = (Rule(), Rule(weight=60.0), Rule(forward=1e3, weight=4.0), Rule(forward=
 
 def sample(rng: np.random.Generator, ranks: int) -> Rule:
     """A random rule around those that published schedules follow."""
-    return Rule(forward=float(rng.choice([rng.uniform(-2, 20), 50.0, 1e3])),
+    return Rule(forward=float(rng.choice(np.array([rng.uniform(-2, 20), 50.0, 1e3]))),
                 weight=float(rng.choice([rng.uniform(0, 30), 1e4])),
                 pace=float(rng.choice([0.0, rng.uniform(0, 2)])), depth=float(rng.choice([1e-3, 0.05, -1e-3])),
                 noise=float(rng.choice([0.0, rng.uniform(0, 2)])), delay=float(rng.choice([0.0, rng.uniform(0, 0.5)])),
-                limit=int(rng.choice([1 << 30, rng.integers(max(1, ranks // 4), 2 * ranks + 2)])))
+                limit=int(rng.integers(max(1, ranks // 4), 2 * ranks + 2)) if rng.random() < 0.5 else 1 << 30)
 
 
 def admission(instance: Instance) -> np.ndarray:

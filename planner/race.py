@@ -12,14 +12,22 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from mipipe.planner import search
-from mipipe.planner.candidate import Candidate, first_orders, offer
+import numpy as np
+
+from mipipe.planner import kernels, search
+from mipipe.planner.candidate import Candidate, Judged, first_orders, in_flight, judge, offer_judged
+from mipipe.planner.greedy import Orders, to_array
+from mipipe.planner.instance import expand, orders_from
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problem import PlanningProblem
 
 FINALISTS = 2
 """Placements that share the time after the elimination rounds. With 8 ranks the winner of a 60 s race was among the
 first two after 1 s each in all cases tried."""
+
+
+LAST = 0.5
+"""Share of the time limit after which only the best placement is searched, by all threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +50,6 @@ class Progress:
     bound_ns: int | None
     placement: str = ""
     rung: str = ""
-
-
-class TimeUp(Exception):
-    """The time limit of a solve has passed; internal."""
 
 
 @dataclass(slots=True)
@@ -104,15 +108,40 @@ class Run:
         return True
 
 
+RESERVES = 8
+"""How often a candidate's memory is cut by what values in flight took too much, before it is given up."""
+
+
 def seed_search(run: Run, found: Candidate, *, compiled: bool = True) -> bool:
-    """Give a candidate its list schedule; False where even one microbatch at a time does not fit."""
-    orders = first_orders(found, compiled=compiled, seed=run.options.seed)
-    if orders is None:
-        return False
-    offer(found, orders, "list")
-    found.search = search.start(found.instance, orders, run.options.seed + 1, found.bound.ns)
-    run.note(found, "list scheduling")
-    return True
+    """Give a candidate its list schedule; False where no order fits its memory.
+
+    Lists do not see values in flight. Where these overfill a rank, the list is made again with that much less memory.
+    """
+    usual = in_flight(found.view)
+    found.instance.cap[:] -= usual
+    for turn in range(RESERVES):
+        orders = first_orders(found, compiled=compiled, seed=run.options.seed)
+        if orders is None and turn == 0 and usual.any():
+            found.instance.cap[:] += usual
+            continue
+        if orders is None:
+            return False
+        judged = judge(found.view, expand(found.instance, orders.lists()), saved_fit=True)
+        if judged.fits:
+            offer_judged(found, judged, "list")
+            found.search = search.start(found.instance, orders, run.options.seed + 1, found.bound.ns)
+            run.note(found, "list scheduling")
+            return True
+        reserve(found, judged)
+    return False
+
+
+def reserve(found: Candidate, judged: Judged) -> None:
+    """Take what a schedule lacked from the memory the search may use."""
+    excess = np.array(judged.excess_bytes)
+    if found.halved:
+        excess = np.maximum(excess, excess[::-1])
+    found.instance.cap[:] -= excess
 
 
 def race(run: Run, candidates: Sequence[Candidate], until: Callable[[], float]) -> None:
@@ -125,7 +154,7 @@ def race(run: Run, candidates: Sequence[Candidate], until: Callable[[], float]) 
                 live = [found for found in live if found.bound.ns < run.makespan_ns and not found.closed]
                 _round(run, pool, live, slice_s, until)
                 live.sort(key=lambda found: found.makespan_ns)
-                live = live[:max(FINALISTS, (len(live) + 1) // 2)]
+                live = live[:max(1 if run.seconds > LAST * run.options.time_limit_s else FINALISTS, (len(live) + 1) // 2)]
                 slice_s = min(5.0, slice_s * 1.7)
         finally:
             run.stopped = True
@@ -135,27 +164,64 @@ def race(run: Run, candidates: Sequence[Candidate], until: Callable[[], float]) 
 def _round(run: Run, pool: ThreadPoolExecutor, live: Sequence[Candidate], slice_s: float,
            until: Callable[[], float]) -> None:
     """Advance every live candidate by a slice, as many at once as there are threads."""
-    waiting = list(live)
-    busy: dict[Future[bool], Candidate] = {}
+    waiting = [(found, found.search) for found in live]
+    for found in live if len(live) < run.options.threads else ():
+        waiting += [(found, other) for other in _helpers(run, found, run.options.threads // len(live) - 1)]
+    busy: dict[Future[bool], tuple[Candidate, search.Search]] = {}
     while waiting or busy:
         while waiting and len(busy) < run.options.threads and until() > 0 and not run.closed:
-            found = waiting.pop(0)
-            assert found.search is not None
+            found, worker = waiting.pop(0)
+            assert worker is not None
             seconds = min(slice_s, max(0.05, until()))
-            busy[pool.submit(search.advance, found.search, seconds, lambda: run.stopped)] = found
+            busy[pool.submit(search.advance, worker, seconds, lambda: run.stopped)] = (found, worker)
         if not busy:
             return
         done, _ = wait(busy, timeout=0.2, return_when=FIRST_COMPLETED)
         for future in done:
-            found = busy.pop(future)
+            found, worker = busy.pop(future)
             future.result()
-            _harvest(run, found)
+            _harvest(run, found, worker)
 
 
-def _harvest(run: Run, found: Candidate) -> None:
-    """Judge what a search found since the last time."""
+def _helpers(run: Run, found: Candidate, count: int) -> list[search.Search]:
+    """Further searches at one placement with other seeds, for threads that would idle."""
     assert found.search is not None
-    if found.search.best.makespan_ns < found.seen_ns:
-        found.seen_ns = found.search.best.makespan_ns
-        offer(found, found.search.best, "search")
+    while len(found.helpers) < count:
+        found.helpers.append(search.start(found.instance, found.search.best, run.options.seed + 1009 * (len(found.helpers) + 1),
+                                          found.bound.ns))
+    best = min([found.search, *found.helpers], key=lambda worker: worker.best.makespan_ns).best
+    for worker in (found.search, *found.helpers):
+        worker.best = best
+    return found.helpers[:count]
+
+
+def _harvest(run: Run, found: Candidate, worker: search.Search) -> None:
+    """Judge what a search found since the last time; where values in flight overfill a rank, search with less memory."""
+    if worker.best.makespan_ns >= found.seen_ns:
+        return
+    found.seen_ns = worker.best.makespan_ns
+    judged = judge(found.view, expand(found.instance, worker.best.lists()), saved_fit=True)
+    if judged.fits:
+        offer_judged(found, judged, "search")
         run.note(found, "search")
+    elif found.reserved < RESERVES:
+        found.reserved += 1
+        reserve(found, judged)
+        found.seen_ns = found.makespan_ns
+        found.helpers.clear()
+        orders = _known(found) or first_orders(found, compiled=True, seed=run.options.seed + found.reserved)
+        if orders is not None:
+            found.search = search.start(found.instance, orders, run.options.seed + found.reserved, found.bound.ns)
+
+
+def _known(found: Candidate) -> Orders | None:
+    """The candidate's best schedule as orders, if it is within the reduced memory."""
+    if found.best is None or found.halved:
+        return None
+    seq, instance = to_array(orders_from(found.instance, found.best.schedule)), found.instance
+    length = instance.lengths()
+    for k in range(instance.num_machines):
+        cap = instance.cap[instance.rank[seq[k, 0]]]
+        if not kernels.memory_fits(seq, k, 0, length[k] - 1, 0, instance.alloc, instance.free, instance.work, cap):
+            return None
+    return Orders(seq, length, found.makespan_ns)

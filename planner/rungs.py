@@ -38,6 +38,7 @@ def adopt(run: Run, found: Candidate, schedule: Schedule, rung: str) -> bool:
         run.note(found, rung)
         if found.search is not None and not found.halved:
             seq = to_array(orders_from(found.instance, schedule))
+            found.helpers.clear()
             found.search = search.start(found.instance, Orders(seq, found.instance.lengths(), found.makespan_ns),
                                         run.options.seed + 17, found.bound.ns)
     return kept

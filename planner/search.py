@@ -57,7 +57,7 @@ class Search:
 def start(instance: Instance, orders: Orders, seed: int, target_ns: int = 0) -> Search:
     """A search that begins at ``orders``."""
     size = max(1, int(instance.size))
-    return Search(instance, seed, orders, target_ns, length=max(2_000, min(200_000, 250 * size)))
+    return Search(instance, seed, orders, target_ns, length=max(2_000, min(100_000, 50 * size)))
 
 
 def advance(search: Search, seconds: float, stop: Callable[[], bool] = lambda: False) -> bool:
@@ -100,12 +100,12 @@ def _begin_round(search: Search) -> None:
     fresh = greedy.best_of(search.instance, 100, rng) if search.rounds % 3 == 2 else None
     search.current = (search.best if fresh is None else fresh.orders).seq.copy()
     if search.rounds == 0:
-        search.hot = 2.0 if search.instance.size < LARGE else 0.3
+        search.hot = 0.5 if search.instance.size < LARGE else 0.3
     else:
-        search.hot = float(rng.choice([2.0, 1.0, 0.5, 0.2]))
+        search.hot = float(rng.choice([2.0, 1.0, 0.5] if search.instance.size < LARGE else [1.0, 0.5, 0.2]))
     search.tilt = TILTS[search.rounds % len(TILTS)]
     search.wild = float(rng.choice([0.1, 0.2, 0.5]))
     search.round_length = search.length
-    search.length = min(int(search.length * 1.6), 20_000_000)
+    search.length = min(search.length * 2, 20_000_000)
     search.rounds += 1
     search.done = 0
