@@ -109,9 +109,9 @@ def job_shop(view: StageView, actions: Iterable[Action] | None = None, *, fifo: 
     jobs = Jobs(compiled, compiled.durations, machine, arcs, [m[0] for m in memory], [m[1] for m in memory],
                 [view.workspace[action.stage] for action in compiled.actions], capacity(view))
     if fifo and all(action.partner is None for action in compiled.actions):
-        lines = _lines(jobs)
-        arcs += [(first, second, 0) for line in lines.values() for first, second in pairwise(line)]
-        arcs += _memory_arcs(jobs, lines)
+        found = lines(jobs)
+        arcs += [(first, second, 0) for line in found.values() for first, second in pairwise(line)]
+        arcs += _memory_arcs(jobs, found)
     return jobs
 
 
@@ -150,15 +150,15 @@ def classes(view: StageView) -> list[int]:
     return result
 
 
-def _lines(jobs: Jobs) -> dict[tuple[int, ActionKind, int], list[int]]:
+def lines(jobs: Jobs) -> dict[tuple[int, ActionKind, int], list[int]]:
     """Jobs of the same (stage, kind, class) in microbatch order."""
     class_of = classes(jobs.view)
-    lines: dict[tuple[int, ActionKind, int], list[int]] = defaultdict(list)
+    found: dict[tuple[int, ActionKind, int], list[int]] = defaultdict(list)
     actions = jobs.compiled.actions
     for job in sorted(range(jobs.count), key=lambda job: actions[job].microbatch):
         action = actions[job]
-        lines[action.stage, action.kind, class_of[action.microbatch]].append(job)
-    return dict(lines)
+        found[action.stage, action.kind, class_of[action.microbatch]].append(job)
+    return dict(found)
 
 
 def _memory_arcs(jobs: Jobs, lines: dict[tuple[int, ActionKind, int], list[int]]) -> list[tuple[int, int, int]]:
