@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from mipipe.graphs.errors import ProblemError
 from mipipe.planner.actions import ActionKind
-from mipipe.planner.schedules.list_order import Rule, Shop, best_order
+from mipipe.planner.schedules.list_order import Shop, best_order
 from mipipe.planner.schedules.pattern import Pattern, Times
 
 
@@ -34,6 +34,6 @@ def chimera(ranks: int, microbatches: int, times: Times | None = None) -> Patter
     def backward_first(kind: ActionKind, stage: int, microbatch: int) -> tuple:
         return kind is ActionKind.F, microbatch // ranks, microbatch % half, -stage
 
-    orders = best_order(shop, [Rule(in_units), Rule(backward_first)])
+    orders = best_order(shop, [in_units, backward_first])
     return Pattern(tuple((stage, ranks - 1 - stage) for stage in range(ranks)), routes, tuple(map(tuple, orders)),
                    "two-way")

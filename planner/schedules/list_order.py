@@ -1,7 +1,6 @@
 """Orders by list scheduling: a clock runs over the stages, and every rank that is free takes its most urgent action.
 
-This is how the automatic schedules of the zero-bubble papers are made: they look at the durations of F, I and W, at the
-memory limit, and keep the best of a few rules. Activations are counted in stages, from the start of F to the end of W.
+Activations are counted in stages, from the start of F to the end of W, and capped.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from mipipe.planner.schedules.pattern import Times
 class Shop:
     """What is scheduled: ``rank_of(stage, microbatch)``, durations of a stage, and the cap of activations per rank.
 
-    ``fused``: I and W are one action B. ``reserve[stage]`` activations must stay free when that stage starts.
-    ``entries``: per direction its microbatches, which enter stage 0 in this order.
+    ``fused``: I and W are one action B. ``entries``: per direction its microbatches, which enter stage 0 in this order.
     """
 
     num_ranks: int
@@ -31,23 +29,10 @@ class Shop:
     cap: int
     entries: tuple[Sequence[int], ...]
     fused: bool = False
-    reserve: dict[int, int] = field(default_factory=dict)
 
 
 Urgency = Callable[[ActionKind, int, int], tuple]
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """How a free rank chooses: smaller ``urgency(kind, stage, microbatch)`` first; W only fills what would be idle.
-
-    ``patience``: wait for a more urgent action that arrives within this part of the chosen one's duration.
-    ``alternate``: prefer F after a gradient and a gradient after F, as 1F1B does.
-    """
-
-    urgency: Urgency
-    patience: float = 0.0
-    alternate: bool = False
+"""Of (kind, stage, microbatch): smaller runs first. Weight gradients only fill what would stay idle."""
 
 
 @dataclass(slots=True)
@@ -55,19 +40,18 @@ class _Rank:
     free_ns: int = 0
     held: int = 0
     order: list[Action] = field(default_factory=list)
-    last: ActionKind | None = None
     arrived: list[tuple[int, tuple, ActionKind, int, int]] = field(default_factory=list)
     put_off: list[tuple[int, int]] = field(default_factory=list)
 
 
-def list_order(shop: Shop, rule: Rule) -> tuple[int, list[list[Action]]] | None:
+def list_order(shop: Shop, urgency: Urgency) -> tuple[int, list[list[Action]]] | None:
     """(makespan, order per rank); None where the rule runs into its memory limit for good."""
     ranks = [_Rank() for _ in range(shop.num_ranks)]
     events: list[tuple[int, int]] = []
 
     def offer(kind: ActionKind, stage: int, microbatch: int, time_ns: int) -> None:
         rank = shop.rank_of(stage, microbatch)
-        ranks[rank].arrived.append((time_ns, rule.urgency(kind, stage, microbatch), kind, stage, microbatch))
+        ranks[rank].arrived.append((time_ns, urgency(kind, stage, microbatch), kind, stage, microbatch))
         heapq.heappush(events, (time_ns, rank))
 
     next_entry: dict[int, int] = {}
@@ -81,7 +65,7 @@ def list_order(shop: Shop, rule: Rule) -> tuple[int, list[list[Action]]] | None:
         rank = ranks[number]
         if rank.free_ns > now:
             continue
-        choice = _choose(shop, rule, rank, now)
+        choice = _choose(shop, rank, now)
         if choice is None:
             continue
         kind, stage, microbatch = choice
@@ -112,21 +96,14 @@ def _duration(shop: Shop, kind: ActionKind) -> int:
     return {ActionKind.F: times.f, ActionKind.I: times.i, ActionKind.W: times.w}.get(kind, times.i + times.w)
 
 
-def _choose(shop: Shop, rule: Rule, rank: _Rank, now: int) -> tuple[ActionKind, int, int] | None:
-    """The action a free rank starts now, taken off its lists; None to wait for what comes next."""
-    def urgency(entry: tuple) -> tuple:
-        return (rule.alternate and (entry[2] is ActionKind.F) is (rank.last is ActionKind.F), *entry[1])
-
-    fits = [entry for entry in rank.arrived if entry[2] is not ActionKind.F
-            or rank.held + 1 + shop.reserve.get(entry[3], 0) <= shop.cap]
-    best = min((entry for entry in fits if entry[0] <= now), key=urgency, default=None)
-    soon = now + rule.patience * _duration(shop, ActionKind.W if best is None else best[2])
-    if any(now < entry[0] <= soon and (best is None or urgency(entry) < urgency(best)) for entry in fits):
-        return None
-    if best is not None:
+def _choose(shop: Shop, rank: _Rank, now: int) -> tuple[ActionKind, int, int] | None:
+    """The most urgent action that may start now, taken off the rank's lists."""
+    fits = [entry for entry in rank.arrived if entry[0] <= now
+            and (entry[2] is not ActionKind.F or rank.held < shop.cap)]
+    if fits:
+        best = min(fits, key=lambda entry: entry[1])
         rank.arrived.remove(best)
         _, _, kind, stage, microbatch = best
-        rank.last = kind
         if kind is ActionKind.F:
             rank.held += 1
         elif kind is ActionKind.I:
@@ -176,9 +153,21 @@ def _source(shop: Shop, action: Action) -> tuple[ActionKind, int, int] | None:
     return (_gradient(shop), stage + 1, microbatch)
 
 
-def best_order(shop: Shop, rules: Sequence[Rule], given: Sequence[list[list[Action]]] = ()) -> list[list[Action]]:
+def best_order(shop: Shop, rules: Sequence[Urgency] = (),
+               given: Sequence[Sequence[Sequence[Action]]] = ()) -> list[list[Action]]:
     """The orders with the smallest makespan among the rules' and the given ones (the first of equals)."""
-    found = [(order_time(shop, orders), orders) for orders in given]
+    found = [(order_time(shop, orders), [list(order) for order in orders]) for orders in given]
     found += [result for result in (list_order(shop, rule) for rule in rules) if result is not None]
     assert found, "no rule fits the memory limit"
     return min(found, key=lambda result: result[0])[1]
+
+
+def activations_held(orders: Sequence[Sequence[Action]]) -> int:
+    """Largest number of activations that a rank holds under orders of F, I and W."""
+    most = 0
+    for order in orders:
+        held = 0
+        for action in order:
+            held += (action.kind is ActionKind.F) - (action.kind is ActionKind.W)
+            most = max(most, held)
+    return most

@@ -188,6 +188,13 @@ def test_zero_bubbles(ranks):
     assert bubble(BY_NAME["ZB-V"].plan(problem)) == (ranks - 1) / 2
 
 
+def test_zb_v_of_the_issue():
+    """P = 8, M = 20, F, I, W = 10, 12, 8, transfers of 1, eight activations: the best published order known takes 675."""
+    problem = uniform_problem(ranks=8, microbatches=20, f=10, i=12, w=8, comm=1)
+    plan = BY_NAME["ZB-V"].plan(problem)
+    assert peak(plan) == 8 and in_units(problem, plan.makespan_ns) <= 675
+
+
 @pytest.mark.parametrize("ranks", [4, 8])
 def test_v_schedules_trade_memory_for_time(ranks):
     """V-Half and V-Min hold about a half and a third of 1F1B's activations; V-Half is still faster than 1F1B."""
