@@ -1,0 +1,68 @@
+"""Contracting a placement instance: which classes must share a device, and the smaller instance that follows.
+
+With a target T for the largest load, ``K * T`` less the compute the accelerators must do is all that transfers may cost
+in sum. A value cut between two accelerators costs twice its cost, cut towards a CPU core once; so a value above that
+budget is never cut, and its source and readers are one. On operator graphs this merges most classes, which is what
+makes the MIP provable.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from mipipe.planner.place_instance import PlaceInstance
+
+
+def merge_above(instance: PlaceInstance, threshold: float) -> tuple[PlaceInstance, np.ndarray]:
+    """The instance with all values above ``threshold`` uncut, and the new class of every old one [class]."""
+    parent = np.arange(instance.num_classes)
+
+    def find(c: int) -> int:
+        while parent[c] != c:
+            parent[c] = parent[parent[c]]
+            c = int(parent[c])
+        return c
+
+    for v in np.flatnonzero(instance.value_cost > threshold):
+        for reader in instance.readers[instance.reader_start[v]:instance.reader_start[v + 1]]:
+            parent[find(int(reader))] = find(int(instance.value_source[v]))
+    roots = np.array([find(c) for c in range(instance.num_classes)])
+    _, merged = np.unique(roots, return_inverse=True)
+    return _merged(instance, merged), merged
+
+
+def _merged(instance: PlaceInstance, merged: np.ndarray) -> PlaceInstance:
+    count = int(merged.max()) + 1
+    values: dict[tuple[int, tuple[int, ...]], float] = {}
+    for v, source in enumerate(merged[instance.value_source]):
+        reading = merged[instance.readers[instance.reader_start[v]:instance.reader_start[v + 1]]]
+        readers = tuple(sorted(set(reading.tolist()) - {int(source)}))
+        if readers:
+            values[int(source), readers] = values.get((int(source), readers), 0.0) + float(instance.value_cost[v])
+    supported = np.ones(count, dtype=bool)
+    np.logical_and.at(supported, merged, instance.supported)
+    return replace(
+        instance, node_class=merged[instance.node_class], acc=np.bincount(merged, instance.acc, count),
+        cpu=np.bincount(merged, instance.cpu, count), size=np.bincount(merged, instance.size, count),
+        supported=supported, value_source=np.array([source for source, _ in values], dtype=np.int64),
+        value_cost=np.array(list(values.values())),
+        reader_start=np.cumsum([0, *(len(readers) for _, readers in values)]).astype(np.int64),
+        readers=np.array([reader for _, readers in values for reader in readers], dtype=np.int64))
+
+
+def transfer_budget(instance: PlaceInstance, target: float) -> float:
+    """Upper limit of what all transfers cost together in any assignment with loads of at most ``target``.
+
+    ``K * T`` minus the accelerators' compute, of which the cores take as much as fits their time (fractionally).
+    """
+    taken, room = 0.0, instance.num_cpus * target
+    ratio = np.where(instance.cpu > 0, instance.acc / np.maximum(instance.cpu, 1e-300), np.inf)
+    for c in np.argsort(-ratio):
+        share = 1.0 if instance.cpu[c] <= room else room / instance.cpu[c]
+        taken += share * instance.acc[c]
+        room -= share * instance.cpu[c]
+        if share < 1.0:
+            break
+    return instance.num_accelerators * target - (float(instance.acc.sum()) - taken)
