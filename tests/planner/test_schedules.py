@@ -189,7 +189,7 @@ def test_zero_bubbles(ranks):
 
 
 def test_zb_v_of_the_issue():
-    """P = 8, M = 20, F, I, W = 10, 12, 8, transfers of 1, eight activations: the best published order known takes 675."""
+    """P = 8, M = 20, F, I, W = 10, 12, 8, transfers of 1, eight activations: the best published order takes 675."""
     problem = uniform_problem(ranks=8, microbatches=20, f=10, i=12, w=8, comm=1)
     plan = BY_NAME["ZB-V"].plan(problem)
     assert peak(plan) == 8 and in_units(problem, plan.makespan_ns) <= 675
