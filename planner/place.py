@@ -186,15 +186,17 @@ class _Throughput:
         for number, threshold in enumerate((np.inf, mean / 2, mean / 4, mean / 8, mean / 6, mean / 5)):
             for hot in (0.1, 0.02, 0.004):
                 if self.left > 0.85 * self.time_limit_s:
-                    self._anneal(threshold, hot, 100_000, number)
+                    self._anneal(threshold, hot, 500, number)
         spent = 0
         while self.left > 0.75 * self.time_limit_s and spent < 12:
             budget = transfer_budget(self.instance, self.value)
-            self._anneal(budget / 2, (0.02, 0.004)[spent % 2], 300_000, 100 + spent)
+            self._anneal(budget / 2, (0.02, 0.004)[spent % 2], 2000, 100 + spent)
             spent += 1
 
-    def _anneal(self, threshold: float, hot: float, steps: int, number: int) -> None:
+    def _anneal(self, threshold: float, hot: float, effort: int, number: int) -> None:
+        """One annealing run of ``effort`` steps per class, from a packed start at the given contraction."""
         small, merged = merge_above(self.instance, threshold)
+        steps = effort * self.instance.num_classes
         start = pack_first(small)
         if start is None or (self.contiguous and not self._contiguous(small, start)):
             start = np.full(small.num_classes, small.num_accelerators if small.num_cpus else 0, dtype=np.int64)
