@@ -106,7 +106,11 @@ def start_processes(world: int, device: torch.device, timeout_s: float) -> None:
     if device.type == "cpu":
         torch.set_num_threads(1)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        # torchrun keeps one store over restarts: without a prefix, ranks would find the addresses of those that died.
+        attempt = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=attempt, rank=rank, world_size=size,
+                                timeout=timedelta(seconds=timeout_s))
 
 
 class ProgressBar:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,3 +149,47 @@ class Lora(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.base(x) + self.b(self.a(x))
+
+
+def byte_model() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A factory for captures by name: the skip model over bytes, with a mean loss."""
+    class Mean(SkipTiedTwo):
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": super().forward(input_ids, labels)["loss"] / input_ids.numel()}
+
+    return Mean(vocab=256, width=16, layers=4), token_batch(ROWS_OF_BYTES, 16, 256)
+
+
+ROWS_OF_BYTES = 2
+
+
+class KillOnce:
+    """A loader whose batch kills one rank, once, if the file says so: ``rank step`` (used by the restart tests)."""
+
+    def __init__(self, graph: Any, rows: int, seed: int, order: str, delay: float = 0.0) -> None:
+        from mipipe.runtime.data import TextBytes, stdlib_text
+        self._text = TextBytes(stdlib_text(100_000), rows, graph, seed)
+        self._order, self._delay = Path(order), delay
+        self._taken = 0
+
+    def skip(self, count: int) -> None:
+        self._taken = count
+        self._text.skip(count)
+
+    def __iter__(self) -> Any:
+        for batch in self._text:
+            self._taken += 1
+            if self._delay:
+                time.sleep(self._delay)
+            self._obey()
+            yield batch
+
+    def _obey(self) -> None:
+        orders = self._order.read_text().split("\n") if self._order.exists() else []
+        for line in filter(None, orders):
+            rank, step, what = line.split()
+            if int(os.environ["RANK"]) == int(rank) and self._taken == int(step):
+                self._order.write_text("\n".join(item for item in orders if item != line))
+                if what == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise ValueError("a loader that fails")
