@@ -49,7 +49,7 @@ def draw(timeline: Timeline, width: int, until_ns: int | None = None) -> Text:
     makespan = max(timeline.makespan_ns, 1)
     stages = stages_by_rank(timeline)
     for stream in (Stream.COMPUTE, Stream.COLLECTIVE):
-        if stream is Stream.COLLECTIVE and not _used(timeline, stream):
+        if stream is Stream.COLLECTIVE and not _visible(timeline, stream, until / columns):
             continue
         if stream is Stream.COLLECTIVE:
             text.append("communication stream\n", "dim")
@@ -64,8 +64,9 @@ def draw(timeline: Timeline, width: int, until_ns: int | None = None) -> Text:
     return text
 
 
-def _used(timeline: Timeline, stream: Stream) -> bool:
-    return any(span.stream is stream and span.end_ns > span.start_ns for span in timeline.spans)
+def _visible(timeline: Timeline, stream: Stream, column_ns: float) -> bool:
+    """Whether anything on the stream takes half a column or more."""
+    return any(span.stream is stream and 2 * (span.end_ns - span.start_ns) >= column_ns for span in timeline.spans)
 
 
 def stages_by_rank(timeline: Timeline) -> list[list[int]]:

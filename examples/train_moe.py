@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, CLUSTER, CONFIG = "examples/qwen3_moe_tiny", "examples/cluster_4cpu.yaml", "examples/train_moe.yaml"
-WORKERS, MICROBATCHES, SEQ, BATCH = 4, 8, 64, 4
+WORKERS, MICROBATCHES, SEQ, BATCH = 4, 8, 64, 2
 SCHEDULES = "gpipe,1f1b,zb-h1,zb-v,dualpipe,mipipe"
 
 
@@ -103,14 +103,15 @@ def train_alone(steps: int) -> list[float]:
     batches = make_batches(config.data, graph, BATCH * MICROBATCHES, config.seed)
     losses = []
     for _ in range(steps):
-        batch = next(batches)
-        parts = [model(input_ids=tokens, labels=tokens, use_cache=False).loss / MICROBATCHES
-                 for tokens in batch["input_ids"].chunk(MICROBATCHES)]
-        torch.stack(parts).sum().backward()
+        total = 0.0
+        for tokens in next(batches)["input_ids"].chunk(MICROBATCHES):
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss / MICROBATCHES
+            loss.backward()
+            total += loss.item()
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        losses.append(sum(part.item() for part in parts))
+        losses.append(total)
     return losses
 
 
