@@ -1,6 +1,6 @@
 """Train small digit readers on different tasks from one base, merge them with every method, and measure what is left.
 
-    python examples/merge_models.py            # a few minutes on two cores, no downloads
+    python examples/merge_models.py            # some minutes, no downloads
     python examples/merge_models.py --quick    # fewer methods and settings, about half a minute
 
 The data are scikit-learn's 8 x 8 digits. One base learns upright digits (and a little of everything); five experts
@@ -20,7 +20,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +163,6 @@ class Entry:
     pair: bool = False
     routed: bool = False
     label: str = ""
-    fixed: dict[str, Any] = field(default_factory=dict)
 
 
 def grid(**choices: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:
@@ -192,10 +191,10 @@ ENTRIES = (
     Entry("varm"),
     Entry("frank"),
     Entry("widen", grid(above_average_ratio=(0.5, 1.0), calibrated_score=(0.2, 0.5))),
-    Entry("lore", grid(mu=(0.01, 0.1), lambda_=(1.0, 2.0), combine=("mean", "ties"))),
+    Entry("lore", grid(mu=(0.1,), lambda_=(1.0, 1.5), combine=("ties",), iterations=(5,))),
     Entry("tsvm", grid(lambda_=(0.5, 0.8, 1.0, 1.2))),
     Entry("rtsvm", grid(lambda_=(0.5, 0.8, 1.0, 1.2))),
-    Entry("optmerge", grid(lambda_=(0.3, 0.5, 0.7, 1.0))),
+    Entry("optmerge", grid(lambda_=(0.05, 0.1, 0.2, 0.3, 1.0))),
     Entry("doge", grid(eta=(0.07, 0.5, 1.0), density=(0.3, 0.5))),
     Entry("twin", grid(shared_scale=(0.2, 0.3, 0.4), density=(0.1, 0.2)), label="twin, no router"),
     Entry("passthrough", label="first expert alone"),

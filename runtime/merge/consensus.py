@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mipipe.runtime.merge.arithmetic import add_deltas
 from mipipe.runtime.merge.method import Round, Scope, Tile
-from mipipe.runtime.merge.quantile import magnitude_keys
 from mipipe.runtime.merge.sparsify import Cutoffs, threshold_rounds
 from mipipe.runtime.merge.task_vectors import agreeing, elected_signs
 
@@ -48,7 +47,7 @@ def _sce_counts(_entries: list[int], nonzero: list[int], *, select_topk: float, 
 
 
 def _selected(tile: Tile, deltas: Sequence[Tensor], cutoffs: Cutoffs | None) -> Tensor | None:
-    return None if cutoffs is None else cutoffs[0][0].mask(magnitude_keys(_variance_of(deltas)))
+    return None if cutoffs is None else cutoffs[0][0].mask(_variance_of(deltas))
 
 
 def _measure_energy(tile: Tile, cutoffs: Cutoffs | None, **_params: Any) -> Tensor:

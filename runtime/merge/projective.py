@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mipipe.runtime.merge.arithmetic import mean_from
 from mipipe.runtime.merge.method import Round, Scope, Tile
-from mipipe.runtime.merge.quantile import magnitude_keys
 from mipipe.runtime.merge.sparsify import Cutoffs, threshold_rounds
 from mipipe.runtime.merge.spectral import svd
 
@@ -193,5 +192,5 @@ def doge(tile: Tile, cutoffs: Cutoffs, *, eta: float, divisor: int, learning_rat
     shift = doge_shift(deltas, lambdas, subspace, learning_rate, steps, reproject)
     merged = tile.origin.clone()
     for weight, delta, selection in zip(lambdas, deltas, cutoffs, strict=True):
-        merged.add_(selection[0].mask(magnitude_keys(delta)) * (delta + shift), alpha=weight)
+        merged.add_(selection[0].mask(delta) * (delta + shift), alpha=weight)
     return merged

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,8 +31,15 @@ def count_high(keys: Tensor) -> Tensor:
 
 def count_low(keys: Tensor, high: int) -> Tensor:
     """Counts of the lower halves of the patterns whose upper half is ``high``, ``[2**16]``; none for ``high < 0``."""
-    inside = keys[(keys >> LOW_BITS) == high]
-    return torch.bincount((inside & (NUM_LOW - 1)).flatten(), minlength=NUM_LOW)
+    inside = keys.flatten()[where_equal(keys >> LOW_BITS, high)]
+    return torch.bincount(inside & (NUM_LOW - 1), minlength=NUM_LOW)
+
+
+def where_equal(values: Tensor, value: int) -> Tensor:
+    """Flat positions of the entries equal to ``value``. numpy's comparison is several times faster on a CPU."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(values.numpy() == value))
+    return (values.flatten() == value).nonzero().flatten()
 
 
 def find_bin(counts: Tensor, rank: int) -> tuple[int, int]:
@@ -49,7 +57,7 @@ def find_bin(counts: Tensor, rank: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """The pattern of the k-th largest value. ``quota`` entries equal to it belong to the top k; the others do not.
+    """The pattern of the k-th largest magnitude. ``quota`` entries equal to it belong to the top k, the others do not.
 
     A quota of None keeps every entry equal to it (the k-th value rule).
     """
@@ -59,8 +67,13 @@ class Threshold:
 
     @classmethod
     def nothing(cls) -> Threshold:
-        """Selects no entry."""
-        return cls(2**31 - 1, 0)
+        """Selects no entry: the pattern of infinity, with no quota."""
+        return cls(0x7F800000, 0)
+
+    @property
+    def value(self) -> float:
+        """The magnitude itself."""
+        return float(torch.tensor(self.key, dtype=torch.int32).view(torch.float32))
 
 
 @dataclass(slots=True)
@@ -70,17 +83,21 @@ class TopK:
     threshold: Threshold
     used: int = field(default=0)
 
-    def mask(self, keys: Tensor) -> Tensor:
-        """True for the entries of the next tile that belong to the top k."""
+    def mask(self, values: Tensor) -> Tensor:
+        """1 for the entries of the next tile that belong to the top k, 0 for the others, in the values' dtype.
+
+        Made with floating arithmetic: torch's operations on truth values take several times longer on a CPU.
+        """
+        size = values.abs().to(torch.float32)
         if self.threshold.quota is None:
-            return keys >= self.threshold.key
-        chosen = keys > self.threshold.key
+            return size.neg_().add_(self.threshold.value).sign_().clamp_min_(0).neg_().add_(1).to(values.dtype)
+        chosen = (size - self.threshold.value).sign_().clamp_min_(0)
         left = self.threshold.quota - self.used
         if left > 0:
-            equal = (keys == self.threshold.key).flatten().nonzero().flatten()[:left]
+            equal = where_equal(magnitude_keys(values), self.threshold.key)[:left]
             self.used += len(equal)
-            chosen.view(-1)[equal] = True
-        return chosen
+            chosen.view(-1)[equal] = 1.0
+        return chosen.to(values.dtype)
 
 
 def top_k_mask(values: Tensor, count: int) -> Tensor:
@@ -90,4 +107,4 @@ def top_k_mask(values: Tensor, count: int) -> Tensor:
     if high < 0:
         return torch.zeros_like(keys, dtype=torch.bool)
     low, quota = find_bin(count_low(keys, high), rank)
-    return TopK(Threshold((high << LOW_BITS) | low, quota)).mask(keys)
+    return TopK(Threshold((high << LOW_BITS) | low, quota)).mask(values.contiguous()).bool()

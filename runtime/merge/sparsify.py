@@ -87,7 +87,7 @@ def trim(tile: Tile, cutoffs: Cutoffs | None) -> list[Tensor]:
     deltas = tile.deltas()
     if cutoffs is None:
         return deltas
-    return [delta.masked_fill_(~selection[0].mask(magnitude_keys(delta)), 0.0)
+    return [delta.mul_(selection[0].mask(delta))
             for delta, selection in zip(deltas, cutoffs, strict=True)]
 
 
@@ -98,8 +98,8 @@ def breadcrumbs_deltas(tile: Tile, cutoffs: Cutoffs) -> list[Tensor]:
     """
     result = []
     for delta, (outliers, large) in zip(tile.deltas(), cutoffs, strict=True):
-        keys = magnitude_keys(delta)
-        result.append(delta.masked_fill_(~large.mask(keys) | outliers.mask(keys), 0.0))
+        stay = large.mask(delta).sub_(outliers.mask(delta))
+        result.append(delta.mul_(stay))
     return result
 
 
@@ -114,8 +114,13 @@ def breadcrumbs_counts(entries: list[int], _nonzero: list[int], *, density: Sequ
 
 
 def dare_mask(tile: Tile, model: int, density: float) -> Tensor:
-    """True with probability ``density`` for each entry; the same in every execution."""
-    return tile.random(model) < density
+    """1 with probability ``density`` for each entry, else 0; the same in every execution."""
+    return positive(density - tile.random(model))
+
+
+def positive(values: Tensor) -> Tensor:
+    """1 where a value is above zero, else 0, in its dtype and in place: faster than comparing on a CPU."""
+    return values.sign_().clamp_min_(0)
 
 
 def dare_deltas(tile: Tile, density: Sequence[float], rescale: Sequence[float]) -> list[Tensor]:
@@ -123,7 +128,7 @@ def dare_deltas(tile: Tile, density: Sequence[float], rescale: Sequence[float]) 
     result = []
     for index, (delta, share, factor) in enumerate(zip(tile.deltas(), density, rescale, strict=True)):
         if share < 1.0:
-            delta = delta.masked_fill_(~dare_mask(tile, index, share), 0.0).mul_(factor)
+            delta = delta.mul_(dare_mask(tile, index, share)).mul_(factor)
         result.append(delta)
     return result
 
@@ -157,6 +162,6 @@ def della_deltas(tile: Tile, density: Sequence[float], epsilon: Sequence[float],
                                                  .expand_as(order))
         stay = share - spread / 2 + spread * (ranks.to(delta.dtype) + 0.5) / rows.shape[1]
         stay = stay.reshape(delta.shape)
-        chosen = tile.random(index) < stay
-        result.append(torch.where(chosen, delta / stay if rescale else delta, torch.zeros_like(delta)))
+        chosen = positive(stay - tile.random(index))
+        result.append((delta / stay if rescale else delta) * chosen)
     return result

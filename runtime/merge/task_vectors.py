@@ -29,6 +29,8 @@ def elected_signs(deltas: Sequence[Tensor], weight: Sequence[float], zero_sum: f
     total = torch.zeros_like(deltas[0])
     for share, delta in zip(weight, deltas, strict=True):
         total.add_(delta, alpha=share)
+    if zero_sum == 1.0:
+        return torch.copysign(torch.ones_like(total), total)  # the sum starts at +0, so it never is -0
     return torch.where(total == 0, zero_sum, total.sign())
 
 
@@ -41,18 +43,18 @@ def agreeing(deltas: Sequence[Tensor], weight: Sequence[float], signs: Tensor, c
     merged = torch.zeros_like(signs)
     total = torch.zeros_like(signs)
     for share, delta in zip(weight, deltas, strict=True):
-        weighted = delta * share
-        agree = weighted * signs > 0
+        agreed = (delta * share).mul_(signs).clamp_min_(0)  # the magnitude where the sign agrees, else 0
         if combine == "max":
-            merged = torch.maximum(merged, weighted.abs().mul_(agree))
+            merged = torch.maximum(merged, agreed)
         else:
-            merged.add_(weighted.mul_(agree))
-            total.add_(agree, alpha=share)
-    if combine == "max":
-        return merged * signs
-    if combine == "sum":
-        return merged
-    return torch.where(total.abs() < SMALL, 0.0, merged / total)
+            merged.add_(agreed)
+            if combine == "mean":
+                total.add_(agreed.sign_(), alpha=share)
+    if combine != "mean":
+        return merged.mul_(signs)
+    if min(weight) >= SMALL:  # where none agrees, 0 / SMALL
+        return merged.div_(total.clamp_min_(SMALL)).mul_(signs)
+    return torch.where(total.abs() < SMALL, 0.0, merged / total).mul_(signs)
 
 
 def vote(base: Tensor, deltas: Sequence[Tensor], weight: Sequence[float], lambda_: float, combine: str,
