@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mipipe.planner import bounds, greedy, search
+from mipipe.planner import bounds, greedy
 from mipipe.planner.evaluate import evaluate
 from mipipe.planner.greedy import Orders
 from mipipe.planner.instance import Instance, build, capacity, mirror
 from mipipe.planner.lower import lower
 from mipipe.planner.plan import Placement, Plan, Schedule
 from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.search import Search
 from mipipe.planner.simulate import execute
 from mipipe.planner.simulate_memory import memory_curves
 from mipipe.planner.stages import StageView, view
@@ -43,8 +44,8 @@ class Candidate:
     bound: bounds.Bound
     halved: bool
     instance: Instance
-    search: search.Search | None = None
-    helpers: list[search.Search] = field(default_factory=list)
+    search: Search | None = None
+    helpers: list[Search] = field(default_factory=list)
     best: Judged | None = None
     rung: str = ""
     seconds: float = 0.0
@@ -87,13 +88,13 @@ def judge(stage_view: StageView, schedule: Schedule, *, saved_fit: bool = False)
     if not saved_fit or _carries_bytes(stage_view):
         program = lower(Plan("", stage_view.problem, stage_view.placement, schedule))
         curves = memory_curves(stage_view, program, execute(stage_view, program))
-        excess = tuple(max(0, max(size for _, size in curve) - stage_view.resident_bytes[rank] - capacity(stage_view, rank))
-                       for rank, curve in enumerate(curves))
+        peaks = [max(size for _, size in curve) - stage_view.resident_bytes[rank] for rank, curve in enumerate(curves)]
+        excess = tuple(max(0, peak - capacity(stage_view, rank)) for rank, peak in enumerate(peaks))
     return Judged(schedule, evaluation.makespan_ns, excess)
 
 
 def in_flight(stage_view: StageView) -> np.ndarray:
-    """Bytes per rank that values in flight usually take: two arriving (one waits while the next is received), one leaving.
+    """Bytes per rank that values in flight usually take: two arriving (one waits, one is on its way), one leaving.
 
     Fewer and the schedules found overfill a rank by a value or two; more wastes memory that activations could use.
     """

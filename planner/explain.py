@@ -46,8 +46,8 @@ def _placement(found: Candidate) -> str:
     copies = max(len(stage.ranks) for stage in stages)
     ranks = {rank for stage in stages for rank in stage.ranks}
     per_rank = max(sum(rank in stage.ranks for stage in stages) for rank in ranks)
-    return (f"placement {found.placement.name}: {len(stages)} stages on {len(ranks)} ranks, up to {per_rank} stages on a"
-            f" rank, up to {copies} replicas of a stage")
+    return (f"placement {found.placement.name}: {len(stages)} stages on {len(ranks)} ranks, up to {per_rank} stages"
+            f" on a rank, up to {copies} replicas of a stage")
 
 
 def _channel(compiled: Compiled, evaluation: Evaluation) -> list[str]:
@@ -60,7 +60,8 @@ def _channel(compiled: Compiled, evaluation: Evaluation) -> list[str]:
     if not any(moved.values()):
         return []
     (source, target), load = max(moved.items(), key=lambda item: item[1])
-    return [f"channel: rank {source} to rank {target} is the busiest, {load / unit:g} of {evaluation.makespan_ns / unit:g}"]
+    return [f"channel: rank {source} to rank {target} is the busiest, {load / unit:g} of"
+            f" {evaluation.makespan_ns / unit:g}"]
 
 
 def _memory(found: Candidate) -> list[str]:

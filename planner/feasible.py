@@ -90,8 +90,8 @@ def _cap(problem: PlanningProblem, least: Shortage) -> str:
     if limited is not None and limited <= least.room_bytes:
         name = "resident" if least.what.startswith("weights") else "activation"
         return f"raise the {name} limit to {least.need_bytes} bytes, use more devices, or recompute"
-    return (f"a device memory of {memory + least.lacking_bytes} bytes ({format_bytes(memory + least.lacking_bytes)}) would"
-            " do, or more devices")
+    enough = memory + least.lacking_bytes
+    return f"a device memory of {enough} bytes ({format_bytes(enough)}) would do, or more devices"
 
 
 def with_recomputation(problem: PlanningProblem, placement: Placement) -> list[Placement]:

@@ -1,7 +1,7 @@
 """List scheduling: a first schedule at once, and the starts of the search.
 
 Priorities follow what every published schedule does: input gradients first, forwards next, weight gradients in the
-gaps; older microbatches before younger ones. `mipipe.planner.kernels.list_schedule` keeps memory safe.
+gaps; older microbatches before younger ones. `mipipe.planner.list_kernel` keeps memory safe.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mipipe.planner import kernels
+from mipipe.planner import list_kernel
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.instance import KINDS, Instance
 
@@ -58,7 +58,8 @@ class Rule:
 
 
 RULES = (Rule(), Rule(weight=60.0), Rule(forward=1e3, weight=4.0), Rule(forward=0.5, weight=1.0),
-         Rule(forward=0.0, gradient=50.0), Rule(forward=0.0, pace=1.0, weight=2.0), Rule(forward=2.0, pace=1.0, weight=1e3))
+         Rule(forward=0.0, gradient=50.0), Rule(forward=0.0, pace=1.0, weight=2.0),
+         Rule(forward=2.0, pace=1.0, weight=1e3))
 
 
 def sample(rng: np.random.Generator, ranks: int) -> Rule:
@@ -112,7 +113,8 @@ def vary(rule: Rule, rng: np.random.Generator, ranks: int) -> Rule:
         elif name in ("noise", "delay"):
             changes[name] = float(rng.choice([0.0, rng.uniform(0.0, 0.3)]))
         else:
-            changes[name] = float(min(getattr(rule, name), 60.0) + rng.normal(0.0, 1.0 + 0.1 * abs(getattr(rule, name))))
+            now = min(float(getattr(rule, name)), 60.0)
+            changes[name] = now + float(rng.normal(0.0, 1.0 + 0.1 * abs(now)))
     return replace(rule, **changes)  # type: ignore[arg-type]
 
 
@@ -146,10 +148,11 @@ def schedule(instance: Instance, rule: Rule, rng: np.random.Generator | None = N
     length = instance.lengths()
     seq = np.full((instance.num_machines, int(length.max())), -1, dtype=np.int64)
     start = np.zeros(instance.size, dtype=np.int64)
-    kernel = kernels.list_schedule if compiled else kernels.list_schedule.py_func
+    kernel = list_kernel.list_schedule if compiled else list_kernel.list_schedule.py_func
     makespan = kernel(instance.machine, instance.rank, instance.dur, instance.succ_ptr, instance.succ, instance.lag,
-                      instance.waits, instance.base, instance.machine[instance.base[:-1]], instance.alloc, instance.free,
-                      instance.work, instance.cap, instance.microbatch, instance.view.problem.num_microbatches,
+                      instance.waits, instance.base, instance.machine[instance.base[:-1]], instance.alloc,
+                      instance.free, instance.work, instance.cap, instance.microbatch,
+                      instance.view.problem.num_microbatches,
                       instance.num_machines, instance.kind == KINDS.index(ActionKind.W),
                       priorities(instance, rule, rng), int(rule.delay * period(instance)), rule.limit, seq, start)
     return None if makespan < 0 else Orders(seq, length, int(makespan))

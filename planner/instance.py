@@ -34,7 +34,8 @@ class Instance:
     ``succ[succ_ptr[n]:succ_ptr[n+1]]`` wait for node n and ``lag`` more; ``pred`` is the same backwards. ``alloc`` is
     taken when a node starts, ``free`` returned when it ends, ``work`` needed while it runs, all on ``rank``.
     ``microbatch`` is
-    shared by a microbatch and its mirror image. ``twin[n]`` is the mirror image of n's action in ``compiled`` (or -1), ``origin[n]`` n's own.
+    shared by a microbatch and its mirror image. ``origin[n]`` is n's action in ``compiled``, ``twin[n]`` that of
+    its mirror image (or -1).
     """
 
     view: StageView
@@ -120,7 +121,7 @@ def signatures(view: StageView) -> list[int]:
 
 
 def mirror(view: StageView) -> list[int] | None:
-    """The microbatch that is each microbatch's image under r -> R-1-r; None where the placement has no such symmetry."""
+    """The microbatch that is each microbatch's image under r -> R-1-r; None where there is no such symmetry."""
     ranks = view.problem.num_ranks
     devices = view.problem.topology.devices
     if ranks % 2 or view.problem.topology.overrides or any(group.loads for group in view.problem.groups):
@@ -173,8 +174,8 @@ def build(view: StageView, halve: bool = False) -> Instance:
     for c, start in enumerate(starts):
         cls[start:] = c
     memory = np.array([_memory(view, action) for action in actions], dtype=np.int64).reshape(len(kept), 3)
-    succ_ptr, succ, lag = _csr(len(kept), edges)
-    pred_ptr, pred, pred_lag = _csr(len(kept), [(b, a, d) for a, b, d in edges])
+    succ_ptr, succ, lag = to_csr(len(kept), edges)
+    pred_ptr, pred, pred_lag = to_csr(len(kept), [(b, a, d) for a, b, d in edges])
     array = lambda values: np.array(values, dtype=np.int64)  # noqa: E731
     dur = array([compiled.durations[n] for n in kept])
     return Instance(
@@ -183,11 +184,12 @@ def build(view: StageView, halve: bool = False) -> Instance:
         succ_ptr, succ, lag, pred_ptr, pred, pred_lag, cls, array([*starts, len(kept)]),
         memory[:, 0].copy(), memory[:, 1].copy(), memory[:, 2].copy(), array([capacity(view, r) for r in range(ranks)]),
         array([a.microbatch if image is None else min(a.microbatch, image[a.microbatch]) for a in actions]),
-        array([a.microbatch for a in actions]), array([KINDS.index(a.kind) for a in actions]), array([a.stage for a in actions]),
-        array(kept), twin, _longest(pred_ptr, pred, pred_lag, dur) - dur, _longest(succ_ptr, succ, lag, dur), tuple(keys))
+        array([a.microbatch for a in actions]), array([KINDS.index(a.kind) for a in actions]),
+        array([a.stage for a in actions]),
+        array(kept), twin, longest(pred_ptr, pred, pred_lag, dur) - dur, longest(succ_ptr, succ, lag, dur), tuple(keys))
 
 
-def _csr(size: int, edges: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def to_csr(size: int, edges: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     edges = sorted(edges)
     pointer = np.zeros(size + 1, dtype=np.int64)
     for source, _, _ in edges:
@@ -196,7 +198,7 @@ def _csr(size: int, edges: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.n
             np.array([d for _, _, d in edges], dtype=np.int64))
 
 
-def _longest(succ_ptr: np.ndarray, succ: np.ndarray, lag: np.ndarray, dur: np.ndarray) -> np.ndarray:
+def longest(succ_ptr: np.ndarray, succ: np.ndarray, lag: np.ndarray, dur: np.ndarray) -> np.ndarray:
     """Longest path from the start of every node to the end, by precedence alone (given predecessors: from the
     beginning to the node's end)."""
     size = len(dur)

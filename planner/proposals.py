@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from mipipe.planner.actions import Stream
 from mipipe.planner.plan import Placement, Stage
@@ -33,7 +34,8 @@ def shapes(ranks: int, name: str = "free") -> list[Shape]:
     """The shapes a placement option allows, simplest first."""
     forth = tuple(range(ranks))
     back = forth[::-1]
-    one = [Shape("chain", forth), Shape("v", forth + back), Shape("interleaved", forth * 2), Shape("interleaved", forth * 3),
+    one = [Shape("chain", forth), Shape("v", forth + back), Shape("interleaved", forth * 2),
+           Shape("interleaved", forth * 3),
            Shape("interleaved", forth * 4), Shape("wave", (forth + back) * 2), Shape("wave", (forth + back) * 3)]
     two = [Shape("two-way", forth, True), Shape("two-way-v", forth + back, True),
            Shape("two-way-interleaved", forth * 2, True)]
@@ -141,7 +143,7 @@ def _descend(cuts: list[int], cost: Callable[[Sequence[int]], tuple[float, float
             for high in range(low, min(len(cuts) - 1, low + 12)):
                 for step in (-1, 1):
                     trial = [cut + step if low <= k <= high else cut for k, cut in enumerate(cuts)]
-                    if any(a > b for a, b in zip(trial, trial[1:], strict=False)) or trial[-2] > trial[-1] or trial[1] < 0:
+                    if any(a > b for a, b in pairwise(trial)):
                         continue
                     new = cost(trial)
                     if new < value:
@@ -174,7 +176,8 @@ def place(problem: PlanningProblem, shape: Shape, parts: Sequence[Sequence[int]]
         for part in split_streams(problem, groups):
             ranks = tuple(sorted({rank, last - rank})) if shape.two_way else (rank,)
             stages.append(Stage(tuple(part), ranks))
-            routes.append(tuple(last - rank if shape.two_way and m % 2 else rank for m in range(problem.num_microbatches)))
+            routes.append(tuple(last - rank if shape.two_way and m % 2 else rank
+                                for m in range(problem.num_microbatches)))
     return Placement(tuple(stages), tuple(routes), shape.name)
 
 

@@ -1,7 +1,7 @@
 """The race of placements: every candidate searched a little, the better half a little longer, until few are left.
 
-`Run` is one solve in progress: its clock, candidates, incumbent, history and bound. Searches run in threads (the kernels
-release the GIL) and in slices, so that time limits and Ctrl-C are kept within a fraction of a second.
+`Run` is one solve in progress: its clock, candidates, incumbent, history and bound. Searches run in threads (the
+kernels release the GIL) and in slices, so that time limits and Ctrl-C are kept within a fraction of a second.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mipipe.planner import kernels, search
+from mipipe.planner import greedy, kernels, relax, search
 from mipipe.planner.candidate import Candidate, Judged, first_orders, in_flight, judge, offer_judged
 from mipipe.planner.greedy import Orders, to_array
 from mipipe.planner.instance import expand, orders_from
@@ -92,12 +92,13 @@ class Run:
     def report(self, phase: str) -> None:
         """Tell the callback where the solve stands."""
         if self.on_progress is not None:
-            self.on_progress(Progress(self.seconds, phase, self.best.makespan_ns if self.best else None, self.bound_ns,
-                                      self.best.placement.name if self.best else "", self.best.rung if self.best else ""))
+            best = self.best
+            self.on_progress(Progress(self.seconds, phase, best.makespan_ns if best else None, self.bound_ns,
+                                      best.placement.name if best else "", best.rung if best else ""))
 
     def note(self, found: Candidate, phase: str) -> bool:
         """Make a candidate's incumbent the solve's if it is better; whether it was."""
-        if found.best is None or found.makespan_ns >= self.makespan_ns and found is not self.best:
+        if found.best is None:
             return False
         known = self.history[-1].makespan_ns if self.history else 1 << 62
         if found.makespan_ns >= known:
@@ -126,6 +127,8 @@ def seed_search(run: Run, found: Candidate, *, compiled: bool = True) -> bool:
             continue
         if orders is None:
             return False
+        if compiled and turn == 0:
+            orders = _by_relaxation(run, found, orders)
         judged = judge(found.view, expand(found.instance, orders.lists()), saved_fit=True)
         if judged.fits:
             offer_judged(found, judged, "list")
@@ -134,6 +137,20 @@ def seed_search(run: Run, found: Candidate, *, compiled: bool = True) -> bool:
             return True
         reserve(found, judged)
     return False
+
+
+def _by_relaxation(run: Run, found: Candidate, orders: Orders) -> Orders:
+    """Better orders for a problem with a collective stream, searched without it first; the given ones otherwise."""
+    small = relax.relaxed(found.instance)
+    if small is None or not run.options.use_search:
+        return orders
+    tuned = greedy.best_of(small, 1000, np.random.default_rng(run.options.seed))
+    if tuned is None:
+        return orders
+    worker = search.start(small, tuned.orders, run.options.seed + 3, found.bound.ns)
+    search.advance(worker, min(5.0, 0.1 * run.options.time_limit_s))
+    lifted = relax.lift(found.instance, small, worker.best)
+    return lifted if lifted is not None and lifted.makespan_ns < orders.makespan_ns else orders
 
 
 def reserve(found: Candidate, judged: Judged) -> None:
@@ -154,7 +171,8 @@ def race(run: Run, candidates: Sequence[Candidate], until: Callable[[], float]) 
                 live = [found for found in live if found.bound.ns < run.makespan_ns and not found.closed]
                 _round(run, pool, live, slice_s, until)
                 live.sort(key=lambda found: found.makespan_ns)
-                live = live[:max(1 if run.seconds > LAST * run.options.time_limit_s else FINALISTS, (len(live) + 1) // 2)]
+                fewest = 1 if run.seconds > LAST * run.options.time_limit_s else FINALISTS
+                live = live[:max(fewest, (len(live) + 1) // 2)]
                 slice_s = min(5.0, slice_s * 1.7)
         finally:
             run.stopped = True
@@ -187,8 +205,8 @@ def _helpers(run: Run, found: Candidate, count: int) -> list[search.Search]:
     """Further searches at one placement with other seeds, for threads that would idle."""
     assert found.search is not None
     while len(found.helpers) < count:
-        found.helpers.append(search.start(found.instance, found.search.best, run.options.seed + 1009 * (len(found.helpers) + 1),
-                                          found.bound.ns))
+        seed = run.options.seed + 1009 * (len(found.helpers) + 1)
+        found.helpers.append(search.start(found.instance, found.search.best, seed, found.bound.ns))
     best = min([found.search, *found.helpers], key=lambda worker: worker.best.makespan_ns).best
     for worker in (found.search, *found.helpers):
         worker.best = best
@@ -196,7 +214,7 @@ def _helpers(run: Run, found: Candidate, count: int) -> list[search.Search]:
 
 
 def _harvest(run: Run, found: Candidate, worker: search.Search) -> None:
-    """Judge what a search found since the last time; where values in flight overfill a rank, search with less memory."""
+    """Judge what a search found since last time; where values in flight overfill a rank, search with less memory."""
     if worker.best.makespan_ns >= found.seen_ns:
         return
     found.seen_ns = worker.best.makespan_ns

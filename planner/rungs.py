@@ -54,7 +54,8 @@ def record(run: Run, rung: str, found: Candidate, before: int, began: float, out
 
     run.ablation.append({
         "rung": rung, "placement": found.placement.name, "before": shown(before), "makespan": shown(found.makespan_ns),
-        "variables": outcome.num_variables if outcome else None, "constraints": outcome.num_constraints if outcome else None,
+        "variables": outcome.num_variables if outcome else None,
+        "constraints": outcome.num_constraints if outcome else None,
         "seconds": round(time.monotonic() - began, 3), **more})
 
 

@@ -86,10 +86,10 @@ def _slice(search: Search, seconds: float) -> None:
     best = search.current.copy()
     began = time.monotonic()
     makespan = kernels.anneal(
-        search.current, search.best.length, instance.machine, instance.rank, instance.dur, instance.succ_ptr, instance.succ,
-        instance.lag, instance.pred_ptr, instance.pred, instance.pred_lag, instance.waits, instance.tail, instance.cls, instance.alloc,
-        instance.free, instance.work, instance.cap, moves, first, last, search.tilt, search.wild, search.target_ns,
-        search.seed * 7919 + search.rounds * 104729 + search.done, best)
+        search.current, search.best.length, instance.machine, instance.rank, instance.dur, instance.succ_ptr,
+        instance.succ, instance.lag, instance.pred_ptr, instance.pred, instance.pred_lag, instance.waits, instance.tail,
+        instance.cls, instance.alloc, instance.free, instance.work, instance.cap, moves, first, last, search.tilt,
+        search.wild, search.target_ns, search.seed * 7919 + search.rounds * 104729 + search.done, best)
     search.rate = 0.5 * search.rate + 0.5 * moves / max(1e-6, time.monotonic() - began)
     if makespan < search.best.makespan_ns:
         search.best = Orders(best, search.best.length, int(makespan))

@@ -1,7 +1,7 @@
 """`plan`: from a problem to a plan, with a bound and a history. The driver of the ladder in design.md section 4.
 
 1. Placements are proposed (`mipipe.planner.proposals`) and each gets a list schedule: the first plan.
-2. The race (`mipipe.planner.race`): placements whose bound is below the incumbent are searched in turn, longer and longer.
+2. The race (`mipipe.planner.race`): placements whose bound is below the incumbent are searched in turn.
 3. The MIP rungs run where they can still help.
 
 Everything stops when the incumbent meets the bound, time is up, or at Ctrl-C; the best plan so far is checked and
@@ -44,8 +44,9 @@ class Termination(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SolveResult:
-    """What a solve found. ``bound_ns`` holds over all placements the options allow, ``placement_bound_ns`` at the plan's
-    own; ``reason`` says why there is no plan. ``ablation`` has one row per rung: what it found, its size, its seconds.
+    """What a solve found. ``bound_ns`` holds over all placements the options allow, ``placement_bound_ns`` at the
+    plan's own; ``reason`` says why there is no plan. ``ablation`` has one row per rung: what it found, its size, its
+    seconds.
     """
 
     plan: Plan | None
@@ -167,13 +168,11 @@ def _finish(run: Run, interrupted: bool) -> SolveResult:
     bound = run.bound_ns
     if run.options.placement != "free":
         bound = min(found.bound.ns for found in run.candidates)
-    bound = min(bound, best.makespan_ns) if bound is not None else None
-    placement_bound = min(best.bound.ns, best.makespan_ns)
     found = Plan(f"{run.problem.name}/{best.placement.name}", run.problem, best.placement, best.best.schedule,
-                 best.makespan_ns, bound, placement_bound,
+                 best.makespan_ns, bound, best.bound.ns,
                  {"method": best.rung, "seconds": round(run.seconds, 3), "seed": run.options.seed})
     proven = bound is not None and best.makespan_ns <= bound
     ended = Termination.OPTIMAL if proven else Termination.INTERRUPTED if interrupted else Termination.FEASIBLE
     check_plan(found)
-    return SolveResult(found, best.makespan_ns, bound, placement_bound, ended, run.seconds, tuple(run.history), best.rung,
-                       tuple(run.ablation), explain(best))
+    return SolveResult(found, best.makespan_ns, bound, best.bound.ns, ended, run.seconds, tuple(run.history),
+                       best.rung, tuple(run.ablation), explain(best))

@@ -20,7 +20,9 @@ def problems(draw: st.DrawFn, *, max_groups: int = 6, max_ranks: int = 3, max_mi
         first_frozen = number == 0 and draw(st.booleans())
         times = PhaseTimes(draw(st.integers(1, 9)), None if first_frozen else draw(st.integers(1, 9)),
                            None if draw(st.booleans()) and first_frozen else draw(st.integers(1, 9)))
-        loads = tuple(draw(st.sampled_from([0.5, 1.0, 2.0])) for _ in range(microbatches)) if vary and number < 2 else ()
+        loads: tuple[float, ...] = ()
+        if vary and number < 2:
+            loads = tuple(draw(st.sampled_from([0.5, 1.0, 2.0])) for _ in range(microbatches))
         groups.append(Group(f"g{number}", {"d": times}, resident_bytes=draw(st.integers(0, 5)),
                             gradient_bytes=draw(st.integers(0, 3)), saved_fi_bytes=draw(st.integers(0, 4)),
                             saved_fw_bytes=draw(st.integers(0, 4)), saved_iw_bytes=draw(st.integers(0, 2)),
@@ -30,7 +32,8 @@ def problems(draw: st.DrawFn, *, max_groups: int = 6, max_ranks: int = 3, max_mi
     for number in range(1, count):
         sources = {draw(st.integers(0, number - 1))} | ({number - 1} if draw(st.booleans()) else set())
         for source in sorted(sources):
-            gradient = None if groups[source].times["d"].i_ns is None and groups[source].times["d"].w_ns is None else 2
+            times = groups[source].times["d"]
+            gradient = None if times.i_ns is None and times.w_ns is None else 2
             edges.append(GroupEdge(source, (number,), draw(st.integers(0, 3)), gradient, f"v{source}.{number}"))
     saved = sum(4 * (g.saved_fi_bytes + g.saved_fw_bytes + g.saved_iw_bytes + g.workspace_bytes) + 12 for g in groups)
     limits = Limits(activation_bytes=draw(st.integers(saved // 4, saved))) if tight else Limits()
