@@ -82,7 +82,7 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: Source, program: Prog
     graded = tuple(sorted(_graded(graph, flow) & trained))
     exclusive = frozenset(name for name, where in stages_of.items() if len(where) == 1)
     compiled = Compiled(plan, graph, program, flow, mesh, weights, loss_gradient, stages, holders, exclusive, graded)
-    Resolver(compiled, stage_of).resolve()
+    Resolver(compiled, stage_of).resolve(options.prepost)
     return compiled
 
 

@@ -38,7 +38,9 @@ class EngineOptions:
 
     ``master_dtype`` keeps weights and gradients in another dtype than the graph computes in. ``share_loss`` returns the
     loss on every rank (one small all-reduce), else only where it is computed. ``track_memory`` measures after every
-    instruction, slowly.
+    instruction, slowly. Memory beyond the plan's buys independence of the other ranks' delays: ``hold_sends`` keeps
+    what was sent to the end of the step instead of waiting where the program frees it, ``prepost`` posts every receive
+    that many compute actions earlier than the program does.
     """
 
     seed: int = 0
@@ -47,6 +49,8 @@ class EngineOptions:
     master_dtype: torch.dtype | None = None
     share_loss: bool = True
     track_memory: bool = False
+    hold_sends: bool = False
+    prepost: int = 0
 
 
 class Engine:
@@ -237,6 +241,8 @@ class Engine:
         works += comm.start_send(transport.group, tensors, transport.place)
 
     def _free(self, transport: Transport) -> None:
+        if self.options.hold_sends:
+            return
         _, works = self._buffers.outgoing[transport.index]
         comm.wait(works, self._timeout, lambda: f"sending {transport.text} to rank {transport.peer}", self._blocking)
         del self._buffers.outgoing[transport.index]

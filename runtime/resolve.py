@@ -47,9 +47,9 @@ class Resolver:
             if item.source_rank == self.rank:
                 self.leaving.setdefault((item.source_stage, item.microbatch, item.backward), []).append(index)
 
-    def resolve(self) -> None:
-        """Fill in the instructions of training and of evaluation."""
-        for index, instruction in enumerate(self.program.ranks[self.rank]):
+    def resolve(self, prepost: int = 0) -> None:
+        """Fill in the instructions of training and of evaluation; receives ``prepost`` compute actions earlier."""
+        for index, instruction in post_earlier(list(enumerate(self.program.ranks[self.rank])), prepost):
             ready = self.ready(index, instruction)
             self.compiled.instructions.append(ready)
             if instruction.transfer is not None:
@@ -171,3 +171,20 @@ class Resolver:
                 other = self.compiled.stages[target]
                 place = other.incoming[value, stage] if backward else other.inputs[value]
                 yield slot, target * self.count + microbatch, other.template, place
+
+
+def post_earlier(instructions: list[tuple[int, Instruction]], actions: int) -> list[tuple[int, Instruction]]:
+    """The numbered instructions with every RECV moved up by that many compute actions, in unchanged order among them.
+
+    A receive only announces its buffer, so this is safe in any program: it can only end earlier.
+    """
+    if not actions:
+        return instructions
+    before = 0
+    keyed = []
+    for place, (index, instruction) in enumerate(instructions):
+        receiving = instruction.kind is ActionKind.RECV
+        keyed.append((max(0, before - actions) if receiving else before, not receiving, place, (index, instruction)))
+        before += instruction.action is not None
+    # Within one gap receives come first; a compute action closes its gap.
+    return [item for *_, item in sorted(keyed, key=lambda entry: entry[:3])]
