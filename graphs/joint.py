@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import mipipe.graphs.kernels  # noqa: F401  (registers mipipe's operators)
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import TensorSpec
+from mipipe.graphs.simplify import simplify
 
 Function = Callable[..., Sequence[Tensor]]
 aten = torch.ops.aten
@@ -178,7 +179,7 @@ def _tidy(module: fx.GraphModule, first_buffer: int, arguments: Sequence[Tensor]
         elif str(node.target) in _EFFECTLESS:
             graph.erase_node(node)
     _split_convolutions(graph)
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    simplify(graph)
     propagate(graph, [*arguments, *tangents], mode)
     owned = _own_storages(graph, result, result.args[0], mode)
     result.args = ([node for node in owned if node is not None],)

@@ -32,6 +32,11 @@ def _sum_heads(grad: Tensor, groups: int) -> Tensor:
     return grad.unflatten(1, (groups, grad.shape[1] // groups)).sum(dim=2)
 
 
+def _heads_inside(x: Tensor) -> Tensor:
+    """The same [B,H,S,D] tensor laid out as [B,S,H,D]: how projections give it and take it back, without copies."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def _bias(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, window: int) -> Tensor | None:
     """The additive mask [..,S,T] in q's dtype: ``mask`` (boolean: True attends) with the causal band, if any.
 
@@ -77,13 +82,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tenso
               scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     """Output [B,H,S,E] and logsumexp of the scores [B,H,S]; ``sinks`` [H] join the softmax's denominator alone.
 
-    Queries that see no key give zeros. ``window`` 0 and ``softcap`` 0.0 switch these off.
+    Queries that see no key give zeros. ``window`` 0 and ``softcap`` 0.0 switch these off. The output lies in memory as
+    [B,S,H,E].
     """
     heads = q.shape[1]
     k, v = _expand_heads(k, heads), _expand_heads(v, heads)
     if _flash_cuda(q, k, v, mask, sinks, causal, window, softcap):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
-        return out.contiguous(), lse
+        return _heads_inside(out), lse
     if _fused_cpu(q, k, v, sinks, softcap):
         plain = causal and not window and mask is None and q.shape[-2] == k.shape[-2]
         bias = None if plain else _bias(q, k, mask, causal, window)
@@ -91,13 +97,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tenso
             q, k, v, 0.0, plain, attn_mask=bias, scale=scale)
         if bias is not None:
             out = out.masked_fill(torch.isneginf(lse).unsqueeze(-1), 0.0)
-        return out.contiguous(), lse.contiguous()
+        return _heads_inside(out), lse.contiguous()
     scores = _scores(q, k, _bias(q, k, mask, causal, window), scale, softcap)
     lse = torch.logsumexp(scores, dim=-1)
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(lse.dtype)[None, :, None])
     weights = torch.exp(scores - torch.where(torch.isneginf(lse), 0.0, lse).unsqueeze(-1))
-    return torch.matmul(weights, v.to(weights.dtype)).to(q.dtype), lse
+    return _heads_inside(torch.matmul(weights, v.to(weights.dtype)).to(q.dtype)), lse
 
 
 def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None,
@@ -122,7 +128,7 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tens
     else:
         bias = _bias(q, k, mask, causal, window)
         dq, dk, dv = _dense_backward(grad, q, wide_k, wide_v, bias, out, lse, scale, softcap)
-    return dq.contiguous(), _sum_heads(dk, groups).contiguous(), _sum_heads(dv, groups).contiguous()
+    return _heads_inside(dq), _heads_inside(_sum_heads(dk, groups)), _heads_inside(_sum_heads(dv, groups))
 
 
 def _dense_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
@@ -155,22 +161,25 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         out = torch.ops.aten._grouped_mm(x, weight, offsets)
         used = torch.arange(x.shape[0], device=x.device) < offsets[-1]
         return torch.where(used[:, None], out, torch.zeros((), dtype=out.dtype, device=out.device))
-    out = torch.zeros(x.shape[0], weight.shape[2], dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape[0], weight.shape[2], dtype=x.dtype, device=x.device)
     start = 0
     for expert, end in enumerate(offsets.tolist()):
         if end > start:
             torch.mm(x[start:end], weight[expert], out=out[start:end])
         start = end
+    out[start:] = 0
     return out
 
 
 def grouped_mm_weight(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     """The weight gradient of `grouped_mm`, x_e^T grad_e per group e: [groups,K,M]; groups without rows give zero."""
-    weight = torch.zeros(offsets.shape[0], x.shape[1], grad.shape[1], dtype=x.dtype, device=x.device)
+    weight = torch.empty(offsets.shape[0], x.shape[1], grad.shape[1], dtype=x.dtype, device=x.device)
     start = 0
     for expert, end in enumerate(offsets.tolist()):
         if end > start:
             torch.mm(x[start:end].t(), grad[start:end], out=weight[expert])
+        else:
+            weight[expert] = 0
         start = end
     return weight
 
@@ -193,9 +202,13 @@ def _define() -> None:
         wide = torch.float64 if q.dtype is torch.float64 else torch.float32
         return q.new_empty(q.shape[:-1], dtype=wide)
 
-    made = op("attention", attention, lambda q, k, v, *rest: (q.new_empty((*q.shape[:-1], v.shape[-1])), stats(q)))
+    def inside(x: Tensor, size: int) -> Tensor:
+        batch, heads, length, _ = x.shape
+        return x.new_empty(batch, length, heads, size).transpose(1, 2)
+
+    made = op("attention", attention, lambda q, k, v, *rest: (inside(q, v.shape[-1]), stats(q)))
     op("attention_backward", attention_backward,
-       lambda grad, q, k, v, *rest: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)))
+       lambda grad, q, k, v, *rest: tuple(inside(x, x.shape[-1]) for x in (q, k, v)))
     op("sink_gradient", sink_gradient, lambda grad, sinks, out, lse: sinks.new_empty(sinks.shape))
     grouped = op("grouped_mm", grouped_mm, lambda x, weight, offsets: x.new_empty(x.shape[0], weight.shape[2]))
     op("grouped_mm_weight", grouped_mm_weight,
@@ -225,7 +238,11 @@ def _keep_grouped(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _grouped_grad(ctx, grad):  # type: ignore[no-untyped-def]
     x, weight, offsets = ctx.saved_tensors
     dx = torch.ops.mipipe.grouped_mm(grad, weight.transpose(-2, -1), offsets) if ctx.needs_input_grad[0] else None
-    dw = torch.ops.mipipe.grouped_mm_weight(x, grad, offsets) if ctx.needs_input_grad[1] else None
+    dw = None
+    if ctx.needs_input_grad[1] and weight.stride(-2) == 1 and weight.stride(-1) != 1:  # a transposed view of the bank
+        dw = torch.ops.mipipe.grouped_mm_weight(grad, x, offsets).transpose(-2, -1)
+    elif ctx.needs_input_grad[1]:
+        dw = torch.ops.mipipe.grouped_mm_weight(x, grad, offsets)
     return dx, dw, None
 
 

@@ -1,9 +1,10 @@
 """A segment as three functions of explicit tensors: F (forward), I (input gradient) and W (weight gradient).
 
 Of the joint graph, F gets the ancestors of outputs and buffer updates; I what is left and some input gradient needs; W
-the rest. Operators that need no gradient and serve only the backward (powers, casts, copies) go where they are needed,
-unless computing them in F keeps fewer bytes: an exact minimum cut decides. What crosses from one phase to a later one
-is saved; views of one storage count once, and views of parameters are made again instead.
+the rest: the products that make weight gradients (vectors such as a norm's gradient are made in I, where W would have
+to keep whole activations for them). Operators that need no gradient and serve only the backward (powers, casts, copies)
+go where they are needed, unless computing them in F keeps fewer bytes: an exact minimum cut decides. What crosses from
+one phase to a later one is saved; views of one storage count once, and views of parameters are made again instead.
 
 Left out: recomputing cheap parts of F in I (the planner recomputes whole groups instead).
 """
@@ -119,6 +120,10 @@ def _assign(made: Joint, num_inputs: int) -> dict[fx.Node, Phase]:
     resident = {storage_of(node) for node in made.arguments[num_inputs:]}
     forward |= _cheaper_in_forward(free, backward, resident)
     towards_inputs = _ancestors(made.grads[:num_inputs])
+    if any(made.grads[:num_inputs]):
+        known = forward | towards_inputs
+        for grad in made.grads[num_inputs:]:
+            towards_inputs |= set() if grad is None else _early_gradient(grad, known)
     phases: dict[fx.Node, Phase] = {}
     for node in operators:
         if node.target is operator.getitem:
@@ -126,6 +131,28 @@ def _assign(made: Joint, num_inputs: int) -> dict[fx.Node, Phase]:
         else:
             phases[node] = Phase.F if node in forward else Phase.I if node in towards_inputs else Phase.W
     return phases
+
+
+def _early_gradient(grad: fx.Node, known: set[fx.Node]) -> set[fx.Node]:
+    """The operators of a parameter gradient if it is better made in I: no product, and smaller than what it reads.
+
+    The gradients of norm weights and biases: vectors, for which W would keep whole activations.
+    """
+    own = {node for node in _closure([grad], lambda node: [] if node in known else node.all_input_nodes)
+           if node not in known and node.op == "call_function"}
+    reads = {storage_of(item): storage_bytes(item) for node in own for item in node.all_input_nodes
+             if item not in own and storage_of(item) is not None}
+    if any(_is_product(node) for node in own) or sum(reads.values()) <= 2 * num_bytes(grad.meta["val"]):
+        return set()
+    return own
+
+
+def _is_product(node: fx.Node) -> bool:
+    """Whether an operator is what W exists to delay: it has flops, or fills a table (an embedding's gradient)."""
+    if str(node.target) in ("aten.embedding_dense_backward.default", "aten.index_put.default"):
+        return True
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda item: item.meta["val"])
+    return count_flops(node.target, args, kwargs, node.meta["val"]) > 0
 
 
 def _cheaper_in_forward(free: Sequence[fx.Node], backward: set[fx.Node], resident: set[int | None]) -> set[fx.Node]:

@@ -34,6 +34,9 @@ GETITEM = "getitem"
 
 PhaseFunction = Callable[..., tuple[Tensor, ...]]
 
+Signature = tuple[tuple[str, ...], tuple[str, ...]]
+
+_SIGNATURES: dict[tuple[str, Phase], Signature] = {}
 _BUILT: dict[tuple[str, Phase, str], PhaseFunction] = {}
 
 
@@ -114,7 +117,7 @@ class Ref(str):
         return str(self)
 
 
-def phase_signature(trace: SegmentTrace, phase: Phase) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def phase_signature(trace: SegmentTrace, phase: Phase) -> Signature:
     """Argument names and result names of a phase's function.
 
     Arguments: those of ``inputs + parameters + buffers`` which the phase reads (unused ones are dropped), then, in I
@@ -123,6 +126,13 @@ def phase_signature(trace: SegmentTrace, phase: Phase) -> tuple[tuple[str, ...],
     parameter gradients that exist. Names are distinct within a signature; a saved input, parameter or output
     gradient goes by its own name and is an argument only (the caller has it).
     """
+    key = (trace.digest, phase)
+    if key not in _SIGNATURES:
+        _SIGNATURES[key] = _signature(trace, phase)
+    return _SIGNATURES[key]
+
+
+def _signature(trace: SegmentTrace, phase: Phase) -> Signature:
     read: set[str] = {name for item in trace.phase_operators(phase) for name in item.inputs}
     if phase is Phase.F:
         results = [*trace.outputs, *trace.buffer_updates.values()]

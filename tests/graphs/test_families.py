@@ -74,7 +74,6 @@ SLOW = {
         "vocab_size": 64, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
         "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_source_positions": 10,
         "max_target_positions": 16, "num_mel_bins": 8, "pad_token_id": 1}),
-    "qwen2_5_vl": Case("qwen2_5_vl", {**text(TEXT), "image_token_id": 63}),
     "resnet": Case("ResNetForImageClassification", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2],
                                                     "layer_type": "basic", "num_labels": 5}, {"image": 16, "batch": 3}),
     "vit": Case("ViTForImageClassification", {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -161,8 +160,8 @@ def assert_same(graph: OperatorGraph, model: nn.Module, batch: Mapping[str, Tens
 
 def test_layers_share_traces_and_moe_has_its_roles() -> None:
     case = SLOW["qwen3_moe"]
-    graph = capture(case.source, overrides={**case.overrides, "num_hidden_layers": 6}, seq=8, batch=2)
-    assert len(graph.segments) == 6 * 4 + 2 and len(graph.traces) == 6
+    graph = capture(case.source, overrides={**case.overrides, "num_hidden_layers": 4}, seq=8, batch=2)
+    assert len(graph.segments) == 4 * 4 + 2 and len(graph.traces) == 6
     roles = [segment.tags.role for segment in graph.segments]
     assert roles[:5] == [Role.EMBEDDING, Role.ATTENTION, Role.ROUTER, Role.EXPERTS, Role.COMBINE]
     assert roles[-1] is Role.HEAD
