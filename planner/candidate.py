@@ -132,3 +132,11 @@ def first_orders(found: Candidate, *, compiled: bool, seed: int = 0) -> Orders |
         return greedy.schedule(found.instance, greedy.RULES[0], compiled=False)
     tuned = greedy.best_of(found.instance, 1000, np.random.default_rng(seed))
     return tuned.orders if tuned else None
+
+
+def peak_activations(plan: Plan) -> int:
+    """The largest memory of any rank beyond its resident bytes, as simulated."""
+    stage_view = view(plan.problem, plan.placement)
+    program = lower(plan)
+    curves = memory_curves(stage_view, program, execute(stage_view, program))
+    return max(max(size for _, size in curve) - stage_view.resident_bytes[rank] for rank, curve in enumerate(curves))

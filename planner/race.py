@@ -66,6 +66,7 @@ class Run:
     history: list[Incumbent] = field(default_factory=list)
     ablation: list[dict[str, Any]] = field(default_factory=list)
     stopped: bool = False
+    reserve_s: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -73,8 +74,8 @@ class Run:
 
     @property
     def left(self) -> float:
-        """Seconds until the limit."""
-        return self.options.time_limit_s - self.seconds
+        """Seconds until the limit, less what the last check of the plan takes."""
+        return self.options.time_limit_s - self.reserve_s - self.seconds
 
     @property
     def makespan_ns(self) -> int:

@@ -22,6 +22,7 @@ from mipipe.planner.check import check_plan
 from mipipe.planner.explain import explain
 from mipipe.planner.feasible import why_infeasible, with_recomputation
 from mipipe.planner.free_bound import problem_bound
+from mipipe.planner.objectives import least_memory
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Placement, Plan
 from mipipe.planner.problem import PlanningProblem
@@ -75,7 +76,10 @@ def plan(problem: PlanningProblem, options: PlanOptions | None = None,
 
     Outcomes are data: an infeasible problem and a time limit passed without a plan are results with ``plan=None``.
     """
-    run = Run(problem, options or PlanOptions(), on_progress)
+    options = options or PlanOptions()
+    if options.objective == "memory":
+        return least_memory(problem, options, plan, on_progress)
+    run = Run(problem, options, on_progress)
     interrupted = False
     try:
         _ladder(run)
@@ -115,13 +119,30 @@ def _ladder(run: Run) -> None:
         race(run, run.candidates, lambda: run.left)
 
 
+BIG_ACTIONS = 20_000
+"""Actions of a chain from which placements enter in the order of `BIG_ORDER`, as time may not suffice for all."""
+
+BIG_ORDER = ("chain", "two-way+spread", "v+spread", "two-way", "chain+spread", "v")
+
+
 def _enter(run: Run) -> None:
-    """Propose placements and schedule each by list; recomputation where nothing else fits."""
-    waiting = propose(run.problem, run.options.placement)
+    """Propose placements and schedule each by list; recomputation where nothing else fits.
+
+    The seconds per action of the placements so far say which of the rest can still be built in time.
+    """
+    waiting = list(propose(run.problem, run.options.placement))
+    if 3 * run.problem.num_ranks * run.problem.num_microbatches > BIG_ACTIONS:
+        rank = {name: place for place, name in enumerate(BIG_ORDER)}
+        waiting.sort(key=lambda placement: rank.get(placement.name, len(rank)))
+    built, began = 0, run.seconds
     for placement in waiting:
-        if run.best is not None and run.left < 0.6 * run.options.time_limit_s:
-            break
+        size = len(placement.stages) * run.problem.num_microbatches
+        expected = (run.seconds - began) / built * size if built else 0.0
+        if run.best is not None and run.left - expected < 0.6 * run.options.time_limit_s:
+            continue
         _admit(run, placement)
+        built += size
+        run.reserve_s = min(0.2 * run.options.time_limit_s, 0.5 * (run.seconds - began) / built * size)
     if not run.candidates and run.options.recompute:
         for placement in propose(run.problem, run.options.placement):
             for variant in with_recomputation(run.problem, placement):
