@@ -98,6 +98,9 @@ def job_shop(view: StageView, actions: Iterable[Action] | None = None, *, fifo: 
     """The job shop of the given actions (default: all elementary ones).
 
     FIFO and memory arcs are added unless ``fifo`` is False or some action is an OVERLAP_F_B.
+
+    Raises:
+        PlanError: resident bytes do not fit, or an action does not even fit alone.
     """
     compiled = compile_actions(view, elementary_actions(view) if actions is None else list(actions))
     arcs = [(producer, consumer, duration if channel >= 0 else 0)
@@ -108,11 +111,20 @@ def job_shop(view: StageView, actions: Iterable[Action] | None = None, *, fifo: 
                for rank, stream in zip(compiled.ranks, compiled.streams, strict=True)]
     jobs = Jobs(compiled, compiled.durations, machine, arcs, [m[0] for m in memory], [m[1] for m in memory],
                 [view.workspace[action.stage] for action in compiled.actions], capacity(view))
+    _check_fits(jobs)
     if fifo and all(action.partner is None for action in compiled.actions):
         found = lines(jobs)
         arcs += [(first, second, 0) for line in found.values() for first, second in pairwise(line)]
         arcs += _memory_arcs(jobs, found)
     return jobs
+
+
+def _check_fits(jobs: Jobs) -> None:
+    for job, action in enumerate(jobs.compiled.actions):
+        need, rank = jobs.alloc[job] + jobs.workspace[job], jobs.machine[job] // 2
+        if need > jobs.capacity[rank]:
+            raise PlanError(f"rank {rank}: {action} needs {need} bytes, but the rank has {jobs.capacity[rank]} for"
+                            " activations; give it more memory or cut the stage")
 
 
 def _memory(view: StageView, action: Action) -> tuple[int, int]:
@@ -176,8 +188,6 @@ def _memory_arcs(jobs: Jobs, lines: dict[tuple[int, ActionKind, int], list[int]]
         if last is None or size == 0:
             continue
         room = (jobs.capacity[jobs.machine[forwards[0]] // 2] - view.workspace[stage]) // size
-        if room < 1:
-            continue
         arcs += [(last[k], forwards[k + room], 0) for k in range(len(forwards) - room)]
     return arcs
 

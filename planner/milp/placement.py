@@ -85,9 +85,11 @@ def propose(problem: PlanningProblem, *, time_limit_s: float, seed: int, count: 
                       for u in range(len(units.groups))]
             placement = to_placement(problem, units.groups, shares)
             estimate = round(model.makespan.value * _scale(problem))
-            if all(placement.stages != other.placement.stages or placement.routes != other.placement.routes
-                   for other in found):
-                found.append(Proposal(placement, estimate, bound_of(problem, outcome) if not weight else None, outcome))
+            bound = bound_of(problem, outcome) if not weight else None
+            known = next((p for p in found if p.placement == placement), None)
+            if known is not None:
+                found.remove(known)
+            found.append(Proposal(placement, estimate, bound, outcome))
         if outcome.termination is Termination.INTERRUPTED:
             break
     return sorted(found, key=lambda proposal: proposal.estimate_ns)

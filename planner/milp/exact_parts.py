@@ -1,0 +1,195 @@
+"""What the exact model is built from: jobs of all groups, their arcs, transfers and pairs; plain numbers, no solver."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+
+import numpy as np
+
+from mipipe.planner.actions import ActionKind, Stream
+from mipipe.planner.problem import Group, PlanningProblem
+
+Job = tuple[int, ActionKind, int]
+"""(group, kind, microbatch)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A value that may have to travel from the producer job to the consumer; ``times[d, e]`` by channel, in units."""
+
+    producer: int
+    consumer: int
+    times: dict[tuple[int, int], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """The numbers of `mipipe.planner.milp.exact`; times in ``unit`` nanoseconds, ``duration[j][d]`` by device.
+
+    ``arcs`` hold without a transfer (one unit, or FIFO); ``pairs`` are the jobs whose order is open if they meet on a
+    device; ``meetings`` the pairs of transfers that could meet on a channel.
+    """
+
+    problem: PlanningProblem
+    unit: float
+    units: list[list[int]]
+    jobs: list[Job]
+    unit_of: list[int]
+    stream: list[Stream]
+    duration: list[list[float]]
+    arcs: list[tuple[int, int]]
+    transfers: list[Transfer]
+    pairs: list[tuple[int, int]]
+    meetings: list[tuple[int, int]]
+    head: list[float]
+    tail: list[float]
+    alloc: list[int]
+    free: list[int]
+    workspace: list[int]
+    resident: list[int]
+    horizon: float
+    reach: np.ndarray
+    interchangeable: bool
+
+    def precedes(self, a: int, b: int) -> bool:
+        """Whether arcs and transfers put a before b."""
+        return bool(self.reach[a, b])
+
+
+def sketch(problem: PlanningProblem, horizon_ns: int | None) -> Sketch:
+    """All numbers of the exact model of a problem."""
+    units = colocated(problem)
+    unit_of_group = {g: u for u, members in enumerate(units) for g in members}
+    jobs = [(g, kind, m) for m in range(problem.num_microbatches) for g, group in enumerate(problem.groups)
+            for kind in _kinds(group)]
+    index = {job: j for j, job in enumerate(jobs)}
+    kinds = [device.kind for device in problem.topology.devices]
+    exact = [[_duration(problem.groups[g], kind, device, m) for device in kinds] for g, kind, m in jobs]
+    arcs, moved = _dependencies(problem, index, unit_of_group)
+    times = [value for row in exact for value in row] + [value for _, _, table in moved for value in table.values()]
+    unit = math.gcd(*times) or 1
+    horizon = horizon_ns if horizon_ns is not None else sum(map(max, exact)) + sum(
+        max(table.values(), default=0) for _, _, table in moved)
+    if horizon // unit > 10**6:
+        unit = horizon // 10**6
+    links = [*arcs, *((a, b) for a, b, _ in moved)]
+    head, tail, reach = _closure([min(row) for row in exact], links)
+    alloc, free = zip(*(_memory(problem.groups[g], kind, m) for g, kind, m in jobs), strict=True)
+    stream = [problem.groups[g].stream for g, _, _ in jobs]
+    meets = [(a, b) for a, b in combinations(range(len(jobs)), 2)
+             if stream[a] is stream[b] and not reach[a, b] and not reach[b, a]]
+    transfers = [Transfer(a, b, {pair: value / unit for pair, value in table.items()}) for a, b, table in moved]
+    return Sketch(problem, unit, units, jobs, [unit_of_group[g] for g, _, _ in jobs], stream,
+                  [[value / unit for value in row] for row in exact], arcs, transfers, meets,
+                  _meetings(transfers, exact, unit, len(set(stream))), [value / unit for value in head],
+                  [value / unit for value in tail], list(alloc), list(free),
+                  [problem.groups[g].workspace_bytes for g, _, _ in jobs],
+                  [sum(problem.groups[g].resident_bytes for g in members) for members in units], horizon / unit, reach,
+                  not problem.topology.overrides)
+
+
+def colocated(problem: PlanningProblem) -> list[list[int]]:
+    """The groups as units: colocated sets, joined where they overlap, by their first group."""
+    leader = list(range(len(problem.groups)))
+    for members in problem.colocate:
+        old = {leader[g] for g in members}
+        leader = [min(old) if name in old else name for name in leader]
+    return [[g for g, name in enumerate(leader) if name == first] for first in sorted(set(leader))]
+
+
+def _kinds(group: Group) -> list[ActionKind]:
+    phases = next(iter(group.times.values()))
+    return [ActionKind.F] + [ActionKind.I] * (phases.i_ns is not None) + [ActionKind.W] * (phases.w_ns is not None)
+
+
+def _duration(group: Group, kind: ActionKind, device: str, microbatch: int) -> int:
+    phases = group.times[device]
+    amount = {ActionKind.F: phases.f_ns, ActionKind.I: phases.i_ns, ActionKind.W: phases.w_ns}[kind] or 0
+    return round(amount * group.loads[microbatch]) if group.loads else amount
+
+
+def _memory(group: Group, kind: ActionKind, microbatch: int) -> tuple[int, int]:
+    """Bytes taken at the start and returned at the end of a job."""
+    def scaled(amount: int) -> int:
+        return round(amount * group.loads[microbatch]) if group.loads else amount
+
+    fi, fw, iw = scaled(group.saved_fi_bytes), scaled(group.saved_fw_bytes), scaled(group.saved_iw_bytes)
+    present = _kinds(group)
+    has_i, has_w = ActionKind.I in present, ActionKind.W in present
+    if kind is ActionKind.F:
+        return fi + fw, 0 if has_i or has_w else fi + fw
+    if kind is ActionKind.I:
+        return iw, fi if has_w else fi + fw + iw
+    return 0, fw + (iw if has_i else fi)
+
+
+def _dependencies(problem: PlanningProblem, index: dict[Job, int], unit_of: dict[int, int],
+                  ) -> tuple[list[tuple[int, int]], list[tuple[int, int, dict[tuple[int, int], int]]]]:
+    """Arcs within a unit and between equal microbatches; data arcs between units with their transfer times."""
+    arcs: set[tuple[int, int]] = set()
+    sizes: dict[tuple[int, int], int] = {}
+    for g, group in enumerate(problem.groups):
+        kinds = _kinds(group)
+        for m in range(problem.num_microbatches):
+            arcs |= {(index[g, a, m], index[g, b, m]) for a, b in pairwise(kinds)}
+    if not any(group.loads for group in problem.groups):
+        arcs |= {(j, index[g, kind, m + 1]) for (g, kind, m), j in index.items() if (g, kind, m + 1) in index}
+    for edge in problem.edges:
+        loads = problem.groups[edge.source].loads
+        for target in edge.targets:
+            gradient = next((kind for kind in (ActionKind.I, ActionKind.W) if (edge.source, kind, 0) in index), None)
+            returns = edge.grad_bytes is not None and gradient and (target, ActionKind.I, 0) in index
+            for m in range(problem.num_microbatches):
+                ends = [(index[edge.source, ActionKind.F, m], index[target, ActionKind.F, m], edge.num_bytes)]
+                if returns and gradient is not None:
+                    ends.append((index[target, ActionKind.I, m], index[edge.source, gradient, m], edge.grad_bytes or 0))
+                for a, b, size in ends:
+                    size = round(size * loads[m]) if loads else size
+                    if unit_of[edge.source] == unit_of[target]:
+                        arcs.add((a, b))
+                    else:  # values between the same two groups travel together
+                        sizes[a, b] = sizes.get((a, b), 0) + size
+    ranks = range(problem.num_ranks)
+    moved = [(a, b, {(d, e): problem.topology.transfer_ns(d, e, size) for d in ranks for e in ranks if d != e})
+             for (a, b), size in sizes.items()]
+    return sorted(arcs), moved
+
+
+def _closure(durations: list[int], links: list[tuple[int, int]]) -> tuple[list[int], list[int], np.ndarray]:
+    """Heads, tails (from start to the end of the step) and reachability over the links."""
+    count = len(durations)
+    after: list[list[int]] = [[] for _ in range(count)]
+    waits = [0] * count
+    for a, b in links:
+        after[a].append(b)
+        waits[b] += 1
+    order = [j for j in range(count) if not waits[j]]
+    head, tail = [0] * count, list(durations)
+    for j in order:
+        for b in after[j]:
+            head[b] = max(head[b], head[j] + durations[j])
+            waits[b] -= 1
+            if not waits[b]:
+                order.append(b)
+    reach = np.zeros((count, count), dtype=bool)
+    for j in reversed(order):
+        for b in after[j]:
+            reach[j, b] = True
+            reach[j] |= reach[b]
+            tail[j] = max(tail[j], durations[j] + tail[b])
+    return head, tail, reach
+
+
+def _meetings(transfers: list[Transfer], exact: list[list[int]], unit: float, streams: int) -> list[tuple[int, int]]:
+    """Pairs of transfers that could wait for each other.
+
+    None do if every job sends once, takes at least as long as any transfer, and all senders of a device share a stream.
+    """
+    longest = max((value for moved in transfers for value in moved.times.values()), default=0.0)
+    shortest = min((min(exact[moved.producer]) for moved in transfers), default=0) / unit
+    once = len({moved.producer for moved in transfers}) == len(transfers)
+    if not longest or (once and streams == 1 and longest <= shortest):
+        return []
+    return list(combinations(range(len(transfers)), 2))

@@ -1,0 +1,104 @@
+"""Small random problems and their optimum by exhaustive search, shared by the tests of the formulations."""
+
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import strategies as st
+
+from mipipe.graphs.topology import Topology
+from mipipe.planner.evaluate import compile_actions
+from mipipe.planner.jobs import Jobs, elementary_actions, job_shop
+from mipipe.planner.plan import Placement, Stage
+from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
+from mipipe.planner.stages import StageView, view
+
+
+@st.composite
+def problems(draw, max_groups: int = 3, max_microbatches: int = 2, max_jobs: int = 14) -> PlanningProblem:
+    """A DAG of a few groups on two devices: integer durations, transfers, and memory for at least one microbatch."""
+    count = draw(st.integers(2, max_groups))
+    microbatches = draw(st.integers(1, max(1, min(max_microbatches, max_jobs // (3 * count)))))
+    durations = st.integers(1, 4)
+    groups = []
+    for g in range(count):
+        phases = PhaseTimes(draw(durations), draw(durations), draw(st.sampled_from([None, 1, 2, 3])))
+        groups.append(Group(f"g{g}", {"device": phases}, saved_fi_bytes=draw(st.integers(0, 2)),
+                            saved_fw_bytes=draw(st.integers(0, 2)), saved_iw_bytes=draw(st.integers(0, 1)),
+                            resident_bytes=1))
+    pairs = [(a, b) for a, b in itertools.combinations(range(count), 2) if b == a + 1 or draw(st.booleans())]
+    edges = tuple(GroupEdge(a, (b,), value=f"v{a}.{b}") for a, b in pairs)
+    one = sum(group.saved_fi_bytes + group.saved_fw_bytes + group.saved_iw_bytes for group in groups)
+    cap = draw(st.one_of(st.none(), st.integers(one, 2 * one + 1)))
+    return PlanningProblem("random", tuple(groups), edges, Topology.uniform(2, latency_ns=draw(st.integers(0, 2))),
+                           microbatches, limits=Limits(activation_bytes=cap))
+
+
+def at(problem: PlanningProblem, ranks: tuple[int, ...]) -> StageView:
+    """The problem with every group a stage of its own on the given rank."""
+    return view(problem, Placement(tuple(Stage((g,), (rank,)) for g, rank in enumerate(ranks)),
+                                   tuple((rank,) * problem.num_microbatches for rank in ranks)))
+
+
+def placements(problem: PlanningProblem) -> list[StageView]:
+    """Every placement with one replica of each group, up to the names of the (equal) devices."""
+    return [at(problem, (0, *rest)) for rest in itertools.product(range(problem.num_ranks),
+                                                                  repeat=len(problem.groups) - 1)]
+
+
+def optimum(stage_view: StageView, best: int = 1 << 60) -> int:
+    """The shortest makespan over all orders, by branch and bound without any of the planner's arguments.
+
+    Actions are taken in the order of their starts; memory by the order on a rank; transfers by the channel's queue.
+    """
+    jobs = job_shop(stage_view, fifo=False)
+    tails = _tails(jobs)
+    waits = [0] * jobs.count
+    for releases in jobs.compiled.releases:
+        for consumer, *_ in releases:
+            waits[consumer] += 1
+    state = {"best": best}
+    ranks = stage_view.problem.num_ranks
+
+    def go(now: int, done: frozenset[int], ready: dict[int, int], left: dict[int, int], free_at: tuple[int, ...],
+           held: tuple[int, ...], queue: dict[int, int], makespan: int) -> None:
+        if len(done) == jobs.count:
+            state["best"] = min(state["best"], makespan)
+            return
+        for job in range(jobs.count):
+            rank = jobs.machine[job] // 2
+            if job in done or left[job]:
+                continue
+            start = max(ready[job], free_at[rank])
+            if start < now or start + tails[job] >= state["best"]:
+                continue
+            if held[rank] + jobs.alloc[job] + jobs.workspace[job] > jobs.capacity[rank]:
+                continue
+            end = start + jobs.durations[job]
+            later, open_, channels = dict(ready), dict(left), dict(queue)
+            for consumer, channel, duration, _, _ in jobs.compiled.releases[job]:
+                arrival = end
+                if channel >= 0:
+                    arrival = channels[channel] = max(end, channels.get(channel, 0)) + duration
+                later[consumer] = max(later[consumer], arrival)
+                open_[consumer] -= 1
+            go(start, done | {job}, later, open_, (*free_at[:rank], end, *free_at[rank + 1:]),
+               (*held[:rank], held[rank] + jobs.alloc[job] - jobs.free[job], *held[rank + 1:]), channels,
+               max(makespan, end))
+
+    go(0, frozenset(), dict.fromkeys(range(jobs.count), 0), dict(enumerate(waits)), (0,) * ranks, (0,) * ranks, {}, 0)
+    return state["best"]
+
+
+def _tails(jobs: Jobs) -> list[int]:
+    """Longest data path from the start of every job."""
+    compiled = compile_actions(jobs.view, elementary_actions(jobs.view))
+    tails: dict[int, int] = {}
+
+    def tail(job: int) -> int:
+        if job not in tails:
+            after = [tail(consumer) for consumer, *_ in compiled.releases[job]]
+            tails[job] = jobs.durations[job] + max(after, default=0)
+        return tails[job]
+
+    return [tail(job) for job in range(jobs.count)]
