@@ -41,7 +41,7 @@ Samples = dict[str, list[float]]
 class ProfileOptions:
     """How long to measure: ``seconds`` per structure, cut into ``samples``, after ``warmup`` rounds."""
 
-    seconds: float = 0.4
+    seconds: float = 0.25
     samples: int = 9
     warmup: int = 2
     threads: int = 1
