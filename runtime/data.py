@@ -100,15 +100,27 @@ class TextBytes:
         return {name: made[name].to(getattr(torch, self._specs[name].dtype)) for name in self._names}
 
 
+def check_source(config: DataConfig) -> None:
+    """Raise `InputError` unless the source can be found."""
+    if ":" in config.source:
+        load_object(config.source)
+    elif config.source != "stdlib":
+        _folder(config.source)
+
+
+def _folder(source: str) -> Path:
+    if not Path(source).is_dir():
+        raise InputError(f"data: {source} is no folder; expected a folder of text files, 'stdlib', or"
+                         " package.module:callable")
+    return Path(source)
+
+
 def read_text_bytes(folder: Path, suffix: str, max_bytes: int) -> torch.Tensor:
     """The bytes of a folder's files in sorted order, joined, as uint8.
 
     Raises:
-        InputError: the folder does not exist or has no such file.
+        InputError: the folder has no such file.
     """
-    if not folder.is_dir():
-        raise InputError(f"data: {folder} is no folder; expected a folder of text files, 'stdlib', or"
-                         " package.module:callable")
     text = bytearray()
     for path in sorted(item for item in folder.rglob(f"*{suffix}") if item.is_file()):
         text += path.read_bytes()[:max_bytes - len(text)] + b"\n"
@@ -147,5 +159,5 @@ def make_batches(config: DataConfig, graph: OperatorGraph, rows: int, seed: int,
     if options:
         raise InputError(f"data: unknown option {sorted(options)[0]!r}; expected max_bytes")
     text = stdlib_text(max_bytes) if config.source == "stdlib" else \
-        read_text_bytes(Path(config.source), config.suffix, max_bytes)
+        read_text_bytes(_folder(config.source), config.suffix, max_bytes)
     return Batches(TextBytes(text, rows, graph, seed, copy))

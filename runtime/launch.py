@@ -20,9 +20,8 @@ from typing import Any
 
 from mipipe.graphs import errors
 from mipipe.graphs.errors import MipipeError, RunError
-from mipipe.graphs.serialize import load
-from mipipe.planner.plan import Plan
-from mipipe.runtime.config import TrainConfig, read_config
+from mipipe.runtime.config import TrainConfig
+from mipipe.runtime.prepare import check_world, read_job
 
 GRACE_S = 10.0
 """How long torchrun gets to end its workers before it is killed; its own patience is 30 s."""
@@ -70,9 +69,11 @@ def train(plan: str | Path, graph: str | Path, config: str | Path, *, resume: bo
     Raises:
         MipipeError: as the worker raised it, or `RunError` where a worker died without a word or time ran out.
     """
-    settings = read_config(config)
-    ranks = load(plan, Plan).problem.num_ranks
-    count = num_processes if num_processes is not None else ranks * copies
+    job = read_job(plan, graph, config)
+    settings = job.config
+    count = num_processes if num_processes is not None else len(job.program.ranks) * copies
+    if not torchrun:
+        check_world(job, count)
     shown = sys.stderr.isatty() if progress is None else progress
     with tempfile.TemporaryDirectory(prefix="mipipe-") as folder:
         command = torchrun_command(plan, graph, config, count, resume=resume, progress=shown, max_restarts=max_restarts,

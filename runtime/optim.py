@@ -26,19 +26,22 @@ def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any]) -> tor
     Raises:
         InputError: there is no such optimizer, or it does not take these options.
     """
-    parameters = engine.parameters()
+    parameters, kind = engine.parameters(), optimizer_class(name)
     if not parameters:
         return None
-    if ":" in name:
-        kind = load_object(name)
-    elif name.lower() in _TORCH:
-        kind = _TORCH[name.lower()]
-    else:
-        raise InputError(f"optimizer {name!r}: expected one of {', '.join(sorted(_TORCH))}, or package.module:Class")
     try:
         return kind(parameters, **options)
     except (TypeError, ValueError) as error:
         raise InputError(f"optimizer {name}: {error}") from None
+
+
+def optimizer_class(name: str) -> Any:
+    """The optimizer class of a name."""
+    if ":" in name:
+        return load_object(name)
+    if name.lower() not in _TORCH:
+        raise InputError(f"optimizer {name!r}: expected one of {', '.join(sorted(_TORCH))}, or package.module:Class")
+    return _TORCH[name.lower()]
 
 
 def load_object(path: str) -> Any:

@@ -25,17 +25,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from mipipe.graphs.errors import MipipeError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph
-from mipipe.graphs.serialize import load
-from mipipe.planner.lower import lower
-from mipipe.planner.plan import Plan
-from mipipe.planner.program import Program
 from mipipe.planner.simulate import simulate
-from mipipe.runtime.batches import check_sizes
-from mipipe.runtime.compiled import check_plan_fits
-from mipipe.runtime.config import TrainConfig, read_config
 from mipipe.runtime.data import make_batches
 from mipipe.runtime.engine import Engine, EngineOptions
 from mipipe.runtime.models import initial_weights
+from mipipe.runtime.prepare import Job, check_world, read_job
 from mipipe.runtime.training import Trainer
 
 
@@ -54,26 +48,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def train(options: argparse.Namespace) -> list[float]:
     """Train as this process's rank; the losses of all steps."""
-    graph, plan, config = load(options.graph, OperatorGraph), load(options.plan, Plan), read_config(options.config)
-    check_plan_fits(plan, graph)
-    program = lower(plan)
-    check_sizes(graph, config.batch, config.seq, plan.problem.num_microbatches)
+    job = read_job(options.plan, options.graph, options.config)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world % len(program.ranks):
-        raise RunError(f"{world} processes were started, but the plan has {len(program.ranks)} ranks; start"
-                       f" {len(program.ranks)} (torchrun --nproc-per-node {len(program.ranks)}), or a multiple of it")
+    check_world(job, world)
     device = choose_device(options.device)
-    start_processes(world, device, config.timeout_s)
+    start_processes(world, device, job.config.timeout_s)
     try:
-        return run(plan, program, graph, config, device, options)
+        return run(job, device, options)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def run(plan: Plan, program: Program, graph: OperatorGraph, config: TrainConfig, device: torch.device,
-        options: argparse.Namespace) -> list[float]:
+def run(job: Job, device: torch.device, options: argparse.Namespace) -> list[float]:
     """Build the engine and train."""
+    plan, program, graph, config = job.plan, job.program, job.graph, job.config
     master = getattr(torch, config.dtype) if config.dtype else None
     engine = Engine(plan, graph, initial_weights(graph, config), program=program, device=device,
                     options=EngineOptions(config.seed, config.timeout_s, config.compile, master))

@@ -126,17 +126,21 @@ def test_a_run_that_takes_too_long_is_ended(files):
     ({"data": {"source": "/nowhere"}}, InputError, "/nowhere is no folder"),
 ])
 def test_wrong_configurations_are_one_line(files, change, error, message):
-    """Bad input is refused by the worker with its own error, or before any worker starts."""
+    """Bad input is refused before any worker starts."""
     config = write_config(files, "wrong", **change)
     with pytest.raises(error, match=message):
         train(files / "plan1.json", files / "graph.json", config, timeout_s=200)
 
 
-def test_more_ranks_than_the_plan_and_foreign_plans(files):
-    """One clear line, without a traceback, and the error's exit code, also when torchrun is called by hand."""
-    config = write_config(files, "world")
+def test_more_ranks_than_the_plan(files):
+    """Refused before torchrun starts."""
     with pytest.raises(RunError, match="3 processes were started, but the plan has 2 ranks"):
-        train(files / "plan2.json", files / "graph.json", config, num_processes=3, timeout_s=200)
+        train(files / "plan2.json", files / "graph.json", write_config(files, "world"), num_processes=3)
+
+
+def test_a_foreign_plan_given_to_the_worker_by_hand(files):
+    """One clear line, without a traceback, and the error's exit code."""
+    config = write_config(files, "foreign")
     plan = load(files / "plan2.json", Plan)
     problem = plan.problem.replace(graph_digest="f" * 16)
     save(Plan(plan.name, problem, plan.placement, plan.schedule), files / "foreign.json")

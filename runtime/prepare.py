@@ -1,0 +1,52 @@
+"""What can be refused before any process starts: files that do not belong together, sizes, names, the world."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mipipe.graphs.errors import RunError
+from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.serialize import load
+from mipipe.planner.lower import lower
+from mipipe.planner.plan import Plan
+from mipipe.planner.program import Program
+from mipipe.runtime.batches import check_sizes
+from mipipe.runtime.compiled import check_plan_fits
+from mipipe.runtime.config import TrainConfig, read_config
+from mipipe.runtime.data import check_source
+from mipipe.runtime.optim import optimizer_class
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run's files, read and found to fit."""
+
+    plan: Plan
+    program: Program
+    graph: OperatorGraph
+    config: TrainConfig
+
+
+def read_job(plan: str | Path, graph: str | Path, config: str | Path) -> Job:
+    """The files of a run.
+
+    Raises:
+        InputError: a file is not what it should be, or the configuration does not fit the graph.
+        PlanError: the plan was made for another graph, or violates a rule.
+    """
+    settings = read_config(config)
+    read_graph, read_plan = load(graph, OperatorGraph), load(plan, Plan)
+    check_plan_fits(read_plan, read_graph)
+    check_sizes(read_graph, settings.batch, settings.seq, read_plan.problem.num_microbatches)
+    optimizer_class(settings.optimizer.name)
+    check_source(settings.data)
+    return Job(read_plan, lower(read_plan), read_graph, settings)
+
+
+def check_world(job: Job, processes: int) -> None:
+    """Raise `RunError` unless the number of processes is a multiple of the plan's ranks."""
+    ranks = len(job.program.ranks)
+    if processes % ranks:
+        raise RunError(f"{processes} processes were started, but the plan has {ranks} ranks; start {ranks} (torchrun"
+                       f" --nproc-per-node {ranks}), or a multiple of it for data-parallel copies")
