@@ -8,6 +8,7 @@ but the last are kept in ``<out>.steps`` until the last is done.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -96,7 +97,7 @@ def merge(recipe: str | Path | Sequence[MergeRecipe], out: str | Path, options: 
             run_plan(plan, target, options, progress)
         if not last:
             known[part.name] = read_checkpoint(target)
-    shutil.rmtree(steps, ignore_errors=True)
+    _forget(steps, [part.name for part in recipes[:-1]])
     record = json.loads((out / worker.RECORD).read_text())
     return MergeResult(out, plan, tuple(record["ranks"]), time.monotonic() - began)
 
@@ -116,9 +117,17 @@ def assemble(recipe: MoeRecipe, out: Path, options: MergeOptions, where: str = "
         recipe = dataclasses.replace(recipe, dtype=options.dtype)
     plan = plan_graph(build_moe(recipe, files, where), out, options.num_ranks, options.memory_cap, options.shard_bytes)
     run_plan(plan, out, options, progress)
-    shutil.rmtree(steps, ignore_errors=True)
+    _forget(steps, ["router"])
     record = json.loads((out / worker.RECORD).read_text())
     return MergeResult(out, plan, tuple(record["ranks"]), time.monotonic() - began)
+
+
+def _forget(steps: Path, names: Sequence[str]) -> None:
+    """Remove the results of finished steps, and their folder if nothing else is in it."""
+    for name in names:
+        shutil.rmtree(steps / name, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        steps.rmdir()
 
 
 def _check_target(out: Path) -> None:

@@ -43,7 +43,7 @@ def prepare(out: Path, shards: Sequence[Shard], job: str) -> Path:
     """The partial folder with all shards at full size; an unfinished merge with the same ``job`` digest is continued.
 
     Raises:
-        InputError: ``out`` exists, or the partial folder belongs to another merge.
+        InputError: ``out`` exists, or the partial folder is another merge's or none at all.
         RunError: no space for the output.
     """
     folder = partial_folder(out)
@@ -51,14 +51,17 @@ def prepare(out: Path, shards: Sequence[Shard], job: str) -> Path:
         raise InputError(f"{out}: exists already; give another -o, or remove it")
     seal = folder / "job.json"
     if folder.exists():
-        found = json.loads(seal.read_text()) if seal.exists() else None
-        if found is not None and found.get("job") != job:
+        if not seal.exists():
+            raise InputError(f"{folder}: exists and is no unfinished merge; remove it, or give another -o")
+        found = json.loads(seal.read_text())
+        if found["job"] != job:
             raise InputError(f"{folder}: holds an unfinished merge of another recipe or of other inputs; finish that"
                              " one, or remove the folder")
-        if found is not None and found.get("boot") == boot_id() != "":
+        if found["reserved"] and found["boot"] == boot_id() != "":
             return folder
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
+    seal.write_text(json.dumps({"job": job, "boot": boot_id(), "reserved": False}))
     try:
         for shard in shards:
             _reserve(folder / shard.file, shard)
@@ -70,7 +73,7 @@ def prepare(out: Path, shards: Sequence[Shard], job: str) -> Path:
             raise RunError(f"{out}: no space left: the merged model needs {format_bytes(needed)}, {format_bytes(free)}"
                            " are free") from None
         raise
-    seal.write_text(json.dumps({"job": job, "boot": boot_id()}))
+    seal.write_text(json.dumps({"job": job, "boot": boot_id(), "reserved": True}))
     return folder
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +76,8 @@ def store(recipe: MergeRecipe, out: Path, where: str = "recipe") -> Parts:
     if out.exists():
         raise InputError(f"{out}: exists already; give another -o, or remove it")
     folder = partial_folder(out)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        raise InputError(f"{folder}: exists, perhaps from parts that were not finished; remove it, or give another -o")
     folder.mkdir(parents=True)
     if recipe.merge_method == "twin":
         scale = float(recipe.parameters.get("shared_scale", 0.29))

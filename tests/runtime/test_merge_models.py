@@ -272,6 +272,41 @@ def test_experts_in_another_order_are_matched_first(tmp_path, single, hidden):
     assert any(not torch.allclose(mixed[name], value) for name, value in shape(weights).items() if "experts" in name)
 
 
+# Layouts --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["widen", "optmerge", "tsvm"])
+def test_matrices_stored_transposed_are_turned_where_it_matters(tmp_path, method):
+    """GPT-2 keeps [in, out]: merging it is merging the transposed matrices and turning back."""
+    name = "h.0.mlp.c_fc.weight"
+    values = [state(seed, vocabulary=16)["model.embed_tokens.weight"] for seed in range(3)]  # [16, 8]
+    for label, value in zip(("base", "a", "b"), values, strict=True):
+        write(tmp_path / label, {name: value, "wte.weight": torch.ones(4, 8)}, {"model_type": "gpt2"})
+    run({"merge_method": method, "base_model": f"{tmp_path}/base",
+         "models": [{"model": f"{tmp_path}/a"}, {"model": f"{tmp_path}/b"}]}, tmp_path / "out")
+    base, *models = (value.T.contiguous() for value in values)
+    expected = merge_tensors(BY_METHOD[method], base, models, key=name).T
+    torch.testing.assert_close(read(tmp_path / "out")[name], expected, rtol=0, atol=1e-5)
+
+
+def test_fused_projections_are_merged_block_by_block(tmp_path):
+    """qkv and gate_up: a trimmed share of each block, not of the whole."""
+    names = {"model.layers.0.self_attn.qkv_proj.weight": [slice(0, 8), slice(8, 12), slice(12, 16)],
+             "model.layers.0.mlp.gate_up_proj.weight": [slice(0, 8), slice(8, 16)]}
+    weights = {}
+    for seed, label in enumerate(("base", "a")):
+        generator = torch.Generator().manual_seed(seed)
+        weights[label] = {name: torch.randn(16, 8, generator=generator) for name in names}
+        write(tmp_path / label, weights[label])
+    run({"merge_method": "ties", "base_model": f"{tmp_path}/base", "models": [{"model": f"{tmp_path}/a"}],
+         "parameters": {"density": 0.25}}, tmp_path / "out")
+    for name, blocks in names.items():
+        for rows in blocks:
+            expected = merge_tensors(BY_METHOD["ties"], weights["base"][name][rows], [weights["a"][name][rows]],
+                                     {"density": 0.25})
+            assert torch.equal(read(tmp_path / "out")[name][rows], expected)
+
+
 # Multimodal -----------------------------------------------------------------------------------------------------------
 
 

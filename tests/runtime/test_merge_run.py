@@ -215,6 +215,29 @@ def test_an_interrupted_merge_continues_where_it_stopped(name, root, tmp_path, m
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_more_ranks_may_continue_what_one_began(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "JOURNAL_BYTES", 1)
+    data = recipe_for("sce", root)
+
+    def crash(done, total):
+        if done > total / 2:
+            raise Crash
+
+    with pytest.raises(Crash):
+        merge([parse_recipe(data, "recipe")], tmp_path / "out", progress=crash)
+    run_threads(data, tmp_path / "out", 3)
+    run(data, tmp_path / "whole")
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
+
+
+def test_a_folder_that_is_no_unfinished_merge_is_not_touched(root, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+    with pytest.raises(Exception, match=r"out\.partial: exists and is no unfinished merge"):
+        run(recipe_for("linear", root), tmp_path / "out")
+    assert (tmp_path / "out.partial" / "thesis.txt").exists()
+
+
 def test_a_killed_process_leaves_no_result_and_can_be_continued(root, tmp_path):
     """SIGKILL in the middle, from a process of its own."""
     recipe = tmp_path / "recipe.yaml"
