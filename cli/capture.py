@@ -29,7 +29,7 @@ def capture(
     images: Annotated[int, typer.Option(help="Images per sequence, where the model takes them.", min=0)] = 1,
     image: Annotated[int, typer.Option(help="Height and width of an image (default: the model's own).", min=0)] = 0,
     freeze: Annotated[list[str] | None, typer.Option(
-        help="Parameters that do not train, by a pattern of their names, such as 'model.vision_tower.*'; may be"
+        help="Parameters that do not train: a regular expression on their names, such as 'vision_tower'; may be"
              " repeated.")] = None,
     granularity: Annotated[str, typer.Option(help="The smallest pieces: layer, block or module.")] = "block",
     tags: Annotated[Path | None, typer.Option(help="Corrections of the annotation (YAML: layers, branches, roles by"

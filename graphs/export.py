@@ -6,6 +6,8 @@ that switch gradients off, and removes what only concerns the exporter. Sizes ar
 
 from __future__ import annotations
 
+import contextlib
+import io
 import linecache
 import operator
 import traceback
@@ -56,7 +58,8 @@ def export_model(module: nn.Module, inputs: Mapping[str, Any], *, prefix: str = 
     if len(storages) < len(tensors):
         raise GraphError("example inputs: one tensor is given under two names; pass a copy, or they become one input")
     try:
-        program = torch.export.export(module, (), dict(inputs), strict=False)
+        with contextlib.redirect_stderr(io.StringIO()):  # torch prints half a graph before it raises
+            program = torch.export.export(module, (), dict(inputs), strict=False)
     except MipipeError:
         raise
     except Exception as error:

@@ -44,16 +44,22 @@ def to_data(value: Any) -> Any:
     return _adapter(kind).dump_python(value, mode="json")
 
 
+_UNKNOWN = {"extra_forbidden": "unknown key", "unexpected_keyword_argument": "unknown key"}
+"""Pydantic's types of errors for a key that no field has, in the user's words."""
+
+
 def from_data(data: Any, kind: type[T], where: str) -> T:
     """A ``kind`` validated from plain data; ``where`` (a file, an option) opens the error message."""
     try:
         return _adapter(cast(Any, kind)).validate_python(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        errors = error.errors(include_url=False)  # a mistyped key explains the one that is missing
+        first = next((item for item in errors if item["type"] in _UNKNOWN), errors[0])
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
         found = "" if isinstance(first["input"], (dict, list)) else f" (found {first['input']!r})"
         more = f"; {error.error_count() - 1} more" if error.error_count() > 1 else ""
-        raise InputError(f"{where}: {place or 'top level'}: {first['msg']}{found}{more}") from None
+        raise InputError(f"{where}: {place or 'top level'}: {_UNKNOWN.get(first['type'], first['msg'])}"
+                         f"{found}{more}") from None
 
 
 def digest(value: Any) -> str:

@@ -77,7 +77,7 @@ def test_the_cpu_kind_has_no_peak_and_needs_its_memory_stated():
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"hosts__0__colour": "red"}, r"c.yaml: hosts\[0\]\.colour: Unexpected"),
+    ({"hosts__0__colour": "red"}, r"c.yaml: hosts\[0\]\.colour: unknown key"),
     ({"hosts__0__kind": "h300"}, r"hosts\[0\]\.kind: unknown device kind 'h300'; known are a100"),
     ({"hosts__0__devices": 0}, r"hosts\[0\]\.devices: found 0, expected at least 1"),
     ({"hosts__1__name": "alpha"}, r"hosts\[1\]\.name: two hosts are named 'alpha'"),
