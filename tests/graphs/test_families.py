@@ -187,3 +187,25 @@ def test_expert_groups_are_parallel_branches(name: str) -> None:
 def test_frozen_model_with_trained_head() -> None:
     graph = capture("llama", overrides=TEXT, seq=8, batch=2, freeze=[r"^model\."])
     assert [sum(graph.trace(s).has(p) for p in Phase) for s in graph.segments] == [1] * 5 + [2]
+
+
+@pytest.mark.slow
+def test_frozen_vision_tower_has_no_backward() -> None:
+    """The usual multimodal case: the projector trains, so the text embedding and it get W, the tower only F."""
+    case = CASES["llava"]
+    graph = capture(case.source, overrides=case.overrides, dtype="float64", batch=2, freeze=["vision_tower"],
+                    **case.options)
+    model, batch, _ = reference(case, graph)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("vision_tower" not in name)
+    assert_same(graph, model, batch, frozen_loss(model, batch))
+    has = {segment.name: "".join(p for p in Phase if graph.trace(segment).has(p)) for segment in graph.segments}
+    assert {phases for name, phases in has.items() if "vision_tower" in name} == {"F"}
+    assert has["model.multi_modal_projector"] == "FIW"  # I: towards the text embedding it is merged into
+
+
+def frozen_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The language loss of a model, computed again (after its parameters were frozen)."""
+    logits = model(**{key: item for key, item in batch.items() if key != "labels"}, use_cache=False).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    return -logits.log_softmax(-1)[labels != -100].gather(-1, labels[labels != -100][:, None]).sum()
