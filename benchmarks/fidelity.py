@@ -1,0 +1,165 @@
+"""Does a run take the time its simulation says? Stages that sleep for their planned duration, executed by the engine.
+
+    torchrun --nproc-per-node 8 benchmarks/fidelity.py --microbatches 20 --unit-ms 10 2
+
+Sleeping stages need no core, so eight ranks fit on two. Each schedule's program runs with real transfers (a few hundred
+bytes over gloo); printed are the simulated makespan, the median measured one (the ranks' aligned clocks, first start to
+last end) and their ratio. Forward and input gradient of a layer take one unit each, the weight gradient half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import mipipe.runtime.phases as phases
+from mipipe.graphs.operator_graph import (
+    Operator,
+    OperatorGraph,
+    Parameter,
+    Phase,
+    SavedTensor,
+    Segment,
+    SegmentTrace,
+    TensorSpec,
+    Value,
+)
+from mipipe.graphs.serialize import digest
+from mipipe.graphs.topology import Topology
+from mipipe.graphs.trace import build_phase
+from mipipe.planner.lower import lower
+from mipipe.planner.options import PlanOptions
+from mipipe.planner.plan import Plan
+from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
+from mipipe.planner.schedules import BASELINES
+from mipipe.planner.simulate import simulate
+from mipipe.planner.solve import plan as solve
+from mipipe.runtime.engine import Engine, EngineOptions
+from mipipe.runtime.trace import measured_timeline
+
+ROWS, WIDTH = 4, 4
+SPEC, SQUARE = TensorSpec((ROWS, WIDTH), "float32"), TensorSpec((WIDTH, WIDTH), "float32")
+SCALAR = TensorSpec((), "float32")
+
+
+def ref(name: str) -> dict[str, str]:
+    return {"ref": name}
+
+
+def layer_trace(first: bool, last: bool) -> SegmentTrace:
+    """y = x w (and loss = sum(y) in the last layer), with gradients by hand; the first layer returns none."""
+    operators = [Operator("y", "aten.mm.default", Phase.F, [ref("x"), ref("w")], {}, (SPEC,))]
+    grad, backward = "gy", Phase.W if first else Phase.I
+    if last:
+        grad = "ge"
+        operators += [Operator("loss", "aten.sum.default", Phase.F, [ref("y")], {}, (SCALAR,)),
+                      Operator("ge", "aten.expand.default", backward, [ref("gy"), [ROWS, WIDTH]], {}, (SPEC,))]
+    if not first:
+        operators += [Operator("wt", "aten.t.default", Phase.I, [ref("w")], {}, (SQUARE,)),
+                      Operator("gx", "aten.mm.default", Phase.I, [ref(grad), ref("wt")], {}, (SPEC,))]
+    operators += [Operator("xt", "aten.t.default", Phase.W, [ref("x")], {}, (SPEC,)),
+                  Operator("gw", "aten.mm.default", Phase.W, [ref("xt"), ref(grad)], {}, (SQUARE,))]
+    saved = (SavedTensor("ge", SPEC.num_bytes, Phase.I, Phase.W),) if last else ()
+    name = "first" if first else "last" if last else "middle"
+    return SegmentTrace(name, ("x",), ("w",), (), ("gy",), {"x": SPEC, "w": SQUARE, "gy": SCALAR if last else SPEC},
+                        tuple(operators), ("loss",) if last else ("y",), {}, (None if first else "gx",), ("gw",), saved)
+
+
+def build_problem(layers: int, ranks: int, count: int, unit_ns: int) -> tuple[OperatorGraph, PlanningProblem]:
+    """A chain of equal layers as a graph and as a problem; what the first layer lacks in I it has in W."""
+    traces = (layer_trace(True, False), layer_trace(False, False), layer_trace(False, True))
+    segments, values, groups = [], [Value("x", SPEC, None, False)], []
+    for index in range(layers):
+        last = index == layers - 1
+        output = "loss" if last else f"h{index + 1}"
+        trace = traces[0 if index == 0 else 2 if last else 1]
+        segments.append(Segment(f"layer{index}", f"layers.{index}", trace.digest, (f"h{index}" if index else "x",),
+                                (output,), (f"layers.{index}.w",)))
+        values.append(Value(output, SCALAR if last else SPEC, f"layer{index}", True))
+        times = PhaseTimes(unit_ns, None if index == 0 else unit_ns, unit_ns // 2 + (unit_ns if index == 0 else 0))
+        groups.append(Group(f"layer{index}", {"device": times}, saved_fw_bytes=1, segments=(f"layer{index}",)))
+    graph = OperatorGraph("sleep", ("x",), ("loss",), "loss", tuple(segments), tuple(values),
+                          tuple(Parameter(f"layers.{index}.w", SQUARE) for index in range(layers)), traces)
+    edges = tuple(GroupEdge(i, (i + 1,), SPEC.num_bytes, SPEC.num_bytes, f"h{i + 1}") for i in range(layers - 1))
+    topology = Topology.uniform(ranks, latency_ns=200_000)
+    return graph, PlanningProblem("sleep", tuple(groups), edges, topology, count, graph_digest=digest(graph))
+
+
+def sleeping(unit_ns: int) -> Callable[..., Any]:
+    """A stand-in for `build_phase` whose functions first sleep for the phase's planned duration."""
+    def build(trace: SegmentTrace, phase: Phase, device: Any = "cpu") -> Any:
+        function = build_phase(trace, phase, device)
+        duration = {Phase.F: unit_ns, Phase.I: unit_ns,
+                    Phase.W: unit_ns // 2 + (unit_ns if trace.digest == "first" else 0)}[phase]
+
+        def slow(*tensors: torch.Tensor) -> Any:
+            end = time.perf_counter_ns() + duration
+            result = function(*tensors)
+            time.sleep(max(0, end - time.perf_counter_ns()) / 1e9)
+            return result
+
+        return slow
+
+    return build
+
+
+def plans(problem: PlanningProblem, names: list[str], seconds: float) -> list[Plan]:
+    """The named baselines and our plan. Rank 0 solves; all get the same."""
+    made: list[Any] = [None]
+    if dist.get_rank() == 0:
+        chosen = [item.plan(problem) for item in BASELINES if item.name in names]
+        result = solve(problem, PlanOptions(time_limit_s=seconds, threads=2))
+        made = [chosen + ([result.plan] if result.plan else [])]
+    dist.broadcast_object_list(made)
+    return made[0]
+
+
+def main() -> None:
+    """Print one line for each schedule and unit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--microbatches", type=int, default=20)
+    parser.add_argument("--unit-ms", type=float, nargs="+", default=[10, 2])
+    parser.add_argument("--schedules", nargs="+", default=["1F1B", "ZB-V", "DualPipe"])
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--time-limit", type=float, default=20, help="seconds for our plan")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rows = []
+    for unit_ms in options.unit_ms:
+        unit_ns = int(unit_ms * 1e6)
+        phases.build_phase = sleeping(unit_ns)
+        ranks = dist.get_world_size()
+        graph, problem = build_problem(2 * ranks, ranks, options.microbatches, unit_ns)
+        state = {item.fqn: torch.eye(WIDTH) for item in graph.parameters}
+        for plan in plans(problem, options.schedules, options.time_limit):
+            engine = Engine(plan, graph, state, options=EngineOptions(share_loss=False))
+            measured = []
+            for _ in range(options.repetitions + 1):
+                dist.barrier()
+                engine.step({"x": torch.ones(ROWS * options.microbatches, WIDTH)})
+                timeline = measured_timeline(engine)
+                measured.append(timeline.makespan_ns / 1e6 if timeline else 0.0)
+            simulated = simulate(plan, lower(plan)).makespan_ns / 1e6
+            found = statistics.median(measured[1:])
+            rows.append({"schedule": plan.name, "unit_ms": unit_ms, "simulated_ms": simulated, "measured_ms": found,
+                         "ratio": found / simulated})
+            if dist.get_rank() == 0:
+                print(f"{plan.name:24} unit {unit_ms:4g} ms: simulated {simulated:9.1f} ms, measured {found:9.1f} ms,"
+                      f" ratio {found / simulated:.3f}", flush=True)
+    if options.output and dist.get_rank() == 0:
+        options.output.write_text(json.dumps({"ranks": dist.get_world_size(), "rows": rows}, indent=1))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
