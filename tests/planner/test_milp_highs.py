@@ -90,7 +90,8 @@ def test_a_start_is_taken_up():
     model = knapsack(30)
     best = highs.solve(model, time_limit_s=30, seed=0).objective
     seen: list[float] = []
-    again = highs.solve(model, time_limit_s=30, seed=0, warm_start=True, on_incumbent=lambda value, _: seen.append(value))
+    again = highs.solve(model, time_limit_s=30, seed=0, warm_start=True,
+                        on_incumbent=lambda value, _: seen.append(value))
     assert seen[0] == pytest.approx(best) == again.objective
 
 

@@ -1,0 +1,260 @@
+"""The planner's targets, one line each: value reached, value asked for, bound, gap, seconds, how it was found.
+
+    python benchmarks/planner_targets.py                   # every section but the grid and the workloads (15 minutes)
+    python benchmarks/planner_targets.py --all --instances DIR             # all of it (75 minutes)
+    python benchmarks/planner_targets.py dualpipe v        # some sections
+    python benchmarks/planner_targets.py --seconds 0.25    # a quarter of every time limit
+
+Two cores, HiGHS only. ``gap`` is makespan / bound - 1; ``scope`` says over which placements the bound holds. A value
+that misses its target is marked, never hidden.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mipipe.planner.compare import Row, compare
+from mipipe.planner.options import PlanOptions
+from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.solve import SolveResult, plan
+from mipipe.planner.uniform import in_units, two_stream_problem, uniform_problem
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table. ``target``: at most this (None: only reported); ``reference``: what it stands against."""
+
+    section: str
+    name: str
+    value: float | None
+    target: float | None
+    bound: float | None
+    scope: str
+    seconds: float
+    limit_s: float
+    how: str
+    reference: str = ""
+
+    @property
+    def met(self) -> bool:
+        return self.target is None or (self.value is not None and self.value <= self.target + 1e-9)
+
+    @property
+    def gap(self) -> float | None:
+        return self.value / self.bound - 1 if self.value and self.bound else None
+
+
+def solved(section: str, name: str, problem: PlanningProblem, limit_s: float, *, target: float | None = None,
+           placement: str = "free", reference: str = "", show: Callable[[SolveResult], str] | None = None) -> Line:
+    """The line of one planned problem."""
+    began = time.monotonic()
+    result = plan(problem, PlanOptions(time_limit_s=limit_s, placement=placement))  # type: ignore[arg-type]
+    seconds = time.monotonic() - began
+    scope = "free" if placement == "free" else placement
+    how = f"{result.rung} at {result.plan.placement.name}" if result.plan else f"{result.termination}: {result.reason}"
+    if show is not None and result.plan is not None:
+        how += f"; {show(result)}"
+    return Line(section, name, None if result.makespan_ns is None else in_units(problem, result.makespan_ns), target,
+                None if result.bound_ns is None else in_units(problem, result.bound_ns), scope, seconds, limit_s, how,
+                reference)
+
+
+def optima(factor: float) -> Iterator[Line]:
+    """Small proven optima: the bound must meet the value."""
+    chain = uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, layers=4, activations=4, copies=1)
+    yield solved("optima", "chain 4x8, 1,1,1, 4 activations", chain, 20 * factor, target=27, placement="chain")
+    two_way = uniform_problem(ranks=4, microbatches=8, f=2, i=2, w=1, layers=4, activations=5)
+    yield solved("optima", "two-way 4x8, 2,2,1, 5 activations", two_way, 20 * factor, target=42, placement="two-way")
+
+
+def dualpipe(factor: float) -> Iterator[Line]:
+    """DualPipe's own placement and memory, 8 x 20: proven optima, DualPipe's makespan as reference."""
+    for (f, i, w, comm), target, own in (((1, 1, 1, 0), 63, 66), ((1, "1.1", "0.9", 0), 63, 66.6),
+                                         ((2, 2, 1, 0), 106, 115), ((10, 12, 8, 1), 636, 698)):
+        problem = uniform_problem(ranks=8, microbatches=20, f=f, i=i, w=w, comm=comm, layers=8)
+        yield solved("dualpipe", f"two-way 8x20, {f},{i},{w}, transfers {comm}", problem, 60 * factor, target=target,
+                     placement="two-way", reference=f"DualPipe {own}")
+
+
+def v_shape(factor: float) -> Iterator[Line]:
+    """One copy, 10,12,8 with transfers of 1: V of half-stages, and the chain."""
+    for activations, target, own in ((8, 664, 675), ("8.5", 658, 672), (9, 653, 667)):
+        problem = uniform_problem(ranks=8, microbatches=20, f=10, i=12, w=8, comm=1, layers=16, copies=1,
+                                  activations=activations)
+        yield solved("v", f"V 8x20, {activations} activations", problem, 60 * factor, target=target, placement="v",
+                     reference=f"best published {own}")
+    problem = uniform_problem(ranks=8, microbatches=20, f=10, i=12, w=8, comm=1, layers=8, copies=1, activations=9)
+    yield solved("v", "chain 8x20, 9 activations", problem, 60 * factor, target=704, placement="chain",
+                 reference="best published 712")
+
+
+def free(factor: float) -> Iterator[Line]:
+    """Free placement with two copies and 9 activations; the placement that was found."""
+    problem = uniform_problem(ranks=8, microbatches=20, f=10, i=12, w=8, comm=1)
+
+    def shape(result: SolveResult) -> str:
+        assert result.plan is not None
+        return " ".join(f"{stage.groups[0]}-{stage.groups[-1]}@{','.join(map(str, stage.ranks))}"
+                        for stage in result.plan.placement.stages)
+
+    yield solved("free", "free 8x20, 10,12,8, transfers 1", problem, 60 * factor, target=624,
+                 reference="two-way optimum 636, DualPipe 698", show=shape)
+
+
+def uneven(factor: float) -> Iterator[Line]:
+    """32 layers, embedding 0.2, head 0.6 of a stage: the work alone is 66."""
+    for copies, target in ((2, 70), (1, 74)):
+        problem = uniform_problem(ranks=8, microbatches=20, f=1, i=1, w=1, layers=32, first="0.2", last="0.6",
+                                  copies=copies)
+        yield solved("uneven", f"uneven 8x20, {copies} copies", problem, 60 * factor, target=target,
+                     reference="DualPipe 84, ZB-H1 103.2")
+
+
+def streams(factor: float) -> Iterator[Line]:
+    """Two streams; idle compute per device is makespan - 1200, DualPipe's is 526."""
+    for copies in (2, 1):
+        problem = two_stream_problem(ranks=8, microbatches=20, copies=copies, activations=9)
+        for layers in (8, 16):
+            if layers != 8:
+                problem = two_stream_problem(ranks=8, microbatches=20, copies=copies, activations=9, layers=layers)
+            line = solved("streams", f"two streams 8x20, {copies} copies, {layers} layers", problem, 60 * factor,
+                          target=1463, reference="DualPipe 1726; aim 1358")
+            yield line
+
+
+def scale(factor: float) -> Iterator[Line]:
+    """Uneven stages, transfers of 0.1, 0.75 of 1F1B's activations; the gap must stay within 3 %."""
+    for ranks, microbatches, limit in ((16, 32, 60), (32, 64, 90), (64, 128, 120), (64, 1024, 180)):
+        problem = uniform_problem(ranks=ranks, microbatches=microbatches, f=1, i=1, w=1, comm="0.1", layers=4 * ranks,
+                                  first="0.2", last="0.6", activations=0.75 * ranks)
+        line = solved("scale", f"{ranks} x {microbatches}", problem, limit * factor)
+        best = best_baseline(problem)
+        target = min(1.03 * line.bound if line.bound else float("inf"), best[0] if best else float("inf"))
+        yield Line(**{**asdict(line), "target": round(target, 3),
+                      "reference": f"best baseline within the caps: {best[1]} {best[0]:g}" if best else
+                      "no baseline keeps the caps"})
+
+
+def best_baseline(problem: PlanningProblem) -> tuple[float, str] | None:
+    """Makespan and name of the best published schedule within the problem's caps."""
+    from mipipe.planner.compare import _within_caps
+    from mipipe.planner.schedules import BASELINES
+    rows = compare(problem, [baseline.name for baseline in BASELINES])
+    kept = [(row.makespan, row.name) for row in rows if row.makespan is not None and _within_caps(row, problem)]
+    return min(kept) if kept else None
+
+
+COST_MODELS: dict[str, Callable[[int, int], PlanningProblem]] = {
+    "equal": lambda p, m: uniform_problem(ranks=p, microbatches=m, f=1, i=1, w=1),
+    "10,11,9": lambda p, m: uniform_problem(ranks=p, microbatches=m, f=10, i=11, w=9),
+    "10,12,8 c1": lambda p, m: uniform_problem(ranks=p, microbatches=m, f=10, i=12, w=8, comm=1),
+    "two streams": lambda p, m: two_stream_problem(ranks=p, microbatches=m, fb="78.2"),
+    "uneven": lambda p, m: uniform_problem(ranks=p, microbatches=m, f=1, i=1, w=1, first="0.2", last="0.6"),
+}
+
+
+def grid(factor: float) -> Iterator[Line]:
+    """Against every baseline within the same caps; never above the best, and what was found without any of them."""
+    for (ranks, times), (name, make) in itertools.product(itertools.product((2, 4, 8, 16), (1, 2, 4)),
+                                                          COST_MODELS.items()):
+        problem = make(ranks, times * ranks)
+        limit = {2: 6, 4: 15, 8: 40, 16: 60}[ranks] * factor
+        began = time.monotonic()
+        rows = compare(problem, None, PlanOptions(time_limit_s=limit))
+        ours = rows[-1]
+        known = [row for row in rows[:-1] if row.makespan is not None and _comparable(row, problem)]
+        best = min(known, key=lambda row: row.makespan or 0.0, default=None)
+        yield Line("grid", f"{name} {ranks} x {times * ranks}", ours.makespan, best.makespan if best else None,
+                   ours.bound, "free", time.monotonic() - began, limit, f"{ours.rung} at {ours.placement}",
+                   f"{best.name if best else 'no baseline'}; without baselines {ours.without_baselines}")
+
+
+def _comparable(row: Row, problem: PlanningProblem) -> bool:
+    """Whether a row's copies and activations are within the problem's caps."""
+    groups = problem.groups
+    share = sum(group.resident_bytes for group in groups) / problem.num_ranks
+    unit = sum(group.saved_fi_bytes + group.saved_fw_bytes for group in groups) / problem.num_ranks
+    copies = (problem.limits.resident_bytes or 0) / share if share else float("inf")
+    activations = (problem.limits.activation_bytes or 0) / unit if unit else float("inf")
+    return (row.parameter_copies or 0) <= copies + 1e-9 and (row.peak_activations or 0) <= activations + 1e-9
+
+
+PLACE_TARGETS = {
+    "throughput.operator.bert_l-3_inference": 21.9084, "throughput.operator.bert_l-3_training": 54.2074,
+    "throughput.operator.bert_l-6_inference": 28.3322, "throughput.layer.bert24_training": 39.7895,
+    "throughput.layer.resnet50_inference": 33.3007, "latency.operator.bert_l-3_inference": 408.47,
+}
+
+
+def workloads(factor: float, folder: Path) -> Iterator[Line]:
+    """The placement benchmark; its files are read in place."""
+    from mipipe.planner.place import place
+    from mipipe.planner.place_instance import read_instance
+    for name, target in PLACE_TARGETS.items():
+        instance = read_instance(folder / f"{name}.json")
+        objective = "latency" if name.startswith("latency") else "throughput"
+        limit = (120 if objective == "latency" else 60) * factor
+        result = place(instance, objective=objective, time_limit_s=limit, seed=0)  # type: ignore[arg-type]
+        # targets are printed to four decimals (latency: two); half a unit of the last place is rounding
+        yield Line("workloads", name, result.objective, target + (5e-3 if objective == "latency" else 5e-5),
+                   result.bound, "all", result.seconds, limit, result.method)
+
+
+SECTIONS: dict[str, Callable[[float], Iterator[Line]]] = {
+    "optima": optima, "dualpipe": dualpipe, "v": v_shape, "free": free, "uneven": uneven, "streams": streams,
+    "scale": scale, "grid": grid,
+}
+
+
+def main() -> int:
+    """Print the table; 1 if a target was missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"some of: {', '.join(SECTIONS)}")
+    parser.add_argument("--all", action="store_true", help="the grid as well")
+    parser.add_argument("--instances", type=Path, help="folder of the placement benchmark's files")
+    parser.add_argument("--seconds", type=float, default=1.0, help="factor on every time limit")
+    parser.add_argument("--json", type=Path, help="also write the lines to this file")
+    arguments = parser.parse_args()
+    unknown = set(arguments.sections) - set(SECTIONS)
+    if unknown:
+        parser.error(f"section {min(unknown)!r}: expected some of {', '.join(SECTIONS)}")
+    chosen = arguments.sections or [name for name in SECTIONS if name != "grid" or arguments.all]
+    lines: list[Line] = []
+    print(f"{'section':9} {'problem':42} {'value':>9} {'target':>9} {'bound':>9} {'gap':>7} {'s':>6}  how", flush=True)
+    todo = [SECTIONS[name](arguments.seconds) for name in chosen]
+    if arguments.instances is not None:
+        todo.append(workloads(arguments.seconds, arguments.instances))
+    for line in itertools.chain.from_iterable(todo):
+        lines.append(line)
+        print(shown(line), flush=True)
+    missed = [line for line in lines if not line.met]
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{len(lines) - len(missed)} of {len(lines)} targets met; peak memory {memory:.2f} GiB")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps([asdict(line) | {"met": line.met, "gap": line.gap} for line in lines],
+                                             indent=1) + "\n")
+    return int(bool(missed))
+
+
+def shown(line: Line) -> str:
+    """A line of the table."""
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.6g}"
+
+    gap = "-" if line.gap is None else f"{line.gap:.2%}"
+    mark = "" if line.met else "  MISSED"
+    notes = f"{line.how} [{line.scope}]" + (f" ({line.reference})" if line.reference else "")
+    return (f"{line.section:9} {line.name:42} {number(line.value):>9} {number(line.target):>9} {number(line.bound):>9}"
+            f" {gap:>7} {line.seconds:6.1f}  {notes}{mark}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
