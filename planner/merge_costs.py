@@ -81,7 +81,7 @@ def memory_of(unit: MergeUnit, compute_bytes: int = 4) -> int:
     return entries * compute_bytes * tensors + factors * 2 + counters
 
 
-SAMPLE_BYTES = 2**25
+SAMPLE_BYTES = 2**23
 """Rates of reading and writing are measured on at most this much, and on no more than the merge writes."""
 
 

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from mipipe.graphs.errors import InputError
@@ -71,6 +70,8 @@ def _match_layer(units: Sequence[MergeUnit], around: Surroundings) -> dict[tuple
 
 def assign(score: Tensor) -> tuple[int, ...]:
     """For every row the column it is matched to, so that the total score is largest."""
+    from scipy.optimize import linear_sum_assignment  # here: most merges match nothing, and scipy takes 40 MB
+
     return tuple(int(column) for column in linear_sum_assignment(np.asarray(score), maximize=True)[1])
 
 
