@@ -17,6 +17,7 @@ from mipipe.graphs.operator_graph import OperatorGraph, Parameter, Phase, Role, 
 from mipipe.graphs.serialize import digest
 
 PHASES = (Phase.F, Phase.I, Phase.W)
+LISTS_OF_VIEWS = ("aten.split.", "aten.split_with_sizes.", "aten.chunk.", "aten.unbind.")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class GraphIndex:
     ``source[v]`` is the index of the segment that makes value v (-1: an input of the model), ``readers[v]`` the
     indices of those that read it, in order. ``acting`` are the segments whose I and W run: those with a gradient from
     the loss. ``returns_grad`` are the values whose gradient some reader gives and the maker takes. (The runtime decides
-    the same from the graph alone, `mipipe.runtime.flow`.)
+    the same from the graph alone, `mipipe.runtime.flow`.) ``twins[trace][name]`` is the output or input gradient whose
+    storage a saved tensor of another name shares.
     """
 
     graph: OperatorGraph
@@ -37,6 +39,7 @@ class GraphIndex:
     readers: dict[str, tuple[int, ...]]
     acting: frozenset[int]
     returns_grad: frozenset[str]
+    twins: dict[str, dict[str, str]]
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -61,7 +64,26 @@ def index_graph(graph: OperatorGraph) -> GraphIndex:
     acting, returned = _gradient_flow(graph, traces)
     return GraphIndex(graph, traces, {parameter.fqn: parameter for parameter in graph.parameters},
                       {value.name: value.spec.num_bytes for value in graph.values}, source,
-                      {name: tuple(numbers) for name, numbers in readers.items()}, acting, returned)
+                      {name: tuple(numbers) for name, numbers in readers.items()}, acting, returned,
+                      {trace.digest: _twins(trace) for trace in graph.traces})
+
+
+def _twins(trace: SegmentTrace) -> dict[str, str]:
+    """Saved tensors that share a storage with an output or an input gradient, by following views to their origin."""
+    makers = {operator.name: operator for operator in trace.operators}
+
+    def root(name: str) -> str:
+        maker = makers.get(name)
+        if maker is None or not maker.inputs:
+            return name
+        parent = makers.get(maker.inputs[0])
+        if maker.kind == "getitem":  # a part of a list of views, or one of several results
+            return root(parent.inputs[0]) if parent is not None and parent.kind.startswith(LISTS_OF_VIEWS) else name
+        moved = maker.flops or maker.bytes_read or maker.bytes_written
+        return name if moved else root(maker.inputs[0])
+
+    results = {root(name): name for name in (*trace.input_grads, *trace.outputs) if name is not None}
+    return {tensor.name: results[at] for tensor in trace.saved if (at := root(tensor.name)) in results}
 
 
 def _gradient_flow(graph: OperatorGraph, traces: Sequence[SegmentTrace]) -> tuple[frozenset[int], frozenset[str]]:
@@ -182,7 +204,7 @@ def _storage(index: GraphIndex, member: int, tensor: SavedTensor) -> tuple[str, 
     A gradient is one storage for maker and reader only where there is one reader: more are summed into a new one.
     """
     segment, trace = index.segments[member], index.traces[member]
-    name = tensor.alias or tensor.name
+    name = tensor.alias or index.twins[trace.digest].get(tensor.name, tensor.name)
     if name in trace.parameters or name in trace.buffers:
         return None
     if name in trace.inputs:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from mipipe.graphs.cluster import DeviceKind
 from mipipe.graphs.coarse_graph import CoarseGraph
-from mipipe.graphs.contract import index_graph
+from mipipe.graphs.contract import LISTS_OF_VIEWS, index_graph
 from mipipe.graphs.costs import CostTable, GroupCost
 from mipipe.graphs.errors import GraphError, ProblemError
 from mipipe.graphs.operator_graph import Operator, OperatorGraph, Phase, SegmentTrace
@@ -58,9 +58,9 @@ def roofline(coarse: CoarseGraph, graph: OperatorGraph, kinds: Mapping[str, Devi
             spent = {phase: round(1e9 * sum(times[graph.segments[member].trace, phase] for member in members
                                             if index.runs(member, phase))) for phase in group.flops}
             entries.append(GroupCost(group.name, kind.name, spent, "roofline"))
-    notes = coarse.notes | {f"roofline.{kind.name}": f"{kind.source}; efficiency {kind.efficiency:g}, launch {kind.launch_ns} ns"
-                            for kind in kinds.values()}
-    return CostTable(coarse.graph_digest, tuple(entries), ", ".join(kinds), notes)
+    sources = {f"roofline.{kind.name}": f"{kind.source}; efficiency {kind.efficiency:g}, launch {kind.launch_ns} ns"
+               for kind in kinds.values()}
+    return CostTable(coarse.graph_digest, tuple(entries), ", ".join(kinds), coarse.notes | sources)
 
 
 def phase_seconds(trace: SegmentTrace, phase: Phase, kind: DeviceKind, dtype: str | None = None) -> float:
@@ -72,7 +72,7 @@ def operator_seconds(operator: Operator, kind: DeviceKind, dtype: str | None = N
     """Seconds of one operator."""
     assert kind.bytes_per_s is not None, "the kind has peaks"
     moved = operator.bytes_read + operator.bytes_written
-    if not moved and not operator.flops:
+    if (not moved and not operator.flops) or operator.kind.startswith(LISTS_OF_VIEWS):
         return 0.0
     work = 0.0
     if operator.flops:
