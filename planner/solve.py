@@ -119,6 +119,9 @@ def _ladder(run: Run) -> None:
         race(run, run.candidates, lambda: run.left)
 
 
+INTERPRETED = 4_000
+"""Actions up to which the first list schedule is interpreted (1 s here), so that it need not wait for a compiler."""
+
 BIG_ACTIONS = 20_000
 """Actions of a chain from which placements enter in the order of `BIG_ORDER`, as time may not suffice for all."""
 
@@ -155,7 +158,7 @@ def _admit(run: Run, placement: Placement) -> None:
         found = candidate(run.problem, placement)
     except PlanError:
         return
-    if seed_search(run, found, compiled=run.best is not None):
+    if seed_search(run, found, compiled=run.best is not None or found.instance.size > INTERPRETED):
         run.candidates.append(found)
 
 

@@ -1,0 +1,78 @@
+"""List scheduling, instances and the mirror quotient."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from mipipe.planner import greedy
+from mipipe.planner.evaluate import evaluate
+from mipipe.planner.feasible import shortage
+from mipipe.planner.instance import build, expand, mirror, orders_from
+from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.proposals import propose
+from mipipe.planner.stages import view
+from mipipe.planner.uniform import uniform_problem
+
+sys.path.insert(0, str(Path(__file__).parent))
+from planner_problems import problems
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(problems(tight=True))
+def test_lists_are_complete_fit_memory_and_fail_only_where_nothing_fits(problem: PlanningProblem) -> None:
+    for placement in propose(problem):
+        instance = build(view(problem, placement))
+        orders = greedy.schedule(instance, greedy.RULES[0])
+        if orders is None:
+            assert shortage(problem, placement) is not None
+            continue
+        assert sorted(n for row in orders.lists() for n in row) == list(range(instance.size))
+        _, evaluation = evaluate(instance.view, expand(instance, orders.lists()))
+        assert evaluation.makespan_ns >= orders.makespan_ns or instance.view.problem.topology.num_devices > 1
+        for order in orders.lists():
+            used = 0
+            for n in order:
+                used += instance.alloc[n]
+                assert used + instance.work[n] <= instance.cap[instance.rank[n]]
+                used -= instance.free[n]
+
+
+def test_the_interpreted_kernel_gives_the_compiled_ones_schedule() -> None:
+    problem = uniform_problem(ranks=3, microbatches=5, f=3, i=4, w=2, comm=1, activations=3)
+    instance = build(view(problem, next(propose(problem, "v"))))
+    slow, fast = (greedy.schedule(instance, greedy.Rule(), compiled=compiled) for compiled in (False, True))
+    assert slow is not None and fast is not None
+    assert slow.makespan_ns == fast.makespan_ns and (slow.seq == fast.seq).all()
+
+
+@pytest.mark.parametrize("shape", ["two-way", "two-way-v"])
+def test_a_schedule_of_the_quotient_is_one_of_the_whole(shape: str) -> None:
+    problem = uniform_problem(ranks=4, microbatches=8, f=10, i=12, w=8, comm=1)
+    stage_view = view(problem, next(propose(problem, shape)))
+    assert mirror(stage_view) is not None
+    half, whole = build(stage_view, halve=True), build(stage_view)
+    assert 2 * half.size == whole.size
+    orders = greedy.schedule(half, greedy.RULES[0])
+    assert orders is not None
+    schedule = expand(half, orders.lists())
+    _, evaluation = evaluate(stage_view, schedule)
+    assert evaluation.makespan_ns == orders.makespan_ns
+    assert sorted(n for row in orders_from(whole, schedule) for n in row) == list(range(whole.size))
+
+
+def test_a_chain_has_no_mirror_image() -> None:
+    problem = uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1)
+    assert mirror(view(problem, next(propose(problem, "chain")))) is None
+
+
+def test_more_trials_are_never_worse() -> None:
+    problem = uniform_problem(ranks=4, microbatches=8, f=10, i=12, w=8, comm=1, activations=4)
+    instance = build(view(problem, next(propose(problem, "v"))))
+    few, many = (greedy.best_of(instance, trials, np.random.default_rng(0), 5.0) for trials in (0, 40))
+    assert few is not None and many is not None
+    assert many.orders.makespan_ns <= few.orders.makespan_ns

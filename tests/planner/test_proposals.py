@@ -1,0 +1,76 @@
+"""Placement shapes: what they promise about ranks, cuts, copies and balance."""
+
+from __future__ import annotations
+
+import pytest
+
+from mipipe.planner.proposals import (
+    fit_cuts,
+    light_ends,
+    loads,
+    propose,
+    resident_bytes,
+    resident_fits,
+    shapes,
+    units,
+)
+from mipipe.planner.stages import view
+from mipipe.planner.uniform import two_stream_problem, uniform_problem
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_every_proposal_is_a_valid_placement_within_the_copies(ranks: int) -> None:
+    for copies in (1, 2):
+        problem = uniform_problem(ranks=ranks, microbatches=4, f=1, i=2, w=1, copies=copies, layers=4 * ranks,
+                                  first=0.2, last=0.6)
+        found = list(propose(problem))
+        assert found
+        for placement in found:
+            view(problem, placement)
+            assert resident_fits(problem, placement)
+            if "two-way" in placement.name:
+                assert copies == 2 or ranks == 1
+
+
+def test_the_two_ways_of_a_two_way_pipeline_are_mirror_images() -> None:
+    problem = uniform_problem(ranks=4, microbatches=6, f=1, i=1, w=1)
+    placement = next(propose(problem, "two-way"))
+    for route in placement.routes:
+        assert [route[m] + route[m + 1] for m in range(0, 6, 2)] == [3, 3, 3]
+    assert len(set(resident_bytes(problem, placement))) == 1
+
+
+def test_even_models_are_cut_evenly() -> None:
+    problem = uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, layers=16)
+    for shape in shapes(4):
+        sizes = {len(part) for part in fit_cuts(problem, shape)}
+        assert len(sizes) == 1 or 16 % shape.num_stages
+
+
+def test_spread_ends_balance_an_uneven_model() -> None:
+    problem = uniform_problem(ranks=4, microbatches=16, f=1, i=1, w=1, layers=16, first=0.2, last=0.6, copies=1)
+    assert light_ends(problem) == [0, len(problem.groups) - 1]
+    work = loads(problem)
+    worst = {}
+    for placement in propose(problem, "chain"):
+        load = [0] * 4
+        for stage, route in zip(placement.stages, placement.routes, strict=True):
+            for rank in route:
+                load[rank] += sum(work[group][rank] for group in stage.groups)
+        worst[placement.name] = max(load)
+    assert worst["chain+spread"] < 0.9 * worst["chain"]
+
+
+def test_heavy_ends_are_not_spread() -> None:
+    problem = uniform_problem(ranks=4, microbatches=4, f=1, i=1, w=1, copies=1)
+    assert light_ends(problem) == []
+
+
+def test_colocated_groups_stay_together() -> None:
+    problem = two_stream_problem(ranks=2, microbatches=4, layers=4)
+    assert [len(block) for block in units(problem)] == [4, 4, 4, 4]
+    for placement in propose(problem):
+        rank_of = {group: route for stage, route in zip(placement.stages, placement.routes, strict=True)
+                   for group in stage.groups}
+        for members in problem.colocate:
+            assert len({rank_of[group] for group in members}) == 1

@@ -1,0 +1,94 @@
+"""The annealing kernel: its own makespan is the evaluator's, memory is kept, it finds small optima."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mipipe.planner import greedy, relax, search
+from mipipe.planner.bounds import placement_bound
+from mipipe.planner.evaluate import evaluate
+from mipipe.planner.instance import Instance, build, expand, mirror
+from mipipe.planner.kernels import memory_fits, shift, times
+from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.proposals import propose
+from mipipe.planner.stages import view
+from mipipe.planner.uniform import two_stream_problem, uniform_problem
+
+
+def _instance(problem: PlanningProblem, shape: str) -> Instance:
+    stage_view = view(problem, next(propose(problem, shape)))
+    return build(stage_view, halve=mirror(stage_view) is not None)
+
+
+def _start(instance: Instance) -> greedy.Orders:
+    orders = greedy.schedule(instance, greedy.RULES[0])
+    assert orders is not None
+    return orders
+
+
+@pytest.mark.parametrize("shape", ["chain", "v", "interleaved", "two-way", "two-way-v"])
+def test_results_are_what_the_evaluator_says_and_fit_memory(shape: str) -> None:
+    problem = uniform_problem(ranks=4, microbatches=8, f=10, i=12, w=8, comm=1, activations=4)
+    instance = _instance(problem, shape)
+    worker = search.start(instance, _start(instance), seed=3)
+    before = worker.best.makespan_ns
+    search.advance(worker, 0.5)
+    found = worker.best
+    assert found.makespan_ns <= before
+    _, evaluation = evaluate(instance.view, expand(instance, found.lists()))
+    assert evaluation.makespan_ns == found.makespan_ns >= placement_bound(instance.view).ns
+    for k in range(instance.num_machines):
+        cap = instance.cap[instance.rank[found.seq[k, 0]]]
+        assert memory_fits(found.seq, k, 0, found.length[k] - 1, 0, instance.alloc, instance.free, instance.work, cap)
+
+
+def test_finds_the_optimum_of_every_order() -> None:
+    problem = uniform_problem(ranks=2, microbatches=2, f=3, i=4, w=2, comm=1, copies=1, activations=2)
+    instance = _instance(problem, "chain")
+    rows = _start(instance).lists()
+    best = 1 << 62
+    length = instance.lengths()
+    spare = [np.zeros(instance.size, dtype=np.int64) for _ in range(4)]
+    for first, second in itertools.product(*(set(itertools.permutations(row)) for row in rows)):
+        makespan = times(np.array([first, second]), length, instance.dur, instance.succ_ptr, instance.succ,
+                         instance.lag, instance.waits, *spare)
+        best = makespan if 0 <= makespan < best else best
+    worker = search.start(instance, _start(instance), seed=0, target_ns=best)
+    search.advance(worker, 5.0)
+    assert worker.best.makespan_ns == best
+
+
+def test_shifts_keep_classes_in_order_and_undo_each_other() -> None:
+    cls = np.array([0, 0, 0, 1, 1])
+    seq = np.array([[0, 3, 1, 4, 2]])
+    shift(seq, 0, 4, 0, cls)
+    assert seq.tolist() == [[0, 1, 3, 2, 4]]
+    shift(seq, 0, 0, 4, cls)
+    assert seq.tolist() == [[0, 3, 1, 4, 2]]
+
+
+def test_the_seed_decides() -> None:
+    problem = uniform_problem(ranks=4, microbatches=8, f=10, i=12, w=8, comm=1, activations=4)
+    instance = _instance(problem, "v")
+    results = []
+    for _ in range(2):
+        worker = search.start(instance, _start(instance), seed=5)
+        worker.rate = 1e4
+        search._slice(worker, 0.1)
+        results.append(worker.current.copy())
+    assert (results[0] == results[1]).all()
+
+
+def test_collectives_lifted_from_the_relaxation_make_a_whole_schedule() -> None:
+    problem = two_stream_problem(ranks=4, microbatches=8)
+    instance = _instance(problem, "two-way")
+    small = relax.relaxed(instance)
+    assert small is not None and small.size < instance.size
+    orders = _start(small)
+    lifted = relax.lift(instance, small, orders)
+    assert lifted is not None and lifted.makespan_ns >= orders.makespan_ns
+    _, evaluation = evaluate(instance.view, expand(instance, lifted.lists()))
+    assert evaluation.makespan_ns == lifted.makespan_ns
