@@ -113,9 +113,9 @@ class attention_mode(torch.overrides.TorchFunctionMode):
 
 def attention_call(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
                    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
-    """F.scaled_dot_product_attention, as one operator where it can be (three or four dimensions, no dropout)."""
-    if dropout_p > 0.0:
-        return attention_with_dropout(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    """F.scaled_dot_product_attention, as one operator where it can be (no dropout, no mask that trains)."""
+    if dropout_p > 0.0 or trains(attn_mask):
+        return plain_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     lead = query.shape[:-3]
     four = [x.reshape(-1, *x.shape[-3:]) if x.dim() >= 3 else x[None, None] for x in (query, key, value)]
@@ -126,14 +126,20 @@ def attention_call(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor 
     return out.reshape(*query.shape[:-1], value.shape[-1])
 
 
-def attention_with_dropout(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float,
-                            causal: bool, scale: float | None) -> Tensor:
-    """Attention in plain operators: the dropped weights must be kept for the backward in any case."""
+def trains(mask: Tensor | None) -> bool:
+    """Whether a mask has a gradient (a learned position bias), which the attention operator does not compute."""
+    return mask is not None and mask.requires_grad
+
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool,
+                    scale: float | None) -> Tensor:
+    """Attention in plain operators: for dropout (the dropped weights are kept in any case) and masks that train."""
     heads = query.shape[-3]
     key, value = (x.repeat_interleave(heads // x.shape[-3], dim=-3) for x in (key, value))
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if causal:
-        scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), float("-inf"))
+        band = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~band, float("-inf"))
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else scores + mask
     return torch.nn.functional.dropout(scores.softmax(dim=-1), dropout, True) @ value

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import mipipe.graphs.kernels  # noqa: F401  (registers mipipe's operators)
 from mipipe.graphs.errors import GraphError
-from mipipe.graphs.joint import attention_with_dropout
+from mipipe.graphs.joint import plain_attention, trains
 
 NAME = "mipipe"
 """The name under which both are registered with transformers."""
@@ -28,13 +28,14 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and query.shape[2] > 1 and attention_mask is None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if dropout > 0.0 or position_bias is not None:
+    if dropout > 0.0 or position_bias is not None or trains(attention_mask):
         bias = position_bias if attention_mask is None else attention_mask if position_bias is None else (
             torch.where(attention_mask, position_bias, float("-inf")) if attention_mask.dtype is torch.bool
             else position_bias + attention_mask)
         if s_aux is not None or softcap or (sliding_window and attention_mask is None):
-            raise GraphError("attention with dropout and sinks, soft caps or windows at once: set attention_dropout=0")
-        out = attention_with_dropout(query, key, value, bias, dropout, causal, scale)
+            raise GraphError("attention with sinks, soft caps or windows, and dropout or a learned bias at once: set"
+                             " attention_dropout=0")
+        out = plain_attention(query, key, value, bias, dropout, causal, scale)
     else:
         window = int(sliding_window or 0) if attention_mask is None else 0
         out, _ = torch.ops.mipipe.attention(query, key, value, attention_mask, s_aux, causal, window, float(scale),

@@ -125,6 +125,22 @@ def test_attention_block_equals_autograd() -> None:
     assert all(item.alias is None or item.alias in (*trace.inputs, "grad_0") for item in trace.saved)
 
 
+class BiasedAttention(nn.Module):
+    """Attention whose additive mask is learned: a gradient the attention operator does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(2, 5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x * 0.5, x + 1, attn_mask=self.bias)
+
+
+def test_learned_mask_gets_its_gradient() -> None:
+    trace = check_module(BiasedAttention().double(), {"x": torch.randn(3, 2, 5, 4, dtype=torch.float64)})
+    assert trace.parameter_grads[0] is not None
+
+
 def test_convolution_splits_and_batch_norm_is_untouched() -> None:
     trace = check_module(Convolution().double(), {"x": torch.randn(2, 3, 5, 5, dtype=torch.float64)})
     assert set(trace.buffer_updates) == {"norm_running_mean", "norm_running_var", "norm_num_batches_tracked"}
