@@ -80,7 +80,6 @@ class TrainConfig:
     profile: str | None = None
     checkpoint: CheckpointConfig | None = None
     timeout_s: float = 600.0
-    compare_single_process: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:

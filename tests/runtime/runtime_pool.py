@@ -6,6 +6,7 @@ arguments inside an initialised process group of the asked size and returns some
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -54,6 +55,7 @@ def worker_main(rank: int, connection: Any, log: str) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+        gc.collect()  # an engine in a failed task's frames keeps its connections open, as no ended process would
         connection.send(answer)
 
 

@@ -71,7 +71,7 @@ def test_a_rank_that_raises_takes_its_peer_along(pool):
     text = str(caught.value)
     assert "rank 1, instruction" in text and "1I0" in text and "ValueError: out of luck" in text
     assert "the peer has failed" in text
-    seconds = float(text.split("rank 0 after ")[1].split(" s")[0])
+    seconds = float(text.split("RuntimeError: rank 0 after ")[1].split(" s")[0])
     assert seconds < 5
 
 

@@ -220,4 +220,4 @@ def test_saved_memory_is_as_planned(name):
     if name == "moe":
         assert sizes[0] == planned - case.batch(1)["input_ids"].nbytes
     else:
-        assert 0.9 * planned < sizes[0] <= planned
+        assert 0.85 * planned < sizes[0] <= planned  # in skip, block and gate save the same hidden states
