@@ -2,19 +2,23 @@
 
 A shape says which rank holds the k-th of its stages, in one or two directions. The groups, in topological order, are
 cut into that many consecutive stages; the cuts start even (equal counts) or balanced and are then moved, one at a time,
-while ``max over ranks of head + M * load + tail`` falls. Groups without resident bytes at either end (an embedding or a
+while the load of the busiest rank falls. Groups without resident bytes at either end (an embedding or a
 head whose parameters are not counted, or that fit everywhere) may be spread over several ranks by microbatch.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from mipipe.planner.actions import Stream
 from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import PlanningProblem
+
+DESCENT_S = 1.0
+"""Most seconds one set of cuts is improved: enough for 100 stages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,7 @@ def loads(problem: PlanningProblem) -> list[list[int]]:
 def fit_cuts(problem: PlanningProblem, shape: Shape, groups: Sequence[int] | None = None) -> list[list[int]]:
     """Stages as lists of groups: the cuts of the shape with the smallest estimated makespan.
 
-    The estimate is ``M * load + head + tail`` of the worst rank, plus a penalty for resident bytes that do not fit.
+    Resident bytes that do not fit come first, then the load of the busiest rank, then how even the loads are.
     """
     wanted = set(range(len(problem.groups)) if groups is None else groups)
     blocks = [block for block in units(problem) if wanted.issuperset(block)]
@@ -82,24 +86,25 @@ def fit_cuts(problem: PlanningProblem, shape: Shape, groups: Sequence[int] | Non
     work = loads(problem)
     sizes = [[sum(work[g][r] for g in block) for r in range(problem.num_ranks)] for block in blocks]
     weight = [sum(problem.groups[g].resident_bytes for g in block) for block in blocks]
-    forward = [sum(next(iter(problem.groups[g].times.values())).f_ns for g in block) for block in blocks]
     room = [resident_room(problem, r) for r in range(problem.num_ranks)]
+    by_kind = {device.kind: r for r, device in enumerate(problem.topology.devices)}
+    kind_sums = {kind: [0, *accumulate(size[r] for size in sizes)] for kind, r in by_kind.items()}
+    sums = [kind_sums[device.kind] for device in problem.topology.devices]
+    weights = [0, *accumulate(weight)]
+    if len(set(map(tuple, sizes))) == 1 == len(set(weight)) and len(blocks) % count == 0 and len(by_kind) == 1:
+        return [[g for block in blocks[k * len(blocks) // count:(k + 1) * len(blocks) // count] for g in block]
+                for k in range(count)]
 
     def cost(cuts: Sequence[int]) -> tuple[float, float, float]:
         load = [0.0] * problem.num_ranks
         bytes_ = [0.0] * problem.num_ranks
-        head = [0.0] * problem.num_ranks
-        passed = 0.0
         for k in range(count):
             low, high = cuts[k], cuts[k + 1]
             rank = shape.rank_of[k]
             ends = [(rank, 0.5), (problem.num_ranks - 1 - rank, 0.5)] if shape.two_way else [(rank, 1.0)]
             for where, share in ends:
-                load[where] += share * sum(sizes[b][where] for b in range(low, high))
-                bytes_[where] += sum(weight[low:high])
-                if k < problem.num_ranks:
-                    head[where] = max(head[where], passed)
-            passed += sum(forward[low:high])
+                load[where] += share * (sums[where][high] - sums[where][low])
+                bytes_[where] += weights[high] - weights[low]
         over = sum(max(0.0, have - limit) for have, limit in zip(bytes_, room, strict=True))
         empty = sum(cuts[k] == cuts[k + 1] for k in range(count))
         estimate = max(problem.num_microbatches * l for l in load)  # noqa: E741
@@ -135,11 +140,14 @@ def _descend(cuts: list[int], cost: Callable[[Sequence[int]], tuple[float, float
     """Move single cuts, then runs of cuts, while the cost falls."""
     value = cost(cuts)
     improved = True
+    end = time.monotonic() + DESCENT_S
     rounds = 0
-    while improved and rounds < 200:
+    while improved and rounds < 200 and time.monotonic() < end:
         improved = False
         rounds += 1
         for low in range(1, len(cuts) - 1):
+            if time.monotonic() > end:
+                break
             for high in range(low, min(len(cuts) - 1, low + 12)):
                 for step in (-1, 1):
                     trial = [cut + step if low <= k <= high else cut for k, cut in enumerate(cuts)]

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain
 from typing import Any
 
 from mipipe.graphs.errors import InfeasibleError, PlanError
@@ -23,7 +24,7 @@ from mipipe.planner.explain import explain
 from mipipe.planner.feasible import why_infeasible, with_recomputation
 from mipipe.planner.free_bound import problem_bound
 from mipipe.planner.objectives import least_memory
-from mipipe.planner.options import PlanOptions
+from mipipe.planner.options import PlacementName, PlanOptions
 from mipipe.planner.plan import Placement, Plan
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.proposals import propose
@@ -123,9 +124,9 @@ INTERPRETED = 4_000
 """Actions up to which the first list schedule is interpreted (1 s here), so that it need not wait for a compiler."""
 
 BIG_ACTIONS = 20_000
-"""Actions of a chain from which placements enter in the order of `BIG_ORDER`, as time may not suffice for all."""
+"""Actions of a chain from which only the shapes of `BIG_ORDER` enter: time does not suffice for all."""
 
-BIG_ORDER = ("chain", "two-way+spread", "v+spread", "two-way", "chain+spread", "v")
+BIG_ORDER: tuple[PlacementName, ...] = ("chain", "two-way", "v")
 
 
 def _enter(run: Run) -> None:
@@ -133,15 +134,14 @@ def _enter(run: Run) -> None:
 
     The seconds per action of the placements so far say which of the rest can still be built in time.
     """
-    waiting = list(propose(run.problem, run.options.placement))
-    if 3 * run.problem.num_ranks * run.problem.num_microbatches > BIG_ACTIONS:
-        rank = {name: place for place, name in enumerate(BIG_ORDER)}
-        waiting.sort(key=lambda placement: rank.get(placement.name, len(rank)))
+    waiting = propose(run.problem, run.options.placement)
+    if run.options.placement == "free" and 3 * run.problem.num_ranks * run.problem.num_microbatches > BIG_ACTIONS:
+        waiting = chain.from_iterable(propose(run.problem, name) for name in BIG_ORDER)
     built, began = 0, run.seconds
     for placement in waiting:
         size = len(placement.stages) * run.problem.num_microbatches
         expected = (run.seconds - began) / built * size if built else 0.0
-        if run.best is not None and run.left - expected < 0.6 * run.options.time_limit_s:
+        if run.best is not None and run.left - expected < 0.5 * run.options.time_limit_s:
             continue
         _admit(run, placement)
         built += size
