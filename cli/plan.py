@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,8 @@ from mipipe.graphs.errors import InfeasibleError, TimeUpError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mipipe.planner.options import PlanOptions
+    from mipipe.planner.problem import PlanningProblem
     from mipipe.planner.solve import Progress, SolveResult
 
 EXAMPLE = "mipipe plan graph.json --cluster cluster.yaml --microbatches 8 --costs costs.json -o plan.json"
@@ -40,6 +42,8 @@ def plan(
                                                 " ...")] = "free",
     objective: Annotated[str, typer.Option(help="makespan, memory or utilisation.")] = "makespan",
     recompute: Annotated[bool, typer.Option(help="Let groups run their forward twice to save memory.")] = False,
+    pareto: Annotated[bool, typer.Option("--pareto", help="Instead of one plan, the frontier of memory against"
+                                                          " bubble: one solve for each activation limit.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Say what binds, and what each rung found.")] = False,
     time_limit: TimeLimit = 60.0,
     seed: Seed = 0,
@@ -62,6 +66,9 @@ def plan(
                           objective=objective, recompute=recompute)  # type: ignore[arg-type]
     problem = read_problem(graph, cluster, microbatches, groups=groups, granularity=granularity, costs=costs,
                            memory=memory, optimizer=optimizer, recompute=recompute)
+    if pareto:
+        _print_frontier(problem, options, html_file, json_output)
+        return
     with progress("planning") as update:
         result = solve(problem, options, show_progress(update, problem.unit_ns))
     if result.plan is None:
@@ -89,6 +96,38 @@ def plan(
         _print_explanation(result)
     if output is not None:
         console.print(f"wrote {output}")
+
+
+def _print_frontier(problem: PlanningProblem, options: PlanOptions, html_file: Path | None, json_output: bool) -> None:
+    """The memory-bubble frontier as a table, JSON and a picture."""
+    from mipipe.cli import html
+    from mipipe.cli.report import gap
+    from mipipe.cli.tables import cell, print_rows
+    from mipipe.planner.objectives import pareto
+
+    with progress("planning the frontier") as update:
+        points = pareto(problem, options, on_point=lambda point: update(f"{point.activation_bytes:,} bytes done"))
+    unit = problem.unit_ns
+    rows: list[dict[str, Any]] = [{
+        "activation_bytes": point.activation_bytes, "peak_bytes": point.peak_bytes,
+        "makespan": None if point.makespan_ns is None else point.makespan_ns / unit,
+        "bound": None if point.bound_ns is None else point.bound_ns / unit, "bubble_ratio": point.bubble_ratio,
+        "gap": gap(point.makespan_ns, point.bound_ns), "placement": point.placement, "reason": point.reason}
+        for point in points]
+    if html_file is not None:
+        picture = html.frontier([(row["peak_bytes"], row["bubble_ratio"], row["placement"]) for row in rows
+                                 if row["bubble_ratio"] is not None])
+        table = html.table(list(rows[0]), [[cell(value) for value in row.values()] for row in rows])
+        html.write(html_file, f"{problem.name}: memory against bubble", [], extra=picture + table)
+    if json_output:
+        emit({"problem": problem.digest(), "unit_ns": unit, "points": rows})
+    else:
+        console = stdout()
+        print_rows(console, [{name: value for name, value in row.items() if name != "reason"} for row in rows],
+                   title=f"{problem.name}: memory against bubble")
+        for row in rows:
+            if row["reason"]:
+                console.print(f"at {row['activation_bytes']:,} bytes: {row['reason']}", style="dim")
 
 
 def show_progress(update: Callable[[str], None], unit_ns: int) -> Callable[[Progress], None]:

@@ -94,6 +94,7 @@ def train_alone(steps: int) -> list[float]:
     from mipipe.runtime.models import initial_weights
     from mipipe.runtime.optim import learning_rate_factor
 
+    torch.set_num_threads(1)  # as every worker computes
     graph, config = load("demo/graph.json", OperatorGraph), read_config(CONFIG)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODEL), dtype=torch.float32)
     model.load_state_dict(initial_weights(graph, config), strict=False)

@@ -100,7 +100,8 @@ def prepare(folder: Path) -> None:
         sys.exit(f"no plan: {result.reason}")
     save(graph, folder / "graph.json")
     save(result.plan, folder / "plan.json")
-    save_file(model.state_dict(), folder / "weights.safetensors")
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])  # buffers outside the state dict, too
+    save_file({name: item.detach().contiguous() for name, item in tensors.items()}, folder / "weights.safetensors")
     save_file({"images": images, "digits": digits}, folder / "digits.safetensors")
     for number, stage in enumerate(result.plan.placement.stages):
         names = ", ".join(problem.groups[group].name for group in stage.groups)

@@ -1,4 +1,4 @@
-"""The verbs that need torch, on a model of two layers: capture, show, profile, plan, train; and what users get wrong."""
+"""The verbs that need torch, on a model of two layers, from capture to calibrate; and what users get wrong."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def test_train_runs_the_plan_and_calibrate_reads_it(mipipe, work: Path) -> None:
     assert len(ended.data["losses"]) == 3
     shown = mipipe("show", "plan.json", "measured.json", "--json").data["timelines"]
     assert [item["origin"] for item in shown] == ["simulated", "measured"]
-    corrected = mipipe("calibrate", "measured.json", "--plan", "plan.json", "--costs", "costs.json", "-o", "better.json",
-                       "--json")
+    corrected = mipipe("calibrate", "measured.json", "--plan", "plan.json", "--costs", "costs.json",
+                       "-o", "better.json", "--json")
     assert corrected.code == 0 and corrected.data["ratio"] > 0
     assert "calibrated" in {entry.origin for entry in load(work / "better.json", CostTable).entries}
 
