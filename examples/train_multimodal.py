@@ -37,7 +37,7 @@ from mipipe.planner.solve import plan as solve
 from mipipe.runtime.engine import Engine, EngineOptions
 from mipipe.runtime.trace import measured_timeline
 
-WORKERS, MICROBATCHES, ROWS, STEPS = 4, 4, 32, 60
+WORKERS, MICROBATCHES, ROWS, STEPS = 4, 4, 32, 100
 IMAGE_TOKEN, QUESTION, PATCHES = 10, 11, 16
 """Tokens 0-9 are the digits themselves; an image is 4 x 4 patches of 2 x 2 pixels."""
 
