@@ -9,7 +9,7 @@ job and from it to the end of the step, along data, FIFO and memory arcs (`mipip
 - **channel**: the same for the transfers of each directed channel;
 - **memory**: activations occupy ``bytes x time``; a rank offers ``capacity`` bytes between its first F and its end.
 
-Over all placements see `mipipe.planner.free_bound`.
+Over all placements: `problem_bound`, from `mipipe.planner.free_bound`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,14 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from mipipe.graphs.errors import PlanError
 from mipipe.planner.actions import Action, ActionKind
+from mipipe.planner.free_bound import Bound, problem_bound
 from mipipe.planner.jobs import Jobs, classes, job_shop
 from mipipe.planner.stages import StageView
 
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """No schedule is shorter than ``ns``; ``what`` says which argument shows it."""
-
-    ns: int
-    what: str
+__all__ = ["Bound", "heads_and_tails", "placement_bound", "preemptive_bound", "problem_bound", "reduce_tails"]
 
 
 def placement_bound(view: StageView, jobs: Jobs | None = None) -> Bound:
