@@ -47,9 +47,12 @@ def write(path: str | Path, title: str, panels: Sequence[Panel], facts: Sequence
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An HTML table; the first column is text, the others are numbers."""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    """An HTML table; columns of numbers are aligned to the right."""
+    numeric = [all(_is_number(row[column]) for row in rows) for column in range(len(header))]
+    kinds = [' class="number"' if is_number else "" for is_number in numeric]
+    head = "".join(f"<th{kind}>{html.escape(cell)}</th>" for kind, cell in zip(kinds, header, strict=True))
+    body = "".join("<tr>" + "".join(f"<td{kind}>{html.escape(cell)}</td>" for kind, cell in
+                                    zip(kinds, row, strict=True)) + "</tr>" for row in rows)
     return f'<table class="report"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
@@ -73,6 +76,10 @@ def frontier(points: Sequence[tuple[int, float, str]]) -> str:
             f'<text x="6" y="12">bubble ratio</text>')
     frame = f'viewBox="0 -24 {wide + 30} {high + 24}" width="{wide}" font-size="12" fill="var(--soft)"'
     return f"<figure><svg {frame}>{axes}{''.join(parts)}</svg></figure>"
+
+
+def _is_number(text: str) -> bool:
+    return not text or text[0] in "-.0123456789"
 
 
 def _panel(panel: Panel) -> dict[str, Any]:

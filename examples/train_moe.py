@@ -104,15 +104,13 @@ def train_alone(steps: int) -> list[float]:
     batches = make_batches(config.data, graph, BATCH * MICROBATCHES, config.seed)
     losses = []
     for _ in range(steps):
-        total = 0.0
-        for tokens in next(batches)["input_ids"].chunk(MICROBATCHES):
-            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss / MICROBATCHES
-            loss.backward()
-            total += loss.item()
+        tokens = next(batches)["input_ids"]  # all microbatches at once: their mean loss is the mean of their losses
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        losses.append(total)
+        losses.append(loss.item())
     return losses
 
 
