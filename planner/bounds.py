@@ -6,6 +6,7 @@ job and from it to the end of the step, along data, FIFO and memory arcs (`mipip
 - **path**: the longest path alone;
 - **device**: Jackson's preemptive schedule of each machine's jobs (Jackson 1955; Carlier 1982), which is at least
   ``head + load + tail`` for every subset of jobs;
+- **filling**: until gradients come back a rank runs only the forwards its memory holds, whatever stages they are of;
 - **channel**: the same for the transfers of each directed channel;
 - **memory**: activations occupy ``bytes x time``; a rank offers ``capacity`` bytes between its first F and its end.
 
@@ -37,10 +38,13 @@ def placement_bound(view: StageView, jobs: Jobs | None = None) -> Bound:
     heads, tails = heads_and_tails(jobs)
     reduce_tails(jobs, tails)
     best = [Bound(max(head + tail for head, tail in zip(heads, tails, strict=True)), "critical path")]
-    for machine, members in jobs.by_machine().items():
+    by_machine = jobs.by_machine()
+    for machine, members in by_machine.items():
         value = preemptive_bound([(heads[j], jobs.durations[j], tails[j] - jobs.durations[j]) for j in members])
         stream = "collective stream of rank" if machine % 2 else "rank"
         best.append(Bound(value, f"{stream} {machine // 2}: earliest start + load + what must follow"))
+        on_rank = [*members, *by_machine.get(machine ^ 1, ())]
+        best.append(_filling_bound(jobs, machine, on_rank, heads, tails))
     best.append(_channel_bound(jobs, heads, tails))
     best.append(_memory_bound(jobs, heads, tails))
     return max(best, key=lambda bound: bound.ns)
@@ -106,6 +110,43 @@ def preemptive_bound(items: Sequence[tuple[int, int, int]]) -> int:
         else:
             best = max(best, now - tail)
     return best
+
+
+MOMENTS = 24
+"""Moments tried by `_filling_bound`: the first gradients decide; any subset is valid."""
+
+
+def _filling_bound(jobs: Jobs, machine: int, on_rank: list[int], heads: list[int], tails: list[int]) -> Bound:
+    """``t + load - work that can be done before t``, at the moments t when gradients reach the machine.
+
+    Before t it runs jobs whose head is below t; of those that take memory, no more than fit into the rank's capacity
+    and what jobs of the rank could have returned by t (a fractional knapsack by duration per byte).
+    """
+    members = [j for j in on_rank if jobs.machine[j] == machine]
+    returned = sorted((heads[j] + jobs.durations[j], jobs.free[j]) for j in on_rank if jobs.free[j])
+    takers = sorted((j for j in members if jobs.alloc[j] > 0),
+                    key=lambda j: (-jobs.durations[j] / jobs.alloc[j], heads[j]))
+    others = sorted((heads[j], jobs.durations[j]) for j in members if jobs.alloc[j] <= 0)
+    load = sum(jobs.durations[j] for j in members)
+    after = min(tails[j] - jobs.durations[j] for j in members)
+    best, done, position, room, back = 0, 0, 0, jobs.capacity[machine // 2], 0
+    for moment in sorted({head for head, _ in others})[:MOMENTS]:
+        while position < len(others) and others[position][0] < moment:
+            done += others[position][1]
+            position += 1
+        while back < len(returned) and returned[back][0] <= moment:
+            room += returned[back][1]
+            back += 1
+        left, forwards = room, 0
+        for job in takers:
+            if heads[job] < moment:
+                if jobs.alloc[job] >= left:
+                    forwards += -(-jobs.durations[job] * left // jobs.alloc[job])
+                    break
+                left -= jobs.alloc[job]
+                forwards += jobs.durations[job]
+        best = max(best, moment + load - done - forwards + after)
+    return Bound(best, f"rank {machine // 2}: its memory is full of activations before gradients come back")
 
 
 def _channel_bound(jobs: Jobs, heads: list[int], tails: list[int]) -> Bound:
