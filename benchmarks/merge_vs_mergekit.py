@@ -8,6 +8,10 @@ with one thread, alternating between the two programs; the best of ``--repeats``
 largest resident set minus that of a process that only imports torch, each measured by its own interpreter. Processor
 time is shown beside wall time: on a busy machine it is the steadier figure.
 
+Differences of bfloat16 weights are coarse, so many of a tensor's magnitudes equal its k-th largest, and which of them a
+trimming method keeps is each program's choice: the first in row order here, whatever an unstable sort leaves there.
+Only such entries may differ in ``ties`` and ``sce``; with ``--dtype float32`` there are none, and the results agree.
+
 mergekit (LGPL-3.0) is a peer, never a dependency: this script installs it into an environment of its own
 (``--environment``), runs its command ``mergekit-yaml`` and reads the files that writes; nothing of it is imported here.
 """
@@ -80,8 +84,8 @@ def config(scale: str) -> dict[str, Any]:
             "torch_dtype": "bfloat16", "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "hidden_act": "silu"}
 
 
-def write_models(root: Path, scale: str, num_shards: int = 4) -> None:
-    """A base and two experts in bfloat16, in shards of whole tensors."""
+def write_models(root: Path, scale: str, dtype: torch.dtype = torch.bfloat16, num_shards: int = 4) -> None:
+    """A base and two experts, in shards of whole tensors."""
     names = sorted(shapes(scale))
     for number, model in enumerate(("base", "one", "two")):
         folder = root / model
@@ -101,7 +105,7 @@ def write_models(root: Path, scale: str, num_shards: int = 4) -> None:
                 if number:
                     noise = torch.Generator().manual_seed(100_000 * number + place)
                     value += 0.002 * torch.randn(shape, generator=noise)
-                part[name] = value.to(torch.bfloat16)
+                part[name] = value.to(dtype)
             save_file(part, folder / file, {"format": "pt"})
             weight_map |= dict.fromkeys(part, file)
         index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
@@ -209,14 +213,16 @@ def main() -> None:
     """Run the comparison and print its table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--scale", choices=SCALES, default="1b")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the checkpoints")
     parser.add_argument("--folder", type=Path, default=Path("merge-benchmark"), help="where checkpoints are written")
     parser.add_argument("--environment", type=Path, help="mergekit's environment (default: in the folder)")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--json", type=Path, help="also write the records here")
     arguments = parser.parse_args()
-    root = (arguments.folder / arguments.scale).absolute()
-    write_models(root, arguments.scale)
+    suffix = "" if arguments.dtype == "bfloat16" else f"-{arguments.dtype}"
+    root = (arguments.folder / f"{arguments.scale}{suffix}").absolute()
+    write_models(root, arguments.scale, getattr(torch, arguments.dtype))
     python = install((arguments.environment or arguments.folder / "environment").absolute())
     bare = {"mipipe": measured(Path(sys.executable), "import torch", ["import"])["peak"],
             "mergekit": measured(python, "import torch", ["import"])["peak"]}

@@ -32,14 +32,7 @@ def _variance(tile: Tile, **_params: Any) -> list[Tensor]:
 
 
 def _variance_of(deltas: Sequence[Tensor]) -> Tensor:
-    mean = torch.zeros_like(deltas[0])
-    for delta in deltas:
-        mean.add_(delta)
-    mean.div_(len(deltas))
-    variance = torch.zeros_like(mean)
-    for delta in deltas:
-        variance.add_((delta - mean).square_())
-    return variance.div_(len(deltas))
+    return torch.stack(list(deltas)).var(dim=0, correction=0)
 
 
 def _sce_counts(_entries: list[int], nonzero: list[int], *, select_topk: float, **_params: Any) -> list[list[int]]:

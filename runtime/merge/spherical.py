@@ -207,8 +207,9 @@ def model_stock_ratio(products: Tensor) -> Tensor:
     above = torch.triu(torch.ones(count, count, dtype=torch.bool, device=products.device), 1)
     mean = cosines[..., above].mean(-1).clamp(-1.0, 1.0)
     divisor = 1 + (count - 1) * mean
-    # With several models at obtuse angles the divisor nears zero: the base is the best estimate then.
-    return torch.where(mean > 0, count * mean / torch.where(mean > 0, divisor, 1.0), 0.0)
+    # Opposite task vectors have no mean to go to: the divisor vanishes and the base stays.
+    live = divisor.abs() > ZERO_NORM
+    return torch.where(live, count * mean / torch.where(live, divisor, 1.0), 0.0)
 
 
 def _finish_stock(total: Tensor, _stats: Any, **_params: Any) -> float:

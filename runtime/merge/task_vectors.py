@@ -28,7 +28,9 @@ def elected_signs(deltas: Sequence[Tensor], weight: Sequence[float], zero_sum: f
     """Per entry the sign of the weighted sum, +1 or -1; ``zero_sum`` where it is exactly zero."""
     total = torch.zeros_like(deltas[0])
     for share, delta in zip(weight, deltas, strict=True):
-        total.add_(delta, alpha=share)
+        # Products are rounded before they are added (no fused multiply-add): deltas of bfloat16 models are coarse, so
+        # opposite votes of equal weight are common, and they must cancel the same way everywhere.
+        total.add_(delta * share)
     if zero_sum == 1.0:
         return torch.copysign(torch.ones_like(total), total)  # the sum starts at +0, so it never is -0
     return torch.where(total == 0, zero_sum, total.sign())
