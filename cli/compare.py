@@ -112,16 +112,22 @@ _COLUMNS = ("schedule", "accounting", "makespan", "bubble", "ratio", "copies", "
             "placement", "seconds", "note")
 
 
-def _cells(row: Row) -> dict[str, Any]:
-    values = (row.name, row.accounting, row.makespan, row.bubble,
+def _cells(row: Row, unit_ns: int) -> dict[str, Any]:
+    from mipipe.cli.terminal import format_time
+
+    def time(value: float | None) -> float | str | None:
+        return format_time(value, 1) if unit_ns == 1 and value is not None else value
+
+    values = (row.name, row.accounting, time(row.makespan), time(row.bubble),
               None if row.bubble_ratio is None else f"{row.bubble_ratio:.1%}", row.parameter_copies,
-              row.peak_activations, row.bound, None if row.gap is None else f"{row.gap:.1%}", row.placement,
+              row.peak_activations, time(row.bound), None if row.gap is None else f"{row.gap:.1%}", row.placement,
               None if row.seconds is None else round(row.seconds, 1), row.note)
     return dict(zip(_COLUMNS, values, strict=True))
 
 
 def _print(problem: PlanningProblem, rows: list[Row]) -> None:
     from mipipe.cli.tables import print_rows
+    from mipipe.cli.terminal import format_time
     from mipipe.planner.compare import PLANNED
 
     console = stdout()
@@ -131,7 +137,7 @@ def _print(problem: PlanningProblem, rows: list[Row]) -> None:
     console.print(f"{data['name']}: {data['ranks']} ranks, {data['microbatches']} microbatches{caps}")
     notes = list(dict.fromkeys(row.note for row in rows if row.note))
     marks = {note: f"({number + 1})" for number, note in enumerate(notes)}
-    cells = [_cells(row) | {"note": marks.get(row.note)} for row in rows]
+    cells = [_cells(row, problem.unit_ns) | {"note": marks.get(row.note)} for row in rows]
     kept = [name for name in _COLUMNS if any(line[name] is not None for line in cells)]
     styles = ["bold" if row.name == PLANNED else "dim" if row.accounting == "published" else "" for row in rows]
     print_rows(console, [{name: line[name] for name in kept} for line in cells], styles=styles)
@@ -139,7 +145,8 @@ def _print(problem: PlanningProblem, rows: list[Row]) -> None:
         console.print(f"{mark} {note}", style="dim")
     for row in (row for row in rows if row.name == PLANNED and row.plan is not None):
         against = "" if row.without_baselines is None else (
-            f"; without any published schedule as a start: {row.without_baselines:g}")
+            "; without any published schedule as a start:"
+            f" {format_time(row.without_baselines * problem.unit_ns, problem.unit_ns)}")
         proven = "no bound" if row.bound is None else f"the bound holds over {row.bound_scope}"
         console.print(f"{row.name}: found by {row.rung}, {proven}{against}")
 
@@ -164,5 +171,5 @@ def _write_html(path: Path, problem: PlanningProblem, rows: list[Row]) -> None:
     from mipipe.cli.tables import cell
 
     panels = [html.Panel(f"{row.name} ({row.accounting})", row.timeline) for row in rows if row.timeline is not None]
-    table = html.table(_COLUMNS, [[cell(value) for value in _cells(row).values()] for row in rows])
+    table = html.table(_COLUMNS, [[cell(value) for value in _cells(row, problem.unit_ns).values()] for row in rows])
     html.write(path, f"{problem.name}: schedules compared", panels, extra=f"<h2>All rows</h2>{table}")

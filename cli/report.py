@@ -88,12 +88,12 @@ def print_placement(console: Console, plan: Plan) -> None:
     for rank, device in enumerate(problem.topology.devices):
         held = [f"{index}: {_names(plan, stage.groups)}{' (recomputed)' if stage.recompute else ''}"
                 for index, stage in enumerate(plan.placement.stages) if rank in stage.ranks]
-        console.print(f"  rank {rank} ({device.name}): " + ("stage " + "; ".join(held) if held else "nothing"))
+        console.print(f"  rank {rank} ({device.name}): " + ("stages " + "; ".join(held) if held else "nothing"))
 
 
 def _names(plan: Plan, groups: Sequence[int]) -> str:
-    names = [plan.problem.groups[group].name for group in groups]
-    return ", ".join(names) if len(names) <= 2 else f"{names[0]} .. {names[-1]} ({len(names)} groups)"
+    names = [plan.problem.groups[group].name.removeprefix("model.") for group in groups]
+    return names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]} ({len(names)})"
 
 
 def bound_line(plan: Plan) -> str:

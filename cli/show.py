@@ -88,6 +88,17 @@ def _show_graph(graph: OperatorGraph | CoarseGraph, table: CostTable | None, htm
         print_rows(stdout(), rows, title=graph.model)
 
 
+def _without_optimizer(timeline: Timeline, first: Timeline) -> str:
+    """The ratio without the optimizer's step, where only one of the two has it (the simulator leaves it out)."""
+    from mipipe.planner.actions import ActionKind
+
+    both = [{span.kind for span in item.spans} for item in (timeline, first)]
+    if ActionKind.OPTIMIZER_STEP not in both[0] or ActionKind.OPTIMIZER_STEP in both[1]:
+        return ""
+    end = max((span.end_ns for span in timeline.spans if span.kind is not ActionKind.OPTIMIZER_STEP), default=0)
+    return f"; {end / max(first.makespan_ns, 1):.3f} without the optimizer's step, which is not simulated"
+
+
 def cost_rows(table: CostTable) -> list[dict[str, Any]]:
     """A cost table as rows, times in microseconds; groups with equal entries (the same structure) share a row."""
     from mipipe.graphs.operator_graph import Phase
@@ -145,7 +156,8 @@ def _show_timelines(files: list[tuple[Path, Plan | Timeline]], html_file: Path |
         console.print(f"\n{name}", style="bold")
         print_timeline(console, timeline, limit, until, explained=number == len(drawn) - 1)
         if number:
-            console.print(f"{name} / {drawn[0][0]}: {ratios[number]:.3f}", style="bold")
+            console.print(f"{name} / {drawn[0][0]}: {ratios[number]:.3f}{_without_optimizer(timeline, first)}",
+                          style="bold")
         for key, note in timeline.notes.items():
             if number:
                 console.print(f"  {key}: {note}", style="dim")

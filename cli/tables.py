@@ -16,7 +16,7 @@ def print_rows(console: Console, rows: Sequence[Mapping[str, Any]], title: str |
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in rows[0]:
-        numeric = all(not isinstance(row.get(name), str) or not row[name] for row in rows)
+        numeric = all(not isinstance(row.get(name), str) or row[name][:1] in "0123456789" for row in rows)
         table.add_column(name.replace("_", " "), justify="right" if numeric else "left", no_wrap=True)
     for number, row in enumerate(rows):
         table.add_row(*(cell(row.get(name)) for name in rows[0]), style=styles[number] if styles else None)

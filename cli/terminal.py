@@ -114,7 +114,7 @@ def _axis(until: int, unit_ns: int, columns: int, gutter: int) -> Text:
     """A ruler with a tick at every quarter."""
     ruler = [" "] * (columns + 12)
     for quarter in range(5):
-        label = format_time(until * quarter / 4, unit_ns)
+        label = format_time(until * quarter / 4, unit_ns) if quarter else "0"
         at = round(columns * quarter / 4)
         label = "|" + label
         for offset, letter in enumerate(label):
