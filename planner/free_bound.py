@@ -90,14 +90,26 @@ def _idle_before_gradient(problem: PlanningProblem, facts: Facts, members: list[
         saved = group.saved_fi_bytes + group.saved_fw_bytes
         if saved:
             per_byte = max(per_byte, facts.f[g] / saved)
-        else:
-            free += work_of(problem, group, facts.f[g])
+        else:  # takes no memory itself, but comes after forwards that do: so many microbatches fit at once
+            held = _held_before(problem, g)
+            work = work_of(problem, group, facts.f[g])
+            free += work if not held or group.loads else min(work, facts.f[g] * (room // held))
     filled = sum(work_of(problem, problem.groups[g], duration) for g in members
                  if not problem.groups[g].resident_bytes for duration in (facts.f[g], facts.i[g], facts.w[g]))
     solid = [(head, size) for head, size in heads if size]
     rounding = 1.001 if any(problem.groups[g].loads for g in members) else 1.0
     forwards = int(room * per_byte * rounding) + free + 1
     return max(_spread(problem, heads), _spread(problem, solid) - filled) - forwards
+
+
+def _held_before(problem: PlanningProblem, g: int) -> int:
+    """Saved bytes of all groups before ``g`` for one microbatch (of the least load)."""
+    before: set[int] = set()
+    for edge in sorted(problem.edges, key=lambda edge: -edge.source):
+        if any(target == g or target in before for target in edge.targets):
+            before.add(edge.source)
+    return sum(int((problem.groups[p].saved_fi_bytes + problem.groups[p].saved_fw_bytes)
+                   * min(problem.groups[p].loads, default=1.0)) for p in before)
 
 
 def _spread(problem: PlanningProblem, heads: Sequence[tuple[int, int]]) -> int:
