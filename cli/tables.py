@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 
@@ -22,7 +23,11 @@ def print_rows(console: Console, rows: Sequence[Mapping[str, Any]], title: str |
         table.add_row(*(cell(row.get(name)) for name in rows[0]), style=styles[number] if styles else None)
     if title:
         console.print(title, style="italic")
+    before = console.width
+    console.width = 1000  # a cell cut short would be worse than a long line
+    console.width = max(before, Measurement.get(console, console.options, table).maximum)
     console.print(table)
+    console.width = before
 
 
 def cell(value: Any) -> str:
