@@ -49,7 +49,7 @@ def cut(file, num_bytes):
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"merge_methd": "ties"}, ["recipe.yaml", "merge_methd", "Unexpected"]),
+    ({"merge_methd": "ties"}, ["recipe.yaml", "merge_methd", "unknown key"]),
     ({"merge_method": "tiess"}, ["merge_method: found 'tiess'", "task_arithmetic"]),
     ({"parameters": {"densty": 0.5}}, ["no parameter 'densty'", "weight, lambda"]),
     ({"parameters": {"lambda": "much"}}, ["lambda: found 'much', expected a number"]),
