@@ -194,7 +194,11 @@ def _residences(jobs: Jobs) -> list[tuple[int, int, int, int]]:
     paths: dict[int, list[tuple[int, int] | None]] = {}
     for m, name in enumerate(classes(view)):
         if name not in paths:
-            paths[name] = [_path_through(jobs, stage, m) for stage in range(view.num_stages)]
+            # a microbatch's jobs in topological order: F by stage, then I backwards, W after its I
+            order = [index[Action(s, ActionKind.F, m)] for s in range(view.num_stages)]
+            order += [index[action] for s in reversed(range(view.num_stages)) for kind in (ActionKind.I, ActionKind.W)
+                      if (action := Action(s, kind, m)) in index]
+            paths[name] = [_path_through(jobs, stage, m, order[stage:]) for stage in range(view.num_stages)]
         for stage, found in enumerate(paths[name]):
             if found is not None:
                 last = ActionKind.I if view.w_ns[stage] is None else ActionKind.W
@@ -202,16 +206,11 @@ def _residences(jobs: Jobs) -> list[tuple[int, int, int, int]]:
     return result
 
 
-def _path_through(jobs: Jobs, stage: int, microbatch: int) -> tuple[int, int] | None:
-    """Longest path from the start of F of a stage to the ends of its I and W; None without a backward."""
-    view, index = jobs.view, jobs.compiled.index
-    start = index[Action(stage, ActionKind.F, microbatch)]
-    reach = {start: jobs.durations[start]}
-    # a microbatch's jobs in topological order: F by stage, then I backwards, W last
-    forward = [index[Action(s, ActionKind.F, microbatch)] for s in range(stage, view.num_stages)]
-    backward = [index[Action(s, kind, microbatch)] for s in reversed(range(view.num_stages))
-                for kind in (ActionKind.I, ActionKind.W) if Action(s, kind, microbatch) in index]
-    for job in (*forward, *backward):
+def _path_through(jobs: Jobs, stage: int, microbatch: int, order: list[int]) -> tuple[int, int] | None:
+    """Longest path from the start of F of a stage, first in ``order``, to the ends of its I and W; None without one."""
+    index = jobs.compiled.index
+    reach = {order[0]: jobs.durations[order[0]]}
+    for job in order:
         if job not in reach:
             continue
         for consumer, channel, duration, _, _ in jobs.compiled.releases[job]:

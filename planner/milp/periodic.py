@@ -25,31 +25,13 @@ from itertools import combinations
 import pyomo.environ as pyo
 
 from mipipe.planner.actions import ActionKind
-from mipipe.planner.jobs import job_shop
 from mipipe.planner.milp import highs
 from mipipe.planner.milp.highs import SolverOutcome, Termination
+from mipipe.planner.milp.modulo import greedy
+from mipipe.planner.milp.pattern import Key, Pattern, pattern_of
 from mipipe.planner.stages import StageView
 
-Key = tuple[int, ActionKind, int]
-"""(stage, kind, class), a class named by its first microbatch."""
-
 STEPS = (1.0, 1.01, 1.02, 1.035, 1.05, 1.075, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Pattern:
-    """The operations of one period: ``alias[o]`` is the operation whose times o shares."""
-
-    keys: list[Key]
-    alias: dict[Key, Key]
-    duration: dict[Key, int]
-    machine: dict[Key, int]
-    arcs: list[tuple[Key, Key, int]]
-    alloc: dict[Key, int]
-    free: dict[Key, int]
-    workspace: dict[Key, int]
-    capacity: list[int]
-    load: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,72 +48,32 @@ def pace(view: StageView, period_ns: int | None = None, *, time_limit_s: float, 
          start: dict[Key, float] | None = None) -> PeriodicResult:
     """The pattern of least span at the least period that has one (at ``period_ns`` alone if given).
 
-    The first half of the time goes to proving a period infeasible or finding a pattern, by `STEPS` above the load.
-    A start (times of some schedule's middle) is used at every period.
+    Periods rise from the load by `STEPS`; each has a quarter of the time left to find a pattern or to be refuted, half
+    of it where greedy modulo scheduling gives a start. ``start`` (times of some schedule's middle) replaces that.
     """
     pattern = pattern_of(view)
     left = time_limit_s
     outcome = SolverOutcome(Termination.TIME_LIMIT, None, None, 0.0, 0, 0)
     periods = [period_ns] if period_ns is not None else [math.ceil(pattern.load * step) for step in STEPS]
     for number, period in enumerate(periods):
-        limit = left if number + 1 == len(periods) else left / 2
-        if limit <= 0.05:
+        known = start or greedy(pattern, period)
+        last = number + 1 == len(periods)
+        limit = left if last else left / 2 if known else left / 4
+        if limit <= 0.05 and known is None:
             break
         model = build(pattern, period)
-        if start is not None:
-            _set_start(model, pattern, period, start)
-        outcome = highs.solve(model, time_limit_s=limit, seed=seed, warm_start=start is not None, gap=1e-3)
+        if known is not None:
+            _set_start(model, pattern, period, known)
+        outcome = highs.solve(model, time_limit_s=limit, seed=seed, warm_start=known is not None, gap=1e-3)
         left -= outcome.seconds
         if outcome.has_solution:
             return _read(model, pattern, period, outcome)
+        if start is None and known is not None:
+            span = max(moment + pattern.duration[key] for key, moment in known.items())
+            return PeriodicResult(period, known, span, outcome)
         if outcome.termination is Termination.INTERRUPTED:
             break
     return PeriodicResult(None, None, None, outcome)
-
-
-def pattern_of(view: StageView) -> Pattern:
-    """The operations of one microbatch of every class, with durations and sizes averaged over the class's loads.
-
-    Classes here are routes: microbatches that differ only in load share a pattern.
-    """
-    jobs = job_shop(view, fifo=False)
-    route_of = [tuple(route[m] for route in view.placement.routes) for m in range(view.problem.num_microbatches)]
-    first = {route: m for m, route in reversed(list(enumerate(route_of)))}
-    name = [first[route] for route in route_of]
-    members: dict[Key, list[int]] = defaultdict(list)
-    for job, action in enumerate(jobs.compiled.actions):
-        members[action.stage, action.kind, name[action.microbatch]].append(job)
-
-    def mean(column: list[int]) -> dict[Key, int]:
-        return {key: -(-sum(column[job] for job in found) // len(found)) for key, found in members.items()}
-
-    index = {job: key for key, found in members.items() for job in found}
-    arcs = sorted({(index[a], index[b], lag) for a, b, lag in jobs.arcs
-                   if jobs.compiled.actions[a].microbatch == name[jobs.compiled.actions[a].microbatch]})
-    keys = list(members)
-    machine = {key: jobs.machine[found[0]] for key, found in members.items()}
-    duration = mean(jobs.durations)
-    load: dict[int, int] = defaultdict(int)
-    for key in keys:
-        load[machine[key]] += duration[key]
-    return Pattern(keys, _aliases(view, sorted(set(name)), keys, duration, machine), duration, machine, arcs,
-                   mean(jobs.alloc), mean(jobs.free), mean(jobs.workspace), list(jobs.capacity), max(load.values()))
-
-
-def _aliases(view: StageView, names: list[int], keys: list[Key], duration: dict[Key, int],
-             machine: dict[Key, int]) -> dict[Key, Key]:
-    """Identity, or the second class on the first where an exchange of ranks maps one onto the other."""
-    alias = {key: key for key in keys}
-    if len(names) != 2:
-        return alias
-    one, two = names
-    image = dict(zip((route[one] for route in view.placement.routes), (route[two] for route in view.placement.routes),
-                     strict=True))
-    swaps = all(image[route[one]] == route[two] and image.get(route[two]) == route[one]
-                for route in view.placement.routes)
-    if swaps and all(duration[stage, kind, one] == duration[stage, kind, two] for stage, kind, _ in keys):
-        alias.update({(stage, kind, two): (stage, kind, one) for stage, kind, _ in keys})
-    return alias
 
 
 def build(pattern: Pattern, period_ns: int) -> pyo.ConcreteModel:
@@ -156,8 +98,8 @@ def build(pattern: Pattern, period_ns: int) -> pyo.ConcreteModel:
     for key in own:
         model.rows.add(model.span - start(key) >= size[key])
     machines: dict[int, list[Key]] = defaultdict(list)
-    for key in pattern.keys:
-        machines[pattern.machine[key]].append(key)
+    for key, where in pattern.machine.items():
+        machines[where].append(key)
     seen: set[frozenset[int]] = set()
     model.y = pyo.Var(pyo.Any, dense=False, domain=pyo.Binary)
     for members in machines.values():
@@ -182,7 +124,7 @@ def build(pattern: Pattern, period_ns: int) -> pyo.ConcreteModel:
 def _memory(model: pyo.ConcreteModel, pattern: Pattern, members: list[Key], number: dict[Key, int]) -> None:
     """What is held when an operation that takes memory starts; other streams of the rank count as held throughout."""
     rank = pattern.machine[members[0]] // 2
-    others = [key for key in pattern.keys if pattern.machine[key] // 2 == rank and key not in members]
+    others = [key for key, where in pattern.machine.items() if where // 2 == rank and key not in members]
     capacity = pattern.capacity[rank]
     if not any(pattern.alloc[key] or pattern.workspace[key] for key in members):
         return

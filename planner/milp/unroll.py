@@ -2,10 +2,10 @@
 
 The pattern gives every action a moment. Taken as an order it is valid for every M, but its ends are slack: gradients
 wait for forwards that no longer exist. So the moments serve as priorities of a list schedule in which a rank takes the
-action that is ready and comes first. Memory can never block it: actions that take memory keep the pattern's order
-on their rank and start only when they fit, all others may come early. (Of all actions not yet done the first in the
-pattern's order can always run: its predecessors are done, and if it takes memory, at least the frees before it in the
-pattern are done and nothing after it has taken any.)
+action that is ready and comes first. Memory can never block it: an action that takes memory starts only when it fits
+and when all such actions before it in the pattern still fit at their own places; all others may come early. (Of all
+actions not yet done the first in the pattern's order can always run: its predecessors are done, and if it takes memory,
+at least the frees before it in the pattern are done and what came early has left its room.)
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.evaluate import Evaluation, run
 from mipipe.planner.jobs import Jobs, job_shop
 from mipipe.planner.milp.order import fits, to_schedule
+from mipipe.planner.milp.pattern import route_names
 from mipipe.planner.milp.periodic import PeriodicResult
 from mipipe.planner.plan import Schedule
 from mipipe.planner.stages import StageView
 
-PATIENCE = (0.0, 0.1, 0.3)
+PATIENCE = (0.0, 0.1)
 """Shares of a period a rank waits for an earlier action that is on its way."""
 
-WEIGHT_DELAYS = (0.0, 0.5, 1.0, 2.0)
+WEIGHT_DELAYS = (0.0, 1.0, 3.0, 8.0)
 """Periods by which weight gradients stand back. Which pair of these wins differs from case to case: all are tried."""
 
 
@@ -47,7 +49,7 @@ def variants(jobs: Jobs, result: PeriodicResult) -> list[dict[int, list[int]]]:
     found = [{machine: sorted(members, key=lambda job: (when[job], job))
               for machine, members in jobs.by_machine().items()}]
     tries = [(patience, delay) for patience in PATIENCE for delay in WEIGHT_DELAYS]
-    for patience, delay in tries if jobs.count <= 20_000 else tries[:1]:
+    for patience, delay in tries if jobs.count <= 20_000 else [(0.0, 8.0)]:
         priority = [moment + delay * result.period_ns * (action.kind is ActionKind.W)
                     for moment, action in zip(when, jobs.compiled.actions, strict=True)]
         orders = squeeze(jobs, when, priority, int(patience * result.period_ns))
@@ -59,16 +61,14 @@ def variants(jobs: Jobs, result: PeriodicResult) -> list[dict[int, list[int]]]:
 def moments(jobs: Jobs, result: PeriodicResult) -> list[float]:
     """When the pattern starts every action; a route with fewer microbatches is spread over the same time."""
     assert result.starts_ns is not None and result.period_ns is not None
-    routes = [tuple(route[m] for route in jobs.view.placement.routes)
-              for m in range(jobs.view.problem.num_microbatches)]
-    position, count, first = [], defaultdict(int), {}  # type: ignore[var-annotated]
-    for m, route in enumerate(routes):
-        first.setdefault(route, m)
-        position.append(count[route])
-        count[route] += 1
+    names = route_names(jobs.view)
+    position, count = [], defaultdict(int)  # type: ignore[var-annotated]
+    for name in names:
+        position.append(count[name])
+        count[name] += 1
     longest = max(count.values())
-    return [result.starts_ns[action.stage, action.kind, first[routes[action.microbatch]]]
-            + position[action.microbatch] * result.period_ns * longest / count[routes[action.microbatch]]
+    return [result.starts_ns[action.stage, action.kind, names[action.microbatch]]
+            + position[action.microbatch] * result.period_ns * longest / count[names[action.microbatch]]
             for action in jobs.compiled.actions]
 
 
@@ -76,73 +76,122 @@ def squeeze(jobs: Jobs, when: Sequence[float], priority: Sequence[float],
             patience: int) -> dict[int, list[int]] | None:
     """The list schedule (module docstring); None if memory blocks it, which only loads that differ can cause.
 
-    A machine takes the smallest ``priority`` among the actions that could start within ``patience`` of its next start.
+    A machine takes the smallest ``priority`` among the actions that could start within ``patience`` of its next start;
+    of every (stage, kind) only the first in line.
     """
     after: list[list[tuple[int, int]]] = [[] for _ in range(jobs.count)]
     waits = [0] * jobs.count
     for first, second, lag in jobs.arcs:
         after[first].append((second, lag))
         waits[second] += 1
-    takers = _takers(jobs, when)
-    turn = {job: place for found in takers.values() for place, job in enumerate(found)}
-    taken = dict.fromkeys(takers, 0)
-    held = [0] * len(jobs.capacity)
+    memory = [_Memory.of(jobs, on_rank, when) for on_rank in _by_rank(jobs)]
     ready = [0] * jobs.count
-    pool: dict[int, list[int]] = defaultdict(list)
     free_at: dict[int, int] = defaultdict(int)
     orders: dict[int, list[int]] = {machine: [] for machine in jobs.by_machine()}
+    queues: dict[int, dict[tuple[int, ActionKind], list[tuple[float, int]]]] = {machine: {} for machine in orders}
+    actions = jobs.compiled.actions
+
+    def enqueue(job: int) -> None:
+        line = queues[jobs.machine[job]].setdefault((actions[job].stage, actions[job].kind), [])
+        heapq.heappush(line, (priority[job], job))
+
     for job in range(jobs.count):
         if not waits[job]:
-            pool[jobs.machine[job]].append(job)
-    heap = [(0, machine) for machine in sorted(pool)]
+            enqueue(job)
+    heap = [(0, machine) for machine in orders]
     heapq.heapify(heap)
-
-    def eligible(job: int) -> bool:
-        rank = jobs.machine[job] // 2
-        if job not in turn:
-            return True
-        return (turn[job] == taken[rank]
-                and held[rank] + jobs.alloc[job] + jobs.workspace[job] <= jobs.capacity[rank])
-
     done = 0
     while heap:
         at, machine = heapq.heappop(heap)
-        choices = [job for job in pool[machine] if eligible(job)]
-        if not choices:
+        rank = machine // 2
+        heads = [line[0] for line in queues[machine].values() if line and memory[rank].admits(line[0][1])]
+        if not heads:
             continue
-        start = max(free_at[machine], min(ready[job] for job in choices))
+        start = max(free_at[machine], min(ready[job] for _, job in heads))
         if start > at:
             heapq.heappush(heap, (start, machine))
             continue
-        job = min((job for job in choices if ready[job] <= start + patience), key=lambda job: (priority[job], job))
-        begin = max(start, ready[job])
-        end = begin + jobs.durations[job]
-        pool[machine].remove(job)
+        _, job = min(head for head in heads if ready[head[1]] <= start + patience)
+        heapq.heappop(queues[machine][actions[job].stage, actions[job].kind])
+        end = max(start, ready[job]) + jobs.durations[job]
         orders[machine].append(job)
         free_at[machine] = end
-        rank = machine // 2
-        held[rank] += jobs.alloc[job] - jobs.free[job]
-        taken[rank] += job in turn
+        memory[rank].run(job)
         done += 1
         heapq.heappush(heap, (end, machine))
-        if jobs.free[job]:
+        if jobs.free[job] and machine ^ 1 in orders:
             heapq.heappush(heap, (end, machine ^ 1))
         for second, lag in after[job]:
             ready[second] = max(ready[second], end + lag)
             waits[second] -= 1
             if not waits[second]:
-                pool[jobs.machine[second]].append(second)
-                heapq.heappush(heap, (max(ready[second], free_at[jobs.machine[second]]), jobs.machine[second]))
+                enqueue(second)
+                other = jobs.machine[second]
+                heapq.heappush(heap, (max(ready[second], free_at[other]), other))
     return orders if done == jobs.count else None
 
 
-def _takers(jobs: Jobs, when: Sequence[float]) -> dict[int, list[int]]:
-    """Per rank the actions that take more than they return, or need workspace, in the pattern's order."""
-    found: dict[int, list[int]] = {rank: [] for rank in range(len(jobs.capacity))}
-    for job in sorted(range(jobs.count), key=lambda job: (when[job], job)):
-        if jobs.alloc[job] or jobs.workspace[job]:
-            found[jobs.machine[job] // 2].append(job)
+def _by_rank(jobs: Jobs) -> list[list[int]]:
+    found: list[list[int]] = [[] for _ in jobs.capacity]
+    for job, machine in enumerate(jobs.machine):
+        found[machine // 2].append(job)
     return found
+
+
+AHEAD = 64
+"""How many places in the pattern's order an action that takes memory may overtake."""
+
+
+@dataclass(slots=True)
+class _Memory:
+    """A rank's memory while its list is built.
+
+    ``place[job]`` numbers the actions that take memory in the pattern's order; ``slack[k]`` is what remains free when
+    number k starts in that order, less what later numbers have already taken; ``next`` is the first not yet started.
+    """
+
+    jobs: Jobs
+    place: dict[int, int]
+    slack: list[int]
+    started: list[bool]
+    room: int
+    next: int = 0
+
+    @classmethod
+    def of(cls, jobs: Jobs, on_rank: Sequence[int], when: Sequence[float]) -> _Memory:
+        """The memory of a rank before its first action."""
+        room = jobs.capacity[jobs.machine[on_rank[0]] // 2] if on_rank else 0
+        place: dict[int, int] = {}
+        slack: list[int] = []
+        held = 0
+        for job in sorted(on_rank, key=lambda job: (when[job], job)):
+            if jobs.alloc[job] or jobs.workspace[job]:
+                place[job] = len(slack)
+                slack.append(room - held - jobs.alloc[job] - jobs.workspace[job])
+            held += jobs.alloc[job] - jobs.free[job]
+        return cls(jobs, place, slack, [False] * len(slack), room)
+
+    def admits(self, job: int) -> bool:
+        """Whether the action may start now without ever blocking one before it in the pattern."""
+        place = self.place.get(job)
+        if place is None:
+            return True
+        need = self.jobs.alloc[job]
+        if need + self.jobs.workspace[job] > self.room or place > self.next + AHEAD:
+            return False
+        return all(self.started[k] or self.slack[k] >= need for k in range(self.next, place))
+
+    def run(self, job: int) -> None:
+        """Take and return what the action takes and returns."""
+        self.room -= self.jobs.alloc[job] - self.jobs.free[job]
+        place = self.place.get(job)
+        if place is None:
+            return
+        for k in range(self.next, place):
+            self.slack[k] -= self.jobs.alloc[job]
+        self.started[place] = True
+        while self.next < len(self.started) and self.started[self.next]:
+            self.next += 1
 
 
 def _evaluate(jobs: Jobs, orders: dict[int, list[int]]) -> Evaluation | None:

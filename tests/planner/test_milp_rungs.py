@@ -15,7 +15,9 @@ from mipipe.planner.evaluate import evaluate
 from mipipe.planner.jobs import elementary_actions, job_shop, peak_memory
 from mipipe.planner.milp import periodic, placement, time_indexed, windows
 from mipipe.planner.milp.highs import Termination
+from mipipe.planner.milp.modulo import greedy
 from mipipe.planner.milp.order import solve_order
+from mipipe.planner.milp.pattern import pattern_of
 from mipipe.planner.milp.unroll import squeeze, unroll
 from mipipe.planner.plan import Placement, RankOrder, Schedule, Stage
 from mipipe.planner.stages import StageView, view
@@ -89,13 +91,43 @@ def test_one_activation_takes_a_whole_microbatch_per_period():
 def test_two_directions_share_a_pattern():
     problem = uniform_problem(ranks=4, microbatches=8, f=2, i=2, w=1, layers=4, activations=5)
     stage_view = two_way_view(problem)
-    pattern = periodic.pattern_of(stage_view)
+    pattern = pattern_of(stage_view)
     assert {pattern.alias[key][2] for key in pattern.keys} == {0}
     result = periodic.pace(stage_view, time_limit_s=30, seed=0)
     assert result.period_ns == 10 * problem.unit_ns  # both directions once: two stages of 5
     for stage, kind, name in pattern.keys:
         assert result.starts_ns[stage, kind, name] == result.starts_ns[stage, kind, 0]
     assert assert_valid(stage_view, unroll(stage_view, result)) >= 42 * problem.unit_ns
+
+
+def test_greedy_patterns_keep_every_rule():
+    """Data, machines in every period and memory, checked here by hand; refused where the memory is too small."""
+    problem = uniform_problem(ranks=4, microbatches=8, f=3, i=4, w=2, comm=1, layers=8, activations=6, copies=1)
+    pattern = pattern_of(v_view(problem))
+    period = pattern.load * 5 // 4
+    times = greedy(pattern, period)
+    assert times is not None
+    for a, b, lag in pattern.arcs:
+        assert times[b] >= times[a] + pattern.duration[a] + lag
+    for machine in set(pattern.machine.values()):
+        spans = [(times[key] % period, pattern.duration[key]) for key, where in pattern.machine.items()
+                 if where == machine]
+        for k, (begin, size) in enumerate(spans):
+            for other, length in spans[k + 1:]:
+                assert (other - begin) % period >= size and (begin - other) % period >= length
+    limits = type(problem.limits)(problem.limits.resident_bytes, problem.limits.activation_bytes // 4)
+    assert greedy(pattern_of(v_view(problem.replace(limits=limits))), period) is None
+
+
+def test_stages_on_many_ranks_rove():
+    """A head spread over all ranks belongs to no machine's pattern; its work counts in the period."""
+    problem = uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, layers=4, last="0.4", copies=2, activations=6)
+    stages = (*(Stage((s,), (s,)) for s in range(4)), Stage((4,), (0, 1, 2, 3)))
+    routes = (*((s,) * 8 for s in range(4)), tuple(m % 4 for m in range(8)))
+    stage_view = view(problem, Placement(stages, routes))
+    result = periodic.pace(stage_view, time_limit_s=20, seed=0)
+    assert result.period_ns == pytest.approx(3.3 * problem.unit_ns)
+    assert_valid(stage_view, unroll(stage_view, result))
 
 
 def test_two_streams_are_paced():

@@ -1,0 +1,87 @@
+"""The operations of one period: what a periodic schedule of a placement has to place. Plain numbers, no solver."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from mipipe.planner.actions import ActionKind
+from mipipe.planner.jobs import job_shop
+from mipipe.planner.stages import StageView
+
+Key = tuple[int, ActionKind, int]
+"""(stage, kind, class), a class named by its first microbatch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """The operations of one period: ``alias[o]`` is the operation whose times o shares; roving ones have no machine."""
+
+    keys: list[Key]
+    alias: dict[Key, Key]
+    duration: dict[Key, int]
+    machine: dict[Key, int]
+    arcs: list[tuple[Key, Key, int]]
+    alloc: dict[Key, int]
+    free: dict[Key, int]
+    workspace: dict[Key, int]
+    capacity: list[int]
+    load: int
+
+
+def roving(view: StageView) -> list[bool]:
+    """Per stage whether its microbatches go to more than two ranks: it is then no machine's regular work."""
+    return [len(set(route)) > 2 for route in view.placement.routes]
+
+
+def route_names(view: StageView) -> list[int]:
+    """Per microbatch the first one with the same route, roving stages aside. Loads may differ."""
+    kept = [route for route, roves in zip(view.placement.routes, roving(view), strict=True) if not roves]
+    first: dict[tuple[int, ...], int] = {}
+    return [first.setdefault(tuple(route[m] for route in kept), m) for m in range(view.problem.num_microbatches)]
+
+
+def pattern_of(view: StageView) -> Pattern:
+    """The operations of one microbatch of every class, with durations and sizes averaged over the class's loads.
+
+    Classes here are routes: microbatches that differ only in load share a pattern. Operations of roving stages take
+    time but no machine; their work counts in the machines' loads, and the unrolled order finds them their places.
+    """
+    jobs = job_shop(view, fifo=False)
+    name, free = route_names(view), roving(view)
+    members: dict[Key, list[int]] = defaultdict(list)
+    for job, action in enumerate(jobs.compiled.actions):
+        members[action.stage, action.kind, name[action.microbatch]].append(job)
+
+    def mean(column: list[int]) -> dict[Key, int]:
+        return {key: -(-sum(column[job] for job in found) // len(found)) for key, found in members.items()}
+
+    index = {job: key for key, found in members.items() for job in found}
+    longest: dict[tuple[Key, Key], int] = {}
+    for a, b, lag in jobs.arcs:
+        longest[index[a], index[b]] = max(lag, longest.get((index[a], index[b]), 0))
+    keys = list(members)
+    machine = {key: jobs.machine[found[0]] for key, found in members.items() if not free[key[0]]}
+    duration = mean(jobs.durations)
+    periods = max(name.count(first) for first in set(name))
+    load: dict[int, int] = defaultdict(int)
+    for job, where in enumerate(jobs.machine):
+        load[where] += jobs.durations[job]
+    return Pattern(keys, _aliases(view, sorted(set(name)), keys, duration, free), duration, machine,
+                   [(a, b, lag) for (a, b), lag in sorted(longest.items())], mean(jobs.alloc), mean(jobs.free),
+                   mean(jobs.workspace), list(jobs.capacity), -(-max(load.values()) // periods))
+
+
+def _aliases(view: StageView, names: list[int], keys: list[Key], duration: dict[Key, int],
+             free: list[bool]) -> dict[Key, Key]:
+    """Identity, or the second class on the first where an exchange of ranks maps one onto the other."""
+    alias = {key: key for key in keys}
+    if len(names) != 2:
+        return alias
+    one, two = names
+    kept = [route for route, roves in zip(view.placement.routes, free, strict=True) if not roves]
+    image = {route[one]: route[two] for route in kept}
+    swaps = all(image[route[one]] == route[two] and image.get(route[two]) == route[one] for route in kept)
+    if swaps and all(duration[stage, kind, one] == duration[stage, kind, two] for stage, kind, _ in keys):
+        alias.update({(stage, kind, two): (stage, kind, one) for stage, kind, _ in keys})
+    return alias
