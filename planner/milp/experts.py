@@ -2,7 +2,8 @@
 
 Exact model (sets: experts e, replica counts c, devices d; ``w[e]`` tokens, ``u[d]`` time per token, k slots):
 
-- ``y[e, c, d] = 1``: e has c replicas and one is on d; ``z[e, c] = 1``: e has c replicas;
+- ``y[e, c, d]``: e has c replicas, that many of them on d (two on one device waste a slot, and may have to);
+  ``z[e, c] = 1``: e has c replicas;
 - ``sum_c z[e, c] = 1``, ``sum_d y[e, c, d] = c z[e, c]``, ``sum_{e, c} y[e, c, d] = k``;
 - minimise T with ``u[d] * sum_{e, c} w[e] / c * y[e, c, d] <= T``.
 
@@ -41,10 +42,10 @@ def solve_layer(layer: Layer, start: np.ndarray, *, time_limit_s: float, seed: i
     num_devices, slots = start.shape
     num_experts = len(layer.weights)
     scale = layer.makespan(start)
-    most = min(max_replicas, num_devices * slots - num_experts + 1, num_devices)
+    most = min(max_replicas, num_devices * slots - num_experts + 1)
     model = pyo.ConcreteModel()
     model.z = pyo.Var(range(num_experts), range(1, most + 1), domain=pyo.Binary)
-    model.y = pyo.Var(range(num_experts), range(1, most + 1), range(num_devices), domain=pyo.Binary)
+    model.y = pyo.Var(range(num_experts), range(1, most + 1), range(num_devices), domain=pyo.NonNegativeIntegers)
     model.T = pyo.Var(bounds=(0, 1))
     model.goal = pyo.Objective(expr=model.T)
     counts = range(1, most + 1)
@@ -64,7 +65,7 @@ def solve_layer(layer: Layer, start: np.ndarray, *, time_limit_s: float, seed: i
     bound = outcome.bound * scale if outcome.bound is not None else None
     if not outcome.has_solution:
         return LayerResult(start, scale, bound, outcome)
-    rows = [[e for e in range(num_experts) for c in counts if pyo.value(model.y[e, c, d]) > 0.5]
+    rows = [[e for e in range(num_experts) for c in counts for _ in range(round(pyo.value(model.y[e, c, d])))]
             for d in range(num_devices)]
     devices = np.array(rows)
     if layer.makespan(devices) >= scale:

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mipipe.graphs.errors import InfeasibleError, InputError
@@ -60,6 +60,7 @@ def test_greedy_rule_balances_eplbs_worked_example_as_published() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=3, max_size=5), st.integers(0, 10))
+@example([2, 5, 5, 6], 0)  # the optimum keeps both replicas of one expert on one device
 def test_search_and_mip_agree_with_exhaustive_search(loads: list[int], seed: int) -> None:
     weights = np.array(loads, dtype=float)
     devices, slots = {3: (2, 2), 4: (3, 2), 5: (2, 3)}[len(loads)]
