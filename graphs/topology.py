@@ -1,8 +1,10 @@
 """Devices and the directed channels between them.
 
 A `Topology` is what a cluster file describes: hosts with devices of a kind, and the links within and between hosts.
-Every pair of devices has a channel in each direction; a channel carries one transfer at a time and takes
-``latency + bytes / bandwidth``. Left out: contention of several channels for one network card or switch.
+Every pair of devices has a channel in each direction. A transfer arrives ``latency + bytes / bandwidth`` after it
+starts, but occupies its channel for ``bytes / bandwidth`` only: messages on their way follow each other, as on a wire,
+and the published schedules' figures with transfer times assume the same. Left out: contention of several channels for
+one network card or switch.
 """
 
 from __future__ import annotations
@@ -39,6 +41,10 @@ class Link:
         if self.bytes_per_s is None:
             return self.latency_ns
         return self.latency_ns + -(-num_bytes * 10**9 // self.bytes_per_s)
+
+    def occupied_ns(self, num_bytes: int) -> int:
+        """How long one transfer keeps the channel from the next one: its duration without the latency."""
+        return self.transfer_ns(num_bytes) - self.latency_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,10 @@ class Topology:
     def transfer_ns(self, source: int, target: int, num_bytes: int) -> int:
         """Duration of one transfer; 0 within a device."""
         return 0 if source == target else self.link(source, target).transfer_ns(num_bytes)
+
+    def occupied_ns(self, source: int, target: int, num_bytes: int) -> int:
+        """How long one transfer occupies its channel; 0 within a device."""
+        return 0 if source == target else self.link(source, target).occupied_ns(num_bytes)
 
     def all_reduce_ns(self, devices: tuple[int, ...], num_bytes: int) -> int:
         """Ring all-reduce: 2(n-1) steps of 1/n of the bytes over the slowest link (Patarasuk and Yuan, 2009)."""

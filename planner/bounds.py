@@ -152,9 +152,10 @@ def _filling_bound(jobs: Jobs, machine: int, on_rank: list[int], heads: list[int
 def _channel_bound(jobs: Jobs, heads: list[int], tails: list[int]) -> Bound:
     items: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
     for producer, releases in enumerate(jobs.compiled.releases):
-        for consumer, channel, duration, _, _ in releases:
-            if channel >= 0 and duration:
-                items[channel].append((heads[producer] + jobs.durations[producer], duration, tails[consumer]))
+        for consumer, channel, duration, _, _, occupied in releases:
+            if channel >= 0 and occupied:
+                items[channel].append((heads[producer] + jobs.durations[producer], occupied,
+                                       duration - occupied + tails[consumer]))
     ranks = jobs.view.problem.num_ranks
     found = [Bound(preemptive_bound(jobs_on), f"channel {channel // ranks}->{channel % ranks}: earliest start + load"
                    " + what must follow") for channel, jobs_on in items.items()]
@@ -213,7 +214,7 @@ def _path_through(jobs: Jobs, stage: int, microbatch: int, order: list[int]) -> 
     for job in order:
         if job not in reach:
             continue
-        for consumer, channel, duration, _, _ in jobs.compiled.releases[job]:
+        for consumer, channel, duration, *_ in jobs.compiled.releases[job]:
             end = reach[job] + (duration if channel >= 0 else 0) + jobs.durations[consumer]
             reach[consumer] = max(reach.get(consumer, 0), end)
     ends = [reach.get(index[action]) for kind in (ActionKind.I, ActionKind.W)

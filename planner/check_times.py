@@ -1,6 +1,7 @@
 """When everything happens under a plan's order: the checker's own clock, and its account of deadlocks.
 
-A transfer is ready when its producer ends; a channel serves transfers in the order in which they become ready.
+A transfer is ready when its producer ends; a channel serves transfers in the order in which they become ready, the
+next as soon as the bytes of the one before are through (latency passes for several at once).
 """
 
 from __future__ import annotations
@@ -84,9 +85,9 @@ def order_times(facts: Facts) -> Times:
                 continue
             channel = (place[0], reader[0])
             begin = max(end, channel_free.get(channel, 0))
-            channel_free[channel] = begin + topology.transfer_ns(*channel, flow.num_bytes)
-            moved[number] = (begin, channel_free[channel])
-            arrive(reader, channel_free[channel])
+            moved[number] = (begin, begin + topology.transfer_ns(*channel, flow.num_bytes))
+            channel_free[channel] = moved[number][1] - topology.link(*channel).latency_ns
+            arrive(reader, moved[number][1])
         for later in locally.get(place, ()):
             arrive(later, end)
     if len(ends) < len(waits):

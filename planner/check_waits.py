@@ -146,9 +146,9 @@ def program_times(facts: Facts, program: Program, flows: Sequence[int], order: l
             number, move = flows[node], program.transfers[node]
             flow, channel = facts.flows[number], (move.source_rank, move.target_rank)
             begin = max(times.parts[flow.producer][1], sent[node], times.posted[number], channel_free[channel])
-            channel_free[channel] = begin + topology.transfer_ns(*channel, move.num_bytes)
-            times.moved[number] = (begin, channel_free[channel])
-            arrived[flow.consumer] = max(arrived[flow.consumer], channel_free[channel])
+            times.moved[number] = (begin, begin + topology.transfer_ns(*channel, move.num_bytes))
+            channel_free[channel] = times.moved[number][1] - topology.link(*channel).latency_ns
+            arrived[flow.consumer] = max(arrived[flow.consumer], times.moved[number][1])
             continue
         rank, item = node[0], program.ranks[node[0]][node[1]]
         if item.kind is ActionKind.SEND and item.transfer is not None:

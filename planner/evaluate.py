@@ -4,7 +4,7 @@ This is what the search loops call, so it works on integers and lists. `mipipe.p
 program instead and must agree with it.
 
 A transfer is ready when its producer ends; each directed channel serves transfers in the order they become ready (ties:
-the order of the actions), which is what lowering writes into the program.
+the order of the actions), which is what lowering writes into the program. Latency does not occupy the channel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from mipipe.planner.stages import StageView
 class Compiled:
     """The actions of a schedule as numbered nodes with integer dependencies; independent of their order.
 
-    ``releases[n]`` lists what ends with node n: (waiting node, channel or -1 within a rank, duration, edge, backward).
+    ``releases[n]`` lists what ends with node n: (waiting node, channel or -1 within a rank, duration, edge, backward,
+    how long the channel is occupied).
     """
 
     view: StageView
@@ -32,7 +33,7 @@ class Compiled:
     ranks: list[int]
     streams: list[Stream]
     durations: list[int]
-    releases: list[list[tuple[int, int, int, int, bool]]]
+    releases: list[list[tuple[int, int, int, int, bool, int]]]
     num_waits: list[int]
     index: dict[Action, int]
     reductions: list[tuple[int, list[int], int]] = field(default_factory=list)
@@ -75,7 +76,7 @@ def compile_actions(view: StageView, actions: Sequence[Action]) -> Compiled:
     num_microbatches = view.problem.num_microbatches
     topology = view.problem.topology
     count = len(actions)
-    releases: list[list[tuple[int, int, int, int, bool]]] = [[] for _ in range(count)]
+    releases: list[list[tuple[int, int, int, int, bool, int]]] = [[] for _ in range(count)]
     waits = [0] * count
 
     def node_of(kind: ActionKind, stage: int, microbatch: int) -> int:
@@ -89,7 +90,8 @@ def compile_actions(view: StageView, actions: Sequence[Action]) -> Compiled:
             return
         channel = -1 if source == target else source * topology.num_devices + target
         duration = topology.transfer_ns(source, target, size)
-        releases[producer].append((consumer, channel, duration, edge, backward))
+        releases[producer].append((consumer, channel, duration, edge, backward,
+                                   topology.occupied_ns(source, target, size)))
         waits[consumer] += 1
 
     for microbatch in range(num_microbatches):
@@ -166,13 +168,14 @@ def run(compiled: Compiled, orders: Sequence[Sequence[int]]) -> Evaluation | Non
         finished += 1
         if end > makespan:
             makespan = end
-        for consumer, channel, duration, edge, backward in releases[node]:
+        for consumer, channel, duration, edge, backward, occupied in releases[node]:
             arrival = end
             if channel >= 0:
                 begin = free.get(channel, 0)
                 if begin < end:
                     begin = end
-                arrival = free[channel] = begin + duration
+                free[channel] = begin + occupied
+                arrival = begin + duration
                 transfers.append(Moved(node, consumer, edge, backward, begin, arrival))
             if ready[consumer] < arrival:
                 ready[consumer] = arrival

@@ -52,13 +52,16 @@ def _placement(found: Candidate) -> str:
 
 def _channel(compiled: Compiled, evaluation: Evaluation) -> list[str]:
     unit = compiled.view.problem.unit_ns
+    topology = compiled.view.problem.topology
     moved: dict[tuple[int, int], int] = defaultdict(int)
     for transfer in evaluation.transfers:
         action = compiled.actions[transfer.producer]
-        target = compiled.ranks[transfer.consumer]
-        moved[compiled.view.rank(action.stage, action.microbatch), target] += transfer.end_ns - transfer.start_ns
-    if not any(moved.values()):
+        source, target = compiled.view.rank(action.stage, action.microbatch), compiled.ranks[transfer.consumer]
+        moved[source, target] += transfer.end_ns - transfer.start_ns - topology.link(source, target).latency_ns
+    if not moved:
         return []
+    if not any(moved.values()):
+        return ["channel: transfers take latency alone and occupy no channel"]
     (source, target), load = max(moved.items(), key=lambda item: item[1])
     return [f"channel: rank {source} to rank {target} is the busiest, {load / unit:g} of"
             f" {evaluation.makespan_ns / unit:g}"]

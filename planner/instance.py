@@ -164,7 +164,7 @@ def build(view: StageView, halve: bool = False) -> Instance:
                 number[node] = number[other]
                 twin[number[other]] = node
     edges = [(number[n], number[consumer], duration if channel >= 0 else 0)
-             for n in kept for consumer, channel, duration, _, _ in compiled.releases[n]]
+             for n in kept for consumer, channel, duration, *_ in compiled.releases[n]]
     keys = sorted({(compiled.ranks[n], compiled.streams[n]) for n in kept}, key=lambda key: (key[0], key[1].value))
     machine_of = {key: k for k, key in enumerate(keys)}
     actions = [compiled.actions[n] for n in kept]

@@ -105,7 +105,7 @@ def job_shop(view: StageView, actions: Iterable[Action] | None = None, *, fifo: 
     compiled = compile_actions(view, elementary_actions(view) if actions is None else list(actions))
     arcs = [(producer, consumer, duration if channel >= 0 else 0)
             for producer, releases in enumerate(compiled.releases)
-            for consumer, channel, duration, _, _ in releases]
+            for consumer, channel, duration, *_ in releases]
     memory = [_memory(view, action) for action in compiled.actions]
     machine = [2 * rank + (stream is Stream.COLLECTIVE)
                for rank, stream in zip(compiled.ranks, compiled.streams, strict=True)]

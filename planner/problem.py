@@ -11,8 +11,9 @@ The rules a schedule must keep (design: She et al., arXiv 2503.09357, extended b
 - W(s, m) starts after I(s, m); where a group has no I, under the conditions of I. B is I and W without a gap; its
   input gradients leave at its end.
 - A rank runs one action at a time on each of its two streams (compute, collective); the streams overlap freely.
-- A transfer occupies its directed channel for ``latency + bytes / bandwidth``; nothing is charged within a rank. All
-  values between the same two stages for one microbatch and direction travel as one transfer.
+- A transfer arrives ``latency + bytes / bandwidth`` after it starts and occupies its directed channel for ``bytes /
+  bandwidth``: one at a time puts bytes on the wire, and latency passes for several at once. Nothing is charged within a
+  rank. All values between the same two stages for one microbatch and direction travel as one transfer.
 - Memory of a rank at a moment: resident bytes of its stages, + saved tensors (``saved_fi`` from the start of F to the
   end of I, ``saved_fw`` to the end of W, ``saved_iw`` from the start of I to the end of W), + the running action's
   workspace, + values in flight (at the sender from the end of the producer to the end of the transfer, at the receiver

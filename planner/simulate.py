@@ -2,7 +2,7 @@
 
 What is simulated is the program, not the plan, so a mistake of lowering shows. Each rank walks its list. Compute and
 collective actions start when their stream is free and their inputs have arrived; SEND and RECV only announce; the k-th
-transfer of a channel runs once its values are made, its receive is posted and the transfer before it is over; FREE
+transfer of a channel runs once its values are made, its receive is posted and the bytes before it are through; FREE
 holds the rank until its transfer is over; an ALL_REDUCE starts when all members have reached it.
 
 Left out: the time of the optimizer step and of launching instructions, and contention between streams and channels.
@@ -208,8 +208,9 @@ def _meet(stage_view: StageView, program: Program, run: Run, channel: _Channel) 
                                f" {move} but received as {program.transfers[other]}")
         start = max(made_ns, run.posted[number], channel.free_ns)
         duration = stage_view.problem.topology.transfer_ns(move.source_rank, move.target_rank, move.num_bytes)
-        channel.free_ns = start + duration
-        run.moved[number] = (start, channel.free_ns)
+        channel.free_ns = start + stage_view.problem.topology.occupied_ns(move.source_rank, move.target_rank,
+                                                                          move.num_bytes)
+        run.moved[number] = (start, start + duration)
         channel.met += 1
     return channel.met > first
 

@@ -11,7 +11,7 @@ Each group is a stage of its own on one device for all microbatches. Units u are
     s_b >= s_a + p_a                                         FIFO (equal microbatches)
     s_b >= s_a + p_a - H (2 - same - y_ab), s_a >= s_b + p_b - H (1 - same + y_ab)      one job at a time on a stream
     C >= s_j + p_j,  C >= sum of a device's work
-    c_t: start of transfer t on its channel; two transfers on one channel like two jobs on one device
+    c_t: start of transfer t on its channel; two transfers occupy one channel like two jobs one device
     memory at the start of a: sum over b of alloc_b [b before a, same device] - free_b [likewise] + own <= capacity
 
 This is the definition of the optimum without replicas, and on 15 to 30 jobs its proof; nothing larger is its business.
@@ -152,16 +152,16 @@ def data(model: pyo.ConcreteModel, drawn: Sketch) -> None:
         model.rows.add(model.s[b] >= model.s[a] + length(model, drawn, a))
     for t, moved in enumerate(drawn.transfers):
         model.rows.add(model.c[t] >= model.s[moved.producer] + length(model, drawn, moved.producer))
-        model.rows.add(model.s[moved.consumer] >= model.c[t] + _carried(model, drawn, moved))
+        model.rows.add(model.s[moved.consumer] >= model.c[t] + _carried(model, drawn, moved, moved.times))
     for j in range(len(drawn.jobs)):
         model.rows.add(model.makespan >= model.s[j] + length(model, drawn, j))
 
 
-def _carried(model: pyo.ConcreteModel, drawn: Sketch, moved: Transfer) -> Any:
+def _carried(model: pyo.ConcreteModel, drawn: Sketch, moved: Transfer, times: dict[tuple[int, int], float]) -> Any:
     u, v = drawn.unit_of[moved.producer], drawn.unit_of[moved.consumer]
     if u == v:
         return 0
-    return sum(time * on_channel(model, u, v, d, e) for (d, e), time in moved.times.items())
+    return sum(time * on_channel(model, u, v, d, e) for (d, e), time in times.items())
 
 
 def one_at_a_time(model: pyo.ConcreteModel, drawn: Sketch) -> None:
@@ -187,8 +187,8 @@ def channels(model: pyo.ConcreteModel, drawn: Sketch) -> None:
             model.rows.add(model.w[p, q] >= on_channel(model, *ends[0], d, e) + on_channel(model, *ends[1], d, e) - 1)
         together_first = 2 - model.w[p, q] - model.v[p, q]
         together_second = 1 - model.w[p, q] + model.v[p, q]
-        model.rows.add(model.c[q] >= model.c[p] + _carried(model, drawn, one) - big * together_first)
-        model.rows.add(model.c[p] >= model.c[q] + _carried(model, drawn, two) - big * together_second)
+        model.rows.add(model.c[q] >= model.c[p] + _carried(model, drawn, one, one.occupied) - big * together_first)
+        model.rows.add(model.c[p] >= model.c[q] + _carried(model, drawn, two, two.occupied) - big * together_second)
         ready = [model.s[moved.producer] + length(model, drawn, moved.producer) for moved in (one, two)]
         model.rows.add(ready[1] >= ready[0] - big * together_first)
         model.rows.add(ready[0] >= ready[1] - big * together_second)

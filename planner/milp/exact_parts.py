@@ -17,11 +17,13 @@ Job = tuple[int, ActionKind, int]
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """A value that may have to travel from the producer job to the consumer; ``times[d, e]`` by channel, in units."""
+    """A value that may have to travel from the producer job to the consumer; by channel, in units: it takes
+    ``times[d, e]`` to arrive and occupies the channel for ``occupied[d, e]`` of them."""
 
     producer: int
     consumer: int
     times: dict[tuple[int, int], float]
+    occupied: dict[tuple[int, int], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ def sketch(problem: PlanningProblem, horizon_ns: int | None) -> Sketch:
     exact = [[_duration(problem.groups[g], kind, device, m) for device in kinds] for g, kind, m in jobs]
     arcs, moved = _dependencies(problem, index, unit_of_group)
     times = [value for row in exact for value in row] + [value for _, _, table in moved for value in table.values()]
+    times += [problem.topology.link(*pair).latency_ns for _, _, table in moved for pair in table]
     unit = math.gcd(*times) or 1
     horizon = horizon_ns if horizon_ns is not None else sum(map(max, exact)) + sum(
         max(table.values(), default=0) for _, _, table in moved)
@@ -80,7 +83,9 @@ def sketch(problem: PlanningProblem, horizon_ns: int | None) -> Sketch:
     stream = [problem.groups[g].stream for g, _, _ in jobs]
     meets = [(a, b) for a, b in combinations(range(len(jobs)), 2)
              if stream[a] is stream[b] and not reach[a, b] and not reach[b, a]]
-    transfers = [Transfer(a, b, {pair: value / unit for pair, value in table.items()}) for a, b, table in moved]
+    transfers = [Transfer(a, b, {pair: value / unit for pair, value in table.items()},
+                          {pair: (value - problem.topology.link(*pair).latency_ns) / unit
+                           for pair, value in table.items()}) for a, b, table in moved]
     return Sketch(problem, unit, units, jobs, [unit_of_group[g] for g, _, _ in jobs], stream,
                   [[value / unit for value in row] for row in exact], arcs, transfers, meets,
                   _meetings(transfers, exact, unit, len(set(stream))), [value / unit for value in head],
@@ -185,9 +190,10 @@ def _closure(durations: list[int], links: list[tuple[int, int]]) -> tuple[list[i
 def _meetings(transfers: list[Transfer], exact: list[list[int]], unit: float, streams: int) -> list[tuple[int, int]]:
     """Pairs of transfers that could wait for each other.
 
-    None do if every job sends once, takes at least as long as any transfer, and all senders of a device share a stream.
+    None do if every job sends once, takes as long as any transfer occupies its channel, and all senders of a device
+    share a stream.
     """
-    longest = max((value for moved in transfers for value in moved.times.values()), default=0.0)
+    longest = max((value for moved in transfers for value in moved.occupied.values()), default=0.0)
     shortest = min((min(exact[moved.producer]) for moved in transfers), default=0) / unit
     once = len({moved.producer for moved in transfers}) == len(transfers)
     if not longest or (once and streams == 1 and longest <= shortest):

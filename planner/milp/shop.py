@@ -4,8 +4,9 @@ A `Shop` is a whole placement (`whole`) or a window of a schedule (`mipipe.plann
 window becomes release times and memory in use, what lies after it becomes tails. `tighten` fixes the pairs whose order
 follows from a horizon, which is what makes the disjunctive model small.
 
-A transfer is a job of its own only where its channel could make it wait: if no transfer on a channel takes longer than
-the shortest of the jobs that feed it, all of them on one machine, then each is through before the next is ready.
+A transfer is a job of its own, as long as it occupies its channel, only where the channel could make it wait: if no
+transfer occupies a channel longer than the shortest of the jobs that feed it, all of them on one machine, then each is
+through before the next is ready. Latency occupies nothing and is a lag.
 """
 
 from __future__ import annotations
@@ -85,35 +86,35 @@ def add_transfers(shop: Shop, jobs: Jobs, number: dict[int, int]) -> None:
     contended.
     """
     contended = contended_channels(jobs)
-    moved = {(producer, consumer): channel for producer, releases in enumerate(jobs.compiled.releases)
-             for consumer, channel, duration, _, _ in releases if channel in contended and duration}
+    moved = {(producer, consumer): (channel, occupied) for producer, releases in enumerate(jobs.compiled.releases)
+             for consumer, channel, _, _, _, occupied in releases if channel in contended and occupied}
     for first, second, lag in jobs.arcs:
         if first not in number or second not in number:
             continue
-        channel = moved.get((first, second))
-        if channel is None or not lag:
+        channel, occupied = moved.get((first, second), (-1, 0))
+        if not occupied:
             shop.arcs.append((number[first], number[second], lag))
             continue
         job = shop.count
-        shop.durations.append(lag)
+        shop.durations.append(occupied)
         shop.machine.append(-2 - channel)
         shop.rank.append(-1)
         shop.release.append(shop.release[number[first]] + shop.durations[number[first]])
-        shop.tail.append(shop.tail[number[second]] + shop.durations[number[second]])
+        shop.tail.append(lag - occupied + shop.tail[number[second]] + shop.durations[number[second]])
         for column in (shop.alloc, shop.free, shop.workspace):
             column.append(0)
         shop.name.append(-1)
         shop.tied[job] = number[first]
-        shop.arcs += [(number[first], job, 0), (job, number[second], 0)]
+        shop.arcs += [(number[first], job, 0), (job, number[second], lag - occupied)]
 
 
 def contended_channels(jobs: Jobs) -> set[int]:
     """Channels on which a transfer may have to wait for another one."""
     producers: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for producer, releases in enumerate(jobs.compiled.releases):
-        for _, channel, duration, _, _ in releases:
-            if channel >= 0 and duration:
-                producers[channel].append((producer, duration))
+        for _, channel, _, _, _, occupied in releases:
+            if channel >= 0 and occupied:
+                producers[channel].append((producer, occupied))
     found = set()
     for channel, feeding in producers.items():
         once = len({producer for producer, _ in feeding}) == len(feeding)

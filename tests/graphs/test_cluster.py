@@ -48,6 +48,7 @@ def test_a_file_becomes_devices_links_and_kinds(tmp_path):
     assert topology.devices[0].memory_bytes == 8 * 141 * 10**9
     assert topology.devices[2].memory_bytes == 8 * 10**9
     assert topology.transfer_ns(0, 1, 900_000) == 2_000 + 1_000
+    assert topology.occupied_ns(0, 1, 900_000) == 1_000  # latency passes for several transfers at once
     assert topology.transfer_ns(2, 0, 50_000) == 5_000 + 1_000
     assert topology.transfer_ns(0, 2, 1_000) == 1_000_000 + 1_000
     assert set(cluster.kinds) == {"h200x8", "mine"}

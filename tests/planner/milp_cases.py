@@ -27,11 +27,17 @@ def problems(draw, max_groups: int = 3, max_microbatches: int = 2, max_jobs: int
                             saved_fw_bytes=draw(st.integers(0, 2)), saved_iw_bytes=draw(st.integers(0, 1)),
                             resident_bytes=1))
     pairs = [(a, b) for a, b in itertools.combinations(range(count), 2) if b == a + 1 or draw(st.booleans())]
-    edges = tuple(GroupEdge(a, (b,), value=f"v{a}.{b}") for a, b in pairs)
+    size = draw(st.sampled_from([0, 0, 1, 2]))  # bytes occupy a channel, latency does not
+    edges = tuple(GroupEdge(a, (b,), size, size, value=f"v{a}.{b}") for a, b in pairs)
     one = sum(group.saved_fi_bytes + group.saved_fw_bytes + group.saved_iw_bytes for group in groups)
     cap = draw(st.one_of(st.none(), st.integers(one, 2 * one + 1)))
-    return PlanningProblem("random", tuple(groups), edges, Topology.uniform(2, latency_ns=draw(st.integers(0, 2))),
-                           microbatches, limits=Limits(activation_bytes=cap))
+    topology = Topology.uniform(2, latency_ns=draw(st.integers(0, 2)), bytes_per_s=10**9)
+    return PlanningProblem("random", tuple(groups), edges, topology, microbatches, limits=Limits(activation_bytes=cap))
+
+
+def may_queue(problem: PlanningProblem) -> bool:
+    """Whether a transfer may have to wait for another one."""
+    return any(edge.num_bytes for edge in problem.edges)
 
 
 def at(problem: PlanningProblem, ranks: tuple[int, ...]) -> StageView:
@@ -76,10 +82,12 @@ def optimum(stage_view: StageView, best: int = 1 << 60) -> int:
                 continue
             end = start + jobs.durations[job]
             later, open_, channels = dict(ready), dict(left), dict(queue)
-            for consumer, channel, duration, _, _ in jobs.compiled.releases[job]:
+            for consumer, channel, duration, _, _, occupied in jobs.compiled.releases[job]:
                 arrival = end
                 if channel >= 0:
-                    arrival = channels[channel] = max(end, channels.get(channel, 0)) + duration
+                    begin = max(end, channels.get(channel, 0))
+                    channels[channel] = begin + occupied
+                    arrival = begin + duration
                 later[consumer] = max(later[consumer], arrival)
                 open_[consumer] -= 1
             go(start, done | {job}, later, open_, (*free_at[:rank], end, *free_at[rank + 1:]),

@@ -13,8 +13,8 @@ def test_names_the_bound_the_device_the_channel_and_the_memory() -> None:
     problem = uniform_problem(ranks=4, microbatches=8, f=10, i=12, w=8, comm=1, activations=4, copies=1)
     result = plan(problem, PlanOptions(time_limit_s=3, placement="chain", use_milp=False))
     text = "\n".join(result.explanation)
-    for word in ("placement chain: 4 stages on 4 ranks", "bound at this placement", "device: rank", "channel: rank",
-                 "memory: rank 0 uses 100%", "more memory may shorten"):
+    for word in ("placement chain: 4 stages on 4 ranks", "bound at this placement", "device: rank",
+                 "channel: transfers take latency alone", "memory: rank 0 uses 100%", "more memory may shorten"):
         assert word in text
 
 

@@ -140,11 +140,21 @@ def test_dualpipe_of_the_issue():
     assert in_units(problem, blocks.makespan_ns) == 115
 
 
-@pytest.mark.parametrize(("times", "makespan"), [((1, 1, 1), 66), ((1, 1.1, 0.9), 66.6), ((2, 2, 1), 115)])
-def test_dualpipe_makespans_of_the_issue(times, makespan):
+@pytest.mark.parametrize(("times", "comm", "makespan"), [
+    ((1, 1, 1), 0, 66), ((1, 1.1, 0.9), 0, 66.6), ((2, 2, 1), 0, 115), ((10, 12, 8), 1, 698),
+    ((10, 13, 8), 2, 620 + 132)])
+def test_dualpipe_makespans_of_the_issue(times, comm, makespan):
+    """Transfers are latency alone, so they delay but never queue: with queues 698 would be 709, 132 idle 154."""
     f, i, w = exact(*times)
-    problem = uniform_problem(ranks=8, microbatches=20, f=f, i=i, w=w)
+    problem = uniform_problem(ranks=8, microbatches=20, f=f, i=i, w=w, comm=comm)
     assert in_units(problem, BY_NAME["DualPipe"].plan(problem, split=False).makespan_ns) == pytest.approx(makespan)
+
+
+def test_dualpipe_on_two_streams_of_the_issue():
+    """F&B = 60 as one block, transfers of 2: 1,726, of which 1,200 is compute in the two-stream accounting."""
+    problem = two_stream_problem(ranks=8, microbatches=20)
+    plan = BY_NAME["DualPipe"].plan(merge_streams(problem), split=False)
+    assert in_units(problem, plan.makespan_ns) == 1726
 
 
 def test_uneven_model_on_the_even_cut():

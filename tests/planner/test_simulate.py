@@ -335,3 +335,19 @@ def test_a_free_before_its_peer_can_answer_deadlocks():
     late = dataclasses.replace(lower(plan), ranks=((*other, *sends), lower(plan).ranks[1]))
     with pytest.raises(ProgramError, match="waits for ever"):
         simulate(plan, late)
+
+
+def test_latency_passes_for_several_transfers_at_once():
+    """Two values ready together: their bytes take 3 each, one after the other; 5 of latency passes for both at once."""
+    groups = tuple(Group(name, {"a": PhaseTimes(1, None, None)}) for name in ("make", "one", "two"))
+    edges = (GroupEdge(0, (1,), 3, None, "x"), GroupEdge(0, (2,), 3, None, "y"))
+    topology = Topology.uniform(2, latency_ns=5, bytes_per_s=10**9, kind="a")
+    problem = PlanningProblem("fork", groups, edges, topology, 1)
+    placement = Placement((Stage((0,), (0,)), Stage((1,), (1,)), Stage((2,), (1,))), ((0,), (1,), (1,)))
+    orders = tuple(RankOrder(tuple(map(Action.parse, text.split()))) for text in ("0F0", "1F0 2F0"))
+    plan = Plan("fork", problem, placement, Schedule(orders))
+    timeline = simulate(plan, lower(plan))
+    moved = sorted((span.start_ns, span.end_ns) for span in timeline.spans if span.kind is ActionKind.SEND)
+    assert moved == [(1, 1 + 3 + 5), (1 + 3, 1 + 3 + 3 + 5)]
+    assert timeline.makespan_ns == evaluate(view(problem, placement), plan.schedule)[1].makespan_ns == 13
+    check_program(plan, lower(plan))
