@@ -66,6 +66,7 @@ class Run:
     history: list[Incumbent] = field(default_factory=list)
     ablation: list[dict[str, Any]] = field(default_factory=list)
     stopped: bool = False
+    interrupted: bool = False
     reserve_s: float = 0.0
 
     @property
@@ -74,8 +75,8 @@ class Run:
 
     @property
     def left(self) -> float:
-        """Seconds until the limit, less what the last check of the plan takes."""
-        return self.options.time_limit_s - self.reserve_s - self.seconds
+        """Seconds until the limit, less what the last check of the plan takes; none after Ctrl-C."""
+        return 0.0 if self.interrupted else self.options.time_limit_s - self.reserve_s - self.seconds
 
     @property
     def makespan_ns(self) -> int:

@@ -10,10 +10,14 @@ returned.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain
+from types import FrameType
 from typing import Any
 
 from mipipe.graphs.errors import InfeasibleError, PlanError
@@ -81,14 +85,33 @@ def plan(problem: PlanningProblem, options: PlanOptions | None = None,
     if options.objective == "memory":
         return least_memory(problem, options, plan, on_progress)
     run = Run(problem, options, on_progress)
-    interrupted = False
     try:
-        _ladder(run)
+        with _noting_ctrl_c(run):
+            _ladder(run)
     except InfeasibleError as error:
         return SolveResult(None, None, None, None, Termination.INFEASIBLE, run.seconds, reason=str(error))
     except KeyboardInterrupt:
-        interrupted = True
-    return _finish(run, interrupted)
+        run.interrupted = True
+    return _finish(run)
+
+
+@contextmanager
+def _noting_ctrl_c(run: Run) -> Iterator[None]:
+    """Note Ctrl-C on the run beside raising it: a compiler's callback may swallow the exception, not the note."""
+    usual = signal.getsignal(signal.SIGINT)
+    if usual is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        run.interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def _ladder(run: Run) -> None:
@@ -182,11 +205,11 @@ def _proofs(run: Run) -> None:
         rungs.polish(run, run.best, min(share, run.left))
 
 
-def _finish(run: Run, interrupted: bool) -> SolveResult:
+def _finish(run: Run) -> SolveResult:
     """Check the best plan and write the result."""
     best = run.best
     if best is None or best.best is None:
-        ended = Termination.INTERRUPTED if interrupted else Termination.TIME_UP
+        ended = Termination.INTERRUPTED if run.interrupted else Termination.TIME_UP
         return SolveResult(None, None, run.bound_ns, None, ended, run.seconds,
                            reason=f"no plan within {run.options.time_limit_s:g} s; try a longer time limit")
     bound = run.bound_ns
@@ -196,7 +219,7 @@ def _finish(run: Run, interrupted: bool) -> SolveResult:
                  best.makespan_ns, bound, best.bound.ns,
                  {"method": best.rung, "seconds": round(run.seconds, 3), "seed": run.options.seed})
     proven = bound is not None and best.makespan_ns <= bound
-    ended = Termination.OPTIMAL if proven else Termination.INTERRUPTED if interrupted else Termination.FEASIBLE
+    ended = Termination.OPTIMAL if proven else Termination.INTERRUPTED if run.interrupted else Termination.FEASIBLE
     check_plan(found)
     return SolveResult(found, best.makespan_ns, bound, best.bound.ns, ended, run.seconds, tuple(run.history),
                        best.rung, tuple(run.ablation), explain(best))

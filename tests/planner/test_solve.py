@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 from pathlib import Path
 
@@ -111,6 +113,18 @@ def test_interruption_returns_the_best_plan_so_far() -> None:
     assert result.termination is Termination.INTERRUPTED
     assert result.plan is not None
     check_plan(result.plan)
+
+
+def test_an_interruption_that_is_swallowed_on_its_way_still_ends_the_search() -> None:
+    def press_ctrl_c(state: Progress) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    problem = uniform_problem(ranks=8, microbatches=24, f=10, i=13, w=8, comm=2)
+    result = plan(problem, PlanOptions(time_limit_s=200), press_ctrl_c)
+    assert result.termination is Termination.INTERRUPTED
+    assert result.plan is not None and result.seconds < 60
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_progress_is_monotonic_and_starts_soon() -> None:
