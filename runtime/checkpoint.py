@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorSt
 
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.runtime.engine import Engine
+from mipipe.runtime.optim import local_optimizer
 
 STATE = "state.json"
 FORMAT, VERSION = "mipipe.checkpoint", 1
@@ -131,8 +132,9 @@ def optimizer_tensors(engine: Engine, optimizer: torch.optim.Optimizer | None) -
     """``optimizer.<name>.<key>`` -> state, for this rank's parameters."""
     found: dict[str, Any] = {}
     if optimizer is not None:
+        state = local_optimizer(optimizer).state
         for name, parameter in engine.named_parameters():
-            for key, item in optimizer.state.get(parameter, {}).items():
+            for key, item in state.get(parameter, {}).items():
                 found[f"optimizer.{name}.{key}"] = item
     return found
 
@@ -153,7 +155,11 @@ def load_tensors(folder: Path, engine: Engine, optimizer: torch.optim.Optimizer 
             raise InputError(f"checkpoint {folder}: {name} is {found}, expected shape {tuple(tensor.shape)}; it is of"
                              " another model")
     slots: list[tuple[torch.nn.Parameter, str, str]] = []
-    for name, parameter in engine.named_parameters() if optimizer is not None else ():
+    local = local_optimizer(optimizer) if optimizer is not None else None
+    mine = {id(item) for group in local.param_groups for item in group["params"]} if local is not None else set()
+    for name, parameter in engine.named_parameters():
+        if id(parameter) not in mine:
+            continue
         prefix = f"optimizer.{name}."
         for key, entry in stored.items():
             if key.startswith(prefix) and "." not in key[len(prefix):]:
@@ -163,12 +169,12 @@ def load_tensors(folder: Path, engine: Engine, optimizer: torch.optim.Optimizer 
                 else:
                     wanted[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
     dcp.load(wanted, storage_reader=reader, no_dist=True)
-    if optimizer is not None:
+    if local is not None:
         for parameter, key, name in slots:
             item = wanted[name]
             if isinstance(item, torch.Tensor) and item.dim():
                 item = item.to(parameter.device)
-            optimizer.state[parameter][key] = item
+            local.state[parameter][key] = item
 
 
 def latest(folder: Path) -> Path | None:

@@ -17,6 +17,7 @@ from mipipe.graphs.serialize import digest
 from mipipe.planner.lower import lower
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
+from mipipe.runtime.buckets import with_copy_sums
 from mipipe.runtime.flow import GradientFlow, gradient_flow
 from mipipe.runtime.instructions import Ready
 from mipipe.runtime.mesh import Mesh, build_mesh
@@ -83,6 +84,7 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: Source, program: Prog
     exclusive = frozenset(name for name, where in stages_of.items() if len(where) == 1)
     compiled = Compiled(plan, graph, program, flow, mesh, weights, loss_gradient, stages, holders, exclusive, graded)
     Resolver(compiled, stage_of).resolve(options.prepost)
+    compiled.instructions = with_copy_sums(compiled)
     return compiled
 
 

@@ -12,12 +12,16 @@ from mipipe.graphs.serialize import STRICT, from_data, load_data
 
 @dataclass(frozen=True, slots=True)
 class OptimizerConfig:
-    """``name`` of torch.optim in any case, or package.module:Class; ``options`` are its further arguments."""
+    """``name`` of torch.optim in any case, or package.module:Class; ``options`` are its further arguments.
+
+    ``shard`` divides the optimizer's state among data-parallel copies of the plan (ZeRO stage 1).
+    """
 
     __pydantic_config__: ClassVar = STRICT
     name: str = "adamw"
     lr: float = 1e-3
     options: dict[str, Any] = field(default_factory=dict)
+    shard: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
 from mipipe.runtime import comm, reduce
 from mipipe.runtime.batches import Batch, split_batch, total_weight
+from mipipe.runtime.buckets import Bucket
 from mipipe.runtime.buffers import Buffers, Frame
 from mipipe.runtime.compiled import Compiled, compile_rank
 from mipipe.runtime.instructions import Step, Transport
@@ -111,13 +112,7 @@ class Engine:
             RunError: an instruction failed or a peer kept this rank waiting for too long.
         """
         self._microbatches = split_batch(self.graph, batch, self.plan.problem.num_microbatches, self.mesh.device)
-        weight = total_weight(self.graph, self._microbatches)
-        if self.mesh.copy_group is not None:
-            total = torch.tensor(float(weight), dtype=torch.float64, device=self.mesh.device)
-            dist.all_reduce(total, group=self.mesh.copy_group)
-            weight = float(total)
-        if weight <= 0:
-            raise RunError("step: the batch has no valid label; every label is ignored")
+        weight = self._total_weight()
         self.compiled.loss_gradient.fill_(1.0 / weight)
         self._evaluating = False
         self._run(self._program)
@@ -127,10 +122,21 @@ class Engine:
     def evaluate(self, batch: Batch) -> float | None:
         """The loss of a batch without gradients; ``engine.outputs`` then has this rank's outputs by microbatch."""
         self._microbatches = split_batch(self.graph, batch, self.plan.problem.num_microbatches, self.mesh.device)
-        weight = total_weight(self.graph, self._microbatches)
+        weight = self._total_weight()
         self._evaluating = True
         self._run(self._evaluation)
         return self._share(self._losses, 1.0 / weight)
+
+    def _total_weight(self) -> float:
+        """What the losses are divided by, over all copies of the plan."""
+        weight = total_weight(self.graph, self._microbatches)
+        if self.mesh.copy_group is not None:
+            total = torch.tensor(weight, dtype=torch.float64, device=self.mesh.device)
+            dist.all_reduce(total, group=self.mesh.copy_group)
+            weight = float(total)
+        if weight <= 0:
+            raise RunError(f"step {self.steps_done + 1}: the batch has no valid label; every label is ignored")
+        return weight
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -247,16 +253,16 @@ class Engine:
         comm.wait(works, self._timeout, lambda: f"sending {transport.text} to rank {transport.peer}", self._blocking)
         del self._buffers.outgoing[transport.index]
 
-    def _all_reduce(self, stage: int) -> None:
-        self._reducer.start(stage)
+    def _all_reduce(self, buckets: tuple[Bucket, ...]) -> None:
+        self._reducer.start(buckets)
 
-    def _update(self, _: None) -> None:
+    def _update(self, index: int) -> None:
         if self.on_update is not None and not self._evaluating:
             start = time.perf_counter_ns()
             self._reducer.finish()
             with torch.enable_grad():
                 self.on_update()
-            self.events.append((len(self._program) - 1, start, time.perf_counter_ns()))
+            self.events.append((index, start, time.perf_counter_ns()))
 
     def _static_storages(self) -> set[int]:
         """Data pointers of what is there without the step: weights, constants, the batch."""

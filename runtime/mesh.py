@@ -26,8 +26,9 @@ from mipipe.planner.program import Program
 class Mesh:
     """This process's place and its groups. All ranks here are the plan's; ``world`` maps them to global ranks.
 
-    ``copy`` counts the data-parallel copies of the plan. ``channels[(source, target)]`` and ``reductions[ranks]`` hold
-    the groups of this copy; ``plan_group`` all ranks of this copy, ``copy_group`` this plan rank in every copy.
+    ``copy`` counts the data-parallel copies of the plan. ``channels[(source, target)]`` hold the groups of this copy,
+    ``reductions[ranks]`` those plan ranks in all copies; ``plan_group`` all ranks of this copy, ``copy_group`` this
+    plan rank in every copy.
     """
 
     rank: int
@@ -50,9 +51,9 @@ class Mesh:
         return self.channels[source, target]
 
     def reduction(self, ranks: Iterable[int]) -> Any:
-        """The group of a set of ranks; None for this rank alone."""
+        """The group that sums what a set of ranks holds, over all copies; None where nobody else has it."""
         members = tuple(sorted(set(ranks)))
-        return None if len(members) < 2 else self.reductions[members]
+        return self.copy_group if len(members) < 2 else self.reductions[members]
 
 
 def build_mesh(program: Program, shared: Iterable[tuple[int, ...]] = (), *, topology: Topology | None = None,
@@ -88,14 +89,13 @@ def build_mesh(program: Program, shared: Iterable[tuple[int, ...]] = (), *, topo
             group = create((ranks[source], ranks[target]))
             if number == copy:
                 mesh.channels[source, target] = group
-        for members in sorted(sets):
-            if len(members) > 1:
-                group = create(ranks[member] for member in members)
-                if number == copy:
-                    mesh.reductions[members] = group
         group = create(ranks) if num_ranks > 1 else None
         if number == copy:
             object.__setattr__(mesh, "plan_group", group)
+    for members in sorted(sets):
+        if len(members) > 1:
+            mesh.reductions[members] = create(order[number * num_ranks + member] for number in range(mesh.num_copies)
+                                              for member in members)
     for number in range(num_ranks if mesh.num_copies > 1 else 0):
         group = create(order[number::num_ranks])
         if number == rank:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.runtime.engine import Engine
@@ -18,10 +19,12 @@ _TORCH = {name.lower(): item for name, item in vars(torch.optim).items()
           if inspect.isclass(item) and issubclass(item, torch.optim.Optimizer) and item is not torch.optim.Optimizer}
 
 
-def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any]) -> torch.optim.Optimizer | None:
+def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any],
+                   shard: bool = False) -> torch.optim.Optimizer | None:
     """An optimizer over the rank's parameters; None for a rank without any.
 
-    ``name``: a class of torch.optim in any case (``adamw``), or ``package.module:Class`` for others.
+    ``name``: a class of torch.optim in any case (``adamw``), or ``package.module:Class`` for others. ``shard`` divides
+    its state among the plan's copies (torch's ZeroRedundancyOptimizer): each updates a part and broadcasts it.
 
     Raises:
         InputError: there is no such optimizer, or it does not take these options.
@@ -30,9 +33,16 @@ def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any]) -> tor
     if not parameters:
         return None
     try:
+        if shard and engine.mesh.copy_group is not None:
+            return ZeroRedundancyOptimizer(parameters, kind, engine.mesh.copy_group, **options)
         return kind(parameters, **options)
     except (TypeError, ValueError) as error:
         raise InputError(f"optimizer {name}: {error}") from None
+
+
+def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that holds this process's state: the local part of a sharded one, else itself."""
+    return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
 
 
 def optimizer_class(name: str) -> Any:

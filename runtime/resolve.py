@@ -10,6 +10,7 @@ import torch
 from mipipe.graphs.errors import ProgramError
 from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.program import Instruction
+from mipipe.runtime.buckets import stage_buckets
 from mipipe.runtime.buffers import Frame
 from mipipe.runtime.instructions import Piece, Ready, Step, Transport
 from mipipe.runtime.stage import StageCode
@@ -72,8 +73,10 @@ class Resolver:
             label = f"{instruction.kind} {transfer} {'from' if receiving else 'to'} rank {peer}"
             return Ready(instruction.kind, self.transport(instruction.transfer), label)
         if instruction.kind is ActionKind.ALL_REDUCE:
-            return Ready(instruction.kind, instruction.stage, f"ALL_REDUCE of stage {instruction.stage}")
-        return Ready(instruction.kind, None, str(instruction.kind))
+            assert instruction.stage is not None
+            return Ready(instruction.kind, stage_buckets(self.compiled, instruction.stage),
+                         f"ALL_REDUCE of stage {instruction.stage}")
+        return Ready(instruction.kind, index, str(instruction.kind))
 
     def values(self, index: int) -> tuple[str, ...]:
         """The values a transfer carries: what its receiver needs, in the transfer's order."""

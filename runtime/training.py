@@ -51,7 +51,7 @@ class Trainer:
         self.engine, self.config, self.batches = engine, config, batches
         self.progress, self.predicted = progress, predicted
         options = {"lr": config.optimizer.lr, **config.optimizer.options}
-        self.optimizer = make_optimizer(config.optimizer.name, engine, options)
+        self.optimizer = make_optimizer(config.optimizer.name, engine, options, config.optimizer.shard)
         factor = learning_rate_factor(config.schedule.name, config.schedule.warmup, config.steps)
         self._factor = factor
         self._norm = 0.0
