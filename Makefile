@@ -7,6 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Bytecode is written when a module is first imported: without it every worker process would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install demo test test-slow lint clean
 
 install: $(STAMP)
