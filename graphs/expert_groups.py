@@ -6,6 +6,7 @@ group's segment reads the tokens and the routing, computes its own experts, and 
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import TypeVar
 
 from torch import fx
 
+from mipipe.graphs.expert_kernels import RETURN, ROUTE, SEND
 from mipipe.graphs.export import Exported
 from mipipe.graphs.joint import argument
 from mipipe.graphs.operator_graph import Parameter, TensorSpec
@@ -37,7 +39,8 @@ def split_banks(exported: Exported) -> tuple[Exported, dict[str, list[Rows]]]:
     """The graph with each sliced expert bank replaced by its slices, and the rows by bank.
 
     Operators of an expert module get ``meta["part"]``: ``router`` (shared by the groups), ``experts.groupN`` or
-    ``combine``.
+    ``combine``; in expert parallelism ``dispatch``, ``experts``, ``combine`` (the two all-to-alls and what is between)
+    and ``sum``.
     """
     rows: dict[str, list[Rows]] = {}
     parameters: dict[str, fx.Node] = {}
@@ -60,6 +63,7 @@ def split_banks(exported: Exported) -> tuple[Exported, dict[str, list[Rows]]]:
         exported.graph.erase_node(node)
     if rows:
         _mark(exported.graph, groups)
+    _mark_exchange(exported.graph)
     return replace(exported, parameters=parameters), rows
 
 
@@ -85,6 +89,33 @@ def _mark(graph: fx.Graph, groups: dict[fx.Node, frozenset[int]]) -> None:
             readers = {user.meta.get("part") for user in node.users}
             only = next(iter(readers)) if len(readers) == 1 else None
             node.meta["part"] = only if only and only.startswith("experts.group") else "router"
+
+
+def _mark_exchange(graph: fx.Graph) -> None:
+    """Mark the parts of expert-parallel layers: what follows an all-to-all, and what comes before the first."""
+    parts: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or not _in_experts(node):
+            continue
+        before = {parts[item] for item in node.all_input_nodes if item in parts}
+        kind = str(node.target)
+        if kind == RETURN:
+            parts[node] = "combine"
+        elif before & {"combine", "sum"}:
+            parts[node] = "sum"
+        elif kind in (ROUTE, SEND):
+            parts[node] = "dispatch"
+        elif "experts" in before or any(str(item.target) == SEND for item in node.all_input_nodes):
+            parts[node] = "experts"
+        elif "dispatch" in before:
+            parts[node] = "dispatch" if node.target is operator.getitem else "experts"
+    for node in reversed(graph.nodes):  # what prepares another's inputs goes with it: the rows, the weights
+        if node.op == "call_function" and node not in parts and _in_experts(node):
+            found = [parts[user] for user in node.users if user in parts]
+            if found:
+                parts[node] = found[0]
+    for node, part in parts.items():
+        node.meta["part"] = part
 
 
 def slice_parameters(parameters: Sequence[Parameter], rows: Mapping[str, Sequence[Rows]]) -> tuple[Parameter, ...]:

@@ -16,7 +16,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import mipipe.graphs.kernels  # noqa: F401  (registers mipipe's operators)
+import mipipe.graphs.expert_kernels
+import mipipe.graphs.kernels  # noqa: F401  (both register mipipe's operators)
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import TensorSpec
 from mipipe.graphs.simplify import simplify

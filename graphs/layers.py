@@ -7,17 +7,23 @@ Legend: B batch, H heads, G key heads, S queries, T keys (or tokens), D and E he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import mipipe.graphs.kernels  # noqa: F401  (registers mipipe's operators)
+import mipipe.graphs.expert_kernels
+import mipipe.graphs.kernels  # noqa: F401  (both register mipipe's operators)
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.joint import plain_attention, trains
 
 NAME = "mipipe"
 """The name under which both are registered with transformers."""
+
+PACKED = "mipipe_flash"
+"""The name of `packed_attention`; with "flash" in it, models hand over whole packed sequences."""
 
 
 def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -43,12 +49,33 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
     return out.transpose(1, 2).contiguous(), None
 
 
+def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,
+                     cu_seq_lens_q: Sequence[int] = (), **options: Any) -> tuple[Tensor, None]:
+    """Attention within spans of one packed sequence [1,H,S,D], which begin and end at ``cu_seq_lens_q``: [1,S,H,E].
+
+    Neighbouring spans of one length are computed together, as a batch.
+    """
+    parts, start = [], 0
+    lengths = [end - begin for begin, end in pairwise(cu_seq_lens_q)]
+    for length, alike in groupby(lengths):
+        count = len(list(alike))
+        spans = [x[0, :, start:start + count * length].unflatten(1, (count, length)).transpose(0, 1)
+                 for x in (query, key, value)]
+        parts.append(attention(module, *spans, None, scaling=options.get("scaling"), is_causal=False,
+                               dropout=options.get("dropout", 0.0))[0].flatten(0, 1))
+        start += count * length
+    return torch.cat(parts).unsqueeze(0), None
+
+
 def experts(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """All experts of a MoE layer in transformers' interface: [T,H], chosen [T,k] and their weights [T,k] -> [T,H].
 
     The bank is computed in ``module.config.mipipe_expert_groups`` groups, whose partial sums are added: each sees all
-    tokens, sorts those of its own experts to the front, and leaves the other rows zero.
+    tokens, sorts those of its own experts to the front, and leaves the other rows zero. With
+    ``module.config.mipipe_expert_parallel`` the rows go to their experts' ranks instead (`expert_parallel`).
     """
+    if getattr(module.config, "mipipe_expert_parallel", False):
+        return expert_parallel(module, hidden, index, weights)
     groups = getattr(module.config, "mipipe_expert_groups", 1)
     if module.num_experts % groups:
         raise GraphError(f"expert groups: found {groups}, expected a divisor of the {module.num_experts} experts")
@@ -97,10 +124,50 @@ def expert_group(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, fi
     return out[torch.argsort(order)].view(tokens, top, -1).sum(dim=1)
 
 
+def expert_parallel(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """All experts of a MoE layer, by all-to-all: rows to the experts' ranks, their work there, and back.
+
+    Between `all_to_all_send` and `all_to_all_return` nothing depends on the number of rows, which differs in every
+    call of a run; the weighted sum over the chosen experts is made where the tokens came from.
+    """
+    tokens, top = index.shape
+    if module.has_bias:
+        raise GraphError(f"{type(module).__name__}: experts with biases cannot be captured for expert parallelism yet;"
+                         " use --expert-groups")
+    order, arrive, offsets, splits = torch.ops.mipipe.all_to_all_route(index, module.num_experts)
+    rows = hidden.unsqueeze(1).expand(tokens, top, hidden.shape[-1]).reshape(tokens * top, hidden.shape[-1])
+    arrived = torch.ops.mipipe.all_to_all_send(rows, order, arrive, splits)
+
+    def project(x: Tensor, name: str) -> Tensor:
+        bank = getattr(module, name)
+        bank = bank if module.is_transposed else bank.transpose(-2, -1)
+        return torch.ops.mipipe.grouped_mm(x.to(bank.dtype), bank, offsets)
+
+    if module.has_gate:
+        inner = module._apply_gate(project(arrived, "gate_up_proj"))
+    else:
+        inner = module.act_fn(project(arrived, "up_proj"))
+    out = project(inner, "down_proj")
+    if getattr(module, "has_post_expert_norm", False):
+        out = module.post_expert_norm(out)
+    back = torch.ops.mipipe.all_to_all_return(out, order, arrive, splits)
+    return (back * weights.reshape(-1, 1)).view(tokens, top, -1).sum(dim=1).to(hidden.dtype)
+
+
+def exchange_experts(module: nn.Module) -> nn.Module:
+    """The module, a transformers one, with experts that exchange rows (`expert_parallel`)."""
+    for part in module.modules():
+        config: Any = getattr(part, "config", None)
+        if config is not None:
+            config.mipipe_expert_parallel = True
+    return module
+
+
 def register() -> None:
-    """Make `attention` and `experts` known to transformers under the name ``mipipe``."""
+    """Make `attention`, `packed_attention` and `experts` known to transformers."""
     from transformers import AttentionInterface
     from transformers.integrations.moe import ExpertsInterface
 
     AttentionInterface.register(NAME, attention)
+    AttentionInterface.register(PACKED, packed_attention)
     ExpertsInterface.register(NAME, experts)

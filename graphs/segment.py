@@ -193,15 +193,15 @@ def _hard_labels(unit: str, nodes: Sequence[fx.Node], granularity: Granularity) 
     leaves -= {paths[0][0] for paths in below.values() if len(paths) > 1}
     leaves -= {paths[0][0] for node, paths in below.items() if paths and not is_heavy(node) and len(paths) == 1}
     labels: dict[fx.Node, Label | None] = {}
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     for node, paths in below.items():
         top = paths[0][0] if paths else ""
         block = next((path for path, _ in paths if path in moe), None)
         if block is not None:
             child = paths[-1][0].removeprefix(block).lstrip(".").split(".")[0]
-            part = _moe_part(node, child, block in seen)
-            if part.startswith("experts"):
-                seen.add(block)
+            part = _moe_part(node, child, seen.get(block, "router"))
+            if part.startswith(("experts", "dispatch")):
+                seen.setdefault(block, "sum" if part == "dispatch" else "combine")
             labels[node] = f"{unit}.{block}.{part}"
         elif top not in heavy:
             labels[node] = None
@@ -218,13 +218,14 @@ def _moe_paths(below: Mapping[fx.Node, Sequence[tuple[str, str]]]) -> set[str]:
     return {path.rpartition(".")[0] for path in paths if _EXPERTS.match(path.rpartition(".")[2]) and "." in path}
 
 
-def _moe_part(node: fx.Node, inner: str, after_experts: bool) -> str:
-    """router, experts, experts.groupN (see `expert_groups`), shared_experts or combine."""
+def _moe_part(node: fx.Node, inner: str, rest: str) -> str:
+    """experts, experts.groupN and the like (see `expert_groups`), shared_experts; the block's own operators are
+    ``rest``: router before the experts, then combine, or sum where combine is an all-to-all."""
     if _EXPERTS.match(inner):
         return str(node.meta.get("part", "experts"))
     if _SHARED.search(inner):
         return "shared_experts"
-    return "combine" if after_experts else "router"
+    return rest
 
 
 def is_heavy(node: fx.Node) -> bool:

@@ -16,13 +16,13 @@ from __future__ import annotations
 import keyword
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mipipe.graphs import kernels
+from mipipe.graphs import expert_kernels, kernels
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import Operator, Phase, SegmentTrace, TensorSpec
 
@@ -182,20 +182,26 @@ def resolve(kind: str) -> Callable[..., Any]:
     return target
 
 
-def build_phase(trace: SegmentTrace, phase: Phase, device: str | torch.device = "cpu") -> PhaseFunction:
+def build_phase(trace: SegmentTrace, phase: Phase, device: str | torch.device = "cpu",
+                given: Mapping[str, Callable[..., Any]] | None = None) -> PhaseFunction:
     """The function of a phase: tensors in the order of `phase_signature`'s arguments -> tuple in its results' order.
 
-    It runs without autograd, so parameters may require gradients. Built once for each trace, phase and device.
+    It runs without autograd, so parameters may require gradients. Built once for each trace, phase and device, but for
+    each call where operators are ``given`` by kind (those that talk to other ranks).
     """
     device = torch.device(device)
+    if given:
+        return _compile(trace, phase, device, given)
     key = (trace.digest, phase, str(device))
     if key not in _BUILT:
         _BUILT[key] = _compile(trace, phase, device)
     return _BUILT[key]
 
 
-def phase_source(trace: SegmentTrace, phase: Phase, device: torch.device) -> tuple[str, dict[str, Any]]:
+def phase_source(trace: SegmentTrace, phase: Phase, device: torch.device,
+                 given: Mapping[str, Callable[..., Any]] | None = None) -> tuple[str, dict[str, Any]]:
     """The Python text of a phase's function, named ``phase``, and the globals it needs."""
+    direct = {**kernels.DIRECT, **expert_kernels.ALONE, **(given or {})}
     arguments, results = phase_signature(trace, phase)
     operators = list(trace.phase_operators(phase))
     last_use = {name: index for index, item in enumerate(operators) for name in (item.name, *item.inputs)}
@@ -204,12 +210,12 @@ def phase_source(trace: SegmentTrace, phase: Phase, device: torch.device) -> tup
     for index, item in enumerate(operators):
         dead = sorted({name for name in (item.name, *item.inputs) if last_use[name] == index and name not in results})
         end = f"; del {', '.join(dead)}" if dead else ""
-        lines.append(f"    {item.name} = {_call(item, device, space)}{end}")
+        lines.append(f"    {item.name} = {_call(item, device, space, direct)}{end}")
     lines.append(f"    return ({''.join(name + ', ' for name in results)})")
     return "\n".join(lines) + "\n", space
 
 
-def _call(item: Operator, device: torch.device, space: dict[str, Any]) -> str:
+def _call(item: Operator, device: torch.device, space: dict[str, Any], direct: Mapping[str, Any]) -> str:
     """The expression that computes an operator; what has no literal form is put into ``space``."""
     args, kwargs = decode(item.args, device), {key: decode(value, device) for key, value in item.kwargs.items()}
     if item.kind == GETITEM:
@@ -218,7 +224,7 @@ def _call(item: Operator, device: torch.device, space: dict[str, Any]) -> str:
         space[f"_make_{item.name}"] = torch.tensor(args[0], dtype=args[1], device=device).clone
         return f"_make_{item.name}()"
     name = "_call_" + item.kind.replace(".", "_")
-    space.setdefault(name, kernels.DIRECT.get(item.kind) or resolve(item.kind))
+    space.setdefault(name, direct.get(item.kind) or resolve(item.kind))
     texts = [_literal(value, space) for value in args]
     texts += [f"{key}={_literal(value, space)}" for key, value in kwargs.items()]
     return f"{name}({', '.join(texts)})"
@@ -236,7 +242,8 @@ def _literal(value: Any, space: dict[str, Any]) -> str:
     return name
 
 
-def _compile(trace: SegmentTrace, phase: Phase, device: torch.device) -> PhaseFunction:
-    source, space = phase_source(trace, phase, device)
+def _compile(trace: SegmentTrace, phase: Phase, device: torch.device,
+             given: Mapping[str, Callable[..., Any]] | None = None) -> PhaseFunction:
+    source, space = phase_source(trace, phase, device, given)
     exec(compile(source, f"<{phase} of trace {trace.digest}>", "exec"), space)
     return torch.no_grad()(space["phase"])

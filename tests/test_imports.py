@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("graphs", "planner", "runtime", "cli")
 """Each may import itself and what stands before it."""
-TORCH_IN_GRAPHS = {"capture", "compose", "expert_groups", "export", "families", "flops", "joint", "kernels", "layers",
+TORCH_IN_GRAPHS = {"capture", "compose", "expert_groups", "expert_kernels", "export", "families", "flops", "joint", "kernels", "layers",
                    "loss", "partition", "profile", "profile_worker", "rehearse", "segment", "simplify", "sources",
                    "trace"}
 LIGHT_VERBS = ("plan", "place", "experts", "calibrate", "check", "simulate", "show", "compare", "export",
