@@ -22,6 +22,9 @@ from mipipe.planner.timeline import Span, Timeline
 
 _GRADIENTS = (ActionKind.I, ActionKind.W)
 _TRANSFER = re.compile(r"(\d+)([⇒⇐])(\d+):(\d+)")
+_LANES = 1_000
+"""Thread ids left for what is under way at once on one channel."""
+
 _PID_STEP = 10_000
 """Between the process ids of two timelines in one trace; the first one's are the ranks."""
 
@@ -127,36 +130,41 @@ def _events(timeline: Timeline, number: int, count: int) -> Iterator[dict[str, A
         yield {"ph": "M", "name": "process_name", "pid": base + rank, "args": {"name": name}}
         place = rank * count + number  # a rank's timelines stand under one another
         yield {"ph": "M", "name": "process_sort_index", "pid": base + rank, "args": {"sort_index": place}}
-    for rank, thread, label in sorted({(span.rank, _thread(span), _thread_name(span)) for span in timeline.spans}):
+    threads = _threads(timeline)
+    for rank, thread, label in sorted({(span.rank, *threads[span]) for span in timeline.spans}):
         yield {"ph": "M", "name": "thread_name", "pid": base + rank, "tid": thread, "args": {"name": label}}
     for span in timeline.spans:
         details = {"stage": span.stage, "microbatch": span.microbatch, "peer": span.peer}
-        yield {"ph": "X", "name": span.label, "cat": span.kind.value, "pid": base + span.rank, "tid": _thread(span),
+        yield {"ph": "X", "name": span.label, "cat": span.kind.value, "pid": base + span.rank, "tid": threads[span][0],
                "ts": span.start_ns / 1000, "dur": (span.end_ns - span.start_ns) / 1000,
                "args": {key: value for key, value in details.items() if value is not None and value != -1}}
     for arrow, (span, reader) in enumerate(_arrows(timeline)):
         common = {"name": "transfer", "cat": "transfer", "id": base * 1000 + arrow}
-        yield {"ph": "s", "pid": base + span.rank, "tid": _thread(span), "ts": span.start_ns / 1000, **common}
-        yield {"ph": "f", "bp": "e", "pid": base + reader.rank, "tid": _thread(reader), "ts": reader.start_ns / 1000,
-               **common}
+        yield {"ph": "s", "pid": base + span.rank, "tid": threads[span][0], "ts": span.start_ns / 1000, **common}
+        yield {"ph": "f", "bp": "e", "pid": base + reader.rank, "tid": threads[reader][0],
+               "ts": reader.start_ns / 1000, **common}
     for rank, curve in enumerate(timeline.memory):
         for time_ns, size in curve:
             yield {"ph": "C", "name": "memory", "pid": base + rank, "ts": time_ns / 1000, "args": {"bytes": size}}
 
 
-def _thread(span: Span) -> int:
-    """0 compute, 1 collective, then two for each peer: what goes out to it, what comes in."""
-    if span.stream is Stream.COMPUTE:
-        return 0
-    if span.stream is Stream.COLLECTIVE:
-        return 1
-    return 2 + 2 * (span.peer or 0) + (span.kind is ActionKind.RECV)
+def _threads(timeline: Timeline) -> dict[Span, tuple[int, str]]:
+    """The thread id and name of each span: compute, collective, then for each peer what goes out and what comes in.
 
-
-def _thread_name(span: Span) -> str:
-    if span.stream is not Stream.CHANNEL:
-        return span.stream.value
-    return f"{'from' if span.kind is ActionKind.RECV else 'to'} rank {span.peer}"
+    Transfers under way at once (latency occupies no channel) take further threads, for a viewer can only nest slices.
+    """
+    found: dict[Span, tuple[int, str]] = {}
+    ends: dict[tuple[int, str, int], list[int]] = {}
+    for span in sorted(timeline.spans, key=lambda span: span.start_ns):
+        name, place = span.stream.value, int(span.stream is Stream.COLLECTIVE)
+        if span.stream is Stream.CHANNEL:
+            inward = span.kind is ActionKind.RECV
+            name, place = f"{'from' if inward else 'to'} rank {span.peer}", 2 + 2 * (span.peer or 0) + inward
+        busy = ends.setdefault((span.rank, name, place), [])
+        lane = next((number for number, end in enumerate(busy) if end <= span.start_ns), len(busy))
+        busy[lane:lane + 1] = [span.end_ns]
+        found[span] = (place * _LANES + lane, name if lane == 0 else f"{name} ({lane + 1})")
+    return found
 
 
 def _arrows(timeline: Timeline) -> Iterator[tuple[Span, Span]]:
