@@ -68,27 +68,29 @@ def print_timeline(console: Console, timeline: Timeline, limits: Sequence[int | 
     console.print(terminal.draw(timeline, console.width, until_ns), end="")
     if explained:
         console.print(terminal.legend(timeline))
-    console.print(terminal.summary(timeline))
+    console.print(terminal.summary(timeline), soft_wrap=True)
     for line in terminal.memory_lines(timeline, limits or (None,) * timeline.num_ranks):
-        console.print(line)
+        console.print(line, soft_wrap=True)
 
 
 def print_plan(console: Console, plan: Plan, timeline: Timeline) -> None:
     """The plan as timeline, with makespan, bound, gap, bubble ratio and memory per device against capacity."""
     print_placement(console, plan)
     print_timeline(console, timeline, capacities(plan))
-    console.print(bound_line(plan), style="bold")
+    console.print(bound_line(plan), style="bold", soft_wrap=True)
 
 
 def print_placement(console: Console, plan: Plan) -> None:
     """Which groups every rank holds."""
     problem = plan.problem
     console.print(f"{plan.name}: {len(problem.groups)} groups in {len(plan.placement.stages)} stages, placement"
-                  f" {plan.placement.name}, {problem.num_microbatches} microbatches, {problem.num_ranks} ranks")
+                  f" {plan.placement.name}, {problem.num_microbatches} microbatches, {problem.num_ranks} ranks",
+                  soft_wrap=True)
     for rank, device in enumerate(problem.topology.devices):
         held = [f"{index}: {_names(plan, stage.groups)}{' (recomputed)' if stage.recompute else ''}"
                 for index, stage in enumerate(plan.placement.stages) if rank in stage.ranks]
-        console.print(f"  rank {rank} ({device.name}): " + ("stages " + "; ".join(held) if held else "nothing"))
+        console.print(f"  rank {rank} ({device.name}): " + ("stages " + "; ".join(held) if held else "nothing"),
+                      soft_wrap=True)
 
 
 def _names(plan: Plan, groups: Sequence[int]) -> str:
