@@ -153,7 +153,8 @@ def schedule(instance: Instance, rule: Rule, rng: np.random.Generator | None = N
                       instance.waits, instance.base, instance.machine[instance.base[:-1]], instance.alloc,
                       instance.free, instance.work, instance.cap, instance.microbatch,
                       instance.view.problem.num_microbatches,
-                      instance.num_machines, instance.kind == KINDS.index(ActionKind.W),
+                      instance.num_machines, instance.kind <= KINDS.index(ActionKind.RECOMPUTE),
+                      instance.kind == KINDS.index(ActionKind.W),
                       priorities(instance, rule, rng), int(rule.delay * period(instance)), rule.limit, seq, start)
     return None if makespan < 0 else Orders(seq, length, int(makespan))
 

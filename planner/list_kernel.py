@@ -10,14 +10,16 @@ _FAR = 1 << 62
 
 @njit(cache=True, nogil=True)
 def list_schedule(machine, rank, dur, succ_ptr, succ, lag, waits0, base, class_machine, alloc, free, work, cap,
-                  microbatch, num_micro, num_machines, weight, prio, delay, limit, seq, start):
+                  microbatch, num_micro, num_machines, holds, weight, prio, delay, limit, seq, start):
     """Fill ``seq`` and ``start`` by list scheduling; the makespan, or -1 if memory blocks everything.
 
     At every step the machine that can start first takes, of the actions it could start within ``delay`` of that moment,
     the one with the smallest ``prio``. An action that takes memory starts only if afterwards the microbatches already
     under way could still be finished one after the other, oldest first (the banker's rule of Dijkstra, 1965): so memory
-    never deadlocks the schedule. Within one microbatch the rest of its forwards must fit together. At most ``limit``
-    microbatches are between their first action and their last that is no ``weight`` gradient.
+    never deadlocks the schedule. Within one microbatch the rest of its forwards must fit together; a gradient that
+    takes more than it returns may always run for the oldest, whose weight gradient returns it all. ``holds``: forwards,
+    first or again. At most ``limit`` microbatches are between their first action and their last that is no ``weight``
+    gradient.
     """
     count = dur.shape[0]
     num_classes = base.shape[0] - 1
@@ -41,11 +43,13 @@ def list_schedule(machine, rank, dur, succ_ptr, succ, lag, waits0, base, class_m
         machine_rank[machine[n]] = rank[n]
     need = np.zeros((num_ranks, num_micro), np.int64)
     held = np.zeros((num_ranks, num_micro), np.int64)
-    extra = np.zeros(num_ranks, np.int64)
+    extra = np.zeros((num_ranks, num_micro), np.int64)
+    left = np.zeros((num_ranks, num_micro), np.int64)
     for n in range(count):
-        if free[n] == 0 and alloc[n] > 0:
+        if holds[n]:
             need[rank[n], microbatch[n]] += alloc[n]
-        extra[rank[n]] = max(extra[rank[n]], work[n] + (alloc[n] if free[n] > 0 else 0))
+        left[rank[n], microbatch[n]] += 1
+        extra[rank[n], microbatch[n]] = max(extra[rank[n], microbatch[n]], work[n] + (0 if holds[n] else alloc[n]))
     used = np.zeros(num_ranks, np.int64)
     free_at = np.zeros(num_machines, np.int64)
     last_free = np.zeros(num_machines, np.int64)
@@ -61,6 +65,23 @@ def list_schedule(machine, rank, dur, succ_ptr, succ, lag, waits0, base, class_m
         todo[microbatch[n]] += 1
         if not weight[n]:
             core[microbatch[n]] += 1
+    # microbatches enter in the order in which shared classes run them: the oldest never waits for a younger one
+    owns = np.zeros(num_micro + 1, np.int64)
+    earlier = np.zeros(num_micro, np.int64)
+    cls = np.zeros(count, np.int64)
+    for c in range(num_classes):
+        for n in range(base[c], base[c + 1]):
+            cls[n] = c
+            owns[microbatch[n] + 1] += 1
+            if n > base[c] and microbatch[n - 1] < microbatch[n]:
+                earlier[microbatch[n]] += 1
+    for m in range(num_micro):
+        owns[m + 1] += owns[m]
+    fill = owns[:-1].copy()
+    nodes = np.zeros(count, np.int64)
+    for n in range(count):
+        nodes[fill[microbatch[n]]] = n
+        fill[microbatch[n]] += 1
     num_admitted = 0
     flying = 0
     full = False
@@ -88,6 +109,8 @@ def list_schedule(machine, rank, dur, succ_ptr, succ, lag, waits0, base, class_m
                         if flying >= limit and not in_list[microbatch[n]]:
                             full = True
                             continue
+                        if earlier[microbatch[n]] > 0:
+                            continue
                         r = rank[n]
                         pending = 0
                         pending_until = 0
@@ -106,8 +129,8 @@ def list_schedule(machine, rank, dur, succ_ptr, succ, lag, waits0, base, class_m
                                 continue
                         if alloc[n] > 0:
                             m = microbatch[n]
-                            own = alloc[n] if free[n] == 0 else 0
-                            room = cap[r] - used[r] - alloc[n] - extra[r]
+                            own = alloc[n] if holds[n] else 0
+                            room = cap[r] - used[r] - alloc[n] + free[n]
                             safe = True
                             new = not in_list[m]
                             for slot in range(num_admitted + 1):
@@ -117,12 +140,13 @@ def list_schedule(machine, rank, dur, succ_ptr, succ, lag, waits0, base, class_m
                                     q = m
                                 else:
                                     q = admitted[slot]
-                                short = need[r, q] - (own if q == m else 0)
-                                if short > room:
+                                short = need[r, q] + extra[r, q] - (own if q == m else 0)
+                                if left[r, q] > 0 and short > room:
                                     safe = False
                                     break
-                                room += held[r, q] + (alloc[n] if q == m else 0)
-                            if not safe and num_admitted > 0 and not (num_admitted == 1 and admitted[0] == m):
+                                room += held[r, q] + (alloc[n] - free[n] if q == m else 0)
+                            oldest = num_admitted > 0 and admitted[0] == m and (not holds[n] or num_admitted == 1)
+                            if not safe and num_admitted > 0 and not oldest:
                                 continue
                         if turn == 0:
                             earliest = time
@@ -155,13 +179,19 @@ def list_schedule(machine, rank, dur, succ_ptr, succ, lag, waits0, base, class_m
         last_free[k] = free[n]
         used[r] += alloc[n] - free[n]
         held[r, m] += alloc[n] - free[n]
-        if free[n] == 0 and alloc[n] > 0:
+        if holds[n]:
             need[r, m] -= alloc[n]
         if not in_list[m]:
             in_list[m] = True
             admitted[num_admitted] = m
             num_admitted += 1
             flying += 1
+            for index in range(owns[m], owns[m + 1]):
+                later = nodes[index] + 1
+                if later < base[cls[nodes[index]] + 1] and microbatch[later] > m:
+                    earlier[microbatch[later]] -= 1
+            dirty[:] = True  # what others had chosen may not be safe any more
+        left[r, m] -= 1
         todo[m] -= 1
         if not weight[n]:
             core[m] -= 1
@@ -177,6 +207,7 @@ def list_schedule(machine, rank, dur, succ_ptr, succ, lag, waits0, base, class_m
                     admitted[at] = admitted[slot]
                     at += 1
             num_admitted = at
+            dirty[:] = True  # another microbatch is now the oldest
         dirty[k] = True
         for other in range(num_machines):
             if machine_rank[other] == r:

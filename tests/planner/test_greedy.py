@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 
 from mipipe.planner import greedy
 from mipipe.planner.evaluate import evaluate
-from mipipe.planner.feasible import shortage
+from mipipe.planner.feasible import one_at_a_time, shortage
 from mipipe.planner.instance import build, expand, mirror, orders_from
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.proposals import propose
@@ -40,6 +40,17 @@ def test_lists_are_complete_fit_memory_and_fail_only_where_nothing_fits(problem:
                 used += instance.alloc[n]
                 assert used + instance.work[n] <= instance.cap[instance.rank[n]]
                 used -= instance.free[n]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(problems(max_groups=7, max_ranks=4, max_microbatches=6))
+def test_memory_for_one_microbatch_suffices_for_all(problem: PlanningProblem) -> None:
+    """Weight gradients that keep more than their input gradients return, and ends spread over ranks, block nothing."""
+    for placement in propose(problem):
+        instance = build(view(problem, placement))
+        instance.cap[:] = one_at_a_time(instance)
+        for rule in greedy.RULES:
+            assert greedy.schedule(instance, rule) is not None, placement
 
 
 def test_the_interpreted_kernel_gives_the_compiled_ones_schedule() -> None:
