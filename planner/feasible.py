@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mipipe.graphs.units import format_bytes
+from mipipe.planner.cuts import resident_room
 from mipipe.planner.instance import Instance, build
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.proposals import all_placements, resident_bytes, resident_room
+from mipipe.planner.proposals import all_placements, resident_bytes
 from mipipe.planner.stages import view
 
 

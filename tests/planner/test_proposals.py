@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mipipe.planner.proposals import (
-    fit_cuts,
-    light_ends,
-    loads,
-    propose,
-    resident_bytes,
-    resident_fits,
-    shapes,
-    units,
-)
+from mipipe.planner.cuts import fit_cuts, loads, units
+from mipipe.planner.proposals import light_ends, propose, resident_bytes, resident_fits, shapes
 from mipipe.planner.stages import view
 from mipipe.planner.uniform import two_stream_problem, uniform_problem
 
