@@ -202,15 +202,15 @@ def place_spread(problem: PlanningProblem, shape: Shape, ends: Sequence[int],
     first = [(tuple(part), routes[tuple(part)]) for part in floating if part[0] == 0 or part is encoder]
     last = [(tuple(part), routes[tuple(part)]) for part in floating if tuple(part) not in dict(first)]
     stages, ways = [], []
-    for part, route in first:
+    for part, way in first:
         for run in split_streams(problem, part):
-            stages.append(Stage(tuple(run), tuple(sorted(set(route)))))
-            ways.append(tuple(route))
+            stages.append(Stage(tuple(run), tuple(sorted(set(way)))))
+            ways.append(tuple(way))
     stages += base.stages
     ways += base.routes
-    for part, route in last:
-        stages.append(Stage(part, tuple(sorted(set(route)))))
-        ways.append(tuple(route))
+    for part, way in last:
+        stages.append(Stage(part, tuple(sorted(set(way)))))
+        ways.append(tuple(way))
     return Placement(tuple(stages), tuple(ways), f"{shape.name}+spread")
 
 
