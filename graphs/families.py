@@ -21,21 +21,30 @@ from torch import Tensor, nn
 
 from mipipe.graphs import loss as losses
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.fixed_grids import fix_grids, grid_of, pixels
 from mipipe.graphs.layers import NAME, register
 
 
 @dataclass(frozen=True)
 class Adjustment:
-    """What a model type needs: its class, another attention implementation, fixed forward arguments."""
+    """What a model type needs: its class, another attention implementation, fixed forward arguments.
+
+    ``fixed_grids``: image grids become constants (`mipipe.graphs.fixed_grids`).
+    """
 
     architecture: str | None = None
     attention: str = NAME
     constants: Mapping[str, Any] = field(default_factory=dict)
+    fixed_grids: bool = False
 
 
 ADJUSTMENTS: dict[str, Adjustment] = {
     "clip": Adjustment("CLIPModel", constants={"return_loss": True}),
     "siglip": Adjustment("SiglipModel", constants={"return_loss": True}),
+    "qwen2_vl": Adjustment(fixed_grids=True),
+    "qwen2_5_vl": Adjustment(fixed_grids=True),
+    "qwen3_vl": Adjustment(fixed_grids=True),
+    "qwen3_vl_moe": Adjustment(fixed_grids=True),
 }
 
 
@@ -155,8 +164,12 @@ def model_class(config: Any) -> Any:
     raise InputError(f"model type {config.model_type!r}: transformers has no model for it that can be trained")
 
 
-def build_model(config: Any, device: str, dtype: torch.dtype | None, expert_groups: int = 1) -> nn.Module:
-    """The module in training mode, with mipipe's attention and experts where the class takes them."""
+def build_model(config: Any, device: str, dtype: torch.dtype | None, expert_groups: int = 1,
+                sizes: Sizes | None = None) -> nn.Module:
+    """The module in training mode, with mipipe's attention and experts where the class takes them.
+
+    ``sizes`` matter to families whose image grids are fixed.
+    """
     register()
     kind, adjustment = model_class(config), ADJUSTMENTS.get(config.model_type, Adjustment())
     parts = [config, *(part for part in vars(config).values() if hasattr(part, "model_type"))]
@@ -179,7 +192,19 @@ def build_model(config: Any, device: str, dtype: torch.dtype | None, expert_grou
         if inner is not None:
             inner.mipipe_expert_groups = expert_groups
             inner._experts_implementation = NAME
+    if adjustment.fixed_grids:
+        fix_grids(model, _grid(config, sizes or Sizes()))
     return model.train()
+
+
+def _grid(config: Any, sizes: Sizes) -> Any:
+    """The grid of a microbatch's images; an error if their tokens do not fit into the sequence."""
+    grid = grid_of(config.vision_config, sizes.batch * sizes.images, sizes.image)
+    if grid.tokens * sizes.images > sizes.seq:
+        raise InputError(f"seq: found {sizes.seq} tokens, expected more than the {grid.tokens * sizes.images} of"
+                         f" {sizes.images} images of {grid.rows} x {grid.columns} tokens each; raise --seq or lower"
+                         " --image")
+    return grid
 
 
 @dataclass(frozen=True)
@@ -258,7 +283,9 @@ def example_inputs(config: Any, kind: Any, sizes: Sizes, device: str, dtype: tor
         made["input_ids"] = tokens()
         if config.is_encoder_decoder:
             made["decoder_input_ids"] = tokens()
-    if vision is not None or kind.main_input_name == "pixel_values":
+    if ADJUSTMENTS.get(config.model_type, Adjustment()).fixed_grids:
+        made |= {} if not sizes.images else {"pixel_values": pixels(vision, _grid(config, sizes), device, dtype)}
+    elif vision is not None or kind.main_input_name == "pixel_values":
         made["pixel_values"] = _pixels(vision or config, sizes, device, dtype)
     if name.endswith((*_LANGUAGE, "ForMaskedLM", "ForTokenClassification")):
         made["labels"] = tokens()

@@ -61,8 +61,8 @@ def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
         count = len(list(alike))
         spans = [x[0, :, start:start + count * length].unflatten(1, (count, length)).transpose(0, 1)
                  for x in (query, key, value)]
-        parts.append(attention(module, *spans, None, scaling=options.get("scaling"), is_causal=False,
-                               dropout=options.get("dropout", 0.0))[0].flatten(0, 1))
+        parts.append(attention(module, spans[0], spans[1], spans[2], None, scaling=options.get("scaling"),
+                               is_causal=False, dropout=options.get("dropout", 0.0))[0].flatten(0, 1))
         start += count * length
     return torch.cat(parts).unsqueeze(0), None
 

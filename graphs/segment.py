@@ -82,28 +82,42 @@ def _mutated(node: fx.Node) -> fx.Node | None:
 
 
 def clonable(exported: Exported, nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """Operators that depend on no parameter, no floating-point input and no random number: masks, positions."""
-    free = {node for node in exported.inputs.values() if not node.meta["val"].is_floating_point()}
-    changed = {storage_of(item) for node in nodes if (item := _mutated(node)) is not None}
+    """Operators that depend on no parameter, no floating-point input and no random number: masks, positions.
+
+    A tensor that is changed in place is one of them only if all its changes are; they are copied with it.
+    """
+    given = {node for node in exported.inputs.values() if not node.meta["val"].is_floating_point()}
     batch_norms = {item for node in nodes if "batch_norm" in str(node.target) for item in node.all_input_nodes}
-    free |= {node for node in exported.buffers.values() if storage_of(node) not in changed and node not in batch_norms}
-    found: set[fx.Node] = set()
-    for node in nodes:
-        seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if not seeded and _mutated(node) is None and all(item in free for item in node.all_input_nodes):
-            free.add(node)
-            found.add(node)
-    return found
+    given |= {node for node in exported.buffers.values() if node not in batch_norms}
+    placed = [*exported.inputs.values(), *exported.buffers.values(), *exported.parameters.values()]
+    barred = {storage_of(item) for node in nodes if (item := _mutated(node)) is not None}
+    barred &= {storage_of(node) for node in placed}
+    while True:
+        free = {node for node in given if storage_of(node) not in barred}
+        for node in nodes:
+            seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+            storage = storage_of(node)
+            if not seeded and (storage is None or storage not in barred) and free.issuperset(node.all_input_nodes):
+                free.add(node)
+        changed = {storage_of(item) for node in nodes if (item := _mutated(node)) is not None and node not in free}
+        if changed <= barred:
+            return {node for node in free if node.op == "call_function"}
+        barred |= changed
 
 
 def _needed_copies(group: Iterable[fx.Node], cloned: set[fx.Node]) -> set[fx.Node]:
+    """The clonable nodes that a group reads, directly or not, with the changes in place of their tensors."""
+    changes: dict[int | None, list[fx.Node]] = {}
+    for node in cloned:
+        if (item := _mutated(node)) is not None:
+            changes.setdefault(storage_of(item), []).append(node)
     found: set[fx.Node] = set()
     pending = [item for node in group for item in (node, *node.all_input_nodes)]
     while pending:
         node = pending.pop()
         if node in cloned and node not in found:
             found.add(node)
-            pending.extend(node.all_input_nodes)
+            pending.extend((*node.all_input_nodes, *changes.get(storage_of(node), ())))
     return found
 
 
@@ -161,7 +175,8 @@ def _label_unit(unit: str, nodes: Sequence[fx.Node], granularity: Granularity) -
     """Labels within one layer or block; None for all if nothing in it is heavy."""
     if not any(is_heavy(node) for node in nodes):
         return dict.fromkeys(nodes)
-    if granularity == "layer" or not any(_layers(node) for node in nodes):
+    whole = granularity == "layer" or not any(_layers(node) for node in nodes)
+    if whole or not any(_below(node, unit) for node in nodes):  # the last: one linear of a Sequential
         return dict.fromkeys(nodes, unit)
     hard = _hard_labels(unit, nodes, granularity)
     labels: dict[fx.Node, Label | None] = {}

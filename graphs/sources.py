@@ -86,7 +86,8 @@ def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.
     sizes = families.Sizes(record["seq"], record["batch"], record["images"], record["image"])
 
     def build(device: str) -> nn.Module:
-        return _freeze(families.build_model(config, device, dtype, record["expert_groups"]), record["freeze"])
+        made = families.build_model(config, device, dtype, record["expert_groups"], sizes)
+        return _freeze(made, record["freeze"])
 
     return Source(kind.__name__, build, lambda device: families.example_inputs(config, kind, sizes, device, dtype),
                   "meta", task, task.info, task.withheld, task.constants, record)

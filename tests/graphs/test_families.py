@@ -49,6 +49,16 @@ def text(values: Mapping[str, Any]) -> dict[str, Any]:
     return {f"text_config.{key}": value for key, value in values.items()}
 
 
+QWEN_VL = {**text({**TEXT, "num_attention_heads": 2, "rope_parameters": {
+    "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}), **{
+    f"vision_config.{key}": value for key, value in {
+        "hidden_size": 16, "depth": 2, "num_heads": 2, "patch_size": 2, "out_hidden_size": 16}.items()},
+    "image_token_id": 63, "vision_config.intermediate_size": 32}
+DEEP = {**QWEN_VL, "text_config.head_dim": 8, "vision_config.num_position_embeddings": 25,
+        "vision_config.deepstack_visual_indexes": [0]}
+TWO_IMAGES = {"seq": 24, "images": 2, "image": 12}  # 3 x 3 tokens each
+BRANCHES = frozenset({"vision", "text", "projector"})
+
 QUICK = {
     "qwen3_moe_aux": Case("Qwen3MoeForCausalLM", {**MOE, "head_dim": 8, "output_router_logits": True}),
     "deepseek_v3": Case("deepseek_v3", {
@@ -59,6 +69,11 @@ QUICK = {
                   frozenset({"vision", "text", "projector"})),
 }
 SLOW = {
+    "qwen2_5_vl": Case("qwen2_5_vl", {**QWEN_VL, "vision_config.window_size": 8, "vision_config.fullatt_block_indexes":
+                                      [1]}, TWO_IMAGES, BRANCHES),
+    "qwen3_vl": Case("qwen3_vl", DEEP, TWO_IMAGES, BRANCHES),
+    "qwen3_vl_moe": Case("qwen3_vl_moe", {**DEEP, **text({"moe_intermediate_size": 8, "num_experts": 4,
+                                                          "num_experts_per_tok": 2})}, TWO_IMAGES, BRANCHES),
     "llama": Case("llama", TEXT),
     "qwen3": Case("qwen3", {**TEXT, "head_dim": 8}),
     "qwen3_moe": Case("qwen3_moe", {**MOE, "head_dim": 8}),
@@ -98,7 +113,8 @@ def reference(case: Case, graph: OperatorGraph) -> tuple[nn.Module, dict[str, Te
     task = families.task_of(config, kind)
     if task.kind == "own":
         return model, batch, model(**batch, **task.constants).loss
-    output = model(**{key: item for key, item in batch.items() if key != "labels"}, **task.constants)
+    extra = image_arguments(case, batch, config)
+    output = model(**{key: item for key, item in batch.items() if key != "labels"}, **task.constants, **extra)
     labels = batch["labels"][:, 1:] if task.shift else batch["labels"]
     logits = output.logits[:, :-1] if task.shift else output.logits
     valid = labels != -100
@@ -106,6 +122,15 @@ def reference(case: Case, graph: OperatorGraph) -> tuple[nn.Module, dict[str, Te
     if getattr(output, "aux_loss", None) is not None:
         loss = loss + config.router_aux_loss_coef * output.aux_loss * losses.weight(graph, batch)
     return model, batch, loss
+
+
+def image_arguments(case: Case, batch: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """What Qwen-VL's processor adds for the model's own forward: the grids of the images and where their tokens are."""
+    if "image_token_id" not in case.overrides:
+        return {}
+    side = case.options["image"] // config.vision_config.patch_size
+    return {"image_grid_thw": torch.tensor([[1, side, side]] * (case.options["images"] * len(batch["input_ids"]))),
+            "mm_token_type_ids": (batch["input_ids"] == config.image_token_id).int()}
 
 
 def random_batch(case: Case, graph: OperatorGraph, config: Any) -> dict[str, Tensor]:
@@ -122,6 +147,9 @@ def random_batch(case: Case, graph: OperatorGraph, config: Any) -> dict[str, Ten
         batch["labels"] %= config.num_labels
     if "text_config.eos_token_id" in case.overrides:  # CLIP reads its text at this token
         batch["input_ids"][:, -1] = case.overrides["text_config.eos_token_id"]
+    if "image_token_id" in case.overrides:  # two images in each text, at different places
+        for row, (first, second) in enumerate([(1, 11), (2, 13)]):
+            batch["input_ids"][row, first:first + 9] = batch["input_ids"][row, second:second + 9] = 63
     if "image_token_index" in case.overrides:
         batch["input_ids"][:, 1:5] = case.overrides["image_token_index"]
     return batch
