@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Segment, SegmentTrace
 from mipipe.graphs.trace import CONSTANT, GETITEM, build_phase, phase_signature, resolve, uses_random
+from mipipe.runtime.compile_phases import Compiler
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,30 +32,35 @@ class Phases:
     """Phase functions by trace and phase; ``compile`` passes them through torch.compile.
 
     The engine runs a whole step without autograd, so the functions' own guard (a microsecond or two for each call) is
-    taken off.
+    taken off. ``given`` has implementations of operators by kind for segments that need their own (expert parallelism);
+    these have sizes that change, and are never compiled.
     """
 
-    def __init__(self, graph: OperatorGraph, device: torch.device, compile: bool = False) -> None:
+    def __init__(self, graph: OperatorGraph, device: torch.device, compile: bool = False,
+                 given: Mapping[str, Mapping[str, Callable[..., Any]]] | None = None) -> None:
         self.device = device
-        self._compile = compile
+        self._given = given or {}
+        self._compiler = Compiler(device) if compile else None
         self._traces = {trace.digest: trace for trace in graph.traces}
-        self._codes: dict[tuple[str, Phase], PhaseCode] = {}
+        self._codes: dict[tuple[str, Phase, str], PhaseCode] = {}
 
     def trace(self, segment: Segment) -> SegmentTrace:
         """The trace of a segment."""
         return self._traces[segment.trace]
 
-    def code(self, trace: SegmentTrace, phase: Phase) -> PhaseCode:
-        """The function of one phase of a trace."""
-        found = self._codes.get((trace.digest, phase))
+    def code(self, trace: SegmentTrace, phase: Phase, segment: str = "") -> PhaseCode:
+        """The function of one phase of a trace; ``segment`` matters where it has operators of its own."""
+        given = self._given.get(segment)
+        key = (trace.digest, phase, "" if given is None else segment)
+        found = self._codes.get(key)
         if found is None:
             arguments, results = phase_signature(trace, phase)
-            function = inspect.unwrap(build_phase(trace, phase, device=self.device))
-            if self._compile:
-                function = torch.compile(function, dynamic=False)
-            found = PhaseCode(function, arguments, results, _owned(trace, phase, results),
-                              phase is Phase.F and uses_random(trace))
-            self._codes[trace.digest, phase] = found
+            function = inspect.unwrap(build_phase(trace, phase, device=self.device, given=given))
+            owned = _owned(trace, phase, results)
+            if self._compiler is not None and given is None and trace.has(phase):
+                function, owned = self._compiler.compile(function, trace, phase)
+            found = PhaseCode(function, arguments, results, owned, phase is Phase.F and uses_random(trace))
+            self._codes[key] = found
         return found
 
 

@@ -1,0 +1,65 @@
+"""torch.compile of the phase functions, as an option: the same losses and gradients, or one clear error."""
+
+import random
+
+import pytest
+import runtime_cases as cases
+import runtime_dags as dags
+import runtime_equal as equal
+import runtime_models as models
+import torch
+
+from mipipe.graphs.capture import capture_module
+from mipipe.graphs.errors import RunError
+from mipipe.graphs.loss import sum_over
+from mipipe.runtime.engine import Engine, EngineOptions
+
+COUNT = 2
+
+
+def one_rank(recompute=False):
+    problem = cases.problem_of(cases.chain_graph(), COUNT, 1)
+    order = "0F0 0R0 0B0 0F1 0R1 0B1" if recompute else "0F0 0F1 0I0 0I1 0W1 0W0"
+    return cases.plan_of(problem, [([0, 1, 2], [0])], [[0] * COUNT], [order], recompute)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_functions_equal_autograd(recompute):
+    """A small chain: F, I, W, and B with recomputation; gradients add up over steps in memory of their own."""
+    losses, gradients = cases.run_chain(one_rank(recompute), 2, COUNT, steps=2, options=EngineOptions(compile=True))
+    loss, expected = cases.chain_reference(2, COUNT)
+    assert losses == pytest.approx([loss] * 2, rel=1e-12)
+    assert set(gradients) == set(expected)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, 2 * expected[name], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_compiled_ranks_equal_uncompiled_ones(pool):
+    """Tied weights, replicas and dropout on two ranks: the compiled functions draw the same random numbers."""
+    module = models.skip_module(dropout=0.5)
+    graph = capture_module(module, models.token_batch(equal.ROWS, equal.LENGTH, 11), granularity="module",
+                           loss_info=sum_over("labels"))
+    batch = models.token_batch(equal.ROWS * COUNT, equal.LENGTH, 11)
+    plan = dags.random_plan(random.Random(3), graph, 2, COUNT)
+    plain, fast = (pool.run(2, equal.__file__, "run_case", [plan], graph, dict(module.state_dict()), batch,
+                            EngineOptions(compile=flag, timeout_s=400.0), timeout=500.0) for flag in (False, True))
+    for ((loss, gradients),), ((other, compiled),) in zip(plain, fast, strict=True):
+        assert other == pytest.approx(loss, rel=1e-12)
+        assert set(gradients) == set(compiled)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(compiled[name], gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [None, "no-such-compiler -O2"])
+def test_without_a_compiler_one_line_says_so(monkeypatch, tmp_path, name):
+    """Found out before anything runs, not in the middle of the first step."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if name is None:
+        monkeypatch.delenv("CXX", raising=False)
+    else:
+        monkeypatch.setenv("CXX", name)
+    with pytest.raises(RunError, match=r"torch.compile needs a C.. compiler, but none was found .*train without"):
+        Engine(one_rank(), cases.chain_graph(), cases.chain_state(), options=EngineOptions(compile=True))
