@@ -15,6 +15,8 @@ Legend: T tokens, k experts per token, H hidden size, N rows received, S slots o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def scatter_rows(rows: Tensor, places: Tensor) -> Tensor:
 
 def _define() -> None:
     """Register the operators with fake implementations (one rank) and autograd formulas."""
-    ops = {"route": route_alone, "send": send_alone, "return": return_alone}
+    ops: dict[str, Callable[..., object]] = {"route": route_alone, "send": send_alone, "return": return_alone}
     made = {name: torch.library.custom_op(f"mipipe::all_to_all_{name}", function, mutates_args=())
             for name, function in ops.items()}
 

@@ -67,7 +67,7 @@ def with_copy_sums(compiled: Compiled) -> list[Ready]:
     if compiled.mesh.copy_group is None:
         return instructions
     name_of = {id(parameter): name for name, parameter in compiled.weights.parameters.items()}
-    alone = {name for name in compiled.graded if len(compiled.holders[name]) == 1}
+    alone = {name for name in compiled.graded if len(compiled.holders[name]) == 1} - compiled.banks
     last: dict[str, int] = {}
     for place, ready in enumerate(instructions):
         for name in gradients_of(ready, name_of):

@@ -32,6 +32,14 @@ def start_all_reduce(group: Any, tensor: torch.Tensor) -> Any:
     return dist.all_reduce(tensor, group=group, async_op=True)
 
 
+def start_all_to_all(group: Any, output: torch.Tensor, rows: torch.Tensor, arriving: Sequence[int] | None = None,
+                     leaving: Sequence[int] | None = None) -> Any:
+    """The work of an exchange of rows: ``leaving[r]`` rows go to rank r of the group, ``arriving[r]`` come from it into
+    ``output``; None: equally many."""
+    return dist.all_to_all_single(output, rows, None if arriving is None else list(arriving),
+                                  None if leaving is None else list(leaving), group=group, async_op=True)
+
+
 def wait(works: Sequence[Any], timeout: timedelta, where: Callable[[], str], blocking: bool = True) -> None:
     """Return when all works are done. ``where`` names rank, instruction and peer for the message.
 

@@ -18,6 +18,8 @@ from mipipe.planner.lower import lower
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
 from mipipe.runtime.buckets import with_copy_sums
+from mipipe.runtime.expert_group import make_exchange, routing_counters
+from mipipe.runtime.expert_parallel import Exchange, kernels_of
 from mipipe.runtime.flow import GradientFlow, gradient_flow
 from mipipe.runtime.instructions import Ready
 from mipipe.runtime.mesh import Mesh, build_mesh
@@ -30,7 +32,9 @@ from mipipe.runtime.weights import Source, Weights, load_weights
 @dataclass(slots=True)
 class Compiled:
     """All of one rank. ``holders[name]``: the ranks with a parameter; ``exclusive``: parameters of one stage only;
-    ``graded``: local trainable parameters that get a gradient."""
+    ``graded``: local trainable parameters that get a gradient; ``experts``: the group that shares the experts of this
+    rank's layers, ``banks`` the parameters of these, which differ between copies; ``counters``: routing counts of this
+    rank's MoE layers by their number in the graph."""
 
     plan: Plan
     graph: OperatorGraph
@@ -45,6 +49,9 @@ class Compiled:
     graded: tuple[str, ...]
     instructions: list[Ready] = field(default_factory=list)
     evaluation: list[Ready] = field(default_factory=list)
+    experts: Exchange | None = None
+    banks: frozenset[str] = frozenset()
+    counters: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 def compile_rank(plan: Plan, graph: OperatorGraph, source: Source, program: Program | None, mesh: Mesh | None,
@@ -69,12 +76,15 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: Source, program: Prog
     segments = {index: [segment for segment in graph.segments if stage_of[segment.name] == index] for index in local}
     names = {fqn for members in segments.values() for segment in members
              for fqn in (*segment.parameters, *segment.buffers)}
-    weights = load_weights(graph, names, source, device, options.master_dtype)
+    experts = make_exchange(plan, graph, stage_of, mesh, options)
+    weights = load_weights(graph, names, source, device, options.master_dtype,
+                           None if experts is None else experts.rows())
     loss = next(value.spec for value in graph.values if value.name == graph.loss)
     loss_gradient = torch.ones(loss.shape, dtype=getattr(torch, loss.dtype), device=device)
-    phases = Phases(graph, device, options.compile)
+    phases = Phases(graph, device, options.compile, kernels_of(experts))
+    counters, watched = routing_counters(graph, stage_of, local, device)
     stages = {index: build_stage(graph, flow, segments[index], index, stage_of, weights, loss_gradient, phases,
-                                 graph.outputs) for index in local}
+                                 graph.outputs, watched) for index in local}
     for index, code in stages.items():
         if code.buffer_updates and len(plan.placement.stages[index].ranks) > 1:
             raise PlanError(f"stage {index}: has buffers that F changes (batch statistics), so it cannot have replicas;"
@@ -82,7 +92,9 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: Source, program: Prog
     trained = {name for name, item in weights.parameters.items() if item.requires_grad}
     graded = tuple(sorted(_graded(graph, flow) & trained))
     exclusive = frozenset(name for name, where in stages_of.items() if len(where) == 1)
-    compiled = Compiled(plan, graph, program, flow, mesh, weights, loss_gradient, stages, holders, exclusive, graded)
+    compiled = Compiled(plan, graph, program, flow, mesh, weights, loss_gradient, stages, holders, exclusive, graded,
+                        experts=experts, banks=frozenset() if experts is None else frozenset(experts.rows()),
+                        counters=counters)
     Resolver(compiled, stage_of).resolve(options.prepost)
     compiled.instructions = with_copy_sums(compiled)
     return compiled

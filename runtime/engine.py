@@ -7,9 +7,11 @@ number, its text and the peer.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,6 +22,7 @@ import torch.distributed as dist
 from mipipe.graphs.errors import MipipeError, ProgramError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.actions import ActionKind
+from mipipe.planner.expert_map import ExpertMap
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
 from mipipe.runtime import comm, reduce
@@ -27,6 +30,7 @@ from mipipe.runtime.batches import Batch, split_batch, total_weight
 from mipipe.runtime.buckets import Bucket
 from mipipe.runtime.buffers import Buffers, Frame
 from mipipe.runtime.compiled import Compiled, compile_rank
+from mipipe.runtime.expert_moves import Moved, move_experts
 from mipipe.runtime.instructions import Step, Transport
 from mipipe.runtime.mesh import Mesh
 from mipipe.runtime.stage import Call, Part
@@ -41,7 +45,9 @@ class EngineOptions:
     loss on every rank (one small all-reduce), else only where it is computed. ``track_memory`` measures after every
     instruction, slowly. Memory beyond the plan's buys independence of the other ranks' delays: ``hold_sends`` keeps
     what was sent to the end of the step instead of waiting where the program frees it, ``prepost`` posts every receive
-    that many compute actions earlier than the program does.
+    that many compute actions earlier than the program does. For graphs captured for expert parallelism: ``expert_map``
+    places the experts on the copies of the plan (None: in equal blocks), ``load_factor`` caps the rows that a copy
+    accepts, in even shares.
     """
 
     seed: int = 0
@@ -52,6 +58,8 @@ class EngineOptions:
     track_memory: bool = False
     hold_sends: bool = False
     prepost: int = 0
+    expert_map: ExpertMap | None = None
+    load_factor: float | None = None
 
 
 class Engine:
@@ -143,18 +151,35 @@ class Engine:
         for parameter in self.weights.parameters.values():
             parameter.grad = None
 
+    def routing_counts(self) -> dict[int, torch.Tensor]:
+        """How often each expert was chosen in the last step: counts [experts] by the number of the MoE layer in the
+        graph, for the layers of this rank and the tokens of this copy."""
+        return self.compiled.counters
+
+    def place_experts(self, expert_map: ExpertMap, optimizer: torch.optim.Optimizer | None = None) -> Moved:
+        """Move this rank's experts to where the map wants them, with gradients and the optimizer's state.
+
+        Between steps, on all ranks. The mathematics does not change: every later step is what it would have been.
+        """
+        if self.compiled.experts is None:
+            raise RunError("place_experts: this run has no expert-parallel group; capture the model with"
+                           " --expert-parallel and start several copies of the plan")
+        return move_experts(self.compiled.experts, self.weights, expert_map, optimizer)
+
     def _run(self, program: Sequence[tuple[Callable[[Any], None], Any]]) -> None:
         self._losses.clear()
         self.outputs = {}
         self.events, self.transfer_times, self.memory = [], [], []
         self.weights.refresh()
+        for counter in self.compiled.counters.values():
+            counter.zero_()
         if not self._evaluating:
             self._reducer.begin()
         if self.options.track_memory:
             self._static = self._static_storages()
         position = 0
         try:
-            with torch.no_grad():
+            with torch.no_grad(), no_collection():
                 for position, (handler, argument) in enumerate(program):  # noqa: B007
                     handler(argument)
                     if self.options.track_memory:
@@ -204,6 +229,10 @@ class Engine:
                 torch.manual_seed(random_key(self.options.seed, self.steps_done,
                                              self.mesh.copy * self.plan.problem.num_microbatches + microbatch,
                                              call.segment))
+            if call.counted is not None:
+                slot, counter = call.counted
+                chosen = frame[slot].reshape(-1)
+                counter.index_add_(0, chosen, torch.ones_like(chosen))
             results = call.function(*call.arguments(frame))
             for position, slot in call.stores:
                 frame[slot] = results[position]
@@ -287,6 +316,19 @@ class Engine:
         elif not losses:
             return None
         return float(total) * scale
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Python's cyclic garbage collector waits meanwhile: with torch loaded one pass takes tens of milliseconds, and a
+    pause of one rank is a pause of all. Nothing is lost: tensors go by reference counts."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def random_key(seed: int, step: int, microbatch: int, segment: int) -> int:

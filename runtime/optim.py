@@ -14,6 +14,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.runtime.engine import Engine
+from mipipe.runtime.expert_moves import expert_square
 
 _TORCH = {name.lower(): item for name, item in vars(torch.optim).items()
           if inspect.isclass(item) and issubclass(item, torch.optim.Optimizer) and item is not torch.optim.Optimizer}
@@ -85,16 +86,20 @@ def learning_rate_factor(name: str, warmup: int, steps: int) -> Callable[[int], 
 
 
 def gradient_norm(engine: Engine) -> float:
-    """The 2-norm of all gradients of the plan; tied and replicated parameters count once. All ranks must call.
+    """The 2-norm of all gradients of the plan; tied and replicated parameters and experts count once. All ranks must
+    call.
 
     Raises:
         RunError: the norm is not finite.
     """
     owned = [item.grad for name, item in engine.named_parameters()
-             if item.grad is not None and engine.compiled.holders[name][0] == engine.mesh.rank]
+             if item.grad is not None and engine.compiled.holders[name][0] == engine.mesh.rank
+             and name not in engine.compiled.banks]
     total = torch.zeros((), dtype=torch.float64, device=engine.mesh.device)
     for norm in torch._foreach_norm(owned) if owned else ():
         total += norm.double() ** 2
+    if engine.compiled.experts is not None:
+        total += expert_square(engine.compiled.experts, engine.weights)
     if engine.mesh.plan_group is not None:
         dist.all_reduce(total, group=engine.mesh.plan_group)
     value = float(total) ** 0.5

@@ -1,4 +1,4 @@
-"""Gradient sums between ranks: replicas of a stage, tied parameters in several stages, copies of the whole plan.
+"""Gradient sums between ranks: replicas of a stage or expert, tied parameters in several stages, copies of the plan.
 
 Sums start where `mipipe.runtime.buckets` put them, run while the rank goes on computing, and are finished before the
 optimizer. Gradients that were there before the step (accumulation over several steps) are set aside first, so that they
@@ -18,6 +18,7 @@ from mipipe.planner.actions import ActionKind
 from mipipe.runtime import comm
 from mipipe.runtime.buckets import Bucket, buckets_of
 from mipipe.runtime.compiled import Compiled
+from mipipe.runtime.expert_moves import ReplicaSums
 
 
 class Reducer:
@@ -30,16 +31,21 @@ class Reducer:
         self._pending: list[tuple[Any, torch.Tensor, Bucket]] = []
         self._aside: dict[str, torch.Tensor] = {}
         self._done = True
-        self._shared = [name for name in compiled.graded if compiled.mesh.reduction(compiled.holders[name]) is not None]
+        summed = sorted(set(compiled.graded) - compiled.banks)
+        self._shared = [name for name in summed if compiled.mesh.reduction(compiled.holders[name]) is not None]
         early = {name for ready in compiled.instructions if ready.kind is ActionKind.ALL_REDUCE
                  for bucket in ready.argument for name in bucket.names}
-        self._late = buckets_of(compiled, sorted(set(compiled.graded) - early), "gradients of tied parameters")
+        self._late = buckets_of(compiled, sorted(set(summed) - early), "gradients of tied parameters")
+        self._replicas = None if compiled.experts is None else ReplicaSums(compiled.experts, compiled.weights,
+                                                                           compiled.graded)
 
     def begin(self) -> None:
         """Set earlier gradients aside."""
         self._pending.clear()
         self._aside.clear()
         self._done = False
+        if self._replicas is not None:
+            self._replicas.begin()
         for name in self._shared:
             parameter = self._parameters[name]
             if parameter.grad is not None:
@@ -58,6 +64,8 @@ class Reducer:
             return
         self._done = True
         self.start(self._late)
+        if self._replicas is not None:
+            self._replicas.finish()
         for work, flat, bucket in self._pending:
             comm.wait([work], self._timeout, functools.partial("all-reduce of {}".format, bucket.what), self._blocking)
             offset = 0

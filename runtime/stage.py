@@ -24,6 +24,7 @@ from mipipe.runtime.phases import PhaseCode, Phases
 from mipipe.runtime.weights import Weights
 
 Key = tuple[str, ...]
+Counters = dict[str, tuple[str, torch.Tensor]]
 
 
 @dataclass(slots=True)
@@ -32,7 +33,8 @@ class Call:
 
     ``sums`` are done first: (slot, slots of the contributions). ``stores`` are (result, slot), ``gradients`` (result,
     parameter, whether its memory may be kept), ``updates`` (result, buffer). ``segment`` numbers the segment in the
-    graph where its operators draw random numbers, else -1. ``drops`` are empty afterwards.
+    graph where its operators draw random numbers, else -1. ``drops`` are empty afterwards. ``counted``: the slot of the
+    experts chosen by a router, and the counter [experts] that they are added to.
     """
 
     function: Callable[..., tuple[torch.Tensor, ...]]
@@ -44,6 +46,7 @@ class Call:
     updates: tuple[tuple[int, torch.Tensor], ...] = ()
     segment: int = -1
     drops: tuple[int, ...] = ()
+    counted: tuple[int, torch.Tensor] | None = None
 
     def touched(self) -> set[int]:
         """All slots it reads or writes."""
@@ -117,6 +120,7 @@ class _Builder:
     specs: dict[str, TensorSpec] = field(default_factory=dict)
     local: set[str] = field(default_factory=set)
     kept: set[str] = field(default_factory=set)
+    counters: Counters = field(default_factory=dict)
 
     def gradient(self, value: str) -> tuple[int, tuple[int, tuple[int, ...]] | None]:
         """The slot of a value's whole gradient, and the sum that makes it (None for a single contribution)."""
@@ -165,7 +169,12 @@ class _Builder:
             updates += [(position, target) for result, target in targets if result == name]
         reads = tuple(slots[name] for name in code.arguments)
         number = self.graph.segments.index(segment) if code.random else -1
-        return Call(code.function, _getter(reads), reads, (), tuple(stores), (), tuple(updates), number)
+        counted = None
+        if segment.name in self.counters:
+            value, counter = self.counters[segment.name]
+            counted = self.slots.number(("value", value)), counter
+        return Call(code.function, _getter(reads), reads, (), tuple(stores), (), tuple(updates), number,
+                    counted=counted)
 
     def backward(self, segment: Segment, trace: SegmentTrace, code: PhaseCode, phase: Phase, needed: set[str],
                  first: bool) -> Call:
@@ -197,18 +206,20 @@ class _Builder:
 
 def build_stage(graph: OperatorGraph, flow: GradientFlow, segments: Sequence[Segment], index: int,
                 stage_of: dict[str, int], weights: Weights, loss_gradient: torch.Tensor, phases: Phases,
-                keep: Iterable[str] = ()) -> StageCode:
+                keep: Iterable[str] = (), counters: Counters | None = None) -> StageCode:
     """The code of stage ``index``, whose ``segments`` are in topological order.
 
-    ``stage_of`` gives the stage of every segment; ``keep`` names values the caller wants after F (the loss, outputs).
+    ``stage_of`` gives the stage of every segment; ``keep`` names values the caller wants after F (the loss, outputs);
+    ``counters`` has, for segments whose routing is counted, the value with the chosen experts and where to add them.
     """
     builder = _Builder(graph, flow, weights, loss_gradient, stage_of, index, segments, phases.device)
     builder.specs = {value.name: value.spec for value in graph.values}
     builder.local = {segment.name for segment in segments}
+    builder.counters = counters or {}
     forward, backward = [], []
     for segment in segments:
         trace = phases.trace(segment)
-        codes = {phase: phases.code(trace, phase) for phase in Phase}
+        codes = {phase: phases.code(trace, phase, segment.name) for phase in Phase}
         active = flow.active(segment.name)
         later = {name for phase in (Phase.I, Phase.W) if active and trace.has(phase) for name in codes[phase].arguments}
         forward.append(builder.forward(segment, trace, codes[Phase.F], later))
@@ -291,7 +302,7 @@ def _parts(actions: list[tuple[list[Call], set[int]]], static: set[int]) -> list
 
 def _with_drops(call: Call, drops: Iterable[int]) -> Call:
     return Call(call.function, call.arguments, call.reads, call.sums, call.stores, call.gradients, call.updates,
-                call.segment, tuple(drops))
+                call.segment, tuple(drops), call.counted)
 
 
 def _without_updates(call: Call) -> Call:

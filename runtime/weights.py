@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,8 +41,11 @@ class Weights:
 
 
 def load_weights(graph: OperatorGraph, names: Iterable[str], source: Source, device: torch.device,
-                 master_dtype: torch.dtype | None = None) -> Weights:
+                 master_dtype: torch.dtype | None = None,
+                 rows: Mapping[str, Sequence[int]] | None = None) -> Weights:
     """Weights of the given FQNs, copied from ``source`` to ``device``.
+
+    ``rows``: of these parameters only some rows, in this order (the experts a rank holds).
 
     Raises:
         GraphError: a name is missing in the source, its shape differs, or it has no values (meta device).
@@ -67,6 +70,8 @@ def load_weights(graph: OperatorGraph, names: Iterable[str], source: Source, dev
         if found.is_meta:
             raise GraphError(f"weights: {item.fqn} is on the meta device and has no values; load a checkpoint or build"
                              " the model on a real device")
+        if rows is not None and item.fqn in rows:
+            found = found[torch.tensor(rows[item.fqn], device=found.device)]
         dtype = getattr(torch, item.spec.dtype)
         if item.buffer:
             buffers[item.fqn] = found.detach().to(device, dtype, copy=True).contiguous()
