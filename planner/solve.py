@@ -1,6 +1,7 @@
 """`plan`: from a problem to a plan, with a bound and a history. The driver of the ladder in design.md section 4.
 
-1. Placements are proposed (`mipipe.planner.proposals`) and each gets a list schedule: the first plan.
+1. Placements are proposed (`mipipe.planner.proposals`) and each gets a list schedule: the first plan. Where the known
+   shapes do not say it all, the placement MIP adds its own, and modes (`mipipe.planner.placing`).
 2. The race (`mipipe.planner.race`): placements whose bound is below the incumbent are searched in turn.
 3. The MIP rungs run where they can still help.
 
@@ -16,13 +17,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import chain
+from itertools import chain, islice
 from types import FrameType
 from typing import Any
 
 from mipipe.graphs.errors import InfeasibleError, PlanError
-from mipipe.planner import rungs
-from mipipe.planner.candidate import candidate
+from mipipe.planner import placing, rungs
+from mipipe.planner.candidate import Candidate, candidate
 from mipipe.planner.check import check_plan
 from mipipe.planner.explain import explain
 from mipipe.planner.feasible import why_infeasible, with_recomputation
@@ -121,6 +122,12 @@ def _ladder(run: Run) -> None:
     _enter(run)
     if run.options.use_baselines:
         rungs.published(run)
+    if run.options.use_milp:
+        if run.options.placement == "free":
+            placing.by_mip(run, _admit)
+        placing.with_modes(run, _admit, list(islice(propose(run.problem, run.options.placement), 3)))
+    if not run.candidates and run.options.recompute:
+        _recomputing(run)
     if not run.candidates:
         raise InfeasibleError(why_infeasible(run.problem, run.options.placement))
     limit = run.options.time_limit_s
@@ -153,7 +160,7 @@ BIG_ORDER: tuple[PlacementName, ...] = ("chain", "two-way", "v")
 
 
 def _enter(run: Run) -> None:
-    """Propose placements and schedule each by list; recomputation where nothing else fits.
+    """Propose placements and schedule each by list.
 
     The seconds per action of the placements so far say which of the rest can still be built in time.
     """
@@ -169,20 +176,25 @@ def _enter(run: Run) -> None:
         _admit(run, placement)
         built += size
         run.reserve_s = min(0.2 * run.options.time_limit_s, 0.5 * (run.seconds - began) / built * size)
-    if not run.candidates and run.options.recompute:
-        for placement in propose(run.problem, run.options.placement):
-            for variant in with_recomputation(run.problem, placement):
-                _admit(run, variant)
 
 
-def _admit(run: Run, placement: Placement) -> None:
-    """Make a placement a candidate if some order fits its memory."""
+def _recomputing(run: Run) -> None:
+    """Where nothing fits otherwise: every placement with F run again by all stages, and by the first half of them."""
+    for placement in propose(run.problem, run.options.placement):
+        for variant in with_recomputation(run.problem, placement):
+            _admit(run, variant)
+
+
+def _admit(run: Run, placement: Placement) -> Candidate | None:
+    """Make a placement a candidate if some order fits its memory; the candidate, or None."""
     try:
         found = candidate(run.problem, placement)
     except PlanError:
-        return
-    if seed_search(run, found, compiled=run.best is not None or found.instance.size > INTERPRETED):
-        run.candidates.append(found)
+        return None
+    if not seed_search(run, found, compiled=run.best is not None or found.instance.size > INTERPRETED):
+        return None
+    run.candidates.append(found)
+    return found
 
 
 def _periodic(run: Run) -> None:

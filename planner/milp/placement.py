@@ -9,6 +9,8 @@ microbatches u runs on d. Per device, for each stream, with everything per step 
     C capacity_d >= sum_u area_u n[u,d]                    activations take bytes x time (Little's law)
     sum_u resident_u x[u,d] <= resident room of d;  sum_u saved_u x[u,d] <= capacity_d  (one microbatch of each)
     n[u,d] <= x[u,d],  sum_d n[u,d] = 1,  1 <= sum_d x[u,d] <= max_replicas
+    r[u,d] <= n[u,d],  sum_d r[u,d] = z[u]                 u runs F again before its gradients (where it may): its work
+                                                           grows by again_u, its area shrinks to what is kept meanwhile
     head_d = sum_u head_u first[u,d],  sum_u first[u,d] = 1,  first <= x     (continuous: the least head wins by itself)
 
 The row with saved_u only for one replica each: then a microbatch holds all of them at once. Heads, areas and returns
@@ -20,6 +22,7 @@ what is proposed).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,12 +33,18 @@ from mipipe.planner.actions import Stream
 from mipipe.planner.free_bound import Facts, facts_of, work_of
 from mipipe.planner.milp import highs
 from mipipe.planner.milp.highs import SolverOutcome, Termination
-from mipipe.planner.milp.routes import to_placement
+from mipipe.planner.milp.routes import to_placement, to_shares
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
 
 HOP_WEIGHTS = (1.0, 4.0, 0.25, 0.0)
 """Weights of transfer time that give different placements: few hops shorten warm-up, many start devices sooner."""
+
+
+LASTING = 1.5
+"""How much longer than on the shortest path activations stay in a schedule without idle time, where it matters which
+groups run F again: a chain of P equal stages with F = I = W holds P microbatches at its first stage, each for P periods
+of F + I + W, against P (F + I) on the path of one microbatch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +62,26 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """Per unit: its groups, the work of a step [stream][unit][device], bytes, heads and returns in nanoseconds."""
+    """Per unit: its groups, the work of a step [stream][unit][device], bytes, heads and returns in nanoseconds.
+
+    ``kept`` and ``kept_area`` are what stays of ``saved`` and ``area`` where F runs again (None: it may not), ``again``
+    the time that takes.
+    """
 
     groups: list[list[int]]
     work: dict[Stream, list[list[int]]]
     resident: list[int]
     saved: list[int]
+    kept: list[int | None]
     area: list[int]
+    kept_area: list[int]
+    again: list[int]
     head: list[int]
     gradient: list[int | None]
 
 
 def propose(problem: PlanningProblem, *, time_limit_s: float, seed: int, count: int = 4, max_replicas: int = 1,
-            contiguous: bool = False) -> list[Proposal]:
+            contiguous: bool = False, start: Placement | None = None) -> list[Proposal]:
     """Up to ``count`` different placements, each the best found for another weight of transfer time.
 
     Args:
@@ -74,18 +90,25 @@ def propose(problem: PlanningProblem, *, time_limit_s: float, seed: int, count: 
         count: most placements.
         max_replicas: most devices that hold the same unit.
         contiguous: devices hold consecutive pieces, in device order (one replica each).
+        start: a placement with at most ``max_replicas`` replicas, from which every solve starts.
     """
     units = units_of(problem)
     found: list[Proposal] = []
-    for weight in HOP_WEIGHTS[:count]:
-        model = build(problem, units, max_replicas=max_replicas, contiguous=contiguous, hop_weight=weight)
-        outcome = highs.solve(model, time_limit_s=time_limit_s / min(count, len(HOP_WEIGHTS)), seed=seed, gap=1e-3)
+    lasting = LASTING if any(kept is not None for kept in units.kept) else 1.0
+    for number, weight in enumerate(HOP_WEIGHTS[:count]):
+        model = build(problem, units, max_replicas=max_replicas, contiguous=contiguous, hop_weight=weight,
+                      pressure=1.0 if number % 2 else lasting)
+        if start is not None:
+            _begin(model, to_shares(problem, units.groups, start))
+        outcome = highs.solve(model, time_limit_s=time_limit_s / min(count, len(HOP_WEIGHTS)), seed=seed, gap=1e-3,
+                              warm_start=start is not None)
         if outcome.has_solution:
             shares = [[max(0.0, share(model)[u, d].value) for d in range(problem.num_ranks)]
                       for u in range(len(units.groups))]
-            placement = to_placement(problem, units.groups, shares)
+            again = {u for u in model.z if model.z[u].value > 0.5}
+            placement = to_placement(problem, units.groups, shares, again=again)
             estimate = round(model.makespan.value * _scale(problem))
-            bound = bound_of(problem, outcome) if not weight else None
+            bound = bound_of(problem, outcome) if not weight and (number % 2 or lasting == 1.0) else None
             known = next((p for p in found if p.placement == placement), None)
             if known is not None:
                 found.remove(known)
@@ -104,8 +127,8 @@ def placement_bound(problem: PlanningProblem, *, time_limit_s: float, seed: int)
 
 
 def bound_of(problem: PlanningProblem, outcome: SolverOutcome) -> int | None:
-    """The solver's bound in nanoseconds, less its tolerance."""
-    return None if outcome.bound is None else int((outcome.bound - 1e-5) * _scale(problem))
+    """The solver's bound less its tolerance, rounded up to a whole nanosecond as makespans are."""
+    return None if outcome.bound is None else math.ceil((outcome.bound - 1e-5) * _scale(problem))
 
 
 def units_of(problem: PlanningProblem) -> Units:
@@ -125,26 +148,58 @@ def units_of(problem: PlanningProblem) -> Units:
                 for unit in groups]
     return Units(groups, work, [sum(problem.groups[g].resident_bytes for g in unit) for unit in groups],
                  [sum(_saved(problem, g) for g in unit) for unit in groups],
+                 [sum(_kept(problem, g) for g in unit) if _may_recompute(problem, unit) else None for unit in groups],
                  [sum(_area(problem, facts, g) for g in unit) for unit in groups],
+                 [sum(_kept_area(problem, facts, g) for g in unit) for unit in groups],
+                 [sum(work_of(problem, problem.groups[g], facts.f[g]) for g in unit) for unit in groups],
                  [min(facts.head[g] for g in unit) for unit in groups], gradient)
 
 
 def _saved(problem: PlanningProblem, g: int) -> int:
     group = problem.groups[g]
-    full = group.saved_fi_bytes + group.saved_fw_bytes
-    kept = full if group.recompute_bytes is None else min(full, group.recompute_bytes)
-    return int(kept * min(group.loads, default=1.0))
+    return int((group.saved_fi_bytes + group.saved_fw_bytes) * min(group.loads, default=1.0))
+
+
+def _kept(problem: PlanningProblem, g: int) -> int:
+    group = problem.groups[g]
+    return int(min(group.saved_fi_bytes + group.saved_fw_bytes, group.recompute_bytes or 0)
+               * min(group.loads, default=1.0))
+
+
+def _may_recompute(problem: PlanningProblem, unit: Sequence[int]) -> bool:
+    """Whether F of a unit may run again, and whether that would give memory back."""
+    groups = [problem.groups[g] for g in unit]
+    return (all(group.recompute_bytes is not None and group.stream is Stream.COMPUTE for group in groups)
+            and sum(_kept(problem, g) for g in unit) < sum(_saved(problem, g) for g in unit))
 
 
 def _area(problem: PlanningProblem, facts: Facts, g: int) -> int:
     """Bytes x time of one step's activations of a group: from F's start to the end of I and of W."""
     group, back = problem.groups[g], facts.gradient_head[g]
-    if back is None or group.recompute_bytes is not None:
+    if back is None:
         return 0
     light = min(group.loads, default=1.0)
     until_i = back + int(light * facts.i[g]) - facts.head[g]
     sizes = group.saved_fi_bytes * until_i + group.saved_fw_bytes * (until_i + int(light * facts.w[g]))
-    return int(sizes * (sum(group.loads) if group.loads else problem.num_microbatches))
+    return int(sizes * _microbatches(problem, g))
+
+
+def _kept_area(problem: PlanningProblem, facts: Facts, g: int) -> int:
+    """The same where F runs again, just before the gradient: until then only what is kept counts."""
+    group, back = problem.groups[g], facts.gradient_head[g]
+    if back is None:
+        return 0
+    light = min(group.loads, default=1.0)
+    gradients = int(light * facts.i[g])
+    sizes = (min(group.recompute_bytes or 0, group.saved_fi_bytes + group.saved_fw_bytes) * (back - facts.head[g])
+             + group.saved_fi_bytes * gradients + group.saved_fw_bytes * (gradients + int(light * facts.w[g])))
+    return int(min(sizes * _microbatches(problem, g), _area(problem, facts, g)))
+
+
+def _microbatches(problem: PlanningProblem, g: int) -> float:
+    """Microbatches of a step, by their loads."""
+    group = problem.groups[g]
+    return sum(group.loads) if group.loads else problem.num_microbatches
 
 
 def _scale(problem: PlanningProblem) -> float:
@@ -154,8 +209,11 @@ def _scale(problem: PlanningProblem) -> float:
 
 
 def build(problem: PlanningProblem, units: Units, *, max_replicas: int, contiguous: bool,
-          hop_weight: float) -> pyo.ConcreteModel:
-    """The model of the module docstring, times in units of `_scale`."""
+          hop_weight: float, pressure: float = 1.0) -> pyo.ConcreteModel:
+    """The model of the module docstring, times in units of `_scale`.
+
+    ``pressure`` multiplies areas: activations stay longer than the shortest path says (then C is no bound).
+    """
     model = pyo.ConcreteModel()
     devices, members = range(problem.num_ranks), range(len(units.groups))
     model.x = pyo.Var(members, devices, domain=pyo.Binary)
@@ -170,7 +228,14 @@ def build(problem: PlanningProblem, units: Units, *, max_replicas: int, contiguo
                 model.rows.add(model.n[u, d] <= model.x[u, d])
         held = sum(model.x[u, d] for d in devices)
         model.rows.add(pyo.inequality(1, held, max_replicas))
-    device_rows(model, problem, units)
+    may = [u for u in members if units.kept[u] is not None]
+    model.z = pyo.Var(may, domain=pyo.Binary)
+    model.r = pyo.Var(may, devices, bounds=(0, 1))
+    for u in may:
+        model.rows.add(sum(model.r[u, d] for d in devices) == model.z[u])
+        for d in devices:
+            model.rows.add(model.r[u, d] <= share(model)[u, d])
+    device_rows(model, problem, units, pressure)
     moved = hops(model, problem, units) if hop_weight else 0.0
     model.goal = pyo.Objective(expr=model.makespan + hop_weight * moved)
     if contiguous:
@@ -180,15 +245,25 @@ def build(problem: PlanningProblem, units: Units, *, max_replicas: int, contiguo
     return model
 
 
+def _begin(model: pyo.ConcreteModel, shares: Sequence[Sequence[float]]) -> None:
+    """Give x and n the values of a placement; HiGHS completes the rest."""
+    for u, row in enumerate(shares):
+        for d, value in enumerate(row):
+            model.x[u, d].set_value(float(value > 0))
+            if model.component("n") is not None:
+                model.n[u, d].set_value(value)
+
+
 def share(model: pyo.ConcreteModel) -> pyo.Var:
     """n[u, d]; with one replica of each unit it is x itself."""
     n = model.component("n")
     return model.x if n is None else n
 
 
-def device_rows(model: pyo.ConcreteModel, problem: PlanningProblem, units: Units) -> None:
+def device_rows(model: pyo.ConcreteModel, problem: PlanningProblem, units: Units, pressure: float) -> None:
     """Everything that holds on one device: load with head and with return, memory and its area."""
     scale, members, n = _scale(problem), range(len(units.groups)), share(model)
+    may = [(u, kept) for u in members if (kept := units.kept[u]) is not None]
     model.first = pyo.Var(members, range(problem.num_ranks), bounds=(0, 1))
     model.back = pyo.Var(members, range(problem.num_ranks), bounds=(0, 1))
     rate = _forwards_per_byte(problem)
@@ -197,9 +272,12 @@ def device_rows(model: pyo.ConcreteModel, problem: PlanningProblem, units: Units
                           for limit in (problem.limits.resident_bytes, problem.limits.activation_bytes))
         model.rows.add(sum(units.resident[u] / max(1, resident) * model.x[u, d] for u in members) <= 1)
         if any(units.saved) and n is model.x:
-            model.rows.add(sum(units.saved[u] / max(1, room) * model.x[u, d] for u in members) <= 1)
+            given = sum((units.saved[u] - kept) / max(1, room) * model.r[u, d] for u, kept in may)
+            model.rows.add(sum(units.saved[u] / max(1, room) * model.x[u, d] for u in members) - given <= 1)
         if any(units.area):
-            model.rows.add(model.makespan >= sum(units.area[u] / max(1, room) / scale * n[u, d] for u in members))
+            area = pressure / max(1, room) / scale
+            given = sum(area * (units.area[u] - units.kept_area[u]) * model.r[u, d] for u, _ in may)
+            model.rows.add(model.makespan >= sum(area * units.area[u] * n[u, d] for u in members) - given)
         model.rows.add(sum(model.first[u, d] for u in members) == 1)
         for u in members:
             model.rows.add(model.first[u, d] <= model.x[u, d])
@@ -207,6 +285,8 @@ def device_rows(model: pyo.ConcreteModel, problem: PlanningProblem, units: Units
         for stream, work in units.work.items():
             if any(any(row) for row in work):
                 load = sum(work[u][d] / scale * n[u, d] for u in members)
+                if stream is Stream.COMPUTE:
+                    load += sum(units.again[u] / scale * model.r[u, d] for u, _ in may)
                 model.rows.add(model.makespan >= load + (head if stream is Stream.COMPUTE else 0))
         if rate is not None and all(moment is not None for moment in units.gradient):
             model.rows.add(sum(model.back[u, d] for u in members) == 1)

@@ -38,8 +38,8 @@ def test_parameters_tied_across_the_join_leave_no_encoder() -> None:
 @pytest.mark.parametrize("shape", [name for name in PLACEMENTS if name != "free"])
 def test_every_shape_plans_a_model_with_branches(shape: str, images: tuple[float, ...]) -> None:
     problem = multimodal_problem(images=images)
-    result = plan(problem, PlanOptions(time_limit_s=0.2, placement=shape, use_milp=False,  # type: ignore[arg-type]
-                                       use_baselines=False))
+    result = plan(problem, PlanOptions(time_limit_s=5.0, placement=shape, use_milp=False,  # type: ignore[arg-type]
+                                       use_baselines=False, use_search=False))
     assert result.termination in (Termination.FEASIBLE, Termination.OPTIMAL), result.reason
     assert result.plan is not None and result.plan.placement.name.removesuffix("+spread") == shape
 

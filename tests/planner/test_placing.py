@@ -1,0 +1,114 @@
+"""Placements beyond the known shapes: the placement MIP inside a solve, its bounds, and forwards that run again."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from mipipe.graphs.topology import Device, Link, Topology
+from mipipe.planner import placing
+from mipipe.planner.check import check_plan
+from mipipe.planner.feasible import shortage
+from mipipe.planner.milp import modes, placement
+from mipipe.planner.milp.routes import to_placement, to_shares
+from mipipe.planner.options import PlanOptions
+from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
+from mipipe.planner.proposals import propose
+from mipipe.planner.solve import plan
+from mipipe.planner.stages import view
+from mipipe.planner.uniform import uniform_problem
+
+sys.path.insert(0, str(Path(__file__).parent))
+from planner_problems import multimodal_problem
+
+
+def _two_kinds() -> PlanningProblem:
+    """Six equal groups on a fast device and a slow one, which is half as fast."""
+    times = {"fast": PhaseTimes(10, 10, 10), "slow": PhaseTimes(20, 20, 20)}
+    groups = tuple(Group(f"g{n}", times, resident_bytes=10, gradient_bytes=1, saved_fw_bytes=1) for n in range(6))
+    edges = tuple(GroupEdge(n, (n + 1,), 0, 0, f"v{n}") for n in range(5))
+    devices = (Device("a", "fast", 1000), Device("b", "slow", 1000))
+    return PlanningProblem("kinds", groups, edges, Topology(devices, Link(), Link()), 8)
+
+
+def test_the_mip_gives_the_fast_device_twice_the_work_and_bounds_the_step() -> None:
+    problem = _two_kinds()
+    assert not placing.is_plain(problem) and placing.is_plain(uniform_problem(ranks=2, microbatches=2, f=1, i=1, w=1))
+    best = placement.propose(problem, time_limit_s=2.0, seed=0, count=1)[0].placement
+    held = {rank: sum(len(stage.groups) for stage in best.stages if stage.ranks == (rank,)) for rank in (0, 1)}
+    assert held == {0: 4, 1: 2}
+    result = plan(problem, PlanOptions(time_limit_s=6.0, use_search=False))
+    assert result.plan is not None and result.bound_ns is not None and result.makespan_ns is not None
+    assert 8 * 4 * 30 <= result.bound_ns <= result.makespan_ns
+    rows = {row["rung"] for row in result.ablation}
+    assert "placement MIP bound" in rows
+
+
+def test_a_placement_and_its_shares_are_inverse() -> None:
+    problem = multimodal_problem()
+    units = placement.units_of(problem).groups
+    for found in propose(problem):
+        shares = to_shares(problem, units, found)
+        again = to_placement(problem, units, shares)
+        assert to_shares(problem, units, again) == shares
+
+
+def test_the_modes_are_the_best_of_all_choices() -> None:
+    """Against enumeration: the least load such that one microbatch at a time fits."""
+    problem = multimodal_problem(activation_bytes=60)
+    base = next(found for found in propose(problem, "interleaved"))
+    assert shortage(problem, base) is not None
+    chosen = modes.choose(problem, base, pressure=0.0, time_limit_s=5.0, seed=0)
+    assert chosen is not None and any(stage.recompute for stage in chosen.placement.stages)
+    assert _largest_load(problem, chosen.placement) == min(
+        _largest_load(problem, variant) for variant in _variants(base) if _one_fits(problem, variant))
+
+
+def _variants(base):
+    for again in product((False, True), repeat=len(base.stages)):
+        yield replace(base, stages=tuple(replace(stage, recompute=flag)
+                                         for stage, flag in zip(base.stages, again, strict=True)))
+
+
+def _largest_load(problem, found) -> int:
+    stages = view(problem, found)
+    load = [0] * problem.num_ranks
+    for s, stage in enumerate(found.stages):
+        load[stage.ranks[0]] += (1 + stage.recompute) * stages.f_ns[s][0] + stages.i_ns[s][0] + stages.w_ns[s][0]
+    return max(load)
+
+
+def _one_fits(problem, found) -> bool:
+    stages = view(problem, found)
+    for rank in range(problem.num_ranks):
+        here = [s for s, stage in enumerate(found.stages) if stage.ranks == (rank,)]
+        held = sum(stages.kept[s][0] if found.stages[s].recompute else stages.saved_fi[s][0] + stages.saved_fw[s][0]
+                   for s in here)
+        if held + max(stages.saved_iw[s][0] + stages.workspace[s] for s in here) > problem.limits.activation_bytes:
+            return False
+    return True
+
+
+def test_forwards_run_again_only_where_memory_pays_for_them() -> None:
+    roomy, tight = (multimodal_problem(microbatches=8, activation_bytes=size) for size in (5000, 110))
+    options = PlanOptions(time_limit_s=10.0, placement="chain", use_baselines=False, use_search=False)
+    assert not any(stage.recompute for stage in plan(roomy, options).plan.placement.stages)  # type: ignore[union-attr]
+    with_modes, without = plan(tight, options), plan(tight, replace(options, recompute=False))
+    assert with_modes.plan is not None and any(stage.recompute for stage in with_modes.plan.placement.stages)
+    assert without.makespan_ns is None or with_modes.makespan_ns < without.makespan_ns  # type: ignore[operator]
+    check_plan(with_modes.plan)
+    assert "mode MIP" in {row["rung"] for row in with_modes.ablation}
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_the_placement_bound_holds_with_replicas_and_modes(recompute: bool) -> None:
+    problem = multimodal_problem(microbatches=4, layers=3, encoder_layers=1, ranks=2, activation_bytes=120)
+    if not recompute:
+        problem = placing.without_recomputation(problem)
+    bound, _ = placement.placement_bound(problem, time_limit_s=5.0, seed=0)
+    result = plan(problem, PlanOptions(time_limit_s=6.0, recompute=recompute, use_search=False))
+    assert bound is not None and result.makespan_ns is not None and bound <= result.makespan_ns
