@@ -72,11 +72,10 @@ def _memory(found: Candidate) -> list[str]:
     instance = found.instance
     assert found.best is not None
     peak: dict[int, float] = {}
-    number = {int(node): n for n, node in enumerate(instance.origin)}
     for rank, order in enumerate(found.best.schedule.ranks):
         used = top = 0
         for action in order.compute:
-            n = number.get(instance.compiled.index[action])
+            n = instance.number.get((action.stage, action.kind, action.microbatch))
             if n is None:
                 break
             used += int(instance.alloc[n])

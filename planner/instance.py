@@ -18,28 +18,29 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+from mipipe.planner import instance_arrays
 from mipipe.planner.actions import Action, ActionKind, Stream
-from mipipe.planner.evaluate import Compiled, compile_actions
+from mipipe.planner.instance_arrays import KINDS, longest, to_csr
 from mipipe.planner.plan import RankOrder, Schedule
 from mipipe.planner.stages import StageView
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Instance:
     """Arrays over nodes (N), machines (K), classes (C), ranks (R) and microbatches.
 
     ``succ[succ_ptr[n]:succ_ptr[n+1]]`` wait for node n and ``lag`` more; ``pred`` is the same backwards. ``alloc`` is
     taken when a node starts, ``free`` returned when it ends, ``work`` needed while it runs, all on ``rank``.
     ``microbatch`` is
-    shared by a microbatch and its mirror image. ``origin[n]`` is n's action in ``compiled``, ``twin[n]`` that of
-    its mirror image (or -1).
+    shared by a microbatch and its mirror image, ``own_microbatch`` is the node's and ``twin`` the image's (or -1).
+    ``origin[n]`` is the place of n's action in `split_actions`.
     """
 
     view: StageView
-    compiled: Compiled
     machine: np.ndarray
     rank: np.ndarray
     dur: np.ndarray
@@ -78,28 +79,22 @@ class Instance:
         """Number of predecessors of each node."""
         return np.diff(self.pred_ptr)
 
+    @cached_property
+    def number(self) -> dict[tuple[int, ActionKind, int], int]:
+        """The node of every (stage, kind, microbatch); a halved instance has those of its own half."""
+        kinds = [KINDS[kind] for kind in self.kind.tolist()]
+        return {key: n for n, key in enumerate(zip(self.depth.tolist(), kinds, self.own_microbatch.tolist(),
+                                                   strict=True))}
+
     def lengths(self) -> np.ndarray:
         """Number of nodes on each machine."""
         return np.bincount(self.machine, minlength=self.num_machines)
 
 
-KINDS = (ActionKind.F, ActionKind.RECOMPUTE, ActionKind.I, ActionKind.W)
-
-
 def split_actions(view: StageView) -> list[Action]:
     """Every elementary action of the placement: F, RECOMPUTE where chosen, I and W where they exist."""
-    actions = []
-    for stage in range(view.num_stages):
-        backward = view.i_ns[stage] is not None or view.w_ns[stage] is not None
-        kinds = [ActionKind.F]
-        if view.placement.stages[stage].recompute and backward:
-            kinds.append(ActionKind.RECOMPUTE)
-        if view.i_ns[stage] is not None:
-            kinds.append(ActionKind.I)
-        if view.w_ns[stage] is not None:
-            kinds.append(ActionKind.W)
-        actions += [Action(stage, kind, m) for kind in kinds for m in range(view.problem.num_microbatches)]
-    return actions
+    return [Action(stage, KINDS[kind], m) for stage in range(view.num_stages)
+            for kind in instance_arrays.kinds_of(view, stage) for m in range(view.problem.num_microbatches)]
 
 
 def capacity(view: StageView, rank: int) -> int:
@@ -144,104 +139,40 @@ def mirror(view: StageView) -> list[int] | None:
 
 def build(view: StageView, halve: bool = False) -> Instance:
     """The instance of a placement; its quotient under `mirror` where ``halve`` and the symmetry exists."""
-    compiled = compile_actions(view, split_actions(view))
+    nodes = instance_arrays.nodes_of(view)
     image = mirror(view) if halve else None
-    ranks = view.problem.num_ranks
-    sign = signatures(view) if any(group.loads for group in view.problem.groups) else None
-
-    def class_key(n: int) -> tuple[int, int, int]:
-        action = compiled.actions[n]
-        return (action.stage, KINDS.index(action.kind), sign[action.microbatch] if sign else compiled.ranks[n])
-
-    kept = [n for n in range(len(compiled.actions)) if image is None or compiled.ranks[n] < ranks // 2]
-    kept.sort(key=lambda n: (*class_key(n), compiled.actions[n].microbatch))
-    number = {node: new for new, node in enumerate(kept)}
+    ranks, count = view.problem.num_ranks, view.problem.num_microbatches
+    mine = np.arange(count) if image is None else np.array(image, dtype=np.int64)
+    sign = np.array(signatures(view))[nodes.microbatch] if any(group.loads for group in view.problem.groups) else (
+        nodes.rank)
+    kept = np.flatnonzero(nodes.rank < ranks // 2) if image is not None else np.arange(len(nodes.stage))
+    kept = kept[np.lexsort((nodes.microbatch[kept], sign[kept], nodes.kind[kept], nodes.stage[kept]))]
+    number = np.full(len(nodes.stage), -1, dtype=np.int64)
+    number[kept] = np.arange(len(kept))
     twin = np.full(len(kept), -1, dtype=np.int64)
     if image is not None:
-        for node, action in enumerate(compiled.actions):
-            if compiled.ranks[node] >= ranks // 2:
-                other = compiled.index[Action(action.stage, action.kind, image[action.microbatch])]
-                number[node] = number[other]
-                twin[number[other]] = node
-    edges = [(number[n], number[consumer], duration if channel >= 0 else 0)
-             for n in kept for consumer, channel, duration, *_ in compiled.releases[n]]
-    keys = sorted({(compiled.ranks[n], compiled.streams[n]) for n in kept}, key=lambda key: (key[0], key[1].value))
-    machine_of = {key: k for k, key in enumerate(keys)}
-    actions = [compiled.actions[n] for n in kept]
-    class_keys = [class_key(n) for n in kept]
-    starts = [n for n in range(len(kept)) if n == 0 or class_keys[n] != class_keys[n - 1]]
-    cls = np.zeros(len(kept), dtype=np.int64)
-    for c, start in enumerate(starts):
-        cls[start:] = c
-    memory = np.array([_memory(view, action) for action in actions], dtype=np.int64).reshape(len(kept), 3)
-    succ_ptr, succ, lag = to_csr(len(kept), edges)
-    pred_ptr, pred, pred_lag = to_csr(len(kept), [(b, a, d) for a, b, d in edges])
-    array = lambda values: np.array(values, dtype=np.int64)  # noqa: E731
-    dur = array([compiled.durations[n] for n in kept])
+        line = np.arange(len(nodes.stage)) - nodes.microbatch
+        number = np.where(number >= 0, number, number[line + mine[nodes.microbatch]])
+        twin = mine[nodes.microbatch[kept]]
+    source, target, lag = instance_arrays.arcs_of(view, nodes)
+    inside = nodes.rank[source] < ranks // 2 if image is not None else slice(None)
+    arcs = number[source[inside]], number[target[inside]], lag[inside]
+    succ_ptr, succ, lag = to_csr(len(kept), arcs)
+    pred_ptr, pred, pred_lag = to_csr(len(kept), (arcs[1], arcs[0], arcs[2]))
+    compute = np.array([stream is Stream.COMPUTE for stream in view.streams], dtype=np.int64)
+    keys, machine = np.unique(2 * nodes.rank[kept] + compute[nodes.stage[kept]], return_inverse=True)
+    class_key = np.stack([nodes.stage[kept], nodes.kind[kept], sign[kept]])
+    new = np.ones(len(kept), dtype=bool)
+    new[1:] = (class_key[:, 1:] != class_key[:, :-1]).any(axis=0)
+    own, dur = nodes.microbatch[kept], nodes.dur[kept]
     return Instance(
-        view, compiled, array([machine_of[compiled.ranks[n], compiled.streams[n]] for n in kept]),
-        array([compiled.ranks[n] for n in kept]), dur,
-        succ_ptr, succ, lag, pred_ptr, pred, pred_lag, cls, array([*starts, len(kept)]),
-        memory[:, 0].copy(), memory[:, 1].copy(), memory[:, 2].copy(), array([capacity(view, r) for r in range(ranks)]),
-        array([a.microbatch if image is None else min(a.microbatch, image[a.microbatch]) for a in actions]),
-        array([a.microbatch for a in actions]), array([KINDS.index(a.kind) for a in actions]),
-        array([a.stage for a in actions]),
-        array(kept), twin, longest(pred_ptr, pred, pred_lag, dur) - dur, longest(succ_ptr, succ, lag, dur), tuple(keys))
-
-
-def to_csr(size: int, edges: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    edges = sorted(edges)
-    pointer = np.zeros(size + 1, dtype=np.int64)
-    for source, _, _ in edges:
-        pointer[source + 1] += 1
-    return (np.cumsum(pointer), np.array([b for _, b, _ in edges], dtype=np.int64),
-            np.array([d for _, _, d in edges], dtype=np.int64))
-
-
-def longest(succ_ptr: np.ndarray, succ: np.ndarray, lag: np.ndarray, dur: np.ndarray) -> np.ndarray:
-    """Longest path from the start of every node to the end, by precedence alone (given predecessors: from the
-    beginning to the node's end)."""
-    size = len(dur)
-    waits = np.diff(succ_ptr)
-    before: list[list[tuple[int, int]]] = [[] for _ in range(size)]
-    for n in range(size):
-        for e in range(succ_ptr[n], succ_ptr[n + 1]):
-            before[succ[e]].append((n, int(lag[e])))
-    after = [0] * size
-    stack = [n for n in range(size) if waits[n] == 0]
-    left = waits.tolist()
-    length = dur.tolist()
-    while stack:
-        n = stack.pop()
-        length[n] += after[n]
-        for u, pause in before[n]:
-            after[u] = max(after[u], length[n] + pause)
-            left[u] -= 1
-            if not left[u]:
-                stack.append(u)
-    return np.array(length, dtype=np.int64)
-
-
-def _memory(view: StageView, action: Action) -> tuple[int, int, int]:
-    """(taken at the start, returned at the end, needed while running) in bytes; see `problem` for the rules."""
-    stage, m = action.stage, action.microbatch
-    fi, fw, iw, kept = (size[stage][m] for size in (view.saved_fi, view.saved_fw, view.saved_iw, view.kept))
-    has_i, has_w = view.i_ns[stage] is not None, view.w_ns[stage] is not None
-    work = view.workspace[stage]
-    again = view.placement.stages[stage].recompute
-    if not (has_i or has_w):
-        return 0, 0, work + fi + fw
-    if not has_i:
-        fi, fw, iw = 0, fi + fw, 0
-    elif not has_w:
-        fi, fw, iw = fi + fw, 0, 0
-    if action.kind is ActionKind.F:
-        return (kept, 0, work) if again else (fi + fw, 0, work)
-    if action.kind is ActionKind.RECOMPUTE:
-        return fi + fw - kept, 0, work
-    if action.kind is ActionKind.I:
-        return (iw, fi, work) if has_w else (0, fi, work)
-    return 0, fw + (iw if has_i else 0), work
+        view, machine.astype(np.int64), nodes.rank[kept], dur, succ_ptr, succ, lag, pred_ptr, pred, pred_lag,
+        np.cumsum(new) - 1, np.append(np.flatnonzero(new), len(kept)), nodes.alloc[kept], nodes.free[kept],
+        nodes.work[kept], np.array([capacity(view, r) for r in range(ranks)], dtype=np.int64),
+        np.minimum(own, mine[own]), own, nodes.kind[kept], nodes.stage[kept], kept, twin,
+        longest(pred_ptr, pred, pred_lag, succ_ptr, succ, lag, dur) - dur,
+        longest(succ_ptr, succ, lag, pred_ptr, pred, pred_lag, dur),
+        tuple((int(key) // 2, Stream.COMPUTE if key % 2 else Stream.COLLECTIVE) for key in keys))
 
 
 def expand(instance: Instance, orders: list[list[int]]) -> Schedule:
@@ -249,23 +180,23 @@ def expand(instance: Instance, orders: list[list[int]]) -> Schedule:
     ranks = instance.view.problem.num_ranks
     compute: list[tuple[Action, ...]] = [() for _ in range(ranks)]
     collective: list[tuple[Action, ...]] = [() for _ in range(ranks)]
-    actions = instance.compiled.actions
     for (rank, stream), order in zip(instance.machine_key, orders, strict=True):
         target = compute if stream is Stream.COMPUTE else collective
-        target[rank] = tuple(actions[instance.origin[n]] for n in order)
-        if order and instance.twin[order[0]] >= 0:
-            target[ranks - 1 - rank] = tuple(actions[instance.twin[n]] for n in order)
+        at = np.array(order, dtype=np.int64)
+        stages, kinds = instance.depth[at].tolist(), [KINDS[kind] for kind in instance.kind[at].tolist()]
+        target[rank] = tuple(map(Action, stages, kinds, instance.own_microbatch[at].tolist()))
+        if order and instance.twin[at[0]] >= 0:
+            target[ranks - 1 - rank] = tuple(map(Action, stages, kinds, instance.twin[at].tolist()))
     return Schedule(tuple(RankOrder(a, b) for a, b in zip(compute, collective, strict=True)))
 
 
 def orders_from(instance: Instance, schedule: Schedule) -> list[list[int]]:
     """A schedule's orders in the instance's node numbers; blocks (B, OVERLAP_F_B) are written as their parts."""
-    number = {int(node): n for n, node in enumerate(instance.origin)}
+    number = instance.number
     result = []
     for rank, stream in instance.machine_key:
         order = schedule.ranks[rank].compute if stream is Stream.COMPUTE else schedule.ranks[rank].collective
-        result.append([number[instance.compiled.index[Action(stage, kind, m)]]
-                       for action in order for kind, stage, m in action.parts()])
+        result.append([number[stage, kind, m] for action in order for kind, stage, m in action.parts()])
     return [_in_class_order(instance, order) for order in result]
 
 

@@ -32,9 +32,9 @@ def relaxed(instance: Instance) -> Instance | None:
     kept = np.flatnonzero(~gone)
     number = np.full(instance.size, -1, dtype=np.int64)
     number[kept] = np.arange(len(kept))
-    edges = [(int(number[a]), int(number[b]), lag) for a, b, lag in arcs]
-    succ_ptr, succ, lag = to_csr(len(kept), edges)
-    pred_ptr, pred, pred_lag = to_csr(len(kept), [(b, a, pause) for a, b, pause in edges])
+    first, second, pause = np.array(arcs, dtype=np.int64).reshape(-1, 3).T
+    succ_ptr, succ, lag = to_csr(len(kept), (number[first], number[second], pause))
+    pred_ptr, pred, pred_lag = to_csr(len(kept), (number[second], number[first], pause))
     machines = np.flatnonzero(~streams)
     machine_number = np.full(len(streams), -1, dtype=np.int64)
     machine_number[machines] = np.arange(len(machines))
@@ -46,8 +46,10 @@ def relaxed(instance: Instance) -> Instance | None:
         base=np.searchsorted(cls, np.arange(len(classes) + 1)).astype(np.int64), alloc=instance.alloc[kept],
         free=instance.free[kept], work=instance.work[kept], microbatch=instance.microbatch[kept],
         own_microbatch=instance.own_microbatch[kept], kind=instance.kind[kept], depth=instance.depth[kept],
-        origin=instance.origin[kept], twin=instance.twin[kept], head=longest(pred_ptr, pred, pred_lag, dur) - dur,
-        tail=longest(succ_ptr, succ, lag, dur), machine_key=tuple(instance.machine_key[k] for k in machines))
+        origin=instance.origin[kept], twin=instance.twin[kept],
+        head=longest(pred_ptr, pred, pred_lag, succ_ptr, succ, lag, dur) - dur,
+        tail=longest(succ_ptr, succ, lag, pred_ptr, pred, pred_lag, dur),
+        machine_key=tuple(instance.machine_key[k] for k in machines))
 
 
 def _contract(arcs: list[tuple[int, int, int]], gone: np.ndarray, dur: np.ndarray) -> list[tuple[int, int, int]]:

@@ -126,7 +126,7 @@ def polish(run: Run, found: Candidate, seconds: float) -> None:
 
 def prove(run: Run, found: Candidate, seconds: float) -> None:
     """The exact order MIP on a small instance: a better order, or the proof that there is none."""
-    if found.best is None or found.closed or len(found.instance.compiled.actions) > EXACT_NODES:
+    if found.best is None or found.closed or found.instance.size > EXACT_NODES:
         return
     began, before = time.monotonic(), found.makespan_ns
     result = order.solve_order(found.view, time_limit_s=seconds, seed=run.options.seed, start=found.best.schedule)

@@ -101,17 +101,22 @@ def view(problem: PlanningProblem, placement: Placement) -> StageView:
             raise PlanError(f"stage {index}: mixes groups of the compute and the collective stream; split it")
         streams.append(groups[0].stream)
         kinds = [problem.topology.devices[rank].kind for rank in placement.routes[index]]
-        times = [[group.times[kind] for kind in kinds] for group in groups]
+        even = not any(group.loads for group in groups)
 
-        def total(name: str, groups=groups, times=times) -> tuple[int, ...] | None:
-            if all(getattr(time[0], name) is None for time in times):
+        def total(name: str, groups=groups, kinds=kinds, even=even) -> tuple[int, ...] | None:
+            if all(getattr(group.times[kinds[0]], name) is None for group in groups):
                 return None
-            return tuple(
-                sum(_scaled(getattr(time[m], name) or 0, group.loads, m)
-                    for group, time in zip(groups, times, strict=True))
-                for m in range(num_microbatches))
+            known = {kind: [(getattr(group.times[kind], name) or 0, group.loads) for group in groups]
+                     for kind in set(kinds)}
+            if even:
+                sums = {kind: sum(amount for amount, _ in amounts) for kind, amounts in known.items()}
+                return tuple(sums[kind] for kind in kinds)
+            return tuple(sum(_scaled(amount, loads, m) for amount, loads in known[kind])
+                         for m, kind in enumerate(kinds))
 
-        def size(name: str, groups=groups) -> tuple[int, ...]:
+        def size(name: str, groups=groups, even=even) -> tuple[int, ...]:
+            if even:
+                return (sum(getattr(group, name) or 0 for group in groups),) * num_microbatches
             return tuple(sum(_scaled(getattr(group, name) or 0, group.loads, m) for group in groups)
                          for m in range(num_microbatches))
 
