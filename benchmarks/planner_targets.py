@@ -1,12 +1,12 @@
 """The planner's targets, one line each: value reached, value asked for, bound, gap, seconds, how it was found.
 
-    python benchmarks/planner_targets.py                   # every section but the grid and the workloads (15 minutes)
-    python benchmarks/planner_targets.py --all --instances DIR             # all of it (75 minutes)
+    python benchmarks/planner_targets.py                   # every section but the workloads (15 minutes)
+    python benchmarks/planner_targets.py --instances DIR   # the workloads too
     python benchmarks/planner_targets.py dualpipe v        # some sections
     python benchmarks/planner_targets.py --seconds 0.25    # a quarter of every time limit
 
-Two cores, HiGHS only. ``gap`` is makespan / bound - 1; ``scope`` says over which placements the bound holds. A value
-that misses its target is marked, never hidden.
+The grid against every published schedule is `benchmarks/planner_grid.py`. Two cores, HiGHS only. ``gap`` is makespan /
+bound - 1; ``scope`` says over which placements the bound holds. A value that misses its target is marked, never hidden.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mipipe.planner.compare import Row, compare
+from mipipe.planner.compare import compare
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.solve import SolveResult, plan
@@ -152,41 +152,6 @@ def best_baseline(problem: PlanningProblem) -> tuple[float, str] | None:
     return min(kept) if kept else None
 
 
-COST_MODELS: dict[str, Callable[[int, int], PlanningProblem]] = {
-    "equal": lambda p, m: uniform_problem(ranks=p, microbatches=m, f=1, i=1, w=1),
-    "10,11,9": lambda p, m: uniform_problem(ranks=p, microbatches=m, f=10, i=11, w=9),
-    "10,12,8 c1": lambda p, m: uniform_problem(ranks=p, microbatches=m, f=10, i=12, w=8, comm=1),
-    "two streams": lambda p, m: two_stream_problem(ranks=p, microbatches=m, fb="78.2"),
-    "uneven": lambda p, m: uniform_problem(ranks=p, microbatches=m, f=1, i=1, w=1, first="0.2", last="0.6"),
-}
-
-
-def grid(factor: float) -> Iterator[Line]:
-    """Against every baseline within the same caps; never above the best, and what was found without any of them."""
-    for (ranks, times), (name, make) in itertools.product(itertools.product((2, 4, 8, 16), (1, 2, 4)),
-                                                          COST_MODELS.items()):
-        problem = make(ranks, times * ranks)
-        limit = {2: 6, 4: 15, 8: 40, 16: 60}[ranks] * factor
-        began = time.monotonic()
-        rows = compare(problem, None, PlanOptions(time_limit_s=limit))
-        ours = rows[-1]
-        known = [row for row in rows[:-1] if row.makespan is not None and _comparable(row, problem)]
-        best = min(known, key=lambda row: row.makespan or 0.0, default=None)
-        yield Line("grid", f"{name} {ranks} x {times * ranks}", ours.makespan, best.makespan if best else None,
-                   ours.bound, "free", time.monotonic() - began, limit, f"{ours.rung} at {ours.placement}",
-                   f"{best.name if best else 'no baseline'}; without baselines {ours.without_baselines}")
-
-
-def _comparable(row: Row, problem: PlanningProblem) -> bool:
-    """Whether a row's copies and activations are within the problem's caps."""
-    groups = problem.groups
-    share = sum(group.resident_bytes for group in groups) / problem.num_ranks
-    unit = sum(group.saved_fi_bytes + group.saved_fw_bytes for group in groups) / problem.num_ranks
-    copies = (problem.limits.resident_bytes or 0) / share if share else float("inf")
-    activations = (problem.limits.activation_bytes or 0) / unit if unit else float("inf")
-    return (row.parameter_copies or 0) <= copies + 1e-9 and (row.peak_activations or 0) <= activations + 1e-9
-
-
 PLACE_TARGETS = {
     "throughput.operator.bert_l-3_inference": 21.9084, "throughput.operator.bert_l-3_training": 54.2074,
     "throughput.operator.bert_l-6_inference": 28.3322, "throughput.layer.bert24_training": 39.7895,
@@ -210,7 +175,7 @@ def workloads(factor: float, folder: Path) -> Iterator[Line]:
 
 SECTIONS: dict[str, Callable[[float], Iterator[Line]]] = {
     "optima": optima, "dualpipe": dualpipe, "v": v_shape, "free": free, "uneven": uneven, "streams": streams,
-    "scale": scale, "grid": grid,
+    "scale": scale,
 }
 
 
@@ -218,7 +183,6 @@ def main() -> int:
     """Print the table; 1 if a target was missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"some of: {', '.join(SECTIONS)}")
-    parser.add_argument("--all", action="store_true", help="the grid as well")
     parser.add_argument("--instances", type=Path, help="folder of the placement benchmark's files")
     parser.add_argument("--seconds", type=float, default=1.0, help="factor on every time limit")
     parser.add_argument("--json", type=Path, help="also write the lines to this file")
@@ -226,7 +190,7 @@ def main() -> int:
     unknown = set(arguments.sections) - set(SECTIONS)
     if unknown:
         parser.error(f"section {min(unknown)!r}: expected some of {', '.join(SECTIONS)}")
-    chosen = arguments.sections or [name for name in SECTIONS if name != "grid" or arguments.all]
+    chosen = arguments.sections or list(SECTIONS)
     lines: list[Line] = []
     print(f"{'section':9} {'problem':42} {'value':>9} {'target':>9} {'bound':>9} {'gap':>7} {'s':>6}  how", flush=True)
     todo = [SECTIONS[name](arguments.seconds) for name in chosen]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mipipe.cli.output import Html, Json, Seed, check_folder, emit, number, progress, stdout
-from mipipe.graphs.errors import InputError
 
 if TYPE_CHECKING:
     from mipipe.planner.compare import Row
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 EXAMPLE = "mipipe compare --ranks 8 --microbatches 20 --f 2 --i 2 --w 1"
 
 _CHAIN = "Equal stages"
+_STREAMS = "Equal MoE stages on two streams (give all four instead of --f, --i, --w)"
 
 
 def compare(
@@ -28,12 +28,21 @@ def compare(
     comm: Annotated[float, typer.Option(help="Duration of each transfer.", rich_help_panel=_CHAIN)] = 0.0,
     fb: Annotated[float | None, typer.Option(help="Duration of an overlapped F&B of an even stage (default: F+I+W).",
                                              rich_help_panel=_CHAIN)] = None,
-    layers: Annotated[int | None, typer.Option(help="Equal layers of the model (default: 2 per rank).",
+    layers: Annotated[int | None, typer.Option(help="Equal layers of the model (default: 2 per rank; on two"
+                                                    " streams 1).",
                                                rich_help_panel=_CHAIN)] = None,
     first: Annotated[float, typer.Option(help="Embedding before the layers, as a fraction of an even stage.",
                                          rich_help_panel=_CHAIN)] = 0.0,
     last: Annotated[float, typer.Option(help="Head after the layers, as a fraction of an even stage.",
                                         rich_help_panel=_CHAIN)] = 0.0,
+    attention: Annotated[str | None, typer.Option(help="F,I,W of an even stage's attention, such as 10,13,7.",
+                                                  rich_help_panel=_STREAMS)] = None,
+    dispatch: Annotated[str | None, typer.Option(help="F,I of its dispatch, on the communication stream: 8,8.",
+                                                 rich_help_panel=_STREAMS)] = None,
+    experts: Annotated[str | None, typer.Option(help="F,I,W of its experts: 10,10,10.",
+                                                rich_help_panel=_STREAMS)] = None,
+    combine: Annotated[str | None, typer.Option(help="F,I of its combine, on the communication stream: 8,8.",
+                                                rich_help_panel=_STREAMS)] = None,
     copies: Annotated[float | None, typer.Option(help="Planned rows: parameters per device, in even shares, at most"
                                                       " (default 2).", rich_help_panel=_CHAIN)] = None,
     activations: Annotated[float | None, typer.Option(help="Planned rows: activations per device at most, in even"
@@ -53,12 +62,14 @@ def compare(
 ) -> None:
     """Compare published schedules with the planned one: makespan, bubble, memory, bound and gap."""
     check_folder(html_file, "--html")
+    from mipipe.cli.abstract import abstract_problem
     from mipipe.planner.compare import compare as compare_schedules
     from mipipe.planner.options import PlanOptions
 
     chain = {"ranks": ranks, "microbatches": microbatches, "f": f, "i": i, "w": w, "comm": comm, "fb": fb,
-             "layers": layers, "first": first, "last": last, "copies": copies, "activations": activations}
-    problem = _read_problem(problem_file, chain)
+             "layers": layers, "first": first, "last": last, "copies": copies, "activations": activations,
+             "attention": attention, "dispatch": dispatch, "experts": experts, "combine": combine}
+    problem = abstract_problem(problem_file, chain)
     options = PlanOptions(time_limit_s=time_limit, seed=seed, placement=placement)  # type: ignore[arg-type]
     names = None if schedules is None else [name.strip() for name in schedules.split(",") if name.strip()]
     with progress("comparing") as update:
@@ -73,32 +84,13 @@ def compare(
     _print(problem, rows)
 
 
-def _read_problem(path: Path | None, chain: dict[str, Any]) -> PlanningProblem:
-    """The problem of the options, or of a file."""
-    from mipipe.cli.files import open_any
-    from mipipe.planner.plan import Plan
-    from mipipe.planner.problem import PlanningProblem
-    from mipipe.planner.uniform import uniform_problem
-
-    given = {name: value for name, value in chain.items() if value is not None}
-    if path is None:
-        for name in ("ranks", "microbatches"):
-            if name not in given:
-                raise InputError(f"compare: --{name} is missing; give --ranks and --microbatches, or --problem FILE")
-        return uniform_problem(**given)
-    if chain["ranks"] is not None or chain["microbatches"] is not None:
-        raise InputError(f"compare: --problem {path} fixes ranks and microbatches; leave out --ranks and"
-                         " --microbatches")
-    found = open_any(path, PlanningProblem, Plan)
-    return found.problem if isinstance(found, Plan) else found
-
-
 def problem_data(problem: PlanningProblem, chain: dict[str, Any]) -> dict[str, Any]:
     """What was compared, with the assumptions every row rests on, as JSON data."""
     from mipipe.planner.uniform import in_activations, in_copies
 
     limits = problem.limits
-    stated = {name: number(value) for name, value in chain.items() if value is not None}
+    stated = {name: value if isinstance(value, str) else number(value)
+              for name, value in chain.items() if value is not None}
     return {
         "name": problem.name, "digest": problem.digest(), "unit_ns": problem.unit_ns, **stated,
         "ranks": problem.num_ranks, "microbatches": problem.num_microbatches, "groups": len(problem.groups),

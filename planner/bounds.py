@@ -7,6 +7,7 @@ job and from it to the end of the step, along data, FIFO and memory arcs (`mipip
 - **device**: Jackson's preemptive schedule of each machine's jobs (Jackson 1955; Carlier 1982), which is at least
   ``head + load + tail`` for every subset of jobs;
 - **filling**: until gradients come back a rank runs only the forwards its memory holds, whatever stages they are of;
+- **turnover**: its last forward starts after all others and after the gradients that make room for it;
 - **channel**: the same for the transfers of each directed channel;
 - **memory**: activations occupy ``bytes x time``; a rank offers ``capacity`` bytes between its first F and its end.
 
@@ -120,7 +121,8 @@ def _filling_bound(jobs: Jobs, machine: int, on_rank: list[int], heads: list[int
     """``t + load - work that can be done before t``, at the moments t when gradients reach the machine.
 
     Before t it runs jobs whose head is below t; of those that take memory, no more than fit into the rank's capacity
-    and what jobs of the rank could have returned by t (a fractional knapsack by duration per byte).
+    and what jobs of the rank could have returned by t (a fractional knapsack by duration per byte). Turnover is the
+    same for the work before its last forward instead of all its load, with that forward's tail.
     """
     members = [j for j in on_rank if jobs.machine[j] == machine]
     returned = sorted((heads[j] + jobs.durations[j], jobs.free[j]) for j in on_rank if jobs.free[j])
@@ -129,7 +131,10 @@ def _filling_bound(jobs: Jobs, machine: int, on_rank: list[int], heads: list[int
     others = sorted((heads[j], jobs.durations[j]) for j in members if jobs.alloc[j] <= 0)
     load = sum(jobs.durations[j] for j in members)
     after = min(tails[j] - jobs.durations[j] for j in members)
+    needed = _before_last_taker(jobs, machine, on_rank, takers)
+    last = min((tails[j] for j in takers), default=0)
     best, done, position, room, back = 0, 0, 0, jobs.capacity[machine // 2], 0
+    turnover = 0
     for moment in sorted({head for head, _ in others})[:MOMENTS]:
         while position < len(others) and others[position][0] < moment:
             done += others[position][1]
@@ -146,7 +151,42 @@ def _filling_bound(jobs: Jobs, machine: int, on_rank: list[int], heads: list[int
                 left -= jobs.alloc[job]
                 forwards += jobs.durations[job]
         best = max(best, moment + load - done - forwards + after)
+        if needed > done + forwards:  # else the last forward may start before this moment
+            turnover = max(turnover, moment + needed - done - forwards + last)
+    if turnover > best:
+        return Bound(turnover, f"rank {machine // 2}: gradients must make room for its last forward, whose own way back"
+                     " remains")
     return Bound(best, f"rank {machine // 2}: its memory is full of activations before gradients come back")
+
+
+def _before_last_taker(jobs: Jobs, machine: int, on_rank: list[int], takers: list[int]) -> int:
+    """Work a machine has done when the last of its ``takers`` (jobs that take memory) starts, at least.
+
+    All the others, and what returned the bytes that they and the last one take beyond the capacity: the jobs with the
+    least work per byte, a W together with its I where the I neither takes nor returns any itself.
+    """
+    if not takers:
+        return 0
+    index, actions, own = jobs.compiled.index, jobs.compiled.actions, set(takers)
+    items = []
+    for j in on_rank:
+        if not jobs.free[j]:
+            continue
+        work = jobs.durations[j] if jobs.machine[j] == machine and j not in own else 0
+        action = actions[j]
+        before = index.get(Action(action.stage, ActionKind.I, action.microbatch))
+        if (action.kind is ActionKind.W and before is not None and jobs.machine[before] == machine
+                and not jobs.free[before] and before not in own):
+            work += jobs.durations[before]
+        items.append((work / jobs.free[j], work, jobs.free[j]))
+    short = sum(jobs.alloc[j] for j in takers) - jobs.capacity[machine // 2]
+    total = sum(jobs.durations[j] for j in takers) - max(jobs.durations[j] for j in takers)
+    for _, work, size in sorted(items):
+        if short <= 0:
+            break
+        total += work * min(short, size) // size
+        short -= size
+    return total
 
 
 def _channel_bound(jobs: Jobs, heads: list[int], tails: list[int]) -> Bound:

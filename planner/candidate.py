@@ -38,18 +38,25 @@ class Judged:
 
 @dataclass(slots=True)
 class Candidate:
-    """A placement in the race. ``best`` is the best judged schedule that fits, ``rung`` what found it."""
+    """A placement in the race. ``best`` is the best judged schedule that fits, ``rung`` what found it.
+
+    ``search`` works on the whole instance, ``outline`` on the one without collectives (`mipipe.planner.relax`), if any.
+    ``quick``: its first list was made without the compiler, by one rule.
+    """
 
     view: StageView
     bound: bounds.Bound
     halved: bool
     instance: Instance
     search: Search | None = None
+    outline: Search | None = None
     helpers: list[Search] = field(default_factory=list)
     best: Judged | None = None
     rung: str = ""
     seconds: float = 0.0
+    quick: bool = False
     seen_ns: int = 1 << 62
+    seen_outline_ns: int = 1 << 62
     reserved: int = 0
     notes: list[str] = field(default_factory=list)
 

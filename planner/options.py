@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from mipipe.graphs.errors import InputError
 
 PlacementName = Literal["free", "chain", "v", "interleaved", "wave", "two-way", "two-way-v", "two-way-interleaved",
-                        "apart", "colocated"]
+                        "ring", "ring-v", "apart", "colocated"]
 Objective = Literal["makespan", "memory", "utilisation"]
 
 PLACEMENTS: tuple[str, ...] = get_args(PlacementName)

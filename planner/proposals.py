@@ -1,9 +1,9 @@
-"""Known placement shapes, fitted to a problem: chain, V, interleaved, wave, two-way, two-way V, encoders apart.
+"""Known placement shapes, fitted to a problem: chain, V, interleaved, wave, two-way, two-way V, ring, encoders apart.
 
 A shape says which rank holds the k-th of its stages, in one or two directions; `mipipe.planner.cuts` fits it to the
-groups, `mipipe.planner.branches` gives encoders places of their own. Groups without resident bytes at either end (an
-embedding or a head whose parameters are not counted, or that fit everywhere) may be spread over several ranks by
-microbatch.
+groups, `mipipe.planner.ring` shares replicas out unevenly, `mipipe.planner.branches` gives encoders places of their
+own. Groups without resident bytes at either end (an embedding or a head whose parameters are not counted, or that fit
+everywhere) may be spread over several ranks by microbatch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from mipipe.planner.actions import Stream
 from mipipe.planner.cuts import Shape, fit_cuts, place, place_spread, resident_room, units
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.ring import rings
 
 
 def shapes(ranks: int, name: str = "free") -> list[Shape]:
@@ -79,4 +80,5 @@ def all_placements(problem: PlanningProblem, name: str = "free") -> Iterator[Pla
         yield place(problem, shape, fit_cuts(problem, shape))
         if ends and problem.num_ranks > 1 and blocks - len(ends) >= shape.num_stages:
             yield place_spread(problem, shape, ends)
+    yield from rings(problem, name)
     yield from branches.placements(problem, name)

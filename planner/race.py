@@ -26,6 +26,9 @@ FINALISTS = 2
 first two after 1 s each in all cases tried."""
 
 
+OUTLINE = 0.6
+"""Share of the time limit in which problems with a collective stream are searched without it."""
+
 LAST = 0.5
 """Share of the time limit after which only the best placement is searched, by all threads."""
 
@@ -130,7 +133,8 @@ def seed_search(run: Run, found: Candidate, *, compiled: bool = True) -> bool:
         if orders is None:
             return False
         if compiled and turn == 0:
-            orders = _by_relaxation(run, found, orders)
+            orders = _outlined(run, found, orders)
+        found.quick = not compiled
         judged = judge(found.view, expand(found.instance, orders.lists()), saved_fit=True)
         if judged.fits:
             offer_judged(found, judged, "list")
@@ -141,18 +145,28 @@ def seed_search(run: Run, found: Candidate, *, compiled: bool = True) -> bool:
     return False
 
 
-def _by_relaxation(run: Run, found: Candidate, orders: Orders) -> Orders:
-    """Better orders for a problem with a collective stream, searched without it first; the given ones otherwise."""
+def _outlined(run: Run, found: Candidate, orders: Orders) -> Orders:
+    """Start the search without collectives where there are some; its list lifted, if better than the given orders."""
     small = relax.relaxed(found.instance)
     if small is None or not run.options.use_search:
         return orders
     tuned = greedy.best_of(small, 1000, np.random.default_rng(run.options.seed))
     if tuned is None:
         return orders
-    worker = search.start(small, tuned.orders, run.options.seed + 3, found.bound.ns)
-    search.advance(worker, min(5.0, 0.1 * run.options.time_limit_s))
-    lifted = relax.lift(found.instance, small, worker.best)
+    found.outline = search.start(small, tuned.orders, run.options.seed + 3, found.bound.ns)
+    lifted = relax.lift(found.instance, small, tuned.orders)
     return lifted if lifted is not None and lifted.makespan_ns < orders.makespan_ns else orders
+
+
+def _start_again(run: Run, found: Candidate) -> None:
+    """The search of a candidate whose first list was interpreted, from the best of all lists."""
+    found.quick = False
+    orders = first_orders(found, compiled=True, seed=run.options.seed)
+    assert found.search is not None
+    if orders is not None:
+        orders = _outlined(run, found, orders)
+        if orders.makespan_ns < found.search.best.makespan_ns:
+            found.search.best = orders
 
 
 def reserve(found: Candidate, judged: Judged) -> None:
@@ -166,6 +180,9 @@ def reserve(found: Candidate, judged: Judged) -> None:
 def race(run: Run, candidates: Sequence[Candidate], until: Callable[[], float]) -> None:
     """Successive halving over the candidates, then the finalists share the time; ``until()`` is the seconds left."""
     live = [found for found in candidates if found.search is not None]
+    for found in live:
+        if found.quick:
+            _start_again(run, found)
     slice_s = 0.3
     with ThreadPoolExecutor(run.options.threads) as pool:
         try:
@@ -184,7 +201,7 @@ def race(run: Run, candidates: Sequence[Candidate], until: Callable[[], float]) 
 def _round(run: Run, pool: ThreadPoolExecutor, live: Sequence[Candidate], slice_s: float,
            until: Callable[[], float]) -> None:
     """Advance every live candidate by a slice, as many at once as there are threads."""
-    waiting = [(found, found.search) for found in live]
+    waiting = [(found, _worker(run, found)) for found in live]
     for found in live if len(live) < run.options.threads else ():
         waiting += [(found, other) for other in _helpers(run, found, run.options.threads // len(live) - 1)]
     busy: dict[Future[bool], tuple[Candidate, search.Search]] = {}
@@ -205,22 +222,38 @@ def _round(run: Run, pool: ThreadPoolExecutor, live: Sequence[Candidate], slice_
 
 def _helpers(run: Run, found: Candidate, count: int) -> list[search.Search]:
     """Further searches at one placement with other seeds, for threads that would idle."""
-    assert found.search is not None
+    first = _worker(run, found)
+    if found.helpers and found.helpers[0].instance is not first.instance:
+        found.helpers.clear()
     while len(found.helpers) < count:
         seed = run.options.seed + 1009 * (len(found.helpers) + 1)
-        found.helpers.append(search.start(found.instance, found.search.best, seed, found.bound.ns))
-    best = min([found.search, *found.helpers], key=lambda worker: worker.best.makespan_ns).best
-    for worker in (found.search, *found.helpers):
+        found.helpers.append(search.start(first.instance, first.best, seed, found.bound.ns))
+    best = min([first, *found.helpers], key=lambda worker: worker.best.makespan_ns).best
+    for worker in (first, *found.helpers):
         worker.best = best
     return found.helpers[:count]
 
 
+def _worker(run: Run, found: Candidate) -> search.Search:
+    """The candidate's search: without collectives for the first share of the time, where there are some."""
+    assert found.search is not None
+    if found.outline is None or found.outline.finished or run.seconds > OUTLINE * run.options.time_limit_s:
+        return found.search
+    return found.outline
+
+
 def _harvest(run: Run, found: Candidate, worker: search.Search) -> None:
     """Judge what a search found since last time; where values in flight overfill a rank, search with less memory."""
-    if worker.best.makespan_ns >= found.seen_ns:
+    orders = worker.best
+    if worker.instance is not found.instance:
+        lifted = _lift(found, worker)
+        if lifted is None:
+            return
+        orders = lifted
+    if orders.makespan_ns >= found.seen_ns:
         return
-    found.seen_ns = worker.best.makespan_ns
-    judged = judge(found.view, expand(found.instance, worker.best.lists()), saved_fit=True)
+    found.seen_ns = orders.makespan_ns
+    judged = judge(found.view, expand(found.instance, orders.lists()), saved_fit=True)
     if judged.fits:
         offer_judged(found, judged, "search")
         run.note(found, "search")
@@ -229,9 +262,22 @@ def _harvest(run: Run, found: Candidate, worker: search.Search) -> None:
         reserve(found, judged)
         found.seen_ns = found.makespan_ns
         found.helpers.clear()
-        orders = _known(found) or first_orders(found, compiled=True, seed=run.options.seed + found.reserved)
-        if orders is not None:
-            found.search = search.start(found.instance, orders, run.options.seed + found.reserved, found.bound.ns)
+        again = _known(found) or first_orders(found, compiled=True, seed=run.options.seed + found.reserved)
+        if again is not None:
+            found.search = search.start(found.instance, again, run.options.seed + found.reserved, found.bound.ns)
+
+
+def _lift(found: Candidate, worker: search.Search) -> Orders | None:
+    """The whole orders of what a search without collectives has found since last time, if they are the best so far."""
+    assert found.search is not None
+    if worker.best.makespan_ns >= found.seen_outline_ns:
+        return None
+    found.seen_outline_ns = worker.best.makespan_ns
+    lifted = relax.lift(found.instance, worker.instance, worker.best)
+    if lifted is None or lifted.makespan_ns >= found.search.best.makespan_ns:
+        return None
+    found.search.best = lifted
+    return lifted
 
 
 def _known(found: Candidate) -> Orders | None:

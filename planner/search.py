@@ -14,14 +14,20 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mipipe.planner import greedy, kernels
+from mipipe.planner import anneal, greedy
 from mipipe.planner.greedy import Orders
 from mipipe.planner.instance import Instance
 
-SLICE_S = 0.15
-"""Seconds of one kernel call: how long Ctrl-C and the clock may wait."""
+SLICE = 10_000_000
+"""Moves of one kernel call times the nodes: about 0.15 s, which is how long Ctrl-C and the clock may wait."""
 
 TILTS = (0.0, 0.3, 0.05)
+
+PRICES = (0.0, 0.5)
+"""What rounds charge, in turn, for an activation too many at one place of an order, in mean durations; 0: a wall."""
+
+COLD = 0.05
+"""Temperature at the end of a round, in mean durations."""
 
 LARGE = 1200
 """Nodes from which the first round starts cool: a hot round would not get back to where it began in time."""
@@ -31,15 +37,15 @@ LARGE = 1200
 class Search:
     """A search in progress at one placement; ``best`` is its incumbent by the kernel's own clock.
 
-    ``rate`` is moves per second. A round cools from ``hot`` to ``cold`` times the mean duration over ``length`` moves;
-    rounds grow, and take turns in starting from the best orders and from a fresh list schedule.
+    A round cools from ``hot`` to ``cold`` times the mean duration over ``length`` moves;
+    rounds grow, and take turns in starting from the best orders and from a fresh list schedule. What is found after a
+    number of rounds depends on the seed alone, wherever fresh lists (``greedy.best_of``) are made within their time.
     """
 
     instance: Instance
     seed: int
     best: Orders
     target_ns: int = 0
-    rate: float = 2e4
     rounds: int = 0
     length: int = 60_000
     current: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
@@ -48,6 +54,7 @@ class Search:
     hot: float = 1.0
     tilt: float = 0.0
     wild: float = 0.2
+    price: np.ndarray = field(default_factory=lambda: np.zeros(1))
 
     @property
     def finished(self) -> bool:
@@ -60,39 +67,39 @@ def start(instance: Instance, orders: Orders, seed: int, target_ns: int = 0) -> 
     return Search(instance, seed, orders, target_ns, length=max(2_000, min(100_000, 50 * size)))
 
 
-def advance(search: Search, seconds: float, stop: Callable[[], bool] = lambda: False) -> bool:
-    """Search for some seconds; whether the incumbent improved. Returns early at the target or when ``stop()``."""
+def advance(search: Search, seconds: float, stop: Callable[[], bool] = lambda: False, rounds: int = 1 << 30) -> bool:
+    """Search for some seconds or rounds; whether the incumbent improved. Ends early at the target or on ``stop()``."""
     end = time.monotonic() + seconds
-    before = search.best.makespan_ns
+    before, last = search.best.makespan_ns, search.rounds + rounds
     while not search.finished and not stop():
-        left = end - time.monotonic()
-        if left <= 0:
+        over = search.done >= search.round_length
+        if time.monotonic() >= end or (over and search.rounds >= last):
             break
-        _slice(search, min(left, SLICE_S))
+        if over:
+            _begin_round(search)
+        _slice(search)
     return search.best.makespan_ns < before
 
 
-def _slice(search: Search, seconds: float) -> None:
-    if search.done >= search.round_length:
-        _begin_round(search)
+def _slice(search: Search) -> None:
     instance = search.instance
-    moves = max(50, min(int(search.rate * seconds), search.round_length - search.done))
+    moves = min(max(200, min(50_000, SLICE // max(1, instance.size))), search.round_length - search.done)
     scale = float(instance.dur.mean()) or 1.0
-    cold = 0.05
-    cool = cold / search.hot
+    cool = COLD / search.hot
     first = search.hot * cool ** (search.done / search.round_length) * scale
     search.done += moves
-    last = search.hot * cool ** min(1.0, search.done / search.round_length) * scale
+    last = search.hot * cool ** (search.done / search.round_length) * scale
     best = search.current.copy()
-    began = time.monotonic()
-    makespan = kernels.anneal(
-        search.current, search.best.length, instance.machine, instance.rank, instance.dur, instance.succ_ptr,
-        instance.succ, instance.lag, instance.pred_ptr, instance.pred, instance.pred_lag, instance.waits, instance.tail,
-        instance.cls, instance.alloc, instance.free, instance.work, instance.cap, moves, first, last, search.tilt,
-        search.wild, search.target_ns, search.seed * 7919 + search.rounds * 104729 + search.done, best)
-    search.rate = 0.5 * search.rate + 0.5 * moves / max(1e-6, time.monotonic() - began)
+    makespan = anneal.anneal(
+        facts(instance), search.current, search.best.length, moves, first, last, search.tilt, search.wild,
+        search.price, search.target_ns, search.seed * 7919 + search.rounds * 104729 + search.done, best)
     if makespan < search.best.makespan_ns:
         search.best = Orders(best, search.best.length, int(makespan))
+
+
+def facts(instance: Instance) -> anneal.Facts:
+    """What the kernel reads of an instance."""
+    return anneal.Facts(**{name: getattr(instance, name) for name in anneal.Facts._fields})
 
 
 def _begin_round(search: Search) -> None:
@@ -105,7 +112,14 @@ def _begin_round(search: Search) -> None:
         search.hot = float(rng.choice([2.0, 1.0, 0.5] if search.instance.size < LARGE else [1.0, 0.5, 0.2]))
     search.tilt = TILTS[search.rounds % len(TILTS)]
     search.wild = float(rng.choice([0.1, 0.2, 0.5]))
+    search.price[0] = PRICES[search.rounds % len(PRICES)] * _price_unit(search.instance)
     search.round_length = search.length
     search.length = min(search.length * 2, 20_000_000)
     search.rounds += 1
     search.done = 0
+
+
+def _price_unit(instance: Instance) -> float:
+    """A mean duration per mean activation: ns per byte."""
+    taken = instance.alloc[instance.alloc > 0]
+    return float(instance.dur.mean() / taken.mean()) if len(taken) else 0.0

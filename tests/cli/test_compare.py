@@ -132,3 +132,30 @@ def test_the_table_for_people(mipipe, tmp_path: Path) -> None:
     assert ended.code == 0, ended.stderr
     assert "(1) DualPipe: 6 microbatches on 4 ranks" in ended.stdout
     assert "1F1B (indivisible)" in (tmp_path / "compare.html").read_text()
+
+
+STREAMS = ("compare", "--ranks", 8, "--microbatches", 20, "--attention", "10,13,7", "--dispatch", "8,8", "--experts",
+           "10,10,10", "--combine", "8,8", "--comm", 2, "--fb", 60, "--json")
+
+
+def test_stages_on_two_streams(mipipe) -> None:
+    """DualPipe as its authors count: 60 for an overlapped pair, 526 more than the 1,200 of compute."""
+    ended = mipipe(*STREAMS, "--schedules", "dualpipe")
+    rows = rows_of(ended)
+    assert rows["DualPipe", "indivisible"]["makespan"] == 1726
+    assert ("DualPipe", "streams") in rows
+    assert (ended.data["problem"]["groups"], ended.data["problem"]["attention"]) == (32, "10,13,7")
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (("--combine", "8"), "--combine 8: expected 2 numbers, F,I"),
+    (("--dispatch", "8,x"), "--dispatch 8,x: expected 2 numbers"),
+    (("--w", "2"), "--w does not apply to stages on two streams")])
+def test_what_two_streams_need(mipipe, change: tuple[str, str], words: str) -> None:
+    ended = mipipe(*STREAMS, *change, "--schedules", "dualpipe")
+    assert ended.code == 1 and words in ended.stderr
+
+
+def test_two_streams_need_all_four_operators(mipipe) -> None:
+    ended = mipipe("compare", "--ranks", 4, "--microbatches", 8, "--attention", "1,1,1", "--json")
+    assert ended.code == 1 and "--dispatch is missing" in ended.stderr

@@ -14,6 +14,7 @@ from mipipe.graphs.errors import PlanError
 from mipipe.planner.bounds import heads_and_tails, placement_bound, preemptive_bound, problem_bound
 from mipipe.planner.jobs import job_shop
 from mipipe.planner.plan import Placement, Stage
+from mipipe.planner.proposals import propose
 from mipipe.planner.stages import view
 from mipipe.planner.uniform import two_stream_problem, uniform_problem
 
@@ -123,3 +124,12 @@ def test_collective_stream_has_its_own_bound():
     problem = two_stream_problem(ranks=2, microbatches=4, comm=0, dispatch=(50, 50), activations=100)
     # dispatch and combine: 4 microbatches x (50 + 50 + 8 + 8) per device, longer than its compute
     assert problem_bound(problem).ns >= 4 * 116 * problem.unit_ns
+
+
+def test_the_last_forward_waits_for_gradients_that_make_room():
+    """Two streams, two-way, 9 activations: 433 until rank 3 sees a gradient, of its work until then at most 180; 830
+    must be done before its last forward, whose way to the loss and back takes 465. The search reaches 1,550."""
+    problem = two_stream_problem(ranks=8, microbatches=20, activations=9)
+    bound = placement_bound(view(problem, next(propose(problem, "two-way"))))
+    assert bound.ns == (433 - 180 + 830 + 465) * problem.unit_ns
+    assert "last forward" in bound.what

@@ -66,3 +66,31 @@ def test_colocated_groups_stay_together() -> None:
                    for group in stage.groups}
         for members in problem.colocate:
             assert len({rank_of[group] for group in members}) == 1
+
+
+@pytest.mark.parametrize(("name", "layers"), [("ring", 8), ("ring-v", 16)])
+def test_rings_share_every_stage_among_neighbours_and_give_later_ranks_more(name: str, layers: int) -> None:
+    problem = two_stream_problem(ranks=8, microbatches=20, activations=9, layers=layers)
+    placement = next(propose(problem, name))
+    work, load, latest = loads(problem), [0] * 8, [0] * 8
+    partners: list[set[int]] = [set() for _ in range(8)]
+    for number, (stage, route) in enumerate(zip(placement.stages, placement.routes, strict=True)):
+        assert len(stage.ranks) == 2 and set(route) == set(stage.ranks)
+        for rank in stage.ranks:
+            latest[rank] = number
+            partners[rank] |= set(stage.ranks) - {rank}
+        for rank in route:
+            load[rank] += sum(work[group][rank] for group in stage.groups)
+    assert all(len(found) == 2 for found in partners)  # the ranks form one cycle, not pairs
+    seen = {0}
+    for _ in range(8):
+        seen |= {partner for rank in seen for partner in partners[rank]}
+    assert seen == set(range(8))
+    order = sorted(range(8), key=lambda rank: latest[rank])
+    assert load[order[0]] < sum(load) / 8 < load[order[-1]]
+    assert len(set(resident_bytes(problem, placement))) == 1
+
+
+def test_no_ring_where_ranks_are_odd_or_one_copy_is_allowed() -> None:
+    assert not list(propose(uniform_problem(ranks=5, microbatches=8, f=1, i=1, w=1), "ring"))
+    assert not list(propose(uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, copies=1), "ring"))

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mipipe.planner import greedy, relax, search
+from mipipe.planner import anneal, greedy, relax, search
 from mipipe.planner.bounds import placement_bound
 from mipipe.planner.evaluate import evaluate
 from mipipe.planner.instance import Instance, build, expand, mirror
@@ -70,16 +70,34 @@ def test_shifts_keep_classes_in_order_and_undo_each_other() -> None:
     assert seq.tolist() == [[0, 3, 1, 4, 2]]
 
 
-def test_the_seed_decides() -> None:
+def test_the_seed_decides_what_a_number_of_rounds_finds() -> None:
     problem = uniform_problem(ranks=4, microbatches=8, f=10, i=12, w=8, comm=1, activations=4)
     instance = _instance(problem, "v")
     results = []
     for _ in range(2):
         worker = search.start(instance, _start(instance), seed=5)
-        worker.rate = 1e4
-        search._slice(worker, 0.1)
-        results.append(worker.current.copy())
-    assert (results[0] == results[1]).all()
+        search.advance(worker, 60.0, rounds=3)
+        assert worker.rounds == 3
+        results.append((worker.current.copy(), worker.best.seq.copy()))
+    assert (results[0][0] == results[1][0]).all() and (results[0][1] == results[1][1]).all()
+
+
+def test_orders_kept_while_memory_has_a_price_fit_it() -> None:
+    problem = two_stream_problem(ranks=4, microbatches=8, activations=3)
+    small = relax.relaxed(_instance(problem, "two-way"))
+    assert small is not None
+    start = _start(small)
+    seq, best = start.seq.copy(), start.seq.copy()
+    press = np.array([0.1 * small.dur.mean() / small.alloc.max()])
+    hot = 2.0 * float(small.dur.mean())
+    makespan = anneal.anneal(search.facts(small), seq, start.length, 20_000, hot, hot, 0.0, 0.2, press, 0, 1, best)
+    fits = [[memory_fits(orders, k, 0, start.length[k] - 1, 0, small.alloc, small.free, small.work,
+                         small.cap[small.rank[orders[k, 0]]]) for k in range(small.num_machines)]
+            for orders in (seq, best)]
+    assert not all(fits[0]) and all(fits[1])
+    spare = [np.zeros(small.size, dtype=np.int64) for _ in range(4)]
+    assert makespan == times(best, start.length, small.dur, small.succ_ptr, small.succ, small.lag, small.waits, *spare)
+    assert placement_bound(small.view).ns <= makespan <= start.makespan_ns
 
 
 def test_collectives_lifted_from_the_relaxation_make_a_whole_schedule() -> None:

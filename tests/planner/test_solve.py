@@ -143,6 +143,6 @@ def test_small_instances_are_proven_by_the_order_mip() -> None:
 
 
 def test_options_are_checked() -> None:
-    for bad in ({"time_limit_s": 0}, {"placement": "ring"}, {"objective": "fame"}, {"threads": 0}, {"gap": -1.0}):
+    for bad in ({"time_limit_s": 0}, {"placement": "star"}, {"objective": "fame"}, {"threads": 0}, {"gap": -1.0}):
         with pytest.raises(InputError, match="expected"):
             PlanOptions(**bad)  # type: ignore[arg-type]
