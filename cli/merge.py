@@ -15,6 +15,8 @@ from mipipe.graphs.units import format_bytes, format_ns, parse_bytes
 
 if TYPE_CHECKING:
     from mipipe.planner.merge_plan import MergePlan
+    from mipipe.planner.timeline import Timeline
+    from mipipe.runtime.merge.launch import MergeResult
 
 EXAMPLE = "mipipe merge recipe.yaml -o merged --ranks 2 --memory 4GB"
 
@@ -32,6 +34,8 @@ def merge(
     store: Annotated[bool, typer.Option("--store", help="Store the experts as parts (onebit, twin, rmm), to be"
                                                         " rebuilt for a route later.")] = False,
     route: Annotated[str | None, typer.Option(help="Rebuild stored parts: each expert's weight, as 0,1,0.")] = None,
+    timeline: Annotated[Path | None, typer.Option(help="Write the timeline here, for mipipe show: measured, or"
+                                                       " simulated with --dry-run.")] = None,
     json_output: Json = False,
 ) -> None:
     """Merge model checkpoints as RECIPE says. An interrupted merge continues when the same command runs again."""
@@ -45,28 +49,42 @@ def merge(
         _parts(recipe, output, route, json_output)
         return
     if dry_run:
-        plans = _plans(recipe, output, ranks, cap, size, dtype)
-        if json_output:
-            emit({"recipes": [_facts(plan) for plan in plans]})
-            return
-        for plan in plans:
-            _show(plan)
+        _dry_run(_plans(recipe, output, ranks, cap, size, dtype), timeline, json_output)
         return
     from mipipe.runtime.merge.launch import MergeOptions
     from mipipe.runtime.merge.launch import merge as run
 
-    options = MergeOptions(ranks, device, cap, size, dtype)
+    options = MergeOptions(ranks, device, cap, size, dtype, None if timeline is None else str(timeline))
     with progress("merging") as update:
         result = run(recipe, output, options, lambda done, total: update(f"{done / max(1, total):.0%}"))
+    if result.plan is None:
+        _tell_adapter(result, json_output)
+        return
     if json_output:
         emit({"output": str(result.out), "seconds": round(result.seconds, 3), "ranks": list(result.reports),
-              **_facts(result.plan)})
+              "tensors": len(result.plan.graph.units), "read_bytes": result.plan.graph.read_bytes,
+              "bytes_written": result.plan.graph.write_bytes, "files": len(result.plan.shards),
+              "planned_bytes": result.plan.memory_bytes, "planned_by": result.plan.provenance})
         return
     written = sum(report["write_bytes"] for report in result.reports)
     console = stdout()
     console.print(f"{result.out}: {len(result.plan.graph.units)} tensors, {format_bytes(written)} written in"
                   f" {result.seconds:.1f} s on {ranks} rank{'s' if ranks > 1 else ''}, peak memory beyond the bare"
                   f" process {format_bytes(max(report['peak_bytes'] for report in result.reports))}")
+
+
+def _tell_adapter(result: MergeResult, json_output: bool) -> None:
+    """What became of adapters merged into one."""
+    made = result.adapter
+    assert made is not None
+    if json_output:
+        emit({"output": str(result.out), "seconds": round(result.seconds, 3), "ranks_of_modules": made.ranks,
+              "bytes_written": made.num_bytes, "kept": made.kept})
+        return
+    low, high = min(made.ranks.values()), max(made.ranks.values())
+    stdout().print(f"{result.out}: a LoRA adapter of {len(made.ranks)} weights, rank {low}"
+                   + (f" to {high}" if high > low else "") + f", {format_bytes(made.num_bytes)}; it has {made.kept:.2%}"
+                   " of the squared norm of the merged task vectors", soft_wrap=True)
 
 
 def _parts(recipe: Path, output: Path, route: str | None, json_output: bool) -> None:
@@ -105,32 +123,59 @@ def _plans(recipe: Path, output: Path, ranks: int, cap: int | None, size: int, d
     if assembly is not None:
         assembly = dataclasses.replace(assembly, dtype=dtype or assembly.dtype)
         return [plan_graph(build_moe(assembly, dry_router(assembly), str(recipe)), output, ranks, cap, size)]
-    return plan_chain(read_recipes(recipe), str(recipe), output, ranks, cap, size, dtype)
+    recipes = read_recipes(recipe)
+    if recipes[-1].adapter is not None:
+        raise InputError(f"{recipe}: adapters merged into an adapter take no plan and no time to speak of; leave out"
+                         " --dry-run")
+    return plan_chain(recipes, str(recipe), output, ranks, cap, size, dtype)
 
 
-def _facts(plan: MergePlan) -> dict[str, Any]:
-    """The plan's figures for machines."""
+def _dry_run(plans: list[MergePlan], timeline: Path | None, json_output: bool) -> None:
+    """Show what merges would do, by simulating their programs."""
+    from mipipe.graphs.serialize import save
+    from mipipe.planner.merge_lower import lower_merge
+    from mipipe.planner.merge_simulate import simulate_merge
+
+    simulated = [(plan, simulate_merge(plan, lower_merge(plan))) for plan in plans]
+    if timeline is not None:
+        save(simulated[-1][1], timeline)
+    if json_output:
+        emit({"recipes": [_facts(*item) for item in simulated]})
+        return
+    for item in simulated:
+        _show(*item)
+
+
+def _facts(plan: MergePlan, timeline: Timeline) -> dict[str, Any]:
+    """The figures of a plan and its simulated timeline, for machines."""
     graph = plan.graph
     return {"tensors": len(graph.units), "read_bytes": graph.read_bytes, "bytes_written": graph.write_bytes,
-            "files": len(plan.shards), "estimated_ns": plan.time_ns, "bound_ns": plan.bound_ns,
-            "loads": [{"time_ns": load.time_ns, "read_bytes": load.read_bytes, "write_bytes": load.write_bytes,
-                       "memory_bytes": load.memory_bytes, "tensors": load.num_units} for load in plan.loads],
+            "files": len(plan.shards), "estimated_ns": timeline.makespan_ns,
+            "peak_bytes": max(map(timeline.peak_bytes, range(timeline.num_ranks))), "work_ns": plan.time_ns,
+            "bound_ns": plan.bound_ns, "portion_entries": plan.portion_entries, "ahead": plan.ahead,
+            "loads": [{"work_ns": load.time_ns, "compute_ns": load.compute_ns, "read_bytes": load.read_bytes,
+                       "write_bytes": load.write_bytes, "peak_bytes": timeline.peak_bytes(rank),
+                       "tensors": load.num_units} for rank, load in enumerate(plan.loads)],
             "planned_by": plan.provenance}
 
 
-def _show(plan: MergePlan) -> None:
-    console = stdout()
+def _show(plan: MergePlan, timeline: Timeline) -> None:
+    """A plan and its simulated timeline, for people."""
+    console, facts = stdout(), _facts(plan, timeline)
     graph = plan.graph
-    console.print(f"{graph.recipe['merge_method']}: {len(graph.units)} tensors of {len(graph.models)} models,"
+    console.print(f"{graph.recipe.get('merge_method', 'experts of dense models')}: {len(graph.units)} tensors of"
+                  f" {len(graph.models)} models,"
                   f" {format_bytes(graph.read_bytes)} to read, {format_bytes(graph.write_bytes)} to write in"
-                  f" {len(plan.shards)} file{'s' if len(plan.shards) > 1 else ''}")
+                  f" {len(plan.shards)} file{'s' if len(plan.shards) > 1 else ''}", soft_wrap=True)
     for model in graph.models:
-        console.print(f"  {model.label}: {format_bytes(model.num_bytes)}, licence {model.licence}")
-    sheet = Table("rank", "tensors", "reads", "writes", "estimated time", "peak memory")
-    for rank, load in enumerate(plan.loads):
-        sheet.add_row(str(rank), str(load.num_units), format_bytes(load.read_bytes), format_bytes(load.write_bytes),
-                      format_ns(load.time_ns), format_bytes(load.memory_bytes))
+        console.print(f"  {model.label}: {format_bytes(model.num_bytes)}, licence {model.licence}", soft_wrap=True)
+    sheet = Table("rank", "tensors", "reads", "computes", "writes", "work", "peak memory")
+    for rank, load in enumerate(facts["loads"]):
+        sheet.add_row(str(rank), str(load["tensors"]), format_bytes(load["read_bytes"]), format_ns(load["compute_ns"]),
+                      format_bytes(load["write_bytes"]), format_ns(load["work_ns"]), format_bytes(load["peak_bytes"]))
     console.print(sheet)
-    console.print(f"estimated {format_ns(plan.time_ns)} at rates measured now (read {format_bytes(plan.rates.read)}/s,"
-                  f" write {format_bytes(plan.rates.write)}/s); no rank can be faster than"
-                  f" {format_ns(plan.bound_ns or 0)} when all share the work evenly", soft_wrap=True)
+    rates = plan.rates
+    console.print(f"estimated time {format_ns(facts['estimated_ns'])} by simulation at rates measured now (read"
+                  f" {format_bytes(round(rates.read))}/s, write {format_bytes(round(rates.write))}/s), after a few"
+                  f" seconds to start; a rank has {format_ns(plan.time_ns)} of work at most, and"
+                  f" {format_ns(plan.bound_ns or 0)} if the work could be shared evenly", soft_wrap=True)

@@ -24,6 +24,9 @@ STYLES = {
     ActionKind.OVERLAP_F_B: ("black on #c79be8", "black on #e3cdf4"),
     ActionKind.RECOMPUTE: ("black on #b0bec5", "black on #d8dfe2"),
     ActionKind.OPTIMIZER_STEP: ("black on #e6b8a2", "black on #e6b8a2"),
+    ActionKind.MEASURE: ("black on #fcc55c", "black on #fde3ad"),
+    ActionKind.COMBINE: ("black on #8ab4f8", "black on #c6dafc"),
+    ActionKind.SAVE: ("black on #81c995", "black on #c5e7cd"),
 }
 _COMM = ("black on #f48fb1", "black on #f9c6d8")
 _OVERLAP = re.compile(r"\(\d+F(\d+);\d+B(\d+)\)OVERLAP_F_B")
@@ -128,7 +131,8 @@ def legend(timeline: Timeline) -> Text:
     names = {ActionKind.F: "F forward", ActionKind.I: "I input gradient", ActionKind.W: "W weight gradient",
              ActionKind.B: "B both gradients", ActionKind.OVERLAP_F_B: "FB forward and backward overlapped",
              ActionKind.RECOMPUTE: "R recompute", ActionKind.ALL_REDUCE: "A all-reduce",
-             ActionKind.ALL_TO_ALL: "all-to-all", ActionKind.OPTIMIZER_STEP: "O optimizer"}
+             ActionKind.ALL_TO_ALL: "all-to-all", ActionKind.OPTIMIZER_STEP: "O optimizer",
+             ActionKind.MEASURE: "M measure", ActionKind.COMBINE: "C combine", ActionKind.SAVE: "S save"}
     kinds = {span.kind for span in timeline.spans if span.stream is not Stream.CHANNEL and span.end_ns > span.start_ns}
     text = Text()
     for kind, name in names.items():

@@ -1,19 +1,20 @@
 """`MergeGraph`: a recipe and the checkpoints' headers as a graph of units, one per tensor of the output.
 
-A unit is load, delta, combine, save for one output tensor: its inputs in the checkpoints, the method with its values
-for this tensor, and the bytes it moves. Units share nothing but statistics over wider scopes, so any rank can take any
+A unit is load, combine, save for one output tensor: its inputs in the checkpoints, the method with its values for this
+tensor, and the bytes it moves. Units share nothing but statistics over wider scopes, so any rank can take any
 unit. Built from names and shapes alone; no tensor data is read.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from mipipe.graphs.checkpoint_files import DTYPE_BITS, StoredTensor
 from mipipe.graphs.serialize import STRICT
-from mipipe.graphs.tensor_classes import TensorClass, table
+from mipipe.graphs.tensor_classes import Piece, TensorClass, is_stacked, pieces, table
 from mipipe.graphs.vocabulary import Vocabulary
 
 
@@ -87,16 +88,6 @@ class MergeUnit:
     def write_bytes(self) -> int:
         return self.num_entries * DTYPE_BITS[self.dtype] // 8
 
-    def operators(self) -> list[tuple[str, str, int]]:
-        """The unit's operators ``(kind, what, bytes)`` in order: LOAD per input, DELTA, COMBINE, SAVE."""
-        steps = [("LOAD", f"{item.folder}:{item.tensor.name}", item.num_bytes) for item in self.inputs]
-        if self.method != "copy":
-            work = self.num_entries * 4
-            if self.base is not None:
-                steps.append(("DELTA", self.name, work * len(self.models)))
-            steps.append(("COMBINE", f"{self.method} {self.name}", work * len(self.inputs)))
-        return [*steps, ("SAVE", self.name, self.write_bytes)]
-
 
 @dataclass(frozen=True, slots=True)
 class MergeModel:
@@ -147,3 +138,21 @@ def matrix_shape(unit: MergeUnit) -> tuple[int, int]:
     if len(unit.shape) == 3 and unit.experts:
         return unit.shape[1], unit.shape[2]
     return table(unit.shape)
+
+
+def columns_of(unit: MergeUnit, shape: tuple[int, ...]) -> int:
+    """Columns of a tensor seen as the unit's table."""
+    if len(shape) < 2:
+        return 1
+    return shape[-1] if is_stacked(unit.name, shape) else math.prod(shape[1:])
+
+
+def pieces_of(unit: MergeUnit, config: Mapping[str, Any]) -> tuple[Piece, ...]:
+    """The pieces of a unit in row order; a matrix stored transposed is one piece.
+
+    Args:
+        config: of the model whose architecture the output has (the graph's ``source_config``).
+    """
+    if unit.vocabulary or unit.crop or unit.transposed:
+        return (Piece(unit.name, 0, unit.shape[0] if unit.shape else 1),)
+    return pieces(unit.name, unit.shape, config)

@@ -49,7 +49,7 @@ class MethodSpec:
     ``whole``: works on whole matrices (singular values), not tile by tile. ``classes``: the tensor classes it defines;
     the others are treated as ``elsewhere`` says. ``oriented``: rows and columns play different roles, so matrices
     stored transposed are turned first. ``base_first``: a base listed among the models is the first of them.
-    ``passes``: readings of the data per merge. ``decompositions``: singular value decompositions per model and matrix.
+    ``decompositions``: singular value decompositions per model and matrix.
     """
 
     name: str
@@ -64,7 +64,6 @@ class MethodSpec:
     classes: frozenset[TensorClass] = frozenset(TensorClass) - {TensorClass.BUFFER}
     elsewhere: str = ""
     base_first: bool = False
-    passes: int = 1
     decompositions: int = 0
 
     def parameter(self, name: str) -> Parameter | None:
@@ -104,35 +103,35 @@ METHODS: tuple[MethodSpec, ...] = (
         Parameter("scale", 1.0, "factor of the weights", per_model=True),), Base.UNUSED, max_models=1),
     MethodSpec("slerp", "Animating rotation with quaternion curves (Shoemake 1985)", "", (
         Parameter("t", None, "position on the arc from the base (0) to the other model (1)"),), Base.UNUSED, 2, 2,
-        base_first=True, passes=2),
+        base_first=True),
     MethodSpec("nuslerp", "SLERP with weights, of task vectors when a base is given", "", (
         Parameter("weight", None, "the position is w2 / (w1 + w2)", per_model=True),
         Parameter("nuslerp_flatten", True, "one arc for the tensor, not one per column", bool),
-        Parameter("nuslerp_row_wise", False, "one arc per row", bool)), Base.OPTIONAL, 2, 2, passes=2),
+        Parameter("nuslerp_row_wise", False, "one arc per row", bool)), Base.OPTIONAL, 2, 2),
     MethodSpec("karcher", "Riemannian center of mass and mollifier smoothing (Karcher 1977)", "", (
         _WEIGHT, Parameter("max_iter", 10, "iterations", int, low=1), Parameter("tol", 1e-5, "step that ends them",
-                                                                                low=0.0)), Base.UNUSED, passes=2),
+                                                                                low=0.0)), Base.UNUSED),
     MethodSpec("model_stock", "Model Stock: All we need is just a few fine-tuned models", "2403.19522", (
-        Parameter("filter_wise", False, "a ratio per row", bool),), passes=2),
+        Parameter("filter_wise", False, "a ratio per row", bool),)),
     MethodSpec("task_arithmetic", "Editing Models with Task Arithmetic", "2212.04089", (_WEIGHT, _LAMBDA, _SUM)),
-    MethodSpec("ties", "TIES-Merging: Resolving Interference When Merging Models", "2306.01708", TIES, passes=3),
+    MethodSpec("ties", "TIES-Merging: Resolving Interference When Merging Models", "2306.01708", TIES),
     MethodSpec("dare_linear", "Language Models are Super Mario", "2311.03099", DARE),
     MethodSpec("dare_ties", "Language Models are Super Mario", "2311.03099", DARE),
     MethodSpec("della_linear", "DELLA-Merging: Reducing Interference through Magnitude-Based Sampling", "2406.11617",
                (*DELLA, _SUM)),
     MethodSpec("della", "DELLA-Merging: Reducing Interference through Magnitude-Based Sampling", "2406.11617",
                (*DELLA, _MEAN)),
-    MethodSpec("breadcrumbs", "Model Breadcrumbs", "2312.06795", BREADCRUMBS, passes=3),
-    MethodSpec("breadcrumbs_ties", "Model Breadcrumbs, with TIES' vote", "2312.06795", BREADCRUMBS, passes=3),
+    MethodSpec("breadcrumbs", "Model Breadcrumbs", "2312.06795", BREADCRUMBS),
+    MethodSpec("breadcrumbs_ties", "Model Breadcrumbs, with TIES' vote", "2312.06795", BREADCRUMBS),
     MethodSpec("sce", "FuseChat: Knowledge Fusion of Chat Models", "2408.07990", (
         Parameter("select_topk", 1.0, "share of entries with the largest variance", low=0.0, high=1.0, above=True),
         Parameter("mask_deltas", True, "drop unselected entries (mergekit); false: use them (FuseChat's code)", bool),
-        _INT8), passes=4),
-    MethodSpec("varm", "FuseChat (weights by mean squared variation)", "2408.07990", passes=2),
+        _INT8)),
+    MethodSpec("varm", "FuseChat (weights by mean squared variation)", "2408.07990"),
     MethodSpec("frank", "Training-Free Reasoning and Reflection in MLLMs", "2505.16151", (
         Parameter("weight", 1.0, "prior weight of each model, by layer if a gradient", per_model=True, low=0.0),
         Parameter("prior_alpha", None, "decay of visual attention over layers, measured on images", optional=True),
-        Parameter("prior_norm", "sum", "scale of the prior", str, choices=("sum", "max"))), passes=2),
+        Parameter("prior_norm", "sum", "scale of the prior", str, choices=("sum", "max")))),
     MethodSpec("layer_swapping", "Layer Swapping for Zero-Shot Cross-Lingual Transfer in LLMs", "2410.01335", (
         Parameter("bottom", None, "first layers from the language model", int, low=0),
         Parameter("top", None, "last layers from the language model", int, low=0),
@@ -168,7 +167,7 @@ METHODS: tuple[MethodSpec, ...] = (
         Parameter("learning_rate", 1e-4, "of Adam", low=0.0, above=True),
         Parameter("steps", 400, "of Adam", int, low=1),
         Parameter("reproject", False, "keep the shift out of the shared subspace exactly", bool)),
-        whole=True, oriented=True, classes=_MATRIX, elsewhere="base", passes=3, decompositions=8),
+        whole=True, oriented=True, classes=_MATRIX, elsewhere="base", decompositions=8),
     MethodSpec("twin", "Twin-Merging: Dynamic Integration of Modular Expertise in Model Merging", "2406.15479", (
         Parameter("shared_scale", 0.29, "task arithmetic's factor in the shared part"),
         Parameter("density", 0.1, "rank of the exclusive parts relative to full", low=0.0, high=1.0, above=True),
@@ -181,7 +180,7 @@ METHODS: tuple[MethodSpec, ...] = (
         Parameter("route", None, "index of the expert a prompt is routed to", int, low=0),
         Parameter("full_precision", False, "keep this model's tensor unquantised (by filter)", bool, per_model=True),
         Parameter("others_weight", 0.0, "factor of the merged other experts"),
-        Parameter("others", "linear", "how they are merged", str, choices=("linear", "ties"))), passes=2),
+        Parameter("others", "linear", "how they are merged", str, choices=("linear", "ties")))),
 )
 """Every merge method. To add one: an entry here, and its functions in `mipipe.runtime.merge.registry`."""
 

@@ -3,7 +3,8 @@
 A file holds one recipe, or several separated by ``---``: each but the last has a ``name`` that later ones may use in
 place of a model's path. Beyond mergekit's keys: ``branches`` (methods per part of a multimodal model), ``names`` (name
 maps between wrapped and unwrapped checkpoints), ``mismatch`` (what to do with tables of other sizes), ``align``
-(matching experts before merging) and ``seed``. Nothing unknown is skipped.
+(matching experts before merging), ``adapter`` (LoRA adapters merged into an adapter) and ``seed``. Nothing unknown is
+skipped.
 """
 
 from __future__ import annotations
@@ -88,6 +89,17 @@ class AlignRule:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterRule:
+    """Keep the merge of LoRA adapters low-rank: the result is an adapter, of at most ``rank``.
+
+    Without a rank, linear methods join the factors and are exact; other methods need one.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class MergeRecipe:
     """One merge. Exactly one of ``models`` and ``slices`` is given."""
 
@@ -108,6 +120,7 @@ class MergeRecipe:
     """The model whose tensors and config the output has; the base (else the first model) if not given."""
     mismatch: Literal["error", "submatrix"] = "error"
     align: AlignRule | None = None
+    adapter: AdapterRule | None = None
     seed: int = 0
     name: str = ""
 
@@ -141,6 +154,9 @@ def read_recipes(path: str | Path) -> list[MergeRecipe]:
     if unnamed:
         raise InputError(f"{path}, recipe {unnamed[0]}: has no name, so no later recipe can use it; only the last may"
                          " go without")
+    early = [recipe.name for recipe in recipes[:-1] if recipe.adapter is not None]
+    if early:
+        raise InputError(f"{path}: recipe {early[0]} makes an adapter; only the last recipe of a file may")
     return recipes
 
 
@@ -155,6 +171,8 @@ def parse_recipe(data: Any, where: str) -> MergeRecipe:
     for key, value in (("dtype", recipe.dtype), ("out_dtype", recipe.out_dtype)):
         if value is not None and value not in DTYPES:
             raise InputError(f"{where}: {key}: found {value!r}, expected one of {', '.join(DTYPES)}")
+    if recipe.adapter is not None:
+        _check_adapter_rule(recipe, recipe.adapter, where)
     _check_method(recipe.merge_method, recipe.models, recipe.base_model, recipe.parameters, where)
     for number, piece in enumerate(recipe.slices):
         _check_slice(recipe, piece, f"{where}: slices[{number}]")
@@ -174,6 +192,16 @@ def _python_names(data: Any) -> Any:
         renamed = {"from": "source", "to": "target"} if set(data) == {"from", "to"} else {}
         return {renamed.get(key, key): _python_names(item) for key, item in data.items()}
     return [_python_names(item) for item in data] if isinstance(data, list) else data
+
+
+def _check_adapter_rule(recipe: MergeRecipe, rule: AdapterRule, where: str) -> None:
+    if rule.rank is not None and rule.rank < 1:
+        raise InputError(f"{where}: adapter: rank: found {rule.rank}, expected at least 1")
+    if recipe.slices or recipe.branches or recipe.vocabulary is not None or recipe.align is not None:
+        raise InputError(f"{where}: adapter keeps adapters of one base low-rank; leave out slices, branches, tokenizer"
+                         " and align")
+    if recipe.base_model is None:
+        raise InputError(f"{where}: adapter needs a base_model, the model that the adapters are of")
 
 
 def _check_slice(recipe: MergeRecipe, piece: RecipeSlice, where: str) -> None:

@@ -32,6 +32,10 @@ class ActionKind(StrEnum):
     ALL_REDUCE = "ALL_REDUCE"
     FREE = "FREE"
     OPTIMIZER_STEP = "OPTIMIZER_STEP"
+    LOAD = "LOAD"
+    MEASURE = "MEASURE"
+    COMBINE = "COMBINE"
+    SAVE = "SAVE"
 
 
 class Stream(StrEnum):

@@ -15,70 +15,101 @@ from typing import ClassVar
 
 import numpy as np
 
-from mipipe.graphs.merge_graph import MergeGraph, MergeUnit, matrix_shape
+from mipipe.graphs.checkpoint_files import DTYPE_BITS
+from mipipe.graphs.merge_graph import MergeGraph, MergeUnit, columns_of, matrix_shape
 from mipipe.graphs.merge_methods import BY_NAME
+from mipipe.graphs.merge_passes import is_whole, num_rounds
 from mipipe.graphs.serialize import STRICT
+from mipipe.planner.merge_lower import TILE_ENTRIES, MergeStep, reads
 
 SVD_FACTOR = 12
 """Flops of a thin SVD over ``m n min(m, n)``: between 4 and 20 by the share of wide matrices (methods.md 1.6)."""
 TEMPORARIES = 6
 """Float32 tensors of a tile's size alive at once beside inputs and task vectors."""
-TILE_ENTRIES = 2**18
-"""Entries of a tile; the same as `mipipe.runtime.merge.method.TILE_ELEMENTS` (a test compares them)."""
 
 
 @dataclass(frozen=True, slots=True)
 class MergeRates:
-    """Measured rates of one rank: bytes per second read, written and passed through elementwise work, and flops."""
+    """Measured rates of one rank: bytes per second read, written and passed through elementwise work, and flops.
+
+    ``cores``: processors the ranks share. Reading ahead pays where there are more of them than ranks.
+    """
 
     __pydantic_config__: ClassVar = STRICT
     read: float
     write: float
     stream: float
     flops: float
+    cores: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class UnitCost:
-    """Bytes read (all passes) and written, nanoseconds of arithmetic, peak bytes while the unit runs."""
+    """Bytes read (all passes) and written, nanoseconds of arithmetic and of everything."""
 
     read_bytes: int
     write_bytes: int
     compute_ns: int
-    memory_bytes: int
     total_ns: int
 
 
 def unit_cost(unit: MergeUnit, rates: MergeRates, compute_bytes: int = 4) -> UnitCost:
     """The cost of a unit at measured rates; ``compute_bytes`` per entry (4 for float32)."""
-    spec = BY_NAME.get(unit.method)
-    passes = spec.passes if spec else 1
+    passes = num_rounds(unit) + 1
     read = unit.read_bytes * passes
-    rows, columns = matrix_shape(unit)
     compute = 0.0
-    if spec is not None:
-        compute = unit.num_entries * len(unit.inputs) * 4 * compute_bytes * passes / rates.stream
-        if spec.decompositions and unit.tensor_class in spec.classes and len(unit.shape) > 1:
-            matrices = unit.num_entries / max(1, rows * columns)
-            work = SVD_FACTOR * rows * columns * min(rows, columns) * spec.decompositions * len(unit.models)
-            compute += matrices * work / rates.flops
+    if unit.method != "copy":
+        compute = passes * stream_seconds(unit, unit.num_entries, rates, compute_bytes) + spectral_seconds(unit, rates)
     compute_ns = round(compute * 1e9)
     total = compute_ns + round((read / rates.read + unit.write_bytes / rates.write) * 1e9)
-    return UnitCost(read, unit.write_bytes, compute_ns, memory_of(unit, compute_bytes), total)
+    return UnitCost(read, unit.write_bytes, compute_ns, total)
 
 
-def memory_of(unit: MergeUnit, compute_bytes: int = 4) -> int:
-    """Peak bytes of a unit: tiles for elementwise methods, whole matrices for the others."""
+def stream_seconds(unit: MergeUnit, entries: int, rates: MergeRates, compute_bytes: int) -> float:
+    """Seconds of elementwise work on some entries of a unit, once over."""
+    return entries * len(unit.inputs) * 4 * compute_bytes / rates.stream
+
+
+def spectral_seconds(unit: MergeUnit, rates: MergeRates) -> float:
+    """Seconds of the singular value decompositions of a unit."""
     spec = BY_NAME.get(unit.method)
+    if spec is None or not spec.decompositions or unit.tensor_class not in spec.classes or len(unit.shape) < 2:
+        return 0.0
+    rows, columns = matrix_shape(unit)
+    matrices = unit.num_entries / max(1, rows * columns)
+    work = SVD_FACTOR * rows * columns * min(rows, columns) * spec.decompositions * len(unit.models)
+    return matrices * work / rates.flops
+
+
+def held_bytes(unit: MergeUnit, step: MergeStep, graph: MergeGraph) -> int:
+    """What a step's LOAD reads and keeps until its FREE."""
+    return sum(stop - start for _, start, stop in reads(unit, step, graph))
+
+
+def saved_bytes(unit: MergeUnit, step: MergeStep) -> int:
+    """What a step writes, in the output's dtype."""
+    if unit.method == "copy":
+        return step.stop - step.start
+    return (step.stop - step.start) * columns_of(unit, unit.shape) * DTYPE_BITS[unit.dtype] // 8 * (step.round is None)
+
+
+def work_bytes(unit: MergeUnit, compute_bytes: int = 4) -> int:
+    """Peak bytes of computing on a tile, or on a whole matrix where the method needs one."""
+    if unit.method == "copy":
+        return 0
     rows, columns = matrix_shape(unit)
     entries = rows * columns
-    whole = spec is not None and spec.whole and unit.tensor_class in spec.classes
-    if not whole:
+    if not is_whole(unit):
         entries = min(entries, max(TILE_ENTRIES, columns))
     tensors = len(unit.inputs) * 2 + len(unit.models) + TEMPORARIES
     factors = sum(adapter.up.num_bytes + adapter.down.num_bytes for item in unit.inputs for adapter in item.adapters)
-    counters = 2**15 * 8 * len(unit.models) * 4 if spec is not None and spec.passes > 2 else 0
+    counters = 2**15 * 8 * len(unit.models) * 4 if num_rounds(unit) > 1 else 0
     return entries * compute_bytes * tensors + factors * 2 + counters
+
+
+def step_bytes(unit: MergeUnit, step: MergeStep, graph: MergeGraph, compute_bytes: int = 4) -> int:
+    """Peak bytes of a step by itself: what was read, what is computed on, what will be written."""
+    return held_bytes(unit, step, graph) + saved_bytes(unit, step) + work_bytes(unit, compute_bytes)
 
 
 SAMPLE_BYTES = 2**23
@@ -112,4 +143,12 @@ def measure_rates(graph: MergeGraph, output: str | Path) -> MergeRates:
     for _ in range(8):
         square @ square
     flops = 8 * 2 * 256**3 / max(time.perf_counter() - began, 1e-6)
-    return MergeRates(read, write, stream_rate, flops)
+    return MergeRates(read, write, stream_rate, flops, _num_cores())
+
+
+def _num_cores() -> int:
+    """Processors this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1

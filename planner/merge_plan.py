@@ -21,7 +21,8 @@ from mipipe.graphs.merge_layout import Shard, as_checkpoint, lay_out
 from mipipe.graphs.recipe import MergeRecipe
 from mipipe.graphs.serialize import STRICT, digest
 from mipipe.graphs.units import format_bytes
-from mipipe.planner.merge_costs import MergeRates, UnitCost, measure_rates, unit_cost
+from mipipe.planner.merge_costs import MergeRates, UnitCost, held_bytes, measure_rates, step_bytes, unit_cost
+from mipipe.planner.merge_lower import TILE_ENTRIES, unit_steps
 
 SHARD_BYTES = 5 * 10**9
 """Largest output file, as transformers splits by default."""
@@ -29,13 +30,13 @@ SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True, slots=True)
 class RankLoad:
-    """What one rank does: estimated nanoseconds, bytes read and written, peak memory beyond the bare process."""
+    """What one rank does: nanoseconds of reading, computing and writing added up, and what it reads and writes."""
 
     __pydantic_config__: ClassVar = STRICT
     time_ns: int
+    compute_ns: int
     read_bytes: int
     write_bytes: int
-    memory_bytes: int
     num_units: int
 
 
@@ -43,6 +44,8 @@ class RankLoad:
 class MergePlan:
     """Units by rank, in the order of their first input's place on disk, so that files are read forward.
 
+    Every unit is walked in portions of about ``portion_entries``, read ``ahead`` steps before they are needed; see
+    `mipipe.planner.merge_lower`. ``memory_bytes`` bounds what a rank then has in memory beyond the bare process.
     ``bound_ns`` is a proven lower bound of the longest rank at these costs, None where none was computed.
     """
 
@@ -54,13 +57,16 @@ class MergePlan:
     ranks: tuple[tuple[int, ...], ...]
     loads: tuple[RankLoad, ...]
     rates: MergeRates
+    portion_entries: int
+    ahead: int
+    memory_bytes: int
     memory_cap: int | None = None
     bound_ns: int | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
     def time_ns(self) -> int:
-        """Estimated time of the slowest rank."""
+        """Estimated work of the longest rank, nothing overlapped."""
         return max(load.time_ns for load in self.loads)
 
     def job_digest(self) -> str:
@@ -83,13 +89,14 @@ def plan_merge(graph: MergeGraph, num_ranks: int, rates: MergeRates, memory_cap:
     """
     width = 8 if graph.compute_dtype == "float64" else 4
     costs = [unit_cost(unit, rates, width) for unit in graph.units]
-    _check_memory(graph, costs, memory_cap)
+    portion, ahead, memory = _fit_portions(graph, width, num_ranks, 1 if rates.cores > num_ranks else 0, memory_cap)
     ranks, bound, notes = _assign(costs, num_ranks, time_limit_s, seed)
     ordered = tuple(tuple(sorted(rank, key=lambda index: _place(graph.units[index]))) for rank in ranks)
-    loads = tuple(RankLoad(sum(costs[i].total_ns for i in rank), sum(costs[i].read_bytes for i in rank),
-                           sum(costs[i].write_bytes for i in rank),
-                           max((costs[i].memory_bytes for i in rank), default=0), len(rank)) for rank in ordered)
-    return MergePlan(graph, lay_out(graph.units, shard_bytes), ordered, loads, rates, memory_cap, bound, notes)
+    loads = tuple(RankLoad(sum(costs[i].total_ns for i in rank), sum(costs[i].compute_ns for i in rank),
+                           sum(costs[i].read_bytes for i in rank), sum(costs[i].write_bytes for i in rank), len(rank))
+                  for rank in ordered)
+    return MergePlan(graph, lay_out(graph.units, shard_bytes), ordered, loads, rates, portion, ahead, memory,
+                     memory_cap, bound, notes)
 
 
 def plan_recipe(recipe: MergeRecipe, where: str, out: Path, known: Mapping[str, CheckpointFiles], num_ranks: int,
@@ -126,13 +133,37 @@ def _place(unit: MergeUnit) -> tuple[str, str, int]:
     return first.folder, first.tensor.file, first.tensor.start
 
 
-def _check_memory(graph: MergeGraph, costs: Sequence[UnitCost], cap: int | None) -> None:
-    largest = max(range(len(costs)), key=lambda index: costs[index].memory_bytes)
-    if cap is not None and costs[largest].memory_bytes > cap:
-        unit = graph.units[largest]
-        raise InfeasibleError(f"memory cap {format_bytes(cap)} per rank: merging {unit.name} of shape"
-                              f" {list(unit.shape)} with {unit.method} takes"
-                              f" {format_bytes(costs[largest].memory_bytes)} at once; raise --memory to at least that")
+PORTION_ENTRIES = 2**20
+"""Entries of a portion: large enough that walking through a program takes no time beside them."""
+NUM_PORTIONS = 2**13
+"""Portions of a large model are so large that there are about this many."""
+
+
+def _fit_portions(graph: MergeGraph, width: int, num_ranks: int, ahead: int, cap: int | None) -> tuple[int, int, int]:
+    """Entries of a portion, how many steps are read ahead, and a bound on a rank's memory: the fastest that fit.
+
+    Raises:
+        InfeasibleError: not even the smallest portions do.
+    """
+    total = sum(unit.num_entries for unit in graph.units)
+    portion = max(PORTION_ENTRIES, 2 ** (total // NUM_PORTIONS // num_ranks).bit_length())
+    while True:
+        peaks, held = [], 0
+        for unit in graph.units:
+            steps = unit_steps(unit, graph, portion)
+            peaks.append(max((step_bytes(unit, step, graph, width) for step in steps), default=0))
+            held = max(held, max((held_bytes(unit, step, graph) for step in steps), default=0))
+        largest = max(range(len(peaks)), key=lambda index: peaks[index])
+        for distance in range(ahead, -1, -1):
+            memory = peaks[largest] + distance * held
+            if cap is None or memory <= cap:
+                return portion, distance, memory
+        if portion <= TILE_ENTRIES:
+            unit = graph.units[largest]
+            raise InfeasibleError(f"memory cap {format_bytes(cap or 0)} per rank: merging {unit.name} of shape"
+                                  f" {list(unit.shape)} with {unit.method} takes {format_bytes(peaks[largest])} at"
+                                  " once; raise --memory to at least that")
+        portion //= 2
 
 
 def _assign(costs: Sequence[UnitCost], num_ranks: int, time_limit_s: float,
@@ -142,9 +173,9 @@ def _assign(costs: Sequence[UnitCost], num_ranks: int, time_limit_s: float,
     if num_ranks == 1:
         return [list(range(len(costs)))], total, {"method": "one rank"}
     from mipipe.planner.milp.merge_balance import UnitKind, balance
-    kinds: dict[tuple[int, int, int], list[int]] = {}
+    kinds: dict[tuple[int, int, int, int], list[int]] = {}
     for index, cost in enumerate(costs):
-        kinds.setdefault((cost.total_ns, cost.read_bytes, cost.write_bytes), []).append(index)
+        kinds.setdefault((cost.total_ns, cost.read_bytes, cost.compute_ns, cost.write_bytes), []).append(index)
     members = list(kinds.values())
     start = longest_first([cost.total_ns for cost in costs], num_ranks)
     owner = {index: rank for rank, units in enumerate(start) for index in units}

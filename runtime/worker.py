@@ -1,5 +1,7 @@
 """The torchrun entry: ``torchrun --nproc-per-node N -m mipipe.runtime.worker --plan P --graph G --config C``.
 
+With ``--merge OUT`` in place of the files it runs the merge prepared in ``OUT.partial`` (`mipipe.runtime.merge`).
+
 Each process reads the files, takes its rank's part of the plan and trains. Files and options are checked before any
 process waits for another. A user's error is one line on stderr (from one rank) and its exit code; any other failure is
 reported with its traceback in torchrun's summary. With ``--report FOLDER`` a failing rank also leaves its error there.
@@ -36,14 +38,19 @@ from mipipe.runtime.training import Trainer
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The worker's options."""
     parser = argparse.ArgumentParser(prog="mipipe.runtime.worker", description=__doc__)
-    parser.add_argument("--plan", required=True, help="the plan to run")
-    parser.add_argument("--graph", required=True, help="the operator graph it was made for")
-    parser.add_argument("--config", required=True, help="the training configuration (YAML)")
+    parser.add_argument("--plan", help="the plan to run")
+    parser.add_argument("--graph", help="the operator graph it was made for")
+    parser.add_argument("--config", help="the training configuration (YAML)")
+    parser.add_argument("--merge", metavar="OUT", help="run the prepared merge of this folder instead")
+    parser.add_argument("--timeline", help="where a merge's measured timeline is written")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
     parser.add_argument("--progress", action="store_true", help="show progress on stderr (rank 0)")
     parser.add_argument("--report", help="folder in which a failing rank leaves its error")
     parser.add_argument("--device", default=None, help="cpu or cuda; default: cuda where there is one for each rank")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if not options.merge and not (options.plan and options.graph and options.config):
+        parser.error("expected --plan, --graph and --config, or --merge")
+    return options
 
 
 def train(options: argparse.Namespace) -> list[float]:
@@ -134,9 +141,13 @@ def report(folder: str | None, error: BaseException) -> None:
 
 @record
 def guarded(options: argparse.Namespace) -> int:
-    """Train; a user's error becomes its exit code, everything else torchrun's report."""
+    """Train or merge; a user's error becomes its exit code, everything else torchrun's report."""
     try:
-        train(options)
+        if options.merge:
+            from mipipe.runtime.merge.worker import run_prepared
+            run_prepared(Path(options.merge), options.device, options.timeline)
+        else:
+            train(options)
     except MipipeError as error:
         report(options.report, error)
         if isinstance(error, RunError) and error.__cause__ is not None:

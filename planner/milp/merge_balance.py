@@ -4,10 +4,11 @@ Units of the same cost are interchangeable (the same tensor in every layer), so 
 rank, and the size does not depend on the number of layers. Memory is no row here: a rank runs one unit at a time, so
 the cap is a test on each unit (`mipipe.planner.merge_plan`).
 
-    minimise  z + epsilon (r + w)
+    minimise  z + epsilon (r + c + w)
     sum_d n[k, d] = N_k                         every unit is taken once
     sum_k time_k n[k, d] <= z                   for every rank d: its time
-    sum_k read_k n[k, d] <= r mean read         its bytes read, as a multiple of the mean; the same for bytes written
+    sum_k read_k n[k, d] <= r mean read         its bytes read, as a multiple of the mean; the same for the arithmetic
+                                                (c) and for the bytes written (w)
     load of rank d >= load of rank d + 1        equal ranks are interchangeable: order them
 """
 
@@ -29,11 +30,12 @@ GAP = 5e-3
 
 @dataclass(frozen=True, slots=True)
 class UnitKind:
-    """``count`` units of equal cost: nanoseconds in all, bytes read, bytes written."""
+    """``count`` units of equal cost: nanoseconds in all, bytes read, nanoseconds of arithmetic, bytes written."""
 
     count: int
     time: int
     read: int
+    compute: int
     write: int
 
 
@@ -43,7 +45,7 @@ def build(kinds: Sequence[UnitKind], num_ranks: int) -> pyo.ConcreteModel:
     model.K, model.D = pyo.RangeSet(0, len(kinds) - 1), pyo.RangeSet(0, num_ranks - 1)
     model.n = pyo.Var(model.K, model.D, domain=pyo.NonNegativeIntegers,
                       bounds=lambda _model, k, _d: (0, kinds[k].count))
-    model.z, model.r, model.w = (pyo.Var(domain=pyo.NonNegativeReals) for _ in range(3))
+    model.z, model.r, model.c, model.w = (pyo.Var(domain=pyo.NonNegativeReals) for _ in range(4))
 
     def load(rank: int, costs: Sequence[int]) -> pyo.Expression:
         mean = max(1.0, sum(cost * kind.count for cost, kind in zip(costs, kinds, strict=True)) / num_ranks)
@@ -53,10 +55,12 @@ def build(kinds: Sequence[UnitKind], num_ranks: int) -> pyo.ConcreteModel:
     model.taking = pyo.Constraint(model.K, rule=lambda model, k: sum(model.n[k, d] for d in model.D) == kinds[k].count)
     model.timing = pyo.Constraint(model.D, rule=lambda model, d: load(d, times) <= model.z)
     model.reading = pyo.Constraint(model.D, rule=lambda model, d: load(d, [kind.read for kind in kinds]) <= model.r)
+    model.computing = pyo.Constraint(model.D,
+                                     rule=lambda model, d: load(d, [kind.compute for kind in kinds]) <= model.c)
     model.writing = pyo.Constraint(model.D, rule=lambda model, d: load(d, [kind.write for kind in kinds]) <= model.w)
     model.sorting = pyo.Constraint(pyo.RangeSet(0, num_ranks - 2),
                                  rule=lambda model, d: load(d, times) >= load(d + 1, times))
-    model.goal = pyo.Objective(expr=model.z + EPSILON * (model.r + model.w))
+    model.goal = pyo.Objective(expr=model.z + EPSILON * (model.r + model.c + model.w))
     return model
 
 

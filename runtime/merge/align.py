@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merge_graph import Input, MergeUnit
+from mipipe.graphs.merge_graph import Input, MergeUnit, columns_of
 from mipipe.graphs.tensor_classes import is_stacked
 from mipipe.runtime.merge.exchange import Exchange
-from mipipe.runtime.merge.sources import Reordering, Surroundings, columns_of
+from mipipe.runtime.merge.sources import Reordering, Surroundings
 
 _SINGLE = re.compile(r"\.experts\.(\d+)\.")
 _ROUTER = re.compile(r"\.(?:gate|router)(?:\.weight|\.linear\.weight|\.bias|\.e_score_correction_bias)$"

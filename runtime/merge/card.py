@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mipipe.graphs.merge_graph import MergeGraph
 from mipipe.graphs.merge_layout import index_json
 from mipipe.graphs.merge_methods import BY_NAME
 from mipipe.graphs.serialize import write_text
@@ -44,16 +46,20 @@ def write_companions(plan: MergePlan, folder: Path) -> None:
 
 
 def model_card(plan: MergePlan, name: str) -> str:
-    """The README: sources with their licences, method with its paper, parameters, and the recipe itself."""
-    graph = plan.graph
+    """The README of a merged model."""
+    return graph_card(plan.graph, name, len(plan.graph.units))
+
+
+def graph_card(graph: MergeGraph, name: str, num_tensors: int) -> str:
+    """A README: sources with their licences, methods with papers and parameters, and the recipe itself."""
     licences = sorted({model.licence for model in graph.models})
     front = {"library_name": "transformers", "tags": ["mipipe", "merge"],
              "license": licences[0] if len(licences) == 1 else "other"}
     recipe = _given(graph.recipe)
+    title = f"with `{recipe['merge_method']}`" if "merge_method" in recipe else "from dense models, one per expert"
     rows = "\n".join(f"| {model.label} | {model.licence} | {format_bytes(model.num_bytes)} |"
                      f" `{model.fingerprint}` |" for model in graph.models)
-    methods = sorted({unit.method for unit in graph.units} - {"copy"})
-    lines = "\n".join(f"- `{method}`: {_reference(method)}" for method in methods)
+    methods = "\n".join(_method_lines(graph)) or "- tensors are copied"
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
@@ -61,18 +67,17 @@ def model_card(plan: MergePlan, name: str) -> str:
 
 # {name}
 
-Merged by mipipe with `{graph.recipe["merge_method"]}`.
+Merged by mipipe {title}.
 
 | source | licence | size | fingerprint |
 |---|---|---|---|
 {rows}
 
-Methods:
+Methods, with all their parameters (per model in the order of the recipe; ranges where tensors differ):
 
-{lines}
+{methods}
 
-{len(graph.units)} tensors, {format_bytes(graph.write_bytes)}, computed in {graph.compute_dtype}, seed {graph.seed}. The
-licences of all sources apply.
+{num_tensors} tensors, computed in {graph.compute_dtype}, seed {graph.seed}. The licences of all sources apply.
 
 ## Recipe
 
@@ -82,14 +87,39 @@ licences of all sources apply.
 """
 
 
+def _method_lines(graph: MergeGraph) -> list[str]:
+    """One line per method that is used: its paper, and the values of its parameters."""
+    lines = []
+    for method in sorted({unit.method for unit in graph.units} - {"copy"}):
+        spec = BY_NAME[method]
+        paper = f"{spec.title}, arXiv {spec.arxiv}" if spec.arxiv else spec.title
+        units = [unit for unit in graph.units if unit.method == method]
+        values = [f"{parameter.name} {_spread([unit.parameters[parameter.name] for unit in units])}"
+                  for parameter in spec.parameters if parameter.name in units[0].parameters]
+        lines.append(f"- `{method}`: {paper}" + (f"; {', '.join(values)}" if values else ""))
+    return lines
+
+
+def _spread(values: Sequence[Any]) -> str:
+    """Values over tensors in few words: the one they share, per model if there are several, or from least to most."""
+    if isinstance(values[0], (list, tuple)):
+        columns = {_spread(column) for column in zip(*values, strict=True)} if len({*map(len, values)}) == 1 else set()
+        if len(columns) == 1:
+            return columns.pop()
+        return "[" + ", ".join(_spread([row[place] for row in values if len(row) > place])
+                               for place in range(max(map(len, values)))) + "]"
+    distinct = sorted({str(value) for value in values})
+    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    if len(distinct) > 1 and len(numbers) == len(values):
+        return f"{min(numbers):g} to {max(numbers):g}"
+    if len(numbers) == len(values):
+        return f"{numbers[0]:g}"
+    return " or ".join("none" if value == "None" else value for value in distinct)
+
+
 def _given(value: Any) -> Any:
     """The recipe without the keys that were left out: those with empty values, outside parameters."""
     if isinstance(value, dict):
         return {key: item if key == "parameters" else _given(item) for key, item in value.items()
                 if item not in (None, "", [], {}) and (key, item) not in (("mismatch", "error"), ("seed", 0))}
     return [_given(item) for item in value] if isinstance(value, list) else value
-
-
-def _reference(method: str) -> str:
-    spec = BY_NAME[method]
-    return f"{spec.title}, arXiv {spec.arxiv}" if spec.arxiv else spec.title

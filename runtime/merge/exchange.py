@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+
+PATIENCE = timedelta(days=7)
+"""Ranks wait for the slowest. A rank that died needs no timeout: torchrun then ends the others."""
 
 
 class Exchange:
@@ -27,7 +31,7 @@ class Exchange:
 
     def __enter__(self) -> Exchange:
         if self.size > 1:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=PATIENCE)
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -41,7 +45,6 @@ class Exchange:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
-
 
     def barrier(self) -> None:
         """Wait for all ranks."""

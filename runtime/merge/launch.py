@@ -15,21 +15,21 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mipipe.graphs import errors
 from mipipe.graphs.checkpoint_files import CheckpointFiles, read_checkpoint
-from mipipe.graphs.errors import InputError, MipipeError, RunError
+from mipipe.graphs.errors import InputError
+from mipipe.graphs.merge_build import build
 from mipipe.graphs.moe_recipe import MoeRecipe, build_moe, read_moe_recipe
 from mipipe.graphs.recipe import MergeRecipe, read_recipes
 from mipipe.planner.merge_plan import SHARD_BYTES, MergePlan, plan_graph, plan_recipe
-from mipipe.runtime.launch import run_watched
+from mipipe.runtime.launch import explain, run_watched
 from mipipe.runtime.merge import worker
+from mipipe.runtime.merge.adapters import KeptAdapter, keep_adapters
 from mipipe.runtime.merge.exchange import Exchange
-from mipipe.runtime.merge.output import partial_folder
 from mipipe.runtime.merge.router import make_router
 
 
@@ -37,7 +37,7 @@ from mipipe.runtime.merge.router import make_router
 class MergeOptions:
     """How to merge: ranks, device kind, memory cap in bytes per rank (None: no cap), largest output file, dtype.
 
-    ``dtype`` replaces the recipe's out_dtype.
+    ``dtype`` replaces the recipe's out_dtype. ``timeline``: a file for the measured timeline (of the last recipe).
     """
 
     num_ranks: int = 1
@@ -45,6 +45,7 @@ class MergeOptions:
     memory_cap: int | None = None
     shard_bytes: int = SHARD_BYTES
     dtype: str | None = None
+    timeline: str | None = None
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1:
@@ -55,12 +56,16 @@ class MergeOptions:
 
 @dataclass(frozen=True, slots=True)
 class MergeResult:
-    """A finished merge: the folder, its plan, what each rank did, seconds from start to end."""
+    """A finished merge: the folder, its plan, what each rank did, seconds from start to end.
+
+    ``adapter``: what was written where the result is a LoRA adapter; such a merge has no plan.
+    """
 
     out: Path
-    plan: MergePlan
+    plan: MergePlan | None
     reports: tuple[dict[str, Any], ...]
     seconds: float
+    adapter: KeptAdapter | None = None
 
 
 def merge(recipe: str | Path | Sequence[MergeRecipe], out: str | Path, options: MergeOptions | None = None,
@@ -91,6 +96,8 @@ def merge(recipe: str | Path | Sequence[MergeRecipe], out: str | Path, options: 
         last = number == len(recipes) - 1
         target = out if last else steps / part.name
         target.parent.mkdir(exist_ok=True)
+        if part.adapter is not None:
+            return _kept(part, where, out, known, began)
         plan = plan_recipe(part, where, out, known, options.num_ranks, options.memory_cap, options.shard_bytes,
                            options.dtype)
         if not (target.exists() and _made_by(target, plan)):
@@ -100,6 +107,14 @@ def merge(recipe: str | Path | Sequence[MergeRecipe], out: str | Path, options: 
     _forget(steps, [part.name for part in recipes[:-1]])
     record = json.loads((out / worker.RECORD).read_text())
     return MergeResult(out, plan, tuple(record["ranks"]), time.monotonic() - began)
+
+
+def _kept(recipe: MergeRecipe, where: str, out: Path, known: Mapping[str, CheckpointFiles],
+          began: float) -> MergeResult:
+    """Adapters merged into an adapter: little data, one process, no plan."""
+    assert recipe.adapter is not None
+    made = keep_adapters(build(recipe, where, known), recipe.adapter.rank, out)
+    return MergeResult(out, None, (), time.monotonic() - began, made)
 
 
 def assemble(recipe: MoeRecipe, out: Path, options: MergeOptions, where: str = "recipe",
@@ -151,9 +166,7 @@ def run_plan(plan: MergePlan, out: Path, options: MergeOptions,
         MipipeError: as the failing rank raised it.
     """
     device = worker.device_of(options.device, 0)
-    folder = worker.begin(plan, out)
-    for stale in folder.glob("error-*.txt"):
-        stale.unlink()
+    worker.begin(plan, out)
     if options.num_ranks == 1:
         total, done = plan.graph.write_bytes, 0
 
@@ -163,28 +176,18 @@ def run_plan(plan: MergePlan, out: Path, options: MergeOptions,
             if progress is not None:
                 progress(done, total)
 
-        worker.work(plan, out, Exchange.alone(), device, advance)
+        worker.work(plan, out, Exchange.alone(), device, advance, options.timeline)
         return
-    with tempfile.TemporaryDirectory(prefix="mipipe-merge-") as logs:
-        log = Path(logs) / "torchrun.log"
-        code = run_watched(torchrun_command(out, options), log, None)
+    with tempfile.TemporaryDirectory(prefix="mipipe-merge-") as reports:
+        log = Path(reports) / "torchrun.log"
+        code = run_watched(torchrun_command(out, options, reports), log, None)
         if code:
-            raise _explain(partial_folder(out), log, code)
+            raise explain(Path(reports), log, code)
 
 
-def torchrun_command(out: Path, options: MergeOptions) -> list[str]:
+def torchrun_command(out: Path, options: MergeOptions, report: str | None = None) -> list[str]:
     """The command that runs the prepared merge of ``out``; the same line works by hand."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.num_ranks),
-            "-m", "mipipe.runtime.merge.worker", str(out), options.device]
-
-
-def _explain(folder: Path, log: Path, code: int) -> MipipeError:
-    """The error of a failed run: what a rank reported, else what torchrun said."""
-    for report in sorted(folder.glob("error-*.txt")):
-        found = json.loads(report.read_text())
-        kind = next(kind for kind in (InputError, RunError, *vars(errors).values())
-                    if isinstance(kind, type) and issubclass(kind, MipipeError) and kind.exit_code == found["code"])
-        return kind(found["message"])
-    lines = [line for line in log.read_text().splitlines() if line.strip()]
-    tail = next((line for line in reversed(lines) if "Error" in line or "Signal" in line), lines[-1] if lines else "")
-    return RunError(f"torchrun ended with status {code}: {tail.strip()}; run the same command again to continue")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               str(options.num_ranks), "-m", "mipipe.runtime.worker", "--merge", str(out), "--device", options.device]
+    command += ["--timeline", options.timeline] if options.timeline else []
+    return command + (["--report", report] if report else [])

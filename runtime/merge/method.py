@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,20 +23,13 @@ import torch
 from torch import Tensor
 
 from mipipe.graphs.merge_methods import MethodSpec
+from mipipe.graphs.merge_passes import Scope
 from mipipe.graphs.tensor_classes import TensorClass
 
 TILE_ELEMENTS = 2**18
 """Entries of a tile: 1 MiB in float32, so a few of them fit a core's second-level cache."""
 
 Params = Mapping[str, Any]
-
-
-class Scope(StrEnum):
-    """Over which tensors a method's statistics are added up."""
-
-    PIECE = "piece"
-    LAYER = "layer"
-    MODEL = "model"
 
 
 @dataclass(frozen=True, slots=True)

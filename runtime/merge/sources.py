@@ -6,16 +6,15 @@ order, rows gathered by the joined vocabulary, tables cropped, and matrices stor
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from mipipe.graphs.merge_graph import Input, MergeGraph, MergeUnit
+from mipipe.graphs.merge_graph import Input, MergeGraph, MergeUnit, columns_of, pieces_of
 from mipipe.graphs.merge_methods import BY_NAME
-from mipipe.graphs.tensor_classes import Piece, is_stacked, pieces
+from mipipe.graphs.tensor_classes import Piece
 from mipipe.runtime.merge.method import Tile, tile_ranges
 from mipipe.runtime.merge.shelf import Shelf
 
@@ -52,20 +51,9 @@ class Surroundings:
         return torch.float64 if self.graph.compute_dtype == "float64" else torch.float32
 
 
-def columns_of(unit: MergeUnit, shape: tuple[int, ...]) -> int:
-    """Columns of a tensor seen as the unit's table."""
-    if len(shape) < 2:
-        return 1
-    return shape[-1] if is_stacked(unit.name, shape) else math.prod(shape[1:])
-
-
 def unit_pieces(unit: MergeUnit, around: Surroundings) -> list[UnitPiece]:
-    """The pieces of a unit in row order; a matrix stored transposed is one piece."""
-    config = around.graph.source_config
-    if unit.vocabulary or unit.crop or unit.transposed:
-        rows = unit.shape[0] if unit.shape else 1
-        return [UnitPiece(unit, Piece(unit.name, 0, rows), around)]
-    return [UnitPiece(unit, piece, around) for piece in pieces(unit.name, unit.shape, config)]
+    """The pieces of a unit in row order."""
+    return [UnitPiece(unit, piece, around) for piece in pieces_of(unit, around.graph.source_config)]
 
 
 class UnitPiece:
@@ -75,14 +63,20 @@ class UnitPiece:
         self.unit, self.piece, self.around = unit, piece, around
         self._factors: dict[tuple[str, str], Tensor] = {}
 
-    def tiles(self, whole: bool) -> Iterator[Tile]:
-        """Tiles in row order. A whole tile of an oriented method is turned if it is stored transposed."""
+    def tiles(self, whole: bool, first: int = 0, stop: int | None = None) -> Iterator[Tile]:
+        """Tiles in row order. A whole tile of an oriented method is turned if it is stored transposed.
+
+        Args:
+            first, stop: only the tiles inside these rows of the piece.
+        """
         unit = self.unit
         columns = columns_of(unit, unit.shape)
         ranges = tile_ranges(self.piece.stop - self.piece.start, columns, whole)
         turn = whole and unit.transposed and BY_NAME[unit.method].oriented
-        for index, (start, stop) in enumerate(ranges):
-            tensors = self._rows(self.piece.start + start, self.piece.start + stop)
+        for index, (start, end) in enumerate(ranges):
+            if start < first or (stop is not None and end > stop):
+                continue
+            tensors = self._rows(self.piece.start + start, self.piece.start + end)
             if len(unit.shape) < 2:
                 tensors = [tensor[:, 0] for tensor in tensors]
             if turn:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merge_graph import MergeUnit
+from mipipe.graphs.merge_passes import Scope, is_wide, scope_of
 from mipipe.runtime.merge.exchange import Exchange
-from mipipe.runtime.merge.method import Method, Round, Scope, fill, measure_piece
+from mipipe.runtime.merge.method import Round, fill
 from mipipe.runtime.merge.registry import BY_METHOD
-from mipipe.runtime.merge.sources import Surroundings, unit_pieces
 
 ScopeKey = tuple[str, str, str, int | None]
 """Branch, method, and for layers the stack and the layer."""
@@ -25,18 +25,11 @@ ScopeKey = tuple[str, str, str, int | None]
 
 def scope_key(unit: MergeUnit) -> ScopeKey | None:
     """The wider scope a unit's statistics belong to; None where each piece has its own."""
-    if unit.method == "copy":
+    if not is_wide(unit):
         return None
-    method = BY_METHOD[unit.method]
-    if unit.tensor_class not in method.spec.classes:
-        return None
-    scope = method.scope(**unit_values(unit))
-    if scope is Scope.PIECE:
-        return None
-    if scope is Scope.MODEL:
+    if scope_of(unit) is Scope.MODEL:
         return unit.group, unit.method, "", None
-    # Tensors outside the layers have no layer to share statistics with; their method says what becomes of them.
-    return None if unit.layer is None else (unit.group, unit.method, unit.stack, unit.layer)
+    return unit.group, unit.method, unit.stack, unit.layer
 
 
 def unit_values(unit: MergeUnit) -> dict[str, Any]:
@@ -44,59 +37,61 @@ def unit_values(unit: MergeUnit) -> dict[str, Any]:
     return fill(BY_METHOD[unit.method], unit.parameters, len(unit.models))
 
 
-def survey(units: Sequence[MergeUnit], mine: Sequence[int], around: Surroundings,
-           exchange: Exchange) -> Mapping[ScopeKey, Any]:
-    """Statistics of every wider scope, the same on all ranks.
+class Survey:
+    """The statistics of all wider scopes, built up round by round; the same on all ranks."""
 
-    Args:
-        units: all units of the merge.
-        mine: the units this rank measures.
+    def __init__(self, units: Sequence[MergeUnit], exchange: Exchange) -> None:
+        """Sort the units by scope.
 
-    Raises:
-        InputError: tensors that share statistics have different parameters.
-    """
-    scopes: dict[ScopeKey, list[int]] = {}
-    for index, unit in enumerate(units):
+        Raises:
+            InputError: tensors that share statistics have different parameters.
+        """
+        self._exchange = exchange
+        scopes: dict[ScopeKey, list[MergeUnit]] = {}
+        for unit in units:
+            key = scope_key(unit)
+            if key is not None:
+                scopes.setdefault(key, []).append(unit)
+        self._values = {key: unit_values(members[0]) for key, members in scopes.items()}
+        self._rounds = {key: _rounds(members) for key, members in scopes.items()}
+        self._stats: dict[ScopeKey, Any] = {}
+        self._parts: dict[ScopeKey, dict[int, Tensor]] = {}
+
+    def stats(self, unit: MergeUnit) -> Any:
+        """What the rounds so far found out about a unit's scope; None before the first, and without a wider scope."""
         key = scope_key(unit)
-        if key is not None:
-            scopes.setdefault(key, []).append(index)
-    own = set(mine)
-    result: dict[ScopeKey, Any] = {}
-    depth = max((len(_rounds(units, members)) for members in scopes.values()), default=0)
-    for number in range(depth):
-        # One exchange per round for all scopes together.
-        parts: dict[ScopeKey, dict[int, Tensor]] = {}
-        for key, members in scopes.items():
-            steps = _rounds(units, members)
-            if number < len(steps):
-                parts[key] = {index: _measure(units[index], steps[number], result.get(key), around)
-                              for index in members if index in own}
-        totals = _totals(parts, exchange)
+        return None if key is None else self._stats.get(key)
+
+    def step(self, unit: MergeUnit, number: int) -> Round:
+        """The round of that number of a unit's scope."""
+        key = scope_key(unit)
+        assert key is not None
+        return self._rounds[key][number]
+
+    def add(self, index: int, unit: MergeUnit, part: Tensor) -> None:
+        """Take what this rank measured on a unit in the running round."""
+        key = scope_key(unit)
+        assert key is not None
+        self._parts.setdefault(key, {})[index] = part
+
+    def finish_round(self, number: int) -> None:
+        """Join all ranks' measurements and begin the next round. One exchange for all scopes; all ranks call it."""
+        running = [key for key, rounds in self._rounds.items() if number < len(rounds)]
+        totals = _totals({key: self._parts.get(key, {}) for key in running}, self._exchange)
         for key, total in totals.items():
-            values = unit_values(units[scopes[key][0]])
-            result[key] = _rounds(units, scopes[key])[number].finish(total, result.get(key), **values)
-    return result
+            self._stats[key] = self._rounds[key][number].finish(total, self._stats.get(key), **self._values[key])
+        self._parts = {}
 
 
-def _rounds(units: Sequence[MergeUnit], members: Sequence[int]) -> tuple[Round, ...]:
-    first = units[members[0]]
+def _rounds(members: Sequence[MergeUnit]) -> tuple[Round, ...]:
+    first = members[0]
     values = unit_values(first)
-    for index in members[1:] if _method(first).scope(**values) is Scope.MODEL else ():
-        other = {**unit_values(units[index]), "weight": values.get("weight"), "lambda_": values.get("lambda_")}
+    for unit in members[1:] if scope_of(first) is Scope.MODEL else ():
+        other = {**unit_values(unit), "weight": values.get("weight"), "lambda_": values.get("lambda_")}
         if any(other[key] != value for key, value in values.items()):
-            raise InputError(f"{first.method} with statistics over the whole model: {first.name} and"
-                             f" {units[index].name} have different parameters; give one value for all tensors")
-    return _method(first).rounds(**values)
-
-
-def _method(unit: MergeUnit) -> Method:
-    return BY_METHOD[unit.method]
-
-
-def _measure(unit: MergeUnit, step: Round, stats: Any, around: Surroundings) -> Tensor:
-    values = unit_values(unit)
-    parts = [measure_piece(step, piece, stats, values) for piece in unit_pieces(unit, around)]
-    return torch.stack(parts).sum(0)
+            raise InputError(f"{first.method} with statistics over the whole model: {first.name} and {unit.name} have"
+                             " different parameters; give one value for all tensors")
+    return BY_METHOD[first.method].rounds(**values)
 
 
 def _totals(parts: Mapping[ScopeKey, Mapping[int, Tensor]], exchange: Exchange) -> dict[ScopeKey, Tensor]:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mipipe.graphs.merge_passes import Scope
 from mipipe.runtime.merge.arithmetic import SMALL, add_deltas
-from mipipe.runtime.merge.method import Round, Scope, Tile
+from mipipe.runtime.merge.method import Round, Tile
 from mipipe.runtime.merge.sparsify import (
     Cutoffs,
     breadcrumbs_counts,

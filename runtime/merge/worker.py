@@ -1,14 +1,12 @@
-"""The process of one rank of a merge: ``torchrun -m mipipe.runtime.merge.worker OUT``, or called in-process for one.
+"""One rank of a merge: ``torchrun -m mipipe.runtime.worker --merge OUT``, or called in-process where there is but one.
 
 The plan and the prepared shards are in ``OUT.partial`` (see `mipipe.runtime.merge.output`). Rank 0 publishes the result
-when all ranks are done. An error is one line on stderr and in ``error-<rank>.txt``.
+when all ranks are done.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,12 +14,12 @@ from pathlib import Path
 import torch
 
 from mipipe.graphs.checkpoint_files import read_checkpoint
-from mipipe.graphs.errors import InputError, MipipeError, RunError
+from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.serialize import load, save
 from mipipe.planner.merge_plan import MergePlan
 from mipipe.runtime.merge.card import write_companions
 from mipipe.runtime.merge.exchange import Exchange
-from mipipe.runtime.merge.execute import RankReport, run_rank
+from mipipe.runtime.merge.execute import RankReport, measured_timeline, run_rank
 from mipipe.runtime.merge.output import partial_folder, prepare, publish
 
 RECORD = "mipipe_merge.json"
@@ -41,13 +39,20 @@ def begin(plan: MergePlan, out: Path) -> Path:
 
 
 def work(plan: MergePlan, out: Path, exchange: Exchange, device: torch.device,
-         progress: Callable[[int], None] | None = None) -> list[RankReport]:
-    """Merge this rank's part; rank 0 then publishes. Returns all ranks' reports."""
+         progress: Callable[[int], None] | None = None, timeline: str | None = None) -> list[RankReport]:
+    """Merge this rank's part; rank 0 then publishes, and writes the measured ``timeline`` where one is wanted.
+
+    Returns all ranks' reports.
+    """
     folder = partial_folder(out)
     if len(plan.ranks) != exchange.size:
         raise RunError(f"{folder}: is planned for {len(plan.ranks)} ranks, but {exchange.size} were started")
-    report = run_rank(plan, folder, exchange, device, progress)
+    report, events = run_rank(plan, folder, exchange, device, progress)
     reports = exchange.gather(report)
+    if timeline is not None:
+        measured = measured_timeline(plan, exchange.gather(events))
+        if exchange.rank == 0:
+            save(measured, timeline)
     if exchange.rank == 0:
         _check_sources(plan)
         write_companions(plan, folder)
@@ -80,34 +85,15 @@ def device_of(kind: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
-def main(arguments: list[str]) -> int:
-    """The exit status of one rank started by torchrun: ``OUT [DEVICE]``."""
-    out = Path(arguments[0])
-    folder = partial_folder(out)
-    rank = int(os.environ.get("RANK", "0"))
-    try:
-        plan = load(folder / "plan.json", MergePlan)
-        with Exchange.from_torchrun() as exchange:
-            device = device_of(arguments[1] if len(arguments) > 1 else "cpu", exchange.local_rank)
-            work(plan, out, exchange, device)
-    except MipipeError as error:
-        return _fail(folder, rank, str(error), error.exit_code)
-    except OSError as error:
-        return _fail(folder, rank, f"{error.filename or out}: {error.strerror or error}", 4)
-    return 0
+def run_prepared(out: Path, device: str | None = None, timeline: str | None = None) -> None:
+    """Merge as this process's rank of the prepared merge of ``out``; started by `mipipe.runtime.worker`.
 
+    Args:
+        timeline: where rank 0 writes the measured timeline.
 
-def _fail(folder: Path, rank: int, message: str, code: int) -> int:
-    if folder.is_dir():
-        (folder / f"error-{rank}.txt").write_text(json.dumps({"message": message, "code": code}))
-    sys.stderr.write(f"mipipe: error: rank {rank}: {message}\n")
-    return code
-
-
-if __name__ == "__main__":
-    # os._exit: a rank that failed must not wait in torch.distributed's shutdown for ranks that wait for it.
-    status = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if status:
-        os._exit(status)
+    Raises:
+        MipipeError: as `work`.
+    """
+    plan = load(partial_folder(out) / "plan.json", MergePlan)
+    with Exchange.from_torchrun() as exchange:
+        work(plan, out, exchange, device_of(device or "cpu", exchange.local_rank), timeline=timeline)

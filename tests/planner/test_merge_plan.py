@@ -1,33 +1,21 @@
 """Balance of merges over ranks: every unit once, near the bound, never worse than longest first; memory as a limit."""
 
 import itertools
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mipipe.graphs.checkpoint_files import StoredTensor
+sys.path.insert(0, str(Path(__file__).parent))
+
+from merge_units import RATES, graph, unit
+
 from mipipe.graphs.errors import InfeasibleError
-from mipipe.graphs.merge_graph import Input, MergeGraph, MergeModel, MergeUnit
-from mipipe.graphs.tensor_classes import TensorClass
-from mipipe.planner.merge_costs import MergeRates, memory_of
+from mipipe.planner.merge_costs import work_bytes
 from mipipe.planner.merge_plan import longest_first, plan_merge
 from mipipe.planner.milp.merge_balance import EPSILON, UnitKind, balance
-
-RATES = MergeRates(1e9, 1e9, 4e9, 1e10)
-
-
-def unit(name, rows, method="linear", columns=64, models=2):
-    tensor = StoredTensor(name, "F32", (rows, columns), "f", 0, rows * columns * 4)
-    inputs = tuple(Input(model, "folder", tensor) for model in range(models))
-    parameters = {"weight": [1.0] * models, "normalize": True}
-    return MergeUnit(name, method, (rows, columns), "F32", TensorClass.MATRIX, None, inputs, parameters)
-
-
-def graph(sizes, method="linear"):
-    units = tuple(unit(f"t{index:03d}", rows, method) for index, rows in enumerate(sizes))
-    models = tuple(MergeModel(label, "folder", label, "mit", 0) for label in "ab")
-    return MergeGraph(units, models, {}, {}, "folder", {"merge_method": method})
 
 
 def longest(ranks, times):
@@ -52,7 +40,7 @@ def test_the_milp_finds_the_best_split_of_tiny_cases(times):
     kinds = {time: times.count(time) for time in times}
     order = sorted(kinds)
     start = [[kinds[time], 0] for time in order]
-    counts, outcome = balance([UnitKind(kinds[time], time, 1, 1) for time in order], 2, start, 5.0)
+    counts, outcome = balance([UnitKind(kinds[time], time, 1, 1, 1) for time in order], 2, start, 5.0)
     found = max(sum(time * row[rank] for time, row in zip(order, counts, strict=True)) for rank in range(2))
     best = min(max(sum(times[index] for index in chosen), sum(times) - sum(times[index] for index in chosen))
                for size in range(len(times) + 1) for chosen in itertools.combinations(range(len(times)), size))
@@ -69,11 +57,11 @@ def test_many_equal_layers_are_balanced_by_kind():
 
 def test_the_memory_cap_is_kept_or_refused():
     small = plan_merge(graph([100, 200]), 2, RATES, memory_cap=10**9)
-    assert all(load.memory_bytes <= 10**9 for load in small.loads)
+    assert small.memory_bytes <= 10**9
     with pytest.raises(InfeasibleError, match=r"merging t000 of shape .* takes .* at once; raise --memory"):
         plan_merge(graph([4096]), 1, RATES, memory_cap=10**6)
 
 
 def test_tiles_bound_the_memory_of_elementwise_methods_but_not_of_spectral_ones():
-    assert memory_of(unit("a", 10**6)) == memory_of(unit("b", 10**7))
-    assert memory_of(unit("a", 4096, "tsvm", 4096)) > 5 * memory_of(unit("b", 4096, "linear", 4096))
+    assert work_bytes(unit("a", 10**6)) == work_bytes(unit("b", 10**7))
+    assert work_bytes(unit("a", 4096, "tsvm", 4096)) > 5 * work_bytes(unit("b", 4096, "linear", 4096))

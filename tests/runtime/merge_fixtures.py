@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from mipipe.graphs.merge_methods import BY_NAME, Base
+
 HIDDEN, INNER, VOCABULARY, LAYERS = 8, 16, 11, 2
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN,
           "intermediate_size": INNER, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4,
@@ -81,3 +83,20 @@ def trio(root: Path, shards=2, **kind):
     for name, tensors in weights.items():
         write(root / name, tensors, config, shards)
     return weights
+
+
+PARAMETERS = {"slerp": {"t": 0.4}, "nuslerp": {"weight": 1.0}, "rmm": {"num_basis": 1, "rank": 4},
+              "onebit": {"route": 1}, "layer_swapping": {"bottom": 1, "top": 0}, "doge": {"steps": 10},
+              "ties": {"density": 0.4}, "dare_ties": {"density": 0.5}, "sce": {"select_topk": 0.3},
+              "della": {"density": 0.5}, "lore": {"iterations": 3}}
+
+
+def recipe_for(method, root, **changes):
+    """The recipe of a method over the trio's experts."""
+    spec = BY_NAME[method]
+    count = min(3, spec.max_models or 3)
+    data = {"merge_method": method, "models": [{"model": f"{root}/expert{seed}"} for seed in range(1, count + 1)],
+            "parameters": PARAMETERS.get(method, {})}
+    if spec.base is not Base.UNUSED:
+        data["base_model"] = f"{root}/base"
+    return {**data, **changes}

@@ -1,6 +1,7 @@
 """The example keeps its promise: merging helps, in the order the literature reports."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "merge_models.py"
 
 
 @pytest.mark.slow
-def test_task_arithmetic_beats_averaging_and_the_best_method_beats_both(tmp_path):
+def test_task_arithmetic_beats_averaging_and_the_best_method_beats_both(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("merge_models", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up there
     spec.loader.exec_module(module)
     records = {record["row"]: record["normalised"] for record in module.run(tmp_path, True, Console(quiet=True))}
     assert records["base"] < records["plain average"] < records["task_arithmetic"] < records["tsvm"] < 1.0

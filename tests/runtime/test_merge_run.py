@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from merge_fixtures import read, state, trio, write
+from merge_fixtures import read, recipe_for, state, trio, write
 
 from mipipe.graphs.errors import InfeasibleError
-from mipipe.graphs.merge_methods import Base
+from mipipe.graphs.merge_passes import Scope
 from mipipe.graphs.recipe import parse_recipe
 from mipipe.graphs.tensor_classes import TensorClass, classify, layer_index
 from mipipe.planner.merge_plan import SHARD_BYTES, plan_recipe
@@ -21,26 +21,10 @@ from mipipe.runtime.merge import output
 from mipipe.runtime.merge.exchange import Exchange
 from mipipe.runtime.merge.execute import run_rank
 from mipipe.runtime.merge.launch import MergeOptions, merge
-from mipipe.runtime.merge.method import Scope, fill, merge_tensors
+from mipipe.runtime.merge.method import fill, merge_tensors
 from mipipe.runtime.merge.output import publish
 from mipipe.runtime.merge.registry import BY_METHOD, METHODS
 from mipipe.runtime.merge.worker import begin
-
-PARAMETERS = {"slerp": {"t": 0.4}, "nuslerp": {"weight": 1.0}, "rmm": {"num_basis": 1, "rank": 4},
-              "onebit": {"route": 1}, "layer_swapping": {"bottom": 1, "top": 0}, "doge": {"steps": 10},
-              "ties": {"density": 0.4}, "dare_ties": {"density": 0.5}, "sce": {"select_topk": 0.3},
-              "della": {"density": 0.5}, "lore": {"iterations": 3}}
-
-
-def recipe_for(method, root, **changes):
-    """The recipe of a method over the trio's experts."""
-    spec = BY_METHOD[method].spec
-    count = min(3, spec.max_models or 3)
-    data = {"merge_method": method, "models": [{"model": f"{root}/expert{seed}"} for seed in range(1, count + 1)],
-            "parameters": PARAMETERS.get(method, {})}
-    if spec.base is not Base.UNUSED:
-        data["base_model"] = f"{root}/base"
-    return {**data, **changes}
 
 
 def run(data, out, **options):
@@ -336,7 +320,7 @@ def test_the_model_card_names_sources_method_and_licences(tmp_path):
 
 
 def test_tiles_of_planner_and_runtime_are_the_same():
-    from mipipe.planner.merge_costs import TILE_ENTRIES
+    from mipipe.planner.merge_lower import TILE_ENTRIES
     from mipipe.runtime.merge.method import TILE_ELEMENTS
     assert TILE_ENTRIES == TILE_ELEMENTS
 
