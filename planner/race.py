@@ -18,6 +18,7 @@ from mipipe.planner import greedy, kernels, relax, search
 from mipipe.planner.candidate import Candidate, Judged, first_orders, in_flight, judge, offer_judged
 from mipipe.planner.greedy import Orders, to_array
 from mipipe.planner.instance import expand, orders_from
+from mipipe.planner.lift import lift
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problem import PlanningProblem
 
@@ -154,7 +155,7 @@ def _outlined(run: Run, found: Candidate, orders: Orders) -> Orders:
     if tuned is None:
         return orders
     found.outline = search.start(small, tuned.orders, run.options.seed + 3, found.bound.ns)
-    lifted = relax.lift(found.instance, small, tuned.orders)
+    lifted = lift(found.instance, small, tuned.orders)
     return lifted if lifted is not None and lifted.makespan_ns < orders.makespan_ns else orders
 
 
@@ -273,7 +274,7 @@ def _lift(found: Candidate, worker: search.Search) -> Orders | None:
     if worker.best.makespan_ns >= found.seen_outline_ns:
         return None
     found.seen_outline_ns = worker.best.makespan_ns
-    lifted = relax.lift(found.instance, worker.instance, worker.best)
+    lifted = lift(found.instance, worker.instance, worker.best)
     if lifted is None or lifted.makespan_ns >= found.search.best.makespan_ns:
         return None
     found.search.best = lifted

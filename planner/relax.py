@@ -2,10 +2,9 @@
 
 A move of one compute action seldom helps while the order of its dispatch and combine stays: the two streams' orders
 must change together. So the search first runs on the relaxed instance, where collectives never wait for each other, and
-`lift` puts the collectives into the order in which they become ready; the whole instance is searched from there.
-Measured on the two-stream case of 8 ranks x 20 microbatches (two-way, 9 activations): the whole search alone stays at
-1,555-1,565 after 60 s, this reaches 1,550 in 10 s. Memory binds there: even relaxed, with or without mirror
-symmetry, no search found less than 1,550 (1,393 with 12 activations, 1,320 with 30).
+`mipipe.planner.lift` gives the collectives an order; the whole instance is searched from there. Measured on the
+two-stream case of 8 ranks x 20 microbatches (two-way, 9 activations): the whole search alone stays at 1,555-1,565 after
+60 s, this reaches 1,550 in 10 s, and 1,548 is the bound: memory binds there (1,393 with 12 activations).
 """
 
 from __future__ import annotations
@@ -14,9 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mipipe.planner import kernels
 from mipipe.planner.actions import Stream
-from mipipe.planner.greedy import Orders
 from mipipe.planner.instance import Instance, longest, to_csr
 
 
@@ -69,40 +66,3 @@ def _contract(arcs: list[tuple[int, int, int]], gone: np.ndarray, dur: np.ndarra
         for b, _ in out.pop(n, []):
             into[b] = [(a, lag) for a, lag in into[b] if a != n]
     return [(a, b, lag) for a, targets in out.items() for b, lag in targets]
-
-
-def lift(instance: Instance, small: Instance, orders: Orders) -> Orders | None:
-    """The whole instance's orders: compute as given, collectives as they become ready; None if that deadlocks."""
-    count = small.size
-    start = np.zeros(count, dtype=np.int64)
-    spare = [np.zeros(count, dtype=np.int64) for _ in range(3)]
-    kernels.times(orders.seq, orders.length, small.dur, small.succ_ptr, small.succ, small.lag, small.waits, start,
-                  *spare)
-    when = dict(zip(small.origin.tolist(), (start + small.dur).tolist(), strict=True))
-    node_of = {int(origin): n for n, origin in enumerate(instance.origin)}
-    ready: dict[int, int] = {}
-
-    def ends(n: int) -> int:
-        """When node n ends if collectives never wait for each other."""
-        if int(instance.origin[n]) in when:
-            return when[int(instance.origin[n])]
-        if n not in ready:
-            ready[n] = int(instance.dur[n]) + max(
-                (ends(int(instance.pred[e])) + int(instance.pred_lag[e])
-                 for e in range(instance.pred_ptr[n], instance.pred_ptr[n + 1])), default=0)
-        return ready[n]
-
-    length = instance.lengths()
-    seq = np.full((instance.num_machines, int(length.max())), -1, dtype=np.int64)
-    row = 0
-    for k, (_, stream) in enumerate(instance.machine_key):
-        if stream is Stream.COMPUTE:
-            seq[k, :length[k]] = [node_of[int(small.origin[n])] for n in orders.seq[row, :orders.length[row]]]
-            row += 1
-        else:
-            members = np.flatnonzero(instance.machine == k).tolist()
-            seq[k, :length[k]] = sorted(members, key=lambda n: (ends(n) - int(instance.dur[n]), n))
-    spare = [np.zeros(instance.size, dtype=np.int64) for _ in range(4)]
-    makespan = kernels.times(seq, length, instance.dur, instance.succ_ptr, instance.succ, instance.lag, instance.waits,
-                             *spare)
-    return Orders(seq, length, int(makespan)) if makespan >= 0 else None

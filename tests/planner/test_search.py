@@ -12,6 +12,7 @@ from mipipe.planner.bounds import placement_bound
 from mipipe.planner.evaluate import evaluate
 from mipipe.planner.instance import Instance, build, expand, mirror
 from mipipe.planner.kernels import memory_fits, shift, times
+from mipipe.planner.lift import lift
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.proposals import propose
 from mipipe.planner.stages import view
@@ -106,7 +107,7 @@ def test_collectives_lifted_from_the_relaxation_make_a_whole_schedule() -> None:
     small = relax.relaxed(instance)
     assert small is not None and small.size < instance.size
     orders = _start(small)
-    lifted = relax.lift(instance, small, orders)
+    lifted = lift(instance, small, orders)
     assert lifted is not None and lifted.makespan_ns >= orders.makespan_ns
     _, evaluation = evaluate(instance.view, expand(instance, lifted.lists()))
     assert evaluation.makespan_ns == lifted.makespan_ns
