@@ -12,18 +12,21 @@ from mipipe.graphs.coarse_graph import CoarseGraph
 from mipipe.graphs.coarsen import coarsen
 from mipipe.graphs.costs import CostTable
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.exchange import slowest_link
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.roofline import roofline
 from mipipe.graphs.serialize import load
 from mipipe.graphs.topology import Topology
 from mipipe.graphs.units import parse_bytes
+from mipipe.planner.expert_costs import with_expert_loads
+from mipipe.planner.expert_files import read_loads
 from mipipe.planner.from_graph import build_problem
 from mipipe.planner.problem import PlanningProblem
 
 
 def read_problem(graph: Path, cluster: Path | None, microbatches: int | None, *, groups: int | None = None,
                  granularity: str | None = None, costs: Path | None = None, memory: str | None = None,
-                 **details: Any) -> PlanningProblem:
+                 experts: Path | None = None, **details: Any) -> PlanningProblem:
     """The problem of a graph on a cluster, or a problem file as it is (with ``memory`` and microbatches changed).
 
     Raises:
@@ -33,6 +36,8 @@ def read_problem(graph: Path, cluster: Path | None, microbatches: int | None, *,
     positive(groups, "--groups")
     source = open_any(graph, OperatorGraph, CoarseGraph, PlanningProblem)
     if isinstance(source, PlanningProblem):
+        if experts is not None:
+            raise InputError(f"{graph} is a whole planning problem: --experts does not apply to it")
         return _changed(source, graph, cluster, costs, groups, microbatches, memory)
     if cluster is None:
         raise InputError(f"{graph}: an operator graph needs --cluster CLUSTER.yaml, which describes the devices")
@@ -47,6 +52,8 @@ def read_problem(graph: Path, cluster: Path | None, microbatches: int | None, *,
     else:
         coarse = coarse_for(source, table, groups, granularity)
         table = table or _estimate(coarse, source, described, cluster)
+    if experts is not None:
+        table = with_expert_loads(table, coarse, read_loads(experts))
     topology = with_memory(described.topology, memory)
     return build_problem(coarse, table, topology, num_microbatches=microbatches, **details)
 
@@ -76,7 +83,8 @@ def _estimate(coarse: CoarseGraph, graph: OperatorGraph, described: Cluster, clu
     if unknown:
         raise InputError(f"{cluster}: device kind {unknown[0]!r} has no peak rates to estimate costs from; run"
                          " `mipipe profile` on it and give its file as --costs")
-    return roofline(coarse, graph, {device.kind: described.kinds[device.kind] for device in described.topology.devices})
+    kinds = {device.kind: described.kinds[device.kind] for device in described.topology.devices}
+    return roofline(coarse, graph, kinds, link=slowest_link(described.topology))
 
 
 def _changed(problem: PlanningProblem, path: Path, cluster: Path | None, costs: Path | None, groups: int | None,

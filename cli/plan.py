@@ -34,6 +34,8 @@ def plan(
     costs: Annotated[Path | None, typer.Option(
         help="Cost table from `mipipe profile` or `calibrate` (default: roofline estimates of the device"
              " kinds).")] = None,
+    experts: Annotated[Path | None, typer.Option(help="Tokens per layer and expert (as for `mipipe experts --loads`):"
+                                                      " expert groups take time by their tokens.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory of every device, such as 80GB, instead of the"
                                                     " cluster's.")] = None,
     optimizer: Annotated[str, typer.Option(help="What the optimizer keeps: none, sgd, momentum, adam, adamw,"
@@ -65,7 +67,7 @@ def plan(
     options = PlanOptions(time_limit_s=time_limit, seed=seed, placement=placement,  # type: ignore[arg-type]
                           objective=objective, recompute=recompute)  # type: ignore[arg-type]
     problem = read_problem(graph, cluster, microbatches, groups=groups, granularity=granularity, costs=costs,
-                           memory=memory, optimizer=optimizer, recompute=recompute)
+                           memory=memory, experts=experts, optimizer=optimizer, recompute=recompute)
     if pareto:
         _print_frontier(problem, options, html_file, json_output)
         return
