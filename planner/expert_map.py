@@ -117,7 +117,8 @@ class ExpertMap:
 
 
 def unit_times(loads: ExpertLoads, topology: Topology) -> np.ndarray:
-    """Busy time of each device per incoming token, ns [device]; all 1 where neither compute nor bytes are given.
+    """Busy time of each device per incoming token, ns [device]; all 1 where nothing takes time (no ``token_ns``, and no
+    bytes or no links with a bandwidth), so that only the balance of tokens counts.
 
     A token comes from every device equally often and returns to it: ``token_ns + 2 * bytes * mean(1 / bandwidth)``.
     """
@@ -136,8 +137,12 @@ def unit_times(loads: ExpertLoads, topology: Topology) -> np.ndarray:
             if source != target and rate is not None:
                 wire += 2 * loads.token_bytes * 1e9 / rate / count
         units[target] = loads.token_ns.get(device.kind, 0.0) + wire
+    if not units.any():
+        return np.ones(count)
     if not units.all():
-        raise InputError("loads: token_ns is missing, and links without bandwidth give no time either; give token_ns")
+        idle = topology.devices[int(np.argmin(units))].name
+        raise InputError(f"loads: a token takes no time on device {idle}, but does on others; give token_ns for its"
+                         " kind")
     return units
 
 
