@@ -1,15 +1,19 @@
-"""``mipipe calibrate``: a measured run corrects the cost table, and shows how far the simulation was off."""
+"""``mipipe calibrate``: a measured run corrects the costs, shows how far the simulation was off, and plans again."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mipipe.cli.output import Json, check_folder, emit, stdout
+from mipipe.cli.output import Json, Seed, TimeLimit, check_folder, emit, progress, stdout
 
-EXAMPLE = "mipipe calibrate measured.json --plan plan.json --costs costs.json -o calibrated.json"
+if TYPE_CHECKING:
+    from mipipe.graphs.costs import CostTable
+    from mipipe.planner.plan import Plan
+
+EXAMPLE = "mipipe calibrate measured.json --plan plan.json --costs costs.json --replan better_plan.json"
 
 
 def calibrate(
@@ -17,10 +21,15 @@ def calibrate(
     plan_file: Annotated[Path, typer.Option("--plan", help="The plan that ran.")],
     costs_file: Annotated[Path, typer.Option("--costs", help="The cost table the plan was made with.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The corrected cost table to write.")] = None,
+    replan_file: Annotated[Path | None, typer.Option("--replan", help="Plan again with the corrected costs, and write"
+                                                                       " the plan here.")] = None,
+    time_limit: TimeLimit = 60.0,
+    seed: Seed = 0,
     json_output: Json = False,
 ) -> None:
-    """Correct a cost table by a measured run, and say how far the simulation was off, stage by stage."""
+    """Correct a cost table by a measured run, say how far the simulation was off, stage by stage, and plan again."""
     check_folder(output, "--output")
+    check_folder(replan_file, "--replan")
     from mipipe.cli.tables import print_rows
     from mipipe.graphs.costs import CostTable
     from mipipe.graphs.serialize import load, save, to_data
@@ -29,12 +38,14 @@ def calibrate(
     from mipipe.planner.plan import Plan
     from mipipe.planner.timeline import Timeline
 
-    table, drift = correct(load(plan_file, Plan), load(timeline_file, Timeline), load(costs_file, CostTable))
+    plan = load(plan_file, Plan)
+    table, drift = correct(plan, load(timeline_file, Timeline), load(costs_file, CostTable))
     if output is not None:
         save(table, output)
+    replanned = _replan(plan, table, replan_file, time_limit, seed) if replan_file else None
     if json_output:
         emit({"output": str(output) if output else None, "ratio": drift.ratio, "ratio_after": drift.ratio_after,
-              **to_data(drift)})
+              **to_data(drift), **({"replanned": replanned} if replanned else {})})
         return
     console = stdout()
     print_rows(console, [{"what": row.what, "samples": row.samples, "planned": format_ns(row.planned_ns),
@@ -44,3 +55,22 @@ def calibrate(
                   f" simulated {drift.ratio:.3f}, {drift.ratio_after:.3f} with the corrected costs")
     if output is not None:
         console.print(f"wrote {output}")
+    if replanned is not None:
+        console.print(f"planned again: {format_ns(replanned['makespan_ns'])} with the corrected costs, the old plan"
+                      f" {format_ns(drift.recalibrated_ns)} ({replanned['method']})")
+        console.print(f"wrote {replan_file}")
+
+
+def _replan(plan: Plan, table: CostTable, path: Path, time_limit: float, seed: int) -> dict[str, Any]:
+    """The new plan's figures; written to ``path``."""
+    from mipipe.cli.plan import show_progress
+    from mipipe.graphs.serialize import save
+    from mipipe.planner.options import PlanOptions
+    from mipipe.planner.replan import replan
+
+    with progress("planning again") as update:
+        found = replan(plan, table, PlanOptions(time_limit_s=time_limit, seed=seed),
+                       show_progress(update, plan.problem.unit_ns))
+    save(found, path)
+    return {"plan": str(path), "makespan_ns": found.makespan_ns, "bound_ns": found.bound_ns,
+            "method": str(found.provenance.get("method", ""))}

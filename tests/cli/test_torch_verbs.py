@@ -83,8 +83,10 @@ def test_train_runs_the_plan_and_calibrate_reads_it(mipipe, work: Path) -> None:
     shown = mipipe("show", "plan.json", "measured.json", "--json").data["timelines"]
     assert [item["origin"] for item in shown] == ["simulated", "measured"]
     corrected = mipipe("calibrate", "measured.json", "--plan", "plan.json", "--costs", "costs.json",
-                       "-o", "better.json", "--json")
+                       "-o", "better.json", "--replan", "again.json", "--time-limit", 2, "--json")
     assert corrected.code == 0 and corrected.data["ratio"] > 0
+    assert 0 < corrected.data["replanned"]["makespan_ns"] <= corrected.data["recalibrated_ns"]
+    assert mipipe("check", "again.json", "--graph", "graph.json").code == 0
     assert "calibrated" in {entry.origin for entry in load(work / "better.json", CostTable).entries}
 
 

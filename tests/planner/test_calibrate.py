@@ -10,9 +10,12 @@ from mipipe.graphs.operator_graph import Phase
 from mipipe.graphs.topology import Topology
 from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.calibrate import calibrate, with_costs
+from mipipe.planner.check import check_plan
 from mipipe.planner.lower import lower
+from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
+from mipipe.planner.replan import replan
 from mipipe.planner.simulate import simulate
 from mipipe.planner.timeline import Timeline
 
@@ -112,3 +115,23 @@ def test_what_does_not_belong_together_is_refused(plan, damage, error, message):
     measured = run_with(plan, costs)
     with pytest.raises(error, match=message):
         calibrate(*damage(plan, measured, costs))
+
+
+def test_planning_again_with_the_corrected_costs(plan):
+    """A stage that proved slower than planned moves work elsewhere: the new plan is checked, and never a worse one."""
+    planned = table_of(plan.problem)
+    real = slower(planned, {name: dict.fromkeys(Phase, factor) for name, factor in (("g0", 1), ("g1", 6), ("g2", 1))})
+    table, drift = calibrate(plan, run_with(plan, real), planned)
+    found = replan(plan, table, PlanOptions(time_limit_s=1, use_milp=False, threads=1))
+    assert found.problem == with_costs(plan.problem, table)
+    check_plan(found)
+    assert simulate(found, lower(found)).makespan_ns == found.makespan_ns < drift.recalibrated_ns
+
+
+def test_an_order_that_nothing_beats_is_kept(plan):
+    """With less time than a search needs the old order stays, timed with the new costs."""
+    planned = table_of(plan.problem)
+    best = replan(plan, planned, PlanOptions(time_limit_s=1, use_milp=False, threads=1))
+    again = replan(best, planned, PlanOptions(time_limit_s=1, use_milp=False, use_search=False, threads=1))
+    assert again.schedule == best.schedule and again.makespan_ns == best.makespan_ns
+    assert again.provenance["method"] == f"order of {best.name}, kept"
