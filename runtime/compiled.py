@@ -14,6 +14,7 @@ import torch.distributed as dist
 from mipipe.graphs.errors import PlanError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import digest
+from mipipe.planner.check import check_program
 from mipipe.planner.lower import lower
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
@@ -60,10 +61,14 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: Source, program: Prog
 
     Raises:
         PlanError: the plan was made for another graph, or does not cover it.
-        ProgramError: a transfer lacks a value its receiver needs.
+        ProgramError: a given program is not the plan's or may wait for ever, or a transfer lacks a value its receiver
+            needs.
     """
     check_plan_fits(plan, graph)
-    program = program or lower(plan)
+    if program is None:
+        program = lower(plan)
+    else:
+        check_program(plan, program)
     flow = gradient_flow(graph)
     stage_of = _stage_of_segments(plan, graph)
     holders, stages_of = _holders(plan, graph, stage_of)

@@ -182,8 +182,7 @@ class Engine:
             with torch.no_grad(), no_collection():
                 for position, (handler, argument) in enumerate(program):  # noqa: B007
                     handler(argument)
-                    if self.options.track_memory:
-                        self.memory.append((time.perf_counter_ns(), self._buffers.num_bytes(self._static)))
+                    self._measure()
                 if not self._evaluating:
                     self._reducer.finish()
                 self._drain()
@@ -212,6 +211,7 @@ class Engine:
                 buffers.outgoing[transfer] = ([frame[slot].contiguous() for slot in slots], [])
             for name, slot in piece.keeps:
                 self._keep(name, piece.microbatch, frame[slot])
+            self._measure()
             for slot in part.drops:
                 frame[slot] = None
             if piece.last or self._evaluating:
@@ -292,6 +292,10 @@ class Engine:
             with torch.enable_grad():
                 self.on_update()
             self.events.append((index, start, time.perf_counter_ns()))
+
+    def _measure(self) -> None:
+        if self.options.track_memory:
+            self.memory.append((time.perf_counter_ns(), self._buffers.num_bytes(self._static)))
 
     def _static_storages(self) -> set[int]:
         """Data pointers of what is there without the step: weights, constants, the batch."""

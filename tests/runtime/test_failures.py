@@ -8,7 +8,10 @@ import runtime_cases as cases
 import torch
 from runtime_pool import TaskError
 
-from mipipe.graphs.errors import GraphError, PlanError, RunError
+from mipipe.graphs.errors import GraphError, PlanError, ProgramError, RunError
+from mipipe.planner.actions import ActionKind, Stream
+from mipipe.planner.lower import lower
+from mipipe.planner.program import Instruction
 from mipipe.runtime.engine import Engine, EngineOptions
 
 ORDERS = ["0F0 0F1 0I0 0W0 0I1 0W1", "1F0 1I0 1W0 1F1 1I1 1W1"]
@@ -131,3 +134,32 @@ def test_one_process_needs_no_process_group():
     loss, expected = cases.chain_reference(2, 2)
     assert losses == pytest.approx([loss], rel=1e-12)
     assert all(torch.allclose(gradients[name], expected[name], rtol=1e-12) for name in expected)
+
+
+def without(program, kind):
+    """The program without the first instruction of a kind on the rank that has one."""
+    rank, place = next((rank, place) for rank, items in enumerate(program.ranks)
+                       for place, item in enumerate(items) if item.kind is kind)
+    items = program.ranks[rank]
+    ranks = (*program.ranks[:rank], items[:place] + items[place + 1:], *program.ranks[rank + 1:])
+    return dataclasses.replace(program, ranks=ranks)
+
+
+def with_first(program, instruction):
+    return dataclasses.replace(program, ranks=((instruction, *program.ranks[0]), *program.ranks[1:]))
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda p: with_first(p, Instruction(ActionKind.ALL_TO_ALL, Stream.COLLECTIVE)),
+     "rank 0, instruction 0: a ALL_TO_ALL without what it works on"),
+    (lambda p: without(p, ActionKind.RECV), "which rank 1 sends but it never receives"),
+    (lambda p: without(p, ActionKind.SEND), "which never sends it"),
+    (lambda p: without(p, ActionKind.FREE), "never frees"),
+    (lambda p: without(p, ActionKind.F), "action 0 of the compute stream: found 0F1, but the plan says 0F0"),
+    (lambda p: without(p, ActionKind.OPTIMIZER_STEP), "a rank ends with OPTIMIZER_STEP"),
+])
+def test_programs_that_cannot_run_are_refused_before_they_start(damage, message):
+    """A program of the user's own is checked against its plan: one line, before any process waits for another."""
+    plan = two_ranks()
+    with pytest.raises(ProgramError, match=message):
+        Engine(plan, cases.chain_graph(), cases.chain_state(), program=damage(lower(plan)))
