@@ -8,6 +8,7 @@ from pathlib import Path
 from mipipe.graphs.errors import RunError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import load
+from mipipe.planner.check import check_program
 from mipipe.planner.lower import lower
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
@@ -41,7 +42,9 @@ def read_job(plan: str | Path, graph: str | Path, config: str | Path) -> Job:
     check_sizes(read_graph, settings.batch, settings.seq, read_plan.problem.num_microbatches)
     optimizer_class(settings.optimizer.name)
     check_source(settings.data)
-    return Job(read_plan, lower(read_plan), read_graph, settings)
+    program = lower(read_plan)
+    check_program(read_plan, program)
+    return Job(read_plan, program, read_graph, settings)
 
 
 def check_world(job: Job, processes: int) -> None:

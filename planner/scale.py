@@ -1,0 +1,170 @@
+"""Large problems: tune list rules on few microbatches, apply them to all, search on where that still helps.
+
+A solve of 64 ranks x 1,024 microbatches cannot afford what smaller ones do (bounds by job shop, orders in Python lists,
+annealing over 200,000 actions). Here placements stay arrays: each is cut down to a few microbatches per rank, its rule
+is tuned there (`mipipe.planner.quotas`), the placements are compared by what they would take for all microbatches (the
+rest runs at the pace of the busiest rank), and the best rule, tuned a little more, schedules the whole.
+
+The bound at the placement is the busiest rank's: earliest start + load + what must follow.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import numpy as np
+
+from mipipe.graphs.errors import PlanError
+from mipipe.planner import greedy, quotas, search
+from mipipe.planner.actions import Stream
+from mipipe.planner.bounds import Bound
+from mipipe.planner.candidate import Candidate, Judged, carries_bytes, judge
+from mipipe.planner.greedy import Orders
+from mipipe.planner.instance import Instance, build, expand, mirror
+from mipipe.planner.options import PlacementName
+from mipipe.planner.plan import Placement
+from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.proposals import propose
+from mipipe.planner.race import Run
+from mipipe.planner.stages import StageView, view
+
+BIG_ACTIONS = 20_000
+"""Actions of a chain from which a problem is large."""
+
+BIG_ORDER: tuple[PlacementName, ...] = ("two-way", "ring", "chain", "v")
+"""Shapes tried on large problems, the most promising first."""
+
+ROUNDS = 3
+"""Microbatches per rank on which rules are tuned: warm-up and cool-down last about one each."""
+
+CHECK_S = 1e-4
+"""Seconds per action that checking and explaining the plan take in the end."""
+
+SEARCHABLE = 40_000
+"""Nodes up to which annealing improves a tuned list within a minute or two."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """A placement in the comparison: cut down to few microbatches, and the best rule found for it there."""
+
+    placement: Placement
+    small: Instance
+    lines: quotas.Lines
+    tuned: quotas.Tuned
+    expected_ns: int
+
+
+def applies(problem: PlanningProblem) -> bool:
+    """Whether a problem is large, with equal microbatches on one stream, values in flight and channels free."""
+    return (3 * problem.num_ranks * problem.num_microbatches > BIG_ACTIONS
+            and not any(group.loads or group.stream is Stream.COLLECTIVE for group in problem.groups)
+            and not any(edge.num_bytes or edge.grad_bytes for edge in problem.edges))
+
+
+def climb(run: Run) -> None:
+    """Make the run's candidates: the first at once by default rules, the best of all placements by tuned ones."""
+    limit = run.options.time_limit_s
+    actions = 3 * run.problem.num_ranks * run.problem.num_microbatches
+    run.reserve_s = min(0.3 * limit, CHECK_S * actions)
+    entries: list[Entry] = []
+    for placement in _placements(run):
+        entry = _enter(run, placement, 0.02 * limit)
+        if entry is None:
+            continue
+        if not entries:
+            _apply(run, entry, "list")
+        entries.append(entry)
+        if run.left < 0.7 * limit or run.interrupted:
+            break
+    began, before = time.monotonic(), run.makespan_ns
+    share = 0.2 * limit / 3
+    for kept in (3, 2, 1):
+        entries.sort(key=lambda entry: entry.expected_ns)
+        for entry in entries[:kept]:
+            _tune(run, entry, share / kept)
+    for entry in entries[:1]:
+        _apply(run, entry, "quotas")
+    run.ablation.append({"rung": "quotas", "placement": run.best.placement.name if run.best else "",
+                         "before": before / run.problem.unit_ns, "makespan": run.makespan_ns / run.problem.unit_ns,
+                         "variables": None, "constraints": None, "seconds": round(time.monotonic() - began, 3)})
+
+
+def _placements(run: Run) -> Iterator[Placement]:
+    name = run.options.placement
+    return propose(run.problem, name) if name != "free" else chain.from_iterable(
+        propose(run.problem, shape) for shape in BIG_ORDER)
+
+
+def _enter(run: Run, placement: Placement, seconds: float) -> Entry | None:
+    """The placement with few microbatches and a first rule; None if none fits its memory."""
+    count = min(run.problem.num_microbatches, ROUNDS * run.problem.num_ranks)
+    count -= count % 2
+    try:
+        small = _instance(view(run.problem.replace(num_microbatches=count), replace(
+            placement, routes=tuple(route[:count] for route in placement.routes))))
+    except PlanError:
+        return None
+    lines = quotas.lines_of(small)
+    tuned = None if lines is None else quotas.tune(small, lines, seconds, run.options.seed, stop=lambda: run.interrupted)
+    if lines is None or tuned is None:
+        return None
+    return Entry(placement, small, lines, tuned, _expected(run, small, tuned.orders))
+
+
+def _expected(run: Run, small: Instance, orders: Orders) -> int:
+    """The makespan with all microbatches, if the rest runs at the pace of the busiest rank."""
+    rest = run.problem.num_microbatches - small.view.problem.num_microbatches
+    return orders.makespan_ns + rest * greedy.period(small)
+
+
+def _tune(run: Run, entry: Entry, seconds: float) -> None:
+    tuned = quotas.tune(entry.small, entry.lines, seconds, run.options.seed + entry.tuned.tried,
+                        start=entry.tuned.rule, stop=lambda: run.interrupted)
+    if tuned is not None and tuned.orders.makespan_ns < entry.tuned.orders.makespan_ns:
+        entry.tuned = tuned
+        entry.expected_ns = _expected(run, entry.small, tuned.orders)
+
+
+def _apply(run: Run, entry: Entry, rung: str) -> None:
+    """Schedule all microbatches by an entry's rule, as a candidate; the search may go on from it."""
+    found = next((other for other in run.candidates if other.placement == entry.placement), None)
+    if found is None:
+        whole = view(run.problem, entry.placement)
+        instance = _instance(whole)
+        found = Candidate(whole, _load_bound(instance), bool((instance.twin >= 0).any()), instance)
+    lines = quotas.lines_of(found.instance)
+    assert lines is not None
+    tuned = quotas.tune(found.instance, lines, 0.05 * run.options.time_limit_s if rung != "list" else 0.01,
+                        run.options.seed, start=quotas.moved(entry.tuned.rule, entry.lines, lines))
+    if tuned is None or tuned.orders.makespan_ns >= found.makespan_ns:
+        return
+    schedule = expand(found.instance, tuned.orders.lists())
+    exact = not (carries_bytes(found.view) or any(found.view.reduce_ns(s) for s in range(found.view.num_stages)))
+    judged = (Judged(schedule, tuned.orders.makespan_ns, (0,) * run.problem.num_ranks) if exact
+              else judge(found.view, schedule))
+    if judged.fits and judged.makespan_ns < found.makespan_ns:
+        found.best, found.rung = judged, rung
+        if found not in run.candidates:
+            run.candidates.append(found)
+        if found.instance.size <= SEARCHABLE:
+            found.search = search.start(found.instance, tuned.orders, run.options.seed + 1, found.bound.ns)
+        run.note(found, rung)
+
+
+def _instance(whole: StageView) -> Instance:
+    return build(whole, halve=mirror(whole) is not None)
+
+
+def _load_bound(instance: Instance) -> Bound:
+    """The best over ranks of earliest start + load + what must follow."""
+    after = instance.tail - instance.dur
+    values = []
+    for machine in range(instance.num_machines):
+        own = instance.machine == machine
+        values.append(int(instance.head[own].min() + instance.dur[own].sum() + after[own].min()))
+    rank = instance.machine_key[int(np.argmax(values))][0]
+    return Bound(max(values), f"rank {rank}: earliest start + load + what must follow")
