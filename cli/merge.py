@@ -21,6 +21,27 @@ if TYPE_CHECKING:
 EXAMPLE = "mipipe merge recipe.yaml -o merged --ranks 2 --memory 4GB"
 
 
+def _list_methods(wanted: bool) -> None:
+    """Print every merge method with its parameters, and leave."""
+    if not wanted:
+        return
+    from mipipe.graphs.merge_methods import METHODS
+
+    sheet = Table("method", "base", "models", "parameters (default)", "source", show_lines=True)
+    for spec in METHODS:
+        words = []
+        for item in spec.parameters:
+            default = "needed" if item.default is None and not item.optional else item.default
+            words.append(f"{item.name} ({'' if default is None else default}{', per model' * item.per_model}):"
+                         f" {item.doc}".replace("(, ", "(").replace(" ()", ""))
+        least, most = spec.min_models, spec.max_models
+        models = f"{least}" if least == most else f"{least}+" if most is None else f"{least} to {most}"
+        sheet.add_row(spec.name, spec.base.value, models, "\n".join(words),
+                      spec.title + (f", arXiv {spec.arxiv}" if spec.arxiv else ""))
+    stdout().print(sheet)
+    raise typer.Exit
+
+
 def merge(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe: YAML in mergekit's vocabulary; or a"
                                                                   " folder of stored parts.")],
@@ -36,6 +57,8 @@ def merge(
     route: Annotated[str | None, typer.Option(help="Rebuild stored parts: each expert's weight, as 0,1,0.")] = None,
     timeline: Annotated[Path | None, typer.Option(help="Write the timeline here, for mipipe show: measured, or"
                                                        " simulated with --dry-run.")] = None,
+    methods: Annotated[bool, typer.Option("--methods", help="List the merge methods and their parameters.",
+                                          is_eager=True, callback=_list_methods)] = False,
     json_output: Json = False,
 ) -> None:
     """Merge model checkpoints as RECIPE says. An interrupted merge continues when the same command runs again."""
@@ -45,6 +68,7 @@ def merge(
         raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
     cap = None if memory is None else parse_bytes(memory, "--memory")
     size = parse_bytes(shard_size, "--shard-size")
+    del methods  # its callback has done it
     if store or route is not None:
         _parts(recipe, output, route, json_output)
         return

@@ -60,6 +60,8 @@ def test_ties_mean_sum_and_weights():
     close(deltas("ties", *TIES, density=0.5, normalize=False), [4, -8, 3, 0])
     close(deltas("ties", *TIES, density=0.5, weight=[1, 3]), [4, -4.5, 3, 0])
     close(deltas("ties", *TIES, density=0.5, combine="max"), [4, -5, 3, 0])
+    same = tensor([4, -3, 1, 0.5])
+    close(deltas("ties", same, same, same, normalize=False), 3 * same)  # I3 fails for the sum: T tau
 
 
 def test_ties_scope_tensor_against_model():
@@ -191,6 +193,8 @@ def test_frank_closed_form_is_the_minimum_of_the_bound():
     base, vision, reason = torch.zeros(4), tensor([2, 0, 0, 0]).float(), tensor([0, 1, 0, 0]).float()
     close(merge_tensors(frank, base, [vision, reason], layer=0), [1.6, .2, 0, 0])
     close(merge_tensors(frank, base, [vision, reason], layer=None), vision)
+    close(merge_tensors(frank, base, [vision, base], layer=0), vision)  # R = base
+    close(merge_tensors(frank, base, [vision, vision], layer=0), vision)
 
 
 def test_layer_swapping_weights():
@@ -207,9 +211,25 @@ def test_widen_matrix_and_vector():
     close(disentangle.ranks(torch.stack([move[0] for move in moves])), [[.5, 0], [0, .5]])
     close(disentangle.ranks(torch.stack([move[1] for move in moves])), [[0, .5], [0, .5]])
     close(merged("widen", base, models), [[1.75, .5], [0, 1]])
-    # Entry 2: the first model is above its mean (score 1), the second gets softmax(1, 1/4) = 1 / (1 + e^0.75).
-    close(merged("widen", tensor([1, 1]), [tensor([1, 2]), tensor([1.5, 1.25])]),
-          [1.5, 2 + .25 / (1 + math.exp(.75))])
+    # Entry 2: |tau| = (1, 1/4). The first model is above its mean of 1/2 (score 1); the second, below its mean of 3/8,
+    # keeps softmax(1, 1/4) = 1 / (1 + e^0.75), so the entry is 1 + 1 + 1 / (4 (1 + e^0.75)) = 2.0802053252062, by hand
+    # in 30-digit decimal arithmetic. methods.md prints 2.080186, which its own formula does not give.
+    close(merged("widen", tensor([1, 1]), [tensor([1, 2]), tensor([1.5, 1.25])]), [1.5, 2.0802053252062], 1e-12)
+    # Equal models: every column is added between once and T times (I3 fails at s = 1, holds at s = 1/T).
+    torch.manual_seed(3)
+    model = base + torch.randn(2, 2).double()
+    shares = (merged("widen", base, [model] * 3) - base) / (model - base)
+    assert bool((shares >= 1 - 1e-9).all()) and bool((shares <= 3 + 1e-9).all())
+    close(merged("widen", base, [model] * 3, calibrated_score=1 / 3), model, 1e-12)
+
+
+def test_widen_column_weights():
+    """w of the worked example: the scores of magnitudes and directions, averaged."""
+    base = torch.eye(2, dtype=torch.float64)
+    moves = [disentangle.column_moves(base, model)
+             for model in (tensor([2, 0], [0, 1]), tensor([1, .5], [0, 1]))]
+    parts = [disentangle.ranks(torch.stack([move[part] for move in moves])) for part in (0, 1)]
+    close(sum(disentangle.scores(part, 1.0, 1.0) for part in parts) / 2, [[.75, .688770], [.438770, 1]])
 
 
 def test_widen_tolerates_zero_columns():
@@ -237,6 +257,10 @@ def test_one_bit_quantiser_and_packing():
     close(one_bit.scale_of(tau), 2.5)
     close(one_bit.quantised(tau, 2.5), [[2.5, -2.5], [2.5, -2.5]])
     assert float((tau - one_bit.quantised(tau, 2.5)).square().sum()) == 5.0
+    assert float(tau.square().sum()) - 4 * 2.5**2 == 5.0
+    rough = torch.randn(6, 5).double()
+    error = rough - one_bit.quantised(rough, float(one_bit.scale_of(rough)))
+    assert float(error.norm()) <= float(rough.norm())
     close(deltas("onebit", tau, torch.ones_like(tau), route=0), [[2.5, -2.5], [2.5, -2.5]])
     signs = torch.randn(5, 7)
     assert torch.equal(one_bit.unpack_signs(one_bit.pack_signs(signs), (5, 7)), signs.sign())
@@ -268,6 +292,15 @@ def test_optmerge_identical_experts_give_the_best_low_rank_part():
     left, values, right = spectral.svd(tau)
     row_space = right[:2].T @ right[:2]
     close(found @ row_space, (left[:, :2] * values[:2]) @ right[:2], 1e-9)
+
+
+def test_optmerge_sums_experts_with_orthogonal_row_spaces():
+    torch.manual_seed(4)
+    left, right = (torch.linalg.qr(torch.randn(8, 8).double())[0] for _ in range(2))
+    taus = [left[:, 3 * i:3 * i + 2] @ right[:, 3 * i:3 * i + 2].T for i in range(2)]
+    close(deltas("optmerge", *taus, centred=False), sum(taus), 1e-9)
+    targets, maps = projective.optmerge_targets(taus, 4, False)
+    assert projective.optmerge_loss(sum(taus), targets, maps) < 1e-20
 
 
 def test_rmm_compression():
@@ -327,6 +360,11 @@ def test_rtsvm_weights_and_ranks():
     assert spectral.outlier_weights([0, 0]) == [1, 1]
     assert spectral.adaptive_ranks([.5, .5], 16) == [4, 4]
     assert spectral.adaptive_ranks([0, 0], 16) == [8, 8]
+    shares = [spectral.sparsity(factor * torch.randn(9, 9, generator=torch.Generator().manual_seed(1)).double() ** 5)
+              for factor in (1.0, 0.5, 8.0)]
+    assert shares[0] > 0 and shares[0] == shares[1] == shares[2]  # scaling a task vector leaves its sparsity
+    by_sparsity = [spectral.adaptive_ranks([share, 0], 64)[0] for share in (0, .2, .5, .9, 1)]
+    assert by_sparsity == sorted(by_sparsity, reverse=True) and by_sparsity[-1] == 1
     signs = torch.randn(8, 8).double().sign()  # equal magnitudes: no outliers, nothing small
     other = torch.randn(8, 8).double().sign()
     close(deltas("rtsvm", signs, other), deltas("tsvm", signs, other), 1e-9)
@@ -339,6 +377,9 @@ def test_doge_numbers():
     loss, gradient = projective.doge_loss(taus, lambdas, torch.zeros(2, 2).double())
     close(loss, 15.7645)
     close(gradient, [[-.1953, 0], [0, -1.6212]], 1e-4)
+    scaled = projective.doge_lambdas([4 * tau for tau in taus], .07)
+    close(torch.stack([weight * 4 * tau for weight, tau in zip(scaled, taus, strict=True)]),
+          torch.stack([weight * tau for weight, tau in zip(lambdas, taus, strict=True)]))
     many = [torch.randn(12, 12).double() for _ in range(2)]
     lambdas, subspace = projective.doge_lambdas(many, .07), projective.shared_subspace(many, 6)
     assert all(weight * float(tau.norm()) == pytest.approx(.07) for weight, tau in zip(lambdas, many, strict=True))
