@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from mipipe.graphs.errors import InfeasibleError, PlanError
-from mipipe.planner import placing, rungs
+from mipipe.planner import placing, rungs, scale
 from mipipe.planner.candidate import Candidate, candidate
 from mipipe.planner.check import check_plan
 from mipipe.planner.explain import explain
@@ -119,6 +119,11 @@ def _ladder(run: Run) -> None:
     """Climb: lists, the periodic MIP on large instances, the race, proofs and windows, the race again."""
     if run.options.placement == "free":
         run.bound_ns = problem_bound(run.problem).ns
+    if scale.applies(run.problem) and run.options.use_search:
+        scale.climb(run)
+        if run.candidates:
+            race(run, run.candidates, lambda: run.left)
+            return
     _enter(run)
     if run.options.use_baselines:
         rungs.published(run)
@@ -199,7 +204,8 @@ def _admit(run: Run, placement: Placement) -> Candidate | None:
 
 def _periodic(run: Run) -> None:
     """The periodic MIP where the search is slow: on large instances, for the placements with the lowest bounds."""
-    large = [found for found in run.candidates if found.instance.size > LARGE]
+    large = [found for found in run.candidates
+             if (found.outline.instance if found.outline else found.instance).size > LARGE]
     large.sort(key=lambda found: found.bound.ns)
     for found in large[:3]:
         if run.left < 0.5 * run.options.time_limit_s or run.closed:
