@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mipipe.cli.output import Json, emit, stdout
+from mipipe.cli.output import Json, emit, log, stdout
+from mipipe.graphs.errors import InputError
+
+if TYPE_CHECKING:
+    from mipipe.planner.plan import Plan
+    from mipipe.planner.problem import PlanningProblem
 
 EXAMPLE = "mipipe train --plan plan.json --graph graph.json --config train.yaml"
 
@@ -25,14 +30,27 @@ def train(
                                                " --rdzv-endpoint host:29500'.")] = "",
     processes: Annotated[int | None, typer.Option(help="Processes on this host (default: all of the plan's ranks).",
                                                   min=1)] = None,
+    elastic: Annotated[bool, typer.Option("--elastic", help="When a rank is lost for good, plan for the others and"
+                                                            " resume there (one host; needs checkpoints).")] = False,
+    min_ranks: Annotated[int, typer.Option(help="With --elastic: end the run when fewer are left.", min=1)] = 1,
+    replan_seconds: Annotated[float, typer.Option(help="With --elastic: time limit for planning again.")] = 30.0,
     json_output: Json = False,
 ) -> None:
     """Train as the plan says, under torchrun. torchrun -m mipipe.runtime.worker does the same by hand."""
-    from mipipe.runtime.launch import train as run
+    progress = False if json_output else None
+    if elastic:
+        if torchrun or processes is not None:
+            raise InputError("--elastic watches all ranks of one host: --torchrun and --processes do not go with it")
+        from mipipe.runtime.elastic import train_elastic
 
-    result = run(plan_file, graph_file, config_file, resume=resume, max_restarts=max_restarts, copies=copies,
-                 timeout_s=timeout, progress=False if json_output else None, torchrun=shlex.split(torchrun),
-                 num_processes=processes)
+        result = train_elastic(plan_file, graph_file, config_file, lambda problem: plan_again(problem, replan_seconds),
+                               resume=resume, max_restarts=max_restarts, copies=copies, min_ranks=min_ranks,
+                               timeout_s=timeout, progress=progress, say=log)
+    else:
+        from mipipe.runtime.launch import train as run
+
+        result = run(plan_file, graph_file, config_file, resume=resume, max_restarts=max_restarts, copies=copies,
+                     timeout_s=timeout, progress=progress, torchrun=shlex.split(torchrun), num_processes=processes)
     losses = result.losses
     if json_output:
         emit({"steps": result.config.steps, "losses": list(losses), "records": list(result.records),
@@ -46,3 +64,20 @@ def train(
     for name, path in (("metrics", result.config.metrics), ("measured timeline", result.config.timeline)):
         if path:
             console.print(f"{name}: {path}")
+
+
+def plan_again(problem: PlanningProblem, time_limit_s: float) -> Plan:
+    """A plan for the same groups on the devices that are left, any placement allowed.
+
+    Raises:
+        InfeasibleError: the model does not fit on them.
+    """
+    from mipipe.cli.plan import raise_reason
+    from mipipe.planner.options import PlanOptions
+    from mipipe.planner.solve import plan
+
+    result = plan(problem, PlanOptions(time_limit_s=time_limit_s))
+    if result.plan is None:
+        raise_reason(result)
+    assert result.plan is not None
+    return result.plan

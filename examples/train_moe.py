@@ -99,7 +99,7 @@ def train_alone(steps: int) -> list[float]:
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODEL), dtype=torch.float32)
     model.load_state_dict(initial_weights(graph, config), strict=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr, **config.optimizer.options)
-    factor = learning_rate_factor(config.schedule.name, config.schedule.warmup, config.steps)
+    factor = learning_rate_factor(config.schedule, config.steps)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     batches = make_batches(config.data, graph, BATCH * MICROBATCHES, config.seed)
     losses = []

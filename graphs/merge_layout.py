@@ -10,14 +10,27 @@ import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from mipipe.graphs.checkpoint_files import CheckpointFiles, StoredTensor
-from mipipe.graphs.merge_graph import MergeGraph, MergeUnit
+from mipipe.graphs.merge_graph import MergeGraph
 from mipipe.graphs.serialize import STRICT, digest
 
 METADATA = {"format": "pt"}
 """What transformers expects to find in a shard's header."""
+
+
+class Writable(Protocol):
+    """A tensor to be written: its name, dtype (in safetensors' spelling), shape and size."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def write_bytes(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +47,9 @@ class Shard:
         return _header([(tensor.name, tensor.dtype, tensor.shape, tensor.num_bytes) for tensor in self.tensors])
 
 
-def lay_out(units: Sequence[MergeUnit], shard_bytes: int) -> tuple[Shard, ...]:
+def lay_out(units: Sequence[Writable], shard_bytes: int) -> tuple[Shard, ...]:
     """Shards of at most ``shard_bytes`` (a larger tensor has one of its own), filled in order of names."""
-    groups: list[list[MergeUnit]] = []
+    groups: list[list[Writable]] = []
     size = 0
     for unit in sorted(units, key=lambda unit: unit.name):
         if not groups or size + unit.write_bytes > shard_bytes:

@@ -9,6 +9,7 @@ one network card or switch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -98,6 +99,20 @@ class Topology:
         share = -(-num_bytes // size)
         ring = zip(devices, devices[1:] + devices[:1], strict=True)
         return 2 * (size - 1) * max(self.transfer_ns(a, b, share) for a, b in ring)
+
+    def without(self, lost: Iterable[int]) -> Topology:
+        """The topology of the devices that are left, links kept.
+
+        Raises:
+            InputError: none is left.
+        """
+        gone = set(lost)
+        kept = [index for index in range(len(self.devices)) if index not in gone]
+        place = {str(old): new for new, old in enumerate(kept)}
+        ends = {key: key.partition("->")[::2] for key in self.overrides}
+        overrides = {f"{place[a]}->{place[b]}": self.overrides[key] for key, (a, b) in ends.items()
+                     if a in place and b in place}
+        return Topology(tuple(self.devices[index] for index in kept), self.within_host, self.between_hosts, overrides)
 
     @classmethod
     def uniform(cls, num_devices: int, *, latency_ns: int = 0, bytes_per_s: int | None = None, kind: str = "device",

@@ -1,246 +1,185 @@
 """Checkpoints: torch.distributed.checkpoint in folders ``step-N``, whole or not there, readable under any plan.
 
-Tensors go by the model's names, never by rank or stage, so a run may resume under another plan. A checkpoint is written
-to ``step-N.partial`` and renamed when all of it is on disk; ``state.json`` in it, written last, lists every file's size
-and SHA-256 and the step, data position and plan digest. Anything without a complete ``state.json`` is never loaded.
+Tensors go by the model's names, never by rank or stage, so a run may resume under another plan. Weights and optimizer
+state are copied at once; a thread writes them, hashes them, and makes the folder visible while training goes on. What
+the folder holds and when it counts is in `mipipe.runtime.checkpoint_folder`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import re
+import io
 import shutil
-from concurrent.futures import Future
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
-from mipipe.graphs.errors import InputError, RunError
+from mipipe.graphs.errors import InputError, MipipeError, RunError
+from mipipe.runtime import checkpoint_folder as folders
+from mipipe.runtime.checkpoint_tensors import load_tensors, model_tensors, optimizer_tensors
 from mipipe.runtime.engine import Engine
-from mipipe.runtime.optim import local_optimizer
-
-STATE = "state.json"
-FORMAT, VERSION = "mipipe.checkpoint", 1
-
-
-@dataclass(slots=True)
-class Pending:
-    """A checkpoint that is being written."""
-
-    step: int
-    folder: Path
-    state: dict[str, Any]
-    future: Future[Any] | None = None
 
 
 class Checkpoints:
-    """The checkpoints of one run. `save` starts one, `finish` makes the started one visible, `resume` loads the last.
+    """The checkpoints of one run. `save` starts one, `finish` waits for the started one, `resume` loads the last.
 
-    All ranks call every method, in the same order.
+    All ranks call every method, in the same order. ``timeout_s`` bounds every wait.
     """
 
     def __init__(self, folder: str | Path, engine: Engine, optimizer: torch.optim.Optimizer | None, *, keep: int = 2,
-                 asynchronous: bool = True) -> None:
+                 asynchronous: bool = True, timeout_s: float = 600.0) -> None:
         self.folder = Path(folder)
         self._engine, self._optimizer = engine, optimizer
-        self._keep, self._asynchronous = keep, asynchronous and dist.is_initialized()
-        self._pending: Pending | None = None
-        self._group = dist.new_group() if self._asynchronous else None
+        self._keep, self._timeout_s = keep, timeout_s
+        self._pending: tuple[Path, Future[None]] | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) \
+            if dist.is_initialized() else None
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, step: int, data: dict[str, Any]) -> None:
-        """Start writing the state after ``step`` steps; waits for the one before."""
-        self.finish()
-        folder = self.folder / f"step-{step}.partial"
-        if _first():
-            shutil.rmtree(folder, ignore_errors=True)
-        _barrier()
-        state = {"format": FORMAT, "version": VERSION, "step": step, "data": data,
-                 "plan": self._engine.compiled.program.plan_digest,
-                 "graph": self._engine.plan.problem.graph_digest, "seed": self._engine.options.seed}
-        tensors = {**model_tensors(self._engine), **optimizer_tensors(self._engine, self._optimizer)}
-        pending = Pending(step, folder, state)
-        try:
-            if self._asynchronous:
-                started = dcp.async_save(tensors, checkpoint_id=folder, process_group=self._group)
-                pending.future = started if isinstance(started, Future) else started.upload_completion
-            else:
-                dcp.save(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
-        except Exception as error:
-            raise RunError(f"checkpoint {folder}: cannot be written: {_first_line(error)}; earlier checkpoints are"
-                           " untouched") from error
-        self._pending = pending
-        if pending.future is None:
-            self.finish()
+        """Start writing the state after ``step`` steps, ``data`` (of this copy's loader) included; waits for the one
+        before.
 
-    def finish(self) -> None:
-        """Wait for the checkpoint being written, and rename it into place."""
+        Raises:
+            RunError: the one before, or this one, cannot be written.
+        """
+        self.finish()
+        folder = folders.partial(self.folder, step)
+        if _rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._barrier()
+        state = {"step": step, "copies": self._engine.mesh.num_copies, "seed": self._engine.options.seed,
+                 "plan": self._engine.compiled.program.plan_digest, "graph": self._engine.plan.problem.graph_digest}
+        tensors = {**model_tensors(self._engine), **optimizer_tensors(self._engine, self._optimizer)}
+        loader = pack(data)
+        if self._thread is None:
+            self._write(folder, state, tensors, loader)
+        else:
+            copied = {name: item.to("cpu", copy=True) if isinstance(item, torch.Tensor) else item
+                      for name, item in tensors.items()}
+            self._pending = folder, self._thread.submit(self._write, folder, state, copied, loader)
+
+    def finish(self, timeout_s: float | None = None) -> None:
+        """Wait for the checkpoint being written.
+
+        Raises:
+            RunError: it cannot be written.
+        """
         pending, self._pending = self._pending, None
         if pending is None:
             return
+        patience = self._timeout_s if timeout_s is None else timeout_s
         try:
-            if pending.future is not None:
-                pending.future.result()
-            _barrier()
-            if _first():
-                _publish(pending.folder, pending.state)
-                self._forget()
-        except Exception as error:
-            raise RunError(f"checkpoint {pending.folder}: cannot be written: {_first_line(error)}; earlier checkpoints"
-                           " are untouched") from error
-        _barrier()
+            pending[1].result(patience)
+        except FutureTimeout:
+            raise RunError(f"checkpoint {pending[0]}: not written within {patience:g} s; earlier checkpoints are"
+                           " untouched") from None
 
     def resume(self) -> dict[str, Any] | None:
-        """Load the newest complete checkpoint; its state, or None where there is none.
+        """Load the newest complete checkpoint; its state with this copy's ``data``, or None where there is none.
 
         Raises:
             InputError: a file is damaged, or the checkpoint is of another model.
         """
-        _barrier()
-        folder = latest(self.folder)
-        if folder is None:
+        names = [None if (found := folders.latest(self.folder)) is None else found.name]
+        if self._group is not None:
+            dist.broadcast_object_list(names, src=0, group=self._group)  # the first rank's view of shared storage
+        if names[0] is None:
             return None
-        state = read_state(folder)
-        if _first():
-            verify(folder, state)
-        _barrier()
+        folder = self.folder / names[0]
+        state = folders.read_state(folder)
+        failure = None
+        try:
+            folders.verify(folder, state, _rank(), _world())
+        except InputError as error:
+            failure = str(error)
+        for text in self._everyone(failure):
+            if text is not None:
+                raise InputError(text)
         load_tensors(folder, self._engine, self._optimizer)
         self._engine.steps_done = state["step"]
-        return state
+        copy = self._engine.mesh.copy % state["copies"]
+        return {**state, "data": torch.load(folder / f"data-{copy}.pt", weights_only=True)}
 
-    def _forget(self) -> None:
-        """Remove all but the newest ``keep`` checkpoints."""
-        for folder in _complete(self.folder)[:-self._keep or None]:
-            shutil.rmtree(folder, ignore_errors=True)
+    def _write(self, folder: Path, state: dict[str, Any], tensors: dict[str, Any], loader: bytes) -> None:
+        """Write this rank's part, and make the checkpoint visible when all parts are on disk."""
+        failure, files = None, {}
+        try:
+            dcp.save(tensors, checkpoint_id=folder, process_group=self._group, no_dist=self._group is None)
+            mine = list(folder.glob(f"__{_rank()}_*"))
+            if self._engine.mesh.rank == 0:
+                mine.append(folder / f"data-{self._engine.mesh.copy}.pt")
+                mine[-1].write_bytes(loader)
+            if _rank() == 0:
+                mine.append(folder / ".metadata")
+            files = folders.seal(mine)
+        except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
+            failure = _reason(error)
+        try:
+            gathered = self._everyone((failure, files))
+            failure = next((text for text, _ in gathered if text is not None), None)
+            if failure is None and _rank() == 0:
+                try:
+                    folders.publish(folder, state, {name: item for _, part in gathered for name, item in part.items()})
+                    folders.forget(self.folder, self._keep)
+                except OSError as error:
+                    failure = _reason(error)
+            failure = next((text for text in self._everyone(failure) if text is not None), None)
+        except RuntimeError as error:
+            failure = _reason(error)
+        if failure is not None:
+            raise RunError(f"checkpoint {folder}: cannot be written: {failure}; earlier checkpoints are untouched")
+
+    def _everyone(self, item: Any) -> list[Any]:
+        """Every rank's ``item``."""
+        if self._group is None:
+            return [item]
+        found: list[Any] = [None] * _world()
+        dist.all_gather_object(found, item, group=self._group)
+        return found
+
+    def _barrier(self) -> None:
+        if self._group is not None:
+            dist.barrier(self._group)
 
 
-def model_tensors(engine: Engine) -> dict[str, torch.Tensor]:
-    """``model.<name>`` -> tensor, for this rank's parameters and buffers."""
-    tensors = {f"model.{name}": item.detach() for name, item in engine.weights.parameters.items()}
-    tensors.update({f"model.{name}": item for name, item in engine.weights.buffers.items()})
-    return tensors
-
-
-def optimizer_tensors(engine: Engine, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """``optimizer.<name>.<key>`` -> state, for this rank's parameters."""
-    found: dict[str, Any] = {}
-    if optimizer is not None:
-        state = local_optimizer(optimizer).state
-        for name, parameter in engine.named_parameters():
-            for key, item in state.get(parameter, {}).items():
-                found[f"optimizer.{name}.{key}"] = item
-    return found
-
-
-def load_tensors(folder: Path, engine: Engine, optimizer: torch.optim.Optimizer | None) -> None:
-    """Fill the engine's weights and the optimizer's state from a checkpoint, whatever plan wrote it.
+def pack(data: dict[str, Any]) -> bytes:
+    """A loader's state as bytes that are read back without running any code from them.
 
     Raises:
-        InputError: a weight is missing, or has another shape.
+        RunError: it holds more than tensors, numbers, texts, lists and dicts.
     """
-    reader = dcp.FileSystemReader(folder)
-    stored = reader.read_metadata().state_dict_metadata
-    wanted: dict[str, Any] = model_tensors(engine)
-    for name, tensor in wanted.items():
-        entry = stored.get(name)
-        if not isinstance(entry, TensorStorageMetadata) or entry.size != tensor.shape:
-            found = "absent" if entry is None else f"{tuple(getattr(entry, 'size', ()))}"
-            raise InputError(f"checkpoint {folder}: {name} is {found}, expected shape {tuple(tensor.shape)}; it is of"
-                             " another model")
-    slots: list[tuple[torch.nn.Parameter, str, str]] = []
-    local = local_optimizer(optimizer) if optimizer is not None else None
-    mine = {id(item) for group in local.param_groups for item in group["params"]} if local is not None else set()
-    for name, parameter in engine.named_parameters():
-        if id(parameter) not in mine:
-            continue
-        prefix = f"optimizer.{name}."
-        for key, entry in stored.items():
-            if key.startswith(prefix) and "." not in key[len(prefix):]:
-                slots.append((parameter, key[len(prefix):], key))
-                if isinstance(entry, BytesStorageMetadata):
-                    wanted[key] = None
-                else:
-                    wanted[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    dcp.load(wanted, storage_reader=reader, no_dist=True)
-    if local is not None:
-        for parameter, key, name in slots:
-            item = wanted[name]
-            if isinstance(item, torch.Tensor) and item.dim():
-                item = item.to(parameter.device)
-            local.state[parameter][key] = item
-
-
-def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint in a folder."""
-    complete = _complete(folder)
-    return complete[-1] if complete else None
-
-
-def _complete(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [(int(match[1]), path) for path in folder.iterdir()
-             if (match := re.fullmatch(r"step-(\d+)", path.name)) and (path / STATE).exists()]
-    return [path for _, path in sorted(found)]
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint."""
+    stream = io.BytesIO()
+    torch.save(data, stream)
+    stream.seek(0)
     try:
-        state = json.loads((folder / STATE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"checkpoint {folder}: {STATE} cannot be read: {error}; remove the folder to use an earlier"
-                         " checkpoint") from None
-    if state.get("format") != FORMAT or state.get("version") != VERSION:
-        raise InputError(f"checkpoint {folder}: found format {state.get('format')!r} version {state.get('version')!r},"
-                         f" expected {FORMAT!r} version {VERSION}")
-    return state
+        torch.load(stream, weights_only=True)
+    except Exception as error:
+        raise RunError("data: the loader's state_dict() holds more than tensors, numbers, texts, lists and dicts, so it"
+                       f" cannot be saved: {_reason(error)}") from None
+    return stream.getvalue()
 
 
-def verify(folder: Path, state: dict[str, Any]) -> None:
-    """Raise `InputError` unless every file has the size and SHA-256 it was written with."""
-    for name, (size, digest) in state["files"].items():
-        path = folder / name
-        if not path.exists() or path.stat().st_size != size or _sha256(path) != digest:
-            raise InputError(f"checkpoint {folder}: {name} is damaged or incomplete; remove the folder to use an"
-                             " earlier checkpoint")
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _publish(folder: Path, state: dict[str, Any]) -> None:
-    """Write ``state.json`` and rename ``step-N.partial`` to ``step-N``, everything synced before it is visible."""
-    files = {}
-    for path in sorted(folder.iterdir()):
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-        files[path.name] = (path.stat().st_size, _sha256(path))
-    with (folder / STATE).open("w") as stream:
-        json.dump({**state, "files": files}, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    target = folder.with_suffix("")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(folder, target)
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """One line: of an error that a rank caught for all, the rank's own; else the first."""
+    if isinstance(error, MipipeError):
+        return str(error)
+    failures = getattr(error, "failures", None)  # CheckpointException of torch.distributed.checkpoint
+    if isinstance(failures, dict) and failures:
+        rank, wrapped = next(iter(failures.items()))
+        return f"rank {rank}: {_reason(wrapped[0])}"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

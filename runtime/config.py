@@ -8,35 +8,60 @@ from typing import Any, ClassVar, Literal
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import STRICT, from_data, load_data
+from mipipe.graphs.units import parse_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class GroupConfig:
+    """Parameters whose name matches ``match`` (a regular expression; the first group that matches counts) take these
+    ``options`` of the optimizer, such as ``{weight_decay: 0.0}`` for norms, or another ``lr``."""
+
+    __pydantic_config__: ClassVar = STRICT
+    match: str
+    options: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerConfig:
     """``name`` of torch.optim in any case, or package.module:Class; ``options`` are its further arguments.
 
-    ``shard`` divides the optimizer's state among data-parallel copies of the plan (ZeRO stage 1).
+    ``groups`` give some parameters other options. ``shard`` divides the optimizer's state among data-parallel copies of
+    the plan (ZeRO stage 1).
     """
 
     __pydantic_config__: ClassVar = STRICT
     name: str = "adamw"
     lr: float = 1e-3
     options: dict[str, Any] = field(default_factory=dict)
+    groups: tuple[GroupConfig, ...] = ()
     shard: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduleConfig:
-    """Learning rate: linear warm-up over ``warmup`` steps, then constant or decaying to 0 at the last step."""
+    """Learning rate: linear warm-up over ``warmup`` steps, then constant, or decaying at the end.
+
+    The decay takes the last ``decay`` steps (None: all after the warm-up; fewer: warm-up, stable, decay) and ends at
+    ``minimum`` times the rate.
+    """
 
     __pydantic_config__: ClassVar = STRICT
-    name: Literal["constant", "linear", "cosine"] = "constant"
+    name: Literal["constant", "linear", "cosine", "sqrt"] = "constant"
     warmup: int = 0
+    decay: int | None = None
+    minimum: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.warmup < 0 or (self.decay is not None and self.decay < 1) or not 0 <= self.minimum <= 1:
+            raise InputError(f"train config, schedule: warmup {self.warmup}, decay {self.decay}, minimum"
+                             f" {self.minimum}; expected warmup >= 0, decay >= 1, minimum from 0 to 1")
 
 
 @dataclass(frozen=True, slots=True)
 class DataConfig:
     """``source``: ``stdlib`` (Python's own source files as bytes), a folder (``suffix`` filters its files), or
-    ``package.module:callable`` that gets (graph, rows, seed, **options) and returns an iterable of batches."""
+    ``package.module:callable`` that gets (graph, rows, seed, **options) and returns an iterable of batches (and the
+    keyword ``copy``, the number of the plan's copy, where it has a parameter of that name)."""
 
     __pydantic_config__: ClassVar = STRICT
     source: str = "stdlib"
@@ -54,15 +79,60 @@ class CheckpointConfig:
     keep: int = 2
     asynchronous: bool = True
 
+    def __post_init__(self) -> None:
+        if self.keep < 1 or self.every < 0:
+            raise InputError(f"train config, checkpoint: keep {self.keep}, every {self.every}; expected keep >= 1 and"
+                             " every >= 0")
+
+
+@dataclass(frozen=True, slots=True)
+class SaveConfig:
+    """The trained weights as a Hugging Face folder, after the last step: files of at most ``shard``, in ``dtype``
+    (None: the graph's)."""
+
+    __pydantic_config__: ClassVar = STRICT
+    folder: str
+    shard: str | int = "5GB"
+    dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
+
+    def __post_init__(self) -> None:
+        parse_bytes(self.shard, "train config, save.shard")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """The experts of a MoE model: what is recorded of their loads, and where they live.
+
+    ``loads``: the file `mipipe experts --loads` takes, tokens per step and expert averaged over the last ``window``
+    steps, written every ``window`` steps and at the end. ``history``: the counts of every step, one JSON line each. For
+    graphs captured with ``--expert-parallel`` and several copies of the plan: ``map`` places the experts on the copies
+    (none: equal blocks), ``moves`` are maps to change to after so many steps, ``load_factor`` caps the rows a copy
+    accepts in one layer and microbatch, as a multiple of an even share.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    loads: str | None = None
+    history: str | None = None
+    window: int = 100
+    map: str | None = None
+    moves: dict[int, str] = field(default_factory=dict)
+    load_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or min(self.moves, default=1) < 1 or (self.load_factor or 1.0) < 1.0:
+            raise InputError(f"train config, experts: window {self.window}, moves after steps {list(self.moves)},"
+                             f" load_factor {self.load_factor}; expected window >= 1, steps >= 1, load_factor >= 1")
+
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
     """One training run.
 
     ``batch`` and ``seq`` are checked against the graph and the plan when given (they are fixed there). ``weights`` is a
-    folder of safetensors files, else the model is initialised at random from ``seed``; ``model`` overrides where the
-    graph says it came from. ``dtype`` is that of master weights, if another than the graph's. ``metrics`` (JSONL),
-    ``timeline`` (measured, of the last step) and ``profile`` (Chrome trace of the last step, one per rank) are files.
+    folder of safetensors files of which each rank reads its own tensors, else the model is initialised at random from
+    ``seed``; ``save`` writes such a folder at the end. ``model`` overrides where the graph says it came from. ``dtype``
+    is that of master weights, if another than the graph's. ``metrics`` (JSONL), ``timeline`` (measured, of the last
+    step) and ``profile`` (Chrome trace of the last step, one per rank) are files; ``tensorboard`` is a folder.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -83,6 +153,8 @@ class TrainConfig:
     timeline: str | None = None
     profile: str | None = None
     checkpoint: CheckpointConfig | None = None
+    save: SaveConfig | None = None
+    experts: ExpertsConfig | None = None
     timeout_s: float = 600.0
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ Every rank runs its own loader and gets the same batches (of its copy of the pla
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -27,7 +28,7 @@ class Batches:
     """An iterator of batches that knows its position: ``state()`` is saved, ``resume(state)`` continues exactly.
 
     A loader with ``state_dict`` and ``load_state_dict`` (StatefulDataLoader) is asked for its own state; any other
-    iterable is advanced by as many batches as had been taken.
+    iterable is advanced by as many batches as had been taken. A loader that ends is started again.
     """
 
     def __init__(self, source: Iterable[Batch]) -> None:
@@ -40,9 +41,10 @@ class Batches:
 
     def __next__(self) -> Batch:
         if self._iterator is None:
-            self._iterator = iter(self._source)
+            self._iterator = _epochs(self._source)
+        batch = next(self._iterator)
         self.taken += 1
-        return next(self._iterator)
+        return batch
 
     def state(self) -> dict[str, Any]:
         """What `resume` needs."""
@@ -54,12 +56,27 @@ class Batches:
         self.taken = int(state["taken"])
         if state.get("loader") is not None and hasattr(self._source, "load_state_dict"):
             self._source.load_state_dict(state["loader"])
-            self._iterator = iter(self._source)
+            self._iterator = _epochs(self._source)
         elif hasattr(self._source, "skip"):
             self._source.skip(self.taken)
-            self._iterator = iter(self._source)
+            self._iterator = _epochs(self._source)
         else:
-            self._iterator = itertools.islice(iter(self._source), self.taken, None)
+            self._iterator = itertools.islice(_epochs(self._source), self.taken, None)
+
+
+def _epochs(source: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of a loader, from its start again when it ends.
+
+    Raises:
+        InputError: it gives no batch at all.
+    """
+    while True:
+        empty = True
+        for batch in source:
+            empty = False
+            yield batch
+        if empty:
+            raise InputError("data: the loader gives no batch, or ended and cannot be iterated again")
 
 
 class TextBytes:
@@ -150,8 +167,11 @@ def make_batches(config: DataConfig, graph: OperatorGraph, rows: int, seed: int,
     """
     options = dict(config.options)
     if ":" in config.source:
+        source = load_object(config.source)
+        if "copy" in inspect.signature(source).parameters:
+            options["copy"] = copy
         try:
-            return Batches(load_object(config.source)(graph=graph, rows=rows, seed=seed, **options))
+            return Batches(source(graph=graph, rows=rows, seed=seed, **options))
         except TypeError as error:
             raise InputError(f"data source {config.source}: {error}; it is called with (graph=, rows=, seed=) and the"
                              " options") from None

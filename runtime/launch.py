@@ -21,7 +21,7 @@ from typing import Any
 from mipipe.graphs import errors
 from mipipe.graphs.errors import MipipeError, RunError
 from mipipe.runtime.config import TrainConfig
-from mipipe.runtime.prepare import check_world, read_job
+from mipipe.runtime.prepare import check_saving, check_world, read_job
 
 GRACE_S = 10.0
 """How long torchrun gets to end its workers before it is killed; its own patience is 30 s."""
@@ -41,12 +41,16 @@ class TrainResult:
 
 def torchrun_command(plan: str | Path, graph: str | Path, config: str | Path, num_processes: int, *,
                      resume: bool = False, progress: bool = False, max_restarts: int = 0, report: str | None = None,
-                     torchrun: Sequence[str] = ()) -> list[str]:
-    """The command line that runs a plan. ``torchrun``: flags that pass through (``--nnodes 2 --rdzv-endpoint ...``)."""
+                     torchrun: Sequence[str] = (), agent: bool = False) -> list[str]:
+    """The command line that runs a plan. ``torchrun``: flags that pass through (``--nnodes 2 --rdzv-endpoint ...``).
+
+    ``agent``: through `mipipe.runtime.agent`, which leaves who failed in ``report``.
+    """
     flags = list(torchrun) or ["--standalone"]
-    command = [sys.executable, "-m", "torch.distributed.run", *flags, "--nproc-per-node", str(num_processes),
-               "--max-restarts", str(max_restarts), "-m", "mipipe.runtime.worker", "--plan", str(plan), "--graph",
-               str(graph), "--config", str(config)]
+    start = ["mipipe.runtime.agent", str(report)] if agent else ["torch.distributed.run"]
+    command = [sys.executable, "-m", *start, *flags, "--nproc-per-node", str(num_processes), "--max-restarts",
+               str(max_restarts), "-m", "mipipe.runtime.worker", "--plan", str(plan), "--graph", str(graph), "--config",
+               str(config)]
     command += ["--resume"] if resume or max_restarts else []
     command += ["--progress"] if progress else []
     return command + (["--report", report] if report else [])
@@ -74,6 +78,7 @@ def train(plan: str | Path, graph: str | Path, config: str | Path, *, resume: bo
     count = num_processes if num_processes is not None else len(job.program.ranks) * copies
     if not torchrun:
         check_world(job, count)
+    check_saving(settings, resume)
     shown = sys.stderr.isatty() if progress is None else progress
     with tempfile.TemporaryDirectory(prefix="mipipe-") as folder:
         command = torchrun_command(plan, graph, config, count, resume=resume, progress=shown, max_restarts=max_restarts,
@@ -125,25 +130,28 @@ def end_process(process: subprocess.Popen[Any]) -> None:
             return
 
 
-def explain(folder: Path, log: Path, code: int) -> MipipeError:
-    """The error to raise for a failed run: what the first failing rank reported, else what torchrun said."""
+def explain(folder: Path, log: Path, code: int, show: bool = True) -> MipipeError:
+    """The error to raise for a failed run: what the first failing rank reported, else what torchrun said.
+
+    ``show``: the traceback of an unexpected error goes to stderr.
+    """
     found = [json.loads(path.read_text()) for path in folder.glob("error-rank*.json")]
     if not found:
         lines = [line for line in log.read_text().splitlines() if line.strip()]
         tail = next((line for line in reversed(lines) if "Error" in line or "Signal" in line), "".join(lines[-1:]))
         return RunError(f"torchrun ended with status {code}: {tail.strip() or 'no message; see the output above'}")
-    first = min(found, key=lambda item: (_is_consequence(item), item["time"]))
+    first = min(found, key=lambda item: (is_consequence(item), item["time"]))
     if first["type"] in vars(errors):
         kind = vars(errors)[first["type"]]
         text = first["message"]
     else:
         kind, text = RunError, f"rank {first['rank']}: {first['type']}: {first['message']}"
-    if kind is RunError:
+    if kind is RunError and show:
         sys.stderr.write(first["traceback"])
     return kind(text)
 
 
-def _is_consequence(item: dict[str, Any]) -> bool:
+def is_consequence(item: dict[str, Any]) -> bool:
     """Whether a rank failed only because another had: its connection was closed, or it waited in vain."""
     text = item["message"]
     return "the peer has failed" in text or "Connection closed by peer" in text or "nothing for" in text

@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.sources import open_source
 from mipipe.runtime.config import TrainConfig
+from mipipe.runtime.stored_weights import StoredWeights, parameters_on_meta
 
 _SOURCE_OPTIONS = ("seq", "batch", "dtype", "overrides", "images", "image", "expert_groups", "freeze")
 
 
-def initial_weights(graph: OperatorGraph, config: TrainConfig) -> dict[str, torch.Tensor]:
+def initial_weights(graph: OperatorGraph, config: TrainConfig) -> Mapping[str, torch.Tensor]:
     """All parameters and buffers by FQN (tied names share one tensor), before the first step.
+
+    Those of a folder (``weights``) are read one by one when they are asked for; without, the whole model is made.
 
     Raises:
         InputError: the weights cannot be read, or the graph does not say where its model came from.
     """
+    if config.weights:
+        return StoredWeights(Path(config.weights), empty_module(graph, config), tied_names(graph))
     torch.manual_seed(config.seed)
     module = build_module(graph, config)
     state = {name: item.detach() for name, item in module.named_parameters(remove_duplicate=False)}
     state.update(dict(module.named_buffers(remove_duplicate=False)))
-    if config.weights:
-        state.update(read_safetensors(Path(config.weights)))
     return state
+
+
+def tied_names(graph: OperatorGraph) -> dict[str, tuple[str, ...]]:
+    """The other names of every tied parameter, by its first."""
+    found: dict[str, tuple[str, ...]] = {}
+    for item in graph.parameters:
+        if item.tied_to is not None:
+            found[item.tied_to] = (*found.get(item.tied_to, ()), item.fqn)
+    return found
+
+
+def empty_module(graph: OperatorGraph, config: TrainConfig) -> nn.Module:
+    """The model with its parameters on the meta device and its buffers filled."""
+    handle = register_module_parameter_registration_hook(parameters_on_meta)  # type: ignore[arg-type]
+    try:
+        return build_module(graph, config)
+    finally:
+        handle.remove()
 
 
 def build_module(graph: OperatorGraph, config: TrainConfig) -> nn.Module:
@@ -42,21 +65,3 @@ def build_module(graph: OperatorGraph, config: TrainConfig) -> nn.Module:
         raise InputError(f"graph of {graph.model}: captured from a module in memory, so its weights are unknown; set"
                          " 'model' in the train config to package.module:factory")
     return open_source(source, **known).build("cpu")
-
-
-def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of all safetensors files in a folder (or of one file), by name.
-
-    Raises:
-        InputError: there is no such file.
-    """
-    from safetensors import safe_open
-    files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"weights: {folder} holds no .safetensors file")
-    state: dict[str, torch.Tensor] = {}
-    for path in files:
-        with safe_open(path, framework="pt") as stream:
-            names = stream.keys()
-            state.update({name: stream.get_tensor(name) for name in names})
-    return state

@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from mipipe.graphs.errors import InputError, RunError
+from mipipe.runtime.config import GroupConfig, ScheduleConfig
 from mipipe.runtime.engine import Engine
 from mipipe.runtime.expert_moves import expert_square
 
@@ -20,30 +21,44 @@ _TORCH = {name.lower(): item for name, item in vars(torch.optim).items()
           if inspect.isclass(item) and issubclass(item, torch.optim.Optimizer) and item is not torch.optim.Optimizer}
 
 
-def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any],
-                   shard: bool = False) -> torch.optim.Optimizer | None:
+def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any], shard: bool = False,
+                   groups: Sequence[GroupConfig] = ()) -> torch.optim.Optimizer | None:
     """An optimizer over the rank's parameters; None for a rank without any.
 
     ``name``: a class of torch.optim in any case (``adamw``), or ``package.module:Class`` for others. ``shard`` divides
     its state among the plan's copies (torch's ZeroRedundancyOptimizer): each updates a part and broadcasts it.
+    ``groups``: parameters with other options.
 
     Raises:
         InputError: there is no such optimizer, or it does not take these options.
     """
-    parameters, kind = engine.parameters(), optimizer_class(name)
+    parameters, kind = parameter_groups(engine.named_parameters(), groups), optimizer_class(name)
     if not parameters:
         return None
     try:
         if shard and engine.mesh.copy_group is not None:
+            from torch.distributed.optim import ZeroRedundancyOptimizer  # takes more than a second to import
             return ZeroRedundancyOptimizer(parameters, kind, engine.mesh.copy_group, **options)
         return kind(parameters, **options)
     except (TypeError, ValueError) as error:
         raise InputError(f"optimizer {name}: {error}") from None
 
 
+def parameter_groups(named: Sequence[tuple[str, torch.nn.Parameter]],
+                     groups: Sequence[GroupConfig]) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: one for each of ``groups`` that matches a parameter, one for the rest."""
+    members: list[list[torch.nn.Parameter]] = [[] for _ in (*groups, None)]
+    for name, parameter in named:
+        place = next((number for number, group in enumerate(groups) if re.search(group.match, name)), len(groups))
+        members[place].append(parameter)
+    return [{"params": found, **(groups[number].options if number < len(groups) else {})}
+            for number, found in enumerate(members) if found]
+
+
 def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer that holds this process's state: the local part of a sharded one, else itself."""
-    return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    inner: torch.optim.Optimizer = getattr(optimizer, "optim", optimizer)  # ZeroRedundancyOptimizer's name for it
+    return inner
 
 
 def optimizer_class(name: str) -> Any:
@@ -68,20 +83,20 @@ def load_object(path: str) -> Any:
         raise InputError(f"{path}: cannot be imported: {error}; expected an importable package.module:name") from None
 
 
-def learning_rate_factor(name: str, warmup: int, steps: int) -> Callable[[int], float]:
-    """step -> factor of the learning rate: ``constant``, ``linear`` or ``cosine`` decay to 0, after linear warm-up."""
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        done = (step - warmup) / max(1, steps - warmup)
-        if name == "linear":
-            return max(0.0, 1.0 - done)
-        if name == "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
-        return 1.0
+def learning_rate_factor(schedule: ScheduleConfig, steps: int) -> Callable[[int], float]:
+    """step -> factor of the learning rate: linear warm-up, a stable part, then decay to the schedule's minimum."""
+    first = schedule.warmup if schedule.decay is None else max(schedule.warmup, steps - schedule.decay)
 
-    if name not in ("constant", "linear", "cosine"):
-        raise InputError(f"schedule {name!r}: expected constant, linear or cosine")
+    def factor(step: int) -> float:
+        if step < schedule.warmup:
+            return (step + 1) / schedule.warmup
+        if schedule.name == "constant" or step < first:
+            return 1.0
+        done = min(1.0, (step - first) / max(1, steps - first))
+        left = {"linear": 1.0 - done, "sqrt": 1.0 - math.sqrt(done),
+                "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[schedule.name]
+        return schedule.minimum + (1.0 - schedule.minimum) * left
+
     return factor
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mipipe.graphs.errors import RunError
+from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import load
 from mipipe.planner.check import check_program
@@ -42,9 +42,27 @@ def read_job(plan: str | Path, graph: str | Path, config: str | Path) -> Job:
     check_sizes(read_graph, settings.batch, settings.seq, read_plan.problem.num_microbatches)
     optimizer_class(settings.optimizer.name)
     check_source(settings.data)
+    check_folders(settings)
     program = lower(read_plan)
     check_program(read_plan, program)
     return Job(read_plan, program, read_graph, settings)
+
+
+def check_folders(config: TrainConfig) -> None:
+    """Raise `InputError` where there are no weights to read, or saving would overwrite them."""
+    if config.weights is None:
+        return
+    if not Path(config.weights).exists():
+        raise InputError(f"train config: weights {config.weights}: no such folder")
+    if config.save is not None and Path(config.save.folder).resolve() == Path(config.weights).resolve():
+        raise InputError(f"train config: save.folder {config.save.folder} is where the weights are read from; give"
+                         " another")
+
+
+def check_saving(config: TrainConfig, resume: bool) -> None:
+    """Raise `InputError` where the folder to save to exists; a resumed run replaces what it had saved before."""
+    if config.save is not None and Path(config.save.folder).exists() and not resume:
+        raise InputError(f"train config: save.folder {config.save.folder} exists already; give another, or remove it")
 
 
 def check_world(job: Job, processes: int) -> None:

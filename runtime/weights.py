@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mipipe.graphs.errors import GraphError
+from mipipe.graphs.expert_groups import parse_slice
 from mipipe.graphs.operator_graph import OperatorGraph
 
 Source = Mapping[str, torch.Tensor] | nn.Module | Callable[[], nn.Module]
@@ -60,7 +61,7 @@ def load_weights(graph: OperatorGraph, names: Iterable[str], source: Source, dev
     for item in graph.parameters:
         if item.fqn not in needed:
             continue
-        found = state.get(item.fqn)
+        found = _find(state, item.fqn)
         if found is None:
             raise GraphError(f"weights: {item.fqn!r} is in the operator graph but not in the model given; the graph was"
                              " captured from another model")
@@ -82,6 +83,15 @@ def load_weights(graph: OperatorGraph, names: Iterable[str], source: Source, dev
         parameters[item.fqn] = parameter
         compute[item.fqn] = parameter if kept is dtype else parameter.detach().to(dtype)
     return Weights(parameters, buffers, compute, canonical)
+
+
+def _find(state: Mapping[str, torch.Tensor], fqn: str) -> torch.Tensor | None:
+    """A tensor by name; a slice of an expert bank is cut from the bank where the source has no slices."""
+    base, rows = parse_slice(fqn)
+    found = state.get(fqn)
+    if found is None and rows is not None and base in state:
+        found = state[base][rows[0]:rows[1]]
+    return found
 
 
 def _state(source: Source) -> Mapping[str, torch.Tensor]:

@@ -30,8 +30,10 @@ from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.simulate import simulate
 from mipipe.runtime.data import make_batches
 from mipipe.runtime.engine import Engine, EngineOptions
+from mipipe.runtime.expert_run import read_maps
 from mipipe.runtime.models import initial_weights
-from mipipe.runtime.prepare import Job, check_world, read_job
+from mipipe.runtime.prepare import Job, check_saving, check_world, read_job
+from mipipe.runtime.stored_weights import StoredWeights
 from mipipe.runtime.training import Trainer
 
 
@@ -58,27 +60,36 @@ def train(options: argparse.Namespace) -> list[float]:
     job = read_job(options.plan, options.graph, options.config)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     check_world(job, world)
+    check_saving(job.config, options.resume)
     device = choose_device(options.device)
     start_processes(world, device, job.config.timeout_s)
-    try:
-        return run(job, device, options)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    losses = run(job, device, options)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return losses
 
 
 def run(job: Job, device: torch.device, options: argparse.Namespace) -> list[float]:
     """Build the engine and train."""
     plan, program, graph, config = job.plan, job.program, job.graph, job.config
     master = getattr(torch, config.dtype) if config.dtype else None
-    engine = Engine(plan, graph, initial_weights(graph, config), program=program, device=device,
-                    options=EngineOptions(config.seed, config.timeout_s, config.compile, master))
+    weights = initial_weights(graph, config)
+    maps = read_maps(config, graph, max(1, int(os.environ.get("WORLD_SIZE", "1")) // len(program.ranks)))
+    engine = Engine(plan, graph, weights, program=program, device=device,
+                    options=EngineOptions(config.seed, config.timeout_s, config.compile, master, expert_map=maps.get(0),
+                                          load_factor=config.experts.load_factor if config.experts else None))
+    stored = weights if isinstance(weights, StoredWeights) else None
+    del weights  # the whole model, where it was made here
     rows = microbatch_rows(graph) * plan.problem.num_microbatches
     batches = make_batches(config.data, graph, rows, config.seed, engine.mesh.copy)
     show = ProgressBar(config.steps) if options.progress else None
-    trainer = Trainer(engine, config, batches, show, simulate(plan, program))
+    trainer = Trainer(engine, config, batches, show, simulate(plan, program), maps)
     start = trainer.resume() if options.resume else 0
-    return trainer.run(start)
+    losses = trainer.run(start)
+    if config.save is not None:
+        from mipipe.runtime.save_weights import save_trained
+        save_trained(engine, config, stored, replace=options.resume)
+    return losses
 
 
 def microbatch_rows(graph: OperatorGraph) -> int:
@@ -134,6 +145,7 @@ def report(folder: str | None, error: BaseException) -> None:
         return
     rank = os.environ.get("RANK", "0")
     data: dict[str, Any] = {"rank": int(rank), "type": type(error).__name__, "message": str(error), "time": time.time(),
+                            "attempt": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
                             "exit_code": getattr(error, "exit_code", 4), "traceback": traceback.format_exc()}
     path = Path(folder) / f"error-rank{rank}.json"
     path.write_text(json.dumps(data))
@@ -162,11 +174,20 @@ def guarded(options: argparse.Namespace) -> int:
 
 
 def main() -> None:
-    """Run the worker and end the process with its exit code."""
+    """Run the worker and end the process with its exit code.
+
+    A failed one ends at once: its threads may wait for a peer that is gone, or hangs.
+    """
     die_with_parent()
-    code = guarded(parse_arguments())
+    try:
+        code = guarded(parse_arguments())
+    except Exception:
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
-    sys.exit(code)
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,20 @@ import runtime_equal as equal
 import runtime_models as models
 import torch
 
-from mipipe.graphs.errors import InputError, RunError
+from mipipe.graphs.errors import RunError
 from mipipe.planner.lower import lower
 from mipipe.planner.simulate import simulate
-from mipipe.runtime.checkpoint import latest, read_state, verify
-from mipipe.runtime.config import CheckpointConfig, OptimizerConfig, TrainConfig
+from mipipe.runtime.config import CheckpointConfig, GroupConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from mipipe.runtime.data import Batches
 from mipipe.runtime.engine import Engine, EngineOptions
+from mipipe.runtime.optim import learning_rate_factor, parameter_groups
 from mipipe.runtime.trace import measured_timeline
 from mipipe.runtime.training import Trainer
 
 pytestmark = pytest.mark.distributed
 
 COUNT = 3
+EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "train_loop.py"
 
 
 def plan(seed, ranks=2):
@@ -108,26 +109,31 @@ def test_resume_under_another_plan(pool, tmp_path):
     assert first + rest == pytest.approx(alone(4, None)[0], rel=1e-9)
 
 
-def test_a_half_written_checkpoint_is_never_loaded(pool, tmp_path):
-    """A folder without its state, and one still called partial, are passed over."""
-    saved = CheckpointConfig(str(tmp_path), every=2)
-    run(pool, plan(3), config(4, checkpoint=saved))
-    (tmp_path / "step-4" / "state.json").unlink()
-    (tmp_path / "step-9.partial").mkdir()
-    assert latest(tmp_path).name == "step-2"
-    assert run(pool, plan(3), config(4, checkpoint=saved), resume=True)[2] == 2
+def test_a_training_loop_of_ones_own(pool):
+    """The example's loop on two ranks equals the single process; it stands in the README as it is."""
+    case = equal.case("skip")
+    few = list(itertools.islice(batches(), 4))
+    losses, _ = pool.run(2, str(EXAMPLE), "train", plan(3), case.graph, case.state(), few, 4)
+    assert losses == pytest.approx(alone(4, 1.0)[0], rel=1e-9)
+    code = EXAMPLE.read_text()
+    assert code[code.index("def train("):code.index("def main(")].strip() in \
+        (EXAMPLE.parent.parent / "README.md").read_text()
 
 
-def test_a_tampered_checkpoint_is_refused(pool, tmp_path):
-    """One flipped byte is found by its SHA-256; the message names the file and what to do."""
-    run(pool, plan(3), config(2, checkpoint=CheckpointConfig(str(tmp_path))))
-    folder = latest(tmp_path)
-    file = next(path for path in sorted(folder.iterdir()) if path.suffix == ".distcp" and path.stat().st_size)
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(InputError, match=f"{file.name} is damaged or incomplete; remove the folder"):
-        verify(folder, read_state(folder))
+def test_optimizer_groups_and_schedules():
+    """Norms take no weight decay; warm-up, stable part and decay as said."""
+    named = [(name, torch.nn.Parameter(torch.ones(1))) for name in ("a.norm.weight", "a.weight", "b.bias")]
+    made = parameter_groups(named, [GroupConfig(r"norm|bias", {"weight_decay": 0.0})])
+    assert [len(group["params"]) for group in made] == [2, 1] and made[0]["weight_decay"] == 0.0
+
+    def factors(steps, **options):
+        factor = learning_rate_factor(ScheduleConfig(**options), steps)
+        return [round(factor(step), 4) for step in range(steps)]
+
+    assert factors(4, name="linear", warmup=2) == [0.5, 1.0, 1.0, 0.5]
+    assert factors(6, name="cosine", minimum=0.5)[3] == 0.75
+    assert factors(8, name="sqrt", warmup=2, decay=4) == [0.5, 1.0, 1.0, 1.0, 1.0, 0.5, 0.2929, 0.134]
+    assert factors(3, name="constant") == [1.0, 1.0, 1.0]
 
 
 def test_the_loss_is_checked(pool):
@@ -198,26 +204,3 @@ def test_a_metrics_file_has_one_line_for_each_step(pool, tmp_path):
     assert [record["loss_metrics/global_avg_loss"] for record in records] == losses
     assert {"step", "grad_norm", "lr", "throughput(tps)", "time_metrics/end_to_end(s)"} <= set(records[0])
     assert 0 <= records[-1]["bubble_ratio/measured"] < 1
-
-
-@pytest.mark.parametrize("name", ["skip", "moe", "vlm", "vlm-frozen"])
-def test_saved_memory_is_as_planned(name):
-    """After the k-th F, k times the planned saved bytes are held: exactly in a chain, less where tensors are shared.
-
-    Batch tensors are not counted here: they are there anyway.
-    """
-    case = equal.case(name)
-    problem = equal.problem(case.graph, 1, COUNT, 6)
-    everything = list(range(len(problem.groups)))
-    order = " ".join([*(f"0F{m}" for m in range(COUNT)), *(f"0I{m} 0W{m}" for m in range(COUNT))])
-    made = equal.cases.plan_of(problem, [(everything, [0])], [[0] * COUNT], [order])
-    engine = Engine(made, case.graph, case.state(), options=EngineOptions(track_memory=True))
-    engine.step(case.batch(COUNT))
-    planned = sum(group.saved_fi_bytes + group.saved_fw_bytes for group in problem.groups)
-    sizes = [size for _, size in engine.memory]
-    assert sizes[:COUNT] == [sizes[0] * (k + 1) for k in range(COUNT)]
-    assert sizes[-1] == 0
-    if name == "moe":
-        assert sizes[0] == planned - case.batch(1)["input_ids"].nbytes
-    else:
-        assert 0.85 * planned < sizes[0] <= planned  # in skip, block and gate save the same hidden states

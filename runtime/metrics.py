@@ -1,0 +1,80 @@
+"""Numbers of a run: one JSON line for each step and TensorBoard scalars, under torchtitan's names."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+Record = dict[str, float]
+
+
+@dataclass(slots=True)
+class Metrics:
+    """The records of a run and where they go. Written by one rank."""
+
+    stream: TextIO | None = None
+    board: Any = None
+    records: list[Record] = field(default_factory=list)
+
+    def write(self, record: Mapping[str, float]) -> None:
+        self.records.append(dict(record))
+        if self.stream is not None:
+            self.stream.write(json.dumps(record) + "\n")
+            self.stream.flush()
+        if self.board is not None:
+            for name, value in record.items():
+                if name != "step":
+                    self.board.add_scalar(name, value, int(record["step"]))
+
+    def close(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def open_metrics(file: str | None, folder: str | None, start: int) -> Metrics:
+    """Metrics that go to a JSONL file and a TensorBoard folder; what an earlier run wrote beyond ``start`` goes."""
+    metrics = Metrics()
+    if file:
+        path = Path(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rewritten = path.with_name(path.name + ".next")
+        rewritten.write_text("".join(line + "\n" for line in _records_before(path, start)))
+        os.replace(rewritten, path)
+        metrics.stream = path.open("a")
+    if folder:
+        from torch.utils.tensorboard import SummaryWriter
+        metrics.board = SummaryWriter(folder, purge_step=start + 1 if start else None)
+    return metrics
+
+
+def _records_before(path: Path, start: int) -> list[str]:
+    """The lines of an earlier run that a resumed one keeps: steps up to ``start``."""
+    if not start or not path.exists():
+        return []
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= start:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            break  # the line that was being written when the run was killed
+    return kept
+
+
+def memory_record(device: torch.device) -> Record:
+    """The most memory used so far: the allocator's on CUDA, else the process's resident size."""
+    if device.type == "cuda":
+        return {"memory/max_active(GiB)": torch.cuda.max_memory_allocated(device) / 2**30,
+                "memory/max_reserved(GiB)": torch.cuda.max_memory_reserved(device) / 2**30}
+    import resource
+    scale = 1 if sys.platform == "darwin" else 1024
+    return {"memory/max_resident(GiB)": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30}
