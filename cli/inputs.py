@@ -15,7 +15,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.exchange import slowest_link
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.roofline import roofline
-from mipipe.graphs.serialize import load
+from mipipe.graphs.serialize import load, load_data
 from mipipe.graphs.topology import Topology
 from mipipe.graphs.units import parse_bytes
 from mipipe.planner.expert_costs import with_expert_loads
@@ -26,7 +26,8 @@ from mipipe.planner.problem import PlanningProblem
 
 def read_problem(graph: Path, cluster: Path | None, microbatches: int | None, *, groups: int | None = None,
                  granularity: str | None = None, costs: Path | None = None, memory: str | None = None,
-                 experts: Path | None = None, **details: Any) -> PlanningProblem:
+                 experts: Path | None = None, sizes: Path | None = None, activations: str | None = None,
+                 **details: Any) -> PlanningProblem:
     """The problem of a graph on a cluster, or a problem file as it is (with ``memory`` and microbatches changed).
 
     Raises:
@@ -36,9 +37,10 @@ def read_problem(graph: Path, cluster: Path | None, microbatches: int | None, *,
     positive(groups, "--groups")
     source = open_any(graph, OperatorGraph, CoarseGraph, PlanningProblem)
     if isinstance(source, PlanningProblem):
-        if experts is not None:
-            raise InputError(f"{graph} is a whole planning problem: --experts does not apply to it")
-        return _changed(source, graph, cluster, costs, groups, microbatches, memory)
+        for option, value in (("--experts", experts), ("--sizes", sizes)):
+            if value is not None:
+                raise InputError(f"{graph} is a whole planning problem: {option} does not apply to it")
+        return with_activations(_changed(source, graph, cluster, costs, groups, microbatches, memory), activations)
     if cluster is None:
         raise InputError(f"{graph}: an operator graph needs --cluster CLUSTER.yaml, which describes the devices")
     if microbatches is None:
@@ -55,7 +57,34 @@ def read_problem(graph: Path, cluster: Path | None, microbatches: int | None, *,
     if experts is not None:
         table = with_expert_loads(table, coarse, read_loads(experts))
     topology = with_memory(described.topology, memory)
-    return build_problem(coarse, table, topology, num_microbatches=microbatches, **details)
+    if sizes is not None:
+        details["loads"] = read_sizes(sizes, microbatches)
+    problem = build_problem(coarse, table, topology, num_microbatches=microbatches, **details)
+    return with_activations(problem, activations)
+
+
+def with_activations(problem: PlanningProblem, limit: str | None) -> PlanningProblem:
+    """The problem with a limit on every device's activations (a size such as 20GB), unchanged for None."""
+    if limit is None:
+        return problem
+    size = parse_bytes(limit, "--activations")
+    return problem.replace(limits=dataclasses.replace(problem.limits, activation_bytes=size))
+
+
+def read_sizes(path: Path, microbatches: int) -> dict[str, list[float]]:
+    """Relative sizes of the microbatches by modality branch or group name, from a YAML file.
+
+    Raises:
+        InputError: not such a mapping, or not one number for every microbatch.
+    """
+    data = load_data(path)
+    for name, found in data.items():
+        if not isinstance(found, list) or not all(isinstance(size, int | float) for size in found):
+            raise InputError(f"{path}: {name}: found {found!r}, expected a list of numbers, one for each microbatch")
+        if len(found) != microbatches:
+            raise InputError(f"{path}: {name}: has {len(found)} sizes, expected one for each of the {microbatches}"
+                             " microbatches")
+    return {str(name): [float(size) for size in found] for name, found in data.items()}
 
 
 def with_memory(topology: Topology, memory: str | None) -> Topology:

@@ -36,6 +36,10 @@ def plan(
              " kinds).")] = None,
     experts: Annotated[Path | None, typer.Option(help="Tokens per layer and expert (as for `mipipe experts --loads`):"
                                                       " expert groups take time by their tokens.")] = None,
+    sizes: Annotated[Path | None, typer.Option(
+        help="Relative sizes of the microbatches by modality branch (YAML, such as 'vision: [0, 3, 1, 4]' for the"
+             " images in each).")] = None,
+    activations: Annotated[str | None, typer.Option(help="Limit on every device's activations, such as 20GB.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory of every device, such as 80GB, instead of the"
                                                     " cluster's.")] = None,
     optimizer: Annotated[str, typer.Option(help="What the optimizer keeps: none, sgd, momentum, adam, adamw,"
@@ -67,7 +71,8 @@ def plan(
     options = PlanOptions(time_limit_s=time_limit, seed=seed, placement=placement,  # type: ignore[arg-type]
                           objective=objective, recompute=recompute)  # type: ignore[arg-type]
     problem = read_problem(graph, cluster, microbatches, groups=groups, granularity=granularity, costs=costs,
-                           memory=memory, experts=experts, optimizer=optimizer, recompute=recompute)
+                           memory=memory, experts=experts, sizes=sizes, activations=activations,
+                           optimizer=optimizer, recompute=recompute)
     if pareto:
         _print_frontier(problem, options, html_file, json_output)
         return
