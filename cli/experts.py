@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mipipe.cli.output import Json, Seed, TimeLimit, check_folder, emit, progress, stdout
+from mipipe.graphs.errors import InputError
 
 EXAMPLE = "mipipe experts --loads loads.json --cluster cluster.yaml --replicas 32 -o map.json"
 
@@ -18,12 +19,16 @@ def experts(
                                                              " list of lists as EPLB takes it.")],
     cluster: Annotated[Path, typer.Option(help="The cluster file (YAML): devices, hosts and links.")],
     replicas: Annotated[int, typer.Option(help="Redundant experts per layer.")] = 0,
+    memory: Annotated[str | None, typer.Option(help="Instead of --replicas: memory of every device for the experts of"
+                                                    " all layers, such as 40GB; skewed layers get more.")] = None,
     groups: Annotated[int, typer.Option(help="Groups of experts that each stay on one host (EPLB's num_groups).")] = 1,
     current: Annotated[Path | None, typer.Option(help="The map in use (mipipe's or EPLB's tables); moving from it"
                                                       " counts.")] = None,
     horizon: Annotated[float | None, typer.Option(help="Steps over which a move must pay off (default: moving is"
                                                        " free).")] = None,
     max_moves: Annotated[int | None, typer.Option(help="Experts a device may receive per layer, at most.")] = None,
+    max_bytes: Annotated[str | None, typer.Option(help="What all devices may receive in all layers, such as 20GB, at"
+                                                       " most.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The expert map to write.")] = None,
     eplb_file: Annotated[Path | None, typer.Option("--eplb", help="Also write EPLB's three tables (JSON).")] = None,
     time_limit: TimeLimit = 60.0,
@@ -36,15 +41,22 @@ def experts(
     from mipipe.cli.tables import print_rows
     from mipipe.graphs.cluster import load_cluster
     from mipipe.graphs.serialize import save, to_data, write_text
+    from mipipe.graphs.units import parse_bytes
     from mipipe.planner.expert_files import eplb_tables, read_loads, read_map
-    from mipipe.planner.expert_plan import ExpertOptions, plan_experts
+    from mipipe.planner.expert_plan import ExpertOptions, plan_experts, share_slots, slots_in_memory
 
     options = ExpertOptions(replicas=replicas, groups=groups, time_limit_s=time_limit, seed=seed, horizon=horizon,
-                            max_moves=max_moves)
+                            max_moves=max_moves,
+                            max_bytes=None if max_bytes is None else parse_bytes(max_bytes, "--max-bytes"))
     loads, topology = read_loads(loads_file), load_cluster(cluster).topology
+    slots = None
+    if memory is not None:
+        if replicas:
+            raise InputError("--memory says how many slots there are: --replicas does not go with it")
+        slots = share_slots(loads, topology, slots_in_memory(loads, parse_bytes(memory, "--memory")), options)
     before = None if current is None else read_map(current, loads.num_experts, topology.num_devices)
     with progress(f"placing {loads.num_experts} experts of {loads.num_layers} layers"):
-        result = plan_experts(loads, topology, options, current=before)
+        result = plan_experts(loads, topology, options, current=before, slots=slots)
     if output is not None:
         save(result.map, output)
     if eplb_file is not None:

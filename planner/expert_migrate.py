@@ -8,6 +8,9 @@ is relabelled first so that as few experts as possible move.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 from mipipe.planner.expert_search import Layer, best_exchange, best_swap
@@ -79,9 +82,25 @@ def best_change(layer: Layer, current: np.ndarray, fresh: np.ndarray, *, horizon
                 max_moves: int | None = None, rounds: int = 200) -> np.ndarray:
     """The map that minimises ``horizon * busiest time + move_ns * most received``, from ``current``.
 
-    Candidates: every prefix of the improvement path that starts at ``current``, and ``fresh`` relabelled. With
-    ``max_moves`` only changes that receive at most that many experts in all count.
+    Of the `changes`; with ``max_moves`` only those that receive at most that many experts in all count.
     """
+    allowed = [change for change in changes(layer, current, fresh, horizon=horizon, move_ns=move_ns, rounds=rounds)
+               if max_moves is None or change.moved <= max_moves]
+    return min(allowed, key=lambda change: change.cost).devices
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One way to change a layer's map: experts received in all, and what it costs over the horizon, moving included."""
+
+    devices: np.ndarray
+    moved: int
+    cost: float
+
+
+def changes(layer: Layer, current: np.ndarray, fresh: np.ndarray, *, horizon: float, move_ns: float,
+            rounds: int = 200) -> list[Change]:
+    """The current map, every prefix of the improvement path that starts there, and ``fresh`` relabelled."""
     candidates = [current]
     state = current
     for _ in range(rounds):
@@ -95,10 +114,29 @@ def best_change(layer: Layer, current: np.ndarray, fresh: np.ndarray, *, horizon
         candidates.append(state)
     candidates.append(align(current, fresh, layer.units, layer.nodes))
 
-    def cost(target: np.ndarray) -> float:
+    def change(target: np.ndarray) -> Change:
         received = moved_experts(current, target)
-        if max_moves is not None and received.sum() > max_moves:
-            return np.inf
-        return horizon * layer.makespan(target) + move_ns * float(received.max())
+        return Change(target, int(received.sum()), horizon * layer.makespan(target) + move_ns * float(received.max()))
 
-    return min(candidates, key=cost)
+    return [change(target) for target in candidates]
+
+
+def share_moves(choices: Sequence[Sequence[Change]], total: int) -> list[Change]:
+    """One change for each layer with the least total cost among those that move at most ``total`` experts together.
+
+    A multiple-choice knapsack, solved exactly by dynamic programming over the number of moves.
+    """
+    best = np.zeros(total + 1)
+    picks = []
+    for layer in choices:
+        table = np.full((len(layer), total + 1), np.inf)
+        for row, change in enumerate(layer):
+            if change.moved <= total:
+                table[row, change.moved:] = best[:total + 1 - change.moved] + change.cost
+        picks.append(table.argmin(axis=0))
+        best = table.min(axis=0)
+    left, found = total, []
+    for layer, pick in zip(reversed(choices), reversed(picks), strict=True):
+        found.append(layer[pick[left]])
+        left -= found[-1].moved
+    return found[::-1]

@@ -16,7 +16,7 @@ from mipipe.graphs.errors import InfeasibleError, InputError
 from mipipe.graphs.topology import Topology
 from mipipe.planner.expert_greedy import greedy_layer
 from mipipe.planner.expert_map import ExpertLoads, ExpertMap, layer_bound, slots_for, unit_times
-from mipipe.planner.expert_migrate import best_change, moved_experts
+from mipipe.planner.expert_migrate import changes, moved_experts, share_moves
 from mipipe.planner.expert_search import Layer, balanced_start, gather_partners, improve, shared_tokens
 
 
@@ -25,7 +25,8 @@ class ExpertOptions:
     """How to place. ``replicas`` redundant experts per layer; ``groups`` keeps groups of experts on one node each.
 
     ``horizon`` is the number of steps over which a move must pay off (None: moving is free); ``max_moves`` caps the
-    experts received per layer. ``balance_tolerance`` is what co-activation may cost in balance.
+    experts received per layer, ``max_bytes`` what all layers together receive. ``balance_tolerance`` is what
+    co-activation may cost in balance.
     """
 
     replicas: int = 0
@@ -34,6 +35,7 @@ class ExpertOptions:
     seed: int = 0
     horizon: float | None = None
     max_moves: int | None = None
+    max_bytes: int | None = None
     balance_tolerance: float = 0.01
     polish: bool = True
 
@@ -43,6 +45,9 @@ class ExpertOptions:
                              " expected replicas >= 0, groups >= 1 and a positive time")
         if self.horizon is not None and self.horizon <= 0:
             raise InputError(f"experts: horizon {self.horizon}, expected a positive number of steps")
+        if min(self.max_moves or 0, self.max_bytes or 0) < 0:
+            raise InputError(f"experts: at most {self.max_moves} moves and {self.max_bytes} bytes: expected none below"
+                             " 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +106,11 @@ def plan_experts(loads: ExpertLoads, topology: Topology, options: ExpertOptions,
     maps = [_search(layer, k, bound, options) for layer, k, bound in zip(layers, per_layer, bounds, strict=True)]
     if options.polish:
         bounds = _polish(layers, maps, bounds, options, began)
+    if current is not None:
+        maps = _changed(loads, layers, maps, current, options, move_ns)
     reports, rows = [], []
-    for number, (layer, k, fresh, bound) in enumerate(zip(layers, per_layer, maps, bounds, strict=True)):
-        chosen, before = fresh, None
-        if current is not None:
-            before = current.devices(number)
-            free_move = options.horizon is None and options.max_moves is None
-            chosen = best_change(layer, before, fresh, horizon=1.0 if free_move else (options.horizon or 1e18),
-                                 move_ns=0.0 if options.horizon is None else move_ns, max_moves=options.max_moves)
+    for number, (layer, k, chosen, bound) in enumerate(zip(layers, per_layer, maps, bounds, strict=True)):
+        before = None if current is None else current.devices(number)
         rows.append(tuple(chosen.ravel().tolist()))
         reports.append(_report(layer, chosen, before, bound, k, options.groups))
     seconds = time.monotonic() - began
@@ -116,6 +118,35 @@ def plan_experts(loads: ExpertLoads, topology: Topology, options: ExpertOptions,
                      {"method": "swaps + MIP polish" if options.polish else "swaps", "seed": options.seed,
                       "seconds": round(seconds, 3), "replicas": options.replicas})
     return ExpertResult(made, tuple(reports), seconds)
+
+
+def _changed(loads: ExpertLoads, layers: list[Layer], fresh: list[np.ndarray], current: ExpertMap,
+             options: ExpertOptions, move_ns: float) -> list[np.ndarray]:
+    """Each layer's map after the change that pays off, from the current one towards a fresh one, within the limits."""
+    # Without a horizon moving costs nothing; any positive weight of the steps then gives the same choice.
+    horizon, move_ns = (1.0, 0.0) if options.horizon is None else (options.horizon, move_ns)
+    choices = [[change for change in changes(layer, current.devices(number), devices, horizon=horizon, move_ns=move_ns)
+                if options.max_moves is None or change.moved <= options.max_moves]
+               for number, (layer, devices) in enumerate(zip(layers, fresh, strict=True))]
+    if options.max_bytes is None:
+        return [min(layer, key=lambda change: change.cost).devices for layer in choices]
+    if not loads.expert_bytes:
+        raise InputError("loads: expert_bytes is missing, so moves cannot be bounded in bytes; give it, or bound the"
+                         " number of moves")
+    total = min(options.max_bytes // loads.expert_bytes, sum(max(item.moved for item in layer) for layer in choices))
+    return [change.devices for change in share_moves(choices, total)]
+
+
+def slots_in_memory(loads: ExpertLoads, memory_bytes: int) -> int:
+    """Experts that fit into a device's memory for all layers together, with their optimizer state.
+
+    Raises:
+        InputError: the loads do not say how large an expert is.
+    """
+    if not loads.expert_bytes:
+        raise InputError("loads: expert_bytes is missing, so experts cannot be counted into memory; give it, or"
+                         " --replicas instead")
+    return memory_bytes // loads.expert_bytes
 
 
 def share_slots(loads: ExpertLoads, topology: Topology, total_slots: int, options: ExpertOptions) -> tuple[int, ...]:

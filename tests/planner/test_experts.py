@@ -13,8 +13,8 @@ from mipipe.graphs.errors import InfeasibleError, InputError
 from mipipe.graphs.topology import Device, Link, Topology
 from mipipe.planner.expert_greedy import greedy_layer, rebalance_experts
 from mipipe.planner.expert_map import ExpertLoads, ExpertMap, device_times, layer_bound, slots_for, unit_times
-from mipipe.planner.expert_migrate import align, best_change, moved_experts
-from mipipe.planner.expert_plan import ExpertOptions, plan_experts, share_slots
+from mipipe.planner.expert_migrate import Change, align, best_change, moved_experts, share_moves
+from mipipe.planner.expert_plan import ExpertOptions, plan_experts, share_slots, slots_in_memory
 from mipipe.planner.expert_search import Layer, balanced_start, improve, shared_tokens
 from mipipe.planner.milp.experts import solve_layer
 
@@ -133,11 +133,43 @@ def test_a_move_is_made_only_when_it_pays_off() -> None:
     assert (capped == current).all()
 
 
+def test_moves_in_bytes_go_to_the_layers_where_they_save_most() -> None:
+    """Two layers, one with more to gain: with room for one move it gets it; with room for all both change."""
+    loads = ExpertLoads(((8.0, 7.0, 2.0, 1.0), (80.0, 70.0, 20.0, 10.0)), expert_bytes=100)
+    current = ExpertMap(4, 2, ((0, 1, 2, 3),) * 2)
+    results = {size: plan_experts(loads, cluster(2), ExpertOptions(max_bytes=size, polish=False), current=current)
+               for size in (0, 200, 399, 400)}
+    moved = {size: [layer.moved for layer in result.layers] for size, result in results.items()}
+    assert moved == {0: [0, 0], 200: [0, 2], 399: [0, 2], 400: [2, 2]}
+    assert results[400].layers[1].busiest == 90.0 and results[0].map == ExpertMap(
+        4, 2, current.physical_to_logical, provenance=results[0].map.provenance)
+    with pytest.raises(InputError, match="expert_bytes is missing, so moves"):
+        plan_experts(ExpertLoads(loads.loads), cluster(2), ExpertOptions(max_bytes=1), current=current)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 50)), min_size=1, max_size=4), min_size=1,
+                max_size=4), st.integers(0, 8))
+def test_shared_moves_are_the_best_choice(rows: list[list[tuple[int, int]]], total: int) -> None:
+    """Against all combinations; staying is always possible."""
+    choices = [[Change(np.zeros(0), 0, 60.0), *(Change(np.zeros(0), moved, float(cost)) for moved, cost in row)]
+               for row in rows]
+    found = share_moves(choices, total)
+    assert sum(change.moved for change in found) <= total
+    best = min(sum(change.cost for change in pick) for pick in itertools.product(*choices)
+               if sum(change.moved for change in pick) <= total)
+    assert sum(change.cost for change in found) == best
+
+
 def test_shared_slots_go_where_the_skew_is() -> None:
     flat, skewed = tuple([10.0] * 8), (80.0, *([1.0] * 7))
     loads = ExpertLoads((flat, skewed))
     slots = share_slots(loads, cluster(4), 5, ExpertOptions())
     assert slots == (2, 3)
+    assert slots_in_memory(ExpertLoads(loads.loads, expert_bytes=100), 550) == 5
+    result = plan_experts(loads, cluster(4), ExpertOptions(time_limit_s=2), slots=slots)
+    assert [len(row) for row in result.map.physical_to_logical] == [8, 12]
+    assert result.layers[1].max_over_mean < result.layers[1].greedy_max_over_mean * (1 + 1e-9)
     with pytest.raises(InfeasibleError, match="smallest that would do is 4"):
         share_slots(loads, cluster(4), 3, ExpertOptions())
 
@@ -160,6 +192,8 @@ def test_map_tables_are_eplbs_and_survive_validation() -> None:
     (lambda: slots_for(2, 0, 4), "smallest number of replicas that does is 2"),
     (lambda: plan_experts(ExpertLoads(((1.0, 2.0),)), cluster(2), ExpertOptions(),
                           current=ExpertMap(3, 2, ((0, 1, 2, 0),))), "belongs to another model or cluster"),
+    (lambda: slots_in_memory(ExpertLoads(((1.0,),)), 10), "expert_bytes is missing, so experts cannot be counted"),
+    (lambda: ExpertOptions(max_moves=-1), "at most -1 moves"),
     (lambda: unit_times(ExpertLoads(((1.0,),), token_ns={"other": 1.0}), cluster(2)), "no entry for device kind 'gpu'"),
 ])
 def test_bad_input_gets_one_clear_line(make, message: str) -> None:
