@@ -51,6 +51,7 @@ def calibrate(
     print_rows(console, [{"what": row.what, "samples": row.samples, "planned": format_ns(row.planned_ns),
                           "measured": format_ns(row.measured_ns), "ratio": row.ratio, "spread": row.spread}
                          for row in drift.rows])
+    console.print(f"between two actions a rank takes {format_ns(drift.launch_ns)}")
     console.print(f"the step took {format_ns(drift.measured_ns)}, simulated {format_ns(drift.simulated_ns)}: measured /"
                   f" simulated {drift.ratio:.3f}, {drift.ratio_after:.3f} with the corrected costs")
     if output is not None:

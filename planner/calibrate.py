@@ -2,8 +2,10 @@
 
 A stage runs as one action, so a run measures stages, not groups: each group of a stage is scaled by the stage's factor
 (the median over microbatches of measured / planned), per phase and device kind. Phases and kinds that did not run keep
-their entries, and the table says which is which. Transfers are reported, not fitted: only those a rank waited for are
-counted, since an early arrival is noticed late (`mipipe.runtime.trace`).
+their entries, and the table says which is which. What a rank does between two actions (send, post receives, launch) is
+time it does not compute in: its median over the places where nothing is waited for is added to every action. Transfers
+are reported, not fitted: only those a rank waited for are counted, since an early arrival is noticed late
+(`mipipe.runtime.trace`).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import dataclasses
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 from mipipe.graphs.costs import CostTable, GroupCost
@@ -24,6 +27,7 @@ from mipipe.planner.evaluate import evaluate
 from mipipe.planner.lower import lower
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PhaseTimes, PlanningProblem
+from mipipe.planner.simulate import simulate
 from mipipe.planner.stages import StageView, view
 from mipipe.planner.timeline import Span, Timeline
 
@@ -55,13 +59,15 @@ class Drift:
     """How far the simulation was off: the whole step before and after calibration, and row by row.
 
     ``recalibrated_ns`` is the plan simulated again with the new costs; what then remains between it and
-    ``measured_ns`` is not a matter of stage durations (launching, waiting for transfers, the optimizer).
+    ``measured_ns`` is not a matter of stage durations (waiting for transfers, the optimizer). ``launch_ns`` is what a
+    rank takes between two actions; the new costs have it in every action.
     """
 
     __pydantic_config__: ClassVar = STRICT
     measured_ns: int
     simulated_ns: int
     recalibrated_ns: int
+    launch_ns: int
     rows: tuple[DriftRow, ...]
 
     @property
@@ -92,16 +98,17 @@ def calibrate(plan: Plan, measured: Timeline, costs: CostTable) -> tuple[CostTab
                            f" graph {plan.problem.graph_digest or '(none)'}; give the table the plan was made with")
     stages = view(plan.problem, plan.placement)
     samples = _stage_samples(plan, stages, measured)
-    factors = {key: statistics.median(real / max(planned, 1) for planned, real in pairs)
-               for key, pairs in samples.items()}
-    table = _scaled(plan, costs, factors)
+    table = _scaled(plan, costs, _factors(samples))
+    launch = _launch_ns(dataclasses.replace(plan, problem=with_costs(plan.problem, table)), measured)
+    if launch:
+        table = _scaled(plan, costs, _factors(_stage_samples(plan, stages, measured, launch)))
     rows = [_row(f"stage {stage} {phase}", kind, pairs) for (stage, phase, kind), pairs in sorted(samples.items())]
     rows += [_row(f"transfers {source}->{target}", "", pairs)
              for (source, target), pairs in sorted(_transfer_samples(plan, measured).items())]
     before = evaluate(stages, plan.schedule)[1].makespan_ns
     problem = with_costs(plan.problem, table)
     after = evaluate(view(problem, plan.placement), plan.schedule)[1].makespan_ns
-    return table, Drift(_step_ns(measured), before, after, tuple(rows))
+    return table, Drift(_step_ns(measured), before, after, launch, tuple(rows))
 
 
 def with_costs(problem: PlanningProblem, costs: CostTable) -> PlanningProblem:
@@ -117,8 +124,30 @@ def with_costs(problem: PlanningProblem, costs: CostTable) -> PlanningProblem:
     return problem.replace(groups=tuple(groups))
 
 
-def _stage_samples(plan: Plan, stages: StageView, measured: Timeline) -> dict[Key, list[tuple[int, int]]]:
-    """(planned, measured) nanoseconds of every stage's phase on every kind it ran on.
+def _factors(samples: dict[Key, list[tuple[int, int]]]) -> dict[Key, float]:
+    return {key: statistics.median(real / max(planned, 1) for planned, real in pairs)
+            for key, pairs in samples.items()}
+
+
+def _launch_ns(plan: Plan, measured: Timeline) -> int:
+    """The median time between two actions of a rank that follow one another without a gap in the simulation.
+
+    ``plan`` has the measured durations, so that its simulation knows where ranks wait for one another.
+    """
+    found = {(span.rank, span.label): span for span in measured.spans}
+    lanes: list[list[Span]] = [[] for _ in range(plan.problem.num_ranks)]
+    for span in simulate(plan, lower(plan)).spans:
+        if span.stream is Stream.COMPUTE and (span.rank, span.label) in found:
+            lanes[span.rank].append(span)
+    gaps = [found[second.rank, second.label].start_ns - found[first.rank, first.label].end_ns
+            for lane in lanes for first, second in pairwise(sorted(lane, key=lambda span: span.start_ns))
+            if first.end_ns == second.start_ns]
+    return max(0, round(statistics.median(gaps))) if gaps else 0
+
+
+def _stage_samples(plan: Plan, stages: StageView, measured: Timeline,
+                   launch_ns: int = 0) -> dict[Key, list[tuple[int, int]]]:
+    """(planned, measured) nanoseconds of every stage's phase on every kind it ran on; each action and ``launch_ns``.
 
     B and OVERLAP_F_B are shared out over their parts in proportion to the planned durations.
     """
@@ -133,7 +162,7 @@ def _stage_samples(plan: Plan, stages: StageView, measured: Timeline) -> dict[Ke
                  for kind, stage, microbatch in action.parts()
                  if kind in (ActionKind.F, ActionKind.RECOMPUTE) or _exists(stages, kind, stage)]
         planned = stages.duration_ns(action.kind, action.stage, action.microbatch, action.partner)
-        factor = (span.end_ns - span.start_ns) / max(planned, 1)
+        factor = (span.end_ns - span.start_ns + launch_ns) / max(planned, 1)
         for stage, phase, own in parts:
             found.setdefault((stage, phase, devices[span.rank].kind), []).append((own, round(own * factor)))
     if not found:

@@ -117,6 +117,21 @@ def test_what_does_not_belong_together_is_refused(plan, damage, error, message):
         calibrate(*damage(plan, measured, costs))
 
 
+def test_what_passes_between_actions_is_added_to_them(plan):
+    """A machine that takes 20 ns before each action: the new costs have it, and simulate the run."""
+    planned = table_of(plan.problem)
+    calm = run_with(plan, planned)
+    spans = []
+    for rank in range(2):
+        mine = sorted((span for span in calm.spans if span.rank == rank and span.peer is None),
+                      key=lambda span: span.start_ns)
+        spans += [dataclasses.replace(span, start_ns=span.start_ns + 20 * number, end_ns=span.end_ns + 20 * number)
+                  for number, span in enumerate(mine)]
+    _, drift = calibrate(plan, Timeline("measured", 2, tuple(spans)), planned)
+    assert drift.launch_ns == 20
+    assert drift.recalibrated_ns > drift.simulated_ns and drift.ratio_after == pytest.approx(1, abs=0.05)
+
+
 def test_planning_again_with_the_corrected_costs(plan):
     """A stage that proved slower than planned moves work elsewhere: the new plan is checked, and never a worse one."""
     planned = table_of(plan.problem)
