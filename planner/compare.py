@@ -23,11 +23,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, Literal
 
 from mipipe.graphs.errors import InputError, ProblemError
 from mipipe.planner.actions import Stream
 from mipipe.planner.lower import lower
+from mipipe.planner.measure import Measures, measure
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
@@ -44,7 +46,7 @@ RESERVE = 0.2
 """Share of the time limit kept for a second solve from published schedules, in case one of them is better."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Row:
     """One schedule in one accounting (module docstring). What does not apply is None; ``note`` says why."""
 
@@ -65,13 +67,18 @@ class Row:
     without_baselines: float | None = None
     seconds: float | None = None
     note: str = ""
-    timeline: Timeline | None = None
     plan: Plan | None = None
+    measures: Measures | None = None
+
+    @cached_property
+    def timeline(self) -> Timeline | None:
+        """The simulated timeline, made when it is first asked for; None without a plan."""
+        return None if self.plan is None else simulate(self.plan, lower(self.plan))
 
     def data(self) -> dict[str, Any]:
-        """The row as JSON data, without its timeline and plan; whole numbers as integers."""
+        """The row as JSON data, without its plan; whole numbers as integers."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
-                  if field.name not in ("timeline", "plan")}
+                  if field.name not in ("plan", "measures")}
         return {name: int(value) if isinstance(value, float) and value.is_integer() and name != "seconds" else value
                 for name, value in fields.items()}
 
@@ -137,17 +144,18 @@ def baseline_rows(problem: PlanningProblem, baseline: Baseline) -> Iterator[Row]
 
 
 def measured_row(name: str, accounting: Accounting, found: Plan) -> Row:
-    """The row of a plan: lowered, simulated, measured."""
+    """The row of a plan."""
     problem = found.problem
-    timeline = simulate(found, lower(found))
-    bubbles = timeline.bubbles_ns()
-    activations = max(timeline.peak_bytes(rank) - timeline.resident_bytes[rank] for rank in range(problem.num_ranks))
-    return Row(name, accounting, makespan=_in_units(timeline.makespan_ns, problem),
+    took = measure(found)
+    bubbles = [took.makespan_ns - busy for busy in took.busy_ns]
+    activations = max(peak - held for peak, held in zip(took.peak_bytes, took.resident_bytes, strict=True))
+    ratio = sum(bubbles) / (problem.num_ranks * took.makespan_ns) if took.makespan_ns else 0.0
+    return Row(name, accounting, makespan=_in_units(took.makespan_ns, problem),
                bubble=_in_units(max(bubbles), problem),
-               bubble_mean=_in_units(Fraction(sum(bubbles), len(bubbles)), problem), bubble_ratio=timeline.bubble_ratio,
-               devices=problem.num_ranks, parameter_copies=in_copies(problem, max(timeline.resident_bytes)),
+               bubble_mean=_in_units(Fraction(sum(bubbles), len(bubbles)), problem), bubble_ratio=ratio,
+               devices=problem.num_ranks, parameter_copies=in_copies(problem, max(took.resident_bytes)),
                peak_activations=in_activations(problem, activations), placement=found.placement.name,
-               timeline=timeline, plan=found)
+               plan=found, measures=took)
 
 
 def planned_row(problem: PlanningProblem, options: PlanOptions, rows: Sequence[Row],
@@ -196,11 +204,11 @@ def _makespan(row: Row | None) -> float:
 
 def _within_caps(row: Row, problem: PlanningProblem) -> bool:
     """Whether a measured row keeps the problem's limits, so that the planner could have given its plan."""
-    if row.timeline is None or row.plan is None or row.plan.problem != problem or row.accounting == "indivisible":
+    if row.measures is None or row.plan is None or row.plan.problem != problem or row.accounting == "indivisible":
         return False
     limits, devices = problem.limits, problem.topology.devices
     for rank in range(problem.num_ranks):
-        resident, peak = row.timeline.resident_bytes[rank], row.timeline.peak_bytes(rank)
+        resident, peak = row.measures.resident_bytes[rank], row.measures.peak_bytes[rank]
         if limits.resident_bytes is not None and resident > limits.resident_bytes:
             return False
         if limits.activation_bytes is not None and peak - resident > limits.activation_bytes:

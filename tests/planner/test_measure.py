@@ -1,0 +1,48 @@
+"""Measures by arrays against the simulated program, on published schedules and on problems arrays cannot do."""
+
+from __future__ import annotations
+
+import pytest
+
+from mipipe.graphs.errors import ProblemError
+from mipipe.graphs.topology import Topology
+from mipipe.planner.lower import lower
+from mipipe.planner.measure import Measures, by_arrays, measure
+from mipipe.planner.plan import Plan
+from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.schedules import BASELINES
+from mipipe.planner.simulate import simulate
+from mipipe.planner.stages import view
+from mipipe.planner.uniform import two_stream_problem, uniform_problem
+
+
+def simulated(plan: Plan) -> Measures:
+    timeline = simulate(plan, lower(plan))
+    ranks = range(plan.problem.num_ranks)
+    return Measures(timeline.makespan_ns, tuple(map(timeline.busy_ns, ranks)), timeline.resident_bytes,
+                    tuple(map(timeline.peak_bytes, ranks)))
+
+
+@pytest.mark.parametrize("problem", [
+    uniform_problem(ranks=4, microbatches=8, f=2, i=3, w=1, comm=1, first="0.2", last="0.6", layers=16),
+    two_stream_problem(ranks=4, microbatches=8)], ids=["one stream", "two streams"])
+def test_arrays_measure_what_the_simulated_program_does(problem: PlanningProblem) -> None:
+    for baseline in BASELINES:
+        try:
+            plan = baseline.plan(problem)
+        except ProblemError:
+            continue
+        found = by_arrays(view(plan.problem, plan.placement), plan.schedule)
+        assert found is not None and found == simulated(plan), baseline.name
+
+
+def test_blocks_and_values_in_flight_are_simulated() -> None:
+    """B as one action, and values that take memory and occupy channels, are beyond what arrays do."""
+    problem = uniform_problem(ranks=4, microbatches=8, f=2, i=3, w=1)
+    blocks = BASELINES[1].plan(problem, split=False)
+    assert by_arrays(view(blocks.problem, blocks.placement), blocks.schedule) is None
+    assert measure(blocks) == simulated(blocks)
+    edges = tuple(type(edge)(edge.source, edge.targets, 3, 3, edge.value) for edge in problem.edges)
+    moving = BASELINES[1].plan(problem.replace(edges=edges, topology=Topology.uniform(4, bytes_per_s=10**9)))
+    assert by_arrays(view(moving.problem, moving.placement), moving.schedule) is None
+    assert measure(moving) == simulated(moving)
