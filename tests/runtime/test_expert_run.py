@@ -1,0 +1,122 @@
+"""Routing counted in training, written as loads, planned into a map, and the map followed in the next run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import runtime_equal as equal
+import runtime_experts as ex
+import runtime_models as models
+import torch
+
+from mipipe.graphs.errors import InputError
+from mipipe.graphs.serialize import save
+from mipipe.graphs.topology import Topology
+from mipipe.planner.expert_files import read_loads
+from mipipe.planner.expert_plan import ExpertOptions, plan_experts
+from mipipe.runtime.config import ExpertsConfig, OptimizerConfig, TrainConfig
+from mipipe.runtime.data import Batches
+from mipipe.runtime.engine import Engine, EngineOptions
+from mipipe.runtime.expert_run import read_maps
+from mipipe.runtime.training import Trainer
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 4
+
+
+def batches(copy, copies):
+    """One copy's batches, step by step."""
+    step = 0
+    while True:
+        yield ex.batch_of(step, copy, copies)
+        step += 1
+
+
+def train(plan, graph, state, config, copies):
+    """What a rank does: the losses and the metrics' path is in the config."""
+    maps = read_maps(config, graph, copies)
+    engine = Engine(plan, graph, state, options=EngineOptions(expert_map=maps.get(0)))
+    trainer = Trainer(engine, config, Batches(batches(engine.mesh.copy, copies)), maps=maps)
+    return trainer.run()
+
+
+def config_for(folder, name, **experts):
+    """A run of a few Adam steps that records its loads."""
+    return TrainConfig(STEPS, optimizer=OptimizerConfig("adam", 1e-2, {"foreach": False}),
+                       metrics=str(folder / f"{name}.jsonl"),
+                       experts=ExpertsConfig(loads=str(folder / f"{name}.loads.json"),
+                                             history=str(folder / f"{name}.counts.jsonl"), window=2, **experts))
+
+
+def test_loads_become_a_map_that_a_run_moves_to(pool, tmp_path):
+    """Train on equal blocks, plan from the recorded loads, train again moving to the map: the same losses to the last
+    bit, and the busiest rank has less to do."""
+    module, graph = ex.captured()
+    plan, state = ex.plan_for(graph, 1), ex.state_of(module)
+    first = config_for(tmp_path, "first")
+    before = pool.run(4, __file__, "train", plan, graph, state, first, 4)
+    lines = [json.loads(line) for line in Path(first.experts.history).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    counts = torch.tensor([line["counts"] for line in lines], dtype=torch.float64)
+    assert (counts.sum(dim=2) == 2 * 4 * ex.COUNT * equal.ROWS * equal.LENGTH).all()
+    loads = read_loads(Path(first.experts.loads))
+    assert torch.equal(torch.tensor(loads.loads, dtype=torch.float64), counts[-2:].mean(dim=0))
+    assert loads.expert_bytes == 3 * 3 * 16 * 8 * 8 and loads.token_bytes == 128
+    placed = plan_experts(loads, Topology.uniform(4), ExpertOptions(replicas=4, time_limit_s=5))
+    save(placed.map, tmp_path / "map.json")
+    second = config_for(tmp_path, "second", moves={2: str(tmp_path / "map.json")})
+    after = pool.run(4, __file__, "train", plan, graph, state, second, 4)
+    assert before == after and len(set(map(tuple, before))) == 1
+    records = [json.loads(line) for line in Path(second.metrics).read_text().splitlines()]
+    assert records[1]["experts/moved"] > 0 and "experts/moved" not in records[2]
+    assert records[3]["experts/rank_max_over_mean"] < 0.7 * records[1]["experts/rank_max_over_mean"]
+    assert records[0]["experts/max_over_mean"] > 2
+
+
+def test_ordinary_runs_count_what_the_model_chooses(tmp_path):
+    """A whole bank in a planned run of one rank: the counts are those of the model's own routers, evaluation aside."""
+    made = equal.case("moe")
+    plan = equal.cases.problem_of(made.graph, 2, 1, [[segment.name for segment in made.graph.segments]])
+    plan = next(item for item in ex.BASELINES if item.name == "GPipe").plan(plan)
+    engine = Engine(plan, made.graph, made.state())
+    batch = made.batch(2)
+    engine.step(batch)
+    found = torch.stack([engine.routing_counts()[number].clone() for number in range(8)])
+    chosen = torch.zeros(8, 4, dtype=torch.int64)
+    hooks = [layer.mlp.experts.register_forward_pre_hook(
+        lambda _, inputs, number=number: chosen[number].add_(torch.bincount(inputs[1].flatten(), minlength=4)))
+        for number, layer in enumerate(made.module.model.layers)]
+    for piece in models.chunked(batch, 2):
+        made.module(input_ids=piece["input_ids"])
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(found, chosen)
+    engine.step(batch)
+    assert torch.equal(engine.routing_counts()[3], chosen[3]), "counts are of one step"
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"window": 0}, "window 0"),
+    ({"moves": {0: "map.json"}}, r"moves after steps \[0\]"),
+    ({"load_factor": 0.5}, "load_factor 0.5"),
+])
+def test_wrong_settings_are_one_line(change, message):
+    """Named with what was expected."""
+    with pytest.raises(InputError, match=message):
+        ExpertsConfig(**change)
+
+
+def test_wrong_maps_are_refused_before_the_first_step(tmp_path):
+    """A map where there is nothing to map; one for other copies; sharded optimizer state."""
+    _, graph = ex.captured()
+    save(ex.replicated_map(4), tmp_path / "map.json")
+    experts = ExpertsConfig(map=str(tmp_path / "map.json"))
+    with pytest.raises(InputError, match="has 2 layers of 8 experts on 4 devices, but this run has 2 layers of 8"):
+        read_maps(TrainConfig(1, experts=experts), graph, 2)
+    with pytest.raises(InputError, match=r"optimizer\.shard divides every parameter"):
+        read_maps(TrainConfig(1, experts=experts, optimizer=OptimizerConfig(shard=True)), graph, 4)
+    with pytest.raises(InputError, match="need a graph with expert-parallel layers"):
+        read_maps(TrainConfig(1, experts=experts), equal.cases.chain_graph(), 4)
+    with pytest.raises(InputError, match=r"nowhere\.json"):
+        read_maps(TrainConfig(1, experts=ExpertsConfig(map="nowhere.json")), graph, 4)
