@@ -92,7 +92,7 @@ def judge(stage_view: StageView, schedule: Schedule, *, saved_fit: bool = False)
     """
     _, evaluation = evaluate(stage_view, schedule)
     excess = (0,) * stage_view.problem.num_ranks
-    if not saved_fit or _carries_bytes(stage_view):
+    if not saved_fit or carries_bytes(stage_view):
         program = lower(Plan("", stage_view.problem, stage_view.placement, schedule))
         curves = memory_curves(stage_view, program, execute(stage_view, program))
         peaks = [max(size for _, size in curve) - stage_view.resident_bytes[rank] for rank, curve in enumerate(curves)]
@@ -120,7 +120,7 @@ def in_flight(stage_view: StageView) -> np.ndarray:
     return 2 * arriving + leaving
 
 
-def _carries_bytes(stage_view: StageView) -> bool:
+def carries_bytes(stage_view: StageView) -> bool:
     """Whether values in flight take memory; if none does, the search's own memory rule is exact."""
     return any(max(edge.num_bytes, default=0) or max(edge.grad_bytes or (0,)) for edge in stage_view.edges)
 

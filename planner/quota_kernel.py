@@ -1,4 +1,4 @@
-"""List scheduling under quotas, compiled by numba: the kernel of `mipipe.planner.quotas`. See `mipipe.planner.kernels`."""
+"""List scheduling under quotas, compiled by numba: the kernel of `mipipe.planner.quotas`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ _FAR = 1 << 62
 
 @njit(cache=True, nogil=True)
 def quota_schedule(machine, dur, succ_ptr, succ, lag, waits0, base, class_ptr, class_list, line, enters, leaves, filler,
-                   quota, alloc, free, work, cap, offset, age, place, delay, seq, start):
+                   quota, ramp, alloc, free, work, cap, offset, age, place, delay, seq, start):
     """Fill ``seq`` and ``start``; the makespan, or -1 if quotas and memory block everything.
 
     A clock runs; a machine that is free takes, of the heads of its classes that are ready and within quota and memory,
     the one with the smallest ``offset[class] + age * place[n]``. Where only ``filler`` actions are ready, it waits for
     another one that comes within ``delay``. ``quota[line[c]]`` is the most microbatches between the start of an
-    action of an ``enters`` class and the end of one of a ``leaves`` class of the line (a stage on a rank).
+    action of an ``enters`` class and the end of one of a ``leaves`` class of the line (a stage on a rank); before the
+    first one has left, it is ``ramp``.
     ``class_list[class_ptr[k]:class_ptr[k + 1]]`` are the classes of machine k; there is one machine per rank.
     """
     count = dur.shape[0]
@@ -29,6 +30,7 @@ def quota_schedule(machine, dur, succ_ptr, succ, lag, waits0, base, class_ptr, c
         for n in range(base[c], base[c + 1]):
             cls[n] = c
     flying = np.zeros(quota.shape[0], np.int64)
+    left = np.zeros(quota.shape[0], np.bool_)
     used = np.zeros(machines, np.int64)
     free_at = np.zeros(machines, np.int64)
     length = np.zeros(machines, np.int64)
@@ -53,7 +55,7 @@ def quota_schedule(machine, dur, succ_ptr, succ, lag, waits0, base, class_ptr, c
             n = nxt[c]
             if n >= base[c + 1] or waits[n] > 0:
                 continue
-            if enters[c] and flying[line[c]] >= quota[line[c]]:
+            if enters[c] and flying[line[c]] >= (quota[line[c]] if left[line[c]] else ramp[line[c]]):
                 continue
             if used[k] + alloc[n] + work[n] > cap[k]:
                 continue
@@ -82,6 +84,7 @@ def quota_schedule(machine, dur, succ_ptr, succ, lag, waits0, base, class_ptr, c
             flying[line[c]] += 1
         if leaves[c]:
             flying[line[c]] -= 1
+            left[line[c]] = True
         makespan = max(makespan, end)
         done += 1
         for e in range(succ_ptr[n], succ_ptr[n + 1]):

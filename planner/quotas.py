@@ -1,4 +1,4 @@
-"""List schedules under quotas: at most so many microbatches under way in each stage of a rank. Made for large instances.
+"""List schedules under quotas: at most so many microbatches under way in each stage of a rank. For large instances.
 
 1F1B is such a rule: rank r holds at most P - r microbatches, gradients come first. Quotas that sum to no more than a
 rank's memory cannot block it, so the kernel needs no look-ahead: 64 ranks x 1,024 microbatches (101,000 nodes, half of
@@ -53,10 +53,11 @@ class Lines:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """``quota`` per line; an action's priority is its class's ``offset`` plus ``age`` times its place in line; a rank
-    waits ``delay`` mean durations for something better than a weight gradient."""
+    """``quota`` per line, ``ramp`` until its first microbatch has left; an action's priority is its class's ``offset``
+    plus ``age`` times its place in line; a rank waits ``delay`` mean durations for better than a weight gradient."""
 
     quota: np.ndarray
+    ramp: np.ndarray
     offset: np.ndarray
     age: float
     delay: float
@@ -92,7 +93,8 @@ def lines_of(instance: Instance) -> Lines | None:
     count[line[enters]] = np.diff(instance.base)[enters]
     span = greedy.period(instance) * instance.view.problem.num_microbatches
     return Lines(np.searchsorted(np.sort(machine), np.arange(instance.num_machines + 1)),
-                 np.argsort(machine, kind="stable"), line, enters, leaves, kind == 3, kind, stage, greedy.admission(instance)[instance.own_microbatch],
+                 np.argsort(machine, kind="stable"), line, enters, leaves, kind == 3, kind, stage,
+                 greedy.admission(instance)[instance.own_microbatch],
                  instance.cap[np.array([rank for rank, _ in instance.machine_key])], keys[0], keys[1], size, count,
                  np.maximum(0, ends - begins), span / np.maximum(1, count), float(instance.dur.mean()))
 
@@ -110,7 +112,7 @@ def _run(instance: Instance, lines: Lines, rule: Rule) -> tuple[Orders | None, f
     makespan = quota_schedule(
         instance.machine, instance.dur, instance.succ_ptr, instance.succ, instance.lag, instance.waits, instance.base,
         lines.class_ptr, lines.class_list, lines.line, lines.enters, lines.leaves, lines.filler, rule.quota,
-        instance.alloc, instance.free, instance.work, lines.cap, rule.offset, rule.age, lines.place,
+        rule.ramp, instance.alloc, instance.free, instance.work, lines.cap, rule.offset, rule.age, lines.place,
         int(rule.delay * lines.time_ns), seq, start)
     if makespan < 0:
         return None, np.inf
@@ -124,8 +126,10 @@ def moved(rule: Rule, old: Lines, new: Lines) -> Rule:
     place = {key: at for at, key in enumerate(zip(old.line.tolist(), old.kind.tolist(), strict=True))}
     own = [quota.get(key, -1) for key in zip(new.stage.tolist(), new.machine.tolist(), strict=True)]
     usual = next(first_rules(new))
-    classes = [place.get((own[line], kind), -1) for line, kind in zip(new.line.tolist(), new.kind.tolist(), strict=True)]
+    kinds = zip(new.line.tolist(), new.kind.tolist(), strict=True)
+    classes = [place.get((own[line], kind), -1) for line, kind in kinds]
     return replace(rule, quota=np.where(np.array(own) >= 0, rule.quota[own], usual.quota),
+                   ramp=np.where(np.array(own) >= 0, rule.ramp[own], usual.ramp),
                    offset=np.where(np.array(classes) >= 0, rule.offset[classes], usual.offset))
 
 
@@ -148,15 +152,24 @@ def quotas(lines: Lines, slack: float) -> np.ndarray:
     return quota
 
 
+def _even(lines: Lines) -> np.ndarray:
+    """Equally many microbatches for every line of a rank, as many as fit."""
+    total = np.zeros(len(lines.cap), dtype=np.int64)
+    np.add.at(total, lines.machine, lines.size)
+    return np.where(lines.size > 0, np.maximum(1, lines.cap // np.maximum(1, total))[lines.machine], UNLIMITED)
+
+
 def first_rules(lines: Lines) -> Iterator[Rule]:
     """Rules to begin with: input gradients first, weight gradients last, older or farther microbatches first."""
+    even = _even(lines)
     for slack in (1.5, 1.0, 2.0):
         quota = quotas(lines, slack)
         for ahead in (1e4, 16.0, 4.0):
             offset = np.array([0.0, -ahead, -ahead, 1e6])[lines.kind] - 1e-3 * lines.class_stage
             for age in (1e-6, 1.0, 0.1):
                 for delay in (0.25, 0.0, 0.1):
-                    yield Rule(quota, offset, age, delay)
+                    for ramp in (even, quota):
+                        yield Rule(quota, ramp, offset, age, delay)
 
 
 def tune(instance: Instance, lines: Lines, seconds: float, seed: int, *, start: Rule | None = None,
@@ -195,7 +208,7 @@ TILT = 0.02
 
 def vary(lines: Lines, rule: Rule, rng: np.random.Generator) -> Rule:
     """A rule near another one: a quota, an offset, the age or the delay changed, for a run of neighbouring stages."""
-    quota, offset, age, delay = rule.quota.copy(), rule.offset.copy(), rule.age, rule.delay
+    quota, ramp, offset, age, delay = rule.quota.copy(), rule.ramp.copy(), rule.offset.copy(), rule.age, rule.delay
     stages = int(lines.class_stage.max()) + 1
     for _ in range(int(rng.integers(1, 3))):
         choice = rng.random()
@@ -204,7 +217,8 @@ def vary(lines: Lines, rule: Rule, rng: np.random.Generator) -> Rule:
         if choice < 0.45:
             inside = (lines.stage >= low) & (lines.stage < low + size) & (lines.size > 0)
             step = int(rng.choice([-2, -1, 1, 2]))
-            quota[inside] = np.clip(quota[inside] + step, 1, lines.count[inside])
+            chosen = quota if rng.random() < 0.5 else ramp
+            chosen[inside] = np.clip(chosen[inside] + step, 1, lines.count[inside])
         elif choice < 0.9:
             inside = (lines.class_stage >= low) & (lines.class_stage < low + size)
             inside &= lines.kind == int(rng.choice([0, 2, 3]))
@@ -213,4 +227,4 @@ def vary(lines: Lines, rule: Rule, rng: np.random.Generator) -> Rule:
             delay = max(0.0, delay + 0.1 * rng.normal())
         else:
             age = float(np.clip(age * np.exp(0.5 * rng.normal()), 1e-6, 3.0))
-    return Rule(quota, offset, age, delay)
+    return Rule(quota, ramp, offset, age, delay)

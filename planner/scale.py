@@ -109,8 +109,10 @@ def _enter(run: Run, placement: Placement, seconds: float) -> Entry | None:
     except PlanError:
         return None
     lines = quotas.lines_of(small)
-    tuned = None if lines is None else quotas.tune(small, lines, seconds, run.options.seed, stop=lambda: run.interrupted)
-    if lines is None or tuned is None:
+    if lines is None:
+        return None
+    tuned = quotas.tune(small, lines, seconds, run.options.seed, stop=lambda: run.interrupted)
+    if tuned is None:
         return None
     return Entry(placement, small, lines, tuned, _expected(run, small, tuned.orders))
 
