@@ -46,7 +46,9 @@ def plan(
                                                 " adamw_mixed.")] = "adamw",
     placement: Annotated[str, typer.Option(help="free, or a fixed shape: chain, v, interleaved, wave, two-way,"
                                                 " ...")] = "free",
-    objective: Annotated[str, typer.Option(help="makespan, memory or utilisation.")] = "makespan",
+    objective: Annotated[str, typer.Option(help="makespan; memory (the least activations within 5 % of the best"
+                                                " makespan); or utilisation (the busiest devices within 5 %: those that"
+                                                " hardly help are given back).")] = "makespan",
     recompute: Annotated[bool, typer.Option(help="Let groups run their forward twice to save memory.")] = False,
     pareto: Annotated[bool, typer.Option("--pareto", help="Instead of one plan, the frontier of memory against"
                                                           " bubble: one solve for each activation limit.")] = False,
@@ -99,6 +101,9 @@ def plan(
     console = stdout()
     print_plan(console, found, timeline)
     console.print(f"found by {result.rung} in {result.seconds:.1f} s ({result.termination.value})")
+    if "utilisation" in found.provenance:
+        console.print(f"utilisation {found.provenance['utilisation']:.1%} of the {found.provenance['devices_in_use']}"
+                      f" devices in use, of {problem.num_ranks}")
     if explain:
         _print_explanation(result)
     if output is not None:

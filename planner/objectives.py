@@ -2,9 +2,10 @@
 
 - ``memory``: the least activation memory with which the makespan stays within ``1 + epsilon`` of the best: bisection on
   the activation limit, each step a solve with a part of the time.
-- ``utilisation``: the share of device time that computes, ``sum(busy) / (devices * makespan)``. The work of a step is
-  given, so on equal devices the shortest makespan is the highest utilisation; where devices differ, the placement that
-  computes longest wins ties only.
+- ``utilisation``: the highest share of computing time of the devices in use, ``sum(busy) / (devices in use *
+  makespan)``, at a makespan within ``1 + epsilon`` of the best on all devices. With a given number of equal devices
+  that is the shortest makespan; but a device that shortens the step by less than its share is better used elsewhere,
+  so devices are given back, the slowest first, while the makespan stays within the limit.
 - `pareto`: the makespan at each of several activation limits.
 """
 
@@ -15,8 +16,12 @@ from dataclasses import dataclass, replace
 
 from mipipe.planner.candidate import peak_activations
 from mipipe.planner.options import PlanOptions
+from mipipe.planner.plan import Plan, RankOrder, Schedule
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.race import Progress
+
+DEVICES_GIVEN_BACK = 3
+"""Most devices `best_utilisation` tries to do without: each costs a solve."""
 
 STEPS = 5
 """Solves of the bisection on memory: the limit is then known to 1/32 of the range."""
@@ -61,6 +66,71 @@ def least_memory(problem: PlanningProblem, options: PlanOptions, solve: Callable
         else:
             low = middle
     return best
+
+
+def best_utilisation(problem: PlanningProblem, options: PlanOptions, solve: Callable,
+                     on_progress: Callable[[Progress], None] | None = None):
+    """The result with the highest utilisation at a makespan within ``1 + epsilon`` of the best found.
+
+    Its plan is one of the whole problem: devices given back hold nothing. Provenance has ``devices_in_use`` and
+    ``utilisation``.
+    """
+    tries = min(DEVICES_GIVEN_BACK, problem.num_ranks - 1)
+    share = replace(options, objective="makespan", time_limit_s=options.time_limit_s / (tries + 1))
+    best = first = solve(problem, share, on_progress)
+    if first.plan is None or first.makespan_ns is None:
+        return first
+    most = int(first.makespan_ns * (1 + options.epsilon))
+    in_use = list(range(problem.num_ranks))
+    for _ in range(tries):
+        in_use = without_slowest(problem, in_use)
+        found = solve(on_devices(problem, in_use), share, on_progress)
+        if found.plan is None or found.makespan_ns is None or found.makespan_ns > most:
+            break
+        plan = replace(spread_plan(problem, in_use, found.plan), bound_ns=first.bound_ns)
+        if utilisation(plan)[0] > utilisation(best.plan)[0]:
+            best = replace(found, plan=plan, bound_ns=first.bound_ns)
+    value, count = utilisation(best.plan)
+    noted = {**best.plan.provenance, "utilisation": round(value, 4), "devices_in_use": count}
+    return replace(best, plan=replace(best.plan, provenance=noted))
+
+
+def utilisation(plan: Plan) -> tuple[float, int]:
+    """(share of computing time of the devices that hold a stage, how many these are)."""
+    used = {rank for stage in plan.placement.stages for rank in stage.ranks}
+    busy = _work(plan)
+    return sum(busy) / (len(used) * max(1, plan.makespan_ns or 0)), len(used)
+
+
+def without_slowest(problem: PlanningProblem, ranks: Sequence[int]) -> list[int]:
+    """The ranks but the one on which all groups together take longest; the last of equals."""
+    load = {rank: sum(group.times[problem.topology.devices[rank].kind].total_ns for group in problem.groups)
+            for rank in ranks}
+    slowest = max(ranks, key=lambda rank: (load[rank], rank))
+    return [rank for rank in ranks if rank != slowest]
+
+
+def on_devices(problem: PlanningProblem, ranks: Sequence[int]) -> PlanningProblem:
+    """The problem on some of its devices, numbered anew."""
+    new = {str(old): at for at, old in enumerate(ranks)}
+    overrides = {}
+    for key, link in problem.topology.overrides.items():
+        source, _, target = key.partition("->")
+        if source in new and target in new:
+            overrides[f"{new[source]}->{new[target]}"] = link
+    devices = tuple(problem.topology.devices[rank] for rank in ranks)
+    return problem.replace(topology=replace(problem.topology, devices=devices, overrides=overrides))
+
+
+def spread_plan(problem: PlanningProblem, ranks: Sequence[int], plan: Plan) -> Plan:
+    """A plan of `on_devices` as one of the whole problem."""
+    stages = tuple(replace(stage, ranks=tuple(ranks[rank] for rank in stage.ranks)) for stage in plan.placement.stages)
+    routes = tuple(tuple(ranks[rank] for rank in route) for route in plan.placement.routes)
+    orders = [RankOrder()] * problem.num_ranks
+    for rank, order in zip(ranks, plan.schedule.ranks, strict=True):
+        orders[rank] = order
+    return replace(plan, problem=problem, placement=replace(plan.placement, stages=stages, routes=routes),
+                   schedule=Schedule(tuple(orders)))
 
 
 def pareto(problem: PlanningProblem, options: PlanOptions, limits: Sequence[int] | None = None, *,

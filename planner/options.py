@@ -22,9 +22,9 @@ class PlanOptions:
     ``placement``: ``free`` lets the planner choose; another name fixes the shape, and bounds are then bounds at the
     placement. ``use_baselines``: published schedules may start the search. ``use_milp``: the MIP rungs run.
     ``use_search``: the annealing rung runs. ``objective``: ``memory`` minimises peak activation memory at a makespan
-    within ``1 + epsilon`` of the best; ``utilisation`` minimises the devices' total idle time, counted from a device's
-    first action to its last. ``recompute``: stages may run F twice where memory is short. ``threads``: concurrent
-    searches. ``gap``: stop at this relative gap.
+    within ``1 + epsilon`` of the best, ``utilisation`` maximises the share of computing time of the devices in use at
+    such a makespan (`mipipe.planner.objectives` defines both). ``recompute``: stages may run F twice where that pays or
+    memory is short. ``threads``: concurrent searches. ``gap``: stop at this relative gap.
     """
 
     time_limit_s: float = 60.0

@@ -28,7 +28,7 @@ from mipipe.planner.check import check_plan
 from mipipe.planner.explain import explain
 from mipipe.planner.feasible import why_infeasible, with_recomputation
 from mipipe.planner.free_bound import problem_bound
-from mipipe.planner.objectives import least_memory
+from mipipe.planner.objectives import best_utilisation, least_memory
 from mipipe.planner.options import PlacementName, PlanOptions
 from mipipe.planner.plan import Placement, Plan
 from mipipe.planner.problem import PlanningProblem
@@ -85,6 +85,8 @@ def plan(problem: PlanningProblem, options: PlanOptions | None = None,
     options = options or PlanOptions()
     if options.objective == "memory":
         return least_memory(problem, options, plan, on_progress)
+    if options.objective == "utilisation":
+        return best_utilisation(problem, options, plan, on_progress)
     run = Run(problem, options, on_progress)
     try:
         with _noting_ctrl_c(run):
