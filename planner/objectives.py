@@ -87,9 +87,12 @@ def best_utilisation(problem: PlanningProblem, options: PlanOptions, solve: Call
         found = solve(on_devices(problem, in_use), share, on_progress)
         if found.plan is None or found.makespan_ns is None or found.makespan_ns > most:
             break
-        plan = replace(spread_plan(problem, in_use, found.plan), bound_ns=first.bound_ns)
+        bound = first.bound_ns
+        if options.placement != "free" and bound is not None:  # a bound for one shape on all devices only
+            bound = min(bound, found.bound_ns or 0)
+        plan = replace(spread_plan(problem, in_use, found.plan), bound_ns=bound)
         if utilisation(plan)[0] > utilisation(best.plan)[0]:
-            best = replace(found, plan=plan, bound_ns=first.bound_ns)
+            best = replace(found, plan=plan, bound_ns=bound)
     value, count = utilisation(best.plan)
     noted = {**best.plan.provenance, "utilisation": round(value, 4), "devices_in_use": count}
     return replace(best, plan=replace(best.plan, provenance=noted))

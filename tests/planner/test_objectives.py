@@ -16,10 +16,10 @@ OPTIONS = PlanOptions(time_limit_s=8.0, placement="chain", use_search=False, use
 
 def _problem(kinds: tuple[str, ...]) -> PlanningProblem:
     times = {"fast": PhaseTimes(10, 10, 10), "slow": PhaseTimes(40, 40, 40)}
-    groups = tuple(Group(f"g{n}", {kind: times[kind] for kind in set(kinds)}, resident_bytes=10, saved_fw_bytes=1)
+    groups = tuple(Group(f"g{n}", {kind: times[kind] for kind in set(kinds)}, resident_bytes=300, saved_fw_bytes=1)
                    for n in range(6))
     edges = tuple(GroupEdge(n, (n + 1,), 0, 0, f"v{n}") for n in range(5))
-    devices = tuple(Device(f"d{n}", kind, 1000) for n, kind in enumerate(kinds))
+    devices = tuple(Device(f"d{n}", kind, 650) for n, kind in enumerate(kinds))
     return PlanningProblem("six", groups, edges, Topology(devices, Link(1), Link(1), {"0->2": Link(5)}), 8)
 
 
