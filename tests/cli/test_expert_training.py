@@ -1,0 +1,43 @@
+"""The README's command sequence for experts: capture, profile, plan, train, experts, train under the map."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_run_counts_and_the_next_follows_the_map(mipipe, tmp_path: Path) -> None:
+    """Four copies of a plan share eight experts; under the planned map with replicas the losses stay the same."""
+    def run(*arguments: object) -> None:
+        ended = mipipe(*arguments)
+        assert ended.code == 0, f"{arguments[0]}: {ended.stderr}"
+
+    graph, costs, plan = (tmp_path / f"{name}.json" for name in ("graph", "costs", "plan"))
+    run("capture", ROOT / "examples/qwen3_moe_tiny", "--seq", 32, "--expert-parallel", 4, "--set", "num_hidden_layers=2",
+        "-o", graph)
+    run("profile", graph, "--groups", 12, "--workers", 1, "--fresh", "-o", costs)
+    run("plan", graph, "--cluster", ROOT / "examples/cluster_1cpu.yaml", "--microbatches", 2, "--costs", costs,
+        "--time-limit", 5, "-o", plan)
+    losses = {}
+    for name, more in (("first", {"loads": str(tmp_path / "loads.json")}),
+                       ("second", {"map": str(tmp_path / "map.json")})):
+        config = {"steps": 4, "optimizer": {"name": "adamw", "lr": 1e-3}, "data": {"source": "stdlib"},
+                  "metrics": str(tmp_path / f"{name}.jsonl"), "experts": more}
+        (tmp_path / "train.yaml").write_text(yaml.safe_dump(config))
+        run("train", "--plan", plan, "--graph", graph, "--config", tmp_path / "train.yaml", "--copies", 4, "--timeout",
+            300)
+        records = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        losses[name] = [record["loss_metrics/global_avg_loss"] for record in records]
+        assert all(record["experts/max_over_mean"] >= 1 for record in records)
+        if name == "first":
+            run("experts", "--loads", tmp_path / "loads.json", "--cluster", ROOT / "examples/cluster_4cpu.yaml",
+                "--replicas", 4, "-o", tmp_path / "map.json")
+    assert losses["first"] == pytest.approx(losses["second"], rel=1e-6)
+    assert losses["first"][-1] < losses["first"][0]
