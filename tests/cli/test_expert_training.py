@@ -20,8 +20,8 @@ def test_a_run_counts_and_the_next_follows_the_map(mipipe, tmp_path: Path) -> No
         assert ended.code == 0, f"{arguments[0]}: {ended.stderr}"
 
     graph, costs, plan = (tmp_path / f"{name}.json" for name in ("graph", "costs", "plan"))
-    run("capture", ROOT / "examples/qwen3_moe_tiny", "--seq", 32, "--expert-parallel", 4, "--set", "num_hidden_layers=2",
-        "-o", graph)
+    run("capture", ROOT / "examples/qwen3_moe_tiny", "--seq", 32, "--expert-parallel", 4, "--set",
+        "num_hidden_layers=2", "-o", graph)
     run("profile", graph, "--groups", 12, "--workers", 1, "--fresh", "-o", costs)
     run("plan", graph, "--cluster", ROOT / "examples/cluster_1cpu.yaml", "--microbatches", 2, "--costs", costs,
         "--time-limit", 5, "-o", plan)
