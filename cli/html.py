@@ -56,26 +56,39 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<table class="report"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
-def frontier(points: Sequence[tuple[int, float, str]]) -> str:
-    """An SVG picture of (peak bytes, bubble ratio, label) points, joined from the least to the most memory."""
+def frontier(points: Sequence[tuple[int, float, float, str]]) -> str:
+    """An SVG picture of (peak bytes, bubble ratio, least possible bubble ratio, label) points.
+
+    The points are joined from the least to the most memory; a dashed line joins what no plan can be below.
+    """
     if not points:
         return ""
     points = sorted(points)
     wide, high, left, bottom = 720.0, 300.0, 70.0, 44.0
     most, worst = max(point[0] for point in points) * 1.08, max(max(point[1] for point in points) * 1.15, 0.01)
-    places = [(left + size / most * (wide - left), (high - bottom) * (1 - ratio / worst)) for size, ratio, _ in points]
-    parts = [f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}" fill="none" stroke="var(--F)"'
-             ' stroke-width="2"/>']
-    for (x, y), (size, ratio, label) in zip(places, points, strict=True):
+
+    def place(size: int, ratio: float) -> tuple[float, float]:
+        return left + size / most * (wide - left), (high - bottom) * (1 - ratio / worst)
+
+    places = [place(size, ratio) for size, ratio, _, _ in points]
+    floor = [place(size, least) for size, _, least, _ in points]
+    parts = [_line(floor, 'stroke="var(--soft)" stroke-dasharray="4 4"'), _line(places, 'stroke="var(--F)"')]
+    for (x, y), (size, ratio, least, label) in zip(places, points, strict=True):
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="var(--F)"><title>{html.escape(label)}:'
-                     f' {format_bytes(size)}, bubble {ratio:.1%}</title></circle>'
+                     f' {format_bytes(size)}, bubble {ratio:.1%}, no plan below {least:.1%}</title></circle>'
                      f'<text x="{x:.1f}" y="{y - 10:.1f}" text-anchor="middle">{ratio:.1%}</text>'
                      f'<text x="{x:.1f}" y="{high - bottom + 18:.1f}" text-anchor="middle">{format_bytes(size)}</text>')
     axes = (f'<path d="M{left} 0V{high - bottom}H{wide}" fill="none" stroke="var(--line)"/>'
             f'<text x="{wide / 2}" y="{high - 6}" text-anchor="middle">peak activation memory of a device</text>'
-            f'<text x="6" y="12">bubble ratio</text>')
+            f'<text x="{left}" y="-10">bubble ratio; dashed: no plan can be below</text>')
     frame = f'viewBox="0 -24 {wide + 30} {high + 24}" width="{wide}" font-size="12" fill="var(--soft)"'
     return f"<figure><svg {frame}>{axes}{''.join(parts)}</svg></figure>"
+
+
+def _line(places: Sequence[tuple[float, float]], style: str) -> str:
+    """A line through the places."""
+    through = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    return f'<polyline points="{through}" fill="none" {style} stroke-width="2"/>'
 
 
 def _is_number(text: str) -> bool:

@@ -13,8 +13,9 @@ from mipipe.cli.output import Html, Json, Seed, TimeLimit, Trace, check_folder, 
 from mipipe.graphs.errors import InfeasibleError, TimeUpError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
+    from mipipe.planner.objectives import ParetoPoint
     from mipipe.planner.options import PlanOptions
     from mipipe.planner.problem import PlanningProblem
     from mipipe.planner.solve import Progress, SolveResult
@@ -114,7 +115,7 @@ def _print_frontier(problem: PlanningProblem, options: PlanOptions, html_file: P
     """The memory-bubble frontier as a table, JSON and a picture."""
     from mipipe.cli import html
     from mipipe.cli.report import gap
-    from mipipe.cli.tables import cell, print_rows
+    from mipipe.cli.tables import print_rows
     from mipipe.planner.objectives import pareto
 
     with progress("planning the frontier") as update:
@@ -126,20 +127,44 @@ def _print_frontier(problem: PlanningProblem, options: PlanOptions, html_file: P
         "bound": None if point.bound_ns is None else point.bound_ns / unit, "bubble_ratio": point.bubble_ratio,
         "gap": gap(point.makespan_ns, point.bound_ns), "placement": point.placement, "reason": point.reason}
         for point in points]
+    told = [frontier_cells(point, unit) for point in points]
     if html_file is not None:
-        picture = html.frontier([(row["peak_bytes"], row["bubble_ratio"], row["placement"]) for row in rows
-                                 if row["bubble_ratio"] is not None])
-        table = html.table(list(rows[0]), [[cell(value) for value in row.values()] for row in rows])
+        picture = html.frontier([(row["peak_bytes"], row["bubble_ratio"], least_bubble(row), row["placement"])
+                                 for row in rows if row["bubble_ratio"] is not None])
+        unbroken = [[value.replace(" ", "\u00a0") for value in row.values()] for row in told]
+        table = html.table([*told[0], "reason"], [[*row, point.reason]
+                                                  for row, point in zip(unbroken, points, strict=True)])
         html.write(html_file, f"{problem.name}: memory against bubble", [], extra=picture + table)
     if json_output:
         emit({"problem": problem.digest(), "unit_ns": unit, "points": rows})
     else:
         console = stdout()
-        print_rows(console, [{name: value for name, value in row.items() if name != "reason"} for row in rows],
-                   title=f"{problem.name}: memory against bubble")
+        print_rows(console, told, title=f"{problem.name}: memory against bubble")
         for row in rows:
             if row["reason"]:
                 console.print(f"at {row['activation_bytes']:,} bytes: {row['reason']}", style="dim")
+
+
+def frontier_cells(point: ParetoPoint, unit_ns: int) -> dict[str, str]:
+    """A point of the frontier as a person reads it."""
+    from mipipe.cli.report import gap
+    from mipipe.cli.terminal import format_time
+    from mipipe.graphs.units import format_bytes
+
+    share = gap(point.makespan_ns, point.bound_ns)
+    return {"activation limit": format_bytes(point.activation_bytes),
+            "peak": "" if point.peak_bytes is None else format_bytes(point.peak_bytes),
+            "makespan": "" if point.makespan_ns is None else format_time(point.makespan_ns, unit_ns),
+            "bound": "" if point.bound_ns is None else format_time(point.bound_ns, unit_ns),
+            "gap": "" if share is None else f"{share:.1%}",
+            "bubble": "" if point.bubble_ratio is None else f"{point.bubble_ratio:.1%}", "placement": point.placement}
+
+
+def least_bubble(row: Mapping[str, Any]) -> float:
+    """The bubble ratio that no plan at this limit can be below: that of a makespan equal to the bound."""
+    if not row["bound"]:
+        return 0.0
+    return max(0.0, 1 - (1 - row["bubble_ratio"]) * row["makespan"] / row["bound"])
 
 
 def show_progress(update: Callable[[str], None], unit_ns: int) -> Callable[[Progress], None]:

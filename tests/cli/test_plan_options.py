@@ -1,0 +1,81 @@
+"""What ``mipipe plan`` offers beyond one shortest plan: frontier, utilisation, sizes of microbatches, limits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+TINY = ["text_config.hidden_size=16", "text_config.intermediate_size=32", "text_config.num_hidden_layers=8",
+        "text_config.num_attention_heads=2", "text_config.num_key_value_heads=2", "text_config.vocab_size=64",
+        "vision_config.hidden_size=8", "vision_config.intermediate_size=16", "vision_config.num_hidden_layers=4",
+        "vision_config.num_attention_heads=2", "vision_config.image_size=8", "vision_config.patch_size=4",
+        "image_token_index=63"]
+CLUSTER = """format: mipipe.cluster
+version: 1
+hosts:
+  - {name: host0, kind: h100, devices: 4}
+links:
+  within_host: {latency: 3us, bandwidth: 450GB/s}
+"""
+
+
+def test_the_frontier_trades_memory_for_bubble(mipipe, folder: Path, tmp_path: Path) -> None:
+    ended = mipipe("plan", folder / "problem.json", "--pareto", "--time-limit", 2, "--html", tmp_path / "f.html",
+                   "--json")
+    points = [point for point in ended.data["points"] if point["makespan"] is not None]
+    assert len(points) >= 3
+    for more, less in zip(points, points[1:], strict=False):
+        assert more["peak_bytes"] > less["peak_bytes"] and more["bubble_ratio"] <= less["bubble_ratio"]
+        assert more["bound"] <= more["makespan"]
+    page = (tmp_path / "f.html").read_text()
+    assert page.count("<polyline") == 2 and page.count("<circle") == len(points)
+
+
+def test_utilisation_is_told(mipipe, folder: Path) -> None:
+    ended = mipipe("plan", folder / "problem.json", "--objective", "utilisation", "--time-limit", 4, "--json")
+    used = ended.data["provenance"]["devices_in_use"]
+    busy = sum(rank["busy"] for rank in ended.data["ranks"])
+    assert ended.data["provenance"]["utilisation"] == pytest.approx(busy / used / ended.data["makespan"], abs=1e-4)
+
+
+def test_activations_are_limited(mipipe, folder: Path) -> None:
+    ended = mipipe("plan", folder / "problem.json", "--activations", "24kB", "--time-limit", 2, "--json")
+    assert max(rank["peak_bytes"] - rank["resident_bytes"] for rank in ended.data["ranks"]) <= 24000
+
+
+def test_sizes_belong_to_graphs(mipipe, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "sizes.yaml").write_text("vision: [1, 2]\n")
+    ended = mipipe("plan", folder / "problem.json", "--sizes", tmp_path / "sizes.yaml")
+    assert ended.code == 1 and "--sizes does not apply" in ended.error
+
+
+@pytest.mark.slow
+def test_a_captured_multimodal_model_in_every_shape_and_beside_published_schedules(mipipe, tmp_path: Path) -> None:
+    """Capture, cluster, sizes of microbatches: planned in every shape; baselines cut evenly and by time."""
+    graph, cluster, sizes = tmp_path / "graph.json", tmp_path / "cluster.yaml", tmp_path / "sizes.yaml"
+    cluster.write_text(CLUSTER)
+    sizes.write_text("vision: [0, 4, 1, 2, 0, 3, 1, 1]\nprojector: [0, 4, 1, 2, 0, 3, 1, 1]\n")
+    settings = [word for entry in TINY for word in ("--set", entry)]
+    assert mipipe("capture", "llava", "--seq", 12, "--dtype", "bfloat16", *settings, "-o", graph).code == 0
+    common = ("plan", graph, "--cluster", cluster, "--microbatches", 8, "--granularity", "block", "--sizes", sizes,
+              "--time-limit", 3, "--json")
+    makespans = {}
+    for shape in ("chain", "v", "interleaved", "wave", "two-way", "two-way-v", "apart", "colocated", "free"):
+        data = mipipe(*common, "--placement", shape, "-o", tmp_path / "plan.json").data
+        makespans[shape] = data["makespan"]
+        assert mipipe("check", tmp_path / "plan.json").code == 0
+        if shape == "apart":
+            ranks = {name: {rank for stage in data["stages"] for rank in stage["ranks"]
+                            if any(("vision" in group) == (name == "vision") for group in stage["groups"])}
+                     for name in ("vision", "text")}
+            assert ranks["vision"].isdisjoint({rank for stage in data["stages"] for rank in stage["ranks"]
+                                               if any("language_model.layers" in group for group in stage["groups"])})
+    assert makespans["free"] <= 1.05 * min(makespans.values())
+    compared = mipipe("compare", "--problem", tmp_path / "plan.json", "--schedules", "gpipe,1f1b,zb-v,dualpipe,mipipe",
+                      "--time-limit", 3, "--json").data
+    rows = [row for row in json.loads(json.dumps(compared["rows"])) if row["makespan"] is not None]
+    assert {row["name"] for row in rows} == {"GPipe", "1F1B", "ZB-V", "DualPipe", "mipipe"}
+    ours = next(row["makespan"] for row in rows if row["name"] == "mipipe")
+    assert ours <= min(row["makespan"] for row in rows if row["accounting"] == "split")
