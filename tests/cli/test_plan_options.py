@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def test_the_frontier_trades_memory_for_bubble(mipipe, folder: Path, tmp_path: P
                    "--json")
     points = [point for point in ended.data["points"] if point["makespan"] is not None]
     assert len(points) >= 3
-    for more, less in zip(points, points[1:], strict=False):
+    for more, less in itertools.pairwise(points):
         assert more["peak_bytes"] > less["peak_bytes"] and more["bubble_ratio"] <= less["bubble_ratio"]
         assert more["bound"] <= more["makespan"]
     page = (tmp_path / "f.html").read_text()
