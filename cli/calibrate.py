@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mipipe.cli.output import Json, Seed, TimeLimit, check_folder, emit, progress, stdout
+from mipipe.graphs.errors import InputError
 
 if TYPE_CHECKING:
     from mipipe.graphs.costs import CostTable
@@ -17,9 +19,14 @@ EXAMPLE = "mipipe calibrate measured.json --plan plan.json --costs costs.json --
 
 
 def calibrate(
-    timeline_file: Annotated[Path, typer.Argument(metavar="TIMELINE", help="The measured timeline of a run.")],
-    plan_file: Annotated[Path, typer.Option("--plan", help="The plan that ran.")],
-    costs_file: Annotated[Path, typer.Option("--costs", help="The cost table the plan was made with.")],
+    timeline_file: Annotated[Path, typer.Argument(
+        metavar="TIMELINE", help="The measured timeline of a run; or the word links, to measure latency and bandwidth"
+                                 " between the devices of --cluster instead.")],
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="The plan that ran.")] = None,
+    costs_file: Annotated[Path | None, typer.Option("--costs", help="The cost table the plan was made with.")] = None,
+    cluster: Annotated[Path | None, typer.Option(help="With links: the cluster file whose links are measured.")] = None,
+    torchrun: Annotated[str, typer.Option(help="With links, on several hosts: flags for torchrun, such as '--nnodes 2"
+                                               " --nproc-per-node 8 --rdzv-endpoint host:29500'.")] = "",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The corrected cost table to write.")] = None,
     replan_file: Annotated[Path | None, typer.Option("--replan", help="Plan again with the corrected costs, and write"
                                                                        " the plan here.")] = None,
@@ -30,6 +37,11 @@ def calibrate(
     """Correct a cost table by a measured run, say how far the simulation was off, stage by stage, and plan again."""
     check_folder(output, "--output")
     check_folder(replan_file, "--replan")
+    if str(timeline_file) == "links":
+        _links(cluster, output, torchrun, json_output)
+        return
+    if plan_file is None or costs_file is None:
+        raise InputError("calibrate: a timeline needs --plan and --costs, the plan that ran and its cost table")
     from mipipe.cli.tables import print_rows
     from mipipe.graphs.costs import CostTable
     from mipipe.graphs.serialize import load, save, to_data
@@ -60,6 +72,34 @@ def calibrate(
         console.print(f"planned again: {format_ns(replanned['makespan_ns'])} with the corrected costs, the old plan"
                       f" {format_ns(drift.recalibrated_ns)} ({replanned['method']})")
         console.print(f"wrote {replan_file}")
+
+
+def _links(cluster: Path | None, output: Path | None, torchrun: str, json_output: bool) -> None:
+    """Measure the links of a cluster: one process for each device, started here unless ``torchrun`` says where."""
+    import subprocess
+    import sys
+
+    from mipipe.graphs.cluster import load_cluster
+    from mipipe.graphs.errors import RunError
+    from mipipe.graphs.serialize import to_data
+
+    if cluster is None or output is None:
+        raise InputError("calibrate links: expected --cluster CLUSTER.yaml, whose devices take part, and --output, the"
+                         " cluster file to write")
+    count = load_cluster(cluster).topology.num_devices
+    flags = shlex.split(torchrun) or ["--standalone", "--nproc-per-node", str(count)]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *flags, "-m", "mipipe.runtime.links",
+                           str(cluster), "-o", str(output)], capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("mipipe: error: ")] or ["mipipe: error:"
+                 " calibrate links: " + " / ".join(done.stderr.strip().splitlines()[-2:])]
+        raise RunError(lines[0].removeprefix("mipipe: error: "))
+    if json_output:
+        topology = load_cluster(output).topology
+        emit({"output": str(output), "within_host": to_data(topology.within_host),
+              "between_hosts": to_data(topology.between_hosts)})
+    else:
+        stdout().print(done.stdout.strip(), f"wrote {output}", sep="\n")
 
 
 def _replan(plan: Plan, table: CostTable, path: Path, time_limit: float, seed: int) -> dict[str, Any]:
