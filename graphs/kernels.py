@@ -157,7 +157,7 @@ def sink_gradient(grad: Tensor, sinks: Tensor, out: Tensor, lse: Tensor) -> Tens
 
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Rows x [N,K] of group e (rows offsets[e-1] to offsets[e]) times weight[e] [K,M]; rows beyond are zero: [N,M]."""
-    if x.is_cuda and HAS_GROUPED_MM and x.dtype is torch.bfloat16:
+    if x.is_cuda and HAS_GROUPED_MM and x.dtype is torch.bfloat16 and len(x):
         out = torch.ops.aten._grouped_mm(x, weight, offsets)
         used = torch.arange(x.shape[0], device=x.device) < offsets[-1]
         return torch.where(used[:, None], out, torch.zeros((), dtype=out.dtype, device=out.device))
