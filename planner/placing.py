@@ -55,6 +55,8 @@ def by_mip(run: Run, admit: Admit) -> None:
         return
     if not run.options.recompute:
         problem = without_recomputation(problem)
+    if run.left < 0.6 * run.options.time_limit_s:
+        return
     seconds = min(MOST_S, SHARE * run.options.time_limit_s) / 3
     began = time.monotonic()
     bound, outcome = placement.placement_bound(problem, time_limit_s=seconds, seed=run.options.seed)
@@ -64,6 +66,8 @@ def by_mip(run: Run, admit: Admit) -> None:
     _record(run, "placement MIP bound", "all placements", run.makespan_ns, began, outcome,
             bound=None if run.bound_ns is None else run.bound_ns / run.problem.unit_ns)
     for replicas, count in ((1, 3), (2, 2)):
+        if run.left < 0.6 * run.options.time_limit_s:
+            return
         began = time.monotonic()
         starts = [found for found in run.candidates
                   if all(len(stage.ranks) <= replicas for stage in found.placement.stages)]

@@ -23,6 +23,7 @@ what is proposed).
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -95,7 +96,10 @@ def propose(problem: PlanningProblem, *, time_limit_s: float, seed: int, count: 
     units = units_of(problem)
     found: list[Proposal] = []
     lasting = LASTING if any(kept is not None for kept in units.kept) else 1.0
+    began = time.monotonic()
     for number, weight in enumerate(HOP_WEIGHTS[:count]):
+        if time.monotonic() - began > time_limit_s:
+            break  # writing large models takes time as well
         model = build(problem, units, max_replicas=max_replicas, contiguous=contiguous, hop_weight=weight,
                       pressure=1.0 if number % 2 else lasting)
         if start is not None:
