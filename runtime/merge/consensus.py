@@ -67,7 +67,8 @@ def sce(tile: Tile, stats: tuple[Cutoffs | None, list[float]], *, select_topk: f
     """Select entries of high variance, calculate weights from their energy, erase minority signs (arXiv 2408.07990).
 
     ``mask_deltas`` also drops the unselected entries from the sum, as mergekit's ``sce`` does; FuseChat's own code
-    uses the selection for the weights only.
+    uses the selection for the weights only. Of entries with equal variance at the edge of the selection (common between
+    bfloat16 models) the first in row order are selected; mergekit leaves that to an unstable sort.
     """
     cutoffs, weight = stats
     deltas = tile.deltas()

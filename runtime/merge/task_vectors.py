@@ -104,7 +104,14 @@ def ties_rounds(*, density: Sequence[float], scope: str, zero_sum: str, **_param
 
 def ties(tile: Tile, stats: Any, *, weight: Sequence[float], density: Sequence[float], lambda_: float,
          normalize: bool, combine: str, zero_sum: str, **_params: Any) -> Tensor:
-    """Trim small entries, elect one sign per entry, average what agrees (arXiv 2306.01708)."""
+    """Trim small entries, elect one sign per entry, average what agrees (arXiv 2306.01708).
+
+    Exactly ``floor(density * n)`` entries of a tensor are kept. Differences of bfloat16 weights are coarse, so many
+    have the magnitude of the last one kept: of these the first in row order stay. mergekit keeps as many, but leaves
+    which of the equal ones to an unstable sort, so on bfloat16 checkpoints results differ in such entries, and only
+    there (benchmarks/merge_vs_mergekit.py counts them). With ``scope: model`` all of them stay (the k-th value rule),
+    because tensors share the threshold.
+    """
     cutoffs, substitute = stats if zero_sum == "majority" else (stats, 1.0)
     combine = combine if normalize or combine == "max" else "sum"
     return vote(tile.origin, trim(tile, cutoffs), weight, lambda_, combine, substitute)
