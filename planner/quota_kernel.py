@@ -10,14 +10,15 @@ _FAR = 1 << 62
 
 @njit(cache=True, nogil=True)
 def quota_schedule(machine, dur, succ_ptr, succ, lag, waits0, base, class_ptr, class_list, line, enters, leaves, filler,
-                   quota, ramp, alloc, free, work, cap, offset, age, place, delay, seq, start):
+                   quota, ramp, alloc, free, work, cap, offset, age, place, delay, in_turn, seq, start):
     """Fill ``seq`` and ``start``; the makespan, or -1 if quotas and memory block everything.
 
     A clock runs; a machine that is free takes, of the heads of its classes that are ready and within quota and memory,
     the one with the smallest ``offset[class] + age * place[n]``. Where only ``filler`` actions are ready, it waits for
     another one that comes within ``delay``. ``quota[line[c]]`` is the most microbatches between the start of an
     action of an ``enters`` class and the end of one of a ``leaves`` class of the line (a stage on a rank); before the
-    first one has left, it is ``ramp``.
+    first one has left, it is ``ramp``. With ``in_turn`` actions of ``enters`` classes that take memory never overtake
+    each other on a machine: then no order whose values would fit the memory is blocked by what comes early.
     ``class_list[class_ptr[k]:class_ptr[k + 1]]`` are the classes of machine k; there is one machine per rank.
     """
     count = dur.shape[0]
@@ -50,10 +51,18 @@ def quota_schedule(machine, dur, succ_ptr, succ, lag, waits0, base, class_ptr, c
         urgency = np.inf
         only_filler = True
         later = _FAR
+        turn = np.inf
+        if in_turn:
+            for index in range(class_ptr[k], class_ptr[k + 1]):
+                c = class_list[index]
+                if enters[c] and nxt[c] < base[c + 1] and alloc[nxt[c]] > 0:
+                    turn = min(turn, offset[c] + age * place[nxt[c]])
         for index in range(class_ptr[k], class_ptr[k + 1]):
             c = class_list[index]
             n = nxt[c]
             if n >= base[c + 1] or waits[n] > 0:
+                continue
+            if enters[c] and alloc[n] > 0 and offset[c] + age * place[n] > turn:
                 continue
             if enters[c] and flying[line[c]] >= (quota[line[c]] if left[line[c]] else ramp[line[c]]):
                 continue

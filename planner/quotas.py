@@ -61,6 +61,7 @@ class Rule:
     offset: np.ndarray
     age: float
     delay: float
+    in_turn: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ def _run(instance: Instance, lines: Lines, rule: Rule) -> tuple[Orders | None, f
         instance.machine, instance.dur, instance.succ_ptr, instance.succ, instance.lag, instance.waits, instance.base,
         lines.class_ptr, lines.class_list, lines.line, lines.enters, lines.leaves, lines.filler, rule.quota,
         rule.ramp, instance.alloc, instance.free, instance.work, lines.cap, rule.offset, rule.age, lines.place,
-        int(rule.delay * lines.time_ns), seq, start)
+        int(rule.delay * lines.time_ns), rule.in_turn, seq, start)
     if makespan < 0:
         return None, np.inf
     last = seq[np.arange(instance.num_machines), length - 1]
@@ -168,7 +169,7 @@ def first_rules(lines: Lines) -> Iterator[Rule]:
             offset = np.array([0.0, -ahead, -ahead, 1e6])[lines.kind] - 1e-3 * lines.class_stage
             for age in (1e-6, 1.0, 0.1):
                 for delay in (0.25, 0.0, 0.1):
-                    for ramp in (even, quota):
+                    for ramp in (quota, even):
                         yield Rule(quota, ramp, offset, age, delay)
 
 
@@ -189,7 +190,7 @@ def tune(instance: Instance, lines: Lines, seconds: float, seed: int, *, start: 
             rule = vary(lines, current, rng)
         orders, cost = _run(instance, lines, rule)
         tried += 1
-        left = 1 - max(tried / evaluations, (time.monotonic() - began) / seconds)
+        left = 1 - max(tried / evaluations, (time.monotonic() - began) / max(seconds, 1e-9))
         if cost <= current_cost - HOT * lines.time_ns * max(0.0, left) * np.log(rng.random()):
             current, current_cost = rule, cost
         if orders is not None and cost < best_cost:
@@ -227,4 +228,4 @@ def vary(lines: Lines, rule: Rule, rng: np.random.Generator) -> Rule:
             delay = max(0.0, delay + 0.1 * rng.normal())
         else:
             age = float(np.clip(age * np.exp(0.5 * rng.normal()), 1e-6, 3.0))
-    return Rule(quota, ramp, offset, age, delay)
+    return Rule(quota, ramp, offset, age, delay, rule.in_turn)

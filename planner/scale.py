@@ -12,27 +12,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import numpy as np
 
 from mipipe.graphs.errors import PlanError
 from mipipe.planner import greedy, quotas, search
 from mipipe.planner.actions import Stream
-from mipipe.planner.bounds import Bound
+from mipipe.planner.bounds import Bound, placement_bound
 from mipipe.planner.candidate import Candidate, Judged, carries_bytes, judge
+from mipipe.planner.cuts import place_spread, units
 from mipipe.planner.greedy import Orders
 from mipipe.planner.instance import Instance, build, expand, mirror
 from mipipe.planner.options import PlacementName
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.proposals import propose
+from mipipe.planner.proposals import light_ends, propose, resident_fits, shapes
 from mipipe.planner.race import Run
 from mipipe.planner.stages import StageView, view
 
-BIG_ACTIONS = 20_000
+BIG_ACTIONS = 5_000
 """Actions of a chain from which a problem is large."""
+
+BOUND_ACTIONS = 20_000
+"""Actions of a chain up to which a placement's job-shop bound is computed (10 s)."""
 
 BIG_ORDER: tuple[PlacementName, ...] = ("two-way", "ring", "chain", "v")
 """Shapes tried on large problems, the most promising first."""
@@ -72,21 +76,22 @@ def climb(run: Run) -> None:
     run.reserve_s = min(0.3 * limit, CHECK_S * actions)
     entries: list[Entry] = []
     for placement in _placements(run):
-        entry = _enter(run, placement, 0.02 * limit)
+        if (entries and run.left < 0.75 * limit) or run.interrupted:
+            break
+        entry = _enter(run, placement, 0.02 * limit if entries else 0.0)
         if entry is None:
             continue
         if not entries:
             _apply(run, entry, "list")
         entries.append(entry)
-        if run.left < 0.7 * limit or run.interrupted:
-            break
     began, before = time.monotonic(), run.makespan_ns
-    share = 0.2 * limit / 3
+    searchable = run.candidates and run.candidates[0].instance.size <= SEARCHABLE
+    share = (0.1 if searchable else 0.15) * limit
     for kept in (3, 2, 1):
         entries.sort(key=lambda entry: entry.expected_ns)
         for entry in entries[:kept]:
-            _tune(run, entry, share / kept)
-    for entry in entries[:1]:
+            _tune(run, entry, min(share / kept, run.left))
+    for entry in entries[:1 if 3 * run.problem.num_ranks * run.problem.num_microbatches > BOUND_ACTIONS else 2]:
         _apply(run, entry, "quotas")
     run.ablation.append({"rung": "quotas", "placement": run.best.placement.name if run.best else "",
                          "before": before / run.problem.unit_ns, "makespan": run.makespan_ns / run.problem.unit_ns,
@@ -94,9 +99,15 @@ def climb(run: Run) -> None:
 
 
 def _placements(run: Run) -> Iterator[Placement]:
-    name = run.options.placement
-    return propose(run.problem, name) if name != "free" else chain.from_iterable(
-        propose(run.problem, shape) for shape in BIG_ORDER)
+    """Placements of the allowed shapes: where ends are light they are spread, because one rank with a head on top of
+    its share decides the pace of all."""
+    problem, name = run.problem, run.options.placement
+    ends = light_ends(problem)
+    for shape_name in BIG_ORDER if name == "free" else (name,):
+        spread = [shape for shape in shapes(problem.num_ranks, shape_name)
+                  if ends and len(units(problem)) - len(ends) >= shape.num_stages]
+        found = (place_spread(problem, shape, ends) for shape in spread) if spread else propose(problem, shape_name)
+        yield from (placement for placement in found if resident_fits(problem, placement))
 
 
 def _enter(run: Run, placement: Placement, seconds: float) -> Entry | None:
@@ -124,9 +135,14 @@ def _expected(run: Run, small: Instance, orders: Orders) -> int:
 
 
 def _tune(run: Run, entry: Entry, seconds: float) -> None:
-    tuned = quotas.tune(entry.small, entry.lines, seconds, run.options.seed + entry.tuned.tried,
-                        start=entry.tuned.rule, stop=lambda: run.interrupted)
-    if tuned is not None and tuned.orders.makespan_ns < entry.tuned.orders.makespan_ns:
+    """Tune an entry's rule further, with another seed on every thread."""
+    with ThreadPoolExecutor(run.options.threads) as pool:
+        waiting = [pool.submit(quotas.tune, entry.small, entry.lines, seconds, run.options.seed + 7 * n,
+                               start=entry.tuned.rule, stop=lambda: run.interrupted)
+                   for n in range(run.options.threads)]
+        found = [tuned for tuned in (future.result() for future in waiting) if tuned is not None]
+    tuned = min(found, key=lambda tuned: tuned.orders.makespan_ns, default=entry.tuned)
+    if tuned.orders.makespan_ns < entry.tuned.orders.makespan_ns:
         entry.tuned = tuned
         entry.expected_ns = _expected(run, entry.small, tuned.orders)
 
@@ -137,7 +153,9 @@ def _apply(run: Run, entry: Entry, rung: str) -> None:
     if found is None:
         whole = view(run.problem, entry.placement)
         instance = _instance(whole)
-        found = Candidate(whole, _load_bound(instance), bool((instance.twin >= 0).any()), instance)
+        few = 3 * run.problem.num_ranks * run.problem.num_microbatches <= BOUND_ACTIONS
+        bound = placement_bound(whole) if few and rung != "list" else _load_bound(instance)
+        found = Candidate(whole, bound, bool((instance.twin >= 0).any()), instance)
     lines = quotas.lines_of(found.instance)
     assert lines is not None
     tuned = quotas.tune(found.instance, lines, 0.05 * run.options.time_limit_s if rung != "list" else 0.01,
