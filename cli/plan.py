@@ -106,7 +106,7 @@ def plan(
         console.print(f"utilisation {found.provenance['utilisation']:.1%} of the {found.provenance['devices_in_use']}"
                       f" devices in use, of {problem.num_ranks}")
     if explain:
-        _print_explanation(result)
+        _print_explanation(result, problem.unit_ns)
     if output is not None:
         console.print(f"wrote {output}")
 
@@ -193,12 +193,22 @@ def raise_reason(result: SolveResult) -> None:
     raise TimeUpError(result.reason)
 
 
-def _print_explanation(result: SolveResult) -> None:
+def rung_cells(row: Mapping[str, Any], unit_ns: int) -> dict[str, Any]:
+    """A row of the ablation as a person reads it: times with units where the problem's are nanoseconds."""
+    from mipipe.cli.terminal import format_time
+
+    times = {name: None if row.get(name) is None else format_time(row[name] * unit_ns, unit_ns)
+             for name in ("before", "makespan")}
+    return {"rung": row["rung"], "placement": row["placement"], **times, "variables": row["variables"],
+            "constraints": row["constraints"], "seconds": row["seconds"]}
+
+
+def _print_explanation(result: SolveResult, unit_ns: int) -> None:
     from mipipe.cli.tables import print_rows
 
     console = stdout()
     for line in result.explanation:
         console.print(line)
-    print_rows(console, result.ablation, title="what each rung found")
+    print_rows(console, [rung_cells(row, unit_ns) for row in result.ablation], title="what each rung found")
     if not sys.stdout.isatty():
         log(f"{len(result.history)} improvements")

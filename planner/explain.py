@@ -7,9 +7,11 @@ would have to change for a shorter step.
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 
-from mipipe.graphs.units import format_bytes
+from mipipe.graphs.units import format_bytes, format_ns
 from mipipe.planner.actions import Stream
+from mipipe.planner.branches import encoders
 from mipipe.planner.candidate import Candidate
 from mipipe.planner.evaluate import Compiled, Evaluation, evaluate
 from mipipe.planner.instance import capacity
@@ -19,11 +21,11 @@ def explain(found: Candidate) -> tuple[str, ...]:
     """Lines that say what binds the candidate's best schedule."""
     assert found.best is not None
     compiled, evaluation = evaluate(found.view, found.best.schedule)
-    unit = found.view.problem.unit_ns
+    told = partial(told_time, unit_ns=found.view.problem.unit_ns)
     makespan = evaluation.makespan_ns
     lines = [_placement(found)]
-    lines.append(f"bound at this placement: {found.bound.ns / unit:g} ({found.bound.what}); the plan takes"
-                 f" {makespan / unit:g}, {makespan / found.bound.ns - 1:.1%} above it")
+    lines.append(f"bound at this placement: {told(found.bound.ns)} ({found.bound.what}); the plan takes"
+                 f" {told(makespan)}, {makespan / found.bound.ns - 1:.1%} above it")
     busy: dict[int, int] = defaultdict(int)
     first: dict[int, int] = {}
     last: dict[int, int] = defaultdict(int)
@@ -34,11 +36,16 @@ def explain(found: Candidate) -> tuple[str, ...]:
             last[rank] = max(last[rank], evaluation.starts[node] + compiled.durations[node])
     rank = max(busy, key=lambda r: (busy[r], -first[r]))
     inside = last[rank] - first[rank] - busy[rank]
-    lines.append(f"device: rank {rank} has the most work, {busy[rank] / unit:g}; it starts at {first[rank] / unit:g},"
-                 f" ends {(makespan - last[rank]) / unit:g} before the step and idles {inside / unit:g} in between")
+    lines.append(f"device: rank {rank} has the most work, {told(busy[rank])}; it starts at {told(first[rank])},"
+                 f" ends {told(makespan - last[rank])} before the step and idles {told(inside)} in between")
     lines += _channel(compiled, evaluation)
     lines += _memory(found)
     return tuple(lines)
+
+
+def told_time(time_ns: float, unit_ns: int) -> str:
+    """A time in the problem's unit, or with a unit of its own where times were measured or estimated."""
+    return f"{time_ns / unit_ns:g}" if unit_ns != 1 else format_ns(time_ns)
 
 
 def _placement(found: Candidate) -> str:
@@ -46,12 +53,22 @@ def _placement(found: Candidate) -> str:
     copies = max(len(stage.ranks) for stage in stages)
     ranks = {rank for stage in stages for rank in stage.ranks}
     per_rank = max(sum(rank in stage.ranks for stage in stages) for rank in ranks)
-    return (f"placement {found.placement.name}: {len(stages)} stages on {len(ranks)} ranks, up to {per_rank} stages"
+    line = (f"placement {found.placement.name}: {len(stages)} stages on {len(ranks)} ranks, up to {per_rank} stages"
             f" on a rank, up to {copies} replicas of a stage")
+    again = sum(stage.recompute for stage in stages)
+    if again:
+        line += f"; {again} stages run their forward again"
+    chosen = set(encoders(found.view.problem))
+    if chosen:
+        own, other = ({rank for stage in stages if bool(chosen.intersection(stage.groups)) is wanted
+                       for rank in stage.ranks} for wanted in (True, False))
+        shared = "apart from" if own.isdisjoint(other) else "beside"
+        line += f"; encoders on ranks {', '.join(map(str, sorted(own)))}, {shared} the rest"
+    return line
 
 
 def _channel(compiled: Compiled, evaluation: Evaluation) -> list[str]:
-    unit = compiled.view.problem.unit_ns
+    told = partial(told_time, unit_ns=compiled.view.problem.unit_ns)
     topology = compiled.view.problem.topology
     moved: dict[tuple[int, int], int] = defaultdict(int)
     for transfer in evaluation.transfers:
@@ -63,8 +80,8 @@ def _channel(compiled: Compiled, evaluation: Evaluation) -> list[str]:
     if not any(moved.values()):
         return ["channel: transfers take latency alone and occupy no channel"]
     (source, target), load = max(moved.items(), key=lambda item: item[1])
-    return [f"channel: rank {source} to rank {target} is the busiest, {load / unit:g} of"
-            f" {evaluation.makespan_ns / unit:g}"]
+    return [f"channel: rank {source} to rank {target} is the busiest, {told(load)} of"
+            f" {told(evaluation.makespan_ns)}"]
 
 
 def _memory(found: Candidate) -> list[str]:

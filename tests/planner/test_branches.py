@@ -10,7 +10,9 @@ import pytest
 
 from mipipe.graphs.operator_graph import Tags
 from mipipe.planner.branches import encoders
+from mipipe.planner.check import check_plan
 from mipipe.planner.options import PLACEMENTS, PlanOptions
+from mipipe.planner.problem import PhaseTimes
 from mipipe.planner.proposals import propose
 from mipipe.planner.solve import Termination, plan
 from mipipe.planner.stages import view
@@ -69,6 +71,26 @@ def test_encoders_on_every_rank_even_out_the_load() -> None:
         for m in range(8):
             load[stages.rank(s, m)] += stages.f_ns[s][m]
     assert max(load) - min(load) <= 4 * 16  # no more than the largest microbatch's encoder
+
+
+@pytest.mark.parametrize(("shape", "words"), [("apart", "apart from the rest"), ("colocated", "beside the rest")])
+def test_the_explanation_says_where_encoders_are(shape: str, words: str) -> None:
+    result = plan(multimodal_problem(), PlanOptions(time_limit_s=5.0, placement=shape, use_milp=False,  # type: ignore[arg-type]
+                                                    use_baselines=False, use_search=False))
+    assert words in result.explanation[0]
+
+
+def test_a_frozen_encoder_is_placed_without_a_backward() -> None:
+    problem = multimodal_problem()
+    chosen = set(encoders(problem)[:-1])
+    groups = tuple(replace(group, times={"d": PhaseTimes(group.times["d"].f_ns, None, None)}, recompute_bytes=None)
+                   if g in chosen else group for g, group in enumerate(problem.groups))
+    edges = tuple(replace(edge, grad_bytes=None) if edge.source in chosen else edge for edge in problem.edges)
+    for shape in ("apart", "colocated", "free"):
+        result = plan(problem.replace(groups=groups, edges=edges), PlanOptions(
+            time_limit_s=8.0, placement=shape, use_baselines=False, use_search=False))  # type: ignore[arg-type]
+        assert result.plan is not None, result.reason
+        check_plan(result.plan)
 
 
 def test_a_model_without_encoders_says_that_the_shape_does_not_exist() -> None:
