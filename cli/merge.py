@@ -16,7 +16,7 @@ from mipipe.graphs.units import format_bytes, format_ns, parse_bytes
 if TYPE_CHECKING:
     from mipipe.planner.merge_plan import MergePlan
     from mipipe.planner.timeline import Timeline
-    from mipipe.runtime.merge.launch import MergeResult
+    from mipipe.runtime.merge.launch import MergeOptions, MergeResult
 
 EXAMPLE = "mipipe merge recipe.yaml -o merged --ranks 2 --memory 4GB"
 
@@ -70,7 +70,12 @@ def merge(
     size = parse_bytes(shard_size, "--shard-size")
     del methods  # its callback has done it
     if store or route is not None:
-        _parts(recipe, output, route, json_output)
+        from mipipe.runtime.merge.launch import MergeOptions
+
+        if dtype is not None:
+            raise typer.BadParameter("parts and what is rebuilt from them have the models' dtypes; leave it out",
+                                     param_hint="--dtype")
+        _parts(recipe, output, route, MergeOptions(ranks, device, cap, size, dtype), dry_run, json_output)
         return
     if dry_run:
         _dry_run(_plans(recipe, output, ranks, cap, size, dtype), timeline, json_output)
@@ -111,22 +116,29 @@ def _tell_adapter(result: MergeResult, json_output: bool) -> None:
                    " of the squared norm of the merged task vectors", soft_wrap=True)
 
 
-def _parts(recipe: Path, output: Path, route: str | None, json_output: bool) -> None:
+def _parts(recipe: Path, output: Path, route: str | None, options: MergeOptions, dry_run: bool,
+           json_output: bool) -> None:
     """Store a recipe's experts, or rebuild a model from stored ones."""
     from mipipe.graphs.recipe import read_recipes
-    from mipipe.runtime.merge import parts
+    from mipipe.runtime.merge import store
 
     if route is None:
         recipes = read_recipes(recipe)
         if len(recipes) > 1:
             raise InputError(f"{recipe}: has {len(recipes)} recipes; parts are stored of one")
-        made = parts.store(recipes[0], output, str(recipe))
+        if dry_run:
+            _dry_run(store.plan_store(recipes[0], output, str(recipe), options), None, json_output)
+            return
+        made = store.store(recipes[0], output, str(recipe), options)
     else:
         try:
             weights = [float(item) for item in route.split(",")]
         except ValueError:
             raise InputError(f"--route: found {route!r}, expected numbers such as 0,1,0") from None
-        made = parts.rebuild(recipe, output, weights)
+        if dry_run:
+            _dry_run([store.plan_rebuild(recipe, output, weights, options)], None, json_output)
+            return
+        made = store.rebuild(recipe, output, weights, options)
     if json_output:
         emit({"output": str(output), "method": made.method, "experts": list(made.experts),
               "stored_bytes": made.num_bytes})
@@ -134,7 +146,7 @@ def _parts(recipe: Path, output: Path, route: str | None, json_output: bool) -> 
     whole = made.graph.write_bytes * len(made.experts)
     stdout().print(f"{output}: {made.method}, {len(made.experts)} experts in {format_bytes(made.num_bytes)} of parts"
                    f" ({made.num_bytes / whole:.1%} of their checkpoints)"
-                   + ("" if route is None else f", rebuilt for route {route}"))
+                   + ("" if route is None else f", rebuilt for route {route}"), soft_wrap=True)
 
 
 def _plans(recipe: Path, output: Path, ranks: int, cap: int | None, size: int, dtype: str | None) -> list[MergePlan]:

@@ -125,6 +125,11 @@ class MergeGraph:
     align_hidden_units: bool = False
 
     @property
+    def stores_parts(self) -> bool:
+        """Whether the result is a folder of parts, not a checkpoint."""
+        return any(unit.method == "store" for unit in self.units)
+
+    @property
     def read_bytes(self) -> int:
         return sum(unit.read_bytes for unit in self.units)
 

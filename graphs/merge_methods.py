@@ -184,4 +184,13 @@ METHODS: tuple[MethodSpec, ...] = (
 )
 """Every merge method. To add one: an entry here, and its functions in `mipipe.runtime.merge.registry`."""
 
-BY_NAME = {spec.name: spec for spec in METHODS}
+STORE = MethodSpec("store", "task vectors stored apart, compressed", "", (
+    Parameter("of", None, "the method whose parts are stored", str),
+    Parameter("values", None, "that method's parameters")), whole=True)
+REBUILD = MethodSpec("rebuild", "a model rebuilt from stored parts", "", (
+    Parameter("folder", None, "the parts", str), Parameter("route", None, "each expert's weight"),
+    Parameter("turned", False, "the parts are of the transposed matrix", bool)), min_models=0, whole=True)
+"""What `mipipe.runtime.merge.store` plans and runs like merges, and no recipe can ask for."""
+
+BY_NAME = {spec.name: spec for spec in (*METHODS, STORE, REBUILD)}
+RECIPE_NAMES = tuple(spec.name for spec in METHODS)

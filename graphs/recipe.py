@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 import yaml
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merge_methods import BY_NAME, Base, MethodSpec, Parameter
+from mipipe.graphs.merge_methods import BY_NAME, RECIPE_NAMES, Base, MethodSpec, Parameter
 from mipipe.graphs.serialize import STRICT, from_data, read_text
 
 Parameters = dict[str, Any]
@@ -230,9 +230,9 @@ def _check_branch(recipe: MergeRecipe, branch: Branch, where: str) -> None:
 
 
 def _check_method(name: str, models: Sequence[RecipeModel], base: str | None, shared: Parameters, where: str) -> None:
-    spec = BY_NAME.get(name)
-    if spec is None:
-        raise InputError(f"{where}: merge_method: found {name!r}, expected one of {', '.join(BY_NAME)}")
+    if name not in RECIPE_NAMES:
+        raise InputError(f"{where}: merge_method: found {name!r}, expected one of {', '.join(RECIPE_NAMES)}")
+    spec = BY_NAME[name]
     check_parameters(spec, shared, f"{where}: parameters")
     for model in models:
         check_parameters(spec, model.parameters, f"{where}: parameters of {model.model}", own=True)

@@ -117,15 +117,21 @@ SAMPLE_BYTES = 2**23
 
 
 def measure_rates(graph: MergeGraph, output: str | Path) -> MergeRates:
-    """Rates of reading the inputs, writing beside the output, and arithmetic on one core, from short samples."""
+    """Rates of reading the inputs, writing beside the output, and arithmetic on one core, from short samples.
+
+    Of recipes planned before those they build on have run, some inputs do not exist yet; where none does, reading is
+    taken to be as fast as writing.
+    """
     sample_bytes = max(2**16, min(SAMPLE_BYTES, graph.write_bytes))
-    first = graph.units[0].inputs[0]
-    source = Path(first.folder) / first.tensor.file
+    files = (Path(item.folder) / item.tensor.file for unit in graph.units for item in unit.inputs)
+    source = next((file for file in files if file.is_file()), None)
     buffer = bytearray(sample_bytes)
-    began = time.perf_counter()
-    with source.open("rb", buffering=0) as stream:
-        count = max(1, stream.readinto(buffer))
-    read = count / max(time.perf_counter() - began, 1e-6)
+    read = 0.0
+    if source is not None:
+        began = time.perf_counter()
+        with source.open("rb", buffering=0) as stream:
+            count = max(1, stream.readinto(buffer))
+        read = count / max(time.perf_counter() - began, 1e-6)
     parent = next(folder for folder in (Path(output).absolute(), *Path(output).absolute().parents) if folder.is_dir())
     began = time.perf_counter()
     with tempfile.TemporaryFile(dir=parent) as scratch:
@@ -143,7 +149,7 @@ def measure_rates(graph: MergeGraph, output: str | Path) -> MergeRates:
     for _ in range(8):
         square @ square
     flops = 8 * 2 * 256**3 / max(time.perf_counter() - began, 1e-6)
-    return MergeRates(read, write, stream_rate, flops, _num_cores())
+    return MergeRates(read or write, write, stream_rate, flops, _num_cores())
 
 
 def _num_cores() -> int:

@@ -95,7 +95,8 @@ def plan_merge(graph: MergeGraph, num_ranks: int, rates: MergeRates, memory_cap:
     loads = tuple(RankLoad(sum(costs[i].total_ns for i in rank), sum(costs[i].compute_ns for i in rank),
                            sum(costs[i].read_bytes for i in rank), sum(costs[i].write_bytes for i in rank), len(rank))
                   for rank in ordered)
-    return MergePlan(graph, lay_out(graph.units, shard_bytes), ordered, loads, rates, portion, ahead, memory,
+    shards = () if graph.stores_parts else lay_out(graph.units, shard_bytes)
+    return MergePlan(graph, shards, ordered, loads, rates, portion, ahead, memory,
                      memory_cap, bound, notes)
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,14 +24,25 @@ from mipipe.planner.merge_lower import MergeStep, label, reads, unit_steps
 from mipipe.planner.merge_plan import MergePlan
 from mipipe.planner.program import Instruction
 from mipipe.runtime.merge.method import Method, Round, Tile
-from mipipe.runtime.merge.output import Writer
 from mipipe.runtime.merge.registry import BY_METHOD
 from mipipe.runtime.merge.shelf import TORCH_DTYPES, Range
 from mipipe.runtime.merge.sources import Surroundings, UnitPiece, unit_pieces
 from mipipe.runtime.merge.survey import Survey, unit_values
 
+Merged = Tensor | dict[str, Tensor]
+"""A merged tile in the output's dtype, or the parts of a piece by name."""
 Event = tuple[int, int, int]
 """Number of the instruction, start and end in nanoseconds."""
+
+
+class Sink(Protocol):
+    """Where results go: `mipipe.runtime.merge.output.Writer` or `mipipe.runtime.merge.parts.PartsWriter`."""
+
+    def write(self, name: str, offset: int, data: Any) -> int:
+        """Write what belongs at an offset of a tensor; returns how many bytes."""
+
+    def finish(self, name: str) -> None:
+        """Note that a tensor is complete."""
 
 
 @dataclass(slots=True)
@@ -55,14 +66,14 @@ class MergeEngine:
     ``advance`` is called with the bytes of every finished tensor. After `run`, ``events`` has what happened when.
     """
 
-    def __init__(self, plan: MergePlan, around: Surroundings, survey: Survey, writer: Writer, done: Set[str],
+    def __init__(self, plan: MergePlan, around: Surroundings, survey: Survey, writer: Sink, done: Set[str],
                  advance: Callable[[int], None] | None = None) -> None:
         self.plan, self.around, self.survey, self.writer = plan, around, survey, writer
         self.done, self.advance = done, advance
         self.events: list[Event] = []
         self._units: dict[int, Progress] = {}
         self._loads: dict[tuple[int, int], tuple[list[Range], Future[tuple[list[Tensor], Event]]]] = {}
-        self._merged: dict[tuple[int, int], list[Tensor]] = {}
+        self._merged: dict[tuple[int, int], list[Merged]] = {}
         self._position = 0
         self._reader: ThreadPoolExecutor | None = None
         self._handlers: Mapping[ActionKind, Callable[[Instruction], None]] = {
@@ -179,9 +190,12 @@ class MergeEngine:
         wide = self.survey.stats(at.unit)
         dtype = TORCH_DTYPES[at.unit.dtype]
         turned = at.unit.transposed and at.method.spec.whole and at.method.spec.oriented
-        found = []
+        found: list[Merged] = []
         for tile in self._tiles(at, step, whole=is_whole(at.unit)):
             merged = at.method.apply(tile, at.stats if wide is None else wide, **at.values)
+            if isinstance(merged, dict):  # parts to be stored
+                found.append(merged)
+                continue
             if not bool(torch.isfinite(merged.sum())) and not bool(torch.isfinite(merged).all()):
                 explain(at.unit, at.pieces[step.piece])
             found.append((merged.T if turned else merged).to(dtype).cpu())
@@ -197,7 +211,7 @@ class MergeEngine:
 
     def _save(self, instruction: Instruction) -> None:
         key, at, _ = self._at(instruction)
-        tensors = self._wait(key) if at.method is None else self._merged.pop(key)
+        tensors: Sequence[Merged] = self._wait(key) if at.method is None else self._merged.pop(key)
         start = time.perf_counter_ns()
         for tensor in tensors:
             at.written += self.writer.write(at.unit.name, at.written, tensor)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from mipipe.graphs.merge_graph import MergeUnit
 from mipipe.planner.merge_lower import label, lower_rank
 from mipipe.planner.merge_plan import MergePlan
 from mipipe.planner.timeline import Span, Timeline
@@ -18,12 +17,10 @@ from mipipe.runtime.merge.align import match_experts
 from mipipe.runtime.merge.engine import Event, MergeEngine
 from mipipe.runtime.merge.exchange import Exchange
 from mipipe.runtime.merge.output import Writer, finished
+from mipipe.runtime.merge.parts import PartsWriter
 from mipipe.runtime.merge.shelf import Shelf
 from mipipe.runtime.merge.sources import Surroundings
 from mipipe.runtime.merge.survey import Survey
-
-COPY_BYTES = 2**24
-"""Copied tensors pass through a buffer of this size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +55,8 @@ def run_rank(plan: MergePlan, folder: Path, exchange: Exchange, device: torch.de
             around = match_experts(around, units, exchange)
         done = finished(folder)
         exchange.barrier()  # nobody appends to a journal before everybody has read them all
-        writer = Writer(folder, plan.shards, exchange.rank)
+        writer = (PartsWriter(folder, exchange.rank) if plan.graph.stores_parts
+                  else Writer(folder, plan.shards, exchange.rank))
         engine = MergeEngine(plan, around, Survey(units, exchange), writer, done, progress)
         try:
             engine.run(lower_rank(plan, exchange.rank))
@@ -84,15 +82,6 @@ def measured_timeline(plan: MergePlan, events: Sequence[Sequence[Event]]) -> Tim
                               end - origin, *place))
     spans.sort(key=lambda span: (span.start_ns, span.rank))
     return Timeline("measured", len(events), tuple(spans), notes={"merge": plan.graph.recipe.get("merge_method", "")})
-
-
-def copy_unit(unit: MergeUnit, around: Surroundings, writer: Writer) -> None:
-    """Copy a tensor's bytes as they are."""
-    item = unit.inputs[0]
-    for start in range(0, item.tensor.num_bytes, COPY_BYTES):
-        stop = min(start + COPY_BYTES, item.tensor.num_bytes)
-        writer.write(unit.name, start, around.shelf.read_bytes(item.folder, item.tensor, start, stop))
-    writer.finish(unit.name)
 
 
 def peak_bytes() -> int:

@@ -89,7 +89,7 @@ def merge(recipe: str | Path | Sequence[MergeRecipe], out: str | Path, options: 
         if assembly is not None:
             return assemble(assembly, out, options, where, progress)
     recipes = read_recipes(recipe) if isinstance(recipe, (str, Path)) else list(recipe)
-    _check_target(out)
+    check_target(out)
     steps = out.with_name(out.name + ".steps")
     known: dict[str, CheckpointFiles] = {}
     for number, part in enumerate(recipes):
@@ -100,7 +100,7 @@ def merge(recipe: str | Path | Sequence[MergeRecipe], out: str | Path, options: 
             return _kept(part, where, out, known, began)
         plan = plan_recipe(part, where, out, known, options.num_ranks, options.memory_cap, options.shard_bytes,
                            options.dtype)
-        if not (target.exists() and _made_by(target, plan)):
+        if not (target.exists() and made_by(target, plan)):
             run_plan(plan, target, options, progress)
         if not last:
             known[part.name] = read_checkpoint(target)
@@ -125,7 +125,7 @@ def assemble(recipe: MoeRecipe, out: Path, options: MergeOptions, where: str = "
         InputError: the recipe or a model is wrong, or ``out`` exists.
     """
     began = time.monotonic()
-    _check_target(out)
+    check_target(out)
     steps = out.with_name(out.name + ".steps")
     files = make_router(recipe, steps / "router")
     if options.dtype is not None:
@@ -145,14 +145,15 @@ def _forget(steps: Path, names: Sequence[str]) -> None:
         steps.rmdir()
 
 
-def _check_target(out: Path) -> None:
+def check_target(out: Path) -> None:
+    """Raise where a new folder cannot be made."""
     if out.exists():
         raise InputError(f"{out}: exists already; give another -o, or remove it")
     if not out.absolute().parent.is_dir():
         raise InputError(f"{out}: the folder {out.parent} does not exist; make it first")
 
 
-def _made_by(folder: Path, plan: MergePlan) -> bool:
+def made_by(folder: Path, plan: MergePlan) -> bool:
     """Whether a step's result is that of this very merge."""
     record = folder / worker.RECORD
     return record.exists() and json.loads(record.read_text()).get("job") == plan.job_digest()

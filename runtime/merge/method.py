@@ -103,13 +103,13 @@ def _piece_scope(**_params: Any) -> Scope:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A merge method: its mathematics in ``rounds(**params)`` and ``apply(tile, stats, **params)``.
+    """A merge method: its mathematics in ``rounds(**params)`` and ``apply(tile, stats, **params)``, a tensor.
 
     ``elsewhere(tile, None, **params)`` merges the tensor classes the method does not define.
     """
 
     spec: MethodSpec
-    apply: Callable[..., Tensor]
+    apply: Callable[..., Any]
     rounds: Callable[..., tuple[Round, ...]] = _no_rounds
     scope: Callable[..., Scope] = _piece_scope
     elsewhere: Callable[..., Tensor] | None = None

@@ -160,8 +160,9 @@ def publish(folder: Path, out: Path, shards: Sequence[Shard]) -> None:
             os.fdatasync(handle)
         finally:
             os.close(handle)
-    for leftover in (*folder.glob("done-*.txt"), folder / "job.json", folder / "plan.json",
-                     folder / "router.safetensors"):
+    leftovers = [*folder.glob("done-*.txt"), *folder.glob("parts-*.partial"),
+                 *(folder / name for name in ("job.json", "plan.json", "router.safetensors"))]
+    for leftover in leftovers:
         leftover.unlink(missing_ok=True)
     os.rename(folder, out)
     parent = os.open(out.parent, os.O_RDONLY)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mipipe.graphs.merge_methods import BY_NAME
-from mipipe.runtime.merge import arithmetic, consensus, low_rank, one_bit, projective, spectral, spherical
+from mipipe.graphs.merge_methods import BY_NAME, REBUILD, STORE
+from mipipe.runtime.merge import arithmetic, consensus, low_rank, one_bit, parts, projective, spectral, spherical
 from mipipe.runtime.merge import disentangle as widen_module
 from mipipe.runtime.merge import task_vectors as tv
 from mipipe.runtime.merge.method import Invariants, Method
@@ -67,4 +67,7 @@ METHODS: tuple[Method, ...] = (
                                                   linear={"route": 0}), rounds=one_bit.one_bit_rounds),
 )
 
-BY_METHOD = {method.spec.name: method for method in METHODS}
+INTERNAL = (Method(STORE, parts.compress), Method(REBUILD, parts.reconstruct))
+"""What storing and rebuilding parts runs in place of a merge; see `mipipe.runtime.merge.store`."""
+
+BY_METHOD = {method.spec.name: method for method in (*METHODS, *INTERNAL)}

@@ -21,6 +21,7 @@ from mipipe.runtime.merge.card import write_companions
 from mipipe.runtime.merge.exchange import Exchange
 from mipipe.runtime.merge.execute import RankReport, measured_timeline, run_rank
 from mipipe.runtime.merge.output import partial_folder, prepare, publish
+from mipipe.runtime.merge.parts import describe_parts
 
 RECORD = "mipipe_merge.json"
 """A file of the result: which merge made it, and what each rank did."""
@@ -55,7 +56,10 @@ def work(plan: MergePlan, out: Path, exchange: Exchange, device: torch.device,
             save(measured, timeline)
     if exchange.rank == 0:
         _check_sources(plan)
-        write_companions(plan, folder)
+        if plan.graph.stores_parts:
+            save(describe_parts(plan.graph, folder), folder / "parts.json")
+        else:
+            write_companions(plan, folder)
         facts = {"job": plan.job_digest(), "ranks": [asdict(item) for item in reports]}
         (folder / RECORD).write_text(json.dumps(facts) + "\n")
         publish(folder, out, plan.shards)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from mipipe.graphs.merge_methods import BY_NAME, Base
+from mipipe.runtime.merge.exchange import Exchange
+from mipipe.runtime.merge.worker import begin, work
 
 HIDDEN, INNER, VOCABULARY, LAYERS = 8, 16, 11, 2
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN,
@@ -100,3 +103,40 @@ def recipe_for(method, root, **changes):
     if spec.base is not Base.UNUSED:
         data["base_model"] = f"{root}/base"
     return {**data, **changes}
+
+
+class Threads(Exchange):
+    """Ranks as threads of one process: what they gather goes through a shared list."""
+
+    def __init__(self, rank, size, shared, barrier):
+        super().__init__(rank, size, rank)
+        self.shared, self.wait = shared, barrier.wait
+
+    def gather(self, value):
+        self.shared[self.rank] = value
+        self.wait()
+        values = list(self.shared)
+        self.wait()
+        return values
+
+
+def in_threads(plan, out):
+    """Run a plan with each of its ranks in a thread of this process."""
+    begin(plan, out)
+    ranks = len(plan.ranks)
+    barrier, shared, failures = threading.Barrier(ranks, timeout=60), [None] * ranks, []
+
+    def one(rank):
+        try:
+            work(plan, out, Threads(rank, ranks, shared, barrier), torch.device("cpu"))
+        except BaseException as error:
+            failures.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]

@@ -6,13 +6,14 @@ import json
 import pytest
 import torch
 import yaml
-from merge_fixtures import read, trio
+from merge_fixtures import in_threads, read, trio, write
 from typer.testing import CliRunner
 
 from mipipe.cli.main import app
 from mipipe.graphs.recipe import parse_recipe
-from mipipe.runtime.merge.launch import merge
-from mipipe.runtime.merge.parts import rebuild, store
+from mipipe.runtime.merge import parts as parts_module
+from mipipe.runtime.merge.launch import MergeOptions, merge, run_plan
+from mipipe.runtime.merge.store import plan_rebuild, plan_store, rebuild, store
 
 
 def recipe(root, method, **parameters):
@@ -101,3 +102,64 @@ def test_parts_of_a_shared_model_can_be_moved(tmp_path):
     rebuild(tmp_path / "elsewhere", tmp_path / "out", [0.5, 0.5, 0.0])
     assert set(read(tmp_path / "out")) == set(read(tmp_path / "base"))
     assert size(tmp_path / "elsewhere") > 0
+
+
+@pytest.mark.parametrize(("method", "parameters"), [("onebit", {"route": 0}), ("rmm", {"num_basis": 1, "rank": 4})])
+def test_ranks_do_not_show_in_parts_or_in_what_is_rebuilt(tmp_path, method, parameters):
+    trio(tmp_path)
+    made = recipe(tmp_path, method, **parameters)
+    rebuilt = set()
+    for ranks in (1, 3):
+        options = MergeOptions(num_ranks=ranks)
+        parts, out = tmp_path / f"parts{ranks}", tmp_path / f"out{ranks}"
+        (plan,) = plan_store(made, parts, "recipe", options)
+        in_threads(plan, parts)
+        in_threads(plan_rebuild(parts, out, [0.0, 1.0, 0.5], options), out)
+        rebuilt.add((out / "model.safetensors").read_bytes())
+    assert len(rebuilt) == 1
+    one, three = read(tmp_path / "parts1"), read(tmp_path / "parts3")
+    assert set(one) == set(three) and all(torch.equal(one[name], three[name]) for name in one)
+
+
+def test_storing_continues_where_it_was_killed(tmp_path, monkeypatch):
+    trio(tmp_path)
+    monkeypatch.setattr(parts_module, "FILE_BYTES", 1)
+    (plan,) = plan_store(recipe(tmp_path, "onebit", route=0), tmp_path / "parts", "recipe", MergeOptions())
+
+    def crash(done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_plan(plan, tmp_path / "parts", MergeOptions(), crash)
+    assert not (tmp_path / "parts").exists() and list((tmp_path / "parts.partial").glob("parts-*.safetensors"))
+    run_plan(plan, tmp_path / "parts", MergeOptions())
+    assert json.loads((tmp_path / "parts" / "mipipe_merge.json").read_text())["ranks"][0]["resumed"] > 5
+    store(recipe(tmp_path, "onebit", route=0), tmp_path / "whole")
+    one, other = read(tmp_path / "parts"), read(tmp_path / "whole")
+    assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_shared_basis_of_matrices_stored_transposed(tmp_path):
+    """RMM works on rows and columns, so GPT-2's matrices are turned before they are stored, and turned back."""
+    generator = torch.Generator().manual_seed(0)
+    for label in ("base", "expert1", "expert2", "expert3"):
+        write(tmp_path / label, {"h.0.mlp.c_fc.weight": torch.randn(8, 16, generator=generator)},
+              {"model_type": "gpt2"})
+    made = recipe(tmp_path, "rmm", num_basis=1, rank=2)
+    store(made, tmp_path / "parts")
+    rebuild(tmp_path / "parts", tmp_path / "rebuilt", [1.0, 0.0, 0.0])
+    models = tuple(dataclasses.replace(model, parameters={"route": float(index == 0)})
+                   for index, model in enumerate(made.models))
+    merge([dataclasses.replace(made, models=models)], tmp_path / "merged")
+    torch.testing.assert_close(read(tmp_path / "rebuilt"), read(tmp_path / "merged"), rtol=0, atol=2e-6)
+
+
+def test_a_dry_run_of_parts_writes_nothing(tmp_path):
+    trio(tmp_path)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({
+        "merge_method": "twin", "base_model": f"{tmp_path}/base", "models": [{"model": f"{tmp_path}/expert1"}]}))
+    done = CliRunner().invoke(app, ["merge", str(tmp_path / "r.yaml"), "-o", str(tmp_path / "parts"), "--store",
+                                    "--dry-run", "--json", "--ranks", "2"])
+    assert done.exit_code == 0 and len(json.loads(done.output)["recipes"]) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "expert1", "expert2", "expert3", "r.yaml"]

@@ -4,13 +4,12 @@ import dataclasses
 import json
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from merge_fixtures import read, recipe_for, state, trio, write
+from merge_fixtures import in_threads, read, recipe_for, state, trio, write
 
 from mipipe.graphs.errors import InfeasibleError
 from mipipe.graphs.merge_passes import Scope
@@ -18,13 +17,9 @@ from mipipe.graphs.recipe import parse_recipe
 from mipipe.graphs.tensor_classes import TensorClass, classify, layer_index
 from mipipe.planner.merge_plan import SHARD_BYTES, plan_recipe
 from mipipe.runtime.merge import output
-from mipipe.runtime.merge.exchange import Exchange
-from mipipe.runtime.merge.execute import run_rank
 from mipipe.runtime.merge.launch import MergeOptions, merge
 from mipipe.runtime.merge.method import fill, merge_tensors
-from mipipe.runtime.merge.output import publish
 from mipipe.runtime.merge.registry import BY_METHOD, METHODS
-from mipipe.runtime.merge.worker import begin
 
 
 def run(data, out, **options):
@@ -32,42 +27,10 @@ def run(data, out, **options):
     return merge(recipes, out, MergeOptions(**options))
 
 
-class Threads(Exchange):
-    """Ranks as threads of one process: what they gather goes through a shared list."""
-
-    def __init__(self, rank, size, shared, barrier):
-        super().__init__(rank, size, rank)
-        self.shared, self.wait = shared, barrier.wait
-
-    def gather(self, value):
-        self.shared[self.rank] = value
-        self.wait()
-        values = list(self.shared)
-        self.wait()
-        return values
-
-
 def run_threads(data, out, ranks, cap=None):
     """The same merge with several ranks in one process."""
     plan = plan_recipe(parse_recipe(data, "recipe"), "recipe", out, {}, ranks, cap, SHARD_BYTES)
-    folder = begin(plan, out)
-    barrier, shared, failures = threading.Barrier(ranks, timeout=60), [None] * ranks, []
-
-    def one(rank):
-        try:
-            run_rank(plan, folder, Threads(rank, ranks, shared, barrier), torch.device("cpu"))
-        except BaseException as error:
-            failures.append(error)
-            barrier.abort()
-
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
-    publish(folder, out, plan.shards)
+    in_threads(plan, out)
     return plan
 
 
