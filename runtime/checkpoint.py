@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from datetime import timedelta
@@ -40,6 +41,8 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) \
             if dist.is_initialized() else None
+        if self._group is None:  # which is meant, and DCP warns of at every save
+            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, step: int, data: dict[str, Any]) -> None:

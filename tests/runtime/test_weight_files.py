@@ -2,6 +2,7 @@
 
 import json
 import logging
+import resource
 
 import pytest
 import runtime_equal as equal
@@ -10,7 +11,7 @@ import safetensors
 import torch
 
 from mipipe.graphs.capture import capture
-from mipipe.graphs.errors import InputError
+from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.expert_groups import slice_tensor
 from mipipe.planner.schedules import BASELINES
 from mipipe.runtime.config import TrainConfig
@@ -130,12 +131,20 @@ def loss_of(model):
 
 
 def test_a_saved_folder_is_not_overwritten(folder, graph, tmp_path):
-    """Unless the run is resumed: then it is replaced, in one rename."""
+    """Unless the run is resumed: then it is replaced, in one rename. A full disk leaves nothing behind."""
     engine = Engine(plan(graph, 1), graph, initial_weights(graph, TrainConfig(1, weights=str(folder))))
     module = empty_module(graph, TrainConfig(1))
     (tmp_path / "out").mkdir()
     with pytest.raises(Exception, match="exists already"):
         save_weights(engine, module, Target(tmp_path / "out", 10**6))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(RunError, match="no space left: the merged model needs"):
+            save_weights(engine, module, Target(tmp_path / "full", 10**6))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     save_weights(engine, module, Target(tmp_path / "out", 10**6, torch.bfloat16), replace=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
