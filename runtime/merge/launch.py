@@ -183,7 +183,7 @@ def run_plan(plan: MergePlan, out: Path, options: MergeOptions,
         log = Path(reports) / "torchrun.log"
         code = run_watched(torchrun_command(out, options, reports), log, None)
         if code:
-            raise explain(Path(reports), log, code)
+            raise explain(Path(reports), log, code, show=False)
 
 
 def torchrun_command(out: Path, options: MergeOptions, report: str | None = None) -> list[str]:
