@@ -64,11 +64,13 @@ def loads(problem: PlanningProblem) -> list[list[int]]:
 
 
 def fit_cuts(problem: PlanningProblem, shape: Shape, groups: Sequence[int] | None = None,
-             beside: Sequence[tuple[int, Sequence[int]]] = ()) -> list[list[int]]:
+             beside: Sequence[tuple[int, Sequence[int]]] = (), *, by_head: bool = False) -> list[list[int]]:
     """Stages as lists of groups: the cuts of the shape with the smallest estimated makespan.
 
     Resident bytes that do not fit come first, then the load of the busiest rank, then how even the loads are.
     ``groups``: what to cut (default: all), in a topological order. ``beside``: (rank, groups) already placed.
+    ``by_head``: to a rank's load over the step comes its head, the forwards before its first stage, so that ranks that
+    start late get less.
     """
     blocks = units(problem, groups)
     count = shape.num_stages
@@ -84,8 +86,9 @@ def fit_cuts(problem: PlanningProblem, shape: Shape, groups: Sequence[int] | Non
     kind_sums = {kind: [0, *accumulate(size[r] for size in sizes)] for kind, r in by_kind.items()}
     sums = [kind_sums[device.kind] for device in problem.topology.devices]
     weights = [0, *accumulate(weight)]
+    heads = _heads(problem, blocks) if by_head else []
     alike = len(set(map(tuple, sizes))) == 1 == len(set(weight)) and len(by_kind) == 1
-    if alike and len(blocks) % count == 0 and not beside:
+    if alike and len(blocks) % count == 0 and not beside and not by_head:
         return [[g for block in blocks[k * len(blocks) // count:(k + 1) * len(blocks) // count] for g in block]
                 for k in range(count)]
 
@@ -94,14 +97,15 @@ def fit_cuts(problem: PlanningProblem, shape: Shape, groups: Sequence[int] | Non
         for k in range(count):
             low, high = cuts[k], cuts[k + 1]
             rank = shape.rank_of[k]
-            ends = [(rank, 0.5), (problem.num_ranks - 1 - rank, 0.5)] if shape.two_way else [(rank, 1.0)]
-            for where, share in ends:
+            halves = [(rank, 0.5), (problem.num_ranks - 1 - rank, 0.5)] if shape.two_way else [(rank, 1.0)]
+            for where, share in halves:
                 load[where] += share * (sums[where][high] - sums[where][low])
                 bytes_[where] += weights[high] - weights[low]
         over = sum(max(0.0, have - limit) for have, limit in zip(bytes_, room, strict=True))
         empty = sum(cuts[k] == cuts[k + 1] for k in range(count))
-        estimate = max(problem.num_microbatches * l for l in load)  # noqa: E741
-        return over, estimate + empty * 1e-9, sum(l * l for l in load)  # noqa: E741
+        wait = _waits(shape, cuts, heads, problem.num_ranks) if by_head else [0] * problem.num_ranks
+        ends = [problem.num_microbatches * l + w for l, w in zip(load, wait, strict=True)]  # noqa: E741
+        return over, max(ends) + empty * 1e-9, sum(end * end for end in ends)
 
     best: tuple[tuple[float, float, float], list[int]] | None = None
     for start in (_even(len(blocks), count), _balanced([max(size) for size in sizes], count)):
@@ -112,6 +116,22 @@ def fit_cuts(problem: PlanningProblem, shape: Shape, groups: Sequence[int] | Non
     assert best is not None
     cuts = best[1]
     return [[g for b in range(cuts[k], cuts[k + 1]) for g in blocks[b]] for k in range(count)]
+
+
+def _heads(problem: PlanningProblem, blocks: Sequence[Sequence[int]]) -> list[int]:
+    """For every block the forwards of one microbatch before it, one after the other, on the fastest device."""
+    ahead = [sum(min(times.f_ns for times in problem.groups[g].times.values()) for g in block) for block in blocks]
+    return [0, *accumulate(ahead)]
+
+
+def _waits(shape: Shape, cuts: Sequence[int], heads: Sequence[int], ranks: int) -> list[int]:
+    """For every rank the head of its first stage; 0 for a rank without any."""
+    first = [-1] * ranks
+    for k, rank in enumerate(shape.rank_of):
+        if cuts[k] < cuts[k + 1]:
+            for where in (rank, ranks - 1 - rank) if shape.two_way else (rank,):
+                first[where] = heads[cuts[k]] if first[where] < 0 else min(first[where], heads[cuts[k]])
+    return [max(0, wait) for wait in first]
 
 
 def _even(blocks: int, count: int) -> list[int]:

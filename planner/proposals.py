@@ -1,9 +1,9 @@
 """Known placement shapes, fitted to a problem: chain, V, interleaved, wave, two-way, two-way V, ring, encoders apart.
 
 A shape says which rank holds the k-th of its stages, in one or two directions; `mipipe.planner.cuts` fits it to the
-groups, `mipipe.planner.ring` shares replicas out unevenly, `mipipe.planner.branches` gives encoders places of their
-own. Groups without resident bytes at either end (an embedding or a head whose parameters are not counted, or that fit
-everywhere) may be spread over several ranks by microbatch.
+groups (even loads, and less for ranks that start late), `mipipe.planner.ring` shares replicas out unevenly,
+`mipipe.planner.branches` gives encoders places of their own. Groups without resident bytes at either end (an embedding
+or a head whose parameters are not counted, or that fit everywhere) may be spread over several ranks by microbatch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from mipipe.planner.cuts import Shape, fit_cuts, place, place_spread, resident_r
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.ring import rings
+
+SHIFTED = 4096
+"""Ranks x microbatches up to which every shape is also cut with less for ranks that start late: beyond, the time for
+another candidate is better spent searching."""
 
 
 def shapes(ranks: int, name: str = "free") -> list[Shape]:
@@ -77,7 +81,12 @@ def all_placements(problem: PlanningProblem, name: str = "free") -> Iterator[Pla
                 yield place(problem, Shape("chain", shape.rank_of[:blocks]),
                             fit_cuts(problem, Shape("chain", shape.rank_of[:blocks])))
             continue
-        yield place(problem, shape, fit_cuts(problem, shape))
+        even = fit_cuts(problem, shape)
+        yield place(problem, shape, even)
+        if problem.num_ranks > 1 and problem.num_ranks * problem.num_microbatches <= SHIFTED:
+            shifted = fit_cuts(problem, shape, by_head=True)
+            if shifted != even:
+                yield place(problem, shape, shifted)
         if ends and problem.num_ranks > 1 and blocks - len(ends) >= shape.num_stages:
             yield place_spread(problem, shape, ends)
     yield from rings(problem, name)

@@ -94,3 +94,30 @@ def test_rings_share_every_stage_among_neighbours_and_give_later_ranks_more(name
 def test_no_ring_where_ranks_are_odd_or_one_copy_is_allowed() -> None:
     assert not list(propose(uniform_problem(ranks=5, microbatches=8, f=1, i=1, w=1), "ring"))
     assert not list(propose(uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, copies=1), "ring"))
+
+
+@pytest.mark.parametrize("name", ["chain", "v", "interleaved", "two-way"])
+def test_ranks_that_start_late_get_less_where_that_ends_sooner(name: str) -> None:
+    """Head and load of the rank that ends last, with the cuts that look at heads and with those that do not."""
+    problem = uniform_problem(ranks=4, microbatches=6, f=1, i=1, w=1, layers=32, first="0.2", last="0.6")
+    shape = shapes(4, name)[0]
+    ends = {}
+    for by_head in (False, True):
+        parts = fit_cuts(problem, shape, by_head=by_head)
+        assert [group for part in parts for group in part] == list(range(len(problem.groups)))
+        ends[by_head] = _last_end(problem, shape, parts)
+    assert ends[True] <= ends[False]
+    assert name != "chain" or ends[True] < ends[False]
+
+
+def _last_end(problem, shape, parts) -> float:
+    """The largest over ranks of head and load, as the cuts estimate it."""
+    work = loads(problem)
+    forwards = [group.times["device"].f_ns for group in problem.groups]
+    load, head = [0.0] * 4, [float("inf")] * 4
+    for rank, part in zip(shape.rank_of, parts, strict=True):
+        for where in {rank, 3 - rank} if shape.two_way else {rank}:
+            load[where] += sum(work[g][where] for g in part) * (0.5 if shape.two_way else 1.0)
+            if part:
+                head[where] = min(head[where], sum(forwards[:part[0]]))
+    return max(problem.num_microbatches * busy + begin for busy, begin in zip(load, head, strict=True))
