@@ -153,7 +153,7 @@ def quotas(lines: Lines, slack: float) -> np.ndarray:
     return quota
 
 
-def _even(lines: Lines) -> np.ndarray:
+def even_quotas(lines: Lines) -> np.ndarray:
     """Equally many microbatches for every line of a rank, as many as fit."""
     total = np.zeros(len(lines.cap), dtype=np.int64)
     np.add.at(total, lines.machine, lines.size)
@@ -162,7 +162,7 @@ def _even(lines: Lines) -> np.ndarray:
 
 def first_rules(lines: Lines) -> Iterator[Rule]:
     """Rules to begin with: input gradients first, weight gradients last, older or farther microbatches first."""
-    even = _even(lines)
+    even = even_quotas(lines)
     for slack in (1.5, 1.0, 2.0):
         quota = quotas(lines, slack)
         for ahead in (1e4, 16.0, 4.0):
@@ -174,13 +174,17 @@ def first_rules(lines: Lines) -> Iterator[Rule]:
 
 
 def tune(instance: Instance, lines: Lines, seconds: float, seed: int, *, start: Rule | None = None,
-         evaluations: int = 1 << 40, stop: Callable[[], bool] = lambda: False, target_ns: int = 0) -> Tuned | None:
-    """The best rule found in some seconds or evaluations, whichever end first; None if none gives a schedule."""
+         rules: Callable[[Lines], Iterator[Rule]] = first_rules, evaluations: int = 1 << 40,
+         stop: Callable[[], bool] = lambda: False) -> Tuned | None:
+    """The best rule found in some seconds or evaluations, whichever end first; None if none gives a schedule.
+
+    It starts from ``start``, or from the best of ``rules``. Where evaluations decide, a seed always gives the same rule.
+    """
     rng = np.random.default_rng(seed)
     end, began = time.monotonic() + seconds, time.monotonic()
     best = current = None
     best_cost = current_cost = np.inf
-    fresh = iter([start]) if start is not None else first_rules(lines)
+    fresh = iter([start]) if start is not None else rules(lines)
     tried = 0
     while tried < evaluations and not stop() and (time.monotonic() < end or best is None):
         rule = next(fresh, None)
@@ -195,8 +199,6 @@ def tune(instance: Instance, lines: Lines, seconds: float, seed: int, *, start: 
             current, current_cost = rule, cost
         if orders is not None and cost < best_cost:
             best, best_cost = Tuned(orders, rule, tried), cost
-            if orders.makespan_ns <= target_ns:
-                break
     return None if best is None else replace(best, tried=tried)
 
 

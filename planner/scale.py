@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mipipe.graphs.errors import PlanError
-from mipipe.planner import greedy, quotas, search
+from mipipe.planner import greedy, quotas, search, two_ended
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds import Bound, placement_bound
 from mipipe.planner.candidate import Candidate, Judged, carries_bytes, judge
@@ -60,6 +60,7 @@ class Entry:
     lines: quotas.Lines
     tuned: quotas.Tuned
     expected_ns: int
+    backward: quotas.Rule | None = None
 
 
 def applies(problem: PlanningProblem) -> bool:
@@ -91,6 +92,8 @@ def climb(run: Run) -> None:
         entries.sort(key=lambda entry: entry.expected_ns)
         for entry in entries[:kept]:
             _tune(run, entry, min(share / kept, run.left))
+    if entries:
+        _turn(run, entries[0], min(0.1 * limit, run.left))
     for entry in entries[:1 if 3 * run.problem.num_ranks * run.problem.num_microbatches > BOUND_ACTIONS else 2]:
         _apply(run, entry, "quotas")
     run.ablation.append({"rung": "quotas", "placement": run.best.placement.name if run.best else "",
@@ -147,6 +150,14 @@ def _tune(run: Run, entry: Entry, seconds: float) -> None:
         entry.expected_ns = _expected(run, entry.small, tuned.orders)
 
 
+def _turn(run: Run, entry: Entry, seconds: float) -> None:
+    """Tune an entry's rule for reversed time, which is good at the other end of the step."""
+    mirrored, lines, _ = two_ended.backwards(entry.small, entry.lines)
+    tuned = quotas.tune(mirrored, lines, seconds, run.options.seed, rules=two_ended.backward_rules,
+                        stop=lambda: run.interrupted)
+    entry.backward = tuned.rule if tuned is not None else None
+
+
 def _apply(run: Run, entry: Entry, rung: str) -> None:
     """Schedule all microbatches by an entry's rule, as a candidate; the search may go on from it."""
     found = next((other for other in run.candidates if other.placement == entry.placement), None)
@@ -160,19 +171,32 @@ def _apply(run: Run, entry: Entry, rung: str) -> None:
     assert lines is not None
     tuned = quotas.tune(found.instance, lines, 0.05 * run.options.time_limit_s if rung != "list" else 0.01,
                         run.options.seed, start=quotas.moved(entry.tuned.rule, entry.lines, lines))
-    if tuned is None or tuned.orders.makespan_ns >= found.makespan_ns:
+    if tuned is None:
         return
-    schedule = expand(found.instance, tuned.orders.lists())
+    orders = _blended(found.instance, lines, entry, tuned.orders)
+    if orders.makespan_ns >= found.makespan_ns:
+        return
+    schedule = expand(found.instance, orders.lists())
     exact = not (carries_bytes(found.view) or any(found.view.reduce_ns(s) for s in range(found.view.num_stages)))
-    judged = (Judged(schedule, tuned.orders.makespan_ns, (0,) * run.problem.num_ranks) if exact
+    judged = (Judged(schedule, orders.makespan_ns, (0,) * run.problem.num_ranks) if exact
               else judge(found.view, schedule))
     if judged.fits and judged.makespan_ns < found.makespan_ns:
         found.best, found.rung = judged, rung
         if found not in run.candidates:
             run.candidates.append(found)
         if found.instance.size <= SEARCHABLE:
-            found.search = search.start(found.instance, tuned.orders, run.options.seed + 1, found.bound.ns)
+            found.search = search.start(found.instance, orders, run.options.seed + 1, found.bound.ns)
         run.note(found, rung)
+
+
+def _blended(instance: Instance, lines: quotas.Lines, entry: Entry, forward: Orders) -> Orders:
+    """The better of a schedule and of what it becomes with the entry's backward rule at the other end."""
+    if entry.backward is None:
+        return forward
+    mirrored, turned, image = two_ended.backwards(instance, lines)
+    _, small, _ = two_ended.backwards(entry.small, entry.lines)
+    backward = quotas.run(mirrored, turned, quotas.moved(entry.backward, small, turned))
+    return forward if backward is None else two_ended.blend(instance, lines, forward, mirrored, image, backward)
 
 
 def _instance(whole: StageView) -> Instance:

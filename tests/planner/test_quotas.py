@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from mipipe.planner import quotas, scale
+from mipipe.planner import quotas, scale, two_ended
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.check import check_plan
 from mipipe.planner.evaluate import evaluate
@@ -35,7 +35,7 @@ def uneven(ranks: int, microbatches: int) -> PlanningProblem:
 
 def test_every_rule_gives_a_sound_schedule_with_the_kernels_own_makespan() -> None:
     problem = uneven(4, 8)
-    for placement in propose(problem):
+    for placement in (*propose(problem, "two-way"), *propose(problem, "v")):
         stage_view = view(problem, placement)
         for halved in (False, True) if mirror(stage_view) else (False,):
             instance = build(stage_view, halve=halved)
@@ -100,6 +100,29 @@ def test_tuning_by_evaluations_is_reproducible_and_helps() -> None:
     assert first is not None and again is not None and start is not None
     assert (first.orders.seq == again.orders.seq).all() and first.tried == 300
     assert first.orders.makespan_ns < start.makespan_ns
+
+
+def test_backwards_and_blended_lists_are_sound_and_better() -> None:
+    """A list of the reversed instance, read from its end, is a schedule of the problem; the blend beats the forward one."""
+    problem = uneven(16, 32)
+    placement = next(p for p in propose(problem, "two-way") if "spread" in p.name)
+    stage_view = view(problem, placement)
+    instance = build(stage_view, halve=True)
+    lines = quotas.lines_of(instance)
+    assert lines is not None
+    mirrored, turned, image = two_ended.backwards(instance, lines)
+    assert (image[image] == np.arange(instance.size)).all()
+    forward = quotas.tune(instance, lines, 60, 0, evaluations=60)
+    backward = quotas.tune(mirrored, turned, 60, 0, rules=two_ended.backward_rules, evaluations=60)
+    assert forward is not None and backward is not None
+    read = [[int(image[n]) for n in reversed(order)] for order in backward.orders.lists()]
+    schedule = expand(instance, read)
+    _, evaluation = evaluate(stage_view, schedule)
+    assert evaluation.makespan_ns <= backward.orders.makespan_ns
+    check_plan(Plan("x", problem, placement, schedule, evaluation.makespan_ns))
+    blended = two_ended.blend(instance, lines, forward.orders, mirrored, image, backward.orders)
+    assert blended.makespan_ns < forward.orders.makespan_ns
+    check_plan(Plan("x", problem, placement, expand(instance, blended.lists()), blended.makespan_ns))
 
 
 def test_rules_move_to_more_microbatches() -> None:
