@@ -66,23 +66,19 @@ def train_elastic(plan: str | Path, graph: str | Path, config: str | Path, repla
             error = explain(folder, folder / "torchrun.log", code, show=not lost)
         if not lost:
             raise error
-        devices = [device for rank, device in enumerate(devices) if rank not in lost]
         names = f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, sorted(lost)))}"
-        ranks = current.problem.num_ranks
-        copies = len(devices) // ranks
-        count = copies * ranks if copies else len(devices)
+        copies, devices = remaining(current.problem.num_ranks, devices, lost)
+        count, resume = len(devices), True
         if count < max(1, min_ranks):
             raise RunError(f"{names} lost, {count} left, but at least {max(1, min_ranks)} must run; the newest"
                            f" checkpoint is in {job.config.checkpoint.folder}")
         if copies:
-            say(f"{names} lost: going on with {copies} of the plan's copies")
+            say(f"{names} lost: going on with {copies} cop{'ies' if copies > 1 else 'y'} of the plan")
         else:
             say(f"{names} lost: planning for {count} device{'s' if count > 1 else ''}")
-            copies = 1
-            current = replan(fewer_devices(current.problem, lost))
+            current = replan(current.problem.replace(topology=current.problem.topology.without(lost)))
             path = Path(job.config.checkpoint.folder) / f"plan-{count}-ranks.json"
             save(current, path)
-        devices, resume = devices[:count], True
 
 
 def lost_ranks(folder: Path, world: int) -> set[int]:
@@ -99,9 +95,11 @@ def lost_ranks(folder: Path, world: int) -> set[int]:
     return set()
 
 
-def fewer_devices(problem: PlanningProblem, lost: Sequence[int] | set[int]) -> PlanningProblem:
-    """The problem without the devices of lost ranks."""
-    return problem.replace(topology=problem.topology.without(lost))
+def remaining(num_ranks: int, devices: Sequence[int], lost: set[int]) -> tuple[int, list[int]]:
+    """How many whole copies of a plan still fit (0: it must be made anew) and the devices to use."""
+    left = [device for rank, device in enumerate(devices) if rank not in lost]
+    copies = len(left) // num_ranks
+    return copies, left[:copies * num_ranks] if copies else left
 
 
 class visible_devices(contextlib.AbstractContextManager[None]):

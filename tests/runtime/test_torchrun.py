@@ -22,13 +22,14 @@ from mipipe.graphs.capture import capture
 from mipipe.graphs.errors import InputError, PlanError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import load, save
+from mipipe.graphs.topology import Link, Topology
 from mipipe.planner.plan import Plan
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.timeline import Timeline
 from mipipe.runtime.checkpoint_folder import complete, read_state, verify
 from mipipe.runtime.config import read_config
 from mipipe.runtime.data import make_batches
-from mipipe.runtime.elastic import lost_ranks, train_elastic
+from mipipe.runtime.elastic import lost_ranks, remaining, train_elastic
 from mipipe.runtime.engine import Engine
 from mipipe.runtime.launch import train
 from mipipe.runtime.models import initial_weights
@@ -185,6 +186,17 @@ def test_who_is_lost(tmp_path):
     assert lost_ranks(tmp_path, 3) == {1}
     reports((0, 0, "the loss is nan"), (1, 0, "the peer has failed"))
     assert lost_ranks(tmp_path, 3) == set()
+
+
+def test_what_remains():
+    """Whole copies of the plan while there are any, then every device that is left."""
+    assert remaining(2, [0, 1, 2, 3], {1}) == (1, [0, 2])
+    assert remaining(2, [0, 2], {0}) == (0, [2])
+    assert remaining(4, [0, 1, 2, 3], {1, 3}) == (0, [0, 2])
+    topology = Topology(Topology.uniform(3).devices, Link(1), Link(2), {"0->2": Link(3), "1->2": Link(4)})
+    fewer = topology.without({1})
+    assert [device.name for device in fewer.devices] == ["device0", "device2"]
+    assert fewer.overrides == {"0->1": Link(3)}
 
 
 def test_elastic_needs_checkpoints_and_ranks(files):

@@ -1,0 +1,26 @@
+"""``mipipe train --elastic``: what it refuses, and the plan it makes for the devices that are left."""
+
+import pytest
+
+from mipipe.cli.train import plan_again
+from mipipe.graphs.errors import InfeasibleError
+from mipipe.planner.check_plan import check_plan
+from mipipe.planner.uniform import uniform_problem
+
+
+def test_a_plan_for_fewer_devices() -> None:
+    """The same groups on two of three devices: complete and within memory; one is too few, and the error says so."""
+    problem = uniform_problem(ranks=3, microbatches=4, f=1, i=1, w=1, layers=6, copies=2)
+    again = plan_again(problem.replace(topology=problem.topology.without({1})), 2.0)
+    assert again.problem.num_ranks == 2
+    assert again.problem.groups == problem.groups
+    check_plan(again)
+    with pytest.raises(InfeasibleError, match="no plan exists: rank 0"):
+        plan_again(problem.replace(topology=problem.topology.without({0, 2})), 2.0)
+
+
+def test_options_that_do_not_go_with_a_supervisor(mipipe) -> None:
+    """It watches the ranks of one host."""
+    ended = mipipe("train", "--plan", "p.json", "--graph", "g.json", "--config", "c.yaml", "--elastic", "--torchrun",
+                   "--nnodes 2")
+    assert ended.code == 1 and "--elastic watches all ranks of one host" in ended.error
