@@ -178,7 +178,7 @@ def tune(instance: Instance, lines: Lines, seconds: float, seed: int, *, start: 
          stop: Callable[[], bool] = lambda: False) -> Tuned | None:
     """The best rule found in some seconds or evaluations, whichever end first; None if none gives a schedule.
 
-    It starts from ``start``, or from the best of ``rules``. Where evaluations decide, a seed always gives the same rule.
+    It starts from ``start`` or from the best of ``rules``. Where evaluations decide, a seed always gives one rule.
     """
     rng = np.random.default_rng(seed)
     end, began = time.monotonic() + seconds, time.monotonic()

@@ -103,7 +103,7 @@ def test_tuning_by_evaluations_is_reproducible_and_helps() -> None:
 
 
 def test_backwards_and_blended_lists_are_sound_and_better() -> None:
-    """A list of the reversed instance, read from its end, is a schedule of the problem; the blend beats the forward one."""
+    """A list of the reversed instance, read from its end, is a schedule; the blend beats the forward one."""
     problem = uneven(16, 32)
     placement = next(p for p in propose(problem, "two-way") if "spread" in p.name)
     stage_view = view(problem, placement)
