@@ -89,18 +89,23 @@ def trace_joint(function: Function, specs: Sequence[TensorSpec], differentiable:
             shapes = [(tuple(output.shape), output.dtype) for output in function(*[x.clone() for x in arguments])]
         tangents = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
     with mode:
-        module = make_fx(joint, tracing_mode="fake")(arguments, tangents)
+        with fx.traceback.preserve_node_meta():
+            module = make_fx(joint, tracing_mode="fake")(arguments, tangents)
         _declare_batch_norm(module)
         if any(_mutates(node) for node in module.graph.nodes):
             flat = arguments + tangents
-            module = make_fx(torch.func.functionalize(module_on_lists(module, len(arguments)), remove="mutations"),
-                             tracing_mode="fake")(*flat)
+            with fx.traceback.preserve_node_meta():
+                module = make_fx(torch.func.functionalize(module_on_lists(module, len(arguments)), remove="mutations"),
+                                 tracing_mode="fake")(*flat)
     return _tidy(module, first_buffer, arguments, tangents, mode, masks[-1], differentiable)
 
 
 def module_on_lists(module: fx.GraphModule, count: int) -> Callable[..., Any]:
-    """``module([arguments], [tangents])`` as a function of flat tensors, the first ``count`` being arguments."""
-    return lambda *flat: module(list(flat[:count]), list(flat[count:]))
+    """``module([arguments], [tangents])`` as a function of flat tensors, the first ``count`` being arguments.
+
+    It is interpreted node by node, so that what is traced keeps its nodes' module paths.
+    """
+    return lambda *flat: fx.Interpreter(module).run(list(flat[:count]), list(flat[count:]))
 
 
 class attention_mode(torch.overrides.TorchFunctionMode):

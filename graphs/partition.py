@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from mipipe.graphs import joint as joint_graph
 from mipipe.graphs.flops import count_flops, num_bytes
 from mipipe.graphs.joint import Function, Joint, storage_bytes, storage_of, trace_joint
+from mipipe.graphs.module_paths import module_paths
 from mipipe.graphs.operator_graph import Operator, Phase, SavedTensor, SegmentTrace, TensorSpec
 from mipipe.graphs.serialize import digest
 from mipipe.graphs.trace import CONSTANT, GETITEM, encode, identifier, spec_of
@@ -200,6 +201,15 @@ def _is_view(node: fx.Node) -> bool:
     return storage is not None and any(storage_of(source) == storage for source in node.all_input_nodes)
 
 
+def _moves_nothing(node: fx.Node) -> bool:
+    """Whether all that a node returns are views of its inputs: one tensor, or a list of them (split, unbind)."""
+    value = node.meta["val"]
+    if not isinstance(value, (tuple, list)):
+        return _is_view(node)
+    storages = {storage_of(source) for source in node.all_input_nodes}
+    return all(isinstance(item, Tensor) and item.untyped_storage()._cdata in storages for item in value)
+
+
 def _repeat_parameter_views(made: Joint, phases: dict[fx.Node, Phase], num_inputs: int) -> None:
     """Make views of parameters and buffers again in each phase that reads them, rather than saving them."""
     resident = {storage_of(node) for node in made.arguments[num_inputs:]}
@@ -262,25 +272,26 @@ _GATHERS = {"aten.embedding.default", "aten.index.Tensor", "aten.gather.default"
 """Operators that read as much of their first argument as they return, not all of it."""
 
 
-def _to_operator(node: fx.Node, phase: Phase) -> Operator:
-    """A node of the joint graph as data."""
+def _to_operator(node: fx.Node, phase: Phase, path: str) -> Operator:
+    """A node of the joint graph, recorded in the module ``path``, as data."""
     value = node.meta["val"]
     outputs = tuple(spec_of(item) for item in (value if isinstance(value, (tuple, list)) else (value,))
                     if isinstance(item, Tensor))
     if node.target is operator.getitem:
-        return Operator(node.name, GETITEM, phase, encode(node.args), {}, outputs)
+        return Operator(node.name, GETITEM, phase, encode(node.args), {}, outputs, fqn=path)
     if node.target is joint_graph.make_constant:
-        return Operator(node.name, CONSTANT, phase, encode(node.args), {}, outputs, bytes_written=num_bytes(value))
+        return Operator(node.name, CONSTANT, phase, encode(node.args), {}, outputs, bytes_written=num_bytes(value),
+                        fqn=path)
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda item: item.meta["val"])
     encoded = {key: encode(item) for key, item in node.kwargs.items() if key != "pin_memory"}
     read = written = 0
-    if not _is_view(node):
+    if not _moves_nothing(node):
         sources = node.all_input_nodes
         read, written = sum(num_bytes(source.meta["val"]) for source in sources), num_bytes(value)
         if str(node.target) in _GATHERS:
             read += written - num_bytes(sources[0].meta["val"])
     return Operator(node.name, str(node.target), phase, encode(node.args), encoded, outputs,
-                    count_flops(node.target, args, kwargs, value), max(read, 0), written, node.meta.get("fqn", ""))
+                    count_flops(node.target, args, kwargs, value), max(read, 0), written, path)
 
 
 def _to_trace(made: Joint, phases: dict[fx.Node, Phase], names: tuple[tuple[str, ...], ...]) -> SegmentTrace:
@@ -288,7 +299,9 @@ def _to_trace(made: Joint, phases: dict[fx.Node, Phase], names: tuple[tuple[str,
     inputs, parameters, buffers = names
     _name(made, (*inputs, *parameters, *buffers))
     nodes = [node for node in made.graph.nodes if node in phases]
-    operators = tuple(_to_operator(node, phase) for phase in Phase for node in nodes if phases[node] is phase)
+    paths = module_paths(made, phases, len(inputs))
+    operators = tuple(_to_operator(node, phase, paths.get(node, ""))
+                      for phase in Phase for node in nodes if phases[node] is phase)
     boundary = (*made.arguments, *made.tangents, *made.outputs, *made.updates.values(), *made.grads)
     saved = _saved(made, phases, len(inputs))
     crossing = {item.name for item in saved}

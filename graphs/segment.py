@@ -12,16 +12,17 @@ import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import networkx as nx
 import torch
 from torch import Tensor, fx
 
+from mipipe.graphs.errors import GraphError
 from mipipe.graphs.export import Exported
 from mipipe.graphs.joint import argument, attention_call, storage_of
 
-Granularity = Literal["layer", "block", "module"]
+Granularity = Literal["layer", "block", "module", "operator"]
 Label = str
 
 _HEAVY = re.compile(r"linear|mm\b|matmul|conv|embedding|attention|einsum|bilinear|grouped_mm")
@@ -39,7 +40,14 @@ class Cut:
 
 
 def cut_segments(exported: Exported, granularity: Granularity = "block") -> list[Cut]:
-    """The segments of a graph in a topological order, covering all operators that its outputs or buffers need."""
+    """The segments of a graph in a topological order, covering all operators that its outputs or buffers need.
+
+    Raises:
+        GraphError: there is no such granularity.
+    """
+    if granularity not in get_args(Granularity):
+        raise GraphError(f"capture granularity: found {granularity!r}, expected one of"
+                         f" {', '.join(get_args(Granularity))}")
     nodes = _live_nodes(exported)
     cloned = clonable(exported, nodes)
     own = [node for node in nodes if node not in cloned]
@@ -198,6 +206,8 @@ def _label_unit(unit: str, nodes: Sequence[fx.Node], granularity: Granularity) -
 def _hard_labels(unit: str, nodes: Sequence[fx.Node], granularity: Granularity) -> dict[fx.Node, Label | None]:
     """The label of each operator inside a heavy child of a unit; None for norms and the unit's own arithmetic."""
     below = {node: _below(node, unit) for node in nodes}
+    if granularity == "operator":
+        return _operator_labels(unit, below)
     if granularity == "module":
         heavy = {paths[-1][0] for node, paths in below.items() if paths and is_heavy(node)}
         inner = {node: paths[-1][0] if paths else "" for node, paths in below.items()}
@@ -224,6 +234,23 @@ def _hard_labels(unit: str, nodes: Sequence[fx.Node], granularity: Granularity) 
             labels[node] = f"{unit}.mlp" if heavy - leaves else unit
         else:
             labels[node] = f"{unit}.{top}"
+    return labels
+
+
+def _operator_labels(unit: str, below: Mapping[fx.Node, Sequence[tuple[str, str]]]) -> dict[fx.Node, Label | None]:
+    """A label for each heavy operator: its module, with the operator's name where the module has several."""
+    labels: dict[fx.Node, Label | None] = dict.fromkeys(below)
+    heavy = [node for node in below if is_heavy(node)]
+    places = [below[node][-1][0] if below[node] else "" for node in heavy]
+    taken: set[str] = set()
+    for node, place in zip(heavy, places, strict=True):
+        own = "" if place and places.count(place) == 1 else re.sub(r"(_default)?(_\d+)?$", "", node.name)
+        text, count = ".".join(part for part in (unit, place, own) if part), 1
+        label = text
+        while label in taken:
+            label, count = f"{text}_{count}", count + 1
+        taken.add(label)
+        labels[node] = label
     return labels
 
 
@@ -255,10 +282,10 @@ def _attach(nodes: Sequence[fx.Node], labels: dict[fx.Node, Label | None], units
     """
     rank = {label: index for index, node in enumerate(nodes) if (label := labels[node]) is not None}
 
-    def follow(node: fx.Node, *, enter_layers: bool = True) -> None:
-        found = [label for user in node.users if (label := labels.get(user)) is not None
-                 and (enter_layers or not _layers(user))]
-        if labels[node] is None and found:
+    def follow(node: fx.Node, *, enter_layers: bool = True, shared: bool = True) -> None:
+        found = {label for user in node.users if (label := labels.get(user)) is not None
+                 and (enter_layers or not _layers(user))}
+        if labels[node] is None and found and (shared or len(found) == 1):
             labels[node] = min(found, key=rank.__getitem__)
 
     def join(node: fx.Node, *, leave_layers: bool) -> None:
@@ -272,10 +299,12 @@ def _attach(nodes: Sequence[fx.Node], labels: dict[fx.Node, Label | None], units
             follow(node, enter_layers=bool(_layers(node)))
     for node in nodes:
         join(node, leave_layers=not _layers(node))
-    for node in reversed(nodes):
-        follow(node)
+    for node in reversed(nodes):  # what several read, as decoder layers do an encoder's last norm, stays with its maker
+        follow(node, shared=False)
     for node in nodes:
         join(node, leave_layers=False)
+    for node in reversed(nodes):
+        follow(node)
 
 
 def _keep_together(nodes: Sequence[fx.Node], labels: dict[fx.Node, Label]) -> None:

@@ -136,6 +136,21 @@ class BiasedAttention(nn.Module):
         return nn.functional.scaled_dot_product_attention(x, x * 0.5, x + 1, attn_mask=self.bias)
 
 
+class Split(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = x.split(3, dim=-1)
+        return torch.sigmoid(gate) * up.unbind(0)[0]
+
+
+def test_views_and_lists_of_views_move_no_bytes() -> None:
+    """Splitting reads nothing; what reads the parts reads their bytes, not the whole tensor's."""
+    trace = check_module(Split().double(), {"x": torch.randn(2, 6, dtype=torch.float64)})
+    moved = {item.kind.split(".")[1]: (item.bytes_read, item.bytes_written) for item in trace.phase_operators(Phase.F)
+             if item.kind != "getitem"}
+    assert moved["split"] == (0, 0) and moved.get("unbind", (0, 0)) == (0, 0) and moved["sigmoid"] == (48, 48)
+    assert moved["mul"] == (48 + 24, 48)
+
+
 def test_learned_mask_gets_its_gradient() -> None:
     trace = check_module(BiasedAttention().double(), {"x": torch.randn(3, 2, 5, 4, dtype=torch.float64)})
     assert trace.parameter_grads[0] is not None
