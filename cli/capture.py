@@ -26,12 +26,18 @@ def capture(
         "--set", help="Override of the model's configuration, such as num_hidden_layers=8; may be repeated.")] = None,
     expert_groups: Annotated[int, typer.Option(help="Split every bank of experts into this many branches.",
                                                min=1)] = 1,
+    expert_parallel: Annotated[int, typer.Option(
+        help="Share every bank of experts among this many ranks, by all-to-all on the communication stream.",
+        min=1)] = 1,
+    loads: Annotated[Path | None, typer.Option(
+        help="With --expert-parallel: tokens per layer and expert, measured, as `mipipe experts` takes them (default:"
+             " all equal).")] = None,
     images: Annotated[int, typer.Option(help="Images per sequence, where the model takes them.", min=0)] = 1,
     image: Annotated[int, typer.Option(help="Height and width of an image (default: the model's own).", min=0)] = 0,
     freeze: Annotated[list[str] | None, typer.Option(
         help="Parameters that do not train: a regular expression on their names, such as 'vision_tower'; may be"
              " repeated.")] = None,
-    granularity: Annotated[str, typer.Option(help="The smallest pieces: layer, block or module.")] = "block",
+    granularity: Annotated[str, typer.Option(help="The smallest pieces: layer, block, module or operator.")] = "block",
     tags: Annotated[Path | None, typer.Option(help="Corrections of the annotation (YAML: layers, branches, roles by"
                                                    " patterns).")] = None,
     json_output: Json = False,
@@ -39,14 +45,19 @@ def capture(
     """Capture a model's training step as an operator graph: forward, input and weight gradients."""
     check_folder(output, "--output")
     overrides = parse_settings(settings or [])
+    if loads is not None and expert_parallel < 2:
+        raise InputError("--loads weighs the costs of expert parallelism: give --expert-parallel RANKS with it")
     with progress(f"capturing {source}") as update:
         from mipipe.graphs.annotate import load_patterns
         from mipipe.graphs.capture import capture as capture_model
         from mipipe.graphs.serialize import save
         from mipipe.graphs.summary import graph_summary, summary_rows
+        from mipipe.planner.expert_files import read_loads
 
+        measured = None if loads is None else read_loads(loads).loads
         graph = capture_model(source, seq=seq, batch=batch, dtype=dtype, overrides=overrides, images=images,
-                              image=image, expert_groups=expert_groups, freeze=freeze or (),
+                              image=image, expert_groups=expert_groups, expert_parallel=expert_parallel,
+                              expert_loads=measured, freeze=freeze or (),
                               granularity=granularity,  # type: ignore[arg-type]
                               patterns=None if tags is None else load_patterns(tags), progress=update)
         save(graph, output)

@@ -21,21 +21,26 @@ def profile(
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew, without earlier results kept for this"
                                                         " machine.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    cluster: Annotated[Path | None, typer.Option(help="The cluster file whose slowest link all-to-alls of expert"
+                                                      " parallelism are charged to.")] = None,
     json_output: Json = False,
 ) -> None:
     """Measure the forward, input-gradient and weight-gradient time of every distinct group on this machine."""
     check_folder(output, "--output")
+    from mipipe.graphs.cluster import load_cluster
     from mipipe.graphs.coarsen import coarsen
+    from mipipe.graphs.exchange import slowest_link
     from mipipe.graphs.operator_graph import OperatorGraph
     from mipipe.graphs.serialize import load, save
 
     graph = load(graph_file, OperatorGraph)
+    link = None if cluster is None else slowest_link(load_cluster(cluster).topology)
     coarse = coarsen(graph, num_groups=groups, granularity=granularity)  # type: ignore[arg-type]
     with progress(f"profiling {len(coarse.groups)} groups with {workers} workers") as update:
         from mipipe.graphs.profile import DEFAULT_CACHE, profile_groups
 
         table = profile_groups(graph, coarse, device=device, workers=workers, cache=None if fresh else DEFAULT_CACHE,
-                               progress=lambda done, total: update(f"{done} of {total} distinct groups"))
+                               link=link, progress=lambda done, total: update(f"{done} of {total} distinct groups"))
     save(table, output)
     if json_output:
         emit({"output": str(output), "hardware": table.hardware, "groups": len(table.entries),
@@ -46,4 +51,7 @@ def profile(
 
     console = stdout()
     print_rows(console, cost_rows(table), title=f"costs on {table.hardware}")
+    if "all_to_all" in table.notes:
+        console.print(f"all-to-alls: {table.notes['all_to_all']}"
+                      + ("; give --cluster to charge them to its slowest link" if cluster is None else ""))
     console.print(f"wrote {output}")

@@ -21,9 +21,11 @@ from torch import Tensor, fx, nn
 from mipipe.graphs import loss as losses
 from mipipe.graphs.annotate import Patterns, annotate
 from mipipe.graphs.errors import GraphError
-from mipipe.graphs.expert_groups import slice_parameters, split_banks
+from mipipe.graphs.exchange import check_exchange
+from mipipe.graphs.expert_groups import routed_experts, slice_parameters, split_banks
 from mipipe.graphs.export import Exported, aliases_of, export_model, flatten_program
 from mipipe.graphs.joint import output_mask
+from mipipe.graphs.module_paths import inside
 from mipipe.graphs.operator_graph import OperatorGraph, Parameter, Segment, SegmentTrace, TensorSpec, Value
 from mipipe.graphs.partition import trace_segment
 from mipipe.graphs.segment import Cut, Granularity, cut_segments
@@ -48,6 +50,12 @@ class Piece:
     def arguments(self) -> tuple[fx.Node, ...]:
         return (*self.inputs, *self.parameters, *self.buffers)
 
+    def path_of(self, node: fx.Node) -> str:
+        """The module that a node was recorded in, relative to the segment."""
+        stack, base = node.meta.get("stack", ()), self.cut.name.partition("#")[0].split(".")
+        path = stack[-1][0].split(".") if stack else base
+        return ".".join(path[_shared(path, base):])
+
     def function(self, *tensors: Tensor) -> list[Tensor]:
         """Run the nodes on tensors: what is traced (never what is executed in training)."""
         values: dict[fx.Node, Any] = dict(zip(self.arguments, tensors, strict=True))
@@ -58,15 +66,19 @@ class Piece:
 
         for node in self.cut.nodes:
             args, kwargs = torch.fx.node.map_aggregate((node.args, dict(node.kwargs)), value)
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            with inside(self.path_of(node)):
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return [values[node] for node in self.outputs]
 
 
 def capture(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str = "float32",
             overrides: Mapping[str, Any] | None = None, images: int = 1, image: int = 0, expert_groups: int = 1,
+            expert_parallel: int = 1, expert_loads: Sequence[Sequence[float]] | None = None,
             freeze: Sequence[str] = (), granularity: Granularity = "block", patterns: Patterns | None = None,
             progress: Progress | None = None) -> OperatorGraph:
     """The operator graph of what ``source`` names; arguments as of `open_source` and `capture_module`.
+
+    ``expert_loads`` (tokens per MoE layer and expert) weigh the costs of expert parallelism; None: all equal.
 
     Raises:
         InputError: the source is unknown or does not give a model.
@@ -77,11 +89,13 @@ def capture(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str = 
         return capture_program(load_program(source), name=Path(source).stem, granularity=granularity, patterns=patterns,
                                source={"source": str(source)}, progress=progress)
     opened = open_source(source, seq=seq, batch=batch, dtype=dtype, overrides=overrides, images=images, image=image,
-                         expert_groups=expert_groups, freeze=freeze)
+                         expert_groups=expert_groups, expert_parallel=expert_parallel, freeze=freeze)
+    loads = {} if expert_loads is None else {"expert_loads": [list(row) for row in expert_loads]}
     say(f"building {opened.name}")
     return capture_module(opened.build(opened.device), opened.inputs(opened.device), loss=opened.loss,
                           loss_info=opened.loss_info, name=opened.name, granularity=granularity, patterns=patterns,
-                          source=opened.record, withheld=opened.withheld, constants=opened.constants, progress=progress)
+                          source={**opened.record, **loads}, withheld=opened.withheld, constants=opened.constants,
+                          progress=progress)
 
 
 def capture_module(module: nn.Module, example_inputs: Mapping[str, Any], *, loss: Callable[..., Any] | None = None,
@@ -97,7 +111,8 @@ def capture_module(module: nn.Module, example_inputs: Mapping[str, Any], *, loss
         loss: ``loss(outputs, inputs) -> scalar`` if the module does not return its loss itself (as its only scalar,
             or under the name ``loss``).
         loss_info: how the loss is normalised, see `mipipe.graphs.loss`; by default a mean over microbatches.
-        granularity: ``layer``, ``block`` (attention, MLP, parts of a MoE layer) or ``module``.
+        granularity: ``layer``, ``block`` (attention, MLP, parts of a MoE layer), ``module`` (each linear, attention
+            and the like with what is around it) or ``operator`` (each of their operators).
         patterns: corrections of the annotation.
         source: recorded in the graph.
         withheld: inputs that go to ``loss`` alone, not to the module.
@@ -112,6 +127,7 @@ def capture_module(module: nn.Module, example_inputs: Mapping[str, Any], *, loss
     say("exporting the model")
     exported = export_model(wrapped, example_inputs, prefix=WithLoss.PREFIX)
     exported, rows = split_banks(exported)
+    check_exchange(source or {}, routed_experts(exported))
     cuts = cut_segments(exported, granularity)
     say(f"{len(list(exported.graph.nodes))} nodes, {len(cuts)} segments")
     parameters = slice_parameters(parameters_of(module), rows)
@@ -166,7 +182,11 @@ class WithLoss(nn.Module):
             return {key: item for key, item in result.items() if isinstance(item, Tensor)}
         if isinstance(result, Tensor):
             return {"loss": result}
-        return {f"output_{index}": item for index, item in enumerate(result) if isinstance(item, Tensor)}
+        if isinstance(result, (tuple, list)):
+            return {f"output_{index}": item for index, item in enumerate(result) if isinstance(item, Tensor)}
+        name, found = type(self.wrapped).__name__, type(result).__name__
+        raise GraphError(f"model {name} returns a {found}: expected tensors (one, a tuple or a dict) with a scalar loss"
+                         " among them; return tensors, or give a loss function")
 
 
 def parameters_of(module: nn.Module) -> tuple[Parameter, ...]:
@@ -327,9 +347,14 @@ def _trace(piece: Piece, fqns: Mapping[fx.Node, str], flags: Sequence[bool], end
 
 def _relative(fqn: str, base: str) -> str:
     """The part of an FQN below the deepest module it shares with ``base``."""
-    path, other = fqn.split("."), base.split(".")
-    depth = next((i for i, (a, b) in enumerate(zip(path, other, strict=False)) if a != b), min(len(path), len(other)))
-    return ".".join(part for part in path[depth:] if not part.isdigit()) or path[-1]
+    path = fqn.split(".")
+    return ".".join(part for part in path[_shared(path, base.split(".")):] if not part.isdigit()) or path[-1]
+
+
+def _shared(path: Sequence[str], other: Sequence[str]) -> int:
+    """How many parts two module paths have in common from the start."""
+    pairs = enumerate(zip(path, other, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(path), len(other)))
 
 
 class _naming:

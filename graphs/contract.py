@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mipipe.graphs.coarse_graph import CoarseGraph, GroupValue, OpGroup
+from mipipe.graphs.exchange import Share, expert_shares
 from mipipe.graphs.operator_graph import OperatorGraph, Parameter, Phase, Role, SavedTensor, Segment, SegmentTrace, Tags
 from mipipe.graphs.serialize import digest
 
@@ -28,7 +29,7 @@ class GraphIndex:
     indices of those that read it, in order. ``acting`` are the segments whose I and W run: those with a gradient from
     the loss. ``returns_grad`` are the values whose gradient some reader gives and the maker takes. (The runtime decides
     the same from the graph alone, `mipipe.runtime.flow`.) ``twins[trace][name]`` is the output or input gradient whose
-    storage a saved tensor of another name shares.
+    storage a saved tensor of another name shares. ``shares``: see `mipipe.graphs.exchange`.
     """
 
     graph: OperatorGraph
@@ -40,6 +41,7 @@ class GraphIndex:
     acting: frozenset[int]
     returns_grad: frozenset[str]
     twins: dict[str, dict[str, str]]
+    shares: dict[str, Share]
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -65,7 +67,7 @@ def index_graph(graph: OperatorGraph) -> GraphIndex:
     return GraphIndex(graph, traces, {parameter.fqn: parameter for parameter in graph.parameters},
                       {value.name: value.spec.num_bytes for value in graph.values}, source,
                       {name: tuple(numbers) for name, numbers in readers.items()}, acting, returned,
-                      {trace.digest: _twins(trace) for trace in graph.traces})
+                      {trace.digest: _twins(trace) for trace in graph.traces}, expert_shares(graph))
 
 
 def _twins(trace: SegmentTrace) -> dict[str, str]:
@@ -152,6 +154,11 @@ def _group(index: GraphIndex, members: Sequence[int], name: str) -> OpGroup:
     parameters = {_owner(index, fqn) for member in members
                   for fqn in (*index.segments[member].parameters, *index.segments[member].buffers)}
     size = {fqn: index.parameters[fqn].spec.num_bytes for fqn in parameters}
+    for member in members:  # of a bank whose experts are shared, a rank holds its part
+        share = index.shares.get(index.segments[member].name)
+        if share is not None and index.segments[member].tags.role is Role.EXPERTS:
+            banks = {_owner(index, fqn) for fqn in index.segments[member].parameters}
+            size.update({fqn: index.parameters[fqn].spec.num_bytes // share.ranks for fqn in banks})
     saved = saved_bytes(index, members)
     return OpGroup(
         name,
@@ -175,8 +182,9 @@ def moved_bytes(trace: SegmentTrace, phase: Phase) -> int:
 
 
 def is_collective(trace: SegmentTrace) -> bool:
-    """Whether a segment is a collective: an all-to-all of expert parallelism."""
-    return any("all_to_all" in operator.kind for operator in trace.phase_operators(Phase.F))
+    """Whether a segment is a collective: an all-to-all of expert parallelism, without products of its own."""
+    return (any("all_to_all" in operator.kind for operator in trace.phase_operators(Phase.F))
+            and not any(trace.flops(phase) for phase in Phase))
 
 
 def saved_bytes(index: GraphIndex, members: Sequence[int]) -> tuple[int, int, int]:

@@ -118,6 +118,11 @@ def _mark_exchange(graph: fx.Graph) -> None:
         node.meta["part"] = part
 
 
+def routed_experts(exported: Exported) -> list[int]:
+    """The number of experts of each expert-parallel layer, in graph order."""
+    return [int(argument(node, 1)) for node in exported.graph.nodes if str(node.target) == ROUTE]
+
+
 def slice_parameters(parameters: Sequence[Parameter], rows: Mapping[str, Sequence[Rows]]) -> tuple[Parameter, ...]:
     """The parameter table with sliced banks replaced by their slices."""
     made: list[Parameter] = []

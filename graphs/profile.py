@@ -20,15 +20,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mipipe.graphs.coarse_graph import CoarseGraph, OpGroup
+from mipipe.graphs.contract import GraphIndex, index_graph
 from mipipe.graphs.costs import CostTable, GroupCost
 from mipipe.graphs.errors import GraphError, InputError, RunError
-from mipipe.graphs.operator_graph import OperatorGraph, Phase
+from mipipe.graphs.exchange import exchange_note, exchange_ns
+from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role
+from mipipe.graphs.topology import Link
 
 DEFAULT_CACHE = Path.home() / ".cache" / "mipipe" / "profile"
 _FORMAT = 2
@@ -55,7 +58,7 @@ class ProfileOptions:
 
 def profile_groups(graph: OperatorGraph, coarse: CoarseGraph, *, device: str = "cpu", workers: int = 1,
                    device_kind: str | None = None, cache: Path | None = DEFAULT_CACHE,
-                   options: ProfileOptions | None = None,
+                   options: ProfileOptions | None = None, link: Link | None = None,
                    progress: Callable[[int, int], None] | None = None) -> CostTable:
     """The measured cost of every group on this machine.
 
@@ -67,6 +70,8 @@ def profile_groups(graph: OperatorGraph, coarse: CoarseGraph, *, device: str = "
         device_kind: name of the kind in the table; None: the device's type.
         cache: folder of earlier results; None: measure everything anew.
         options: durations and counts.
+        link: what all-to-alls of expert parallelism are charged to, on top of what is measured here; such entries are
+            marked as estimates. None: their time on the wire is left out, and a note says so.
         progress: called with (structures done, structures to measure).
 
     Raises:
@@ -77,6 +82,7 @@ def profile_groups(graph: OperatorGraph, coarse: CoarseGraph, *, device: str = "
     if workers < 1:
         raise InputError(f"profile: {workers} workers; expected at least 1")
     hardware = describe_device(device)
+    index = index_graph(graph)
     representatives: dict[str, OpGroup] = {}
     for group in coarse.groups:
         representatives.setdefault(_identity(group), group)
@@ -91,10 +97,14 @@ def profile_groups(graph: OperatorGraph, coarse: CoarseGraph, *, device: str = "
             _remember(cache, keys[names[name]], samples)
     kind = device_kind or device.partition(":")[0]
     share = _shortage(device, workers, options)
-    entries = tuple(_entry(group, kind, found[_identity(group)], share) for group in coarse.groups)
+    numbers = {segment.name: number for number, segment in enumerate(graph.segments)}
+    entries = tuple(_exchanged(_entry(group, kind, found[_identity(group)], share), index,
+                               [numbers[name] for name in group.segments], link) for group in coarse.groups)
     notes = {"workers": str(workers), "threads": str(options.threads), "torch": version("torch"),
              "clock": f"CPU time x {share:g}" if device.startswith("cpu") else "events",
              "measured": f"{len(missing)} of {len(representatives)} distinct groups now, the rest from the cache"}
+    if index.shares:
+        notes["all_to_all"] = exchange_note(index.shares, link) if link else "without their time on the wire"
     return CostTable(coarse.graph_digest, entries, hardware, coarse.notes | notes)
 
 
@@ -143,6 +153,19 @@ def _entry(group: OpGroup, kind: str, samples: Sequence[Samples], share: float) 
         low, _, high = statistics.quantiles(rounds, n=4)
         spread = round((high - low) / 2 / middle, 4)
     return GroupCost(group.name, kind, times, "profiled", spread)
+
+
+def _exchanged(entry: GroupCost, index: GraphIndex, members: Sequence[int], link: Link | None) -> GroupCost:
+    """The cost with the busiest rank's part of the experts, and with the time of all-to-alls: then an estimate."""
+    shares = {member: share for member in members if (share := index.shares.get(index.segments[member].name))}
+    if not shares:
+        return entry
+    work = max(share.work if index.segments[member].tags.role is Role.EXPERTS else 1.0
+               for member, share in shares.items())
+    wire = {phase: sum(exchange_ns(index.traces[member], phase, share, link) for member, share in shares.items())
+            for phase in entry.times_ns if link is not None}
+    times = {phase: round(spent * work) + wire.get(phase, 0) for phase, spent in entry.times_ns.items()}
+    return replace(entry, times_ns=times, origin="roofline" if any(wire.values()) else entry.origin)
 
 
 def _key(identity: str, hardware: str, workers: int, options: ProfileOptions) -> str:

@@ -13,10 +13,12 @@ from collections.abc import Mapping
 
 from mipipe.graphs.cluster import DeviceKind
 from mipipe.graphs.coarse_graph import CoarseGraph
-from mipipe.graphs.contract import LISTS_OF_VIEWS, index_graph
+from mipipe.graphs.contract import GraphIndex, index_graph
 from mipipe.graphs.costs import CostTable, GroupCost
 from mipipe.graphs.errors import GraphError, ProblemError
-from mipipe.graphs.operator_graph import Operator, OperatorGraph, Phase, SegmentTrace
+from mipipe.graphs.exchange import exchange_note, exchange_ns
+from mipipe.graphs.operator_graph import Operator, OperatorGraph, Phase, Role, SegmentTrace
+from mipipe.graphs.topology import Link
 
 _CAUSAL_ARGUMENT = {"mipipe.attention.default": 5, "mipipe.attention_backward.default": 8}
 """Where our attention operators carry their causal flag."""
@@ -25,7 +27,7 @@ _FLOATS = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8
 
 
 def roofline(coarse: CoarseGraph, graph: OperatorGraph, kinds: Mapping[str, DeviceKind], *,
-             dtype: str | None = None) -> CostTable:
+             dtype: str | None = None, link: Link | None = None) -> CostTable:
     """The roofline estimate of every group and phase on each of the device kinds.
 
     Args:
@@ -33,9 +35,10 @@ def roofline(coarse: CoarseGraph, graph: OperatorGraph, kinds: Mapping[str, Devi
         graph: the operator graph they were made from.
         kinds: device kinds with peaks, by name.
         dtype: the rate of matrix products; None: that of each operator's own result.
+        link: what all-to-alls of expert parallelism are charged to (see `mipipe.graphs.exchange`).
 
     Raises:
-        ProblemError: a kind is always profiled (``cpu``).
+        ProblemError: a kind is always profiled (``cpu``), or all-to-alls have no link.
         InputError: a kind has no peak for a dtype in use.
         GraphError: the coarse graph is not of this graph.
     """
@@ -55,12 +58,24 @@ def roofline(coarse: CoarseGraph, graph: OperatorGraph, kinds: Mapping[str, Devi
                 raise GraphError(f"group {group.name}: its segment {missing[0]!r} is not in the operator graph of"
                                  f" {graph.model}; coarsen this graph again")
             members = [number_of[name] for name in group.segments]
-            spent = {phase: round(1e9 * sum(times[graph.segments[member].trace, phase] for member in members
-                                            if index.runs(member, phase))) for phase in group.flops}
+            spent = {phase: round(sum(member_ns(index, member, phase, times[graph.segments[member].trace, phase], link)
+                                      for member in members if index.runs(member, phase))) for phase in group.flops}
             entries.append(GroupCost(group.name, kind.name, spent, "roofline"))
     sources = {f"roofline.{kind.name}": f"{kind.source}; efficiency {kind.efficiency:g}, launch {kind.launch_ns} ns"
                for kind in kinds.values()}
+    if index.shares and link is not None:
+        sources["all_to_all"] = exchange_note(index.shares, link)
     return CostTable(coarse.graph_digest, tuple(entries), ", ".join(kinds), coarse.notes | sources)
+
+
+def member_ns(index: GraphIndex, member: int, phase: Phase, seconds: float, link: Link | None) -> float:
+    """Nanoseconds of a segment's phase that takes ``seconds`` as captured, with its part of experts and of the link."""
+    segment = index.segments[member]
+    share = index.shares.get(segment.name)
+    if share is None:
+        return 1e9 * seconds
+    work = share.work if segment.tags.role is Role.EXPERTS else 1.0
+    return 1e9 * seconds * work + exchange_ns(index.traces[member], phase, share, link)
 
 
 def phase_seconds(trace: SegmentTrace, phase: Phase, kind: DeviceKind, dtype: str | None = None) -> float:
@@ -72,7 +87,7 @@ def operator_seconds(operator: Operator, kind: DeviceKind, dtype: str | None = N
     """Seconds of one operator."""
     assert kind.bytes_per_s is not None, "the kind has peaks"
     moved = operator.bytes_read + operator.bytes_written
-    if (not moved and not operator.flops) or operator.kind.startswith(LISTS_OF_VIEWS):
+    if not moved and not operator.flops:
         return 0.0
     work = 0.0
     if operator.flops:

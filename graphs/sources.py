@@ -45,7 +45,7 @@ class Source:
 
 def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str = "float32",
                 overrides: Mapping[str, Any] | None = None, images: int = 1, image: int = 0, expert_groups: int = 1,
-                freeze: Sequence[str] = ()) -> Source:
+                expert_parallel: int = 1, freeze: Sequence[str] = ()) -> Source:
     """The source behind a path or name.
 
     Args:
@@ -56,6 +56,7 @@ def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: st
         overrides: changed configuration entries, or keyword arguments of the factory.
         images, image: images per sample and their side (0: the model's own), for models that see.
         expert_groups: into how many groups each expert bank is split.
+        expert_parallel: over how many ranks the experts are shared, by all-to-all (transformers sources); 1: not.
         freeze: regular expressions; parameters whose FQN matches one do not train.
 
     Raises:
@@ -63,11 +64,14 @@ def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: st
     """
     options: dict[str, Any] = {"seq": seq, "batch": batch, "dtype": dtype, "overrides": dict(overrides or {}),
                                "images": images, "image": image, "expert_groups": expert_groups,
-                               "freeze": list(freeze)}
+                               "expert_parallel": expert_parallel, "freeze": list(freeze)}
     record = {"source": str(source), **options}
-    for key in ("seq", "batch", "expert_groups"):
+    for key in ("seq", "batch", "expert_groups", "expert_parallel"):
         if int(record[key]) < 1:
             raise InputError(f"{key}: found {record[key]}, expected at least 1")
+    if expert_groups > 1 and expert_parallel > 1:
+        raise InputError("expert groups (branches) and expert parallel (all-to-all) are two forms of the same layers;"
+                         " give one of them")
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise InputError(f"dtype: found {dtype!r}, expected a floating dtype such as float32 or bfloat16")
@@ -79,6 +83,7 @@ def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: st
 def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.dtype) -> Source:
     try:
         from mipipe.graphs import families
+        from mipipe.graphs.layers import exchange_experts
     except ImportError as error:
         raise InputError(f"{source}: needs transformers (pip install 'mipipe[hf]'): {error}") from None
     config = families.read_config(source, record["overrides"])
@@ -87,6 +92,8 @@ def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.
 
     def build(device: str) -> nn.Module:
         made = families.build_model(config, device, dtype, record["expert_groups"], sizes)
+        if record["expert_parallel"] > 1:
+            exchange_experts(made)
         return _freeze(made, record["freeze"])
 
     return Source(kind.__name__, build, lambda device: families.example_inputs(config, kind, sizes, device, dtype),

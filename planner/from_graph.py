@@ -12,7 +12,7 @@ from typing import Literal
 from mipipe.graphs.coarse_graph import CoarseGraph, OpGroup
 from mipipe.graphs.costs import CostTable, GroupCost
 from mipipe.graphs.errors import ProblemError
-from mipipe.graphs.operator_graph import Phase
+from mipipe.graphs.operator_graph import Phase, Role
 from mipipe.graphs.topology import Topology
 from mipipe.planner.actions import Stream
 from mipipe.planner.problem import Group, GroupEdge, Limits, OverlapRule, PhaseTimes, PlanningProblem
@@ -74,7 +74,7 @@ def build_problem(coarse: CoarseGraph, costs: CostTable, topology: Topology, *, 
     edges = tuple(GroupEdge(value.source, value.targets, value.num_bytes, value.grad_bytes, value.name)
                   for value in coarse.values)
     together = []
-    for names in colocate:
+    for names in (*exchange_groups(coarse), *colocate):
         unknown = [group_name for group_name in names if group_name not in number_of]
         if unknown:
             raise ProblemError(f"colocate: unknown group {unknown[0]!r}; see `mipipe show` for the groups")
@@ -91,6 +91,21 @@ def _group(group: OpGroup, times: dict[str, PhaseTimes], resident: int, gradient
                  group.saved_fi_bytes, group.saved_fw_bytes, group.saved_iw_bytes,
                  max(group.workspace_bytes.values(), default=0), group.input_bytes if recompute and trains else None,
                  loads, group.segments, group.tags)
+
+
+def exchange_groups(coarse: CoarseGraph) -> tuple[tuple[str, ...], ...]:
+    """Sets of group names that share a rank because rows whose number changes pass between them.
+
+    The groups of an expert-parallel layer: its dispatch, and all that read what it gives (experts and combine).
+    """
+    names = [group.name for group in coarse.groups]
+    sets: dict[int, dict[str, None]] = {}
+    for value in coarse.values:
+        group = coarse.groups[value.source]
+        if group.collective and group.tags.role is Role.DISPATCH:
+            found = sets.setdefault(value.source, {group.name: None})
+            found.update((names[target], None) for target in value.targets)
+    return tuple(tuple(found) for found in sets.values())
 
 
 def tied_groups(coarse: CoarseGraph, tied: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:

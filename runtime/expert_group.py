@@ -25,7 +25,8 @@ def make_exchange(plan: Plan, graph: OperatorGraph, stage_of: Mapping[str, int],
     """The group that shares this rank's experts; None for one copy of the plan, or a graph captured otherwise.
 
     Raises:
-        InputError: an expert map where there is nothing to map, or for another model or number of copies.
+        InputError: an expert map where there is nothing to map, or for another model or number of copies; a graph
+            captured for another number of copies.
         PlanError: the plan separates what must stay together.
     """
     layers = expert_layers(graph)
@@ -34,6 +35,11 @@ def make_exchange(plan: Plan, graph: OperatorGraph, stage_of: Mapping[str, int],
             raise InputError("expert map: this graph has no expert-parallel layers; capture the model with"
                              " --expert-parallel")
         return None
+    planned = int(graph.source.get("expert_parallel", 1))
+    if planned > 1 and planned != mesh.num_copies:
+        raise InputError(f"expert parallelism: the graph was captured with its experts shared by {planned} ranks, and"
+                         f" planned so, but the run has {mesh.num_copies} copies of the plan; start it with --copies"
+                         f" {planned}, or capture with --expert-parallel {mesh.num_copies}")
     if mesh.num_copies < 2:
         if options.expert_map is not None:
             check_map(options.expert_map, layers, 1)

@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
+from graph_checks import assert_same_step
 from torch import Tensor, nn
 
 from mipipe.graphs.capture import capture, capture_module
 from mipipe.graphs.compose import parameter_tensors, run_step
 from mipipe.graphs.errors import GraphError, InputError
-from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role
-from mipipe.graphs.serialize import from_data, to_data
+from mipipe.graphs.operator_graph import Phase, Role
 from mipipe.graphs.trace import uses_random
-
-
-def assert_same_step(graph: OperatorGraph, module: nn.Module, batch: Mapping[str, Tensor], loss: Tensor,
-                     rtol: float = 1e-12) -> None:
-    """F, I, W of all segments give the loss that ``module`` gave and the gradients of its backward (run here)."""
-    graph = from_data(to_data(graph), OperatorGraph, "graph")
-    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    state = {name: tensor.clone() for name, tensor in parameter_tensors(graph, named).items()}
-    torch.manual_seed(1)
-    step = run_step(graph, state, batch)
-    assert abs(step.outputs[graph.loss] - loss.detach()) <= rtol * abs(loss.detach())
-    module.zero_grad()
-    loss.backward()
-    expected = {name: param.grad for name, param in module.named_parameters() if param.grad is not None}
-    tied = {item.tied_to: item.fqn for item in graph.parameters if item.tied_to}
-    gradients = {name if name in expected else tied[name]: grad for name, grad in step.gradients.items()}
-    assert set(gradients) == set(expected)
-    for name, grad in expected.items():
-        error = (gradients[name] - grad).norm() / grad.norm().clamp(min=1e-300)
-        assert error <= rtol, f"{name}: relative error {error}"
 
 
 class Block(nn.Module):
@@ -84,14 +63,23 @@ def test_skip_tied_two_outputs() -> None:
     assert graph.outputs == ("loss", "size")
     assert [segment.tags.layer for segment in graph.segments] == [None, 0, 0, 1, 1, 2, 2, None]
     assert graph.segments[-1].tags.role is Role.HEAD
+    trace = graph.trace(graph.segments[2])  # layers.0.mlp, whose backward belongs to the modules it is of
+    assert [item.fqn for item in trace.operators if "mm" in item.kind] == ["0", "2", "2", "0", "2", "0"]
+    assert {item.fqn for item in trace.operators if "norm" in item.kind} == {"ln2"}
 
 
-@pytest.mark.parametrize("granularity", ["layer", "module"])
+@pytest.mark.parametrize("granularity", ["layer", "module", "operator"])
 def test_granularities(granularity: Any) -> None:
     module, batch = skip_tied()
     graph = capture_module(module, batch, granularity=granularity)
     assert_same_step(graph, module, batch, module(**batch)["loss"])
-    assert len(graph.segments) == {"layer": 5, "module": 11}[granularity]
+    assert len(graph.segments) == {"layer": 5, "module": 11, "operator": 17}[granularity]
+
+
+def test_unknown_granularity() -> None:
+    module, batch = skip_tied()
+    with pytest.raises(GraphError, match="found 'row', expected one of layer, block, module, operator"):
+        capture_module(module, batch, granularity="row")  # type: ignore[arg-type]
 
 
 def test_frozen_layers_need_no_backward() -> None:
