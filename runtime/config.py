@@ -60,8 +60,8 @@ class ScheduleConfig:
 @dataclass(frozen=True, slots=True)
 class DataConfig:
     """``source``: ``stdlib`` (Python's own source files as bytes), a folder (``suffix`` filters its files), or
-    ``package.module:callable`` that gets (graph, rows, seed, **options) and returns an iterable of batches (and the
-    keyword ``copy``, the number of the plan's copy, where it has a parameter of that name)."""
+    ``package.module:callable`` that gets (graph, rows, seed, **options) and returns an iterable of batches. With
+    several copies of the plan it needs a parameter ``copy`` too, the number of the copy that it loads for."""
 
     __pydantic_config__: ClassVar = STRICT
     source: str = "stdlib"
@@ -100,14 +100,34 @@ class SaveConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplanConfig:
+    """Experts are placed again every so many steps, by the loads of the last window, where that pays off.
+
+    ``replicas`` per layer. ``cluster``: a cluster file with one device for each copy of the plan (none: equal devices,
+    and moving is free); ``horizon``: the steps over which a move must pay off (none: until the next time).
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    every: int
+    replicas: int = 0
+    cluster: str | None = None
+    horizon: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.replicas < 0:
+            raise InputError(f"train config, experts.replan: every {self.every} steps, {self.replicas} replicas;"
+                             " expected every >= 1, replicas >= 0")
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertsConfig:
     """The experts of a MoE model: what is recorded of their loads, and where they live.
 
     ``loads``: the file `mipipe experts --loads` takes, tokens per step and expert averaged over the last ``window``
     steps, written every ``window`` steps and at the end. ``history``: the counts of every step, one JSON line each. For
     graphs captured with ``--expert-parallel`` and several copies of the plan: ``map`` places the experts on the copies
-    (none: equal blocks), ``moves`` are maps to change to after so many steps, ``load_factor`` caps the rows a copy
-    accepts in one layer and microbatch, as a multiple of an even share.
+    (none: equal blocks), ``moves`` are maps to change to after so many steps, ``replan`` makes them on the way, and
+    ``load_factor`` caps the rows a copy accepts in one layer and microbatch, as a multiple of an even share.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -116,6 +136,7 @@ class ExpertsConfig:
     window: int = 100
     map: str | None = None
     moves: dict[int, str] = field(default_factory=dict)
+    replan: ReplanConfig | None = None
     load_factor: float | None = None
 
     def __post_init__(self) -> None:

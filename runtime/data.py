@@ -170,6 +170,9 @@ def make_batches(config: DataConfig, graph: OperatorGraph, rows: int, seed: int,
         source = load_object(config.source)
         if "copy" in inspect.signature(source).parameters:
             options["copy"] = copy
+        elif copy:
+            raise InputError(f"data source {config.source}: takes no 'copy', so every data-parallel copy of the plan"
+                             " would train on the same batches; give it that parameter")
         try:
             return Batches(source(graph=graph, rows=rows, seed=seed, **options))
         except TypeError as error:

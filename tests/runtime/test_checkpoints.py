@@ -23,8 +23,8 @@ from mipipe.graphs.errors import InputError, RunError
 from mipipe.runtime.checkpoint import Checkpoints, pack
 from mipipe.runtime.checkpoint_folder import complete, latest, read_state, verify
 from mipipe.runtime.checkpoint_tensors import shared_rows
-from mipipe.runtime.config import CheckpointConfig, TrainConfig
-from mipipe.runtime.data import Batches
+from mipipe.runtime.config import CheckpointConfig, DataConfig, TrainConfig
+from mipipe.runtime.data import Batches, make_batches
 from mipipe.runtime.engine import Engine, EngineOptions
 from mipipe.runtime.save_weights import Target, save_weights
 from mipipe.runtime.training import Trainer
@@ -223,6 +223,25 @@ def test_a_loader_with_a_state_of_its_own_continues_exactly():
     second = make()
     second.resume(state)
     assert start + values(second, 3) == whole[:10]
+
+
+def plain(graph, rows, seed):
+    return [{"x": rows + seed}]
+
+
+def per_copy(graph, rows, seed, copy, factor=1):
+    return [{"x": factor * copy}]
+
+
+def test_each_copy_has_its_own_data(monkeypatch):
+    """A source says which copy it loads for; one that cannot is refused where there are several."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    graph = cases.chain_graph()
+    made = make_batches(DataConfig("test_checkpoints:per_copy", options={"factor": 3}), graph, 8, 0, copy=2)
+    assert next(made) == {"x": 6}
+    assert next(make_batches(DataConfig("test_checkpoints:plain"), graph, 8, 1)) == {"x": 9}
+    with pytest.raises(InputError, match="takes no 'copy', so every data-parallel copy"):
+        make_batches(DataConfig("test_checkpoints:plain"), graph, 8, 1, copy=1)
 
 
 def test_what_a_loader_may_save():

@@ -31,7 +31,7 @@ from mipipe.runtime.config import read_config
 from mipipe.runtime.data import make_batches
 from mipipe.runtime.elastic import lost_ranks, remaining, train_elastic
 from mipipe.runtime.engine import Engine
-from mipipe.runtime.launch import train
+from mipipe.runtime.launch import torchrun_command, train
 from mipipe.runtime.models import initial_weights
 from mipipe.runtime.stored_weights import stored_places
 from mipipe.runtime.training import Trainer
@@ -186,6 +186,13 @@ def test_who_is_lost(tmp_path):
     assert lost_ranks(tmp_path, 3) == {1}
     reports((0, 0, "the loss is nan"), (1, 0, "the peer has failed"))
     assert lost_ranks(tmp_path, 3) == set()
+
+
+def test_flags_for_several_nodes_pass_through():
+    """As they are, in place of --standalone."""
+    command = torchrun_command("p", "g", "c", 8, torchrun=["--nnodes", "2", "--rdzv-endpoint", "host:29500"])
+    assert command[3:9] == ["--nnodes", "2", "--rdzv-endpoint", "host:29500", "--nproc-per-node", "8"]
+    assert "--standalone" in torchrun_command("p", "g", "c", 8)
 
 
 def test_what_remains():
