@@ -68,12 +68,14 @@ def _split(key: Key, item: Any, rows: Sequence[int] | None) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Wanted:
-    """What is to be read: tensors to fill by stored name, and tensors that take some rows of one read whole."""
+    """What is to be read: tensors to fill by stored name, tensors that take some rows of one read whole, and tensors
+    that equal another."""
 
     folder: Path
     stored: Mapping[str, Any]
     fill: dict[str, Any] = field(default_factory=dict)
     picks: list[tuple[Tensor, str, Sequence[int]]] = field(default_factory=list)
+    twins: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def add(self, key: Key, tensor: Tensor, rows: Sequence[int] | None) -> None:
         """Ask for a tensor, or for ``rows`` of it.
@@ -84,7 +86,10 @@ class Wanted:
         if key(None) not in self.stored and key(rows[0] if rows is not None else 0) in self.stored:
             for place, row in enumerate(range(tensor.shape[0]) if rows is None else rows):
                 self._expect(key(row), tuple(tensor.shape[1:]))
-                self.fill[key(row)] = tensor[place]  # a view: reading fills the tensor itself
+                if key(row) in self.fill:  # a rank may hold two replicas of one expert
+                    self.twins.append((tensor[place], self.fill[key(row)]))
+                else:
+                    self.fill[key(row)] = tensor[place]  # a view: reading fills the tensor itself
         elif rows is None:
             self._expect(key(None), tuple(tensor.shape))
             self.fill[key(None)] = tensor
@@ -107,6 +112,8 @@ class Wanted:
         dcp.load(self.fill, storage_reader=reader, no_dist=True)
         for tensor, name, rows in self.picks:
             tensor.copy_(self.fill[name][torch.tensor(rows)])
+        for tensor, first in self.twins:
+            tensor.copy_(first)
 
 
 def load_tensors(folder: Path, engine: Engine, optimizer: torch.optim.Optimizer | None) -> None:

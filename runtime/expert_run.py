@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from mipipe.graphs.cluster import load_cluster
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import save
+from mipipe.graphs.topology import Topology
 from mipipe.planner.expert_files import read_map
-from mipipe.planner.expert_map import ExpertLoads, ExpertMap
-from mipipe.runtime.config import ExpertsConfig, TrainConfig
+from mipipe.planner.expert_map import ExpertLoads, ExpertMap, slots_for
+from mipipe.runtime.config import ExpertsConfig, ReplanConfig, TrainConfig
 from mipipe.runtime.engine import Engine
 from mipipe.runtime.expert_layers import RoutedLayer, expert_layers, routed_layers
 from mipipe.runtime.expert_parallel import check_map
@@ -40,9 +42,6 @@ def read_maps(config: TrainConfig, graph: OperatorGraph, copies: int) -> dict[in
     if not layers:
         raise InputError("train config: experts.map and experts.moves need a graph with expert-parallel layers; capture"
                          " the model with --expert-parallel")
-    if config.optimizer.shard:
-        raise InputError("train config: optimizer.shard divides every parameter among the copies, but experts live on"
-                         " some of them; leave it out with expert parallelism")
     maps = {step: read_map(Path(file), layers[0].num_experts, copies) for step, file in files.items()}
     for expert_map in maps.values():
         check_map(expert_map, layers, copies)
@@ -67,6 +66,11 @@ class ExpertRun:
         sizes = {layer.num_experts for layer in self._layers}
         if len(sizes) > 1:
             raise InputError(f"train config: experts.loads needs equally many experts in all layers; found {sizes}")
+        if config.replan is not None and engine.compiled.experts is None:
+            raise InputError("train config: experts.replan moves experts between copies of the plan, but this run"
+                             " shares none; capture with --expert-parallel and start several copies")
+        if config.replan is not None:
+            replan_sizes(config.replan, self._layers[0].num_experts, engine.mesh.num_copies)
         if config.history and self._first:
             Path(config.history).parent.mkdir(parents=True, exist_ok=True)
 
@@ -87,11 +91,22 @@ class ExpertRun:
         record: Record = {}
         if self._layers:
             record = self._count(step, self._config)
-        if step in self._maps:
-            moved = self._engine.place_experts(self._maps[step], self._optimizer)
+        target = self._maps.get(step) or self._replanned(step, self._config)
+        if target is not None:
+            moved = self._engine.place_experts(target, self._optimizer)
             record |= {"experts/moved": moved.experts, "experts/moved_bytes": moved.num_bytes,
                        "experts/moving(s)": moved.seconds}
         return record
+
+    def _replanned(self, step: int, config: ExpertsConfig) -> ExpertMap | None:
+        """The map planned from the last window's loads by the first rank, where it is time and it differs."""
+        exchange, replan = self._engine.compiled.experts, config.replan
+        if exchange is None or replan is None or step % replan.every or step == self._last:
+            return None
+        found: list[ExpertMap | None] = [plan_again(self.loads(), exchange.map, replan) if self._first else None]
+        dist.broadcast_object_list(found, src=self._engine.mesh.world[0])
+        changed = found[0] is not None and found[0].physical_to_logical != exchange.map.physical_to_logical
+        return found[0] if changed else None
 
     def _count(self, step: int, config: ExpertsConfig) -> Record:
         counts = self.counts()
@@ -135,6 +150,30 @@ class ExpertRun:
             kept = sum(item.nbytes for item in state.values() if isinstance(item, torch.Tensor) and item.dim())
             return 1.0 + kept / parameter.nbytes
         return 1.0
+
+
+def plan_again(loads: ExpertLoads, current: ExpertMap, replan: ReplanConfig) -> ExpertMap:
+    """A map for these loads, away from ``current`` where that pays off; another number of slots is always moved to."""
+    from mipipe.planner.expert_plan import ExpertOptions, plan_experts  # late: most runs do not plan
+
+    topology, slots = replan_sizes(replan, loads.num_experts, current.num_devices)
+    alike = all(len(row) == slots * current.num_devices for row in current.physical_to_logical)
+    options = ExpertOptions(replan.replicas, polish=False, horizon=replan.horizon or float(replan.every))
+    return plan_experts(loads, topology, options, current=current if alike else None).map
+
+
+def replan_sizes(replan: ReplanConfig, num_experts: int, copies: int) -> tuple[Topology, int]:
+    """The devices to plan for and the slots of each.
+
+    Raises:
+        InputError: the cluster has another number of devices.
+        InfeasibleError: the replicas do not divide over them.
+    """
+    topology = Topology.uniform(copies) if replan.cluster is None else load_cluster(replan.cluster).topology
+    if topology.num_devices != copies:
+        raise InputError(f"{replan.cluster}: has {topology.num_devices} devices, but the run has {copies} copies of the"
+                         " plan that share the experts; expected one device for each")
+    return topology, slots_for(num_experts, replan.replicas, copies)
 
 
 def rank_loads(counts: torch.Tensor, expert_map: ExpertMap, layer: int) -> torch.Tensor:

@@ -35,6 +35,9 @@ def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any], shard:
     parameters, kind = parameter_groups(engine.named_parameters(), groups), optimizer_class(name)
     if not parameters:
         return None
+    if shard and engine.compiled.banks:
+        raise InputError("optimizer.shard divides every parameter among the copies of the plan, but experts live on"
+                         " some of them; leave it out with expert parallelism")
     try:
         if shard and engine.mesh.copy_group is not None:
             from torch.distributed.optim import ZeroRedundancyOptimizer  # takes more than a second to import

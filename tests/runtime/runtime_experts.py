@@ -17,8 +17,10 @@ from mipipe.graphs.layers import NAME, exchange_experts, register
 from mipipe.graphs.loss import sum_over
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.expert_map import ExpertMap
+from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
 from mipipe.planner.schedules import BASELINES
+from mipipe.planner.solve import plan as solve
 from mipipe.runtime.engine import Engine, EngineOptions
 from mipipe.runtime.optim import gradient_norm
 
@@ -77,6 +79,14 @@ def plan_for(graph: OperatorGraph, ranks: int, cut: str = "") -> Plan:
     problem = cases.problem_of(graph, COUNT, ranks, groups)
     schedule = next(item for item in BASELINES if item.name == ("GPipe" if ranks == 1 else "1F1B"))
     return schedule.plan(problem)
+
+
+def solved_plan(graph: OperatorGraph, ranks: int) -> Plan:
+    """What the planner chooses when all-to-alls have groups of their own, on the communication stream."""
+    result = solve(equal.problem(graph, ranks, COUNT, 12), PlanOptions(time_limit_s=1, use_milp=False, threads=1))
+    assert result.plan is not None, result.reason
+    assert any(order.collective for order in result.plan.schedule.ranks)
+    return result.plan
 
 
 def replicated_map(copies: int) -> ExpertMap:

@@ -38,13 +38,14 @@ def test_captured_operators_equal_the_model_on_one_process():
     assert len(graph.traces) == 8, "layers share their traces"
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_equal_to_one_process_under_every_map(pool, ranks):
+@pytest.mark.parametrize(("ranks", "planned"), [(1, True), (2, False), pytest.param(2, True, marks=pytest.mark.slow)])
+def test_equal_to_one_process_under_every_map(pool, ranks, planned):
     """4 processes with skewed routing (experts without a token): equal blocks, uneven maps with replicas, and both in
     one run, moving between steps. Losses, norms and gradients; what the map is changes no bit of the losses."""
     module, graph = ex.captured()
     copies = 4 // ranks
-    plan, state, uneven = ex.plan_for(graph, ranks), ex.state_of(module), ex.replicated_map(copies)
+    plan = ex.solved_plan(graph, ranks) if planned else ex.plan_for(graph, ranks)
+    state, uneven = ex.state_of(module), ex.replicated_map(copies)
     blocks = contiguous_map(expert_layers(graph), copies)
     losses = []
     for maps in ([None], [uneven], [None, uneven, blocks]):
@@ -70,6 +71,7 @@ def test_a_rank_without_a_single_row(pool):
     assert not answers[3]["gradients"][name][0].any()
 
 
+@pytest.mark.slow
 def test_float32(pool):
     """The same in float32, to 1e-5."""
     module, graph = ex.captured(dtype=torch.float32)
@@ -136,9 +138,11 @@ def test_wrong_maps_and_plans_are_one_line(pool):
                        " devices (the copies of the plan); make a map for this model and cluster (mipipe experts)")
     with pytest.raises(InputError, match="8 experts do not divide over 3 copies of the plan; give a map"):
         contiguous_map(expert_layers(graph), 3)
-    whole, plain = ex.captured(parallel=False)
+    dense = equal.cases.chain_graph()
+    problem = equal.cases.problem_of(dense, 1, 1, [[segment.name for segment in dense.segments]])
+    plain = next(item for item in ex.BASELINES if item.name == "GPipe").plan(problem)
     assert "has no expert-parallel layers; capture the model with --expert-parallel" in str(
-        make_engine(ex.plan_for(plain, 1), plain, ex.state_of(whole), expert_map=wrong))
+        make_engine(plain, dense, equal.cases.chain_state(), expert_map=wrong))
 
 
 def make_mapped(plan, graph, state, expert_map):
@@ -159,6 +163,7 @@ def test_layers_torn_apart_are_refused(pool):
     assert "model.layers.0.mlp.experts: on rank 1, but model.layers.0.mlp.dispatch is on rank 0" in message
 
 
+@pytest.mark.slow
 def test_routing_is_found_in_every_form():
     """The same layers and counts of experts from a whole graph and from an expert-parallel one."""
     graphs = [ex.captured(parallel)[1] for parallel in (True, False)]

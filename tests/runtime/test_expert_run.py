@@ -13,11 +13,12 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import save
 from mipipe.graphs.topology import Topology
 from mipipe.planner.expert_files import read_loads
+from mipipe.planner.expert_map import ExpertLoads
 from mipipe.planner.expert_plan import ExpertOptions, plan_experts
-from mipipe.runtime.config import ExpertsConfig, OptimizerConfig, TrainConfig
+from mipipe.runtime.config import CheckpointConfig, ExpertsConfig, OptimizerConfig, ReplanConfig, TrainConfig
 from mipipe.runtime.data import Batches
 from mipipe.runtime.engine import Engine, EngineOptions
-from mipipe.runtime.expert_run import read_maps
+from mipipe.runtime.expert_run import plan_again, read_maps
 from mipipe.runtime.training import Trainer
 
 pytestmark = pytest.mark.distributed
@@ -33,12 +34,39 @@ def batches(copy, copies):
         step += 1
 
 
-def train(plan, graph, state, config, copies):
+def train(plan, graph, state, config, copies, resume=False):
     """What a rank does: the losses and the metrics' path is in the config."""
     maps = read_maps(config, graph, copies)
     engine = Engine(plan, graph, state, options=EngineOptions(expert_map=maps.get(0)))
     trainer = Trainer(engine, config, Batches(batches(engine.mesh.copy, copies)), maps=maps)
-    return trainer.run()
+    return trainer.run(trainer.resume() if resume else 0)
+
+
+def train_sharded(plan, graph, state):
+    """What a run with sharded optimizer state says."""
+    try:
+        Trainer(Engine(plan, graph, state), TrainConfig(1, optimizer=OptimizerConfig(shard=True)), Batches(iter(())))
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def test_resume_under_another_map(pool, tmp_path):
+    """A checkpoint of equal blocks, resumed under a map with two replicas on one rank: the losses of one long run."""
+    module, graph = ex.captured()
+    plan, state = ex.plan_for(graph, 1), ex.state_of(module)
+    save(ex.replicated_map(4), tmp_path / "map.json")
+
+    def config(steps, experts, folder):
+        return TrainConfig(steps, optimizer=OptimizerConfig("adam", 1e-2, {"foreach": False}), experts=experts,
+                           checkpoint=CheckpointConfig(str(tmp_path / folder), asynchronous=False))
+
+    whole = pool.run(4, __file__, "train", plan, graph, state, config(STEPS, None, "whole"), 4)
+    pool.run(4, __file__, "train", plan, graph, state, config(2, None, "parts"), 4)
+    mapped = ExpertsConfig(map=str(tmp_path / "map.json"))
+    rest = pool.run(4, __file__, "train", plan, graph, state, config(STEPS, mapped, "parts"), 4, True)
+    assert [losses[2:] for losses in whole] == rest
+    assert "optimizer.shard divides every parameter" in pool.run(2, __file__, "train_sharded", plan, graph, state)[0]
 
 
 def config_for(folder, name, **experts):
@@ -74,6 +102,26 @@ def test_loads_become_a_map_that_a_run_moves_to(pool, tmp_path):
     assert records[0]["experts/max_over_mean"] > 2
 
 
+def test_a_run_places_its_experts_again(pool, tmp_path):
+    """After every second step, by its own loads, with replicas: the losses of a run that never moves."""
+    module, graph = ex.captured()
+    plan, state = ex.plan_for(graph, 1), ex.state_of(module)
+    config = config_for(tmp_path, "replan", replan=ReplanConfig(2, 4))
+    after = pool.run(4, __file__, "train", plan, graph, state, config, 4)
+    before = pool.run(4, __file__, "train", plan, graph, state, TrainConfig(STEPS, optimizer=config.optimizer), 4)
+    assert before == after
+    records = [json.loads(line) for line in Path(config.metrics).read_text().splitlines()]
+    assert ["experts/moved" in record for record in records] == [False, True, False, False]
+    assert records[3]["experts/rank_max_over_mean"] < 0.7 * records[1]["experts/rank_max_over_mean"]
+
+
+def test_planning_again_names_a_wrong_cluster():
+    """One device for each copy is expected."""
+    cluster = Path(__file__).parents[2] / "examples/cluster_4cpu.yaml"
+    with pytest.raises(InputError, match="has 4 devices, but the run has 2 copies"):
+        plan_again(ExpertLoads(((1.0,) * 8,)), ex.replicated_map(2), ReplanConfig(1, cluster=str(cluster)))
+
+
 def test_ordinary_runs_count_what_the_model_chooses(tmp_path):
     """A whole bank in a planned run of one rank: the counts are those of the model's own routers, evaluation aside."""
     made = equal.case("moe")
@@ -83,10 +131,16 @@ def test_ordinary_runs_count_what_the_model_chooses(tmp_path):
     batch = made.batch(2)
     engine.step(batch)
     found = torch.stack([engine.routing_counts()[number].clone() for number in range(8)])
+    made.module.set_experts_implementation("eager")  # transformers' grouped kernel has no float64 on CPU
     chosen = torch.zeros(8, 4, dtype=torch.int64)
-    hooks = [layer.mlp.experts.register_forward_pre_hook(
-        lambda _, inputs, number=number: chosen[number].add_(torch.bincount(inputs[1].flatten(), minlength=4)))
-        for number, layer in enumerate(made.module.model.layers)]
+
+    def count(number):
+        def hook(_, inputs):
+            chosen[number] += torch.bincount(inputs[1].flatten(), minlength=4)
+        return hook
+
+    hooks = [layer.mlp.experts.register_forward_pre_hook(count(number))
+             for number, layer in enumerate(made.module.model.layers)]
     for piece in models.chunked(batch, 2):
         made.module(input_ids=piece["input_ids"])
     for hook in hooks:
@@ -105,17 +159,17 @@ def test_wrong_settings_are_one_line(change, message):
     """Named with what was expected."""
     with pytest.raises(InputError, match=message):
         ExpertsConfig(**change)
+    with pytest.raises(InputError, match="every 0 steps"):
+        ReplanConfig(0)
 
 
 def test_wrong_maps_are_refused_before_the_first_step(tmp_path):
-    """A map where there is nothing to map; one for other copies; sharded optimizer state."""
+    """A map where there is nothing to map; one for other copies."""
     _, graph = ex.captured()
     save(ex.replicated_map(4), tmp_path / "map.json")
     experts = ExpertsConfig(map=str(tmp_path / "map.json"))
     with pytest.raises(InputError, match="has 2 layers of 8 experts on 4 devices, but this run has 2 layers of 8"):
         read_maps(TrainConfig(1, experts=experts), graph, 2)
-    with pytest.raises(InputError, match=r"optimizer\.shard divides every parameter"):
-        read_maps(TrainConfig(1, experts=experts, optimizer=OptimizerConfig(shard=True)), graph, 4)
     with pytest.raises(InputError, match="need a graph with expert-parallel layers"):
         read_maps(TrainConfig(1, experts=experts), equal.cases.chain_graph(), 4)
     with pytest.raises(InputError, match=r"nowhere\.json"):
