@@ -23,7 +23,8 @@ from mipipe.planner.instance_arrays import longest, to_csr
 from mipipe.planner.quotas import Lines, Rule
 
 WINDOWS = ((0.0, 1.0), (0.2, 0.8), (0.3, 0.5), (0.5, 0.7), (0.1, 0.5), (0.5, 0.9))
-"""Where, by a microbatch's place in line, priorities pass from the forward schedule to the backward one."""
+"""Where, by a microbatch's place in line, priorities pass from the forward schedule to the backward one; where there
+are many microbatches also two to one before the end for each rank."""
 
 
 def backwards(instance: Instance, lines: Lines) -> tuple[Instance, Lines, np.ndarray]:
@@ -63,11 +64,12 @@ def blend(instance: Instance, lines: Lines, forward: Orders, mirrored: Instance,
     ``mirrored`` and ``image`` are from `backwards`, ``backward`` orders ``mirrored``.
     """
     begin = starts(instance, forward)
-    end = backward.makespan_ns - (starts(mirrored, backward) + mirrored.dur)[image]
+    end = forward.makespan_ns - (starts(mirrored, backward) + mirrored.dur)[image]
     place = lines.place / max(float(lines.place.max()), 1e-9)
     early = 1e-7 * instance.head / max(1, int(instance.head.max()))  # a topological order among equals
     best, count = forward, np.maximum(1, lines.count)
-    for low, high in WINDOWS:
+    last = 2 * instance.view.problem.num_ranks / instance.view.problem.num_microbatches
+    for low, high in (*WINDOWS, (1 - last, 1 - last / 2)) if last < 0.5 else WINDOWS:
         share = np.clip((high - place) / (high - low), 0.0, 1.0)
         moment = (share * begin + (1 - share) * end) / max(1, forward.makespan_ns) * 100
         for weight in (0.0, 1.0, 1e4):
