@@ -5,7 +5,8 @@
 Each family is captured at full size on the meta device, in a process of its own (its peak memory is in the table).
 ``parameters`` is compared with ``sum(p.numel())`` of the module. ``F TFLOP`` and ``B TFLOP`` (I and W) are compared
 with torch.utils.flop_counter over an eager training step on fake tensors, with the formulas it lacks registered
-(attention on the CPU, grouped matrix products); transformers' own attention and experts run there, not ours. The
+(attention on the CPU, grouped matrix products); transformers' own attention and experts run there, not ours (but for
+the vision towers of Qwen-VL, whose spans fake tensors cannot give: their attention is ours, by torch's formula). The
 ``off`` columns are differences: of counts, and relative.
 """
 
@@ -37,6 +38,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "OLMoE 7B": ("OlmoeForCausalLM", {"intermediate_size": 1024}),
     "GPT-OSS 120B": ("GptOssForCausalLM", {}),
     "LLaVA 7B": ("LlavaForConditionalGeneration", {}),
+    "Qwen2.5-VL 7B": ("Qwen2_5_VLForConditionalGeneration", {
+        **{f"text_config.{key}": value for key, value in {
+            "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+            "num_key_value_heads": 4, "vocab_size": 152064, "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}.items()},
+        "vision_config.hidden_size": 1280, "vision_config.out_hidden_size": 3584}),
+    "Qwen3-VL 8B": ("Qwen3VLForConditionalGeneration", {
+        **{f"text_config.{key}": value for key, value in {
+            "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "vocab_size": 151936, "rope_parameters": {
+                "rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}}.items()},
+        "vision_config.out_hidden_size": 4096}),
+    "ResNet-50": ("ResNetForImageClassification", {"num_labels": 1000}),
     "CLIP": ("CLIPModel", {}),
     "Whisper": ("WhisperForConditionalGeneration", {"d_model": 1280, "encoder_layers": 32, "decoder_layers": 32,
                                                     "encoder_attention_heads": 20, "decoder_attention_heads": 20,
@@ -80,6 +94,7 @@ def count_independently(source: str, seq: int, overrides: dict[str, Any]) -> dic
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+    from mipipe.graphs.layers import PACKED
     from mipipe.graphs.sources import open_source
 
     def forward(q: Any, k: Any, v: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
@@ -94,14 +109,19 @@ def count_independently(source: str, seq: int, overrides: dict[str, Any]) -> dic
 
     aten = torch.ops.aten
     extra = {aten._scaled_dot_product_flash_attention_for_cpu: forward, aten._grouped_mm: grouped,
-             aten._scaled_dot_product_flash_attention_for_cpu_backward: backward}
+             aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+             torch.ops.mipipe.attention: forward, torch.ops.mipipe.attention_backward: backward}
     with FakeTensorMode(allow_non_fake_inputs=True):
         opened = open_source(source, seq=seq, overrides=overrides, dtype="bfloat16")
         model = opened.build("cpu")
+        packed = [part.config for part in model.modules()
+                  if getattr(getattr(part, "config", None), "_attn_implementation", None) == PACKED]
         try:
             model.set_attn_implementation("sdpa")
         except ValueError:
             model.set_attn_implementation("eager")
+        for config in packed:  # Qwen-VL's towers read their spans from tensors otherwise, which fake ones cannot give
+            config._attn_implementation = PACKED
         modeling = sys.modules[type(model).__module__]
         if hasattr(modeling, "torch_compilable_check"):
             modeling.torch_compilable_check = lambda *arguments, **options: None  # it reads values, fakes have none

@@ -90,6 +90,41 @@ def test_the_gradient_of_the_loss_is_an_argument() -> None:
         torch.testing.assert_close(part[name], gradient * 0.25, rtol=1e-12, atol=0)
 
 
+class Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.memory = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        return x + torch.tanh(self.own(x) + self.memory(memory))
+
+
+class Remembering(nn.Module):
+    """Encoder layers, a norm, and decoder layers that all read what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleList(Reader() for _ in range(2))
+        self.norm, self.decoder = nn.LayerNorm(4), nn.ModuleList(Reader() for _ in range(2))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        for layer in self.encoder:
+            x = layer(x, x)
+        memory = self.norm(x)
+        for layer in self.decoder:
+            y = layer(y, memory)
+        return y.square().sum()
+
+
+def test_what_several_layers_read_stays_with_its_maker() -> None:
+    """An encoder's last norm is no part of the first decoder layer, so that decoder layers stay alike."""
+    torch.manual_seed(0)
+    module, batch = Remembering().double(), {"x": torch.randn(3, 4, dtype=F64), "y": torch.randn(3, 4, dtype=F64)}
+    graph = capture_module(module, batch)
+    homes = {segment.name for segment in graph.segments if any("norm" in name for name in segment.parameters)}
+    assert homes == {"encoder.1"}
+
+
 class Closed(nn.Module):
     """Reads a tensor that is no buffer."""
 
