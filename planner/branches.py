@@ -8,7 +8,8 @@ the arm with the least work (usually the trunk's own embedding).
 - ``colocated``: the trunk on all ranks, the encoders cut beside its first stages, forth or back; or whole on every
   rank (``+spread``), each microbatch where the load is lowest: then encoders fill the ranks that wait for the trunk.
 
-How many ranks the encoders take is chosen by the load of the busiest rank.
+How many ranks the encoders take is chosen by the load of the busiest rank: apart, among the counts near their share of
+the work; colocated, among powers of two.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def _apart(problem: PlanningProblem, chosen: Sequence[int]) -> Iterator[Placemen
     own, others = len(units(problem, chosen)), len(units(problem, rest))
     for turns in (1, 2):
         found: list[tuple[float, Placement]] = []
-        for count in range(1, problem.num_ranks):
+        for count in _near_share(problem, chosen):
             forth = tuple(range(count, problem.num_ranks))
             trunk = Shape("apart", forth + forth[::-1] if turns == 2 else forth)
             if count > own or trunk.num_stages > others:
@@ -85,6 +86,13 @@ def _apart(problem: PlanningProblem, chosen: Sequence[int]) -> Iterator[Placemen
             found.append(_joined(problem, encoder, fit_cuts(problem, encoder, chosen), trunk,
                                  fit_cuts(problem, trunk, rest)))
         yield from _lightest(found)
+
+
+def _near_share(problem: PlanningProblem, chosen: Sequence[int]) -> list[int]:
+    """Numbers of ranks near the encoders' share of the work."""
+    work = loads(problem)
+    share = sum(work[g][0] for g in chosen) / max(1, sum(row[0] for row in work)) * problem.num_ranks
+    return [count for count in range(int(share) - 1, int(share) + 3) if 1 <= count < problem.num_ranks]
 
 
 def _colocated(problem: PlanningProblem, chosen: Sequence[int]) -> Iterator[Placement]:
@@ -97,7 +105,7 @@ def _colocated(problem: PlanningProblem, chosen: Sequence[int]) -> Iterator[Plac
         if trunk.num_stages > others:
             continue
         found: list[tuple[float, Placement]] = []
-        for count in range(1, min(ranks, own) + 1):
+        for count in [count for count in (1, 2, 4, 8, 16, 32, 64) if count <= min(ranks, own)]:
             for order in (forth[:count], forth[:count][::-1])[:1 if count == 1 else 2]:
                 encoder = Shape("colocated", order)
                 parts = fit_cuts(problem, encoder, chosen)

@@ -16,8 +16,8 @@ from mipipe.planner.actions import Stream
 from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import PlanningProblem
 
-DESCENT_S = 1.0
-"""Most seconds one set of cuts is improved: enough for 100 stages."""
+DESCENT_S = 0.4
+"""Most seconds one set of cuts is improved: 124 groups in 32 stages come within 1 % of what 1 s gives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +64,14 @@ def loads(problem: PlanningProblem) -> list[list[int]]:
 
 
 def fit_cuts(problem: PlanningProblem, shape: Shape, groups: Sequence[int] | None = None,
-             beside: Sequence[tuple[int, Sequence[int]]] = (), *, by_head: bool = False) -> list[list[int]]:
+             beside: Sequence[tuple[int, Sequence[int]]] = (), *, by_head: bool = False,
+             start: Sequence[Sequence[int]] = ()) -> list[list[int]]:
     """Stages as lists of groups: the cuts of the shape with the smallest estimated makespan.
 
     Resident bytes that do not fit come first, then the load of the busiest rank, then how even the loads are.
     ``groups``: what to cut (default: all), in a topological order. ``beside``: (rank, groups) already placed.
     ``by_head``: to a rank's load over the step comes its head, the forwards before its first stage, so that ranks that
-    start late get less.
+    start late get less. ``start``: stages to begin with (default: cuts by count and by load).
     """
     blocks = units(problem, groups)
     count = shape.num_stages
@@ -108,8 +109,12 @@ def fit_cuts(problem: PlanningProblem, shape: Shape, groups: Sequence[int] | Non
         return over, max(ends) + empty * 1e-9, sum(end * end for end in ends)
 
     best: tuple[tuple[float, float, float], list[int]] | None = None
-    for start in (_even(len(blocks), count), _balanced([max(size) for size in sizes], count)):
-        cuts = _descend(start, cost)
+    starts = (_even(len(blocks), count), _balanced([max(size) for size in sizes], count))
+    if start:
+        held = [sum(block[0] in stage for block in blocks) for stage in map(set, start)]
+        starts = ([0, *accumulate(held)],)  # type: ignore[assignment]
+    for first in starts:
+        cuts = _descend(first, cost)
         value = cost(cuts)
         if best is None or value < best[0]:
             best = (value, cuts)
@@ -257,3 +262,21 @@ def _deal(problem: PlanningProblem, shape: Shape, parts: Sequence[Sequence[int]]
                     load[where] += row[where] * (sizes[m + offset] if sizes else 1.0)
                 recent[where] = m
         yield parts[at], route
+
+
+def earliest_end(problem: PlanningProblem, placement: Placement, heads: Sequence[int]) -> float:
+    """No rank's work can end before this: the largest over ranks of load and earliest start.
+
+    ``heads``: per group the earliest start of its first forward (`mipipe.planner.free_bound.facts_of`).
+    """
+    work = loads(problem)
+    load = [0.0] * problem.num_ranks
+    first: dict[int, int] = {}
+    for stage, route in zip(placement.stages, placement.routes, strict=True):
+        begin = min(heads[g] for g in stage.groups)
+        for rank in set(route):
+            again = sum(problem.groups[g].times[problem.topology.devices[rank].kind].f_ns for g in stage.groups)
+            each = sum(work[g][rank] for g in stage.groups) + (again if stage.recompute else 0)
+            load[rank] += route.count(rank) * each
+            first[rank] = min(first.get(rank, begin), begin)
+    return max(load[rank] + begin for rank, begin in first.items())

@@ -84,7 +84,7 @@ def all_placements(problem: PlanningProblem, name: str = "free") -> Iterator[Pla
         even = fit_cuts(problem, shape)
         yield place(problem, shape, even)
         if problem.num_ranks > 1 and problem.num_ranks * problem.num_microbatches <= SHIFTED:
-            shifted = fit_cuts(problem, shape, by_head=True)
+            shifted = fit_cuts(problem, shape, by_head=True, start=even)
             if shifted != even:
                 yield place(problem, shape, shifted)
         if ends and problem.num_ranks > 1 and blocks - len(ends) >= shape.num_stages:

@@ -25,9 +25,10 @@ from mipipe.graphs.errors import InfeasibleError, PlanError
 from mipipe.planner import placing, rungs, scale
 from mipipe.planner.candidate import Candidate, candidate
 from mipipe.planner.check import check_plan
+from mipipe.planner.cuts import earliest_end
 from mipipe.planner.explain import explain
 from mipipe.planner.feasible import why_infeasible, with_recomputation
-from mipipe.planner.free_bound import problem_bound
+from mipipe.planner.free_bound import facts_of, problem_bound
 from mipipe.planner.objectives import best_utilisation, least_memory
 from mipipe.planner.options import PlacementName, PlanOptions
 from mipipe.planner.plan import Placement, Plan
@@ -167,15 +168,17 @@ BIG_ORDER: tuple[PlacementName, ...] = ("chain", "two-way", "v")
 
 
 def _enter(run: Run) -> None:
-    """Propose placements and schedule each by list.
+    """Propose placements and schedule each by list, the first at once, the others the most promising first.
 
     The seconds per action of the placements so far say which of the rest can still be built in time.
     """
-    waiting = propose(run.problem, run.options.placement)
+    waiting = _most_promising(run, propose(run.problem, run.options.placement))
     if run.options.placement == "free" and 3 * run.problem.num_ranks * run.problem.num_microbatches > BIG_ACTIONS:
         waiting = chain.from_iterable(propose(run.problem, name) for name in BIG_ORDER)
     built, began = 0, run.seconds
     for placement in waiting:
+        if run.best is not None and run.left < 0.5 * run.options.time_limit_s:
+            break
         size = len(placement.stages) * run.problem.num_microbatches
         expected = (run.seconds - began) / built * size if built else 0.0
         if run.best is not None and run.left - expected < 0.5 * run.options.time_limit_s:
@@ -183,6 +186,20 @@ def _enter(run: Run) -> None:
         _admit(run, placement)
         built += size
         run.reserve_s = min(0.2 * run.options.time_limit_s, 0.5 * (run.seconds - began) / built * size)
+
+
+def _most_promising(run: Run, waiting: Iterator[Placement]) -> Iterator[Placement]:
+    """The first placement; then those that can be fitted in a quarter of the time, by the earliest moment at which
+    their ranks could end; then the rest."""
+    yield from islice(waiting, 1)
+    heads = facts_of(run.problem).head
+    found: list[Placement] = []
+    for placement in waiting:
+        found.append(placement)
+        if run.left < 0.75 * run.options.time_limit_s:
+            break
+    yield from sorted(found, key=lambda placement: earliest_end(run.problem, placement, heads))
+    yield from waiting
 
 
 def _recomputing(run: Run) -> None:
