@@ -60,6 +60,7 @@ class Entry:
     lines: quotas.Lines
     tuned: quotas.Tuned
     expected_ns: int
+    rules: list[quotas.Rule]
     backward: quotas.Rule | None = None
 
 
@@ -77,7 +78,7 @@ def climb(run: Run) -> None:
     run.reserve_s = min(0.3 * limit, CHECK_S * actions)
     entries: list[Entry] = []
     for placement in _placements(run):
-        if (entries and run.left < 0.75 * limit) or run.interrupted:
+        if (entries and run.left < 0.85 * limit) or run.interrupted:
             break
         entry = _enter(run, placement, 0.02 * limit if entries else 0.0)
         if entry is None:
@@ -87,15 +88,15 @@ def climb(run: Run) -> None:
         entries.append(entry)
     began, before = time.monotonic(), run.makespan_ns
     searchable = run.candidates and run.candidates[0].instance.size <= SEARCHABLE
-    share = (0.1 if searchable else 0.15) * limit
+    share = (0.03 if searchable else 0.08) * limit
     for kept in (3, 2, 1):
         entries.sort(key=lambda entry: entry.expected_ns)
         for entry in entries[:kept]:
             _tune(run, entry, min(share / kept, run.left))
     if entries:
-        _turn(run, entries[0], min(0.1 * limit, run.left))
+        _turn(run, entries[0], min(share, run.left))
     for entry in entries[:1 if 3 * run.problem.num_ranks * run.problem.num_microbatches > BOUND_ACTIONS else 2]:
-        _apply(run, entry, "quotas")
+        _apply(run, entry, "quotas", 0.0 if searchable else 0.25 * limit)
     run.ablation.append({"rung": "quotas", "placement": run.best.placement.name if run.best else "",
                          "before": before / run.problem.unit_ns, "makespan": run.makespan_ns / run.problem.unit_ns,
                          "variables": None, "constraints": None, "seconds": round(time.monotonic() - began, 3)})
@@ -128,7 +129,7 @@ def _enter(run: Run, placement: Placement, seconds: float) -> Entry | None:
     tuned = quotas.tune(small, lines, seconds, run.options.seed, stop=lambda: run.interrupted)
     if tuned is None:
         return None
-    return Entry(placement, small, lines, tuned, _expected(run, small, tuned.orders))
+    return Entry(placement, small, lines, tuned, _expected(run, small, tuned.orders), [tuned.rule])
 
 
 def _expected(run: Run, small: Instance, orders: Orders) -> int:
@@ -138,16 +139,21 @@ def _expected(run: Run, small: Instance, orders: Orders) -> int:
 
 
 def _tune(run: Run, entry: Entry, seconds: float) -> None:
-    """Tune an entry's rule further, with another seed on every thread."""
-    with ThreadPoolExecutor(run.options.threads) as pool:
-        waiting = [pool.submit(quotas.tune, entry.small, entry.lines, seconds, run.options.seed + 7 * n,
-                               start=entry.tuned.rule, stop=lambda: run.interrupted)
-                   for n in range(run.options.threads)]
-        found = [tuned for tuned in (future.result() for future in waiting) if tuned is not None]
-    tuned = min(found, key=lambda tuned: tuned.orders.makespan_ns, default=entry.tuned)
+    """Tune an entry's rule further; what was found is kept for the whole problem to choose from."""
+    tuned = _longer(run, entry.small, entry.lines, entry.tuned, seconds)
     if tuned.orders.makespan_ns < entry.tuned.orders.makespan_ns:
+        entry.rules.append(tuned.rule)
         entry.tuned = tuned
         entry.expected_ns = _expected(run, entry.small, tuned.orders)
+
+
+def _longer(run: Run, instance: Instance, lines: quotas.Lines, tuned: quotas.Tuned, seconds: float) -> quotas.Tuned:
+    """The best of tuning further, with another seed on every thread."""
+    with ThreadPoolExecutor(run.options.threads) as pool:
+        waiting = [pool.submit(quotas.tune, instance, lines, seconds, run.options.seed + 7 * n, start=tuned.rule,
+                               stop=lambda: run.interrupted) for n in range(run.options.threads)]
+        found = [better for better in (future.result() for future in waiting) if better is not None]
+    return min([tuned, *found], key=lambda other: other.orders.makespan_ns)
 
 
 def _turn(run: Run, entry: Entry, seconds: float) -> None:
@@ -158,8 +164,12 @@ def _turn(run: Run, entry: Entry, seconds: float) -> None:
     entry.backward = tuned.rule if tuned is not None else None
 
 
-def _apply(run: Run, entry: Entry, rung: str) -> None:
-    """Schedule all microbatches by an entry's rule, as a candidate; the search may go on from it."""
+def _apply(run: Run, entry: Entry, rung: str, seconds: float = 0.0) -> None:
+    """Schedule all microbatches by an entry's rules, as a candidate; the search may go on from it.
+
+    What is best on few microbatches may pay for its short ends with a slower middle, so all rules found on the way are
+    tried, and the best is tuned some ``seconds`` more.
+    """
     found = next((other for other in run.candidates if other.placement == entry.placement), None)
     if found is None:
         whole = view(run.problem, entry.placement)
@@ -169,10 +179,13 @@ def _apply(run: Run, entry: Entry, rung: str) -> None:
         found = Candidate(whole, bound, bool((instance.twin >= 0).any()), instance)
     lines = quotas.lines_of(found.instance)
     assert lines is not None
-    tuned = quotas.tune(found.instance, lines, 0.05 * run.options.time_limit_s if rung != "list" else 0.01,
-                        run.options.seed, start=quotas.moved(entry.tuned.rule, entry.lines, lines))
+    rules = [quotas.moved(rule, entry.lines, lines) for rule in entry.rules]
+    tuned = quotas.tune(found.instance, lines, 1e9, run.options.seed, rules=lambda _: iter(rules),
+                        evaluations=len(rules), stop=lambda: run.interrupted)
     if tuned is None:
         return
+    if seconds:
+        tuned = _longer(run, found.instance, lines, tuned, seconds)
     orders = _blended(found.instance, lines, entry, tuned.orders)
     if orders.makespan_ns >= found.makespan_ns:
         return
