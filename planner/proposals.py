@@ -8,11 +8,11 @@ or a head whose parameters are not counted, or that fit everywhere) may be sprea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mipipe.planner import branches
 from mipipe.planner.actions import Stream
-from mipipe.planner.cuts import Shape, fit_cuts, place, place_spread, resident_room, units
+from mipipe.planner.cuts import Shape, fit_cuts, loads, place, place_spread, resident_room, units
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.ring import rings
@@ -71,6 +71,12 @@ def propose(problem: PlanningProblem, name: str = "free") -> Iterator[Placement]
     return (placement for placement in all_placements(problem, name) if resident_fits(problem, placement))
 
 
+def _equal(problem: PlanningProblem, parts: Sequence[Sequence[int]]) -> bool:
+    """Whether all stages take the same time on the first device."""
+    work = loads(problem)
+    return len({sum(work[g][0] for g in part) for part in parts}) == 1
+
+
 def all_placements(problem: PlanningProblem, name: str = "free") -> Iterator[Placement]:
     """Placements of the allowed shapes, whether or not their weights fit."""
     ends = light_ends(problem)
@@ -83,7 +89,8 @@ def all_placements(problem: PlanningProblem, name: str = "free") -> Iterator[Pla
             continue
         even = fit_cuts(problem, shape)
         yield place(problem, shape, even)
-        if problem.num_ranks > 1 and problem.num_ranks * problem.num_microbatches <= SHIFTED:
+        few = 1 < problem.num_ranks and problem.num_ranks * problem.num_microbatches <= SHIFTED
+        if few and (name == "free" or not _equal(problem, even)):  # a named shape of equal layers is the published one
             shifted = fit_cuts(problem, shape, by_head=True, start=even)
             if shifted != even:
                 yield place(problem, shape, shifted)
