@@ -4,14 +4,17 @@
 
 Sleeping stages need no core, so eight ranks fit on two. Each schedule's program runs with real transfers (a few hundred
 bytes over gloo); printed are the simulated makespan, the median measured one (the ranks' aligned clocks, first start to
-last end) and their ratio. Forward and input gradient of a layer take one unit each, the weight gradient half.
+last end), their ratio, and the ratio after calibration by one run. Forward and input gradient of a layer take one unit
+each, the weight gradient half.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 import mipipe.runtime.phases as phases
+from mipipe.graphs.costs import CostTable, GroupCost
 from mipipe.graphs.operator_graph import (
     Operator,
     OperatorGraph,
@@ -35,6 +39,7 @@ from mipipe.graphs.operator_graph import (
 from mipipe.graphs.serialize import digest
 from mipipe.graphs.topology import Topology
 from mipipe.graphs.trace import build_phase
+from mipipe.planner.calibrate import calibrate
 from mipipe.planner.lower import lower
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
@@ -48,6 +53,8 @@ from mipipe.runtime.trace import measured_timeline
 ROWS, WIDTH = 4, 4
 SPEC, SQUARE = TensorSpec((ROWS, WIDTH), "float32"), TensorSpec((WIDTH, WIDTH), "float32")
 SCALAR = TensorSpec((), "float32")
+STEP_NS = 20_000
+"""Largest change of the learnt delay: one disturbed sleep must not spoil the next ones."""
 
 
 def ref(name: str) -> dict[str, str]:
@@ -94,21 +101,38 @@ def build_problem(layers: int, ranks: int, count: int, unit_ns: int) -> tuple[Op
 
 
 def sleeping(unit_ns: int) -> Callable[..., Any]:
-    """A stand-in for `build_phase` whose functions first sleep for the phase's planned duration."""
-    def build(trace: SegmentTrace, phase: Phase, device: Any = "cpu") -> Any:
+    """A stand-in for `build_phase` whose functions take the phase's planned duration, asleep.
+
+    A sleep ends late by what waking up takes (0.1 ms here), a function of work would not: the usual delay is learnt and
+    slept less, and what is then left, a few microseconds, is waited for.
+    """
+    def build(trace: SegmentTrace, phase: Phase, device: Any = "cpu", given: Any = None) -> Any:
         function = build_phase(trace, phase, device)
         duration = {Phase.F: unit_ns, Phase.I: unit_ns,
                     Phase.W: unit_ns // 2 + (unit_ns if trace.digest == "first" else 0)}[phase]
 
+        late = 0
+
         def slow(*tensors: torch.Tensor) -> Any:
+            nonlocal late
             end = time.perf_counter_ns() + duration
             result = function(*tensors)
-            time.sleep(max(0, end - time.perf_counter_ns()) / 1e9)
+            goal = end - late
+            time.sleep(max(0, goal - time.perf_counter_ns()) / 1e9)
+            late += max(-STEP_NS, min(STEP_NS, (time.perf_counter_ns() - goal - late) // 8))
+            while time.perf_counter_ns() < end:
+                pass
             return result
 
         return slow
 
     return build
+
+
+def wake_in_time() -> None:
+    """Ask the kernel (Linux) to end sleeps when they are over, not up to 50 us later to save power."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(29, 1, 0, 0, 0)  # PR_SET_TIMERSLACK, in nanoseconds
 
 
 def plans(problem: PlanningProblem, names: list[str], seconds: float) -> list[Plan]:
@@ -122,6 +146,22 @@ def plans(problem: PlanningProblem, names: list[str], seconds: float) -> list[Pl
     return made[0]
 
 
+def figures(plan: Plan, timelines: list[Any]) -> dict[str, float]:
+    """Simulated and measured makespan. The first run is a warm-up, the second calibrates what the others are to show:
+    ``calibrated`` is the ratio to the simulation with what that one run said about actions and the time between them.
+    """
+    kinds = {device.kind for device in plan.problem.topology.devices}
+    costs = CostTable(plan.problem.graph_digest, tuple(
+        GroupCost(group.name, kind, {phase: time for phase, time in zip(
+            Phase, (group.times[kind].f_ns, group.times[kind].i_ns, group.times[kind].w_ns), strict=True)
+            if time is not None}, "given") for group in plan.problem.groups for kind in kinds))
+    _, drift = calibrate(plan, timelines[1], costs)
+    simulated = simulate(plan, lower(plan)).makespan_ns
+    found = statistics.median(timeline.makespan_ns for timeline in timelines[2:])
+    return {"simulated_ms": simulated / 1e6, "measured_ms": found / 1e6, "ratio": found / simulated,
+            "launch_us": drift.launch_ns / 1e3, "calibrated": found / drift.recalibrated_ns}
+
+
 def main() -> None:
     """Print one line for each schedule and unit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -133,6 +173,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    wake_in_time()
     dist.init_process_group("gloo")
     rows = []
     for unit_ms in options.unit_ms:
@@ -143,21 +184,19 @@ def main() -> None:
         state = {item.fqn: torch.eye(WIDTH) for item in graph.parameters}
         for plan in plans(problem, options.schedules, options.time_limit):
             engine = Engine(plan, graph, state, options=EngineOptions(share_loss=False))
-            measured = []
-            for _ in range(options.repetitions + 1):
+            timelines = []
+            for _ in range(options.repetitions + 2):
                 dist.barrier()
                 engine.step({"x": torch.ones(ROWS * options.microbatches, WIDTH)})
-                timeline = measured_timeline(engine)
-                measured.append(timeline.makespan_ns / 1e6 if timeline else 0.0)
-            simulated = simulate(plan, lower(plan)).makespan_ns / 1e6
-            found = statistics.median(measured[1:])
-            rows.append({"schedule": plan.name, "unit_ms": unit_ms, "simulated_ms": simulated, "measured_ms": found,
-                         "ratio": found / simulated})
+                timelines.append(measured_timeline(engine))
             if dist.get_rank() == 0:
-                print(f"{plan.name:24} unit {unit_ms:4g} ms: simulated {simulated:9.1f} ms, measured {found:9.1f} ms,"
-                      f" ratio {found / simulated:.3f}", flush=True)
+                row = {"schedule": plan.name, "unit_ms": unit_ms, **figures(plan, timelines)}
+                rows.append(row)
+                print(f"{plan.name:24} unit {unit_ms:4g} ms: simulated {row['simulated_ms']:9.1f} ms, measured"
+                      f" {row['measured_ms']:9.1f} ms, ratio {row['ratio']:.3f}, calibrated {row['calibrated']:.3f}",
+                      flush=True)
     if options.output and dist.get_rank() == 0:
-        options.output.write_text(json.dumps({"ranks": dist.get_world_size(), "rows": rows}, indent=1))
+        options.output.write_text(json.dumps({"ranks": dist.get_world_size(), "rows": rows}, indent=1) + "\n")
     dist.destroy_process_group()
 
 

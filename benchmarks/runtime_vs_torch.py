@@ -3,10 +3,11 @@
     torchrun --nproc-per-node 2 benchmarks/runtime_vs_torch.py --work-ms 1 5 50 --repetitions 30
 
 alternates both in one process group and prints, for each schedule and amount of work in a stage's forward, the median
-step times, their ratio with a 95 % bootstrap interval, and the overhead for each action (step time of stages without
-work, divided by the rank's actions). The order is torch's own (``pipeline_order``, for 1F1B the published one), turned
-into a plan. One thread for each worker. ``plan-strict`` runs our program as planned; ``plan-ahead`` keeps sent tensors
-to the end of the step and posts receives two actions ahead, which is what torch does with memory.
+step times, their ratio with a 95 % bootstrap interval, and the time for each action: without work (``--work-ms 0``)
+that is overhead. The order is torch's own (``pipeline_order``, for 1F1B the published one), turned into a plan; ``CSV``
+goes the other way: our plan, exported, loaded by torch's schedule runtime. One thread for each worker. ``plan-strict``
+runs our program as planned; ``plan-ahead`` keeps sent tensors to the end of the step and posts receives two actions
+ahead, which is what torch does with memory.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from chain_model import ROWS, WIDTH, Block, build_graph, build_plan, build_problem, squared_error
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -30,101 +32,21 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
     ScheduleZBVZeroBubble,
 )
+from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
 
-from mipipe.graphs.operator_graph import OperatorGraph, Parameter, Segment, TensorSpec, Value
-from mipipe.graphs.partition import trace_module
-from mipipe.graphs.serialize import digest
-from mipipe.graphs.topology import Topology
-from mipipe.graphs.trace import spec_of
-from mipipe.planner.actions import Action, ActionKind
-from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
-from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
+from mipipe.planner.export import torch_csv
+from mipipe.planner.options import PlanOptions
+from mipipe.planner.plan import Plan
+from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.solve import plan as solve
 from mipipe.runtime.engine import Engine, EngineOptions
 
-ROWS, WIDTH = 32, 256
 SCHEDULES: dict[str, tuple[Any, int]] = {
     "1F1B": (Schedule1F1B, 1), "Interleaved1F1B": (ScheduleInterleaved1F1B, 2),
-    "ZBVZeroBubble": (ScheduleZBVZeroBubble, 2), "DualPipeV": (ScheduleDualPipeV, 2)}
-"""Schedule and stages for each rank."""
-V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
-
-
-class Block(nn.Module):
-    """``depth`` linear layers with tanh between them."""
-
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(depth))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return x
-
-
-class WithLoss(nn.Module):
-    """The last stage and the loss."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, x: Tensor, target: Tensor) -> Tensor:
-        return squared_error(self.block(x), target)
-
-
-def squared_error(output: Tensor, target: Tensor) -> Tensor:
-    return (output - target).square().mean()
-
-
-def build_graph(blocks: list[nn.Module]) -> OperatorGraph:
-    """The operator graph of a chain of blocks, one segment each."""
-    example = torch.zeros(ROWS, WIDTH)
-    segments, values, parameters, traces = [], [], [], {}
-    spec = spec_of(example)
-    values += [Value("x", spec, None, False), Value("target", spec, None, False)]
-    for index, block in enumerate(blocks):
-        last = index == len(blocks) - 1
-        module = WithLoss(block) if last else block
-        names = ("x" if index == 0 else f"h{index}", *(("target",) if last else ()))
-        arguments = {"x": example, **({"target": example} if last else {})}
-        trace = trace_module(module, arguments, differentiable=[index > 0, *([False] if last else [])])
-        traces[trace.digest] = trace
-        output = "loss" if last else f"h{index + 1}"
-        fqns = tuple(f"{index}.{name}" for name, _ in block.named_parameters())
-        segments.append(Segment(f"stage{index}", str(index), trace.digest, names, (output,), fqns))
-        values.append(Value(output, TensorSpec((), "float32") if last else spec, f"stage{index}", True))
-        parameters += [Parameter(f"{index}.{name}", spec_of(item)) for name, item in block.named_parameters()]
-    return OperatorGraph("chain", ("x", "target"), ("loss",), "loss", tuple(segments), tuple(values),
-                         tuple(parameters), tuple(traces.values()))
-
-
-def build_plan(graph: OperatorGraph, rank_of: list[int], orders: list[list[str]], count: int) -> Plan:
-    """torch's order as a plan; equal durations, as its authors assume."""
-    ranks = max(rank_of) + 1
-    groups = []
-    for index, segment in enumerate(graph.segments):
-        times = PhaseTimes(1_000_000, None if index == 0 else 1_000_000, 1_000_000)
-        groups.append(Group(segment.name, {"device": times}, segments=(segment.name,)))
-    size = ROWS * WIDTH * 4
-    edges = tuple(GroupEdge(i, (i + 1,), size, size, f"h{i + 1}") for i in range(len(groups) - 1))
-    problem = PlanningProblem("benchmark", tuple(groups), edges, Topology.uniform(ranks, latency_ns=1000), count,
-                              graph_digest=digest(graph))
-    placement = Placement(tuple(Stage((i,), (rank,)) for i, rank in enumerate(rank_of)),
-                          tuple((rank,) * count for rank in rank_of))
-    schedule = Schedule(tuple(RankOrder(tuple(action for text in order for action in translated(text)))
-                              for order in orders))
-    return Plan("benchmark", problem, placement, schedule)
-
-
-def translated(text: str) -> list[Action]:
-    """An action of torch's as ours: stage 0 has no input gradient, which torch's orders leave open."""
-    action = Action.parse(text)
-    if action.partner is not None and action.partner[0] == 0:
-        return [Action(action.stage, ActionKind.F, action.microbatch), Action(0, ActionKind.W, action.partner[1])]
-    if action.stage == 0 and action.kind is ActionKind.B:
-        return [Action(0, ActionKind.W, action.microbatch)]
-    return [] if action.stage == 0 and action.kind is ActionKind.I else [action]
+    "ZBVZeroBubble": (ScheduleZBVZeroBubble, 2), "DualPipeV": (ScheduleDualPipeV, 2),
+    "CSV": (_PipelineScheduleRuntime, 2)}
+"""Schedule and stages for each rank. CSV: our plan for a V, which torch's schedule runtime loads from a file."""
+V_SHAPED = ("ZBVZeroBubble", "DualPipeV", "CSV")
 
 
 def torch_orders(name: str, schedule: Any, ranks: int, count: int) -> list[list[str]]:
@@ -141,6 +63,18 @@ def torch_orders(name: str, schedule: Any, ranks: int, count: int) -> list[list[
             orders.append(order)
         return orders
     return [[str(action) for action in schedule.pipeline_order[rank] if action is not None] for rank in range(ranks)]
+
+
+def our_order(problem: PlanningProblem) -> Plan:
+    """Our plan for a V of stages. Rank 0 plans; all get the same."""
+    made: list[Any] = [None]
+    if dist.get_rank() == 0:
+        result = solve(problem, PlanOptions(time_limit_s=5, placement="v", use_milp=False, threads=1))
+        made = [result.plan or result.reason]
+    dist.broadcast_object_list(made)
+    if not isinstance(made[0], Plan):
+        raise RuntimeError(f"no plan for a V on {problem.num_ranks} ranks: {made[0]}")
+    return made[0]
 
 
 class Pair:
@@ -166,7 +100,15 @@ class Pair:
                   for index, block in self.blocks.items()]
         self.schedule = kind(stages[0] if per_rank == 1 else stages, count, loss_fn=squared_error, scale_grads=True)
         self.first, self.last = 0 in self.blocks, number - 1 in self.blocks
-        plan = build_plan(graph, self.rank_of, torch_orders(name, self.schedule, ranks, count), count)
+        problem = build_problem(graph, ranks, count)
+        if name == "CSV":
+            plan = our_order(problem)
+            with tempfile.NamedTemporaryFile("w", suffix=".csv") as stream:
+                stream.write(torch_csv(plan))
+                stream.flush()
+                self.schedule._load_csv(stream.name)
+        else:
+            plan = build_plan(problem, self.rank_of, torch_orders(name, self.schedule, ranks, count))
         self.engines = {
             "plan-strict": Engine(plan, graph, state, options=EngineOptions(share_loss=False)),
             "plan-ahead": Engine(plan, graph, state,
@@ -259,8 +201,19 @@ def measure(name: str, work_ms: float, count: int, repetitions: int) -> list[dic
         rows.append({"schedule": name, "work_ms": work_ms, "runtime": key, "ms": ours, "torch_ms": theirs,
                      "ratio": ours / theirs, "low": low, "high": high, "actions": pair.actions,
                      "us_per_action": 1e3 * ours / pair.actions, "torch_us_per_action": 1e3 * theirs / pair.actions,
-                     "gradient_difference": difference})
+                     "gradient_difference": difference, "microbatches": count, "repetitions": repetitions})
     return rows
+
+
+def write(path: Path, rows: list[dict[str, Any]], world: int) -> None:
+    """Add rows to a JSON file, in place of those of the same schedule, work and runtime."""
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["schedule"], row["work_ms"], row["runtime"]
+
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    fresh = set(map(key, rows))
+    data = {"world": world, "torch": torch.__version__, "rows": [row for row in old if key(row) not in fresh] + rows}
+    path.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def main() -> None:
@@ -270,7 +223,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=30)
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES), choices=list(SCHEDULES))
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="JSON; rows of earlier runs stay")
     options = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -285,7 +238,7 @@ def main() -> None:
                           f" per action {row['us_per_action']:7.0f} us against {row['torch_us_per_action']:7.0f} us,"
                           f" gradients differ by {row['gradient_difference']:.0e}", flush=True)
     if options.output and dist.get_rank() == 0:
-        options.output.write_text(json.dumps({"world": dist.get_world_size(), "rows": rows}, indent=1))
+        write(options.output, rows, dist.get_world_size())
     dist.destroy_process_group()
 
 
