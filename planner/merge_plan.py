@@ -21,7 +21,15 @@ from mipipe.graphs.merge_layout import Shard, as_checkpoint, lay_out
 from mipipe.graphs.recipe import MergeRecipe
 from mipipe.graphs.serialize import STRICT, digest
 from mipipe.graphs.units import format_bytes
-from mipipe.planner.merge_costs import MergeRates, UnitCost, held_bytes, measure_rates, step_bytes, unit_cost
+from mipipe.planner.merge_costs import (
+    OVERHEAD_BYTES,
+    MergeRates,
+    UnitCost,
+    held_bytes,
+    measure_rates,
+    step_bytes,
+    unit_cost,
+)
 from mipipe.planner.merge_lower import TILE_ENTRIES, unit_steps
 
 SHARD_BYTES = 5 * 10**9
@@ -156,14 +164,14 @@ def _fit_portions(graph: MergeGraph, width: int, num_ranks: int, ahead: int, cap
             held = max(held, max((held_bytes(unit, step, graph) for step in steps), default=0))
         largest = max(range(len(peaks)), key=lambda index: peaks[index])
         for distance in range(ahead, -1, -1):
-            memory = peaks[largest] + distance * held
+            memory = OVERHEAD_BYTES + peaks[largest] + distance * held
             if cap is None or memory <= cap:
                 return portion, distance, memory
         if portion <= TILE_ENTRIES:
-            unit = graph.units[largest]
+            unit, least = graph.units[largest], format_bytes(OVERHEAD_BYTES + peaks[largest])
             raise InfeasibleError(f"memory cap {format_bytes(cap or 0)} per rank: merging {unit.name} of shape"
-                                  f" {list(unit.shape)} with {unit.method} takes {format_bytes(peaks[largest])} at"
-                                  " once; raise --memory to at least that")
+                                  f" {list(unit.shape)} with {unit.method} takes {least} at once; raise --memory to at"
+                                  " least that")
         portion //= 2
 
 

@@ -10,7 +10,14 @@ from __future__ import annotations
 from mipipe.graphs.errors import ProgramError
 from mipipe.graphs.merge_graph import columns_of
 from mipipe.planner.actions import Action, ActionKind
-from mipipe.planner.merge_costs import held_bytes, saved_bytes, spectral_seconds, stream_seconds, work_bytes
+from mipipe.planner.merge_costs import (
+    OVERHEAD_BYTES,
+    held_bytes,
+    saved_bytes,
+    spectral_seconds,
+    stream_seconds,
+    work_bytes,
+)
 from mipipe.planner.merge_lower import MergeStep, label, unit_steps
 from mipipe.planner.merge_plan import MergePlan
 from mipipe.planner.program import Instruction, Program
@@ -46,8 +53,8 @@ def simulate_merge(plan: MergePlan, program: Program) -> Timeline:
     for rank in ranks:
         rank.check_empty()
     spans = sorted((span for rank in ranks for span in rank.spans), key=lambda span: (span.start_ns, span.rank))
-    return Timeline("simulated", len(ranks), tuple(spans), tuple(rank.curve() for rank in ranks), (0,) * len(ranks),
-                    1, {"merge": plan.graph.recipe.get("merge_method", "")})
+    return Timeline("simulated", len(ranks), tuple(spans), tuple(rank.curve() for rank in ranks),
+                    (OVERHEAD_BYTES,) * len(ranks), 1, {"merge": plan.graph.recipe.get("merge_method", "")})
 
 
 def step_ns(plan: MergePlan, unit: int, step: MergeStep, kind: ActionKind) -> int:
@@ -77,7 +84,7 @@ class _Rank:
         self.loaded: dict[tuple[int, int], int] = {}
         self.merged: set[tuple[int, int]] = set()
         self.spans: list[Span] = []
-        self.changes: dict[int, int] = {0: 0}
+        self.changes: dict[int, int] = {0: OVERHEAD_BYTES}
         self._steps: dict[int, list[MergeStep]] = {}
         self._width = 8 if plan.graph.compute_dtype == "float64" else 4
 

@@ -177,6 +177,16 @@ def test_sce_selection_weights_and_both_variants():
     close(deltas("sce", same, same, select_topk=.5), [0, 0, 0])
 
 
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_sce_variances_have_the_bits_of_torchs(count):
+    """Between bfloat16 models many variances are equal, and must stay equal: rounding decides what is selected."""
+    base = (0.02 * torch.randn(3000)).bfloat16()
+    taus = [(base.float() + 0.002 * torch.randn(3000)).bfloat16().float() - base.float() for _ in range(count)]
+    before = [tau.clone() for tau in taus]
+    assert torch.equal(consensus.variance_of(taus), torch.stack(taus).var(dim=0, correction=0))
+    assert all(torch.equal(tau, kept) for tau, kept in zip(taus, before, strict=True))
+
+
 def test_varm():
     close(deltas("varm", tensor([2, 0]), tensor([0, 1])), [2 * .8, .2])
 
