@@ -89,7 +89,7 @@ def all_placements(problem: PlanningProblem, name: str = "free") -> Iterator[Pla
             continue
         even = fit_cuts(problem, shape)
         yield place(problem, shape, even)
-        few = 1 < problem.num_ranks and problem.num_ranks * problem.num_microbatches <= SHIFTED
+        few = problem.num_ranks > 1 and problem.num_ranks * problem.num_microbatches <= SHIFTED
         if few and (name == "free" or not _equal(problem, even)):  # a named shape of equal layers is the published one
             shifted = fit_cuts(problem, shape, by_head=True, start=even)
             if shifted != even:
