@@ -83,7 +83,7 @@ def capture_row(name: str, seq: int) -> dict[str, Any]:
     row["parameters off"] = row["parameters"] - counted["parameters"]
     row["F off"] = found["flops"]["F"] / counted["forward"] - 1
     row["B off"] = back / counted["backward"] - 1
-    if not counted["flash"]:
+    if not counted["flash"] and row["B off"]:
         row["note"] = "counted without flash attention, whose backward computes the scores again"
     return row
 
