@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from mipipe.graphs.topology import Topology
 from mipipe.planner import greedy
+from mipipe.planner.candidate import candidate
 from mipipe.planner.evaluate import evaluate
 from mipipe.planner.feasible import one_at_a_time, shortage
 from mipipe.planner.instance import build, expand, mirror, orders_from
-from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.options import PlanOptions
+from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
 from mipipe.planner.proposals import propose
+from mipipe.planner.race import Run, seed_search
 from mipipe.planner.stages import view
 from mipipe.planner.uniform import uniform_problem
 
@@ -87,3 +92,19 @@ def test_more_trials_are_never_worse() -> None:
     few, many = (greedy.best_of(instance, trials, np.random.default_rng(0), 5.0) for trials in (0, 40))
     assert few is not None and many is not None
     assert many.orders.makespan_ns <= few.orders.makespan_ns
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_full_memory_never_keeps_a_gradient_from_running(compiled: bool) -> None:
+    """Two microbatches fill rank 0; the first one's gradient takes 3 bytes for its W before it returns 4.
+
+    Lists once counted these 3 bytes twice, found no way on, and the planner called the problem infeasible.
+    """
+    group = Group("g0", {"d": PhaseTimes(1, 1, 1)}, saved_fi_bytes=4, saved_fw_bytes=2, saved_iw_bytes=3,
+                  workspace_bytes=2)
+    problem = PlanningProblem("full", (group, replace(group, name="g1")), (GroupEdge(0, (1,), 0, 0, "v"),),
+                              Topology.uniform(2, kind="d"), 4, limits=Limits(activation_bytes=17))
+    found = candidate(problem, next(propose(problem, "chain")))
+    assert (one_at_a_time(found.instance) == 11).all()
+    assert seed_search(Run(problem, PlanOptions()), found, compiled=compiled)
+    assert found.best is not None and found.best.fits
