@@ -46,7 +46,8 @@ def plan(
     optimizer: Annotated[str, typer.Option(help="What the optimizer keeps: none, sgd, momentum, adam, adamw,"
                                                 " adamw_mixed.")] = "adamw",
     placement: Annotated[str, typer.Option(help="free, or a fixed shape: chain, v, interleaved, wave, two-way,"
-                                                " ...")] = "free",
+                                                " two-way-v, two-way-interleaved, ring; for models with encoders also"
+                                                " apart (on ranks of their own) and colocated.")] = "free",
     objective: Annotated[str, typer.Option(help="makespan; memory (the least activations within 5 % of the best"
                                                 " makespan); or utilisation (the busiest devices within 5 %: those that"
                                                 " hardly help are given back).")] = "makespan",
