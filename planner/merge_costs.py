@@ -6,6 +6,7 @@ assumed. The figures steer the balance between ranks and the estimate of ``--dry
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import time
@@ -122,6 +123,8 @@ def step_bytes(unit: MergeUnit, step: MergeStep, graph: MergeGraph, compute_byte
     return held_bytes(unit, step, graph) + saved_bytes(unit, step) + work_bytes(unit, compute_bytes)
 
 
+UNKNOWN_RATE = 1e8
+"""Bytes per second where neither could be measured: a plain hard disk's."""
 SAMPLE_BYTES = 2**23
 """Rates of reading and writing are measured on at most this much, and on no more than the merge writes."""
 
@@ -129,8 +132,8 @@ SAMPLE_BYTES = 2**23
 def measure_rates(graph: MergeGraph, output: str | Path) -> MergeRates:
     """Rates of reading the inputs, writing beside the output, and arithmetic on one core, from short samples.
 
-    Of recipes planned before those they build on have run, some inputs do not exist yet; where none does, reading is
-    taken to be as fast as writing.
+    Of recipes planned before those they build on have run, some inputs do not exist yet, and a full disk takes no
+    sample: then reading is taken to be as fast as writing, or writing as reading.
     """
     sample_bytes = max(2**16, min(SAMPLE_BYTES, graph.write_bytes))
     files = (Path(item.folder) / item.tensor.file for unit in graph.units for item in unit.inputs)
@@ -142,13 +145,7 @@ def measure_rates(graph: MergeGraph, output: str | Path) -> MergeRates:
         with source.open("rb", buffering=0) as stream:
             count = max(1, stream.readinto(buffer))
         read = count / max(time.perf_counter() - began, 1e-6)
-    parent = next(folder for folder in (Path(output).absolute(), *Path(output).absolute().parents) if folder.is_dir())
-    began = time.perf_counter()
-    with tempfile.TemporaryFile(dir=parent) as scratch:
-        scratch.write(buffer)
-        scratch.flush()
-        os.fsync(scratch.fileno())
-    write = sample_bytes / max(time.perf_counter() - began, 1e-6)
+    write = _write_rate(Path(output), buffer)
     values = np.ones(TILE_ENTRIES, dtype=np.float32)
     began = time.perf_counter()
     for _ in range(16):
@@ -159,7 +156,23 @@ def measure_rates(graph: MergeGraph, output: str | Path) -> MergeRates:
     for _ in range(8):
         square @ square
     flops = 8 * 2 * 256**3 / max(time.perf_counter() - began, 1e-6)
-    return MergeRates(read or write, write, stream_rate, flops, _num_cores())
+    return MergeRates(read or write or UNKNOWN_RATE, write or read or UNKNOWN_RATE, stream_rate, flops, _num_cores())
+
+
+def _write_rate(output: Path, sample: bytearray) -> float:
+    """Bytes per second written beside the output, down to the disk; 0 where the disk is full."""
+    parent = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.is_dir())
+    began = time.perf_counter()
+    try:
+        with tempfile.TemporaryFile(dir=parent) as scratch:
+            scratch.write(sample)
+            scratch.flush()
+            os.fsync(scratch.fileno())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return 0.0  # whether the result has room is for those who reserve it to say
+    return len(sample) / max(time.perf_counter() - began, 1e-6)
 
 
 def _num_cores() -> int:

@@ -3,6 +3,7 @@
 import errno
 import os
 import struct
+import tempfile
 
 import pytest
 import torch
@@ -183,6 +184,16 @@ def test_no_space_left(root, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     fails(root, recipe(root), "out: no space left: the merged model needs 7.61 kB", "are free")
     assert not (root / "out.partial").exists()
+
+
+def test_a_disk_too_full_for_a_sample_says_what_is_needed(root, monkeypatch):
+    """The rates are measured with a scratch file; that it finds no room is no error of its own."""
+    def full(*_arguments, **_options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    fails(root, recipe(root), "no space left: the merged model needs")
 
 
 def test_a_disk_that_fills_up_while_writing(root, monkeypatch):
