@@ -26,6 +26,9 @@ QUOTA_S = 0.3
 """Seconds in which quotas are tuned for a first list. On 32 ranks x 64 microbatches (two-way, 0.75 of 1F1B's
 activations) they give 246 where lists without quotas give 482."""
 
+QUOTA_NODES = 800
+"""Nodes from which they are: lists of smaller problems are good as they are, and annealed at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Judged:
@@ -142,7 +145,7 @@ def first_orders(found: Candidate, *, compiled: bool, seed: int = 0) -> Orders |
     if not compiled:
         return greedy.schedule(found.instance, greedy.RULES[0], compiled=False)
     tuned = greedy.best_of(found.instance, 1000, np.random.default_rng(seed))
-    lines = quotas.lines_of(found.instance)
+    lines = quotas.lines_of(found.instance) if found.instance.size >= QUOTA_NODES else None
     other = quotas.tune(found.instance, lines, QUOTA_S, seed) if lines is not None else None
     orders = [made.orders for made in (tuned, other) if made is not None]
     return min(orders, key=lambda made: made.makespan_ns, default=None)
