@@ -2,7 +2,7 @@
 
 Each layer: greedy start, swaps and exchanges, co-activation, MIP polish while time lasts; layers are independent when
 every device has the same slots in each. With a total of slots per device over all layers (memory couples them), the
-slots of each layer come from a small exact choice: convex in practice, so giving the next slot where it saves most.
+slots of each layer come from an exact choice among what the search finds for each number of slots.
 """
 
 from __future__ import annotations
@@ -149,8 +149,14 @@ def slots_in_memory(loads: ExpertLoads, memory_bytes: int) -> int:
     return memory_bytes // loads.expert_bytes
 
 
+FURTHER_SLOTS = 3
+"""How many slots beyond an even share a layer may get: with more, the busiest device hardly gains."""
+
+
 def share_slots(loads: ExpertLoads, topology: Topology, total_slots: int, options: ExpertOptions) -> tuple[int, ...]:
-    """Slots per device for each layer, ``total_slots`` per device over all layers, with the least total time found.
+    """Slots per device for each layer, at most ``total_slots`` per device over all layers, with the least total time.
+
+    Exact by dynamic programming, given what the search finds for every layer and number of slots.
 
     Raises:
         InfeasibleError: fewer slots than one replica of every expert needs.
@@ -163,19 +169,24 @@ def share_slots(loads: ExpertLoads, topology: Topology, total_slots: int, option
                               f" {least * loads.num_layers}")
     units = unit_times(loads, topology)
     layers = [_layer(loads, number, units, np.zeros(count, dtype=int)) for number in range(loads.num_layers)]
-    slots = [least] * loads.num_layers
+    spare = total_slots - least * loads.num_layers
+    most = min(spare, spare // loads.num_layers + FURTHER_SLOTS)
 
-    def busiest(number: int, k: int) -> float:
-        bound = layer_bound(layers[number].weights, units, k)
-        return layers[number].makespan(improve(layers[number], balanced_start(layers[number], k), bound, rounds=50))
+    def busiest(layer: Layer, k: int) -> float:
+        return layer.makespan(improve(layer, balanced_start(layer, k), layer_bound(layer.weights, units, k), rounds=50))
 
-    now = [busiest(number, least) for number in range(loads.num_layers)]
-    after = [busiest(number, least + 1) for number in range(loads.num_layers)]
-    for _ in range(total_slots - sum(slots)):
-        best = int(np.argmax(np.array(now) - np.array(after)))
-        slots[best] += 1
-        now[best], after[best] = min(now[best], after[best]), busiest(best, slots[best] + 1)
-    return tuple(slots)
+    best, picks = np.zeros(spare + 1), []
+    for layer in layers:
+        table = np.full((most + 1, spare + 1), np.inf)
+        for extra in range(most + 1):
+            table[extra, extra:] = best[:spare + 1 - extra] + busiest(layer, least + extra)
+        picks.append(table.argmin(axis=0))
+        best = table.min(axis=0)
+    slots = []
+    for pick in reversed(picks):
+        slots.append(least + int(pick[spare]))
+        spare -= int(pick[spare])
+    return tuple(slots[::-1])
 
 
 def _layer(loads: ExpertLoads, number: int, units: np.ndarray, nodes: np.ndarray) -> Layer:
