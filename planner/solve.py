@@ -175,17 +175,18 @@ def _enter(run: Run) -> None:
     waiting = _most_promising(run, propose(run.problem, run.options.placement))
     if run.options.placement == "free" and 3 * run.problem.num_ranks * run.problem.num_microbatches > BIG_ACTIONS:
         waiting = chain.from_iterable(propose(run.problem, name) for name in BIG_ORDER)
-    built, began = 0, run.seconds
+    built, spent = 0, 0.0
     for placement in waiting:
         if run.best is not None and run.left < 0.5 * run.options.time_limit_s:
             break
         size = len(placement.stages) * run.problem.num_microbatches
-        expected = (run.seconds - began) / built * size if built else 0.0
+        expected = spent / built * size if built else 0.0
         if run.best is not None and run.left - expected < 0.5 * run.options.time_limit_s:
             continue
+        began = run.seconds
         _admit(run, placement)
-        built += size
-        run.reserve_s = min(0.2 * run.options.time_limit_s, 0.5 * (run.seconds - began) / built * size)
+        built, spent = built + size, spent + run.seconds - began
+        run.reserve_s = min(0.2 * run.options.time_limit_s, 0.5 * spent / built * size)
 
 
 def _most_promising(run: Run, waiting: Iterator[Placement]) -> Iterator[Placement]:
