@@ -41,7 +41,7 @@ def cluster(num_devices: int) -> Topology:
 
 def placement(console: Console, max_layers: int, only: list[int]) -> bool:
     table = Table(title="Busiest device over mean load (mean over layers)")
-    for name in ("model", "devices", "replicas", "Zipf", "greedy", "heuristic", "s", "+ MIP", "s", "largest gap",
+    for name in ("model", "devices", "replicas", "Zipf", "greedy", "heuristic", "CPU s", "+ MIP", "s", "largest gap",
                  "layers worse"):
         table.add_column(name, justify="right")
     fine = True
@@ -54,13 +54,15 @@ def placement(console: Console, max_layers: int, only: list[int]) -> bool:
                 tuple((rng.permutation(np.arange(1, experts + 1) ** -skew) * 1e5).tolist())
                 for _ in range(min(layers, max_layers)))
             loads, topology = ExpertLoads(rows, model), cluster(devices)
+            began = time.process_time()
             quick = plan_experts(loads, topology, ExpertOptions(replicas, polish=False))
+            seconds = time.process_time() - began
             full = plan_experts(loads, topology, ExpertOptions(replicas, time_limit_s=60))
             worse = sum(row.max_over_mean > row.greedy_max_over_mean * (1 + 1e-9) for row in full.layers)
-            fine &= worse == 0 and quick.seconds <= 5 and full.seconds <= 65
+            fine &= worse == 0 and seconds <= 5 and full.seconds <= 65
             table.add_row(model, str(devices), str(replicas), f"{skew}" if skew else "-",
                           f"{np.mean([row.greedy_max_over_mean for row in full.layers]):.4f}",
-                          f"{np.mean([row.max_over_mean for row in quick.layers]):.4f}", f"{quick.seconds:.1f}",
+                          f"{np.mean([row.max_over_mean for row in quick.layers]):.4f}", f"{seconds:.1f}",
                           f"{np.mean([row.max_over_mean for row in full.layers]):.4f}", f"{full.seconds:.1f}",
                           f"{max(row.gap for row in full.layers):.2%}", str(worse))
     console.print(table)
