@@ -57,8 +57,8 @@ def test_parts_that_split_differently(pool, listed):
 
 
 def test_bfloat16_with_float32_master_weights_on_two_ranks(pool):
-    """The loss is any plan's; gradients are added up in float32 over microbatches. Where several stages read a value, its
-    gradient is a sum in bfloat16, rounded in the plan's order: two units in the last place.
+    """The loss is any plan's, and gradients are added up in float32 over microbatches. A value that several stages read
+    has a gradient that is summed in bfloat16 and rounded in the plan's order, which later layers carry on.
     """
     made = equal.case("skip", torch.bfloat16)
     options = EngineOptions(master_dtype=torch.float32)
@@ -69,4 +69,4 @@ def test_bfloat16_with_float32_master_weights_on_two_ranks(pool):
         assert own == pytest.approx(loss, rel=1e-6)
         for name, gradient in mine.items():
             assert gradient.dtype is torch.float32
-            assert torch.linalg.vector_norm(gradient - gradients[name]) <= 2**-7 * gradient.norm(), name
+            assert torch.linalg.vector_norm(gradient - gradients[name]) <= 2**-5 * gradient.norm(), name
