@@ -5,15 +5,26 @@ numba keeps the result beside the source (or in the user's cache folder); instal
 
 from __future__ import annotations
 
+from mipipe.planner import greedy, search
+from mipipe.planner.instance import build
 from mipipe.planner.options import PlanOptions
+from mipipe.planner.proposals import propose
+from mipipe.planner.scale import BIG_ACTIONS
 from mipipe.planner.solve import plan
+from mipipe.planner.stages import view
 from mipipe.planner.uniform import uniform_problem
 
 
 def warm() -> None:
-    """Compile every kernel by one small solve."""
-    problem = uniform_problem(ranks=2, microbatches=4, f=3, i=4, w=2, comm=1, copies=1, activations=2)
-    plan(problem, PlanOptions(time_limit_s=60.0, placement="v", use_milp=False, use_baselines=False, gap=0.1))
+    """Compile the kernels of lists, of the search and of large problems; about half a minute."""
+    small = uniform_problem(ranks=2, microbatches=4, f=3, i=4, w=2, comm=1, copies=1, activations=2)
+    instance = build(view(small, next(propose(small, "chain"))))
+    orders = greedy.schedule(instance, greedy.RULES[0])
+    assert orders is not None
+    search.advance(search.start(instance, orders, seed=0), seconds=0.1)
+    large = uniform_problem(ranks=4, microbatches=BIG_ACTIONS // 12 + 1, f=3, i=4, w=2, activations=3)
+    for problem in (small, large):
+        plan(problem, PlanOptions(time_limit_s=2.0, placement="v", use_milp=False, use_baselines=False))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from mipipe.planner.from_graph import build_problem
 from mipipe.planner.lower import lower
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Placement, Plan
+from mipipe.planner.problem import Limits
 from mipipe.planner.simulate import simulate
 from mipipe.planner.solve import plan as solve
 
@@ -31,7 +32,7 @@ def moe(origin: str = "profiled") -> tuple[CoarseGraph, CostTable]:
 
     def add(name: str, reads: list[int], micros: int, role: Role, expert_group: int | None = None) -> int:
         flops = dict.fromkeys(Phase, 1)
-        groups.append(OpGroup(name, (name,), flops, flops, tags=Tags(int(name[1]), None, role, expert_group)))
+        groups.append(OpGroup(name, (name,), flops, flops, parameter_bytes=100, tags=Tags(int(name[1]), None, role, expert_group)))
         values.extend(GroupValue(f"{source}->{name}", source, (len(groups) - 1,), 8, 8) for source in reads)
         entries.append(GroupCost(name, "gpu", dict.fromkeys(Phase, micros * 1000), origin))  # type: ignore[arg-type]
         return len(groups) - 1
@@ -66,11 +67,16 @@ def test_durations_follow_the_tokens() -> None:
 
 
 def test_a_skewed_bank_changes_the_stage_split() -> None:
-    """Two ranks: the plan made for the measured routing beats the one made for even shares, with another placement."""
+    """Two ranks: the plan made for the measured routing beats the one made for even shares, with another placement.
+
+    Memory allows no second copy of everything: with two, any split would be balanced.
+    """
     coarse, costs = moe()
     topology = Topology.uniform(2, kind="gpu")
     problems = [build_problem(coarse, with_expert_loads(costs, coarse, loads), topology, num_microbatches=4)
                 for loads in (EVEN, SKEWED)]
+    room = sum(group.resident_bytes for group in problems[0].groups) * 3 // 4
+    problems = [problem.replace(limits=Limits(resident_bytes=room)) for problem in problems]
     options = PlanOptions(time_limit_s=1.5, seed=0, use_milp=False, threads=1, placement="free")
     even, skewed = (solve(problem, options).plan for problem in problems)
     assert even is not None and skewed is not None
