@@ -32,7 +32,8 @@ def moe(origin: str = "profiled") -> tuple[CoarseGraph, CostTable]:
 
     def add(name: str, reads: list[int], micros: int, role: Role, expert_group: int | None = None) -> int:
         flops = dict.fromkeys(Phase, 1)
-        groups.append(OpGroup(name, (name,), flops, flops, parameter_bytes=100, tags=Tags(int(name[1]), None, role, expert_group)))
+        groups.append(OpGroup(name, (name,), flops, flops, parameter_bytes=100,
+                              tags=Tags(int(name[1]), None, role, expert_group)))
         values.extend(GroupValue(f"{source}->{name}", source, (len(groups) - 1,), 8, 8) for source in reads)
         entries.append(GroupCost(name, "gpu", dict.fromkeys(Phase, micros * 1000), origin))  # type: ignore[arg-type]
         return len(groups) - 1
