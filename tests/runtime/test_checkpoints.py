@@ -172,6 +172,7 @@ def load_shared(plan, graph, state, layout, folder):
         shared_rows(engine)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_any_layout_of_experts_reads_any_other(pool, tmp_path):
     """Written by two copies with replicated experts, read whole and by halves; written whole, read by halves. All equal

@@ -51,6 +51,7 @@ def train_sharded(plan, graph, state):
     return None
 
 
+@pytest.mark.slow
 def test_resume_under_another_map(pool, tmp_path):
     """A checkpoint of equal blocks, resumed under a map with two replicas on one rank: the losses of one long run."""
     module, graph = ex.captured()
