@@ -35,7 +35,7 @@ def main() -> None:
 
     say(f"3. The plan for {WORKERS} devices and {MICROBATCHES} microbatches: placement, order, and a proven bound.")
     mipipe("plan", "demo/graph.json", "--cluster", CLUSTER, "--microbatches", MICROBATCHES, "--costs",
-           "demo/costs.json", "--time-limit", "12", "-o", "demo/plan.json")
+           "demo/costs.json", "--time-limit", "8", "-o", "demo/plan.json")
 
     say(f"4. The planned run: torchrun, {WORKERS} gloo workers, Python's standard library as bytes.")
     mipipe("train", "--plan", "demo/plan.json", "--graph", "demo/graph.json", "--config", CONFIG)
@@ -47,7 +47,7 @@ def main() -> None:
            "demo/trace.json")
 
     say("6. The same model under published schedules (even cuts by measured time) and under our plan.")
-    mipipe("compare", "--problem", "demo/plan.json", "--schedules", SCHEDULES, "--time-limit", "10")
+    mipipe("compare", "--problem", "demo/plan.json", "--schedules", SCHEDULES, "--time-limit", "6")
 
     say(f"Done in {time.monotonic() - began:.0f} s. Open demo/timeline.html in a browser, demo/trace.json in"
         " ui.perfetto.dev.")
