@@ -2,17 +2,25 @@
 
     python benchmarks/merge_vs_mergekit.py                        # about 1 B parameters, bf16, 4 shards: 10 GB of disk
     python benchmarks/merge_vs_mergekit.py --scale small          # about 0.1 B, a quick look
+    python benchmarks/merge_vs_mergekit.py --methods sce --rows rows.json          # one more row of a kept table
+    python benchmarks/merge_vs_mergekit.py --scale tiny --dtype float32            # agreement without rounding
 
 Synthetic Llama checkpoints (a base and two experts, base + noise) are written once. Each method runs in a fresh process
 with one thread, alternating between the two programs; the best of ``--repeats`` counts. Peak memory is the process's
-largest resident set minus that of a process that only imports torch, each measured by its own interpreter. Processor
+largest resident set minus that of a process that only imports torch, each measured by its own interpreter; mapped
+input files count in it, so the peak of anonymous memory alone (sampled 50 times a second) is compared too. Processor
 time is shown beside wall time: on a busy machine it is the steadier figure.
 
 Differences of bfloat16 weights are coarse, so many of a tensor's magnitudes equal its k-th largest, and which of them a
 trimming method keeps is each program's choice: the first in row order here, whatever an unstable sort leaves there.
 Only such entries may differ in ``ties`` and ``sce``: the last column counts entries that differ by more than one step
-and are not at the edge of a selection, and is 0. With ``--dtype float32`` there are no equal magnitudes, and the
+and are not at the edge of a selection, and is 0. With ``--dtype float32`` magnitudes are hardly ever equal, and the
 results agree.
+
+DARE drops entries at random, mergekit's from torch's global generator in the order in which its tasks happen to run,
+ours from a counter (seed, tensor, entry). The only masks both rules must share are those of density 1, which keep all;
+so ``dare_linear`` and ``dare_ties`` run there and their tensors are compared. Of ``dare_ties half`` (density 0.5) only
+time and memory are.
 
 mergekit (LGPL-3.0) is a peer, never a dependency: this script installs it into an environment of its own
 (``--environment``), runs its command ``mergekit-yaml`` and reads the files that writes; nothing of it is imported here.
@@ -33,7 +41,7 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -53,8 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "model_stock": {},
     "dare_ties half": {"weight": [0.6, 0.4], "density": [0.5, 0.5]},
 }
-"""Parameters by method; lists are per model. At density 1 DARE drops nothing, so both must agree; at 0.5 the masks are
-each program's own, and only time and memory are compared."""
+"""Parameters by method; lists are per model."""
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------
@@ -114,15 +121,15 @@ def write_models(root: Path, scale: str, dtype: torch.dtype = torch.bfloat16, nu
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def recipe(root: Path, name: str) -> dict[str, Any]:
-    """The recipe of a method; the same text for both programs."""
+def recipe(root: Path, name: str, dtype: str) -> dict[str, Any]:
+    """The recipe of a method, whose result has the checkpoints' ``dtype``; the same text for both programs."""
     method = name.split()[0]
     params = METHODS[name]
     shared = {key: value for key, value in params.items() if not isinstance(value, list)}
     own = [{key: value[index] for key, value in params.items() if isinstance(value, list)} for index in range(2)]
     models = [{"model": str(root / model), "parameters": values}
               for model, values in zip(("one", "two"), own, strict=True)]
-    data: dict[str, Any] = {"merge_method": method, "models": models, "dtype": "float32", "out_dtype": "bfloat16"}
+    data: dict[str, Any] = {"merge_method": method, "models": models, "dtype": "float32", "out_dtype": dtype}
     if method == "slerp":
         data["base_model"] = str(root / "one")
     elif method != "linear":
@@ -135,8 +142,20 @@ def recipe(root: Path, name: str) -> dict[str, Any]:
 # Programs -------------------------------------------------------------------------------------------------------------
 
 WATCH = """
-import resource, runpy, sys, json
+import json, resource, runpy, sys, threading, time
 sys.argv = sys.argv[1:]
+
+def status(key):
+    with open("/proc/self/status") as lines:
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+def sample():
+    while True:
+        anonymous[0] = max(anonymous[0], status("RssAnon"))
+        time.sleep(0.02)
+
+anonymous = [0]
+threading.Thread(target=sample, daemon=True).start()
 try:
     {body}
 except SystemExit as ended:
@@ -144,8 +163,8 @@ except SystemExit as ended:
         raise
 finally:
     used = resource.getrusage(resource.RUSAGE_SELF)
-    peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    found = {{"peak": int(peak) * 1024, "cpu": used.ru_utime + used.ru_stime}}
+    found = {{"peak": status("VmHWM"), "anonymous": max(anonymous[0], status("RssAnon")),
+              "cpu": used.ru_utime + used.ru_stime}}
     sys.stderr.write("\\nMEASURED " + json.dumps(found) + "\\n")
 """
 """Runs a program in its own interpreter and says how large it became and how much processor time it used.
@@ -154,7 +173,7 @@ finally:
 
 
 def measured(python: Path, body: str, arguments: list[str]) -> dict[str, float]:
-    """Seconds of wall and of processor time (of the whole process) and peak resident bytes of a program."""
+    """Seconds of wall and of processor time (of the whole process) and peak bytes, resident and anonymous."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     began = time.perf_counter()
     done = subprocess.run([str(python), "-c", WATCH.format(body=body), *arguments], capture_output=True, text=True,
@@ -250,15 +269,17 @@ def main() -> None:
     parser.add_argument("--environment", type=Path, help="mergekit's environment (default: in the folder)")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--json", type=Path, help="also write the records here")
+    parser.add_argument("--rows", type=Path, help="keep the rows here as JSON; those of earlier runs are shown too")
     arguments = parser.parse_args()
     suffix = "" if arguments.dtype == "bfloat16" else f"-{arguments.dtype}"
     root = (arguments.folder / f"{arguments.scale}{suffix}").absolute()
     write_models(root, arguments.scale, getattr(torch, arguments.dtype))
     python = install((arguments.environment or arguments.folder / "environment").absolute())
-    bare = {"mipipe": measured(Path(sys.executable), "import torch", ["import"])["peak"],
-            "mergekit": measured(python, "import torch", ["import"])["peak"]}
-    records = []
+    bare = {"mipipe": measured(Path(sys.executable), "import torch", ["import"]),
+            "mergekit": measured(python, "import torch", ["import"])}
+    records: dict[str, dict[str, Any]] = {}
+    if arguments.rows is not None and arguments.rows.exists():
+        records = json.loads(arguments.rows.read_text())
     for name in arguments.methods:
         best: dict[str, dict[str, float]] = {}
         for _ in range(arguments.repeats):
@@ -266,37 +287,41 @@ def main() -> None:
                 out = root / f"out-{program}"
                 shutil.rmtree(out, ignore_errors=True)
                 file = root / "recipe.yaml"
-                file.write_text(yaml.safe_dump(recipe(root, name)))
+                file.write_text(yaml.safe_dump(recipe(root, name, arguments.dtype)))
                 run = run_mipipe(file, out) if program == "mipipe" else run_mergekit(python, file, out)
-                run["memory"] = run["peak"] - bare[program]
+                run["memory"] = run["peak"] - bare[program]["peak"]
+                run["anonymous"] -= bare[program]["anonymous"]
                 seen = best.setdefault(program, run)
                 best[program] = {key: min(seen[key], value) for key, value in run.items()}
-        found = compare(root, name, root / "out-mipipe", root / "out-mergekit")
-        records.append({"method": name, **found, **best,
-                        "time_ratio": best["mipipe"]["seconds"] / best["mergekit"]["seconds"],
-                        "cpu_ratio": best["mipipe"]["cpu"] / best["mergekit"]["cpu"],
-                        "memory_ratio": best["mipipe"]["memory"] / max(1.0, best["mergekit"]["memory"])})
-        Console(stderr=True).print(f"{name}: time ratio {records[-1]['time_ratio']:.2f} (processor"
-                                   f" {records[-1]['cpu_ratio']:.2f}), memory ratio"
-                                   f" {records[-1]['memory_ratio']:.2f}")
-    show(records, arguments.scale)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(records, indent=2) + "\n")
+        found = {} if name == "dare_ties half" else compare(root, name, root / "out-mipipe", root / "out-mergekit")
+        record = {"method": name, "size": f"{arguments.scale} {arguments.dtype}", "agreement": found, **best,
+                  "time_ratio": best["mipipe"]["seconds"] / best["mergekit"]["seconds"],
+                  "cpu_ratio": best["mipipe"]["cpu"] / best["mergekit"]["cpu"],
+                  "memory_ratio": best["mipipe"]["memory"] / max(1.0, best["mergekit"]["memory"]),
+                  "anonymous_ratio": best["mipipe"]["anonymous"] / max(1.0, best["mergekit"]["anonymous"])}
+        records[f"{record['size']} {name}"] = record
+        if arguments.rows is not None:
+            arguments.rows.write_text(json.dumps(records, indent=2) + "\n")
+    show(list(records.values()))
 
 
-def show(records: list[dict[str, Any]], scale: str) -> None:
-    """The table of all methods."""
-    table = Table("method", "mipipe s", "mergekit s", "time ratio", "processor ratio", "mipipe MB", "mergekit MB",
-                  "memory ratio", "entries that differ", "by > 1 bf16 step", "most steps", "not at an edge",
-                  title=f"{scale}: whole processes, one thread; memory above a bare `import torch`")
+def show(records: list[dict[str, Any]]) -> None:
+    """The table of all methods: each pair is ours beside mergekit's, each ratio ours over mergekit's."""
+    table = Table(*(Column(title, no_wrap=place < 2) for place, title in enumerate((
+        "checkpoints", "method", "seconds", "ratio", "of cpu", "peak MB", "ratio", "anony-mous", "differ",
+        "by > 1 step", "most steps", "not at an edge"))),
+                  title="mipipe beside mergekit: whole processes, one thread; peak above a bare `import torch`",
+                  caption="anonymous: ratio of memory that is no mapped file; differ: entries of the result, in steps"
+                          " of bfloat16")
     for record in records:
-        ours, theirs = record["mipipe"], record["mergekit"]
-        table.add_row(record["method"], f"{ours['seconds']:.1f}", f"{theirs['seconds']:.1f}",
-                      f"{record['time_ratio']:.2f}", f"{record['cpu_ratio']:.2f}", f"{ours['memory'] / 1e6:.0f}",
-                      f"{theirs['memory'] / 1e6:.0f}",
-                      f"{record['memory_ratio']:.2f}", f"{record['differing']:.2%}", f"{record['beyond']:.3%}",
-                      f"{record['steps']:.3g}", str(record["unexplained"]))
-    Console(width=170).print(table)
+        ours, theirs, found = record["mipipe"], record["mergekit"], record["agreement"]
+        agreement = ([f"{found['differing']:.2%}", f"{found['beyond']:.3%}", f"{found['steps']:.2g}",
+                      str(found["unexplained"])] if found else ["own masks"])
+        table.add_row(record["size"], record["method"], f"{ours['seconds']:.1f}, {theirs['seconds']:.1f}",
+                      f"{record['time_ratio']:.2f}", f"{record['cpu_ratio']:.2f}",
+                      f"{ours['memory'] / 1e6:.0f}, {theirs['memory'] / 1e6:.0f}", f"{record['memory_ratio']:.2f}",
+                      f"{record['anonymous_ratio']:.2f}", *agreement)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

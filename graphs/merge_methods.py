@@ -73,6 +73,7 @@ class MethodSpec:
 _MATRIX = frozenset({TensorClass.MATRIX})
 _TABLES = frozenset({TensorClass.MATRIX, TensorClass.EMBEDDING, TensorClass.HEAD})
 
+_SHARE = Parameter("weight", 1.0, "factor of each model", per_model=True)
 _WEIGHT = Parameter("weight", 1.0, "factor of each model's task vector", per_model=True)
 _LAMBDA = Parameter("lambda", 1.0, "factor of the merged task vector")
 _DENSITY = Parameter("density", 1.0, "share of entries kept", per_model=True, low=0.0, high=1.0, above=True)
@@ -98,7 +99,7 @@ BREADCRUMBS = (_WEIGHT, _DENSITY, _GAMMA, _LAMBDA, _SUM, _INT8)
 
 METHODS: tuple[MethodSpec, ...] = (
     MethodSpec("linear", "Model soups: averaging weights of multiple fine-tuned models", "2203.05482",
-               (_WEIGHT, _MEAN), Base.UNUSED),
+               (_SHARE, _MEAN), Base.UNUSED),
     MethodSpec("passthrough", "copying layers of one model", "", (
         Parameter("scale", 1.0, "factor of the weights", per_model=True),), Base.UNUSED, max_models=1),
     MethodSpec("slerp", "Animating rotation with quaternion curves (Shoemake 1985)", "", (
@@ -109,7 +110,7 @@ METHODS: tuple[MethodSpec, ...] = (
         Parameter("nuslerp_flatten", True, "one arc for the tensor, not one per column", bool),
         Parameter("nuslerp_row_wise", False, "one arc per row", bool)), Base.OPTIONAL, 2, 2),
     MethodSpec("karcher", "Riemannian center of mass and mollifier smoothing (Karcher 1977)", "", (
-        _WEIGHT, Parameter("max_iter", 10, "iterations", int, low=1), Parameter("tol", 1e-5, "step that ends them",
+        _SHARE, Parameter("max_iter", 10, "iterations", int, low=1), Parameter("tol", 1e-5, "step that ends them",
                                                                                 low=0.0)), Base.UNUSED),
     MethodSpec("model_stock", "Model Stock: All we need is just a few fine-tuned models", "2403.19522", (
         Parameter("filter_wise", False, "a ratio per row", bool),)),

@@ -14,13 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import yaml
-
 from mipipe.graphs.checkpoint_files import CheckpointFiles, StoredTensor, licence_of, read_checkpoint
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merge_graph import Input, MergeGraph, MergeModel, MergeUnit
 from mipipe.graphs.recipe import DTYPES
-from mipipe.graphs.serialize import STRICT, from_data, read_text, to_data
+from mipipe.graphs.serialize import STRICT, from_data, to_data, yaml_documents
 from mipipe.graphs.tensor_classes import classify, layer_index
 
 
@@ -110,10 +108,8 @@ def parse_moe_recipe(data: Any, where: str) -> MoeRecipe:
 
 def read_moe_recipe(path: str | Path) -> MoeRecipe | None:
     """The assembly a YAML file describes; None where it holds merge recipes."""
-    try:
-        data = yaml.safe_load(read_text(path))
-    except yaml.YAMLError:  # several documents, or none: for the reader of merge recipes to say
-        return None
+    documents = yaml_documents(path)
+    data = documents[0] if len(documents) == 1 else None
     return parse_moe_recipe(data, str(path)) if isinstance(data, dict) and is_moe_recipe(data) else None
 
 

@@ -15,11 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import yaml
-
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merge_methods import BY_NAME, RECIPE_NAMES, Base, MethodSpec, Parameter
-from mipipe.graphs.serialize import STRICT, from_data, read_text
+from mipipe.graphs.serialize import STRICT, from_data, yaml_documents
 
 Parameters = dict[str, Any]
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
@@ -142,10 +140,7 @@ def read_recipes(path: str | Path) -> list[MergeRecipe]:
     Raises:
         InputError: no YAML, an unknown key, method or parameter, a value out of range, a missing or needless base.
     """
-    try:
-        documents = [item for item in yaml.safe_load_all(read_text(path)) if item is not None]
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from None
+    documents = yaml_documents(path)
     if not documents:
         raise InputError(f"{path}: is empty; expected a recipe with merge_method and models")
     recipes = [parse_recipe(item, f"{path}" if len(documents) == 1 else f"{path}, recipe {number}")
@@ -171,6 +166,9 @@ def parse_recipe(data: Any, where: str) -> MergeRecipe:
     for key, value in (("dtype", recipe.dtype), ("out_dtype", recipe.out_dtype)):
         if value is not None and value not in DTYPES:
             raise InputError(f"{where}: {key}: found {value!r}, expected one of {', '.join(DTYPES)}")
+    if recipe.chat_template not in (None, "auto") and not re.search(r"\{[{%]", str(recipe.chat_template)):
+        raise InputError(f"{where}: chat_template: found {recipe.chat_template!r}, expected auto (the one most of the"
+                         " models have) or the text of a Jinja template")
     if recipe.adapter is not None:
         _check_adapter_rule(recipe, recipe.adapter, where)
     _check_method(recipe.merge_method, recipe.models, recipe.base_model, recipe.parameters, where)
@@ -245,7 +243,7 @@ def _check_method(name: str, models: Sequence[RecipeModel], base: str | None, sh
     low, high = spec.min_models, spec.max_models
     if count < low or (high is not None and count > high):
         expected = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
-        raise InputError(f"{where}: {name} merges {expected} models, found {count}"
+        raise InputError(f"{where}: {name} merges {expected} model{'' if high == 1 else 's'}, found {count}"
                          + ("" if len(others) == len(models) else " (the base is not counted)"))
 
 
@@ -288,12 +286,21 @@ def _scalars(value: Any, where: str) -> list[Any]:
             if unknown or "value" not in item:
                 problem = f"unknown key {sorted(unknown)[0]!r}" if unknown else "no value"
                 raise InputError(f"{where}: an entry has {problem}; expected filter and value")
+            _check_filter(item.get("filter"), where)
             found += _scalars(item["value"], where)
         else:
             found.append(item)
     if not found:
         raise InputError(f"{where}: is an empty list")
     return found
+
+
+def _check_filter(pattern: Any, where: str) -> None:
+    if isinstance(pattern, str) and pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise InputError(f"{where}: filter {pattern!r} is no regular expression: {error}") from None
 
 
 def check_value(parameter: Parameter, value: Any, where: str) -> None:

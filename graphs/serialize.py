@@ -46,6 +46,13 @@ def to_data(value: Any) -> Any:
 
 _UNKNOWN = {"extra_forbidden": "unknown key", "unexpected_keyword_argument": "unknown key"}
 """Pydantic's types of errors for a key that no field has, in the user's words."""
+_WORDS = {**_UNKNOWN, "tuple_type": "expected a list", "list_type": "expected a list",
+          "dict_type": "expected a mapping", "dataclass_type": "expected a mapping",
+          "dataclass_exact_type": "expected a mapping", "int_parsing": "expected a whole number",
+          "int_type": "expected a whole number", "float_parsing": "expected a number",
+          "float_type": "expected a number", "bool_parsing": "expected true or false",
+          "bool_type": "expected true or false", "string_type": "expected text"}
+"""Pydantic's types of errors in the user's words; of the others its own message is shown."""
 
 
 def from_data(data: Any, kind: type[T], where: str) -> T:
@@ -58,7 +65,7 @@ def from_data(data: Any, kind: type[T], where: str) -> T:
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
         found = "" if isinstance(first["input"], (dict, list)) else f" (found {first['input']!r})"
         more = f"; {error.error_count() - 1} more" if error.error_count() > 1 else ""
-        raise InputError(f"{where}: {place or 'top level'}: {_UNKNOWN.get(first['type'], first['msg'])}"
+        raise InputError(f"{where}: {place or 'top level'}: {_WORDS.get(first['type'], first['msg'])}"
                          f"{found}{more}") from None
 
 
@@ -107,15 +114,48 @@ def load(path: str | Path, kind: type[T]) -> T:
 
 def load_data(path: str | Path) -> dict[str, Any]:
     """The top-level mapping of a JSON or YAML file, by its ending."""
-    text = read_text(path)
-    try:
-        data = yaml.safe_load(text) if str(path).endswith((".yaml", ".yml")) else json.loads(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        line = str(error).replace("\n", " ")
-        raise InputError(f"{path}: not readable as {'YAML' if str(path).endswith('ml') else 'JSON'}: {line}") from None
+    if str(path).endswith((".yaml", ".yml")):
+        documents = yaml_documents(path)
+        if len(documents) > 1:
+            raise InputError(f"{path}: found {len(documents)} documents, expected one; remove the lines of ---")
+        data = documents[0] if documents else None
+    else:
+        try:
+            data = json.loads(read_text(path))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(data, dict):
         raise InputError(f"{path}: found a {type(data).__name__} at the top level, expected a mapping")
     return data
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose mappings give every key once: the last of two would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice",
+                                               problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def yaml_documents(path: str | Path) -> list[Any]:
+    """The documents of a YAML file, without empty ones.
+
+    Raises:
+        InputError: unreadable, no YAML, a key given twice in one mapping; says in which line.
+    """
+    try:
+        return [item for item in yaml.load_all(read_text(path), _Loader) if item is not None]
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+        raise InputError(f"{path}{line}: not readable as YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from None
 
 
 def read_text(path: str | Path) -> str:

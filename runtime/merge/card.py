@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,26 @@ def write_companions(plan: MergePlan, folder: Path) -> None:
     if graph.vocabulary is not None and graph.vocabulary.added:
         write_text(folder / "tokenizer.json", union_tokenizer(graph.tokenizer_from, graph.vocabulary.added))
     template = graph.recipe.get("chat_template")
+    if template == "auto":
+        template = usual_template([model.folder for model in graph.models])
     if template:
         write_text(folder / "chat_template.jinja", template)
     write_text(folder / "README.md", model_card(plan, folder.name.removesuffix(".partial")))
+
+
+def usual_template(folders: Sequence[str]) -> str | None:
+    """The chat template that most of the models have, the first of them where several are as frequent; None if none."""
+    found = Counter(template for folder in folders if (template := _template(Path(folder))))
+    return found.most_common(1)[0][0] if found else None
+
+
+def _template(folder: Path) -> str | None:
+    """A model's chat template: a file of its own, or in its tokenizer's config."""
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text()
+    config = folder / "tokenizer_config.json"
+    template = json.loads(config.read_text()).get("chat_template") if config.exists() else None
+    return template if isinstance(template, str) else None
 
 
 def model_card(plan: MergePlan, name: str) -> str:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mipipe.graphs.checkpoint_files import CheckpointFiles, read_checkpoint
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merge_build import build
-from mipipe.graphs.merge_graph import MergeGraph, MergeUnit
+from mipipe.graphs.merge_graph import Input, MergeGraph, MergeUnit
 from mipipe.graphs.merge_layout import as_checkpoint
 from mipipe.graphs.merge_methods import BY_NAME
 from mipipe.graphs.recipe import MergeRecipe
@@ -80,7 +80,7 @@ def _plan_shared(recipe: MergeRecipe, where: str, out: Path, options: MergeOptio
 
 def _plan_parts(recipe: MergeRecipe, where: str, out: Path, options: MergeOptions,
                 known: Mapping[str, CheckpointFiles]) -> MergePlan:
-    graph = build(recipe, where, known)
+    graph = _with_folders(build(recipe, where, known), os.path.abspath)  # may be rebuilt from anywhere
     units = []
     for unit in graph.units:
         if unit.method == "copy":  # comes from the base again
@@ -108,6 +108,8 @@ def rebuild(folder: Path, out: Path, route: Sequence[float], options: MergeOptio
 
 def plan_rebuild(folder: Path, out: Path, route: Sequence[float], options: MergeOptions) -> MergePlan:
     """The plan of `rebuild`."""
+    if not (folder / "parts.json").exists():
+        raise InputError(f"{folder}: holds no stored parts; --route rebuilds a model from a folder that --store made")
     parts = load(folder / "parts.json", Parts)
     if len(route) != len(parts.experts):
         raise InputError(f"--route: found {len(route)} weights, expected {len(parts.experts)}, one for each of"
@@ -133,11 +135,16 @@ def _at_home(graph: MergeGraph, folder: Path) -> MergeGraph:
     place = str(shared) if shared.is_dir() else base.folder
     if not graph.models[base.model].fingerprint.startswith(read_checkpoint(place).fingerprint):
         raise InputError(f"{place}: has changed since the parts in {folder} were made from it; store them again")
-    units = tuple(dataclasses.replace(
-        unit, base=None if unit.base is None else dataclasses.replace(unit.base, folder=place),
-        models=tuple(dataclasses.replace(item, folder=place) if item.model == base.model else item
-                     for item in unit.models)) for unit in graph.units)
-    home = place if graph.tokenizer_from == base.folder else graph.tokenizer_from
-    models = tuple(dataclasses.replace(model, folder=place) if number == base.model else model
-                   for number, model in enumerate(graph.models))
-    return dataclasses.replace(graph, units=units, tokenizer_from=home, models=models)
+    return _with_folders(graph, lambda name: place if name == base.folder else name)
+
+
+def _with_folders(graph: MergeGraph, place: Callable[[str], str]) -> MergeGraph:
+    """The graph with every model's folder where ``place`` says it is."""
+    def moved(item: Input) -> Input:
+        adapters = tuple(dataclasses.replace(adapter, folder=place(adapter.folder)) for adapter in item.adapters)
+        return dataclasses.replace(item, folder=place(item.folder), adapters=adapters)
+
+    units = tuple(dataclasses.replace(unit, base=None if unit.base is None else moved(unit.base),
+                                      models=tuple(map(moved, unit.models))) for unit in graph.units)
+    models = tuple(dataclasses.replace(model, folder=place(model.folder)) for model in graph.models)
+    return dataclasses.replace(graph, units=units, models=models, tokenizer_from=place(graph.tokenizer_from))

@@ -62,6 +62,12 @@ def cut(file, num_bytes):
     ({"parameters": {"weight": [{"filtr": "mlp", "value": 1.0}]}}, ["unknown key 'filtr'"]),
     ({"parameters": {"weight": [{"filter": "no_such_module", "value": 1.0}, {"value": 0.5}]}},
      ["filter 'no_such_module' matches no tensor"]),
+    ({"parameters": {"weight": [{"filter": "re:mlp(", "value": 1.0}, {"value": 0.5}]}},
+     ["weight: filter 're:mlp(' is no regular expression"]),
+    ({"models": ["./expert1"]}, ["models[0]: expected a mapping (found './expert1')"]),
+    ({"models": {"model": "./expert1"}}, ["models: expected a list"]),
+    ({"merge_method": "passthrough"}, ["passthrough merges 1 model, found 2"]),
+    ({"chat_template": "chatml"}, ["chat_template: found 'chatml', expected auto", "Jinja"]),
     ({"base_model": None}, ["task_arithmetic works on task vectors and needs a base_model"]),
     ({"merge_method": "slerp", "base_model": None, "parameters": {"t": 0.5}, "models": [{"model": "a"}]},
      ["slerp merges 2 models, found 1"]),
@@ -81,7 +87,9 @@ def test_recipes(root, changes, words):
 @pytest.mark.parametrize(("text", "words"), [
     ("", ["is empty"]),
     ("- a\n- b\n", ["found a list, expected a mapping"]),
-    ("merge_method: [", ["not readable as YAML"]),
+    ("merge_method: linear\nmodels: [", ["recipe.yaml, line 2: not readable as YAML"]),
+    ("merge_method: linear\nmodels: [{model: a}]\nmodels: [{model: b}]\n", ["line 3", "'models' is given twice"]),
+    ("base_model: a\nexperts: []\nexperts: []\n", ["line 3", "the key 'experts' is given twice"]),
     ("merge_method: linear\nmodels: [{model: a}]\n---\nmerge_method: linear\nmodels: [{model: b}]\n",
      ["recipe 1: has no name"]),
 ])

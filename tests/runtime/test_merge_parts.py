@@ -91,8 +91,20 @@ def test_the_command_line_stores_and_rebuilds(tmp_path):
     assert run(tmp_path / "parts", "-o", tmp_path / "two", "--route", "0,1").exit_code == 0
     merge(tmp_path / "r.yaml", tmp_path / "one")
     assert set(read(tmp_path / "one")) == set(read(tmp_path / "two"))
+    wrong = run(tmp_path / "r.yaml", "-o", tmp_path / "three", "--route", "0,1")
+    assert wrong.exit_code == 1 and "holds no stored parts; --route rebuilds" in wrong.output
     wrong = run(tmp_path / "parts", "-o", tmp_path / "three", "--route", "first")
     assert wrong.exit_code == 1 and "expected numbers such as 0,1,0" in wrong.output
+
+
+def test_parts_of_relative_folders_are_rebuilt_from_elsewhere(tmp_path, monkeypatch):
+    trio(tmp_path / "models")
+    monkeypatch.chdir(tmp_path / "models")
+    store(parse_recipe({"merge_method": "onebit", "base_model": "./base", "parameters": {"route": 0},
+                        "models": [{"model": "expert1"}, {"model": "expert2"}]}, "recipe"), tmp_path / "parts")
+    monkeypatch.chdir(tmp_path)
+    rebuild(tmp_path / "parts", tmp_path / "out", [0.0, 1.0])
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_parts_of_a_shared_model_can_be_moved(tmp_path):

@@ -282,6 +282,22 @@ def test_the_model_card_names_sources_method_and_licences(tmp_path):
     assert dataclasses.replace(parse_recipe(again, "card")) == parse_recipe(data, "recipe")
 
 
+@pytest.mark.parametrize(("found", "wanted"), [
+    (["{{ a }}", None, "{{ b }}", "{{ b }}"], "{{ b }}"), (["{{ a }}", "{{ b }}", None, None], "{{ a }}"),
+    ([None, None, None, None], None)])
+def test_auto_takes_the_chat_template_most_models_have(found, wanted, tmp_path):
+    trio(tmp_path)
+    for folder, template in zip(("base", "expert1", "expert2", "expert3"), found, strict=True):
+        if folder == "expert3" and template:  # the older place for it
+            (tmp_path / folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        elif template:
+            (tmp_path / folder / "chat_template.jinja").write_text(template)
+    recipe = parse_recipe(recipe_for("ties", tmp_path, chat_template="auto"), "recipe")
+    merge([recipe], tmp_path / "out")
+    place = tmp_path / "out" / "chat_template.jinja"
+    assert (place.read_text() if place.exists() else None) == wanted
+
+
 def test_tiles_of_planner_and_runtime_are_the_same():
     from mipipe.planner.merge_lower import TILE_ENTRIES
     from mipipe.runtime.merge.method import TILE_ELEMENTS
