@@ -197,21 +197,29 @@ def _facts(plan: MergePlan, timeline: Timeline) -> dict[str, Any]:
 
 def _show(plan: MergePlan, timeline: Timeline) -> None:
     """A plan and its simulated timeline, for people."""
-    console, facts = stdout(), _facts(plan, timeline)
-    graph = plan.graph
-    console.print(f"{graph.recipe.get('merge_method', 'experts of dense models')}: {len(graph.units)} tensors of"
-                  f" {len(graph.models)} models,"
-                  f" {format_bytes(graph.read_bytes)} to read, {format_bytes(graph.write_bytes)} to write in"
-                  f" {len(plan.shards)} file{'s' if len(plan.shards) > 1 else ''}", soft_wrap=True)
+    console, facts, graph = stdout(), _facts(plan, timeline), plan.graph
+    name = f"{graph.recipe['name']}, " if graph.recipe.get("name") else ""
+    console.print(f"{name}{graph.recipe.get('merge_method', 'experts of dense models')}: {len(graph.units)} tensors of"
+                  f" {_count(len(graph.models), 'model')} ({format_bytes(graph.read_bytes)}) into"
+                  f" {_count(len(plan.shards), 'file')} ({format_bytes(graph.write_bytes)})", soft_wrap=True)
     for model in graph.models:
-        console.print(f"  {model.label}: {format_bytes(model.num_bytes)}, licence {model.licence}", soft_wrap=True)
+        licence = f"licence {model.licence}" if model.licence else "made here"
+        console.print(f"  {model.label}: {format_bytes(model.num_bytes)}, {licence}", soft_wrap=True)
     sheet = Table("rank", "tensors", "reads", "computes", "writes", "work", "peak memory")
     for rank, load in enumerate(facts["loads"]):
         sheet.add_row(str(rank), str(load["tensors"]), format_bytes(load["read_bytes"]), format_ns(load["compute_ns"]),
                       format_bytes(load["write_bytes"]), format_ns(load["work_ns"]), format_bytes(load["peak_bytes"]))
     console.print(sheet)
-    rates = plan.rates
-    console.print(f"estimated time {format_ns(facts['estimated_ns'])} by simulation at rates measured now (read"
-                  f" {format_bytes(round(rates.read))}/s, write {format_bytes(round(rates.write))}/s), after a few"
-                  f" seconds to start; a rank has {format_ns(plan.time_ns)} of work at most, and"
-                  f" {format_ns(plan.bound_ns or 0)} if the work could be shared evenly", soft_wrap=True)
+    rates, read = plan.rates, sum(load.read_bytes for load in plan.loads)
+    console.print(f"estimated time {format_ns(facts['estimated_ns'])} after a few seconds to start, by simulation at"
+                  f" rates measured now (read {format_bytes(round(rates.read))}/s, write"
+                  f" {format_bytes(round(rates.write))}/s)", soft_wrap=True)
+    if read > graph.read_bytes:
+        console.print(f"the inputs are read {read / graph.read_bytes:.2g} times: to measure, then to merge")
+    if len(plan.loads) > 1:
+        console.print(f"the busiest rank has {format_ns(plan.time_ns)} of work; an even share would be"
+                      f" {format_ns(plan.bound_ns or 0)}")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

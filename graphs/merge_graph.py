@@ -98,6 +98,7 @@ class MergeModel:
     folder: str
     fingerprint: str
     licence: str
+    """Empty for what the merge makes itself: the routers of an assembly."""
     num_bytes: int
 
 

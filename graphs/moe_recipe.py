@@ -171,8 +171,8 @@ def build_moe(recipe: MoeRecipe, router: CheckpointFiles, where: str = "recipe")
         first = next(unit for unit in units if unit.layer == layer)
         units.append(_unit(f"{first.stack}.{layer}.{family.router}", 1, router, stored, recipe, first.dtype))
     labels = [recipe.base_model, "router", *(expert.source_model for expert in recipe.experts)]
-    models = tuple(MergeModel(label, files.path, files.fingerprint, licence_of(files.path), files.num_bytes)
-                   for label, files in zip(labels, folders, strict=True))
+    models = tuple(MergeModel(label, files.path, files.fingerprint, "" if files is router else licence_of(files.path),
+                              files.num_bytes) for label, files in zip(labels, folders, strict=True))
     config = {**base.config, **family.config, "model_type": family.model_type, "architectures": [family.architecture],
               "num_experts_per_tok": recipe.experts_per_token}
     count = "num_local_experts" if family.model_type == "mixtral" else "num_experts"
@@ -182,9 +182,8 @@ def build_moe(recipe: MoeRecipe, router: CheckpointFiles, where: str = "recipe")
     if recipe.dtype:
         config["dtype"] = recipe.dtype
         config.pop("torch_dtype", None)
-    data = {**to_data(recipe), "merge_method": f"assembly of a {family.model_type}"}
-    return MergeGraph(tuple(sorted(units, key=lambda unit: unit.name)), models, config, base.config, base.path, data,
-                      seed=recipe.seed)
+    return MergeGraph(tuple(sorted(units, key=lambda unit: unit.name)), models, config, base.config, base.path,
+                      to_data(recipe), seed=recipe.seed)
 
 
 def _unit(name: str, model: int, files: CheckpointFiles, tensor: StoredTensor, recipe: MoeRecipe,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", 
           "chat_template.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
           "image_processor_config.json")
 """Files of a model that go with its tokenizer or its inputs."""
+RECORD = "mipipe_merge.json"
+"""A file of the result: which merge made it, and what each rank did."""
 
 
 def write_companions(plan: MergePlan, folder: Path) -> None:
@@ -70,15 +73,17 @@ def model_card(plan: MergePlan, name: str) -> str:
 
 def graph_card(graph: MergeGraph, name: str, num_tensors: int) -> str:
     """A README: sources with their licences, methods with papers and parameters, and the recipe itself."""
-    licences = sorted({model.licence for model in graph.models})
+    licences = sorted({model.licence for model in graph.models if model.licence})
     front = {"library_name": "transformers", "tags": ["mipipe", "merge"],
              "license": licences[0] if len(licences) == 1 else "other"}
     recipe = _given(graph.recipe)
     title = f"with `{recipe['merge_method']}`" if "merge_method" in recipe else "from dense models, one per expert"
-    rows = "\n".join(f"| {model.label} | {model.licence} | {format_bytes(model.num_bytes)} |"
+    rows = "\n".join(f"| {model.label} | {model.licence or 'made here'} | {format_bytes(model.num_bytes)} |"
                      f" `{model.fingerprint}` |" for model in graph.models)
     methods = "\n".join(_method_lines(graph)) or "- tensors are copied"
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    made = "".join(f"\n## How {model.label} was made\n{told}" for model in graph.models
+                   if (told := _made(Path(model.folder))))
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
@@ -102,7 +107,16 @@ Methods, with all their parameters (per model in the order of the recipe; ranges
 ```yaml
 {text.strip()}
 ```
-"""
+{made}"""
+
+
+def _made(folder: Path) -> str:
+    """What the card of a source tells that is itself a merge (as earlier recipes of a file are), a level deeper."""
+    card = folder / "README.md"
+    if not (folder / RECORD).exists() or not card.exists():
+        return ""
+    _, _, body = card.read_text().partition("\n# ")
+    return re.sub(r"^(?=#+ )", "#", body.partition("\n")[2], flags=re.MULTILINE)
 
 
 def _method_lines(graph: MergeGraph) -> list[str]:
@@ -132,7 +146,7 @@ def _spread(values: Sequence[Any]) -> str:
         return f"{min(numbers):g} to {max(numbers):g}"
     if len(numbers) == len(values):
         return f"{numbers[0]:g}"
-    return " or ".join("none" if value == "None" else value for value in distinct)
+    return " or ".join(value.lower() if value in ("None", "True", "False") else value for value in distinct)
 
 
 def _given(value: Any) -> Any:

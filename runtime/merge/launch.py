@@ -29,6 +29,7 @@ from mipipe.planner.merge_plan import SHARD_BYTES, MergePlan, plan_graph, plan_r
 from mipipe.runtime.launch import explain, run_watched
 from mipipe.runtime.merge import worker
 from mipipe.runtime.merge.adapters import KeptAdapter, keep_adapters
+from mipipe.runtime.merge.card import RECORD
 from mipipe.runtime.merge.exchange import Exchange
 from mipipe.runtime.merge.router import make_router
 
@@ -105,7 +106,7 @@ def merge(recipe: str | Path | Sequence[MergeRecipe], out: str | Path, options: 
         if not last:
             known[part.name] = read_checkpoint(target)
     _forget(steps, [part.name for part in recipes[:-1]])
-    record = json.loads((out / worker.RECORD).read_text())
+    record = json.loads((out / RECORD).read_text())
     return MergeResult(out, plan, tuple(record["ranks"]), time.monotonic() - began)
 
 
@@ -133,7 +134,7 @@ def assemble(recipe: MoeRecipe, out: Path, options: MergeOptions, where: str = "
     plan = plan_graph(build_moe(recipe, files, where), out, options.num_ranks, options.memory_cap, options.shard_bytes)
     run_plan(plan, out, options, progress)
     _forget(steps, ["router"])
-    record = json.loads((out / worker.RECORD).read_text())
+    record = json.loads((out / RECORD).read_text())
     return MergeResult(out, plan, tuple(record["ranks"]), time.monotonic() - began)
 
 
@@ -155,7 +156,7 @@ def check_target(out: Path) -> None:
 
 def made_by(folder: Path, plan: MergePlan) -> bool:
     """Whether a step's result is that of this very merge."""
-    record = folder / worker.RECORD
+    record = folder / RECORD
     return record.exists() and json.loads(record.read_text()).get("job") == plan.job_digest()
 
 

@@ -17,14 +17,11 @@ from mipipe.graphs.checkpoint_files import read_checkpoint
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.serialize import load, save
 from mipipe.planner.merge_plan import MergePlan
-from mipipe.runtime.merge.card import write_companions
+from mipipe.runtime.merge.card import RECORD, write_companions
 from mipipe.runtime.merge.exchange import Exchange
 from mipipe.runtime.merge.execute import RankReport, measured_timeline, run_rank
 from mipipe.runtime.merge.output import partial_folder, prepare, publish
 from mipipe.runtime.merge.parts import describe_parts
-
-RECORD = "mipipe_merge.json"
-"""A file of the result: which merge made it, and what each rank did."""
 
 
 def begin(plan: MergePlan, out: Path) -> Path:

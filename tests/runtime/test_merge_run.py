@@ -266,6 +266,9 @@ def test_chained_recipes(root, tmp_path):
             torch.testing.assert_close(value, merge_tensors(BY_METHOD["slerp"], None, [base[name], soup], {"t": 0.5}),
                                        rtol=0, atol=1e-6)
     assert not (tmp_path / "out.steps").exists()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "## How soup was made" in card and f"| {root}/expert3 | apache-2.0 |" in card
+    assert "### Recipe" in card.split("## How soup")[1]
 
 
 def test_the_model_card_names_sources_method_and_licences(tmp_path):
@@ -276,7 +279,7 @@ def test_the_model_card_names_sources_method_and_licences(tmp_path):
     run(data, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
-    assert head["license"] == "other" and "merge" in head["tags"]
+    assert head["license"] == "other" and "merge" in head["tags"] and "normalize true" in card
     assert f"{tmp_path}/other | mit" in card and "arXiv 2306.01708" in card
     again = yaml.safe_load(card.split("```yaml")[1].split("```")[0])
     assert dataclasses.replace(parse_recipe(again, "card")) == parse_recipe(data, "recipe")

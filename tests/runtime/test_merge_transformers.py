@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from mipipe.graphs.moe_recipe import parse_moe_recipe
 from mipipe.runtime.merge.launch import MergeOptions, merge
 
 transformers = pytest.importorskip("transformers")
@@ -128,6 +129,9 @@ def test_identical_dense_models_make_a_mixture_that_equals_them(family, tmp_path
     assert not info["missing_keys"] and not info["unexpected_keys"]
     torch.testing.assert_close(logits(found.eval()), logits(dense), rtol=0, atol=1e-5)
     assert not (tmp_path / "out.steps").exists()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "from dense models, one per expert" in card and "| router | made here |" in card
+    assert parse_moe_recipe(yaml.safe_load(card.split("```yaml")[1].split("```")[0]), "card").experts_per_token == 2
 
 
 def test_the_router_sends_prompts_to_their_experts(tmp_path):
