@@ -31,9 +31,10 @@ from itertools import pairwise
 import pyomo.environ as pyo
 
 from mipipe.planner.actions import Stream
-from mipipe.planner.free_bound import Facts, facts_of, work_of
+from mipipe.planner.free_bound import work_of
 from mipipe.planner.milp import highs
 from mipipe.planner.milp.highs import SolverOutcome, Termination
+from mipipe.planner.milp.placement_units import Units, forwards_per_byte, light_forwards, units_of
 from mipipe.planner.milp.routes import to_placement, to_shares
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
@@ -59,26 +60,6 @@ class Proposal:
     estimate_ns: int
     bound_ns: int | None
     outcome: SolverOutcome
-
-
-@dataclass(frozen=True, slots=True)
-class Units:
-    """Per unit: its groups, the work of a step [stream][unit][device], bytes, heads and returns in nanoseconds.
-
-    ``kept`` and ``kept_area`` are what stays of ``saved`` and ``area`` where F runs again (None: it may not), ``again``
-    the time that takes.
-    """
-
-    groups: list[list[int]]
-    work: dict[Stream, list[list[int]]]
-    resident: list[int]
-    saved: list[int]
-    kept: list[int | None]
-    area: list[int]
-    kept_area: list[int]
-    again: list[int]
-    head: list[int]
-    gradient: list[int | None]
 
 
 def propose(problem: PlanningProblem, *, time_limit_s: float, seed: int, count: int = 4, max_replicas: int = 1,
@@ -133,77 +114,6 @@ def placement_bound(problem: PlanningProblem, *, time_limit_s: float, seed: int)
 def bound_of(problem: PlanningProblem, outcome: SolverOutcome) -> int | None:
     """The solver's bound less its tolerance, rounded up to a whole nanosecond as makespans are."""
     return None if outcome.bound is None else math.ceil((outcome.bound - 1e-5) * _scale(problem))
-
-
-def units_of(problem: PlanningProblem) -> Units:
-    """Colocated sets as units, in topological order of their first groups."""
-    facts = facts_of(problem)
-    leader = list(range(len(problem.groups)))
-    for members in problem.colocate:
-        lowest = min(leader[g] for g in members)
-        old = {leader[g] for g in members}
-        leader = [lowest if name in old else name for name in leader]
-    groups = [[g for g, name in enumerate(leader) if name == first] for first in sorted(set(leader))]
-    kinds = [device.kind for device in problem.topology.devices]
-    work = {stream: [[sum(work_of(problem, problem.groups[g], problem.groups[g].times[kind].total_ns)
-                          for g in unit if problem.groups[g].stream is stream) for kind in kinds] for unit in groups]
-            for stream in (Stream.COMPUTE, Stream.COLLECTIVE)}
-    gradient = [min((head for g in unit if (head := facts.gradient_head[g]) is not None), default=None)
-                for unit in groups]
-    return Units(groups, work, [sum(problem.groups[g].resident_bytes for g in unit) for unit in groups],
-                 [sum(_saved(problem, g) for g in unit) for unit in groups],
-                 [sum(_kept(problem, g) for g in unit) if _may_recompute(problem, unit) else None for unit in groups],
-                 [sum(_area(problem, facts, g) for g in unit) for unit in groups],
-                 [sum(_kept_area(problem, facts, g) for g in unit) for unit in groups],
-                 [sum(work_of(problem, problem.groups[g], facts.f[g]) for g in unit) for unit in groups],
-                 [min(facts.head[g] for g in unit) for unit in groups], gradient)
-
-
-def _saved(problem: PlanningProblem, g: int) -> int:
-    group = problem.groups[g]
-    return int((group.saved_fi_bytes + group.saved_fw_bytes) * min(group.loads, default=1.0))
-
-
-def _kept(problem: PlanningProblem, g: int) -> int:
-    group = problem.groups[g]
-    return int(min(group.saved_fi_bytes + group.saved_fw_bytes, group.recompute_bytes or 0)
-               * min(group.loads, default=1.0))
-
-
-def _may_recompute(problem: PlanningProblem, unit: Sequence[int]) -> bool:
-    """Whether F of a unit may run again, and whether that would give memory back."""
-    groups = [problem.groups[g] for g in unit]
-    return (all(group.recompute_bytes is not None and group.stream is Stream.COMPUTE for group in groups)
-            and sum(_kept(problem, g) for g in unit) < sum(_saved(problem, g) for g in unit))
-
-
-def _area(problem: PlanningProblem, facts: Facts, g: int) -> int:
-    """Bytes x time of one step's activations of a group: from F's start to the end of I and of W."""
-    group, back = problem.groups[g], facts.gradient_head[g]
-    if back is None:
-        return 0
-    light = min(group.loads, default=1.0)
-    until_i = back + int(light * facts.i[g]) - facts.head[g]
-    sizes = group.saved_fi_bytes * until_i + group.saved_fw_bytes * (until_i + int(light * facts.w[g]))
-    return int(sizes * _microbatches(problem, g))
-
-
-def _kept_area(problem: PlanningProblem, facts: Facts, g: int) -> int:
-    """The same where F runs again, just before the gradient: until then only what is kept counts."""
-    group, back = problem.groups[g], facts.gradient_head[g]
-    if back is None:
-        return 0
-    light = min(group.loads, default=1.0)
-    gradients = int(light * facts.i[g])
-    sizes = (min(group.recompute_bytes or 0, group.saved_fi_bytes + group.saved_fw_bytes) * (back - facts.head[g])
-             + group.saved_fi_bytes * gradients + group.saved_fw_bytes * (gradients + int(light * facts.w[g])))
-    return int(min(sizes * _microbatches(problem, g), _area(problem, facts, g)))
-
-
-def _microbatches(problem: PlanningProblem, g: int) -> float:
-    """Microbatches of a step, by their loads."""
-    group = problem.groups[g]
-    return sum(group.loads) if group.loads else problem.num_microbatches
 
 
 def _scale(problem: PlanningProblem) -> float:
@@ -270,7 +180,7 @@ def device_rows(model: pyo.ConcreteModel, problem: PlanningProblem, units: Units
     may = [(u, kept) for u in members if (kept := units.kept[u]) is not None]
     model.first = pyo.Var(members, range(problem.num_ranks), bounds=(0, 1))
     model.back = pyo.Var(members, range(problem.num_ranks), bounds=(0, 1))
-    rate = _forwards_per_byte(problem)
+    rate = forwards_per_byte(problem)
     for d, device in enumerate(problem.topology.devices):
         resident, room = (device.memory_bytes if limit is None else min(device.memory_bytes, limit)
                           for limit in (problem.limits.resident_bytes, problem.limits.activation_bytes))
@@ -299,28 +209,8 @@ def device_rows(model: pyo.ConcreteModel, problem: PlanningProblem, units: Units
             back = sum((units.gradient[u] or 0) / scale * model.back[u, d] for u in members)
             load = sum(units.work[Stream.COMPUTE][u][d] / scale * n[u, d] for u in members)
             # what saves nothing may run its forwards while the device waits
-            light = sum(_light_forwards(problem, units.groups[u]) / scale * n[u, d] for u in members)
+            light = sum(light_forwards(problem, units.groups[u]) / scale * n[u, d] for u in members)
             model.rows.add(model.makespan >= load + back - room * rate / scale - light)
-
-
-def _forwards_per_byte(problem: PlanningProblem) -> float | None:
-    """Most nanoseconds of compute F per saved byte; None where forwards may hold nothing."""
-    rate = 0.0
-    for group in problem.groups:
-        phases = next(iter(group.times.values()))
-        if group.recompute_bytes is not None or (phases.i_ns is None and phases.w_ns is None):
-            return None
-        saved = group.saved_fi_bytes + group.saved_fw_bytes
-        if saved and group.stream is Stream.COMPUTE:
-            rounding = 1.001 if group.loads else 1.0  # loads round sizes and durations apart
-            rate = max(rate, max(times.f_ns for times in group.times.values()) / saved * rounding)
-    return rate
-
-
-def _light_forwards(problem: PlanningProblem, unit: Sequence[int]) -> int:
-    return sum(work_of(problem, problem.groups[g], max(times.f_ns for times in problem.groups[g].times.values()))
-               for g in unit if problem.groups[g].stream is Stream.COMPUTE
-               and not problem.groups[g].saved_fi_bytes + problem.groups[g].saved_fw_bytes)
 
 
 def hops(model: pyo.ConcreteModel, problem: PlanningProblem, units: Units) -> pyo.Expression:
