@@ -26,7 +26,8 @@ from mipipe.graphs.capture import capture_module
 from mipipe.graphs.cluster import read_cluster
 from mipipe.graphs.coarse_graph import CoarseGraph
 from mipipe.graphs.coarsen import coarsen
-from mipipe.graphs.contract import contract, index_graph
+from mipipe.graphs.contract import contract
+from mipipe.graphs.graph_index import index_graph
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.roofline import roofline
 from mipipe.planner.from_graph import build_problem

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from typing import Literal
 
 from mipipe.graphs.coarse_graph import CoarseGraph
-from mipipe.graphs.contract import GraphIndex, contract, index_graph, is_collective, layer_stack
+from mipipe.graphs.contract import contract, is_collective, layer_stack
 from mipipe.graphs.errors import GraphError
+from mipipe.graphs.graph_index import GraphIndex, index_graph
 from mipipe.graphs.intervals import cut_intervals
 from mipipe.graphs.operator_graph import OperatorGraph, Role, SegmentTrace
 
@@ -235,8 +236,6 @@ def _topological_order(state: _State) -> list[int] | None:
     for cluster, count in waits.items():
         if not count:
             put(cluster)
-    for heap in ready.values():
-        heapify(heap)
     order: list[int] = []
     current: tuple | None = None
     while ready:

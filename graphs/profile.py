@@ -1,11 +1,12 @@
 """Costs by timing this machine: each distinct group once per phase, with as many processes at once as will train.
 
-A sample is the mean over a batch of whole F-I-W rounds while all workers compute, so that caches and memory are shared
-as in a run. On a CPU it is CPU time, multiplied by the workers' shortage of cores (4 workers on 2 cores: 2): the wall
-clock of a few milliseconds shows the scheduler's time slices (some 20 ms), not the work. On a GPU it is the time
-between events. A table entry is the median over workers of the median over samples; ``spread`` is the relative
-half-width of the middle half of all samples. Results are kept on disk by structure (which fixes shapes and dtypes),
-device, torch version, workers and threads. Left out: transfers and the optimizer.
+The distinct groups run in turn, F of all in order and then I and W from the last to the first, round after round while
+all workers compute: each finds caches as a rank's other groups leave them (the demo's embedding, repeated alone, took a
+third of its time in a step). On a CPU a sample is CPU time, multiplied by the workers' shortage of cores (4 workers on
+2 cores: 2): the wall clock of a few milliseconds shows the scheduler's time slices (some 20 ms), not the work. On a GPU
+it is the time between events. A table entry is the median over workers of the median over rounds; ``spread`` is the
+relative half-width of the middle half of all rounds. Results are kept on disk by structure (which fixes shapes and
+dtypes), device, torch version, workers and threads. Left out: transfers and the optimizer; batches do not change.
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ from pathlib import Path
 from typing import Any
 
 from mipipe.graphs.coarse_graph import CoarseGraph, OpGroup
-from mipipe.graphs.contract import GraphIndex, index_graph
 from mipipe.graphs.costs import CostTable, GroupCost
 from mipipe.graphs.errors import GraphError, InputError, RunError
 from mipipe.graphs.exchange import exchange_note, exchange_ns
+from mipipe.graphs.graph_index import GraphIndex, index_graph
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role
 from mipipe.graphs.topology import Link
 
 DEFAULT_CACHE = Path.home() / ".cache" / "mipipe" / "profile"
-_FORMAT = 2
+_FORMAT = 3
 
 Samples = dict[str, list[float]]
-"""Nanoseconds per phase, one number for each sample."""
+"""Nanoseconds per phase, one number for each round."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProfileOptions:
-    """How long to measure: ``seconds`` per structure, cut into ``samples``, after ``warmup`` rounds."""
+    """How long to measure: on average ``seconds`` per structure, at least ``samples`` rounds, after ``warmup``."""
 
     seconds: float = 0.25
     samples: int = 9
@@ -90,11 +91,11 @@ def profile_groups(graph: OperatorGraph, coarse: CoarseGraph, *, device: str = "
     found = {identity: samples for identity, key in keys.items() if (samples := _recall(cache, key)) is not None}
     missing = [identity for identity in representatives if identity not in found]
     if missing:
-        names = {representatives[identity].name: identity for identity in missing}
-        measured = _measure(graph, coarse, list(names), device, workers, options, progress)
-        for name, samples in measured.items():
-            found[names[name]] = samples
-            _remember(cache, keys[names[name]], samples)
+        names = [group.name for group in representatives.values()]  # all: the known ones are the others' neighbours
+        measured = _measure(graph, coarse, names, device, workers, options, progress)
+        for identity in missing:
+            found[identity] = measured[representatives[identity].name]
+            _remember(cache, keys[identity], found[identity])
     kind = device_kind or device.partition(":")[0]
     share = _shortage(device, workers, options)
     numbers = {segment.name: number for number, segment in enumerate(graph.segments)}
@@ -199,10 +200,10 @@ def _remember(cache: Path | None, key: str, samples: Sequence[Samples]) -> None:
 
 def _measure(graph: OperatorGraph, coarse: CoarseGraph, names: Sequence[str], device: str, workers: int,
              options: ProfileOptions, progress: Callable[[int, int], None] | None) -> dict[str, list[Samples]]:
-    """Samples of the named groups from every worker: processes that wait for one another before each group."""
+    """Samples of the named groups from every worker: processes that wait for one another before each lot."""
     with tempfile.TemporaryDirectory(prefix="mipipe-profile-") as folder:
         task = Path(folder) / "task.pickle"
-        task.write_bytes(pickle.dumps((graph, coarse, tuple(names), device, options)))
+        task.write_bytes(pickle.dumps((graph, coarse, tuple(names), device, _room(device, workers), options)))
         processes = [_start(task, rank, options, Path(folder)) for rank in range(workers)]
         try:
             found: dict[str, list[Samples]] = {}
@@ -213,7 +214,7 @@ def _measure(graph: OperatorGraph, coarse: CoarseGraph, names: Sequence[str], de
                     process.stdin.write("go\n")
                     process.stdin.flush()
                 results = [_line(process, Path(folder), rank) for rank, process in enumerate(processes)]
-                found[ready[0]["ready"]] = [result["samples"] for result in results]
+                found |= {name: [result["samples"][name] for result in results] for name in ready[0]["ready"]}
                 if progress is not None:
                     progress(len(found), len(names))
             return found
@@ -221,6 +222,21 @@ def _measure(graph: OperatorGraph, coarse: CoarseGraph, names: Sequence[str], de
             for process in processes:
                 process.kill()
                 process.communicate()
+
+
+def _room(device: str, workers: int) -> int | None:
+    """Bytes that one worker's groups may hold together: half of what is free, divided; None: not known here."""
+    if device.startswith("cpu"):
+        try:
+            lines = Path("/proc/meminfo").read_text().splitlines()
+        except OSError:
+            return None
+        free = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")]
+        return free[0] // (2 * workers) if free else None
+    import torch
+
+    sharing = -(-workers // torch.cuda.device_count())
+    return int(torch.cuda.get_device_properties(torch.device(device)).total_memory) // (2 * sharing)
 
 
 def _start(task: Path, rank: int, options: ProfileOptions, folder: Path) -> subprocess.Popen[str]:

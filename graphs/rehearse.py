@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mipipe.graphs.contract import GraphIndex, gives_grad
+from mipipe.graphs.graph_index import GraphIndex, gives_grad
 from mipipe.graphs.operator_graph import Operator, Phase, SegmentTrace, TensorSpec
 from mipipe.graphs.trace import build_phase, phase_signature
 

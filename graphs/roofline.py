@@ -13,10 +13,10 @@ from collections.abc import Mapping
 
 from mipipe.graphs.cluster import DeviceKind
 from mipipe.graphs.coarse_graph import CoarseGraph
-from mipipe.graphs.contract import GraphIndex, index_graph
 from mipipe.graphs.costs import CostTable, GroupCost
 from mipipe.graphs.errors import GraphError, ProblemError
 from mipipe.graphs.exchange import exchange_note, exchange_ns
+from mipipe.graphs.graph_index import GraphIndex, index_graph
 from mipipe.graphs.operator_graph import Operator, OperatorGraph, Phase, Role, SegmentTrace
 from mipipe.graphs.topology import Link
 

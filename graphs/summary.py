@@ -7,9 +7,10 @@ from typing import Any
 
 from mipipe.graphs.coarse_graph import CoarseGraph, OpGroup
 from mipipe.graphs.coarsen import coarsen
-from mipipe.graphs.contract import GraphIndex, index_graph, layer_stack, moved_bytes, saved_bytes
+from mipipe.graphs.contract import layer_stack, moved_bytes, saved_bytes
 from mipipe.graphs.costs import CostTable
 from mipipe.graphs.drawing import draw
+from mipipe.graphs.graph_index import GraphIndex, index_graph
 from mipipe.graphs.operator_graph import OperatorGraph, Phase
 from mipipe.graphs.serialize import digest
 

@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mipipe.graphs.coarsen import coarsen
-from mipipe.graphs.contract import contract, index_graph, moved_bytes
+from mipipe.graphs.contract import contract, moved_bytes
 from mipipe.graphs.errors import GraphError
+from mipipe.graphs.graph_index import index_graph
 from mipipe.graphs.intervals import SLACK, cut_intervals
 from mipipe.graphs.operator_graph import Phase, Role
 

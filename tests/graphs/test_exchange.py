@@ -11,9 +11,9 @@ pytest.importorskip("transformers")
 from mipipe.graphs.capture import capture
 from mipipe.graphs.cluster import DeviceKind
 from mipipe.graphs.coarsen import coarsen
-from mipipe.graphs.contract import index_graph
 from mipipe.graphs.errors import InputError, ProblemError
 from mipipe.graphs.exchange import check_exchange, expert_shares, moved_bytes, share_of, slowest_link
+from mipipe.graphs.graph_index import index_graph
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role
 from mipipe.graphs.roofline import roofline
 from mipipe.graphs.topology import Link, Topology

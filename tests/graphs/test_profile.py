@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from mipipe.graphs.coarsen import coarsen
-from mipipe.graphs.contract import index_graph
 from mipipe.graphs.errors import GraphError, InputError, RunError
+from mipipe.graphs.graph_index import index_graph
 from mipipe.graphs.operator_graph import OperatorGraph, Parameter, Phase, Segment, Tags, TensorSpec, Value
 from mipipe.graphs.partition import trace_segment
 from mipipe.graphs.profile import ProfileOptions, _recall, _remember, profile_groups
+from mipipe.graphs.profile_worker import _lots, candidates, in_turn, measure
 from mipipe.graphs.rehearse import build_group, index_bound, model_input, rehearse
 
 QUICK = ProfileOptions(seconds=0.02, samples=4)
@@ -120,6 +121,37 @@ def test_results_are_kept_by_structure_and_workers(transformer, tmp_path):
     deeper = measure(4)
     assert again.entries == first.entries and again.notes["measured"].startswith("0 of 3")
     assert deeper.notes["measured"].startswith("0 of 3") and len(deeper.entries) == 6
+
+
+def test_groups_run_in_turn_and_as_many_together_as_fit(transformer):
+    graph = transformer(2)
+    coarse = coarsen(graph, granularity="layer")
+    with torch.no_grad():
+        found = list(candidates(graph, coarse, {group.name for group in coarse.groups[1:]}, CPU))
+        order = [(item.name, phase) for item, phase in in_turn(found)]
+        times = measure(found, CPU, rounds=3)
+    names = [group.name for group in coarse.groups[1:]]
+    assert order[:3] == [(name, Phase.F) for name in names]
+    assert order[3:5] == [(names[-1], Phase.I), (names[-1], Phase.W)] and order[-1] == (names[0], Phase.W)
+    assert {name: set(phases) for name, phases in times.items()} == {item.name: set(item.phases) for item in found}
+    assert all(len(samples) == 3 and min(samples) > 0 for phases in times.values() for samples in phases.values())
+    sizes = [sum(tensor.untyped_storage().nbytes() for tensor in item.run.slots.values()) for item in found]
+    split = [[item.name for item in lot] for lot in _lots(iter(found), sizes[0] + sizes[1])]
+    assert split == [names[:2], names[2:]]
+    assert [len(lot) for lot in _lots(iter(found), 1)] == [1, 1, 1]
+    assert [len(lot) for lot in _lots(iter(found), None)] == [3]
+
+
+def test_known_groups_are_neighbours_of_new_ones_and_stay(transformer, tmp_path):
+    """What another model's profile left of a structure is used; the groups it lacks are measured."""
+    small = transformer(2)
+    first = profile_groups(small, coarsen(small, granularity="layer"), cache=tmp_path, options=QUICK)
+    split = coarsen(small, granularity="block")
+    again = profile_groups(small, split, cache=tmp_path, options=QUICK)
+    ends = [group.name for group in split.groups if group.structure in
+            {other.structure for other in coarsen(small, granularity="layer").groups}]
+    assert len(ends) == 2 and again.notes["measured"].startswith("2 of 4")
+    assert all(again.find(name, "cpu") == first.find(name, "cpu") for name in ends)
 
 
 def test_a_cache_that_cannot_be_written_or_read_is_no_error(tmp_path):

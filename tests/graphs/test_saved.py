@@ -6,7 +6,7 @@ from torch import nn
 
 from mipipe.graphs.capture import capture_module
 from mipipe.graphs.coarsen import coarsen
-from mipipe.graphs.contract import index_graph
+from mipipe.graphs.graph_index import index_graph
 from mipipe.graphs.operator_graph import Phase
 from mipipe.graphs.rehearse import rehearse
 
