@@ -23,7 +23,8 @@ def capture(
     batch: Annotated[int, typer.Option(help="Sequences per microbatch.", min=1)] = 1,
     dtype: Annotated[str, typer.Option(help="Parameters' type: float32, bfloat16, float64, ...")] = "float32",
     settings: Annotated[list[str] | None, typer.Option(
-        "--set", help="Override of the model's configuration, such as num_hidden_layers=8; may be repeated.")] = None,
+        "--set", help="Override of the model's configuration, such as num_hidden_layers=8 (or max_source_positions=500,"
+                      " the length of Whisper's audio); a factory gets them as arguments. May be repeated.")] = None,
     expert_groups: Annotated[int, typer.Option(help="Split every bank of experts into this many branches.",
                                                min=1)] = 1,
     expert_parallel: Annotated[int, typer.Option(
@@ -34,6 +35,8 @@ def capture(
              " all equal).")] = None,
     images: Annotated[int, typer.Option(help="Images per sequence, where the model takes them.", min=0)] = 1,
     image: Annotated[int, typer.Option(help="Height and width of an image (default: the model's own).", min=0)] = 0,
+    frames: Annotated[int, typer.Option(help="Videos of this many frames in place of images, where the model takes them"
+                                             " (one second per temporal patch).", min=0)] = 0,
     freeze: Annotated[list[str] | None, typer.Option(
         help="Parameters that do not train: a regular expression on their names, such as 'vision_tower'; may be"
              " repeated.")] = None,
@@ -56,7 +59,7 @@ def capture(
 
         measured = None if loads is None else read_loads(loads).loads
         graph = capture_model(source, seq=seq, batch=batch, dtype=dtype, overrides=overrides, images=images,
-                              image=image, expert_groups=expert_groups, expert_parallel=expert_parallel,
+                              image=image, frames=frames, expert_groups=expert_groups, expert_parallel=expert_parallel,
                               expert_loads=measured, freeze=freeze or (),
                               granularity=granularity,  # type: ignore[arg-type]
                               patterns=None if tags is None else load_patterns(tags), progress=update)

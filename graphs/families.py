@@ -1,4 +1,4 @@
-"""Transformers' architectures as training graphs: configuration, class, inputs, loss.
+"""Transformers' architectures as training graphs: configuration, class, module.
 
 Every family goes one way: configuration -> class -> module on any device, with the attention and experts of
 `mipipe.graphs.layers`. What a family needs beyond that is one line in `ADJUSTMENTS`.
@@ -12,16 +12,15 @@ import inspect
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mipipe.graphs import loss as losses
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.fixed_grids import fix_grids, grid_of, pixels
+from mipipe.graphs.fixed_grids import fix_grids, grid_of
 from mipipe.graphs.layers import NAME, register
 
 
@@ -29,13 +28,15 @@ from mipipe.graphs.layers import NAME, register
 class Adjustment:
     """What a model type needs: its class, another attention implementation, fixed forward arguments.
 
-    ``fixed_grids``: image grids become constants (`mipipe.graphs.fixed_grids`).
+    ``fixed_grids``: image and video grids become constants (`mipipe.graphs.fixed_grids`). ``layers_apart``: text (a
+    time) stands between a video's layers, so that each is laid out as an image.
     """
 
     architecture: str | None = None
     attention: str = NAME
     constants: Mapping[str, Any] = field(default_factory=dict)
     fixed_grids: bool = False
+    layers_apart: bool = False
 
 
 ADJUSTMENTS: dict[str, Adjustment] = {
@@ -43,19 +44,23 @@ ADJUSTMENTS: dict[str, Adjustment] = {
     "siglip": Adjustment("SiglipModel", constants={"return_loss": True}),
     "qwen2_vl": Adjustment(fixed_grids=True),
     "qwen2_5_vl": Adjustment(fixed_grids=True),
-    "qwen3_vl": Adjustment(fixed_grids=True),
-    "qwen3_vl_moe": Adjustment(fixed_grids=True),
+    "qwen3_vl": Adjustment(fixed_grids=True, layers_apart=True),
+    "qwen3_vl_moe": Adjustment(fixed_grids=True, layers_apart=True),
 }
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of one microbatch. ``images`` per sample; ``image`` is their height and width, 0 for the model's own."""
+    """Sizes of one microbatch. ``images`` per sample; ``image`` is their height and width, 0 for the model's own.
+
+    ``frames``: instead of images, videos of that many frames.
+    """
 
     seq: int = 128
     batch: int = 1
     images: int = 1
     image: int = 0
+    frames: int = 0
 
 
 def read_config(path: str | Path, overrides: Mapping[str, Any]) -> Any:
@@ -193,109 +198,19 @@ def build_model(config: Any, device: str, dtype: torch.dtype | None, expert_grou
             inner.mipipe_expert_groups = expert_groups
             inner._experts_implementation = NAME
     if adjustment.fixed_grids:
-        fix_grids(model, _grid(config, sizes or Sizes()))
+        fix_grids(model, grid_for(config, sizes or Sizes()))
     return model.train()
 
 
-def _grid(config: Any, sizes: Sizes) -> Any:
-    """The grid of a microbatch's images; an error if their tokens do not fit into the sequence."""
-    grid = grid_of(config.vision_config, sizes.batch * sizes.images, sizes.image)
-    if grid.tokens * sizes.images > sizes.seq:
-        raise InputError(f"seq: found {sizes.seq} tokens, expected more than the {grid.tokens * sizes.images} of"
-                         f" {sizes.images} images of {grid.rows} x {grid.columns} tokens each; raise --seq or lower"
-                         " --image")
+def grid_for(config: Any, sizes: Sizes) -> Any:
+    """The grid of a microbatch's images or videos; an error if their tokens do not fit into the sequence."""
+    grid = grid_of(config.vision_config, sizes.batch * sizes.images, sizes.image, sizes.frames)
+    needed = sizes.images * grid.layers * grid.tokens
+    if needed > sizes.seq:
+        times, less = (f"{grid.layers} x ", " or --frames") if grid.video else ("", "")
+        raise InputError(f"seq: found {sizes.seq} tokens, expected more than the {needed} of {sizes.images}"
+                         f" {'videos' if grid.video else 'images'} of {times}{grid.rows} x {grid.columns} tokens each;"
+                         f" raise --seq or lower --image{less}")
+    if ADJUSTMENTS[config.model_type].layers_apart:
+        return replace(grid, images=grid.images * grid.layers, layers=1)
     return grid
-
-
-@dataclass(frozen=True)
-class TaskLoss:
-    """The loss of a task on a model's output object, and which inputs it keeps from the model.
-
-    ``kind``: ``language`` (sum of token cross-entropies; ``shift`` where position t predicts t + 1), ``classes``, or
-    ``own`` (the model returns its loss). A router's auxiliary loss is added times the count of valid labels, so that
-    after the division by their global count it is the average over tokens.
-    """
-
-    kind: str
-    shift: bool = False
-    coefficient: float = 0.0
-    constants: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def withheld(self) -> frozenset[str]:
-        return frozenset() if self.kind == "own" else frozenset({"labels"})
-
-    @property
-    def info(self) -> dict[str, Any]:
-        return dict(losses.MEAN) if self.kind == "own" else losses.sum_over("labels", shift=self.shift)
-
-    def __call__(self, output: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-        if self.kind == "own":
-            return output.loss
-        labels, logits = inputs["labels"], output.logits.float() if output.logits.dtype in _HALF else output.logits
-        if self.shift:
-            labels, logits = labels[:, 1:], logits[:, :-1]
-        total = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="sum")
-        auxiliary = getattr(output, "aux_loss", None)
-        if self.coefficient and isinstance(auxiliary, Tensor):
-            total = total + self.coefficient * auxiliary.to(total.dtype) * (labels != -100).sum()
-        return total
-
-
-_LANGUAGE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ForSpeechSeq2Seq")
-_HALF = (torch.float16, torch.bfloat16)
-
-
-def task_of(config: Any, kind: Any) -> TaskLoss:
-    """The loss that a model class trains with."""
-    constants = dict(ADJUSTMENTS.get(config.model_type, Adjustment()).constants)
-    name = kind.__name__
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if name.endswith(_LANGUAGE):
-        constants["use_cache"] = False
-        coefficient = 0.0
-        if getattr(text, "output_router_logits", False):
-            constants["output_router_logits"] = True
-            coefficient = float(getattr(text, "router_aux_loss_coef", 0.0))
-        return TaskLoss("language", not config.is_encoder_decoder, coefficient, constants)
-    if name.endswith(("Classification", "ForMaskedLM", "ForTokenClassification")):
-        return TaskLoss("classes", constants=constants)
-    return TaskLoss("own", constants=constants)
-
-
-Inputs = dict[str, Tensor]
-
-
-def example_inputs(config: Any, kind: Any, sizes: Sizes, device: str, dtype: torch.dtype) -> Inputs:
-    """Tensors of one microbatch's shapes (zeros; on meta nothing at all), by forward argument."""
-    name, vision = kind.__name__, getattr(config, "vision_config", None)
-
-    def tokens() -> Tensor:
-        return torch.zeros(sizes.batch, sizes.seq, dtype=torch.int64, device=device)
-
-    made: Inputs = {}
-    if kind.main_input_name == "input_features":
-        frames = 2 * config.max_source_positions
-        made["input_features"] = torch.zeros(sizes.batch, config.num_mel_bins, frames, dtype=dtype, device=device)
-        made |= {"decoder_input_ids": tokens(), "labels": tokens()}
-        return made
-    if kind.main_input_name == "input_ids":
-        made["input_ids"] = tokens()
-        if config.is_encoder_decoder:
-            made["decoder_input_ids"] = tokens()
-    if ADJUSTMENTS.get(config.model_type, Adjustment()).fixed_grids:
-        made |= {} if not sizes.images else {"pixel_values": pixels(vision, _grid(config, sizes), device, dtype)}
-    elif vision is not None or kind.main_input_name == "pixel_values":
-        made["pixel_values"] = _pixels(vision or config, sizes, device, dtype)
-    if name.endswith((*_LANGUAGE, "ForMaskedLM", "ForTokenClassification")):
-        made["labels"] = tokens()
-    elif name.endswith("Classification"):
-        made["labels"] = torch.zeros(sizes.batch, dtype=torch.int64, device=device)
-    return made
-
-
-def _pixels(vision: Any, sizes: Sizes, device: str, dtype: torch.dtype) -> Tensor:
-    side = sizes.image or getattr(vision, "image_size", 224)
-    height, width = (side, side) if isinstance(side, int) else tuple(side)
-    count = sizes.batch * sizes.images
-    return torch.zeros(count, getattr(vision, "num_channels", 3), height, width, dtype=dtype, device=device)

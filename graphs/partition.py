@@ -12,10 +12,9 @@ Left out: recomputing cheap parts of F in I (the planner recomputes whole groups
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import networkx as nx
 import torch
 from torch import Tensor, fx, nn
 
@@ -24,6 +23,7 @@ from mipipe.graphs.flops import count_flops, num_bytes
 from mipipe.graphs.joint import Function, Joint, storage_bytes, storage_of, trace_joint
 from mipipe.graphs.module_paths import module_paths
 from mipipe.graphs.operator_graph import Operator, Phase, SavedTensor, SegmentTrace, TensorSpec
+from mipipe.graphs.phase_split import assign_phases, closure, is_view
 from mipipe.graphs.serialize import digest
 from mipipe.graphs.trace import CONSTANT, GETITEM, encode, identifier, spec_of
 
@@ -55,7 +55,7 @@ def trace_segment(function: Function, inputs: Mapping[str, TensorSpec],
     specs = [*inputs.values(), *parameters.values(), *buffers.values()]
     made = trace_joint(function, specs, flags, wanted, len(inputs) + len(parameters))
     _freeze_updated(made)
-    phases = _assign(made, len(inputs))
+    phases = assign_phases(made, len(inputs))
     _repeat_parameter_views(made, phases, len(inputs))
     return _to_trace(made, phases, (tuple(inputs), tuple(parameters), tuple(buffers)))
 
@@ -83,7 +83,7 @@ def trace_module(module: nn.Module, inputs: Mapping[str, Tensor], *, differentia
 
 def _freeze_updated(made: Joint) -> None:
     """Copy arguments which F changes and the backward reads: by then the runtime holds the new value."""
-    after = _closure([node for node in made.tangents if node is not None], lambda node: node.users)
+    after = closure([node for node in made.tangents if node is not None], lambda node: node.users)
     for index in made.updates:
         argument = made.arguments[index]
         late = [user for user in argument.users if user in after]
@@ -96,116 +96,11 @@ def _freeze_updated(made: Joint) -> None:
                 user.replace_input_with(argument, copy)
 
 
-def _closure(nodes: Iterable[fx.Node | None], step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    """All nodes reached from ``nodes`` (themselves included) by ``step``."""
-    found: set[fx.Node] = set()
-    pending = [node for node in nodes if node is not None]
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending.extend(step(node))
-    return found
-
-
-def _ancestors(nodes: Iterable[fx.Node | None]) -> set[fx.Node]:
-    return _closure(nodes, lambda node: node.all_input_nodes)
-
-
-def _assign(made: Joint, num_inputs: int) -> dict[fx.Node, Phase]:
-    """The phase of every operator of the joint graph; results of an operator with several go with it."""
-    operators = [node for node in made.graph.nodes if node.op == "call_function"]
-    forward = _ancestors([*made.outputs, *made.updates.values()])
-    backward = _closure([node for node in made.tangents if node is not None], lambda node: node.users)
-    free = [node for node in operators if node not in forward and node not in backward]
-    resident = {storage_of(node) for node in made.arguments[num_inputs:]}
-    forward |= _cheaper_in_forward(free, backward, resident)
-    towards_inputs = _ancestors(made.grads[:num_inputs])
-    if any(made.grads[:num_inputs]):
-        known = forward | towards_inputs
-        for grad in made.grads[num_inputs:]:
-            towards_inputs |= set() if grad is None else _early_gradient(grad, known)
-    phases: dict[fx.Node, Phase] = {}
-    for node in operators:
-        if node.target is operator.getitem:
-            phases[node] = phases[node.args[0]]
-        else:
-            phases[node] = Phase.F if node in forward else Phase.I if node in towards_inputs else Phase.W
-    return phases
-
-
-def _early_gradient(grad: fx.Node, known: set[fx.Node]) -> set[fx.Node]:
-    """The operators of a parameter gradient if it is better made in I: no product, and smaller than what it reads.
-
-    The gradients of norm weights and biases: vectors, for which W would keep whole activations.
-    """
-    own = {node for node in _closure([grad], lambda node: [] if node in known else node.all_input_nodes)
-           if node not in known and node.op == "call_function"}
-    reads = {storage_of(item): storage_bytes(item) for node in own for item in node.all_input_nodes
-             if item not in own and storage_of(item) is not None}
-    if any(_is_product(node) for node in own) or sum(reads.values()) <= 2 * num_bytes(grad.meta["val"]):
-        return set()
-    return own
-
-
-def _is_product(node: fx.Node) -> bool:
-    """Whether an operator is what W exists to delay: it has flops, or fills a table (an embedding's gradient)."""
-    if str(node.target) in ("aten.embedding_dense_backward.default", "aten.index_put.default"):
-        return True
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda item: item.meta["val"])
-    return count_flops(node.target, args, kwargs, node.meta["val"]) > 0
-
-
-def _cheaper_in_forward(free: Sequence[fx.Node], backward: set[fx.Node], resident: set[int | None]) -> set[fx.Node]:
-    """The gradient-free operators outside F which F should compute, so that the fewest bytes are kept.
-
-    A minimum cut between what F has and what the backward reads; each storage is a vertex that costs its bytes
-    (``resident`` ones, of parameters and buffers, nothing). Among equal cuts the one with the least in F.
-    """
-    cut, members = nx.DiGraph(), set(free)
-
-    def vertex(node: fx.Node) -> Hashable:
-        storage = storage_of(node)
-        if storage is None:
-            cut.add_edge((node, "in"), (node, "out"))
-            return node
-        size = 0 if storage in resident else max(1, storage_bytes(node))
-        cut.add_edge((storage, "in"), (storage, "out"), capacity=size)
-        return storage
-
-    sources = {source for node in free for source in node.all_input_nodes}
-    for node in {*free, *sources}:
-        if node not in members or _draws(node):
-            cut.add_edge("source", (vertex(node), "in"))
-        if any(user in backward for user in node.users):
-            cut.add_edge((vertex(node), "out"), "sink")
-    for node in free:
-        for source in node.all_input_nodes:
-            if vertex(source) != vertex(node):
-                cut.add_edge((vertex(source), "out"), (vertex(node), "in"))
-    if "sink" not in cut or "source" not in cut:
-        return set()
-    _, (_, early) = nx.minimum_cut(cut.reverse(copy=False), "sink", "source")  # reversed: the smallest side of F
-    chosen = [node for node in free if (vertex(node), "in") in early and not _is_view(node)]
-    return _ancestors(chosen)
-
-
-def _draws(node: fx.Node) -> bool:
-    """Whether an operator draws random numbers: it must run exactly once, in F."""
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether a node's tensor shares the storage of one of its inputs."""
-    storage = storage_of(node)
-    return storage is not None and any(storage_of(source) == storage for source in node.all_input_nodes)
-
-
 def _moves_nothing(node: fx.Node) -> bool:
     """Whether all that a node returns are views of its inputs: one tensor, or a list of them (split, unbind)."""
     value = node.meta["val"]
     if not isinstance(value, (tuple, list)):
-        return _is_view(node)
+        return is_view(node)
     storages = {storage_of(source) for source in node.all_input_nodes}
     return all(isinstance(item, Tensor) and item.untyped_storage()._cdata in storages for item in value)
 
@@ -322,7 +217,7 @@ def _workspace(nodes: Sequence[fx.Node], phases: dict[fx.Node, Phase], phase: Ph
                crossing: set[str]) -> int:
     """The most bytes of a phase's intermediates alive at once, without what it is given and what it keeps."""
     own = [node for node in nodes if phases[node] is phase]
-    made_here = {storage_of(node) for node in own if not _is_view(node)} - {None}
+    made_here = {storage_of(node) for node in own if not is_view(node)} - {None}
     kept = {storage_of(node) for node in own if node in boundary or node.name in crossing}
     last: dict[int | None, int] = {}
     for index, node in enumerate(own):
@@ -330,11 +225,10 @@ def _workspace(nodes: Sequence[fx.Node], phases: dict[fx.Node, Phase], phase: Ph
     live = peak = 0
     sizes: dict[int | None, int] = {}
     for index, node in enumerate(own):
-        for item in (node,):
-            storage = storage_of(item)
-            if storage in made_here and storage not in kept and storage not in sizes:
-                sizes[storage] = storage_bytes(item)
-                live += sizes[storage]
+        storage = storage_of(node)
+        if storage in made_here and storage not in kept and storage not in sizes:
+            sizes[storage] = storage_bytes(node)
+            live += sizes[storage]
         peak = max(peak, live)
         for storage in {storage_of(item) for item in (node, *node.all_input_nodes)}:
             if last[storage] == index and storage in sizes:

@@ -44,8 +44,8 @@ class Source:
 
 
 def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str = "float32",
-                overrides: Mapping[str, Any] | None = None, images: int = 1, image: int = 0, expert_groups: int = 1,
-                expert_parallel: int = 1, freeze: Sequence[str] = ()) -> Source:
+                overrides: Mapping[str, Any] | None = None, images: int = 1, image: int = 0, frames: int = 0,
+                expert_groups: int = 1, expert_parallel: int = 1, freeze: Sequence[str] = ()) -> Source:
     """The source behind a path or name.
 
     Args:
@@ -55,6 +55,7 @@ def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: st
         dtype: of parameters and floating inputs, by torch's name.
         overrides: changed configuration entries, or keyword arguments of the factory.
         images, image: images per sample and their side (0: the model's own), for models that see.
+        frames: videos of that many frames in place of images, for models that take videos of any length.
         expert_groups: into how many groups each expert bank is split.
         expert_parallel: over how many ranks the experts are shared, by all-to-all (transformers sources); 1: not.
         freeze: regular expressions; parameters whose FQN matches one do not train.
@@ -63,8 +64,9 @@ def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: st
         InputError: the source is unknown or does not give a model.
     """
     options: dict[str, Any] = {"seq": seq, "batch": batch, "dtype": dtype, "overrides": dict(overrides or {}),
-                               "images": images, "image": image, "expert_groups": expert_groups,
-                               "expert_parallel": expert_parallel, "freeze": list(freeze)}
+                               "images": images, "image": image, "frames": frames,
+                               "expert_groups": expert_groups, "expert_parallel": expert_parallel,
+                               "freeze": list(freeze)}
     record = {"source": str(source), **options}
     for key in ("seq", "batch", "expert_groups", "expert_parallel"):
         if int(record[key]) < 1:
@@ -82,13 +84,13 @@ def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: st
 
 def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.dtype) -> Source:
     try:
-        from mipipe.graphs import families
+        from mipipe.graphs import families, tasks
         from mipipe.graphs.layers import exchange_experts
     except ImportError as error:
         raise InputError(f"{source}: needs transformers (pip install 'mipipe[hf]'): {error}") from None
     config = families.read_config(source, record["overrides"])
-    kind, task = families.model_class(config), families.task_of(config, families.model_class(config))
-    sizes = families.Sizes(record["seq"], record["batch"], record["images"], record["image"])
+    kind, task = families.model_class(config), tasks.task_of(config, families.model_class(config))
+    sizes = families.Sizes(record["seq"], record["batch"], record["images"], record["image"], record["frames"])
 
     def build(device: str) -> nn.Module:
         made = families.build_model(config, device, dtype, record["expert_groups"], sizes)
@@ -96,7 +98,7 @@ def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.
             exchange_experts(made)
         return _freeze(made, record["freeze"])
 
-    return Source(kind.__name__, build, lambda device: families.example_inputs(config, kind, sizes, device, dtype),
+    return Source(kind.__name__, build, lambda device: tasks.example_inputs(config, kind, sizes, device, dtype),
                   "meta", task, task.info, task.withheld, task.constants, record)
 
 

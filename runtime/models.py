@@ -15,7 +15,7 @@ from mipipe.graphs.sources import open_source
 from mipipe.runtime.config import TrainConfig
 from mipipe.runtime.stored_weights import StoredWeights, parameters_on_meta
 
-_SOURCE_OPTIONS = ("seq", "batch", "dtype", "overrides", "images", "image", "expert_groups", "freeze")
+_SOURCE_OPTIONS = ("seq", "batch", "dtype", "overrides", "images", "image", "frames", "expert_groups", "freeze")
 
 
 def initial_weights(graph: OperatorGraph, config: TrainConfig) -> Mapping[str, torch.Tensor]:

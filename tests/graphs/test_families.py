@@ -6,6 +6,7 @@ In float64; the families cast norms and router weights to float32 inside, which 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ from mipipe.graphs.expert_groups import parse_slice
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role
 
 transformers = pytest.importorskip("transformers")
-from mipipe.graphs import families  # noqa: E402
+from mipipe.graphs import families, tasks  # noqa: E402
 
 RTOL = 1e-6
 TEXT = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -56,6 +57,7 @@ QWEN_VL = {**text({**TEXT, "num_attention_heads": 2, "rope_parameters": {
     "image_token_id": 63, "vision_config.intermediate_size": 32}
 DEEP = {**QWEN_VL, "text_config.head_dim": 8, "vision_config.num_position_embeddings": 25,
         "vision_config.deepstack_visual_indexes": [0]}
+FILMS = {"seq": 40, "image": 8, "frames": 4}  # one video of 2 layers of 2 x 2 tokens each
 TWO_IMAGES = {"seq": 24, "images": 2, "image": 12}  # 3 x 3 tokens each
 BRANCHES = frozenset({"vision", "text", "projector"})
 
@@ -71,7 +73,10 @@ QUICK = {
 SLOW = {
     "qwen2_5_vl": Case("qwen2_5_vl", {**QWEN_VL, "vision_config.window_size": 8, "vision_config.fullatt_block_indexes":
                                       [1]}, TWO_IMAGES, BRANCHES),
+    "qwen2_5_vl_video": Case("qwen2_5_vl", {**QWEN_VL, "vision_config.window_size": 8, "video_token_id": 62,
+                                            "vision_config.fullatt_block_indexes": [1]}, FILMS, BRANCHES),
     "qwen3_vl": Case("qwen3_vl", DEEP, TWO_IMAGES, BRANCHES),
+    "qwen3_vl_video": Case("qwen3_vl", {**DEEP, "video_token_id": 62}, FILMS, BRANCHES),
     "qwen3_vl_moe": Case("qwen3_vl_moe", {**DEEP, **text({"moe_intermediate_size": 8, "num_experts": 4,
                                                           "num_experts_per_tok": 2})}, TWO_IMAGES, BRANCHES),
     "llama": Case("llama", TEXT),
@@ -116,7 +121,7 @@ def reference(case: Case, graph: OperatorGraph) -> tuple[nn.Module, dict[str, Te
 def eager_loss(case: Case, graph: OperatorGraph, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """The model's own loss of one microbatch, summed over labels, by formulas of our own."""
     config = model.config
-    task = families.task_of(config, type(model))
+    task = tasks.task_of(config, type(model))
     if task.kind == "own":
         return model(**batch, **task.constants).loss
     extra = image_arguments(case, batch, config)
@@ -135,6 +140,10 @@ def image_arguments(case: Case, batch: Mapping[str, Tensor], config: Any) -> dic
     if "image_token_id" not in case.overrides:
         return {}
     side = case.options["image"] // config.vision_config.patch_size
+    if "frames" in case.options:
+        grid = [case.options["frames"] // config.vision_config.temporal_patch_size, side, side]
+        return {"video_grid_thw": torch.tensor([grid] * len(batch["input_ids"])),
+                "mm_token_type_ids": 2 * (batch["input_ids"] == config.video_token_id).int()}
     return {"image_grid_thw": torch.tensor([[1, side, side]] * (case.options["images"] * len(batch["input_ids"]))),
             "mm_token_type_ids": (batch["input_ids"] == config.image_token_id).int()}
 
@@ -153,7 +162,11 @@ def random_batch(case: Case, graph: OperatorGraph, config: Any) -> dict[str, Ten
         batch["labels"] %= config.num_labels
     if "text_config.eos_token_id" in case.overrides:  # CLIP reads its text at this token
         batch["input_ids"][:, -1] = case.overrides["text_config.eos_token_id"]
-    if "image_token_id" in case.overrides:  # two images in each text, at different places
+    if "frames" in case.options:  # one video, each layer at a place of its own where text stands between them
+        starts = (3, 7) if case.source == "qwen2_5_vl" else (3, 12)
+        for row, start in itertools.product(range(len(batch["input_ids"])), starts):
+            batch["input_ids"][row, start + row:start + row + 4] = case.overrides["video_token_id"]
+    elif "image_token_id" in case.overrides:  # two images in each text, at different places
         for row, (first, second) in enumerate([(1, 11), (2, 13)]):
             batch["input_ids"][row, first:first + 9] = batch["input_ids"][row, second:second + 9] = 63
     if "image_token_index" in case.overrides:
@@ -216,6 +229,22 @@ def test_expert_groups_are_parallel_branches(name: str) -> None:
     assert not any(set(segment.inputs) & made for segment in groups)  # no group waits for another
     sizes = [torch.Size(item.spec.shape).numel() for item in graph.parameters if not item.buffer and not item.tied_to]
     assert sum(sizes) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("groups", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_experts_without_tokens_in_poisoned_memory(groups: int) -> None:
+    """All tokens go to two of eight experts, so that a whole expert group gets none; fresh memory is full of NaN."""
+    case = CASES["deepseek_v3"]
+    graph = capture(case.source, overrides=case.overrides, dtype="float64", seq=8, batch=2, expert_groups=groups)
+    model, batch, _ = reference(case, graph)
+    model.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias")[:2] = 10.0
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert_same(graph, model, batch, eager_loss(case, graph, model, batch))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    used = model.get_parameter("model.layers.1.mlp.experts.down_proj").grad.flatten(1).any(dim=1)
+    assert used.tolist() == [True] * 2 + [False] * 6
 
 
 def test_frozen_model_with_trained_head() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,13 +11,15 @@ pytest.importorskip("transformers")
 from transformers import vision_utils
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
-from mipipe.graphs import families
+from mipipe.graphs import families, tasks
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.fixed_grids import Grid, add_at, positions, spans, taps, windows
+from mipipe.graphs.fixed_grids import Grid, add_at, layout, positions, spans, taps, windows
 from mipipe.graphs.layers import packed_attention
 
 GRID = Grid(images=2, rows=5, columns=3, merge=2)
 THW = torch.tensor([[1, 10, 6]] * 2)
+FILMS = Grid(images=2, rows=5, columns=3, merge=2, layers=3, video=True)
+FILMS_THW = torch.tensor([[3, 10, 6]] * 2)
 CPU = torch.device("cpu")
 
 
@@ -25,9 +29,20 @@ def test_windows_are_those_of_transformers() -> None:
     assert order == wanted.tolist() and list(spans(lengths)) == ends.tolist()
 
 
-def test_taps_are_those_of_transformers() -> None:
-    made = taps(GRID, 7, CPU)
-    index, share = vision_utils.get_vision_interpolation_indices_and_weights(THW, 7, "bilinear", True, 2)
+def test_layouts_of_videos_are_those_of_transformers() -> None:
+    tower = SimpleNamespace(window_size=8, spatial_merge_size=2, patch_size=2)
+    made = layout(tower, FILMS, CPU)
+    index, ends = vision_utils.get_vision_window_index(FILMS_THW, 2, 8, 2)
+    assert made["window_index"].tolist() == index.tolist()
+    assert list(made["cu_window_seqlens"]) == ends.tolist()
+    assert list(made["cu_seqlens"]) == vision_utils.get_vision_cu_seqlens(FILMS_THW).tolist()
+    assert torch.equal(made["position_ids"], vision_utils.get_vision_position_ids(FILMS_THW, 2))
+
+
+@pytest.mark.parametrize(("grid", "thw"), [(GRID, THW), (FILMS, FILMS_THW)])
+def test_taps_are_those_of_transformers(grid: Grid, thw: torch.Tensor) -> None:
+    made = taps(grid, 7, CPU)
+    index, share = vision_utils.get_vision_interpolation_indices_and_weights(thw, 7, "bilinear", True, 2)
     assert torch.equal(made["interp_indices"], index)
     assert torch.equal(made["interp_weights"], share)
 
@@ -43,6 +58,16 @@ def test_positions_are_those_of_transformers() -> None:
     bare.config = families.read_config("qwen2_5_vl", {})
     wanted, _ = bare.get_rope_index(ids, image_grid_thw=THW.repeat(2, 1), mm_token_type_ids=(ids == 9).int())
     assert torch.equal(positions(ids, 9, GRID), wanted)
+
+
+def test_positions_of_videos_are_those_of_transformers() -> None:
+    ids = torch.zeros(1, 110, dtype=torch.int64)
+    ids[0, 2:47] = ids[0, 50:95] = 9
+    bare = Qwen2_5_VLModel.__new__(Qwen2_5_VLModel)
+    torch.nn.Module.__init__(bare)
+    bare.config = families.read_config("qwen2_5_vl", {})
+    wanted, _ = bare.get_rope_index(ids, video_grid_thw=FILMS_THW, mm_token_type_ids=2 * (ids == 9).int())
+    assert torch.equal(positions(ids, 9, FILMS, bare.config.vision_config.tokens_per_second), wanted)
 
 
 def test_packed_attention_is_attention_within_each_span() -> None:
@@ -62,9 +87,17 @@ def test_add_at_adds_rows_at_chosen_places() -> None:
 
 @pytest.mark.parametrize(("sizes", "message"), [
     (families.Sizes(image=27), "found 27 pixels, expected a multiple of 28"),
+    (families.Sizes(frames=3), "frames: found 3, expected a multiple of 2"),
+    (families.Sizes(seq=300, frames=4), "expected more than the 512 of 1 videos of 2 x 16 x 16 tokens each"),
     (families.Sizes(seq=200), "found 200 tokens, expected more than the 256 of 1 images of 16 x 16 tokens"),
 ])
-def test_images_that_do_not_fit(sizes: families.Sizes, message: str) -> None:
+def test_inputs_that_do_not_fit(sizes: families.Sizes, message: str) -> None:
     config = families.read_config("qwen2_5_vl", {})
     with pytest.raises(InputError, match=message):
-        families.example_inputs(config, families.model_class(config), sizes, "meta", torch.float32)
+        tasks.example_inputs(config, families.model_class(config), sizes, "meta", torch.float32)
+
+
+def test_models_without_videos_say_so() -> None:
+    config = families.read_config("llava", {})
+    with pytest.raises(InputError, match="frames: model type 'llava' takes no videos of any length"):
+        tasks.example_inputs(config, families.model_class(config), families.Sizes(frames=4), "meta", torch.float32)
