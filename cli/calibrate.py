@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mipipe.cli.output import Json, Seed, TimeLimit, check_folder, emit, progress, stdout
+from mipipe.cli.output import Json, check_folder, emit, progress, stdout
 from mipipe.graphs.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,8 +30,10 @@ def calibrate(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The corrected cost table to write.")] = None,
     replan_file: Annotated[Path | None, typer.Option("--replan", help="Plan again with the corrected costs, and write"
                                                                        " the plan here.")] = None,
-    time_limit: TimeLimit = 60.0,
-    seed: Seed = 0,
+    time_limit: Annotated[float | None, typer.Option("--time-limit", help="Seconds for planning again (default: as the"
+                                                                         " plan was made).", min=0.1)] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed for planning again (default: as the plan was"
+                                                            " made).")] = None,
     json_output: Json = False,
 ) -> None:
     """Correct a cost table by a measured run, say how far the simulation was off, stage by stage, and plan again."""
@@ -102,16 +104,21 @@ def _links(cluster: Path | None, output: Path | None, torchrun: str, json_output
         stdout().print(done.stdout.strip(), f"wrote {output}", sep="\n")
 
 
-def _replan(plan: Plan, table: CostTable, path: Path, time_limit: float, seed: int) -> dict[str, Any]:
-    """The new plan's figures; written to ``path``."""
+def _replan(plan: Plan, table: CostTable, path: Path, time_limit: float | None, seed: int | None) -> dict[str, Any]:
+    """The new plan's figures; written to ``path``. What is not given is as the plan was made."""
+    import dataclasses
+
     from mipipe.cli.plan import show_progress
-    from mipipe.graphs.serialize import save
-    from mipipe.planner.options import PlanOptions
+    from mipipe.graphs.serialize import save, to_data
+    from mipipe.planner.options import options_of
     from mipipe.planner.replan import replan
 
+    options = options_of(plan)
+    options = dataclasses.replace(options, time_limit_s=time_limit or options.time_limit_s,
+                                  seed=options.seed if seed is None else seed)
     with progress("planning again") as update:
-        found = replan(plan, table, PlanOptions(time_limit_s=time_limit, seed=seed),
-                       show_progress(update, plan.problem.unit_ns))
+        found = replan(plan, table, options, show_progress(update, plan.problem.unit_ns))
+    found = dataclasses.replace(found, provenance={**found.provenance, "options": to_data(options)})
     save(found, path)
     return {"plan": str(path), "makespan_ns": found.makespan_ns, "bound_ns": found.bound_ns,
             "method": str(found.provenance.get("method", ""))}

@@ -66,7 +66,7 @@ def plan(
         check_folder(path, option)
     from mipipe.cli.inputs import read_problem
     from mipipe.cli.report import gap, plan_data, print_plan, timeline_data, write_files
-    from mipipe.graphs.serialize import save
+    from mipipe.graphs.serialize import save, to_data
     from mipipe.planner.lower import lower
     from mipipe.planner.options import PlanOptions
     from mipipe.planner.simulate import simulate
@@ -85,7 +85,7 @@ def plan(
     if result.plan is None:
         raise_reason(result)
     assert result.plan is not None
-    found = dataclasses.replace(result.plan, provenance={**result.plan.provenance, "allowed": placement})
+    found = dataclasses.replace(result.plan, provenance={**result.plan.provenance, "options": to_data(options)})
     timeline = simulate(found, lower(found))
     if output is not None:
         save(found, output)

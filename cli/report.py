@@ -10,6 +10,7 @@ from rich.console import Console
 
 from mipipe.cli import terminal
 from mipipe.cli.output import number
+from mipipe.planner.options import options_of
 from mipipe.planner.plan import Plan
 from mipipe.planner.timeline import Timeline
 
@@ -104,7 +105,7 @@ def bound_line(plan: Plan) -> str:
     if plan.makespan_ns is None:
         return "no makespan recorded"
     parts = [f"makespan {terminal.format_time(plan.makespan_ns, unit)}"]
-    allowed = plan.provenance.get("allowed", "free")
+    allowed = options_of(plan).placement
     over = "bound over all placements" if allowed == "free" else f"bound over placements of shape {allowed}"
     for name, bound in ((over, plan.bound_ns),
                         ("bound at this placement", plan.placement_bound_ns)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ from mipipe.cli.output import Json, emit, log, stdout
 from mipipe.graphs.errors import InputError
 
 if TYPE_CHECKING:
+    from mipipe.planner.options import PlanOptions
     from mipipe.planner.plan import Plan
     from mipipe.planner.problem import PlanningProblem
 
@@ -33,7 +35,8 @@ def train(
     elastic: Annotated[bool, typer.Option("--elastic", help="When a rank is lost for good, plan for the others and"
                                                             " resume there (one host; needs checkpoints).")] = False,
     min_ranks: Annotated[int, typer.Option(help="With --elastic: end the run when fewer are left.", min=1)] = 1,
-    replan_seconds: Annotated[float, typer.Option(help="With --elastic: time limit for planning again.")] = 30.0,
+    replan_seconds: Annotated[float | None, typer.Option(help="With --elastic: time limit for planning again (default:"
+                                                              " the plan's own).", min=0.1)] = None,
     json_output: Json = False,
 ) -> None:
     """Train as the plan says, under torchrun. torchrun -m mipipe.runtime.worker does the same by hand."""
@@ -41,9 +44,15 @@ def train(
     if elastic:
         if torchrun or processes is not None:
             raise InputError("--elastic watches all ranks of one host: --torchrun and --processes do not go with it")
+        from mipipe.graphs.serialize import load
+        from mipipe.planner.options import options_of
+        from mipipe.planner.plan import Plan
         from mipipe.runtime.elastic import train_elastic
 
-        result = train_elastic(plan_file, graph_file, config_file, lambda problem: plan_again(problem, replan_seconds),
+        options = options_of(load(plan_file, Plan))
+        if replan_seconds is not None:
+            options = dataclasses.replace(options, time_limit_s=replan_seconds)
+        result = train_elastic(plan_file, graph_file, config_file, lambda problem: plan_again(problem, options),
                                resume=resume, max_restarts=max_restarts, copies=copies, min_ranks=min_ranks,
                                timeout_s=timeout, progress=progress, say=log)
     else:
@@ -66,18 +75,23 @@ def train(
             console.print(f"{name}: {path}")
 
 
-def plan_again(problem: PlanningProblem, time_limit_s: float) -> Plan:
-    """A plan for the same groups on the devices that are left, any placement allowed.
+def plan_again(problem: PlanningProblem, options: PlanOptions) -> Plan:
+    """A plan for the same groups, under the same limits, on the devices that are left.
+
+    ``options`` are those of the plan that lost a device; a shape that needs another number of devices gives way.
 
     Raises:
         InfeasibleError: the model does not fit on them.
     """
     from mipipe.cli.plan import raise_reason
-    from mipipe.planner.options import PlanOptions
-    from mipipe.planner.solve import plan
+    from mipipe.graphs.serialize import to_data
+    from mipipe.planner.solve import Termination, plan
 
-    result = plan(problem, PlanOptions(time_limit_s=time_limit_s))
+    result = plan(problem, options)
+    if result.termination is Termination.INFEASIBLE and options.placement != "free":
+        log(f"no plan of shape {options.placement}: {result.reason}; planning with any placement")
+        return plan_again(problem, dataclasses.replace(options, placement="free"))
     if result.plan is None:
         raise_reason(result)
     assert result.plan is not None
-    return result.plan
+    return dataclasses.replace(result.plan, provenance={**result.plan.provenance, "options": to_data(options)})

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.serialize import STRICT, from_data
+
+if TYPE_CHECKING:
+    from mipipe.planner.plan import Plan
 
 PlacementName = Literal["free", "chain", "v", "interleaved", "wave", "two-way", "two-way-v", "two-way-interleaved",
                         "ring", "ring-v", "apart", "colocated"]
@@ -27,6 +31,7 @@ class PlanOptions:
     memory is short. ``threads``: concurrent searches. ``gap``: stop at this relative gap.
     """
 
+    __pydantic_config__: ClassVar = STRICT
     time_limit_s: float = 60.0
     seed: int = 0
     placement: PlacementName = "free"
@@ -50,3 +55,8 @@ class PlanOptions:
             raise InputError(f"epsilon and gap: found {self.epsilon} and {self.gap}, expected none below 0")
         if not 1 <= self.threads <= 64:
             raise InputError(f"threads: found {self.threads}, expected 1 to 64")
+
+
+def options_of(plan: Plan) -> PlanOptions:
+    """The options a plan was made with (its provenance's ``options``); the defaults for a plan that does not say."""
+    return from_data(plan.provenance.get("options", {}), PlanOptions, f"options of plan {plan.name}")

@@ -5,18 +5,27 @@ import pytest
 from mipipe.cli.train import plan_again
 from mipipe.graphs.errors import InfeasibleError
 from mipipe.planner.check_plan import check_plan
+from mipipe.planner.options import PlanOptions, options_of
 from mipipe.planner.uniform import uniform_problem
 
 
-def test_a_plan_for_fewer_devices() -> None:
-    """The same groups on two of three devices: complete and within memory; one is too few, and the error says so."""
+def test_a_plan_for_fewer_devices(capsys) -> None:
+    """The same groups on two of three devices, as the lost plan was made: complete and within its memory cap; one is
+    too few, and the error says so. A shape that they cannot have (here two copies of every
+    layer, in the room of one) gives way to any."""
     problem = uniform_problem(ranks=3, microbatches=4, f=1, i=1, w=1, layers=6, copies=2)
-    again = plan_again(problem.replace(topology=problem.topology.without({1})), 2.0)
+    options = PlanOptions(time_limit_s=2.0, placement="chain", objective="memory", seed=3)
+    again = plan_again(problem.replace(topology=problem.topology.without({1})), options)
     assert again.problem.num_ranks == 2
-    assert again.problem.groups == problem.groups
+    assert again.problem.groups == problem.groups and again.problem.limits == problem.limits
+    assert options_of(again) == options and again.placement.name == "chain"
     check_plan(again)
     with pytest.raises(InfeasibleError, match="no plan exists: rank 0"):
-        plan_again(problem.replace(topology=problem.topology.without({0, 2})), 2.0)
+        plan_again(problem.replace(topology=problem.topology.without({0, 2})), PlanOptions(time_limit_s=2.0))
+    single = plan_again(uniform_problem(ranks=2, microbatches=4, f=1, i=1, w=1, copies=1),
+                        PlanOptions(time_limit_s=2.0, placement="two-way"))
+    assert options_of(single).placement == "free"
+    assert "planning with any placement" in capsys.readouterr().err
 
 
 def test_options_that_do_not_go_with_a_supervisor(mipipe) -> None:
