@@ -97,7 +97,9 @@ def merge(
         return
     written = sum(report["write_bytes"] for report in result.reports)
     console = stdout()
-    console.print(f"{result.out}: {len(result.plan.graph.units)} tensors, {format_bytes(written)} written in"
+    resumed = sum(report["resumed"] for report in result.reports)
+    console.print(f"{result.out}: {len(result.plan.graph.units)} tensors"
+                  f"{f' ({resumed} by an earlier run)' if resumed else ''}, {format_bytes(written)} written in"
                   f" {result.seconds:.1f} s on {ranks} rank{'s' if ranks > 1 else ''}, peak memory beyond the bare"
                   f" process {format_bytes(max(report['peak_bytes'] for report in result.reports))}")
 

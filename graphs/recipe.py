@@ -9,6 +9,7 @@ skipped.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merge_methods import BY_NAME, RECIPE_NAMES, Base, MethodSpec, Parameter
+from mipipe.graphs.merge_methods import BY_NAME, RECIPE_NAMES, Base, MethodSpec
+from mipipe.graphs.recipe_values import check_parameters
 from mipipe.graphs.serialize import STRICT, from_data, yaml_documents
 
 Parameters = dict[str, Any]
@@ -145,6 +147,7 @@ def read_recipes(path: str | Path) -> list[MergeRecipe]:
         raise InputError(f"{path}: is empty; expected a recipe with merge_method and models")
     recipes = [parse_recipe(item, f"{path}" if len(documents) == 1 else f"{path}, recipe {number}")
                for number, item in enumerate(documents, 1)]
+    _check_names(recipes, path)
     unnamed = [number for number, recipe in enumerate(recipes[:-1], 1) if not recipe.name]
     if unnamed:
         raise InputError(f"{path}, recipe {unnamed[0]}: has no name, so no later recipe can use it; only the last may"
@@ -153,6 +156,15 @@ def read_recipes(path: str | Path) -> list[MergeRecipe]:
     if early:
         raise InputError(f"{path}: recipe {early[0]} makes an adapter; only the last recipe of a file may")
     return recipes
+
+
+def _check_names(recipes: Sequence[MergeRecipe], path: str | Path) -> None:
+    names = [recipe.name for recipe in recipes if recipe.name]
+    for place, name in enumerate(names):
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise InputError(f"{path}: name: found {name!r}, expected letters, digits, dots and dashes")
+        if name in names[:place]:
+            raise InputError(f"{path}: two recipes have the name {name}")
 
 
 def parse_recipe(data: Any, where: str) -> MergeRecipe:
@@ -203,6 +215,8 @@ def _check_adapter_rule(recipe: MergeRecipe, rule: AdapterRule, where: str) -> N
 
 
 def _check_slice(recipe: MergeRecipe, piece: RecipeSlice, where: str) -> None:
+    if not piece.sources:
+        raise InputError(f"{where}: has no sources; expected models with a layer_range")
     lengths = set()
     for source in piece.sources:
         if source.layer_range is None:
@@ -238,7 +252,7 @@ def _check_method(name: str, models: Sequence[RecipeModel], base: str | None, sh
         raise InputError(f"{where}: {name} works on task vectors and needs a base_model")
     if not models:
         return
-    others = [model for model in models if model.model != base]
+    others = [model for model in models if not same_model(model, base)]
     count = len(merged_models(spec, models, base))
     low, high = spec.min_models, spec.max_models
     if count < low or (high is not None and count > high):
@@ -250,69 +264,14 @@ def _check_method(name: str, models: Sequence[RecipeModel], base: str | None, sh
 def merged_models(spec: MethodSpec, models: Sequence[RecipeModel], base: str | None) -> list[RecipeModel]:
     """The models whose weights go in: without the base where task vectors are merged, with it first for SLERP."""
     if spec.base_first and base is not None:
-        others = [model for model in models if model.model != base]
-        given = [model for model in models if model.model == base]
+        others = [model for model in models if not same_model(model, base)]
+        given = [model for model in models if same_model(model, base)]
         return [*(given[:1] or [RecipeModel(base)]), *others]
     if spec.base is Base.UNUSED:
         return list(models)
-    return [model for model in models if model.model != base]
+    return [model for model in models if not same_model(model, base)]
 
 
-def check_parameters(spec: MethodSpec, values: Parameters, where: str, own: bool = False) -> None:
-    """Raises unless every key is a parameter of the method and every value in its range.
-
-    ``own``: the values belong to one model, where only per-model parameters may stand.
-    """
-    for key, value in values.items():
-        parameter = spec.parameter(key)
-        if parameter is None:
-            known = ", ".join(item.name for item in spec.parameters) or "none"
-            raise InputError(f"{where}: {spec.name} has no parameter {key!r}; it has {known}")
-        if own and not parameter.per_model and spec.name not in ("passthrough",):
-            raise InputError(f"{where}: {key} of {spec.name} is one value for all models; move it to the recipe's"
-                             " parameters")
-        for item in _scalars(value, f"{where}: {key}"):
-            check_value(parameter, item, f"{where}: {key}")
-
-
-def _scalars(value: Any, where: str) -> list[Any]:
-    """Every plain value in a parameter: of filters, and of gradients."""
-    if not isinstance(value, list):
-        return [value]
-    found: list[Any] = []
-    for item in value:
-        if isinstance(item, dict):
-            unknown = set(item) - {"filter", "value"}
-            if unknown or "value" not in item:
-                problem = f"unknown key {sorted(unknown)[0]!r}" if unknown else "no value"
-                raise InputError(f"{where}: an entry has {problem}; expected filter and value")
-            _check_filter(item.get("filter"), where)
-            found += _scalars(item["value"], where)
-        else:
-            found.append(item)
-    if not found:
-        raise InputError(f"{where}: is an empty list")
-    return found
-
-
-def _check_filter(pattern: Any, where: str) -> None:
-    if isinstance(pattern, str) and pattern.startswith("re:"):
-        try:
-            re.compile(pattern[3:])
-        except re.error as error:
-            raise InputError(f"{where}: filter {pattern!r} is no regular expression: {error}") from None
-
-
-def check_value(parameter: Parameter, value: Any, where: str) -> None:
-    """Raises unless a plain value has the parameter's type and is in its range."""
-    kinds: Any = (int, float) if parameter.kind is float else (parameter.kind,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and parameter.kind is not bool):
-        words = {float: "a number", int: "an integer", bool: "true or false", str: "a word"}
-        raise InputError(f"{where}: found {value!r}, expected {words[parameter.kind]}")
-    if parameter.choices and value not in parameter.choices:
-        raise InputError(f"{where}: found {value!r}, expected one of {', '.join(parameter.choices)}")
-    if parameter.low is not None and (value < parameter.low or (parameter.above and value == parameter.low)):
-        raise InputError(f"{where}: found {value!r}, expected {'more than' if parameter.above else 'at least'}"
-                         f" {parameter.low:g}")
-    if parameter.high is not None and value > parameter.high:
-        raise InputError(f"{where}: found {value!r}, expected at most {parameter.high:g}")
+def same_model(model: RecipeModel, label: str | None) -> bool:
+    """Whether a model is the one a label names: ``./base/`` is ``base``."""
+    return label is not None and os.path.normpath(model.model) == os.path.normpath(label)

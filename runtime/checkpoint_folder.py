@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mipipe.graphs.errors import InputError
+from mipipe.runtime import durable
 
 STATE = "state.json"
 FORMAT, VERSION = "mipipe.checkpoint", 2
@@ -72,26 +72,17 @@ def seal(paths: Iterable[Path]) -> Files:
     """Size and SHA-256 of files, each on disk when this returns."""
     files: Files = {}
     for path in paths:
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
+        durable.sync(path)
         files[path.name] = (path.stat().st_size, _sha256(path))
     return files
 
 
 def publish(folder: Path, state: dict[str, Any], files: Files) -> None:
     """Write ``state.json`` and rename ``step-N.partial`` to ``step-N``."""
-    with (folder / STATE).open("w") as stream:
-        json.dump({**state, "format": FORMAT, "version": VERSION, "files": files}, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
+    (folder / STATE).write_text(json.dumps({**state, "format": FORMAT, "version": VERSION, "files": files}))
     target = folder.with_suffix("")
     shutil.rmtree(target, ignore_errors=True)
-    os.replace(folder, target)
-    parent = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+    durable.publish(folder, target, [folder / STATE])
 
 
 def forget(folder: Path, keep: int) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from mipipe.graphs.merge_graph import Input, MergeGraph, MergeUnit, pieces_of
 from mipipe.graphs.merge_methods import BY_NAME, Base
 from mipipe.graphs.merge_passes import Scope, scope_of
 from mipipe.graphs.serialize import write_text
+from mipipe.runtime import durable
 from mipipe.runtime.merge.card import graph_card
 from mipipe.runtime.merge.method import merge_tensors
 from mipipe.runtime.merge.output import partial_folder
@@ -83,7 +83,7 @@ def keep_adapters(graph: MergeGraph, rank: int | None, out: Path) -> KeptAdapter
         save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
         write_text(folder / "adapter_config.json", json.dumps(_config(units, ranks), indent=2) + "\n")
         write_text(folder / "README.md", graph_card(graph, out.name, len(tensors)))
-        os.rename(folder, out)
+        durable.publish(folder, out, list(folder.iterdir()))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

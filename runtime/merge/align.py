@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mipipe.graphs.errors import InputError
 from mipipe.graphs.merge_graph import Input, MergeUnit, columns_of
 from mipipe.graphs.tensor_classes import is_stacked
 from mipipe.runtime.merge.exchange import Exchange
@@ -29,17 +28,11 @@ _DOWN = re.compile(r"(?:down_proj|w2)(?:\.weight)?$")
 
 
 def match_experts(around: Surroundings, units: Sequence[MergeUnit], exchange: Exchange) -> Surroundings:
-    """Surroundings with the reorderings of every model's experts; layers are shared among ranks.
-
-    Raises:
-        InputError: the recipe asks for alignment, but the model has no experts.
-    """
+    """Surroundings with the reorderings of every model's experts; layers are shared among ranks."""
     layers: dict[str, list[MergeUnit]] = {}
     for unit in units:
         if unit.experts and unit.method != "copy":
             layers.setdefault(unit.experts, []).append(unit)
-    if not layers:
-        raise InputError("align: the models have no experts to match")
     found: dict[tuple[int, str], Reordering] = {}
     for number, layer in enumerate(sorted(layers)):
         if number % exchange.size == exchange.rank:

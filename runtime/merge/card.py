@@ -74,7 +74,7 @@ def model_card(plan: MergePlan, name: str) -> str:
 def graph_card(graph: MergeGraph, name: str, num_tensors: int) -> str:
     """A README: sources with their licences, methods with papers and parameters, and the recipe itself."""
     licences = sorted({model.licence for model in graph.models if model.licence})
-    front = {"library_name": "transformers", "tags": ["mipipe", "merge"],
+    front = {"library_name": "peft" if graph.recipe.get("adapter") else "transformers", "tags": ["mipipe", "merge"],
              "license": licences[0] if len(licences) == 1 else "other"}
     recipe = _given(graph.recipe)
     title = f"with `{recipe['merge_method']}`" if "merge_method" in recipe else "from dense models, one per expert"

@@ -25,7 +25,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.merge_build import build
 from mipipe.graphs.moe_recipe import MoeRecipe, build_moe, read_moe_recipe
 from mipipe.graphs.recipe import MergeRecipe, read_recipes
-from mipipe.planner.merge_plan import SHARD_BYTES, MergePlan, plan_graph, plan_recipe
+from mipipe.planner.merge_plan import SHARD_BYTES, MergePlan, plan_chain, plan_graph, plan_recipe
 from mipipe.runtime.launch import explain, run_watched
 from mipipe.runtime.merge import worker
 from mipipe.runtime.merge.adapters import KeptAdapter, keep_adapters
@@ -91,6 +91,9 @@ def merge(recipe: str | Path | Sequence[MergeRecipe], out: str | Path, options: 
             return assemble(assembly, out, options, where, progress)
     recipes = read_recipes(recipe) if isinstance(recipe, (str, Path)) else list(recipe)
     check_target(out)
+    if len(recipes) > 1:  # what is wrong with a later one shall not show after hours of the first
+        plan_chain([part for part in recipes if part.adapter is None], where, out, options.num_ranks,
+                   options.memory_cap, options.shard_bytes, options.dtype)
     steps = out.with_name(out.name + ".steps")
     known: dict[str, CheckpointFiles] = {}
     for number, part in enumerate(recipes):
@@ -98,7 +101,7 @@ def merge(recipe: str | Path | Sequence[MergeRecipe], out: str | Path, options: 
         target = out if last else steps / part.name
         target.parent.mkdir(exist_ok=True)
         if part.adapter is not None:
-            return _kept(part, where, out, known, began)
+            return _kept(part, where, out, known, began, options)
         plan = plan_recipe(part, where, out, known, options.num_ranks, options.memory_cap, options.shard_bytes,
                            options.dtype)
         if not (target.exists() and made_by(target, plan)):
@@ -110,10 +113,13 @@ def merge(recipe: str | Path | Sequence[MergeRecipe], out: str | Path, options: 
     return MergeResult(out, plan, tuple(record["ranks"]), time.monotonic() - began)
 
 
-def _kept(recipe: MergeRecipe, where: str, out: Path, known: Mapping[str, CheckpointFiles],
-          began: float) -> MergeResult:
+def _kept(recipe: MergeRecipe, where: str, out: Path, known: Mapping[str, CheckpointFiles], began: float,
+          options: MergeOptions) -> MergeResult:
     """Adapters merged into an adapter: little data, one process, no plan."""
     assert recipe.adapter is not None
+    if options != MergeOptions(shard_bytes=options.shard_bytes):
+        raise InputError(f"{where}: adapters merged into an adapter are made in one process, without a plan; leave out"
+                         " --ranks, --device, --dtype, --memory and --timeline")
     made = keep_adapters(build(recipe, where, known), recipe.adapter.rank, out)
     return MergeResult(out, None, (), time.monotonic() - began, made)
 

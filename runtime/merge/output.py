@@ -20,6 +20,7 @@ from torch import Tensor
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.merge_layout import Shard
 from mipipe.graphs.units import format_bytes
+from mipipe.runtime import durable
 from mipipe.runtime.merge.shelf import TORCH_DTYPES
 
 JOURNAL_BYTES = 2**26
@@ -154,19 +155,8 @@ def finished(folder: Path) -> set[str]:
 
 def publish(folder: Path, out: Path, shards: Sequence[Shard]) -> None:
     """Make the partial folder the result: data on disk, bookkeeping gone, final name."""
-    for shard in shards:
-        handle = os.open(folder / shard.file, os.O_RDONLY)
-        try:
-            os.fdatasync(handle)
-        finally:
-            os.close(handle)
     leftovers = [*folder.glob("done-*.txt"), *folder.glob("parts-*.partial"),
                  *(folder / name for name in ("job.json", "plan.json", "router.safetensors"))]
     for leftover in leftovers:
         leftover.unlink(missing_ok=True)
-    os.rename(folder, out)
-    parent = os.open(out.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+    durable.publish(folder, out, [folder / shard.file for shard in shards])

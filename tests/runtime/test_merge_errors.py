@@ -78,10 +78,13 @@ def cut(file, num_bytes):
     ({"branches": [{"tensors": "^vision", "merge_method": "linear"}]}, ["branch '^vision' matches no tensor"]),
     ({"branches": [{"tensors": "(", "merge_method": "linear"}]}, ["'(' is no regular expression"]),
     ({"tokenizer_source": "union"}, ["has no tokenizer.json"]),
-    ({"align": {"experts": True}}, ["the models have no experts to match"]),
+    ({"align": {"experts": True}}, ["recipe.yaml: align: the models have no experts to match"]),
+    ({"models": None, "slices": [{"sources": []}]}, ["slices[0]: has no sources"]),
+    ({"parameters": {"weight": float("nan")}}, ["weight: found nan, expected a finite number"]),
 ])
 def test_recipes(root, changes, words):
     fails(root, recipe(root, **changes), *words)
+    assert not list(root.glob("out*"))  # nothing was begun
 
 
 @pytest.mark.parametrize(("text", "words"), [
@@ -92,9 +95,18 @@ def test_recipes(root, changes, words):
     ("base_model: a\nexperts: []\nexperts: []\n", ["line 3", "the key 'experts' is given twice"]),
     ("merge_method: linear\nmodels: [{model: a}]\n---\nmerge_method: linear\nmodels: [{model: b}]\n",
      ["recipe 1: has no name"]),
+    ("name: a\nmerge_method: linear\nmodels: [{model: b}]\n---\n" * 2, ["two recipes have the name a"]),
+    ("name: ../a\nmerge_method: linear\nmodels: [{model: b}]\n", ["found '../a', expected letters"]),
 ])
 def test_files_that_are_no_recipe(root, text, words):
     fails(root, text, *words)
+
+
+def test_a_later_recipe_is_checked_before_the_first_runs(root):
+    first = {"name": "soup", "merge_method": "linear", "models": [{"model": f"{root}/expert1"}]}
+    second = {"merge_method": "linear", "models": [{"model": "soup"}, {"model": "suop"}]}
+    fails(root, "---\n".join(map(yaml.safe_dump, (first, second))), "suop: no such folder")
+    assert not (root / "out.steps").exists()
 
 
 def test_a_parameter_of_all_models_on_one_model(root):

@@ -60,6 +60,17 @@ def test_layer_swapping_equals_its_slices(tmp_path):
         torch.testing.assert_close(value, sliced[name], rtol=0, atol=1e-6)
 
 
+def test_a_base_spelt_otherwise_is_still_the_base(tmp_path, monkeypatch):
+    """Among the models, a base under another spelling would count as a task vector of zeros."""
+    trio(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for number, listed in enumerate(([], [{"model": "./base/"}])):
+        run({"merge_method": "ties", "base_model": "base", "models": [*listed, {"model": "expert1"},
+                                                                     {"model": "expert2"}]}, tmp_path / f"out{number}")
+    one, other = (read(tmp_path / f"out{number}") for number in range(2))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
 def test_gradients_filters_and_levels_reach_the_right_tensors(tmp_path):
     trio(tmp_path, layers=5)
     graph = build(parse_recipe({
@@ -191,9 +202,12 @@ def adapter(folder, seed, rank=2, alpha=4, **config):
 def test_adapters_are_models(tmp_path, rslora):
     base = trio(tmp_path)["base"]
     one, two = (adapter(tmp_path / f"lora{seed}", seed, rank=seed + 1, use_rslora=rslora) for seed in (1, 2))
+    (tmp_path / "lora1" / "README.md").write_text("---\nlicense: mit\n---\n")
     run({"merge_method": "task_arithmetic", "base_model": f"{tmp_path}/base", "models": [
         {"model": f"{tmp_path}/lora1", "parameters": {"weight": 0.5}},
         {"model": f"{tmp_path}/base+{tmp_path}/lora2", "parameters": {"weight": 2.0}}]}, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "lora1 | apache-2.0 + mit |" in card and "license: other" in card
     found = read(tmp_path / "out")
     for name, value in base.items():
         expected = value + 0.5 * one[name] + 2.0 * two[name] if name in one else value
@@ -248,6 +262,17 @@ def test_what_cannot_be_kept_low_rank(tmp_path, changes, message, monkeypatch):
     with pytest.raises(InputError, match=message):
         run(data, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_options_that_an_adapter_would_ignore(tmp_path):
+    trio(tmp_path)
+    adapter(tmp_path / "lora", 1)
+    data = {"merge_method": "task_arithmetic", "base_model": f"{tmp_path}/base", "adapter": {},
+            "models": [{"model": f"{tmp_path}/lora"}]}
+    for options in ({"num_ranks": 2}, {"dtype": "float16"}, {"timeline": "t.json"}, {"memory_cap": 10**9}):
+        with pytest.raises(InputError, match="leave out --ranks, --device, --dtype, --memory and --timeline"):
+            run(data, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 # Experts --------------------------------------------------------------------------------------------------------------
