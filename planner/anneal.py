@@ -1,8 +1,7 @@
 """Simulated annealing on the orders of one placement, compiled by numba: the kernel of `mipipe.planner.search`.
 
 A move takes an action on a random critical path out of its block (a run of critical actions on one machine) to another
-place in or next to it, or any action to a place nearby. Starts are recomputed only where they change: places of a
-topological order (Pearce and Kelly, 2006) from the first one moved, and given up as soon as some path is too long.
+place in or next to it, or any action to a place nearby; `mipipe.planner.anneal_state` says what that changes.
 
 Memory is either a wall (moves that overfill it are rejected) or has a price: ``press`` times the bytes beyond the
 limit, summed over the order's positions, where the price rises while too few orders fit and falls while most do
@@ -15,195 +14,14 @@ interleaved 1,535 against 1,516 and the V of one copy 1,680 against 1,671. So ro
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numba import njit
 
-from mipipe.planner.kernels import by_time, overflow, shift, times, trace
+from mipipe.planner.anneal_state import cost_of, likely_cycle, makespan_of, overfull, state_of, take
+from mipipe.planner.kernels import overflow, shift, trace
 
 TURN = 200
 """Accepted moves between two changes of the price of memory."""
-
-
-class Facts(NamedTuple):
-    """What a search never changes: arrays of `Instance`, and the predecessor counts of its nodes (``waits``)."""
-
-    machine: np.ndarray
-    rank: np.ndarray
-    dur: np.ndarray
-    succ_ptr: np.ndarray
-    succ: np.ndarray
-    lag: np.ndarray
-    pred_ptr: np.ndarray
-    pred: np.ndarray
-    pred_lag: np.ndarray
-    waits: np.ndarray
-    tail: np.ndarray
-    cls: np.ndarray
-    alloc: np.ndarray
-    free: np.ndarray
-    work: np.ndarray
-    cap: np.ndarray
-
-
-class State(NamedTuple):
-    """An order with all that follows from it, and scratch space.
-
-    ``seq`` and ``length`` are the order, ``pos`` every node's position, ``before[k, i]`` the bytes held before position
-    i, ``kept`` the starts, ``topo`` a topological order and ``tpos`` its inverse. ``stamp`` marks nodes to look at,
-    ``log_node`` and ``log_start`` the starts a move has overwritten.
-    """
-
-    seq: np.ndarray
-    length: np.ndarray
-    pos: np.ndarray
-    before: np.ndarray
-    kept: np.ndarray
-    topo: np.ndarray
-    tpos: np.ndarray
-    waits: np.ndarray
-    queue: np.ndarray
-    stamp: np.ndarray
-    log_node: np.ndarray
-    log_start: np.ndarray
-
-
-@njit(cache=True, nogil=True)
-def _state(facts, seq, length):
-    """The state of an order that does not deadlock."""
-    count = facts.dur.shape[0]
-    pos, kept, tpos, waits, queue, stamp, log_node, log_start = [np.zeros(count, np.int64) for _ in range(8)]
-    before = np.zeros((seq.shape[0], seq.shape[1] + 1), np.int64)
-    for k in range(seq.shape[0]):
-        for i in range(length[k]):
-            pos[seq[k, i]] = i
-            before[k, i + 1] = before[k, i] + facts.alloc[seq[k, i]] - facts.free[seq[k, i]]
-    times(seq, length, facts.dur, facts.succ_ptr, facts.succ, facts.lag, facts.waits, kept, log_node, waits, queue)
-    topo = by_time(kept, queue)
-    for place in range(count):
-        tpos[topo[place]] = place
-    return State(seq, length, pos, before, kept, topo, tpos, waits, queue, stamp, log_node, log_start)
-
-
-@njit(cache=True, nogil=True)
-def _makespan(facts, state):
-    value = 0
-    for k in range(state.seq.shape[0]):
-        n = state.seq[k, state.length[k] - 1]
-        value = max(value, state.kept[n] + facts.dur[n])
-    return value
-
-
-@njit(cache=True, nogil=True)
-def _cost(facts, state, makespan, tilt, fine):
-    """Makespan plus ``tilt`` times the mean end of the machines (a slope on its plateaus) plus the price of memory."""
-    total = 0.0
-    if tilt > 0.0:
-        for k in range(state.seq.shape[0]):
-            n = state.seq[k, state.length[k] - 1]
-            total += state.kept[n] + facts.dur[n]
-    return makespan + tilt * total / state.seq.shape[0] + fine
-
-
-@njit(cache=True, nogil=True)
-def _reorder(facts, state, lo, hi):
-    """A topological order of the nodes at places lo..hi after a move among them, into ``queue``; False for a cycle."""
-    seq, length, pos, machine = state.seq, state.length, state.pos, facts.machine
-    topo, tpos, waits, queue = state.topo, state.tpos, state.waits, state.queue
-    last = 0
-    for place in range(lo, hi + 1):
-        n = topo[place]
-        wait = 0
-        for e in range(facts.pred_ptr[n], facts.pred_ptr[n + 1]):
-            if lo <= tpos[facts.pred[e]] <= hi:
-                wait += 1
-        if pos[n] > 0 and lo <= tpos[seq[machine[n], pos[n] - 1]] <= hi:
-            wait += 1
-        waits[n] = wait
-        if wait == 0:
-            queue[last] = n
-            last += 1
-    at = 0
-    while at < last:
-        n = queue[at]
-        at += 1
-        for e in range(facts.succ_ptr[n], facts.succ_ptr[n + 1]):
-            s = facts.succ[e]
-            if lo <= tpos[s] <= hi:
-                waits[s] -= 1
-                if waits[s] == 0:
-                    queue[last] = s
-                    last += 1
-        if pos[n] + 1 < length[machine[n]]:
-            s = seq[machine[n], pos[n] + 1]
-            if lo <= tpos[s] <= hi:
-                waits[s] -= 1
-                if waits[s] == 0:
-                    queue[last] = s
-                    last += 1
-    return last == hi - lo + 1
-
-
-@njit(cache=True, nogil=True)
-def _propagate(facts, state, lo, pending, limit, now):
-    """Recompute the starts of the ``pending`` stamped nodes from place ``lo`` on, and of what follows from changes.
-
-    Changes go into ``kept`` and the log; returns the log's length, or -1 - length when some path passes ``limit``.
-    """
-    seq, length, pos, machine, dur = state.seq, state.length, state.pos, facts.machine, facts.dur
-    kept, stamp = state.kept, state.stamp
-    changes = 0
-    place = lo
-    while pending > 0:
-        n = state.topo[place]
-        place += 1
-        if stamp[n] != now:
-            continue
-        pending -= 1
-        ready = 0
-        for e in range(facts.pred_ptr[n], facts.pred_ptr[n + 1]):
-            u = facts.pred[e]
-            ready = max(ready, kept[u] + dur[u] + facts.pred_lag[e])
-        k = machine[n]
-        if pos[n] > 0:
-            u = seq[k, pos[n] - 1]
-            ready = max(ready, kept[u] + dur[u])
-        if ready == kept[n]:
-            continue
-        state.log_node[changes] = n
-        state.log_start[changes] = kept[n]
-        changes += 1
-        kept[n] = ready
-        if ready + facts.tail[n] > limit:
-            return -1 - changes
-        for e in range(facts.succ_ptr[n], facts.succ_ptr[n + 1]):
-            if stamp[facts.succ[e]] != now:
-                stamp[facts.succ[e]] = now
-                pending += 1
-        if pos[n] + 1 < length[k] and stamp[seq[k, pos[n] + 1]] != now:
-            stamp[seq[k, pos[n] + 1]] = now
-            pending += 1
-    return changes
-
-
-@njit(cache=True, nogil=True)
-def _likely_cycle(facts, state, k, i, j):
-    """Whether a shift from i to j (already made) probably closes a cycle: some neighbour of the moved node lies, in
-    time, between it and what it passed. Exact only when False (Balas and Vazacopoulos, 1998)."""
-    n = state.seq[k, j]
-    if j > i:
-        x = state.seq[k, j - 1]
-        for e in range(facts.succ_ptr[n], facts.succ_ptr[n + 1]):
-            s = facts.succ[e]
-            if state.kept[s] + facts.dur[s] <= state.kept[x]:
-                return True
-    else:
-        x = state.seq[k, j + 1]
-        for e in range(facts.pred_ptr[n], facts.pred_ptr[n + 1]):
-            if state.kept[facts.pred[e]] >= state.kept[x] + facts.dur[x]:
-                return True
-    return False
 
 
 @njit(cache=True, nogil=True)
@@ -256,75 +74,6 @@ def _critical(facts, state, makespan, path):
 
 
 @njit(cache=True, nogil=True)
-def _renumber(state, k, a, b):
-    """Set the positions of machine k's nodes at a..b; the range of their places in the topological order."""
-    lo = state.topo.shape[0]
-    hi = 0
-    for p in range(a, b + 1):
-        n = state.seq[k, p]
-        state.pos[n] = p
-        lo = min(lo, state.tpos[n])
-        hi = max(hi, state.tpos[n])
-    return lo, hi
-
-
-@njit(cache=True, nogil=True)
-def _swap_places(state, lo, hi):
-    """Exchange places lo..hi of the topological order with what ``queue`` holds."""
-    for place in range(lo, hi + 1):
-        n = state.queue[place - lo]
-        state.queue[place - lo] = state.topo[place]
-        state.topo[place] = n
-        state.tpos[n] = place
-
-
-@njit(cache=True, nogil=True)
-def _take(facts, state, k, i, j, now, tilt, fine, least, threshold):
-    """Make the move that ``shift`` has made in ``seq`` if its cost stays within ``threshold``.
-
-    ``fine`` is the price of memory after it, ``least`` what the tilt costs at least. Returns (makespan, cost); the
-    makespan is -1 where the move was undone.
-    """
-    a, b = min(i, j), max(i, j)
-    lo, hi = _renumber(state, k, a, b)
-    if not _reorder(facts, state, lo, hi):
-        shift(state.seq, k, j, i, facts.cls)
-        _renumber(state, k, a, b)
-        return -1, 0.0
-    _swap_places(state, lo, hi)
-    until = min(b + 1, state.length[k] - 1)
-    for p in range(a, until + 1):
-        state.stamp[state.seq[k, p]] = now
-    changes = _propagate(facts, state, lo, until - a + 1, threshold - least - fine, now)
-    if changes >= 0:
-        makespan = _makespan(facts, state)
-        cost = _cost(facts, state, makespan, tilt, fine)
-        if cost <= threshold:
-            for p in range(a, b + 1):
-                n = state.seq[k, p]
-                state.before[k, p + 1] = state.before[k, p] + facts.alloc[n] - facts.free[n]
-            return makespan, cost
-    else:
-        changes = -1 - changes
-    for at in range(changes):
-        state.kept[state.log_node[at]] = state.log_start[at]
-    _swap_places(state, lo, hi)
-    shift(state.seq, k, j, i, facts.cls)
-    _renumber(state, k, a, b)
-    return -1, 0.0
-
-
-@njit(cache=True, nogil=True)
-def _overfull(facts, seq, length):
-    """Bytes beyond the limits, summed over all positions."""
-    over = 0
-    for k in range(seq.shape[0]):
-        cap = facts.cap[facts.rank[seq[k, 0]]]
-        over += overflow(seq, k, 0, length[k] - 1, 0, facts.alloc, facts.free, facts.work, cap)
-    return over
-
-
-@njit(cache=True, nogil=True)
 def anneal(facts, seq, length, iterations, hot, cold, tilt, wild, press, target, seed, best):
     """Improve ``seq`` in place for some iterations; ``best`` gets the best order that fits, if any; its makespan.
 
@@ -333,12 +82,12 @@ def anneal(facts, seq, length, iterations, hot, cold, tilt, wild, press, target,
     Returns 1 << 62 where no order fitted.
     """
     np.random.seed(seed)
-    state = _state(facts, seq, length)
+    state = state_of(facts, seq, length)
     path = np.zeros(facts.dur.shape[0] + 1, np.int64)
     least = tilt * facts.dur.sum() / seq.shape[0]
-    over = _overfull(facts, seq, length)
-    makespan = _makespan(facts, state)
-    cost = _cost(facts, state, makespan, tilt, press[0] * over)
+    over = overfull(facts, seq, length)
+    makespan = makespan_of(facts, state)
+    cost = cost_of(facts, state, makespan, tilt, press[0] * over)
     best_makespan, best_cost = 1 << 62, np.inf
     if over == 0:
         best[:] = seq
@@ -360,11 +109,11 @@ def anneal(facts, seq, length, iterations, hot, cold, tilt, wild, press, target,
         shift(seq, k, i, j, facts.cls)
         more += overflow(seq, k, a, b, state.before[k, a], facts.alloc, facts.free, facts.work, cap)
         if ((more > 0 and (press[0] <= 0.0 or press[0] * more > 20.0 * temperature))
-                or (np.random.random() < 0.7 and _likely_cycle(facts, state, k, i, j))):
+                or (np.random.random() < 0.7 and likely_cycle(facts, state, k, i, j))):
             shift(seq, k, j, i, facts.cls)
             continue
         threshold = cost - temperature * np.log(1.0 - np.random.random())
-        value, new = _take(facts, state, k, i, j, now, tilt, press[0] * (over + more), least, threshold)
+        value, new = take(facts, state, k, i, j, now, tilt, press[0] * (over + more), least, threshold)
         if value < 0:
             continue
         makespan, cost, over, size = value, new, over + more, 0
@@ -377,6 +126,6 @@ def anneal(facts, seq, length, iterations, hot, cold, tilt, wild, press, target,
         fitting += over == 0
         if press[0] > 0.0 and accepted % TURN == 0:
             press[0] *= 1.1 if fitting < 0.3 * TURN else 0.9 if fitting > 0.7 * TURN else 1.0
-            cost = _cost(facts, state, makespan, tilt, press[0] * over)
+            cost = cost_of(facts, state, makespan, tilt, press[0] * over)
             fitting = 0
     return best_makespan

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mipipe.planner import bounds, greedy, quotas
+from mipipe.planner import bounds, greedy, lists
+from mipipe.planner.actions import Stream
 from mipipe.planner.evaluate import evaluate
 from mipipe.planner.greedy import Orders
 from mipipe.planner.instance import Instance, build, capacity, mirror
@@ -21,13 +22,6 @@ from mipipe.planner.search import Search
 from mipipe.planner.simulate import execute
 from mipipe.planner.simulate_memory import memory_curves
 from mipipe.planner.stages import StageView, view
-
-QUOTA_S = 0.3
-"""Seconds in which quotas are tuned for a first list. On 32 ranks x 64 microbatches (two-way, 0.75 of 1F1B's
-activations) they give 246 where lists without quotas give 482."""
-
-QUOTA_NODES = 800
-"""Nodes from which they are: lists of smaller problems are good as they are, and annealed at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +138,8 @@ def first_orders(found: Candidate, *, compiled: bool, seed: int = 0) -> Orders |
     """The best list schedule over the rules, with quotas and without; None where none fits the memory."""
     if not compiled:
         return greedy.schedule(found.instance, greedy.RULES[0], compiled=False)
-    tuned = greedy.best_of(found.instance, 1000, np.random.default_rng(seed))
-    lines = quotas.lines_of(found.instance) if found.instance.size >= QUOTA_NODES else None
-    other = quotas.tune(found.instance, lines, QUOTA_S, seed) if lines is not None else None
-    orders = [made.orders for made in (tuned, other) if made is not None]
-    return min(orders, key=lambda made: made.makespan_ns, default=None)
+    two_streams = any(stream is Stream.COLLECTIVE for _, stream in found.instance.machine_key)
+    return lists.best_list(found.instance, seed, 0 if two_streams else 1000)  # there the outline's list is better
 
 
 def peak_activations(plan: Plan) -> int:

@@ -27,17 +27,10 @@ def list_schedule(machine, rank, dur, succ_ptr, succ, lag, waits0, base, class_m
     waits = waits0.copy()
     ready = np.zeros(count, np.int64)
     nxt = base[:num_classes].copy()
-    # classes of each machine
+    # classes of each machine: owned[ptr[k]:ptr[k + 1]]
     ptr = np.zeros(num_machines + 1, np.int64)
-    for c in range(num_classes):
-        ptr[class_machine[c] + 1] += 1
-    for k in range(num_machines):
-        ptr[k + 1] += ptr[k]
-    fill = ptr[:-1].copy()
-    owned = np.zeros(num_classes, np.int64)
-    for c in range(num_classes):
-        owned[fill[class_machine[c]]] = c
-        fill[class_machine[c]] += 1
+    ptr[1:] = np.cumsum(np.bincount(class_machine, minlength=num_machines))
+    owned = np.argsort(class_machine, kind="mergesort")
     machine_rank = np.zeros(num_machines, np.int64)
     for n in range(count):
         machine_rank[machine[n]] = rank[n]
@@ -66,22 +59,17 @@ def list_schedule(machine, rank, dur, succ_ptr, succ, lag, waits0, base, class_m
         if not weight[n]:
             core[microbatch[n]] += 1
     # microbatches enter in the order in which shared classes run them: the oldest never waits for a younger one
-    owns = np.zeros(num_micro + 1, np.int64)
     earlier = np.zeros(num_micro, np.int64)
     cls = np.zeros(count, np.int64)
     for c in range(num_classes):
         for n in range(base[c], base[c + 1]):
             cls[n] = c
-            owns[microbatch[n] + 1] += 1
             if n > base[c] and microbatch[n - 1] < microbatch[n]:
                 earlier[microbatch[n]] += 1
-    for m in range(num_micro):
-        owns[m + 1] += owns[m]
-    fill = owns[:-1].copy()
-    nodes = np.zeros(count, np.int64)
-    for n in range(count):
-        nodes[fill[microbatch[n]]] = n
-        fill[microbatch[n]] += 1
+    # nodes of each microbatch: nodes[owns[m]:owns[m + 1]]
+    owns = np.zeros(num_micro + 1, np.int64)
+    owns[1:] = np.cumsum(np.bincount(microbatch, minlength=num_micro))
+    nodes = np.argsort(microbatch, kind="mergesort")
     num_admitted = 0
     flying = 0
     full = False

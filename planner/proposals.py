@@ -3,7 +3,8 @@
 A shape says which rank holds the k-th of its stages, in one or two directions; `mipipe.planner.cuts` fits it to the
 groups (even loads, and less for ranks that start late), `mipipe.planner.ring` shares replicas out unevenly,
 `mipipe.planner.branches` gives encoders places of their own. Groups without resident bytes at either end (an embedding
-or a head whose parameters are not counted, or that fit everywhere) may be spread over several ranks by microbatch.
+or a head whose parameters are not counted, or that fit everywhere) may be spread over several ranks by microbatch
+where the placement is free; a shape asked for by name is that shape (a chain can be exported, a spread head cannot).
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def all_placements(problem: PlanningProblem, name: str = "free") -> Iterator[Pla
             shifted = fit_cuts(problem, shape, by_head=True, start=even)
             if shifted != even:
                 yield place(problem, shape, shifted)
-        if ends and problem.num_ranks > 1 and blocks - len(ends) >= shape.num_stages:
+        if name == "free" and ends and problem.num_ranks > 1 and blocks - len(ends) >= shape.num_stages:
             yield place_spread(problem, shape, ends)
     yield from rings(problem, name)
     yield from branches.placements(problem, name)

@@ -181,12 +181,12 @@ def tune(instance: Instance, lines: Lines, seconds: float, seed: int, *, start: 
     It starts from ``start`` or from the best of ``rules``. Where evaluations decide, a seed always gives one rule.
     """
     rng = np.random.default_rng(seed)
-    end, began = time.monotonic() + seconds, time.monotonic()
+    began = time.monotonic()
     best = current = None
     best_cost = current_cost = np.inf
     fresh = iter([start]) if start is not None else rules(lines)
     tried = 0
-    while tried < evaluations and not stop() and (time.monotonic() < end or best is None):
+    while tried < evaluations and not stop() and (best is None or time.monotonic() - began < seconds):
         rule = next(fresh, None)
         if rule is None:
             if current is None:
@@ -194,6 +194,8 @@ def tune(instance: Instance, lines: Lines, seconds: float, seed: int, *, start: 
             rule = vary(lines, current, rng)
         orders, cost = _run(instance, lines, rule)
         tried += 1
+        if tried == 1:
+            began = time.monotonic()  # the first one may have waited for the compiler
         left = 1 - max(tried / evaluations, (time.monotonic() - began) / max(seconds, 1e-9))
         if cost <= current_cost - HOT * lines.time_ns * max(0.0, left) * np.log(rng.random()):
             current, current_cost = rule, cost

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mipipe.planner import greedy, kernels, relax, search
+from mipipe.planner import kernels, lists, relax, search
 from mipipe.planner.candidate import Candidate, Judged, first_orders, in_flight, judge, offer_judged
 from mipipe.planner.greedy import Orders, to_array
 from mipipe.planner.instance import expand, orders_from
@@ -29,6 +29,9 @@ first two after 1 s each in all cases tried."""
 
 OUTLINE = 0.6
 """Share of the time limit in which problems with a collective stream are searched without it."""
+
+OUTLINED = 100
+"""Nodes from which quotas are tuned for the first list of a search without collectives."""
 
 LAST = 0.5
 """Share of the time limit after which only the best placement is searched, by all threads."""
@@ -151,11 +154,11 @@ def _outlined(run: Run, found: Candidate, orders: Orders) -> Orders:
     small = relax.relaxed(found.instance)
     if small is None or not run.options.use_search:
         return orders
-    tuned = greedy.best_of(small, 1000, np.random.default_rng(run.options.seed))
-    if tuned is None:
+    made = lists.best_list(small, run.options.seed, few=OUTLINED)
+    if made is None:
         return orders
-    found.outline = search.start(small, tuned.orders, run.options.seed + 3, found.bound.ns)
-    lifted = lift(found.instance, small, tuned.orders)
+    found.outline = search.start(small, made, run.options.seed + 3, found.bound.ns)
+    lifted = lift(found.instance, small, made)
     return lifted if lifted is not None and lifted.makespan_ns < orders.makespan_ns else orders
 
 

@@ -123,7 +123,7 @@ def _placements(run: Run) -> Iterator[Placement]:
     ends = light_ends(problem)
     for shape_name in BIG_ORDER if name == "free" else (name,):
         spread = [shape for shape in shapes(problem.num_ranks, shape_name)
-                  if ends and len(units(problem)) - len(ends) >= shape.num_stages]
+                  if name == "free" and ends and len(units(problem)) - len(ends) >= shape.num_stages]
         found = (place_spread(problem, shape, ends) for shape in spread) if spread else propose(problem, shape_name)
         yield from (placement for placement in found if resident_fits(problem, placement))
 

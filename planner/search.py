@@ -20,7 +20,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from mipipe.planner import anneal, greedy
+from mipipe.planner import anneal, lists
+from mipipe.planner.anneal_state import Facts
 from mipipe.planner.greedy import Orders
 from mipipe.planner.instance import Instance
 
@@ -56,7 +57,7 @@ class Search:
     A round cools from ``hot`` to ``COLD`` times the mean duration over ``length`` moves; rounds grow and take `TURNS`.
     ``easy`` is the search with more memory, ``easing`` whether it is its turn; such a search itself is ``plain``: its
     memory is a wall always. What is found after a number of rounds depends on the seed alone, wherever fresh lists
-    (``greedy.best_of``) are made within their time.
+    (`mipipe.planner.lists`) are made within their time.
     """
 
     instance: Instance
@@ -123,16 +124,16 @@ def _slice(search: Search) -> None:
         search.best = Orders(best, search.best.length, int(makespan))
 
 
-def facts(instance: Instance) -> anneal.Facts:
+def facts(instance: Instance) -> Facts:
     """What the kernel reads of an instance."""
-    return anneal.Facts(**{name: getattr(instance, name) for name in anneal.Facts._fields})
+    return Facts(**{name: getattr(instance, name) for name in Facts._fields})
 
 
 def _begin_round(search: Search) -> None:
     rng = np.random.default_rng((search.seed, search.rounds))
     turn = ("wall", "wall", "fresh")[search.rounds % 3] if search.plain else TURNS[search.rounds % len(TURNS)]
-    fresh = greedy.best_of(search.instance, 100, rng) if turn == "fresh" else None
-    search.current = (search.best if fresh is None else fresh.orders).seq.copy()
+    fresh = lists.best_list(search.instance, int(rng.integers(1 << 30)), 100) if turn == "fresh" else None
+    search.current = (search.best if fresh is None else fresh).seq.copy()
     small = search.instance.size < LARGE
     if search.rounds == 0:
         search.hot = 0.5 if small else 0.3

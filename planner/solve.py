@@ -29,6 +29,7 @@ from mipipe.planner.cuts import earliest_end
 from mipipe.planner.explain import explain
 from mipipe.planner.feasible import why_infeasible, with_recomputation
 from mipipe.planner.free_bound import facts_of, problem_bound
+from mipipe.planner.milp.pattern import route_names
 from mipipe.planner.objectives import best_utilisation, least_memory
 from mipipe.planner.options import PlacementName, PlanOptions
 from mipipe.planner.plan import Placement, Plan
@@ -222,10 +223,16 @@ def _admit(run: Run, placement: Placement) -> Candidate | None:
     return found
 
 
+ROUTES = 4
+"""Routes up to which a placement is paced: a ring has one for nearly every microbatch, which makes its model 85,000
+variables large (9 s to build at 8 ranks x 32 microbatches) and leaves nothing that repeats."""
+
+
 def _periodic(run: Run) -> None:
     """The periodic MIP where the search is slow: on large instances, for the placements with the lowest bounds."""
     large = [found for found in run.candidates
-             if (found.outline.instance if found.outline else found.instance).size > LARGE]
+             if (found.outline.instance if found.outline else found.instance).size > LARGE
+             and len(set(route_names(found.view))) <= ROUTES]
     large.sort(key=lambda found: found.bound.ns)
     for found in large[:3]:
         if run.left < 0.5 * run.options.time_limit_s or run.closed:

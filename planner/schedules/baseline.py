@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Literal
 
 from mipipe.planner.actions import Action, ActionKind, Stream
@@ -44,7 +45,7 @@ class Baseline:
             ProblemError: the schedule does not exist for this size, or the model has too few layers for it.
         """
         problem = problem if split else merge_streams(problem)
-        pattern = self.make(problem.num_ranks, problem.num_microbatches, _times(problem))
+        pattern = _pattern(self.make, problem.num_ranks, problem.num_microbatches, _times(problem))
         placement, parts = _placed(problem, pattern, cut_stages(problem, pattern.stage_ranks, cut, self.name))
         stages = view(problem, placement)
         schedule = Schedule(tuple(_rank_order(stages, order, parts, split) for order in pattern.orders))
@@ -63,6 +64,12 @@ class Baseline:
         pair = (f + i + w) * Fraction(problem.overlap.numerator, problem.overlap.denominator)
         found = self.closed_form(f, i, w, pair, problem.num_ranks, problem.num_microbatches)
         return None if found is None else float(found)
+
+
+@lru_cache(maxsize=1)
+def _pattern(make: MakePattern, ranks: int, microbatches: int, times: Times) -> Pattern:
+    """The pattern; the last one is kept, because every accounting and cut asks for it again (70 s at 64 x 1,024)."""
+    return make(ranks, microbatches, times)
 
 
 def _times(problem: PlanningProblem) -> Times:

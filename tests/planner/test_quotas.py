@@ -13,12 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from mipipe.planner import quotas, scale, two_ended
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.check import check_plan
+from mipipe.planner.cuts import place_spread
 from mipipe.planner.evaluate import evaluate
 from mipipe.planner.instance import build, expand, mirror
 from mipipe.planner.options import PlanOptions
-from mipipe.planner.plan import Plan
+from mipipe.planner.plan import Placement, Plan
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.proposals import propose
+from mipipe.planner.proposals import light_ends, propose, shapes
 from mipipe.planner.solve import plan
 from mipipe.planner.stages import view
 from mipipe.planner.uniform import in_units, two_stream_problem, uniform_problem
@@ -33,9 +34,14 @@ def uneven(ranks: int, microbatches: int) -> PlanningProblem:
                            first="0.2", last="0.6", activations=0.75 * ranks)
 
 
+def spread_two_way(problem: PlanningProblem) -> Placement:
+    """The two-way chain with the light ends on all ranks."""
+    return place_spread(problem, shapes(problem.num_ranks, "two-way")[0], light_ends(problem))
+
+
 def test_every_rule_gives_a_sound_schedule_with_the_kernels_own_makespan() -> None:
     problem = uneven(4, 8)
-    for placement in (*propose(problem, "two-way"), *propose(problem, "v")):
+    for placement in (*propose(problem, "two-way"), spread_two_way(problem), *propose(problem, "v")):
         stage_view = view(problem, placement)
         for halved in (False, True) if mirror(stage_view) else (False,):
             instance = build(stage_view, halve=halved)
@@ -91,7 +97,7 @@ def test_two_streams_have_no_lines() -> None:
 
 def test_tuning_by_evaluations_is_reproducible_and_helps() -> None:
     problem = uneven(8, 16)
-    stage_view = view(problem, next(p for p in propose(problem, "two-way") if "spread" in p.name))
+    stage_view = view(problem, spread_two_way(problem))
     instance = build(stage_view, halve=True)
     lines = quotas.lines_of(instance)
     assert lines is not None
@@ -105,7 +111,7 @@ def test_tuning_by_evaluations_is_reproducible_and_helps() -> None:
 def test_backwards_and_blended_lists_are_sound_and_better() -> None:
     """A list of the reversed instance, read from its end, is a schedule; the blend beats the forward one."""
     problem = uneven(16, 32)
-    placement = next(p for p in propose(problem, "two-way") if "spread" in p.name)
+    placement = spread_two_way(problem)
     stage_view = view(problem, placement)
     instance = build(stage_view, halve=True)
     lines = quotas.lines_of(instance)
@@ -131,7 +137,7 @@ def test_rules_move_to_more_microbatches() -> None:
     rule, old = None, None
     for microbatches in (32, 128):
         problem = uneven(8, microbatches)
-        placement = next(p for p in propose(problem, "two-way") if "spread" in p.name)
+        placement = spread_two_way(problem)
         instance = build(view(problem, placement), halve=True)
         lines = quotas.lines_of(instance)
         assert lines is not None

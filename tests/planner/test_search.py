@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mipipe.planner import anneal, greedy, relax, search
+from mipipe.planner import anneal, greedy, lists, relax, search
 from mipipe.planner.bounds import placement_bound
 from mipipe.planner.evaluate import evaluate
 from mipipe.planner.instance import Instance, build, expand, mirror
@@ -111,3 +111,14 @@ def test_collectives_lifted_from_the_relaxation_make_a_whole_schedule() -> None:
     assert lifted is not None and lifted.makespan_ns >= orders.makespan_ns
     _, evaluation = evaluate(instance.view, expand(instance, lifted.lists()))
     assert evaluation.makespan_ns == lifted.makespan_ns
+
+
+def test_quotas_find_the_steady_state_of_two_streams() -> None:
+    """Without its collectives a two-way pipeline streams at nearly full pace under quotas, and not without them."""
+    problem = two_stream_problem(ranks=8, microbatches=32)
+    small = relax.relaxed(_instance(problem, "two-way"))
+    assert small is not None
+    plain, tuned = (lists.best_list(small, 0, 20, few=few) for few in (1 << 30, 100))
+    assert plain is not None and tuned is not None
+    assert tuned.makespan_ns < 0.9 * plain.makespan_ns
+    assert tuned.makespan_ns < 1.3 * 60 * 32 * problem.unit_ns  # 60: compute of one microbatch on a rank
