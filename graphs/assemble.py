@@ -67,6 +67,9 @@ def assemble(name: str, exported: Exported, cuts: Sequence[Cut], parameters: Seq
     tied = {item.fqn: item.tied_to or item.fqn for item in parameters}
     fqns = {node: tied[fqn] for table in (exported.buffers, exported.parameters) for fqn, node in table.items()}
     trainable = {item.fqn for item in parameters if item.trainable}
+    if not trainable:
+        raise GraphError(f"model {name}: nothing in it trains (all {len(parameters)} tensors are frozen);"
+                         " leave some with requires_grad, or freeze less")
     asks = _asks_gradients(pieces, {node for node, fqn in fqns.items() if fqn in trainable})
     traces, kept, wanted = _trace_all(pieces, fqns, asks, exported.outputs[loss], say)
     names = _value_names(exported, pieces)

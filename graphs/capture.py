@@ -140,7 +140,7 @@ class WithLoss(nn.Module):
         if isinstance(result, Mapping):
             return {key: item for key, item in result.items() if isinstance(item, Tensor)}
         if isinstance(result, Tensor):
-            return {"loss": result}
+            return {"output" if result.dim() else "loss": result}
         if isinstance(result, (tuple, list)):
             return {f"output_{index}": item for index, item in enumerate(result) if isinstance(item, Tensor)}
         name, found = type(self.wrapped).__name__, type(result).__name__

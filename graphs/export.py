@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import io
 import linecache
+import logging
 import operator
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,13 +59,25 @@ def export_model(module: nn.Module, inputs: Mapping[str, Any], *, prefix: str = 
     if len(storages) < len(tensors):
         raise GraphError("example inputs: one tensor is given under two names; pass a copy, or they become one input")
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # torch prints half a graph before it raises
+        with _silence():
             program = torch.export.export(module, (), dict(inputs), strict=False)
     except MipipeError:
         raise
     except Exception as error:
         raise GraphError(explain(module, error)) from error
     return flatten_program(program, prefix, aliases_of(module))
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Inside, torch neither prints half a graph nor logs its own traceback before it raises: `explain` says it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def aliases_of(module: nn.Module) -> dict[str, str]:

@@ -169,6 +169,19 @@ def test_results_that_are_no_tensors(result: Any, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_model_in_which_nothing_trains() -> None:
+    with pytest.raises(GraphError, match=r"model Views: nothing in it trains \(all 6 tensors are frozen\)"):
+        capture_module(views()[0].requires_grad_(False), views()[1])
+
+
+def test_a_model_that_cannot_run_names_its_line_and_torch_stays_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    module, batch = views()
+    module.layers[0].linear = nn.Linear(5, 4, dtype=F64)
+    with pytest.raises(GraphError, match=r"stopped at .*traps.py:\d+ `mixed = torch.tanh.*got \[4, 4\] X \[5, 4\]"):
+        capture_module(module, batch)
+    assert capfd.readouterr().err == ""
+
+
 FACTORIES = """
 import torch
 def raises(): raise ValueError("no weights here\\nsecond line")
