@@ -308,10 +308,10 @@ def main() -> None:
 def show(records: list[dict[str, Any]]) -> None:
     """The table of all methods: each pair is ours beside mergekit's, each ratio ours over mergekit's."""
     table = Table(*(Column(title, no_wrap=place < 2) for place, title in enumerate((
-        "checkpoints", "method", "seconds", "ratio", "of cpu", "peak MB", "ratio", "anony-mous", "differ",
+        "checkpoints", "method", "seconds", "ratio", "of cpu", "peak MB", "ratio", "private", "differ",
         "by > 1 step", "most steps", "not at an edge"))),
                   title="mipipe beside mergekit: whole processes, one thread; peak above a bare `import torch`",
-                  caption="anonymous: ratio of memory that is no mapped file; differ: entries of the result, in steps"
+                  caption="private: ratio of memory that is no mapped file; differ: entries of the result, in steps"
                           " of bfloat16")
     for record in records:
         ours, theirs, found = record["mipipe"], record["mergekit"], record["agreement"]
@@ -321,7 +321,7 @@ def show(records: list[dict[str, Any]]) -> None:
                       f"{record['time_ratio']:.2f}", f"{record['cpu_ratio']:.2f}",
                       f"{ours['memory'] / 1e6:.0f}, {theirs['memory'] / 1e6:.0f}", f"{record['memory_ratio']:.2f}",
                       f"{record['anonymous_ratio']:.2f}", *agreement)
-    Console(width=140).print(table)
+    Console(width=148).print(table)
 
 
 if __name__ == "__main__":

@@ -112,6 +112,71 @@ def test_a_language_expert_joins_a_multimodal_model(tmp_path):
         torch.testing.assert_close(ours[name], (value + theirs[name]) / 2, rtol=0, atol=1e-6)
 
 
+# Trained models, merged and evaluated ---------------------------------------------------------------------------------
+
+
+def counting(first, step):
+    """Sequences of eight tokens that count up or down, round and round, within 15 tokens from ``first``."""
+    starts = torch.arange(15).unsqueeze(1)
+    return {"input_ids": first + (starts + step * torch.arange(8)) % 15}
+
+
+def colours():
+    """Images of one colour each before the token that names it."""
+    brightness = torch.linspace(1, 2, 12)
+    pixels = (torch.eye(3).repeat(4, 1) * brightness[:, None])[:, :, None, None].expand(12, 3, 8, 8)
+    answer = 20 + torch.arange(12) % 3
+    return {"input_ids": torch.cat([torch.full((12, 4), 31), answer[:, None]], 1), "pixel_values": pixels}
+
+
+def loss(model, inputs):
+    """Mean loss of the predicted tokens; image tokens are not predicted."""
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 31, -100)
+    return model(**inputs, labels=labels).loss
+
+
+def tuned(model, inputs, steps=40):
+    """The model after some steps of Adam on one task."""
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(model, inputs).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def losses(model, *tasks):
+    with torch.no_grad():
+        return [float(loss(model, task)) for task in tasks]
+
+
+def test_a_model_tuned_on_images_and_one_tuned_on_text_become_one_that_does_both(tmp_path):
+    base, tasks = llava(0), (colours(), counting(0, 1))
+    for name, model in (("base", base), ("images", tuned(llava(0), tasks[0])), ("text", tuned(llava(0), tasks[1]))):
+        model.save_pretrained(tmp_path / name)
+    merge_recipe({
+        "merge_method": "task_arithmetic", "base_model": str(tmp_path / "base"), "parameters": {"weight": 0.7},
+        "models": [{"model": str(tmp_path / "images")}, {"model": str(tmp_path / "text")}],
+        "branches": [{"tensors": "vision_tower|multi_modal_projector", "merge_method": "passthrough",
+                      "models": [{"model": str(tmp_path / "images")}]}]}, tmp_path)
+    found = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    before, after = losses(base, *tasks), losses(found, *tasks)
+    assert all(new < 0.8 * old for old, new in zip(before, after, strict=True)), (before, after)
+
+
+def test_two_mixtures_tuned_on_different_text_become_one_that_does_both(tmp_path):
+    config = transformers.Qwen3MoeConfig(**DENSE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
+    tasks = counting(0, 1), counting(15, -1)
+    models = [make(transformers.Qwen3MoeForCausalLM, config, 0) for _ in range(3)]
+    for name, model in (("base", models[0]), ("up", tuned(models[1], tasks[0])), ("down", tuned(models[2], tasks[1]))):
+        model.save_pretrained(tmp_path / name)
+    merge_recipe({"merge_method": "ties", "base_model": str(tmp_path / "base"), "parameters": {"density": 0.7},
+                  "models": [{"model": str(tmp_path / "up")}, {"model": str(tmp_path / "down")}]}, tmp_path)
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    before, after = losses(models[0], *tasks), losses(found, *tasks)
+    assert all(new < 0.8 * old for old, new in zip(before, after, strict=True)), (before, after)
+
+
 FAMILIES = {"llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
             "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM)}
 
