@@ -21,7 +21,7 @@ class Patterns:
     """Regular expressions, searched in a segment's name; of each kind the first that matches decides.
 
     ``roles`` maps an expression to a role, ``branches`` to a branch name, ``layers`` lists expressions whose first
-    group is the layer's number. ``single_branch`` names no branch where a model has only one.
+    group is the layer's number.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -82,13 +82,15 @@ def annotate(graph: OperatorGraph, patterns: Patterns | None = None) -> Operator
     """The graph with tags on every segment.
 
     Where some segments have a branch, the others are ``text`` if they start from an embedding of their own; else they
-    belong to the one branch there is.
+    belong to the one branch there is, unless the user's patterns name it.
     """
-    sources = (DEFAULT,) if patterns is None else (patterns, DEFAULT)
+    patterns = patterns or Patterns()
+    sources = (patterns, DEFAULT)
     tags = {segment.name: tag(segment.name, sources) for segment in graph.segments}
     branches = {item.branch for item in tags.values()} - {None}
     reads = any(item.branch is None and item.role is Role.EMBEDDING for item in tags.values())
-    rest = "text" if branches and (reads or len(branches) > 1) else next(iter(branches), None)
+    found = next(iter(branches - {*patterns.branches.values()}), None)
+    rest = "text" if branches and (reads or len(branches) > 1) else found
 
     def tagged(segment: Segment) -> Segment:
         item = tags[segment.name]

@@ -59,7 +59,7 @@ def export_model(module: nn.Module, inputs: Mapping[str, Any], *, prefix: str = 
     if len(storages) < len(tensors):
         raise GraphError("example inputs: one tensor is given under two names; pass a copy, or they become one input")
     try:
-        with _silence():
+        with silence():
             program = torch.export.export(module, (), dict(inputs), strict=False)
     except MipipeError:
         raise
@@ -69,8 +69,8 @@ def export_model(module: nn.Module, inputs: Mapping[str, Any], *, prefix: str = 
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Inside, torch neither prints half a graph nor logs its own traceback before it raises: `explain` says it."""
+def silence() -> Iterator[None]:
+    """Inside, torch neither prints half a graph nor logs its own traceback before it raises: our one line says it."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mipipe.graphs import loss as losses
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.export import silence
 
 Loss = Callable[[Any, Mapping[str, Tensor]], Any]
 
@@ -156,7 +157,8 @@ def load_program(path: str | Path) -> torch.export.ExportedProgram:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     try:
-        return torch.export.load(path)
+        with silence():
+            return torch.export.load(path)
     except Exception as error:
         line = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{path}: not a program saved by torch.export.save with this torch: {line[:200]}") from None

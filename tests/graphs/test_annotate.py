@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mipipe.graphs.annotate import DEFAULT, annotate, load_patterns, tag
+from mipipe.graphs.annotate import DEFAULT, Patterns, annotate, load_patterns, tag
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph, Role, Segment, SegmentTrace, Tags
 
@@ -42,6 +42,11 @@ def test_the_rest_is_text_where_branches_exist() -> None:
     assert [segment.tags.branch for segment in made.segments] == ["vision", "projector", "text", "text"]
     assert {segment.tags.branch for segment in annotate(graph("embed", "layers.0.mlp")).segments} == {None}
     assert {segment.tags.branch for segment in annotate(graph("vit.blocks.0", "classifier")).segments} == {"vision"}
+
+
+def test_a_branch_that_the_user_names_is_not_spread() -> None:
+    made = annotate(graph("stack.0", "stack.1"), Patterns(branches={r"stack\.0": "audio"}))
+    assert [segment.tags.branch for segment in made.segments] == ["audio", None]
 
 
 def test_users_patterns_win(tmp_path: Path) -> None:
