@@ -86,7 +86,7 @@ def climb(run: Run) -> None:
     actions = 3 * run.problem.num_ranks * run.problem.num_microbatches
     run.reserve_s = min(0.3 * limit, CHECK_S * actions)
     entries: list[Entry] = []
-    for placement in _placements(run):
+    for placement in placements(run):
         if (entries and run.left < 0.85 * limit) or run.interrupted:
             break
         entry = _enter(run, placement, 0.02 * limit if entries else 0.0)
@@ -116,7 +116,7 @@ def climb(run: Run) -> None:
                          "variables": None, "constraints": None, "seconds": round(time.monotonic() - began, 3)})
 
 
-def _placements(run: Run) -> Iterator[Placement]:
+def placements(run: Run) -> Iterator[Placement]:
     """Placements of the allowed shapes: where ends are light they are spread, because one rank with a head on top of
     its share decides the pace of all."""
     problem, name = run.problem, run.options.placement

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Placement, Plan
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.proposals import light_ends, propose, shapes
+from mipipe.planner.race import Run
 from mipipe.planner.solve import plan
 from mipipe.planner.stages import view
 from mipipe.planner.uniform import in_units, two_stream_problem, uniform_problem
@@ -162,3 +164,12 @@ def test_large_problems_have_a_plan_at_once_and_a_small_gap() -> None:
     assert first[0] < 15 and result.gap < 0.035
     kinds = {action.kind for action in result.plan.schedule.actions()}
     assert kinds == {ActionKind.F, ActionKind.I, ActionKind.W}
+
+
+def test_large_problems_keep_the_shape_asked_for() -> None:
+    """A chain asked for by name can be exported; free placement spreads the light ends."""
+    problem = uneven(8, 256)
+    assert scale.applies(problem)
+    for name, expected in (("chain", {"chain"}), ("two-way", {"two-way"}), ("free", {"two-way+spread"})):
+        run = Run(problem, PlanOptions(placement=name))  # type: ignore[arg-type]
+        assert {placement.name for placement in itertools.islice(scale.placements(run), 1)} == expected
