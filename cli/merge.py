@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from mipipe.cli.output import Json, emit, progress, stdout
+from mipipe.cli.output import Json, emit, log, progress, stdout
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.units import format_bytes, format_ns, parse_bytes
 
@@ -82,10 +82,16 @@ def merge(
         return
     from mipipe.runtime.merge.launch import MergeOptions
     from mipipe.runtime.merge.launch import merge as run
+    from mipipe.runtime.merge.output import partial_folder
 
     options = MergeOptions(ranks, device, cap, size, dtype, None if timeline is None else str(timeline))
-    with progress("merging") as update:
-        result = run(recipe, output, options, lambda done, total: update(f"{done / max(1, total):.0%}"))
+    try:
+        with progress("merging") as update:
+            result = run(recipe, output, options, lambda done, total: update(f"{done / max(1, total):.0%}"))
+    except KeyboardInterrupt:
+        if partial_folder(output).exists():
+            log(f"mipipe: {partial_folder(output)} keeps what is done; the same command continues from it")
+        raise
     if result.plan is None:
         _tell_adapter(result, json_output)
         return

@@ -281,6 +281,19 @@ def test_the_command_line(root, options, code, words):
     assert not (root / "out").exists()
 
 
+def test_ctrl_c_says_how_to_continue(root, monkeypatch):
+    def interrupted(self, name):
+        raise KeyboardInterrupt
+
+    (root / "r.yaml").write_text(yaml.safe_dump(recipe(root)))
+    command = ["merge", str(root / "r.yaml"), "-o", str(root / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(output.Writer, "finish", interrupted)
+        stopped = CliRunner().invoke(app, command)
+    assert stopped.exit_code != 0 and "out.partial keeps what is done; the same command continues" in stopped.output
+    assert CliRunner().invoke(app, command).exit_code == 0 and (root / "out").is_dir()
+
+
 def test_an_existing_output_is_left_alone(root):
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe(root)))
     (root / "out").mkdir()
