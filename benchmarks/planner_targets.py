@@ -1,12 +1,12 @@
 """The planner's targets, one line each: value reached, value asked for, bound, gap, seconds, how it was found.
 
-    python benchmarks/planner_targets.py                   # every section but the workloads (15 minutes)
-    python benchmarks/planner_targets.py --instances DIR   # the workloads too
+    python benchmarks/planner_targets.py                   # every section (15 minutes)
     python benchmarks/planner_targets.py dualpipe v        # some sections
     python benchmarks/planner_targets.py --seconds 0.25    # a quarter of every time limit
 
-The grid against every published schedule is `benchmarks/planner_grid.py`. Two cores, HiGHS only. ``gap`` is makespan /
-bound - 1; ``scope`` says over which placements the bound holds. A value that misses its target is marked, never hidden.
+The grid against every published schedule is `benchmarks/planner_grid.py`, placement workloads are
+`benchmarks/placement.py`. Two cores, HiGHS only. ``gap`` is makespan / bound - 1; ``scope`` says over which placements
+the bound holds. A value that misses its target is marked, never hidden.
 """
 
 from __future__ import annotations
@@ -154,27 +154,6 @@ def best_baseline(problem: PlanningProblem) -> tuple[float, str] | None:
     return min(kept) if kept else None
 
 
-PLACE_TARGETS = {
-    "throughput.operator.bert_l-3_inference": 21.9084, "throughput.operator.bert_l-3_training": 54.2074,
-    "throughput.operator.bert_l-6_inference": 28.3322, "throughput.layer.bert24_training": 39.7895,
-    "throughput.layer.resnet50_inference": 33.3007, "latency.operator.bert_l-3_inference": 408.47,
-}
-
-
-def workloads(factor: float, folder: Path) -> Iterator[Line]:
-    """The placement benchmark; its files are read in place."""
-    from mipipe.planner.place import place
-    from mipipe.planner.place_instance import read_instance
-    for name, target in PLACE_TARGETS.items():
-        instance = read_instance(folder / f"{name}.json")
-        objective = "latency" if name.startswith("latency") else "throughput"
-        limit = (120 if objective == "latency" else 60) * factor
-        result = place(instance, objective=objective, time_limit_s=limit, seed=0)  # type: ignore[arg-type]
-        # targets are printed to four decimals (latency: two); half a unit of the last place is rounding
-        yield Line("workloads", name, result.objective, target + (5e-3 if objective == "latency" else 5e-5),
-                   result.bound, "all", result.seconds, limit, result.method)
-
-
 SECTIONS: dict[str, Callable[[float], Iterator[Line]]] = {
     "optima": optima, "dualpipe": dualpipe, "v": v_shape, "free": free, "uneven": uneven, "streams": streams,
     "scale": scale,
@@ -185,7 +164,6 @@ def main() -> int:
     """Print the table; 1 if a target was missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"some of: {', '.join(SECTIONS)}")
-    parser.add_argument("--instances", type=Path, help="folder of the placement benchmark's files")
     parser.add_argument("--seconds", type=float, default=1.0, help="factor on every time limit")
     parser.add_argument("--json", type=Path, help="also write the lines to this file")
     arguments = parser.parse_args()
@@ -196,8 +174,6 @@ def main() -> int:
     lines: list[Line] = []
     print(f"{'section':9} {'problem':42} {'value':>9} {'target':>9} {'bound':>9} {'gap':>7} {'s':>6}  how", flush=True)
     todo = [SECTIONS[name](arguments.seconds) for name in chosen]
-    if arguments.instances is not None:
-        todo.append(workloads(arguments.seconds, arguments.instances))
     for line in itertools.chain.from_iterable(todo):
         lines.append(line)
         print(shown(line), flush=True)
