@@ -174,6 +174,9 @@ def build_model(config: Any, device: str, dtype: torch.dtype | None, expert_grou
     """The module in training mode, with mipipe's attention and experts where the class takes them.
 
     ``sizes`` matter to families whose image grids are fixed.
+
+    Raises:
+        InputError: the class refuses the configuration.
     """
     register()
     kind, adjustment = model_class(config), ADJUSTMENTS.get(config.model_type, Adjustment())
@@ -187,11 +190,13 @@ def build_model(config: Any, device: str, dtype: torch.dtype | None, expert_grou
         for index, name in enumerate(attempts):
             try:
                 model = kind._from_config(config, attn_implementation=name, dtype=dtype or torch.float32)
-            except ValueError:
-                if index + 1 == len(attempts):
-                    raise
-            else:
-                break
+            except Exception as error:  # a ValueError may say that the class has no such attention
+                if index + 1 < len(attempts) and isinstance(error, ValueError):
+                    continue
+                line = next(iter(str(error).splitlines()), "")
+                raise InputError(f"model {kind.__name__} cannot be built from this configuration:"
+                                 f" {type(error).__name__}: {line}; check its values and those of --set") from error
+            break
     for part in model.modules():
         inner = getattr(part, "config", None)
         if inner is not None:

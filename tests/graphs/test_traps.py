@@ -212,3 +212,9 @@ def test_configurations_nobody_knows(tmp_path: Path, text: str, message: str) ->
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match=message):
         capture(tmp_path)
+
+
+def test_values_that_a_model_refuses() -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(InputError, match=r"Whisper.* cannot be built from .*: AssertionError: Padding_idx must.*--set"):
+        capture("whisper", overrides={"vocab_size": 10})
