@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,8 +62,9 @@ class CheckpointFiles:
         """The tensor of a name, or an `InputError` that suggests near names."""
         if name in self.tensors:
             return self.tensors[name]
-        tail = name.rsplit(".", 2)[-2:]
-        near = sorted(other for other in self.tensors if other.endswith(".".join(tail)))[:1]
+        layer = re.search(r"[^.]+\.\d+\..*", name)
+        tail = layer[0] if layer else ".".join(name.rsplit(".", 2)[-2:])
+        near = sorted(other for other in self.tensors if other.endswith(tail))[:1]
         hint = f"; it has {near[0]}: give the model a name map (names: auto, or from/to)" if near else ""
         raise InputError(f"{self.path}: has no tensor {name}, which the merge needs{hint}")
 

@@ -131,9 +131,9 @@ def _check_leftovers(builder: UnitBuilder, made: set[str]) -> None:
                        if name not in made and classify(name, tensor.shape, tensor.dtype) is not TensorClass.BUFFER
                        and not any(re.search(pattern, name) for pattern in dropped))
         if extra:
-            raise InputError(f"{builder.where}: {label} has {len(extra)} tensors that {builder.reference_label} lacks,"
-                             f" first {extra[0]}; map its names (names: auto), or give them a branch (merge_method:"
-                             " passthrough keeps them, drop leaves them out)")
+            raise InputError(f"{builder.where}: {label} has {len(extra)} tensor{'s' if len(extra) > 1 else ''} that"
+                             f" {builder.reference_label} lacks, first {extra[0]}; map its names (names: auto), or give"
+                             " them a branch (merge_method: passthrough keeps them, drop leaves them out)")
 
 
 def _config(builder: UnitBuilder) -> dict[str, Any]:

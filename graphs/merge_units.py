@@ -15,6 +15,7 @@ from mipipe.graphs.merge_values import Filters, resolve
 from mipipe.graphs.participants import Participant, decoder_prefix, num_layers, open_participant, renamed
 from mipipe.graphs.recipe import DTYPES, MergeRecipe, Parameters, RecipeModel, merged_models, same_model
 from mipipe.graphs.tensor_classes import (
+    FLOATING,
     QUANTISED,
     TensorClass,
     classify,
@@ -134,6 +135,7 @@ class UnitBuilder:
         base = source(given or RecipeModel(rule.base)) if rule.base and spec.base is not Base.UNUSED else None
         models = tuple(map(source, chosen))
         first = base or models[0]
+        self.check_dtypes(name, ([base] if base else []) + list(models))
         kind = classify(name, first.tensor.shape, first.tensor.dtype)
         if kind is TensorClass.BUFFER:
             return MergeUnit(name, "copy", first.tensor.shape, first.tensor.dtype, kind, None, (first,),
@@ -149,6 +151,15 @@ class UnitBuilder:
         return MergeUnit(name, rule.method, shape, self.dtype(first.tensor), kind, base, models, values, layer, depth,
                          prefix or "", is_transposed(name, str(config.get("model_type", ""))), gathered, crop,
                          rule.group, expert[1] if expert and is_moe(name, self.reference) else "")
+
+    def check_dtypes(self, name: str, inputs: Sequence[Input]) -> None:
+        """Raises where some models store weights as floating numbers and others as integers: quantised ones."""
+        odd = next((item for item in inputs
+                    if (item.tensor.dtype in FLOATING) != (inputs[0].tensor.dtype in FLOATING)), None)
+        if odd is not None and classify(name, odd.tensor.shape, "F32") is not TensorClass.BUFFER:
+            found = [f"{item.tensor.dtype} in {self.labels[item.model]}" for item in (inputs[0], odd)]
+            raise InputError(f"{self.where}: tensor {name} is stored as {' but '.join(found)}; dequantise the model"
+                             " before merging it")
 
     def is_decoder(self, name: str) -> bool:
         return self.prefix is not None and name.startswith(self.prefix + ".") and layer_index(name) is not None

@@ -181,6 +181,10 @@ def parse_recipe(data: Any, where: str) -> MergeRecipe:
     if recipe.chat_template not in (None, "auto") and not re.search(r"\{[{%]", str(recipe.chat_template)):
         raise InputError(f"{where}: chat_template: found {recipe.chat_template!r}, expected auto (the one most of the"
                          " models have) or the text of a Jinja template")
+    rule = recipe.vocabulary
+    if rule is not None and rule.pad_to_multiple_of is not None and rule.pad_to_multiple_of < 1:
+        raise InputError(f"{where}: tokenizer: pad_to_multiple_of: found {rule.pad_to_multiple_of}, expected at least"
+                         " 1")
     if recipe.adapter is not None:
         _check_adapter_rule(recipe, recipe.adapter, where)
     _check_method(recipe.merge_method, recipe.models, recipe.base_model, recipe.parameters, where)

@@ -23,7 +23,7 @@ from typing import Any
 from mipipe.graphs.checkpoint_files import CheckpointFiles, read_checkpoint
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merge_build import build
-from mipipe.graphs.moe_recipe import MoeRecipe, build_moe, read_moe_recipe
+from mipipe.graphs.moe_recipe import MoeRecipe, build_moe, dry_router, read_moe_recipe
 from mipipe.graphs.recipe import MergeRecipe, read_recipes
 from mipipe.planner.merge_plan import SHARD_BYTES, MergePlan, plan_chain, plan_graph, plan_recipe
 from mipipe.runtime.launch import explain, run_watched
@@ -133,6 +133,7 @@ def assemble(recipe: MoeRecipe, out: Path, options: MergeOptions, where: str = "
     """
     began = time.monotonic()
     check_target(out)
+    build_moe(recipe, dry_router(recipe), where)  # the router takes long, so what is wrong shall show before it
     steps = out.with_name(out.name + ".steps")
     files = make_router(recipe, steps / "router")
     if options.dtype is not None:

@@ -7,8 +7,9 @@ state points that way then has the largest product with that row.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def make_router(recipe: MoeRecipe, folder: Path) -> CheckpointFiles:
         generator = torch.Generator().manual_seed(recipe.seed)
         tensors = {name: torch.randn(shape, generator=generator) * RANDOM_STD for name, shape in shapes.items()}
     else:
-        states = _embedding_states(recipe, base) if recipe.gate_mode == "cheap_embed" else _hidden_states(recipe)
+        states = _embedding_states(recipe, base) if recipe.gate_mode == "cheap_embed" else _hidden_states(recipe, base)
         tensors = {ROUTER.format(layer=layer): torch.stack([state[layer % len(state)] for state in states])
                    for layer in range(len(shapes))}
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,8 +60,8 @@ def direction(positive: Sequence[Tensor], negative: Sequence[Tensor]) -> Tensor:
     return mean / mean.norm().clamp_min(1e-12)
 
 
-def _tokens(recipe: MoeRecipe) -> list[tuple[list[list[int]], list[list[int]]]]:
-    """Token ids of every expert's positive and negative inputs."""
+def _tokens(recipe: MoeRecipe, vocabulary: int) -> list[tuple[list[list[int]], list[list[int]]]]:
+    """Token ids of every expert's positive and negative inputs, each below ``vocabulary``."""
     tokenizer: Any = None
     if any(expert.positive_prompts or expert.negative_prompts for expert in recipe.experts):
         from transformers import AutoTokenizer
@@ -73,14 +74,37 @@ def _tokens(recipe: MoeRecipe) -> list[tuple[list[list[int]], list[list[int]]]]:
     def ids(prompts: Sequence[str], tokens: Sequence[Sequence[int]]) -> list[list[int]]:
         return [tokenizer(prompt)["input_ids"] for prompt in prompts] + [list(item) for item in tokens]
 
-    return [(ids(expert.positive_prompts, expert.positive_tokens), ids(expert.negative_prompts, expert.negative_tokens))
-            for expert in recipe.experts]
+    found = [(ids(expert.positive_prompts, expert.positive_tokens),
+              ids(expert.negative_prompts, expert.negative_tokens)) for expert in recipe.experts]
+    for number, pair in enumerate(found):
+        for tokens in [*pair[0], *pair[1]]:
+            if not tokens or not 0 <= min(tokens) <= max(tokens) < vocabulary:
+                raise InputError(f"experts[{number}]: found the tokens {tokens}, expected one or more from 0 to"
+                                 f" {vocabulary - 1}")
+    return found
 
 
-def _hidden_states(recipe: MoeRecipe) -> list[list[Tensor]]:
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No bars and no reports on what a checkpoint has beyond the model."""
+    from transformers.utils import logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _hidden_states(recipe: MoeRecipe, base: CheckpointFiles) -> list[list[Tensor]]:
     """Per expert and layer the router row."""
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(recipe.base_model, dtype=torch.float32, local_files_only=True)
+    tokens = _tokens(recipe, int(base.config["vocab_size"]))
+    with _quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(recipe.base_model, dtype=torch.float32, local_files_only=True)
     seen: dict[int, Tensor] = {}
 
     def watch(index: int) -> Callable[[Any, tuple[Tensor, ...]], None]:
@@ -96,7 +120,7 @@ def _hidden_states(recipe: MoeRecipe) -> list[list[Tensor]]:
         return [seen[layer][0] for layer in range(count)]
 
     rows = []
-    for positive, negative in _tokens(recipe):
+    for positive, negative in tokens:
         good, bad = [run(ids) for ids in positive], [run(ids) for ids in negative]
         rows.append([direction([state[layer] for state in good], [state[layer] for state in bad])
                      for layer in range(count)])
@@ -114,4 +138,4 @@ def _embedding_states(recipe: MoeRecipe, base: CheckpointFiles) -> list[list[Ten
     with Shelf() as shelf:
         table = shelf.read_rows(base.path, tensor, 0, *tensor.shape).float()
     return [[direction([table[ids] for ids in positive], [table[ids] for ids in negative])]
-            for positive, negative in _tokens(recipe)]
+            for positive, negative in _tokens(recipe, len(table))]

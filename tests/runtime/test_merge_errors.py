@@ -77,6 +77,7 @@ def cut(file, num_bytes):
     ({"dtype": "fp8"}, ["dtype: found 'fp8', expected one of float32"]),
     ({"branches": [{"tensors": "^vision", "merge_method": "linear"}]}, ["branch '^vision' matches no tensor"]),
     ({"branches": [{"tensors": "(", "merge_method": "linear"}]}, ["'(' is no regular expression"]),
+    ({"tokenizer": {"pad_to_multiple_of": 0}}, ["pad_to_multiple_of: found 0, expected at least 1"]),
     ({"tokenizer_source": "union"}, ["has no tokenizer.json"]),
     ({"align": {"experts": True}}, ["recipe.yaml: align: the models have no experts to match"]),
     ({"models": None, "slices": [{"sources": []}]}, ["slices[0]: has no sources"]),
@@ -131,11 +132,12 @@ def test_missing_tensor_and_surplus_tensors(root):
     weights = read(root / "expert1")
     del weights["model.layers.1.mlp.up_proj.weight"]
     write(root / "lacking", weights)
-    fails(root, recipe(root, models=[{"model": f"{root}/lacking"}]), "lacking",
-          "has no tensor model.layers.1.mlp.up_proj.weight")
+    message = fails(root, recipe(root, models=[{"model": f"{root}/lacking"}]), "lacking",
+                    "has no tensor model.layers.1.mlp.up_proj.weight, which the merge needs")
+    assert "names" not in message  # another layer's weight is no other name of it
     weights = {**read(root / "expert1"), "vision.proj.weight": torch.ones(2, 2)}
     write(root / "more", weights)
-    fails(root, recipe(root, models=[{"model": f"{root}/more"}]), "more has 1 tensors that",
+    fails(root, recipe(root, models=[{"model": f"{root}/more"}]), "more has 1 tensor that",
           "first vision.proj.weight", "drop leaves them out")
 
 
@@ -187,6 +189,10 @@ def test_quantised_models(root):
     weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"].to(torch.float8_e4m3fn)
     write(root / "f8", weights)
     fails(root, recipe(root, models=[{"model": f"{root}/f8"}]), "is stored in F8_E4M3; dequantise")
+    weights["model.layers.0.mlp.up_proj.weight"] = torch.ones(16, 8, dtype=torch.int8)
+    write(root / "i8", weights)
+    fails(root, recipe(root, models=[{"model": f"{root}/i8"}]), "up_proj.weight is stored as F32 in", "but I8 in",
+          "i8; dequantise")
 
 
 def test_values_that_are_no_numbers(root):

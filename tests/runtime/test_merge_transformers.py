@@ -227,6 +227,9 @@ def test_the_router_sends_prompts_to_their_experts(tmp_path):
     ({"experts_per_token": 3}, "found 3, expected 1 to 2"),
     ({"gate_mode": "hidden"}, "needs positive_prompts"),
     ({"gate_mode": "guess"}, "gate_mode"),
+    ({"gate_mode": "hidden", "tokens": [[1, 32]]}, r"experts\[1\]: found the tokens \[1, 32\], expected one or more"),
+    ({"gate_mode": "cheap_embed", "tokens": [[]]}, r"experts\[1\]: found the tokens \[\], expected one or more"),
+    ({"other": "wide"}, "experts must have the base's sizes"),
     ({"base_model": "gpt"}, "model_type 'gpt2' cannot be made a mixture of experts"),
     ({"base_model": "wide"}, "experts must have the base's sizes"),
 ])
@@ -241,7 +244,12 @@ def test_assemblies_that_cannot_be(changes, message, tmp_path):
     (tmp_path / "gpt" / "config.json").write_text(json.dumps({**settings, "model_type": "gpt2"}))
     data = {"base_model": "dense", "gate_mode": "random", "experts_per_token": 1,
             "experts": [{"source_model": str(tmp_path / "dense")} for _ in range(2)], **changes}
+    if "tokens" in changes:
+        for expert, tokens in zip(data["experts"], ([[1]], data.pop("tokens")), strict=True):
+            expert["positive_tokens"] = tokens
+    if "other" in changes:
+        data["experts"][1]["source_model"] = str(tmp_path / data.pop("other"))
     data["base_model"] = str(tmp_path / data["base_model"])
     with pytest.raises(Exception, match=message) as caught:
         merge_recipe(data, tmp_path)
-    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    assert "\n" not in str(caught.value) and not list(tmp_path.glob("out*"))
