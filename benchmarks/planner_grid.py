@@ -3,6 +3,7 @@
     python benchmarks/planner_grid.py                        # the whole grid, at most 26 minutes of planning
     python benchmarks/planner_grid.py --seconds 0.4          # two fifths of every time limit
     python benchmarks/planner_grid.py --ranks 2,4 --models "equal;uneven"
+    python benchmarks/planner_grid.py --sizes 8x32,16x64 --models overlap
 
 P in {2, 4, 8, 16} ranks, M in {P, 2P, 4P} microbatches; at most two copies of the parameters and P + 1 activations.
 ``planned`` is `mipipe compare`'s planned row, ``alone`` what the planner found without any published schedule as a
@@ -111,6 +112,7 @@ def main() -> int:
     """Print the table; 1 if a plan is longer than a published schedule."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", default="2,4,8,16", help="which sizes (default: all)")
+    parser.add_argument("--sizes", help="which ranks x microbatches, such as 8x32,16x64 (default: all of --ranks)")
     parser.add_argument("--models", help=f"which cost models, split by ';' (default: {';'.join(COST_MODELS)})")
     parser.add_argument("--seconds", type=float, default=1.0, help="factor on every time limit")
     parser.add_argument("--seed", type=int, default=0)
@@ -123,7 +125,10 @@ def main() -> int:
     began = time.monotonic()
     print(_row([name for name, _ in COLUMNS]), flush=True)
     lines = []
+    sizes = arguments.sizes.split(",") if arguments.sizes else None
     for ranks, times, model in itertools.product(map(int, arguments.ranks.split(",")), (1, 2, 4), models):
+        if sizes is not None and f"{ranks}x{times * ranks}" not in sizes:
+            continue
         lines.append(line(model, ranks, times * ranks, LIMITS_S[ranks] * arguments.seconds, arguments.seed))
         print(shown(lines[-1]), flush=True)
     counts = {verdict: sum(found.verdict == verdict for found in lines) for verdict in ("below", "equal", "level",

@@ -2,6 +2,7 @@
 
     python benchmarks/planner_targets.py                   # every section (15 minutes)
     python benchmarks/planner_targets.py dualpipe v        # some sections
+    python benchmarks/planner_targets.py scale --rows "16 x 32"   # some rows: those with this text in their names
     python benchmarks/planner_targets.py --seconds 0.25    # a quarter of every time limit
 
 The grid against every published schedule is `benchmarks/planner_grid.py`, placement workloads are
@@ -18,8 +19,10 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mipipe.planner.compare import compare
 from mipipe.planner.options import PlanOptions
@@ -52,8 +55,21 @@ class Line:
         return self.value / self.bound - 1 if self.value and self.bound else None
 
 
-def solved(section: str, name: str, problem: PlanningProblem, limit_s: float, *, target: float | None = None,
-           placement: str = "free", reference: str = "", show: Callable[[SolveResult], str] | None = None) -> Line:
+@dataclass(frozen=True)
+class Row:
+    """A line of the table that is worked out when it is asked for."""
+
+    name: str
+    line: Callable[[], Line]
+
+
+def solved(section: str, name: str, problem: PlanningProblem, limit_s: float, **more: Any) -> Row:
+    """The row of one planned problem; ``more`` is what `solve_line` takes."""
+    return Row(name, lambda: solve_line(section, name, problem, limit_s, **more))
+
+
+def solve_line(section: str, name: str, problem: PlanningProblem, limit_s: float, *, target: float | None = None,
+               placement: str = "free", reference: str = "", show: Callable[[SolveResult], str] | None = None) -> Line:
     """The line of one planned problem."""
     began = time.monotonic()
     result = plan(problem, PlanOptions(time_limit_s=limit_s, placement=placement))  # type: ignore[arg-type]
@@ -67,7 +83,7 @@ def solved(section: str, name: str, problem: PlanningProblem, limit_s: float, *,
                 reference)
 
 
-def optima(factor: float) -> Iterator[Line]:
+def optima(factor: float) -> Iterator[Row]:
     """Small proven optima: the bound must meet the value."""
     chain = uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, layers=4, activations=4, copies=1)
     yield solved("optima", "chain 4x8, 1,1,1, 4 activations", chain, 20 * factor, target=27, placement="chain")
@@ -75,7 +91,7 @@ def optima(factor: float) -> Iterator[Line]:
     yield solved("optima", "two-way 4x8, 2,2,1, 5 activations", two_way, 20 * factor, target=42, placement="two-way")
 
 
-def dualpipe(factor: float) -> Iterator[Line]:
+def dualpipe(factor: float) -> Iterator[Row]:
     """DualPipe's own placement and memory, 8 x 20: proven optima, DualPipe's makespan as reference."""
     for (f, i, w, comm), target, own in (((1, 1, 1, 0), 63, 66), ((1, "1.1", "0.9", 0), 63, 66.6),
                                          ((2, 2, 1, 0), 106, 115), ((10, 12, 8, 1), 636, 698)):
@@ -84,7 +100,7 @@ def dualpipe(factor: float) -> Iterator[Line]:
                      placement="two-way", reference=f"DualPipe {own}")
 
 
-def v_shape(factor: float) -> Iterator[Line]:
+def v_shape(factor: float) -> Iterator[Row]:
     """One copy, 10,12,8 with transfers of 1: V of half-stages, and the chain."""
     for activations, target, own in ((8, 664, 675), ("8.5", 658, 672), (9, 653, 667)):
         problem = uniform_problem(ranks=8, microbatches=20, f=10, i=12, w=8, comm=1, layers=16, copies=1,
@@ -96,7 +112,7 @@ def v_shape(factor: float) -> Iterator[Line]:
                  reference="best published 712")
 
 
-def free(factor: float) -> Iterator[Line]:
+def free(factor: float) -> Iterator[Row]:
     """Free placement with two copies and 9 activations; the placement that was found."""
     problem = uniform_problem(ranks=8, microbatches=20, f=10, i=12, w=8, comm=1)
 
@@ -109,7 +125,7 @@ def free(factor: float) -> Iterator[Line]:
                  reference="two-way optimum 636, DualPipe 698", show=shape)
 
 
-def uneven(factor: float) -> Iterator[Line]:
+def uneven(factor: float) -> Iterator[Row]:
     """32 layers, embedding 0.2, head 0.6 of a stage: the work alone is 66."""
     for copies, target in ((2, 70), (1, 74)):
         problem = uniform_problem(ranks=8, microbatches=20, f=1, i=1, w=1, layers=32, first="0.2", last="0.6",
@@ -118,29 +134,33 @@ def uneven(factor: float) -> Iterator[Line]:
                      reference="DualPipe 84, ZB-H1 103.2")
 
 
-def streams(factor: float) -> Iterator[Line]:
+def streams(factor: float) -> Iterator[Row]:
     """Two streams; idle compute per device is makespan - 1200, DualPipe's is 526."""
     for copies in (2, 1):
         problem = two_stream_problem(ranks=8, microbatches=20, copies=copies, activations=9)
         for layers in (8, 16):
             if layers != 8:
                 problem = two_stream_problem(ranks=8, microbatches=20, copies=copies, activations=9, layers=layers)
-            line = solved("streams", f"two streams 8x20, {copies} copies, {layers} layers", problem, 60 * factor,
-                          target=1463, reference="DualPipe 1726; aim 1358")
-            yield line
+            yield solved("streams", f"two streams 8x20, {copies} copies, {layers} layers", problem, 60 * factor,
+                         target=1463, reference="DualPipe 1726; aim 1358")
 
 
-def scale(factor: float) -> Iterator[Line]:
+def scale(factor: float) -> Iterator[Row]:
     """Uneven stages, transfers of 0.1, 0.75 of 1F1B's activations; the gap must stay within 3 %."""
     for ranks, microbatches, limit in ((16, 32, 60), (32, 64, 90), (64, 128, 120), (64, 1024, 180)):
         problem = uniform_problem(ranks=ranks, microbatches=microbatches, f=1, i=1, w=1, comm="0.1", layers=4 * ranks,
                                   first="0.2", last="0.6", activations=0.75 * ranks)
-        line = solved("scale", f"{ranks} x {microbatches}", problem, limit * factor)
-        best = best_baseline(problem)
-        target = min(1.03 * line.bound if line.bound else float("inf"), best[0] if best else float("inf"))
-        yield Line(**{**asdict(line), "target": round(target, 3),
-                      "reference": f"best baseline within the caps: {best[1]} {best[0]:g}" if best else
-                      "no baseline keeps the caps"})
+        name = f"{ranks} x {microbatches}"
+        yield Row(name, partial(scale_line, name, problem, limit * factor))
+
+
+def scale_line(name: str, problem: PlanningProblem, limit_s: float) -> Line:
+    """The line of a large problem; its target is a gap of 3 %, or the best baseline where that is less."""
+    line = solve_line("scale", name, problem, limit_s)
+    best = best_baseline(problem)
+    target = min(1.03 * line.bound if line.bound else float("inf"), best[0] if best else float("inf"))
+    return replace(line, target=round(target, 3), reference=f"best baseline within the caps: {best[1]} {best[0]:g}"
+                   if best else "no baseline keeps the caps")
 
 
 def best_baseline(problem: PlanningProblem) -> tuple[float, str] | None:
@@ -154,7 +174,7 @@ def best_baseline(problem: PlanningProblem) -> tuple[float, str] | None:
     return min(kept) if kept else None
 
 
-SECTIONS: dict[str, Callable[[float], Iterator[Line]]] = {
+SECTIONS: dict[str, Callable[[float], Iterator[Row]]] = {
     "optima": optima, "dualpipe": dualpipe, "v": v_shape, "free": free, "uneven": uneven, "streams": streams,
     "scale": scale,
 }
@@ -164,6 +184,7 @@ def main() -> int:
     """Print the table; 1 if a target was missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"some of: {', '.join(SECTIONS)}")
+    parser.add_argument("--rows", default="", metavar="TEXT", help="only rows with this text in their names")
     parser.add_argument("--seconds", type=float, default=1.0, help="factor on every time limit")
     parser.add_argument("--json", type=Path, help="also write the lines to this file")
     arguments = parser.parse_args()
@@ -174,7 +195,10 @@ def main() -> int:
     lines: list[Line] = []
     print(f"{'section':9} {'problem':42} {'value':>9} {'target':>9} {'bound':>9} {'gap':>7} {'s':>6}  how", flush=True)
     todo = [SECTIONS[name](arguments.seconds) for name in chosen]
-    for line in itertools.chain.from_iterable(todo):
+    for row in itertools.chain.from_iterable(todo):
+        if arguments.rows not in row.name:
+            continue
+        line = row.line()
         lines.append(line)
         print(shown(line), flush=True)
     missed = [line for line in lines if not line.met]

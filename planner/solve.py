@@ -224,15 +224,18 @@ def _admit(run: Run, placement: Placement) -> Candidate | None:
 
 
 ROUTES = 4
-"""Routes up to which a placement is paced: a ring has one for nearly every microbatch, which makes its model 85,000
-variables large (9 s to build at 8 ranks x 32 microbatches) and leaves nothing that repeats."""
+"""Routes up to which a placement is paced: a ring has one for nearly every microbatch, so nothing repeats and the model
+is large."""
 
 
 def _periodic(run: Run) -> None:
-    """The periodic MIP where the search is slow: on large instances, for the placements with the lowest bounds."""
+    """The periodic MIP where the search is slow: on large instances, for the placements with the lowest bounds.
+
+    Not on two streams: lists under quotas of the compute stream find shorter periods there (16 ranks x 64 microbatches:
+    120 for two microbatches, the MIP 156 in 22 s).
+    """
     large = [found for found in run.candidates
-             if (found.outline.instance if found.outline else found.instance).size > LARGE
-             and len(set(route_names(found.view))) <= ROUTES]
+             if found.outline is None and found.instance.size > LARGE and len(set(route_names(found.view))) <= ROUTES]
     large.sort(key=lambda found: found.bound.ns)
     for found in large[:3]:
         if run.left < 0.5 * run.options.time_limit_s or run.closed:

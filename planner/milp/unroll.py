@@ -30,6 +30,9 @@ PATIENCE = (0.0, 0.1)
 WEIGHT_DELAYS = (0.0, 1.0, 3.0, 8.0)
 """Periods by which weight gradients stand back. Which pair of these wins differs from case to case: all are tried."""
 
+MANY = 5_000
+"""Jobs beyond which one pair alone is tried: each costs 0.2 ms a job."""
+
 
 def unroll(view: StageView, result: PeriodicResult) -> Schedule | None:
     """The shortest schedule found from a pattern; None if even its plain order breaks memory (loads that differ)."""
@@ -49,7 +52,7 @@ def variants(jobs: Jobs, result: PeriodicResult) -> list[dict[int, list[int]]]:
     found = [{machine: sorted(members, key=lambda job: (when[job], job))
               for machine, members in jobs.by_machine().items()}]
     tries = [(patience, delay) for patience in PATIENCE for delay in WEIGHT_DELAYS]
-    for patience, delay in tries if jobs.count <= 20_000 else [(0.0, 8.0)]:
+    for patience, delay in tries if jobs.count <= MANY else tries[-1:]:
         priority = [moment + delay * result.period_ns * (action.kind is ActionKind.W)
                     for moment, action in zip(when, jobs.compiled.actions, strict=True)]
         orders = squeeze(jobs, when, priority, int(patience * result.period_ns))
