@@ -114,6 +114,7 @@ class MergeRecipe:
     tokenizer_source: str | None = None
     tokenizer: TokenizerRule | None = None
     chat_template: str | None = None
+    """``auto``, the one most of the models have; or the text of a Jinja template."""
     branches: tuple[Branch, ...] = ()
     base_names: Literal["auto"] | tuple[NameRule, ...] = ()
     architecture: str | None = None
