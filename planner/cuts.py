@@ -54,11 +54,13 @@ def units(problem: PlanningProblem, groups: Sequence[int] | None = None) -> list
 
 def loads(problem: PlanningProblem) -> list[list[int]]:
     """``loads[group][rank]``: compute time of one average microbatch; 0 for groups on the collective stream."""
+    kinds = [device.kind for device in problem.topology.devices]
     result = []
     for group in problem.groups:
         scale = sum(group.loads) / len(group.loads) if group.loads else 1.0
-        result.append([round(group.times[device.kind].total_ns * scale) if group.stream is Stream.COMPUTE else 0
-                       for device in problem.topology.devices])
+        load = {kind: round(group.times[kind].total_ns * scale) if group.stream is Stream.COMPUTE else 0
+                for kind in set(kinds)}
+        result.append([load[kind] for kind in kinds])
     return result
 
 
