@@ -106,17 +106,17 @@ def sleeping(unit_ns: int) -> Callable[..., Any]:
     A sleep ends late by what waking up takes (0.1 ms here), a function of work would not: the usual delay is learnt and
     slept less, and what is then left, a few microseconds, is waited for.
     """
-    def build(trace: SegmentTrace, phase: Phase, device: Any = "cpu", given: Any = None) -> Any:
-        function = build_phase(trace, phase, device)
+    def build(trace: SegmentTrace, phase: Phase, device: Any = "cpu", given: Any = None, handing: bool = False) -> Any:
+        function = build_phase(trace, phase, device, handing=handing)
         duration = {Phase.F: unit_ns, Phase.I: unit_ns,
                     Phase.W: unit_ns // 2 + (unit_ns if trace.digest == "first" else 0)}[phase]
 
         late = 0
 
-        def slow(*tensors: torch.Tensor) -> Any:
+        def slow(*arguments: Any) -> Any:
             nonlocal late
             end = time.perf_counter_ns() + duration
-            result = function(*tensors)
+            result = function(*arguments)
             goal = end - late
             time.sleep(max(0, goal - time.perf_counter_ns()) / 1e9)
             late += max(-STEP_NS, min(STEP_NS, (time.perf_counter_ns() - goal - late) // 8))

@@ -46,6 +46,8 @@ SCHEDULES: dict[str, tuple[Any, int]] = {
     "ZBVZeroBubble": (ScheduleZBVZeroBubble, 2), "DualPipeV": (ScheduleDualPipeV, 2),
     "CSV": (_PipelineScheduleRuntime, 2)}
 """Schedule and stages for each rank. CSV: our plan for a V, which torch's schedule runtime loads from a file."""
+RUNTIMES = {"plan-strict": EngineOptions(share_loss=False),
+            "plan-ahead": EngineOptions(share_loss=False, hold_sends=True, prepost=2)}
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV", "CSV")
 
 
@@ -80,7 +82,7 @@ def our_order(problem: PlanningProblem) -> Plan:
 class Pair:
     """Both runtimes on the same blocks, data and order."""
 
-    def __init__(self, name: str, depth: int, count: int) -> None:
+    def __init__(self, name: str, depth: int, count: int, runtimes: list[str]) -> None:
         kind, per_rank = SCHEDULES[name]
         ranks, rank = dist.get_world_size(), dist.get_rank()
         number = ranks * per_rank
@@ -109,10 +111,7 @@ class Pair:
                 self.schedule._load_csv(stream.name)
         else:
             plan = build_plan(problem, self.rank_of, torch_orders(name, self.schedule, ranks, count))
-        self.engines = {
-            "plan-strict": Engine(plan, graph, state, options=EngineOptions(share_loss=False)),
-            "plan-ahead": Engine(plan, graph, state,
-                                 options=EngineOptions(share_loss=False, hold_sends=True, prepost=2))}
+        self.engines = {key: Engine(plan, graph, state, options=RUNTIMES[key]) for key in runtimes}
         self.actions = len(plan.schedule.ranks[rank].compute)
 
     def torch_step(self) -> None:
@@ -128,18 +127,19 @@ class Pair:
 
     def check(self) -> float:
         """The largest relative difference of a gradient between the two runtimes."""
-        self.engines["plan-strict"].step(self.batch)
+        engine = next(iter(self.engines.values()))
+        engine.step(self.batch)
         arguments = (self.batch["x"],) if self.first else ()
         options: dict[str, Any] = {"target": self.batch["target"], "losses": []} if self.last else {}
         self.schedule.step(*arguments, **options)
         worst = 0.0
-        ours = dict(self.engines["plan-strict"].named_parameters())
+        ours = dict(engine.named_parameters())
         for index, block in self.blocks.items():
             for name, parameter in block.named_parameters():
                 mine, theirs = ours[f"{index}.{name}"].grad, parameter.grad
                 worst = max(worst, float((mine - theirs).norm() / theirs.norm()))
             block.zero_grad()
-        self.engines["plan-strict"].zero_grad()
+        engine.zero_grad()
         return worst
 
 
@@ -154,19 +154,22 @@ def timed(step: Callable[[], None]) -> float:
 
 
 def depth_for(milliseconds: float) -> int:
-    """Layers whose forward takes about that long on this machine; 1 for no work."""
-    if not milliseconds:
-        return 1
-    block, x = Block(8), torch.randn(ROWS, WIDTH)
-    with torch.no_grad():
-        block(x)
-        samples = []
-        for _ in range(20):
-            start = time.perf_counter()
+    """Layers whose forward takes about that long on this machine, the same on all ranks; 1 for no work.
+
+    Measured at their own number: weights of many layers do not stay in a cache.
+    """
+    depth = torch.tensor(8 if milliseconds else 1)
+    for _ in range(2 if milliseconds else 0):
+        block, x = Block(int(depth)), torch.randn(ROWS, WIDTH)
+        with torch.no_grad():
             block(x)
-            samples.append(time.perf_counter() - start)
-    depth = torch.tensor(max(1, round(8 * milliseconds / 1e3 / statistics.median(samples))))
-    dist.broadcast(depth, 0)
+            samples = []
+            for _ in range(20):
+                start = time.perf_counter()
+                block(x)
+                samples.append(time.perf_counter() - start)
+        depth.fill_(max(1, round(int(depth) * milliseconds / 1e3 / statistics.median(samples))))
+        dist.broadcast(depth, 0)
     return int(depth)
 
 
@@ -182,9 +185,10 @@ def interval(ours: list[float], theirs: list[float]) -> tuple[float, float]:
     return ratios[24], ratios[974]
 
 
-def measure(name: str, work_ms: float, count: int, repetitions: int) -> list[dict[str, Any]]:
+def measure(name: str, work_ms: float, count: int, repetitions: int, runtimes: list[str]) -> list[dict[str, Any]]:
     """Rows of one schedule and amount of work."""
-    pair = Pair(name, depth_for(work_ms), count)
+    depth = depth_for(work_ms)
+    pair = Pair(name, depth, count, runtimes)
     steps: dict[str, Callable[[], None]] = {"torch": pair.torch_step}
     steps |= {key: (lambda key=key: pair.our_step(key)) for key in pair.engines}
     difference = pair.check()
@@ -199,7 +203,7 @@ def measure(name: str, work_ms: float, count: int, repetitions: int) -> list[dic
         low, high = interval(times[key], times["torch"])
         ours, theirs = statistics.median(times[key]), statistics.median(times["torch"])
         rows.append({"schedule": name, "work_ms": work_ms, "runtime": key, "ms": ours, "torch_ms": theirs,
-                     "ratio": ours / theirs, "low": low, "high": high, "actions": pair.actions,
+                     "ratio": ours / theirs, "low": low, "high": high, "actions": pair.actions, "layers": depth,
                      "us_per_action": 1e3 * ours / pair.actions, "torch_us_per_action": 1e3 * theirs / pair.actions,
                      "gradient_difference": difference, "microbatches": count, "repetitions": repetitions})
     return rows
@@ -223,6 +227,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=30)
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES), choices=list(SCHEDULES))
+    parser.add_argument("--runtimes", nargs="+", default=list(RUNTIMES), choices=list(RUNTIMES))
     parser.add_argument("--output", type=Path, help="JSON; rows of earlier runs stay")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -230,7 +235,7 @@ def main() -> None:
     rows = []
     for name in options.schedules:
         for work_ms in options.work_ms:
-            for row in measure(name, work_ms, options.microbatches, options.repetitions):
+            for row in measure(name, work_ms, options.microbatches, options.repetitions, options.runtimes):
                 rows.append(row)
                 if dist.get_rank() == 0:
                     print(f"{row['schedule']:16} {row['work_ms']:4g} ms  {row['runtime']:11} {row['ms']:8.2f} ms, torch"

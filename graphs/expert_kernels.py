@@ -27,8 +27,7 @@ def route_alone(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor
     """`all_to_all_route` on one rank that has every expert: sort by expert."""
     chosen = index.reshape(-1)
     order = torch.sort(chosen, stable=True)[1]
-    counts = torch.zeros(num_experts, dtype=torch.int64, device=index.device)
-    counts.index_add_(0, chosen, torch.ones_like(chosen))
+    counts = count_into(torch.zeros(num_experts, dtype=torch.int64, device=index.device), chosen)
     arrive = torch.arange(chosen.shape[0], device=index.device)
     return order, arrive, counts.cumsum(0).to(torch.int32), torch.full((2, 1), chosen.shape[0])
 
@@ -46,6 +45,11 @@ def return_alone(rows: Tensor, order: Tensor, arrive: Tensor, splits: Tensor) ->
 def scatter_rows(rows: Tensor, places: Tensor) -> Tensor:
     """The tensor whose row ``places[i]`` is ``rows[i]``; ``places`` is a permutation."""
     return torch.empty_like(rows).index_copy_(0, places, rows)
+
+
+def count_into(counter: Tensor, values: Tensor) -> Tensor:
+    """The counter [bins], to which was added how often each of 0 .. bins - 1 occurs. Deterministic, no host sync."""
+    return counter.index_add_(0, values, torch.ones_like(values))
 
 
 def _define() -> None:

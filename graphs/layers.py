@@ -101,14 +101,27 @@ def expert_group(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, fi
     used = None if whole else ordered < size
     local = ordered if used is None else ordered.clamp(max=size - 1)
 
+    out = expert_rows(module, rows, offsets, local, None if whole else slice(first, first + size))
+    out = out * weights.reshape(-1)[order].unsqueeze(-1)
+    if used is not None:
+        out = torch.where(used.unsqueeze(-1), out, torch.zeros((), dtype=out.dtype, device=out.device))
+    return out[torch.argsort(order)].view(tokens, top, -1).sum(dim=1)
+
+
+def expert_rows(module: Any, rows: Tensor, offsets: Tensor, local: Tensor | None = None,
+                part: slice | None = None) -> Tensor:
+    """What experts make of rows [N,H] that are sorted by expert and end at ``offsets``: [N,H], not weighted yet.
+
+    ``part``: these of the bank's experts, by default all. ``local`` [N]: each row's expert among them, for biases.
+    """
     def project(x: Tensor, name: str) -> Tensor:
         bank = getattr(module, name)
-        bank = bank if whole else bank[first:first + size]
+        bank = bank if part is None else bank[part]
         bank = bank if module.is_transposed else bank.transpose(-2, -1)
         out = torch.ops.mipipe.grouped_mm(x.to(bank.dtype), bank, offsets)
         if module.has_bias:
             bias = getattr(module, f"{name}_bias")
-            out = out + (bias if whole else bias[first:first + size])[local]
+            out = out + (bias if part is None else bias[part])[local]
         return out
 
     if module.has_gate:
@@ -116,12 +129,7 @@ def expert_group(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, fi
     else:
         inner = module.act_fn(project(rows, "up_proj"))
     out = project(inner, "down_proj")
-    if getattr(module, "has_post_expert_norm", False):
-        out = module.post_expert_norm(out)
-    out = out * weights.reshape(-1)[order].unsqueeze(-1)
-    if used is not None:
-        out = torch.where(used.unsqueeze(-1), out, torch.zeros((), dtype=out.dtype, device=out.device))
-    return out[torch.argsort(order)].view(tokens, top, -1).sum(dim=1)
+    return module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
 
 
 def expert_parallel(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -138,18 +146,7 @@ def expert_parallel(module: Any, hidden: Tensor, index: Tensor, weights: Tensor)
     rows = hidden.unsqueeze(1).expand(tokens, top, hidden.shape[-1]).reshape(tokens * top, hidden.shape[-1])
     arrived = torch.ops.mipipe.all_to_all_send(rows, order, arrive, splits)
 
-    def project(x: Tensor, name: str) -> Tensor:
-        bank = getattr(module, name)
-        bank = bank if module.is_transposed else bank.transpose(-2, -1)
-        return torch.ops.mipipe.grouped_mm(x.to(bank.dtype), bank, offsets)
-
-    if module.has_gate:
-        inner = module._apply_gate(project(arrived, "gate_up_proj"))
-    else:
-        inner = module.act_fn(project(arrived, "up_proj"))
-    out = project(inner, "down_proj")
-    if getattr(module, "has_post_expert_norm", False):
-        out = module.post_expert_norm(out)
+    out = expert_rows(module, arrived, offsets)
     back = torch.ops.mipipe.all_to_all_return(out, order, arrive, splits)
     return (back * weights.reshape(-1, 1)).view(tokens, top, -1).sum(dim=1).to(hidden.dtype)
 

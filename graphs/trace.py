@@ -16,7 +16,7 @@ from __future__ import annotations
 import keyword
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ PhaseFunction = Callable[..., tuple[Tensor, ...]]
 Signature = tuple[tuple[str, ...], tuple[str, ...]]
 
 _SIGNATURES: dict[tuple[str, Phase], Signature] = {}
-_BUILT: dict[tuple[str, Phase, str], PhaseFunction] = {}
+_BUILT: dict[tuple[str, Phase, str, bool], PhaseFunction] = {}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -183,35 +183,44 @@ def resolve(kind: str) -> Callable[..., Any]:
 
 
 def build_phase(trace: SegmentTrace, phase: Phase, device: str | torch.device = "cpu",
-                given: Mapping[str, Callable[..., Any]] | None = None) -> PhaseFunction:
+                given: Mapping[str, Callable[..., Any]] | None = None, handing: bool = False) -> PhaseFunction:
     """The function of a phase: tensors in the order of `phase_signature`'s arguments -> tuple in its results' order.
 
     It runs without autograd, so parameters may require gradients. Built once for each trace, phase and device, but for
-    each call where operators are ``given`` by kind (those that talk to other ranks).
+    each call where operators are ``given`` by kind (those that talk to other ranks). With ``handing`` its first
+    argument is a callable that gets (position, result) as soon as nothing more reads a result, so that only few are
+    alive at a time; the function then returns an empty tuple.
     """
     device = torch.device(device)
     if given:
-        return _compile(trace, phase, device, given)
-    key = (trace.digest, phase, str(device))
+        return _compile(trace, phase, device, given, handing)
+    key = (trace.digest, phase, str(device), handing)
     if key not in _BUILT:
-        _BUILT[key] = _compile(trace, phase, device)
+        _BUILT[key] = _compile(trace, phase, device, handing=handing)
     return _BUILT[key]
 
 
 def phase_source(trace: SegmentTrace, phase: Phase, device: torch.device,
-                 given: Mapping[str, Callable[..., Any]] | None = None) -> tuple[str, dict[str, Any]]:
+                 given: Mapping[str, Callable[..., Any]] | None = None,
+                 handing: bool = False) -> tuple[str, dict[str, Any]]:
     """The Python text of a phase's function, named ``phase``, and the globals it needs."""
     direct = {**kernels.DIRECT, **expert_kernels.ALONE, **(given or {})}
     arguments, results = phase_signature(trace, phase)
     operators = list(trace.phase_operators(phase))
     last_use = {name: index for index, item in enumerate(operators) for name in (item.name, *item.inputs)}
     space: dict[str, Any] = {}
-    lines = [f"def phase({', '.join(arguments)}):"]
+    lines = [f"def phase({', '.join((*(['_give'] if handing else []), *arguments))}):"]
+
+    def hand(names: Iterable[str]) -> str:
+        return "".join(f"_give({results.index(name)}, {name}); " for name in names if name in results)
+
     for index, item in enumerate(operators):
-        dead = sorted({name for name in (item.name, *item.inputs) if last_use[name] == index and name not in results})
-        end = f"; del {', '.join(dead)}" if dead else ""
+        dead = sorted({name for name in (item.name, *item.inputs)
+                       if last_use[name] == index and (handing or name not in results)})
+        end = f"; {hand(dead) if handing else ''}del {', '.join(dead)}" if dead else ""
         lines.append(f"    {item.name} = {_call(item, device, space, direct)}{end}")
-    lines.append(f"    return ({''.join(name + ', ' for name in results)})")
+    left = [name for name in results if not handing or name not in last_use]
+    lines.append(f"    {hand(left)}return ()" if handing else f"    return ({''.join(name + ', ' for name in left)})")
     return "\n".join(lines) + "\n", space
 
 
@@ -243,7 +252,7 @@ def _literal(value: Any, space: dict[str, Any]) -> str:
 
 
 def _compile(trace: SegmentTrace, phase: Phase, device: torch.device,
-             given: Mapping[str, Callable[..., Any]] | None = None) -> PhaseFunction:
-    source, space = phase_source(trace, phase, device, given)
+             given: Mapping[str, Callable[..., Any]] | None = None, handing: bool = False) -> PhaseFunction:
+    source, space = phase_source(trace, phase, device, given, handing)
     exec(compile(source, f"<{phase} of trace {trace.digest}>", "exec"), space)
     return torch.no_grad()(space["phase"])

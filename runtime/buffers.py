@@ -3,6 +3,11 @@
 A frame is a list with one slot for each tensor the stage's functions exchange (`mipipe.runtime.stage` numbers them); it
 starts as a copy of the stage's template, which already holds parameters and constants, and its slots are emptied after
 their last reader. So memory follows the program, not the garbage collector.
+
+Between two actions a rank holds, to the byte, what the plan says is saved and waiting (less where two groups of a stage
+save the same tensor, and without what lies in the batch's own memory). During an action it holds at most what the
+simulation says, which keeps all that I frees to its end and all that I makes from its start: the run frees and makes
+group by group. So a rank's peak is never above the simulated one, nor above the plan's cap.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ class Buffers:
         """The frame of that number, made from the template when it is not there yet."""
         frame = self.frames.get(number)
         if frame is None:
-            frame = self.frames[number] = template.copy()
+            frame = self.frames.setdefault(number, template.copy())  # at once: two streams may deliver to it
         return frame
 
     def clear(self) -> None:

@@ -24,6 +24,7 @@ from mipipe.graphs.errors import InputError, MipipeError, RunError
 from mipipe.runtime import checkpoint_folder as folders
 from mipipe.runtime.checkpoint_tensors import load_tensors, model_tensors, optimizer_tensors
 from mipipe.runtime.engine import Engine
+from mipipe.runtime.processes import failure_of, first_of, gather, rank, world
 
 
 class Checkpoints:
@@ -54,7 +55,7 @@ class Checkpoints:
         """
         self.finish()
         folder = folders.partial(self.folder, step)
-        if _rank() == 0:
+        if rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
         self._barrier()
         state = {"step": step, "copies": self._engine.mesh.num_copies, "seed": self._engine.options.seed,
@@ -97,14 +98,9 @@ class Checkpoints:
             return None
         folder = self.folder / names[0]
         state = folders.read_state(folder)
-        failure = None
-        try:
-            folders.verify(folder, state, _rank(), _world())
-        except InputError as error:
-            failure = str(error)
-        for text in self._everyone(failure):
-            if text is not None:
-                raise InputError(text)
+        failure = first_of(gather(failure_of(lambda: folders.verify(folder, state, rank(), world())), self._group))
+        if failure is not None:
+            raise InputError(failure)
         load_tensors(folder, self._engine, self._optimizer)
         self._engine.steps_done = state["step"]
         copy = self._engine.mesh.copy % state["copies"]
@@ -115,37 +111,29 @@ class Checkpoints:
         failure, files = None, {}
         try:
             dcp.save(tensors, checkpoint_id=folder, process_group=self._group, no_dist=self._group is None)
-            mine = list(folder.glob(f"__{_rank()}_*"))
+            mine = list(folder.glob(f"__{rank()}_*"))
             if self._engine.mesh.rank == 0:
                 mine.append(folder / f"data-{self._engine.mesh.copy}.pt")
                 mine[-1].write_bytes(loader)
-            if _rank() == 0:
+            if rank() == 0:
                 mine.append(folder / ".metadata")
             files = folders.seal(mine)
         except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
             failure = _reason(error)
         try:
-            gathered = self._everyone((failure, files))
-            failure = next((text for text, _ in gathered if text is not None), None)
-            if failure is None and _rank() == 0:
+            gathered = gather((failure, files), self._group)
+            failure = first_of([text for text, _ in gathered])
+            if failure is None and rank() == 0:
                 try:
                     folders.publish(folder, state, {name: item for _, part in gathered for name, item in part.items()})
                     folders.forget(self.folder, self._keep)
                 except OSError as error:
                     failure = _reason(error)
-            failure = next((text for text in self._everyone(failure) if text is not None), None)
+            failure = first_of(gather(failure, self._group))
         except RuntimeError as error:
             failure = _reason(error)
         if failure is not None:
             raise RunError(f"checkpoint {folder}: cannot be written: {failure}; earlier checkpoints are untouched")
-
-    def _everyone(self, item: Any) -> list[Any]:
-        """Every rank's ``item``."""
-        if self._group is None:
-            return [item]
-        found: list[Any] = [None] * _world()
-        dist.all_gather_object(found, item, group=self._group)
-        return found
 
     def _barrier(self) -> None:
         if self._group is not None:
@@ -167,14 +155,6 @@ def pack(data: dict[str, Any]) -> bytes:
         raise RunError("data: the loader's state_dict() holds more than tensors, numbers, texts, lists and dicts, so it"
                        f" cannot be saved: {_reason(error)}") from None
     return stream.getvalue()
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _reason(error: BaseException) -> str:

@@ -1,6 +1,6 @@
 """A plan, its program and its graph compiled for one rank: every instruction with all it needs, resolved once.
 
-The handlers of `mipipe.runtime.engine` get these values and look nothing up while a step runs.
+The handlers of `mipipe.runtime.executor` get these values and look nothing up while a step runs.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ import torch
 import torch.distributed as dist
 
 from mipipe.graphs.errors import PlanError
+from mipipe.graphs.expert_kernels import RETURN, ROUTE, SEND
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import digest
+from mipipe.planner.actions import Stream
 from mipipe.planner.check import check_program
 from mipipe.planner.lower import lower
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
 from mipipe.runtime.buckets import with_copy_sums
 from mipipe.runtime.expert_group import make_exchange, routing_counters
+from mipipe.runtime.expert_layers import expert_layers
 from mipipe.runtime.expert_parallel import Exchange, kernels_of
 from mipipe.runtime.flow import GradientFlow, gradient_flow
 from mipipe.runtime.instructions import Ready
@@ -74,7 +77,8 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: Source, program: Prog
     holders, stages_of = _holders(plan, graph, stage_of)
     shared = {ranks for ranks in holders.values() if len(ranks) > 1}
     if mesh is None and dist.is_initialized():
-        mesh = build_mesh(program, shared, topology=plan.problem.topology, device=device, timeout_s=options.timeout_s)
+        mesh = build_mesh(program, shared, exchange=bool(expert_layers(graph)), topology=plan.problem.topology,
+                          device=device, timeout_s=options.timeout_s)
     elif mesh is None:
         mesh = _alone(program, device)
     local = [index for index, stage in enumerate(plan.placement.stages) if mesh.rank in stage.ranks]
@@ -103,6 +107,20 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: Source, program: Prog
     Resolver(compiled, stage_of).resolve(options.prepost)
     compiled.instructions = with_copy_sums(compiled)
     return compiled
+
+
+def exchanges_aside(compiled: Compiled) -> bool:
+    """Whether ranks exchange rows, and all that do it are stages without parameters on the plan's collective stream."""
+    if compiled.experts is None:
+        return False
+    traces = {trace.digest: trace for trace in compiled.graph.traces}
+    exchanging = {segment.name for segment in compiled.graph.segments
+                  if any(item.kind in (ROUTE, SEND, RETURN) for item in traces[segment.trace].operators)}
+    stage_of = _stage_of_segments(compiled.plan, compiled.graph)
+    needed = {stage_of[name] for name in exchanging} & set(compiled.stages)
+    aside = {instruction.action.stage for instruction in compiled.program.ranks[compiled.mesh.rank]
+             if instruction.action is not None and instruction.stream is Stream.COLLECTIVE}
+    return bool(needed) and needed <= aside and not any(compiled.stages[index].parameters for index in aside)
 
 
 def check_plan_fits(plan: Plan, graph: OperatorGraph) -> None:

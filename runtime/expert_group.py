@@ -48,7 +48,7 @@ def make_exchange(plan: Plan, graph: OperatorGraph, stage_of: Mapping[str, int],
     local = [number for number, layer in enumerate(layers)
              if mesh.rank in plan.placement.stages[stage_of[layer.segments[0]]].ranks]
     expert_map = options.expert_map or contiguous_map(layers, mesh.num_copies, graph.model)
-    return Exchange(layers, local, expert_map, mesh.copy_group, mesh.copy, mesh.num_copies, mesh.device,
+    return Exchange(layers, local, expert_map, mesh.exchange_group, mesh.copy, mesh.num_copies, mesh.device,
                     timedelta(seconds=options.timeout_s), options.load_factor)
 
 

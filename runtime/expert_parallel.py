@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from mipipe.graphs.errors import InputError, RunError
-from mipipe.graphs.expert_kernels import RETURN, ROUTE, SEND, scatter_rows
+from mipipe.graphs.expert_kernels import RETURN, ROUTE, SEND, count_into, scatter_rows
 from mipipe.planner.expert_map import ExpertMap
 from mipipe.runtime import comm
 from mipipe.runtime.expert_layers import ExpertLayer
@@ -65,8 +65,8 @@ class SlotTable:
 
 
 def count_integers(values: torch.Tensor, bins: int) -> torch.Tensor:
-    """How often each of 0 .. bins - 1 occurs in a vector of integers: [bins]. Deterministic, without a host sync."""
-    return torch.zeros(bins, dtype=torch.int64, device=values.device).index_add_(0, values, torch.ones_like(values))
+    """How often each of 0 .. bins - 1 occurs in a vector of integers: [bins]."""
+    return count_into(torch.zeros(bins, dtype=torch.int64, device=values.device), values)
 
 
 class Exchange:

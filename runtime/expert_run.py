@@ -26,6 +26,7 @@ from mipipe.runtime.expert_layers import RoutedLayer, expert_layers, routed_laye
 from mipipe.runtime.expert_parallel import check_map
 from mipipe.runtime.metrics import Record
 from mipipe.runtime.optim import local_optimizer
+from mipipe.runtime.processes import world
 
 
 def read_maps(config: TrainConfig, graph: OperatorGraph, copies: int) -> dict[int, ExpertMap]:
@@ -131,7 +132,7 @@ class ExpertRun:
         total = torch.zeros(len(self._layers), self._layers[0].num_experts, dtype=torch.int64, device=device)
         for number, counter in self._engine.routing_counts().items():
             total[number] = counter
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if world() > 1:
             dist.all_reduce(total)
         return total.cpu()
 

@@ -1,4 +1,4 @@
-"""A rank's instructions with everything resolved: what the engine's handlers get as their argument."""
+"""A rank's instructions with everything resolved: what the executor's handlers get as their argument."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from mipipe.planner.actions import ActionKind
 from mipipe.runtime.buffers import Frame
-from mipipe.runtime.stage import Part
+from mipipe.runtime.calls import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +50,12 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A compute instruction: the receives it waits for, then its pieces."""
+    """A compute instruction: the receives it waits for, then its pieces; ``aside``: on the collective stream."""
 
     index: int
     waits: tuple[Transport, ...]
     pieces: tuple[Piece, ...]
+    aside: bool = False
 
 
 @dataclass(frozen=True, slots=True)

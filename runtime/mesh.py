@@ -20,6 +20,7 @@ from mipipe.graphs.errors import RunError
 from mipipe.graphs.topology import Topology
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.program import Program
+from mipipe.runtime.processes import gather
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Mesh:
 
     ``copy`` counts the data-parallel copies of the plan. ``channels[(source, target)]`` hold the groups of this copy,
     ``reductions[ranks]`` those plan ranks in all copies; ``plan_group`` all ranks of this copy, ``copy_group`` this
-    plan rank in every copy.
+    plan rank in every copy, and ``exchange_group`` the same for what experts exchange beside the gradients' sums.
     """
 
     rank: int
@@ -41,6 +42,7 @@ class Mesh:
     reductions: dict[tuple[int, ...], Any] = field(default_factory=dict)
     plan_group: Any = None
     copy_group: Any = None
+    exchange_group: Any = None
 
     def global_rank(self, rank: int) -> int:
         """The rank in the world of a plan rank of this copy."""
@@ -56,11 +58,12 @@ class Mesh:
         return self.copy_group if len(members) < 2 else self.reductions[members]
 
 
-def build_mesh(program: Program, shared: Iterable[tuple[int, ...]] = (), *, topology: Topology | None = None,
-               device: torch.device | None = None, timeout_s: float = 60.0) -> Mesh:
+def build_mesh(program: Program, shared: Iterable[tuple[int, ...]] = (), *, exchange: bool = False,
+               topology: Topology | None = None, device: torch.device | None = None, timeout_s: float = 60.0) -> Mesh:
     """The mesh of this process for ``program``, inside the initialised default process group.
 
-    ``shared`` lists further sets of plan ranks that reduce together (tied parameters). The world may hold several
+    ``shared`` lists further sets of plan ranks that reduce together (tied parameters); ``exchange``: experts are shared
+    between copies. The world may hold several
     copies of the plan: rank = copy * ranks + plan rank, after ordering processes by host and local rank.
 
     Raises:
@@ -97,9 +100,10 @@ def build_mesh(program: Program, shared: Iterable[tuple[int, ...]] = (), *, topo
             mesh.reductions[members] = create(order[number * num_ranks + member] for number in range(mesh.num_copies)
                                               for member in members)
     for number in range(num_ranks if mesh.num_copies > 1 else 0):
-        group = create(order[number::num_ranks])
-        if number == rank:
-            object.__setattr__(mesh, "copy_group", group)
+        for name in ("copy_group", *(("exchange_group",) if exchange else ())):
+            group = create(order[number::num_ranks])
+            if number == rank:
+                object.__setattr__(mesh, name, group)
     return mesh
 
 
@@ -111,8 +115,7 @@ def _process_order(topology: Topology | None, world_size: int) -> list[int]:
     here = (socket.gethostname(), int(os.environ.get("LOCAL_RANK", dist.get_rank())))
     if world_size == 1:
         return [0]
-    places: list[Any] = [None] * world_size
-    dist.all_gather_object(places, here)
+    places = gather(here)
     hosts = list(dict.fromkeys(host for host, _ in places))
     named = list(dict.fromkeys(device.host for device in topology.devices)) if topology else []
     if set(hosts) <= set(named):

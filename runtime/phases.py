@@ -18,7 +18,8 @@ from mipipe.runtime.compile_phases import Compiler
 class PhaseCode:
     """A function of explicit tensors, the names of its arguments and results.
 
-    ``owned[k]``: result k is fresh memory nobody else refers to. ``random``: it draws random numbers.
+    ``owned[k]``: result k is fresh memory nobody else refers to. ``random``: it draws random numbers. W's function
+    takes a callable first and hands (k, gradient) to it, one gradient after the other; it returns nothing.
     """
 
     function: Callable[..., tuple[torch.Tensor, ...]]
@@ -55,13 +56,27 @@ class Phases:
         found = self._codes.get(key)
         if found is None:
             arguments, results = phase_signature(trace, phase)
-            function = inspect.unwrap(build_phase(trace, phase, device=self.device, given=given))
+            compiled = self._compiler is not None and given is None and trace.has(phase)
+            handing = phase is Phase.W and not compiled
+            function = inspect.unwrap(build_phase(trace, phase, device=self.device, given=given, handing=handing))
             owned = _owned(trace, phase, results)
-            if self._compiler is not None and given is None and trace.has(phase):
+            if compiled:
+                assert self._compiler is not None
                 function, owned = self._compiler.compile(function, trace, phase)
+                function = _handing(function) if phase is Phase.W else function
             found = PhaseCode(function, arguments, results, owned, phase is Phase.F and uses_random(trace))
             self._codes[key] = found
         return found
+
+
+def _handing(function: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """A function that hands over the other's results one by one."""
+    def handed(give: Callable[[int, torch.Tensor], None], *arguments: Any) -> tuple[torch.Tensor, ...]:
+        for position, result in enumerate(function(*arguments)):
+            give(position, result)
+        return ()
+
+    return handed
 
 
 def _owned(trace: SegmentTrace, phase: Phase, results: tuple[str, ...]) -> tuple[bool, ...]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 
 from mipipe.graphs.errors import ProgramError
-from mipipe.planner.actions import Action, ActionKind
+from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.program import Instruction
 from mipipe.runtime.buckets import stage_buckets
 from mipipe.runtime.buffers import Frame
@@ -59,7 +60,7 @@ class Resolver:
             elif instruction.action is not None and instruction.action.kind in (ActionKind.F, ActionKind.OVERLAP_F_B):
                 step: Step = ready.argument
                 waits = tuple(item for item in step.waits if not self.program.transfers[item.index].backward)
-                only = Step(step.index, waits, step.pieces[:1])
+                only = dataclasses.replace(step, waits=waits, pieces=step.pieces[:1])
                 self.compiled.evaluation.append(Ready(ready.kind, only, ready.label))
 
     def ready(self, index: int, instruction: Instruction) -> Ready:
@@ -132,7 +133,8 @@ class Resolver:
                 waits += self.arriving.get((stage, microbatch, False), ())
             elif kind is ActionKind.I or (kind is ActionKind.W and ActionKind.I not in self.kinds[stage, microbatch]):
                 waits += self.arriving.get((stage, microbatch, True), ())
-        return Step(index, tuple(self.transport(item) for item in dict.fromkeys(waits)), tuple(pieces))
+        aside = self.program.ranks[self.rank][index].stream is Stream.COLLECTIVE
+        return Step(index, tuple(self.transport(item) for item in dict.fromkeys(waits)), tuple(pieces), aside)
 
     def piece(self, kind: ActionKind, stage: int, microbatch: int) -> Piece:
         """One elementary part of an action."""

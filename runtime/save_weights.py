@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from mipipe.graphs.errors import InputError, MipipeError, RunError
+from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.expert_groups import parse_slice
 from mipipe.graphs.merge_layout import Shard, index_json, lay_out
 from mipipe.graphs.units import parse_bytes
@@ -30,6 +29,7 @@ from mipipe.runtime.engine import Engine
 from mipipe.runtime.merge.output import Writer, partial_folder, prepare, publish
 from mipipe.runtime.merge.shelf import TORCH_DTYPES
 from mipipe.runtime.models import empty_module
+from mipipe.runtime.processes import failure_of, first_of, gather, rank
 from mipipe.runtime.stored_names import StoredView, is_transformers, stored_views
 from mipipe.runtime.stored_weights import INDEX, StoredWeights
 
@@ -71,15 +71,14 @@ def save_weights(engine: Engine, module: nn.Module, target: Target, source: Path
     job = f"mipipe train {engine.compiled.program.plan_digest} {engine.steps_done}"
     folder = partial_folder(_next(target.folder))
     on_first_rank(lambda: _prepare(target.folder, shards, job, replace))
-    failure: str | None = None
     mine = own_pieces(engine)
-    try:
+
+    def write() -> None:
         _write_own(views, shards, folder, mine)
-        if _rank() == 0:
+        if rank() == 0:
             _write_unused(weights, leftover, shards, folder)
-    except (MipipeError, OSError) as error:
-        failure = str(error)
-    _raise_any(failure)
+
+    on_all_ranks(write)
     on_first_rank(lambda: _finish(module, target, source, shards, folder, changed))
 
 
@@ -116,7 +115,7 @@ def _write_own(views: Sequence[StoredView], shards: Sequence[Shard], folder: Pat
     pieces: dict[str, list[tuple[tuple[int, int] | None, Tensor]]] = {}
     for (name, rows), tensor in mine.items():
         pieces.setdefault(name, []).append((rows, tensor))
-    writer = Writer(folder, shards, _rank())
+    writer = Writer(folder, shards, rank())
     try:
         for view in views:
             for rows, tensor in pieces.get(view.fqn, ()):
@@ -138,11 +137,7 @@ def own_pieces(engine: Engine) -> dict[Piece, Tensor]:
                           for place, row in enumerate(shared[name])})
         else:
             local[base, rows] = item.detach()
-    if not dist.is_initialized():
-        return local
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, list(local))
-    earlier = {piece for pieces in everyone[:_rank()] for piece in pieces}
+    earlier = {piece for pieces in gather(list(local))[:rank()] for piece in pieces}
     return {piece: tensor for piece, tensor in local.items() if piece not in earlier}
 
 
@@ -241,26 +236,12 @@ def _write_config(module: Any, path: Path, dtype: str) -> None:
 
 
 def on_first_rank(action: Callable[[], None]) -> None:
-    """Run something on the first process; its failure is raised by all."""
-    failure: str | None = None
-    if _rank() == 0:
-        try:
-            action()
-        except (MipipeError, OSError) as error:
-            failure = str(error)
-    _raise_any(failure)
+    """Do something on the first process; its failure is raised by all."""
+    on_all_ranks(action if rank() == 0 else lambda: None)
 
 
-def _raise_any(failure: str | None) -> None:
-    """Raise `RunError` on all ranks where one has failed."""
-    failures: list[Any] = [failure]
-    if dist.is_initialized():
-        failures = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, failure)
-    found = next((item for item in failures if item is not None), None)
-    if found is not None:
-        raise RunError(f"weights cannot be saved: {found}")
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+def on_all_ranks(action: Callable[[], None]) -> None:
+    """Do something; where it fails on one rank, raise `RunError` on all."""
+    failure = first_of(gather(failure_of(action)))
+    if failure is not None:
+        raise RunError(f"weights cannot be saved: {failure}")

@@ -2,16 +2,18 @@
 
 A stage runs its segments in topological order forward and in reverse backward. Everything that can be decided before
 the first step is decided here: which slot each argument is in, which gradients meet in a sum, what is accumulated into
-which parameter, and after which call a slot is empty. What is left for the step is a walk over `Call`s.
+which parameter, and after which call a slot is empty. What is left for the step is a walk over calls
+(`mipipe.runtime.calls`).
 
 Left out: shapes that change between microbatches, and control flow.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,47 +21,13 @@ import torch
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Segment, SegmentTrace, TensorSpec
 from mipipe.runtime.buffers import Frame
+from mipipe.runtime.calls import Call, Part, accumulator, getter, nothing, split_parts, without_updates
 from mipipe.runtime.flow import GradientFlow
 from mipipe.runtime.phases import PhaseCode, Phases
 from mipipe.runtime.weights import Weights
 
 Key = tuple[str, ...]
 Counters = dict[str, tuple[str, torch.Tensor]]
-
-
-@dataclass(slots=True)
-class Call:
-    """One segment's function of one phase, bound to slots of the stage's frame.
-
-    ``sums`` are done first: (slot, slots of the contributions). ``stores`` are (result, slot), ``gradients`` (result,
-    parameter, whether its memory may be kept), ``updates`` (result, buffer). ``segment`` numbers the segment in the
-    graph where its operators draw random numbers, else -1. ``drops`` are empty afterwards. ``counted``: the slot of the
-    experts chosen by a router, and the counter [experts] that they are added to.
-    """
-
-    function: Callable[..., tuple[torch.Tensor, ...]]
-    arguments: Callable[[Frame], tuple[Any, ...]]
-    reads: tuple[int, ...]
-    sums: tuple[tuple[int, tuple[int, ...]], ...] = ()
-    stores: tuple[tuple[int, int], ...] = ()
-    gradients: tuple[tuple[int, torch.nn.Parameter, bool], ...] = ()
-    updates: tuple[tuple[int, torch.Tensor], ...] = ()
-    segment: int = -1
-    drops: tuple[int, ...] = ()
-    counted: tuple[int, torch.Tensor] | None = None
-
-    def touched(self) -> set[int]:
-        """All slots it reads or writes."""
-        return {*self.reads, *(slot for _, slot in self.stores), *(slot for slot, _ in self.sums),
-                *(slot for _, parts in self.sums for slot in parts)}
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What one action does: calls in order; ``drops`` are empty after its results have been delivered."""
-
-    calls: tuple[Call, ...]
-    drops: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +141,7 @@ class _Builder:
         if segment.name in self.counters:
             value, counter = self.counters[segment.name]
             counted = self.slots.number(("value", value)), counter
-        return Call(code.function, _getter(reads), reads, (), tuple(stores), (), tuple(updates), number,
+        return Call(code.function, getter(reads), reads, (), tuple(stores), (), tuple(updates), number,
                     counted=counted)
 
     def backward(self, segment: Segment, trace: SegmentTrace, code: PhaseCode, phase: Phase, needed: set[str],
@@ -201,7 +169,8 @@ class _Builder:
                               if result == name]
         saved = self.slots.number
         reads = tuple(slots[name] if name in slots else saved(("saved", segment.name, name)) for name in code.arguments)
-        return Call(code.function, _getter(reads), reads, tuple(sums), tuple(stores), tuple(gradients))
+        function = partial(code.function, accumulator(gradients)) if phase is Phase.W else code.function
+        return Call(function, getter(reads), reads, tuple(sums), tuple(stores), tuple(gradients))
 
 
 def build_stage(graph: OperatorGraph, flow: GradientFlow, segments: Sequence[Segment], index: int,
@@ -234,8 +203,18 @@ def build_stage(graph: OperatorGraph, flow: GradientFlow, segments: Sequence[Seg
         if weight:
             pair[1] = builder.backward(segment, trace, codes[Phase.W], Phase.W, set(), pair[0] is None)
         backward.append((pair[0], pair[1]))
+    if any(first is not None for first, _ in backward):
+        backward = [_summed_early(first, second) for first, second in backward]
     backward.reverse()
     return _assemble(builder, forward, backward, set(keep))
+
+
+def _summed_early(first: Call | None, second: Call | None) -> tuple[Call | None, Call | None]:
+    """A segment's I and W; where it has no I, sums of its gradients are made in the stage's I, so that what they are
+    made of does not wait for W."""
+    if first is None and second is not None and second.sums:
+        return Call(nothing, getter(()), (), second.sums), dataclasses.replace(second, sums=())
+    return first, second
 
 
 def _assemble(builder: _Builder, forward: list[Call], backward: list[tuple[Call | None, Call | None]],
@@ -259,17 +238,17 @@ def _assemble(builder: _Builder, forward: list[Call], backward: list[tuple[Call 
             outgoing[value] = slots.number(("outgoing", value))
             sums.append((outgoing[value], parts))
     incoming = {(key[1], int(key[2])): number for key, number in slots.numbers.items() if key[0] == "incoming"}
-    last = [Call(_nothing, _getter(()), (), tuple(sums))] if sums else []
+    last = [Call(nothing, getter(()), (), tuple(sums))] if sums else []
     input_calls = [i for i, _ in backward if i is not None] + last
     weight_calls = [w for _, w in backward if w is not None]
     both = [call for pair in backward for call in pair if call is not None] + last
     sent, returned = set(outputs.values()), set(outgoing.values())
     frozen = set(inputs.values())
-    f, i, w = _parts([(forward, sent), (input_calls, returned), (weight_calls, set())], slots.static)
-    _, b = _parts([(forward, sent), (both, returned)], slots.static)
-    (only,) = _parts([(forward, sent)], slots.static)
-    (kept,) = _parts([(forward, sent)], slots.static | frozen)
-    again, _ = _parts([([_without_updates(call) for call in forward], set()), (both, returned)], slots.static)
+    f, i, w = split_parts([(forward, sent), (input_calls, returned), (weight_calls, set())], slots.static)
+    _, b = split_parts([(forward, sent), (both, returned)], slots.static)
+    (only,) = split_parts([(forward, sent)], slots.static)
+    (kept,) = split_parts([(forward, sent)], slots.static | frozen)
+    again, _ = split_parts([([without_updates(call) for call in forward], set()), (both, returned)], slots.static)
     if not input_calls:
         w = b
     named = {"F": f, "I": i, "W": w, "B": b, "only": only, "keep": kept, "again": again}
@@ -277,50 +256,6 @@ def _assemble(builder: _Builder, forward: list[Call], backward: list[tuple[Call 
                                 for fqn in segment.parameters))
     return StageCode(slots.template, inputs, outputs, incoming, outgoing, named, names,
                      any(call.updates for call in forward))
-
-
-def _parts(actions: list[tuple[list[Call], set[int]]], static: set[int]) -> list[Part]:
-    """The actions of one microbatch in this order as parts, every slot dropped after its last use.
-
-    Each action is its calls and the slots read when its results are delivered.
-    """
-    last: dict[int, tuple[int, int]] = {}
-    for number, (calls, delivered) in enumerate(actions):
-        for position, call in enumerate(calls):
-            last.update(dict.fromkeys(call.touched(), (number, position)))
-        last.update(dict.fromkeys(delivered, (number, len(calls))))
-    drops: dict[tuple[int, int], list[int]] = {}
-    for slot, where in last.items():
-        if slot not in static:
-            drops.setdefault(where, []).append(slot)
-    parts = []
-    for number, (calls, _) in enumerate(actions):
-        fresh = tuple(_with_drops(call, drops.get((number, position), ())) for position, call in enumerate(calls))
-        parts.append(Part(fresh, tuple(drops.get((number, len(calls)), ()))))
-    return parts
-
-
-def _with_drops(call: Call, drops: Iterable[int]) -> Call:
-    return Call(call.function, call.arguments, call.reads, call.sums, call.stores, call.gradients, call.updates,
-                call.segment, tuple(drops), call.counted)
-
-
-def _without_updates(call: Call) -> Call:
-    return Call(call.function, call.arguments, call.reads, call.sums, call.stores, call.gradients, (), call.segment)
-
-
-def _nothing() -> tuple[torch.Tensor, ...]:
-    return ()
-
-
-def _getter(slots: tuple[int, ...]) -> Callable[[Frame], tuple[Any, ...]]:
-    """A function that takes these slots out of a frame, in C where there is more than one."""
-    if len(slots) > 1:
-        return operator.itemgetter(*slots)
-    if slots:
-        only = slots[0]
-        return lambda frame: (frame[only],)
-    return lambda frame: ()
 
 
 def check_segments(graph: OperatorGraph, names: Iterable[str]) -> list[Segment]:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from mipipe.planner.actions import ActionKind, Stream
 from mipipe.planner.timeline import Span, Timeline
+from mipipe.runtime import processes
 from mipipe.runtime.engine import Engine
 
 ROUND_TRIPS = 20
@@ -31,17 +32,14 @@ def measured_timeline(engine: Engine) -> Timeline | None:
     offset = clock_offset_ns(engine)
     rank, program = engine.mesh.rank, engine.compiled.program
     compute = []
-    for index, start, end in engine.events:
+    for index, start, end in engine.record.events:
         action = program.ranks[rank][index].action
         place = (action.stage, action.microbatch) if action else (-1, -1)
         compute.append((index, *place, start + offset, end + offset))
-    moved = [(index, side, moment + offset) for index, side, moment in engine.transfer_times]
-    memory = [(moment + offset, size) for moment, size in engine.memory]
+    moved = [(index, side, moment + offset) for index, side, moment in engine.record.transfer_times]
+    memory = [(moment + offset, size) for moment, size in engine.record.memory]
     mine = (rank, engine.mesh.copy, compute, moved, memory)
-    everyone: list[Any] = [mine]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
+    everyone = processes.gather(mine)
     if rank or engine.mesh.copy:
         return None
     return _assemble(engine, sorted((item for item in everyone if item[1] == 0), key=lambda item: item[0]))
@@ -75,15 +73,12 @@ def _assemble(engine: Engine, everyone: Sequence[Any]) -> Timeline:
 
 def clock_offset_ns(engine: Engine) -> int:
     """What to add to this process's clock to get rank 0's. Collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return 0
-    boots: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(boots, _boot_id())
+    boots = processes.gather(_boot_id())
     offset = 0
     for other in range(1, len(boots)):
         if boots[other] != boots[0] or not boots[0]:
-            offset = _ping(other) if dist.get_rank() in (0, other) else offset
-    return offset if dist.get_rank() else 0
+            offset = _ping(other) if processes.rank() in (0, other) else offset
+    return offset if processes.rank() else 0
 
 
 def _boot_id() -> str:

@@ -21,6 +21,7 @@ from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.solve import plan as solve
+from mipipe.runtime.compiled import exchanges_aside
 from mipipe.runtime.engine import Engine, EngineOptions
 from mipipe.runtime.optim import gradient_norm
 
@@ -129,7 +130,8 @@ def run_steps(plan: Plan, graph: OperatorGraph, state: Any, maps: list[ExpertMap
             gradients.setdefault(f"{name}[{expert}:{expert + 1}]", []).append(item.grad[slot])
         if name not in rows and item.grad is not None:
             gradients[name] = [item.grad]
-    return {"losses": losses, "gradients": gradients, "norms": norms, "counts": counts, "moved": moved}
+    return {"losses": losses, "gradients": gradients, "norms": norms, "counts": counts, "moved": moved,
+            "aside": exchanges_aside(engine.compiled)}
 
 
 def alone(steps: int, copies: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:

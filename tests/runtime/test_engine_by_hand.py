@@ -91,5 +91,5 @@ def memory_of(plan):
     from mipipe.runtime.engine import Engine
     engine = Engine(plan, cases.chain_graph(), cases.chain_state(), options=EngineOptions(track_memory=True))
     engine.step(cases.chain_batch(2))
-    sizes = [size for _, size in engine.memory]
+    sizes = [size for _, size in engine.record.memory]
     return max(sizes), sizes[-1]

@@ -52,7 +52,10 @@ def test_equal_to_one_process_under_every_map(pool, ranks, planned):
         answers = pool.run(4, ex.__file__, "run_steps", plan, graph, state, maps, STEPS)
         ex.check_equal(answers, reference(STEPS, copies))
         losses.append([answer["losses"] for answer in answers])
-        assert all(len(answer["moved"]) == len(maps) - 1 for answer in answers)
+        assert all(len(answer["moved"]) == len(maps) - 1 and answer["aside"] == planned for answer in answers)
+    if planned:  # all-to-alls beside computing change no bit either
+        plain = pool.run(4, ex.__file__, "run_steps", plan, graph, state, [None], STEPS, EngineOptions(overlap=False))
+        assert [answer["losses"] for answer in plain] == losses[0]
     assert losses[0] == losses[1] == losses[2]
     counts = sum(counter for answer in answers for counter in answer["counts"].values())
     assert counts.sum() == ex.LAYERS * 2 * copies * ex.COUNT * equal.ROWS * equal.LENGTH

@@ -1,0 +1,54 @@
+"""What this process is among those of a run, and what they tell one another. A single process is a run too."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from mipipe.graphs.errors import MipipeError
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's rank in the world; 0 in a single process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """The number of processes of the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(item: T, group: Any = None) -> list[T]:
+    """Every process's ``item``, by rank. All processes of the group (by default the world) call it."""
+    if world() == 1:
+        return [item]
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, item, group=group)
+    return found
+
+
+def first_of(texts: list[str | None]) -> str | None:
+    """The first text that is not None: of `gather`ed failures, the first rank's."""
+    return next((text for text in texts if text is not None), None)
+
+
+def die_with_parent(number: signal.Signals) -> None:
+    """Ask the kernel (Linux) to signal this process when its parent is gone, so that no orphan holds a device."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, number)
+
+
+def failure_of(action: Callable[[], object]) -> str | None:
+    """Do something; the text of the user's or operating system's error that it ends with, else None."""
+    try:
+        action()
+    except (MipipeError, OSError) as error:
+        return str(error)
+    return None
