@@ -22,6 +22,7 @@ from mipipe.graphs import errors
 from mipipe.graphs.errors import MipipeError, RunError
 from mipipe.runtime.config import TrainConfig
 from mipipe.runtime.prepare import check_saving, check_world, read_job
+from mipipe.runtime.processes import die_with_parent
 
 GRACE_S = 10.0
 """How long torchrun gets to end its workers before it is killed; its own patience is 30 s."""
@@ -100,7 +101,7 @@ def read_records(config: TrainConfig) -> list[dict[str, float]]:
 def run_watched(command: Sequence[str], log: Path, timeout_s: float | None) -> int:
     """The exit status of a command whose stderr goes to ``log`` (and, from a terminal's worker, to the terminal).
 
-    The command and all it started are ended on timeout and on Ctrl-C.
+    The command and all it started are ended on timeout, on Ctrl-C, and (Linux) when this process is killed.
 
     Raises:
         RunError: it did not end within ``timeout_s``.
@@ -108,7 +109,8 @@ def run_watched(command: Sequence[str], log: Path, timeout_s: float | None) -> i
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
     shown = "--progress" in command
     with log.open("w") as stream:
-        process = subprocess.Popen(command, stderr=None if shown else stream, env=environment, start_new_session=True)
+        process = subprocess.Popen(command, stderr=None if shown else stream, env=environment, start_new_session=True,
+                                   preexec_fn=lambda: die_with_parent(signal.SIGTERM))
         try:
             return process.wait(timeout_s)
         except subprocess.TimeoutExpired:

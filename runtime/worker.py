@@ -10,7 +10,6 @@ reported with its traceback in torchrun's summary. With ``--report FOLDER`` a fa
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import signal
@@ -33,6 +32,7 @@ from mipipe.runtime.engine import Engine, EngineOptions
 from mipipe.runtime.expert_run import read_maps
 from mipipe.runtime.models import initial_weights
 from mipipe.runtime.prepare import Job, check_saving, check_world, read_job
+from mipipe.runtime.processes import die_with_parent
 from mipipe.runtime.stored_weights import StoredWeights
 from mipipe.runtime.training import Trainer
 
@@ -133,12 +133,6 @@ class ProgressBar:
         sys.stderr.flush()
 
 
-def die_with_parent() -> None:
-    """Ask the kernel (Linux) to end this process when torchrun's agent is gone, so that no orphan holds a device."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
 def report(folder: str | None, error: BaseException) -> None:
     """Leave the error for the launcher: type, message, exit code, traceback, moment."""
     if folder is None:
@@ -178,7 +172,7 @@ def main() -> None:
 
     A failed one ends at once: its threads may wait for a peer that is gone, or hangs.
     """
-    die_with_parent()
+    die_with_parent(signal.SIGKILL)
     try:
         code = guarded(parse_arguments())
     except Exception:

@@ -1,5 +1,6 @@
 """Whole runs under torchrun: files in, losses out; workers that fail, hang or are killed."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -21,8 +22,9 @@ from safetensors.torch import load_file
 from mipipe.graphs.capture import capture
 from mipipe.graphs.errors import InputError, PlanError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph
-from mipipe.graphs.serialize import load, save
+from mipipe.graphs.serialize import load, save, to_data
 from mipipe.graphs.topology import Link, Topology
+from mipipe.planner.options import PlanOptions, options_of
 from mipipe.planner.plan import Plan
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.timeline import Timeline
@@ -148,25 +150,27 @@ def workers_of(config):
 
 
 def test_killed_ranks_resume_and_a_lost_one_is_done_without(files):
-    """SIGKILL in three steps and on both ranks: torchrun restarts, and no loss differs in a bit. The fourth uses up the
-    restarts: the supervisor plans for one rank, and Adam's state goes on there."""
+    """From the command line. SIGKILL in three steps and on both ranks: torchrun restarts, and no loss differs in a bit.
+    The fourth uses up the restarts: the supervisor plans for one rank as the first plan was made, and Adam's state goes
+    on there."""
     orders = ["0 3 kill", "1 5 kill", "0 7 kill", "1 11 kill"]
     config = write_config(files, "killed", steps=STEPS, data=killing(files, "killed", orders),
                           checkpoint={"folder": str(files / "killed"), "every": 2})
-    told, planned = [], []
-
-    def replan(problem):
-        planned.append(problem)
-        return next(item for item in BASELINES if item.name == "GPipe").plan(problem)
-
-    result = train_elastic(files / "plan2.json", files / "graph.json", config, replan, timeout_s=500, max_restarts=3,
-                           say=told.append)
-    calm = undisturbed(files, STEPS)
-    assert result.losses[:8] == calm.losses[:8]  # step 8 was on disk when the fourth was killed
-    assert result.losses == pytest.approx(calm.losses, rel=1e-5)
-    assert told == ["rank 1 lost: planning for 1 device"]
-    assert [problem.num_ranks for problem in planned] == [1]
-    assert load(files / "killed" / "plan-1-ranks.json", Plan).problem.graph_digest == planned[0].graph_digest
+    options = PlanOptions(time_limit_s=1.0, placement="chain", seed=5)
+    plan = load(files / "plan2.json", Plan)
+    save(dataclasses.replace(plan, provenance={"options": to_data(options)}), files / "made.json")
+    command = [sys.executable, "-m", "mipipe.cli.main", "train", "--plan", str(files / "made.json"), "--graph",
+               str(files / "graph.json"), "--config", str(config), "--elastic", "--max-restarts", "3", "--timeout",
+               "500", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    losses, calm = json.loads(done.stdout)["losses"], undisturbed(files, STEPS).losses
+    assert tuple(losses[:8]) == calm[:8]  # step 8 was on disk when the fourth was killed
+    assert losses == pytest.approx(calm, rel=1e-5)
+    assert done.stderr.splitlines() == ["rank 1 lost: planning for 1 device"]
+    again = load(files / "killed" / "plan-1-ranks.json", Plan)
+    assert again.problem.graph_digest == plan.problem.graph_digest and again.problem.num_ranks == 1
+    assert options_of(again) == options
     assert not (files / "killed.orders").read_text()
 
 
@@ -223,6 +227,21 @@ def test_a_run_that_takes_too_long_is_ended(files):
     assert not workers_of(config)
 
 
+def test_no_worker_outlives_the_command(files):
+    """Whoever kills ``mipipe train`` has killed the run."""
+    config = write_config(files, "orphan", steps=1000, data=killing(files, "orphan", [], delay=0.2))
+    process = subprocess.Popen([sys.executable, "-m", "mipipe.cli.main", "train", "--plan", str(files / "plan2.json"),
+                                "--graph", str(files / "graph.json"), "--config", str(config)])
+    deadline = time.monotonic() + 60
+    while len(workers_of(config)) < 4 and time.monotonic() < deadline:  # the command, torchrun, two workers
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    while workers_of(config) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert time.monotonic() < deadline
+
+
 @pytest.mark.parametrize("change, error, message", [
     ({"stepz": 3}, InputError, "stepz"),
     ({"batch": 7}, InputError, "batch is 7, but 4 microbatches of 2 rows make 8"),
@@ -267,7 +286,7 @@ def test_kills_at_random_moments(files, round_):
     rng, stop, kills = random.Random(round_), threading.Event(), []
 
     def kill_now_and_then():
-        while len(kills) < 3 and not stop.wait(rng.uniform(3, 9)):
+        while len(kills) < 3 and not stop.wait(rng.uniform(2, 7)):
             victims = [pid for pid in workers_of(config) if b"torch.distributed.run" not in command_of(pid)]
             if victims:
                 kills.append(rng.choice(victims))
@@ -280,7 +299,7 @@ def test_kills_at_random_moments(files, round_):
     finally:
         stop.set()
         killer.join()
-    assert kills
+    assert len(kills) == 3
     assert result.losses == calm.losses
     for path in complete(files / name):
         verify(path, read_state(path))
