@@ -103,7 +103,12 @@ def _hold_saved(facts: Facts, times: Times, stage: int, microbatch: int, hold) -
         hold(rank, begin, end_i, scaled(group.saved_fi_bytes, group, microbatch))
         hold(rank, begin, end_w, scaled(group.saved_fw_bytes, group, microbatch))
         if back_i is not None and back_w is not None:
-            hold(rank, back_i[0], end_w, scaled(group.saved_iw_bytes, group, microbatch))
+            sizes = [group.saved_iw_bytes]
+            if all(found.i_ns is None and found.w_ns is not None for found in group.times.values()):
+                sizes += [edge.grad_bytes or 0 for edge in facts.plan.problem.edges
+                          if facts.plan.problem.groups[edge.source] is group]
+            for size in sizes:
+                hold(rank, back_i[0], end_w, scaled(size, group, microbatch))
 
 
 def _hold_workspace(facts: Facts, times: Times, action: Action, hold) -> None:

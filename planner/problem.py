@@ -15,9 +15,10 @@ The rules a schedule must keep (design: She et al., arXiv 2503.09357, extended b
   bandwidth``: one at a time puts bytes on the wire, and latency passes for several at once. Nothing is charged within a
   rank. All values between the same two stages for one microbatch and direction travel as one transfer.
 - Memory of a rank at a moment: resident bytes of its stages, + saved tensors (``saved_fi`` from the start of F to the
-  end of I, ``saved_fw`` to the end of W, ``saved_iw`` from the start of I to the end of W), + the running action's
-  workspace, + values in flight (at the sender from the end of the producer to the end of the transfer, at the receiver
-  from the posting of the receive to the start of the consumer, within a rank from producer's end to consumer's start).
+  end of I, ``saved_fw`` to the end of W, ``saved_iw`` from the start of I to the end of W, as are, in a stage with I,
+  the gradients of a group without one, whose W reads them), + the running action's workspace, + values in flight (at
+  the sender from the end of the producer to the end of the transfer, at the receiver from the posting of the receive to
+  the start of the consumer, within a rank from producer's end to consumer's start).
 - A group with several replicas ends the step with an all-reduce of its gradients, after the last W of every replica.
 """
 

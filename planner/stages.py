@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from mipipe.graphs.errors import PlanError
 from mipipe.planner.actions import ActionKind, Stream
-from mipipe.planner.plan import Placement
+from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import PlanningProblem
 
 
@@ -127,7 +127,9 @@ def view(problem: PlanningProblem, placement: Placement) -> StageView:
         w_ns.append(total("w_ns"))
         fi.append(size("saved_fi_bytes"))
         fw.append(size("saved_fw_bytes"))
-        iw.append(size("saved_iw_bytes"))
+        late = _late_gradients(problem, stage)
+        iw.append(tuple(saved + sum(_scaled(amount, loads, m) for amount, loads in late)
+                        for m, saved in enumerate(size("saved_iw_bytes"))))
         kept.append(size("recompute_bytes"))
         workspace.append(max(group.workspace_bytes for group in groups))
     resident = [0] * problem.num_ranks
@@ -143,6 +145,18 @@ def view(problem: PlanningProblem, placement: Placement) -> StageView:
     return StageView(problem, placement, tuple(streams), tuple(f_ns), tuple(i_ns), tuple(w_ns), tuple(fi), tuple(fw),
                      tuple(iw), tuple(kept), tuple(workspace), tuple(resident), edges, tuple(map(tuple, incoming)),
                      tuple(map(tuple, outgoing)))
+
+
+def _late_gradients(problem: PlanningProblem, stage: Stage) -> list[tuple[int, Sequence[float]]]:
+    """Bytes and loads of the gradients that wait from the stage's I for groups that have a W only."""
+    def has(group: int, phase: str) -> bool:
+        return any(getattr(times, phase) is not None for times in problem.groups[group].times.values())
+
+    late = {group for group in stage.groups if has(group, "w_ns") and not has(group, "i_ns")}
+    if not late or not any(has(group, "i_ns") for group in stage.groups):
+        return []
+    return [(edge.grad_bytes, problem.groups[edge.source].loads) for edge in problem.edges
+            if edge.source in late and edge.grad_bytes is not None]
 
 
 def _scaled(amount: int, loads: Sequence[float], microbatch: int) -> int:
