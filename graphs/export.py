@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from mipipe.graphs.cleaning import clean
 from mipipe.graphs.errors import GraphError, MipipeError
-from mipipe.graphs.joint import argument, make_constant
+from mipipe.graphs.joint import argument, make_constant, no_stack_traces
 
 aten = torch.ops.aten
 
@@ -59,7 +59,7 @@ def export_model(module: nn.Module, inputs: Mapping[str, Any], *, prefix: str = 
     if len(storages) < len(tensors):
         raise GraphError("example inputs: one tensor is given under two names; pass a copy, or they become one input")
     try:
-        with silence():
+        with silence(), no_stack_traces():
             program = torch.export.export(module, (), dict(inputs), strict=False)
     except MipipeError:
         raise

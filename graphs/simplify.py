@@ -1,4 +1,4 @@
-"""Rewrites of a traced graph that leave every result as it is: what autograd's formulas write down in vain.
+"""Rewrites of a traced graph that leave every result as it is: what autograd's formulas write down in vain, or at once.
 
 Powers of one, products with one, double transposes, equal views, and the two halves of a rotary embedding's gradient,
 which autograd pads with zeros and adds where a concatenation says the same.
@@ -78,3 +78,21 @@ def _merge_views(graph: fx.Graph) -> None:
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+
+
+def split_convolutions(graph: fx.Graph) -> None:
+    """Give each convolution_backward that makes input and weight gradients at once a twin for the latter.
+
+    Fused backwards of norms stay whole: their weight gradients are small, and splitting would keep more for W.
+    """
+    for node in [node for node in graph.nodes if str(node.target) == "aten.convolution_backward.default"]:
+        mask = list(node.args[10])
+        if not (mask[0] and (mask[1] or mask[2])):
+            continue
+        with graph.inserting_after(node):
+            twin = graph.call_function(node.target, (*node.args[:10], [False, *mask[1:]]), node.kwargs)
+        twin.meta.update(node.meta)
+        node.args = (*node.args[:10], [True, False, False])
+        for user in list(node.users):
+            if user.args[1] != 0:
+                user.args = (twin, user.args[1])
