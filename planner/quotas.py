@@ -208,7 +208,7 @@ HOT = 0.4
 """Temperature at the beginning of `tune`, in mean durations; it falls to 0."""
 
 TILT = 0.02
-
+"""Weight of the ranks' mean end in a rule's cost."""
 
 
 def vary(lines: Lines, rule: Rule, rng: np.random.Generator) -> Rule:
