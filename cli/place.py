@@ -1,22 +1,27 @@
-"""``mipipe place``: operators of a workload file on accelerators and cores, for throughput or for latency."""
+"""``mipipe place``: a workload file or a captured model on accelerators and cores, for throughput or for latency."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mipipe.cli.output import Json, Seed, TimeLimit, check_folder, emit, progress, stdout
 from mipipe.graphs.errors import InputError
 
+if TYPE_CHECKING:
+    from mipipe.planner.place_instance import PlaceInstance
+
 EXAMPLE = "mipipe place throughput.layer.bert24_training.json --json -o assignment.json"
 
 
 def place(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A workload of the placement benchmark (nodes with"
-                                                              " times and sizes, edges with transfer costs).")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A workload of the placement benchmark (nodes with times"
+                                                              " and sizes, edges with transfer costs), or as for"
+                                                              " `mipipe plan` an operator graph, a coarse graph or a"
+                                                              " planning problem.")],
     objective: Annotated[str | None, typer.Option(
         help="throughput (largest load) or latency (one sample). Default: latency for files named latency.*, else"
              " throughput.")] = None,
@@ -24,11 +29,17 @@ def place(
                                                                   " return.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The assignment to write (JSON: node id ->"
                                                                        " device).")] = None,
+    cluster: Annotated[Path | None, typer.Option(help="The cluster file (YAML) of a captured model: equal devices and"
+                                                      " their links.")] = None,
+    costs: Annotated[Path | None, typer.Option(help="A captured model's cost table (default: roofline"
+                                                    " estimates).")] = None,
+    groups: Annotated[int | None, typer.Option(help="Merge a captured model's operators into about this many"
+                                                    " groups.")] = None,
     time_limit: TimeLimit = 60.0,
     seed: Seed = 0,
     json_output: Json = False,
 ) -> None:
-    """Solve a device-placement workload: objective, bound, gap, seconds and the assignment."""
+    """Place operators on devices: objective (of captured models in ms), bound, gap, seconds and the assignment."""
     objective = objective or ("latency" if file.name.startswith("latency.") else "throughput")
     if objective not in ("throughput", "latency"):
         raise InputError(f"--objective {objective}: expected throughput or latency")
@@ -37,15 +48,14 @@ def place(
     check_folder(output, "--output")
     from mipipe.graphs.serialize import write_text
     from mipipe.planner.place import place as solve
-    from mipipe.planner.place_instance import read_instance
 
-    instance = read_instance(file)
+    instance = _instance(file, objective, cluster, costs, groups)
     with progress(f"placing {instance.name}") as update:
         result = solve(instance, objective=objective, contiguous=contiguous,  # type: ignore[arg-type]
                        time_limit_s=time_limit, seed=seed,
                        on_progress=lambda value, method: update(f"{objective} {value:.6g} by {method}"))
     data = {"file": str(file), "problem": objective, "objective": result.objective, "bound": result.bound,
-            "gap": result.gap, "seconds": round(result.seconds, 3), "method": result.method,
+            "gap": result.gap, "proven": result.gap == 0, "seconds": round(result.seconds, 3), "method": result.method,
             "assignment": result.assignment}
     if output is not None:
         write_text(output, json.dumps(data) + "\n")
@@ -60,3 +70,23 @@ def place(
     for device in result.assignment.values():
         devices[device] = devices.get(device, 0) + 1
     console.print(", ".join(f"{device}: {count} nodes" for device, count in sorted(devices.items())))
+
+
+def _instance(file: Path, objective: str, cluster: Path | None, costs: Path | None, groups: int | None) -> PlaceInstance:
+    """The workload of a file of either kind."""
+    from mipipe.graphs.serialize import load_data
+    from mipipe.planner.place_instance import read_instance
+
+    if str(load_data(file).get("format", "")).startswith("mipipe."):
+        if objective == "latency":
+            raise InputError(f"{file}: --objective latency is for placement workloads, whose cores run nodes as well;"
+                             " for one sample of a captured model use `mipipe plan --microbatches 1`")
+        from mipipe.cli.inputs import read_problem
+        from mipipe.planner.place_problem import instance_of
+
+        return instance_of(read_problem(file, cluster, None if cluster is None else 1, groups=groups, costs=costs))
+    for option, value in (("--cluster", cluster), ("--costs", costs), ("--groups", groups)):
+        if value is not None:
+            raise InputError(f"{file} is a placement workload, which names its own devices and times: {option} does not"
+                             " apply to it")
+    return read_instance(file)

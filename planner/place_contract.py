@@ -4,19 +4,57 @@ With a target T for the largest load, ``K * T`` less the compute the accelerator
 in sum. A value cut between two accelerators costs twice its cost, cut towards a CPU core once; so a value above that
 budget is never cut, and its source and readers are one. On operator graphs this merges most classes, which is what
 makes the MIP provable.
+
+Between two cores values are free, so with several cores only ends that no core can run in time T are made one.
+
+A *dear* value costs more than half of the budget. It can be cut only by paying once, so between one accelerator and
+a core, and two dear values cannot be cut together. With at most one core, every assignment within the target is
+therefore in one of two parts (`parts`): no dear value is cut, where all of them are contracted; or exactly one is. Each
+is cut once more by whether the second heaviest class is beside the heaviest. The relaxation of a MIP over the whole
+sees nothing of this.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mipipe.planner.place_instance import PlaceInstance
 
 
-def merge_above(instance: PlaceInstance, threshold: float) -> tuple[PlaceInstance, np.ndarray]:
-    """The instance with all values above ``threshold`` uncut, and the new class of every old one [class]."""
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of the search space: a contracted instance, the new class of every old one, and what else holds in it.
+
+    Exactly one of the values ``dear`` is cut (empty: says nothing). ``together``: whether the class that takes
+    accelerators second longest is on accelerator 0, where the longest is unless on a core (None: says nothing).
+    """
+
+    instance: PlaceInstance
+    merged: np.ndarray
+    dear: tuple[int, ...] = ()
+    together: bool | None = None
+
+
+def parts(instance: PlaceInstance, target: float) -> list[Part]:
+    """Parts that hold all assignments with loads of at most ``target``, most work first; see the module docstring."""
+    budget = transfer_budget(instance, target)
+    small, merged = merge_above(instance, budget, target)
+    dear = tuple(np.flatnonzero(small.value_cost > budget / 2).tolist())
+    if not dear or small.num_classes < 3 or instance.num_cpus > 1:
+        return [Part(small, merged)]
+    smaller, again = merge_above(small, budget / 2, target)
+    return [Part(smaller, again[merged], (), False), Part(small, merged, dear, False),
+            Part(smaller, again[merged], (), True), Part(small, merged, dear, True)]
+
+
+def merge_above(instance: PlaceInstance, threshold: float,
+                target: float | None = None) -> tuple[PlaceInstance, np.ndarray]:
+    """The instance with all values above ``threshold`` uncut, and the new class of every old one [class].
+
+    With ``target``, ends that two cores could run within it stay apart, as values between cores are free.
+    """
     parent = np.arange(instance.num_classes)
 
     def find(c: int) -> int:
@@ -25,9 +63,12 @@ def merge_above(instance: PlaceInstance, threshold: float) -> tuple[PlaceInstanc
             c = int(parent[c])
         return c
 
+    free = instance.cpu <= target if target is not None and instance.num_cpus > 1 else np.zeros(len(parent), bool)
     for v in np.flatnonzero(instance.value_cost > threshold):
+        source = int(instance.value_source[v])
         for reader in instance.readers[instance.reader_start[v]:instance.reader_start[v + 1]]:
-            parent[find(int(reader))] = find(int(instance.value_source[v]))
+            if not (free[source] and free[reader]):
+                parent[find(int(reader))] = find(source)
     roots = np.array([find(c) for c in range(instance.num_classes)])
     _, merged = np.unique(roots, return_inverse=True)
     return _merged(instance, merged), merged
@@ -55,11 +96,13 @@ def _merged(instance: PlaceInstance, merged: np.ndarray) -> PlaceInstance:
 def transfer_budget(instance: PlaceInstance, target: float) -> float:
     """Upper limit of what all transfers cost together in any assignment with loads of at most ``target``.
 
-    ``K * T`` minus the accelerators' compute, of which the cores take as much as fits their time (fractionally).
+    ``K * T`` minus the accelerators' compute, of which the cores take as much as fits their time (fractionally, of
+    classes that fit a core at all).
     """
     taken, room = 0.0, instance.num_cpus * target
+    allowed = np.flatnonzero(instance.cpu <= target)
     ratio = np.where(instance.cpu > 0, instance.acc / np.maximum(instance.cpu, 1e-300), np.inf)
-    for c in np.argsort(-ratio):
+    for c in allowed[np.argsort(-ratio[allowed])]:
         share = 1.0 if instance.cpu[c] <= room else room / instance.cpu[c]
         taken += share * instance.acc[c]
         room -= share * instance.cpu[c]

@@ -13,9 +13,9 @@ outputs; CPU nodes run as soon as their inputs are there. Minimise the last fini
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -53,6 +53,19 @@ class _Workload(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
+class Node:
+    """A node to place: its times on an accelerator and on a core, bytes, and the class it shares a device with."""
+
+    id: int | str
+    acc: float
+    cpu: float
+    size: float
+    colour: Hashable
+    supported: bool = True
+    backward: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class PlaceInstance:
     """A workload in arrays. Classes are numbered in a topological order of their first nodes.
 
@@ -66,7 +79,7 @@ class PlaceInstance:
     num_accelerators: int
     num_cpus: int
     memory: float
-    node_ids: tuple[int, ...]
+    node_ids: tuple[int | str, ...]
     node_class: np.ndarray
     node_acc: np.ndarray
     node_cpu: np.ndarray
@@ -124,36 +137,45 @@ def read_instance(path: Path) -> PlaceInstance:
     except nx.NetworkXUnfeasible:
         cycle = " -> ".join(str(a) for a, _ in nx.find_cycle(graph))
         raise InputError(f"{where}: the graph has a cycle: {cycle}") from None
-    return _contract(path.stem, raw, graph, order, cost)
-
-
-def _contract(name: str, raw: _Workload, graph: nx.DiGraph, order: list[int], cost: dict[int, float]) -> PlaceInstance:
-    nodes = {node.id: node for node in raw.nodes}
-    numbers: dict[Any, int] = {}
-    class_of = {}
-    for key in order:
-        colour = nodes[key].colorClass
-        class_of[key] = numbers.setdefault(("node", key) if colour is None else ("class", colour), len(numbers))
-    count = len(numbers)
-    sums = np.zeros((3, count))
-    supported = np.ones(count, dtype=bool)
-    for key in order:
-        node = nodes[key]
-        sums[:, class_of[key]] += (node.fpgaLatency, node.cpuLatency, node.size)
-        supported[class_of[key]] &= node.supportedOnFpga
-    values: dict[tuple[int, tuple[int, ...]], float] = {}
-    for key in order:
-        readers = tuple(sorted({class_of[reader] for reader in graph.successors(key)} - {class_of[key]}))
-        if readers and cost[key] > 0:
-            values[class_of[key], readers] = values.get((class_of[key], readers), 0.0) + cost[key]
-    starts = np.cumsum([0, *(len(readers) for _, readers in values)])
     position = {key: place for place, key in enumerate(order)}
-    edges = sorted((position[a], position[b]) for a, b in graph.edges)
+    by_id = {node.id: node for node in raw.nodes}
+    nodes = [Node(key, node.fpgaLatency, node.cpuLatency, node.size,
+                  ("node", key) if node.colorClass is None else ("class", node.colorClass), node.supportedOnFpga,
+                  node.isBackwardNode) for key, node in ((key, by_id[key]) for key in order)]
+    values = [(position[key], sorted(position[reader] for reader in graph.successors(key)), cost[key])
+              for key in order if graph.out_degree(key)]
+    return contract(path.stem, (raw.maxFPGAs, raw.maxCPUs, raw.maxSizePerFPGA), nodes, values)
+
+
+def contract(name: str, devices: tuple[int, int, float], nodes: Sequence[Node],
+             values: Sequence[tuple[int, Sequence[int], float]]) -> PlaceInstance:
+    """The instance of nodes in topological order.
+
+    Args:
+        name: for messages.
+        devices: accelerators, cores, and the memory of an accelerator.
+        nodes: in topological order.
+        values: (position of the source, positions of the readers, time to move it at either end).
+    """
+    numbers: dict[Hashable, int] = {}
+    class_of = [numbers.setdefault(node.colour, len(numbers)) for node in nodes]
+    sums = np.zeros((3, len(numbers)))
+    supported = np.ones(len(numbers), dtype=bool)
+    for node, c in zip(nodes, class_of, strict=True):
+        sums[:, c] += (node.acc, node.cpu, node.size)
+        supported[c] &= node.supported
+    node_cost = np.zeros(len(nodes))
+    merged: dict[tuple[int, tuple[int, ...]], float] = {}
+    for source, reading, cost in values:
+        node_cost[source] += cost
+        readers = tuple(sorted({class_of[reader] for reader in reading} - {class_of[source]}))
+        if readers and cost > 0:
+            merged[class_of[source], readers] = merged.get((class_of[source], readers), 0.0) + cost
+    edges = sorted({(source, reader) for source, reading, _ in values for reader in reading})
     return PlaceInstance(
-        name, raw.maxFPGAs, raw.maxCPUs, raw.maxSizePerFPGA, tuple(order),
-        np.array([class_of[key] for key in order]), np.array([nodes[key].fpgaLatency for key in order]),
-        np.array([nodes[key].cpuLatency for key in order]), np.array([cost.get(key, 0.0) for key in order]),
-        np.array([nodes[key].isBackwardNode for key in order]), np.array(edges, dtype=np.int64).reshape(-1, 2),
-        sums[0], sums[1], sums[2], supported, np.array([source for source, _ in values], dtype=np.int64),
-        np.array(list(values.values())), starts.astype(np.int64),
-        np.array([reader for _, readers in values for reader in readers], dtype=np.int64))
+        name, *devices, tuple(node.id for node in nodes), np.array(class_of), np.array([node.acc for node in nodes]),
+        np.array([node.cpu for node in nodes]), node_cost, np.array([node.backward for node in nodes]),
+        np.array(edges, dtype=np.int64).reshape(-1, 2), sums[0], sums[1], sums[2], supported,
+        np.array([source for source, _ in merged], dtype=np.int64), np.array(list(merged.values())),
+        np.cumsum([0, *(len(readers) for _, readers in merged)]).astype(np.int64),
+        np.array([reader for _, readers in merged for reader in readers], dtype=np.int64))

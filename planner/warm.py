@@ -8,6 +8,8 @@ from __future__ import annotations
 from mipipe.planner import greedy, search
 from mipipe.planner.instance import build
 from mipipe.planner.options import PlanOptions
+from mipipe.planner.place import place
+from mipipe.planner.place_instance import Node, contract
 from mipipe.planner.proposals import propose
 from mipipe.planner.scale import BIG_ACTIONS
 from mipipe.planner.solve import plan
@@ -16,7 +18,7 @@ from mipipe.planner.uniform import uniform_problem
 
 
 def warm() -> None:
-    """Compile the kernels of lists, of the search and of large problems; about half a minute."""
+    """Compile the kernels of lists, of the search, of large problems and of `place`; about a minute."""
     small = uniform_problem(ranks=2, microbatches=4, f=3, i=4, w=2, comm=1, copies=1, activations=2)
     instance = build(view(small, next(propose(small, "chain"))))
     orders = greedy.schedule(instance, greedy.RULES[0])
@@ -25,6 +27,10 @@ def warm() -> None:
     large = uniform_problem(ranks=4, microbatches=BIG_ACTIONS // 12 + 1, f=3, i=4, w=2, activations=3)
     for problem in (small, large):
         plan(problem, PlanOptions(time_limit_s=2.0, placement="v", use_milp=False, use_baselines=False))
+    nodes = [Node(n, 1.0, 2.0, 1.0, n) for n in range(3)]
+    chain = contract("chain", (2, 1, 9.0), nodes, [(0, [1], 0.1), (1, [2], 0.1)])
+    for objective in ("throughput", "latency"):
+        place(chain, objective=objective, time_limit_s=0.1)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -8,73 +8,75 @@
 
 Equal devices are told apart by giving class k only to the first k + 1 of them. Contiguous: with
 ``after[n, d] >= x[a, d] - x[n, d]`` and ``after[n, d] >= after[a, d]`` along forward edges a -> n,
-``after[n, d] + x[n, d] <= 1``. With the start's value as a cutoff and the classes contracted by `place_contract`, HiGHS
-proves operator graphs of 128 to 227 classes in seconds; `free` restricts a solve to the classes of some devices
-(fix-and-optimise) where the whole is too large.
+``after[n, d] + x[n, d] <= 1``. Where exactly one of the dear values of a `Part` is cut, ``z[v] = 1`` says which:
+``sum_d in[v, d] + out[v, d] <= z[v]``, ``|x[s, d] - x[r, d]| <= z[v]``, and ``sum_v z[v] = 1``.
+
+With the value known as a cutoff and the classes contracted by `place_contract`, HiGHS proves operator graphs of 128
+to 227 classes in seconds to a minute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable
 
 import numpy as np
 import pyomo.environ as pyo
 
 from mipipe.planner.milp import highs
+from mipipe.planner.place_contract import Part
 from mipipe.planner.place_instance import PlaceInstance
 
+WITHOUT_HEURISTICS = {"mip_heuristic_effort": 0.0}
+"""Annealing finds the assignments; HiGHS is here to prove."""
 
-def solve(instance: PlaceInstance, start: np.ndarray, target: float, *, time_limit_s: float, seed: int,
-          contiguous: bool = False,
-          free: Collection[int] | None = None) -> tuple[np.ndarray | None, highs.SolverOutcome]:
-    """An assignment [class] with a load below ``target`` if one was found, and the solver's outcome.
+
+def solve(part: Part, target: float, *, time_limit_s: float, seed: int, contiguous: bool = False,
+          stop: Callable[[], bool] | None = None) -> tuple[np.ndarray | None, highs.SolverOutcome]:
+    """An assignment [class of the part] with a load below ``target`` if one was found, and the solver's outcome.
 
     Args:
-        instance: contracted or not.
-        start: a feasible assignment; with ``free``, classes on other devices stay where it puts them.
-        target: only better loads are of interest; INFEASIBLE then proves that none exists.
+        part: the instance, contracted or not, and what else holds.
+        target: only better loads are of interest; INFEASIBLE then proves that the part has none.
         time_limit_s: wall-clock limit.
         seed: HiGHS's random seed.
         contiguous: forward nodes of each device must be contiguous.
-        free: devices whose classes may move among each other; all if None.
+        stop: asked now and then; true ends the solve.
     """
+    instance = part.instance
     model = pyo.ConcreteModel()
-    devices = range(instance.num_devices)
-    classes = range(instance.num_classes)
+    devices, classes = range(instance.num_devices), range(instance.num_classes)
     model.x = pyo.Var(classes, devices, domain=pyo.Binary)
     model.T = pyo.Var(bounds=(0, target))
     model.goal = pyo.Objective(expr=model.T)
-    movable = set(devices) if free is None else set(free)
-    for c in classes:
-        for d in devices:
-            if start[c] in movable:
-                if d not in movable or (d < instance.num_accelerators and not instance.supported[c]):
-                    model.x[c, d].fix(0)
-            else:
-                model.x[c, d].fix(int(start[c] == d))
-    if free is None:
-        _break_symmetry(instance, model)
-    model.once = pyo.Constraint(classes, rule=lambda m, c: (
-        sum(m.x[c, d] for d in devices) == 1 if start[c] in movable else pyo.Constraint.Skip))
-    accelerators = [d for d in range(instance.num_accelerators) if d in movable]
-    _add_loads(instance, model, accelerators, [d for d in movable if d >= instance.num_accelerators])
+    for c in np.flatnonzero(~instance.supported).tolist():
+        for d in range(instance.num_accelerators):
+            model.x[c, d].fix(0)
+    _break_symmetry(instance, model, part.together)
+    model.once = pyo.Constraint(classes, rule=lambda m, c: sum(m.x[c, d] for d in devices) == 1)
+    _add_loads(instance, model)
+    if part.dear:
+        _cut_one(instance, model, part.dear)
     if contiguous:
-        _add_contiguity(instance, model, movable)
-    outcome = highs.solve(model, time_limit_s=time_limit_s, seed=seed, threads=2, cutoff=target)
+        _add_contiguity(instance, model)
+    outcome = highs.solve(model, time_limit_s=time_limit_s, seed=seed, cutoff=target, stop=stop,
+                          options=WITHOUT_HEURISTICS)
     if not outcome.has_solution:
         return None, outcome
-    values = np.array([[pyo.value(model.x[c, d]) for d in devices] for c in classes])
+    values = np.array([[0.0 if model.x[c, d].fixed else pyo.value(model.x[c, d]) for d in devices] for c in classes])
     return values.argmax(axis=1), outcome
 
 
-def _break_symmetry(instance: PlaceInstance, model: pyo.ConcreteModel) -> None:
+def _break_symmetry(instance: PlaceInstance, model: pyo.ConcreteModel, together: bool | None) -> None:
     heaviest = np.argsort(-instance.acc, kind="stable")
     for place, c in enumerate(heaviest[:instance.num_accelerators]):
         for d in range(place + 1, instance.num_accelerators):
             model.x[int(c), d].fix(0)
+    if together is not None:
+        model.beside = pyo.Constraint(expr=model.x[int(heaviest[1]), 0] == int(together))
 
 
-def _add_loads(instance: PlaceInstance, model: pyo.ConcreteModel, accelerators: list[int], cores: list[int]) -> None:
+def _add_loads(instance: PlaceInstance, model: pyo.ConcreteModel) -> None:
+    accelerators = range(instance.num_accelerators)
     values = range(len(instance.value_source))
     classes = range(instance.num_classes)
     model.enter = pyo.Var(values, accelerators, bounds=(0, 1))
@@ -92,17 +94,33 @@ def _add_loads(instance: PlaceInstance, model: pyo.ConcreteModel, accelerators: 
                        + sum(float(instance.value_cost[v]) * (model.enter[v, d] + model.leave[v, d]) for v in values)
                        <= model.T)
         if instance.size.sum() > instance.memory:
-            model.busy.add(sum(float(instance.size[c] / instance.memory) * model.x[c, d] for c in classes) <= 1)
-    for d in cores:
+            model.busy.add(sum(float(instance.size[c] / instance.size.max()) * model.x[c, d] for c in classes)
+                           <= float(instance.memory / instance.size.max()))
+    for d in range(instance.num_accelerators, instance.num_devices):
         model.busy.add(sum(float(instance.cpu[c]) * model.x[c, d] for c in classes) <= model.T)
 
 
-def _add_contiguity(instance: PlaceInstance, model: pyo.ConcreteModel, devices: Collection[int]) -> None:
+def _cut_one(instance: PlaceInstance, model: pyo.ConcreteModel, dear: tuple[int, ...]) -> None:
+    accelerators = range(instance.num_accelerators)
+    model.z = pyo.Var(dear, domain=pyo.Binary)
+    model.one = pyo.ConstraintList()
+    model.one.add(sum(model.z[v] for v in dear) == 1)
+    for v in dear:
+        model.one.add(sum(model.enter[v, d] + model.leave[v, d] for d in accelerators) <= model.z[v])
+        source = int(instance.value_source[v])
+        for reader in instance.readers[instance.reader_start[v]:instance.reader_start[v + 1]].tolist():
+            for d in accelerators:
+                model.one.add(model.x[source, d] - model.x[reader, d] <= model.z[v])
+                model.one.add(model.x[reader, d] - model.x[source, d] <= model.z[v])
+
+
+def _add_contiguity(instance: PlaceInstance, model: pyo.ConcreteModel) -> None:
+    devices = range(instance.num_devices)
     nodes = [n for n in range(len(instance.node_class)) if not instance.node_backward[n]]
-    model.after = pyo.Var(nodes, sorted(devices), bounds=(0, 1))
+    model.after = pyo.Var(nodes, devices, bounds=(0, 1))
     model.convex = pyo.ConstraintList()
     classes = instance.node_class
-    for d in sorted(devices):
+    for d in devices:
         for n in nodes:
             model.convex.add(model.after[n, d] + model.x[int(classes[n]), d] <= 1)
         for a, b in instance.edges.tolist():

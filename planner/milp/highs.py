@@ -64,7 +64,8 @@ class _Matrix:
 def solve(model: pyo.ConcreteModel, *, time_limit_s: float, seed: int, threads: int = 1, warm_start: bool = False,
           gap: float = 1e-6, absolute_gap: float = 1e-6, cutoff: float | None = None,
           on_incumbent: Callable[[float, np.ndarray], None] | None = None,
-          on_bound: Callable[[float], None] | None = None, options: dict[str, Any] | None = None) -> SolverOutcome:
+          on_bound: Callable[[float], None] | None = None, stop: Callable[[], bool] | None = None,
+          options: dict[str, Any] | None = None) -> SolverOutcome:
     """The outcome of minimising or maximising a linear Pyomo model; variable values are set if there is a solution.
 
     Args:
@@ -78,6 +79,7 @@ def solve(model: pyo.ConcreteModel, *, time_limit_s: float, seed: int, threads: 
         cutoff: only solutions better than this are of interest (minimisation).
         on_incumbent: called with (objective, values in `variables` order) at every improvement, in the solver's thread.
         on_bound: called when the proven bound moves, in the solver's thread.
+        stop: asked now and then, in the solver's thread; true ends the solve as Ctrl-C does.
         options: further HiGHS options.
     """
     began = time.monotonic()
@@ -96,7 +98,7 @@ def solve(model: pyo.ConcreteModel, *, time_limit_s: float, seed: int, threads: 
     if warm_start:
         _set_start(solver, matrix)
     solver.setOptionValue("time_limit", max(0.05, time_limit_s - (time.monotonic() - began)))
-    seen = _run(solver, on_incumbent, on_bound)
+    seen = _run(solver, on_incumbent, on_bound, stop)
     return _outcome(solver, matrix, seen, time.monotonic() - began)
 
 
@@ -160,12 +162,14 @@ class _Seen:
 
 
 def _run(solver: highspy.Highs, on_incumbent: Callable[[float, np.ndarray], None] | None,
-         on_bound: Callable[[float], None] | None) -> _Seen:
+         on_bound: Callable[[float], None] | None, asked: Callable[[], bool] | None) -> _Seen:
     """Run HiGHS in a second thread and note its progress."""
     stop = threading.Event()
     seen = _Seen()
 
     def watch(event: Any) -> None:
+        if asked is not None and asked():
+            stop.set()
         if stop.is_set():
             event.interrupt()
         bound = event.data_out.mip_dual_bound

@@ -11,6 +11,7 @@ import pytest
 from mipipe.graphs.costs import CostTable
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import load
+from mipipe.planner.plan import Plan
 
 CLUSTER = """\
 format: mipipe.cluster
@@ -62,6 +63,18 @@ def work(tmp_path_factory: pytest.TempPathFactory, mipipe) -> Path:
 def inside(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(work)
     monkeypatch.syspath_prepend(str(work))
+
+
+def test_a_captured_model_is_placed(mipipe, work: Path) -> None:
+    """The groups that plan places, on the same two devices, by their measured times."""
+    placed = mipipe("place", "graph.json", "--cluster", "cluster.yaml", "--costs", "costs.json", "--time-limit", "2",
+                    "--json").data
+    groups = load(work / "plan.json", Plan).problem.groups
+    assert placed["assignment"].keys() == {group.name for group in groups}
+    assert set(placed["assignment"].values()) <= {"acc0", "acc1"} and placed["proven"]
+    work_ms = [group.times["cpu"].total_ns / 1e6 for group in groups]
+    assert max(max(work_ms), sum(work_ms) / 2) <= placed["objective"] * (1 + 1e-9) <= sum(work_ms) * (1 + 1e-6)
+    assert "--cluster" in mipipe("place", "graph.json").error
 
 
 def test_the_chain_of_files_fits_together(mipipe, work: Path) -> None:

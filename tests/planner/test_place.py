@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mipipe.graphs.errors import InfeasibleError, InputError
-from mipipe.planner.place import max_load, place
-from mipipe.planner.place_contract import merge_above, transfer_budget
+from mipipe.planner.milp import device_placement
+from mipipe.planner.milp.highs import Termination
+from mipipe.planner.place import place
+from mipipe.planner.place_contract import merge_above, parts, transfer_budget
 from mipipe.planner.place_instance import PlaceInstance, read_instance
-from mipipe.planner.place_latency import _Arrays
+from mipipe.planner.place_latency_kernels import graph_of, latency_of
+from mipipe.planner.place_problem import instance_of
+from mipipe.planner.place_throughput import max_load
+from mipipe.planner.place_workers import Job, run_jobs
+from mipipe.planner.uniform import uniform_problem
 
 
 def workload(times: list[int], edges: list[tuple[int, int]], costs: list[int], *, accelerators: int = 2, cpus: int = 1,
@@ -83,31 +91,100 @@ def test_throughput_is_optimal_on_tiny_graphs(graph, contiguous: bool, tmp_path_
 
 
 @settings(max_examples=10, deadline=None)
-@given(graph=graphs, seed=st.integers(0, 1000))
-def test_contraction_keeps_loads_and_never_hides_the_optimum(graph, seed: int, tmp_path_factory) -> None:
-    data = workload(*graph)
+@given(graph=graphs, cpus=st.integers(0, 2), seed=st.integers(0, 1000))
+def test_contraction_keeps_loads_and_never_hides_the_optimum(graph, cpus: int, seed: int, tmp_path_factory) -> None:
+    data = workload(*graph, cpus=cpus)
     instance = read_instance(write(tmp_path_factory.mktemp("place"), data))
-    loads = {device: judge(data, device) for device in itertools.product(range(3), repeat=len(data["nodes"]))}
-    best = min(loads.values())
-    small, merged = merge_above(instance, transfer_budget(instance, best))
-    device = np.random.default_rng(seed).integers(0, 3, small.num_classes)
+    devices = range(2 + cpus)
+    best = min(judge(data, device) for device in itertools.product(devices, repeat=len(data["nodes"])))
+    small, merged = merge_above(instance, transfer_budget(instance, best), best)
+    device = np.random.default_rng(seed).integers(0, 2 + cpus, small.num_classes)
     assert max_load(small, device) == pytest.approx(max_load(instance, device[merged]))
-    still = min(max_load(small, np.array(choice)) for choice in itertools.product(range(3), repeat=small.num_classes))
+    still = min(max_load(small, np.array(choice)) for choice in itertools.product(devices, repeat=small.num_classes))
     assert still == pytest.approx(best)
+
+
+def test_a_value_between_two_cores_is_free(tmp_path: Path) -> None:
+    """Accelerators too slow to help: the two nodes go to two cores although their value is dearer than any budget."""
+    data = workload([20, 20], [(0, 1)], [1000, 0], accelerators=1, cpus=2)
+    for node in data["nodes"]:
+        node["cpuLatency"] = 15
+    result = place(read_instance(write(tmp_path, data)), time_limit_s=2)
+    assert result.objective == 15 and result.gap == 0
+
+
+@settings(max_examples=8, deadline=None)
+@given(graph=graphs, cpus=st.integers(0, 2), seed=st.integers(0, 1000))
+def test_parts_hold_the_optimum_and_nothing_better(graph, cpus: int, seed: int, tmp_path_factory) -> None:
+    data = workload(*graph, cpus=cpus)
+    instance = read_instance(write(tmp_path_factory.mktemp("place"), data))
+    best = min(judge(data, device) for device in itertools.product(range(2 + cpus), repeat=len(data["nodes"])))
+    found = []
+    for part in parts(instance, best * (1 + 1e-4)):
+        device, _ = device_placement.solve(part, best * (1 + 1e-4), time_limit_s=10, seed=seed)
+        if device is not None:
+            found.append(max_load(instance, device[part.merged]))
+    assert min(found) == pytest.approx(best)
+    for part in parts(instance, best * (1 - 1e-4)):
+        outcome = device_placement.solve(part, best * (1 - 1e-4), time_limit_s=10, seed=seed)[1]
+        assert outcome.termination is Termination.INFEASIBLE
+
+
+def test_a_dear_value_is_cut_once(tmp_path: Path) -> None:
+    """Budget 5, values of 5: at most one may be cut, towards the core; the optimum does."""
+    data = workload([10, 1, 10], [(0, 1), (1, 2)], [5, 5, 0], accelerators=1)
+    data["nodes"][0]["cpuLatency"] = 16
+    instance = read_instance(write(tmp_path, data))
+    assert transfer_budget(instance, 16.0) == pytest.approx(5.0)
+    assert [(part.instance.num_classes, len(part.dear)) for part in parts(instance, 16.0)] == [
+        (1, 0), (3, 2), (1, 0), (3, 2)]
+    result = place(instance, time_limit_s=2)
+    assert result.objective == 16 and result.gap == 0
+    assert result.assignment == {"0": "cpu0", "1": "acc0", "2": "acc0"}
+
+
+def test_captured_problems_are_placed_by_the_same_code() -> None:
+    """Four equal stages of a chain on two devices: loads and transfers follow from the problem."""
+    problem = uniform_problem(ranks=2, microbatches=4, f=2, i=3, w=1, comm=1)
+    result = place(instance_of(problem), time_limit_s=2)
+    assert result.assignment.keys() == {group.name for group in problem.groups}
+    assert len(set(result.assignment.values())) == 2
+    work = sum(group.times["device"].total_ns for group in problem.groups) / 2
+    crossed = sum(problem.topology.transfer_ns(0, 1, size) for size in (problem.edges[0].num_bytes,
+                                                                      problem.edges[0].grad_bytes or 0))
+    assert result.objective == pytest.approx((work + crossed) / 1e6) and result.gap == 0
+
+
+def test_jobs_end_at_the_deadline_and_results_are_taken() -> None:
+    taken: list[int] = []
+
+    def job(number: int) -> Job:
+        def work(stop: np.ndarray) -> Callable[[], None]:
+            while number and not stop[0]:
+                time.sleep(0.01)
+            return lambda: taken.append(number)
+        return work
+
+    began = time.monotonic()
+    run_jobs((job(number) for number in itertools.count()), threads=2, seconds=0.2, enough=lambda: False)
+    assert 0.15 < time.monotonic() - began < 2
+    assert sorted(taken) == [0, 1, 2]
+    run_jobs((job(number) for number in itertools.count()), threads=1, seconds=60, enough=lambda: len(taken) > 3)
+    assert len(taken) == 4
 
 
 def test_latency_counts_transfers_and_waits(tmp_path: Path) -> None:
     """Two nodes in a row: one subgraph 2 + 3; two subgraphs pay the transfer on both sides; a split piece waits."""
     data = workload([2, 3], [(0, 1)], [4, 0])
-    graph = _Arrays(read_instance(write(tmp_path, data)))
-    assert graph.latency(np.array([0, 0])) == 5
-    assert graph.latency(np.array([0, 4])) == 2 + 4 + 4 + 3
-    assert graph.latency(np.array([0, 1])) == 2 + 4 + 4 + 3
-    assert graph.latency(np.array([-1, 0])) == 10 + 4 + 3
-    triple = _Arrays(read_instance(write(tmp_path, workload([1, 1, 1], [(0, 1), (1, 2)], [1, 1, 0]))))
-    assert triple.latency(np.array([0, -1, 0])) == np.inf  # not contiguous: it waits for itself
-    assert triple.latency(np.array([0, -1, 1])) == (1 + 1) + 5 + (1 + 1)
-    assert triple.latency(np.array([1, -1, 0])) == np.inf  # subgraphs run in the order of their numbers
+    graph = graph_of(read_instance(write(tmp_path, data)))
+    assert latency_of(graph, np.array([0, 0])) == 5
+    assert latency_of(graph, np.array([0, 4])) == 2 + 4 + 4 + 3
+    assert latency_of(graph, np.array([0, 1])) == 2 + 4 + 4 + 3
+    assert latency_of(graph, np.array([-1, 0])) == 10 + 4 + 3
+    triple = graph_of(read_instance(write(tmp_path, workload([1, 1, 1], [(0, 1), (1, 2)], [1, 1, 0]))))
+    assert latency_of(triple, np.array([0, -1, 0])) == np.inf  # not contiguous: it waits for itself
+    assert latency_of(triple, np.array([0, -1, 1])) == (1 + 1) + 5 + (1 + 1)
+    assert latency_of(triple, np.array([1, -1, 0])) == np.inf  # subgraphs run in the order of their numbers
 
 
 def test_latency_is_optimal_where_memory_forces_a_split(tmp_path: Path) -> None:
