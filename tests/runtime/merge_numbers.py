@@ -1,0 +1,25 @@
+"""What the numeric checks of merge methods share: tensors in double, comparisons, merges in memory."""
+
+import torch
+
+from mipipe.runtime.merge.method import merge_tensors
+from mipipe.runtime.merge.registry import BY_METHOD
+
+
+def tensor(*rows):
+    return torch.tensor(rows[0] if len(rows) == 1 else list(rows), dtype=torch.float64)
+
+
+def close(found, expected, tolerance=1e-6):
+    torch.testing.assert_close(torch.as_tensor(found, dtype=torch.float64),
+                               torch.as_tensor(expected, dtype=torch.float64), rtol=0, atol=tolerance)
+
+
+def merged(name, base, models, **params):
+    params = {key.removesuffix("_"): value for key, value in params.items()}
+    return merge_tensors(BY_METHOD[name], base, models, params)
+
+
+def deltas(name, *taus, **params):
+    """The merged delta over a zero base."""
+    return merged(name, torch.zeros_like(taus[0]), list(taus), **params)
