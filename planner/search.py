@@ -34,6 +34,9 @@ TURNS = ("wall", "eased", "price", "eased", "fresh")
 """How rounds differ: memory is a wall or has a price, from the best orders; a wall, from a fresh list schedule; or
 ``eased``: a search with ``EASE`` times the memory goes on for a round, and what it found is squeezed back by price."""
 
+LARGE_TURNS = ("wall", "wall", "price", "wall", "eased")
+"""The same for instances of `LARGE` nodes and more, where a round is too short for a detour or another beginning."""
+
 EASE = 4 / 3
 
 PRICE, LOW_PRICE = 0.5, 0.05
@@ -134,10 +137,11 @@ def facts(instance: Instance) -> Facts:
 
 def _begin_round(search: Search) -> None:
     rng = np.random.default_rng((search.seed, search.rounds))
-    turn = ("wall", "wall", "fresh")[search.rounds % 3] if search.plain else TURNS[search.rounds % len(TURNS)]
+    small = search.instance.size < LARGE
+    turns = ("wall", "wall", "fresh") if search.plain else TURNS if small else LARGE_TURNS
+    turn = turns[search.rounds % len(turns)]
     fresh = lists.best_list(search.instance, int(rng.integers(1 << 30)), 100) if turn == "fresh" else None
     search.current = (search.best if fresh is None else fresh).seq.copy()
-    small = search.instance.size < LARGE
     if search.rounds == 0:
         search.hot = 0.5 if small else COLD
     else:
