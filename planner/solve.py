@@ -244,8 +244,8 @@ def _periodic(run: Run) -> None:
 
 
 POLISHED = 4_000
-"""Nodes up to which windows are worth a tenth of the time: of 5,120 (two streams, 16 x 64) they made 4,976 into 4,964 in
-6 s, annealing 4,764."""
+"""Nodes up to which windows are worth a tenth of the time: with 5,120 (two streams, 16 x 64) they made 4,976 into 4,964
+in 6 s, annealing 4,764."""
 
 
 def _proofs(run: Run) -> None:
