@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mipipe.graphs.checkpoint_files import CheckpointFiles, StoredTensor
 from mipipe.graphs.errors import InputError
@@ -47,17 +46,15 @@ class UnitBuilder:
 
     def __init__(self, recipe: MergeRecipe, known: Mapping[str, CheckpointFiles], where: str) -> None:
         self.recipe, self.where, self.filters = recipe, where, Filters()
-        self.known = known
+        self.reference = open_participant(self.reference_label, known, recipe.base_model)
+        self.prefix = decoder_prefix(self.reference)
+        models = [*self.all_models(), *([RecipeModel(recipe.base_model, names=recipe.base_names)]
+                                        if recipe.base_model else [])]
+        names = {model.model: model.names for model in models if model.names}
         self.opened: dict[str, Participant] = {}
-        reference = self.open(self.reference_label, ())
-        self.reference = reference
-        self.prefix = decoder_prefix(reference)
-        for model in self.all_models():
-            self.opened.pop(model.model, None) if model.names else None
-            self.open(model.model, model.names)
-        if recipe.base_model is not None:
-            self.opened.pop(recipe.base_model, None) if recipe.base_names else None
-            self.open(recipe.base_model, recipe.base_names)
+        for label in dict.fromkeys([self.reference_label, *(model.model for model in models)]):
+            found = open_participant(label, known, recipe.base_model)
+            self.opened[label] = renamed(found, names.get(label, ()), self.reference.tensors)
         self.labels = list(self.opened)
         self.vocabulary = self.join_vocabularies()
         self.untied = self.heads_differ()
@@ -74,13 +71,6 @@ class UnitBuilder:
         """The model whose architecture the output has."""
         first = self.recipe.models[0].model if self.recipe.models else self.recipe.slices[0].sources[0].model
         return self.recipe.architecture or self.recipe.base_model or first
-
-    def open(self, label: str, names: Any) -> Participant:
-        if label not in self.opened:
-            found = open_participant(label, self.known, self.recipe.base_model)
-            reference = self.reference.tensors if hasattr(self, "reference") else found.tensors
-            self.opened[label] = renamed(found, names, reference)
-        return self.opened[label]
 
     def heads_differ(self) -> bool:
         """Whether some merged model has a head of its own while another's is its embedding."""

@@ -188,6 +188,8 @@ def parse_recipe(data: Any, where: str) -> MergeRecipe:
                          " 1")
     if recipe.adapter is not None:
         _check_adapter_rule(recipe, recipe.adapter, where)
+    for rules in (recipe.base_names, *(model.names for model in recipe.models)):
+        _check_name_rules(rules, where)
     _check_method(recipe.merge_method, recipe.models, recipe.base_model, recipe.parameters, where)
     for number, piece in enumerate(recipe.slices):
         _check_slice(recipe, piece, f"{where}: slices[{number}]")
@@ -207,6 +209,16 @@ def _python_names(data: Any) -> Any:
         renamed = {"from": "source", "to": "target"} if set(data) == {"from", "to"} else {}
         return {renamed.get(key, key): _python_names(item) for key, item in data.items()}
     return [_python_names(item) for item in data] if isinstance(data, list) else data
+
+
+def _check_name_rules(rules: Literal["auto"] | tuple[NameRule, ...], where: str) -> None:
+    for rule in rules:
+        try:
+            if isinstance(rule, NameRule):
+                re.sub(rule.source, rule.target, "")
+        except re.error as error:
+            raise InputError(f"{where}: names: from {rule.source!r} to {rule.target!r} is no substitution of regular"
+                             f" expressions: {error}") from None
 
 
 def _check_adapter_rule(recipe: MergeRecipe, rule: AdapterRule, where: str) -> None:

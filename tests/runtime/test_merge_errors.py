@@ -65,6 +65,8 @@ def cut(file, num_bytes):
     ({"parameters": {"weight": [{"filter": "re:mlp(", "value": 1.0}, {"value": 0.5}]}},
      ["weight: filter 're:mlp(' is no regular expression"]),
     ({"models": ["./expert1"]}, ["models[0]: expected a mapping (found './expert1')"]),
+    ({"base_names": [{"from": "model.(", "to": "x"}]}, ["names: from 'model.(' to 'x' is no substitution"]),
+    ({"models": [{"model": "a", "names": [{"from": "(a)", "to": r"\2"}]}]}, ["names: from '(a)'", "invalid group"]),
     ({"models": {"model": "./expert1"}}, ["models: expected a list"]),
     ({"merge_method": "passthrough"}, ["passthrough merges 1 model, found 2"]),
     ({"chat_template": "chatml"}, ["chat_template: found 'chatml', expected auto", "Jinja"]),
