@@ -105,8 +105,10 @@ def _hold_saved(facts: Facts, times: Times, stage: int, microbatch: int, hold) -
         if back_i is not None and back_w is not None:
             sizes = [group.saved_iw_bytes]
             if all(found.i_ns is None and found.w_ns is not None for found in group.times.values()):
-                sizes += [edge.grad_bytes or 0 for edge in facts.plan.problem.edges
-                          if facts.plan.problem.groups[edge.source] is group]
+                groups = facts.plan.problem.groups
+                sizes += [edge.grad_bytes or 0 for edge in facts.plan.problem.edges if groups[edge.source] is group
+                          and any(found.i_ns is not None for other in edge.targets
+                                  for found in groups[other].times.values())]
             for size in sizes:
                 hold(rank, back_i[0], end_w, scaled(size, group, microbatch))
 

@@ -218,7 +218,11 @@ def memory_at(plan: Plan, timeline: Timeline, program, rank: int, now: int) -> i
                 total += scaled(group.saved_fi_bytes, group, m) * (begin.start_ns <= now < end_i)
                 total += scaled(group.saved_fw_bytes, group, m) * (begin.start_ns <= now < end_w)
                 if back_i and back_w:
-                    total += scaled(group.saved_iw_bytes, group, m) * (back_i.start_ns <= now < end_w)
+                    late = [edge.grad_bytes or 0 for edge in problem.edges if problem.groups[edge.source] is group
+                            and group.times["a"].i_ns is None and group.times["a"].w_ns is not None
+                            and any(problem.groups[other].times["a"].i_ns is not None for other in edge.targets)]
+                    for size in (group.saved_iw_bytes, *late):
+                        total += scaled(size, group, m) * (back_i.start_ns <= now < end_w)
     posted = posting_times(timeline, program, rank)
     moved = {(span.label): span for span in timeline.spans if span.stream is Stream.CHANNEL}
     for edge in problem.edges:
