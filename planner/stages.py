@@ -156,7 +156,7 @@ def _late_gradients(problem: PlanningProblem, stage: Stage) -> list[tuple[int, S
     if not late or not any(has(group, "i_ns") for group in stage.groups):
         return []
     return [(edge.grad_bytes, problem.groups[edge.source].loads) for edge in problem.edges
-            if edge.source in late and edge.grad_bytes is not None and any(has(other, "i_ns") for other in edge.targets)]
+            if edge.source in late and edge.grad_bytes is not None and any(has(at, "i_ns") for at in edge.targets)]
 
 
 def _scaled(amount: int, loads: Sequence[float], microbatch: int) -> int:
