@@ -69,22 +69,27 @@ def merge(
     cap = None if memory is None else parse_bytes(memory, "--memory")
     size = parse_bytes(shard_size, "--shard-size")
     del methods  # its callback has done it
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"{device!r} is neither cpu nor cuda", param_hint="--device")
+    if store and route is not None:
+        raise typer.BadParameter("rebuilds what --store made before; give one of them", param_hint="--route")
+    record = None if timeline is None else str(timeline)
     if store or route is not None:
         from mipipe.runtime.merge.launch import MergeOptions
 
         if dtype is not None:
             raise typer.BadParameter("parts and what is rebuilt from them have the models' dtypes; leave it out",
                                      param_hint="--dtype")
-        _parts(recipe, output, route, MergeOptions(ranks, device, cap, size, dtype), dry_run, json_output)
+        _parts(recipe, output, route, MergeOptions(ranks, device, cap, size, timeline=record), dry_run, json_output)
         return
     if dry_run:
-        _dry_run(_plans(recipe, output, ranks, cap, size, dtype), timeline, json_output)
+        _dry_run(_plans(recipe, output, ranks, cap, size, dtype), record, json_output)
         return
     from mipipe.runtime.merge.launch import MergeOptions
     from mipipe.runtime.merge.launch import merge as run
     from mipipe.runtime.merge.output import partial_folder
 
-    options = MergeOptions(ranks, device, cap, size, dtype, None if timeline is None else str(timeline))
+    options = MergeOptions(ranks, device, cap, size, dtype, record)
     try:
         with progress("merging") as update:
             result = run(recipe, output, options, lambda done, total: update(f"{done / max(1, total):.0%}"))
@@ -135,7 +140,7 @@ def _parts(recipe: Path, output: Path, route: str | None, options: MergeOptions,
         if len(recipes) > 1:
             raise InputError(f"{recipe}: has {len(recipes)} recipes; parts are stored of one")
         if dry_run:
-            _dry_run(store.plan_store(recipes[0], output, str(recipe), options), None, json_output)
+            _dry_run(store.plan_store(recipes[0], output, str(recipe), options), options.timeline, json_output)
             return
         made = store.store(recipes[0], output, str(recipe), options)
     else:
@@ -144,7 +149,7 @@ def _parts(recipe: Path, output: Path, route: str | None, options: MergeOptions,
         except ValueError:
             raise InputError(f"--route: found {route!r}, expected numbers such as 0,1,0") from None
         if dry_run:
-            _dry_run([store.plan_rebuild(recipe, output, weights, options)], None, json_output)
+            _dry_run([store.plan_rebuild(recipe, output, weights, options)], options.timeline, json_output)
             return
         made = store.rebuild(recipe, output, weights, options)
     if json_output:
@@ -174,7 +179,7 @@ def _plans(recipe: Path, output: Path, ranks: int, cap: int | None, size: int, d
     return plan_chain(recipes, str(recipe), output, ranks, cap, size, dtype)
 
 
-def _dry_run(plans: list[MergePlan], timeline: Path | None, json_output: bool) -> None:
+def _dry_run(plans: list[MergePlan], timeline: str | None, json_output: bool) -> None:
     """Show what merges would do, by simulating their programs."""
     from mipipe.graphs.serialize import save
     from mipipe.planner.merge_lower import lower_merge

@@ -28,6 +28,8 @@ def build(recipe: MergeRecipe, where: str = "recipe",
     rules = _slice_rules(builder) if recipe.slices else _model_rules(builder)
     _check_leftovers(builder, {name for name, _ in rules})
     units = tuple(sorted((builder.unit(name, rule) for name, rule in rules), key=lambda unit: unit.name))
+    if not units:
+        raise InputError(f"{where}: its branches drop every tensor")
     builder.filters.check(where)
     models = tuple(_source(label, found) for label, found in builder.opened.items())
     rule = recipe.vocabulary

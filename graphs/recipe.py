@@ -212,10 +212,9 @@ def _python_names(data: Any) -> Any:
 
 
 def _check_name_rules(rules: Literal["auto"] | tuple[NameRule, ...], where: str) -> None:
-    for rule in rules:
+    for rule in rules if rules != "auto" else ():
         try:
-            if isinstance(rule, NameRule):
-                re.sub(rule.source, rule.target, "")
+            re.sub(rule.source, rule.target, "")
         except re.error as error:
             raise InputError(f"{where}: names: from {rule.source!r} to {rule.target!r} is no substitution of regular"
                              f" expressions: {error}") from None

@@ -175,6 +175,8 @@ def run_plan(plan: MergePlan, out: Path, options: MergeOptions,
         MipipeError: as the failing rank raised it.
     """
     device = worker.device_of(options.device, 0)
+    if options.timeline is not None and not Path(options.timeline).absolute().parent.is_dir():
+        raise InputError(f"--timeline {options.timeline}: its folder does not exist; make it first")
     worker.begin(plan, out)
     if options.num_ranks == 1:
         total, done = plan.graph.write_bytes, 0

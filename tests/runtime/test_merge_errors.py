@@ -65,6 +65,7 @@ def cut(file, num_bytes):
     ({"parameters": {"weight": [{"filter": "re:mlp(", "value": 1.0}, {"value": 0.5}]}},
      ["weight: filter 're:mlp(' is no regular expression"]),
     ({"models": ["./expert1"]}, ["models[0]: expected a mapping (found './expert1')"]),
+    ({"branches": [{"tensors": ".", "merge_method": "drop"}]}, ["its branches drop every tensor"]),
     ({"base_names": [{"from": "model.(", "to": "x"}]}, ["names: from 'model.(' to 'x' is no substitution"]),
     ({"models": [{"model": "a", "names": [{"from": "(a)", "to": r"\2"}]}]}, ["names: from '(a)'", "invalid group"]),
     ({"models": {"model": "./expert1"}}, ["models: expected a list"]),
@@ -280,13 +281,15 @@ def test_adapters_that_do_not_fit(root):
     (["--memory", "lots"], 1, "--memory: found 'lots'"),
     (["--dtype", "int4"], 2, "int4"),
     (["--ranks", "0"], 2, "--ranks"),
-    (["--device", "tpu"], 1, "expected cpu or cuda"),
+    (["--device", "tpu"], 2, "neither cpu nor cuda"),
+    (["--store", "--route", "0,1"], 2, "rebuilds what --store"),
+    (["--timeline", "nowhere/t.json"], 1, "its folder does not exist"),
 ])
 def test_the_command_line(root, options, code, words):
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe(root)))
     result = CliRunner().invoke(app, ["merge", str(root / "recipe.yaml"), "-o", str(root / "out"), *options])
     assert result.exit_code == code and words in result.output
-    assert not (root / "out").exists()
+    assert not list(root.glob("out*"))
 
 
 def test_ctrl_c_says_how_to_continue(root, monkeypatch):

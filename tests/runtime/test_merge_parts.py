@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from mipipe.cli.main import app
 from mipipe.graphs.recipe import parse_recipe
+from mipipe.graphs.serialize import load
+from mipipe.planner.timeline import Timeline
 from mipipe.runtime.merge import parts as parts_module
 from mipipe.runtime.merge.launch import MergeOptions, merge, run_plan
 from mipipe.runtime.merge.store import plan_rebuild, plan_store, rebuild, store
@@ -86,7 +88,8 @@ def test_the_command_line_stores_and_rebuilds(tmp_path):
     def run(*arguments):
         return CliRunner().invoke(app, ["merge", *map(str, arguments)])
 
-    stored = run(tmp_path / "r.yaml", "-o", tmp_path / "parts", "--store", "--json")
+    stored = run(tmp_path / "r.yaml", "-o", tmp_path / "parts", "--store", "--json", "--timeline", tmp_path / "t.json")
+    assert load(tmp_path / "t.json", Timeline).origin == "measured"
     assert stored.exit_code == 0 and json.loads(stored.output)["experts"] == [f"{tmp_path}/expert{n}" for n in (1, 2)]
     assert run(tmp_path / "parts", "-o", tmp_path / "two", "--route", "0,1").exit_code == 0
     merge(tmp_path / "r.yaml", tmp_path / "one")
