@@ -97,6 +97,11 @@ def merge(
         if partial_folder(output).exists():
             log(f"mipipe: {partial_folder(output)} keeps what is done; the same command continues from it")
         raise
+    _tell(result, json_output)
+
+
+def _tell(result: MergeResult, json_output: bool) -> None:
+    """What a finished merge did."""
     if result.plan is None:
         _tell_adapter(result, json_output)
         return
@@ -111,7 +116,7 @@ def merge(
     resumed = sum(report["resumed"] for report in result.reports)
     console.print(f"{result.out}: {len(result.plan.graph.units)} tensors"
                   f"{f' ({resumed} by an earlier run)' if resumed else ''}, {format_bytes(written)} written in"
-                  f" {result.seconds:.1f} s on {ranks} rank{'s' if ranks > 1 else ''}, peak memory beyond the bare"
+                  f" {result.seconds:.1f} s on {_count(len(result.reports), 'rank')}, peak memory beyond the bare"
                   f" process {format_bytes(max(report['peak_bytes'] for report in result.reports))}")
 
 
