@@ -57,22 +57,23 @@ class Line:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table that is worked out when it is asked for."""
+    """A line of the table that is worked out, from a seed, when it is asked for."""
 
     name: str
-    line: Callable[[], Line]
+    line: Callable[[int], Line]
 
 
 def solved(section: str, name: str, problem: PlanningProblem, limit_s: float, **more: Any) -> Row:
     """The row of one planned problem; ``more`` is what `solve_line` takes."""
-    return Row(name, lambda: solve_line(section, name, problem, limit_s, **more))
+    return Row(name, partial(solve_line, section, name, problem, limit_s, **more))
 
 
-def solve_line(section: str, name: str, problem: PlanningProblem, limit_s: float, *, target: float | None = None,
-               placement: str = "free", reference: str = "", show: Callable[[SolveResult], str] | None = None) -> Line:
+def solve_line(section: str, name: str, problem: PlanningProblem, limit_s: float, seed: int, *,
+               target: float | None = None, placement: str = "free", reference: str = "",
+               show: Callable[[SolveResult], str] | None = None) -> Line:
     """The line of one planned problem."""
     began = time.monotonic()
-    result = plan(problem, PlanOptions(time_limit_s=limit_s, placement=placement))  # type: ignore[arg-type]
+    result = plan(problem, PlanOptions(time_limit_s=limit_s, placement=placement, seed=seed))  # type: ignore[arg-type]
     seconds = time.monotonic() - began
     scope = "free" if placement == "free" else placement
     how = f"{result.rung} at {result.plan.placement.name}" if result.plan else f"{result.termination}: {result.reason}"
@@ -154,9 +155,9 @@ def scale(factor: float) -> Iterator[Row]:
         yield Row(name, partial(scale_line, name, problem, limit * factor))
 
 
-def scale_line(name: str, problem: PlanningProblem, limit_s: float) -> Line:
+def scale_line(name: str, problem: PlanningProblem, limit_s: float, seed: int) -> Line:
     """The line of a large problem; its target is a gap of 3 %, or the best baseline where that is less."""
-    line = solve_line("scale", name, problem, limit_s)
+    line = solve_line("scale", name, problem, limit_s, seed)
     best = best_baseline(problem)
     target = min(1.03 * line.bound if line.bound else float("inf"), best[0] if best else float("inf"))
     return replace(line, target=round(target, 3), reference=f"best baseline within the caps: {best[1]} {best[0]:g}"
@@ -186,6 +187,7 @@ def main() -> int:
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"some of: {', '.join(SECTIONS)}")
     parser.add_argument("--rows", default="", metavar="TEXT", help="only rows with this text in their names")
     parser.add_argument("--seconds", type=float, default=1.0, help="factor on every time limit")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the lines to this file")
     arguments = parser.parse_args()
     unknown = set(arguments.sections) - set(SECTIONS)
@@ -198,7 +200,7 @@ def main() -> int:
     for row in itertools.chain.from_iterable(todo):
         if arguments.rows not in row.name:
             continue
-        line = row.line()
+        line = row.line(arguments.seed)
         lines.append(line)
         print(shown(line), flush=True)
     missed = [line for line in lines if not line.met]
