@@ -138,7 +138,7 @@ def facts(instance: Instance) -> Facts:
 def _begin_round(search: Search) -> None:
     rng = np.random.default_rng((search.seed, search.rounds))
     small = search.instance.size < LARGE
-    turns = ("wall", "wall", "fresh") if search.plain else TURNS if small else LARGE_TURNS
+    turns = (("wall", "wall", "fresh") if small else ("wall",)) if search.plain else TURNS if small else LARGE_TURNS
     turn = turns[search.rounds % len(turns)]
     fresh = lists.best_list(search.instance, int(rng.integers(1 << 30)), 100) if turn == "fresh" else None
     search.current = (search.best if fresh is None else fresh).seq.copy()
