@@ -36,7 +36,7 @@ from mipipe.graphs.operator_graph import (
     TensorSpec,
     Value,
 )
-from mipipe.graphs.serialize import digest
+from mipipe.graphs.serialize import digest, load, save
 from mipipe.graphs.topology import Topology
 from mipipe.graphs.trace import build_phase
 from mipipe.planner.calibrate import calibrate
@@ -104,7 +104,7 @@ def sleeping(unit_ns: int) -> Callable[..., Any]:
     """A stand-in for `build_phase` whose functions take the phase's planned duration, asleep.
 
     A sleep ends late by what waking up takes (0.1 ms here), a function of work would not: the usual delay is learnt and
-    slept less, and what is then left, a few microseconds, is waited for.
+    slept less. Nothing spins until the exact end: eight ranks share two cores, and who spins keeps another waiting.
     """
     def build(trace: SegmentTrace, phase: Phase, device: Any = "cpu", given: Any = None, handing: bool = False) -> Any:
         function = build_phase(trace, phase, device, handing=handing)
@@ -117,11 +117,8 @@ def sleeping(unit_ns: int) -> Callable[..., Any]:
             nonlocal late
             end = time.perf_counter_ns() + duration
             result = function(*arguments)
-            goal = end - late
-            time.sleep(max(0, goal - time.perf_counter_ns()) / 1e9)
-            late += max(-STEP_NS, min(STEP_NS, (time.perf_counter_ns() - goal - late) // 8))
-            while time.perf_counter_ns() < end:
-                pass
+            time.sleep(max(0, end - late - time.perf_counter_ns()) / 1e9)
+            late += max(-STEP_NS, min(STEP_NS, (time.perf_counter_ns() - end) // 8))
             return result
 
         return slow
@@ -135,13 +132,24 @@ def wake_in_time() -> None:
         ctypes.CDLL(None).prctl(29, 1, 0, 0, 0)  # PR_SET_TIMERSLACK, in nanoseconds
 
 
-def plans(problem: PlanningProblem, names: list[str], seconds: float) -> list[Plan]:
+def our_plan(problem: PlanningProblem, seconds: float, path: Path | None) -> Plan:
+    """What the planner makes of the problem; the order in a file, where there is one, made before for another unit."""
+    if path is not None and path.exists():
+        made = load(path, Plan)
+        return Plan(made.name, problem, made.placement, made.schedule)
+    result = solve(problem, PlanOptions(time_limit_s=seconds, threads=2))
+    if result.plan is None:
+        raise RuntimeError(f"no plan: {result.reason}")
+    if path is not None:
+        save(result.plan, path)
+    return result.plan
+
+
+def plans(problem: PlanningProblem, names: list[str], seconds: float, path: Path | None) -> list[Plan]:
     """The named baselines and our plan. Rank 0 solves; all get the same."""
     made: list[Any] = [None]
     if dist.get_rank() == 0:
-        chosen = [item.plan(problem) for item in BASELINES if item.name in names]
-        result = solve(problem, PlanOptions(time_limit_s=seconds, threads=2))
-        made = [chosen + ([result.plan] if result.plan else [])]
+        made = [[item.plan(problem) for item in BASELINES if item.name in names] + [our_plan(problem, seconds, path)]]
     dist.broadcast_object_list(made)
     return made[0]
 
@@ -170,6 +178,7 @@ def main() -> None:
     parser.add_argument("--schedules", nargs="+", default=["1F1B", "ZB-V", "DualPipe"])
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--time-limit", type=float, default=20, help="seconds for our plan")
+    parser.add_argument("--plan", type=Path, help="our plan: read from here, or, where there is none, made and kept")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -182,7 +191,7 @@ def main() -> None:
         ranks = dist.get_world_size()
         graph, problem = build_problem(2 * ranks, ranks, options.microbatches, unit_ns)
         state = {item.fqn: torch.eye(WIDTH) for item in graph.parameters}
-        for plan in plans(problem, options.schedules, options.time_limit):
+        for plan in plans(problem, options.schedules, options.time_limit, options.plan):
             engine = Engine(plan, graph, state, options=EngineOptions(share_loss=False))
             timelines = []
             for _ in range(options.repetitions + 2):
@@ -195,8 +204,8 @@ def main() -> None:
                 print(f"{plan.name:24} unit {unit_ms:4g} ms: simulated {row['simulated_ms']:9.1f} ms, measured"
                       f" {row['measured_ms']:9.1f} ms, ratio {row['ratio']:.3f}, calibrated {row['calibrated']:.3f}",
                       flush=True)
-    if options.output and dist.get_rank() == 0:
-        options.output.write_text(json.dumps({"ranks": dist.get_world_size(), "rows": rows}, indent=1) + "\n")
+                if options.output:
+                    options.output.write_text(json.dumps({"ranks": ranks, "rows": rows}, indent=1) + "\n")
     dist.destroy_process_group()
 
 
