@@ -9,9 +9,9 @@ Between two cores values are free, so with several cores only ends that no core 
 
 A *dear* value costs more than half of the budget. It can be cut only by paying once, so between one accelerator and
 a core, and two dear values cannot be cut together. With at most one core, every assignment within the target is
-therefore in one of two parts (`parts`): no dear value is cut, where all of them are contracted; or exactly one is. Each
-is cut once more by whether the second heaviest class is beside the heaviest. The relaxation of a MIP over the whole
-sees nothing of this.
+therefore in one of two parts (`parts`): no dear value is cut, where all of them are contracted; or exactly one is, and
+the others contracted say which of its ends, if any, a core can run in time. Each is cut once more by whether the second
+heaviest class is beside the heaviest. The relaxation of a MIP over the whole sees nothing of this.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from mipipe.planner.place_instance import PlaceInstance
 class Part:
     """A part of the search space: a contracted instance, the new class of every old one, and what else holds in it.
 
-    Exactly one of the values ``dear`` is cut (empty: says nothing). ``together``: whether the class that takes
-    accelerators second longest is on accelerator 0, where the longest is unless on a core (None: says nothing).
+    Exactly one of the values ``dear`` is cut (empty: says nothing), and then its class in ``on_core``, if it has one
+    there, is on the core. ``together``: whether the class that takes accelerators second longest is on accelerator 0,
+    where the longest is unless on a core (None: says nothing).
     """
 
     instance: PlaceInstance
     merged: np.ndarray
     dear: tuple[int, ...] = ()
+    on_core: tuple[int | None, ...] = ()
     together: bool | None = None
 
 
@@ -41,12 +43,33 @@ def parts(instance: PlaceInstance, target: float) -> list[Part]:
     """Parts that hold all assignments with loads of at most ``target``, most work first; see the module docstring."""
     budget = transfer_budget(instance, target)
     small, merged = merge_above(instance, budget, target)
-    dear = tuple(np.flatnonzero(small.value_cost > budget / 2).tolist())
+    dear = np.flatnonzero(small.value_cost > budget / 2).tolist()
     if not dear or small.num_classes < 3 or instance.num_cpus > 1:
         return [Part(small, merged)]
     smaller, again = merge_above(small, budget / 2, target)
-    return [Part(smaller, again[merged], (), False), Part(small, merged, dear, False),
-            Part(smaller, again[merged], (), True), Part(small, merged, dear, True)]
+    ends = [(v, end) for v in dear for end in _core_ends(small, v, budget / 2, target)]
+    cut, on_core = tuple(v for v, _ in ends), tuple(end for _, end in ends)
+    found = [Part(smaller, again[merged], together=together) for together in (False, True)]
+    return found + [Part(small, merged, cut, on_core, together) for together in (False, True) if cut]
+
+
+def _core_ends(small: PlaceInstance, v: int, threshold: float, target: float) -> list[int | None]:
+    """What the core must hold if value v is the only one above the threshold that is cut.
+
+    Empty where no end fits the core, so that v is not cut at all; else one class, or None where it may be either end.
+    """
+    costs = small.value_cost.copy()
+    costs[v] = 0.0
+    one, merged = merge_above(replace(small, value_cost=costs), threshold, target)
+    source = int(small.value_source[v])
+    readers = [int(r) for r in small.readers[small.reader_start[v]:small.reader_start[v + 1]]
+               if merged[r] != merged[source]]
+    may_read = [r for r in readers if one.cpu[merged[r]] <= target]
+    if not small.num_cpus or not readers:
+        return []
+    if one.cpu[merged[source]] <= target:
+        return [None] if may_read else [source]
+    return [None] if len(may_read) > 1 else list(may_read)
 
 
 def merge_above(instance: PlaceInstance, threshold: float,

@@ -6,10 +6,14 @@
 - minimise T with ``sum_c acc[c] x[c, d] + sum_v cost[v] (in[v, d] + out[v, d]) <= T`` on accelerators and
   ``sum_c cpu[c] x[c, d] <= T`` on cores.
 
+All transfers together are within the `transfer_budget` B of the target, and each is paid a whole number of times; so
+for any cost c, ``sum_v floor(cost[v] / c) (in + out)[v] <= floor(B / c)`` (Chvatal-Gomory).
+
 Equal devices are told apart by giving class k only to the first k + 1 of them. Contiguous: with
 ``after[n, d] >= x[a, d] - x[n, d]`` and ``after[n, d] >= after[a, d]`` along forward edges a -> n,
 ``after[n, d] + x[n, d] <= 1``. Where exactly one of the dear values of a `Part` is cut, ``z[v] = 1`` says which:
-``sum_d in[v, d] + out[v, d] <= z[v]``, ``|x[s, d] - x[r, d]| <= z[v]``, and ``sum_v z[v] = 1``.
+``sum_d in[v, d] + out[v, d] <= z[v]``, ``|x[s, d] - x[r, d]| <= z[v]``, ``sum_v z[v] = 1``, and no two accelerators
+share it: ``x[s, d] + sum_{e != d} x[r, e] <= 1``; the end that must be on the core is there if ``z[v] = 1``.
 
 With the value known as a cutoff and the classes contracted by `place_contract`, HiGHS proves operator graphs of 128
 to 227 classes in seconds to a minute.
@@ -23,8 +27,11 @@ import numpy as np
 import pyomo.environ as pyo
 
 from mipipe.planner.milp import highs
-from mipipe.planner.place_contract import Part
+from mipipe.planner.place_contract import Part, transfer_budget
 from mipipe.planner.place_instance import PlaceInstance
+
+MANY, DISTINCT = 50, 10
+"""Rounding rows: for values of which the budget allows fewer than this; most rows."""
 
 WITHOUT_HEURISTICS = {"mip_heuristic_effort": 0.0}
 """Annealing finds the assignments; HiGHS is here to prove."""
@@ -54,8 +61,9 @@ def solve(part: Part, target: float, *, time_limit_s: float, seed: int, contiguo
     _break_symmetry(instance, model, part.together)
     model.once = pyo.Constraint(classes, rule=lambda m, c: sum(m.x[c, d] for d in devices) == 1)
     _add_loads(instance, model)
+    _whole_payments(instance, model, target)
     if part.dear:
-        _cut_one(instance, model, part.dear)
+        _cut_one(part, model)
     if contiguous:
         _add_contiguity(instance, model)
     outcome = highs.solve(model, time_limit_s=time_limit_s, seed=seed, cutoff=target, stop=stop,
@@ -71,7 +79,7 @@ def _break_symmetry(instance: PlaceInstance, model: pyo.ConcreteModel, together:
     for place, c in enumerate(heaviest[:instance.num_accelerators]):
         for d in range(place + 1, instance.num_accelerators):
             model.x[int(c), d].fix(0)
-    if together is not None:
+    if together is not None and len(heaviest) > 1:
         model.beside = pyo.Constraint(expr=model.x[int(heaviest[1]), 0] == int(together))
 
 
@@ -100,18 +108,34 @@ def _add_loads(instance: PlaceInstance, model: pyo.ConcreteModel) -> None:
         model.busy.add(sum(float(instance.cpu[c]) * model.x[c, d] for c in classes) <= model.T)
 
 
-def _cut_one(instance: PlaceInstance, model: pyo.ConcreteModel, dear: tuple[int, ...]) -> None:
+def _whole_payments(instance: PlaceInstance, model: pyo.ConcreteModel, target: float) -> None:
+    values, accelerators = range(len(instance.value_source)), range(instance.num_accelerators)
+    budget = transfer_budget(instance, target)
+    costs = np.unique(instance.value_cost.round(9))
+    costs = costs[(costs > 0) & (costs * MANY > budget) & (costs <= budget)]
+    model.whole = pyo.ConstraintList()
+    for unit in costs[::-1][:DISTINCT].tolist():
+        often = np.floor(instance.value_cost / unit + 1e-9)
+        model.whole.add(sum(float(often[v]) * (model.enter[v, d] + model.leave[v, d])
+                            for v in values if often[v] for d in accelerators) <= float(np.floor(budget / unit + 1e-6)))
+
+
+def _cut_one(part: Part, model: pyo.ConcreteModel) -> None:
+    instance, dear = part.instance, part.dear
     accelerators = range(instance.num_accelerators)
     model.z = pyo.Var(dear, domain=pyo.Binary)
     model.one = pyo.ConstraintList()
     model.one.add(sum(model.z[v] for v in dear) == 1)
-    for v in dear:
+    for v, end in zip(dear, part.on_core, strict=True):
+        if end is not None:
+            model.one.add(model.x[end, instance.num_accelerators] >= model.z[v])
         model.one.add(sum(model.enter[v, d] + model.leave[v, d] for d in accelerators) <= model.z[v])
         source = int(instance.value_source[v])
         for reader in instance.readers[instance.reader_start[v]:instance.reader_start[v + 1]].tolist():
             for d in accelerators:
                 model.one.add(model.x[source, d] - model.x[reader, d] <= model.z[v])
                 model.one.add(model.x[reader, d] - model.x[source, d] <= model.z[v])
+                model.one.add(model.x[source, d] + sum(model.x[reader, e] for e in accelerators if e != d) <= 1)
 
 
 def _add_contiguity(instance: PlaceInstance, model: pyo.ConcreteModel) -> None:

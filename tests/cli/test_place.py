@@ -47,7 +47,7 @@ def test_a_planning_problem_is_placed(mipipe, folder: Path) -> None:
     ({"maxCPUs": 0, "maxSizePerFPGA": 12}, "maxSizePerFPGA must be at least 15"),
     ({"maxCPUs": 0, "maxFPGAs": 0}, "no devices"),
     ({"nodes": []}, "nodes"),
-    ({"edges": [{"sourceId": 2, "destId": 2, "cost": 1}]}, "cycle: 2 -> 2"),
+    ({"edges": [{"sourceId": 2, "destId": 2, "cost": 1}]}, "cycle: 2"),
 ])
 def test_bad_workloads_say_why_in_one_line(mipipe, data: dict, tmp_path: Path, change: dict, message: str) -> None:
     ended = mipipe("place", write(tmp_path, data | change), "--time-limit", 1)

@@ -136,8 +136,8 @@ def test_a_dear_value_is_cut_once(tmp_path: Path) -> None:
     data["nodes"][0]["cpuLatency"] = 16
     instance = read_instance(write(tmp_path, data))
     assert transfer_budget(instance, 16.0) == pytest.approx(5.0)
-    assert [(part.instance.num_classes, len(part.dear)) for part in parts(instance, 16.0)] == [
-        (1, 0), (3, 2), (1, 0), (3, 2)]
+    assert [(part.instance.num_classes, part.dear, part.on_core) for part in parts(instance, 16.0)] == [
+        (1, (), ()), (1, (), ()), (3, (0,), (0,)), (3, (0,), (0,))]
     result = place(instance, time_limit_s=2)
     assert result.objective == 16 and result.gap == 0
     assert result.assignment == {"0": "cpu0", "1": "acc0", "2": "acc0"}
