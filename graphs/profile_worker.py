@@ -107,16 +107,22 @@ def in_turn(lot: Sequence[Candidate]) -> Steps:
 
 def warm_up(lot: Sequence[Candidate], device: torch.device, options: ProfileOptions) -> int:
     """Run some rounds; returns how many fill the time that the options give the lot's groups."""
-    clock = time.perf_counter if device.type == "cuda" else time.thread_time
-    single = 0.0
+    clock = _clock(device)
+    single = 0
     for _ in range(options.warmup + 1):
         begin = clock()
         for item, phase in in_turn(lot):
             item.run.run(phase)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        single = max(clock() - begin, 1e-6)
-    return max(options.samples, round(options.seconds * len(lot) / single))
+        single = max(clock() - begin, 1000)
+    return max(options.samples, round(options.seconds * 1e9 * len(lot) / single))
+
+
+def _clock(device: torch.device) -> Callable[[], int]:
+    """Nanoseconds: CPU time of one thread, which unlike the wall clock leaves out the moments in which others ran."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time_ns if alone else time.perf_counter_ns
 
 
 def measure(lot: Sequence[Candidate], device: torch.device, rounds: int) -> dict[str, dict[str, list[float]]]:
@@ -130,8 +136,8 @@ def measure(lot: Sequence[Candidate], device: torch.device, rounds: int) -> dict
 
 
 def _time_cpu(steps: Steps, rounds: int) -> Iterator[list[float]]:
-    """CPU time of one thread: unlike the wall clock it does not count the moments in which others ran."""
-    clock = time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
+    """By the clock between one phase and the next."""
+    clock = _clock(torch.device("cpu"))
     for _ in range(rounds):
         marks = [clock()]
         for item, phase in steps:
