@@ -4,8 +4,9 @@
 2. Prove by MIP, part by part (`place_contract.parts`), where the contracted instance is small enough for that to end;
    of a larger one HiGHS gets one thread for a short while, for a bound better than the average load.
 3. Anneal on with longer runs until the time is over, afresh and, a little warmed, from the best: layer graphs are load
-   balancing, which the MIP hardly improves. Of resnet50_inference (177 layers, 60 s, two cores), HiGHS on the busiest
-   devices by twos and threes reached 33.42 to 33.57, this 33.32.
+   balancing, which the MIP hardly improves. resnet50_inference (177 layers, 60 s, two threads, one seed each): 33.343
+   and 33.319 with fresh runs only. Warming was tried apart, on four seeds of 3 million moves with another temperature
+   each: all improved on their fresh run (to 33.33 to 33.39); it has not been compared at equal time.
 """
 
 from __future__ import annotations
