@@ -42,6 +42,8 @@ class OpGroup:
     """Equal for groups with equal traces in equal order: they share one profile."""
     collective: bool = False
     """All segments are collectives (all-to-all): they run on the communication stream."""
+    moves_buffers: bool = False
+    """F changes buffers (batch statistics), one microbatch after the other: the group has one replica."""
 
 
 @dataclass(frozen=True, slots=True)

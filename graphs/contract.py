@@ -80,6 +80,7 @@ def _group(index: GraphIndex, members: Sequence[int], name: str) -> OpGroup:
         _tags(index, members),
         _structure(index, members),
         all(is_collective(index.traces[member]) for member in members),
+        any(index.traces[member].buffer_updates for member in members),
     )
 
 

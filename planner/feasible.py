@@ -17,7 +17,7 @@ from mipipe.planner.cuts import resident_room
 from mipipe.planner.instance import Instance, build
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.proposals import all_placements, resident_bytes
+from mipipe.planner.proposals import all_placements, keeps_single, resident_bytes
 from mipipe.planner.stages import view
 
 
@@ -66,7 +66,12 @@ def one_at_a_time(instance: Instance) -> np.ndarray:
 def why_infeasible(problem: PlanningProblem, name: str) -> str:
     """One line: the device, the bytes lacking, and what would do, at the allowed placement that lacks least."""
     found: list[Shortage] = []
-    for placement in all_placements(problem, name):
+    offered = list(all_placements(problem, name))
+    allowed = [placement for placement in offered if keeps_single(problem, placement)]
+    if offered and not allowed:
+        return (f"placement {name!r} puts groups on several ranks that may have one replica only (their F changes"
+                " buffers, such as batch statistics); choose another placement")
+    for placement in allowed:
         lack = shortage(problem, placement)
         if lack is None:
             return (f"at placement {placement.name} the saved tensors of one microbatch fit, but not with the values in"

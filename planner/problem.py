@@ -61,7 +61,8 @@ class Group:
     ``times`` is keyed by device kind. Saved bytes are per microbatch (`problem` module docstring); ``recompute_bytes``
     is what stays between F and RECOMPUTE if the group's F is run again before its I (None: not offered). ``loads``
     gives the relative size of each microbatch for this group (1.0: as traced); it multiplies durations, saved bytes and
-    the bytes of the values the group makes, and () means all 1.0.
+    the bytes of the values the group makes, and () means all 1.0. ``single``: one replica only, as its F changes
+    buffers that the next microbatch reads (batch statistics).
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -78,6 +79,7 @@ class Group:
     loads: tuple[float, ...] = ()
     segments: tuple[str, ...] = ()
     tags: Tags = Tags()
+    single: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,9 +47,16 @@ def resident_bytes(problem: PlanningProblem, placement: Placement) -> list[int]:
     return held
 
 
+def keeps_single(problem: PlanningProblem, placement: Placement) -> bool:
+    """Whether no group that may have one replica only has more."""
+    return not any(len(stage.ranks) > 1 and any(problem.groups[group].single for group in stage.groups)
+                   for stage in placement.stages)
+
+
 def resident_fits(problem: PlanningProblem, placement: Placement) -> bool:
-    """Whether every rank has room for the weights and states of its stages."""
-    return all(held <= resident_room(problem, rank) for rank, held in enumerate(resident_bytes(problem, placement)))
+    """Whether every rank has room for the weights and states of its stages, and groups have the replicas they may."""
+    held = enumerate(resident_bytes(problem, placement))
+    return keeps_single(problem, placement) and all(size <= resident_room(problem, rank) for rank, size in held)
 
 
 def light_ends(problem: PlanningProblem) -> list[int]:

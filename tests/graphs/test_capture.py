@@ -10,6 +10,7 @@ from graph_checks import assert_same_step
 from torch import Tensor, nn
 
 from mipipe.graphs.capture import capture, capture_module
+from mipipe.graphs.coarsen import coarsen
 from mipipe.graphs.compose import parameter_tensors, run_step
 from mipipe.graphs.errors import GraphError, InputError
 from mipipe.graphs.operator_graph import Phase, Role
@@ -136,6 +137,7 @@ def test_each_layer_keeps_its_buffers_and_tracing_moves_none() -> None:
     graph = capture_module(module, batch)
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     assert len({segment.trace for segment in graph.segments[:2]}) <= 2
+    assert [group.moves_buffers for group in coarsen(graph, granularity="operator").groups] == [True, True, True, False]
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     state = {name: tensor.clone() for name, tensor in parameter_tensors(graph, named).items()}
     step = run_step(graph, state, batch)

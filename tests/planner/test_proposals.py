@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
 
+from mipipe.graphs.errors import PlanError
+from mipipe.planner.check_facts import check_placement
 from mipipe.planner.cuts import fit_cuts, loads, units
+from mipipe.planner.feasible import why_infeasible
+from mipipe.planner.plan import Plan, Schedule
 from mipipe.planner.proposals import light_ends, propose, resident_bytes, resident_fits, shapes
 from mipipe.planner.stages import view
 from mipipe.planner.uniform import two_stream_problem, uniform_problem
@@ -69,6 +74,20 @@ def test_colocated_groups_stay_together() -> None:
                    for group in stage.groups}
         for members in problem.colocate:
             assert len({rank_of[group] for group in members}) == 1
+
+
+def test_groups_that_move_buffers_have_one_replica() -> None:
+    """Batch statistics follow one microbatch after the other: two ranks would each see half of them."""
+    problem = uniform_problem(ranks=2, microbatches=4, f=1, i=1, w=1, copies=2, layers=8)
+    twice = next(propose(problem, "two-way"))
+    single = problem.replace(groups=tuple(dataclasses.replace(group, single=number == 3)
+                                          for number, group in enumerate(problem.groups)))
+    assert {placement.name for placement in propose(single)} < {placement.name for placement in propose(problem)}
+    assert all(len(stage.ranks) == 1 for placement in propose(single) for stage in placement.stages
+               if 3 in stage.groups)
+    assert not list(propose(single, "two-way")) and "may have one replica only" in why_infeasible(single, "two-way")
+    with pytest.raises(PlanError, match="changes buffers in F and may have one replica only"):
+        check_placement(Plan("by hand", single, twice, Schedule(())))
 
 
 @pytest.mark.parametrize(("name", "layers"), [("ring", 8), ("ring-v", 16)])
