@@ -36,6 +36,14 @@ class RunError(MipipeError):
     exit_code = 4
 
 
+def tells_all(error: BaseException | None) -> bool:
+    """Whether an error's message is meant for people, and no traceback adds to it: neither it nor what made a run fail
+    came from outside."""
+    while isinstance(error, RunError):
+        error = error.__cause__
+    return error is None or isinstance(error, MipipeError)
+
+
 class PlanError(MipipeError):
     """A plan violates a rule: an action missing or twice, an order that deadlocks, memory above the cap."""
 

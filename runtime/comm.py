@@ -55,7 +55,7 @@ def wait(works: Sequence[Any], timeout: timedelta, where: Callable[[], str], blo
             else:
                 work.wait()
     except RuntimeError as error:
-        raise RunError(f"{where()}: {_reason(str(error), timeout)}") from error
+        raise RunError(f"{where()}: {_reason(str(error), timeout)}") from None
 
 
 def _reason(text: str, timeout: timedelta) -> str:

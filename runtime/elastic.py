@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +22,15 @@ from mipipe.graphs.serialize import save
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
 from mipipe.runtime.agent import REPORT
-from mipipe.runtime.launch import TrainResult, explain, is_consequence, read_records, run_watched, torchrun_command
+from mipipe.runtime.launch import (
+    TrainResult,
+    explain,
+    is_consequence,
+    progress_file,
+    read_records,
+    run_watched,
+    torchrun_command,
+)
 from mipipe.runtime.prepare import check_saving, read_job
 
 Replan = Callable[[PlanningProblem], Plan]
@@ -53,7 +60,7 @@ def train_elastic(plan: str | Path, graph: str | Path, config: str | Path, repla
     check_saving(job.config, resume)
     current, path = job.plan, Path(plan)
     devices = list(range(current.problem.num_ranks * copies))
-    shown = sys.stderr.isatty() if progress is None else progress
+    shown = progress_file(progress)
     while True:
         with tempfile.TemporaryDirectory(prefix="mipipe-") as name, visible_devices(devices):
             folder = Path(name)

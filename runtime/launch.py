@@ -41,11 +41,12 @@ class TrainResult:
 
 
 def torchrun_command(plan: str | Path, graph: str | Path, config: str | Path, num_processes: int, *,
-                     resume: bool = False, progress: bool = False, max_restarts: int = 0, report: str | None = None,
-                     torchrun: Sequence[str] = (), agent: bool = False) -> list[str]:
+                     resume: bool = False, progress: str | None = None, max_restarts: int = 0,
+                     report: str | None = None, torchrun: Sequence[str] = (), agent: bool = False) -> list[str]:
     """The command line that runs a plan. ``torchrun``: flags that pass through (``--nnodes 2 --rdzv-endpoint ...``).
 
-    ``agent``: through `mipipe.runtime.agent`, which leaves who failed in ``report``.
+    ``progress``: the file in which it is shown (``-``: stderr). ``agent``: through `mipipe.runtime.agent`, which leaves
+    who failed in ``report``.
     """
     flags = list(torchrun) or ["--standalone"]
     start = ["mipipe.runtime.agent", str(report)] if agent else ["torch.distributed.run"]
@@ -53,7 +54,7 @@ def torchrun_command(plan: str | Path, graph: str | Path, config: str | Path, nu
                str(max_restarts), "-m", "mipipe.runtime.worker", "--plan", str(plan), "--graph", str(graph), "--config",
                str(config)]
     command += ["--resume"] if resume or max_restarts else []
-    command += ["--progress"] if progress else []
+    command += ["--progress", progress] if progress else []
     return command + (["--report", report] if report else [])
 
 
@@ -80,15 +81,23 @@ def train(plan: str | Path, graph: str | Path, config: str | Path, *, resume: bo
     if not torchrun:
         check_world(job, count)
     check_saving(settings, resume)
-    shown = sys.stderr.isatty() if progress is None else progress
+    shown = progress_file(progress)
     with tempfile.TemporaryDirectory(prefix="mipipe-") as folder:
         command = torchrun_command(plan, graph, config, count, resume=resume, progress=shown, max_restarts=max_restarts,
                                    report=folder, torchrun=torchrun)
         log = Path(folder) / "torchrun.log"
         code = run_watched(command, log, timeout_s)
         if code:
+            sys.stderr.write("\r\x1b[K" if shown not in (None, "-") else "")  # the progress line
             raise explain(Path(folder), log, code)
     return TrainResult(tuple(read_records(settings)), settings)
+
+
+def progress_file(wanted: bool | None) -> str | None:
+    """Where workers show progress: the terminal that stderr is, else stderr itself (``-``) if wanted, or nowhere."""
+    if sys.stderr.isatty() and wanted is not False:
+        return os.ttyname(sys.stderr.fileno())
+    return "-" if wanted else None
 
 
 def read_records(config: TrainConfig) -> list[dict[str, float]]:
@@ -99,7 +108,7 @@ def read_records(config: TrainConfig) -> list[dict[str, float]]:
 
 
 def run_watched(command: Sequence[str], log: Path, timeout_s: float | None) -> int:
-    """The exit status of a command whose stderr goes to ``log`` (and, from a terminal's worker, to the terminal).
+    """The exit status of a command whose stderr goes to ``log``, or stays where it is if progress is shown there.
 
     The command and all it started are ended on timeout, on Ctrl-C, and (Linux) when this process is killed.
 
@@ -107,7 +116,7 @@ def run_watched(command: Sequence[str], log: Path, timeout_s: float | None) -> i
         RunError: it did not end within ``timeout_s``.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
-    shown = "--progress" in command
+    shown = "-" in command
     with log.open("w") as stream:
         process = subprocess.Popen(command, stderr=None if shown else stream, env=environment, start_new_session=True,
                                    preexec_fn=lambda: die_with_parent(signal.SIGTERM))
@@ -148,7 +157,7 @@ def explain(folder: Path, log: Path, code: int, show: bool = True) -> MipipeErro
         text = first["message"]
     else:
         kind, text = RunError, f"rank {first['rank']}: {first['type']}: {first['message']}"
-    if kind is RunError and show:
+    if show:
         sys.stderr.write(first["traceback"])
     return kind(text)
 

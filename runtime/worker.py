@@ -10,6 +10,7 @@ reported with its traceback in torchrun's summary. With ``--report FOLDER`` a fa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from mipipe.graphs.errors import MipipeError, RunError
+from mipipe.graphs.errors import MipipeError, tells_all
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.simulate import simulate
 from mipipe.runtime.data import make_batches
@@ -46,7 +47,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--merge", metavar="OUT", help="run the prepared merge of this folder instead")
     parser.add_argument("--timeline", help="where a merge's measured timeline is written")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
-    parser.add_argument("--progress", action="store_true", help="show progress on stderr (rank 0)")
+    parser.add_argument("--progress", nargs="?", const="-", metavar="FILE",
+                        help="show progress (rank 0) on stderr, or in a file such as a terminal's")
     parser.add_argument("--report", help="folder in which a failing rank leaves its error")
     parser.add_argument("--device", default=None, help="cpu or cuda; default: cuda where there is one for each rank")
     options = parser.parse_args(arguments)
@@ -82,7 +84,7 @@ def run(job: Job, device: torch.device, options: argparse.Namespace) -> list[flo
     del weights  # the whole model, where it was made here
     rows = microbatch_rows(graph) * plan.problem.num_microbatches
     batches = make_batches(config.data, graph, rows, config.seed, engine.mesh.copy)
-    show = ProgressBar(config.steps) if options.progress else None
+    show = ProgressBar(config.steps, options.progress) if options.progress else None
     trainer = Trainer(engine, config, batches, show, simulate(plan, program), maps)
     start = trainer.resume() if options.resume else 0
     losses = trainer.run(start)
@@ -121,26 +123,31 @@ def start_processes(world: int, device: torch.device, timeout_s: float) -> None:
 
 
 class ProgressBar:
-    """One line on stderr that is overwritten; called with (step, loss)."""
+    """One line on stderr (``-``) or in a file that is overwritten; called with (step, loss)."""
 
-    def __init__(self, steps: int) -> None:
-        self._steps, self._start = steps, time.monotonic()
+    def __init__(self, steps: int, target: str) -> None:
+        self._steps, self._target, self._done, self._start = steps, target, 0, time.monotonic()
 
     def __call__(self, step: int, loss: float) -> None:
-        took = time.monotonic() - self._start
-        end = "\n" if step == self._steps else "\r"
-        sys.stderr.write(f"step {step}/{self._steps}  loss {loss:.4f}  {took:.0f} s{end}")
-        sys.stderr.flush()
+        self._done += 1
+        each = (time.monotonic() - self._start) / self._done
+        left = timedelta(seconds=round(each * (self._steps - step)))
+        end = "\n" if step == self._steps else ""
+        text = f"\r\x1b[Kstep {step}/{self._steps}  loss {loss:.4f}  {each:.2f} s a step  {left} left{end}"
+        with open(self._target, "w") if self._target != "-" else contextlib.nullcontext(sys.stderr) as stream:
+            stream.write(text)
+            stream.flush()
 
 
 def report(folder: str | None, error: BaseException) -> None:
-    """Leave the error for the launcher: type, message, exit code, traceback, moment."""
+    """Leave the error for the launcher: type, message, exit code, moment, and the traceback of an unexpected one."""
     if folder is None:
         return
     rank = os.environ.get("RANK", "0")
     data: dict[str, Any] = {"rank": int(rank), "type": type(error).__name__, "message": str(error), "time": time.time(),
                             "attempt": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
-                            "exit_code": getattr(error, "exit_code", 4), "traceback": traceback.format_exc()}
+                            "exit_code": getattr(error, "exit_code", 4),
+                            "traceback": "" if tells_all(error) else traceback.format_exc()}
     path = Path(folder) / f"error-rank{rank}.json"
     path.write_text(json.dumps(data))
 
@@ -156,9 +163,9 @@ def guarded(options: argparse.Namespace) -> int:
             train(options)
     except MipipeError as error:
         report(options.report, error)
-        if isinstance(error, RunError) and error.__cause__ is not None:
+        if not tells_all(error):
             raise
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" and options.report is None:  # else the launcher says it
             sys.stderr.write(f"mipipe: error: {error}\n")
         return error.exit_code
     except Exception as error:

@@ -33,10 +33,11 @@ from mipipe.runtime.config import read_config
 from mipipe.runtime.data import make_batches
 from mipipe.runtime.elastic import lost_ranks, remaining, train_elastic
 from mipipe.runtime.engine import Engine
-from mipipe.runtime.launch import torchrun_command, train
+from mipipe.runtime.launch import explain, torchrun_command, train
 from mipipe.runtime.models import initial_weights
 from mipipe.runtime.stored_weights import stored_places
 from mipipe.runtime.training import Trainer
+from mipipe.runtime.worker import report
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -190,6 +191,18 @@ def test_who_is_lost(tmp_path):
     assert lost_ranks(tmp_path, 3) == {1}
     reports((0, 0, "the loss is nan"), (1, 0, "the peer has failed"))
     assert lost_ranks(tmp_path, 3) == set()
+
+
+@pytest.mark.parametrize("cause, shown", [(None, False), (RunError("0F0: the peer hangs"), False), (OSError(5), True)])
+def test_tracebacks_are_for_what_nobody_expected(tmp_path, capsys, cause, shown):
+    """The launcher shows one where something from outside has failed; else the message says all."""
+    try:
+        raise RunError("rank 0, instruction 3: no luck") from cause
+    except RunError as error:
+        report(str(tmp_path), error)
+    error = explain(tmp_path, tmp_path / "log", 1)
+    assert type(error) is RunError and str(error) == "rank 0, instruction 3: no luck"
+    assert ("Traceback" in capsys.readouterr().err) == shown
 
 
 def test_flags_for_several_nodes_pass_through():
