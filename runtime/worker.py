@@ -123,17 +123,22 @@ def start_processes(world: int, device: torch.device, timeout_s: float) -> None:
 
 
 class ProgressBar:
-    """One line on stderr (``-``) or in a file that is overwritten; called with (step, loss)."""
+    """One line on stderr (``-``) or in a file that is overwritten; called with (step, loss). The first step, which
+    warms up, does not count for the pace."""
 
     def __init__(self, steps: int, target: str) -> None:
-        self._steps, self._target, self._done, self._start = steps, target, 0, time.monotonic()
+        self._steps, self._target = steps, target
+        self._first: tuple[int, float] | None = None
 
     def __call__(self, step: int, loss: float) -> None:
-        self._done += 1
-        each = (time.monotonic() - self._start) / self._done
-        left = timedelta(seconds=round(each * (self._steps - step)))
+        now, pace = time.monotonic(), ""
+        if self._first is None:
+            self._first = step, now
+        else:
+            each = (now - self._first[1]) / (step - self._first[0])
+            pace = f"  {each:.2f} s a step  {timedelta(seconds=round(each * (self._steps - step)))} left"
         end = "\n" if step == self._steps else ""
-        text = f"\r\x1b[Kstep {step}/{self._steps}  loss {loss:.4f}  {each:.2f} s a step  {left} left{end}"
+        text = f"\r\x1b[Kstep {step}/{self._steps}  loss {loss:.4f}{pace}{end}"
         with open(self._target, "w") if self._target != "-" else contextlib.nullcontext(sys.stderr) as stream:
             stream.write(text)
             stream.flush()
