@@ -200,7 +200,7 @@ def race(run: Run, candidates: Sequence[Candidate], until: Callable[[], float]) 
             while live and until() > 0 and not run.closed:
                 live = [found for found in live if found.bound.ns < run.makespan_ns and not found.closed]
                 _round(run, pool, live, slice_s, until)
-                live.sort(key=lambda found: found.makespan_ns)
+                live = _ranked(live)
                 fewest = 1 if run.seconds > LAST * run.options.time_limit_s else FINALISTS
                 live = live[:max(fewest, (len(live) + 1) // 2)]
                 if len(live) <= FINALISTS:
@@ -209,6 +209,16 @@ def race(run: Run, candidates: Sequence[Candidate], until: Callable[[], float]) 
         finally:
             run.stopped = True
     run.stopped = False
+
+
+def _ranked(live: Sequence[Candidate]) -> list[Candidate]:
+    """The shortest first, then by the middle between makespan and bound: what is near its own bound has little left.
+
+    Two streams, 8 ranks x 20 microbatches: two-way is first for long (1,562 of at least 1,548), interleaved
+    half-stages end at 1,529 (at least 1,456).
+    """
+    shortest = sorted(live, key=lambda found: found.makespan_ns)
+    return shortest[:1] + sorted(shortest[1:], key=lambda found: found.makespan_ns + found.bound.ns)
 
 
 def _round(run: Run, pool: ThreadPoolExecutor, live: Sequence[Candidate], slice_s: float,
