@@ -6,11 +6,16 @@ is tuned there (`mipipe.planner.quotas`), the placements are compared by what th
 rest runs at the pace of the busiest rank), and the best rules, tuned a little more and blended with a backward one
 (`mipipe.planner.two_ended`), schedule the whole; what annealing can still improve is annealed.
 
-Measured (uneven stages, transfers of 0.1, 0.75 of 1F1B's activations; one thread on a machine at load 6; the best
-published schedule within that memory in brackets): 32 x 64 in 60 s 232.5, bound 206.3 (V-Half 388.6); 64 x 128 in 12 s
-476.1, bound 407.9; 64 x 1,024 in 120 s 3,240 when tuning began at the first rule alone, 3,216.6 when it tried all first
-rules, as it does now, bound 3,126.7. Tuning stops by the clock, so a seed fixes the result only where the
-machine keeps pace.
+Measured (uneven stages, transfers of 0.1, 0.75 of 1F1B's activations; one core of a machine at load 4; the best
+published schedule within that memory in brackets): 16 x 32 in 60 s 116.3, bound 105.5 (V-Half 193.4); 32 x 64 in 60 s
+232.5, bound 206.3 (V-Half 388.6); 64 x 128 in 120 s 471.9, bound 407.9 (V-Half 779); 64 x 1,024 in 60 s within 3.5 %
+of its bound of 3,126.7. Tuning stops by the clock, so a seed fixes the result only where the machine keeps pace.
+
+What is lost is lost before the first gradients come back: at 16 x 32 a rank in the middle of the two-way chain holds 12
+forwards and waits 14 for its first gradient, which it gives back nowhere else (ends and middle wait 2). The bound at
+the two-way placement is 111.6. Tried in vain, all within 1 % after equal search: half-stages in two-way Vs (bound
+109.4), late stages of one layer and early ones of three (107.8; lists and search end at 117 to 125), heads dealt to the
+ranks that wait, or by load and wait.
 
 The bound at the placement is the busiest rank's: earliest start + load + what must follow.
 """
