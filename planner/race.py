@@ -33,7 +33,7 @@ OUTLINE = 0.6
 OUTLINED = 100
 """Nodes from which quotas are tuned for the first list of a search without collectives."""
 
-OUTLINE_ROUNDS = 2
+OUTLINE_ROUNDS = 1
 """Rounds after which a large search without collectives ends: it hardly gains then, the whole one does (16 ranks x 64
 microbatches, seconds of one core: 4,739 after 1.4 and 4,731 after 3.2 without, lifted 4,862; 4,764 after 1.9 more)."""
 
