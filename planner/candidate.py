@@ -70,6 +70,11 @@ class Candidate:
         return self.best.makespan_ns if self.best else 1 << 62
 
     @property
+    def two_streams(self) -> bool:
+        """Whether some actions run on the collective stream."""
+        return any(stream is Stream.COLLECTIVE for _, stream in self.instance.machine_key)
+
+    @property
     def closed(self) -> bool:
         """Whether the incumbent is proven optimal at this placement."""
         return self.makespan_ns <= self.bound.ns
@@ -138,8 +143,7 @@ def first_orders(found: Candidate, *, compiled: bool, seed: int = 0) -> Orders |
     """The best list schedule over the rules, with quotas and without; None where none fits the memory."""
     if not compiled:
         return greedy.schedule(found.instance, greedy.RULES[0], compiled=False)
-    two_streams = any(stream is Stream.COLLECTIVE for _, stream in found.instance.machine_key)
-    return lists.best_list(found.instance, seed, 0 if two_streams else 1000)  # there the outline's list is better
+    return lists.best_list(found.instance, seed, 0 if found.two_streams else 1000)  # there the outline's list is better
 
 
 def peak_activations(plan: Plan) -> int:

@@ -235,7 +235,7 @@ def _periodic(run: Run) -> None:
     120 for two microbatches, the MIP 156 in 22 s).
     """
     large = [found for found in run.candidates
-             if found.outline is None and found.instance.size > LARGE and len(set(route_names(found.view))) <= ROUTES]
+             if not found.two_streams and found.instance.size > LARGE and len(set(route_names(found.view))) <= ROUTES]
     large.sort(key=lambda found: found.bound.ns)
     for found in large[:3]:
         if run.left < 0.5 * run.options.time_limit_s or run.closed:
