@@ -72,7 +72,8 @@ def place(
     console.print(", ".join(f"{device}: {count} nodes" for device, count in sorted(devices.items())))
 
 
-def _instance(file: Path, objective: str, cluster: Path | None, costs: Path | None, groups: int | None) -> PlaceInstance:
+def _instance(file: Path, objective: str, cluster: Path | None, costs: Path | None,
+              groups: int | None) -> PlaceInstance:
     """The workload of a file of either kind."""
     from mipipe.graphs.serialize import load_data
     from mipipe.planner.place_instance import read_instance

@@ -13,9 +13,9 @@ of its bound of 3,126.7. Tuning stops by the clock, so a seed fixes the result o
 
 What is lost is lost before the first gradients come back: at 16 x 32 a rank in the middle of the two-way chain holds 12
 forwards and waits 14 for its first gradient, which it gives back nowhere else (ends and middle wait 2). The bound at
-the two-way placement is 111.6. Tried in vain, all within 1 % after equal search: half-stages in two-way Vs (bound
-109.4), late stages of one layer and early ones of three (107.8; lists and search end at 117 to 125), heads dealt to the
-ranks that wait, or by load and wait.
+the two-way placement is 111.6. Tried in vain, in 3 to 20 s each: half-stages in two-way Vs (bound 109.4, reached 117.3
+to 118), heads dealt to the ranks that wait, or by load and wait (116.2 to 116.4), late stages of one layer and early
+ones of three (107.8, reached 124.6). The 32 x 64 figure is older than the others.
 
 The bound at the placement is the busiest rank's: earliest start + load + what must follow.
 """
