@@ -67,6 +67,7 @@ def train(options: argparse.Namespace) -> list[float]:
     start_processes(world, device, job.config.timeout_s)
     losses = run(job, device, options)
     if dist.is_initialized():
+        dist.barrier()  # who leaves early closes connections on which others may still wait
         dist.destroy_process_group()
     return losses
 
