@@ -97,7 +97,7 @@ def _hold_saved(facts: Facts, times: Times, stage: int, microbatch: int, hold) -
     assert forward is not None
     begin = (again or forward)[0]
     end_i, end_w = (back_i or back_w or forward)[1], (back_w or back_i or forward)[1]
-    for group in facts.groups(stage):
+    for number, group in zip(facts.plan.placement.stages[stage].groups, facts.groups(stage), strict=True):
         if again is not None:
             hold(rank, forward[0], begin, scaled(group.recompute_bytes or 0, group, microbatch))
         hold(rank, begin, end_i, scaled(group.saved_fi_bytes, group, microbatch))
@@ -106,7 +106,7 @@ def _hold_saved(facts: Facts, times: Times, stage: int, microbatch: int, hold) -
             sizes = [group.saved_iw_bytes]
             if all(found.i_ns is None and found.w_ns is not None for found in group.times.values()):
                 groups = facts.plan.problem.groups
-                sizes += [edge.grad_bytes or 0 for edge in facts.plan.problem.edges if groups[edge.source] is group
+                sizes += [edge.grad_bytes or 0 for edge in facts.plan.problem.edges if edge.source == number
                           and any(found.i_ns is not None for other in edge.targets
                                   for found in groups[other].times.values())]
             for size in sizes:

@@ -127,9 +127,9 @@ def view(problem: PlanningProblem, placement: Placement) -> StageView:
         w_ns.append(total("w_ns"))
         fi.append(size("saved_fi_bytes"))
         fw.append(size("saved_fw_bytes"))
-        late = _late_gradients(problem, stage)
-        iw.append(tuple(saved + sum(_scaled(amount, loads, m) for amount, loads in late)
-                        for m, saved in enumerate(size("saved_iw_bytes"))))
+        late, saved = _late_gradients(problem, stage), size("saved_iw_bytes")
+        iw.append(tuple(held + sum(_scaled(amount, loads, m) for amount, loads in late)
+                        for m, held in enumerate(saved)) if late else saved)
         kept.append(size("recompute_bytes"))
         workspace.append(max(group.workspace_bytes for group in groups))
     resident = [0] * problem.num_ranks

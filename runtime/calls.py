@@ -6,8 +6,9 @@ sum first, where results go, and which slots are empty afterwards. `run_calls` w
 
 from __future__ import annotations
 
+import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,18 +122,15 @@ def split_parts(actions: list[tuple[list[Call], set[int]]], static: set[int]) ->
             drops.setdefault(where, []).append(slot)
     parts = []
     for number, (calls, _) in enumerate(actions):
-        fresh = tuple(_with_drops(call, drops.get((number, position), ())) for position, call in enumerate(calls))
+        fresh = tuple(dataclasses.replace(call, drops=tuple(drops.get((number, position), ())))
+                      for position, call in enumerate(calls))
         parts.append(Part(fresh, tuple(drops.get((number, len(calls)), ()))))
     return parts
 
 
-def _with_drops(call: Call, drops: Iterable[int]) -> Call:
-    return Call(call.function, call.arguments, call.reads, call.sums, call.stores, call.gradients, call.updates,
-                call.segment, tuple(drops), call.counted)
-
-
 def without_updates(call: Call) -> Call:
-    return Call(call.function, call.arguments, call.reads, call.sums, call.stores, call.gradients, (), call.segment)
+    """The call for a second run of F: buffers were changed and experts counted by the first."""
+    return dataclasses.replace(call, updates=(), counted=None)
 
 
 def nothing() -> tuple[torch.Tensor, ...]:
