@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mipipe.planner.plan import Plan
 
 PlacementName = Literal["free", "chain", "v", "interleaved", "wave", "two-way", "two-way-v", "two-way-interleaved",
-                        "ring", "ring-v", "apart", "colocated"]
+                        "twin-chain", "twin-v", "twin-wave", "ring", "ring-v", "apart", "colocated"]
 Objective = Literal["makespan", "memory", "utilisation"]
 
 PLACEMENTS: tuple[str, ...] = get_args(PlacementName)

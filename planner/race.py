@@ -40,7 +40,7 @@ microbatches, seconds of one core: 4,739 after 1.4 and 4,731 after 3.2 without, 
 FAR = 1.08
 """Finalists this many times as long as the best are given up."""
 
-LAST = 0.5
+LAST = 0.6
 """Share of the time limit after which only the best placement is searched, by all threads."""
 
 

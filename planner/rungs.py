@@ -14,14 +14,16 @@ from mipipe.graphs.errors import MipipeError, PlanError
 from mipipe.planner import search
 from mipipe.planner.bounds import Bound
 from mipipe.planner.candidate import Candidate, candidate, judge, offer_judged
+from mipipe.planner.evaluate import evaluate
 from mipipe.planner.greedy import Orders, to_array
 from mipipe.planner.instance import build, orders_from
 from mipipe.planner.milp import order, periodic, unroll, windows
 from mipipe.planner.milp.highs import SolverOutcome, Termination
-from mipipe.planner.plan import Schedule
+from mipipe.planner.plan import Placement, Schedule
 from mipipe.planner.proposals import resident_fits
 from mipipe.planner.race import Run
 from mipipe.planner.schedules import BASELINES
+from mipipe.planner.stages import view
 
 EXACT_NODES = 130
 """Elementary actions up to which the exact order MIP is tried: HiGHS proves about 100 with a fixed placement."""
@@ -60,7 +62,8 @@ def record(run: Run, rung: str, found: Candidate, before: int, began: float, out
 
 
 def published(run: Run) -> None:
-    """The published schedules that exist for the problem and keep its limits, as candidates of their own."""
+    """The published schedules that exist for the problem and keep its limits: the best so far of their placements, or,
+    where they beat all others, candidates of their own."""
     began, before = time.monotonic(), run.makespan_ns
     name = run.options.placement
     best: Candidate | None = None
@@ -72,14 +75,17 @@ def published(run: Run) -> None:
                 known = baseline.plan(run.problem, split=True, cut=cut)  # type: ignore[arg-type]
                 if name not in ("free", known.placement.name) or not resident_fits(run.problem, known.placement):
                     continue
-                found = candidate(run.problem, known.placement)
-                found = next((other for other in run.candidates if other.placement == known.placement), found)
-                judged = judge(found.view, known.schedule)
+                found = next((other for other in run.candidates if same(other.placement, known.placement)), None)
+                stages = found.view if found is not None else view(run.problem, known.placement)
+                if evaluate(stages, known.schedule)[1].makespan_ns >= (found.makespan_ns if found else run.makespan_ns):
+                    continue
+                judged = judge(stages, known.schedule)
+                found = found or candidate(run.problem, known.placement)
             except MipipeError:
                 continue
             if not offer_judged(found, judged, baseline.name):
                 continue
-            if found not in run.candidates:
+            if found not in run.candidates or not found.halved:  # half of the ranks cannot hold what is not symmetric
                 _seed(run, found)
             run.note(found, baseline.name)
             if best is None or found.makespan_ns < best.makespan_ns:
@@ -96,7 +102,14 @@ def _seed(run: Run, found: Candidate) -> None:
     seq = to_array(orders_from(found.instance, found.best.schedule))
     found.search = search.start(found.instance, Orders(seq, found.instance.lengths(), found.makespan_ns),
                                 run.options.seed + 31, found.bound.ns)
-    run.candidates.append(found)
+    found.outline = None
+    if found not in run.candidates:
+        run.candidates.append(found)
+
+
+def same(one: Placement, other: Placement) -> bool:
+    """Whether two placements differ in their names at most."""
+    return (one.stages, one.routes) == (other.stages, other.routes)
 
 
 def pace(run: Run, found: Candidate, seconds: float) -> None:

@@ -44,14 +44,21 @@ from mipipe.planner.proposals import light_ends, propose, resident_fits, shapes
 from mipipe.planner.race import Run
 from mipipe.planner.stages import StageView, view
 
-BIG_ACTIONS = 5_000
-"""Actions of a chain from which a problem is large."""
+BIG_ACTIONS = 1_500
+"""Actions of a chain from which a problem is large: 16 ranks x 32 and x 64 microbatches (uneven stages, 0.75 of 1F1B's
+activations) reach 115.2 and 215.4 in 45 s this way, and 116.3 and 228.6 as smaller problems are solved."""
+
+PUBLISHED_ACTIONS = 5_000
+"""Actions of a chain up to which published schedules are looked at: their orders are Python lists."""
 
 BOUND_ACTIONS = 20_000
 """Actions of a chain up to which a placement's job-shop bound is computed (10 s)."""
 
-BIG_ORDER: tuple[PlacementName, ...] = ("two-way", "ring", "chain", "v")
+BIG_ORDER: tuple[PlacementName, ...] = ("two-way", "twin-v", "twin-wave", "ring", "chain", "v")
 """Shapes tried on large problems, the most promising first."""
+
+MOST_STAGES = 2
+"""Stages per rank and direction that large problems may have: more take longer than they gain."""
 
 ROUNDS = 3
 """Microbatches per rank on which rules are tuned: warm-up and cool-down last about one each."""
@@ -59,7 +66,7 @@ ROUNDS = 3
 CHECK_S = 1e-4
 """Seconds per action that checking and explaining the plan take in the end."""
 
-SEARCHABLE = 15_000
+SEARCHABLE = 30_000
 """Nodes up to which annealing improves a tuned list within a minute: of 3,300 nodes (32 x 64, two-way) it makes 241.8
 into 235.9 in 3.8 s of one core, of 12,700 (64 x 128) 479.4 into 477.1 in 1.6 s."""
 
@@ -83,6 +90,11 @@ def applies(problem: PlanningProblem) -> bool:
     return (3 * problem.num_ranks * problem.num_microbatches > BIG_ACTIONS
             and not any(group.loads or group.stream is Stream.COLLECTIVE for group in problem.groups)
             and not any(edge.num_bytes or edge.grad_bytes for edge in problem.edges))
+
+
+def is_huge(problem: PlanningProblem) -> bool:
+    """Whether looking at published schedules takes too long."""
+    return 3 * problem.num_ranks * problem.num_microbatches > PUBLISHED_ACTIONS
 
 
 def climb(run: Run) -> None:
@@ -111,7 +123,7 @@ def climb(run: Run) -> None:
         for entry in entries[:kept]:
             _tune(run, entry, min(share / kept, run.left))
     _turn(run, entries[0], min(share, run.left))
-    for entry in entries[:1 if 3 * run.problem.num_ranks * run.problem.num_microbatches > BOUND_ACTIONS else 2]:
+    for entry in entries[:2 if searchable else 1]:
         _apply(run, entry, "quotas", 0.0 if searchable else 0.2 * limit)
     while not searchable and run.left > 0.1 * limit and not run.closed:
         _turn(run, entries[0], 0.04 * limit)
@@ -130,7 +142,8 @@ def placements(run: Run) -> Iterator[Placement]:
         spread = [shape for shape in shapes(problem.num_ranks, shape_name)
                   if name == "free" and ends and len(units(problem)) - len(ends) >= shape.num_stages]
         found = (place_spread(problem, shape, ends) for shape in spread) if spread else propose(problem, shape_name)
-        yield from (placement for placement in found if resident_fits(problem, placement))
+        yield from (placement for placement in found if resident_fits(problem, placement)
+                    and (name != "free" or len(placement.stages) <= MOST_STAGES * problem.num_ranks + len(ends)))
 
 
 def _enter(run: Run, placement: Placement, seconds: float) -> Entry | None:
@@ -191,12 +204,13 @@ def _apply(run: Run, entry: Entry, rung: str, seconds: float = 0.0) -> None:
     tried, and the best is tuned some ``seconds`` more.
     """
     found = next((other for other in run.candidates if other.placement == entry.placement), None)
+    few = 3 * run.problem.num_ranks * run.problem.num_microbatches <= BOUND_ACTIONS
     if found is None:
         whole = view(run.problem, entry.placement)
         instance = _instance(whole)
-        few = 3 * run.problem.num_ranks * run.problem.num_microbatches <= BOUND_ACTIONS
-        bound = placement_bound(whole) if few and rung != "list" else _load_bound(instance)
-        found = Candidate(whole, bound, bool((instance.twin >= 0).any()), instance)
+        found = Candidate(whole, _load_bound(instance), bool((instance.twin >= 0).any()), instance)
+    if few and rung != "list":
+        found.bound = max(found.bound, placement_bound(found.view), key=lambda bound: bound.ns)
     lines = quotas.lines_of(found.instance)
     assert lines is not None
     rules = [quotas.moved(rule, entry.lines, lines) for rule in entry.rules]

@@ -125,6 +125,8 @@ def _ladder(run: Run) -> None:
         run.bound_ns = problem_bound(run.problem).ns
     if scale.applies(run.problem) and run.options.use_search:
         scale.climb(run)
+        if run.options.use_baselines and not scale.is_huge(run.problem):
+            rungs.published(run)
         if run.candidates:
             race(run, run.candidates, lambda: run.left)
             return
@@ -133,8 +135,8 @@ def _ladder(run: Run) -> None:
         rungs.published(run)
     if run.options.use_milp:
         if run.options.placement == "free":
-            placing.by_mip(run, _admit)
-        placing.with_modes(run, _admit, list(islice(propose(run.problem, run.options.placement), 3)))
+            placing.by_mip(run, _propose)
+        placing.with_modes(run, _propose, list(islice(propose(run.problem, run.options.placement), 3)))
     if not run.candidates and run.options.recompute:
         _recomputing(run)
     if not run.candidates:
@@ -148,7 +150,9 @@ def _ladder(run: Run) -> None:
         _periodic(run)
     if run.options.use_search:
         before = run.makespan_ns
-        race(run, run.candidates, lambda: run.left - (0.25 * limit if run.options.use_milp else 0.0))
+        provable = any(found.instance.size <= rungs.EXACT_NODES for found in run.candidates)
+        kept = 0.0 if not run.options.use_milp else (0.25 if provable else 0.1) * limit
+        race(run, run.candidates, lambda: run.left - kept)
         assert run.best is not None
         run.ablation.append({"rung": "search", "placement": run.best.placement.name,
                              "before": before / run.problem.unit_ns, "makespan": run.makespan_ns / run.problem.unit_ns,
@@ -168,59 +172,82 @@ BIG_ACTIONS = 20_000
 BIG_ORDER: tuple[PlacementName, ...] = ("chain", "two-way", "v")
 
 
+MANY = 6
+"""Candidates after which lists may take no more than `LISTED` of the time: the most promising come first."""
+
+LISTED = 0.2
+
+
 def _enter(run: Run) -> None:
     """Propose placements and schedule each by list, the first at once, the others the most promising first.
 
     The seconds per action of the placements so far say which of the rest can still be built in time.
     """
+    limit = run.options.time_limit_s
     waiting = _most_promising(run, propose(run.problem, run.options.placement))
     if run.options.placement == "free" and 3 * run.problem.num_ranks * run.problem.num_microbatches > BIG_ACTIONS:
-        waiting = chain.from_iterable(propose(run.problem, name) for name in BIG_ORDER)
+        waiting = filter(None, (_candidate(run, placement) for name in BIG_ORDER
+                                for placement in propose(run.problem, name)))
     built, spent = 0, 0.0
-    for placement in waiting:
-        if run.best is not None and run.left < 0.5 * run.options.time_limit_s:
+    for found in waiting:
+        if run.best is not None and run.left < (0.5 if len(run.candidates) < MANY else 1 - LISTED) * limit:
             break
-        size = len(placement.stages) * run.problem.num_microbatches
+        size = len(found.placement.stages) * run.problem.num_microbatches
         expected = spent / built * size if built else 0.0
-        if run.best is not None and run.left - expected < 0.5 * run.options.time_limit_s:
+        if run.best is not None and (run.left - expected < 0.5 * limit or found.bound.ns >= run.makespan_ns):
             continue
         began = run.seconds
-        _admit(run, placement)
+        _admit(run, found)
         built, spent = built + size, spent + run.seconds - began
-        run.reserve_s = min(0.2 * run.options.time_limit_s, 0.5 * spent / built * size)
+        run.reserve_s = min(0.2 * limit, 0.5 * spent / built * size)
 
 
-def _most_promising(run: Run, waiting: Iterator[Placement]) -> Iterator[Placement]:
-    """The first placement; then those that can be fitted in a quarter of the time, by the earliest moment at which
-    their ranks could end; then the rest."""
-    yield from islice(waiting, 1)
+def _most_promising(run: Run, waiting: Iterator[Placement]) -> Iterator[Candidate]:
+    """The first placement; then those that can be fitted in a tenth of the time, by their bounds; then the rest."""
+    found = [made for placement in islice(waiting, 1) if (made := _candidate(run, placement)) is not None]
+    yield from found
     heads = facts_of(run.problem).head
-    found: list[Placement] = []
+    proposed: list[Placement] = []
     for placement in waiting:
-        found.append(placement)
-        if run.left < 0.75 * run.options.time_limit_s:
+        proposed.append(placement)
+        if run.left < 0.9 * run.options.time_limit_s:
             break
-    yield from sorted(found, key=lambda placement: earliest_end(run.problem, placement, heads))
-    yield from waiting
+    proposed.sort(key=lambda placement: earliest_end(run.problem, placement, heads))
+    bounded: list[Candidate] = []
+    rest = iter(proposed)
+    while run.left > 0.85 * run.options.time_limit_s and (following := next(rest, None)) is not None:
+        bounded += filter(None, [_candidate(run, following)])
+    yield from sorted(bounded, key=lambda made: made.bound.ns)
+    yield from filter(None, (_candidate(run, placement) for placement in chain(rest, waiting)))
 
 
 def _recomputing(run: Run) -> None:
     """Where nothing fits otherwise: every placement with F run again by all stages, and by the first half of them."""
     for placement in propose(run.problem, run.options.placement):
         for variant in with_recomputation(run.problem, placement):
-            _admit(run, variant)
+            _propose(run, variant)
 
 
-def _admit(run: Run, placement: Placement) -> Candidate | None:
+def _propose(run: Run, placement: Placement) -> Candidate | None:
     """Make a placement a candidate if some order fits its memory; the candidate, or None."""
+    found = _candidate(run, placement)
+    return found if found is not None and _admit(run, found) else None
+
+
+def _candidate(run: Run, placement: Placement) -> Candidate | None:
+    """The placement with its bound; None where it never fits."""
     try:
-        found = candidate(run.problem, placement)
+        return candidate(run.problem, placement)
     except PlanError:
         return None
-    if not seed_search(run, found, compiled=run.best is not None or found.instance.size > INTERPRETED):
-        return None
-    run.candidates.append(found)
-    return found
+
+
+def _admit(run: Run, found: Candidate) -> bool:
+    """Schedule a candidate by list and take it into the run; whether some order fits its memory."""
+    fits = seed_search(run, found, compiled=run.best is not None or found.instance.size > INTERPRETED)
+    if fits:
+        run.candidates.append(found)
+    return fits
 
 
 ROUTES = 4
@@ -229,7 +256,7 @@ is large."""
 
 
 def _periodic(run: Run) -> None:
-    """The periodic MIP where the search is slow: on large instances, for the placements with the lowest bounds.
+    """The periodic MIP where the search is slow: on a large instance, for the placement with the lowest bound.
 
     Not on two streams: lists under quotas of the compute stream find shorter periods there (16 ranks x 64 microbatches:
     120 for two microbatches, the MIP 156 in 22 s).
@@ -237,10 +264,8 @@ def _periodic(run: Run) -> None:
     large = [found for found in run.candidates
              if not found.two_streams and found.instance.size > LARGE and len(set(route_names(found.view))) <= ROUTES]
     large.sort(key=lambda found: found.bound.ns)
-    for found in large[:3]:
-        if run.left < 0.5 * run.options.time_limit_s or run.closed:
-            return
-        rungs.pace(run, found, 0.1 * run.options.time_limit_s)
+    if large and run.left >= 0.5 * run.options.time_limit_s and not run.closed:
+        rungs.pace(run, large[0], 0.1 * run.options.time_limit_s)
 
 
 POLISHED = 4_000

@@ -61,9 +61,9 @@ class Executor:
         self._microbatches: list[dict[str, torch.Tensor]] = []
         self._record = StepRecord()
         self._step, self._evaluating = 0, False
-        self._static: set[int] = set()
+        self._tracking, self._static = options.track_memory, set[int]()
         self._side: SideStream | None = None
-        self._aside = options.overlap and self._blocking and not options.track_memory and exchanges_aside(compiled)
+        self._aside = options.overlap and self._blocking and not self._tracking and exchanges_aside(compiled)
         self._made_aside: set[int] = set()
         if self._aside:
             steps = [ready.argument for ready in compiled.instructions if isinstance(ready.argument, Step)]
@@ -102,7 +102,7 @@ class Executor:
         self._compiled.weights.refresh()
         for counter in self._compiled.counters.values():
             counter.zero_()
-        if self._options.track_memory:
+        if self._tracking:
             self._static = self._static_storages()
         if self._aside and self._side is None:
             self._side = SideStream()
@@ -111,7 +111,8 @@ class Executor:
             with torch.no_grad(), no_collection():
                 for position, (handler, argument) in enumerate(program):  # noqa: B007
                     handler(argument)
-                    self._measure()
+                    if self._tracking:
+                        self._measure()
                 self._join()
                 if not self._evaluating:
                     self._reducer.finish()
@@ -161,7 +162,8 @@ class Executor:
             buffers.outgoing[transfer] = ([frame[slot].contiguous() for slot in slots], [])
         for name, slot in piece.keeps:
             self._keep(name, piece.microbatch, frame[slot])
-        self._measure()
+        if self._tracking:
+            self._measure()
         for slot in part.drops:
             frame[slot] = None
         if piece.last or self._evaluating:
@@ -236,8 +238,7 @@ class Executor:
             self._side.join()
 
     def _measure(self) -> None:
-        if self._options.track_memory:
-            self._record.memory.append((time.perf_counter_ns(), self._buffers.num_bytes(self._static)))
+        self._record.memory.append((time.perf_counter_ns(), self._buffers.num_bytes(self._static)))
 
     def _static_storages(self) -> set[int]:
         """Data pointers of what is there without the step: weights, constants, the batch."""
