@@ -22,7 +22,6 @@ import pyomo.environ as pyo
 from mipipe.planner.expert_search import Layer
 from mipipe.planner.milp import highs
 
-
 TIGHT = {"mip_feasibility_tolerance": 1e-9, "primal_feasibility_tolerance": 1e-9}
 """Without these HiGHS 1.14 called one optimum of 1,200 small ones proven that was not (loads 42, 25, 37, 43 on three
 devices, seed 5: 54.5 for 51.33); with them none, in the same time."""
