@@ -46,8 +46,10 @@ def plan(
     optimizer: Annotated[str, typer.Option(help="What the optimizer keeps: none, sgd, momentum, adam, adamw,"
                                                 " adamw_mixed.")] = "adamw",
     placement: Annotated[str, typer.Option(help="free, or a fixed shape: chain, v, interleaved, wave, two-way,"
-                                                " two-way-v, two-way-interleaved, ring; for models with encoders also"
-                                                " apart (on ranks of their own) and colocated.")] = "free",
+                                                " two-way-v, two-way-interleaved, twin-chain, twin-v, twin-wave (two"
+                                                " copies side by side on half of the ranks), ring, ring-v; for models"
+                                                " with encoders also apart (on ranks of their own) and colocated."
+                                                )] = "free",
     objective: Annotated[str, typer.Option(help="makespan; memory (the least activations within 5 % of the best"
                                                 " makespan); or utilisation (the busiest devices within 5 %: those that"
                                                 " hardly help are given back).")] = "makespan",

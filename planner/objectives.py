@@ -18,7 +18,7 @@ from mipipe.planner.candidate import peak_activations
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan, RankOrder, Schedule
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.race import Progress
+from mipipe.planner.run import Progress
 
 DEVICES_GIVEN_BACK = 3
 """Most devices `best_utilisation` tries to do without: each costs a solve."""

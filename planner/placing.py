@@ -18,7 +18,7 @@ from mipipe.planner.milp.highs import SolverOutcome, Termination
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.proposals import resident_fits
-from mipipe.planner.race import Run
+from mipipe.planner.run import Run
 
 SHARE = 0.12
 """Of the time limit, for the placement MIP's solves together."""

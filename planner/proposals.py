@@ -1,4 +1,5 @@
-"""Known placement shapes, fitted to a problem: chain, V, interleaved, wave, two-way, two-way V, ring, encoders apart.
+"""Known placement shapes, fitted to a problem: chain, V, interleaved, wave, two-way, two-way V, twins, ring, encoders
+apart.
 
 A shape says which rank holds the k-th of its stages, in one or two directions; `mipipe.planner.cuts` fits it to the
 groups (even loads, and less for ranks that start late), `mipipe.planner.ring` shares replicas out unevenly,

@@ -1,37 +1,28 @@
 """The race of placements: every candidate searched a little, the better half a little longer, until few are left.
 
-`Run` is one solve in progress: its clock, candidates, incumbent, history and bound. Searches run in threads (the
-kernels release the GIL) and in slices, so that time limits and Ctrl-C are kept within a fraction of a second.
+Searches run in threads (the kernels release the GIL) and in slices, so that time limits and Ctrl-C are kept within a
+fraction of a second.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
-
-from mipipe.planner import kernels, lists, relax, search
-from mipipe.planner.candidate import Candidate, Judged, first_orders, in_flight, judge, offer_judged
+from mipipe.planner import kernels, search
+from mipipe.planner.candidate import Candidate, first_orders, judge, offer_judged
+from mipipe.planner.entering import RESERVES, reserve, start_again
 from mipipe.planner.greedy import Orders, to_array
 from mipipe.planner.instance import expand, orders_from
 from mipipe.planner.lift import lift
-from mipipe.planner.options import PlanOptions
-from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.run import Run
 
 FINALISTS = 2
 """Placements that share the time after the elimination rounds. With 8 ranks the winner of a 60 s race was among the
 first two after 1 s each in all cases tried."""
 
-
 OUTLINE = 0.6
 """Share of the time limit in which problems with a collective stream are searched without it."""
-
-OUTLINED = 100
-"""Nodes from which quotas are tuned for the first list of a search without collectives."""
 
 OUTLINE_ROUNDS = 1
 """Rounds after which a large search without collectives ends: it hardly gains then, the whole one does (16 ranks x 64
@@ -44,156 +35,12 @@ LAST = 0.6
 """Share of the time limit after which only the best placement is searched, by all threads."""
 
 
-@dataclass(frozen=True, slots=True)
-class Incumbent:
-    """One improvement of a solve: when, how good, found by which rung at which placement."""
-
-    seconds: float
-    makespan_ns: int
-    rung: str
-    placement: str
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """What a progress callback sees: the phase, the incumbent and bound so far (None before the first)."""
-
-    seconds: float
-    phase: str
-    makespan_ns: int | None
-    bound_ns: int | None
-    placement: str = ""
-    rung: str = ""
-
-
-@dataclass(slots=True)
-class Run:
-    """One solve in progress."""
-
-    problem: PlanningProblem
-    options: PlanOptions
-    on_progress: Callable[[Progress], None] | None = None
-    began: float = field(default_factory=time.monotonic)
-    candidates: list[Candidate] = field(default_factory=list)
-    best: Candidate | None = None
-    bound_ns: int | None = None
-    history: list[Incumbent] = field(default_factory=list)
-    ablation: list[dict[str, Any]] = field(default_factory=list)
-    stopped: bool = False
-    interrupted: bool = False
-    reserve_s: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.began
-
-    @property
-    def left(self) -> float:
-        """Seconds until the limit, less what the last check of the plan takes; none after Ctrl-C."""
-        return 0.0 if self.interrupted else self.options.time_limit_s - self.reserve_s - self.seconds
-
-    @property
-    def makespan_ns(self) -> int:
-        return self.best.makespan_ns if self.best else 1 << 62
-
-    @property
-    def closed(self) -> bool:
-        """Whether nothing allowed can be better (or better by more than the gap asked for)."""
-        if self.best is None:
-            return False
-        if self.bound_ns is not None and self.makespan_ns <= self.bound_ns * (1 + self.options.gap):
-            return True
-        return all(found.bound.ns >= self.makespan_ns for found in self.candidates) and self.options.placement != "free"
-
-    def report(self, phase: str) -> None:
-        """Tell the callback where the solve stands."""
-        if self.on_progress is not None:
-            best = self.best
-            self.on_progress(Progress(self.seconds, phase, best.makespan_ns if best else None, self.bound_ns,
-                                      best.placement.name if best else "", best.rung if best else ""))
-
-    def note(self, found: Candidate, phase: str) -> bool:
-        """Make a candidate's incumbent the solve's if it is better; whether it was."""
-        if found.best is None:
-            return False
-        known = self.history[-1].makespan_ns if self.history else 1 << 62
-        if found.makespan_ns >= known:
-            return False
-        self.best = found
-        self.history.append(Incumbent(self.seconds, found.makespan_ns, found.rung, found.placement.name))
-        self.report(phase)
-        return True
-
-
-RESERVES = 8
-"""How often a candidate's memory is cut by what values in flight took too much, before it is given up."""
-
-
-def seed_search(run: Run, found: Candidate, *, compiled: bool = True) -> bool:
-    """Give a candidate its list schedule; False where no order fits its memory.
-
-    Lists do not see values in flight. Where these overfill a rank, the list is made again with that much less memory.
-    """
-    usual = in_flight(found.view)
-    found.instance.cap[:] -= usual
-    for turn in range(RESERVES):
-        orders = first_orders(found, compiled=compiled, seed=run.options.seed)
-        if orders is None and turn == 0 and usual.any():
-            found.instance.cap[:] += usual
-            continue
-        if orders is None:
-            return False
-        if compiled and turn == 0:
-            orders = _outlined(run, found, orders)
-        found.quick = not compiled
-        judged = judge(found.view, expand(found.instance, orders.lists()), saved_fit=True)
-        if judged.fits:
-            offer_judged(found, judged, "list")
-            found.search = search.start(found.instance, orders, run.options.seed + 1, found.bound.ns)
-            run.note(found, "list scheduling")
-            return True
-        reserve(found, judged)
-    return False
-
-
-def _outlined(run: Run, found: Candidate, orders: Orders) -> Orders:
-    """Start the search without collectives where there are some; its list lifted, if better than the given orders."""
-    small = relax.relaxed(found.instance)
-    if small is None or not run.options.use_search:
-        return orders
-    made = lists.best_list(small, run.options.seed, few=OUTLINED)
-    if made is None:
-        return orders
-    found.outline = search.start(small, made, run.options.seed + 3, found.bound.ns)
-    lifted = lift(found.instance, small, made)
-    return lifted if lifted is not None and lifted.makespan_ns < orders.makespan_ns else orders
-
-
-def _start_again(run: Run, found: Candidate) -> None:
-    """The search of a candidate whose first list was interpreted, from the best of all lists."""
-    found.quick = False
-    orders = first_orders(found, compiled=True, seed=run.options.seed)
-    assert found.search is not None
-    if orders is not None:
-        orders = _outlined(run, found, orders)
-        if orders.makespan_ns < found.search.best.makespan_ns:
-            found.search.best = orders
-
-
-def reserve(found: Candidate, judged: Judged) -> None:
-    """Take what a schedule lacked from the memory the search may use."""
-    excess = np.array(judged.excess_bytes)
-    if found.halved:
-        excess = np.maximum(excess, excess[::-1])
-    found.instance.cap[:] -= excess
-
-
 def race(run: Run, candidates: Sequence[Candidate], until: Callable[[], float]) -> None:
     """Successive halving over the candidates, then the finalists share the time; ``until()`` is the seconds left."""
     live = [found for found in candidates if found.search is not None]
     for found in live:
         if found.quick:
-            _start_again(run, found)
+            start_again(run, found)
     slice_s = 0.3
     with ThreadPoolExecutor(run.options.threads) as pool:
         try:

@@ -21,7 +21,7 @@ from mipipe.planner.milp import order, periodic, unroll, windows
 from mipipe.planner.milp.highs import SolverOutcome, Termination
 from mipipe.planner.plan import Placement, Schedule
 from mipipe.planner.proposals import resident_fits
-from mipipe.planner.race import Run
+from mipipe.planner.run import Run
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.stages import view
 

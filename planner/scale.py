@@ -41,7 +41,7 @@ from mipipe.planner.options import PlacementName
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.proposals import light_ends, propose, resident_fits, shapes
-from mipipe.planner.race import Run
+from mipipe.planner.run import Run
 from mipipe.planner.stages import StageView, view
 
 BIG_ACTIONS = 1_500

@@ -1,7 +1,8 @@
 """`plan`: from a problem to a plan, with a bound and a history. The driver of the ladder in design.md section 4.
 
-1. Placements are proposed (`mipipe.planner.proposals`) and each gets a list schedule: the first plan. Where the known
-   shapes do not say it all, the placement MIP adds its own, and modes (`mipipe.planner.placing`).
+1. Placements are proposed (`mipipe.planner.proposals`) and the promising ones scheduled by list
+   (`mipipe.planner.entering`); large problems have their own way (`mipipe.planner.scale`). Where the known shapes do
+   not say it all, the placement MIP adds its own, and modes (`mipipe.planner.placing`).
 2. The race (`mipipe.planner.race`): placements whose bound is below the incumbent are searched in turn.
 3. The MIP rungs run where they can still help.
 
@@ -17,25 +18,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import chain, islice
+from itertools import islice
 from types import FrameType
 from typing import Any
 
-from mipipe.graphs.errors import InfeasibleError, PlanError
+from mipipe.graphs.errors import InfeasibleError
 from mipipe.planner import placing, rungs, scale
-from mipipe.planner.candidate import Candidate, candidate
 from mipipe.planner.check import check_plan
-from mipipe.planner.cuts import earliest_end
+from mipipe.planner.entering import admit_placement, enter, recomputing
 from mipipe.planner.explain import explain
-from mipipe.planner.feasible import why_infeasible, with_recomputation
-from mipipe.planner.free_bound import facts_of, problem_bound
+from mipipe.planner.feasible import why_infeasible
+from mipipe.planner.free_bound import problem_bound
 from mipipe.planner.milp.pattern import route_names
 from mipipe.planner.objectives import best_utilisation, least_memory
-from mipipe.planner.options import PlacementName, PlanOptions
-from mipipe.planner.plan import Placement, Plan
+from mipipe.planner.options import PlanOptions
+from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.proposals import propose
-from mipipe.planner.race import Incumbent, Progress, Run, race, seed_search
+from mipipe.planner.race import race
+from mipipe.planner.run import Incumbent, Progress, Run
 from mipipe.planner.search import LARGE
 
 __all__ = ["Incumbent", "Progress", "SolveResult", "Termination", "plan"]
@@ -130,15 +131,15 @@ def _ladder(run: Run) -> None:
         if run.candidates:
             race(run, run.candidates, lambda: run.left)
             return
-    _enter(run)
+    enter(run)
     if run.options.use_baselines:
         rungs.published(run)
     if run.options.use_milp:
         if run.options.placement == "free":
-            placing.by_mip(run, _propose)
-        placing.with_modes(run, _propose, list(islice(propose(run.problem, run.options.placement), 3)))
+            placing.by_mip(run, admit_placement)
+        placing.with_modes(run, admit_placement, list(islice(propose(run.problem, run.options.placement), 3)))
     if not run.candidates and run.options.recompute:
-        _recomputing(run)
+        recomputing(run)
     if not run.candidates:
         raise InfeasibleError(why_infeasible(run.problem, run.options.placement))
     limit = run.options.time_limit_s
@@ -161,93 +162,6 @@ def _ladder(run: Run) -> None:
         _proofs(run)
     if run.options.use_search and not run.closed:
         race(run, run.candidates, lambda: run.left)
-
-
-INTERPRETED = 4_000
-"""Actions up to which the first list schedule is interpreted (1 s here), so that it need not wait for a compiler."""
-
-BIG_ACTIONS = 20_000
-"""Actions of a chain from which only the shapes of `BIG_ORDER` enter: time does not suffice for all."""
-
-BIG_ORDER: tuple[PlacementName, ...] = ("chain", "two-way", "v")
-
-
-MANY = 6
-"""Candidates after which lists may take no more than `LISTED` of the time: the most promising come first."""
-
-LISTED = 0.2
-
-
-def _enter(run: Run) -> None:
-    """Propose placements and schedule each by list, the first at once, the others the most promising first.
-
-    The seconds per action of the placements so far say which of the rest can still be built in time.
-    """
-    limit = run.options.time_limit_s
-    waiting = _most_promising(run, propose(run.problem, run.options.placement))
-    if run.options.placement == "free" and 3 * run.problem.num_ranks * run.problem.num_microbatches > BIG_ACTIONS:
-        waiting = filter(None, (_candidate(run, placement) for name in BIG_ORDER
-                                for placement in propose(run.problem, name)))
-    built, spent = 0, 0.0
-    for found in waiting:
-        if run.best is not None and run.left < (0.5 if len(run.candidates) < MANY else 1 - LISTED) * limit:
-            break
-        size = len(found.placement.stages) * run.problem.num_microbatches
-        expected = spent / built * size if built else 0.0
-        if run.best is not None and (run.left - expected < 0.5 * limit or found.bound.ns >= run.makespan_ns):
-            continue
-        began = run.seconds
-        _admit(run, found)
-        built, spent = built + size, spent + run.seconds - began
-        run.reserve_s = min(0.2 * limit, 0.5 * spent / built * size)
-
-
-def _most_promising(run: Run, waiting: Iterator[Placement]) -> Iterator[Candidate]:
-    """The first placement; then those that can be fitted in a tenth of the time, by their bounds; then the rest."""
-    found = [made for placement in islice(waiting, 1) if (made := _candidate(run, placement)) is not None]
-    yield from found
-    heads = facts_of(run.problem).head
-    proposed: list[Placement] = []
-    for placement in waiting:
-        proposed.append(placement)
-        if run.left < 0.9 * run.options.time_limit_s:
-            break
-    proposed.sort(key=lambda placement: earliest_end(run.problem, placement, heads))
-    bounded: list[Candidate] = []
-    rest = iter(proposed)
-    while run.left > 0.85 * run.options.time_limit_s and (following := next(rest, None)) is not None:
-        bounded += filter(None, [_candidate(run, following)])
-    yield from sorted(bounded, key=lambda made: made.bound.ns)
-    yield from filter(None, (_candidate(run, placement) for placement in chain(rest, waiting)))
-
-
-def _recomputing(run: Run) -> None:
-    """Where nothing fits otherwise: every placement with F run again by all stages, and by the first half of them."""
-    for placement in propose(run.problem, run.options.placement):
-        for variant in with_recomputation(run.problem, placement):
-            _propose(run, variant)
-
-
-def _propose(run: Run, placement: Placement) -> Candidate | None:
-    """Make a placement a candidate if some order fits its memory; the candidate, or None."""
-    found = _candidate(run, placement)
-    return found if found is not None and _admit(run, found) else None
-
-
-def _candidate(run: Run, placement: Placement) -> Candidate | None:
-    """The placement with its bound; None where it never fits."""
-    try:
-        return candidate(run.problem, placement)
-    except PlanError:
-        return None
-
-
-def _admit(run: Run, found: Candidate) -> bool:
-    """Schedule a candidate by list and take it into the run; whether some order fits its memory."""
-    fits = seed_search(run, found, compiled=run.best is not None or found.instance.size > INTERPRETED)
-    if fits:
-        run.candidates.append(found)
-    return fits
 
 
 ROUTES = 4

@@ -13,13 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from mipipe.graphs.topology import Topology
 from mipipe.planner import greedy
 from mipipe.planner.candidate import candidate
+from mipipe.planner.entering import seed_search
 from mipipe.planner.evaluate import evaluate
 from mipipe.planner.feasible import one_at_a_time, shortage
 from mipipe.planner.instance import build, expand, mirror, orders_from
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
 from mipipe.planner.proposals import propose
-from mipipe.planner.race import Run, seed_search
+from mipipe.planner.run import Run
 from mipipe.planner.stages import view
 from mipipe.planner.uniform import uniform_problem
 

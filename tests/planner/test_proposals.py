@@ -11,8 +11,10 @@ from mipipe.graphs.errors import PlanError
 from mipipe.planner.check_facts import check_placement
 from mipipe.planner.cuts import fit_cuts, loads, units
 from mipipe.planner.feasible import why_infeasible
+from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan, Schedule
 from mipipe.planner.proposals import light_ends, propose, resident_bytes, resident_fits, shapes
+from mipipe.planner.solve import plan
 from mipipe.planner.stages import view
 from mipipe.planner.uniform import two_stream_problem, uniform_problem
 
@@ -37,6 +39,26 @@ def test_the_two_ways_of_a_two_way_pipeline_are_mirror_images() -> None:
     for route in placement.routes:
         assert [route[m] + route[m + 1] for m in range(0, 6, 2)] == [3, 3, 3]
     assert len(set(resident_bytes(problem, placement))) == 1
+
+
+@pytest.mark.parametrize(("name", "layers"), [("twin-chain", 4), ("twin-v", 8), ("twin-wave", 16)])
+def test_twins_are_two_equal_pipelines_on_half_of_the_ranks_each(name: str, layers: int) -> None:
+    problem = uniform_problem(ranks=8, microbatches=6, f=1, i=1, w=1, layers=layers)
+    placement = next(propose(problem, name))  # type: ignore[arg-type]
+    assert len(placement.stages) == layers
+    for route in placement.routes:
+        assert all((rank < 4) == (m % 2 == 0) for m, rank in enumerate(route))
+        assert [route[m] + route[m + 1] for m in range(0, 6, 2)] == [7, 7, 7]
+    assert len(set(resident_bytes(problem, placement))) == 1
+    alone = uniform_problem(ranks=8, microbatches=6, f=1, i=1, w=1, layers=layers, copies=1)
+    assert not list(propose(alone, name))  # type: ignore[arg-type]
+
+
+def test_two_ranks_with_a_copy_each_are_data_parallel() -> None:
+    """No transfer, no bubble."""
+    problem = uniform_problem(ranks=2, microbatches=4, f=10, i=12, w=8, comm=1, layers=4)
+    found = plan(problem, PlanOptions(time_limit_s=5))
+    assert found.makespan_ns == found.bound_ns == 4 * 30 * problem.unit_ns
 
 
 def test_even_models_are_cut_evenly() -> None:

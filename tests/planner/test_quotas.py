@@ -21,7 +21,7 @@ from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Placement, Plan
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.proposals import light_ends, propose, shapes
-from mipipe.planner.race import Run
+from mipipe.planner.run import Run
 from mipipe.planner.solve import plan
 from mipipe.planner.stages import view
 from mipipe.planner.uniform import in_units, two_stream_problem, uniform_problem
