@@ -68,7 +68,8 @@ CHECK_S = 1e-4
 
 SEARCHABLE = 30_000
 """Nodes up to which annealing improves a tuned list within a minute: of 3,300 nodes (32 x 64, two-way) it makes 241.8
-into 235.9 in 3.8 s of one core, of 12,700 (64 x 128) 479.4 into 477.1 in 1.6 s."""
+into 235.9 in 3.8 s of one core, of 12,700 (64 x 128, twin V) 476.4 into 468.0 in 65 s, but of 25,000 (twin wave) 478.6
+into 476.7 only. Placements with fewer nodes go before those with more."""
 
 
 @dataclass(slots=True)
