@@ -33,7 +33,7 @@ BIG_ACTIONS = 20_000
 
 BIG_ORDER: tuple[PlacementName, ...] = ("chain", "two-way", "v")
 
-MANY, LISTED = 6, 0.2
+MANY, LISTED = 6, 0.1
 """After so many candidates lists may take no more than this share of the time: the most promising come first."""
 
 OUTLINED = 100

@@ -31,8 +31,8 @@ microbatches, seconds of one core: 4,739 after 1.4 and 4,731 after 3.2 without, 
 FAR = 1.08
 """Finalists this many times as long as the best are given up."""
 
-LAST = 0.6
-"""Share of the time limit after which only the best placement is searched, by all threads."""
+LAST = 0.4
+"""Share of the time limit after which only the most promising of the finalists is searched, by all threads."""
 
 
 def race(run: Run, candidates: Sequence[Candidate], until: Callable[[], float]) -> None:
@@ -47,9 +47,10 @@ def race(run: Run, candidates: Sequence[Candidate], until: Callable[[], float]) 
             while live and until() > 0 and not run.closed:
                 live = [found for found in live if found.bound.ns < run.makespan_ns and not found.closed]
                 _round(run, pool, live, slice_s, until)
-                live = _ranked(live)
-                fewest = 1 if run.seconds > LAST * run.options.time_limit_s else FINALISTS
-                live = live[:max(fewest, (len(live) + 1) // 2)]
+                late = run.seconds > LAST * run.options.time_limit_s
+                live = _ranked(live)[:max(FINALISTS, (len(live) + 1) // 2)]
+                if late and 0 < len(live) <= FINALISTS:
+                    live = [min(live, key=_middle)]
                 if len(live) <= FINALISTS:
                     live = [found for found in live if found.makespan_ns <= FAR * live[0].makespan_ns]
                 slice_s = min(5.0, slice_s * 1.7)
@@ -61,11 +62,16 @@ def race(run: Run, candidates: Sequence[Candidate], until: Callable[[], float]) 
 def _ranked(live: Sequence[Candidate]) -> list[Candidate]:
     """The shortest first, then by the middle between makespan and bound: what is near its own bound has little left.
 
-    Two streams, 8 ranks x 20 microbatches: two-way is first for long (1,562 of at least 1,548), interleaved
-    half-stages end at 1,529 (at least 1,456).
+    Two streams, 8 ranks x 20 microbatches: two-way is first for long (1,562 of at least 1,548), twin waves end at 1,456
+    (at least 1,444).
     """
-    shortest = sorted(live, key=lambda found: found.makespan_ns)
-    return shortest[:1] + sorted(shortest[1:], key=lambda found: found.makespan_ns + found.bound.ns)
+    shortest = min(live, key=lambda found: found.makespan_ns, default=None)
+    return [found for found in live if found is shortest] + sorted(
+        (found for found in live if found is not shortest), key=_middle)
+
+
+def _middle(found: Candidate) -> int:
+    return found.makespan_ns + found.bound.ns
 
 
 def _round(run: Run, pool: ThreadPoolExecutor, live: Sequence[Candidate], slice_s: float,

@@ -6,16 +6,17 @@ is tuned there (`mipipe.planner.quotas`), the placements are compared by what th
 rest runs at the pace of the busiest rank), and the best rules, tuned a little more and blended with a backward one
 (`mipipe.planner.two_ended`), schedule the whole; what annealing can still improve is annealed.
 
-Measured (uneven stages, transfers of 0.1, 0.75 of 1F1B's activations; one core of a machine at load 4; the best
-published schedule within that memory in brackets): 16 x 32 in 60 s 116.3, bound 105.5 (V-Half 193.4); 32 x 64 in 60 s
-232.5, bound 206.3 (V-Half 388.6); 64 x 128 in 120 s 471.9, bound 407.9 (V-Half 779); 64 x 1,024 in 60 s within 3.5 %
-of its bound of 3,126.7. Tuning stops by the clock, so a seed fixes the result only where the machine keeps pace.
+Measured (uneven stages, transfers of 0.1, 0.75 of 1F1B's activations; two cores; the best published schedule within
+that memory in brackets): 16 x 32 in 60 s 115.2, bound over all placements 105.5, at its own (twin V) 111.3 (V-Half
+193.4); 32 x 64 in 90 s 228.6, bounds 206.3 and 222.6 (V-Half 388.6); 64 x 128 in 120 s 468.2, bound 407.9 (V-Half 779);
+64 x 1,024 in 180 s 3,206, bound 3,126.7 (V-Min 5,374). Tuning stops by the clock, so a seed fixes the result only where
+the machine keeps pace.
 
 What is lost is lost before the first gradients come back: at 16 x 32 a rank in the middle of the two-way chain holds 12
-forwards and waits 14 for its first gradient, which it gives back nowhere else (ends and middle wait 2). The bound at
-the two-way placement is 111.6. Tried in vain, in 3 to 20 s each: half-stages in two-way Vs (bound 109.4, reached 117.3
-to 118), heads dealt to the ranks that wait, or by load and wait (116.2 to 116.4), late stages of one layer and early
-ones of three (107.8, reached 124.6). The 32 x 64 figure is older than the others.
+forwards and waits 14 for its first gradient, which it gives back nowhere else (ends and middle wait 2). Tried at 16 x
+32, in 3 to 60 s each: twin waves (bound 109.2, reached 118.5), half-stages in two-way Vs (109.4, reached 117.3 to 118),
+heads dealt to the ranks that wait, or by load and wait (116.2 to 116.4), late stages of one layer and early ones of
+three (107.8, reached 124.6).
 
 The bound at the placement is the busiest rank's: earliest start + load + what must follow.
 """
@@ -66,7 +67,7 @@ ROUNDS = 3
 CHECK_S = 1e-4
 """Seconds per action that checking and explaining the plan take in the end."""
 
-SEARCHABLE = 30_000
+SEARCHABLE = 15_000
 """Nodes up to which annealing improves a tuned list within a minute: of 3,300 nodes (32 x 64, two-way) it makes 241.8
 into 235.9 in 3.8 s of one core, of 12,700 (64 x 128, twin V) 476.4 into 468.0 in 65 s, but of 25,000 (twin wave) 478.6
 into 476.7 only. Placements with fewer nodes go before those with more."""
@@ -117,7 +118,8 @@ def climb(run: Run) -> None:
     if not entries:
         return
     began, before = time.monotonic(), run.makespan_ns
-    searchable = bool(run.candidates) and run.candidates[0].instance.size <= SEARCHABLE
+    sized = [entry for entry in entries if _size(run, entry) <= SEARCHABLE]
+    searchable, entries = bool(sized), sized or entries
     share = (0.03 if searchable else 0.08) * limit
     for kept in (3, 2, 1):
         entries.sort(key=lambda entry: entry.expected_ns)
@@ -169,6 +171,11 @@ def _expected(run: Run, small: Instance, orders: Orders) -> int:
     """The makespan with all microbatches, if the rest runs at the pace of the busiest rank."""
     rest = run.problem.num_microbatches - small.view.problem.num_microbatches
     return orders.makespan_ns + rest * greedy.period(small)
+
+
+def _size(run: Run, entry: Entry) -> int:
+    """Nodes of an entry's instance with all microbatches."""
+    return entry.small.size * run.problem.num_microbatches // entry.small.view.problem.num_microbatches
 
 
 def _tune(run: Run, entry: Entry, seconds: float) -> None:
