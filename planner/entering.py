@@ -7,7 +7,7 @@ bounds come first, and lists go to the placements with the lowest ones.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import chain, count, islice, takewhile
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from mipipe.planner.options import PlacementName
 from mipipe.planner.plan import Placement
 from mipipe.planner.proposals import propose
 from mipipe.planner.run import Run
+from mipipe.planner.scale import chain_actions
 
 INTERPRETED = 4_000
 """Actions up to which the first list schedule is interpreted (1 s here), so that it need not wait for a compiler."""
@@ -50,27 +51,31 @@ def enter(run: Run) -> None:
     """
     limit = run.options.time_limit_s
     waiting = _most_promising(run, propose(run.problem, run.options.placement))
-    if run.options.placement == "free" and 3 * run.problem.num_ranks * run.problem.num_microbatches > BIG_ACTIONS:
+    if run.options.placement == "free" and chain_actions(run.problem) > BIG_ACTIONS:
         waiting = filter(None, (_candidate(run, placement) for name in BIG_ORDER
                                 for placement in propose(run.problem, name)))
     built, spent = 0, 0.0
     for found in waiting:
         if run.best is not None and run.left < (0.5 if len(run.candidates) < MANY else 1 - LISTED) * limit:
+            run.leave_out(found.bound.ns)
             break
         size = len(found.placement.stages) * run.problem.num_microbatches
         expected = spent / built * size if built else 0.0
         if run.best is not None and (run.left - expected < 0.5 * limit or found.bound.ns >= run.makespan_ns):
+            run.leave_out(found.bound.ns)
             continue
         began = run.seconds
         _admit(run, found)
         built, spent = built + size, spent + run.seconds - began
         run.reserve_s = min(0.2 * limit, 0.5 * spent / built * size)
+    if run.options.placement != "free":  # few, and the bound is to hold for all of them
+        for found in waiting:
+            run.leave_out(found.bound.ns)
 
 
 def _most_promising(run: Run, waiting: Iterator[Placement]) -> Iterator[Candidate]:
     """The first placement; then those that can be fitted in a tenth of the time, by their bounds; then the rest."""
-    found = [made for placement in islice(waiting, 1) if (made := _candidate(run, placement)) is not None]
-    yield from found
+    yield from filter(None, (_candidate(run, placement) for placement in islice(waiting, 1)))
     heads = facts_of(run.problem).head
     proposed: list[Placement] = []
     for placement in waiting:
@@ -78,11 +83,10 @@ def _most_promising(run: Run, waiting: Iterator[Placement]) -> Iterator[Candidat
         if run.left < 0.9 * run.options.time_limit_s:
             break
     proposed.sort(key=lambda placement: earliest_end(run.problem, placement, heads))
-    bounded: list[Candidate] = []
     rest = iter(proposed)
-    while run.left > 0.85 * run.options.time_limit_s and (following := next(rest, None)) is not None:
-        bounded += filter(None, [_candidate(run, following)])
-    yield from sorted(bounded, key=lambda made: made.bound.ns)
+    in_time = takewhile(lambda _: run.left > 0.85 * run.options.time_limit_s, count())
+    bounded = [_candidate(run, placement) for _, placement in zip(in_time, rest, strict=False)]
+    yield from sorted(filter(None, bounded), key=lambda made: made.bound.ns)
     yield from filter(None, (_candidate(run, placement) for placement in chain(rest, waiting)))
 
 

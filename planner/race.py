@@ -66,8 +66,7 @@ def _ranked(live: Sequence[Candidate]) -> list[Candidate]:
     (at least 1,444).
     """
     shortest = min(live, key=lambda found: found.makespan_ns, default=None)
-    return [found for found in live if found is shortest] + sorted(
-        (found for found in live if found is not shortest), key=_middle)
+    return sorted(live, key=lambda found: (found is not shortest, _middle(found)))
 
 
 def _middle(found: Candidate) -> int:

@@ -36,7 +36,7 @@ class Progress:
 
 @dataclass(slots=True)
 class Run:
-    """One solve in progress."""
+    """One solve in progress. ``left_out_ns``: no placement that was left out for want of time can be shorter."""
 
     problem: PlanningProblem
     options: PlanOptions
@@ -50,6 +50,7 @@ class Run:
     stopped: bool = False
     interrupted: bool = False
     reserve_s: float = 0.0
+    left_out_ns: int = 1 << 62
 
     @property
     def seconds(self) -> float:
@@ -69,9 +70,19 @@ class Run:
         """Whether nothing allowed can be better (or better by more than the gap asked for)."""
         if self.best is None:
             return False
-        if self.bound_ns is not None and self.makespan_ns <= self.bound_ns * (1 + self.options.gap):
-            return True
-        return all(found.bound.ns >= self.makespan_ns for found in self.candidates) and self.options.placement != "free"
+        return self.lowest_ns is not None and self.makespan_ns <= self.lowest_ns * (1 + self.options.gap)
+
+    @property
+    def lowest_ns(self) -> int | None:
+        """No plan the options allow is shorter, as far as known: over all placements, or over those of the shape asked
+        for."""
+        if self.options.placement == "free" or not self.candidates:
+            return self.bound_ns
+        return min(self.left_out_ns, *(found.bound.ns for found in self.candidates))
+
+    def leave_out(self, least_ns: int) -> None:
+        """Note a placement that there is no time for, and what it could reach at best."""
+        self.left_out_ns = min(self.left_out_ns, least_ns)
 
     def report(self, phase: str) -> None:
         """Tell the callback where the solve stands."""

@@ -90,7 +90,7 @@ def published(run: Run) -> None:
             run.note(found, baseline.name)
             if best is None or found.makespan_ns < best.makespan_ns:
                 best = found
-    if best is not None:
+    if best is not None and best.makespan_ns < before:
         record(run, "published schedules", best, before, began)
 
 

@@ -35,7 +35,8 @@ from mipipe.planner import greedy, quotas, search, two_ended
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds import Bound, placement_bound
 from mipipe.planner.candidate import Candidate, Judged, carries_bytes, judge
-from mipipe.planner.cuts import place_spread, units
+from mipipe.planner.cuts import earliest_end, place_spread, units
+from mipipe.planner.free_bound import facts_of
 from mipipe.planner.greedy import Orders
 from mipipe.planner.instance import Instance, build, expand, mirror
 from mipipe.planner.options import PlacementName
@@ -59,7 +60,7 @@ BIG_ORDER: tuple[PlacementName, ...] = ("two-way", "twin-v", "twin-wave", "ring"
 """Shapes tried on large problems, the most promising first."""
 
 MOST_STAGES = 2
-"""Stages per rank and direction that large problems may have: more take longer than they gain."""
+"""Stages per rank up to which placements of large problems are tried: more take longer than they gain."""
 
 ROUNDS = 3
 """Microbatches per rank on which rules are tuned: warm-up and cool-down last about one each."""
@@ -89,24 +90,31 @@ class Entry:
 
 def applies(problem: PlanningProblem) -> bool:
     """Whether a problem is large, with equal microbatches on one stream, values in flight and channels free."""
-    return (3 * problem.num_ranks * problem.num_microbatches > BIG_ACTIONS
+    return (chain_actions(problem) > BIG_ACTIONS
             and not any(group.loads or group.stream is Stream.COLLECTIVE for group in problem.groups)
             and not any(edge.num_bytes or edge.grad_bytes for edge in problem.edges))
 
 
 def is_huge(problem: PlanningProblem) -> bool:
     """Whether looking at published schedules takes too long."""
-    return 3 * problem.num_ranks * problem.num_microbatches > PUBLISHED_ACTIONS
+    return chain_actions(problem) > PUBLISHED_ACTIONS
+
+
+def chain_actions(problem: PlanningProblem) -> int:
+    """Actions of a chain: F, I and W of every microbatch on every rank."""
+    return 3 * problem.num_ranks * problem.num_microbatches
 
 
 def climb(run: Run) -> None:
     """Make the run's candidates: the first at once by default rules, the best of all placements by tuned ones."""
     limit = run.options.time_limit_s
-    actions = 3 * run.problem.num_ranks * run.problem.num_microbatches
-    run.reserve_s = min(0.3 * limit, CHECK_S * actions)
+    run.reserve_s = min(0.3 * limit, CHECK_S * chain_actions(run.problem))
     entries: list[Entry] = []
-    for placement in placements(run):
+    waiting = placements(run)
+    left_out: list[Placement] = []
+    for placement in waiting:
         if (entries and run.left < 0.85 * limit) or run.interrupted:
+            left_out = [placement, *(waiting if run.options.placement != "free" else ())]
             break
         entry = _enter(run, placement, 0.02 * limit if entries else 0.0)
         if entry is None:
@@ -117,6 +125,7 @@ def climb(run: Run) -> None:
         entries.append(entry)
     if not entries:
         return
+    left_out += [entry.placement for entry in entries]
     began, before = time.monotonic(), run.makespan_ns
     sized = [entry for entry in entries if _size(run, entry) <= SEARCHABLE]
     searchable, entries = bool(sized), sized or entries
@@ -131,6 +140,10 @@ def climb(run: Run) -> None:
     while not searchable and run.left > 0.1 * limit and not run.closed:
         _turn(run, entries[0], 0.04 * limit)
         _apply(run, entries[0], "quotas", 0.06 * limit)
+    heads = facts_of(run.problem).head
+    for placement in left_out:
+        if all(found.placement != placement for found in run.candidates):
+            run.leave_out(int(earliest_end(run.problem, placement, heads)))
     run.ablation.append({"rung": "quotas", "placement": run.best.placement.name if run.best else "",
                          "before": before / run.problem.unit_ns, "makespan": run.makespan_ns / run.problem.unit_ns,
                          "variables": None, "constraints": None, "seconds": round(time.monotonic() - began, 3)})
@@ -212,7 +225,7 @@ def _apply(run: Run, entry: Entry, rung: str, seconds: float = 0.0) -> None:
     tried, and the best is tuned some ``seconds`` more.
     """
     found = next((other for other in run.candidates if other.placement == entry.placement), None)
-    few = 3 * run.problem.num_ranks * run.problem.num_microbatches <= BOUND_ACTIONS
+    few = chain_actions(run.problem) <= BOUND_ACTIONS
     if found is None:
         whole = view(run.problem, entry.placement)
         instance = _instance(whole)

@@ -204,9 +204,7 @@ def _finish(run: Run) -> SolveResult:
         ended = Termination.INTERRUPTED if run.interrupted else Termination.TIME_UP
         return SolveResult(None, None, run.bound_ns, None, ended, run.seconds,
                            reason=f"no plan within {run.options.time_limit_s:g} s; try a longer time limit")
-    bound = run.bound_ns
-    if run.options.placement != "free":
-        bound = min(found.bound.ns for found in run.candidates)
+    bound = run.lowest_ns
     found = Plan(f"{run.problem.name}/{best.placement.name}", run.problem, best.placement, best.best.schedule,
                  best.makespan_ns, bound, best.bound.ns,
                  {"method": best.rung, "seconds": round(run.seconds, 3), "seed": run.options.seed})

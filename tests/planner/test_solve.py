@@ -12,12 +12,20 @@ from hypothesis import HealthCheck, given, settings
 
 from mipipe.graphs.errors import InputError
 from mipipe.planner import solve
+from mipipe.planner.bounds import placement_bound
+from mipipe.planner.candidate import Judged, candidate
 from mipipe.planner.check import check_plan
+from mipipe.planner.entering import enter
 from mipipe.planner.lower import lower
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.proposals import propose
+from mipipe.planner.run import Run
+from mipipe.planner.rungs import published
+from mipipe.planner.schedules import BASELINES
 from mipipe.planner.simulate import simulate
 from mipipe.planner.solve import Progress, Termination, plan
+from mipipe.planner.stages import view
 from mipipe.planner.uniform import two_stream_problem, uniform_problem
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -140,6 +148,39 @@ def test_small_instances_are_proven_by_the_order_mip() -> None:
     problem = uniform_problem(ranks=3, microbatches=4, f=3, i=4, w=2, comm=1, copies=1, activations=2)
     result = _plan(problem, 20.0, placement="chain", use_baselines=False)
     assert result.termination is Termination.OPTIMAL
+
+
+@pytest.mark.parametrize(("ranks", "microbatches"), [(8, 16), (16, 32)])  # all listed or not; tuned as a large problem
+def test_the_bound_of_a_shape_holds_for_cuts_there_was_no_time_for(ranks: int, microbatches: int) -> None:
+    problem = uniform_problem(ranks=ranks, microbatches=microbatches, f=1, i=1, w=1, comm="0.1", layers=4 * ranks,
+                              first="0.2", last="0.6", copies=1)
+    found = plan(problem, PlanOptions(time_limit_s=1, placement="interleaved"))
+    least = min(placement_bound(view(problem, placement)).ns for placement in propose(problem, "interleaved"))
+    assert found.bound_ns is not None and found.makespan_ns is not None
+    assert found.bound_ns <= least
+    assert (found.termination is Termination.OPTIMAL) == (found.makespan_ns <= found.bound_ns)
+
+
+def test_placements_are_listed_by_their_bounds_and_only_below_the_incumbent() -> None:
+    problem = uniform_problem(ranks=8, microbatches=8, f=1, i=1, w=1, comm="0.1", layers=32)
+    run = Run(problem, PlanOptions(time_limit_s=120))
+    enter(run)
+    bounds = [found.bound.ns for found in run.candidates[1:]]  # the first is taken as it comes
+    assert len(bounds) > 2 and bounds == sorted(bounds)
+    assert max(bounds) < run.history[0].makespan_ns
+
+
+def test_a_published_schedule_takes_the_place_of_a_worse_one() -> None:
+    problem = uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1)
+    dualpipe = next(baseline for baseline in BASELINES if baseline.name == "DualPipe").plan(problem, split=True)
+    slow = candidate(problem, dualpipe.placement)
+    slow.best = Judged(dualpipe.schedule, 10 * dualpipe.makespan_ns, (0,) * 4)
+    run = Run(problem, PlanOptions(placement="two-way"), candidates=[slow], best=slow)
+    published(run)
+    assert run.candidates == [slow] and slow.makespan_ns <= dualpipe.makespan_ns
+    assert [row["rung"] for row in run.ablation] == ["published schedules"]
+    published(run)
+    assert len(run.ablation) == 1  # nothing is better now
 
 
 def test_options_are_checked() -> None:
