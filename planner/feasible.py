@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mipipe.graphs.units import format_bytes
-from mipipe.planner.cuts import resident_room
+from mipipe.planner.cuts import resident_room, units
 from mipipe.planner.instance import Instance, build
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.proposals import all_placements, keeps_single, resident_bytes
+from mipipe.planner.proposals import all_placements, keeps_single, resident_bytes, shapes
 from mipipe.planner.stages import view
 
 
@@ -78,14 +78,26 @@ def why_infeasible(problem: PlanningProblem, name: str) -> str:
                     " flight beside them; give the devices more memory, or cut the model elsewhere")
         found.append(lack)
     if not found:
-        return (f"placement {name!r} does not exist for {problem.num_ranks} ranks and {len(problem.groups)} groups;"
-                " choose another placement or split the model into more groups")
+        return _why_none(problem, name)
     least = min(found, key=lambda item: item.lacking_bytes)
     device = problem.topology.devices[least.rank].name
     cap = _cap(problem, least)
     return (f"rank {least.rank} ({device}) has {format_bytes(least.room_bytes)} for {least.what} and needs"
             f" {format_bytes(least.need_bytes)}: {least.lacking_bytes} bytes lack even at placement {least.placement},"
             f" which lacks least; {cap}")
+
+
+def _why_none(problem: PlanningProblem, name: str) -> str:
+    """One line on a shape that does not exist: for other numbers of ranks only, or for more blocks of groups."""
+    ranks, blocks = problem.num_ranks, len(units(problem))
+    stages = min((shape.num_stages for shape in shapes(ranks, name)), default=None)
+    text = f"placement {name!r} does not exist for {ranks} rank{'s' * (ranks > 1)} and {len(problem.groups)} groups"
+    if stages is not None and blocks < stages:
+        return f"{text}: it has {stages} stages; split the model into more groups or choose another placement"
+    fitting = next((more for more in range(ranks + 1, ranks + 4) if shapes(more, name)), None)
+    if stages is None and fitting is not None:
+        return f"{text}; use {fitting} ranks or choose another placement"
+    return f"{text}; choose another placement"
 
 
 def _cap(problem: PlanningProblem, least: Shortage) -> str:

@@ -1,9 +1,9 @@
 """Simulated annealing over device assignments for throughput, compiled by numba.
 
-Pieces are moved: up to 16 classes of one device connected by values. A move either hands a piece to another device or
-exchanges two pieces of two devices. Loads are updated from the values that touch the moved classes alone. The energy is
-a p-norm of the loads: with the maximum alone three instances of five stay far from their optimum. Callers choose the
-share of exchanges and the norm.
+Pieces are moved: up to `PIECE` classes of one device connected by values. A move either hands a piece to another device
+or exchanges two pieces of two devices. Loads are updated from the values that touch the moved classes alone. The energy
+is a p-norm of the loads: with the maximum alone three instances of five stay far from their optimum. Callers choose
+the share of exchanges and the norm.
 
 Contiguity, where asked for, is tested on the forward nodes of both devices after each move that would be accepted.
 """
@@ -151,7 +151,7 @@ def grow(w, device, moved, begin, reach):
 
 
 @njit(cache=True, nogil=True)
-def draw_move(w, device, moved, exchanges):
+def draw_move(w, device, moved, exchanges, large, small):
     """A random move into ``moved``: ``moved[:split]`` go to the device returned, ``moved[split:end]`` come back."""
     first = np.random.randint(len(device))
     moved[0] = first
@@ -161,10 +161,10 @@ def draw_move(w, device, moved, exchanges):
         new = device[second]
         if new == device[first]:
             return new, 0, 0
-        large = np.random.random() < 0.5
-        split = grow(w, device, moved, 0, np.random.randint(1, PIECE + 1) if large else 1)
+        reach = PIECE if np.random.random() < large else small
+        split = grow(w, device, moved, 0, np.random.randint(1, reach + 1))
         moved[split] = second
-        end = grow(w, device, moved, split, np.random.randint(1, PIECE + 1) if large else 1)
+        end = grow(w, device, moved, split, np.random.randint(1, reach + 1))
         return new, split, end
     if w.touch_start[first + 1] > w.touch_start[first] and draw < 0.5 + 0.5 * exchanges:
         new = device[neighbour(w, first)]
@@ -202,11 +202,11 @@ def shift_of(w, moved, split, end, old, new):
 
 
 @njit(cache=True, nogil=True)
-def anneal_throughput(w, device, contiguous, steps, hot, cold, exchanges, doublings, seed, stop):
+def anneal_throughput(w, device, contiguous, steps, hot, cold, exchanges, large, small, doublings, seed, stop):
     """The best assignment seen and its largest load; ``device`` is the start and is not changed.
 
-    Temperatures fall from ``hot`` to ``cold`` over ``steps`` moves, of which the share ``exchanges`` are exchanges;
-    ``stop[0]`` ends the run early.
+    Temperatures fall from ``hot`` to ``cold`` over ``steps`` moves, of which the share ``exchanges`` are exchanges,
+    the share ``large`` of them of up to `PIECE` classes and the others of up to ``small``; ``stop[0]`` ends the run.
     """
     np.random.seed(seed)
     device = device.copy()
@@ -225,7 +225,7 @@ def anneal_throughput(w, device, contiguous, steps, hot, cold, exchanges, doubli
         if step & 1023 == 0 and stop[0]:
             break
         heat *= decay
-        new, split, end = draw_move(w, device, moved, exchanges)
+        new, split, end = draw_move(w, device, moved, exchanges, large, small)
         if end == 0:
             continue
         old = device[moved[0]]

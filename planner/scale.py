@@ -16,7 +16,9 @@ What is lost is lost before the first gradients come back: at 16 x 32 a rank in 
 forwards and waits 14 for its first gradient, which it gives back nowhere else (ends and middle wait 2). Tried at 16 x
 32, in 3 to 60 s each: twin waves (bound 109.2, reached 118.5), half-stages in two-way Vs (109.4, reached 117.3 to 118),
 heads dealt to the ranks that wait, or by load and wait (116.2 to 116.4), late stages of one layer and early ones of
-three (107.8, reached 124.6).
+three (107.8, reached 124.6). At 32 x 64 also a schedule of half the ranks and microbatches, every action twice as long
+(228.2), stretched: ranks of a pair run F and I in opposite directions, so it grows to 246.8, and a minute of annealing
+leaves 231.2.
 
 The bound at the placement is the busiest rank's: earliest start + load + what must follow.
 """

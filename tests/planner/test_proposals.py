@@ -165,3 +165,12 @@ def _last_end(problem, shape, parts) -> float:
             if part:
                 head[where] = min(head[where], sum(forwards[:part[0]]))
     return max(problem.num_microbatches * busy + begin for busy, begin in zip(load, head, strict=True))
+
+
+@pytest.mark.parametrize(("ranks", "layers", "name", "advice"), [
+    (3, 6, "twin-v", "use 4 ranks or choose"), (2, 4, "twin-wave", "use 4 ranks or choose"),
+    (1, 2, "v", "1 rank and 2 groups; use 2 ranks"), (4, 8, "wave", "it has 16 stages; split the model"),
+    (4, 8, "apart", "8 groups; choose another placement")])
+def test_a_shape_that_does_not_exist_says_what_it_needs(ranks: int, layers: int, name: str, advice: str) -> None:
+    problem = uniform_problem(ranks=ranks, microbatches=4, f=1, i=1, w=1, layers=layers)
+    assert advice in why_infeasible(problem, name)
