@@ -220,7 +220,7 @@ class _Search:
             yield self._proving(part, self.value, BOUND_SHARE * self.left, self._raise_bound)
         for number in count():
             if number < self.threads or number % 2:
-                yield self._annealing(self._budget() / 2, 0.003, None, LAYERS)
+                yield self._annealing(self._budget() / 2, 0.006, None, LAYERS)
             else:
                 yield self._annealing(self._budget() / 2, 0.0005, None, LAYERS, self.best)
 
