@@ -15,7 +15,7 @@ from mipipe.graphs.errors import PlanError
 from mipipe.planner import lists, relax, search
 from mipipe.planner.candidate import Candidate, Judged, candidate, first_orders, in_flight, judge, offer_judged
 from mipipe.planner.cuts import earliest_end
-from mipipe.planner.feasible import with_recomputation
+from mipipe.planner.feasible import shortage, with_recomputation
 from mipipe.planner.free_bound import facts_of
 from mipipe.planner.greedy import Orders
 from mipipe.planner.instance import expand
@@ -65,7 +65,8 @@ def enter(run: Run) -> None:
             run.leave_out(found.bound.ns)
             continue
         began = run.seconds
-        _admit(run, found)
+        if not _admit(run, found) and shortage(run.problem, found.placement) is None:
+            run.leave_out(found.bound.ns)  # one microbatch at a time fits, so other orders may
         built, spent = built + size, spent + run.seconds - began
         run.reserve_s = min(0.2 * limit, 0.5 * spent / built * size)
     if run.options.placement != "free":  # few, and the bound is to hold for all of them

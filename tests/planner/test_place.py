@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mipipe.graphs.errors import InfeasibleError, InputError
+from mipipe.planner import place_kernels, place_throughput
 from mipipe.planner.milp import device_placement
 from mipipe.planner.milp.highs import Termination
 from mipipe.planner.place import place
@@ -141,6 +142,27 @@ def test_a_dear_value_is_cut_once(tmp_path: Path) -> None:
     result = place(instance, time_limit_s=2)
     assert result.objective == 16 and result.gap == 0
     assert result.assignment == {"0": "cpu0", "1": "acc0", "2": "acc0"}
+
+
+def test_layer_graphs_are_annealed_as_long_as_time_allows(tmp_path: Path, monkeypatch) -> None:
+    """Too many layers to prove: after short runs each thread cools once over what time is left, then from the best."""
+    steps: list[int] = []
+    anneal = place_kernels.anneal_throughput
+
+    def counted(workload, device, contiguous, count, *rest):
+        steps.append(count)
+        return anneal(workload, device, contiguous, count, *rest)
+
+    monkeypatch.setattr(place_kernels, "anneal_throughput", counted)
+    rng = np.random.default_rng(0)
+    times = rng.integers(1, 1000, 200).tolist()
+    data = workload(times, list(itertools.pairwise(range(200))), [1] * 200, accelerators=6)
+    instance = read_instance(write(tmp_path, data))
+    result = place(instance, time_limit_s=6)
+    assert sum(count >= place_throughput.PROBE * 200 for count in steps) >= 2  # a probe and what it says
+    devices = [*(f"acc{d}" for d in range(6)), "cpu0"]
+    assert result.objective == judge(data, tuple(devices.index(result.assignment[str(n)]) for n in range(200)))
+    assert result.objective <= 1.01 * result.bound
 
 
 def test_captured_problems_are_placed_by_the_same_code() -> None:

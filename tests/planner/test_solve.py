@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from mipipe.graphs.errors import InputError
-from mipipe.planner import solve
+from mipipe.planner import entering, solve
 from mipipe.planner.bounds import placement_bound
 from mipipe.planner.candidate import Judged, candidate
 from mipipe.planner.check import check_plan
@@ -159,6 +159,18 @@ def test_the_bound_of_a_shape_holds_for_cuts_there_was_no_time_for(ranks: int, m
     assert found.bound_ns is not None and found.makespan_ns is not None
     assert found.bound_ns <= least
     assert (found.termination is Termination.OPTIMAL) == (found.makespan_ns <= found.bound_ns)
+
+
+def test_the_bound_of_a_shape_holds_for_cuts_that_no_list_was_found_for(monkeypatch) -> None:
+    problem = uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, comm="0.1", layers=16, copies=1)
+    bounds = [placement_bound(view(problem, placement)).ns for placement in propose(problem, "interleaved")]
+    assert min(bounds) < bounds[0]
+    admit = entering._admit
+    monkeypatch.setattr(entering, "_admit", lambda run, found: run.best is None and admit(run, found))
+    run = Run(problem, PlanOptions(time_limit_s=60, placement="interleaved"))
+    enter(run)
+    assert len(run.candidates) == 1 and run.candidates[0].bound.ns == bounds[0]
+    assert run.lowest_ns == min(bounds)
 
 
 def test_placements_are_listed_by_their_bounds_and_only_below_the_incumbent() -> None:
