@@ -55,6 +55,13 @@ where it began in time. 16 ranks x 64 microbatches of two streams, two-way (5,12
 of 4,926): 4,823 at 0.05 mean durations, 4,831 at 0.1, 4,891 at 0.3; without collectives (3,072 nodes) 4,739 from
 4,813, where 20 s of hot rounds gave 4,787."""
 
+HEAT, HOTTEST, COLDEST = 360, 0.5, 0.03
+"""A last round (`finish`) begins at ``HEAT`` mean durations per node, between `COLD` and ``HOTTEST``, and ends at
+``COLDEST``: what is too hot does not settle in the time, what is too cold stays where it is. Memory has
+its price there. Measured (0.75 of 1F1B's activations): 1,200 nodes (16 ranks x 32, three stages on each) after 60 s of
+one core 114.2 from 0.3, 115.1 from 0.15; 3,300 nodes (32 x 64) in 90 s of two cores 227.8 from 0.12, 229.1 from
+0.05."""
+
 
 @dataclass(slots=True)
 class Search:
@@ -63,7 +70,8 @@ class Search:
     A round cools from ``hot`` to ``COLD`` times the mean duration over ``length`` moves; rounds grow and take `TURNS`.
     ``easy`` is the search with more memory, ``easing`` whether it is its turn; such a search itself is ``plain``: its
     memory is a wall always. What is found after a number of rounds depends on the seed alone, wherever fresh lists
-    (`mipipe.planner.lists`) are made within their time.
+    (`mipipe.planner.lists`) are made within their time. A last round cools by the clock instead, from ``began`` until
+    ``ends`` (0 where there is none).
     """
 
     instance: Instance
@@ -82,6 +90,8 @@ class Search:
     plain: bool = False
     easing: bool = False
     easy: Search | None = None
+    began: float = 0.0
+    ends: float = 0.0
 
     @property
     def finished(self) -> bool:
@@ -99,13 +109,23 @@ def advance(search: Search, seconds: float, stop: Callable[[], bool] = lambda: F
     end = time.monotonic() + seconds
     before, last = search.best.makespan_ns, search.rounds + rounds
     while not search.finished and not stop():
-        over = search.done >= search.round_length
+        over = time.monotonic() >= search.ends if search.ends else search.done >= search.round_length
         if time.monotonic() >= end or (over and search.rounds >= last):
             break
         if over:
             _begin_round(search)
         _slice(search)
     return search.best.makespan_ns < before
+
+
+def finish(search: Search, seconds: float) -> None:
+    """Begin a last round from the best orders: one that cools over all the seconds left."""
+    search.began = time.monotonic()
+    search.ends = search.began + seconds
+    search.current = search.best.seq.copy()
+    search.easing = False
+    search.hot = min(HOTTEST, max(COLD, HEAT / max(1, search.instance.size)))
+    search.tilt, search.wild, search.price[0] = 0.0, 0.2, PRICE * _price_unit(search.instance)
 
 
 def _slice(search: Search) -> None:
@@ -116,18 +136,27 @@ def _slice(search: Search) -> None:
             search.easing, search.current = False, search.easy.best.seq.copy()
         return
     instance = search.instance
-    moves = min(max(200, min(50_000, SLICE // max(1, instance.size))), search.round_length - search.done)
+    moves = max(200, min(50_000, SLICE // max(1, instance.size)))
+    if not search.ends:
+        moves = min(moves, search.round_length - search.done)
     scale = float(instance.dur.mean()) or 1.0
-    cool = COLD / search.hot
-    first = search.hot * cool ** (search.done / search.round_length) * scale
+    first = _heat(search) * scale
     search.done += moves
-    last = search.hot * cool ** (search.done / search.round_length) * scale
+    last = min(first, _heat(search) * scale)
     best = search.current.copy()
     makespan = anneal.anneal(
         facts(instance), search.current, search.best.length, moves, first, last, search.tilt, search.wild,
         search.price, search.target_ns, search.seed * 7919 + search.rounds * 104729 + search.done, best)
     if makespan < search.best.makespan_ns:
         search.best = Orders(best, search.best.length, int(makespan))
+
+
+def _heat(search: Search) -> float:
+    """The temperature now, in mean durations: by the moves made, in a last round by the clock."""
+    if search.ends:
+        passed = (time.monotonic() - search.began) / (search.ends - search.began)
+        return search.hot * (COLDEST / search.hot) ** min(1.0, passed)
+    return search.hot * (COLD / search.hot) ** (search.done / search.round_length)
 
 
 def facts(instance: Instance) -> Facts:
@@ -137,6 +166,7 @@ def facts(instance: Instance) -> Facts:
 
 def _begin_round(search: Search) -> None:
     rng = np.random.default_rng((search.seed, search.rounds))
+    search.ends = 0.0
     small = search.instance.size < LARGE
     turns = (("wall", "wall", "fresh") if small else ("wall",)) if search.plain else TURNS if small else LARGE_TURNS
     turn = turns[search.rounds % len(turns)]

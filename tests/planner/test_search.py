@@ -122,3 +122,24 @@ def test_quotas_find_the_steady_state_of_two_streams() -> None:
     assert plain is not None and tuned is not None
     assert tuned.makespan_ns < 0.9 * plain.makespan_ns
     assert tuned.makespan_ns < 1.3 * 60 * 32 * problem.unit_ns  # 60: compute of one microbatch on a rank
+
+
+def test_a_last_round_cools_by_the_clock_and_rounds_go_on_after_it() -> None:
+    instance = _instance(uniform_problem(ranks=4, microbatches=8, f=10, i=12, w=8, comm=1, activations=4), "v")
+    worker = search.start(instance, _start(instance), seed=2)
+    search.advance(worker, 60.0, rounds=1)
+    before, rounds = worker.best.makespan_ns, worker.rounds
+    search.finish(worker, 1.0)
+    began = worker.began
+    search.advance(worker, 0.4)
+    assert worker.ends == began + 1.0 and worker.rounds == rounds, "the last round goes on in the next slice"
+    while worker.rounds == rounds and not worker.finished:
+        search.advance(worker, 0.2)
+        assert worker.began == began
+    assert worker.finished or (worker.ends == 0.0 and worker.best.makespan_ns <= before)
+    found = worker.best
+    _, evaluation = evaluate(instance.view, expand(instance, found.lists()))
+    assert evaluation.makespan_ns == found.makespan_ns
+    for k in range(instance.num_machines):
+        cap = instance.cap[instance.rank[found.seq[k, 0]]]
+        assert memory_fits(found.seq, k, 0, found.length[k] - 1, 0, instance.alloc, instance.free, instance.work, cap)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from mipipe.graphs.errors import InputError
-from mipipe.planner import entering, solve
+from mipipe.planner import entering, race, search, solve
 from mipipe.planner.bounds import placement_bound
 from mipipe.planner.candidate import Judged, candidate
 from mipipe.planner.check import check_plan
@@ -199,3 +199,20 @@ def test_options_are_checked() -> None:
     for bad in ({"time_limit_s": 0}, {"placement": "star"}, {"objective": "fame"}, {"threads": 0}, {"gap": -1.0}):
         with pytest.raises(InputError, match="expected"):
             PlanOptions(**bad)  # type: ignore[arg-type]
+
+
+def test_the_last_placement_left_is_searched_in_one_round_that_cools_over_the_time_left(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[tuple[int, float]] = []
+    finish = search.finish
+
+    def note(worker: search.Search, seconds: float) -> None:
+        begun.append((worker.seed, seconds))
+        finish(worker, seconds)
+
+    monkeypatch.setattr(search, "finish", note)
+    problem = uniform_problem(ranks=8, microbatches=20, f=10, i=12, w=8, comm=1, layers=32, copies=1, activations=4)
+    result = plan(problem, PlanOptions(time_limit_s=5, placement="wave", use_milp=False, threads=2))
+    assert result.plan is not None and result.termination is Termination.FEASIBLE
+    assert len({seed for seed, _ in begun}) == len(begun) == 2, "one round on each thread, from seeds of their own"
+    assert all(race.LEAST * 5 < seconds < (1 - race.LAST) * 5 for _, seconds in begun)
