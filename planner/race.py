@@ -32,10 +32,10 @@ FAR = 1.08
 """Finalists this many times as long as the best are given up."""
 
 LAST = 0.4
-"""Share of the time limit after which only the most promising of the finalists is searched, by all threads, in one
-round each that cools over the time left; `LEAST` is the share of the limit for which that is worth while."""
+"""Share of the time limit after which only the most promising of the finalists is searched, by all threads."""
 
 LEAST = 0.15
+"""Share of the time limit that must be left for a last round (`mipipe.planner.search.finish`)."""
 
 
 def race(run: Run, candidates: Sequence[Candidate], until: Callable[[], float]) -> None:
@@ -54,7 +54,7 @@ def race(run: Run, candidates: Sequence[Candidate], until: Callable[[], float]) 
                 live = _ranked(live)[:max(FINALISTS, (len(live) + 1) // 2)]
                 if late and 0 < len(live) <= FINALISTS:
                     live = [min(live, key=_middle)]
-                    _finish(run, live[0], until())
+                    _last_round(run, live[0], until())
                 if len(live) <= FINALISTS:
                     live = [found for found in live if found.makespan_ns <= FAR * live[0].makespan_ns]
                 slice_s = min(5.0, slice_s * 1.7)
@@ -63,12 +63,12 @@ def race(run: Run, candidates: Sequence[Candidate], until: Callable[[], float]) 
     run.stopped = False
 
 
-def _finish(run: Run, found: Candidate, seconds: float) -> None:
-    """Begin the last round of a candidate's searches, where the time is worth one."""
+def _last_round(run: Run, found: Candidate, seconds: float) -> None:
+    """Let every thread's search cool once over the time left, where that beats the usual rounds."""
     first = _worker(run, found)
     if first is found.outline:
         seconds = OUTLINE * run.options.time_limit_s - run.seconds
-    if not first.ends and seconds > LEAST * run.options.time_limit_s:
+    if not first.ends and first.instance.size <= search.LASTING and seconds > LEAST * run.options.time_limit_s:
         for worker in (first, *_helpers(run, found, run.options.threads - 1)):
             search.finish(worker, seconds)
 

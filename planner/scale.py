@@ -15,15 +15,15 @@ result only where the machine keeps pace.
 What is lost is lost before the first gradients come back: at 16 x 32 a rank in the middle of the two-way chain holds 12
 forwards and waits 14 for its first gradient, which it gives back nowhere else (ends and middle wait 2). Orders are
 close to what placements allow: counts of every stage's actions as a linear program (steps of 0.55; precedence, capacity
-and memory, 70 s) show that no order of the twin V is below 113. Other placements have lower bounds, and orders as good
-are not found in a minute; tried at 16 x 32, in 3 to 120 s each: twin waves (bound 109.2, reached 118.5, in 120 s of one
-core 114.4), half-stages in two-way Vs (109.4, 117.3 to 118), heads dealt to the ranks that wait, or by load and wait
-(116.2 to 116.4), late stages of one layer and early ones of three (107.8, 124.6), twin Vs of five and three layers
-(110.05, 115.25), twins with three stages on each rank, forth, forth and back, of 3, 3 and 2 layers (108.6, 114.7 to
-115.2, in 120 s of one core 114.2), lists that follow the linear program (132, annealed 115.6). At 32 x 64 the last two
-shapes alone reach 227.8 and 229.1, at 64 x 128 475.7 and 487; also tried there: a schedule of half the ranks and
-microbatches, every action twice as long (228.2), stretched: ranks of a pair run F and I in opposite directions, so it
-grows to 246.8, and a minute of annealing leaves 231.2.
+and memory; by hand, HiGHS took 70 s) have no solution of 113 at the twin V. Other placements have lower bounds, and
+orders as good are not found in a minute; tried at 16 x 32, in 3 to 120 s each: twin waves (bound 109.2, reached 118.5,
+in 120 s of one core 114.4), half-stages in two-way Vs (109.4, 117.3 to 118), heads dealt to the ranks that wait, or by
+load and wait (116.2 to 116.4), late stages of one layer and early ones of three (107.8, 124.6), twin Vs of five and
+three layers (110.05, 115.25), twins with three stages on each rank, forth, forth and back, of 3, 3 and 2 layers (108.6,
+114.7 to 115.2, in 120 s of one core 114.2), lists that follow the linear program (132, annealed 115.6). At 32 x 64 the
+twin Vs of five and three layers and the three stages alone reach 227.8 and 229.1, at 64 x 128 475.7 and 487; also tried
+there: a schedule of half the ranks and microbatches, every action twice as long (228.2), stretched: ranks of a pair run
+F and I in opposite directions, so it grows to 246.8, and a minute of annealing leaves 231.2.
 
 The bound at the placement is the busiest rank's: earliest start + load + what must follow.
 """

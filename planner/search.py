@@ -57,8 +57,9 @@ of 4,926): 4,823 at 0.05 mean durations, 4,831 at 0.1, 4,891 at 0.3; without col
 
 HEAT, HOTTEST, COLDEST = 360, 0.5, 0.03
 """A last round (`finish`) begins at ``HEAT`` mean durations per node, at most ``HOTTEST``, and ends at ``COLDEST``;
-memory has its price there. Measured (0.75 of 1F1B's activations): 1,200 nodes (16 ranks x 32, three stages on each)
-after 60 s of one core 114.2 from 0.3, 115.1 from 0.15, where usual rounds gave 115.0 with two cores."""
+memory has its price there. Measured: two streams, one copy, half-layers (8 ranks x 20) 1,632 to 1,637 and 1,621.5 in 60
+s (seeds 0 and 1) where usual rounds end at 1,642.5 and 1,639.5; 1,200 nodes (16 ranks x 32, 0.75 of 1F1B's activations,
+three stages on each) from a list after 60 s of one core 114.2 from 0.3, 115.1 from 0.15."""
 
 LASTING = 2_500
 """Nodes up to which a last round beats the usual ones: of 3,300 (32 x 64, 50 s of two cores) it makes 229 to 230.4,
@@ -121,9 +122,7 @@ def advance(search: Search, seconds: float, stop: Callable[[], bool] = lambda: F
 
 
 def finish(search: Search, seconds: float) -> None:
-    """Begin a last round from the best orders: one that cools over all the seconds left. Not for large instances."""
-    if search.instance.size > LASTING:
-        return
+    """Begin a last round from the best orders: one that cools over all the seconds left."""
     search.began = time.monotonic()
     search.ends = search.began + seconds
     search.current = search.best.seq.copy()

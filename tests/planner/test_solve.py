@@ -201,8 +201,9 @@ def test_options_are_checked() -> None:
             PlanOptions(**bad)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("lasting", "rounds"), [(search.LASTING, 2), (100, 0)])
 def test_the_last_placement_left_is_searched_in_one_round_that_cools_over_the_time_left(
-        monkeypatch: pytest.MonkeyPatch) -> None:
+        lasting: int, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[tuple[int, float]] = []
     finish = search.finish
 
@@ -211,8 +212,9 @@ def test_the_last_placement_left_is_searched_in_one_round_that_cools_over_the_ti
         finish(worker, seconds)
 
     monkeypatch.setattr(search, "finish", note)
+    monkeypatch.setattr(search, "LASTING", lasting)
     problem = uniform_problem(ranks=8, microbatches=20, f=10, i=12, w=8, comm=1, layers=32, copies=1, activations=4)
     result = plan(problem, PlanOptions(time_limit_s=5, placement="wave", use_milp=False, threads=2))
     assert result.plan is not None and result.termination is Termination.FEASIBLE
-    assert len({seed for seed, _ in begun}) == len(begun) == 2, "one round on each thread, from seeds of their own"
+    assert len({seed for seed, _ in begun}) == len(begun) == rounds, "one round on each thread, from seeds of their own"
     assert all(race.LEAST * 5 < seconds < (1 - race.LAST) * 5 for _, seconds in begun)
