@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from mipipe.graphs.operator_graph import OperatorGraph, Parameter, Segment, TensorSpec, Value
-from mipipe.graphs.partition import trace_module
 from mipipe.graphs.serialize import digest
 from mipipe.graphs.topology import Topology
-from mipipe.graphs.trace import spec_of
+from mipipe.graphs.tracing.partition import trace_module
+from mipipe.graphs.tracing.trace import spec_of
 from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem

@@ -22,17 +22,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from mipipe.graphs.capture import capture_module
+from mipipe.graphs.capture.model import capture_module
 from mipipe.graphs.cluster import read_cluster
-from mipipe.graphs.coarse_graph import CoarseGraph
-from mipipe.graphs.coarsen import coarsen
-from mipipe.graphs.contract import contract
-from mipipe.graphs.graph_index import index_graph
+from mipipe.graphs.coarse.coarsen import coarsen
+from mipipe.graphs.coarse.contract import contract
+from mipipe.graphs.coarse.graph import CoarseGraph
+from mipipe.graphs.coarse.graph_index import index_graph
+from mipipe.graphs.costs.roofline import roofline
 from mipipe.graphs.operator_graph import OperatorGraph
-from mipipe.graphs.roofline import roofline
-from mipipe.planner.from_graph import build_problem
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.problems.from_graph import build_problem
 from mipipe.planner.solve import plan
 
 CLUSTER = {"format": "mipipe.cluster", "version": 1, "hosts": [{"name": "node", "devices": 8, "kind": "h200"}],

@@ -27,21 +27,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mipipe.graphs import kernels
-from mipipe.graphs.capture import capture_module
-from mipipe.graphs.layers import NAME, exchange_experts, register
-from mipipe.graphs.loss import sum_over
+from mipipe.graphs.capture.loss import sum_over
+from mipipe.graphs.capture.model import capture_module
 from mipipe.graphs.operator_graph import OperatorGraph, Phase
+from mipipe.graphs.operators import kernels
+from mipipe.graphs.operators.layers import NAME, exchange_experts, register
 from mipipe.graphs.topology import Topology
-from mipipe.planner.expert_greedy import greedy_layer
-from mipipe.planner.expert_map import ExpertLoads, ExpertMap, device_times
-from mipipe.planner.expert_plan import ExpertOptions, plan_experts
+from mipipe.planner.experts.greedy import greedy_layer
+from mipipe.planner.experts.maps import ExpertLoads, ExpertMap, device_times
+from mipipe.planner.experts.plan import ExpertOptions, plan_experts
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import Group, PhaseTimes, PlanningProblem
 from mipipe.planner.schedules import BASELINES
-from mipipe.runtime.engine import Engine
-from mipipe.runtime.expert_layers import expert_layers
-from mipipe.runtime.expert_parallel import Exchange, contiguous_map
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.experts.exchange import Exchange, contiguous_map
+from mipipe.runtime.experts.layers import expert_layers
 
 RANKS, EXPERTS, LAYERS, TOP, ROWS, LENGTH, VOCAB, COUNT = 4, 16, 2, 2, 2, 64, 128, 2
 REPLICAS = 4

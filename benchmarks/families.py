@@ -65,8 +65,8 @@ SEQUENCE = {"CLIP": 64, "Whisper": 448}
 
 def capture_row(name: str, seq: int) -> dict[str, Any]:
     """One family: captured, then counted independently."""
-    from mipipe.graphs.capture import capture
-    from mipipe.graphs.summary import graph_summary
+    from mipipe.graphs.capture.model import capture
+    from mipipe.graphs.coarse.summary import graph_summary
 
     source, overrides = FAMILIES[name]
     begin, started = time.perf_counter(), time.process_time()
@@ -94,8 +94,8 @@ def count_independently(source: str, seq: int, overrides: dict[str, Any]) -> dic
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-    from mipipe.graphs.layers import PACKED
-    from mipipe.graphs.sources import open_source
+    from mipipe.graphs.models.sources import open_source
+    from mipipe.graphs.operators.layers import PACKED
 
     def forward(q: Any, k: Any, v: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
         return sdpa_flop_count(q, k, v)

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import mipipe.runtime.phases as phases
-from mipipe.graphs.costs import CostTable, GroupCost
+import mipipe.runtime.engine.phases as phases
+from mipipe.graphs.costs.table import CostTable, GroupCost
 from mipipe.graphs.operator_graph import (
     Operator,
     OperatorGraph,
@@ -38,17 +38,17 @@ from mipipe.graphs.operator_graph import (
 )
 from mipipe.graphs.serialize import digest, load, save
 from mipipe.graphs.topology import Topology
-from mipipe.graphs.trace import build_phase
+from mipipe.graphs.tracing.trace import build_phase
 from mipipe.planner.calibrate import calibrate
-from mipipe.planner.lower import lower
+from mipipe.planner.execution.lower import lower
+from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
 from mipipe.planner.schedules import BASELINES
-from mipipe.planner.simulate import simulate
 from mipipe.planner.solve import plan as solve
-from mipipe.runtime.engine import Engine, EngineOptions
-from mipipe.runtime.trace import measured_timeline
+from mipipe.runtime.engine.engine import Engine, EngineOptions
+from mipipe.runtime.train.trace import measured_timeline
 
 ROWS, WIDTH = 4, 4
 SPEC, SQUARE = TensorSpec((ROWS, WIDTH), "float32"), TensorSpec((WIDTH, WIDTH), "float32")

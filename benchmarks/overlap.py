@@ -28,16 +28,16 @@ import torch
 import torch.distributed as dist
 from expert_run import EXPERTS, LENGTH, ROWS, VOCAB, model_and_graph, sleep_for_rows
 
-from mipipe.graphs.coarsen import coarsen
-from mipipe.graphs.costs import CostTable, GroupCost
+from mipipe.graphs.coarse.coarsen import coarsen
+from mipipe.graphs.costs.table import CostTable, GroupCost
 from mipipe.graphs.operator_graph import OperatorGraph, Role
 from mipipe.graphs.topology import Topology
-from mipipe.planner.from_graph import build_problem
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
+from mipipe.planner.problems.from_graph import build_problem
 from mipipe.planner.solve import plan as solve
-from mipipe.runtime.compiled import exchanges_aside
-from mipipe.runtime.engine import Engine, EngineOptions
+from mipipe.runtime.engine.compiled import exchanges_aside
+from mipipe.runtime.engine.engine import Engine, EngineOptions
 
 COPIES, COUNT = 2, 4
 UNITS = {Role.DISPATCH: 8, Role.COMBINE: 8, Role.EXPERTS: 10}

@@ -5,7 +5,7 @@
     python benchmarks/placement.py DIR --contiguous        # the throughput files, contiguous
     python benchmarks/placement.py DIR --judge DIR/evaluate.py
 
-DIR holds files named ``<objective>.<granularity>.<model>.json`` in the format of `mipipe.planner.place_instance`; they
+DIR holds files named ``<objective>.<granularity>.<model>.json`` in the format of `mipipe.planner.devices.instance`; they
 are read in place. With ``--judge`` a program that reads workload and assignment, prints JSON and exits 0 for a feasible
 assignment checks every line. A value above the best known is marked, never hidden, and so is a lost proof.
 """
@@ -20,8 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mipipe.planner.place import PlaceResult, place
-from mipipe.planner.place_instance import read_instance
+from mipipe.planner.devices.instance import read_instance
+from mipipe.planner.devices.place import PlaceResult, place
 
 BEST_KNOWN = {  # value, contiguous value, whether a proof of the value is known
     "throughput.operator.bert_l-3_inference": (21.9084, 27.9186, True),

@@ -30,19 +30,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from mipipe.graphs.cluster import load_cluster
-from mipipe.graphs.coarse_graph import CoarseGraph
-from mipipe.graphs.coarsen import coarsen
-from mipipe.graphs.costs import CostTable
+from mipipe.graphs.coarse.coarsen import coarsen
+from mipipe.graphs.coarse.graph import CoarseGraph
+from mipipe.graphs.costs.roofline import roofline
+from mipipe.graphs.costs.table import CostTable
 from mipipe.graphs.errors import MipipeError
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role
-from mipipe.graphs.roofline import roofline
 from mipipe.graphs.serialize import load
-from mipipe.planner.candidate import peak_activations
-from mipipe.planner.from_graph import build_problem
+from mipipe.planner.ladder.candidate import peak_activations
 from mipipe.planner.options import PlanOptions
+from mipipe.planner.placements.shapes import resident_bytes
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.proposals import resident_bytes
+from mipipe.planner.problems.from_graph import build_problem
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.solve import plan
 
@@ -113,7 +113,7 @@ def main() -> None:
     if arguments.graph is not None:
         graph = load(arguments.graph, OperatorGraph)
     else:
-        from mipipe.graphs.capture import capture
+        from mipipe.graphs.capture.model import capture
 
         graph = capture("DeepseekV3ForCausalLM", seq=TOKENS, dtype="bfloat16")
     began = time.monotonic()

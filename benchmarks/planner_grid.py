@@ -27,7 +27,7 @@ from pathlib import Path
 from mipipe.planner.compare import Row, compare
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.uniform import in_activations, in_copies, two_stream_problem, uniform_problem
+from mipipe.planner.problems.uniform import in_activations, in_copies, two_stream_problem, uniform_problem
 
 COST_MODELS: dict[str, Callable[[int, int], PlanningProblem]] = {
     "equal": lambda p, m: uniform_problem(ranks=p, microbatches=m, f=1, i=1, w=1),

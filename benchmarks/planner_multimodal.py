@@ -27,19 +27,19 @@ from pathlib import Path
 from typing import Any
 
 from mipipe.graphs.cluster import load_cluster
-from mipipe.graphs.coarsen import coarsen
+from mipipe.graphs.coarse.coarsen import coarsen
+from mipipe.graphs.costs.roofline import roofline
 from mipipe.graphs.errors import MipipeError
 from mipipe.graphs.operator_graph import OperatorGraph
-from mipipe.graphs.roofline import roofline
 from mipipe.graphs.serialize import load
-from mipipe.planner.branch_baselines import plan_with_encoder
-from mipipe.planner.candidate import peak_activations
-from mipipe.planner.from_graph import build_problem
+from mipipe.planner.ladder.candidate import peak_activations
 from mipipe.planner.options import PlanOptions
+from mipipe.planner.placements.shapes import resident_bytes
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import Limits, PlanningProblem
-from mipipe.planner.proposals import resident_bytes
+from mipipe.planner.problems.from_graph import build_problem
 from mipipe.planner.schedules import BASELINES
+from mipipe.planner.schedules.branch_baselines import plan_with_encoder
 from mipipe.planner.solve import plan
 
 HERE = Path(__file__).parent / "llava_7b"
@@ -68,7 +68,7 @@ def captured(path: Path | None) -> OperatorGraph:
     """The operator graph, from a file or captured now."""
     if path is not None:
         return load(path, OperatorGraph)
-    from mipipe.graphs.capture import capture
+    from mipipe.graphs.capture.model import capture
 
     return capture(HERE, seq=2048, dtype="bfloat16")
 

@@ -27,8 +27,8 @@ from typing import Any
 from mipipe.planner.compare import compare
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.problems.uniform import in_units, two_stream_problem, uniform_problem
 from mipipe.planner.solve import SolveResult, plan
-from mipipe.planner.uniform import in_units, two_stream_problem, uniform_problem
 
 
 @dataclass(frozen=True)

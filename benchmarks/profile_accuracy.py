@@ -23,10 +23,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mipipe.graphs.capture import capture
-from mipipe.graphs.coarsen import coarsen
-from mipipe.graphs.profile import describe_device
-from mipipe.graphs.profile_worker import Candidate, candidates, measure
+from mipipe.graphs.capture.model import capture
+from mipipe.graphs.coarse.coarsen import coarsen
+from mipipe.graphs.profiling.profile import describe_device
+from mipipe.graphs.profiling.profile_worker import Candidate, candidates, measure
 
 CPU = torch.device("cpu")
 MODEL = Path(__file__).parent.parent / "examples" / "qwen3_moe_tiny"

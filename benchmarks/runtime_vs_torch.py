@@ -34,12 +34,12 @@ from torch.distributed.pipelining import (
 )
 from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
 
-from mipipe.planner.export import torch_csv
+from mipipe.planner.execution.export import torch_csv
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.solve import plan as solve
-from mipipe.runtime.engine import Engine, EngineOptions
+from mipipe.runtime.engine.engine import Engine, EngineOptions
 
 SCHEDULES: dict[str, tuple[Any, int]] = {
     "1F1B": (Schedule1F1B, 1), "Interleaved1F1B": (ScheduleInterleaved1F1B, 2),

@@ -10,7 +10,7 @@ from mipipe.cli.files import open_any
 from mipipe.graphs.errors import InputError
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.uniform import two_stream_problem, uniform_problem
+from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
 
 PHASES = {"attention": ("F", "I", "W"), "dispatch": ("F", "I"), "experts": ("F", "I", "W"), "combine": ("F", "I")}
 """The operators of a stage on two streams, and the phases whose durations are given."""

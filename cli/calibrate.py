@@ -12,7 +12,7 @@ from mipipe.cli.output import Json, check_folder, emit, progress, stdout
 from mipipe.graphs.errors import InputError
 
 if TYPE_CHECKING:
-    from mipipe.graphs.costs import CostTable
+    from mipipe.graphs.costs.table import CostTable
     from mipipe.planner.plan import Plan
 
 EXAMPLE = "mipipe calibrate measured.json --plan plan.json --costs costs.json --replan better_plan.json"
@@ -45,7 +45,7 @@ def calibrate(
     if plan_file is None or costs_file is None:
         raise InputError("calibrate: a timeline needs --plan and --costs, the plan that ran and its cost table")
     from mipipe.cli.tables import print_rows
-    from mipipe.graphs.costs import CostTable
+    from mipipe.graphs.costs.table import CostTable
     from mipipe.graphs.serialize import load, save, to_data
     from mipipe.graphs.units import format_ns
     from mipipe.planner.calibrate import calibrate as correct
@@ -90,7 +90,7 @@ def _links(cluster: Path | None, output: Path | None, torchrun: str, json_output
                          " cluster file to write")
     count = load_cluster(cluster).topology.num_devices
     flags = shlex.split(torchrun) or ["--standalone", "--nproc-per-node", str(count)]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *flags, "-m", "mipipe.runtime.links",
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *flags, "-m", "mipipe.runtime.train.links",
                            str(cluster), "-o", str(output)], capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("mipipe: error: ")] or ["mipipe: error:"

@@ -51,11 +51,11 @@ def capture(
     if loads is not None and expert_parallel < 2:
         raise InputError("--loads weighs the costs of expert parallelism: give --expert-parallel RANKS with it")
     with progress(f"capturing {source}") as update:
-        from mipipe.graphs.annotate import load_patterns
-        from mipipe.graphs.capture import capture as capture_model
+        from mipipe.graphs.capture.annotate import load_patterns
+        from mipipe.graphs.capture.model import capture as capture_model
+        from mipipe.graphs.coarse.summary import graph_summary, summary_rows
         from mipipe.graphs.serialize import save
-        from mipipe.graphs.summary import graph_summary, summary_rows
-        from mipipe.planner.expert_files import read_loads
+        from mipipe.planner.experts.files import read_loads
 
         measured = None if loads is None else read_loads(loads).loads
         graph = capture_model(source, seq=seq, batch=batch, dtype=dtype, overrides=overrides, images=images,

@@ -25,7 +25,7 @@ def check(
     from mipipe.graphs.operator_graph import OperatorGraph
     from mipipe.graphs.serialize import digest, load
     from mipipe.planner.check import check_plan, check_program
-    from mipipe.planner.lower import lower
+    from mipipe.planner.execution.lower import lower
     from mipipe.planner.plan import Plan
     from mipipe.planner.program import Program
 

@@ -86,7 +86,7 @@ def compare(
 
 def problem_data(problem: PlanningProblem, chain: dict[str, Any]) -> dict[str, Any]:
     """What was compared, with the assumptions every row rests on, as JSON data."""
-    from mipipe.planner.uniform import in_activations, in_copies
+    from mipipe.planner.problems.uniform import in_activations, in_copies
 
     limits = problem.limits
     stated = {name: value if isinstance(value, str) else number(value)

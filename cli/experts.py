@@ -42,8 +42,8 @@ def experts(
     from mipipe.graphs.cluster import load_cluster
     from mipipe.graphs.serialize import save, to_data, write_text
     from mipipe.graphs.units import parse_bytes
-    from mipipe.planner.expert_files import eplb_tables, read_loads, read_map
-    from mipipe.planner.expert_plan import ExpertOptions, plan_experts, share_slots, slots_in_memory
+    from mipipe.planner.experts.files import eplb_tables, read_loads, read_map
+    from mipipe.planner.experts.plan import ExpertOptions, plan_experts, share_slots, slots_in_memory
 
     options = ExpertOptions(replicas=replicas, groups=groups, time_limit_s=time_limit, seed=seed, horizon=horizon,
                             max_moves=max_moves,

@@ -26,10 +26,10 @@ def export(
     from mipipe.cli.files import open_any
     from mipipe.cli.report import capacities, facts
     from mipipe.graphs.serialize import write_text
-    from mipipe.planner.export import perfetto_text, torch_csv
-    from mipipe.planner.lower import lower
+    from mipipe.planner.execution.export import perfetto_text, torch_csv
+    from mipipe.planner.execution.lower import lower
+    from mipipe.planner.execution.simulate import simulate
     from mipipe.planner.plan import Plan
-    from mipipe.planner.simulate import simulate
     from mipipe.planner.timeline import Timeline
 
     wanted = {"csv": csv_file, "trace": trace_file, "html": html_file}

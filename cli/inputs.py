@@ -8,20 +8,20 @@ from typing import Any
 
 from mipipe.cli.files import open_any, positive
 from mipipe.graphs.cluster import Cluster, load_cluster
-from mipipe.graphs.coarse_graph import CoarseGraph
-from mipipe.graphs.coarsen import coarsen
-from mipipe.graphs.costs import CostTable
+from mipipe.graphs.coarse.coarsen import coarsen
+from mipipe.graphs.coarse.graph import CoarseGraph
+from mipipe.graphs.costs.exchange import slowest_link
+from mipipe.graphs.costs.roofline import roofline
+from mipipe.graphs.costs.table import CostTable
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.exchange import slowest_link
 from mipipe.graphs.operator_graph import OperatorGraph
-from mipipe.graphs.roofline import roofline
 from mipipe.graphs.serialize import load, load_data
 from mipipe.graphs.topology import Topology
 from mipipe.graphs.units import parse_bytes
-from mipipe.planner.expert_costs import with_expert_loads
-from mipipe.planner.expert_files import read_loads
-from mipipe.planner.from_graph import build_problem
+from mipipe.planner.experts.files import read_loads
 from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.problems.expert_loads import with_expert_loads
+from mipipe.planner.problems.from_graph import build_problem
 
 
 def read_problem(graph: Path, cluster: Path | None, microbatches: int | None, *, groups: int | None = None,

@@ -14,7 +14,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.units import format_bytes, format_ns, parse_bytes
 
 if TYPE_CHECKING:
-    from mipipe.planner.merge_plan import MergePlan
+    from mipipe.planner.merging.plan import MergePlan
     from mipipe.planner.timeline import Timeline
     from mipipe.runtime.merge.launch import MergeOptions, MergeResult
 
@@ -25,7 +25,7 @@ def _list_methods(wanted: bool) -> None:
     """Print every merge method with its parameters, and leave."""
     if not wanted:
         return
-    from mipipe.graphs.merge_methods import METHODS
+    from mipipe.graphs.merging.methods import METHODS
 
     sheet = Table("method", "base", "models", "parameters (default)", "source", show_lines=True)
     for spec in METHODS:
@@ -62,7 +62,7 @@ def merge(
     json_output: Json = False,
 ) -> None:
     """Merge model checkpoints as RECIPE says. An interrupted merge continues when the same command runs again."""
-    from mipipe.graphs.recipe import DTYPES
+    from mipipe.graphs.merging.recipe import DTYPES
 
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
@@ -137,7 +137,7 @@ def _tell_adapter(result: MergeResult, json_output: bool) -> None:
 def _parts(recipe: Path, output: Path, route: str | None, options: MergeOptions, dry_run: bool,
            json_output: bool) -> None:
     """Store a recipe's experts, or rebuild a model from stored ones."""
-    from mipipe.graphs.recipe import read_recipes
+    from mipipe.graphs.merging.recipe import read_recipes
     from mipipe.runtime.merge import store
 
     if route is None:
@@ -169,9 +169,9 @@ def _parts(recipe: Path, output: Path, route: str | None, options: MergeOptions,
 
 def _plans(recipe: Path, output: Path, ranks: int, cap: int | None, size: int, dtype: str | None) -> list[MergePlan]:
     """The plans of a file's recipes, or of its assembly."""
-    from mipipe.graphs.moe_recipe import build_moe, dry_router, read_moe_recipe
-    from mipipe.graphs.recipe import read_recipes
-    from mipipe.planner.merge_plan import plan_chain, plan_graph
+    from mipipe.graphs.merging.moe_recipe import build_moe, dry_router, read_moe_recipe
+    from mipipe.graphs.merging.recipe import read_recipes
+    from mipipe.planner.merging.plan import plan_chain, plan_graph
 
     assembly = read_moe_recipe(recipe)
     if assembly is not None:
@@ -187,8 +187,8 @@ def _plans(recipe: Path, output: Path, ranks: int, cap: int | None, size: int, d
 def _dry_run(plans: list[MergePlan], timeline: str | None, json_output: bool) -> None:
     """Show what merges would do, by simulating their programs."""
     from mipipe.graphs.serialize import save
-    from mipipe.planner.merge_lower import lower_merge
-    from mipipe.planner.merge_simulate import simulate_merge
+    from mipipe.planner.merging.lower import lower_merge
+    from mipipe.planner.merging.simulate import simulate_merge
 
     simulated = [(plan, simulate_merge(plan, lower_merge(plan))) for plan in plans]
     if timeline is not None:

@@ -12,7 +12,7 @@ from mipipe.cli.output import Json, Seed, TimeLimit, check_folder, emit, progres
 from mipipe.graphs.errors import InputError
 
 if TYPE_CHECKING:
-    from mipipe.planner.place_instance import PlaceInstance
+    from mipipe.planner.devices.instance import PlaceInstance
 
 EXAMPLE = "mipipe place throughput.layer.bert24_training.json --json -o assignment.json"
 
@@ -47,7 +47,7 @@ def place(
         raise InputError("--contiguous is for throughput; under latency every subgraph is contiguous anyway")
     check_folder(output, "--output")
     from mipipe.graphs.serialize import write_text
-    from mipipe.planner.place import place as solve
+    from mipipe.planner.devices.place import place as solve
 
     instance = _instance(file, objective, cluster, costs, groups)
     with progress(f"placing {instance.name}") as update:
@@ -76,14 +76,14 @@ def _instance(file: Path, objective: str, cluster: Path | None, costs: Path | No
               groups: int | None) -> PlaceInstance:
     """The workload of a file of either kind."""
     from mipipe.graphs.serialize import load_data
-    from mipipe.planner.place_instance import read_instance
+    from mipipe.planner.devices.instance import read_instance
 
     if str(load_data(file).get("format", "")).startswith("mipipe."):
         if objective == "latency":
             raise InputError(f"{file}: --objective latency is for placement workloads, whose cores run nodes as well;"
                              " for one sample of a captured model use `mipipe plan --microbatches 1`")
         from mipipe.cli.inputs import read_problem
-        from mipipe.planner.place_problem import instance_of
+        from mipipe.planner.devices.from_problem import instance_of
 
         return instance_of(read_problem(file, cluster, None if cluster is None else 1, groups=groups, costs=costs))
     for option, value in (("--cluster", cluster), ("--costs", costs), ("--groups", groups)):

@@ -15,7 +15,7 @@ from mipipe.graphs.errors import InfeasibleError, TimeUpError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from mipipe.planner.objectives import ParetoPoint
+    from mipipe.planner.ladder.objectives import ParetoPoint
     from mipipe.planner.options import PlanOptions
     from mipipe.planner.problem import PlanningProblem
     from mipipe.planner.solve import Progress, SolveResult
@@ -69,9 +69,9 @@ def plan(
     from mipipe.cli.inputs import read_problem
     from mipipe.cli.report import gap, plan_data, print_plan, timeline_data, write_files
     from mipipe.graphs.serialize import save, to_data
-    from mipipe.planner.lower import lower
+    from mipipe.planner.execution.lower import lower
+    from mipipe.planner.execution.simulate import simulate
     from mipipe.planner.options import PlanOptions
-    from mipipe.planner.simulate import simulate
     from mipipe.planner.solve import plan as solve
 
     options = PlanOptions(time_limit_s=time_limit, seed=seed, placement=placement,  # type: ignore[arg-type]
@@ -119,7 +119,7 @@ def _print_frontier(problem: PlanningProblem, options: PlanOptions, html_file: P
     from mipipe.cli import html
     from mipipe.cli.report import gap
     from mipipe.cli.tables import print_rows
-    from mipipe.planner.objectives import pareto
+    from mipipe.planner.ladder.objectives import pareto
 
     with progress("planning the frontier") as update:
         points = pareto(problem, options, on_point=lambda point: update(f"{point.activation_bytes:,} bytes done"))

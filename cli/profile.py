@@ -28,8 +28,8 @@ def profile(
     """Measure the forward, input-gradient and weight-gradient time of every distinct group on this machine."""
     check_folder(output, "--output")
     from mipipe.graphs.cluster import load_cluster
-    from mipipe.graphs.coarsen import coarsen
-    from mipipe.graphs.exchange import slowest_link
+    from mipipe.graphs.coarse.coarsen import coarsen
+    from mipipe.graphs.costs.exchange import slowest_link
     from mipipe.graphs.operator_graph import OperatorGraph
     from mipipe.graphs.serialize import load, save
 
@@ -37,7 +37,7 @@ def profile(
     link = None if cluster is None else slowest_link(load_cluster(cluster).topology)
     coarse = coarsen(graph, num_groups=groups, granularity=granularity)  # type: ignore[arg-type]
     with progress(f"profiling {len(coarse.groups)} groups with {workers} workers") as update:
-        from mipipe.graphs.profile import DEFAULT_CACHE, profile_groups
+        from mipipe.graphs.profiling.profile import DEFAULT_CACHE, profile_groups
 
         table = profile_groups(graph, coarse, device=device, workers=workers, cache=None if fresh else DEFAULT_CACHE,
                                link=link, progress=lambda done, total: update(f"{done} of {total} distinct groups"))

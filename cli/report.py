@@ -140,6 +140,6 @@ def write_files(plan: Plan, timelines: Sequence[tuple[str, Timeline]], html_file
         html.write(html_file, plan.name, panels, facts(plan, timelines[0][1]), extra)
     if trace_file is not None:
         from mipipe.graphs.serialize import write_text
-        from mipipe.planner.export import perfetto_text
+        from mipipe.planner.execution.export import perfetto_text
 
         write_text(trace_file, perfetto_text(*(timeline for _, timeline in timelines)))

@@ -11,8 +11,8 @@ from mipipe.cli.output import Html, Json, Trace, check_folder, emit, stdout
 from mipipe.graphs.errors import InputError
 
 if TYPE_CHECKING:
-    from mipipe.graphs.coarse_graph import CoarseGraph
-    from mipipe.graphs.costs import CostTable
+    from mipipe.graphs.coarse.graph import CoarseGraph
+    from mipipe.graphs.costs.table import CostTable
     from mipipe.graphs.operator_graph import OperatorGraph
     from mipipe.planner.plan import Plan
     from mipipe.planner.timeline import Timeline
@@ -32,8 +32,8 @@ def show(
     check_folder(html_file, "--html")
     check_folder(trace_file, "--trace")
     from mipipe.cli.files import open_any
-    from mipipe.graphs.coarse_graph import CoarseGraph
-    from mipipe.graphs.costs import CostTable
+    from mipipe.graphs.coarse.graph import CoarseGraph
+    from mipipe.graphs.costs.table import CostTable
     from mipipe.graphs.operator_graph import OperatorGraph
     from mipipe.planner.plan import Plan
     from mipipe.planner.timeline import Timeline
@@ -69,8 +69,8 @@ def _show_graph(graph: OperatorGraph | CoarseGraph, table: CostTable | None, htm
                 json_output: bool) -> None:
     from mipipe.cli.inputs import coarse_for
     from mipipe.cli.tables import cell, print_rows
+    from mipipe.graphs.coarse.summary import coarse_svg, graph_summary, summary_rows
     from mipipe.graphs.operator_graph import OperatorGraph
-    from mipipe.graphs.summary import coarse_svg, graph_summary, summary_rows
 
     if table is not None and isinstance(graph, OperatorGraph):
         graph = coarse_for(graph, table)
@@ -118,9 +118,9 @@ def _show_timelines(files: list[tuple[Path, Plan | Timeline]], html_file: Path |
                     json_output: bool) -> None:
     from mipipe.cli import html
     from mipipe.cli.report import bound_line, capacities, facts, print_placement, print_timeline, timeline_data
-    from mipipe.planner.lower import lower
+    from mipipe.planner.execution.lower import lower
+    from mipipe.planner.execution.simulate import simulate
     from mipipe.planner.plan import Plan
-    from mipipe.planner.simulate import simulate
 
     drawn: list[tuple[str, Timeline, tuple[int | None, ...]]] = []
     plans = [item for _, item in files if isinstance(item, Plan)]
@@ -140,7 +140,7 @@ def _show_timelines(files: list[tuple[Path, Plan | Timeline]], html_file: Path |
         html.write(html_file, drawn[0][0], [html.Panel(*panel) for panel in drawn], tiles)
     if trace_file is not None:
         from mipipe.graphs.serialize import write_text
-        from mipipe.planner.export import perfetto_text
+        from mipipe.planner.execution.export import perfetto_text
 
         write_text(trace_file, perfetto_text(*(timeline for _, timeline, _ in drawn)))
     if json_output:

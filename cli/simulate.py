@@ -23,9 +23,9 @@ def simulate(
     """Simulate a plan: its timeline, bubble and memory, with the durations of its problem."""
     from mipipe.cli.report import capacities, print_timeline, timeline_data, write_files
     from mipipe.graphs.serialize import load, save
-    from mipipe.planner.lower import lower
+    from mipipe.planner.execution.lower import lower
+    from mipipe.planner.execution.simulate import simulate as run_on_a_clock
     from mipipe.planner.plan import Plan
-    from mipipe.planner.simulate import simulate as run_on_a_clock
 
     for path, option in ((output, "--output"), (program_file, "--program"), (html_file, "--html"),
                          (trace_file, "--trace")):

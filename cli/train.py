@@ -47,7 +47,7 @@ def train(
         from mipipe.graphs.serialize import load
         from mipipe.planner.options import options_of
         from mipipe.planner.plan import Plan
-        from mipipe.runtime.elastic import train_elastic
+        from mipipe.runtime.train.elastic import train_elastic
 
         options = options_of(load(plan_file, Plan))
         if replan_seconds is not None:
@@ -56,7 +56,7 @@ def train(
                                resume=resume, max_restarts=max_restarts, copies=copies, min_ranks=min_ranks,
                                timeout_s=timeout, progress=progress, say=log)
     else:
-        from mipipe.runtime.launch import train as run
+        from mipipe.runtime.train.launch import train as run
 
         result = run(plan_file, graph_file, config_file, resume=resume, max_restarts=max_restarts, copies=copies,
                      timeout_s=timeout, progress=progress, torchrun=shlex.split(torchrun), num_processes=processes)

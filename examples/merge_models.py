@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from mipipe.graphs.recipe import parse_recipe
+from mipipe.graphs.merging.recipe import parse_recipe
 from mipipe.runtime.merge.launch import merge
 
 WIDTH, LAYERS = 96, 4

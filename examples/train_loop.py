@@ -15,8 +15,8 @@ import torch.distributed as dist
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import load
 from mipipe.planner.plan import Plan
-from mipipe.runtime.engine import Engine
-from mipipe.runtime.optim import clip_gradients
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.train.optim import clip_gradients
 
 
 def train(plan, graph, model, batches, steps):

@@ -89,10 +89,10 @@ def train_alone(steps: int) -> list[float]:
 
     from mipipe.graphs.operator_graph import OperatorGraph
     from mipipe.graphs.serialize import load
-    from mipipe.runtime.config import read_config
-    from mipipe.runtime.data import make_batches
-    from mipipe.runtime.models import initial_weights
-    from mipipe.runtime.optim import learning_rate_factor
+    from mipipe.runtime.train.config import read_config
+    from mipipe.runtime.train.data import make_batches
+    from mipipe.runtime.train.models import initial_weights
+    from mipipe.runtime.train.optim import learning_rate_factor
 
     torch.set_num_threads(1)  # as every worker computes
     graph, config = load("demo/graph.json", OperatorGraph), read_config(CONFIG)

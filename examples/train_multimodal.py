@@ -23,19 +23,19 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mipipe.graphs.capture import capture_module
-from mipipe.graphs.coarsen import coarsen
-from mipipe.graphs.loss import sum_over
+from mipipe.graphs.capture.loss import sum_over
+from mipipe.graphs.capture.model import capture_module
+from mipipe.graphs.coarse.coarsen import coarsen
 from mipipe.graphs.operator_graph import OperatorGraph
-from mipipe.graphs.profile import ProfileOptions, profile_groups
+from mipipe.graphs.profiling.profile import ProfileOptions, profile_groups
 from mipipe.graphs.serialize import load, save
 from mipipe.graphs.topology import Topology
-from mipipe.planner.from_graph import build_problem
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
+from mipipe.planner.problems.from_graph import build_problem
 from mipipe.planner.solve import plan as solve
-from mipipe.runtime.engine import Engine, EngineOptions
-from mipipe.runtime.trace import measured_timeline
+from mipipe.runtime.engine.engine import Engine, EngineOptions
+from mipipe.runtime.train.trace import measured_timeline
 
 WORKERS, MICROBATCHES, ROWS, STEPS = 4, 4, 32, 100
 IMAGE_TOKEN, QUESTION, PATCHES = 10, 11, 16

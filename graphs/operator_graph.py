@@ -66,7 +66,7 @@ class Operator:
     """One node of a trace: an ATen call, executable as it stands.
 
     ``args`` and ``kwargs`` are JSON trees in which ``{"ref": name}`` is another operator's result or one of the
-    trace's inputs; `mipipe.graphs.trace` gives the encoding of dtypes, devices and the like. ``fqn`` is the module
+    trace's inputs; `mipipe.graphs.tracing.trace` gives the encoding of dtypes, devices and the like. ``fqn`` is the module
     path relative to the segment. ``outputs`` has one entry for each tensor returned.
     """
 

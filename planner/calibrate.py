@@ -5,7 +5,7 @@ A stage runs as one action, so a run measures stages, not groups: each group of 
 their entries, and the table says which is which. What a rank does between two actions (send, post receives, launch) is
 time it does not compute in: its median over the places where nothing is waited for is added to every action. Transfers
 are reported, not fitted: only those a rank waited for are counted, since an early arrival is noticed late
-(`mipipe.runtime.trace`).
+(`mipipe.runtime.train.trace`).
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
-from mipipe.graphs.costs import CostTable, GroupCost
+from mipipe.graphs.costs.table import CostTable, GroupCost
 from mipipe.graphs.errors import ProblemError, TimelineError
 from mipipe.graphs.operator_graph import Phase
 from mipipe.graphs.serialize import STRICT
 from mipipe.planner.actions import Action, ActionKind, Stream
-from mipipe.planner.evaluate import evaluate
-from mipipe.planner.lower import lower
+from mipipe.planner.execution.lower import lower
+from mipipe.planner.execution.simulate import simulate
+from mipipe.planner.jobs.stages import StageView, view
+from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PhaseTimes, PlanningProblem
-from mipipe.planner.simulate import simulate
-from mipipe.planner.stages import StageView, view
 from mipipe.planner.timeline import Span, Timeline
 
 Key = tuple[int, Phase, str]

@@ -28,16 +28,16 @@ from typing import Any, Literal
 
 from mipipe.graphs.errors import InputError, ProblemError
 from mipipe.planner.actions import Stream
-from mipipe.planner.lower import lower
-from mipipe.planner.measure import Measures, measure
+from mipipe.planner.execution.lower import lower
+from mipipe.planner.execution.measure import Measures, measure
+from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.problems.uniform import in_activations, in_copies
 from mipipe.planner.schedules import BASELINES, Baseline, merge_streams
-from mipipe.planner.simulate import simulate
 from mipipe.planner.solve import Termination, plan
 from mipipe.planner.timeline import Timeline
-from mipipe.planner.uniform import in_activations, in_copies
 
 Accounting = Literal["published", "indivisible", "split", "streams"]
 PLANNED = "mipipe"

@@ -1,5 +1,5 @@
-"""The memory-bubble frontier of a problem; see `mipipe.planner.objectives`."""
+"""The memory-bubble frontier of a problem; see `mipipe.planner.ladder.objectives`."""
 
-from mipipe.planner.objectives import ParetoPoint, pareto
+from mipipe.planner.ladder.objectives import ParetoPoint, pareto
 
 __all__ = ["ParetoPoint", "pareto"]

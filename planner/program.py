@@ -11,7 +11,7 @@ A rank walks its instructions in order:
 - ALL_REDUCE sums the gradients of ``stage`` over ``peers`` on the collective stream, after the rank's last W of it.
 - OPTIMIZER_STEP updates the rank's parameters; the last instruction.
 
-The program of a merge (`mipipe.planner.merge_lower`) has the tensors of the output for stages and their portions for
+The program of a merge (`mipipe.planner.merging.lower`) has the tensors of the output for stages and their portions for
 microbatches, and four kinds of its own: LOAD starts reading a portion of every input and goes on; MEASURE and COMBINE
 wait for it, add to the method's statistics or merge it (task vectors are taken here, tile by tile); SAVE writes what
 COMBINE made. FREE drops what was read; ALL_REDUCE joins the statistics of all ranks.

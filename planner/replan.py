@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from mipipe.graphs.costs import CostTable
+from mipipe.graphs.costs.table import CostTable
 from mipipe.planner.calibrate import with_costs
-from mipipe.planner.evaluate import evaluate
+from mipipe.planner.jobs.stages import view
+from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
 from mipipe.planner.solve import Progress
 from mipipe.planner.solve import plan as solve
-from mipipe.planner.stages import view
 
 
 def replan(plan: Plan, costs: CostTable, options: PlanOptions | None = None,

@@ -1,9 +1,9 @@
 """`plan`: from a problem to a plan, with a bound and a history. The driver of the ladder in design.md section 4.
 
-1. Placements are proposed (`mipipe.planner.proposals`) and the promising ones scheduled by list
-   (`mipipe.planner.entering`); large problems have their own way (`mipipe.planner.scale`). Where the known shapes do
-   not say it all, the placement MIP adds its own, and modes (`mipipe.planner.placing`).
-2. The race (`mipipe.planner.race`): placements whose bound is below the incumbent are searched in turn.
+1. Placements are proposed (`mipipe.planner.placements.shapes`) and the promising ones scheduled by list
+   (`mipipe.planner.ladder.admission`); large problems have their own way (`mipipe.planner.ladder.large`). Where the known shapes do
+   not say it all, the placement MIP adds its own, and modes (`mipipe.planner.ladder.placement_rungs`).
+2. The race (`mipipe.planner.ladder.race`): placements whose bound is below the incumbent are searched in turn.
 3. The MIP rungs run where they can still help.
 
 Everything stops when the incumbent meets the bound, time is up, or at Ctrl-C; the best plan so far is checked and
@@ -23,21 +23,23 @@ from types import FrameType
 from typing import Any
 
 from mipipe.graphs.errors import InfeasibleError
-from mipipe.planner import placing, rungs, scale
+from mipipe.planner.bounds.over_placements import problem_bound
 from mipipe.planner.check import check_plan
-from mipipe.planner.entering import admit_placement, enter, recomputing
-from mipipe.planner.explain import explain
-from mipipe.planner.feasible import why_infeasible
-from mipipe.planner.free_bound import problem_bound
+from mipipe.planner.ladder import large as scale
+from mipipe.planner.ladder import order_rungs as rungs
+from mipipe.planner.ladder import placement_rungs as placing
+from mipipe.planner.ladder.admission import admit_placement, enter, recomputing
+from mipipe.planner.ladder.explain import explain
+from mipipe.planner.ladder.objectives import best_utilisation, least_memory
+from mipipe.planner.ladder.race import race
+from mipipe.planner.ladder.state import Incumbent, Progress, Run
 from mipipe.planner.milp.pattern import route_names
-from mipipe.planner.objectives import best_utilisation, least_memory
 from mipipe.planner.options import PlanOptions
+from mipipe.planner.placements.feasible import why_infeasible
+from mipipe.planner.placements.shapes import propose
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.proposals import propose
-from mipipe.planner.race import race
-from mipipe.planner.run import Incumbent, Progress, Run
-from mipipe.planner.search import LARGE
+from mipipe.planner.search.annealing import LARGE
 
 __all__ = ["Incumbent", "Progress", "SolveResult", "Termination", "plan"]
 

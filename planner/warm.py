@@ -5,16 +5,17 @@ numba keeps the result beside the source (or in the user's cache folder); instal
 
 from __future__ import annotations
 
-from mipipe.planner import greedy, search
-from mipipe.planner.instance import build
+from mipipe.planner.devices.instance import Node, contract
+from mipipe.planner.devices.place import place
+from mipipe.planner.jobs.arrays import build
+from mipipe.planner.jobs.stages import view
+from mipipe.planner.ladder.large import BIG_ACTIONS
 from mipipe.planner.options import PlanOptions
-from mipipe.planner.place import place
-from mipipe.planner.place_instance import Node, contract
-from mipipe.planner.proposals import propose
-from mipipe.planner.scale import BIG_ACTIONS
+from mipipe.planner.placements.shapes import propose
+from mipipe.planner.problems.uniform import uniform_problem
+from mipipe.planner.search import annealing as search
+from mipipe.planner.search import lists as greedy
 from mipipe.planner.solve import plan
-from mipipe.planner.stages import view
-from mipipe.planner.uniform import uniform_problem
 
 
 def warm() -> None:

@@ -27,15 +27,15 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from mipipe.graphs.errors import MipipeError, tells_all
 from mipipe.graphs.operator_graph import OperatorGraph
-from mipipe.planner.simulate import simulate
-from mipipe.runtime.data import make_batches
-from mipipe.runtime.engine import Engine, EngineOptions
-from mipipe.runtime.expert_run import read_maps
-from mipipe.runtime.models import initial_weights
-from mipipe.runtime.prepare import Job, check_saving, check_world, read_job
-from mipipe.runtime.processes import die_with_parent
-from mipipe.runtime.stored_weights import StoredWeights
-from mipipe.runtime.training import Trainer
+from mipipe.planner.execution.simulate import simulate
+from mipipe.runtime.engine.engine import Engine, EngineOptions
+from mipipe.runtime.experts.run import read_maps
+from mipipe.runtime.train.data import make_batches
+from mipipe.runtime.train.models import initial_weights
+from mipipe.runtime.train.prepare import Job, check_saving, check_world, read_job
+from mipipe.runtime.train.processes import die_with_parent
+from mipipe.runtime.train.training import Trainer
+from mipipe.runtime.weights.stored_weights import StoredWeights
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -90,7 +90,7 @@ def run(job: Job, device: torch.device, options: argparse.Namespace) -> list[flo
     start = trainer.resume() if options.resume else 0
     losses = trainer.run(start)
     if config.save is not None:
-        from mipipe.runtime.save_weights import save_trained
+        from mipipe.runtime.weights.save import save_trained
         save_trained(engine, config, stored, replace=options.resume)
     return losses
 

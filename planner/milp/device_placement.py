@@ -1,4 +1,4 @@
-"""Max-load device placement as a MIP (the throughput objective of `mipipe.planner.place_instance`).
+"""Max-load device placement as a MIP (the throughput objective of `mipipe.planner.devices.instance`).
 
 - ``x[c, d] = 1``: class c is on device d; ``sum_d x[c, d] = 1``; ``sum_c size[c] x[c, d] <= memory``;
 - ``in[v, d] >= x[r, d] - x[s, d]`` for every reader r of value v with source s: accelerator d reads v from outside;
@@ -27,9 +27,9 @@ from collections.abc import Callable
 import numpy as np
 import pyomo.environ as pyo
 
+from mipipe.planner.devices.contract import Part, transfer_budget
+from mipipe.planner.devices.instance import PlaceInstance
 from mipipe.planner.milp import highs
-from mipipe.planner.place_contract import Part, transfer_budget
-from mipipe.planner.place_instance import PlaceInstance
 
 MANY, DISTINCT = 50, 10
 """Rounding rows: for values of which the budget allows fewer than this; most rows."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyomo.environ as pyo
 
-from mipipe.planner.expert_search import Layer
+from mipipe.planner.experts.swaps import Layer
 from mipipe.planner.milp import highs
 
 TIGHT = {"mip_feasibility_tolerance": 1e-9, "primal_feasibility_tolerance": 1e-9}

@@ -2,7 +2,7 @@
 
 Units of the same cost are interchangeable (the same tensor in every layer), so the integers are counts per kind and
 rank, and the size does not depend on the number of layers. Memory is no row here: a rank runs one unit at a time, so
-the cap is a test on each unit (`mipipe.planner.merge_plan`).
+the cap is a test on each unit (`mipipe.planner.merging.plan`).
 
     minimise  z + epsilon (r + c + w)
     sum_d n[k, d] = N_k                         every unit is taken once

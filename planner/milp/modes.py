@@ -20,12 +20,12 @@ import numpy as np
 import pyomo.environ as pyo
 
 from mipipe.planner.actions import ActionKind, Stream
-from mipipe.planner.instance import KINDS, Instance, build
+from mipipe.planner.jobs.arrays import KINDS, Instance, build
+from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.milp import highs
 from mipipe.planner.milp.highs import SolverOutcome
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.stages import StageView, view
 
 PRESSURES = (1.0, 1.5, 2.5)
 """Tried in turn: the least that memory demands, what schedules without idle time take, and 1F1B's unhurried order."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mipipe.planner.actions import Action
-from mipipe.planner.bounds import placement_bound
-from mipipe.planner.evaluate import Evaluation, orders_of, run
-from mipipe.planner.jobs import Jobs, elementary_actions, job_shop, peak_memory, relabel
+from mipipe.planner.bounds.at_placement import placement_bound
+from mipipe.planner.jobs.job_shop import Jobs, elementary_actions, job_shop, peak_memory, relabel
+from mipipe.planner.jobs.stages import StageView
+from mipipe.planner.jobs.times import Evaluation, orders_of, run
 from mipipe.planner.milp import disjunctive
 from mipipe.planner.milp.highs import SolverOutcome, Termination
 from mipipe.planner.milp.shop import Shop, time_unit, whole
 from mipipe.planner.plan import RankOrder, Schedule
-from mipipe.planner.stages import StageView
 
 __all__ = ["OrderResult", "solve_order"]
 

@@ -6,8 +6,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from mipipe.planner.actions import ActionKind
-from mipipe.planner.jobs import job_shop
-from mipipe.planner.stages import StageView
+from mipipe.planner.jobs.job_shop import job_shop
+from mipipe.planner.jobs.stages import StageView
 
 Key = tuple[int, ActionKind, int]
 """(stage, kind, class), a class named by its first microbatch."""

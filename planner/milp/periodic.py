@@ -25,11 +25,11 @@ from itertools import combinations
 import pyomo.environ as pyo
 
 from mipipe.planner.actions import ActionKind
+from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.milp import highs
 from mipipe.planner.milp.highs import SolverOutcome, Termination
 from mipipe.planner.milp.modulo import greedy
 from mipipe.planner.milp.pattern import Key, Pattern, pattern_of
-from mipipe.planner.stages import StageView
 
 STEPS = (1.0, 1.01, 1.02, 1.035, 1.05, 1.075, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0)
 

@@ -31,7 +31,7 @@ from itertools import pairwise
 import pyomo.environ as pyo
 
 from mipipe.planner.actions import Stream
-from mipipe.planner.free_bound import work_of
+from mipipe.planner.bounds.over_placements import work_of
 from mipipe.planner.milp import highs
 from mipipe.planner.milp.highs import SolverOutcome, Termination
 from mipipe.planner.milp.placement_units import Units, forwards_per_byte, light_forwards, units_of

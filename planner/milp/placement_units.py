@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mipipe.planner.actions import Stream
-from mipipe.planner.free_bound import Facts, facts_of, work_of
+from mipipe.planner.bounds.over_placements import Facts, facts_of, work_of
 from mipipe.planner.problem import PlanningProblem
 
 

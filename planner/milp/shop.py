@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mipipe.planner.bounds import heads_and_tails, reduce_tails
-from mipipe.planner.jobs import Jobs
+from mipipe.planner.bounds.at_placement import heads_and_tails, reduce_tails
+from mipipe.planner.jobs.job_shop import Jobs
 
 NEVER = -(1 << 50)
 

@@ -1,7 +1,7 @@
 """The time-indexed model: a strong lower bound at a placement, and the optimum where durations are small integers.
 
 A *line* is one (stage, kind) of one class of interchangeable microbatches, which run in FIFO order
-(`mipipe.planner.jobs`). N[l,t], an integer, counts the jobs of line l that have started by the end of slot t:
+(`mipipe.planner.jobs.job_shop`). N[l,t], an integer, counts the jobs of line l that have started by the end of slot t:
 
     N[l,t] >= N[l,t-1]
     N[b,t] <= N[a, t - p_a - lag] + shift     job k + shift of line b needs job k of line a (data, FIFO, memory arcs)
@@ -30,14 +30,14 @@ from dataclasses import dataclass
 
 import pyomo.environ as pyo
 
-from mipipe.planner.bounds import heads_and_tails, placement_bound, reduce_tails
-from mipipe.planner.evaluate import run
-from mipipe.planner.jobs import Jobs, job_shop, lines
+from mipipe.planner.bounds.at_placement import heads_and_tails, placement_bound, reduce_tails
+from mipipe.planner.jobs.job_shop import Jobs, job_shop, lines
+from mipipe.planner.jobs.stages import StageView
+from mipipe.planner.jobs.times import run
 from mipipe.planner.milp import highs
 from mipipe.planner.milp.highs import SolverOutcome, Termination
 from mipipe.planner.milp.order import fits, to_schedule
 from mipipe.planner.plan import Schedule
-from mipipe.planner.stages import StageView
 
 RELAXATION = {"solver": "ipm", "run_crossover": "off"}
 """Interior points refute these relaxations four times faster than the simplex method (2 s against 9 s of CPU time)."""

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mipipe.planner.actions import ActionKind
-from mipipe.planner.evaluate import Evaluation, run
-from mipipe.planner.jobs import Jobs, job_shop
+from mipipe.planner.jobs.job_shop import Jobs, job_shop
+from mipipe.planner.jobs.stages import StageView
+from mipipe.planner.jobs.times import Evaluation, run
 from mipipe.planner.milp.order import fits, to_schedule
 from mipipe.planner.milp.pattern import route_names
 from mipipe.planner.milp.periodic import PeriodicResult
 from mipipe.planner.plan import Schedule
-from mipipe.planner.stages import StageView
 
 PATIENCE = (0.0, 0.1)
 """Shares of a period a rank waits for an earlier action that is on its way."""

@@ -16,14 +16,14 @@ from collections import defaultdict
 from collections.abc import Callable
 from itertools import pairwise
 
-from mipipe.planner.evaluate import Evaluation, orders_of, run
-from mipipe.planner.jobs import Jobs, job_shop, relabel
+from mipipe.planner.jobs.job_shop import Jobs, job_shop, relabel
+from mipipe.planner.jobs.stages import StageView
+from mipipe.planner.jobs.times import Evaluation, orders_of, run
 from mipipe.planner.milp import disjunctive
 from mipipe.planner.milp.highs import Termination
 from mipipe.planner.milp.order import fits, to_schedule
 from mipipe.planner.milp.shop import Shop, add_transfers, time_unit
 from mipipe.planner.plan import Schedule
-from mipipe.planner.stages import StageView
 
 
 def improve(view: StageView, schedule: Schedule, *, window: int, time_limit_s: float, seed: int,

@@ -15,14 +15,14 @@ from functools import lru_cache
 from typing import Literal
 
 from mipipe.planner.actions import Action, ActionKind, Stream
-from mipipe.planner.evaluate import evaluate
-from mipipe.planner.measure import by_arrays
+from mipipe.planner.execution.measure import by_arrays
+from mipipe.planner.jobs.stages import StageView, view
+from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.schedules.closed_forms import ClosedForm
 from mipipe.planner.schedules.cut import Cut, cut_stages, merge_streams
 from mipipe.planner.schedules.pattern import Pattern, Times
-from mipipe.planner.stages import StageView, view
 
 Accounting = Literal["indivisible", "split"]
 MakePattern = Callable[[int, int, Times | None], Pattern]

@@ -19,19 +19,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mipipe.graphs.checkpoint_files import read_checkpoint
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merge_graph import Input, MergeGraph, MergeUnit, pieces_of
-from mipipe.graphs.merge_methods import BY_NAME, Base
-from mipipe.graphs.merge_passes import Scope, scope_of
+from mipipe.graphs.merging.checkpoint_files import read_checkpoint
+from mipipe.graphs.merging.graph import Input, MergeGraph, MergeUnit, pieces_of
+from mipipe.graphs.merging.methods import BY_NAME, Base
+from mipipe.graphs.merging.passes import Scope, scope_of
 from mipipe.graphs.serialize import write_text
-from mipipe.runtime import durable
 from mipipe.runtime.merge.card import graph_card
-from mipipe.runtime.merge.method import merge_tensors
+from mipipe.runtime.merge.methods.method import merge_tensors
+from mipipe.runtime.merge.methods.registry import BY_METHOD
+from mipipe.runtime.merge.methods.spectral import svd
 from mipipe.runtime.merge.output import partial_folder
-from mipipe.runtime.merge.registry import BY_METHOD
 from mipipe.runtime.merge.shelf import TORCH_DTYPES, Shelf
-from mipipe.runtime.merge.spectral import svd
+from mipipe.runtime.weights import durable
 
 LINEAR = ("linear", "task_arithmetic")
 NOT_OF_DELTAS = ("widen",)

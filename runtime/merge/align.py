@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mipipe.graphs.merge_graph import Input, MergeUnit, columns_of
-from mipipe.graphs.tensor_classes import is_stacked
+from mipipe.graphs.merging.graph import Input, MergeUnit, columns_of
+from mipipe.graphs.merging.tensor_classes import is_stacked
 from mipipe.runtime.merge.exchange import Exchange
 from mipipe.runtime.merge.sources import Reordering, Surroundings
 

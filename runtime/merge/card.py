@@ -12,13 +12,13 @@ from typing import Any
 
 import yaml
 
-from mipipe.graphs.merge_graph import MergeGraph
-from mipipe.graphs.merge_layout import index_json
-from mipipe.graphs.merge_methods import BY_NAME
+from mipipe.graphs.merging.graph import MergeGraph
+from mipipe.graphs.merging.layout import index_json
+from mipipe.graphs.merging.methods import BY_NAME
+from mipipe.graphs.merging.vocabulary import union_tokenizer
 from mipipe.graphs.serialize import write_text
 from mipipe.graphs.units import format_bytes
-from mipipe.graphs.vocabulary import union_tokenizer
-from mipipe.planner.merge_plan import MergePlan
+from mipipe.planner.merging.plan import MergePlan
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
           "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "generation_config.json", "chat_template.jinja",

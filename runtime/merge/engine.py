@@ -1,6 +1,6 @@
 """Executes one rank's part of a merge's program: a loop over instructions with one handler for each kind.
 
-Which rows are read when was decided by the plan; see `mipipe.planner.merge_lower`. Reading ahead is the work of a
+Which rows are read when was decided by the plan; see `mipipe.planner.merging.lower`. Reading ahead is the work of a
 second thread, which does nothing but read; everything that rounds is done by this one, so it does not show in the
 result.
 """
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from mipipe.graphs.errors import RunError
-from mipipe.graphs.merge_graph import MergeUnit
-from mipipe.graphs.merge_passes import is_whole
+from mipipe.graphs.merging.graph import MergeUnit
+from mipipe.graphs.merging.passes import is_whole
 from mipipe.planner.actions import ActionKind
-from mipipe.planner.merge_lower import MergeStep, label, reads, unit_steps
-from mipipe.planner.merge_plan import MergePlan
+from mipipe.planner.merging.lower import MergeStep, label, reads, unit_steps
+from mipipe.planner.merging.plan import MergePlan
 from mipipe.planner.program import Instruction
-from mipipe.runtime.merge.method import Method, Round, Tile
-from mipipe.runtime.merge.registry import BY_METHOD
+from mipipe.runtime.merge.methods.method import Method, Round, Tile
+from mipipe.runtime.merge.methods.registry import BY_METHOD
 from mipipe.runtime.merge.shelf import TORCH_DTYPES, Range
 from mipipe.runtime.merge.sources import Surroundings, UnitPiece, unit_pieces
 from mipipe.runtime.merge.survey import Survey, unit_values

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from mipipe.planner.merge_lower import label, lower_rank
-from mipipe.planner.merge_plan import MergePlan
+from mipipe.planner.merging.lower import label, lower_rank
+from mipipe.planner.merging.plan import MergePlan
 from mipipe.planner.timeline import Span, Timeline
 from mipipe.runtime.merge.align import match_experts
 from mipipe.runtime.merge.engine import Event, MergeEngine

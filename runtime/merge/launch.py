@@ -20,18 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mipipe.graphs.checkpoint_files import CheckpointFiles, read_checkpoint
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merge_build import build
-from mipipe.graphs.moe_recipe import MoeRecipe, build_moe, dry_router, read_moe_recipe
-from mipipe.graphs.recipe import MergeRecipe, read_recipes
-from mipipe.planner.merge_plan import SHARD_BYTES, MergePlan, plan_chain, plan_graph, plan_recipe
-from mipipe.runtime.launch import explain, run_watched
+from mipipe.graphs.merging.build import build
+from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, read_checkpoint
+from mipipe.graphs.merging.moe_recipe import MoeRecipe, build_moe, dry_router, read_moe_recipe
+from mipipe.graphs.merging.recipe import MergeRecipe, read_recipes
+from mipipe.planner.merging.plan import SHARD_BYTES, MergePlan, plan_chain, plan_graph, plan_recipe
 from mipipe.runtime.merge import worker
 from mipipe.runtime.merge.adapters import KeptAdapter, keep_adapters
 from mipipe.runtime.merge.card import RECORD
 from mipipe.runtime.merge.exchange import Exchange
 from mipipe.runtime.merge.router import make_router
+from mipipe.runtime.train.launch import explain, run_watched
 
 
 @dataclass(frozen=True, slots=True)

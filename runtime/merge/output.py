@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from mipipe.graphs.errors import InputError, RunError
-from mipipe.graphs.merge_layout import Shard
+from mipipe.graphs.merging.layout import Shard
 from mipipe.graphs.units import format_bytes
-from mipipe.runtime import durable
 from mipipe.runtime.merge.shelf import TORCH_DTYPES
+from mipipe.runtime.weights import durable
 
 JOURNAL_BYTES = 2**26
 """The journal is brought up to date after this many bytes written (and at the end)."""

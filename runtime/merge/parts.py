@@ -23,15 +23,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mipipe.graphs.checkpoint_files import read_header
 from mipipe.graphs.errors import RunError
-from mipipe.graphs.merge_graph import MergeGraph
+from mipipe.graphs.merging.checkpoint_files import read_header
+from mipipe.graphs.merging.graph import MergeGraph
+from mipipe.graphs.merging.tensor_classes import TensorClass
 from mipipe.graphs.serialize import STRICT
-from mipipe.graphs.tensor_classes import TensorClass
-from mipipe.runtime.merge.low_rank import canonical_factors, rmm_compress, rmm_reconstruct, twin_rank
-from mipipe.runtime.merge.method import Tile
-from mipipe.runtime.merge.one_bit import pack_signs, scale_of, unpack_signs
-from mipipe.runtime.merge.spectral import svd
+from mipipe.runtime.merge.methods.low_rank import canonical_factors, rmm_compress, rmm_reconstruct, twin_rank
+from mipipe.runtime.merge.methods.method import Tile
+from mipipe.runtime.merge.methods.one_bit import pack_signs, scale_of, unpack_signs
+from mipipe.runtime.merge.methods.spectral import svd
 
 METHODS = ("onebit", "twin", "rmm")
 """The methods whose parts can be stored."""

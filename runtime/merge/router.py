@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mipipe.graphs.checkpoint_files import CheckpointFiles, read_checkpoint
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.moe_recipe import ROUTER, MoeRecipe, router_tensors
-from mipipe.graphs.participants import TOKEN_TABLES
+from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, read_checkpoint
+from mipipe.graphs.merging.moe_recipe import ROUTER, MoeRecipe, router_tensors
+from mipipe.graphs.merging.participants import TOKEN_TABLES
 from mipipe.graphs.serialize import digest
 from mipipe.runtime.merge.shelf import Shelf
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mipipe.graphs.merge_graph import Input, MergeGraph, MergeUnit, columns_of, pieces_of
-from mipipe.graphs.merge_methods import BY_NAME
-from mipipe.graphs.tensor_classes import Piece
-from mipipe.runtime.merge.method import Tile, tile_ranges
+from mipipe.graphs.merging.graph import Input, MergeGraph, MergeUnit, columns_of, pieces_of
+from mipipe.graphs.merging.methods import BY_NAME
+from mipipe.graphs.merging.tensor_classes import Piece
+from mipipe.runtime.merge.methods.method import Tile, tile_ranges
 from mipipe.runtime.merge.shelf import Shelf
 
 
@@ -57,7 +57,7 @@ def unit_pieces(unit: MergeUnit, around: Surroundings) -> list[UnitPiece]:
 
 
 class UnitPiece:
-    """One piece of a unit; see `mipipe.runtime.merge.method.PieceReader`."""
+    """One piece of a unit; see `mipipe.runtime.merge.methods.method.PieceReader`."""
 
     def __init__(self, unit: MergeUnit, piece: Piece, around: Surroundings) -> None:
         self.unit, self.piece, self.around = unit, piece, around

@@ -12,15 +12,15 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from mipipe.graphs.checkpoint_files import CheckpointFiles, read_checkpoint
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merge_build import build
-from mipipe.graphs.merge_graph import Input, MergeGraph, MergeUnit
-from mipipe.graphs.merge_layout import as_checkpoint
-from mipipe.graphs.merge_methods import BY_NAME
-from mipipe.graphs.recipe import MergeRecipe
+from mipipe.graphs.merging.build import build
+from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, read_checkpoint
+from mipipe.graphs.merging.graph import Input, MergeGraph, MergeUnit
+from mipipe.graphs.merging.layout import as_checkpoint
+from mipipe.graphs.merging.methods import BY_NAME
+from mipipe.graphs.merging.recipe import MergeRecipe
 from mipipe.graphs.serialize import load
-from mipipe.planner.merge_plan import MergePlan, plan_graph, plan_recipe
+from mipipe.planner.merging.plan import MergePlan, plan_graph, plan_recipe
 from mipipe.runtime.merge.launch import MergeOptions, check_target, made_by, run_plan
 from mipipe.runtime.merge.parts import METHODS, Parts
 from mipipe.runtime.merge.shelf import TORCH_DTYPES

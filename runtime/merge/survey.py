@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merge_graph import MergeUnit
-from mipipe.graphs.merge_passes import Scope, is_wide, scope_of
+from mipipe.graphs.merging.graph import MergeUnit
+from mipipe.graphs.merging.passes import Scope, is_wide, scope_of
 from mipipe.runtime.merge.exchange import Exchange
-from mipipe.runtime.merge.method import Round, fill
-from mipipe.runtime.merge.registry import BY_METHOD
+from mipipe.runtime.merge.methods.method import Round, fill
+from mipipe.runtime.merge.methods.registry import BY_METHOD
 
 ScopeKey = tuple[str, str, str, int | None]
 """Branch, method, and for layers the stack and the layer."""

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from mipipe.graphs.checkpoint_files import read_checkpoint
 from mipipe.graphs.errors import InputError, RunError
+from mipipe.graphs.merging.checkpoint_files import read_checkpoint
 from mipipe.graphs.serialize import load, save
-from mipipe.planner.merge_plan import MergePlan
+from mipipe.planner.merging.plan import MergePlan
 from mipipe.runtime.merge.card import RECORD, write_companions
 from mipipe.runtime.merge.exchange import Exchange
 from mipipe.runtime.merge.execute import RankReport, measured_timeline, run_rank

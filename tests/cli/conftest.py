@@ -15,8 +15,8 @@ import pytest
 from mipipe.cli.main import app
 from mipipe.graphs.serialize import save
 from mipipe.planner.options import PlanOptions
+from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.solve import plan
-from mipipe.planner.uniform import uniform_problem
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import typer
 from mipipe.cli.main import VERBS, guarded
 from mipipe.graphs import errors
 from mipipe.graphs.serialize import save
-from mipipe.planner.uniform import uniform_problem
+from mipipe.planner.problems.uniform import uniform_problem
 
 NAMES = [module.__name__.rpartition(".")[2] for module in VERBS]
 

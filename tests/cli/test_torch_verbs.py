@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mipipe.graphs.costs import CostTable
+from mipipe.graphs.costs.table import CostTable
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import load
 from mipipe.planner.plan import Plan

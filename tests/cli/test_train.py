@@ -4,9 +4,9 @@ import pytest
 
 from mipipe.cli.train import plan_again
 from mipipe.graphs.errors import InfeasibleError
-from mipipe.planner.check_plan import check_plan
+from mipipe.planner.check.plan import check_plan
 from mipipe.planner.options import PlanOptions, options_of
-from mipipe.planner.uniform import uniform_problem
+from mipipe.planner.problems.uniform import uniform_problem
 
 
 def test_a_plan_for_fewer_devices(capsys) -> None:

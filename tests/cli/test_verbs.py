@@ -11,12 +11,12 @@ import pytest
 
 from mipipe.graphs.serialize import load, save
 from mipipe.planner.actions import Action
-from mipipe.planner.lower import lower
+from mipipe.planner.execution.lower import lower
+from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.plan import Plan, RankOrder, Schedule
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.simulate import simulate
+from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.timeline import Timeline
-from mipipe.planner.uniform import uniform_problem
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from mipipe.graphs.compose import parameter_tensors, run_step
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import from_data, to_data
+from mipipe.graphs.tracing.compose import parameter_tensors, run_step
 
 
 def assert_same_step(graph: OperatorGraph, module: nn.Module, batch: Mapping[str, Tensor], loss: Tensor,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mipipe.graphs.annotate import DEFAULT, Patterns, annotate, load_patterns, tag
+from mipipe.graphs.capture.annotate import DEFAULT, Patterns, annotate, load_patterns, tag
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph, Role, Segment, SegmentTrace, Tags
 

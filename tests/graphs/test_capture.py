@@ -9,12 +9,12 @@ import torch
 from graph_checks import assert_same_step
 from torch import Tensor, nn
 
-from mipipe.graphs.capture import capture, capture_module
-from mipipe.graphs.coarsen import coarsen
-from mipipe.graphs.compose import parameter_tensors, run_step
+from mipipe.graphs.capture.model import capture, capture_module
+from mipipe.graphs.coarse.coarsen import coarsen
 from mipipe.graphs.errors import GraphError, InputError
 from mipipe.graphs.operator_graph import Phase, Role
-from mipipe.graphs.trace import uses_random
+from mipipe.graphs.tracing.compose import parameter_tensors, run_step
+from mipipe.graphs.tracing.trace import uses_random
 
 
 class Block(nn.Module):

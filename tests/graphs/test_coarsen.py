@@ -7,11 +7,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mipipe.graphs.coarsen import coarsen
-from mipipe.graphs.contract import contract, moved_bytes
+from mipipe.graphs.coarse.coarsen import coarsen
+from mipipe.graphs.coarse.contract import contract, moved_bytes
+from mipipe.graphs.coarse.graph_index import index_graph
+from mipipe.graphs.coarse.intervals import SLACK, cut_intervals
 from mipipe.graphs.errors import GraphError
-from mipipe.graphs.graph_index import index_graph
-from mipipe.graphs.intervals import SLACK, cut_intervals
 from mipipe.graphs.operator_graph import Phase, Role
 
 X_BYTES = 4 * 8 * 4

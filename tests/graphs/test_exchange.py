@@ -8,19 +8,19 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from mipipe.graphs.capture import capture
+from mipipe.graphs.capture.model import capture
 from mipipe.graphs.cluster import DeviceKind
-from mipipe.graphs.coarsen import coarsen
+from mipipe.graphs.coarse.coarsen import coarsen
+from mipipe.graphs.coarse.graph_index import index_graph
+from mipipe.graphs.costs.exchange import check_exchange, expert_shares, moved_bytes, share_of, slowest_link
+from mipipe.graphs.costs.roofline import roofline
 from mipipe.graphs.errors import InputError, ProblemError
-from mipipe.graphs.exchange import check_exchange, expert_shares, moved_bytes, share_of, slowest_link
-from mipipe.graphs.graph_index import index_graph
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role
-from mipipe.graphs.roofline import roofline
 from mipipe.graphs.topology import Link, Topology
 from mipipe.planner.actions import Stream
 from mipipe.planner.check import check_plan
-from mipipe.planner.from_graph import build_problem
 from mipipe.planner.options import PlanOptions
+from mipipe.planner.problems.from_graph import build_problem
 from mipipe.planner.solve import plan
 
 RANKS, TOKENS, TOP, HIDDEN = 4, 16, 2, 16

@@ -15,14 +15,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mipipe.graphs import loss as losses
-from mipipe.graphs.capture import capture
-from mipipe.graphs.compose import parameter_tensors, run_step
-from mipipe.graphs.expert_groups import parse_slice
+from mipipe.graphs.capture import loss as losses
+from mipipe.graphs.capture.expert_groups import parse_slice
+from mipipe.graphs.capture.model import capture
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role
+from mipipe.graphs.tracing.compose import parameter_tensors, run_step
 
 transformers = pytest.importorskip("transformers")
-from mipipe.graphs import families, tasks  # noqa: E402
+from mipipe.graphs.models import (
+    families,
+    tasks,  # noqa: E402
+)
 
 RTOL = 1e-6
 TEXT = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,

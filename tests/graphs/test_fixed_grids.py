@@ -11,10 +11,10 @@ pytest.importorskip("transformers")
 from transformers import vision_utils
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
-from mipipe.graphs import families, tasks
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.fixed_grids import Grid, add_at, layout, positions, spans, taps, windows
-from mipipe.graphs.layers import packed_attention
+from mipipe.graphs.models import families, tasks
+from mipipe.graphs.models.fixed_grids import Grid, add_at, layout, positions, spans, taps, windows
+from mipipe.graphs.operators.layers import packed_attention
 
 GRID = Grid(images=2, rows=5, columns=3, merge=2)
 THW = torch.tensor([[1, 10, 6]] * 2)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from mipipe.graphs.operator_graph import Phase, SegmentTrace
-from mipipe.graphs.partition import trace_module
 from mipipe.graphs.serialize import from_data, to_data
-from mipipe.graphs.trace import build_phase, phase_signature
+from mipipe.graphs.tracing.partition import trace_module
+from mipipe.graphs.tracing.trace import build_phase, phase_signature
 
 
 def run_phases(trace: SegmentTrace, tensors: dict[str, Tensor], grads: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mipipe.graphs.coarsen import coarsen
+from mipipe.graphs.coarse.coarsen import coarsen
+from mipipe.graphs.coarse.graph_index import index_graph
 from mipipe.graphs.errors import GraphError, InputError, RunError
-from mipipe.graphs.graph_index import index_graph
 from mipipe.graphs.operator_graph import OperatorGraph, Parameter, Phase, Segment, Tags, TensorSpec, Value
-from mipipe.graphs.partition import trace_segment
-from mipipe.graphs.profile import ProfileOptions, _recall, _remember, profile_groups
-from mipipe.graphs.profile_worker import _lots, candidates, in_turn, measure
-from mipipe.graphs.rehearse import build_group, index_bound, model_input, rehearse
+from mipipe.graphs.profiling.profile import ProfileOptions, _recall, _remember, profile_groups
+from mipipe.graphs.profiling.profile_worker import _lots, candidates, in_turn, measure
+from mipipe.graphs.profiling.rehearse import build_group, index_bound, model_input, rehearse
+from mipipe.graphs.tracing.partition import trace_segment
 
 QUICK = ProfileOptions(seconds=0.02, samples=4)
 CPU = torch.device("cpu")

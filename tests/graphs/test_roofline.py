@@ -3,10 +3,10 @@
 import pytest
 
 from mipipe.graphs.cluster import DeviceKind, shipped_kinds
-from mipipe.graphs.coarsen import coarsen
+from mipipe.graphs.coarse.coarsen import coarsen
+from mipipe.graphs.costs.roofline import operator_seconds, roofline
 from mipipe.graphs.errors import GraphError, InputError, ProblemError
 from mipipe.graphs.operator_graph import Operator, Phase, TensorSpec
-from mipipe.graphs.roofline import operator_seconds, roofline
 
 SLOW_MATH = DeviceKind("slow_math", {"float32": 10**6}, 10**12, None, 0, "test")
 SLOW_MEMORY = DeviceKind("slow_memory", {"float32": 10**15}, 10**6, None, 0, "test")

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from mipipe.graphs.capture import capture_module
-from mipipe.graphs.coarsen import coarsen
-from mipipe.graphs.graph_index import index_graph
+from mipipe.graphs.capture.model import capture_module
+from mipipe.graphs.coarse.coarsen import coarsen
+from mipipe.graphs.coarse.graph_index import index_graph
 from mipipe.graphs.operator_graph import Phase
-from mipipe.graphs.rehearse import rehearse
+from mipipe.graphs.profiling.rehearse import rehearse
 
 WIDTH, TOKENS, VOCAB = 16, 12, 32
 

@@ -6,11 +6,11 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from mipipe.graphs.cluster import DeviceKind
-from mipipe.graphs.coarsen import coarsen
-from mipipe.graphs.drawing import HEIGHT, WIDTH
+from mipipe.graphs.coarse.coarsen import coarsen
+from mipipe.graphs.coarse.drawing import HEIGHT, WIDTH
+from mipipe.graphs.coarse.summary import coarse_svg, graph_summary, summary_rows
+from mipipe.graphs.costs.roofline import roofline
 from mipipe.graphs.operator_graph import Phase
-from mipipe.graphs.roofline import roofline
-from mipipe.graphs.summary import coarse_svg, graph_summary, summary_rows
 
 SVG = "{http://www.w3.org/2000/svg}"
 

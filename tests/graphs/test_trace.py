@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mipipe.graphs import kernels
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import Phase, TensorSpec
-from mipipe.graphs.partition import trace_module, trace_segment
-from mipipe.graphs.trace import build_phase, decode, encode, identifier, phase_signature, resolve
+from mipipe.graphs.operators import kernels
+from mipipe.graphs.tracing.partition import trace_module, trace_segment
+from mipipe.graphs.tracing.trace import build_phase, decode, encode, identifier, phase_signature, resolve
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-2**62, 2**62), st.floats(allow_nan=False),
                     st.text(max_size=5), st.complex_numbers(allow_nan=False, allow_infinity=False),

@@ -15,11 +15,11 @@ import torch
 from graph_checks import assert_same_step
 from torch import Tensor, nn
 
-from mipipe.graphs.capture import capture, capture_module
-from mipipe.graphs.compose import parameter_tensors, run_step
+from mipipe.graphs.capture.model import capture, capture_module
 from mipipe.graphs.errors import GraphError, InputError
 from mipipe.graphs.operator_graph import Phase
-from mipipe.graphs.trace import build_phase, phase_signature
+from mipipe.graphs.tracing.compose import parameter_tensors, run_step
+from mipipe.graphs.tracing.trace import build_phase, phase_signature
 
 F64 = torch.float64
 

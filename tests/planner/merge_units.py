@@ -1,9 +1,9 @@
 """Small merge graphs for the planner's tests."""
 
-from mipipe.graphs.checkpoint_files import StoredTensor
-from mipipe.graphs.merge_graph import Input, MergeGraph, MergeModel, MergeUnit
-from mipipe.graphs.tensor_classes import TensorClass
-from mipipe.planner.merge_costs import MergeRates
+from mipipe.graphs.merging.checkpoint_files import StoredTensor
+from mipipe.graphs.merging.graph import Input, MergeGraph, MergeModel, MergeUnit
+from mipipe.graphs.merging.tensor_classes import TensorClass
+from mipipe.planner.merging.costs import MergeRates
 
 RATES = MergeRates(1e9, 1e9, 4e9, 1e10)
 

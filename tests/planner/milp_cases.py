@@ -7,11 +7,11 @@ import itertools
 from hypothesis import strategies as st
 
 from mipipe.graphs.topology import Topology
-from mipipe.planner.evaluate import compile_actions
-from mipipe.planner.jobs import Jobs, elementary_actions, job_shop
+from mipipe.planner.jobs.job_shop import Jobs, elementary_actions, job_shop
+from mipipe.planner.jobs.stages import StageView, view
+from mipipe.planner.jobs.times import compile_actions
 from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
-from mipipe.planner.stages import StageView, view
 
 
 @st.composite

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 
 from mipipe.graphs.errors import PlanError
-from mipipe.planner.bounds import heads_and_tails, placement_bound, preemptive_bound, problem_bound
-from mipipe.planner.jobs import job_shop
+from mipipe.planner.bounds.at_placement import heads_and_tails, placement_bound, preemptive_bound, problem_bound
+from mipipe.planner.jobs.job_shop import job_shop
+from mipipe.planner.jobs.stages import view
+from mipipe.planner.placements.shapes import propose
 from mipipe.planner.plan import Placement, Stage
-from mipipe.planner.proposals import propose
-from mipipe.planner.stages import view
-from mipipe.planner.uniform import two_stream_problem, uniform_problem
+from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
 
 sys.path.insert(0, str(Path(__file__).parent))
 from milp_cases import at, optimum, placements, problems

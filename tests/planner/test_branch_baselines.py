@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from mipipe.graphs.errors import ProblemError
-from mipipe.planner.branch_baselines import plan_with_encoder
-from mipipe.planner.branches import encoders
 from mipipe.planner.check import check_plan
+from mipipe.planner.placements.branches import encoders
+from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.schedules import BASELINES
-from mipipe.planner.uniform import uniform_problem
+from mipipe.planner.schedules.branch_baselines import plan_with_encoder
 
 sys.path.insert(0, str(Path(__file__).parent))
 from planner_problems import multimodal_problem

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from mipipe.graphs.operator_graph import Tags
-from mipipe.planner.branches import encoders
 from mipipe.planner.check import check_plan
+from mipipe.planner.jobs.stages import view
 from mipipe.planner.options import PLACEMENTS, PlanOptions
+from mipipe.planner.placements.branches import encoders
+from mipipe.planner.placements.shapes import propose
 from mipipe.planner.problem import PhaseTimes
-from mipipe.planner.proposals import propose
+from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.solve import Termination, plan
-from mipipe.planner.stages import view
-from mipipe.planner.uniform import uniform_problem
 
 sys.path.insert(0, str(Path(__file__).parent))
 from planner_problems import multimodal_problem

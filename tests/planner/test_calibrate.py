@@ -4,19 +4,19 @@ import dataclasses
 
 import pytest
 
-from mipipe.graphs.costs import CostTable, GroupCost
+from mipipe.graphs.costs.table import CostTable, GroupCost
 from mipipe.graphs.errors import ProblemError, TimelineError
 from mipipe.graphs.operator_graph import Phase
 from mipipe.graphs.topology import Topology
 from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.calibrate import calibrate, with_costs
 from mipipe.planner.check import check_plan
-from mipipe.planner.lower import lower
+from mipipe.planner.execution.lower import lower
+from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
 from mipipe.planner.replan import replan
-from mipipe.planner.simulate import simulate
 from mipipe.planner.timeline import Timeline
 
 MICROBATCHES = 5

@@ -10,7 +10,7 @@ from mipipe.graphs.errors import PlanError, ProgramError
 from mipipe.graphs.topology import Device, Link, Topology
 from mipipe.planner.actions import Action, ActionKind, Order, Stream
 from mipipe.planner.check import check_plan, check_program
-from mipipe.planner.lower import lower
+from mipipe.planner.execution.lower import lower
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
 from mipipe.planner.program import Instruction, Program

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from mipipe.graphs.coarse_graph import CoarseGraph, GroupValue, OpGroup
-from mipipe.graphs.costs import CostTable, GroupCost
+from mipipe.graphs.coarse.graph import CoarseGraph, GroupValue, OpGroup
+from mipipe.graphs.costs.table import CostTable, GroupCost
 from mipipe.graphs.errors import InputError, ProblemError
 from mipipe.graphs.operator_graph import Phase, Role, Tags
 from mipipe.graphs.topology import Topology
-from mipipe.planner.expert_costs import group_shares, with_expert_loads
-from mipipe.planner.expert_map import ExpertLoads
-from mipipe.planner.from_graph import build_problem
-from mipipe.planner.lower import lower
+from mipipe.planner.execution.lower import lower
+from mipipe.planner.execution.simulate import simulate
+from mipipe.planner.experts.maps import ExpertLoads
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Placement, Plan
-from mipipe.planner.simulate import simulate
+from mipipe.planner.problems.expert_loads import group_shares, with_expert_loads
+from mipipe.planner.problems.from_graph import build_problem
 from mipipe.planner.solve import plan as solve
 
 EVEN = ExpertLoads(((10.0,) * 8, (10.0,) * 8), "small")

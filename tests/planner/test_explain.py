@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from mipipe.planner.candidate import peak_activations
+from mipipe.planner.ladder.candidate import peak_activations
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.pareto import pareto
+from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.solve import plan
-from mipipe.planner.uniform import uniform_problem
 
 
 def test_names_the_bound_the_device_the_channel_and_the_memory() -> None:

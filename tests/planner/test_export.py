@@ -12,13 +12,13 @@ from mipipe.graphs.errors import InputError, PlanError
 from mipipe.graphs.topology import Topology
 from mipipe.planner.actions import Action, Stream
 from mipipe.planner.check import check_plan
-from mipipe.planner.export import perfetto_text, read_torch_csv, torch_csv, with_torch_order
-from mipipe.planner.lower import lower
+from mipipe.planner.execution.export import perfetto_text, read_torch_csv, torch_csv, with_torch_order
+from mipipe.planner.execution.lower import lower
+from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
+from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
 from mipipe.planner.schedules import BASELINES
-from mipipe.planner.simulate import simulate
-from mipipe.planner.uniform import two_stream_problem, uniform_problem
 
 BY_NAME = {baseline.name: baseline for baseline in BASELINES}
 CHAINS = ["GPipe", "1F1B", "Interleaved 1F1B", "ZB-H1", "ZB-H2", "ZB1P", "ZB-V", "V-Half", "V-Min", "DualPipeV"]

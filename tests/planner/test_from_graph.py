@@ -4,14 +4,14 @@ import dataclasses
 
 import pytest
 
-from mipipe.graphs.coarse_graph import CoarseGraph, GroupValue, OpGroup
-from mipipe.graphs.costs import CostTable, GroupCost
+from mipipe.graphs.coarse.graph import CoarseGraph, GroupValue, OpGroup
+from mipipe.graphs.costs.table import CostTable, GroupCost
 from mipipe.graphs.errors import ProblemError
 from mipipe.graphs.operator_graph import Phase, Tags
 from mipipe.graphs.topology import Topology
 from mipipe.planner.actions import Stream
-from mipipe.planner.from_graph import build_problem, tied_groups
 from mipipe.planner.problem import Limits, PhaseTimes
+from mipipe.planner.problems.from_graph import build_problem, tied_groups
 
 F, I, W = Phase  # noqa: E741
 

@@ -11,18 +11,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from mipipe.graphs.topology import Topology
-from mipipe.planner import greedy
-from mipipe.planner.candidate import candidate
-from mipipe.planner.entering import seed_search
-from mipipe.planner.evaluate import evaluate
-from mipipe.planner.feasible import one_at_a_time, shortage
-from mipipe.planner.instance import build, expand, mirror, orders_from
+from mipipe.planner.jobs.arrays import build, expand, mirror, orders_from
+from mipipe.planner.jobs.stages import view
+from mipipe.planner.jobs.times import evaluate
+from mipipe.planner.ladder.admission import seed_search
+from mipipe.planner.ladder.candidate import candidate
+from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlanOptions
+from mipipe.planner.placements.feasible import one_at_a_time, shortage
+from mipipe.planner.placements.shapes import propose
 from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
-from mipipe.planner.proposals import propose
-from mipipe.planner.run import Run
-from mipipe.planner.stages import view
-from mipipe.planner.uniform import uniform_problem
+from mipipe.planner.problems.uniform import uniform_problem
+from mipipe.planner.search import lists as greedy
 
 sys.path.insert(0, str(Path(__file__).parent))
 from planner_problems import problems

@@ -10,11 +10,11 @@ from mipipe.graphs.errors import PlanError
 from mipipe.graphs.serialize import digest, load, save
 from mipipe.graphs.topology import Topology
 from mipipe.planner.actions import Action, ActionKind, Stream
-from mipipe.planner.lower import lower
+from mipipe.planner.execution.lower import lower
+from mipipe.planner.execution.simulate import describe
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
 from mipipe.planner.program import Program
-from mipipe.planner.simulate import describe
 
 
 def chain(num_stages: int, microbatches: int, orders: list[str], comm: int = 1, replicas: bool = False) -> Plan:

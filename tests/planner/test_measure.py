@@ -8,14 +8,14 @@ import pytest
 
 from mipipe.graphs.errors import ProblemError
 from mipipe.graphs.topology import Topology
-from mipipe.planner.lower import lower
-from mipipe.planner.measure import Measures, by_arrays, measure
+from mipipe.planner.execution.lower import lower
+from mipipe.planner.execution.measure import Measures, by_arrays, measure
+from mipipe.planner.execution.simulate import simulate
+from mipipe.planner.jobs.stages import view
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
 from mipipe.planner.schedules import BASELINES
-from mipipe.planner.simulate import simulate
-from mipipe.planner.stages import view
-from mipipe.planner.uniform import two_stream_problem, uniform_problem
 
 
 def simulated(plan: Plan) -> Measures:

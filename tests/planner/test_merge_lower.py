@@ -13,11 +13,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from merge_units import RATES, graph, unit
 
 from mipipe.graphs.errors import InfeasibleError, ProgramError
-from mipipe.graphs.merge_graph import MergeGraph, MergeModel
+from mipipe.graphs.merging.graph import MergeGraph, MergeModel
 from mipipe.planner.actions import ActionKind
-from mipipe.planner.merge_lower import TILE_ENTRIES, lower_merge, unit_steps
-from mipipe.planner.merge_plan import plan_merge
-from mipipe.planner.merge_simulate import simulate_merge
+from mipipe.planner.merging.lower import TILE_ENTRIES, lower_merge, unit_steps
+from mipipe.planner.merging.plan import plan_merge
+from mipipe.planner.merging.simulate import simulate_merge
 
 K = ActionKind
 

@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from merge_units import RATES, graph, unit
 
 from mipipe.graphs.errors import InfeasibleError
-from mipipe.planner.merge_costs import work_bytes
-from mipipe.planner.merge_plan import longest_first, plan_merge
+from mipipe.planner.merging.costs import work_bytes
+from mipipe.planner.merging.plan import longest_first, plan_merge
 from mipipe.planner.milp.merge_balance import EPSILON, UnitKind, balance
 
 

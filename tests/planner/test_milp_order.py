@@ -12,16 +12,16 @@ from hypothesis import HealthCheck, assume, given, settings
 from mipipe.graphs.errors import PlanError, ProblemError
 from mipipe.graphs.topology import Topology
 from mipipe.planner.actions import Stream
-from mipipe.planner.bounds import placement_bound, problem_bound
-from mipipe.planner.evaluate import evaluate, run
-from mipipe.planner.jobs import job_shop, peak_memory, relabel
+from mipipe.planner.bounds.at_placement import placement_bound, problem_bound
+from mipipe.planner.jobs.job_shop import job_shop, peak_memory, relabel
+from mipipe.planner.jobs.stages import view
+from mipipe.planner.jobs.times import evaluate, run
 from mipipe.planner.milp.exact import solve_exact
 from mipipe.planner.milp.highs import Termination
 from mipipe.planner.milp.order import solve_order
 from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
-from mipipe.planner.stages import view
-from mipipe.planner.uniform import uniform_problem
+from mipipe.planner.problems.uniform import uniform_problem
 
 sys.path.insert(0, str(Path(__file__).parent))
 from milp_cases import at, may_queue, optimum, placements, problems

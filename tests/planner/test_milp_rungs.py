@@ -10,9 +10,10 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 
 from mipipe.graphs.errors import PlanError
-from mipipe.planner.bounds import placement_bound, problem_bound
-from mipipe.planner.evaluate import evaluate
-from mipipe.planner.jobs import elementary_actions, job_shop, peak_memory
+from mipipe.planner.bounds.at_placement import placement_bound, problem_bound
+from mipipe.planner.jobs.job_shop import elementary_actions, job_shop, peak_memory
+from mipipe.planner.jobs.stages import StageView, view
+from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.milp import periodic, placement, time_indexed, windows
 from mipipe.planner.milp.highs import Termination
 from mipipe.planner.milp.modulo import greedy
@@ -20,8 +21,7 @@ from mipipe.planner.milp.order import solve_order
 from mipipe.planner.milp.pattern import pattern_of
 from mipipe.planner.milp.unroll import squeeze, unroll
 from mipipe.planner.plan import Placement, RankOrder, Schedule, Stage
-from mipipe.planner.stages import StageView, view
-from mipipe.planner.uniform import two_stream_problem, uniform_problem
+from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
 
 sys.path.insert(0, str(Path(__file__).parent))
 from milp_cases import at, may_queue, optimum, placements, problems

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from mipipe.graphs.topology import Device, Link, Topology
 from mipipe.planner.check import check_plan
-from mipipe.planner.objectives import on_devices, utilisation, without_slowest
+from mipipe.planner.ladder.objectives import on_devices, utilisation, without_slowest
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
 from mipipe.planner.solve import plan

@@ -14,17 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mipipe.graphs.errors import InfeasibleError, InputError
-from mipipe.planner import place_kernels, place_throughput
+from mipipe.planner.devices import kernels as place_kernels
+from mipipe.planner.devices import throughput as place_throughput
+from mipipe.planner.devices.contract import merge_above, parts, transfer_budget
+from mipipe.planner.devices.from_problem import instance_of
+from mipipe.planner.devices.instance import PlaceInstance, read_instance
+from mipipe.planner.devices.latency_kernels import graph_of, latency_of
+from mipipe.planner.devices.place import place
+from mipipe.planner.devices.throughput import max_load
+from mipipe.planner.devices.workers import Job, run_jobs
 from mipipe.planner.milp import device_placement
 from mipipe.planner.milp.highs import Termination
-from mipipe.planner.place import place
-from mipipe.planner.place_contract import merge_above, parts, transfer_budget
-from mipipe.planner.place_instance import PlaceInstance, read_instance
-from mipipe.planner.place_latency_kernels import graph_of, latency_of
-from mipipe.planner.place_problem import instance_of
-from mipipe.planner.place_throughput import max_load
-from mipipe.planner.place_workers import Job, run_jobs
-from mipipe.planner.uniform import uniform_problem
+from mipipe.planner.problems.uniform import uniform_problem
 
 
 def workload(times: list[int], edges: list[tuple[int, int]], costs: list[int], *, accelerators: int = 2, cpus: int = 1,

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 
 from mipipe.graphs.topology import Device, Link, Topology
-from mipipe.planner import placing
 from mipipe.planner.check import check_plan
-from mipipe.planner.feasible import shortage
+from mipipe.planner.jobs.stages import view
+from mipipe.planner.ladder import placement_rungs as placing
 from mipipe.planner.milp import modes, placement
 from mipipe.planner.milp.routes import to_placement, to_shares
 from mipipe.planner.options import PlanOptions
+from mipipe.planner.placements.feasible import shortage
+from mipipe.planner.placements.shapes import propose
 from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
-from mipipe.planner.proposals import propose
+from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.solve import plan
-from mipipe.planner.stages import view
-from mipipe.planner.uniform import uniform_problem
 
 sys.path.insert(0, str(Path(__file__).parent))
 from planner_problems import multimodal_problem

@@ -8,15 +8,15 @@ import itertools
 import pytest
 
 from mipipe.graphs.errors import PlanError
-from mipipe.planner.check_facts import check_placement
-from mipipe.planner.cuts import fit_cuts, loads, units
-from mipipe.planner.feasible import why_infeasible
+from mipipe.planner.check.facts import check_placement
+from mipipe.planner.jobs.stages import view
 from mipipe.planner.options import PlanOptions
+from mipipe.planner.placements.cuts import fit_cuts, loads, units
+from mipipe.planner.placements.feasible import why_infeasible
+from mipipe.planner.placements.shapes import light_ends, propose, resident_bytes, resident_fits, shapes
 from mipipe.planner.plan import Plan, Schedule
-from mipipe.planner.proposals import light_ends, propose, resident_bytes, resident_fits, shapes
+from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
 from mipipe.planner.solve import plan
-from mipipe.planner.stages import view
-from mipipe.planner.uniform import two_stream_problem, uniform_problem
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])

@@ -11,20 +11,22 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from mipipe.planner import quotas, scale, two_ended
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.check import check_plan
-from mipipe.planner.cuts import place_spread
-from mipipe.planner.evaluate import evaluate
-from mipipe.planner.instance import build, expand, mirror
+from mipipe.planner.jobs.arrays import build, expand, mirror
+from mipipe.planner.jobs.stages import view
+from mipipe.planner.jobs.times import evaluate
+from mipipe.planner.ladder import large as scale
+from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlanOptions
+from mipipe.planner.placements.cuts import place_spread
+from mipipe.planner.placements.shapes import light_ends, propose, shapes
 from mipipe.planner.plan import Placement, Plan
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.proposals import light_ends, propose, shapes
-from mipipe.planner.run import Run
+from mipipe.planner.problems.uniform import in_units, two_stream_problem, uniform_problem
+from mipipe.planner.search import bidirectional as two_ended
+from mipipe.planner.search import quotas
 from mipipe.planner.solve import plan
-from mipipe.planner.stages import view
-from mipipe.planner.uniform import in_units, two_stream_problem, uniform_problem
 
 sys.path.insert(0, str(Path(__file__).parent))
 from milp_cases import may_queue, placements, problems

@@ -13,14 +13,14 @@ from mipipe.graphs.operator_graph import Role, Tags
 from mipipe.graphs.topology import Topology
 from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.check import check_plan, check_program
-from mipipe.planner.lower import lower
+from mipipe.planner.execution.lower import lower
+from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
+from mipipe.planner.problems.uniform import in_activations, in_copies, in_units, two_stream_problem, uniform_problem
 from mipipe.planner.schedules import BASELINES, Baseline, merge_streams
 from mipipe.planner.schedules.zero_bubble import zb1p
-from mipipe.planner.simulate import simulate
 from mipipe.planner.timeline import Timeline
-from mipipe.planner.uniform import in_activations, in_copies, in_units, two_stream_problem, uniform_problem
 
 BY_NAME = {baseline.name: baseline for baseline in BASELINES}
 SIZES = [(ranks, rounds * ranks) for ranks, rounds in ((1, 1), (1, 3), (2, 1), (2, 2), (2, 4), (4, 1), (4, 3), (8, 2))]

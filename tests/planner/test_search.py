@@ -7,16 +7,20 @@ import itertools
 import numpy as np
 import pytest
 
-from mipipe.planner import anneal, greedy, lists, relax, search
-from mipipe.planner.bounds import placement_bound
-from mipipe.planner.evaluate import evaluate
-from mipipe.planner.instance import Instance, build, expand, mirror
-from mipipe.planner.kernels import memory_fits, shift, times
-from mipipe.planner.lift import lift
+from mipipe.planner.bounds.at_placement import placement_bound
+from mipipe.planner.jobs.arrays import Instance, build, expand, mirror
+from mipipe.planner.jobs.paths import memory_fits, shift, times
+from mipipe.planner.jobs.stages import view
+from mipipe.planner.jobs.times import evaluate
+from mipipe.planner.placements.shapes import propose
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.proposals import propose
-from mipipe.planner.stages import view
-from mipipe.planner.uniform import two_stream_problem, uniform_problem
+from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
+from mipipe.planner.search import anneal_kernel as anneal
+from mipipe.planner.search import annealing as search
+from mipipe.planner.search import best_list as lists
+from mipipe.planner.search import lists as greedy
+from mipipe.planner.search import streams as relax
+from mipipe.planner.search.lift import lift
 
 
 def _instance(problem: PlanningProblem, shape: str) -> Instance:

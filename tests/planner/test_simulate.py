@@ -14,12 +14,12 @@ from mipipe.graphs.errors import PlanError, ProgramError
 from mipipe.graphs.topology import Device, Link, Topology
 from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.check import check_plan, check_program
-from mipipe.planner.evaluate import evaluate
-from mipipe.planner.lower import lower
+from mipipe.planner.execution.lower import lower
+from mipipe.planner.execution.simulate import simulate
+from mipipe.planner.jobs.stages import view
+from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 from mipipe.planner.problem import Group, GroupEdge, Limits, OverlapRule, PhaseTimes, PlanningProblem
-from mipipe.planner.simulate import simulate
-from mipipe.planner.stages import view
 from mipipe.planner.timeline import Timeline
 
 

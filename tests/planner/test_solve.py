@@ -11,22 +11,25 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from mipipe.graphs.errors import InputError
-from mipipe.planner import entering, race, search, solve
-from mipipe.planner.bounds import placement_bound
-from mipipe.planner.candidate import Judged, candidate
+from mipipe.planner import solve
+from mipipe.planner.bounds.at_placement import placement_bound
 from mipipe.planner.check import check_plan
-from mipipe.planner.entering import enter
-from mipipe.planner.lower import lower
+from mipipe.planner.execution.lower import lower
+from mipipe.planner.execution.simulate import simulate
+from mipipe.planner.jobs.stages import view
+from mipipe.planner.ladder import admission as entering
+from mipipe.planner.ladder import race
+from mipipe.planner.ladder.admission import enter
+from mipipe.planner.ladder.candidate import Judged, candidate
+from mipipe.planner.ladder.order_rungs import published
+from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlanOptions
+from mipipe.planner.placements.shapes import propose
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.proposals import propose
-from mipipe.planner.run import Run
-from mipipe.planner.rungs import published
+from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
 from mipipe.planner.schedules import BASELINES
-from mipipe.planner.simulate import simulate
+from mipipe.planner.search import annealing as search
 from mipipe.planner.solve import Progress, Termination, plan
-from mipipe.planner.stages import view
-from mipipe.planner.uniform import two_stream_problem, uniform_problem
 
 sys.path.insert(0, str(Path(__file__).parent))
 from planner_problems import problems

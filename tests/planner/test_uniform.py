@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mipipe.graphs.errors import ProblemError
 from mipipe.planner.actions import Stream
-from mipipe.planner.uniform import (
+from mipipe.planner.problems.uniform import (
     activation_unit_bytes,
     in_activations,
     in_copies,

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from mipipe.graphs.merge_methods import BY_NAME, Base
+from mipipe.graphs.merging.methods import BY_NAME, Base
 from mipipe.runtime.merge.exchange import Exchange
 from mipipe.runtime.merge.worker import begin, work
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from mipipe.runtime.merge.method import merge_tensors
-from mipipe.runtime.merge.registry import BY_METHOD
+from mipipe.runtime.merge.methods.method import merge_tensors
+from mipipe.runtime.merge.methods.registry import BY_METHOD
 
 
 def tensor(*rows):

@@ -9,7 +9,7 @@ import runtime_cases as cases
 import torch
 
 from mipipe.graphs.operator_graph import OperatorGraph, Parameter, Phase, Segment, SegmentTrace, TensorSpec, Value
-from mipipe.graphs.partition import trace_segment
+from mipipe.graphs.tracing.partition import trace_segment
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 
 ROWS, WIDTH = 2, 3

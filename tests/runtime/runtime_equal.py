@@ -11,17 +11,17 @@ import runtime_models as models
 import torch
 from torch import nn
 
-from mipipe.graphs.capture import capture_module
+from mipipe.graphs.capture.loss import sum_over
+from mipipe.graphs.capture.model import capture_module
 from mipipe.graphs.cluster import shipped_kinds
-from mipipe.graphs.coarsen import coarsen
-from mipipe.graphs.loss import sum_over
+from mipipe.graphs.coarse.coarsen import coarsen
+from mipipe.graphs.costs.roofline import roofline
 from mipipe.graphs.operator_graph import OperatorGraph
-from mipipe.graphs.roofline import roofline
 from mipipe.graphs.topology import Topology
-from mipipe.planner.from_graph import build_problem
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
-from mipipe.runtime.engine import Engine, EngineOptions
+from mipipe.planner.problems.from_graph import build_problem
+from mipipe.runtime.engine.engine import Engine, EngineOptions
 
 ROWS, LENGTH = 2, 12
 

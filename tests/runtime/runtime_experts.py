@@ -12,18 +12,18 @@ import runtime_models as models
 import torch
 from torch import nn
 
-from mipipe.graphs.capture import capture_module
-from mipipe.graphs.layers import NAME, exchange_experts, register
-from mipipe.graphs.loss import sum_over
+from mipipe.graphs.capture.loss import sum_over
+from mipipe.graphs.capture.model import capture_module
 from mipipe.graphs.operator_graph import OperatorGraph
-from mipipe.planner.expert_map import ExpertMap
+from mipipe.graphs.operators.layers import NAME, exchange_experts, register
+from mipipe.planner.experts.maps import ExpertMap
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.solve import plan as solve
-from mipipe.runtime.compiled import exchanges_aside
-from mipipe.runtime.engine import Engine, EngineOptions
-from mipipe.runtime.optim import gradient_norm
+from mipipe.runtime.engine.compiled import exchanges_aside
+from mipipe.runtime.engine.engine import Engine, EngineOptions
+from mipipe.runtime.train.optim import gradient_norm
 
 EXPERTS, LAYERS, VOCAB, COUNT = 8, 2, 64, 2
 

@@ -167,7 +167,7 @@ class KillOnce:
     """A loader whose batch kills one rank, once, if the file says so: ``rank step`` (used by the restart tests)."""
 
     def __init__(self, graph: Any, rows: int, seed: int, order: str, delay: float = 0.0) -> None:
-        from mipipe.runtime.data import TextBytes, stdlib_text
+        from mipipe.runtime.train.data import TextBytes, stdlib_text
         self._text = TextBytes(stdlib_text(100_000), rows, graph, seed)
         self._order, self._delay = Path(order), delay
         self._taken = 0

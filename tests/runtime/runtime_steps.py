@@ -8,7 +8,7 @@ import torch
 
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.plan import Plan
-from mipipe.runtime.engine import Engine
+from mipipe.runtime.engine.engine import Engine
 
 RATE = 0.01
 

@@ -20,14 +20,14 @@ import torch
 from safetensors.torch import load_file
 
 from mipipe.graphs.errors import InputError, RunError
-from mipipe.runtime.checkpoint import Checkpoints, pack
-from mipipe.runtime.checkpoint_folder import complete, latest, read_state, verify
-from mipipe.runtime.checkpoint_tensors import shared_rows
-from mipipe.runtime.config import CheckpointConfig, DataConfig, TrainConfig
-from mipipe.runtime.data import Batches, make_batches
-from mipipe.runtime.engine import Engine, EngineOptions
-from mipipe.runtime.save_weights import Target, save_weights
-from mipipe.runtime.training import Trainer
+from mipipe.runtime.engine.engine import Engine, EngineOptions
+from mipipe.runtime.train.config import CheckpointConfig, DataConfig, TrainConfig
+from mipipe.runtime.train.data import Batches, make_batches
+from mipipe.runtime.train.training import Trainer
+from mipipe.runtime.weights.checkpoint import Checkpoints, pack
+from mipipe.runtime.weights.checkpoint_folder import complete, latest, read_state, verify
+from mipipe.runtime.weights.checkpoint_tensors import shared_rows
+from mipipe.runtime.weights.save import Target, save_weights
 
 
 def test_a_kill_while_saving_loses_nothing(tmp_path):

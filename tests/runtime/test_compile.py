@@ -9,10 +9,10 @@ import runtime_equal as equal
 import runtime_models as models
 import torch
 
-from mipipe.graphs.capture import capture_module
+from mipipe.graphs.capture.loss import sum_over
+from mipipe.graphs.capture.model import capture_module
 from mipipe.graphs.errors import RunError
-from mipipe.graphs.loss import sum_over
-from mipipe.runtime.engine import Engine, EngineOptions
+from mipipe.runtime.engine.engine import Engine, EngineOptions
 
 COUNT = 2
 

@@ -9,16 +9,16 @@ import runtime_equal as equal
 import runtime_models as models
 import torch
 
-from mipipe.graphs.capture import capture_module
-from mipipe.graphs.loss import sum_over
+from mipipe.graphs.capture.loss import sum_over
+from mipipe.graphs.capture.model import capture_module
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.schedules import BASELINES
-from mipipe.runtime import buckets
-from mipipe.runtime.checkpoint import optimizer_tensors
-from mipipe.runtime.config import CheckpointConfig, OptimizerConfig, TrainConfig
-from mipipe.runtime.data import Batches
-from mipipe.runtime.engine import Engine
-from mipipe.runtime.training import Trainer
+from mipipe.runtime.engine import buckets
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.train.config import CheckpointConfig, OptimizerConfig, TrainConfig
+from mipipe.runtime.train.data import Batches
+from mipipe.runtime.train.training import Trainer
+from mipipe.runtime.weights.checkpoint import optimizer_tensors
 
 pytestmark = pytest.mark.distributed
 

@@ -4,7 +4,7 @@ import pytest
 import runtime_cases as cases
 import torch
 
-from mipipe.runtime.engine import EngineOptions
+from mipipe.runtime.engine.engine import EngineOptions
 
 CASES = cases.__file__
 
@@ -88,7 +88,7 @@ def test_saved_memory_is_given_back(pool):
 
 
 def memory_of(plan):
-    from mipipe.runtime.engine import Engine
+    from mipipe.runtime.engine.engine import Engine
     engine = Engine(plan, cases.chain_graph(), cases.chain_state(), options=EngineOptions(track_memory=True))
     engine.step(cases.chain_batch(2))
     sizes = [size for _, size in engine.record.memory]

@@ -10,13 +10,13 @@ import runtime_equal as equal
 import runtime_models as models
 import torch
 
-from mipipe.graphs.capture import capture_module
+from mipipe.graphs.capture.loss import sum_over
+from mipipe.graphs.capture.model import capture_module
 from mipipe.graphs.errors import ProblemError
-from mipipe.graphs.loss import sum_over
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.solve import plan as solve
-from mipipe.runtime.engine import Engine, EngineOptions
+from mipipe.runtime.engine.engine import Engine, EngineOptions
 
 pytestmark = pytest.mark.distributed
 

@@ -8,14 +8,14 @@ import runtime_experts as ex
 import runtime_models as models
 import torch
 
-from mipipe.graphs.compose import run_step
 from mipipe.graphs.errors import InputError, PlanError, RunError
 from mipipe.graphs.operator_graph import Role
-from mipipe.planner.expert_map import ExpertMap
-from mipipe.runtime.engine import Engine, EngineOptions
-from mipipe.runtime.expert_layers import expert_layers, routed_layers
-from mipipe.runtime.expert_moves import RowPlan, placement_moves, replica_moves
-from mipipe.runtime.expert_parallel import SlotTable, contiguous_map
+from mipipe.graphs.tracing.compose import run_step
+from mipipe.planner.experts.maps import ExpertMap
+from mipipe.runtime.engine.engine import Engine, EngineOptions
+from mipipe.runtime.experts.exchange import SlotTable, contiguous_map
+from mipipe.runtime.experts.layers import expert_layers, routed_layers
+from mipipe.runtime.experts.moves import RowPlan, placement_moves, replica_moves
 
 pytestmark = pytest.mark.distributed
 

@@ -12,14 +12,14 @@ import torch
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import save
 from mipipe.graphs.topology import Topology
-from mipipe.planner.expert_files import read_loads
-from mipipe.planner.expert_map import ExpertLoads
-from mipipe.planner.expert_plan import ExpertOptions, plan_experts
-from mipipe.runtime.config import CheckpointConfig, ExpertsConfig, OptimizerConfig, ReplanConfig, TrainConfig
-from mipipe.runtime.data import Batches
-from mipipe.runtime.engine import Engine, EngineOptions
-from mipipe.runtime.expert_run import plan_again, read_maps
-from mipipe.runtime.training import Trainer
+from mipipe.planner.experts.files import read_loads
+from mipipe.planner.experts.maps import ExpertLoads
+from mipipe.planner.experts.plan import ExpertOptions, plan_experts
+from mipipe.runtime.engine.engine import Engine, EngineOptions
+from mipipe.runtime.experts.run import plan_again, read_maps
+from mipipe.runtime.train.config import CheckpointConfig, ExpertsConfig, OptimizerConfig, ReplanConfig, TrainConfig
+from mipipe.runtime.train.data import Batches
+from mipipe.runtime.train.training import Trainer
 
 pytestmark = pytest.mark.distributed
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from mipipe.cli.main import app
 from mipipe.graphs.cluster import load_cluster
 from mipipe.graphs.topology import Link
-from mipipe.runtime.links import MeasuredLink, _summary, write_cluster
+from mipipe.runtime.train.links import MeasuredLink, _summary, write_cluster
 
 CLUSTER = """format: mipipe.cluster
 version: 1

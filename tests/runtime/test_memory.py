@@ -6,11 +6,11 @@ import pytest
 import runtime_equal as equal
 
 from mipipe.planner.actions import ActionKind
-from mipipe.planner.lower import lower
+from mipipe.planner.execution.lower import lower
+from mipipe.planner.execution.simulate import simulate
+from mipipe.planner.jobs.stages import view
 from mipipe.planner.schedules import BASELINES
-from mipipe.planner.simulate import simulate
-from mipipe.planner.stages import view
-from mipipe.runtime.engine import Engine, EngineOptions
+from mipipe.runtime.engine.engine import Engine, EngineOptions
 
 COUNT = 3
 

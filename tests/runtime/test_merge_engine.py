@@ -7,18 +7,19 @@ import pytest
 import torch
 from merge_fixtures import PARAMETERS, read, recipe_for, trio
 
-from mipipe.graphs.merge_passes import Scope, num_rounds, scope_of
-from mipipe.graphs.recipe import parse_recipe
-from mipipe.planner import merge_costs, merge_lower
+from mipipe.graphs.merging.passes import Scope, num_rounds, scope_of
+from mipipe.graphs.merging.recipe import parse_recipe
 from mipipe.planner.actions import ActionKind
-from mipipe.planner.merge_lower import lower_merge
-from mipipe.planner.merge_plan import SHARD_BYTES, plan_recipe
-from mipipe.planner.merge_simulate import simulate_merge
-from mipipe.runtime.merge import method as method_module
+from mipipe.planner.merging import costs as merge_costs
+from mipipe.planner.merging import lower as merge_lower
+from mipipe.planner.merging.lower import lower_merge
+from mipipe.planner.merging.plan import SHARD_BYTES, plan_recipe
+from mipipe.planner.merging.simulate import simulate_merge
 from mipipe.runtime.merge.exchange import Exchange
 from mipipe.runtime.merge.execute import measured_timeline, run_rank
+from mipipe.runtime.merge.methods import method as method_module
+from mipipe.runtime.merge.methods.registry import BY_METHOD, METHODS
 from mipipe.runtime.merge.output import publish
-from mipipe.runtime.merge.registry import BY_METHOD, METHODS
 from mipipe.runtime.merge.survey import unit_values
 from mipipe.runtime.merge.worker import begin
 

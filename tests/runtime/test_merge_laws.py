@@ -5,13 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mipipe.graphs.merge_methods import METHODS as SPECS
-from mipipe.graphs.merge_methods import Base
-from mipipe.graphs.tensor_classes import TensorClass
-from mipipe.runtime.merge import method as method_module
-from mipipe.runtime.merge import quantile
-from mipipe.runtime.merge.method import merge_tensors
-from mipipe.runtime.merge.registry import METHODS
+from mipipe.graphs.merging.methods import METHODS as SPECS
+from mipipe.graphs.merging.methods import Base
+from mipipe.graphs.merging.tensor_classes import TensorClass
+from mipipe.runtime.merge.methods import method as method_module
+from mipipe.runtime.merge.methods import quantile
+from mipipe.runtime.merge.methods.method import merge_tensors
+from mipipe.runtime.merge.methods.registry import METHODS
 
 NAMES = [method.spec.name for method in METHODS]
 REQUIRED = {"slerp": {"t": 0.4}, "nuslerp": {"weight": [1.0, 2.0]}, "rmm": {"num_basis": 1, "rank": 4},

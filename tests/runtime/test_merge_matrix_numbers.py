@@ -7,10 +7,10 @@ import pytest
 import torch
 from merge_numbers import close, deltas, merged, tensor
 
-from mipipe.graphs.tensor_classes import TensorClass
-from mipipe.runtime.merge import disentangle, low_rank, one_bit, projective, spectral
-from mipipe.runtime.merge.method import merge_tensors
-from mipipe.runtime.merge.registry import BY_METHOD
+from mipipe.graphs.merging.tensor_classes import TensorClass
+from mipipe.runtime.merge.methods import disentangle, low_rank, one_bit, projective, spectral
+from mipipe.runtime.merge.methods.method import merge_tensors
+from mipipe.runtime.merge.methods.registry import BY_METHOD
 
 
 def test_widen_matrix_and_vector():

@@ -6,11 +6,11 @@ import pytest
 import torch
 from merge_fixtures import CONFIG, HIDDEN, read, state, trio, write
 
-from mipipe.graphs.merge_build import build
-from mipipe.graphs.recipe import parse_recipe
+from mipipe.graphs.merging.build import build
+from mipipe.graphs.merging.recipe import parse_recipe
 from mipipe.runtime.merge.launch import MergeOptions, merge
-from mipipe.runtime.merge.method import merge_tensors
-from mipipe.runtime.merge.registry import BY_METHOD
+from mipipe.runtime.merge.methods.method import merge_tensors
+from mipipe.runtime.merge.methods.registry import BY_METHOD
 
 
 def run(data, out, **options):

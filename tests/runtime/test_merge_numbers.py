@@ -6,9 +6,9 @@ import pytest
 import torch
 from merge_numbers import close, deltas, merged, tensor
 
-from mipipe.runtime.merge import arithmetic, consensus, method, spherical
-from mipipe.runtime.merge.method import TensorPiece, merge_piece, merge_tensors
-from mipipe.runtime.merge.registry import BY_METHOD
+from mipipe.runtime.merge.methods import arithmetic, consensus, method, spherical
+from mipipe.runtime.merge.methods.method import TensorPiece, merge_piece, merge_tensors
+from mipipe.runtime.merge.methods.registry import BY_METHOD
 
 
 def test_task_arithmetic():

@@ -10,7 +10,7 @@ from merge_fixtures import in_threads, read, trio, write
 from typer.testing import CliRunner
 
 from mipipe.cli.main import app
-from mipipe.graphs.recipe import parse_recipe
+from mipipe.graphs.merging.recipe import parse_recipe
 from mipipe.graphs.serialize import load
 from mipipe.planner.timeline import Timeline
 from mipipe.runtime.merge import parts as parts_module

@@ -12,14 +12,14 @@ import yaml
 from merge_fixtures import in_threads, read, recipe_for, state, trio, write
 
 from mipipe.graphs.errors import InfeasibleError
-from mipipe.graphs.merge_passes import Scope
-from mipipe.graphs.recipe import parse_recipe
-from mipipe.graphs.tensor_classes import TensorClass, classify, layer_index
-from mipipe.planner.merge_plan import SHARD_BYTES, plan_recipe
+from mipipe.graphs.merging.passes import Scope
+from mipipe.graphs.merging.recipe import parse_recipe
+from mipipe.graphs.merging.tensor_classes import TensorClass, classify, layer_index
+from mipipe.planner.merging.plan import SHARD_BYTES, plan_recipe
 from mipipe.runtime.merge import output
 from mipipe.runtime.merge.launch import MergeOptions, merge
-from mipipe.runtime.merge.method import fill, merge_tensors
-from mipipe.runtime.merge.registry import BY_METHOD, METHODS
+from mipipe.runtime.merge.methods.method import fill, merge_tensors
+from mipipe.runtime.merge.methods.registry import BY_METHOD, METHODS
 
 
 def run(data, out, **options):
@@ -302,8 +302,8 @@ def test_auto_takes_the_chat_template_most_models_have(found, wanted, tmp_path):
 
 
 def test_tiles_of_planner_and_runtime_are_the_same():
-    from mipipe.planner.merge_lower import TILE_ENTRIES
-    from mipipe.runtime.merge.method import TILE_ELEMENTS
+    from mipipe.planner.merging.lower import TILE_ENTRIES
+    from mipipe.runtime.merge.methods.method import TILE_ELEMENTS
     assert TILE_ENTRIES == TILE_ELEMENTS
 
 

@@ -9,9 +9,9 @@ import runtime_equal as equal
 import runtime_models as models
 import torch
 
-from mipipe.graphs.capture import capture_module
-from mipipe.graphs.loss import sum_over
-from mipipe.runtime.engine import EngineOptions
+from mipipe.graphs.capture.loss import sum_over
+from mipipe.graphs.capture.model import capture_module
+from mipipe.runtime.engine.engine import EngineOptions
 
 pytestmark = pytest.mark.distributed
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mipipe.graphs.errors import RunError
-from mipipe.runtime.side_stream import SideStream
+from mipipe.runtime.engine.side_stream import SideStream
 
 
 def test_actions_run_in_order_beside_the_caller():

@@ -10,12 +10,12 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
 
-from mipipe.graphs.capture import capture_module
-from mipipe.planner.export import torch_csv
+from mipipe.graphs.capture.model import capture_module
+from mipipe.planner.execution.export import torch_csv
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.solve import plan as solve
-from mipipe.runtime.engine import Engine
+from mipipe.runtime.engine.engine import Engine
 
 pytestmark = pytest.mark.distributed
 

@@ -19,7 +19,7 @@ import yaml
 from runtime_models import ROWS_OF_BYTES
 from safetensors.torch import load_file
 
-from mipipe.graphs.capture import capture
+from mipipe.graphs.capture.model import capture
 from mipipe.graphs.errors import InputError, PlanError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import load, save, to_data
@@ -28,15 +28,15 @@ from mipipe.planner.options import PlanOptions, options_of
 from mipipe.planner.plan import Plan
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.timeline import Timeline
-from mipipe.runtime.checkpoint_folder import complete, read_state, verify
-from mipipe.runtime.config import read_config
-from mipipe.runtime.data import make_batches
-from mipipe.runtime.elastic import lost_ranks, remaining, train_elastic
-from mipipe.runtime.engine import Engine
-from mipipe.runtime.launch import explain, torchrun_command, train
-from mipipe.runtime.models import initial_weights
-from mipipe.runtime.stored_weights import stored_places
-from mipipe.runtime.training import Trainer
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.train.config import read_config
+from mipipe.runtime.train.data import make_batches
+from mipipe.runtime.train.elastic import lost_ranks, remaining, train_elastic
+from mipipe.runtime.train.launch import explain, torchrun_command, train
+from mipipe.runtime.train.models import initial_weights
+from mipipe.runtime.train.training import Trainer
+from mipipe.runtime.weights.checkpoint_folder import complete, read_state, verify
+from mipipe.runtime.weights.stored_weights import stored_places
 from mipipe.runtime.worker import report
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]

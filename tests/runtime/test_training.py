@@ -12,14 +12,14 @@ import runtime_models as models
 import torch
 
 from mipipe.graphs.errors import RunError
-from mipipe.planner.lower import lower
-from mipipe.planner.simulate import simulate
-from mipipe.runtime.config import CheckpointConfig, GroupConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from mipipe.runtime.data import Batches
-from mipipe.runtime.engine import Engine, EngineOptions
-from mipipe.runtime.optim import learning_rate_factor, parameter_groups
-from mipipe.runtime.trace import measured_timeline
-from mipipe.runtime.training import Trainer
+from mipipe.planner.execution.lower import lower
+from mipipe.planner.execution.simulate import simulate
+from mipipe.runtime.engine.engine import Engine, EngineOptions
+from mipipe.runtime.train.config import CheckpointConfig, GroupConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from mipipe.runtime.train.data import Batches
+from mipipe.runtime.train.optim import learning_rate_factor, parameter_groups
+from mipipe.runtime.train.trace import measured_timeline
+from mipipe.runtime.train.training import Trainer
 
 pytestmark = pytest.mark.distributed
 

@@ -10,16 +10,16 @@ import runtime_models as models
 import safetensors
 import torch
 
-from mipipe.graphs.capture import capture
+from mipipe.graphs.capture.expert_groups import slice_tensor
+from mipipe.graphs.capture.model import capture
 from mipipe.graphs.errors import InputError, RunError
-from mipipe.graphs.expert_groups import slice_tensor
 from mipipe.planner.schedules import BASELINES
-from mipipe.runtime.config import TrainConfig
-from mipipe.runtime.engine import Engine
-from mipipe.runtime.mesh import Mesh
-from mipipe.runtime.models import empty_module, initial_weights
-from mipipe.runtime.save_weights import Target, cut, save_weights
-from mipipe.runtime.stored_names import StoredView
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.mesh import Mesh
+from mipipe.runtime.train.config import TrainConfig
+from mipipe.runtime.train.models import empty_module, initial_weights
+from mipipe.runtime.weights.save import Target, cut, save_weights
+from mipipe.runtime.weights.stored_names import StoredView
 
 transformers = pytest.importorskip("transformers")
 logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -1,0 +1,242 @@
+"""A model's forward pass as one flat fx graph: every node an ATen call with its module path, nothing executed.
+
+`export_model` runs torch.export without strict mode (the model's Python runs once on fake tensors), inlines the regions
+that switch gradients off, and removes what only concerns the exporter. Sizes are those of the example inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import linecache
+import logging
+import operator
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mipipe.graphs.capture.cleaning import clean
+from mipipe.graphs.errors import GraphError, MipipeError
+from mipipe.graphs.tracing.joint import argument, make_constant, no_stack_traces
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A flat graph whose placeholders are the model's inputs, parameters and buffers.
+
+    ``inputs``: input name to placeholder; ``parameters`` and ``buffers``: FQN to placeholder, tied ones sharing it;
+    ``outputs``: result name to node. Nodes carry ``meta["val"]`` (a fake tensor) and ``meta["stack"]``: the modules
+    they were recorded in, outermost first, as (path, class name, how often that path had been entered before).
+    """
+
+    graph: fx.Graph
+    inputs: dict[str, fx.Node]
+    parameters: dict[str, fx.Node]
+    buffers: dict[str, fx.Node]
+    outputs: dict[str, fx.Node]
+
+
+def export_model(module: nn.Module, inputs: Mapping[str, Any], *, prefix: str = "") -> Exported:
+    """The flat forward graph of ``module(**inputs)``.
+
+    Args:
+        module: on any device, meta included; its parameters are not read.
+        inputs: example tensors by argument name; other values are fixed into the graph.
+        prefix: module path of the user's model inside ``module``; removed from FQNs.
+
+    Raises:
+        GraphError: the model cannot be exported; names the model's line that stopped it.
+    """
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    storages = {id(value): name for name, value in tensors.items()}
+    if len(storages) < len(tensors):
+        raise GraphError("example inputs: one tensor is given under two names; pass a copy, or they become one input")
+    try:
+        with silence(), no_stack_traces():
+            program = torch.export.export(module, (), dict(inputs), strict=False)
+    except MipipeError:
+        raise
+    except Exception as error:
+        raise GraphError(explain(module, error)) from error
+    return flatten_program(program, prefix, aliases_of(module))
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Inside, torch neither prints half a graph nor logs its own traceback before it raises: our one line says it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def aliases_of(module: nn.Module) -> dict[str, str]:
+    """FQN to the first FQN of the same parameter or buffer, for all of them."""
+    first: dict[int, str] = {}
+    everything = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {name: first.setdefault(id(tensor), name) for name, tensor in everything}
+
+
+def explain(module: nn.Module, error: BaseException) -> str:
+    """One line: the model's own source line at which the export stopped, what happened, and what to try."""
+    torch_folder = str(Path(torch.__file__).parent)
+    own = str(Path(__file__).parent)
+    place, chain = "", list[BaseException]()
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    for item in reversed(chain):
+        frames = [frame for frame in traceback.extract_tb(item.__traceback__)
+                  if not frame.filename.startswith((torch_folder, own, "<"))]
+        if frames:
+            last = frames[-1]
+            code = (last.line or linecache.getline(last.filename, last.lineno or 0)).strip()
+            place = f" at {last.filename}:{last.lineno} `{code}`"
+            break
+    message = next((line.strip() for item in reversed(chain) for line in str(item).splitlines() if line.strip()), "")
+    text = " ".join(str(item) for item in chain)
+    if any(word in text for word in ("data-dependent", "DataDependent", "Tensor.item", "aten._local_scalar_dense")):
+        advice = ("a Python value depends on tensor data there; compute it outside the model, pass it as a fixed"
+                  " argument, or use torch.where instead of if")
+    elif "pytree" in text or "input type" in text:
+        advice = "return tensors (alone, in a tuple or a dict) and switch caches off (use_cache=False)"
+    else:
+        advice = "check that module(**example_inputs) runs, with these input names and shapes"
+    found = f"{type(chain[-1]).__name__}: {message[:200]}" if message else type(error).__name__
+    name = type(getattr(module, "wrapped", module)).__name__
+    return f"model {name} cannot be exported: stopped{place}: {found}; {advice}"
+
+
+def flatten_program(program: torch.export.ExportedProgram, prefix: str, aliases: Mapping[str, str]) -> Exported:
+    """The flat graph of an exported program; ``aliases`` maps FQNs of tied tensors to the first one."""
+    graph, signature = fx.Graph(), program.graph_signature
+    env: dict[fx.Node, Any] = {}
+    inputs: dict[str, fx.Node] = {}
+    parameters: dict[str, fx.Node] = {}
+    buffers: dict[str, fx.Node] = {}
+    shared: dict[str, fx.Node] = {}
+    for node in program.graph.find_nodes(op="placeholder"):
+        name = node.name
+        target = (signature.inputs_to_parameters.get(name) or signature.inputs_to_buffers.get(name)
+                  or signature.inputs_to_lifted_tensor_constants.get(name))
+        if not isinstance(node.meta.get("val"), Tensor):
+            continue
+        if name in signature.inputs_to_lifted_tensor_constants:
+            made = _constant(graph, program.constants[target], str(target))
+        elif target is None:
+            made = inputs[_input_name(node)] = graph.placeholder(name)
+        else:
+            fqn = target.removeprefix(prefix)
+            first = aliases.get(target, target)
+            made = shared[first] if first in shared else graph.placeholder(name)
+            shared[first] = made
+            (parameters if name in signature.inputs_to_parameters else buffers)[fqn] = made
+        made.meta.update(val=node.meta["val"], stack=())
+        env[node] = made
+    results = _copy_nodes(program.graph_module, graph, env, prefix)
+    specs = signature.output_specs
+    user = [item for item, spec in zip(results, specs, strict=True) if spec.kind.name in ("USER_OUTPUT", "LOSS_OUTPUT")]
+    outputs = {name: node for name, node in zip(_output_names(program), user, strict=True) if isinstance(node, fx.Node)}
+    outputs.update(clean(graph, outputs))
+    return Exported(graph, inputs, parameters, buffers, outputs)
+
+
+def _constant(graph: fx.Graph, value: Tensor, name: str) -> fx.Node:
+    """A node that makes a tensor written in the model's code."""
+    if value.numel() > 4096:
+        raise GraphError(f"the model closes over a tensor of shape {tuple(value.shape)} ({name}): make it"
+                         " a buffer")
+    return graph.call_function(make_constant, (value.tolist(), value.dtype))
+
+
+def _input_name(node: fx.Node) -> str:
+    return node.name.removeprefix("kwargs_")
+
+
+def _output_names(program: torch.export.ExportedProgram) -> list[str]:
+    """Names of the flat results: keys of a dict (or of a model output object), else ``output_i``."""
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    names: list[str] = []
+    for path, _ in torch.utils._pytree.tree_flatten_with_path(
+            torch.utils._pytree.tree_unflatten(list(range(spec.num_leaves)), spec))[0]:
+        parts = [str(getattr(part, "key", getattr(part, "idx", getattr(part, "name", "")))) for part in path]
+        names.append("_".join(f"output_{part}" if part.isdigit() and index == 0 else part
+                              for index, part in enumerate(parts)) or "output_0")
+    return names
+
+
+def _copy_nodes(module: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, Any], prefix: str) -> list[Any]:
+    """Append a graph module's nodes to ``graph``, inlining nested ones; its results (nodes or constants)."""
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            if node not in env:
+                env[node] = None
+        elif node.op == "get_attr":
+            env[node] = getattr(module, str(node.target))
+        elif node.op == "output":
+            results = argument(node, 0)
+            return [_look_up(item, env) for item in (results if isinstance(results, (list, tuple)) else [results])]
+        elif node.target is operator.getitem and not isinstance(env[argument(node, 0)], fx.Node):
+            env[node] = env[argument(node, 0)][argument(node, 1)]
+        elif str(node.target) in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+            env[node] = _inline(node, graph, env, prefix)
+        else:
+            args, kwargs = _look_up((node.args, node.kwargs), env)
+            made = env[node] = graph.call_function(node.target, args, kwargs)
+            made.meta.update(val=node.meta.get("val"), stack=_module_stack(node, prefix))
+    return []
+
+
+def _look_up(value: Any, env: Mapping[fx.Node, Any]) -> Any:
+    return torch.fx.node.map_aggregate(value, lambda item: env[item] if isinstance(item, fx.Node) else item)
+
+
+def _inline(node: fx.Node, graph: fx.Graph, env: dict[fx.Node, Any], prefix: str) -> list[Any]:
+    """The results of a region without gradients (detached) or with autocast off."""
+    if str(node.target) == "wrap_with_autocast":
+        enabled, body, args = argument(node, 2), argument(node, 4), node.args[5:]
+        if enabled:
+            where = "".join(f" of {path}" for path, *_ in _module_stack(node, prefix)[-1:])
+            raise GraphError(f"a part{where} computes under autocast, which an operator graph cannot say; cast"
+                             " explicitly, or capture the model in the dtype you train in")
+        stop = False
+    else:
+        stop, body, args = not argument(node, 0), argument(node, 1), node.args[2:]
+    inner = env[body]
+    places = inner.graph.find_nodes(op="placeholder")
+    results = _copy_nodes(inner, graph, dict(zip(places, _look_up(args, env), strict=True)), prefix)
+    if not stop:
+        return results
+    detached = []
+    for item in results:
+        if isinstance(item, fx.Node) and isinstance(item.meta.get("val"), Tensor):
+            made = graph.call_function(aten.detach.default, (item,))
+            made.meta.update(item.meta)
+            item = made
+        detached.append(item)
+    return detached
+
+
+def _module_stack(node: fx.Node, prefix: str) -> tuple[tuple[str, str, int], ...]:
+    """The modules a node was recorded in, outermost first: path without ``prefix``, class name, number of the call."""
+    found = []
+    for key, (path, kind) in (node.meta.get("nn_module_stack") or {}).items():
+        path = path.partition("@")[0]
+        if prefix and not f"{path}.".startswith(prefix):
+            continue
+        call = key.rpartition("@")[2] if "@" in key else "0"
+        name = kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
+        found.append((f"{path}.".removeprefix(prefix).rstrip("."), name, int(call)))
+    return tuple(found)

@@ -1,0 +1,168 @@
+"""From a recipe to its `MergeGraph`: which tensors the output has, by which rule each is merged, and its config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mipipe.graphs.errors import InputError
+from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, licence_of
+from mipipe.graphs.merging.graph import MergeGraph, MergeModel
+from mipipe.graphs.merging.participants import Participant, num_layers
+from mipipe.graphs.merging.recipe import Branch, MergeRecipe
+from mipipe.graphs.merging.tensor_classes import TensorClass, classify, with_layer
+from mipipe.graphs.merging.units import Rule, UnitBuilder, length
+from mipipe.graphs.serialize import to_data
+
+
+def build(recipe: MergeRecipe, where: str = "recipe",
+          known: Mapping[str, CheckpointFiles] | None = None) -> MergeGraph:
+    """The graph of a recipe. ``known`` gives results of earlier recipes by name.
+
+    Raises:
+        InputError: a missing model or tensor, shapes that do not fit, an unmatched filter or branch.
+    """
+    builder = UnitBuilder(recipe, known or {}, where)
+    rules = _slice_rules(builder) if recipe.slices else _model_rules(builder)
+    _check_leftovers(builder, {name for name, _ in rules})
+    units = tuple(sorted((builder.unit(name, rule) for name, rule in rules), key=lambda unit: unit.name))
+    if not units:
+        raise InputError(f"{where}: its branches drop every tensor")
+    builder.filters.check(where)
+    models = tuple(_source(label, found) for label, found in builder.opened.items())
+    rule = recipe.vocabulary
+    tokenizer = builder.reference_label if rule is None or rule.source in ("base", "union") else rule.source
+    align = recipe.align
+    if align is not None and not any(unit.experts and unit.method != "copy" for unit in units):
+        raise InputError(f"{where}: align: the models have no experts to match")
+    return MergeGraph(units, models, _config(builder), builder.reference.files.config,
+                      builder.opened[tokenizer].files.path, to_data(recipe), builder.vocabulary,
+                      "float64" if recipe.dtype == "float64" else "float32", recipe.seed,
+                      align is not None and align.experts, align is not None and align.hidden_units)
+
+
+def _source(label: str, participant: Participant) -> MergeModel:
+    """A model with its adapters: their fingerprints, licences and bytes together."""
+    parts = [participant.files, *participant.adapters]
+    licences = dict.fromkeys(licence_of(part.path) for part in parts)  # each once, the model's first
+    return MergeModel(label, participant.files.path, "+".join(part.fingerprint for part in parts), " + ".join(licences),
+                      sum(part.num_bytes for part in parts))
+
+
+def _branch_of(recipe: MergeRecipe, name: str) -> Branch | None:
+    return next((branch for branch in recipe.branches if re.search(branch.tensors, name)), None)
+
+
+def _branch_rule(recipe: MergeRecipe, branch: Branch) -> Rule:
+    models = branch.models or tuple(
+        model if branch.merge_method == recipe.merge_method else replace(model, parameters={})
+        for model in recipe.models)
+    return Rule(branch.name or branch.tensors, branch.merge_method, models, branch.base_model or recipe.base_model,
+                 (branch.parameters,))
+
+
+def _model_rules(builder: UnitBuilder) -> list[tuple[str, Rule]]:
+    """Every output tensor with its rule, where whole models are merged."""
+    recipe = builder.recipe
+    main = Rule("", recipe.merge_method, recipe.models, recipe.base_model, (recipe.parameters,))
+    names = set(builder.reference.tensors)
+    for branch in recipe.branches:
+        for model in branch.models:
+            names |= {name for name in builder.opened[model.model].tensors if re.search(branch.tensors, name)}
+        if branch.merge_method != "drop" and not any(re.search(branch.tensors, name) for name in names):
+            raise InputError(f"{builder.where}: branch {branch.name or branch.tensors!r} matches no tensor")
+    if builder.untied:
+        names |= {name for label in builder.main_labels() for name, tensor in builder.opened[label].tensors.items()
+                  if classify(name, tensor.shape, tensor.dtype) is TensorClass.HEAD}
+    rules = []
+    for name in names:
+        claimed = _branch_of(recipe, name)
+        if claimed is None:
+            rules.append((name, main))
+        elif claimed.merge_method != "drop":
+            rules.append((name, _branch_rule(recipe, claimed)))
+    return rules
+
+
+def _slice_rules(builder: UnitBuilder) -> list[tuple[str, Rule]]:
+    """Every output tensor with its rule, where layers are stacked from slices."""
+    recipe, prefix = builder.recipe, builder.prefix
+    if prefix is None:
+        raise InputError(f"{builder.where}: {builder.reference.label} has no numbered layers to slice")
+    rules: list[tuple[str, Rule]] = []
+    layer = 0
+    for number, piece in enumerate(recipe.slices):
+        for source in piece.sources:
+            available = num_layers(builder.opened[source.model], prefix)
+            assert source.layer_range is not None
+            if source.layer_range[1] > available:
+                raise InputError(f"{builder.where}: slices[{number}]: layer_range {list(source.layer_range)} of"
+                                 f" {source.model}, which has {available} layers")
+        for step in range(length(piece.sources[0])):
+            first = piece.sources[0].layer_range
+            assert first is not None
+            names = [name for name in builder.opened[piece.sources[0].model].tensors
+                     if name.startswith(f"{prefix}.{first[0] + step}.")]
+            rule = _slice_rule(recipe, number, step)
+            rules += [(with_layer(name, layer), rule) for name in names]
+            layer += 1
+    for name in builder.reference.tensors:
+        if not builder.is_decoder(name):
+            early = builder.position(name, 1) == 0.0
+            rules.append((name, _slice_rule(recipe, 0 if early else len(recipe.slices) - 1, None)))
+    return rules
+
+
+def _slice_rule(recipe: MergeRecipe, number: int, step: int | None) -> Rule:
+    piece = recipe.slices[number]
+    return Rule("", recipe.merge_method, piece.sources, recipe.base_model, (piece.parameters, recipe.parameters),
+                 step)
+
+
+def _check_leftovers(builder: UnitBuilder, made: set[str]) -> None:
+    """Raises where a merged model has tensors the output would silently lack."""
+    recipe = builder.recipe
+    if recipe.slices:
+        return
+    dropped = [branch.tensors for branch in recipe.branches]
+    for label in builder.main_labels():
+        participant = builder.opened[label]
+        extra = sorted(name for name, tensor in participant.tensors.items()
+                       if name not in made and classify(name, tensor.shape, tensor.dtype) is not TensorClass.BUFFER
+                       and not any(re.search(pattern, name) for pattern in dropped))
+        if extra:
+            raise InputError(f"{builder.where}: {label} has {len(extra)} tensor{'s' if len(extra) > 1 else ''} that"
+                             f" {builder.reference_label} lacks, first {extra[0]}; map its names (names: auto), or give"
+                             " them a branch (merge_method: passthrough keeps them, drop leaves them out)")
+
+
+def _config(builder: UnitBuilder) -> dict[str, Any]:
+    """The output's config.json: the reference's, with layers, vocabulary, dtype and tie as the merge made them."""
+    recipe = builder.recipe
+    config = dict(builder.reference.files.config)
+    text = dict(config["text_config"]) if isinstance(config.get("text_config"), dict) else None
+    inner = config if text is None else text
+    if recipe.slices:
+        picked = [(source.layer_range[0] + step) for piece in recipe.slices for source in piece.sources[:1]
+                  if source.layer_range for step in range(length(source))]
+        before = inner.get("num_hidden_layers", inner.get("n_layer"))
+        for key, value in list(inner.items()):
+            if isinstance(value, list) and len(value) == before and key != "architectures":
+                inner[key] = [value[index] if index < len(value) else value[-1] for index in picked]
+        inner["n_layer" if "n_layer" in inner else "num_hidden_layers"] = len(picked)
+    if builder.vocabulary is not None:
+        inner["vocab_size"] = builder.vocabulary.size
+        if text is not None and "vocab_size" in config:
+            config["vocab_size"] = builder.vocabulary.size
+    if builder.untied:
+        inner["tie_word_embeddings"] = config["tie_word_embeddings"] = False
+    wanted = recipe.out_dtype or recipe.dtype
+    for place in (config, inner):
+        for key in ("dtype", "torch_dtype"):
+            if wanted and key in place:
+                place[key] = wanted
+    if text is not None:
+        config["text_config"] = text
+    return config

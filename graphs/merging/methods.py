@@ -1,0 +1,197 @@
+"""The merge methods as recipes see them: names, parameters, what they need, where they come from. No mathematics.
+
+The functions behind the names are in `mipipe.runtime.merge.methods.registry`; a test holds the two lists together. Names and
+parameters follow mergekit's vocabulary where it has the method; formulas and defaults are in the papers given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from mipipe.graphs.merging.tensor_classes import TensorClass
+
+
+class Base(StrEnum):
+    """Whether a method works against a base model."""
+
+    REQUIRED = "required"
+    OPTIONAL = "optional"
+    UNUSED = "unused"
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter of a method as recipes write it.
+
+    ``default`` None means the recipe must give it, unless ``optional``. ``per_model``: one value for each merged
+    model. ``low`` and ``high`` bound it (``above``: the lower bound itself is excluded); ``choices`` are the words
+    allowed.
+    """
+
+    name: str
+    default: Any
+    doc: str
+    kind: type = float
+    per_model: bool = False
+    low: float | None = None
+    high: float | None = None
+    above: bool = False
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MethodSpec:
+    """What a method needs and costs.
+
+    ``whole``: works on whole matrices (singular values), not tile by tile. ``classes``: the tensor classes it defines;
+    the others are treated as ``elsewhere`` says. ``oriented``: rows and columns play different roles, so matrices
+    stored transposed are turned first. ``base_first``: a base listed among the models is the first of them.
+    ``decompositions``: singular value decompositions per model and matrix.
+    """
+
+    name: str
+    title: str
+    arxiv: str
+    parameters: tuple[Parameter, ...] = ()
+    base: Base = Base.REQUIRED
+    min_models: int = 1
+    max_models: int | None = None
+    whole: bool = False
+    oriented: bool = False
+    classes: frozenset[TensorClass] = frozenset(TensorClass) - {TensorClass.BUFFER}
+    elsewhere: str = ""
+    base_first: bool = False
+    decompositions: int = 0
+
+    def parameter(self, name: str) -> Parameter | None:
+        return next((parameter for parameter in self.parameters if parameter.name == name), None)
+
+
+_MATRIX = frozenset({TensorClass.MATRIX})
+_TABLES = frozenset({TensorClass.MATRIX, TensorClass.EMBEDDING, TensorClass.HEAD})
+
+_SHARE = Parameter("weight", 1.0, "factor of each model", per_model=True)
+_WEIGHT = Parameter("weight", 1.0, "factor of each model's task vector", per_model=True)
+_LAMBDA = Parameter("lambda", 1.0, "factor of the merged task vector")
+_DENSITY = Parameter("density", 1.0, "share of entries kept", per_model=True, low=0.0, high=1.0, above=True)
+_RESCALE = Parameter("rescale", True, "make up for what was dropped", bool)
+_SUM = Parameter("normalize", False, "divide by the sum of weights", bool)
+_MEAN = Parameter("normalize", True, "divide by the sum of weights", bool)
+_INT8 = Parameter("int8_mask", False, "accepted for mergekit's recipes; masks here are always one byte", bool)
+_EPSILON = Parameter("epsilon", 0.1, "spread of the keep probability over a row", per_model=True, low=0.0, high=1.0)
+_GAMMA = Parameter("gamma", 0.01, "share of the largest entries dropped", per_model=True, low=0.0, high=1.0)
+_ROUTE = Parameter("route", None, "the router's weight of each expert; equal ones if not given", per_model=True,
+                   optional=True)
+
+TIES = (_WEIGHT, _DENSITY, _LAMBDA, _MEAN, _INT8,
+        Parameter("combine", "mean", "how agreeing entries join", str, choices=("mean", "max")),
+        Parameter("scope", "tensor", "trim within each tensor or over the whole model", str,
+                  choices=("tensor", "model")),
+        Parameter("zero_sum", "plus", "sign where the weighted sum is zero", str, choices=("plus", "majority")))
+DARE = (_WEIGHT, _DENSITY, _LAMBDA, _SUM, _INT8, _RESCALE,
+        Parameter("rescale_norm", "expected", "by 1/density, or to the L1 norm before dropping", str,
+                  choices=("expected", "l1")))
+DELLA = (_WEIGHT, _DENSITY, _EPSILON, _LAMBDA, _RESCALE, _INT8)
+BREADCRUMBS = (_WEIGHT, _DENSITY, _GAMMA, _LAMBDA, _SUM, _INT8)
+
+METHODS: tuple[MethodSpec, ...] = (
+    MethodSpec("linear", "Model soups: averaging weights of multiple fine-tuned models", "2203.05482",
+               (_SHARE, _MEAN), Base.UNUSED),
+    MethodSpec("passthrough", "copying layers of one model", "", (
+        Parameter("scale", 1.0, "factor of the weights", per_model=True),), Base.UNUSED, max_models=1),
+    MethodSpec("slerp", "Animating rotation with quaternion curves (Shoemake 1985)", "", (
+        Parameter("t", None, "position on the arc from the base (0) to the other model (1)"),), Base.UNUSED, 2, 2,
+        base_first=True),
+    MethodSpec("nuslerp", "SLERP with weights, of task vectors when a base is given", "", (
+        Parameter("weight", None, "the position is w2 / (w1 + w2)", per_model=True),
+        Parameter("nuslerp_flatten", True, "one arc for the tensor, not one per column", bool),
+        Parameter("nuslerp_row_wise", False, "one arc per row", bool)), Base.OPTIONAL, 2, 2),
+    MethodSpec("karcher", "Riemannian center of mass and mollifier smoothing (Karcher 1977)", "", (
+        _SHARE, Parameter("max_iter", 10, "iterations", int, low=1), Parameter("tol", 1e-5, "step that ends them",
+                                                                                low=0.0)), Base.UNUSED),
+    MethodSpec("model_stock", "Model Stock: All we need is just a few fine-tuned models", "2403.19522", (
+        Parameter("filter_wise", False, "a ratio per row", bool),)),
+    MethodSpec("task_arithmetic", "Editing Models with Task Arithmetic", "2212.04089", (_WEIGHT, _LAMBDA, _SUM)),
+    MethodSpec("ties", "TIES-Merging: Resolving Interference When Merging Models", "2306.01708", TIES),
+    MethodSpec("dare_linear", "Language Models are Super Mario", "2311.03099", DARE),
+    MethodSpec("dare_ties", "Language Models are Super Mario", "2311.03099", DARE),
+    MethodSpec("della_linear", "DELLA-Merging: Reducing Interference through Magnitude-Based Sampling", "2406.11617",
+               (*DELLA, _SUM)),
+    MethodSpec("della", "DELLA-Merging: Reducing Interference through Magnitude-Based Sampling", "2406.11617",
+               (*DELLA, _MEAN)),
+    MethodSpec("breadcrumbs", "Model Breadcrumbs", "2312.06795", BREADCRUMBS),
+    MethodSpec("breadcrumbs_ties", "Model Breadcrumbs, with TIES' vote", "2312.06795", BREADCRUMBS),
+    MethodSpec("sce", "FuseChat: Knowledge Fusion of Chat Models", "2408.07990", (
+        Parameter("select_topk", 1.0, "share of entries with the largest variance", low=0.0, high=1.0, above=True),
+        Parameter("mask_deltas", True, "drop unselected entries (mergekit); false: use them (FuseChat's code)", bool),
+        _INT8)),
+    MethodSpec("varm", "FuseChat (weights by mean squared variation)", "2408.07990"),
+    MethodSpec("frank", "Training-Free Reasoning and Reflection in MLLMs", "2505.16151", (
+        Parameter("weight", 1.0, "prior weight of each model, by layer if a gradient", per_model=True, low=0.0),
+        Parameter("prior_alpha", None, "decay of visual attention over layers, measured on images", optional=True),
+        Parameter("prior_norm", "sum", "scale of the prior", str, choices=("sum", "max")))),
+    MethodSpec("layer_swapping", "Layer Swapping for Zero-Shot Cross-Lingual Transfer in LLMs", "2410.01335", (
+        Parameter("bottom", None, "first layers from the language model", int, low=0),
+        Parameter("top", None, "last layers from the language model", int, low=0),
+        Parameter("transition", 0, "layers blended at each border", int, low=0),
+        Parameter("beta", 0.5, "the task model's share in them", low=0.0, high=1.0)), Base.UNUSED, 2, 2),
+    MethodSpec("widen", "Extend Model Merging from Fine-Tuned to Pre-Trained LLMs via Weight Disentanglement",
+               "2408.03092", (
+                   Parameter("above_average_ratio", 1.0, "columns above this multiple of the mean are calibrated"),
+                   Parameter("calibrated_score", 1.0, "their score")), whole=True, oriented=True),
+    MethodSpec("lore", "LoRE-Merging: Exploring Low-Rank Estimation", "2502.10749", (
+        Parameter("mu", 0.01, "soft threshold of singular values", low=0.0), _LAMBDA,
+        Parameter("iterations", 20, "rounds of block descent", int, low=1),
+        Parameter("combine", "mean", "how the estimated task vectors join", str, choices=("mean", "ties")), _DENSITY),
+        Base.OPTIONAL, 2, whole=True, classes=_MATRIX, elsewhere="mean", decompositions=20),
+    MethodSpec("tsvm", "Task Singular Vectors: Reducing Task Interference in Model Merging", "2412.00081",
+               (_LAMBDA,), whole=True, classes=_TABLES, elsewhere="scaled_mean", decompositions=2),
+    MethodSpec("rtsvm", "Mix Data or Merge Models? Balancing Helpfulness, Honesty, and Harmlessness", "2502.06876", (
+        _LAMBDA, Parameter("clip_outliers", False, "clip entries at mean + 3 std first", bool)),
+        whole=True, classes=_TABLES, elsewhere="scaled_mean", decompositions=2),
+    MethodSpec("optmerge", "OptMerge: Unifying Multimodal LLM Capabilities and Modalities", "2505.19892", (
+        Parameter("lambda", 1.0, "factor of the optimised task vector"),
+        Parameter("solver", "closed_form", "the minimiser, or the authors' descent", str,
+                  choices=("closed_form", "adam", "sgd")),
+        Parameter("centred", True, "denoise about the mean (full fine-tuning); false for LoRA", bool),
+        Parameter("start", "sum", "where the descent starts", str, choices=("sum", "mean")),
+        Parameter("learning_rate", 1e-5, "of the descent", low=0.0, above=True),
+        Parameter("steps", 300, "of the descent", int, low=1)),
+        whole=True, oriented=True, classes=_MATRIX, elsewhere="mean", decompositions=3),
+    MethodSpec("doge", "Modeling Multi-Task Model Merging as Adaptive Projective Gradient Descent", "2501.01230", (
+        Parameter("eta", 0.07, "lambda_i = eta / ||tau_i||", low=0.0, above=True),
+        Parameter("divisor", 6, "the shared subspace has rank / divisor directions", int, low=1),
+        Parameter("density", 0.3, "share of entries kept over the whole model", low=0.0, high=1.0, above=True),
+        Parameter("learning_rate", 1e-4, "of Adam", low=0.0, above=True),
+        Parameter("steps", 400, "of Adam", int, low=1),
+        Parameter("reproject", False, "keep the shift out of the shared subspace exactly", bool)),
+        whole=True, oriented=True, classes=_MATRIX, elsewhere="base", decompositions=8),
+    MethodSpec("twin", "Twin-Merging: Dynamic Integration of Modular Expertise in Model Merging", "2406.15479", (
+        Parameter("shared_scale", 0.29, "task arithmetic's factor in the shared part"),
+        Parameter("density", 0.1, "rank of the exclusive parts relative to full", low=0.0, high=1.0, above=True),
+        _ROUTE), whole=True, classes=_TABLES, elsewhere="twin_vectors", decompositions=1),
+    MethodSpec("rmm", "Towards Reversible Model Merging for Low-rank Weights", "2510.14163", (
+        Parameter("num_basis", None, "stored directions per vector", int, low=1),
+        Parameter("rank", 16, "rank of the task vectors", int, low=1), _ROUTE),
+        whole=True, oriented=True, classes=_MATRIX, elsewhere="routed_mean", decompositions=3),
+    MethodSpec("onebit", "1bit-Merging: Dynamic Quantized Merging for Large Language Models", "2502.10743", (
+        Parameter("route", None, "index of the expert a prompt is routed to", int, low=0),
+        Parameter("full_precision", False, "keep this model's tensor unquantised (by filter)", bool, per_model=True),
+        Parameter("others_weight", 0.0, "factor of the merged other experts"),
+        Parameter("others", "linear", "how they are merged", str, choices=("linear", "ties")))),
+)
+"""Every merge method. To add one: an entry here, and its functions in `mipipe.runtime.merge.methods.registry`."""
+
+STORE = MethodSpec("store", "task vectors stored apart, compressed", "", (
+    Parameter("of", None, "the method whose parts are stored", str),
+    Parameter("values", None, "that method's parameters")), whole=True)
+REBUILD = MethodSpec("rebuild", "a model rebuilt from stored parts", "", (
+    Parameter("folder", None, "the parts", str), Parameter("route", None, "each expert's weight"),
+    Parameter("turned", False, "the parts are of the transposed matrix", bool)), min_models=0, whole=True)
+"""What `mipipe.runtime.merge.store` plans and runs like merges, and no recipe can ask for."""
+
+BY_NAME = {spec.name: spec for spec in (*METHODS, STORE, REBUILD)}
+RECIPE_NAMES = tuple(spec.name for spec in METHODS)

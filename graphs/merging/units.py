@@ -1,0 +1,215 @@
+"""Units of a merge: opens the models, matches names, resolves every parameter, checks every shape."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mipipe.graphs.errors import InputError
+from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, StoredTensor
+from mipipe.graphs.merging.graph import Adapter, Input, MergeUnit
+from mipipe.graphs.merging.methods import BY_NAME, Base
+from mipipe.graphs.merging.participants import Participant, decoder_prefix, num_layers, open_participant, renamed
+from mipipe.graphs.merging.recipe import DTYPES, MergeRecipe, Parameters, RecipeModel, merged_models, same_model
+from mipipe.graphs.merging.tensor_classes import (
+    FLOATING,
+    QUANTISED,
+    TensorClass,
+    classify,
+    is_transposed,
+    layer_index,
+    layer_prefix,
+    with_layer,
+)
+from mipipe.graphs.merging.values import Filters, resolve
+from mipipe.graphs.merging.vocabulary import Vocabulary, join, read_tokens
+
+_EXPERT = re.compile(r"^(.*\.(?:mlp|block_sparse_moe|moe|feed_forward|ffn))\.(?:experts(?:\.|$)|gate\.|router\.)")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a set of tensors is merged: a method, its models with their parameters, shared parameters."""
+
+    group: str
+    method: str
+    models: tuple[RecipeModel, ...]
+    base: str | None
+    shared: tuple[Parameters, ...]
+    step: int | None = None
+    """Where slices pick layers: how far into each source's layer range the output layer is."""
+
+
+class UnitBuilder:
+    """What is shared while the units of one recipe are made: opened models, filters, the vocabulary."""
+
+    def __init__(self, recipe: MergeRecipe, known: Mapping[str, CheckpointFiles], where: str) -> None:
+        self.recipe, self.where, self.filters = recipe, where, Filters()
+        self.reference = open_participant(self.reference_label, known, recipe.base_model)
+        self.prefix = decoder_prefix(self.reference)
+        models = [*self.all_models(), *([RecipeModel(recipe.base_model, names=recipe.base_names)]
+                                        if recipe.base_model else [])]
+        names = {model.model: model.names for model in models if model.names}
+        self.opened: dict[str, Participant] = {}
+        for label in dict.fromkeys([self.reference_label, *(model.model for model in models)]):
+            found = open_participant(label, known, recipe.base_model)
+            self.opened[label] = renamed(found, names.get(label, ()), self.reference.tensors)
+        self.labels = list(self.opened)
+        self.vocabulary = self.join_vocabularies()
+        self.untied = self.heads_differ()
+
+    def all_models(self) -> list[RecipeModel]:
+        """Every model mentioned anywhere in the recipe."""
+        recipe = self.recipe
+        return [*recipe.models, *(source for piece in recipe.slices for source in piece.sources),
+                *(model for branch in recipe.branches for model in branch.models),
+                *(RecipeModel(branch.base_model) for branch in recipe.branches if branch.base_model)]
+
+    @property
+    def reference_label(self) -> str:
+        """The model whose architecture the output has."""
+        first = self.recipe.models[0].model if self.recipe.models else self.recipe.slices[0].sources[0].model
+        return self.recipe.architecture or self.recipe.base_model or first
+
+    def heads_differ(self) -> bool:
+        """Whether some merged model has a head of its own while another's is its embedding."""
+        tied = {self.opened[label].tied for label in self.main_labels()}
+        return len(tied) == 2
+
+    def main_labels(self) -> list[str]:
+        """The models of the recipe's main method, and its base."""
+        models = self.recipe.models or [source for piece in self.recipe.slices for source in piece.sources]
+        labels = [model.model for model in models]
+        return [*labels, self.recipe.base_model] if self.recipe.base_model else labels
+
+    def join_vocabularies(self) -> Vocabulary | None:
+        rule = self.recipe.vocabulary
+        if rule is None:
+            return None
+        main = self.reference_label if rule.source in ("base", "union") else rule.source
+        if main not in self.opened:
+            raise InputError(f"{self.where}: tokenizer source {rule.source!r} is neither base, union nor a model of the"
+                             " recipe")
+        sizes = []
+        for label in self.labels:
+            name = self.opened[label].token_table
+            if name is None:
+                raise InputError(f"{label}: has no token embedding, but the recipe joins vocabularies")
+            sizes.append(self.opened[label].tensors[name].shape[0])
+        tokens = [read_tokens(self.opened[label].files.path) for label in self.labels]
+        return join(tokens, sizes, self.labels.index(main), rule.source == "union", rule.pad_to_multiple_of)
+
+    # Units -----------------------------------------------------------------------------------------------------------
+
+    def inputs(self, label: str, name: str) -> Input:
+        participant = self.opened[label]
+        stored = participant.find(name)
+        if stored.dtype in QUANTISED:
+            raise InputError(f"{label}: {name} is stored in {stored.dtype}; dequantise the model before merging it")
+        adapters = tuple(Adapter(item.folder, item.down, item.up, item.scale) for item in participant.factors(stored))
+        return Input(self.labels.index(label), participant.files.path, stored, adapters)
+
+    def unit(self, name: str, rule: Rule) -> MergeUnit:
+        """The unit of an output tensor under a rule."""
+        def source(model: RecipeModel) -> Input:
+            if rule.step is None or not self.is_decoder(name):
+                return self.inputs(model.model, name)
+            layers = model.layer_range or rule.models[0].layer_range
+            assert layers is not None
+            return self.inputs(model.model, with_layer(name, layers[0] + rule.step))
+
+        spec = BY_NAME[rule.method]
+        chosen = merged_models(spec, rule.models, rule.base)
+        given = next((model for model in rule.models if same_model(model, rule.base)), None)
+        base = source(given or RecipeModel(rule.base)) if rule.base and spec.base is not Base.UNUSED else None
+        models = tuple(map(source, chosen))
+        first = base or models[0]
+        self.check_dtypes(name, ([base] if base else []) + list(models))
+        kind = classify(name, first.tensor.shape, first.tensor.dtype)
+        if kind is TensorClass.BUFFER:
+            return MergeUnit(name, "copy", first.tensor.shape, first.tensor.dtype, kind, None, (first,),
+                             group=rule.group)
+        layer = layer_index(name)
+        depth = self.depth(name)
+        values = resolve(spec, [model.parameters for model in chosen], rule.shared, name, self.position(name, depth),
+                         self.filters, self.where)
+        shape, gathered, crop = self.shape(name, kind, base, models)
+        prefix = layer_prefix(name)
+        expert = _EXPERT.match(name)
+        config = self.opened[self.labels[first.model]].files.config
+        return MergeUnit(name, rule.method, shape, self.dtype(first.tensor), kind, base, models, values, layer, depth,
+                         prefix or "", is_transposed(name, str(config.get("model_type", ""))), gathered, crop,
+                         rule.group, expert[1] if expert and is_moe(name, self.reference) else "")
+
+    def check_dtypes(self, name: str, inputs: Sequence[Input]) -> None:
+        """Raises where some models store weights as floating numbers and others as integers: quantised ones."""
+        odd = next((item for item in inputs
+                    if (item.tensor.dtype in FLOATING) != (inputs[0].tensor.dtype in FLOATING)), None)
+        if odd is not None and classify(name, odd.tensor.shape, "F32") is not TensorClass.BUFFER:
+            found = [f"{item.tensor.dtype} in {self.labels[item.model]}" for item in (inputs[0], odd)]
+            raise InputError(f"{self.where}: tensor {name} is stored as {' but '.join(found)}; dequantise the model"
+                             " before merging it")
+
+    def is_decoder(self, name: str) -> bool:
+        return self.prefix is not None and name.startswith(self.prefix + ".") and layer_index(name) is not None
+
+    def depth(self, name: str) -> int:
+        """How many layers the stack of a name has in the output."""
+        if self.recipe.slices and self.is_decoder(name):
+            return sum(length(piece.sources[0]) for piece in self.recipe.slices)
+        prefix = layer_prefix(name)
+        stack = prefix or self.prefix
+        return max(1, num_layers(self.reference, stack)) if stack else 1
+
+    def position(self, name: str, depth: int) -> float:
+        """Where a tensor stands on a gradient: layers evenly, embeddings at 0, final norm and head at 1."""
+        layer = layer_index(name)
+        if layer is None:
+            return 0.0 if classify(name, (0, 0), "F32") is TensorClass.EMBEDDING else 1.0
+        return layer / max(1, depth - 1)
+
+    def dtype(self, first: StoredTensor) -> str:
+        wanted = self.recipe.out_dtype or self.recipe.dtype
+        return DTYPES[wanted] if wanted else first.dtype
+
+    def shape(self, name: str, kind: TensorClass, base: Input | None,
+              models: Sequence[Input]) -> tuple[tuple[int, ...], bool, bool]:
+        """The output's shape, whether rows are gathered by vocabulary, and whether inputs are cropped."""
+        inputs = ([base] if base else []) + list(models)
+        shapes = {item.tensor.shape for item in inputs}
+        tables = kind in (TensorClass.EMBEDDING, TensorClass.HEAD)
+        token_table = kind is TensorClass.HEAD or name == self.reference.token_table
+        if self.vocabulary is not None and token_table:
+            tails = {shape[1:] for shape in shapes}
+            if len(tails) == 1:
+                return (self.vocabulary.size, *next(iter(tails))), True, False
+        if len(shapes) == 1:
+            return inputs[0].tensor.shape, False, False
+        first = inputs[0]
+        other = next(item for item in inputs if item.tensor.shape != first.tensor.shape)
+        labels = self.labels[first.model], self.labels[other.model]
+        found = (f"{self.where}: tensor {name} has shape {list(first.tensor.shape)} in {labels[0]} but"
+                 f" {list(other.tensor.shape)} in {labels[1]}")
+        if not tables or self.recipe.mismatch != "submatrix":
+            hint = "; choose tokenizer_source: union, or mismatch: submatrix" if tables else ""
+            raise InputError(found + hint)
+        ranks = {len(shape) for shape in shapes}
+        if base is None and len(ranks) == 1:
+            return tuple(min(sizes) for sizes in zip(*shapes, strict=True)), False, True
+        for item in models:
+            if len(ranks) > 1 or any(a < b for a, b in zip(item.tensor.shape, first.tensor.shape, strict=False)):
+                raise InputError(f"{found}: smaller than the base's, which mismatch: submatrix cannot cut to size")
+        return first.tensor.shape, False, True
+
+
+def length(source: RecipeModel) -> int:
+    """Layers a slice takes of a source."""
+    assert source.layer_range is not None
+    return source.layer_range[1] - source.layer_range[0]
+
+
+def is_moe(name: str, participant: Participant) -> bool:
+    """Whether a tensor belongs to a layer with experts: a dense MLP's ``gate_proj`` does not."""
+    match = _EXPERT.match(name)
+    return match is not None and any(other.startswith(f"{match[1]}.experts.") for other in participant.tensors)

@@ -1,0 +1,104 @@
+"""Parameters of one tensor: filters, gradients over layers, and which level of the recipe speaks first."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mipipe.graphs.errors import InputError
+from mipipe.graphs.merging.methods import MethodSpec
+from mipipe.graphs.merging.recipe import Parameters
+
+MISSING = object()
+
+
+class Filters:
+    """Remembers which filters of a recipe matched a tensor: one that never does is an error, not a silent no-op."""
+
+    def __init__(self) -> None:
+        self._hits: dict[str, bool] = {}
+
+    def matches(self, pattern: str, name: str) -> bool:
+        """Whether a filter applies to a tensor: ``*`` to all, ``re:...`` by regular expression, else by substring."""
+        if pattern == "*":
+            hit = True
+        elif pattern.startswith("re:"):
+            hit = re.search(pattern[3:], name) is not None
+        else:
+            hit = pattern in name
+        self._hits[pattern] = self._hits.get(pattern, False) or hit
+        return hit
+
+    def check(self, where: str) -> None:
+        """Raises for a filter that matched no tensor at all."""
+        unused = sorted(pattern for pattern, hit in self._hits.items() if not hit)
+        if unused:
+            raise InputError(f"{where}: filter {unused[0]!r} matches no tensor of the model")
+
+
+def lookup(value: Any, name: str, position: float, filters: Filters) -> Any:
+    """A parameter's value for a tensor at ``position`` (0 the first layer, 1 the last), or `MISSING`.
+
+    A list of numbers is a gradient, piecewise linear over the layers; a list of ``filter`` / ``value`` entries is
+    searched from the top, and an entry without filter applies to all.
+    """
+    if not isinstance(value, list):
+        return value
+    if all(isinstance(item, dict) for item in value):
+        found = MISSING
+        for item in value:
+            hit = filters.matches(str(item["filter"]), name) if item.get("filter") is not None else True
+            if hit and found is MISSING:
+                found = lookup(item["value"], name, position, filters)
+        return found
+    return gradient(value, position)
+
+
+def gradient(values: Sequence[Any], position: float) -> Any:
+    """Piecewise linear interpolation of evenly spaced ``values`` at a position in [0, 1]."""
+    if len(values) == 1:
+        return values[0]
+    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        return values[min(int(position * len(values)), len(values) - 1)]
+    place = min(max(position, 0.0), 1.0) * (len(values) - 1)
+    left = min(int(place), len(values) - 2)
+    share = place - left
+    return float(values[left]) * (1 - share) + float(values[left + 1]) * share
+
+
+def resolve(spec: MethodSpec, own: Sequence[Parameters], shared: Iterable[Parameters], name: str, position: float,
+            filters: Filters, where: str) -> dict[str, Any]:
+    """Every parameter of a method for one tensor: a list per model for per-model parameters.
+
+    Args:
+        own: parameters of each model.
+        shared: parameters of the slice or branch, then of the recipe: the first that has a value counts.
+    """
+    levels = list(shared)
+    values: dict[str, Any] = {}
+    for parameter in spec.parameters:
+        common = _first(levels, parameter.name, name, position, filters)
+        if parameter.per_model:
+            found = [_first([mine], parameter.name, name, position, filters) for mine in own]
+            items = [common if item is MISSING else item for item in found]
+        else:
+            mine = _first(list(own), parameter.name, name, position, filters)
+            items = [mine if mine is not MISSING else common]
+        items = [parameter.default if item is MISSING else item for item in items]
+        if not parameter.optional and any(item is None for item in items):
+            raise InputError(f"{where}: {spec.name} needs the parameter {parameter.name} ({parameter.doc}); tensor"
+                             f" {name} has none")
+        if parameter.kind is int:
+            items = [item if item is None else round(item) for item in items]
+        values[parameter.name] = items if parameter.per_model else items[0]
+    return values
+
+
+def _first(levels: Sequence[Parameters], key: str, name: str, position: float, filters: Filters) -> Any:
+    for level in levels:
+        if key in level:
+            found = lookup(level[key], name, position, filters)
+            if found is not MISSING:
+                return found
+    return MISSING

@@ -1,0 +1,221 @@
+"""Transformers' architectures as training graphs: configuration, class, module.
+
+Every family goes one way: configuration -> class -> module on any device, with the attention and experts of
+`mipipe.graphs.operators.layers`. What a family needs beyond that is one line in `ADJUSTMENTS`.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mipipe.graphs.errors import InputError
+from mipipe.graphs.models.fixed_grids import fix_grids, grid_of
+from mipipe.graphs.operators.layers import NAME, register
+
+
+@dataclass(frozen=True)
+class Adjustment:
+    """What a model type needs: its class, another attention implementation, fixed forward arguments.
+
+    ``fixed_grids``: image and video grids become constants (`mipipe.graphs.models.fixed_grids`). ``layers_apart``: text (a
+    time) stands between a video's layers, so that each is laid out as an image.
+    """
+
+    architecture: str | None = None
+    attention: str = NAME
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    fixed_grids: bool = False
+    layers_apart: bool = False
+
+
+ADJUSTMENTS: dict[str, Adjustment] = {
+    "clip": Adjustment("CLIPModel", constants={"return_loss": True}),
+    "siglip": Adjustment("SiglipModel", constants={"return_loss": True}),
+    "qwen2_vl": Adjustment(fixed_grids=True),
+    "qwen2_5_vl": Adjustment(fixed_grids=True),
+    "qwen3_vl": Adjustment(fixed_grids=True, layers_apart=True),
+    "qwen3_vl_moe": Adjustment(fixed_grids=True, layers_apart=True),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of one microbatch. ``images`` per sample; ``image`` is their height and width, 0 for the model's own.
+
+    ``frames``: instead of images, videos of that many frames.
+    """
+
+    seq: int = 128
+    batch: int = 1
+    images: int = 1
+    image: int = 0
+    frames: int = 0
+
+
+def read_config(path: str | Path, overrides: Mapping[str, Any]) -> Any:
+    """A transformers configuration from a ``config.json``, a folder with one, or the name of a model class or type.
+
+    Raises:
+        InputError: unreadable, an unknown model type or class, or an override that the configuration does not have.
+    """
+    from transformers import CONFIG_MAPPING
+
+    folder = Path(path)
+    file = folder / "config.json" if folder.is_dir() else folder
+    if file.is_file():
+        try:
+            data = json.loads(file.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise InputError(f"{file}: not readable as JSON: {error}") from None
+        kind = data.get("model_type")
+        if kind not in CONFIG_MAPPING:
+            raise InputError(f"{file}: model_type {kind!r} is unknown to transformers {_version()}; expected one such"
+                             " as 'llama', 'qwen3_moe' or 'deepseek_v3'")
+        return _make_config(CONFIG_MAPPING[kind], data, overrides, str(file))
+    name = str(path)
+    if name in CONFIG_MAPPING:
+        return _make_config(CONFIG_MAPPING[name], {}, overrides, name)
+    config = getattr(_find_class(name), "config_class", None)
+    if config is None:
+        raise InputError(f"{name}: no file, and not a model class of transformers {_version()}")
+    return _make_config(config, {"architectures": [name]}, overrides, name)
+
+
+def _version() -> str:
+    import transformers
+
+    return transformers.__version__
+
+
+def _find_class(name: str) -> Any:
+    import transformers
+
+    try:
+        return getattr(transformers, name, None)
+    except (ImportError, RuntimeError) as error:
+        raise InputError(f"{name}: transformers cannot load it: {str(error).splitlines()[0]}") from None
+
+
+def _make_config(kind: Any, data: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> Any:
+    """The configuration from its data with changed values; ``text_config.hidden_size`` reaches into parts.
+
+    What the configuration derives from other entries (head sizes, kinds of layers) is derived after the change.
+    """
+    made: dict[str, Any] = copy.deepcopy(dict(data))
+    known = kind.from_dict(dict(data))
+    for key, value in overrides.items():
+        *path, last = key.split(".")
+        part, owner = made, known
+        for name in path:
+            owner = getattr(owner, name, None)
+            part = part.setdefault(name, {})
+        last = getattr(owner, "attribute_map", {}).get(last, last)
+        if owner is None or not (hasattr(owner, last) or _model_reads(owner, last)):
+            raise InputError(f"{where}: override {key!r} is no entry of its {kind.__name__}")
+        if last == "num_hidden_layers":
+            for name in ("layer_types", "mlp_layer_types"):
+                part.pop(name, None)
+        part[last] = value
+    try:
+        return kind.from_dict(made)
+    except Exception as error:
+        raise InputError(f"{where}: {kind.__name__} refuses these values: {str(error).splitlines()[-1]}") from None
+
+
+def _model_reads(config: Any, name: str) -> bool:
+    """Whether the modeling code of a configuration reads an entry that the configuration leaves undeclared."""
+    modeling = type(config).__module__.replace(".configuration_", ".modeling_")
+    try:
+        text = inspect.getsource(importlib.import_module(modeling))
+    except (ImportError, OSError):
+        return False
+    return re.search(rf"config\.{name}\b|config, \"{name}\"", text) is not None
+
+
+def model_class(config: Any) -> Any:
+    """The class to train: the configuration's own architecture, else the first training head known for its type.
+
+    Raises:
+        InputError: there is none.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    adjusted = ADJUSTMENTS.get(config.model_type, Adjustment()).architecture
+    for name in config.architectures or ([adjusted] if adjusted else ()):
+        found = _find_class(name)
+        if found is not None:
+            return found
+    tables = ["MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_MASKED_LM_MAPPING", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+              "MODEL_MAPPING"]
+    if config.is_encoder_decoder:
+        tables = ["MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", *tables]
+    elif hasattr(config, "vision_config"):
+        tables = ["MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", *tables]
+    for table in tables:
+        mapping = getattr(auto, table)
+        if type(config) in mapping:
+            return mapping[type(config)]
+    raise InputError(f"model type {config.model_type!r}: transformers has no model for it that can be trained")
+
+
+def build_model(config: Any, device: str, dtype: torch.dtype | None, expert_groups: int = 1,
+                sizes: Sizes | None = None) -> nn.Module:
+    """The module in training mode, with mipipe's attention and experts where the class takes them.
+
+    ``sizes`` matter to families whose image grids are fixed.
+
+    Raises:
+        InputError: the class refuses the configuration.
+    """
+    register()
+    kind, adjustment = model_class(config), ADJUSTMENTS.get(config.model_type, Adjustment())
+    parts = [config, *(part for part in vars(config).values() if hasattr(part, "model_type"))]
+    for part in parts:
+        part.use_cache = False
+        part.mipipe_expert_groups = expert_groups
+    config._experts_implementation = NAME
+    attempts = (adjustment.attention, "sdpa", "eager")
+    with torch.device(device):
+        for index, name in enumerate(attempts):
+            try:
+                model = kind._from_config(config, attn_implementation=name, dtype=dtype or torch.float32)
+            except Exception as error:  # a ValueError may say that the class has no such attention
+                if index + 1 < len(attempts) and isinstance(error, ValueError):
+                    continue
+                line = next(iter(str(error).splitlines()), "")
+                raise InputError(f"model {kind.__name__} cannot be built from this configuration:"
+                                 f" {type(error).__name__}: {line}; check its values and those of --set") from error
+            break
+    for part in model.modules():
+        inner = getattr(part, "config", None)
+        if inner is not None:
+            inner.mipipe_expert_groups = expert_groups
+            inner._experts_implementation = NAME
+    if adjustment.fixed_grids:
+        fix_grids(model, grid_for(config, sizes or Sizes()))
+    return model.train()
+
+
+def grid_for(config: Any, sizes: Sizes) -> Any:
+    """The grid of a microbatch's images or videos; an error if their tokens do not fit into the sequence."""
+    grid = grid_of(config.vision_config, sizes.batch * sizes.images, sizes.image, sizes.frames)
+    needed = sizes.images * grid.layers * grid.tokens
+    if needed > sizes.seq:
+        times, less = (f"{grid.layers} x ", " or --frames") if grid.video else ("", "")
+        raise InputError(f"seq: found {sizes.seq} tokens, expected more than the {needed} of {sizes.images}"
+                         f" {'videos' if grid.video else 'images'} of {times}{grid.rows} x {grid.columns} tokens each;"
+                         f" raise --seq or lower --image{less}")
+    if ADJUSTMENTS[config.model_type].layers_apart:
+        return replace(grid, images=grid.images * grid.layers, layers=1)
+    return grid

@@ -1,0 +1,172 @@
+"""What a user may point at: a transformers configuration or class, a factory of a module, a saved export.
+
+`open_source` gives a `Source`, from which the same model can be built again anywhere: on the meta device for capture,
+on a worker with real weights for training.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mipipe.graphs.capture import loss as losses
+from mipipe.graphs.capture.export import silence
+from mipipe.graphs.errors import InputError
+
+Loss = Callable[[Any, Mapping[str, Tensor]], Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that can be built: ``build(device)`` the module, ``inputs(device)`` example tensors of one microbatch.
+
+    ``loss`` maps the module's output and the inputs to the scalar loss (None: the module returns it);
+    ``withheld`` inputs go to the loss alone; ``constants`` are fixed forward arguments; ``record`` is what
+    `open_source` needs to make the source again.
+    """
+
+    name: str
+    build: Callable[[str], nn.Module]
+    inputs: Callable[[str], dict[str, Tensor]]
+    device: str
+    loss: Loss | None = None
+    loss_info: Mapping[str, Any] = field(default_factory=lambda: dict(losses.MEAN))
+    withheld: frozenset[str] = frozenset()
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str = "float32",
+                overrides: Mapping[str, Any] | None = None, images: int = 1, image: int = 0, frames: int = 0,
+                expert_groups: int = 1, expert_parallel: int = 1, freeze: Sequence[str] = ()) -> Source:
+    """The source behind a path or name.
+
+    Args:
+        source: a ``config.json`` or a folder with one, a transformers model class or type, or
+            ``package.module:factory``.
+        seq, batch: tokens per sample and samples of one microbatch (transformers sources).
+        dtype: of parameters and floating inputs, by torch's name.
+        overrides: changed configuration entries, or keyword arguments of the factory.
+        images, image: images per sample and their side (0: the model's own), for models that see.
+        frames: videos of that many frames in place of images, for models that take videos of any length.
+        expert_groups: into how many groups each expert bank is split.
+        expert_parallel: over how many ranks the experts are shared, by all-to-all (transformers sources); 1: not.
+        freeze: regular expressions; parameters whose FQN matches one do not train.
+
+    Raises:
+        InputError: the source is unknown or does not give a model.
+    """
+    options: dict[str, Any] = {"seq": seq, "batch": batch, "dtype": dtype, "overrides": dict(overrides or {}),
+                               "images": images, "image": image, "frames": frames,
+                               "expert_groups": expert_groups, "expert_parallel": expert_parallel,
+                               "freeze": list(freeze)}
+    record = {"source": str(source), **options}
+    for key in ("seq", "batch", "expert_groups", "expert_parallel"):
+        if int(record[key]) < 1:
+            raise InputError(f"{key}: found {record[key]}, expected at least 1")
+    if expert_groups > 1 and expert_parallel > 1:
+        raise InputError("expert groups (branches) and expert parallel (all-to-all) are two forms of the same layers;"
+                         " give one of them")
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise InputError(f"dtype: found {dtype!r}, expected a floating dtype such as float32 or bfloat16")
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", str(source)):
+        return _from_factory(str(source), record)
+    return _from_transformers(source, record, kind)
+
+
+def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.dtype) -> Source:
+    try:
+        from mipipe.graphs.models import families, tasks
+        from mipipe.graphs.operators.layers import exchange_experts
+    except ImportError as error:
+        raise InputError(f"{source}: needs transformers (pip install 'mipipe[hf]'): {error}") from None
+    config = families.read_config(source, record["overrides"])
+    kind, task = families.model_class(config), tasks.task_of(config, families.model_class(config))
+    sizes = families.Sizes(record["seq"], record["batch"], record["images"], record["image"], record["frames"])
+
+    def build(device: str) -> nn.Module:
+        made = families.build_model(config, device, dtype, record["expert_groups"], sizes)
+        if record["expert_parallel"] > 1:
+            exchange_experts(made)
+        return _freeze(made, record["freeze"])
+
+    return Source(kind.__name__, build, lambda device: tasks.example_inputs(config, kind, sizes, device, dtype),
+                  "meta", task, task.info, task.withheld, task.constants, record)
+
+
+def _from_factory(source: str, record: dict[str, Any]) -> Source:
+    module_name, _, name = source.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as `python -m` does: the user's own package, from where the command is run
+    try:
+        factory = getattr(importlib.import_module(module_name), name)
+    except ImportError as error:
+        raise InputError(f"{source}: cannot import {module_name!r}: {error}") from None
+    except AttributeError:
+        raise InputError(f"{source}: module {module_name!r} has no {name!r}") from None
+    result = _call_factory(factory, source, record)
+    extra = result[2] if len(result) == 3 else None
+    dtype = getattr(torch, record["dtype"])
+
+    def build(device: str) -> nn.Module:
+        with torch.device(device):
+            module = _call_factory(factory, source, record)[0]
+        return _freeze(module.to(dtype=dtype), record["freeze"])
+
+    def inputs(device: str) -> dict[str, Tensor]:
+        return {key: item.to(device=device, dtype=dtype if item.is_floating_point() else item.dtype)
+                if isinstance(item, Tensor) else item for key, item in result[1].items()}
+
+    return Source(type(result[0]).__name__, build, inputs, "cpu", extra, getattr(extra, "info", losses.MEAN),
+                  frozenset(getattr(extra, "withheld", ())), {}, record)
+
+
+def _call_factory(factory: Any, source: str, record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """(module, inputs) or (module, inputs, loss) from a user's factory."""
+    try:
+        result = factory(**record["overrides"])
+    except Exception as error:
+        line = next(iter(str(error).splitlines()), "")
+        raise InputError(f"{source}: the factory raised {type(error).__name__}: {line}") from error
+    if not isinstance(result, tuple) or len(result) not in (2, 3):
+        raise InputError(f"{source}: found {type(result).__name__}, expected (module, example_inputs) or (module,"
+                         " example_inputs, loss)")
+    module, inputs = result[:2]
+    if not isinstance(module, nn.Module):
+        raise InputError(f"{source}: its first result is a {type(module).__name__}, expected a torch.nn.Module")
+    if not isinstance(inputs, Mapping) or not any(isinstance(item, Tensor) for item in inputs.values()):
+        raise InputError(f"{source}: its second result must be a dict of example tensors by forward argument")
+    return result
+
+
+def load_program(path: str | Path) -> torch.export.ExportedProgram:
+    """A program saved by ``torch.export.save``.
+
+    Raises:
+        InputError: no such file, or not such a program.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with silence():
+            return torch.export.load(path)
+    except Exception as error:
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{path}: not a program saved by torch.export.save with this torch: {line[:200]}") from None
+
+
+def _freeze(module: nn.Module, patterns: Sequence[str]) -> nn.Module:
+    """The module with ``requires_grad`` off for parameters whose FQN matches a pattern."""
+    for name, parameter in module.named_parameters():
+        if any(re.search(text, name) for text in patterns):
+            parameter.requires_grad_(False)
+    return module

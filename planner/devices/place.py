@@ -1,0 +1,78 @@
+"""`place`: a workload on accelerators and CPU cores, with its objective, a bound and the gap.
+
+The searches are `mipipe.planner.devices.throughput` and `mipipe.planner.devices.latency`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mipipe.graphs.errors import InfeasibleError
+from mipipe.planner.devices.instance import PlaceInstance
+
+Progress = Callable[[float, str], None]
+TOLERANCE = 2e-6
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceResult:
+    """An assignment (node id -> ``acc0``, ``cpu0``, for latency ``acc0/2``: the subgraph) and what is known of it.
+
+    ``method`` names the rung that found it.
+    """
+
+    objective: float
+    bound: float
+    seconds: float
+    assignment: dict[str, str]
+    method: str
+    classes: int
+    contracted_classes: int
+
+    @property
+    def gap(self) -> float:
+        """``(objective - bound) / objective``; 0 up to the solver's tolerance of 2e-6, which counts as proven."""
+        gap = (self.objective - self.bound) / self.objective if self.objective else 0.0
+        return gap if gap > TOLERANCE else 0.0
+
+
+def place(instance: PlaceInstance, *, objective: Literal["throughput", "latency"] = "throughput",
+          contiguous: bool = False, time_limit_s: float = 60.0, seed: int = 0, threads: int = 2,
+          on_progress: Progress | None = None) -> PlaceResult:
+    """The best assignment found within the time limit.
+
+    Raises:
+        InfeasibleError: memory or devices do not suffice; the smallest memory that would do is named.
+        TimeUpError: no assignment that fits was found in time.
+    """
+    check_feasible(instance)
+    report = on_progress or (lambda value, method: None)
+    if objective == "latency":
+        from mipipe.planner.devices.latency import place_latency
+
+        return place_latency(instance, time_limit_s, seed, threads, report)
+    from mipipe.planner.devices.throughput import place_throughput
+
+    return place_throughput(instance, contiguous, time_limit_s, seed, threads, report)
+
+
+def check_feasible(instance: PlaceInstance) -> None:
+    """Raise `InfeasibleError` where no assignment can exist, for memory or for want of devices."""
+    if instance.num_cpus:
+        return
+    if not instance.num_accelerators:
+        raise InfeasibleError(f"{instance.name}: no devices (maxFPGAs and maxCPUs are 0); give at least one")
+    stuck = np.flatnonzero(~instance.supported)
+    if len(stuck):
+        node = instance.node_ids[int(np.flatnonzero(instance.node_class == stuck[0])[0])]
+        raise InfeasibleError(f"{instance.name}: node {node} is not supported on accelerators, and maxCPUs is 0;"
+                              " allow at least 1 core")
+    least = max(instance.size.max(), instance.size.sum() / instance.num_accelerators)
+    if least > instance.memory:
+        raise InfeasibleError(f"{instance.name}: {instance.size.sum():.6g} bytes do not fit {instance.num_accelerators}"
+                              f" accelerators of {instance.memory:.6g}, and there is no core; maxSizePerFPGA must be at"
+                              f" least {least:.6g}")

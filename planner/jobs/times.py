@@ -1,0 +1,238 @@
+"""From an order to its times: the earliest start of every action, in one pass over events.
+
+This is what the search loops call, so it works on integers and lists. `mipipe.planner.execution.simulate` runs the lowered
+program instead and must agree with it.
+
+A transfer is ready when its producer ends; each directed channel serves transfers in the order they become ready (ties:
+the order of the actions), which is what lowering writes into the program. Latency does not occupy the channel.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mipipe.graphs.errors import PlanError
+from mipipe.planner.actions import Action, ActionKind, Stream
+from mipipe.planner.jobs.stages import StageView
+from mipipe.planner.plan import Schedule
+
+
+@dataclass(slots=True)
+class Compiled:
+    """The actions of a schedule as numbered nodes with integer dependencies; independent of their order.
+
+    ``releases[n]`` lists what ends with node n: (waiting node, channel or -1 within a rank, duration, edge, backward,
+    how long the channel is occupied).
+    """
+
+    view: StageView
+    actions: list[Action]
+    ranks: list[int]
+    streams: list[Stream]
+    durations: list[int]
+    releases: list[list[tuple[int, int, int, int, bool, int]]]
+    num_waits: list[int]
+    index: dict[Action, int]
+    reductions: list[tuple[int, list[int], int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """One simulated transfer."""
+
+    producer: int
+    consumer: int
+    edge: int
+    backward: bool
+    start_ns: int
+    end_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Start of every node, all transfers in channel order, the reductions as (stage, start, end), the makespan."""
+
+    starts: list[int]
+    transfers: list[Moved]
+    reductions: list[tuple[int, int, int]]
+    makespan_ns: int
+
+
+def compile_actions(view: StageView, actions: Sequence[Action]) -> Compiled:
+    """Number the actions and resolve who waits for whom.
+
+    Raises:
+        PlanError: an elementary action is missing or there twice.
+    """
+    done_by: dict[tuple[ActionKind, int, int], int] = {}
+    for node, action in enumerate(actions):
+        for part in action.parts():
+            if part in done_by:
+                raise PlanError(f"action {Action(part[1], part[0], part[2])}: scheduled twice")
+            done_by[part] = node
+    num_microbatches = view.problem.num_microbatches
+    topology = view.problem.topology
+    count = len(actions)
+    releases: list[list[tuple[int, int, int, int, bool, int]]] = [[] for _ in range(count)]
+    waits = [0] * count
+
+    def node_of(kind: ActionKind, stage: int, microbatch: int) -> int:
+        try:
+            return done_by[kind, stage, microbatch]
+        except KeyError:
+            raise PlanError(f"action {Action(stage, kind, microbatch)}: missing from the schedule") from None
+
+    def link(producer: int, consumer: int, edge: int, backward: bool, source: int, target: int, size: int) -> None:
+        if producer == consumer:
+            return
+        channel = -1 if source == target else source * topology.num_devices + target
+        duration = topology.transfer_ns(source, target, size)
+        releases[producer].append((consumer, channel, duration, edge, backward,
+                                   topology.occupied_ns(source, target, size)))
+        waits[consumer] += 1
+
+    for microbatch in range(num_microbatches):
+        for stage in range(view.num_stages):
+            rank = view.rank(stage, microbatch)
+            forward = node_of(ActionKind.F, stage, microbatch)
+            has_i, has_w = view.i_ns[stage] is not None, view.w_ns[stage] is not None
+            gradient = node_of(ActionKind.I if has_i else ActionKind.W, stage, microbatch) if has_i or has_w else -1
+            if gradient >= 0:
+                before = forward
+                if view.placement.stages[stage].recompute:
+                    before = node_of(ActionKind.RECOMPUTE, stage, microbatch)
+                    link(forward, before, -1, False, rank, rank, 0)
+                link(before, gradient, -1, False, rank, rank, 0)
+            if has_i and has_w:
+                link(gradient, node_of(ActionKind.W, stage, microbatch), -1, True, rank, rank, 0)
+            for number in view.outgoing[stage]:
+                edge = view.edges[number]
+                other = view.rank(edge.target, microbatch)
+                consumer = node_of(ActionKind.F, edge.target, microbatch)
+                link(forward, consumer, number, False, rank, other, edge.num_bytes[microbatch])
+                if edge.grad_bytes is not None and gradient >= 0:
+                    producer = node_of(ActionKind.I, edge.target, microbatch)
+                    link(producer, gradient, number, True, other, rank, edge.grad_bytes[microbatch])
+    extra = len(done_by) - num_microbatches * sum(
+        1 + (view.i_ns[s] is not None) + (view.w_ns[s] is not None)
+        + (stage.recompute and (view.i_ns[s] is not None or view.w_ns[s] is not None))
+        for s, stage in enumerate(view.placement.stages))
+    if extra:
+        raise PlanError(f"schedule: {extra} actions that the problem does not have (a phase its stage lacks, or a"
+                        " microbatch beyond the last)")
+    ranks = [view.rank(action.stage, action.microbatch) for action in actions]
+    streams = [view.streams[action.stage] for action in actions]
+    durations = [view.duration_ns(action.kind, action.stage, action.microbatch, action.partner) for action in actions]
+    reductions = []
+    for index, placed in enumerate(view.placement.stages):
+        if len(placed.ranks) > 1 and view.w_ns[index] is not None:
+            last = [done_by[ActionKind.W, index, m] for m in range(num_microbatches)]
+            reductions.append((index, last, view.reduce_ns(index)))
+    return Compiled(view, list(actions), ranks, streams, durations, releases, waits,
+                    {action: node for node, action in enumerate(actions)}, reductions)
+
+
+def orders_of(compiled: Compiled, schedule: Schedule) -> list[list[int]]:
+    """The schedule as node numbers: one list per rank and stream in use."""
+    orders = []
+    for rank in schedule.ranks:
+        for order in (rank.compute, rank.collective):
+            if order:
+                orders.append([compiled.index[action] for action in order])
+    return orders
+
+
+def run(compiled: Compiled, orders: Sequence[Sequence[int]]) -> Evaluation | None:
+    """Times of all actions under the given orders; None if the orders deadlock."""
+    count = len(compiled.actions)
+    durations, releases = compiled.durations, compiled.releases
+    waits = compiled.num_waits.copy()
+    following = [-1] * count
+    for order in orders:
+        for first, second in itertools.pairwise(order):
+            following[first] = second
+            waits[second] += 1
+    ready = [0] * count
+    starts = [0] * count
+    heap = [(durations[node], node) for node in range(count) if waits[node] == 0]
+    heapq.heapify(heap)
+    free: dict[int, int] = {}
+    transfers: list[Moved] = []
+    finished = 0
+    makespan = 0
+    while heap:
+        end, node = heapq.heappop(heap)
+        finished += 1
+        if end > makespan:
+            makespan = end
+        for consumer, channel, duration, edge, backward, occupied in releases[node]:
+            arrival = end
+            if channel >= 0:
+                begin = free.get(channel, 0)
+                if begin < end:
+                    begin = end
+                free[channel] = begin + occupied
+                arrival = begin + duration
+                transfers.append(Moved(node, consumer, edge, backward, begin, arrival))
+            if ready[consumer] < arrival:
+                ready[consumer] = arrival
+            waits[consumer] -= 1
+            if not waits[consumer]:
+                starts[consumer] = ready[consumer]
+                heapq.heappush(heap, (ready[consumer] + durations[consumer], consumer))
+        consumer = following[node]
+        if consumer >= 0:
+            if ready[consumer] < end:
+                ready[consumer] = end
+            waits[consumer] -= 1
+            if not waits[consumer]:
+                starts[consumer] = ready[consumer]
+                heapq.heappush(heap, (ready[consumer] + durations[consumer], consumer))
+    if finished < count:
+        return None
+    reductions, makespan = _reduce(compiled, orders, starts, makespan)
+    return Evaluation(starts, transfers, reductions, makespan)
+
+
+def _reduce(compiled: Compiled, orders: Sequence[Sequence[int]], starts: list[int],
+            makespan: int) -> tuple[list[tuple[int, int, int]], int]:
+    """Append the gradient reductions on the collective streams, in the order in which they become ready."""
+    if not compiled.reductions:
+        return [], makespan
+    busy = [0] * compiled.view.problem.num_ranks
+    for order in orders:
+        if order and compiled.streams[order[-1]] is Stream.COLLECTIVE:
+            node = order[-1]
+            busy[compiled.ranks[node]] = starts[node] + compiled.durations[node]
+    waiting = sorted((max(starts[node] + compiled.durations[node] for node in nodes), stage, duration)
+                     for stage, nodes, duration in compiled.reductions)
+    result = []
+    for ready, stage, duration in waiting:
+        members = compiled.view.placement.stages[stage].ranks
+        start = max(ready, *(busy[rank] for rank in members))
+        for rank in members:
+            busy[rank] = start + duration
+        result.append((stage, start, start + duration))
+        makespan = max(makespan, start + duration)
+    return result, makespan
+
+
+def evaluate(view: StageView, schedule: Schedule) -> tuple[Compiled, Evaluation]:
+    """Times of a schedule.
+
+    Raises:
+        PlanError: an action is missing, twice, on a wrong rank, or the order deadlocks.
+    """
+    compiled = compile_actions(view, schedule.actions())
+    for number, rank in enumerate(schedule.ranks):
+        for action in (*rank.compute, *rank.collective):
+            if view.rank(action.stage, action.microbatch) != number:
+                raise PlanError(f"rank {number}: schedules {action}, but microbatch {action.microbatch} of stage"
+                                f" {action.stage} is routed to rank {view.rank(action.stage, action.microbatch)}")
+    evaluation = run(compiled, orders_of(compiled, schedule))
+    if evaluation is None:
+        raise PlanError("schedule: the order deadlocks; see `mipipe check`")
+    return compiled, evaluation

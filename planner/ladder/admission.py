@@ -1,0 +1,181 @@
+"""How a placement becomes a candidate of a solve: its bound, then a list schedule, where some order fits its memory.
+
+Bounds are cheap (0.1 to 0.3 s for a few thousand actions) and say well where a search will end, lists take 1 to 2 s: so
+bounds come first, and lists go to the placements with the lowest ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain, count, islice, takewhile
+
+import numpy as np
+
+from mipipe.graphs.errors import PlanError
+from mipipe.planner.bounds.over_placements import facts_of
+from mipipe.planner.jobs.arrays import expand
+from mipipe.planner.ladder.candidate import Candidate, Judged, candidate, first_orders, in_flight, judge, offer_judged
+from mipipe.planner.ladder.large import chain_actions
+from mipipe.planner.ladder.state import Run
+from mipipe.planner.options import PlacementName
+from mipipe.planner.placements.cuts import earliest_end
+from mipipe.planner.placements.feasible import shortage, with_recomputation
+from mipipe.planner.placements.shapes import propose
+from mipipe.planner.plan import Placement
+from mipipe.planner.search import annealing as search
+from mipipe.planner.search import best_list as lists
+from mipipe.planner.search import streams as relax
+from mipipe.planner.search.lift import lift
+from mipipe.planner.search.lists import Orders
+
+INTERPRETED = 4_000
+"""Actions up to which the first list schedule is interpreted (1 s here), so that it need not wait for a compiler."""
+
+BIG_ACTIONS = 20_000
+"""Actions of a chain from which only the shapes of `BIG_ORDER` enter: time does not suffice for all."""
+
+BIG_ORDER: tuple[PlacementName, ...] = ("chain", "two-way", "v")
+
+MANY, LISTED = 6, 0.1
+"""After so many candidates lists may take no more than this share of the time: the most promising come first."""
+
+OUTLINED = 100
+"""Nodes from which quotas are tuned for the first list of a search without collectives."""
+
+RESERVES = 8
+"""How often a candidate's memory is cut by what values in flight took too much, before it is given up."""
+
+
+def enter(run: Run) -> None:
+    """Propose placements and schedule each by list, the first at once, the others the most promising first.
+
+    The seconds per action of the placements so far say which of the rest can still be built in time.
+    """
+    limit = run.options.time_limit_s
+    waiting = _most_promising(run, propose(run.problem, run.options.placement))
+    if run.options.placement == "free" and chain_actions(run.problem) > BIG_ACTIONS:
+        waiting = filter(None, (_candidate(run, placement) for name in BIG_ORDER
+                                for placement in propose(run.problem, name)))
+    built, spent = 0, 0.0
+    for found in waiting:
+        if run.best is not None and run.left < (0.5 if len(run.candidates) < MANY else 1 - LISTED) * limit:
+            run.leave_out(found.bound.ns)
+            break
+        size = len(found.placement.stages) * run.problem.num_microbatches
+        expected = spent / built * size if built else 0.0
+        if run.best is not None and (run.left - expected < 0.5 * limit or found.bound.ns >= run.makespan_ns):
+            run.leave_out(found.bound.ns)
+            continue
+        began = run.seconds
+        if not _admit(run, found) and shortage(run.problem, found.placement) is None:
+            run.leave_out(found.bound.ns)  # one microbatch at a time fits, so other orders may
+        built, spent = built + size, spent + run.seconds - began
+        run.reserve_s = min(0.2 * limit, 0.5 * spent / built * size)
+    if run.options.placement != "free":  # few, and the bound is to hold for all of them
+        for found in waiting:
+            run.leave_out(found.bound.ns)
+
+
+def _most_promising(run: Run, waiting: Iterator[Placement]) -> Iterator[Candidate]:
+    """The first placement; then those that can be fitted in a tenth of the time, by their bounds; then the rest."""
+    yield from filter(None, (_candidate(run, placement) for placement in islice(waiting, 1)))
+    heads = facts_of(run.problem).head
+    proposed: list[Placement] = []
+    for placement in waiting:
+        proposed.append(placement)
+        if run.left < 0.9 * run.options.time_limit_s:
+            break
+    proposed.sort(key=lambda placement: earliest_end(run.problem, placement, heads))
+    rest = iter(proposed)
+    in_time = takewhile(lambda _: run.left > 0.85 * run.options.time_limit_s, count())
+    bounded = [_candidate(run, placement) for _, placement in zip(in_time, rest, strict=False)]
+    yield from sorted(filter(None, bounded), key=lambda made: made.bound.ns)
+    yield from filter(None, (_candidate(run, placement) for placement in chain(rest, waiting)))
+
+
+def recomputing(run: Run) -> None:
+    """Where nothing fits otherwise: every placement with F run again by all stages, and by the first half of them."""
+    for placement in propose(run.problem, run.options.placement):
+        for variant in with_recomputation(run.problem, placement):
+            admit_placement(run, variant)
+
+
+def admit_placement(run: Run, placement: Placement) -> Candidate | None:
+    """Make a placement a candidate if some order fits its memory; the candidate, or None."""
+    found = _candidate(run, placement)
+    return found if found is not None and _admit(run, found) else None
+
+
+def _candidate(run: Run, placement: Placement) -> Candidate | None:
+    """The placement with its bound; None where it never fits."""
+    try:
+        return candidate(run.problem, placement)
+    except PlanError:
+        return None
+
+
+def _admit(run: Run, found: Candidate) -> bool:
+    """Schedule a candidate by list and take it into the run; whether some order fits its memory."""
+    fits = seed_search(run, found, compiled=run.best is not None or found.instance.size > INTERPRETED)
+    if fits:
+        run.candidates.append(found)
+    return fits
+
+
+def seed_search(run: Run, found: Candidate, *, compiled: bool = True) -> bool:
+    """Give a candidate its list schedule; False where no order fits its memory.
+
+    Lists do not see values in flight. Where these overfill a rank, the list is made again with that much less memory.
+    """
+    usual = in_flight(found.view)
+    found.instance.cap[:] -= usual
+    for turn in range(RESERVES):
+        orders = first_orders(found, compiled=compiled, seed=run.options.seed)
+        if orders is None and turn == 0 and usual.any():
+            found.instance.cap[:] += usual
+            continue
+        if orders is None:
+            return False
+        if compiled and turn == 0:
+            orders = _outlined(run, found, orders)
+        found.quick = not compiled
+        judged = judge(found.view, expand(found.instance, orders.lists()), saved_fit=True)
+        if judged.fits:
+            offer_judged(found, judged, "list")
+            found.search = search.start(found.instance, orders, run.options.seed + 1, found.bound.ns)
+            run.note(found, "list scheduling")
+            return True
+        reserve(found, judged)
+    return False
+
+
+def _outlined(run: Run, found: Candidate, orders: Orders) -> Orders:
+    """Start the search without collectives where there are some; its list lifted, if better than the given orders."""
+    small = relax.relaxed(found.instance)
+    if small is None or not run.options.use_search:
+        return orders
+    made = lists.best_list(small, run.options.seed, few=OUTLINED)
+    if made is None:
+        return orders
+    found.outline = search.start(small, made, run.options.seed + 3, found.bound.ns)
+    lifted = lift(found.instance, small, made)
+    return lifted if lifted is not None and lifted.makespan_ns < orders.makespan_ns else orders
+
+
+def start_again(run: Run, found: Candidate) -> None:
+    """The search of a candidate whose first list was interpreted, from the best of all lists."""
+    found.quick = False
+    orders = first_orders(found, compiled=True, seed=run.options.seed)
+    assert found.search is not None
+    if orders is not None:
+        orders = _outlined(run, found, orders)
+        if orders.makespan_ns < found.search.best.makespan_ns:
+            found.search.best = orders
+
+
+def reserve(found: Candidate, judged: Judged) -> None:
+    """Take what a schedule lacked from the memory the search may use."""
+    excess = np.array(judged.excess_bytes)
+    if found.halved:
+        excess = np.maximum(excess, excess[::-1])
+    found.instance.cap[:] -= excess

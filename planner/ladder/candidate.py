@@ -1,0 +1,156 @@
+"""One placement under search: its view, instances, incumbent and bound; and the judgement of a schedule.
+
+The search's own clock ignores queueing on channels and values in flight. `judge` applies the shared rules (`evaluate`,
+and the simulated program's memory) and is the only way an order becomes a plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mipipe.planner.actions import Stream
+from mipipe.planner.bounds import at_placement as bounds
+from mipipe.planner.execution.lower import lower
+from mipipe.planner.execution.simulate import execute
+from mipipe.planner.execution.simulate_memory import memory_curves
+from mipipe.planner.jobs.arrays import Instance, build, capacity, mirror
+from mipipe.planner.jobs.stages import StageView, view
+from mipipe.planner.jobs.times import evaluate
+from mipipe.planner.plan import Placement, Plan, Schedule
+from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.search import best_list as lists
+from mipipe.planner.search import lists as greedy
+from mipipe.planner.search.annealing import Search
+from mipipe.planner.search.lists import Orders
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A schedule with its simulated makespan and the bytes by which each rank exceeds its capacity (0: it fits)."""
+
+    schedule: Schedule
+    makespan_ns: int
+    excess_bytes: tuple[int, ...]
+
+    @property
+    def fits(self) -> bool:
+        return not any(self.excess_bytes)
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A placement in the race. ``best`` is the best judged schedule that fits, ``rung`` what found it.
+
+    ``search`` works on the whole instance, ``outline`` on the one without collectives (`mipipe.planner.search.streams`), if any.
+    ``quick``: its first list was made without the compiler, by one rule.
+    """
+
+    view: StageView
+    bound: bounds.Bound
+    halved: bool
+    instance: Instance
+    search: Search | None = None
+    outline: Search | None = None
+    helpers: list[Search] = field(default_factory=list)
+    best: Judged | None = None
+    rung: str = ""
+    seconds: float = 0.0
+    quick: bool = False
+    seen_ns: int = 1 << 62
+    seen_outline_ns: int = 1 << 62
+    reserved: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def placement(self) -> Placement:
+        return self.view.placement
+
+    @property
+    def makespan_ns(self) -> int:
+        return self.best.makespan_ns if self.best else 1 << 62
+
+    @property
+    def two_streams(self) -> bool:
+        """Whether some actions run on the collective stream."""
+        return any(stream is Stream.COLLECTIVE for _, stream in self.instance.machine_key)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the incumbent is proven optimal at this placement."""
+        return self.makespan_ns <= self.bound.ns
+
+
+def candidate(problem: PlanningProblem, placement: Placement) -> Candidate:
+    """A placement ready for search.
+
+    Raises:
+        PlanError: the placement does not fit the problem, or some activations never fit together.
+    """
+    stage_view = view(problem, placement)
+    halved = mirror(stage_view) is not None
+    return Candidate(stage_view, bounds.placement_bound(stage_view), halved, build(stage_view, halve=halved))
+
+
+def judge(stage_view: StageView, schedule: Schedule, *, saved_fit: bool = False) -> Judged:
+    """The schedule's makespan by the evaluator, and its memory by the rules of the simulated program.
+
+    ``saved_fit``: saved tensors are known to fit, so memory is looked at only where values in flight take some.
+    """
+    _, evaluation = evaluate(stage_view, schedule)
+    excess = (0,) * stage_view.problem.num_ranks
+    if not saved_fit or carries_bytes(stage_view):
+        program = lower(Plan("", stage_view.problem, stage_view.placement, schedule))
+        curves = memory_curves(stage_view, program, execute(stage_view, program))
+        peaks = [max(size for _, size in curve) - stage_view.resident_bytes[rank] for rank, curve in enumerate(curves)]
+        excess = tuple(max(0, peak - capacity(stage_view, rank)) for rank, peak in enumerate(peaks))
+    return Judged(schedule, evaluation.makespan_ns, excess)
+
+
+def in_flight(stage_view: StageView) -> np.ndarray:
+    """Bytes per rank that values in flight usually take: two arriving (one waits, one is on its way), one leaving.
+
+    Fewer and the schedules found overfill a rank by a value or two; more wastes memory that activations could use.
+    """
+    arriving = np.zeros(stage_view.problem.num_ranks, dtype=np.int64)
+    leaving = arriving.copy()
+    for edge in stage_view.edges:
+        for m in range(stage_view.problem.num_microbatches):
+            source, target = stage_view.rank(edge.source, m), stage_view.rank(edge.target, m)
+            if source == target:
+                continue
+            back = edge.grad_bytes[m] if edge.grad_bytes is not None else 0
+            arriving[target] = max(arriving[target], edge.num_bytes[m])
+            arriving[source] = max(arriving[source], back)
+            leaving[source] = max(leaving[source], edge.num_bytes[m])
+            leaving[target] = max(leaving[target], back)
+    return 2 * arriving + leaving
+
+
+def carries_bytes(stage_view: StageView) -> bool:
+    """Whether values in flight take memory; if none does, the search's own memory rule is exact."""
+    return any(max(edge.num_bytes, default=0) or max(edge.grad_bytes or (0,)) for edge in stage_view.edges)
+
+
+def offer_judged(found: Candidate, judged: Judged, rung: str) -> bool:
+    """Keep a judged schedule if it fits and is shorter; whether it was kept."""
+    if not judged.fits or judged.makespan_ns >= found.makespan_ns:
+        return False
+    found.best, found.rung = judged, rung
+    return True
+
+
+def first_orders(found: Candidate, *, compiled: bool, seed: int = 0) -> Orders | None:
+    """The best list schedule over the rules, with quotas and without; None where none fits the memory."""
+    if not compiled:
+        return greedy.schedule(found.instance, greedy.RULES[0], compiled=False)
+    return lists.best_list(found.instance, seed, 0 if found.two_streams else 1000)  # there the outline's list is better
+
+
+def peak_activations(plan: Plan) -> int:
+    """The largest memory of any rank beyond its resident bytes, as simulated."""
+    stage_view = view(plan.problem, plan.placement)
+    program = lower(plan)
+    curves = memory_curves(stage_view, program, execute(stage_view, program))
+    return max(max(size for _, size in curve) - stage_view.resident_bytes[rank] for rank, curve in enumerate(curves))

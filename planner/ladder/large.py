@@ -1,0 +1,293 @@
+"""Large problems: tune list rules on few microbatches, apply them to all, search on where that still helps.
+
+A solve of 64 ranks x 1,024 microbatches cannot afford what smaller ones do (bounds by job shop, orders in Python lists,
+annealing over 200,000 actions). Here placements stay arrays: each is cut down to a few microbatches per rank, its rule
+is tuned there (`mipipe.planner.search.quotas`), the placements are compared by what they would take for all microbatches (the
+rest runs at the pace of the busiest rank), and the best rules, tuned a little more and blended with a backward one
+(`mipipe.planner.search.bidirectional`), schedule the whole; what annealing can still improve is annealed.
+
+Measured (uneven stages, transfers of 0.1, 0.75 of 1F1B's activations; two cores; the best published schedule within
+that memory in brackets): 16 x 32 in 60 s 115.2, bound over all placements 105.5, at its own (twin V) 111.3 (V-Half
+193.4); 32 x 64 in 90 s 228.6 to 230, bounds 206.3 and 222.6 (V-Half 388.6); 64 x 128 in 120 s 466 to 469, bound 407.9
+(V-Half 779); 64 x 1,024 in 180 s 3,204, bound 3,126.7 (V-Min 5,374). Tuning stops by the clock, so a seed fixes the
+result only where the machine keeps pace.
+
+What is lost is lost before the first gradients come back: at 16 x 32 a rank in the middle of the two-way chain holds 12
+forwards and waits 14 for its first gradient, which it gives back nowhere else (ends and middle wait 2). Orders are
+close to what placements allow: counts of every stage's actions as a linear program (steps of 0.55; precedence, capacity
+and memory; by hand, HiGHS took 70 s) have no solution of 113 at the twin V. Other placements have lower bounds, and
+orders as good are not found in a minute; tried at 16 x 32, in 3 to 120 s each: twin waves (bound 109.2, reached 118.5,
+in 120 s of one core 114.4), half-stages in two-way Vs (109.4, 117.3 to 118), heads dealt to the ranks that wait, or by
+load and wait (116.2 to 116.4), late stages of one layer and early ones of three (107.8, 124.6), twin Vs of five and
+three layers (110.05, 115.25), twins with three stages on each rank, forth, forth and back, of 3, 3 and 2 layers (108.6,
+114.7 to 115.2, in 120 s of one core 114.2), lists that follow the linear program (132, annealed 115.6). At 32 x 64 the
+twin Vs of five and three layers and the three stages alone reach 227.8 and 229.1, at 64 x 128 475.7 and 487; also tried
+there: a schedule of half the ranks and microbatches, every action twice as long (228.2), stretched: ranks of a pair run
+F and I in opposite directions, so it grows to 246.8, and a minute of annealing leaves 231.2.
+
+The bound at the placement is the busiest rank's: earliest start + load + what must follow.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mipipe.graphs.errors import PlanError
+from mipipe.planner.actions import Stream
+from mipipe.planner.bounds.at_placement import Bound, placement_bound
+from mipipe.planner.bounds.over_placements import facts_of
+from mipipe.planner.jobs.arrays import Instance, build, expand, mirror
+from mipipe.planner.jobs.stages import StageView, view
+from mipipe.planner.ladder.candidate import Candidate, Judged, carries_bytes, judge
+from mipipe.planner.ladder.state import Run
+from mipipe.planner.options import PlacementName
+from mipipe.planner.placements.cuts import earliest_end, place_spread, units
+from mipipe.planner.placements.shapes import light_ends, propose, resident_fits, shapes
+from mipipe.planner.plan import Placement
+from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.search import annealing as search
+from mipipe.planner.search import bidirectional as two_ended
+from mipipe.planner.search import lists as greedy
+from mipipe.planner.search import quotas
+from mipipe.planner.search.lists import Orders
+
+BIG_ACTIONS = 1_500
+"""Actions of a chain from which a problem is large: 16 ranks x 32 and x 64 microbatches (uneven stages, 0.75 of 1F1B's
+activations) reach 115.2 and 215.4 in 45 s this way, and 116.3 and 228.6 as smaller problems are solved."""
+
+PUBLISHED_ACTIONS = 5_000
+"""Actions of a chain up to which published schedules are looked at: their orders are Python lists."""
+
+BOUND_ACTIONS = 20_000
+"""Actions of a chain up to which a placement's job-shop bound is computed (10 s)."""
+
+BIG_ORDER: tuple[PlacementName, ...] = ("two-way", "twin-v", "twin-wave", "ring", "chain", "v")
+"""Shapes tried on large problems, the most promising first."""
+
+MOST_STAGES = 2
+"""Stages per rank up to which placements of large problems are tried: more take longer than they gain."""
+
+ROUNDS = 3
+"""Microbatches per rank on which rules are tuned: warm-up and cool-down last about one each."""
+
+CHECK_S = 1.4e-4
+"""Seconds per action that checking and explaining the plan take in the end, 1e-4 on a quiet machine."""
+
+SEARCHABLE = 15_000
+"""Nodes up to which annealing improves a tuned list within a minute: of 3,300 nodes (32 x 64, two-way) it makes 241.8
+into 235.9 in 3.8 s of one core, of 12,700 (64 x 128, twin V) 476.4 into 468.0 in 65 s, but of 25,000 (twin wave) 478.6
+into 476.7 only. Placements with fewer nodes go before those with more."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """A placement in the comparison: cut down to few microbatches, and the best rule found for it there."""
+
+    placement: Placement
+    small: Instance
+    lines: quotas.Lines
+    tuned: quotas.Tuned
+    expected_ns: int
+    rules: list[quotas.Rule]
+    backward: quotas.Rule | None = None
+    turns: int = 0
+
+
+def applies(problem: PlanningProblem) -> bool:
+    """Whether a problem is large, with equal microbatches on one stream, values in flight and channels free."""
+    return (chain_actions(problem) > BIG_ACTIONS
+            and not any(group.loads or group.stream is Stream.COLLECTIVE for group in problem.groups)
+            and not any(edge.num_bytes or edge.grad_bytes for edge in problem.edges))
+
+
+def is_huge(problem: PlanningProblem) -> bool:
+    """Whether looking at published schedules takes too long."""
+    return chain_actions(problem) > PUBLISHED_ACTIONS
+
+
+def chain_actions(problem: PlanningProblem) -> int:
+    """Actions of a chain: F, I and W of every microbatch on every rank."""
+    return 3 * problem.num_ranks * problem.num_microbatches
+
+
+def climb(run: Run) -> None:
+    """Make the run's candidates: the first at once by default rules, the best of all placements by tuned ones."""
+    limit = run.options.time_limit_s
+    run.reserve_s = min(0.3 * limit, CHECK_S * chain_actions(run.problem))
+    entries: list[Entry] = []
+    waiting = placements(run)
+    left_out: list[Placement] = []
+    for placement in waiting:
+        if (entries and run.left < 0.85 * limit) or run.interrupted:
+            left_out = [placement, *(waiting if run.options.placement != "free" else ())]
+            break
+        entry = _enter(run, placement, 0.02 * limit if entries else 0.0)
+        if entry is None:
+            continue
+        if not entries:
+            _apply(run, entry, "list")
+            entry = _enter(run, placement, 0.02 * limit) or entry  # the first plan took the first rule at hand
+        entries.append(entry)
+    if not entries:
+        return
+    left_out += [entry.placement for entry in entries]
+    began, before = time.monotonic(), run.makespan_ns
+    sized = [entry for entry in entries if _size(run, entry) <= SEARCHABLE]
+    searchable, entries = bool(sized), sized or entries
+    share = (0.03 if searchable else 0.08) * limit
+    for kept in (3, 2, 1):
+        entries.sort(key=lambda entry: entry.expected_ns)
+        for entry in entries[:kept]:
+            _tune(run, entry, min(share / kept, run.left))
+    _turn(run, entries[0], min(share, run.left))
+    for entry in entries[:2 if searchable else 1]:
+        _apply(run, entry, "quotas", 0.0 if searchable else 0.2 * limit)
+    while not searchable and run.left > 0.1 * limit and not run.closed:
+        _turn(run, entries[0], 0.04 * limit)
+        _apply(run, entries[0], "quotas", 0.06 * limit)
+    heads = facts_of(run.problem).head
+    for placement in left_out:
+        if all(found.placement != placement for found in run.candidates):
+            run.leave_out(int(earliest_end(run.problem, placement, heads)))
+    run.ablation.append({"rung": "quotas", "placement": run.best.placement.name if run.best else "",
+                         "before": before / run.problem.unit_ns, "makespan": run.makespan_ns / run.problem.unit_ns,
+                         "variables": None, "constraints": None, "seconds": round(time.monotonic() - began, 3)})
+
+
+def placements(run: Run) -> Iterator[Placement]:
+    """Placements of the allowed shapes: where ends are light they are spread, because one rank with a head on top of
+    its share decides the pace of all."""
+    problem, name = run.problem, run.options.placement
+    ends = light_ends(problem)
+    for shape_name in BIG_ORDER if name == "free" else (name,):
+        spread = [shape for shape in shapes(problem.num_ranks, shape_name)
+                  if name == "free" and ends and len(units(problem)) - len(ends) >= shape.num_stages]
+        found = (place_spread(problem, shape, ends) for shape in spread) if spread else propose(problem, shape_name)
+        yield from (placement for placement in found if resident_fits(problem, placement)
+                    and (name != "free" or len(placement.stages) <= MOST_STAGES * problem.num_ranks + len(ends)))
+
+
+def _enter(run: Run, placement: Placement, seconds: float) -> Entry | None:
+    """The placement with few microbatches and a first rule; None if none fits its memory."""
+    count = min(run.problem.num_microbatches, ROUNDS * run.problem.num_ranks)
+    count -= count % 2
+    try:
+        small = _instance(view(run.problem.replace(num_microbatches=count), replace(
+            placement, routes=tuple(route[:count] for route in placement.routes))))
+    except PlanError:
+        return None
+    lines = quotas.lines_of(small)
+    if lines is None:
+        return None
+    tuned = quotas.tune(small, lines, seconds, run.options.seed, stop=lambda: run.interrupted)
+    if tuned is None:
+        return None
+    return Entry(placement, small, lines, tuned, _expected(run, small, tuned.orders), [tuned.rule])
+
+
+def _expected(run: Run, small: Instance, orders: Orders) -> int:
+    """The makespan with all microbatches, if the rest runs at the pace of the busiest rank."""
+    rest = run.problem.num_microbatches - small.view.problem.num_microbatches
+    return orders.makespan_ns + rest * greedy.period(small)
+
+
+def _size(run: Run, entry: Entry) -> int:
+    """Nodes of an entry's instance with all microbatches."""
+    return entry.small.size * run.problem.num_microbatches // entry.small.view.problem.num_microbatches
+
+
+def _tune(run: Run, entry: Entry, seconds: float) -> None:
+    """Tune an entry's rule further; what was found is kept for the whole problem to choose from."""
+    tuned = _longer(run, entry.small, entry.lines, entry.tuned, seconds)
+    if tuned.orders.makespan_ns < entry.tuned.orders.makespan_ns:
+        entry.rules.append(tuned.rule)
+        entry.tuned = tuned
+        entry.expected_ns = _expected(run, entry.small, tuned.orders)
+
+
+def _longer(run: Run, instance: Instance, lines: quotas.Lines, tuned: quotas.Tuned, seconds: float) -> quotas.Tuned:
+    """The best of tuning further, with another seed on every thread."""
+    with ThreadPoolExecutor(run.options.threads) as pool:
+        waiting = [pool.submit(quotas.tune, instance, lines, seconds, run.options.seed + 7 * n + tuned.tried,
+                               start=tuned.rule, stop=lambda: run.interrupted) for n in range(run.options.threads)]
+        found = [better for better in (future.result() for future in waiting) if better is not None]
+    return min([tuned, *found], key=lambda other: other.orders.makespan_ns)
+
+
+def _turn(run: Run, entry: Entry, seconds: float) -> None:
+    """Tune an entry's rule for reversed time, which is good at the other end of the step."""
+    mirrored, lines, _ = two_ended.backwards(entry.small, entry.lines)
+    tuned = quotas.tune(mirrored, lines, seconds, run.options.seed + entry.turns, start=entry.backward,
+                        rules=two_ended.backward_rules, stop=lambda: run.interrupted)
+    entry.turns += 1
+    entry.backward = tuned.rule if tuned is not None else None
+
+
+def _apply(run: Run, entry: Entry, rung: str, seconds: float = 0.0) -> None:
+    """Schedule all microbatches by an entry's rules, as a candidate; the search may go on from it.
+
+    What is best on few microbatches may pay for its short ends with a slower middle, so all rules found on the way are
+    tried, and the best is tuned some ``seconds`` more.
+    """
+    found = next((other for other in run.candidates if other.placement == entry.placement), None)
+    few = chain_actions(run.problem) <= BOUND_ACTIONS
+    if found is None:
+        whole = view(run.problem, entry.placement)
+        instance = _instance(whole)
+        found = Candidate(whole, _load_bound(instance), bool((instance.twin >= 0).any()), instance)
+    if few and rung != "list":
+        found.bound = max(found.bound, placement_bound(found.view), key=lambda bound: bound.ns)
+    lines = quotas.lines_of(found.instance)
+    assert lines is not None
+    rules = [quotas.moved(rule, entry.lines, lines) for rule in entry.rules]
+    tuned = quotas.tune(found.instance, lines, 1e9, run.options.seed, rules=lambda _: iter(rules),
+                        evaluations=len(rules), stop=lambda: run.interrupted)
+    if tuned is None:
+        return
+    if seconds:
+        tuned = _longer(run, found.instance, lines, tuned, seconds)
+        entry.rules.append(quotas.moved(tuned.rule, lines, entry.lines))
+    orders = _blended(found.instance, lines, entry, tuned.orders)
+    if orders.makespan_ns >= found.makespan_ns:
+        return
+    schedule = expand(found.instance, orders.lists())
+    exact = not (carries_bytes(found.view) or any(found.view.reduce_ns(s) for s in range(found.view.num_stages)))
+    judged = (Judged(schedule, orders.makespan_ns, (0,) * run.problem.num_ranks) if exact
+              else judge(found.view, schedule))
+    if judged.fits and judged.makespan_ns < found.makespan_ns:
+        found.best, found.rung = judged, rung
+        if found not in run.candidates:
+            run.candidates.append(found)
+        if found.instance.size <= SEARCHABLE:
+            found.search = search.start(found.instance, orders, run.options.seed + 1, found.bound.ns)
+        run.note(found, rung)
+
+
+def _blended(instance: Instance, lines: quotas.Lines, entry: Entry, forward: Orders) -> Orders:
+    """The better of a schedule and of what it becomes with the entry's backward rule at the other end."""
+    if entry.backward is None:
+        return forward
+    mirrored, turned, image = two_ended.backwards(instance, lines)
+    _, small, _ = two_ended.backwards(entry.small, entry.lines)
+    backward = quotas.run(mirrored, turned, quotas.moved(entry.backward, small, turned))
+    return forward if backward is None else two_ended.blend(instance, lines, forward, mirrored, image, backward)
+
+
+def _instance(whole: StageView) -> Instance:
+    return build(whole, halve=mirror(whole) is not None)
+
+
+def _load_bound(instance: Instance) -> Bound:
+    """The best over ranks of earliest start + load + what must follow."""
+    after = instance.tail - instance.dur
+    values = []
+    for machine in range(instance.num_machines):
+        own = instance.machine == machine
+        values.append(int(instance.head[own].min() + instance.dur[own].sum() + after[own].min()))
+    rank = instance.machine_key[int(np.argmax(values))][0]
+    return Bound(max(values), f"rank {rank}: earliest start + load + what must follow")

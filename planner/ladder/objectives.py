@@ -1,0 +1,178 @@
+"""Objectives other than the makespan, and the frontier of memory against bubble. All are solves of the same ladder.
+
+- ``memory``: the least activation memory with which the makespan stays within ``1 + epsilon`` of the best: bisection on
+  the activation limit, each step a solve with a part of the time.
+- ``utilisation``: the highest share of computing time of the devices in use, ``sum(busy) / (devices in use *
+  makespan)``, at a makespan within ``1 + epsilon`` of the best on all devices. With a given number of equal devices
+  that is the shortest makespan; but a device that shortens the step by less than its share is better used elsewhere,
+  so devices are given back, the slowest first, while the makespan stays within the limit.
+- `pareto`: the makespan at each of several activation limits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from mipipe.planner.ladder.candidate import peak_activations
+from mipipe.planner.ladder.state import Progress
+from mipipe.planner.options import PlanOptions
+from mipipe.planner.plan import Plan, RankOrder, Schedule
+from mipipe.planner.problem import PlanningProblem
+
+DEVICES_GIVEN_BACK = 3
+"""Most devices `best_utilisation` tries to do without: each costs a solve."""
+
+STEPS = 5
+"""Solves of the bisection on memory: the limit is then known to 1/32 of the range."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParetoPoint:
+    """One point of the frontier. ``makespan_ns`` None: no plan at this limit, ``reason`` says why."""
+
+    activation_bytes: int
+    peak_bytes: int | None
+    makespan_ns: int | None
+    bound_ns: int | None
+    bubble_ratio: float | None
+    placement: str = ""
+    reason: str = ""
+
+
+def limited(problem: PlanningProblem, activation_bytes: int) -> PlanningProblem:
+    """The problem with an activation limit per rank."""
+    return problem.replace(limits=replace(problem.limits, activation_bytes=activation_bytes))
+
+
+def least_memory(problem: PlanningProblem, options: PlanOptions, solve: Callable,
+                 on_progress: Callable[[Progress], None] | None = None):
+    """The result with the smallest peak activation memory at a makespan within ``1 + epsilon`` of the best found."""
+    share = replace(options, objective="makespan", time_limit_s=options.time_limit_s / (STEPS + 1))
+    best = solve(problem, share, on_progress)
+    if best.plan is None or best.makespan_ns is None:
+        return best
+    most = int(best.makespan_ns * (1 + options.epsilon))
+    low, high = 0, peak_activations(best.plan)
+    for _ in range(STEPS):
+        if high - low <= 1:
+            break
+        middle = (low + high) // 2
+        found = solve(limited(problem, middle), share, on_progress)
+        if found.plan is not None and found.makespan_ns is not None and found.makespan_ns <= most:
+            kept = replace(found.plan, problem=problem, bound_ns=best.bound_ns)
+            best = replace(found, plan=kept, bound_ns=best.bound_ns)
+            high = min(middle, peak_activations(found.plan))
+        else:
+            low = middle
+    return best
+
+
+def best_utilisation(problem: PlanningProblem, options: PlanOptions, solve: Callable,
+                     on_progress: Callable[[Progress], None] | None = None):
+    """The result with the highest utilisation at a makespan within ``1 + epsilon`` of the best found.
+
+    Its plan is one of the whole problem: devices given back hold nothing. Provenance has ``devices_in_use`` and
+    ``utilisation``.
+    """
+    tries = min(DEVICES_GIVEN_BACK, problem.num_ranks - 1)
+    share = replace(options, objective="makespan", time_limit_s=options.time_limit_s / (tries + 1))
+    best = first = solve(problem, share, on_progress)
+    if first.plan is None or first.makespan_ns is None:
+        return first
+    most = int(first.makespan_ns * (1 + options.epsilon))
+    in_use = list(range(problem.num_ranks))
+    for _ in range(tries):
+        in_use = without_slowest(problem, in_use)
+        found = solve(on_devices(problem, in_use), share, on_progress)
+        if found.plan is None or found.makespan_ns is None or found.makespan_ns > most:
+            break
+        bound = first.bound_ns
+        if options.placement != "free" and bound is not None:  # a bound for one shape on all devices only
+            bound = min(bound, found.bound_ns or 0)
+        plan = replace(spread_plan(problem, in_use, found.plan), bound_ns=bound)
+        if utilisation(plan)[0] > utilisation(best.plan)[0]:
+            best = replace(found, plan=plan, bound_ns=bound)
+    value, count = utilisation(best.plan)
+    noted = {**best.plan.provenance, "utilisation": round(value, 4), "devices_in_use": count}
+    return replace(best, plan=replace(best.plan, provenance=noted))
+
+
+def utilisation(plan: Plan) -> tuple[float, int]:
+    """(share of computing time of the devices that hold a stage, how many these are)."""
+    used = {rank for stage in plan.placement.stages for rank in stage.ranks}
+    busy = _work(plan)
+    return sum(busy) / (len(used) * max(1, plan.makespan_ns or 0)), len(used)
+
+
+def without_slowest(problem: PlanningProblem, ranks: Sequence[int]) -> list[int]:
+    """The ranks but the one on which all groups together take longest; the last of equals."""
+    load = {rank: sum(group.times[problem.topology.devices[rank].kind].total_ns for group in problem.groups)
+            for rank in ranks}
+    slowest = max(ranks, key=lambda rank: (load[rank], rank))
+    return [rank for rank in ranks if rank != slowest]
+
+
+def on_devices(problem: PlanningProblem, ranks: Sequence[int]) -> PlanningProblem:
+    """The problem on some of its devices, numbered anew."""
+    new = {str(old): at for at, old in enumerate(ranks)}
+    overrides = {}
+    for key, link in problem.topology.overrides.items():
+        source, _, target = key.partition("->")
+        if source in new and target in new:
+            overrides[f"{new[source]}->{new[target]}"] = link
+    devices = tuple(problem.topology.devices[rank] for rank in ranks)
+    return problem.replace(topology=replace(problem.topology, devices=devices, overrides=overrides))
+
+
+def spread_plan(problem: PlanningProblem, ranks: Sequence[int], plan: Plan) -> Plan:
+    """A plan of `on_devices` as one of the whole problem."""
+    stages = tuple(replace(stage, ranks=tuple(ranks[rank] for rank in stage.ranks)) for stage in plan.placement.stages)
+    routes = tuple(tuple(ranks[rank] for rank in route) for route in plan.placement.routes)
+    orders = [RankOrder()] * problem.num_ranks
+    for rank, order in zip(ranks, plan.schedule.ranks, strict=True):
+        orders[rank] = order
+    return replace(plan, problem=problem, placement=replace(plan.placement, stages=stages, routes=routes),
+                   schedule=Schedule(tuple(orders)))
+
+
+def pareto(problem: PlanningProblem, options: PlanOptions, limits: Sequence[int] | None = None, *,
+           points: int = 6, on_point: Callable[[ParetoPoint], None] | None = None) -> list[ParetoPoint]:
+    """The memory-bubble frontier: a solve at each activation limit, the time shared; dominated points left out.
+
+    Without ``limits``: ``points`` limits between what one microbatch at a time needs and what the best plan uses.
+    """
+    from mipipe.planner.solve import plan as solve
+
+    share = replace(options, objective="makespan", time_limit_s=options.time_limit_s / (points + 1))
+    if limits is None:
+        free = solve(problem, share)
+        if free.plan is None:
+            return [ParetoPoint(problem.limits.activation_bytes or 0, None, None, None, None, reason=free.reason)]
+        most = peak_activations(free.plan)
+        limits = [most * (points - step) // points for step in range(points)]
+    found: list[ParetoPoint] = []
+    for limit in sorted(limits, reverse=True):
+        result = solve(limited(problem, limit), share)
+        ratio = peak = None
+        if result.plan is not None and result.makespan_ns:
+            work = sum(_work(result.plan))
+            ratio = 1 - work / (problem.num_ranks * result.makespan_ns)
+            peak = peak_activations(result.plan)
+        point = ParetoPoint(limit, peak, result.makespan_ns, result.bound_ns, ratio,
+                            result.plan.placement.name if result.plan else "", result.reason)
+        found.append(point)
+        if on_point is not None:
+            on_point(point)
+    return [point for point in found if point.makespan_ns is None or not any(
+        other is not point and other.makespan_ns is not None and other.makespan_ns <= point.makespan_ns
+        and (other.peak_bytes or 0) < (point.peak_bytes or 0) for other in found)]
+
+
+def _work(plan) -> list[int]:
+    """Busy time of the compute streams of all ranks."""
+    from mipipe.planner.execution.lower import lower
+    from mipipe.planner.execution.simulate import simulate
+
+    timeline = simulate(plan, lower(plan))
+    return [timeline.busy_ns(rank) for rank in range(timeline.num_ranks)]

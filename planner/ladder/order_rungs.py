@@ -1,0 +1,156 @@
+"""The MIP rungs of the ladder and the published schedules, each as one step on one candidate.
+
+Every step offers a schedule to the candidate and adds its row to the ablation: makespan before and after, size of the
+model, seconds. Solver outcomes stay data; a solve that Ctrl-C ended raises `KeyboardInterrupt` again, after its
+incumbent was kept.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from mipipe.graphs.errors import MipipeError, PlanError
+from mipipe.planner.bounds.at_placement import Bound
+from mipipe.planner.jobs.arrays import build, orders_from
+from mipipe.planner.jobs.stages import view
+from mipipe.planner.jobs.times import evaluate
+from mipipe.planner.ladder.candidate import Candidate, candidate, judge, offer_judged
+from mipipe.planner.ladder.state import Run
+from mipipe.planner.milp import order, periodic, unroll, windows
+from mipipe.planner.milp.highs import SolverOutcome, Termination
+from mipipe.planner.placements.shapes import resident_fits
+from mipipe.planner.plan import Placement, Schedule
+from mipipe.planner.schedules import BASELINES
+from mipipe.planner.search import annealing as search
+from mipipe.planner.search.lists import Orders, to_array
+
+EXACT_NODES = 130
+"""Elementary actions up to which the exact order MIP is tried: HiGHS proves about 100 with a fixed placement."""
+
+
+def adopt(run: Run, found: Candidate, schedule: Schedule, rung: str) -> bool:
+    """Offer a schedule to a candidate; if better, the search goes on from it. Whether it was kept."""
+    try:
+        kept = offer_judged(found, judge(found.view, schedule), rung)
+    except PlanError as error:
+        found.notes.append(f"{rung}: {error}")
+        return False
+    if kept:
+        run.note(found, rung)
+        if found.search is not None and not found.halved:
+            seq = to_array(orders_from(found.instance, schedule))
+            found.helpers.clear()
+            found.search = search.start(found.instance, Orders(seq, found.instance.lengths(), found.makespan_ns),
+                                        run.options.seed + 17, found.bound.ns)
+    return kept
+
+
+def record(run: Run, rung: str, found: Candidate, before: int, began: float, outcome: SolverOutcome | None = None,
+           **more: Any) -> None:
+    """Add a row to the ablation. Times in the problem's unit; None where there was no plan."""
+    unit = run.problem.unit_ns
+
+    def shown(makespan: int) -> float | None:
+        return None if makespan >= 1 << 62 else makespan / unit
+
+    run.ablation.append({
+        "rung": rung, "placement": found.placement.name, "before": shown(before), "makespan": shown(found.makespan_ns),
+        "variables": outcome.num_variables if outcome else None,
+        "constraints": outcome.num_constraints if outcome else None,
+        "seconds": round(time.monotonic() - began, 3), **more})
+
+
+def published(run: Run) -> None:
+    """The published schedules that exist for the problem and keep its limits: the best so far of their placements, or,
+    where they beat all others, candidates of their own."""
+    began, before = time.monotonic(), run.makespan_ns
+    name = run.options.placement
+    best: Candidate | None = None
+    for baseline in BASELINES:
+        for cut in ("even", "balanced"):
+            if run.left < 0.5 * run.options.time_limit_s:
+                break
+            try:
+                known = baseline.plan(run.problem, split=True, cut=cut)  # type: ignore[arg-type]
+                if name not in ("free", known.placement.name) or not resident_fits(run.problem, known.placement):
+                    continue
+                found = next((other for other in run.candidates if same(other.placement, known.placement)), None)
+                stages = found.view if found is not None else view(run.problem, known.placement)
+                if evaluate(stages, known.schedule)[1].makespan_ns >= (found.makespan_ns if found else run.makespan_ns):
+                    continue
+                judged = judge(stages, known.schedule)
+                found = found or candidate(run.problem, known.placement)
+            except MipipeError:
+                continue
+            if not offer_judged(found, judged, baseline.name):
+                continue
+            if found not in run.candidates or not found.halved:  # half of the ranks cannot hold what is not symmetric
+                _seed(run, found)
+            run.note(found, baseline.name)
+            if best is None or found.makespan_ns < best.makespan_ns:
+                best = found
+    if best is not None and best.makespan_ns < before:
+        record(run, "published schedules", best, before, began)
+
+
+def _seed(run: Run, found: Candidate) -> None:
+    """Enter a candidate that came with a schedule: the search starts there, on the whole placement."""
+    assert found.best is not None
+    if found.halved:
+        found.halved, found.instance = False, build(found.view)
+    seq = to_array(orders_from(found.instance, found.best.schedule))
+    found.search = search.start(found.instance, Orders(seq, found.instance.lengths(), found.makespan_ns),
+                                run.options.seed + 31, found.bound.ns)
+    found.outline = None
+    if found not in run.candidates:
+        run.candidates.append(found)
+
+
+def same(one: Placement, other: Placement) -> bool:
+    """Whether two placements differ in their names at most."""
+    return (one.stages, one.routes) == (other.stages, other.routes)
+
+
+def pace(run: Run, found: Candidate, seconds: float) -> None:
+    """The periodic MIP's pattern, unrolled and squeezed."""
+    began, before = time.monotonic(), found.makespan_ns
+    result = periodic.pace(found.view, time_limit_s=seconds, seed=run.options.seed)
+    if result.starts_ns is not None:
+        schedule = unroll.unroll(found.view, result)
+        if schedule is not None:
+            adopt(run, found, schedule, "periodic MIP")
+    record(run, "periodic MIP", found, before, began, result.outcome, period=None if result.period_ns is None
+           else result.period_ns / run.problem.unit_ns)
+    _again(result.outcome)
+
+
+def polish(run: Run, found: Candidate, seconds: float) -> None:
+    """Windows of the order MIP over the candidate's best schedule."""
+    if found.best is None or found.closed:
+        return
+    began, before = time.monotonic(), found.makespan_ns
+    schedule, _, count = windows.improve(found.view, found.best.schedule, window=40, time_limit_s=seconds,
+                                         seed=run.options.seed, target_ns=found.bound.ns)
+    if count:
+        adopt(run, found, schedule, "windows MIP")
+    record(run, "windows MIP", found, before, began, improvements=count)
+
+
+def prove(run: Run, found: Candidate, seconds: float) -> None:
+    """The exact order MIP on a small instance: a better order, or the proof that there is none."""
+    if found.best is None or found.closed or found.instance.size > EXACT_NODES:
+        return
+    began, before = time.monotonic(), found.makespan_ns
+    result = order.solve_order(found.view, time_limit_s=seconds, seed=run.options.seed, start=found.best.schedule)
+    if result.schedule is not None and result.makespan_ns is not None and result.makespan_ns < before:
+        adopt(run, found, result.schedule, "order MIP")
+    if result.bound_ns > found.bound.ns:
+        found.bound = Bound(min(result.bound_ns, found.makespan_ns), "order MIP")
+    record(run, "order MIP", found, before, began, result.outcome, bound=result.bound_ns / run.problem.unit_ns)
+    _again(result.outcome)
+
+
+def _again(outcome: SolverOutcome) -> None:
+    if outcome.termination is Termination.INTERRUPTED:
+        raise KeyboardInterrupt

@@ -1,0 +1,104 @@
+"""One solve in progress: its clock, candidates, incumbent, history and bound."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from mipipe.planner.ladder.candidate import Candidate
+from mipipe.planner.options import PlanOptions
+from mipipe.planner.problem import PlanningProblem
+
+
+@dataclass(frozen=True, slots=True)
+class Incumbent:
+    """One improvement of a solve: when, how good, found by which rung at which placement."""
+
+    seconds: float
+    makespan_ns: int
+    rung: str
+    placement: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a progress callback sees: the phase, the incumbent and bound so far (None before the first)."""
+
+    seconds: float
+    phase: str
+    makespan_ns: int | None
+    bound_ns: int | None
+    placement: str = ""
+    rung: str = ""
+
+
+@dataclass(slots=True)
+class Run:
+    """One solve in progress. ``left_out_ns``: no placement that was left out for want of time can be shorter."""
+
+    problem: PlanningProblem
+    options: PlanOptions
+    on_progress: Callable[[Progress], None] | None = None
+    began: float = field(default_factory=time.monotonic)
+    candidates: list[Candidate] = field(default_factory=list)
+    best: Candidate | None = None
+    bound_ns: int | None = None
+    history: list[Incumbent] = field(default_factory=list)
+    ablation: list[dict[str, Any]] = field(default_factory=list)
+    stopped: bool = False
+    interrupted: bool = False
+    reserve_s: float = 0.0
+    left_out_ns: int = 1 << 62
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    @property
+    def left(self) -> float:
+        """Seconds until the limit, less what the last check of the plan takes; none after Ctrl-C."""
+        return 0.0 if self.interrupted else self.options.time_limit_s - self.reserve_s - self.seconds
+
+    @property
+    def makespan_ns(self) -> int:
+        return self.best.makespan_ns if self.best else 1 << 62
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing allowed can be better (or better by more than the gap asked for)."""
+        if self.best is None:
+            return False
+        return self.lowest_ns is not None and self.makespan_ns <= self.lowest_ns * (1 + self.options.gap)
+
+    @property
+    def lowest_ns(self) -> int | None:
+        """No plan the options allow is shorter, as far as known: over all placements, or over those of the shape asked
+        for."""
+        if self.options.placement == "free" or not self.candidates:
+            return self.bound_ns
+        return min(self.left_out_ns, *(found.bound.ns for found in self.candidates))
+
+    def leave_out(self, least_ns: int) -> None:
+        """Note a placement that there is no time for, and what it could reach at best."""
+        self.left_out_ns = min(self.left_out_ns, least_ns)
+
+    def report(self, phase: str) -> None:
+        """Tell the callback where the solve stands."""
+        if self.on_progress is not None:
+            best = self.best
+            self.on_progress(Progress(self.seconds, phase, best.makespan_ns if best else None, self.bound_ns,
+                                      best.placement.name if best else "", best.rung if best else ""))
+
+    def note(self, found: Candidate, phase: str) -> bool:
+        """Make a candidate's incumbent the solve's if it is better; whether it was."""
+        if found.best is None:
+            return False
+        known = self.history[-1].makespan_ns if self.history else 1 << 62
+        if found.makespan_ns >= known:
+            return False
+        self.best = found
+        self.history.append(Incumbent(self.seconds, found.makespan_ns, found.rung, found.placement.name))
+        self.report(phase)
+        return True

@@ -1,0 +1,183 @@
+"""What a unit of a merge costs a rank: bytes read and written, arithmetic, and memory while it runs.
+
+The rates that turn bytes into seconds are measured where the merge will run, in a fraction of a second; nothing is
+assumed. The figures steer the balance between ranks and the estimate of ``--dry-run``, never the result.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from mipipe.graphs.merging.checkpoint_files import DTYPE_BITS
+from mipipe.graphs.merging.graph import MergeGraph, MergeUnit, columns_of, matrix_shape
+from mipipe.graphs.merging.methods import BY_NAME
+from mipipe.graphs.merging.passes import is_whole, num_rounds
+from mipipe.graphs.serialize import STRICT
+from mipipe.planner.merging.lower import TILE_ENTRIES, MergeStep, reads
+
+SVD_FACTOR = 12
+"""Flops of a thin SVD over ``m n min(m, n)``: between 4 and 20 by the share of wide matrices (methods.md 1.6)."""
+OVERHEAD_BYTES = 2**25
+"""What a rank's process takes beyond its tensors: libraries loaded at first use, and what the allocator keeps in
+reserve. Measured: 20 to 30 MB, whatever is merged."""
+WORK = {"passthrough": 5, "linear": 16, "task_arithmetic": 12, "slerp": 8, "nuslerp": 29, "karcher": 9,
+        "model_stock": 11, "ties": 37, "dare_linear": 44, "dare_ties": 60, "della": 370, "della_linear": 350,
+        "breadcrumbs": 43, "breadcrumbs_ties": 44, "sce": 65, "varm": 17, "frank": 16, "layer_swapping": 9,
+        "widen": 105, "onebit": 30}
+"""Time per entry, input and reading, in units of adding two arrays in place; measured with two bfloat16 models of a
+million entries on one core of a Xeon. For the methods not listed, singular values take the time."""
+OTHER_WORK = 12
+TEMPORARIES = 6
+"""Float32 tensors of a tile's size alive at once beside inputs and task vectors."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergeRates:
+    """Measured rates of one rank: bytes per second read, written and passed through elementwise work, and flops.
+
+    ``cores``: processors the ranks share. Reading ahead pays where there are more of them than ranks.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    read: float
+    write: float
+    stream: float
+    flops: float
+    cores: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class UnitCost:
+    """Bytes read (all passes) and written, nanoseconds of arithmetic and of everything."""
+
+    read_bytes: int
+    write_bytes: int
+    compute_ns: int
+    total_ns: int
+
+
+def unit_cost(unit: MergeUnit, rates: MergeRates, compute_bytes: int = 4) -> UnitCost:
+    """The cost of a unit at measured rates; ``compute_bytes`` per entry (4 for float32)."""
+    passes = num_rounds(unit) + 1
+    read = unit.read_bytes * passes
+    compute = 0.0
+    if unit.method != "copy":
+        compute = passes * stream_seconds(unit, unit.num_entries, rates, compute_bytes) + spectral_seconds(unit, rates)
+    compute_ns = round(compute * 1e9)
+    total = compute_ns + round((read / rates.read + unit.write_bytes / rates.write) * 1e9)
+    return UnitCost(read, unit.write_bytes, compute_ns, total)
+
+
+def stream_seconds(unit: MergeUnit, entries: int, rates: MergeRates, compute_bytes: int) -> float:
+    """Seconds of elementwise work on some entries of a unit, for one reading."""
+    return entries * len(unit.inputs) * WORK.get(unit.method, OTHER_WORK) * compute_bytes / rates.stream
+
+
+def spectral_seconds(unit: MergeUnit, rates: MergeRates) -> float:
+    """Seconds of the singular value decompositions of a unit."""
+    spec = BY_NAME.get(unit.method)
+    if spec is None or not spec.decompositions or unit.tensor_class not in spec.classes or len(unit.shape) < 2:
+        return 0.0
+    rows, columns = matrix_shape(unit)
+    matrices = unit.num_entries / max(1, rows * columns)
+    work = SVD_FACTOR * rows * columns * min(rows, columns) * spec.decompositions * len(unit.models)
+    return matrices * work / rates.flops
+
+
+def held_bytes(unit: MergeUnit, step: MergeStep, graph: MergeGraph) -> int:
+    """What a step's LOAD reads and keeps until its FREE."""
+    return sum(stop - start for _, start, stop in reads(unit, step, graph))
+
+
+def saved_bytes(unit: MergeUnit, step: MergeStep) -> int:
+    """What a step writes, in the output's dtype."""
+    if unit.method == "copy":
+        return step.stop - step.start
+    return (step.stop - step.start) * columns_of(unit, unit.shape) * DTYPE_BITS[unit.dtype] // 8 * (step.round is None)
+
+
+def work_bytes(unit: MergeUnit, compute_bytes: int = 4) -> int:
+    """Peak bytes of computing on a tile, or on a whole matrix where the method needs one."""
+    if unit.method == "copy":
+        return 0
+    rows, columns = matrix_shape(unit)
+    entries = rows * columns
+    if not is_whole(unit):
+        entries = min(entries, max(TILE_ENTRIES, columns))
+    tensors = len(unit.inputs) * 2 + len(unit.models) + TEMPORARIES
+    factors = sum(adapter.up.num_bytes + adapter.down.num_bytes for item in unit.inputs for adapter in item.adapters)
+    counters = 2**15 * 8 * len(unit.models) * 4 if num_rounds(unit) > 1 else 0
+    return entries * compute_bytes * tensors + factors * 2 + counters
+
+
+def step_bytes(unit: MergeUnit, step: MergeStep, graph: MergeGraph, compute_bytes: int = 4) -> int:
+    """Peak bytes of a step by itself: what was read, what is computed on, what will be written."""
+    return held_bytes(unit, step, graph) + saved_bytes(unit, step) + work_bytes(unit, compute_bytes)
+
+
+UNKNOWN_RATE = 1e8
+"""Bytes per second where neither could be measured: a plain hard disk's."""
+SAMPLE_BYTES = 2**23
+"""Rates of reading and writing are measured on at most this much, and on no more than the merge writes."""
+
+
+def measure_rates(graph: MergeGraph, output: str | Path) -> MergeRates:
+    """Rates of reading the inputs, writing beside the output, and arithmetic on one core, from short samples.
+
+    Of recipes planned before those they build on have run, some inputs do not exist yet, and a full disk takes no
+    sample: then reading is taken to be as fast as writing, or writing as reading.
+    """
+    sample_bytes = max(2**16, min(SAMPLE_BYTES, graph.write_bytes))
+    files = (Path(item.folder) / item.tensor.file for unit in graph.units for item in unit.inputs)
+    source = next((file for file in files if file.is_file()), None)
+    buffer = bytearray(sample_bytes)
+    read = 0.0
+    if source is not None:
+        began = time.perf_counter()
+        with source.open("rb", buffering=0) as stream:
+            count = max(1, stream.readinto(buffer))
+        read = count / max(time.perf_counter() - began, 1e-6)
+    write = _write_rate(Path(output), buffer)
+    values = np.ones(TILE_ENTRIES, dtype=np.float32)
+    began = time.perf_counter()
+    for _ in range(16):
+        np.add(values, values, out=values)
+    stream_rate = 16 * values.nbytes / max(time.perf_counter() - began, 1e-6)
+    square = np.ones((256, 256), dtype=np.float32)
+    began = time.perf_counter()
+    for _ in range(8):
+        square @ square
+    flops = 8 * 2 * 256**3 / max(time.perf_counter() - began, 1e-6)
+    return MergeRates(read or write or UNKNOWN_RATE, write or read or UNKNOWN_RATE, stream_rate, flops, _num_cores())
+
+
+def _write_rate(output: Path, sample: bytearray) -> float:
+    """Bytes per second written beside the output, down to the disk; 0 where the disk is full."""
+    parent = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.is_dir())
+    began = time.perf_counter()
+    try:
+        with tempfile.TemporaryFile(dir=parent) as scratch:
+            scratch.write(sample)
+            scratch.flush()
+            os.fsync(scratch.fileno())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return 0.0  # whether the result has room is for those who reserve it to say
+    return len(sample) / max(time.perf_counter() - began, 1e-6)
+
+
+def _num_cores() -> int:
+    """Processors this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1

@@ -1,0 +1,122 @@
+"""Known placement shapes, fitted to a problem: chain, V, interleaved, wave, two-way, two-way V, twins, ring, encoders
+apart.
+
+A shape says which rank holds the k-th of its stages, in one or two directions; `mipipe.planner.placements.cuts` fits it to the
+groups (even loads, and less for ranks that start late), `mipipe.planner.placements.ring` shares replicas out unevenly,
+`mipipe.planner.placements.branches` gives encoders places of their own. Groups without resident bytes at either end (an embedding
+or a head whose parameters are not counted, or that fit everywhere) may be spread over several ranks by microbatch
+where the placement is free; a shape asked for by name is that shape (a chain can be exported, a spread head cannot).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from mipipe.planner.actions import Stream
+from mipipe.planner.placements import branches
+from mipipe.planner.placements.cuts import Shape, fit_cuts, loads, place, place_spread, resident_room, units
+from mipipe.planner.placements.ring import rings
+from mipipe.planner.plan import Placement
+from mipipe.planner.problem import PlanningProblem
+
+SHIFTED = 4096
+"""Ranks x microbatches up to which every shape is also cut with less for ranks that start late: beyond, the time for
+another candidate is better spent searching."""
+
+
+def shapes(ranks: int, name: str = "free") -> list[Shape]:
+    """The shapes a placement option allows, simplest first.
+
+    A twin is two copies of a shape on half of the ranks each, side by side, with half of the microbatches each: for
+    two-way and bidirectional schedules what Hanayo's waves (Liu et al., SC 2023) are for Chimera's. Every rank of a
+    wave holds early and late stages, so its first gradient comes soon, and both copies have half as many transfers as a
+    wave over all ranks. Two copies of the parameters, 8 ranks x 20 microbatches: 10,12,8 with transfers of 1, 623, its
+    own bound, where two-way interleaved half-stages have 626 as bound; two streams with half-layers 1,450 to 1,475 of
+    at least 1,444 alone in 30 to 40 s of one core, where they have 1,478 to 1,485 of 1,456; the two-way chain 1,550 of
+    1,548.
+    """
+    forth = tuple(range(ranks))
+    back = forth[::-1]
+    half = forth[:ranks // 2]
+    turn = half + half[::-1]
+    one = [Shape("chain", forth), Shape("v", forth + back), Shape("interleaved", forth * 2),
+           Shape("interleaved", forth * 3),
+           Shape("interleaved", forth * 4), Shape("wave", (forth + back) * 2), Shape("wave", (forth + back) * 3)]
+    two = [Shape("two-way", forth, True), Shape("two-way-v", forth + back, True),
+           Shape("two-way-interleaved", forth * 2, True)]
+    twins = [Shape("twin-chain", half, True), Shape("twin-v", turn, True), Shape("twin-wave", turn * 2, True),
+             Shape("twin-wave", turn * 3, True)]
+    found = one + (two + (twins if ranks > 2 else twins[:1]) if ranks % 2 == 0 else [Shape("two-way", forth, True)])
+    if ranks == 1:
+        found = one[:1]
+    return [shape for shape in found if name in ("free", shape.name)]
+
+
+def resident_bytes(problem: PlanningProblem, placement: Placement) -> list[int]:
+    """Bytes of weights and optimizer state on every rank."""
+    held = [0] * problem.num_ranks
+    for stage in placement.stages:
+        for rank in stage.ranks:
+            held[rank] += sum(problem.groups[group].resident_bytes for group in stage.groups)
+    return held
+
+
+def keeps_single(problem: PlanningProblem, placement: Placement) -> bool:
+    """Whether no group that may have one replica only has more."""
+    return not any(len(stage.ranks) > 1 and any(problem.groups[group].single for group in stage.groups)
+                   for stage in placement.stages)
+
+
+def resident_fits(problem: PlanningProblem, placement: Placement) -> bool:
+    """Whether every rank has room for the weights and states of its stages, and groups have the replicas they may."""
+    held = enumerate(resident_bytes(problem, placement))
+    return keeps_single(problem, placement) and all(size <= resident_room(problem, rank) for rank, size in held)
+
+
+def light_ends(problem: PlanningProblem) -> list[int]:
+    """The first and the last group, where they may run anywhere: in no colocated set, one stream, on every rank they
+    would fit beside an even share of the rest."""
+    total = sum(group.resident_bytes for group in problem.groups)
+    tied = {group for members in problem.colocate for group in members}
+    found = []
+    for index in (0, len(problem.groups) - 1):
+        group = problem.groups[index]
+        share = (total - group.resident_bytes) // problem.num_ranks
+        room = min(resident_room(problem, rank) for rank in range(problem.num_ranks))
+        if index not in tied and group.stream is Stream.COMPUTE and share + group.resident_bytes <= room:
+            found.append(index)
+    return found if len(problem.groups) > problem.num_ranks + 1 else []
+
+
+def propose(problem: PlanningProblem, name: str = "free") -> Iterator[Placement]:
+    """Placements of the allowed shapes whose weights fit, simplest first."""
+    return (placement for placement in all_placements(problem, name) if resident_fits(problem, placement))
+
+
+def _equal(problem: PlanningProblem, parts: Sequence[Sequence[int]]) -> bool:
+    """Whether all stages take the same time on the first device."""
+    work = loads(problem)
+    return len({sum(work[g][0] for g in part) for part in parts}) == 1
+
+
+def all_placements(problem: PlanningProblem, name: str = "free") -> Iterator[Placement]:
+    """Placements of the allowed shapes, whether or not their weights fit."""
+    ends = light_ends(problem)
+    blocks = len(units(problem))
+    for shape in shapes(problem.num_ranks, name):
+        if blocks < shape.num_stages:
+            if shape.name == "chain":
+                yield place(problem, Shape("chain", shape.rank_of[:blocks]),
+                            fit_cuts(problem, Shape("chain", shape.rank_of[:blocks])))
+            continue
+        even = fit_cuts(problem, shape)
+        yield place(problem, shape, even)
+        few = problem.num_ranks > 1 and problem.num_ranks * problem.num_microbatches <= SHIFTED
+        if few and (name == "free" or not _equal(problem, even)):  # a named shape of equal layers is the published one
+            shifted = fit_cuts(problem, shape, by_head=True, start=even)
+            if shifted != even:
+                yield place(problem, shape, shifted)
+        if name == "free" and ends and problem.num_ranks > 1 and blocks - len(ends) >= shape.num_stages:
+            yield place_spread(problem, shape, ends)
+    yield from rings(problem, name)
+    yield from branches.placements(problem, name)

@@ -1,0 +1,106 @@
+"""List scheduling under quotas, compiled by numba: the kernel of `mipipe.planner.search.quotas`."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+_FAR = 1 << 62
+
+
+@njit(cache=True, nogil=True)
+def quota_schedule(machine, dur, succ_ptr, succ, lag, waits0, base, class_ptr, class_list, line, enters, leaves, filler,
+                   quota, ramp, alloc, free, work, cap, offset, age, place, delay, in_turn, seq, start):
+    """Fill ``seq`` and ``start``; the makespan, or -1 if quotas and memory block everything.
+
+    A clock runs; a machine that is free takes, of the heads of its classes that are ready and within quota and memory,
+    the one with the smallest ``offset[class] + age * place[n]``. Where only ``filler`` actions are ready, it waits for
+    another one that comes within ``delay``. ``quota[line[c]]`` is the most microbatches between the start of an
+    action of an ``enters`` class and the end of one of a ``leaves`` class of the line (a stage on a rank); before the
+    first one has left, it is ``ramp``. With ``in_turn`` actions of ``enters`` classes that take memory never overtake
+    each other on a machine: then no order whose values would fit the memory is blocked by what comes early.
+    ``class_list[class_ptr[k]:class_ptr[k + 1]]`` are the classes of machine k; there is one machine per rank.
+    """
+    count = dur.shape[0]
+    machines = class_ptr.shape[0] - 1
+    waits = waits0.copy()
+    ready = np.zeros(count, np.int64)
+    nxt = base[:-1].copy()
+    cls = np.zeros(count, np.int64)
+    for c in range(base.shape[0] - 1):
+        for n in range(base[c], base[c + 1]):
+            cls[n] = c
+    flying = np.zeros(quota.shape[0], np.int64)
+    left = np.zeros(quota.shape[0], np.bool_)
+    used = np.zeros(machines, np.int64)
+    free_at = np.zeros(machines, np.int64)
+    length = np.zeros(machines, np.int64)
+    wake = np.zeros(machines, np.int64)
+    done = 0
+    makespan = 0
+    while done < count:
+        k = 0
+        now = wake[0]
+        for other in range(1, machines):
+            if wake[other] < now:
+                now = wake[other]
+                k = other
+        if now >= _FAR:
+            return -1
+        chosen = -1
+        urgency = np.inf
+        only_filler = True
+        later = _FAR
+        turn = np.inf
+        if in_turn:
+            for index in range(class_ptr[k], class_ptr[k + 1]):
+                c = class_list[index]
+                if enters[c] and nxt[c] < base[c + 1] and alloc[nxt[c]] > 0:
+                    turn = min(turn, offset[c] + age * place[nxt[c]])
+        for index in range(class_ptr[k], class_ptr[k + 1]):
+            c = class_list[index]
+            n = nxt[c]
+            if n >= base[c + 1] or waits[n] > 0:
+                continue
+            if enters[c] and alloc[n] > 0 and offset[c] + age * place[n] > turn:
+                continue
+            if enters[c] and flying[line[c]] >= (quota[line[c]] if left[line[c]] else ramp[line[c]]):
+                continue
+            if used[k] + alloc[n] + work[n] > cap[k]:
+                continue
+            if ready[n] > now:
+                later = min(later, ready[n])
+                continue
+            value = offset[c] + age * place[n]
+            if value < urgency:
+                urgency = value
+                chosen = n
+                only_filler = filler[c]
+        if chosen < 0 or (only_filler and later <= now + delay):
+            wake[k] = later
+            continue
+        n = chosen
+        c = cls[n]
+        end = now + dur[n]
+        start[n] = now
+        seq[k, length[k]] = n
+        length[k] += 1
+        nxt[c] += 1
+        free_at[k] = end
+        wake[k] = end
+        used[k] += alloc[n] - free[n]
+        if enters[c]:
+            flying[line[c]] += 1
+        if leaves[c]:
+            flying[line[c]] -= 1
+            left[line[c]] = True
+        makespan = max(makespan, end)
+        done += 1
+        for e in range(succ_ptr[n], succ_ptr[n + 1]):
+            s = succ[e]
+            ready[s] = max(ready[s], end + lag[e])
+            waits[s] -= 1
+            if waits[s] == 0:
+                q = machine[s]
+                wake[q] = min(wake[q], max(free_at[q], ready[s]))
+    return makespan

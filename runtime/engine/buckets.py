@@ -1,0 +1,98 @@
+"""Which gradients are summed together, between which processes, and when: decided before the first step.
+
+A parameter's sum starts as soon as nothing more is added to its gradient on this rank: replicas of a stage where the
+program says ALL_REDUCE, parameters of this rank alone (summed over the plan's data-parallel copies) after the last W
+that adds to them, tied parameters at the end of the step. Parameters that are ready together share a bucket, one flat
+tensor of at most about `BUCKET_BYTES`. A set of holders and its copies are one group: one sum does both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mipipe.planner.actions import ActionKind
+from mipipe.runtime.engine.instructions import Ready, Step
+
+if TYPE_CHECKING:
+    from mipipe.runtime.engine.compiled import Compiled
+
+BUCKET_BYTES = 25 * 2**20
+"""Size of one sum; DistributedDataParallel's default, enough to hide latency."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Parameters of one dtype whose gradients are summed over ``group`` as one flat tensor; ``what`` names them."""
+
+    group: Any
+    names: tuple[str, ...]
+    what: str
+
+
+def buckets_of(compiled: Compiled, names: Iterable[str], what: str) -> tuple[Bucket, ...]:
+    """The buckets of some parameters, by group, dtype and size, in the given order; those nobody else has are left
+    out."""
+    found: list[Bucket] = []
+    filling: dict[tuple[tuple[int, ...], torch.dtype], tuple[list[str], int]] = {}
+    for name in names:
+        holders, parameter = compiled.holders[name], compiled.weights.parameters[name]
+        key = holders if len(holders) > 1 else (), parameter.dtype
+        members, size = filling.get(key, ([], 0))
+        filling[key] = [*members, name], size + parameter.nbytes
+        if filling[key][1] >= BUCKET_BYTES:
+            found.append(Bucket(compiled.mesh.reduction(holders), tuple(filling.pop(key)[0]), what))
+    for members, _ in filling.values():
+        found.append(Bucket(compiled.mesh.reduction(compiled.holders[members[0]]), tuple(members), what))
+    return tuple(bucket for bucket in found if bucket.group is not None)
+
+
+def stage_buckets(compiled: Compiled, stage: int) -> tuple[Bucket, ...]:
+    """What an ALL_REDUCE of a stage sums: its gradients, but not of parameters tied to other stages."""
+    graded = set(compiled.graded)
+    names = [name for name in compiled.stages[stage].parameters
+             if name in graded and name in compiled.exclusive and len(compiled.holders[name]) > 1]
+    return buckets_of(compiled, names, f"gradients of stage {stage}")
+
+
+def with_copy_sums(compiled: Compiled) -> list[Ready]:
+    """The rank's instructions with an ALL_REDUCE over the plan's copies behind the action that completes a bucket.
+
+    Buckets fill in the order in which parameters become ready, over several actions where these are small.
+    """
+    instructions = list(compiled.instructions)
+    if compiled.mesh.copy_group is None:
+        return instructions
+    name_of = {id(parameter): name for name, parameter in compiled.weights.parameters.items()}
+    alone = {name for name in compiled.graded if len(compiled.holders[name]) == 1} - compiled.banks
+    last: dict[str, int] = {}
+    for place, ready in enumerate(instructions):
+        for name in gradients_of(ready, name_of):
+            if name in alone:
+                last[name] = place
+    order = sorted(last, key=lambda name: (last[name], name))
+    behind: dict[int, list[Bucket]] = {}
+    for bucket in buckets_of(compiled, order, "gradients of the plan's copies"):
+        place = max(last[name] for name in bucket.names)
+        while instructions[place + 1].kind in (ActionKind.SEND, ActionKind.RECV):  # peers' data first
+            place += 1
+        behind.setdefault(place, []).append(bucket)
+    result: list[Ready] = []
+    for place, ready in enumerate(instructions):
+        result.append(ready)
+        if place in behind:
+            count = sum(len(bucket.names) for bucket in behind[place])
+            result.append(Ready(ActionKind.ALL_REDUCE, tuple(behind[place]), f"ALL_REDUCE of {count} gradients over"
+                                f" {compiled.mesh.num_copies} copies"))
+    return result
+
+
+def gradients_of(ready: Ready, name_of: dict[int, str]) -> set[str]:
+    """The parameters to whose gradients an instruction adds."""
+    if not isinstance(ready.argument, Step):
+        return set()
+    return {name_of[id(parameter)] for piece in ready.argument.pieces for call in piece.part.calls
+            for _, parameter, _ in call.gradients}

@@ -1,0 +1,146 @@
+"""`Engine`: one rank of a planned run, with what a training loop needs; `mipipe.runtime.engine.executor` runs its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from mipipe.graphs.errors import RunError
+from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.planner.experts.maps import ExpertMap
+from mipipe.planner.plan import Plan
+from mipipe.planner.program import Program
+from mipipe.runtime.engine.compiled import Compiled, compile_rank
+from mipipe.runtime.engine.executor import Executor, StepRecord
+from mipipe.runtime.engine.mesh import Mesh
+from mipipe.runtime.experts.moves import Moved, move_experts
+from mipipe.runtime.train.batches import Batch, split_batch, total_weight
+from mipipe.runtime.train.processes import world
+from mipipe.runtime.weights.weights import Source, Weights
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """``seed`` keys random operators; ``timeout_s`` bounds every wait; ``compile`` uses torch.compile.
+
+    ``master_dtype`` keeps weights and gradients in another dtype than the graph computes in. ``share_loss`` returns the
+    loss on every rank (one small all-reduce), else only where it is computed. ``track_memory`` measures after every
+    instruction, slowly. Memory beyond the plan's buys independence of the other ranks' delays: ``hold_sends`` keeps
+    what was sent to the end of the step instead of waiting where the program frees it, ``prepost`` posts every receive
+    that many compute actions earlier than the program does. ``overlap`` runs the plan's collective stream beside its
+    compute stream where ranks exchange rows (a thread, on CPUs). For graphs captured for expert parallelism:
+    ``expert_map`` places the experts on the copies of the plan (None: in equal blocks), ``load_factor`` caps the rows
+    that a copy accepts, in even shares.
+    """
+
+    seed: int = 0
+    timeout_s: float = 60.0
+    compile: bool = False
+    master_dtype: torch.dtype | None = None
+    share_loss: bool = True
+    track_memory: bool = False
+    hold_sends: bool = False
+    prepost: int = 0
+    overlap: bool = True
+    expert_map: ExpertMap | None = None
+    load_factor: float | None = None
+
+
+class Engine:
+    """One rank of a planned run, usable in any training loop.
+
+    ``engine.step(batch)`` runs forward and backward of all microbatches and returns the loss; gradients are then on
+    ``engine.parameters()``, ordinary parameters for any torch optimizer, already summed over replicas and ties.
+    ``on_update`` is called at the program's OPTIMIZER_STEP, when gradients are complete. ``record`` is what the last
+    step or evaluation left: times and, where it is tracked, memory.
+    """
+
+    def __init__(self, plan: Plan, graph: OperatorGraph, weights: Source, *, program: Program | None = None,
+                 mesh: Mesh | None = None, options: EngineOptions | None = None,
+                 on_update: Callable[[], None] | None = None, device: torch.device | str = "cpu") -> None:
+        self.options = options or EngineOptions()
+        self.on_update = on_update
+        self.steps_done = 0
+        self.compiled: Compiled = compile_rank(plan, graph, weights, program, mesh, torch.device(device), self.options)
+        self.plan, self.graph, self.mesh = plan, graph, self.compiled.mesh
+        self.weights: Weights = self.compiled.weights
+        self.record = StepRecord()
+        self._executor = Executor(self.compiled, self.options)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The trainable parameters of this rank."""
+        return [parameter for parameter in self.weights.parameters.values() if parameter.requires_grad]
+
+    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """The trainable parameters of this rank with their canonical names."""
+        return [(name, item) for name, item in self.weights.parameters.items() if item.requires_grad]
+
+    def step(self, batch: Batch) -> float | None:
+        """The loss of one step: the sum of all microbatches' losses over the global number of valid labels.
+
+        ``batch``: tensors by the graph's input names, split along their first dimension, or a list of microbatches.
+        Gradients are added to what ``.grad`` holds. None where the loss is not known to this rank (``share_loss``).
+
+        Raises:
+            RunError: an instruction failed or a peer kept this rank waiting for too long.
+        """
+        microbatches, weight = self._prepare(batch)
+        self.compiled.loss_gradient.fill_(1.0 / weight)
+        self.record = self._executor.run(microbatches, self.steps_done, self.on_update)
+        self.steps_done += 1
+        return self._share(self.record.losses, 1.0 / weight)
+
+    def evaluate(self, batch: Batch) -> float | None:
+        """The loss of a batch without gradients; ``engine.outputs`` then has this rank's outputs by microbatch."""
+        microbatches, weight = self._prepare(batch)
+        self.record = self._executor.evaluate(microbatches, self.steps_done)
+        return self._share(self.record.losses, 1.0 / weight)
+
+    @property
+    def outputs(self) -> dict[str, dict[int, torch.Tensor]]:
+        """The outputs of the last evaluation on this rank, by value and microbatch."""
+        return self.record.outputs
+
+    def _prepare(self, batch: Batch) -> tuple[list[dict[str, torch.Tensor]], float]:
+        """The microbatches, and what the losses are divided by, over all copies of the plan."""
+        microbatches = split_batch(self.graph, batch, self.plan.problem.num_microbatches, self.mesh.device)
+        weight = total_weight(self.graph, microbatches)
+        if self.mesh.copy_group is not None:
+            total = torch.tensor(weight, dtype=torch.float64, device=self.mesh.device)
+            dist.all_reduce(total, group=self.mesh.copy_group)
+            weight = float(total)
+        if weight <= 0:
+            raise RunError(f"step {self.steps_done + 1}: the batch has no valid label; every label is ignored")
+        return microbatches, weight
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for parameter in self.weights.parameters.values():
+            parameter.grad = None
+
+    def routing_counts(self) -> dict[int, torch.Tensor]:
+        """How often each expert was chosen in the last step: counts [experts] by the number of the MoE layer in the
+        graph, for the layers of this rank and the tokens of this copy."""
+        return self.compiled.counters
+
+    def place_experts(self, expert_map: ExpertMap, optimizer: torch.optim.Optimizer | None = None) -> Moved:
+        """Move this rank's experts to where the map wants them, with gradients and the optimizer's state.
+
+        Between steps, on all ranks. The mathematics does not change: every later step is what it would have been.
+        """
+        if self.compiled.experts is None:
+            raise RunError("place_experts: this run has no expert-parallel group; capture the model with"
+                           " --expert-parallel and start several copies of the plan")
+        return move_experts(self.compiled.experts, self.weights, expert_map, optimizer)
+
+    def _share(self, losses: dict[int, torch.Tensor], scale: float) -> float | None:
+        total = sum((losses[index].double() for index in sorted(losses)), torch.zeros((), dtype=torch.float64,
+                                                                                      device=self.mesh.device))
+        if self.options.share_loss and world() > 1:
+            dist.all_reduce(total)
+        elif not losses:
+            return None
+        return float(total) * scale

@@ -1,0 +1,269 @@
+"""A loop over one rank's instructions with one handler for each kind.
+
+It knows no pipeline: what runs when was decided by the plan, who sends to whom by lowering. Sends and receives are
+started and forgotten until a consumer or a FREE needs them; nothing polls. What the plan has on the collective stream
+runs on a thread of its own where ranks exchange rows there (`mipipe.runtime.engine.side_stream`), else in the program's order.
+A failing instruction ends the run with its number, its text and the peer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mipipe.graphs.errors import MipipeError, ProgramError, RunError
+from mipipe.planner.actions import ActionKind
+from mipipe.runtime.engine import comm, reduce
+from mipipe.runtime.engine.buckets import Bucket
+from mipipe.runtime.engine.buffers import Buffers
+from mipipe.runtime.engine.calls import Part, random_key, run_calls
+from mipipe.runtime.engine.compiled import Compiled, exchanges_aside
+from mipipe.runtime.engine.instructions import Piece, Ready, Step, Transport
+from mipipe.runtime.engine.side_stream import SideStream
+
+if TYPE_CHECKING:
+    from mipipe.runtime.engine.engine import EngineOptions
+
+Program = Sequence[tuple[Callable[[Any], None], Any]]
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """What a step left. ``losses`` by microbatch; ``outputs`` of an evaluation by value and microbatch; ``events``
+    (instruction, start, end) and ``transfer_times`` (transfer, 0 sent or 1 received, moment) in nanoseconds of this
+    process's clock; ``memory`` (moment, bytes) where it is tracked."""
+
+    losses: dict[int, torch.Tensor] = field(default_factory=dict)
+    outputs: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
+    events: list[tuple[int, int, int]] = field(default_factory=list)
+    transfer_times: list[tuple[int, int, int]] = field(default_factory=list)
+    memory: list[tuple[int, int]] = field(default_factory=list)
+
+
+class Executor:
+    """Runs the instructions of a rank."""
+
+    def __init__(self, compiled: Compiled, options: EngineOptions) -> None:
+        self._on_update: Callable[[], None] | None = None
+        self._compiled, self._options = compiled, options
+        self._timeout = timedelta(seconds=options.timeout_s)
+        self._blocking = compiled.mesh.device.type == "cpu"
+        self._buffers = Buffers()
+        self._reducer = reduce.Reducer(compiled, self._timeout, self._blocking)
+        self._microbatches: list[dict[str, torch.Tensor]] = []
+        self._record = StepRecord()
+        self._step, self._evaluating = 0, False
+        self._tracking, self._static = options.track_memory, set[int]()
+        self._side: SideStream | None = None
+        self._aside = options.overlap and self._blocking and not self._tracking and exchanges_aside(compiled)
+        self._made_aside: set[int] = set()
+        if self._aside:
+            steps = [ready.argument for ready in compiled.instructions if isinstance(ready.argument, Step)]
+            self._made_aside = {transfer for step in steps if step.aside for piece in step.pieces
+                                for transfer, _ in piece.outgoing}
+        handlers: dict[ActionKind, Callable[[Any], None]] = {
+            ActionKind.F: self._compute, ActionKind.I: self._compute, ActionKind.W: self._compute,
+            ActionKind.B: self._compute, ActionKind.OVERLAP_F_B: self._compute, ActionKind.RECOMPUTE: self._compute,
+            ActionKind.SEND: self._send, ActionKind.RECV: self._receive, ActionKind.FREE: self._free,
+            ActionKind.ALL_REDUCE: self._all_reduce, ActionKind.OPTIMIZER_STEP: self._update}
+        missing = [item.kind for item in compiled.instructions if item.kind not in handlers]
+        if missing:
+            raise ProgramError(f"program: instruction {missing[0]} is not known to the engine")
+        self._training = [(handlers[item.kind], item.argument) for item in compiled.instructions]
+        self._evaluation = [(handlers[item.kind], item.argument) for item in compiled.evaluation]
+
+    def run(self, microbatches: list[dict[str, torch.Tensor]], step: int,
+            on_update: Callable[[], None] | None = None) -> StepRecord:
+        """Forward and backward of all microbatches; ``on_update`` is called at the program's OPTIMIZER_STEP. ``step``
+        counts steps for random numbers.
+
+        Raises:
+            RunError: an instruction failed or a peer kept this rank waiting for too long.
+        """
+        self._on_update, self._evaluating = on_update, False
+        self._reducer.begin()
+        return self._walk(self._training, microbatches, step)
+
+    def evaluate(self, microbatches: list[dict[str, torch.Tensor]], step: int) -> StepRecord:
+        """Forward of all microbatches; raises as `run`."""
+        self._evaluating = True
+        return self._walk(self._evaluation, microbatches, step)
+
+    def _walk(self, program: Program, microbatches: list[dict[str, torch.Tensor]], step: int) -> StepRecord:
+        self._microbatches, self._step, self._record = microbatches, step, StepRecord()
+        self._compiled.weights.refresh()
+        for counter in self._compiled.counters.values():
+            counter.zero_()
+        if self._tracking:
+            self._static = self._static_storages()
+        if self._aside and self._side is None:
+            self._side = SideStream()
+        position = 0
+        try:
+            with torch.no_grad(), no_collection():
+                for position, (handler, argument) in enumerate(program):  # noqa: B007
+                    handler(argument)
+                    if self._tracking:
+                        self._measure()
+                self._join()
+                if not self._evaluating:
+                    self._reducer.finish()
+                self._drain()
+            return self._record
+        except Exception as error:
+            self._buffers.clear()
+            if self._side is not None:
+                self._side.abandon()
+                self._side = None
+            instructions: list[Ready] = self._compiled.evaluation if self._evaluating else self._compiled.instructions
+            text = f"rank {self._compiled.mesh.rank}, instruction {position} ({instructions[position].label})"
+            if isinstance(error, MipipeError):
+                raise type(error)(f"{text}: {error}") from error
+            raise RunError(f"{text}: {type(error).__name__}: {error}") from error
+
+    def _compute(self, step: Step) -> None:
+        if self._side is None:
+            self._act(step)
+        elif step.aside:
+            keys = [("frame", target) for piece in step.pieces for _, target, _, _ in piece.deliveries]
+            action = self._compiled.program.ranks[self._compiled.mesh.rank][step.index].action
+            self._side.submit(functools.partial(self._act, step), str(action), keys)
+        else:
+            for piece in step.pieces:
+                self._side.wait(("frame", piece.frame))
+            self._act(step)
+
+    def _act(self, step: Step) -> None:
+        for transport in step.waits:
+            self._take(transport)
+        start = time.perf_counter_ns()
+        for piece in step.pieces:
+            self._do(piece)
+        self._record.events.append((step.index, start, time.perf_counter_ns()))
+
+    def _do(self, piece: Piece) -> None:
+        buffers = self._buffers
+        frame = buffers.frame(piece.frame, piece.template)
+        for slot, name in piece.batch:
+            frame[slot] = self._microbatches[piece.microbatch][name]
+        part: Part = piece.evaluation if self._evaluating else piece.part
+        run_calls(part.calls, frame, functools.partial(self._seed, piece.microbatch))
+        for slot, target, template, place in piece.deliveries:
+            buffers.frame(target, template)[place] = frame[slot]
+        for transfer, slots in piece.outgoing:
+            buffers.outgoing[transfer] = ([frame[slot].contiguous() for slot in slots], [])
+        for name, slot in piece.keeps:
+            self._keep(name, piece.microbatch, frame[slot])
+        if self._tracking:
+            self._measure()
+        for slot in part.drops:
+            frame[slot] = None
+        if piece.last or self._evaluating:
+            del buffers.frames[piece.frame]
+
+    def _seed(self, microbatch: int, segment: int) -> int:
+        mesh = self._compiled.mesh
+        number = mesh.copy * self._compiled.plan.problem.num_microbatches + microbatch
+        return random_key(self._options.seed, self._step, number, segment)
+
+    def _keep(self, name: str, microbatch: int, tensor: torch.Tensor) -> None:
+        if name == self._compiled.graph.loss:
+            self._record.losses[microbatch] = tensor
+        if self._evaluating:
+            self._record.outputs.setdefault(name, {})[microbatch] = tensor
+
+    def _take(self, transport: Transport) -> None:
+        tensors, works = self._buffers.incoming.pop(transport.index)
+        comm.wait(works, self._timeout, lambda: f"receiving {transport.text} from rank {transport.peer}",
+                  self._blocking)
+        self._record.transfer_times.append((transport.index, 1, time.perf_counter_ns()))
+        frame = self._buffers.frame(transport.frame, transport.template)
+        for slot, tensor in zip(transport.slots, tensors, strict=True):
+            frame[slot] = tensor
+
+    def _receive(self, transport: Transport) -> None:
+        device = self._compiled.mesh.device
+        tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in transport.specs]
+        works = comm.start_receive(transport.group, tensors, transport.place)
+        self._buffers.incoming[transport.index] = (tensors, works)
+
+    def _send(self, transport: Transport) -> None:
+        if self._side is None:
+            self._start_send(transport)
+            return
+        channel = ("channel", transport.peer)  # its sends stay in one order
+        if transport.index in self._made_aside:
+            keys = [("sent", transport.index), channel]
+            self._side.submit(functools.partial(self._start_send, transport), f"SEND {transport.text}", keys)
+        else:
+            self._side.wait(channel)
+            self._start_send(transport)
+
+    def _start_send(self, transport: Transport) -> None:
+        tensors, works = self._buffers.outgoing[transport.index]
+        self._record.transfer_times.append((transport.index, 0, time.perf_counter_ns()))
+        works += comm.start_send(transport.group, tensors, transport.place)
+
+    def _free(self, transport: Transport) -> None:
+        if self._options.hold_sends:
+            return
+        if self._side is not None:
+            self._side.wait(("sent", transport.index))
+        _, works = self._buffers.outgoing[transport.index]
+        comm.wait(works, self._timeout, lambda: f"sending {transport.text} to rank {transport.peer}", self._blocking)
+        del self._buffers.outgoing[transport.index]
+
+    def _all_reduce(self, buckets: tuple[Bucket, ...]) -> None:
+        self._reducer.start(buckets)
+
+    def _update(self, index: int) -> None:
+        if self._on_update is not None and not self._evaluating:
+            self._join()
+            start = time.perf_counter_ns()
+            self._reducer.finish()
+            with torch.enable_grad():
+                self._on_update()
+            self._record.events.append((index, start, time.perf_counter_ns()))
+
+    def _join(self) -> None:
+        if self._side is not None:
+            self._side.join()
+
+    def _measure(self) -> None:
+        self._record.memory.append((time.perf_counter_ns(), self._buffers.num_bytes(self._static)))
+
+    def _static_storages(self) -> set[int]:
+        """Data pointers of what is there without the step: weights, constants, the batch."""
+        held = [item for code in self._compiled.stages.values() for item in code.template if item is not None]
+        held += [tensor for piece in self._microbatches for tensor in piece.values()]
+        return {tensor.untyped_storage().data_ptr() for tensor in held}
+
+    def _drain(self) -> None:
+        """Wait for sends the program left to run (programs without FREE); nothing else may be left over."""
+        for index in list(self._buffers.outgoing):
+            _, works = self._buffers.outgoing.pop(index)
+            comm.wait(works, self._timeout, functools.partial("sending transfer {}".format, index), self._blocking)
+        left = len(self._buffers.incoming) + len(self._buffers.frames)
+        if left:
+            raise ProgramError(f"{left} buffers are left at the end of the step; see mipipe check")
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Python's cyclic garbage collector waits meanwhile: with torch loaded one pass takes tens of milliseconds, and a
+    pause of one rank is a pause of all. Nothing is lost: tensors go by reference counts."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,90 @@
+"""The phase functions of a graph's traces, built once and shared by all segments of one trace."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mipipe.graphs.operator_graph import OperatorGraph, Phase, Segment, SegmentTrace
+from mipipe.graphs.tracing.trace import CONSTANT, GETITEM, build_phase, phase_signature, resolve, uses_random
+from mipipe.runtime.engine.compile_phases import Compiler
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseCode:
+    """A function of explicit tensors, the names of its arguments and results.
+
+    ``owned[k]``: result k is fresh memory nobody else refers to. ``random``: it draws random numbers. W's function
+    takes a callable first and hands (k, gradient) to it, one gradient after the other; it returns nothing.
+    """
+
+    function: Callable[..., tuple[torch.Tensor, ...]]
+    arguments: tuple[str, ...]
+    results: tuple[str, ...]
+    owned: tuple[bool, ...]
+    random: bool
+
+
+class Phases:
+    """Phase functions by trace and phase; ``compile`` passes them through torch.compile.
+
+    The engine runs a whole step without autograd, so the functions' own guard (a microsecond or two for each call) is
+    taken off. ``given`` has implementations of operators by kind for segments that need their own (expert parallelism);
+    these have sizes that change, and are never compiled.
+    """
+
+    def __init__(self, graph: OperatorGraph, device: torch.device, compile: bool = False,
+                 given: Mapping[str, Mapping[str, Callable[..., Any]]] | None = None) -> None:
+        self.device = device
+        self._given = given or {}
+        self._compiler = Compiler(device) if compile else None
+        self._traces = {trace.digest: trace for trace in graph.traces}
+        self._codes: dict[tuple[str, Phase, str], PhaseCode] = {}
+
+    def trace(self, segment: Segment) -> SegmentTrace:
+        """The trace of a segment."""
+        return self._traces[segment.trace]
+
+    def code(self, trace: SegmentTrace, phase: Phase, segment: str = "") -> PhaseCode:
+        """The function of one phase of a trace; ``segment`` matters where it has operators of its own."""
+        given = self._given.get(segment)
+        key = (trace.digest, phase, "" if given is None else segment)
+        found = self._codes.get(key)
+        if found is None:
+            arguments, results = phase_signature(trace, phase)
+            compiled = self._compiler is not None and given is None and trace.has(phase)
+            handing = phase is Phase.W and not compiled
+            function = inspect.unwrap(build_phase(trace, phase, device=self.device, given=given, handing=handing))
+            owned = _owned(trace, phase, results)
+            if compiled:
+                assert self._compiler is not None
+                function, owned = self._compiler.compile(function, trace, phase)
+                function = _handing(function) if phase is Phase.W else function
+            found = PhaseCode(function, arguments, results, owned, phase is Phase.F and uses_random(trace))
+            self._codes[key] = found
+        return found
+
+
+def _handing(function: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """A function that hands over the other's results one by one."""
+    def handed(give: Callable[[int, torch.Tensor], None], *arguments: Any) -> tuple[torch.Tensor, ...]:
+        for position, result in enumerate(function(*arguments)):
+            give(position, result)
+        return ()
+
+    return handed
+
+
+def _owned(trace: SegmentTrace, phase: Phase, results: tuple[str, ...]) -> tuple[bool, ...]:
+    """For each result: made in this phase by an operator that returns no view, and contiguous as such."""
+    makers = {operator.name: operator for operator in trace.phase_operators(phase)}
+    fresh = []
+    for name in results:
+        kind = makers[name].kind if name in makers else GETITEM
+        schema = None if kind in (CONSTANT, GETITEM) else getattr(resolve(kind), "_schema", None)
+        fresh.append(schema is not None and all(item.alias_info is None for item in schema.returns))
+    return tuple(fresh)

@@ -1,0 +1,273 @@
+"""One stage as code: its segments' F, I and W functions bound to the slots of a frame.
+
+A stage runs its segments in topological order forward and in reverse backward. Everything that can be decided before
+the first step is decided here: which slot each argument is in, which gradients meet in a sum, what is accumulated into
+which parameter, and after which call a slot is empty. What is left for the step is a walk over calls
+(`mipipe.runtime.engine.calls`).
+
+Left out: shapes that change between microbatches, and control flow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from mipipe.graphs.errors import GraphError
+from mipipe.graphs.operator_graph import OperatorGraph, Phase, Segment, SegmentTrace, TensorSpec
+from mipipe.runtime.engine.buffers import Frame
+from mipipe.runtime.engine.calls import Call, Part, accumulator, getter, nothing, split_parts, without_updates
+from mipipe.runtime.engine.flow import GradientFlow
+from mipipe.runtime.engine.phases import PhaseCode, Phases
+from mipipe.runtime.weights.weights import Weights
+
+Key = tuple[str, ...]
+Counters = dict[str, tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class StageCode:
+    """The code of one stage on one rank.
+
+    ``template``: a fresh frame. ``inputs`` and ``outputs``: slots of values from and for elsewhere. ``incoming[(value,
+    stage)]``: slot of the gradient that stage returns; ``outgoing[value]``: slot of the gradient returned for an input.
+    ``parts`` by name: F, I, W, B; ``keep`` (F that keeps only inputs), ``again`` (F once more), ``only`` (F without
+    gradients to follow).
+    """
+
+    template: Frame
+    inputs: dict[str, int]
+    outputs: dict[str, int]
+    incoming: dict[tuple[str, int], int]
+    outgoing: dict[str, int]
+    parts: dict[str, Part]
+    parameters: tuple[str, ...]
+    buffer_updates: bool
+
+
+@dataclass(slots=True)
+class _Slots:
+    """Numbers for keys, and the template they index."""
+
+    template: Frame = field(default_factory=list)
+    numbers: dict[Key, int] = field(default_factory=dict)
+    static: set[int] = field(default_factory=set)
+
+    def number(self, key: Key) -> int:
+        found = self.numbers.get(key)
+        if found is None:
+            found = self.numbers[key] = len(self.template)
+            self.template.append(None)
+        return found
+
+    def constant(self, key: Key, value: Any) -> int:
+        number = self.number(key)
+        self.template[number] = value
+        self.static.add(number)
+        return number
+
+
+@dataclass(slots=True)
+class _Builder:
+    """The state of building one stage."""
+
+    graph: OperatorGraph
+    flow: GradientFlow
+    weights: Weights
+    loss_gradient: torch.Tensor
+    stage_of: dict[str, int]
+    index: int
+    segments: Sequence[Segment]
+    device: torch.device
+    slots: _Slots = field(default_factory=_Slots)
+    specs: dict[str, TensorSpec] = field(default_factory=dict)
+    local: set[str] = field(default_factory=set)
+    kept: set[str] = field(default_factory=set)
+    counters: Counters = field(default_factory=dict)
+
+    def gradient(self, value: str) -> tuple[int, tuple[int, tuple[int, ...]] | None]:
+        """The slot of a value's whole gradient, and the sum that makes it (None for a single contribution)."""
+        parts = []
+        seen: set[int] = set()
+        for segment, position in self.flow.contributions(value):
+            if segment in self.local:
+                parts.append(self.slots.number(("part", value, segment, str(position))))
+            elif self.stage_of[segment] not in seen:
+                seen.add(self.stage_of[segment])
+                parts.append(self.slots.number(("incoming", value, str(self.stage_of[segment]))))
+        if value == self.graph.loss:
+            parts.append(self.slots.constant(("loss gradient",), self.loss_gradient))
+        if not parts:
+            spec = self.specs[value]
+            zeros = torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=self.device)
+            return self.slots.constant(("zeros", str(spec.shape), spec.dtype), zeros), None
+        if len(parts) == 1:
+            return parts[0], None
+        whole = self.slots.number(("gradient", value))
+        return whole, (whole, tuple(parts))
+
+    def keys(self, segment: Segment, trace: SegmentTrace) -> dict[str, int]:
+        """Slots of the trace's arguments and outputs; names absent here are saved tensors."""
+        slots: dict[str, int] = {}
+        for name, value in zip(trace.outputs, segment.outputs, strict=True):
+            slots[name] = self.slots.number(("value", value))
+        for name, value in zip(trace.inputs, segment.inputs, strict=True):
+            slots[name] = self.slots.number(("value", value))
+        for names, fqns in ((trace.parameters, segment.parameters), (trace.buffers, segment.buffers)):
+            for name, fqn in zip(names, fqns, strict=True):
+                slots[name] = self.slots.constant(("weight", fqn), self.weights.tensor(fqn))
+        return slots
+
+    def forward(self, segment: Segment, trace: SegmentTrace, code: PhaseCode, needed: set[str]) -> Call:
+        """The F call: outputs and what I and W will read are stored."""
+        slots = self.keys(segment, trace)
+        outputs = list(zip(trace.outputs, segment.outputs, strict=True))
+        stores, updates = [], []
+        replaced = dict(zip(trace.buffers, segment.buffers, strict=True))
+        targets = [(result, self.weights.tensor(replaced[name])) for name, result in trace.buffer_updates.items()]
+        for position, name in enumerate(code.results):
+            stores += [(position, self.slots.number(("value", value))) for output, value in outputs if output == name]
+            if name in needed and name not in slots:
+                stores.append((position, self.slots.number(("saved", segment.name, name))))
+            updates += [(position, target) for result, target in targets if result == name]
+        reads = tuple(slots[name] for name in code.arguments)
+        number = self.graph.segments.index(segment) if code.random else -1
+        counted = None
+        if segment.name in self.counters:
+            value, counter = self.counters[segment.name]
+            counted = self.slots.number(("value", value)), counter
+        return Call(code.function, getter(reads), reads, (), tuple(stores), (), tuple(updates), number,
+                    counted=counted)
+
+    def backward(self, segment: Segment, trace: SegmentTrace, code: PhaseCode, phase: Phase, needed: set[str],
+                 first: bool) -> Call:
+        """The I or W call; ``first`` sums the output gradients, ``needed`` are I's results that W reads."""
+        slots = self.keys(segment, trace)
+        sums = []
+        for name, value in zip(trace.output_grads, segment.outputs, strict=True):
+            if name is not None:
+                slots[name], total = self.gradient(value)
+                if total is not None and first:
+                    sums.append(total)
+        stores: list[tuple[int, int]] = []
+        gradients = []
+        for position, name in enumerate(code.results):
+            if phase is Phase.I:
+                stores += [(position, self.slots.number(("part", value, segment.name, str(number))))
+                           for number, (result, value) in enumerate(zip(trace.input_grads, segment.inputs, strict=True))
+                           if result == name and self.flow.wanted(value)]
+                if name in needed and name not in slots:
+                    stores.append((position, self.slots.number(("saved", segment.name, name))))
+            else:
+                gradients += [(position, self.weights.parameters[self.weights.canonical[fqn]], code.owned[position])
+                              for result, fqn in zip(trace.parameter_grads, segment.parameters, strict=True)
+                              if result == name]
+        saved = self.slots.number
+        reads = tuple(slots[name] if name in slots else saved(("saved", segment.name, name)) for name in code.arguments)
+        function = partial(code.function, accumulator(gradients)) if phase is Phase.W else code.function
+        return Call(function, getter(reads), reads, tuple(sums), tuple(stores), tuple(gradients))
+
+
+def build_stage(graph: OperatorGraph, flow: GradientFlow, segments: Sequence[Segment], index: int,
+                stage_of: dict[str, int], weights: Weights, loss_gradient: torch.Tensor, phases: Phases,
+                keep: Iterable[str] = (), counters: Counters | None = None) -> StageCode:
+    """The code of stage ``index``, whose ``segments`` are in topological order.
+
+    ``stage_of`` gives the stage of every segment; ``keep`` names values the caller wants after F (the loss, outputs);
+    ``counters`` has, for segments whose routing is counted, the value with the chosen experts and where to add them.
+    """
+    builder = _Builder(graph, flow, weights, loss_gradient, stage_of, index, segments, phases.device)
+    builder.specs = {value.name: value.spec for value in graph.values}
+    builder.local = {segment.name for segment in segments}
+    builder.counters = counters or {}
+    forward, backward = [], []
+    for segment in segments:
+        trace = phases.trace(segment)
+        codes = {phase: phases.code(trace, phase, segment.name) for phase in Phase}
+        active = flow.active(segment.name)
+        later = {name for phase in (Phase.I, Phase.W) if active and trace.has(phase) for name in codes[phase].arguments}
+        forward.append(builder.forward(segment, trace, codes[Phase.F], later))
+        if not active:
+            continue
+        weight = trace.has(Phase.W)
+        read = set(codes[Phase.W].arguments) if weight else set()
+        pair: list[Call | None] = [None, None]
+        if trace.has(Phase.I):
+            call = builder.backward(segment, trace, codes[Phase.I], Phase.I, read, True)
+            pair[0] = call if call.stores else None
+        if weight:
+            pair[1] = builder.backward(segment, trace, codes[Phase.W], Phase.W, set(), pair[0] is None)
+        backward.append((pair[0], pair[1]))
+    if any(first is not None for first, _ in backward):
+        backward = [_summed_early(first, second) for first, second in backward]
+    backward.reverse()
+    return _assemble(builder, forward, backward, set(keep))
+
+
+def _summed_early(first: Call | None, second: Call | None) -> tuple[Call | None, Call | None]:
+    """A segment's I and W; where it has no I, sums of its gradients are made in the stage's I, so that what they are
+    made of does not wait for W."""
+    if first is None and second is not None and second.sums:
+        return Call(nothing, getter(()), (), second.sums), dataclasses.replace(second, sums=())
+    return first, second
+
+
+def _assemble(builder: _Builder, forward: list[Call], backward: list[tuple[Call | None, Call | None]],
+              keep: set[str]) -> StageCode:
+    slots, flow = builder.slots, builder.flow
+    made = {value for segment in builder.segments for value in segment.outputs}
+    read_elsewhere = {value for segment in builder.graph.segments if segment.name not in builder.local
+                      for value in segment.inputs}
+    outputs = {value: slots.number(("value", value)) for segment in builder.segments for value in segment.outputs
+               if value in read_elsewhere or value in keep}
+    inputs = {value: slots.number(("value", value)) for segment in builder.segments for value in segment.inputs
+              if value not in made}
+    sums: list[tuple[int, tuple[int, ...]]] = []
+    outgoing = {}
+    for value in inputs:
+        parts = tuple(slots.number(("part", value, segment, str(position)))
+                      for segment, position in flow.contributions(value) if segment in builder.local)
+        if len(parts) == 1:
+            outgoing[value] = parts[0]
+        elif parts:
+            outgoing[value] = slots.number(("outgoing", value))
+            sums.append((outgoing[value], parts))
+    incoming = {(key[1], int(key[2])): number for key, number in slots.numbers.items() if key[0] == "incoming"}
+    last = [Call(nothing, getter(()), (), tuple(sums))] if sums else []
+    input_calls = [i for i, _ in backward if i is not None] + last
+    weight_calls = [w for _, w in backward if w is not None]
+    both = [call for pair in backward for call in pair if call is not None] + last
+    sent, returned = set(outputs.values()), set(outgoing.values())
+    frozen = set(inputs.values())
+    f, i, w = split_parts([(forward, sent), (input_calls, returned), (weight_calls, set())], slots.static)
+    _, b = split_parts([(forward, sent), (both, returned)], slots.static)
+    (only,) = split_parts([(forward, sent)], slots.static)
+    (kept,) = split_parts([(forward, sent)], slots.static | frozen)
+    again, _ = split_parts([([without_updates(call) for call in forward], set()), (both, returned)], slots.static)
+    if not input_calls:
+        w = b
+    named = {"F": f, "I": i, "W": w, "B": b, "only": only, "keep": kept, "again": again}
+    names = tuple(dict.fromkeys(builder.weights.canonical[fqn] for segment in builder.segments
+                                for fqn in segment.parameters))
+    return StageCode(slots.template, inputs, outputs, incoming, outgoing, named, names,
+                     any(call.updates for call in forward))
+
+
+def check_segments(graph: OperatorGraph, names: Iterable[str]) -> list[Segment]:
+    """The graph's segments of these names, in the graph's (topological) order.
+
+    Raises:
+        GraphError: a name the graph does not have.
+    """
+    wanted = list(names)
+    known = {segment.name for segment in graph.segments}
+    for name in wanted:
+        if name not in known:
+            raise GraphError(f"plan: segment {name!r} is not in the operator graph of {graph.model}")
+    chosen = set(wanted)
+    return [segment for segment in graph.segments if segment.name in chosen]

@@ -1,0 +1,68 @@
+"""From a plan and a mesh to this rank's expert-parallel group, and to the counters of its routers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+
+from mipipe.graphs.errors import InputError
+from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.planner.plan import Plan
+from mipipe.runtime.engine.mesh import Mesh
+from mipipe.runtime.experts.exchange import Exchange, check_map, contiguous_map
+from mipipe.runtime.experts.layers import check_together, expert_layers, routed_layers
+
+if TYPE_CHECKING:
+    from mipipe.runtime.engine.engine import EngineOptions
+    from mipipe.runtime.engine.stage import Counters
+
+
+def make_exchange(plan: Plan, graph: OperatorGraph, stage_of: Mapping[str, int], mesh: Mesh,
+                  options: EngineOptions) -> Exchange | None:
+    """The group that shares this rank's experts; None for one copy of the plan, or a graph captured otherwise.
+
+    Raises:
+        InputError: an expert map where there is nothing to map, or for another model or number of copies; a graph
+            captured for another number of copies.
+        PlanError: the plan separates what must stay together.
+    """
+    layers = expert_layers(graph)
+    if not layers:
+        if options.expert_map is not None:
+            raise InputError("expert map: this graph has no expert-parallel layers; capture the model with"
+                             " --expert-parallel")
+        return None
+    planned = int(graph.source.get("expert_parallel", 1))
+    if planned > 1 and planned != mesh.num_copies:
+        raise InputError(f"expert parallelism: the graph was captured with its experts shared by {planned} ranks, and"
+                         f" planned so, but the run has {mesh.num_copies} copies of the plan; start it with --copies"
+                         f" {planned}, or capture with --expert-parallel {mesh.num_copies}")
+    if mesh.num_copies < 2:
+        if options.expert_map is not None:
+            check_map(options.expert_map, layers, 1)
+        return None
+    check_together(plan, layers, stage_of)
+    local = [number for number, layer in enumerate(layers)
+             if mesh.rank in plan.placement.stages[stage_of[layer.segments[0]]].ranks]
+    expert_map = options.expert_map or contiguous_map(layers, mesh.num_copies, graph.model)
+    return Exchange(layers, local, expert_map, mesh.exchange_group, mesh.copy, mesh.num_copies, mesh.device,
+                    timedelta(seconds=options.timeout_s), options.load_factor)
+
+
+def routing_counters(graph: OperatorGraph, stage_of: Mapping[str, int], local: Iterable[int],
+                     device: torch.device) -> tuple[dict[int, torch.Tensor], Counters]:
+    """Counters [experts] by the number of the MoE layer in the graph, and what `build_stage` needs to fill them.
+
+    A layer is counted on the rank (and in the copy) that runs its first expert segment.
+    """
+    counters: dict[int, torch.Tensor] = {}
+    watched: Counters = {}
+    here = set(local)
+    for number, layer in enumerate(routed_layers(graph)):
+        if stage_of[layer.segment] in here:
+            counters[number] = torch.zeros(layer.num_experts, dtype=torch.int64, device=device)
+            watched[layer.segment] = layer.index, counters[number]
+    return counters, watched

@@ -1,0 +1,184 @@
+"""Experts in a training run: routing counted step by step, loads written for `mipipe experts`, maps changed on the way.
+
+Counting costs one small sum over all ranks per step; a run without an ``experts`` section does none of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mipipe.graphs.cluster import load_cluster
+from mipipe.graphs.errors import InputError
+from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.serialize import save
+from mipipe.graphs.topology import Topology
+from mipipe.planner.experts.files import read_map
+from mipipe.planner.experts.maps import ExpertLoads, ExpertMap, slots_for
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.experts.exchange import check_map
+from mipipe.runtime.experts.layers import RoutedLayer, expert_layers, routed_layers
+from mipipe.runtime.train.config import ExpertsConfig, ReplanConfig, TrainConfig
+from mipipe.runtime.train.metrics import Record
+from mipipe.runtime.train.optim import local_optimizer
+from mipipe.runtime.train.processes import world
+
+
+def read_maps(config: TrainConfig, graph: OperatorGraph, copies: int) -> dict[int, ExpertMap]:
+    """The expert maps of a run by the step after which each is used (0: from the start), read and found to fit.
+
+    Raises:
+        InputError: a file is no map, or is for another model or number of copies, or the run cannot follow it.
+    """
+    settings = config.experts
+    files = {} if settings is None else {**({0: settings.map} if settings.map else {}), **settings.moves}
+    if not files:
+        return {}
+    layers = expert_layers(graph)
+    if not layers:
+        raise InputError("train config: experts.map and experts.moves need a graph with expert-parallel layers; capture"
+                         " the model with --expert-parallel")
+    maps = {step: read_map(Path(file), layers[0].num_experts, copies) for step, file in files.items()}
+    for expert_map in maps.values():
+        check_map(expert_map, layers, copies)
+    return maps
+
+
+class ExpertRun:
+    """What a training run does about its experts after every step: `after`, on all ranks."""
+
+    def __init__(self, engine: Engine, config: ExpertsConfig | None, maps: Mapping[int, ExpertMap],
+                 optimizer: torch.optim.Optimizer | None, last: int) -> None:
+        self._engine, self._maps, self._optimizer, self._last = engine, dict(maps), optimizer, last
+        self._config = config
+        self._layers = routed_layers(engine.graph) if config is not None else ()
+        self._first = engine.mesh.rank == 0 and engine.mesh.copy == 0
+        if config is None:
+            return
+        self._window: deque[torch.Tensor] = deque(maxlen=config.window)
+        if (config.loads or config.history) and not self._layers:
+            raise InputError("train config: experts.loads counts the choices of routers, but this graph shows none;"
+                             " capture a MoE model with --granularity block")
+        sizes = {layer.num_experts for layer in self._layers}
+        if len(sizes) > 1:
+            raise InputError(f"train config: experts.loads needs equally many experts in all layers; found {sizes}")
+        if config.replan is not None and engine.compiled.experts is None:
+            raise InputError("train config: experts.replan moves experts between copies of the plan, but this run"
+                             " shares none; capture with --expert-parallel and start several copies")
+        if config.replan is not None:
+            replan_sizes(config.replan, self._layers[0].num_experts, engine.mesh.num_copies)
+        if config.history and self._first:
+            Path(config.history).parent.mkdir(parents=True, exist_ok=True)
+
+    def resume(self, step: int) -> None:
+        """Take the place the experts have after ``step`` steps, where a map says so; and forget what is undone."""
+        earlier = [number for number in self._maps if number <= step]
+        if earlier and self._engine.compiled.experts is not None and max(earlier):
+            self._engine.place_experts(self._maps[max(earlier)], self._optimizer)
+        if self._config is not None and self._config.history and self._first:
+            path = Path(self._config.history)
+            lines = path.read_text().splitlines() if step and path.exists() else []
+            path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+
+    def after(self, step: int) -> Record:
+        """Count, write, move. What goes into the step's record; ``step`` steps are done."""
+        if self._config is None:
+            return {}
+        record: Record = {}
+        if self._layers:
+            record = self._count(step, self._config)
+        target = self._maps.get(step) or self._replanned(step, self._config)
+        if target is not None:
+            moved = self._engine.place_experts(target, self._optimizer)
+            record |= {"experts/moved": moved.experts, "experts/moved_bytes": moved.num_bytes,
+                       "experts/moving(s)": moved.seconds}
+        return record
+
+    def _replanned(self, step: int, config: ExpertsConfig) -> ExpertMap | None:
+        """The map planned from the last window's loads by the first rank, where it is time and it differs."""
+        exchange, replan = self._engine.compiled.experts, config.replan
+        if exchange is None or replan is None or step % replan.every or step == self._last:
+            return None
+        found: list[ExpertMap | None] = [plan_again(self.loads(), exchange.map, replan) if self._first else None]
+        dist.broadcast_object_list(found, src=self._engine.mesh.world[0])
+        changed = found[0] is not None and found[0].physical_to_logical != exchange.map.physical_to_logical
+        return found[0] if changed else None
+
+    def _count(self, step: int, config: ExpertsConfig) -> Record:
+        counts = self.counts()
+        self._window.append(counts)
+        if self._first and config.history:
+            with Path(config.history).open("w" if step == 1 else "a") as stream:
+                stream.write(json.dumps({"step": step, "counts": counts.tolist()}) + "\n")
+        if self._first and config.loads and (step == self._last or step % config.window == 0):
+            save(self.loads(), config.loads)
+        mean = counts.double().mean(dim=1).clamp(min=1e-9)
+        record = {"experts/max_over_mean": float((counts.max(dim=1).values / mean).max())}
+        exchange = self._engine.compiled.experts
+        if exchange is not None:
+            shares = [rank_loads(counts[number], exchange.map, number) for number in range(len(self._layers))]
+            record["experts/rank_max_over_mean"] = max(float(load.max() / load.mean().clamp(min=1e-9))
+                                                       for load in shares)
+        return record
+
+    def counts(self) -> torch.Tensor:
+        """Tokens of the last step by layer and expert, over all ranks and copies [layers, experts]."""
+        device = self._engine.mesh.device
+        total = torch.zeros(len(self._layers), self._layers[0].num_experts, dtype=torch.int64, device=device)
+        for number, counter in self._engine.routing_counts().items():
+            total[number] = counter
+        if world() > 1:
+            dist.all_reduce(total)
+        return total.cpu()
+
+    def loads(self) -> ExpertLoads:
+        """Tokens per step and expert, the mean of the last window, as `mipipe experts` takes them."""
+        mean = torch.stack(list(self._window)).double().mean(dim=0)
+        layer: RoutedLayer = self._layers[0]
+        return ExpertLoads(tuple(tuple(row) for row in mean.tolist()), self._engine.graph.model,
+                           token_bytes=layer.token_bytes, expert_bytes=round(layer.expert_bytes * self._state_factor()))
+
+    def _state_factor(self) -> float:
+        """Bytes of a parameter with its optimizer state, over those of the parameter."""
+        if self._optimizer is None:
+            return 1.0
+        for parameter, state in local_optimizer(self._optimizer).state.items():
+            kept = sum(item.nbytes for item in state.values() if isinstance(item, torch.Tensor) and item.dim())
+            return 1.0 + kept / parameter.nbytes
+        return 1.0
+
+
+def plan_again(loads: ExpertLoads, current: ExpertMap, replan: ReplanConfig) -> ExpertMap:
+    """A map for these loads, away from ``current`` where that pays off; another number of slots is always moved to."""
+    from mipipe.planner.experts.plan import ExpertOptions, plan_experts  # late: most runs do not plan
+
+    topology, slots = replan_sizes(replan, loads.num_experts, current.num_devices)
+    alike = all(len(row) == slots * current.num_devices for row in current.physical_to_logical)
+    options = ExpertOptions(replan.replicas, polish=False, horizon=replan.horizon or float(replan.every))
+    return plan_experts(loads, topology, options, current=current if alike else None).map
+
+
+def replan_sizes(replan: ReplanConfig, num_experts: int, copies: int) -> tuple[Topology, int]:
+    """The devices to plan for and the slots of each.
+
+    Raises:
+        InputError: the cluster has another number of devices.
+        InfeasibleError: the replicas do not divide over them.
+    """
+    topology = Topology.uniform(copies) if replan.cluster is None else load_cluster(replan.cluster).topology
+    if topology.num_devices != copies:
+        raise InputError(f"{replan.cluster}: has {topology.num_devices} devices, but the run has {copies} copies of the"
+                         " plan that share the experts; expected one device for each")
+    return topology, slots_for(num_experts, replan.replicas, copies)
+
+
+def rank_loads(counts: torch.Tensor, expert_map: ExpertMap, layer: int) -> torch.Tensor:
+    """Rows that each rank of a group gets under a map, when replicas share evenly [ranks]."""
+    devices = torch.from_numpy(expert_map.devices(layer))
+    replicas = torch.bincount(devices.flatten(), minlength=len(counts))
+    return (counts / replicas)[devices].sum(dim=1)

@@ -1,0 +1,71 @@
+"""Batches: splitting into microbatches, and the number of valid labels the loss is divided by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from mipipe.graphs.capture.loss import weight
+from mipipe.graphs.errors import InputError, RunError
+from mipipe.graphs.operator_graph import OperatorGraph
+
+Batch = Mapping[str, torch.Tensor] | Sequence[Mapping[str, torch.Tensor]]
+"""Full-batch tensors by the graph's input names, or one such mapping for each microbatch."""
+
+
+def split_batch(graph: OperatorGraph, batch: Batch, num_microbatches: int,
+                device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """The microbatches of a batch, as contiguous tensors on ``device``, checked against the graph's input shapes.
+
+    A mapping is split along the first dimension of every tensor; parts that split differently (images and tokens) are
+    given as a list of microbatches.
+
+    Raises:
+        RunError: an input is missing or unknown, or a shape is not the captured one.
+    """
+    if isinstance(batch, Mapping):
+        pieces: list[Mapping[str, torch.Tensor]] = [{} for _ in range(num_microbatches)]
+        for name, tensor in batch.items():
+            if tensor.shape[0] % num_microbatches:
+                raise RunError(f"batch: {name} has {tensor.shape[0]} rows, not a multiple of the plan's"
+                               f" {num_microbatches} microbatches")
+            for piece, part in zip(pieces, tensor.chunk(num_microbatches), strict=True):
+                piece[name] = part  # type: ignore[index]
+    else:
+        pieces = list(batch)
+    if len(pieces) != num_microbatches:
+        raise RunError(f"batch: {len(pieces)} microbatches were given, but the plan has {num_microbatches}")
+    values = {value.name: value.spec for value in graph.values if value.source is None}
+    result = []
+    for number, piece in enumerate(pieces):
+        unknown = sorted(set(piece) - set(graph.inputs))
+        if unknown:
+            raise RunError(f"batch: {unknown[0]!r} is no input of {graph.model}; expected {', '.join(graph.inputs)}")
+        converted = {}
+        for name in graph.inputs:
+            if name not in piece:
+                raise RunError(f"batch: input {name!r} of {graph.model} is missing")
+            tensor, spec = piece[name], values[name]
+            if tuple(tensor.shape) != spec.shape or str(tensor.dtype) != f"torch.{spec.dtype}":
+                raise RunError(f"batch, microbatch {number}: {name} is {tensor.dtype} {list(tensor.shape)}, but the"
+                               f" graph was captured with {spec.dtype} {list(spec.shape)}")
+            converted[name] = tensor.to(device).contiguous()
+        result.append(converted)
+    return result
+
+
+def total_weight(graph: OperatorGraph, microbatches: Sequence[Mapping[str, torch.Tensor]]) -> float:
+    """What the summed loss of all microbatches is divided by: their valid labels, or their number (`graphs.loss`)."""
+    return float(sum(weight(graph, piece) for piece in microbatches))
+
+
+def check_sizes(graph: OperatorGraph, batch: int | None, seq: int | None, num_microbatches: int) -> None:
+    """Raise `InputError` where a configured batch or sequence length is not the graph's and the plan's."""
+    spec = next((value.spec for value in graph.values if value.name == "input_ids"), None)
+    rows = next(value.spec.shape[0] for value in graph.values if value.name == graph.inputs[0])
+    if batch is not None and batch != rows * num_microbatches:
+        raise InputError(f"train config: batch is {batch}, but {num_microbatches} microbatches of {rows} rows make"
+                         f" {rows * num_microbatches}; capture or plan again to change it")
+    if seq is not None and spec is not None and seq != spec.shape[-1]:
+        raise InputError(f"train config: seq is {seq}, but the graph was captured with {spec.shape[-1]} tokens")

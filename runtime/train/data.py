@@ -1,0 +1,186 @@
+"""Batches for training: text files as bytes, or the user's own loader, resumable at any step.
+
+Every rank runs its own loader and gets the same batches (of its copy of the plan), so integer inputs never travel.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mipipe.graphs.errors import InputError
+from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.runtime.train.batches import Batch
+from mipipe.runtime.train.config import DataConfig
+from mipipe.runtime.train.optim import load_object
+
+DEFAULT_BYTES = 4_000_000
+"""Text read by default: enough that a few dozen steps repeat nothing, and read in a fraction of a second."""
+
+
+class Batches:
+    """An iterator of batches that knows its position: ``state()`` is saved, ``resume(state)`` continues exactly.
+
+    A loader with ``state_dict`` and ``load_state_dict`` (StatefulDataLoader) is asked for its own state; any other
+    iterable is advanced by as many batches as had been taken. A loader that ends is started again.
+    """
+
+    def __init__(self, source: Iterable[Batch]) -> None:
+        self._source = source
+        self._iterator: Iterator[Batch] | None = None
+        self.taken = 0
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            self._iterator = _epochs(self._source)
+        batch = next(self._iterator)
+        self.taken += 1
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """What `resume` needs."""
+        own = self._source.state_dict() if hasattr(self._source, "state_dict") else None
+        return {"taken": self.taken, "loader": own}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continue after the batches taken when ``state`` was made."""
+        self.taken = int(state["taken"])
+        if state.get("loader") is not None and hasattr(self._source, "load_state_dict"):
+            self._source.load_state_dict(state["loader"])
+            self._iterator = _epochs(self._source)
+        elif hasattr(self._source, "skip"):
+            self._source.skip(self.taken)
+            self._iterator = _epochs(self._source)
+        else:
+            self._iterator = itertools.islice(_epochs(self._source), self.taken, None)
+
+
+def _epochs(source: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of a loader, from its start again when it ends.
+
+    Raises:
+        InputError: it gives no batch at all.
+    """
+    while True:
+        empty = True
+        for batch in source:
+            empty = False
+            yield batch
+        if empty:
+            raise InputError("data: the loader gives no batch, or ended and cannot be iterated again")
+
+
+class TextBytes:
+    """Random windows of a text's bytes as token ids; batch n depends only on (seed, n, copy), so any n can be next."""
+
+    def __init__(self, text: torch.Tensor, rows: int, graph: OperatorGraph, seed: int, copy: int = 0) -> None:
+        specs = {value.name: value.spec for value in graph.values if value.source is None}
+        if "input_ids" not in specs:
+            raise InputError(f"data: {graph.model} has no input 'input_ids' (inputs: {', '.join(graph.inputs)}); give"
+                             " your own loader as package.module:callable")
+        unknown = sorted(set(graph.inputs) - {"input_ids", "labels", "attention_mask", "position_ids"})
+        if unknown:
+            raise InputError(f"data: text gives no input {unknown[0]!r} of {graph.model}; give your own loader as"
+                             " package.module:callable")
+        self._names, self._specs = graph.inputs, specs
+        self._length = specs["input_ids"].shape[-1]
+        if len(text) < self._length + 1:
+            raise InputError(f"data: {len(text)} bytes of text, but one sequence has {self._length} tokens")
+        self._text, self._rows, self._seed, self._copy = text, rows, seed, copy
+        self._next = 0
+
+    def skip(self, count: int) -> None:
+        """Make ``count`` the number of the next batch."""
+        self._next = count
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            number, self._next = self._next, self._next + 1
+            yield self.batch(number)
+
+    def batch(self, number: int) -> dict[str, torch.Tensor]:
+        """Batch ``number``: tensors [rows, sequence length]."""
+        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + number) * 4099 + self._copy)
+        starts = torch.randint(len(self._text) - self._length, (self._rows, 1), generator=generator)
+        tokens = self._text[starts + torch.arange(self._length)].long()
+        made = {"input_ids": tokens, "labels": tokens.clone(), "attention_mask": torch.ones_like(tokens),
+                "position_ids": torch.arange(self._length).expand(self._rows, -1).contiguous()}
+        return {name: made[name].to(getattr(torch, self._specs[name].dtype)) for name in self._names}
+
+
+def check_source(config: DataConfig) -> None:
+    """Raise `InputError` unless the source can be found."""
+    if ":" in config.source:
+        load_object(config.source)
+    elif config.source != "stdlib":
+        _folder(config.source)
+
+
+def _folder(source: str) -> Path:
+    if not Path(source).is_dir():
+        raise InputError(f"data: {source} is no folder; expected a folder of text files, 'stdlib', or"
+                         " package.module:callable")
+    return Path(source)
+
+
+def read_text_bytes(folder: Path, suffix: str, max_bytes: int) -> torch.Tensor:
+    """The bytes of a folder's files in sorted order, joined, as uint8.
+
+    Raises:
+        InputError: the folder has no such file.
+    """
+    text = bytearray()
+    for path in sorted(item for item in folder.rglob(f"*{suffix}") if item.is_file()):
+        text += path.read_bytes()[:max_bytes - len(text)] + b"\n"
+        if len(text) >= max_bytes:
+            break
+    if not text:
+        raise InputError(f"data: {folder} has no file that ends with {suffix!r}")
+    return torch.frombuffer(text, dtype=torch.uint8)
+
+
+def stdlib_text(max_bytes: int = DEFAULT_BYTES) -> torch.Tensor:
+    """The source of Python's own standard library (top-level modules), as bytes."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    text = bytearray()
+    for path in sorted(folder.glob("*.py")):
+        text += path.read_bytes()
+        if len(text) >= max_bytes:
+            break
+    return torch.frombuffer(text[:max_bytes], dtype=torch.uint8)
+
+
+def make_batches(config: DataConfig, graph: OperatorGraph, rows: int, seed: int, copy: int = 0) -> Batches:
+    """The batches of a configuration: ``rows`` rows each (microbatch rows times microbatches).
+
+    Raises:
+        InputError: an unknown option, an unusable source.
+    """
+    options = dict(config.options)
+    if ":" in config.source:
+        source = load_object(config.source)
+        if "copy" in inspect.signature(source).parameters:
+            options["copy"] = copy
+        elif copy:
+            raise InputError(f"data source {config.source}: takes no 'copy', so every data-parallel copy of the plan"
+                             " would train on the same batches; give it that parameter")
+        try:
+            return Batches(source(graph=graph, rows=rows, seed=seed, **options))
+        except TypeError as error:
+            raise InputError(f"data source {config.source}: {error}; it is called with (graph=, rows=, seed=) and the"
+                             " options") from None
+    max_bytes = int(options.pop("max_bytes", DEFAULT_BYTES))
+    if options:
+        raise InputError(f"data: unknown option {sorted(options)[0]!r}; expected max_bytes")
+    text = stdlib_text(max_bytes) if config.source == "stdlib" else \
+        read_text_bytes(_folder(config.source), config.suffix, max_bytes)
+    return Batches(TextBytes(text, rows, graph, seed, copy))

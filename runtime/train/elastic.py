@@ -1,0 +1,129 @@
+"""Training that goes on with fewer devices: a supervisor outside torchrun, for one host.
+
+torchrun restarts a worker that died as often as ``max_restarts`` says, on all devices. When that is used up, the rank
+that was killed again counts as lost for good: the supervisor drops its device, plans the same graph for those that are
+left (or drops one data-parallel copy, where there are several), and resumes from the newest checkpoint, which any plan
+can read. Errors of the program itself (a loss that is not finite, wrong input) end the run as they do without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from mipipe.graphs.errors import InputError, RunError
+from mipipe.graphs.serialize import save
+from mipipe.planner.plan import Plan
+from mipipe.planner.problem import PlanningProblem
+from mipipe.runtime.train.agent import REPORT
+from mipipe.runtime.train.launch import (
+    TrainResult,
+    explain,
+    is_consequence,
+    progress_file,
+    read_records,
+    run_watched,
+    torchrun_command,
+)
+from mipipe.runtime.train.prepare import check_saving, read_job
+
+Replan = Callable[[PlanningProblem], Plan]
+"""A plan for the same groups on fewer devices."""
+
+
+def train_elastic(plan: str | Path, graph: str | Path, config: str | Path, replan: Replan, *, resume: bool = False,
+                  max_restarts: int = 0, copies: int = 1, min_ranks: int = 1, timeout_s: float | None = None,
+                  progress: bool | None = None, say: Callable[[str], None] = lambda text: None) -> TrainResult:
+    """Train until done, on fewer devices when some are lost; ``say`` is told what happens.
+
+    Args:
+        plan, graph, config, resume, copies, progress: as for `mipipe.runtime.train.launch.train`.
+        replan: makes the plan for what is left; it is saved as ``plan-N-ranks.json`` beside the checkpoints.
+        max_restarts: restarts on all devices before a killed rank counts as lost.
+        min_ranks: with fewer processes the run ends.
+        timeout_s: for each attempt.
+
+    Raises:
+        InputError: the configuration has no checkpoints.
+        RunError: too few ranks are left, or as the worker raised it.
+    """
+    job = read_job(plan, graph, config)
+    if job.config.checkpoint is None:
+        raise InputError(f"{config}: has no 'checkpoint'; --elastic resumes from checkpoints, so give a folder and"
+                         " 'every'")
+    check_saving(job.config, resume)
+    current, path = job.plan, Path(plan)
+    devices = list(range(current.problem.num_ranks * copies))
+    shown = progress_file(progress)
+    while True:
+        with tempfile.TemporaryDirectory(prefix="mipipe-") as name, visible_devices(devices):
+            folder = Path(name)
+            command = torchrun_command(path, graph, config, len(devices), resume=resume, progress=shown,
+                                       max_restarts=max_restarts, report=name, agent=True)
+            code = run_watched(command, folder / "torchrun.log", timeout_s)
+            if not code:
+                return TrainResult(tuple(read_records(job.config)), job.config)
+            lost = lost_ranks(folder, len(devices))
+            error = explain(folder, folder / "torchrun.log", code, show=not lost)
+        if not lost:
+            raise error
+        names = f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, sorted(lost)))}"
+        copies, devices = remaining(current.problem.num_ranks, devices, lost)
+        count, resume = len(devices), True
+        if count < max(1, min_ranks):
+            raise RunError(f"{names} lost, {count} left, but at least {max(1, min_ranks)} must run; the newest"
+                           f" checkpoint is in {job.config.checkpoint.folder}")
+        if copies:
+            say(f"{names} lost: going on with {copies} cop{'ies' if copies > 1 else 'y'} of the plan")
+        else:
+            say(f"{names} lost: planning for {count} device{'s' if count > 1 else ''}")
+            current = replan(current.problem.replace(topology=current.problem.topology.without(lost)))
+            path = Path(job.config.checkpoint.folder) / f"plan-{count}-ranks.json"
+            save(current, path)
+
+
+def lost_ranks(folder: Path, world: int) -> set[int]:
+    """The processes that are gone for good: ended by a signal; or, where all others only waited for them, silent."""
+    found = folder / REPORT
+    codes: dict[str, int] = json.loads(found.read_text()) if found.exists() else {}
+    killed = {int(rank) for rank, code in codes.items() if code < 0}
+    if killed:
+        return killed
+    reports = [json.loads(path.read_text()) for path in folder.glob("error-rank*.json")]
+    reports = [item for item in reports if item["attempt"] == max(other["attempt"] for other in reports)]
+    if reports and all(is_consequence(item) for item in reports):
+        return set(range(world)) - {item["rank"] for item in reports}
+    return set()
+
+
+def remaining(num_ranks: int, devices: Sequence[int], lost: set[int]) -> tuple[int, list[int]]:
+    """How many whole copies of a plan still fit (0: it must be made anew) and the devices to use."""
+    left = [device for rank, device in enumerate(devices) if rank not in lost]
+    copies = len(left) // num_ranks
+    return copies, left[:copies * num_ranks] if copies else left
+
+
+class visible_devices(contextlib.AbstractContextManager[None]):
+    """Let child processes see only these CUDA devices, where there are any."""
+
+    def __init__(self, devices: Sequence[int]) -> None:
+        self._devices = devices
+        self._before = os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    def __enter__(self) -> None:
+        if torch.cuda.is_available():
+            known = self._before.split(",") if self._before else [str(i) for i in range(torch.cuda.device_count())]
+            if max(self._devices) < len(known):
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(known[device] for device in self._devices)
+
+    def __exit__(self, *error: object) -> None:
+        if self._before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self._before
+        else:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)

@@ -1,0 +1,138 @@
+"""Optimizers by name, learning-rate schedules, and gradient clipping over all ranks of a plan."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mipipe.graphs.errors import InputError, RunError
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.experts.moves import expert_square
+from mipipe.runtime.train.config import GroupConfig, ScheduleConfig
+
+_TORCH = {name.lower(): item for name, item in vars(torch.optim).items()
+          if inspect.isclass(item) and issubclass(item, torch.optim.Optimizer) and item is not torch.optim.Optimizer}
+
+
+def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any], shard: bool = False,
+                   groups: Sequence[GroupConfig] = ()) -> torch.optim.Optimizer | None:
+    """An optimizer over the rank's parameters; None for a rank without any.
+
+    ``name``: a class of torch.optim in any case (``adamw``), or ``package.module:Class`` for others. ``shard`` divides
+    its state among the plan's copies (torch's ZeroRedundancyOptimizer): each updates a part and broadcasts it.
+    ``groups``: parameters with other options.
+
+    Raises:
+        InputError: there is no such optimizer, or it does not take these options.
+    """
+    parameters, kind = parameter_groups(engine.named_parameters(), groups), optimizer_class(name)
+    if not parameters:
+        return None
+    if shard and engine.compiled.banks:
+        raise InputError("optimizer.shard divides every parameter among the copies of the plan, but experts live on"
+                         " some of them; leave it out with expert parallelism")
+    try:
+        if shard and engine.mesh.copy_group is not None:
+            from torch.distributed.optim import ZeroRedundancyOptimizer  # takes more than a second to import
+            return ZeroRedundancyOptimizer(parameters, kind, engine.mesh.copy_group, **options)
+        return kind(parameters, **options)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"optimizer {name}: {error}") from None
+
+
+def parameter_groups(named: Sequence[tuple[str, torch.nn.Parameter]],
+                     groups: Sequence[GroupConfig]) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: one for each of ``groups`` that matches a parameter, one for the rest."""
+    members: list[list[torch.nn.Parameter]] = [[] for _ in (*groups, None)]
+    for name, parameter in named:
+        place = next((number for number, group in enumerate(groups) if re.search(group.match, name)), len(groups))
+        members[place].append(parameter)
+    return [{"params": found, **(groups[number].options if number < len(groups) else {})}
+            for number, found in enumerate(members) if found]
+
+
+def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that holds this process's state: the local part of a sharded one, else itself."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "optim", optimizer)  # ZeroRedundancyOptimizer's name for it
+    return inner
+
+
+def optimizer_class(name: str) -> Any:
+    """The optimizer class of a name."""
+    if ":" in name:
+        return load_object(name)
+    if name.lower() not in _TORCH:
+        raise InputError(f"optimizer {name!r}: expected one of {', '.join(sorted(_TORCH))}, or package.module:Class")
+    return _TORCH[name.lower()]
+
+
+def load_object(path: str) -> Any:
+    """The object ``package.module:name``.
+
+    Raises:
+        InputError: it cannot be imported.
+    """
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{path}: cannot be imported: {error}; expected an importable package.module:name") from None
+
+
+def learning_rate_factor(schedule: ScheduleConfig, steps: int) -> Callable[[int], float]:
+    """step -> factor of the learning rate: linear warm-up, a stable part, then decay to the schedule's minimum."""
+    first = schedule.warmup if schedule.decay is None else max(schedule.warmup, steps - schedule.decay)
+
+    def factor(step: int) -> float:
+        if step < schedule.warmup:
+            return (step + 1) / schedule.warmup
+        if schedule.name == "constant" or step < first:
+            return 1.0
+        done = min(1.0, (step - first) / max(1, steps - first))
+        left = {"linear": 1.0 - done, "sqrt": 1.0 - math.sqrt(done),
+                "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[schedule.name]
+        return schedule.minimum + (1.0 - schedule.minimum) * left
+
+    return factor
+
+
+def gradient_norm(engine: Engine) -> float:
+    """The 2-norm of all gradients of the plan; tied and replicated parameters and experts count once. All ranks must
+    call.
+
+    Raises:
+        RunError: the norm is not finite.
+    """
+    owned = [item.grad for name, item in engine.named_parameters()
+             if item.grad is not None and engine.compiled.holders[name][0] == engine.mesh.rank
+             and name not in engine.compiled.banks]
+    total = torch.zeros((), dtype=torch.float64, device=engine.mesh.device)
+    for norm in torch._foreach_norm(owned) if owned else ():
+        total += norm.double() ** 2
+    if engine.compiled.experts is not None:
+        total += expert_square(engine.compiled.experts, engine.weights)
+    if engine.mesh.plan_group is not None:
+        dist.all_reduce(total, group=engine.mesh.plan_group)
+    value = float(total) ** 0.5
+    if not math.isfinite(value):
+        raise RunError(f"step {engine.steps_done}: the gradient norm is {value}; lower the learning rate, or look for"
+                       " bad data in this step's batch")
+    return value
+
+
+def clip_gradients(engine: Engine, max_norm: float | None) -> float:
+    """The gradient norm before clipping; with ``max_norm`` all gradients are scaled down to it. All ranks must call."""
+    norm = gradient_norm(engine)
+    if max_norm is not None and norm > max_norm:
+        scale = max_norm / (norm + 1e-6)
+        for parameter in engine.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+    return norm

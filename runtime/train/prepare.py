@@ -1,0 +1,73 @@
+"""What can be refused before any process starts: files that do not belong together, sizes, names, the world."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mipipe.graphs.errors import InputError, RunError
+from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.serialize import load
+from mipipe.planner.check import check_program
+from mipipe.planner.execution.lower import lower
+from mipipe.planner.plan import Plan
+from mipipe.planner.program import Program
+from mipipe.runtime.engine.compiled import check_plan_fits
+from mipipe.runtime.train.batches import check_sizes
+from mipipe.runtime.train.config import TrainConfig, read_config
+from mipipe.runtime.train.data import check_source
+from mipipe.runtime.train.optim import optimizer_class
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run's files, read and found to fit."""
+
+    plan: Plan
+    program: Program
+    graph: OperatorGraph
+    config: TrainConfig
+
+
+def read_job(plan: str | Path, graph: str | Path, config: str | Path) -> Job:
+    """The files of a run.
+
+    Raises:
+        InputError: a file is not what it should be, or the configuration does not fit the graph.
+        PlanError: the plan was made for another graph, or violates a rule.
+    """
+    settings = read_config(config)
+    read_graph, read_plan = load(graph, OperatorGraph), load(plan, Plan)
+    check_plan_fits(read_plan, read_graph)
+    check_sizes(read_graph, settings.batch, settings.seq, read_plan.problem.num_microbatches)
+    optimizer_class(settings.optimizer.name)
+    check_source(settings.data)
+    check_folders(settings)
+    program = lower(read_plan)
+    check_program(read_plan, program)
+    return Job(read_plan, program, read_graph, settings)
+
+
+def check_folders(config: TrainConfig) -> None:
+    """Raise `InputError` where there are no weights to read, or saving would overwrite them."""
+    if config.weights is None:
+        return
+    if not Path(config.weights).exists():
+        raise InputError(f"train config: weights {config.weights}: no such folder")
+    if config.save is not None and Path(config.save.folder).resolve() == Path(config.weights).resolve():
+        raise InputError(f"train config: save.folder {config.save.folder} is where the weights are read from; give"
+                         " another")
+
+
+def check_saving(config: TrainConfig, resume: bool) -> None:
+    """Raise `InputError` where the folder to save to exists; a resumed run replaces what it had saved before."""
+    if config.save is not None and Path(config.save.folder).exists() and not resume:
+        raise InputError(f"train config: save.folder {config.save.folder} exists already; give another, or remove it")
+
+
+def check_world(job: Job, processes: int) -> None:
+    """Raise `RunError` unless the number of processes is a multiple of the plan's ranks."""
+    ranks = len(job.program.ranks)
+    if processes % ranks:
+        raise RunError(f"{processes} processes were started, but the plan has {ranks} ranks; start {ranks} (torchrun"
+                       f" --nproc-per-node {ranks}), or a multiple of it for data-parallel copies")

@@ -1,0 +1,161 @@
+"""What a checkpoint holds, by names that no plan and no layout of experts shows in.
+
+``model.<parameter>`` and ``optimizer.<parameter>.<state>``; a bank of experts that several ranks share is stored expert
+by expert, ``model.<bank>[7]``. Whatever wrote a checkpoint, whole banks are read from experts and experts from banks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+
+from mipipe.graphs.errors import InputError
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.train.optim import local_optimizer
+
+Rows = Mapping[str, Sequence[int]]
+"""The experts a rank holds of each bank that it shares with other ranks, in the order of its rows."""
+
+
+def shared_rows(engine: Engine) -> Rows:
+    """The rows of this rank's shared banks; none without expert parallelism."""
+    experts = engine.compiled.experts
+    return {} if experts is None else experts.rows()
+
+
+def model_tensors(engine: Engine) -> dict[str, Tensor]:
+    """This rank's parameters and buffers by their names in a checkpoint."""
+    rows, tensors = shared_rows(engine), {}
+    for name, item in (*engine.weights.parameters.items(), *engine.weights.buffers.items()):
+        tensors.update(_split(_model_key(name), item.detach(), rows.get(name)))
+    return tensors
+
+
+def optimizer_tensors(engine: Engine, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """The optimizer state of this rank's parameters by its names in a checkpoint."""
+    found: dict[str, Any] = {}
+    if optimizer is not None:
+        rows, state = shared_rows(engine), local_optimizer(optimizer).state
+        for name, parameter in engine.named_parameters():
+            for key, item in state.get(parameter, {}).items():
+                split = isinstance(item, Tensor) and item.shape == parameter.shape
+                found.update(_split(_state_key(name, key), item, rows.get(name) if split else None))
+    return found
+
+
+Key = Callable[[int | None], str]
+"""Row -> name in the checkpoint; None: of the whole tensor."""
+
+
+def _model_key(name: str) -> Key:
+    return lambda row: f"model.{name}" if row is None else f"model.{name}[{row}]"
+
+
+def _state_key(name: str, state: str) -> Key:
+    return lambda row: f"optimizer.{name}.{state}" if row is None else f"optimizer.{name}[{row}].{state}"
+
+
+def _split(key: Key, item: Any, rows: Sequence[int] | None) -> dict[str, Any]:
+    return {key(None): item} if rows is None else {key(row): item[place] for place, row in enumerate(rows)}
+
+
+@dataclass(slots=True)
+class Wanted:
+    """What is to be read: tensors to fill by stored name, tensors that take some rows of one read whole, and tensors
+    that equal another."""
+
+    folder: Path
+    stored: Mapping[str, Any]
+    fill: dict[str, Any] = field(default_factory=dict)
+    picks: list[tuple[Tensor, str, Sequence[int]]] = field(default_factory=list)
+    twins: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def add(self, key: Key, tensor: Tensor, rows: Sequence[int] | None) -> None:
+        """Ask for a tensor, or for ``rows`` of it.
+
+        Raises:
+            InputError: it is not there, or has another shape.
+        """
+        if key(None) not in self.stored and key(rows[0] if rows is not None else 0) in self.stored:
+            for place, row in enumerate(range(tensor.shape[0]) if rows is None else rows):
+                self._expect(key(row), tuple(tensor.shape[1:]))
+                if key(row) in self.fill:  # a rank may hold two replicas of one expert
+                    self.twins.append((tensor[place], self.fill[key(row)]))
+                else:
+                    self.fill[key(row)] = tensor[place]  # a view: reading fills the tensor itself
+        elif rows is None:
+            self._expect(key(None), tuple(tensor.shape))
+            self.fill[key(None)] = tensor
+        else:
+            size = self._expect(key(None), None)
+            self.fill[key(None)] = torch.empty(size, dtype=tensor.dtype)
+            self.picks.append((tensor, key(None), rows))
+
+    def _expect(self, name: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:
+        entry = self.stored.get(name)
+        size = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
+        if size is None or (shape is not None and size != shape):
+            found = "absent" if entry is None else f"{size}"
+            raise InputError(f"checkpoint {self.folder}: {name} is {found}, expected shape {shape}; it is of another"
+                             " model")
+        return size
+
+    def read(self, reader: Any) -> None:
+        """Read everything."""
+        dcp.load(self.fill, storage_reader=reader, no_dist=True)
+        for tensor, name, rows in self.picks:
+            tensor.copy_(self.fill[name][torch.tensor(rows)])
+        for tensor, first in self.twins:
+            tensor.copy_(first)
+
+
+def load_tensors(folder: Path, engine: Engine, optimizer: torch.optim.Optimizer | None) -> None:
+    """Fill the engine's weights and the optimizer's state from a checkpoint, whatever plan wrote it.
+
+    Raises:
+        InputError: a weight is missing, or has another shape.
+    """
+    reader = dcp.FileSystemReader(folder)
+    stored = reader.read_metadata().state_dict_metadata
+    rows, wanted = shared_rows(engine), Wanted(folder, stored)
+    for name, item in (*engine.weights.parameters.items(), *engine.weights.buffers.items()):
+        wanted.add(_model_key(name), item.detach(), rows.get(name))
+    slots: list[tuple[torch.nn.Parameter, str, str | Tensor]] = []
+    states = _states(stored)
+    local = local_optimizer(optimizer) if optimizer is not None else None
+    mine = {id(item) for group in local.param_groups for item in group["params"]} if local is not None else set()
+    for name, parameter in engine.named_parameters():
+        for state, (whole, entry) in states.get(name, {}).items() if id(parameter) in mine else ():
+            key = _state_key(name, state)
+            if isinstance(entry, BytesStorageMetadata):
+                wanted.fill[key(None)] = None
+                slots.append((parameter, state, key(None)))
+                continue
+            shaped = not whole or entry.size == parameter.shape or (name in rows and len(entry.size) > 0)
+            tensor = torch.empty(parameter.shape if shaped else entry.size, dtype=entry.properties.dtype,
+                                 device=parameter.device if shaped else "cpu")
+            wanted.add(key, tensor, rows.get(name) if shaped else None)
+            slots.append((parameter, state, tensor))
+    wanted.read(reader)
+    for parameter, state, made in slots:
+        assert local is not None
+        local.state[parameter][state] = wanted.fill[made] if isinstance(made, str) else made
+
+
+def _states(stored: Mapping[str, Any]) -> dict[str, dict[str, tuple[bool, Any]]]:
+    """For each parameter its stored states: whether whole (or by experts), and the metadata of one."""
+    found: dict[str, dict[str, tuple[bool, Any]]] = {}
+    for key, entry in stored.items():
+        if key.startswith("optimizer."):
+            name, _, state = key.removeprefix("optimizer.").rpartition(".")
+            bank, bracket, row = name.removesuffix("]").rpartition("[")
+            whole = not (bracket and row.isdigit())
+            found.setdefault(name if whole else bank, {})[state] = (whole, entry)
+    return found

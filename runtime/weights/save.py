@@ -1,0 +1,247 @@
+"""Trained weights as a Hugging Face folder that transformers' ``from_pretrained`` loads, written in place by all ranks.
+
+The layout of the shards is known from shapes alone, so every rank writes its own tensors straight to their place in
+files on shared storage: nothing is gathered, and no rank holds more than it trains. The folder has another name until
+it is whole. Names are those of published checkpoints (experts one by one); ``config.json``, tokenizer and other
+small files come from where the model came from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mipipe.graphs.capture.expert_groups import parse_slice
+from mipipe.graphs.errors import InputError, RunError
+from mipipe.graphs.merging.layout import Shard, index_json, lay_out
+from mipipe.graphs.units import parse_bytes
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.merge.output import Writer, partial_folder, prepare, publish
+from mipipe.runtime.merge.shelf import TORCH_DTYPES
+from mipipe.runtime.train.config import TrainConfig
+from mipipe.runtime.train.models import empty_module
+from mipipe.runtime.train.processes import failure_of, first_of, gather, rank
+from mipipe.runtime.weights.checkpoint_tensors import shared_rows
+from mipipe.runtime.weights.stored_names import StoredView, is_transformers, stored_views
+from mipipe.runtime.weights.stored_weights import INDEX, StoredWeights
+
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".index.json")
+SMALL_BYTES = 64 * 2**20
+"""Files beside the weights up to this size are copied: tokenizers have up to some 20 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What to write: the folder, the largest size of one file, another floating dtype than the model's."""
+
+    folder: Path
+    shard_bytes: int
+    dtype: torch.dtype | None = None
+
+
+def save_weights(engine: Engine, module: nn.Module, target: Target, source: Path | None = None,
+                 weights: StoredWeights | None = None, replace: bool = False, changed: bool = False) -> None:
+    """Write the engine's weights as a Hugging Face folder. All ranks must call; each tensor is written by one.
+
+    Args:
+        engine: the trained engine.
+        module: the model, on the meta device (`mipipe.runtime.train.models.empty_module`).
+        target: where and how.
+        source: folder whose small files are copied (configuration, tokenizer).
+        weights: what the engine was loaded from; stored tensors of a folder that the graph does not use are copied.
+        replace: an existing folder of that name is replaced.
+        changed: the model is not what ``source``'s config.json says (``--set``), so that is written anew.
+
+    Raises:
+        InputError: the folder exists, or the model cannot be stored.
+        RunError: the disk is full or failing.
+    """
+    views = plan_views(engine, module, target.dtype)
+    leftover = _unused_views(weights, {view.name for view in views})
+    shards = lay_out([*views, *leftover], target.shard_bytes)
+    job = f"mipipe train {engine.compiled.program.plan_digest} {engine.steps_done}"
+    folder = partial_folder(_next(target.folder))
+    on_first_rank(lambda: _prepare(target.folder, shards, job, replace))
+    mine = own_pieces(engine)
+
+    def write() -> None:
+        _write_own(views, shards, folder, mine)
+        if rank() == 0:
+            _write_unused(weights, leftover, shards, folder)
+
+    on_all_ranks(write)
+    on_first_rank(lambda: _finish(module, target, source, shards, folder, changed))
+
+
+def save_trained(engine: Engine, config: TrainConfig, weights: StoredWeights | None, replace: bool = False) -> None:
+    """Save a finished run's weights as its configuration says; see `save_weights`."""
+    assert config.save is not None
+    dtype = getattr(torch, config.save.dtype) if config.save.dtype else None
+    target = Target(Path(config.save.folder), parse_bytes(config.save.shard, "save.shard"), dtype)
+    source = config.weights or config.model or engine.graph.source.get("source", "")
+    folder = Path(source) if Path(source).is_dir() else Path(source).parent if Path(source).is_file() else None
+    changed = bool(engine.graph.source.get("overrides"))
+    save_weights(engine, empty_module(engine.graph, config), target, folder, weights, replace, changed)
+
+
+def plan_views(engine: Engine, module: nn.Module, dtype: torch.dtype | None = None) -> list[StoredView]:
+    """The stored tensors of the graph's parameters and persistent buffers, the same on all ranks."""
+    shapes = {name: tuple(item.shape) for name, item in module.state_dict().items()}
+    tensors: dict[str, Tensor] = {}
+    for item in engine.graph.parameters:
+        name, rows = parse_slice(item.fqn)
+        if item.tied_to is None and item.persistent and name not in tensors:
+            shape = shapes.get(name, ()) if rows is not None else item.spec.shape
+            tensors[name] = torch.empty(shape, dtype=getattr(torch, item.spec.dtype), device="meta")
+    return stored_views(module, tensors, DTYPE_NAMES, dtype)
+
+
+Piece = tuple[str, tuple[int, int] | None]
+"""A parameter, or some of its rows."""
+
+
+def _write_own(views: Sequence[StoredView], shards: Sequence[Shard], folder: Path,
+               mine: Mapping[Piece, Tensor]) -> None:
+    """Write what this rank holds and no rank before it does."""
+    pieces: dict[str, list[tuple[tuple[int, int] | None, Tensor]]] = {}
+    for (name, rows), tensor in mine.items():
+        pieces.setdefault(name, []).append((rows, tensor))
+    writer = Writer(folder, shards, rank())
+    try:
+        for view in views:
+            for rows, tensor in pieces.get(view.fqn, ()):
+                offset, part = cut(view, rows, tensor)
+                if part is not None:
+                    writer.write(view.name, offset, part)
+    finally:
+        writer.close()
+
+
+def own_pieces(engine: Engine) -> dict[Piece, Tensor]:
+    """What this rank writes: its parameters and buffers that no rank before it holds. All ranks must call."""
+    shared = shared_rows(engine)
+    local: dict[Piece, Tensor] = {}
+    for name, item in (*engine.weights.parameters.items(), *engine.weights.buffers.items()):
+        base, rows = parse_slice(name)
+        if name in shared:
+            local.update({(base, (row, row + 1)): item[place:place + 1].detach()
+                          for place, row in enumerate(shared[name])})
+        else:
+            local[base, rows] = item.detach()
+    earlier = {piece for pieces in gather(list(local))[:rank()] for piece in pieces}
+    return {piece: tensor for piece, tensor in local.items() if piece not in earlier}
+
+
+def cut(view: StoredView, rows: tuple[int, int] | None, tensor: Tensor) -> tuple[int, Tensor | None]:
+    """What a parameter, or rows of it, gives to a stored tensor, and at which byte; None where it gives nothing.
+
+    Raises:
+        InputError: the stored tensor mixes rows that are held apart.
+    """
+    tensor = tensor.contiguous()
+    place = tensor.storage_offset()
+    if rows is None:
+        return 0, torch.as_strided(tensor, view.shape, view.stride, place + view.offset)
+    row = tensor.numel() // (rows[1] - rows[0])
+    last = view.offset + sum((size - 1) * step for size, step in zip(view.shape, view.stride, strict=True))
+    begin, end = rows[0] * row, rows[1] * row
+    if begin <= view.offset and last < end:
+        return 0, torch.as_strided(tensor, view.shape, view.stride, place + view.offset - begin)
+    if last < begin or end <= view.offset:
+        return 0, None
+    width = math.prod(view.shape[1:])
+    if view.offset or view.stride != torch.empty(view.shape, device="meta").stride() or width != row:
+        raise InputError(f"save: {view.name} mixes rows of {view.fqn} that different ranks hold")
+    return begin * TORCH_DTYPES[view.dtype].itemsize, tensor
+
+
+def _unused_views(weights: StoredWeights | None, names: set[str]) -> list[StoredView]:
+    """Stored tensors of the source that the graph does not use, to be copied."""
+    if weights is None:
+        return []
+    views = []
+    for name in weights.unused():
+        tensor = weights.read(name)
+        if name not in names and tensor.dtype in DTYPE_NAMES:
+            views.append(StoredView(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), "", (), 0, tensor.nbytes))
+    return views
+
+
+def _write_unused(weights: StoredWeights | None, views: Sequence[StoredView], shards: Sequence[Shard],
+                  folder: Path) -> None:
+    if weights is not None and views:
+        writer = Writer(folder, shards, -1)
+        for view in views:
+            writer.write(view.name, 0, weights.read(view.name))
+        writer.close()
+
+
+def _prepare(out: Path, shards: Sequence[Shard], job: str, replace: bool) -> None:
+    """Reserve the shards; what is left of an earlier save that was killed goes."""
+    if out.exists() and not replace:
+        raise InputError(f"{out}: exists already; give another folder to save to, or remove it")
+    shutil.rmtree(partial_folder(_next(out)), ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prepare(_next(out), shards, job)
+
+
+def _next(out: Path) -> Path:
+    """A name of our own for what is being written, so that nobody else's unfinished folder is touched."""
+    return out.with_name(out.name + ".next")
+
+
+def _finish(module: nn.Module, target: Target, source: Path | None, shards: Sequence[Shard], folder: Path,
+            changed: bool) -> None:
+    """The small files, and the final name."""
+    if len(shards) > 1:
+        (folder / INDEX).write_text(index_json(shards))
+    if source is not None and source.is_dir():
+        for path in sorted(source.iterdir()):
+            if path.is_file() and not path.name.endswith(WEIGHT_FILES) and path.stat().st_size <= SMALL_BYTES:
+                shutil.copyfile(path, folder / path.name)
+    if is_transformers(module):
+        kinds = {tensor.dtype for shard in shards for tensor in shard.tensors}
+        dtype = next((str(TORCH_DTYPES[kind]).removeprefix("torch.") for kind in ("BF16", "F16", "F32", "F64")
+                      if kind in kinds), "float32")
+        if changed:
+            (folder / "config.json").unlink(missing_ok=True)
+        _write_config(module, folder / "config.json", dtype)
+    old = target.folder.with_name(target.folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.folder.exists():
+        target.folder.rename(old)
+    publish(folder, target.folder, shards)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_config(module: Any, path: Path, dtype: str) -> None:
+    """``config.json``: the source's own, with the dtype that was saved; else what the model was built from."""
+    if path.exists():
+        data = json.loads(path.read_text())
+    else:
+        data = module.config.to_diff_dict()
+        data.update(model_type=module.config.model_type, architectures=[type(module).__name__])
+        data.pop("mipipe_expert_groups", None)
+    data["torch_dtype" if "torch_dtype" in data else "dtype"] = dtype
+    path.write_text(json.dumps(data, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def on_first_rank(action: Callable[[], None]) -> None:
+    """Do something on the first process; its failure is raised by all."""
+    on_all_ranks(action if rank() == 0 else lambda: None)
+
+
+def on_all_ranks(action: Callable[[], None]) -> None:
+    """Do something; where it fails on one rank, raise `RunError` on all."""
+    failure = first_of(gather(failure_of(action)))
+    if failure is not None:
+        raise RunError(f"weights cannot be saved: {failure}")

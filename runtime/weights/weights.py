@@ -1,0 +1,103 @@
+"""The parameters and buffers of one rank: only those its stages name, each tied tensor once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mipipe.graphs.capture.expert_groups import parse_slice
+from mipipe.graphs.errors import GraphError
+from mipipe.graphs.operator_graph import OperatorGraph
+
+Source = Mapping[str, torch.Tensor] | nn.Module | Callable[[], nn.Module]
+"""Where weights come from: a state dict, a module, or a function that makes the module."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Local parameters and buffers by canonical FQN (the first name of a tied tensor), and the name of every FQN.
+
+    ``compute`` holds what the phase functions read: the parameter itself, or its copy in the trace's dtype where the
+    master weights have another (mixed precision).
+    """
+
+    parameters: dict[str, nn.Parameter]
+    buffers: dict[str, torch.Tensor]
+    compute: dict[str, torch.Tensor]
+    canonical: dict[str, str]
+
+    def tensor(self, fqn: str) -> torch.Tensor:
+        """The tensor the phase functions read for an FQN."""
+        name = self.canonical[fqn]
+        return self.compute[name] if name in self.compute else self.buffers[name]
+
+    def refresh(self) -> None:
+        """Copy master weights into their compute copies."""
+        for name, tensor in self.compute.items():
+            if tensor is not self.parameters[name]:
+                tensor.copy_(self.parameters[name])
+
+
+def load_weights(graph: OperatorGraph, names: Iterable[str], source: Source, device: torch.device,
+                 master_dtype: torch.dtype | None = None,
+                 rows: Mapping[str, Sequence[int]] | None = None) -> Weights:
+    """Weights of the given FQNs, copied from ``source`` to ``device``.
+
+    ``rows``: of these parameters only some rows, in this order (the experts a rank holds).
+
+    Raises:
+        GraphError: a name is missing in the source, its shape differs, or it has no values (meta device).
+    """
+    state = _state(source)
+    wanted = set(names)
+    canonical = {item.fqn: item.tied_to or item.fqn for item in graph.parameters}
+    needed = {canonical[name] for name in wanted}
+    parameters: dict[str, nn.Parameter] = {}
+    buffers: dict[str, torch.Tensor] = {}
+    compute: dict[str, torch.Tensor] = {}
+    for item in graph.parameters:
+        if item.fqn not in needed:
+            continue
+        found = _find(state, item.fqn)
+        if found is None:
+            raise GraphError(f"weights: {item.fqn!r} is in the operator graph but not in the model given; the graph was"
+                             " captured from another model")
+        if tuple(found.shape) != item.spec.shape:
+            raise GraphError(f"weights: {item.fqn} has shape {tuple(found.shape)}, expected {item.spec.shape}; the"
+                             " graph was captured from another model")
+        if found.is_meta:
+            raise GraphError(f"weights: {item.fqn} is on the meta device and has no values; load a checkpoint or build"
+                             " the model on a real device")
+        if rows is not None and item.fqn in rows:
+            found = found[torch.tensor(rows[item.fqn], device=found.device)]
+        dtype = getattr(torch, item.spec.dtype)
+        if item.buffer:
+            buffers[item.fqn] = found.detach().to(device, dtype, copy=True).contiguous()
+            continue
+        trainable = item.trainable and dtype.is_floating_point
+        kept = master_dtype if master_dtype is not None and trainable else dtype
+        parameter = nn.Parameter(found.detach().to(device, kept, copy=True).contiguous(), requires_grad=trainable)
+        parameters[item.fqn] = parameter
+        compute[item.fqn] = parameter if kept is dtype else parameter.detach().to(dtype)
+    return Weights(parameters, buffers, compute, canonical)
+
+
+def _find(state: Mapping[str, torch.Tensor], fqn: str) -> torch.Tensor | None:
+    """A tensor by name; a slice of an expert bank is cut from the bank where the source has no slices."""
+    base, rows = parse_slice(fqn)
+    found = state.get(fqn)
+    if found is None and rows is not None and base in state:
+        found = state[base][rows[0]:rows[1]]
+    return found
+
+
+def _state(source: Source) -> Mapping[str, torch.Tensor]:
+    if isinstance(source, Mapping):
+        return source
+    module = source if isinstance(source, nn.Module) else source()
+    state: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    state.update(module.named_buffers(remove_duplicate=False))
+    return state
