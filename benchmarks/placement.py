@@ -5,9 +5,9 @@
     python benchmarks/placement.py DIR --contiguous        # the throughput files, contiguous
     python benchmarks/placement.py DIR --judge DIR/evaluate.py
 
-DIR holds files named ``<objective>.<granularity>.<model>.json`` in the format of `mipipe.planner.devices.instance`; they
-are read in place. With ``--judge`` a program that reads workload and assignment, prints JSON and exits 0 for a feasible
-assignment checks every line. A value above the best known is marked, never hidden, and so is a lost proof.
+DIR holds files named ``<objective>.<granularity>.<model>.json`` in the format of `mipipe.planner.devices.instance`;
+they are read in place. With ``--judge`` a program that reads workload and assignment, prints JSON and exits 0 for a
+feasible assignment checks every line. A value above the best known is marked, never hidden, and so is a lost proof.
 """
 
 from __future__ import annotations

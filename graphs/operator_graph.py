@@ -66,8 +66,8 @@ class Operator:
     """One node of a trace: an ATen call, executable as it stands.
 
     ``args`` and ``kwargs`` are JSON trees in which ``{"ref": name}`` is another operator's result or one of the
-    trace's inputs; `mipipe.graphs.tracing.trace` gives the encoding of dtypes, devices and the like. ``fqn`` is the module
-    path relative to the segment. ``outputs`` has one entry for each tensor returned.
+    trace's inputs; `mipipe.graphs.tracing.trace` gives the encoding of dtypes, devices and the like. ``fqn`` is the
+    module path relative to the segment. ``outputs`` has one entry for each tensor returned.
     """
 
     __pydantic_config__: ClassVar = STRICT

@@ -27,8 +27,8 @@ class PlanOptions:
     placement. ``use_baselines``: published schedules may start the search. ``use_milp``: the MIP rungs run.
     ``use_search``: the annealing rung runs. ``objective``: ``memory`` minimises peak activation memory at a makespan
     within ``1 + epsilon`` of the best, ``utilisation`` maximises the share of computing time of the devices in use at
-    such a makespan (`mipipe.planner.ladder.objectives` defines both). ``recompute``: stages may run F twice where that pays or
-    memory is short. ``threads``: concurrent searches. ``gap``: stop at this relative gap.
+    such a makespan (`mipipe.planner.ladder.objectives` defines both). ``recompute``: stages may run F twice where that
+    pays or memory is short. ``threads``: concurrent searches. ``gap``: stop at this relative gap.
     """
 
     __pydantic_config__: ClassVar = STRICT

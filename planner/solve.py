@@ -1,8 +1,8 @@
 """`plan`: from a problem to a plan, with a bound and a history. The driver of the ladder in design.md section 4.
 
 1. Placements are proposed (`mipipe.planner.placements.shapes`) and the promising ones scheduled by list
-   (`mipipe.planner.ladder.admission`); large problems have their own way (`mipipe.planner.ladder.large`). Where the known shapes do
-   not say it all, the placement MIP adds its own, and modes (`mipipe.planner.ladder.placement_rungs`).
+   (`mipipe.planner.ladder.admission`); large problems have their own way (`mipipe.planner.ladder.large`). Where the
+   known shapes do not say it all, the placement MIP adds its own, and modes (`mipipe.planner.ladder.placement_rungs`).
 2. The race (`mipipe.planner.ladder.race`): placements whose bound is below the incumbent are searched in turn.
 3. The MIP rungs run where they can still help.
 

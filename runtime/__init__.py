@@ -1,0 +1,1 @@
+"""Plans and merges executed under torchrun."""

@@ -1,0 +1,1 @@
+"""A PyTorch model becomes an operator graph: exported, cut into segments, annotated."""

@@ -90,7 +90,7 @@ def aliases_of(module: nn.Module) -> dict[str, str]:
 def explain(module: nn.Module, error: BaseException) -> str:
     """One line: the model's own source line at which the export stopped, what happened, and what to try."""
     torch_folder = str(Path(torch.__file__).parent)
-    own = str(Path(__file__).parent)
+    own = str(Path(__file__).parent.parent)
     place, chain = "", list[BaseException]()
     current: BaseException | None = error
     while current is not None and current not in chain:

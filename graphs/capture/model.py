@@ -1,9 +1,9 @@
 """A model becomes an operator graph: export, cut into segments, trace each distinct segment once, annotate.
 
-`capture` takes whatever names a model (see `mipipe.graphs.models.sources`), `capture_module` a module in memory. The loss is
-part of the graph and the gradient that starts its backward is an argument of the last segment, so the runtime chooses
-the scale: 1 / (valid labels of all microbatches) where ``source["loss"]`` says that the loss is a sum over labels, 1 /
-(number of microbatches) where it is a mean (`mipipe.graphs.capture.loss`).
+`capture` takes whatever names a model (see `mipipe.graphs.models.sources`), `capture_module` a module in memory. The
+loss is part of the graph and the gradient that starts its backward is an argument of the last segment, so the runtime
+chooses the scale: 1 / (valid labels of all microbatches) where ``source["loss"]`` says that the loss is a sum over
+labels, 1 / (number of microbatches) where it is a mean (`mipipe.graphs.capture.loss`).
 """
 
 from __future__ import annotations

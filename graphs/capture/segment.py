@@ -1,7 +1,7 @@
 """Cutting the exported forward graph into segments: blocks of the module tree, made acyclic.
 
-Each operator is labelled with a block by the modules it was recorded in (`mipipe.graphs.capture.labels`: embedding; for each
-layer attention and MLP, or router, expert groups, shared experts and combine; head with the loss). Parameter-free
+Each operator is labelled with a block by the modules it was recorded in (`mipipe.graphs.capture.labels`: embedding; for
+each layer attention and MLP, or router, expert groups, shared experts and combine; head with the loss). Parameter-free
 results of integer inputs (masks, position embeddings) belong to no block: each segment that reads them computes its own
 copy. Labels on a cycle are merged.
 """

@@ -1,0 +1,1 @@
+"""Operators merged into the groups that a planner places, and what a graph is made of."""

@@ -1,7 +1,8 @@
 """The merge methods as recipes see them: names, parameters, what they need, where they come from. No mathematics.
 
-The functions behind the names are in `mipipe.runtime.merge.methods.registry`; a test holds the two lists together. Names and
-parameters follow mergekit's vocabulary where it has the method; formulas and defaults are in the papers given.
+The functions behind the names are in `mipipe.runtime.merge.methods.registry`; a test holds the two lists together.
+Names and parameters follow mergekit's vocabulary where it has the method; formulas and defaults are in the papers
+given.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How often a merge method reads a tensor, and over which tensors it takes statistics: what planning must know.
 
-A method measures its statistics in rounds (`mipipe.runtime.merge.methods.method`), each a reading of the data of its own. A
-test holds these numbers to what the methods do.
+A method measures its statistics in rounds (`mipipe.runtime.merge.methods.method`), each a reading of the data of its
+own. A test holds these numbers to what the methods do.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ from mipipe.graphs.operators.layers import NAME, register
 class Adjustment:
     """What a model type needs: its class, another attention implementation, fixed forward arguments.
 
-    ``fixed_grids``: image and video grids become constants (`mipipe.graphs.models.fixed_grids`). ``layers_apart``: text (a
-    time) stands between a video's layers, so that each is laid out as an image.
+    ``fixed_grids``: image and video grids become constants (`mipipe.graphs.models.fixed_grids`). ``layers_apart``: text
+    (a time) stands between a video's layers, so that each is laid out as an image.
     """
 
     architecture: str | None = None

@@ -1,4 +1,4 @@
-"""One profiling process: ``python -m mipipe.graphs.profiling.profile_worker TASK RANK``, started by `mipipe.graphs.profiling.profile`.
+"""One profiling process, started by `mipipe.graphs.profiling.profile` as ``python -m`` this module ``TASK RANK``.
 
 Speaks JSON lines on stdout: ``{"ready": [group, ...]}`` when these groups' tensors are there, then, after a line on
 stdin, ``{"samples": {group: {phase: [ns, ...]}}}``; ``{"error": text}`` when a group cannot be run.

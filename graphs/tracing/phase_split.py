@@ -1,4 +1,4 @@
-"""Which operators of a segment's joint graph run in F, which in I and which in W (rules: `mipipe.graphs.tracing.partition`)."""
+"""Which operators of a segment's joint graph run in F, in I and in W; the rules: `mipipe.graphs.tracing.partition`."""
 
 from __future__ import annotations
 

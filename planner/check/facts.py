@@ -1,7 +1,7 @@
 """What a placement demands, worked out from the problem alone: the checker's own view.
 
-It repeats what `mipipe.planner.jobs.stages` computes for search, lowering and simulation, on purpose and by other means: a
-checker that shared their code would share their mistakes.
+It repeats what `mipipe.planner.jobs.stages` computes for search, lowering and simulation, on purpose and by other
+means: a checker that shared their code would share their mistakes.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Device-placement workloads: operators on accelerators and CPU cores, without an order."""

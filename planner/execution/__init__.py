@@ -1,0 +1,1 @@
+"""A plan written out as the program of every rank, simulated, measured, exported."""

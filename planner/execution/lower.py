@@ -1,8 +1,8 @@
 """From a plan to its program: every transfer, wait and reduction written out, as pure passes over simulated times.
 
-The plan's order is simulated once (`mipipe.planner.jobs.times`); every instruction is then put where the simulated clock
-says it belongs, so a topological order over all ranks exists and no rank waits for something that another one has not
-been told to do yet:
+The plan's order is simulated once (`mipipe.planner.jobs.times`); every instruction is then put where the simulated
+clock says it belongs, so a topological order over all ranks exists and no rank waits for something that another one has
+not been told to do yet:
 
 - a rank's compute and collective actions are merged by start, dependencies first;
 - SEND directly follows the action that makes its values (unless its channel first carries a later action's);

@@ -1,0 +1,1 @@
+"""One placement as jobs on machines: stages, times, arrays, arcs and paths."""

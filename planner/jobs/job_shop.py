@@ -1,7 +1,8 @@
 """A placement's actions as a job shop: jobs on machines, arcs that always hold, and what each job does to memory.
 
-Bounds (`mipipe.planner.bounds.at_placement`) and formulations (`mipipe.planner.milp`) read this; times are integer nanoseconds.
-Left out: values in flight (their bytes only matter at the edge of a memory limit; whoever adopts an order checks it).
+Bounds (`mipipe.planner.bounds.at_placement`) and formulations (`mipipe.planner.milp`) read this; times are integer
+nanoseconds. Left out: values in flight (their bytes only matter at the edge of a memory limit; whoever adopts an order
+checks it).
 
 Three kinds of arcs hold in some optimal schedule:
 

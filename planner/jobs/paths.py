@@ -1,8 +1,8 @@
 """What the compiled searches share: longest paths, memory along an order, a move, a critical path. All in numba.
 
-All work on the arrays of `mipipe.planner.jobs.arrays.Instance`. They hold no state, release the GIL (two searches run in
-two threads), and return often enough for Ctrl-C. A schedule here is ``seq[k, :length[k]]``: the nodes of machine k in
-order; classes (interchangeable microbatches) stay in their fixed internal order.
+All work on the arrays of `mipipe.planner.jobs.arrays.Instance`. They hold no state, release the GIL (two searches run
+in two threads), and return often enough for Ctrl-C. A schedule here is ``seq[k, :length[k]]``: the nodes of machine k
+in order; classes (interchangeable microbatches) stay in their fixed internal order.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From an order to its times: the earliest start of every action, in one pass over events.
 
-This is what the search loops call, so it works on integers and lists. `mipipe.planner.execution.simulate` runs the lowered
-program instead and must agree with it.
+This is what the search loops call, so it works on integers and lists. `mipipe.planner.execution.simulate` runs the
+lowered program instead and must agree with it.
 
 A transfer is ready when its producer ends; each directed channel serves transfers in the order they become ready (ties:
 the order of the actions), which is what lowering writes into the program. Latency does not occupy the channel.

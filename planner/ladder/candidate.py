@@ -43,8 +43,8 @@ class Judged:
 class Candidate:
     """A placement in the race. ``best`` is the best judged schedule that fits, ``rung`` what found it.
 
-    ``search`` works on the whole instance, ``outline`` on the one without collectives (`mipipe.planner.search.streams`), if any.
-    ``quick``: its first list was made without the compiler, by one rule.
+    ``search`` works on the whole instance, ``outline`` on the one without collectives
+    (`mipipe.planner.search.streams`), if any. ``quick``: its first list was made without the compiler, by one rule.
     """
 
     view: StageView

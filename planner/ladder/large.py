@@ -2,9 +2,9 @@
 
 A solve of 64 ranks x 1,024 microbatches cannot afford what smaller ones do (bounds by job shop, orders in Python lists,
 annealing over 200,000 actions). Here placements stay arrays: each is cut down to a few microbatches per rank, its rule
-is tuned there (`mipipe.planner.search.quotas`), the placements are compared by what they would take for all microbatches (the
-rest runs at the pace of the busiest rank), and the best rules, tuned a little more and blended with a backward one
-(`mipipe.planner.search.bidirectional`), schedule the whole; what annealing can still improve is annealed.
+is tuned there (`mipipe.planner.search.quotas`), the placements are compared by what they would take for all
+microbatches (the rest runs at the pace of the busiest rank), and the best rules, tuned a little more and blended with a
+backward one (`mipipe.planner.search.bidirectional`), schedule the whole; what annealing can still improve is annealed.
 
 Measured (uneven stages, transfers of 0.1, 0.75 of 1F1B's activations; two cores; the best published schedule within
 that memory in brackets): 16 x 32 in 60 s 115.2, bound over all placements 105.5, at its own (twin V) 111.3 (V-Half

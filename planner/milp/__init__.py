@@ -1,0 +1,1 @@
+"""Mixed-integer formulations, one a file, and the only call to the solver."""

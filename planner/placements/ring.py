@@ -2,10 +2,10 @@
 
 In a two-way chain rank r and its mirror image hold the same two stages, so each has half of all work, whatever its
 place. The middle ranks wait longest: their first gradient comes late, their last forward has far to go, and with memory
-for n activations the F number k + n waits for W number k in between (the turnover bound of `mipipe.planner.bounds.at_placement`). In
-a ring every rank holds a late part and an early one and shares them with two *different* ranks, so that work can be
-moved around: a rank whose late part is one place nearer to the loss gets more microbatches, ``SLOPE`` times as many as
-fit into the time it gains.
+for n activations the F number k + n waits for W number k in between (the turnover bound of
+`mipipe.planner.bounds.at_placement`). In a ring every rank holds a late part and an early one and shares them with two
+*different* ranks, so that work can be moved around: a rank whose late part is one place nearer to the loss gets more
+microbatches, ``SLOPE`` times as many as fit into the time it gains.
 
 The parts are the stages of a chain (``ring``) or, of a V with twice as many, each stage with its opposite (``ring-v``).
 """

@@ -1,11 +1,12 @@
 """Known placement shapes, fitted to a problem: chain, V, interleaved, wave, two-way, two-way V, twins, ring, encoders
 apart.
 
-A shape says which rank holds the k-th of its stages, in one or two directions; `mipipe.planner.placements.cuts` fits it to the
-groups (even loads, and less for ranks that start late), `mipipe.planner.placements.ring` shares replicas out unevenly,
-`mipipe.planner.placements.branches` gives encoders places of their own. Groups without resident bytes at either end (an embedding
-or a head whose parameters are not counted, or that fit everywhere) may be spread over several ranks by microbatch
-where the placement is free; a shape asked for by name is that shape (a chain can be exported, a spread head cannot).
+A shape says which rank holds the k-th of its stages, in one or two directions; `mipipe.planner.placements.cuts` fits it
+to the groups (even loads, and less for ranks that start late), `mipipe.planner.placements.ring` shares replicas out
+unevenly, `mipipe.planner.placements.branches` gives encoders places of their own. Groups without resident bytes at
+either end (an embedding or a head whose parameters are not counted, or that fit everywhere) may be spread over several
+ranks by microbatch where the placement is free; a shape asked for by name is that shape (a chain can be exported, a
+spread head cannot).
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Where planning problems come from: captured graphs, abstract models, measured expert loads."""

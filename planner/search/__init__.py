@@ -1,0 +1,1 @@
+"""Heuristics for the order at one placement: list rules, quotas, annealing."""

@@ -1,4 +1,4 @@
-"""Simulated annealing on the orders of one placement, compiled by numba: the kernel of `mipipe.planner.search.annealing`.
+"""Simulated annealing on the orders of one placement, compiled by numba: kernel of `mipipe.planner.search.annealing`.
 
 A move takes an action on a random critical path out of its block (a run of critical actions on one machine) to another
 place in or next to it, or any action to a place nearby; `mipipe.planner.search.anneal_state` says what that changes.

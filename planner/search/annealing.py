@@ -74,8 +74,8 @@ class Search:
     A round cools from ``hot`` to ``COLD`` times the mean duration over ``length`` moves; rounds grow and take `TURNS`.
     ``easy`` is the search with more memory, ``easing`` whether it is its turn; such a search itself is ``plain``: its
     memory is a wall always. What is found after a number of rounds depends on the seed alone, wherever fresh lists
-    (`mipipe.planner.search.best_list`) are made within their time. A last round cools by the clock instead, from ``began`` until
-    ``ends`` (0 where there is none).
+    (`mipipe.planner.search.best_list`) are made within their time. A last round cools by the clock instead, from
+    ``began`` until ``ends`` (0 where there is none).
     """
 
     instance: Instance

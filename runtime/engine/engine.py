@@ -1,4 +1,4 @@
-"""`Engine`: one rank of a planned run, with what a training loop needs; `mipipe.runtime.engine.executor` runs its steps."""
+"""`Engine`: one rank of a planned run, with what a training loop needs; its steps are run by the executor beside it."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 It knows no pipeline: what runs when was decided by the plan, who sends to whom by lowering. Sends and receives are
 started and forgotten until a consumer or a FREE needs them; nothing polls. What the plan has on the collective stream
-runs on a thread of its own where ranks exchange rows there (`mipipe.runtime.engine.side_stream`), else in the program's order.
-A failing instruction ends the run with its number, its text and the peer.
+runs on a thread of its own where ranks exchange rows there (`mipipe.runtime.engine.side_stream`), else in the program's
+order. A failing instruction ends the run with its number, its text and the peer.
 """
 
 from __future__ import annotations

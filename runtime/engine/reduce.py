@@ -1,8 +1,8 @@
 """Gradient sums between ranks: replicas of a stage or expert, tied parameters in several stages, copies of the plan.
 
-Sums start where `mipipe.runtime.engine.buckets` put them, run while the rank goes on computing, and are finished before the
-optimizer. Gradients that were there before the step (accumulation over several steps) are set aside first, so that they
-are not summed twice.
+Sums start where `mipipe.runtime.engine.buckets` put them, run while the rank goes on computing, and are finished before
+the optimizer. Gradients that were there before the step (accumulation over several steps) are set aside first, so that
+they are not summed twice.
 """
 
 from __future__ import annotations

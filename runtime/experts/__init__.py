@@ -1,0 +1,1 @@
+"""Expert parallelism in a run: tokens exchanged, routing counted, experts moved."""

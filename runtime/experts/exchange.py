@@ -2,10 +2,10 @@
 
 The ranks of a group are one plan rank in every data-parallel copy of the plan. All copies run the same program, so
 their all-to-alls meet in one order, whatever the plan; a collective operator is part of its segment's trace
-(`mipipe.graphs.operators.expert_kernels`), and this module gives the implementation that talks to other ranks. An `ExpertMap`
-says which experts each rank holds: uneven and replicated ones too. The j-th row of an expert with c replicas on source
-rank r goes to replica (j + r) mod c, so splits are even and the same in every rerun. Nothing is dropped; the counts
-reach the host once per layer and microbatch. A stated load factor caps the rows a rank accepts.
+(`mipipe.graphs.operators.expert_kernels`), and this module gives the implementation that talks to other ranks. An
+`ExpertMap` says which experts each rank holds: uneven and replicated ones too. The j-th row of an expert with c
+replicas on source rank r goes to replica (j + r) mod c, so splits are even and the same in every rerun. Nothing is
+dropped; the counts reach the host once per layer and microbatch. A stated load factor caps the rows a rank accepts.
 
 Left out: replicas of one expert-parallel stage within a plan, and choosing the replica that is nearest.
 Legend: T tokens, k experts per token, E experts, W ranks, S slots per rank, N rows received.

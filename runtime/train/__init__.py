@@ -1,0 +1,1 @@
+"""Training runs: configuration, data, optimizer, the loop, and the processes around it."""

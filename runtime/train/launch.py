@@ -45,8 +45,8 @@ def torchrun_command(plan: str | Path, graph: str | Path, config: str | Path, nu
                      report: str | None = None, torchrun: Sequence[str] = (), agent: bool = False) -> list[str]:
     """The command line that runs a plan. ``torchrun``: flags that pass through (``--nnodes 2 --rdzv-endpoint ...``).
 
-    ``progress``: the file in which it is shown (``-``: stderr). ``agent``: through `mipipe.runtime.train.agent`, which leaves
-    who failed in ``report``.
+    ``progress``: the file in which it is shown (``-``: stderr). ``agent``: through `mipipe.runtime.train.agent`, which
+    leaves who failed in ``report``.
     """
     flags = list(torchrun) or ["--standalone"]
     start = ["mipipe.runtime.train.agent", str(report)] if agent else ["torch.distributed.run"]

@@ -22,10 +22,7 @@ from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role
 from mipipe.graphs.tracing.compose import parameter_tensors, run_step
 
 transformers = pytest.importorskip("transformers")
-from mipipe.graphs.models import (
-    families,
-    tasks,  # noqa: E402
-)
+from mipipe.graphs.models import families, tasks  # noqa: E402
 
 RTOL = 1e-6
 TEXT = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -1,0 +1,1 @@
+"""The arithmetic of every merge method, as functions of tensors, and the table that names them."""
