@@ -15,7 +15,7 @@ from mipipe.graphs.errors import InfeasibleError, TimeUpError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from mipipe.planner.ladder.objectives import ParetoPoint
+    from mipipe.planner.pareto import ParetoPoint
     from mipipe.planner.options import PlanOptions
     from mipipe.planner.problem import PlanningProblem
     from mipipe.planner.solve import Progress, SolveResult
@@ -119,7 +119,7 @@ def _print_frontier(problem: PlanningProblem, options: PlanOptions, html_file: P
     from mipipe.cli import html
     from mipipe.cli.report import gap
     from mipipe.cli.tables import print_rows
-    from mipipe.planner.ladder.objectives import pareto
+    from mipipe.planner.pareto import pareto
 
     with progress("planning the frontier") as update:
         points = pareto(problem, options, on_point=lambda point: update(f"{point.activation_bytes:,} bytes done"))

@@ -17,7 +17,7 @@ import numpy as np
 from mipipe.graphs.errors import InfeasibleError
 from mipipe.planner.devices import latency_kernels as kernels
 from mipipe.planner.devices.instance import PlaceInstance
-from mipipe.planner.devices.place import TOLERANCE, PlaceResult
+from mipipe.planner.devices.result import TOLERANCE, PlaceResult
 from mipipe.planner.devices.workers import Job, run_jobs
 
 FIRST_STEPS = 100_000

@@ -5,39 +5,15 @@ The searches are `mipipe.planner.devices.throughput` and `mipipe.planner.devices
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from mipipe.graphs.errors import InfeasibleError
 from mipipe.planner.devices.instance import PlaceInstance
-
-Progress = Callable[[float, str], None]
-TOLERANCE = 2e-6
-
-
-@dataclass(frozen=True, slots=True)
-class PlaceResult:
-    """An assignment (node id -> ``acc0``, ``cpu0``, for latency ``acc0/2``: the subgraph) and what is known of it.
-
-    ``method`` names the rung that found it.
-    """
-
-    objective: float
-    bound: float
-    seconds: float
-    assignment: dict[str, str]
-    method: str
-    classes: int
-    contracted_classes: int
-
-    @property
-    def gap(self) -> float:
-        """``(objective - bound) / objective``; 0 up to the solver's tolerance of 2e-6, which counts as proven."""
-        gap = (self.objective - self.bound) / self.objective if self.objective else 0.0
-        return gap if gap > TOLERANCE else 0.0
+from mipipe.planner.devices.latency import place_latency
+from mipipe.planner.devices.result import PlaceResult, Progress
+from mipipe.planner.devices.throughput import place_throughput
 
 
 def place(instance: PlaceInstance, *, objective: Literal["throughput", "latency"] = "throughput",
@@ -52,11 +28,7 @@ def place(instance: PlaceInstance, *, objective: Literal["throughput", "latency"
     check_feasible(instance)
     report = on_progress or (lambda value, method: None)
     if objective == "latency":
-        from mipipe.planner.devices.latency import place_latency
-
         return place_latency(instance, time_limit_s, seed, threads, report)
-    from mipipe.planner.devices.throughput import place_throughput
-
     return place_throughput(instance, contiguous, time_limit_s, seed, threads, report)
 
 

@@ -23,7 +23,7 @@ from mipipe.graphs.errors import TimeUpError
 from mipipe.planner.devices import kernels
 from mipipe.planner.devices.contract import Part, merge_above, parts, transfer_budget
 from mipipe.planner.devices.instance import PlaceInstance
-from mipipe.planner.devices.place import TOLERANCE, PlaceResult
+from mipipe.planner.devices.result import TOLERANCE, PlaceResult
 from mipipe.planner.devices.workers import Job, run_jobs
 
 PROVABLE = 900

@@ -8,21 +8,17 @@ recomputes keeps ``recompute_bytes`` from the start of F to the start of RECOMPU
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from mipipe.planner.actions import ActionKind
+from mipipe.planner.execution.clock import Execution
 from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.program import Program
-
-if TYPE_CHECKING:
-    from mipipe.planner.execution.simulate import Run
 
 Curve = tuple[tuple[int, int], ...]
 Holding = tuple[int, int, int, int]
 """(rank, from, to, bytes)."""
 
 
-def memory_curves(stage_view: StageView, program: Program, run: Run) -> tuple[Curve, ...]:
+def memory_curves(stage_view: StageView, program: Program, run: Execution) -> tuple[Curve, ...]:
     """Per rank the steps ``(ns, bytes)`` of its memory, resident bytes included; the first step is at 0."""
     spans = {part: (start, end) for _, action, start, end in run.actions for part in action.parts()}
     holdings = [*_saved(stage_view, spans), *_workspace(stage_view, run), *_within_ranks(stage_view, spans),
@@ -71,7 +67,7 @@ def _saved(stage_view: StageView, spans: Spans) -> list[Holding]:
     return found
 
 
-def _workspace(stage_view: StageView, run: Run) -> list[Holding]:
+def _workspace(stage_view: StageView, run: Execution) -> list[Holding]:
     """Workspace of every running action; an overlapped pair needs both stages'."""
     return [(rank, start, end, sum(stage_view.workspace[stage] for stage in {part[1] for part in action.parts()}))
             for rank, action, start, end in run.actions]
@@ -96,7 +92,7 @@ def _within_ranks(stage_view: StageView, spans: Spans) -> list[Holding]:
     return found
 
 
-def _transferred(stage_view: StageView, program: Program, run: Run, spans: Spans) -> list[Holding]:
+def _transferred(stage_view: StageView, program: Program, run: Execution, spans: Spans) -> list[Holding]:
     """Both ends of every transfer: the sender's until it is over, the receiver's from its posting until it is read."""
     found = []
     for number, move in enumerate(program.transfers):

@@ -1,4 +1,4 @@
-"""Objectives other than the makespan, and the frontier of memory against bubble. All are solves of the same ladder.
+"""Objectives other than the makespan: each is several solves of the same ladder.
 
 - ``memory``: the least activation memory with which the makespan stays within ``1 + epsilon`` of the best: bisection on
   the activation limit, each step a solve with a part of the time.
@@ -6,14 +6,15 @@
   makespan)``, at a makespan within ``1 + epsilon`` of the best on all devices. With a given number of equal devices
   that is the shortest makespan; but a device that shortens the step by less than its share is better used elsewhere,
   so devices are given back, the slowest first, while the makespan stays within the limit.
-- `pareto`: the makespan at each of several activation limits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from mipipe.planner.execution.lower import lower
+from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.ladder.candidate import peak_activations
 from mipipe.planner.ladder.state import Progress
 from mipipe.planner.options import PlanOptions
@@ -25,19 +26,6 @@ DEVICES_GIVEN_BACK = 3
 
 STEPS = 5
 """Solves of the bisection on memory: the limit is then known to 1/32 of the range."""
-
-
-@dataclass(frozen=True, slots=True)
-class ParetoPoint:
-    """One point of the frontier. ``makespan_ns`` None: no plan at this limit, ``reason`` says why."""
-
-    activation_bytes: int
-    peak_bytes: int | None
-    makespan_ns: int | None
-    bound_ns: int | None
-    bubble_ratio: float | None
-    placement: str = ""
-    reason: str = ""
 
 
 def limited(problem: PlanningProblem, activation_bytes: int) -> PlanningProblem:
@@ -101,7 +89,7 @@ def best_utilisation(problem: PlanningProblem, options: PlanOptions, solve: Call
 def utilisation(plan: Plan) -> tuple[float, int]:
     """(share of computing time of the devices that hold a stage, how many these are)."""
     used = {rank for stage in plan.placement.stages for rank in stage.ranks}
-    busy = _work(plan)
+    busy = busy_ns(plan)
     return sum(busy) / (len(used) * max(1, plan.makespan_ns or 0)), len(used)
 
 
@@ -136,43 +124,7 @@ def spread_plan(problem: PlanningProblem, ranks: Sequence[int], plan: Plan) -> P
                    schedule=Schedule(tuple(orders)))
 
 
-def pareto(problem: PlanningProblem, options: PlanOptions, limits: Sequence[int] | None = None, *,
-           points: int = 6, on_point: Callable[[ParetoPoint], None] | None = None) -> list[ParetoPoint]:
-    """The memory-bubble frontier: a solve at each activation limit, the time shared; dominated points left out.
-
-    Without ``limits``: ``points`` limits between what one microbatch at a time needs and what the best plan uses.
-    """
-    from mipipe.planner.solve import plan as solve
-
-    share = replace(options, objective="makespan", time_limit_s=options.time_limit_s / (points + 1))
-    if limits is None:
-        free = solve(problem, share)
-        if free.plan is None:
-            return [ParetoPoint(problem.limits.activation_bytes or 0, None, None, None, None, reason=free.reason)]
-        most = peak_activations(free.plan)
-        limits = [most * (points - step) // points for step in range(points)]
-    found: list[ParetoPoint] = []
-    for limit in sorted(limits, reverse=True):
-        result = solve(limited(problem, limit), share)
-        ratio = peak = None
-        if result.plan is not None and result.makespan_ns:
-            work = sum(_work(result.plan))
-            ratio = 1 - work / (problem.num_ranks * result.makespan_ns)
-            peak = peak_activations(result.plan)
-        point = ParetoPoint(limit, peak, result.makespan_ns, result.bound_ns, ratio,
-                            result.plan.placement.name if result.plan else "", result.reason)
-        found.append(point)
-        if on_point is not None:
-            on_point(point)
-    return [point for point in found if point.makespan_ns is None or not any(
-        other is not point and other.makespan_ns is not None and other.makespan_ns <= point.makespan_ns
-        and (other.peak_bytes or 0) < (point.peak_bytes or 0) for other in found)]
-
-
-def _work(plan) -> list[int]:
+def busy_ns(plan: Plan) -> list[int]:
     """Busy time of the compute streams of all ranks."""
-    from mipipe.planner.execution.lower import lower
-    from mipipe.planner.execution.simulate import simulate
-
     timeline = simulate(plan, lower(plan))
     return [timeline.busy_ns(rank) for rank in range(timeline.num_ranks)]

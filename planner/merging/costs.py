@@ -21,7 +21,7 @@ from mipipe.graphs.merging.graph import MergeGraph, MergeUnit, columns_of, matri
 from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.graphs.merging.passes import is_whole, num_rounds
 from mipipe.graphs.serialize import STRICT
-from mipipe.planner.merging.lower import TILE_ENTRIES, MergeStep, reads
+from mipipe.planner.merging.steps import TILE_ENTRIES, MergeStep, reads
 
 SVD_FACTOR = 12
 """Flops of a thin SVD over ``m n min(m, n)``: between 4 and 20 by the share of wide matrices (methods.md 1.6)."""

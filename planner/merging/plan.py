@@ -30,7 +30,7 @@ from mipipe.planner.merging.costs import (
     step_bytes,
     unit_cost,
 )
-from mipipe.planner.merging.lower import TILE_ENTRIES, unit_steps
+from mipipe.planner.merging.steps import TILE_ENTRIES, unit_steps
 
 SHARD_BYTES = 5 * 10**9
 """Largest output file, as transformers splits by default."""

@@ -18,8 +18,9 @@ from mipipe.planner.merging.costs import (
     stream_seconds,
     work_bytes,
 )
-from mipipe.planner.merging.lower import MergeStep, label, unit_steps
+from mipipe.planner.merging.lower import label
 from mipipe.planner.merging.plan import MergePlan
+from mipipe.planner.merging.steps import MergeStep, unit_steps
 from mipipe.planner.program import Instruction, Program
 from mipipe.planner.timeline import Span, Timeline
 

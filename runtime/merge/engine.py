@@ -20,8 +20,9 @@ from mipipe.graphs.errors import RunError
 from mipipe.graphs.merging.graph import MergeUnit
 from mipipe.graphs.merging.passes import is_whole
 from mipipe.planner.actions import ActionKind
-from mipipe.planner.merging.lower import MergeStep, label, reads, unit_steps
+from mipipe.planner.merging.lower import label
 from mipipe.planner.merging.plan import MergePlan
+from mipipe.planner.merging.steps import MergeStep, reads, unit_steps
 from mipipe.planner.program import Instruction
 from mipipe.runtime.merge.methods.method import Method, Round, Tile
 from mipipe.runtime.merge.methods.registry import BY_METHOD

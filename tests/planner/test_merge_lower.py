@@ -15,9 +15,10 @@ from merge_units import RATES, graph, unit
 from mipipe.graphs.errors import InfeasibleError, ProgramError
 from mipipe.graphs.merging.graph import MergeGraph, MergeModel
 from mipipe.planner.actions import ActionKind
-from mipipe.planner.merging.lower import TILE_ENTRIES, lower_merge, unit_steps
+from mipipe.planner.merging.lower import lower_merge
 from mipipe.planner.merging.plan import plan_merge
 from mipipe.planner.merging.simulate import simulate_merge
+from mipipe.planner.merging.steps import TILE_ENTRIES, unit_steps
 
 K = ActionKind
 

@@ -302,7 +302,7 @@ def test_auto_takes_the_chat_template_most_models_have(found, wanted, tmp_path):
 
 
 def test_tiles_of_planner_and_runtime_are_the_same():
-    from mipipe.planner.merging.lower import TILE_ENTRIES
+    from mipipe.planner.merging.steps import TILE_ENTRIES
     from mipipe.runtime.merge.methods.method import TILE_ELEMENTS
     assert TILE_ENTRIES == TILE_ELEMENTS
 
