@@ -36,8 +36,8 @@ from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
 from mipipe.planner.problems.from_graph import build_problem
 from mipipe.planner.solve import plan as solve
-from mipipe.runtime.engine.compiled import exchanges_aside
-from mipipe.runtime.engine.engine import Engine, EngineOptions
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.options import EngineOptions
 
 COPIES, COUNT = 2, 4
 UNITS = {Role.DISPATCH: 8, Role.COMBINE: 8, Role.EXPERTS: 10}
@@ -75,7 +75,7 @@ def worker(folder: Path, token_us: float, repetitions: int) -> None:
     sleep_for_rows(token_us)
     engines = {name: Engine(plan, graph, state, options=EngineOptions(overlap=name == "overlap"))
                for name in ("one thread", "overlap")}
-    assert exchanges_aside(engines["overlap"].compiled)
+    assert engines["overlap"].compiled.exchanges_aside
     generator = torch.Generator().manual_seed(dist.get_rank())
     tokens = torch.randint(VOCAB // 2, (COUNT, ROWS, LENGTH), generator=generator)
     tokens[1::2] += VOCAB // 2

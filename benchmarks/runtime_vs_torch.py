@@ -39,7 +39,8 @@ from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.solve import plan as solve
-from mipipe.runtime.engine.engine import Engine, EngineOptions
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.options import EngineOptions
 
 SCHEDULES: dict[str, tuple[Any, int]] = {
     "1F1B": (Schedule1F1B, 1), "Interleaved1F1B": (ScheduleInterleaved1F1B, 2),

@@ -15,8 +15,8 @@ from mipipe.graphs.errors import InfeasibleError, TimeUpError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from mipipe.planner.pareto import ParetoPoint
     from mipipe.planner.options import PlanOptions
+    from mipipe.planner.pareto import ParetoPoint
     from mipipe.planner.problem import PlanningProblem
     from mipipe.planner.solve import Progress, SolveResult
 

@@ -34,7 +34,8 @@ from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
 from mipipe.planner.problems.from_graph import build_problem
 from mipipe.planner.solve import plan as solve
-from mipipe.runtime.engine.engine import Engine, EngineOptions
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.train.trace import measured_timeline
 
 WORKERS, MICROBATCHES, ROWS, STEPS = 4, 4, 32, 100

@@ -28,7 +28,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from mipipe.graphs.errors import MipipeError, tells_all
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.execution.simulate import simulate
-from mipipe.runtime.engine.engine import Engine, EngineOptions
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.experts.run import read_maps
 from mipipe.runtime.train.data import make_batches
 from mipipe.runtime.train.models import initial_weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -80,3 +80,38 @@ def test_light_verbs_do_not_name_torch_or_the_runtime() -> None:
     wrong = [f"cli/{stem}.py:{line}: {name}" for stem in LIGHT_VERBS for name, line in _imports(ROOT / f"cli/{stem}.py")
              if _under(name, "torch", "mipipe.runtime", *(f"mipipe.graphs.{folder}" for folder in TORCH_IN_GRAPHS))]
     assert not wrong, "verbs that must start without torch:\n" + "\n".join(wrong)
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Circles hide where a change may matter; imports inside functions and for types count too."""
+    files = {".".join(("mipipe", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+             for path in _files(*LAYERS)}
+    arrows = {module: {target for name, _ in _names(path) for target in (_longest(name, files),) if target} - {module}
+              for module, path in files.items()}
+    reached = {module: _reachable(module, arrows) for module in arrows}
+    circles = sorted({tuple(sorted({other for other in reached[module] if module in reached[other]}))
+                      for module in arrows if module in reached[module]})
+    assert not circles, "modules that import each other in a circle:\n" + "\n".join(map(", ".join, circles))
+
+
+def _names(path: Path) -> Iterator[tuple[str, int]]:
+    """As `_imports`, with the imported name appended: `from a import b` may name the module a.b."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def _longest(name: str, modules: Collection[str]) -> str | None:
+    """The module that a dotted name stands for: itself, or the module that has it as an attribute."""
+    return name if name in modules else name.rpartition(".")[0] if name.rpartition(".")[0] in modules else None
+
+
+def _reachable(start: str, arrows: dict[str, set[str]]) -> set[str]:
+    found, pending = set[str](), [start]
+    while pending:
+        for target in arrows[pending.pop()] - found:
+            found.add(target)
+            pending.append(target)
+    return found

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from mipipe.planner.actions import ActionKind
+from mipipe.runtime.engine.compiled import LocalRank
 from mipipe.runtime.engine.instructions import Ready, Step
-
-if TYPE_CHECKING:
-    from mipipe.runtime.engine.compiled import Compiled
 
 BUCKET_BYTES = 25 * 2**20
 """Size of one sum; DistributedDataParallel's default, enough to hide latency."""
@@ -33,41 +31,41 @@ class Bucket:
     what: str
 
 
-def buckets_of(compiled: Compiled, names: Iterable[str], what: str) -> tuple[Bucket, ...]:
+def buckets_of(local: LocalRank, names: Iterable[str], what: str) -> tuple[Bucket, ...]:
     """The buckets of some parameters, by group, dtype and size, in the given order; those nobody else has are left
     out."""
     found: list[Bucket] = []
     filling: dict[tuple[tuple[int, ...], torch.dtype], tuple[list[str], int]] = {}
     for name in names:
-        holders, parameter = compiled.holders[name], compiled.weights.parameters[name]
+        holders, parameter = local.holders[name], local.weights.parameters[name]
         key = holders if len(holders) > 1 else (), parameter.dtype
         members, size = filling.get(key, ([], 0))
         filling[key] = [*members, name], size + parameter.nbytes
         if filling[key][1] >= BUCKET_BYTES:
-            found.append(Bucket(compiled.mesh.reduction(holders), tuple(filling.pop(key)[0]), what))
+            found.append(Bucket(local.mesh.reduction(holders), tuple(filling.pop(key)[0]), what))
     for members, _ in filling.values():
-        found.append(Bucket(compiled.mesh.reduction(compiled.holders[members[0]]), tuple(members), what))
+        found.append(Bucket(local.mesh.reduction(local.holders[members[0]]), tuple(members), what))
     return tuple(bucket for bucket in found if bucket.group is not None)
 
 
-def stage_buckets(compiled: Compiled, stage: int) -> tuple[Bucket, ...]:
+def stage_buckets(local: LocalRank, stage: int) -> tuple[Bucket, ...]:
     """What an ALL_REDUCE of a stage sums: its gradients, but not of parameters tied to other stages."""
-    graded = set(compiled.graded)
-    names = [name for name in compiled.stages[stage].parameters
-             if name in graded and name in compiled.exclusive and len(compiled.holders[name]) > 1]
-    return buckets_of(compiled, names, f"gradients of stage {stage}")
+    graded = set(local.graded)
+    names = [name for name in local.stages[stage].parameters
+             if name in graded and name in local.exclusive and len(local.holders[name]) > 1]
+    return buckets_of(local, names, f"gradients of stage {stage}")
 
 
-def with_copy_sums(compiled: Compiled) -> list[Ready]:
+def with_copy_sums(local: LocalRank, resolved: Iterable[Ready]) -> tuple[Ready, ...]:
     """The rank's instructions with an ALL_REDUCE over the plan's copies behind the action that completes a bucket.
 
     Buckets fill in the order in which parameters become ready, over several actions where these are small.
     """
-    instructions = list(compiled.instructions)
-    if compiled.mesh.copy_group is None:
-        return instructions
-    name_of = {id(parameter): name for name, parameter in compiled.weights.parameters.items()}
-    alone = {name for name in compiled.graded if len(compiled.holders[name]) == 1} - compiled.banks
+    instructions = list(resolved)
+    if local.mesh.copy_group is None:
+        return tuple(instructions)
+    name_of = {id(parameter): name for name, parameter in local.weights.parameters.items()}
+    alone = {name for name in local.graded if len(local.holders[name]) == 1} - local.banks
     last: dict[str, int] = {}
     for place, ready in enumerate(instructions):
         for name in gradients_of(ready, name_of):
@@ -75,7 +73,7 @@ def with_copy_sums(compiled: Compiled) -> list[Ready]:
                 last[name] = place
     order = sorted(last, key=lambda name: (last[name], name))
     behind: dict[int, list[Bucket]] = {}
-    for bucket in buckets_of(compiled, order, "gradients of the plan's copies"):
+    for bucket in buckets_of(local, order, "gradients of the plan's copies"):
         place = max(last[name] for name in bucket.names)
         while instructions[place + 1].kind in (ActionKind.SEND, ActionKind.RECV):  # peers' data first
             place += 1
@@ -86,8 +84,8 @@ def with_copy_sums(compiled: Compiled) -> list[Ready]:
         if place in behind:
             count = sum(len(bucket.names) for bucket in behind[place])
             result.append(Ready(ActionKind.ALL_REDUCE, tuple(behind[place]), f"ALL_REDUCE of {count} gradients over"
-                                f" {compiled.mesh.num_copies} copies"))
-    return result
+                                f" {local.mesh.num_copies} copies"))
+    return tuple(result)
 
 
 def gradients_of(ready: Ready, name_of: dict[int, str]) -> set[str]:

@@ -1,44 +1,31 @@
-"""A plan, its program and its graph compiled for one rank: every instruction with all it needs, resolved once.
+"""One rank of a plan as the executor needs it: every instruction with all it needs, resolved once.
 
 The handlers of `mipipe.runtime.engine.executor` get these values and look nothing up while a step runs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
-from mipipe.graphs.errors import PlanError
 from mipipe.graphs.operator_graph import OperatorGraph
-from mipipe.graphs.operators.expert_kernels import RETURN, ROUTE, SEND
-from mipipe.graphs.serialize import digest
-from mipipe.planner.actions import Stream
-from mipipe.planner.check import check_program
-from mipipe.planner.execution.lower import lower
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
-from mipipe.runtime.engine.buckets import with_copy_sums
-from mipipe.runtime.engine.flow import GradientFlow, gradient_flow
+from mipipe.runtime.engine.flow import GradientFlow
 from mipipe.runtime.engine.instructions import Ready
-from mipipe.runtime.engine.mesh import Mesh, build_mesh
-from mipipe.runtime.engine.phases import Phases
-from mipipe.runtime.engine.resolve import Resolver
-from mipipe.runtime.engine.stage import StageCode, build_stage, check_segments
-from mipipe.runtime.experts.exchange import Exchange, kernels_of
-from mipipe.runtime.experts.group import make_exchange, routing_counters
-from mipipe.runtime.experts.layers import expert_layers
-from mipipe.runtime.weights.weights import Source, Weights, load_weights
+from mipipe.runtime.engine.mesh import Mesh
+from mipipe.runtime.engine.stage import StageCode
+from mipipe.runtime.experts.exchange import Exchange
+from mipipe.runtime.weights.weights import Weights
 
 
-@dataclass(slots=True)
-class Compiled:
-    """All of one rank. ``holders[name]``: the ranks with a parameter; ``exclusive``: parameters of one stage only;
-    ``graded``: local trainable parameters that get a gradient; ``experts``: the group that shares the experts of this
-    rank's layers, ``banks`` the parameters of these, which differ between copies; ``counters``: routing counts of this
-    rank's MoE layers by their number in the graph."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalRank:
+    """What one rank holds of a plan. ``holders[name]``: the ranks with a parameter; ``exclusive``: parameters of one
+    stage only; ``graded``: local trainable parameters that get a gradient; ``experts``: the group that shares the
+    experts of this rank's layers, ``banks`` the parameters of these, which differ between copies; ``counters``: routing
+    counts of this rank's MoE layers by their number in the graph."""
 
     plan: Plan
     graph: OperatorGraph
@@ -51,123 +38,16 @@ class Compiled:
     holders: dict[str, tuple[int, ...]]
     exclusive: frozenset[str]
     graded: tuple[str, ...]
-    instructions: list[Ready] = field(default_factory=list)
-    evaluation: list[Ready] = field(default_factory=list)
-    experts: Exchange | None = None
-    banks: frozenset[str] = frozenset()
-    counters: dict[int, torch.Tensor] = field(default_factory=dict)
+    experts: Exchange | None
+    banks: frozenset[str]
+    counters: dict[int, torch.Tensor]
 
 
-def compile_rank(plan: Plan, graph: OperatorGraph, source: Source, program: Program | None, mesh: Mesh | None,
-                 device: torch.device, options: Any) -> Compiled:
-    """This rank's program, ready to run.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled(LocalRank):
+    """A rank ready to run: its instructions in training and in evaluation. ``exchanges_aside``: ranks exchange rows,
+    and all that do it are stages without parameters on the plan's collective stream."""
 
-    Raises:
-        PlanError: the plan was made for another graph, or does not cover it.
-        ProgramError: a given program is not the plan's or may wait for ever, or a transfer lacks a value its receiver
-            needs.
-    """
-    check_plan_fits(plan, graph)
-    if program is None:
-        program = lower(plan)
-    else:
-        check_program(plan, program)
-    flow = gradient_flow(graph)
-    stage_of = _stage_of_segments(plan, graph)
-    holders, stages_of = _holders(plan, graph, stage_of)
-    shared = {ranks for ranks in holders.values() if len(ranks) > 1}
-    if mesh is None and dist.is_initialized():
-        mesh = build_mesh(program, shared, exchange=bool(expert_layers(graph)), topology=plan.problem.topology,
-                          device=device, timeout_s=options.timeout_s)
-    elif mesh is None:
-        mesh = _alone(program, device)
-    local = [index for index, stage in enumerate(plan.placement.stages) if mesh.rank in stage.ranks]
-    segments = {index: [segment for segment in graph.segments if stage_of[segment.name] == index] for index in local}
-    names = {fqn for members in segments.values() for segment in members
-             for fqn in (*segment.parameters, *segment.buffers)}
-    experts = make_exchange(plan, graph, stage_of, mesh, options)
-    weights = load_weights(graph, names, source, device, options.master_dtype,
-                           None if experts is None else experts.rows())
-    loss = next(value.spec for value in graph.values if value.name == graph.loss)
-    loss_gradient = torch.ones(loss.shape, dtype=getattr(torch, loss.dtype), device=device)
-    phases = Phases(graph, device, options.compile, kernels_of(experts))
-    counters, watched = routing_counters(graph, stage_of, local, device)
-    stages = {index: build_stage(graph, flow, segments[index], index, stage_of, weights, loss_gradient, phases,
-                                 graph.outputs, watched) for index in local}
-    for index, code in stages.items():
-        if code.buffer_updates and len(plan.placement.stages[index].ranks) > 1:
-            raise PlanError(f"stage {index}: has buffers that F changes (batch statistics), so it cannot have replicas;"
-                            " plan it on one rank")
-    trained = {name for name, item in weights.parameters.items() if item.requires_grad}
-    graded = tuple(sorted(_graded(graph, flow) & trained))
-    exclusive = frozenset(name for name, where in stages_of.items() if len(where) == 1)
-    compiled = Compiled(plan, graph, program, flow, mesh, weights, loss_gradient, stages, holders, exclusive, graded,
-                        experts=experts, banks=frozenset() if experts is None else frozenset(experts.rows()),
-                        counters=counters)
-    Resolver(compiled, stage_of).resolve(options.prepost)
-    compiled.instructions = with_copy_sums(compiled)
-    return compiled
-
-
-def exchanges_aside(compiled: Compiled) -> bool:
-    """Whether ranks exchange rows, and all that do it are stages without parameters on the plan's collective stream."""
-    if compiled.experts is None:
-        return False
-    traces = {trace.digest: trace for trace in compiled.graph.traces}
-    exchanging = {segment.name for segment in compiled.graph.segments
-                  if any(item.kind in (ROUTE, SEND, RETURN) for item in traces[segment.trace].operators)}
-    stage_of = _stage_of_segments(compiled.plan, compiled.graph)
-    needed = {stage_of[name] for name in exchanging} & set(compiled.stages)
-    aside = {instruction.action.stage for instruction in compiled.program.ranks[compiled.mesh.rank]
-             if instruction.action is not None and instruction.stream is Stream.COLLECTIVE}
-    return bool(needed) and needed <= aside and not any(compiled.stages[index].parameters for index in aside)
-
-
-def check_plan_fits(plan: Plan, graph: OperatorGraph) -> None:
-    """Raise `PlanError` unless the plan was made for this graph."""
-    found = digest(graph)
-    if plan.problem.graph_digest != found:
-        made = plan.problem.graph_digest or "no graph at all"
-        raise PlanError(f"plan {plan.name}: made for graph {made}, but this graph's digest is {found}; plan this graph"
-                        " again")
-
-
-def _alone(program: Program, device: torch.device) -> Mesh:
-    if len(program.ranks) > 1:
-        raise PlanError(f"the plan has {len(program.ranks)} ranks, but this process was not started by torchrun")
-    return Mesh(0, 1, 0, 1, device, (0,))
-
-
-def _stage_of_segments(plan: Plan, graph: OperatorGraph) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for index, stage in enumerate(plan.placement.stages):
-        for group in stage.groups:
-            for segment in check_segments(graph, plan.problem.groups[group].segments):
-                if segment.name in found:
-                    raise PlanError(f"plan: segment {segment.name} is in stages {found[segment.name]} and {index}")
-                found[segment.name] = index
-    for segment in graph.segments:
-        if segment.name not in found:
-            raise PlanError(f"plan: segment {segment.name} is in no stage")
-    return found
-
-
-def _holders(plan: Plan, graph: OperatorGraph,
-             stage_of: dict[str, int]) -> tuple[dict[str, tuple[int, ...]], dict[str, set[int]]]:
-    """The ranks and the stages that hold each parameter (canonical names)."""
-    canonical = {item.fqn: item.tied_to or item.fqn for item in graph.parameters}
-    stages: dict[str, set[int]] = {}
-    for segment in graph.segments:
-        for fqn in segment.parameters:
-            stages.setdefault(canonical[fqn], set()).add(stage_of[segment.name])
-    ranks = {name: tuple(sorted({rank for index in where for rank in plan.placement.stages[index].ranks}))
-             for name, where in stages.items()}
-    return ranks, stages
-
-
-def _graded(graph: OperatorGraph, flow: GradientFlow) -> set[str]:
-    traces = {trace.digest: trace for trace in graph.traces}
-    canonical = {item.fqn: item.tied_to or item.fqn for item in graph.parameters}
-    return {canonical[fqn] for segment in graph.segments if flow.active(segment.name)
-            for fqn, name in zip(segment.parameters, traces[segment.trace].parameter_grads, strict=True)
-            if name is not None}
+    instructions: tuple[Ready, ...]
+    evaluation: tuple[Ready, ...]
+    exchanges_aside: bool

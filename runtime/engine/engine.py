@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -13,40 +12,15 @@ from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.experts.maps import ExpertMap
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
-from mipipe.runtime.engine.compiled import Compiled, compile_rank
+from mipipe.runtime.engine.compile import compile_rank
+from mipipe.runtime.engine.compiled import Compiled
 from mipipe.runtime.engine.executor import Executor, StepRecord
 from mipipe.runtime.engine.mesh import Mesh
+from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.experts.moves import Moved, move_experts
 from mipipe.runtime.train.batches import Batch, split_batch, total_weight
 from mipipe.runtime.train.processes import world
 from mipipe.runtime.weights.weights import Source, Weights
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """``seed`` keys random operators; ``timeout_s`` bounds every wait; ``compile`` uses torch.compile.
-
-    ``master_dtype`` keeps weights and gradients in another dtype than the graph computes in. ``share_loss`` returns the
-    loss on every rank (one small all-reduce), else only where it is computed. ``track_memory`` measures after every
-    instruction, slowly. Memory beyond the plan's buys independence of the other ranks' delays: ``hold_sends`` keeps
-    what was sent to the end of the step instead of waiting where the program frees it, ``prepost`` posts every receive
-    that many compute actions earlier than the program does. ``overlap`` runs the plan's collective stream beside its
-    compute stream where ranks exchange rows (a thread, on CPUs). For graphs captured for expert parallelism:
-    ``expert_map`` places the experts on the copies of the plan (None: in equal blocks), ``load_factor`` caps the rows
-    that a copy accepts, in even shares.
-    """
-
-    seed: int = 0
-    timeout_s: float = 60.0
-    compile: bool = False
-    master_dtype: torch.dtype | None = None
-    share_loss: bool = True
-    track_memory: bool = False
-    hold_sends: bool = False
-    prepost: int = 0
-    overlap: bool = True
-    expert_map: ExpertMap | None = None
-    load_factor: float | None = None
 
 
 class Engine:

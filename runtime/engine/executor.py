@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -25,12 +25,10 @@ from mipipe.runtime.engine import comm, reduce
 from mipipe.runtime.engine.buckets import Bucket
 from mipipe.runtime.engine.buffers import Buffers
 from mipipe.runtime.engine.calls import Part, random_key, run_calls
-from mipipe.runtime.engine.compiled import Compiled, exchanges_aside
-from mipipe.runtime.engine.instructions import Piece, Ready, Step, Transport
+from mipipe.runtime.engine.compiled import Compiled
+from mipipe.runtime.engine.instructions import Piece, Step, Transport
+from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.engine.side_stream import SideStream
-
-if TYPE_CHECKING:
-    from mipipe.runtime.engine.engine import EngineOptions
 
 Program = Sequence[tuple[Callable[[Any], None], Any]]
 
@@ -63,7 +61,7 @@ class Executor:
         self._step, self._evaluating = 0, False
         self._tracking, self._static = options.track_memory, set[int]()
         self._side: SideStream | None = None
-        self._aside = options.overlap and self._blocking and not self._tracking and exchanges_aside(compiled)
+        self._aside = options.overlap and self._blocking and not self._tracking and compiled.exchanges_aside
         self._made_aside: set[int] = set()
         if self._aside:
             steps = [ready.argument for ready in compiled.instructions if isinstance(ready.argument, Step)]
@@ -123,7 +121,7 @@ class Executor:
             if self._side is not None:
                 self._side.abandon()
                 self._side = None
-            instructions: list[Ready] = self._compiled.evaluation if self._evaluating else self._compiled.instructions
+            instructions = self._compiled.evaluation if self._evaluating else self._compiled.instructions
             text = f"rank {self._compiled.mesh.rank}, instruction {position} ({instructions[position].label})"
             if isinstance(error, MipipeError):
                 raise type(error)(f"{text}: {error}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,20 +12,18 @@ from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.program import Instruction
 from mipipe.runtime.engine.buckets import stage_buckets
 from mipipe.runtime.engine.buffers import Frame
+from mipipe.runtime.engine.compiled import LocalRank
 from mipipe.runtime.engine.instructions import Piece, Ready, Step, Transport
 from mipipe.runtime.engine.stage import StageCode
-
-if TYPE_CHECKING:
-    from mipipe.runtime.engine.compiled import Compiled
 
 
 class Resolver:
     """Turns instructions into `Ready` ones."""
 
-    def __init__(self, compiled: Compiled, stage_of: dict[str, int]) -> None:
-        self.compiled = compiled
-        self.plan, self.graph, self.program = compiled.plan, compiled.graph, compiled.program
-        self.rank = compiled.mesh.rank
+    def __init__(self, local: LocalRank, stage_of: dict[str, int]) -> None:
+        self.local = local
+        self.plan, self.graph, self.program = local.plan, local.graph, local.program
+        self.rank = local.mesh.rank
         self.count = self.plan.problem.num_microbatches
         self.specs = {value.name: (value.spec.shape, getattr(torch, value.spec.dtype)) for value in self.graph.values}
         source = {value.name: value.source for value in self.graph.values}
@@ -49,19 +46,21 @@ class Resolver:
             if item.source_rank == self.rank:
                 self.leaving.setdefault((item.source_stage, item.microbatch, item.backward), []).append(index)
 
-    def resolve(self, prepost: int = 0) -> None:
-        """Fill in the instructions of training and of evaluation; receives ``prepost`` compute actions earlier."""
+    def resolve(self, prepost: int = 0) -> tuple[tuple[Ready, ...], tuple[Ready, ...]]:
+        """The instructions of training and of evaluation; receives ``prepost`` compute actions earlier."""
+        training, evaluation = list[Ready](), list[Ready]()
         for index, instruction in post_earlier(list(enumerate(self.program.ranks[self.rank])), prepost):
             ready = self.ready(index, instruction)
-            self.compiled.instructions.append(ready)
+            training.append(ready)
             if instruction.transfer is not None:
                 if not self.program.transfers[instruction.transfer].backward:
-                    self.compiled.evaluation.append(ready)
+                    evaluation.append(ready)
             elif instruction.action is not None and instruction.action.kind in (ActionKind.F, ActionKind.OVERLAP_F_B):
                 step: Step = ready.argument
                 waits = tuple(item for item in step.waits if not self.program.transfers[item.index].backward)
                 only = dataclasses.replace(step, waits=waits, pieces=step.pieces[:1])
-                self.compiled.evaluation.append(Ready(ready.kind, only, ready.label))
+                evaluation.append(Ready(ready.kind, only, ready.label))
+        return tuple(training), tuple(evaluation)
 
     def ready(self, index: int, instruction: Instruction) -> Ready:
         """One instruction with its argument."""
@@ -75,7 +74,7 @@ class Resolver:
             return Ready(instruction.kind, self.transport(instruction.transfer), label)
         if instruction.kind is ActionKind.ALL_REDUCE:
             assert instruction.stage is not None
-            return Ready(instruction.kind, stage_buckets(self.compiled, instruction.stage),
+            return Ready(instruction.kind, stage_buckets(self.local, instruction.stage),
                          f"ALL_REDUCE of stage {instruction.stage}")
         return Ready(instruction.kind, index, str(instruction.kind))
 
@@ -98,15 +97,15 @@ class Resolver:
         """Whether a stage returns a gradient for a value."""
         members = {name for group in self.plan.placement.stages[stage].groups
                    for name in self.plan.problem.groups[group].segments}
-        return any(segment in members for segment, _ in self.compiled.flow.contributions(value))
+        return any(segment in members for segment, _ in self.local.flow.contributions(value))
 
     def transport(self, index: int) -> Transport:
         """This rank's end of a transfer."""
-        transfer, mesh = self.program.transfers[index], self.compiled.mesh
+        transfer, mesh = self.program.transfers[index], self.local.mesh
         receiving = transfer.target_rank == self.rank
         peer = transfer.source_rank if receiving else transfer.target_rank
         stage = transfer.target_stage if receiving else transfer.source_stage
-        code = self.compiled.stages[stage]
+        code = self.local.stages[stage]
         values = self.values(index)
         if receiving:
             slots = tuple(code.incoming[value, transfer.source_stage] if transfer.backward else code.inputs[value]
@@ -138,7 +137,7 @@ class Resolver:
 
     def piece(self, kind: ActionKind, stage: int, microbatch: int) -> Piece:
         """One elementary part of an action."""
-        code = self.compiled.stages[stage]
+        code = self.local.stages[stage]
         kinds = self.kinds[stage, microbatch]
         frame = stage * self.count + microbatch
         trains = ActionKind.I in kinds or ActionKind.W in kinds
@@ -173,7 +172,7 @@ class Resolver:
             for target in targets:
                 if target == stage or self.plan.placement.routes[target][microbatch] != self.rank:
                     continue
-                other = self.compiled.stages[target]
+                other = self.local.stages[target]
                 place = other.incoming[value, stage] if backward else other.inputs[value]
                 yield slot, target * self.count + microbatch, other.template, place
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,12 +11,10 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.plan import Plan
 from mipipe.runtime.engine.mesh import Mesh
+from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.engine.stage import Counters
 from mipipe.runtime.experts.exchange import Exchange, check_map, contiguous_map
 from mipipe.runtime.experts.layers import check_together, expert_layers, routed_layers
-
-if TYPE_CHECKING:
-    from mipipe.runtime.engine.engine import EngineOptions
-    from mipipe.runtime.engine.stage import Counters
 
 
 def make_exchange(plan: Plan, graph: OperatorGraph, stage_of: Mapping[str, int], mesh: Mesh,

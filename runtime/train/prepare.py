@@ -12,7 +12,7 @@ from mipipe.planner.check import check_program
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
-from mipipe.runtime.engine.compiled import check_plan_fits
+from mipipe.runtime.engine.compile import check_plan_fits
 from mipipe.runtime.train.batches import check_sizes
 from mipipe.runtime.train.config import TrainConfig, read_config
 from mipipe.runtime.train.data import check_source

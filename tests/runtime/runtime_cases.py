@@ -21,7 +21,8 @@ from mipipe.graphs.topology import Topology
 from mipipe.planner.actions import Action
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
-from mipipe.runtime.engine.engine import Engine, EngineOptions
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.options import EngineOptions
 
 ROWS, WIDTH = 3, 4
 

@@ -21,7 +21,8 @@ from mipipe.graphs.topology import Topology
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.from_graph import build_problem
-from mipipe.runtime.engine.engine import Engine, EngineOptions
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.options import EngineOptions
 
 ROWS, LENGTH = 2, 12
 

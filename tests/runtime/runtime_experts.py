@@ -21,8 +21,8 @@ from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.solve import plan as solve
-from mipipe.runtime.engine.compiled import exchanges_aside
-from mipipe.runtime.engine.engine import Engine, EngineOptions
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.train.optim import gradient_norm
 
 EXPERTS, LAYERS, VOCAB, COUNT = 8, 2, 64, 2
@@ -131,7 +131,7 @@ def run_steps(plan: Plan, graph: OperatorGraph, state: Any, maps: list[ExpertMap
         if name not in rows and item.grad is not None:
             gradients[name] = [item.grad]
     return {"losses": losses, "gradients": gradients, "norms": norms, "counts": counts, "moved": moved,
-            "aside": exchanges_aside(engine.compiled)}
+            "aside": engine.compiled.exchanges_aside}
 
 
 def alone(steps: int, copies: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:

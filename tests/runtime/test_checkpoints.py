@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file
 
 from mipipe.graphs.errors import InputError, RunError
-from mipipe.runtime.engine.engine import Engine, EngineOptions
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.train.config import CheckpointConfig, DataConfig, TrainConfig
 from mipipe.runtime.train.data import Batches, make_batches
 from mipipe.runtime.train.training import Trainer

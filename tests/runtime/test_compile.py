@@ -12,7 +12,8 @@ import torch
 from mipipe.graphs.capture.loss import sum_over
 from mipipe.graphs.capture.model import capture_module
 from mipipe.graphs.errors import RunError
-from mipipe.runtime.engine.engine import Engine, EngineOptions
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.options import EngineOptions
 
 COUNT = 2
 

@@ -16,7 +16,8 @@ from mipipe.graphs.errors import ProblemError
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.solve import plan as solve
-from mipipe.runtime.engine.engine import Engine, EngineOptions
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.options import EngineOptions
 
 pytestmark = pytest.mark.distributed
 

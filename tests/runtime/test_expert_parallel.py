@@ -12,7 +12,8 @@ from mipipe.graphs.errors import InputError, PlanError, RunError
 from mipipe.graphs.operator_graph import Role
 from mipipe.graphs.tracing.compose import run_step
 from mipipe.planner.experts.maps import ExpertMap
-from mipipe.runtime.engine.engine import Engine, EngineOptions
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.experts.exchange import SlotTable, contiguous_map
 from mipipe.runtime.experts.layers import expert_layers, routed_layers
 from mipipe.runtime.experts.moves import RowPlan, placement_moves, replica_moves

@@ -15,7 +15,8 @@ from mipipe.graphs.topology import Topology
 from mipipe.planner.experts.files import read_loads
 from mipipe.planner.experts.maps import ExpertLoads
 from mipipe.planner.experts.plan import ExpertOptions, plan_experts
-from mipipe.runtime.engine.engine import Engine, EngineOptions
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.experts.run import plan_again, read_maps
 from mipipe.runtime.train.config import CheckpointConfig, ExpertsConfig, OptimizerConfig, ReplanConfig, TrainConfig
 from mipipe.runtime.train.data import Batches

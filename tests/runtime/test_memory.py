@@ -10,7 +10,8 @@ from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.schedules import BASELINES
-from mipipe.runtime.engine.engine import Engine, EngineOptions
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.options import EngineOptions
 
 COUNT = 3
 

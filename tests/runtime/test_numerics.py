@@ -11,7 +11,7 @@ import torch
 
 from mipipe.graphs.capture.loss import sum_over
 from mipipe.graphs.capture.model import capture_module
-from mipipe.runtime.engine.engine import EngineOptions
+from mipipe.runtime.engine.options import EngineOptions
 
 pytestmark = pytest.mark.distributed
 

@@ -14,7 +14,8 @@ import torch
 from mipipe.graphs.errors import RunError
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate
-from mipipe.runtime.engine.engine import Engine, EngineOptions
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.train.config import CheckpointConfig, GroupConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from mipipe.runtime.train.data import Batches
 from mipipe.runtime.train.optim import learning_rate_factor, parameter_groups

@@ -1,0 +1,36 @@
+"""What a user may choose of an engine; none of it changes the mathematics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mipipe.planner.experts.maps import ExpertMap
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """``seed`` keys random operators; ``timeout_s`` bounds every wait; ``compile`` uses torch.compile.
+
+    ``master_dtype`` keeps weights and gradients in another dtype than the graph computes in. ``share_loss`` returns the
+    loss on every rank (one small all-reduce), else only where it is computed. ``track_memory`` measures after every
+    instruction, slowly. Memory beyond the plan's buys independence of the other ranks' delays: ``hold_sends`` keeps
+    what was sent to the end of the step instead of waiting where the program frees it, ``prepost`` posts every receive
+    that many compute actions earlier than the program does. ``overlap`` runs the plan's collective stream beside its
+    compute stream where ranks exchange rows (a thread, on CPUs). For graphs captured for expert parallelism:
+    ``expert_map`` places the experts on the copies of the plan (None: in equal blocks), ``load_factor`` caps the rows
+    that a copy accepts, in even shares.
+    """
+
+    seed: int = 0
+    timeout_s: float = 60.0
+    compile: bool = False
+    master_dtype: torch.dtype | None = None
+    share_loss: bool = True
+    track_memory: bool = False
+    hold_sends: bool = False
+    prepost: int = 0
+    overlap: bool = True
+    expert_map: ExpertMap | None = None
+    load_factor: float | None = None
