@@ -1,6 +1,6 @@
 """The placement benchmark's workloads: value, bound, gap, seconds and best value known, one line each.
 
-    python benchmarks/placement.py DIR                     # all files, 60 s each (latency 120 s): about five minutes
+    python benchmarks/placement.py DIR                     # all throughput files, 60 s each
     python benchmarks/placement.py DIR --match resnet50    # some
     python benchmarks/placement.py DIR --contiguous        # the throughput files, contiguous
     python benchmarks/placement.py DIR --judge DIR/evaluate.py
@@ -29,9 +29,8 @@ BEST_KNOWN = {  # value, contiguous value, whether a proof of the value is known
     "throughput.operator.bert_l-6_inference": (28.3322, 29.5795, True),
     "throughput.layer.bert24_training": (39.7895, 41.7458, True),
     "throughput.layer.resnet50_inference": (33.3007, 33.7747, False),
-    "latency.operator.bert_l-3_inference": (408.47, None, False),
 }
-SECONDS = {"throughput": 60.0, "latency": 120.0}
+SECONDS = 60.0
 
 
 def main() -> int:
@@ -45,26 +44,23 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--judge", type=Path, help="program that checks an assignment")
     arguments = parser.parse_args()
-    files = [path for path in sorted(arguments.folder.glob("*.json"), reverse=True) if arguments.match in path.name
-             and not (arguments.contiguous and path.name.startswith("latency"))]
+    files = [path for path in sorted(arguments.folder.glob("throughput.*.json"), reverse=True)
+             if arguments.match in path.name]
     print(f"{'workload':40} {'value':>9} {'bound':>9} {'gap':>7} {'best known':>10} {'s':>6}  found by", flush=True)
     missed = 0
     for path in files:
-        objective = path.name.split(".")[0]
-        result = place(read_instance(path), objective=objective, contiguous=arguments.contiguous,  # type: ignore[arg-type]
-                       time_limit_s=SECONDS[objective] * arguments.seconds, seed=arguments.seed,
-                       threads=arguments.threads)
+        result = place(read_instance(path), contiguous=arguments.contiguous, time_limit_s=SECONDS * arguments.seconds,
+                       seed=arguments.seed, threads=arguments.threads)
         value, contiguous, proof = BEST_KNOWN.get(path.stem, (None, None, False))
         known = contiguous if arguments.contiguous else value
         notes = [result.method]
-        if known is not None and round(result.objective, 2 if objective == "latency" else 4) > known:
+        if known is not None and round(result.objective, 4) > known:
             notes.append("ABOVE THE BEST KNOWN")
         if proof and result.gap > 0:
             notes.append("NOT PROVEN")
         missed += len(notes) > 1
         if arguments.judge is not None:
-            told = judged(arguments.judge, path, result, "contig" if arguments.contiguous else
-                          "latency" if objective == "latency" else "noncontig")
+            told = judged(arguments.judge, path, result, "contig" if arguments.contiguous else "noncontig")
             notes.append(told)
             missed += told != "judge agrees"
         print(f"{path.stem:40} {result.objective:9.4f} {result.bound:9.4f} {result.gap:7.2%}"
@@ -81,7 +77,7 @@ def judged(judge: Path, workload: Path, result: PlaceResult, mode: str) -> str:
         ended = subprocess.run([sys.executable, str(judge), str(workload), file.name, "--brief", "--require", mode],
                                capture_output=True, text=True)
     data = json.loads(ended.stdout)
-    value = data.get("latency" if mode == "latency" else "max_load")
+    value = data.get("max_load")
     if ended.returncode or value is None or abs(value - result.objective) > 1e-6 * result.objective:
         return f"JUDGE OBJECTS: {data.get('violations')}, value {value}"
     return "judge agrees"

@@ -1,4 +1,4 @@
-"""``mipipe place``: a workload file or a captured model on accelerators and cores, for throughput or for latency."""
+"""``mipipe place``: a workload file or a captured model on accelerators and cores, for throughput."""
 
 from __future__ import annotations
 
@@ -22,11 +22,7 @@ def place(
                                                               " and sizes, edges with transfer costs), or as for"
                                                               " `mipipe plan` an operator graph, a coarse graph or a"
                                                               " planning problem.")],
-    objective: Annotated[str | None, typer.Option(
-        help="throughput (largest load) or latency (one sample). Default: latency for files named latency.*, else"
-             " throughput.")] = None,
-    contiguous: Annotated[bool, typer.Option("--contiguous", help="Throughput: no path may leave a device and"
-                                                                  " return.")] = False,
+    contiguous: Annotated[bool, typer.Option("--contiguous", help="No path may leave a device and return.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The assignment to write (JSON: node id ->"
                                                                        " device).")] = None,
     cluster: Annotated[Path | None, typer.Option(help="The cluster file (YAML) of a captured model: equal devices and"
@@ -40,21 +36,15 @@ def place(
     json_output: Json = False,
 ) -> None:
     """Place operators on devices: objective (of captured models in ms), bound, gap, seconds and the assignment."""
-    objective = objective or ("latency" if file.name.startswith("latency.") else "throughput")
-    if objective not in ("throughput", "latency"):
-        raise InputError(f"--objective {objective}: expected throughput or latency")
-    if contiguous and objective == "latency":
-        raise InputError("--contiguous is for throughput; under latency every subgraph is contiguous anyway")
     check_folder(output, "--output")
     from mipipe.graphs.serialize import write_text
     from mipipe.planner.devices.place import place as solve
 
-    instance = _instance(file, objective, cluster, costs, groups)
+    instance = _instance(file, cluster, costs, groups)
     with progress(f"placing {instance.name}") as update:
-        result = solve(instance, objective=objective, contiguous=contiguous,  # type: ignore[arg-type]
-                       time_limit_s=time_limit, seed=seed,
-                       on_progress=lambda value, method: update(f"{objective} {value:.6g} by {method}"))
-    data = {"file": str(file), "problem": objective, "objective": result.objective, "bound": result.bound,
+        result = solve(instance, contiguous=contiguous, time_limit_s=time_limit, seed=seed,
+                       on_progress=lambda value, method: update(f"largest load {value:.6g} by {method}"))
+    data = {"file": str(file), "problem": "throughput", "objective": result.objective, "bound": result.bound,
             "gap": result.gap, "proven": result.gap == 0, "seconds": round(result.seconds, 3), "method": result.method,
             "assignment": result.assignment}
     if output is not None:
@@ -64,7 +54,7 @@ def place(
         return
     console = stdout()
     proven = "proven optimal" if result.gap == 0 else f"bound {result.bound:.8g}, gap {result.gap:.2%}"
-    console.print(f"{instance.name}: {objective} {result.objective:.8g} ({proven}), found by {result.method} in"
+    console.print(f"{instance.name}: largest load {result.objective:.8g} ({proven}), found by {result.method} in"
                   f" {result.seconds:.1f} s")
     devices: dict[str, int] = {}
     for device in result.assignment.values():
@@ -72,16 +62,12 @@ def place(
     console.print(", ".join(f"{device}: {count} nodes" for device, count in sorted(devices.items())))
 
 
-def _instance(file: Path, objective: str, cluster: Path | None, costs: Path | None,
-              groups: int | None) -> PlaceInstance:
+def _instance(file: Path, cluster: Path | None, costs: Path | None, groups: int | None) -> PlaceInstance:
     """The workload of a file of either kind."""
     from mipipe.graphs.serialize import load_data
     from mipipe.planner.devices.instance import read_instance
 
     if str(load_data(file).get("format", "")).startswith("mipipe."):
-        if objective == "latency":
-            raise InputError(f"{file}: --objective latency is for placement workloads, whose cores run nodes as well;"
-                             " for one sample of a captured model use `mipipe plan --microbatches 1`")
         from mipipe.cli.inputs import read_problem
         from mipipe.planner.devices.from_problem import instance_of
 

@@ -1,24 +1,20 @@
 """`place`: a workload on accelerators and CPU cores, with its objective, a bound and the gap.
 
-The searches are `mipipe.planner.devices.throughput` and `mipipe.planner.devices.latency`.
+The largest load of any device is minimised (throughput); `mipipe.planner.devices.throughput` has the search.
 """
 
 from __future__ import annotations
-
-from typing import Literal
 
 import numpy as np
 
 from mipipe.graphs.errors import InfeasibleError
 from mipipe.planner.devices.instance import PlaceInstance
-from mipipe.planner.devices.latency import place_latency
 from mipipe.planner.devices.result import PlaceResult, Progress
 from mipipe.planner.devices.throughput import place_throughput
 
 
-def place(instance: PlaceInstance, *, objective: Literal["throughput", "latency"] = "throughput",
-          contiguous: bool = False, time_limit_s: float = 60.0, seed: int = 0, threads: int = 2,
-          on_progress: Progress | None = None) -> PlaceResult:
+def place(instance: PlaceInstance, *, contiguous: bool = False, time_limit_s: float = 60.0, seed: int = 0,
+          threads: int = 2, on_progress: Progress | None = None) -> PlaceResult:
     """The best assignment found within the time limit.
 
     Raises:
@@ -27,8 +23,6 @@ def place(instance: PlaceInstance, *, objective: Literal["throughput", "latency"
     """
     check_feasible(instance)
     report = on_progress or (lambda value, method: None)
-    if objective == "latency":
-        return place_latency(instance, time_limit_s, seed, threads, report)
     return place_throughput(instance, contiguous, time_limit_s, seed, threads, report)
 
 

@@ -11,7 +11,7 @@ TOLERANCE = 2e-6
 
 @dataclass(frozen=True, slots=True)
 class PlaceResult:
-    """An assignment (node id -> ``acc0``, ``cpu0``, for latency ``acc0/2``: the subgraph) and what is known of it.
+    """An assignment (node id -> ``acc0`` or ``cpu0``) and what is known of it.
 
     ``method`` names the rung that found it.
     """

@@ -19,7 +19,6 @@ from mipipe.planner.devices import throughput as place_throughput
 from mipipe.planner.devices.contract import merge_above, parts, transfer_budget
 from mipipe.planner.devices.from_problem import instance_of
 from mipipe.planner.devices.instance import PlaceInstance, read_instance
-from mipipe.planner.devices.latency_kernels import graph_of, latency_of
 from mipipe.planner.devices.place import place
 from mipipe.planner.devices.throughput import max_load
 from mipipe.planner.devices.workers import Job, run_jobs
@@ -194,28 +193,6 @@ def test_jobs_end_at_the_deadline_and_results_are_taken() -> None:
     assert sorted(taken) == [0, 1, 2]
     run_jobs((job(number) for number in itertools.count()), threads=1, seconds=60, enough=lambda: len(taken) > 3)
     assert len(taken) == 4
-
-
-def test_latency_counts_transfers_and_waits(tmp_path: Path) -> None:
-    """Two nodes in a row: one subgraph 2 + 3; two subgraphs pay the transfer on both sides; a split piece waits."""
-    data = workload([2, 3], [(0, 1)], [4, 0])
-    graph = graph_of(read_instance(write(tmp_path, data)))
-    assert latency_of(graph, np.array([0, 0])) == 5
-    assert latency_of(graph, np.array([0, 4])) == 2 + 4 + 4 + 3
-    assert latency_of(graph, np.array([0, 1])) == 2 + 4 + 4 + 3
-    assert latency_of(graph, np.array([-1, 0])) == 10 + 4 + 3
-    triple = graph_of(read_instance(write(tmp_path, workload([1, 1, 1], [(0, 1), (1, 2)], [1, 1, 0]))))
-    assert latency_of(triple, np.array([0, -1, 0])) == np.inf  # not contiguous: it waits for itself
-    assert latency_of(triple, np.array([0, -1, 1])) == (1 + 1) + 5 + (1 + 1)
-    assert latency_of(triple, np.array([1, -1, 0])) == np.inf  # subgraphs run in the order of their numbers
-
-
-def test_latency_is_optimal_where_memory_forces_a_split(tmp_path: Path) -> None:
-    data = workload([4, 4, 4], [(0, 1), (1, 2)], [1, 1, 0], memory=20)
-    result = place(read_instance(write(tmp_path, data)), objective="latency", time_limit_s=1)
-    assert result.objective == (4 + 4 + 1) + (1 + 4)
-    assert len(set(result.assignment.values())) == 2
-    assert result.bound == 12
 
 
 def test_colour_classes_stay_together(tmp_path: Path) -> None:
