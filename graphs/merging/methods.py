@@ -1,74 +1,47 @@
-"""The merge methods as recipes see them: names, parameters, what they need, where they come from. No mathematics.
+"""The table of merge methods: recipe keys, what a method needs and costs, its paper, and which functions compute it.
 
-The functions behind the names are in `mipipe.runtime.merge.methods.registry`; a test holds the two lists together.
-Names and parameters follow mergekit's vocabulary where it has the method; formulas and defaults are in the papers
-given.
+Functions are named as ``module.function`` of `mipipe.runtime.merge.methods`, so that recipes are read and planned
+without torch. Names and parameters follow mergekit's vocabulary where it has the method; formulas and defaults are in
+the papers given.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any
-
+from mipipe.graphs.merging.method_spec import Base, MethodSpec, Parameter, Params, Scope
 from mipipe.graphs.merging.tensor_classes import TensorClass
 
 
-class Base(StrEnum):
-    """Whether a method works against a base model."""
-
-    REQUIRED = "required"
-    OPTIONAL = "optional"
-    UNUSED = "unused"
+def _of_layer(_params: Params) -> Scope:
+    return Scope.LAYER
 
 
-@dataclass(frozen=True, slots=True)
-class Parameter:
-    """A parameter of a method as recipes write it.
-
-    ``default`` None means the recipe must give it, unless ``optional``. ``per_model``: one value for each merged
-    model. ``low`` and ``high`` bound it (``above``: the lower bound itself is excluded); ``choices`` are the words
-    allowed.
-    """
-
-    name: str
-    default: Any
-    doc: str
-    kind: type = float
-    per_model: bool = False
-    low: float | None = None
-    high: float | None = None
-    above: bool = False
-    choices: tuple[str, ...] = ()
-    optional: bool = False
+def _of_model(_params: Params) -> Scope:
+    return Scope.MODEL
 
 
-@dataclass(frozen=True, slots=True)
-class MethodSpec:
-    """What a method needs and costs.
+def _ties_scope(params: Params) -> Scope:
+    return Scope.MODEL if params.get("scope") == "model" else Scope.PIECE
 
-    ``whole``: works on whole matrices (singular values), not tile by tile. ``classes``: the tensor classes it defines;
-    the others are treated as ``elsewhere`` says. ``oriented``: rows and columns play different roles, so matrices
-    stored transposed are turned first. ``base_first``: a base listed among the models is the first of them.
-    ``decompositions``: singular value decompositions per model and matrix.
-    """
 
-    name: str
-    title: str
-    arxiv: str
-    parameters: tuple[Parameter, ...] = ()
-    base: Base = Base.REQUIRED
-    min_models: int = 1
-    max_models: int | None = None
-    whole: bool = False
-    oriented: bool = False
-    classes: frozenset[TensorClass] = frozenset(TensorClass) - {TensorClass.BUFFER}
-    elsewhere: str = ""
-    base_first: bool = False
-    decompositions: int = 0
+def _trims(params: Params) -> bool:
+    density = params["density"]
+    return (min(density) if isinstance(density, (list, tuple)) else density) < 1.0
 
-    def parameter(self, name: str) -> Parameter | None:
-        return next((parameter for parameter in self.parameters if parameter.name == name), None)
+
+def _ties_rounds(params: Params) -> int:
+    return 2 * _trims(params) + (params["zero_sum"] == "majority")
+
+
+def _dare_rounds(params: Params) -> int:
+    return int(params["rescale"] and params["rescale_norm"] == "l1" and _trims(params))
+
+
+def _once(_params: Params) -> int:
+    return 1
+
+
+def _twice(_params: Params) -> int:
+    return 2
 
 
 _MATRIX = frozenset({TensorClass.MATRIX})
@@ -100,59 +73,84 @@ BREADCRUMBS = (_WEIGHT, _DENSITY, _GAMMA, _LAMBDA, _SUM, _INT8)
 
 METHODS: tuple[MethodSpec, ...] = (
     MethodSpec("linear", "Model soups: averaging weights of multiple fine-tuned models", "2203.05482",
-               (_SHARE, _MEAN), Base.UNUSED),
+               (_SHARE, _MEAN), Base.UNUSED,
+        apply="arithmetic.linear"),
     MethodSpec("passthrough", "copying layers of one model", "", (
-        Parameter("scale", 1.0, "factor of the weights", per_model=True),), Base.UNUSED, max_models=1),
+        Parameter("scale", 1.0, "factor of the weights", per_model=True),), Base.UNUSED, max_models=1,
+        apply="arithmetic.passthrough"),
     MethodSpec("slerp", "Animating rotation with quaternion curves (Shoemake 1985)", "", (
         Parameter("t", None, "position on the arc from the base (0) to the other model (1)"),), Base.UNUSED, 2, 2,
-        base_first=True),
+        base_first=True,
+        apply="spherical.slerp", measure="spherical.slerp_rounds", rounds=_once),
     MethodSpec("nuslerp", "SLERP with weights, of task vectors when a base is given", "", (
         Parameter("weight", None, "the position is w2 / (w1 + w2)", per_model=True),
         Parameter("nuslerp_flatten", True, "one arc for the tensor, not one per column", bool),
-        Parameter("nuslerp_row_wise", False, "one arc per row", bool)), Base.OPTIONAL, 2, 2),
+        Parameter("nuslerp_row_wise", False, "one arc per row", bool)), Base.OPTIONAL, 2, 2,
+        apply="spherical.nuslerp", measure="spherical.nuslerp_rounds",
+        rounds=lambda params: int(not params["nuslerp_row_wise"])),
     MethodSpec("karcher", "Riemannian center of mass and mollifier smoothing (Karcher 1977)", "", (
         _SHARE, Parameter("max_iter", 10, "iterations", int, low=1), Parameter("tol", 1e-5, "step that ends them",
-                                                                                low=0.0)), Base.UNUSED),
+                                                                                low=0.0)), Base.UNUSED,
+        apply="spherical.karcher", measure="spherical.karcher_rounds", rounds=_once),
     MethodSpec("model_stock", "Model Stock: All we need is just a few fine-tuned models", "2403.19522", (
-        Parameter("filter_wise", False, "a ratio per row", bool),)),
-    MethodSpec("task_arithmetic", "Editing Models with Task Arithmetic", "2212.04089", (_WEIGHT, _LAMBDA, _SUM)),
-    MethodSpec("ties", "TIES-Merging: Resolving Interference When Merging Models", "2306.01708", TIES),
-    MethodSpec("dare_linear", "Language Models are Super Mario", "2311.03099", DARE),
-    MethodSpec("dare_ties", "Language Models are Super Mario", "2311.03099", DARE),
+        Parameter("filter_wise", False, "a ratio per row", bool),),
+        apply="spherical.model_stock", measure="spherical.model_stock_rounds",
+        rounds=lambda params: int(not params["filter_wise"])),
+    MethodSpec("task_arithmetic", "Editing Models with Task Arithmetic", "2212.04089", (_WEIGHT, _LAMBDA, _SUM),
+        apply="arithmetic.task_arithmetic"),
+    MethodSpec("ties", "TIES-Merging: Resolving Interference When Merging Models", "2306.01708", TIES,
+        apply="task_vectors.ties", measure="task_vectors.ties_rounds", rounds=_ties_rounds, scope=_ties_scope),
+    MethodSpec("dare_linear", "Language Models are Super Mario", "2311.03099", DARE,
+        apply="task_vectors.dare_linear", measure="task_vectors.dare_rounds", rounds=_dare_rounds),
+    MethodSpec("dare_ties", "Language Models are Super Mario", "2311.03099", DARE,
+        apply="task_vectors.dare_ties", measure="task_vectors.dare_rounds", rounds=_dare_rounds),
     MethodSpec("della_linear", "DELLA-Merging: Reducing Interference through Magnitude-Based Sampling", "2406.11617",
-               (*DELLA, _SUM)),
+               (*DELLA, _SUM),
+        apply="task_vectors.della_linear"),
     MethodSpec("della", "DELLA-Merging: Reducing Interference through Magnitude-Based Sampling", "2406.11617",
-               (*DELLA, _MEAN)),
-    MethodSpec("breadcrumbs", "Model Breadcrumbs", "2312.06795", BREADCRUMBS),
-    MethodSpec("breadcrumbs_ties", "Model Breadcrumbs, with TIES' vote", "2312.06795", BREADCRUMBS),
+               (*DELLA, _MEAN),
+        apply="task_vectors.della"),
+    MethodSpec("breadcrumbs", "Model Breadcrumbs", "2312.06795", BREADCRUMBS,
+        apply="task_vectors.breadcrumbs", measure="task_vectors.breadcrumbs_rounds", rounds=_twice),
+    MethodSpec("breadcrumbs_ties", "Model Breadcrumbs, with TIES' vote", "2312.06795", BREADCRUMBS,
+        apply="task_vectors.breadcrumbs_ties", measure="task_vectors.breadcrumbs_rounds", rounds=_twice),
     MethodSpec("sce", "FuseChat: Knowledge Fusion of Chat Models", "2408.07990", (
         Parameter("select_topk", 1.0, "share of entries with the largest variance", low=0.0, high=1.0, above=True),
         Parameter("mask_deltas", True, "drop unselected entries (mergekit); false: use them (FuseChat's code)", bool),
-        _INT8)),
-    MethodSpec("varm", "FuseChat (weights by mean squared variation)", "2408.07990"),
+        _INT8),
+        apply="consensus.sce", measure="consensus.sce_rounds",
+        rounds=lambda params: 1 + 2 * (params["select_topk"] < 1.0)),
+    MethodSpec("varm", "FuseChat (weights by mean squared variation)", "2408.07990",
+        apply="consensus.varm", measure="consensus.varm_rounds", rounds=_once),
     MethodSpec("frank", "Training-Free Reasoning and Reflection in MLLMs", "2505.16151", (
         Parameter("weight", 1.0, "prior weight of each model, by layer if a gradient", per_model=True, low=0.0),
         Parameter("prior_alpha", None, "decay of visual attention over layers, measured on images", optional=True),
-        Parameter("prior_norm", "sum", "scale of the prior", str, choices=("sum", "max")))),
+        Parameter("prior_norm", "sum", "scale of the prior", str, choices=("sum", "max"))),
+        apply="consensus.frank", measure="consensus.frank_rounds", rounds=_once, scope=_of_layer),
     MethodSpec("layer_swapping", "Layer Swapping for Zero-Shot Cross-Lingual Transfer in LLMs", "2410.01335", (
         Parameter("bottom", None, "first layers from the language model", int, low=0),
         Parameter("top", None, "last layers from the language model", int, low=0),
         Parameter("transition", 0, "layers blended at each border", int, low=0),
-        Parameter("beta", 0.5, "the task model's share in them", low=0.0, high=1.0)), Base.UNUSED, 2, 2),
+        Parameter("beta", 0.5, "the task model's share in them", low=0.0, high=1.0)), Base.UNUSED, 2, 2,
+        apply="arithmetic.layer_swapping"),
     MethodSpec("widen", "Extend Model Merging from Fine-Tuned to Pre-Trained LLMs via Weight Disentanglement",
                "2408.03092", (
                    Parameter("above_average_ratio", 1.0, "columns above this multiple of the mean are calibrated"),
-                   Parameter("calibrated_score", 1.0, "their score")), whole=True, oriented=True),
+                   Parameter("calibrated_score", 1.0, "their score")), whole=True, oriented=True,
+        apply="disentangle.widen"),
     MethodSpec("lore", "LoRE-Merging: Exploring Low-Rank Estimation", "2502.10749", (
         Parameter("mu", 0.01, "soft threshold of singular values", low=0.0), _LAMBDA,
         Parameter("iterations", 20, "rounds of block descent", int, low=1),
         Parameter("combine", "mean", "how the estimated task vectors join", str, choices=("mean", "ties")), _DENSITY),
-        Base.OPTIONAL, 2, whole=True, classes=_MATRIX, elsewhere="mean", decompositions=20),
+        Base.OPTIONAL, 2, whole=True, classes=_MATRIX, decompositions=20,
+        apply="low_rank.lore", elsewhere="arithmetic.plain_mean"),
     MethodSpec("tsvm", "Task Singular Vectors: Reducing Task Interference in Model Merging", "2412.00081",
-               (_LAMBDA,), whole=True, classes=_TABLES, elsewhere="scaled_mean", decompositions=2),
+               (_LAMBDA,), whole=True, classes=_TABLES, decompositions=2,
+        apply="spectral.tsvm", elsewhere="arithmetic.scaled_mean_of_tasks"),
     MethodSpec("rtsvm", "Mix Data or Merge Models? Balancing Helpfulness, Honesty, and Harmlessness", "2502.06876", (
         _LAMBDA, Parameter("clip_outliers", False, "clip entries at mean + 3 std first", bool)),
-        whole=True, classes=_TABLES, elsewhere="scaled_mean", decompositions=2),
+        whole=True, classes=_TABLES, decompositions=2,
+        apply="spectral.rtsvm", elsewhere="arithmetic.scaled_mean_of_tasks"),
     MethodSpec("optmerge", "OptMerge: Unifying Multimodal LLM Capabilities and Modalities", "2505.19892", (
         Parameter("lambda", 1.0, "factor of the optimised task vector"),
         Parameter("solver", "closed_form", "the minimiser, or the authors' descent", str,
@@ -161,7 +159,8 @@ METHODS: tuple[MethodSpec, ...] = (
         Parameter("start", "sum", "where the descent starts", str, choices=("sum", "mean")),
         Parameter("learning_rate", 1e-5, "of the descent", low=0.0, above=True),
         Parameter("steps", 300, "of the descent", int, low=1)),
-        whole=True, oriented=True, classes=_MATRIX, elsewhere="mean", decompositions=3),
+        whole=True, oriented=True, classes=_MATRIX, decompositions=3,
+        apply="projective.optmerge", elsewhere="arithmetic.mean_of_tasks"),
     MethodSpec("doge", "Modeling Multi-Task Model Merging as Adaptive Projective Gradient Descent", "2501.01230", (
         Parameter("eta", 0.07, "lambda_i = eta / ||tau_i||", low=0.0, above=True),
         Parameter("divisor", 6, "the shared subspace has rank / divisor directions", int, low=1),
@@ -169,22 +168,27 @@ METHODS: tuple[MethodSpec, ...] = (
         Parameter("learning_rate", 1e-4, "of Adam", low=0.0, above=True),
         Parameter("steps", 400, "of Adam", int, low=1),
         Parameter("reproject", False, "keep the shift out of the shared subspace exactly", bool)),
-        whole=True, oriented=True, classes=_MATRIX, elsewhere="base", decompositions=8),
+        whole=True, oriented=True, classes=_MATRIX, decompositions=8,
+        apply="projective.doge", measure="projective.doge_rounds", elsewhere="arithmetic.base_value",
+        rounds=_twice, scope=_of_model),
     MethodSpec("twin", "Twin-Merging: Dynamic Integration of Modular Expertise in Model Merging", "2406.15479", (
         Parameter("shared_scale", 0.29, "task arithmetic's factor in the shared part"),
         Parameter("density", 0.1, "rank of the exclusive parts relative to full", low=0.0, high=1.0, above=True),
-        _ROUTE), whole=True, classes=_TABLES, elsewhere="twin_vectors", decompositions=1),
+        _ROUTE), whole=True, classes=_TABLES, decompositions=1,
+        apply="low_rank.twin", elsewhere="low_rank.twin"),
     MethodSpec("rmm", "Towards Reversible Model Merging for Low-rank Weights", "2510.14163", (
         Parameter("num_basis", None, "stored directions per vector", int, low=1),
         Parameter("rank", 16, "rank of the task vectors", int, low=1), _ROUTE),
-        whole=True, oriented=True, classes=_MATRIX, elsewhere="routed_mean", decompositions=3),
+        whole=True, oriented=True, classes=_MATRIX, decompositions=3,
+        apply="low_rank.rmm", elsewhere="low_rank.routed_mean"),
     MethodSpec("onebit", "1bit-Merging: Dynamic Quantized Merging for Large Language Models", "2502.10743", (
         Parameter("route", None, "index of the expert a prompt is routed to", int, low=0),
         Parameter("full_precision", False, "keep this model's tensor unquantised (by filter)", bool, per_model=True),
         Parameter("others_weight", 0.0, "factor of the merged other experts"),
-        Parameter("others", "linear", "how they are merged", str, choices=("linear", "ties")))),
+        Parameter("others", "linear", "how they are merged", str, choices=("linear", "ties"))),
+        apply="one_bit.one_bit", measure="one_bit.one_bit_rounds", rounds=_once),
 )
-"""Every merge method. To add one: an entry here, and its functions in `mipipe.runtime.merge.methods.registry`."""
+"""Every merge method. To add one: a row here, and its functions in a module of `mipipe.runtime.merge.methods`."""
 
 STORE = MethodSpec("store", "task vectors stored apart, compressed", "", (
     Parameter("of", None, "the method whose parts are stored", str),

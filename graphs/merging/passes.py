@@ -6,55 +6,17 @@ own. A test holds these numbers to what the methods do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from enum import StrEnum
-from typing import Any
-
 from mipipe.graphs.merging.graph import MergeUnit
+from mipipe.graphs.merging.method_spec import Scope
 from mipipe.graphs.merging.methods import BY_NAME
-
-
-class Scope(StrEnum):
-    """Over which tensors a method's statistics are added up."""
-
-    PIECE = "piece"
-    LAYER = "layer"
-    MODEL = "model"
-
-
-Params = Mapping[str, Any]
-
-
-def _smallest(value: Any) -> float:
-    return min(value) if isinstance(value, (list, tuple)) else value
-
-
-def _ties(params: Params) -> int:
-    return 2 * (_smallest(params["density"]) < 1.0) + (params["zero_sum"] == "majority")
-
-
-def _dare(params: Params) -> int:
-    return int(params["rescale"] and params["rescale_norm"] == "l1" and _smallest(params["density"]) < 1.0)
-
-
-_ROUNDS: dict[str, Callable[[Params], int]] = {
-    "slerp": lambda _params: 1, "karcher": lambda _params: 1, "onebit": lambda _params: 1, "varm": lambda _params: 1,
-    "frank": lambda _params: 1, "breadcrumbs": lambda _params: 2, "breadcrumbs_ties": lambda _params: 2,
-    "doge": lambda _params: 2, "ties": _ties, "dare_linear": _dare, "dare_ties": _dare,
-    "nuslerp": lambda params: int(not params["nuslerp_row_wise"]),
-    "model_stock": lambda params: int(not params["filter_wise"]),
-    "sce": lambda params: 1 + 2 * (params["select_topk"] < 1.0),
-}
-"""Rounds of the methods that measure; the others have none."""
 
 
 def num_rounds(unit: MergeUnit) -> int:
     """How many rounds of statistics are measured on a unit before it is merged."""
     spec = BY_NAME.get(unit.method)
-    if spec is None or unit.tensor_class not in spec.classes or unit.method not in _ROUNDS:
+    if spec is None or unit.tensor_class not in spec.classes:
         return 0
-    defaults = {parameter.name: parameter.default for parameter in spec.parameters}
-    return _ROUNDS[unit.method](defaults | unit.parameters)
+    return spec.rounds({parameter.name: parameter.default for parameter in spec.parameters} | unit.parameters)
 
 
 def scope_of(unit: MergeUnit) -> Scope:
@@ -62,11 +24,7 @@ def scope_of(unit: MergeUnit) -> Scope:
     spec = BY_NAME.get(unit.method)
     if spec is None or unit.tensor_class not in spec.classes:
         return Scope.PIECE
-    if unit.method == "frank":
-        return Scope.LAYER
-    if unit.method == "doge" or (unit.method == "ties" and unit.parameters.get("scope") == "model"):
-        return Scope.MODEL
-    return Scope.PIECE
+    return spec.scope(unit.parameters)
 
 
 def is_wide(unit: MergeUnit) -> bool:

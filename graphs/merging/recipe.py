@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merging.methods import BY_NAME, RECIPE_NAMES, Base, MethodSpec
+from mipipe.graphs.merging.method_spec import Base, MethodSpec
+from mipipe.graphs.merging.methods import BY_NAME, RECIPE_NAMES
 from mipipe.graphs.merging.recipe_values import check_parameters
 from mipipe.graphs.serialize import STRICT, from_data, yaml_documents
 

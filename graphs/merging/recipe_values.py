@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merging.methods import MethodSpec, Parameter
+from mipipe.graphs.merging.method_spec import MethodSpec, Parameter
 
 
 def check_parameters(spec: MethodSpec, values: Mapping[str, Any], where: str, own: bool = False) -> None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, StoredTensor
 from mipipe.graphs.merging.graph import Adapter, Input, MergeUnit
-from mipipe.graphs.merging.methods import BY_NAME, Base
+from mipipe.graphs.merging.method_spec import Base
+from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.graphs.merging.participants import Participant, decoder_prefix, num_layers, open_participant, renamed
 from mipipe.graphs.merging.recipe import DTYPES, MergeRecipe, Parameters, RecipeModel, merged_models, same_model
 from mipipe.graphs.merging.tensor_classes import (

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merging.methods import MethodSpec
+from mipipe.graphs.merging.method_spec import MethodSpec
 from mipipe.graphs.merging.recipe import Parameters
 
 MISSING = object()

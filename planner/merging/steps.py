@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 from mipipe.graphs.merging.checkpoint_files import DTYPE_BITS
 from mipipe.graphs.merging.graph import Input, MergeGraph, MergeUnit, columns_of, pieces_of
-from mipipe.graphs.merging.passes import Scope, is_whole, is_wide, num_rounds, scope_of
+from mipipe.graphs.merging.method_spec import Scope
+from mipipe.graphs.merging.passes import is_whole, is_wide, num_rounds, scope_of
 from mipipe.graphs.merging.tensor_classes import Piece
 from mipipe.planner.actions import ActionKind
 
 TILE_ENTRIES = 2**18
-"""Entries of a tile; the same as `mipipe.runtime.merge.methods.method.TILE_ELEMENTS` (a test compares them)."""
+"""Entries of a tile: 1 MiB in float32, so a few of them fit a core's second-level cache."""
 
 
 @dataclass(frozen=True, slots=True)

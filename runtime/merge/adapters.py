@@ -22,8 +22,9 @@ from torch import Tensor
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoint_files import read_checkpoint
 from mipipe.graphs.merging.graph import Input, MergeGraph, MergeUnit, pieces_of
-from mipipe.graphs.merging.methods import BY_NAME, Base
-from mipipe.graphs.merging.passes import Scope, scope_of
+from mipipe.graphs.merging.method_spec import Base, Scope
+from mipipe.graphs.merging.methods import BY_NAME
+from mipipe.graphs.merging.passes import scope_of
 from mipipe.graphs.serialize import write_text
 from mipipe.runtime.merge.card import graph_card
 from mipipe.runtime.merge.methods.method import merge_tensors

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.graph import MergeUnit
-from mipipe.graphs.merging.passes import Scope, is_wide, scope_of
+from mipipe.graphs.merging.method_spec import Scope
+from mipipe.graphs.merging.passes import is_wide, scope_of
 from mipipe.runtime.merge.exchange import Exchange
 from mipipe.runtime.merge.methods.method import Round, fill
 from mipipe.runtime.merge.methods.registry import BY_METHOD

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from mipipe.graphs.merging.methods import BY_NAME, Base
+from mipipe.graphs.merging.method_spec import Base
+from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.runtime.merge.exchange import Exchange
 from mipipe.runtime.merge.worker import begin, work
 

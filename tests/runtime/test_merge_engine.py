@@ -7,17 +7,17 @@ import pytest
 import torch
 from merge_fixtures import PARAMETERS, read, recipe_for, trio
 
-from mipipe.graphs.merging.passes import Scope, num_rounds, scope_of
+from mipipe.graphs.merging.method_spec import Scope
+from mipipe.graphs.merging.passes import is_whole, num_rounds, scope_of
 from mipipe.graphs.merging.recipe import parse_recipe
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.merging import costs as merge_costs
-from mipipe.planner.merging import lower as merge_lower
+from mipipe.planner.merging import steps
 from mipipe.planner.merging.lower import lower_merge
 from mipipe.planner.merging.plan import SHARD_BYTES, plan_recipe
 from mipipe.planner.merging.simulate import simulate_merge
 from mipipe.runtime.merge.exchange import Exchange
 from mipipe.runtime.merge.execute import measured_timeline, run_rank
-from mipipe.runtime.merge.methods import method as method_module
 from mipipe.runtime.merge.methods.registry import BY_METHOD, METHODS
 from mipipe.runtime.merge.output import publish
 from mipipe.runtime.merge.survey import unit_values
@@ -52,15 +52,14 @@ def test_planning_knows_how_often_and_over_what_a_method_measures(name, root, tm
             method, values = BY_METHOD[unit.method].handling(unit.tensor_class), unit_values(unit)
             assert num_rounds(unit) == len(method.rounds(**values)), (unit.name, parameters)
             assert scope_of(unit) is method.scope(**values)
-            assert merge_lower.is_whole(unit) == (method.spec.whole and unit.tensor_class in method.spec.classes)
+            assert is_whole(unit) == (method.spec.whole and unit.tensor_class in method.spec.classes)
 
 
 @pytest.mark.parametrize("name", ["ties", "frank", "doge", "tsvm", "dare_ties"])
 def test_portions_and_reading_ahead_do_not_show_in_the_result(name, root, tmp_path, monkeypatch):
     """Tiles of three rows, portions of one to many tiles, none to three steps read ahead."""
-    for module, attribute in ((method_module, "TILE_ELEMENTS"), (merge_lower, "TILE_ENTRIES"),
-                              (merge_costs, "TILE_ENTRIES")):
-        monkeypatch.setattr(module, attribute, 24)
+    for module in (steps, merge_costs):
+        monkeypatch.setattr(module, "TILE_ENTRIES", 24)
     changes = {"parameters": {"density": 0.4, "scope": "model"}} if name == "ties" else {}
     plan = plan_of(recipe_for(name, root, **changes), tmp_path / "out")
     results = set()

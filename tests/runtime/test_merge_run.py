@@ -12,7 +12,7 @@ import yaml
 from merge_fixtures import in_threads, read, recipe_for, state, trio, write
 
 from mipipe.graphs.errors import InfeasibleError
-from mipipe.graphs.merging.passes import Scope
+from mipipe.graphs.merging.method_spec import Scope
 from mipipe.graphs.merging.recipe import parse_recipe
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify, layer_index
 from mipipe.planner.merging.plan import SHARD_BYTES, plan_recipe
@@ -299,12 +299,6 @@ def test_auto_takes_the_chat_template_most_models_have(found, wanted, tmp_path):
     merge([recipe], tmp_path / "out")
     place = tmp_path / "out" / "chat_template.jinja"
     assert (place.read_text() if place.exists() else None) == wanted
-
-
-def test_tiles_of_planner_and_runtime_are_the_same():
-    from mipipe.planner.merging.steps import TILE_ENTRIES
-    from mipipe.runtime.merge.methods.method import TILE_ELEMENTS
-    assert TILE_ENTRIES == TILE_ELEMENTS
 
 
 def test_classes_of_the_tiny_transformer(root):

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mipipe.graphs.merging.passes import Scope
 from mipipe.runtime.merge.methods.arithmetic import add_deltas
 from mipipe.runtime.merge.methods.method import Round, Tile
 from mipipe.runtime.merge.methods.sparsify import Cutoffs, threshold_rounds
@@ -101,10 +100,6 @@ def varm(tile: Tile, stats: list[float]) -> Tensor:
 
 
 # FRANK ----------------------------------------------------------------------------------------------------------------
-
-
-def frank_scope(**_params: Any) -> Scope:
-    return Scope.LAYER
 
 
 def frank_rounds(**_params: Any) -> tuple[Round, ...]:

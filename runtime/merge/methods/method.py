@@ -1,7 +1,7 @@
 """What a merge method is, and the loop that applies one to a piece of the model, tile by tile.
 
 A *piece* is one matrix or vector of the model with its counterparts in the base and in every merged model. It is cut
-into *tiles* of whole rows, about `TILE_ELEMENTS` entries each, so that elementwise methods stay in the processor's
+into *tiles* of whole rows, about `TILE_ENTRIES` entries each, so that elementwise methods stay in the processor's
 cache and in little memory. Tile boundaries depend on the shape alone, never on the memory cap or the number of ranks,
 so results are the same to the last bit in every execution.
 
@@ -12,9 +12,8 @@ into the statistics handed to the next round and to ``apply``. The scope is one 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,14 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mipipe.graphs.merging.methods import MethodSpec
-from mipipe.graphs.merging.passes import Scope
+from mipipe.graphs.merging.method_spec import MethodSpec, Params, Scope
 from mipipe.graphs.merging.tensor_classes import TensorClass
-
-TILE_ELEMENTS = 2**18
-"""Entries of a tile: 1 MiB in float32, so a few of them fit a core's second-level cache."""
-
-Params = Mapping[str, Any]
+from mipipe.planner.merging import steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,27 +72,8 @@ class Round:
     finish: Callable[..., Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Invariants:
-    """Which laws of methods.md (1.8, X1) hold exactly; tests walk the registry and check each.
-
-    ``neutral``: parameters with which T = 1 returns the model (I2); None where it does not. ``identical``: parameters
-    with which equal models give that model (I3). ``order``: permuting the models changes nothing (I4).
-    ``linear``: parameters with which scaling the task vectors scales the merged delta (I7).
-    """
-
-    neutral: Params | None = None
-    identical: Params | None = None
-    order: bool = True
-    linear: Params | None = None
-
-
-def _no_rounds(**_params: Any) -> tuple[Round, ...]:
+def no_rounds(**_params: Any) -> tuple[Round, ...]:
     return ()
-
-
-def _piece_scope(**_params: Any) -> Scope:
-    return Scope.PIECE
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,17 +85,20 @@ class Method:
 
     spec: MethodSpec
     apply: Callable[..., Any]
-    rounds: Callable[..., tuple[Round, ...]] = _no_rounds
-    scope: Callable[..., Scope] = _piece_scope
+    rounds: Callable[..., tuple[Round, ...]] = no_rounds
     elsewhere: Callable[..., Tensor] | None = None
-    invariants: Invariants = Invariants()
+
+    def scope(self, **params: Any) -> Scope:
+        """Over which tensors the statistics are added up."""
+        return self.spec.scope(params)
 
     def handling(self, tensor_class: TensorClass) -> Method:
         """The method that merges tensors of a class: itself, or its rule for what it does not define."""
         if tensor_class in self.spec.classes:
             return self
         assert self.elsewhere is not None
-        return Method(dataclasses.replace(self.spec, whole=False, oriented=False), self.elsewhere)
+        plain = MethodSpec(self.spec.name, self.spec.title, self.spec.arxiv, self.spec.parameters, self.spec.base)
+        return Method(plain, self.elsewhere)
 
 
 class PieceReader(Protocol):
@@ -131,8 +109,8 @@ class PieceReader(Protocol):
 
 
 def rows_per_tile(columns: int) -> int:
-    """Whole rows that make about `TILE_ELEMENTS` entries; at least one."""
-    return max(1, TILE_ELEMENTS // max(1, columns))
+    """Whole rows that make about `TILE_ENTRIES` entries; at least one."""
+    return max(1, steps.TILE_ENTRIES // max(1, columns))
 
 
 def tile_ranges(rows: int, columns: int, whole: bool) -> list[tuple[int, int]]:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mipipe.graphs.merging.passes import Scope
 from mipipe.runtime.merge.methods.arithmetic import mean_from
 from mipipe.runtime.merge.methods.method import Round, Tile
 from mipipe.runtime.merge.methods.sparsify import Cutoffs, threshold_rounds
@@ -120,10 +119,6 @@ def optmerge_descent(value: Tensor, targets: Sequence[Tensor], maps: Sequence[Te
 
 
 # DOGE -----------------------------------------------------------------------------------------------------------------
-
-
-def doge_scope(**_params: Any) -> Scope:
-    return Scope.MODEL
 
 
 def _doge_counts(entries: list[int], _nonzero: list[int], *, density: float, **_params: Any) -> list[list[int]]:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mipipe.graphs.merging.passes import Scope
 from mipipe.runtime.merge.methods.arithmetic import SMALL, add_deltas
 from mipipe.runtime.merge.methods.method import Round, Tile
 from mipipe.runtime.merge.methods.sparsify import (
@@ -86,10 +85,6 @@ def _finish_majority(total: Tensor, cutoffs: Cutoffs | None, **_params: Any) -> 
     for selection in cutoffs or ():
         selection[0].used = 0  # the measuring pass has used up the quota of ties
     return cutoffs, 1.0 if total >= 0 else -1.0
-
-
-def ties_scope(*, scope: str, **_params: Any) -> Scope:
-    return Scope.MODEL if scope == "model" else Scope.PIECE
 
 
 def ties_rounds(*, density: Sequence[float], scope: str, zero_sum: str, **_params: Any) -> tuple[Round, ...]:
