@@ -87,7 +87,7 @@ def merge(
         return
     from mipipe.runtime.merge.launch import MergeOptions
     from mipipe.runtime.merge.launch import merge as run
-    from mipipe.runtime.merge.output import partial_folder
+    from mipipe.runtime.weights.writer import partial_folder
 
     options = MergeOptions(ranks, device, cap, size, dtype, record)
     try:

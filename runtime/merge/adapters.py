@@ -29,9 +29,9 @@ from mipipe.runtime.merge.card import graph_card
 from mipipe.runtime.merge.methods.method import merge_tensors
 from mipipe.runtime.merge.methods.registry import BY_METHOD
 from mipipe.runtime.merge.methods.spectral import svd
-from mipipe.runtime.merge.output import partial_folder
-from mipipe.runtime.merge.shelf import TORCH_DTYPES, Shelf
 from mipipe.runtime.weights import durable
+from mipipe.runtime.weights.reader import TORCH_DTYPES, Shelf
+from mipipe.runtime.weights.writer import partial_folder
 
 LINEAR = ("linear", "task_arithmetic")
 NOT_OF_DELTAS = ("widen",)

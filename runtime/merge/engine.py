@@ -25,9 +25,9 @@ from mipipe.planner.merging.plan import MergePlan
 from mipipe.planner.program import Instruction
 from mipipe.runtime.merge.methods.method import Method, Round, Tile
 from mipipe.runtime.merge.methods.registry import BY_METHOD
-from mipipe.runtime.merge.shelf import TORCH_DTYPES, Range
 from mipipe.runtime.merge.sources import Surroundings, UnitPiece, unit_pieces
 from mipipe.runtime.merge.survey import Survey, unit_values
+from mipipe.runtime.weights.reader import TORCH_DTYPES, Range
 
 Merged = Tensor | dict[str, Tensor]
 """A merged tile in the output's dtype, or the parts of a piece by name."""
@@ -36,7 +36,7 @@ Event = tuple[int, int, int]
 
 
 class Sink(Protocol):
-    """Where results go: `mipipe.runtime.merge.output.Writer` or `mipipe.runtime.merge.parts.PartsWriter`."""
+    """Where results go: `mipipe.runtime.weights.writer.Writer` or `mipipe.runtime.merge.parts.PartsWriter`."""
 
     def write(self, name: str, offset: int, data: Any) -> int:
         """Write what belongs at an offset of a tensor; returns how many bytes."""

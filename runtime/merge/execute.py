@@ -16,11 +16,11 @@ from mipipe.planner.timeline import Span, Timeline
 from mipipe.runtime.merge.align import match_experts
 from mipipe.runtime.merge.engine import Event, MergeEngine
 from mipipe.runtime.merge.exchange import Exchange
-from mipipe.runtime.merge.output import Writer, finished
 from mipipe.runtime.merge.parts import PartsWriter
-from mipipe.runtime.merge.shelf import Shelf
 from mipipe.runtime.merge.sources import Surroundings
 from mipipe.runtime.merge.survey import Survey
+from mipipe.runtime.weights.reader import Shelf
+from mipipe.runtime.weights.writer import Writer, finished
 
 
 @dataclass(frozen=True, slots=True)

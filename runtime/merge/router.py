@@ -22,7 +22,7 @@ from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, read_checkpo
 from mipipe.graphs.merging.moe_recipe import ROUTER, MoeRecipe, router_tensors
 from mipipe.graphs.merging.participants import TOKEN_TABLES
 from mipipe.graphs.serialize import digest
-from mipipe.runtime.merge.shelf import Shelf
+from mipipe.runtime.weights.reader import Shelf
 
 RANDOM_STD = 0.02
 """Standard deviation of a random router: transformers' initializer_range."""

@@ -16,7 +16,7 @@ from mipipe.graphs.merging.graph import Input, MergeGraph, MergeUnit, columns_of
 from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.graphs.merging.tensor_classes import Piece
 from mipipe.runtime.merge.methods.method import Tile, tile_ranges
-from mipipe.runtime.merge.shelf import Shelf
+from mipipe.runtime.weights.reader import Shelf
 
 
 @dataclass(frozen=True)

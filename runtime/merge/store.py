@@ -23,7 +23,7 @@ from mipipe.graphs.serialize import load
 from mipipe.planner.merging.plan import MergePlan, plan_graph, plan_recipe
 from mipipe.runtime.merge.launch import MergeOptions, check_target, made_by, run_plan
 from mipipe.runtime.merge.parts import METHODS, Parts
-from mipipe.runtime.merge.shelf import TORCH_DTYPES
+from mipipe.runtime.weights.reader import TORCH_DTYPES
 
 SHARED = "shared"
 """The folder of Twin-Merging's shared model inside a parts folder."""

@@ -1,6 +1,6 @@
 """One rank of a merge: ``torchrun -m mipipe.runtime.worker --merge OUT``, or called in-process where there is but one.
 
-The plan and the prepared shards are in ``OUT.partial`` (see `mipipe.runtime.merge.output`). Rank 0 publishes the result
+The plan and the prepared shards are in ``OUT.partial`` (see `mipipe.runtime.weights.writer`). Rank 0 publishes the result
 when all ranks are done.
 """
 
@@ -20,8 +20,8 @@ from mipipe.planner.merging.plan import MergePlan
 from mipipe.runtime.merge.card import RECORD, write_companions
 from mipipe.runtime.merge.exchange import Exchange
 from mipipe.runtime.merge.execute import RankReport, measured_timeline, run_rank
-from mipipe.runtime.merge.output import partial_folder, prepare, publish
 from mipipe.runtime.merge.parts import describe_parts
+from mipipe.runtime.weights.writer import partial_folder, prepare, publish
 
 
 def begin(plan: MergePlan, out: Path) -> Path:

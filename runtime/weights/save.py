@@ -24,14 +24,14 @@ from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.merging.layout import Shard, index_json, lay_out
 from mipipe.graphs.units import parse_bytes
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.merge.output import Writer, partial_folder, prepare, publish
-from mipipe.runtime.merge.shelf import TORCH_DTYPES
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.models import empty_module
 from mipipe.runtime.train.processes import failure_of, first_of, gather, rank
 from mipipe.runtime.weights.checkpoint_tensors import shared_rows
+from mipipe.runtime.weights.reader import TORCH_DTYPES
 from mipipe.runtime.weights.stored_names import StoredView, is_transformers, stored_views
 from mipipe.runtime.weights.stored_weights import INDEX, StoredWeights
+from mipipe.runtime.weights.writer import Writer, partial_folder, prepare, publish
 
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".index.json")

@@ -19,9 +19,9 @@ from mipipe.runtime.merge.exchange import Exchange
 from mipipe.runtime.merge.execute import measured_timeline, run_rank
 from mipipe.runtime.merge.methods import method as method_module
 from mipipe.runtime.merge.methods.registry import BY_METHOD, METHODS
-from mipipe.runtime.merge.output import publish
 from mipipe.runtime.merge.survey import unit_values
 from mipipe.runtime.merge.worker import begin
+from mipipe.runtime.weights.writer import publish
 
 VARIANTS = {"ties": [{"density": 1.0}, {"density": [0.5, 1.0, 1.0], "zero_sum": "majority"}, {"scope": "model"},
                      {"scope": "model", "density": 0.2}],

@@ -16,10 +16,10 @@ from mipipe.graphs.merging.passes import Scope
 from mipipe.graphs.merging.recipe import parse_recipe
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify, layer_index
 from mipipe.planner.merging.plan import SHARD_BYTES, plan_recipe
-from mipipe.runtime.merge import output
 from mipipe.runtime.merge.launch import MergeOptions, merge
 from mipipe.runtime.merge.methods.method import fill, merge_tensors
 from mipipe.runtime.merge.methods.registry import BY_METHOD, METHODS
+from mipipe.runtime.weights import writer as output
 
 
 def run(data, out, **options):
@@ -191,7 +191,8 @@ def test_a_killed_process_leaves_no_result_and_can_be_continued(root, tmp_path):
     recipe.write_text(yaml.safe_dump(recipe_for("ties", root)))
     program = f"""
 import os, signal
-from mipipe.runtime.merge import launch, output
+from mipipe.runtime.weights import writer as output
+from mipipe.runtime.merge import launch
 output.JOURNAL_BYTES = 1
 def die(done, total):
     if done > total / 2:

@@ -20,8 +20,8 @@ from torch import Tensor
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.merging.layout import Shard
 from mipipe.graphs.units import format_bytes
-from mipipe.runtime.merge.shelf import TORCH_DTYPES
 from mipipe.runtime.weights import durable
+from mipipe.runtime.weights.reader import TORCH_DTYPES
 
 JOURNAL_BYTES = 2**26
 """The journal is brought up to date after this many bytes written (and at the end)."""
