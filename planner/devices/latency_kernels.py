@@ -4,12 +4,6 @@ A label says where a class runs: ``acc * per_acc + subgraph``, or -1 for the CPU
 the label of a neighbour, on any other or on the CPU; a few exchange or merge two whole subgraphs. Every candidate is
 evaluated by one pass over the blocks (subgraphs, CPU nodes) in topological order; a cycle between blocks rejects it,
 and covers a subgraph that is not contiguous, which waits for itself through the nodes outside.
-
-Tried on a 3-layer BERT (128 classes, 4 accelerators), four seeds of 300,000 moves, a hundredth of all blocks' time
-added to the energy: pieces of up to 16 classes reach 408.474 in two runs of four, of up to 32 in four of four; without
-the addition 16 gave three of four, so it was left out. The trial started from labels that wait in a cycle (infinite
-latency), and some settings (pieces of up to 8, or mostly of one label) did not always get away from there: that says
-nothing about them from the feasible starts that `place_latency` gives.
 """
 
 from __future__ import annotations

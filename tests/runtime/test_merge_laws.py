@@ -1,4 +1,4 @@
-"""The laws every merge method keeps (methods.md 1.8 and X1), checked for each entry of the registry."""
+"""The laws every merge method keeps, checked for each entry of the registry."""
 
 import pytest
 import torch

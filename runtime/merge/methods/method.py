@@ -80,7 +80,7 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Invariants:
-    """Which laws of methods.md (1.8, X1) hold exactly; tests walk the registry and check each.
+    """Which laws hold exactly; tests walk the registry and check each.
 
     ``neutral``: parameters with which T = 1 returns the model (I2); None where it does not. ``identical``: parameters
     with which equal models give that model (I3). ``order``: permuting the models changes nothing (I4).
