@@ -134,7 +134,8 @@ def make(name: str, folder: Path, done: set[str]) -> None:
                                   "PYTHONWARNINGS": "ignore",
                                   "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"})
         if ran.returncode != output.status:
-            sys.exit(f"make_outputs: {name}: status {ran.returncode}, expected {output.status}\n{ran.stdout}{ran.stderr}")
+            sys.exit(f"make_outputs: {name}: status {ran.returncode}, expected {output.status}\n"
+                     f"{ran.stdout}{ran.stderr}")
         shown.append(f"$ {folded(command)}\n{clean(ran.stdout + (ran.stderr if output.status else ''), folder)}")
     if shown:
         (FOLDER / f"{name}.txt").write_text("\n".join(shown))

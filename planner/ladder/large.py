@@ -42,7 +42,8 @@ from mipipe.planner.search import quotas
 from mipipe.planner.search.lists import Orders
 
 BIG_ACTIONS = 1_500
-"""Actions of a chain from which a problem is large: from there tuned rules give shorter plans than the race of lists and searches."""
+"""Actions of a chain from which a problem is large: from there tuned rules give shorter plans than the race of
+lists and searches."""
 
 PUBLISHED_ACTIONS = 5_000
 """Actions of a chain up to which published schedules are looked at: their orders are Python lists."""

@@ -33,8 +33,8 @@ WORK = {"passthrough": 5, "linear": 16, "task_arithmetic": 12, "slerp": 8, "nusl
         "model_stock": 11, "ties": 37, "dare_linear": 44, "dare_ties": 60, "della": 370, "della_linear": 350,
         "breadcrumbs": 43, "breadcrumbs_ties": 44, "sce": 65, "varm": 17, "frank": 16, "layer_swapping": 9,
         "widen": 105, "onebit": 30}
-"""Time per entry, input and reading, in units of adding two arrays in place. For the methods not listed, singular values
-take the time."""
+"""Time per entry, input and reading, in units of adding two arrays in place. For the methods not listed, singular
+values take the time."""
 OTHER_WORK = 12
 TEMPORARIES = 6
 """Float32 tensors of a tile's size alive at once beside inputs and task vectors."""

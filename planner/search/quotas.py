@@ -1,11 +1,11 @@
 """List schedules under quotas: at most so many microbatches under way in each stage of a rank. For large instances.
 
 1F1B is such a rule: rank r holds at most P - r microbatches, gradients come first. Quotas that sum to no more than a
-rank's memory cannot block it, so the kernel needs no look-ahead and is fast.
-A `Rule` fits any number of microbatches, so it is tuned on few and used on many.
+rank's memory cannot block it, so the kernel needs no look-ahead and is fast. A `Rule` fits any number of
+microbatches, so it is tuned on few and used on many.
 
-`tune` changes quotas and priorities of runs of neighbouring stages at random and keeps what is not much worse.
-What is lost is lost at the two ends of the step; in between ranks hardly wait.
+`tune` changes quotas and priorities of runs of neighbouring stages at random and keeps what is not much worse. What
+is lost is lost at the two ends of the step; in between ranks hardly wait.
 """
 
 from __future__ import annotations
