@@ -1,8 +1,8 @@
 """The throughput problem of `mipipe.planner.devices.instance`: annealing finds the assignment, the MIP proves it.
 
 1. Anneal on the instance contracted at several thresholds, a few seconds in all: operator graphs are solved by then.
-2. Prove by MIP, part by part (`mipipe.planner.devices.contract.parts`), where the contracted instance is small enough for
-   that to end; of a larger one HiGHS gets one thread for a short while, for a bound better than the average load.
+2. Prove by MIP, part by part (`mipipe.planner.devices.contract.parts`), where the contracted instance is small enough
+   for that to end; of a larger one HiGHS gets one thread for a short while, for a bound better than the average load.
 3. Anneal on until the time is over: afresh in runs as long as the time left, then, a little warmed, from the best.
    Layer graphs are load balancing, which the MIP hardly improves, and one slow cooling beats several fast ones.
 """
