@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -86,6 +87,11 @@ OUTPUTS: dict[str, Output] = {
     "merge": Output(("mipipe merge recipe.yaml -o merged --ranks 2 --memory 1GB --dry-run",
                      "mipipe merge recipe.yaml -o merged --ranks 2 --memory 1GB"), ("checkpoints",)),
     "checkpoints": Output(()),
+    "own_model": Output(("mipipe capture my_model:factory --set depth=8 -o own.json",
+                         "mipipe profile own.json --workers 4 -o own_costs.json",
+                         f"mipipe plan own.json {CLUSTER} --microbatches 4 --costs own_costs.json --time-limit 3"
+                         " -o own_plan.json",
+                         "mipipe train --plan own_plan.json --graph own.json --config my_train.yaml")),
     "llava": Output(("mipipe capture benchmarks/llava_7b --seq 2048 --dtype bfloat16 -o llava.json",
                      "cat images.yaml",
                      "mipipe plan llava.json --cluster benchmarks/llava_7b/h100x8.yaml --microbatches 16"
@@ -111,6 +117,8 @@ def prepare(folder: Path) -> None:
     """The files that commands read, and the repository's folders under their own names."""
     for shown in ("examples", "benchmarks"):
         (folder / shown).symlink_to(ROOT / shown)
+    for file in ("my_model.py", "my_train.yaml"):
+        shutil.copy(ROOT / "docs" / "examples" / file, folder / file)
     for file, text in (("train.yaml", TRAIN), ("recipe.yaml", RECIPE), ("images.yaml", SIZES)):
         (folder / file).write_text(text)
 
