@@ -54,8 +54,12 @@ class Output:
     status: int = 0
 
 
+VERBS = ("capture", "profile", "plan", "compare", "check", "simulate", "show", "export", "train", "calibrate",
+         "experts", "place", "merge")
+
 OUTPUTS: dict[str, Output] = {
     "help": Output(("mipipe --help",)),
+    **{f"help_{verb}": Output((f"mipipe {verb} --help",)) for verb in VERBS},
     "capture": Output(("mipipe capture examples/qwen3_moe_tiny --seq 64 --batch 2 -o graph.json",)),
     "show_graph": Output(("mipipe show graph.json",), ("capture",)),
     "profile": Output(("mipipe profile graph.json --groups 24 --workers 4 --fresh -o costs.json",), ("capture",)),

@@ -1,4 +1,4 @@
-"""The recipes of the documentation's cookbook: each is read by the parser that `mipipe merge` uses, and shown on its page."""
+"""The recipes of the documentation's cookbook: each is read by `mipipe merge`'s own parser, and shown on its page."""
 
 from pathlib import Path
 

@@ -36,4 +36,5 @@ def test_a_cookbook_recipe_merges(tmp_path, monkeypatch, name):
     tensors = 3 + 9 * (48 if name == "deeper-model" else layers)
     assert len([value for value in found.values() if value.is_floating_point()]) == tensors
     assert all(value.isfinite().all() for value in found.values() if value.is_floating_point())
-    assert not torch.equal(found["model.layers.1.mlp.up_proj.weight"].float(), base["model.layers.1.mlp.up_proj.weight"])
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert not torch.equal(found[name].float(), base[name])
