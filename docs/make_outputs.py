@@ -143,7 +143,7 @@ def make(name: str, folder: Path, done: set[str]) -> None:
         print(f"$ {command}", flush=True)
         ran = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, timeout=600,
                              env={**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb",
-                                  "PYTHONWARNINGS": "ignore",
+                                  "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(folder),
                                   "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"})
         if ran.returncode != output.status:
             sys.exit(f"make_outputs: {name}: status {ran.returncode}, expected {output.status}\n"
