@@ -147,7 +147,7 @@ def read(folder: Path) -> Reader:
     return model.eval()
 
 
-# Methods and the grids they are tuned on (methods.md, X6) -------------------------------------------------------------
+# Methods and the grids they are tuned on -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`plan`: from a problem to a plan, with a bound and a history. The driver of the ladder in design.md section 4.
+"""`plan`: from a problem to a plan, with a bound and a history. The driver of the ladder.
 
 1. Placements are proposed (`mipipe.planner.placements.shapes`) and the promising ones scheduled by list
    (`mipipe.planner.ladder.admission`); large problems have their own way (`mipipe.planner.ladder.large`). Where the
@@ -174,8 +174,7 @@ is large."""
 def _periodic(run: Run) -> None:
     """The periodic MIP where the search is slow: on a large instance, for the placement with the lowest bound.
 
-    Not on two streams: lists under quotas of the compute stream find shorter periods there (16 ranks x 64 microbatches:
-    120 for two microbatches, the MIP 156 in 22 s).
+    Not on two streams: lists under quotas of the compute stream find shorter periods there.
     """
     large = [found for found in run.candidates
              if not found.two_streams and found.instance.size > LARGE and len(set(route_names(found.view))) <= ROUTES]
@@ -185,8 +184,7 @@ def _periodic(run: Run) -> None:
 
 
 POLISHED = 4_000
-"""Nodes up to which windows are worth a tenth of the time: with 5,120 (two streams, 16 x 64) they made 4,976 into 4,964
-in 6 s, annealing 4,764."""
+"""Nodes up to which windows are worth a tenth of the time; beyond, annealing gains more in it."""
 
 
 def _proofs(run: Run) -> None:

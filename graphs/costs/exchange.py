@@ -1,7 +1,7 @@
 """Expert parallelism as the planner sees it: what all-to-alls move, and what a rank holds and computes.
 
 A graph captured with ``expert_parallel`` = G has dispatch and combine segments whose operators move rows between the G
-ranks that share the experts (form (b) of design.md, section 2); these ranks are one plan rank in each of G copies of
+ranks that share the experts (form (b) of a MoE layer); these ranks are one plan rank in each of G copies of
 the plan. Rank d holds the d-th G-th of the experts. With ``expert_loads`` (tokens per layer and expert, measured) the
 busiest rank decides: it gets ``share * G`` times the rows of an even split. All peers' messages of an all-to-all are
 under way at once, through one link per rank. Left out: contention between links, and replicas of busy experts.

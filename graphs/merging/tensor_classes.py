@@ -1,7 +1,7 @@
 """What kind of tensor a checkpoint's name stands for, and how it splits into the matrices a merge works on.
 
-Decided once per tensor name from name, shape, dtype and the model's config, before any merge method runs (methods.md
-1.2). Everything here is names and integers: no tensor is read.
+Decided once per tensor name from name, shape, dtype and the model's config, before any merge method runs. Everything
+here is names and integers: no tensor is read.
 
 A tensor is seen as a table of rows: a matrix as it is, a convolution as ``[out, in * k * k]``, stacked experts
 ``[E, m, n]`` as E blocks of m rows. A `Piece` is a run of rows that methods treat as one matrix: one expert, one of the

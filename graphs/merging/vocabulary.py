@@ -1,4 +1,4 @@
-"""Vocabularies of different models joined: which row of whose table holds each token of the output (methods.md 1.3).
+"""Vocabularies of different models joined: which row of whose table holds each token of the output.
 
 The output's first tokens are the base's with their ids; the union appends the tokens only others have. Tokenizers are
 read from ``tokenizer.json``, without any tokenizer library.

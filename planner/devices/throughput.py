@@ -1,12 +1,10 @@
 """The throughput problem of `mipipe.planner.devices.instance`: annealing finds the assignment, the MIP proves it.
 
 1. Anneal on the instance contracted at several thresholds, a few seconds in all: operator graphs are solved by then.
-2. Prove by MIP, part by part (`place_contract.parts`), where the contracted instance is small enough for that to end;
-   of a larger one HiGHS gets one thread for a short while, for a bound better than the average load.
+2. Prove by MIP, part by part (`mipipe.planner.devices.contract.parts`), where the contracted instance is small enough
+   for that to end; of a larger one HiGHS gets one thread for a short while, for a bound better than the average load.
 3. Anneal on until the time is over: afresh in runs as long as the time left, then, a little warmed, from the best.
-   Layer graphs are load balancing, which the MIP hardly improves, and one slow cooling beats several fast ones:
-   resnet50_inference (177 layers) after eight fresh runs of 45,000 steps per class (22 s of one core) 33.279 to 33.346
-   (median 33.332), after nine of 140,000 33.255 to 33.341 (33.284).
+   Layer graphs are load balancing, which the MIP hardly improves, and one slow cooling beats several fast ones.
 """
 
 from __future__ import annotations
@@ -42,8 +40,8 @@ class Moves(NamedTuple):
 
 
 OPERATORS, LAYERS = Moves(0.5, 0.5, 1, 4, 1e-4), Moves(0.7, 0.2, 5, 8, 1e-5)
-"""Transfers that cost much want a low norm; plain load balancing a high one, a long end and exchanges of a few classes:
-resnet50_inference, medians of eight runs of 20 s, 33.297 with them, 33.372 with the operators' exchanges."""
+"""Transfers that cost much want a low norm; plain load balancing a high one, a long end and exchanges of a few
+classes."""
 
 PATIENCE = 40
 """Short annealing runs without improvement after which the MIP is next."""

@@ -2,8 +2,8 @@
 
 From a start (the greedy rule's map, or the map in use) two moves lower the busiest device's time: *swap* two slots of
 the busiest and another device, and *exchange* a replica: an expert on the busiest device gets one more, another gives
-one up. Both are tried in whole arrays. Measured (58 layers x 256 experts, 32 redundant): the moves reach the bound
-within a few tenths of a percent at tens of milliseconds per layer; the MIP polish closes part of the rest.
+one up. Both are tried in whole arrays. The moves end near the bound; the MIP polish closes
+part of the rest.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How a placement becomes a candidate of a solve: its bound, then a list schedule, where some order fits its memory.
 
-Bounds are cheap (0.1 to 0.3 s for a few thousand actions) and say well where a search will end, lists take 1 to 2 s: so
-bounds come first, and lists go to the placements with the lowest ones.
+Bounds are cheap and say well where a search will end, lists take longer: so bounds come first, and lists go to the
+placements with the lowest ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mipipe.planner.search.lift import lift
 from mipipe.planner.search.lists import Orders
 
 INTERPRETED = 4_000
-"""Actions up to which the first list schedule is interpreted (1 s here), so that it need not wait for a compiler."""
+"""Actions up to which the first list schedule is interpreted, so that it need not wait for a compiler."""
 
 BIG_ACTIONS = 20_000
 """Actions of a chain from which only the shapes of `BIG_ORDER` enter: time does not suffice for all."""

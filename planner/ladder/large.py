@@ -6,24 +6,9 @@ is tuned there (`mipipe.planner.search.quotas`), the placements are compared by 
 microbatches (the rest runs at the pace of the busiest rank), and the best rules, tuned a little more and blended with a
 backward one (`mipipe.planner.search.bidirectional`), schedule the whole; what annealing can still improve is annealed.
 
-Measured (uneven stages, transfers of 0.1, 0.75 of 1F1B's activations; two cores; the best published schedule within
-that memory in brackets): 16 x 32 in 60 s 115.2, bound over all placements 105.5, at its own (twin V) 111.3 (V-Half
-193.4); 32 x 64 in 90 s 228.6 to 230, bounds 206.3 and 222.6 (V-Half 388.6); 64 x 128 in 120 s 466 to 469, bound 407.9
-(V-Half 779); 64 x 1,024 in 180 s 3,204, bound 3,126.7 (V-Min 5,374). Tuning stops by the clock, so a seed fixes the
-result only where the machine keeps pace.
-
-What is lost is lost before the first gradients come back: at 16 x 32 a rank in the middle of the two-way chain holds 12
-forwards and waits 14 for its first gradient, which it gives back nowhere else (ends and middle wait 2). Orders are
-close to what placements allow: counts of every stage's actions as a linear program (steps of 0.55; precedence, capacity
-and memory; by hand, HiGHS took 70 s) have no solution of 113 at the twin V. Other placements have lower bounds, and
-orders as good are not found in a minute; tried at 16 x 32, in 3 to 120 s each: twin waves (bound 109.2, reached 118.5,
-in 120 s of one core 114.4), half-stages in two-way Vs (109.4, 117.3 to 118), heads dealt to the ranks that wait, or by
-load and wait (116.2 to 116.4), late stages of one layer and early ones of three (107.8, 124.6), twin Vs of five and
-three layers (110.05, 115.25), twins with three stages on each rank, forth, forth and back, of 3, 3 and 2 layers (108.6,
-114.7 to 115.2, in 120 s of one core 114.2), lists that follow the linear program (132, annealed 115.6). At 32 x 64 the
-twin Vs of five and three layers and the three stages alone reach 227.8 and 229.1, at 64 x 128 475.7 and 487; also tried
-there: a schedule of half the ranks and microbatches, every action twice as long (228.2), stretched: ranks of a pair run
-F and I in opposite directions, so it grows to 246.8, and a minute of annealing leaves 231.2.
+Tuning stops by the clock, so a seed fixes the result only where the machine keeps pace. What is lost is lost before the
+first gradients come back: a rank in the middle fills its memory with forwards and waits, which it gives back nowhere
+else. ``benchmarks/results/NOTES.md`` has what was measured and tried.
 
 The bound at the placement is the busiest rank's: earliest start + load + what must follow.
 """
@@ -57,14 +42,14 @@ from mipipe.planner.search import quotas
 from mipipe.planner.search.lists import Orders
 
 BIG_ACTIONS = 1_500
-"""Actions of a chain from which a problem is large: 16 ranks x 32 and x 64 microbatches (uneven stages, 0.75 of 1F1B's
-activations) reach 115.2 and 215.4 in 45 s this way, and 116.3 and 228.6 as smaller problems are solved."""
+"""Actions of a chain from which a problem is large: from there tuned rules give shorter plans than the race of
+lists and searches."""
 
 PUBLISHED_ACTIONS = 5_000
 """Actions of a chain up to which published schedules are looked at: their orders are Python lists."""
 
 BOUND_ACTIONS = 20_000
-"""Actions of a chain up to which a placement's job-shop bound is computed (10 s)."""
+"""Actions of a chain up to which a placement's job-shop bound is computed."""
 
 BIG_ORDER: tuple[PlacementName, ...] = ("two-way", "twin-v", "twin-wave", "ring", "chain", "v")
 """Shapes tried on large problems, the most promising first."""
@@ -76,12 +61,11 @@ ROUNDS = 3
 """Microbatches per rank on which rules are tuned: warm-up and cool-down last about one each."""
 
 CHECK_S = 1.4e-4
-"""Seconds per action that checking and explaining the plan take in the end, 1e-4 on a quiet machine."""
+"""Seconds per action that checking and explaining the plan may take in the end."""
 
 SEARCHABLE = 15_000
-"""Nodes up to which annealing improves a tuned list within a minute: of 3,300 nodes (32 x 64, two-way) it makes 241.8
-into 235.9 in 3.8 s of one core, of 12,700 (64 x 128, twin V) 476.4 into 468.0 in 65 s, but of 25,000 (twin wave) 478.6
-into 476.7 only. Placements with fewer nodes go before those with more."""
+"""Nodes up to which annealing improves a tuned list within a minute. Placements with fewer nodes go before those with
+more."""
 
 
 @dataclass(slots=True)

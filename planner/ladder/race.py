@@ -19,15 +19,13 @@ from mipipe.planner.search.lift import lift
 from mipipe.planner.search.lists import Orders, to_array
 
 FINALISTS = 2
-"""Placements that share the time after the elimination rounds. With 8 ranks the winner of a 60 s race was among the
-first two after 1 s each in all cases tried."""
+"""Placements that share the time after the elimination rounds: the winner is among the first two nearly always."""
 
 OUTLINE = 0.6
 """Share of the time limit in which problems with a collective stream are searched without it."""
 
 OUTLINE_ROUNDS = 1
-"""Rounds after which a large search without collectives ends: it hardly gains then, the whole one does (16 ranks x 64
-microbatches, seconds of one core: 4,739 after 1.4 and 4,731 after 3.2 without, lifted 4,862; 4,764 after 1.9 more)."""
+"""Rounds after which a large search without collectives ends: it hardly gains then, the whole one does."""
 
 FAR = 1.08
 """Finalists this many times as long as the best are given up."""
@@ -75,11 +73,7 @@ def _last_round(run: Run, found: Candidate, seconds: float) -> None:
 
 
 def _ranked(live: Sequence[Candidate]) -> list[Candidate]:
-    """The shortest first, then by the middle between makespan and bound: what is near its own bound has little left.
-
-    Two streams, 8 ranks x 20 microbatches: two-way is first for long (1,562 of at least 1,548), twin waves end at 1,456
-    (at least 1,444).
-    """
+    """The shortest first, then by the middle between makespan and bound: what is near its own bound has little left."""
     shortest = min(live, key=lambda found: found.makespan_ns, default=None)
     return sorted(live, key=lambda found: (found is not shortest, _middle(found)))
 

@@ -24,16 +24,17 @@ from mipipe.graphs.serialize import STRICT
 from mipipe.planner.merging.steps import TILE_ENTRIES, MergeStep, reads
 
 SVD_FACTOR = 12
-"""Flops of a thin SVD over ``m n min(m, n)``: between 4 and 20 by the share of wide matrices (methods.md 1.6)."""
+"""Flops of a thin SVD over ``m n min(m, n)``: between 4 and 20 by the share of wide matrices (Golub and Van
+Loan, Matrix Computations, section 8.6)."""
 OVERHEAD_BYTES = 2**25
 """What a rank's process takes beyond its tensors: libraries loaded at first use, and what the allocator keeps in
-reserve. Measured: 20 to 30 MB, whatever is merged."""
+reserve, whatever is merged."""
 WORK = {"passthrough": 5, "linear": 16, "task_arithmetic": 12, "slerp": 8, "nuslerp": 29, "karcher": 9,
         "model_stock": 11, "ties": 37, "dare_linear": 44, "dare_ties": 60, "della": 370, "della_linear": 350,
         "breadcrumbs": 43, "breadcrumbs_ties": 44, "sce": 65, "varm": 17, "frank": 16, "layer_swapping": 9,
         "widen": 105, "onebit": 30}
-"""Time per entry, input and reading, in units of adding two arrays in place; measured with two bfloat16 models of a
-million entries on one core of a Xeon. For the methods not listed, singular values take the time."""
+"""Time per entry, input and reading, in units of adding two arrays in place. For the methods not listed, singular
+values take the time."""
 OTHER_WORK = 12
 TEMPORARIES = 6
 """Float32 tensors of a tile's size alive at once beside inputs and task vectors."""

@@ -15,9 +15,8 @@ Equal devices are told apart by giving class k only to the first k + 1 of them. 
 ``sum_d in[v, d] + out[v, d] <= z[v]``, ``|x[s, d] - x[r, d]| <= z[v]``, ``sum_v z[v] = 1``, and no two accelerators
 share it: ``x[s, d] + sum_{e != d} x[r, e] <= 1``; the end that must be on the core is there if ``z[v] = 1``.
 
-With the value known as a cutoff and the classes contracted by `place_contract`, HiGHS proves the operator graphs of
-benchmarks/results/placement.txt on two quiet cores in 5 to 11 s (bert_l-3, from the start of the solve) and in 34 to
-46 s (bert_l-6), the latter not within a minute beside other jobs.
+With the value known as a cutoff and the classes contracted by `mipipe.planner.devices.contract`, HiGHS proves operator
+graphs of a hundred classes (``benchmarks/results/placement.txt``).
 """
 
 from __future__ import annotations

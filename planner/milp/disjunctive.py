@@ -9,7 +9,6 @@
     C >= s_j + p_j + tail_j,  r_j <= s_j <= latest_j
 
 Windows and decided pairs come from `shop.tighten`, so the horizon is both the cutoff and the source of all big-M.
-Measured (HiGHS 1.14, 2 cores shared): see `order` and `windows`, which call this.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def solve_exact(problem: PlanningProblem, *, time_limit_s: float, seed: int,
     """The optimal placement and order of a small problem.
 
     Args:
-        problem: what to plan; 15 to 30 jobs are proven in seconds to a minute.
+        problem: what to plan; 15 to 30 jobs are its business.
         time_limit_s, seed: see `highs.solve`.
         horizon_ns: only plans up to this makespan are of interest; by default everything in sequence.
 

@@ -3,8 +3,6 @@
 Pyomo's own HiGHS interfaces lose the incumbent on Ctrl-C, take no start and have no callbacks, so this module hands the
 linear model over itself: Pyomo's `generate_standard_repn` reads every row, highspy solves. HiGHS runs in a second
 thread; on Ctrl-C the main thread asks it to stop and returns the best solution so far, as INTERRUPTED.
-
-Measured (2 cores): 20,000 three-term rows take 0.3 s to write in Pyomo, 0.1 s to read here.
 """
 
 from __future__ import annotations

@@ -14,11 +14,8 @@ with the binaries of a line added up: clipping N[l,t] - k to [0, 1] gives them b
 and the size no longer grows with the number of microbatches except through the horizon. On a coarser grid durations
 and lags are floored, which keeps it a relaxation (``s_b >= s_a + p`` in slots: at least the floor of p/g later).
 
-The bound is destructive: a horizon is refuted by the linear relaxation or by branch and bound. Measured (one thread of
-a busy 2-core machine): 4 x 8 chain, optimum 27 proven in 0.1 s; 4 x 8 two-way (2,2,1), bubble 2 found and proven in
-5 s; V of 8 half-stages, 4 x 8, 10,12,8 with transfers of 1: the relaxation refutes 266 (combinatorial bound 258). V of
-16 half-stages, 8 x 20, the same costs, 9 (8) activations: it refutes 650 of 653 (656 of 664) in 30 s of CPU time, where
-the combinatorial bound is 642. A grid of twice the divisor refutes nothing there: exactness is worth its size.
+The bound is destructive: a horizon is refuted by the linear relaxation or by branch and bound. On a grid coarser
+than the durations' divisor it refutes little: exactness is worth its size.
 """
 
 from __future__ import annotations
@@ -40,7 +37,7 @@ from mipipe.planner.milp.order import fits, to_schedule
 from mipipe.planner.plan import Schedule
 
 RELAXATION = {"solver": "ipm", "run_crossover": "off"}
-"""Interior points refute these relaxations four times faster than the simplex method (2 s against 9 s of CPU time)."""
+"""Interior points refute these relaxations faster than the simplex method."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ WEIGHT_DELAYS = (0.0, 1.0, 3.0, 8.0)
 """Periods by which weight gradients stand back. Which pair of these wins differs from case to case: all are tried."""
 
 MANY = 5_000
-"""Jobs beyond which one pair alone is tried: each costs 0.2 ms a job."""
+"""Jobs beyond which one pair alone is tried: each costs time in proportion to the jobs."""
 
 
 def unroll(view: StageView, result: PeriodicResult) -> Schedule | None:

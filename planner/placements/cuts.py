@@ -16,7 +16,7 @@ from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import PlanningProblem
 
 DESCENT_WORK = 100_000
-"""Most trials x stages in improving one set of cuts: 0.1 to 0.5 s, and the same cuts on a machine at any load."""
+"""Most trials x stages in improving one set of cuts: counted, so that cuts are the same on a machine at any load."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,13 +19,8 @@ from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import PlanningProblem
 
 SLOPE = 0.7
-"""Share of the time that a later stage gains which its rank spends on more microbatches.
-
-Two streams, 8 ranks x 20 microbatches, 9 activations: bounds at slopes 0, 0.5, 0.7, 1 are 1,548, 1,488, 1,465, 1,510
-for ``ring`` with 8 layers and 1,452, 1,452, 1,421, 1,421 for ``ring-v`` with 16. What the search reaches is further off
-than for two-way placements, which it halves by their symmetry: 1,562 and 1,566 after 25 s (1,550 for two-way, whose
-bound is 1,548). The loads of slope 0.5 dealt otherwise, rank 0 running stages 0 and 7 of the same microbatches, gave
-1,518: which microbatches go which way round matters, and is not searched.
+"""Share of the time that a later stage gains which its rank spends on more microbatches. Which microbatches go which
+way round matters too, and is not searched.
 """
 
 

@@ -31,10 +31,7 @@ def shapes(ranks: int, name: str = "free") -> list[Shape]:
     A twin is two copies of a shape on half of the ranks each, side by side, with half of the microbatches each: for
     two-way and bidirectional schedules what Hanayo's waves (Liu et al., SC 2023) are for Chimera's. Every rank of a
     wave holds early and late stages, so its first gradient comes soon, and both copies have half as many transfers as a
-    wave over all ranks. Two copies of the parameters, 8 ranks x 20 microbatches: 10,12,8 with transfers of 1, 623, its
-    own bound, where two-way interleaved half-stages have 626 as bound; two streams with half-layers 1,450 to 1,475 of
-    at least 1,444 alone in 30 to 40 s of one core, where they have 1,478 to 1,485 of 1,456; the two-way chain 1,550 of
-    1,548.
+    wave over all ranks.
     """
     forth = tuple(range(ranks))
     back = forth[::-1]

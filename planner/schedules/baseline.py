@@ -68,7 +68,7 @@ class Baseline:
 
 @lru_cache(maxsize=1)
 def _pattern(make: MakePattern, ranks: int, microbatches: int, times: Times) -> Pattern:
-    """The pattern; the last one is kept, because every accounting and cut asks for it again (70 s at 64 x 1,024)."""
+    """The pattern; the last one is kept, because every accounting and cut asks for it again."""
     return make(ranks, microbatches, times)
 
 

@@ -6,10 +6,8 @@ place in or next to it, or any action to a place nearby; `mipipe.planner.search.
 Memory is either a wall (moves that overfill it are rejected) or has a price: ``press`` times the bytes beyond the
 limit, summed over the order's positions, where the price rises while too few orders fit and falls while most do
 (strategic oscillation, Glover 1989). Only orders that fit are kept. Where memory is full nearly always, two actions
-often have to move together and the way leads through orders that do not fit; elsewhere the wall is faster. Measured on
-the two-stream case (8 ranks x 20 microbatches, 9 activations) after 10-20 s: two-way 1,550 by price against 1,573 by
-the wall, a ring of 8 stages 1,518 against 1,538, a two-way V of half-stages 1,560 against 1,606, but two-way
-interleaved 1,535 against 1,516 and the V of one copy 1,680 against 1,671. So rounds take turns.
+often have to move together and the way leads through orders that do not fit; elsewhere the wall is faster. So rounds
+take turns.
 """
 
 from __future__ import annotations

@@ -1,15 +1,8 @@
 """Improving the order at one placement: rounds of simulated annealing, in time slices, on one or two threads.
 
-Measured on two cores (8 ranks x 20 microbatches, 9 activations, best of design.md's proven optima reached within):
-two-way F,I,W = 1,1,1 / 1,1.1,0.9 / 2,2,1 / 10,12,8 with transfers of 1: 63, 63, 106, 636 in 0.1-1 s each, on the
-mirror quotient of 240 nodes at some 300,000 moves a second; V of 16 half-stages: 664 in 3 s. A slope on the mean end of
-the machines (``tilt``) helps some instances and hurts others, so rounds take turns.
-
-Where memory binds all through the step, the way to a good order leads through one for more memory: on two streams
-without collectives (two-way interleaved half-stages, 9 activations) 1,482 after 20 s against 1,541 without ``eased``
-rounds in one trial, 1,546 against 1,570 after 10 s in another; on the V of one copy at 9 activations 656 against 657
-after 10 s, on the two-way V of 10,12,8 the same 628. A ring whose eased search had not settled lost by it (1,610
-against 1,566), so rounds still take turns.
+Rounds take turns in what helps some instances and hurts others: a slope on the mean end of the machines (``tilt``), and
+memory as a wall, at a price, or eased. Where memory binds all through the step, the way to a good order leads through
+one for more memory; elsewhere the wall is faster.
 """
 
 from __future__ import annotations
@@ -27,7 +20,7 @@ from mipipe.planner.search.anneal_state import Facts
 from mipipe.planner.search.lists import Orders
 
 SLICE = 10_000_000
-"""Moves of one kernel call times the nodes: about 0.15 s, which is how long Ctrl-C and the clock may wait."""
+"""Moves of one kernel call times the nodes: a fraction of a second, which is how long Ctrl-C and the clock may wait."""
 
 TILTS = (0.0, 0.3, 0.05)
 
@@ -52,19 +45,14 @@ COLD = 0.05
 
 LARGE = 1200
 """Nodes from which rounds stay cool, the first at the temperature where others end: a hot round would not get back to
-where it began in time. 16 ranks x 64 microbatches of two streams, two-way (5,120 nodes; 1.4 s of one core from a list
-of 4,926): 4,823 at 0.05 mean durations, 4,831 at 0.1, 4,891 at 0.3; without collectives (3,072 nodes) 4,739 from
-4,813, where 20 s of hot rounds gave 4,787."""
+where it began in time."""
 
 HEAT, HOTTEST, COLDEST = 360, 0.5, 0.03
 """A last round (`finish`) begins at ``HEAT`` mean durations per node, at most ``HOTTEST``, and ends at ``COLDEST``;
-memory has its price there. Measured: two streams, one copy, half-layers (8 ranks x 20) 1,632 to 1,637 and 1,621.5 in 60
-s (seeds 0 and 1) where usual rounds end at 1,642.5 and 1,639.5; 1,200 nodes (16 ranks x 32, 0.75 of 1F1B's activations,
-three stages on each) from a list after 60 s of one core 114.2 from 0.3, 115.1 from 0.15."""
+memory has its price there."""
 
 LASTING = 2_500
-"""Nodes up to which a last round beats the usual ones: of 3,300 (32 x 64, 50 s of two cores) it makes 229 to 230.4,
-they make 228.6 to 229.2."""
+"""Nodes up to which a last round beats the usual ones."""
 
 
 @dataclass(slots=True)

@@ -1,10 +1,7 @@
 """The best list schedule an instance offers: lists by priorities, and lists under tuned quotas where they are longer.
 
-Quotas make the difference where many microbatches stream through: 32 ranks x 64 microbatches (two-way, 0.75 of 1F1B's
-activations) 246 where lists without quotas give 482; two streams without their collectives
-(`mipipe.planner.search.streams`; 8 ranks x 32 microbatches, two-way, 9 activations) 2,337 against 3,472. They find the
-steady state in which forwards of one direction run while gradients of the other are on their way, which annealing from
-a worse list does not: it stays at 2,415 there, and reaches 2,272 from these (DualPipe's own order: 2,337).
+Quotas make the difference where many microbatches stream through: they find the steady state in which forwards of one
+direction run while gradients of the other are on their way, which annealing from a worse list does not.
 """
 
 from __future__ import annotations

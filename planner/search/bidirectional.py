@@ -4,9 +4,6 @@ A list schedule is made from the beginning: warm-up comes out well, while the co
 in time the cool-down is the warm-up: weight gradients let input gradients go, these let forwards go, and an activation
 is held from W to F. So the same kernel schedules the reversed instance under quotas of its own, and `blend` makes a
 third list in which early microbatches keep the forward schedule's moments as priorities, late ones the backward one's.
-
-Measured (two-way chain, 0.75 of 1F1B's activations, 3 s each): 64 ranks x 128 microbatches 494.8 forwards, 512.4
-backwards, 482.0 blended; 16 x 32 127.8, 129.9, 125.0.
 """
 
 from __future__ import annotations

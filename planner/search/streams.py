@@ -2,9 +2,7 @@
 
 A move of one compute action seldom helps while the order of its dispatch and combine stays: the two streams' orders
 must change together. So the search first runs on the relaxed instance, where collectives never wait for each other, and
-`mipipe.planner.search.lift` gives the collectives an order; the whole instance is searched from there. Measured on the
-two-stream case of 8 ranks x 20 microbatches (two-way, 9 activations): the whole search alone stays at 1,555-1,565 after
-60 s, this reaches 1,550 in 10 s, and 1,548 is the bound: memory binds there (1,393 with 12 activations).
+`mipipe.planner.search.lift` gives the collectives an order; the whole instance is searched from there.
 """
 
 from __future__ import annotations

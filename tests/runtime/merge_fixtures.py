@@ -1,4 +1,4 @@
-"""Small checkpoints on disk for the merge tests: the tiny transformer of methods.md X3 and its variants."""
+"""Small checkpoints on disk for the merge tests: a tiny transformer and its variants."""
 
 from __future__ import annotations
 

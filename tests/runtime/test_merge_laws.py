@@ -1,4 +1,4 @@
-"""The laws every merge method keeps checked for each entry of the registry."""
+"""The laws every merge method keeps, checked for each entry of the registry."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The numeric checks of methods that work on whole matrices (methods.md, part A)."""
+"""The numeric checks of methods that work on whole matrices."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ def test_widen_matrix_and_vector():
     close(merged("widen", base, models), [[1.75, .5], [0, 1]])
     # Entry 2: |tau| = (1, 1/4). The first model is above its mean of 1/2 (score 1); the second, below its mean of 3/8,
     # keeps softmax(1, 1/4) = 1 / (1 + e^0.75), so the entry is 1 + 1 + 1 / (4 (1 + e^0.75)) = 2.0802053252062, by hand
-    # in 30-digit decimal arithmetic. methods.md prints 2.080186, which its own formula does not give.
+    # in 30-digit decimal arithmetic.
     close(merged("widen", tensor([1, 1]), [tensor([1, 2]), tensor([1.5, 1.25])]), [1.5, 2.0802053252062], 1e-12)
     # Equal models: every column is added between once and T times (I3 fails at s = 1, holds at s = 1/T).
     torch.manual_seed(3)

@@ -1,4 +1,4 @@
-"""The numeric checks of methods that work entry by entry, in the papers' notation (methods.md, part A)."""
+"""The numeric checks of methods that work entry by entry, in the papers' notation."""
 
 import math
 

@@ -130,7 +130,7 @@ def frank_prior(alpha: float, num_layers: int, norm: str) -> list[float]:
 
 def frank(tile: Tile, stats: list[float] | None, *, weight: Sequence[float], prior_alpha: float | None,
           prior_norm: str) -> Tensor:
-    """Layer-wise closed form of the second-order bound (arXiv 2505.16151, section A27 of the methods).
+    """Layer-wise closed form of the second-order bound (FRANK, arXiv 2505.16151).
 
     Outside the layers the first model (the multimodal one) is kept. ``prior_alpha`` is the decay of visual attention
     over layers, measured on images; without it ``weight`` counts.

@@ -166,7 +166,7 @@ def doge_shift(deltas: Sequence[Tensor], lambdas: Sequence[float], subspace: Ten
                reproject: bool) -> Tensor:
     """The shared shift: Adam on gradients projected away from the shared subspace.
 
-    Adam's scaling leaks back into the subspace although every gradient is projected (about a fifth, methods.md A25);
+    Adam's scaling leaks back into the subspace although every gradient is projected (about a fifth);
     ``reproject`` removes that after each step.
     """
     shift = torch.zeros_like(deltas[0])

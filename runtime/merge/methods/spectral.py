@@ -92,7 +92,7 @@ def adaptive_ranks(sparsities: Sequence[float], rank: int) -> list[int]:
 
 
 def rtsvm(tile: Tile, _stats: Any, *, lambda_: float, clip_outliers: bool) -> Tensor:
-    """TSVM with weights by outlier mass and ranks by sparsity (formulas reconstructed, methods.md A23)."""
+    """TSVM with weights by outlier mass and ranks by sparsity (formulas reconstructed)."""
     deltas = tile.deltas()
     if min(deltas[0].shape) < len(deltas):
         return mean_from(tile.origin, tile.models, lambda_)

@@ -1,0 +1,27 @@
+"""The recipes of the documentation's cookbook: each is read by `mipipe merge`'s own parser, and shown on its page."""
+
+from pathlib import Path
+
+import pytest
+
+from mipipe.graphs.merging.methods import RECIPE_NAMES
+from mipipe.graphs.merging.moe_recipe import read_moe_recipe
+from mipipe.graphs.merging.recipe import read_recipes
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+RECIPES = sorted((DOCS / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_parses_and_is_shown(path):
+    if path.stem == "mixture-from-dense":
+        found = read_moe_recipe(path)
+        assert found is not None and len(found.experts) == 2
+    else:
+        recipes = read_recipes(path)
+        assert recipes and all(recipe.merge_method in RECIPE_NAMES for recipe in recipes)
+    assert f'--8<-- "recipes/{path.name}"' in (DOCS / "recipes.md").read_text()
+
+
+def test_the_cookbook_is_there():
+    assert len(RECIPES) >= 18
