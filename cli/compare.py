@@ -162,6 +162,7 @@ def _write_html(path: Path, problem: PlanningProblem, rows: list[Row]) -> None:
     from mipipe.cli import html
     from mipipe.cli.tables import cell
 
-    panels = [html.Panel(f"{row.name} ({row.accounting})", row.timeline) for row in rows if row.timeline is not None]
+    panels = [html.panel_of(f"{row.name} ({row.accounting})", row.timeline, row.plan) for row in rows
+              if row.timeline is not None]
     table = html.table(_COLUMNS, [[cell(value) for value in _cells(row, problem.unit_ns).values()] for row in rows])
     html.write(path, f"{problem.name}: schedules compared", panels, extra=f"<h2>All rows</h2>{table}")

@@ -41,4 +41,4 @@ def simulate(
     if json_output:
         emit({"plan": plan.name, **timeline_data(timeline, capacities(plan))})
         return
-    print_timeline(stdout(), timeline, capacities(plan))
+    print_timeline(stdout(), timeline, capacities(plan), plan=plan)

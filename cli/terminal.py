@@ -156,15 +156,16 @@ def summary(timeline: Timeline) -> str:
             f" {format_time(mean, unit)}), bubble ratio {timeline.bubble_ratio:.1%}")
 
 
-def memory_lines(timeline: Timeline, capacities: Sequence[int | None]) -> list[str]:
-    """One line per rank: peak against capacity. Empty where no memory was recorded."""
+def memory_lines(timeline: Timeline, capacities: Sequence[int | None], uses: Sequence[str] = ()) -> list[str]:
+    """One line per rank: peak against capacity, and what it is used for. Empty where no memory was recorded."""
     if not timeline.memory:
         return []
     lines = []
     for rank, capacity in enumerate(capacities):
         peak = timeline.peak_bytes(rank)
         resident = timeline.resident_bytes[rank] if timeline.resident_bytes else 0
-        text = f"rank {rank}: peak {format_bytes(peak)} (resident {format_bytes(resident)})"
+        use = uses[rank] if uses else f"resident {format_bytes(resident)}"
+        text = f"rank {rank}: peak {format_bytes(peak)} ({use})"
         if capacity is not None and capacity < 2**60:
             text += f" of {format_bytes(capacity)}, {peak / capacity:.0%}"
         lines.append(text)
