@@ -39,6 +39,13 @@ def _under(name: str, *roots: str) -> bool:
     return any(name == root or name.startswith(root + ".") for root in roots)
 
 
+def test_only_the_command_line_knows_the_face() -> None:
+    """The face imports all folders; whoever imports it back makes a circle. (`mipipe --version` reads the version.)"""
+    wrong = [f"{path.relative_to(ROOT)}:{line}: {name}" for path in _files(*LAYERS) for name, line in _imports(path)
+             if name in ("mipipe", "mipipe.library")]
+    assert {item.partition(":")[0] for item in wrong} == {"cli/main.py"}, "\n".join(wrong)
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_each_layer_imports_only_the_layers_before_it(layer: str) -> None:
     """graphs <- planner <- runtime <- cli; what flows back flows through files."""

@@ -9,12 +9,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FOLDERS = ("graphs", "planner", "runtime", "cli")
+FACE = "mipipe"
+"""The folder with the package's own face; the others are mapped into the package."""
 
 
 def test_the_list_of_packages_equals_the_folders() -> None:
     """A package missing from the list works when installed editable and is absent from the wheel."""
     found = {"mipipe." + ".".join(path.parent.relative_to(ROOT).parts)
-             for folder in FOLDERS for path in (ROOT / folder).rglob("__init__.py")}
+             for folder in FOLDERS for path in (ROOT / folder).rglob("__init__.py")} | {FACE}
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == found
 
 
@@ -27,10 +29,10 @@ def test_every_folder_with_code_is_a_package() -> None:
 def test_data_files_are_packaged() -> None:
     """Whatever lies beside the code and is no Python must match a pattern of package-data."""
     patterns = PROJECT["tool"]["setuptools"]["package-data"]
-    for folder in FOLDERS:
+    for folder in (*FOLDERS, FACE):
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts:
-                package = "mipipe." + ".".join(path.parent.relative_to(ROOT).parts)
+                package = ".".join(("mipipe", *path.parent.relative_to(ROOT).parts)).replace("mipipe.mipipe", "mipipe")
                 assert any(path.match(pattern) for pattern in patterns.get(package, [])), f"{path} is not packaged"
 
 
@@ -49,4 +51,7 @@ def test_torch_is_pinned_for_make_and_only_bounded_for_users() -> None:
 
 def test_the_link_for_type_checkers_is_there() -> None:
     """mypy does not follow the editable install's import hook (see [tool.mypy])."""
-    assert (ROOT / ".typing" / "mipipe" / "graphs" / "errors.py").exists()
+    links = ROOT / ".typing" / "mipipe"
+    assert all((links / folder / "__init__.py").samefile(ROOT / folder / "__init__.py") for folder in FOLDERS)
+    for path in (ROOT / FACE).iterdir():
+        assert path.is_dir() or (links / path.name).samefile(path), f"{path} has no link under .typing/mipipe"
