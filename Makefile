@@ -33,7 +33,7 @@ test-slow: install
 
 lint: install
 	$(BIN)/ruff check .
-	$(BIN)/mypy -p mipipe.graphs -p mipipe.planner -p mipipe.runtime -p mipipe.cli
+	$(BIN)/mypy -p mipipe
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache

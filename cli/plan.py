@@ -35,8 +35,8 @@ def plan(
     microbatches: Annotated[int | None, typer.Option(help="Microbatches of one training step (for a model: 4 for each"
                                                           " device where this is not given).")] = None,
     groups: Annotated[int | None, typer.Option(
-        help="Merge operators into about this many groups (default: as in --costs, or chosen by the size of the"
-             " model).")] = None,
+        help="Merge operators into about this many groups (default: as in --costs, else as fine as 64 groups"
+             " allow).")] = None,
     granularity: Annotated[str | None, typer.Option(help="Or merge by structure: layer, block, operator.")] = None,
     costs: Annotated[Path | None, typer.Option(
         help="Cost table from `mipipe profile` or `calibrate` (default: roofline estimates of the device"
@@ -93,7 +93,7 @@ def plan(
                          (save_graph, "--save-graph")):
         check_folder(path, option)
     from mipipe.cli.captured import captured, names_model, refuse_capture_options
-    from mipipe.cli.inputs import read_problem
+    from mipipe.cli.inputs import check_cluster, read_problem
     from mipipe.cli.report import estimate_data, gap, next_steps, plan_data, print_plan, timeline_data, write_files
     from mipipe.graphs.serialize import save, to_data
     from mipipe.planner.execution.lower import lower
@@ -105,8 +105,11 @@ def plan(
     if exportable and (recompute or pareto or placement != "free" or objective != "makespan"):
         raise InputError("--exportable chooses among the shapes that can be exported: --placement, --objective,"
                          " --recompute and --pareto do not go with it")
-    model, note = (captured(graph, seq=seq, batch=batch, dtype=dtype, settings=settings or [], use_cache=not no_cache)
-                   if names_model(graph) else (None, ""))
+    model, note = None, ""
+    if names_model(graph):
+        check_cluster(graph, cluster, costs)
+        model, note = captured(graph, seq=seq, batch=batch, dtype=dtype, settings=settings or [],
+                               use_cache=not no_cache)
     if model is None:
         refuse_capture_options(graph, seq=seq, batch=batch, dtype=dtype, set=settings, **{"save-graph": save_graph})
     elif save_graph is not None:

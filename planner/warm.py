@@ -31,7 +31,7 @@ def warm() -> None:
     nodes = [Node(n, 1.0, 2.0, 1.0, n) for n in range(3)]
     chain = contract("chain", (2, 1, 9.0), nodes, [(0, [1], 0.1), (1, [2], 0.1)])
     for objective in ("throughput", "latency"):
-        place(chain, objective=objective, time_limit_s=0.1)  # type: ignore[arg-type]
+        place(chain, objective=objective, time_limit_s=0.1)
 
 
 if __name__ == "__main__":

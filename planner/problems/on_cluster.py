@@ -132,13 +132,13 @@ def default_optimizer(model: OperatorGraph | CoarseGraph) -> OptimizerName:
 
 
 def _dtype(model: OperatorGraph | CoarseGraph) -> str:
-    """The dtype of most bytes of trainable parameters; a coarse graph does not say."""
+    """The dtype of most bytes of trainable parameters (of two, the wider); a coarse graph does not say."""
     sizes: Counter[str] = Counter()
     if isinstance(model, OperatorGraph):
         for parameter in model.parameters:
             if parameter.trainable and parameter.tied_to is None:
                 sizes[parameter.spec.dtype] += parameter.spec.num_bytes
-    return sizes.most_common(1)[0][0] if sizes else "float32"
+    return max(sizes, key=lambda dtype: (sizes[dtype], DTYPE_BYTES[dtype]), default="float32")
 
 
 def _facts(model: OperatorGraph | CoarseGraph, coarse: CoarseGraph, table: CostTable, cluster: Cluster,
