@@ -91,7 +91,7 @@ def print_timeline(console: Console, timeline: Timeline, limits: Sequence[int | 
     console.print(terminal.summary(timeline), soft_wrap=True)
     uses = memory_by_use(plan, timeline) if plan is not None else ()
     if plan is not None and is_abstract(plan.problem):
-        lines = [f"rank {rank}: {memory_text(plan.problem, part.resident, part.peak)}"
+        lines = [f"rank {rank}: peak {memory_text(plan.problem, part.resident, part.peak)} (of even shares)"
                  for rank, part in enumerate(uses)]
     else:
         lines = terminal.memory_lines(timeline, limits or (None,) * timeline.num_ranks, [by_use(part) for part in uses])
@@ -105,11 +105,12 @@ def is_abstract(problem: PlanningProblem) -> bool:
 
 
 def memory_text(problem: PlanningProblem, resident_bytes: int, peak_bytes: int) -> str:
-    """A rank's peak memory in the problem's own units."""
+    """A rank's peak memory in the problem's own units: bytes, or even shares of the parameters and activations."""
     if not is_abstract(problem):
         return format_bytes(peak_bytes)
-    return (f"{in_copies(problem, resident_bytes):.4g} copies of the parameters,"
-            f" {in_activations(problem, peak_bytes - resident_bytes):.4g} activations")
+    return ", ".join(f"{amount:.4g} {name if amount == 1 else several}" for amount, name, several in (
+        (in_copies(problem, resident_bytes), "copy", "copies"),
+        (in_activations(problem, peak_bytes - resident_bytes), "activation", "activations")))
 
 
 def size_text(problem: PlanningProblem, num_bytes: int) -> str:
