@@ -117,7 +117,15 @@ def cost_rows(table: CostTable) -> list[dict[str, Any]]:
 def _show_timelines(files: list[tuple[Path, Plan | Timeline]], html_file: Path | None, trace_file: Path | None,
                     json_output: bool) -> None:
     from mipipe.cli import html
-    from mipipe.cli.report import bound_line, capacities, facts, print_placement, print_timeline, timeline_data
+    from mipipe.cli.report import (
+        bound_line,
+        capacities,
+        estimate_lines,
+        facts,
+        print_placement,
+        print_timeline,
+        timeline_data,
+    )
     from mipipe.planner.execution.lower import lower
     from mipipe.planner.execution.simulate import simulate
     from mipipe.planner.plan import Plan
@@ -154,6 +162,8 @@ def _show_timelines(files: list[tuple[Path, Plan | Timeline]], html_file: Path |
     for number, (name, timeline, of) in enumerate(drawn):
         console.print(f"\n{name}", style="bold")
         print_timeline(console, timeline, capacities(of) if of else (), until, number == len(drawn) - 1, of)
+        for line in estimate_lines(of, timeline) if of is not None and timeline.origin == "simulated" else ():
+            console.print(line, soft_wrap=True)
         if number:
             console.print(f"{name} / {drawn[0][0]}: {ratios[number]:.3f}{_without_optimizer(timeline, first)}",
                           style="bold")

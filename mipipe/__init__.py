@@ -1,6 +1,6 @@
 """Plans pipeline and expert parallelism with mixed-integer programs, and runs the plan under torchrun.
 
-The path from a model to a run, as a library (`mipipe.library` has the functions with their arguments):
+The path from a model to a run; each function is a verb of the command line, on values or on the paths of their files:
 
     graph = mipipe.capture("models/qwen3-moe", seq=4096, dtype="bfloat16")
     result = mipipe.plan(graph, "cluster.yaml", microbatches=64)

@@ -1,1 +1,0 @@
-../../mipipe/library.py
