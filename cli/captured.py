@@ -44,8 +44,10 @@ def captured(source: str, *, seq: int | None, batch: int | None, dtype: str | No
         found = (capture_cached(source, options, progress=update) if use_cache
                  else Captured(capture(source, **options, progress=update), None, False))
     how = "as captured before" if found.reused else "captured"
-    sizes = "" if ":" in source else f", {options['batch']} x {options['seq']} tokens a microbatch"
-    return found, f"{source}: {how}{sizes}, {options['dtype']} (--batch, --seq and --dtype change it)"
+    if ":" in source:
+        return found, f"{source}: {how} in {options['dtype']} (--dtype changes it, --set the factory's arguments)"
+    return found, (f"{source}: {how}, {options['batch']} x {options['seq']} tokens a microbatch, {options['dtype']}"
+                   " (--batch, --seq and --dtype change it)")
 
 
 def own_dtype(source: str) -> str:

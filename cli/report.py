@@ -169,8 +169,8 @@ def estimate_lines(plan: Plan, timeline: Timeline) -> list[str]:
              "profiled": "profiled on this kind of machine", "calibrated": "calibrated by a run", "given": "given"}
     sources = "; ".join(names.get(origin, origin) + ("" if len(found.costs) == 1 else f" ({count} of"
                         f" {sum(found.costs.values())} groups)") for origin, count in found.costs.items())
-    return [", ".join(parts), f"costs are {sources}", f"optimizer state as of {found.optimizer}; transfers within a"
-            " stage, the optimizer's step and data loading are not simulated"]
+    return [", ".join(parts), f"costs are {sources}", f"optimizer state as of {found.optimizer}"
+            " (--optimizer); the optimizer's step and data loading are not simulated"]
 
 
 def next_steps(plan_file: Path | None, graph_file: Path | None, facts: ModelFacts | None) -> list[str]:

@@ -39,7 +39,7 @@ def test_a_model_is_planned_in_one_command(mipipe, inside: Path) -> None:
     assert ended.code == 0, ended.stderr
     plan = load("plan.json", Plan)
     assert plan.problem.num_microbatches == 8 and plan.problem.graph_digest == digest(load("graph.json", OperatorGraph))
-    for text in ("captured, float32", "samples/s per device", "model FLOP utilisation",
+    for text in ("captured in float32", "samples/s per device", "model FLOP utilisation",
                  "roofline estimates, not measured", "weights ", "gradients ", "optimizer ", "activations ",
                  "next: mipipe show plan.json",
                  "mipipe train --plan plan.json --graph graph.json"):
