@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,28 @@ def test_a_recipe_as_a_mapping(tmp_path: Path) -> None:
     merged = mipipe.merge({"merge_method": "linear", "models": [
         {"model": str(tmp_path / name), "parameters": {"weight": 0.5}} for name in "ab"]}, tmp_path / "out")
     assert load_file(merged.out / "model.safetensors")["w"].tolist() == [2.0, 2.0]
+
+
+def test_the_work_of_a_step_is_the_literatures(topology, tmp_path: Path) -> None:
+    """6 products for each weight and token (Kaplan et al., 2020) but the embedding's, and causal attention's own:
+
+    2 products for the scores, 2 for the values, halved, and 2.5 times that backward, as flash attention computes.
+    """
+    pytest.importorskip("transformers")
+    width, layers, vocabulary, seq, heads = 64, 2, 128, 256, 4
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": width, "intermediate_size": 96,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads,
+        "vocab_size": vocabulary, "max_position_embeddings": seq}))
+    graph = mipipe.capture(tmp_path, seq=seq, batch=2)
+    result = mipipe.plan(graph, topology, microbatches=3, time_limit_s=1, placement="chain")
+    assert result.plan is not None
+    facts = result.plan.provenance["model"]
+    tokens = 3 * 2 * seq
+    weights = vocabulary * width + layers * (4 * width * width + 3 * width * 96)  # the head, and the layers' matrices
+    attention = layers * 2 * seq * width * 3.5
+    assert facts["tokens"] == tokens
+    assert facts["flops"] == pytest.approx(tokens * (6 * weights + attention), rel=0.01)
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 
 Groups are chosen, costs estimated where none were measured, the optimizer's state follows from the parameters' dtype.
 `ModelFacts` keeps what the problem itself no longer says (tokens, work, peaks, where costs come from), so that a plan
-can be told in tokens per second. Work counts every product of forward and backward once, without recomputation.
+can be told in tokens per second. Work counts every product of forward and backward once, without recomputation, and of
+causal attention the lower triangle only, as its estimated time does.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from typing import Any, ClassVar, Literal, cast
 from mipipe.graphs.cluster import Cluster
 from mipipe.graphs.coarse.coarsen import Granularity, coarsen
 from mipipe.graphs.coarse.graph import CoarseGraph
+from mipipe.graphs.coarse.graph_index import index_graph
 from mipipe.graphs.costs.exchange import slowest_link
-from mipipe.graphs.costs.roofline import roofline
+from mipipe.graphs.costs.roofline import roofline, useful_flops
 from mipipe.graphs.costs.table import CostTable
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.operator_graph import DTYPE_BYTES, OperatorGraph
+from mipipe.graphs.operator_graph import DTYPE_BYTES, OperatorGraph, Phase
 from mipipe.graphs.serialize import STRICT
 from mipipe.graphs.topology import Topology
 from mipipe.planner.experts.maps import ExpertLoads
@@ -141,11 +143,23 @@ def _dtype(model: OperatorGraph | CoarseGraph) -> str:
     return max(sizes, key=lambda dtype: (sizes[dtype], DTYPE_BYTES[dtype]), default="float32")
 
 
+def _work(model: OperatorGraph | CoarseGraph, coarse: CoarseGraph) -> list[float]:
+    """The products of each group for one microbatch; a coarse graph no longer knows which attention is causal."""
+    if isinstance(model, CoarseGraph):
+        return [float(sum(group.flops.values())) for group in coarse.groups]
+    index = index_graph(model)
+    number_of = {segment.name: number for number, segment in enumerate(model.segments)}
+    useful = {(trace.digest, phase): sum(map(useful_flops, trace.phase_operators(phase)))
+              for trace in model.traces for phase in Phase}
+    return [sum(useful[model.segments[member].trace, phase] for member in map(number_of.__getitem__, group.segments)
+                for phase in group.flops if index.runs(member, phase)) for group in coarse.groups]
+
+
 def _facts(model: OperatorGraph | CoarseGraph, coarse: CoarseGraph, table: CostTable, cluster: Cluster,
            problem: PlanningProblem, optimizer: str) -> ModelFacts:
     dtype, count = _dtype(model), problem.num_microbatches
-    flops = sum(sum(group.flops.values()) * (sum(planned.loads) if planned.loads else count)
-                for group, planned in zip(coarse.groups, problem.groups, strict=True))
+    flops = sum(work * (sum(planned.loads) if planned.loads else count)
+                for work, planned in zip(_work(model, coarse), problem.groups, strict=True))
     kinds = [cluster.kinds[device.kind] for device in problem.topology.devices]
     peaks: list[float] = [kind.flops[dtype] / kind.efficiency for kind in kinds if dtype in kind.flops]
     origins = Counter(entry.origin for entry in table.entries if entry.device_kind in {kind.name for kind in kinds})
