@@ -144,7 +144,7 @@ def plan(
         return
     console = stdout()
     if note:
-        console.print(note, soft_wrap=True)
+        console.print(note, soft_wrap=True, markup=False)
     print_plan(console, found, timeline)
     console.print(f"found by {result.rung} in {result.seconds:.1f} s ({result.termination.value})")
     if "utilisation" in found.provenance:
@@ -156,7 +156,7 @@ def plan(
         console.print(f"wrote {output}")
     kept = save_graph or (None if model is None else model.path)
     for line in next_steps(output, Path(graph) if model is None else kept, facts):
-        console.print(line, style="dim", soft_wrap=True)
+        console.print(line, style="dim", soft_wrap=True, markup=False)
 
 
 def _solve(problem: PlanningProblem, options: PlanOptions, exportable: bool) -> tuple[SolveResult, PlanOptions]:

@@ -182,6 +182,7 @@ def test_the_module_itself_runs(work: Path) -> None:
         sys.path.remove(str(work))
 
 
+@pytest.mark.slow
 def test_training_tells_lines_and_imports_from_the_current_folder(work: Path) -> None:
     """As a user calls it: the console script has neither the current folder on its path nor a terminal."""
     import subprocess

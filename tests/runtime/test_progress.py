@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
+from mipipe.graphs.errors import InputError
 from mipipe.runtime import worker
+from mipipe.runtime.train.optim import load_object
 from mipipe.runtime.worker import ProgressBar
 
 
@@ -32,3 +37,13 @@ def test_one_line_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     show(2, 0.25)
     err = capsys.readouterr().err
     assert err.count("\r") == 2 and err.endswith("\n") and "step 2/2  loss 0.2500" in err
+
+
+def test_what_a_configuration_names_is_found_in_the_current_folder(tmp_path: Path, monkeypatch) -> None:
+    """The console script's path has its own folder first, not the current one."""
+    (tmp_path / "users_loader.py").write_text("def batches(graph, rows, seed):\n    return []\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [item for item in sys.path if item not in ("", str(tmp_path))])
+    assert load_object("users_loader:batches").__name__ == "batches"
+    with pytest.raises(InputError, match="users_loader:nothing"):
+        load_object("users_loader:nothing")
