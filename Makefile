@@ -34,7 +34,7 @@ test-slow: install
 
 lint: install
 	$(BIN)/ruff check .
-	$(BIN)/mypy -p mipipe.graphs -p mipipe.planner -p mipipe.runtime -p mipipe.cli
+	$(BIN)/mypy -p mipipe
 
 docs: install
 	$(BIN)/python -c 'import material, mkdocstrings' 2>/dev/null || $(BIN)/python -m pip install -q --no-compile \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -135,12 +136,35 @@ def _print(problem: PlanningProblem, rows: list[Row]) -> None:
     print_rows(console, [{name: line[name] for name in kept} for line in cells], styles=styles)
     for note, mark in marks.items():
         console.print(f"{mark} {note}", style="dim")
+    for line in explanation(rows, kept):
+        console.print(line, style="dim", soft_wrap=True)
     for row in (row for row in rows if row.name == PLANNED and row.plan is not None):
         against = "" if row.without_baselines is None else (
             "; without any published schedule as a start:"
             f" {format_time(row.without_baselines * problem.unit_ns, problem.unit_ns)}")
         proven = "no bound" if row.bound is None else f"the bound holds over {row.bound_scope}"
         console.print(f"{row.name}: found by {row.rung}, {proven}{against}")
+
+
+_ACCOUNTINGS = {
+    "published": "the closed form of the schedule's paper, under its own assumptions: a bubble and nothing else",
+    "indivisible": "B, the backward, is one block: input and weight gradient (I and W) without a gap; an overlapped"
+                   " forward and backward (X) is one block, too",
+    "split": "the same order with every block split into F, I and W, each as early as it can run",
+    "streams": "the same order with all-to-alls on a communication stream beside computing"}
+_MEANINGS = {
+    "bubble": "the most idle time of any device (ratio: the mean idle share)",
+    "copies": "parameters on the fullest device, in even shares of the model (1: each parameter on one device)",
+    "activations": "kept on the fullest device at once; 1 is what an even stage (of one device) keeps of one"
+                   " microbatch, a half-stage keeps 0.5",
+    "bound": "no plan within the same copies and activations has a smaller makespan; gap: how far above it a row is"}
+
+
+def explanation(rows: list[Row], columns: Sequence[str]) -> list[str]:
+    """What the accountings and columns of a table mean, as far as they occur in it."""
+    used = {row.accounting for row in rows}
+    return [f"{name}: {text}" for name, text in (*_ACCOUNTINGS.items(), *_MEANINGS.items())
+            if name in used or name in columns]
 
 
 def _draw(rows: list[Row]) -> None:
@@ -153,15 +177,18 @@ def _draw(rows: list[Row]) -> None:
         assert row.timeline is not None
         console.print(f"{row.name} ({row.accounting}): {summary(row.timeline)}", style="bold")
         console.print(draw(row.timeline, console.width, until))
-    if drawn and drawn[-1].timeline is not None:
-        console.print(legend(drawn[-1].timeline))
+    if drawn:
+        console.print(legend(*(row.timeline for row in drawn if row.timeline is not None)))
         console.print()
 
 
 def _write_html(path: Path, problem: PlanningProblem, rows: list[Row]) -> None:
     from mipipe.cli import html
+    from mipipe.cli.panels import panel_of
     from mipipe.cli.tables import cell
 
-    panels = [html.Panel(f"{row.name} ({row.accounting})", row.timeline) for row in rows if row.timeline is not None]
+    panels = [panel_of(f"{row.name} ({row.accounting})", row.timeline, row.plan) for row in rows
+              if row.timeline is not None]
     table = html.table(_COLUMNS, [[cell(value) for value in _cells(row, problem.unit_ns).values()] for row in rows])
-    html.write(path, f"{problem.name}: schedules compared", panels, extra=f"<h2>All rows</h2>{table}")
+    lines = "".join(f"<p>{line}</p>" for line in explanation(rows, _COLUMNS))
+    html.write(path, f"{problem.name}: schedules compared", panels, extra=f"<h2>All rows</h2>{table}{lines}")

@@ -22,9 +22,9 @@ def export(
     json_output: Json = False,
 ) -> None:
     """Write a plan or a timeline in other tools' formats."""
-    from mipipe.cli import html
+    from mipipe.cli import html, panels
     from mipipe.cli.files import open_any
-    from mipipe.cli.report import capacities, facts
+    from mipipe.cli.report import facts
     from mipipe.graphs.serialize import write_text
     from mipipe.planner.execution.export import perfetto_text, torch_csv
     from mipipe.planner.execution.lower import lower
@@ -49,7 +49,7 @@ def export(
             write_text(trace_file, perfetto_text(timeline))
         if html_file is not None:
             html.write(html_file, plan.name if plan else file.name,
-                       [html.Panel(timeline.origin, timeline, capacities(plan) if plan else ())],
+                       [panels.panel_of(timeline.origin, timeline, plan)],
                        facts(plan, timeline) if plan else [])
     written = {name: str(path) for name, path in wanted.items() if path is not None}
     if json_output:

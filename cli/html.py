@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -23,11 +23,18 @@ from mipipe.planner.timeline import Timeline
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One timeline on the page. ``capacities`` are the devices' memories in bytes, None where unlimited."""
+    """One timeline on the page. ``capacities`` are the devices' memories in bytes, None where unlimited.
+
+    ``sizes``: each rank's peak memory as text, in place of bytes, where the problem counts none; ``size_unit`` is then
+    what one activation counts. ``stages`` names the groups of each stage.
+    """
 
     title: str
     timeline: Timeline
     capacities: tuple[int | None, ...] = ()
+    sizes: tuple[str, ...] = ()
+    size_unit: float = 0.0
+    stages: tuple[str, ...] = ()
 
 
 def page(title: str, panels: Sequence[Panel], facts: Sequence[tuple[str, str]] = (), extra: str = "") -> str:
@@ -56,8 +63,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<table class="report"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
-def frontier(points: Sequence[tuple[int, float, float, str]]) -> str:
-    """An SVG picture of (peak bytes, bubble ratio, least possible bubble ratio, label) points.
+def frontier(points: Sequence[tuple[int, float, float, str]], size: Callable[[int], str] = format_bytes) -> str:
+    """An SVG picture of (peak bytes, bubble ratio, least possible bubble ratio, label) points; ``size`` tells bytes.
 
     The points are joined from the least to the most memory; a dashed line joins what no plan can be below.
     """
@@ -67,17 +74,17 @@ def frontier(points: Sequence[tuple[int, float, float, str]]) -> str:
     wide, high, left, bottom = 720.0, 300.0, 70.0, 44.0
     most, worst = max(point[0] for point in points) * 1.08, max(max(point[1] for point in points) * 1.15, 0.01)
 
-    def place(size: int, ratio: float) -> tuple[float, float]:
-        return left + size / most * (wide - left), (high - bottom) * (1 - ratio / worst)
+    def place(peak: int, ratio: float) -> tuple[float, float]:
+        return left + peak / most * (wide - left), (high - bottom) * (1 - ratio / worst)
 
-    places = [place(size, ratio) for size, ratio, _, _ in points]
-    floor = [place(size, least) for size, _, least, _ in points]
+    places = [place(peak, ratio) for peak, ratio, _, _ in points]
+    floor = [place(peak, least) for peak, _, least, _ in points]
     parts = [_line(floor, 'stroke="var(--soft)" stroke-dasharray="4 4"'), _line(places, 'stroke="var(--F)"')]
-    for (x, y), (size, ratio, least, label) in zip(places, points, strict=True):
+    for (x, y), (peak, ratio, least, label) in zip(places, points, strict=True):
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="var(--F)"><title>{html.escape(label)}:'
-                     f' {format_bytes(size)}, bubble {ratio:.1%}, no plan below {least:.1%}</title></circle>'
+                     f' {size(peak)}, bubble {ratio:.1%}, no plan below {least:.1%}</title></circle>'
                      f'<text x="{x:.1f}" y="{y - 10:.1f}" text-anchor="middle">{ratio:.1%}</text>'
-                     f'<text x="{x:.1f}" y="{high - bottom + 18:.1f}" text-anchor="middle">{format_bytes(size)}</text>')
+                     f'<text x="{x:.1f}" y="{high - bottom + 18:.1f}" text-anchor="middle">{size(peak)}</text>')
     axes = (f'<path d="M{left} 0V{high - bottom}H{wide}" fill="none" stroke="var(--line)"/>'
             f'<text x="{wide / 2}" y="{high - 6}" text-anchor="middle">peak activation memory of a device</text>'
             f'<text x="{left}" y="-10">bubble ratio; dashed: no plan can be below</text>')
@@ -106,7 +113,7 @@ def _panel(panel: Panel) -> dict[str, Any]:
         second = int(span.stage in stages[span.rank] and stages[span.rank].index(span.stage) % 2)
         ranks[span.rank][span.stream.value].append(
             [span.start_ns, span.end_ns, kinds.setdefault(span.kind.value, len(kinds)),
-             labels.setdefault(span.label, len(labels)), span.microbatch, second, span.peer])
+             labels.setdefault(span.label, len(labels)), span.microbatch, second, span.peer, span.stage])
     bubbles = timeline.bubbles_ns()
     for number, rank in enumerate(ranks):
         rank["bubble"] = bubbles[number]
@@ -114,10 +121,12 @@ def _panel(panel: Panel) -> dict[str, Any]:
         if timeline.memory and timeline.memory[number]:
             rank["memory"] = [list(step) for step in timeline.memory[number]]
             rank["peak"] = timeline.peak_bytes(number)
-            rank["peak_text"] = format_bytes(timeline.peak_bytes(number))
+            rank["resident"] = timeline.resident_bytes[number] if timeline.resident_bytes else 0
+            rank["peak_text"] = panel.sizes[number] if panel.sizes else format_bytes(timeline.peak_bytes(number))
             if capacity is not None and capacity < 2**60:
                 rank["capacity"] = capacity
                 rank["peak_text"] += f" of {format_bytes(capacity)}"
     return {"title": panel.title, "origin": timeline.origin, "makespan": timeline.makespan_ns,
             "unit": timeline.unit_ns, "ratio": timeline.bubble_ratio, "labels": list(labels), "kinds": list(kinds),
-            "ranks": ranks, "streams": [stream.value for stream in Stream]}
+            "ranks": ranks, "streams": [stream.value for stream in Stream], "stages": list(panel.stages),
+            "size_unit": panel.size_unit}

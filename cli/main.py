@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -42,6 +42,23 @@ app = typer.Typer(
     help="Plans pipeline and expert parallelism with mixed-integer programs, and runs the plan under torchrun.",
     epilog="Exit codes: 0 done, 1 wrong input, 2 wrong usage, 3 no plan exists, 4 a run failed, 5 a plan violates a"
            " rule, 6 time was up, 130 interrupted.")
+
+
+def _version(wanted: bool) -> None:
+    """Print the version, and leave."""
+    if wanted:
+        from mipipe import __version__
+
+        sys.stdout.write(f"mipipe {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True,
+                                          callback=_version)] = False,
+) -> None:
+    del version  # its callback has done it
 
 
 def guarded(verb: Callable[..., None]) -> Callable[..., None]:

@@ -71,7 +71,8 @@ def _instance(file: Path, cluster: Path | None, costs: Path | None, groups: int 
         from mipipe.cli.inputs import read_problem
         from mipipe.planner.devices.from_problem import instance_of
 
-        return instance_of(read_problem(file, cluster, None if cluster is None else 1, groups=groups, costs=costs))
+        problem, _ = read_problem(file, cluster, None if cluster is None else 1, groups=groups, costs=costs)
+        return instance_of(problem)
     for option, value in (("--cluster", cluster), ("--costs", costs), ("--groups", groups)):
         if value is not None:
             raise InputError(f"{file} is a placement workload, which names its own devices and times: {option} does not"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mipipe.cli.output import Html, Json, Seed, TimeLimit, Trace, check_folder, emit, log, progress, stdout
-from mipipe.graphs.errors import InfeasibleError, TimeUpError
+from mipipe.graphs.errors import InfeasibleError, InputError, TimeUpError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -20,17 +20,23 @@ if TYPE_CHECKING:
     from mipipe.planner.problem import PlanningProblem
     from mipipe.planner.solve import Progress, SolveResult
 
-EXAMPLE = "mipipe plan graph.json --cluster cluster.yaml --microbatches 8 --costs costs.json -o plan.json"
+EXAMPLE = "mipipe plan examples/qwen3_moe_tiny --cluster examples/cluster_8xh100.yaml -o plan.json"
+
+_CAPTURE = "Models that are captured on the way (mipipe capture has more options)"
 
 
 def plan(
-    graph: Annotated[Path, typer.Argument(metavar="GRAPH", help="An operator graph, a coarse graph, or a whole"
-                                                               " planning problem.")],
+    graph: Annotated[str, typer.Argument(metavar="GRAPH", help="An operator graph, a coarse graph, or a whole planning"
+                                                              " problem; or a model, which is captured on the way (as"
+                                                              " for `mipipe capture`: a folder with a config.json,"
+                                                              " package.module:factory, ...).")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The plan to write.")] = None,
     cluster: Annotated[Path | None, typer.Option(help="The cluster file (YAML): devices and links.")] = None,
-    microbatches: Annotated[int | None, typer.Option(help="Microbatches of one training step.")] = None,
+    microbatches: Annotated[int | None, typer.Option(help="Microbatches of one training step (for a model: 4 for each"
+                                                          " device where this is not given).")] = None,
     groups: Annotated[int | None, typer.Option(
-        help="Merge operators into about this many groups (default: as in --costs).")] = None,
+        help="Merge operators into about this many groups (default: as in --costs, else as fine as 64 groups"
+             " allow).")] = None,
     granularity: Annotated[str | None, typer.Option(help="Or merge by structure: layer, block, operator.")] = None,
     costs: Annotated[Path | None, typer.Option(
         help="Cost table from `mipipe profile` or `calibrate` (default: roofline estimates of the device"
@@ -44,7 +50,8 @@ def plan(
     memory: Annotated[str | None, typer.Option(help="Memory of every device, such as 80GB, instead of the"
                                                     " cluster's.")] = None,
     optimizer: Annotated[str, typer.Option(help="What the optimizer keeps: none, sgd, momentum, adam, adamw,"
-                                                " adamw_mixed.")] = "adamw",
+                                                " adamw_mixed (16-bit weights with float32 master weights and moments);"
+                                                " auto: adamw_mixed for 16-bit models, else adamw.")] = "auto",
     placement: Annotated[str, typer.Option(help="free, or a fixed shape: chain, v, interleaved, wave, two-way,"
                                                 " two-way-v, two-way-interleaved, twin-chain, twin-v, twin-wave (two"
                                                 " copies side by side on half of the ranks), ring, ring-v; for models"
@@ -53,10 +60,28 @@ def plan(
     objective: Annotated[str, typer.Option(help="makespan; memory (the least activations within 5 % of the best"
                                                 " makespan); or utilisation (the busiest devices within 5 %: those that"
                                                 " hardly help are given back).")] = "makespan",
+    exportable: Annotated[bool, typer.Option("--exportable", help="Only plans that `mipipe export --csv` can write for"
+                                                                  " torch's schedule runtime: chains of stages, each on"
+                                                                  " one rank.")] = False,
     recompute: Annotated[bool, typer.Option(help="Let groups run their forward twice to save memory.")] = False,
     pareto: Annotated[bool, typer.Option("--pareto", help="Instead of one plan, the frontier of memory against"
                                                           " bubble: one solve for each activation limit.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Say what binds, and what each rung found.")] = False,
+    seq: Annotated[int | None, typer.Option(help="Tokens per sequence (default 128).", min=1,
+                                            rich_help_panel=_CAPTURE)] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences per microbatch (default 1).", min=1,
+                                              rich_help_panel=_CAPTURE)] = None,
+    dtype: Annotated[str | None, typer.Option(help="Parameters' type (default: the configuration's own, else"
+                                                   " float32).", rich_help_panel=_CAPTURE)] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Override of the model's configuration, such as"
+                                                                     " num_hidden_layers=8; may be repeated.",
+                                                       rich_help_panel=_CAPTURE)] = None,
+    save_graph: Annotated[Path | None, typer.Option("--save-graph", help="Also write the captured graph here.",
+                                                    rich_help_panel=_CAPTURE)] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Capture anew, and keep nothing (else in"
+                                                              " $XDG_CACHE_HOME/mipipe, as long as the model's files,"
+                                                              " options and versions are the same).",
+                                           rich_help_panel=_CAPTURE)] = False,
     time_limit: TimeLimit = 60.0,
     seed: Seed = 0,
     html_file: Html = None,
@@ -64,45 +89,63 @@ def plan(
     json_output: Json = False,
 ) -> None:
     """Plan a training step: placement, order of work, and a bound. Ctrl-C keeps the best plan so far."""
-    for path, option in ((output, "--output"), (html_file, "--html"), (trace_file, "--trace")):
+    for path, option in ((output, "--output"), (html_file, "--html"), (trace_file, "--trace"),
+                         (save_graph, "--save-graph")):
         check_folder(path, option)
-    from mipipe.cli.inputs import read_problem
-    from mipipe.cli.report import gap, plan_data, print_plan, timeline_data, write_files
+    from mipipe.cli.captured import captured, names_model, refuse_capture_options
+    from mipipe.cli.inputs import check_cluster, read_problem
+    from mipipe.cli.panels import write_files
+    from mipipe.cli.report import estimate_data, gap, next_steps, plan_data, print_plan, timeline_data
     from mipipe.graphs.serialize import save, to_data
     from mipipe.planner.execution.lower import lower
     from mipipe.planner.execution.simulate import simulate
     from mipipe.planner.options import PlanOptions
-    from mipipe.planner.solve import plan as solve
 
     options = PlanOptions(time_limit_s=time_limit, seed=seed, placement=placement,  # type: ignore[arg-type]
                           objective=objective, recompute=recompute)  # type: ignore[arg-type]
-    problem = read_problem(graph, cluster, microbatches, groups=groups, granularity=granularity, costs=costs,
-                           memory=memory, experts=experts, sizes=sizes, activations=activations,
-                           optimizer=optimizer, recompute=recompute)
+    if exportable and (recompute or pareto or placement != "free" or objective != "makespan"):
+        raise InputError("--exportable chooses among the shapes that can be exported: --placement, --objective,"
+                         " --recompute and --pareto do not go with it")
+    model, note = None, ""
+    if names_model(graph):
+        check_cluster(graph, cluster, costs)
+        model, note = captured(graph, seq=seq, batch=batch, dtype=dtype, settings=settings or [],
+                               use_cache=not no_cache)
+    if model is None:
+        refuse_capture_options(graph, seq=seq, batch=batch, dtype=dtype, set=settings, **{"save-graph": save_graph})
+    elif save_graph is not None:
+        save(model.graph, save_graph)
+    problem, facts = read_problem(Path(graph) if model is None else model.graph, cluster, microbatches, groups=groups,
+                                  granularity=granularity, costs=costs, memory=memory, experts=experts, sizes=sizes,
+                                  activations=activations, optimizer=optimizer, recompute=recompute)
     if pareto:
         _print_frontier(problem, options, html_file, json_output)
         return
-    with progress("planning") as update:
-        result = solve(problem, options, show_progress(update, problem.unit_ns))
+    result, options = _solve(problem, options, exportable)
     if result.plan is None:
         raise_reason(result)
     assert result.plan is not None
-    found = dataclasses.replace(result.plan, provenance={**result.plan.provenance, "options": to_data(options)})
+    known = {"options": to_data(options)} | ({} if facts is None else {"model": to_data(facts)})
+    found = dataclasses.replace(result.plan, provenance={**result.plan.provenance, **known})
     timeline = simulate(found, lower(found))
     if output is not None:
         save(found, output)
     write_files(found, [(f"simulated, placement {found.placement.name}", timeline)], html_file, trace_file)
     if json_output:
-        data = {**plan_data(found), **timeline_data(timeline), "termination": result.termination.value,
-                "rung": result.rung, "seconds": round(result.seconds, 3),
+        data = {**plan_data(found), **timeline_data(timeline), **estimate_data(found, timeline),
+                "termination": result.termination.value, "rung": result.rung, "seconds": round(result.seconds, 3),
                 "placement_gap": gap(found.makespan_ns, found.placement_bound_ns),
                 "history": [{"seconds": round(item.seconds, 3), "makespan": item.makespan_ns / problem.unit_ns,
                              "rung": item.rung, "placement": item.placement} for item in result.history]}
+        if model is not None:
+            data |= {"graph": {"file": None if model.path is None else str(model.path), "reused": model.reused}}
         if explain:
             data |= {"explanation": list(result.explanation), "ablation": list(result.ablation)}
         emit(data)
         return
     console = stdout()
+    if note:
+        console.print(note, soft_wrap=True, markup=False)
     print_plan(console, found, timeline)
     console.print(f"found by {result.rung} in {result.seconds:.1f} s ({result.termination.value})")
     if "utilisation" in found.provenance:
@@ -112,12 +155,26 @@ def plan(
         _print_explanation(result, problem.unit_ns)
     if output is not None:
         console.print(f"wrote {output}")
+    kept = save_graph or (None if model is None else model.path)
+    for line in next_steps(output, Path(graph) if model is None else kept, facts):
+        console.print(line, style="dim", soft_wrap=True, markup=False)
+
+
+def _solve(problem: PlanningProblem, options: PlanOptions, exportable: bool) -> tuple[SolveResult, PlanOptions]:
+    """The result of the solve that was asked for, and the options it was found with."""
+    from mipipe.planner.exportable import plan_exportable
+    from mipipe.planner.solve import plan as solve
+
+    with progress("planning") as update:
+        if exportable:
+            return plan_exportable(problem, options, show_progress(update, problem.unit_ns))
+        return solve(problem, options, show_progress(update, problem.unit_ns)), options
 
 
 def _print_frontier(problem: PlanningProblem, options: PlanOptions, html_file: Path | None, json_output: bool) -> None:
     """The memory-bubble frontier as a table, JSON and a picture."""
     from mipipe.cli import html
-    from mipipe.cli.report import gap
+    from mipipe.cli.report import gap, size_text
     from mipipe.cli.tables import print_rows
     from mipipe.planner.pareto import pareto
 
@@ -130,10 +187,11 @@ def _print_frontier(problem: PlanningProblem, options: PlanOptions, html_file: P
         "bound": None if point.bound_ns is None else point.bound_ns / unit, "bubble_ratio": point.bubble_ratio,
         "gap": gap(point.makespan_ns, point.bound_ns), "placement": point.placement, "reason": point.reason}
         for point in points]
-    told = [frontier_cells(point, unit) for point in points]
+    told = [frontier_cells(point, problem) for point in points]
     if html_file is not None:
         picture = html.frontier([(row["peak_bytes"], row["bubble_ratio"], least_bubble(row), row["placement"])
-                                 for row in rows if row["bubble_ratio"] is not None])
+                                 for row in rows if row["bubble_ratio"] is not None],
+                                lambda size: size_text(problem, size))
         unbroken = [[value.replace(" ", "\u00a0") for value in row.values()] for row in told]
         table = html.table([*told[0], "reason"], [[*row, point.reason]
                                                   for row, point in zip(unbroken, points, strict=True)])
@@ -148,15 +206,15 @@ def _print_frontier(problem: PlanningProblem, options: PlanOptions, html_file: P
                 console.print(f"at {row['activation_bytes']:,} bytes: {row['reason']}", style="dim")
 
 
-def frontier_cells(point: ParetoPoint, unit_ns: int) -> dict[str, str]:
+def frontier_cells(point: ParetoPoint, problem: PlanningProblem) -> dict[str, str]:
     """A point of the frontier as a person reads it."""
-    from mipipe.cli.report import gap
+    from mipipe.cli.report import gap, size_text
     from mipipe.cli.terminal import format_time
-    from mipipe.graphs.units import format_bytes
 
+    unit_ns = problem.unit_ns
     share = gap(point.makespan_ns, point.bound_ns)
-    return {"activation limit": format_bytes(point.activation_bytes),
-            "peak": "" if point.peak_bytes is None else format_bytes(point.peak_bytes),
+    return {"activation limit": size_text(problem, point.activation_bytes),
+            "peak": "" if point.peak_bytes is None else size_text(problem, point.peak_bytes),
             "makespan": "" if point.makespan_ns is None else format_time(point.makespan_ns, unit_ns),
             "bound": "" if point.bound_ns is None else format_time(point.bound_ns, unit_ns),
             "gap": "" if share is None else f"{share:.1%}",

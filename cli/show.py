@@ -67,10 +67,10 @@ def _show_costs(table: CostTable, json_output: bool) -> None:
 
 def _show_graph(graph: OperatorGraph | CoarseGraph, table: CostTable | None, html_file: Path | None,
                 json_output: bool) -> None:
-    from mipipe.cli.inputs import coarse_for
     from mipipe.cli.tables import cell, print_rows
     from mipipe.graphs.coarse.summary import coarse_svg, graph_summary, summary_rows
     from mipipe.graphs.operator_graph import OperatorGraph
+    from mipipe.planner.problems.on_cluster import coarse_for
 
     if table is not None and isinstance(graph, OperatorGraph):
         graph = coarse_for(graph, table)
@@ -116,20 +116,27 @@ def cost_rows(table: CostTable) -> list[dict[str, Any]]:
 
 def _show_timelines(files: list[tuple[Path, Plan | Timeline]], html_file: Path | None, trace_file: Path | None,
                     json_output: bool) -> None:
-    from mipipe.cli import html
-    from mipipe.cli.report import bound_line, capacities, facts, print_placement, print_timeline, timeline_data
+    from mipipe.cli import html, panels
+    from mipipe.cli.report import (
+        bound_line,
+        capacities,
+        estimate_lines,
+        facts,
+        print_placement,
+        print_timeline,
+        timeline_data,
+    )
     from mipipe.planner.execution.lower import lower
     from mipipe.planner.execution.simulate import simulate
     from mipipe.planner.plan import Plan
 
-    drawn: list[tuple[str, Timeline, tuple[int | None, ...]]] = []
+    drawn: list[tuple[str, Timeline, Plan | None]] = []
     plans = [item for _, item in files if isinstance(item, Plan)]
-    limits = capacities(plans[0]) if plans else ()
     for path, item in files:
         if isinstance(item, Plan):
-            drawn.append((f"{path.name} simulated", simulate(item, lower(item)), capacities(item)))
+            drawn.append((f"{path.name} simulated", simulate(item, lower(item)), item))
         else:
-            same = limits if len(limits) == item.num_ranks else ()
+            same = plans[0] if plans and plans[0].problem.num_ranks == item.num_ranks else None
             drawn.append((f"{path.name} {item.origin}", item, same))
     first = drawn[0][1]
     ratios = [timeline.makespan_ns / max(first.makespan_ns, 1) for _, timeline, _ in drawn]
@@ -137,24 +144,26 @@ def _show_timelines(files: list[tuple[Path, Plan | Timeline]], html_file: Path |
         tiles = facts(plans[0], first) if plans else []
         tiles += [(f"{name} / first", f"{ratio:.3f}") for (name, _, _), ratio in
                   zip(drawn[1:], ratios[1:], strict=True)]
-        html.write(html_file, drawn[0][0], [html.Panel(*panel) for panel in drawn], tiles)
+        html.write(html_file, drawn[0][0], [panels.panel_of(*panel) for panel in drawn], tiles)
     if trace_file is not None:
         from mipipe.graphs.serialize import write_text
         from mipipe.planner.execution.export import perfetto_text
 
         write_text(trace_file, perfetto_text(*(timeline for _, timeline, _ in drawn)))
     if json_output:
-        emit({"timelines": [{"name": name, **timeline_data(timeline, limit), "ratio": ratio}
-                            for (name, timeline, limit), ratio in zip(drawn, ratios, strict=True)]})
+        emit({"timelines": [{"name": name, **timeline_data(timeline, capacities(plan) if plan else ()), "ratio": ratio}
+                            for (name, timeline, plan), ratio in zip(drawn, ratios, strict=True)]})
         return
     console = stdout()
     for plan in plans:
         print_placement(console, plan)
         console.print(bound_line(plan), style="bold")
     until = max(timeline.makespan_ns for _, timeline, _ in drawn)
-    for number, (name, timeline, limit) in enumerate(drawn):
+    for number, (name, timeline, of) in enumerate(drawn):
         console.print(f"\n{name}", style="bold")
-        print_timeline(console, timeline, limit, until, explained=number == len(drawn) - 1)
+        print_timeline(console, timeline, capacities(of) if of else (), until, number == len(drawn) - 1, of)
+        for line in estimate_lines(of, timeline) if of is not None and timeline.origin == "simulated" else ():
+            console.print(line, soft_wrap=True)
         if number:
             console.print(f"{name} / {drawn[0][0]}: {ratios[number]:.3f}{_without_optimizer(timeline, first)}",
                           style="bold")

@@ -21,7 +21,8 @@ def simulate(
     json_output: Json = False,
 ) -> None:
     """Simulate a plan: its timeline, bubble and memory, with the durations of its problem."""
-    from mipipe.cli.report import capacities, print_timeline, timeline_data, write_files
+    from mipipe.cli.panels import write_files
+    from mipipe.cli.report import capacities, print_timeline, timeline_data
     from mipipe.graphs.serialize import load, save
     from mipipe.planner.execution.lower import lower
     from mipipe.planner.execution.simulate import simulate as run_on_a_clock
@@ -41,4 +42,4 @@ def simulate(
     if json_output:
         emit({"plan": plan.name, **timeline_data(timeline, capacities(plan))})
         return
-    print_timeline(stdout(), timeline, capacities(plan))
+    print_timeline(stdout(), timeline, capacities(plan), plan=plan)

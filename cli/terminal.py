@@ -126,22 +126,24 @@ def _axis(until: int, unit_ns: int, columns: int, gutter: int) -> Text:
     return Text(" " * gutter + "".join(ruler).rstrip() + "\n", "dim")
 
 
-def legend(timeline: Timeline) -> Text:
-    """The kinds of actions that occur, in their colours."""
+def legend(*timelines: Timeline) -> Text:
+    """The kinds of actions that occur in any of the timelines, in their colours."""
     names = {ActionKind.F: "F forward", ActionKind.I: "I input gradient", ActionKind.W: "W weight gradient",
-             ActionKind.B: "B both gradients", ActionKind.OVERLAP_F_B: "FB forward and backward overlapped",
+             ActionKind.B: "B both gradients", ActionKind.OVERLAP_F_B: "FB or X forward and backward overlapped",
              ActionKind.RECOMPUTE: "R recompute", ActionKind.ALL_REDUCE: "A all-reduce",
              ActionKind.ALL_TO_ALL: "all-to-all", ActionKind.OPTIMIZER_STEP: "O optimizer",
              ActionKind.MEASURE: "M measure", ActionKind.COMBINE: "C combine", ActionKind.SAVE: "S save"}
-    kinds = {span.kind for span in timeline.spans if span.stream is not Stream.CHANNEL and span.end_ns > span.start_ns}
+    kinds = {span.kind for timeline in timelines for span in timeline.spans
+             if span.stream is not Stream.CHANNEL and span.end_ns > span.start_ns}
     text = Text()
     for kind, name in names.items():
         if kind in kinds:
             text.append(f" {name} ", STYLES.get(kind, _COMM)[0])
             text.append(" ")
     text.append("· idle", "dim")
-    if any(len(stages) > 1 for stages in stages_by_rank(timeline)):
-        text.append("  lower case: every second stage of the rank; right: the rank's bubble", "dim")
+    if any(len(stages) > 1 for timeline in timelines for stages in stages_by_rank(timeline)):
+        text.append("  lower case: every second stage of the rank (of two half-stages: the second); right: the rank's"
+                    " bubble", "dim")
     else:
         text.append("  right: the rank's bubble", "dim")
     return text
@@ -156,15 +158,16 @@ def summary(timeline: Timeline) -> str:
             f" {format_time(mean, unit)}), bubble ratio {timeline.bubble_ratio:.1%}")
 
 
-def memory_lines(timeline: Timeline, capacities: Sequence[int | None]) -> list[str]:
-    """One line per rank: peak against capacity. Empty where no memory was recorded."""
+def memory_lines(timeline: Timeline, capacities: Sequence[int | None], uses: Sequence[str] = ()) -> list[str]:
+    """One line per rank: peak against capacity, and what it is used for. Empty where no memory was recorded."""
     if not timeline.memory:
         return []
     lines = []
     for rank, capacity in enumerate(capacities):
         peak = timeline.peak_bytes(rank)
         resident = timeline.resident_bytes[rank] if timeline.resident_bytes else 0
-        text = f"rank {rank}: peak {format_bytes(peak)} (resident {format_bytes(resident)})"
+        use = uses[rank] if uses else f"resident {format_bytes(resident)}"
+        text = f"rank {rank}: peak {format_bytes(peak)} ({use})"
         if capacity is not None and capacity < 2**60:
             text += f" of {format_bytes(capacity)}, {peak / capacity:.0%}"
         lines.append(text)

@@ -31,8 +31,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from mipipe.graphs.merging.recipe import parse_recipe
-from mipipe.runtime.merge.launch import merge
+import mipipe
 
 WIDTH, LAYERS = 96, 4
 DIGIT, PARITY, SIZE = slice(0, 10), slice(10, 12), slice(12, 14)
@@ -244,7 +243,7 @@ class Bench:
         if entry.method not in ("linear", "passthrough", "slerp", "nuslerp", "karcher", "layer_swapping", "lore"):
             data["base_model"] = str(self.root / "base")
         began = time.perf_counter()
-        merge([parse_recipe(data, "recipe")], out)
+        mipipe.merge(data, out)
         return read(out), time.perf_counter() - began
 
     def judge(self, entry: Entry, params: dict[str, Any], split: str) -> tuple[list[float], float, float]:

@@ -12,11 +12,8 @@ import sys
 import torch
 import torch.distributed as dist
 
-from mipipe.graphs.operator_graph import OperatorGraph
-from mipipe.graphs.serialize import load
-from mipipe.planner.plan import Plan
-from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.train.optim import clip_gradients
+from mipipe import Engine, OperatorGraph, Plan, load
+from mipipe.runtime import clip_gradients
 
 
 def train(plan, graph, model, batches, steps):

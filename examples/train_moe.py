@@ -87,12 +87,8 @@ def train_alone(steps: int) -> list[float]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from mipipe.graphs.operator_graph import OperatorGraph
-    from mipipe.graphs.serialize import load
-    from mipipe.runtime.train.config import read_config
-    from mipipe.runtime.train.data import make_batches
-    from mipipe.runtime.train.models import initial_weights
-    from mipipe.runtime.train.optim import learning_rate_factor
+    from mipipe import OperatorGraph, load
+    from mipipe.runtime import initial_weights, learning_rate_factor, make_batches, read_config
 
     torch.set_num_threads(1)  # as every worker computes
     graph, config = load("demo/graph.json", OperatorGraph), read_config(CONFIG)

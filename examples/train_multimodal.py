@@ -23,20 +23,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mipipe.graphs.capture.loss import sum_over
-from mipipe.graphs.capture.model import capture_module
-from mipipe.graphs.coarse.coarsen import coarsen
-from mipipe.graphs.operator_graph import OperatorGraph
-from mipipe.graphs.profiling.profile import ProfileOptions, profile_groups
-from mipipe.graphs.serialize import load, save
-from mipipe.graphs.topology import Topology
-from mipipe.planner.options import PlanOptions
-from mipipe.planner.plan import Plan
-from mipipe.planner.problems.from_graph import build_problem
-from mipipe.planner.solve import plan as solve
-from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.options import EngineOptions
-from mipipe.runtime.train.trace import measured_timeline
+import mipipe
+from mipipe import Engine, EngineOptions, OperatorGraph, Plan, Topology, load, save
+from mipipe.graphs import sum_over
+from mipipe.runtime import measured_timeline
 
 WORKERS, MICROBATCHES, ROWS, STEPS = 4, 4, 32, 100
 IMAGE_TOKEN, QUESTION, PATCHES = 10, 11, 16
@@ -91,12 +81,10 @@ def prepare(folder: Path) -> None:
     """Capture the model, time its groups on this CPU, plan them for four workers, and put everything into files."""
     images, digits = digit_images()
     model, example = build_model(), conversations(images[:ROWS], digits[:ROWS])
-    graph = capture_module(model, example, loss=answer_loss, loss_info=sum_over("labels"), name="llava-digits")
-    coarse = coarsen(graph, num_groups=12)
-    costs = profile_groups(graph, coarse, workers=WORKERS, options=ProfileOptions(seconds=0.1))
+    graph = mipipe.capture(model, example, loss=answer_loss, loss_info=sum_over("labels"), name="llava-digits")
+    costs = mipipe.profile(graph, groups=12, workers=WORKERS, seconds=0.1)
     topology = Topology.uniform(WORKERS, latency_ns=400_000, bytes_per_s=10**9, kind="cpu")
-    problem = build_problem(coarse, costs, topology, num_microbatches=MICROBATCHES)
-    result = solve(problem, PlanOptions(time_limit_s=5, placement="chain"))
+    result = mipipe.plan(graph, topology, microbatches=MICROBATCHES, costs=costs, placement="chain", time_limit_s=5)
     if result.plan is None:
         sys.exit(f"no plan: {result.reason}")
     save(graph, folder / "graph.json")
@@ -105,7 +93,7 @@ def prepare(folder: Path) -> None:
     save_file({name: item.detach().contiguous() for name, item in tensors.items()}, folder / "weights.safetensors")
     save_file({"images": images, "digits": digits}, folder / "digits.safetensors")
     for number, stage in enumerate(result.plan.placement.stages):
-        names = ", ".join(problem.groups[group].name for group in stage.groups)
+        names = ", ".join(result.plan.problem.groups[group].name for group in stage.groups)
         print(f"stage {number} on rank {stage.ranks[0]}: {names}")
 
 

@@ -1,1 +1,5 @@
 """Plans and merges executed under torchrun."""
+
+from mipipe.graphs.lazy import attach
+
+__getattr__, __dir__ = attach(__name__, __file__)

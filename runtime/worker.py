@@ -48,8 +48,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--merge", metavar="OUT", help="run the prepared merge of this folder instead")
     parser.add_argument("--timeline", help="where a merge's measured timeline is written")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
-    parser.add_argument("--progress", nargs="?", const="-", metavar="FILE",
-                        help="show progress (rank 0) on stderr, or in a file such as a terminal's")
+    parser.add_argument("--progress", nargs="?", const="-", default="lines", metavar="FILE",
+                        help="show progress (rank 0) in a line on stderr that is kept up to date, or in a file such as"
+                             " a terminal's; lines (the default): now and then a line on stdout; none: nothing")
     parser.add_argument("--report", help="folder in which a failing rank leaves its error")
     parser.add_argument("--device", default=None, help="cpu or cuda; default: cuda where there is one for each rank")
     options = parser.parse_args(arguments)
@@ -86,7 +87,7 @@ def run(job: Job, device: torch.device, options: argparse.Namespace) -> list[flo
     del weights  # the whole model, where it was made here
     rows = microbatch_rows(graph) * plan.problem.num_microbatches
     batches = make_batches(config.data, graph, rows, config.seed, engine.mesh.copy)
-    show = ProgressBar(config.steps, options.progress) if options.progress else None
+    show = ProgressBar(config.steps, options.progress) if options.progress != "none" else None
     trainer = Trainer(engine, config, batches, show, simulate(plan, program), maps)
     start = trainer.resume() if options.resume else 0
     losses = trainer.run(start)
@@ -125,12 +126,18 @@ def start_processes(world: int, device: torch.device, timeout_s: float) -> None:
 
 
 class ProgressBar:
-    """One line on stderr (``-``) or in a file that is overwritten; called with (step, loss). The first step, which
-    warms up, does not count for the pace."""
+    """One line on stderr (``-``) or in a file that is overwritten, or ``lines`` on stdout; called with (step, loss).
+
+    The first step, which warms up, does not count for the pace. A line is for the first and last step, and for
+    every `_SHARE` of the steps or every `_PAUSE_S` seconds in between.
+    """
+
+    _SHARE, _PAUSE_S = 0.05, 10.0
 
     def __init__(self, steps: int, target: str) -> None:
         self._steps, self._target = steps, target
         self._first: tuple[int, float] | None = None
+        self._told = 0, 0.0
 
     def __call__(self, step: int, loss: float) -> None:
         now, pace = time.monotonic(), ""
@@ -139,8 +146,14 @@ class ProgressBar:
         else:
             each = (now - self._first[1]) / (step - self._first[0])
             pace = f"  {each:.2f} s a step  {timedelta(seconds=round(each * (self._steps - step)))} left"
-        end = "\n" if step == self._steps else ""
-        text = f"\r\x1b[Kstep {step}/{self._steps}  loss {loss:.4f}{pace}{end}"
+        line = f"step {step}/{self._steps}  loss {loss:.4f}{pace}"
+        if self._target == "lines":
+            since, waited = step - self._told[0], now - self._told[1]
+            if step == self._steps or since >= self._SHARE * self._steps or waited >= self._PAUSE_S:
+                self._told = step, now
+                print(line, flush=True)
+            return
+        text = f"\r\x1b[K{line}" + ("\n" if step == self._steps else "")
         with open(self._target, "w") if self._target != "-" else contextlib.nullcontext(sys.stderr) as stream:
             stream.write(text)
             stream.flush()

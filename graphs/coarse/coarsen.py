@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from typing import Literal
+from typing import Any, Literal
 
 from mipipe.graphs.coarse.contract import contract, is_collective, layer_stack
 from mipipe.graphs.coarse.graph import CoarseGraph
@@ -48,8 +48,8 @@ class _Cluster:
     members: list[int]
     cost: int
     kind: int
-    protected: tuple
-    layer: tuple
+    protected: tuple[Any, ...]
+    layer: tuple[Any, ...]
     blocks: frozenset[str]
 
 
@@ -60,7 +60,7 @@ class _State:
     index: GraphIndex
     clusters: dict[int, _Cluster]
     owner: list[int]
-    kinds: dict[tuple, int] = field(default_factory=dict)
+    kinds: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
     def edges(self) -> dict[tuple[int, int], int]:
         """Bytes that cross between each pair of clusters, forward and backward, in order of first use."""
@@ -227,7 +227,7 @@ def _topological_order(state: _State) -> list[int] | None:
     for u, v in state.edges():
         following[u].append(v)
         waits[v] += 1
-    ready: dict[tuple, list[tuple[int, int]]] = {}
+    ready: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
 
     def put(cluster: int) -> None:
         entry = (state.clusters[cluster].members[0], cluster)
@@ -237,7 +237,7 @@ def _topological_order(state: _State) -> list[int] | None:
         if not count:
             put(cluster)
     order: list[int] = []
-    current: tuple | None = None
+    current: tuple[Any, ...] | None = None
     while ready:
         if current not in ready:
             current = min(ready, key=lambda key: ready[key][0])

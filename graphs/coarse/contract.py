@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from mipipe.graphs.coarse.graph import CoarseGraph, GroupValue, OpGroup
 from mipipe.graphs.coarse.graph_index import GraphIndex, gives_grad
@@ -206,7 +207,7 @@ def _tags(index: GraphIndex, members: Sequence[int]) -> Tags:
     """Tags the members agree on; the role is that of the most expensive member."""
     tags = [index.segments[member].tags for member in members]
 
-    def common(values: list) -> object:
+    def common(values: list[Any]) -> object:
         known = {value for value in values if value is not None}
         return known.pop() if len(known) == 1 else None
 

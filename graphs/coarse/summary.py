@@ -71,7 +71,7 @@ def _layer_kinds(index: GraphIndex) -> list[tuple[str, list[list[int]]]]:
         tags = segment.tags
         role = "" if tags.layer is not None else tags.role.value
         layers.setdefault((tags.branch, layer_stack(segment), tags.layer, role), []).append(number)
-    kinds: dict[tuple, list[tuple[int | None, list[int]]]] = {}
+    kinds: dict[tuple[Any, ...], list[tuple[int | None, list[int]]]] = {}
     stacks: dict[str | None, set[str]] = {}
     for (branch, stack, layer, role), members in layers.items():
         structure = tuple(index.segments[member].trace for member in members) if layer is not None else ()

@@ -18,6 +18,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, StoredTensor, licence_of, read_checkpoint
 from mipipe.graphs.merging.graph import Input, MergeGraph, MergeModel, MergeUnit
 from mipipe.graphs.merging.recipe import DTYPES
+from mipipe.graphs.merging.recipe_paths import beside_recipe
 from mipipe.graphs.merging.tensor_classes import classify, layer_index
 from mipipe.graphs.serialize import STRICT, from_data, to_data, yaml_documents
 
@@ -108,7 +109,7 @@ def parse_moe_recipe(data: Any, where: str) -> MoeRecipe:
 
 def read_moe_recipe(path: str | Path) -> MoeRecipe | None:
     """The assembly a YAML file describes; None where it holds merge recipes."""
-    documents = yaml_documents(path)
+    documents = beside_recipe(yaml_documents(path), path)
     data = documents[0] if len(documents) == 1 else None
     return parse_moe_recipe(data, str(path)) if isinstance(data, dict) and is_moe_recipe(data) else None
 

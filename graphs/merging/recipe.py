@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.method_spec import Base, MethodSpec
 from mipipe.graphs.merging.methods import BY_NAME, RECIPE_NAMES
+from mipipe.graphs.merging.recipe_paths import beside_recipe
 from mipipe.graphs.merging.recipe_values import check_parameters
 from mipipe.graphs.serialize import STRICT, from_data, yaml_documents
 
@@ -144,7 +145,7 @@ def read_recipes(path: str | Path) -> list[MergeRecipe]:
     Raises:
         InputError: no YAML, an unknown key, method or parameter, a value out of range, a missing or needless base.
     """
-    documents = yaml_documents(path)
+    documents = beside_recipe(yaml_documents(path), path)
     if not documents:
         raise InputError(f"{path}: is empty; expected a recipe with merge_method and models")
     recipes = [parse_recipe(item, f"{path}" if len(documents) == 1 else f"{path}, recipe {number}")

@@ -6,9 +6,7 @@ on a worker with real weights for training.
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from mipipe.graphs.capture import loss as losses
 from mipipe.graphs.capture.export import silence
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.user_code import user_module
 
 Loss = Callable[[Any, Mapping[str, Tensor]], Any]
 
@@ -105,10 +104,8 @@ def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.
 
 def _from_factory(source: str, record: dict[str, Any]) -> Source:
     module_name, _, name = source.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # as `python -m` does: the user's own package, from where the command is run
     try:
-        factory = getattr(importlib.import_module(module_name), name)
+        factory = getattr(user_module(module_name), name)
     except ImportError as error:
         raise InputError(f"{source}: cannot import {module_name!r}: {error}") from None
     except AttributeError:

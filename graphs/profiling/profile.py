@@ -27,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mipipe.graphs.cache import cache_folder
 from mipipe.graphs.coarse.graph import CoarseGraph, OpGroup
 from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph
 from mipipe.graphs.costs.exchange import exchange_note, exchange_ns
@@ -35,7 +36,7 @@ from mipipe.graphs.errors import GraphError, InputError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role
 from mipipe.graphs.topology import Link
 
-DEFAULT_CACHE = Path.home() / ".cache" / "mipipe" / "profile"
+DEFAULT_CACHE = cache_folder("profile")
 _FORMAT = 3
 
 Samples = dict[str, list[float]]

@@ -149,7 +149,8 @@ def _time_cpu(steps: Steps, rounds: int) -> Iterator[list[float]]:
 def _time_cuda(steps: Steps, rounds: int) -> Iterator[list[float]]:
     """Between CUDA events, so that launching ahead is possible as in a run."""
     for _ in range(rounds):
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
+        marks = [torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+                 for _ in range(len(steps) + 1)]
         marks[0].record()
         for (item, phase), mark in zip(steps, marks[1:], strict=True):
             item.run.run(phase)

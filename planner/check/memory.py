@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 from mipipe.graphs.errors import PlanError
 from mipipe.graphs.units import format_bytes
@@ -85,7 +86,8 @@ def _curves(facts: Facts, times: Times) -> list[list[tuple[int, int]]]:
     return curves
 
 
-def _hold_saved(facts: Facts, times: Times, stage: int, microbatch: int, hold) -> None:
+def _hold_saved(facts: Facts, times: Times, stage: int, microbatch: int,
+                hold: Callable[..., None]) -> None:
     """Saved tensors of one stage and microbatch, group by group."""
     rank = facts.rank(stage, microbatch)
 
@@ -113,7 +115,7 @@ def _hold_saved(facts: Facts, times: Times, stage: int, microbatch: int, hold) -
                 hold(rank, back_i[0], end_w, scaled(size, group, microbatch))
 
 
-def _hold_workspace(facts: Facts, times: Times, action: Action, hold) -> None:
+def _hold_workspace(facts: Facts, times: Times, action: Action, hold: Callable[..., None]) -> None:
     """What an action needs while it runs: its largest group's, for each stage it works on."""
     part = action.parts()[0]
     begin, end = times.parts[part]

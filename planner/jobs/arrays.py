@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -106,7 +107,7 @@ def capacity(view: StageView, rank: int) -> int:
 
 def signatures(view: StageView) -> list[int]:
     """For each microbatch the number of its kind: equal where route and loads are equal."""
-    numbers: dict[tuple, int] = {}
+    numbers: dict[tuple[Any, ...], int] = {}
     loads = [group.loads for group in view.problem.groups if group.loads]
     result = []
     for m in range(view.problem.num_microbatches):

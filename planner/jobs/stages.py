@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from mipipe.graphs.errors import PlanError
 from mipipe.planner.actions import ActionKind, Stream
 from mipipe.planner.plan import Placement, Stage
-from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.problem import Group, PlanningProblem
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,8 @@ def view(problem: PlanningProblem, placement: Placement) -> StageView:
         kinds = [problem.topology.devices[rank].kind for rank in placement.routes[index]]
         even = not any(group.loads for group in groups)
 
-        def total(name: str, groups=groups, kinds=kinds, even=even) -> tuple[int, ...] | None:
+        def total(name: str, groups: list[Group] = groups, kinds: list[str] = kinds, even: bool = even
+                  ) -> tuple[int, ...] | None:
             if all(getattr(group.times[kinds[0]], name) is None for group in groups):
                 return None
             known = {kind: [(getattr(group.times[kind], name) or 0, group.loads) for group in groups]
@@ -114,7 +115,7 @@ def view(problem: PlanningProblem, placement: Placement) -> StageView:
             return tuple(sum(_scaled(amount, loads, m) for amount, loads in known[kind])
                          for m, kind in enumerate(kinds))
 
-        def size(name: str, groups=groups, even=even) -> tuple[int, ...]:
+        def size(name: str, groups: list[Group] = groups, even: bool = even) -> tuple[int, ...]:
             if even:
                 return (sum(getattr(group, name) or 0 for group in groups),) * num_microbatches
             return tuple(sum(_scaled(getattr(group, name) or 0, group.loads, m) for group in groups)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate
@@ -33,8 +34,8 @@ def limited(problem: PlanningProblem, activation_bytes: int) -> PlanningProblem:
     return problem.replace(limits=replace(problem.limits, activation_bytes=activation_bytes))
 
 
-def least_memory(problem: PlanningProblem, options: PlanOptions, solve: Callable,
-                 on_progress: Callable[[Progress], None] | None = None):
+def least_memory(problem: PlanningProblem, options: PlanOptions, solve: Callable[..., Any],
+                 on_progress: Callable[[Progress], None] | None = None) -> Any:
     """The result with the smallest peak activation memory at a makespan within ``1 + epsilon`` of the best found."""
     share = replace(options, objective="makespan", time_limit_s=options.time_limit_s / (STEPS + 1))
     best = solve(problem, share, on_progress)
@@ -56,8 +57,8 @@ def least_memory(problem: PlanningProblem, options: PlanOptions, solve: Callable
     return best
 
 
-def best_utilisation(problem: PlanningProblem, options: PlanOptions, solve: Callable,
-                     on_progress: Callable[[Progress], None] | None = None):
+def best_utilisation(problem: PlanningProblem, options: PlanOptions, solve: Callable[..., Any],
+                     on_progress: Callable[[Progress], None] | None = None) -> Any:
     """The result with the highest utilisation at a makespan within ``1 + epsilon`` of the best found.
 
     Its plan is one of the whole problem: devices given back hold nothing. Provenance has ``devices_in_use`` and

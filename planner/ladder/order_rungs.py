@@ -72,7 +72,7 @@ def published(run: Run) -> None:
             if run.left < 0.5 * run.options.time_limit_s:
                 break
             try:
-                known = baseline.plan(run.problem, split=True, cut=cut)  # type: ignore[arg-type]
+                known = baseline.plan(run.problem, split=True, cut=cut)
                 if name not in ("free", known.placement.name) or not resident_fits(run.problem, known.placement):
                     continue
                 found = next((other for other in run.candidates if same(other.placement, known.placement)), None)

@@ -7,6 +7,8 @@ unit fill the gaps at the end of the one before ("direct concatenation", section
 
 from __future__ import annotations
 
+from typing import Any
+
 from mipipe.graphs.errors import ProblemError
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.schedules.list_order import Shop, best_order
@@ -28,10 +30,10 @@ def chimera(ranks: int, microbatches: int, times: Times | None = None) -> Patter
     lines = tuple([m for m in range(microbatches) if up[m] is turned] for turned in (False, True))
     shop = Shop(ranks, ranks, microbatches, lambda stage, m: routes[stage][m], Times(1, 1, 1), ranks, lines, fused=True)
 
-    def in_units(kind: ActionKind, stage: int, microbatch: int) -> tuple:
+    def in_units(kind: ActionKind, stage: int, microbatch: int) -> tuple[Any, ...]:
         return microbatch // ranks, kind is ActionKind.F, microbatch % half, -stage
 
-    def backward_first(kind: ActionKind, stage: int, microbatch: int) -> tuple:
+    def backward_first(kind: ActionKind, stage: int, microbatch: int) -> tuple[Any, ...]:
         return kind is ActionKind.F, microbatch // ranks, microbatch % half, -stage
 
     orders = best_order(shop, [in_units, backward_first])

@@ -6,7 +6,7 @@ Runs of a topological order are convex, so branches are simply serialised: a sta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from mipipe.graphs.errors import ProblemError
 from mipipe.planner.actions import Stream
@@ -57,7 +57,7 @@ def _units(problem: PlanningProblem) -> list[list[int]]:
 def _layers(problem: PlanningProblem) -> list[list[int]]:
     """Units joined to layers; what belongs to no layer joins the layer after it, at the end the one before it."""
     pieces: list[list[int]] = []
-    last_key: tuple | None = None
+    last_key: tuple[Any, ...] | None = None
     loose: list[int] = []
     units = _units(problem)
     if all(group.tags.layer is None for group in problem.groups):

@@ -9,6 +9,7 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.schedules.pattern import Times
@@ -31,7 +32,7 @@ class Shop:
     fused: bool = False
 
 
-Urgency = Callable[[ActionKind, int, int], tuple]
+Urgency = Callable[[ActionKind, int, int], tuple[Any, ...]]
 """Of (kind, stage, microbatch): smaller runs first. Weight gradients only fill what would stay idle."""
 
 
@@ -40,7 +41,7 @@ class _Rank:
     free_ns: int = 0
     held: int = 0
     order: list[Action] = field(default_factory=list)
-    arrived: list[tuple[int, tuple, ActionKind, int, int]] = field(default_factory=list)
+    arrived: list[tuple[int, tuple[Any, ...], ActionKind, int, int]] = field(default_factory=list)
     put_off: list[tuple[int, int]] = field(default_factory=list)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.schedules.list_order import Shop, activations_held, best_order
@@ -43,10 +44,10 @@ def zb_v(ranks: int, microbatches: int, times: Times | None = None) -> Pattern:
 
     The better of the building block and of list scheduling with equal durations, both with W refilled.
     """
-    def by_turn(kind: ActionKind, stage: int, microbatch: int) -> tuple:
+    def by_turn(kind: ActionKind, stage: int, microbatch: int) -> tuple[Any, ...]:
         return kind is ActionKind.F, kind is not ActionKind.F or stage < ranks, microbatch, -stage
 
-    def far_first(kind: ActionKind, stage: int, microbatch: int) -> tuple:
+    def far_first(kind: ActionKind, stage: int, microbatch: int) -> tuple[Any, ...]:
         return kind is not ActionKind.F or stage < ranks, kind is ActionKind.F, microbatch, -stage
 
     block = repeated_block(ranks, microbatches, (4, 2, 4, 2))
@@ -87,7 +88,7 @@ def v_ranks(ranks: int) -> list[int]:
     return [*range(ranks), *reversed(range(ranks))]
 
 
-def _blocks(ranks: int, offsets: tuple[int, int, int, int]) -> Iterator[list[list] | None]:
+def _blocks(ranks: int, offsets: tuple[int, int, int, int]) -> Iterator[list[list[Any]] | None]:
     """Per rank the starts of one microbatch's actions, for growing waits at the turns; None where they collide."""
     for total in range(3 * _INTERVAL):
         for waits in product(range(_INTERVAL), repeat=3):
@@ -95,7 +96,7 @@ def _blocks(ranks: int, offsets: tuple[int, int, int, int]) -> Iterator[list[lis
                 yield _block(ranks, offsets, waits)
 
 
-def _block(ranks: int, offsets: tuple[int, int, int, int], waits: tuple[int, ...]) -> list[list] | None:
+def _block(ranks: int, offsets: tuple[int, int, int, int], waits: tuple[int, ...]) -> list[list[Any]] | None:
     a, b, c, d = offsets
     last = ranks - 1
     turn_f = a * last + 1 + waits[0]  # F of stage P starts, on the last rank

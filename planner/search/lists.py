@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mipipe.planner.actions import ActionKind
-from mipipe.planner.jobs.arrays import KINDS, Instance
+from mipipe.planner.jobs.arcs import KINDS
+from mipipe.planner.jobs.arrays import Instance
 from mipipe.planner.search import list_kernel
 
 

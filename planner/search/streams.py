@@ -12,7 +12,8 @@ from dataclasses import replace
 import numpy as np
 
 from mipipe.planner.actions import Stream
-from mipipe.planner.jobs.arrays import Instance, longest, to_csr
+from mipipe.planner.jobs.arcs import longest, to_csr
+from mipipe.planner.jobs.arrays import Instance
 
 
 def relaxed(instance: Instance) -> Instance | None:

@@ -45,8 +45,8 @@ def torchrun_command(plan: str | Path, graph: str | Path, config: str | Path, nu
                      report: str | None = None, torchrun: Sequence[str] = (), agent: bool = False) -> list[str]:
     """The command line that runs a plan. ``torchrun``: flags that pass through (``--nnodes 2 --rdzv-endpoint ...``).
 
-    ``progress``: the file in which it is shown (``-``: stderr). ``agent``: through `mipipe.runtime.train.agent`, which
-    leaves who failed in ``report``.
+    ``progress``: the file in which it is shown (``-``: stderr; ``lines``: lines on stdout; None: nowhere). ``agent``:
+    through `mipipe.runtime.train.agent`, which leaves who failed in ``report``.
     """
     flags = list(torchrun) or ["--standalone"]
     start = ["mipipe.runtime.train.agent", str(report)] if agent else ["torch.distributed.run"]
@@ -54,7 +54,7 @@ def torchrun_command(plan: str | Path, graph: str | Path, config: str | Path, nu
                str(max_restarts), "-m", "mipipe.runtime.worker", "--plan", str(plan), "--graph", str(graph), "--config",
                str(config)]
     command += ["--resume"] if resume or max_restarts else []
-    command += ["--progress", progress] if progress else []
+    command += ["--progress", progress or "none"]
     return command + (["--report", report] if report else [])
 
 
@@ -68,7 +68,8 @@ def train(plan: str | Path, graph: str | Path, config: str | Path, *, resume: bo
         resume: continue from the newest checkpoint. ``max_restarts`` implies it for restarted workers.
         copies: data-parallel copies of the plan.
         timeout_s: end the run after this time; None: no limit.
-        progress: a line on stderr; by default where that is a terminal.
+        progress: a line on stderr that is kept up to date; None: where that is a terminal, else now and then a line on
+            stdout; False: nothing.
         torchrun: flags that pass through to torchrun, for several nodes.
         num_processes: processes on this host; by default the plan's ranks times ``copies``.
 
@@ -88,16 +89,17 @@ def train(plan: str | Path, graph: str | Path, config: str | Path, *, resume: bo
         log = Path(folder) / "torchrun.log"
         code = run_watched(command, log, timeout_s)
         if code:
-            sys.stderr.write("\r\x1b[K" if shown not in (None, "-") else "")  # the progress line
+            sys.stderr.write("\r\x1b[K" if shown not in (None, "-", "lines") else "")  # the progress line
             raise explain(Path(folder), log, code)
     return TrainResult(tuple(read_records(settings)), settings)
 
 
 def progress_file(wanted: bool | None) -> str | None:
-    """Where workers show progress: the terminal that stderr is, else stderr itself (``-``) if wanted, or nowhere."""
+    """Where workers show progress: the terminal that stderr is, else stderr itself (``-``) if wanted, ``lines`` on
+    stdout if nothing is said, or nowhere."""
     if sys.stderr.isatty() and wanted is not False:
         return os.ttyname(sys.stderr.fileno())
-    return "-" if wanted else None
+    return "-" if wanted else "lines" if wanted is None else None
 
 
 def read_records(config: TrainConfig) -> list[dict[str, float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 import re
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mipipe.graphs.errors import InputError, RunError
+from mipipe.graphs.user_code import user_module
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.experts.moves import expert_square
 from mipipe.runtime.train.config import GroupConfig, ScheduleConfig
@@ -74,14 +74,14 @@ def optimizer_class(name: str) -> Any:
 
 
 def load_object(path: str) -> Any:
-    """The object ``package.module:name``.
+    """The object ``package.module:name``, also of a module in the current folder.
 
     Raises:
         InputError: it cannot be imported.
     """
     module, _, name = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
+        return getattr(user_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"{path}: cannot be imported: {error}; expected an importable package.module:name") from None
 

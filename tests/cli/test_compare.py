@@ -159,3 +159,16 @@ def test_what_two_streams_need(mipipe, change: tuple[str, str], words: str) -> N
 def test_two_streams_need_all_four_operators(mipipe) -> None:
     ended = mipipe("compare", "--ranks", 4, "--microbatches", 8, "--attention", "1,1,1", "--json")
     assert ended.code == 1 and "--dispatch is missing" in ended.stderr
+
+
+def test_the_table_says_what_its_columns_and_letters_mean(mipipe) -> None:
+    """Each accounting and column that occurs, and no other; the legend has the letters of every drawn row."""
+    line = ("compare", "--ranks", 2, "--microbatches", 4)
+    told = mipipe(*line, "--schedules", "1f1b,dualpipe", "--draw").stdout
+    for start in ("published: ", "indivisible: B, the backward", "split: ", "bubble: ", "copies: ", "activations: "):
+        assert f"\n{start}" in told, start
+    assert "a half-stage keeps 0.5" in told and "overlapped forward and backward (X)" in told
+    assert "B both gradients" in told and "I input gradient" in told and "FB or X" in told
+    assert "\nstreams: " not in told and "\nbound: " not in told
+    split_only = mipipe(*line, "--schedules", "zb-v").stdout
+    assert "\nindivisible: " not in split_only and "\nsplit: " in split_only

@@ -147,3 +147,10 @@ def _read_all(terminal: int) -> None:
     with contextlib.suppress(OSError):
         while os.read(terminal, 4096):
             pass
+
+
+def test_the_version(mipipe) -> None:
+    import mipipe as package
+
+    ended = mipipe("--version")
+    assert ended.code == 0 and ended.stdout == f"mipipe {package.__version__}\n"

@@ -180,3 +180,16 @@ def test_the_module_itself_runs(work: Path) -> None:
         assert module(**inputs)["loss"].ndim == 0
     finally:
         sys.path.remove(str(work))
+
+
+@pytest.mark.slow
+def test_training_tells_lines_and_imports_from_the_current_folder(work: Path) -> None:
+    """As a user calls it: the console script has neither the current folder on its path nor a terminal."""
+    import subprocess
+
+    script = Path(sys.executable).with_name("mipipe")
+    run = subprocess.run([str(script), "train", "--plan", "plan.json", "--graph", "graph.json", "--config",
+                          "train.yaml"], cwd=work, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr
+    lines = [line for line in run.stdout.splitlines() if line.startswith("step ")]
+    assert len(lines) == 3 and lines[-1].startswith("step 3/3  loss ") and "s a step" in lines[-1]

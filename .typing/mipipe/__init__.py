@@ -1,0 +1,1 @@
+../../mipipe/__init__.py

@@ -1,0 +1,1 @@
+../../mipipe/files.py

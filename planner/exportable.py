@@ -1,0 +1,65 @@
+"""Plans that other schedule runtimes can run: torch's CSV grammar knows chains of stages, each on one rank.
+
+The planner's free placements may be branched, replicated or recomputed. Here only shapes that stay chains are tried:
+each for a share of the time, then the best one for the rest. The bound of the result is that of its own shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+from mipipe.graphs.errors import PlanError
+from mipipe.planner.execution.export import torch_csv
+from mipipe.planner.options import PlacementName, PlanOptions
+from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.solve import Progress, SolveResult, Termination, plan
+
+SHAPES: tuple[PlacementName, ...] = ("v", "chain", "interleaved", "wave")
+FIRST = 0.4
+"""Share of the time in which the shapes are told apart; lists find most of the difference at once."""
+
+
+def plan_exportable(problem: PlanningProblem, options: PlanOptions,
+                    on_progress: Callable[[Progress], None] | None = None) -> tuple[SolveResult, PlanOptions]:
+    """The best plan found that `torch_csv` can say, and the options it was found with.
+
+    ``plan=None`` where there is none, with the reason.
+    """
+    began = time.monotonic()
+    tried: list[tuple[SolveResult, PlanOptions]] = []
+    refused = ""
+    for shape in SHAPES:
+        chosen = dataclasses.replace(options, placement=shape, recompute=False,
+                                     time_limit_s=options.time_limit_s * FIRST / len(SHAPES))
+        result, refusal = _checked(plan(problem, chosen, on_progress))
+        tried.append((result, chosen))
+        refused = refused or refusal
+        if result.termination is Termination.INTERRUPTED:
+            break
+    best = min(tried, key=_rank)
+    if best[0].plan is None:
+        return dataclasses.replace(best[0], reason=refused or best[0].reason), best[1]
+    left = options.time_limit_s - (time.monotonic() - began)
+    if left > 0.1 and best[0].termination is Termination.FEASIBLE:
+        chosen = dataclasses.replace(best[1], time_limit_s=left)
+        best = min(best, (_checked(plan(problem, chosen, on_progress))[0], chosen), key=_rank)
+    result = dataclasses.replace(best[0], seconds=time.monotonic() - began)
+    return result, dataclasses.replace(best[1], time_limit_s=options.time_limit_s)
+
+
+def _rank(tried: tuple[SolveResult, PlanOptions]) -> int:
+    return tried[0].makespan_ns or 1 << 62
+
+
+def _checked(result: SolveResult) -> tuple[SolveResult, str]:
+    """The result without its plan where that cannot be exported, and why."""
+    if result.plan is None:
+        return result, ""
+    try:
+        torch_csv(result.plan)
+    except PlanError as error:
+        return dataclasses.replace(result, plan=None, makespan_ns=None, termination=Termination.INFEASIBLE,
+                                   reason=str(error)), str(error)
+    return result, ""
