@@ -29,7 +29,8 @@ def _sum_heads(grad: Tensor, groups: int) -> Tensor:
     """The gradient [B,H,T,D] of repeated heads, summed back to [B,G,T,D]."""
     if grad.shape[1] == groups:
         return grad
-    return grad.unflatten(1, (groups, grad.shape[1] // groups)).sum(dim=2)
+    split: Tensor = grad.unflatten(1, (groups, grad.shape[1] // groups))  # type: ignore[no-untyped-call]
+    return split.sum(dim=2)
 
 
 def _heads_inside(x: Tensor) -> Tensor:

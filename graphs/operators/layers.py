@@ -59,7 +59,8 @@ def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     lengths = [end - begin for begin, end in pairwise(cu_seq_lens_q)]
     for length, alike in groupby(lengths):
         count = len(list(alike))
-        spans = [x[0, :, start:start + count * length].unflatten(1, (count, length)).transpose(0, 1)
+        spans = [x[0, :, start:start + count * length]
+                 .unflatten(1, (count, length)).transpose(0, 1)  # type: ignore[no-untyped-call]
                  for x in (query, key, value)]
         parts.append(attention(module, spans[0], spans[1], spans[2], None, scaling=options.get("scaling"),
                                is_causal=False, dropout=options.get("dropout", 0.0))[0].flatten(0, 1))
