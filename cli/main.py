@@ -30,11 +30,14 @@ from mipipe.cli import (
     simulate,
     train,
 )
-from mipipe.graphs.errors import MipipeError
+from mipipe.graphs.errors import MipipeError, shown
 
 VERBS: tuple[ModuleType, ...] = (
     capture, profile, plan, place, check, simulate, show, compare, export, calibrate, train, merge, experts)
 """Each module has a function of the module's name, and an ``EXAMPLE`` that its ``--help`` ends with."""
+
+LINE = 2000
+"""Characters of an error's line: more is no message but a file that was echoed."""
 
 app = typer.Typer(
     name="mipipe", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -67,7 +70,8 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
 
 def fail(message: str, code: int) -> None:
     """Print the error on stderr and end with ``code``."""
-    sys.stderr.write(f"mipipe: {'' if code == 130 else 'error: '}{message}\n")
+    line = shown(message, quoted=False, most=LINE)
+    sys.stderr.write(f"mipipe: {'' if code == 130 else 'error: '}{line}\n")
     raise typer.Exit(code)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.serialize import STRICT, load_data, read_text
+from mipipe.graphs.serialize import STRICT, Amount, load_data, read_text
 
 DTYPE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "U16": 16,
               "U32": 32, "U64": 64, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "C64": 64}
@@ -30,10 +30,10 @@ class StoredTensor:
     __pydantic_config__: ClassVar = STRICT
     name: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[Amount, ...]
     file: str
-    start: int
-    stop: int
+    start: Amount
+    stop: Amount
 
     @property
     def num_bytes(self) -> int:

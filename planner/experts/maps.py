@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mipipe.graphs.errors import InfeasibleError, InputError
-from mipipe.graphs.serialize import STRICT
+from mipipe.graphs.serialize import STRICT, Amount, Count
 from mipipe.graphs.topology import Topology
 
 
@@ -36,8 +36,8 @@ class ExpertLoads:
     loads: tuple[tuple[float, ...], ...]
     model: str = ""
     token_ns: dict[str, float] = field(default_factory=dict)
-    token_bytes: int = 0
-    expert_bytes: int = 0
+    token_bytes: Amount = 0
+    expert_bytes: Amount = 0
     coactivation: tuple[tuple[tuple[int, int, float], ...], ...] = ()
 
     def __post_init__(self) -> None:
@@ -78,9 +78,9 @@ class ExpertMap:
     FORMAT: ClassVar = "mipipe.expert_map"
     VERSION: ClassVar = 1
     __pydantic_config__: ClassVar = STRICT
-    num_experts: int
-    num_devices: int
-    physical_to_logical: tuple[tuple[int, ...], ...]
+    num_experts: Count
+    num_devices: Count
+    physical_to_logical: tuple[tuple[Amount, ...], ...]
     model: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
 
