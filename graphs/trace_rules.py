@@ -177,6 +177,7 @@ def check_graph(graph: OperatorGraph, dtypes: Collection[str]) -> None:
     for name in (*graph.inputs, *graph.outputs, graph.loss):
         if name not in values:
             raise GraphError(f"{where}: its input or output {shown(name)} is no value of it")
+    _check_source(where, graph.source)
     made = {value: segment.name for segment in graph.segments for value in segment.outputs}
     for value in graph.values:
         if value.source != made.get(value.name):
@@ -193,3 +194,17 @@ def check_graph(graph: OperatorGraph, dtypes: Collection[str]) -> None:
                                                                   else parameters)), None)
             if missing is not None:
                 raise GraphError(f"{place}: names {shown(missing)} among its {kind}, which the graph does not have")
+
+
+_SOURCE = {"source": str, "dtype": str, "overrides": dict, "freeze": list, "seq": int, "batch": int, "images": int,
+           "image": int, "frames": int, "expert_groups": int, "expert_parallel": int}
+"""What a graph records of its model is given to `mipipe.graphs.models.sources.open_source` again."""
+
+
+def _check_source(where: str, source: dict[str, Any]) -> None:
+    for key, kind in _SOURCE.items():
+        value = source.get(key)
+        if value is not None and (type(value) is not kind or (kind is int and not 0 <= value < 2**31)):
+            raise GraphError(f"{where}: source.{key}: found {shown(value)}, expected a {kind.__name__}")
+    if not all(isinstance(pattern, str) for pattern in source.get("freeze") or ()):
+        raise GraphError(f"{where}: source.freeze: expected regular expressions")

@@ -6,9 +6,7 @@ on a worker with real weights for training.
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from mipipe.graphs.capture import loss as losses
 from mipipe.graphs.capture.export import silence
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.named_code import import_named, is_named_code
 
 Loss = Callable[[Any, Mapping[str, Tensor]], Any]
 
@@ -78,7 +77,7 @@ def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: st
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise InputError(f"dtype: found {dtype!r}, expected a floating dtype such as float32 or bfloat16")
-    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", str(source)):
+    if is_named_code(str(source)):
         return _from_factory(str(source), record)
     return _from_transformers(source, record, kind)
 
@@ -104,15 +103,7 @@ def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.
 
 
 def _from_factory(source: str, record: dict[str, Any]) -> Source:
-    module_name, _, name = source.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # as `python -m` does: the user's own package, from where the command is run
-    try:
-        factory = getattr(importlib.import_module(module_name), name)
-    except ImportError as error:
-        raise InputError(f"{source}: cannot import {module_name!r}: {error}") from None
-    except AttributeError:
-        raise InputError(f"{source}: module {module_name!r} has no {name!r}") from None
+    factory = import_named(source)
     result = _call_factory(factory, source, record)
     extra = result[2] if len(result) == 3 else None
     dtype = getattr(torch, record["dtype"])

@@ -66,7 +66,8 @@ def _tokens(recipe: MoeRecipe, vocabulary: int) -> list[tuple[list[list[int]], l
     if any(expert.positive_prompts or expert.negative_prompts for expert in recipe.experts):
         from transformers import AutoTokenizer
         try:
-            tokenizer = AutoTokenizer.from_pretrained(recipe.base_model, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(recipe.base_model, local_files_only=True,
+                                                      trust_remote_code=False)
         except Exception as error:
             raise InputError(f"{recipe.base_model}: its tokenizer cannot be loaded"
                              f" ({str(error).splitlines()[0]}); give positive_tokens instead of prompts") from None
@@ -104,7 +105,8 @@ def _hidden_states(recipe: MoeRecipe, base: CheckpointFiles) -> list[list[Tensor
     from transformers import AutoModelForCausalLM
     tokens = _tokens(recipe, int(base.config["vocab_size"]))
     with _quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(recipe.base_model, dtype=torch.float32, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(recipe.base_model, dtype=torch.float32, local_files_only=True,
+                                                     trust_remote_code=False, use_safetensors=True)
     seen: dict[int, Tensor] = {}
 
     def watch(index: int) -> Callable[[Any, tuple[Tensor, ...]], None]:
