@@ -82,10 +82,16 @@ for _module in VERBS:
 
 def main() -> None:
     """Run the command line and end the process with its exit code."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the shell; the next file that is opened would take its place
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     try:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # the help of a verb, on a full disk
+        sys.stderr.write(f"mipipe: error: {error.filename or 'system'}: {error.strerror or error}\n")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

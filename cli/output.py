@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mipipe.graphs.write_files import check_output
+from mipipe.graphs.write_files import WRITTEN, check_output
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; logs go to stderr.")]
 TimeLimit = Annotated[float, typer.Option("--time-limit", help="Seconds the planner may take.", min=0.1)]
@@ -34,9 +34,10 @@ class _Stdout(Console):
 
 
 def stdout() -> Console:
-    """The console for results. Off a terminal it is 120 columns wide (or ``COLUMNS``) and without colours."""
+    """The console for results. Off a terminal it is 120 columns wide (or ``COLUMNS``) and without colours. Where a file
+    went to stdout (``-o /dev/stdout``), the rest goes to stderr."""
     width = shutil.get_terminal_size((120, 40)).columns
-    return _Stdout(width=max(width, 60), highlight=False, markup=False)
+    return _Stdout(stderr=1 in WRITTEN, width=max(width, 60), highlight=False, markup=False)
 
 
 def emit(data: dict[str, Any]) -> None:

@@ -23,6 +23,9 @@ from mipipe.graphs.errors import InputError
 PATIENCE_S = 30.0
 """How long a named pipe is given to find a reader, and a reader to take what is there, before that is an error."""
 
+WRITTEN: set[int] = set()
+"""Which of this process's standard streams (1, 2) somebody chose as a file to write."""
+
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a file as the module says, in UTF-8.
@@ -143,6 +146,7 @@ def _write_in_place(path: str | Path, data: bytes, found: os.stat_result) -> Non
         with contextlib.suppress(OSError, ValueError):  # closed, or not a file
             if stream is not None and os.path.samestat(os.fstat(stream.fileno()), found):
                 stream.flush()
+                WRITTEN.add(stream.fileno())
                 _write_all(stream.fileno(), data)
                 return
     handle = _open_special(path, found)

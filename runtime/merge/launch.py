@@ -157,6 +157,8 @@ def check_target(out: Path) -> None:
     """Raise where a new folder cannot be made."""
     if out.exists():
         raise InputError(f"{out}: exists already; give another -o, or remove it")
+    if out.is_symlink():
+        raise InputError(f"{out}: is a link to nothing; give another -o, or remove it")
     if not out.absolute().parent.is_dir():
         raise InputError(f"{out}: the folder {out.parent} does not exist; make it first")
 

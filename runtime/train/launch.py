@@ -105,7 +105,7 @@ def progress_file(wanted: bool | None) -> str | None:
 
 def read_records(config: TrainConfig) -> list[dict[str, float]]:
     """The records of a finished run's metrics file; none where the configuration names no file."""
-    if not config.metrics:
+    if not config.metrics or not Path(config.metrics).is_file():  # a pipe or terminal cannot be read again
         return []
     return [json.loads(line) for line in Path(config.metrics).read_text().splitlines()]
 
