@@ -135,7 +135,7 @@ class PlanningProblem:
     groups: tuple[Group, ...]
     edges: tuple[GroupEdge, ...]
     topology: Topology
-    num_microbatches: Count
+    num_microbatches: Annotated[int, Field(ge=1, le=2**16)]
     limits: Limits = Limits()
     colocate: tuple[tuple[int, ...], ...] = ()
     overlap: OverlapRule = OverlapRule()
