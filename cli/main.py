@@ -30,7 +30,7 @@ from mipipe.cli import (
     simulate,
     train,
 )
-from mipipe.graphs.errors import MipipeError, shown
+from mipipe.graphs.errors import MipipeError, PlanError, shown
 
 VERBS: tuple[ModuleType, ...] = (
     capture, profile, plan, place, check, simulate, show, compare, export, calibrate, train, merge, experts)
@@ -70,7 +70,8 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
 
 def fail(message: str, code: int) -> None:
     """Print the error on stderr and end with ``code``."""
-    line = shown(message, quoted=False, most=LINE)
+    lines = message.splitlines() if code == PlanError.exit_code else [message]  # a deadlock is shown as a grid
+    line = "\n".join(shown(part, quoted=False, most=LINE) for part in lines)
     sys.stderr.write(f"mipipe: {'' if code == 130 else 'error: '}{line}\n")
     raise typer.Exit(code)
 

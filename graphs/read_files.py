@@ -89,21 +89,25 @@ def check_plain(data: Any, where: str, most: int | None = None, foreign: bool = 
         if most is not None and count > most:
             raise InputError(f"{where}: its aliases stand for more than {most} values; write out what is meant")
         for key, value in pairs:
+            fault = _fault(value, foreign)
+            if fault:
+                raise InputError(f"{where}: {shown(key, quoted=False)}: found {fault}")
             if isinstance(value, (dict, list)):
                 pending.append((value, depth + 1, key))
-            elif not foreign and isinstance(value, (float, int)) and not _is_number(value):
-                raise InputError(f"{where}: {shown(key)}: found {shown(value)}, expected a finite number of at most 64"
-                                 " bits")
-            elif isinstance(value, str):
-                if not foreign and not value.isprintable() and _controls(value):
-                    raise InputError(f"{where}: {shown(key)}: found {shown(value)}, expected text without control"
-                                     " characters")
-            elif value is not None and not isinstance(value, (int, float)):
-                raise InputError(f"{where}: {shown(key)}: found a {type(value).__name__}, expected text, a number, true"
-                                 " or false, a list or a mapping")
-            if isinstance(item, dict) and not (isinstance(key, int) or (isinstance(key, str)
-                                                                        and (foreign or not _controls(key)))):
+            named = isinstance(key, int) or (isinstance(key, str) and (foreign or not _controls(key)))
+            if isinstance(item, dict) and not named:
                 raise InputError(f"{where}: found the key {shown(key)}, expected text or a whole number")
+
+
+def _fault(value: Any, foreign: bool) -> str:
+    """What is wrong with one value, and what was expected; empty where it is plain."""
+    if value is None or isinstance(value, (dict, list)):
+        return ""
+    if isinstance(value, str):
+        return f"{shown(value)}, expected text without control characters" if not foreign and _controls(value) else ""
+    if isinstance(value, (int, float)):
+        return "" if foreign or _is_number(value) else f"{shown(value)}, expected a finite number of at most 64 bits"
+    return f"a {type(value).__name__}, expected text, a number, true or false, a list or a mapping"
 
 
 def _is_number(value: float) -> bool:

@@ -56,8 +56,8 @@ def read_tokens(folder: str) -> dict[str, int]:
     pairs += [(entry.get("content"), entry.get("id")) if isinstance(entry, dict) else (None, None) for entry in added]
     for token, index in pairs:
         if not isinstance(token, str) or type(index) is not int or not 0 <= index < MAX_TOKENS:
-            raise InputError(f"{path}: found the token {shown(token)} with the id {shown(index)}, expected text and an id"
-                             f" from 0 to {MAX_TOKENS - 1}")
+            raise InputError(f"{path}: found the token {shown(token)} with the id {shown(index)}, expected text and"
+                             f" an id from 0 to {MAX_TOKENS - 1}")
     return dict(pairs)
 
 

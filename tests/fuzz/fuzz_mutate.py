@@ -11,11 +11,12 @@ import yaml
 
 NASTY: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 2, 7, 10**6, 2**31, 2**62, 2**63, 10**30, -2**63, 0.5, -0.5, 1e-300, 1e308, 1e18,
-    float("nan"), float("inf"), "", " ", "0", "-1", "nan", "1e9", "x" * 5000, "a.b", "../../../etc/passwd", "/etc/passwd",
-    "os:system", "import_module", "torch.ops.import_module", "aten.from_file.default", "__import__('os').system('id')",
+    float("nan"), float("inf"), "", " ", "0", "-1", "nan", "1e9", "x" * 5000, "a.b", "../../../etc/passwd",
+    "/etc/passwd", "os:system", "import_module", "torch.ops.import_module", "aten.from_file.default",
+    "__import__('os').system('id')",
     "[/bold]", "[red]", "%DATA%", "<!--<script>", "</script>", "\x1b[31m", "a\nb", "\ud800", "0F0", "0F0 0F0", "9F9",
-    "(0F1;0B0)OVERLAP_F_B", "1" * 5000 + "F0", [], {}, [[]], [None], [0], ["x"], {"ref": "x"}, {"": ""}, {"a": {"a": 1}},
-    [1] * 1000)
+    "(0F1;0B0)OVERLAP_F_B", "1" * 5000 + "F0", [], {}, [[]], [None], [0], ["x"], {"ref": "x"}, {"": ""},
+    {"a": {"a": 1}}, [1] * 1000)
 
 
 def deep(depth: int) -> Any:
@@ -134,9 +135,9 @@ def damage(text: str, chance: random.Random) -> bytes:
                 raw[chance.randrange(len(raw))] = chance.randrange(256)
     elif way == 2:
         place = chance.randrange(len(raw) + 1)
-        raw[place:place] = chance.choice((b"[" * 50_000, b'{"a":' * 50_000, b"\x00", b"\xff\xfe", b"\r\n", b"NaN", b"1e999",
-                                          b"9" * 6000, b'"', b"{", b"}", b",", b"- ", b"&a *a", b"<<: *a", b"!!python/x y",
-                                          b"\xef\xbb\xbf", b"---\n", b"\t", b"!!int x"))
+        raw[place:place] = chance.choice((b"[" * 50_000, b'{"a":' * 50_000, b"\x00", b"\xff\xfe", b"\r\n", b"NaN",
+                                          b"1e999", b"9" * 6000, b'"', b"{", b"}", b",", b"- ", b"&a *a", b"<<: *a",
+                                          b"!!python/x y", b"\xef\xbb\xbf", b"---\n", b"\t", b"!!int x"))
     elif way == 3:
         start = chance.randrange(len(raw) + 1)
         raw += raw[start:start + 200]

@@ -1,7 +1,8 @@
 """When is a plan invalid? A rule of its own on the file's plain data, which shares no code with the planner.
 
-It knows: every group in one stage, ranks and routes that exist, every action of every microbatch once and on its route's
-rank, and an order in which all actions can run (values of earlier groups first, gradients after). It does not know memory.
+It knows: every group in one stage, ranks and routes that exist, every action of every microbatch once and on its
+route's rank, and an order in which all actions can run (values of earlier groups first, gradients after). It does not
+know memory.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def _invalid(plan: Any) -> str:
     if len(routes) != len(stages) or any(len(row) != count for row in routes):
         return "routes do not fit"
     for stage, row in zip(stages, routes, strict=True):
-        if not set(map(int, row)) <= set(map(int, stage["ranks"])) or not all(0 <= int(r) < ranks for r in stage["ranks"]):
+        held = set(map(int, stage["ranks"]))
+        if not set(map(int, row)) <= held or not held <= set(range(ranks)):
             return "a route or rank that is not there"
     orders = plan["schedule"]["ranks"]
     if len(orders) != ranks:
@@ -46,7 +48,7 @@ def _invalid(plan: Any) -> str:
                 for part in parts:
                     if part in at:
                         return f"{part} twice"
-                    stage, kind, microbatch = part
+                    stage, _, microbatch = part
                     if stage >= len(stages) or microbatch >= count or int(routes[stage][microbatch]) != rank:
                         return f"{part} on the wrong rank"
                     at[part] = (rank, stream, len(queue))

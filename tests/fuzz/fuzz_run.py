@@ -126,7 +126,8 @@ def _faults(code: int, stderr: str) -> str:
         return f"a traceback: {stderr[-300:]}"
     if code not in (0, 2):
         lines = stderr.splitlines()
-        if len(lines) != 1 or not lines[0].startswith("mipipe: error: ") or len(stderr) > LINE:
+        most = 40 if code == 5 else 1  # a deadlock shows its grid
+        if not 1 <= len(lines) <= most or not lines[0].startswith("mipipe: error: ") or len(stderr) > LINE:
             return f"not one line: {len(lines)} lines, {len(stderr)} characters: {stderr[:200]!r}"
         if not lines[0].isprintable() and any(ord(letter) < 32 for letter in lines[0]):
             return f"control characters: {lines[0][:200]!r}"

@@ -58,8 +58,8 @@ WORKLOAD = {"maxFPGAs": 2, "maxCPUs": 1, "maxSizePerFPGA": 10,
                        "isBackwardNode": False} for n in range(4)],
             "edges": [{"sourceId": n, "destId": n + 1, "cost": 1.0} for n in range(3)]}
 RECIPE = {"merge_method": "ties", "base_model": "models/base", "dtype": "float32", "out_dtype": "bfloat16",
-          "models": [{"model": "models/a", "parameters": {"weight": [0.2, 0.8], "density": [{"filter": "mlp", "value": 0.5},
-                                                                                   {"value": 0.3}]}},
+          "models": [{"model": "models/a", "parameters": {
+              "weight": [0.2, 0.8], "density": [{"filter": "mlp", "value": 0.5}, {"value": 0.3}]}},
                      {"model": "models/b", "parameters": {"weight": 0.5}}], "parameters": {"normalize": True}}
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8, "intermediate_size": 16,
           "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "num_hidden_layers": 1, "vocab_size": 11,
@@ -126,11 +126,14 @@ def plan_kinds(folder: Path) -> list[Kind]:
             "compare": lambda file: ["compare", "--problem", file, "--schedules", "1f1b,zb-h1,dualpipe"]}, weight=4),
         Kind("problem", data("problem"), "json", {
             "plan": lambda file: ["plan", file, *limit, "-o", f"{out}.json"],
-            "compare": lambda file: ["compare", "--problem", file, "--schedules", "gpipe,1f1b,zb-v,chimera"]}, weight=1.5),
-        Kind("program", data("program"), "json", {"check": lambda file: ["check", good, "--program", file]}, weight=1.5),
+            "compare": lambda file: ["compare", "--problem", file, "--schedules", "gpipe,1f1b,zb-v,chimera"]},
+             weight=1.5),
+        Kind("program", data("program"), "json", {"check": lambda file: ["check", good, "--program", file]},
+             weight=1.5),
         Kind("timeline", data("timeline"), "json", {
             "show": lambda file: ["show", file, "--html", f"{out}.html", "--trace", f"{out}.json"],
-            "both": lambda file: ["show", good, file], "export": lambda file: ["export", file, "--html", f"{out}.html"]},
+            "both": lambda file: ["show", good, file],
+            "export": lambda file: ["export", file, "--html", f"{out}.html"]},
              weight=1.5)]
 
 
@@ -142,8 +145,8 @@ def expert_kinds(folder: Path) -> list[Kind]:
     save(placed, folder / "map.json")
     (folder / "cluster.yaml").write_text(yaml.safe_dump(CLUSTER))
     good, cluster, out, limit = folder / "loads.json", folder / "cluster.yaml", folder / "out", ["--time-limit", "0.2"]
-    current = {"map": lambda file: ["experts", "--loads", good, "--cluster", cluster, "--current", file, "--horizon", "5",
-                                    *limit, "--eplb", f"{out}.json"]}
+    current = {"map": lambda file: ["experts", "--loads", good, "--cluster", cluster, "--current", file,
+                                    "--horizon", "5", *limit, "--eplb", f"{out}.json"]}
     return [
         Kind("loads", json.loads(good.read_text()), "json", {
             "experts": lambda file: ["experts", "--loads", file, "--cluster", cluster, "--replicas", "2", *limit],
@@ -162,7 +165,7 @@ def expert_kinds(folder: Path) -> list[Kind]:
 def merge_kinds(folder: Path) -> list[Kind]:
     """Recipes and the parts of checkpoints; their case folder holds three models."""
     write_models(folder / "models")
-    header, size = model_header()
+    header, _ = model_header()
     recipes = folder / "models" / "recipe.yaml"
     recipes.write_text(yaml.safe_dump(RECIPE))
     union = {"merge_method": "linear", "models": [{"model": "models/a", "parameters": {"weight": 1}},
@@ -234,7 +237,8 @@ def graph_kinds(folder: Path) -> list[Kind]:
             "place": lambda file: ["place", file, "--cluster", peaks, *limit],
             "train": lambda file: ["JOB", paths["fitting"], file, folder / "train.yaml"]}, weight=3),
         Kind("coarse", data("coarse"), "json", {
-            "show": lambda file: ["show", file], "plan": lambda file: ["plan", file, *common, "--costs", paths["costs"]]}),
+            "show": lambda file: ["show", file],
+            "plan": lambda file: ["plan", file, *common, "--costs", paths["costs"]]}),
         Kind("costs", data("costs"), "json", {
             "show": lambda file: ["show", paths["coarse"], file],
             "plan": lambda file: ["plan", paths["coarse"], *common, "--costs", file],
@@ -246,9 +250,11 @@ def graph_kinds(folder: Path) -> list[Kind]:
             "calibrate": lambda file: ["calibrate", paths["measured"], "--plan", file, "--costs", paths["costs"]],
             "check": lambda file: ["check", file, "--graph", paths["graph"]],
             "train": lambda file: ["JOB", file, paths["graph"], folder / "train.yaml"]}, weight=1.5),
-        Kind("train", TRAIN, "yaml", {"train": lambda file: ["JOB", paths["fitting"], paths["graph"], file]}, weight=1.5),
+        Kind("train", TRAIN, "yaml", {"train": lambda file: ["JOB", paths["fitting"], paths["graph"], file]},
+             weight=1.5),
         Kind("peaks", cluster, "yaml", {
-            "plan": lambda file: ["plan", paths["graph"], "--cluster", file, "--microbatches", "4", *limit]}, weight=1.5),
+            "plan": lambda file: ["plan", paths["graph"], "--cluster", file, "--microbatches", "4", *limit]},
+             weight=1.5),
         Kind("sizes", {coarse.groups[1].name: [1, 2.5, 0, 1]}, "yaml", {
             "plan": lambda file: ["plan", paths["coarse"], *common, "--costs", paths["costs"], "--sizes", file]},
              weight=0.5),
