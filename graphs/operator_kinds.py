@@ -6,6 +6,7 @@ walking over attributes: ``torch.ops`` also has ``import_module`` and ``load_lib
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -48,8 +49,9 @@ def resolve(kind: str) -> Callable[..., Any]:
                          f" mipipe.graphs.operator_kinds.allow_namespace({namespace!r}) where you register it")
     qualified = f"{namespace}::{name}" + ("" if overload == "default" else f".{overload}")
     found = None
-    if torch._C._dispatch_has_kernel(qualified):
-        found = getattr(getattr(getattr(torch.ops, namespace), name), overload, None)
+    with contextlib.suppress(RuntimeError, AttributeError):  # not a legal name, or an overload of TorchScript alone
+        if torch._C._dispatch_has_kernel(qualified):
+            found = getattr(getattr(getattr(torch.ops, namespace), name), overload)
     if not isinstance(found, torch._ops.OpOverload):
         raise GraphError(f"operator {shown(kind, quoted=False)}: torch {torch.__version__} does not have it; capture"
                          " the model again with the installed torch, or import the package that registers it")

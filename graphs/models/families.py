@@ -148,7 +148,7 @@ def _from_dict(kind: Any, data: dict[str, Any], where: str) -> Any:
     try:
         return kind.from_dict(data)
     except Exception as error:
-        line = next(iter(str(error).strip().splitlines()[-1:]), type(error).__name__)
+        line = next(iter(str(error).strip().splitlines()[-1:]), type(error).__name__).strip()
         raise InputError(f"{where}: {kind.__name__} refuses these values: {shown(line, quoted=False, most=300)}"
                          ) from None
 
