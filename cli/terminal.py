@@ -166,6 +166,6 @@ def memory_lines(timeline: Timeline, capacities: Sequence[int | None]) -> list[s
         resident = timeline.resident_bytes[rank] if timeline.resident_bytes else 0
         text = f"rank {rank}: peak {format_bytes(peak)} (resident {format_bytes(resident)})"
         if capacity is not None and capacity < 2**60:
-            text += f" of {format_bytes(capacity)}, {peak / capacity:.0%}"
+            text += f" of {format_bytes(capacity)}, {peak / max(capacity, 1):.0%}"
         lines.append(text)
     return lines

@@ -24,6 +24,8 @@ CASES = int(os.environ.get("FUZZ_CASES", "20000"))
 ONLY = os.environ.get("FUZZ_KINDS", "")
 GROUPS: dict[str, Callable[[Path], list[seeds.Kind]]] = {
     "plans": seeds.plan_kinds, "experts": seeds.expert_kinds, "merges": seeds.merge_kinds, "graphs": seeds.graph_kinds}
+PLANS = {("plan", "check"), ("fitting", "check"), ("fitting", "train")}
+"""Where what `fuzz_rule` calls invalid must be refused."""
 SHARES = {"plans": 0.4, "experts": 0.2, "merges": 0.15, "graphs": 0.25}
 
 
@@ -103,7 +105,7 @@ def attack(folder: Path, kinds: list[seeds.Kind], count: int, seed: int) -> tupl
                 path.write_bytes(kept)
         fault = outcome.wrong
         codes[kind.name, outcome.code] = codes.get((kind.name, outcome.code), 0) + 1
-        if not fault and kind.name == "plan" and verb == "check" and data is not None and outcome.code == 0:
+        if not fault and (kind.name, verb) in PLANS and data is not None and outcome.code == 0:
             why = rule.invalid(data)
             fault = f"check accepts a plan that is invalid: {why}" if why else ""
         if fault:
@@ -148,6 +150,28 @@ def test_no_mutant_breaks_a_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     kinds = prepare(tmp_path, group)
     count, wrong = attack(tmp_path, kinds, int(CASES * SHARES[group]), int(os.environ.get("FUZZ_SEED", "1")))
     assert not wrong, f"{len(wrong)} of {count}:\n{report(wrong)}"
+
+
+def test_the_rule_knows_good_plans_from_bad(tmp_path: Path) -> None:
+    """Else no mutant could show that the check is wrong."""
+    plan = next(kind.data for kind in seeds.plan_kinds(tmp_path) if kind.name == "plan")
+    assert rule.invalid(plan) == ""
+    first = plan["schedule"]["ranks"][0]
+    order = first["compute"].split()
+    found = set()
+    for changed in (order[1:], [*order, order[0]], order[::-1], [*order[:-1], "7F0"], [*order[:-1], "0F99"],
+                    [order[-1], *order[:-1]], [action.replace("0F0", "1F0") for action in order], []):
+        first["compute"] = " ".join(changed)
+        why = rule.invalid(plan)
+        assert why, changed
+        found.add(why)
+    assert len(found) >= 4
+    first["compute"] = " ".join(order)
+    for place, value in (("stages", plan["placement"]["stages"][:1]), ("routes", [[0, 0, 0, 5]] * 2)):
+        kept, plan["placement"][place] = plan["placement"][place], value
+        assert rule.invalid(plan)
+        plan["placement"][place] = kept
+    assert rule.invalid(plan) == ""
 
 
 def test_a_few_mutants_of_plans_and_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
