@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from mipipe.graphs.capture import loss as losses
-from mipipe.graphs.capture.export import silence
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.named_code import import_named, is_named_code
 
@@ -137,22 +136,6 @@ def _call_factory(factory: Any, source: str, record: Mapping[str, Any]) -> tuple
     if not isinstance(inputs, Mapping) or not any(isinstance(item, Tensor) for item in inputs.values()):
         raise InputError(f"{source}: its second result must be a dict of example tensors by forward argument")
     return result
-
-
-def load_program(path: str | Path) -> torch.export.ExportedProgram:
-    """A program saved by ``torch.export.save``.
-
-    Raises:
-        InputError: no such file, or not such a program.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        with silence():
-            return torch.export.load(path)
-    except Exception as error:
-        line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"{path}: not a program saved by torch.export.save with this torch: {line[:200]}") from None
 
 
 def _freeze(module: nn.Module, patterns: Sequence[str]) -> nn.Module:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import os
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from mipipe.graphs.models.families import read_config, without_code
 from mipipe.graphs.named_code import import_named
 from mipipe.graphs.operator_graph import OperatorGraph, Phase
 from mipipe.graphs.operator_kinds import allow_namespace, resolve
+from mipipe.graphs.program_files import load_program
 from mipipe.graphs.serialize import from_data, to_data
 from mipipe.graphs.tracing.trace import build_phase
 from mipipe.runtime.train.config import DataConfig, TrainConfig
@@ -208,6 +212,39 @@ def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path) -> None:
         for read in (read_checkpoint, stored_places):
             with pytest.raises(InputError, match=r"expected the name of a \.safetensors file"):
                 read(tmp_path / "model")
+
+
+class Evil:
+    """A pickle that runs a program when it is loaded."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("touch RAN",)
+
+
+def test_an_exported_program_is_data(tmp_path: Path, graph: dict[str, Any]) -> None:
+    """A .pt2 archive: pickles in place of tensors, operators that are none, sizes that are code."""
+    import cli_models
+
+    module, inputs = cli_models.small()
+    torch.export.save(torch.export.export(module, (), inputs, strict=False), tmp_path / "good.pt2")
+    load_program(tmp_path / "good.pt2")
+    pickled = io.BytesIO()
+    torch.save({"x": Evil()}, pickled)
+    operators = ["torch.ops.import_module", "torch.ops.load_library", "torch.hub.load", "torch.ops.aten.__class__",
+                 "_operator.attrgetter", "_operator.methodcaller", "math.__loader__", "os.system", "torch.load"]
+    changes = [lambda name, raw: pickled.getvalue() if name.endswith((".pt", "weight_0")) else raw,
+               lambda name, raw: raw.replace(b'{"as_int": 8}', json.dumps(
+                   {"as_expr": {"expr_str": TOUCH, "hint": None}}).encode(), 1)]
+    changes += [lambda name, raw, text=text: raw.replace(b"torch.ops.aten.relu.default", text.encode())
+                for text in operators]
+    for number, change in enumerate(changes):
+        with zipfile.ZipFile(tmp_path / "good.pt2") as old, zipfile.ZipFile(tmp_path / "evil.pt2", "w") as new:
+            found = {name: (old.read(name), change(name, old.read(name))) for name in old.namelist()}
+            assert any(before != after for before, after in found.values()), number
+            for name, (_, after) in found.items():
+                new.writestr(name, after)
+        with pytest.raises(InputError, match=r"evil\.pt2"):
+            load_program(tmp_path / "evil.pt2")
 
 
 def test_training_names_the_model_or_ends(mipipe, graph: dict[str, Any], tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from mipipe.graphs import write_files
 CODES = {0, 1, 2, 3, 5, 6}
 """Exit codes a file alone may cause. (4 is a run that failed, 130 an interruption.)"""
 LINE = 2100
+COMMAND = typer.main.get_command(app)
+"""Made once: that takes longer than most mutants."""
 
 
 class OutOfTime(BaseException):
@@ -80,7 +82,7 @@ def limited(seconds: float, extra_bytes: int) -> Iterator[None]:
 
 def run(arguments: Sequence[object], seconds: float = 10.0, extra_bytes: int = 2**31) -> Outcome:
     """Run one command line; see `Outcome`."""
-    return run_function(lambda: app([str(argument) for argument in arguments]), seconds=seconds,
+    return run_function(lambda: COMMAND([str(argument) for argument in arguments], "mipipe"), seconds=seconds,
                         extra_bytes=extra_bytes)
 
 

@@ -125,9 +125,12 @@ def plan_kinds(folder: Path) -> list[Kind]:
             "export": lambda file: ["export", file, "--csv", f"{out}.csv", "--trace", f"{out}.json"],
             "compare": lambda file: ["compare", "--problem", file, "--schedules", "1f1b,zb-h1,dualpipe"]}, weight=4),
         Kind("problem", data("problem"), "json", {
-            "plan": lambda file: ["plan", file, *limit, "-o", f"{out}.json"],
+            "plan": lambda file: ["plan", file, *limit, "-o", f"{out}.json", "--html", f"{out}.html"],
+            "explain": lambda file: ["plan", file, *limit, "--explain", "--recompute", "--json"],
+            "memory": lambda file: ["plan", file, *limit, "--objective", "memory"],
+            "place": lambda file: ["place", file, *limit],
             "compare": lambda file: ["compare", "--problem", file, "--schedules", "gpipe,1f1b,zb-v,chimera"]},
-             weight=1.5),
+             weight=2.5),
         Kind("program", data("program"), "json", {"check": lambda file: ["check", good, "--program", file]},
              weight=1.5),
         Kind("timeline", data("timeline"), "json", {

@@ -177,6 +177,6 @@ def test_the_rule_knows_good_plans_from_bad(tmp_path: Path) -> None:
 def test_a_few_mutants_of_plans_and_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The quick part of the above, with verbs that take milliseconds."""
     monkeypatch.chdir(tmp_path)
-    kinds = [kind for kind in prepare(tmp_path, "plans") if kind.name in ("plan", "timeline", "program")]
-    count, wrong = attack(tmp_path, kinds, 250, 7)
+    kinds = [kind for kind in prepare(tmp_path, "plans") if kind.name != "problem"]
+    count, wrong = attack(tmp_path, kinds, 300, 7)
     assert not wrong, f"{len(wrong)} of {count}:\n{report(wrong)}"
