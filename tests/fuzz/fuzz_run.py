@@ -22,6 +22,7 @@ from mipipe.graphs import write_files
 CODES = {0, 1, 2, 3, 5, 6}
 """Exit codes a file alone may cause. (4 is a run that failed, 130 an interruption.)"""
 LINE = 2100
+SECONDS = 10.0
 COMMAND = typer.main.get_command(app)
 """Made once: that takes longer than most mutants."""
 
@@ -63,30 +64,34 @@ def watch() -> None:
 
 @contextlib.contextmanager
 def limited(seconds: float, extra_bytes: int) -> Iterator[None]:
-    """Inside: `OutOfTime` after ``seconds``, and `MemoryError` beyond ``extra_bytes`` more than now."""
+    """Inside: `OutOfTime` after ``seconds`` of CPU or six times that on the clock (other jobs may have the machine),
+    and `MemoryError` beyond ``extra_bytes`` more than now."""
     def stop(*_: object) -> None:
         raise OutOfTime
 
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + extra_bytes, before[1]))
-    handler = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    handlers = [(number, signal.signal(number, stop)) for number in (signal.SIGALRM, signal.SIGPROF)]
+    signal.setitimer(signal.ITIMER_REAL, 6 * seconds, 1.0)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1.0)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        for number, handler in handlers:
+            signal.signal(number, handler)
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def run(arguments: Sequence[object], seconds: float = 10.0, extra_bytes: int = 2**31) -> Outcome:
+def run(arguments: Sequence[object], seconds: float = SECONDS, extra_bytes: int = 2**31) -> Outcome:
     """Run one command line; see `Outcome`."""
     return run_function(lambda: COMMAND([str(argument) for argument in arguments], "mipipe"), seconds=seconds,
                         extra_bytes=extra_bytes)
 
 
-def run_function(function: Callable[..., object], *arguments: object, seconds: float = 10.0,
+def run_function(function: Callable[..., object], *arguments: object, seconds: float = SECONDS,
                  extra_bytes: int = 2**31) -> Outcome:
     """Run what a verb does; errors of mipipe's own end it as they end a verb."""
     global _watching

@@ -42,15 +42,15 @@ def content(kind: seeds.Kind, chance: random.Random) -> tuple[bytes, Any]:
     return (mutants.write_yaml if kind.ending == "yaml" else mutants.write_json)(data), data
 
 
-def run_verb(arguments: list[Any]) -> runs.Outcome:
+def run_verb(arguments: list[Any], seconds: float = runs.SECONDS) -> runs.Outcome:
     """A verb; for those that would start workers or trace a model, the part that reads the file."""
     if arguments[0] == "JOB":
-        return runs.run_function(read_job, *arguments[1:])
+        return runs.run_function(read_job, *arguments[1:], seconds=seconds)
     if arguments[0] == "TAGS":
-        return runs.run_function(read_tags, arguments[1])
+        return runs.run_function(read_tags, arguments[1], seconds=seconds)
     if arguments[0] == "CONFIG":
-        return runs.run_function(read_model, arguments[1])
-    return runs.run(arguments)
+        return runs.run_function(read_model, arguments[1], seconds=seconds)
+    return runs.run(arguments, seconds)
 
 
 def read_job(plan: Path, graph: Path, config: Path) -> None:
@@ -126,7 +126,7 @@ def prepare(folder: Path, group: str) -> list[seeds.Kind]:
         kept = path.read_bytes() if path.exists() else None
         path.write_bytes(raw)
         for name, verb in kind.verbs.items():  # the seed itself must pass, or its mutants would test nothing
-            outcome = run_verb(verb(path))
+            outcome = run_verb(verb(path), 200)  # the first of each imports and compiles
             assert not outcome.wrong and outcome.code == 0, f"{kind.name} {name}: {outcome}"
         if kept is not None:
             path.write_bytes(kept)
