@@ -178,6 +178,11 @@ def check_graph(graph: OperatorGraph, dtypes: Collection[str]) -> None:
         if name not in values:
             raise GraphError(f"{where}: its input or output {shown(name)} is no value of it")
     _check_source(where, graph.source)
+    for trace in graph.traces:
+        given = (*trace.inputs, *trace.parameters, *trace.buffers, *trace.output_grads)
+        bare = next((name for name in given if name is not None and name not in trace.specs), None)
+        if bare is not None:
+            raise GraphError(f"{where}: trace {shown(trace.digest, quoted=False)} has no shape of {shown(bare)}")
     made = {value: segment.name for segment in graph.segments for value in segment.outputs}
     for value in graph.values:
         if value.source != made.get(value.name):
