@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -36,7 +37,7 @@ VERBS: tuple[ModuleType, ...] = (
     capture, profile, plan, place, check, simulate, show, compare, export, calibrate, train, merge, experts)
 """Each module has a function of the module's name, and an ``EXAMPLE`` that its ``--help`` ends with."""
 
-LINE = 2000
+LINE = 1000
 """Characters of an error's line: more is no message but a file that was echoed."""
 
 app = typer.Typer(
@@ -71,9 +72,14 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
 def fail(message: str, code: int) -> None:
     """Print the error on stderr and end with ``code``."""
     lines = message.splitlines() if code == PlanError.exit_code else [message]  # a deadlock is shown as a grid
-    line = "\n".join(shown(part, quoted=False, most=LINE) for part in lines)
+    line = "\n".join(shown(re.sub(r"\S{300,}", _cut, part), quoted=False, most=LINE) for part in lines)
     sys.stderr.write(f"mipipe: {'' if code == 130 else 'error: '}{line}\n")
     raise typer.Exit(code)
+
+
+def _cut(word: re.Match[str]) -> str:
+    """The start of a word that is too long for a name or a path."""
+    return shown(word[0], quoted=False)
 
 
 for _module in VERBS:

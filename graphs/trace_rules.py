@@ -162,15 +162,14 @@ def check_graph(graph: OperatorGraph, dtypes: Collection[str]) -> None:
     traces = {trace.digest: trace for trace in graph.traces}
     values = {value.name: value for value in graph.values}
     parameters = {item.fqn: item for item in graph.parameters}
-    for found, given, kind in ((traces, graph.traces, "traces have the digest"), (values, graph.values,
-                               "values are named"), (parameters, graph.parameters, "parameters are named")):
-        if len(found) < len(given):
-            names = [item.digest if kind.startswith("traces") else getattr(item, "name", None) or item.fqn
-                     for item in given]
+    for kind, names in (("traces have the digest", [trace.digest for trace in graph.traces]),
+                        ("values are named", [value.name for value in graph.values]),
+                        ("parameters are named", [item.fqn for item in graph.parameters])):
+        if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise GraphError(f"{where}: two {kind} {shown(twice)}")
-    for item in (*graph.values, *graph.parameters):
-        _check_spec(where, item.spec, dtypes)
+    for spec in (*(value.spec for value in graph.values), *(item.spec for item in graph.parameters)):
+        _check_spec(where, spec, dtypes)
     for item in graph.parameters:
         if item.tied_to is not None and item.tied_to not in parameters:
             raise GraphError(f"{where}: {shown(item.fqn)} is tied to {shown(item.tied_to)}, which is not there")
@@ -179,8 +178,8 @@ def check_graph(graph: OperatorGraph, dtypes: Collection[str]) -> None:
             raise GraphError(f"{where}: its input or output {shown(name)} is no value of it")
     _check_source(where, graph.source)
     for trace in graph.traces:
-        given = (*trace.inputs, *trace.parameters, *trace.buffers, *trace.output_grads)
-        bare = next((name for name in given if name is not None and name not in trace.specs), None)
+        arguments = (*trace.inputs, *trace.parameters, *trace.buffers, *trace.output_grads)
+        bare = next((name for name in arguments if name is not None and name not in trace.specs), None)
         if bare is not None:
             raise GraphError(f"{where}: trace {shown(trace.digest, quoted=False)} has no shape of {shown(bare)}")
     made = {value: segment.name for segment in graph.segments for value in segment.outputs}
@@ -209,7 +208,7 @@ _SOURCE = {"source": str, "dtype": str, "overrides": dict, "freeze": list, "seq"
 def _check_source(where: str, source: dict[str, Any]) -> None:
     for key, kind in _SOURCE.items():
         value = source.get(key)
-        if value is not None and (type(value) is not kind or (kind is int and not 0 <= value < 2**31)):
+        if value is not None and (type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**31)):
             raise GraphError(f"{where}: source.{key}: found {shown(value)}, expected a {kind.__name__}")
     if not all(isinstance(pattern, str) for pattern in source.get("freeze") or ()):
         raise GraphError(f"{where}: source.freeze: expected regular expressions")

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.serialize import STRICT, load_data
@@ -44,6 +44,7 @@ def read_tokens(folder: str) -> dict[str, int]:
     data = load_data(path, foreign=True)
     model, added = data.get("model"), data.get("added_tokens") or []
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    pairs: list[tuple[Any, Any]]
     if isinstance(vocabulary, list):  # (token, score) by id
         pairs = [(entry[0] if isinstance(entry, list) and entry else None, index)
                  for index, entry in enumerate(vocabulary)]

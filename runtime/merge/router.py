@@ -21,7 +21,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, read_checkpoint
 from mipipe.graphs.merging.moe_recipe import ROUTER, MoeRecipe, router_tensors
 from mipipe.graphs.merging.participants import TOKEN_TABLES
-from mipipe.graphs.serialize import digest
+from mipipe.graphs.serialize import digest, load_data
 from mipipe.runtime.weights.reader import Shelf
 
 RANDOM_STD = 0.02
@@ -35,7 +35,7 @@ def make_router(recipe: MoeRecipe, folder: Path) -> CheckpointFiles:
         InputError: prompts without a tokenizer, or a model transformers cannot run.
     """
     seal = {"model_type": "router", "recipe": digest(recipe)}
-    if (folder / "model.safetensors").exists() and json.loads((folder / "config.json").read_text()) == seal:
+    if (folder / "model.safetensors").exists() and load_data(folder / "config.json") == seal:
         return read_checkpoint(folder)
     base = read_checkpoint(recipe.base_model)
     shapes = router_tensors(base, recipe)

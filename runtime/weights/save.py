@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mipipe.graphs.capture.expert_groups import parse_slice
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.merging.layout import Shard, index_json, lay_out
+from mipipe.graphs.serialize import load_data
 from mipipe.graphs.units import parse_bytes
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import TrainConfig
@@ -237,7 +238,7 @@ def _finish(module: nn.Module, target: Target, source: Path | None, shards: Sequ
 def _write_config(module: Any, path: Path, dtype: str) -> None:
     """``config.json``: the source's own, with the dtype that was saved; else what the model was built from."""
     if path.exists():
-        data = json.loads(path.read_text())
+        data = load_data(path, foreign=True)
     else:
         data = module.config.to_diff_dict()
         data.update(model_type=module.config.model_type, architectures=[type(module).__name__])

@@ -21,7 +21,7 @@ from mipipe.graphs import write_files
 
 CODES = {0, 1, 2, 3, 5, 6}
 """Exit codes a file alone may cause. (4 is a run that failed, 130 an interruption.)"""
-LINE = 2100
+LINE = 1100
 SECONDS = 10.0
 COMMAND = typer.main.get_command(app)
 """Made once: that takes longer than most mutants."""

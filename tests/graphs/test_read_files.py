@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,17 @@ from mipipe.graphs.serialize import load_data
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
 MERGES = "a: &a {" + ", ".join(f"k{n}: 1" for n in range(300)) + "}\nb: {<<: [" + ", ".join(["*a"] * 1000) + "]}\n"
+
+
+
+def refuses(read: Callable[[str, str], object], text: str, words: str) -> None:
+    """One short line that names the file and says what is wrong."""
+    with pytest.raises(InputError) as caught:
+        read(text, "some file")
+    message = str(caught.value)
+    assert message.startswith("some file") and words in message
+    assert "\n" not in message and len(message) < 400
+
 
 JSON = [
     ('{"a": 1, "a": 2}', "the key 'a' is given twice"),
@@ -38,11 +50,7 @@ JSON = [
 
 @pytest.mark.parametrize(("text", "words"), JSON, ids=lambda text: text[:20])
 def test_json(text: str, words: str) -> None:
-    with pytest.raises(InputError) as caught:
-        load_json(text, "file.json")
-    message = str(caught.value)
-    assert message.startswith("file.json: ") and words in message
-    assert "\n" not in message and len(message) < 400
+    refuses(load_json, text, words)
 
 
 def test_another_programs_json_keeps_its_numbers() -> None:
@@ -77,11 +85,7 @@ YAML = [
 
 @pytest.mark.parametrize(("text", "words"), YAML, ids=lambda text: text[:20])
 def test_yaml(text: str, words: str) -> None:
-    with pytest.raises(InputError) as caught:
-        load_yaml(text, "file.yaml")
-    message = str(caught.value)
-    assert message.startswith("file.yaml") and words in message
-    assert "\n" not in message and len(message) < 400
+    refuses(load_yaml, text, words)
 
 
 def test_yaml_that_people_write() -> None:
