@@ -125,8 +125,8 @@ def _print(problem: PlanningProblem, rows: list[Row]) -> None:
 
     console = stdout()
     data = problem_data(problem, {})
-    caps = "" if data["activations"] is None else (
-        f"; planned with at most {data['copies']:g} copies and {data['activations']:g} activations")
+    told = [f"{data[name]:g} {name}" for name in ("copies", "activations") if data[name] is not None]
+    caps = f"; planned with at most {' and '.join(told)}" if told else ""
     console.print(f"{data['name']}: {data['ranks']} ranks, {data['microbatches']} microbatches{caps}")
     notes = list(dict.fromkeys(row.note for row in rows if row.note))
     marks = {note: f"({number + 1})" for number, note in enumerate(notes)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -40,11 +41,17 @@ class Panel:
 def page(title: str, panels: Sequence[Panel], facts: Sequence[tuple[str, str]] = (), extra: str = "") -> str:
     """The whole HTML document. ``facts`` are shown as tiles above the timelines, ``extra`` is HTML put below them."""
     data = {"panels": [_panel(panel) for panel in panels]}
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
+    text = script_json(data)
     tiles = "".join(f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in facts)
     template = resources.files("mipipe.cli").joinpath("timeline.html").read_text(encoding="utf-8")
-    return (template.replace("%TITLE%", html.escape(title)).replace("%FACTS%", tiles).replace("%EXTRA%", extra)
-            .replace("%DATA%", text))
+    parts = {"TITLE": html.escape(title), "FACTS": tiles, "EXTRA": extra, "DATA": text}
+    return re.sub("%(TITLE|FACTS|EXTRA|DATA)%", lambda place: parts[place[1]], template)  # at once: parts stay as given
+
+
+def script_json(data: Any) -> str:
+    """JSON that may stand in a script element: no ``<``, so that no label opens a comment or ends the script."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def write(path: str | Path, title: str, panels: Sequence[Panel], facts: Sequence[tuple[str, str]] = (),

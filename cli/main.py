@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -30,11 +31,14 @@ from mipipe.cli import (
     simulate,
     train,
 )
-from mipipe.graphs.errors import MipipeError
+from mipipe.graphs.errors import MipipeError, PlanError, shown
 
 VERBS: tuple[ModuleType, ...] = (
     capture, profile, plan, place, check, simulate, show, compare, export, calibrate, train, merge, experts)
 """Each module has a function of the module's name, and an ``EXAMPLE`` that its ``--help`` ends with."""
+
+LINE = 1000
+"""Characters of an error's line: more is no message but a file that was echoed."""
 
 app = typer.Typer(
     name="mipipe", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -84,8 +88,15 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
 
 def fail(message: str, code: int) -> None:
     """Print the error on stderr and end with ``code``."""
-    sys.stderr.write(f"mipipe: {'' if code == 130 else 'error: '}{message}\n")
+    lines = message.splitlines() if code == PlanError.exit_code else [message]  # a deadlock is shown as a grid
+    line = "\n".join(shown(re.sub(r"\S{300,}", _cut, part), quoted=False, most=LINE) for part in lines)
+    sys.stderr.write(f"mipipe: {'' if code == 130 else 'error: '}{line}\n")
     raise typer.Exit(code)
+
+
+def _cut(word: re.Match[str]) -> str:
+    """The start of a word that is too long for a name or a path."""
+    return shown(word[0], quoted=False)
 
 
 for _module in VERBS:
@@ -95,10 +106,16 @@ for _module in VERBS:
 
 def main() -> None:
     """Run the command line and end the process with its exit code."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the shell; the next file that is opened would take its place
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     try:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # the help of a verb, on a full disk
+        sys.stderr.write(f"mipipe: error: {error.filename or 'system'}: {error.strerror or error}\n")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

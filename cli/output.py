@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mipipe.graphs.errors import InputError
+from mipipe.graphs.write_files import WRITTEN, check_output
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; logs go to stderr.")]
 TimeLimit = Annotated[float, typer.Option("--time-limit", help="Seconds the planner may take.", min=0.1)]
@@ -34,9 +34,10 @@ class _Stdout(Console):
 
 
 def stdout() -> Console:
-    """The console for results. Off a terminal it is 120 columns wide (or ``COLUMNS``) and without colours."""
+    """The console for results. Off a terminal it is 120 columns wide (or ``COLUMNS``) and without colours. Where a file
+    went to stdout (``-o /dev/stdout``), the rest goes to stderr."""
     width = shutil.get_terminal_size((120, 40)).columns
-    return _Stdout(width=max(width, 60), highlight=False)
+    return _Stdout(stderr=1 in WRITTEN, width=max(width, 60), highlight=False, markup=False)
 
 
 def emit(data: dict[str, Any]) -> None:
@@ -68,5 +69,5 @@ def progress(what: str) -> Iterator[Callable[[str], None]]:
 
 def check_folder(path: Path | None, option: str) -> None:
     """Raise `InputError` before long work if the file could not be written in the end."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise InputError(f"{option} {path}: the folder {path.parent} does not exist; make it first")
+    if path is not None:
+        check_output(path, option)

@@ -169,6 +169,6 @@ def memory_lines(timeline: Timeline, capacities: Sequence[int | None], uses: Seq
         use = uses[rank] if uses else f"resident {format_bytes(resident)}"
         text = f"rank {rank}: peak {format_bytes(peak)} ({use})"
         if capacity is not None and capacity < 2**60:
-            text += f" of {format_bytes(capacity)}, {peak / capacity:.0%}"
+            text += f" of {format_bytes(capacity)}, {peak / max(capacity, 1):.0%}"
         lines.append(text)
     return lines

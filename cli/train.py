@@ -24,6 +24,9 @@ def train(
     plan_file: Annotated[Path, typer.Option("--plan", help="The plan to run.")],
     graph_file: Annotated[Path, typer.Option("--graph", help="The operator graph it was made for.")],
     config_file: Annotated[Path, typer.Option("--config", help="The training configuration (YAML).")],
+    model: Annotated[str | None, typer.Option(
+        help="The model's source, where the graph was captured from package.module:factory: code that a file names is"
+             " called only if you name it too.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
     copies: Annotated[int, typer.Option(help="Data-parallel copies of the whole plan.", min=1)] = 1,
     max_restarts: Annotated[int, typer.Option(help="Restarts by torchrun after a worker died.", min=0)] = 0,
@@ -54,12 +57,13 @@ def train(
             options = dataclasses.replace(options, time_limit_s=replan_seconds)
         result = train_elastic(plan_file, graph_file, config_file, lambda problem: plan_again(problem, options),
                                resume=resume, max_restarts=max_restarts, copies=copies, min_ranks=min_ranks,
-                               timeout_s=timeout, progress=progress, say=log)
+                               timeout_s=timeout, progress=progress, model=model, say=log)
     else:
         from mipipe.runtime.train.launch import train as run
 
         result = run(plan_file, graph_file, config_file, resume=resume, max_restarts=max_restarts, copies=copies,
-                     timeout_s=timeout, progress=progress, torchrun=shlex.split(torchrun), num_processes=processes)
+                     timeout_s=timeout, progress=progress, torchrun=shlex.split(torchrun), num_processes=processes,
+                     model=model)
     losses = result.losses
     if json_output:
         emit({"steps": result.config.steps, "losses": list(losses), "records": list(result.records),

@@ -5,6 +5,35 @@ A message is one line that says where, what was found, what was expected, and wh
 
 from __future__ import annotations
 
+import unicodedata
+
+SHOWN = 100
+"""How many characters of a value that somebody gave are echoed in an error."""
+
+
+def shown(value: object, quoted: bool = True, most: int = SHOWN) -> str:
+    """A value as an error echoes it: as Python writes it (or the bare text), in one line, cut."""
+    if isinstance(value, str):
+        text = repr(value[:most + 1]) if quoted else value[:4 * most]
+        long = len(value) > most
+    elif isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write very large ones
+        return f"{'-' if value < 0 else ''}(a number of {value.bit_length()} bits)"
+    elif isinstance(value, (dict, list, tuple, set)):
+        return f"a {type(value).__name__} of {len(value)}"
+    else:
+        text = repr(value) if quoted else str(value)
+        long = len(text) > most
+    text = printable(text)
+    return text if not long and len(text) <= most + 2 else text[:most] + "..."
+
+
+def printable(text: str) -> str:
+    """Text in one line, safe for a terminal: control characters, line ends and lone surrogates are written out."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(letter if unicodedata.category(letter)[0] != "C" and letter not in "\u2028\u2029"
+                   else " " if letter in "\n\r\t" else letter.encode("unicode_escape").decode() for letter in text)
+
 
 class MipipeError(Exception):
     """The base of every error a user can cause. ``exit_code`` is the process's status when it reaches the top."""

@@ -17,10 +17,13 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 from mipipe.graphs.errors import GraphError
-from mipipe.graphs.serialize import STRICT
+from mipipe.graphs.serialize import STRICT, Amount
+from mipipe.graphs.trace_rules import check_graph, check_trace
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1,
-               "uint8": 1, "bool": 1, "complex64": 8, "complex128": 16, "float8_e4m3fn": 1, "float8_e5m2": 1}
+               "uint8": 1, "bool": 1, "complex64": 8, "complex128": 16, "float8_e4m3fn": 1, "float8_e5m2": 1,
+               "uint16": 2, "uint32": 4, "uint64": 8, "complex32": 4, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1,
+               "float8_e8m0fnu": 1}
 
 
 class Phase(StrEnum):
@@ -53,7 +56,7 @@ class TensorSpec:
     """Shape and dtype of a tensor (dtype by torch's name, without ``torch.``)."""
 
     __pydantic_config__: ClassVar = STRICT
-    shape: tuple[int, ...]
+    shape: tuple[Amount, ...]
     dtype: str
 
     @property
@@ -77,9 +80,9 @@ class Operator:
     args: list[Any]
     kwargs: dict[str, Any]
     outputs: tuple[TensorSpec, ...]
-    flops: int = 0
-    bytes_read: int = 0
-    bytes_written: int = 0
+    flops: Amount = 0
+    bytes_read: Amount = 0
+    bytes_written: Amount = 0
     fqn: str = ""
 
     @property
@@ -108,7 +111,7 @@ class SavedTensor:
 
     __pydantic_config__: ClassVar = STRICT
     name: str
-    num_bytes: int
+    num_bytes: Amount
     source: Phase
     last: Phase
     alias: str | None = None
@@ -137,7 +140,7 @@ class SegmentTrace:
     input_grads: tuple[str | None, ...]
     parameter_grads: tuple[str | None, ...]
     saved: tuple[SavedTensor, ...]
-    workspace_bytes: dict[Phase, int] = field(default_factory=dict)
+    workspace_bytes: dict[Phase, Amount] = field(default_factory=dict)
 
     def phase_operators(self, phase: Phase) -> Iterator[Operator]:
         """The operators of one phase, in an order in which they can run."""
@@ -239,6 +242,12 @@ class OperatorGraph:
                 raise GraphError(f"segment {segment.name}: reads {missing[0]!r}, which no earlier segment makes;"
                                  " the graph has a cycle, or its segments are not in topological order")
             made.update(segment.outputs)
+
+    def check_read(self) -> None:
+        """Raise `GraphError` unless all names and arguments are what code may be made of; called for every file."""
+        for trace in self.traces:
+            check_trace(trace, DTYPE_BYTES)
+        check_graph(self, DTYPE_BYTES)
 
     def trace(self, segment: Segment) -> SegmentTrace:
         """The trace of a segment."""

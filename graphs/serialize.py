@@ -9,18 +9,24 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar, cast
 
-import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from mipipe.graphs.errors import InputError
+from mipipe.graphs.errors import InputError, MipipeError, shown
+from mipipe.graphs.read_files import load_json, load_yaml
+from mipipe.graphs.read_files import read_text as read_text
+from mipipe.graphs.write_files import write_text as write_text
 
-STRICT = ConfigDict(extra="forbid")
-"""Set as ``__pydantic_config__`` on every dataclass that is read from a file: unknown keys are errors."""
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+"""Set as ``__pydantic_config__`` on every dataclass that is read from a file: unknown keys are errors, and so are
+numbers that are none."""
+
+Amount = Annotated[int, Field(ge=0, le=2**62)]
+"""An integer of a file that counts something (bytes, nanoseconds, operations)."""
+Count = Annotated[int, Field(ge=1, le=2**31)]
+"""An integer of a file of which there is at least one."""
 
 
 class Saved(Protocol):
@@ -51,22 +57,37 @@ _WORDS = {**_UNKNOWN, "tuple_type": "expected a list", "list_type": "expected a 
           "dataclass_exact_type": "expected a mapping", "int_parsing": "expected a whole number",
           "int_type": "expected a whole number", "float_parsing": "expected a number",
           "float_type": "expected a number", "bool_parsing": "expected true or false",
-          "bool_type": "expected true or false", "string_type": "expected text"}
+          "bool_type": "expected true or false", "string_type": "expected text",
+          "greater_than_equal": "expected at least {ge}", "less_than_equal": "expected at most {le}"}
 """Pydantic's types of errors in the user's words; of the others its own message is shown."""
 
 
 def from_data(data: Any, kind: type[T], where: str) -> T:
     """A ``kind`` validated from plain data; ``where`` (a file, an option) opens the error message."""
     try:
-        return _adapter(cast(Any, kind)).validate_python(data)
+        found: T = _adapter(cast(Any, kind)).validate_python(data)
+        if hasattr(found, "check_read"):  # rules of files that what is made in memory may lack for a while
+            found.check_read()
+        return found
     except ValidationError as error:
-        errors = error.errors(include_url=False)  # a mistyped key explains the one that is missing
-        first = next((item for item in errors if item["type"] in _UNKNOWN), errors[0])
-        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-        found = "" if isinstance(first["input"], (dict, list)) else f" (found {first['input']!r})"
-        more = f"; {error.error_count() - 1} more" if error.error_count() > 1 else ""
-        raise InputError(f"{where}: {place or 'top level'}: {_WORDS.get(first['type'], first['msg'])}"
-                         f"{found}{more}") from None
+        raise InputError(_explained(error, where)) from None
+    except RecursionError:
+        raise InputError(f"{where}: is nested too deeply") from None
+    except MipipeError as error:  # of a dataclass's own rules
+        if str(error).startswith(where):
+            raise
+        raise type(error)(f"{where}: {error}") from None
+
+
+def _explained(error: ValidationError, where: str) -> str:
+    """The first of the errors in one line; a mistyped key explains the one that is missing."""
+    errors = error.errors(include_url=False)
+    first = next((item for item in errors if item["type"] in _UNKNOWN), errors[0])
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    found = "" if isinstance(first["input"], (dict, list)) else f" (found {shown(first['input'])})"
+    more = f"; {error.error_count() - 1} more" if error.error_count() > 1 else ""
+    expected = _WORDS.get(first["type"], first["msg"]).format(**first.get("ctx", {}))
+    return f"{where}: {shown(place, quoted=False) or 'top level'}: {expected}{found}{more}"
 
 
 def digest(value: Any) -> str:
@@ -81,26 +102,6 @@ def save(value: Saved, path: str | Path) -> None:
     write_text(path, json.dumps(data, separators=(",", ":")) + "\n")
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file atomically: under a temporary name beside it, then renamed.
-
-    Raises:
-        InputError: the folder does not exist or is not writable, or the disk is full.
-    """
-    path = Path(path)
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w") as stream:
-            stream.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
-
-
 def load(path: str | Path, kind: type[T]) -> T:
     """Read a file written by `save`.
 
@@ -112,67 +113,30 @@ def load(path: str | Path, kind: type[T]) -> T:
     return from_data({key: item for key, item in data.items() if key not in ("format", "version")}, kind, str(path))
 
 
-def load_data(path: str | Path) -> dict[str, Any]:
-    """The top-level mapping of a JSON or YAML file, by its ending."""
+def load_data(path: str | Path, foreign: bool = False) -> dict[str, Any]:
+    """The top-level mapping of a JSON or YAML file, by its ending; ``foreign`` as of `load_json`."""
     if str(path).endswith((".yaml", ".yml")):
         documents = yaml_documents(path)
         if len(documents) > 1:
             raise InputError(f"{path}: found {len(documents)} documents, expected one; remove the lines of ---")
         data = documents[0] if documents else None
     else:
-        try:
-            data = json.loads(read_text(path))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}: not readable as JSON: {error}") from None
+        data = load_json(read_text(path), str(path), foreign)
     if not isinstance(data, dict):
         raise InputError(f"{path}: found a {type(data).__name__} at the top level, expected a mapping")
     return data
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML whose mappings give every key once: the last of two would silently win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice",
-                                               problem_mark=key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def yaml_documents(path: str | Path) -> list[Any]:
-    """The documents of a YAML file, without empty ones.
-
-    Raises:
-        InputError: unreadable, no YAML, a key given twice in one mapping; says in which line.
-    """
-    try:
-        return [item for item in yaml.load_all(read_text(path), _Loader) if item is not None]
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
-        raise InputError(f"{path}{line}: not readable as YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from None
-
-
-def read_text(path: str | Path) -> str:
-    """The text of a file, or an `InputError` that says why it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: cannot be read: not a text file") from None
+    """The documents of a YAML file, without empty ones; errors as of `load_yaml`."""
+    return load_yaml(read_text(path), str(path))
 
 
 def check_header(data: dict[str, Any], expected: str, version: int, where: str) -> None:
     """Raise `InputError` unless ``data`` carries the expected ``format`` and ``version``."""
     if data.get("format") != expected:
         found = data.get("format", "no format at all")
-        raise InputError(f"{where}: found {found!r}, expected a file of format {expected!r}")
+        raise InputError(f"{where}: found {shown(found)}, expected a file of format {expected!r}")
     if data.get("version") != version:
-        raise InputError(f"{where}: {expected} version {data.get('version')!r}, but this mipipe reads version"
+        raise InputError(f"{where}: {expected} version {shown(data.get('version'))}, but this mipipe reads version"
                          f" {version}; write the file again with this version of mipipe")

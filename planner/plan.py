@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from mipipe.graphs.serialize import STRICT
+from mipipe.graphs.serialize import STRICT, Amount
 from mipipe.planner.actions import Action, Order
 from mipipe.planner.problem import PlanningProblem
 
@@ -21,8 +21,8 @@ class Stage:
     """
 
     __pydantic_config__: ClassVar = STRICT
-    groups: tuple[int, ...]
-    ranks: tuple[int, ...]
+    groups: tuple[Amount, ...]
+    ranks: tuple[Amount, ...]
     recompute: bool = False
 
 
@@ -32,7 +32,7 @@ class Placement:
 
     __pydantic_config__: ClassVar = STRICT
     stages: tuple[Stage, ...]
-    routes: tuple[tuple[int, ...], ...]
+    routes: tuple[tuple[Amount, ...], ...]
     name: str = "free"
 
 
@@ -72,7 +72,7 @@ class Plan:
     problem: PlanningProblem
     placement: Placement
     schedule: Schedule
-    makespan_ns: int | None = None
-    bound_ns: int | None = None
-    placement_bound_ns: int | None = None
+    makespan_ns: Amount | None = None
+    bound_ns: Amount | None = None
+    placement_bound_ns: Amount | None = None
     provenance: dict[str, Any] = field(default_factory=dict)

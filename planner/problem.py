@@ -27,11 +27,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
 
 from mipipe.graphs.errors import ProblemError
 from mipipe.graphs.operator_graph import Tags
-from mipipe.graphs.serialize import STRICT, digest
+from mipipe.graphs.serialize import STRICT, Amount, Count, digest
 from mipipe.graphs.topology import Topology
 from mipipe.planner.actions import Stream
 
@@ -41,9 +43,9 @@ class PhaseTimes:
     """Durations of one group on one device kind. ``i_ns`` or ``w_ns`` is None where the phase does not exist."""
 
     __pydantic_config__: ClassVar = STRICT
-    f_ns: int
-    i_ns: int | None
-    w_ns: int | None
+    f_ns: Amount
+    i_ns: Amount | None
+    w_ns: Amount | None
 
     def __post_init__(self) -> None:
         if min(self.f_ns, self.i_ns or 0, self.w_ns or 0) < 0:
@@ -69,13 +71,13 @@ class Group:
     name: str
     times: dict[str, PhaseTimes]
     stream: Stream = Stream.COMPUTE
-    resident_bytes: int = 0
-    gradient_bytes: int = 0
-    saved_fi_bytes: int = 0
-    saved_fw_bytes: int = 0
-    saved_iw_bytes: int = 0
-    workspace_bytes: int = 0
-    recompute_bytes: int | None = None
+    resident_bytes: Amount = 0
+    gradient_bytes: Amount = 0
+    saved_fi_bytes: Amount = 0
+    saved_fw_bytes: Amount = 0
+    saved_iw_bytes: Amount = 0
+    workspace_bytes: Amount = 0
+    recompute_bytes: Amount | None = None
     loads: tuple[float, ...] = ()
     segments: tuple[str, ...] = ()
     tags: Tags = Tags()
@@ -89,8 +91,8 @@ class GroupEdge:
     __pydantic_config__: ClassVar = STRICT
     source: int
     targets: tuple[int, ...]
-    num_bytes: int = 0
-    grad_bytes: int | None = 0
+    num_bytes: Amount = 0
+    grad_bytes: Amount | None = 0
     value: str = ""
 
 
@@ -102,8 +104,8 @@ class Limits:
     """
 
     __pydantic_config__: ClassVar = STRICT
-    resident_bytes: int | None = None
-    activation_bytes: int | None = None
+    resident_bytes: Amount | None = None
+    activation_bytes: Amount | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +113,8 @@ class OverlapRule:
     """Duration of an OVERLAP_F_B action: ``(F + B) * numerator / denominator``, rounded to a nanosecond."""
 
     __pydantic_config__: ClassVar = STRICT
-    numerator: int = 1
-    denominator: int = 1
+    numerator: Count = 1
+    denominator: Count = 1
 
     def duration_ns(self, forward_ns: int, backward_ns: int) -> int:
         return round(Fraction((forward_ns + backward_ns) * self.numerator, self.denominator))
@@ -133,12 +135,12 @@ class PlanningProblem:
     groups: tuple[Group, ...]
     edges: tuple[GroupEdge, ...]
     topology: Topology
-    num_microbatches: int
+    num_microbatches: Annotated[int, Field(ge=1, le=2**16)]
     limits: Limits = Limits()
     colocate: tuple[tuple[int, ...], ...] = ()
     overlap: OverlapRule = OverlapRule()
     graph_digest: str = ""
-    unit_ns: int = 1
+    unit_ns: Annotated[int, Field(ge=1, le=2**53)] = 1
 
     def __post_init__(self) -> None:
         if self.num_microbatches < 1:
@@ -162,9 +164,22 @@ class PlanningProblem:
             if missing:
                 raise ProblemError(f"problem {self.name}: group {group.name} has no durations on device kind"
                                    f" {missing[0]!r}")
+            if any(not 0 <= load < 2**31 for load in group.loads):
+                raise ProblemError(f"problem {self.name}: group {group.name} has a load below 0, or none at all;"
+                                   " expected relative sizes such as 1.0")
             if group.loads and len(group.loads) != self.num_microbatches:
                 raise ProblemError(f"problem {self.name}: group {group.name} has {len(group.loads)} loads for"
                                    f" {self.num_microbatches} microbatches")
+
+        strangers = [group for together in self.colocate for group in together if not 0 <= group < len(self.groups)]
+        if strangers:
+            raise ProblemError(f"problem {self.name}: colocate names group {strangers[0]}, but there are"
+                               f" {len(self.groups)}")
+        work = sum(max((times.total_ns for times in group.times.values()), default=0) * max(group.loads, default=1.0)
+                   for group in self.groups) * self.num_microbatches
+        if work >= 2**62:
+            raise ProblemError(f"problem {self.name}: its work adds up to {work:.3g} ns, which no clock counts;"
+                               " expected durations in nanoseconds")
 
     @property
     def num_ranks(self) -> int:

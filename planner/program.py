@@ -25,7 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mipipe.graphs.serialize import STRICT
+from mipipe.graphs.serialize import STRICT, Amount
 from mipipe.planner.actions import Action, ActionKind, Stream
 
 
@@ -38,13 +38,13 @@ class Transfer:
     """
 
     __pydantic_config__: ClassVar = STRICT
-    source_stage: int
-    target_stage: int
-    microbatch: int
-    source_rank: int
-    target_rank: int
+    source_stage: Amount
+    target_stage: Amount
+    microbatch: Amount
+    source_rank: Amount
+    target_rank: Amount
     backward: bool
-    num_bytes: int
+    num_bytes: Amount
     values: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -60,9 +60,9 @@ class Instruction:
     kind: ActionKind
     stream: Stream
     action: Action | None = None
-    transfer: int | None = None
-    stage: int | None = None
-    peers: tuple[int, ...] = ()
+    transfer: Amount | None = None
+    stage: Amount | None = None
+    peers: tuple[Amount, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from mipipe.graphs.errors import TimelineError
-from mipipe.graphs.serialize import STRICT
+from mipipe.graphs.serialize import STRICT, Amount
 from mipipe.planner.actions import ActionKind, Stream
 
 
@@ -18,12 +20,12 @@ class Span:
     """
 
     __pydantic_config__: ClassVar = STRICT
-    rank: int
+    rank: Amount
     stream: Stream
     kind: ActionKind
     label: str
-    start_ns: int
-    end_ns: int
+    start_ns: Amount
+    end_ns: Amount
     stage: int = -1
     microbatch: int = -1
     peer: int | None = None
@@ -42,12 +44,22 @@ class Timeline:
     VERSION: ClassVar = 1
     __pydantic_config__: ClassVar = STRICT
     origin: Literal["simulated", "measured"]
-    num_ranks: int
+    num_ranks: Annotated[int, Field(ge=1, le=2**20)]
     spans: tuple[Span, ...]
-    memory: tuple[tuple[tuple[int, int], ...], ...] = ()
-    resident_bytes: tuple[int, ...] = ()
-    unit_ns: int = 1
+    memory: tuple[tuple[tuple[Amount, Amount], ...], ...] = ()
+    resident_bytes: tuple[Amount, ...] = ()
+    unit_ns: Annotated[int, Field(ge=1, le=2**53)] = 1
     notes: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for span in self.spans:
+            peer = 0 if span.peer is None else span.peer
+            if not 0 <= span.rank < self.num_ranks or not 0 <= peer < self.num_ranks:
+                raise TimelineError(f"timeline: {span.label} is of rank {span.rank}, with peer {span.peer}, but there"
+                                    f" are {self.num_ranks} ranks")
+        for name, rows in (("memory", self.memory), ("resident_bytes", self.resident_bytes)):
+            if rows and len(rows) != self.num_ranks:
+                raise TimelineError(f"timeline: {name} has {len(rows)} entries for {self.num_ranks} ranks")
 
     @property
     def makespan_ns(self) -> int:

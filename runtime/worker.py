@@ -45,6 +45,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plan", help="the plan to run")
     parser.add_argument("--graph", help="the operator graph it was made for")
     parser.add_argument("--config", help="the training configuration (YAML)")
+    parser.add_argument("--model", help="the model's source, where the graph names code (package.module:factory)")
     parser.add_argument("--merge", metavar="OUT", help="run the prepared merge of this folder instead")
     parser.add_argument("--timeline", help="where a merge's measured timeline is written")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
@@ -61,7 +62,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def train(options: argparse.Namespace) -> list[float]:
     """Train as this process's rank; the losses of all steps."""
-    job = read_job(options.plan, options.graph, options.config)
+    job = read_job(options.plan, options.graph, options.config, options.model)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     check_world(job, world)
     check_saving(job.config, options.resume)

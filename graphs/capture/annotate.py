@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
-from mipipe.graphs.errors import InputError
+from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.operator_graph import OperatorGraph, Role, Segment, Tags
 from mipipe.graphs.serialize import STRICT, from_data, load_data
 
@@ -64,13 +64,18 @@ def load_patterns(path: str | Path) -> Patterns:
         try:
             re.compile(text)
         except re.error as error:
-            raise InputError(f"{path}: {text!r} is no regular expression: {error}") from None
+            raise InputError(f"{path}: {shown(text)} is no regular expression: {error}") from None
+    for text in patterns.layers:
+        if not re.compile(text).groups:
+            raise InputError(f"{path}: layers: {shown(text)} has no group; expected one that is the layer's number,"
+                             r" such as layers\.(\d+)")
     return patterns
 
 
 def tag(name: str, patterns: Sequence[Patterns] = (DEFAULT,)) -> Tags:
     """The tags of a segment by its name; earlier patterns win."""
-    layer = next((int(match[1]) for item in patterns for text in item.layers if (match := re.search(text, name))), None)
+    layer = next((int(match[1]) for item in patterns for text in item.layers
+                  if (match := re.search(text, name)) and (match[1] or "").isdecimal()), None)
     role = next((role for item in patterns for text, role in item.roles.items() if re.search(text, name)), Role.OTHER)
     branches = [pair for item in patterns for pair in item.branches.items()]
     branch = next((branch for text, branch in branches if re.search(text, name)), None)

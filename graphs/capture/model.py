@@ -25,8 +25,9 @@ from mipipe.graphs.capture.labels import Granularity
 from mipipe.graphs.capture.segment import cut_segments
 from mipipe.graphs.costs.exchange import check_exchange
 from mipipe.graphs.errors import GraphError
-from mipipe.graphs.models.sources import load_program, open_source
+from mipipe.graphs.models.sources import open_source
 from mipipe.graphs.operator_graph import OperatorGraph, Parameter
+from mipipe.graphs.program_files import load_program
 from mipipe.graphs.tracing.trace import spec_of
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import Phase, Tags
-from mipipe.graphs.serialize import STRICT
+from mipipe.graphs.serialize import STRICT, Amount
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +28,15 @@ class OpGroup:
     __pydantic_config__: ClassVar = STRICT
     name: str
     segments: tuple[str, ...]
-    flops: dict[Phase, int]
-    bytes_moved: dict[Phase, int]
-    parameter_bytes: int = 0
-    trainable_bytes: int = 0
-    saved_fi_bytes: int = 0
-    saved_fw_bytes: int = 0
-    saved_iw_bytes: int = 0
-    input_bytes: int = 0
-    workspace_bytes: dict[Phase, int] = field(default_factory=dict)
+    flops: dict[Phase, Amount]
+    bytes_moved: dict[Phase, Amount]
+    parameter_bytes: Amount = 0
+    trainable_bytes: Amount = 0
+    saved_fi_bytes: Amount = 0
+    saved_fw_bytes: Amount = 0
+    saved_iw_bytes: Amount = 0
+    input_bytes: Amount = 0
+    workspace_bytes: dict[Phase, Amount] = field(default_factory=dict)
     tags: Tags = Tags()
     structure: str = ""
     """Equal for groups with equal traces in equal order: they share one profile."""
@@ -54,8 +54,8 @@ class GroupValue:
     name: str
     source: int
     targets: tuple[int, ...]
-    num_bytes: int
-    grad_bytes: int | None
+    num_bytes: Amount
+    grad_bytes: Amount | None
 
 
 @dataclass(frozen=True, slots=True)

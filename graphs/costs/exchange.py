@@ -11,6 +11,7 @@ Legend: G ranks, E experts, T tokens, k experts per token.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,8 +82,16 @@ def slowest_link(topology: Topology) -> Link | None:
 
     None where it says nothing. (The ranks that share experts may be copies of a plan for a single device.)
     """
-    ends = range(topology.num_devices)
-    links = {topology.link(a, b) for a in ends for b in ends if a != b}
+    hosts = [device.host for device in topology.devices]
+    same = sum(count * (count - 1) for count in Counter(hosts).values())
+    other = len(hosts) * (len(hosts) - 1) - same  # pairs, counted: a cluster has millions of them
+    links = set()
+    for key, link in topology.overrides.items():
+        a, b = (int(end) for end in key.split("->"))
+        if a != b:
+            links.add(link)
+            same, other = (same - 1, other) if hosts[a] == hosts[b] else (same, other - 1)
+    links |= ({topology.within_host} if same else set()) | ({topology.between_hosts} if other else set())
     if not links:
         links = {link for link in (topology.within_host, topology.between_hosts) if link.bytes_per_s is not None}
     return max(links, key=lambda link: (link.transfer_ns(10**6), link.latency_ns), default=None)

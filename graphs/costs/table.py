@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from mipipe.graphs.errors import ProblemError
 from mipipe.graphs.operator_graph import Phase
-from mipipe.graphs.serialize import STRICT
+from mipipe.graphs.serialize import STRICT, Amount
 
 Origin = Literal["roofline", "profiled", "calibrated", "given"]
 
@@ -26,7 +26,7 @@ class GroupCost:
     __pydantic_config__: ClassVar = STRICT
     group: str
     device_kind: str
-    times_ns: dict[Phase, int]
+    times_ns: dict[Phase, Amount]
     origin: Origin
     spread: float = 0.0
 

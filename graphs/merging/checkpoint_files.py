@@ -8,7 +8,6 @@ eight bytes little-endian header length, a JSON header, then the data.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 import struct
@@ -16,11 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mipipe.graphs.errors import InputError
-from mipipe.graphs.serialize import STRICT, load_data, read_text
+from mipipe.graphs.errors import InputError, shown
+from mipipe.graphs.read_files import load_json
+from mipipe.graphs.serialize import STRICT, Amount, load_data, read_text
 
 DTYPE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "U16": 16,
               "U32": 32, "U64": 64, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "C64": 64}
+
+
+MAX_HEADER = 100_000_000
+"""Bytes of a safetensors header, as the format's own library allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +34,10 @@ class StoredTensor:
     __pydantic_config__: ClassVar = STRICT
     name: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[Amount, ...]
     file: str
-    start: int
-    stop: int
+    start: Amount
+    stop: Amount
 
     @property
     def num_bytes(self) -> int:
@@ -79,9 +83,9 @@ def read_checkpoint(path: str | Path) -> CheckpointFiles:
     if not folder.is_dir():
         raise InputError(f"{path}: no such folder; models are given as local checkpoint folders"
                          " (config.json and .safetensors files)")
-    adapter = load_data(folder / "adapter_config.json") if (folder / "adapter_config.json").exists() else {}
+    adapter = _optional(folder / "adapter_config.json")
     files = ["adapter_model.safetensors"] if adapter else _model_files(folder)
-    config = load_data(folder / "config.json") if (folder / "config.json").exists() else {}
+    config = _optional(folder / "config.json")
     if not adapter and not config:
         raise InputError(f"{path}: has no config.json")
     tensors: dict[str, StoredTensor] = {}
@@ -99,10 +103,15 @@ def read_checkpoint(path: str | Path) -> CheckpointFiles:
     return CheckpointFiles(str(folder), config, tensors, seal.hexdigest()[:16], adapter)
 
 
+def _optional(path: Path) -> dict[str, Any]:
+    """The data of a JSON file of another program; empty where there is none."""
+    return load_data(path, foreign=True) if path.exists() else {}
+
+
 def _model_files(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(load_data(index).get("weight_map", {}).values()))
+        names = sorted(set(read_index(index).values()))
     else:
         names = sorted(file.name for file in folder.glob("*.safetensors"))
     if not names:
@@ -115,52 +124,83 @@ def _model_files(folder: Path) -> list[str]:
     return names
 
 
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor name -> file name of an index of shards.
+
+    Raises:
+        InputError: no such mapping, or a name that leads out of the checkpoint's folder.
+    """
+    found = load_data(index, foreign=True).get("weight_map", {})
+    if not isinstance(found, dict):
+        raise InputError(f"{index}: weight_map is a {type(found).__name__}, expected a mapping of tensors to files")
+    for name, file in found.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise InputError(f"{index}: {shown(name)} is said to be in {shown(file)}, expected the name of a"
+                             " .safetensors file in the same folder")
+    return found
+
+
 def _check_index(folder: Path, tensors: dict[str, StoredTensor]) -> None:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return
-    for name, file in load_data(index).get("weight_map", {}).items():
+    for name, file in read_index(index).items():
         found = tensors[name].file if name in tensors else "no shard"
         if found != file:
-            raise InputError(f"{index}: says {name} is in {file}, but {found} holds it")
+            raise InputError(f"{index}: says {shown(name)} is in {file}, but {found} holds it")
 
 
 def read_header(file: Path) -> tuple[list[StoredTensor], bytes]:
     """The tensors a safetensors file says it holds, and its raw header; checks sizes against the file's.
 
     Raises:
-        InputError: unreadable, no safetensors, truncated, or offsets that do not fit the shapes.
+        InputError: unreadable, no safetensors, truncated, a tensor given twice, or offsets that do not fit the shapes,
+            overlap or leave gaps.
     """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = struct.unpack("<Q", stream.read(8))[0] if size >= 8 else 0
-            raw = stream.read(length) if 2 <= length <= size - 8 else b""
-        header = json.loads(raw)
+            raw = stream.read(length) if 2 <= length <= min(size - 8, MAX_HEADER) else b""
+        header = load_json(raw.decode("utf-8"), f"{file}: header", foreign=True)
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
-    except (ValueError, UnicodeDecodeError):
-        raise InputError(f"{file}: no safetensors file, or truncated within its header ({size} bytes)") from None
-    begin, end = 8 + length, 8 + length
-    tensors = []
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            dtype, shape = str(entry["dtype"]), tuple(int(item) for item in entry["shape"])
-            start, stop = (begin + int(offset) for offset in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError):
-            raise InputError(f"{file}: tensor {name} has no valid dtype, shape and data_offsets") from None
-        if dtype not in DTYPE_BITS:
-            raise InputError(f"{file}: tensor {name} has dtype {dtype}, which this version does not know")
-        if stop - start != math.prod(shape) * DTYPE_BITS[dtype] // 8:
-            raise InputError(f"{file}: tensor {name} of shape {list(shape)} and dtype {dtype} has {stop - start} bytes")
-        end = max(end, stop)
-        tensors.append(StoredTensor(name, dtype, shape, file.name, start, stop))
+    except (InputError, UnicodeDecodeError) as error:
+        told = f": {error}" if "twice" in str(error) else ""
+        raise InputError(f"{file}: no safetensors file, or truncated within its header ({size} bytes){told}") from None
+    if not isinstance(header, dict):
+        raise InputError(f"{file}: no safetensors file: its header is a {type(header).__name__}")
+    tensors = [_stored(file, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"]
+    end = 8 + length
+    for tensor in sorted(tensors, key=lambda item: (item.start, item.stop)):
+        if tensor.start != end:
+            problem = "overlap" if tensor.start < end else "leave a gap"
+            raise InputError(f"{file}: damaged: its tensors {problem} at {shown(tensor.name)}, which starts at byte"
+                             f" {tensor.start}; expected {end}")
+        end = tensor.stop
     if end != size:
         problem = "truncated" if size < end else "damaged"
         raise InputError(f"{file}: {problem}: has {size} bytes, its header describes {end}")
     return tensors, raw
+
+
+def _stored(file: Path, name: str, entry: Any, begin: int) -> StoredTensor:
+    """One entry of a header; the data begin at byte ``begin`` of the file."""
+    try:
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        good = isinstance(dtype, str) and len(offsets) == 2 and len(shape) <= 64 and \
+            all(type(item) is int and 0 <= item < 2**62 for item in (*shape, *offsets))
+    except (KeyError, TypeError):
+        good = False
+    if not good:
+        raise InputError(f"{file}: tensor {shown(name)} has no valid dtype, shape and data_offsets")
+    if dtype not in DTYPE_BITS:
+        raise InputError(f"{file}: tensor {shown(name)} has dtype {shown(dtype)}, which this version does not know")
+    start, stop = offsets
+    if (stop - start) * 8 != math.prod(shape) * DTYPE_BITS[dtype]:
+        raise InputError(f"{file}: tensor {shown(name)} of shape {list(shape)} and dtype {dtype} has {stop - start}"
+                         " bytes")
+    return StoredTensor(name, dtype, tuple(shape), file.name, begin + start, begin + stop)
 
 
 def licence_of(path: str) -> str:

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mipipe.graphs.errors import InputError
-from mipipe.graphs.serialize import STRICT, load_data, read_text
+from mipipe.graphs.errors import InputError, shown
+from mipipe.graphs.serialize import STRICT, load_data
+
+MAX_TOKENS = 2**24
+"""Ids are rows of a table; the largest vocabularies have a million."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +41,25 @@ def read_tokens(folder: str) -> dict[str, int]:
     path = Path(folder) / "tokenizer.json"
     if not path.exists():
         raise InputError(f"{folder}: has no tokenizer.json, which joining vocabularies needs")
-    data = load_data(path)
-    vocabulary = data.get("model", {}).get("vocab")
-    if isinstance(vocabulary, list):
-        tokens = {str(entry[0]): index for index, entry in enumerate(vocabulary)}
+    data = load_data(path, foreign=True)
+    model, added = data.get("model"), data.get("added_tokens") or []
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    pairs: list[tuple[Any, Any]]
+    if isinstance(vocabulary, list):  # (token, score) by id
+        pairs = [(entry[0] if isinstance(entry, list) and entry else None, index)
+                 for index, entry in enumerate(vocabulary)]
     elif isinstance(vocabulary, dict):
-        tokens = {str(token): int(index) for token, index in vocabulary.items()}
+        pairs = list(vocabulary.items())
     else:
         raise InputError(f"{path}: has no vocabulary (model.vocab)")
-    tokens.update({str(entry["content"]): int(entry["id"]) for entry in data.get("added_tokens", ())})
-    return tokens
+    if not isinstance(added, list):
+        raise InputError(f"{path}: added_tokens is a {type(added).__name__}, expected a list")
+    pairs += [(entry.get("content"), entry.get("id")) if isinstance(entry, dict) else (None, None) for entry in added]
+    for token, index in pairs:
+        if not isinstance(token, str) or type(index) is not int or not 0 <= index < MAX_TOKENS:
+            raise InputError(f"{path}: found the token {shown(token)} with the id {shown(index)}, expected text and"
+                             f" an id from 0 to {MAX_TOKENS - 1}")
+    return dict(pairs)
 
 
 def join(tokens: Sequence[dict[str, int]], sizes: Sequence[int], main: int, union: bool,
@@ -91,7 +103,7 @@ def join(tokens: Sequence[dict[str, int]], sizes: Sequence[int], main: int, unio
 
 def union_tokenizer(folder: str, added: Sequence[tuple[str, int]]) -> str:
     """The main model's ``tokenizer.json`` with the union's further tokens as added tokens."""
-    data: dict[str, Any] = json.loads(read_text(Path(folder) / "tokenizer.json"))
+    data = load_data(Path(folder) / "tokenizer.json", foreign=True)
     entries = data.setdefault("added_tokens", [])
     for token, index in added:
         entries.append({"id": index, "content": token, "single_word": False, "lstrip": False, "rstrip": False,

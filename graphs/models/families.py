@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,9 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mipipe.graphs.errors import InputError
+from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.models.fixed_grids import fix_grids, grid_of
 from mipipe.graphs.operators.layers import NAME, register
+from mipipe.graphs.serialize import load_data
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,11 @@ def read_config(path: str | Path, overrides: Mapping[str, Any]) -> Any:
     folder = Path(path)
     file = folder / "config.json" if folder.is_dir() else folder
     if file.is_file():
-        try:
-            data = json.loads(file.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise InputError(f"{file}: not readable as JSON: {error}") from None
+        data = without_code(load_data(file, foreign=True))
         kind = data.get("model_type")
-        if kind not in CONFIG_MAPPING:
-            raise InputError(f"{file}: model_type {kind!r} is unknown to transformers {_version()}; expected one such"
-                             " as 'llama', 'qwen3_moe' or 'deepseek_v3'")
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+            raise InputError(f"{file}: model_type {shown(kind)} is unknown to transformers {_version()}; expected one"
+                             " such as 'llama', 'qwen3_moe' or 'deepseek_v3'")
         return _make_config(CONFIG_MAPPING[kind], data, overrides, str(file))
     name = str(path)
     if name in CONFIG_MAPPING:
@@ -102,9 +99,22 @@ def _find_class(name: str) -> Any:
     import transformers
 
     try:
-        return getattr(transformers, name, None)
+        found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     except (ImportError, RuntimeError) as error:
         raise InputError(f"{name}: transformers cannot load it: {str(error).splitlines()[0]}") from None
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+
+
+_CODE = re.compile(r"auto_map|custom_pipelines|.*(attn|experts)_implementation.*|use_kernels|use_timm_backbone")
+"""Entries of a configuration that make transformers fetch code, or weights, from elsewhere."""
+
+
+def without_code(data: Any) -> Any:
+    """The data of a configuration without the entries that name code of the model's publisher or kernels of a hub."""
+    if isinstance(data, dict):
+        kept = {key: without_code(item) for key, item in data.items() if not _CODE.fullmatch(str(key))}
+        return {**kept, "use_pretrained_backbone": False} if kept.get("use_pretrained_backbone") else kept
+    return [without_code(item) for item in data] if isinstance(data, list) else data
 
 
 def _make_config(kind: Any, data: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> Any:
@@ -113,9 +123,12 @@ def _make_config(kind: Any, data: Mapping[str, Any], overrides: Mapping[str, Any
     What the configuration derives from other entries (head sizes, kinds of layers) is derived after the change.
     """
     made: dict[str, Any] = copy.deepcopy(dict(data))
-    known = kind.from_dict(dict(data))
+    known = _from_dict(kind, dict(data), where)
     for key, value in overrides.items():
-        *path, last = key.split(".")
+        *path, last = str(key).split(".")
+        plain = all(name.isidentifier() and not name.startswith("__") for name in (*path, last))
+        if not plain or _CODE.fullmatch(last):
+            raise InputError(f"{where}: override {shown(key)} is no entry of its {kind.__name__}")
         part, owner = made, known
         for name in path:
             owner = getattr(owner, name, None)
@@ -127,10 +140,17 @@ def _make_config(kind: Any, data: Mapping[str, Any], overrides: Mapping[str, Any
             for name in ("layer_types", "mlp_layer_types"):
                 part.pop(name, None)
         part[last] = value
+    return _from_dict(kind, made, where)
+
+
+def _from_dict(kind: Any, data: dict[str, Any], where: str) -> Any:
+    """The configuration; whatever its constructor raises is about the values."""
     try:
-        return kind.from_dict(made)
+        return kind.from_dict(data)
     except Exception as error:
-        raise InputError(f"{where}: {kind.__name__} refuses these values: {str(error).splitlines()[-1]}") from None
+        line = next(iter(str(error).strip().splitlines()[-1:]), type(error).__name__).strip()
+        raise InputError(f"{where}: {kind.__name__} refuses these values: {shown(line, quoted=False, most=300)}"
+                         ) from None
 
 
 def _model_reads(config: Any, name: str) -> bool:

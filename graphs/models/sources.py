@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mipipe.graphs.capture import loss as losses
-from mipipe.graphs.capture.export import silence
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.user_code import user_module
+from mipipe.graphs.named_code import import_named, is_named_code
 
 Loss = Callable[[Any, Mapping[str, Tensor]], Any]
 
@@ -77,7 +76,7 @@ def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: st
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise InputError(f"dtype: found {dtype!r}, expected a floating dtype such as float32 or bfloat16")
-    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", str(source)):
+    if is_named_code(str(source)):
         return _from_factory(str(source), record)
     return _from_transformers(source, record, kind)
 
@@ -103,13 +102,7 @@ def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.
 
 
 def _from_factory(source: str, record: dict[str, Any]) -> Source:
-    module_name, _, name = source.partition(":")
-    try:
-        factory = getattr(user_module(module_name), name)
-    except ImportError as error:
-        raise InputError(f"{source}: cannot import {module_name!r}: {error}") from None
-    except AttributeError:
-        raise InputError(f"{source}: module {module_name!r} has no {name!r}") from None
+    factory = import_named(source)
     result = _call_factory(factory, source, record)
     extra = result[2] if len(result) == 3 else None
     dtype = getattr(torch, record["dtype"])
@@ -143,22 +136,6 @@ def _call_factory(factory: Any, source: str, record: Mapping[str, Any]) -> tuple
     if not isinstance(inputs, Mapping) or not any(isinstance(item, Tensor) for item in inputs.values()):
         raise InputError(f"{source}: its second result must be a dict of example tensors by forward argument")
     return result
-
-
-def load_program(path: str | Path) -> torch.export.ExportedProgram:
-    """A program saved by ``torch.export.save``.
-
-    Raises:
-        InputError: no such file, or not such a program.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        with silence():
-            return torch.export.load(path)
-    except Exception as error:
-        line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"{path}: not a program saved by torch.export.save with this torch: {line[:200]}") from None
 
 
 def _freeze(module: nn.Module, patterns: Sequence[str]) -> nn.Module:

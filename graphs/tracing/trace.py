@@ -8,14 +8,14 @@ again before its recomputation.
 Argument encoding: numbers, strings, booleans, None and lists stand for themselves; ``{"ref": name}`` a result;
 ``{"float": "inf" | "-inf" | "nan"}``; ``{"complex": [re, im]}``; ``{"dtype": "float32"}``; ``{"layout": "strided"}``;
 ``{"memory_format": "contiguous_format"}``; ``{"device": "run"}`` the device the phase is built for, whatever the model
-was captured on; ``{"slice": [start, stop, step]}``.
+was captured on; ``{"slice": [start, stop, step]}``. A file is data: `mipipe.graphs.trace_rules` has checked that names
+are identifiers and arguments of these forms before any of it becomes text here.
 """
 
 from __future__ import annotations
 
 import keyword
 import math
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -23,14 +23,12 @@ import torch
 from torch import Tensor
 
 from mipipe.graphs.errors import GraphError
-from mipipe.graphs.operator_graph import Operator, Phase, SegmentTrace, TensorSpec
+from mipipe.graphs.operator_graph import DTYPE_BYTES, Operator, Phase, SegmentTrace, TensorSpec
+from mipipe.graphs.operator_kinds import resolve as resolve
 from mipipe.graphs.operators import expert_kernels, kernels
-
-CONSTANT = "mipipe.constant"
-"""An operator without inputs: a small tensor written in the model's code. args: nested list, dtype."""
-
-GETITEM = "getitem"
-"""An operator that picks one result of an operator with several."""
+from mipipe.graphs.trace_rules import CONSTANT as CONSTANT
+from mipipe.graphs.trace_rules import GETITEM as GETITEM
+from mipipe.graphs.trace_rules import check_trace
 
 PhaseFunction = Callable[..., tuple[Tensor, ...]]
 
@@ -164,24 +162,6 @@ def _is_random(kind: str) -> bool:
     return target is not None and torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
 
 
-def resolve(kind: str) -> Callable[..., Any]:
-    """The callable of an operator kind: ``aten.add.Tensor`` -> torch.ops.aten.add.Tensor.
-
-    Raises:
-        GraphError: this torch has no such operator.
-    """
-    if kind == GETITEM:
-        return operator.getitem
-    target: Any = torch.ops
-    try:
-        for part in kind.split("."):
-            target = getattr(target, part)
-    except AttributeError:
-        raise GraphError(f"operator {kind}: torch {torch.__version__} does not have it; capture the model again with"
-                         " the installed torch, or import the package that registers it") from None
-    return target
-
-
 def build_phase(trace: SegmentTrace, phase: Phase, device: str | torch.device = "cpu",
                 given: Mapping[str, Callable[..., Any]] | None = None, handing: bool = False) -> PhaseFunction:
     """The function of a phase: tensors in the order of `phase_signature`'s arguments -> tuple in its results' order.
@@ -204,6 +184,7 @@ def phase_source(trace: SegmentTrace, phase: Phase, device: torch.device,
                  given: Mapping[str, Callable[..., Any]] | None = None,
                  handing: bool = False) -> tuple[str, dict[str, Any]]:
     """The Python text of a phase's function, named ``phase``, and the globals it needs."""
+    check_trace(trace, DTYPE_BYTES)
     direct = {**kernels.DIRECT, **expert_kernels.ALONE, **(given or {})}
     arguments, results = phase_signature(trace, phase)
     operators = list(trace.phase_operators(phase))

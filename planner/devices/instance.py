@@ -24,15 +24,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import from_data, load_data
 
+MOST = 1e15
+"""Of a time or size: beyond it, sums of floating-point numbers lose the small ones."""
+MOST_DEVICES = 4096
+
 
 class _Node(BaseModel):
     model_config = ConfigDict(extra="ignore")
     id: int
     supportedOnFpga: bool
-    cpuLatency: float = Field(ge=0)
-    fpgaLatency: float = Field(ge=0)
+    cpuLatency: float = Field(ge=0, le=MOST)
+    fpgaLatency: float = Field(ge=0, le=MOST)
     isBackwardNode: bool
-    size: float = Field(0.0, ge=0)
+    size: float = Field(0.0, ge=0, le=MOST)
     colorClass: int | str | None = None
 
 
@@ -40,13 +44,13 @@ class _Edge(BaseModel):
     model_config = ConfigDict(extra="ignore")
     sourceId: int
     destId: int
-    cost: float = Field(ge=0)
+    cost: float = Field(ge=0, le=MOST)
 
 
 class _Workload(BaseModel):
     model_config = ConfigDict(extra="ignore")
-    maxFPGAs: int = Field(ge=0)
-    maxCPUs: int = Field(ge=0)
+    maxFPGAs: int = Field(ge=0, le=MOST_DEVICES)
+    maxCPUs: int = Field(ge=0, le=MOST_DEVICES)
     maxSizePerFPGA: float = Field(ge=0)
     nodes: list[_Node] = Field(min_length=1)
     edges: list[_Edge]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from mipipe.graphs.errors import InputError
+from mipipe.graphs.read_files import load_json
 from mipipe.graphs.serialize import from_data, load, read_text
 from mipipe.planner.experts.maps import ExpertLoads, ExpertMap
 
@@ -35,7 +34,4 @@ def eplb_tables(placed: ExpertMap) -> dict[str, Any]:
 
 
 def _json(path: Path) -> Any:
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from None
+    return load_json(read_text(path), str(path))

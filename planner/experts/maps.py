@@ -9,15 +9,17 @@ busiest device, and layers follow one another. Left out: contention inside switc
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 
-from mipipe.graphs.errors import InfeasibleError, InputError
-from mipipe.graphs.serialize import STRICT
+from mipipe.graphs.errors import InfeasibleError, InputError, shown
+from mipipe.graphs.serialize import STRICT, Amount, Count
 from mipipe.graphs.topology import Topology
+
+MOST = 1e15
+"""Tokens, and nanoseconds a token: beyond what sums of floating-point numbers tell apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +38,8 @@ class ExpertLoads:
     loads: tuple[tuple[float, ...], ...]
     model: str = ""
     token_ns: dict[str, float] = field(default_factory=dict)
-    token_bytes: int = 0
-    expert_bytes: int = 0
+    token_bytes: Amount = 0
+    expert_bytes: Amount = 0
     coactivation: tuple[tuple[tuple[int, int, float], ...], ...] = ()
 
     def __post_init__(self) -> None:
@@ -48,13 +50,16 @@ class ExpertLoads:
             if len(row) != num_experts:
                 raise InputError(f"loads[{layer}]: {len(row)} experts, but layer 0 has {num_experts}")
             for expert, load in enumerate(row):
-                if not math.isfinite(load) or load < 0:
+                if not 0 <= load <= MOST:
                     raise InputError(f"loads[{layer}][{expert}]: found {load}, expected a number of tokens, 0 or more")
+        for kind, time in self.token_ns.items():
+            if not 0 <= time <= MOST:
+                raise InputError(f"loads: token_ns of {shown(kind)}: found {time}, expected nanoseconds, 0 or more")
         if self.coactivation and len(self.coactivation) != len(self.loads):
             raise InputError(f"coactivation: {len(self.coactivation)} layers, but loads have {len(self.loads)}")
         for layer, pairs in enumerate(self.coactivation):
             for first, second, count in pairs:
-                if not (0 <= first < num_experts and 0 <= second < num_experts) or count < 0:
+                if not (0 <= first < num_experts and 0 <= second < num_experts) or not 0 <= count <= MOST:
                     raise InputError(f"coactivation[{layer}]: found ({first}, {second}, {count}), expected two experts"
                                      f" below {num_experts} and a count of 0 or more")
 
@@ -78,14 +83,19 @@ class ExpertMap:
     FORMAT: ClassVar = "mipipe.expert_map"
     VERSION: ClassVar = 1
     __pydantic_config__: ClassVar = STRICT
-    num_experts: int
-    num_devices: int
-    physical_to_logical: tuple[tuple[int, ...], ...]
+    num_experts: Count
+    num_devices: Count
+    physical_to_logical: tuple[tuple[Amount, ...], ...]
     model: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.physical_to_logical:
+            raise InputError("map: has no layers; expected the experts of one or more")
         for layer, slots in enumerate(self.physical_to_logical):
+            if len(slots) < self.num_experts:
+                raise InputError(f"map, layer {layer}: {len(slots)} slots hold fewer than the"
+                                 f" {self.num_experts} experts")
             if len(slots) % self.num_devices:
                 raise InputError(f"map, layer {layer}: {len(slots)} slots do not divide evenly over {self.num_devices}"
                                  " devices")

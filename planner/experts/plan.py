@@ -169,8 +169,9 @@ def share_slots(loads: ExpertLoads, topology: Topology, total_slots: int, option
                               f" {least * loads.num_layers}")
     units = unit_times(loads, topology)
     layers = [_layer(loads, number, units, np.zeros(count, dtype=int)) for number in range(loads.num_layers)]
-    spare = total_slots - least * loads.num_layers
-    most = min(spare, spare // loads.num_layers + FURTHER_SLOTS)
+    most = max(0, loads.num_experts - least)  # a device that holds every expert once needs no more
+    spare = min(total_slots - least * loads.num_layers, most * loads.num_layers)
+    most = min(spare, spare // loads.num_layers + FURTHER_SLOTS, most)
 
     def busiest(layer: Layer, k: int) -> float:
         return layer.makespan(improve(layer, balanced_start(layer, k), layer_bound(layer.weights, units, k), rounds=50))

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from mipipe.graphs.cluster import load_cluster
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph
-from mipipe.graphs.serialize import save
+from mipipe.graphs.serialize import save, write_text
 from mipipe.graphs.topology import Topology
 from mipipe.planner.experts.files import read_map
 from mipipe.planner.experts.maps import ExpertLoads, ExpertMap, slots_for
@@ -82,8 +82,8 @@ class ExpertRun:
             self._engine.place_experts(self._maps[max(earlier)], self._optimizer)
         if self._config is not None and self._config.history and self._first:
             path = Path(self._config.history)
-            lines = path.read_text().splitlines() if step and path.exists() else []
-            path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+            lines = path.read_text().splitlines() if step and path.is_file() else []
+            write_text(path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
 
     def after(self, step: int) -> Record:
         """Count, write, move. What goes into the step's record; ``step`` steps are done."""

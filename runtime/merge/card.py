@@ -16,7 +16,7 @@ from mipipe.graphs.merging.graph import MergeGraph
 from mipipe.graphs.merging.layout import index_json
 from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.graphs.merging.vocabulary import union_tokenizer
-from mipipe.graphs.serialize import write_text
+from mipipe.graphs.serialize import load_data, write_text
 from mipipe.graphs.units import format_bytes
 from mipipe.planner.merging.plan import MergePlan
 
@@ -62,7 +62,7 @@ def _template(folder: Path) -> str | None:
     if (folder / "chat_template.jinja").exists():
         return (folder / "chat_template.jinja").read_text()
     config = folder / "tokenizer_config.json"
-    template = json.loads(config.read_text()).get("chat_template") if config.exists() else None
+    template = load_data(config, foreign=True).get("chat_template") if config.exists() else None
     return template if isinstance(template, str) else None
 
 

@@ -25,6 +25,7 @@ from mipipe.graphs.merging.build import build
 from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, read_checkpoint
 from mipipe.graphs.merging.moe_recipe import MoeRecipe, build_moe, dry_router, read_moe_recipe
 from mipipe.graphs.merging.recipe import MergeRecipe, read_recipes
+from mipipe.graphs.serialize import load_data
 from mipipe.planner.merging.plan import SHARD_BYTES, MergePlan, plan_chain, plan_graph, plan_recipe
 from mipipe.runtime.merge import worker
 from mipipe.runtime.merge.adapters import KeptAdapter, keep_adapters
@@ -157,6 +158,8 @@ def check_target(out: Path) -> None:
     """Raise where a new folder cannot be made."""
     if out.exists():
         raise InputError(f"{out}: exists already; give another -o, or remove it")
+    if out.is_symlink():
+        raise InputError(f"{out}: is a link to nothing; give another -o, or remove it")
     if not out.absolute().parent.is_dir():
         raise InputError(f"{out}: the folder {out.parent} does not exist; make it first")
 
@@ -164,7 +167,7 @@ def check_target(out: Path) -> None:
 def made_by(folder: Path, plan: MergePlan) -> bool:
     """Whether a step's result is that of this very merge."""
     record = folder / RECORD
-    return record.exists() and json.loads(record.read_text()).get("job") == plan.job_digest()
+    return record.exists() and load_data(record).get("job") == plan.job_digest()
 
 
 def run_plan(plan: MergePlan, out: Path, options: MergeOptions,

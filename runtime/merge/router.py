@@ -21,7 +21,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, read_checkpoint
 from mipipe.graphs.merging.moe_recipe import ROUTER, MoeRecipe, router_tensors
 from mipipe.graphs.merging.participants import TOKEN_TABLES
-from mipipe.graphs.serialize import digest
+from mipipe.graphs.serialize import digest, load_data
 from mipipe.runtime.weights.reader import Shelf
 
 RANDOM_STD = 0.02
@@ -35,7 +35,7 @@ def make_router(recipe: MoeRecipe, folder: Path) -> CheckpointFiles:
         InputError: prompts without a tokenizer, or a model transformers cannot run.
     """
     seal = {"model_type": "router", "recipe": digest(recipe)}
-    if (folder / "model.safetensors").exists() and json.loads((folder / "config.json").read_text()) == seal:
+    if (folder / "model.safetensors").exists() and load_data(folder / "config.json") == seal:
         return read_checkpoint(folder)
     base = read_checkpoint(recipe.base_model)
     shapes = router_tensors(base, recipe)
@@ -66,7 +66,8 @@ def _tokens(recipe: MoeRecipe, vocabulary: int) -> list[tuple[list[list[int]], l
     if any(expert.positive_prompts or expert.negative_prompts for expert in recipe.experts):
         from transformers import AutoTokenizer
         try:
-            tokenizer = AutoTokenizer.from_pretrained(recipe.base_model, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(recipe.base_model, local_files_only=True,
+                                                      trust_remote_code=False)
         except Exception as error:
             raise InputError(f"{recipe.base_model}: its tokenizer cannot be loaded"
                              f" ({str(error).splitlines()[0]}); give positive_tokens instead of prompts") from None
@@ -104,7 +105,8 @@ def _hidden_states(recipe: MoeRecipe, base: CheckpointFiles) -> list[list[Tensor
     from transformers import AutoModelForCausalLM
     tokens = _tokens(recipe, int(base.config["vocab_size"]))
     with _quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(recipe.base_model, dtype=torch.float32, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(recipe.base_model, dtype=torch.float32, local_files_only=True,
+                                                     trust_remote_code=False, use_safetensors=True)
     seen: dict[int, Tensor] = {}
 
     def watch(index: int) -> Callable[[Any, tuple[Tensor, ...]], None]:

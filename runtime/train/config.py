@@ -1,12 +1,17 @@
-"""What a training run is: the YAML file of `mipipe train`, validated; unknown keys are errors."""
+"""What a training run is: the YAML file of `mipipe train`, validated; unknown keys are errors.
+
+It is the one file whose names become code (``data.source``, ``optimizer.name``, ``model``): whoever starts a run with
+it names them. Python's own library is refused, and a loader and an optimizer must look like some.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from mipipe.graphs.errors import InputError
+from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.serialize import STRICT, from_data, load_data
 from mipipe.graphs.units import parse_bytes
 
@@ -19,6 +24,13 @@ class GroupConfig:
     __pydantic_config__: ClassVar = STRICT
     match: str
     options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.match)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise InputError(f"train config, optimizer.groups: {shown(self.match)} is no regular expression: {error}"
+                             ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +193,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InputError(f"train config: {self.steps} steps; expected at least 1")
-        if self.timeout_s <= 0:
-            raise InputError(f"train config: timeout_s is {self.timeout_s}; expected more than 0")
+        if not 0 < self.timeout_s <= 10**7:
+            raise InputError(f"train config: timeout_s is {self.timeout_s}; expected more than 0, and at most 10000000")
+        if self.clip is not None and not self.clip > 0:
+            raise InputError(f"train config: clip is {self.clip}; expected more than 0")
 
 
 def read_config(path: str | Path) -> TrainConfig:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.named_code import import_named
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.runtime.train.batches import Batch
 from mipipe.runtime.train.config import DataConfig
-from mipipe.runtime.train.optim import load_object
 
 DEFAULT_BYTES = 4_000_000
 """Text read by default: enough that a few dozen steps repeat nothing, and read in a fraction of a second."""
@@ -120,9 +120,23 @@ class TextBytes:
 def check_source(config: DataConfig) -> None:
     """Raise `InputError` unless the source can be found."""
     if ":" in config.source:
-        load_object(config.source)
+        _loader(config.source)
     elif config.source != "stdlib":
         _folder(config.source)
+
+
+def _loader(source: str) -> Any:
+    """The user's ``package.module:callable``, which must take what a loader is given."""
+    found = import_named(source)
+    try:
+        takes = set(inspect.signature(found).parameters)
+    except (TypeError, ValueError):
+        takes = set()
+    missing = [name for name in ("graph", "rows", "seed") if name not in takes]
+    if missing:
+        raise InputError(f"data source {source}: takes no {missing[0]!r}; it is called with (graph=, rows=, seed=) and"
+                         " the options")
+    return found
 
 
 def _folder(source: str) -> Path:
@@ -167,7 +181,7 @@ def make_batches(config: DataConfig, graph: OperatorGraph, rows: int, seed: int,
     """
     options = dict(config.options)
     if ":" in config.source:
-        source = load_object(config.source)
+        source = _loader(config.source)
         if "copy" in inspect.signature(source).parameters:
             options["copy"] = copy
         elif copy:

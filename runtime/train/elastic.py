@@ -39,11 +39,12 @@ Replan = Callable[[PlanningProblem], Plan]
 
 def train_elastic(plan: str | Path, graph: str | Path, config: str | Path, replan: Replan, *, resume: bool = False,
                   max_restarts: int = 0, copies: int = 1, min_ranks: int = 1, timeout_s: float | None = None,
-                  progress: bool | None = None, say: Callable[[str], None] = lambda text: None) -> TrainResult:
+                  progress: bool | None = None, model: str | None = None,
+                  say: Callable[[str], None] = lambda text: None) -> TrainResult:
     """Train until done, on fewer devices when some are lost; ``say`` is told what happens.
 
     Args:
-        plan, graph, config, resume, copies, progress: as for `mipipe.runtime.train.launch.train`.
+        plan, graph, config, resume, copies, progress, model: as for `mipipe.runtime.train.launch.train`.
         replan: makes the plan for what is left; it is saved as ``plan-N-ranks.json`` beside the checkpoints.
         max_restarts: restarts on all devices before a killed rank counts as lost.
         min_ranks: with fewer processes the run ends.
@@ -53,7 +54,7 @@ def train_elastic(plan: str | Path, graph: str | Path, config: str | Path, repla
         InputError: the configuration has no checkpoints.
         RunError: too few ranks are left, or as the worker raised it.
     """
-    job = read_job(plan, graph, config)
+    job = read_job(plan, graph, config, model)
     if job.config.checkpoint is None:
         raise InputError(f"{config}: has no 'checkpoint'; --elastic resumes from checkpoints, so give a folder and"
                          " 'every'")
@@ -65,7 +66,7 @@ def train_elastic(plan: str | Path, graph: str | Path, config: str | Path, repla
         with tempfile.TemporaryDirectory(prefix="mipipe-") as name, visible_devices(devices):
             folder = Path(name)
             command = torchrun_command(path, graph, config, len(devices), resume=resume, progress=shown,
-                                       max_restarts=max_restarts, report=name, agent=True)
+                                       max_restarts=max_restarts, report=name, agent=True, model=model)
             code = run_watched(command, folder / "torchrun.log", timeout_s)
             if not code:
                 return TrainResult(tuple(read_records(job.config)), job.config)

@@ -42,7 +42,8 @@ class TrainResult:
 
 def torchrun_command(plan: str | Path, graph: str | Path, config: str | Path, num_processes: int, *,
                      resume: bool = False, progress: str | None = None, max_restarts: int = 0,
-                     report: str | None = None, torchrun: Sequence[str] = (), agent: bool = False) -> list[str]:
+                     report: str | None = None, torchrun: Sequence[str] = (), agent: bool = False,
+                     model: str | None = None) -> list[str]:
     """The command line that runs a plan. ``torchrun``: flags that pass through (``--nnodes 2 --rdzv-endpoint ...``).
 
     ``progress``: the file in which it is shown (``-``: stderr; ``lines``: lines on stdout; None: nowhere). ``agent``:
@@ -53,6 +54,7 @@ def torchrun_command(plan: str | Path, graph: str | Path, config: str | Path, nu
     command = [sys.executable, "-m", *start, *flags, "--nproc-per-node", str(num_processes), "--max-restarts",
                str(max_restarts), "-m", "mipipe.runtime.worker", "--plan", str(plan), "--graph", str(graph), "--config",
                str(config)]
+    command += ["--model", model] if model is not None else []
     command += ["--resume"] if resume or max_restarts else []
     command += ["--progress", progress or "none"]
     return command + (["--report", report] if report else [])
@@ -60,7 +62,7 @@ def torchrun_command(plan: str | Path, graph: str | Path, config: str | Path, nu
 
 def train(plan: str | Path, graph: str | Path, config: str | Path, *, resume: bool = False, max_restarts: int = 0,
           copies: int = 1, timeout_s: float | None = None, progress: bool | None = None, torchrun: Sequence[str] = (),
-          num_processes: int | None = None) -> TrainResult:
+          num_processes: int | None = None, model: str | None = None) -> TrainResult:
     """Train as the plan says, under torchrun on this host, until done.
 
     Args:
@@ -72,11 +74,12 @@ def train(plan: str | Path, graph: str | Path, config: str | Path, *, resume: bo
             stdout; False: nothing.
         torchrun: flags that pass through to torchrun, for several nodes.
         num_processes: processes on this host; by default the plan's ranks times ``copies``.
+        model: the model's source, where the graph names code (``package.module:factory``).
 
     Raises:
         MipipeError: as the worker raised it, or `RunError` where a worker died without a word or time ran out.
     """
-    job = read_job(plan, graph, config)
+    job = read_job(plan, graph, config, model)
     settings = job.config
     count = num_processes if num_processes is not None else len(job.program.ranks) * copies
     if not torchrun:
@@ -85,7 +88,7 @@ def train(plan: str | Path, graph: str | Path, config: str | Path, *, resume: bo
     shown = progress_file(progress)
     with tempfile.TemporaryDirectory(prefix="mipipe-") as folder:
         command = torchrun_command(plan, graph, config, count, resume=resume, progress=shown, max_restarts=max_restarts,
-                                   report=folder, torchrun=torchrun)
+                                   report=folder, torchrun=torchrun, model=model)
         log = Path(folder) / "torchrun.log"
         code = run_watched(command, log, timeout_s)
         if code:
@@ -104,7 +107,7 @@ def progress_file(wanted: bool | None) -> str | None:
 
 def read_records(config: TrainConfig) -> list[dict[str, float]]:
     """The records of a finished run's metrics file; none where the configuration names no file."""
-    if not config.metrics:
+    if not config.metrics or not Path(config.metrics).is_file():  # a pipe or terminal cannot be read again
         return []
     return [json.loads(line) for line in Path(config.metrics).read_text().splitlines()]
 

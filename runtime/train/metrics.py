@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+
+from mipipe.graphs.write_files import open_lines
 
 Record = dict[str, float]
 
@@ -46,10 +47,7 @@ def open_metrics(file: str | None, folder: str | None, start: int) -> Metrics:
     if file:
         path = Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        rewritten = path.with_name(path.name + ".next")
-        rewritten.write_text("".join(line + "\n" for line in _records_before(path, start)))
-        os.replace(rewritten, path)
-        metrics.stream = path.open("a")
+        metrics.stream = open_lines(path, "".join(line + "\n" for line in _records_before(path, start)))
     if folder:
         from torch.utils.tensorboard import SummaryWriter
         metrics.board = SummaryWriter(folder, purge_step=start + 1 if start else None)
@@ -58,7 +56,7 @@ def open_metrics(file: str | None, folder: str | None, start: int) -> Metrics:
 
 def _records_before(path: Path, start: int) -> list[str]:
     """The lines of an earlier run that a resumed one keeps: steps up to ``start``."""
-    if not start or not path.exists():
+    if not start or not path.is_file():
         return []
     kept = []
     for line in path.read_text().splitlines():

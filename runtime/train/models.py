@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from mipipe.graphs.errors import InputError
+from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.models.sources import open_source
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.runtime.train.config import TrainConfig
@@ -60,8 +60,25 @@ def build_module(graph: OperatorGraph, config: TrainConfig) -> nn.Module:
         InputError: the graph was captured from a module in memory, or its source is not there any more.
     """
     known = {key: graph.source[key] for key in _SOURCE_OPTIONS if key in graph.source}
-    source = config.model or graph.source.get("source")
-    if source is None:
+    return open_source(source_of(graph, config), **known).build("cpu")
+
+
+def source_of(graph: OperatorGraph, config: TrainConfig) -> str:
+    """Where the model comes from: what the person who trains names, else the folder or class that the graph records.
+
+    A graph is data from anywhere: code that it names is not called until somebody names it too.
+
+    Raises:
+        InputError: the graph was captured from a module in memory, or from code that nobody has named yet.
+    """
+    if config.model is not None:
+        return config.model
+    source = graph.source.get("source")
+    if isinstance(source, str) and ":" in source:
+        raise InputError(f"graph of {graph.model}: was captured from {shown(source)}, code that a file may not call by"
+                         f" itself; if you trust it, name it: mipipe train --model {shown(source, quoted=False)} (or"
+                         " 'model' in the train config)")
+    if not isinstance(source, str):
         raise InputError(f"graph of {graph.model}: captured from a module in memory, so its weights are unknown; set"
                          " 'model' in the train config to package.module:factory")
-    return open_source(source, **known).build("cpu")
+    return source

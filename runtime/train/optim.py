@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mipipe.graphs.errors import InputError, RunError
-from mipipe.graphs.user_code import user_module
+from mipipe.graphs.named_code import import_named
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.experts.moves import expert_square
 from mipipe.runtime.train.config import GroupConfig, ScheduleConfig
@@ -67,23 +67,13 @@ def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 def optimizer_class(name: str) -> Any:
     """The optimizer class of a name."""
     if ":" in name:
-        return load_object(name)
+        found = import_named(name)
+        if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+            raise InputError(f"optimizer {name}: expected a class derived from torch.optim.Optimizer")
+        return found
     if name.lower() not in _TORCH:
         raise InputError(f"optimizer {name!r}: expected one of {', '.join(sorted(_TORCH))}, or package.module:Class")
     return _TORCH[name.lower()]
-
-
-def load_object(path: str) -> Any:
-    """The object ``package.module:name``, also of a module in the current folder.
-
-    Raises:
-        InputError: it cannot be imported.
-    """
-    module, _, name = path.partition(":")
-    try:
-        return getattr(user_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"{path}: cannot be imported: {error}; expected an importable package.module:name") from None
 
 
 def learning_rate_factor(schedule: ScheduleConfig, steps: int) -> Callable[[int], float]:

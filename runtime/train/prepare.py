@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from mipipe.runtime.engine.compile import check_plan_fits
 from mipipe.runtime.train.batches import check_sizes
 from mipipe.runtime.train.config import TrainConfig, read_config
 from mipipe.runtime.train.data import check_source
+from mipipe.runtime.train.models import source_of
 from mipipe.runtime.train.optim import optimizer_class
 
 
@@ -29,19 +31,22 @@ class Job:
     config: TrainConfig
 
 
-def read_job(plan: str | Path, graph: str | Path, config: str | Path) -> Job:
-    """The files of a run.
+def read_job(plan: str | Path, graph: str | Path, config: str | Path, model: str | None = None) -> Job:
+    """The files of a run; ``model`` (from the command line) comes before what they say of the model's source.
 
     Raises:
         InputError: a file is not what it should be, or the configuration does not fit the graph.
         PlanError: the plan was made for another graph, or violates a rule.
     """
     settings = read_config(config)
+    if model is not None:
+        settings = dataclasses.replace(settings, model=model)
     read_graph, read_plan = load(graph, OperatorGraph), load(plan, Plan)
     check_plan_fits(read_plan, read_graph)
     check_sizes(read_graph, settings.batch, settings.seq, read_plan.problem.num_microbatches)
     optimizer_class(settings.optimizer.name)
     check_source(settings.data)
+    source_of(read_graph, settings)
     check_folders(settings)
     program = lower(read_plan)
     check_program(read_plan, program)

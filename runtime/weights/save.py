@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from mipipe.graphs.capture.expert_groups import parse_slice
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.merging.layout import Shard, index_json, lay_out
+from mipipe.graphs.serialize import load_data
 from mipipe.graphs.units import parse_bytes
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import TrainConfig
@@ -86,7 +88,7 @@ def save_trained(engine: Engine, config: TrainConfig, weights: StoredWeights | N
     """Save a finished run's weights as its configuration says; see `save_weights`."""
     assert config.save is not None
     dtype = getattr(torch, config.save.dtype) if config.save.dtype else None
-    target = Target(Path(config.save.folder), parse_bytes(config.save.shard, "save.shard"), dtype)
+    target = Target(Path(os.path.realpath(config.save.folder)), parse_bytes(config.save.shard, "save.shard"), dtype)
     source = config.weights or config.model or engine.graph.source.get("source", "")
     folder = Path(source) if Path(source).is_dir() else Path(source).parent if Path(source).is_file() else None
     changed = bool(engine.graph.source.get("overrides"))
@@ -189,9 +191,19 @@ def _prepare(out: Path, shards: Sequence[Shard], job: str, replace: bool) -> Non
     """Reserve the shards; what is left of an earlier save that was killed goes."""
     if out.exists() and not replace:
         raise InputError(f"{out}: exists already; give another folder to save to, or remove it")
+    if out.exists() and not _is_saved(out):
+        raise InputError(f"{out}: is no folder of saved weights, so a resumed run does not replace it; give another"
+                         " folder to save to, or remove it")
     shutil.rmtree(partial_folder(_next(out)), ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     prepare(_next(out), shards, job)
+
+
+def _is_saved(out: Path) -> bool:
+    """Whether a folder is an earlier save: files alone, weights among them, or empty."""
+    files = list(out.iterdir()) if out.is_dir() else None
+    return files is not None and all(path.is_file() for path in files) and (
+        not files or any(path.name.endswith(".safetensors") for path in files))
 
 
 def _next(out: Path) -> Path:
@@ -226,7 +238,7 @@ def _finish(module: nn.Module, target: Target, source: Path | None, shards: Sequ
 def _write_config(module: Any, path: Path, dtype: str) -> None:
     """``config.json``: the source's own, with the dtype that was saved; else what the model was built from."""
     if path.exists():
-        data = json.loads(path.read_text())
+        data = load_data(path, foreign=True)
     else:
         data = module.config.to_diff_dict()
         data.update(model_type=module.config.model_type, architectures=[type(module).__name__])

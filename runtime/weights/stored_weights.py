@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mipipe.graphs.capture.expert_groups import parse_slice
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.serialize import load_data
+from mipipe.graphs.merging.checkpoint_files import read_index
 from mipipe.runtime.weights.stored_names import Recipe, recipes
 
 INDEX = "model.safetensors.index.json"
@@ -91,7 +91,7 @@ def stored_places(folder: Path) -> dict[str, Path]:
     from safetensors import SafetensorError, safe_open
     index = folder / INDEX
     if index.exists():
-        found = {name: folder / file for name, file in load_data(index).get("weight_map", {}).items()}
+        found = {name: folder / file for name, file in read_index(index).items()}
         missing = sorted(path.name for path in set(found.values()) if not path.exists())
         if missing:
             raise InputError(f"weights: {index} names {missing[0]}, which is not there")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.merging.layout import Shard
+from mipipe.graphs.serialize import load_data
 from mipipe.graphs.units import format_bytes
 from mipipe.runtime.weights import durable
 from mipipe.runtime.weights.reader import TORCH_DTYPES
@@ -54,11 +55,11 @@ def prepare(out: Path, shards: Sequence[Shard], job: str) -> Path:
     if folder.exists():
         if not seal.exists():
             raise InputError(f"{folder}: exists and is no unfinished merge; remove it, or give another -o")
-        found = json.loads(seal.read_text())
-        if found["job"] != job:
+        found = load_data(seal)
+        if found.get("job") != job:
             raise InputError(f"{folder}: holds an unfinished merge of another recipe or of other inputs; finish that"
                              " one, or remove the folder")
-        if found["reserved"] and found["boot"] == boot_id() != "":
+        if found.get("reserved") and found.get("boot") == boot_id() != "":
             return folder
         shutil.rmtree(folder)
     folder.mkdir(parents=True)

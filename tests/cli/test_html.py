@@ -5,7 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
 
 from mipipe.cli import html, panels
 from mipipe.planner.actions import ActionKind, Stream
@@ -53,6 +58,60 @@ def test_names_cannot_break_the_page() -> None:
     page = html.page("<b>&", [html.Panel("</h2>", evil)], [("<i>", "</dd>")])
     assert "<b>&" not in page and "</script><b>" not in page
     assert data_of(page)["panels"][0]["labels"] == ["</script><b>"]
+
+
+EVIL = ("%DATA%", "%TITLE%%EXTRA%%FACTS%", "<!--<script>", "-->", "</script>", "<script>alert(1)</script>", "]]>",
+        "&lt;", "\u2028", "</title><b>", "\\u003c", "<img src=x onerror=alert(1)>", "$&", "\\1", "\\g<0>", "${x}", "`")
+
+
+@pytest.mark.parametrize("evil", EVIL)
+def test_no_text_leaves_its_place(evil: str) -> None:
+    """A title, a fact, a panel's title, a label, a table's cell: each comes out as it went in, wherever it stands."""
+    timeline = Timeline("simulated", 1, (Span(0, Stream.COMPUTE, ActionKind.F, evil, 0, 1, 0, 0),))
+    page = html.page(evil, [html.Panel(evil, timeline)], [(evil, evil)], html.table([evil], [[evil]]))
+    plain = html.page("t", [html.Panel("t", TIMELINE)], [("t", "t")], html.table(["t"], [["t"]]))
+
+    class Reader(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tags: list[str] = []
+            self.texts: list[str] = []
+
+        def handle_starttag(self, tag: str, attributes: object) -> None:
+            self.tags.append(tag)
+
+        def handle_data(self, data: str) -> None:
+            self.texts.append(data)
+
+    found, expected = Reader(), Reader()
+    found.feed(page)
+    expected.feed(plain)
+    assert found.tags == expected.tags  # no element more, none less
+    assert found.texts.count(evil) == 6  # title, heading, fact's name and value, table's head and cell
+    assert page.count('<script id="data"') == 1
+    panel = data_of(page)["panels"][0]
+    assert panel["labels"] == [evil] and panel["title"] == evil
+    script = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)
+    assert script is not None and not re.search("[<>&]", script[1])
+
+
+def test_a_browser_shows_it(tmp_path: Path) -> None:
+    """Where there is a Chromium: the script runs to its end on hostile labels, and nothing else runs."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium here")
+    spans = tuple(Span(0, Stream.COMPUTE, ActionKind.F, evil, number, number + 1, 0, number)
+                  for number, evil in enumerate(EVIL))
+    title = "<script>document.title='RAN'</script>%DATA%"
+    html.write(tmp_path / "page.html", title, [html.Panel("%DATA%<!--<script>", Timeline("simulated", 1, spans))],
+               [("<b>", "<i>")])
+    done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000",
+                           f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{tmp_path / 'page.html'}"],
+                          capture_output=True, text=True, timeout=120)
+    text = done.stdout
+    assert "<canvas" in text and "idle (bubble)" in text  # made by the script, at its start and its end
+    assert "%DATA%&lt;!--&lt;script&gt;<small>simulated: makespan" in text
+    assert "<title>&lt;script&gt;" in text and "RAN</title>" not in text
 
 
 def test_lines_without_memory_or_spans() -> None:

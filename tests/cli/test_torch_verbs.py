@@ -91,6 +91,9 @@ def test_the_chain_of_files_fits_together(mipipe, work: Path) -> None:
 def test_train_runs_the_plan_and_calibrate_reads_it(mipipe, work: Path) -> None:
     ended = mipipe("train", "--plan", "plan.json", "--graph", "graph.json", "--config", "train.yaml", "--timeout", 120,
                    "--json")
+    assert ended.code == 1 and "--model cli_models:small" in ended.error  # the graph alone may not call it
+    ended = mipipe("train", "--plan", "plan.json", "--graph", "graph.json", "--config", "train.yaml", "--timeout", 120,
+                   "--model", "cli_models:small", "--json")
     assert ended.code == 0, ended.stderr
     assert len(ended.data["losses"]) == 3
     shown = mipipe("show", "plan.json", "measured.json", "--json").data["timelines"]
@@ -137,7 +140,7 @@ def test_a_plan_for_another_graph(mipipe, work: Path) -> None:
 
 def test_more_processes_than_ranks(mipipe) -> None:
     ended = mipipe("train", "--plan", "plan.json", "--graph", "graph.json", "--config", "train.yaml", "--processes", 3,
-                   "--timeout", 120)
+                   "--timeout", 120, "--model", "cli_models:small")
     assert ended.code == 4
     assert "3 processes" in ended.error and "2 ranks" in ended.error
 

@@ -66,7 +66,8 @@ def importable(monkeypatch):
 
 def write_config(folder, name, **changes):
     """A train config in a file of its own."""
-    data = {"steps": 4, "seed": 0, "optimizer": {"name": "adamw", "lr": 0.01}, "data": {"source": "stdlib"},
+    data = {"steps": 4, "seed": 0, "model": "runtime_models:byte_model",
+            "optimizer": {"name": "adamw", "lr": 0.01}, "data": {"source": "stdlib"},
             "metrics": str(folder / f"{name}.jsonl"), "timeout_s": 30.0, **changes}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(data))

@@ -1,0 +1,45 @@
+"""Code that a person names as ``package.module:name``: models, loaders of data, optimizers.
+
+A graph or plan may record such a name, but only what stands on the command line or in the train.yaml that a person
+gives is ever imported, and nothing of Python's own library: ``os:system`` is no model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from typing import Any
+
+from mipipe.graphs.errors import InputError, shown
+
+_NAMED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)
+
+
+def is_named_code(text: str) -> bool:
+    """Whether text has the form ``package.module:name``."""
+    return _NAMED.fullmatch(text) is not None
+
+
+def import_named(path: str) -> Any:
+    """The object ``package.module:name``; the folder that the command runs in counts, as with ``python -m``.
+
+    Raises:
+        InputError: it cannot be imported, or is part of Python's own library.
+    """
+    if not is_named_code(path):
+        raise InputError(f"{shown(path)}: expected package.module:name")
+    module, _, name = path.partition(":")
+    if module.partition(".")[0] in sys.stdlib_module_names:
+        raise InputError(f"{path}: {module} is part of Python's own library, which holds no model, loader or optimizer;"
+                         " name a module of yours")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except AttributeError as error:
+        if name not in str(error):
+            raise InputError(f"{path}: importing {module!r} failed: {error}") from error
+        raise InputError(f"{path}: module {module!r} has no {name!r}") from None
+    except Exception as error:  # whatever the module's own code raises
+        raise InputError(f"{path}: cannot import {module!r}: {error}") from error
