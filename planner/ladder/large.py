@@ -8,8 +8,8 @@ rest runs at the pace of the busiest rank), and the best rules, tuned a little m
 
 Measured (uneven stages, transfers of 0.1, 0.75 of 1F1B's activations; two cores; the best published schedule within
 that memory in brackets): 16 x 32 in 60 s 115.2, bound over all placements 105.5, at its own (twin V) 111.3 (V-Half
-193.4); 32 x 64 in 90 s 228.6 to 230, bounds 206.3 and 222.6 (V-Half 388.6); 64 x 128 in 120 s 466 to 469, bound 407.9
-(V-Half 779); 64 x 1,024 in 180 s 3,204, bound 3,126.7 (V-Min 5,374). Tuning stops by the clock, so a seed fixes the
+188.7); 32 x 64 in 90 s 228.6 to 230, bounds 206.3 and 222.6 (V-Half 381.7); 64 x 128 in 120 s 466 to 469, bound 407.9
+(V-Half 768.3); 64 x 1,024 in 180 s 3,204, bound 3,126.7 (V-Min 5,352). Tuning stops by the clock, so a seed fixes the
 result only where the machine keeps pace.
 
 What is lost is lost before the first gradients come back: at 16 x 32 a rank in the middle of the two-way chain holds 12
