@@ -14,6 +14,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from mipipe.graphs.errors import ProgramError
+from mipipe.planner import clock
 from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.execution.simulate_memory import memory_curves
 from mipipe.planner.jobs.stages import StageView, view
@@ -92,6 +93,7 @@ def execute(stage_view: StageView, program: Program) -> Run:
     waiting: dict[int, list[tuple[int, int]]] = {}
     pending = deque(range(len(ranks)))
     while pending:
+        clock.ask()
         number = pending.popleft()
         rank, instructions = ranks[number], program.ranks[number]
         while rank.next < len(instructions):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mipipe.graphs.units import format_bytes
+from mipipe.planner import clock
 from mipipe.planner.jobs.arrays import Instance, build
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.placements.cuts import resident_room, units
@@ -72,6 +73,7 @@ def why_infeasible(problem: PlanningProblem, name: str) -> str:
         return (f"placement {name!r} puts groups on several ranks that may have one replica only (their F changes"
                 " buffers, such as batch statistics); choose another placement")
     for placement in allowed:
+        clock.ask()
         lack = shortage(problem, placement)
         if lack is None:
             return (f"at placement {placement.name} the saved tensors of one microbatch fit, but not with the values in"
