@@ -142,8 +142,8 @@ def read_cluster(data: Mapping[str, Any], where: str) -> Cluster:
         if host.devices < 1:
             raise InputError(f"{place}.devices: found {shown(host.devices)}, expected at least 1")
         if host.devices > MOST_DEVICES - len(devices):
-            raise InputError(f"{place}.devices: found {shown(host.devices)}, expected at most {MOST_DEVICES} on all hosts"
-                             " together")
+            raise InputError(f"{place}.devices: found {shown(host.devices)}, expected at most {MOST_DEVICES} on all"
+                             " hosts together")
         if any(host.name == other.name for other in text.hosts[:number]):
             raise InputError(f"{place}.name: two hosts are named {shown(host.name)}")
         kinds[host.kind] = known[host.kind]

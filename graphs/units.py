@@ -105,6 +105,15 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
+def exact_bytes(num_bytes: int) -> str:
+    """The size in the largest unit in which it is written exactly in a few digits, as `parse_bytes` reads it."""
+    for unit in ("TB", "GB", "MB", "kB"):
+        text = f"{num_bytes / _BYTES[unit]:.3f}".rstrip("0").rstrip(".")
+        if _BYTES[unit] <= num_bytes < 10_000 * _BYTES[unit] and parse_bytes(f"{text}{unit}") == num_bytes:
+            return f"{text}{unit}"
+    return f"{num_bytes}B"
+
+
 def format_ns(ns: float) -> str:
     """Three digits with a unit: ``'12.3 ms'``."""
     for unit, size in (("s", 10**9), ("ms", 10**6), ("us", 10**3)):

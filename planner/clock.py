@@ -53,3 +53,9 @@ def asking(items: Iterable[Item], every: int = STEPS) -> Iterator[Item]:
         if not at % every:
             ask()
         yield item
+
+
+def sooner(left: Callable[[], float]) -> Callable[[], float]:
+    """The seconds left of a part of the solve: its own or the solve's, whichever are fewer."""
+    whole = _LEFT.get()
+    return left if whole is None else lambda: min(left(), whole())

@@ -1,0 +1,165 @@
+"""A time limit is a promise: whatever the problem, a solve ends with its limit, the check of its plan included."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from random import Random
+
+import pytest
+
+from mipipe.graphs.topology import Device, Link, Topology
+from mipipe.planner import clock
+from mipipe.planner.actions import Stream
+from mipipe.planner.check import check_plan
+from mipipe.planner.check_arrays import holds
+from mipipe.planner.ladder.state import Progress
+from mipipe.planner.options import PlanOptions
+from mipipe.planner.placements.feasible import shortage
+from mipipe.planner.placements.shapes import all_placements
+from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
+from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
+from mipipe.planner.schedules import BASELINES
+from mipipe.planner.solve import SolveResult, Termination, plan
+
+
+def random_problem(random: Random) -> PlanningProblem:
+    """A chain, sometimes with a branch, of uneven groups with bytes of every kind, on devices whose memory is from just
+    too small to ample."""
+    ranks, microbatches = random.choice([2, 3, 4, 8]), random.choice([4, 9, 16, 32, 64])
+    count = random.choice([ranks, 2 * ranks + 1, 34])
+    heavy = random.choice([1, 10, 1000])
+    groups = []
+    for number in range(count):
+        edge = number in (0, count - 1)
+        saved = [random.randrange(1, 50) * heavy for _ in range(3)]
+        groups.append(Group(
+            f"g{number}", {"d": PhaseTimes(*(random.randrange(1, 1000) for _ in range(3)))},
+            resident_bytes=random.randrange(1, 100) * 100 * (9 if edge else 1), saved_fi_bytes=saved[0],
+            saved_fw_bytes=saved[1], saved_iw_bytes=saved[2] // 3, workspace_bytes=random.choice([0, 5 * heavy]),
+            recompute_bytes=random.choice([None, 2])))
+    size = random.choice([0, 1, 40]) * heavy
+    edges = [GroupEdge(n, (n + 1,), size, size, f"v{n}") for n in range(count - 1)]
+    if random.random() < 0.3 and count > 6:
+        edges.append(GroupEdge(1, (count // 2,), size, size, "skip"))
+    link = Link(random.choice([0, 7]), random.choice([None, 10**9]))
+    topology = Topology(tuple(Device(f"d{r}", "d", 1 << 50, local_rank=r) for r in range(ranks)), link, link)
+    problem = PlanningProblem("random", tuple(groups), tuple(edges), topology, microbatches)
+    least = min(_least_memory(problem, placement) for placement in all_placements(problem))
+    return with_memory(problem, int(least * random.choice([0.99, 1.0, 1.002, 1.01, 1.05, 1.3, 3.0])))
+
+
+def _least_memory(problem: PlanningProblem, placement) -> int:
+    lack = shortage(with_memory(problem, 0), placement)
+    assert lack is not None
+    return lack.lacking_bytes
+
+
+def with_memory(problem: PlanningProblem, size: int) -> PlanningProblem:
+    devices = tuple(dataclasses.replace(device, memory_bytes=size) for device in problem.topology.devices)
+    return problem.replace(topology=dataclasses.replace(problem.topology, devices=devices))
+
+
+def timed(problem: PlanningProblem, limit_s: float) -> tuple[SolveResult, float]:
+    """The result of a solve and its seconds: of the clock, or of computing where others keep the machine busy."""
+    began, used = time.monotonic(), time.process_time()
+    result = plan(problem, PlanOptions(time_limit_s=limit_s))
+    return result, min(time.monotonic() - began, time.process_time() - used)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> None:
+    """All kernels loaded, from the cache of an earlier run where there is one."""
+    plan(uniform_problem(ranks=4, microbatches=8, f=1, i=2, w=1, comm=1, layers=16), PlanOptions(time_limit_s=4.0))
+    plan(two_stream_problem(ranks=2, microbatches=4), PlanOptions(time_limit_s=2.0))
+
+
+def kept(seeds: range) -> None:
+    ended = set()
+    for seed in seeds:
+        problem = random_problem(Random(seed))
+        result, seconds = timed(problem, 1.0)
+        assert seconds <= 3.0, f"seed {seed}: {seconds:.1f} s, {result.termination}, {result.rung}"
+        ended.add(result.termination)
+        if result.plan is not None:
+            check_plan(result.plan)
+    assert len(ended) > 1  # the memory is tight enough that some have no plan
+
+
+def test_random_problems_keep_a_limit_of_a_second(compiled: None) -> None:
+    kept(range(5))
+
+
+@pytest.mark.slow
+def test_many_random_problems_keep_a_limit_of_a_second(compiled: None) -> None:
+    kept(range(5, 80))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "microbatches"), [(16, 64), (32, 256), (64, 1024)])
+def test_large_problems_keep_their_limit(compiled: None, ranks: int, microbatches: int) -> None:
+    """64 ranks x 1,024 microbatches with a limit of 5 s took 37: the check and the explanation came after it."""
+    problem = uniform_problem(ranks=ranks, microbatches=microbatches, f=1, i=1, w=1, comm="0.1", layers=4 * ranks,
+                              first="0.2", last="0.6", activations=0.75 * ranks)
+    result, seconds = timed(problem, 5.0)
+    assert result.plan is not None and seconds <= 7.5
+    assert holds(result.plan)
+
+
+def test_a_solve_asks_the_clock_until_it_says_no() -> None:
+    """The clock reaches work of any depth, and the driver keeps what was found."""
+    asked = 0
+
+    def left() -> float:
+        nonlocal asked
+        asked += 1
+        return 1.0 if asked < 50 else -1.0
+
+    with clock.watched(left), pytest.raises(clock.OutOfTimeError):
+        BASELINES[0].plan(uniform_problem(ranks=4, microbatches=1000, f=1, i=1, w=1, fb=2), split=False)
+        for baseline in BASELINES:
+            baseline.plan(two_stream_problem(ranks=4, microbatches=16))
+    assert asked == 50
+    clock.ask()  # nobody watches
+
+
+def test_a_solve_that_ctrl_c_ended_says_so_in_its_plan() -> None:
+    def stop(state: Progress) -> None:
+        raise KeyboardInterrupt
+
+    result = plan(uniform_problem(ranks=4, microbatches=8, f=1, i=2, w=3), PlanOptions(), stop)
+    assert result.plan is not None and result.plan.provenance["termination"] == Termination.INTERRUPTED.value
+
+
+@pytest.mark.parametrize("name", ["1F1B", "ZB-H1", "ZB-V", "DualPipe", "Interleaved 1F1B"])
+def test_the_check_by_arrays_says_what_the_checker_says(name: str) -> None:
+    """Sound plans hold; any damage makes it say no, and the checker then names it."""
+    problem = uniform_problem(ranks=4, microbatches=8, f=2, i=3, w=1, comm=1)
+    found = next(item for item in BASELINES if item.name == name).plan(problem)
+    found = dataclasses.replace(found, problem=found.problem.replace(limits=Limits()))
+    check_plan(found)
+    assert holds(found)
+    first, *others = found.schedule.ranks
+    turned = dataclasses.replace(first, compute=first.compute[::-1])
+    short = dataclasses.replace(first, compute=first.compute[:-1])
+    twice = dataclasses.replace(first, compute=(*first.compute, first.compute[0]))
+    swapped = [others[0], first, *others[1:]]
+    damaged = [dataclasses.replace(found, schedule=dataclasses.replace(found.schedule, ranks=tuple(ranks)))
+               for ranks in ([turned, *others], [short, *others], [twice, *others], swapped)]
+    damaged.append(dataclasses.replace(found, makespan_ns=found.makespan_ns + 1))
+    damaged.append(dataclasses.replace(found, bound_ns=found.makespan_ns + 1))
+    damaged.append(dataclasses.replace(found, problem=found.problem.replace(limits=Limits(activation_bytes=8_000))))
+    damaged.append(dataclasses.replace(found, problem=found.problem.replace(limits=Limits(resident_bytes=10))))
+    for other in damaged:
+        assert not holds(other)
+        with pytest.raises(Exception, match=r"."):
+            check_plan(other)
+
+
+def test_the_check_by_arrays_leaves_what_it_does_not_know_to_the_checker() -> None:
+    problem = two_stream_problem(ranks=2, microbatches=4)
+    assert any(group.stream is Stream.COLLECTIVE for group in problem.groups)
+    assert not holds(BASELINES[1].plan(problem))
+    pairs = next(item for item in BASELINES if item.name == "DualPipe").plan(
+        uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, fb=2), split=False)
+    assert not holds(pairs)
