@@ -69,9 +69,8 @@ def plan(
     from mipipe.cli.inputs import read_problem
     from mipipe.cli.report import gap, plan_data, print_plan, timeline_data, write_files
     from mipipe.graphs.serialize import save, to_data
-    from mipipe.planner.execution.lower import lower
-    from mipipe.planner.execution.simulate import simulate
     from mipipe.planner.options import PlanOptions
+    from mipipe.planner.quick_timeline import timeline_of
     from mipipe.planner.solve import plan as solve
 
     options = PlanOptions(time_limit_s=time_limit, seed=seed, placement=placement,  # type: ignore[arg-type]
@@ -88,7 +87,7 @@ def plan(
         raise_reason(result)
     assert result.plan is not None
     found = dataclasses.replace(result.plan, provenance={**result.plan.provenance, "options": to_data(options)})
-    timeline = simulate(found, lower(found))
+    timeline = timeline_of(found)
     if output is not None:
         save(found, output)
     write_files(found, [(f"simulated, placement {found.placement.name}", timeline)], html_file, trace_file)

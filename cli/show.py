@@ -118,16 +118,15 @@ def _show_timelines(files: list[tuple[Path, Plan | Timeline]], html_file: Path |
                     json_output: bool) -> None:
     from mipipe.cli import html
     from mipipe.cli.report import bound_line, capacities, facts, print_placement, print_timeline, timeline_data
-    from mipipe.planner.execution.lower import lower
-    from mipipe.planner.execution.simulate import simulate
     from mipipe.planner.plan import Plan
+    from mipipe.planner.quick_timeline import timeline_of
 
     drawn: list[tuple[str, Timeline, tuple[int | None, ...]]] = []
     plans = [item for _, item in files if isinstance(item, Plan)]
     limits = capacities(plans[0]) if plans else ()
     for path, item in files:
         if isinstance(item, Plan):
-            drawn.append((f"{path.name} simulated", simulate(item, lower(item)), capacities(item)))
+            drawn.append((f"{path.name} simulated", timeline_of(item), capacities(item)))
         else:
             same = limits if len(limits) == item.num_ranks else ()
             drawn.append((f"{path.name} {item.origin}", item, same))

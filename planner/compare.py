@@ -28,13 +28,12 @@ from typing import Any, Literal
 
 from mipipe.graphs.errors import InputError, ProblemError
 from mipipe.planner.actions import Stream
-from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.measure import Measures, measure
-from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.uniform import in_activations, in_copies
+from mipipe.planner.quick_timeline import timeline_of
 from mipipe.planner.schedules import BASELINES, Baseline, merge_streams
 from mipipe.planner.solve import Termination, plan
 from mipipe.planner.timeline import Timeline
@@ -73,7 +72,7 @@ class Row:
     @cached_property
     def timeline(self) -> Timeline | None:
         """The simulated timeline, made when it is first asked for; None without a plan."""
-        return None if self.plan is None else simulate(self.plan, lower(self.plan))
+        return None if self.plan is None else timeline_of(self.plan)
 
     def data(self) -> dict[str, Any]:
         """The row as JSON data, without its plan; whole numbers as integers."""

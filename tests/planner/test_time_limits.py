@@ -14,10 +14,13 @@ from mipipe.planner import clock
 from mipipe.planner.actions import Stream
 from mipipe.planner.check import check_plan
 from mipipe.planner.check_arrays import holds
+from mipipe.planner.execution.lower import lower
+from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.ladder.state import Progress
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problem import Limits, PlanningProblem
 from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
+from mipipe.planner.quick_timeline import timeline_of
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.solve import SolveResult, Termination, plan
 
@@ -130,3 +133,12 @@ def test_the_check_by_arrays_leaves_what_it_does_not_know_to_the_checker() -> No
     pairs = next(item for item in BASELINES if item.name == "DualPipe").plan(
         uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, fb=2), split=False)
     assert not holds(pairs)
+
+
+@pytest.mark.parametrize("name", ["1F1B", "ZB-V", "DualPipe", "Interleaved 1F1B"])
+def test_a_timeline_by_arrays_is_the_simulated_one(name: str) -> None:
+    problem = uniform_problem(ranks=4, microbatches=8, f=2, i=3, w=1, comm=1, last="0.3", layers=16)
+    found = next(item for item in BASELINES if item.name == name).plan(problem)
+    quick, simulated = timeline_of(found, large=1), simulate(found, lower(found))
+    assert dataclasses.replace(quick, spans=()) == dataclasses.replace(simulated, spans=())
+    assert sorted(map(repr, quick.spans)) == sorted(map(repr, simulated.spans))
