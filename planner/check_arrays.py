@@ -85,7 +85,8 @@ def _times(facts: Facts, orders: list[list[int]]) -> tuple[np.ndarray | None, np
     problem, topology = facts.plan.problem, facts.plan.problem.topology
     count, stages, ranks = problem.num_microbatches, len(facts.phases), problem.num_ranks
     routes = facts.plan.placement.routes
-    before, after = _sources(facts), [[] for _ in range(3 * stages)]  # type: list[list[tuple[int, bool]]], list
+    before = _sources(facts)
+    after: list[list[int]] = [[] for _ in before]
     for row, sources in enumerate(before):
         for source in sources:
             after[source].append(row)
@@ -164,8 +165,8 @@ def _memory_suffices(facts: Facts, starts: np.ndarray, ends: np.ndarray) -> bool
         held.append((routes[stage], begin[0, stage], last_w, sum(group.saved_fw_bytes for group in groups)))
         if has_i and has_w:
             held.append((routes[stage], begin[1, stage], last_w, sum(group.saved_iw_bytes for group in groups)))
-        room = max(group.workspace_bytes for group in groups)
-        held += [(routes[stage], begin[at, stage], end[at, stage], room) for at, kind in enumerate(_KINDS)
+        workspace = max(group.workspace_bytes for group in groups)
+        held += [(routes[stage], begin[at, stage], end[at, stage], workspace) for at, kind in enumerate(_KINDS)
                  if kind in kinds]
     held = [item for item in held if item[3]]
     if not held:

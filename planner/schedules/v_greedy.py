@@ -130,7 +130,8 @@ def _balance(build: _Build) -> None:
 
 def _gradients(build: _Build) -> None:
     """One input gradient on every rank: those that go up the ranks first, from the last rank on."""
-    up, down = [], []
+    up: list[int] = []
+    down: list[int] = []
     for number, rank in enumerate(build.ranks):
         near_next = rank.counts[3] < rank.counts[2] and (
             rank.counts[2] >= build.microbatches or build.has_arrived(number, 3))

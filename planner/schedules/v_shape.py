@@ -45,16 +45,17 @@ def zb_v(ranks: int, microbatches: int, times: Times | None = None) -> Pattern:
     """1F1B's activations and, where F, I and W are equal, no bubble between a rank's first and last action."""
     times = times or Times(1, 1, 1)
     half, many = replace(times, comm=2 * times.comm), 6 * ranks * microbatches > _MANY_ACTIONS
-    switches = [(True, True)] if many else list(product((True, False), repeat=2))
-    orders = [greedy_v(ranks, microbatches, half, pair) for pair in switches]
-    if not many or None in orders:
+    switches = [(True, True)] if many else [(one, two) for one in (True, False) for two in (True, False)]
+    tried = [greedy_v(ranks, microbatches, half, pair) for pair in switches]
+    orders = [order for order in tried if order is not None]
+    if not many or not orders:
         block = repeated_block(ranks, microbatches, (4, 2, 4, 2)).orders
         where = v_ranks(ranks)
         shop = Shop(ranks, 2 * ranks, microbatches, lambda stage, _: where[stage], half, 2 * ranks,
                     (range(microbatches),))
         refilled = [refill_weights(shop, block, patience) for patience in (0.3, 0.6, 1.0)]
-        return one_copy(where, microbatches, best_order(shop, given=[
-            order for order in (*orders, *refilled, block) if order is not None]), "v")
+        orders += [[list(order) for order in block], *(order for order in refilled if order is not None)]
+        orders = [best_order(shop, given=orders)]
     return one_copy(v_ranks(ranks), microbatches, orders[0], "v")
 
 
