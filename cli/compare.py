@@ -55,7 +55,10 @@ def compare(
                                                 " two-way, ...")] = "free",
     schedules: Annotated[str | None, typer.Option(help="Which rows, separated by commas (default: all; mipipe is the"
                                                        " planned one).")] = None,
-    time_limit: Annotated[float, typer.Option("--time-limit", help="Seconds for the planned row.", min=0.1)] = 30.0,
+    time_limit: Annotated[float, typer.Option(
+        "--time-limit", min=0.1, help="Seconds for the planned row: its solves, checks and all. Published rows are made"
+                                      " before and not counted: below a second together up to 8 ranks, minutes at 64 x"
+                                      " 1,024; --schedules leaves some out.")] = 30.0,
     seed: Seed = 0,
     draw: Annotated[bool, typer.Option("--draw", help="Draw the timelines of all rows on one time scale.")] = False,
     html_file: Html = None,

@@ -97,9 +97,8 @@ def plan(
     from mipipe.cli.panels import write_files
     from mipipe.cli.report import estimate_data, gap, next_steps, plan_data, print_plan, timeline_data
     from mipipe.graphs.serialize import save, to_data
-    from mipipe.planner.execution.lower import lower
-    from mipipe.planner.execution.simulate import simulate
     from mipipe.planner.options import PlanOptions
+    from mipipe.planner.quick_timeline import timeline_of
 
     options = PlanOptions(time_limit_s=time_limit, seed=seed, placement=placement,  # type: ignore[arg-type]
                           objective=objective, recompute=recompute)  # type: ignore[arg-type]
@@ -127,7 +126,7 @@ def plan(
     assert result.plan is not None
     known = {"options": to_data(options)} | ({} if facts is None else {"model": to_data(facts)})
     found = dataclasses.replace(result.plan, provenance={**result.plan.provenance, **known})
-    timeline = simulate(found, lower(found))
+    timeline = timeline_of(found)
     if output is not None:
         save(found, output)
     write_files(found, [(f"simulated, placement {found.placement.name}", timeline)], html_file, trace_file)

@@ -126,15 +126,14 @@ def _show_timelines(files: list[tuple[Path, Plan | Timeline]], html_file: Path |
         print_timeline,
         timeline_data,
     )
-    from mipipe.planner.execution.lower import lower
-    from mipipe.planner.execution.simulate import simulate
     from mipipe.planner.plan import Plan
+    from mipipe.planner.quick_timeline import timeline_of
 
     drawn: list[tuple[str, Timeline, Plan | None]] = []
     plans = [item for _, item in files if isinstance(item, Plan)]
     for path, item in files:
         if isinstance(item, Plan):
-            drawn.append((f"{path.name} simulated", simulate(item, lower(item)), item))
+            drawn.append((f"{path.name} simulated", timeline_of(item), item))
         else:
             same = plans[0] if plans and plans[0].problem.num_ranks == item.num_ranks else None
             drawn.append((f"{path.name} {item.origin}", item, same))

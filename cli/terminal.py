@@ -51,15 +51,17 @@ def draw(timeline: Timeline, width: int, until_ns: int | None = None) -> Text:
     bubbles = timeline.bubbles_ns()
     makespan = max(timeline.makespan_ns, 1)
     stages = stages_by_rank(timeline)
+    spans: dict[tuple[int, Stream], list[Span]] = {}
+    for span in timeline.spans:
+        spans.setdefault((span.rank, span.stream), []).append(span)
     for stream in (Stream.COMPUTE, Stream.COLLECTIVE):
         if stream is Stream.COLLECTIVE and not _visible(timeline, stream, until / columns):
             continue
         if stream is Stream.COLLECTIVE:
             text.append("communication stream\n", "dim")
         for rank in range(timeline.num_ranks):
-            spans = [span for span in timeline.spans if span.rank == rank and span.stream is stream]
             text.append(f"{names[rank]:<{gutter}}", "bold")
-            text.append_text(_line(spans, stages[rank], columns, until))
+            text.append_text(_line(spans.get((rank, stream), []), stages[rank], columns, until))
             if stream is Stream.COMPUTE:
                 text.append(f" {bubbles[rank] / makespan:6.1%} ", "dim")
             text.append("\n")

@@ -16,10 +16,13 @@ from typing import Any, ClassVar
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import STRICT, check_header, from_data, load_data
 from mipipe.graphs.topology import Device, Link, Topology
-from mipipe.graphs.units import parse_bytes, parse_flops, parse_ns, parse_rate
+from mipipe.graphs.units import Written, parse_bytes, parse_flops, parse_ns, parse_rate, shown
 
 FORMAT = "mipipe.cluster"
 VERSION = 1
+MOST_DEVICES = 16_384
+"""Devices of a cluster file: more is a slip of the pen, and would be planned for days."""
+
 _HARDWARE = Path(__file__).with_name("hardware.yaml")
 
 
@@ -74,10 +77,10 @@ class _KindText:
     base: str | None = None
     count: int = 1
     efficiency: float = 1.0
-    flops: dict[str, str | int] | None = None
-    memory: str | int | None = None
-    bandwidth: str | int | None = None
-    launch_overhead: str | int | None = None
+    flops: dict[str, Written] | None = None
+    memory: Written | None = None
+    bandwidth: Written | None = None
+    launch_overhead: Written | None = None
     source: str | None = None
 
 
@@ -87,14 +90,14 @@ class _HostText:
     name: str
     devices: int
     kind: str
-    memory: str | int | None = None
+    memory: Written | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _LinkText:
     __pydantic_config__: ClassVar = STRICT
-    latency: str | int
-    bandwidth: str | int
+    latency: Written
+    bandwidth: Written
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,16 +137,21 @@ def read_cluster(data: Mapping[str, Any], where: str) -> Cluster:
     for number, host in enumerate(text.hosts):
         place = f"{where}: hosts[{number}]"
         if host.kind not in known:
-            raise InputError(f"{place}.kind: unknown device kind {host.kind!r}; known are {', '.join(sorted(known))},"
-                             " or declare it under device_kinds")
+            raise InputError(f"{place}.kind: unknown device kind {shown(host.kind)}; known are"
+                             f" {', '.join(sorted(known))}, or declare it under device_kinds")
         if host.devices < 1:
-            raise InputError(f"{place}.devices: found {host.devices}, expected at least 1")
-        if any(host.name == device.host for device in devices):
-            raise InputError(f"{place}.name: two hosts are named {host.name!r}")
+            raise InputError(f"{place}.devices: found {shown(host.devices)}, expected at least 1")
+        if host.devices > MOST_DEVICES - len(devices):
+            raise InputError(f"{place}.devices: found {shown(host.devices)}, expected at most {MOST_DEVICES} on all"
+                             " hosts together")
+        if any(host.name == other.name for other in text.hosts[:number]):
+            raise InputError(f"{place}.name: two hosts are named {shown(host.name)}")
         kinds[host.kind] = known[host.kind]
         memory = known[host.kind].memory_bytes
         if host.memory is not None:
             memory = parse_bytes(host.memory, f"{place}.memory")
+        if memory == 0:
+            raise InputError(f"{place}.memory: found {shown(host.memory)}, expected more than 0")
         if memory is None:
             raise InputError(f"{place}: device kind {host.kind} has no memory size of its own; add memory: (per device,"
                              " such as 4GB)")
@@ -163,9 +171,9 @@ def shipped_kinds() -> dict[str, DeviceKind]:
 def _kind(name: str, text: _KindText, known: Mapping[str, DeviceKind], where: str) -> DeviceKind:
     """A declared kind: its own figures, or those of its base, times count and efficiency."""
     if text.base is not None and text.base not in known:
-        raise InputError(f"{where}.base: unknown device kind {text.base!r}; known are {', '.join(sorted(known))}")
-    if text.count < 1:
-        raise InputError(f"{where}.count: found {text.count}, expected at least 1")
+        raise InputError(f"{where}.base: unknown device kind {shown(text.base)}; known are {', '.join(sorted(known))}")
+    if not 1 <= text.count <= MOST_DEVICES:
+        raise InputError(f"{where}.count: found {shown(text.count)}, expected 1 to {MOST_DEVICES}")
     if not 0 < text.efficiency <= 1:
         raise InputError(f"{where}.efficiency: found {text.efficiency}, expected a share of the peak in (0, 1]")
     base = known[text.base] if text.base is not None else None
@@ -206,13 +214,16 @@ def _topology(devices: list[Device], text: _ClusterText, where: str) -> Topology
         raise InputError(f"{where}: links.between_hosts: missing, but there are {len(text.hosts)} hosts; add latency:"
                          " and bandwidth:")
     overrides = {key: _link(link, f"{where}: links.overrides.{key}") for key, link in links.overrides.items()}
-    unused = Link()
-    return Topology(tuple(devices), _link(within, f"{where}: links.within_host") if within else unused,
-                    _link(between, f"{where}: links.between_hosts") if between else unused, overrides)
+    inside = _link(within, f"{where}: links.within_host") if within else Link()
+    outside = _link(between, f"{where}: links.between_hosts") if between else Link()
+    try:
+        return Topology(tuple(devices), inside, outside, overrides)
+    except InputError as error:
+        raise InputError(f"{where}: {str(error).removeprefix('cluster: ')}") from None
 
 
 def _link(text: _LinkText, where: str) -> Link:
     rate = parse_rate(text.bandwidth, f"{where}.bandwidth")
     if rate == 0:
-        raise InputError(f"{where}.bandwidth: found {text.bandwidth!r}, expected a rate above 0")
+        raise InputError(f"{where}.bandwidth: found {shown(text.bandwidth)}, expected a rate above 0")
     return Link(parse_ns(text.latency, f"{where}.latency"), rate)

@@ -9,12 +9,15 @@ one network card or switch.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import STRICT
+from mipipe.graphs.units import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,11 @@ class Device:
     host: str = "host0"
     local_rank: int = 0
 
+    def __post_init__(self) -> None:
+        if self.memory_bytes < 0 or self.local_rank < 0:
+            raise InputError(f"device {shown(self.name)}: found memory_bytes {shown(self.memory_bytes)} and local_rank"
+                             f" {shown(self.local_rank)}, expected none below 0")
+
 
 @dataclass(frozen=True, slots=True)
 class Link:
@@ -36,6 +44,12 @@ class Link:
     __pydantic_config__: ClassVar = STRICT
     latency_ns: int = 0
     bytes_per_s: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.latency_ns < 0:
+            raise InputError(f"link: found latency_ns {shown(self.latency_ns)}, expected none below 0")
+        if self.bytes_per_s is not None and self.bytes_per_s < 1:
+            raise InputError(f"link: found bytes_per_s {shown(self.bytes_per_s)}, expected a rate above 0")
 
     def transfer_ns(self, num_bytes: int) -> int:
         """Duration of one transfer, rounded up to a nanosecond."""
@@ -64,11 +78,14 @@ class Topology:
     def __post_init__(self) -> None:
         if not self.devices:
             raise InputError("cluster: no devices; expected at least one host with devices")
+        names = [device.name for device in self.devices]
+        if len(set(names)) < len(names):
+            twice = next(name for name, count in Counter(names).items() if count > 1)
+            raise InputError(f"cluster: two devices are named {shown(twice)}; every device has a name of its own")
         for key in self.overrides:
-            source, arrow, target = key.partition("->")
-            ends = (source, target)
-            if not arrow or not all(end.isdigit() and int(end) < len(self.devices) for end in ends):
-                raise InputError(f"cluster: link {key!r}: expected 'a->b' with device indices below"
+            ends = re.fullmatch(r"(0|[1-9][0-9]{0,8})->(0|[1-9][0-9]{0,8})", key)
+            if ends is None or max(map(int, ends.groups())) >= len(self.devices) or ends[1] == ends[2]:
+                raise InputError(f"cluster: link {shown(key)}: expected 'a->b' with two device indices below"
                                  f" {len(self.devices)}")
 
     @property

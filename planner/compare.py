@@ -28,13 +28,12 @@ from typing import Any, Literal
 
 from mipipe.graphs.errors import InputError, ProblemError
 from mipipe.planner.actions import Stream
-from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.measure import Measures, measure
-from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.uniform import in_activations, in_copies
+from mipipe.planner.quick_timeline import timeline_of
 from mipipe.planner.schedules import BASELINES, Baseline, merge_streams
 from mipipe.planner.solve import Termination, plan
 from mipipe.planner.timeline import Timeline
@@ -73,7 +72,7 @@ class Row:
     @cached_property
     def timeline(self) -> Timeline | None:
         """The simulated timeline, made when it is first asked for; None without a plan."""
-        return None if self.plan is None else simulate(self.plan, lower(self.plan))
+        return None if self.plan is None else timeline_of(self.plan)
 
     def data(self) -> dict[str, Any]:
         """The row as JSON data, without its plan; whole numbers as integers."""
@@ -163,7 +162,8 @@ def planned_row(problem: PlanningProblem, options: PlanOptions, rows: Sequence[R
     """The planner's row: its plan, bound and gap, and what the planner found without published schedules as starts.
 
     The planner first works without them. Only if one of ``rows`` within the same caps is better does it start from
-    published schedules, in the last fifth of the time, and is then never worse than them.
+    published schedules, in what is left of the time, a fifth. Either way the row is never worse than them: the best of
+    them within the caps is the planner's too. Both solves together keep ``options.time_limit_s``.
     """
     began = time.monotonic()
     alone = dataclasses.replace(options, time_limit_s=(1 - RESERVE) * options.time_limit_s, use_baselines=False)
@@ -174,8 +174,8 @@ def planned_row(problem: PlanningProblem, options: PlanOptions, rows: Sequence[R
     known = [row for row in rows if free and _within_caps(row, problem)]
     best = min(known, key=_makespan, default=None)
     better = best is not None and (own is None or _makespan(best) < own)
-    if better and first.termination is not Termination.INTERRUPTED:
-        left = max(options.time_limit_s - (time.monotonic() - began), RESERVE * options.time_limit_s)
+    left = options.time_limit_s - (time.monotonic() - began)
+    if better and first.termination is not Termination.INTERRUPTED and left > 0.5 * RESERVE * options.time_limit_s:
         results.append(plan(problem, dataclasses.replace(options, time_limit_s=left),
                             lambda state: tell(f"{PLANNED}, from published schedules, {state.seconds:.0f} s")))
     seconds = round(time.monotonic() - began, 2)

@@ -23,12 +23,14 @@ from types import FrameType
 from typing import Any
 
 from mipipe.graphs.errors import InfeasibleError
+from mipipe.planner import check_arrays, clock
 from mipipe.planner.bounds.over_placements import problem_bound
 from mipipe.planner.check import check_plan
+from mipipe.planner.clock import OutOfTimeError
 from mipipe.planner.ladder import large as scale
 from mipipe.planner.ladder import order_rungs as rungs
 from mipipe.planner.ladder import placement_rungs as placing
-from mipipe.planner.ladder.admission import admit_placement, enter, recomputing
+from mipipe.planner.ladder.admission import admit_placement, enter, has_plan, recomputing
 from mipipe.planner.ladder.explain import explain
 from mipipe.planner.ladder.objectives import best_utilisation, least_memory
 from mipipe.planner.ladder.race import race
@@ -94,12 +96,14 @@ def plan(problem: PlanningProblem, options: PlanOptions | None = None,
         return best_utilisation(problem, options, plan, on_progress)
     run = Run(problem, options, on_progress)
     try:
-        with _noting_ctrl_c(run):
+        with _noting_ctrl_c(run), clock.watched(lambda: run.patience):
             _ladder(run)
     except InfeasibleError as error:
         return SolveResult(None, None, None, None, Termination.INFEASIBLE, run.seconds, reason=str(error))
     except KeyboardInterrupt:
         run.interrupted = True
+    except OutOfTimeError:
+        pass
     return _finish(run)
 
 
@@ -143,7 +147,8 @@ def _ladder(run: Run) -> None:
     if not run.candidates and run.options.recompute:
         recomputing(run)
     if not run.candidates:
-        raise InfeasibleError(why_infeasible(run.problem, run.options.placement))
+        raise InfeasibleError(why_infeasible(run.problem, run.options.placement,
+                                             lambda changed: has_plan(changed, run.options)))
     limit = run.options.time_limit_s
     began, before = run.seconds, run.history[0].makespan_ns
     run.ablation.append({"rung": "list", "placement": run.candidates[0].placement.name, "before": None,
@@ -205,11 +210,13 @@ def _finish(run: Run) -> SolveResult:
         return SolveResult(None, None, run.bound_ns, None, ended, run.seconds,
                            reason=f"no plan within {run.options.time_limit_s:g} s; try a longer time limit")
     bound = run.lowest_ns
-    found = Plan(f"{run.problem.name}/{best.placement.name}", run.problem, best.placement, best.best.schedule,
-                 best.makespan_ns, bound, best.bound.ns,
-                 {"method": best.rung, "seconds": round(run.seconds, 3), "seed": run.options.seed})
     proven = bound is not None and best.makespan_ns <= bound
     ended = Termination.OPTIMAL if proven else Termination.INTERRUPTED if run.interrupted else Termination.FEASIBLE
-    check_plan(found)
+    found = Plan(f"{run.problem.name}/{best.placement.name}", run.problem, best.placement, best.best.schedule,
+                 best.makespan_ns, bound, best.bound.ns,
+                 {"method": best.rung, "seconds": round(run.seconds, 3), "seed": run.options.seed,
+                  "termination": ended.value})
+    if not check_arrays.holds(found):
+        check_plan(found)
     return SolveResult(found, best.makespan_ns, bound, best.bound.ns, ended, run.seconds, tuple(run.history),
                        best.rung, tuple(run.ablation), explain(best))

@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from mipipe.graphs.errors import PlanError
+from mipipe.planner import clock
 from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.bounds.over_placements import Bound, problem_bound
 from mipipe.planner.jobs.job_shop import Jobs, classes, job_shop
@@ -41,6 +42,7 @@ def placement_bound(view: StageView, jobs: Jobs | None = None) -> Bound:
     best = [Bound(max(head + tail for head, tail in zip(heads, tails, strict=True)), "critical path")]
     by_machine = jobs.by_machine()
     for machine, members in by_machine.items():
+        clock.ask()
         value = preemptive_bound([(heads[j], jobs.durations[j], tails[j] - jobs.durations[j]) for j in members])
         stream = "collective stream of rank" if machine % 2 else "rank"
         best.append(Bound(value, f"{stream} {machine // 2}: earliest start + load + what must follow"))
@@ -64,7 +66,7 @@ def heads_and_tails(jobs: Jobs) -> tuple[list[int], list[int]]:
         waits[second] += 1
     order = [job for job in range(jobs.count) if not waits[job]]
     heads = [0] * jobs.count
-    for job in order:
+    for job in clock.asking(order):
         end = heads[job] + jobs.durations[job]
         for second, lag in after[job]:
             if heads[second] < end + lag:
@@ -191,6 +193,7 @@ def _before_last_taker(jobs: Jobs, machine: int, on_rank: list[int], takers: lis
 
 def _channel_bound(jobs: Jobs, heads: list[int], tails: list[int]) -> Bound:
     items: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+    clock.ask()
     for producer, releases in enumerate(jobs.compiled.releases):
         for consumer, channel, duration, _, _, occupied in releases:
             if channel >= 0 and occupied:

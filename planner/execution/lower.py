@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from mipipe.graphs.serialize import digest
+from mipipe.planner import clock
 from mipipe.planner.actions import ActionKind, Stream
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import Compiled, Evaluation, Moved, evaluate, orders_of
@@ -141,6 +142,8 @@ def _merge_streams(compiled: Compiled, evaluation: Evaluation, orders: Sequence[
     lists: list[list[int]] = [[] for _ in range(compiled.view.problem.num_ranks)]
     while heap:
         _, node = heapq.heappop(heap)
+        if not node % clock.STEPS:
+            clock.ask()
         lists[compiled.ranks[node]].append(node)
         released = [release[0] for release in compiled.releases[node]]
         for other in (*released, following[node]):

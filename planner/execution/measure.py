@@ -50,6 +50,21 @@ def measure(plan: Plan) -> Measures:
 
 def by_arrays(stage_view: StageView, schedule: Schedule) -> Measures | None:
     """The measures by arrays; None where the schedule needs more (module docstring), is incomplete or deadlocks."""
+    found = timed(stage_view, schedule)
+    if found is None:
+        return None
+    instance, start = found
+    ranks = stage_view.problem.num_ranks
+    compute = np.array([stream is Stream.COMPUTE for _, stream in instance.machine_key])[instance.machine]
+    busy = np.zeros(ranks, dtype=np.int64)
+    np.add.at(busy, instance.rank[compute], instance.dur[compute])
+    resident = stage_view.resident_bytes
+    return Measures(int((start + instance.dur).max()), tuple(busy.tolist()), resident,
+                    tuple(size + peak for size, peak in zip(resident, peaks(instance, start, ranks), strict=True)))
+
+
+def timed(stage_view: StageView, schedule: Schedule) -> tuple[Instance, np.ndarray] | None:
+    """The actions as arrays and the start of each; None as `by_arrays`."""
     if carries_bytes(stage_view) or any(stage_view.reduce_ns(stage) for stage in range(stage_view.num_stages)):
         return None
     instance = build(stage_view)
@@ -64,15 +79,7 @@ def by_arrays(stage_view: StageView, schedule: Schedule) -> Measures | None:
     spare = [np.zeros(instance.size, dtype=np.int64) for _ in range(3)]
     makespan = kernels.times(seq, length, instance.dur, instance.succ_ptr, instance.succ, instance.lag, instance.waits,
                              start, *spare)
-    if makespan < 0:
-        return None
-    ranks = stage_view.problem.num_ranks
-    compute = np.array([stream is Stream.COMPUTE for _, stream in instance.machine_key])[instance.machine]
-    busy = np.zeros(ranks, dtype=np.int64)
-    np.add.at(busy, instance.rank[compute], instance.dur[compute])
-    resident = stage_view.resident_bytes
-    return Measures(int(makespan), tuple(busy.tolist()), resident,
-                    tuple(size + peak for size, peak in zip(resident, _peaks(instance, start, ranks), strict=True)))
+    return None if makespan < 0 else (instance, start)
 
 
 def _orders(instance: Instance, schedule: Schedule) -> tuple[list[list[int]] | None, list[int]]:
@@ -113,7 +120,7 @@ def _joined(instance: Instance, fused: list[int]) -> Instance:
     return replace(instance, dur=dur)
 
 
-def _peaks(instance: Instance, start: np.ndarray, ranks: int) -> list[int]:
+def peaks(instance: Instance, start: np.ndarray, ranks: int) -> list[int]:
     """Per rank the most bytes held at once; what ends at a moment is gone before what begins there comes."""
     end = start + instance.dur
     rank = np.concatenate([instance.rank, instance.rank])
@@ -122,6 +129,6 @@ def _peaks(instance: Instance, start: np.ndarray, ranks: int) -> list[int]:
     change = np.concatenate([instance.alloc + instance.work, -instance.free - instance.work])
     order = np.lexsort((begins, moment, rank))
     held = np.cumsum(change[order])  # all is returned in the end, so every rank begins at 0
-    peaks = np.zeros(ranks, dtype=np.int64)
-    np.maximum.at(peaks, rank[order], held)
-    return peaks.tolist()
+    most = np.zeros(ranks, dtype=np.int64)
+    np.maximum.at(most, rank[order], held)
+    return most.tolist()

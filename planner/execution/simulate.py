@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mipipe.planner.actions import ActionKind, Stream
-from mipipe.planner.execution.clock import execute
+from mipipe.planner.execution.execute import execute
 from mipipe.planner.execution.simulate_memory import memory_curves
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.plan import Plan

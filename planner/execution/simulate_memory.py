@@ -9,7 +9,7 @@ recomputes keeps ``recompute_bytes`` from the start of F to the start of RECOMPU
 from __future__ import annotations
 
 from mipipe.planner.actions import ActionKind
-from mipipe.planner.execution.clock import Execution
+from mipipe.planner.execution.execute import Execution
 from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.program import Program
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from mipipe.graphs.errors import PlanError
+from mipipe.planner import clock
 from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.jobs.times import Compiled, compile_actions
@@ -107,7 +108,7 @@ def job_shop(view: StageView, actions: Iterable[Action] | None = None, *, fifo: 
     arcs = [(producer, consumer, duration if channel >= 0 else 0)
             for producer, releases in enumerate(compiled.releases)
             for consumer, channel, duration, *_ in releases]
-    memory = [_memory(view, action) for action in compiled.actions]
+    memory = [_memory(view, action) for action in clock.asking(compiled.actions)]
     machine = [2 * rank + (stream is Stream.COLLECTIVE)
                for rank, stream in zip(compiled.ranks, compiled.streams, strict=True)]
     jobs = Jobs(compiled, compiled.durations, machine, arcs, [m[0] for m in memory], [m[1] for m in memory],

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mipipe.graphs.errors import PlanError
+from mipipe.planner import clock
 from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.plan import Schedule
@@ -94,7 +95,7 @@ def compile_actions(view: StageView, actions: Sequence[Action]) -> Compiled:
                                    topology.occupied_ns(source, target, size)))
         waits[consumer] += 1
 
-    for microbatch in range(num_microbatches):
+    for microbatch in clock.asking(range(num_microbatches), 16):
         for stage in range(view.num_stages):
             rank = view.rank(stage, microbatch)
             forward = node_of(ActionKind.F, stage, microbatch)
@@ -166,6 +167,8 @@ def run(compiled: Compiled, orders: Sequence[Sequence[int]]) -> Evaluation | Non
     while heap:
         end, node = heapq.heappop(heap)
         finished += 1
+        if not finished % clock.STEPS:
+            clock.ask()
         if end > makespan:
             makespan = end
         for consumer, channel, duration, edge, backward, occupied in releases[node]:

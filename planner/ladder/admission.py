@@ -12,18 +12,21 @@ from itertools import chain, count, islice, takewhile
 import numpy as np
 
 from mipipe.graphs.errors import PlanError
+from mipipe.planner import clock
 from mipipe.planner.bounds.over_placements import facts_of
 from mipipe.planner.jobs.arrays import expand
 from mipipe.planner.ladder.candidate import Candidate, Judged, candidate, first_orders, in_flight, judge, offer_judged
 from mipipe.planner.ladder.large import chain_actions
 from mipipe.planner.ladder.state import Run
-from mipipe.planner.options import PlacementName
+from mipipe.planner.options import PlacementName, PlanOptions
 from mipipe.planner.placements.cuts import earliest_end
 from mipipe.planner.placements.feasible import shortage, with_recomputation
 from mipipe.planner.placements.shapes import propose
 from mipipe.planner.plan import Placement
+from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.search import annealing as search
 from mipipe.planner.search import best_list as lists
+from mipipe.planner.search import lists as greedy
 from mipipe.planner.search import streams as relax
 from mipipe.planner.search.lift import lift
 from mipipe.planner.search.lists import Orders
@@ -100,6 +103,20 @@ def recomputing(run: Run) -> None:
             admit_placement(run, variant)
 
 
+def has_plan(problem: PlanningProblem, options: PlanOptions) -> bool:
+    """Whether a solve of the problem would find a plan: some placement that the first list fits, which it tries too."""
+    run = Run(problem, options)
+    placements: Iterator[Placement] = propose(problem, options.placement)
+    if options.recompute:
+        placements = chain(placements, (variant for placement in propose(problem, options.placement)
+                                        for variant in with_recomputation(problem, placement)))
+    for placement in placements:
+        found = _candidate(run, placement) if shortage(problem, placement) is None else None
+        if found is not None and seed_search(run, found, compiled=False):
+            return True
+    return False
+
+
 def admit_placement(run: Run, placement: Placement) -> Candidate | None:
     """Make a placement a candidate if some order fits its memory; the candidate, or None."""
     found = _candidate(run, placement)
@@ -115,8 +132,13 @@ def _candidate(run: Run, placement: Placement) -> Candidate | None:
 
 
 def _admit(run: Run, found: Candidate) -> bool:
-    """Schedule a candidate by list and take it into the run; whether some order fits its memory."""
-    fits = seed_search(run, found, compiled=run.best is not None or found.instance.size > INTERPRETED)
+    """Schedule a candidate by list and take it into the run; whether some order fits its memory.
+
+    As long as there is no plan, the first rule decides: it is quick, and what `has_plan` promises is then kept.
+    """
+    fits = run.best is None and seed_search(run, found, compiled=False)
+    if not fits and (run.best is not None or found.instance.size > INTERPRETED):
+        fits = seed_search(run, found)
     if fits:
         run.candidates.append(found)
     return fits
@@ -127,15 +149,17 @@ def seed_search(run: Run, found: Candidate, *, compiled: bool = True) -> bool:
 
     Lists do not see values in flight. Where these overfill a rank, the list is made again with that much less memory.
     """
-    usual = in_flight(found.view)
+    usual, cap = in_flight(found.view), found.instance.cap.copy()
     found.instance.cap[:] -= usual
     for turn in range(RESERVES):
-        orders = first_orders(found, compiled=compiled, seed=run.options.seed)
+        clock.ask()
+        orders = (first_orders(found, compiled=True, seed=run.options.seed) if compiled else
+                  greedy.schedule(found.instance, greedy.RULES[0], compiled=found.instance.size > INTERPRETED))
         if orders is None and turn == 0 and usual.any():
             found.instance.cap[:] += usual
             continue
         if orders is None:
-            return False
+            break
         if compiled and turn == 0:
             orders = _outlined(run, found, orders)
         found.quick = not compiled
@@ -146,6 +170,7 @@ def seed_search(run: Run, found: Candidate, *, compiled: bool = True) -> bool:
             run.note(found, "list scheduling")
             return True
         reserve(found, judged)
+    found.instance.cap[:] = cap
     return False
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds import at_placement as bounds
-from mipipe.planner.execution.clock import execute
+from mipipe.planner.execution.execute import execute
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate_memory import memory_curves
 from mipipe.planner.jobs.arrays import Instance, build, capacity, mirror

@@ -7,40 +7,77 @@ would have to change for a shorter step.
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
+
+import numpy as np
 
 from mipipe.graphs.units import format_bytes, format_ns
 from mipipe.planner.actions import Stream
+from mipipe.planner.bounds.at_placement import placement_bound
+from mipipe.planner.execution.measure import timed
 from mipipe.planner.jobs.arrays import capacity
+from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import Compiled, Evaluation, evaluate
 from mipipe.planner.ladder.candidate import Candidate
 from mipipe.planner.placements.branches import encoders
+from mipipe.planner.problem import Limits
+
+FULL = 0.97
+"""Share of a rank's memory from which it is called full."""
+
+_LATENCY_ALONE = "channel: transfers take latency alone and occupy no channel"
 
 
 def explain(found: Candidate) -> tuple[str, ...]:
     """Lines that say what binds the candidate's best schedule."""
     assert found.best is not None
-    compiled, evaluation = evaluate(found.view, found.best.schedule)
     told = partial(told_time, unit_ns=found.view.problem.unit_ns)
-    makespan = evaluation.makespan_ns
+    spans, channel = _spans(found)
+    makespan = found.makespan_ns
     lines = [_placement(found)]
     lines.append(f"bound at this placement: {told(found.bound.ns)} ({found.bound.what}); the plan takes"
                  f" {told(makespan)}, {makespan / found.bound.ns - 1:.1%} above it")
-    busy: dict[int, int] = defaultdict(int)
-    first: dict[int, int] = {}
-    last: dict[int, int] = defaultdict(int)
-    for node, rank in enumerate(compiled.ranks):
-        if compiled.streams[node] is Stream.COMPUTE:
-            busy[rank] += compiled.durations[node]
-            first[rank] = min(first.get(rank, makespan), evaluation.starts[node])
-            last[rank] = max(last[rank], evaluation.starts[node] + compiled.durations[node])
-    rank = max(busy, key=lambda r: (busy[r], -first[r]))
-    inside = last[rank] - first[rank] - busy[rank]
-    lines.append(f"device: rank {rank} has the most work, {told(busy[rank])}; it starts at {told(first[rank])},"
-                 f" ends {told(makespan - last[rank])} before the step and idles {told(inside)} in between")
-    lines += _channel(compiled, evaluation)
-    lines += _memory(found)
-    return tuple(lines)
+    rank = max(range(len(spans)), key=lambda r: (spans[r].busy, -spans[r].first))
+    own = spans[rank]
+    lines.append(f"device: rank {rank} has the most work, {told(own.busy)}; it starts at {told(own.first)},"
+                 f" ends {told(makespan - own.last)} before the step and idles"
+                 f" {told(own.last - own.first - own.busy)} in between")
+    return (*lines, *channel, *_memory(found))
+
+
+class _Span(NamedTuple):
+    """A rank's compute stream: busy time, start of its first action, end of its last."""
+
+    busy: int
+    first: int
+    last: int
+
+
+def _spans(found: Candidate) -> tuple[list[_Span], list[str]]:
+    """The span of every rank, and what is to be said of channels; by arrays where an order alone gives the times."""
+    assert found.best is not None
+    ranks = range(found.view.problem.num_ranks)
+    quick = timed(found.view, found.best.schedule)
+    if quick is None:
+        compiled, evaluation = evaluate(found.view, found.best.schedule)
+        compute = [node for node in range(len(compiled.ranks)) if compiled.streams[node] is Stream.COMPUTE]
+        where = np.array([compiled.ranks[node] for node in compute])
+        start = np.array([evaluation.starts[node] for node in compute])
+        taken = np.array([compiled.durations[node] for node in compute])
+        channel = _channel(compiled, evaluation)
+    else:
+        instance, start = quick
+        compute_machine = np.array([stream is Stream.COMPUTE for _, stream in instance.machine_key])
+        chosen = compute_machine[instance.machine]
+        where, start, taken = instance.rank[chosen], start[chosen], instance.dur[chosen]
+        source = np.repeat(instance.rank, np.diff(instance.succ_ptr))
+        moved = bool((source != instance.rank[instance.succ]).any())
+        channel = [_LATENCY_ALONE] if moved else []
+    spans = [_Span(int(taken[own].sum()), int(start[own].min(initial=found.makespan_ns)),
+                   int((start[own] + taken[own]).max(initial=0))) for own in (where == rank for rank in ranks)]
+    return spans, channel
 
 
 def told_time(time_ns: float, unit_ns: int) -> str:
@@ -78,7 +115,7 @@ def _channel(compiled: Compiled, evaluation: Evaluation) -> list[str]:
     if not moved:
         return []
     if not any(moved.values()):
-        return ["channel: transfers take latency alone and occupy no channel"]
+        return [_LATENCY_ALONE]
     (source, target), load = max(moved.items(), key=lambda item: item[1])
     return [f"channel: rank {source} to rank {target} is the busiest, {told(load)} of"
             f" {told(evaluation.makespan_ns)}"]
@@ -86,24 +123,44 @@ def _channel(compiled: Compiled, evaluation: Evaluation) -> list[str]:
 
 def _memory(found: Candidate) -> list[str]:
     """How full the fullest rank's activation memory gets, by the order alone (values in flight not counted)."""
-    instance = found.instance
     assert found.best is not None
-    peak: dict[int, float] = {}
+    capacities = [capacity(found.view, rank) for rank in range(found.view.problem.num_ranks)]
+    peaks = _peaks(found)
+    share = [peak / max(1, room) for peak, room in zip(peaks, capacities, strict=True)]
+    rank = max(range(len(share)), key=share.__getitem__)
+    if not peaks[rank]:
+        return []
+    if share[rank] <= FULL:
+        told = "which does not bind"
+    elif _proven_without_memory(found):
+        told = "which does not bind: no order at this placement is shorter, whatever the memory"
+    else:
+        told = "which binds: more memory may shorten the step"
+    return [f"memory: rank {rank} uses {share[rank]:.0%} of its {format_bytes(capacities[rank])} for activations,"
+            f" {told}"]
+
+
+def _peaks(found: Candidate) -> list[int]:
+    """Per rank the most bytes of activations held at once along its order of compute actions."""
+    assert found.best is not None
+    instance, peaks = found.instance, [0] * found.view.problem.num_ranks
     for rank, order in enumerate(found.best.schedule.ranks):
-        used = top = 0
+        used = 0
         for action in order.compute:
             n = instance.number.get((action.stage, action.kind, action.microbatch))
             if n is None:
                 break
             used += int(instance.alloc[n])
-            top = max(top, used + int(instance.work[n]))
+            peaks[rank] = max(peaks[rank], used + int(instance.work[n]))
             used -= int(instance.free[n])
-        room = capacity(found.view, rank)
-        if top:
-            peak[rank] = top / max(1, room)
-    if not peak:
-        return []
-    rank = max(peak, key=lambda r: peak[r])
-    room = capacity(found.view, rank)
-    full = "which binds: more memory may shorten the step" if peak[rank] > 0.97 else "which does not bind"
-    return [f"memory: rank {rank} uses {peak[rank]:.0%} of its {format_bytes(room)} for activations, {full}"]
+    return peaks
+
+
+def _proven_without_memory(found: Candidate) -> bool:
+    """Whether the makespan meets a bound at its placement that holds with any memory."""
+    if found.makespan_ns > found.bound.ns:
+        return False
+    problem = found.view.problem
+    devices = tuple(replace(device, memory_bytes=1 << 60) for device in problem.topology.devices)
+    free = problem.replace(limits=Limits(), topology=replace(problem.topology, devices=devices))
+    return found.makespan_ns <= placement_bound(view(free, found.placement)).ns

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mipipe.graphs.errors import PlanError
+from mipipe.planner import clock
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.at_placement import Bound, placement_bound
 from mipipe.planner.bounds.over_placements import facts_of
@@ -60,8 +61,8 @@ MOST_STAGES = 2
 ROUNDS = 3
 """Microbatches per rank on which rules are tuned: warm-up and cool-down last about one each."""
 
-CHECK_S = 1.4e-4
-"""Seconds per action that checking and explaining the plan may take in the end."""
+CHECK_S = 2e-5
+"""Seconds per action that checking and explaining the plan take in the end: by arrays, 1e-5 on a quiet machine."""
 
 SEARCHABLE = 15_000
 """Nodes up to which annealing improves a tuned list within a minute. Placements with fewer nodes go before those with
@@ -233,12 +234,15 @@ def _apply(run: Run, entry: Entry, rung: str, seconds: float = 0.0) -> None:
                         evaluations=len(rules), stop=lambda: run.interrupted)
     if tuned is None:
         return
+    clock.ask()
     if seconds:
         tuned = _longer(run, found.instance, lines, tuned, seconds)
         entry.rules.append(quotas.moved(tuned.rule, lines, entry.lines))
+    clock.ask()
     orders = _blended(found.instance, lines, entry, tuned.orders)
     if orders.makespan_ns >= found.makespan_ns:
         return
+    clock.ask()
     schedule = expand(found.instance, orders.lists())
     exact = not (carries_bytes(found.view) or any(found.view.reduce_ns(s) for s in range(found.view.num_stages)))
     judged = (Judged(schedule, orders.makespan_ns, (0,) * run.problem.num_ranks) if exact

@@ -11,6 +11,9 @@ from mipipe.planner.ladder.candidate import Candidate
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problem import PlanningProblem
 
+GRACE_S = 1.0
+"""Seconds beyond the limit in which a first plan may still be found."""
+
 
 @dataclass(frozen=True, slots=True)
 class Incumbent:
@@ -60,6 +63,12 @@ class Run:
     def left(self) -> float:
         """Seconds until the limit, less what the last check of the plan takes; none after Ctrl-C."""
         return 0.0 if self.interrupted else self.options.time_limit_s - self.reserve_s - self.seconds
+
+    @property
+    def patience(self) -> float:
+        """Seconds until the solve stops where it stands (`mipipe.planner.clock`): at the limit; `GRACE_S` later as long
+        as there is no plan."""
+        return self.left if self.best is not None else self.left + self.reserve_s + GRACE_S
 
     @property
     def makespan_ns(self) -> int:

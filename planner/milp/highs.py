@@ -19,6 +19,8 @@ import numpy as np
 import pyomo.environ as pyo
 from pyomo.repn import generate_standard_repn
 
+from mipipe.planner import clock
+
 
 class Termination(StrEnum):
     """How a solve ended. FEASIBLE: a limit was reached with an incumbent; TIME_LIMIT: without one."""
@@ -111,7 +113,8 @@ def _compile(model: pyo.ConcreteModel) -> _Matrix:
     lower = np.array([-np.inf if column.lb is None else column.lb for column in columns], dtype=np.float64)
     upper = np.array([np.inf if column.ub is None else column.ub for column in columns], dtype=np.float64)
     starts, indices, values, row_lower, row_upper = [0], [], [], [], []  # type: ignore[var-annotated]
-    for row in model.component_data_objects(pyo.Constraint, active=True, descend_into=True):
+    rows = model.component_data_objects(pyo.Constraint, active=True, descend_into=True)
+    for row in clock.asking(rows, 256):
         read = generate_standard_repn(row.body, quadratic=False)
         assert read.is_linear(), f"constraint {row.name} is not linear"
         indices.extend(index[id(column)] for column in read.linear_vars)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+from mipipe.planner import clock
 from mipipe.planner.actions import Stream
 from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import PlanningProblem
@@ -161,6 +162,7 @@ def _descend(cuts: list[int], cost: Callable[[Sequence[int]], tuple[float, float
     improved = True
     left = DESCENT_WORK // len(cuts)
     while improved and left > 0:
+        clock.ask()
         improved = False
         for low in range(1, len(cuts) - 1):
             if left <= 0:
@@ -250,6 +252,7 @@ def _deal(problem: PlanningProblem, shape: Shape, parts: Sequence[Sequence[int]]
     order = sorted(range(len(parts)), key=lambda at: -sum(row[0] for row in times[at]))
     step = 2 if shape.two_way else 1
     for at in order:
+        clock.ask()
         route = [0] * problem.num_microbatches
         recent = [-1] * problem.num_ranks
         for m in range(0, problem.num_microbatches, step):

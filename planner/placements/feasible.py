@@ -1,18 +1,23 @@
 """Why no plan fits: which device lacks how many bytes, and the smallest memory (or change) that would do.
 
-A placement can be scheduled if and only if one microbatch at a time fits: its forwards on a rank are all saved together
-before its first gradient frees any. So the bytes that rank lacks are exact at a placement; the reason names the
-placement of the allowed shapes that lacks least.
+Saved tensors fit at a placement if and only if one microbatch at a time does: its forwards on a rank are all saved
+together before its first gradient frees any. So the bytes that a rank lacks for them are exact at a placement, and the
+reason names the placement of the allowed shapes that lacks least. What would do is another question: values in flight
+take memory beside saved tensors, by the order. So a size is promised only after a plan was found with it (`enough`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mipipe.graphs.units import format_bytes
+from mipipe.graphs.units import exact_bytes, format_bytes
+from mipipe.planner import clock
+from mipipe.planner.clock import OutOfTimeError
 from mipipe.planner.jobs.arrays import Instance, build
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.placements.cuts import resident_room, units
@@ -20,30 +25,48 @@ from mipipe.planner.placements.shapes import all_placements, keeps_single, resid
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
 
+WEIGHTS = "weights and optimizer state"
+ACTIVATIONS = "the activations of one microbatch"
+
+SECONDS = 12.0
+"""Most seconds in which `enough` looks for a size that does."""
+
+STEPS = 9
+"""Sizes tried above the first, each farther from it: 0.5 % the second, twice that the next, in the end 2.3 times."""
+
+Admits = Callable[[PlanningProblem], bool]
+"""Whether a plan is found for a problem."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shortage:
-    """Rank ``rank`` has ``room_bytes`` for ``what`` and needs ``need_bytes``."""
+    """Rank ``rank`` has ``room_bytes`` for ``what`` and needs ``need_bytes``, and ``beside_bytes`` in the same
+    memory."""
 
     rank: int
     what: str
     need_bytes: int
     room_bytes: int
     placement: str
+    beside_bytes: int = 0
 
     @property
     def lacking_bytes(self) -> int:
-        return self.need_bytes - self.room_bytes
+        return self.need_bytes + self.beside_bytes - self.room_bytes
 
 
 def shortage(problem: PlanningProblem, placement: Placement) -> Shortage | None:
     """The rank that lacks most at a placement; None where one microbatch at a time fits."""
     held = resident_bytes(problem, placement)
-    found = [Shortage(rank, "weights and optimizer state", held[rank], resident_room(problem, rank), placement.name)
-             for rank in range(problem.num_ranks)]
     instance = build(view(problem, placement))
-    found += [Shortage(rank, "the activations of one microbatch", int(need), int(instance.cap[rank]), placement.name)
-              for rank, need in enumerate(one_at_a_time(instance))]
+    found = []
+    for rank, need in enumerate(one_at_a_time(instance).tolist()):
+        memory, room = problem.topology.devices[rank].memory_bytes, resident_room(problem, rank)
+        if held[rank] > room:
+            beside = need if room == memory else 0  # a limit on weights alone has no room for anything else
+            found.append(Shortage(rank, WEIGHTS, held[rank], room, placement.name, beside))
+        else:
+            found.append(Shortage(rank, ACTIVATIONS, need, int(instance.cap[rank]), placement.name))
     worst = max(found, key=lambda item: item.lacking_bytes)
     return worst if worst.lacking_bytes > 0 else None
 
@@ -63,8 +86,11 @@ def one_at_a_time(instance: Instance) -> np.ndarray:
     return (total + extra).max(axis=1)
 
 
-def why_infeasible(problem: PlanningProblem, name: str) -> str:
-    """One line: the device, the bytes lacking, and what would do, at the allowed placement that lacks least."""
+def why_infeasible(problem: PlanningProblem, name: str, admits: Admits | None = None) -> str:
+    """One line: the device, the bytes lacking, and what would do, at the allowed placement that lacks least.
+
+    ``admits``: plans a changed problem, so that a size can be promised; without it none is.
+    """
     found: list[Shortage] = []
     offered = list(all_placements(problem, name))
     allowed = [placement for placement in offered if keeps_single(problem, placement)]
@@ -72,19 +98,80 @@ def why_infeasible(problem: PlanningProblem, name: str) -> str:
         return (f"placement {name!r} puts groups on several ranks that may have one replica only (their F changes"
                 " buffers, such as batch statistics); choose another placement")
     for placement in allowed:
+        clock.ask()
         lack = shortage(problem, placement)
         if lack is None:
+            fullest = Shortage(0, ACTIVATIONS, 0, 0, placement.name)
             return (f"at placement {placement.name} the saved tensors of one microbatch fit, but not with the values in"
-                    " flight beside them; give the devices more memory, or cut the model elsewhere")
+                    f" flight beside them; {_remedy(problem, fullest, admits)}")
         found.append(lack)
     if not found:
         return _why_none(problem, name)
     least = min(found, key=lambda item: item.lacking_bytes)
     device = problem.topology.devices[least.rank].name
-    cap = _cap(problem, least)
+    beside = f", and {format_bytes(least.beside_bytes)} beside them for activations" if least.beside_bytes else ""
     return (f"rank {least.rank} ({device}) has {format_bytes(least.room_bytes)} for {least.what} and needs"
-            f" {format_bytes(least.need_bytes)}: {least.lacking_bytes} bytes lack even at placement {least.placement},"
-            f" which lacks least; {cap}")
+            f" {format_bytes(least.need_bytes)}{beside}: {least.lacking_bytes} bytes lack even at placement"
+            f" {least.placement}, which lacks least; {_remedy(problem, least, admits)}")
+
+
+def _remedy(problem: PlanningProblem, least: Shortage, admits: Admits | None) -> str:
+    """The smallest change found of what binds, and what else helps."""
+    limits, devices = problem.limits, problem.topology.devices
+    for label, limit, what in (("resident", limits.resident_bytes, WEIGHTS),
+                               ("activation", limits.activation_bytes, ACTIVATIONS)):
+        if what == least.what and limit is not None and (limit <= least.room_bytes or not least.need_bytes):
+            first = max(least.need_bytes, limit)
+            size = enough(first, lambda size, key=f"{label}_bytes": problem.replace(  # type: ignore[misc]
+                limits=replace(limits, **{key: size})), admits)
+            if size is not None:
+                return f"raise the {label} limit to {size} bytes, use more devices, or recompute"
+            return f"raise the {label} limit, at least to {first} bytes, use more devices, or recompute"
+    memory = devices[least.rank].memory_bytes
+    equal = len({device.memory_bytes for device in devices}) == 1
+
+    def with_memory(size: int) -> PlanningProblem:
+        larger = tuple(replace(device, memory_bytes=max(device.memory_bytes, size)) for device in devices)
+        return problem.replace(topology=replace(problem.topology, devices=larger))
+
+    size = enough(memory + least.lacking_bytes, with_memory, admits)
+    where = "a device memory of" if equal else "on devices that have less, a memory of"
+    if size is not None:
+        return f"{where} {exact_bytes(size)} would do, or more devices"
+    return f"{where} at least {memory + least.lacking_bytes}B is needed, or more devices"
+
+
+def enough(first: int, changed: Callable[[int], PlanningProblem], admits: Admits | None) -> int | None:
+    """A size, from ``first`` on, with which a plan was found; None where none was tried or found in time.
+
+    Larger sizes are tried until one does, then those between it and the last that did not.
+    """
+    if admits is None:
+        return None
+    ends, known = time.monotonic() + SECONDS, None
+    low = first
+    with contextlib.suppress(OutOfTimeError), clock.watched(clock.sooner(lambda: ends - time.monotonic())):
+        for step in range(STEPS + 1):
+            size = _round_up(first + (first * 2**step // 400 if step else 0))
+            if admits(changed(size)):
+                known = size
+                break
+            low = size
+        while known is not None and known - low > max(1, known // 500) and low >= first and known != _round_up(first):
+            middle = _round_up((low + known) // 2)
+            if middle >= known:
+                break
+            if admits(changed(middle)):
+                known = middle
+            else:
+                low = middle
+    return known
+
+
+def _round_up(size: int) -> int:
+    """The size with four digits, not less: as a person would write it."""
+    scale = max(1, 10 ** (len(str(size)) - 4))
+    return -(-size // scale) * scale
 
 
 def _why_none(problem: PlanningProblem, name: str) -> str:
@@ -98,18 +185,6 @@ def _why_none(problem: PlanningProblem, name: str) -> str:
     if stages is None and fitting is not None:
         return f"{text}; use {fitting} ranks or choose another placement"
     return f"{text}; choose another placement"
-
-
-def _cap(problem: PlanningProblem, least: Shortage) -> str:
-    """The smallest change of the limit that binds."""
-    limits = problem.limits
-    limited = limits.resident_bytes if least.what.startswith("weights") else limits.activation_bytes
-    memory = problem.topology.devices[least.rank].memory_bytes
-    if limited is not None and limited <= least.room_bytes:
-        name = "resident" if least.what.startswith("weights") else "activation"
-        return f"raise the {name} limit to {least.need_bytes} bytes, use more devices, or recompute"
-    enough = memory + least.lacking_bytes
-    return f"a device memory of {enough} bytes ({format_bytes(enough)}) would do, or more devices"
 
 
 def with_recomputation(problem: PlanningProblem, placement: Placement) -> list[Placement]:

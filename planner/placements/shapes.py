@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from mipipe.planner import clock
 from mipipe.planner.actions import Stream
 from mipipe.planner.placements import branches
 from mipipe.planner.placements.cuts import Shape, fit_cuts, loads, place, place_spread, resident_room, units
@@ -102,6 +103,7 @@ def all_placements(problem: PlanningProblem, name: str = "free") -> Iterator[Pla
     ends = light_ends(problem)
     blocks = len(units(problem))
     for shape in shapes(problem.num_ranks, name):
+        clock.ask()
         if blocks < shape.num_stages:
             if shape.name == "chain":
                 yield place(problem, Shape("chain", shape.rank_of[:blocks]),

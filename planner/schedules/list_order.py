@@ -161,14 +161,3 @@ def best_order(shop: Shop, rules: Sequence[Urgency] = (),
     found += [result for result in (list_order(shop, rule) for rule in rules) if result is not None]
     assert found, "no rule fits the memory limit"
     return min(found, key=lambda result: result[0])[1]
-
-
-def activations_held(orders: Sequence[Sequence[Action]]) -> int:
-    """Largest number of activations that a rank holds under orders of F, I and W."""
-    most = 0
-    for order in orders:
-        held = 0
-        for action in order:
-            held += (action.kind is ActionKind.F) - (action.kind is ActionKind.W)
-            most = max(most, held)
-    return most

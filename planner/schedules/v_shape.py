@@ -7,9 +7,9 @@ actions of a rank into six different grains modulo six. The memory of a rank is 
 over six: (P - 1 - r)(a + d) + (P - 1 + r)(b + c) grains. (4, 2, 4, 2) holds as much as 1F1B (the paper's V-ZB),
 (2, 1, 2, 1) half of it (V-Half), (1, 1, 1, 1) a third (V-Min).
 
-The order of the repeated block is the schedule; running it as early as its dependencies allow squeezes the waits of
-warm-up and cool-down out. As in the papers, weight gradients are then put where a rank would wait, for the durations at
-hand and without holding more.
+V-Half and V-Min are the repeated block with its ends pulled together, action by action as in the authors' own code
+(`mipipe.planner.schedules.v_reorder`). ZB-V is the better of the authors' greedy rule
+(`mipipe.planner.schedules.v_greedy`) and of the block with its weight gradients put where a rank would wait.
 """
 
 from __future__ import annotations
@@ -19,58 +19,51 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from mipipe.planner.actions import Action, ActionKind
-from mipipe.planner.schedules.list_order import Shop, activations_held, best_order
+from mipipe.planner.actions import Action
+from mipipe.planner.schedules.list_order import Shop, best_order
 from mipipe.planner.schedules.pattern import Pattern, Times, forward, input_gradient, one_copy, weight_gradient
 from mipipe.planner.schedules.refill import refill_weights
+from mipipe.planner.schedules.v_greedy import greedy_v
+from mipipe.planner.schedules.v_reorder import INTERVAL, pulled_together
 
-_INTERVAL = 6
 _MANY_ACTIONS = 30_000
-"""Beyond these, only the block with one refilling is tried: a third of the time, a part in a thousand longer."""
+"""Beyond these, ZB-V is the greedy rule alone with both switches on: a tenth of the time."""
 
 
 def v_half(ranks: int, microbatches: int, times: Times | None = None) -> Pattern:
     """About half of 1F1B's activations."""
-    return _refilled(ranks, microbatches, times, repeated_block(ranks, microbatches, (2, 1, 2, 1)))
+    return _pulled(ranks, microbatches, (2, 1, 2, 1), (0, 0 if ranks % 2 else 3, 1))
 
 
 def v_min(ranks: int, microbatches: int, times: Times | None = None) -> Pattern:
     """About a third of 1F1B's activations."""
-    return _refilled(ranks, microbatches, times, repeated_block(ranks, microbatches, (1, 1, 1, 1)))
+    return _pulled(ranks, microbatches, (1, 1, 1, 1), (0, 0 if ranks % 3 else 2, 0))
 
 
 def zb_v(ranks: int, microbatches: int, times: Times | None = None) -> Pattern:
-    """1F1B's activations and, where F, I and W are equal, no bubble between a rank's first and last action.
-
-    The better of the building block and of list scheduling with equal durations, both with W refilled.
-    """
-    def by_turn(kind: ActionKind, stage: int, microbatch: int) -> tuple[Any, ...]:
-        return kind is ActionKind.F, kind is not ActionKind.F or stage < ranks, microbatch, -stage
-
-    def far_first(kind: ActionKind, stage: int, microbatch: int) -> tuple[Any, ...]:
-        return kind is not ActionKind.F or stage < ranks, kind is ActionKind.F, microbatch, -stage
-
-    block = repeated_block(ranks, microbatches, (4, 2, 4, 2))
-    if 6 * ranks * microbatches > _MANY_ACTIONS:
-        return _refilled(ranks, microbatches, times, block)
-    listed = best_order(_shop(ranks, microbatches, Times(1, 1, 1), 2 * ranks), [by_turn, far_first])
-    return _refilled(ranks, microbatches, times, block, one_copy(v_ranks(ranks), microbatches, listed, "v"))
-
-
-def _shop(ranks: int, microbatches: int, times: Times, cap: int) -> Shop:
-    """The V to be timed. Its stages are half as long as even ones, so a transfer counts twice beside them."""
-    where = v_ranks(ranks)
-    return Shop(ranks, 2 * ranks, microbatches, lambda stage, _: where[stage], replace(times, comm=2 * times.comm), cap,
-                (range(microbatches),))
+    """1F1B's activations and, where F, I and W are equal, no bubble between a rank's first and last action."""
+    times = times or Times(1, 1, 1)
+    half, many = replace(times, comm=2 * times.comm), 6 * ranks * microbatches > _MANY_ACTIONS
+    switches = [(True, True)] if many else [(one, two) for one in (True, False) for two in (True, False)]
+    tried = [greedy_v(ranks, microbatches, half, pair) for pair in switches]
+    orders = [order for order in tried if order is not None]
+    if not many or not orders:
+        block = repeated_block(ranks, microbatches, (4, 2, 4, 2)).orders
+        where = v_ranks(ranks)
+        shop = Shop(ranks, 2 * ranks, microbatches, lambda stage, _: where[stage], half, 2 * ranks,
+                    (range(microbatches),))
+        refilled = [refill_weights(shop, block, patience) for patience in (0.3, 0.6, 1.0)]
+        orders += [[list(order) for order in block], *(order for order in refilled if order is not None)]
+        orders = [best_order(shop, given=orders)]
+    return one_copy(v_ranks(ranks), microbatches, orders[0], "v")
 
 
-def _refilled(ranks: int, microbatches: int, times: Times | None, *patterns: Pattern) -> Pattern:
-    """The fastest of the patterns and of what moving their weight gradients gives, with no more activations."""
-    shop = _shop(ranks, microbatches, times or Times(1, 1, 1), max(activations_held(p.orders) for p in patterns))
-    choices = (0.6,) if 6 * ranks * microbatches > _MANY_ACTIONS else (0.3, 0.6, 1.0)
-    refilled = [refill_weights(shop, pattern.orders, patience) for pattern in patterns for patience in choices]
-    given = [*(pattern.orders for pattern in patterns), *(orders for orders in refilled if orders is not None)]
-    return one_copy(v_ranks(ranks), microbatches, best_order(shop, given=given), "v")
+def _pulled(ranks: int, microbatches: int, offsets: tuple[int, int, int, int], waits: tuple[int, ...]) -> Pattern:
+    """The block with its ends pulled together; the authors' waits at its three turns keep its grains apart."""
+    block = _block(ranks, offsets, waits)
+    assert block is not None
+    starts = [[start for start, _, _ in row[:4]] for row in block]
+    return one_copy(v_ranks(ranks), microbatches, pulled_together(starts, microbatches), "v")
 
 
 def repeated_block(ranks: int, microbatches: int, offsets: tuple[int, int, int, int]) -> Pattern:
@@ -78,7 +71,7 @@ def repeated_block(ranks: int, microbatches: int, offsets: tuple[int, int, int, 
     starts = next(block for block in _blocks(ranks, offsets) if block is not None)
     orders: list[list[Action]] = []
     for block in starts:
-        timed = [(start + _INTERVAL * m, kind(stage, m)) for start, kind, stage in block for m in range(microbatches)]
+        timed = [(start + INTERVAL * m, kind(stage, m)) for start, kind, stage in block for m in range(microbatches)]
         orders.append([action for _, action in sorted(timed, key=lambda entry: entry[0])])
     return one_copy(v_ranks(ranks), microbatches, orders, "v")
 
@@ -90,8 +83,8 @@ def v_ranks(ranks: int) -> list[int]:
 
 def _blocks(ranks: int, offsets: tuple[int, int, int, int]) -> Iterator[list[list[Any]] | None]:
     """Per rank the starts of one microbatch's actions, for growing waits at the turns; None where they collide."""
-    for total in range(3 * _INTERVAL):
-        for waits in product(range(_INTERVAL), repeat=3):
+    for total in range(3 * INTERVAL):
+        for waits in product(range(INTERVAL), repeat=3):
             if sum(waits) == total:
                 yield _block(ranks, offsets, waits)
 
@@ -107,12 +100,12 @@ def _block(ranks: int, offsets: tuple[int, int, int, int], waits: tuple[int, ...
         far = 2 * ranks - 1 - rank
         starts = [(a * rank, forward, rank), (turn_f + b * (last - rank), forward, far),
                   (turn_i + c * rank, input_gradient, far), (turn_b + d * (last - rank), input_gradient, rank)]
-        grains = {start % _INTERVAL for start, _, _ in starts}
+        grains = {start % INTERVAL for start, _, _ in starts}
         if len(grains) < 4:
             return None
         for after, stage in ((starts[2][0], far), (starts[3][0], rank)):
-            start = next(after + wait for wait in range(1, _INTERVAL) if (after + wait) % _INTERVAL not in grains)
-            grains.add(start % _INTERVAL)
+            start = next(after + wait for wait in range(1, INTERVAL) if (after + wait) % INTERVAL not in grains)
+            grains.add(start % INTERVAL)
             starts.append((start, weight_gradient, stage))
         block.append(starts)
     return block

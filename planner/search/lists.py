@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mipipe.planner import clock
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.jobs.arcs import KINDS
 from mipipe.planner.jobs.arrays import Instance
@@ -129,6 +130,7 @@ def best_of(instance: Instance, trials: int, rng: np.random.Generator, seconds: 
     best: Tuned | None = None
     chosen = RULES[0]
     for number in range(len(RULES) + trials):
+        clock.ask()
         rule = RULES[number] if number < len(RULES) else sample(rng, ranks) if number % 3 else vary(chosen, rng, ranks)
         if number > len(RULES) + 30:
             rule = vary(chosen, rng, ranks) if number % 3 else sample(rng, ranks)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mipipe.planner import clock
 from mipipe.planner.jobs.arrays import Instance
 from mipipe.planner.search import lists as greedy
 from mipipe.planner.search.lists import Orders
@@ -176,7 +177,8 @@ def tune(instance: Instance, lines: Lines, seconds: float, seed: int, *, start: 
          stop: Callable[[], bool] = lambda: False) -> Tuned | None:
     """The best rule found in some seconds or evaluations, whichever end first; None if none gives a schedule.
 
-    It starts from ``start`` or from the best of ``rules``. Where evaluations decide, a seed always gives one rule.
+    It starts from ``start`` or from the best of ``rules``. Where evaluations decide, a seed always gives one rule. As
+    long as none gives a schedule, the seconds do not count before all of ``rules`` were tried.
     """
     rng = np.random.default_rng(seed)
     began = time.monotonic()
@@ -184,10 +186,14 @@ def tune(instance: Instance, lines: Lines, seconds: float, seed: int, *, start: 
     best_cost = current_cost = np.inf
     fresh = iter([start]) if start is not None else rules(lines)
     tried = 0
-    while tried < evaluations and not stop() and (best is None or time.monotonic() - began < seconds):
+    while tried < evaluations and not stop():
+        clock.ask()
+        over = time.monotonic() - began >= seconds
+        if best is not None and over:
+            break
         rule = next(fresh, None)
         if rule is None:
-            if current is None:
+            if current is None or over:
                 return None
             rule = vary(lines, current, rng)
         orders, cost = _run(instance, lines, rule)

@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mipipe.graphs.cluster import load_cluster, read_cluster, shipped_kinds
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.topology import Device, Link, Topology
+from mipipe.graphs.units import parse_bytes, parse_flops, parse_ns, parse_rate
 
 GOOD = """
 format: mipipe.cluster
@@ -95,13 +99,75 @@ def test_the_cpu_kind_has_no_peak_and_needs_its_memory_stated():
     ({"links__within_host__latency": None}, r"links\.within_host\.latency"),
     ({"links__within_host": None}, r"links\.within_host: missing, but a host has several devices"),
     ({"links__between_hosts": None}, r"links\.between_hosts: missing, but there are 2 hosts"),
-    ({"links__overrides": {"0->7": {"latency": 0, "bandwidth": 1}}}, "device indices below 3"),
+    ({"links__overrides": {"0->7": {"latency": 0, "bandwidth": "1B/s"}}},
+     "c.yaml: link '0->7': expected 'a->b' with two device indices below 3"),
+    ({"links__overrides": {"00->1": {"latency": 0, "bandwidth": "1B/s"}}}, "link '00->1': expected"),
+    ({"links__overrides": {"1->1": {"latency": 0, "bandwidth": "1B/s"}}}, "link '1->1': expected"),
+    ({"links__overrides": {"²->1": {"latency": 0, "bandwidth": "1B/s"}}}, "link '²->1': expected"),
+    ({"links__within_host__bandwidth": 450}, r"within_host\.bandwidth: found 450, a number without a unit; expected"),
+    ({"links__within_host__bandwidth": "450"}, r"bandwidth: found '450', a number without a unit"),
+    ({"links__within_host__bandwidth": "450GB"}, "an amount and no amount per second; expected a bandwidth such as"),
+    ({"links__within_host__bandwidth": "-1GB/s"}, "found '-1GB/s', which is negative"),
+    ({"links__within_host__bandwidth": float("nan")}, "bandwidth: found nan, expected a bandwidth"),
+    ({"links__within_host__bandwidth": float("inf")}, "bandwidth: found inf, expected a bandwidth"),
+    ({"links__within_host__bandwidth": True}, "bandwidth"),
+    ({"links__within_host__latency": 5}, r"within_host\.latency: found 5, a number without a unit; expected a time"),
+    ({"links__within_host__latency": 2.5}, "latency: found 2.5, a number without a unit"),
+    ({"links__overrides": {"0->2": {"latency": "1ms", "bandwidth": 7}}}, r"overrides\.0->2\.bandwidth: found 7, a"),
+    ({"hosts__1__memory": 80}, r"hosts\[1\]\.memory: found 80, a number without a unit; expected a size such as 80GB"),
+    ({"hosts__1__memory": "80Gb"}, r"found '80Gb', where Gb is bits \(8 to a byte\)"),
+    ({"hosts__1__memory": "80gb"}, "found '80gb', where gb is written in other letters"),
+    ({"hosts__1__memory": "1e400GB"}, "which is too large"),
+    ({"hosts__1__memory": "9" * 5000}, r"memory: found '9{40,60}\.\.\., expected a size such as 80GB or 16GiB$"),
+    ({"hosts__1__memory": "0GB"}, r"hosts\[1\]\.memory: found '0GB', expected more than 0"),
+    ({"hosts__1__devices": 10**9}, r"hosts\[1\]\.devices: found 1000000000, expected at most 16384"),
+    ({"device_kinds__mine__flops": {"float32": 10}}, r"flops\.float32: found 10, a number without a unit"),
+    ({"device_kinds__mine__memory": 16}, r"device_kinds\.mine\.memory: found 16, a number without a unit"),
+    ({"device_kinds__mine__bandwidth": "1"}, r"device_kinds\.mine\.bandwidth: found '1', a number without a unit"),
+    ({"device_kinds__mine__launch_overhead": 5}, r"launch_overhead: found 5, a number without a unit"),
+    ({"device_kinds__mine__efficiency": float("nan")}, "efficiency: found nan, expected a share"),
     ({"format": "other"}, "expected a file of format 'mipipe.cluster'"),
     ({"version": 2}, "reads version 1"),
 ])
 def test_a_mistake_is_named_with_its_place(change, message):
     with pytest.raises(InputError, match=message):
         read_cluster(changed(**change), "c.yaml")
+
+
+@pytest.mark.parametrize(("text", "bytes_per_s"), [
+    ("400Gb/s", 50 * 10**9), ("400Gbps", 50 * 10**9), ("400 Gbit/s", 50 * 10**9), ("50GB/s", 50 * 10**9),
+    ("50GBps", 50 * 10**9), ("1GiB/s", 2**30), ("8b/s", 1)])
+def test_bits_and_bytes_per_second(text, bytes_per_s):
+    """A network card's 400Gb/s is 50 GB/s."""
+    cluster = read_cluster(changed(links__between_hosts__bandwidth=text, links__between_hosts__latency=0), "c.yaml")
+    assert cluster.topology.between_hosts == Link(0, bytes_per_s)
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: Link(-1), "latency_ns -1, expected none below 0"),
+    (lambda: Link(0, 0), "bytes_per_s 0, expected a rate above 0"),
+    (lambda: Link(0, -5), "bytes_per_s -5, expected a rate above 0"),
+    (lambda: Device("a", "cpu", -1), "device 'a': found memory_bytes -1"),
+    (lambda: Topology((Device("a", "cpu", 1), Device("a", "cpu", 1)), Link(), Link()), "two devices are named 'a'"),
+])
+def test_a_topology_in_any_file_is_one_that_can_be(make, message):
+    """Problems and plans carry topologies too, without the cluster file's words."""
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+@given(st.one_of(st.text(max_size=40), st.integers(), st.floats(), st.booleans(), st.from_regex(
+    r"[-+]?[0-9]{1,40}([.][0-9]{0,40})?(e[0-9]{1,4})?[ ]?[kMGT]?i?[bB]?(it)?(/s|ps)?", fullmatch=True)))
+def test_a_quantity_is_an_integer_or_one_line(written):
+    for parse in (parse_bytes, parse_rate, parse_ns, parse_flops):
+        try:
+            value = parse(written, "here")
+        except InputError as error:
+            assert str(error).startswith("here: found ") and "expected a" in str(error)
+            assert "\n" not in str(error) and len(str(error)) < 220
+        else:
+            assert isinstance(value, int) and 0 <= value < 2**62
+            assert value == 0 or str(written).strip()[-1].isalpha()
 
 
 def test_an_absent_file_is_one_line():

@@ -10,7 +10,7 @@ from mipipe.graphs.errors import PlanError
 from mipipe.graphs.serialize import digest, load, save
 from mipipe.graphs.topology import Topology
 from mipipe.planner.actions import Action, ActionKind, Stream
-from mipipe.planner.execution.clock import describe
+from mipipe.planner.execution.execute import describe
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem

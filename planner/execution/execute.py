@@ -14,6 +14,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from mipipe.graphs.errors import ProgramError
+from mipipe.planner import clock
 from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.program import Instruction, Program
@@ -66,6 +67,7 @@ def execute(stage_view: StageView, program: Program) -> Execution:
     waiting: dict[int, list[tuple[int, int]]] = {}
     pending = deque(range(len(ranks)))
     while pending:
+        clock.ask()
         number = pending.popleft()
         rank, instructions = ranks[number], program.ranks[number]
         while rank.next < len(instructions):

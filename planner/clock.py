@@ -1,0 +1,61 @@
+"""The clock of a solve, for work of any depth: ``ask()`` raises once the time of the solve that runs it is over.
+
+A solve says once how much time is left (`watched`); loops over actions, placements, rules and rows ask now and then,
+wherever they stand, without carrying a deadline through their arguments. Where no solve is watched (a test, a verb that
+only simulates), asking does nothing. Threads start unwatched: what runs in them takes a ``stop`` of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+STEPS = 4_096
+"""Steps of a loop over actions between two looks at the clock: some hundredths of a second."""
+
+
+class OutOfTimeError(Exception):
+    """The time of the solve is over; the driver of the solve catches it and keeps the best plan."""
+
+
+_LEFT: ContextVar[Callable[[], float] | None] = ContextVar("left", default=None)
+
+
+@contextmanager
+def watched(left: Callable[[], float] | None) -> Iterator[None]:
+    """Let `ask` raise as soon as ``left()``, the seconds left, is below 0; None: never, for what must be finished."""
+    token = _LEFT.set(left)
+    try:
+        yield
+    finally:
+        _LEFT.reset(token)
+
+
+def ask() -> None:
+    """Go on only while there is time.
+
+    Raises:
+        OutOfTimeError: the solve's time is over.
+    """
+    left = _LEFT.get()
+    if left is not None and left() < 0:
+        raise OutOfTimeError
+
+
+def asking(items: Iterable[Item], every: int = STEPS) -> Iterator[Item]:
+    """The items, with a look at the clock at the first and after every so many."""
+    for at, item in enumerate(items):
+        if not at % every:
+            ask()
+        yield item
+
+
+def sooner(left: Callable[[], float]) -> Callable[[], float]:
+    """The seconds left of a part of the solve: its own or the solve's, whichever are fewer."""
+    whole = _LEFT.get()
+    return left if whole is None else lambda: min(left(), whole())

@@ -1,0 +1,79 @@
+"""Figures that an error or an explanation promises: a size that would do was planned with, a memory that binds does."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from mipipe.graphs.units import parse_bytes
+from mipipe.planner.options import PlanOptions
+from mipipe.planner.placements.feasible import enough
+from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.problems.uniform import uniform_problem
+from mipipe.planner.solve import Termination, plan
+
+sys.path.insert(0, str(Path(__file__).parent))
+from planner_random import random_problem, with_memory
+
+
+def promised(problem: PlanningProblem) -> int | None:
+    """The memory that the error of an infeasible problem says would do; None where it does not fit to begin with."""
+    result = plan(problem, PlanOptions(time_limit_s=20))
+    assert result.termination is Termination.INFEASIBLE, result.reason
+    assert re.search(r"-\d", result.reason) is None, result.reason  # no size below nothing
+    found = re.search(r"memory of (\S+) would do", result.reason)
+    assert found, result.reason
+    return parse_bytes(found[1])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_memory_that_would_do_does(seed: int) -> None:
+    """Values in flight included, at whatever the device lacks: almost nothing, or most."""
+    random = Random(seed)
+    problem, size = random_problem(random)
+    size = promised(with_memory(problem, int(size * random.choice([0.01, 0.3, 0.9, 0.999]))))
+    assert size is not None
+    assert plan(with_memory(problem, size), PlanOptions(time_limit_s=3, use_milp=False)).plan is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3, 20))
+def test_many_memories_that_would_do_do(seed: int) -> None:
+    test_a_memory_that_would_do_does(seed)
+
+
+@pytest.mark.parametrize(("needed", "first"), [(8_000, 8_000), (12_345_678, 10_000_000), (13 * 10**9, 10**9)])
+def test_a_promise_is_the_smallest_found_and_never_less_than_needed(needed: int, first: int) -> None:
+    problem = uniform_problem(ranks=2, microbatches=2, f=1, i=1, w=1)
+
+    def changed(size: int) -> PlanningProblem:
+        return problem.replace(limits=dataclasses.replace(problem.limits, activation_bytes=size))
+
+    found = enough(first, changed, lambda made: (made.limits.activation_bytes or 0) >= needed)
+    if needed > 4 * first:
+        assert found is None  # nothing near enough was found, so nothing is promised
+    else:
+        assert found is not None and needed <= found <= 1.004 * needed
+    assert enough(first, changed, None) is None
+
+
+def test_memory_does_not_bind_where_the_plan_meets_a_bound_without_it() -> None:
+    """A full memory beside "proven optimal" by a rank's work said that more of it may shorten the step."""
+    full = uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, activations=4, copies=1, layers=4)
+    result = plan(full, PlanOptions(time_limit_s=10, placement="chain", use_milp=False))
+    assert result.plan is not None
+    memory = next(line for line in result.explanation if line.startswith("memory"))
+    ample = full.replace(limits=dataclasses.replace(full.limits, activation_bytes=10**9))
+    other = plan(ample, PlanOptions(time_limit_s=10, placement="chain", use_milp=False))
+    assert other.makespan_ns is not None and result.makespan_ns is not None
+    if "which binds" in memory:
+        assert result.makespan_ns > result.placement_bound_ns or other.makespan_ns < result.makespan_ns
+    shorter = uniform_problem(ranks=1, microbatches=4, f=1, i=1, w=1, activations=1, copies=1)
+    alone = plan(shorter, PlanOptions(time_limit_s=2))
+    assert alone.termination is Termination.OPTIMAL
+    assert any(line.startswith("memory: rank 0 uses 100%") and "does not bind" in line for line in alone.explanation)

@@ -1,0 +1,144 @@
+"""A time limit is a promise: whatever the problem, a solve ends with its limit, the check of its plan included."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from mipipe.planner import clock
+from mipipe.planner.actions import Stream
+from mipipe.planner.check import check_plan
+from mipipe.planner.check_arrays import holds
+from mipipe.planner.execution.lower import lower
+from mipipe.planner.execution.simulate import simulate
+from mipipe.planner.ladder.state import Progress
+from mipipe.planner.options import PlanOptions
+from mipipe.planner.problem import Limits, PlanningProblem
+from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
+from mipipe.planner.quick_timeline import timeline_of
+from mipipe.planner.schedules import BASELINES
+from mipipe.planner.solve import SolveResult, Termination, plan
+
+sys.path.insert(0, str(Path(__file__).parent))
+from planner_random import random_problem, with_memory
+
+
+def timed(problem: PlanningProblem, limit_s: float) -> tuple[SolveResult, float]:
+    """The result of a solve and its seconds: of the clock, or of computing where others keep the machine busy."""
+    began, used = time.monotonic(), time.process_time()
+    result = plan(problem, PlanOptions(time_limit_s=limit_s))
+    return result, min(time.monotonic() - began, time.process_time() - used)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> None:
+    """All kernels loaded, from the cache of an earlier run where there is one."""
+    plan(uniform_problem(ranks=4, microbatches=8, f=1, i=2, w=1, comm=1, layers=16), PlanOptions(time_limit_s=4.0))
+    plan(two_stream_problem(ranks=2, microbatches=4), PlanOptions(time_limit_s=2.0))
+
+
+def kept(seeds: range) -> None:
+    ended = set()
+    for seed in seeds:
+        random = Random(seed)
+        problem, least = random_problem(random)
+        factor = random.choice([0.99, 1.0, 1.002, 1.01, 1.05, 1.3, 3.0])
+        problem = with_memory(problem, int(least * factor))
+        result, seconds = timed(problem, 1.0)
+        assert seconds <= 3.0, f"seed {seed}: {seconds:.1f} s, {result.termination}, {result.rung}"
+        ended.add(result.termination)
+        if result.plan is not None:
+            check_plan(result.plan)
+    assert len(ended) > 1  # the memory is tight enough that some have no plan
+
+
+def test_random_problems_keep_a_limit_of_a_second(compiled: None) -> None:
+    kept(range(5))
+
+
+@pytest.mark.slow
+def test_many_random_problems_keep_a_limit_of_a_second(compiled: None) -> None:
+    kept(range(5, 80))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "microbatches"), [(16, 64), (32, 256), (64, 1024)])
+def test_large_problems_keep_their_limit(compiled: None, ranks: int, microbatches: int) -> None:
+    """64 ranks x 1,024 microbatches with a limit of 5 s took 37: the check and the explanation came after it."""
+    problem = uniform_problem(ranks=ranks, microbatches=microbatches, f=1, i=1, w=1, comm="0.1", layers=4 * ranks,
+                              first="0.2", last="0.6", activations=0.75 * ranks)
+    result, seconds = timed(problem, 5.0)
+    assert result.plan is not None and seconds <= 7.5
+    assert holds(result.plan)
+
+
+def test_a_solve_asks_the_clock_until_it_says_no() -> None:
+    """The clock reaches work of any depth, and the driver keeps what was found."""
+    asked = 0
+
+    def left() -> float:
+        nonlocal asked
+        asked += 1
+        return 1.0 if asked < 50 else -1.0
+
+    pairs = next(item for item in BASELINES if item.name == "DualPipe")
+    with clock.watched(left), pytest.raises(clock.OutOfTimeError):
+        pairs.plan(uniform_problem(ranks=4, microbatches=1000, f=1, i=1, w=1, fb=2), split=False)
+    assert asked == 50
+    clock.ask()  # nobody watches
+
+
+def test_a_solve_that_ctrl_c_ended_says_so_in_its_plan() -> None:
+    def stop(state: Progress) -> None:
+        raise KeyboardInterrupt
+
+    result = plan(uniform_problem(ranks=4, microbatches=8, f=1, i=2, w=3), PlanOptions(), stop)
+    assert result.plan is not None and result.plan.provenance["termination"] == Termination.INTERRUPTED.value
+
+
+@pytest.mark.parametrize("name", ["1F1B", "ZB-H1", "ZB-V", "DualPipe", "Interleaved 1F1B"])
+def test_the_check_by_arrays_says_what_the_checker_says(name: str) -> None:
+    """Sound plans hold; any damage makes it say no, and the checker then names it."""
+    problem = uniform_problem(ranks=4, microbatches=8, f=2, i=3, w=1, comm=1)
+    found = next(item for item in BASELINES if item.name == name).plan(problem)
+    found = dataclasses.replace(found, problem=found.problem.replace(limits=Limits()))
+    check_plan(found)
+    assert holds(found)
+    first, *others = found.schedule.ranks
+    turned = dataclasses.replace(first, compute=first.compute[::-1])
+    short = dataclasses.replace(first, compute=first.compute[:-1])
+    twice = dataclasses.replace(first, compute=(*first.compute, first.compute[0]))
+    swapped = [others[0], first, *others[1:]]
+    damaged = [dataclasses.replace(found, schedule=dataclasses.replace(found.schedule, ranks=tuple(ranks)))
+               for ranks in ([turned, *others], [short, *others], [twice, *others], swapped)]
+    damaged.append(dataclasses.replace(found, makespan_ns=found.makespan_ns + 1))
+    damaged.append(dataclasses.replace(found, bound_ns=found.makespan_ns + 1))
+    damaged.append(dataclasses.replace(found, problem=found.problem.replace(limits=Limits(activation_bytes=8_000))))
+    damaged.append(dataclasses.replace(found, problem=found.problem.replace(limits=Limits(resident_bytes=10))))
+    for other in damaged:
+        assert not holds(other)
+        with pytest.raises(Exception, match=r"."):
+            check_plan(other)
+
+
+def test_the_check_by_arrays_leaves_what_it_does_not_know_to_the_checker() -> None:
+    problem = two_stream_problem(ranks=2, microbatches=4)
+    assert any(group.stream is Stream.COLLECTIVE for group in problem.groups)
+    assert not holds(BASELINES[1].plan(problem))
+    pairs = next(item for item in BASELINES if item.name == "DualPipe").plan(
+        uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, fb=2), split=False)
+    assert not holds(pairs)
+
+
+@pytest.mark.parametrize("name", ["1F1B", "ZB-V", "DualPipe", "Interleaved 1F1B"])
+def test_a_timeline_by_arrays_is_the_simulated_one(name: str) -> None:
+    problem = uniform_problem(ranks=4, microbatches=8, f=2, i=3, w=1, comm=1, last="0.3", layers=16)
+    found = next(item for item in BASELINES if item.name == name).plan(problem)
+    quick, simulated = timeline_of(found, large=1), simulate(found, lower(found))
+    assert dataclasses.replace(quick, spans=()) == dataclasses.replace(simulated, spans=())
+    assert sorted(map(repr, quick.spans)) == sorted(map(repr, simulated.spans))
