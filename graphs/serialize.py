@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, cast
@@ -130,7 +131,8 @@ def load_data(path: str | Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose mappings give every key once: the last of two would silently win."""
+    """YAML whose mappings give every key once (the last of two would silently win), with YAML 1.2's floats: ``1e-8``
+    and ``3.0e4`` are numbers, where YAML 1.1 wants a dot and a signed exponent and makes texts of them."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -141,6 +143,33 @@ class _Loader(yaml.SafeLoader):
                                                problem_mark=key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back: a text such as ``1e5`` gets quotes."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float",
+                                re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+                                list("-+.0123456789"))
+
+
+def yaml_text(data: Any) -> str:
+    """Plain data as YAML, in its own order."""
+    return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+
+
+def yaml_value(text: str) -> Any:
+    """The value that a text stands for in our YAML files, such as an option's ``true`` or ``1e-8``.
+
+    Raises:
+        ValueError: it is no YAML.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
 
 
 def yaml_documents(path: str | Path) -> list[Any]:

@@ -9,10 +9,10 @@ from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import load
 from mipipe.planner.check import check_program
+from mipipe.planner.check_graph import check_graph
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
-from mipipe.runtime.engine.compiled import check_plan_fits
 from mipipe.runtime.train.batches import check_sizes
 from mipipe.runtime.train.config import TrainConfig, read_config
 from mipipe.runtime.train.data import check_source
@@ -38,7 +38,7 @@ def read_job(plan: str | Path, graph: str | Path, config: str | Path) -> Job:
     """
     settings = read_config(config)
     read_graph, read_plan = load(graph, OperatorGraph), load(plan, Plan)
-    check_plan_fits(read_plan, read_graph)
+    check_graph(read_plan, read_graph)
     check_sizes(read_graph, settings.batch, settings.seq, read_plan.problem.num_microbatches)
     optimizer_class(settings.optimizer.name)
     check_source(settings.data)
