@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from datetime import timedelta
@@ -25,11 +27,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from mipipe.graphs.errors import MipipeError, tells_all
+from mipipe.graphs.errors import MipipeError, RunError, StoppedError, tells_all
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.execution.simulate import simulate
+from mipipe.runtime import stopping
+from mipipe.runtime.checkpoint_run import Start
 from mipipe.runtime.engine.engine import Engine, EngineOptions
 from mipipe.runtime.experts.run import read_maps
+from mipipe.runtime.failures import SAID, STARTED, signals_of
 from mipipe.runtime.train.data import make_batches
 from mipipe.runtime.train.models import initial_weights
 from mipipe.runtime.train.prepare import Job, check_saving, check_world, read_job
@@ -46,7 +51,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", help="the training configuration (YAML)")
     parser.add_argument("--merge", metavar="OUT", help="run the prepared merge of this folder instead")
     parser.add_argument("--timeline", help="where a merge's measured timeline is written")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    parser.add_argument("--resume-if-any", action="store_true", help="continue from the newest checkpoint, if any")
     parser.add_argument("--progress", nargs="?", const="-", metavar="FILE",
                         help="show progress (rank 0) on stderr, or in a file such as a terminal's")
     parser.add_argument("--report", help="folder in which a failing rank leaves its error")
@@ -62,18 +68,22 @@ def train(options: argparse.Namespace) -> list[float]:
     job = read_job(options.plan, options.graph, options.config)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     check_world(job, world)
-    check_saving(job.config, options.resume)
+    stopping.listen()
     device = choose_device(options.device)
-    start_processes(world, device, job.config.timeout_s)
-    losses = run(job, device, options)
+    store = start_processes(world, device, job.config.timeout_s)
+    losses = run(job, device, options, store)
     if dist.is_initialized():
         dist.barrier()  # who leaves early closes connections on which others may still wait
         dist.destroy_process_group()
     return losses
 
 
-def run(job: Job, device: torch.device, options: argparse.Namespace) -> list[float]:
-    """Build the engine and train."""
+def run(job: Job, device: torch.device, options: argparse.Namespace, store: dist.Store | None = None) -> list[float]:
+    """Build the engine and train. ``store``: torchrun's, which lives as long as the run, over all restarts."""
+    start, began = start_of(options), None
+    if store is not None and start is Start.FRESH and store.check([RUN_KEY]):
+        start, began = Start.RESTART, store.get(RUN_KEY).decode()
+    check_saving(job.config, start is not Start.FRESH)
     plan, program, graph, config = job.plan, job.program, job.graph, job.config
     master = getattr(torch, config.dtype) if config.dtype else None
     weights = initial_weights(graph, config)
@@ -84,15 +94,56 @@ def run(job: Job, device: torch.device, options: argparse.Namespace) -> list[flo
     stored = weights if isinstance(weights, StoredWeights) else None
     del weights  # the whole model, where it was made here
     rows = microbatch_rows(graph) * plan.problem.num_microbatches
-    batches = make_batches(config.data, graph, rows, config.seed, engine.mesh.copy)
+    batches = make_batches(config.data, graph, rows, config.seed, engine.mesh.copy, engine.mesh.num_copies)
     show = ProgressBar(config.steps, options.progress) if options.progress else None
-    trainer = Trainer(engine, config, batches, show, simulate(plan, program), maps)
-    start = trainer.resume() if options.resume else 0
-    losses = trainer.run(start)
+    say = functools.partial(tell, options.report)
+    trainer = Trainer(engine, config, batches, show, simulate(plan, program), maps, say, stopping.asked)
+    done = trainer.begin(start, began)
+    if trainer.first:
+        if store is not None:
+            store.set(RUN_KEY, trainer.run_id)
+        announce(options.report, trainer, done)
+    losses = trainer.run(done)
     if config.save is not None:
         from mipipe.runtime.weights.save import save_trained
-        save_trained(engine, config, stored, replace=options.resume)
+        save_trained(engine, config, stored, replace=start is not Start.FRESH)
     return losses
+
+
+RUN_KEY = "mipipe/run"
+"""Where torchrun's store has the id of the run that began."""
+
+
+def start_of(options: argparse.Namespace) -> Start:
+    """How the user wants to begin."""
+    return Start.RESUME if options.resume else Start.RESUME_IF_ANY if options.resume_if_any else Start.FRESH
+
+
+def tell(folder: str | None, text: str) -> None:
+    """A line for people: through the launcher, or on stderr."""
+    if folder is None:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+        return
+    with contextlib.suppress(OSError), (Path(folder) / SAID).open("a") as stream:
+        stream.write(text + "\n")
+
+
+def announce(folder: str | None, trainer: Trainer, done: int) -> None:
+    """Say which step the run starts from, and from what; after a restart also why."""
+    config, restart = trainer.config, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    source = f"checkpoint {trainer.restored}" if trainer.restored is not None else \
+        f"the weights in {config.weights}" if config.weights else f"random weights (seed {config.seed})"
+    why = ""
+    if restart:
+        cause = signals_of(Path(folder)) if folder is not None else ""
+        why = f"restart {restart}{f' ({cause})' if cause else ''}: "
+    text = f"starting with step {done + 1} of {config.steps} from {source}"
+    if done >= config.steps:
+        text = f"all {config.steps} steps are done in {source}"
+    tell(folder, why + text)
+    if folder is not None and not (Path(folder) / STARTED).exists():
+        (Path(folder) / STARTED).write_text(json.dumps({"step": done, "source": source}))
 
 
 def microbatch_rows(graph: OperatorGraph) -> int:
@@ -110,17 +161,46 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device("cpu")
 
 
-def start_processes(world: int, device: torch.device, timeout_s: float) -> None:
-    """Join the process group (gloo on CPU, nccl on CUDA). One thread on a CPU: ranks share the cores, and reruns are
-    bitwise equal."""
+def connect(timeout_s: float) -> tuple[dist.Store, int, int]:
+    """torch's store of this run, this process's rank and the number of processes.
+
+    Raises:
+        RunError: nobody answers there, or no torchrun.
+    """
+    found: list[tuple[dist.Store, int, int]] = []
+    failed: list[BaseException] = []
+
+    def meet() -> None:
+        try:
+            found.append(next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s))))
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=meet, daemon=True)  # the store waits for ever for an answer it does not understand
+    thread.start()
+    thread.join(timeout_s + 5.0)
+    if found:
+        return found[0]
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    reason = (str(failed[0]).strip().splitlines() or ["no reason"])[0] if failed else \
+        f"no answer within {timeout_s:g} s (timeout_s); another program may be listening there"
+    raise RunError(f"rendezvous at {place}: {reason}")
+
+
+def start_processes(world: int, device: torch.device, timeout_s: float) -> dist.Store | None:
+    """Join the process group (gloo on CPU, nccl on CUDA); torchrun's store, where torchrun started this process. One
+    thread on a CPU: ranks share the cores, and reruns are bitwise equal."""
     if device.type == "cpu":
         torch.set_num_threads(1)
+    if world == 1 and "TORCHELASTIC_RESTART_COUNT" not in os.environ:
+        return None
+    store, rank, size = connect(timeout_s)
     if world > 1:
-        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
         # torchrun keeps one store over restarts: without a prefix, ranks would find the addresses of those that died.
         attempt = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=attempt, rank=rank, world_size=size,
                                 timeout=timedelta(seconds=timeout_s))
+    return store
 
 
 class ProgressBar:
@@ -140,7 +220,8 @@ class ProgressBar:
             pace = f"  {each:.2f} s a step  {timedelta(seconds=round(each * (self._steps - step)))} left"
         end = "\n" if step == self._steps else ""
         text = f"\r\x1b[Kstep {step}/{self._steps}  loss {loss:.4f}{pace}{end}"
-        with open(self._target, "w") if self._target != "-" else contextlib.nullcontext(sys.stderr) as stream:
+        with contextlib.suppress(OSError), \
+                open(self._target, "w") if self._target != "-" else contextlib.nullcontext(sys.stderr) as stream:
             stream.write(text)
             stream.flush()
 
@@ -169,6 +250,8 @@ def guarded(options: argparse.Namespace) -> int:
             train(options)
     except MipipeError as error:
         report(options.report, error)
+        if isinstance(error, StoppedError) and not stopping.asked():
+            return 0  # another worker was asked; torchrun is to restart for its sake only
         if not tells_all(error):
             raise
         if os.environ.get("RANK", "0") == "0" and options.report is None:  # else the launcher says it
@@ -186,8 +269,11 @@ def main() -> None:
     A failed one ends at once: its threads may wait for a peer that is gone, or hangs.
     """
     die_with_parent(signal.SIGKILL)
+    options = parse_arguments()
+    if options.report is not None:  # what an earlier attempt of this rank ended with
+        (Path(options.report) / f"error-rank{os.environ.get('RANK', '0')}.json").unlink(missing_ok=True)
     try:
-        code = guarded(parse_arguments())
+        code = guarded(options)
     except Exception:
         traceback.print_exc()
         code = 1

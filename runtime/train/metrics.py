@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+
+from mipipe.graphs.errors import InputError
 
 Record = dict[str, float]
 
@@ -22,38 +25,70 @@ class Metrics:
     stream: TextIO | None = None
     board: Any = None
     records: list[Record] = field(default_factory=list)
+    fault: str = ""
+    """Why a record could not be written; no later one is."""
 
     def write(self, record: Mapping[str, float]) -> None:
         self.records.append(dict(record))
         if self.stream is not None:
-            self.stream.write(json.dumps(record) + "\n")
-            self.stream.flush()
+            try:
+                self.stream.write(json.dumps(record) + "\n")
+                self.stream.flush()
+            except OSError as error:
+                self.fault = f"metrics {self.stream.name}: cannot be written: {error.strerror}"
+                self._close_stream()
         if self.board is not None:
             for name, value in record.items():
                 if name != "step":
                     self.board.add_scalar(name, value, int(record["step"]))
 
+    def _close_stream(self) -> None:
+        stream, self.stream = self.stream, None
+        if stream is not None:
+            with contextlib.suppress(OSError):  # what could not be written is still waiting to be
+                stream.close()
+
     def close(self) -> None:
-        if self.stream is not None:
-            self.stream.close()
+        self._close_stream()
         if self.board is not None:
             self.board.close()
 
 
 def open_metrics(file: str | None, folder: str | None, start: int) -> Metrics:
-    """Metrics that go to a JSONL file and a TensorBoard folder; what an earlier run wrote beyond ``start`` goes."""
+    """Metrics that go to a JSONL file and a TensorBoard folder; what an earlier run wrote beyond ``start`` goes.
+
+    A run that starts anew leaves an earlier run's file beside its own, as ``<file>.previous``. What is no regular file
+    (a pipe, a device) is written as it is.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     metrics = Metrics()
     if file:
-        path = Path(file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rewritten = path.with_name(path.name + ".next")
-        rewritten.write_text("".join(line + "\n" for line in _records_before(path, start)))
-        os.replace(rewritten, path)
-        metrics.stream = path.open("a")
+        try:
+            metrics.stream = _open_stream(Path(file).resolve(), start)
+        except OSError as error:
+            raise InputError(f"metrics {file}: cannot be written: {error.strerror}") from None
     if folder:
         from torch.utils.tensorboard import SummaryWriter
         metrics.board = SummaryWriter(folder, purge_step=start + 1 if start else None)
     return metrics
+
+
+def _open_stream(path: Path, start: int) -> TextIO:
+    """The file, with the records of steps up to ``start``."""
+    if path.exists() and not path.is_file():  # without waiting for a pipe's reader
+        return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK), "a")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not start and path.exists() and path.stat().st_size:
+        os.replace(path, path.with_name(path.name + ".previous"))
+    rewritten = path.with_name(path.name + ".next")
+    try:
+        rewritten.write_text("".join(line + "\n" for line in _records_before(path, start)))
+        os.replace(rewritten, path)
+    finally:
+        rewritten.unlink(missing_ok=True)
+    return path.open("a")
 
 
 def _records_before(path: Path, start: int) -> list[str]:
@@ -65,7 +100,7 @@ def _records_before(path: Path, start: int) -> list[str]:
         try:
             if json.loads(line)["step"] <= start:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError):
+        except (ValueError, KeyError, TypeError):
             break  # the line that was being written when the run was killed
     return kept
 

@@ -50,8 +50,8 @@ def test_in_every_kind_of_file(tmp_path):
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text("format: mipipe.cluster\nversion: 1\nhosts: [{name: a, devices: 2, kind: k, memory: 1e9B}]\n"
                        "links: {within_host: {latency: 1us, bandwidth: 1GB/s}}\n"
-                       "device_kinds: {k: {efficiency: 5e-1, flops: {float32: 1e3GFLOPS}, bandwidth: 1GB/s, launch_overhead: 1e1us,"
-                       " source: test}}\n")
+                       "device_kinds: {k: {efficiency: 5e-1, flops: {float32: 1e3GFLOPS}, bandwidth: 1GB/s,"
+                       " launch_overhead: 1e1us, source: test}}\n")
     kind = load_cluster(cluster).kinds["k"]
     assert kind.efficiency == 0.5 and kind.flops["float32"] == 5 * 10**11
     sizes = tmp_path / "sizes.yaml"
