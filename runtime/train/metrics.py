@@ -22,6 +22,7 @@ Record = dict[str, float]
 class Metrics:
     """The records of a run and where they go. Written by one rank."""
 
+    file: str = ""
     stream: TextIO | None = None
     board: Any = None
     records: list[Record] = field(default_factory=list)
@@ -35,7 +36,7 @@ class Metrics:
                 self.stream.write(json.dumps(record) + "\n")
                 self.stream.flush()
             except OSError as error:
-                self.fault = f"metrics {self.stream.name}: cannot be written: {error.strerror}"
+                self.fault = f"metrics {self.file}: cannot be written: {error.strerror}"
                 self._close_stream()
         if self.board is not None:
             for name, value in record.items():
@@ -63,7 +64,7 @@ def open_metrics(file: str | None, folder: str | None, start: int) -> Metrics:
     Raises:
         InputError: the file cannot be written.
     """
-    metrics = Metrics()
+    metrics = Metrics(file or "")
     if file:
         try:
             metrics.stream = _open_stream(Path(file).resolve(), start)

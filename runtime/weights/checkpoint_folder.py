@@ -131,7 +131,8 @@ def read_state(folder: Path) -> State:
     try:
         state = load(folder / STATE, State)
     except InputError as error:
-        raise InputError(f"checkpoint {error}; remove the folder to use an earlier checkpoint") from None
+        raise InputError(f"checkpoint {folder}: {str(error).removeprefix(f'{folder}/')}; remove the folder to use an"
+                         " earlier checkpoint") from None
     if folder.name not in (f"step-{state.step}", f"step-{state.step}.partial"):
         raise InputError(f"checkpoint {folder}: its {STATE} is of step {state.step}; remove the folder to use an"
                          " earlier checkpoint")
