@@ -62,9 +62,12 @@ def exit_codes(folder: Path) -> dict[int, int]:
 
 
 def signals_of(folder: Path) -> str:
-    """Who was killed by a signal, for people; empty: nobody."""
-    killed = {rank: -code for rank, code in exit_codes(folder).items() if code < 0}
-    said = "; ".join(f"rank {rank} was killed by {signal_name(number)}" for rank, number in sorted(killed.items()))
+    """Who was killed by a signal, or asked to end, for people; empty: nobody."""
+    codes = exit_codes(folder)
+    killed = {rank: -code for rank, code in codes.items() if code < 0}
+    said = "; ".join([f"rank {rank} was killed by {signal_name(number)}" for rank, number in sorted(killed.items())]
+                     + [f"rank {rank} was asked to end, SIGTERM" for rank, code in sorted(codes.items())
+                        if code == StoppedError.exit_code])
     memory = " (by hand, or by the kernel for want of memory: see dmesg)" if signal.SIGKILL in killed.values() else ""
     return said + memory
 

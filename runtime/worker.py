@@ -161,7 +161,7 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device("cpu")
 
 
-def connect(timeout_s: float) -> tuple[dist.Store, int, int]:
+def connect(timeout_s: float, grace_s: float = 5.0) -> tuple[dist.Store, int, int]:
     """torch's store of this run, this process's rank and the number of processes.
 
     Raises:
@@ -178,7 +178,7 @@ def connect(timeout_s: float) -> tuple[dist.Store, int, int]:
 
     thread = threading.Thread(target=meet, daemon=True)  # the store waits for ever for an answer it does not understand
     thread.start()
-    thread.join(timeout_s + 5.0)
+    thread.join(timeout_s + grace_s)
     if found:
         return found[0]
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

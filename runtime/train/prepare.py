@@ -84,7 +84,8 @@ def check_start(config: TrainConfig, start: Start) -> None:
         raise InputError("train config: has no 'checkpoint', so --resume has nothing to continue; give its folder")
     experts = config.experts
     for what, file in (("metrics", config.metrics), ("timeline", config.timeline), ("profile", config.profile),
-                       ("experts.loads", experts and experts.loads), ("experts.history", experts and experts.history)):
+                       ("experts.loads", experts.loads if experts else None),
+                       ("experts.history", experts.history if experts else None)):
         if file is not None:
             _check_output(what, Path(file))
     if config.tensorboard is not None:
