@@ -1,7 +1,8 @@
 """What a run's processes leave for their launcher in its report folder, and what it makes of it: one error.
 
 ``error-rankN.json`` by a worker that failed or stopped, ``failures.json`` by the agent (exit codes of the workers that
-ended first), ``said.txt`` (lines for people), ``started.json`` (the first step and its source).
+ended first), ``said.txt`` (lines for people), ``started.json`` (the first step and its source),
+``done.txt`` (when all is done).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from mipipe.graphs import errors
 from mipipe.graphs.errors import MipipeError, RunError, StoppedError
 
-SAID, STARTED, FAILURES = "said.txt", "started.json", "failures.json"
+SAID, STARTED, DONE, FAILURES = "said.txt", "started.json", "done.txt", "failures.json"
 
 
 def explain(folder: Path, log: Path, code: int, show: bool = True) -> MipipeError:
@@ -30,8 +31,8 @@ def explain(folder: Path, log: Path, code: int, show: bool = True) -> MipipeErro
         return StoppedError(stopped["message"])
     causes, killed = [item for item in found if not is_consequence(item)], signals_of(folder)
     if killed and not causes:
-        return RunError(f"{killed}; continue from the newest checkpoint with --resume, or let torchrun restart workers"
-                        " with --max-restarts")
+        return RunError(f"{killed}; --resume continues from the newest checkpoint, if one was saved, and --max-restarts"
+                        " restarts workers")
     if not found:
         if code < 0:
             return RunError(f"torchrun was ended by {signal_name(-code)}")

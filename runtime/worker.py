@@ -16,7 +16,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from datetime import timedelta
@@ -27,18 +26,19 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from mipipe.graphs.errors import MipipeError, RunError, StoppedError, tells_all
+from mipipe.graphs.errors import MipipeError, StoppedError, tells_all
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.execution.simulate import simulate
 from mipipe.runtime import stopping
 from mipipe.runtime.checkpoint_run import Start
 from mipipe.runtime.engine.engine import Engine, EngineOptions
 from mipipe.runtime.experts.run import read_maps
-from mipipe.runtime.failures import SAID, STARTED, signals_of
+from mipipe.runtime.failures import DONE, SAID, STARTED, signals_of
+from mipipe.runtime.rendezvous import start_processes
 from mipipe.runtime.train.data import make_batches
 from mipipe.runtime.train.models import initial_weights
-from mipipe.runtime.train.prepare import Job, check_saving, check_world, read_job
-from mipipe.runtime.train.processes import die_with_parent
+from mipipe.runtime.train.prepare import Job, check_outputs, check_saving, check_world, read_job
+from mipipe.runtime.train.processes import die_with_parent, rank
 from mipipe.runtime.train.training import Trainer
 from mipipe.runtime.weights.stored_weights import StoredWeights
 
@@ -84,6 +84,8 @@ def run(job: Job, device: torch.device, options: argparse.Namespace, store: dist
     if store is not None and start is Start.FRESH and store.check([RUN_KEY]):
         start, began = Start.RESTART, store.get(RUN_KEY).decode()
     check_saving(job.config, start is not Start.FRESH)
+    if rank() == 0:
+        check_outputs(job.config)
     plan, program, graph, config = job.plan, job.program, job.graph, job.config
     master = getattr(torch, config.dtype) if config.dtype else None
     weights = initial_weights(graph, config)
@@ -107,6 +109,8 @@ def run(job: Job, device: torch.device, options: argparse.Namespace, store: dist
     if config.save is not None:
         from mipipe.runtime.weights.save import save_trained
         save_trained(engine, config, stored, replace=start is not Start.FRESH)
+    if trainer.first and options.report is not None:
+        (Path(options.report) / DONE).write_text("")
     return losses
 
 
@@ -161,48 +165,6 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device("cpu")
 
 
-def connect(timeout_s: float, grace_s: float = 5.0) -> tuple[dist.Store, int, int]:
-    """torch's store of this run, this process's rank and the number of processes.
-
-    Raises:
-        RunError: nobody answers there, or no torchrun.
-    """
-    found: list[tuple[dist.Store, int, int]] = []
-    failed: list[BaseException] = []
-
-    def meet() -> None:
-        try:
-            found.append(next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s))))
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=meet, daemon=True)  # the store waits for ever for an answer it does not understand
-    thread.start()
-    thread.join(timeout_s + grace_s)
-    if found:
-        return found[0]
-    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    reason = (str(failed[0]).strip().splitlines() or ["no reason"])[0] if failed else \
-        f"no answer within {timeout_s:g} s (timeout_s); another program may be listening there"
-    raise RunError(f"rendezvous at {place}: {reason}")
-
-
-def start_processes(world: int, device: torch.device, timeout_s: float) -> dist.Store | None:
-    """Join the process group (gloo on CPU, nccl on CUDA); torchrun's store, where torchrun started this process. One
-    thread on a CPU: ranks share the cores, and reruns are bitwise equal."""
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    if world == 1 and "TORCHELASTIC_RESTART_COUNT" not in os.environ:
-        return None
-    store, rank, size = connect(timeout_s)
-    if world > 1:
-        # torchrun keeps one store over restarts: without a prefix, ranks would find the addresses of those that died.
-        attempt = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=attempt, rank=rank, world_size=size,
-                                timeout=timedelta(seconds=timeout_s))
-    return store
-
-
 class ProgressBar:
     """One line on stderr (``-``) or in a file that is overwritten; called with (step, loss). The first step, which
     warms up, does not count for the pace."""
@@ -230,12 +192,13 @@ def report(folder: str | None, error: BaseException) -> None:
     """Leave the error for the launcher: type, message, exit code, moment, and the traceback of an unexpected one."""
     if folder is None:
         return
-    rank = os.environ.get("RANK", "0")
-    data: dict[str, Any] = {"rank": int(rank), "type": type(error).__name__, "message": str(error), "time": time.time(),
+    place = os.environ.get("RANK", "0")
+    data: dict[str, Any] = {"rank": int(place), "type": type(error).__name__, "message": str(error),
+                            "time": time.time(),
                             "attempt": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
                             "exit_code": getattr(error, "exit_code", 4),
                             "traceback": "" if tells_all(error) else traceback.format_exc()}
-    path = Path(folder) / f"error-rank{rank}.json"
+    path = Path(folder) / f"error-rank{place}.json"
     path.write_text(json.dumps(data))
 
 

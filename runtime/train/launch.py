@@ -22,7 +22,7 @@ from typing import Any
 
 from mipipe.graphs.errors import RunError, StoppedError
 from mipipe.runtime.checkpoint_run import Start
-from mipipe.runtime.failures import SAID, STARTED, explain, reports
+from mipipe.runtime.failures import DONE, SAID, STARTED, explain, reports
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.prepare import check_start, check_world, read_job
 from mipipe.runtime.train.processes import die_with_parent
@@ -120,10 +120,10 @@ def start_of(resume: bool, resume_if_any: bool) -> Start:
 def end_of(folder: Path, log: Path, code: int, asked: bool, show: bool = True) -> Exception | None:
     """The error that a run under torchrun ended with, if any; ``asked``: this process was asked to end it."""
     stopped = any(item["type"] == StoppedError.__name__ for item in reports(folder))
-    if not code and not stopped:
+    if (not code and not stopped) or (asked and (folder / DONE).exists()):
         return None
     if asked and not stopped and code:
-        return StoppedError("asked to end (SIGTERM) before a step was done; nothing new is saved")
+        return StoppedError("asked to end (SIGTERM), and ended before the step in hand was done; nothing new is saved")
     return explain(folder, log, code, show)
 
 

@@ -70,8 +70,8 @@ def check_saving(config: TrainConfig, resume: bool) -> None:
 
 
 def check_start(config: TrainConfig, start: Start) -> None:
-    """Raise `InputError` where a run cannot begin as wanted, or could not write in the end: checkpoints that are there
-    or not, a folder that another job uses, outputs that cannot be written."""
+    """Raise `InputError` where a run cannot begin as wanted: checkpoints that are there or not, a folder that another
+    job uses, outputs that cannot be written."""
     check_saving(config, start is not Start.FRESH)
     if config.checkpoint is not None:
         folder = Path(config.checkpoint.folder)
@@ -82,6 +82,11 @@ def check_start(config: TrainConfig, start: Start) -> None:
             read_state(chosen)
     elif start is Start.RESUME:
         raise InputError("train config: has no 'checkpoint', so --resume has nothing to continue; give its folder")
+    check_outputs(config)
+
+
+def check_outputs(config: TrainConfig) -> None:
+    """Raise `InputError` where a file that the run will write cannot be written, which else shows at its end."""
     experts = config.experts
     for what, file in (("metrics", config.metrics), ("timeline", config.timeline), ("profile", config.profile),
                        ("experts.loads", experts.loads if experts else None),
