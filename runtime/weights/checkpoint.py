@@ -222,9 +222,10 @@ def check_finite(engine: Engine, optimizer: torch.optim.Optimizer | None, step: 
                if item.is_floating_point() and item.numel()}
     if not tensors:
         return
-    norms = torch.stack([norm.double().cpu() for norm in torch._foreach_norm(list(tensors.values()), float("inf"))])
-    if not bool(norms.isfinite().all()):
-        name = next(name for name, norm in zip(tensors, norms, strict=True) if not norm.isfinite())
+    norms = torch._foreach_norm(list(tensors.values()), float("inf"))
+    finite = torch.stack([norm.double().to(engine.mesh.device) for norm in norms]).isfinite().tolist()
+    if not all(finite):
+        name = next(name for name, good in zip(tensors, finite, strict=True) if not good)
         raise RunError(f"step {step}: {name} is not finite after the update, so no checkpoint is made of it; lower the"
                        " learning rate, or clip gradients, and resume from an earlier checkpoint")
 
