@@ -36,10 +36,10 @@ class Batches:
     copies take turns in one sequence (``in_turn``), or only the rows differ. Any other is refused.
     """
 
-    def __init__(self, source: Iterable[Batch], rows: int = 0, copy: int = 0, copies: int = 1, *,
-                 in_turn: bool = False, name: str = "the loader") -> None:
+    def __init__(self, source: Iterable[Batch], rows: int = 0, *, in_turn: bool = False,
+                 name: str = "the loader") -> None:
         self._source = source
-        self._rows, self._copy, self._copies, self._in_turn, self._name = rows, copy, copies, in_turn, name
+        self._rows, self._in_turn, self._name = rows, in_turn, name
         self._iterator: Iterator[Batch] | None = None
         self.taken = 0
 
@@ -59,34 +59,35 @@ class Batches:
         own = self._source.state_dict() if hasattr(self._source, "state_dict") else None
         return {"taken": self.taken - int(before and own is None), "rows": self._rows, "loader": own}
 
-    def continue_from(self, states: Callable[[int], dict[str, Any]], copies: int) -> None:
-        """Continue after what all copies of a checkpoint had taken; ``states(copy)`` is that of a copy.
+    def continue_from(self, states: Callable[[int], dict[str, Any]], before: int, copy: int, copies: int) -> None:
+        """Continue, as copy ``copy`` of ``copies``, after what all ``before`` copies of a checkpoint had taken;
+        ``states(number)`` is the state of one of those.
 
         Raises:
             InputError: the position cannot be divided among the copies of this run.
         """
-        first = states(min(self._copy, copies - 1))
+        first = states(min(copy, before - 1))
         rows = first.get("rows") or self._rows
-        if copies == self._copies and rows == self._rows:
+        if before == copies and rows == self._rows:
             self.resume(first)
         elif hasattr(self._source, "reshard"):
-            every = [states(copy) for copy in range(copies)]
+            every = [states(number) for number in range(before)]
             self.taken = int(every[0]["taken"])
-            self._source.reshard(every, copy=self._copy, copies=self._copies)
+            self._source.reshard(every, copy=copy, copies=copies)
             self._iterator = _epochs(self._source)
         else:
-            self.resume({**first, "taken": self._share(first, rows, copies)})
+            self.resume({**first, "taken": self._share(first, rows, before, copies)})
 
-    def _share(self, state: dict[str, Any], rows: int, copies: int) -> int:
+    def _share(self, state: dict[str, Any], rows: int, before: int, copies: int) -> int:
         """How many batches of this run's are what had been taken."""
-        had = f"{copies} cop{'y' if copies == 1 else 'ies'} of {rows} rows a step"
-        now = f"{self._copies} of {self._rows}"
-        if state.get("loader") is not None or not (self._in_turn or copies == self._copies):
+        had = f"{before} cop{'y' if before == 1 else 'ies'} of {rows} rows a step"
+        now = f"{copies} of {self._rows}"
+        if state.get("loader") is not None or not (self._in_turn or before == copies):
             raise InputError(f"data: the checkpoint's position is that of {had}, this run has {now}, and {self._name}"
                              " cannot divide it anew; start as many copies and rows as before, or give the loader a"
                              " method reshard(states, copy, copies)")
-        samples = int(state["taken"]) * rows * (copies if self._in_turn else 1)
-        taken, left = divmod(samples, self._rows * (self._copies if self._in_turn else 1))
+        samples = int(state["taken"]) * rows * (before if self._in_turn else 1)
+        taken, left = divmod(samples, self._rows * (copies if self._in_turn else 1))
         if left:
             raise InputError(f"data: the {samples} samples taken by {had} are no whole number of batches for {now};"
                              " resume from a step where they are, or start as many copies and rows as before")
@@ -227,10 +228,10 @@ def make_batches(config: DataConfig, graph: OperatorGraph, rows: int, seed: int,
         except TypeError as error:
             raise InputError(f"data source {config.source}: {error}; it is called with (graph=, rows=, seed=) and the"
                              " options") from None
-        return Batches(loader, rows, copy, copies, in_turn={"copy", "copies"} <= set(takes), name=config.source)
+        return Batches(loader, rows, in_turn={"copy", "copies"} <= set(takes), name=config.source)
     max_bytes = int(options.pop("max_bytes", DEFAULT_BYTES))
     if options:
         raise InputError(f"data: unknown option {sorted(options)[0]!r}; expected max_bytes")
     text = stdlib_text(max_bytes) if config.source == "stdlib" else \
         read_text_bytes(_folder(config.source), config.suffix, max_bytes)
-    return Batches(TextBytes(text, rows, graph, seed, copy), rows, copy, copies)
+    return Batches(TextBytes(text, rows, graph, seed, copy), rows)

@@ -93,7 +93,8 @@ class Trainer:
         restored = self.checkpoints.begin(start, run_id) if self.checkpoints is not None else None
         if restored is None:
             return 0
-        self.batches.continue_from(restored.loader, restored.state.copies)
+        mesh = self.engine.mesh
+        self.batches.continue_from(restored.loader, restored.state.copies, mesh.copy, mesh.num_copies)
         self.restored, done = restored.folder, restored.state.step
         self._saved = done
         self.experts.resume(done)

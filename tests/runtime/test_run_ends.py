@@ -191,11 +191,11 @@ def test_positions_are_divided_anew(phases):
     """However copies and rows change on the way, every sample is taken once and in order, or the change is refused."""
     seen, states, before = [], None, None
     for copies, rows, count in phases:
-        made = [Batches(Turns(rows, copy, copies), rows, copy, copies, in_turn=True) for copy in range(copies)]
+        made = [Batches(Turns(rows, copy, copies), rows, in_turn=True) for copy in range(copies)]
         if states is not None:
             try:
-                for item in made:
-                    item.continue_from(states.__getitem__, before)
+                for copy, item in enumerate(made):
+                    item.continue_from(states.__getitem__, before, copy, copies)
             except InputError as error:
                 assert "are no whole number of batches" in str(error) and len(seen) % (rows * copies)
                 continue
@@ -211,15 +211,15 @@ def test_loaders_that_divide_their_position_themselves():
         def reshard(self, states, copy, copies):
             self.given = states, copy, copies
 
-    made = Batches(Own([1]), 4, 1, 3)
+    made = Batches(Own([1]), 4)
     states = [{"taken": 5, "rows": 4, "loader": {"at": copy}} for copy in range(2)]
-    made.continue_from(states.__getitem__, 2)
+    made.continue_from(states.__getitem__, 2, 1, 3)
     assert made._source.given == (states, 1, 3) and made.taken == 5
     text = torch.arange(200, dtype=torch.uint8)
     graph = text_graph()
-    drawn = {copy: Batches(TextBytes(text, 2, graph, 0, copy), 2, copy, 4) for copy in range(4)}
+    drawn = {copy: Batches(TextBytes(text, 2, graph, 0, copy), 2) for copy in range(4)}
     for copy, item in drawn.items():
-        item.continue_from(states.__getitem__, 2)
+        item.continue_from(states.__getitem__, 2, copy, 4)
         assert torch.equal(next(item)["input_ids"], TextBytes(text, 2, graph, 0, copy).batch(5)["input_ids"])
 
 
@@ -234,20 +234,20 @@ def text_graph():
     (None, (2, 4), (4, 4), False), (None, (4, 4), (1, 4), False)])
 def test_positions_that_cannot_be_divided_are_refused(loader, had, now, turns):
     """A loader's own state is of its copy; without one, nobody knows how the copies share the data."""
-    made = Batches([], now[1], 0, now[0], in_turn=turns, name="my:loader")
+    made = Batches([], now[1], in_turn=turns, name="my:loader")
     states = [{"taken": 5, "rows": had[1], "loader": loader}] * had[0]
     with pytest.raises(InputError, match=rf"data: the checkpoint's position is that of {had[0]} cop.* of {had[1]} rows"
                                          rf" a step, this run has {now[0]} of {now[1]}, and my:loader cannot divide it"
                                          " anew") as caught:
-        made.continue_from(states.__getitem__, had[0])
+        made.continue_from(states.__getitem__, had[0], 0, now[0])
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("had, rows", [(1, 4), (1, 8)])
 def test_other_rows_for_one_copy(had, rows):
     """A plain loader is advanced by samples."""
-    made = Batches(Turns(rows, 0, 1), rows, 0, 1)
-    made.continue_from(lambda copy: {"taken": 6, "rows": 4, "loader": None}, had)
+    made = Batches(Turns(rows, 0, 1), rows)
+    made.continue_from(lambda copy: {"taken": 6, "rows": 4, "loader": None}, had, 0, 1)
     assert next(made)[0] == 24
 
 
