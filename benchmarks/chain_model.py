@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mipipe.graphs.operator_graph import OperatorGraph, Parameter, Segment, TensorSpec, Value
-from mipipe.graphs.serialize import digest
+from mipipe.graphs.operator_graph import OperatorGraph, Parameter, Phase, Segment, TensorSpec, Value
 from mipipe.graphs.topology import Topology
 from mipipe.graphs.tracing.partition import trace_module
 from mipipe.graphs.tracing.trace import spec_of
 from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
-from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
+from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.problems.from_graph import problem_of_groups
 
 ROWS, WIDTH = 32, 256
 
@@ -69,14 +69,9 @@ def build_graph(blocks: list[nn.Module]) -> OperatorGraph:
 
 def build_problem(graph: OperatorGraph, ranks: int, count: int) -> PlanningProblem:
     """One group for each block; equal durations, as the authors of torch's schedules assume."""
-    groups = []
-    for index, segment in enumerate(graph.segments):
-        times = PhaseTimes(1_000_000, None if index == 0 else 1_000_000, 1_000_000)
-        groups.append(Group(segment.name, {"device": times}, segments=(segment.name,)))
-    size = ROWS * WIDTH * 4
-    edges = tuple(GroupEdge(i, (i + 1,), size, size, f"h{i + 1}") for i in range(len(groups) - 1))
-    return PlanningProblem("benchmark", tuple(groups), edges, Topology.uniform(ranks, latency_ns=1000), count,
-                           graph_digest=digest(graph))
+    return problem_of_groups(graph, [[segment.name] for segment in graph.segments],
+                             Topology.uniform(ranks, latency_ns=1000), count,
+                             lambda group: dict.fromkeys(Phase, 1_000_000))
 
 
 def build_plan(problem: PlanningProblem, rank_of: list[int], orders: list[list[str]]) -> Plan:

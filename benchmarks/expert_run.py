@@ -37,7 +37,7 @@ from mipipe.planner.experts.greedy import greedy_layer
 from mipipe.planner.experts.maps import ExpertLoads, ExpertMap, device_times
 from mipipe.planner.experts.plan import ExpertOptions, plan_experts
 from mipipe.planner.plan import Plan
-from mipipe.planner.problem import Group, PhaseTimes, PlanningProblem
+from mipipe.planner.problems.from_graph import problem_of_groups
 from mipipe.planner.schedules import BASELINES
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.experts.exchange import Exchange, contiguous_map
@@ -77,12 +77,8 @@ def model_and_graph() -> tuple[dict[str, torch.Tensor], OperatorGraph]:
 
 def plan_of(graph: OperatorGraph) -> Plan:
     """One rank does everything; durations do not matter."""
-    traces = {trace.digest: trace for trace in graph.traces}
-    has = [any(traces[segment.trace].has(phase) for segment in graph.segments) for phase in (Phase.I, Phase.W)]
-    times = {"device": PhaseTimes(1, 1 if has[0] else None, 1 if has[1] else None)}
-    from mipipe.graphs.serialize import digest
-    problem = PlanningProblem("experts", (Group("all", times, segments=tuple(item.name for item in graph.segments)),),
-                              (), Topology.uniform(1), COUNT, graph_digest=digest(graph))
+    problem = problem_of_groups(graph, [[item.name for item in graph.segments]], Topology.uniform(1), COUNT,
+                                lambda group: dict.fromkeys(Phase, 1))
     return next(item for item in BASELINES if item.name == "GPipe").plan(problem)
 
 

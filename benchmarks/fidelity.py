@@ -36,7 +36,7 @@ from mipipe.graphs.operator_graph import (
     TensorSpec,
     Value,
 )
-from mipipe.graphs.serialize import digest, load, save
+from mipipe.graphs.serialize import load, save
 from mipipe.graphs.topology import Topology
 from mipipe.graphs.tracing.trace import build_phase
 from mipipe.planner.calibrate import calibrate
@@ -44,7 +44,8 @@ from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
-from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
+from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.problems.from_graph import problem_of_groups
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.solve import plan as solve
 from mipipe.runtime.engine.engine import Engine
@@ -84,7 +85,7 @@ def layer_trace(first: bool, last: bool) -> SegmentTrace:
 def build_problem(layers: int, ranks: int, count: int, unit_ns: int) -> tuple[OperatorGraph, PlanningProblem]:
     """A chain of equal layers as a graph and as a problem; what the first layer lacks in I it has in W."""
     traces = (layer_trace(True, False), layer_trace(False, False), layer_trace(False, True))
-    segments, values, groups = [], [Value("x", SPEC, None, False)], []
+    segments, values = [], [Value("x", SPEC, None, False)]
     for index in range(layers):
         last = index == layers - 1
         output = "loss" if last else f"h{index + 1}"
@@ -92,13 +93,13 @@ def build_problem(layers: int, ranks: int, count: int, unit_ns: int) -> tuple[Op
         segments.append(Segment(f"layer{index}", f"layers.{index}", trace.digest, (f"h{index}" if index else "x",),
                                 (output,), (f"layers.{index}.w",)))
         values.append(Value(output, SCALAR if last else SPEC, f"layer{index}", True))
-        times = PhaseTimes(unit_ns, None if index == 0 else unit_ns, unit_ns // 2 + (unit_ns if index == 0 else 0))
-        groups.append(Group(f"layer{index}", {"device": times}, saved_fw_bytes=1, segments=(f"layer{index}",)))
     graph = OperatorGraph("sleep", ("x",), ("loss",), "loss", tuple(segments), tuple(values),
                           tuple(Parameter(f"layers.{index}.w", SQUARE) for index in range(layers)), traces)
-    edges = tuple(GroupEdge(i, (i + 1,), SPEC.num_bytes, SPEC.num_bytes, f"h{i + 1}") for i in range(layers - 1))
-    topology = Topology.uniform(ranks, latency_ns=200_000)
-    return graph, PlanningProblem("sleep", tuple(groups), edges, topology, count, graph_digest=digest(graph))
+    times = {Phase.F: unit_ns, Phase.I: unit_ns, Phase.W: unit_ns // 2}
+    first = {**times, Phase.W: unit_ns // 2 + unit_ns}
+    return graph, problem_of_groups(graph, [[item.name] for item in segments],
+                                    Topology.uniform(ranks, latency_ns=200_000), count,
+                                    lambda group: first if group.segments == ("layer0",) else times)
 
 
 def sleeping(unit_ns: int) -> Callable[..., Any]:

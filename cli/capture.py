@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from mipipe.cli.output import Json, check_folder, emit, progress, stdout
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.serialize import yaml_value
 
 EXAMPLE = "mipipe capture examples/qwen3_moe_tiny --seq 64 --batch 2 -o graph.json"
 
@@ -82,7 +82,7 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         if not equals or not name:
             raise InputError(f"--set {setting}: expected name=value, such as num_hidden_layers=8")
         try:
-            parsed[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            parsed[name] = yaml_value(value)
+        except ValueError:
             raise InputError(f"--set {setting}: {value!r} is no YAML value; quote it") from None
     return parsed

@@ -17,22 +17,22 @@ def check(
     program_file: Annotated[Path | None, typer.Option(
         "--program", help="A lowered program of this plan (from `mipipe simulate --program`) to check instead of"
                           " lowering the plan anew.")] = None,
-    graph_file: Annotated[Path | None, typer.Option("--graph", help="The operator graph the plan must be for.")] = None,
+    graph_file: Annotated[Path | None, typer.Option("--graph",
+        help="The operator graph that the plan must be for; groups, values and sizes are recomputed from it.")] = None,
     json_output: Json = False,
 ) -> None:
     """Check a plan with code that shares nothing with the planner: order, deadlock, memory, recorded makespan."""
-    from mipipe.graphs.errors import PlanError
     from mipipe.graphs.operator_graph import OperatorGraph
-    from mipipe.graphs.serialize import digest, load
+    from mipipe.graphs.serialize import load
     from mipipe.planner.check import check_plan, check_program
+    from mipipe.planner.check_graph import check_graph
     from mipipe.planner.execution.lower import lower
     from mipipe.planner.plan import Plan
     from mipipe.planner.program import Program
 
     plan = load(plan_file, Plan)
-    if graph_file is not None and digest(load(graph_file, OperatorGraph)) != plan.problem.graph_digest:
-        raise PlanError(f"{plan_file}: made for graph {plan.problem.graph_digest or '(none)'}, not for {graph_file};"
-                        " plan this graph")
+    if graph_file is not None:
+        check_graph(plan, load(graph_file, OperatorGraph))
     check_plan(plan)
     program = load(program_file, Program) if program_file is not None else lower(plan)
     check_program(plan, program)

@@ -1,7 +1,8 @@
 """The command line: one module per verb, listed once, and one place where errors become exit codes.
 
 Exit codes: 0 done; 1 the user's input is wrong; 2 wrong usage; 3 no plan exists; 4 a run failed; 5 a plan or program
-violates a rule; 6 time was up without a plan; 130 interrupted. To add a verb: write its module, list its function.
+violates a rule; 6 time was up without a plan; 130 interrupted (Ctrl-C, or SIGTERM to a
+training run). To add a verb: write its module, list its function.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Plans pipeline and expert parallelism with mixed-integer programs, and runs the plan under torchrun.",
     epilog="Exit codes: 0 done, 1 wrong input, 2 wrong usage, 3 no plan exists, 4 a run failed, 5 a plan violates a"
-           " rule, 6 time was up, 130 interrupted.")
+           " rule, 6 time was up, 130 interrupted (Ctrl-C, or SIGTERM in training).")
 
 
 def _version(wanted: bool) -> None:

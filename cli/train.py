@@ -27,7 +27,11 @@ def train(
     model: Annotated[str | None, typer.Option(
         help="The model's source, where the graph was captured from package.module:factory: code that a file names is"
              " called only if you name it too.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint, which must be"
+                                                          " there.")] = False,
+    resume_if_any: Annotated[bool, typer.Option("--resume-if-any", help="Continue from the newest checkpoint, or start"
+                                                                        " anew where there is none (for"
+                                                                        " schedulers).")] = False,
     copies: Annotated[int, typer.Option(help="Data-parallel copies of the whole plan.", min=1)] = 1,
     max_restarts: Annotated[int, typer.Option(help="Restarts by torchrun after a worker died.", min=0)] = 0,
     timeout: Annotated[float | None, typer.Option(help="End the run after this many seconds.")] = None,
@@ -56,24 +60,31 @@ def train(
         if replan_seconds is not None:
             options = dataclasses.replace(options, time_limit_s=replan_seconds)
         result = train_elastic(plan_file, graph_file, config_file, lambda problem: plan_again(problem, options),
-                               resume=resume, max_restarts=max_restarts, copies=copies, min_ranks=min_ranks,
-                               timeout_s=timeout, progress=progress, model=model, say=log)
+                               resume=resume, resume_if_any=resume_if_any, max_restarts=max_restarts,
+                               copies=copies, min_ranks=min_ranks, timeout_s=timeout, progress=progress,
+                               model=model, say=log)
     else:
         from mipipe.runtime.train.launch import train as run
 
-        result = run(plan_file, graph_file, config_file, resume=resume, max_restarts=max_restarts, copies=copies,
-                     timeout_s=timeout, progress=progress, torchrun=shlex.split(torchrun), num_processes=processes,
-                     model=model)
+        result = run(plan_file, graph_file, config_file, resume=resume, resume_if_any=resume_if_any,
+                     max_restarts=max_restarts, copies=copies, timeout_s=timeout, progress=progress,
+                     torchrun=shlex.split(torchrun), num_processes=processes, model=model, say=log)
     losses = result.losses
     if json_output:
-        emit({"steps": result.config.steps, "losses": list(losses), "records": list(result.records),
+        emit({"steps": result.config.steps, "start": result.start, "source": result.source,
+              "losses": list(losses), "records": list(result.records),
               "timeline": result.config.timeline, "metrics": result.config.metrics})
         return
     console = stdout()
-    if losses:
-        console.print(f"trained {len(losses)} steps: loss {losses[0]:.4f} -> {losses[-1]:.4f}")
+    steps, done = result.config.steps, result.start
+    new = [record["loss_metrics/global_avg_loss"] for record in result.records if record["step"] > done]
+    which = f"{steps} steps" if not done else f"steps {done + 1} to {steps}, from {result.source}"
+    if done >= steps:
+        console.print(f"nothing to train: all {steps} steps are done in {result.source}")
+    elif new:
+        console.print(f"trained {which}: loss {new[0]:.4f} -> {new[-1]:.4f}")
     else:
-        console.print(f"trained {result.config.steps} steps; name a `metrics` file in {config_file} for their records")
+        console.print(f"trained {which}; name a `metrics` file in {config_file} for their records")
     for name, path in (("metrics", result.config.metrics), ("measured timeline", result.config.timeline)):
         if path:
             console.print(f"{name}: {path}")

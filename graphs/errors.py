@@ -65,6 +65,17 @@ class RunError(MipipeError):
     exit_code = 4
 
 
+class StoppedError(MipipeError):
+    """A run was asked to end (SIGTERM) and did so between two steps, with what was done saved."""
+
+    exit_code = 130
+
+
+class BatchError(RunError):
+    """A batch cannot be trained on: short, of another shape, without labels. Nothing has changed; every rank of every
+    copy of the plan knows."""
+
+
 def tells_all(error: BaseException | None) -> bool:
     """Whether an error's message is meant for people, and no traceback adds to it: neither it nor what made a run fail
     came from outside."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import select
 import stat
 import time
@@ -165,6 +166,16 @@ class Loader(yaml.SafeLoader):
 Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:timestamp"]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes what `Loader` reads back: a text such as ``1e5`` gets quotes."""
+
+
+for _kind in (Loader, Dumper):  # YAML 1.2's floats: YAML 1.1 wants a dot and a signed exponent, and makes texts of 1e-8
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float",
+                                re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+                                list("-+.0123456789"))
 
 
 def one_line(error: object) -> str:

@@ -12,10 +12,11 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar, cast
 
+import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from mipipe.graphs.errors import InputError, MipipeError, shown
-from mipipe.graphs.read_files import load_json, load_yaml
+from mipipe.graphs.read_files import Dumper, load_json, load_yaml
 from mipipe.graphs.read_files import read_text as read_text
 from mipipe.graphs.write_files import write_text as write_text
 
@@ -125,6 +126,23 @@ def load_data(path: str | Path, foreign: bool = False) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(f"{path}: found a {type(data).__name__} at the top level, expected a mapping")
     return data
+
+
+def yaml_text(data: Any) -> str:
+    """Plain data as YAML, in its own order."""
+    return str(yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True))
+
+
+def yaml_value(text: str) -> Any:
+    """The value that a text stands for in our YAML files, such as an option's ``true`` or ``1e-8``.
+
+    Raises:
+        InputError: it is no YAML, or more than one value.
+    """
+    found = load_yaml(text, shown(text))
+    if len(found) > 1:
+        raise InputError(f"{shown(text)}: expected one value")
+    return found[0] if found else None
 
 
 def yaml_documents(path: str | Path) -> list[Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -25,16 +26,20 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from mipipe.graphs.errors import MipipeError, tells_all
+from mipipe.graphs.errors import MipipeError, StoppedError, tells_all
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.execution.simulate import simulate
+from mipipe.runtime import stopping
+from mipipe.runtime.checkpoint_run import Start
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.experts.run import read_maps
+from mipipe.runtime.failures import DONE, SAID, STARTED, signals_of
+from mipipe.runtime.rendezvous import start_processes
 from mipipe.runtime.train.data import make_batches
 from mipipe.runtime.train.models import initial_weights
-from mipipe.runtime.train.prepare import Job, check_saving, check_world, read_job
-from mipipe.runtime.train.processes import die_with_parent
+from mipipe.runtime.train.prepare import Job, check_outputs, check_saving, check_world, read_job
+from mipipe.runtime.train.processes import die_with_parent, rank
 from mipipe.runtime.train.training import Trainer
 from mipipe.runtime.weights.stored_weights import StoredWeights
 
@@ -48,7 +53,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="the model's source, where the graph names code (package.module:factory)")
     parser.add_argument("--merge", metavar="OUT", help="run the prepared merge of this folder instead")
     parser.add_argument("--timeline", help="where a merge's measured timeline is written")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    parser.add_argument("--resume-if-any", action="store_true", help="continue from the newest checkpoint, if any")
     parser.add_argument("--progress", nargs="?", const="-", default="lines", metavar="FILE",
                         help="show progress (rank 0) in a line on stderr that is kept up to date, or in a file such as"
                              " a terminal's; lines (the default): now and then a line on stdout; none: nothing")
@@ -65,18 +71,24 @@ def train(options: argparse.Namespace) -> list[float]:
     job = read_job(options.plan, options.graph, options.config, options.model)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     check_world(job, world)
-    check_saving(job.config, options.resume)
+    stopping.listen()
     device = choose_device(options.device)
-    start_processes(world, device, job.config.timeout_s)
-    losses = run(job, device, options)
+    store = start_processes(world, device, job.config.timeout_s)
+    losses = run(job, device, options, store)
     if dist.is_initialized():
         dist.barrier()  # who leaves early closes connections on which others may still wait
         dist.destroy_process_group()
     return losses
 
 
-def run(job: Job, device: torch.device, options: argparse.Namespace) -> list[float]:
-    """Build the engine and train."""
+def run(job: Job, device: torch.device, options: argparse.Namespace, store: dist.Store | None = None) -> list[float]:
+    """Build the engine and train. ``store``: torchrun's, which lives as long as the run, over all restarts."""
+    start, began = start_of(options), None
+    if store is not None and start is Start.FRESH and store.check([RUN_KEY]):
+        start, began = Start.RESTART, store.get(RUN_KEY).decode()
+    check_saving(job.config, start is not Start.FRESH)
+    if rank() == 0:
+        check_outputs(job.config)
     plan, program, graph, config = job.plan, job.program, job.graph, job.config
     master = getattr(torch, config.dtype) if config.dtype else None
     weights = initial_weights(graph, config)
@@ -87,15 +99,58 @@ def run(job: Job, device: torch.device, options: argparse.Namespace) -> list[flo
     stored = weights if isinstance(weights, StoredWeights) else None
     del weights  # the whole model, where it was made here
     rows = microbatch_rows(graph) * plan.problem.num_microbatches
-    batches = make_batches(config.data, graph, rows, config.seed, engine.mesh.copy)
+    batches = make_batches(config.data, graph, rows, config.seed, engine.mesh.copy, engine.mesh.num_copies)
     show = ProgressBar(config.steps, options.progress) if options.progress != "none" else None
-    trainer = Trainer(engine, config, batches, show, simulate(plan, program), maps)
-    start = trainer.resume() if options.resume else 0
-    losses = trainer.run(start)
+    say = functools.partial(tell, options.report)
+    trainer = Trainer(engine, config, batches, show, simulate(plan, program), maps, say, stopping.asked)
+    done = trainer.begin(start, began)
+    if trainer.first:
+        if store is not None:
+            store.set(RUN_KEY, trainer.run_id)
+        announce(options.report, trainer, done)
+    losses = trainer.run(done)
     if config.save is not None:
         from mipipe.runtime.weights.save import save_trained
-        save_trained(engine, config, stored, replace=options.resume)
+        save_trained(engine, config, stored, replace=start is not Start.FRESH)
+    if trainer.first and options.report is not None:
+        (Path(options.report) / DONE).write_text("")
     return losses
+
+
+RUN_KEY = "mipipe/run"
+"""Where torchrun's store has the id of the run that began."""
+
+
+def start_of(options: argparse.Namespace) -> Start:
+    """How the user wants to begin."""
+    return Start.RESUME if options.resume else Start.RESUME_IF_ANY if options.resume_if_any else Start.FRESH
+
+
+def tell(folder: str | None, text: str) -> None:
+    """A line for people: through the launcher, or on stderr."""
+    if folder is None:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+        return
+    with contextlib.suppress(OSError), (Path(folder) / SAID).open("a") as stream:
+        stream.write(text + "\n")
+
+
+def announce(folder: str | None, trainer: Trainer, done: int) -> None:
+    """Say which step the run starts from, and from what; after a restart also why."""
+    config, restart = trainer.config, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    source = f"checkpoint {trainer.restored}" if trainer.restored is not None else \
+        f"the weights in {config.weights}" if config.weights else f"random weights (seed {config.seed})"
+    why = ""
+    if restart:
+        cause = signals_of(Path(folder)) if folder is not None else ""
+        why = f"restart {restart}{f' ({cause})' if cause else ''}: "
+    text = f"starting with step {done + 1} of {config.steps} from {source}"
+    if done >= config.steps:
+        text = f"all {config.steps} steps are done in {source}"
+    tell(folder, why + text)
+    if folder is not None and not (Path(folder) / STARTED).exists():
+        (Path(folder) / STARTED).write_text(json.dumps({"step": done, "source": source}))
 
 
 def microbatch_rows(graph: OperatorGraph) -> int:
@@ -111,19 +166,6 @@ def choose_device(name: str | None) -> torch.device:
         torch.cuda.set_device(local)
         return torch.device("cuda", local)
     return torch.device("cpu")
-
-
-def start_processes(world: int, device: torch.device, timeout_s: float) -> None:
-    """Join the process group (gloo on CPU, nccl on CUDA). One thread on a CPU: ranks share the cores, and reruns are
-    bitwise equal."""
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    if world > 1:
-        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
-        # torchrun keeps one store over restarts: without a prefix, ranks would find the addresses of those that died.
-        attempt = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=attempt, rank=rank, world_size=size,
-                                timeout=timedelta(seconds=timeout_s))
 
 
 class ProgressBar:
@@ -155,7 +197,8 @@ class ProgressBar:
                 print(line, flush=True)
             return
         text = f"\r\x1b[K{line}" + ("\n" if step == self._steps else "")
-        with open(self._target, "w") if self._target != "-" else contextlib.nullcontext(sys.stderr) as stream:
+        with contextlib.suppress(OSError), \
+                open(self._target, "w") if self._target != "-" else contextlib.nullcontext(sys.stderr) as stream:
             stream.write(text)
             stream.flush()
 
@@ -164,12 +207,13 @@ def report(folder: str | None, error: BaseException) -> None:
     """Leave the error for the launcher: type, message, exit code, moment, and the traceback of an unexpected one."""
     if folder is None:
         return
-    rank = os.environ.get("RANK", "0")
-    data: dict[str, Any] = {"rank": int(rank), "type": type(error).__name__, "message": str(error), "time": time.time(),
+    place = os.environ.get("RANK", "0")
+    data: dict[str, Any] = {"rank": int(place), "type": type(error).__name__, "message": str(error),
+                            "time": time.time(),
                             "attempt": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
                             "exit_code": getattr(error, "exit_code", 4),
                             "traceback": "" if tells_all(error) else traceback.format_exc()}
-    path = Path(folder) / f"error-rank{rank}.json"
+    path = Path(folder) / f"error-rank{place}.json"
     path.write_text(json.dumps(data))
 
 
@@ -184,6 +228,8 @@ def guarded(options: argparse.Namespace) -> int:
             train(options)
     except MipipeError as error:
         report(options.report, error)
+        if isinstance(error, StoppedError) and not stopping.asked():
+            return 0  # another worker was asked; torchrun is to restart for its sake only
         if not tells_all(error):
             raise
         if os.environ.get("RANK", "0") == "0" and options.report is None:  # else the launcher says it
@@ -201,8 +247,11 @@ def main() -> None:
     A failed one ends at once: its threads may wait for a peer that is gone, or hangs.
     """
     die_with_parent(signal.SIGKILL)
+    options = parse_arguments()
+    if options.report is not None:  # what an earlier attempt of this rank ended with
+        (Path(options.report) / f"error-rank{os.environ.get('RANK', '0')}.json").unlink(missing_ok=True)
     try:
-        code = guarded(parse_arguments())
+        code = guarded(options)
     except Exception:
         traceback.print_exc()
         code = 1

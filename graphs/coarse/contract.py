@@ -20,8 +20,11 @@ from mipipe.graphs.serialize import digest
 PHASES = (Phase.F, Phase.I, Phase.W)
 
 
-def contract(index: GraphIndex, groups: Sequence[Sequence[int]], notes: dict[str, str] | None = None) -> CoarseGraph:
+def contract(index: GraphIndex, groups: Sequence[Sequence[int]], notes: dict[str, str] | None = None,
+             graph_digest: str | None = None) -> CoarseGraph:
     """The coarse graph whose g-th group holds the segments ``groups[g]`` (indices in ascending order).
+
+    ``graph_digest``: the graph's, where it is known already.
 
     Raises:
         GraphError: the groups are not in a topological order, or not convex.
@@ -43,7 +46,7 @@ def contract(index: GraphIndex, groups: Sequence[Sequence[int]], notes: dict[str
             grad = size if outside and value.name in index.returns_grad else None
             values.append(GroupValue(value.name, home, tuple(targets), size, grad))
     op_groups = tuple(_group(index, members, name) for members, name in zip(groups, names, strict=True))
-    return CoarseGraph(index.graph.model, digest(index.graph), op_groups, tuple(values), notes or {})
+    return CoarseGraph(index.graph.model, graph_digest or digest(index.graph), op_groups, tuple(values), notes or {})
 
 
 def layer_stack(segment: Segment) -> str:

@@ -44,7 +44,7 @@ class Shard:
 
     def header(self) -> bytes:
         """The bytes before the data, the header's length included."""
-        return _header([(tensor.name, tensor.dtype, tensor.shape, tensor.num_bytes) for tensor in self.tensors])
+        return header_bytes([(tensor.name, tensor.dtype, tensor.shape, tensor.num_bytes) for tensor in self.tensors])
 
 
 def lay_out(units: Sequence[Writable], shard_bytes: int) -> tuple[Shard, ...]:
@@ -61,7 +61,7 @@ def lay_out(units: Sequence[Writable], shard_bytes: int) -> tuple[Shard, ...]:
     for number, group in enumerate(groups, 1):
         file = ("model.safetensors" if len(groups) == 1
                 else f"model-{number:05d}-of-{len(groups):05d}.safetensors")
-        place = len(_header([(unit.name, unit.dtype, unit.shape, unit.write_bytes) for unit in group]))
+        place = len(header_bytes([(unit.name, unit.dtype, unit.shape, unit.write_bytes) for unit in group]))
         tensors = []
         for unit in group:
             tensors.append(StoredTensor(unit.name, unit.dtype, unit.shape, file, place, place + unit.write_bytes))
@@ -70,7 +70,7 @@ def lay_out(units: Sequence[Writable], shard_bytes: int) -> tuple[Shard, ...]:
     return tuple(shards)
 
 
-def _header(entries: Sequence[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+def header_bytes(entries: Sequence[tuple[str, str, tuple[int, ...], int]]) -> bytes:
     """The safetensors header of tensors that follow each other without gaps, padded to eight bytes."""
     header: dict[str, object] = {"__metadata__": METADATA}
     place = 0

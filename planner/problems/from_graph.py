@@ -6,13 +6,15 @@ memory the framework itself takes (set ``memory`` in the cluster file below the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
+from mipipe.graphs.coarse.contract import contract
 from mipipe.graphs.coarse.graph import CoarseGraph, OpGroup
+from mipipe.graphs.coarse.graph_index import index_graph
 from mipipe.graphs.costs.table import CostTable, GroupCost
 from mipipe.graphs.errors import ProblemError
-from mipipe.graphs.operator_graph import Phase, Role
+from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role
 from mipipe.graphs.topology import Topology
 from mipipe.planner.actions import Stream
 from mipipe.planner.problem import Group, GroupEdge, Limits, OverlapRule, PhaseTimes, PlanningProblem
@@ -81,6 +83,29 @@ def build_problem(coarse: CoarseGraph, costs: CostTable, topology: Topology, *, 
         together.append(tuple(sorted(number_of[group_name] for group_name in names)))
     return PlanningProblem(name or coarse.model, tuple(groups), edges, topology, num_microbatches, limits or Limits(),
                            tuple(together), overlap or OverlapRule(), coarse.graph_digest)
+
+
+def problem_of_groups(graph: OperatorGraph, groups: Sequence[Sequence[str]], topology: Topology, num_microbatches: int,
+                      times: Callable[[OpGroup], Mapping[Phase, int]], **details: Any) -> PlanningProblem:
+    """The problem of a graph whose groups are given as lists of segment names, with durations by group.
+
+    ``times``: nanoseconds of each phase, of which those are taken that the group has; ``details`` as for
+    `build_problem`.
+
+    Raises:
+        GraphError: the groups are not in a topological order.
+        ProblemError: as `build_problem`.
+    """
+    number_of = {segment.name: number for number, segment in enumerate(graph.segments)}
+    coarse = contract(index_graph(graph), [sorted(number_of[name] for name in members) for members in groups])
+    kinds = sorted({device.kind for device in topology.devices})
+    entries = []
+    for group in coarse.groups:
+        given = times(group)
+        entries += [GroupCost(group.name, kind, {phase: given[phase] for phase in group.flops}, "given")
+                    for kind in kinds]
+    return build_problem(coarse, CostTable(coarse.graph_digest, tuple(entries)), topology,
+                         num_microbatches=num_microbatches, **details)
 
 
 def _group(group: OpGroup, times: dict[str, PhaseTimes], resident: int, gradients: int, recompute: bool,

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from mipipe.graphs.errors import PlanError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.operators.expert_kernels import RETURN, ROUTE, SEND
-from mipipe.graphs.serialize import digest
 from mipipe.planner.actions import Stream
 from mipipe.planner.check import check_program
+from mipipe.planner.check_graph import check_graph
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
@@ -39,7 +39,7 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: Source, program: Prog
         ProgramError: a given program is not the plan's or may wait for ever, or a transfer lacks a value its receiver
             needs.
     """
-    check_plan_fits(plan, graph)
+    check_graph(plan, graph)
     if program is None:
         program = lower(plan)
     else:
@@ -81,15 +81,6 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: Source, program: Prog
     return Compiled(**{item.name: getattr(local, item.name) for item in fields(local)},
                     instructions=with_copy_sums(local, instructions), evaluation=evaluation,
                     exchanges_aside=_exchanges_aside(local, stage_of))
-
-
-def check_plan_fits(plan: Plan, graph: OperatorGraph) -> None:
-    """Raise `PlanError` unless the plan was made for this graph."""
-    found = digest(graph)
-    if plan.problem.graph_digest != found:
-        made = plan.problem.graph_digest or "no graph at all"
-        raise PlanError(f"plan {plan.name}: made for graph {made}, but this graph's digest is {found}; plan this graph"
-                        " again")
 
 
 def _alone(program: Program, device: torch.device) -> Mesh:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from mipipe.graphs.errors import RunError
+from mipipe.graphs.errors import BatchError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.experts.maps import ExpertMap
 from mipipe.planner.plan import Plan
@@ -29,7 +29,8 @@ class Engine:
     ``engine.step(batch)`` runs forward and backward of all microbatches and returns the loss; gradients are then on
     ``engine.parameters()``, ordinary parameters for any torch optimizer, already summed over replicas and ties.
     ``on_update`` is called at the program's OPTIMIZER_STEP, when gradients are complete. ``record`` is what the last
-    step or evaluation left: times and, where it is tracked, memory.
+    step or evaluation left: times and, where it is tracked, memory. ``notice`` is asked at the end of every step, and
+    ``noticed`` says whether it was true on any rank: it travels with the loss (``share_loss``).
     """
 
     def __init__(self, plan: Plan, graph: OperatorGraph, weights: Source, *, program: Program | None = None,
@@ -37,6 +38,8 @@ class Engine:
                  on_update: Callable[[], None] | None = None, device: torch.device | str = "cpu") -> None:
         self.options = options or EngineOptions()
         self.on_update = on_update
+        self.notice: Callable[[], bool] = lambda: False
+        self.noticed = False
         self.steps_done = 0
         self.compiled: Compiled = compile_rank(plan, graph, weights, program, mesh, torch.device(device), self.options)
         self.plan, self.graph, self.mesh = plan, graph, self.compiled.mesh
@@ -59,6 +62,7 @@ class Engine:
         Gradients are added to what ``.grad`` holds. None where the loss is not known to this rank (``share_loss``).
 
         Raises:
+            BatchError: the batch does not fit, or has no labels, here or on another copy of the plan; nothing is done.
             RunError: an instruction failed or a peer kept this rank waiting for too long.
         """
         microbatches, weight = self._prepare(batch)
@@ -79,15 +83,25 @@ class Engine:
         return self.record.outputs
 
     def _prepare(self, batch: Batch) -> tuple[list[dict[str, torch.Tensor]], float]:
-        """The microbatches, and what the losses are divided by, over all copies of the plan."""
-        microbatches = split_batch(self.graph, batch, self.plan.problem.num_microbatches, self.mesh.device)
-        weight = total_weight(self.graph, microbatches)
+        """The microbatches, and what the losses are divided by, over all copies of the plan; raises as `step`."""
+        microbatches: list[dict[str, torch.Tensor]] = []
+        weight, fault = 0.0, ""
+        try:
+            microbatches = split_batch(self.graph, batch, self.plan.problem.num_microbatches, self.mesh.device)
+            weight = total_weight(self.graph, microbatches)
+        except BatchError as error:
+            fault = str(error)
+        faults = int(bool(fault))
         if self.mesh.copy_group is not None:
-            total = torch.tensor(weight, dtype=torch.float64, device=self.mesh.device)
+            total = torch.tensor([weight, faults], dtype=torch.float64, device=self.mesh.device)
             dist.all_reduce(total, group=self.mesh.copy_group)
-            weight = float(total)
-        if weight <= 0:
-            raise RunError(f"step {self.steps_done + 1}: the batch has no valid label; every label is ignored")
+            weight, faults = float(total[0]), int(total[1])
+        if faults:
+            fault = fault or "another copy of the plan got a batch that does not fit"
+        elif weight <= 0:
+            fault = "the batch has no valid label; every label is ignored"
+        if fault:
+            raise BatchError(f"step {self.steps_done + 1}: {fault}")
         return microbatches, weight
 
     def zero_grad(self) -> None:
@@ -113,8 +127,11 @@ class Engine:
     def _share(self, losses: dict[int, torch.Tensor], scale: float) -> float | None:
         total = sum((losses[index].double() for index in sorted(losses)), torch.zeros((), dtype=torch.float64,
                                                                                       device=self.mesh.device))
+        self.noticed = self.notice()
         if self.options.share_loss and world() > 1:
-            dist.all_reduce(total)
+            both = torch.stack([total, torch.full_like(total, float(self.noticed))])
+            dist.all_reduce(both)
+            total, self.noticed = both[0], bool(both[1] > 0)
         elif not losses:
             return None
         return float(total) * scale

@@ -56,6 +56,7 @@ class ExpertRun:
                  optimizer: torch.optim.Optimizer | None, last: int) -> None:
         self._engine, self._maps, self._optimizer, self._last = engine, dict(maps), optimizer, last
         self._config = config
+        self.fault = ""  # why its files could not be written
         self._layers = routed_layers(engine.graph) if config is not None else ()
         self._first = engine.mesh.rank == 0 and engine.mesh.copy == 0
         if config is None:
@@ -112,11 +113,8 @@ class ExpertRun:
     def _count(self, step: int, config: ExpertsConfig) -> Record:
         counts = self.counts()
         self._window.append(counts)
-        if self._first and config.history:
-            with Path(config.history).open("w" if step == 1 else "a") as stream:
-                stream.write(json.dumps({"step": step, "counts": counts.tolist()}) + "\n")
-        if self._first and config.loads and (step == self._last or step % config.window == 0):
-            save(self.loads(), config.loads)
+        if self._first:
+            self._write(step, counts, config)
         mean = counts.double().mean(dim=1).clamp(min=1e-9)
         record = {"experts/max_over_mean": float((counts.max(dim=1).values / mean).max())}
         exchange = self._engine.compiled.experts
@@ -125,6 +123,17 @@ class ExpertRun:
             record["experts/rank_max_over_mean"] = max(float(load.max() / load.mean().clamp(min=1e-9))
                                                        for load in shares)
         return record
+
+    def _write(self, step: int, counts: torch.Tensor, config: ExpertsConfig) -> None:
+        """The files of a step; what is wrong with them is left for the training loop to end with."""
+        try:
+            if config.history:
+                with Path(config.history).open("w" if step == 1 else "a") as stream:
+                    stream.write(json.dumps({"step": step, "counts": counts.tolist()}) + "\n")
+            if config.loads and (step == self._last or step % config.window == 0):
+                save(self.loads(), config.loads)
+        except (OSError, InputError) as error:
+            self.fault = f"experts: {error}"
 
     def counts(self) -> torch.Tensor:
         """Tokens of the last step by layer and expert, over all ranks and copies [layers, experts]."""

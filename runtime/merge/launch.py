@@ -27,12 +27,13 @@ from mipipe.graphs.merging.moe_recipe import MoeRecipe, build_moe, dry_router, r
 from mipipe.graphs.merging.recipe import MergeRecipe, read_recipes
 from mipipe.graphs.serialize import load_data
 from mipipe.planner.merging.plan import SHARD_BYTES, MergePlan, plan_chain, plan_graph, plan_recipe
+from mipipe.runtime.failures import explain
 from mipipe.runtime.merge import worker
 from mipipe.runtime.merge.adapters import KeptAdapter, keep_adapters
 from mipipe.runtime.merge.card import RECORD
 from mipipe.runtime.merge.exchange import Exchange
 from mipipe.runtime.merge.router import make_router
-from mipipe.runtime.train.launch import explain, run_watched
+from mipipe.runtime.train.launch import run_watched
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +202,8 @@ def run_plan(plan: MergePlan, out: Path, options: MergeOptions,
 
 def torchrun_command(out: Path, options: MergeOptions, report: str | None = None) -> list[str]:
     """The command that runs the prepared merge of ``out``; the same line works by hand."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+    logs = ["--log-dir", f"{report}/logs"] if report else []  # else torchrun makes a folder in /tmp, and leaves it
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *logs, "--nproc-per-node",
                str(options.num_ranks), "-m", "mipipe.runtime.worker", "--merge", str(out), "--device", options.device]
     command += ["--timeline", options.timeline] if options.timeline else []
     return command + (["--report", report] if report else [])

@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from mipipe.graphs.capture.loss import weight
-from mipipe.graphs.errors import InputError, RunError
+from mipipe.graphs.errors import BatchError, InputError
 from mipipe.graphs.operator_graph import OperatorGraph
 
 Batch = Mapping[str, torch.Tensor] | Sequence[Mapping[str, torch.Tensor]]
 """Full-batch tensors by the graph's input names, or one such mapping for each microbatch."""
+
+SHORT = "; the short last batch of a loader is left out with drop_last=True, or passed over with data: {skip_invalid:" \
+        " true}"
 
 
 def split_batch(graph: OperatorGraph, batch: Batch, num_microbatches: int,
@@ -22,34 +25,42 @@ def split_batch(graph: OperatorGraph, batch: Batch, num_microbatches: int,
     given as a list of microbatches.
 
     Raises:
-        RunError: an input is missing or unknown, or a shape is not the captured one.
+        BatchError: an input is missing or unknown, or a shape is not the captured one.
     """
     if isinstance(batch, Mapping):
         pieces: list[Mapping[str, torch.Tensor]] = [{} for _ in range(num_microbatches)]
         for name, tensor in batch.items():
+            if not isinstance(tensor, torch.Tensor) or not tensor.dim():
+                raise BatchError(f"batch: {name} is a {type(tensor).__name__}, expected a tensor whose rows are"
+                                 " samples")
             if tensor.shape[0] % num_microbatches:
-                raise RunError(f"batch: {name} has {tensor.shape[0]} rows, not a multiple of the plan's"
-                               f" {num_microbatches} microbatches")
+                raise BatchError(f"batch: {name} has {tensor.shape[0]} rows, not a multiple of the plan's"
+                                 f" {num_microbatches} microbatches{SHORT}")
             for piece, part in zip(pieces, tensor.chunk(num_microbatches), strict=True):
                 piece[name] = part  # type: ignore[index]
-    else:
+    elif isinstance(batch, Sequence) and all(isinstance(piece, Mapping) for piece in batch):
         pieces = list(batch)
+    else:
+        raise BatchError(f"batch: a {type(batch).__name__}, expected tensors by name, or a list of such microbatches")
     if len(pieces) != num_microbatches:
-        raise RunError(f"batch: {len(pieces)} microbatches were given, but the plan has {num_microbatches}")
+        raise BatchError(f"batch: {len(pieces)} microbatches were given, but the plan has {num_microbatches}{SHORT}")
     values = {value.name: value.spec for value in graph.values if value.source is None}
     result = []
     for number, piece in enumerate(pieces):
         unknown = sorted(set(piece) - set(graph.inputs))
         if unknown:
-            raise RunError(f"batch: {unknown[0]!r} is no input of {graph.model}; expected {', '.join(graph.inputs)}")
+            raise BatchError(f"batch: {unknown[0]!r} is no input of {graph.model}; expected {', '.join(graph.inputs)}")
         converted = {}
         for name in graph.inputs:
             if name not in piece:
-                raise RunError(f"batch: input {name!r} of {graph.model} is missing")
+                raise BatchError(f"batch: input {name!r} of {graph.model} is missing")
             tensor, spec = piece[name], values[name]
+            if not isinstance(tensor, torch.Tensor):
+                raise BatchError(f"batch, microbatch {number}: {name} is a {type(tensor).__name__}, expected a tensor")
             if tuple(tensor.shape) != spec.shape or str(tensor.dtype) != f"torch.{spec.dtype}":
-                raise RunError(f"batch, microbatch {number}: {name} is {tensor.dtype} {list(tensor.shape)}, but the"
-                               f" graph was captured with {spec.dtype} {list(spec.shape)}")
+                short = tensor.dim() == len(spec.shape) and tensor.shape[:1] < torch.Size(spec.shape[:1])
+                raise BatchError(f"batch, microbatch {number}: {name} is {tensor.dtype} {list(tensor.shape)}, but the"
+                                 f" graph was captured with {spec.dtype} {list(spec.shape)}{SHORT if short else ''}")
             converted[name] = tensor.to(device).contiguous()
         result.append(converted)
     return result

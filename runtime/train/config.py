@@ -73,23 +73,28 @@ class ScheduleConfig:
 class DataConfig:
     """``source``: ``stdlib`` (Python's own source files as bytes), a folder (``suffix`` filters its files), or
     ``package.module:callable`` that gets (graph, rows, seed, **options) and returns an iterable of batches. With
-    several copies of the plan it needs a parameter ``copy`` too, the number of the copy that it loads for."""
+    several copies of the plan it needs a parameter ``copy`` too, the number of the copy that it loads for; with
+    ``copies`` as well, the copies take the batches of one sequence in turn. ``skip_invalid``: pass over batches that
+    are short or have no labels, with a warning."""
 
     __pydantic_config__: ClassVar = STRICT
     source: str = "stdlib"
     suffix: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+    skip_invalid: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointConfig:
-    """Where checkpoints go and how often; 0: only at the end. ``keep``: how many stay."""
+    """Where checkpoints go and how often; 0: only at the end. ``keep``: how many stay. ``accept``: in what a resumed
+    run may differ from the one that was saved (``seed``, ``optimizer``, whose state is then made anew, ``data``)."""
 
     __pydantic_config__: ClassVar = STRICT
     folder: str
     every: int = 0
     keep: int = 2
     asynchronous: bool = True
+    accept: tuple[Literal["seed", "optimizer", "data"], ...] = ()
 
     def __post_init__(self) -> None:
         if self.keep < 1 or self.every < 0:

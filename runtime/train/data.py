@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,17 @@ class Batches:
 
     A loader with ``state_dict`` and ``load_state_dict`` (StatefulDataLoader) is asked for its own state; any other
     iterable is advanced by as many batches as had been taken. A loader that ends is started again.
+
+    With another number of copies of the plan, or other rows in a batch, a position has to be divided anew. A loader
+    with ``reshard(states, copy, copies)`` does it itself (``states``: those of all copies before, with ``taken``,
+    ``rows`` and ``loader``). One without a state of its own is advanced by its share of the samples taken, where the
+    copies take turns in one sequence (``in_turn``), or only the rows differ. Any other is refused.
     """
 
-    def __init__(self, source: Iterable[Batch]) -> None:
+    def __init__(self, source: Iterable[Batch], rows: int = 0, *, in_turn: bool = False,
+                 name: str = "the loader") -> None:
         self._source = source
+        self._rows, self._in_turn, self._name = rows, in_turn, name
         self._iterator: Iterator[Batch] | None = None
         self.taken = 0
 
@@ -46,13 +53,48 @@ class Batches:
         self.taken += 1
         return batch
 
-    def state(self) -> dict[str, Any]:
-        """What `resume` needs."""
+    def state(self, before: bool = False) -> dict[str, Any]:
+        """What `resume` needs; ``before``: to get the last batch once more, where the loader has no state of its own
+        (else it goes on after that batch)."""
         own = self._source.state_dict() if hasattr(self._source, "state_dict") else None
-        return {"taken": self.taken, "loader": own}
+        return {"taken": self.taken - int(before and own is None), "rows": self._rows, "loader": own}
+
+    def continue_from(self, states: Callable[[int], dict[str, Any]], before: int, copy: int, copies: int) -> None:
+        """Continue, as copy ``copy`` of ``copies``, after what all ``before`` copies of a checkpoint had taken;
+        ``states(number)`` is the state of one of those.
+
+        Raises:
+            InputError: the position cannot be divided among the copies of this run.
+        """
+        first = states(min(copy, before - 1))
+        rows = first.get("rows") or self._rows
+        if before == copies and rows == self._rows:
+            self.resume(first)
+        elif hasattr(self._source, "reshard"):
+            every = [states(number) for number in range(before)]
+            self.taken = int(every[0]["taken"])
+            self._source.reshard(every, copy=copy, copies=copies)
+            self._iterator = _epochs(self._source)
+        else:
+            self.resume({**first, "taken": self._share(first, rows, before, copies)})
+
+    def _share(self, state: dict[str, Any], rows: int, before: int, copies: int) -> int:
+        """How many batches of this run's are what had been taken."""
+        had = f"{before} cop{'y' if before == 1 else 'ies'} of {rows} rows a step"
+        now = f"{copies} of {self._rows}"
+        if state.get("loader") is not None or not (self._in_turn or before == copies):
+            raise InputError(f"data: the checkpoint's position is that of {had}, this run has {now}, and {self._name}"
+                             " cannot divide it anew; start as many copies and rows as before, or give the loader a"
+                             " method reshard(states, copy, copies)")
+        samples = int(state["taken"]) * rows * (before if self._in_turn else 1)
+        taken, left = divmod(samples, self._rows * (copies if self._in_turn else 1))
+        if left:
+            raise InputError(f"data: the {samples} samples taken by {had} are no whole number of batches for {now};"
+                             " resume from a step where they are, or start as many copies and rows as before")
+        return taken
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Continue after the batches taken when ``state`` was made."""
+        """Continue after the batches taken when ``state`` was made, by as many copies with as many rows."""
         self.taken = int(state["taken"])
         if state.get("loader") is not None and hasattr(self._source, "load_state_dict"):
             self._source.load_state_dict(state["loader"])
@@ -101,6 +143,10 @@ class TextBytes:
     def skip(self, count: int) -> None:
         """Make ``count`` the number of the next batch."""
         self._next = count
+
+    def reshard(self, states: Sequence[dict[str, Any]], copy: int, copies: int) -> None:
+        """Go on with the batches that no copy has had: batch n of every copy is a random draw of its own."""
+        self.skip(max(int(state["taken"]) for state in states))
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -173,8 +219,9 @@ def stdlib_text(max_bytes: int = DEFAULT_BYTES) -> torch.Tensor:
     return torch.frombuffer(text[:max_bytes], dtype=torch.uint8)
 
 
-def make_batches(config: DataConfig, graph: OperatorGraph, rows: int, seed: int, copy: int = 0) -> Batches:
-    """The batches of a configuration: ``rows`` rows each (microbatch rows times microbatches).
+def make_batches(config: DataConfig, graph: OperatorGraph, rows: int, seed: int, copy: int = 0,
+                 copies: int = 1) -> Batches:
+    """The batches of a configuration for one copy of the plan: ``rows`` rows each (microbatch rows times microbatches).
 
     Raises:
         InputError: an unknown option, an unusable source.
@@ -182,19 +229,23 @@ def make_batches(config: DataConfig, graph: OperatorGraph, rows: int, seed: int,
     options = dict(config.options)
     if ":" in config.source:
         source = _loader(config.source)
-        if "copy" in inspect.signature(source).parameters:
+        takes = inspect.signature(source).parameters
+        if "copy" in takes:
             options["copy"] = copy
-        elif copy:
+        elif copies > 1 or copy:
             raise InputError(f"data source {config.source}: takes no 'copy', so every data-parallel copy of the plan"
                              " would train on the same batches; give it that parameter")
+        if "copies" in takes:
+            options["copies"] = copies
         try:
-            return Batches(source(graph=graph, rows=rows, seed=seed, **options))
+            loader = source(graph=graph, rows=rows, seed=seed, **options)
         except TypeError as error:
             raise InputError(f"data source {config.source}: {error}; it is called with (graph=, rows=, seed=) and the"
                              " options") from None
+        return Batches(loader, rows, in_turn={"copy", "copies"} <= set(takes), name=config.source)
     max_bytes = int(options.pop("max_bytes", DEFAULT_BYTES))
     if options:
         raise InputError(f"data: unknown option {sorted(options)[0]!r}; expected max_bytes")
     text = stdlib_text(max_bytes) if config.source == "stdlib" else \
         read_text_bytes(_folder(config.source), config.suffix, max_bytes)
-    return Batches(TextBytes(text, rows, graph, seed, copy))
+    return Batches(TextBytes(text, rows, graph, seed, copy), rows)

@@ -9,7 +9,6 @@ can read. Errors of the program itself (a loss that is not finite, wrong input) 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,34 +16,38 @@ from pathlib import Path
 
 import torch
 
-from mipipe.graphs.errors import InputError, RunError
+from mipipe.graphs.errors import InputError, RunError, StoppedError
 from mipipe.graphs.serialize import save
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
-from mipipe.runtime.train.agent import REPORT
+from mipipe.runtime.checkpoint_run import Start
+from mipipe.runtime.failures import exit_codes, is_consequence, reports
 from mipipe.runtime.train.launch import (
     TrainResult,
-    explain,
-    is_consequence,
+    Watch,
+    end_of,
     progress_file,
     read_records,
+    read_start,
     run_watched,
+    start_of,
+    stop_signal,
     torchrun_command,
 )
-from mipipe.runtime.train.prepare import check_saving, read_job
+from mipipe.runtime.train.prepare import check_start, read_job
 
 Replan = Callable[[PlanningProblem], Plan]
 """A plan for the same groups on fewer devices."""
 
 
 def train_elastic(plan: str | Path, graph: str | Path, config: str | Path, replan: Replan, *, resume: bool = False,
-                  max_restarts: int = 0, copies: int = 1, min_ranks: int = 1, timeout_s: float | None = None,
-                  progress: bool | None = None, model: str | None = None,
+                  resume_if_any: bool = False, max_restarts: int = 0, copies: int = 1, min_ranks: int = 1,
+                  timeout_s: float | None = None, progress: bool | None = None, model: str | None = None,
                   say: Callable[[str], None] = lambda text: None) -> TrainResult:
     """Train until done, on fewer devices when some are lost; ``say`` is told what happens.
 
     Args:
-        plan, graph, config, resume, copies, progress, model: as for `mipipe.runtime.train.launch.train`.
+        plan, graph, config, resume, resume_if_any, copies, progress, model: as for `mipipe.runtime.train.launch.train`.
         replan: makes the plan for what is left; it is saved as ``plan-N-ranks.json`` beside the checkpoints.
         max_restarts: restarts on all devices before a killed rank counts as lost.
         min_ranks: with fewer processes the run ends.
@@ -53,30 +56,35 @@ def train_elastic(plan: str | Path, graph: str | Path, config: str | Path, repla
     Raises:
         InputError: the configuration has no checkpoints.
         RunError: too few ranks are left, or as the worker raised it.
+        StoppedError: this process was asked to end (SIGTERM).
     """
     job = read_job(plan, graph, config, model)
     if job.config.checkpoint is None:
         raise InputError(f"{config}: has no 'checkpoint'; --elastic resumes from checkpoints, so give a folder and"
                          " 'every'")
-    check_saving(job.config, resume)
+    start, began = start_of(resume, resume_if_any), None
+    check_start(job.config, start)
     current, path = job.plan, Path(plan)
     devices = list(range(current.problem.num_ranks * copies))
     shown = progress_file(progress)
     while True:
-        with tempfile.TemporaryDirectory(prefix="mipipe-") as name, visible_devices(devices):
-            folder = Path(name)
-            command = torchrun_command(path, graph, config, len(devices), resume=resume, progress=shown,
-                                       max_restarts=max_restarts, report=name, agent=True, model=model)
-            code = run_watched(command, folder / "torchrun.log", timeout_s)
-            if not code:
-                return TrainResult(tuple(read_records(job.config)), job.config)
-            lost = lost_ranks(folder, len(devices))
-            error = explain(folder, folder / "torchrun.log", code, show=not lost)
+        with tempfile.TemporaryDirectory(prefix="mipipe-", ignore_cleanup_errors=True) as name, \
+                visible_devices(devices), stop_signal() as asked:
+            folder, log = Path(name), Path(name) / "torchrun.log"
+            command = torchrun_command(path, graph, config, len(devices), start=start, progress=shown,
+                                       max_restarts=max_restarts, report=name, timeout_s=job.config.timeout_s,
+                                       model=model)
+            code = run_watched(command, log, timeout_s, Watch(folder, say, asked, job.config.timeout_s))
+            began = began or read_start(folder)
+            lost = set() if asked.is_set() else lost_ranks(folder, len(devices))
+            error = end_of(folder, log, code, asked.is_set(), show=not lost)
+        if error is None:
+            return TrainResult(tuple(read_records(job.config)), job.config, *began)
         if not lost:
             raise error
         names = f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, sorted(lost)))}"
         copies, devices = remaining(current.problem.num_ranks, devices, lost)
-        count, resume = len(devices), True
+        count, start = len(devices), Start.RESUME_IF_ANY
         if count < max(1, min_ranks):
             raise RunError(f"{names} lost, {count} left, but at least {max(1, min_ranks)} must run; the newest"
                            f" checkpoint is in {job.config.checkpoint.folder}")
@@ -90,16 +98,14 @@ def train_elastic(plan: str | Path, graph: str | Path, config: str | Path, repla
 
 
 def lost_ranks(folder: Path, world: int) -> set[int]:
-    """The processes that are gone for good: ended by a signal; or, where all others only waited for them, silent."""
-    found = folder / REPORT
-    codes: dict[str, int] = json.loads(found.read_text()) if found.exists() else {}
-    killed = {int(rank) for rank, code in codes.items() if code < 0}
-    if killed:
-        return killed
-    reports = [json.loads(path.read_text()) for path in folder.glob("error-rank*.json")]
-    reports = [item for item in reports if item["attempt"] == max(other["attempt"] for other in reports)]
-    if reports and all(is_consequence(item) for item in reports):
-        return set(range(world)) - {item["rank"] for item in reports}
+    """The processes that are gone for good: ended by a signal, or asked to end (SIGTERM); or, where all others only
+    waited for them, silent."""
+    gone = {rank for rank, code in exit_codes(folder).items() if code < 0 or code == StoppedError.exit_code}
+    if gone:
+        return gone
+    found = reports(folder)
+    if found and all(is_consequence(item) for item in found):
+        return set(range(world)) - {item["rank"] for item in found}
     return set()
 
 

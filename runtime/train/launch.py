@@ -1,7 +1,7 @@
 """Starting a planned run: torchrun as a child process, watched, ended and explained.
 
-The library form of ``mipipe train``. The child is torchrun's own launcher, so multi-node flags pass through and the
-same command works by hand.
+The library form of ``mipipe train``. The child is torchrun's own launcher (`mipipe.runtime.train.agent`), so multi-node
+flags pass through and the same command works by hand. SIGTERM is passed on: the workers finish their step and save.
 """
 
 from __future__ import annotations
@@ -13,27 +13,36 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mipipe.graphs import errors
-from mipipe.graphs.errors import MipipeError, RunError
+from mipipe.graphs.errors import RunError, StoppedError
+from mipipe.runtime.checkpoint_run import Start
+from mipipe.runtime.failures import DONE, SAID, STARTED, explain, reports
 from mipipe.runtime.train.config import TrainConfig
-from mipipe.runtime.train.prepare import check_saving, check_world, read_job
+from mipipe.runtime.train.prepare import check_start, check_world, read_job
 from mipipe.runtime.train.processes import die_with_parent
 
 GRACE_S = 10.0
 """How long torchrun gets to end its workers before it is killed; its own patience is 30 s."""
+POLL_S = 0.1
+"""How often the launcher looks what its children have to say."""
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What a run left: its records (one for each step), its losses, and the files."""
+    """What a run left: its records (one for each step), its losses, the steps it began after and from what."""
 
     records: tuple[dict[str, float], ...]
     config: TrainConfig
+    start: int = 0
+    source: str = ""
 
     @property
     def losses(self) -> tuple[float, ...]:
@@ -41,33 +50,38 @@ class TrainResult:
 
 
 def torchrun_command(plan: str | Path, graph: str | Path, config: str | Path, num_processes: int, *,
-                     resume: bool = False, progress: str | None = None, max_restarts: int = 0,
-                     report: str | None = None, torchrun: Sequence[str] = (), agent: bool = False,
+                     start: Start = Start.FRESH, progress: str | None = None, max_restarts: int = 0,
+                     report: str | None = None, torchrun: Sequence[str] = (), timeout_s: float = 600.0,
                      model: str | None = None) -> list[str]:
     """The command line that runs a plan. ``torchrun``: flags that pass through (``--nnodes 2 --rdzv-endpoint ...``).
 
-    ``progress``: the file in which it is shown (``-``: stderr; ``lines``: lines on stdout; None: nowhere). ``agent``:
-    through `mipipe.runtime.train.agent`, which leaves who failed in ``report``.
+    ``progress``: the file in which it is shown (``-``: stderr; ``lines``: lines on stdout; None: nowhere). ``report``:
+    the folder in which workers and the agent, through which torchrun then runs, leave what went wrong; ``timeout_s``:
+    how long the agent waits for the rendezvous.
     """
     flags = list(torchrun) or ["--standalone"]
-    start = ["mipipe.runtime.train.agent", str(report)] if agent else ["torch.distributed.run"]
-    command = [sys.executable, "-m", *start, *flags, "--nproc-per-node", str(num_processes), "--max-restarts",
+    launcher = ["torch.distributed.run"] if report is None else ["mipipe.runtime.train.agent", report, f"{timeout_s:g}"]
+    if report is not None and not any(item.startswith(("--log-dir", "--log_dir")) for item in flags):
+        flags += ["--log-dir", f"{report}/logs"]  # else torchrun makes a folder in /tmp, and leaves it
+    command = [sys.executable, "-m", *launcher, *flags, "--nproc-per-node", str(num_processes), "--max-restarts",
                str(max_restarts), "-m", "mipipe.runtime.worker", "--plan", str(plan), "--graph", str(graph), "--config",
                str(config)]
+    command += [] if start is Start.FRESH else [f"--{start.value}"]
     command += ["--model", model] if model is not None else []
-    command += ["--resume"] if resume or max_restarts else []
     command += ["--progress", progress or "none"]
     return command + (["--report", report] if report else [])
 
 
-def train(plan: str | Path, graph: str | Path, config: str | Path, *, resume: bool = False, max_restarts: int = 0,
-          copies: int = 1, timeout_s: float | None = None, progress: bool | None = None, torchrun: Sequence[str] = (),
-          num_processes: int | None = None, model: str | None = None) -> TrainResult:
+def train(plan: str | Path, graph: str | Path, config: str | Path, *, resume: bool = False,
+          resume_if_any: bool = False, max_restarts: int = 0, copies: int = 1, timeout_s: float | None = None,
+          progress: bool | None = None, torchrun: Sequence[str] = (), num_processes: int | None = None,
+          model: str | None = None, say: Say = lambda text: None) -> TrainResult:
     """Train as the plan says, under torchrun on this host, until done.
 
     Args:
         plan, graph, config: the files; see `mipipe.runtime.train.config.TrainConfig` for the last.
-        resume: continue from the newest checkpoint. ``max_restarts`` implies it for restarted workers.
+        resume: continue from the newest checkpoint, which must be there. ``resume_if_any``: else start anew.
+        max_restarts: restarts of all workers after one died; they continue from this run's newest checkpoint.
         copies: data-parallel copies of the plan.
         timeout_s: end the run after this time; None: no limit.
         progress: a line on stderr that is kept up to date; None: where that is a terminal, else now and then a line on
@@ -75,26 +89,55 @@ def train(plan: str | Path, graph: str | Path, config: str | Path, *, resume: bo
         torchrun: flags that pass through to torchrun, for several nodes.
         num_processes: processes on this host; by default the plan's ranks times ``copies``.
         model: the model's source, where the graph names code (``package.module:factory``).
+        say: is told, in lines for people, from what the run starts, and what happens.
 
     Raises:
         MipipeError: as the worker raised it, or `RunError` where a worker died without a word or time ran out.
+        StoppedError: the run was asked to end (SIGTERM), and did after a step.
     """
     job = read_job(plan, graph, config, model)
     settings = job.config
     count = num_processes if num_processes is not None else len(job.program.ranks) * copies
     if not torchrun:
         check_world(job, count)
-    check_saving(settings, resume)
+    start = start_of(resume, resume_if_any)
+    check_start(settings, start)
     shown = progress_file(progress)
-    with tempfile.TemporaryDirectory(prefix="mipipe-") as folder:
-        command = torchrun_command(plan, graph, config, count, resume=resume, progress=shown, max_restarts=max_restarts,
-                                   report=folder, torchrun=torchrun, model=model)
+    with tempfile.TemporaryDirectory(prefix="mipipe-", ignore_cleanup_errors=True) as folder:
+        command = torchrun_command(plan, graph, config, count, start=start, progress=shown, max_restarts=max_restarts,
+                                   report=folder, torchrun=torchrun, timeout_s=settings.timeout_s, model=model)
         log = Path(folder) / "torchrun.log"
-        code = run_watched(command, log, timeout_s)
-        if code:
+        with stop_signal() as asked:
+            code = run_watched(command, log, timeout_s, Watch(Path(folder), say, asked, settings.timeout_s))
+        error = end_of(Path(folder), log, code, asked.is_set())
+        if error is not None:
             sys.stderr.write("\r\x1b[K" if shown not in (None, "-", "lines") else "")  # the progress line
-            raise explain(Path(folder), log, code)
-    return TrainResult(tuple(read_records(settings)), settings)
+            raise error
+        began = read_start(Path(folder))
+    return TrainResult(tuple(read_records(settings)), settings, *began)
+
+
+def start_of(resume: bool, resume_if_any: bool) -> Start:
+    """How a run begins, from the user's flags."""
+    return Start.RESUME if resume else Start.RESUME_IF_ANY if resume_if_any else Start.FRESH
+
+
+def end_of(folder: Path, log: Path, code: int, asked: bool, show: bool = True) -> Exception | None:
+    """The error that a run under torchrun ended with, if any; ``asked``: this process was asked to end it."""
+    stopped = any(item["type"] == StoppedError.__name__ for item in reports(folder))
+    if (not code and not stopped) or (asked and (folder / DONE).exists()):
+        return None
+    if asked and not stopped and code:
+        return StoppedError("asked to end (SIGTERM), and ended before the step in hand was done; nothing new is saved")
+    return explain(folder, log, code, show)
+
+
+def read_start(folder: Path) -> tuple[int, str]:
+    """Steps that were done before the run, and what it started from."""
+    if not (folder / STARTED).exists():
+        return 0, ""
+    data = json.loads((folder / STARTED).read_text())
+    return int(data["step"]), str(data["source"])
 
 
 def progress_file(wanted: bool | None) -> str | None:
@@ -112,28 +155,96 @@ def read_records(config: TrainConfig) -> list[dict[str, float]]:
     return [json.loads(line) for line in Path(config.metrics).read_text().splitlines()]
 
 
-def run_watched(command: Sequence[str], log: Path, timeout_s: float | None) -> int:
+@contextlib.contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets meanwhile, where this is the main thread; a second SIGTERM ends the process."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def note(number: int, frame: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGTERM, before)
+
+    signal.signal(signal.SIGTERM, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@dataclass(slots=True)
+class Watch:
+    """What the launcher does while a training run goes on: repeats what workers have to say, and passes on that it is
+    asked to end; the run then has ``patience_s`` to finish its step and save."""
+
+    folder: Path
+    say: Say
+    asked: threading.Event
+    patience_s: float
+    heard: int = 0
+    until: float | None = None
+
+    def look(self, process: subprocess.Popen[Any]) -> None:
+        """Called again and again."""
+        said = self.folder / SAID
+        text = said.read_text() if said.exists() else ""
+        for line in text[self.heard:text.rfind("\n") + 1].splitlines():
+            self.say(line)
+        self.heard = max(self.heard, text.rfind("\n") + 1)
+        if self.asked.is_set() and self.until is None:
+            self.until = time.monotonic() + self.patience_s + 2 * GRACE_S
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+
+
+def run_watched(command: Sequence[str], log: Path, timeout_s: float | None, watch: Watch | None = None) -> int:
     """The exit status of a command whose stderr goes to ``log``, or stays where it is if progress is shown there.
 
     The command and all it started are ended on timeout, on Ctrl-C, and (Linux) when this process is killed.
 
     Raises:
-        RunError: it did not end within ``timeout_s``.
+        RunError: it did not end within ``timeout_s``, or too long after it was asked to.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
+    if watch is not None:
+        environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(watch.patience_s) + 1)
     shown = "-" in command
+    until = None if timeout_s is None else time.monotonic() + timeout_s
     with log.open("w") as stream:
         process = subprocess.Popen(command, stderr=None if shown else stream, env=environment, start_new_session=True,
                                    preexec_fn=lambda: die_with_parent(signal.SIGTERM))
         try:
-            return process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            end_process(process)
-            raise RunError(f"the run did not end within {timeout_s:g} s and was ended; see its checkpoints and"
-                           " metrics for how far it came") from None
+            while (code := _ended(process, POLL_S if watch is not None else timeout_s)) is None:
+                if watch is not None:
+                    watch.look(process)
+                late = watch is not None and watch.until is not None and time.monotonic() > watch.until
+                if late or (until is not None and time.monotonic() >= until):
+                    end_process(process)
+                    raise RunError(_too_long(log.parent, timeout_s if not late else None))
+            if watch is not None:
+                watch.look(process)
+            return code
         except BaseException:
             end_process(process)
             raise
+
+
+def _ended(process: subprocess.Popen[Any], patience_s: float | None) -> int | None:
+    try:
+        return process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _too_long(folder: Path, timeout_s: float | None) -> str:
+    stopped = next((f": {item['message']}" for item in reports(folder) if item["type"] == StoppedError.__name__),
+                   "; see its checkpoints and metrics for how far it came")
+    if timeout_s is None:
+        return f"the run did not end after SIGTERM and was killed{stopped}"
+    return f"the run did not end within {timeout_s:g} s and was ended{stopped}"
 
 
 def end_process(process: subprocess.Popen[Any]) -> None:
@@ -144,30 +255,3 @@ def end_process(process: subprocess.Popen[Any]) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience)
             return
-
-
-def explain(folder: Path, log: Path, code: int, show: bool = True) -> MipipeError:
-    """The error to raise for a failed run: what the first failing rank reported, else what torchrun said.
-
-    ``show``: the traceback of an unexpected error goes to stderr.
-    """
-    found = [json.loads(path.read_text()) for path in folder.glob("error-rank*.json")]
-    if not found:
-        lines = [line for line in log.read_text().splitlines() if line.strip()]
-        tail = next((line for line in reversed(lines) if "Error" in line or "Signal" in line), "".join(lines[-1:]))
-        return RunError(f"torchrun ended with status {code}: {tail.strip() or 'no message; see the output above'}")
-    first = min(found, key=lambda item: (is_consequence(item), item["time"]))
-    if first["type"] in vars(errors):
-        kind = vars(errors)[first["type"]]
-        text = first["message"]
-    else:
-        kind, text = RunError, f"rank {first['rank']}: {first['type']}: {first['message']}"
-    if show:
-        sys.stderr.write(first["traceback"])
-    return kind(text)
-
-
-def is_consequence(item: dict[str, Any]) -> bool:
-    """Whether a rank failed only because another had: its connection was closed, or it waited in vain."""
-    text = item["message"]
-    return "the peer has failed" in text or "Connection closed by peer" in text or "nothing for" in text

@@ -23,11 +23,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from mipipe.graphs.cluster import load_cluster
 from mipipe.graphs.errors import InputError, MipipeError
-from mipipe.graphs.serialize import load_data, write_text
+from mipipe.graphs.serialize import load_data, write_text, yaml_text
 from mipipe.graphs.topology import Topology
 
 SMALL, LARGE = 8, 1 << 22
@@ -102,7 +101,7 @@ def write_cluster(path: Path, cluster: Path, measured: dict[str, MeasuredLink]) 
     links = dict(data.get("links") or {})
     links |= {name: {"latency": f"{link.latency_ns}ns", "bandwidth": f"{link.bytes_per_s}B/s"}
               for name, link in measured.items()}
-    write_text(path, yaml.safe_dump(data | {"links": links}, sort_keys=False))
+    write_text(path, yaml_text(data | {"links": links}))
 
 
 def main() -> None:

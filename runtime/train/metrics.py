@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,33 +22,54 @@ Record = dict[str, float]
 class Metrics:
     """The records of a run and where they go. Written by one rank."""
 
+    file: str = ""
     stream: TextIO | None = None
     board: Any = None
     records: list[Record] = field(default_factory=list)
+    fault: str = ""
+    """Why a record could not be written; no later one is."""
 
     def write(self, record: Mapping[str, float]) -> None:
         self.records.append(dict(record))
         if self.stream is not None:
-            self.stream.write(json.dumps(record) + "\n")
-            self.stream.flush()
+            try:
+                self.stream.write(json.dumps(record) + "\n")
+                self.stream.flush()
+            except OSError as error:
+                self.fault = f"metrics {self.file}: cannot be written: {error.strerror}"
+                self._close_stream()
         if self.board is not None:
             for name, value in record.items():
                 if name != "step":
                     self.board.add_scalar(name, value, int(record["step"]))
 
+    def _close_stream(self) -> None:
+        stream, self.stream = self.stream, None
+        if stream is not None:
+            with contextlib.suppress(OSError):  # what could not be written is still waiting to be
+                stream.close()
+
     def close(self) -> None:
-        if self.stream is not None:
-            self.stream.close()
+        self._close_stream()
         if self.board is not None:
             self.board.close()
 
 
 def open_metrics(file: str | None, folder: str | None, start: int) -> Metrics:
-    """Metrics that go to a JSONL file and a TensorBoard folder; what an earlier run wrote beyond ``start`` goes."""
-    metrics = Metrics()
+    """Metrics that go to a JSONL file and a TensorBoard folder; what an earlier run wrote beyond ``start`` goes.
+
+    A run that starts anew leaves an earlier run's file beside its own, as ``<file>.previous``. What is no regular file
+    (a pipe, a device) is written as it is.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    metrics = Metrics(file or "")
     if file:
         path = Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not start and path.is_file() and path.stat().st_size:
+            os.replace(path, path.with_name(path.name + ".previous"))
         metrics.stream = open_lines(path, "".join(line + "\n" for line in _records_before(path, start)))
     if folder:
         from torch.utils.tensorboard import SummaryWriter
@@ -63,7 +86,7 @@ def _records_before(path: Path, start: int) -> list[str]:
         try:
             if json.loads(line)["step"] <= start:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError):
+        except (ValueError, KeyError, TypeError):
             break  # the line that was being written when the run was killed
     return kept
 

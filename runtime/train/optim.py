@@ -112,8 +112,8 @@ def gradient_norm(engine: Engine) -> float:
         dist.all_reduce(total, group=engine.mesh.plan_group)
     value = float(total) ** 0.5
     if not math.isfinite(value):
-        raise RunError(f"step {engine.steps_done}: the gradient norm is {value}; lower the learning rate, or look for"
-                       " bad data in this step's batch")
+        raise RunError(f"step {engine.steps_done + 1}: the gradient norm is {value}; lower the learning rate, or look"
+                       " for bad data in this step's batch")
     return value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,15 +11,18 @@ from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import load
 from mipipe.planner.check import check_program
+from mipipe.planner.check_graph import check_graph
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
-from mipipe.runtime.engine.compile import check_plan_fits
+from mipipe.runtime.checkpoint_run import Start
+from mipipe.runtime.folder_lock import FolderLock
 from mipipe.runtime.train.batches import check_sizes
 from mipipe.runtime.train.config import TrainConfig, read_config
 from mipipe.runtime.train.data import check_source
 from mipipe.runtime.train.models import source_of
 from mipipe.runtime.train.optim import optimizer_class
+from mipipe.runtime.weights.checkpoint_folder import choose, probe, read_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,7 @@ def read_job(plan: str | Path, graph: str | Path, config: str | Path, model: str
     if model is not None:
         settings = dataclasses.replace(settings, model=model)
     read_graph, read_plan = load(graph, OperatorGraph), load(plan, Plan)
-    check_plan_fits(read_plan, read_graph)
+    check_graph(read_plan, read_graph)
     check_sizes(read_graph, settings.batch, settings.seq, read_plan.problem.num_microbatches)
     optimizer_class(settings.optimizer.name)
     check_source(settings.data)
@@ -68,6 +72,53 @@ def check_saving(config: TrainConfig, resume: bool) -> None:
     """Raise `InputError` where the folder to save to exists; a resumed run replaces what it had saved before."""
     if config.save is not None and Path(config.save.folder).exists() and not resume:
         raise InputError(f"train config: save.folder {config.save.folder} exists already; give another, or remove it")
+
+
+def check_start(config: TrainConfig, start: Start) -> None:
+    """Raise `InputError` where a run cannot begin as wanted: checkpoints that are there or not, a folder that another
+    job uses, outputs that cannot be written."""
+    check_saving(config, start is not Start.FRESH)
+    if config.checkpoint is not None:
+        folder = Path(config.checkpoint.folder)
+        chosen = choose(folder, start)
+        probe(folder)
+        FolderLock(folder).release()
+        if chosen is not None:
+            read_state(chosen)
+    elif start is Start.RESUME:
+        raise InputError("train config: has no 'checkpoint', so --resume has nothing to continue; give its folder")
+    check_outputs(config)
+
+
+def check_outputs(config: TrainConfig) -> None:
+    """Raise `InputError` where a file that the run will write cannot be written, which else shows at its end."""
+    experts = config.experts
+    for what, file in (("metrics", config.metrics), ("timeline", config.timeline), ("profile", config.profile),
+                       ("experts.loads", experts.loads if experts else None),
+                       ("experts.history", experts.history if experts else None)):
+        if file is not None:
+            _check_output(what, Path(file))
+    if config.tensorboard is not None:
+        _probe("tensorboard", Path(config.tensorboard))
+    if config.save is not None:
+        _probe("save", Path(config.save.folder).absolute().parent)
+
+
+def _check_output(what: str, file: Path) -> None:
+    if file.is_dir():
+        raise InputError(f"train config: {what}: {file} is a folder, expected a file")
+    if file.exists() and not file.is_file():
+        return  # a pipe, a device
+    _probe(what, file.resolve().parent)
+    if file.exists() and not os.access(file, os.W_OK):
+        raise InputError(f"train config: {what}: {file} cannot be written")
+
+
+def _probe(what: str, folder: Path) -> None:
+    try:
+        probe(folder)
+    except InputError as error:
+        raise InputError(f"train config: {what}: {error}") from None
 
 
 def check_world(job: Job, processes: int) -> None:

@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mipipe.graphs.errors import MipipeError, RunError
+from mipipe.graphs.errors import BatchError, MipipeError, RunError, StoppedError
 from mipipe.graphs.serialize import save
 from mipipe.planner.experts.maps import ExpertMap
 from mipipe.planner.timeline import Timeline
+from mipipe.runtime.checkpoint_run import Start, changes, run_of
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.experts.run import ExpertRun
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.data import Batches
-from mipipe.runtime.train.metrics import Record, memory_record, open_metrics
+from mipipe.runtime.train.metrics import Metrics, Record, memory_record, open_metrics
 from mipipe.runtime.train.optim import clip_gradients, learning_rate_factor, make_optimizer
+from mipipe.runtime.train.processes import gather
 from mipipe.runtime.train.trace import measured_timeline
 
 if TYPE_CHECKING:
@@ -28,16 +30,20 @@ if TYPE_CHECKING:
 
 LAST_CHECKPOINT_S = 60.0
 """How long a run that fails waits at most for the checkpoint it had begun to write."""
+SKIPPED_IN_A_ROW = 100
+"""After so many invalid batches one after another there is no sense in looking for a valid one."""
 
 
 class Trainer:
-    """One rank's training run. ``progress`` is called with (step, loss) after every step."""
+    """One rank's training run: `begin`, then `run`. ``progress`` is called with (step, loss) after every step, ``say``
+    (on the first rank) with lines for people; ``stop`` is asked after every step whether this process is to end."""
 
     def __init__(self, engine: Engine, config: TrainConfig, batches: Batches,
                  progress: Callable[[int, float], None] | None = None, predicted: Timeline | None = None,
-                 maps: Mapping[int, ExpertMap] | None = None) -> None:
+                 maps: Mapping[int, ExpertMap] | None = None, say: Callable[[str], None] = lambda text: None,
+                 stop: Callable[[], bool] = lambda: False) -> None:
         self.engine, self.config, self.batches = engine, config, batches
-        self.progress, self.predicted = progress, predicted
+        self.progress, self.predicted, self.stop = progress, predicted, stop
         options = {"lr": config.optimizer.lr, **config.optimizer.options}
         self.optimizer = make_optimizer(config.optimizer.name, engine, options, config.optimizer.shard,
                                         config.optimizer.groups)
@@ -50,9 +56,15 @@ class Trainer:
             from mipipe.runtime.weights.checkpoint import Checkpoints  # takes more than a second to import
             self.checkpoints = Checkpoints(config.checkpoint.folder, engine, self.optimizer,
                                            keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous,
-                                           timeout_s=config.timeout_s)
+                                           timeout_s=config.timeout_s, accept=config.checkpoint.accept,
+                                           run=run_of(config, engine.plan.problem.graph_digest))
         self.experts = ExpertRun(engine, config.experts, maps or {}, self.optimizer, config.steps)
         self.first = engine.mesh.rank == 0 and engine.mesh.copy == 0
+        self.say = say if self.first else lambda text: None
+        self._metrics: Metrics | None = None
+        self._begun, self._saved = False, 0
+        self.restored: Path | None = None
+        engine.notice = lambda: self.stop() or bool(self._fault())
 
     def _update(self) -> None:
         """Clip, set the learning rate, step, forget the gradients."""
@@ -63,61 +75,138 @@ class Trainer:
             self.optimizer.step()
         self.engine.zero_grad()
 
-    def resume(self) -> int:
-        """The number of steps done by the checkpoint that was loaded; 0 without one."""
-        state = self.checkpoints.resume() if self.checkpoints is not None else None
-        if state is None:
+    @property
+    def run_id(self) -> str:
+        """The run's id in its checkpoints, once it has begun."""
+        return self.checkpoints.run.id if self.checkpoints is not None else "none"
+
+    def begin(self, start: Start = Start.FRESH, run_id: str | None = None) -> int:
+        """Take the run's folder and load the checkpoint that the run starts from, if any; the steps done by it.
+
+        ``run_id``: of the run that a restart is of.
+
+        Raises:
+            InputError: as `mipipe.runtime.weights.checkpoint.Checkpoints.begin`; or the loader's position cannot be
+            divided
+                among this run's copies.
+        """
+        self._begun = True
+        restored = self.checkpoints.begin(start, run_id) if self.checkpoints is not None else None
+        if restored is None:
             return 0
-        self.batches.resume(state["data"])
-        self.experts.resume(int(state["step"]))
-        return int(state["step"])
+        mesh = self.engine.mesh
+        self.batches.continue_from(restored.loader, restored.state.copies, mesh.copy, mesh.num_copies)
+        self.restored, done = restored.folder, restored.state.step
+        self._saved = done
+        self.experts.resume(done)
+        assert self.checkpoints is not None
+        for change in changes(restored.state.run, self.checkpoints.run):
+            self.say(f"resumed run {restored.state.run.id}: {change}")
+        return done
+
+    def resume(self) -> int:
+        """Begin with the newest checkpoint, if there is one."""
+        return self.begin(Start.RESUME_IF_ANY)
 
     def run(self, start: int = 0) -> list[float]:
         """The losses of the steps from ``start`` to the configured number.
 
         Raises:
-            RunError: a step failed, or the loss is not finite.
+            RunError: a step failed, or the loss is not finite; a file cannot be written. What was done before is saved
+                where that can be.
+            StoppedError: this process, or that of another rank, was asked to end.
         """
+        if not self._begun:
+            self.begin()
         config = self.config
-        metrics = open_metrics(config.metrics, config.tensorboard, start) if self.first else None
+        self._metrics = open_metrics(config.metrics, config.tensorboard, start) if self.first else None
         losses = []
         try:
             for step in range(start, config.steps):
-                losses.append(self._step(step, metrics.write if metrics is not None else None))
+                losses.append(self._step(step))
+                if self.engine.noticed and step + 1 < config.steps:
+                    self._end_early(step + 1)
             if self.checkpoints is not None:
                 self.checkpoints.finish()
+            if self._fault():
+                raise RunError(f"{self._fault()}; all {config.steps} steps are done, and their checkpoints saved")
         except BaseException:
             if self.checkpoints is not None:  # what was begun is saved; where a peer is gone, this fails soon
                 with contextlib.suppress(MipipeError):
                     self.checkpoints.finish(min(LAST_CHECKPOINT_S, self.config.timeout_s))
             raise
         finally:
-            if metrics is not None:
-                metrics.close()
+            if self._metrics is not None:
+                self._metrics.close()
         return losses
 
-    def _step(self, step: int, write: Callable[[Record], None] | None) -> float:
-        """The loss of one step; its record goes to ``write``."""
+    def _fault(self) -> str:
+        """Why a file of this rank's could not be written; the run ends for it after a step, like for SIGTERM."""
+        return (self._metrics.fault if self._metrics is not None else "") or self.experts.fault
+
+    def _end_early(self, done: int) -> None:
+        """Save what is done and raise; on all ranks, after the same step."""
+        asked = gather((self.stop(), self._fault()))
+        where = self._keep(done)
+        fault = next((text for _, text in asked if text), "")
+        if fault:
+            raise RunError(f"step {done}: {fault}; {where}")
+        ranks = ", ".join(str(number) for number, (stop, _) in enumerate(asked) if stop)
+        raise StoppedError(f"asked to end (SIGTERM, rank {ranks}): stopped after step {done} of {self.config.steps};"
+                           f" {where}")
+
+    def _keep(self, done: int, before: bool = False) -> str:
+        """Save what is done, unless it is saved; where it is, for people. ``before``: see `Batches.state`."""
+        if self.checkpoints is None:
+            return "no checkpoint is configured, so nothing is saved"
+        if not done:
+            return "no step was done before it"
+        try:
+            if self._saved != done:
+                self.checkpoints.save(done, self.batches.state(before))
+            self.checkpoints.finish()
+        except MipipeError as error:
+            return f"what was done cannot be saved: {error}"
+        self._saved = done
+        return f"what was done is saved in {self.checkpoints.saved}; go on with --resume"
+
+    def _step(self, step: int) -> float:
+        """The loss of one step; its record goes to the metrics."""
         begin = time.perf_counter()
-        batch = next(self.batches)
-        loaded = time.perf_counter()
         last = step == self.config.steps - 1
-        with _profiler(self.config.profile if last else None, self.engine):
-            loss = self.engine.step(batch)
-        assert loss is not None
+        loss, loading, skipped = self._advance(step, last)
         if not math.isfinite(loss):
-            raise RunError(f"step {step + 1}: the loss is {loss}; lower the learning rate, clip gradients, or look"
-                           " for bad data in this step's batch")
+            raise RunError(f"step {step + 1}: the loss is {loss}; lower the learning rate, clip gradients, or look for"
+                           " bad data in this step's batch")
         timeline = measured_timeline(self.engine) if last else None
         extra = self.experts.after(step + 1)
-        if write is not None:
-            write({**self._record(step, loss, begin, loaded, timeline), **extra})
+        if self._metrics is not None:
+            extra |= {"data/skipped": skipped} if skipped else {}
+            self._metrics.write({**self._record(step, loss, begin, loading, timeline), **extra})
         if self.progress is not None and self.first:
             self.progress(step + 1, loss)
+        self._checkpoint(step + 1, last)
         if timeline is not None and self.config.timeline:
             save(timeline, self.config.timeline)
-        self._checkpoint(step + 1, last)
         return loss
+
+    def _advance(self, step: int, last: bool) -> tuple[float, float, int]:
+        """The engine's step with the next valid batch: loss, seconds of loading, invalid batches passed over."""
+        loading, skipped = 0.0, 0
+        while True:
+            begin = time.perf_counter()
+            batch = next(self.batches)
+            loading += time.perf_counter() - begin
+            try:
+                with _profiler(self.config.profile if last else None, self.engine):
+                    loss = self.engine.step(batch)
+                assert loss is not None
+                return loss, loading, skipped
+            except BatchError as error:
+                if not self.config.data.skip_invalid or skipped >= SKIPPED_IN_A_ROW:
+                    raise BatchError(f"{error}; {self._keep(step, before=True)}") from None
+                skipped += 1
+                self.say(f"{error}; passed over (skip_invalid)")
 
     def _checkpoint(self, done: int, last: bool) -> None:
         if self.checkpoints is None or self.config.checkpoint is None:
@@ -125,15 +214,16 @@ class Trainer:
         every = self.config.checkpoint.every
         if last or (every and done % every == 0):
             self.checkpoints.save(done, self.batches.state())
+            self._saved = done
 
-    def _record(self, step: int, loss: float, begin: float, loaded: float,
+    def _record(self, step: int, loss: float, begin: float, loading: float,
                 timeline: Timeline | None) -> Record:
         took = time.perf_counter() - begin
         record: Record = {
             "step": step + 1, "loss_metrics/global_avg_loss": loss, "grad_norm": self._norm,
             "lr": self.config.optimizer.lr * self._factor(step), "time_metrics/end_to_end(s)": took,
-            "time_metrics/data_loading(s)": loaded - begin,
-            "time_metrics/data_loading(%)": 100 * (loaded - begin) / took}
+            "time_metrics/data_loading(s)": loading,
+            "time_metrics/data_loading(%)": 100 * loading / took}
         tokens = self._tokens()
         if tokens:
             record["throughput(tps)"] = tokens / took

@@ -1,73 +1,135 @@
-"""Checkpoints: torch.distributed.checkpoint in folders ``step-N``, whole or not there, readable under any plan.
+"""Checkpoints: folders ``step-N``, whole or not there, readable under any plan.
 
-Tensors go by the model's names, never by rank or stage, so a run may resume under another plan. Weights and optimizer
-state are copied at once; a thread writes them, hashes them, and makes the folder visible while training goes on. What
-the folder holds and when it counts is in `mipipe.runtime.weights.checkpoint_folder`.
+Tensors go by the model's names, never by rank or stage, so a run may resume under another plan. What a rank writes of
+weights and optimizer state is copied at once; a thread writes it, hashes it, and makes the folder visible while
+training goes on. What the folder holds and when it counts is in `mipipe.runtime.weights.checkpoint_folder`, whose it is
+in `mipipe.runtime.checkpoint_run`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
+import os
 import shutil
-import warnings
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
 from mipipe.graphs.errors import InputError, MipipeError, RunError
+from mipipe.runtime.checkpoint_files import PREFIX, SUFFIX, check_dtypes, share_out, write_tensors
+from mipipe.runtime.checkpoint_run import Run, Start, check_same, named, new_id
 from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.folder_lock import LAST_BREATH_S, FolderLock
 from mipipe.runtime.train.processes import failure_of, first_of, gather, rank, world
 from mipipe.runtime.weights import checkpoint_folder as folders
 from mipipe.runtime.weights.checkpoint_tensors import load_tensors, model_tensors, optimizer_tensors
 
 
-class Checkpoints:
-    """The checkpoints of one run. `save` starts one, `finish` waits for the started one, `resume` loads the last.
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A checkpoint that was loaded: where from, and what it says."""
 
-    All ranks call every method, in the same order. ``timeout_s`` bounds every wait.
+    folder: Path
+    state: folders.State
+
+    def loader(self, copy: int) -> dict[str, Any]:
+        """The state of the loader of a copy of the plan."""
+        return read_loader(self.folder / f"data-{copy}.pt")
+
+
+class Checkpoints:
+    """The checkpoints of one run. `begin` comes first; `save` starts one, `finish` waits for the started one.
+
+    All ranks call every method, in the same order. ``timeout_s`` bounds every wait. ``run``: the run's identity
+    (without one, only the graph and the seed count); ``accept``: what may differ from it in a checkpoint.
+
+    Raises:
+        InputError: the folder cannot be written, or another job uses it.
     """
 
     def __init__(self, folder: str | Path, engine: Engine, optimizer: torch.optim.Optimizer | None, *, keep: int = 2,
-                 asynchronous: bool = True, timeout_s: float = 600.0) -> None:
+                 asynchronous: bool = True, timeout_s: float = 600.0, run: Run | None = None,
+                 accept: Collection[str] = ()) -> None:
         self.folder = Path(folder)
         self._engine, self._optimizer = engine, optimizer
-        self._keep, self._timeout_s = keep, timeout_s
+        self._keep, self._timeout_s, self._accept = keep, timeout_s, accept
+        self.run = run or Run("", engine.options.seed, engine.plan.problem.graph_digest, "")
+        self.saved: Path | None = None
         self._pending: tuple[Path, Future[None]] | None = None
+        self._shares: tuple[list[str], set[str]] | None = None
+        self._lock: FolderLock | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) \
             if dist.is_initialized() else None
-        if self._group is None:  # which is meant, and DCP warns of at every save
-            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def begin(self, start: Start, run_id: str | None = None) -> Restored | None:
+        """Take the folder for this run, and load the checkpoint it begins with; None: it begins with step 1.
+
+        ``run_id``: the run that a restart is of.
+
+        Raises:
+            InputError: the folder cannot be written, another job uses it, or it has not what ``start`` needs; a file of
+                the checkpoint is damaged, or it is of another run or model.
+        """
+        chosen: list[Path | None] = [None]
+
+        def decide() -> None:
+            folders.choose(self.folder, start, run_id)  # one that is not there is not made to resume in
+            folders.probe(self.folder)
+            self._lock = FolderLock(self.folder, LAST_BREATH_S if start is Start.RESTART else 0.0)
+            chosen[0] = folders.choose(self.folder, start, run_id)  # what it holds now that nobody else writes there
+
+        self._together(decide if rank() == 0 else lambda: None)
+        self._together(lambda: folders.probe(self.folder))
+        self._together(lambda: check_dtypes(model_tensors(self._engine)), RunError)
+        found = gather(chosen[0], self._group)[0]  # the first rank's view of shared storage
+        restored = None if found is None else self._load(self.folder / found.name)
+        made = gather(run_id or new_id(), self._group)[0]
+        self.run = named(self.run, made if restored is None else restored.state.run.id)
+        self._together(lambda: folders.write_owner(self.folder, self.run) if rank() == 0 else None)
+        return restored
 
     def save(self, step: int, data: dict[str, Any]) -> None:
         """Start writing the state after ``step`` steps, ``data`` (of this copy's loader) included; waits for the one
         before.
 
         Raises:
-            RunError: the one before, or this one, cannot be written.
+            RunError: the one before, or this one, cannot be written; a weight is not finite.
         """
         self.finish()
         folder = folders.partial(self.folder, step)
         if rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
-        self._barrier()
-        state = {"step": step, "copies": self._engine.mesh.num_copies, "seed": self._engine.options.seed,
-                 "plan": self._engine.compiled.program.plan_digest, "graph": self._engine.plan.problem.graph_digest}
-        tensors = {**model_tensors(self._engine), **optimizer_tensors(self._engine, self._optimizer)}
-        loader = pack(data)
+        held = {**model_tensors(self._engine), **optimizer_tensors(self._engine, self._optimizer)}
+        loader = b""
+
+        def prepare() -> None:
+            nonlocal loader
+            check_finite(self._engine, self._optimizer, step)
+            loader = pack(data)
+
+        self._together(prepare, RunError)
+        tensors = {name: item for name, item in held.items() if isinstance(item, torch.Tensor)}
+        mine = self._share({name: item.nbytes for name, item in tensors.items()})
+        values = {name: item for name, item in held.items() if name not in tensors}
+        tensors = {name: item for name, item in tensors.items() if name in mine}
+        engine = self._engine
+        made = folders.State(step, engine.mesh.num_copies, engine.compiled.program.plan_digest, self.run, {})
+        self._together(lambda: folder.mkdir(parents=True, exist_ok=True), RunError)
         if self._thread is None:
-            self._write(folder, state, tensors, loader)
+            self._write(folder, made, {name: item.cpu() for name, item in tensors.items()}, values, loader)
         else:
-            copied = {name: item.to("cpu", copy=True) if isinstance(item, torch.Tensor) else item
-                      for name, item in tensors.items()}
-            self._pending = folder, self._thread.submit(self._write, folder, state, copied, loader)
+            copied = {name: item.to("cpu", copy=True) for name, item in tensors.items()}
+            self._pending = folder, self._thread.submit(self._write, folder, made, copied, values, loader)
 
     def finish(self, timeout_s: float | None = None) -> None:
         """Wait for the checkpoint being written.
@@ -85,59 +147,87 @@ class Checkpoints:
             raise RunError(f"checkpoint {pending[0]}: not written within {patience:g} s; earlier checkpoints are"
                            " untouched") from None
 
-    def resume(self) -> dict[str, Any] | None:
-        """Load the newest complete checkpoint; its state with this copy's ``data``, or None where there is none.
+    def close(self) -> None:
+        """Give the folder to the next job."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
-        Raises:
-            InputError: a file is damaged, or the checkpoint is of another model.
-        """
-        names = [None if (found := folders.latest(self.folder)) is None else found.name]
-        if self._group is not None:
-            dist.broadcast_object_list(names, src=0, group=self._group)  # the first rank's view of shared storage
-        if names[0] is None:
-            return None
-        folder = self.folder / names[0]
+    def _load(self, folder: Path) -> Restored:
         state = folders.read_state(folder)
-        failure = first_of(gather(failure_of(lambda: folders.verify(folder, state, rank(), world())), self._group))
-        if failure is not None:
-            raise InputError(failure)
-        load_tensors(folder, self._engine, self._optimizer)
-        self._engine.steps_done = state["step"]
-        copy = self._engine.mesh.copy % state["copies"]
-        return {**state, "data": torch.load(folder / f"data-{copy}.pt", weights_only=True)}
+        check_same(state.run, self.run, str(folder), self._accept)
+        self._together(lambda: folders.verify(folder, state, rank(), world()))
+        alike = not self.run.optimizer or state.run.optimizer == self.run.optimizer
+        load_tensors(folder, state, self._engine, self._optimizer if alike else None)
+        self._engine.steps_done = state.step
+        self.saved = folder
+        return Restored(folder, state)
 
-    def _write(self, folder: Path, state: dict[str, Any], tensors: dict[str, Any], loader: bytes) -> None:
+    def _share(self, held: Mapping[str, int]) -> set[str]:
+        """The names this rank writes; shared out anew only where what some rank holds has changed."""
+        seal = hashlib.sha256(json.dumps(sorted(held.items())).encode()).hexdigest()
+        seals = gather(seal, self._group)
+        if self._shares is None or self._shares[0] != seals:
+            self._shares = seals, share_out(gather(dict(held), self._group))[rank()]
+        return self._shares[1]
+
+    def _write(self, folder: Path, state: folders.State, tensors: dict[str, torch.Tensor], values: dict[str, Any],
+               loader: bytes) -> None:
         """Write this rank's part, and make the checkpoint visible when all parts are on disk."""
         failure, files = None, {}
         try:
-            dcp.save(tensors, checkpoint_id=folder, process_group=self._group, no_dist=self._group is None)
-            mine = list(folder.glob(f"__{rank()}_*"))
+            json.dumps(values)
+            mine = [folder / f"{PREFIX}{rank()}{SUFFIX}"]
+            write_tensors(mine[0], tensors)
             if self._engine.mesh.rank == 0:
                 mine.append(folder / f"data-{self._engine.mesh.copy}.pt")
                 mine[-1].write_bytes(loader)
-            if rank() == 0:
-                mine.append(folder / ".metadata")
             files = folders.seal(mine)
-        except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
+        except Exception as error:
             failure = _reason(error)
         try:
-            gathered = gather((failure, files), self._group)
-            failure = first_of([text for text, _ in gathered])
+            gathered = gather((failure, files, values), self._group)
+            failure = first_of([text for text, _, _ in gathered])
             if failure is None and rank() == 0:
                 try:
-                    folders.publish(folder, state, {name: item for _, part in gathered for name, item in part.items()})
-                    folders.forget(self.folder, self._keep)
-                except OSError as error:
+                    whole = folders.State(state.step, state.copies, state.plan, state.run,
+                                          {name: item for _, part, _ in gathered for name, item in part.items()},
+                                          {name: item for _, _, part in gathered for name, item in part.items()})
+                    folders.publish(folder, whole)
+                    folders.forget(self.folder, self._keep, self.run.id)
+                except (OSError, MipipeError) as error:
                     failure = _reason(error)
             failure = first_of(gather(failure, self._group))
         except RuntimeError as error:
             failure = _reason(error)
         if failure is not None:
             raise RunError(f"checkpoint {folder}: cannot be written: {failure}; earlier checkpoints are untouched")
+        self.saved = folder.with_suffix("")
 
-    def _barrier(self) -> None:
-        if self._group is not None:
-            dist.barrier(self._group)
+    def _together(self, action: Any, kind: type[MipipeError] = InputError) -> None:
+        """Do something on every rank; where it fails on one, raise on all."""
+        failure = first_of(gather(failure_of(action), self._group))
+        if failure is not None:
+            raise kind(failure)
+
+
+def check_finite(engine: Engine, optimizer: torch.optim.Optimizer | None, step: int) -> None:
+    """Raise `RunError` where a trained weight, or a moment of it, is not finite: nothing good comes of such a
+    checkpoint."""
+    state = optimizer_tensors(engine, optimizer)
+    trained = {name: item.detach() for name, item in engine.named_parameters()}
+    sizes = {item.shape for item in trained.values()}
+    moments = {name: item for name, item in state.items() if isinstance(item, torch.Tensor) and item.shape in sizes}
+    tensors = {name: item for name, item in (*trained.items(), *moments.items())
+               if item.is_floating_point() and item.numel()}
+    if not tensors:
+        return
+    norms = torch._foreach_norm(list(tensors.values()), float("inf"))
+    finite = torch.stack([norm.double().to(engine.mesh.device) for norm in norms]).isfinite().tolist()
+    if not all(finite):
+        name = next(name for name, good in zip(tensors, finite, strict=True) if not good)
+        raise RunError(f"step {step}: {name} is not finite after the update, so no checkpoint is made of it; lower the"
+                       " learning rate, or clip gradients, and resume from an earlier checkpoint")
 
 
 def pack(data: dict[str, Any]) -> bytes:
@@ -157,12 +247,23 @@ def pack(data: dict[str, Any]) -> bytes:
     return stream.getvalue()
 
 
+def read_loader(path: Path) -> dict[str, Any]:
+    """A loader's state as `pack` made it, by torch's restricted reader.
+
+    Raises:
+        InputError: it is something else.
+    """
+    try:
+        data = torch.load(path, weights_only=True)
+    except Exception as error:
+        raise InputError(f"checkpoint {path.parent}: {path.name} cannot be read: {_reason(error)}") from None
+    if not isinstance(data, dict) or not isinstance(data.get("taken"), int):
+        raise InputError(f"checkpoint {path.parent}: {path.name} holds no loader's state")
+    return data
+
+
 def _reason(error: BaseException) -> str:
-    """One line: of an error that a rank caught for all, the rank's own; else the first."""
-    if isinstance(error, MipipeError):
-        return str(error)
-    failures = getattr(error, "failures", None)  # CheckpointException of torch.distributed.checkpoint
-    if isinstance(failures, dict) and failures:
-        rank, wrapped = next(iter(failures.items()))
-        return f"rank {rank}: {_reason(wrapped[0])}"
+    """One line of an error."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {os.fspath(error.filename)}" if error.filename else "")
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

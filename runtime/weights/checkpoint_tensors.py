@@ -2,6 +2,7 @@
 
 ``model.<parameter>`` and ``optimizer.<parameter>.<state>``; a bank of experts that several ranks share is stored expert
 by expert, ``model.<bank>[7]``. Whatever wrote a checkpoint, whole banks are read from experts and experts from banks.
+Tensors are in safetensors files (`mipipe.runtime.checkpoint_files`), numbers of the optimizer in ``state.json``.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
 from mipipe.graphs.errors import InputError
+from mipipe.runtime.checkpoint_files import Stored, read_tensor, stored_tensors
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.optim import local_optimizer
+from mipipe.runtime.weights.checkpoint_folder import State
 
 Rows = Mapping[str, Sequence[int]]
 """The experts a rank holds of each bank that it shares with other ranks, in the order of its rows."""
@@ -72,8 +73,8 @@ class Wanted:
     that equal another."""
 
     folder: Path
-    stored: Mapping[str, Any]
-    fill: dict[str, Any] = field(default_factory=dict)
+    stored: Mapping[str, Stored]
+    fill: dict[str, Tensor] = field(default_factory=dict)
     picks: list[tuple[Tensor, str, Sequence[int]]] = field(default_factory=list)
     twins: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -100,57 +101,54 @@ class Wanted:
 
     def _expect(self, name: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:
         entry = self.stored.get(name)
-        size = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
-        if size is None or (shape is not None and size != shape):
-            found = "absent" if entry is None else f"{size}"
+        if entry is None or (shape is not None and entry.shape != shape):
+            found = "absent" if entry is None else f"{entry.shape}"
             raise InputError(f"checkpoint {self.folder}: {name} is {found}, expected shape {shape}; it is of another"
                              " model")
-        return size
+        return entry.shape
 
-    def read(self, reader: Any) -> None:
+    def read(self) -> None:
         """Read everything."""
-        dcp.load(self.fill, storage_reader=reader, no_dist=True)
+        for name, tensor in self.fill.items():
+            read_tensor(self.folder, self.stored[name], tensor)
         for tensor, name, rows in self.picks:
             tensor.copy_(self.fill[name][torch.tensor(rows)])
         for tensor, first in self.twins:
             tensor.copy_(first)
 
 
-def load_tensors(folder: Path, engine: Engine, optimizer: torch.optim.Optimizer | None) -> None:
+def load_tensors(folder: Path, state: State, engine: Engine, optimizer: torch.optim.Optimizer | None) -> None:
     """Fill the engine's weights and the optimizer's state from a checkpoint, whatever plan wrote it.
 
     Raises:
         InputError: a weight is missing, or has another shape.
     """
-    reader = dcp.FileSystemReader(folder)
-    stored = reader.read_metadata().state_dict_metadata
+    stored = stored_tensors(folder, state.files)
     rows, wanted = shared_rows(engine), Wanted(folder, stored)
     for name, item in (*engine.weights.parameters.items(), *engine.weights.buffers.items()):
         wanted.add(_model_key(name), item.detach(), rows.get(name))
-    slots: list[tuple[torch.nn.Parameter, str, str | Tensor]] = []
-    states = _states(stored)
+    slots: list[tuple[torch.nn.Parameter, str, Any]] = []
+    tensors, values = _states(stored), _states(state.values)
     local = local_optimizer(optimizer) if optimizer is not None else None
     mine = {id(item) for group in local.param_groups for item in group["params"]} if local is not None else set()
     for name, parameter in engine.named_parameters():
-        for state, (whole, entry) in states.get(name, {}).items() if id(parameter) in mine else ():
-            key = _state_key(name, state)
-            if isinstance(entry, BytesStorageMetadata):
-                wanted.fill[key(None)] = None
-                slots.append((parameter, state, key(None)))
-                continue
-            shaped = not whole or entry.size == parameter.shape or (name in rows and len(entry.size) > 0)
-            tensor = torch.empty(parameter.shape if shaped else entry.size, dtype=entry.properties.dtype,
-                                 device=parameter.device if shaped else "cpu")
-            wanted.add(key, tensor, rows.get(name) if shaped else None)
-            slots.append((parameter, state, tensor))
-    wanted.read(reader)
-    for parameter, state, made in slots:
+        if id(parameter) not in mine:
+            continue
+        for kind, (whole, entry) in tensors.get(name, {}).items():
+            shaped = not whole or entry.shape == parameter.shape or (name in rows and len(entry.shape) > 0)
+            made = torch.empty(parameter.shape if shaped else entry.shape, dtype=entry.dtype,
+                               device=parameter.device if shaped else "cpu")
+            wanted.add(_state_key(name, kind), made, rows.get(name) if shaped else None)
+            slots.append((parameter, kind, made))
+        slots += [(parameter, kind, value) for kind, (_, value) in values.get(name, {}).items()]
+    wanted.read()
+    for parameter, kind, made in slots:
         assert local is not None
-        local.state[parameter][state] = wanted.fill[made] if isinstance(made, str) else made
+        local.state[parameter][kind] = made
 
 
 def _states(stored: Mapping[str, Any]) -> dict[str, dict[str, tuple[bool, Any]]]:
-    """For each parameter its stored states: whether whole (or by experts), and the metadata of one."""
+    """For each parameter its stored states: whether whole (or by experts), and what is stored of one."""
     found: dict[str, dict[str, tuple[bool, Any]]] = {}
     for key, entry in stored.items():
         if key.startswith("optimizer."):

@@ -17,7 +17,7 @@ FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 USAGE_ERROR = typer.BadParameter.__mro__[1]
 """Click's error for a command line that it refuses; newer typers bring a click of their own."""
 
-COMING = ("--resume-if-any",)
+COMING: tuple[str, ...] = ()
 """Options that are documented and arrive with the next change of ``train``; to be empty then."""
 
 

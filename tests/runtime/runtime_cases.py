@@ -16,11 +16,11 @@ from mipipe.graphs.operator_graph import (
     TensorSpec,
     Value,
 )
-from mipipe.graphs.serialize import digest
 from mipipe.graphs.topology import Topology
 from mipipe.planner.actions import Action
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
-from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
+from mipipe.planner.problem import PhaseTimes, PlanningProblem
+from mipipe.planner.problems.from_graph import problem_of_groups
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
 
@@ -73,30 +73,11 @@ def chain_graph(layers: int = 2) -> OperatorGraph:
 
 def problem_of(graph: OperatorGraph, num_microbatches: int, ranks: int, groups: list[list[str]] | None = None,
                times: PhaseTimes | None = None) -> PlanningProblem:
-    """A problem with one group for each list of segments and unit durations; gradients flow where the traces say so."""
-    groups = groups or [[segment.name] for segment in graph.segments]
-    traces = {trace.digest: trace for trace in graph.traces}
-    where = {name: index for index, members in enumerate(groups) for name in members}
-    segment_of = {segment.name: segment for segment in graph.segments}
-    made = []
-    for members in groups:
-        has = [any(traces[segment_of[name].trace].has(phase) for name in members) for phase in (Phase.I, Phase.W)]
-        duration = times or PhaseTimes(1000, 1000, 1000)
-        group_times = PhaseTimes(duration.f_ns, duration.i_ns if has[0] else None, duration.w_ns if has[1] else None)
-        made.append(Group("+".join(members), {"device": group_times}, segments=tuple(members)))
-    edges = []
-    for value in graph.values:
-        if value.source is None:
-            continue
-        reading = {where[segment.name] for segment in graph.segments if value.name in segment.inputs}
-        readers = tuple(sorted(reading - {where[value.source]}))
-        source = segment_of[value.source]
-        name = traces[source.trace].output_grads[source.outputs.index(value.name)]
-        if readers:
-            edges.append(GroupEdge(where[value.source], readers, value.spec.num_bytes,
-                                   value.spec.num_bytes if name is not None else None, value.name))
-    return PlanningProblem(graph.model, tuple(made), tuple(edges), Topology.uniform(ranks), num_microbatches,
-                           graph_digest=digest(graph))
+    """A problem with one group for each list of segments and unit durations."""
+    unit = times or PhaseTimes(1000, 1000, 1000)
+    given = {Phase.F: unit.f_ns, Phase.I: unit.i_ns, Phase.W: unit.w_ns}
+    return problem_of_groups(graph, groups or [[segment.name] for segment in graph.segments], Topology.uniform(ranks),
+                             num_microbatches, lambda group: given)
 
 
 def plan_of(problem: PlanningProblem, stages: list[tuple[list[int], list[int]]], routes: list[list[int]],

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from mipipe.graphs.errors import InputError, RunError
+from mipipe.runtime.checkpoint_run import Start
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.train.config import CheckpointConfig, DataConfig, TrainConfig
@@ -58,7 +59,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, how):
     """By the name of the file and what to do; without the folder, the one before is used."""
     kill_saves.trainer(tmp_path, steps=3).run()
     folder = latest(tmp_path / "checkpoints")
-    file = next(path for path in sorted(folder.iterdir()) if path.suffix == ".distcp")
+    file = next(path for path in sorted(folder.iterdir()) if path.suffix == ".safetensors")
     damage(file, how)
     with pytest.raises(InputError, match=f"step-3: {file.name} is damaged or incomplete; remove the folder"):
         kill_saves.trainer(tmp_path, steps=4).resume()
@@ -74,7 +75,7 @@ def test_a_loss_that_blows_up_keeps_the_checkpoint_begun(tmp_path):
             for number, batch in enumerate(super().__iter__()):
                 yield {name: tensor * float("nan") for name, tensor in batch.items()} if number == 3 else batch
 
-    with pytest.raises(RunError, match="step 3: the gradient norm is nan; lower the learning rate"):
+    with pytest.raises(RunError, match="step 4: the gradient norm is nan; lower the learning rate"):
         kill_saves.trainer(tmp_path, loader=Bad()).run()
     folder = latest(tmp_path / "checkpoints")
     assert folder.name == "step-3"
@@ -82,18 +83,19 @@ def test_a_loss_that_blows_up_keeps_the_checkpoint_begun(tmp_path):
 
 
 def limited(folder):
-    """Rank 1's disk is full (no file may grow beyond 3,000 bytes) at the second checkpoint."""
+    """Rank 1's disk is full (no file may grow beyond 300 bytes) at the second checkpoint."""
     plan = two_ranks()
     engine = Engine(plan, cases.chain_graph(), cases.chain_state())
     optimizer = torch.optim.Adam(engine.parameters())
     saved = Checkpoints(folder, engine, optimizer, timeout_s=20)
+    saved.begin(Start.FRESH)
     engine.step(cases.chain_batch(2))
     optimizer.step()
     saved.save(1, {"taken": 1})
     saved.finish()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if engine.mesh.rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
     try:
         saved.save(2, {"taken": 2})
         saved.finish()
@@ -159,6 +161,7 @@ def save_shared(plan, graph, state, layout, folder):
     engine.step(experts.batch_of(0, engine.mesh.copy, engine.mesh.num_copies))
     optimizer.step()
     saved = Checkpoints(folder, engine, optimizer, timeout_s=20)
+    saved.begin(Start.FRESH)
     saved.save(1, {"taken": 1})
     saved.finish()
     save_weights(engine, torch.nn.Module(), Target(folder / "out", 10**9))
@@ -168,7 +171,7 @@ def load_shared(plan, graph, state, layout, folder):
     """Parameters and Adam's first moments as a checkpoint gives them, and which experts this rank has."""
     engine = Engine(plan, graph, state, options=EngineOptions(expert_map=layout))
     optimizer = torch.optim.Adam(engine.parameters(), lr=1e-2, foreach=False)
-    assert Checkpoints(folder, engine, optimizer, timeout_s=20).resume()["step"] == 1
+    assert Checkpoints(folder, engine, optimizer, timeout_s=20).begin(Start.RESUME).state.step == 1
     return {name: (item.detach(), optimizer.state[item]["exp_avg"]) for name, item in engine.named_parameters()}, \
         shared_rows(engine)
 

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -169,7 +170,13 @@ def test_killed_ranks_resume_and_a_lost_one_is_done_without(files):
     losses, calm = json.loads(done.stdout)["losses"], undisturbed(files, STEPS).losses
     assert tuple(losses[:8]) == calm[:8]  # step 8 was on disk when the fourth was killed
     assert losses == pytest.approx(calm, rel=1e-5)
-    assert done.stderr.splitlines() == ["rank 1 lost: planning for 1 device"]
+    first, *restarts, lost, last = done.stderr.splitlines()
+    assert first == "starting with step 1 of 12 from random weights (seed 0)"
+    for number, (line, killed) in enumerate(zip(restarts, (0, 1, 0), strict=True), 1):  # each says why, and from what
+        assert re.match(rf"restart {number} \(rank {killed} was killed by signal 9 \(SIGKILL\) .*\): starting with step"
+                        r" \d+ of 12 from ", line), line
+    assert lost == "rank 1 lost: planning for 1 device"
+    assert re.match(r"starting with step (9|11) of 12 from checkpoint .*step-(8|10)$", last), last
     again = load(files / "killed" / "plan-1-ranks.json", Plan)
     assert again.problem.graph_digest == plan.problem.graph_digest and again.problem.num_ranks == 1
     assert options_of(again) == options
@@ -182,16 +189,40 @@ def test_who_is_lost(tmp_path):
         for path in tmp_path.iterdir():
             path.unlink()
         for rank, attempt, message in entries:
-            text = json.dumps({"rank": rank, "attempt": attempt, "message": message})
+            text = json.dumps({"rank": rank, "attempt": attempt, "message": message, "type": "RunError", "time": rank,
+                               "traceback": ""})
             (tmp_path / f"error-rank{rank}.json").write_text(text)
 
     reports((0, 0, "the peer has failed"))
     (tmp_path / "failures.json").write_text(json.dumps({"0": 1, "2": -9}))
     assert lost_ranks(tmp_path, 4) == {2}
+    (tmp_path / "failures.json").write_text(json.dumps({"0": 1, "1": 130}))  # asked to end by SIGTERM
+    assert lost_ranks(tmp_path, 4) == {1}
     reports((0, 1, "nothing for 5 s; the peer hangs"), (2, 1, "the peer has failed"), (1, 0, "the peer has failed"))
     assert lost_ranks(tmp_path, 3) == {1}
     reports((0, 0, "the loss is nan"), (1, 0, "the peer has failed"))
     assert lost_ranks(tmp_path, 3) == set()
+
+
+@pytest.mark.parametrize("codes, text", [
+    ({"1": -9}, r"rank 1 was killed by signal 9 \(SIGKILL\) \(by hand, or by the kernel for want of memory: see"),
+    ({"1": -11, "0": 4}, r"rank 1 was killed by signal 11 \(SIGSEGV\); continue"),
+    ({"0": -6, "1": -9}, r"rank 0 was killed by signal 6 \(SIGABRT\); rank 1 was killed by signal 9"),
+    ({"1": -99}, "rank 1 was killed by signal 99; continue"),
+    ({"1": 4}, "rank 0, instruction 3: the connection is closed; the peer has failed"),
+])
+def test_a_killed_worker_is_named(tmp_path, codes, text):
+    """Not the survivor who only saw its connection close; a survivor with a cause of its own comes first."""
+    def leave(rank, message):
+        data = {"rank": rank, "attempt": 0, "message": message, "type": "RunError", "time": 1, "traceback": ""}
+        (tmp_path / f"error-rank{rank}.json").write_text(json.dumps(data))
+
+    leave(0, "rank 0, instruction 3: the connection is closed; the peer has failed")
+    (tmp_path / "failures.json").write_text(json.dumps(codes))
+    error = explain(tmp_path, tmp_path / "log", 1)
+    assert type(error) is RunError and re.match(text, str(error)), str(error)
+    leave(0, "step 3: the loss is nan")
+    assert str(explain(tmp_path, tmp_path / "log", 1)) == "step 3: the loss is nan"
 
 
 @pytest.mark.parametrize("cause, shown", [(None, False), (RunError("0F0: the peer hangs"), False), (OSError(5), True)])

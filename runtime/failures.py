@@ -1,0 +1,88 @@
+"""What a run's processes leave for their launcher in its report folder, and what it makes of it: one error.
+
+``error-rankN.json`` by a worker that failed or stopped, ``failures.json`` by the agent (exit codes of the workers that
+ended first), ``said.txt`` (lines for people), ``started.json`` (the first step and its source),
+``done.txt`` (when all is done).
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from mipipe.graphs import errors
+from mipipe.graphs.errors import MipipeError, RunError, StoppedError
+
+SAID, STARTED, DONE, FAILURES = "said.txt", "started.json", "done.txt", "failures.json"
+
+
+def explain(folder: Path, log: Path, code: int, show: bool = True) -> MipipeError:
+    """The error to raise for a failed run: what the first failing rank reported, who was killed by a signal, else what
+    torchrun said.
+
+    ``show``: the traceback of an unexpected error goes to stderr.
+    """
+    found = reports(folder)
+    stopped = next((item for item in found if item["type"] == StoppedError.__name__), None)
+    if stopped is not None:
+        return StoppedError(stopped["message"])
+    causes, killed = [item for item in found if not is_consequence(item)], signals_of(folder)
+    if killed and not causes:
+        return RunError(f"{killed}; --resume continues from the newest checkpoint, if one was saved, and --max-restarts"
+                        " restarts workers")
+    if not found:
+        if code < 0:
+            return RunError(f"torchrun was ended by {signal_name(-code)}")
+        lines = [line for line in log.read_text().splitlines() if line.strip()]
+        tail = next((line for line in reversed(lines) if "Error" in line or "Signal" in line), "".join(lines[-1:]))
+        return RunError(f"torchrun ended with status {code}: {tail.strip() or 'no message; see the output above'}")
+    first = min(causes or found, key=lambda item: item["time"])
+    kind = vars(errors).get(first["type"])
+    if isinstance(kind, type) and issubclass(kind, MipipeError):
+        text = first["message"]
+    else:
+        kind, text = RunError, f"rank {first['rank']}: {first['type']}: {first['message']}"
+    if show:
+        sys.stderr.write(first["traceback"])
+    return kind(text)
+
+
+def reports(folder: Path) -> list[dict[str, Any]]:
+    """What the workers of the last attempt left."""
+    found = [json.loads(path.read_text()) for path in folder.glob("error-rank*.json")]
+    return [item for item in found if item["attempt"] == max(other["attempt"] for other in found)]
+
+
+def exit_codes(folder: Path) -> dict[int, int]:
+    """Exit codes of the workers that ended first in the last attempt that failed, by rank."""
+    path = folder / FAILURES
+    return {int(rank): code for rank, code in json.loads(path.read_text()).items()} if path.exists() else {}
+
+
+def signals_of(folder: Path) -> str:
+    """Who was killed by a signal, or asked to end, for people; empty: nobody."""
+    codes = exit_codes(folder)
+    killed = {rank: -code for rank, code in codes.items() if code < 0}
+    said = "; ".join([f"rank {rank} was killed by {signal_name(number)}" for rank, number in sorted(killed.items())]
+                     + [f"rank {rank} was asked to end, SIGTERM" for rank, code in sorted(codes.items())
+                        if code == StoppedError.exit_code])
+    memory = " (by hand, or by the kernel for want of memory: see dmesg)" if signal.SIGKILL in killed.values() else ""
+    return said + memory
+
+
+def signal_name(number: int) -> str:
+    """``signal 9 (SIGKILL)``."""
+    try:
+        return f"signal {number} ({signal.Signals(number).name})"
+    except ValueError:
+        return f"signal {number}"
+
+
+def is_consequence(item: dict[str, Any]) -> bool:
+    """Whether a rank failed only because another had: its connection was closed, or it waited in vain."""
+    text = item["message"]
+    return any(sign in text for sign in ("the peer has failed", "Connection closed by peer", "nothing for",
+                                         "Connection reset by peer"))

@@ -1,0 +1,253 @@
+"""How a run ends before its last step: what was done is saved, the step is named, and nothing bad is saved."""
+
+import dataclasses
+import itertools
+import json
+import os
+
+import kill_saves
+import pytest
+import runtime_cases as cases
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_run_starts import trainer
+
+from mipipe.graphs.errors import BatchError, InputError, RunError, StoppedError
+from mipipe.runtime.checkpoint_run import Start
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.train.config import CheckpointConfig, DataConfig, OptimizerConfig, TrainConfig
+from mipipe.runtime.train.data import Batches, TextBytes
+from mipipe.runtime.train.training import SKIPPED_IN_A_ROW, Trainer
+from mipipe.runtime.weights.checkpoint import check_finite
+from mipipe.runtime.weights.checkpoint_folder import complete, latest, read_state, verify
+
+
+def batches(*odd, count=6):
+    """A finite loader; ``odd``: (number, change) of batches that are not as they should be."""
+    made = list(itertools.islice(iter(kill_saves.Loader()), count))
+    for number, change in odd:
+        made[number] = change(dict(made[number]))
+    return made
+
+
+def short(batch):
+    return {name: tensor[:cases.ROWS] for name, tensor in batch.items()}
+
+
+def shorter(batch):
+    return {name: tensor[:1] for name, tensor in batch.items()}
+
+
+def without(batch):
+    return {name: tensor for name, tensor in batch.items() if name != "t"}
+
+
+def saved_once(folder, **changes):
+    """A trainer that saves only when it must."""
+    made = trainer(folder, **changes)
+    made.config = dataclasses.replace(made.config, checkpoint=dataclasses.replace(made.config.checkpoint, every=0))
+    return made
+
+
+@pytest.mark.parametrize("change, message", [
+    (short, r"step 4: batch: x has 3 rows, not a multiple .* left out with drop_last=True"),
+    (shorter, "step 4: batch: x has 1 rows, not a multiple .* left out with drop_last=True"),
+    (without, "step 4: batch: input 't' of chain is missing"),
+    (lambda batch: {**batch, "x": batch["x"].tolist()}, "step 4: batch: x is a list, expected a tensor"),
+    (lambda batch: {**batch, "x": torch.tensor(1.0)}, "step 4: batch: x is a Tensor, expected a tensor whose rows"),
+    (lambda batch: [without(short(batch))] * 2, "step 4: batch: input 't' of chain is missing"),
+    (lambda batch: [batch], "step 4: batch: 1 microbatches were given, but the plan has 2"),
+    (lambda batch: "text", "step 4: batch: a str, expected tensors by name"),
+])
+def test_a_batch_that_does_not_fit(tmp_path, change, message):
+    """The steps before it are saved, with the place before it in the data: mended data goes on exactly there. Or it is
+    passed over, with a line, and what is trained is what the data without it gives."""
+    whole = trainer(tmp_path / "whole", 6, loader=[*batches()[:3], *batches()[4:]]).run()
+    with pytest.raises(BatchError, match=message) as caught:
+        saved_once(tmp_path, steps=6, loader=batches((3, change))).run()
+    assert str(caught.value).endswith(f"what was done is saved in {tmp_path}/c/step-3; go on with --resume")
+    assert [path.name for path in complete(tmp_path / "c")] == ["step-3"]
+    mended = trainer(tmp_path, 6, loader=[*batches()[:3], *batches()[4:]])
+    assert mended.begin(Start.RESUME) == 3
+    assert mended.run(3) == whole[3:]
+    said = []
+    passing = trainer(tmp_path / "passing", 6, said=said, loader=batches((3, change)),
+                      data=DataConfig(skip_invalid=True))
+    assert passing.run() == whole
+    assert len(said) == 1 and said[0].endswith("passed over (skip_invalid)") and said[0].startswith("step 4: batch")
+    records = [json.loads(line) for line in (tmp_path / "passing" / "metrics.jsonl").read_text().splitlines()]
+    assert [record.get("data/skipped") for record in records] == [None, None, None, 1, None, None]
+
+
+def test_a_loader_without_any_valid_batch_ends(tmp_path):
+    taken = []
+
+    class Never:
+        def __iter__(self):
+            while True:
+                taken.append(1)
+                yield short(batches()[0])
+
+    with pytest.raises(BatchError, match=r"step 1: batch: x has 3 rows.*; no step was done before it"):
+        trainer(tmp_path, loader=Never(), data=DataConfig(skip_invalid=True)).run()
+    assert len(taken) == SKIPPED_IN_A_ROW + 1
+
+
+def test_nothing_that_is_not_finite_is_saved(tmp_path):
+    """A step that makes a weight infinite is named; the checkpoint before it stays the newest."""
+    class Exploding(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            if made.engine.steps_done == 3:
+                next(iter(made.engine.parameters())).data[0, 0] = float("inf")
+
+    made = trainer(tmp_path, 6, optimizer=OptimizerConfig("sgd", 1e-3))
+    made.optimizer.__class__ = Exploding
+    with pytest.raises(RunError, match=r"step 4: layer0\.w is not finite after the update, so no checkpoint"):
+        made.run()
+    assert latest(tmp_path / "c").name == "step-3"
+
+
+@pytest.mark.parametrize("where", ["weight", "moment"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_counts_as_finite(where, value):
+    engine = Engine(kill_saves.one_rank(), cases.chain_graph(), cases.chain_state())
+    optimizer = torch.optim.Adam(engine.parameters())
+    engine.step(cases.chain_batch(2))
+    optimizer.step()
+    check_finite(engine, optimizer, 1)
+    parameter = engine.parameters()[1]
+    (parameter.data if where == "weight" else optimizer.state[parameter]["exp_avg"])[1, 1] = value
+    with pytest.raises(RunError, match=r"step 1: (layer1\.w|optimizer\.layer1\.w\.exp_avg) is not finite"):
+        check_finite(engine, optimizer, 1)
+
+
+def test_a_full_disk_under_metrics(tmp_path):
+    """The run ends after the next step, saved, with one line."""
+    made = saved_once(tmp_path, steps=6)
+    made.config = dataclasses.replace(made.config, metrics="/dev/full")
+    with pytest.raises(RunError, match=r"step 2: metrics /dev/full: cannot be written: No space left on device; what"
+                                       r" was done is saved in .*step-2; go on with --resume"):
+        made.run()
+    verify(tmp_path / "c" / "step-2", read_state(tmp_path / "c" / "step-2"))
+    last = saved_once(tmp_path / "one", steps=1)
+    last.config = dataclasses.replace(last.config, metrics="/dev/full")
+    with pytest.raises(RunError, match="No space left on device; all 1 steps are done, and their checkpoints saved"):
+        last.run()
+    assert latest(tmp_path / "one" / "c").name == "step-1"
+    assert os.path.exists("/dev/full") and not os.path.isfile("/dev/full")
+
+
+def stopping(folder, plan, asked, metrics):
+    """Both ranks train; each is asked to end when it has begun as many steps as ``asked`` says."""
+    engine = Engine(plan, cases.chain_graph(), cases.chain_state())
+    mine = asked[engine.mesh.rank]
+    config = TrainConfig(8, checkpoint=CheckpointConfig(str(folder), every=0), timeout_s=20.0, metrics=metrics)
+    made = Trainer(engine, config, Batches(kill_saves.Loader()),
+                   stop=lambda: mine is not None and engine.steps_done >= mine)
+    try:
+        made.run(made.begin(Start.RESUME_IF_ANY))
+    except (StoppedError, RunError) as error:
+        return type(error).__name__, str(error)
+    return "done", ""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("asked, text", [((None, 3), "SIGTERM, rank 1): stopped after step 3 of 8"),
+                                         ((2, 2), "SIGTERM, rank 0, 1): stopped after step 2 of 8"),
+                                         ((None, 8), "")])
+def test_one_rank_that_is_asked_to_end_stops_all(pool, tmp_path, asked, text):
+    """After the same step, which is saved; asked during the last, nobody stops."""
+    from test_checkpoints import two_ranks
+    for kind, message in pool.run(2, __file__, "stopping", tmp_path, two_ranks(), asked, None):
+        assert kind == ("StoppedError" if text else "done") and text in message
+        assert not text or message.endswith("go on with --resume")
+    assert latest(tmp_path).name == f"step-{8 if not text else asked[1]}"
+
+
+@pytest.mark.distributed
+def test_a_full_disk_of_one_rank_stops_all(pool, tmp_path):
+    from test_checkpoints import two_ranks
+    answers = pool.run(2, __file__, "stopping", tmp_path, two_ranks(), (None, None), "/dev/full")
+    assert [kind for kind, _ in answers] == ["RunError"] * 2
+    assert all("step 2: metrics /dev/full: cannot be written" in text for _, text in answers)
+    assert latest(tmp_path).name == "step-2"
+
+
+class Turns:
+    """Samples 0, 1, 2, .. cut into batches that the copies take in turn."""
+
+    def __init__(self, rows, copy, copies):
+        self.rows, self.copy, self.copies = rows, copy, copies
+
+    def __iter__(self):
+        for number in itertools.count(self.copy, self.copies):
+            yield list(range(number * self.rows, (number + 1) * self.rows))
+
+
+@given(st.lists(st.tuples(st.sampled_from([1, 2, 3, 4]), st.sampled_from([1, 2, 4]), st.integers(0, 4)), max_size=5))
+def test_positions_are_divided_anew(phases):
+    """However copies and rows change on the way, every sample is taken once and in order, or the change is refused."""
+    seen, states, before = [], None, None
+    for copies, rows, count in phases:
+        made = [Batches(Turns(rows, copy, copies), rows, in_turn=True) for copy in range(copies)]
+        if states is not None:
+            try:
+                for copy, item in enumerate(made):
+                    item.continue_from(states.__getitem__, before, copy, copies)
+            except InputError as error:
+                assert "are no whole number of batches" in str(error) and len(seen) % (rows * copies)
+                continue
+        for _ in range(count):
+            seen += [sample for item in made for sample in next(item)]
+        states, before = [item.state() for item in made], copies
+    assert seen == list(range(len(seen)))
+
+
+def test_loaders_that_divide_their_position_themselves():
+    """They get the states of all copies; the text loader draws what no copy has had."""
+    class Own(list):
+        def reshard(self, states, copy, copies):
+            self.given = states, copy, copies
+
+    made = Batches(Own([1]), 4)
+    states = [{"taken": 5, "rows": 4, "loader": {"at": copy}} for copy in range(2)]
+    made.continue_from(states.__getitem__, 2, 1, 3)
+    assert made._source.given == (states, 1, 3) and made.taken == 5
+    text = torch.arange(200, dtype=torch.uint8)
+    graph = text_graph()
+    drawn = {copy: Batches(TextBytes(text, 2, graph, 0, copy), 2) for copy in range(4)}
+    for copy, item in drawn.items():
+        item.continue_from(states.__getitem__, 2, copy, 4)
+        assert torch.equal(next(item)["input_ids"], TextBytes(text, 2, graph, 0, copy).batch(5)["input_ids"])
+
+
+def text_graph():
+    from mipipe.graphs.operator_graph import OperatorGraph, TensorSpec, Value
+    spec = TensorSpec((1, 8), "int64")
+    return OperatorGraph("text", ("input_ids",), (), "", (), (Value("input_ids", spec, None, False),), (), ())
+
+
+@pytest.mark.parametrize("loader, had, now, turns", [
+    ({"at": 1}, (2, 4), (4, 4), False), ({"at": 1}, (2, 4), (1, 4), True), ({"at": 1}, (1, 4), (1, 8), False),
+    (None, (2, 4), (4, 4), False), (None, (4, 4), (1, 4), False)])
+def test_positions_that_cannot_be_divided_are_refused(loader, had, now, turns):
+    """A loader's own state is of its copy; without one, nobody knows how the copies share the data."""
+    made = Batches([], now[1], in_turn=turns, name="my:loader")
+    states = [{"taken": 5, "rows": had[1], "loader": loader}] * had[0]
+    with pytest.raises(InputError, match=rf"data: the checkpoint's position is that of {had[0]} cop.* of {had[1]} rows"
+                                         rf" a step, this run has {now[0]} of {now[1]}, and my:loader cannot divide it"
+                                         " anew") as caught:
+        made.continue_from(states.__getitem__, had[0], 0, now[0])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("had, rows", [(1, 4), (1, 8)])
+def test_other_rows_for_one_copy(had, rows):
+    """A plain loader is advanced by samples."""
+    made = Batches(Turns(rows, 0, 1), rows)
+    made.continue_from(lambda copy: {"taken": 6, "rows": 4, "loader": None}, had, 0, 1)
+    assert next(made)[0] == 24
+
+
