@@ -12,7 +12,7 @@ import linecache
 import logging
 import operator
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from mipipe.graphs import user_autograd
 from mipipe.graphs.capture.cleaning import clean
 from mipipe.graphs.errors import GraphError, MipipeError
 from mipipe.graphs.tracing.joint import argument, make_constant, no_stack_traces
@@ -41,6 +42,7 @@ class Exported:
     parameters: dict[str, fx.Node]
     buffers: dict[str, fx.Node]
     outputs: dict[str, fx.Node]
+    code: user_autograd.UserCode | None = None
 
 
 def export_model(module: nn.Module, inputs: Mapping[str, Any], *, prefix: str = "") -> Exported:
@@ -58,14 +60,17 @@ def export_model(module: nn.Module, inputs: Mapping[str, Any], *, prefix: str = 
     storages = {id(value): name for name, value in tensors.items()}
     if len(storages) < len(tensors):
         raise GraphError("example inputs: one tensor is given under two names; pass a copy, or they become one input")
+    name = type(getattr(module, "wrapped", module)).__name__
     try:
-        with silence(), no_stack_traces():
+        with silence(), no_stack_traces(), user_autograd.watched(module, name) as code:
             program = torch.export.export(module, (), dict(inputs), strict=False)
     except MipipeError:
         raise
     except Exception as error:
         raise GraphError(explain(module, error)) from error
-    return flatten_program(program, prefix, aliases_of(module))
+    hooks = {fqn.removeprefix(prefix): tuple((item._backward_hooks or {}).values())
+             for fqn, item in module.named_parameters()}
+    return flatten_program(program, prefix, aliases_of(module), code, hooks)
 
 
 @contextlib.contextmanager
@@ -118,8 +123,13 @@ def explain(module: nn.Module, error: BaseException) -> str:
     return f"model {name} cannot be exported: stopped{place}: {found}; {advice}"
 
 
-def flatten_program(program: torch.export.ExportedProgram, prefix: str, aliases: Mapping[str, str]) -> Exported:
-    """The flat graph of an exported program; ``aliases`` maps FQNs of tied tensors to the first one."""
+def flatten_program(program: torch.export.ExportedProgram, prefix: str, aliases: Mapping[str, str],
+                    code: user_autograd.UserCode | None = None,
+                    hooks: Mapping[str, Sequence[Any]] | None = None) -> Exported:
+    """The flat graph of an exported program; ``aliases`` maps FQNs of tied tensors to the first one.
+
+    ``code``: the custom Functions and hooks recorded in the export; ``hooks``: those of parameters, by FQN.
+    """
     graph, signature = fx.Graph(), program.graph_signature
     env: dict[fx.Node, Any] = {}
     inputs: dict[str, fx.Node] = {}
@@ -148,8 +158,11 @@ def flatten_program(program: torch.export.ExportedProgram, prefix: str, aliases:
     specs = signature.output_specs
     user = [item for item, spec in zip(results, specs, strict=True) if spec.kind.name in ("USER_OUTPUT", "LOSS_OUTPUT")]
     outputs = {name: node for name, node in zip(_output_names(program), user, strict=True) if isinstance(node, fx.Node)}
+    if code is not None:
+        moved = code.settle(graph, {parameters[fqn]: found for fqn, found in (hooks or {}).items() if fqn in parameters})
+        outputs = {name: moved.get(node, node) for name, node in outputs.items()}
     outputs.update(clean(graph, outputs))
-    return Exported(graph, inputs, parameters, buffers, outputs)
+    return Exported(graph, inputs, parameters, buffers, outputs, code)
 
 
 def _constant(graph: fx.Graph, value: Tensor, name: str) -> fx.Node:
