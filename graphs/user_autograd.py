@@ -15,23 +15,30 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd.function import Function
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.function import Function, _HookMixin
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.nn.modules import module as module_globals
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.checkpoint import CheckpointFunction
 
 from mipipe.graphs.errors import GraphError
+from mipipe.graphs.tracing.phase_split import ancestors, closure
 
 CALL, HOOK = "mipipe.user_call.default", "mipipe.user_hook.default"
 _APPLY: types.FunctionType = Function.__dict__["apply"].__func__
 _PLAIN = types.FunctionType(_APPLY.__code__, _APPLY.__globals__, "apply", None, _APPLY.__closure__)
+_TORCH, _OWN = str(Path(torch.__file__).parent), str(Path(__file__).parent)
 _SIMPLE = (bool, int, float, complex, str, type(None), torch.dtype)
 _TENSOR = object()
 """Stands for the next tensor among a call's other arguments, or results."""
@@ -75,12 +82,19 @@ class UserCall:
 
 @dataclass(eq=False)
 class UserHook:
-    """A tensor hook as a callable of its tensor: the identity, whose gradient goes through the hook."""
+    """A tensor hook as a callable of its tensor: the identity, whose gradient goes through the hook.
+
+    ``closed`` are the tensors that the hook reads beside the gradient, which the callable is given too (each under all
+    identities it has had); ``names`` are those of the model's own among them.
+    """
 
     hook: Callable[[Tensor], Tensor | None]
     number: int
+    closed: list[tuple[Tensor, ...]]
+    names: dict[int, str] = field(default_factory=dict)
     removed: bool = False
     ignored: bool = False
+    tags: tuple[torch.Tag, ...] = (torch.Tag.nondeterministic_seeded,)
     __name__ = "user_hook"
 
     def __str__(self) -> str:
@@ -95,15 +109,48 @@ class UserHook:
     def __exit__(self, *args: object) -> None:
         self.remove()
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, closed: Sequence[Tensor]) -> Tensor:
         y = torch.ops.aten.alias.default(x)
+        table = {id(item): tensor.detach() for items, tensor in zip(self.closed, closed, strict=True) for item in items}
+
+        def run(grad: Tensor) -> Tensor | None:
+            with _Instead(table):
+                result = self.hook(grad)
+            self.ignored = result is None
+            return result
+
         if y.requires_grad:
-            y.register_hook(self._run)
+            y.register_hook(run)
         return y
 
-    def _run(self, grad: Tensor) -> Tensor | None:
-        result = self.hook(grad)
-        self.ignored = result is None
+
+class _Instead(torch.overrides.TorchFunctionMode):
+    """Inside, some tensors (by identity) are others."""
+
+    def __init__(self, table: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self.table = table
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(Tensor, lambda item: self.table.get(id(item), item), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class _Reads(TorchDispatchMode):
+    """Collects the tensors that operators read and that neither are given nor were made inside."""
+
+    def __init__(self, given: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.known: dict[int, Tensor] = {id(item): item for item in given}
+        self.others: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for item in tree_flatten((args, kwargs))[0]:
+            if isinstance(item, Tensor) and id(item) not in self.known and "lift_fresh" not in str(func):
+                self.others[id(item)] = item
+        result = func(*args, **kwargs)
+        self.known.update((id(item), item) for item in tree_flatten(result)[0] if isinstance(item, Tensor))
         return result
 
 
@@ -111,7 +158,9 @@ class UserHook:
 class UserCode:
     """What a model's forward was seen to do while it was exported: its Functions and hooks, by number."""
 
+    module: nn.Module
     model: str
+    prefix: str
     calls: list[UserCall] = field(default_factory=list)
     hooks: list[UserHook] = field(default_factory=list)
     known: dict[str, int] = field(default_factory=dict)
@@ -145,48 +194,117 @@ class UserCode:
         if isinstance(tensor, nn.Parameter) or tensor.is_leaf:
             raise GraphError(f"model {self.model}: its forward registers a hook ({line_of(hook)}) on a parameter or"
                              " input, one more in every call; register it once, outside the forward")
-        made = UserHook(hook, len(self.hooks))
+        with disable_proxy_modes_tracing():
+            closed = [item for item in self._closed(hook, torch.empty_like(tensor, requires_grad=False))
+                      if isinstance(item, FakeTensor)]
+        known = {id(item): name for item, name in self.named()}
+        names = {id(item): known[id(item)] for item in closed if id(item) in known}
+        made = UserHook(hook, len(self.hooks), [(item,) for item in closed], names)
         self.hooks.append(made)
-        torch.ops.mipipe.user_hook(tensor, made.number)
+        torch.ops.mipipe.user_hook(tensor, closed, made.number)
         return made
+
+    def named(self) -> list[tuple[Tensor, str]]:
+        """The model's parameters and buffers as they are at this moment (fake ones in an export), with their FQNs."""
+        named = [*self.module.named_parameters(), *self.module.named_buffers()]
+        return [(tensor, name.removeprefix(self.prefix)) for name, tensor in named]
+
+    def _closed(self, hook: Callable[[Tensor], Tensor | None], grad: Tensor) -> list[Tensor]:
+        """The tensors that a hook reads beside the gradient: of the forward, or the model's; it is run once for it."""
+        try:
+            with torch.no_grad(), _Reads([grad]) as reads:
+                hook(grad)
+        except Exception as error:
+            line = next(iter(str(error).splitlines()), "")
+            raise GraphError(f"model {self.model}: the gradient hook at {line_of(hook)} cannot be traced:"
+                             f" {type(error).__name__}: {line[:200]}; write it with tensor operations only") from error
+        return list(reads.others.values())
 
     def warnings(self) -> list[str]:
         """What hooks do beside the gradient, which a run will not do."""
         return [f"the hook at {line_of(made.hook)} returns nothing: gradients stay as they are, and what else it does"
                 " does not happen in training" for made in self.hooks if made.ignored and not made.removed]
 
-    def settle(self, graph: fx.Graph, parameters: dict[fx.Node, Sequence[Any]]) -> dict[fx.Node, fx.Node]:
-        """Put every hook between its tensor and all readers of it; which node stands for which from now on.
+    def settle(self, graph: fx.Graph, nodes: Mapping[str, fx.Node]) -> dict[fx.Node, fx.Node]:
+        """Make calls of the recorded operators, and put every hook between its tensor and all that reads it.
 
         Args:
-            graph: flat, with hooks recorded in the forward as nodes.
-            parameters: hooks of parameters, by placeholder.
+            graph: flat; changed in place.
+            nodes: placeholders of parameters and buffers by FQN.
+
+        Returns:
+            Which node stands for a hooked one from now on.
         """
+        now = {name: tensor for tensor, name in self.named()}
+        for made in self.hooks:
+            made.closed = [(*items, now[made.names[id(items[0])]]) if id(items[0]) in made.names else items
+                           for items in made.closed]
+        pairs: list[tuple[fx.Node, tuple[Any, ...], UserHook]] = []
         for node in graph.nodes:
-            if str(node.target) in (CALL, HOOK):
-                node.target = (self.calls if str(node.target) == CALL else self.hooks)[node.args[1]]
-                node.args = node.args[:1]
-        last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+            if str(node.target) == CALL:
+                node.target, node.args = self.calls[node.args[1]], node.args[:1]
+            elif str(node.target) == HOOK:
+                pairs.append((node.args[0], (node.args[1],), self.hooks[node.args[2]]))
+        for node in [node for node in graph.nodes if str(node.target) == HOOK]:
+            graph.erase_node(node)
+        for name, parameter in self.module.named_parameters():
+            place = nodes.get(name.removeprefix(self.prefix))
+            for hook in (parameter._backward_hooks or {}).values() if place is not None else ():
+                pairs.append((place, *self._parameter_hook(hook, parameter, nodes)))
         instead: dict[fx.Node, fx.Node] = {}
-        pairs = [(node, node.args[0], node.target) for node in graph.nodes if isinstance(node.target, UserHook)]
-        for place, hooks in parameters.items():
-            for hook in hooks:
-                self.hooks.append(UserHook(hook, len(self.hooks)))
-                pairs.append((None, place, self.hooks[-1]))
-        for node, tensor, hook in pairs:
-            if node is not None:
-                graph.erase_node(node)
-            if hook.removed or not tensor.users:
+        for tensor, closed, made in pairs:
+            if made.removed or (tensor.op == "placeholder" and not tensor.users):
                 continue
-            reader = min(tensor.users)
-            with graph.inserting_after(last if tensor.op == "placeholder" else tensor):
-                made = graph.call_function(hook, ())
-            made.meta.update(val=tensor.meta["val"], stack=(reader if tensor.op == "placeholder" else tensor)
-                             .meta.get("stack", ()))
-            tensor.replace_all_uses_with(made)
-            made.args = (tensor,)
-            instead.setdefault(tensor, made)
+            home = min(tensor.users) if tensor.op == "placeholder" else tensor
+            node = graph.call_function(made, ())
+            node.meta.update(val=tensor.meta["val"], stack=home.meta.get("stack", ()))
+            own = _copied(graph, closed[0], tensor)
+            kept = {item for item in tensor.users if item in own.values()}
+            tensor.replace_all_uses_with(node, delete_user_cb=lambda user, kept=kept: user not in kept)
+            node.args = (tensor, [own.get(item, item) for item in closed[0]])
+            instead.setdefault(tensor, node)
+        _sort(graph)
         return instead
+
+    def _parameter_hook(self, hook: Callable[[Tensor], Tensor | None], parameter: Tensor,
+                        nodes: Mapping[str, fx.Node]) -> tuple[tuple[Any, ...], UserHook]:
+        """A parameter's hook, with the nodes of the model's own tensors that it reads."""
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            grad = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            read = self._closed(hook, grad)
+        names = {id(tensor): name for tensor, name in self.named()}
+        closed = [item for item in read if names.get(id(item)) in nodes]
+        self.hooks.append(UserHook(hook, len(self.hooks), [(item,) for item in closed]))
+        return ([nodes[names[id(item)]] for item in closed],), self.hooks[-1]
+
+
+def _copied(graph: fx.Graph, wanted: Sequence[fx.Node], start: fx.Node) -> dict[fx.Node, fx.Node]:
+    """Copies of all that is between ``start`` and ``wanted``: a hook cannot read what its own tensor's readers make."""
+    before, after = ancestors(wanted), closure([start], lambda node: node.users)
+    own: dict[fx.Node, fx.Node] = {}
+    for node in [node for node in graph.nodes if node in before and node in after and node is not start]:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise GraphError(f"a gradient hook reads a tensor made of random numbers ({node.target}) and of the tensor"
+                             " it is on; make the tensor outside of the hook's own")
+        own[node] = graph.node_copy(node, lambda item: own.get(item, item))
+    return own
+
+
+def _sort(graph: fx.Graph) -> None:
+    """Put nodes into a topological order that is near to the one they have."""
+    order: dict[fx.Node, None] = {}
+    for first in list(graph.nodes):
+        pending = [first]
+        while pending:
+            node = pending[-1]
+            open_nodes = [item for item in node.all_input_nodes if item not in order]
+            if open_nodes and node not in order:
+                pending.extend(open_nodes)
+            else:
+                order.setdefault(pending.pop())
+    nodes = list(order)
+    for before, node in zip(nodes, nodes[1:], strict=False):
+        before.append(node)
 
 
 _ACTIVE: list[UserCode] = []
@@ -194,8 +312,13 @@ _ACTIVE: list[UserCode] = []
 
 def _intercepted(kind: type[Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``kind.apply(*args, **kwargs)`` while some model is exported: recorded if it is the model that calls."""
-    tracing = torch._ops._get_dispatch_mode_pre_dispatch(torch._C._TorchDispatchModeKey.PROXY) is not None
-    return _ACTIVE[-1].call(kind, args, kwargs) if tracing and _ACTIVE else _PLAIN(kind, *args, **kwargs)
+    return _ACTIVE[-1].call(kind, args, kwargs) if _tracing() else _PLAIN(kind, *args, **kwargs)
+
+
+def _tracing() -> bool:
+    """Whether it is an exported model's own code that runs, in this thread, and no operator's."""
+    proxy = torch._C._TorchDispatchModeKey.PROXY
+    return bool(_ACTIVE) and torch._ops._get_dispatch_mode_pre_dispatch(proxy) is not None
 
 
 class _Template:
@@ -210,7 +333,7 @@ class _Template:
 
 
 @contextlib.contextmanager
-def watched(module: nn.Module, name: str) -> Iterator[UserCode]:
+def watched(module: nn.Module, name: str, prefix: str) -> Iterator[UserCode]:
     """Inside, an export of ``module`` records custom Functions and tensor hooks.
 
     The code of ``Function.apply`` is exchanged, not the attribute: models keep ``apply = MyFunction.apply``.
@@ -218,51 +341,85 @@ def watched(module: nn.Module, name: str) -> Iterator[UserCode]:
     Raises:
         GraphError: something in the model acts on gradients in a way that is not supported.
     """
-    refuse_hooks(module, name)
-    code, register, node_hook = UserCode(name), Tensor.register_hook, Function._register_hook
-    before = _APPLY.__code__
-
-    def refuse(*args: Any) -> Any:
-        raise GraphError(f"model {name}: its forward registers a hook ({line_of(args[-1])}) on an autograd node or"
-                         " after accumulation, which an operator graph cannot say; use tensor.register_hook")
-
-    accumulated = Tensor.register_post_accumulate_grad_hook
+    refuse_hooks(module, name, prefix)
+    code, register, before = UserCode(module, name, prefix), Tensor.register_hook, _APPLY.__code__
+    exchange = [(Tensor, "register_hook", lambda tensor, hook: (
+                     code.hook(tensor, hook) if tensor.requires_grad else register(tensor, hook))),
+                *((owner, attribute, _refusing(name, text, owner.__dict__[attribute]))
+                  for owner, attribute, text in _REFUSED)]
+    kept = [(owner, attribute, owner.__dict__[attribute]) for owner, attribute, _ in exchange]
     _ACTIVE.append(code)
     try:
         _APPLY.__code__ = _Template.__dict__["apply"].__func__.__code__
-        Tensor.register_hook = lambda tensor, hook: (  # type: ignore[method-assign,assignment]
-            code.hook(tensor, hook) if tensor.requires_grad else register(tensor, hook))
-        Tensor.register_post_accumulate_grad_hook = refuse  # type: ignore[method-assign,assignment]
-        Function._register_hook = staticmethod(refuse)  # type: ignore[method-assign]
+        for owner, attribute, made in exchange:
+            setattr(owner, attribute, made)
         yield code
     finally:
         _APPLY.__code__ = before
-        Tensor.register_hook = register  # type: ignore[method-assign]
-        Tensor.register_post_accumulate_grad_hook = accumulated  # type: ignore[method-assign]
-        Function._register_hook = staticmethod(node_hook)  # type: ignore[method-assign]
+        for owner, attribute, original in kept:
+            setattr(owner, attribute, original)
         _ACTIVE.remove(code)
-    refuse_hooks(module, name)
+    refuse_hooks(module, name, prefix)
 
 
-def refuse_hooks(module: nn.Module, name: str) -> None:
+_REFUSED: tuple[tuple[Any, str, str], ...] = (
+    (Tensor, "register_post_accumulate_grad_hook", "registers a hook after accumulation; use tensor.register_hook"),
+    (_HookMixin, "_register_hook", "registers a hook on an autograd node; use tensor.register_hook"),
+    (torch.autograd, "_engine_run_backward", "computes gradients itself (autograd.grad or backward), and gradients of"
+     " gradients have no form in an operator graph; write the derivative out"),
+    (torch.autograd.graph.saved_tensors_hooks, "__enter__", "changes what is kept for the backward"
+     " (saved_tensors_hooks); leave that to mipipe, which plans it"))
+"""What a forward must not do: where it ends up in torch, and what is said."""
+
+
+def _refusing(name: str, text: str, original: Any) -> Any:
+    """A function that refuses when the model's forward calls it, and else does what ``original`` does."""
+    plain = original.__func__ if isinstance(original, staticmethod) else original
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        ours = type(args[0]).__module__ if args else ""
+        if not _tracing() or ours.startswith("torch.utils.checkpoint"):
+            return plain(*args, **kwargs)
+        raise GraphError(f"model {name}: its forward, at {calling_line()}, {text}")
+
+    return staticmethod(refuse) if isinstance(original, staticmethod) else refuse
+
+
+def calling_line() -> str:
+    """The innermost line being executed that is neither torch's nor ours: ``file.py:12``."""
+    frame: Any = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_TORCH, _OWN)):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def refuse_hooks(module: nn.Module, name: str, prefix: str) -> None:
     """Raise `GraphError` for hooks that act on gradients and have no form in an operator graph."""
     for path, part in module.named_modules():
         for hook in (*part._backward_hooks.values(), *part._backward_pre_hooks.values()):
-            raise GraphError(f"model {name}: module {path or 'itself'} ({type(part).__name__}) has a backward hook"
+            raise GraphError(f"model {name}: module {f'{path}.'.removeprefix(prefix).rstrip('.')} ({type(part).__name__}) has a backward hook"
                              f" ({line_of(hook)}), which an operator graph cannot say; use tensor.register_hook in its"
                              " forward")
     for hook in (*module_globals._global_backward_hooks.values(), *module_globals._global_backward_pre_hooks.values()):
         raise GraphError(f"model {name}: a backward hook on all modules is registered ({line_of(hook)}); remove it")
     for path, parameter in module.named_parameters():
         for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
-            raise GraphError(f"model {name}: parameter {path} has a hook after accumulation ({line_of(hook)}), which an"
+            raise GraphError(f"model {name}: parameter {path.removeprefix(prefix)} has a hook after accumulation ({line_of(hook)}), which an"
                              " operator graph cannot say; do this after the step, or use parameter.register_hook")
 
 
 def _call(tensors: Sequence[Tensor], number: int) -> list[Tensor]:
     """New tensors like a Function's results (which may be its inputs, where an operator's may not)."""
-    with torch.no_grad():
-        return [item.clone() for item in _ACTIVE[-1].calls[number](tensors)]
+    code = _ACTIVE[-1]
+    with torch.no_grad(), _Reads(tensors) as reads:
+        made = [item.clone() for item in code.calls[number](tensors)]
+    for item in reads.others.values():
+        if isinstance(item, (FakeTensor, nn.Parameter)):
+            kind = code.calls[number].kind
+            name = next((f"{fqn} " for tensor, fqn in code.named() if tensor is item), "")
+            raise GraphError(f"model {code.model}: autograd Function {kind.__qualname__} ({line_of(kind.forward)}) reads"
+                             f" a tensor {name}of shape {tuple(item.shape)} that it is not given; pass it to apply")
+    return made
 
 
 def _define() -> None:
@@ -271,10 +428,10 @@ def _define() -> None:
                                    schema="(Tensor[] tensors, int number) -> Tensor[]")
     call.register_fake(_call)
     call.register_autograd(lambda ctx, grads: (None, None))
-    hook = torch.library.custom_op("mipipe::user_hook", lambda x, number: x.clone(), mutates_args=(),
-                                   schema="(Tensor x, int number) -> Tensor")
-    hook.register_fake(lambda x, number: torch.empty_like(x))
-    hook.register_autograd(lambda ctx, grad: (None, None))
+    hook = torch.library.custom_op("mipipe::user_hook", lambda x, closed, number: x.clone(), mutates_args=(),
+                                   schema="(Tensor x, Tensor[] closed, int number) -> Tensor")
+    hook.register_fake(lambda x, closed, number: torch.empty_like(x))
+    hook.register_autograd(lambda ctx, grad: (None, None, None))
     fx.node.has_side_effect(torch.ops.mipipe.user_hook.default)
 
 

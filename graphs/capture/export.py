@@ -12,7 +12,7 @@ import linecache
 import logging
 import operator
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,15 +62,13 @@ def export_model(module: nn.Module, inputs: Mapping[str, Any], *, prefix: str = 
         raise GraphError("example inputs: one tensor is given under two names; pass a copy, or they become one input")
     name = type(getattr(module, "wrapped", module)).__name__
     try:
-        with silence(), no_stack_traces(), user_autograd.watched(module, name) as code:
+        with silence(), no_stack_traces(), user_autograd.watched(module, name, prefix) as code:
             program = torch.export.export(module, (), dict(inputs), strict=False)
     except MipipeError:
         raise
     except Exception as error:
         raise GraphError(explain(module, error)) from error
-    hooks = {fqn.removeprefix(prefix): tuple((item._backward_hooks or {}).values())
-             for fqn, item in module.named_parameters()}
-    return flatten_program(program, prefix, aliases_of(module), code, hooks)
+    return flatten_program(program, prefix, aliases_of(module), code)
 
 
 @contextlib.contextmanager
@@ -124,11 +122,10 @@ def explain(module: nn.Module, error: BaseException) -> str:
 
 
 def flatten_program(program: torch.export.ExportedProgram, prefix: str, aliases: Mapping[str, str],
-                    code: user_autograd.UserCode | None = None,
-                    hooks: Mapping[str, Sequence[Any]] | None = None) -> Exported:
+                    code: user_autograd.UserCode | None = None) -> Exported:
     """The flat graph of an exported program; ``aliases`` maps FQNs of tied tensors to the first one.
 
-    ``code``: the custom Functions and hooks recorded in the export; ``hooks``: those of parameters, by FQN.
+    ``code``: the custom Functions and hooks recorded in the export.
     """
     graph, signature = fx.Graph(), program.graph_signature
     env: dict[fx.Node, Any] = {}
@@ -159,7 +156,7 @@ def flatten_program(program: torch.export.ExportedProgram, prefix: str, aliases:
     user = [item for item, spec in zip(results, specs, strict=True) if spec.kind.name in ("USER_OUTPUT", "LOSS_OUTPUT")]
     outputs = {name: node for name, node in zip(_output_names(program), user, strict=True) if isinstance(node, fx.Node)}
     if code is not None:
-        moved = code.settle(graph, {parameters[fqn]: found for fqn, found in (hooks or {}).items() if fqn in parameters})
+        moved = code.settle(graph, {**parameters, **buffers})
         outputs = {name: moved.get(node, node) for name, node in outputs.items()}
     outputs.update(clean(graph, outputs))
     return Exported(graph, inputs, parameters, buffers, outputs, code)
