@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from mipipe.graphs import user_autograd
 from mipipe.graphs.capture.cleaning import clean
 from mipipe.graphs.errors import GraphError, MipipeError
+from mipipe.graphs.python_state import refuse_changes
 from mipipe.graphs.tracing.joint import argument, make_constant, no_stack_traces
 
 aten = torch.ops.aten
@@ -63,7 +64,8 @@ def export_model(module: nn.Module, inputs: Mapping[str, Any], *, prefix: str = 
     name = type(getattr(module, "wrapped", module)).__name__
     try:
         with silence(), no_stack_traces(), user_autograd.watched(module, name, prefix) as code:
-            program = torch.export.export(module, (), dict(inputs), strict=False)
+            program = refuse_changes(
+                module, name, lambda: torch.export.export(module, (), dict(inputs), strict=False))
     except MipipeError:
         raise
     except Exception as error:
