@@ -30,7 +30,7 @@ class Source:
 
     ``loss`` maps the module's output and the inputs to the scalar loss (None: the module returns it);
     ``withheld`` inputs go to the loss alone; ``constants`` are fixed forward arguments; ``record`` is what
-    `open_source` needs to make the source again.
+    `open_source` needs to make the source again; ``weights`` reads those that lie beside a configuration.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Source:
     withheld: frozenset[str] = frozenset()
     constants: Mapping[str, Any] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
+    weights: Callable[[], Mapping[str, Tensor]] | None = None
 
 
 def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str = "float32",
@@ -99,8 +100,13 @@ def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.
             exchange_experts(made)
         return _freeze(made, record["freeze"])
 
+    def weights() -> Mapping[str, Tensor]:
+        with silence():
+            return kind.from_pretrained(source, config=config, dtype=dtype).state_dict()
+
+    stored = Path(source).is_dir() and any(Path(source).glob("*.safetensors"))
     return Source(kind.__name__, build, lambda device: tasks.example_inputs(config, kind, sizes, device, dtype),
-                  "meta", task, task.info, task.withheld, task.constants, record)
+                  "meta", task, task.info, task.withheld, task.constants, record, weights if stored else None)
 
 
 def _from_factory(source: str, record: dict[str, Any]) -> Source:
