@@ -164,6 +164,7 @@ class UserCode:
     calls: list[UserCall] = field(default_factory=list)
     hooks: list[UserHook] = field(default_factory=list)
     known: dict[str, int] = field(default_factory=dict)
+    blocked: dict[str, None] = field(default_factory=dict)
 
     def call(self, kind: type[Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A Function's results, recorded as one operator; equal calls get one number, so that equal layers are alike.
@@ -171,6 +172,8 @@ class UserCode:
         if kind is CheckpointFunction:
             run, _, *inputs = args
             trains = any(isinstance(item, Tensor) and item.requires_grad for item in inputs)
+            if not trains and torch.is_grad_enabled():
+                self.blocked[calling_line()] = None
             with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
                 return run(*inputs)
         flat, spec = tree_flatten((args, kwargs))
@@ -221,8 +224,10 @@ class UserCode:
         return list(reads.others.values())
 
     def warnings(self) -> list[str]:
-        """What hooks do beside the gradient, which a run will not do."""
-        return [f"the hook at {line_of(made.hook)} returns nothing: gradients stay as they are, and what else it does"
+        """What a person might not expect: checkpoints through which no gradient passes, hooks for something else."""
+        found = [f"the reentrant checkpoint at {line} is given nothing that requires a gradient, so that nothing inside"
+                 " it trains, here as in PyTorch; pass use_reentrant=False" for line in self.blocked]
+        return found + [f"the hook at {line_of(made.hook)} returns nothing: gradients stay as they are, and what else it does"
                 " does not happen in training" for made in self.hooks if made.ignored and not made.removed]
 
     def settle(self, graph: fx.Graph, nodes: Mapping[str, fx.Node]) -> dict[fx.Node, fx.Node]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -77,8 +78,8 @@ def noted(graph: OperatorGraph, module: nn.Module, inputs: Mapping[str, Any] | N
                      f" {type(error).__name__}: {line[:200]}"
     if wish:
         raise GraphError(f"model {graph.model}: cannot be verified: {reason}; leave --verify out")
-    warnings = [*graph.source.get("warnings", ()), f"not verified against eager autograd: {reason}"]
-    return replace(graph, source={**graph.source, "warnings": warnings})
+    notes = [*graph.source.get("warnings", ()), f"not verified against eager autograd: {reason}"]
+    return replace(graph, source={**graph.source, "warnings": notes})
 
 
 def verify(graph: OperatorGraph, module: nn.Module, inputs: Mapping[str, Any] | None = None) -> None:
@@ -180,7 +181,9 @@ def _restored(module: nn.Module) -> Iterator[None]:
     gradients = {item: item.grad for item in module.parameters()}
     attributes = [(part, dict(part.__dict__), dict(part._buffers)) for part in module.modules()]
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for part, items, buffers in attributes:
             part.__dict__.clear()

@@ -31,7 +31,7 @@ from mipipe.graphs.operator_graph import OperatorGraph, Parameter
 from mipipe.graphs.tracing.trace import spec_of
 
 
-def capture(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str = "float32",
+def capture(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str | None = None,
             overrides: Mapping[str, Any] | None = None, images: int = 1, image: int = 0, frames: int = 0,
             expert_groups: int = 1, expert_parallel: int = 1, expert_loads: Sequence[Sequence[float]] | None = None,
             freeze: Sequence[str] = (), granularity: Granularity = "block", patterns: Patterns | None = None,
