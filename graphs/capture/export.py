@@ -151,7 +151,7 @@ def flatten_program(program: torch.export.ExportedProgram, prefix: str, aliases:
             made = shared[first] if first in shared else graph.placeholder(name)
             shared[first] = made
             (parameters if name in signature.inputs_to_parameters else buffers)[fqn] = made
-        made.meta.update(val=node.meta["val"], stack=())
+        made.meta.update(val=node.meta["val"], stack=(), given=name not in signature.inputs_to_parameters)
         env[node] = made
     results = _copy_nodes(program.graph_module, graph, env, prefix)
     specs = signature.output_specs
@@ -228,7 +228,11 @@ def _inline(node: fx.Node, graph: fx.Graph, env: dict[fx.Node, Any], prefix: str
         stop, body, args = not argument(node, 0), argument(node, 1), node.args[2:]
     inner = env[body]
     places = inner.graph.find_nodes(op="placeholder")
-    results = _copy_nodes(inner, graph, dict(zip(places, _look_up(args, env), strict=True)), prefix)
+    given = _look_up(args, env)
+    if stop:
+        first = next((item for item in inner.graph.nodes if item.op == "call_function"), node)
+        given = [_without_gradient(item, graph, _module_stack(first, prefix)) for item in given]
+    results = _copy_nodes(inner, graph, dict(zip(places, given, strict=True)), prefix)
     if not stop:
         return results
     detached = []
@@ -239,6 +243,19 @@ def _inline(node: fx.Node, graph: fx.Graph, env: dict[fx.Node, Any], prefix: str
             item = made
         detached.append(item)
     return detached
+
+
+def _without_gradient(item: Any, graph: fx.Graph, stack: tuple[tuple[str, str, int], ...]) -> Any:
+    """A region's input, detached where it can have a gradient: what a region does with ``out=`` or in place has none.
+
+    Buffers and inputs of the model (``given``) have none, and stay themselves, as the region may change them.
+    """
+    value = item.meta.get("val") if isinstance(item, fx.Node) else None
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()) or item.meta.get("given"):
+        return item
+    made = graph.call_function(aten.detach.default, (item,))
+    made.meta.update(item.meta, stack=stack)
+    return made
 
 
 def _module_stack(node: fx.Node, prefix: str) -> tuple[tuple[str, str, int], ...]:

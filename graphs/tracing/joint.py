@@ -93,6 +93,9 @@ def trace_joint(function: Function, specs: Sequence[TensorSpec], differentiable:
         if roots and asked:
             ends, seeds = zip(*roots, strict=True)
             grads = torch.autograd.grad(ends, asked, seeds, allow_unused=True)
+            if any(grad is not None and grad.layout is not torch.strided for grad in grads):
+                raise GraphError("a parameter's gradient is sparse, which an operator graph cannot say; make the"
+                                 " embedding without sparse=True")
         return [*outputs, *grads]
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
