@@ -42,7 +42,7 @@ def full_flops(trace: SegmentTrace, phase: Phase) -> int:
         total += item.flops
         if item.kind in _ATTENTION and item.flops:
             keys_at, causal_at = _ATTENTION[item.kind]
-            queries, keys = item.outputs[0].shape[2], _spec(trace, _ref(item.args[keys_at])).shape[2]
+            queries, keys = item.outputs[0].shape[2], argument_spec(trace, _ref(item.args[keys_at])).shape[2]
             pairs = attended_pairs(queries, keys, item.args[causal_at], item.args[causal_at + 1])
             total += item.flops * queries * keys // pairs - item.flops
     return total
@@ -77,12 +77,13 @@ def active_parameters(graph: OperatorGraph) -> int:
             elif item.kind == "mipipe.grouped_mm.default":
                 name = _origin(made, _ref(item.args[1]))
                 if name in fqns:
-                    banks[fqns[name]] = item.outputs[0].shape[0], _spec(trace, name).shape[0]
+                    banks[fqns[name]] = item.outputs[0].shape[0], argument_spec(trace, name).shape[0]
                     layers[fqns[name]] = layer
     experts: dict[str, int] = {}
     for fqn, (_, count) in banks.items():
         base = fqn.partition("[")[0]
         experts[base] = experts.get(base, 0) + count
+    tokens = next((item.spec.shape for item in graph.values if item.source is None and len(item.spec.shape) == 2), (1,))
     total = 0
     for item in graph.parameters:
         if item.buffer or item.tied_to is not None:
@@ -90,7 +91,9 @@ def active_parameters(graph: OperatorGraph) -> int:
         size = math.prod(item.spec.shape)
         if item.fqn in banks:
             count = experts[item.fqn.partition("[")[0]]
-            size = size * min(count, _choice(chosen.get(layers[item.fqn], ()), banks[item.fqn][0], count)) // count
+            rows = banks[item.fqn][0]
+            tables = chosen.get(layers[item.fqn]) or [TensorSpec((*tokens, rows // math.prod(tokens) or 1), "int64")]
+            size = size * min(count, _choice(tables, rows, count)) // count
         total += size
     return total
 
@@ -134,6 +137,7 @@ def _origin(made: dict[str, Operator], name: str) -> str:
     return name
 
 
-def _spec(trace: SegmentTrace, name: str) -> TensorSpec:
-    """The spec of an argument, or of an operator's first result."""
+def argument_spec(trace: SegmentTrace, name: str | None) -> TensorSpec:
+    """The spec of a trace's argument, or of an operator's first result."""
+    assert name is not None, "an operator reads a tensor here"
     return trace.specs.get(name) or next(item.outputs[0] for item in trace.operators if item.name == name)

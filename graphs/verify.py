@@ -13,7 +13,7 @@ import contextlib
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mipipe.graphs.capture.expert_groups import parse_slice
-from mipipe.graphs.coarse.graph_index import index_graph
+from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph
 from mipipe.graphs.errors import GraphError, MipipeError
 from mipipe.graphs.operator_graph import OperatorGraph, Phase
 from mipipe.graphs.profiling.rehearse import model_input
+from mipipe.graphs.totals import argument_spec
 from mipipe.graphs.tracing.compose import parameter_tensors, run_step
 
 MAX_PARAMETERS, MAX_FLOPS = 20_000_000, 10 ** 10
@@ -57,7 +58,7 @@ def asked(graph: OperatorGraph, wish: bool | None) -> bool:
 
 
 def noted(graph: OperatorGraph, module: nn.Module, inputs: Mapping[str, Any] | None, wish: bool | None,
-          say: Progress) -> OperatorGraph:
+          say: Progress, places: Sequence[int] = ()) -> OperatorGraph:
     """The graph, verified, or with the reason why it could not be among its warnings.
 
     Raises:
@@ -68,7 +69,7 @@ def noted(graph: OperatorGraph, module: nn.Module, inputs: Mapping[str, Any] | N
         reason = "the module has no values (meta device)"
     else:
         try:
-            verify(graph, module, inputs)
+            verify(graph, module, inputs, places)
             return graph
         except MipipeError:
             raise
@@ -82,20 +83,22 @@ def noted(graph: OperatorGraph, module: nn.Module, inputs: Mapping[str, Any] | N
     return replace(graph, source={**graph.source, "warnings": notes})
 
 
-def verify(graph: OperatorGraph, module: nn.Module, inputs: Mapping[str, Any] | None = None) -> None:
+def verify(graph: OperatorGraph, module: nn.Module, inputs: Mapping[str, Any] | None = None,
+           places: Sequence[int] = ()) -> None:
     """Raise `GraphError` unless ``graph`` computes ``module``'s loss and gradients.
 
     Args:
         graph: captured from the module.
         module: with weights (no meta tensors); takes the graph's inputs by name and returns a mapping with the loss
             under ``graph.loss``. It is left as it was.
-        inputs: one microbatch; None: made up, as in training (`mipipe.graphs.profiling.rehearse`).
+        inputs: one microbatch; None: made up (`mipipe.graphs.profiling.rehearse`).
+        places: token ids that stand for images and the like in what is made up; the first stands for all there are.
     """
     index = index_graph(graph)
     differences: list[str] = []
     for attempt in range(2):  # routing decisions may fall apart over rounding: then not twice
         generator = torch.Generator().manual_seed(attempt)
-        batch = {name: model_input(index, name, generator) for name in graph.inputs} if inputs is None else dict(inputs)
+        batch = _made_up(index, generator, places) if inputs is None else dict(inputs)
         with _restored(module), torch.random.fork_rng(), seeded_by_shape(attempt):
             _unlike_a_fresh_one(module, graph, attempt)
             named = [*module.named_parameters(), *module.named_buffers()]
@@ -113,6 +116,19 @@ def verify(graph: OperatorGraph, module: nn.Module, inputs: Mapping[str, Any] | 
     raise GraphError(f"model {graph.model}: on one microbatch the captured graph differs from eager autograd:"
                      f" {'; '.join(differences[:6])}{f'; and {len(differences) - 6} more' if len(differences) > 6 else ''}"
                      "; something in the model acts on values or gradients where an export does not see it")
+
+
+def _made_up(index: GraphIndex, generator: torch.Generator, places: Sequence[int]) -> dict[str, Tensor]:
+    """A microbatch of random inputs, in whose texts images have as many places as the model fills."""
+    batch = {name: model_input(index, name, generator) for name in index.graph.inputs}
+    ids = batch.get("input_ids")
+    filled = [math.prod(argument_spec(trace, item.args[2]["ref"]).shape) // item.outputs[0].shape[-1]
+              for trace in index.traces for item in trace.phase_operators(Phase.F)
+              if item.kind.startswith("aten.masked_scatter")]
+    if ids is not None and places:
+        ids[torch.isin(ids, torch.tensor(places))] = 0
+        ids[:, 1:1 + (filled or [0])[0] // len(ids)] = places[0]
+    return batch
 
 
 def _same_twice(graph: OperatorGraph, first: Step, second: Step) -> None:

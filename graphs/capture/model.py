@@ -72,7 +72,7 @@ def capture(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str | 
     if opened.weights is not None:
         module.wrapped.load_state_dict(opened.weights(), strict=False)
     examples = opened.inputs("cpu") if opened.device != "meta" else None
-    return verifying.noted(graph, module, examples, verify, say)
+    return verifying.noted(graph, module, examples, verify, say, opened.places)
 
 
 def capture_module(module: nn.Module, example_inputs: Mapping[str, Any], *, loss: Callable[..., Any] | None = None,

@@ -30,7 +30,8 @@ class Source:
 
     ``loss`` maps the module's output and the inputs to the scalar loss (None: the module returns it);
     ``withheld`` inputs go to the loss alone; ``constants`` are fixed forward arguments; ``record`` is what
-    `open_source` needs to make the source again; ``weights`` reads those that lie beside a configuration.
+    `open_source` needs to make the source again; ``weights`` reads those that lie beside a configuration;
+    ``places`` are token ids that stand for images and the like, first that of this microbatch.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Source:
     constants: Mapping[str, Any] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
     weights: Callable[[], Mapping[str, Tensor]] | None = None
+    places: tuple[int, ...] = ()
 
 
 def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str | None = None,
@@ -107,7 +109,16 @@ def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.
 
     stored = Path(source).is_dir() and any(Path(source).glob("*.safetensors"))
     return Source(kind.__name__, build, lambda device: tasks.example_inputs(config, kind, sizes, device, dtype),
-                  "meta", task, task.info, task.withheld, task.constants, record, weights if stored else None)
+                  "meta", task, task.info, task.withheld, task.constants, record, weights if stored else None,
+                  _places(config, bool(sizes.frames)))
+
+
+def _places(config: Any, video: bool) -> tuple[int, ...]:
+    """The token ids that stand for images, videos and sound, the one that a microbatch has first."""
+    names = ["image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id",
+             "audio_token_index"]
+    names.sort(key=lambda name: name.startswith("video") is not video)
+    return tuple(dict.fromkeys(value for name in names if isinstance(value := getattr(config, name, None), int)))
 
 
 def _from_factory(source: str, record: dict[str, Any], dtype: torch.dtype | None) -> Source:
