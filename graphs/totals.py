@@ -85,14 +85,14 @@ def active_parameters(graph: OperatorGraph) -> int:
         experts[base] = experts.get(base, 0) + count
     tokens = next((item.spec.shape for item in graph.values if item.source is None and len(item.spec.shape) == 2), (1,))
     total = 0
-    for item in graph.parameters:
-        if item.buffer or item.tied_to is not None:
+    for own in graph.parameters:
+        if own.buffer or own.tied_to is not None:
             continue
-        size = math.prod(item.spec.shape)
-        if item.fqn in banks:
-            count = experts[item.fqn.partition("[")[0]]
-            rows = banks[item.fqn][0]
-            tables = chosen.get(layers[item.fqn]) or [TensorSpec((*tokens, rows // math.prod(tokens) or 1), "int64")]
+        size = math.prod(own.spec.shape)
+        if own.fqn in banks:
+            count = experts[own.fqn.partition("[")[0]]
+            rows = banks[own.fqn][0]
+            tables = chosen.get(layers[own.fqn]) or [TensorSpec((*tokens, rows // math.prod(tokens) or 1), "int64")]
             size = size * min(count, _choice(tables, rows, count)) // count
         total += size
     return total

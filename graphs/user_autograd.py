@@ -13,13 +13,8 @@ modules and autograd nodes, hooks after accumulation, hooks that a forward puts 
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
-import sys
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,130 +23,25 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import Function, _HookMixin
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.nn.modules import module as module_globals
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointFunction
 
 from mipipe.graphs.errors import GraphError
-from mipipe.graphs.tracing.phase_split import ancestors, closure
+from mipipe.graphs.user_calls import (
+    APPLY,
+    TENSOR,
+    Reads,
+    UserCall,
+    UserHook,
+    calling_line,
+    copy_between,
+    line_of,
+    plain_apply,
+    sort_nodes,
+)
 
-CALL, HOOK = "mipipe.user_call.default", "mipipe.user_hook.default"
-_APPLY: types.FunctionType = Function.__dict__["apply"].__func__
-_PLAIN = types.FunctionType(_APPLY.__code__, _APPLY.__globals__, "apply", None, _APPLY.__closure__)
-_TORCH, _OWN = str(Path(torch.__file__).parent), str(Path(__file__).parent)
 _SIMPLE = (bool, int, float, complex, str, type(None), torch.dtype)
-_TENSOR = object()
-"""Stands for the next tensor among a call's other arguments, or results."""
-
-
-def line_of(thing: Any) -> str:
-    """Where Python code is written, ``file.py:12``; its type's name where it has no source."""
-    thing = inspect.unwrap(thing.func if isinstance(thing, functools.partial) else thing)
-    code = getattr(thing, "__code__", None) or getattr(getattr(type(thing), "__call__", None), "__code__", None)
-    return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else type(thing).__name__
-
-
-@dataclass(eq=False)
-class UserCall:
-    """A custom Function as a callable of its tensors: the user's forward and, under autograd, the user's backward."""
-
-    kind: type[Function]
-    arguments: list[Any]
-    spec: Any
-    number: int
-    results: tuple[list[Any], Any] | None = None
-    tags: tuple[torch.Tag, ...] = (torch.Tag.nondeterministic_seeded,)  # opaque: never computed twice
-
-    @property
-    def __name__(self) -> str:
-        return f"user_{self.kind.__name__.lower()}"
-
-    def __str__(self) -> str:
-        return f"mipipe.user_call.{self.kind.__module__}.{self.kind.__qualname__}.{self.number}"
-
-    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        versions, given = [tensor._version for tensor in tensors], iter(tensors)
-        args, kwargs = tree_unflatten([next(given) if item is _TENSOR else item for item in self.arguments], self.spec)
-        flat, spec = tree_flatten(_PLAIN(self.kind, *args, **kwargs))
-        if [tensor._version for tensor in tensors] != versions:
-            raise GraphError(f"autograd Function {self.kind.__qualname__} ({line_of(self.kind.forward)}) changes its"
-                             " input in place, which an operator graph cannot say; return a new tensor")
-        self.results = [_TENSOR if isinstance(item, Tensor) else item for item in flat], spec
-        return [item for item in flat if isinstance(item, Tensor)]
-
-
-@dataclass(eq=False)
-class UserHook:
-    """A tensor hook as a callable of its tensor: the identity, whose gradient goes through the hook.
-
-    ``closed`` are the tensors that the hook reads beside the gradient, which the callable is given too (each under all
-    identities it has had); ``names`` are those of the model's own among them.
-    """
-
-    hook: Callable[[Tensor], Tensor | None]
-    number: int
-    closed: list[tuple[Tensor, ...]]
-    names: dict[int, str] = field(default_factory=dict)
-    removed: bool = False
-    ignored: bool = False
-    tags: tuple[torch.Tag, ...] = (torch.Tag.nondeterministic_seeded,)
-    __name__ = "user_hook"
-
-    def __str__(self) -> str:
-        return f"mipipe.user_hook.{self.number}"
-
-    def remove(self) -> None:
-        self.removed = True
-
-    def __enter__(self) -> UserHook:
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self.remove()
-
-    def __call__(self, x: Tensor, closed: Sequence[Tensor]) -> Tensor:
-        y = torch.ops.aten.alias.default(x)
-        table = {id(item): tensor.detach() for items, tensor in zip(self.closed, closed, strict=True) for item in items}
-
-        def run(grad: Tensor) -> Tensor | None:
-            with _Instead(table):
-                result = self.hook(grad)
-            self.ignored = result is None
-            return result
-
-        if y.requires_grad:
-            y.register_hook(run)
-        return y
-
-
-class _Instead(torch.overrides.TorchFunctionMode):
-    """Inside, some tensors (by identity) are others."""
-
-    def __init__(self, table: Mapping[int, Tensor]) -> None:
-        super().__init__()
-        self.table = table
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map_only(Tensor, lambda item: self.table.get(id(item), item), (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
-class _Reads(TorchDispatchMode):
-    """Collects the tensors that operators read and that neither are given nor were made inside."""
-
-    def __init__(self, given: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.known: dict[int, Tensor] = {id(item): item for item in given}
-        self.others: dict[int, Tensor] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for item in tree_flatten((args, kwargs))[0]:
-            if isinstance(item, Tensor) and id(item) not in self.known and "lift_fresh" not in str(func):
-                self.others[id(item)] = item
-        result = func(*args, **kwargs)
-        self.known.update((id(item), item) for item in tree_flatten(result)[0] if isinstance(item, Tensor))
-        return result
+CALL, HOOK = "mipipe.user_call.default", "mipipe.user_hook.default"
 
 
 @dataclass(eq=False)
@@ -179,18 +69,18 @@ class UserCode:
         flat, spec = tree_flatten((args, kwargs))
         tensors = [item for item in flat if isinstance(item, Tensor)]
         if not tensors:
-            return _PLAIN(kind, *args, **kwargs)
-        rest = [_TENSOR if isinstance(item, Tensor) else item for item in flat]
+            return plain_apply(kind, *args, **kwargs)
+        rest = [TENSOR if isinstance(item, Tensor) else item for item in flat]
         number = len(self.calls)
-        if all(item is _TENSOR or isinstance(item, _SIMPLE) for item in rest):
-            text = [None if item is _TENSOR else repr(item) for item in rest]
+        if all(item is TENSOR or isinstance(item, _SIMPLE) for item in rest):
+            text = [None if item is TENSOR else repr(item) for item in rest]
             number = self.known.setdefault(f"{id(kind)} {text} {spec}", number)
         if number == len(self.calls):
             self.calls.append(UserCall(kind, rest, spec, number))
         made = iter(torch.ops.mipipe.user_call(tensors, number))
         results = self.calls[number].results
         assert results is not None
-        return tree_unflatten([next(made) if item is _TENSOR else item for item in results[0]], results[1])
+        return tree_unflatten([next(made) if item is TENSOR else item for item in results[0]], results[1])
 
     def hook(self, tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> UserHook:
         """A hook on a tensor of the forward, recorded as one operator."""
@@ -215,7 +105,7 @@ class UserCode:
     def _closed(self, hook: Callable[[Tensor], Tensor | None], grad: Tensor) -> list[Tensor]:
         """The tensors that a hook reads beside the gradient: of the forward, or the model's; it is run once for it."""
         try:
-            with torch.no_grad(), _Reads([grad]) as reads:
+            with torch.no_grad(), Reads([grad]) as reads:
                 hook(grad)
         except Exception as error:
             line = next(iter(str(error).splitlines()), "")
@@ -227,8 +117,8 @@ class UserCode:
         """What a person might not expect: checkpoints through which no gradient passes, hooks for something else."""
         found = [f"the reentrant checkpoint at {line} is given nothing that requires a gradient, so that nothing inside"
                  " it trains, here as in PyTorch; pass use_reentrant=False" for line in self.blocked]
-        return found + [f"the hook at {line_of(made.hook)} returns nothing: gradients stay as they are, and what else it does"
-                " does not happen in training" for made in self.hooks if made.ignored and not made.removed]
+        return found + [f"the hook at {line_of(made.hook)} returns nothing: gradients stay as they are, and what else"
+                        " it does is not done in training" for made in self.hooks if made.ignored and not made.removed]
 
     def settle(self, graph: fx.Graph, nodes: Mapping[str, fx.Node]) -> dict[fx.Node, fx.Node]:
         """Make calls of the recorded operators, and put every hook between its tensor and all that reads it.
@@ -254,8 +144,9 @@ class UserCode:
             graph.erase_node(node)
         for name, parameter in self.module.named_parameters():
             place = nodes.get(name.removeprefix(self.prefix))
-            for hook in (parameter._backward_hooks or {}).values() if place is not None else ():
-                pairs.append((place, *self._parameter_hook(hook, parameter, nodes)))
+            if place is not None:
+                pairs += [(place, *self._parameter_hook(hook, parameter, nodes))
+                          for hook in (parameter._backward_hooks or {}).values()]
         instead: dict[fx.Node, fx.Node] = {}
         for tensor, closed, made in pairs:
             if made.removed or (tensor.op == "placeholder" and not tensor.users):
@@ -263,12 +154,13 @@ class UserCode:
             home = min(tensor.users) if tensor.op == "placeholder" else tensor
             node = graph.call_function(made, ())
             node.meta.update(val=tensor.meta["val"], stack=home.meta.get("stack", ()))
-            own = _copied(graph, closed[0], tensor)
-            kept = {item for item in tensor.users if item in own.values()}
-            tensor.replace_all_uses_with(node, delete_user_cb=lambda user, kept=kept: user not in kept)
+            own = copy_between(graph, closed[0], tensor)
+            copies = set(own.values())
+            for reader in [item for item in tensor.users if item not in copies]:
+                reader.replace_input_with(tensor, node)
             node.args = (tensor, [own.get(item, item) for item in closed[0]])
             instead.setdefault(tensor, node)
-        _sort(graph)
+        sort_nodes(graph)
         return instead
 
     def _parameter_hook(self, hook: Callable[[Tensor], Tensor | None], parameter: Tensor,
@@ -283,41 +175,12 @@ class UserCode:
         return ([nodes[names[id(item)]] for item in closed],), self.hooks[-1]
 
 
-def _copied(graph: fx.Graph, wanted: Sequence[fx.Node], start: fx.Node) -> dict[fx.Node, fx.Node]:
-    """Copies of all that is between ``start`` and ``wanted``: a hook cannot read what its own tensor's readers make."""
-    before, after = ancestors(wanted), closure([start], lambda node: node.users)
-    own: dict[fx.Node, fx.Node] = {}
-    for node in [node for node in graph.nodes if node in before and node in after and node is not start]:
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            raise GraphError(f"a gradient hook reads a tensor made of random numbers ({node.target}) and of the tensor"
-                             " it is on; make the tensor outside of the hook's own")
-        own[node] = graph.node_copy(node, lambda item: own.get(item, item))
-    return own
-
-
-def _sort(graph: fx.Graph) -> None:
-    """Put nodes into a topological order that is near to the one they have."""
-    order: dict[fx.Node, None] = {}
-    for first in list(graph.nodes):
-        pending = [first]
-        while pending:
-            node = pending[-1]
-            open_nodes = [item for item in node.all_input_nodes if item not in order]
-            if open_nodes and node not in order:
-                pending.extend(open_nodes)
-            else:
-                order.setdefault(pending.pop())
-    nodes = list(order)
-    for before, node in zip(nodes, nodes[1:], strict=False):
-        before.append(node)
-
-
 _ACTIVE: list[UserCode] = []
 
 
 def _intercepted(kind: type[Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``kind.apply(*args, **kwargs)`` while some model is exported: recorded if it is the model that calls."""
-    return _ACTIVE[-1].call(kind, args, kwargs) if _tracing() else _PLAIN(kind, *args, **kwargs)
+    return _ACTIVE[-1].call(kind, args, kwargs) if _tracing() else plain_apply(kind, *args, **kwargs)
 
 
 def _tracing() -> bool:
@@ -333,7 +196,7 @@ class _Template:
     def apply(cls, *args: Any, **kwargs: Any) -> Any:
         from mipipe.graphs.user_autograd import _intercepted
 
-        assert __class__ is not None  # type: ignore[name-defined]  # noqa: F821  (the cell that the original has)
+        assert __class__ is not None  # type: ignore[name-defined]
         return _intercepted(cls, args, kwargs)  # type: ignore[arg-type]
 
 
@@ -347,7 +210,7 @@ def watched(module: nn.Module, name: str, prefix: str) -> Iterator[UserCode]:
         GraphError: something in the model acts on gradients in a way that is not supported.
     """
     refuse_hooks(module, name, prefix)
-    code, register, before = UserCode(module, name, prefix), Tensor.register_hook, _APPLY.__code__
+    code, register, before = UserCode(module, name, prefix), Tensor.register_hook, APPLY.__code__
     exchange = [(Tensor, "register_hook", lambda tensor, hook: (
                      code.hook(tensor, hook) if tensor.requires_grad else register(tensor, hook))),
                 *((owner, attribute, _refusing(name, text, owner.__dict__[attribute]))
@@ -355,12 +218,12 @@ def watched(module: nn.Module, name: str, prefix: str) -> Iterator[UserCode]:
     kept = [(owner, attribute, owner.__dict__[attribute]) for owner, attribute, _ in exchange]
     _ACTIVE.append(code)
     try:
-        _APPLY.__code__ = _Template.__dict__["apply"].__func__.__code__
+        APPLY.__code__ = _Template.__dict__["apply"].__func__.__code__
         for owner, attribute, made in exchange:
             setattr(owner, attribute, made)
         yield code
     finally:
-        _APPLY.__code__ = before
+        APPLY.__code__ = before
         for owner, attribute, original in kept:
             setattr(owner, attribute, original)
         _ACTIVE.remove(code)
@@ -390,40 +253,34 @@ def _refusing(name: str, text: str, original: Any) -> Any:
     return staticmethod(refuse) if isinstance(original, staticmethod) else refuse
 
 
-def calling_line() -> str:
-    """The innermost line being executed that is neither torch's nor ours: ``file.py:12``."""
-    frame: Any = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((_TORCH, _OWN)):
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
 def refuse_hooks(module: nn.Module, name: str, prefix: str) -> None:
     """Raise `GraphError` for hooks that act on gradients and have no form in an operator graph."""
     for path, part in module.named_modules():
         for hook in (*part._backward_hooks.values(), *part._backward_pre_hooks.values()):
-            raise GraphError(f"model {name}: module {f'{path}.'.removeprefix(prefix).rstrip('.')} ({type(part).__name__}) has a backward hook"
+            where = f"{path}.".removeprefix(prefix).rstrip(".")
+            raise GraphError(f"model {name}: module {where} ({type(part).__name__}) has a backward hook"
                              f" ({line_of(hook)}), which an operator graph cannot say; use tensor.register_hook in its"
                              " forward")
     for hook in (*module_globals._global_backward_hooks.values(), *module_globals._global_backward_pre_hooks.values()):
         raise GraphError(f"model {name}: a backward hook on all modules is registered ({line_of(hook)}); remove it")
     for path, parameter in module.named_parameters():
         for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
-            raise GraphError(f"model {name}: parameter {path.removeprefix(prefix)} has a hook after accumulation ({line_of(hook)}), which an"
-                             " operator graph cannot say; do this after the step, or use parameter.register_hook")
+            raise GraphError(f"model {name}: parameter {path.removeprefix(prefix)} has a hook after accumulation"
+                             f" ({line_of(hook)}), which an operator graph cannot say; do this after the step, or use"
+                             " parameter.register_hook")
 
 
 def _call(tensors: Sequence[Tensor], number: int) -> list[Tensor]:
     """New tensors like a Function's results (which may be its inputs, where an operator's may not)."""
     code = _ACTIVE[-1]
-    with torch.no_grad(), _Reads(tensors) as reads:
+    with torch.no_grad(), Reads(tensors) as reads:
         made = [item.clone() for item in code.calls[number](tensors)]
     for item in reads.others.values():
         if isinstance(item, (FakeTensor, nn.Parameter)):
             kind = code.calls[number].kind
             name = next((f"{fqn} " for tensor, fqn in code.named() if tensor is item), "")
-            raise GraphError(f"model {code.model}: autograd Function {kind.__qualname__} ({line_of(kind.forward)}) reads"
-                             f" a tensor {name}of shape {tuple(item.shape)} that it is not given; pass it to apply")
+            raise GraphError(f"model {code.model}: autograd Function {kind.__qualname__} ({line_of(kind.forward)})"
+                             f" reads a tensor {name}of shape {tuple(item.shape)} that it is not given; pass it to apply")
     return made
 
 

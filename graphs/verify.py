@@ -113,9 +113,10 @@ def verify(graph: OperatorGraph, module: nn.Module, inputs: Mapping[str, Any] | 
         differences = compare(graph, Step(float(made.outputs[graph.loss]), made.gradients), first)
         if not differences:
             return
+    shown = [*differences[:6], *([f"and {len(differences) - 6} more"] if len(differences) > 6 else [])]
     raise GraphError(f"model {graph.model}: on one microbatch the captured graph differs from eager autograd:"
-                     f" {'; '.join(differences[:6])}{f'; and {len(differences) - 6} more' if len(differences) > 6 else ''}"
-                     "; something in the model acts on values or gradients where an export does not see it")
+                     f" {'; '.join(shown)}; something in the model acts on values or gradients where an export does not"
+                     " see it")
 
 
 def _made_up(index: GraphIndex, generator: torch.Generator, places: Sequence[int]) -> dict[str, Tensor]:

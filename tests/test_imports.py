@@ -14,7 +14,7 @@ LAYERS = ("graphs", "planner", "runtime", "cli")
 TORCH_IN_GRAPHS = {"assemble", "capture", "cleaning", "compose", "expert_groups", "expert_kernels", "export",
                    "families", "fixed_grids", "flops", "joint", "kernels", "labels", "layers", "loss", "module_paths",
                    "partition", "phase_split", "profile", "profile_worker", "python_state", "rehearse", "segment",
-                   "simplify", "sources", "tasks", "trace", "user_autograd", "verify"}
+                   "simplify", "sources", "tasks", "trace", "user_autograd", "user_calls", "verify"}
 LIGHT_VERBS = ("plan", "place", "experts", "calibrate", "check", "simulate", "show", "compare", "export",
                "main", "output", "terminal", "html", "report", "tables", "files", "inputs")
 """Modules of cli/ that must work without torch."""

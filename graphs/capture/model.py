@@ -62,10 +62,11 @@ def capture(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str | 
         return graph
     half = getattr(torch, dtype or "float32").itemsize < 4
     if half:
-        capture(source, seq=seq, batch=batch, dtype="float32", overrides=overrides, images=images, image=image,
-                frames=frames, expert_groups=expert_groups, expert_parallel=expert_parallel, freeze=freeze,
-                granularity=granularity, verify=True)
-        return graph
+        checked = capture(source, seq=seq, batch=batch, dtype="float32", overrides=overrides, images=images,
+                          image=image, frames=frames, expert_groups=expert_groups, expert_parallel=expert_parallel,
+                          freeze=freeze, granularity=granularity, verify=verify)
+        return replace(graph, source={**graph.source, **{
+            key: item for key, item in checked.source.items() if key == "warnings"}})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = WithLoss(opened.build("cpu"), opened.loss, opened.withheld, opened.constants)
@@ -95,12 +96,12 @@ def capture_module(module: nn.Module, example_inputs: Mapping[str, Any], *, loss
         source: recorded in the graph.
         withheld: inputs that go to ``loss`` alone, not to the module.
         constants: fixed arguments of the module's forward.
-        verify: run the graph and the module on the example inputs and compare loss and gradients (`mipipe.graphs.verify`);
+        verify: run graph and module on the example inputs and compare loss and gradients (`mipipe.graphs.verify`);
             None: if that is a matter of seconds and the module has values.
         progress: called with a line now and then.
 
     Raises:
-        GraphError: the model cannot be exported, has no scalar loss, nothing in it trains, or the graph differs from it.
+        GraphError: the model cannot be exported, has no scalar loss, nothing in it trains, or the graph differs.
     """
     say = progress or (lambda text: None)
     wrapped = WithLoss(module, loss, withheld, constants or {})

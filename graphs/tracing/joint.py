@@ -235,7 +235,7 @@ def _inline_constants(module: fx.GraphModule) -> None:
     graph = module.graph
     for node in [node for node in graph.nodes if node.op == "get_attr"]:
         value = getattr(module, str(node.target))
-        if not isinstance(value, Tensor) or value.numel() > 4096:
+        if not isinstance(value, Tensor) or value.numel() > 4096 or isinstance(value, torch.nn.Parameter):
             shape = tuple(getattr(value, "shape", ()))
             raise GraphError(f"the segment closes over {node.target} of shape {shape}: make it a buffer"
                              " (register_buffer), so that it is an input of the function")
