@@ -280,7 +280,8 @@ def _call(tensors: Sequence[Tensor], number: int) -> list[Tensor]:
             kind = code.calls[number].kind
             name = next((f"{fqn} " for tensor, fqn in code.named() if tensor is item), "")
             raise GraphError(f"model {code.model}: autograd Function {kind.__qualname__} ({line_of(kind.forward)})"
-                             f" reads a tensor {name}of shape {tuple(item.shape)} that it is not given; pass it to apply")
+                             f" reads a tensor {name}of shape {tuple(item.shape)} that it is not given; pass it to"
+                             " apply")
     return made
 
 

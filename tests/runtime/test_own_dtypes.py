@@ -1,4 +1,4 @@
-"""A model with parameters of several dtypes, complex ones too, trains through the engine as eager autograd trains it."""
+"""Parameters of several dtypes, complex ones too, train through the engine as eager autograd trains them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_parameters_of_several_dtypes_train(pool) -> None:
     graph = capture_module(module, batches[0][0])
     result = solve(equal.problem(graph, 1, 2), PlanOptions(time_limit_s=1, use_milp=False, threads=1))
     state = {name: item.detach().clone() for name, item in module.named_parameters()}
-    (losses,) = pool.run(1, runtime_steps.__file__, "train_steps", result.plan, graph, state, batches, timeout=60.0)
+    (losses,) = pool.run(1, runtime_steps.__file__, "train_steps", result.plan, graph, state, batches, timeout=120.0)
     reference = copy.deepcopy(module)
     optimizer = torch.optim.SGD(reference.parameters(), lr=runtime_steps.RATE)
     expected = []
