@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph
 from mipipe.graphs.operator_graph import Operator, OperatorGraph, Phase, SegmentTrace, TensorSpec
@@ -35,8 +35,8 @@ def attended_pairs(queries: int, keys: int, causal: bool, window: int) -> int:
     return total
 
 
-def full_flops(trace: SegmentTrace, phase: Phase) -> int:
-    """A phase's flops with all of attention's pairs counted, seen or not."""
+def kernel_flops(trace: SegmentTrace, phase: Phase) -> int:
+    """A phase's flops, of attention only the pairs that a query may see (`Operator.flops` counts all)."""
     total = 0
     for item in trace.phase_operators(phase):
         total += item.flops
@@ -44,14 +44,15 @@ def full_flops(trace: SegmentTrace, phase: Phase) -> int:
             keys_at, causal_at = _ATTENTION[item.kind]
             queries, keys = item.outputs[0].shape[2], argument_spec(trace, _ref(item.args[keys_at])).shape[2]
             pairs = attended_pairs(queries, keys, item.args[causal_at], item.args[causal_at + 1])
-            total += item.flops * queries * keys // pairs - item.flops
+            total -= item.flops - item.flops * pairs // (queries * keys)
     return total
 
 
-def total_flops(index: GraphIndex, phase: Phase, full: bool = False) -> int:
-    """The flops of one phase of all segments that run it."""
-    return sum(full_flops(trace, phase) if full else trace.flops(phase)
-               for member, trace in enumerate(index.traces) if index.runs(member, phase))
+def total_flops(index: GraphIndex, phase: Phase, full: bool = False, members: Sequence[int] | None = None) -> int:
+    """The flops of one phase of all segments (or some) that run it; ``full``: with all of attention's pairs."""
+    chosen = range(len(index.traces)) if members is None else members
+    return sum(index.traces[member].flops(phase) if full else kernel_flops(index.traces[member], phase)
+               for member in chosen if index.runs(member, phase))
 
 
 def count_parameters(graph: OperatorGraph, *, trainable: bool = False) -> int:

@@ -107,7 +107,7 @@ def _layer_row(index: GraphIndex, part: str, alike: list[list[int]]) -> Row:
     return {"part": part, "count": len(alike), "segments": len(members),
             "operators": sum(len(index.traces[member].operators) for member in members),
             "parameters": sum(_count(index.parameters[fqn].spec.shape) for fqn in fqns),
-            **{f"{phase}_gflop": _flops(index, members, phase) / 1e9 for phase in Phase},
+            **{f"{phase}_gflop": total_flops(index, phase, members=members) / 1e9 for phase in Phase},
             "moved_mb": sum(moved_bytes(trace, phase) for trace, phase in running) / 1e6,
             "saved_mb": sum(saved_bytes(index, members)[:2]) / 1e6}
 
@@ -134,10 +134,6 @@ def _coarse_rows(coarse: CoarseGraph, costs: CostTable | None) -> list[Row]:
             row |= {f"{phase}{label}_us": times[phase] / 1e3 if phase in times else None for phase in Phase}
         rows.append(row)
     return rows
-
-
-def _flops(index: GraphIndex, members: Sequence[int], phase: Phase) -> int:
-    return sum(index.traces[member].flops(phase) for member in members if index.runs(member, phase))
 
 
 def _count(shape: Sequence[int]) -> int:

@@ -1,7 +1,7 @@
 """Floating-point operations of one operator: torch.utils.flop_counter's formulas, and ours where it counts nothing.
 
-As there, a multiply-add counts 2, and only matrix products, convolutions and attention count. Unlike there, causal
-attention counts the pairs that a causal kernel computes (`mipipe.graphs.totals.full_flops` has the other convention).
+As there, a multiply-add counts 2, only matrix products, convolutions and attention count, and a causal mask is not
+discounted.
 """
 
 from __future__ import annotations
@@ -13,21 +13,17 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
-from mipipe.graphs.totals import attended_pairs
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> int:
+    """Q K^T and P V: 2 B H S T (D + E)."""
+    batch, heads, queries, size = q.shape
+    return 2 * batch * heads * queries * k.shape[2] * (size + v.shape[3])
 
 
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, sinks: Any, causal: bool, window: int,
-               *rest: Any) -> int:
-    """Q K^T and P V: 2 B H P (D + E) for P pairs of a query and a key."""
-    pairs = attended_pairs(q.shape[2], k.shape[2], causal, window)
-    return 2 * q.shape[0] * q.shape[1] * pairs * (q.shape[3] + v.shape[3])
-
-
-def _attention_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, sinks: Any,
-                        out: Any, lse: Any, causal: bool, window: int, *rest: Any) -> int:
-    """The scores again, then dV, dP, dQ, dK: 2 B H P (3 D + 2 E)."""
-    pairs = attended_pairs(q.shape[2], k.shape[2], causal, window)
-    return 2 * q.shape[0] * q.shape[1] * pairs * (3 * q.shape[3] + 2 * v.shape[3])
+def _attention_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> int:
+    """The scores again, then dV, dP, dQ, dK: 2 B H S T (3 D + 2 E)."""
+    batch, heads, queries, size = q.shape
+    return 2 * batch * heads * queries * k.shape[2] * (3 * size + 2 * v.shape[3])
 
 
 def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> int:
