@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mipipe.cli.output import Json, check_folder, emit, progress, stdout
+from mipipe.cli.output import Json, check_folder, emit, log, progress, stdout
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import yaml_value
 
@@ -21,7 +21,9 @@ def capture(
     output: Annotated[Path, typer.Option("--output", "-o", help="The operator graph to write.")],
     seq: Annotated[int, typer.Option(help="Tokens per sequence.", min=1)] = 128,
     batch: Annotated[int, typer.Option(help="Sequences per microbatch.", min=1)] = 1,
-    dtype: Annotated[str, typer.Option(help="Parameters' type: float32, bfloat16, float64, ...")] = "float32",
+    dtype: Annotated[str | None, typer.Option(
+        help="Parameters' type: float32, bfloat16, float64, ... (default: float32; what a factory's module has"
+             " already).", show_default=False)] = None,
     settings: Annotated[list[str] | None, typer.Option(
         "--set", help="Override of the model's configuration, such as num_hidden_layers=8 (or max_source_positions=500,"
                       " the length of Whisper's audio); a factory gets them as arguments. May be repeated.")] = None,
@@ -43,6 +45,9 @@ def capture(
     granularity: Annotated[str, typer.Option(help="The smallest pieces: layer, block, module or operator.")] = "block",
     tags: Annotated[Path | None, typer.Option(help="Corrections of the annotation (YAML: layers, branches, roles by"
                                                    " patterns).")] = None,
+    verify: Annotated[bool | None, typer.Option(
+        "--verify/--no-verify", help="Compare loss and every gradient with eager autograd on one microbatch (default:"
+                                     " where that takes seconds).", show_default=False)] = None,
     json_output: Json = False,
 ) -> None:
     """Capture a model's training step as an operator graph: forward, input and weight gradients."""
@@ -54,7 +59,9 @@ def capture(
         from mipipe.graphs.capture.annotate import load_patterns
         from mipipe.graphs.capture.model import capture as capture_model
         from mipipe.graphs.coarse.summary import graph_summary, summary_rows
+        from mipipe.graphs.coverage import warnings_of
         from mipipe.graphs.serialize import save
+        from mipipe.graphs.totals import headline
         from mipipe.planner.experts.files import read_loads
 
         measured = None if loads is None else read_loads(loads).loads
@@ -62,8 +69,11 @@ def capture(
                               image=image, frames=frames, expert_groups=expert_groups, expert_parallel=expert_parallel,
                               expert_loads=measured, freeze=freeze or (),
                               granularity=granularity,  # type: ignore[arg-type]
-                              patterns=None if tags is None else load_patterns(tags), progress=update)
+                              patterns=None if tags is None else load_patterns(tags), verify=verify,
+                              progress=update)
         save(graph, output)
+    for text in warnings_of(graph):
+        log(f"warning: {text}")
     if json_output:
         emit({"output": str(output), **graph_summary(graph)})
         return
@@ -71,6 +81,7 @@ def capture(
 
     console = stdout()
     print_rows(console, summary_rows(graph))
+    console.print(headline(graph))
     console.print(f"wrote {output}")
 
 

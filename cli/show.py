@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mipipe.cli.output import Html, Json, Trace, check_folder, emit, stdout
+from mipipe.cli.output import Html, Json, Trace, check_folder, emit, log, stdout
 from mipipe.graphs.errors import InputError
 
 if TYPE_CHECKING:
@@ -69,11 +69,14 @@ def _show_graph(graph: OperatorGraph | CoarseGraph, table: CostTable | None, htm
                 json_output: bool) -> None:
     from mipipe.cli.tables import cell, print_rows
     from mipipe.graphs.coarse.summary import coarse_svg, graph_summary, summary_rows
+    from mipipe.graphs.coverage import warnings_of
     from mipipe.graphs.operator_graph import OperatorGraph
+    from mipipe.graphs.totals import headline
     from mipipe.planner.problems.on_cluster import coarse_for
 
     if table is not None and isinstance(graph, OperatorGraph):
         graph = coarse_for(graph, table)
+    whole = graph if isinstance(graph, OperatorGraph) else None
     rows = summary_rows(graph, table)
     if html_file is not None:
         from mipipe.cli import html
@@ -86,6 +89,10 @@ def _show_graph(graph: OperatorGraph | CoarseGraph, table: CostTable | None, htm
         emit(graph_summary(graph, table))
     else:
         print_rows(stdout(), rows, title=graph.model)
+        if whole is not None:
+            stdout().print(headline(whole))
+    for text in warnings_of(whole) if whole is not None else ():
+        log(f"warning: {text}")
 
 
 def _without_optimizer(timeline: Timeline, first: Timeline) -> str:

@@ -72,6 +72,9 @@ def assemble(name: str, exported: Exported, cuts: Sequence[Cut], parameters: Seq
                          " leave some with requires_grad, or freeze less")
     asks = _asks_gradients(pieces, {node for node, fqn in fqns.items() if fqn in trainable})
     traces, kept, wanted = _trace_all(pieces, fqns, asks, exported.outputs[loss], say)
+    if not any(any(trace.parameter_grads) for trace in traces.values()):
+        raise GraphError(f"model {name}: its loss {loss!r} has no gradient for any of the {len(trainable)} parameters"
+                         " that train; it is detached, computed under no_grad, or does not depend on them")
     names = _value_names(exported, pieces)
     values = [Value(key, _spec(node), None, node in wanted) for key, node in exported.inputs.items()]
     segments = []

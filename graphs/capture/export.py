@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from mipipe.graphs import user_autograd
 from mipipe.graphs.capture.cleaning import clean
 from mipipe.graphs.errors import GraphError, MipipeError
+from mipipe.graphs.python_state import refuse_changes
 from mipipe.graphs.tracing.joint import argument, make_constant, no_stack_traces
 
 aten = torch.ops.aten
@@ -41,6 +43,7 @@ class Exported:
     parameters: dict[str, fx.Node]
     buffers: dict[str, fx.Node]
     outputs: dict[str, fx.Node]
+    code: user_autograd.UserCode | None = None
 
 
 def export_model(module: nn.Module, inputs: Mapping[str, Any], *, prefix: str = "") -> Exported:
@@ -58,14 +61,16 @@ def export_model(module: nn.Module, inputs: Mapping[str, Any], *, prefix: str = 
     storages = {id(value): name for name, value in tensors.items()}
     if len(storages) < len(tensors):
         raise GraphError("example inputs: one tensor is given under two names; pass a copy, or they become one input")
+    name = type(getattr(module, "wrapped", module)).__name__
     try:
-        with silence(), no_stack_traces():
-            program = torch.export.export(module, (), dict(inputs), strict=False)
+        with silence(), no_stack_traces(), user_autograd.watched(module, name, prefix) as code:
+            program = refuse_changes(
+                module, name, lambda: torch.export.export(module, (), dict(inputs), strict=False))
     except MipipeError:
         raise
     except Exception as error:
         raise GraphError(explain(module, error)) from error
-    return flatten_program(program, prefix, aliases_of(module))
+    return flatten_program(program, prefix, aliases_of(module), code)
 
 
 @contextlib.contextmanager
@@ -118,8 +123,12 @@ def explain(module: nn.Module, error: BaseException) -> str:
     return f"model {name} cannot be exported: stopped{place}: {found}; {advice}"
 
 
-def flatten_program(program: torch.export.ExportedProgram, prefix: str, aliases: Mapping[str, str]) -> Exported:
-    """The flat graph of an exported program; ``aliases`` maps FQNs of tied tensors to the first one."""
+def flatten_program(program: torch.export.ExportedProgram, prefix: str, aliases: Mapping[str, str],
+                    code: user_autograd.UserCode | None = None) -> Exported:
+    """The flat graph of an exported program; ``aliases`` maps FQNs of tied tensors to the first one.
+
+    ``code``: the custom Functions and hooks recorded in the export.
+    """
     graph, signature = fx.Graph(), program.graph_signature
     env: dict[fx.Node, Any] = {}
     inputs: dict[str, fx.Node] = {}
@@ -142,14 +151,17 @@ def flatten_program(program: torch.export.ExportedProgram, prefix: str, aliases:
             made = shared[first] if first in shared else graph.placeholder(name)
             shared[first] = made
             (parameters if name in signature.inputs_to_parameters else buffers)[fqn] = made
-        made.meta.update(val=node.meta["val"], stack=())
+        made.meta.update(val=node.meta["val"], stack=(), given=name not in signature.inputs_to_parameters)
         env[node] = made
     results = _copy_nodes(program.graph_module, graph, env, prefix)
     specs = signature.output_specs
     user = [item for item, spec in zip(results, specs, strict=True) if spec.kind.name in ("USER_OUTPUT", "LOSS_OUTPUT")]
     outputs = {name: node for name, node in zip(_output_names(program), user, strict=True) if isinstance(node, fx.Node)}
+    if code is not None:
+        moved = code.settle(graph, {**parameters, **buffers})
+        outputs = {name: moved.get(node, node) for name, node in outputs.items()}
     outputs.update(clean(graph, outputs))
-    return Exported(graph, inputs, parameters, buffers, outputs)
+    return Exported(graph, inputs, parameters, buffers, outputs, code)
 
 
 def _constant(graph: fx.Graph, value: Tensor, name: str) -> fx.Node:
@@ -216,7 +228,11 @@ def _inline(node: fx.Node, graph: fx.Graph, env: dict[fx.Node, Any], prefix: str
         stop, body, args = not argument(node, 0), argument(node, 1), node.args[2:]
     inner = env[body]
     places = inner.graph.find_nodes(op="placeholder")
-    results = _copy_nodes(inner, graph, dict(zip(places, _look_up(args, env), strict=True)), prefix)
+    given = _look_up(args, env)
+    if stop:
+        first = next((item for item in inner.graph.nodes if item.op == "call_function"), node)
+        given = [_without_gradient(item, graph, _module_stack(first, prefix)) for item in given]
+    results = _copy_nodes(inner, graph, dict(zip(places, given, strict=True)), prefix)
     if not stop:
         return results
     detached = []
@@ -227,6 +243,19 @@ def _inline(node: fx.Node, graph: fx.Graph, env: dict[fx.Node, Any], prefix: str
             item = made
         detached.append(item)
     return detached
+
+
+def _without_gradient(item: Any, graph: fx.Graph, stack: tuple[tuple[str, str, int], ...]) -> Any:
+    """A region's input, detached where it can have a gradient: what a region does with ``out=`` or in place has none.
+
+    Buffers and inputs of the model (``given``) have none, and stay themselves, as the region may change them.
+    """
+    value = item.meta.get("val") if isinstance(item, fx.Node) else None
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()) or item.meta.get("given"):
+        return item
+    made = graph.call_function(aten.detach.default, (item,))
+    made.meta.update(item.meta, stack=stack)
+    return made
 
 
 def _module_stack(node: fx.Node, prefix: str) -> tuple[tuple[str, str, int], ...]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mipipe.graphs import verify as verifying
 from mipipe.graphs.capture import loss as losses
 from mipipe.graphs.capture.annotate import Patterns, annotate
 from mipipe.graphs.capture.assemble import Progress, assemble
@@ -31,14 +32,16 @@ from mipipe.graphs.program_files import load_program
 from mipipe.graphs.tracing.trace import spec_of
 
 
-def capture(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str = "float32",
+def capture(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str | None = None,
             overrides: Mapping[str, Any] | None = None, images: int = 1, image: int = 0, frames: int = 0,
             expert_groups: int = 1, expert_parallel: int = 1, expert_loads: Sequence[Sequence[float]] | None = None,
             freeze: Sequence[str] = (), granularity: Granularity = "block", patterns: Patterns | None = None,
-            progress: Progress | None = None) -> OperatorGraph:
+            verify: bool | None = None, progress: Progress | None = None) -> OperatorGraph:
     """The operator graph of what ``source`` names; arguments as of `open_source` and `capture_module`.
 
-    ``expert_loads`` (tokens per MoE layer and expert) weigh the costs of expert parallelism; None: all equal.
+    ``expert_loads`` (tokens per MoE layer and expert) weigh the costs of expert parallelism; None: all equal. What is
+    verified is built again on the CPU, with the weights of the folder if it has any; half precision in float32, where
+    rounding does not hide what is looked for.
 
     Raises:
         InputError: the source is unknown or does not give a model.
@@ -52,17 +55,34 @@ def capture(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str = 
                          frames=frames, expert_groups=expert_groups, expert_parallel=expert_parallel, freeze=freeze)
     loads = {} if expert_loads is None else {"expert_loads": [list(row) for row in expert_loads]}
     say(f"building {opened.name}")
-    return capture_module(opened.build(opened.device), opened.inputs(opened.device), loss=opened.loss,
-                          loss_info=opened.loss_info, name=opened.name, granularity=granularity, patterns=patterns,
-                          source={**opened.record, **loads}, withheld=opened.withheld, constants=opened.constants,
-                          progress=progress)
+    graph = capture_module(opened.build(opened.device), opened.inputs(opened.device), loss=opened.loss,
+                           loss_info=opened.loss_info, name=opened.name, granularity=granularity, patterns=patterns,
+                           source={**opened.record, **loads}, withheld=opened.withheld, constants=opened.constants,
+                           verify=False, progress=progress)
+    if not verifying.asked(graph, verify):
+        return graph
+    half = getattr(torch, dtype or "float32").itemsize < 4
+    if half:
+        checked = capture(source, seq=seq, batch=batch, dtype="float32", overrides=overrides, images=images,
+                          image=image, frames=frames, expert_groups=expert_groups, expert_parallel=expert_parallel,
+                          freeze=freeze, granularity=granularity, verify=verify)
+        return replace(graph, source={**graph.source, **{
+            key: item for key, item in checked.source.items() if key == "warnings"}})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = WithLoss(opened.build("cpu"), opened.loss, opened.withheld, opened.constants)
+    if opened.weights is not None:
+        module.wrapped.load_state_dict(opened.weights(), strict=False)
+    examples = opened.inputs("cpu") if opened.device != "meta" else None
+    return verifying.noted(graph, module, examples, verify, say, opened.places)
 
 
 def capture_module(module: nn.Module, example_inputs: Mapping[str, Any], *, loss: Callable[..., Any] | None = None,
                    loss_info: Mapping[str, Any] | None = None, name: str | None = None,
                    granularity: Granularity = "block", patterns: Patterns | None = None,
                    source: Mapping[str, Any] | None = None, withheld: Collection[str] = (),
-                   constants: Mapping[str, Any] | None = None, progress: Progress | None = None) -> OperatorGraph:
+                   constants: Mapping[str, Any] | None = None, verify: bool | None = None,
+                   progress: Progress | None = None) -> OperatorGraph:
     """The operator graph of ``module(**example_inputs)`` and its backward.
 
     Args:
@@ -77,10 +97,12 @@ def capture_module(module: nn.Module, example_inputs: Mapping[str, Any], *, loss
         source: recorded in the graph.
         withheld: inputs that go to ``loss`` alone, not to the module.
         constants: fixed arguments of the module's forward.
+        verify: run graph and module on the example inputs and compare loss and gradients (`mipipe.graphs.verify`);
+            None: if that is a matter of seconds and the module has values.
         progress: called with a line now and then.
 
     Raises:
-        GraphError: the model cannot be exported, has no scalar loss, or nothing in it trains.
+        GraphError: the model cannot be exported, has no scalar loss, nothing in it trains, or the graph differs.
     """
     say = progress or (lambda text: None)
     wrapped = WithLoss(module, loss, withheld, constants or {})
@@ -94,7 +116,10 @@ def capture_module(module: nn.Module, example_inputs: Mapping[str, Any], *, loss
     graph = assemble(name or type(module).__name__, exported, cuts, parameters, say)
     record = {"torch": torch.__version__, "granularity": granularity, **dict(source or {}),
               "loss": dict(loss_info or losses.MEAN)}
-    return annotate(replace(graph, source=record), patterns)
+    if exported.code is not None and exported.code.warnings():
+        record["warnings"] = exported.code.warnings()
+    graph = annotate(replace(graph, source=record), patterns)
+    return verifying.noted(graph, wrapped, example_inputs, verify, say) if verifying.asked(graph, verify) else graph
 
 
 def capture_program(program: torch.export.ExportedProgram, *, name: str = "program", granularity: Granularity = "block",

@@ -11,8 +11,10 @@ from mipipe.graphs.coarse.drawing import draw
 from mipipe.graphs.coarse.graph import CoarseGraph, OpGroup
 from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph
 from mipipe.graphs.costs.table import CostTable
+from mipipe.graphs.coverage import warnings_of
 from mipipe.graphs.operator_graph import OperatorGraph, Phase
 from mipipe.graphs.serialize import digest
+from mipipe.graphs.totals import active_parameters, count_parameters, total_flops
 
 Row = dict[str, Any]
 
@@ -50,13 +52,13 @@ def graph_summary(graph: OperatorGraph | CoarseGraph, costs: CostTable | None = 
                 "flops": {phase.value: sum(group.flops.get(phase, 0) for group in graph.groups) for phase in Phase},
                 "rows": rows}
     index = index_graph(graph)
-    parameters = [item for item in graph.parameters if not item.buffer and item.tied_to is None]
     return {"kind": "operator_graph", "model": graph.model, "digest": digest(graph), "segments": len(graph.segments),
             "distinct_segments": len(graph.traces), "operators": sum(len(trace.operators) for trace in index.traces),
-            "parameters": sum(_count(item.spec.shape) for item in parameters),
-            "trainable_parameters": sum(_count(item.spec.shape) for item in parameters if item.trainable),
-            "flops": {phase.value: _flops(index, range(len(graph.segments)), phase) for phase in Phase},
-            "inputs": list(graph.inputs), "outputs": list(graph.outputs), "rows": rows}
+            "parameters": count_parameters(graph), "active_parameters": active_parameters(graph),
+            "trainable_parameters": count_parameters(graph, trainable=True),
+            "flops": {phase.value: total_flops(index, phase) for phase in Phase},
+            "flops_full_attention": {phase.value: total_flops(index, phase, full=True) for phase in Phase},
+            "inputs": list(graph.inputs), "outputs": list(graph.outputs), "warnings": warnings_of(graph), "rows": rows}
 
 
 def coarse_svg(graph: OperatorGraph | CoarseGraph) -> str:
@@ -105,7 +107,7 @@ def _layer_row(index: GraphIndex, part: str, alike: list[list[int]]) -> Row:
     return {"part": part, "count": len(alike), "segments": len(members),
             "operators": sum(len(index.traces[member].operators) for member in members),
             "parameters": sum(_count(index.parameters[fqn].spec.shape) for fqn in fqns),
-            **{f"{phase}_gflop": _flops(index, members, phase) / 1e9 for phase in Phase},
+            **{f"{phase}_gflop": total_flops(index, phase, members=members) / 1e9 for phase in Phase},
             "moved_mb": sum(moved_bytes(trace, phase) for trace, phase in running) / 1e6,
             "saved_mb": sum(saved_bytes(index, members)[:2]) / 1e6}
 
@@ -132,10 +134,6 @@ def _coarse_rows(coarse: CoarseGraph, costs: CostTable | None) -> list[Row]:
             row |= {f"{phase}{label}_us": times[phase] / 1e3 if phase in times else None for phase in Phase}
         rows.append(row)
     return rows
-
-
-def _flops(index: GraphIndex, members: Sequence[int], phase: Phase) -> int:
-    return sum(index.traces[member].flops(phase) for member in members if index.runs(member, phase))
 
 
 def _count(shape: Sequence[int]) -> int:

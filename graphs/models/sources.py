@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mipipe.graphs.capture import loss as losses
+from mipipe.graphs.capture.export import silence
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.named_code import import_named, is_named_code
 
@@ -28,7 +29,8 @@ class Source:
 
     ``loss`` maps the module's output and the inputs to the scalar loss (None: the module returns it);
     ``withheld`` inputs go to the loss alone; ``constants`` are fixed forward arguments; ``record`` is what
-    `open_source` needs to make the source again.
+    `open_source` needs to make the source again; ``weights`` reads those that lie beside a configuration;
+    ``places`` are token ids that stand for images and the like, first that of this microbatch.
     """
 
     name: str
@@ -40,9 +42,11 @@ class Source:
     withheld: frozenset[str] = frozenset()
     constants: Mapping[str, Any] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
+    weights: Callable[[], Mapping[str, Tensor]] | None = None
+    places: tuple[int, ...] = ()
 
 
-def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str = "float32",
+def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str | None = None,
                 overrides: Mapping[str, Any] | None = None, images: int = 1, image: int = 0, frames: int = 0,
                 expert_groups: int = 1, expert_parallel: int = 1, freeze: Sequence[str] = ()) -> Source:
     """The source behind a path or name.
@@ -51,7 +55,8 @@ def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: st
         source: a ``config.json`` or a folder with one, a transformers model class or type, or
             ``package.module:factory``.
         seq, batch: tokens per sample and samples of one microbatch (transformers sources).
-        dtype: of parameters and floating inputs, by torch's name.
+        dtype: of parameters and floating inputs, by torch's name; None: float32 for transformers, what a factory's
+            module and inputs have already for a factory. Complex tensors stay complex.
         overrides: changed configuration entries, or keyword arguments of the factory.
         images, image: images per sample and their side (0: the model's own), for models that see.
         frames: videos of that many frames in place of images, for models that take videos of any length.
@@ -73,12 +78,12 @@ def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: st
     if expert_groups > 1 and expert_parallel > 1:
         raise InputError("expert groups (branches) and expert parallel (all-to-all) are two forms of the same layers;"
                          " give one of them")
-    kind = getattr(torch, dtype, None)
+    kind = torch.float32 if dtype is None else getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise InputError(f"dtype: found {dtype!r}, expected a floating dtype such as float32 or bfloat16")
     if is_named_code(str(source)):
-        return _from_factory(str(source), record)
-    return _from_transformers(source, record, kind)
+        return _from_factory(str(source), record, None if dtype is None else kind)
+    return _from_transformers(source, {**record, "dtype": dtype or "float32"}, kind)
 
 
 def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.dtype) -> Source:
@@ -97,27 +102,50 @@ def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.
             exchange_experts(made)
         return _freeze(made, record["freeze"])
 
+    def weights() -> Mapping[str, Tensor]:
+        with silence():
+            return kind.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True, local_files_only=True,
+                                        trust_remote_code=False).state_dict()
+
+    stored = Path(source).is_dir() and any(Path(source).glob("*.safetensors"))
     return Source(kind.__name__, build, lambda device: tasks.example_inputs(config, kind, sizes, device, dtype),
-                  "meta", task, task.info, task.withheld, task.constants, record)
+                  "meta", task, task.info, task.withheld, task.constants, record, weights if stored else None,
+                  _places(config, bool(sizes.frames)))
 
 
-def _from_factory(source: str, record: dict[str, Any]) -> Source:
+def _places(config: Any, video: bool) -> tuple[int, ...]:
+    """The token ids that stand for images, videos and sound, the one that a microbatch has first."""
+    names = ["image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id",
+             "audio_token_index"]
+    names.sort(key=lambda name: name.startswith("video") is not video)
+    return tuple(dict.fromkeys(value for name in names if isinstance(value := getattr(config, name, None), int)))
+
+
+def _from_factory(source: str, record: dict[str, Any], dtype: torch.dtype | None) -> Source:
     factory = import_named(source)
     result = _call_factory(factory, source, record)
     extra = result[2] if len(result) == 3 else None
-    dtype = getattr(torch, record["dtype"])
 
     def build(device: str) -> nn.Module:
         with torch.device(device):
             module = _call_factory(factory, source, record)[0]
-        return _freeze(module.to(dtype=dtype), record["freeze"])
+        return _freeze(module._apply(lambda item: _cast(item, dtype)), record["freeze"])
 
     def inputs(device: str) -> dict[str, Tensor]:
-        return {key: item.to(device=device, dtype=dtype if item.is_floating_point() else item.dtype)
-                if isinstance(item, Tensor) else item for key, item in result[1].items()}
+        return {key: _cast(item, dtype).to(device) if isinstance(item, Tensor) else item
+                for key, item in result[1].items()}
 
     return Source(type(result[0]).__name__, build, inputs, "cpu", extra, getattr(extra, "info", losses.MEAN),
                   frozenset(getattr(extra, "withheld", ())), {}, record)
+
+
+def _cast(item: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A floating tensor in a dtype, a complex one in the complex dtype of its precision; None: as it is."""
+    if dtype is None or not (item.is_floating_point() or item.is_complex()):
+        return item
+    if item.is_complex():
+        return item.to(torch.complex128 if dtype is torch.float64 else torch.complex64)
+    return item.to(dtype)
 
 
 def _call_factory(factory: Any, source: str, record: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mipipe.graphs.coarse.graph_index import GraphIndex, gives_grad
 from mipipe.graphs.operator_graph import Operator, Phase, SegmentTrace, TensorSpec
+from mipipe.graphs.totals import argument_spec
 from mipipe.graphs.tracing.trace import build_phase, phase_signature
 
 Slots = dict[str, Tensor]
@@ -162,7 +163,7 @@ def _gradient_sums(index: GraphIndex, member: int,
                           if read == value and grad is not None]
         outside = any(reader not in inside and gives_grad(index, reader, value) for reader in index.readers[value])
         if outside or not parts:
-            incoming[f"incoming:{value}"] = trace.specs.get(name) or _spec(trace, output)
+            incoming[f"incoming:{value}"] = trace.specs.get(name) or argument_spec(trace, output)
             parts.append(f"incoming:{value}")
         sums.append((f"grad:{value}", tuple(parts)))
     return tuple(sums), incoming
@@ -261,19 +262,13 @@ def _indexed_sizes(trace: SegmentTrace, operator: Operator, carried: set[str]) -
     args = operator.args
     base = ".".join(operator.kind.split(".")[:2])
     if base == "aten.embedding" and ref(args[1]) in carried:
-        return [_spec(trace, ref(args[0])).shape[0]]
+        return [argument_spec(trace, ref(args[0])).shape[0]]
     if base in ("aten.gather", "aten.index_select", "aten.scatter", "aten.scatter_add") and ref(args[2]) in carried:
-        return [_spec(trace, ref(args[0])).shape[args[1]]]
+        return [argument_spec(trace, ref(args[0])).shape[args[1]]]
     if base.startswith("aten.nll_loss") and ref(args[1]) in carried:
-        shape = _spec(trace, ref(args[0])).shape
+        shape = argument_spec(trace, ref(args[0])).shape
         return [shape[1] if len(shape) > 1 else shape[0]]
     if base in ("aten.index", "aten.index_put", "aten._unsafe_index") and isinstance(args[1], list):
-        shape = _spec(trace, ref(args[0])).shape
+        shape = argument_spec(trace, ref(args[0])).shape
         return [shape[at] for at, item in enumerate(args[1]) if ref(item) in carried]
     return []
-
-
-def _spec(trace: SegmentTrace, name: str | None) -> TensorSpec:
-    """The spec of an argument or of an operator's first result."""
-    assert name is not None, "an operator reads a tensor here"
-    return trace.specs.get(name) or next(item.outputs[0] for item in trace.operators if item.name == name)

@@ -93,6 +93,9 @@ def trace_joint(function: Function, specs: Sequence[TensorSpec], differentiable:
         if roots and asked:
             ends, seeds = zip(*roots, strict=True)
             grads = torch.autograd.grad(ends, asked, seeds, allow_unused=True)
+            if any(grad is not None and grad.layout is not torch.strided for grad in grads):
+                raise GraphError("a parameter's gradient is sparse, which an operator graph cannot say; make the"
+                                 " embedding without sparse=True")
         return [*outputs, *grads]
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -232,7 +235,7 @@ def _inline_constants(module: fx.GraphModule) -> None:
     graph = module.graph
     for node in [node for node in graph.nodes if node.op == "get_attr"]:
         value = getattr(module, str(node.target))
-        if not isinstance(value, Tensor) or value.numel() > 4096:
+        if not isinstance(value, Tensor) or value.numel() > 4096 or isinstance(value, torch.nn.Parameter):
             shape = tuple(getattr(value, "shape", ()))
             raise GraphError(f"the segment closes over {node.target} of shape {shape}: make it a buffer"
                              " (register_buffer), so that it is an input of the function")

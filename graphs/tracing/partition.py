@@ -111,7 +111,10 @@ def _repeat_parameter_views(made: Joint, phases: dict[fx.Node, Phase], num_input
     copies: dict[tuple[fx.Node, Phase], fx.Node] = {}
 
     def again(node: fx.Node, phase: Phase, before: fx.Node) -> fx.Node:
-        if node not in phases or phases[node] is phase or storage_of(node) not in resident:
+        value = node.meta["val"]
+        parts = value if isinstance(value, (tuple, list)) else [value]  # a parameter that is split, and its parts
+        held = all(isinstance(item, Tensor) and item.untyped_storage()._cdata in resident for item in parts)
+        if node not in phases or phases[node] is phase or not held:
             return node
         if (node, phase) not in copies:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda item: again(item, phase, before))

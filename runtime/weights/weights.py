@@ -77,8 +77,8 @@ def load_weights(graph: OperatorGraph, names: Iterable[str], source: Source, dev
         if item.buffer:
             buffers[item.fqn] = found.detach().to(device, dtype, copy=True).contiguous()
             continue
-        trainable = item.trainable and dtype.is_floating_point
-        kept = master_dtype if master_dtype is not None and trainable else dtype
+        trainable = item.trainable and (dtype.is_floating_point or dtype.is_complex)
+        kept = master_dtype if master_dtype is not None and trainable and not dtype.is_complex else dtype
         parameter = nn.Parameter(found.detach().to(device, kept, copy=True).contiguous(), requires_grad=trainable)
         parameters[item.fqn] = parameter
         compute[item.fqn] = parameter if kept is dtype else parameter.detach().to(dtype)

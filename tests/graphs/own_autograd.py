@@ -1,0 +1,313 @@
+"""Models that act on their own gradients or keep state in Python, for `test_faithful`; lines are named in errors."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+
+class Halved(torch.autograd.Function):
+    """The square, with half of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * ctx.saved_tensors[0]
+
+
+halved = Halved.apply  # bound before any export
+
+
+class Several(torch.autograd.Function):
+    """Several results of which one is no tensor and one has no gradient, options, and a weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, label: str, scale: float = 2.0) -> tuple[Any, ...]:
+        ctx.save_for_backward(x, weight)
+        ctx.scale = scale
+        positive = (x > 0).long()
+        ctx.mark_non_differentiable(positive)
+        return x @ weight * scale, positive, None, label
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        ours = 0.5 * grad @ weight.t() * ctx.scale if ctx.needs_input_grad[0] else None
+        return ours, 3 * x.t() @ grad, None, None
+
+
+class Modern(torch.autograd.Function):
+    """With setup_context, a keyword argument, and two results."""
+
+    @staticmethod
+    def forward(x: Tensor, factor: int = 3) -> tuple[Tensor, Tensor]:
+        return x.exp() * factor, x.sin()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(output[0])
+
+    @staticmethod
+    def backward(ctx: Any, first: Tensor, second: Tensor) -> tuple[Any, ...]:
+        return first * ctx.saved_tensors[0] * 0.3 + second, None
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return -grad
+
+
+class Noise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward((torch.rand_like(x) > 0.5).to(x.dtype))
+        return x * ctx.to_save[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad * ctx.saved_tensors[0]
+
+
+class InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+class Closure(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return grad, None
+
+
+class Model(nn.Module):
+    """Two layers around ``middle``, which the cases replace."""
+
+    def __init__(self, extra: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.weight = nn.Parameter(torch.randn(8, 8))
+        self.extra = extra
+        self.register_buffer("mask", (torch.arange(8) % 2).double())
+        self.count, self.generator, self.numbers = 0, random.Random(1), np.random.default_rng(0)
+        self.steps, self.state = itertools.count(1), SimpleNamespace(step=0)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = self.middle(torch.tanh(self.first(x)))
+        return nn.functional.cross_entropy(self.head(torch.tanh(self.second(x))), y)
+
+
+def model(middle: Callable[[Any, Tensor], Tensor] | None = None, extra: nn.Module | None = None) -> Model:
+    kind = type("Own", (Model,), {"middle": middle}) if middle is not None else Model
+    torch.manual_seed(0)
+    return kind(extra).double()
+
+
+def batch() -> dict[str, Tensor]:
+    torch.manual_seed(2)
+    return {"x": torch.randn(5, 8, dtype=torch.float64), "y": torch.randint(0, 3, (5,))}
+
+
+def hook(function: Callable[[Any, Tensor], Callable[[Tensor], Tensor | None]]) -> Callable[[Any, Tensor], Tensor]:
+    """A middle that puts a hook on its input."""
+    def middle(self: Any, x: Tensor) -> Tensor:
+        x.register_hook(function(self, x))
+        return x + torch.sin(x)
+    return middle
+
+
+def chained(self: Any, x: Tensor) -> Tensor:
+    x.register_hook(lambda grad: grad * 0.5)
+    early = x * 2
+    x.register_hook(lambda grad: grad + 0.01)
+    x.register_hook(lambda grad: grad * 100).remove()
+    return early + x
+
+
+def masked(self: Any, x: Tensor) -> Callable[[Tensor], Tensor]:
+    positive = (x > 0).to(x.dtype)
+    return lambda grad: grad * positive
+
+
+def under_no_grad(self: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return halved(x).mul_(2) + x
+
+
+def reentrant(self: Any, x: Tensor) -> Tensor:
+    return checkpoint(self.second, x, use_reentrant=True) + checkpoint(lambda z: z.sin(), x, use_reentrant=True)
+
+
+KEPT: dict[str, Callable[[], Model]] = {
+    "function bound early": lambda: model(lambda self, x: halved(x) + halved(self.second(x))),
+    "several results": lambda: model(lambda self, x: (lambda out, sign, *_: out * sign)(
+        *Several.apply(x, self.weight, "text"))),
+    "other options": lambda: model(lambda self, x: Several.apply(Several.apply(x, self.weight, "a", 0.5)[0].sin(),
+                                                                 self.weight, "a", 0.7)[0]),
+    "setup_context": lambda: model(lambda self, x: Modern.apply(Modern.apply(x)[1], factor=2)[0]),
+    "its own input": lambda: model(lambda self, x: Reversed.apply(x) * x),
+    "random numbers": lambda: model(lambda self, x: Noise.apply(x) + x),
+    "without gradients": lambda: model(lambda self, x: x + under_no_grad(self, x)),
+    "reentrant checkpoint": lambda: model(reentrant),
+    "hook": lambda: model(hook(lambda self, x: lambda grad: grad * 0.1)),
+    "hook that clips": lambda: model(hook(lambda self, x: lambda grad: grad.clamp(-1e-3, 1e-3))),
+    "hook that reads a buffer": lambda: model(hook(lambda self, x: lambda grad: grad * self.mask)),
+    "hook that reads the forward": lambda: model(hook(masked)),
+    "hooks in a row, one removed": lambda: model(chained),
+    "hook on a view": lambda: model(lambda self, x: hook(lambda *_: lambda grad: grad * 3)(self, x[:, :4])
+                                    .repeat(1, 2)),
+    "weight norm": lambda: model(lambda self, x: self.extra(x), parametrizations.weight_norm(nn.Linear(8, 8))),
+    "spectral norm": lambda: model(lambda self, x: self.extra(x), parametrizations.spectral_norm(nn.Linear(8, 8))),
+    "batch norm": lambda: model(lambda self, x: self.extra(x), nn.BatchNorm1d(8)),
+    "dropout twice": lambda: model(lambda self, x: self.extra(x) * self.extra(x), nn.Dropout(0.3)),
+    "attention with dropout": lambda: model(lambda self, x: self.extra(x[None], x[None], x[None])[0][0],
+                                            nn.MultiheadAttention(8, 2, dropout=0.2, batch_first=True)),
+    "stochastic depth": lambda: model(lambda self, x: x + self.second(x) * (torch.rand(5, 1, dtype=x.dtype) > 0.3)),
+    "a size that is remembered": lambda: model(remembered),
+    "a counter that nothing reads": lambda: model(counted),
+}
+
+
+def remembered(self: Any, x: Tensor) -> Tensor:
+    if self.count < len(x):
+        self.count = len(x)
+    return x * self.count
+
+
+def counted(self: Any, x: Tensor) -> Tensor:
+    self.seen = self.__dict__.get("seen", 0)
+    self.seen += 1
+    return x
+
+
+def hooked(change: Callable[[Model], object]) -> Callable[[], Model]:
+    def make() -> Model:
+        made = model()
+        change(made)
+        return made
+    return make
+
+
+def two_hooks(made: Model) -> None:
+    made.head.weight.register_hook(lambda grad: grad * 2)
+    made.head.weight.register_hook(lambda grad: grad + 1)
+    made.first.bias.register_hook(lambda grad: grad * 0)
+
+
+def tied_hook(made: Model) -> None:
+    made.second.weight = made.first.weight
+    made.first.weight.register_hook(lambda grad: grad * 0.1)
+
+
+KEPT |= {
+    "parameter hooks": hooked(two_hooks),
+    "hook on a tied parameter": hooked(tied_hook),
+    "parameter hook that reads a buffer": hooked(lambda made: made.weight.register_hook(lambda grad: grad * made.mask)),
+}
+
+
+def alternating(self: Any, x: Tensor) -> Tensor:
+    self.count += 1
+    return x * 2 if self.count % 2 else x
+
+
+def late(self: Any, x: Tensor) -> Tensor:
+    self.count += 1
+    return x.detach() if self.count > 1000 else x
+
+
+def in_a_namespace(self: Any, x: Tensor) -> Tensor:
+    self.state.step += 1
+    return x * min(1.0, self.state.step / 10)
+
+
+CALLS = [0]
+
+
+def in_a_list(self: Any, x: Tensor) -> Tensor:
+    CALLS[0] += 1
+    return x * CALLS[0]
+
+
+def frozen_on_the_way(self: Any, x: Tensor) -> Tensor:
+    self.second.weight.requires_grad_(False)
+    return x
+
+
+def packed(self: Any, x: Tensor) -> Tensor:
+    with torch.autograd.graph.saved_tensors_hooks(lambda item: item * 2, lambda item: item):
+        return torch.tanh(x) * x
+
+
+def own_gradient(self: Any, x: Tensor) -> Tensor:
+    (made,) = torch.autograd.grad(self.second(x).square().sum(), x, create_graph=True)
+    return x + made
+
+
+REFUSED: dict[str, tuple[Callable[[], Model], str]] = {
+    "function in place": (lambda: model(lambda self, x: InPlace.apply(x.clone())),
+                          r"Function InPlace \(.*autograd\.py:\d+\) changes its input in place"),
+    "function with a closure": (lambda: model(lambda self, x: Closure.apply(x, self.second)),
+                                r"Closure \(.*autograd\.py:\d+\) reads a tensor second\.weight of shape \(8, 8\)"),
+    "hook by value": (lambda: model(hook(lambda *_: lambda grad: grad if grad.norm().item() < 1 else grad * 0)),
+                      r"gradient hook at .*autograd\.py:\d+ cannot be traced"),
+    "hook on a parameter, every time": (lambda: model(lambda self, x: (self.weight.register_hook(lambda g: g), x)[1]),
+                                        r"registers a hook \(.*autograd\.py:\d+\) on a parameter"),
+    "hook on a node": (lambda: model(lambda self, x: (x.grad_fn.register_prehook(lambda grads: grads), x)[1]),
+                       r"at .*autograd\.py:\d+, registers a hook on an autograd node"),
+    "backward hook": (hooked(lambda made: made.second.register_full_backward_hook(lambda *_: None)),
+                      r"module second \(Linear\) has a backward hook \(.*autograd\.py:\d+\)"),
+    "backward pre-hook": (hooked(lambda made: made.second.register_full_backward_pre_hook(lambda *_: None)),
+                          r"module second \(Linear\) has a backward hook"),
+    "hook after accumulation": (hooked(lambda made: made.weight.register_post_accumulate_grad_hook(lambda p: None)),
+                                r"parameter weight has a hook after accumulation \(.*autograd\.py:\d+\)"),
+    "gradients in the forward": (lambda: model(own_gradient), r"at .*autograd\.py:\d+, computes gradients itself"),
+    "packed tensors": (lambda: model(packed), r"at .*autograd\.py:\d+, changes what is kept for the backward"),
+    "random": (lambda: model(lambda self, x: x if random.random() < 0.5 else x * 2),
+               r"at .*autograd\.py:\d+, draws from Python's random\.random"),
+    "random.choice": (lambda: model(lambda self, x: x * random.choice([1, 2])), "draws from Python's random"),
+    "own generator": (lambda: model(lambda self, x: x * self.generator.random()), r"Python's Own\.generator"),
+    "numpy's random": (lambda: model(lambda self, x: x * float(np.random.rand())),
+                       r"at .*autograd\.py:\d+, draws from Python's numpy\.random"),
+    "numpy's generator": (lambda: model(lambda self, x: x * float(self.numbers.random())), r"Python's Own\.numbers"),
+    "itertools": (lambda: model(lambda self, x: x * next(self.steps)), r"Python's Own\.steps"),
+    "every second call": (lambda: model(alternating),
+                          r"autograd\.py:\d+, changes Own\.count in every call \(0, 1, 2\)"),
+    "after many calls": (lambda: model(late), r"changes Own\.count in every call"),
+    "namespace": (lambda: model(in_a_namespace), r"changes Own\.state\.step in every call"),
+    "list": (lambda: model(in_a_list), "two calls with the same weights, inputs and random numbers differ: loss"),
+    "clock": (lambda: model(lambda self, x: x * (time.perf_counter_ns() % 997)), "two calls with the same weights"),
+    "frozen on the way": (lambda: model(frozen_on_the_way),
+                          "differs from eager autograd: second.weight has a gradient that eager has not"),
+}
