@@ -110,8 +110,13 @@ def _repeat_parameter_views(made: Joint, phases: dict[fx.Node, Phase], num_input
     resident = {storage_of(node) for node in made.arguments[num_inputs:]}
     copies: dict[tuple[fx.Node, Phase], fx.Node] = {}
 
+    def is_resident(value: object) -> bool:
+        if isinstance(value, (tuple, list)):  # of a split or unbind: no phase hands a list to another
+            return bool(value) and all(is_resident(item) for item in value)
+        return isinstance(value, Tensor) and value.untyped_storage()._cdata in resident
+
     def again(node: fx.Node, phase: Phase, before: fx.Node) -> fx.Node:
-        if node not in phases or phases[node] is phase or storage_of(node) not in resident:
+        if node not in phases or phases[node] is phase or not is_resident(node.meta["val"]):
             return node
         if (node, phase) not in copies:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda item: again(item, phase, before))
