@@ -59,13 +59,25 @@ def export_model(module: nn.Module, inputs: Mapping[str, Any], *, prefix: str = 
     if len(storages) < len(tensors):
         raise GraphError("example inputs: one tensor is given under two names; pass a copy, or they become one input")
     try:
-        with silence(), no_stack_traces():
+        with silence(), no_stack_traces(), data_mode():
             program = torch.export.export(module, (), dict(inputs), strict=False)
     except MipipeError:
         raise
     except Exception as error:
         raise GraphError(explain(module, error)) from error
     return flatten_program(program, prefix, aliases_of(module))
+
+
+class data_mode(torch.overrides.TorchFunctionMode):
+    """Inside: ``x.data`` is ``x.detach()``, which is the same to read and, unlike it, seen by the exporter."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0].detach()
+        if func == Tensor.data.__set__:  # type: ignore[attr-defined]
+            raise GraphError("the model's forward assigns to .data of a tensor, which an operator graph cannot say; compute"
+                             " a new tensor, or change buffers by copy_")
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

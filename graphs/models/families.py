@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from torch import nn
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.models.fixed_grids import fix_grids, grid_of
 from mipipe.graphs.operators.layers import NAME, register
+from mipipe.graphs.serialize import load_data
 
 
 @dataclass(frozen=True)
@@ -63,26 +63,32 @@ class Sizes:
     frames: int = 0
 
 
-def read_config(path: str | Path, overrides: Mapping[str, Any]) -> Any:
+def config_file(path: str | Path) -> Path | None:
+    """The configuration's file, where ``path`` is one or a folder with one; None for the name of a class or type."""
+    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    return file if file.is_file() else None
+
+
+def read_config(path: str | Path, overrides: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> Any:
     """A transformers configuration from a ``config.json``, a folder with one, or the name of a model class or type.
+
+    Args:
+        data: what ``config.json`` holds, where it is known already; then nothing is read.
 
     Raises:
         InputError: unreadable, an unknown model type or class, or an override that the configuration does not have.
     """
     from transformers import CONFIG_MAPPING
 
-    folder = Path(path)
-    file = folder / "config.json" if folder.is_dir() else folder
-    if file.is_file():
-        try:
-            data = json.loads(file.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise InputError(f"{file}: not readable as JSON: {error}") from None
-        kind = data.get("model_type")
-        if kind not in CONFIG_MAPPING:
-            raise InputError(f"{file}: model_type {kind!r} is unknown to transformers {_version()}; expected one such"
+    file = config_file(path)
+    if data is None and file is not None:
+        data = load_data(file)
+    if data is not None:
+        kind, where = data.get("model_type"), file or path
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+            raise InputError(f"{where}: model_type {kind!r} is unknown to transformers {_version()}; expected one such"
                              " as 'llama', 'qwen3_moe' or 'deepseek_v3'")
-        return _make_config(CONFIG_MAPPING[kind], data, overrides, str(file))
+        return _make_config(CONFIG_MAPPING[kind], _with_floats(data), overrides, str(where))
     name = str(path)
     if name in CONFIG_MAPPING:
         return _make_config(CONFIG_MAPPING[name], {}, overrides, name)
@@ -92,6 +98,15 @@ def read_config(path: str | Path, overrides: Mapping[str, Any]) -> Any:
     return _make_config(config, {"architectures": [name]}, overrides, name)
 
 
+def _with_floats(value: Any) -> Any:
+    """Configuration data with numbers for transformers' ``{"__float__": "Infinity"}`` (JSON has no infinity)."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"} and str(value["__float__"]) in ("Infinity", "-Infinity", "NaN"):
+            return float(str(value["__float__"]))
+        return {key: _with_floats(item) for key, item in value.items()}
+    return [_with_floats(item) for item in value] if isinstance(value, list) else value
+
+
 def _version() -> str:
     import transformers
 
@@ -99,12 +114,19 @@ def _version() -> str:
 
 
 def _find_class(name: str) -> Any:
+    """A model class of transformers by its name; None where there is none (a file may name anything)."""
     import transformers
 
     try:
-        return getattr(transformers, name, None)
+        found = getattr(transformers, name, None)
     except (ImportError, RuntimeError) as error:
-        raise InputError(f"{name}: transformers cannot load it: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{name}: transformers cannot load it: {first_line(error)}") from None
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says something."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _make_config(kind: Any, data: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> Any:
@@ -113,7 +135,10 @@ def _make_config(kind: Any, data: Mapping[str, Any], overrides: Mapping[str, Any
     What the configuration derives from other entries (head sizes, kinds of layers) is derived after the change.
     """
     made: dict[str, Any] = copy.deepcopy(dict(data))
-    known = kind.from_dict(dict(data))
+    try:
+        known = kind.from_dict(copy.deepcopy(dict(data)))
+    except Exception as error:
+        raise InputError(f"{where}: {kind.__name__} refuses these values: {_last_line(error)}") from None
     for key, value in overrides.items():
         *path, last = key.split(".")
         part, owner = made, known
@@ -130,7 +155,11 @@ def _make_config(kind: Any, data: Mapping[str, Any], overrides: Mapping[str, Any
     try:
         return kind.from_dict(made)
     except Exception as error:
-        raise InputError(f"{where}: {kind.__name__} refuses these values: {str(error).splitlines()[-1]}") from None
+        raise InputError(f"{where}: {kind.__name__} refuses these values: {_last_line(error)}") from None
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[-1].strip()
 
 
 def _model_reads(config: Any, name: str) -> bool:
@@ -193,9 +222,8 @@ def build_model(config: Any, device: str, dtype: torch.dtype | None, expert_grou
             except Exception as error:  # a ValueError may say that the class has no such attention
                 if index + 1 < len(attempts) and isinstance(error, ValueError):
                     continue
-                line = next(iter(str(error).splitlines()), "")
                 raise InputError(f"model {kind.__name__} cannot be built from this configuration:"
-                                 f" {type(error).__name__}: {line}; check its values and those of --set") from error
+                                 f" {type(error).__name__}: {first_line(error)}; check its values and those of --set") from error
             break
     for part in model.modules():
         inner = getattr(part, "config", None)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mipipe.graphs.capture import loss as losses
 from mipipe.graphs.capture.export import silence
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.serialize import load_data
 
 Loss = Callable[[Any, Mapping[str, Tensor]], Any]
 
@@ -46,7 +47,8 @@ class Source:
 
 def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str = "float32",
                 overrides: Mapping[str, Any] | None = None, images: int = 1, image: int = 0, frames: int = 0,
-                expert_groups: int = 1, expert_parallel: int = 1, freeze: Sequence[str] = ()) -> Source:
+                expert_groups: int = 1, expert_parallel: int = 1, freeze: Sequence[str] = (),
+                config: Mapping[str, Any] | None = None) -> Source:
     """The source behind a path or name.
 
     Args:
@@ -60,6 +62,7 @@ def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: st
         expert_groups: into how many groups each expert bank is split.
         expert_parallel: over how many ranks the experts are shared, by all-to-all (transformers sources); 1: not.
         freeze: regular expressions; parameters whose FQN matches one do not train.
+        config: what the ``config.json`` of ``source`` held when a graph was captured; then ``source`` is not read.
 
     Raises:
         InputError: the source is unknown or does not give a model.
@@ -80,16 +83,22 @@ def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: st
         raise InputError(f"dtype: found {dtype!r}, expected a floating dtype such as float32 or bfloat16")
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", str(source)):
         return _from_factory(str(source), record)
-    return _from_transformers(source, record, kind)
+    return _from_transformers(source, record, kind, config)
 
 
-def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.dtype) -> Source:
+def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.dtype,
+                       data: Mapping[str, Any] | None = None) -> Source:
     try:
         from mipipe.graphs.models import families, tasks
         from mipipe.graphs.operators.layers import exchange_experts
     except ImportError as error:
         raise InputError(f"{source}: needs transformers (pip install 'mipipe[hf]'): {error}") from None
-    config = families.read_config(source, record["overrides"])
+    file = families.config_file(source)
+    if data is None and file is not None:
+        data = load_data(file)
+    if data is not None:
+        record["config"] = data  # so that a graph trains from any folder, wherever its source is
+    config = families.read_config(source, record["overrides"], data)
     kind, task = families.model_class(config), tasks.task_of(config, families.model_class(config))
     sizes = families.Sizes(record["seq"], record["batch"], record["images"], record["image"], record["frames"])
 

@@ -61,6 +61,8 @@ def build_module(graph: OperatorGraph, config: TrainConfig) -> nn.Module:
     """
     known = {key: graph.source[key] for key in _SOURCE_OPTIONS if key in graph.source}
     source = config.model or graph.source.get("source")
+    if config.model is None and isinstance(graph.source.get("config"), Mapping):
+        known["config"] = graph.source["config"]
     if source is None:
         raise InputError(f"graph of {graph.model}: captured from a module in memory, so its weights are unknown; set"
                          " 'model' in the train config to package.module:factory")
