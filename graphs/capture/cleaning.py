@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 import mipipe.graphs.operators.kernels  # noqa: F401  (registers mipipe's operators)
 from mipipe.graphs.recurrent import LAYERS
-from mipipe.graphs.tracing.joint import argument, attention_call, storage_of
+from mipipe.graphs.tracing.joint import argument, attention_call, origin, storage_of
 
 _DROPPED = ("aten._assert", "aten.sym_constrain", "aten._functional_assert")
 _SAME = {"aten.alias.default", "aten.lift_fresh_copy.default", "aten.lift_fresh.default", "aten.detach_.default"}
@@ -72,7 +72,7 @@ def _functional(graph: fx.Graph, node: fx.Node, placeholders: set[fx.Node]) -> N
         return
     changed = argument(node, 0)
     name = target._schema.name.split("::")[1]
-    if not name.endswith("_") or changed in placeholders or not isinstance(changed, fx.Node):
+    if not name.endswith("_") or not isinstance(changed, fx.Node) or origin(changed) in placeholders:
         return
     storage = storage_of(changed)
     before = [other for other in graph.nodes if other < node and storage_of(other) == storage]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import linecache
 import logging
 import operator
@@ -59,7 +60,7 @@ def export_model(module: nn.Module, inputs: Mapping[str, Any], *, prefix: str = 
     if len(storages) < len(tensors):
         raise GraphError("example inputs: one tensor is given under two names; pass a copy, or they become one input")
     try:
-        with silence(), no_stack_traces(), data_mode():
+        with silence(), no_stack_traces(), seen_mode():
             program = torch.export.export(module, (), dict(inputs), strict=False)
     except MipipeError:
         raise
@@ -68,16 +69,24 @@ def export_model(module: nn.Module, inputs: Mapping[str, Any], *, prefix: str = 
     return flatten_program(program, prefix, aliases_of(module))
 
 
-class data_mode(torch.overrides.TorchFunctionMode):
-    """Inside: ``x.data`` is ``x.detach()``, which is the same to read and, unlike it, seen by the exporter."""
+class seen_mode(torch.overrides.TorchFunctionMode):
+    """Inside, what the exporter would not see has a form that it sees.
+
+    ``x.data`` is ``x.detach()``, which is the same to read and to change. A tensor made of Python numbers on the meta
+    device, where they would be lost, is made on the CPU and moved.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
         if func == Tensor.data.__set__:  # type: ignore[attr-defined]
-            raise GraphError("the model's forward assigns to .data of a tensor, which an operator graph cannot say; compute"
-                             " a new tensor, or change buffers by copy_")
-        return func(*args, **(kwargs or {}))
+            raise GraphError("the model's forward assigns to .data of a tensor, which an operator graph cannot say; change"
+                             " it in place (x.data.copy_(y)), or compute a new tensor")
+        if func in (torch.tensor, torch.as_tensor) and str(kwargs.get("device")) == "meta" and not isinstance(
+                args[0], Tensor):
+            return func(*args, **{**kwargs, "device": "cpu"}).to("meta")
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -228,17 +237,41 @@ def _inline(node: fx.Node, graph: fx.Graph, env: dict[fx.Node, Any], prefix: str
         stop, body, args = not argument(node, 0), argument(node, 1), node.args[2:]
     inner = env[body]
     places = inner.graph.find_nodes(op="placeholder")
+    before = next(reversed(graph.nodes), None)
     results = _copy_nodes(inner, graph, dict(zip(places, _look_up(args, env), strict=True)), prefix)
     if not stop:
         return results
+    changed = _change_values_only(graph, before)
     detached = []
     for item in results:
+        if isinstance(item, fx.Node) and item in changed:  # a tensor from outside, which keeps its gradient
+            detached.append(changed[item])
+            continue
         if isinstance(item, fx.Node) and isinstance(item.meta.get("val"), Tensor):
             made = graph.call_function(aten.detach.default, (item,))
             made.meta.update(item.meta)
             item = made
         detached.append(item)
     return detached
+
+
+def _change_values_only(graph: fx.Graph, before: fx.Node | None) -> dict[fx.Node, fx.Node]:
+    """After ``before``, change tensors in place through ``detach``: without gradients, the change has none.
+
+    Returns for each change the tensor that it changed, which it stands for.
+    """
+    copied = list(itertools.takewhile(lambda node: node is not before, reversed(graph.nodes)))[::-1]
+    changed: dict[fx.Node, fx.Node] = {}
+    for node in copied:
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and node.all_input_nodes:
+            first = argument(node, 0)
+            changed[node] = changed.get(first, first)
+            with graph.inserting_before(node):
+                made = graph.call_function(aten.detach.default, (changed[node],))
+            made.meta.update(changed[node].meta, stack=node.meta.get("stack", ()))
+            node.args = (made, *node.args[1:])
+    return {node: source for node, source in changed.items() if source not in copied}
 
 
 def _module_stack(node: fx.Node, prefix: str) -> tuple[tuple[str, str, int], ...]:

@@ -37,7 +37,7 @@ def trace_segment(function: Function, inputs: Mapping[str, TensorSpec],
     """The trace of ``function(*inputs, *parameters, *buffers) -> tensors``, split into F, I and W.
 
     Args:
-        function: pure but for buffers, which it may change in place; called on fake tensors only.
+        function: pure but for parameters and buffers, which it may change in place; called on fake tensors only.
         inputs, parameters, buffers: argument names (distinct Python identifiers) to specs, in the order of the call.
         differentiable: for each input, whether its gradient is wanted; by default all of floating dtype.
         trainable: for each parameter, whether it trains; by default all.
@@ -53,7 +53,7 @@ def trace_segment(function: Function, inputs: Mapping[str, TensorSpec],
         trainable = [True] * len(parameters)
     flags = [*differentiable, *trainable, *([False] * len(buffers))]
     specs = [*inputs.values(), *parameters.values(), *buffers.values()]
-    made = trace_joint(function, specs, flags, wanted, len(inputs) + len(parameters))
+    made = trace_joint(function, specs, flags, wanted, len(inputs))
     _freeze_updated(made)
     phases = assign_phases(made, len(inputs))
     _repeat_parameter_views(made, phases, len(inputs))
