@@ -83,6 +83,9 @@ def run(job: Job, device: torch.device, options: argparse.Namespace) -> list[flo
                                           load_factor=config.experts.load_factor if config.experts else None))
     stored = weights if isinstance(weights, StoredWeights) else None
     del weights  # the whole model, where it was made here
+    if config.save is not None:
+        from mipipe.runtime.save_check import check_save
+        check_save(engine, config, stored)
     rows = microbatch_rows(graph) * plan.problem.num_microbatches
     batches = make_batches(config.data, graph, rows, config.seed, engine.mesh.copy)
     show = ProgressBar(config.steps, options.progress) if options.progress else None
@@ -90,8 +93,8 @@ def run(job: Job, device: torch.device, options: argparse.Namespace) -> list[flo
     start = trainer.resume() if options.resume else 0
     losses = trainer.run(start)
     if config.save is not None:
-        from mipipe.runtime.weights.save import save_trained
-        save_trained(engine, config, stored, replace=options.resume)
+        from mipipe.runtime.save_check import save_or_rescue
+        save_or_rescue(engine, config, stored, replace=options.resume)
     return losses
 
 
