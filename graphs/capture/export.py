@@ -12,6 +12,7 @@ import itertools
 import linecache
 import logging
 import operator
+import re
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mipipe.graphs.capture.cleaning import clean
+from mipipe.graphs.dynamic_rows import is_dynamic, pick_rows
 from mipipe.graphs.errors import GraphError, MipipeError
 from mipipe.graphs.tracing.joint import argument, make_constant, no_stack_traces
 
@@ -66,7 +68,37 @@ def export_model(module: nn.Module, inputs: Mapping[str, Any], *, prefix: str = 
         raise
     except Exception as error:
         raise GraphError(explain(module, error)) from error
-    return flatten_program(program, prefix, aliases_of(module))
+    try:
+        return flatten_program(program, prefix, aliases_of(module))
+    except UnsteadySize as error:
+        raise GraphError(f"{error.text}{_line_of(module, inputs, error.kind)}; {error.advice}") from None
+
+
+class UnsteadySize(GraphError):
+    """An operator of the model gives a result whose size depends on data in a way that no trace can say."""
+
+    advice = ("rows picked by a mask can be captured (torch.where(mask), x[mask], nonzero); write it with one of these,"
+              " pad to a fixed number, or weigh by the mask instead")
+
+    def __init__(self, node: fx.Node) -> None:
+        self.kind = str(node.target)
+        place = "".join(f" in {path} ({name})" for path, name, _ in node.meta.get("stack", ())[-1:] if path)
+        self.text = f"the size of what {self.kind} returns{place} depends on data"
+        super().__init__(f"{self.text}; {self.advice}")
+
+
+def _line_of(module: nn.Module, inputs: Mapping[str, Any], kind: str) -> str:
+    """Where the model calls an operator whose size depends on data: exported again, now with stack traces."""
+    with silence(), seen_mode():
+        program = torch.export.export(module, (), dict(inputs), strict=False)
+    torch_folder, own = str(Path(torch.__file__).parent), str(Path(__file__).parent)
+    for node in program.graph.nodes:
+        if str(node.target) == kind and is_dynamic(node):
+            frames = re.findall(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)', node.meta.get("stack_trace") or "")
+            frames = [frame for frame in frames if not frame[0].startswith((torch_folder, own))]
+            if frames:
+                return " at {}:{} `{}`".format(*frames[-1])
+    return ""
 
 
 class seen_mode(torch.overrides.TorchFunctionMode):
@@ -170,6 +202,8 @@ def flatten_program(program: torch.export.ExportedProgram, prefix: str, aliases:
     user = [item for item, spec in zip(results, specs, strict=True) if spec.kind.name in ("USER_OUTPUT", "LOSS_OUTPUT")]
     outputs = {name: node for name, node in zip(_output_names(program), user, strict=True) if isinstance(node, fx.Node)}
     outputs.update(clean(graph, outputs))
+    for node in pick_rows(graph):
+        raise UnsteadySize(node)
     return Exported(graph, inputs, parameters, buffers, outputs)
 
 

@@ -17,6 +17,7 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
+from mipipe.graphs import dynamic_rows
 from mipipe.graphs.capture.export import Exported
 from mipipe.graphs.capture.labels import Granularity, Label, label_nodes
 from mipipe.graphs.errors import GraphError
@@ -44,6 +45,7 @@ def cut_segments(exported: Exported, granularity: Granularity = "block") -> list
     cloned = clonable(exported, nodes)
     own = [node for node in nodes if node not in cloned]
     labels = label_nodes(own, granularity)
+    dynamic_rows.keep_together(own, labels)
     _keep_together(own, labels)
     labels = _acyclic(own, labels)
     members: dict[Label, list[fx.Node]] = {}

@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx, nn
 
+from mipipe.graphs import dynamic_rows
 from mipipe.graphs.operator_graph import Operator, Phase, SavedTensor, SegmentTrace, TensorSpec
 from mipipe.graphs.operators.flops import count_flops, num_bytes
 from mipipe.graphs.serialize import digest
@@ -54,6 +55,10 @@ def trace_segment(function: Function, inputs: Mapping[str, TensorSpec],
     flags = [*differentiable, *trainable, *([False] * len(buffers))]
     specs = [*inputs.values(), *parameters.values(), *buffers.values()]
     made = trace_joint(function, specs, flags, wanted, len(inputs))
+    if dynamic_rows.picks_rows(made.graph):
+        with dynamic_rows.second_stand_ins():
+            other = trace_joint(function, specs, flags, wanted, len(inputs))
+        dynamic_rows.restore_sizes(made.graph, other.graph)
     _freeze_updated(made)
     phases = assign_phases(made, len(inputs))
     _repeat_parameter_views(made, phases, len(inputs))
