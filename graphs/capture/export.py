@@ -14,7 +14,7 @@ import logging
 import operator
 import re
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mipipe.graphs.capture.cleaning import clean
+from mipipe.graphs.ctc import ctc_loss_call
 from mipipe.graphs.dynamic_rows import is_dynamic, pick_rows
 from mipipe.graphs.errors import GraphError, MipipeError
 from mipipe.graphs.tracing.joint import argument, make_constant, no_stack_traces
@@ -105,7 +106,7 @@ class seen_mode(torch.overrides.TorchFunctionMode):
     """Inside, what the exporter would not see has a form that it sees.
 
     ``x.data`` is ``x.detach()``, which is the same to read and to change. A tensor made of Python numbers on the meta
-    device, where they would be lost, is made on the CPU and moved.
+    device, where they would be lost, is made on the CPU and moved. ctc_loss is mipipe's, of fixed shapes.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -115,6 +116,8 @@ class seen_mode(torch.overrides.TorchFunctionMode):
         if func == Tensor.data.__set__:  # type: ignore[attr-defined]
             raise GraphError("the model's forward assigns to .data of a tensor, which an operator graph cannot say; change"
                              " it in place (x.data.copy_(y)), or compute a new tensor")
+        if func is torch.nn.functional.ctc_loss:
+            return ctc_loss_call(*args, **kwargs)
         if func in (torch.tensor, torch.as_tensor) and str(kwargs.get("device")) == "meta" and not isinstance(
                 args[0], Tensor):
             return func(*args, **{**kwargs, "device": "cpu"}).to("meta")
@@ -202,9 +205,24 @@ def flatten_program(program: torch.export.ExportedProgram, prefix: str, aliases:
     user = [item for item, spec in zip(results, specs, strict=True) if spec.kind.name in ("USER_OUTPUT", "LOSS_OUTPUT")]
     outputs = {name: node for name, node in zip(_output_names(program), user, strict=True) if isinstance(node, fx.Node)}
     outputs.update(clean(graph, outputs))
+    live = needed(graph, outputs.values())
     for node in pick_rows(graph):
-        raise UnsteadySize(node)
+        if node in live:
+            raise UnsteadySize(node)
     return Exported(graph, inputs, parameters, buffers, outputs)
+
+
+def needed(graph: fx.Graph, outputs: Iterable[fx.Node]) -> set[fx.Node]:
+    """Nodes that an output or a tensor changed in place depends on."""
+    live: set[fx.Node] = set()
+    pending = [*outputs, *(node for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)
+                           and node.target._schema.is_mutable)]
+    while pending:
+        node = pending.pop()
+        if node not in live:
+            live.add(node)
+            pending.extend(node.all_input_nodes)
+    return live
 
 
 def _constant(graph: fx.Graph, value: Tensor, name: str) -> fx.Node:

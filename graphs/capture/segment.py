@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from mipipe.graphs import dynamic_rows
-from mipipe.graphs.capture.export import Exported
+from mipipe.graphs.capture.export import Exported, needed
 from mipipe.graphs.capture.labels import Granularity, Label, label_nodes
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.tracing.joint import argument, origin, storage_of
@@ -64,14 +64,7 @@ def cut_segments(exported: Exported, granularity: Granularity = "block") -> list
 
 def _live_nodes(exported: Exported) -> list[fx.Node]:
     """Operators that an output or a buffer's new value depends on, in graph order."""
-    mutating = [node for node in exported.graph.nodes if _mutated(node) is not None]
-    live: set[fx.Node] = set()
-    pending = [*exported.outputs.values(), *mutating]
-    while pending:
-        node = pending.pop()
-        if node not in live:
-            live.add(node)
-            pending.extend(node.all_input_nodes)
+    live = needed(exported.graph, exported.outputs.values())
     return [node for node in exported.graph.nodes if node in live and node.op == "call_function"]
 
 

@@ -20,7 +20,8 @@ from torch import nn
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.models.fixed_grids import fix_grids, grid_of
-from mipipe.graphs.operators.layers import NAME, register
+from mipipe.graphs.operators.layers import NAME, register, visit_every_expert, watch_positions
+from mipipe.graphs.real_images import keep_all_images
 from mipipe.graphs.serialize import load_data
 
 
@@ -29,7 +30,9 @@ class Adjustment:
     """What a model type needs: its class, another attention implementation, fixed forward arguments.
 
     ``fixed_grids``: image and video grids become constants (`mipipe.graphs.models.fixed_grids`). ``layers_apart``: text (a
-    time) stands between a video's layers, so that each is laid out as an image.
+    time) stands between a video's layers, so that each is laid out as an image. ``images``: how a microbatch's images
+    are given, ``in a row``, ``by sample`` or ``in tiles`` (`mipipe.graphs.example_inputs`). ``masks``: attention masks
+    that it cannot do without.
     """
 
     architecture: str | None = None
@@ -37,6 +40,8 @@ class Adjustment:
     constants: Mapping[str, Any] = field(default_factory=dict)
     fixed_grids: bool = False
     layers_apart: bool = False
+    images: str = "in a row"
+    masks: tuple[str, ...] = ()
 
 
 ADJUSTMENTS: dict[str, Adjustment] = {
@@ -46,6 +51,10 @@ ADJUSTMENTS: dict[str, Adjustment] = {
     "qwen2_5_vl": Adjustment(fixed_grids=True),
     "qwen3_vl": Adjustment(fixed_grids=True, layers_apart=True),
     "qwen3_vl_moe": Adjustment(fixed_grids=True, layers_apart=True),
+    **dict.fromkeys(("idefics2", "idefics3", "smolvlm", "modernvbert", "ultravbert"), Adjustment(images="by sample")),
+    "mllama": Adjustment(images="in tiles"),
+    "switch_transformers": Adjustment(masks=("attention_mask", "decoder_attention_mask")),
+    "nllb-moe": Adjustment(masks=("attention_mask", "decoder_attention_mask")),
 }
 
 
@@ -208,6 +217,7 @@ def build_model(config: Any, device: str, dtype: torch.dtype | None, expert_grou
         InputError: the class refuses the configuration.
     """
     register()
+    _refuse_host_randomness(config)
     kind, adjustment = model_class(config), ADJUSTMENTS.get(config.model_type, Adjustment())
     parts = [config, *(part for part in vars(config).values() if hasattr(part, "model_type"))]
     for part in parts:
@@ -230,9 +240,25 @@ def build_model(config: Any, device: str, dtype: torch.dtype | None, expert_grou
         if inner is not None:
             inner.mipipe_expert_groups = expert_groups
             inner._experts_implementation = NAME
+    visit_every_expert(model)
+    watch_positions(model)
+    if adjustment.images == "by sample":
+        keep_all_images(model)
     if adjustment.fixed_grids:
         fix_grids(model, grid_for(config, sizes or Sizes()))
     return model.train()
+
+
+def _refuse_host_randomness(config: Any) -> None:
+    """Raise `InputError` where the model would draw random numbers on the host: a graph would repeat the same for ever."""
+    for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+        if getattr(config, name, 0):
+            raise InputError(f"{name}: found {getattr(config, name)}, but layers that are dropped at random are not the"
+                             f" same graph in every step; --set {name}=0")
+    masks = [name for name in ("mask_time_prob", "mask_feature_prob") if getattr(config, name, 0)]
+    if masks and getattr(config, "apply_spec_augment", hasattr(config, "mask_time_length")):
+        raise InputError(f"{masks[0]}: found {getattr(config, masks[0])}, but its masks are drawn outside the model's"
+                         " graph, which would repeat the same for ever; --set apply_spec_augment=false")
 
 
 def grid_for(config: Any, sizes: Sizes) -> Any:

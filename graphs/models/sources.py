@@ -48,7 +48,7 @@ class Source:
 def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str = "float32",
                 overrides: Mapping[str, Any] | None = None, images: int = 1, image: int = 0, frames: int = 0,
                 expert_groups: int = 1, expert_parallel: int = 1, freeze: Sequence[str] = (),
-                config: Mapping[str, Any] | None = None) -> Source:
+                config: Mapping[str, Any] | None = None, inputs: str | None = None) -> Source:
     """The source behind a path or name.
 
     Args:
@@ -63,6 +63,7 @@ def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: st
         expert_parallel: over how many ranks the experts are shared, by all-to-all (transformers sources); 1: not.
         freeze: regular expressions; parameters whose FQN matches one do not train.
         config: what the ``config.json`` of ``source`` held when a graph was captured; then ``source`` is not read.
+        inputs: ``package.module:function`` that gives the example inputs of a transformers source in place of mipipe's.
 
     Raises:
         InputError: the source is unknown or does not give a model.
@@ -82,13 +83,16 @@ def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: st
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise InputError(f"dtype: found {dtype!r}, expected a floating dtype such as float32 or bfloat16")
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", str(source)):
+        if inputs is not None:
+            raise InputError(f"{source}: a factory returns its example inputs itself; leave --inputs out")
         return _from_factory(str(source), record)
-    return _from_transformers(source, record, kind, config)
+    return _from_transformers(source, record, kind, config, inputs)
 
 
 def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.dtype,
-                       data: Mapping[str, Any] | None = None) -> Source:
+                       data: Mapping[str, Any] | None = None, given: str | None = None) -> Source:
     try:
+        from mipipe.graphs import example_inputs
         from mipipe.graphs.models import families, tasks
         from mipipe.graphs.operators.layers import exchange_experts
     except ImportError as error:
@@ -108,8 +112,14 @@ def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.
             exchange_experts(made)
         return _freeze(made, record["freeze"])
 
-    return Source(kind.__name__, build, lambda device: tasks.example_inputs(config, kind, sizes, device, dtype),
-                  "meta", task, task.info, task.withheld, task.constants, record)
+    def inputs(device: str) -> dict[str, Any]:
+        if given is not None:
+            return example_inputs.given_inputs(given, config, device, dtype)
+        return example_inputs.example_inputs(config, kind, sizes, device, dtype)
+
+    if given is not None and "labels" not in inputs("meta"):
+        task = tasks.TaskLoss("own", constants=task.constants)  # from what the model itself takes
+    return Source(kind.__name__, build, inputs, "meta", task, task.info, task.withheld, task.constants, record)
 
 
 def _from_factory(source: str, record: dict[str, Any]) -> Source:

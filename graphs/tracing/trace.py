@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mipipe.graphs import dynamic_rows, recurrent
+from mipipe.graphs import ctc, dynamic_rows, recurrent
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import Operator, Phase, SegmentTrace, TensorSpec
 from mipipe.graphs.operators import expert_kernels, kernels
@@ -205,7 +205,7 @@ def phase_source(trace: SegmentTrace, phase: Phase, device: torch.device,
                  given: Mapping[str, Callable[..., Any]] | None = None,
                  handing: bool = False) -> tuple[str, dict[str, Any]]:
     """The Python text of a phase's function, named ``phase``, and the globals it needs."""
-    direct = {**kernels.DIRECT, **kernels.ANY_LAYOUT, **recurrent.DIRECT, **dynamic_rows.DIRECT, **expert_kernels.ALONE, **(given or {})}
+    direct = {**kernels.DIRECT, **kernels.ANY_LAYOUT, **recurrent.DIRECT, **dynamic_rows.DIRECT, **ctc.DIRECT, **expert_kernels.ALONE, **(given or {})}
     arguments, results = phase_signature(trace, phase)
     operators = list(trace.phase_operators(phase))
     last_use = {name: index for index, item in enumerate(operators) for name in (item.name, *item.inputs)}

@@ -35,12 +35,14 @@ MOE = {**TEXT, "moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_to
 
 @dataclass(frozen=True)
 class Case:
-    """A small variant of a family: source name, overrides, capture options, and the branches expected."""
+    """A small variant of a family: source name, overrides, capture options, the branches expected, and how many tokens
+    of each text are an image's."""
 
     source: str
     overrides: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
     branches: frozenset[str | None] = frozenset({None})
+    image_tokens: int = 0
 
 
 VISION = {f"vision_config.{key}": value for key, value in {
@@ -71,7 +73,7 @@ QUICK = {
         "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8,
         "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4, "n_shared_experts": 1}),
     "llava": Case("llava", {**text(TEXT), **VISION, "image_token_index": 63}, {"seq": 12, "image": 8},
-                  frozenset({"vision", "text", "projector"})),
+                  frozenset({"vision", "text", "projector"}), 4),
 }
 SLOW = {
     "qwen2_5_vl": Case("qwen2_5_vl", {**QWEN_VL, "vision_config.window_size": 8, "vision_config.fullatt_block_indexes":
@@ -125,7 +127,7 @@ def eager_loss(case: Case, graph: OperatorGraph, model: Any, batch: Mapping[str,
     """The model's own loss of one microbatch, summed over labels, by formulas of our own."""
     config = model.config
     task = tasks.task_of(config, type(model))
-    if task.kind == "own":
+    if task.kind in ("own", "ctc"):
         return model(**batch, **task.constants).loss
     extra = image_arguments(case, batch, config)
     output = model(**{key: item for key, item in batch.items() if key != "labels"}, **task.constants, **extra)
@@ -140,7 +142,7 @@ def eager_loss(case: Case, graph: OperatorGraph, model: Any, batch: Mapping[str,
 
 def image_arguments(case: Case, batch: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
     """What Qwen-VL's processor adds for the model's own forward: the grids of the images and where their tokens are."""
-    if "image_token_id" not in case.overrides:
+    if "image_token_id" not in case.overrides or case.image_tokens:
         return {}
     side = case.options["image"] // config.vision_config.patch_size
     if "frames" in case.options:
@@ -157,23 +159,34 @@ def random_batch(case: Case, graph: OperatorGraph, config: Any) -> dict[str, Ten
     for value in graph.values:
         if value.source is None:
             dtype = getattr(torch, value.spec.dtype)
+            high = {"token_type_ids": 2, "start_positions": 7, "end_positions": 7, "next_sentence_label": 2,
+                    "aspect_ratio_ids": 3}.get(value.name, 60)
             batch[value.name] = (torch.randn(value.spec.shape, dtype=dtype) if dtype.is_floating_point
-                                 else torch.randint(0, 60, value.spec.shape))
-    if batch.get("labels") is not None and batch["labels"].dim() == 2:
-        batch["labels"][:, -2] = -100
-    elif batch.get("labels") is not None:
-        batch["labels"] %= config.num_labels
+                                 else torch.randint(0, high, value.spec.shape))
+        if "mask" in value.name and value.source is None:
+            batch[value.name] = torch.ones(value.spec.shape, dtype=torch.int64)
+    if "attention_mask" in batch:
+        batch["attention_mask"][..., -2:] = torch.tensor([1, 0])
+    labels = batch.get("labels")
+    if labels is not None and case.source.endswith(("Classification", "NextSentencePrediction", "MultipleChoice",
+                                                    "Segmentation")):
+        labels %= 2 if case.source.endswith("MultipleChoice") else config.num_labels
+    elif labels is not None and case.source.endswith("CTC"):
+        labels %= config.vocab_size
+    if labels is not None and labels.dim() == 2:
+        labels[:, -2] = -100
     if "text_config.eos_token_id" in case.overrides:  # CLIP reads its text at this token
         batch["input_ids"][:, -1] = case.overrides["text_config.eos_token_id"]
     if "frames" in case.options:  # one video, each layer at a place of its own where text stands between them
         starts = (3, 7) if case.source == "qwen2_5_vl" else (3, 12)
         for row, start in itertools.product(range(len(batch["input_ids"])), starts):
             batch["input_ids"][row, start + row:start + row + 4] = case.overrides["video_token_id"]
-    elif "image_token_id" in case.overrides:  # two images in each text, at different places
+    elif "image_token_id" in case.overrides and not case.image_tokens:  # two images in each text, at different places
         for row, (first, second) in enumerate([(1, 11), (2, 13)]):
             batch["input_ids"][row, first:first + 9] = batch["input_ids"][row, second:second + 9] = 63
-    if "image_token_index" in case.overrides:
-        batch["input_ids"][:, 1:5] = case.overrides["image_token_index"]
+    if case.image_tokens:
+        token = case.overrides.get("image_token_id", case.overrides.get("image_token_index"))
+        batch["input_ids"][:, 1:1 + case.image_tokens] = token
     return batch
 
 
