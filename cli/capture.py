@@ -41,9 +41,9 @@ def capture(
         help="Parameters that do not train: a regular expression on their names, such as 'vision_tower'; may be"
              " repeated.")] = None,
     inputs: Annotated[str | None, typer.Option(
-        metavar="PACKAGE.MODULE:FUNCTION", help="A function of yours that returns the example inputs of one microbatch, a"
-        " dict of tensors by forward argument (it is called with the configuration if it takes an argument), in place of"
-        " mipipe's.")] = None,
+        metavar="PACKAGE.MODULE:FUNCTION", help="A function of yours that returns the example inputs of one"
+        " microbatch, a dict of tensors by forward argument, in place of mipipe's; it is called with the configuration"
+        " if it takes an argument.")] = None,
     granularity: Annotated[str, typer.Option(help="The smallest pieces: layer, block, module or operator.")] = "block",
     tags: Annotated[Path | None, typer.Option(help="Corrections of the annotation (YAML: layers, branches, roles by"
                                                    " patterns).")] = None,

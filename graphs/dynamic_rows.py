@@ -1,8 +1,8 @@
-"""Rows picked by data: ``torch.where(mask)``, ``nonzero``, ``x[mask]`` inside a segment, as loops over experts write them.
+"""Rows picked by data: ``torch.where(mask)``, ``nonzero``, ``x[mask]``, as loops over experts write them.
 
-How many rows there are differs in every call, so a trace has none of their sizes in it. A segment is traced twice, with
-two stand-ins for each count; what differs between the traces is a multiple of a count, and becomes an operator that asks
-the picked rows for it (`restore_sizes`). Nothing is dropped or padded, whatever the mask. Memory and flops of the graph
+How many rows there are differs in every call, so a trace has none of their sizes in it. A segment is traced twice,
+with two stand-ins for each count; what differs between the traces is a multiple of a count, and becomes an operator
+that asks the picked rows for it (`restore_sizes`). Nothing is dropped or padded, whatever the mask. Memory and flops of the graph
 are those of the first stand-in: an equal share among the masks that are made of one tensor (the experts of a layer),
 else half of the rows.
 
@@ -27,6 +27,7 @@ from mipipe.graphs.errors import GraphError
 from mipipe.graphs.tracing.joint import storage_of
 
 Pair = tuple[int, int]
+_ADVICE = "pad to a fixed number, or weigh rows by the mask instead of picking them"
 _which = 0
 """Which of its two stand-ins a count has at the moment."""
 
@@ -105,7 +106,7 @@ def is_dynamic(node: fx.Node) -> bool:
 
 
 def pick_rows(graph: fx.Graph) -> list[fx.Node]:
-    """Give operators that pick rows by a mask the forms above; those whose sizes depend on data otherwise are returned."""
+    """Give operators that pick rows by a mask the `FORMS`; those whose sizes depend on data otherwise are returned."""
     for node in list(graph.nodes):
         if str(node.target) in ("aten.index_put.default", "aten.index_put_.default"):
             _spell_out(graph, node)
@@ -267,8 +268,7 @@ def restore_sizes(graph: fx.Graph, other: fx.Graph) -> None:
     pairs = list(zip(graph.nodes, other.nodes, strict=False))
     if len(graph.nodes) != len(other.nodes) or any(str(a.target) != str(b.target) for a, b in pairs
                                                    if a.op == "call_function"):
-        raise GraphError("its operators differ with the number of rows that a mask picks; pad to a fixed number, or weigh"
-                         " rows by the mask instead of picking them")
+        raise GraphError(f"its operators differ with the number of rows that a mask picks; {_ADVICE}")
 
     def size(node: fx.Node, first: Any, second: Any) -> fx.Node:
         for pick in picks:
@@ -278,8 +278,8 @@ def restore_sizes(graph: fx.Graph, other: fx.Graph) -> None:
                     made = graph.call_function(torch.ops.mipipe.row_count.default, (pick, factor))
                 made.meta.update(val=first)
                 return made
-        raise GraphError(f"{node.target} has an argument that depends on the number of rows that a mask picks, and is no"
-                         " multiple of it; pad to a fixed number, or weigh rows by the mask instead of picking them")
+        raise GraphError(f"{node.target} has an argument that depends on the rows that a mask picks, and is no"
+                         f" multiple of it; {_ADVICE}")
 
     def merged(node: fx.Node, first: Any, second: Any) -> Any:
         if isinstance(first, (tuple, list)):

@@ -1,7 +1,7 @@
 """Example inputs of a transformers model: tensors with one microbatch's shapes, by argument of the model's forward.
 
-Shapes follow from the configuration, the class and what its forward takes. Values are zeros (on meta there are none), so
-nothing here says what a model is trained on; where the shapes are not known, the caller's own function gives them.
+Shapes follow from the configuration, the class and what its forward takes. Values are zeros (on meta there are none),
+so nothing here says what a model is trained on; where the shapes are not known, the caller's own function gives them.
 """
 
 from __future__ import annotations
@@ -186,6 +186,7 @@ def given_inputs(name: str, config: Any, device: str, dtype: torch.dtype) -> dic
         line = next(iter(str(error).splitlines()), "")
         raise InputError(f"--inputs {name}: {type(error).__name__}: {line}") from error
     if not isinstance(result, Mapping) or not any(isinstance(item, Tensor) for item in result.values()):
-        raise InputError(f"--inputs {name}: found {type(result).__name__}, expected a dict of tensors by forward argument")
+        raise InputError(f"--inputs {name}: found {type(result).__name__}, expected a dict of tensors by forward"
+                         " argument")
     return {key: item.to(device=device, dtype=dtype if item.is_floating_point() else item.dtype)
             if isinstance(item, Tensor) else item for key, item in result.items()}

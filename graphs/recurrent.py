@@ -2,16 +2,18 @@
 
 ATen's own layers become one opaque kernel on the CPU, whose workspace and layout differ from what fake tensors say, and
 whose backward makes all gradients at once. Here the input projection is an ordinary product, the recurrence is one
-operator, ``mipipe::recurrence``, and its backward gives the gradients of the gates before their nonlinearity; what makes
-weight gradients of these are ordinary products again, which W may delay.
+operator, ``mipipe::recurrence``, and its backward gives the gradients of the gates before their nonlinearity; what
+makes weight gradients of these are ordinary products again, which W may delay.
 
 Formulas as in the documentation of ``torch.nn.LSTM``, ``GRU`` and ``RNN``; gates in torch's order (i, f, g, o and r, z,
-n). Legend: S steps, B batch, H hidden size, G gates of the cell, A kept activations of the cell, L layers, D directions.
+n). Left out: packed sequences. Legend: S steps, B batch, H hidden size, G gates of the cell, A kept activations of the
+cell, L layers, D directions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -162,28 +164,27 @@ Weights = Sequence[Tensor]
 def lstm(x: Tensor, start: Sequence[Tensor], weights: Weights, has_biases: bool, num_layers: int, dropout: float,
          train: bool, bidirectional: bool, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
     """``aten.lstm.input``: x [S,B,I] (or [B,S,I]), start and cell [L*D,B,H], weights of each layer and direction."""
-    out, last, cells = _layers("lstm", x, start[0], start[1], weights, has_biases, num_layers, dropout if train else 0.0,
-                               bidirectional, batch_first)
-    return out, last, cells
+    return _layers("lstm", x, start[0], start[1], weights, has_biases, num_layers, dropout if train else 0.0,
+                   bidirectional, batch_first)
 
 
-def gru(x: Tensor, start: Tensor, *options: object) -> tuple[Tensor, Tensor]:
-    """``aten.gru.input``."""
-    return _single("gru", x, start, *options)
+def gru(x: Tensor, start: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """``aten.gru.input``; arguments as of `lstm`."""
+    return _without_cell("gru", x, start, *options)
 
 
-def rnn_tanh(x: Tensor, start: Tensor, *options: object) -> tuple[Tensor, Tensor]:
-    """``aten.rnn_tanh.input``."""
-    return _single("tanh", x, start, *options)
+def rnn_tanh(x: Tensor, start: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """``aten.rnn_tanh.input``; arguments as of `lstm`."""
+    return _without_cell("tanh", x, start, *options)
 
 
-def rnn_relu(x: Tensor, start: Tensor, *options: object) -> tuple[Tensor, Tensor]:
-    """``aten.rnn_relu.input``."""
-    return _single("relu", x, start, *options)
+def rnn_relu(x: Tensor, start: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """``aten.rnn_relu.input``; arguments as of `lstm`."""
+    return _without_cell("relu", x, start, *options)
 
 
-def _single(kind: str, x: Tensor, start: Tensor, weights: Weights, has_biases: bool, num_layers: int, dropout: float,
-            train: bool, bidirectional: bool, batch_first: bool) -> tuple[Tensor, Tensor]:
+def _without_cell(kind: str, x: Tensor, start: Tensor, weights: Weights, has_biases: bool, num_layers: int,
+                  dropout: float, train: bool, bidirectional: bool, batch_first: bool) -> tuple[Tensor, Tensor]:
     return _layers(kind, x, start, None, weights, has_biases, num_layers, dropout if train else 0.0, bidirectional,
                    batch_first)[:2]
 
@@ -219,7 +220,8 @@ def _layer(kind: str, x: Tensor, start: Tensor, cell: Tensor | None, weights: We
            has_biases: bool) -> tuple[Tensor, Tensor, Tensor]:
     """One layer in one direction: outputs [S,B,H], the last of them, the last cell state."""
     gates = functional.linear(x, weights[0], weights[2] if has_biases else None)
-    out, cells, _ = torch.ops.mipipe.recurrence(kind, gates, weights[1], weights[3] if has_biases else None, start, cell)
+    bias = weights[3] if has_biases else None
+    out, cells, _ = torch.ops.mipipe.recurrence(kind, gates, weights[1], bias, start, cell)
     return out, out[-1], cells[-1] if kind == "lstm" else out[-1]
 
 
@@ -227,6 +229,7 @@ def _projected(x: Tensor, start: Tensor, cell: Tensor | None, weights: Weights,
                has_biases: bool) -> tuple[Tensor, Tensor, Tensor]:
     """One layer of an LSTM whose output is a projection of its hidden state (``proj_size``), in plain operators."""
     gates = functional.linear(x, weights[0], weights[2] if has_biases else None)
+    assert cell is not None
     outs, state = [], start
     for step in range(x.shape[0]):
         inner = gates[step] + functional.linear(state, weights[1], weights[3] if has_biases else None)
@@ -234,7 +237,6 @@ def _projected(x: Tensor, start: Tensor, cell: Tensor | None, weights: Weights,
         cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
         state = functional.linear(torch.sigmoid(o) * torch.tanh(cell), weights[-1])
         outs.append(state)
-    assert cell is not None
     return torch.stack(outs), state, cell
 
 

@@ -1,4 +1,4 @@
-"""What can fail when trained weights are saved is found before the first step; what fails all the same loses nothing."""
+"""What can fail when trained weights are saved is found before the first step; what fails then loses nothing."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def _is_noop(node: fx.Node) -> bool:
 
 
 def _replace_kernel(node: fx.Node) -> None:
-    """Use mipipe's operators for attention, recurrent layers, grouped products and integer histograms, and CPU-free device arguments."""
+    """Use mipipe's operators for attention, recurrent layers, grouped products and histograms of integers."""
     kind = str(node.target)
     if kind == "aten.scaled_dot_product_attention.default":
         node.target = attention_call

@@ -114,8 +114,8 @@ class seen_mode(torch.overrides.TorchFunctionMode):
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
         if func == Tensor.data.__set__:  # type: ignore[attr-defined]
-            raise GraphError("the model's forward assigns to .data of a tensor, which an operator graph cannot say; change"
-                             " it in place (x.data.copy_(y)), or compute a new tensor")
+            raise GraphError("the model's forward assigns to .data of a tensor, which an operator graph cannot say;"
+                             " change it in place (x.data.copy_(y)), or compute a new tensor")
         if func is torch.nn.functional.ctc_loss:
             return ctc_loss_call(*args, **kwargs)
         if func in (torch.tensor, torch.as_tensor) and str(kwargs.get("device")) == "meta" and not isinstance(

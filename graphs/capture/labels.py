@@ -153,7 +153,8 @@ def _moe_part(node: fx.Node, inner: str, rest: str) -> str:
 
 def is_heavy(node: fx.Node) -> bool:
     """Whether an operator is a matrix product, a convolution, an embedding, attention or a recurrent layer."""
-    return node.target is attention_call or node.target in LAYERS.values() or _HEAVY.search(str(node.target)) is not None
+    known = node.target is attention_call or node.target in LAYERS.values()
+    return known or _HEAVY.search(str(node.target)) is not None
 
 
 def _attach(nodes: Sequence[fx.Node], labels: dict[fx.Node, Label | None], units: Mapping[fx.Node, str]) -> None:

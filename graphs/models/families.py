@@ -20,7 +20,7 @@ from torch import nn
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.models.fixed_grids import fix_grids, grid_of
-from mipipe.graphs.operators.layers import NAME, register, visit_every_expert, watch_positions
+from mipipe.graphs.operators.layers import NAME, register, settle_routers, visit_every_expert, watch_positions
 from mipipe.graphs.real_images import keep_all_images
 from mipipe.graphs.serialize import load_data
 
@@ -233,7 +233,8 @@ def build_model(config: Any, device: str, dtype: torch.dtype | None, expert_grou
                 if index + 1 < len(attempts) and isinstance(error, ValueError):
                     continue
                 raise InputError(f"model {kind.__name__} cannot be built from this configuration:"
-                                 f" {type(error).__name__}: {first_line(error)}; check its values and those of --set") from error
+                                 f" {type(error).__name__}: {first_line(error)}; check its values and those of --set"
+                                 ) from error
             break
     for part in model.modules():
         inner = getattr(part, "config", None)
@@ -241,6 +242,7 @@ def build_model(config: Any, device: str, dtype: torch.dtype | None, expert_grou
             inner.mipipe_expert_groups = expert_groups
             inner._experts_implementation = NAME
     visit_every_expert(model)
+    settle_routers(model)
     watch_positions(model)
     if adjustment.images == "by sample":
         keep_all_images(model)
@@ -250,7 +252,7 @@ def build_model(config: Any, device: str, dtype: torch.dtype | None, expert_grou
 
 
 def _refuse_host_randomness(config: Any) -> None:
-    """Raise `InputError` where the model would draw random numbers on the host: a graph would repeat the same for ever."""
+    """Raise `InputError` where the model would draw random numbers on the host: a graph would repeat the same ones."""
     for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
         if getattr(config, name, 0):
             raise InputError(f"{name}: found {getattr(config, name)}, but layers that are dropped at random are not the"

@@ -58,11 +58,11 @@ class TaskLoss:
         return total
 
     def _ctc(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """transformers' own: every frame counts, labels that are blank or -100 do not; always in float32."""
+        """transformers' own: every frame counts, blank labels and -100 do not; always in float32."""
         valid = (labels != -100) & (labels != self.options["blank"])
         frames = torch.full((logits.shape[0],), logits.shape[1], dtype=torch.int64, device=logits.device)
-        return nn.functional.ctc_loss(logits.log_softmax(-1, dtype=torch.float32).transpose(0, 1), labels[valid], frames,
-                                      valid.sum(-1), **self.options)
+        log_probs = logits.log_softmax(-1, dtype=torch.float32).transpose(0, 1)
+        return nn.functional.ctc_loss(log_probs, labels[valid], frames, valid.sum(-1), **self.options)
 
 
 def task_of(config: Any, kind: Any) -> TaskLoss:

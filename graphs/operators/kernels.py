@@ -264,5 +264,5 @@ ANY_LAYOUT: dict[str, Callable[..., object]] = {
     "aten.view.dtype": lambda x, dtype: x.contiguous().view(dtype),
     "aten.view_as_complex.default": lambda x: torch.view_as_complex(x.contiguous()),
 }
-"""What a built phase calls for views that only some layouts allow: they copy where a kernel (``cat``, ``add``, a library's
-own) laid its result out otherwise than the fake tensors of the trace said. Where views are possible they are views."""
+"""What a built phase calls for views that only some layouts allow: they copy where a kernel (``cat``, ``add``, a
+library's own) laid its result out otherwise than the trace's fake tensors said. Where views can be, they are views."""

@@ -173,8 +173,9 @@ def attention_mask(*, q_length: int, kv_length: int, attention_mask: Tensor | No
     plain = attention_mask is None and (local_size is None or kv_length <= local_size or window)
     if plain and (allow_is_bidirectional_skip or (allow_is_causal_skip and q_length == kv_length)):
         return None
+    options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "use_vmap": False}
     return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, local_size=local_size,
-                     allow_is_causal_skip=False, allow_is_bidirectional_skip=False, config=config, **options)
+                     config=config, **options)
 
 
 _positions_given = False
@@ -242,6 +243,16 @@ def visit_every_expert(model: nn.Module) -> None:
             code = getattr(kind.forward, "__code__", None)
             if code is not None and "expert_hit" in code.co_varnames:
                 part.forward = _with_every_expert(part.forward, part.num_experts)  # type: ignore
+
+
+def settle_routers(model: nn.Module) -> None:
+    """Cast routers to the dtype to which they cast themselves in their first forward (Switch, NLLB-MoE)."""
+    for part in model.modules():
+        classifier, dtype = getattr(part, "classifier", None), getattr(part, "dtype", None)
+        if type(part).__name__.endswith("Router") and isinstance(classifier, nn.Module) and isinstance(
+                dtype, torch.dtype):
+            part.classifier = settled = classifier.to(dtype)
+            settled.to = lambda *unused, settled=settled: settled  # type: ignore
 
 
 def _with_every_expert(forward: Callable[..., Any], count: int) -> Callable[..., Any]:

@@ -189,8 +189,9 @@ def _declare_batch_norm(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _tidy(module: fx.GraphModule, state: tuple[int, Sequence[int]], arguments: Sequence[Tensor], tangents: Sequence[Tensor],
-          mode: FakeTensorMode, mask: Sequence[bool], differentiable: Sequence[bool]) -> Joint:
+def _tidy(module: fx.GraphModule, state: tuple[int, Sequence[int]], arguments: Sequence[Tensor],
+          tangents: Sequence[Tensor], mode: FakeTensorMode, mask: Sequence[bool],
+          differentiable: Sequence[bool]) -> Joint:
     """A `Joint` from a traced module with flat results: outputs, new values, gradients of the differentiable arguments.
 
     ``state``: the first argument that is a parameter or buffer, and the trained ones whose new values are results.

@@ -205,7 +205,8 @@ def phase_source(trace: SegmentTrace, phase: Phase, device: torch.device,
                  given: Mapping[str, Callable[..., Any]] | None = None,
                  handing: bool = False) -> tuple[str, dict[str, Any]]:
     """The Python text of a phase's function, named ``phase``, and the globals it needs."""
-    direct = {**kernels.DIRECT, **kernels.ANY_LAYOUT, **recurrent.DIRECT, **dynamic_rows.DIRECT, **ctc.DIRECT, **expert_kernels.ALONE, **(given or {})}
+    direct = {**kernels.DIRECT, **kernels.ANY_LAYOUT, **recurrent.DIRECT, **dynamic_rows.DIRECT, **ctc.DIRECT,
+              **expert_kernels.ALONE, **(given or {})}
     arguments, results = phase_signature(trace, phase)
     operators = list(trace.phase_operators(phase))
     last_use = {name: index for index, item in enumerate(operators) for name in (item.name, *item.inputs)}
@@ -226,7 +227,8 @@ def phase_source(trace: SegmentTrace, phase: Phase, device: torch.device,
         end = f"; {hand(dead) if handing else ''}del {', '.join(dead)}" if dead else ""
         lines.append(f"    {item.name} = {_call(item, device, space, direct)}{end}")
     left = [name for name in results if not handing or name not in last_use]
-    lines.append(f"    {hand(left)}return ()" if handing else f"    return ({''.join(result(name) + ', ' for name in left)})")
+    lines.append(f"    {hand(left)}return ()" if handing
+                 else f"    return ({''.join(result(name) + ', ' for name in left)})")
     return "\n".join(lines) + "\n", space
 
 

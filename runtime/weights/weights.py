@@ -42,8 +42,8 @@ class Weights:
         """
         name = self.canonical[fqn]
         if name in self.parameters and self.compute[name] is not self.parameters[name]:
-            raise GraphError(f"parameter {name} is changed in place by the model's forward, which does not go with master"
-                             " weights of another dtype; leave 'dtype' out of the train config")
+            raise GraphError(f"parameter {name} is changed in place by the model's forward, which does not go with"
+                             " master weights of another dtype; leave 'dtype' out of the train config")
         return self.tensor(fqn).detach()
 
     def refresh(self) -> None:

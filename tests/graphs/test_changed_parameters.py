@@ -38,7 +38,7 @@ class Clipped(nn.Module):
 
 
 class Averaged(nn.Module):
-    """A teacher that follows its student by a moving average inside the forward, and gives it targets (as BYOL does)."""
+    """A teacher that follows its student by a moving average in the forward and gives it targets, as BYOL does."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Saving after training: every form of tensor, what is refused before the first step, and what is left when it fails."""
+"""Saving after training: every form of tensor, what is refused before the first step, what is left on failure."""
 
 from __future__ import annotations
 
