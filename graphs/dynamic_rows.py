@@ -2,9 +2,9 @@
 
 How many rows there are differs in every call, so a trace has none of their sizes in it. A segment is traced twice,
 with two stand-ins for each count; what differs between the traces is a multiple of a count, and becomes an operator
-that asks the picked rows for it (`restore_sizes`). Nothing is dropped or padded, whatever the mask. Memory and flops of the graph
-are those of the first stand-in: an equal share among the masks that are made of one tensor (the experts of a layer),
-else half of the rows.
+that asks the picked rows for it (`restore_sizes`). Nothing is dropped or padded, whatever the mask. Memory and flops of
+the graph are those of the first stand-in: an equal share among the masks that are made of one tensor (the experts of a
+layer), else half of the rows.
 
 Left out: counts that cross segments (`segment` keeps what depends on them together), and other operators whose result's
 size depends on data.

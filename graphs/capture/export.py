@@ -121,7 +121,16 @@ class seen_mode(torch.overrides.TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor) and str(kwargs.get("device")) == "meta" and not isinstance(
                 args[0], Tensor):
             return func(*args, **{**kwargs, "device": "cpu"}).to("meta")
+        if func == Tensor.__getitem__ and str(args[0].device) == "meta":
+            return func(args[0], _with_tensors(args[1]))
         return func(*args, **kwargs)
+
+
+def _with_tensors(index: Any) -> Any:
+    """An index with tensors in place of lists of numbers, as `seen_mode` makes them."""
+    if isinstance(index, tuple):
+        return tuple(_with_tensors(item) for item in index)
+    return torch.tensor(index).to("meta") if type(index) is list and index else index
 
 
 @contextlib.contextmanager
@@ -227,6 +236,9 @@ def needed(graph: fx.Graph, outputs: Iterable[fx.Node]) -> set[fx.Node]:
 
 def _constant(graph: fx.Graph, value: Tensor, name: str) -> fx.Node:
     """A node that makes a tensor written in the model's code."""
+    if value.is_meta:
+        raise GraphError(f"the model makes a tensor of shape {tuple(value.shape)} on the meta device ({name}), where its"
+                         " values are lost: make it a buffer")
     if value.numel() > 4096:
         raise GraphError(f"the model closes over a tensor of shape {tuple(value.shape)} ({name}): make it"
                          " a buffer")

@@ -218,6 +218,10 @@ def register() -> None:
     ExpertsInterface.register(NAME, experts)
 
 
+class _Expert(list[int]):
+    """The number of an expert, in the form of a row of ``nonzero()``."""
+
+
 class _every_expert(torch.overrides.TorchFunctionMode):
     """Inside, ``for expert in hit.nonzero()`` runs over all experts: one without tokens adds no rows."""
 
@@ -227,7 +231,9 @@ class _every_expert(torch.overrides.TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.nonzero, torch.nonzero) and args[0].dim() == 1 and not kwargs:
-            return [[number] for number in range(self.count)]
+            return [_Expert([number]) for number in range(self.count)]
+        if func == Tensor.__getitem__ and isinstance(args[1], _Expert):
+            return args[0][args[1][0]:args[1][0] + 1]
         return func(*args, **(kwargs or {}))
 
 
