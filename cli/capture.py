@@ -42,6 +42,10 @@ def capture(
     freeze: Annotated[list[str] | None, typer.Option(
         help="Parameters that do not train: a regular expression on their names, such as 'vision_tower'; may be"
              " repeated.")] = None,
+    inputs: Annotated[str | None, typer.Option(
+        metavar="PACKAGE.MODULE:FUNCTION", help="A function of yours that returns the example inputs of one"
+        " microbatch, a dict of tensors by forward argument, in place of mipipe's; it is called with the configuration"
+        " if it takes an argument.")] = None,
     granularity: Annotated[str, typer.Option(help="The smallest pieces: layer, block, module or operator.")] = "block",
     tags: Annotated[Path | None, typer.Option(help="Corrections of the annotation (YAML: layers, branches, roles by"
                                                    " patterns).")] = None,
@@ -67,7 +71,7 @@ def capture(
         measured = None if loads is None else read_loads(loads).loads
         graph = capture_model(source, seq=seq, batch=batch, dtype=dtype, overrides=overrides, images=images,
                               image=image, frames=frames, expert_groups=expert_groups, expert_parallel=expert_parallel,
-                              expert_loads=measured, freeze=freeze or (),
+                              expert_loads=measured, freeze=freeze or (), inputs=inputs,
                               granularity=granularity,  # type: ignore[arg-type]
                               patterns=None if tags is None else load_patterns(tags), verify=verify,
                               progress=update)

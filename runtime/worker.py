@@ -98,6 +98,9 @@ def run(job: Job, device: torch.device, options: argparse.Namespace, store: dist
                                           load_factor=config.experts.load_factor if config.experts else None))
     stored = weights if isinstance(weights, StoredWeights) else None
     del weights  # the whole model, where it was made here
+    if config.save is not None:
+        from mipipe.runtime.save_check import check_save
+        check_save(engine, config, stored)
     rows = microbatch_rows(graph) * plan.problem.num_microbatches
     batches = make_batches(config.data, graph, rows, config.seed, engine.mesh.copy, engine.mesh.num_copies)
     show = ProgressBar(config.steps, options.progress) if options.progress != "none" else None
@@ -110,8 +113,8 @@ def run(job: Job, device: torch.device, options: argparse.Namespace, store: dist
         announce(options.report, trainer, done)
     losses = trainer.run(done)
     if config.save is not None:
-        from mipipe.runtime.weights.save import save_trained
-        save_trained(engine, config, stored, replace=start is not Start.FRESH)
+        from mipipe.runtime.save_check import save_or_rescue
+        save_or_rescue(engine, config, stored, replace=start is not Start.FRESH)
     if trainer.first and options.report is not None:
         (Path(options.report) / DONE).write_text("")
     return losses

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from mipipe.graphs.capture.export import Exported
 from mipipe.graphs.capture.segment import Cut
+from mipipe.graphs.dynamic_rows import stand_ins
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import OperatorGraph, Parameter, Segment, SegmentTrace, TensorSpec, Value
 from mipipe.graphs.tracing.joint import output_mask
@@ -48,12 +49,15 @@ class Piece:
         """Run the nodes on tensors: what is traced (never what is executed in training)."""
         values: dict[fx.Node, Any] = dict(zip(self.arguments, tensors, strict=True))
         device = tensors[0].device if tensors else torch.device("cpu")
+        counts = stand_ins(self.cut.nodes)
 
         def value(item: Any) -> Any:
             return values[item] if isinstance(item, fx.Node) else device if isinstance(item, torch.device) else item
 
         for node in self.cut.nodes:
             args, kwargs = torch.fx.node.map_aggregate((node.args, dict(node.kwargs)), value)
+            if node in counts:
+                kwargs = {**kwargs, "stand_ins": counts[node]}
             with inside(self.path_of(node)):
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return [values[node] for node in self.outputs]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx
 
 import mipipe.graphs.operators.kernels  # noqa: F401  (registers mipipe's operators)
-from mipipe.graphs.tracing.joint import argument, attention_call, storage_of
+from mipipe.graphs.recurrent import LAYERS
+from mipipe.graphs.tracing.joint import argument, attention_call, origin, storage_of
 
 _DROPPED = ("aten._assert", "aten.sym_constrain", "aten._functional_assert")
 _SAME = {"aten.alias.default", "aten.lift_fresh_copy.default", "aten.lift_fresh.default", "aten.detach_.default"}
@@ -49,10 +50,12 @@ def _is_noop(node: fx.Node) -> bool:
 
 
 def _replace_kernel(node: fx.Node) -> None:
-    """Use mipipe's operators for attention, grouped products and integer histograms, and CPU-free device arguments."""
+    """Use mipipe's operators for attention, recurrent layers, grouped products and histograms of integers."""
     kind = str(node.target)
     if kind == "aten.scaled_dot_product_attention.default":
         node.target = attention_call
+    elif kind in LAYERS:
+        node.target = LAYERS[kind]
     elif kind in _GROUPED and len(node.args) == 3 and argument(node, 1).meta["val"].dim() == 3:
         node.target = torch.ops.mipipe.grouped_mm.default
     elif kind == "aten.histc.default" and not argument(node, 0).meta["val"].is_floating_point():
@@ -69,7 +72,7 @@ def _functional(graph: fx.Graph, node: fx.Node, placeholders: set[fx.Node]) -> N
         return
     changed = argument(node, 0)
     name = target._schema.name.split("::")[1]
-    if not name.endswith("_") or changed in placeholders or not isinstance(changed, fx.Node):
+    if not name.endswith("_") or not isinstance(changed, fx.Node) or origin(changed) in placeholders:
         return
     storage = storage_of(changed)
     before = [other for other in graph.nodes if other < node and storage_of(other) == storage]

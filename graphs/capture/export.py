@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import linecache
 import logging
 import operator
+import re
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from torch import Tensor, fx, nn
 
 from mipipe.graphs import user_autograd
 from mipipe.graphs.capture.cleaning import clean
+from mipipe.graphs.ctc import ctc_loss_call
+from mipipe.graphs.dynamic_rows import is_dynamic, pick_rows
 from mipipe.graphs.errors import GraphError, MipipeError
 from mipipe.graphs.python_state import refuse_changes
 from mipipe.graphs.tracing.joint import argument, make_constant, no_stack_traces
@@ -63,14 +67,75 @@ def export_model(module: nn.Module, inputs: Mapping[str, Any], *, prefix: str = 
         raise GraphError("example inputs: one tensor is given under two names; pass a copy, or they become one input")
     name = type(getattr(module, "wrapped", module)).__name__
     try:
-        with silence(), no_stack_traces(), user_autograd.watched(module, name, prefix) as code:
+        with silence(), no_stack_traces(), seen_mode(), user_autograd.watched(module, name, prefix) as code:
             program = refuse_changes(
                 module, name, lambda: torch.export.export(module, (), dict(inputs), strict=False))
     except MipipeError:
         raise
     except Exception as error:
         raise GraphError(explain(module, error)) from error
-    return flatten_program(program, prefix, aliases_of(module), code)
+    try:
+        return flatten_program(program, prefix, aliases_of(module), code)
+    except UnsteadySize as error:
+        raise GraphError(f"{error.text}{_line_of(module, inputs, error.kind)}; {error.advice}") from None
+
+
+class UnsteadySize(GraphError):
+    """An operator of the model gives a result whose size depends on data in a way that no trace can say."""
+
+    advice = ("rows picked by a mask can be captured (torch.where(mask), x[mask], nonzero); write it with one of these,"
+              " pad to a fixed number, or weigh by the mask instead")
+
+    def __init__(self, node: fx.Node) -> None:
+        self.kind = str(node.target)
+        place = "".join(f" in {path} ({name})" for path, name, _ in node.meta.get("stack", ())[-1:] if path)
+        self.text = f"the size of what {self.kind} returns{place} depends on data"
+        super().__init__(f"{self.text}; {self.advice}")
+
+
+def _line_of(module: nn.Module, inputs: Mapping[str, Any], kind: str) -> str:
+    """Where the model calls an operator whose size depends on data: exported again, now with stack traces."""
+    with silence(), seen_mode():
+        program = torch.export.export(module, (), dict(inputs), strict=False)
+    torch_folder, own = str(Path(torch.__file__).parent), str(Path(__file__).parent)
+    for node in program.graph.nodes:
+        if str(node.target) == kind and is_dynamic(node):
+            frames = re.findall(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)', node.meta.get("stack_trace") or "")
+            frames = [frame for frame in frames if not frame[0].startswith((torch_folder, own))]
+            if frames:
+                return " at {}:{} `{}`".format(*frames[-1])
+    return ""
+
+
+class seen_mode(torch.overrides.TorchFunctionMode):
+    """Inside, what the exporter would not see has a form that it sees.
+
+    ``x.data`` is ``x.detach()``, which is the same to read and to change. A tensor made of Python numbers on the meta
+    device, where they would be lost, is made on the CPU and moved. ctc_loss is mipipe's, of fixed shapes.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func == Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0].detach()
+        if func == Tensor.data.__set__:  # type: ignore[attr-defined]
+            raise GraphError("the model's forward assigns to .data of a tensor, which an operator graph cannot say;"
+                             " change it in place (x.data.copy_(y)), or compute a new tensor")
+        if func is torch.nn.functional.ctc_loss:
+            return ctc_loss_call(*args, **kwargs)
+        if func in (torch.tensor, torch.as_tensor) and str(kwargs.get("device")) == "meta" and not isinstance(
+                args[0], Tensor):
+            return func(*args, **{**kwargs, "device": "cpu"}).to("meta")
+        if func == Tensor.__getitem__ and str(args[0].device) == "meta":
+            return func(args[0], _with_tensors(args[1]))
+        return func(*args, **kwargs)
+
+
+def _with_tensors(index: Any) -> Any:
+    """An index with tensors in place of lists of numbers, as `seen_mode` makes them."""
+    if isinstance(index, tuple):
+        return tuple(_with_tensors(item) for item in index)
+    return torch.tensor(index).to("meta") if type(index) is list and index else index
 
 
 @contextlib.contextmanager
@@ -161,11 +226,31 @@ def flatten_program(program: torch.export.ExportedProgram, prefix: str, aliases:
         moved = code.settle(graph, {**parameters, **buffers})
         outputs = {name: moved.get(node, node) for name, node in outputs.items()}
     outputs.update(clean(graph, outputs))
+    live = needed(graph, outputs.values())
+    for node in pick_rows(graph):
+        if node in live:
+            raise UnsteadySize(node)
     return Exported(graph, inputs, parameters, buffers, outputs, code)
+
+
+def needed(graph: fx.Graph, outputs: Iterable[fx.Node]) -> set[fx.Node]:
+    """Nodes that an output or a tensor changed in place depends on."""
+    live: set[fx.Node] = set()
+    pending = [*outputs, *(node for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)
+                           and node.target._schema.is_mutable)]
+    while pending:
+        node = pending.pop()
+        if node not in live:
+            live.add(node)
+            pending.extend(node.all_input_nodes)
+    return live
 
 
 def _constant(graph: fx.Graph, value: Tensor, name: str) -> fx.Node:
     """A node that makes a tensor written in the model's code."""
+    if value.is_meta:
+        raise GraphError(f"the model makes a tensor of shape {tuple(value.shape)} on the meta device ({name}), where"
+                         " its values are lost: make it a buffer")
     if value.numel() > 4096:
         raise GraphError(f"the model closes over a tensor of shape {tuple(value.shape)} ({name}): make it"
                          " a buffer")
@@ -228,15 +313,21 @@ def _inline(node: fx.Node, graph: fx.Graph, env: dict[fx.Node, Any], prefix: str
         stop, body, args = not argument(node, 0), argument(node, 1), node.args[2:]
     inner = env[body]
     places = inner.graph.find_nodes(op="placeholder")
-    given = _look_up(args, env)
+    given, origin = _look_up(args, env), dict[fx.Node, fx.Node]()
     if stop:
         first = next((item for item in inner.graph.nodes if item.op == "call_function"), node)
-        given = [_without_gradient(item, graph, _module_stack(first, prefix)) for item in given]
+        outside, given = given, [_without_gradient(item, graph, _module_stack(first, prefix)) for item in given]
+        origin = {made: item for made, item in zip(given, outside, strict=True) if made is not item}
+    before = next(reversed(graph.nodes), None)
     results = _copy_nodes(inner, graph, dict(zip(places, given, strict=True)), prefix)
     if not stop:
         return results
+    changed = {made: origin.get(item, item) for made, item in _change_values_only(graph, before).items()}
     detached = []
     for item in results:
+        if isinstance(item, fx.Node) and item in changed:  # a tensor from outside, which keeps its gradient
+            detached.append(changed[item])
+            continue
         if isinstance(item, fx.Node) and isinstance(item.meta.get("val"), Tensor):
             made = graph.call_function(aten.detach.default, (item,))
             made.meta.update(item.meta)
@@ -256,6 +347,25 @@ def _without_gradient(item: Any, graph: fx.Graph, stack: tuple[tuple[str, str, i
     made = graph.call_function(aten.detach.default, (item,))
     made.meta.update(item.meta, stack=stack)
     return made
+
+
+def _change_values_only(graph: fx.Graph, before: fx.Node | None) -> dict[fx.Node, fx.Node]:
+    """After ``before``, change tensors in place through ``detach``: without gradients, the change has none.
+
+    Returns for each change the tensor that it changed, which it stands for.
+    """
+    copied = list(itertools.takewhile(lambda node: node is not before, reversed(graph.nodes)))[::-1]
+    changed: dict[fx.Node, fx.Node] = {}
+    for node in copied:
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and node.all_input_nodes:
+            first = argument(node, 0)
+            changed[node] = changed.get(first, first)
+            with graph.inserting_before(node):
+                made = graph.call_function(aten.detach.default, (changed[node],))
+            made.meta.update(changed[node].meta, stack=node.meta.get("stack", ()))
+            node.args = (made, *node.args[1:])
+    return {node: source for node, source in changed.items() if source not in copied}
 
 
 def _module_stack(node: fx.Node, prefix: str) -> tuple[tuple[str, str, int], ...]:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch import fx
 
+from mipipe.graphs.recurrent import LAYERS
 from mipipe.graphs.tracing.joint import attention_call
 
 Granularity = Literal["layer", "block", "module", "operator"]
@@ -151,8 +152,9 @@ def _moe_part(node: fx.Node, inner: str, rest: str) -> str:
 
 
 def is_heavy(node: fx.Node) -> bool:
-    """Whether an operator is a matrix product, a convolution, an embedding or attention."""
-    return node.target is attention_call or _HEAVY.search(str(node.target)) is not None
+    """Whether an operator is a matrix product, a convolution, an embedding, attention or a recurrent layer."""
+    known = node.target is attention_call or node.target in LAYERS.values()
+    return known or _HEAVY.search(str(node.target)) is not None
 
 
 def _attach(nodes: Sequence[fx.Node], labels: dict[fx.Node, Label | None], units: Mapping[fx.Node, str]) -> None:

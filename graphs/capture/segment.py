@@ -17,10 +17,11 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from mipipe.graphs.capture.export import Exported
+from mipipe.graphs import dynamic_rows
+from mipipe.graphs.capture.export import Exported, needed
 from mipipe.graphs.capture.labels import Granularity, Label, label_nodes
 from mipipe.graphs.errors import GraphError
-from mipipe.graphs.tracing.joint import argument, storage_of
+from mipipe.graphs.tracing.joint import argument, origin, storage_of
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ def cut_segments(exported: Exported, granularity: Granularity = "block") -> list
     cloned = clonable(exported, nodes)
     own = [node for node in nodes if node not in cloned]
     labels = label_nodes(own, granularity)
+    dynamic_rows.keep_together(own, labels)
     _keep_together(own, labels)
     labels = _acyclic(own, labels)
     members: dict[Label, list[fx.Node]] = {}
@@ -62,23 +64,17 @@ def cut_segments(exported: Exported, granularity: Granularity = "block") -> list
 
 def _live_nodes(exported: Exported) -> list[fx.Node]:
     """Operators that an output or a buffer's new value depends on, in graph order."""
-    mutating = [node for node in exported.graph.nodes if _mutated(node) is not None]
-    live: set[fx.Node] = set()
-    pending = [*exported.outputs.values(), *mutating]
-    while pending:
-        node = pending.pop()
-        if node not in live:
-            live.add(node)
-            pending.extend(node.all_input_nodes)
+    live = needed(exported.graph, exported.outputs.values())
     return [node for node in exported.graph.nodes if node in live and node.op == "call_function"]
 
 
 def _mutated(node: fx.Node) -> fx.Node | None:
-    """The node whose tensor an operator changes in place, if any."""
+    """The node whose tensor an operator changes in place, if any: the model's own one where it is changed by a view."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
         return None
-    return next((item for item in node.all_input_nodes), None)
+    found = next((item for item in node.all_input_nodes), None)
+    return origin(found) if found is not None and origin(found).op == "placeholder" else found
 
 
 def clonable(exported: Exported, nodes: Sequence[fx.Node]) -> set[fx.Node]:
@@ -122,7 +118,10 @@ def _needed_copies(group: Iterable[fx.Node], cloned: set[fx.Node]) -> set[fx.Nod
 
 
 def _keep_together(nodes: Sequence[fx.Node], labels: dict[fx.Node, Label]) -> None:
-    """Results of one operator share its label, and so do all views of a tensor that is changed in place."""
+    """Results of one operator share its label, and so do all views of a tensor that is changed in place.
+
+    Where that is a parameter or buffer of the model, its readers do: there only their order says which value they read.
+    """
     changed = {storage_of(found): labels[node] for node in nodes if (found := _mutated(node)) is not None
                and found.op == "call_function"}
     for node in nodes:
@@ -130,6 +129,12 @@ def _keep_together(nodes: Sequence[fx.Node], labels: dict[fx.Node, Label]) -> No
             labels[node] = labels[argument(node, 0)]
         elif isinstance(node.meta.get("val"), Tensor) and storage_of(node) in changed:
             labels[node] = changed[storage_of(node)]
+    whole = {node: found for node in nodes if (found := _mutated(node)) is not None and found.op == "placeholder"
+             and "batch_norm" not in str(node.target)}
+    for source in dict.fromkeys(whole.values()):
+        readers = [node for node in nodes if any(origin(item) is source for item in (node, *node.all_input_nodes))]
+        first = next((node for node in readers if node not in whole and origin(node) is not source), readers[0])
+        labels.update(dict.fromkeys(readers, labels[first]))
 
 
 def _acyclic(nodes: Sequence[fx.Node], labels: Mapping[fx.Node, Label]) -> dict[fx.Node, Label]:

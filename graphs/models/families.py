@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,8 @@ from torch import nn
 
 from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.models.fixed_grids import fix_grids, grid_of
-from mipipe.graphs.operators.layers import NAME, register
+from mipipe.graphs.operators.layers import NAME, register, settle_routers, visit_every_expert, watch_positions
+from mipipe.graphs.real_images import keep_all_images
 from mipipe.graphs.serialize import load_data
 
 
@@ -29,7 +31,9 @@ class Adjustment:
     """What a model type needs: its class, another attention implementation, fixed forward arguments.
 
     ``fixed_grids``: image and video grids become constants (`mipipe.graphs.models.fixed_grids`). ``layers_apart``: text
-    (a time) stands between a video's layers, so that each is laid out as an image.
+    (a time) stands between a video's layers, so that each is laid out as an image. ``images``: how a microbatch's
+    images are given, ``in a row``, ``by sample`` or ``in tiles`` (`mipipe.graphs.example_inputs`). ``masks``: attention
+    masks that it cannot do without.
     """
 
     architecture: str | None = None
@@ -37,6 +41,8 @@ class Adjustment:
     constants: Mapping[str, Any] = field(default_factory=dict)
     fixed_grids: bool = False
     layers_apart: bool = False
+    images: str = "in a row"
+    masks: tuple[str, ...] = ()
 
 
 ADJUSTMENTS: dict[str, Adjustment] = {
@@ -46,6 +52,10 @@ ADJUSTMENTS: dict[str, Adjustment] = {
     "qwen2_5_vl": Adjustment(fixed_grids=True),
     "qwen3_vl": Adjustment(fixed_grids=True, layers_apart=True),
     "qwen3_vl_moe": Adjustment(fixed_grids=True, layers_apart=True),
+    **dict.fromkeys(("idefics2", "idefics3", "smolvlm", "modernvbert", "ultravbert"), Adjustment(images="by sample")),
+    "mllama": Adjustment(images="in tiles"),
+    "switch_transformers": Adjustment(masks=("attention_mask", "decoder_attention_mask")),
+    "nllb-moe": Adjustment(masks=("attention_mask", "decoder_attention_mask")),
 }
 
 
@@ -63,23 +73,33 @@ class Sizes:
     frames: int = 0
 
 
-def read_config(path: str | Path, overrides: Mapping[str, Any]) -> Any:
+def config_file(path: str | Path) -> Path | None:
+    """The configuration's file, where ``path`` is one or a folder with one; None for the name of a class or type."""
+    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    return file if file.is_file() else None
+
+
+def read_config(path: str | Path, overrides: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> Any:
     """A transformers configuration from a ``config.json``, a folder with one, or the name of a model class or type.
+
+    Args:
+        data: what ``config.json`` holds, where it is known already; then nothing is read.
 
     Raises:
         InputError: unreadable, an unknown model type or class, or an override that the configuration does not have.
     """
     from transformers import CONFIG_MAPPING
 
-    folder = Path(path)
-    file = folder / "config.json" if folder.is_dir() else folder
-    if file.is_file():
-        data = without_code(load_data(file, foreign=True))
-        kind = data.get("model_type")
+    file = config_file(path)
+    if data is None and file is not None:
+        data = load_data(file, foreign=True)
+    if data is not None:
+        data = without_code(data)
+        kind, where = data.get("model_type"), file or path
         if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-            raise InputError(f"{file}: model_type {shown(kind)} is unknown to transformers {_version()}; expected one"
+            raise InputError(f"{where}: model_type {shown(kind)} is unknown to transformers {_version()}; expected one"
                              " such as 'llama', 'qwen3_moe' or 'deepseek_v3'")
-        return _make_config(CONFIG_MAPPING[kind], data, overrides, str(file))
+        return _make_config(CONFIG_MAPPING[kind], _with_floats(data), overrides, str(where))
     name = str(path)
     if name in CONFIG_MAPPING:
         return _make_config(CONFIG_MAPPING[name], {}, overrides, name)
@@ -89,6 +109,24 @@ def read_config(path: str | Path, overrides: Mapping[str, Any]) -> Any:
     return _make_config(config, {"architectures": [name]}, overrides, name)
 
 
+def _with_floats(value: Any) -> Any:
+    """Configuration data with numbers for transformers' ``{"__float__": "Infinity"}`` (JSON has no infinity)."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"} and str(value["__float__"]) in ("Infinity", "-Infinity", "NaN"):
+            return float(str(value["__float__"]))
+        return {key: _with_floats(item) for key, item in value.items()}
+    return [_with_floats(item) for item in value] if isinstance(value, list) else value
+
+
+def as_written(value: Any) -> Any:
+    """Configuration data as our files may hold it: without code's names, infinities as transformers writes them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    if isinstance(value, Mapping):
+        return {key: as_written(item) for key, item in without_code(dict(value)).items()}
+    return [as_written(item) for item in value] if isinstance(value, list) else value
+
+
 def _version() -> str:
     import transformers
 
@@ -96,12 +134,13 @@ def _version() -> str:
 
 
 def _find_class(name: str) -> Any:
+    """A model class of transformers by its name; None where there is none (a file may name anything)."""
     import transformers
 
     try:
         found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     except (ImportError, RuntimeError) as error:
-        raise InputError(f"{name}: transformers cannot load it: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{name}: transformers cannot load it: {first_line(error)}") from None
     return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
@@ -115,6 +154,11 @@ def without_code(data: Any) -> Any:
         kept = {key: without_code(item) for key, item in data.items() if not _CODE.fullmatch(str(key))}
         return {**kept, "use_pretrained_backbone": False} if kept.get("use_pretrained_backbone") else kept
     return [without_code(item) for item in data] if isinstance(data, list) else data
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says something."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _make_config(kind: Any, data: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> Any:
@@ -199,6 +243,7 @@ def build_model(config: Any, device: str, dtype: torch.dtype | None, expert_grou
         InputError: the class refuses the configuration.
     """
     register()
+    _refuse_host_randomness(config)
     kind, adjustment = model_class(config), ADJUSTMENTS.get(config.model_type, Adjustment())
     parts = [config, *(part for part in vars(config).values() if hasattr(part, "model_type"))]
     for part in parts:
@@ -213,18 +258,35 @@ def build_model(config: Any, device: str, dtype: torch.dtype | None, expert_grou
             except Exception as error:  # a ValueError may say that the class has no such attention
                 if index + 1 < len(attempts) and isinstance(error, ValueError):
                     continue
-                line = next(iter(str(error).splitlines()), "")
                 raise InputError(f"model {kind.__name__} cannot be built from this configuration:"
-                                 f" {type(error).__name__}: {line}; check its values and those of --set") from error
+                                 f" {type(error).__name__}: {first_line(error)}; check its values and those of --set"
+                                 ) from error
             break
     for part in model.modules():
         inner = getattr(part, "config", None)
         if inner is not None:
             inner.mipipe_expert_groups = expert_groups
             inner._experts_implementation = NAME
+    visit_every_expert(model)
+    settle_routers(model)
+    watch_positions(model)
+    if adjustment.images == "by sample":
+        keep_all_images(model)
     if adjustment.fixed_grids:
         fix_grids(model, grid_for(config, sizes or Sizes()))
     return model.train()
+
+
+def _refuse_host_randomness(config: Any) -> None:
+    """Raise `InputError` where the model would draw random numbers on the host: a graph would repeat the same ones."""
+    for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+        if getattr(config, name, 0):
+            raise InputError(f"{name}: found {getattr(config, name)}, but layers that are dropped at random are not the"
+                             f" same graph in every step; --set {name}=0")
+    masks = [name for name in ("mask_time_prob", "mask_feature_prob") if getattr(config, name, 0)]
+    if masks and getattr(config, "apply_spec_augment", hasattr(config, "mask_time_length")):
+        raise InputError(f"{masks[0]}: found {getattr(config, masks[0])}, but its masks are drawn outside the model's"
+                         " graph, which would repeat the same for ever; --set apply_spec_augment=false")
 
 
 def grid_for(config: Any, sizes: Sizes) -> Any:

@@ -19,6 +19,7 @@ from mipipe.graphs.capture import loss as losses
 from mipipe.graphs.capture.export import silence
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.named_code import import_named, is_named_code
+from mipipe.graphs.serialize import load_data
 
 Loss = Callable[[Any, Mapping[str, Tensor]], Any]
 
@@ -48,7 +49,8 @@ class Source:
 
 def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str | None = None,
                 overrides: Mapping[str, Any] | None = None, images: int = 1, image: int = 0, frames: int = 0,
-                expert_groups: int = 1, expert_parallel: int = 1, freeze: Sequence[str] = ()) -> Source:
+                expert_groups: int = 1, expert_parallel: int = 1, freeze: Sequence[str] = (),
+                config: Mapping[str, Any] | None = None, inputs: str | None = None) -> Source:
     """The source behind a path or name.
 
     Args:
@@ -63,6 +65,8 @@ def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: st
         expert_groups: into how many groups each expert bank is split.
         expert_parallel: over how many ranks the experts are shared, by all-to-all (transformers sources); 1: not.
         freeze: regular expressions; parameters whose FQN matches one do not train.
+        config: what the ``config.json`` of ``source`` held when a graph was captured; then ``source`` is not read.
+        inputs: ``package.module:function`` that gives the example inputs of a transformers source in place of mipipe's.
 
     Raises:
         InputError: the source is unknown or does not give a model.
@@ -82,17 +86,26 @@ def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: st
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise InputError(f"dtype: found {dtype!r}, expected a floating dtype such as float32 or bfloat16")
     if is_named_code(str(source)):
+        if inputs is not None:
+            raise InputError(f"{source}: a factory returns its example inputs itself; leave --inputs out")
         return _from_factory(str(source), record, None if dtype is None else kind)
-    return _from_transformers(source, {**record, "dtype": dtype or "float32"}, kind)
+    return _from_transformers(source, {**record, "dtype": dtype or "float32"}, kind, config, inputs)
 
 
-def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.dtype) -> Source:
+def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.dtype,
+                       data: Mapping[str, Any] | None = None, given: str | None = None) -> Source:
     try:
+        from mipipe.graphs import example_inputs
         from mipipe.graphs.models import families, tasks
         from mipipe.graphs.operators.layers import exchange_experts
     except ImportError as error:
         raise InputError(f"{source}: needs transformers (pip install 'mipipe[hf]'): {error}") from None
-    config = families.read_config(source, record["overrides"])
+    file = families.config_file(source)
+    if data is None and file is not None:
+        data = load_data(file, foreign=True)
+    if data is not None:
+        record["config"] = data = families.as_written(data)  # so that a graph trains from any folder
+    config = families.read_config(source, record["overrides"], data)
     kind, task = families.model_class(config), tasks.task_of(config, families.model_class(config))
     sizes = families.Sizes(record["seq"], record["batch"], record["images"], record["image"], record["frames"])
 
@@ -107,10 +120,16 @@ def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.
             return kind.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True, local_files_only=True,
                                         trust_remote_code=False).state_dict()
 
+    def inputs(device: str) -> dict[str, Any]:
+        if given is not None:
+            return example_inputs.given_inputs(given, config, device, dtype)
+        return example_inputs.example_inputs(config, kind, sizes, device, dtype)
+
+    if given is not None and "labels" not in inputs("meta"):
+        task = tasks.TaskLoss("own", constants=task.constants)  # from what the model itself takes
     stored = Path(source).is_dir() and any(Path(source).glob("*.safetensors"))
-    return Source(kind.__name__, build, lambda device: tasks.example_inputs(config, kind, sizes, device, dtype),
-                  "meta", task, task.info, task.withheld, task.constants, record, weights if stored else None,
-                  _places(config, bool(sizes.frames)))
+    return Source(kind.__name__, build, inputs, "meta", task, task.info, task.withheld, task.constants, record,
+                  weights if stored else None, _places(config, bool(sizes.frames)))
 
 
 def _places(config: Any, video: bool) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What a transformers model is trained on: its loss, and example inputs of a microbatch's shapes."""
+"""What a transformers model is trained on: its loss. Example inputs are in `mipipe.graphs.example_inputs`."""
 
 from __future__ import annotations
 
@@ -10,24 +10,30 @@ import torch
 from torch import Tensor, nn
 
 from mipipe.graphs.capture import loss as losses
-from mipipe.graphs.errors import InputError
-from mipipe.graphs.models.families import ADJUSTMENTS, Adjustment, Sizes, grid_for
-from mipipe.graphs.models.fixed_grids import pixels
+from mipipe.graphs.models.families import ADJUSTMENTS, Adjustment
+
+LANGUAGE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ForSpeechSeq2Seq")
+"""Endings of classes that predict tokens, one after another."""
+
+_CLASSES = ("Classification", "ForMaskedLM")
+_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class TaskLoss:
     """The loss of a task on a model's output object, and which inputs it keeps from the model.
 
-    ``kind``: ``language`` (sum of token cross-entropies; ``shift`` where position t predicts t + 1), ``classes``, or
-    ``own`` (the model returns its loss). A router's auxiliary loss is added times the count of valid labels, so that
-    after the division by their global count it is the average over tokens.
+    ``kind``: ``language`` (sum of token cross-entropies; ``shift`` where position t predicts t + 1), ``classes``,
+    ``ctc`` (labels padded with -100; ``options`` are ctc_loss's), or ``own`` (the model returns its loss). A router's
+    auxiliary loss is added times the count of valid labels, so that after the division by their global count it is the
+    average over tokens.
     """
 
     kind: str
     shift: bool = False
     coefficient: float = 0.0
     constants: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def withheld(self) -> frozenset[str]:
@@ -35,11 +41,13 @@ class TaskLoss:
 
     @property
     def info(self) -> dict[str, Any]:
-        return dict(losses.MEAN) if self.kind == "own" else losses.sum_over("labels", shift=self.shift)
+        return dict(losses.MEAN) if self.kind in ("own", "ctc") else losses.sum_over("labels", shift=self.shift)
 
     def __call__(self, output: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         if self.kind == "own":
             return output.loss
+        if self.kind == "ctc":
+            return self._ctc(output.logits, inputs["labels"])
         labels, logits = inputs["labels"], output.logits.float() if output.logits.dtype in _HALF else output.logits
         if self.shift:
             labels, logits = labels[:, 1:], logits[:, :-1]
@@ -48,8 +56,13 @@ class TaskLoss:
         if self.coefficient and isinstance(auxiliary, Tensor):
             total = total + self.coefficient * auxiliary.to(total.dtype) * (labels != -100).sum()
         return total
-_LANGUAGE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ForSpeechSeq2Seq")
-_HALF = (torch.float16, torch.bfloat16)
+
+    def _ctc(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """transformers' own: every frame counts, blank labels and -100 do not; always in float32."""
+        valid = (labels != -100) & (labels != self.options["blank"])
+        frames = torch.full((logits.shape[0],), logits.shape[1], dtype=torch.int64, device=logits.device)
+        log_probs = logits.log_softmax(-1, dtype=torch.float32).transpose(0, 1)
+        return nn.functional.ctc_loss(log_probs, labels[valid], frames, valid.sum(-1), **self.options)
 
 
 def task_of(config: Any, kind: Any) -> TaskLoss:
@@ -57,54 +70,17 @@ def task_of(config: Any, kind: Any) -> TaskLoss:
     constants = dict(ADJUSTMENTS.get(config.model_type, Adjustment()).constants)
     name = kind.__name__
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if name.endswith(_LANGUAGE):
+    if name.endswith(LANGUAGE):
         constants["use_cache"] = False
         coefficient = 0.0
         if getattr(text, "output_router_logits", False):
             constants["output_router_logits"] = True
             coefficient = float(getattr(text, "router_aux_loss_coef", 0.0))
         return TaskLoss("language", not config.is_encoder_decoder, coefficient, constants)
-    if name.endswith(("Classification", "ForMaskedLM", "ForTokenClassification")):
+    if name.endswith("ForCTC"):
+        return TaskLoss("ctc", constants=constants, options={
+            "blank": config.pad_token_id, "reduction": getattr(config, "ctc_loss_reduction", "mean"),
+            "zero_infinity": getattr(config, "ctc_zero_infinity", False)})
+    if name.endswith(_CLASSES):
         return TaskLoss("classes", constants=constants)
     return TaskLoss("own", constants=constants)
-Inputs = dict[str, Tensor]
-
-
-def example_inputs(config: Any, kind: Any, sizes: Sizes, device: str, dtype: torch.dtype) -> Inputs:
-    """Tensors of one microbatch's shapes (zeros; on meta nothing at all), by forward argument."""
-    name, vision = kind.__name__, getattr(config, "vision_config", None)
-
-    def tokens() -> Tensor:
-        return torch.zeros(sizes.batch, sizes.seq, dtype=torch.int64, device=device)
-
-    made: Inputs = {}
-    if kind.main_input_name == "input_features":
-        frames = 2 * config.max_source_positions
-        made["input_features"] = torch.zeros(sizes.batch, config.num_mel_bins, frames, dtype=dtype, device=device)
-        made |= {"decoder_input_ids": tokens(), "labels": tokens()}
-        return made
-    if kind.main_input_name == "input_ids":
-        made["input_ids"] = tokens()
-        if config.is_encoder_decoder:
-            made["decoder_input_ids"] = tokens()
-    if ADJUSTMENTS.get(config.model_type, Adjustment()).fixed_grids:
-        entry = "pixel_values_videos" if sizes.frames else "pixel_values"
-        made |= {} if not sizes.images else {entry: pixels(vision, grid_for(config, sizes), device, dtype)}
-    elif sizes.frames:
-        raise InputError(f"frames: model type {config.model_type!r} takes no videos of any length that mipipe knows of;"
-                         " leave --frames out (a configuration with num_frames takes --set num_frames=N)")
-    elif vision is not None or kind.main_input_name == "pixel_values":
-        made["pixel_values"] = _pixels(vision or config, sizes, device, dtype)
-    if name.endswith((*_LANGUAGE, "ForMaskedLM", "ForTokenClassification")):
-        made["labels"] = tokens()
-    elif name.endswith("Classification"):
-        made["labels"] = torch.zeros(sizes.batch, dtype=torch.int64, device=device)
-    return made
-
-
-def _pixels(vision: Any, sizes: Sizes, device: str, dtype: torch.dtype) -> Tensor:
-    side = sizes.image or getattr(vision, "image_size", 224)
-    height, width = (side, side) if isinstance(side, int) else tuple(side)
-    count = sizes.batch * sizes.images
-    frames = (vision.num_frames,) if hasattr(vision, "num_frames") else ()
-    return torch.zeros(count, *frames, getattr(vision, "num_channels", 3), height, width, dtype=dtype, device=device)

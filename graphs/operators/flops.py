@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
+from mipipe.graphs.recurrent import recurrence_backward_flops, recurrence_flops
+
 
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> int:
     """Q K^T and P V: 2 B H S T (D + E)."""
@@ -41,6 +43,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "mipipe.attention_backward.default": _attention_backward,
     "mipipe.grouped_mm.default": _grouped_mm,
     "mipipe.grouped_mm_weight.default": _grouped_mm_weight,
+    "mipipe.recurrence.default": recurrence_flops,
+    "mipipe.recurrence_backward.default": recurrence_backward_flops,
 }
 
 

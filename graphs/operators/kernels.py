@@ -258,3 +258,12 @@ DIRECT: dict[str, Callable[..., object]] = {
     "mipipe.histogram.default": histogram,
 }
 """What a built phase calls for each of our operators: the function itself, without the dispatcher's detour."""
+
+ANY_LAYOUT: dict[str, Callable[..., object]] = {
+    "aten.view.default": torch.reshape,
+    "aten._unsafe_view.default": torch.reshape,
+    "aten.view.dtype": lambda x, dtype: x.contiguous().view(dtype),
+    "aten.view_as_complex.default": lambda x: torch.view_as_complex(x.contiguous()),
+}
+"""What a built phase calls for views that only some layouts allow: they copy where a kernel (``cat``, ``add``, a
+library's own) laid its result out otherwise than the trace's fake tensors said. Where views can be, they are views."""

@@ -7,7 +7,7 @@ Legend: B batch, H heads, G key heads, S queries, T keys (or tokens), D and E he
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -161,11 +161,110 @@ def exchange_experts(module: nn.Module) -> nn.Module:
     return module
 
 
+def attention_mask(*, q_length: int, kv_length: int, attention_mask: Tensor | None = None,
+                   allow_is_causal_skip: bool = True, allow_is_bidirectional_skip: bool = False,
+                   local_size: int | None = None, config: Any = None, **options: Any) -> Tensor | None:
+    """The mask [B,1,S,T] of `attention` in transformers' interface; None where its flags (causal, window) say it all.
+
+    Padding, chunks, packed sequences, image tokens that see each other and windows to both sides are tensors.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    window = allow_is_causal_skip and local_size == getattr(config, "sliding_window", None)
+    plain = attention_mask is None and (local_size is None or kv_length <= local_size or window)
+    if plain and (allow_is_bidirectional_skip or (allow_is_causal_skip and q_length == kv_length)):
+        return None
+    options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "use_vmap": False}
+    return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, local_size=local_size,
+                     config=config, **options)
+
+
+_positions_given = False
+"""Whether the model that runs was given its positions, which may be those of several sequences in one."""
+
+
+def watch_positions(model: nn.Module) -> None:
+    """Let masks of packed sequences be made only where positions are given to the model's forward.
+
+    transformers looks for packed sequences at the values of positions, and assumes them where it cannot look.
+    """
+    forward = model.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        global _positions_given
+        before, _positions_given = _positions_given, kwargs.get("position_ids") is not None
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            _positions_given = before
+
+    model.forward = run  # type: ignore[method-assign]
+
+
 def register() -> None:
-    """Make `attention`, `packed_attention` and `experts` known to transformers."""
-    from transformers import AttentionInterface
+    """Make `attention`, `attention_mask`, `packed_attention` and `experts` known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
     from transformers.integrations.moe import ExpertsInterface
 
+    find = masking_utils.find_packed_sequence_indices
+    if not hasattr(find, "original"):
+        def packed(position_ids: Tensor) -> Tensor | None:
+            return None if masking_utils.is_tracing(position_ids) and not _positions_given else find(position_ids)
+
+        packed.original = find  # type: ignore[attr-defined]
+        masking_utils.find_packed_sequence_indices = packed
+    AttentionMaskInterface.register(NAME, attention_mask)
     AttentionInterface.register(NAME, attention)
     AttentionInterface.register(PACKED, packed_attention)
     ExpertsInterface.register(NAME, experts)
+
+
+class _Expert(list[int]):
+    """The number of an expert, in the form of a row of ``nonzero()``."""
+
+
+class _every_expert(torch.overrides.TorchFunctionMode):
+    """Inside, ``for expert in hit.nonzero()`` runs over all experts: one without tokens adds no rows."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.nonzero, torch.nonzero) and args[0].dim() == 1 and not kwargs:
+            return [_Expert([number]) for number in range(self.count)]
+        if func == Tensor.__getitem__ and isinstance(args[1], _Expert):
+            return args[0][args[1][0]:args[1][0] + 1]
+        return func(*args, **(kwargs or {}))
+
+
+def visit_every_expert(model: nn.Module) -> None:
+    """Let transformers' own loops over the experts that got tokens run over all experts.
+
+    Those of the classes that do not know `experts` (Switch Transformers, NLLB-MoE, DBRX): which experts to visit would
+    depend on data, and the loop's body does nothing for an expert without tokens.
+    """
+    for part in model.modules():
+        kind = type(part)
+        if kind.__module__.startswith("transformers.") and kind.__name__.endswith("Experts"):
+            code = getattr(kind.forward, "__code__", None)
+            if code is not None and "expert_hit" in code.co_varnames:
+                part.forward = _with_every_expert(part.forward, part.num_experts)  # type: ignore
+
+
+def settle_routers(model: nn.Module) -> None:
+    """Cast routers to the dtype to which they cast themselves in their first forward (Switch, NLLB-MoE)."""
+    for part in model.modules():
+        classifier, dtype = getattr(part, "classifier", None), getattr(part, "dtype", None)
+        if type(part).__name__.endswith("Router") and isinstance(classifier, nn.Module) and isinstance(
+                dtype, torch.dtype):
+            part.classifier = settled = classifier.to(dtype)
+            settled.to = lambda *unused, settled=settled: settled  # type: ignore
+
+
+def _with_every_expert(forward: Callable[..., Any], count: int) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _every_expert(count):
+            return forward(*args, **kwargs)
+
+    return run

@@ -18,7 +18,7 @@ from mipipe.graphs.tracing.trace import build_phase, phase_signature
 
 @dataclass(frozen=True)
 class StepResult:
-    """The model's outputs by value name, gradients by parameter FQN, new buffers by FQN."""
+    """The model's outputs by value name, gradients by parameter FQN, new buffers (and changed parameters) by FQN."""
 
     outputs: dict[str, Tensor]
     gradients: dict[str, Tensor]
@@ -44,7 +44,7 @@ def run_step(graph: OperatorGraph, state: Mapping[str, Tensor], batch: Mapping[s
         given = _bind(graph, segment, values, {**state, **buffers})
         made = _run(graph, segment, Phase.F, given, device)
         values.update(zip(segment.outputs, (made[name] for name in trace.outputs), strict=True))
-        fqns = dict(zip(trace.buffers, segment.buffers, strict=True))
+        fqns = dict(zip((*trace.parameters, *trace.buffers), (*segment.parameters, *segment.buffers), strict=True))
         buffers.update({fqns[name]: made[result] for name, result in trace.buffer_updates.items()})
         kept[segment.name] = {**given, **{item.name: made[item.name] for item in trace.saved if item.name in made}}
     loss = values[graph.loss]

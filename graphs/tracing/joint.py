@@ -66,27 +66,31 @@ def output_mask(function: Function, specs: Sequence[TensorSpec], differentiable:
     """Which outputs of a function require gradients when the given arguments do; runs it on fake tensors."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad(), attention_mode():
         arguments = [empty_tensor(spec).requires_grad_(flag) for spec, flag in zip(specs, differentiable, strict=True)]
-        return tuple(output.requires_grad for output in function(*arguments))
+        outputs = function(*[x.clone() if x.requires_grad else x for x in arguments])  # leaves may not change in place
+        return tuple(output.requires_grad for output in outputs)
 
 
 def trace_joint(function: Function, specs: Sequence[TensorSpec], differentiable: Sequence[bool],
-                wanted: Sequence[bool] | None, first_buffer: int) -> Joint:
+                wanted: Sequence[bool] | None, first_state: int) -> Joint:
     """The joint graph of ``function(*arguments) -> outputs``.
 
     Args:
-        function: tensors to a sequence of tensors; may change its arguments in place (buffers).
-        specs: of all arguments; those from ``first_buffer`` on are buffers, whose new values are results.
+        function: tensors to a sequence of tensors; may change its arguments in place (buffers, clamped parameters).
+        specs: of all arguments; those from ``first_state`` on are parameters and buffers, whose new values are results.
         differentiable: for each argument, whether its gradient is asked for.
         wanted: for each output, whether a gradient arrives for it; None: wherever one can.
     """
     masks: list[list[bool]] = []
+    changed: list[list[int]] = []
 
     def joint(arguments: list[Tensor], tangents: list[Tensor]) -> list[Tensor | None]:
         leaves = [x.detach().requires_grad_() if flag else x for x, flag in zip(arguments, differentiable, strict=True)]
         with torch.enable_grad(), attention_mode():  # the clones may be changed in place, leaves may not
-            outputs = list(function(*[x.clone() if x.requires_grad else x for x in leaves]))
+            given = [x.clone() if x.requires_grad else x for x in leaves]
+            outputs = list(function(*given))
         able = [output.requires_grad for output in outputs]
         masks.append([a and (wanted is None or wanted[i]) for i, a in enumerate(able)])
+        changed.append([i for i, x in enumerate(given) if i >= first_state and x is not leaves[i] and x._version])
         roots = [(output, tangents[i]) for i, output in enumerate(outputs) if masks[-1][i]]
         asked = [leaf for leaf, flag in zip(leaves, differentiable, strict=True) if flag]
         grads: tuple[Tensor | None, ...] = (None,) * len(asked)
@@ -96,7 +100,7 @@ def trace_joint(function: Function, specs: Sequence[TensorSpec], differentiable:
             if any(grad is not None and grad.layout is not torch.strided for grad in grads):
                 raise GraphError("a parameter's gradient is sparse, which an operator graph cannot say; make the"
                                  " embedding without sparse=True")
-        return [*outputs, *grads]
+        return [*outputs, *[given[i].detach() for i in changed[-1]], *grads]
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         arguments = [empty_tensor(spec) for spec in specs]
@@ -112,7 +116,7 @@ def trace_joint(function: Function, specs: Sequence[TensorSpec], differentiable:
             with fx.traceback.preserve_node_meta():
                 module = make_fx(torch.func.functionalize(module_on_lists(module, len(arguments)), remove="mutations"),
                                  tracing_mode="fake")(*flat)
-    return _tidy(module, first_buffer, arguments, tangents, mode, masks[-1], differentiable)
+    return _tidy(module, (first_state, changed[-1]), arguments, tangents, mode, masks[-1], differentiable)
 
 
 def module_on_lists(module: fx.GraphModule, count: int) -> Callable[..., Any]:
@@ -188,17 +192,22 @@ def _declare_batch_norm(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _tidy(module: fx.GraphModule, first_buffer: int, arguments: Sequence[Tensor], tangents: Sequence[Tensor],
-          mode: FakeTensorMode, mask: Sequence[bool], differentiable: Sequence[bool]) -> Joint:
-    """A `Joint` from a traced module with flat results (outputs, then gradients of the differentiable arguments)."""
+def _tidy(module: fx.GraphModule, state: tuple[int, Sequence[int]], arguments: Sequence[Tensor],
+          tangents: Sequence[Tensor], mode: FakeTensorMode, mask: Sequence[bool],
+          differentiable: Sequence[bool]) -> Joint:
+    """A `Joint` from a traced module with flat results: outputs, new values, gradients of the differentiable arguments.
+
+    ``state``: the first argument that is a parameter or buffer, and the trained ones whose new values are results.
+    """
     graph = module.graph
     _inline_constants(module)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     inputs = placeholders[:len(arguments)]
-    updates = {index: node for index, node in _take_updates(graph, inputs).items() if index >= first_buffer}
+    updates = {index: node for index, node in _take_updates(graph, inputs).items() if index >= state[0]}
     result = next(node for node in graph.nodes if node.op == "output")
-    flat = list(result.args[0])
-    result.args = ([*flat[:len(mask)], *updates.values(), *flat[len(mask):]],)
+    flat, ends = list(result.args[0]), len(mask) + len(state[1])
+    updates.update(zip(state[1], flat[len(mask):ends], strict=True))
+    result.args = ([*flat[:len(mask)], *updates.values(), *flat[ends:]],)
     for node in list(graph.nodes):
         if str(node.target) in _ALIASES or _is_copy_of(node, inputs):
             node.replace_all_uses_with(node.args[0])
@@ -263,6 +272,17 @@ def _take_updates(graph: fx.Graph, arguments: Sequence[fx.Node]) -> dict[int, fx
             node.replace_all_uses_with(value)
             graph.erase_node(node)
     return updates
+
+
+def origin(node: fx.Node) -> fx.Node:
+    """The node whose tensor ``node`` views, through any number of views; itself where it is no view."""
+    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        returns = node.target._schema.returns
+        source = next(iter(node.all_input_nodes), None)
+        if source is None or len(returns) != 1 or returns[0].alias_info is None:
+            break
+        node = source
+    return node
 
 
 def argument(node: fx.Node, index: int) -> Any:

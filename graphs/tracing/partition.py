@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx, nn
 
+from mipipe.graphs import dynamic_rows
 from mipipe.graphs.operator_graph import Operator, Phase, SavedTensor, SegmentTrace, TensorSpec
 from mipipe.graphs.operators.flops import count_flops, num_bytes
 from mipipe.graphs.serialize import digest
@@ -37,7 +38,7 @@ def trace_segment(function: Function, inputs: Mapping[str, TensorSpec],
     """The trace of ``function(*inputs, *parameters, *buffers) -> tensors``, split into F, I and W.
 
     Args:
-        function: pure but for buffers, which it may change in place; called on fake tensors only.
+        function: pure but for parameters and buffers, which it may change in place; called on fake tensors only.
         inputs, parameters, buffers: argument names (distinct Python identifiers) to specs, in the order of the call.
         differentiable: for each input, whether its gradient is wanted; by default all of floating dtype.
         trainable: for each parameter, whether it trains; by default all.
@@ -53,7 +54,11 @@ def trace_segment(function: Function, inputs: Mapping[str, TensorSpec],
         trainable = [True] * len(parameters)
     flags = [*differentiable, *trainable, *([False] * len(buffers))]
     specs = [*inputs.values(), *parameters.values(), *buffers.values()]
-    made = trace_joint(function, specs, flags, wanted, len(inputs) + len(parameters))
+    made = trace_joint(function, specs, flags, wanted, len(inputs))
+    if dynamic_rows.picks_rows(made.graph):
+        with dynamic_rows.second_stand_ins():
+            other = trace_joint(function, specs, flags, wanted, len(inputs))
+        dynamic_rows.restore_sizes(made.graph, other.graph)
     _freeze_updated(made)
     phases = assign_phases(made, len(inputs))
     _repeat_parameter_views(made, phases, len(inputs))
@@ -110,11 +115,13 @@ def _repeat_parameter_views(made: Joint, phases: dict[fx.Node, Phase], num_input
     resident = {storage_of(node) for node in made.arguments[num_inputs:]}
     copies: dict[tuple[fx.Node, Phase], fx.Node] = {}
 
+    def is_resident(value: object) -> bool:
+        if isinstance(value, (tuple, list)):  # of a split or unbind: no phase hands a list to another
+            return bool(value) and all(is_resident(item) for item in value)
+        return isinstance(value, Tensor) and value.untyped_storage()._cdata in resident
+
     def again(node: fx.Node, phase: Phase, before: fx.Node) -> fx.Node:
-        value = node.meta["val"]
-        parts = value if isinstance(value, (tuple, list)) else [value]  # a parameter that is split, and its parts
-        held = all(isinstance(item, Tensor) and item.untyped_storage()._cdata in resident for item in parts)
-        if node not in phases or phases[node] is phase or not held:
+        if node not in phases or phases[node] is phase or not is_resident(node.meta["val"]):
             return node
         if (node, phase) not in copies:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda item: again(item, phase, before))

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mipipe.graphs import ctc, dynamic_rows, recurrent
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import DTYPE_BYTES, Operator, Phase, SegmentTrace, TensorSpec
 from mipipe.graphs.operator_kinds import resolve as resolve
@@ -185,15 +186,21 @@ def phase_source(trace: SegmentTrace, phase: Phase, device: torch.device,
                  handing: bool = False) -> tuple[str, dict[str, Any]]:
     """The Python text of a phase's function, named ``phase``, and the globals it needs."""
     check_trace(trace, DTYPE_BYTES)
-    direct = {**kernels.DIRECT, **expert_kernels.ALONE, **(given or {})}
+    direct = {**kernels.DIRECT, **kernels.ANY_LAYOUT, **recurrent.DIRECT, **dynamic_rows.DIRECT, **ctc.DIRECT,
+              **expert_kernels.ALONE, **(given or {})}
     arguments, results = phase_signature(trace, phase)
     operators = list(trace.phase_operators(phase))
     last_use = {name: index for index, item in enumerate(operators) for name in (item.name, *item.inputs)}
     space: dict[str, Any] = {}
     lines = [f"def phase({', '.join((*(['_give'] if handing else []), *arguments))}):"]
+    leaving = {*trace.outputs, *trace.buffer_updates.values(), *trace.input_grads, *trace.parameter_grads}
+
+    def result(name: str) -> str:
+        """What leaves a segment is contiguous, whatever layout the kernel that made it chose."""
+        return f"{name}.contiguous()" if name in leaving else name
 
     def hand(names: Iterable[str]) -> str:
-        return "".join(f"_give({results.index(name)}, {name}); " for name in names if name in results)
+        return "".join(f"_give({results.index(name)}, {result(name)}); " for name in names if name in results)
 
     for index, item in enumerate(operators):
         dead = sorted({name for name in (item.name, *item.inputs)
@@ -201,7 +208,8 @@ def phase_source(trace: SegmentTrace, phase: Phase, device: torch.device,
         end = f"; {hand(dead) if handing else ''}del {', '.join(dead)}" if dead else ""
         lines.append(f"    {item.name} = {_call(item, device, space, direct)}{end}")
     left = [name for name in results if not handing or name not in last_use]
-    lines.append(f"    {hand(left)}return ()" if handing else f"    return ({''.join(name + ', ' for name in left)})")
+    lines.append(f"    {hand(left)}return ()" if handing
+                 else f"    return ({''.join(result(name) + ', ' for name in left)})")
     return "\n".join(lines) + "\n", space
 
 

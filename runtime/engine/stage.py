@@ -128,8 +128,8 @@ class _Builder:
         slots = self.keys(segment, trace)
         outputs = list(zip(trace.outputs, segment.outputs, strict=True))
         stores, updates = [], []
-        replaced = dict(zip(trace.buffers, segment.buffers, strict=True))
-        targets = [(result, self.weights.tensor(replaced[name])) for name, result in trace.buffer_updates.items()]
+        replaced = dict(zip((*trace.parameters, *trace.buffers), (*segment.parameters, *segment.buffers), strict=True))
+        targets = [(result, self.weights.state(replaced[name])) for name, result in trace.buffer_updates.items()]
         for position, name in enumerate(code.results):
             stores += [(position, self.slots.number(("value", value))) for output, value in outputs if output == name]
             if name in needed and name not in slots:

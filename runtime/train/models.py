@@ -60,6 +60,8 @@ def build_module(graph: OperatorGraph, config: TrainConfig) -> nn.Module:
         InputError: the graph was captured from a module in memory, or its source is not there any more.
     """
     known = {key: graph.source[key] for key in _SOURCE_OPTIONS if key in graph.source}
+    if config.model is None and isinstance(graph.source.get("config"), Mapping):
+        known["config"] = graph.source["config"]
     return open_source(source_of(graph, config), **known).build("cpu")
 
 

@@ -45,10 +45,12 @@ def die_with_parent(number: signal.Signals) -> None:
         ctypes.CDLL(None).prctl(1, number)
 
 
-def failure_of(action: Callable[[], object]) -> str | None:
-    """Do something; the text of the user's or operating system's error that it ends with, else None."""
+def failure_of(action: Callable[[], object],
+               kinds: type[Exception] | tuple[type[Exception], ...] = (MipipeError, OSError)) -> str | None:
+    """Do something; the text of the error of these kinds that it ends with (by default the user's or the operating
+    system's), else None."""
     try:
         action()
-    except (MipipeError, OSError) as error:
-        return str(error)
+    except kinds as error:
+        return str(error) if isinstance(error, (MipipeError, OSError)) else f"{type(error).__name__}: {error}"
     return None

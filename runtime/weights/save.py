@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def save_weights(engine: Engine, module: nn.Module, target: Target, source: Path
         RunError: the disk is full or failing.
     """
     views = plan_views(engine, module, target.dtype)
-    leftover = _unused_views(weights, {view.name for view in views})
+    leftover = unused_views(weights, {view.name for view in views})
     shards = lay_out([*views, *leftover], target.shard_bytes)
     job = f"mipipe train {engine.compiled.program.plan_digest} {engine.steps_done}"
     folder = partial_folder(_next(target.folder))
@@ -86,13 +87,21 @@ def save_weights(engine: Engine, module: nn.Module, target: Target, source: Path
 
 def save_trained(engine: Engine, config: TrainConfig, weights: StoredWeights | None, replace: bool = False) -> None:
     """Save a finished run's weights as its configuration says; see `save_weights`."""
-    assert config.save is not None
-    dtype = getattr(torch, config.save.dtype) if config.save.dtype else None
-    target = Target(Path(os.path.realpath(config.save.folder)), parse_bytes(config.save.shard, "save.shard"), dtype)
+    target = target_of(config)
     source = config.weights or config.model or engine.graph.source.get("source", "")
     folder = Path(source) if Path(source).is_dir() else Path(source).parent if Path(source).is_file() else None
     changed = bool(engine.graph.source.get("overrides"))
+    if folder is None and "config" in engine.graph.source and rank() == 0:
+        print(f"save: {source} is not there from here, so no tokenizer or other small file of it is copied",
+              file=sys.stderr, flush=True)
     save_weights(engine, empty_module(engine.graph, config), target, folder, weights, replace, changed)
+
+
+def target_of(config: TrainConfig) -> Target:
+    """What a run's configuration says about saving."""
+    assert config.save is not None
+    dtype = getattr(torch, config.save.dtype) if config.save.dtype else None
+    return Target(Path(os.path.realpath(config.save.folder)), parse_bytes(config.save.shard, "save.shard"), dtype)
 
 
 def plan_views(engine: Engine, module: nn.Module, dtype: torch.dtype | None = None) -> list[StoredView]:
@@ -166,7 +175,7 @@ def cut(view: StoredView, rows: tuple[int, int] | None, tensor: Tensor) -> tuple
     return begin * TORCH_DTYPES[view.dtype].itemsize, tensor
 
 
-def _unused_views(weights: StoredWeights | None, names: set[str]) -> list[StoredView]:
+def unused_views(weights: StoredWeights | None, names: set[str]) -> list[StoredView]:
     """Stored tensors of the source that the graph does not use, to be copied."""
     if weights is None:
         return []
@@ -240,7 +249,7 @@ def _write_config(module: Any, path: Path, dtype: str) -> None:
     if path.exists():
         data = load_data(path, foreign=True)
     else:
-        data = module.config.to_diff_dict()
+        data = json.loads(module.config.to_json_string())  # infinities as transformers writes them
         data.update(model_type=module.config.model_type, architectures=[type(module).__name__])
         data.pop("mipipe_expert_groups", None)
     data["torch_dtype" if "torch_dtype" in data else "dtype"] = dtype
@@ -254,6 +263,6 @@ def on_first_rank(action: Callable[[], None]) -> None:
 
 def on_all_ranks(action: Callable[[], None]) -> None:
     """Do something; where it fails on one rank, raise `RunError` on all."""
-    failure = first_of(gather(failure_of(action)))
+    failure = first_of(gather(failure_of(action, Exception)))  # of any kind, or the others would wait for this rank
     if failure is not None:
         raise RunError(f"weights cannot be saved: {failure}")

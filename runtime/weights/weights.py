@@ -34,6 +34,18 @@ class Weights:
         name = self.canonical[fqn]
         return self.compute[name] if name in self.compute else self.buffers[name]
 
+    def state(self, fqn: str) -> torch.Tensor:
+        """The tensor that F itself changes, for an FQN.
+
+        Raises:
+            GraphError: its master weights have another dtype, and would overwrite the change.
+        """
+        name = self.canonical[fqn]
+        if name in self.parameters and self.compute[name] is not self.parameters[name]:
+            raise GraphError(f"parameter {name} is changed in place by the model's forward, which does not go with"
+                             " master weights of another dtype; leave 'dtype' out of the train config")
+        return self.tensor(fqn).detach()
+
     def refresh(self) -> None:
         """Copy master weights into their compute copies."""
         for name, tensor in self.compute.items():

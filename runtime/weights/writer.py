@@ -110,7 +110,7 @@ class Writer:
         place = self._places[name]
         if place.dtype in TORCH_DTYPES:
             data = data.to(TORCH_DTYPES[place.dtype]) if data.dtype != torch.uint8 else data
-        view = memoryview(data.contiguous().cpu().view(torch.uint8).flatten().numpy())  # type: ignore[arg-type]
+        view = memoryview(data.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         handle = self._open(place.file)
         done = 0
         try:

@@ -28,7 +28,7 @@ STEPS, MICROBATCHES = 3, 2
 def test_three_planned_steps_equal_the_models_own(pool, name: str) -> None:
     """The planner chooses stages and order; the reference is transformers' eager model under the same descent."""
     case = families.CASES[name]
-    graph = capture(case.source, overrides=case.overrides, dtype="float64", **{"seq": 8, "batch": 2, **case.options})
+    graph = capture(case.source, overrides=case.overrides, dtype=case.dtype, **{"seq": 8, "batch": 2, **case.options})
     model, _, _ = families.reference(case, graph)
     state = {key: tensor.detach().clone() for key, tensor in
              [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]}
@@ -50,4 +50,4 @@ def test_three_planned_steps_equal_the_models_own(pool, name: str) -> None:
         expected.append(loss.item())
     assert len(set(expected)) == STEPS
     for losses in answers:
-        assert losses == pytest.approx(expected, rel=1e-6)
+        assert losses == pytest.approx(expected, rel=max(1e-6, case.rtol))
