@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any
 
 from mipipe.graphs.errors import InfeasibleError
-from mipipe.planner.bounds.over_placements import problem_bound
+from mipipe.planner.bounds.over_placements import Bound, problem_bound
 from mipipe.planner.check import check_plan
 from mipipe.planner.ladder import large as scale
 from mipipe.planner.ladder import order_rungs as rungs
@@ -207,6 +207,8 @@ def _finish(run: Run) -> SolveResult:
         return SolveResult(None, None, run.bound_ns, None, ended, run.seconds,
                            reason=f"no plan within {run.options.time_limit_s:g} s; try a longer time limit")
     bound = run.lowest_ns
+    if bound is not None and bound > best.bound.ns:
+        best.bound = Bound(bound, "the bound over all placements")
     found = Plan(f"{run.problem.name}/{best.placement.name}", run.problem, best.placement, best.best.schedule,
                  best.makespan_ns, bound, best.bound.ns,
                  {"method": best.rung, "seconds": round(run.seconds, 3), "seed": run.options.seed})

@@ -92,12 +92,12 @@ def _memory(found: Candidate) -> list[str]:
     for rank, order in enumerate(found.best.schedule.ranks):
         used = top = 0
         for action in order.compute:
-            n = instance.number.get((action.stage, action.kind, action.microbatch))
-            if n is None:
-                break
-            used += int(instance.alloc[n])
-            top = max(top, used + int(instance.work[n]))
-            used -= int(instance.free[n])
+            nodes = [instance.number.get((stage, kind, m)) for kind, stage, m in action.parts()]
+            if None in nodes:
+                break  # a halved instance knows half of the ranks
+            used += sum(int(instance.alloc[n]) for n in nodes)
+            top = max(top, used + max(int(instance.work[n]) for n in nodes))
+            used -= sum(int(instance.free[n]) for n in nodes)
         room = capacity(found.view, rank)
         if top:
             peak[rank] = top / max(1, room)
