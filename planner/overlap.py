@@ -1,8 +1,8 @@
 """What overlapped pairs (OVERLAP_F_B) do to every bound: no work takes less than its share of a pair.
 
-A pair of a forward (f) and a backward (b = i + w) takes ``D = overlap.duration_ns(f, b)``, at least ``r (f + b)`` with a
-ratio r. So a machine needs at least r times its work. And stretching a schedule's time by 1 / r makes every pair as long
-as its parts in sequence: r times any bound on schedules without pairs bounds those with pairs.
+A pair of a forward (f) and a backward (b = i + w) takes ``D = overlap.duration_ns(f, b)``, at least ``r (f + b)`` for
+some r. So a machine needs at least r times its work. And stretching a schedule's time by 1 / r makes every pair as
+long as its parts in sequence: r times any bound on schedules without pairs bounds those with pairs.
 
 A path is shortened less: an action of duration x on it takes x alone, or at least ``r (x + c)`` in a pair, where the
 other half takes c or more. ``g(x) = min(x, r (x + c))`` is subadditive, so a path of x takes at least g(x).

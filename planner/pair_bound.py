@@ -1,12 +1,12 @@
 """Overlapped pairs in a placement's job shop: a relaxation without pairs, and a bound that counts them.
 
 **Shares** (`relaxed`). Within a pair let F, then I, then W take r times their own durations, one after the other
-(r: `mipipe.planner.overlap`). These shares lie inside the pair, so they never meet on a machine; each starts no sooner
-than its predecessors allow, takes its memory no sooner and returns it no later than the pair does. What waits for F
-waits for the pair's end, at least ``min(f, r (f + b))`` after F's share starts; what waits for I, at least ``min(i, r (i
-+ w))`` after I's. So every schedule with pairs is one of a plain job shop with shorter jobs and some lags, and bounds on
-that one hold. FIFO and memory arcs stay: they compare starts and ends of shares, which sorting keeps
-(`mipipe.planner.jobs.job_shop`).
+(r: `mipipe.planner.overlap`). These shares lie inside the pair, so they never meet on a machine; each starts no
+sooner than its predecessors allow, takes its memory no sooner and returns it no later than the pair does. What waits
+for F waits for the pair's end, at least ``min(f, r (f + b))`` after F's share starts; what waits for I, at least
+``min(i, r (i + w))`` after I's. So every schedule with pairs is one of a plain job shop with shorter jobs and some
+lags, and bounds on that one hold. FIFO and memory arcs stay: they compare starts and ends of shares, which sorting
+keeps (`mipipe.planner.jobs.job_shop`).
 
 **Counting** (`pairing_bound`). A pair needs its input gradient, so forwards that start before any gradient can are
 alone, and as many backwards stay alone; a pair ends with its forward, so backwards that end later than any forward can

@@ -1,9 +1,9 @@
 """Simulated annealing on orders with overlapped pairs, compiled by numba: the kernel of `mipipe.planner.pair_search`.
 
 An order is a row of tokens per machine. A token is a node of the instance, or a pair: named by its F, with the I (and
-the W after it) that run with it in ``mate``. Besides the moves of `mipipe.planner.search.anneal_kernel` (an action out of its critical
-block, or a little way) there are moves that join an F with an I and its W nearby, part a pair, and exchange partners.
-Every move is evaluated in full: pairs change the graph, and rows with pairs are short.
+the W after it) that run with it in ``mate``. Besides the moves of `mipipe.planner.search.anneal_kernel` (an action out of its
+critical block, or a little way) there are moves that join an F with an I and its W nearby, part a pair, and exchange
+partners. Every move is evaluated in full: pairs change the graph, and rows with pairs are short.
 
 Pairs stay out of the order of their classes: alone, the k-th of a class stays the k-th (`mipipe.planner.jobs.paths.shift`).
 """
@@ -25,8 +25,8 @@ TURN = 200
 
 
 class PairFacts(NamedTuple):
-    """What a search never changes: arrays of `Instance`; ``weight[I]`` is the W that runs with it (-1: none), ``forward``
-    and ``backward`` number the durations of F nodes and of I + W, and ``lasts[f, b]`` is the duration of their pair."""
+    """What a search never changes: arrays of `Instance`; ``weight[I]`` is the W that runs with it (-1: none),
+    ``forward`` and ``backward`` number the durations of F nodes and of I + W, ``lasts[f, b]`` is that of their pair."""
 
     machine: np.ndarray
     rank: np.ndarray

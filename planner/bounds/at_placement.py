@@ -29,7 +29,8 @@ from mipipe.planner.jobs.job_shop import Jobs, classes, job_shop
 from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.pair_bound import pairing_bound, relaxed
 
-__all__ = ["Bound", "bounding_shop", "heads_and_tails", "placement_bound", "preemptive_bound", "problem_bound", "reduce_tails"]
+__all__ = ["Bound", "bounding_shop", "heads_and_tails", "placement_bound", "preemptive_bound", "problem_bound",
+           "reduce_tails"]
 
 
 def placement_bound(view: StageView, jobs: Jobs | None = None) -> Bound:

@@ -82,7 +82,7 @@ def _check_pair(facts: Facts, action: Action, where: str) -> None:
         waiting += sources - needed
         needed |= sources
     if forward in needed:
-        raise PlanError(f"{where}: overlaps microbatch {forward[2]} with its own backward, {part_text(back)}, which needs"
+        raise PlanError(f"{where}: overlaps microbatch {forward[2]} with its own backward: {part_text(back)} needs"
                         f" {part_text(forward)} to have ended; overlap it with the backward of another microbatch")
 
 

@@ -8,11 +8,16 @@ incumbent was kept.
 from __future__ import annotations
 
 import time
+from itertools import product
 from typing import Any
 
+import numpy as np
+
 from mipipe.graphs.errors import MipipeError, PlanError
+from mipipe.planner import pair_search
 from mipipe.planner.bounds.at_placement import Bound
-from mipipe.planner.jobs.arrays import build, orders_from
+from mipipe.planner.jobs import paths as kernels
+from mipipe.planner.jobs.arrays import Instance, build, orders_from
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.ladder.candidate import Candidate, candidate, judge, offer_judged
@@ -38,11 +43,12 @@ def adopt(run: Run, found: Candidate, schedule: Schedule, rung: str) -> bool:
         return False
     if kept:
         run.note(found, rung)
-        if found.search is not None and not found.halved:
-            seq = to_array(orders_from(found.instance, schedule))
+        if found.pairs is not None:
+            pair_search.go_on_from(found.pairs, schedule, found.makespan_ns)
+        elif found.search is not None and not found.halved:
             found.helpers.clear()
-            found.search = search.start(found.instance, Orders(seq, found.instance.lengths(), found.makespan_ns),
-                                        run.options.seed + 17, found.bound.ns)
+            found.search = search.start(found.instance, _orders(found.instance, schedule), run.options.seed + 17,
+                                        found.bound.ns)
     return kept
 
 
@@ -67,12 +73,13 @@ def published(run: Run) -> None:
     began, before = time.monotonic(), run.makespan_ns
     name = run.options.placement
     best: Candidate | None = None
+    gains = run.problem.pairs_gain  # only then is a schedule with its own blocks ever shorter than the same order split
     for baseline in BASELINES:
-        for cut in ("even", "balanced"):
+        for cut, split in product(("even", "balanced"), (True, False) if gains else (True,)):
             if run.left < 0.5 * run.options.time_limit_s:
                 break
             try:
-                known = baseline.plan(run.problem, split=True, cut=cut)  # type: ignore[arg-type]
+                known = baseline.plan(run.problem, split=split, cut=cut)  # type: ignore[arg-type]
                 if name not in ("free", known.placement.name) or not resident_fits(run.problem, known.placement):
                     continue
                 found = next((other for other in run.candidates if same(other.placement, known.placement)), None)
@@ -99,12 +106,23 @@ def _seed(run: Run, found: Candidate) -> None:
     assert found.best is not None
     if found.halved:
         found.halved, found.instance = False, build(found.view)
-    seq = to_array(orders_from(found.instance, found.best.schedule))
-    found.search = search.start(found.instance, Orders(seq, found.instance.lengths(), found.makespan_ns),
-                                run.options.seed + 31, found.bound.ns)
+    found.search = search.start(found.instance, _orders(found.instance, found.best.schedule), run.options.seed + 31,
+                                found.bound.ns)
     found.outline = None
+    found.pairs = pair_search.start(found.instance, found.search.best, run.options.seed + 37, found.bound.ns)
+    if found.pairs is not None:
+        pair_search.go_on_from(found.pairs, found.best.schedule, found.makespan_ns)
     if found not in run.candidates:
         run.candidates.append(found)
+
+
+def _orders(instance: Instance, schedule: Schedule) -> Orders:
+    """A schedule's orders by the search's own clock, pairs in parts."""
+    seq, length = to_array(orders_from(instance, schedule)), instance.lengths()
+    spare = [np.zeros(instance.size, dtype=np.int64) for _ in range(4)]
+    makespan = kernels.times(seq, length, instance.dur, instance.succ_ptr, instance.succ, instance.lag, instance.waits,
+                             *spare)
+    return Orders(seq, length, int(makespan))
 
 
 def same(one: Placement, other: Placement) -> bool:

@@ -15,8 +15,8 @@ Each group is a stage of its own on one device for all microbatches. Units u are
     memory at the start of a: sum over b of alloc_b [b before a, same device] - free_b [likewise] + own <= capacity
 
 This is the definition of the optimum without replicas, and on 15 to 30 jobs its proof; nothing larger is its business.
-Left out: replicas, recomputation, overlapped pairs (the bound is one for them as well), values in flight, memory held by
-groups of the collective stream (refused).
+Left out: replicas, recomputation, overlapped pairs (the bound is one for them as well), values in flight, memory held
+by groups of the collective stream (refused).
 """
 
 from __future__ import annotations
