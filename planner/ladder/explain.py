@@ -92,8 +92,8 @@ def _memory(found: Candidate) -> list[str]:
     for rank, order in enumerate(found.best.schedule.ranks):
         used = top = 0
         for action in order.compute:
-            nodes = [instance.number.get((stage, kind, m)) for kind, stage, m in action.parts()]
-            if None in nodes:
+            nodes = [n for kind, stage, m in action.parts() if (n := instance.number.get((stage, kind, m))) is not None]
+            if not nodes:
                 break  # a halved instance knows half of the ranks
             used += sum(int(instance.alloc[n]) for n in nodes)
             top = max(top, used + max(int(instance.work[n]) for n in nodes))

@@ -83,6 +83,7 @@ def _last_round(run: Run, found: Candidate, seconds: float) -> None:
         seconds = OUTLINE * run.options.time_limit_s - run.seconds
     if not first.ends and first.instance.size <= search.LASTING and seconds > LEAST * run.options.time_limit_s:
         for worker in (first, *_helpers(run, found, run.options.threads - 1)):
+            assert isinstance(worker, search.Search)
             search.finish(worker, seconds)
 
 
@@ -123,14 +124,16 @@ def _round(run: Run, pool: ThreadPoolExecutor, live: Sequence[Candidate], slice_
 
 
 def _advance(worker: Worker, seconds: float, stop: Callable[[], bool]) -> bool:
-    return (pair_search if isinstance(worker, PairSearch) else search).advance(worker, seconds, stop)  # type: ignore
+    if isinstance(worker, PairSearch):
+        return pair_search.advance(worker, seconds, stop)
+    return search.advance(worker, seconds, stop)
 
 
 def _helpers(run: Run, found: Candidate, count: int) -> list[Worker]:
     """Further searches at one placement with other seeds, for threads that would idle."""
     first = _worker(run, found)
     if isinstance(first, PairSearch):
-        return pair_search.helpers(first, count)
+        return [*pair_search.helpers(first, count)]
     if found.helpers and found.helpers[0].instance is not first.instance:
         found.helpers.clear()
     while len(found.helpers) < count:
