@@ -107,8 +107,8 @@ def applies(problem: PlanningProblem) -> bool:
 
 
 def is_huge(problem: PlanningProblem) -> bool:
-    """Whether looking at published schedules takes too long."""
-    return chain_actions(problem) > PUBLISHED_ACTIONS
+    """Whether looking at published schedules takes too long; where pairs gain they are worth more time."""
+    return chain_actions(problem) > (BOUND_ACTIONS if problem.pairs_gain else PUBLISHED_ACTIONS)
 
 
 def chain_actions(problem: PlanningProblem) -> int:

@@ -142,7 +142,7 @@ def _helpers(run: Run, found: Candidate, count: int) -> list[Worker]:
     best = min([first, *found.helpers], key=lambda worker: worker.best.makespan_ns).best
     for worker in (first, *found.helpers):
         worker.best = best
-    return found.helpers[:count]
+    return [*found.helpers[:count]]
 
 
 def _worker(run: Run, found: Candidate) -> Worker:
