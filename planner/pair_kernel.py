@@ -16,13 +16,10 @@ import numpy as np
 from numba import njit
 
 from mipipe.planner.jobs.paths import shift
+from mipipe.planner.search.anneal_kernel import TURN, beside_block
 
 NEAR = 8
 """Places within which a move looks for a partner."""
-
-TURN = 200
-"""Accepted moves between two changes of the price of memory (as in `mipipe.planner.search.anneal_kernel`)."""
-
 
 class PairFacts(NamedTuple):
     """What a search never changes: arrays of `Instance`; ``weight[I]`` is the W that runs with it (-1: none),
@@ -122,6 +119,14 @@ def _install(facts, state, k, row, mates, size):
 
 
 @njit(cache=True, nogil=True)
+def _member(facts, state, n, part):
+    """The node of a token: 0 itself (the F of a pair), 1 the I, 2 the W."""
+    if part == 0:
+        return n
+    return state.mate[n] if part == 1 else facts.weight[state.mate[n]]
+
+
+@njit(cache=True, nogil=True)
 def times(facts, state, start, waits, follow, queue):
     """Earliest starts of all tokens into ``start``; the makespan, or -1 for a deadlock."""
     total = 0
@@ -143,12 +148,8 @@ def times(facts, state, start, waits, follow, queue):
         at += 1
         end = start[n] + state.dur[n]
         makespan = max(makespan, end)
-        m = n
         for part in range(3 if state.mate[n] >= 0 else 1):
-            if part == 1:
-                m = state.mate[n]
-            elif part == 2:
-                m = facts.weight[state.mate[n]]
+            m = _member(facts, state, n, part)
             for e in range(facts.succ_ptr[m], facts.succ_ptr[m + 1]):
                 s = state.lead[facts.succ[e]]
                 if s == n:
@@ -193,12 +194,8 @@ def _critical(facts, state, start, makespan, pos, path):
                 u = state.seq[facts.machine[n], pos[n] - 1]
                 if start[u] + state.dur[u] == start[n]:
                     choice, seen = u, 1
-            m = n
             for part in range(3 if state.mate[n] >= 0 else 1):
-                if part == 1:
-                    m = state.mate[n]
-                elif part == 2:
-                    m = facts.weight[state.mate[n]]
+                m = _member(facts, state, n, part)
                 for e in range(facts.pred_ptr[m], facts.pred_ptr[m + 1]):
                     u = state.lead[facts.pred[e]]
                     if u != n and u != choice and start[u] + state.dur[u] + facts.pred_lag[e] == start[n]:
@@ -331,26 +328,11 @@ def _exchanged(facts, state, k, i, row, mates):
 @njit(cache=True, nogil=True)
 def _shifted(facts, state, k, i, pos, path, size, at, row, mates):
     """The order with the token at i elsewhere: in or next to its block of the critical path, or a little way off."""
-    machine, count = facts.machine, state.length[k]
+    count = state.length[k]
     if at < 0:
         j = i + np.random.randint(1, 9) * (1 if np.random.random() < 0.5 else -1)
     else:
-        lo = at
-        while lo + 1 < size and machine[path[lo + 1]] == k and pos[path[lo + 1]] == pos[path[lo]] - 1:
-            lo += 1
-        hi = at
-        while hi > 0 and machine[path[hi - 1]] == k and pos[path[hi - 1]] == pos[path[hi]] + 1:
-            hi -= 1
-        first, final = pos[path[lo]], pos[path[hi]]
-        choice = np.random.randint(4)
-        if choice == 0:
-            j = first
-        elif choice == 1:
-            j = final
-        elif choice == 2:
-            j = i + (1 if np.random.random() < 0.5 else -1)
-        else:
-            j = first - 1 + np.random.randint(final - first + 3)
+        j = beside_block(facts.machine, pos, path, size, at)
     j = min(max(j, 0), count - 1)
     if j == i or (abs(i - j) == 1 and state.cls[state.seq[k, i]] == state.cls[state.seq[k, j]]):
         return -1
