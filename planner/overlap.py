@@ -17,6 +17,9 @@ from fractions import Fraction
 
 from mipipe.planner.problem import PlanningProblem
 
+ROUNDED = 200
+"""Nanoseconds up to which a pair's rounded duration is looked at for each sum of its parts."""
+
 
 @dataclass(frozen=True, slots=True)
 class PairGain:
@@ -41,9 +44,19 @@ def pair_gain(problem: PlanningProblem) -> PairGain:
     if not problem.pairs_gain or forward is None or gradient[0] is None or gradient[1] is None:
         return PairGain(Fraction(1), 0)
     backward = gradient[0] + gradient[1]
+    shortest = max(forward + backward, _least_positive(problem))
     ratio = Fraction(problem.overlap.numerator, problem.overlap.denominator)
-    rounding = Fraction(1, 2 * (forward + backward)) if forward + backward else ratio
-    return PairGain(max(Fraction(0), ratio - rounding), min(forward, backward))
+    exact = [Fraction(problem.overlap.duration_ns(0, total), total) for total in range(shortest, ROUNDED)]
+    beyond = ratio - Fraction(1, 2 * max(shortest, ROUNDED))
+    return PairGain(max(Fraction(0), min([beyond, *exact, Fraction(1)])), min(forward, backward))
+
+
+def _least_positive(problem: PlanningProblem) -> int:
+    """No pair that takes time at all has parts of less than this together."""
+    values = [max(1, int(value * load)) for group in problem.groups for times in group.times.values()
+              for value in (times.f_ns, times.i_ns, times.w_ns) if value
+              for load in (min((load for load in group.loads if load > 0), default=1.0),)]
+    return min(values, default=1)
 
 
 def _least(problem: PlanningProblem, name: str) -> int | None:

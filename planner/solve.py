@@ -127,8 +127,11 @@ def _ladder(run: Run) -> None:
     if run.options.placement == "free":
         run.bound_ns = problem_bound(run.problem).ns
     if scale.applies(run.problem) and run.options.use_search:
+        published = run.options.use_baselines and not scale.is_huge(run.problem)
+        if published and run.problem.pairs_gain:  # lists have no pairs: what has some comes first
+            rungs.published(run)
         scale.climb(run)
-        if run.options.use_baselines and not scale.is_huge(run.problem):
+        if published and not run.problem.pairs_gain:
             rungs.published(run)
         if run.candidates:
             race(run, run.candidates, lambda: run.left)
