@@ -73,30 +73,31 @@ def published(run: Run) -> None:
     began, before = time.monotonic(), run.makespan_ns
     name = run.options.placement
     best: Candidate | None = None
-    gains = run.problem.pairs_gain  # only then is a schedule with its own blocks ever shorter than the same order split
-    for baseline in BASELINES:
-        for cut, split in product(("even", "balanced"), (True, False) if gains else (True,)):
-            if run.left < 0.5 * run.options.time_limit_s:
-                break
-            try:
-                known = baseline.plan(run.problem, split=split, cut=cut)  # type: ignore[arg-type]
-                if name not in ("free", known.placement.name) or not resident_fits(run.problem, known.placement):
-                    continue
-                found = next((other for other in run.candidates if same(other.placement, known.placement)), None)
-                stages = found.view if found is not None else view(run.problem, known.placement)
-                if evaluate(stages, known.schedule)[1].makespan_ns >= (found.makespan_ns if found else run.makespan_ns):
-                    continue
-                judged = judge(stages, known.schedule)
-                found = found or candidate(run.problem, known.placement)
-            except MipipeError:
+    tries = list(product((True,), BASELINES, ("even", "balanced")))
+    if run.problem.pairs_gain:  # only then are a schedule's own blocks ever shorter than the same order split
+        tries = [*product((False,), BASELINES[::-1], ("even", "balanced")), *tries]
+    for split, baseline, cut in tries:
+        if run.left < 0.5 * run.options.time_limit_s:
+            break
+        try:
+            known = baseline.plan(run.problem, split=split, cut=cut)  # type: ignore[arg-type]
+            if name not in ("free", known.placement.name) or not resident_fits(run.problem, known.placement):
                 continue
-            if not offer_judged(found, judged, baseline.name):
+            found = next((other for other in run.candidates if same(other.placement, known.placement)), None)
+            stages = found.view if found is not None else view(run.problem, known.placement)
+            if evaluate(stages, known.schedule)[1].makespan_ns >= (found.makespan_ns if found else run.makespan_ns):
                 continue
-            if found not in run.candidates or not found.halved:  # half of the ranks cannot hold what is not symmetric
-                _seed(run, found)
-            run.note(found, baseline.name)
-            if best is None or found.makespan_ns < best.makespan_ns:
-                best = found
+            judged = judge(stages, known.schedule)
+            found = found or candidate(run.problem, known.placement)
+        except MipipeError:
+            continue
+        if not offer_judged(found, judged, baseline.name):
+            continue
+        if found not in run.candidates or not found.halved:  # half of the ranks cannot hold what is not symmetric
+            _seed(run, found)
+        run.note(found, baseline.name)
+        if best is None or found.makespan_ns < best.makespan_ns:
+            best = found
     if best is not None and best.makespan_ns < before:
         record(run, "published schedules", best, before, began)
 
