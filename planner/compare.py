@@ -28,7 +28,9 @@ from typing import Any, Literal
 
 from mipipe.graphs.errors import InputError, ProblemError
 from mipipe.planner.actions import Stream
+from mipipe.planner.bounds.at_placement import placement_bound
 from mipipe.planner.execution.measure import Measures, measure
+from mipipe.planner.jobs.stages import view
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
@@ -170,8 +172,8 @@ def planned_row(problem: PlanningProblem, options: PlanOptions, rows: Sequence[R
     first = plan(problem, alone, lambda state: tell(f"{PLANNED}, {state.phase}, {state.seconds:.0f} s"))
     results = [first]
     own = _units_or_none(first.makespan_ns, problem)
-    free = options.use_baselines and options.placement == "free"
-    known = [row for row in rows if free and _within_caps(row, problem)]
+    known = [row for row in rows if options.use_baselines and _within_caps(row, problem)
+             and options.placement in ("free", row.placement)]
     best = min(known, key=_makespan, default=None)
     better = best is not None and (own is None or _makespan(best) < own)
     left = options.time_limit_s - (time.monotonic() - began)
@@ -188,8 +190,10 @@ def planned_row(problem: PlanningProblem, options: PlanOptions, rows: Sequence[R
     else:
         return Row(PLANNED, accounting, devices=problem.num_ranks, seconds=seconds,
                    note=f"{result.termination.value}: {result.reason}")
-    bound = _units_or_none(max((found.bound_ns for found in results if found.bound_ns is not None), default=None),
-                           problem)
+    lowest = max((found.bound_ns for found in results if found.bound_ns is not None), default=None)
+    if lowest is not None and options.placement != "free" and row.plan is not None and row.plan is not result.plan:
+        lowest = min(lowest, placement_bound(view(problem, row.plan.placement)).ns)  # its cuts may be others
+    bound = _units_or_none(lowest, problem)
     scope = "all placements within the caps" if options.placement == "free" else f"placement {options.placement}"
     return dataclasses.replace(row, bound=bound, gap=None if not bound else _makespan(row) / bound - 1,
                                bound_scope=None if bound is None else scope, rung=rung, without_baselines=own,
@@ -204,7 +208,7 @@ def _makespan(row: Row | None) -> float:
 
 def _within_caps(row: Row, problem: PlanningProblem) -> bool:
     """Whether a measured row keeps the problem's limits, so that the planner could have given its plan."""
-    if row.measures is None or row.plan is None or row.plan.problem != problem or row.accounting == "indivisible":
+    if row.measures is None or row.plan is None or row.plan.problem != problem:
         return False
     limits, devices = problem.limits, problem.topology.devices
     for rank in range(problem.num_ranks):

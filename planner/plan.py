@@ -56,6 +56,11 @@ class Schedule:
         """All actions, rank by rank."""
         return tuple(action for order in self.ranks for action in (*order.compute, *order.collective))
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether a forward and a backward overlap somewhere."""
+        return any(action.partner is not None for order in self.ranks for action in order.compute)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:

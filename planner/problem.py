@@ -110,7 +110,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class OverlapRule:
-    """Duration of an OVERLAP_F_B action: ``(F + B) * numerator / denominator``, rounded to a nanosecond."""
+    """Duration of an OVERLAP_F_B action: ``(F + B) * numerator / denominator``, rounded to a nanosecond.
+
+    The gain is that of communication inside both, hidden behind the other's compute. Where a problem has groups on the
+    collective stream, these are planned beside the compute by themselves, and a pair takes the sum of its parts.
+    """
 
     __pydantic_config__: ClassVar = STRICT
     numerator: Count = 1
@@ -184,6 +188,12 @@ class PlanningProblem:
     @property
     def num_ranks(self) -> int:
         return self.topology.num_devices
+
+    @property
+    def pairs_gain(self) -> bool:
+        """Whether an OVERLAP_F_B is shorter than its parts (`OverlapRule`)."""
+        return (0 <= self.overlap.numerator < self.overlap.denominator
+                and not any(group.stream is Stream.COLLECTIVE for group in self.groups))
 
     def replace(self, **changes: Any) -> PlanningProblem:
         """A copy with some fields changed, checked again."""

@@ -24,7 +24,7 @@ from typing import Any
 
 from mipipe.graphs.errors import InfeasibleError
 from mipipe.planner import check_arrays, clock
-from mipipe.planner.bounds.over_placements import problem_bound
+from mipipe.planner.bounds.over_placements import Bound, problem_bound
 from mipipe.planner.check import check_plan
 from mipipe.planner.clock import OutOfTimeError
 from mipipe.planner.ladder import large as scale
@@ -131,8 +131,11 @@ def _ladder(run: Run) -> None:
     if run.options.placement == "free":
         run.bound_ns = problem_bound(run.problem).ns
     if scale.applies(run.problem) and run.options.use_search:
+        published = run.options.use_baselines and not scale.is_huge(run.problem)
+        if published and run.problem.pairs_gain:  # lists have no pairs: what has some comes first
+            rungs.published(run)
         scale.climb(run)
-        if run.options.use_baselines and not scale.is_huge(run.problem):
+        if published and not run.problem.pairs_gain:
             rungs.published(run)
         if run.candidates:
             race(run, run.candidates, lambda: run.left)
@@ -210,6 +213,8 @@ def _finish(run: Run) -> SolveResult:
         return SolveResult(None, None, run.bound_ns, None, ended, run.seconds,
                            reason=f"no plan within {run.options.time_limit_s:g} s; try a longer time limit")
     bound = run.lowest_ns
+    if bound is not None and bound > best.bound.ns:
+        best.bound = Bound(bound, "the bound over all placements")
     proven = bound is not None and best.makespan_ns <= bound
     ended = Termination.OPTIMAL if proven else Termination.INTERRUPTED if run.interrupted else Termination.FEASIBLE
     found = Plan(f"{run.problem.name}/{best.placement.name}", run.problem, best.placement, best.best.schedule,

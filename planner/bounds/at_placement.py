@@ -9,7 +9,9 @@ job and from it to the end of the step, along data, FIFO and memory arcs (`mipip
 - **filling**: until gradients come back a rank runs only the forwards its memory holds, whatever stages they are of;
 - **turnover**: its last forward starts after all others and after the gradients that make room for it;
 - **channel**: the same for the transfers of each directed channel;
-- **memory**: activations occupy ``bytes x time``; a rank offers ``capacity`` bytes between its first F and its end.
+- **memory**: activations occupy ``bytes x time``; a rank offers ``capacity`` bytes between its first F and its end;
+- **pairs**: where a forward and a backward that overlap take less than their sum, all these hold for their shares, and
+  how many pairs there can be bounds the rest (`mipipe.planner.pair_bound`).
 
 Over all placements: `problem_bound`, from `mipipe.planner.bounds.over_placements`.
 """
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from mipipe.graphs.errors import PlanError
 from mipipe.planner import clock
@@ -26,17 +28,21 @@ from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.bounds.over_placements import Bound, problem_bound
 from mipipe.planner.jobs.job_shop import Jobs, classes, job_shop
 from mipipe.planner.jobs.stages import StageView
+from mipipe.planner.pair_bound import pairing_bound, relaxed
 
-__all__ = ["Bound", "heads_and_tails", "placement_bound", "preemptive_bound", "problem_bound", "reduce_tails"]
+__all__ = ["Bound", "bounding_shop", "heads_and_tails", "placement_bound", "preemptive_bound", "problem_bound",
+           "reduce_tails"]
 
 
 def placement_bound(view: StageView, jobs: Jobs | None = None) -> Bound:
     """The best combinatorial bound on the makespan at a placement.
 
+    ``jobs``: its job shop, relaxed where pairs gain (`bounding_shop`, the default).
+
     Raises:
         PlanError: the memory arcs form a cycle: some activations never fit together (the message names the rank).
     """
-    jobs = job_shop(view) if jobs is None else jobs
+    jobs = bounding_shop(view) if jobs is None else jobs
     heads, tails = heads_and_tails(jobs)
     reduce_tails(jobs, tails)
     best = [Bound(max(head + tail for head, tail in zip(heads, tails, strict=True)), "critical path")]
@@ -46,11 +52,22 @@ def placement_bound(view: StageView, jobs: Jobs | None = None) -> Bound:
         value = preemptive_bound([(heads[j], jobs.durations[j], tails[j] - jobs.durations[j]) for j in members])
         stream = "collective stream of rank" if machine % 2 else "rank"
         best.append(Bound(value, f"{stream} {machine // 2}: earliest start + load + what must follow"))
+        best.append(Bound(pairing_bound(jobs, members, heads, tails),
+                          f"rank {machine // 2}: forwards before its first gradient are in no overlapped pair"))
         on_rank = [*members, *by_machine.get(machine ^ 1, ())]
         best.append(_filling_bound(jobs, machine, on_rank, heads, tails))
     best.append(_channel_bound(jobs, heads, tails))
     best.append(_memory_bound(jobs, heads, tails))
     return max(best, key=lambda bound: bound.ns)
+
+
+def bounding_shop(view: StageView, actions: Iterable[Action] | None = None) -> Jobs:
+    """The job shop that every schedule of a placement's actions is one of, with overlapped pairs or without.
+
+    Raises:
+        PlanError: as `job_shop`.
+    """
+    return relaxed(job_shop(view, actions))
 
 
 def heads_and_tails(jobs: Jobs) -> tuple[list[int], list[int]]:
@@ -81,7 +98,8 @@ def heads_and_tails(jobs: Jobs) -> tuple[list[int], list[int]]:
                         " or fewer groups")
     tails = [0] * jobs.count
     for job in reversed(order):
-        tails[job] = jobs.durations[job] + max((lag + tails[second] for second, lag in after[job]), default=0)
+        beyond = jobs.extra[job] if jobs.extra else 0
+        tails[job] = jobs.durations[job] + max((lag + tails[second] for second, lag in after[job]), default=beyond)
     return heads, tails
 
 

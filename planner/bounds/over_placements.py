@@ -11,6 +11,10 @@ replicated, and replicas take resident bytes. So the sum over devices is at leas
 as many devices may share the very smallest as replicas fit into the memory left over. Groups without resident bytes can
 be everywhere: they count as filling idle time with all their work, or as sharable, whichever is better.
 
+Where a forward and a backward may overlap, work counts at a pair's ratio r (`mipipe.planner.overlap`), and so does what
+fills idle time. A device whose first gradient comes at t and whose first group starts at h does at most t - h of its
+work by then, without pairs: it needs ``t + r (work - (t - h))``, so ``(1 - r) t + r h`` counts as idle.
+
 A chain of groups changes devices at least as often as its resident bytes overflow one; every change costs the cheapest
 transfer. Beside that sum: one microbatch's critical path.
 """
@@ -19,8 +23,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from mipipe.planner.actions import Stream
+from mipipe.planner.overlap import pair_gain
 from mipipe.planner.problem import Group, PlanningProblem
 
 
@@ -34,7 +40,10 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Per group: least durations over device kinds (0 where a phase does not exist), heads of F and of the gradient."""
+    """Per group: least durations over device kinds (0 where a phase does not exist), heads of F and of the gradient.
+
+    Heads and ``longest`` are what paths take at the least, whatever is overlapped.
+    """
 
     f: list[int]
     i: list[int]
@@ -57,14 +66,18 @@ def problem_bound(problem: PlanningProblem) -> Bound:
 
 def _stream_bound(problem: PlanningProblem, facts: Facts, members: list[int], stream: Stream) -> Bound:
     devices = problem.num_ranks
-    work = sum(work_of(problem, problem.groups[g], duration) for g in members
-               for duration in (facts.f[g], facts.i[g], facts.w[g]))
+    gain = pair_gain(problem)
+    work = gain.shared(sum(work_of(problem, problem.groups[g], duration) for g in members
+                           for duration in (facts.f[g], facts.i[g], facts.w[g])))
     start = _idle_before_start(problem, facts, members)
     gradient = _idle_before_gradient(problem, facts, members) if stream is Stream.COMPUTE else 0
-    idle = max(0, start, gradient)
+    alone = _idle_without_pairs(problem, facts, members, gain.ratio) if gain.ratio < 1 else 0
+    idle = max(0, start, gradient, alone)
     why = ""
     if idle:
-        reason = "its first group can start" if idle == start else "gradients come back, its memory full of activations"
+        reason = ("its first group can start" if idle == start else
+                  "gradients come back, its memory full of activations" if idle == gradient else
+                  "gradients come back and work can overlap")
         why = f" + {idle // devices} ns each waits on average before {reason}"
     return Bound(-(-(work + idle) // devices), f"work of the {stream.value} stream over {devices} devices{why}")
 
@@ -75,6 +88,15 @@ def _idle_before_start(problem: PlanningProblem, facts: Facts, members: list[int
     bound = [(facts.head[g], problem.groups[g].resident_bytes) for g in members]
     solid = [(head, size) for head, size in bound if size]
     return max(_spread(problem, bound), _spread(problem, solid) - filled)
+
+
+def _idle_without_pairs(problem: PlanningProblem, facts: Facts, members: list[int], ratio: Fraction) -> int:
+    """The least idle time with what work before the first gradients takes beyond its share (module docstring)."""
+    gradients = [(head, problem.groups[g].resident_bytes) for g in members
+                 if (head := facts.gradient_head[g]) is not None]
+    if len(gradients) < len(members):
+        return 0  # a device of frozen groups alone has no gradient to wait for
+    return int((1 - ratio) * _spread(problem, gradients) + ratio * max(0, _idle_before_start(problem, facts, members)))
 
 
 def _idle_before_gradient(problem: PlanningProblem, facts: Facts, members: list[int]) -> int:
@@ -98,8 +120,9 @@ def _idle_before_gradient(problem: PlanningProblem, facts: Facts, members: list[
                  if not problem.groups[g].resident_bytes for duration in (facts.f[g], facts.i[g], facts.w[g]))
     solid = [(head, size) for head, size in heads if size]
     rounding = 1.001 if any(problem.groups[g].loads for g in members) else 1.0
-    forwards = int(room * per_byte * rounding) + free + 1
-    return max(_spread(problem, heads), _spread(problem, solid) - filled) - forwards
+    ratio = pair_gain(problem).ratio
+    forwards = int(ratio * (int(room * per_byte * rounding) + free + 1)) + 1
+    return max(_spread(problem, heads), _spread(problem, solid) - int(ratio * filled)) - forwards
 
 
 def _held_before(problem: PlanningProblem, g: int) -> int:
@@ -161,7 +184,9 @@ def facts_of(problem: PlanningProblem) -> Facts:
             forward[g] = length + light[0][g], held + size[g]
             head[g] = length + hops(held + size[g])
     gradient_head, longest = _gradient_heads(problem, light, forward, backward, hops)
-    return Facts(f, i, w, head, gradient_head, longest)
+    gain = pair_gain(problem)
+    return Facts(f, i, w, [gain.shortened(path) for path in head],
+                 [None if path is None else gain.shortened(path) for path in gradient_head], gain.shortened(longest))
 
 
 def _gradient_heads(problem: PlanningProblem, light: list[list[int]], forward: list[tuple[int, int]],

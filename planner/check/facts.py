@@ -106,9 +106,9 @@ class Facts:
         return total
 
     def action_ns(self, action: Action) -> int:
-        """Duration of an action; an overlapped pair follows the problem's rule."""
+        """Duration of an action; an overlapped pair follows the problem's rule, where no collectives run beside it."""
         times = [self.part_ns(part) for part in action.parts()]
-        if action.kind is ActionKind.OVERLAP_F_B:
+        if action.kind is ActionKind.OVERLAP_F_B and Stream.COLLECTIVE not in self.streams:
             return self.plan.problem.overlap.duration_ns(times[0], sum(times[1:]))
         return sum(times)
 

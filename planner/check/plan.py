@@ -67,6 +67,23 @@ def _check_action(facts: Facts, action: Action, where: str, rank: int, collectiv
                             f" {facts.rank(stage, microbatch)}")
         if (facts.streams[stage].value == "collective") != collective:
             raise PlanError(f"{where}: stage {stage} runs on the {facts.streams[stage]} stream")
+    if action.partner is not None:
+        _check_pair(facts, action, where)
+
+
+def _check_pair(facts: Facts, action: Action, where: str) -> None:
+    """Raise `PlanError` if the backward of an overlapped pair needs the pair's own forward."""
+    forward, back, _ = action.parts()
+    needed, waiting = {back}, [back]
+    while waiting and forward[2] == back[2]:
+        part = waiting.pop()
+        before = facts.needs_before(part)
+        sources = {flow.producer for flow in facts.flows if flow.consumer == part} | ({before} if before else set())
+        waiting += sources - needed
+        needed |= sources
+    if forward in needed:
+        raise PlanError(f"{where}: overlaps microbatch {forward[2]} with its own backward: {part_text(back)} needs"
+                        f" {part_text(forward)} to have ended; overlap it with the backward of another microbatch")
 
 
 def _check_figures(plan: Plan, times: Times) -> None:

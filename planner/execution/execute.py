@@ -117,6 +117,8 @@ def _act(stage_view: StageView, run: Execution, rank: _Rank, number: int, instru
             kind, stage, microbatch = source
             if stage == part[1] or stage_view.rank(stage, microbatch) == number:
                 if source in own:
+                    if kind is ActionKind.F:
+                        raise ProgramError(f"rank {number}, {action}: its backward needs its own forward to have ended")
                     continue
                 if source not in run.ends:
                     raise ProgramError(f"rank {number}, {action}: comes before {Action(stage, kind, microbatch)}, which"

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from mipipe.graphs.errors import PlanError
@@ -35,7 +35,8 @@ class Jobs:
 
     ``machine[j]`` is ``2 * rank + stream``. ``arcs`` holds (first, second, lag): second starts at least ``lag`` after
     first's end. ``alloc[j]`` bytes are taken at j's start, ``free[j]`` returned at its end, ``workspace[j]`` held in
-    between; ``capacity[rank]`` is what the rank has for all of these.
+    between; ``capacity[rank]`` is what the rank has for all of these. ``extra`` is empty but in a relaxation of
+    overlapped pairs (`mipipe.planner.pair_bound`).
     """
 
     compiled: Compiled
@@ -46,6 +47,7 @@ class Jobs:
     free: list[int]
     workspace: list[int]
     capacity: list[int]
+    extra: list[int] = field(default_factory=list)
 
     @property
     def view(self) -> StageView:
@@ -112,7 +114,8 @@ def job_shop(view: StageView, actions: Iterable[Action] | None = None, *, fifo: 
     machine = [2 * rank + (stream is Stream.COLLECTIVE)
                for rank, stream in zip(compiled.ranks, compiled.streams, strict=True)]
     jobs = Jobs(compiled, compiled.durations, machine, arcs, [m[0] for m in memory], [m[1] for m in memory],
-                [view.workspace[action.stage] for action in compiled.actions], capacity(view))
+                [sum(view.workspace[stage] for stage in {stage for _, stage, _ in action.parts()})
+                 for action in compiled.actions], capacity(view))
     _check_fits(jobs)
     if fifo and all(action.partner is None for action in compiled.actions):
         found = lines(jobs)
@@ -229,7 +232,7 @@ def peak_memory(jobs: Jobs, starts: Sequence[int]) -> list[int]:
     for job, start in enumerate(starts):
         rank = jobs.machine[job] // 2
         events[rank].append((start, 1, jobs.alloc[job] + jobs.workspace[job]))
-        events[rank].append((start + jobs.durations[job], 0, -jobs.free[job] - jobs.workspace[job]))
+        events[rank].append((start + jobs.compiled.durations[job], 0, -jobs.free[job] - jobs.workspace[job]))
     peaks = []
     for found in events:
         now = peak = 0

@@ -74,8 +74,10 @@ class StageView:
         if kind is ActionKind.B:
             return (i_ns[microbatch] if i_ns else 0) + (w_ns[microbatch] if w_ns else 0)
         assert kind is ActionKind.OVERLAP_F_B and partner is not None
-        backward = self.duration_ns(ActionKind.B, *partner)
-        return self.problem.overlap.duration_ns(self.f_ns[stage][microbatch], backward)
+        forward, backward = self.f_ns[stage][microbatch], self.duration_ns(ActionKind.B, *partner)
+        if Stream.COLLECTIVE in self.streams:
+            return forward + backward
+        return self.problem.overlap.duration_ns(forward, backward)
 
     def reduce_ns(self, stage: int) -> int:
         """Duration of the gradient all-reduce between a stage's replicas; 0 for one replica."""

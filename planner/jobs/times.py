@@ -88,6 +88,8 @@ def compile_actions(view: StageView, actions: Sequence[Action]) -> Compiled:
 
     def link(producer: int, consumer: int, edge: int, backward: bool, source: int, target: int, size: int) -> None:
         if producer == consumer:
+            if not backward and actions[producer].partner is not None:
+                raise PlanError(f"action {actions[producer]}: its backward needs its own forward to have ended")
             return
         channel = -1 if source == target else source * topology.num_devices + target
         duration = topology.transfer_ns(source, target, size)

@@ -18,6 +18,7 @@ from mipipe.planner.execution.simulate_memory import memory_curves
 from mipipe.planner.jobs.arrays import Instance, build, capacity, mirror
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.jobs.times import evaluate
+from mipipe.planner.pair_search import PairSearch
 from mipipe.planner.plan import Placement, Plan, Schedule
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.search import best_list as lists
@@ -44,7 +45,8 @@ class Candidate:
     """A placement in the race. ``best`` is the best judged schedule that fits, ``rung`` what found it.
 
     ``search`` works on the whole instance, ``outline`` on the one without collectives
-    (`mipipe.planner.search.streams`), if any. ``quick``: its first list was made without the compiler, by one rule.
+    (`mipipe.planner.search.streams`), if any, ``pairs`` instead of both on orders with overlapped pairs, where these
+    gain. ``quick``: its first list was made without the compiler, by one rule.
     """
 
     view: StageView
@@ -53,6 +55,7 @@ class Candidate:
     instance: Instance
     search: Search | None = None
     outline: Search | None = None
+    pairs: PairSearch | None = None
     helpers: list[Search] = field(default_factory=list)
     best: Judged | None = None
     rung: str = ""

@@ -147,12 +147,12 @@ def _peaks(found: Candidate) -> list[int]:
     for rank, order in enumerate(found.best.schedule.ranks):
         used = 0
         for action in order.compute:
-            n = instance.number.get((action.stage, action.kind, action.microbatch))
-            if n is None:
-                break
-            used += int(instance.alloc[n])
-            peaks[rank] = max(peaks[rank], used + int(instance.work[n]))
-            used -= int(instance.free[n])
+            nodes = [n for kind, stage, m in action.parts() if (n := instance.number.get((stage, kind, m))) is not None]
+            if not nodes:
+                break  # a halved instance knows half of the ranks
+            used += sum(int(instance.alloc[n]) for n in nodes)
+            peaks[rank] = max(peaks[rank], used + max(int(instance.work[n]) for n in nodes))
+            used -= sum(int(instance.free[n]) for n in nodes)
     return peaks
 
 

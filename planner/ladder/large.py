@@ -32,6 +32,7 @@ from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.ladder.candidate import Candidate, Judged, carries_bytes, judge
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlacementName
+from mipipe.planner.overlap import pair_gain
 from mipipe.planner.placements.cuts import earliest_end, place_spread, units
 from mipipe.planner.placements.shapes import light_ends, propose, resident_fits, shapes
 from mipipe.planner.plan import Placement
@@ -91,8 +92,8 @@ def applies(problem: PlanningProblem) -> bool:
 
 
 def is_huge(problem: PlanningProblem) -> bool:
-    """Whether looking at published schedules takes too long."""
-    return chain_actions(problem) > PUBLISHED_ACTIONS
+    """Whether looking at published schedules takes too long; where pairs gain they are worth more time."""
+    return chain_actions(problem) > (BOUND_ACTIONS if problem.pairs_gain else PUBLISHED_ACTIONS)
 
 
 def chain_actions(problem: PlanningProblem) -> int:
@@ -271,11 +272,12 @@ def _instance(whole: StageView) -> Instance:
 
 
 def _load_bound(instance: Instance) -> Bound:
-    """The best over ranks of earliest start + load + what must follow."""
-    after = instance.tail - instance.dur
+    """The best over ranks of earliest start + load (its share in overlapped pairs) + what must follow."""
+    after, gain = instance.tail - instance.dur, pair_gain(instance.view.problem)
     values = []
     for machine in range(instance.num_machines):
         own = instance.machine == machine
-        values.append(int(instance.head[own].min() + instance.dur[own].sum() + after[own].min()))
+        values.append(gain.shortened(int(instance.head[own].min())) + gain.shared(int(instance.dur[own].sum()))
+                      + gain.shortened(int(after[own].min())))
     rank = instance.machine_key[int(np.argmax(values))][0]
     return Bound(max(values), f"rank {rank}: earliest start + load + what must follow")

@@ -49,8 +49,9 @@ def least_memory(problem: PlanningProblem, options: PlanOptions, solve: Callable
         middle = (low + high) // 2
         found = solve(limited(problem, middle), share, on_progress)
         if found.plan is not None and found.makespan_ns is not None and found.makespan_ns <= most:
-            kept = replace(found.plan, problem=problem, bound_ns=best.bound_ns)
-            best = replace(found, plan=kept, bound_ns=best.bound_ns)
+            # what limits the placement at less memory is no bound for the problem; that over all placements is one
+            kept = replace(found.plan, problem=problem, bound_ns=best.bound_ns, placement_bound_ns=best.bound_ns)
+            best = replace(found, plan=kept, bound_ns=best.bound_ns, placement_bound_ns=best.bound_ns)
             high = min(middle, peak_activations(found.plan))
         else:
             low = middle
@@ -79,9 +80,10 @@ def best_utilisation(problem: PlanningProblem, options: PlanOptions, solve: Call
         bound = first.bound_ns
         if options.placement != "free" and bound is not None:  # a bound for one shape on all devices only
             bound = min(bound, found.bound_ns or 0)
-        plan = replace(spread_plan(problem, in_use, found.plan), bound_ns=bound)
+        here = max(filter(None, (bound, found.placement_bound_ns)), default=None)
+        plan = replace(spread_plan(problem, in_use, found.plan), bound_ns=bound, placement_bound_ns=here)
         if utilisation(plan)[0] > utilisation(best.plan)[0]:
-            best = replace(found, plan=plan, bound_ns=bound)
+            best = replace(found, plan=plan, bound_ns=bound, placement_bound_ns=here)
     value, count = utilisation(best.plan)
     noted = {**best.plan.provenance, "utilisation": round(value, 4), "devices_in_use": count}
     return replace(best, plan=replace(best.plan, provenance=noted))

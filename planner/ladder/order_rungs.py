@@ -8,11 +8,16 @@ incumbent was kept.
 from __future__ import annotations
 
 import time
+from itertools import product
 from typing import Any
 
+import numpy as np
+
 from mipipe.graphs.errors import MipipeError, PlanError
+from mipipe.planner import pair_search
 from mipipe.planner.bounds.at_placement import Bound
-from mipipe.planner.jobs.arrays import build, orders_from
+from mipipe.planner.jobs import paths as kernels
+from mipipe.planner.jobs.arrays import Instance, build, orders_from
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.ladder.candidate import Candidate, candidate, judge, offer_judged
@@ -38,11 +43,12 @@ def adopt(run: Run, found: Candidate, schedule: Schedule, rung: str) -> bool:
         return False
     if kept:
         run.note(found, rung)
-        if found.search is not None and not found.halved:
-            seq = to_array(orders_from(found.instance, schedule))
+        if found.pairs is not None:
+            pair_search.go_on_from(found.pairs, schedule, found.makespan_ns)
+        elif found.search is not None and not found.halved:
             found.helpers.clear()
-            found.search = search.start(found.instance, Orders(seq, found.instance.lengths(), found.makespan_ns),
-                                        run.options.seed + 17, found.bound.ns)
+            found.search = search.start(found.instance, _orders(found.instance, schedule), run.options.seed + 17,
+                                        found.bound.ns)
     return kept
 
 
@@ -67,29 +73,31 @@ def published(run: Run) -> None:
     began, before = time.monotonic(), run.makespan_ns
     name = run.options.placement
     best: Candidate | None = None
-    for baseline in BASELINES:
-        for cut in ("even", "balanced"):
-            if run.left < 0.5 * run.options.time_limit_s:
-                break
-            try:
-                known = baseline.plan(run.problem, split=True, cut=cut)
-                if name not in ("free", known.placement.name) or not resident_fits(run.problem, known.placement):
-                    continue
-                found = next((other for other in run.candidates if same(other.placement, known.placement)), None)
-                stages = found.view if found is not None else view(run.problem, known.placement)
-                if evaluate(stages, known.schedule)[1].makespan_ns >= (found.makespan_ns if found else run.makespan_ns):
-                    continue
-                judged = judge(stages, known.schedule)
-                found = found or candidate(run.problem, known.placement)
-            except MipipeError:
+    tries = list(product((True,), BASELINES, ("even", "balanced")))
+    if run.problem.pairs_gain:  # only then are a schedule's own blocks ever shorter than the same order split
+        tries = [*product((False,), BASELINES[::-1], ("even", "balanced")), *tries]
+    for split, baseline, cut in tries:
+        if run.left < 0.5 * run.options.time_limit_s:
+            break
+        try:
+            known = baseline.plan(run.problem, split=split, cut=cut)  # type: ignore[arg-type]
+            if name not in ("free", known.placement.name) or not resident_fits(run.problem, known.placement):
                 continue
-            if not offer_judged(found, judged, baseline.name):
+            found = next((other for other in run.candidates if same(other.placement, known.placement)), None)
+            stages = found.view if found is not None else view(run.problem, known.placement)
+            if evaluate(stages, known.schedule)[1].makespan_ns >= (found.makespan_ns if found else run.makespan_ns):
                 continue
-            if found not in run.candidates or not found.halved:  # half of the ranks cannot hold what is not symmetric
-                _seed(run, found)
-            run.note(found, baseline.name)
-            if best is None or found.makespan_ns < best.makespan_ns:
-                best = found
+            judged = judge(stages, known.schedule)
+            found = found or candidate(run.problem, known.placement)
+        except MipipeError:
+            continue
+        if not offer_judged(found, judged, baseline.name):
+            continue
+        if found not in run.candidates or not found.halved:  # half of the ranks cannot hold what is not symmetric
+            _seed(run, found)
+        run.note(found, baseline.name)
+        if best is None or found.makespan_ns < best.makespan_ns:
+            best = found
     if best is not None and best.makespan_ns < before:
         record(run, "published schedules", best, before, began)
 
@@ -99,12 +107,23 @@ def _seed(run: Run, found: Candidate) -> None:
     assert found.best is not None
     if found.halved:
         found.halved, found.instance = False, build(found.view)
-    seq = to_array(orders_from(found.instance, found.best.schedule))
-    found.search = search.start(found.instance, Orders(seq, found.instance.lengths(), found.makespan_ns),
-                                run.options.seed + 31, found.bound.ns)
+    found.search = search.start(found.instance, _orders(found.instance, found.best.schedule), run.options.seed + 31,
+                                found.bound.ns)
     found.outline = None
+    found.pairs = pair_search.start(found.instance, found.search.best, run.options.seed + 37, found.bound.ns)
+    if found.pairs is not None:
+        pair_search.go_on_from(found.pairs, found.best.schedule, found.makespan_ns)
     if found not in run.candidates:
         run.candidates.append(found)
+
+
+def _orders(instance: Instance, schedule: Schedule) -> Orders:
+    """A schedule's orders by the search's own clock, pairs in parts."""
+    seq, length = to_array(orders_from(instance, schedule)), instance.lengths()
+    spare = [np.zeros(instance.size, dtype=np.int64) for _ in range(4)]
+    makespan = kernels.times(seq, length, instance.dur, instance.succ_ptr, instance.succ, instance.lag, instance.waits,
+                             *spare)
+    return Orders(seq, length, int(makespan))
 
 
 def same(one: Placement, other: Placement) -> bool:

@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
+import numpy as np
+
+from mipipe.planner import pair_search
 from mipipe.planner.jobs import paths as kernels
 from mipipe.planner.jobs.arrays import expand, orders_from
 from mipipe.planner.ladder.admission import RESERVES, reserve, start_again
 from mipipe.planner.ladder.candidate import Candidate, first_orders, judge, offer_judged
 from mipipe.planner.ladder.state import Run
+from mipipe.planner.pair_search import PairSearch
 from mipipe.planner.search import annealing as search
 from mipipe.planner.search.lift import lift
 from mipipe.planner.search.lists import Orders, to_array
@@ -37,12 +41,18 @@ LEAST = 0.15
 """Share of the time limit that must be left for a last round (`mipipe.planner.search.annealing.finish`)."""
 
 
+Worker = search.Search | PairSearch
+"""A search at a candidate's placement, without overlapped pairs or with them."""
+
+
 def race(run: Run, candidates: Sequence[Candidate], until: Callable[[], float]) -> None:
     """Successive halving over the candidates, then the finalists share the time; ``until()`` is the seconds left."""
     live = [found for found in candidates if found.search is not None]
     for found in live:
         if found.quick:
             start_again(run, found)
+        if found.pairs is None and found.search is not None:
+            found.pairs = pair_search.start(found.instance, found.search.best, run.options.seed + 5, found.bound.ns)
     slice_s = 0.3
     with ThreadPoolExecutor(run.options.threads) as pool:
         try:
@@ -65,10 +75,13 @@ def race(run: Run, candidates: Sequence[Candidate], until: Callable[[], float]) 
 def _last_round(run: Run, found: Candidate, seconds: float) -> None:
     """Let every thread's search cool once over the time left, where that beats the usual rounds."""
     first = _worker(run, found)
+    if isinstance(first, PairSearch):
+        return
     if first is found.outline:
         seconds = OUTLINE * run.options.time_limit_s - run.seconds
     if not first.ends and first.instance.size <= search.LASTING and seconds > LEAST * run.options.time_limit_s:
         for worker in (first, *_helpers(run, found, run.options.threads - 1)):
+            assert isinstance(worker, search.Search)
             search.finish(worker, seconds)
 
 
@@ -88,13 +101,13 @@ def _round(run: Run, pool: ThreadPoolExecutor, live: Sequence[Candidate], slice_
     waiting = [(found, _worker(run, found)) for found in live]
     for found in live if len(live) < run.options.threads else ():
         waiting += [(found, other) for other in _helpers(run, found, run.options.threads // len(live) - 1)]
-    busy: dict[Future[bool], tuple[Candidate, search.Search]] = {}
+    busy: dict[Future[bool], tuple[Candidate, Worker]] = {}
     while waiting or busy:
         while waiting and len(busy) < run.options.threads and until() > 0 and not run.closed:
             found, worker = waiting.pop(0)
             assert worker is not None
             seconds = min(slice_s, max(0.05, until()))
-            busy[pool.submit(search.advance, worker, seconds, lambda: run.stopped)] = (found, worker)
+            busy[pool.submit(_advance, worker, seconds, lambda: run.stopped)] = (found, worker)
         if not busy:
             return
         done, _ = wait(busy, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -104,9 +117,17 @@ def _round(run: Run, pool: ThreadPoolExecutor, live: Sequence[Candidate], slice_
             _harvest(run, found, worker)
 
 
-def _helpers(run: Run, found: Candidate, count: int) -> list[search.Search]:
+def _advance(worker: Worker, seconds: float, stop: Callable[[], bool]) -> bool:
+    if isinstance(worker, PairSearch):
+        return pair_search.advance(worker, seconds, stop)
+    return search.advance(worker, seconds, stop)
+
+
+def _helpers(run: Run, found: Candidate, count: int) -> list[Worker]:
     """Further searches at one placement with other seeds, for threads that would idle."""
     first = _worker(run, found)
+    if isinstance(first, PairSearch):
+        return [*pair_search.helpers(first, count)]
     if found.helpers and found.helpers[0].instance is not first.instance:
         found.helpers.clear()
     while len(found.helpers) < count:
@@ -115,20 +136,26 @@ def _helpers(run: Run, found: Candidate, count: int) -> list[search.Search]:
     best = min([first, *found.helpers], key=lambda worker: worker.best.makespan_ns).best
     for worker in (first, *found.helpers):
         worker.best = best
-    return found.helpers[:count]
+    return [*found.helpers[:count]]
 
 
-def _worker(run: Run, found: Candidate) -> search.Search:
-    """The candidate's search: without collectives for the first share of the time, where there are some."""
+def _worker(run: Run, found: Candidate) -> Worker:
+    """The candidate's search: with overlapped pairs where they gain; without collectives for the first share of the
+    time, where there are some."""
     assert found.search is not None
+    if found.pairs is not None:
+        return found.pairs
     outline = found.outline
     if outline is None or outline.finished or run.seconds > OUTLINE * run.options.time_limit_s:
         return found.search
     return found.search if outline.rounds > OUTLINE_ROUNDS and outline.instance.size >= search.LARGE else outline
 
 
-def _harvest(run: Run, found: Candidate, worker: search.Search) -> None:
+def _harvest(run: Run, found: Candidate, worker: Worker) -> None:
     """Judge what a search found since last time; where values in flight overfill a rank, search with less memory."""
+    if isinstance(worker, PairSearch):
+        _harvest_pairs(run, found, worker)
+        return
     orders = worker.best
     if worker.instance is not found.instance:
         lifted = _lift(found, worker)
@@ -152,6 +179,20 @@ def _harvest(run: Run, found: Candidate, worker: search.Search) -> None:
             found.search = search.start(found.instance, again, run.options.seed + found.reserved, found.bound.ns)
 
 
+def _harvest_pairs(run: Run, found: Candidate, worker: PairSearch) -> None:
+    """The same for a search with overlapped pairs."""
+    if worker.best.makespan_ns >= worker.seen_ns:
+        return
+    worker.seen_ns = worker.best.makespan_ns
+    judged = judge(found.view, pair_search.to_schedule(worker, worker.best))
+    if judged.fits:
+        offer_judged(found, judged, "search")
+        run.note(found, "search")
+    elif worker.reserved < RESERVES:
+        excess = np.array(judged.excess_bytes)
+        pair_search.reserve(worker, np.maximum(excess, excess[::-1]) if found.halved else excess)
+
+
 def _lift(found: Candidate, worker: search.Search) -> Orders | None:
     """The whole orders of what a search without collectives has found since last time, if they are the best so far."""
     assert found.search is not None
@@ -167,7 +208,7 @@ def _lift(found: Candidate, worker: search.Search) -> Orders | None:
 
 def _known(found: Candidate) -> Orders | None:
     """The candidate's best schedule as orders, if it is within the reduced memory."""
-    if found.best is None or found.halved:
+    if found.best is None or found.halved or found.best.schedule.has_pairs:
         return None
     seq, instance = to_array(orders_from(found.instance, found.best.schedule)), found.instance
     length = instance.lengths()

@@ -15,7 +15,8 @@ Each group is a stage of its own on one device for all microbatches. Units u are
     memory at the start of a: sum over b of alloc_b [b before a, same device] - free_b [likewise] + own <= capacity
 
 This is the definition of the optimum without replicas, and on 15 to 30 jobs its proof; nothing larger is its business.
-Left out: replicas, recomputation, values in flight, memory held by groups of the collective stream (refused).
+Left out: replicas, recomputation, overlapped pairs (the bound is one for them as well), values in flight, memory held
+by groups of the collective stream (refused).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.milp import highs
 from mipipe.planner.milp.exact_parts import Sketch, Transfer, sketch
 from mipipe.planner.milp.highs import SolverOutcome
+from mipipe.planner.overlap import pair_gain
 from mipipe.planner.plan import Placement, RankOrder, Schedule, Stage
 from mipipe.planner.problem import PlanningProblem
 
@@ -69,8 +71,8 @@ def solve_exact(problem: PlanningProblem, *, time_limit_s: float, seed: int,
     model = build(drawn)
     outcome = highs.solve(model, time_limit_s=time_limit_s, seed=seed, gap=0.0, absolute_gap=0.999)
     bound = problem_bound(problem).ns
-    if outcome.bound is not None:
-        bound = max(bound, round((-int(-(outcome.bound - 1e-4) // 1)) * drawn.unit))
+    if outcome.bound is not None:  # of schedules without overlapped pairs; those with pairs stretch to such ones
+        bound = max(bound, pair_gain(problem).shared(round((-int(-(outcome.bound - 1e-4) // 1)) * drawn.unit)))
     if not outcome.has_solution:
         return ExactResult(None, None, None, bound, outcome)
     placement, schedule = _read(drawn, model)

@@ -3,6 +3,9 @@
 `solve_order` is the definition of "optimal at this placement" and, on small instances, its proof. What makes it larger
 than a textbook job shop are microbatches, and they also make it small: FIFO within a class removes all orders between
 equal actions, and the horizon decides most of the rest.
+
+Orders are of F, I and W. Where overlapped pairs gain, the model is a relaxation of schedules with pairs
+(`mipipe.planner.pair_bound`): its bound holds for them, its order is evaluated without.
 """
 
 from __future__ import annotations
@@ -10,10 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mipipe.planner.actions import Action
-from mipipe.planner.bounds.at_placement import placement_bound
-from mipipe.planner.jobs.job_shop import Jobs, elementary_actions, job_shop, peak_memory, relabel
+from mipipe.planner.bounds.at_placement import bounding_shop, placement_bound
+from mipipe.planner.jobs.job_shop import Jobs, elementary_actions, job_shop, peak_memory
 from mipipe.planner.jobs.stages import StageView
-from mipipe.planner.jobs.times import Evaluation, orders_of, run
+from mipipe.planner.jobs.times import Evaluation, evaluate, run
 from mipipe.planner.milp import disjunctive
 from mipipe.planner.milp.highs import SolverOutcome, Termination
 from mipipe.planner.milp.shop import Shop, time_unit, whole
@@ -46,13 +49,15 @@ def solve_order(view: StageView, *, time_limit_s: float, seed: int, start: Sched
     Raises:
         PlanError: no order fits the memory.
     """
-    jobs = job_shop(view, elementary_actions(view, split_backward=split_backward))
-    shop = whole(jobs)
-    lower = placement_bound(view, jobs).ns
+    actions = elementary_actions(view, split_backward=split_backward)
+    jobs = job_shop(view, actions)
+    bounding = bounding_shop(view, actions)
+    shop = whole(bounding)
+    lower = placement_bound(view, bounding).ns
     unit = time_unit(shop, lower)
     best, best_ns = start, None
     if start is not None:
-        best_ns = _evaluate(jobs, _ordered(jobs, relabel(view, start))).makespan_ns
+        best_ns = evaluate(view, start)[1].makespan_ns
         horizon_ns = min(best_ns - unit, horizon_ns or best_ns)
     if best_ns is not None and best_ns <= lower:
         return OrderResult(best, best_ns, lower, SolverOutcome(Termination.OPTIMAL, best_ns, lower, 0.0, 0, 0))
@@ -67,8 +72,9 @@ def solve_order(view: StageView, *, time_limit_s: float, seed: int, start: Sched
             break
         horizon += horizon // 4
     if result.orders is not None:
-        found = _evaluate(jobs, list(result.orders.values()))
-        if best_ns is None or found.makespan_ns < best_ns:
+        found = run(jobs.compiled, list(result.orders.values()))
+        assert found is not None or bounding is not jobs, "the model's order deadlocks"  # shares may take no time
+        if found is not None and (best_ns is None or found.makespan_ns < best_ns):
             best, best_ns = to_schedule(jobs, result.orders), found.makespan_ns
     return OrderResult(best, best_ns, lower if best_ns is None else min(lower, best_ns),
                        _summary(result.outcome, best_ns, lower, seconds))
@@ -90,16 +96,6 @@ def fits(jobs: Jobs, evaluation: Evaluation) -> bool:
     return all(peak <= room for peak, room in zip(peaks, jobs.capacity, strict=True))
 
 
-def _ordered(jobs: Jobs, schedule: Schedule) -> list[list[int]]:
-    return orders_of(jobs.compiled, schedule)
-
-
-def _evaluate(jobs: Jobs, orders: list[list[int]]) -> Evaluation:
-    evaluation = run(jobs.compiled, orders)
-    assert evaluation is not None, "the model's order deadlocks"
-    return evaluation
-
-
 def _summary(outcome: SolverOutcome, best_ns: int | None, lower: int, seconds: float) -> SolverOutcome:
     """The outcome with respect to the best schedule, which the last solve may only have proven."""
     termination = outcome.termination
@@ -109,5 +105,5 @@ def _summary(outcome: SolverOutcome, best_ns: int | None, lower: int, seconds: f
 
 
 def shop_of(view: StageView) -> Shop:
-    """The shop of a placement's elementary actions."""
-    return whole(job_shop(view))
+    """The shop of a placement's elementary actions, relaxed where overlapped pairs gain."""
+    return whole(bounding_shop(view))

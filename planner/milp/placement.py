@@ -4,8 +4,8 @@ Units u are colocated sets of groups (usually single groups). x[u,d]: d holds a 
 microbatches u runs on d. Per device, for each stream, with everything per step of M microbatches:
 
     minimise C + hop_weight * (time a microbatch spends in transfers)
-    C >= head_d + sum_u work[u,d] n[u,d] + tail_d          the device's first group cannot start before its head
-    C >= return_d - forwards_d + sum_u work[u,d] n[u,d]    until gradients return its memory holds forwards_d of work
+    C >= head_d + q sum_u work[u,d] n[u,d] + tail_d        the device's first group cannot start before its head
+    C >= return_d + q (sum_u work[u,d] n[u,d] - forwards_d)   until gradients return its memory holds forwards_d of work
     C capacity_d >= sum_u area_u n[u,d]                    activations take bytes x time (Little's law)
     sum_u resident_u x[u,d] <= resident room of d;  sum_u saved_u x[u,d] <= capacity_d  (one microbatch of each)
     n[u,d] <= x[u,d],  sum_d n[u,d] = 1,  1 <= sum_d x[u,d] <= max_replicas
@@ -13,7 +13,8 @@ microbatches u runs on d. Per device, for each stream, with everything per step 
                                                            grows by again_u, its area shrinks to what is kept meanwhile
     head_d = sum_u head_u first[u,d],  sum_u first[u,d] = 1,  first <= x     (continuous: the least head wins by itself)
 
-The row with saved_u only for one replica each: then a microbatch holds all of them at once. Heads, areas and returns
+q is the least share of its time that work takes in an overlapped pair (`mipipe.planner.overlap`). The row with saved_u
+only for one replica each: then a microbatch holds all of them at once. Heads, areas and returns
 count transfers at the cheapest link only where memory forces them, so with ``hop_weight = 0`` the optimum is a lower
 bound on the makespan of every placement with at most ``max_replicas`` replicas of each unit. Equal devices are
 interchangeable: they are numbered by their first unit. Left out: channels as machines (checked by the evaluation of
@@ -36,6 +37,7 @@ from mipipe.planner.milp import highs
 from mipipe.planner.milp.highs import SolverOutcome, Termination
 from mipipe.planner.milp.placement_units import Units, forwards_per_byte, light_forwards, units_of
 from mipipe.planner.milp.routes import to_placement, to_shares
+from mipipe.planner.overlap import pair_gain
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
 
@@ -181,6 +183,7 @@ def device_rows(model: pyo.ConcreteModel, problem: PlanningProblem, units: Units
     model.first = pyo.Var(members, range(problem.num_ranks), bounds=(0, 1))
     model.back = pyo.Var(members, range(problem.num_ranks), bounds=(0, 1))
     rate = forwards_per_byte(problem)
+    ratio = float(pair_gain(problem).ratio)
     for d, device in enumerate(problem.topology.devices):
         resident, room = (device.memory_bytes if limit is None else min(device.memory_bytes, limit)
                           for limit in (problem.limits.resident_bytes, problem.limits.activation_bytes))
@@ -198,7 +201,7 @@ def device_rows(model: pyo.ConcreteModel, problem: PlanningProblem, units: Units
         head = sum(units.head[u] / scale * model.first[u, d] for u in members)
         for stream, work in units.work.items():
             if any(any(row) for row in work):
-                load = sum(work[u][d] / scale * n[u, d] for u in members)
+                load = sum(ratio * work[u][d] / scale * n[u, d] for u in members)
                 if stream is Stream.COMPUTE:
                     load += sum(units.again[u] / scale * model.r[u, d] for u, _ in may)
                 model.rows.add(model.makespan >= load + (head if stream is Stream.COMPUTE else 0))
@@ -207,10 +210,10 @@ def device_rows(model: pyo.ConcreteModel, problem: PlanningProblem, units: Units
             for u in members:
                 model.rows.add(model.back[u, d] <= model.x[u, d])
             back = sum((units.gradient[u] or 0) / scale * model.back[u, d] for u in members)
-            load = sum(units.work[Stream.COMPUTE][u][d] / scale * n[u, d] for u in members)
+            load = sum(ratio * units.work[Stream.COMPUTE][u][d] / scale * n[u, d] for u in members)
             # what saves nothing may run its forwards while the device waits
-            light = sum(light_forwards(problem, units.groups[u]) / scale * n[u, d] for u in members)
-            model.rows.add(model.makespan >= load + back - room * rate / scale - light)
+            light = sum(ratio * light_forwards(problem, units.groups[u]) / scale * n[u, d] for u in members)
+            model.rows.add(model.makespan >= load + back - ratio * room * rate / scale - light)
 
 
 def hops(model: pyo.ConcreteModel, problem: PlanningProblem, units: Units) -> pyo.Expression:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.over_placements import Facts, facts_of, work_of
+from mipipe.planner.overlap import pair_gain
 from mipipe.planner.problem import PlanningProblem
 
 
@@ -81,9 +82,10 @@ def _area(problem: PlanningProblem, facts: Facts, g: int) -> int:
     group, back = problem.groups[g], facts.gradient_head[g]
     if back is None:
         return 0
-    light = min(group.loads, default=1.0)
+    light, gain = min(group.loads, default=1.0), pair_gain(problem)
     until_i = back + int(light * facts.i[g]) - facts.head[g]
-    sizes = group.saved_fi_bytes * until_i + group.saved_fw_bytes * (until_i + int(light * facts.w[g]))
+    sizes = (group.saved_fi_bytes * gain.shortened(until_i)
+             + group.saved_fw_bytes * gain.shortened(until_i + int(light * facts.w[g])))
     return int(sizes * _microbatches(problem, g))
 
 
@@ -92,10 +94,11 @@ def _kept_area(problem: PlanningProblem, facts: Facts, g: int) -> int:
     group, back = problem.groups[g], facts.gradient_head[g]
     if back is None:
         return 0
-    light = min(group.loads, default=1.0)
+    light, gain = min(group.loads, default=1.0), pair_gain(problem)
     gradients = int(light * facts.i[g])
     sizes = (min(group.recompute_bytes or 0, group.saved_fi_bytes + group.saved_fw_bytes) * (back - facts.head[g])
-             + group.saved_fi_bytes * gradients + group.saved_fw_bytes * (gradients + int(light * facts.w[g])))
+             + group.saved_fi_bytes * gain.shortened(gradients)
+             + group.saved_fw_bytes * gain.shortened(gradients + int(light * facts.w[g])))
     return int(min(sizes * _microbatches(problem, g), _area(problem, facts, g)))
 
 

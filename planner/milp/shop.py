@@ -92,6 +92,7 @@ def add_transfers(shop: Shop, jobs: Jobs, number: dict[int, int]) -> None:
         if first not in number or second not in number:
             continue
         channel, occupied = moved.get((first, second), (-1, 0))
+        extra = jobs.extra[first] if jobs.extra else 0
         if not occupied:
             shop.arcs.append((number[first], number[second], lag))
             continue
@@ -99,13 +100,14 @@ def add_transfers(shop: Shop, jobs: Jobs, number: dict[int, int]) -> None:
         shop.durations.append(occupied)
         shop.machine.append(-2 - channel)
         shop.rank.append(-1)
-        shop.release.append(shop.release[number[first]] + shop.durations[number[first]])
-        shop.tail.append(lag - occupied + shop.tail[number[second]] + shop.durations[number[second]])
+        shop.release.append(shop.release[number[first]] + shop.durations[number[first]] + extra)
+        shop.tail.append(lag - extra - occupied + shop.tail[number[second]] + shop.durations[number[second]])
         for column in (shop.alloc, shop.free, shop.workspace):
             column.append(0)
         shop.name.append(-1)
-        shop.tied[job] = number[first]
-        shop.arcs += [(number[first], job, 0), (job, number[second], lag - occupied)]
+        if not jobs.extra:  # the two halves of a pair end together: their transfers come in any order
+            shop.tied[job] = number[first]
+        shop.arcs += [(number[first], job, extra), (job, number[second], lag - extra - occupied)]
 
 
 def contended_channels(jobs: Jobs) -> set[int]:

@@ -14,6 +14,9 @@ with the binaries of a line added up: clipping N[l,t] - k to [0, 1] gives them b
 and the size no longer grows with the number of microbatches except through the horizon. On a coarser grid durations
 and lags are floored, which keeps it a relaxation (``s_b >= s_a + p`` in slots: at least the floor of p/g later).
 
+Where overlapped pairs gain, jobs are their shares (`mipipe.planner.pair_bound`), and the bound holds for schedules with
+pairs.
+
 The bound is destructive: a horizon is refuted by the linear relaxation or by branch and bound. On a grid coarser
 than the durations' divisor it refutes little: exactness is worth its size.
 """
@@ -27,8 +30,8 @@ from dataclasses import dataclass
 
 import pyomo.environ as pyo
 
-from mipipe.planner.bounds.at_placement import heads_and_tails, placement_bound, reduce_tails
-from mipipe.planner.jobs.job_shop import Jobs, job_shop, lines
+from mipipe.planner.bounds.at_placement import bounding_shop, heads_and_tails, placement_bound, reduce_tails
+from mipipe.planner.jobs.job_shop import Jobs, lines
 from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.jobs.times import run
 from mipipe.planner.milp import highs
@@ -78,10 +81,10 @@ def bound(view: StageView, *, makespan_ns: int, time_limit_s: float, seed: int, 
         PlanError: some activations never fit together.
     """
     deadline = time.monotonic() + time_limit_s
-    jobs = job_shop(view)
+    jobs = bounding_shop(view)
     lower = max(lower_ns, placement_bound(view, jobs).ns)
-    # every makespan is a multiple of the durations' common divisor
-    unit = math.gcd(*jobs.durations, *(lag for _, _, lag in jobs.arcs)) or 1
+    # every makespan is a multiple of the durations' common divisor; with pairs, which are rounded, of 1
+    unit = 1 if jobs.extra else math.gcd(*jobs.durations, *(lag for _, _, lag in jobs.arcs)) or 1
     slots = max(10, max_columns // len(lines(jobs)))
     exact = makespan_ns // unit <= slots
     grid = _grid(jobs, unit if exact else -(-makespan_ns // slots))
@@ -102,7 +105,9 @@ def bound(view: StageView, *, makespan_ns: int, time_limit_s: float, seed: int, 
         if outcome.termination is Termination.INFEASIBLE:
             low = horizon + 1
         elif first and outcome.has_solution and model is not None:
-            found = _schedule(grid, model) or found
+            drawn = _schedule(grid, model)
+            if drawn is not None and drawn[1] < (makespan_ns if found is None else found[1]):
+                found = drawn
             high = min(horizon, found[1] // unit) if found else horizon
             continue
         else:

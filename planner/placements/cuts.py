@@ -13,6 +13,7 @@ from itertools import accumulate, pairwise
 
 from mipipe.planner import clock
 from mipipe.planner.actions import Stream
+from mipipe.planner.overlap import pair_gain
 from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import PlanningProblem
 
@@ -268,11 +269,12 @@ def _deal(problem: PlanningProblem, shape: Shape, parts: Sequence[Sequence[int]]
 
 
 def earliest_end(problem: PlanningProblem, placement: Placement, heads: Sequence[int]) -> float:
-    """No rank's work can end before this: the largest over ranks of load and earliest start.
+    """No rank's work can end before this: the largest over ranks of load (at its share in overlapped pairs) and
+    earliest start.
 
     ``heads``: per group the earliest start of its first forward (`mipipe.planner.bounds.over_placements.facts_of`).
     """
-    work = loads(problem)
+    work, ratio = loads(problem), float(pair_gain(problem).ratio)
     load = [0.0] * problem.num_ranks
     first: dict[int, int] = {}
     for stage, route in zip(placement.stages, placement.routes, strict=True):
@@ -280,6 +282,6 @@ def earliest_end(problem: PlanningProblem, placement: Placement, heads: Sequence
         for rank in set(route):
             again = sum(problem.groups[g].times[problem.topology.devices[rank].kind].f_ns for g in stage.groups)
             each = sum(work[g][rank] for g in stage.groups) + (again if stage.recompute else 0)
-            load[rank] += route.count(rank) * each
+            load[rank] += ratio * route.count(rank) * each
             first[rank] = min(first.get(rank, begin), begin)
     return max(load[rank] + begin for rank, begin in first.items())

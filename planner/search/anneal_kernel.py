@@ -23,6 +23,28 @@ TURN = 200
 
 
 @njit(cache=True, nogil=True)
+def beside_block(machine, pos, path, size, at):
+    """A place for action ``path[at]`` of a critical path: in its block (a run on one machine) or next to it."""
+    k = machine[path[at]]
+    lo = at
+    while lo + 1 < size and machine[path[lo + 1]] == k and pos[path[lo + 1]] == pos[path[lo]] - 1:
+        lo += 1
+    hi = at
+    while hi > 0 and machine[path[hi - 1]] == k and pos[path[hi - 1]] == pos[path[hi]] + 1:
+        hi -= 1
+    first = pos[path[lo]]
+    final = pos[path[hi]]
+    choice = np.random.randint(4)
+    if choice == 0:
+        return first
+    if choice == 1:
+        return final
+    if choice == 2:
+        return pos[path[at]] + (1 if np.random.random() < 0.5 else -1)
+    return first - 1 + np.random.randint(final - first + 3)
+
+
+@njit(cache=True, nogil=True)
 def _pick(facts, state, path, size, wild):
     """A move (machine, from, to): out of a critical block, or, with probability ``wild``, any action a little way."""
     machine, pos = facts.machine, state.pos
@@ -36,23 +58,7 @@ def _pick(facts, state, path, size, wild):
         n = path[at]
         k = machine[n]
         i = pos[n]
-        lo = at
-        while lo + 1 < size and machine[path[lo + 1]] == k and pos[path[lo + 1]] == pos[path[lo]] - 1:
-            lo += 1
-        hi = at
-        while hi > 0 and machine[path[hi - 1]] == k and pos[path[hi - 1]] == pos[path[hi]] + 1:
-            hi -= 1
-        first = pos[path[lo]]
-        final = pos[path[hi]]
-        choice = np.random.randint(4)
-        if choice == 0:
-            j = first
-        elif choice == 1:
-            j = final
-        elif choice == 2:
-            j = i + (1 if np.random.random() < 0.5 else -1)
-        else:
-            j = first - 1 + np.random.randint(final - first + 3)
+        j = beside_block(machine, pos, path, size, at)
     return k, i, min(max(j, 0), state.length[k] - 1)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 from hypothesis import strategies as st
 
 from mipipe.graphs.topology import Topology
+from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.jobs.job_shop import Jobs, elementary_actions, job_shop
 from mipipe.planner.jobs.stages import StageView, view
-from mipipe.planner.jobs.times import compile_actions
 from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
 
@@ -52,12 +53,35 @@ def placements(problem: PlanningProblem) -> list[StageView]:
                                                                   repeat=len(problem.groups) - 1)]
 
 
-def optimum(stage_view: StageView, best: int = 1 << 60) -> int:
+def with_pairs(stage_view: StageView) -> Iterator[list[Action]]:
+    """The actions of a placement with every choice of forwards and backwards of one rank as overlapped pairs."""
+    actions = elementary_actions(stage_view)
+    backs = [action for action in actions if action.kind is ActionKind.I and stage_view.w_ns[action.stage] is not None]
+
+    def choose(forwards: list[Action], free: list[Action]) -> Iterator[list[Action]]:
+        if not forwards:
+            yield []
+            return
+        first, *rest = forwards
+        yield from choose(rest, free)
+        rank = stage_view.rank(first.stage, first.microbatch)
+        for back in free:
+            if back.microbatch != first.microbatch and stage_view.rank(back.stage, back.microbatch) == rank:
+                pair = Action(first.stage, ActionKind.OVERLAP_F_B, first.microbatch, (back.stage, back.microbatch))
+                for others in choose(rest, [other for other in free if other != back]):
+                    yield [pair, *others]
+
+    for pairs in choose([action for action in actions if action.kind is ActionKind.F], backs):
+        paired = {part for pair in pairs for part in pair.parts()}
+        yield [*pairs, *(action for action in actions if action.parts()[0] not in paired)]
+
+
+def optimum(stage_view: StageView, best: int = 1 << 60, actions: list[Action] | None = None) -> int:
     """The shortest makespan over all orders, by branch and bound without any of the planner's arguments.
 
     Actions are taken in the order of their starts; memory by the order on a rank; transfers by the channel's queue.
     """
-    jobs = job_shop(stage_view, fifo=False)
+    jobs = job_shop(stage_view, actions, fifo=False)
     tails = _tails(jobs)
     waits = [0] * jobs.count
     for releases in jobs.compiled.releases:
@@ -99,12 +123,13 @@ def optimum(stage_view: StageView, best: int = 1 << 60) -> int:
 
 
 def _tails(jobs: Jobs) -> list[int]:
-    """Longest data path from the start of every job."""
-    compiled = compile_actions(jobs.view, elementary_actions(jobs.view))
+    """Longest data path from the start of every job; 1 << 60 for jobs that wait for themselves."""
+    compiled = jobs.compiled
     tails: dict[int, int] = {}
 
     def tail(job: int) -> int:
         if job not in tails:
+            tails[job] = 1 << 60
             after = [tail(consumer) for consumer, *_ in compiled.releases[job]]
             tails[job] = jobs.durations[job] + max(after, default=0)
         return tails[job]
