@@ -62,10 +62,10 @@ def capture(
     with progress(f"capturing {source}") as update:
         from mipipe.graphs.capture.annotate import load_patterns
         from mipipe.graphs.capture.model import capture as capture_model
+        from mipipe.graphs.coarse.coverage import warnings_of
         from mipipe.graphs.coarse.summary import graph_summary, summary_rows
-        from mipipe.graphs.coverage import warnings_of
+        from mipipe.graphs.coarse.totals import headline
         from mipipe.graphs.serialize import save
-        from mipipe.graphs.totals import headline
         from mipipe.planner.experts.files import read_loads
 
         measured = None if loads is None else read_loads(loads).loads

@@ -25,7 +25,7 @@ def check(
     from mipipe.graphs.operator_graph import OperatorGraph
     from mipipe.graphs.serialize import load
     from mipipe.planner.check import check_plan, check_program
-    from mipipe.planner.check_graph import check_graph
+    from mipipe.planner.check.graph import check_graph
     from mipipe.planner.execution.lower import lower
     from mipipe.planner.plan import Plan
     from mipipe.planner.program import Program

@@ -97,8 +97,8 @@ def plan(
     from mipipe.cli.panels import write_files
     from mipipe.cli.report import estimate_data, gap, next_steps, plan_data, print_plan, timeline_data
     from mipipe.graphs.serialize import save, to_data
+    from mipipe.planner.execution.quick_timeline import timeline_of
     from mipipe.planner.options import PlanOptions
-    from mipipe.planner.quick_timeline import timeline_of
 
     options = PlanOptions(time_limit_s=time_limit, seed=seed, placement=placement,  # type: ignore[arg-type]
                           objective=objective, recompute=recompute)  # type: ignore[arg-type]
@@ -161,7 +161,7 @@ def plan(
 
 def _solve(problem: PlanningProblem, options: PlanOptions, exportable: bool) -> tuple[SolveResult, PlanOptions]:
     """The result of the solve that was asked for, and the options it was found with."""
-    from mipipe.planner.exportable import plan_exportable
+    from mipipe.planner.execution.exportable import plan_exportable
     from mipipe.planner.solve import plan as solve
 
     with progress("planning") as update:

@@ -68,10 +68,10 @@ def _show_costs(table: CostTable, json_output: bool) -> None:
 def _show_graph(graph: OperatorGraph | CoarseGraph, table: CostTable | None, html_file: Path | None,
                 json_output: bool) -> None:
     from mipipe.cli.tables import cell, print_rows
+    from mipipe.graphs.coarse.coverage import warnings_of
     from mipipe.graphs.coarse.summary import coarse_svg, graph_summary, summary_rows
-    from mipipe.graphs.coverage import warnings_of
+    from mipipe.graphs.coarse.totals import headline
     from mipipe.graphs.operator_graph import OperatorGraph
-    from mipipe.graphs.totals import headline
     from mipipe.planner.problems.on_cluster import coarse_for
 
     if table is not None and isinstance(graph, OperatorGraph):
@@ -133,8 +133,8 @@ def _show_timelines(files: list[tuple[Path, Plan | Timeline]], html_file: Path |
         print_timeline,
         timeline_data,
     )
+    from mipipe.planner.execution.quick_timeline import timeline_of
     from mipipe.planner.plan import Plan
-    from mipipe.planner.quick_timeline import timeline_of
 
     drawn: list[tuple[str, Timeline, Plan | None]] = []
     plans = [item for _, item in files if isinstance(item, Plan)]

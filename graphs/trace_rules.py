@@ -12,12 +12,9 @@ import keyword
 import math
 import re
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mipipe.graphs.errors import GraphError, shown
-
-if TYPE_CHECKING:
-    from mipipe.graphs.operator_graph import Operator, OperatorGraph, SegmentTrace
 
 LAYOUTS = frozenset({"strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc", "_mkldnn",
                      "jagged"})
@@ -45,7 +42,7 @@ def is_kind(text: str) -> bool:
     return text in (CONSTANT, GETITEM) or _KIND.fullmatch(text) is not None
 
 
-def check_trace(trace: SegmentTrace, dtypes: Collection[str]) -> None:
+def check_trace(trace: Any, dtypes: Collection[str]) -> None:
     """Raise `GraphError` unless all parts of a trace are of the documented forms and fit together.
 
     Args:
@@ -76,7 +73,7 @@ def check_trace(trace: SegmentTrace, dtypes: Collection[str]) -> None:
     _check_phases(where, trace, set(grads))
 
 
-def _check_phases(where: str, trace: SegmentTrace, grads: Collection[str]) -> None:
+def _check_phases(where: str, trace: Any, grads: Collection[str]) -> None:
     """Raise `GraphError` where a phase reads or returns what it does not have: its function would not run."""
     order = {"F": 0, "I": 1, "W": 2}
     made = {item.name: order[item.phase] for item in trace.operators}
@@ -91,7 +88,7 @@ def _check_phases(where: str, trace: SegmentTrace, grads: Collection[str]) -> No
                 raise GraphError(f"{where}: phase {'FIW'[phase]} reads {name!r}, which no earlier phase saves for it")
 
 
-def _check_operators(where: str, operators: Collection[Operator], known: set[str], dtypes: Collection[str]) -> None:
+def _check_operators(where: str, operators: Collection[Any], known: set[str], dtypes: Collection[str]) -> None:
     for item in operators:
         place = f"{where}: operator {shown(item.name, quoted=False)}"
         if not is_kind(item.kind):
@@ -157,7 +154,7 @@ def _check_spec(place: str, spec: Any, dtypes: Collection[str]) -> None:
         raise GraphError(f"{place}: found a shape of {math.prod(spec.shape):.3g} elements; no memory holds it")
 
 
-def check_graph(graph: OperatorGraph, dtypes: Collection[str]) -> None:
+def check_graph(graph: Any, dtypes: Collection[str]) -> None:
     """Raise `GraphError` unless every name of a graph leads to something, once, and segments fit their traces."""
     where = f"operator graph of {shown(graph.model, quoted=False)}"
     traces = {trace.digest: trace for trace in graph.traces}

@@ -30,12 +30,12 @@ from mipipe.graphs.errors import InputError, ProblemError
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.at_placement import placement_bound
 from mipipe.planner.execution.measure import Measures, measure
+from mipipe.planner.execution.quick_timeline import timeline_of
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.uniform import in_activations, in_copies
-from mipipe.planner.quick_timeline import timeline_of
 from mipipe.planner.schedules import BASELINES, Baseline, merge_streams
 from mipipe.planner.solve import Termination, plan
 from mipipe.planner.timeline import Timeline

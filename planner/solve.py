@@ -23,8 +23,9 @@ from types import FrameType
 from typing import Any
 
 from mipipe.graphs.errors import InfeasibleError
-from mipipe.planner import check_arrays, clock
+from mipipe.planner import clock
 from mipipe.planner.bounds.over_placements import Bound, problem_bound
+from mipipe.planner.check import arrays as check_arrays
 from mipipe.planner.check import check_plan
 from mipipe.planner.clock import OutOfTimeError
 from mipipe.planner.ladder import large as scale

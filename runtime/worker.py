@@ -29,18 +29,18 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from mipipe.graphs.errors import MipipeError, StoppedError, tells_all
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.execution.simulate import simulate
-from mipipe.runtime import stopping
-from mipipe.runtime.checkpoint_run import Start
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.experts.run import read_maps
-from mipipe.runtime.failures import DONE, SAID, STARTED, signals_of
-from mipipe.runtime.rendezvous import start_processes
+from mipipe.runtime.train import stopping
 from mipipe.runtime.train.data import make_batches
+from mipipe.runtime.train.failures import DONE, SAID, STARTED, signals_of
 from mipipe.runtime.train.models import initial_weights
 from mipipe.runtime.train.prepare import Job, check_outputs, check_saving, check_world, read_job
 from mipipe.runtime.train.processes import die_with_parent, rank
+from mipipe.runtime.train.rendezvous import start_processes
 from mipipe.runtime.train.training import Trainer
+from mipipe.runtime.weights.checkpoint_run import Start
 from mipipe.runtime.weights.stored_weights import StoredWeights
 
 
@@ -99,7 +99,7 @@ def run(job: Job, device: torch.device, options: argparse.Namespace, store: dist
     stored = weights if isinstance(weights, StoredWeights) else None
     del weights  # the whole model, where it was made here
     if config.save is not None:
-        from mipipe.runtime.save_check import check_save
+        from mipipe.runtime.weights.save_check import check_save
         check_save(engine, config, stored)
     rows = microbatch_rows(graph) * plan.problem.num_microbatches
     batches = make_batches(config.data, graph, rows, config.seed, engine.mesh.copy, engine.mesh.num_copies)
@@ -113,7 +113,7 @@ def run(job: Job, device: torch.device, options: argparse.Namespace, store: dist
         announce(options.report, trainer, done)
     losses = trainer.run(done)
     if config.save is not None:
-        from mipipe.runtime.save_check import save_or_rescue
+        from mipipe.runtime.weights.save_check import save_or_rescue
         save_or_rescue(engine, config, stored, replace=start is not Start.FRESH)
     if trainer.first and options.report is not None:
         (Path(options.report) / DONE).write_text("")

@@ -13,9 +13,9 @@ from torch import Tensor, fx
 
 from mipipe.graphs.capture.export import Exported
 from mipipe.graphs.capture.segment import Cut
-from mipipe.graphs.dynamic_rows import stand_ins
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import OperatorGraph, Parameter, Segment, SegmentTrace, TensorSpec, Value
+from mipipe.graphs.operators.dynamic_rows import stand_ins
 from mipipe.graphs.tracing.joint import output_mask
 from mipipe.graphs.tracing.module_paths import inside
 from mipipe.graphs.tracing.partition import trace_segment

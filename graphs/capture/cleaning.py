@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 import mipipe.graphs.operators.kernels  # noqa: F401  (registers mipipe's operators)
-from mipipe.graphs.recurrent import LAYERS
+from mipipe.graphs.operators.recurrent import LAYERS
 from mipipe.graphs.tracing.joint import argument, attention_call, origin, storage_of
 
 _DROPPED = ("aten._assert", "aten.sym_constrain", "aten._functional_assert")

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mipipe.graphs import user_autograd
+from mipipe.graphs.capture import user_autograd
 from mipipe.graphs.capture.cleaning import clean
-from mipipe.graphs.ctc import ctc_loss_call
-from mipipe.graphs.dynamic_rows import is_dynamic, pick_rows
+from mipipe.graphs.capture.python_state import refuse_changes
 from mipipe.graphs.errors import GraphError, MipipeError
-from mipipe.graphs.python_state import refuse_changes
+from mipipe.graphs.operators.ctc import ctc_loss_call
+from mipipe.graphs.operators.dynamic_rows import is_dynamic, pick_rows
 from mipipe.graphs.tracing.joint import argument, make_constant, no_stack_traces
 
 aten = torch.ops.aten

@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import fx
 
-from mipipe.graphs.recurrent import LAYERS
+from mipipe.graphs.operators.recurrent import LAYERS
 from mipipe.graphs.tracing.joint import attention_call
 
 Granularity = Literal["layer", "block", "module", "operator"]

@@ -16,19 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mipipe.graphs import verify as verifying
 from mipipe.graphs.capture import loss as losses
+from mipipe.graphs.capture import verify as verifying
 from mipipe.graphs.capture.annotate import Patterns, annotate
 from mipipe.graphs.capture.assemble import Progress, assemble
 from mipipe.graphs.capture.expert_groups import routed_experts, slice_parameters, split_banks
 from mipipe.graphs.capture.export import aliases_of, export_model, flatten_program
 from mipipe.graphs.capture.labels import Granularity
+from mipipe.graphs.capture.program_files import load_program
 from mipipe.graphs.capture.segment import cut_segments
 from mipipe.graphs.costs.exchange import check_exchange
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.models.sources import open_source
 from mipipe.graphs.operator_graph import OperatorGraph, Parameter
-from mipipe.graphs.program_files import load_program
 from mipipe.graphs.tracing.trace import spec_of
 
 
@@ -99,7 +99,8 @@ def capture_module(module: nn.Module, example_inputs: Mapping[str, Any], *, loss
         source: recorded in the graph.
         withheld: inputs that go to ``loss`` alone, not to the module.
         constants: fixed arguments of the module's forward.
-        verify: run graph and module on the example inputs and compare loss and gradients (`mipipe.graphs.verify`);
+        verify: run graph and module on the example inputs and compare loss and gradients
+        (`mipipe.graphs.capture.verify`);
             None: if that is a matter of seconds and the module has values.
         progress: called with a line now and then.
 

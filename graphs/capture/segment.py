@@ -17,10 +17,10 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from mipipe.graphs import dynamic_rows
 from mipipe.graphs.capture.export import Exported, needed
 from mipipe.graphs.capture.labels import Granularity, Label, label_nodes
 from mipipe.graphs.errors import GraphError
+from mipipe.graphs.operators import dynamic_rows
 from mipipe.graphs.tracing.joint import argument, origin, storage_of
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 from mipipe.graphs.coarse.coarsen import coarsen
 from mipipe.graphs.coarse.contract import layer_stack, moved_bytes, saved_bytes
+from mipipe.graphs.coarse.coverage import warnings_of
 from mipipe.graphs.coarse.drawing import draw
 from mipipe.graphs.coarse.graph import CoarseGraph, OpGroup
 from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph
+from mipipe.graphs.coarse.totals import active_parameters, count_parameters, total_flops
 from mipipe.graphs.costs.table import CostTable
-from mipipe.graphs.coverage import warnings_of
 from mipipe.graphs.operator_graph import OperatorGraph, Phase
 from mipipe.graphs.serialize import digest
-from mipipe.graphs.totals import active_parameters, count_parameters, total_flops
 
 Row = dict[str, Any]
 

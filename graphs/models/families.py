@@ -21,8 +21,8 @@ from torch import nn
 
 from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.models.fixed_grids import fix_grids, grid_of
+from mipipe.graphs.models.real_images import keep_all_images
 from mipipe.graphs.operators.layers import NAME, register, settle_routers, visit_every_expert, watch_positions
-from mipipe.graphs.real_images import keep_all_images
 from mipipe.graphs.serialize import load_data
 
 
@@ -32,8 +32,8 @@ class Adjustment:
 
     ``fixed_grids``: image and video grids become constants (`mipipe.graphs.models.fixed_grids`). ``layers_apart``: text
     (a time) stands between a video's layers, so that each is laid out as an image. ``images``: how a microbatch's
-    images are given, ``in a row``, ``by sample`` or ``in tiles`` (`mipipe.graphs.example_inputs`). ``masks``: attention
-    masks that it cannot do without.
+    images are given, ``in a row``, ``by sample`` or ``in tiles`` (`mipipe.graphs.models.example_inputs`). ``masks``:
+    attention masks that it cannot do without.
     """
 
     architecture: str | None = None

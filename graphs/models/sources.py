@@ -95,8 +95,7 @@ def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: st
 def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.dtype,
                        data: Mapping[str, Any] | None = None, given: str | None = None) -> Source:
     try:
-        from mipipe.graphs import example_inputs
-        from mipipe.graphs.models import families, tasks
+        from mipipe.graphs.models import example_inputs, families, tasks
         from mipipe.graphs.operators.layers import exchange_experts
     except ImportError as error:
         raise InputError(f"{source}: needs transformers (pip install 'mipipe[hf]'): {error}") from None

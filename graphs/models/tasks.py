@@ -1,4 +1,4 @@
-"""What a transformers model is trained on: its loss. Example inputs are in `mipipe.graphs.example_inputs`."""
+"""What a transformers model is trained on: its loss. Example inputs are in `mipipe.graphs.models.example_inputs`."""
 
 from __future__ import annotations
 

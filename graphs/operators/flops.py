@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
-from mipipe.graphs.recurrent import recurrence_backward_flops, recurrence_flops
+from mipipe.graphs.operators.recurrent import recurrence_backward_flops, recurrence_flops
 
 
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> int:

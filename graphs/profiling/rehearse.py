@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from mipipe.graphs.coarse.graph_index import GraphIndex, gives_grad
+from mipipe.graphs.coarse.totals import argument_spec
 from mipipe.graphs.operator_graph import Operator, Phase, SegmentTrace, TensorSpec
-from mipipe.graphs.totals import argument_spec
 from mipipe.graphs.tracing.trace import build_phase, phase_signature
 
 Slots = dict[str, Tensor]

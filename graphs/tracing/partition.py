@@ -18,8 +18,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx, nn
 
-from mipipe.graphs import dynamic_rows
 from mipipe.graphs.operator_graph import Operator, Phase, SavedTensor, SegmentTrace, TensorSpec
+from mipipe.graphs.operators import dynamic_rows
 from mipipe.graphs.operators.flops import count_flops, num_bytes
 from mipipe.graphs.serialize import digest
 from mipipe.graphs.tracing import joint as joint_graph

@@ -22,14 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mipipe.graphs import ctc, dynamic_rows, recurrent
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import DTYPE_BYTES, Operator, Phase, SegmentTrace, TensorSpec
-from mipipe.graphs.operator_kinds import resolve as resolve
-from mipipe.graphs.operators import expert_kernels, kernels
+from mipipe.graphs.operators import ctc, dynamic_rows, expert_kernels, kernels, recurrent
 from mipipe.graphs.trace_rules import CONSTANT as CONSTANT
 from mipipe.graphs.trace_rules import GETITEM as GETITEM
 from mipipe.graphs.trace_rules import check_trace
+from mipipe.graphs.tracing.operator_kinds import resolve as resolve
 
 PhaseFunction = Callable[..., tuple[Tensor, ...]]
 

@@ -11,7 +11,7 @@ job and from it to the end of the step, along data, FIFO and memory arcs (`mipip
 - **channel**: the same for the transfers of each directed channel;
 - **memory**: activations occupy ``bytes x time``; a rank offers ``capacity`` bytes between its first F and its end;
 - **pairs**: where a forward and a backward that overlap take less than their sum, all these hold for their shares, and
-  how many pairs there can be bounds the rest (`mipipe.planner.pair_bound`).
+  how many pairs there can be bounds the rest (`mipipe.planner.bounds.pairs`).
 
 Over all placements: `problem_bound`, from `mipipe.planner.bounds.over_placements`.
 """
@@ -26,9 +26,9 @@ from mipipe.graphs.errors import PlanError
 from mipipe.planner import clock
 from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.bounds.over_placements import Bound, problem_bound
+from mipipe.planner.bounds.pairs import pairing_bound, relaxed
 from mipipe.planner.jobs.job_shop import Jobs, classes, job_shop
 from mipipe.planner.jobs.stages import StageView
-from mipipe.planner.pair_bound import pairing_bound, relaxed
 
 __all__ = ["Bound", "bounding_shop", "heads_and_tails", "placement_bound", "preemptive_bound", "problem_bound",
            "reduce_tails"]

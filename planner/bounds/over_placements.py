@@ -11,9 +11,9 @@ replicated, and replicas take resident bytes. So the sum over devices is at leas
 as many devices may share the very smallest as replicas fit into the memory left over. Groups without resident bytes can
 be everywhere: they count as filling idle time with all their work, or as sharable, whichever is better.
 
-Where a forward and a backward may overlap, work counts at a pair's ratio r (`mipipe.planner.overlap`), and so does what
-fills idle time. A device whose first gradient comes at t and whose first group starts at h does at most t - h of its
-work by then, without pairs: it needs ``t + r (work - (t - h))``, so ``(1 - r) t + r h`` counts as idle.
+Where a forward and a backward may overlap, work counts at a pair's ratio r (`mipipe.planner.jobs.overlap`), and so does
+what fills idle time. A device whose first gradient comes at t and whose first group starts at h does at most t - h of
+its work by then, without pairs: it needs ``t + r (work - (t - h))``, so ``(1 - r) t + r h`` counts as idle.
 
 A chain of groups changes devices at least as often as its resident bytes overflow one; every change costs the cheapest
 transfer. Beside that sum: one microbatch's critical path.
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from mipipe.planner.actions import Stream
-from mipipe.planner.overlap import pair_gain
+from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.problem import Group, PlanningProblem
 
 

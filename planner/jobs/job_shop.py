@@ -36,7 +36,7 @@ class Jobs:
     ``machine[j]`` is ``2 * rank + stream``. ``arcs`` holds (first, second, lag): second starts at least ``lag`` after
     first's end. ``alloc[j]`` bytes are taken at j's start, ``free[j]`` returned at its end, ``workspace[j]`` held in
     between; ``capacity[rank]`` is what the rank has for all of these. ``extra`` is empty but in a relaxation of
-    overlapped pairs (`mipipe.planner.pair_bound`).
+    overlapped pairs (`mipipe.planner.bounds.pairs`).
     """
 
     compiled: Compiled

@@ -18,13 +18,13 @@ from mipipe.planner.execution.simulate_memory import memory_curves
 from mipipe.planner.jobs.arrays import Instance, build, capacity, mirror
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.jobs.times import evaluate
-from mipipe.planner.pair_search import PairSearch
 from mipipe.planner.plan import Placement, Plan, Schedule
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.search import best_list as lists
 from mipipe.planner.search import lists as greedy
 from mipipe.planner.search.annealing import Search
 from mipipe.planner.search.lists import Orders
+from mipipe.planner.search.pair_search import PairSearch
 
 
 @dataclass(frozen=True, slots=True)

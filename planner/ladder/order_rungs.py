@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from mipipe.graphs.errors import MipipeError, PlanError
-from mipipe.planner import pair_search
 from mipipe.planner.bounds.at_placement import Bound
 from mipipe.planner.jobs import paths as kernels
 from mipipe.planner.jobs.arrays import Instance, build, orders_from
@@ -28,6 +27,7 @@ from mipipe.planner.placements.shapes import resident_fits
 from mipipe.planner.plan import Placement, Schedule
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.search import annealing as search
+from mipipe.planner.search import pair_search
 from mipipe.planner.search.lists import Orders, to_array
 
 EXACT_NODES = 130

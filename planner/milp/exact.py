@@ -30,12 +30,12 @@ import pyomo.environ as pyo
 from mipipe.graphs.errors import PlanError, ProblemError
 from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.bounds.at_placement import problem_bound
+from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.milp import highs
 from mipipe.planner.milp.exact_parts import Sketch, Transfer, sketch
 from mipipe.planner.milp.highs import SolverOutcome
-from mipipe.planner.overlap import pair_gain
 from mipipe.planner.plan import Placement, RankOrder, Schedule, Stage
 from mipipe.planner.problem import PlanningProblem
 

@@ -5,7 +5,7 @@ than a textbook job shop are microbatches, and they also make it small: FIFO wit
 equal actions, and the horizon decides most of the rest.
 
 Orders are of F, I and W. Where overlapped pairs gain, the model is a relaxation of schedules with pairs
-(`mipipe.planner.pair_bound`): its bound holds for them, its order is evaluated without.
+(`mipipe.planner.bounds.pairs`): its bound holds for them, its order is evaluated without.
 """
 
 from __future__ import annotations

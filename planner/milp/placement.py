@@ -13,12 +13,11 @@ microbatches u runs on d. Per device, for each stream, with everything per step 
                                                            grows by again_u, its area shrinks to what is kept meanwhile
     head_d = sum_u head_u first[u,d],  sum_u first[u,d] = 1,  first <= x     (continuous: the least head wins by itself)
 
-q is the least share of its time that work takes in an overlapped pair (`mipipe.planner.overlap`). The row with saved_u
-only for one replica each: then a microbatch holds all of them at once. Heads, areas and returns
-count transfers at the cheapest link only where memory forces them, so with ``hop_weight = 0`` the optimum is a lower
-bound on the makespan of every placement with at most ``max_replicas`` replicas of each unit. Equal devices are
-interchangeable: they are numbered by their first unit. Left out: channels as machines (checked by the evaluation of
-what is proposed).
+q is the least share of its time that work takes in an overlapped pair (`mipipe.planner.jobs.overlap`). The row with
+saved_u only for one replica each: then a microbatch holds all of them at once. Heads, areas and returns count transfers
+at the cheapest link only where memory forces them, so with ``hop_weight = 0`` the optimum is a lower bound on the
+makespan of every placement with at most ``max_replicas`` replicas of each unit. Equal devices are interchangeable: they
+are numbered by their first unit. Left out: channels as machines (checked by the evaluation of what is proposed).
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ import pyomo.environ as pyo
 
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.over_placements import work_of
+from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.milp import highs
 from mipipe.planner.milp.highs import SolverOutcome, Termination
 from mipipe.planner.milp.placement_units import Units, forwards_per_byte, light_forwards, units_of
 from mipipe.planner.milp.routes import to_placement, to_shares
-from mipipe.planner.overlap import pair_gain
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
 

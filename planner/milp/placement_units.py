@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.over_placements import Facts, facts_of, work_of
-from mipipe.planner.overlap import pair_gain
+from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.problem import PlanningProblem
 
 

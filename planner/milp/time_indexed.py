@@ -14,8 +14,8 @@ with the binaries of a line added up: clipping N[l,t] - k to [0, 1] gives them b
 and the size no longer grows with the number of microbatches except through the horizon. On a coarser grid durations
 and lags are floored, which keeps it a relaxation (``s_b >= s_a + p`` in slots: at least the floor of p/g later).
 
-Where overlapped pairs gain, jobs are their shares (`mipipe.planner.pair_bound`), and the bound holds for schedules with
-pairs.
+Where overlapped pairs gain, jobs are their shares (`mipipe.planner.bounds.pairs`), and the bound holds for schedules
+with pairs.
 
 The bound is destructive: a horizon is refuted by the linear relaxation or by branch and bound. On a grid coarser
 than the durations' divisor it refutes little: exactness is worth its size.

@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 
 from mipipe.planner import clock
 from mipipe.planner.actions import Stream
-from mipipe.planner.overlap import pair_gain
+from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import PlanningProblem
 

@@ -12,7 +12,7 @@ from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.operators.expert_kernels import RETURN, ROUTE, SEND
 from mipipe.planner.actions import Stream
 from mipipe.planner.check import check_program
-from mipipe.planner.check_graph import check_graph
+from mipipe.planner.check.graph import check_graph
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program

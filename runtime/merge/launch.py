@@ -27,12 +27,12 @@ from mipipe.graphs.merging.moe_recipe import MoeRecipe, build_moe, dry_router, r
 from mipipe.graphs.merging.recipe import MergeRecipe, read_recipes
 from mipipe.graphs.serialize import load_data
 from mipipe.planner.merging.plan import SHARD_BYTES, MergePlan, plan_chain, plan_graph, plan_recipe
-from mipipe.runtime.failures import explain
 from mipipe.runtime.merge import worker
 from mipipe.runtime.merge.adapters import KeptAdapter, keep_adapters
 from mipipe.runtime.merge.card import RECORD
 from mipipe.runtime.merge.exchange import Exchange
 from mipipe.runtime.merge.router import make_router
+from mipipe.runtime.train.failures import explain
 from mipipe.runtime.train.launch import run_watched
 
 

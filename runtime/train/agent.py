@@ -25,7 +25,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from mipipe.runtime.failures import FAILURES
+from mipipe.runtime.train.failures import FAILURES
 
 
 def watch(report: Path, started: threading.Event) -> None:

@@ -20,8 +20,7 @@ from mipipe.graphs.errors import InputError, RunError, StoppedError
 from mipipe.graphs.serialize import save
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
-from mipipe.runtime.checkpoint_run import Start
-from mipipe.runtime.failures import exit_codes, is_consequence, reports
+from mipipe.runtime.train.failures import exit_codes, is_consequence, reports
 from mipipe.runtime.train.launch import (
     TrainResult,
     Watch,
@@ -35,6 +34,7 @@ from mipipe.runtime.train.launch import (
     torchrun_command,
 )
 from mipipe.runtime.train.prepare import check_start, read_job
+from mipipe.runtime.weights.checkpoint_run import Start
 
 Replan = Callable[[PlanningProblem], Plan]
 """A plan for the same groups on fewer devices."""

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from mipipe.graphs.errors import RunError, StoppedError
-from mipipe.runtime.checkpoint_run import Start
-from mipipe.runtime.failures import DONE, SAID, STARTED, explain, reports
 from mipipe.runtime.train.config import TrainConfig
+from mipipe.runtime.train.failures import DONE, SAID, STARTED, explain, reports
 from mipipe.runtime.train.prepare import check_start, check_world, read_job
 from mipipe.runtime.train.processes import die_with_parent
+from mipipe.runtime.weights.checkpoint_run import Start
 
 GRACE_S = 10.0
 """How long torchrun gets to end its workers before it is killed; its own patience is 30 s."""

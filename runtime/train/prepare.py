@@ -11,18 +11,18 @@ from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import load
 from mipipe.planner.check import check_program
-from mipipe.planner.check_graph import check_graph
+from mipipe.planner.check.graph import check_graph
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
-from mipipe.runtime.checkpoint_run import Start
-from mipipe.runtime.folder_lock import FolderLock
 from mipipe.runtime.train.batches import check_sizes
 from mipipe.runtime.train.config import TrainConfig, read_config
 from mipipe.runtime.train.data import check_source
 from mipipe.runtime.train.models import source_of
 from mipipe.runtime.train.optim import optimizer_class
 from mipipe.runtime.weights.checkpoint_folder import choose, probe, read_state
+from mipipe.runtime.weights.checkpoint_run import Start
+from mipipe.runtime.weights.folder_lock import FolderLock
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ from mipipe.graphs.errors import BatchError, MipipeError, RunError, StoppedError
 from mipipe.graphs.serialize import save
 from mipipe.planner.experts.maps import ExpertMap
 from mipipe.planner.timeline import Timeline
-from mipipe.runtime.checkpoint_run import Start, changes, run_of
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.experts.run import ExpertRun
 from mipipe.runtime.train.config import TrainConfig
@@ -24,6 +23,7 @@ from mipipe.runtime.train.metrics import Metrics, Record, memory_record, open_me
 from mipipe.runtime.train.optim import clip_gradients, learning_rate_factor, make_optimizer
 from mipipe.runtime.train.processes import gather
 from mipipe.runtime.train.trace import measured_timeline
+from mipipe.runtime.weights.checkpoint_run import Start, changes, run_of
 
 if TYPE_CHECKING:
     from mipipe.runtime.weights.checkpoint import Checkpoints

@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import STRICT, load, save
-from mipipe.runtime.checkpoint_run import Run, Start
 from mipipe.runtime.weights import durable
+from mipipe.runtime.weights.checkpoint_run import Run, Start
 
 STATE, OWNER = "state.json", "run.json"
 

@@ -2,7 +2,8 @@
 
 ``model.<parameter>`` and ``optimizer.<parameter>.<state>``; a bank of experts that several ranks share is stored expert
 by expert, ``model.<bank>[7]``. Whatever wrote a checkpoint, whole banks are read from experts and experts from banks.
-Tensors are in safetensors files (`mipipe.runtime.checkpoint_files`), numbers of the optimizer in ``state.json``.
+Tensors are in safetensors files (`mipipe.runtime.weights.checkpoint_files`), numbers of the optimizer in
+``state.json``.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from mipipe.graphs.errors import InputError
-from mipipe.runtime.checkpoint_files import Stored, read_tensor, stored_tensors
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.optim import local_optimizer
+from mipipe.runtime.weights.checkpoint_files import Stored, read_tensor, stored_tensors
 from mipipe.runtime.weights.checkpoint_folder import State
 
 Rows = Mapping[str, Sequence[int]]

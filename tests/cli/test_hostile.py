@@ -16,13 +16,13 @@ import torch
 import yaml
 
 from mipipe.graphs.capture.model import capture
+from mipipe.graphs.capture.program_files import load_program
 from mipipe.graphs.errors import GraphError, InputError, MipipeError
 from mipipe.graphs.models.families import read_config, without_code
 from mipipe.graphs.named_code import import_named
 from mipipe.graphs.operator_graph import OperatorGraph, Phase
-from mipipe.graphs.operator_kinds import allow_namespace, resolve
-from mipipe.graphs.program_files import load_program
 from mipipe.graphs.serialize import from_data, to_data
+from mipipe.graphs.tracing.operator_kinds import allow_namespace, resolve
 from mipipe.graphs.tracing.trace import build_phase
 from mipipe.runtime.train.config import DataConfig, TrainConfig
 from mipipe.runtime.train.data import check_source

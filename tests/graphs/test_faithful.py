@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 from torch.utils.checkpoint import checkpoint
 
-from mipipe.graphs import verify as verifying
+from mipipe.graphs.capture import verify as verifying
 from mipipe.graphs.capture.model import capture, capture_module
+from mipipe.graphs.capture.verify import seeded_by_shape
+from mipipe.graphs.coarse.coverage import warnings_of
 from mipipe.graphs.coarse.summary import graph_summary
-from mipipe.graphs.coverage import warnings_of
+from mipipe.graphs.coarse.totals import attended_pairs, headline
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operators.kernels import _bias
-from mipipe.graphs.totals import attended_pairs, headline
 from mipipe.graphs.tracing.compose import parameter_tensors, run_step
-from mipipe.graphs.verify import seeded_by_shape
 
 
 @pytest.mark.parametrize("name", own.KEPT)

@@ -18,6 +18,7 @@ from mipipe.planner.check import check_plan
 from mipipe.planner.compare import compare
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate
+from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.milp import placement as placement_mip
@@ -25,7 +26,6 @@ from mipipe.planner.milp import time_indexed
 from mipipe.planner.milp.exact import solve_exact
 from mipipe.planner.milp.order import solve_order
 from mipipe.planner.options import PlanOptions
-from mipipe.planner.overlap import pair_gain
 from mipipe.planner.placements.shapes import propose
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 from mipipe.planner.problem import Group, OverlapRule, PhaseTimes, PlanningProblem

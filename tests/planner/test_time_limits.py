@@ -13,14 +13,14 @@ import pytest
 from mipipe.planner import clock
 from mipipe.planner.actions import Stream
 from mipipe.planner.check import check_plan
-from mipipe.planner.check_arrays import holds
+from mipipe.planner.check.arrays import holds
 from mipipe.planner.execution.lower import lower
+from mipipe.planner.execution.quick_timeline import timeline_of
 from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.ladder.state import Progress
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problem import Limits, PlanningProblem
 from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
-from mipipe.planner.quick_timeline import timeline_of
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.solve import SolveResult, Termination, plan
 

@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import load_file
 
 from mipipe.graphs.errors import InputError, RunError
-from mipipe.runtime.checkpoint_run import Start
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.train.config import CheckpointConfig, DataConfig, TrainConfig
@@ -28,6 +27,7 @@ from mipipe.runtime.train.data import Batches, make_batches
 from mipipe.runtime.train.training import Trainer
 from mipipe.runtime.weights.checkpoint import Checkpoints, pack
 from mipipe.runtime.weights.checkpoint_folder import complete, latest, read_state, verify
+from mipipe.runtime.weights.checkpoint_run import Start
 from mipipe.runtime.weights.checkpoint_tensors import shared_rows
 from mipipe.runtime.weights.save import Target, save_weights
 

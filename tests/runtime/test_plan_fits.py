@@ -8,8 +8,8 @@ import runtime_cases as cases
 from mipipe.graphs.errors import PlanError
 from mipipe.graphs.serialize import save
 from mipipe.planner.actions import Stream
+from mipipe.planner.check.graph import check_graph
 from mipipe.planner.check.plan import check_plan
-from mipipe.planner.check_graph import check_graph
 from mipipe.planner.plan import Plan, RankOrder, Schedule
 from mipipe.runtime.engine.engine import Engine
 

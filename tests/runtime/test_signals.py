@@ -15,8 +15,8 @@ import pytest
 from test_torchrun import command_of, files, importable, killing, undisturbed, workers_of, write_config
 
 from mipipe.graphs.errors import RunError
-from mipipe.runtime.rendezvous import connect
 from mipipe.runtime.train.launch import train
+from mipipe.runtime.train.rendezvous import connect
 from mipipe.runtime.weights.checkpoint_folder import latest, read_state, verify
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]

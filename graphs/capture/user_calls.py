@@ -1,6 +1,6 @@
 """What stands for a model's own code in a flat graph: calls of custom Functions and hooks, as callables of tensors.
 
-They are recorded by `mipipe.graphs.user_autograd`, and run when a segment's joint function is traced.
+They are recorded by `mipipe.graphs.capture.user_autograd`, and run when a segment's joint function is traced.
 """
 
 from __future__ import annotations

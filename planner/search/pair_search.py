@@ -1,8 +1,8 @@
-"""Improving an order with overlapped pairs at one placement, as `mipipe.planner.search.annealing` does without: rounds in slices.
+"""Improving an order with overlapped pairs at one placement: rounds of annealing in slices, as for orders without.
 
 Only where pairs gain (`PlanningProblem.pairs_gain`). The kernel decides which F overlaps which backward together with
-the order of everything else (`mipipe.planner.pair_kernel`); the search begins with a list schedule without pairs, or
-with any schedule that has some. Half of a mirrored placement is searched, as elsewhere.
+the order of everything else (`mipipe.planner.search.pair_kernel`); the search begins with a list schedule without
+pairs, or with any schedule that has some. Half of a mirrored placement is searched, as elsewhere.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from mipipe.planner import pair_kernel
 from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.jobs.arrays import KINDS, Instance, expand
-from mipipe.planner.pair_kernel import PairFacts
 from mipipe.planner.plan import RankOrder, Schedule
+from mipipe.planner.search import pair_kernel
 from mipipe.planner.search.annealing import COLD, LARGE, PRICE, SLICE, TILTS
 from mipipe.planner.search.lists import Orders
+from mipipe.planner.search.pair_kernel import PairFacts
 
 F, I, W = (KINDS.index(kind) for kind in (ActionKind.F, ActionKind.I, ActionKind.W))  # noqa: E741
 

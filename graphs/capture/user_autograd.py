@@ -26,8 +26,7 @@ from torch.nn.modules import module as module_globals
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointFunction
 
-from mipipe.graphs.errors import GraphError
-from mipipe.graphs.user_calls import (
+from mipipe.graphs.capture.user_calls import (
     APPLY,
     TENSOR,
     Reads,
@@ -39,6 +38,7 @@ from mipipe.graphs.user_calls import (
     plain_apply,
     sort_nodes,
 )
+from mipipe.graphs.errors import GraphError
 
 _SIMPLE = (bool, int, float, complex, str, type(None), torch.dtype)
 CALL, HOOK = "mipipe.user_call.default", "mipipe.user_hook.default"
@@ -194,7 +194,7 @@ class _Template:
 
     @classmethod
     def apply(cls, *args: Any, **kwargs: Any) -> Any:
-        from mipipe.graphs.user_autograd import _intercepted
+        from mipipe.graphs.capture.user_autograd import _intercepted
 
         assert __class__ is not None  # type: ignore[name-defined]
         return _intercepted(cls, args, kwargs)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Simulated annealing on orders with overlapped pairs, compiled by numba: the kernel of `mipipe.planner.pair_search`.
+"""Annealing on orders with overlapped pairs, compiled by numba: the kernel of `mipipe.planner.search.pair_search`.
 
 An order is a row of tokens per machine. A token is a node of the instance, or a pair: named by its F, with the I (and
 the W after it) that run with it in ``mate``. Besides the moves of `mipipe.planner.search.anneal_kernel` (an action out

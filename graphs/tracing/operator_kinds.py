@@ -46,7 +46,7 @@ def resolve(kind: str) -> Callable[..., Any]:
     if namespace not in _NAMESPACES:
         raise GraphError(f"operator {shown(kind, quoted=False)}: its namespace is none of"
                          f" {', '.join(sorted(_NAMESPACES))}, so a file may not call it; if it is your own, call"
-                         f" mipipe.graphs.operator_kinds.allow_namespace({namespace!r}) where you register it")
+                         f" mipipe.graphs.tracing.operator_kinds.allow_namespace({namespace!r}) where you register it")
     qualified = f"{namespace}::{name}" + ("" if overload == "default" else f".{overload}")
     found = None
     with contextlib.suppress(RuntimeError, AttributeError):  # not a legal name, or an overload of TorchScript alone

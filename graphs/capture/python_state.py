@@ -2,7 +2,8 @@
 
 A generator (Python's, numpy's, one in an attribute or a global of the model's file) that a forward moves is refused,
 and so is a number that every forward changes and that the model's code reads elsewhere: a graph would be the model of
-one moment. Left out: what hides in closures or other libraries; `mipipe.graphs.verify` calls the model twice for that.
+one moment. Left out: what hides in closures or other libraries; `mipipe.graphs.capture.verify` calls the model twice
+for that.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ long as its parts in sequence: r times any bound on schedules without pairs boun
 A path is shortened less: an action of duration x on it takes x alone, or at least ``r (x + c)`` in a pair, where the
 other half takes c or more. ``g(x) = min(x, r (x + c))`` is subadditive, so a path of x takes at least g(x).
 
-`mipipe.planner.pair_bound` has what is known at a placement.
+`mipipe.planner.bounds.pairs` has what is known at a placement.
 """
 
 from __future__ import annotations

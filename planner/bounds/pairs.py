@@ -1,7 +1,7 @@
 """Overlapped pairs in a placement's job shop: a relaxation without pairs, and a bound that counts them.
 
 **Shares** (`relaxed`). Within a pair let F, then I, then W take r times their own durations, one after the other
-(r: `mipipe.planner.overlap`). These shares lie inside the pair, so they never meet on a machine; each starts no
+(r: `mipipe.planner.jobs.overlap`). These shares lie inside the pair, so they never meet on a machine; each starts no
 sooner than its predecessors allow, takes its memory no sooner and returns it no later than the pair does. What waits
 for F waits for the pair's end, at least ``min(f, r (f + b))`` after F's share starts; what waits for I, at least
 ``min(i, r (i + w))`` after I's. So every schedule with pairs is one of a plain job shop with shorter jobs and some
@@ -22,7 +22,7 @@ from itertools import accumulate
 
 from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.jobs.job_shop import Jobs
-from mipipe.planner.overlap import pair_gain
+from mipipe.planner.jobs.overlap import pair_gain
 
 
 def relaxed(jobs: Jobs) -> Jobs:

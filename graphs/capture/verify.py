@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mipipe.graphs.capture.expert_groups import parse_slice
 from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph
+from mipipe.graphs.coarse.totals import argument_spec
 from mipipe.graphs.errors import GraphError, MipipeError
 from mipipe.graphs.operator_graph import OperatorGraph, Phase
 from mipipe.graphs.profiling.rehearse import model_input
-from mipipe.graphs.totals import argument_spec
 from mipipe.graphs.tracing.compose import parameter_tensors, run_step
 
 MAX_PARAMETERS, MAX_FLOPS = 20_000_000, 10 ** 10
