@@ -83,7 +83,7 @@ def _check_phases(where: str, trace: Any, grads: Collection[str]) -> None:
     reads = [(made[item.name], item.inputs) for item in trace.operators]
     for phase, names in (*results, *reads):
         for name in names:
-            first = made.get(name, phase if name not in grads else max(phase, 1))  # type: ignore[arg-type]
+            first = made.get(name, phase if name not in grads else max(phase, 1))
             if name is not None and (first > phase or (first < phase and name not in kept)):
                 raise GraphError(f"{where}: phase {'FIW'[phase]} reads {name!r}, which no earlier phase saves for it")
 

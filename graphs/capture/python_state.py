@@ -80,13 +80,13 @@ def _observed(module: nn.Module, calls: int) -> Iterator[list[Snapshot]]:
             seen.append(snapshot(module))
         return result
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield seen
     finally:
         del module.forward
         if own is not None:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own
 
 
 def snapshot(module: nn.Module) -> Snapshot:

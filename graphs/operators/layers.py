@@ -198,7 +198,7 @@ def watch_positions(model: nn.Module) -> None:
         finally:
             _positions_given = before
 
-    model.forward = run  # type: ignore[method-assign]
+    model.forward = run
 
 
 def register() -> None:

@@ -13,7 +13,8 @@ from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.measure import timed
 from mipipe.planner.execution.simulate import simulate
-from mipipe.planner.jobs.arrays import KINDS, Instance
+from mipipe.planner.jobs.arcs import KINDS
+from mipipe.planner.jobs.arrays import Instance
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Transfer
