@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mipipe.graphs.operator_graph import OperatorGraph, Parameter, Phase, Segment, TensorSpec, Value
+from mipipe.graphs.operator_graph import OperatorGraph, ParameterSpec, Phase, Segment, TensorSpec, Value
 from mipipe.graphs.topology import Topology
 from mipipe.graphs.tracing.partition import trace_module
 from mipipe.graphs.tracing.trace import spec_of
@@ -62,7 +62,7 @@ def build_graph(blocks: list[nn.Module]) -> OperatorGraph:
         fqns = tuple(f"{index}.{name}" for name, _ in block.named_parameters())
         segments.append(Segment(f"stage{index}", str(index), trace.digest, names, (output,), fqns))
         values.append(Value(output, TensorSpec((), "float32") if last else spec, f"stage{index}", True))
-        parameters += [Parameter(f"{index}.{name}", spec_of(item)) for name, item in block.named_parameters()]
+        parameters += [ParameterSpec(f"{index}.{name}", spec_of(item)) for name, item in block.named_parameters()]
     return OperatorGraph("chain", ("x", "target"), ("loss",), "loss", tuple(segments), tuple(values),
                          tuple(parameters), tuple(traces.values()))
 

@@ -25,7 +25,7 @@ from mipipe.planner.experts.greedy import greedy_layer
 from mipipe.planner.experts.maps import ExpertLoads, layer_bound, unit_times
 from mipipe.planner.experts.migrate import align, best_change, moved_experts
 from mipipe.planner.experts.plan import ExpertOptions, plan_experts, share_slots
-from mipipe.planner.experts.swaps import Layer, balanced_start, improve
+from mipipe.planner.experts.swaps import Layer, balanced_start, improve_map
 
 SETUPS = (("DeepSeek-V3", 58, 256, 32, 32), ("DeepSeek-V3", 58, 256, 32, 96), ("DeepSeek-V3", 58, 256, 32, 144),
           ("DeepSeek-V3", 58, 256, 32, 288), ("DeepSeek-V3", 58, 256, 64, 320), ("Qwen3-MoE", 48, 128, 16, 16),
@@ -139,7 +139,7 @@ def next_map(policy: str, seen: Layer, before: np.ndarray, rule: np.ndarray, slo
         return before
     if policy.startswith("greedy"):
         return align(before, rule, seen.units, seen.nodes) if policy.endswith("relabelled") else rule
-    fresh = improve(seen, balanced_start(seen, slots), layer_bound(seen.weights, seen.units, slots))
+    fresh = improve_map(seen, balanced_start(seen, slots), layer_bound(seen.weights, seen.units, slots))
     return best_change(seen, before, fresh, horizon=steps, move_ns=move_ns)
 
 

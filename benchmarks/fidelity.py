@@ -28,7 +28,7 @@ from mipipe.graphs.costs.table import CostTable, GroupCost
 from mipipe.graphs.operator_graph import (
     Operator,
     OperatorGraph,
-    Parameter,
+    ParameterSpec,
     Phase,
     SavedTensor,
     Segment,
@@ -94,7 +94,7 @@ def build_problem(layers: int, ranks: int, count: int, unit_ns: int) -> tuple[Op
                                 (output,), (f"layers.{index}.w",)))
         values.append(Value(output, SCALAR if last else SPEC, f"layer{index}", True))
     graph = OperatorGraph("sleep", ("x",), ("loss",), "loss", tuple(segments), tuple(values),
-                          tuple(Parameter(f"layers.{index}.w", SQUARE) for index in range(layers)), traces)
+                          tuple(ParameterSpec(f"layers.{index}.w", SQUARE) for index in range(layers)), traces)
     times = {Phase.F: unit_ns, Phase.I: unit_ns, Phase.W: unit_ns // 2}
     first = {**times, Phase.W: unit_ns // 2 + unit_ns}
     return graph, problem_of_groups(graph, [[item.name] for item in segments],

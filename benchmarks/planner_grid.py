@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mipipe.planner.compare import Row, compare
+from mipipe.planner.compare import ComparisonRow, compare
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.uniform import in_activations, in_copies, two_stream_problem, uniform_problem
@@ -83,7 +83,7 @@ def line(model: str, ranks: int, microbatches: int, limit_s: float, seed: int) -
                 ours.placement or "", ours.parameter_copies, ours.peak_activations, time.monotonic() - began)
 
 
-def _comparable(row: Row, problem: PlanningProblem) -> bool:
+def _comparable(row: ComparisonRow, problem: PlanningProblem) -> bool:
     """Whether a row's copies and activations are within the problem's caps."""
     limits = problem.limits
     assert limits.resident_bytes is not None and limits.activation_bytes is not None

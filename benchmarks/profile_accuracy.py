@@ -26,7 +26,7 @@ from rich.table import Table
 from mipipe.graphs.capture.model import capture
 from mipipe.graphs.coarse.coarsen import coarsen
 from mipipe.graphs.profiling.profile import describe_device
-from mipipe.graphs.profiling.profile_worker import Candidate, candidates, measure
+from mipipe.graphs.profiling.profile_worker import ProfiledGroup, candidates, measure_groups
 
 CPU = torch.device("cpu")
 MODEL = Path(__file__).parent.parent / "examples" / "qwen3_moe_tiny"
@@ -35,11 +35,11 @@ Samples = dict[tuple[str, str], list[list[float]]]
 """By group and phase: for each repetition, nanoseconds."""
 
 
-def take(lot: list[Candidate], alias: dict[str, str], found: Samples) -> None:
+def take(lot: list[ProfiledGroup], alias: dict[str, str], found: Samples) -> None:
     """Some rounds over a lot, after one that only brings its tensors near; times go to the group that stands for all
     of their structure."""
-    measure(lot, CPU, 1)
-    for name, phases in measure(lot, CPU, ROUNDS).items():
+    measure_groups(lot, CPU, 1)
+    for name, phases in measure_groups(lot, CPU, ROUNDS).items():
         for phase, samples in phases.items():
             found.setdefault((alias[name], phase), []).append(samples)
 

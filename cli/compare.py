@@ -11,7 +11,7 @@ import typer
 from mipipe.cli.output import Html, Json, Seed, check_folder, emit, number, progress, stdout
 
 if TYPE_CHECKING:
-    from mipipe.planner.compare import Row
+    from mipipe.planner.compare import ComparisonRow
     from mipipe.planner.problem import PlanningProblem
 
 EXAMPLE = "mipipe compare --ranks 8 --microbatches 20 --f 2 --i 2 --w 1"
@@ -108,7 +108,7 @@ _COLUMNS = ("schedule", "accounting", "makespan", "bubble", "ratio", "copies", "
             "placement", "seconds", "note")
 
 
-def _cells(row: Row, unit_ns: int) -> dict[str, Any]:
+def _cells(row: ComparisonRow, unit_ns: int) -> dict[str, Any]:
     from mipipe.cli.terminal import format_time
 
     def time(value: float | None) -> float | str | None:
@@ -121,7 +121,7 @@ def _cells(row: Row, unit_ns: int) -> dict[str, Any]:
     return dict(zip(_COLUMNS, values, strict=True))
 
 
-def _print(problem: PlanningProblem, rows: list[Row]) -> None:
+def _print(problem: PlanningProblem, rows: list[ComparisonRow]) -> None:
     from mipipe.cli.tables import print_rows
     from mipipe.cli.terminal import format_time
     from mipipe.planner.compare import PLANNED
@@ -163,15 +163,15 @@ _MEANINGS = {
     "bound": "no plan within the same copies and activations has a smaller makespan; gap: how far above it a row is"}
 
 
-def explanation(rows: list[Row], columns: Sequence[str]) -> list[str]:
+def explanation(rows: list[ComparisonRow], columns: Sequence[str]) -> list[str]:
     """What the accountings and columns of a table mean, as far as they occur in it."""
     used = {row.accounting for row in rows}
     return [f"{name}: {text}" for name, text in (*_ACCOUNTINGS.items(), *_MEANINGS.items())
             if name in used or name in columns]
 
 
-def _draw(rows: list[Row]) -> None:
-    from mipipe.cli.terminal import draw, legend, summary
+def _draw(rows: list[ComparisonRow]) -> None:
+    from mipipe.cli.terminal import draw_timeline, legend, summary
 
     console = stdout()
     drawn = [row for row in rows if row.timeline is not None]
@@ -179,19 +179,20 @@ def _draw(rows: list[Row]) -> None:
     for row in drawn:
         assert row.timeline is not None
         console.print(f"{row.name} ({row.accounting}): {summary(row.timeline)}", style="bold")
-        console.print(draw(row.timeline, console.width, until))
+        console.print(draw_timeline(row.timeline, console.width, until))
     if drawn:
         console.print(legend(*(row.timeline for row in drawn if row.timeline is not None)))
         console.print()
 
 
-def _write_html(path: Path, problem: PlanningProblem, rows: list[Row]) -> None:
+def _write_html(path: Path, problem: PlanningProblem, rows: list[ComparisonRow]) -> None:
     from mipipe.cli import html
     from mipipe.cli.panels import panel_of
     from mipipe.cli.tables import cell
 
     panels = [panel_of(f"{row.name} ({row.accounting})", row.timeline, row.plan) for row in rows
               if row.timeline is not None]
-    table = html.table(_COLUMNS, [[cell(value) for value in _cells(row, problem.unit_ns).values()] for row in rows])
+    table = html.html_table(_COLUMNS, [[cell(value) for value in _cells(row, problem.unit_ns).values()]
+                                       for row in rows])
     lines = "".join(f"<p>{line}</p>" for line in explanation(rows, _COLUMNS))
     html.write(path, f"{problem.name}: schedules compared", panels, extra=f"<h2>All rows</h2>{table}{lines}")

@@ -24,7 +24,7 @@ def export(
     """Write a plan or a timeline in other tools' formats."""
     from mipipe.cli import html, panels
     from mipipe.cli.files import open_any
-    from mipipe.cli.report import facts
+    from mipipe.cli.report import report_tiles
     from mipipe.graphs.serialize import write_text
     from mipipe.planner.execution.export import perfetto_text, torch_csv
     from mipipe.planner.execution.lower import lower
@@ -50,7 +50,7 @@ def export(
         if html_file is not None:
             html.write(html_file, plan.name if plan else file.name,
                        [panels.panel_of(timeline.origin, timeline, plan)],
-                       facts(plan, timeline) if plan else [])
+                       report_tiles(plan, timeline) if plan else [])
     written = {name: str(path) for name, path in wanted.items() if path is not None}
     if json_output:
         emit({"written": written})

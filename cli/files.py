@@ -25,7 +25,7 @@ def open_any(path: Path, *kinds: Any) -> Any:
     raise InputError(f"{path}: found {data.get('format', 'no format at all')!r}, expected a file of format {expected}")
 
 
-def positive(value: int | None, option: str) -> None:
+def check_positive(value: int | None, option: str) -> None:
     """Raise `InputError` unless a count is at least 1 (or not given)."""
     if value is not None and value < 1:
         raise InputError(f"{option} {value}: expected at least 1")

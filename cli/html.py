@@ -60,7 +60,7 @@ def write(path: str | Path, title: str, panels: Sequence[Panel], facts: Sequence
     write_text(path, page(title, panels, facts, extra))
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """An HTML table; columns of numbers are aligned to the right."""
     numeric = [all(_is_number(row[column]) for row in rows) for column in range(len(header))]
     kinds = [' class="number"' if is_number else "" for is_number in numeric]

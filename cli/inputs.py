@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from mipipe.cli.files import open_any, positive
+from mipipe.cli.files import check_positive, open_any
 from mipipe.graphs.cluster import load_cluster
 from mipipe.graphs.coarse.graph import CoarseGraph
 from mipipe.graphs.costs.table import CostTable
@@ -35,8 +35,8 @@ def read_problem(graph: Path | OperatorGraph, cluster: Path | None, microbatches
     Raises:
         InputError: a file is not what it should be, an option is missing or does not apply.
     """
-    positive(microbatches, "--microbatches")
-    positive(groups, "--groups")
+    check_positive(microbatches, "--microbatches")
+    check_positive(groups, "--groups")
     size, limit = (None if text is None else parse_bytes(text, option)
                    for text, option in ((memory, "--memory"), (activations, "--activations")))
     source = graph if isinstance(graph, OperatorGraph) else open_any(graph, OperatorGraph, CoarseGraph, PlanningProblem)

@@ -30,7 +30,7 @@ def write_files(plan: Plan, timelines: Sequence[tuple[str, Timeline]], html_file
     """The HTML timeline and the Perfetto trace of ``timelines``, where asked for. The trace holds all of them."""
     if html_file is not None:
         panels = [panel_of(title, timeline, plan) for title, timeline in timelines]
-        html.write(html_file, plan.name, panels, report.facts(plan, timelines[0][1]), extra)
+        html.write(html_file, plan.name, panels, report.report_tiles(plan, timelines[0][1]), extra)
     if trace_file is not None:
         from mipipe.graphs.serialize import write_text
         from mipipe.planner.execution.export import perfetto_text

@@ -192,8 +192,8 @@ def _print_frontier(problem: PlanningProblem, options: PlanOptions, html_file: P
                                  for row in rows if row["bubble_ratio"] is not None],
                                 lambda size: size_text(problem, size))
         unbroken = [[value.replace(" ", "\u00a0") for value in row.values()] for row in told]
-        table = html.table([*told[0], "reason"], [[*row, point.reason]
-                                                  for row, point in zip(unbroken, points, strict=True)])
+        table = html.html_table([*told[0], "reason"], [[*row, point.reason]
+                                                       for row, point in zip(unbroken, points, strict=True)])
         html.write(html_file, f"{problem.name}: memory against bubble", [], extra=picture + table)
     if json_output:
         emit({"problem": problem.digest(), "unit_ns": unit, "points": rows})

@@ -85,7 +85,7 @@ def gap(makespan_ns: int | None, bound_ns: int | None) -> float | None:
 def print_timeline(console: Console, timeline: Timeline, limits: Sequence[int | None] = (),
                    until_ns: int | None = None, explained: bool = True, plan: Plan | None = None) -> None:
     """The drawn timeline, its legend, its figures and the memory of every rank (by use where the plan is given)."""
-    console.print(terminal.draw(timeline, console.width, until_ns), end="")
+    console.print(terminal.draw_timeline(timeline, console.width, until_ns), end="")
     if explained:
         console.print(terminal.legend(timeline))
     console.print(terminal.summary(timeline), soft_wrap=True)
@@ -224,7 +224,7 @@ def bound_line(plan: Plan) -> str:
     return ", ".join(parts)
 
 
-def facts(plan: Plan, timeline: Timeline) -> list[tuple[str, str]]:
+def report_tiles(plan: Plan, timeline: Timeline) -> list[tuple[str, str]]:
     """The tiles of the HTML report."""
     unit = timeline.unit_ns
     tiles = [("makespan", terminal.format_time(timeline.makespan_ns, unit)),

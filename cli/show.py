@@ -84,7 +84,7 @@ def _show_graph(graph: OperatorGraph | CoarseGraph, table: CostTable | None, htm
         header = [name.replace("_", " ") for name in rows[0]]
         cells = [[cell(row.get(name)) for name in rows[0]] for row in rows]
         drawing = f"<figure>{coarse_svg(graph)}</figure>"
-        html.write(html_file, graph.model, [], extra=html.table(header, cells) + drawing)
+        html.write(html_file, graph.model, [], extra=html.html_table(header, cells) + drawing)
     if json_output:
         emit(graph_summary(graph, table))
     else:
@@ -128,9 +128,9 @@ def _show_timelines(files: list[tuple[Path, Plan | Timeline]], html_file: Path |
         bound_line,
         capacities,
         estimate_lines,
-        facts,
         print_placement,
         print_timeline,
+        report_tiles,
         timeline_data,
     )
     from mipipe.planner.execution.quick_timeline import timeline_of
@@ -147,7 +147,7 @@ def _show_timelines(files: list[tuple[Path, Plan | Timeline]], html_file: Path |
     first = drawn[0][1]
     ratios = [timeline.makespan_ns / max(first.makespan_ns, 1) for _, timeline, _ in drawn]
     if html_file is not None:
-        tiles = facts(plans[0], first) if plans else []
+        tiles = report_tiles(plans[0], first) if plans else []
         tiles += [(f"{name} / first", f"{ratio:.3f}") for (name, _, _), ratio in
                   zip(drawn[1:], ratios[1:], strict=True)]
         html.write(html_file, drawn[0][0], [panels.panel_of(*panel) for panel in drawn], tiles)

@@ -37,7 +37,7 @@ def format_time(ns: float, unit_ns: int) -> str:
     return f"{ns / unit_ns:g}" if unit_ns != 1 else format_ns(ns)
 
 
-def draw(timeline: Timeline, width: int, until_ns: int | None = None) -> Text:
+def draw_timeline(timeline: Timeline, width: int, until_ns: int | None = None) -> Text:
     """The timeline as lines of at most ``width`` characters.
 
     ``until_ns`` is the time at the right edge (default: the makespan); several timelines drawn with the same value

@@ -59,7 +59,7 @@ def train(
         options = options_of(load(plan_file, Plan))
         if replan_seconds is not None:
             options = dataclasses.replace(options, time_limit_s=replan_seconds)
-        result = train_elastic(plan_file, graph_file, config_file, lambda problem: plan_again(problem, options),
+        result = train_elastic(plan_file, graph_file, config_file, lambda problem: replan_devices(problem, options),
                                resume=resume, resume_if_any=resume_if_any, max_restarts=max_restarts,
                                copies=copies, min_ranks=min_ranks, timeout_s=timeout, progress=progress,
                                model=model, say=log)
@@ -90,7 +90,7 @@ def train(
             console.print(f"{name}: {path}")
 
 
-def plan_again(problem: PlanningProblem, options: PlanOptions) -> Plan:
+def replan_devices(problem: PlanningProblem, options: PlanOptions) -> Plan:
     """A plan for the same groups, under the same limits, on the devices that are left.
 
     ``options`` are those of the plan that lost a device; a shape that needs another number of devices gives way.
@@ -105,7 +105,7 @@ def plan_again(problem: PlanningProblem, options: PlanOptions) -> Plan:
     result = plan(problem, options)
     if result.termination is Termination.INFEASIBLE and options.placement != "free":
         log(f"no plan of shape {options.placement}: {result.reason}; planning with any placement")
-        return plan_again(problem, dataclasses.replace(options, placement="free"))
+        return replan_devices(problem, dataclasses.replace(options, placement="free"))
     if result.plan is None:
         raise_reason(result)
     assert result.plan is not None

@@ -194,7 +194,7 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True)
-class Parameter:
+class ParameterSpec:
     """A parameter or buffer by its FQN; ``tied_to`` names the first FQN of the same tensor."""
 
     __pydantic_config__: ClassVar = STRICT
@@ -223,7 +223,7 @@ class OperatorGraph:
     loss: str
     segments: tuple[Segment, ...]
     values: tuple[Value, ...]
-    parameters: tuple[Parameter, ...]
+    parameters: tuple[ParameterSpec, ...]
     traces: tuple[SegmentTrace, ...]
     source: dict[str, Any] = field(default_factory=dict)
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mipipe.graphs.capture.labels import Granularity as CaptureGranularity
-    from mipipe.graphs.coarse.coarsen import Granularity
+    from mipipe.graphs.coarse.coarsen import GroupGranularity
     from mipipe.graphs.costs.table import CostTable
     from mipipe.graphs.operator_graph import OperatorGraph
 
@@ -56,7 +56,7 @@ def capture(model: PathLike | nn.Module, inputs: Mapping[str, Any] | None = None
                           progress=on_progress)
 
 
-def profile(graph: OperatorGraph | PathLike, *, groups: int | None = None, granularity: Granularity | None = None,
+def profile(graph: OperatorGraph | PathLike, *, groups: int | None = None, granularity: GroupGranularity | None = None,
             workers: int = 1, device: str = "cpu", seconds: float = 0.25, fresh: bool = False,
             on_progress: Callable[[int, int], None] | None = None) -> CostTable:
     """The measured cost of every group of a graph on this machine, for `plan`.

@@ -13,12 +13,12 @@ from mipipe.files import PathLike, load, load_cluster, size_of, value_of
 
 if TYPE_CHECKING:
     from mipipe.graphs.cluster import Cluster
-    from mipipe.graphs.coarse.coarsen import Granularity
+    from mipipe.graphs.coarse.coarsen import GroupGranularity
     from mipipe.graphs.coarse.graph import CoarseGraph
     from mipipe.graphs.costs.table import CostTable
     from mipipe.graphs.operator_graph import OperatorGraph
     from mipipe.graphs.topology import Topology
-    from mipipe.planner.compare import Row
+    from mipipe.planner.compare import ComparisonRow
     from mipipe.planner.experts.maps import ExpertLoads
     from mipipe.planner.options import Objective, PlacementName
     from mipipe.planner.plan import Plan
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def problem(model: OperatorGraph | CoarseGraph | PathLike, cluster: Cluster | Topology | PathLike, *,
             microbatches: int, costs: CostTable | PathLike | None = None, groups: int | None = None,
-            granularity: Granularity | None = None, memory: int | str | None = None,
+            granularity: GroupGranularity | None = None, memory: int | str | None = None,
             activations: int | str | None = None, optimizer: OptimizerChoice = "auto", recompute: bool = False,
             expert_loads: ExpertLoads | None = None,
             sizes: Mapping[str, Sequence[float]] | None = None) -> PlanningProblem:
@@ -43,7 +43,8 @@ def problem(model: OperatorGraph | CoarseGraph | PathLike, cluster: Cluster | To
 
 def plan(model: OperatorGraph | CoarseGraph | PlanningProblem | PathLike,
          cluster: Cluster | Topology | PathLike | None = None, *, microbatches: int | None = None,
-         costs: CostTable | PathLike | None = None, groups: int | None = None, granularity: Granularity | None = None,
+         costs: CostTable | PathLike | None = None, groups: int | None = None,
+         granularity: GroupGranularity | None = None,
          memory: int | str | None = None, activations: int | str | None = None, optimizer: OptimizerChoice = "auto",
          expert_loads: ExpertLoads | None = None, sizes: Mapping[str, Sequence[float]] | None = None,
          placement: PlacementName = "free", objective: Objective = "makespan", recompute: bool = False,
@@ -107,7 +108,7 @@ def plan(model: OperatorGraph | CoarseGraph | PlanningProblem | PathLike,
 
 def compare(problem: PlanningProblem | Plan | PathLike, schedules: Sequence[str] | None = None, *,
             time_limit_s: float = 30.0, placement: PlacementName = "free", seed: int = 0,
-            on_progress: Callable[[str], None] | None = None) -> list[Row]:
+            on_progress: Callable[[str], None] | None = None) -> list[ComparisonRow]:
     """Published schedules and our plan on one problem, each row with makespan, bubble and memory.
 
     Args:
@@ -158,7 +159,7 @@ def show(found: Plan | Timeline | PathLike, *, html: PathLike | None = None) -> 
     from mipipe.cli import html as pages
     from mipipe.cli import panels
     from mipipe.cli.output import stdout
-    from mipipe.cli.report import facts, print_plan, print_timeline
+    from mipipe.cli.report import print_plan, print_timeline, report_tiles
     from mipipe.planner.plan import Plan
 
     item = load(found) if isinstance(found, (str, Path)) else found
@@ -166,7 +167,7 @@ def show(found: Plan | Timeline | PathLike, *, html: PathLike | None = None) -> 
     if html is not None:
         plan = item if isinstance(item, Plan) else None
         pages.write(html, plan.name if plan else timeline.origin, [panels.panel_of(timeline.origin, timeline, plan)],
-                    facts(plan, timeline) if plan else ())
+                    report_tiles(plan, timeline) if plan else ())
     elif isinstance(item, Plan):
         print_plan(stdout(), item, timeline)
     else:

@@ -31,7 +31,7 @@ from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PhaseTimes, PlanningProblem
 from mipipe.planner.timeline import Span, Timeline
 
-Key = tuple[int, Phase, str]
+PhaseKey = tuple[int, Phase, str]
 """Stage, phase, device kind."""
 
 _PHASES = {ActionKind.F: Phase.F, ActionKind.I: Phase.I, ActionKind.W: Phase.W}
@@ -124,7 +124,7 @@ def with_costs(problem: PlanningProblem, costs: CostTable) -> PlanningProblem:
     return problem.replace(groups=tuple(groups))
 
 
-def _factors(samples: dict[Key, list[tuple[int, int]]]) -> dict[Key, float]:
+def _factors(samples: dict[PhaseKey, list[tuple[int, int]]]) -> dict[PhaseKey, float]:
     return {key: statistics.median(real / max(planned, 1) for planned, real in pairs)
             for key, pairs in samples.items()}
 
@@ -146,13 +146,13 @@ def _launch_ns(plan: Plan, measured: Timeline) -> int:
 
 
 def _stage_samples(plan: Plan, stages: StageView, measured: Timeline,
-                   launch_ns: int = 0) -> dict[Key, list[tuple[int, int]]]:
+                   launch_ns: int = 0) -> dict[PhaseKey, list[tuple[int, int]]]:
     """(planned, measured) nanoseconds of every stage's phase on every kind it ran on; each action and ``launch_ns``.
 
     B and OVERLAP_F_B are shared out over their parts in proportion to the planned durations.
     """
     devices = plan.problem.topology.devices
-    found: dict[Key, list[tuple[int, int]]] = {}
+    found: dict[PhaseKey, list[tuple[int, int]]] = {}
     for span in measured.spans:
         if span.stream is Stream.CHANNEL or span.kind in (ActionKind.ALL_REDUCE, ActionKind.OPTIMIZER_STEP):
             continue
@@ -207,7 +207,7 @@ def _transfer_samples(plan: Plan, measured: Timeline) -> dict[tuple[int, int], l
     return found
 
 
-def _scaled(plan: Plan, costs: CostTable, factors: dict[Key, float]) -> CostTable:
+def _scaled(plan: Plan, costs: CostTable, factors: dict[PhaseKey, float]) -> CostTable:
     """The table with every group that ran scaled by its stage's factors."""
     stage_of = {plan.problem.groups[group].name: number for number, stage in enumerate(plan.placement.stages)
                 for group in stage.groups}
@@ -215,7 +215,7 @@ def _scaled(plan: Plan, costs: CostTable, factors: dict[Key, float]) -> CostTabl
                                notes=costs.notes | {"calibrated": f"from a run of plan {plan.name}"})
 
 
-def _entries(costs: CostTable, stage_of: dict[str, int], factors: dict[Key, float]) -> Iterator[GroupCost]:
+def _entries(costs: CostTable, stage_of: dict[str, int], factors: dict[PhaseKey, float]) -> Iterator[GroupCost]:
     for entry in costs.entries:
         stage = stage_of.get(entry.group, -1)
         scales = {phase: factors.get((stage, phase, entry.device_kind)) for phase in entry.times_ns}

@@ -48,7 +48,7 @@ RESERVE = 0.2
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One schedule in one accounting (module docstring). What does not apply is None; ``note`` says why."""
 
     name: str
@@ -85,7 +85,7 @@ class Row:
 
 
 def compare(problem: PlanningProblem, names: Sequence[str] | None = None, options: PlanOptions | None = None,
-            on_progress: Callable[[str], None] | None = None) -> list[Row]:
+            on_progress: Callable[[str], None] | None = None) -> list[ComparisonRow]:
     """The rows of the named schedules (default: all, the planned one last) on a problem.
 
     ``options`` steer the planned row; ``on_progress`` is told what is being worked on.
@@ -96,7 +96,7 @@ def compare(problem: PlanningProblem, names: Sequence[str] | None = None, option
     """
     chosen = _choose(names)
     tell = on_progress or (lambda text: None)
-    rows: list[Row] = []
+    rows: list[ComparisonRow] = []
     for baseline in BASELINES:
         if baseline.name in chosen:
             tell(baseline.name)
@@ -121,7 +121,7 @@ def _folded(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
-def baseline_rows(problem: PlanningProblem, baseline: Baseline) -> Iterator[Row]:
+def baseline_rows(problem: PlanningProblem, baseline: Baseline) -> Iterator[ComparisonRow]:
     """A published schedule in all its accountings; one row with a note where it does not exist for this size.
 
     Stages have equally many layers, as in the papers; where stages of about equal time give a shorter makespan (uneven
@@ -129,7 +129,7 @@ def baseline_rows(problem: PlanningProblem, baseline: Baseline) -> Iterator[Row]
     """
     closed = baseline.published(problem)
     if closed is not None:
-        yield Row(baseline.name, "published", bubble=closed, devices=problem.num_ranks)
+        yield ComparisonRow(baseline.name, "published", bubble=closed, devices=problem.num_ranks)
     for accounting in (*baseline.accountings, *(("streams",) if _has_streams(problem) else ())):
         given = merge_streams(problem) if accounting == "split" else problem
         split = accounting != "indivisible"
@@ -138,29 +138,29 @@ def baseline_rows(problem: PlanningProblem, baseline: Baseline) -> Iterator[Row]
             yield row
             balanced = measured_row(baseline.name, accounting, baseline.plan(given, split=split, cut="balanced"))
         except ProblemError as error:
-            yield Row(baseline.name, accounting, devices=problem.num_ranks, note=str(error))
+            yield ComparisonRow(baseline.name, accounting, devices=problem.num_ranks, note=str(error))
             return
         if balanced.makespan < row.makespan:  # type: ignore[operator]
             yield dataclasses.replace(balanced, note="stages cut by time")
 
 
-def measured_row(name: str, accounting: Accounting, found: Plan) -> Row:
+def measured_row(name: str, accounting: Accounting, found: Plan) -> ComparisonRow:
     """The row of a plan."""
     problem = found.problem
     took = measure(found)
     bubbles = [took.makespan_ns - busy for busy in took.busy_ns]
     activations = max(peak - held for peak, held in zip(took.peak_bytes, took.resident_bytes, strict=True))
     ratio = sum(bubbles) / (problem.num_ranks * took.makespan_ns) if took.makespan_ns else 0.0
-    return Row(name, accounting, makespan=_in_units(took.makespan_ns, problem),
-               bubble=_in_units(max(bubbles), problem),
-               bubble_mean=_in_units(Fraction(sum(bubbles), len(bubbles)), problem), bubble_ratio=ratio,
-               devices=problem.num_ranks, parameter_copies=in_copies(problem, max(took.resident_bytes)),
-               peak_activations=in_activations(problem, activations), placement=found.placement.name,
-               plan=found, measures=took)
+    return ComparisonRow(name, accounting, makespan=_in_units(took.makespan_ns, problem),
+                         bubble=_in_units(max(bubbles), problem),
+                         bubble_mean=_in_units(Fraction(sum(bubbles), len(bubbles)), problem), bubble_ratio=ratio,
+                         devices=problem.num_ranks, parameter_copies=in_copies(problem, max(took.resident_bytes)),
+                         peak_activations=in_activations(problem, activations), placement=found.placement.name,
+                         plan=found, measures=took)
 
 
-def planned_row(problem: PlanningProblem, options: PlanOptions, rows: Sequence[Row],
-                tell: Callable[[str], None]) -> Row:
+def planned_row(problem: PlanningProblem, options: PlanOptions, rows: Sequence[ComparisonRow],
+                tell: Callable[[str], None]) -> ComparisonRow:
     """The planner's row: its plan, bound and gap, and what the planner found without published schedules as starts.
 
     The planner first works without them. Only if one of ``rows`` within the same caps is better does it start from
@@ -188,8 +188,8 @@ def planned_row(problem: PlanningProblem, options: PlanOptions, rows: Sequence[R
     elif better and best is not None:
         row, rung = dataclasses.replace(best, name=PLANNED, accounting=accounting, note=""), f"published: {best.name}"
     else:
-        return Row(PLANNED, accounting, devices=problem.num_ranks, seconds=seconds,
-                   note=f"{result.termination.value}: {result.reason}")
+        return ComparisonRow(PLANNED, accounting, devices=problem.num_ranks, seconds=seconds,
+                             note=f"{result.termination.value}: {result.reason}")
     lowest = max((found.bound_ns for found in results if found.bound_ns is not None), default=None)
     if lowest is not None and options.placement != "free" and row.plan is not None and row.plan is not result.plan:
         lowest = min(lowest, placement_bound(view(problem, row.plan.placement)).ns)  # its cuts may be others
@@ -200,13 +200,13 @@ def planned_row(problem: PlanningProblem, options: PlanOptions, rows: Sequence[R
                                seconds=seconds)
 
 
-def _makespan(row: Row | None) -> float:
+def _makespan(row: ComparisonRow | None) -> float:
     """The makespan of a row that has one."""
     assert row is not None and row.makespan is not None
     return row.makespan
 
 
-def _within_caps(row: Row, problem: PlanningProblem) -> bool:
+def _within_caps(row: ComparisonRow, problem: PlanningProblem) -> bool:
     """Whether a measured row keeps the problem's limits, so that the planner could have given its plan."""
     if row.measures is None or row.plan is None or row.plan.problem != problem:
         return False

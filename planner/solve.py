@@ -32,14 +32,14 @@ from mipipe.planner.ladder import large as scale
 from mipipe.planner.ladder import order_rungs as rungs
 from mipipe.planner.ladder import placement_rungs as placing
 from mipipe.planner.ladder.admission import admit_placement, enter, has_plan, recomputing
-from mipipe.planner.ladder.explain import explain
+from mipipe.planner.ladder.explain import explain_plan
 from mipipe.planner.ladder.objectives import best_utilisation, least_memory
 from mipipe.planner.ladder.race import race
 from mipipe.planner.ladder.state import Incumbent, Progress, Run
 from mipipe.planner.milp.pattern import route_names
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.feasible import why_infeasible
-from mipipe.planner.placements.shapes import propose
+from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.search.annealing import LARGE
@@ -147,7 +147,7 @@ def _ladder(run: Run) -> None:
     if run.options.use_milp:
         if run.options.placement == "free":
             placing.by_mip(run, admit_placement)
-        placing.with_modes(run, admit_placement, list(islice(propose(run.problem, run.options.placement), 3)))
+        placing.with_modes(run, admit_placement, list(islice(propose_shapes(run.problem, run.options.placement), 3)))
     if not run.candidates and run.options.recompute:
         recomputing(run)
     if not run.candidates:
@@ -189,7 +189,7 @@ def _periodic(run: Run) -> None:
              if not found.two_streams and found.instance.size > LARGE and len(set(route_names(found.view))) <= ROUTES]
     large.sort(key=lambda found: found.bound.ns)
     if large and run.left >= 0.5 * run.options.time_limit_s and not run.closed:
-        rungs.pace(run, large[0], 0.1 * run.options.time_limit_s)
+        rungs.pace_candidate(run, large[0], 0.1 * run.options.time_limit_s)
 
 
 POLISHED = 4_000
@@ -203,7 +203,7 @@ def _proofs(run: Run) -> None:
     for found in sorted(rivals, key=lambda found: found.makespan_ns)[:2]:
         rungs.prove(run, found, min(share, run.left))
     if run.best is not None and not run.closed and run.left > 0 and run.best.instance.size <= POLISHED:
-        rungs.polish(run, run.best, min(share, run.left))
+        rungs.polish_candidate(run, run.best, min(share, run.left))
 
 
 def _finish(run: Run) -> SolveResult:
@@ -225,4 +225,4 @@ def _finish(run: Run) -> SolveResult:
     if not check_arrays.holds(found):
         check_plan(found)
     return SolveResult(found, best.makespan_ns, bound, best.bound.ns, ended, run.seconds, tuple(run.history),
-                       best.rung, tuple(run.ablation), explain(best))
+                       best.rung, tuple(run.ablation), explain_plan(best))

@@ -5,13 +5,13 @@ numba keeps the result beside the source (or in the user's cache folder); instal
 
 from __future__ import annotations
 
-from mipipe.planner.devices.instance import Node, contract
+from mipipe.planner.devices.instance import WorkloadNode, contract_classes
 from mipipe.planner.devices.place import place
 from mipipe.planner.jobs.arrays import build
 from mipipe.planner.jobs.stages import view
-from mipipe.planner.ladder.large import BIG_ACTIONS
+from mipipe.planner.ladder.large import LARGE_ACTIONS
 from mipipe.planner.options import PlanOptions
-from mipipe.planner.placements.shapes import propose
+from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.search import annealing as search
 from mipipe.planner.search import lists as greedy
@@ -21,15 +21,15 @@ from mipipe.planner.solve import plan
 def warm() -> None:
     """Compile the kernels of lists, of the search, of large problems and of `place`; about a minute."""
     small = uniform_problem(ranks=2, microbatches=4, f=3, i=4, w=2, comm=1, copies=1, activations=2)
-    instance = build(view(small, next(propose(small, "chain"))))
+    instance = build(view(small, next(propose_shapes(small, "chain"))))
     orders = greedy.schedule(instance, greedy.RULES[0])
     assert orders is not None
     search.advance(search.start(instance, orders, seed=0), seconds=0.1)
-    large = uniform_problem(ranks=4, microbatches=BIG_ACTIONS // 12 + 1, f=3, i=4, w=2, activations=3)
+    large = uniform_problem(ranks=4, microbatches=LARGE_ACTIONS // 12 + 1, f=3, i=4, w=2, activations=3)
     for problem in (small, large):
         plan(problem, PlanOptions(time_limit_s=2.0, placement="v", use_milp=False, use_baselines=False))
-    nodes = [Node(n, 1.0, 2.0, 1.0, n) for n in range(3)]
-    chain = contract("chain", (2, 1, 9.0), nodes, [(0, [1], 0.1), (1, [2], 0.1)])
+    nodes = [WorkloadNode(n, 1.0, 2.0, 1.0, n) for n in range(3)]
+    chain = contract_classes("chain", (2, 1, 9.0), nodes, [(0, [1], 0.1), (1, [2], 0.1)])
     place(chain, time_limit_s=0.1)
 
 

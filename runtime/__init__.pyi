@@ -3,7 +3,7 @@ from mipipe.runtime.engine.options import EngineOptions as EngineOptions
 from mipipe.runtime.merge.launch import MergeOptions as MergeOptions
 from mipipe.runtime.merge.launch import MergeResult as MergeResult
 from mipipe.runtime.train.config import TrainConfig as TrainConfig
-from mipipe.runtime.train.config import read_config as read_config
+from mipipe.runtime.train.config import read_train_config as read_train_config
 from mipipe.runtime.train.data import Batches as Batches
 from mipipe.runtime.train.data import make_batches as make_batches
 from mipipe.runtime.train.launch import TrainResult as TrainResult

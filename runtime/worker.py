@@ -36,7 +36,7 @@ from mipipe.runtime.train import stopping
 from mipipe.runtime.train.data import make_batches
 from mipipe.runtime.train.failures import DONE, SAID, STARTED, signals_of
 from mipipe.runtime.train.models import initial_weights
-from mipipe.runtime.train.prepare import Job, check_outputs, check_saving, check_world, read_job
+from mipipe.runtime.train.prepare import PreparedRun, check_outputs, check_saving, check_world, read_job
 from mipipe.runtime.train.processes import die_with_parent, rank
 from mipipe.runtime.train.rendezvous import start_processes
 from mipipe.runtime.train.training import Trainer
@@ -81,7 +81,8 @@ def train(options: argparse.Namespace) -> list[float]:
     return losses
 
 
-def run(job: Job, device: torch.device, options: argparse.Namespace, store: dist.Store | None = None) -> list[float]:
+def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
+        store: dist.Store | None = None) -> list[float]:
     """Build the engine and train. ``store``: torchrun's, which lives as long as the run, over all restarts."""
     start, began = start_of(options), None
     if store is not None and start is Start.FRESH and store.check([RUN_KEY]):

@@ -12,23 +12,23 @@ import torch
 from torch import Tensor, fx
 
 from mipipe.graphs.capture.export import Exported
-from mipipe.graphs.capture.segment import Cut
+from mipipe.graphs.capture.segment import SegmentCut
 from mipipe.graphs.errors import GraphError
-from mipipe.graphs.operator_graph import OperatorGraph, Parameter, Segment, SegmentTrace, TensorSpec, Value
+from mipipe.graphs.operator_graph import OperatorGraph, ParameterSpec, Segment, SegmentTrace, TensorSpec, Value
 from mipipe.graphs.operators.dynamic_rows import stand_ins
 from mipipe.graphs.tracing.joint import output_mask
 from mipipe.graphs.tracing.module_paths import inside
 from mipipe.graphs.tracing.partition import trace_segment
 from mipipe.graphs.tracing.trace import dtype_name, encode, identifier
 
-Progress = Callable[[str], None]
+TraceProgress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Piece:
+class BoundedCut:
     """A cut with its boundary: the nodes its function takes and gives, in canonical order."""
 
-    cut: Cut
+    cut: SegmentCut
     inputs: tuple[fx.Node, ...]
     parameters: tuple[fx.Node, ...]
     buffers: tuple[fx.Node, ...]
@@ -63,8 +63,8 @@ class Piece:
         return [values[node] for node in self.outputs]
 
 
-def assemble(name: str, exported: Exported, cuts: Sequence[Cut], parameters: Sequence[Parameter],
-             say: Progress) -> OperatorGraph:
+def assemble(name: str, exported: Exported, cuts: Sequence[SegmentCut], parameters: Sequence[ParameterSpec],
+             say: TraceProgress) -> OperatorGraph:
     """The operator graph of an exported model that has been cut."""
     pieces = _pieces(exported, cuts)
     loss = _find_loss(exported)
@@ -113,7 +113,7 @@ def _find_loss(exported: Exported) -> str:
     return chosen
 
 
-def _pieces(exported: Exported, cuts: Sequence[Cut]) -> list[Piece]:
+def _pieces(exported: Exported, cuts: Sequence[SegmentCut]) -> list[BoundedCut]:
     """Each cut with its boundary."""
     shared = _repeated([node for cut in cuts for node in cut.nodes])
     home = {node: cut.name for cut in cuts for node in cut.nodes if node not in shared}
@@ -129,7 +129,7 @@ def _pieces(exported: Exported, cuts: Sequence[Cut]) -> list[Piece]:
         inputs = tuple(node for node in outside if node not in states[0] and node not in states[1])
         first = {node for later in cuts[:index] for node in later.nodes} if given & shared else set()
         outputs = tuple(node for node in cut.nodes if node in read or (node in given and node not in first))
-        piece = Piece(cut, inputs, parameters, buffers, outputs, "")
+        piece = BoundedCut(cut, inputs, parameters, buffers, outputs, "")
         pieces.append(replace(piece, structure=_structure(piece)))
     return pieces
 
@@ -139,7 +139,7 @@ def _repeated(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     return {node for node in nodes if node in seen or seen.add(node)}  # type: ignore[func-returns-value]
 
 
-def _structure(piece: Piece) -> str:
+def _structure(piece: BoundedCut) -> str:
     """A hash that two cuts share exactly if one function computes both: operators, constants, shapes, wiring."""
     number = {node: index for index, node in enumerate((*piece.arguments, *piece.cut.nodes))}
 
@@ -155,7 +155,7 @@ def _structure(piece: Piece) -> str:
     return hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()
 
 
-def _asks_gradients(pieces: Sequence[Piece], trainable: set[fx.Node]) -> dict[str, tuple[bool, ...]]:
+def _asks_gradients(pieces: Sequence[BoundedCut], trainable: set[fx.Node]) -> dict[str, tuple[bool, ...]]:
     """For each cut, which of its inputs and parameters require gradients (downstream of something that trains)."""
     requiring, cache = set(trainable), {}
     asks: dict[str, tuple[bool, ...]] = {}
@@ -170,8 +170,8 @@ def _asks_gradients(pieces: Sequence[Piece], trainable: set[fx.Node]) -> dict[st
     return asks
 
 
-def _trace_all(pieces: Sequence[Piece], fqns: Mapping[fx.Node, str], asks: Mapping[str, tuple[bool, ...]],
-               loss: fx.Node, say: Progress) -> tuple[dict[str, SegmentTrace], list[str], set[fx.Node]]:
+def _trace_all(pieces: Sequence[BoundedCut], fqns: Mapping[fx.Node, str], asks: Mapping[str, tuple[bool, ...]],
+               loss: fx.Node, say: TraceProgress) -> tuple[dict[str, SegmentTrace], list[str], set[fx.Node]]:
     """Traces by digest, each piece's digest, and the values whose gradient some segment computes.
 
     From the last segment to the first: a segment's outputs get a gradient where a later segment computes one.
@@ -192,7 +192,7 @@ def _trace_all(pieces: Sequence[Piece], fqns: Mapping[fx.Node, str], asks: Mappi
     return {trace.digest: trace for trace in reversed(cache.values())}, kept[::-1], wanted
 
 
-def _trace(piece: Piece, fqns: Mapping[fx.Node, str], flags: Sequence[bool], ends: Sequence[bool]) -> SegmentTrace:
+def _trace(piece: BoundedCut, fqns: Mapping[fx.Node, str], flags: Sequence[bool], ends: Sequence[bool]) -> SegmentTrace:
     base = piece.cut.name.partition("#")[0]
     taken: set[str] = set()
 
@@ -226,7 +226,7 @@ def _shared(path: Sequence[str], other: Sequence[str]) -> int:
 class _naming:
     """Inside: an error of torch names the segment and becomes a `GraphError`."""
 
-    def __init__(self, piece: Piece) -> None:
+    def __init__(self, piece: BoundedCut) -> None:
         self.name = piece.cut.name
 
     def __enter__(self) -> None:
@@ -239,7 +239,7 @@ class _naming:
                              ) from error
 
 
-def _value_names(exported: Exported, pieces: Sequence[Piece]) -> dict[fx.Node, str]:
+def _value_names(exported: Exported, pieces: Sequence[BoundedCut]) -> dict[fx.Node, str]:
     """Names of values: model inputs and outputs by theirs, the rest by their node's."""
     names: dict[fx.Node, str] = {node: key for key, node in exported.inputs.items()}
     taken = set(names.values())

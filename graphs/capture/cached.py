@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mipipe.graphs.cache import cache_folder
-from mipipe.graphs.capture.assemble import Progress
+from mipipe.graphs.capture.assemble import TraceProgress
 from mipipe.graphs.capture.model import capture
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph
@@ -49,7 +49,7 @@ class Captured:
     reused: bool
 
 
-def capture_cached(source: str | Path, options: Mapping[str, Any], *, progress: Progress | None = None,
+def capture_cached(source: str | Path, options: Mapping[str, Any], *, progress: TraceProgress | None = None,
                    folder: Path | None = None) -> Captured:
     """`capture` of a source that is named, from the cache where nothing has changed.
 

@@ -15,15 +15,15 @@ from typing import TypeVar
 from torch import fx
 
 from mipipe.graphs.capture.export import Exported
-from mipipe.graphs.operator_graph import Parameter, TensorSpec
+from mipipe.graphs.operator_graph import ParameterSpec, TensorSpec
 from mipipe.graphs.operators.expert_kernels import RETURN, ROUTE, SEND
 from mipipe.graphs.tracing.joint import argument
 
-Rows = tuple[int, int]
+RowRange = tuple[int, int]
 T = TypeVar("T")
 
 
-def parse_slice(fqn: str) -> tuple[str, Rows | None]:
+def parse_slice(fqn: str) -> tuple[str, RowRange | None]:
     """The parameter that an FQN names and the rows of it: ``'a.b[0:16]'`` -> ``('a.b', (0, 16))``; None: all."""
     match = re.fullmatch(r"(.*)\[(\d+):(\d+)\]", fqn)
     return (match[1], (int(match[2]), int(match[3]))) if match else (fqn, None)
@@ -35,14 +35,14 @@ def slice_tensor(named: Mapping[str, T], fqn: str) -> T:
     return named[fqn] if fqn in named or rows is None else named[base][rows[0]:rows[1]]  # type: ignore[index]
 
 
-def split_banks(exported: Exported) -> tuple[Exported, dict[str, list[Rows]]]:
+def split_banks(exported: Exported) -> tuple[Exported, dict[str, list[RowRange]]]:
     """The graph with each sliced expert bank replaced by its slices, and the rows by bank.
 
     Operators of an expert module get ``meta["part"]``: ``router`` (shared by the groups), ``experts.groupN`` or
     ``combine``; in expert parallelism ``dispatch``, ``experts``, ``combine`` (the two all-to-alls and what is between)
     and ``sum``.
     """
-    rows: dict[str, list[Rows]] = {}
+    rows: dict[str, list[RowRange]] = {}
     parameters: dict[str, fx.Node] = {}
     groups: dict[fx.Node, frozenset[int]] = {}
     for fqn, node in exported.parameters.items():
@@ -123,9 +123,11 @@ def routed_experts(exported: Exported) -> list[int]:
     return [int(argument(node, 1)) for node in exported.graph.nodes if str(node.target) == ROUTE]
 
 
-def slice_parameters(parameters: Sequence[Parameter], rows: Mapping[str, Sequence[Rows]]) -> tuple[Parameter, ...]:
+def slice_parameters(parameters: Sequence[ParameterSpec],
+                     rows: Mapping[str, Sequence[RowRange]]) -> tuple[ParameterSpec,
+                                                                      ...]:
     """The parameter table with sliced banks replaced by their slices."""
-    made: list[Parameter] = []
+    made: list[ParameterSpec] = []
     for item in parameters:
         made += [replace(item, fqn=f"{item.fqn}[{low}:{high}]",
                          spec=TensorSpec((high - low, *item.spec.shape[1:]), item.spec.dtype))

@@ -73,7 +73,7 @@ def export_model(module: nn.Module, inputs: Mapping[str, Any], *, prefix: str = 
     except MipipeError:
         raise
     except Exception as error:
-        raise GraphError(explain(module, error)) from error
+        raise GraphError(explain_export(module, error)) from error
     try:
         return flatten_program(program, prefix, aliases_of(module), code)
     except UnsteadySize as error:
@@ -157,7 +157,7 @@ def aliases_of(module: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in everything}
 
 
-def explain(module: nn.Module, error: BaseException) -> str:
+def explain_export(module: nn.Module, error: BaseException) -> str:
     """One line: the model's own source line at which the export stopped, what happened, and what to try."""
     torch_folder = str(Path(torch.__file__).parent)
     own = str(Path(__file__).parent.parent)

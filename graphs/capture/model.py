@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mipipe.graphs.capture import loss as losses
 from mipipe.graphs.capture import verify as verifying
 from mipipe.graphs.capture.annotate import Patterns, annotate
-from mipipe.graphs.capture.assemble import Progress, assemble
+from mipipe.graphs.capture.assemble import TraceProgress, assemble
 from mipipe.graphs.capture.expert_groups import routed_experts, slice_parameters, split_banks
 from mipipe.graphs.capture.export import aliases_of, export_model, flatten_program
 from mipipe.graphs.capture.labels import Granularity
@@ -28,7 +28,7 @@ from mipipe.graphs.capture.segment import cut_segments
 from mipipe.graphs.costs.exchange import check_exchange
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.models.sources import open_source
-from mipipe.graphs.operator_graph import OperatorGraph, Parameter
+from mipipe.graphs.operator_graph import OperatorGraph, ParameterSpec
 from mipipe.graphs.tracing.trace import spec_of
 
 
@@ -37,7 +37,7 @@ def capture(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str | 
             expert_groups: int = 1, expert_parallel: int = 1, expert_loads: Sequence[Sequence[float]] | None = None,
             freeze: Sequence[str] = (), inputs: str | None = None, granularity: Granularity = "block",
             patterns: Patterns | None = None, verify: bool | None = None,
-            progress: Progress | None = None) -> OperatorGraph:
+            progress: TraceProgress | None = None) -> OperatorGraph:
     """The operator graph of what ``source`` names; arguments as of `open_source` and `capture_module`.
 
     ``expert_loads`` (tokens per MoE layer and expert) weigh the costs of expert parallelism; None: all equal. What is
@@ -84,7 +84,7 @@ def capture_module(module: nn.Module, example_inputs: Mapping[str, Any], *, loss
                    granularity: Granularity = "block", patterns: Patterns | None = None,
                    source: Mapping[str, Any] | None = None, withheld: Collection[str] = (),
                    constants: Mapping[str, Any] | None = None, verify: bool | None = None,
-                   progress: Progress | None = None) -> OperatorGraph:
+                   progress: TraceProgress | None = None) -> OperatorGraph:
     """The operator graph of ``module(**example_inputs)`` and its backward.
 
     Args:
@@ -127,7 +127,7 @@ def capture_module(module: nn.Module, example_inputs: Mapping[str, Any], *, loss
 
 def capture_program(program: torch.export.ExportedProgram, *, name: str = "program", granularity: Granularity = "block",
                     patterns: Patterns | None = None, source: Mapping[str, Any] | None = None,
-                    progress: Progress | None = None) -> OperatorGraph:
+                    progress: TraceProgress | None = None) -> OperatorGraph:
     """The operator graph of an exported program whose results hold a scalar loss (see `capture_module`).
 
     A program knows tied tensors by their memory, no longer by identity.
@@ -140,8 +140,8 @@ def capture_program(program: torch.export.ExportedProgram, *, name: str = "progr
     trained = set(program.graph_signature.parameters)
     passing = set(program.graph_signature.non_persistent_buffers)
     parameters = tuple(
-        Parameter(key, spec_of(tensor), key in trained and tensor.requires_grad,
-                  None if aliases[key] == key else aliases[key], key not in trained, key not in passing)
+        ParameterSpec(key, spec_of(tensor), key in trained and tensor.requires_grad,
+                      None if aliases[key] == key else aliases[key], key not in trained, key not in passing)
         for key, tensor in state.items())
     exported = flatten_program(program, "", aliases)
     graph = assemble(name, exported, cut_segments(exported, granularity), parameters, say)
@@ -177,7 +177,7 @@ class WithLoss(nn.Module):
                          " among them; return tensors, or give a loss function")
 
 
-def parameters_of(module: nn.Module) -> tuple[Parameter, ...]:
+def parameters_of(module: nn.Module) -> tuple[ParameterSpec, ...]:
     """All parameters, then all buffers, by FQN; tied ones point to their first FQN."""
     first = aliases_of(module)
     passing = {f"{path}.{name}".lstrip(".") for path, child in module.named_modules()
@@ -186,6 +186,7 @@ def parameters_of(module: nn.Module) -> tuple[Parameter, ...]:
     found += [(name, item, False) for name, item in module.named_parameters(remove_duplicate=False)]
     found += [(name, item, True) for name, item in module.named_buffers(remove_duplicate=False)]
     return tuple(
-        Parameter(name, spec_of(item), trainable=item.requires_grad and not buffer,
-                  tied_to=None if first[name] == name else first[name], buffer=buffer, persistent=name not in passing)
+        ParameterSpec(name, spec_of(item), trainable=item.requires_grad and not buffer,
+                      tied_to=None if first[name] == name else first[name], buffer=buffer,
+                      persistent=name not in passing)
         for name, item, buffer in found)

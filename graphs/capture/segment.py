@@ -25,14 +25,14 @@ from mipipe.graphs.tracing.joint import argument, origin, storage_of
 
 
 @dataclass(frozen=True)
-class Cut:
+class SegmentCut:
     """One segment: its name and its nodes in an order in which they can run (copies of shared ones included)."""
 
     name: str
     nodes: tuple[fx.Node, ...]
 
 
-def cut_segments(exported: Exported, granularity: Granularity = "block") -> list[Cut]:
+def cut_segments(exported: Exported, granularity: Granularity = "block") -> list[SegmentCut]:
     """The segments of a graph in a topological order, covering all operators that its outputs or buffers need.
 
     Raises:
@@ -58,7 +58,7 @@ def cut_segments(exported: Exported, granularity: Granularity = "block") -> list
     cuts = []
     for name, group in members.items():
         needed = _needed_copies(group, cloned)
-        cuts.append(Cut(name, tuple(sorted({*group, *needed}, key=position.__getitem__))))
+        cuts.append(SegmentCut(name, tuple(sorted({*group, *needed}, key=position.__getitem__))))
     return _in_order(cuts, cloned)
 
 
@@ -149,7 +149,7 @@ def _acyclic(nodes: Sequence[fx.Node], labels: Mapping[fx.Node, Label]) -> dict[
     return {node: merged[labels[node]] for node in nodes}
 
 
-def _in_order(cuts: Sequence[Cut], cloned: set[fx.Node]) -> list[Cut]:
+def _in_order(cuts: Sequence[SegmentCut], cloned: set[fx.Node]) -> list[SegmentCut]:
     """Cuts in the topological order that is nearest to the order of the program."""
     home = {node: cut.name for cut in cuts for node in cut.nodes if node not in cloned}
     quotient = nx.DiGraph()

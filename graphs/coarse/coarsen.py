@@ -28,7 +28,7 @@ from mipipe.graphs.coarse.intervals import cut_intervals
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import OperatorGraph, Role, SegmentTrace
 
-Granularity = Literal["layer", "block", "operator"]
+GroupGranularity = Literal["layer", "block", "operator"]
 
 DEFAULT_GROUPS = 64
 """The most groups when neither a number nor a granularity is asked for: what the placement MIP takes in seconds."""
@@ -77,7 +77,7 @@ class _State:
         return found
 
 
-def coarsen(graph: OperatorGraph, *, num_groups: int | None = None, granularity: Granularity | None = None,
+def coarsen(graph: OperatorGraph, *, num_groups: int | None = None, granularity: GroupGranularity | None = None,
             labels: Mapping[str, str] | None = None) -> CoarseGraph:
     """The coarse graph with at most ``num_groups`` groups, or at a granularity, or both.
 

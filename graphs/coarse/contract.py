@@ -75,7 +75,7 @@ def _group(index: GraphIndex, members: Sequence[int], name: str) -> OpGroup:
         name,
         tuple(index.segments[member].name for member in members),
         {phase: sum(trace.flops(phase) for trace in running[phase]) for phase in phases},
-        {phase: sum(moved_bytes(trace, phase) for trace in running[phase]) for phase in phases},
+        {phase: sum(traffic_bytes(trace, phase) for trace in running[phase]) for phase in phases},
         sum(size.values()),
         sum(size[fqn] for fqn in parameters if index.parameters[fqn].trainable and not index.parameters[fqn].buffer),
         *saved,
@@ -88,7 +88,7 @@ def _group(index: GraphIndex, members: Sequence[int], name: str) -> OpGroup:
     )
 
 
-def moved_bytes(trace: SegmentTrace, phase: Phase) -> int:
+def traffic_bytes(trace: SegmentTrace, phase: Phase) -> int:
     """Bytes read and written by a phase's operators."""
     return sum(operator.bytes_read + operator.bytes_written for operator in trace.phase_operators(phase))
 

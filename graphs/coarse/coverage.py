@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 
-from mipipe.graphs.operator_graph import OperatorGraph, Parameter
+from mipipe.graphs.operator_graph import OperatorGraph, ParameterSpec
 
 _SHOWN = 12
 
@@ -31,10 +31,10 @@ def warnings_of(graph: OperatorGraph) -> list[str]:
                           " stays as it is")
 
 
-def _lines(own: Sequence[Parameter], chosen: Sequence[Parameter], text: Callable[[str, str], str]) -> list[str]:
+def _lines(own: Sequence[ParameterSpec], chosen: Sequence[ParameterSpec], text: Callable[[str, str], str]) -> list[str]:
     """A text for every module (or parameter) that has only chosen parameters, and its size."""
     names = {item.fqn for item in chosen}
-    groups: dict[str, list[Parameter]] = {}
+    groups: dict[str, list[ParameterSpec]] = {}
     others = {path for item in own if item.fqn not in names for path in _paths(item.fqn)}
     for item in chosen:
         where = next((path for path in _paths(item.fqn) if path not in others), item.fqn)
@@ -52,6 +52,6 @@ def _paths(fqn: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
-def _size(members: Collection[Parameter]) -> str:
+def _size(members: Collection[ParameterSpec]) -> str:
     count = sum(math.prod(item.spec.shape) for item in members)
     return f"{count:,} parameters" + (f" in {len(members)} tensors" if len(members) > 1 else "")

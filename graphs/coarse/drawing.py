@@ -36,7 +36,7 @@ class _Layout:
             self.above.setdefault(lower, []).append(upper)
 
 
-def draw(coarse: CoarseGraph) -> str:
+def draw_graph(coarse: CoarseGraph) -> str:
     """The SVG text of a coarse graph; every group and edge has a title with its numbers."""
     sizes: dict[tuple[int, int], int] = {}
     for value in coarse.values:

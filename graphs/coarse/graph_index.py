@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mipipe.graphs.costs.exchange import Share, expert_shares
-from mipipe.graphs.operator_graph import OperatorGraph, Parameter, Phase, Segment, SegmentTrace
+from mipipe.graphs.operator_graph import OperatorGraph, ParameterSpec, Phase, Segment, SegmentTrace
 
 LISTS_OF_VIEWS = ("aten.split.", "aten.split_with_sizes.", "aten.chunk.", "aten.unbind.")
 
@@ -24,7 +24,7 @@ class GraphIndex:
 
     graph: OperatorGraph
     traces: tuple[SegmentTrace, ...]
-    parameters: dict[str, Parameter]
+    parameters: dict[str, ParameterSpec]
     num_bytes: dict[str, int]
     source: dict[str, int]
     readers: dict[str, tuple[int, ...]]

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from mipipe.graphs.coarse.coarsen import coarsen
-from mipipe.graphs.coarse.contract import layer_stack, moved_bytes, saved_bytes
+from mipipe.graphs.coarse.contract import layer_stack, saved_bytes, traffic_bytes
 from mipipe.graphs.coarse.coverage import warnings_of
-from mipipe.graphs.coarse.drawing import draw
+from mipipe.graphs.coarse.drawing import draw_graph
 from mipipe.graphs.coarse.graph import CoarseGraph, OpGroup
 from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph
 from mipipe.graphs.coarse.totals import active_parameters, count_parameters, total_flops
@@ -16,10 +16,10 @@ from mipipe.graphs.costs.table import CostTable
 from mipipe.graphs.operator_graph import OperatorGraph, Phase
 from mipipe.graphs.serialize import digest
 
-Row = dict[str, Any]
+SummaryRow = dict[str, Any]
 
 
-def summary_rows(graph: OperatorGraph | CoarseGraph, costs: CostTable | None = None) -> list[Row]:
+def summary_rows(graph: OperatorGraph | CoarseGraph, costs: CostTable | None = None) -> list[SummaryRow]:
     """One row for each kind of layer (or of group), numbers for one of them, and a total row.
 
     A kind of layer is all layers with the same traces in the same order; segments outside layers are grouped by role.
@@ -32,7 +32,7 @@ def summary_rows(graph: OperatorGraph | CoarseGraph, costs: CostTable | None = N
     else:
         index = index_graph(graph)
         rows = [_layer_row(index, part, alike) for part, alike in _layer_kinds(index)]
-    total: Row = {"part": "total"}
+    total: SummaryRow = {"part": "total"}
     for row in rows:
         for key, value in row.items():
             if key == "count":
@@ -63,7 +63,7 @@ def graph_summary(graph: OperatorGraph | CoarseGraph, costs: CostTable | None = 
 
 def coarse_svg(graph: OperatorGraph | CoarseGraph) -> str:
     """The coarse graph as an SVG drawing, branches side by side; an operator graph is coarsened for it."""
-    return draw(coarsen(graph) if isinstance(graph, OperatorGraph) else graph)
+    return draw_graph(coarsen(graph) if isinstance(graph, OperatorGraph) else graph)
 
 
 def _layer_kinds(index: GraphIndex) -> list[tuple[str, list[list[int]]]]:
@@ -100,7 +100,7 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
-def _layer_row(index: GraphIndex, part: str, alike: list[list[int]]) -> Row:
+def _layer_row(index: GraphIndex, part: str, alike: list[list[int]]) -> SummaryRow:
     members = alike[0]
     fqns = {index.parameters[fqn].tied_to or fqn for member in members for fqn in index.segments[member].parameters}
     running = [(index.traces[member], phase) for member in members for phase in Phase if index.runs(member, phase)]
@@ -108,11 +108,11 @@ def _layer_row(index: GraphIndex, part: str, alike: list[list[int]]) -> Row:
             "operators": sum(len(index.traces[member].operators) for member in members),
             "parameters": sum(_count(index.parameters[fqn].spec.shape) for fqn in fqns),
             **{f"{phase}_gflop": total_flops(index, phase, members=members) / 1e9 for phase in Phase},
-            "moved_mb": sum(moved_bytes(trace, phase) for trace, phase in running) / 1e6,
+            "moved_mb": sum(traffic_bytes(trace, phase) for trace, phase in running) / 1e6,
             "saved_mb": sum(saved_bytes(index, members)[:2]) / 1e6}
 
 
-def _coarse_rows(coarse: CoarseGraph, costs: CostTable | None) -> list[Row]:
+def _coarse_rows(coarse: CoarseGraph, costs: CostTable | None) -> list[SummaryRow]:
     """One row for each structure of groups."""
     alike: dict[str, list[OpGroup]] = {}
     for group in coarse.groups:
@@ -121,11 +121,11 @@ def _coarse_rows(coarse: CoarseGraph, costs: CostTable | None) -> list[Row]:
     for groups in alike.values():
         group = groups[0]
         more = f" and {len(groups) - 1} more" if len(groups) > 1 else ""
-        row: Row = {"part": group.name + more, "count": len(groups), "segments": len(group.segments),
-                    "parameters_mb": group.parameter_bytes / 1e6,
-                    **{f"{phase}_gflop": group.flops.get(phase, 0) / 1e9 for phase in Phase},
-                    "moved_mb": sum(group.bytes_moved.values()) / 1e6,
-                    "saved_mb": (group.saved_fi_bytes + group.saved_fw_bytes) / 1e6}
+        row: SummaryRow = {"part": group.name + more, "count": len(groups), "segments": len(group.segments),
+                           "parameters_mb": group.parameter_bytes / 1e6,
+                           **{f"{phase}_gflop": group.flops.get(phase, 0) / 1e9 for phase in Phase},
+                           "moved_mb": sum(group.bytes_moved.values()) / 1e6,
+                           "saved_mb": (group.saved_fi_bytes + group.saved_fw_bytes) / 1e6}
         kinds = sorted({entry.device_kind for entry in costs.entries}) if costs else []
         for kind in kinds:
             assert costs is not None

@@ -13,7 +13,7 @@ from mipipe.graphs.merging.graph import MergeGraph, MergeModel
 from mipipe.graphs.merging.participants import Participant, num_layers
 from mipipe.graphs.merging.recipe import Branch, MergeRecipe
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify, with_layer
-from mipipe.graphs.merging.units import Rule, UnitBuilder, length
+from mipipe.graphs.merging.units import MergeRule, UnitBuilder, slice_length
 from mipipe.graphs.serialize import to_data
 
 
@@ -55,18 +55,18 @@ def _branch_of(recipe: MergeRecipe, name: str) -> Branch | None:
     return next((branch for branch in recipe.branches if re.search(branch.tensors, name)), None)
 
 
-def _branch_rule(recipe: MergeRecipe, branch: Branch) -> Rule:
+def _branch_rule(recipe: MergeRecipe, branch: Branch) -> MergeRule:
     models = branch.models or tuple(
         model if branch.merge_method == recipe.merge_method else replace(model, parameters={})
         for model in recipe.models)
-    return Rule(branch.name or branch.tensors, branch.merge_method, models, branch.base_model or recipe.base_model,
+    return MergeRule(branch.name or branch.tensors, branch.merge_method, models, branch.base_model or recipe.base_model,
                  (branch.parameters,))
 
 
-def _model_rules(builder: UnitBuilder) -> list[tuple[str, Rule]]:
+def _model_rules(builder: UnitBuilder) -> list[tuple[str, MergeRule]]:
     """Every output tensor with its rule, where whole models are merged."""
     recipe = builder.recipe
-    main = Rule("", recipe.merge_method, recipe.models, recipe.base_model, (recipe.parameters,))
+    main = MergeRule("", recipe.merge_method, recipe.models, recipe.base_model, (recipe.parameters,))
     names = set(builder.reference.tensors)
     for branch in recipe.branches:
         for model in branch.models:
@@ -86,12 +86,12 @@ def _model_rules(builder: UnitBuilder) -> list[tuple[str, Rule]]:
     return rules
 
 
-def _slice_rules(builder: UnitBuilder) -> list[tuple[str, Rule]]:
+def _slice_rules(builder: UnitBuilder) -> list[tuple[str, MergeRule]]:
     """Every output tensor with its rule, where layers are stacked from slices."""
     recipe, prefix = builder.recipe, builder.prefix
     if prefix is None:
         raise InputError(f"{builder.where}: {builder.reference.label} has no numbered layers to slice")
-    rules: list[tuple[str, Rule]] = []
+    rules: list[tuple[str, MergeRule]] = []
     layer = 0
     for number, piece in enumerate(recipe.slices):
         for source in piece.sources:
@@ -100,7 +100,7 @@ def _slice_rules(builder: UnitBuilder) -> list[tuple[str, Rule]]:
             if source.layer_range[1] > available:
                 raise InputError(f"{builder.where}: slices[{number}]: layer_range {list(source.layer_range)} of"
                                  f" {source.model}, which has {available} layers")
-        for step in range(length(piece.sources[0])):
+        for step in range(slice_length(piece.sources[0])):
             first = piece.sources[0].layer_range
             assert first is not None
             names = [name for name in builder.opened[piece.sources[0].model].tensors
@@ -115,9 +115,9 @@ def _slice_rules(builder: UnitBuilder) -> list[tuple[str, Rule]]:
     return rules
 
 
-def _slice_rule(recipe: MergeRecipe, number: int, step: int | None) -> Rule:
+def _slice_rule(recipe: MergeRecipe, number: int, step: int | None) -> MergeRule:
     piece = recipe.slices[number]
-    return Rule("", recipe.merge_method, piece.sources, recipe.base_model, (piece.parameters, recipe.parameters),
+    return MergeRule("", recipe.merge_method, piece.sources, recipe.base_model, (piece.parameters, recipe.parameters),
                  step)
 
 
@@ -146,7 +146,7 @@ def _config(builder: UnitBuilder) -> dict[str, Any]:
     inner = config if text is None else text
     if recipe.slices:
         picked = [(source.layer_range[0] + step) for piece in recipe.slices for source in piece.sources[:1]
-                  if source.layer_range for step in range(length(source))]
+                  if source.layer_range for step in range(slice_length(source))]
         before = inner.get("num_hidden_layers", inner.get("n_layer"))
         for key, value in list(inner.items()):
             if isinstance(value, list) and len(value) == before and key != "architectures":

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from mipipe.graphs.merging.checkpoint_files import DTYPE_BITS, StoredTensor
-from mipipe.graphs.merging.tensor_classes import Piece, TensorClass, is_stacked, pieces, table
+from mipipe.graphs.merging.tensor_classes import Piece, TensorClass, is_stacked, pieces, table_shape
 from mipipe.graphs.merging.vocabulary import Vocabulary
 from mipipe.graphs.serialize import STRICT
 
@@ -143,7 +143,7 @@ def matrix_shape(unit: MergeUnit) -> tuple[int, int]:
     """Rows and columns of one matrix of the unit: of one expert where experts are stacked."""
     if len(unit.shape) == 3 and unit.experts:
         return unit.shape[1], unit.shape[2]
-    return table(unit.shape)
+    return table_shape(unit.shape)
 
 
 def columns_of(unit: MergeUnit, shape: tuple[int, ...]) -> int:

@@ -66,7 +66,7 @@ def classify(name: str, shape: tuple[int, ...], dtype: str) -> TensorClass:
     return TensorClass.MATRIX
 
 
-def table(shape: tuple[int, ...]) -> tuple[int, int]:
+def table_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of a tensor seen as a table; a vector has one column, stacked experts E * m rows.
 
     A 3-D tensor of experts and a convolution differ: the former joins its first two axes, the latter its last ones;
@@ -97,7 +97,7 @@ def pieces(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tupl
         blocks = _fused_blocks(name, rows, config)
         return tuple(Piece(f"{name}[{expert}]{suffix}", expert * rows + start, expert * rows + stop)
                      for expert in range(experts) for suffix, start, stop in blocks)
-    rows = table(shape)[0]
+    rows = table_shape(shape)[0]
     blocks = _fused_blocks(name, rows, config) if len(shape) == 2 else (("", 0, rows),)
     return tuple(Piece(name + suffix, start, stop) for suffix, start, stop in blocks)
 

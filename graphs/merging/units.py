@@ -23,14 +23,14 @@ from mipipe.graphs.merging.tensor_classes import (
     layer_prefix,
     with_layer,
 )
-from mipipe.graphs.merging.values import Filters, resolve
+from mipipe.graphs.merging.values import Filters, values_of
 from mipipe.graphs.merging.vocabulary import Vocabulary, join, read_tokens
 
 _EXPERT = re.compile(r"^(.*\.(?:mlp|block_sparse_moe|moe|feed_forward|ffn))\.(?:experts(?:\.|$)|gate\.|router\.)")
 
 
 @dataclass(frozen=True)
-class Rule:
+class MergeRule:
     """How a set of tensors is merged: a method, its models with their parameters, shared parameters."""
 
     group: str
@@ -111,7 +111,7 @@ class UnitBuilder:
         adapters = tuple(Adapter(item.folder, item.down, item.up, item.scale) for item in participant.factors(stored))
         return Input(self.labels.index(label), participant.files.path, stored, adapters)
 
-    def unit(self, name: str, rule: Rule) -> MergeUnit:
+    def unit(self, name: str, rule: MergeRule) -> MergeUnit:
         """The unit of an output tensor under a rule."""
         def source(model: RecipeModel) -> Input:
             if rule.step is None or not self.is_decoder(name):
@@ -133,8 +133,8 @@ class UnitBuilder:
                              group=rule.group)
         layer = layer_index(name)
         depth = self.depth(name)
-        values = resolve(spec, [model.parameters for model in chosen], rule.shared, name, self.position(name, depth),
-                         self.filters, self.where)
+        values = values_of(spec, [model.parameters for model in chosen], rule.shared, name, self.position(name, depth),
+                           self.filters, self.where)
         shape, gathered, crop = self.shape(name, kind, base, models)
         prefix = layer_prefix(name)
         expert = _EXPERT.match(name)
@@ -158,7 +158,7 @@ class UnitBuilder:
     def depth(self, name: str) -> int:
         """How many layers the stack of a name has in the output."""
         if self.recipe.slices and self.is_decoder(name):
-            return sum(length(piece.sources[0]) for piece in self.recipe.slices)
+            return sum(slice_length(piece.sources[0]) for piece in self.recipe.slices)
         prefix = layer_prefix(name)
         stack = prefix or self.prefix
         return max(1, num_layers(self.reference, stack)) if stack else 1
@@ -204,7 +204,7 @@ class UnitBuilder:
         return first.tensor.shape, False, True
 
 
-def length(source: RecipeModel) -> int:
+def slice_length(source: RecipeModel) -> int:
     """Layers a slice takes of a source."""
     assert source.layer_range is not None
     return source.layer_range[1] - source.layer_range[0]

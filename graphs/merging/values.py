@@ -67,8 +67,8 @@ def gradient(values: Sequence[Any], position: float) -> Any:
     return float(values[left]) * (1 - share) + float(values[left + 1]) * share
 
 
-def resolve(spec: MethodSpec, own: Sequence[Parameters], shared: Iterable[Parameters], name: str, position: float,
-            filters: Filters, where: str) -> dict[str, Any]:
+def values_of(spec: MethodSpec, own: Sequence[Parameters], shared: Iterable[Parameters], name: str, position: float,
+              filters: Filters, where: str) -> dict[str, Any]:
     """Every parameter of a method for one tensor: a list per model for per-model parameters.
 
     Args:

@@ -79,7 +79,7 @@ def config_file(path: str | Path) -> Path | None:
     return file if file.is_file() else None
 
 
-def read_config(path: str | Path, overrides: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> Any:
+def read_model_config(path: str | Path, overrides: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> Any:
     """A transformers configuration from a ``config.json``, a folder with one, or the name of a model class or type.
 
     Args:

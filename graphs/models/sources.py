@@ -1,7 +1,7 @@
 """What a user may point at: a transformers configuration or class, a factory of a module, a saved export.
 
-`open_source` gives a `Source`, from which the same model can be built again anywhere: on the meta device for capture,
-on a worker with real weights for training.
+`open_source` gives a `ModelSource`, from which the same model can be built again anywhere: on the meta device for
+capture, on a worker with real weights for training.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Loss = Callable[[Any, Mapping[str, Tensor]], Any]
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A model that can be built: ``build(device)`` the module, ``inputs(device)`` example tensors of one microbatch.
 
     ``loss`` maps the module's output and the inputs to the scalar loss (None: the module returns it);
@@ -50,7 +50,7 @@ class Source:
 def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str | None = None,
                 overrides: Mapping[str, Any] | None = None, images: int = 1, image: int = 0, frames: int = 0,
                 expert_groups: int = 1, expert_parallel: int = 1, freeze: Sequence[str] = (),
-                config: Mapping[str, Any] | None = None, inputs: str | None = None) -> Source:
+                config: Mapping[str, Any] | None = None, inputs: str | None = None) -> ModelSource:
     """The source behind a path or name.
 
     Args:
@@ -93,7 +93,7 @@ def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: st
 
 
 def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.dtype,
-                       data: Mapping[str, Any] | None = None, given: str | None = None) -> Source:
+                       data: Mapping[str, Any] | None = None, given: str | None = None) -> ModelSource:
     try:
         from mipipe.graphs.models import example_inputs, families, tasks
         from mipipe.graphs.operators.layers import exchange_experts
@@ -104,7 +104,7 @@ def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.
         data = load_data(file, foreign=True)
     if data is not None:
         record["config"] = data = families.as_written(data)  # so that a graph trains from any folder
-    config = families.read_config(source, record["overrides"], data)
+    config = families.read_model_config(source, record["overrides"], data)
     kind, task = families.model_class(config), tasks.task_of(config, families.model_class(config))
     sizes = families.Sizes(record["seq"], record["batch"], record["images"], record["image"], record["frames"])
 
@@ -127,8 +127,8 @@ def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.
     if given is not None and "labels" not in inputs("meta"):
         task = tasks.TaskLoss("own", constants=task.constants)  # from what the model itself takes
     stored = Path(source).is_dir() and any(Path(source).glob("*.safetensors"))
-    return Source(kind.__name__, build, inputs, "meta", task, task.info, task.withheld, task.constants, record,
-                  weights if stored else None, _places(config, bool(sizes.frames)))
+    return ModelSource(kind.__name__, build, inputs, "meta", task, task.info, task.withheld, task.constants, record,
+                       weights if stored else None, _places(config, bool(sizes.frames)))
 
 
 def _places(config: Any, video: bool) -> tuple[int, ...]:
@@ -139,7 +139,7 @@ def _places(config: Any, video: bool) -> tuple[int, ...]:
     return tuple(dict.fromkeys(value for name in names if isinstance(value := getattr(config, name, None), int)))
 
 
-def _from_factory(source: str, record: dict[str, Any], dtype: torch.dtype | None) -> Source:
+def _from_factory(source: str, record: dict[str, Any], dtype: torch.dtype | None) -> ModelSource:
     factory = import_named(source)
     result = _call_factory(factory, source, record)
     extra = result[2] if len(result) == 3 else None
@@ -153,8 +153,8 @@ def _from_factory(source: str, record: dict[str, Any], dtype: torch.dtype | None
         return {key: _cast(item, dtype).to(device) if isinstance(item, Tensor) else item
                 for key, item in result[1].items()}
 
-    return Source(type(result[0]).__name__, build, inputs, "cpu", extra, getattr(extra, "info", losses.MEAN),
-                  frozenset(getattr(extra, "withheld", ())), {}, record)
+    return ModelSource(type(result[0]).__name__, build, inputs, "cpu", extra, getattr(extra, "info", losses.MEAN),
+                       frozenset(getattr(extra, "withheld", ())), {}, record)
 
 
 def _cast(item: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -26,10 +26,10 @@ PACKED = "mipipe_flash"
 """The name of `packed_attention`; with "flash" in it, models hand over whole packed sequences."""
 
 
-def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-              scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None,
-              sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
-              position_bias: Tensor | None = None, **unused: Any) -> tuple[Tensor, None]:
+def attention_interface(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                        scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None,
+                        sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
+                        position_bias: Tensor | None = None, **unused: Any) -> tuple[Tensor, None]:
     """Attention in transformers' interface: [B,H,S,D], [B,G,T,D], [B,G,T,E] -> [B,S,H,E]."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and query.shape[2] > 1 and attention_mask is None
@@ -62,13 +62,13 @@ def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
         spans = [x[0, :, start:start + count * length]
                  .unflatten(1, (count, length)).transpose(0, 1)  # type: ignore[no-untyped-call]
                  for x in (query, key, value)]
-        parts.append(attention(module, spans[0], spans[1], spans[2], None, scaling=options.get("scaling"),
-                               is_causal=False, dropout=options.get("dropout", 0.0))[0].flatten(0, 1))
+        parts.append(attention_interface(module, spans[0], spans[1], spans[2], None, scaling=options.get("scaling"),
+                                         is_causal=False, dropout=options.get("dropout", 0.0))[0].flatten(0, 1))
         start += count * length
     return torch.cat(parts).unsqueeze(0), None
 
 
-def experts(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def experts_interface(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """All experts of a MoE layer in transformers' interface: [T,H], chosen [T,k] and their weights [T,k] -> [T,H].
 
     The bank is computed in ``module.config.mipipe_expert_groups`` groups, whose partial sums are added: each sees all
@@ -164,7 +164,7 @@ def exchange_experts(module: nn.Module) -> nn.Module:
 def attention_mask(*, q_length: int, kv_length: int, attention_mask: Tensor | None = None,
                    allow_is_causal_skip: bool = True, allow_is_bidirectional_skip: bool = False,
                    local_size: int | None = None, config: Any = None, **options: Any) -> Tensor | None:
-    """The mask [B,1,S,T] of `attention` in transformers' interface; None where its flags (causal, window) say it all.
+    """The mask [B,1,S,T] of `attention_interface` for transformers; None where its flags (causal, window) say it all.
 
     Padding, chunks, packed sequences, image tokens that see each other and windows to both sides are tensors.
     """
@@ -202,7 +202,7 @@ def watch_positions(model: nn.Module) -> None:
 
 
 def register() -> None:
-    """Make `attention`, `attention_mask`, `packed_attention` and `experts` known to transformers."""
+    """Make `attention_interface`, its masks, `packed_attention` and `experts_interface` known to transformers."""
     from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
     from transformers.integrations.moe import ExpertsInterface
 
@@ -214,9 +214,9 @@ def register() -> None:
         packed.original = find  # type: ignore[attr-defined]
         masking_utils.find_packed_sequence_indices = packed
     AttentionMaskInterface.register(NAME, attention_mask)
-    AttentionInterface.register(NAME, attention)
+    AttentionInterface.register(NAME, attention_interface)
     AttentionInterface.register(PACKED, packed_attention)
-    ExpertsInterface.register(NAME, experts)
+    ExpertsInterface.register(NAME, experts_interface)
 
 
 class _Expert(list[int]):
@@ -241,8 +241,8 @@ class _every_expert(torch.overrides.TorchFunctionMode):
 def visit_every_expert(model: nn.Module) -> None:
     """Let transformers' own loops over the experts that got tokens run over all experts.
 
-    Those of the classes that do not know `experts` (Switch Transformers, NLLB-MoE, DBRX): which experts to visit would
-    depend on data, and the loop's body does nothing for an expert without tokens.
+    Those of the classes that do not know `experts_interface` (Switch Transformers, NLLB-MoE, DBRX): which experts to
+    visit would depend on data, and the loop's body does nothing for an expert without tokens.
     """
     for part in model.modules():
         kind = type(part)

@@ -26,7 +26,7 @@ from mipipe.graphs.profiling.rehearse import GroupRun, rehearse
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class ProfiledGroup:
     """A group that can be run, and the phases it has."""
 
     name: str
@@ -34,7 +34,7 @@ class Candidate:
     phases: tuple[Phase, ...]
 
 
-Steps = list[tuple[Candidate, Phase]]
+Steps = list[tuple[ProfiledGroup, Phase]]
 
 
 def main(task: str, rank: int) -> None:
@@ -64,7 +64,7 @@ def serve(graph: OperatorGraph, coarse: CoarseGraph, names: set[str], device: to
             rounds = warm_up(lot, device, options)
             print(json.dumps({"ready": [item.name for item in lot]}), flush=True)
             sys.stdin.readline()
-            print(json.dumps({"samples": measure(lot, device, rounds)}), flush=True)
+            print(json.dumps({"samples": measure_groups(lot, device, rounds)}), flush=True)
     except (RuntimeError, IndexError, NotImplementedError) as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         text = f"profile: {current}, or the group after it, cannot be run on {device.type}: {line}"
@@ -72,7 +72,7 @@ def serve(graph: OperatorGraph, coarse: CoarseGraph, names: set[str], device: to
 
 
 def candidates(graph: OperatorGraph, coarse: CoarseGraph, names: set[str], device: torch.device,
-               note: Callable[[str], None] = lambda name: None) -> Iterator[Candidate]:
+               note: Callable[[str], None] = lambda name: None) -> Iterator[ProfiledGroup]:
     """The named groups in the graph's order with real inputs, F done; ``note`` hears the name of each."""
     number_of = {segment.name: number for number, segment in enumerate(graph.segments)}
     groups = [[number_of[name] for name in group.segments] for group in coarse.groups]
@@ -81,12 +81,12 @@ def candidates(graph: OperatorGraph, coarse: CoarseGraph, names: set[str], devic
     for number, run in rehearse(index_graph(graph), groups, structures, wanted, device):
         item = coarse.groups[number]
         note(item.name)
-        yield Candidate(item.name, run, tuple(phase for phase in Phase if phase in item.flops))
+        yield ProfiledGroup(item.name, run, tuple(phase for phase in Phase if phase in item.flops))
 
 
-def _lots(found: Iterator[Candidate], room: int | None) -> Iterator[list[Candidate]]:
+def _lots(found: Iterator[ProfiledGroup], room: int | None) -> Iterator[list[ProfiledGroup]]:
     """All candidates together if their tensors fit into ``room`` bytes, else runs of them that do."""
-    lot: list[Candidate] = []
+    lot: list[ProfiledGroup] = []
     held = 0
     for item in found:
         size = sum(tensor.untyped_storage().nbytes() for tensor in item.run.slots.values())
@@ -99,13 +99,13 @@ def _lots(found: Iterator[Candidate], room: int | None) -> Iterator[list[Candida
         yield lot
 
 
-def in_turn(lot: Sequence[Candidate]) -> Steps:
+def in_turn(lot: Sequence[ProfiledGroup]) -> Steps:
     """What one round runs: F of all groups in order, then I and W from the last to the first, as a rank does."""
     backward = [(item, phase) for item in reversed(lot) for phase in item.phases if phase is not Phase.F]
     return [(item, Phase.F) for item in lot] + backward
 
 
-def warm_up(lot: Sequence[Candidate], device: torch.device, options: ProfileOptions) -> int:
+def warm_up(lot: Sequence[ProfiledGroup], device: torch.device, options: ProfileOptions) -> int:
     """Run some rounds; returns how many fill the time that the options give the lot's groups."""
     clock = _clock(device)
     single = 0
@@ -125,7 +125,8 @@ def _clock(device: torch.device) -> Callable[[], int]:
     return time.thread_time_ns if alone else time.perf_counter_ns
 
 
-def measure(lot: Sequence[Candidate], device: torch.device, rounds: int) -> dict[str, dict[str, list[float]]]:
+def measure_groups(lot: Sequence[ProfiledGroup], device: torch.device, rounds: int) -> dict[str,
+                                                                                            dict[str, list[float]]]:
     """Nanoseconds of each group's phases in each of ``rounds`` rounds over all groups."""
     steps = in_turn(lot)
     found: dict[str, dict[str, list[float]]] = {item.name: {} for item in lot}

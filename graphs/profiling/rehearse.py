@@ -26,7 +26,7 @@ INTEGERS = ("int64", "int32", "int16", "int8", "uint8")
 
 
 @dataclass(slots=True)
-class Call:
+class RehearsedCall:
     """A segment's phase function, the slots it reads, where its results go, and which are summed up as gradients.
 
     ``sums`` (slot, parts) are done first.
@@ -43,7 +43,7 @@ class Call:
 class GroupRun:
     """The calls of a group's phases over one dict of slots: values, gradients, weights, their totals, and saved."""
 
-    calls: dict[Phase, list[Call]]
+    calls: dict[Phase, list[RehearsedCall]]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     gradients: dict[str, TensorSpec]
@@ -70,7 +70,7 @@ def build_group(index: GraphIndex, members: Sequence[int], device: torch.device)
     inside = set(members)
     made = {value for member in members for value in index.segments[member].outputs}
     inputs = dict.fromkeys(value for member in members for value in index.segments[member].inputs if value not in made)
-    calls: dict[Phase, list[Call]] = {phase: [] for phase in Phase}
+    calls: dict[Phase, list[RehearsedCall]] = {phase: [] for phase in Phase}
     gradients: dict[str, TensorSpec] = {}
     for member in members:
         calls[Phase.F].append(_forward(index, member, device))
@@ -136,15 +136,15 @@ def _names(index: GraphIndex, member: int) -> dict[str, str]:
     return slots | {name: f"weight:{fqn}" for name, fqn in zip(names, fqns, strict=True)}
 
 
-def _forward(index: GraphIndex, member: int, device: torch.device) -> Call:
+def _forward(index: GraphIndex, member: int, device: torch.device) -> RehearsedCall:
     segment, trace = index.segments[member], index.traces[member]
     slots = _names(index, member)
     arguments, results = phase_signature(trace, Phase.F)
     stores = [(results.index(name), f"value:{value}")
               for name, value in zip(trace.outputs, segment.outputs, strict=True) if name in results]
     stores += [(position, f"{segment.name}:{name}") for position, name in enumerate(results) if name not in slots]
-    return Call(inspect.unwrap(build_phase(trace, Phase.F, device)), tuple(slots[name] for name in arguments),
-                tuple(stores))
+    return RehearsedCall(inspect.unwrap(build_phase(trace, Phase.F, device)), tuple(slots[name] for name in arguments),
+                         tuple(stores))
 
 
 def _gradient_sums(index: GraphIndex, member: int,
@@ -170,7 +170,7 @@ def _gradient_sums(index: GraphIndex, member: int,
 
 
 def _backward(index: GraphIndex, member: int, phase: Phase, device: torch.device,
-              sums: tuple[tuple[str, tuple[str, ...]], ...]) -> Call:
+              sums: tuple[tuple[str, tuple[str, ...]], ...]) -> RehearsedCall:
     segment, trace = index.segments[member], index.traces[member]
     slots = _names(index, member)
     grads = zip(trace.output_grads, segment.outputs, strict=True)
@@ -189,7 +189,8 @@ def _backward(index: GraphIndex, member: int, phase: Phase, device: torch.device
             pairs = zip(trace.parameter_grads, segment.parameters, strict=True)
             accumulates += [(position, f"total:{fqn}") for grad, fqn in pairs if grad == name]
     reads = tuple(slots.get(name, f"{segment.name}:{name}") for name in arguments)
-    return Call(inspect.unwrap(build_phase(trace, phase, device)), reads, tuple(stores), sums, tuple(accumulates))
+    return RehearsedCall(inspect.unwrap(build_phase(trace, phase, device)), reads, tuple(stores), sums,
+                         tuple(accumulates))
 
 
 def _put_weights(index: GraphIndex, member: int, slots: Slots, generator: torch.Generator,

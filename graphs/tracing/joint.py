@@ -23,7 +23,7 @@ from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import TensorSpec
 from mipipe.graphs.tracing.simplify import simplify, split_convolutions
 
-Function = Callable[..., Sequence[Tensor]]
+JointFunction = Callable[..., Sequence[Tensor]]
 aten = torch.ops.aten
 
 _ALIASES = {"aten.detach.default", "aten.alias.default", "aten.lift_fresh_copy.default", "aten.lift_fresh.default"}
@@ -62,7 +62,8 @@ def empty_tensor(spec: TensorSpec) -> Tensor:
     return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="cpu")
 
 
-def output_mask(function: Function, specs: Sequence[TensorSpec], differentiable: Sequence[bool]) -> tuple[bool, ...]:
+def output_mask(function: JointFunction, specs: Sequence[TensorSpec], differentiable: Sequence[bool]) -> tuple[bool,
+                                                                                                               ...]:
     """Which outputs of a function require gradients when the given arguments do; runs it on fake tensors."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad(), attention_mode():
         arguments = [empty_tensor(spec).requires_grad_(flag) for spec, flag in zip(specs, differentiable, strict=True)]
@@ -70,7 +71,7 @@ def output_mask(function: Function, specs: Sequence[TensorSpec], differentiable:
         return tuple(output.requires_grad for output in outputs)
 
 
-def trace_joint(function: Function, specs: Sequence[TensorSpec], differentiable: Sequence[bool],
+def trace_joint(function: JointFunction, specs: Sequence[TensorSpec], differentiable: Sequence[bool],
                 wanted: Sequence[bool] | None, first_state: int) -> Joint:
     """The joint graph of ``function(*arguments) -> outputs``.
 

@@ -32,7 +32,7 @@ def allow_namespace(name: str) -> None:
     _NAMESPACES.add(name)
 
 
-def resolve(kind: str) -> Callable[..., Any]:
+def resolve_operator(kind: str) -> Callable[..., Any]:
     """The callable of an operator kind: ``aten.add.Tensor`` -> torch.ops.aten.add.Tensor.
 
     Raises:

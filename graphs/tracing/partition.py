@@ -23,7 +23,7 @@ from mipipe.graphs.operators import dynamic_rows
 from mipipe.graphs.operators.flops import count_flops, num_bytes
 from mipipe.graphs.serialize import digest
 from mipipe.graphs.tracing import joint as joint_graph
-from mipipe.graphs.tracing.joint import Function, Joint, storage_bytes, storage_of, trace_joint
+from mipipe.graphs.tracing.joint import Joint, JointFunction, storage_bytes, storage_of, trace_joint
 from mipipe.graphs.tracing.module_paths import module_paths
 from mipipe.graphs.tracing.phase_split import assign_phases, closure, is_view
 from mipipe.graphs.tracing.trace import CONSTANT, GETITEM, encode, identifier, spec_of
@@ -31,7 +31,7 @@ from mipipe.graphs.tracing.trace import CONSTANT, GETITEM, encode, identifier, s
 ORDER = {Phase.F: 0, Phase.I: 1, Phase.W: 2}
 
 
-def trace_segment(function: Function, inputs: Mapping[str, TensorSpec],
+def trace_segment(function: JointFunction, inputs: Mapping[str, TensorSpec],
                   parameters: Mapping[str, TensorSpec] | None = None,
                   buffers: Mapping[str, TensorSpec] | None = None, *, differentiable: Sequence[bool] | None = None,
                   trainable: Sequence[bool] | None = None, wanted: Sequence[bool] | None = None) -> SegmentTrace:

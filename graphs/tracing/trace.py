@@ -28,7 +28,7 @@ from mipipe.graphs.operators import ctc, dynamic_rows, expert_kernels, kernels, 
 from mipipe.graphs.trace_rules import CONSTANT as CONSTANT
 from mipipe.graphs.trace_rules import GETITEM as GETITEM
 from mipipe.graphs.trace_rules import check_trace
-from mipipe.graphs.tracing.operator_kinds import resolve as resolve
+from mipipe.graphs.tracing.operator_kinds import resolve_operator as resolve
 
 PhaseFunction = Callable[..., tuple[Tensor, ...]]
 

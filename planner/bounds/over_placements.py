@@ -39,7 +39,7 @@ class Bound:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class GroupTimes:
     """Per group: least durations over device kinds (0 where a phase does not exist), heads of F and of the gradient.
 
     Heads and ``longest`` are what paths take at the least, whatever is overlapped.
@@ -64,7 +64,7 @@ def problem_bound(problem: PlanningProblem) -> Bound:
     return max(best, key=lambda bound: bound.ns)
 
 
-def _stream_bound(problem: PlanningProblem, facts: Facts, members: list[int], stream: Stream) -> Bound:
+def _stream_bound(problem: PlanningProblem, facts: GroupTimes, members: list[int], stream: Stream) -> Bound:
     devices = problem.num_ranks
     gain = pair_gain(problem)
     work = gain.shared(sum(work_of(problem, problem.groups[g], duration) for g in members
@@ -82,7 +82,7 @@ def _stream_bound(problem: PlanningProblem, facts: Facts, members: list[int], st
     return Bound(-(-(work + idle) // devices), f"work of the {stream.value} stream over {devices} devices{why}")
 
 
-def _idle_before_start(problem: PlanningProblem, facts: Facts, members: list[int]) -> int:
+def _idle_before_start(problem: PlanningProblem, facts: GroupTimes, members: list[int]) -> int:
     fill = [g for g in members if not problem.groups[g].resident_bytes]
     filled = sum(work_of(problem, problem.groups[g], facts.f[g]) for g in fill)
     bound = [(facts.head[g], problem.groups[g].resident_bytes) for g in members]
@@ -90,7 +90,7 @@ def _idle_before_start(problem: PlanningProblem, facts: Facts, members: list[int
     return max(_spread(problem, bound), _spread(problem, solid) - filled)
 
 
-def _idle_without_pairs(problem: PlanningProblem, facts: Facts, members: list[int], ratio: Fraction) -> int:
+def _idle_without_pairs(problem: PlanningProblem, facts: GroupTimes, members: list[int], ratio: Fraction) -> int:
     """The least idle time with what work before the first gradients takes beyond its share (module docstring)."""
     gradients = [(head, problem.groups[g].resident_bytes) for g in members
                  if (head := facts.gradient_head[g]) is not None]
@@ -99,7 +99,7 @@ def _idle_without_pairs(problem: PlanningProblem, facts: Facts, members: list[in
     return int((1 - ratio) * _spread(problem, gradients) + ratio * max(0, _idle_before_start(problem, facts, members)))
 
 
-def _idle_before_gradient(problem: PlanningProblem, facts: Facts, members: list[int]) -> int:
+def _idle_before_gradient(problem: PlanningProblem, facts: GroupTimes, members: list[int]) -> int:
     """Sum over devices of (first gradient - forwards that fit); may be negative."""
     heads = [(head, problem.groups[g].resident_bytes) for g in members
              if (head := facts.gradient_head[g]) is not None]
@@ -152,7 +152,7 @@ def _spread(problem: PlanningProblem, heads: Sequence[tuple[int, int]]) -> int:
     return sum(own) + (devices - distinct) * ordered[0]
 
 
-def facts_of(problem: PlanningProblem) -> Facts:
+def facts_of(problem: PlanningProblem) -> GroupTimes:
     count = len(problem.groups)
     kinds = {device.kind for device in problem.topology.devices}
 
@@ -185,8 +185,9 @@ def facts_of(problem: PlanningProblem) -> Facts:
             head[g] = length + hops(held + size[g])
     gradient_head, longest = _gradient_heads(problem, light, forward, backward, hops)
     gain = pair_gain(problem)
-    return Facts(f, i, w, [gain.shortened(path) for path in head],
-                 [None if path is None else gain.shortened(path) for path in gradient_head], gain.shortened(longest))
+    return GroupTimes(f, i, w, [gain.shortened(path) for path in head],
+                      [None if path is None else gain.shortened(path) for path in gradient_head],
+                      gain.shortened(longest))
 
 
 def _gradient_heads(problem: PlanningProblem, light: list[list[int]], forward: list[tuple[int, int]],

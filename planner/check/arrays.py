@@ -15,7 +15,7 @@ import numpy as np
 
 from mipipe.graphs.errors import PlanError
 from mipipe.planner.actions import ActionKind, Stream
-from mipipe.planner.check.facts import Facts, check_placement
+from mipipe.planner.check.facts import Demands, check_placement
 from mipipe.planner.check.memory import check_resident
 from mipipe.planner.plan import Plan
 
@@ -26,7 +26,7 @@ def holds(plan: Plan) -> bool:
     """Whether the plan is of the plain kind and keeps every rule, stated figures included."""
     try:
         check_placement(plan)
-        facts = Facts(plan)
+        facts = Demands(plan)
         check_resident(facts)
     except PlanError:
         return False
@@ -44,7 +44,7 @@ def holds(plan: Plan) -> bool:
             and _memory_suffices(facts, starts, ends))
 
 
-def _plain(facts: Facts) -> bool:
+def _plain(facts: Demands) -> bool:
     """Whether only elementary actions on one stream matter (module docstring)."""
     problem, placement = facts.plan.problem, facts.plan.placement
     links = [problem.topology.within_host, problem.topology.between_hosts, *problem.topology.overrides.values()]
@@ -57,7 +57,7 @@ def _plain(facts: Facts) -> bool:
             and not any(order.collective for order in facts.plan.schedule.ranks))
 
 
-def _orders(facts: Facts) -> list[list[int]] | None:
+def _orders(facts: Demands) -> list[list[int]] | None:
     """Every rank's order as numbers ``(kind * stages + stage) * microbatches + microbatch``; None unless each action
     there should be is there once, on the rank of its route."""
     count, stages = facts.plan.problem.num_microbatches, len(facts.phases)
@@ -80,7 +80,7 @@ def _orders(facts: Facts) -> list[list[int]] | None:
     return orders if (there == wanted.reshape(-1)).all() and right.all() else None
 
 
-def _times(facts: Facts, orders: list[list[int]]) -> tuple[np.ndarray | None, np.ndarray | None]:
+def _times(facts: Demands, orders: list[list[int]]) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Start and end of every action as early as its rank's order and what it waits for allow; None on a deadlock."""
     problem, topology = facts.plan.problem, facts.plan.problem.topology
     count, stages, ranks = problem.num_microbatches, len(facts.phases), problem.num_ranks
@@ -126,7 +126,7 @@ def _times(facts: Facts, orders: list[list[int]]) -> tuple[np.ndarray | None, np
     return np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64)
 
 
-def _sources(facts: Facts) -> list[list[int]]:
+def _sources(facts: Demands) -> list[list[int]]:
     """What every (kind, stage), as ``kind * stages + stage``, waits for, of the same microbatch."""
     problem, stages = facts.plan.problem, len(facts.phases)
     row = {(kind, stage): at * stages + stage for at, kind in enumerate(_KINDS) for stage in range(stages)}
@@ -149,7 +149,7 @@ def _sources(facts: Facts) -> list[list[int]]:
     return [sorted(sources) for sources in found]
 
 
-def _memory_suffices(facts: Facts, starts: np.ndarray, ends: np.ndarray) -> bool:
+def _memory_suffices(facts: Demands, starts: np.ndarray, ends: np.ndarray) -> bool:
     """Whether every rank keeps its limits at every moment; what ends at a moment is gone before what begins comes."""
     problem = facts.plan.problem
     stages, count = len(facts.phases), problem.num_microbatches

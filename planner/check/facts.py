@@ -42,7 +42,7 @@ class Flow:
 
 
 @dataclass(frozen=True)
-class Facts:
+class Demands:
     """The demands of a plan whose placement has been found sound (`check_placement`)."""
 
     plan: Plan

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from mipipe.graphs.errors import PlanError
 from mipipe.graphs.units import format_bytes
 from mipipe.planner.actions import Action, ActionKind
-from mipipe.planner.check.facts import Facts, Part, part_text, scaled
-from mipipe.planner.check.times import Times
+from mipipe.planner.check.facts import Demands, Part, part_text, scaled
+from mipipe.planner.check.times import CheckedTimes
 
 
-def check_resident(facts: Facts) -> None:
+def check_resident(facts: Demands) -> None:
     """Raise `PlanError` if a rank's weights and optimizer state exceed its device or the problem's limit."""
     problem = facts.plan.problem
     for rank, device in enumerate(problem.topology.devices):
@@ -26,7 +26,7 @@ def check_resident(facts: Facts) -> None:
                             f" {_bytes(limit)}; move a stage away or drop a replica")
 
 
-def check_activations(facts: Facts, times: Times) -> None:
+def check_activations(facts: Demands, times: CheckedTimes) -> None:
     """Raise `PlanError` at the first moment at which a rank holds more than its device or the problem's limit."""
     problem = facts.plan.problem
     curves = _curves(facts, times)
@@ -48,13 +48,13 @@ def _bytes(size: int) -> str:
     return f"{size} bytes ({format_bytes(size)})"
 
 
-def _moment(facts: Facts, times: Times, rank: int, time_ns: int) -> str:
+def _moment(facts: Demands, times: CheckedTimes, rank: int, time_ns: int) -> str:
     running = [part_text(part) for part, (begin, end) in times.parts.items()
                if begin <= time_ns < end and facts.rank(*part[1:]) == rank]
     return f"rank {rank}, at {time_ns} ns ({'during ' + ', '.join(running) if running else 'while it waits'})"
 
 
-def _curves(facts: Facts, times: Times) -> list[list[tuple[int, int]]]:
+def _curves(facts: Demands, times: CheckedTimes) -> list[list[tuple[int, int]]]:
     """Per rank ``(ns, bytes)`` after every change, without resident bytes."""
     changes: list[defaultdict[int, int]] = [defaultdict(int) for _ in facts.plan.problem.topology.devices]
 
@@ -86,7 +86,7 @@ def _curves(facts: Facts, times: Times) -> list[list[tuple[int, int]]]:
     return curves
 
 
-def _hold_saved(facts: Facts, times: Times, stage: int, microbatch: int,
+def _hold_saved(facts: Demands, times: CheckedTimes, stage: int, microbatch: int,
                 hold: Callable[..., None]) -> None:
     """Saved tensors of one stage and microbatch, group by group."""
     rank = facts.rank(stage, microbatch)
@@ -115,7 +115,7 @@ def _hold_saved(facts: Facts, times: Times, stage: int, microbatch: int,
                 hold(rank, back_i[0], end_w, scaled(size, group, microbatch))
 
 
-def _hold_workspace(facts: Facts, times: Times, action: Action, hold: Callable[..., None]) -> None:
+def _hold_workspace(facts: Demands, times: CheckedTimes, action: Action, hold: Callable[..., None]) -> None:
     """What an action needs while it runs: its largest group's, for each stage it works on."""
     part = action.parts()[0]
     begin, end = times.parts[part]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from mipipe.graphs.errors import PlanError
 from mipipe.planner.actions import Action, ActionKind
-from mipipe.planner.check.facts import Facts, Part, check_placement, part_text
+from mipipe.planner.check.facts import Demands, Part, check_placement, part_text
 from mipipe.planner.check.memory import check_activations, check_resident
-from mipipe.planner.check.times import Times, lanes_of, order_times
+from mipipe.planner.check.times import CheckedTimes, lanes_of, order_times
 from mipipe.planner.plan import Plan
 
 _COMPUTE_KINDS = (ActionKind.F, ActionKind.I, ActionKind.W, ActionKind.B, ActionKind.OVERLAP_F_B, ActionKind.RECOMPUTE)
@@ -19,7 +19,7 @@ def check_plan(plan: Plan) -> None:
         PlanError: the first violated rule, with its place.
     """
     check_placement(plan)
-    facts = Facts(plan)
+    facts = Demands(plan)
     check_actions(facts)
     check_resident(facts)
     times = order_times(facts)
@@ -27,7 +27,7 @@ def check_plan(plan: Plan) -> None:
     _check_figures(plan, times)
 
 
-def check_actions(facts: Facts) -> None:
+def check_actions(facts: Demands) -> None:
     """Raise `PlanError` unless every elementary action is there once, on its rank and stream."""
     problem = facts.plan.problem
     if len(facts.plan.schedule.ranks) != problem.num_ranks:
@@ -51,7 +51,7 @@ def check_actions(facts: Facts) -> None:
                         f" {facts.rank(stage, microbatch)}")
 
 
-def _check_action(facts: Facts, action: Action, where: str, rank: int, collective: bool, expected: set[Part]) -> None:
+def _check_action(facts: Demands, action: Action, where: str, rank: int, collective: bool, expected: set[Part]) -> None:
     count = facts.plan.problem.num_microbatches
     if action.kind not in _COMPUTE_KINDS or (action.kind is ActionKind.OVERLAP_F_B) != (action.partner is not None):
         raise PlanError(f"{where}: is no compute action; a plan orders F, I, W, B, OVERLAP_F_B and RECOMPUTE")
@@ -71,7 +71,7 @@ def _check_action(facts: Facts, action: Action, where: str, rank: int, collectiv
         _check_pair(facts, action, where)
 
 
-def _check_pair(facts: Facts, action: Action, where: str) -> None:
+def _check_pair(facts: Demands, action: Action, where: str) -> None:
     """Raise `PlanError` if the backward of an overlapped pair needs the pair's own forward."""
     forward, back, _ = action.parts()
     needed, waiting = {back}, [back]
@@ -86,7 +86,7 @@ def _check_pair(facts: Facts, action: Action, where: str) -> None:
                         f" {part_text(forward)} to have ended; overlap it with the backward of another microbatch")
 
 
-def _check_figures(plan: Plan, times: Times) -> None:
+def _check_figures(plan: Plan, times: CheckedTimes) -> None:
     """Raise `PlanError` if the makespan a plan states is not its order's, or a bound lies above it."""
     if plan.makespan_ns is not None and plan.makespan_ns != times.makespan_ns:
         raise PlanError(f"plan: states a makespan of {plan.makespan_ns} ns, but its order takes {times.makespan_ns} ns;"

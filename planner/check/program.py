@@ -11,7 +11,7 @@ from collections import defaultdict
 from mipipe.graphs.errors import PlanError, ProgramError
 from mipipe.graphs.serialize import digest
 from mipipe.planner.actions import ActionKind, Stream
-from mipipe.planner.check.facts import Facts, Flow, check_placement, part_text
+from mipipe.planner.check.facts import Demands, Flow, check_placement, part_text
 from mipipe.planner.check.memory import check_activations
 from mipipe.planner.check.plan import check_actions
 from mipipe.planner.check.waits import Places, program_times, text_of, wait_order
@@ -29,7 +29,7 @@ def check_program(plan: Plan, program: Program) -> None:
         ProgramError: the first violated rule, with its place.
     """
     check_placement(plan)
-    facts = Facts(plan)
+    facts = Demands(plan)
     check_actions(facts)
     if program.plan_digest and program.plan_digest != digest(plan):
         raise ProgramError(f"program: was lowered from plan {program.plan_digest}, but this plan is {digest(plan)};"
@@ -52,7 +52,7 @@ def check_program(plan: Plan, program: Program) -> None:
         raise ProgramError(f"program: takes {times.makespan_ns} ns, but its plan {plan.makespan_ns} ns; lower it again")
 
 
-def _check_orders(facts: Facts, program: Program) -> None:
+def _check_orders(facts: Demands, program: Program) -> None:
     """The compute actions of each stream are the plan's, in its order; the last instruction is the optimizer's step."""
     for rank, (instructions, order) in enumerate(zip(program.ranks, facts.plan.schedule.ranks, strict=True)):
         for stream, planned in ((Stream.COMPUTE, order.compute), (Stream.COLLECTIVE, order.collective)):
@@ -78,7 +78,7 @@ def _check_orders(facts: Facts, program: Program) -> None:
             raise ProgramError(f"rank {rank}: has no instructions; a rank ends with OPTIMIZER_STEP, once")
 
 
-def _check_transfers(facts: Facts, program: Program) -> list[tuple[int, Flow]]:
+def _check_transfers(facts: Demands, program: Program) -> list[tuple[int, Flow]]:
     """The program's transfers are the plan's flows between ranks, each once; returns their flows by transfer."""
     needed = {(flow.source, flow.target, flow.microbatch): (number, flow) for number, flow in enumerate(facts.flows)
               if facts.rank(*flow.producer[1:]) != facts.rank(*flow.consumer[1:])}
@@ -168,7 +168,7 @@ def _check_channels(program: Program, places: Places) -> None:
                                    f" {program.transfers[received]} (instruction {then}); both ends must use one order")
 
 
-def _check_reductions(facts: Facts, program: Program) -> None:
+def _check_reductions(facts: Demands, program: Program) -> None:
     """Each replicated stage is reduced once on every member after its last W there, in one order on all ranks."""
     wanted = set(facts.reduced_stages())
     orders: list[list[int]] = []

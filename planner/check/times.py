@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from mipipe.graphs.errors import PlanError
 from mipipe.planner.actions import Action, ActionKind
-from mipipe.planner.check.facts import Facts, Part, part_text
+from mipipe.planner.check.facts import Demands, Part, part_text
 
 Place = tuple[int, int, int]
 """(rank, 0 for compute and 1 for collective, position)."""
@@ -22,7 +22,7 @@ _GRID_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Times:
+class CheckedTimes:
     """Spans of the elementary parts (a fused action's parts all have its span), of the flows that are transfers, and
     of the reductions by stage; ``posted[flow]`` is when its receive is posted."""
 
@@ -37,13 +37,13 @@ class Times:
         return max(ends, default=0)
 
 
-def lanes_of(facts: Facts) -> dict[tuple[int, int], tuple[Action, ...]]:
+def lanes_of(facts: Demands) -> dict[tuple[int, int], tuple[Action, ...]]:
     """The plan's orders by (rank, 0 for compute and 1 for collective)."""
     return {(rank, lane): actions for rank, order in enumerate(facts.plan.schedule.ranks)
             for lane, actions in enumerate((order.compute, order.collective))}
 
 
-def order_times(facts: Facts) -> Times:
+def order_times(facts: Demands) -> CheckedTimes:
     """The times of a complete schedule.
 
     Raises:
@@ -93,10 +93,10 @@ def order_times(facts: Facts) -> Times:
     if len(ends) < len(waits):
         raise PlanError(_deadlock(facts, lanes, doer, ends))
     parts = {part: (starts[place], ends[place]) for part, place in doer.items()}
-    return Times(parts, moved, _postings(facts, lanes, parts, moved), _reductions(facts, lanes, parts))
+    return CheckedTimes(parts, moved, _postings(facts, lanes, parts, moved), _reductions(facts, lanes, parts))
 
 
-def _dependencies(facts: Facts, doer: dict[Part, Place]) -> tuple[dict[Place, int], dict[Place, list[Place]],
+def _dependencies(facts: Demands, doer: dict[Part, Place]) -> tuple[dict[Place, int], dict[Place, list[Place]],
                                                                  dict[Place, list[int]]]:
     """Per action: how much it waits for; which actions wait for its end; which flows it makes."""
     waits = dict.fromkeys(doer.values(), 0)
@@ -119,7 +119,7 @@ def _dependencies(facts: Facts, doer: dict[Part, Place]) -> tuple[dict[Place, in
     return waits, locally, flows_of
 
 
-def _postings(facts: Facts, lanes: dict[tuple[int, int], tuple[Action, ...]], parts: dict[Part, tuple[int, int]],
+def _postings(facts: Demands, lanes: dict[tuple[int, int], tuple[Action, ...]], parts: dict[Part, tuple[int, int]],
               moved: dict[int, tuple[int, int]]) -> dict[int, int]:
     """When receives are posted: at the end of the reader's last compute action that ended by the transfer's start."""
     arriving: dict[int, list[tuple[int, int]]] = {}
@@ -137,7 +137,7 @@ def _postings(facts: Facts, lanes: dict[tuple[int, int], tuple[Action, ...]], pa
     return posted
 
 
-def _reductions(facts: Facts, lanes: dict[tuple[int, int], tuple[Action, ...]],
+def _reductions(facts: Demands, lanes: dict[tuple[int, int], tuple[Action, ...]],
                 parts: dict[Part, tuple[int, int]]) -> dict[int, tuple[int, int]]:
     """Reductions run after all collectives of their ranks, in the order in which they become ready."""
     free = {rank: parts[actions[-1].parts()[0]][1] if actions else 0 for (rank, lane), actions in lanes.items() if lane}
@@ -153,7 +153,7 @@ def _reductions(facts: Facts, lanes: dict[tuple[int, int], tuple[Action, ...]],
     return found
 
 
-def _deadlock(facts: Facts, lanes: dict[tuple[int, int], tuple[Action, ...]], doer: dict[Part, Place],
+def _deadlock(facts: Demands, lanes: dict[tuple[int, int], tuple[Action, ...]], doer: dict[Part, Place],
               ends: dict[Place, int]) -> str:
     """Who waits for whom, round to where it began, and the grid of orders."""
     heads = {key: next((k for k in range(len(actions)) if (*key, k) not in ends), len(actions))

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 from mipipe.graphs.errors import ProgramError
 from mipipe.planner.actions import ActionKind, Stream
-from mipipe.planner.check.facts import Facts, Part
-from mipipe.planner.check.times import Times, grid
+from mipipe.planner.check.facts import Demands, Part
+from mipipe.planner.check.times import CheckedTimes, grid
 from mipipe.planner.program import Instruction, Program
 
-Node = tuple[int, int] | int
+Event = tuple[int, int] | int
 """An instruction as (rank, index); a transfer as its number."""
 
 
@@ -38,20 +38,20 @@ def text_of(program: Program, instruction: Instruction) -> str:
     return f"{instruction.kind} {instruction.stage}" if instruction.stage is not None else str(instruction.kind)
 
 
-def wait_order(facts: Facts, program: Program, places: Places) -> list[Node]:
+def wait_order(facts: Demands, program: Program, places: Places) -> list[Event]:
     """All instructions and transfers in an order in which none waits for a later one.
 
     Raises:
         ProgramError: there is none, with the rank x order grid around the instructions that wait for each other.
     """
     needs = _waits(facts, program, places)
-    followers: dict[Node, list[Node]] = defaultdict(list)
+    followers: dict[Event, list[Event]] = defaultdict(list)
     missing = {node: len(before) for node, before in needs.items()}
     for node, before in needs.items():
         for other in before:
             followers[other].append(node)
-    ready: deque[Node] = deque(node for node, count in missing.items() if not count)
-    order: list[Node] = []
+    ready: deque[Event] = deque(node for node, count in missing.items() if not count)
+    order: list[Event] = []
     while ready:
         node = ready.popleft()
         order.append(node)
@@ -64,9 +64,9 @@ def wait_order(facts: Facts, program: Program, places: Places) -> list[Node]:
     return order
 
 
-def _waits(facts: Facts, program: Program, places: Places) -> dict[Node, list[Node]]:
+def _waits(facts: Demands, program: Program, places: Places) -> dict[Event, list[Event]]:
     """What each instruction and transfer waits for."""
-    needs: dict[Node, list[Node]] = {}
+    needs: dict[Event, list[Event]] = {}
     channels: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     for rank, instructions in enumerate(program.ranks):
         for index, item in enumerate(instructions):
@@ -101,16 +101,16 @@ def _waits(facts: Facts, program: Program, places: Places) -> dict[Node, list[No
     return needs
 
 
-def _deadlock(program: Program, needs: dict[Node, list[Node]], done: set[Node]) -> str:
+def _deadlock(program: Program, needs: dict[Event, list[Event]], done: set[Event]) -> str:
     """A cycle of waits in words, and the orders of its ranks around where they are stuck."""
-    node: Node = next(node for node in needs if node not in done)
-    visited: list[Node] = []
+    node: Event = next(node for node in needs if node not in done)
+    visited: list[Event] = []
     while node not in visited:
         visited.append(node)
         node = next(other for other in needs[node] if other not in done)
     cycle = visited[visited.index(node):]
 
-    def name(node: Node) -> str:
+    def name(node: Event) -> str:
         if isinstance(node, int):
             return f"transfer {program.transfers[node]}"
         return f"{text_of(program, program.ranks[node[0]][node[1]])} of rank {node[0]}"
@@ -123,13 +123,13 @@ def _deadlock(program: Program, needs: dict[Node, list[Node]], done: set[Node]) 
     return f"program: deadlock: {steps}{more}\n" + grid([f"rank {rank}" for rank in ranks], rows, stuck)
 
 
-def program_times(facts: Facts, program: Program, flows: Sequence[int], order: list[Node]) -> Times:
+def program_times(facts: Demands, program: Program, flows: Sequence[int], order: list[Event]) -> CheckedTimes:
     """When everything happens if every instruction runs as soon as its list and its data allow.
 
     ``flows`` gives each transfer's number in ``facts.flows``, ``order`` comes from `wait_order`.
     """
     topology = facts.plan.problem.topology
-    times = Times({}, {}, {}, {})
+    times = CheckedTimes({}, {}, {}, {})
     free: dict[tuple[int, Stream], int] = defaultdict(int)
     held: dict[int, int] = defaultdict(int)
     channel_free: dict[tuple[int, int], int] = defaultdict(int)
@@ -173,7 +173,8 @@ def program_times(facts: Facts, program: Program, flows: Sequence[int], order: l
     return times
 
 
-def _reduce(facts: Facts, times: Times, free: dict[tuple[int, Stream], int], held: dict[int, int], stage: int) -> None:
+def _reduce(facts: Demands, times: CheckedTimes, free: dict[tuple[int, Stream], int], held: dict[int, int],
+            stage: int) -> None:
     """The reduction of a stage, once the last member has come to it."""
     members = facts.plan.placement.stages[stage].ranks
     last = max(times.parts[ActionKind.W, stage, m][1] for m in range(facts.plan.problem.num_microbatches))

@@ -24,7 +24,7 @@ from mipipe.planner.devices.instance import PlaceInstance
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Region:
     """A part of the search space: a contracted instance, the new class of every old one, and what else holds in it.
 
     Exactly one of the values ``dear`` is cut (empty: says nothing), and then its class in ``on_core``, if it has one
@@ -39,18 +39,18 @@ class Part:
     together: bool | None = None
 
 
-def parts(instance: PlaceInstance, target: float) -> list[Part]:
+def parts(instance: PlaceInstance, target: float) -> list[Region]:
     """Parts that hold all assignments with loads of at most ``target``, most work first; see the module docstring."""
     budget = transfer_budget(instance, target)
     small, merged = merge_above(instance, budget, target)
     dear = np.flatnonzero(small.value_cost > budget / 2).tolist()
     if not dear or small.num_classes < 3 or instance.num_cpus > 1:
-        return [Part(small, merged)]
+        return [Region(small, merged)]
     smaller, again = merge_above(small, budget / 2, target)
     ends = [(v, end) for v in dear for end in _core_ends(small, v, budget / 2, target)]
     cut, on_core = tuple(v for v, _ in ends), tuple(end for _, end in ends)
-    found = [Part(smaller, again[merged], together=together) for together in (False, True)]
-    return found + [Part(small, merged, cut, on_core, together) for together in (False, True) if cut]
+    found = [Region(smaller, again[merged], together=together) for together in (False, True)]
+    return found + [Region(small, merged, cut, on_core, together) for together in (False, True) if cut]
 
 
 def _core_ends(small: PlaceInstance, v: int, threshold: float, target: float) -> list[int | None]:

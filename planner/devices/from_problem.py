@@ -9,7 +9,7 @@ and what one microbatch saves.
 from __future__ import annotations
 
 from mipipe.graphs.errors import ProblemError
-from mipipe.planner.devices.instance import Node, PlaceInstance, contract
+from mipipe.planner.devices.instance import PlaceInstance, WorkloadNode, contract_classes
 from mipipe.planner.problem import PlanningProblem
 
 
@@ -32,9 +32,9 @@ def instance_of(problem: PlanningProblem) -> PlaceInstance:
     nodes = []
     for g, group in enumerate(problem.groups):
         size = group.resident_bytes + group.saved_fi_bytes + group.saved_fw_bytes
-        nodes.append(Node(group.name, group.times[kind].total_ns / 1e6, 0.0, float(size), leader[g]))
+        nodes.append(WorkloadNode(group.name, group.times[kind].total_ns / 1e6, 0.0, float(size), leader[g]))
     far = len(devices) - 1
     values = [(edge.source, edge.targets, (problem.topology.transfer_ns(0, far, edge.num_bytes) + (
         0 if edge.grad_bytes is None else problem.topology.transfer_ns(far, 0, edge.grad_bytes))) / 1e6)
         for edge in problem.edges]
-    return contract(problem.name, (len(devices), 0, float(devices[0].memory_bytes)), nodes, values)
+    return contract_classes(problem.name, (len(devices), 0, float(devices[0].memory_bytes)), nodes, values)

@@ -57,7 +57,7 @@ class _Workload(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class WorkloadNode:
     """A node to place: its times on an accelerator and on a core, bytes, and the class it shares a device with."""
 
     id: int | str
@@ -143,16 +143,17 @@ def read_instance(path: Path) -> PlaceInstance:
         raise InputError(f"{where}: the graph has a cycle: {cycle}") from None
     position = {key: place for place, key in enumerate(order)}
     by_id = {node.id: node for node in raw.nodes}
-    nodes = [Node(key, node.fpgaLatency, node.cpuLatency, node.size,
-                  ("node", key) if node.colorClass is None else ("class", node.colorClass), node.supportedOnFpga,
-                  node.isBackwardNode) for key, node in ((key, by_id[key]) for key in order)]
+    nodes = [WorkloadNode(key, node.fpgaLatency, node.cpuLatency, node.size,
+                          ("node", key) if node.colorClass is None else ("class", node.colorClass),
+                          node.supportedOnFpga,
+                          node.isBackwardNode) for key, node in ((key, by_id[key]) for key in order)]
     values = [(position[key], sorted(position[reader] for reader in graph.successors(key)), cost[key])
               for key in order if graph.out_degree(key)]
-    return contract(path.stem, (raw.maxFPGAs, raw.maxCPUs, raw.maxSizePerFPGA), nodes, values)
+    return contract_classes(path.stem, (raw.maxFPGAs, raw.maxCPUs, raw.maxSizePerFPGA), nodes, values)
 
 
-def contract(name: str, devices: tuple[int, int, float], nodes: Sequence[Node],
-             values: Sequence[tuple[int, Sequence[int], float]]) -> PlaceInstance:
+def contract_classes(name: str, devices: tuple[int, int, float], nodes: Sequence[WorkloadNode],
+                     values: Sequence[tuple[int, Sequence[int], float]]) -> PlaceInstance:
     """The instance of nodes in topological order.
 
     Args:

@@ -9,12 +9,12 @@ import numpy as np
 
 from mipipe.graphs.errors import InfeasibleError
 from mipipe.planner.devices.instance import PlaceInstance
-from mipipe.planner.devices.result import PlaceResult, Progress
+from mipipe.planner.devices.result import PlaceProgress, PlaceResult
 from mipipe.planner.devices.throughput import place_throughput
 
 
 def place(instance: PlaceInstance, *, contiguous: bool = False, time_limit_s: float = 60.0, seed: int = 0,
-          threads: int = 2, on_progress: Progress | None = None) -> PlaceResult:
+          threads: int = 2, on_progress: PlaceProgress | None = None) -> PlaceResult:
     """The best assignment found within the time limit.
 
     Raises:

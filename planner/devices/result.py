@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-Progress = Callable[[float, str], None]
+PlaceProgress = Callable[[float, str], None]
 TOLERANCE = 2e-6
 
 

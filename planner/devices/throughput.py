@@ -19,10 +19,10 @@ import numpy as np
 
 from mipipe.graphs.errors import TimeUpError
 from mipipe.planner.devices import kernels
-from mipipe.planner.devices.contract import Part, merge_above, parts, transfer_budget
+from mipipe.planner.devices.contract import Region, merge_above, parts, transfer_budget
 from mipipe.planner.devices.instance import PlaceInstance
 from mipipe.planner.devices.result import TOLERANCE, PlaceResult
-from mipipe.planner.devices.workers import Job, run_jobs
+from mipipe.planner.devices.workers import TimedJob, run_jobs
 
 PROVABLE = 900
 """Classes times devices of a contracted instance up to which HiGHS usually ends within a minute."""
@@ -174,7 +174,7 @@ class _Search:
         return PlaceResult(self.value, min(self.bound, self.value), time.monotonic() - self.began, labels, self.method,
                            self.instance.num_classes, self.contracted)
 
-    def _run(self, jobs: Iterator[Job], seconds: float) -> None:
+    def _run(self, jobs: Iterator[TimedJob], seconds: float) -> None:
         run_jobs(jobs, threads=self.threads, seconds=seconds, enough=self._proven)
 
     def _offer(self, device: np.ndarray, method: str) -> None:
@@ -198,7 +198,7 @@ class _Search:
             low, high = (low, middle) if transfer_budget(self.instance, middle) >= 0 else (middle, high)
         return low
 
-    def _first(self) -> Iterator[Job]:
+    def _first(self) -> Iterator[TimedJob]:
         """Short runs at falling contraction thresholds, then at what the budget allows: afresh and from the best."""
         mean = self.instance.acc.sum() / max(self.instance.num_accelerators, 1)
         for threshold in (np.inf, mean / 2, mean / 4, mean / 8):
@@ -210,11 +210,11 @@ class _Search:
             else:
                 yield self._annealing(self._budget() / 2, 0.03, 1000, OPERATORS, self.best)
 
-    def _longer(self) -> Iterator[Job]:
+    def _longer(self) -> Iterator[TimedJob]:
         """Long runs without end, the first one of every thread afresh, then every second one from the best; beside the
         first ones the MIP over the whole, for its bound."""
         if not self._provable():
-            part = Part(*merge_above(self.instance, self._budget(), self.value))
+            part = Region(*merge_above(self.instance, self._budget(), self.value))
             yield self._proving(part, self.value, BOUND_SHARE * self.left, self._raise_bound)
         for number in count():
             if number < self.threads or number % 2:
@@ -230,7 +230,7 @@ class _Search:
         self.bound = max(self.bound, min(bound, self.value))
 
     def _annealing(self, threshold: float, hot: float, effort: int | None, moves: Moves,
-                   known: np.ndarray | None = None) -> Job:
+                   known: np.ndarray | None = None) -> TimedJob:
         """A run on the contracted instance, from ``known`` or from a packed start: of ``effort`` steps per class, or as
         long as the time left allows."""
         number = next(self.runs)
@@ -278,19 +278,20 @@ class _Search:
             self._raise_bound(min(bounds))
         return self.value < before
 
-    def _proving(self, part: Part, target: float, seconds: float, settle: Callable[[float], None]) -> Job:
+    def _proving(self, part: Region, target: float, seconds: float, settle: Callable[[float], None]) -> TimedJob:
         """The MIP over a part: a better assignment is offered, a bound given to ``settle``."""
         from mipipe.planner.milp import device_placement as milp
-        from mipipe.planner.milp.highs import Termination
+        from mipipe.planner.milp.highs import SolverStatus
 
         def job(stop: np.ndarray) -> Callable[[], None]:
-            found, outcome = milp.solve(part, target, time_limit_s=seconds, seed=self.seed, contiguous=self.contiguous,
-                                        stop=lambda: bool(stop[0]))
+            found, outcome = milp.solve_part(part, target, time_limit_s=seconds, seed=self.seed,
+                                             contiguous=self.contiguous,
+                                             stop=lambda: bool(stop[0]))
 
             def take() -> None:
                 if found is not None:
                     self._offer(found[part.merged], "MIP")
-                if outcome.termination is Termination.INFEASIBLE:
+                if outcome.termination is SolverStatus.INFEASIBLE:
                     settle(target)
                 elif outcome.bound is not None:
                     settle(outcome.bound)

@@ -12,11 +12,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import numpy as np
 
-Job = Callable[[np.ndarray], Callable[[], None]]
+TimedJob = Callable[[np.ndarray], Callable[[], None]]
 """Takes the flag, works, and returns what to do with the result; that part runs in the calling thread."""
 
 
-def run_jobs(jobs: Iterator[Job], *, threads: int, seconds: float, enough: Callable[[], bool]) -> None:
+def run_jobs(jobs: Iterator[TimedJob], *, threads: int, seconds: float, enough: Callable[[], bool]) -> None:
     """Run jobs, ``threads`` at a time, until none is left, the time is over or ``enough``.
 
     ``jobs`` is advanced and results are taken in the calling thread, so a generator may look at what was found.

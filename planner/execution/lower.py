@@ -24,7 +24,7 @@ from mipipe.graphs.serialize import digest
 from mipipe.planner import clock
 from mipipe.planner.actions import ActionKind, Stream
 from mipipe.planner.jobs.stages import view
-from mipipe.planner.jobs.times import Compiled, Evaluation, Moved, evaluate, orders_of
+from mipipe.planner.jobs.times import ActionNodes, Evaluation, TransferSpan, evaluate, orders_of
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Instruction, Program, Transfer
 
@@ -85,7 +85,8 @@ def place_frees(evaluation: Evaluation, transfers: Sequence[Transfer], lanes: Se
             (move.end_ns, Instruction(ActionKind.FREE, Stream.CHANNEL, transfer=number)))
 
 
-def place_reductions(compiled: Compiled, evaluation: Evaluation, lanes: Sequence[_Lane], gaps: Sequence[_Gaps]) -> None:
+def place_reductions(compiled: ActionNodes, evaluation: Evaluation, lanes: Sequence[_Lane],
+                     gaps: Sequence[_Gaps]) -> None:
     """Each ALL_REDUCE on all members before the first compute action that starts after it; one order for all ranks."""
     for stage, start_ns, _ in evaluation.reductions:
         members = compiled.view.placement.stages[stage].ranks
@@ -100,7 +101,7 @@ class _Lane:
     A gap is a place between actions: gap g comes before the g-th action of the rank's list.
     """
 
-    def __init__(self, nodes: Sequence[int], compiled: Compiled, evaluation: Evaluation) -> None:
+    def __init__(self, nodes: Sequence[int], compiled: ActionNodes, evaluation: Evaluation) -> None:
         self.nodes = nodes
         self.position = {node: index for index, node in enumerate(nodes)}
         compute = [node for node in nodes if compiled.streams[node] is Stream.COMPUTE]
@@ -128,7 +129,7 @@ class _Gaps:
         self.waits: list[list[tuple[int, Instruction]]] = [[] for _ in range(count)]
 
 
-def _merge_streams(compiled: Compiled, evaluation: Evaluation, orders: Sequence[Sequence[int]]) -> list[list[int]]:
+def _merge_streams(compiled: ActionNodes, evaluation: Evaluation, orders: Sequence[Sequence[int]]) -> list[list[int]]:
     """Per rank the nodes of both streams by start; where starts are equal, what others wait for comes first."""
     count = len(compiled.actions)
     waits = compiled.num_waits.copy()
@@ -154,7 +155,7 @@ def _merge_streams(compiled: Compiled, evaluation: Evaluation, orders: Sequence[
     return lists
 
 
-def _transfer(compiled: Compiled, move: Moved) -> Transfer:
+def _transfer(compiled: ActionNodes, move: TransferSpan) -> Transfer:
     edge = compiled.view.edges[move.edge]
     source, target = (edge.target, edge.source) if move.backward else (edge.source, edge.target)
     sizes = edge.grad_bytes if move.backward else edge.num_bytes
@@ -165,7 +166,7 @@ def _transfer(compiled: Compiled, move: Moved) -> Transfer:
                     move.backward, sizes[microbatch], edge.grad_values if move.backward else edge.values)
 
 
-def _write_out(compiled: Compiled, nodes: Sequence[int], gaps: _Gaps) -> tuple[Instruction, ...]:
+def _write_out(compiled: ActionNodes, nodes: Sequence[int], gaps: _Gaps) -> tuple[Instruction, ...]:
     result: list[Instruction] = []
     for index in range(len(nodes) + 1):
         if index:

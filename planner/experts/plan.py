@@ -17,7 +17,7 @@ from mipipe.graphs.topology import Topology
 from mipipe.planner.experts.greedy import greedy_layer
 from mipipe.planner.experts.maps import ExpertLoads, ExpertMap, layer_bound, slots_for, unit_times
 from mipipe.planner.experts.migrate import changes, moved_experts, share_moves
-from mipipe.planner.experts.swaps import Layer, balanced_start, gather_partners, improve, shared_tokens
+from mipipe.planner.experts.swaps import Layer, balanced_start, gather_partners, improve_map, shared_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,8 @@ def share_slots(loads: ExpertLoads, topology: Topology, total_slots: int, option
     most = min(spare, spare // loads.num_layers + FURTHER_SLOTS, most)
 
     def busiest(layer: Layer, k: int) -> float:
-        return layer.makespan(improve(layer, balanced_start(layer, k), layer_bound(layer.weights, units, k), rounds=50))
+        return layer.makespan(improve_map(layer, balanced_start(layer, k), layer_bound(layer.weights, units, k),
+                                          rounds=50))
 
     best, picks = np.zeros(spare + 1), []
     for layer in layers:
@@ -207,7 +208,7 @@ def _search(layer: Layer, slots: int, bound: float, options: ExpertOptions) -> n
     starts = [balanced_start(layer, slots)]
     if len(set(layer.units.tolist())) > 1:
         starts.append(starts[0][np.argsort(np.argsort(-layer.units, kind="stable"), kind="stable")])
-    found = min((improve(layer, start, bound) for start in starts), key=layer.makespan)
+    found = min((improve_map(layer, start, bound) for start in starts), key=layer.makespan)
     return gather_partners(layer, found, tolerance=options.balance_tolerance)
 
 

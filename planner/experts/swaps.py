@@ -44,7 +44,7 @@ def balanced_start(layer: Layer, slots_per_device: int) -> np.ndarray:
     return np.stack([items[bins == device] for device in range(len(layer.units))])
 
 
-def improve(layer: Layer, devices: np.ndarray, bound: float, *, rounds: int = 400) -> np.ndarray:
+def improve_map(layer: Layer, devices: np.ndarray, bound: float, *, rounds: int = 400) -> np.ndarray:
     """The map after swaps and exchanges until neither helps, the bound is met, or ``rounds`` moves were made."""
     best = devices.copy()
     for _ in range(rounds):

@@ -8,7 +8,7 @@ time. Where loads differ, only microbatches of equal route and loads form a clas
 
 A two-way pipeline that looks the same from both ends (`mirror`) is searched on half its ranks: a schedule that is equal
 on rank r and its mirror image is a schedule of the *quotient*, in which a dependency that crosses the middle comes back
-to the rank it left. Nothing in the kernels knows about it; `expand` writes both halves out.
+to the rank it left. Nothing in the kernels knows about it; `with_mirrors` writes both halves out.
 
 Left out: values in flight (they need times, not only orders) and the queueing of transfers on a channel; both are
 judged by `mipipe.planner.jobs.times` and the checker afterwards.
@@ -176,7 +176,7 @@ def build(view: StageView, halve: bool = False) -> Instance:
         tuple((int(key) // 2, Stream.COMPUTE if key % 2 else Stream.COLLECTIVE) for key in keys))
 
 
-def expand(instance: Instance, orders: list[list[int]]) -> Schedule:
+def with_mirrors(instance: Instance, orders: list[list[int]]) -> Schedule:
     """The schedule of orders of nodes, one per machine, with mirror images written out."""
     ranks = instance.view.problem.num_ranks
     compute: list[tuple[Action, ...]] = [() for _ in range(ranks)]

@@ -25,7 +25,7 @@ from mipipe.graphs.errors import PlanError
 from mipipe.planner import clock
 from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.jobs.stages import StageView
-from mipipe.planner.jobs.times import Compiled, compile_actions
+from mipipe.planner.jobs.times import ActionNodes, compile_actions
 from mipipe.planner.plan import RankOrder, Schedule
 
 
@@ -39,7 +39,7 @@ class Jobs:
     overlapped pairs (`mipipe.planner.bounds.pairs`).
     """
 
-    compiled: Compiled
+    compiled: ActionNodes
     durations: list[int]
     machine: list[int]
     arcs: list[tuple[int, int, int]]

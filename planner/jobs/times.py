@@ -22,7 +22,7 @@ from mipipe.planner.plan import Schedule
 
 
 @dataclass(slots=True)
-class Compiled:
+class ActionNodes:
     """The actions of a schedule as numbered nodes with integer dependencies; independent of their order.
 
     ``releases[n]`` lists what ends with node n: (waiting node, channel or -1 within a rank, duration, edge, backward,
@@ -41,7 +41,7 @@ class Compiled:
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
+class TransferSpan:
     """One simulated transfer."""
 
     producer: int
@@ -57,12 +57,12 @@ class Evaluation:
     """Start of every node, all transfers in channel order, the reductions as (stage, start, end), the makespan."""
 
     starts: list[int]
-    transfers: list[Moved]
+    transfers: list[TransferSpan]
     reductions: list[tuple[int, int, int]]
     makespan_ns: int
 
 
-def compile_actions(view: StageView, actions: Sequence[Action]) -> Compiled:
+def compile_actions(view: StageView, actions: Sequence[Action]) -> ActionNodes:
     """Number the actions and resolve who waits for whom.
 
     Raises:
@@ -134,11 +134,11 @@ def compile_actions(view: StageView, actions: Sequence[Action]) -> Compiled:
         if len(placed.ranks) > 1 and view.w_ns[index] is not None:
             last = [done_by[ActionKind.W, index, m] for m in range(num_microbatches)]
             reductions.append((index, last, view.reduce_ns(index)))
-    return Compiled(view, list(actions), ranks, streams, durations, releases, waits,
-                    {action: node for node, action in enumerate(actions)}, reductions)
+    return ActionNodes(view, list(actions), ranks, streams, durations, releases, waits,
+                       {action: node for node, action in enumerate(actions)}, reductions)
 
 
-def orders_of(compiled: Compiled, schedule: Schedule) -> list[list[int]]:
+def orders_of(compiled: ActionNodes, schedule: Schedule) -> list[list[int]]:
     """The schedule as node numbers: one list per rank and stream in use."""
     orders = []
     for rank in schedule.ranks:
@@ -148,7 +148,7 @@ def orders_of(compiled: Compiled, schedule: Schedule) -> list[list[int]]:
     return orders
 
 
-def run(compiled: Compiled, orders: Sequence[Sequence[int]]) -> Evaluation | None:
+def run_orders(compiled: ActionNodes, orders: Sequence[Sequence[int]]) -> Evaluation | None:
     """Times of all actions under the given orders; None if the orders deadlock."""
     count = len(compiled.actions)
     durations, releases = compiled.durations, compiled.releases
@@ -163,7 +163,7 @@ def run(compiled: Compiled, orders: Sequence[Sequence[int]]) -> Evaluation | Non
     heap = [(durations[node], node) for node in range(count) if waits[node] == 0]
     heapq.heapify(heap)
     free: dict[int, int] = {}
-    transfers: list[Moved] = []
+    transfers: list[TransferSpan] = []
     finished = 0
     makespan = 0
     while heap:
@@ -181,7 +181,7 @@ def run(compiled: Compiled, orders: Sequence[Sequence[int]]) -> Evaluation | Non
                     begin = end
                 free[channel] = begin + occupied
                 arrival = begin + duration
-                transfers.append(Moved(node, consumer, edge, backward, begin, arrival))
+                transfers.append(TransferSpan(node, consumer, edge, backward, begin, arrival))
             if ready[consumer] < arrival:
                 ready[consumer] = arrival
             waits[consumer] -= 1
@@ -202,7 +202,7 @@ def run(compiled: Compiled, orders: Sequence[Sequence[int]]) -> Evaluation | Non
     return Evaluation(starts, transfers, reductions, makespan)
 
 
-def _reduce(compiled: Compiled, orders: Sequence[Sequence[int]], starts: list[int],
+def _reduce(compiled: ActionNodes, orders: Sequence[Sequence[int]], starts: list[int],
             makespan: int) -> tuple[list[tuple[int, int, int]], int]:
     """Append the gradient reductions on the collective streams, in the order in which they become ready."""
     if not compiled.reductions:
@@ -225,7 +225,7 @@ def _reduce(compiled: Compiled, orders: Sequence[Sequence[int]], starts: list[in
     return result, makespan
 
 
-def evaluate(view: StageView, schedule: Schedule) -> tuple[Compiled, Evaluation]:
+def evaluate(view: StageView, schedule: Schedule) -> tuple[ActionNodes, Evaluation]:
     """Times of a schedule.
 
     Raises:
@@ -237,7 +237,7 @@ def evaluate(view: StageView, schedule: Schedule) -> tuple[Compiled, Evaluation]
             if view.rank(action.stage, action.microbatch) != number:
                 raise PlanError(f"rank {number}: schedules {action}, but microbatch {action.microbatch} of stage"
                                 f" {action.stage} is routed to rank {view.rank(action.stage, action.microbatch)}")
-    evaluation = run(compiled, orders_of(compiled, schedule))
+    evaluation = run_orders(compiled, orders_of(compiled, schedule))
     if evaluation is None:
         raise PlanError("schedule: the order deadlocks; see `mipipe check`")
     return compiled, evaluation

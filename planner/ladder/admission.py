@@ -14,14 +14,14 @@ import numpy as np
 from mipipe.graphs.errors import PlanError
 from mipipe.planner import clock
 from mipipe.planner.bounds.over_placements import facts_of
-from mipipe.planner.jobs.arrays import expand
+from mipipe.planner.jobs.arrays import with_mirrors
 from mipipe.planner.ladder.candidate import Candidate, Judged, candidate, first_orders, in_flight, judge, offer_judged
 from mipipe.planner.ladder.large import chain_actions
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlacementName, PlanOptions
 from mipipe.planner.placements.cuts import earliest_end
 from mipipe.planner.placements.feasible import shortage, with_recomputation
-from mipipe.planner.placements.shapes import propose
+from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.search import annealing as search
@@ -34,10 +34,10 @@ from mipipe.planner.search.lists import Orders
 INTERPRETED = 4_000
 """Actions up to which the first list schedule is interpreted, so that it need not wait for a compiler."""
 
-BIG_ACTIONS = 20_000
-"""Actions of a chain from which only the shapes of `BIG_ORDER` enter: time does not suffice for all."""
+MANY_ACTIONS = 20_000
+"""Actions of a chain from which only the shapes of `SHAPES_OF_MANY` enter: time does not suffice for all."""
 
-BIG_ORDER: tuple[PlacementName, ...] = ("chain", "two-way", "v")
+SHAPES_OF_MANY: tuple[PlacementName, ...] = ("chain", "two-way", "v")
 
 MANY, LISTED = 6, 0.1
 """After so many candidates lists may take no more than this share of the time: the most promising come first."""
@@ -55,10 +55,10 @@ def enter(run: Run) -> None:
     The seconds per action of the placements so far say which of the rest can still be built in time.
     """
     limit = run.options.time_limit_s
-    waiting = _most_promising(run, propose(run.problem, run.options.placement))
-    if run.options.placement == "free" and chain_actions(run.problem) > BIG_ACTIONS:
-        waiting = filter(None, (_candidate(run, placement) for name in BIG_ORDER
-                                for placement in propose(run.problem, name)))
+    waiting = _most_promising(run, propose_shapes(run.problem, run.options.placement))
+    if run.options.placement == "free" and chain_actions(run.problem) > MANY_ACTIONS:
+        waiting = filter(None, (_candidate(run, placement) for name in SHAPES_OF_MANY
+                                for placement in propose_shapes(run.problem, name)))
     built, spent = 0, 0.0
     for found in waiting:
         if run.best is not None and run.left < (0.5 if len(run.candidates) < MANY else 1 - LISTED) * limit:
@@ -98,7 +98,7 @@ def _most_promising(run: Run, waiting: Iterator[Placement]) -> Iterator[Candidat
 
 def recomputing(run: Run) -> None:
     """Where nothing fits otherwise: every placement with F run again by all stages, and by the first half of them."""
-    for placement in propose(run.problem, run.options.placement):
+    for placement in propose_shapes(run.problem, run.options.placement):
         for variant in with_recomputation(run.problem, placement):
             admit_placement(run, variant)
 
@@ -106,9 +106,9 @@ def recomputing(run: Run) -> None:
 def has_plan(problem: PlanningProblem, options: PlanOptions) -> bool:
     """Whether a solve of the problem would find a plan: some placement that the first list fits, which it tries too."""
     run = Run(problem, options)
-    placements: Iterator[Placement] = propose(problem, options.placement)
+    placements: Iterator[Placement] = propose_shapes(problem, options.placement)
     if options.recompute:
-        placements = chain(placements, (variant for placement in propose(problem, options.placement)
+        placements = chain(placements, (variant for placement in propose_shapes(problem, options.placement)
                                         for variant in with_recomputation(problem, placement)))
     for placement in placements:
         found = _candidate(run, placement) if shortage(problem, placement) is None else None
@@ -163,7 +163,7 @@ def seed_search(run: Run, found: Candidate, *, compiled: bool = True) -> bool:
         if compiled and turn == 0:
             orders = _outlined(run, found, orders)
         found.quick = not compiled
-        judged = judge(found.view, expand(found.instance, orders.lists()), saved_fit=True)
+        judged = judge(found.view, with_mirrors(found.instance, orders.lists()), saved_fit=True)
         if judged.fits:
             offer_judged(found, judged, "list")
             found.search = search.start(found.instance, orders, run.options.seed + 1, found.bound.ns)

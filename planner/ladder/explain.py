@@ -19,7 +19,7 @@ from mipipe.planner.bounds.at_placement import placement_bound
 from mipipe.planner.execution.measure import timed
 from mipipe.planner.jobs.arrays import capacity
 from mipipe.planner.jobs.stages import view
-from mipipe.planner.jobs.times import Compiled, Evaluation, evaluate
+from mipipe.planner.jobs.times import ActionNodes, Evaluation, evaluate
 from mipipe.planner.ladder.candidate import Candidate
 from mipipe.planner.placements.branches import encoders
 from mipipe.planner.problem import Limits
@@ -30,7 +30,7 @@ FULL = 0.97
 _LATENCY_ALONE = "channel: transfers take latency alone and occupy no channel"
 
 
-def explain(found: Candidate) -> tuple[str, ...]:
+def explain_plan(found: Candidate) -> tuple[str, ...]:
     """Lines that say what binds the candidate's best schedule."""
     assert found.best is not None
     told = partial(told_time, unit_ns=found.view.problem.unit_ns)
@@ -104,7 +104,7 @@ def _placement(found: Candidate) -> str:
     return line
 
 
-def _channel(compiled: Compiled, evaluation: Evaluation) -> list[str]:
+def _channel(compiled: ActionNodes, evaluation: Evaluation) -> list[str]:
     told = partial(told_time, unit_ns=compiled.view.problem.unit_ns)
     topology = compiled.view.problem.topology
     moved: dict[tuple[int, int], int] = defaultdict(int)

@@ -27,14 +27,14 @@ from mipipe.planner import clock
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.at_placement import Bound, placement_bound
 from mipipe.planner.bounds.over_placements import facts_of
-from mipipe.planner.jobs.arrays import Instance, build, expand, mirror
+from mipipe.planner.jobs.arrays import Instance, build, mirror, with_mirrors
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.ladder.candidate import Candidate, Judged, carries_bytes, judge
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlacementName
 from mipipe.planner.placements.cuts import earliest_end, place_spread, units
-from mipipe.planner.placements.shapes import light_ends, propose, resident_fits, shapes
+from mipipe.planner.placements.shapes import light_ends, propose_shapes, resident_fits, shapes
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.search import annealing as search
@@ -43,7 +43,7 @@ from mipipe.planner.search import lists as greedy
 from mipipe.planner.search import quotas
 from mipipe.planner.search.lists import Orders
 
-BIG_ACTIONS = 1_500
+LARGE_ACTIONS = 1_500
 """Actions of a chain from which a problem is large: from there tuned rules give shorter plans than the race of
 lists and searches."""
 
@@ -53,7 +53,7 @@ PUBLISHED_ACTIONS = 5_000
 BOUND_ACTIONS = 20_000
 """Actions of a chain up to which a placement's job-shop bound is computed."""
 
-BIG_ORDER: tuple[PlacementName, ...] = ("two-way", "twin-v", "twin-wave", "ring", "chain", "v")
+LARGE_SHAPES: tuple[PlacementName, ...] = ("two-way", "twin-v", "twin-wave", "ring", "chain", "v")
 """Shapes tried on large problems, the most promising first."""
 
 MOST_STAGES = 2
@@ -77,16 +77,16 @@ class Entry:
     placement: Placement
     small: Instance
     lines: quotas.Lines
-    tuned: quotas.Tuned
+    tuned: quotas.TunedQuotas
     expected_ns: int
-    rules: list[quotas.Rule]
-    backward: quotas.Rule | None = None
+    rules: list[quotas.QuotaRule]
+    backward: quotas.QuotaRule | None = None
     turns: int = 0
 
 
 def applies(problem: PlanningProblem) -> bool:
     """Whether a problem is large, with equal microbatches on one stream, values in flight and channels free."""
-    return (chain_actions(problem) > BIG_ACTIONS
+    return (chain_actions(problem) > LARGE_ACTIONS
             and not any(group.loads or group.stream is Stream.COLLECTIVE for group in problem.groups)
             and not any(edge.num_bytes or edge.grad_bytes for edge in problem.edges))
 
@@ -106,7 +106,7 @@ def climb(run: Run) -> None:
     limit = run.options.time_limit_s
     run.reserve_s = min(0.3 * limit, CHECK_S * chain_actions(run.problem))
     entries: list[Entry] = []
-    waiting = placements(run)
+    waiting = large_placements(run)
     left_out: list[Placement] = []
     for placement in waiting:
         if (entries and run.left < 0.85 * limit) or run.interrupted:
@@ -145,15 +145,16 @@ def climb(run: Run) -> None:
                          "variables": None, "constraints": None, "seconds": round(time.monotonic() - began, 3)})
 
 
-def placements(run: Run) -> Iterator[Placement]:
+def large_placements(run: Run) -> Iterator[Placement]:
     """Placements of the allowed shapes: where ends are light they are spread, because one rank with a head on top of
     its share decides the pace of all."""
     problem, name = run.problem, run.options.placement
     ends = light_ends(problem)
-    for shape_name in BIG_ORDER if name == "free" else (name,):
+    for shape_name in LARGE_SHAPES if name == "free" else (name,):
         spread = [shape for shape in shapes(problem.num_ranks, shape_name)
                   if name == "free" and ends and len(units(problem)) - len(ends) >= shape.num_stages]
-        found = (place_spread(problem, shape, ends) for shape in spread) if spread else propose(problem, shape_name)
+        found = (place_spread(problem, shape, ends) for shape in spread) if spread else propose_shapes(problem,
+                                                                                                       shape_name)
         yield from (placement for placement in found if resident_fits(problem, placement)
                     and (name != "free" or len(placement.stages) <= MOST_STAGES * problem.num_ranks + len(ends)))
 
@@ -196,7 +197,8 @@ def _tune(run: Run, entry: Entry, seconds: float) -> None:
         entry.expected_ns = _expected(run, entry.small, tuned.orders)
 
 
-def _longer(run: Run, instance: Instance, lines: quotas.Lines, tuned: quotas.Tuned, seconds: float) -> quotas.Tuned:
+def _longer(run: Run, instance: Instance, lines: quotas.Lines, tuned: quotas.TunedQuotas,
+            seconds: float) -> quotas.TunedQuotas:
     """The best of tuning further, with another seed on every thread."""
     with ThreadPoolExecutor(run.options.threads) as pool:
         waiting = [pool.submit(quotas.tune, instance, lines, seconds, run.options.seed + 7 * n + tuned.tried,
@@ -244,7 +246,7 @@ def _apply(run: Run, entry: Entry, rung: str, seconds: float = 0.0) -> None:
     if orders.makespan_ns >= found.makespan_ns:
         return
     clock.ask()
-    schedule = expand(found.instance, orders.lists())
+    schedule = with_mirrors(found.instance, orders.lists())
     exact = not (carries_bytes(found.view) or any(found.view.reduce_ns(s) for s in range(found.view.num_stages)))
     judged = (Judged(schedule, orders.makespan_ns, (0,) * run.problem.num_ranks) if exact
               else judge(found.view, schedule))
@@ -263,7 +265,7 @@ def _blended(instance: Instance, lines: quotas.Lines, entry: Entry, forward: Ord
         return forward
     mirrored, turned, image = two_ended.backwards(instance, lines)
     _, small, _ = two_ended.backwards(entry.small, entry.lines)
-    backward = quotas.run(mirrored, turned, quotas.moved(entry.backward, small, turned))
+    backward = quotas.run_rule(mirrored, turned, quotas.moved(entry.backward, small, turned))
     return forward if backward is None else two_ended.blend(instance, lines, forward, mirrored, image, backward)
 
 

@@ -22,7 +22,7 @@ from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.ladder.candidate import Candidate, candidate, judge, offer_judged
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.milp import order, periodic, unroll, windows
-from mipipe.planner.milp.highs import SolverOutcome, Termination
+from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
 from mipipe.planner.placements.shapes import resident_fits
 from mipipe.planner.plan import Placement, Schedule
 from mipipe.planner.schedules import BASELINES
@@ -131,7 +131,7 @@ def same(one: Placement, other: Placement) -> bool:
     return (one.stages, one.routes) == (other.stages, other.routes)
 
 
-def pace(run: Run, found: Candidate, seconds: float) -> None:
+def pace_candidate(run: Run, found: Candidate, seconds: float) -> None:
     """The periodic MIP's pattern, unrolled and squeezed."""
     began, before = time.monotonic(), found.makespan_ns
     result = periodic.pace(found.view, time_limit_s=seconds, seed=run.options.seed)
@@ -144,13 +144,13 @@ def pace(run: Run, found: Candidate, seconds: float) -> None:
     _again(result.outcome)
 
 
-def polish(run: Run, found: Candidate, seconds: float) -> None:
+def polish_candidate(run: Run, found: Candidate, seconds: float) -> None:
     """Windows of the order MIP over the candidate's best schedule."""
     if found.best is None or found.closed:
         return
     began, before = time.monotonic(), found.makespan_ns
-    schedule, _, count = windows.improve(found.view, found.best.schedule, window=40, time_limit_s=seconds,
-                                         seed=run.options.seed, target_ns=found.bound.ns)
+    schedule, _, count = windows.improve_by_windows(found.view, found.best.schedule, window=40, time_limit_s=seconds,
+                                                    seed=run.options.seed, target_ns=found.bound.ns)
     if count:
         adopt(run, found, schedule, "windows MIP")
     record(run, "windows MIP", found, before, began, improvements=count)
@@ -171,5 +171,5 @@ def prove(run: Run, found: Candidate, seconds: float) -> None:
 
 
 def _again(outcome: SolverOutcome) -> None:
-    if outcome.termination is Termination.INTERRUPTED:
+    if outcome.termination is SolverStatus.INTERRUPTED:
         raise KeyboardInterrupt

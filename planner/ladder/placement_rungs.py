@@ -15,7 +15,7 @@ from mipipe.graphs.errors import PlanError
 from mipipe.planner.ladder.candidate import Candidate
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.milp import modes, placement
-from mipipe.planner.milp.highs import SolverOutcome, Termination
+from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
 from mipipe.planner.placements.shapes import resident_fits
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
@@ -59,7 +59,7 @@ def by_mip(run: Run, admit: Admit) -> None:
         return
     seconds = min(MOST_S, SHARE * run.options.time_limit_s) / 3
     began = time.monotonic()
-    bound, outcome = placement.placement_bound(problem, time_limit_s=seconds, seed=run.options.seed)
+    bound, outcome = placement.free_bound(problem, time_limit_s=seconds, seed=run.options.seed)
     known = run.bound_ns
     if bound is not None and (known is None or bound > known):
         run.bound_ns = bound
@@ -72,8 +72,8 @@ def by_mip(run: Run, admit: Admit) -> None:
         starts = [found for found in run.candidates
                   if all(len(stage.ranks) <= replicas for stage in found.placement.stages)]
         start = min(starts, key=lambda found: found.makespan_ns).placement if starts else None
-        for proposal in placement.propose(problem, time_limit_s=seconds, seed=run.options.seed, count=count,
-                                          max_replicas=replicas, start=start):
+        for proposal in placement.propose_by_mip(problem, time_limit_s=seconds, seed=run.options.seed, count=count,
+                                                 max_replicas=replicas, start=start):
             _enter(run, admit, proposal.placement, "placement MIP", began, proposal.outcome,
                    estimate=proposal.estimate_ns / run.problem.unit_ns)
 
@@ -114,7 +114,7 @@ def _enter(run: Run, admit: Admit, found: Placement, rung: str, began: float, ou
         made = admit(run, found)
         if made is not None:
             _record(run, rung, found.name, before, began, outcome, own=made.makespan_ns / run.problem.unit_ns, **more)
-    if outcome.termination is Termination.INTERRUPTED:
+    if outcome.termination is SolverStatus.INTERRUPTED:
         raise KeyboardInterrupt
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 import numpy as np
 
 from mipipe.planner.jobs import paths as kernels
-from mipipe.planner.jobs.arrays import expand, orders_from
+from mipipe.planner.jobs.arrays import orders_from, with_mirrors
 from mipipe.planner.ladder.admission import RESERVES, reserve, start_again
 from mipipe.planner.ladder.candidate import Candidate, first_orders, judge, offer_judged
 from mipipe.planner.ladder.state import Run
@@ -165,7 +165,7 @@ def _harvest(run: Run, found: Candidate, worker: Worker) -> None:
     if orders.makespan_ns >= found.seen_ns:
         return
     found.seen_ns = orders.makespan_ns
-    judged = judge(found.view, expand(found.instance, orders.lists()), saved_fit=True)
+    judged = judge(found.view, with_mirrors(found.instance, orders.lists()), saved_fit=True)
     if judged.fits:
         offer_judged(found, judged, "search")
         run.note(found, "search")

@@ -98,7 +98,7 @@ def held_bytes(unit: MergeUnit, step: MergeStep, graph: MergeGraph) -> int:
     return sum(stop - start for _, start, stop in reads(unit, step, graph))
 
 
-def saved_bytes(unit: MergeUnit, step: MergeStep) -> int:
+def written_bytes(unit: MergeUnit, step: MergeStep) -> int:
     """What a step writes, in the output's dtype."""
     if unit.method == "copy":
         return step.stop - step.start
@@ -121,7 +121,7 @@ def work_bytes(unit: MergeUnit, compute_bytes: int = 4) -> int:
 
 def step_bytes(unit: MergeUnit, step: MergeStep, graph: MergeGraph, compute_bytes: int = 4) -> int:
     """Peak bytes of a step by itself: what was read, what is computed on, what will be written."""
-    return held_bytes(unit, step, graph) + saved_bytes(unit, step) + work_bytes(unit, compute_bytes)
+    return held_bytes(unit, step, graph) + written_bytes(unit, step) + work_bytes(unit, compute_bytes)
 
 
 UNKNOWN_RATE = 1e8

@@ -13,10 +13,10 @@ from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.merging.costs import (
     OVERHEAD_BYTES,
     held_bytes,
-    saved_bytes,
     spectral_seconds,
     stream_seconds,
     work_bytes,
+    written_bytes,
 )
 from mipipe.planner.merging.lower import label
 from mipipe.planner.merging.plan import MergePlan
@@ -65,7 +65,7 @@ def step_ns(plan: MergePlan, unit: int, step: MergeStep, kind: ActionKind) -> in
     if kind is ActionKind.LOAD:
         return round(held_bytes(item, step, graph) / rates.read * 1e9)
     if kind is ActionKind.SAVE:
-        return round(saved_bytes(item, step) / rates.write * 1e9)
+        return round(written_bytes(item, step) / rates.write * 1e9)
     width = 8 if graph.compute_dtype == "float64" else 4
     share = (step.stop - step.start) * columns_of(item, item.shape) / max(1, item.num_entries)
     seconds = stream_seconds(item, item.num_entries, rates, width) * share
@@ -113,13 +113,13 @@ class _Rank:
             start = max(self.busy_ns, self.loaded.get(key, 0))
             self.busy_ns = self._span(instruction, action, step, start)
             if not copied:
-                self._hold(self.busy_ns, -saved_bytes(unit, step))
+                self._hold(self.busy_ns, -written_bytes(unit, step))
                 self.merged.discard(key)
             return
         if key not in self.loaded and held_bytes(unit, step, self.plan.graph):
             raise self._wrong(action, "computes on what was not loaded")
         start = max(self.busy_ns, self.loaded.get(key, 0))
-        self._hold(start, work_bytes(unit, self._width) + saved_bytes(unit, step))
+        self._hold(start, work_bytes(unit, self._width) + written_bytes(unit, step))
         self.busy_ns = self._span(instruction, action, step, start)
         self._hold(self.busy_ns, -work_bytes(unit, self._width))
         if instruction.kind is ActionKind.COMBINE:

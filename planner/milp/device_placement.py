@@ -11,7 +11,7 @@ for any cost c, ``sum_v floor(cost[v] / c) (in + out)[v] <= floor(B / c)`` (Chva
 
 Equal devices are told apart by giving class k only to the first k + 1 of them. Contiguous: with
 ``after[n, d] >= x[a, d] - x[n, d]`` and ``after[n, d] >= after[a, d]`` along forward edges a -> n,
-``after[n, d] + x[n, d] <= 1``. Where exactly one of the dear values of a `Part` is cut, ``z[v] = 1`` says which:
+``after[n, d] + x[n, d] <= 1``. Where exactly one of the dear values of a `Region` is cut, ``z[v] = 1`` says which:
 ``sum_d in[v, d] + out[v, d] <= z[v]``, ``|x[s, d] - x[r, d]| <= z[v]``, ``sum_v z[v] = 1``, and no two accelerators
 share it: ``x[s, d] + sum_{e != d} x[r, e] <= 1``; the end that must be on the core is there if ``z[v] = 1``.
 
@@ -26,7 +26,7 @@ from collections.abc import Callable
 import numpy as np
 import pyomo.environ as pyo
 
-from mipipe.planner.devices.contract import Part, transfer_budget
+from mipipe.planner.devices.contract import Region, transfer_budget
 from mipipe.planner.devices.instance import PlaceInstance
 from mipipe.planner.milp import highs
 
@@ -37,8 +37,8 @@ WITHOUT_HEURISTICS = {"mip_heuristic_effort": 0.0}
 """Annealing finds the assignments; HiGHS is here to prove."""
 
 
-def solve(part: Part, target: float, *, time_limit_s: float, seed: int, contiguous: bool = False,
-          stop: Callable[[], bool] | None = None) -> tuple[np.ndarray | None, highs.SolverOutcome]:
+def solve_part(part: Region, target: float, *, time_limit_s: float, seed: int, contiguous: bool = False,
+               stop: Callable[[], bool] | None = None) -> tuple[np.ndarray | None, highs.SolverOutcome]:
     """An assignment [class of the part] with a load below ``target`` if one was found, and the solver's outcome.
 
     Args:
@@ -120,7 +120,7 @@ def _whole_payments(instance: PlaceInstance, model: pyo.ConcreteModel, target: f
                             for v in values if often[v] for d in accelerators) <= float(np.floor(budget / unit + 1e-6)))
 
 
-def _cut_one(part: Part, model: pyo.ConcreteModel) -> None:
+def _cut_one(part: Region, model: pyo.ConcreteModel) -> None:
     instance, dear = part.instance, part.dear
     accelerators = range(instance.num_accelerators)
     model.z = pyo.Var(dear, domain=pyo.Binary)

@@ -20,7 +20,7 @@ from typing import Any
 import pyomo.environ as pyo
 
 from mipipe.planner.milp import highs
-from mipipe.planner.milp.highs import SolverOutcome, Termination
+from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
 from mipipe.planner.milp.shop import Shop, Tight, tighten, time_unit
 
 
@@ -36,8 +36,8 @@ class ShopResult:
     outcome: SolverOutcome
 
 
-def solve(shop: Shop, horizon_ns: int, *, time_limit_s: float, seed: int, lower_ns: int = 0,
-          start_ns: list[int] | None = None, options: dict[str, Any] | None = None) -> ShopResult:
+def solve_shop(shop: Shop, horizon_ns: int, *, time_limit_s: float, seed: int, lower_ns: int = 0,
+               start_ns: list[int] | None = None, options: dict[str, Any] | None = None) -> ShopResult:
     """The best orders of a shop among those with a makespan of at most ``horizon_ns``.
 
     Args:
@@ -51,7 +51,7 @@ def solve(shop: Shop, horizon_ns: int, *, time_limit_s: float, seed: int, lower_
     unit = time_unit(shop, horizon_ns)
     tight = tighten(shop, horizon_ns) if lower_ns <= horizon_ns else None
     if tight is None:
-        outcome = SolverOutcome(Termination.INFEASIBLE, None, None, 0.0, 0, 0)
+        outcome = SolverOutcome(SolverStatus.INFEASIBLE, None, None, 0.0, 0, 0)
         return ShopResult(None, max(lower_ns, horizon_ns + 1), outcome)
     model = build(shop, tight, unit, lower_ns)
     if start_ns is not None:
@@ -59,7 +59,7 @@ def solve(shop: Shop, horizon_ns: int, *, time_limit_s: float, seed: int, lower_
     outcome = highs.solve(model, time_limit_s=time_limit_s, seed=seed, warm_start=start_ns is not None,
                           absolute_gap=0.999 if _integral(shop, unit) else 1e-6, gap=0.0, options=options)
     bound = lower_ns
-    if outcome.termination is Termination.INFEASIBLE:
+    if outcome.termination is SolverStatus.INFEASIBLE:
         bound = max(bound, horizon_ns + 1)
     elif outcome.bound is not None:
         # the solver's feasibility tolerance is 1e-6 of a unit; a bound just above an integer must not be rounded up

@@ -34,7 +34,7 @@ from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.milp import highs
-from mipipe.planner.milp.exact_parts import Sketch, Transfer, sketch
+from mipipe.planner.milp.exact_parts import MipTransfer, Sketch, sketch
 from mipipe.planner.milp.highs import SolverOutcome
 from mipipe.planner.plan import Placement, RankOrder, Schedule, Stage
 from mipipe.planner.problem import PlanningProblem
@@ -159,7 +159,7 @@ def data(model: pyo.ConcreteModel, drawn: Sketch) -> None:
         model.rows.add(model.makespan >= model.s[j] + length(model, drawn, j))
 
 
-def _carried(model: pyo.ConcreteModel, drawn: Sketch, moved: Transfer, times: dict[tuple[int, int], float]) -> Any:
+def _carried(model: pyo.ConcreteModel, drawn: Sketch, moved: MipTransfer, times: dict[tuple[int, int], float]) -> Any:
     u, v = drawn.unit_of[moved.producer], drawn.unit_of[moved.consumer]
     if u == v:
         return 0

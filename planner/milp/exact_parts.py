@@ -11,12 +11,12 @@ import numpy as np
 from mipipe.planner.actions import ActionKind, Stream
 from mipipe.planner.problem import Group, PlanningProblem
 
-Job = tuple[int, ActionKind, int]
+Operation = tuple[int, ActionKind, int]
 """(group, kind, microbatch)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Transfer:
+class MipTransfer:
     """A value that may have to travel from the producer job to the consumer; by channel, in units: it takes
     ``times[d, e]`` to arrive and occupies the channel for ``occupied[d, e]`` of them."""
 
@@ -37,12 +37,12 @@ class Sketch:
     problem: PlanningProblem
     unit: float
     units: list[list[int]]
-    jobs: list[Job]
+    jobs: list[Operation]
     unit_of: list[int]
     stream: list[Stream]
     duration: list[list[float]]
     arcs: list[tuple[int, int]]
-    transfers: list[Transfer]
+    transfers: list[MipTransfer]
     pairs: list[tuple[int, int]]
     meetings: list[tuple[int, int]]
     head: list[float]
@@ -83,9 +83,9 @@ def sketch(problem: PlanningProblem, horizon_ns: int | None) -> Sketch:
     stream = [problem.groups[g].stream for g, _, _ in jobs]
     meets = [(a, b) for a, b in combinations(range(len(jobs)), 2)
              if stream[a] is stream[b] and not reach[a, b] and not reach[b, a]]
-    transfers = [Transfer(a, b, {pair: value / unit for pair, value in table.items()},
-                          {pair: (value - problem.topology.link(*pair).latency_ns) / unit
-                           for pair, value in table.items()}) for a, b, table in moved]
+    transfers = [MipTransfer(a, b, {pair: value / unit for pair, value in table.items()},
+                             {pair: (value - problem.topology.link(*pair).latency_ns) / unit
+                              for pair, value in table.items()}) for a, b, table in moved]
     return Sketch(problem, unit, units, jobs, [unit_of_group[g] for g, _, _ in jobs], stream,
                   [[value / unit for value in row] for row in exact], arcs, transfers, meets,
                   _meetings(transfers, exact, unit, len(set(stream))), [value / unit for value in head],
@@ -130,7 +130,7 @@ def _memory(group: Group, kind: ActionKind, microbatch: int) -> tuple[int, int]:
     return 0, fw + (iw if has_i else fi)
 
 
-def _dependencies(problem: PlanningProblem, index: dict[Job, int], unit_of: dict[int, int],
+def _dependencies(problem: PlanningProblem, index: dict[Operation, int], unit_of: dict[int, int],
                   ) -> tuple[list[tuple[int, int]], list[tuple[int, int, dict[tuple[int, int], int]]]]:
     """Arcs within a unit and between equal microbatches; data arcs between units with their transfer times."""
     arcs: set[tuple[int, int]] = set()
@@ -187,7 +187,7 @@ def _closure(durations: list[int], links: list[tuple[int, int]]) -> tuple[list[i
     return head, tail, reach
 
 
-def _meetings(transfers: list[Transfer], exact: list[list[int]], unit: float, streams: int) -> list[tuple[int, int]]:
+def _meetings(transfers: list[MipTransfer], exact: list[list[int]], unit: float, streams: int) -> list[tuple[int, int]]:
     """Pairs of transfers that could wait for each other.
 
     None do if every job sends once, takes as long as any transfer occupies its channel, and all senders of a device

@@ -22,7 +22,7 @@ from pyomo.repn import generate_standard_repn
 from mipipe.planner import clock
 
 
-class Termination(StrEnum):
+class SolverStatus(StrEnum):
     """How a solve ended. FEASIBLE: a limit was reached with an incumbent; TIME_LIMIT: without one."""
 
     OPTIMAL = "optimal"
@@ -36,7 +36,7 @@ class Termination(StrEnum):
 class SolverOutcome:
     """What a solve found. ``objective`` is None without an incumbent, ``bound`` None where nothing was proven."""
 
-    termination: Termination
+    termination: SolverStatus
     objective: float | None
     bound: float | None
     seconds: float
@@ -206,14 +206,14 @@ def _outcome(solver: highspy.Highs, matrix: _Matrix, seen: _Seen, seconds: float
     if info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible:
         objective, values = info.objective_function_value, solver.getSolution().col_value
     if status == statuses.kOptimal:
-        termination = Termination.OPTIMAL
+        termination = SolverStatus.OPTIMAL
         bound = info.mip_dual_bound if matrix.lp.integrality_ else objective
     elif status in (statuses.kInfeasible, statuses.kObjectiveBound, statuses.kUnboundedOrInfeasible):
-        termination, objective, bound = Termination.INFEASIBLE, None, None
+        termination, objective, bound = SolverStatus.INFEASIBLE, None, None
     elif seen.interrupted:
-        termination = Termination.INTERRUPTED
+        termination = SolverStatus.INTERRUPTED
     else:
-        termination = Termination.TIME_LIMIT if objective is None else Termination.FEASIBLE
+        termination = SolverStatus.TIME_LIMIT if objective is None else SolverStatus.FEASIBLE
         if matrix.lp.integrality_ and np.isfinite(info.mip_dual_bound):
             bound = info.mip_dual_bound
     if objective is not None and values is not None:

@@ -11,21 +11,21 @@ from __future__ import annotations
 from collections import defaultdict
 
 from mipipe.planner.actions import ActionKind
-from mipipe.planner.milp.pattern import Key, Pattern
+from mipipe.planner.milp.pattern import OperationKey, PeriodicPattern
 
 ORDER = {ActionKind.F: 0, ActionKind.RECOMPUTE: 1, ActionKind.I: 1, ActionKind.B: 1, ActionKind.W: 2}
 
 
-def greedy(pattern: Pattern, period_ns: int) -> dict[Key, float] | None:
+def greedy(pattern: PeriodicPattern, period_ns: int) -> dict[OperationKey, float] | None:
     """Start of every operation; None if some operation finds no gap or the memory does not suffice."""
-    before: dict[Key, list[tuple[Key, int]]] = defaultdict(list)
+    before: dict[OperationKey, list[tuple[OperationKey, int]]] = defaultdict(list)
     for a, b, lag in pattern.arcs:
         before[pattern.alias[b]].append((pattern.alias[a], lag))
-    shared: dict[Key, list[int]] = defaultdict(list)
+    shared: dict[OperationKey, list[int]] = defaultdict(list)
     for key, machine in pattern.machine.items():
         shared[pattern.alias[key]].append(machine)
     busy: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    start: dict[Key, int] = {}
+    start: dict[OperationKey, int] = {}
     for key in _ordered(pattern):
         earliest = max((start[a] + pattern.duration[a] + lag for a, lag in before[key]), default=0)
         moment = _gap([busy[machine] for machine in shared[key]], earliest, pattern.duration[key], period_ns)
@@ -38,7 +38,7 @@ def greedy(pattern: Pattern, period_ns: int) -> dict[Key, float] | None:
     return times if _fits(pattern, times, period_ns) else None
 
 
-def _ordered(pattern: Pattern) -> list[Key]:
+def _ordered(pattern: PeriodicPattern) -> list[OperationKey]:
     """One operation of every alias: by phase, within a phase along the data."""
     depth = dict.fromkeys(pattern.keys, 0)
     for _ in pattern.keys:
@@ -76,7 +76,7 @@ def _blocked(begin: int, size: int, moment: int, length: int, period: int) -> in
     return (begin + size - moment) % period if since + length > period else 0
 
 
-def _fits(pattern: Pattern, times: dict[Key, float], period: int) -> bool:
+def _fits(pattern: PeriodicPattern, times: dict[OperationKey, float], period: int) -> bool:
     """Whether what is held when an operation starts fits its rank, in steady state."""
     for key, machine in pattern.machine.items():
         rank = machine // 2

@@ -16,9 +16,9 @@ from mipipe.planner.actions import Action
 from mipipe.planner.bounds.at_placement import bounding_shop, placement_bound
 from mipipe.planner.jobs.job_shop import Jobs, elementary_actions, job_shop, peak_memory
 from mipipe.planner.jobs.stages import StageView
-from mipipe.planner.jobs.times import Evaluation, evaluate, run
+from mipipe.planner.jobs.times import Evaluation, evaluate, run_orders
 from mipipe.planner.milp import disjunctive
-from mipipe.planner.milp.highs import SolverOutcome, Termination
+from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
 from mipipe.planner.milp.shop import Shop, time_unit, whole
 from mipipe.planner.plan import RankOrder, Schedule
 
@@ -60,19 +60,19 @@ def solve_order(view: StageView, *, time_limit_s: float, seed: int, start: Sched
         best_ns = evaluate(view, start)[1].makespan_ns
         horizon_ns = min(best_ns - unit, horizon_ns or best_ns)
     if best_ns is not None and best_ns <= lower:
-        return OrderResult(best, best_ns, lower, SolverOutcome(Termination.OPTIMAL, best_ns, lower, 0.0, 0, 0))
+        return OrderResult(best, best_ns, lower, SolverOutcome(SolverStatus.OPTIMAL, best_ns, lower, 0.0, 0, 0))
     grow = horizon_ns is None
     horizon = horizon_ns if horizon_ns is not None else lower + lower // 8
     seconds = 0.0
     while True:
-        result = disjunctive.solve(shop, horizon, time_limit_s=time_limit_s - seconds, seed=seed, lower_ns=lower)
+        result = disjunctive.solve_shop(shop, horizon, time_limit_s=time_limit_s - seconds, seed=seed, lower_ns=lower)
         seconds += result.outcome.seconds
         lower = max(lower, result.bound_ns)
-        if not (grow and result.outcome.termination is Termination.INFEASIBLE) or seconds >= time_limit_s:
+        if not (grow and result.outcome.termination is SolverStatus.INFEASIBLE) or seconds >= time_limit_s:
             break
         horizon += horizon // 4
     if result.orders is not None:
-        found = run(jobs.compiled, list(result.orders.values()))
+        found = run_orders(jobs.compiled, list(result.orders.values()))
         assert found is not None or bounding is not jobs, "the model's order deadlocks"  # shares may take no time
         if found is not None and (best_ns is None or found.makespan_ns < best_ns):
             best, best_ns = to_schedule(jobs, result.orders), found.makespan_ns
@@ -99,8 +99,8 @@ def fits(jobs: Jobs, evaluation: Evaluation) -> bool:
 def _summary(outcome: SolverOutcome, best_ns: int | None, lower: int, seconds: float) -> SolverOutcome:
     """The outcome with respect to the best schedule, which the last solve may only have proven."""
     termination = outcome.termination
-    if best_ns is not None and termination is not Termination.INTERRUPTED:
-        termination = Termination.OPTIMAL if lower >= best_ns else Termination.FEASIBLE
+    if best_ns is not None and termination is not SolverStatus.INTERRUPTED:
+        termination = SolverStatus.OPTIMAL if lower >= best_ns else SolverStatus.FEASIBLE
     return SolverOutcome(termination, best_ns, lower, seconds, outcome.num_variables, outcome.num_constraints)
 
 

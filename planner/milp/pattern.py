@@ -9,22 +9,22 @@ from mipipe.planner.actions import ActionKind
 from mipipe.planner.jobs.job_shop import job_shop
 from mipipe.planner.jobs.stages import StageView
 
-Key = tuple[int, ActionKind, int]
+OperationKey = tuple[int, ActionKind, int]
 """(stage, kind, class), a class named by its first microbatch."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pattern:
+class PeriodicPattern:
     """The operations of one period: ``alias[o]`` is the operation whose times o shares; roving ones have no machine."""
 
-    keys: list[Key]
-    alias: dict[Key, Key]
-    duration: dict[Key, int]
-    machine: dict[Key, int]
-    arcs: list[tuple[Key, Key, int]]
-    alloc: dict[Key, int]
-    free: dict[Key, int]
-    workspace: dict[Key, int]
+    keys: list[OperationKey]
+    alias: dict[OperationKey, OperationKey]
+    duration: dict[OperationKey, int]
+    machine: dict[OperationKey, int]
+    arcs: list[tuple[OperationKey, OperationKey, int]]
+    alloc: dict[OperationKey, int]
+    free: dict[OperationKey, int]
+    workspace: dict[OperationKey, int]
     capacity: list[int]
     load: int
 
@@ -41,7 +41,7 @@ def route_names(view: StageView) -> list[int]:
     return [first.setdefault(tuple(route[m] for route in kept), m) for m in range(view.problem.num_microbatches)]
 
 
-def pattern_of(view: StageView) -> Pattern:
+def pattern_of(view: StageView) -> PeriodicPattern:
     """The operations of one microbatch of every class, with durations and sizes averaged over the class's loads.
 
     Classes here are routes: microbatches that differ only in load share a pattern. Operations of roving stages take
@@ -49,15 +49,15 @@ def pattern_of(view: StageView) -> Pattern:
     """
     jobs = job_shop(view, fifo=False)
     name, free = route_names(view), roving(view)
-    members: dict[Key, list[int]] = defaultdict(list)
+    members: dict[OperationKey, list[int]] = defaultdict(list)
     for job, action in enumerate(jobs.compiled.actions):
         members[action.stage, action.kind, name[action.microbatch]].append(job)
 
-    def mean(column: list[int]) -> dict[Key, int]:
+    def mean(column: list[int]) -> dict[OperationKey, int]:
         return {key: -(-sum(column[job] for job in found) // len(found)) for key, found in members.items()}
 
     index = {job: key for key, found in members.items() for job in found}
-    longest: dict[tuple[Key, Key], int] = {}
+    longest: dict[tuple[OperationKey, OperationKey], int] = {}
     for a, b, lag in jobs.arcs:
         longest[index[a], index[b]] = max(lag, longest.get((index[a], index[b]), 0))
     keys = list(members)
@@ -67,13 +67,13 @@ def pattern_of(view: StageView) -> Pattern:
     load: dict[int, int] = defaultdict(int)
     for job, where in enumerate(jobs.machine):
         load[where] += jobs.durations[job]
-    return Pattern(keys, _aliases(view, sorted(set(name)), keys, duration, free), duration, machine,
-                   [(a, b, lag) for (a, b), lag in sorted(longest.items())], mean(jobs.alloc), mean(jobs.free),
-                   mean(jobs.workspace), list(jobs.capacity), -(-max(load.values()) // periods))
+    return PeriodicPattern(keys, _aliases(view, sorted(set(name)), keys, duration, free), duration, machine,
+                           [(a, b, lag) for (a, b), lag in sorted(longest.items())], mean(jobs.alloc), mean(jobs.free),
+                           mean(jobs.workspace), list(jobs.capacity), -(-max(load.values()) // periods))
 
 
-def _aliases(view: StageView, names: list[int], keys: list[Key], duration: dict[Key, int],
-             free: list[bool]) -> dict[Key, Key]:
+def _aliases(view: StageView, names: list[int], keys: list[OperationKey], duration: dict[OperationKey, int],
+             free: list[bool]) -> dict[OperationKey, OperationKey]:
     """Identity, or the second class on the first where an exchange of ranks maps one onto the other."""
     alias = {key: key for key in keys}
     if len(names) != 2:

@@ -27,9 +27,9 @@ import pyomo.environ as pyo
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.milp import highs
-from mipipe.planner.milp.highs import SolverOutcome, Termination
+from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
 from mipipe.planner.milp.modulo import greedy
-from mipipe.planner.milp.pattern import Key, Pattern, pattern_of
+from mipipe.planner.milp.pattern import OperationKey, PeriodicPattern, pattern_of
 
 STEPS = (1.0, 1.01, 1.02, 1.035, 1.05, 1.075, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0)
 
@@ -39,13 +39,13 @@ class PeriodicResult:
     """``starts_ns[stage, kind, class]``: start in the class's first microbatch; None if no pattern was found."""
 
     period_ns: int | None
-    starts_ns: dict[Key, float] | None
+    starts_ns: dict[OperationKey, float] | None
     span_ns: float | None
     outcome: SolverOutcome
 
 
 def pace(view: StageView, period_ns: int | None = None, *, time_limit_s: float, seed: int,
-         start: dict[Key, float] | None = None) -> PeriodicResult:
+         start: dict[OperationKey, float] | None = None) -> PeriodicResult:
     """The pattern of least span at the least period that has one (at ``period_ns`` alone if given).
 
     Periods rise from the load by `STEPS`; each has a quarter of the time left to find a pattern or to be refuted, half
@@ -53,7 +53,7 @@ def pace(view: StageView, period_ns: int | None = None, *, time_limit_s: float, 
     """
     pattern = pattern_of(view)
     left = time_limit_s
-    outcome = SolverOutcome(Termination.TIME_LIMIT, None, None, 0.0, 0, 0)
+    outcome = SolverOutcome(SolverStatus.TIME_LIMIT, None, None, 0.0, 0, 0)
     periods = [period_ns] if period_ns is not None else [math.ceil(pattern.load * step) for step in STEPS]
     for number, period in enumerate(periods):
         known = start or greedy(pattern, period)
@@ -71,12 +71,12 @@ def pace(view: StageView, period_ns: int | None = None, *, time_limit_s: float, 
         if start is None and known is not None:
             span = max(moment + pattern.duration[key] for key, moment in known.items())
             return PeriodicResult(period, known, span, outcome)
-        if outcome.termination is Termination.INTERRUPTED:
+        if outcome.termination is SolverStatus.INTERRUPTED:
             break
     return PeriodicResult(None, None, None, outcome)
 
 
-def build(pattern: Pattern, period_ns: int) -> pyo.ConcreteModel:
+def build(pattern: PeriodicPattern, period_ns: int) -> pyo.ConcreteModel:
     """The model of the module docstring, times in periods."""
     model = pyo.ConcreteModel()
     own = [key for key in pattern.keys if pattern.alias[key] == key]
@@ -89,7 +89,7 @@ def build(pattern: Pattern, period_ns: int) -> pyo.ConcreteModel:
     model.rows = pyo.ConstraintList()
     size = {key: pattern.duration[key] / period_ns for key in pattern.keys}
 
-    def start(key: Key) -> pyo.Expression:
+    def start(key: OperationKey) -> pyo.Expression:
         return model.k[number[key]] + model.tau[number[key]]
 
     for a, b, lag in pattern.arcs:
@@ -97,7 +97,7 @@ def build(pattern: Pattern, period_ns: int) -> pyo.ConcreteModel:
             model.rows.add(start(b) - start(a) >= size[a] + lag / period_ns)
     for key in own:
         model.rows.add(model.span - start(key) >= size[key])
-    machines: dict[int, list[Key]] = defaultdict(list)
+    machines: dict[int, list[OperationKey]] = defaultdict(list)
     for key, where in pattern.machine.items():
         machines[where].append(key)
     seen: set[frozenset[int]] = set()
@@ -121,7 +121,8 @@ def build(pattern: Pattern, period_ns: int) -> pyo.ConcreteModel:
     return model
 
 
-def _memory(model: pyo.ConcreteModel, pattern: Pattern, members: list[Key], number: dict[Key, int]) -> None:
+def _memory(model: pyo.ConcreteModel, pattern: PeriodicPattern, members: list[OperationKey],
+            number: dict[OperationKey, int]) -> None:
     """What is held when an operation that takes memory starts; other streams of the rank count as held throughout."""
     rank = pattern.machine[members[0]] // 2
     others = [key for key, where in pattern.machine.items() if where // 2 == rank and key not in members]
@@ -148,7 +149,7 @@ def _memory(model: pyo.ConcreteModel, pattern: Pattern, members: list[Key], numb
         model.rows.add(body / max(1, capacity) <= (capacity - held) / max(1, capacity))
 
 
-def _depth(pattern: Pattern, period_ns: int) -> int:
+def _depth(pattern: PeriodicPattern, period_ns: int) -> int:
     """Periods from a microbatch's first operation to its last along its longest path, doubled for what waits."""
     reach = dict.fromkeys(pattern.keys, 0)
     for _ in range(len(pattern.keys)):
@@ -162,7 +163,8 @@ def _depth(pattern: Pattern, period_ns: int) -> int:
     return 2 * math.ceil(max(reach[key] + pattern.duration[key] for key in pattern.keys) / period_ns)
 
 
-def _set_start(model: pyo.ConcreteModel, pattern: Pattern, period_ns: int, start: dict[Key, float]) -> None:
+def _set_start(model: pyo.ConcreteModel, pattern: PeriodicPattern, period_ns: int,
+               start: dict[OperationKey, float]) -> None:
     own = [key for key in pattern.keys if pattern.alias[key] == key]
     times = [start[key] / period_ns for key in own]
     for n, moment in enumerate(times):
@@ -172,7 +174,7 @@ def _set_start(model: pyo.ConcreteModel, pattern: Pattern, period_ns: int, start
         model.y[a, b].set_value(int(model.tau[b].value < model.tau[a].value), skip_validation=True)
 
 
-def _read(model: pyo.ConcreteModel, pattern: Pattern, period_ns: int, outcome: SolverOutcome) -> PeriodicResult:
+def _read(model: pyo.ConcreteModel, pattern: PeriodicPattern, period_ns: int, outcome: SolverOutcome) -> PeriodicResult:
     own = [key for key in pattern.keys if pattern.alias[key] == key]
     starts = {key: (round(model.k[n].value) + model.tau[n].value) * period_ns for n, key in enumerate(own)}
     return PeriodicResult(period_ns, {key: starts[pattern.alias[key]] for key in pattern.keys},

@@ -34,7 +34,7 @@ from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.over_placements import work_of
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.milp import highs
-from mipipe.planner.milp.highs import SolverOutcome, Termination
+from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
 from mipipe.planner.milp.placement_units import Units, forwards_per_byte, light_forwards, units_of
 from mipipe.planner.milp.routes import to_placement, to_shares
 from mipipe.planner.plan import Placement
@@ -63,8 +63,8 @@ class Proposal:
     outcome: SolverOutcome
 
 
-def propose(problem: PlanningProblem, *, time_limit_s: float, seed: int, count: int = 4, max_replicas: int = 1,
-            contiguous: bool = False, start: Placement | None = None) -> list[Proposal]:
+def propose_by_mip(problem: PlanningProblem, *, time_limit_s: float, seed: int, count: int = 4, max_replicas: int = 1,
+                   contiguous: bool = False, start: Placement | None = None) -> list[Proposal]:
     """Up to ``count`` different placements, each the best found for another weight of transfer time.
 
     Args:
@@ -99,12 +99,12 @@ def propose(problem: PlanningProblem, *, time_limit_s: float, seed: int, count: 
             if known is not None:
                 found.remove(known)
             found.append(Proposal(placement, estimate, bound, outcome))
-        if outcome.termination is Termination.INTERRUPTED:
+        if outcome.termination is SolverStatus.INTERRUPTED:
             break
     return sorted(found, key=lambda proposal: proposal.estimate_ns)
 
 
-def placement_bound(problem: PlanningProblem, *, time_limit_s: float, seed: int) -> tuple[int | None, SolverOutcome]:
+def free_bound(problem: PlanningProblem, *, time_limit_s: float, seed: int) -> tuple[int | None, SolverOutcome]:
     """A bound on the makespan over all placements, with any number of replicas."""
     units = units_of(problem)
     model = build(problem, units, max_replicas=problem.num_ranks, contiguous=False, hop_weight=0.0)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mipipe.planner.actions import Stream
-from mipipe.planner.bounds.over_placements import Facts, facts_of, work_of
+from mipipe.planner.bounds.over_placements import GroupTimes, facts_of, work_of
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.problem import PlanningProblem
 
@@ -77,7 +77,7 @@ def _may_recompute(problem: PlanningProblem, unit: Sequence[int]) -> bool:
             and sum(_kept(problem, g) for g in unit) < sum(_saved(problem, g) for g in unit))
 
 
-def _area(problem: PlanningProblem, facts: Facts, g: int) -> int:
+def _area(problem: PlanningProblem, facts: GroupTimes, g: int) -> int:
     """Bytes x time of one step's activations of a group: from F's start to the end of I and of W."""
     group, back = problem.groups[g], facts.gradient_head[g]
     if back is None:
@@ -89,7 +89,7 @@ def _area(problem: PlanningProblem, facts: Facts, g: int) -> int:
     return int(sizes * _microbatches(problem, g))
 
 
-def _kept_area(problem: PlanningProblem, facts: Facts, g: int) -> int:
+def _kept_area(problem: PlanningProblem, facts: GroupTimes, g: int) -> int:
     """The same where F runs again, just before the gradient: until then only what is kept counts."""
     group, back = problem.groups[g], facts.gradient_head[g]
     if back is None:

@@ -33,9 +33,9 @@ import pyomo.environ as pyo
 from mipipe.planner.bounds.at_placement import bounding_shop, heads_and_tails, placement_bound, reduce_tails
 from mipipe.planner.jobs.job_shop import Jobs, lines
 from mipipe.planner.jobs.stages import StageView
-from mipipe.planner.jobs.times import run
+from mipipe.planner.jobs.times import run_orders
 from mipipe.planner.milp import highs
-from mipipe.planner.milp.highs import SolverOutcome, Termination
+from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
 from mipipe.planner.milp.order import fits, to_schedule
 from mipipe.planner.plan import Schedule
 
@@ -88,7 +88,7 @@ def bound(view: StageView, *, makespan_ns: int, time_limit_s: float, seed: int, 
     slots = max(10, max_columns // len(lines(jobs)))
     exact = makespan_ns // unit <= slots
     grid = _grid(jobs, unit if exact else -(-makespan_ns // slots))
-    outcome = SolverOutcome(Termination.TIME_LIMIT, None, None, 0.0, 0, 0)
+    outcome = SolverOutcome(SolverStatus.TIME_LIMIT, None, None, 0.0, 0, 0)
     low, high = -(-lower // unit), makespan_ns // unit  # in units: proven from below, not refuted from above
     found: tuple[Schedule, int] | None = None
     first = exact  # branch and bound on "shorter than the incumbent" proves optimality; then bisection by relaxations
@@ -96,13 +96,13 @@ def bound(view: StageView, *, makespan_ns: int, time_limit_s: float, seed: int, 
         horizon = high - 1 if first else (low + high - 1) // 2
         model = build(grid, horizon * unit, relaxed=not first)
         if model is None:
-            outcome = SolverOutcome(Termination.INFEASIBLE, None, None, 0.0, 0, 0)
+            outcome = SolverOutcome(SolverStatus.INFEASIBLE, None, None, 0.0, 0, 0)
         else:
             outcome = highs.solve(model, time_limit_s=left / 2 if first else left, seed=seed,
                                   options=None if first else RELAXATION)
-        if outcome.termination is Termination.INTERRUPTED:
+        if outcome.termination is SolverStatus.INTERRUPTED:
             break
-        if outcome.termination is Termination.INFEASIBLE:
+        if outcome.termination is SolverStatus.INFEASIBLE:
             low = horizon + 1
         elif first and outcome.has_solution and model is not None:
             drawn = _schedule(grid, model)
@@ -221,7 +221,7 @@ def _schedule(grid: _Grid, model: pyo.ConcreteModel) -> tuple[Schedule, int] | N
             start[job] = next(t for t, number in enumerate(started) if number > position)
     orders = {machine: sorted(found, key=lambda job: (start[job], start[job] + jobs.durations[job]))
               for machine, found in jobs.by_machine().items()}
-    evaluation = run(jobs.compiled, list(orders.values()))
+    evaluation = run_orders(jobs.compiled, list(orders.values()))
     if evaluation is None or not fits(jobs, evaluation):
         return None
     return to_schedule(jobs, orders), evaluation.makespan_ns

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.jobs.job_shop import Jobs, job_shop
 from mipipe.planner.jobs.stages import StageView
-from mipipe.planner.jobs.times import Evaluation, run
+from mipipe.planner.jobs.times import Evaluation, run_orders
 from mipipe.planner.milp.order import fits, to_schedule
 from mipipe.planner.milp.pattern import route_names
 from mipipe.planner.milp.periodic import PeriodicResult
@@ -198,5 +198,5 @@ class _Memory:
 
 
 def _evaluate(jobs: Jobs, orders: dict[int, list[int]]) -> Evaluation | None:
-    evaluation = run(jobs.compiled, [order for order in orders.values() if order])
+    evaluation = run_orders(jobs.compiled, [order for order in orders.values() if order])
     return evaluation if evaluation is not None and fits(jobs, evaluation) else None

@@ -18,17 +18,17 @@ from itertools import pairwise
 
 from mipipe.planner.jobs.job_shop import Jobs, job_shop, relabel
 from mipipe.planner.jobs.stages import StageView
-from mipipe.planner.jobs.times import Evaluation, orders_of, run
+from mipipe.planner.jobs.times import Evaluation, orders_of, run_orders
 from mipipe.planner.milp import disjunctive
-from mipipe.planner.milp.highs import Termination
+from mipipe.planner.milp.highs import SolverStatus
 from mipipe.planner.milp.order import fits, to_schedule
 from mipipe.planner.milp.shop import Shop, add_transfers, time_unit
 from mipipe.planner.plan import Schedule
 
 
-def improve(view: StageView, schedule: Schedule, *, window: int, time_limit_s: float, seed: int,
-            target_ns: int = 0, solve_limit_s: float = 3.0, accept: Callable[[Schedule], bool] | None = None,
-            ) -> tuple[Schedule, int, int]:
+def improve_by_windows(view: StageView, schedule: Schedule, *, window: int, time_limit_s: float, seed: int,
+                       target_ns: int = 0, solve_limit_s: float = 3.0, accept: Callable[[Schedule], bool] | None = None,
+                       ) -> tuple[Schedule, int, int]:
     """(schedule, makespan, number of improvements) after sliding windows over the schedule until none helps.
 
     Args:
@@ -43,7 +43,7 @@ def improve(view: StageView, schedule: Schedule, *, window: int, time_limit_s: f
     schedule = relabel(view, schedule)
     jobs = job_shop(view, schedule.actions())
     orders = orders_of(jobs.compiled, schedule)
-    evaluation = run(jobs.compiled, orders)
+    evaluation = run_orders(jobs.compiled, orders)
     assert evaluation is not None, "the given schedule deadlocks"
     improvements, stale, turn = 0, 0, 0
     intervals = _intervals(evaluation, jobs, window)
@@ -55,7 +55,7 @@ def improve(view: StageView, schedule: Schedule, *, window: int, time_limit_s: f
         turn += 1
         found, interrupted = _solve_window(jobs, orders, evaluation, begin, end, min(left, solve_limit_s), seed + turn)
         if found is not None:
-            better = run(jobs.compiled, found)
+            better = run_orders(jobs.compiled, found)
             if better is not None and better.makespan_ns < evaluation.makespan_ns and fits(jobs, better) and (
                     accept is None or accept(_schedule(jobs, found))):
                 orders, evaluation = found, better
@@ -96,12 +96,12 @@ def _intervals(evaluation: Evaluation, jobs: Jobs, window: int) -> list[tuple[in
 def _solve_window(jobs: Jobs, orders: list[list[int]], evaluation: Evaluation, begin: int, end: int,
                   limit_s: float, seed: int) -> tuple[list[list[int]] | None, bool]:
     """New orders if the window has better ones; and whether Ctrl-C stopped the solve."""
-    shop, slices, floor = cut(jobs, orders, evaluation, begin, end)
+    shop, slices, floor = cut_window(jobs, orders, evaluation, begin, end)
     horizon = evaluation.makespan_ns - time_unit(shop, evaluation.makespan_ns)
     if floor > horizon:
         return None, False  # some critical path avoids the window's jobs
-    result = disjunctive.solve(shop, horizon, time_limit_s=limit_s, seed=seed, lower_ns=floor)
-    interrupted = result.outcome.termination is Termination.INTERRUPTED
+    result = disjunctive.solve_shop(shop, horizon, time_limit_s=limit_s, seed=seed, lower_ns=floor)
+    interrupted = result.outcome.termination is SolverStatus.INTERRUPTED
     if result.orders is None:
         return None, interrupted
     new = []
@@ -111,8 +111,8 @@ def _solve_window(jobs: Jobs, orders: list[list[int]], evaluation: Evaluation, b
     return new, interrupted
 
 
-def cut(jobs: Jobs, orders: list[list[int]], evaluation: Evaluation, begin: int,
-        end: int) -> tuple[Shop, list[tuple[int, int]], int]:
+def cut_window(jobs: Jobs, orders: list[list[int]], evaluation: Evaluation, begin: int,
+               end: int) -> tuple[Shop, list[tuple[int, int]], int]:
     """The shop of the jobs that start in ``[begin, end)``; their slice of each order; the longest path around them."""
     starts = evaluation.starts
     slices = []

@@ -60,7 +60,7 @@ def _before_first_join(problem: PlanningProblem, ahead: Sequence[set[int]]) -> s
     return ahead[join] - lightest
 
 
-def placements(problem: PlanningProblem, name: str = "free") -> Iterator[Placement]:
+def branch_placements(problem: PlanningProblem, name: str = "free") -> Iterator[Placement]:
     """Placements of the shapes of this module that a placement option allows; none for a model without encoders."""
     chosen = encoders(problem)
     if not chosen or problem.num_ranks < 2:

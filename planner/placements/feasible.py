@@ -60,7 +60,7 @@ def shortage(problem: PlanningProblem, placement: Placement) -> Shortage | None:
     held = resident_bytes(problem, placement)
     instance = build(view(problem, placement))
     found = []
-    for rank, need in enumerate(one_at_a_time(instance).tolist()):
+    for rank, need in enumerate(single_microbatch_bytes(instance).tolist()):
         memory, room = problem.topology.devices[rank].memory_bytes, resident_room(problem, rank)
         if held[rank] > room:
             beside = need if room == memory else 0  # a limit on weights alone has no room for anything else
@@ -71,7 +71,7 @@ def shortage(problem: PlanningProblem, placement: Placement) -> Shortage | None:
     return worst if worst.lacking_bytes > 0 else None
 
 
-def one_at_a_time(instance: Instance) -> np.ndarray:
+def single_microbatch_bytes(instance: Instance) -> np.ndarray:
     """Bytes each rank needs to run one microbatch alone, the worst over microbatches."""
     ranks, count = len(instance.cap), instance.view.problem.num_microbatches
     total = np.zeros((ranks, count), dtype=np.int64)

@@ -87,7 +87,7 @@ def light_ends(problem: PlanningProblem) -> list[int]:
     return found if len(problem.groups) > problem.num_ranks + 1 else []
 
 
-def propose(problem: PlanningProblem, name: str = "free") -> Iterator[Placement]:
+def propose_shapes(problem: PlanningProblem, name: str = "free") -> Iterator[Placement]:
     """Placements of the allowed shapes whose weights fit, simplest first."""
     return (placement for placement in all_placements(problem, name) if resident_fits(problem, placement))
 
@@ -119,4 +119,4 @@ def all_placements(problem: PlanningProblem, name: str = "free") -> Iterator[Pla
         if name == "free" and ends and problem.num_ranks > 1 and blocks - len(ends) >= shape.num_stages:
             yield place_spread(problem, shape, ends)
     yield from rings(problem, name)
-    yield from branches.placements(problem, name)
+    yield from branches.branch_placements(problem, name)

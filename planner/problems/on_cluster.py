@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 from mipipe.graphs.cluster import Cluster
-from mipipe.graphs.coarse.coarsen import Granularity, coarsen
+from mipipe.graphs.coarse.coarsen import GroupGranularity, coarsen
 from mipipe.graphs.coarse.graph import CoarseGraph
 from mipipe.graphs.coarse.graph_index import index_graph
 from mipipe.graphs.costs.exchange import slowest_link
@@ -103,7 +103,7 @@ def coarse_for(graph: OperatorGraph, table: CostTable | None, groups: int | None
         noted = table.notes.get("groups")
         groups = int(noted) if noted else None
         granularity = table.notes.get("granularity")
-    return coarsen(graph, num_groups=groups, granularity=cast("Granularity | None", granularity))
+    return coarsen(graph, num_groups=groups, granularity=cast("GroupGranularity | None", granularity))
 
 
 def estimated_costs(coarse: CoarseGraph, graph: OperatorGraph, cluster: Cluster, where: str = "cluster") -> CostTable:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from mipipe.planner.schedules import closed_forms
-from mipipe.planner.schedules.baseline import Accounting, Baseline
+from mipipe.planner.schedules.baseline import Baseline, OrderAccounting
 from mipipe.planner.schedules.chimera import chimera
-from mipipe.planner.schedules.cut import Cut, merge_streams
+from mipipe.planner.schedules.cut import CutRule, merge_streams
 from mipipe.planner.schedules.dualpipe import dualpipe, dualpipe_v
 from mipipe.planner.schedules.one_f_one_b import gpipe, interleaved, one_f_one_b
-from mipipe.planner.schedules.pattern import Pattern, Times
+from mipipe.planner.schedules.pattern import PhaseTimes, StagePattern
 from mipipe.planner.schedules.v_shape import v_half, v_min, zb_v
 from mipipe.planner.schedules.zero_bubble import zb1p, zb_h1, zb_h2
 
-__all__ = ["BASELINES", "Accounting", "Baseline", "Cut", "Pattern", "Times", "merge_streams"]
+__all__ = ["BASELINES", "Baseline", "CutRule", "OrderAccounting", "PhaseTimes", "StagePattern", "merge_streams"]
 
-_BOTH: tuple[Accounting, ...] = ("indivisible", "split")
-_SPLIT: tuple[Accounting, ...] = ("split",)
+_BOTH: tuple[OrderAccounting, ...] = ("indivisible", "split")
+_SPLIT: tuple[OrderAccounting, ...] = ("split",)
 
 BASELINES: tuple[Baseline, ...] = (
     Baseline("GPipe", gpipe, _BOTH, closed_forms.one_f_one_b, "Huang et al., 2019"),

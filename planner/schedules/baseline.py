@@ -21,11 +21,11 @@ from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.schedules.closed_forms import ClosedForm
-from mipipe.planner.schedules.cut import Cut, cut_stages, merge_streams
-from mipipe.planner.schedules.pattern import Pattern, Times
+from mipipe.planner.schedules.cut import CutRule, cut_stages, merge_streams
+from mipipe.planner.schedules.pattern import PhaseTimes, StagePattern
 
-Accounting = Literal["indivisible", "split"]
-MakePattern = Callable[[int, int, Times | None], Pattern]
+OrderAccounting = Literal["indivisible", "split"]
+MakePattern = Callable[[int, int, PhaseTimes | None], StagePattern]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,11 @@ class Baseline:
 
     name: str
     make: MakePattern
-    accountings: tuple[Accounting, ...]
+    accountings: tuple[OrderAccounting, ...]
     closed_form: ClosedForm | None
     source: str
 
-    def plan(self, problem: PlanningProblem, *, split: bool = True, cut: Cut = "even") -> Plan:
+    def plan(self, problem: PlanningProblem, *, split: bool = True, cut: CutRule = "even") -> Plan:
         """The schedule's plan for a problem, with its makespan; memory limits are not looked at.
 
         Raises:
@@ -67,21 +67,21 @@ class Baseline:
 
 
 @lru_cache(maxsize=1)
-def _pattern(make: MakePattern, ranks: int, microbatches: int, times: Times) -> Pattern:
+def _pattern(make: MakePattern, ranks: int, microbatches: int, times: PhaseTimes) -> StagePattern:
     """The pattern; the last one is kept, because every accounting and cut asks for it again."""
     return make(ranks, microbatches, times)
 
 
-def _times(problem: PlanningProblem) -> Times:
+def _times(problem: PlanningProblem) -> PhaseTimes:
     """An even stage's durations on the first device and a typical transfer, for the automatic schedules."""
     devices, edges = problem.topology.devices, problem.edges
     f, i, w = (sum(getattr(group.times[devices[0].kind], name) or 0 for group in problem.groups) // problem.num_ranks
                for name in ("f_ns", "i_ns", "w_ns"))
     size = sorted(edge.num_bytes for edge in edges)[len(edges) // 2] if edges else 0
-    return Times(f, i, w, problem.topology.transfer_ns(0, 1, size) if len(devices) > 1 else 0)
+    return PhaseTimes(f, i, w, problem.topology.transfer_ns(0, 1, size) if len(devices) > 1 else 0)
 
 
-def _placed(problem: PlanningProblem, pattern: Pattern,
+def _placed(problem: PlanningProblem, pattern: StagePattern,
             cuts: Sequence[Sequence[int]]) -> tuple[Placement, list[list[int]]]:
     """The placement, and for each of the pattern's stages the plan's stages: one for each run of one stream."""
     stages: list[Stage] = []

@@ -19,13 +19,13 @@ from mipipe.planner.placements.branches import encoders
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 from mipipe.planner.problem import GroupEdge, PlanningProblem
 from mipipe.planner.schedules import Baseline
-from mipipe.planner.schedules.cut import Cut
+from mipipe.planner.schedules.cut import CutRule
 
 Where = Literal["first", "apart"]
 
 
 def plan_with_encoder(problem: PlanningProblem, baseline: Baseline, where: Where, *, split: bool = True,
-                      cut: Cut = "even") -> Plan:
+                      cut: CutRule = "even") -> Plan:
     """A published schedule's plan for a model with an encoder, with its makespan; memory limits are not looked at.
 
     Raises:

@@ -11,11 +11,11 @@ from typing import Any
 
 from mipipe.graphs.errors import ProblemError
 from mipipe.planner.actions import ActionKind
-from mipipe.planner.schedules.list_order import Shop, best_order
-from mipipe.planner.schedules.pattern import Pattern, Times
+from mipipe.planner.schedules.list_order import ListProblem, best_order
+from mipipe.planner.schedules.pattern import PhaseTimes, StagePattern
 
 
-def chimera(ranks: int, microbatches: int, times: Times | None = None) -> Pattern:
+def chimera(ranks: int, microbatches: int, times: PhaseTimes | None = None) -> StagePattern:
     """The pattern for whole units of one microbatch per rank; at most P activations on a rank.
 
     Raises:
@@ -28,7 +28,8 @@ def chimera(ranks: int, microbatches: int, times: Times | None = None) -> Patter
     up = [microbatch % ranks >= half for microbatch in range(microbatches)]
     routes = tuple(tuple(ranks - 1 - stage if turned else stage for turned in up) for stage in range(ranks))
     lines = tuple([m for m in range(microbatches) if up[m] is turned] for turned in (False, True))
-    shop = Shop(ranks, ranks, microbatches, lambda stage, m: routes[stage][m], Times(1, 1, 1), ranks, lines, fused=True)
+    shop = ListProblem(ranks, ranks, microbatches, lambda stage, m: routes[stage][m], PhaseTimes(1, 1, 1), ranks,
+                       lines, fused=True)
 
     def in_units(kind: ActionKind, stage: int, microbatch: int) -> tuple[Any, ...]:
         return microbatch // ranks, kind is ActionKind.F, microbatch % half, -stage
@@ -37,5 +38,5 @@ def chimera(ranks: int, microbatches: int, times: Times | None = None) -> Patter
         return kind is ActionKind.F, microbatch // ranks, microbatch % half, -stage
 
     orders = best_order(shop, [in_units, backward_first])
-    return Pattern(tuple((stage, ranks - 1 - stage) for stage in range(ranks)), routes, tuple(map(tuple, orders)),
-                   "two-way")
+    return StagePattern(tuple((stage, ranks - 1 - stage) for stage in range(ranks)), routes, tuple(map(tuple, orders)),
+                        "two-way")

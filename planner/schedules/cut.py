@@ -12,10 +12,11 @@ from mipipe.graphs.errors import ProblemError
 from mipipe.planner.actions import Stream
 from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
 
-Cut = Literal["even", "balanced"]
+CutRule = Literal["even", "balanced"]
 
 
-def cut_stages(problem: PlanningProblem, stage_ranks: Sequence[Sequence[int]], cut: Cut, name: str) -> list[list[int]]:
+def cut_stages(problem: PlanningProblem, stage_ranks: Sequence[Sequence[int]], cut: CutRule,
+               name: str) -> list[list[int]]:
     """The groups of every stage.
 
     ``even`` gives every stage the same number of layers (embedding before them and head after them stay with the first

@@ -12,8 +12,8 @@ from collections import deque
 from mipipe.graphs.errors import ProblemError
 from mipipe.planner.actions import Action
 from mipipe.planner.schedules.pattern import (
-    Pattern,
-    Times,
+    PhaseTimes,
+    StagePattern,
     backward,
     forward,
     input_gradient,
@@ -23,7 +23,7 @@ from mipipe.planner.schedules.pattern import (
 )
 
 
-def dualpipe(ranks: int, microbatches: int, times: Times | None = None) -> Pattern:
+def dualpipe(ranks: int, microbatches: int, times: PhaseTimes | None = None) -> StagePattern:
     """A chain of one stage per rank, run from both ends: the first half of the microbatches down, the others up.
 
     Raises:
@@ -40,10 +40,10 @@ def dualpipe(ranks: int, microbatches: int, times: Times | None = None) -> Patte
         down, up = (rank, 0), (ranks - 1 - rank, each)  # the two stages here, and their first microbatches
         near = (down, up) if rank < half else (up, down)
         orders.append(_eight_phases(min(rank, ranks - 1 - rank), half, each, near))
-    return Pattern(stages, routes, tuple(map(tuple, orders)), "two-way")
+    return StagePattern(stages, routes, tuple(map(tuple, orders)), "two-way")
 
 
-def dualpipe_v(ranks: int, microbatches: int, times: Times | None = None) -> Pattern:
+def dualpipe_v(ranks: int, microbatches: int, times: PhaseTimes | None = None) -> StagePattern:
     """A V of two stages per rank: the half of DualPipe that its mirror image completes.
 
     Raises:

@@ -12,11 +12,11 @@ from itertools import pairwise
 from typing import Any
 
 from mipipe.planner.actions import Action, ActionKind
-from mipipe.planner.schedules.pattern import Times
+from mipipe.planner.schedules.pattern import PhaseTimes
 
 
 @dataclass(frozen=True, slots=True)
-class Shop:
+class ListProblem:
     """What is scheduled: ``rank_of(stage, microbatch)``, durations of a stage, and the cap of activations per rank.
 
     ``fused``: I and W are one action B. ``entries``: per direction its microbatches, which enter stage 0 in this order.
@@ -26,7 +26,7 @@ class Shop:
     num_stages: int
     num_microbatches: int
     rank_of: Callable[[int, int], int]
-    times: Times
+    times: PhaseTimes
     cap: int
     entries: tuple[Sequence[int], ...]
     fused: bool = False
@@ -45,7 +45,7 @@ class _Rank:
     put_off: list[tuple[int, int]] = field(default_factory=list)
 
 
-def list_order(shop: Shop, urgency: Urgency) -> tuple[int, list[list[Action]]] | None:
+def list_order(shop: ListProblem, urgency: Urgency) -> tuple[int, list[list[Action]]] | None:
     """(makespan, order per rank); None where the rule runs into its memory limit for good."""
     ranks = [_Rank() for _ in range(shop.num_ranks)]
     events: list[tuple[int, int]] = []
@@ -88,16 +88,16 @@ def list_order(shop: Shop, urgency: Urgency) -> tuple[int, list[list[Action]]] |
     return None if remaining else (end, [rank.order for rank in ranks])
 
 
-def _gradient(shop: Shop) -> ActionKind:
+def _gradient(shop: ListProblem) -> ActionKind:
     return ActionKind.B if shop.fused else ActionKind.I
 
 
-def _duration(shop: Shop, kind: ActionKind) -> int:
+def _duration(shop: ListProblem, kind: ActionKind) -> int:
     times = shop.times
     return {ActionKind.F: times.f, ActionKind.I: times.i, ActionKind.W: times.w}.get(kind, times.i + times.w)
 
 
-def _choose(shop: Shop, rank: _Rank, now: int) -> tuple[ActionKind, int, int] | None:
+def _choose(shop: ListProblem, rank: _Rank, now: int) -> tuple[ActionKind, int, int] | None:
     """The most urgent action that may start now, taken off the rank's lists."""
     fits = [entry for entry in rank.arrived if entry[0] <= now
             and (entry[2] is not ActionKind.F or rank.held < shop.cap)]
@@ -118,7 +118,7 @@ def _choose(shop: Shop, rank: _Rank, now: int) -> tuple[ActionKind, int, int] | 
     return None
 
 
-def order_time(shop: Shop, orders: Sequence[Sequence[Action]]) -> int:
+def order_time(shop: ListProblem, orders: Sequence[Sequence[Action]]) -> int:
     """The makespan of given orders under the shop's durations (transfers without queueing)."""
     done: dict[tuple[ActionKind, int, int], tuple[int, int]] = {}
     places, free = [0] * len(orders), [0] * len(orders)
@@ -142,7 +142,7 @@ def order_time(shop: Shop, orders: Sequence[Sequence[Action]]) -> int:
     return max(free)
 
 
-def _source(shop: Shop, action: Action) -> tuple[ActionKind, int, int] | None:
+def _source(shop: ListProblem, action: Action) -> tuple[ActionKind, int, int] | None:
     """What an action waits for beside its rank's order."""
     stage, microbatch = action.stage, action.microbatch
     if action.kind is ActionKind.F:
@@ -154,7 +154,7 @@ def _source(shop: Shop, action: Action) -> tuple[ActionKind, int, int] | None:
     return (_gradient(shop), stage + 1, microbatch)
 
 
-def best_order(shop: Shop, rules: Sequence[Urgency] = (),
+def best_order(shop: ListProblem, rules: Sequence[Urgency] = (),
                given: Sequence[Sequence[Sequence[Action]]] = ()) -> list[list[Action]]:
     """The orders with the smallest makespan among the rules' and the given ones (the first of equals)."""
     found = [(order_time(shop, orders), [list(order) for order in orders]) for orders in given]

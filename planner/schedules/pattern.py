@@ -9,7 +9,7 @@ from mipipe.planner.actions import Action, ActionKind
 
 
 @dataclass(frozen=True, slots=True)
-class Times:
+class PhaseTimes:
     """What the automatic schedules look at: an even stage's F, I and W, and a transfer. The others ignore it."""
 
     f: int
@@ -19,7 +19,7 @@ class Times:
 
 
 @dataclass(frozen=True, slots=True)
-class Pattern:
+class StagePattern:
     """``stage_ranks[s]`` are the ranks of stage s, ``routes[s][m]`` the one that microbatch m uses.
 
     ``orders[rank]`` are a rank's actions in order; ``placement`` names the shape.
@@ -36,11 +36,11 @@ class Pattern:
 
 
 def one_copy(stage_ranks: Iterable[int], num_microbatches: int, orders: Iterable[Iterable[Action]],
-             placement: str) -> Pattern:
+             placement: str) -> StagePattern:
     """A pattern in which every stage is on one rank."""
     ranks = tuple(stage_ranks)
-    return Pattern(tuple((rank,) for rank in ranks), tuple((rank,) * num_microbatches for rank in ranks),
-                   tuple(map(tuple, orders)), placement)
+    return StagePattern(tuple((rank,) for rank in ranks), tuple((rank,) * num_microbatches for rank in ranks),
+                        tuple(map(tuple, orders)), placement)
 
 
 def forward(stage: int, microbatch: int) -> Action:

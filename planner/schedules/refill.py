@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mipipe.planner.actions import Action, ActionKind
-from mipipe.planner.schedules.list_order import Shop
+from mipipe.planner.schedules.list_order import ListProblem
 
 Part = tuple[ActionKind, int, int]
 
@@ -23,7 +23,7 @@ class _Rank:
     order: list[Action] = field(default_factory=list)
 
 
-def refill_weights(shop: Shop, orders: Sequence[Sequence[Action]], patience: float) -> list[list[Action]] | None:
+def refill_weights(shop: ListProblem, orders: Sequence[Sequence[Action]], patience: float) -> list[list[Action]] | None:
     """The orders with every W moved: as soon as the rank waits for at least ``patience`` of a W, or memory is full.
 
     F and I keep their order. None where the memory limit stops it for good.
@@ -54,7 +54,7 @@ def refill_weights(shop: Shop, orders: Sequence[Sequence[Action]], patience: flo
     return [rank.order for rank in ranks] if done else None
 
 
-def _choose(shop: Shop, rank: _Rank, ready: dict[Part, int], now: int, patience: float) -> Action | int | None:
+def _choose(shop: ListProblem, rank: _Rank, ready: dict[Part, int], now: int, patience: float) -> Action | int | None:
     """The action a free rank starts now, a time at which to look again, or None to wait for a neighbour."""
     if rank.next == len(rank.steps):
         return _weight(rank)
@@ -82,7 +82,7 @@ def _weight(rank: _Rank) -> Action | None:
     return Action(stage, ActionKind.W, microbatch)
 
 
-def _after(shop: Shop, action: Action) -> Part | None:
+def _after(shop: ListProblem, action: Action) -> Part | None:
     """What becomes ready when an action has ended."""
     if action.kind is ActionKind.W or (action.kind is ActionKind.I and action.stage == 0):
         return None

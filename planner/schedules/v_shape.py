@@ -20,8 +20,15 @@ from itertools import product
 from typing import Any
 
 from mipipe.planner.actions import Action
-from mipipe.planner.schedules.list_order import Shop, best_order
-from mipipe.planner.schedules.pattern import Pattern, Times, forward, input_gradient, one_copy, weight_gradient
+from mipipe.planner.schedules.list_order import ListProblem, best_order
+from mipipe.planner.schedules.pattern import (
+    PhaseTimes,
+    StagePattern,
+    forward,
+    input_gradient,
+    one_copy,
+    weight_gradient,
+)
 from mipipe.planner.schedules.refill import refill_weights
 from mipipe.planner.schedules.v_greedy import greedy_v
 from mipipe.planner.schedules.v_reorder import INTERVAL, pulled_together
@@ -30,19 +37,19 @@ _MANY_ACTIONS = 30_000
 """Beyond these, ZB-V is the greedy rule alone with both switches on: a tenth of the time."""
 
 
-def v_half(ranks: int, microbatches: int, times: Times | None = None) -> Pattern:
+def v_half(ranks: int, microbatches: int, times: PhaseTimes | None = None) -> StagePattern:
     """About half of 1F1B's activations."""
     return _pulled(ranks, microbatches, (2, 1, 2, 1), (0, 0 if ranks % 2 else 3, 1))
 
 
-def v_min(ranks: int, microbatches: int, times: Times | None = None) -> Pattern:
+def v_min(ranks: int, microbatches: int, times: PhaseTimes | None = None) -> StagePattern:
     """About a third of 1F1B's activations."""
     return _pulled(ranks, microbatches, (1, 1, 1, 1), (0, 0 if ranks % 3 else 2, 0))
 
 
-def zb_v(ranks: int, microbatches: int, times: Times | None = None) -> Pattern:
+def zb_v(ranks: int, microbatches: int, times: PhaseTimes | None = None) -> StagePattern:
     """1F1B's activations and, where F, I and W are equal, no bubble between a rank's first and last action."""
-    times = times or Times(1, 1, 1)
+    times = times or PhaseTimes(1, 1, 1)
     half, many = replace(times, comm=2 * times.comm), 6 * ranks * microbatches > _MANY_ACTIONS
     switches = [(True, True)] if many else [(one, two) for one in (True, False) for two in (True, False)]
     tried = [greedy_v(ranks, microbatches, half, pair) for pair in switches]
@@ -50,15 +57,15 @@ def zb_v(ranks: int, microbatches: int, times: Times | None = None) -> Pattern:
     if not many or not orders:
         block = repeated_block(ranks, microbatches, (4, 2, 4, 2)).orders
         where = v_ranks(ranks)
-        shop = Shop(ranks, 2 * ranks, microbatches, lambda stage, _: where[stage], half, 2 * ranks,
-                    (range(microbatches),))
+        shop = ListProblem(ranks, 2 * ranks, microbatches, lambda stage, _: where[stage], half, 2 * ranks,
+                           (range(microbatches),))
         refilled = [refill_weights(shop, block, patience) for patience in (0.3, 0.6, 1.0)]
         orders += [[list(order) for order in block], *(order for order in refilled if order is not None)]
         orders = [best_order(shop, given=orders)]
     return one_copy(v_ranks(ranks), microbatches, orders[0], "v")
 
 
-def _pulled(ranks: int, microbatches: int, offsets: tuple[int, int, int, int], waits: tuple[int, ...]) -> Pattern:
+def _pulled(ranks: int, microbatches: int, offsets: tuple[int, int, int, int], waits: tuple[int, ...]) -> StagePattern:
     """The block with its ends pulled together; the authors' waits at its three turns keep its grains apart."""
     block = _block(ranks, offsets, waits)
     assert block is not None
@@ -66,7 +73,7 @@ def _pulled(ranks: int, microbatches: int, offsets: tuple[int, int, int, int], w
     return one_copy(v_ranks(ranks), microbatches, pulled_together(starts, microbatches), "v")
 
 
-def repeated_block(ranks: int, microbatches: int, offsets: tuple[int, int, int, int]) -> Pattern:
+def repeated_block(ranks: int, microbatches: int, offsets: tuple[int, int, int, int]) -> StagePattern:
     """The pattern of a building block with the given offsets per rank, with the least waits at its three turns."""
     starts = next(block for block in _blocks(ranks, offsets) if block is not None)
     orders: list[list[Action]] = []

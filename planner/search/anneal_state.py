@@ -14,7 +14,7 @@ from numba import njit
 from mipipe.planner.jobs.paths import by_time, overflow, shift, times
 
 
-class Facts(NamedTuple):
+class FixedArrays(NamedTuple):
     """What a search never changes: arrays of `Instance`, and the predecessor counts of its nodes (``waits``)."""
 
     machine: np.ndarray

@@ -18,7 +18,7 @@ from mipipe.planner.jobs.arcs import longest, to_csr
 from mipipe.planner.jobs.arrays import Instance
 from mipipe.planner.search import quotas
 from mipipe.planner.search.lists import Orders
-from mipipe.planner.search.quotas import Lines, Rule
+from mipipe.planner.search.quotas import Lines, QuotaRule
 
 WINDOWS = ((0.0, 1.0), (0.2, 0.8), (0.3, 0.5), (0.5, 0.7), (0.1, 0.5), (0.5, 0.9))
 """Where, by a microbatch's place in line, priorities pass from the forward schedule to the backward one; where there
@@ -43,7 +43,7 @@ def backwards(instance: Instance, lines: Lines) -> tuple[Instance, Lines, np.nda
     return mirrored, turned, image
 
 
-def backward_rules(lines: Lines) -> Iterator[Rule]:
+def backward_rules(lines: Lines) -> Iterator[QuotaRule]:
     """Rules for reversed time: forwards, which end a microbatch's stay, before its gradients; W before its own I."""
     even = quotas.even_quotas(lines)
     for slack in (1.5, 1.0, 2.0):
@@ -52,7 +52,7 @@ def backward_rules(lines: Lines) -> Iterator[Rule]:
             offset = np.array([-2 * ahead, -ahead, -ahead, 0.0])[lines.kind] + 1e-3 * lines.class_stage
             for age in (1e-6, 1.0, 0.1):
                 for ramp in (quota, even):
-                    yield Rule(quota, ramp, offset, age, 0.0)
+                    yield QuotaRule(quota, ramp, offset, age, 0.0)
 
 
 def blend(instance: Instance, lines: Lines, forward: Orders, mirrored: Instance, image: np.ndarray,
@@ -71,8 +71,8 @@ def blend(instance: Instance, lines: Lines, forward: Orders, mirrored: Instance,
         share = np.clip((high - place) / (high - low), 0.0, 1.0)
         moment = (share * begin + (1 - share) * end) / max(1, forward.makespan_ns) * 100
         for weight in (0.0, 1.0, 1e4):
-            rule = Rule(count, count, np.where(lines.kind == 3, weight, 0.0), 1.0, 0.25, True)
-            orders = quotas.run(instance, replace(lines, place=moment + early), rule)
+            rule = QuotaRule(count, count, np.where(lines.kind == 3, weight, 0.0), 1.0, 0.25, True)
+            orders = quotas.run_rule(instance, replace(lines, place=moment + early), rule)
             if orders is not None and orders.makespan_ns < best.makespan_ns:
                 best = orders
     return best

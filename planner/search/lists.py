@@ -32,15 +32,15 @@ class Orders:
 
 
 @dataclass(frozen=True, slots=True)
-class Tuned:
+class TunedList:
     """The best list schedule of a tuning run, and the rule that gave it, which fits any number of microbatches."""
 
     orders: Orders
-    rule: Rule
+    rule: ListRule
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class ListRule:
     """Weights of a priority, in periods (a period is the busiest machine's load per microbatch); smaller runs first.
 
     An action's priority is its microbatch's place in line, plus ``pace`` times its earliest start in an empty pipeline,
@@ -59,18 +59,19 @@ class Rule:
     limit: int = 1 << 30
 
 
-RULES = (Rule(), Rule(weight=60.0), Rule(forward=1e3, weight=4.0), Rule(forward=0.5, weight=1.0),
-         Rule(forward=0.0, gradient=50.0), Rule(forward=0.0, pace=1.0, weight=2.0),
-         Rule(forward=2.0, pace=1.0, weight=1e3))
+RULES = (ListRule(), ListRule(weight=60.0), ListRule(forward=1e3, weight=4.0), ListRule(forward=0.5, weight=1.0),
+         ListRule(forward=0.0, gradient=50.0), ListRule(forward=0.0, pace=1.0, weight=2.0),
+         ListRule(forward=2.0, pace=1.0, weight=1e3))
 
 
-def sample(rng: np.random.Generator, ranks: int) -> Rule:
+def sample(rng: np.random.Generator, ranks: int) -> ListRule:
     """A random rule around those that published schedules follow."""
-    return Rule(forward=float(rng.choice(np.array([rng.uniform(-2, 20), 50.0, 1e3]))),
-                weight=float(rng.choice([rng.uniform(0, 30), 1e4])),
-                pace=float(rng.choice([0.0, rng.uniform(0, 2)])), depth=float(rng.choice([1e-3, 0.05, -1e-3])),
-                noise=float(rng.choice([0.0, rng.uniform(0, 2)])), delay=float(rng.choice([0.0, rng.uniform(0, 0.5)])),
-                limit=int(rng.integers(max(1, ranks // 4), 2 * ranks + 2)) if rng.random() < 0.5 else 1 << 30)
+    return ListRule(forward=float(rng.choice(np.array([rng.uniform(-2, 20), 50.0, 1e3]))),
+                    weight=float(rng.choice([rng.uniform(0, 30), 1e4])),
+                    pace=float(rng.choice([0.0, rng.uniform(0, 2)])), depth=float(rng.choice([1e-3, 0.05, -1e-3])),
+                    noise=float(rng.choice([0.0, rng.uniform(0, 2)])),
+                    delay=float(rng.choice([0.0, rng.uniform(0, 0.5)])),
+                    limit=int(rng.integers(max(1, ranks // 4), 2 * ranks + 2)) if rng.random() < 0.5 else 1 << 30)
 
 
 def admission(instance: Instance) -> np.ndarray:
@@ -85,7 +86,7 @@ def admission(instance: Instance) -> np.ndarray:
     return np.array([(at + 0.5) / total * len(place) for at, total in zip(place, totals, strict=True)])
 
 
-def priorities(instance: Instance, rule: Rule, rng: np.random.Generator | None = None) -> np.ndarray:
+def priorities(instance: Instance, rule: ListRule, rng: np.random.Generator | None = None) -> np.ndarray:
     """The priority of every node under a rule."""
     offsets = np.array([rule.forward, rule.gradient - 0.5, rule.gradient, rule.weight])
     result = offsets[instance.kind] + admission(instance)[instance.own_microbatch] - rule.depth * instance.depth
@@ -102,7 +103,7 @@ def period(instance: Instance) -> int:
     return int(load.max()) // instance.view.problem.num_microbatches
 
 
-def vary(rule: Rule, rng: np.random.Generator, ranks: int) -> Rule:
+def vary_list(rule: ListRule, rng: np.random.Generator, ranks: int) -> ListRule:
     """A rule near another one: one or two weights changed."""
     changes: dict[str, float | int] = {}
     names = ["forward", "weight", "pace", "depth", "noise", "delay", "limit", "gradient"]
@@ -120,29 +121,30 @@ def vary(rule: Rule, rng: np.random.Generator, ranks: int) -> Rule:
     return replace(rule, **changes)  # type: ignore[arg-type]
 
 
-def best_of(instance: Instance, trials: int, rng: np.random.Generator, seconds: float = 0.3) -> Tuned | None:
+def best_of(instance: Instance, trials: int, rng: np.random.Generator, seconds: float = 0.3) -> TunedList | None:
     """The shortest of the list schedules of all `RULES`, of random ones and of variations of the best so far.
 
     ``trials`` beyond `RULES`; no new one begins after ``seconds``. None if no rule's schedule fits the memory.
     """
     end = time.monotonic() + seconds
     ranks = instance.view.problem.num_ranks
-    best: Tuned | None = None
+    best: TunedList | None = None
     chosen = RULES[0]
     for number in range(len(RULES) + trials):
         clock.ask()
-        rule = RULES[number] if number < len(RULES) else sample(rng, ranks) if number % 3 else vary(chosen, rng, ranks)
+        rule = RULES[number] if number < len(RULES) else sample(rng, ranks) if number % 3 else vary_list(chosen, rng,
+                                                                                                         ranks)
         if number > len(RULES) + 30:
-            rule = vary(chosen, rng, ranks) if number % 3 else sample(rng, ranks)
+            rule = vary_list(chosen, rng, ranks) if number % 3 else sample(rng, ranks)
         found = schedule(instance, rule, rng)
         if found is not None and (best is None or found.makespan_ns < best.orders.makespan_ns):
-            best, chosen = Tuned(found, rule), rule
+            best, chosen = TunedList(found, rule), rule
         if time.monotonic() > end:
             break
     return best
 
 
-def schedule(instance: Instance, rule: Rule, rng: np.random.Generator | None = None, *,
+def schedule(instance: Instance, rule: ListRule, rng: np.random.Generator | None = None, *,
              compiled: bool = True) -> Orders | None:
     """The list schedule of a rule; None where the memory does not suffice for one microbatch at a time.
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.jobs.arcs import KINDS
-from mipipe.planner.jobs.arrays import Instance, expand
+from mipipe.planner.jobs.arrays import Instance, with_mirrors
 from mipipe.planner.plan import RankOrder, Schedule
 from mipipe.planner.search import pair_kernel
 from mipipe.planner.search.annealing import COLD, LARGE, PRICE, SLICE, TILTS
@@ -214,7 +214,7 @@ def to_schedule(search: PairSearch, paired: Paired) -> Schedule:
     """The schedule of an order with pairs, mirror images written out."""
     instance = search.instance
     rows = [row[:size].tolist() for row, size in zip(paired.seq, paired.length, strict=True)]
-    plain = expand(instance, rows)
+    plain = with_mirrors(instance, rows)
     ranks = instance.view.problem.num_ranks
     orders = [list(rank.compute) for rank in plain.ranks]
     for (rank, _), row in zip(instance.machine_key, rows, strict=True):

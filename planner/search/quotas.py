@@ -1,7 +1,7 @@
 """List schedules under quotas: at most so many microbatches under way in each stage of a rank. For large instances.
 
 1F1B is such a rule: rank r holds at most P - r microbatches, gradients come first. Quotas that sum to no more than a
-rank's memory cannot block it, so the kernel needs no look-ahead and is fast. A `Rule` fits any number of
+rank's memory cannot block it, so the kernel needs no look-ahead and is fast. A `QuotaRule` fits any number of
 microbatches, so it is tuned on few and used on many.
 
 `tune` changes quotas and priorities of runs of neighbouring stages at random and keeps what is not much worse. What
@@ -51,7 +51,7 @@ class Lines:
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class QuotaRule:
     """``quota`` per line, ``ramp`` until its first microbatch has left; an action's priority is its class's ``offset``
     plus ``age`` times its place in line; a rank waits ``delay`` mean durations for better than a weight gradient."""
 
@@ -64,11 +64,11 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class Tuned:
+class TunedQuotas:
     """The best schedule of a tuning run, its rule, and how many were tried."""
 
     orders: Orders
-    rule: Rule
+    rule: QuotaRule
     tried: int
 
 
@@ -99,12 +99,12 @@ def lines_of(instance: Instance) -> Lines | None:
                  np.maximum(0, ends - begins), span / np.maximum(1, count), float(instance.dur.mean()))
 
 
-def run(instance: Instance, lines: Lines, rule: Rule) -> Orders | None:
+def run_rule(instance: Instance, lines: Lines, rule: QuotaRule) -> Orders | None:
     """The list schedule of a rule; None where it runs into its limits for good."""
     return _run(instance, lines, rule)[0]
 
 
-def _run(instance: Instance, lines: Lines, rule: Rule) -> tuple[Orders | None, float]:
+def _run(instance: Instance, lines: Lines, rule: QuotaRule) -> tuple[Orders | None, float]:
     """The list schedule, and its cost in a search: a slope on the mean end of the ranks on plateaus of the makespan."""
     length = instance.lengths()
     seq = np.full((instance.num_machines, int(length.max())), -1, dtype=np.int64)
@@ -120,7 +120,7 @@ def _run(instance: Instance, lines: Lines, rule: Rule) -> tuple[Orders | None, f
     return Orders(seq, length, int(makespan)), makespan + TILT * float((start[last] + instance.dur[last]).mean())
 
 
-def moved(rule: Rule, old: Lines, new: Lines) -> Rule:
+def moved(rule: QuotaRule, old: Lines, new: Lines) -> QuotaRule:
     """A rule for the same placement with another number of microbatches."""
     quota = {key: at for at, key in enumerate(zip(old.stage.tolist(), old.machine.tolist(), strict=True))}
     place = {key: at for at, key in enumerate(zip(old.line.tolist(), old.kind.tolist(), strict=True))}
@@ -159,7 +159,7 @@ def even_quotas(lines: Lines) -> np.ndarray:
     return np.where(lines.size > 0, np.maximum(1, lines.cap // np.maximum(1, total))[lines.machine], UNLIMITED)
 
 
-def first_rules(lines: Lines) -> Iterator[Rule]:
+def first_rules(lines: Lines) -> Iterator[QuotaRule]:
     """Rules to begin with: input gradients first, weight gradients last, older or farther microbatches first."""
     even = even_quotas(lines)
     for slack in (1.5, 1.0, 2.0):
@@ -169,12 +169,12 @@ def first_rules(lines: Lines) -> Iterator[Rule]:
             for age in (1e-6, 1.0, 0.1):
                 for delay in (0.25, 0.0, 0.1):
                     for ramp in (quota, even):
-                        yield Rule(quota, ramp, offset, age, delay)
+                        yield QuotaRule(quota, ramp, offset, age, delay)
 
 
-def tune(instance: Instance, lines: Lines, seconds: float, seed: int, *, start: Rule | None = None,
-         rules: Callable[[Lines], Iterator[Rule]] = first_rules, evaluations: int = 1 << 40,
-         stop: Callable[[], bool] = lambda: False) -> Tuned | None:
+def tune(instance: Instance, lines: Lines, seconds: float, seed: int, *, start: QuotaRule | None = None,
+         rules: Callable[[Lines], Iterator[QuotaRule]] = first_rules, evaluations: int = 1 << 40,
+         stop: Callable[[], bool] = lambda: False) -> TunedQuotas | None:
     """The best rule found in some seconds or evaluations, whichever end first; None if none gives a schedule.
 
     It starts from ``start`` or from the best of ``rules``. Where evaluations decide, a seed always gives one rule. As
@@ -195,7 +195,7 @@ def tune(instance: Instance, lines: Lines, seconds: float, seed: int, *, start: 
         if rule is None:
             if current is None or over:
                 return None
-            rule = vary(lines, current, rng)
+            rule = vary_quotas(lines, current, rng)
         orders, cost = _run(instance, lines, rule)
         tried += 1
         if tried == 1:
@@ -204,7 +204,7 @@ def tune(instance: Instance, lines: Lines, seconds: float, seed: int, *, start: 
         if cost <= current_cost - HOT * lines.time_ns * max(0.0, left) * np.log(rng.random()):
             current, current_cost = rule, cost
         if orders is not None and cost < best_cost:
-            best, best_cost = Tuned(orders, rule, tried), cost
+            best, best_cost = TunedQuotas(orders, rule, tried), cost
     return None if best is None else replace(best, tried=tried)
 
 
@@ -215,7 +215,7 @@ TILT = 0.02
 """Weight of the ranks' mean end in a rule's cost."""
 
 
-def vary(lines: Lines, rule: Rule, rng: np.random.Generator) -> Rule:
+def vary_quotas(lines: Lines, rule: QuotaRule, rng: np.random.Generator) -> QuotaRule:
     """A rule near another one: a quota, an offset, the age or the delay changed, for a run of neighbouring stages."""
     quota, ramp, offset, age, delay = rule.quota.copy(), rule.ramp.copy(), rule.offset.copy(), rule.age, rule.delay
     stages = int(lines.class_stage.max()) + 1
@@ -236,4 +236,4 @@ def vary(lines: Lines, rule: Rule, rng: np.random.Generator) -> Rule:
             delay = max(0.0, delay + 0.1 * rng.normal())
         else:
             age = float(np.clip(age * np.exp(0.5 * rng.normal()), 1e-6, 3.0))
-    return Rule(quota, ramp, offset, age, delay, rule.in_turn)
+    return QuotaRule(quota, ramp, offset, age, delay, rule.in_turn)

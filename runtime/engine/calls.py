@@ -47,7 +47,7 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ActionCode:
     """What one action does: calls in order; ``drops`` are empty after its results have been delivered."""
 
     calls: tuple[Call, ...]
@@ -106,7 +106,7 @@ def random_key(seed: int, step: int, microbatch: int, segment: int) -> int:
     return key >> 1
 
 
-def split_parts(actions: list[tuple[list[Call], set[int]]], static: set[int]) -> list[Part]:
+def split_parts(actions: list[tuple[list[Call], set[int]]], static: set[int]) -> list[ActionCode]:
     """The actions of one microbatch in this order as parts, every slot dropped after its last use.
 
     Each action is its calls and the slots read when its results are delivered.
@@ -124,7 +124,7 @@ def split_parts(actions: list[tuple[list[Call], set[int]]], static: set[int]) ->
     for number, (calls, _) in enumerate(actions):
         fresh = tuple(dataclasses.replace(call, drops=tuple(drops.get((number, position), ())))
                       for position, call in enumerate(calls))
-        parts.append(Part(fresh, tuple(drops.get((number, len(calls)), ()))))
+        parts.append(ActionCode(fresh, tuple(drops.get((number, len(calls)), ()))))
     return parts
 
 

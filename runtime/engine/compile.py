@@ -27,10 +27,10 @@ from mipipe.runtime.engine.stage import build_stage, check_segments
 from mipipe.runtime.experts.exchange import kernels_of
 from mipipe.runtime.experts.group import make_exchange, routing_counters
 from mipipe.runtime.experts.layers import expert_layers
-from mipipe.runtime.weights.weights import Source, load_weights
+from mipipe.runtime.weights.weights import WeightSource, load_weights
 
 
-def compile_rank(plan: Plan, graph: OperatorGraph, source: Source, program: Program | None, mesh: Mesh | None,
+def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program: Program | None, mesh: Mesh | None,
                  device: torch.device, options: EngineOptions) -> Compiled:
     """This rank's program, ready to run.
 

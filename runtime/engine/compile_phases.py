@@ -13,7 +13,7 @@ from mipipe.graphs.errors import RunError
 from mipipe.graphs.operator_graph import Phase, SegmentTrace
 from mipipe.graphs.tracing.trace import phase_signature, uses_random
 
-Function = Callable[..., tuple[Tensor, ...]]
+PhaseFunction = Callable[..., tuple[Tensor, ...]]
 
 _COMPILERS = ("g++", "clang++", "c++", "icpx")
 
@@ -36,7 +36,8 @@ class Compiler:
         self._device = device
         self._values: dict[str, dict[str, Tensor]] = {}
 
-    def compile(self, function: Function, trace: SegmentTrace, phase: Phase) -> tuple[Function, tuple[bool, ...]]:
+    def compile(self, function: PhaseFunction, trace: SegmentTrace, phase: Phase) -> tuple[PhaseFunction,
+                                                                                           tuple[bool, ...]]:
         """The compiled function, and for each result whether it is fresh memory nobody else refers to.
 
         Phases of one trace come in the order F, I, W. Random operators keep torch's own generator, so that the draws
@@ -45,7 +46,7 @@ class Compiler:
         options: dict[str, str | int | bool | Callable[..., object]] = {}
         if uses_random(trace):
             options["fallback_random"] = True
-        compiled: Function = torch.compile(function, dynamic=False, fullgraph=True, options=options)
+        compiled: PhaseFunction = torch.compile(function, dynamic=False, fullgraph=True, options=options)
         values = self._values.setdefault(trace.digest, {})
         arguments, names = phase_signature(trace, phase)
         for name in arguments:

@@ -20,7 +20,7 @@ from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.experts.moves import Moved, move_experts
 from mipipe.runtime.train.batches import Batch, split_batch, total_weight
 from mipipe.runtime.train.processes import world
-from mipipe.runtime.weights.weights import Source, Weights
+from mipipe.runtime.weights.weights import Weights, WeightSource
 
 
 class Engine:
@@ -33,7 +33,7 @@ class Engine:
     ``noticed`` says whether it was true on any rank: it travels with the loss (``share_loss``).
     """
 
-    def __init__(self, plan: Plan, graph: OperatorGraph, weights: Source, *, program: Program | None = None,
+    def __init__(self, plan: Plan, graph: OperatorGraph, weights: WeightSource, *, program: Program | None = None,
                  mesh: Mesh | None = None, options: EngineOptions | None = None,
                  on_update: Callable[[], None] | None = None, device: torch.device | str = "cpu") -> None:
         self.options = options or EngineOptions()

@@ -24,13 +24,13 @@ from mipipe.planner.actions import ActionKind
 from mipipe.runtime.engine import comm, reduce
 from mipipe.runtime.engine.buckets import Bucket
 from mipipe.runtime.engine.buffers import Buffers
-from mipipe.runtime.engine.calls import Part, random_key, run_calls
+from mipipe.runtime.engine.calls import ActionCode, random_key, run_calls
 from mipipe.runtime.engine.compiled import Compiled
-from mipipe.runtime.engine.instructions import Piece, Step, Transport
+from mipipe.runtime.engine.instructions import ActionPart, Step, Transport
 from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.engine.side_stream import SideStream
 
-Program = Sequence[tuple[Callable[[Any], None], Any]]
+Handlers = Sequence[tuple[Callable[[Any], None], Any]]
 
 
 @dataclass(slots=True)
@@ -95,7 +95,7 @@ class Executor:
         self._evaluating = True
         return self._walk(self._evaluation, microbatches, step)
 
-    def _walk(self, program: Program, microbatches: list[dict[str, torch.Tensor]], step: int) -> StepRecord:
+    def _walk(self, program: Handlers, microbatches: list[dict[str, torch.Tensor]], step: int) -> StepRecord:
         self._microbatches, self._step, self._record = microbatches, step, StepRecord()
         self._compiled.weights.refresh()
         for counter in self._compiled.counters.values():
@@ -147,12 +147,12 @@ class Executor:
             self._do(piece)
         self._record.events.append((step.index, start, time.perf_counter_ns()))
 
-    def _do(self, piece: Piece) -> None:
+    def _do(self, piece: ActionPart) -> None:
         buffers = self._buffers
         frame = buffers.frame(piece.frame, piece.template)
         for slot, name in piece.batch:
             frame[slot] = self._microbatches[piece.microbatch][name]
-        part: Part = piece.evaluation if self._evaluating else piece.part
+        part: ActionCode = piece.evaluation if self._evaluating else piece.part
         run_calls(part.calls, frame, functools.partial(self._seed, piece.microbatch))
         for slot, target, template, place in piece.deliveries:
             buffers.frame(target, template)[place] = frame[slot]

@@ -9,7 +9,7 @@ import torch
 
 from mipipe.planner.actions import ActionKind
 from mipipe.runtime.engine.buffers import Frame
-from mipipe.runtime.engine.calls import Part
+from mipipe.runtime.engine.calls import ActionCode
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Transport:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ActionPart:
     """One part of an action on one frame.
 
     ``batch``: (slot, input name) taken from the microbatch; ``deliveries``: (slot, frame, template, slot there) within
@@ -39,8 +39,8 @@ class Piece:
     frame: int
     microbatch: int
     template: Frame
-    part: Part
-    evaluation: Part
+    part: ActionCode
+    evaluation: ActionCode
     batch: tuple[tuple[int, str], ...] = ()
     deliveries: tuple[tuple[int, int, Frame, int], ...] = ()
     outgoing: tuple[tuple[int, tuple[int, ...]], ...] = ()
@@ -54,7 +54,7 @@ class Step:
 
     index: int
     waits: tuple[Transport, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ActionPart, ...]
     aside: bool = False
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Segment, SegmentTrace
-from mipipe.graphs.tracing.trace import CONSTANT, GETITEM, build_phase, phase_signature, resolve, uses_random
+from mipipe.graphs.tracing.trace import CONSTANT, GETITEM, build_phase, phase_signature, resolve_operator, uses_random
 from mipipe.runtime.engine.compile_phases import Compiler
 
 
@@ -85,6 +85,6 @@ def _owned(trace: SegmentTrace, phase: Phase, results: tuple[str, ...]) -> tuple
     fresh = []
     for name in results:
         kind = makers[name].kind if name in makers else GETITEM
-        schema = None if kind in (CONSTANT, GETITEM) else getattr(resolve(kind), "_schema", None)
+        schema = None if kind in (CONSTANT, GETITEM) else getattr(resolve_operator(kind), "_schema", None)
         fresh.append(schema is not None and all(item.alias_info is None for item in schema.returns))
     return tuple(fresh)

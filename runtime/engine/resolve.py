@@ -13,7 +13,7 @@ from mipipe.planner.program import Instruction
 from mipipe.runtime.engine.buckets import stage_buckets
 from mipipe.runtime.engine.buffers import Frame
 from mipipe.runtime.engine.compiled import LocalRank
-from mipipe.runtime.engine.instructions import Piece, Ready, Step, Transport
+from mipipe.runtime.engine.instructions import ActionPart, Ready, Step, Transport
 from mipipe.runtime.engine.stage import StageCode
 
 
@@ -135,7 +135,7 @@ class Resolver:
         aside = self.program.ranks[self.rank][index].stream is Stream.COLLECTIVE
         return Step(index, tuple(self.transport(item) for item in dict.fromkeys(waits)), tuple(pieces), aside)
 
-    def piece(self, kind: ActionKind, stage: int, microbatch: int) -> Piece:
+    def piece(self, kind: ActionKind, stage: int, microbatch: int) -> ActionPart:
         """One elementary part of an action."""
         code = self.local.stages[stage]
         kinds = self.kinds[stage, microbatch]
@@ -146,17 +146,17 @@ class Resolver:
             leaving = self.outgoing(code.outputs, stage, microbatch, False)
             batch = tuple((slot, value) for value, slot in code.inputs.items() if value not in self.made_in)
             keeps = tuple((value, slot) for value, slot in code.outputs.items() if value in self.graph.outputs)
-            return Piece(frame, microbatch, code.template, code.parts[name], code.parts["only"], batch,
-                         tuple(self.deliveries(code, stage, microbatch, False)), leaving, keeps, not trains)
+            return ActionPart(frame, microbatch, code.template, code.parts[name], code.parts["only"], batch,
+                              tuple(self.deliveries(code, stage, microbatch, False)), leaving, keeps, not trains)
         if kind is ActionKind.RECOMPUTE:
-            return Piece(frame, microbatch, code.template, code.parts["again"], code.parts["only"])
+            return ActionPart(frame, microbatch, code.template, code.parts["again"], code.parts["only"])
         name = "B" if kind is ActionKind.B or (kind is ActionKind.W and ActionKind.I not in kinds) else kind.value
         ends = kind in (ActionKind.B, ActionKind.W) or ActionKind.W not in kinds
         if name == "W":
-            return Piece(frame, microbatch, code.template, code.parts[name], code.parts["only"], last=ends)
+            return ActionPart(frame, microbatch, code.template, code.parts[name], code.parts["only"], last=ends)
         leaving = self.outgoing(code.outgoing, stage, microbatch, True)
-        return Piece(frame, microbatch, code.template, code.parts[name], code.parts["only"], (),
-                     tuple(self.deliveries(code, stage, microbatch, True)), leaving, (), ends)
+        return ActionPart(frame, microbatch, code.template, code.parts[name], code.parts["only"], (),
+                          tuple(self.deliveries(code, stage, microbatch, True)), leaving, (), ends)
 
     def outgoing(self, slots: dict[str, int], stage: int, microbatch: int,
                  backward: bool) -> tuple[tuple[int, tuple[int, ...]], ...]:

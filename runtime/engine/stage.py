@@ -21,12 +21,12 @@ import torch
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Segment, SegmentTrace, TensorSpec
 from mipipe.runtime.engine.buffers import Frame
-from mipipe.runtime.engine.calls import Call, Part, accumulator, getter, nothing, split_parts, without_updates
+from mipipe.runtime.engine.calls import ActionCode, Call, accumulator, getter, nothing, split_parts, without_updates
 from mipipe.runtime.engine.flow import GradientFlow
 from mipipe.runtime.engine.phases import PhaseCode, Phases
 from mipipe.runtime.weights.weights import Weights
 
-Key = tuple[str, ...]
+BlockKey = tuple[str, ...]
 Counters = dict[str, tuple[str, torch.Tensor]]
 
 
@@ -45,7 +45,7 @@ class StageCode:
     outputs: dict[str, int]
     incoming: dict[tuple[str, int], int]
     outgoing: dict[str, int]
-    parts: dict[str, Part]
+    parts: dict[str, ActionCode]
     parameters: tuple[str, ...]
     buffer_updates: bool
 
@@ -55,17 +55,17 @@ class _Slots:
     """Numbers for keys, and the template they index."""
 
     template: Frame = field(default_factory=list)
-    numbers: dict[Key, int] = field(default_factory=dict)
+    numbers: dict[BlockKey, int] = field(default_factory=dict)
     static: set[int] = field(default_factory=set)
 
-    def number(self, key: Key) -> int:
+    def number(self, key: BlockKey) -> int:
         found = self.numbers.get(key)
         if found is None:
             found = self.numbers[key] = len(self.template)
             self.template.append(None)
         return found
 
-    def constant(self, key: Key, value: Any) -> int:
+    def constant(self, key: BlockKey, value: Any) -> int:
         number = self.number(key)
         self.template[number] = value
         self.static.add(number)

@@ -105,7 +105,7 @@ class ExpertRun:
         exchange, replan = self._engine.compiled.experts, config.replan
         if exchange is None or replan is None or step % replan.every or step == self._last:
             return None
-        found: list[ExpertMap | None] = [plan_again(self.loads(), exchange.map, replan) if self._first else None]
+        found: list[ExpertMap | None] = [replan_map(self.loads(), exchange.map, replan) if self._first else None]
         dist.broadcast_object_list(found, src=self._engine.mesh.world[0])
         changed = found[0] is not None and found[0].physical_to_logical != exchange.map.physical_to_logical
         return found[0] if changed else None
@@ -162,7 +162,7 @@ class ExpertRun:
         return 1.0
 
 
-def plan_again(loads: ExpertLoads, current: ExpertMap, replan: ReplanConfig) -> ExpertMap:
+def replan_map(loads: ExpertLoads, current: ExpertMap, replan: ReplanConfig) -> ExpertMap:
     """A map for these loads, away from ``current`` where that pays off; another number of slots is always moved to."""
     from mipipe.planner.experts.plan import ExpertOptions, plan_experts  # late: most runs do not plan
 

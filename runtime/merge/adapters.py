@@ -71,7 +71,7 @@ def keep_adapters(graph: MergeGraph, rank: int | None, out: Path) -> KeptAdapter
         for unit in units:
             up, down = _merged(unit, graph, shelf)
             total = float((up.T @ up @ (down @ down.T)).trace())
-            up, down = cut(up, down, min(rank or len(down), len(down), *unit.shape))
+            up, down = truncate(up, down, min(rank or len(down), len(down), *unit.shape))
             whole, lost = whole + total, lost + max(0.0, total - float((up.T @ up @ (down @ down.T)).trace()))
             module = unit.name.removesuffix(".weight")
             ranks[module] = len(down)
@@ -91,7 +91,7 @@ def keep_adapters(graph: MergeGraph, rank: int | None, out: Path) -> KeptAdapter
     return KeptAdapter(ranks, sum(value.nbytes for value in tensors.values()), 1.0 - lost / whole if whole else 1.0)
 
 
-def cut(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def truncate(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Factors of the best approximation of ``up @ down`` (``[m, r]``, ``[r, n]``) of a rank; themselves if they fit."""
     if rank >= len(down):
         return up, down

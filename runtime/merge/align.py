@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mipipe.graphs.merging.graph import Input, MergeUnit, columns_of
 from mipipe.graphs.merging.tensor_classes import is_stacked
-from mipipe.runtime.merge.exchange import Exchange
+from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.sources import Reordering, Surroundings
 
 _SINGLE = re.compile(r"\.experts\.(\d+)\.")
@@ -27,7 +27,7 @@ _ROUTER = re.compile(r"\.(?:gate|router)(?:\.weight|\.linear\.weight|\.bias|\.e_
 _DOWN = re.compile(r"(?:down_proj|w2)(?:\.weight)?$")
 
 
-def match_experts(around: Surroundings, units: Sequence[MergeUnit], exchange: Exchange) -> Surroundings:
+def match_experts(around: Surroundings, units: Sequence[MergeUnit], exchange: MergeRanks) -> Surroundings:
     """Surroundings with the reorderings of every model's experts; layers are shared among ranks."""
     layers: dict[str, list[MergeUnit]] = {}
     for unit in units:

@@ -47,7 +47,7 @@ class Sink(Protocol):
 
 
 @dataclass(slots=True)
-class Progress:
+class UnitProgress:
     """Where a unit is: its steps and pieces, its method with its values, its statistics, how much is written."""
 
     unit: MergeUnit
@@ -72,7 +72,7 @@ class MergeEngine:
         self.plan, self.around, self.survey, self.writer = plan, around, survey, writer
         self.done, self.advance = done, advance
         self.events: list[Event] = []
-        self._units: dict[int, Progress] = {}
+        self._units: dict[int, UnitProgress] = {}
         self._loads: dict[tuple[int, int], tuple[list[Range], Future[tuple[list[Tensor], Event]]]] = {}
         self._merged: dict[tuple[int, int], list[Merged]] = {}
         self._position = 0
@@ -108,18 +108,18 @@ class MergeEngine:
             self._finish(action.stage)
         return True
 
-    def _progress(self, index: int) -> Progress:
+    def _progress(self, index: int) -> UnitProgress:
         if index not in self._units:
             unit = self.plan.graph.units[index]
             copied = unit.method == "copy"
-            self._units[index] = Progress(
+            self._units[index] = UnitProgress(
                 unit, unit_steps(unit, self.plan.graph, self.plan.portion_entries),
                 [] if copied else unit_pieces(unit, self.around),
                 None if copied else BY_METHOD[unit.method].handling(unit.tensor_class),
                 {} if copied else unit_values(unit))
         return self._units[index]
 
-    def _at(self, instruction: Instruction) -> tuple[tuple[int, int], Progress, MergeStep]:
+    def _at(self, instruction: Instruction) -> tuple[tuple[int, int], UnitProgress, MergeStep]:
         action = instruction.action
         assert action is not None
         at = self._progress(action.stage)
@@ -177,7 +177,7 @@ class MergeEngine:
                     at.parts = []
         self.events.append((self._position, start, time.perf_counter_ns()))
 
-    def _round(self, at: Progress, step: MergeStep) -> tuple[Round, Any]:
+    def _round(self, at: UnitProgress, step: MergeStep) -> tuple[Round, Any]:
         assert step.round is not None and at.method is not None
         if step.wide:
             return self.survey.step(at.unit, step.round), self.survey.stats(at.unit)
@@ -198,14 +198,14 @@ class MergeEngine:
                 found.append(merged)
                 continue
             if not bool(torch.isfinite(merged.sum())) and not bool(torch.isfinite(merged).all()):
-                explain(at.unit, at.pieces[step.piece])
+                refuse_nonfinite(at.unit, at.pieces[step.piece])
             found.append((merged.T if turned else merged).to(dtype).cpu())
         self._merged[key] = found
         if step.last:
             at.stats = None
         self.events.append((self._position, start, time.perf_counter_ns()))
 
-    def _tiles(self, at: Progress, step: MergeStep, whole: bool) -> Iterator[Tile]:
+    def _tiles(self, at: UnitProgress, step: MergeStep, whole: bool) -> Iterator[Tile]:
         piece = at.pieces[step.piece]
         origin = piece.piece.start
         return piece.tiles(whole, step.start - origin, step.stop - origin)
@@ -238,7 +238,7 @@ class MergeEngine:
         self.events.append((self._position, start, time.perf_counter_ns()))
 
 
-def explain(unit: MergeUnit, piece: UnitPiece) -> None:
+def refuse_nonfinite(unit: MergeUnit, piece: UnitPiece) -> None:
     """Raise for a tensor that came out with NaN or infinite values, naming the input at fault if there is one."""
     for tile in piece.tiles(whole=False):
         tensors = ([] if tile.base is None else [tile.base]) + list(tile.models)

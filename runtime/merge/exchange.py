@@ -12,24 +12,24 @@ PATIENCE = timedelta(days=7)
 """Ranks wait for the slowest. A rank that died needs no timeout: torchrun then ends the others."""
 
 
-class Exchange:
+class MergeRanks:
     """The ranks of a merge. A context manager: torch.distributed with gloo when there is more than one rank."""
 
     def __init__(self, rank: int, size: int, local_rank: int) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
 
     @classmethod
-    def alone(cls) -> Exchange:
+    def alone(cls) -> MergeRanks:
         """One rank, whatever the environment says."""
         return cls(0, 1, 0)
 
     @classmethod
-    def from_torchrun(cls) -> Exchange:
+    def from_torchrun(cls) -> MergeRanks:
         """This process's place among torchrun's."""
         return cls(*(int(os.environ.get(name, default)) for name, default
                      in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))))
 
-    def __enter__(self) -> Exchange:
+    def __enter__(self) -> MergeRanks:
         if self.size > 1:
             dist.init_process_group("gloo", timeout=PATIENCE)
         return self

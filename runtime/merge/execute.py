@@ -15,7 +15,7 @@ from mipipe.planner.merging.plan import MergePlan
 from mipipe.planner.timeline import Span, Timeline
 from mipipe.runtime.merge.align import match_experts
 from mipipe.runtime.merge.engine import Event, MergeEngine
-from mipipe.runtime.merge.exchange import Exchange
+from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.parts import PartsWriter
 from mipipe.runtime.merge.sources import Surroundings
 from mipipe.runtime.merge.survey import Survey
@@ -36,7 +36,7 @@ class RankReport:
     peak_bytes: int
 
 
-def run_rank(plan: MergePlan, folder: Path, exchange: Exchange, device: torch.device,
+def run_rank(plan: MergePlan, folder: Path, exchange: MergeRanks, device: torch.device,
              progress: Callable[[int], None] | None = None) -> tuple[RankReport, list[Event]]:
     """Merge the units this rank has, into the prepared ``folder``; units already in a journal are skipped.
 
@@ -46,7 +46,7 @@ def run_rank(plan: MergePlan, folder: Path, exchange: Exchange, device: torch.de
         progress: called with the bytes of every finished unit.
     """
     torch.set_num_threads(1)  # sums over threads would change the last bits with the thread count
-    began, before = time.monotonic(), resident_bytes()
+    began, before = time.monotonic(), process_bytes()
     units, mine = plan.graph.units, plan.ranks[exchange.rank]
     with Shelf() as shelf:
         around = Surroundings(plan.graph, shelf, device,
@@ -68,7 +68,7 @@ def run_rank(plan: MergePlan, folder: Path, exchange: Exchange, device: torch.de
                       max(0, peak_bytes() - before)), engine.events
 
 
-def measured_timeline(plan: MergePlan, events: Sequence[Sequence[Event]]) -> Timeline:
+def merge_timeline(plan: MergePlan, events: Sequence[Sequence[Event]]) -> Timeline:
     """The measured timeline of a merge on one host (ranks share its monotonic clock), from all ranks' events."""
     origin = min((start for rank in events for _, start, _ in rank), default=0)
     spans = []
@@ -94,7 +94,7 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def resident_bytes() -> int:
+def process_bytes() -> int:
     """Resident memory of this process now; its peak where the system does not tell."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])

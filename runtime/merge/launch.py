@@ -30,7 +30,7 @@ from mipipe.planner.merging.plan import SHARD_BYTES, MergePlan, plan_chain, plan
 from mipipe.runtime.merge import worker
 from mipipe.runtime.merge.adapters import KeptAdapter, keep_adapters
 from mipipe.runtime.merge.card import RECORD
-from mipipe.runtime.merge.exchange import Exchange
+from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.router import make_router
 from mipipe.runtime.train.failures import explain
 from mipipe.runtime.train.launch import run_watched
@@ -90,7 +90,7 @@ def merge(recipe: str | Path | Sequence[MergeRecipe], out: str | Path, options: 
     if isinstance(recipe, (str, Path)):
         assembly = read_moe_recipe(recipe)
         if assembly is not None:
-            return assemble(assembly, out, options, where, progress)
+            return assemble_moe(assembly, out, options, where, progress)
     recipes = read_recipes(recipe) if isinstance(recipe, (str, Path)) else list(recipe)
     check_target(out)
     if len(recipes) > 1:  # what is wrong with a later one shall not show after hours of the first
@@ -126,8 +126,8 @@ def _kept(recipe: MergeRecipe, where: str, out: Path, known: Mapping[str, Checkp
     return MergeResult(out, None, (), time.monotonic() - began, made)
 
 
-def assemble(recipe: MoeRecipe, out: Path, options: MergeOptions, where: str = "recipe",
-             progress: Callable[[int, int], None] | None = None) -> MergeResult:
+def assemble_moe(recipe: MoeRecipe, out: Path, options: MergeOptions, where: str = "recipe",
+                 progress: Callable[[int, int], None] | None = None) -> MergeResult:
     """A mixture of experts made from dense models, with its routers, in a new folder.
 
     Raises:
@@ -191,16 +191,16 @@ def run_plan(plan: MergePlan, out: Path, options: MergeOptions,
             if progress is not None:
                 progress(done, total)
 
-        worker.work(plan, out, Exchange.alone(), device, advance, options.timeline)
+        worker.work(plan, out, MergeRanks.alone(), device, advance, options.timeline)
         return
     with tempfile.TemporaryDirectory(prefix="mipipe-merge-") as reports:
         log = Path(reports) / "torchrun.log"
-        code = run_watched(torchrun_command(out, options, reports), log, None)
+        code = run_watched(merge_command(out, options, reports), log, None)
         if code:
             raise explain(Path(reports), log, code, show=False)
 
 
-def torchrun_command(out: Path, options: MergeOptions, report: str | None = None) -> list[str]:
+def merge_command(out: Path, options: MergeOptions, report: str | None = None) -> list[str]:
     """The command that runs the prepared merge of ``out``; the same line works by hand."""
     logs = ["--log-dir", f"{report}/logs"] if report else []  # else torchrun makes a folder in /tmp, and leaves it
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *logs, "--nproc-per-node",

@@ -33,7 +33,7 @@ from mipipe.runtime.merge.methods.method import Tile
 from mipipe.runtime.merge.methods.one_bit import pack_signs, scale_of, unpack_signs
 from mipipe.runtime.merge.methods.spectral import svd
 
-METHODS = ("onebit", "twin", "rmm")
+STORABLE = ("onebit", "twin", "rmm")
 """The methods whose parts can be stored."""
 FILE_BYTES = 2**30
 """A parts file is closed at this size."""
@@ -94,7 +94,7 @@ def _rmm_parts(key: str, deltas: Sequence[Tensor], params: Mapping[str, Any]) ->
     return found
 
 
-def expand(key: str, expert: int, shape: Sequence[int], tensors: Mapping[str, Tensor]) -> Tensor:
+def rebuild_delta(key: str, expert: int, shape: Sequence[int], tensors: Mapping[str, Tensor]) -> Tensor:
     """One expert's delta of a piece, float32 in the piece's shape."""
     at = f"{key}/{expert}"
     if f"{at}/signs" in tensors:
@@ -115,7 +115,7 @@ def reconstruct(tile: Tile, _stats: Any, *, folder: str, route: Sequence[float],
     shape = merged.T.shape if turned else merged.shape
     for expert, share in enumerate(route):
         if share:
-            delta = expand(tile.key, expert, shape, stored).to(merged)
+            delta = rebuild_delta(tile.key, expert, shape, stored).to(merged)
             merged.add_(delta.T if turned else delta, alpha=share)
     return merged
 

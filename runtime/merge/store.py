@@ -22,7 +22,7 @@ from mipipe.graphs.merging.recipe import MergeRecipe
 from mipipe.graphs.serialize import load
 from mipipe.planner.merging.plan import MergePlan, plan_graph, plan_recipe
 from mipipe.runtime.merge.launch import MergeOptions, check_target, made_by, run_plan
-from mipipe.runtime.merge.parts import METHODS, Parts
+from mipipe.runtime.merge.parts import STORABLE, Parts
 from mipipe.runtime.weights.reader import TORCH_DTYPES
 
 SHARED = "shared"
@@ -64,9 +64,9 @@ def plan_store(recipe: MergeRecipe, out: Path, where: str, options: MergeOptions
 
 
 def _check(recipe: MergeRecipe, where: str) -> None:
-    if recipe.merge_method not in METHODS:
+    if recipe.merge_method not in STORABLE:
         raise InputError(f"{where}: {recipe.merge_method} leaves one model and no parts to store; expected one of"
-                         f" {', '.join(METHODS)}")
+                         f" {', '.join(STORABLE)}")
     if recipe.branches or recipe.slices or recipe.align or recipe.vocabulary or recipe.adapter:
         raise InputError(f"{where}: parts are stored for whole models of one shape; leave out branches, slices, align,"
                          " adapter and tokenizer")

@@ -16,7 +16,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.graph import MergeUnit
 from mipipe.graphs.merging.method_spec import Scope
 from mipipe.graphs.merging.passes import is_wide, scope_of
-from mipipe.runtime.merge.exchange import Exchange
+from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.methods.method import Round, fill
 from mipipe.runtime.merge.methods.registry import BY_METHOD
 
@@ -41,7 +41,7 @@ def unit_values(unit: MergeUnit) -> dict[str, Any]:
 class Survey:
     """The statistics of all wider scopes, built up round by round; the same on all ranks."""
 
-    def __init__(self, units: Sequence[MergeUnit], exchange: Exchange) -> None:
+    def __init__(self, units: Sequence[MergeUnit], exchange: MergeRanks) -> None:
         """Sort the units by scope.
 
         Raises:
@@ -95,7 +95,7 @@ def _rounds(members: Sequence[MergeUnit]) -> tuple[Round, ...]:
     return BY_METHOD[first.method].rounds(**values)
 
 
-def _totals(parts: Mapping[ScopeKey, Mapping[int, Tensor]], exchange: Exchange) -> dict[ScopeKey, Tensor]:
+def _totals(parts: Mapping[ScopeKey, Mapping[int, Tensor]], exchange: MergeRanks) -> dict[ScopeKey, Tensor]:
     """Per scope the sum over units, whoever measured them."""
     local: dict[ScopeKey, tuple[Tensor | None, dict[int, Tensor]]] = {}
     for key, found in parts.items():

@@ -18,10 +18,10 @@ from mipipe.graphs.merging.checkpoint_files import read_checkpoint
 from mipipe.graphs.serialize import load, save
 from mipipe.planner.merging.plan import MergePlan
 from mipipe.runtime.merge.card import RECORD, write_companions
-from mipipe.runtime.merge.exchange import Exchange
-from mipipe.runtime.merge.execute import RankReport, measured_timeline, run_rank
+from mipipe.runtime.merge.exchange import MergeRanks
+from mipipe.runtime.merge.execute import RankReport, merge_timeline, run_rank
 from mipipe.runtime.merge.parts import describe_parts
-from mipipe.runtime.weights.writer import partial_folder, prepare, publish
+from mipipe.runtime.weights.writer import partial_folder, prepare, publish_folder
 
 
 def begin(plan: MergePlan, out: Path) -> Path:
@@ -36,7 +36,7 @@ def begin(plan: MergePlan, out: Path) -> Path:
     return folder
 
 
-def work(plan: MergePlan, out: Path, exchange: Exchange, device: torch.device,
+def work(plan: MergePlan, out: Path, exchange: MergeRanks, device: torch.device,
          progress: Callable[[int], None] | None = None, timeline: str | None = None) -> list[RankReport]:
     """Merge this rank's part; rank 0 then publishes, and writes the measured ``timeline`` where one is wanted.
 
@@ -48,7 +48,7 @@ def work(plan: MergePlan, out: Path, exchange: Exchange, device: torch.device,
     report, events = run_rank(plan, folder, exchange, device, progress)
     reports = exchange.gather(report)
     if timeline is not None:
-        measured = measured_timeline(plan, exchange.gather(events))
+        measured = merge_timeline(plan, exchange.gather(events))
         if exchange.rank == 0:
             save(measured, timeline)
     if exchange.rank == 0:
@@ -59,7 +59,7 @@ def work(plan: MergePlan, out: Path, exchange: Exchange, device: torch.device,
             write_companions(plan, folder)
         facts = {"job": plan.job_digest(), "ranks": [asdict(item) for item in reports]}
         (folder / RECORD).write_text(json.dumps(facts) + "\n")
-        publish(folder, out, plan.shards)
+        publish_folder(folder, out, plan.shards)
     exchange.barrier()
     return reports
 
@@ -96,5 +96,5 @@ def run_prepared(out: Path, device: str | None = None, timeline: str | None = No
         MipipeError: as `work`.
     """
     plan = load(partial_folder(out) / "plan.json", MergePlan)
-    with Exchange.from_torchrun() as exchange:
+    with MergeRanks.from_torchrun() as exchange:
         work(plan, out, exchange, device_of(device or "cpu", exchange.local_rank), timeline=timeline)

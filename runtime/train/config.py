@@ -204,7 +204,7 @@ class TrainConfig:
             raise InputError(f"train config: clip is {self.clip}; expected more than 0")
 
 
-def read_config(path: str | Path) -> TrainConfig:
+def read_train_config(path: str | Path) -> TrainConfig:
     """A training configuration from YAML.
 
     Raises:

@@ -16,7 +16,7 @@ from mipipe.planner.execution.lower import lower
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
 from mipipe.runtime.train.batches import check_sizes
-from mipipe.runtime.train.config import TrainConfig, read_config
+from mipipe.runtime.train.config import TrainConfig, read_train_config
 from mipipe.runtime.train.data import check_source
 from mipipe.runtime.train.models import source_of
 from mipipe.runtime.train.optim import optimizer_class
@@ -26,7 +26,7 @@ from mipipe.runtime.weights.folder_lock import FolderLock
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class PreparedRun:
     """A run's files, read and found to fit."""
 
     plan: Plan
@@ -35,14 +35,14 @@ class Job:
     config: TrainConfig
 
 
-def read_job(plan: str | Path, graph: str | Path, config: str | Path, model: str | None = None) -> Job:
+def read_job(plan: str | Path, graph: str | Path, config: str | Path, model: str | None = None) -> PreparedRun:
     """The files of a run; ``model`` (from the command line) comes before what they say of the model's source.
 
     Raises:
         InputError: a file is not what it should be, or the configuration does not fit the graph.
         PlanError: the plan was made for another graph, or violates a rule.
     """
-    settings = read_config(config)
+    settings = read_train_config(config)
     if model is not None:
         settings = dataclasses.replace(settings, model=model)
     read_graph, read_plan = load(graph, OperatorGraph), load(plan, Plan)
@@ -54,7 +54,7 @@ def read_job(plan: str | Path, graph: str | Path, config: str | Path, model: str
     check_folders(settings)
     program = lower(read_plan)
     check_program(read_plan, program)
-    return Job(read_plan, program, read_graph, settings)
+    return PreparedRun(read_plan, program, read_graph, settings)
 
 
 def check_folders(config: TrainConfig) -> None:
@@ -121,7 +121,7 @@ def _probe(what: str, folder: Path) -> None:
         raise InputError(f"train config: {what}: {error}") from None
 
 
-def check_world(job: Job, processes: int) -> None:
+def check_world(job: PreparedRun, processes: int) -> None:
     """Raise `RunError` unless the number of processes is a multiple of the plan's ranks."""
     ranks = len(job.program.ranks)
     if processes % ranks:

@@ -115,7 +115,7 @@ class Checkpoints:
         def prepare() -> None:
             nonlocal loader
             check_finite(self._engine, self._optimizer, step)
-            loader = pack(data)
+            loader = pack_state(data)
 
         self._together(prepare, RunError)
         tensors = {name: item for name, item in held.items() if isinstance(item, torch.Tensor)}
@@ -193,7 +193,7 @@ class Checkpoints:
                     whole = folders.State(state.step, state.copies, state.plan, state.run,
                                           {name: item for _, part, _ in gathered for name, item in part.items()},
                                           {name: item for _, _, part in gathered for name, item in part.items()})
-                    folders.publish(folder, whole)
+                    folders.publish_checkpoint(folder, whole)
                     folders.forget(self.folder, self._keep, self.run.id)
                 except (OSError, MipipeError) as error:
                     failure = _reason(error)
@@ -230,7 +230,7 @@ def check_finite(engine: Engine, optimizer: torch.optim.Optimizer | None, step: 
                        " learning rate, or clip gradients, and resume from an earlier checkpoint")
 
 
-def pack(data: dict[str, Any]) -> bytes:
+def pack_state(data: dict[str, Any]) -> bytes:
     """A loader's state as bytes that are read back without running any code from them.
 
     Raises:
@@ -248,7 +248,7 @@ def pack(data: dict[str, Any]) -> bytes:
 
 
 def read_loader(path: Path) -> dict[str, Any]:
-    """A loader's state as `pack` made it, by torch's restricted reader.
+    """A loader's state as `pack_state` made it, by torch's restricted reader.
 
     Raises:
         InputError: it is something else.

@@ -157,7 +157,7 @@ def seal(paths: Iterable[Path]) -> Files:
     return files
 
 
-def publish(folder: Path, state: State) -> None:
+def publish_checkpoint(folder: Path, state: State) -> None:
     """Write ``state.json`` and rename ``step-N.partial`` to ``step-N``."""
     save(state, folder / STATE)
     target = folder.with_suffix("")

@@ -22,11 +22,11 @@ from mipipe.runtime.train.optim import local_optimizer
 from mipipe.runtime.weights.checkpoint_files import Stored, read_tensor, stored_tensors
 from mipipe.runtime.weights.checkpoint_folder import State
 
-Rows = Mapping[str, Sequence[int]]
+RowsOf = Mapping[str, Sequence[int]]
 """The experts a rank holds of each bank that it shares with other ranks, in the order of its rows."""
 
 
-def shared_rows(engine: Engine) -> Rows:
+def shared_rows(engine: Engine) -> RowsOf:
     """The rows of this rank's shared banks; none without expert parallelism."""
     experts = engine.compiled.experts
     return {} if experts is None else experts.rows()
@@ -52,19 +52,19 @@ def optimizer_tensors(engine: Engine, optimizer: torch.optim.Optimizer | None) -
     return found
 
 
-Key = Callable[[int | None], str]
+KeyOf = Callable[[int | None], str]
 """Row -> name in the checkpoint; None: of the whole tensor."""
 
 
-def _model_key(name: str) -> Key:
+def _model_key(name: str) -> KeyOf:
     return lambda row: f"model.{name}" if row is None else f"model.{name}[{row}]"
 
 
-def _state_key(name: str, state: str) -> Key:
+def _state_key(name: str, state: str) -> KeyOf:
     return lambda row: f"optimizer.{name}.{state}" if row is None else f"optimizer.{name}[{row}].{state}"
 
 
-def _split(key: Key, item: Any, rows: Sequence[int] | None) -> dict[str, Any]:
+def _split(key: KeyOf, item: Any, rows: Sequence[int] | None) -> dict[str, Any]:
     return {key(None): item} if rows is None else {key(row): item[place] for place, row in enumerate(rows)}
 
 
@@ -79,7 +79,7 @@ class Wanted:
     picks: list[tuple[Tensor, str, Sequence[int]]] = field(default_factory=list)
     twins: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def add(self, key: Key, tensor: Tensor, rows: Sequence[int] | None) -> None:
+    def add(self, key: KeyOf, tensor: Tensor, rows: Sequence[int] | None) -> None:
         """Ask for a tensor, or for ``rows`` of it.
 
         Raises:

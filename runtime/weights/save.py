@@ -34,7 +34,7 @@ from mipipe.runtime.weights.checkpoint_tensors import shared_rows
 from mipipe.runtime.weights.reader import TORCH_DTYPES
 from mipipe.runtime.weights.stored_names import StoredView, is_transformers, stored_views
 from mipipe.runtime.weights.stored_weights import INDEX, StoredWeights
-from mipipe.runtime.weights.writer import Writer, partial_folder, prepare, publish
+from mipipe.runtime.weights.writer import Writer, partial_folder, prepare, publish_folder
 
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".index.json")
@@ -116,12 +116,12 @@ def plan_views(engine: Engine, module: nn.Module, dtype: torch.dtype | None = No
     return stored_views(module, tensors, DTYPE_NAMES, dtype)
 
 
-Piece = tuple[str, tuple[int, int] | None]
+StoredPiece = tuple[str, tuple[int, int] | None]
 """A parameter, or some of its rows."""
 
 
 def _write_own(views: Sequence[StoredView], shards: Sequence[Shard], folder: Path,
-               mine: Mapping[Piece, Tensor]) -> None:
+               mine: Mapping[StoredPiece, Tensor]) -> None:
     """Write what this rank holds and no rank before it does."""
     pieces: dict[str, list[tuple[tuple[int, int] | None, Tensor]]] = {}
     for (name, rows), tensor in mine.items():
@@ -130,17 +130,17 @@ def _write_own(views: Sequence[StoredView], shards: Sequence[Shard], folder: Pat
     try:
         for view in views:
             for rows, tensor in pieces.get(view.fqn, ()):
-                offset, part = cut(view, rows, tensor)
+                offset, part = byte_slice(view, rows, tensor)
                 if part is not None:
                     writer.write(view.name, offset, part)
     finally:
         writer.close()
 
 
-def own_pieces(engine: Engine) -> dict[Piece, Tensor]:
+def own_pieces(engine: Engine) -> dict[StoredPiece, Tensor]:
     """What this rank writes: its parameters and buffers that no rank before it holds. All ranks must call."""
     shared = shared_rows(engine)
-    local: dict[Piece, Tensor] = {}
+    local: dict[StoredPiece, Tensor] = {}
     for name, item in (*engine.weights.parameters.items(), *engine.weights.buffers.items()):
         base, rows = parse_slice(name)
         if name in shared:
@@ -152,7 +152,7 @@ def own_pieces(engine: Engine) -> dict[Piece, Tensor]:
     return {piece: tensor for piece, tensor in local.items() if piece not in earlier}
 
 
-def cut(view: StoredView, rows: tuple[int, int] | None, tensor: Tensor) -> tuple[int, Tensor | None]:
+def byte_slice(view: StoredView, rows: tuple[int, int] | None, tensor: Tensor) -> tuple[int, Tensor | None]:
     """What a parameter, or rows of it, gives to a stored tensor, and at which byte; None where it gives nothing.
 
     Raises:
@@ -240,7 +240,7 @@ def _finish(module: nn.Module, target: Target, source: Path | None, shards: Sequ
     shutil.rmtree(old, ignore_errors=True)
     if target.folder.exists():
         target.folder.rename(old)
-    publish(folder, target.folder, shards)
+    publish_folder(folder, target.folder, shards)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -14,7 +14,7 @@ from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.models import empty_module
 from mipipe.runtime.train.processes import failure_of, first_of, gather, rank
-from mipipe.runtime.weights.save import cut, own_pieces, plan_views, save_trained, target_of, unused_views
+from mipipe.runtime.weights.save import byte_slice, own_pieces, plan_views, save_trained, target_of, unused_views
 from mipipe.runtime.weights.stored_weights import StoredWeights
 
 
@@ -35,7 +35,7 @@ def check_save(engine: Engine, config: TrainConfig, weights: StoredWeights | Non
         for view in views:
             for name, rows, tensor in pieces:
                 if name == view.fqn:
-                    cut(view, rows, tensor)
+                    byte_slice(view, rows, tensor)
         if rank() == 0:
             whole = [*views, *unused_views(weights, {view.name for view in views})]
             check_room(target.folder, sum(view.write_bytes for view in whole))

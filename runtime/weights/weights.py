@@ -12,7 +12,7 @@ from mipipe.graphs.capture.expert_groups import parse_slice
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import OperatorGraph
 
-Source = Mapping[str, torch.Tensor] | nn.Module | Callable[[], nn.Module]
+WeightSource = Mapping[str, torch.Tensor] | nn.Module | Callable[[], nn.Module]
 """Where weights come from: a state dict, a module, or a function that makes the module."""
 
 
@@ -53,7 +53,7 @@ class Weights:
                 tensor.copy_(self.parameters[name])
 
 
-def load_weights(graph: OperatorGraph, names: Iterable[str], source: Source, device: torch.device,
+def load_weights(graph: OperatorGraph, names: Iterable[str], source: WeightSource, device: torch.device,
                  master_dtype: torch.dtype | None = None,
                  rows: Mapping[str, Sequence[int]] | None = None) -> Weights:
     """Weights of the given FQNs, copied from ``source`` to ``device``.
@@ -106,7 +106,7 @@ def _find(state: Mapping[str, torch.Tensor], fqn: str) -> torch.Tensor | None:
     return found
 
 
-def _state(source: Source) -> Mapping[str, torch.Tensor]:
+def _state(source: WeightSource) -> Mapping[str, torch.Tensor]:
     if isinstance(source, Mapping):
         return source
     module = source if isinstance(source, nn.Module) else source()

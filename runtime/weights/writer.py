@@ -154,7 +154,7 @@ def finished(folder: Path) -> set[str]:
     return names
 
 
-def publish(folder: Path, out: Path, shards: Sequence[Shard]) -> None:
+def publish_folder(folder: Path, out: Path, shards: Sequence[Shard]) -> None:
     """Make the partial folder the result: data on disk, bookkeeping gone, final name."""
     leftovers = [*folder.glob("done-*.txt"), *folder.glob("parts-*.partial"),
                  *(folder / name for name in ("job.json", "plan.json", "router.safetensors"))]

@@ -18,11 +18,11 @@ import yaml
 from mipipe.graphs.capture.model import capture
 from mipipe.graphs.capture.program_files import load_program
 from mipipe.graphs.errors import GraphError, InputError, MipipeError
-from mipipe.graphs.models.families import read_config, without_code
+from mipipe.graphs.models.families import read_model_config, without_code
 from mipipe.graphs.named_code import import_named
 from mipipe.graphs.operator_graph import OperatorGraph, Phase
 from mipipe.graphs.serialize import from_data, to_data
-from mipipe.graphs.tracing.operator_kinds import allow_namespace, resolve
+from mipipe.graphs.tracing.operator_kinds import allow_namespace, resolve_operator
 from mipipe.graphs.tracing.trace import build_phase
 from mipipe.runtime.train.config import DataConfig, TrainConfig
 from mipipe.runtime.train.data import check_source
@@ -60,22 +60,22 @@ KINDS = ["import_module", "load_library", "import_module.a.b", "load_library.loa
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_registered_operators_are_resolved(kind: str) -> None:
     with pytest.raises(GraphError):
-        resolve(kind)
+        resolve_operator(kind)
 
 
 def test_operators_of_the_allowed_namespaces_are_resolved() -> None:
     for kind in ("aten.add.Tensor", "aten.mm.default", "mipipe.attention.default",
                  "prims.convert_element_type.default"):
-        assert isinstance(resolve(kind), torch._ops.OpOverload)
+        assert isinstance(resolve_operator(kind), torch._ops.OpOverload)
 
 
 def test_a_namespace_is_allowed_by_code_alone() -> None:
     torch.library.define("mine_for_test::twice", "(Tensor x) -> Tensor")
     torch.library.impl("mine_for_test::twice", "CompositeImplicitAutograd", lambda x: x * 2)
     with pytest.raises(GraphError, match="allow_namespace"):
-        resolve("mine_for_test.twice.default")
+        resolve_operator("mine_for_test.twice.default")
     allow_namespace("mine_for_test")
-    assert resolve("mine_for_test.twice.default")(torch.ones(1)).item() == 2
+    assert resolve_operator("mine_for_test.twice.default")(torch.ones(1)).item() == 2
 
 
 def paths(data: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -176,14 +176,14 @@ def test_a_configuration_brings_no_code(tmp_path: Path) -> None:
             "vision_config": {"auto_map": {"AutoModel": "evil.f"}, "use_timm_backbone": True}}
     assert "evil" not in json.dumps(without_code(data)) and "someone" not in json.dumps(without_code(data))
     (tmp_path / "config.json").write_text(json.dumps(data))
-    config = read_config(tmp_path, {})
+    config = read_model_config(tmp_path, {})
     assert not hasattr(config, "auto_map")
     for key in ("__class__.__init__", "_attn_implementation", "a b", "auto_map"):
         with pytest.raises(InputError, match="no entry"):
-            read_config(tmp_path, {key: "evil"})
+            read_model_config(tmp_path, {key: "evil"})
     for name in ("pipeline", "utils", "Trainer", "__builtins__", "os", "AutoModel.from_pretrained"):
         with pytest.raises(InputError, match="no file, and not a model class"):
-            read_config(name, {})
+            read_model_config(name, {})
 
 
 YAML_CODE = ["!!python/object/apply:os.system ['touch RAN']", "!!python/name:os.system", "!!python/module:evil",

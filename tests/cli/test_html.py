@@ -68,8 +68,8 @@ EVIL = ("%DATA%", "%TITLE%%EXTRA%%FACTS%", "<!--<script>", "-->", "</script>", "
 def test_no_text_leaves_its_place(evil: str) -> None:
     """A title, a fact, a panel's title, a label, a table's cell: each comes out as it went in, wherever it stands."""
     timeline = Timeline("simulated", 1, (Span(0, Stream.COMPUTE, ActionKind.F, evil, 0, 1, 0, 0),))
-    page = html.page(evil, [html.Panel(evil, timeline)], [(evil, evil)], html.table([evil], [[evil]]))
-    plain = html.page("t", [html.Panel("t", TIMELINE)], [("t", "t")], html.table(["t"], [["t"]]))
+    page = html.page(evil, [html.Panel(evil, timeline)], [(evil, evil)], html.html_table([evil], [[evil]]))
+    plain = html.page("t", [html.Panel("t", TIMELINE)], [("t", "t")], html.html_table(["t"], [["t"]]))
 
     class Reader(HTMLParser):
         def __init__(self) -> None:

@@ -34,7 +34,7 @@ def timeline() -> Timeline:
 
 
 def lines(timeline: Timeline, width: int, until: int | None = None) -> list[str]:
-    return terminal.draw(timeline, width, until).plain.splitlines()
+    return terminal.draw_timeline(timeline, width, until).plain.splitlines()
 
 
 def test_widths_are_durations(timeline: Timeline) -> None:
@@ -74,10 +74,10 @@ def test_overlapped_pairs_show_both_microbatches() -> None:
 
 
 def test_collective_stream_only_where_used(timeline: Timeline) -> None:
-    assert "communication stream" not in terminal.draw(timeline, 60).plain
+    assert "communication stream" not in terminal.draw_timeline(timeline, 60).plain
     reduce = Span(0, Stream.COLLECTIVE, ActionKind.ALL_REDUCE, "reduce 0", 15 * MS, 20 * MS, 0)
     more = Timeline("simulated", 2, (*timeline.spans, reduce), unit_ns=MS)
-    assert "communication stream" in terminal.draw(more, 60).plain
+    assert "communication stream" in terminal.draw_timeline(more, 60).plain
 
 
 def test_summary_and_memory(timeline: Timeline) -> None:
@@ -92,5 +92,5 @@ def test_an_empty_timeline_is_drawn() -> None:
 
 def test_without_a_terminal_there_are_no_escape_codes(timeline: Timeline) -> None:
     stream = io.StringIO()
-    Console(file=stream, width=80).print(terminal.draw(timeline, 80))
+    Console(file=stream, width=80).print(terminal.draw_timeline(timeline, 80))
     assert "\x1b" not in stream.getvalue()

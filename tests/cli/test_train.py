@@ -2,7 +2,7 @@
 
 import pytest
 
-from mipipe.cli.train import plan_again
+from mipipe.cli.train import replan_devices
 from mipipe.graphs.errors import InfeasibleError
 from mipipe.planner.check.plan import check_plan
 from mipipe.planner.options import PlanOptions, options_of
@@ -15,15 +15,15 @@ def test_a_plan_for_fewer_devices(capsys) -> None:
     layer, in the room of one) gives way to any."""
     problem = uniform_problem(ranks=3, microbatches=4, f=1, i=1, w=1, layers=6, copies=2)
     options = PlanOptions(time_limit_s=2.0, placement="chain", objective="memory", seed=3)
-    again = plan_again(problem.replace(topology=problem.topology.without({1})), options)
+    again = replan_devices(problem.replace(topology=problem.topology.without({1})), options)
     assert again.problem.num_ranks == 2
     assert again.problem.groups == problem.groups and again.problem.limits == problem.limits
     assert options_of(again) == options and again.placement.name == "chain"
     check_plan(again)
     with pytest.raises(InfeasibleError, match="no plan exists: rank 0"):
-        plan_again(problem.replace(topology=problem.topology.without({0, 2})), PlanOptions(time_limit_s=2.0))
-    single = plan_again(uniform_problem(ranks=2, microbatches=4, f=1, i=1, w=1, copies=1),
-                        PlanOptions(time_limit_s=2.0, placement="two-way"))
+        replan_devices(problem.replace(topology=problem.topology.without({0, 2})), PlanOptions(time_limit_s=2.0))
+    single = replan_devices(uniform_problem(ranks=2, microbatches=4, f=1, i=1, w=1, copies=1),
+                            PlanOptions(time_limit_s=2.0, placement="two-way"))
     assert options_of(single).placement == "free"
     assert "planning with any placement" in capsys.readouterr().err
 

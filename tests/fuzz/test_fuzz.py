@@ -78,9 +78,9 @@ def read_tags(file: Path) -> None:
 
 def read_model(file: Path) -> None:
     """What `mipipe capture FOLDER` does before it builds the model."""
-    from mipipe.graphs.models.families import model_class, read_config
+    from mipipe.graphs.models.families import model_class, read_model_config
 
-    model_class(read_config(file.parent, {}))
+    model_class(read_model_config(file.parent, {}))
 
 
 def attack(folder: Path, kinds: list[seeds.Kind], count: int, seed: int) -> tuple[int, list[str]]:

@@ -10,7 +10,7 @@ import pytest
 from mipipe.graphs.operator_graph import (
     Operator,
     OperatorGraph,
-    Parameter,
+    ParameterSpec,
     Phase,
     Role,
     SavedTensor,
@@ -83,7 +83,7 @@ class Builder:
         trace = linear_trace(inputs=len(inputs), **options)
         self.traces[trace.digest] = trace
         weight = f"{name}.weight"
-        self.parameters[weight] = Parameter(weight, trace.specs["w"], options.get("trainable", True), tied)
+        self.parameters[weight] = ParameterSpec(weight, trace.specs["w"], options.get("trainable", True), tied)
         differentiable = trace.output_grads[0] is not None
         self.values[name] = Value(name, trace.specs["x0"], name, differentiable)
         self.segments.append(Segment(name, name, trace.digest, tuple(inputs), (name,), (weight,), (),

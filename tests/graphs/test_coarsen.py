@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mipipe.graphs.coarse.coarsen import coarsen
-from mipipe.graphs.coarse.contract import contract, moved_bytes
+from mipipe.graphs.coarse.contract import contract, traffic_bytes
 from mipipe.graphs.coarse.graph_index import index_graph
 from mipipe.graphs.coarse.intervals import SLACK, cut_intervals
 from mipipe.graphs.errors import GraphError
@@ -32,7 +32,7 @@ def check_partition(graph, coarse):
     for phase in Phase:
         assert sum(group.flops.get(phase, 0) for group in coarse.groups) == sum(t.flops(phase) for t in index.traces)
         assert (sum(group.bytes_moved.get(phase, 0) for group in coarse.groups)
-                == sum(moved_bytes(t, phase) for t in index.traces))
+                == sum(traffic_bytes(t, phase) for t in index.traces))
     assert len({group.name for group in coarse.groups}) == len(coarse.groups)
 
 

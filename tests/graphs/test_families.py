@@ -183,7 +183,7 @@ CASES = {**QUICK, **SLOW}
 def reference(case: Case, graph: OperatorGraph) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
     """transformers' own model with random weights, a random batch, and its loss times the weight of the microbatch."""
     torch.manual_seed(0)
-    config = families.read_config(case.source, case.overrides)
+    config = families.read_model_config(case.source, case.overrides)
     config._experts_implementation = "eager"
     kind = families.model_class(config)
     implementation = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"

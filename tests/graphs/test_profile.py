@@ -10,9 +10,9 @@ import torch
 from mipipe.graphs.coarse.coarsen import coarsen
 from mipipe.graphs.coarse.graph_index import index_graph
 from mipipe.graphs.errors import GraphError, InputError, RunError
-from mipipe.graphs.operator_graph import OperatorGraph, Parameter, Phase, Segment, Tags, TensorSpec, Value
+from mipipe.graphs.operator_graph import OperatorGraph, ParameterSpec, Phase, Segment, Tags, TensorSpec, Value
 from mipipe.graphs.profiling.profile import ProfileOptions, _recall, _remember, profile_groups
-from mipipe.graphs.profiling.profile_worker import _lots, candidates, in_turn, measure
+from mipipe.graphs.profiling.profile_worker import _lots, candidates, in_turn, measure_groups
 from mipipe.graphs.profiling.rehearse import build_group, index_bound, model_input, rehearse
 from mipipe.graphs.tracing.partition import trace_segment
 
@@ -49,7 +49,7 @@ def language_model():
               Value("h1", x, "route", True), Value("best", ids, "route", False),
               Value("l", TensorSpec((), f32), "loss", True))
     return OperatorGraph("toy", ("ids", "labels"), ("l",), "l", segments, values,
-                         tuple(Parameter(name, spec) for name, spec in weights.items()), traces)
+                         tuple(ParameterSpec(name, spec) for name, spec in weights.items()), traces)
 
 
 def test_integer_inputs_stay_within_what_they_index(language_model):
@@ -129,7 +129,7 @@ def test_groups_run_in_turn_and_as_many_together_as_fit(transformer):
     with torch.no_grad():
         found = list(candidates(graph, coarse, {group.name for group in coarse.groups[1:]}, CPU))
         order = [(item.name, phase) for item, phase in in_turn(found)]
-        times = measure(found, CPU, rounds=3)
+        times = measure_groups(found, CPU, rounds=3)
     names = [group.name for group in coarse.groups[1:]]
     assert order[:3] == [(name, Phase.F) for name in names]
     assert order[3:5] == [(names[-1], Phase.I), (names[-1], Phase.W)] and order[-1] == (names[0], Phase.W)

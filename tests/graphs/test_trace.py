@@ -16,7 +16,7 @@ from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import Phase, TensorSpec
 from mipipe.graphs.operators import kernels
 from mipipe.graphs.tracing.partition import trace_module, trace_segment
-from mipipe.graphs.tracing.trace import build_phase, decode, encode, identifier, phase_signature, resolve
+from mipipe.graphs.tracing.trace import build_phase, decode, encode, identifier, phase_signature, resolve_operator
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-2**62, 2**62), st.floats(allow_nan=False),
                     st.text(max_size=5), st.complex_numbers(allow_nan=False, allow_infinity=False),
@@ -34,7 +34,7 @@ def test_encoding_of_what_json_lacks() -> None:
     with pytest.raises(GraphError, match="cannot be stored"):
         encode(object())
     with pytest.raises(GraphError, match="does not have it"):
-        resolve("aten.no_such_operator.default")
+        resolve_operator("aten.no_such_operator.default")
 
 
 @given(st.text(min_size=1, max_size=12))

@@ -9,7 +9,7 @@ from mipipe.cli.capture import parse_settings
 from mipipe.graphs.cluster import load_cluster
 from mipipe.graphs.merging.recipe import read_recipes
 from mipipe.graphs.serialize import load_data, yaml_text, yaml_value
-from mipipe.runtime.train.config import read_config
+from mipipe.runtime.train.config import read_train_config
 
 SPELLINGS = ["1e-8", "1E-8", "1e8", "+1e8", "-1e+8", "3.0e4", "3.e4", ".5e3", "-.5E-3", "12e03", "1.5e-2"]
 
@@ -40,7 +40,7 @@ def test_in_every_kind_of_file(tmp_path):
     config = tmp_path / "train.yaml"
     config.write_text("steps: 3\noptimizer: {options: {eps: 1e-8}, groups: [{match: b, options: {lr: 1e-5}}]}\n"
                       "data: {options: {shift: 2e-3}}\n")
-    read = read_config(config)
+    read = read_train_config(config)
     assert read.optimizer.options["eps"] == 1e-8 and read.optimizer.groups[0].options["lr"] == 1e-5
     assert read.data.options["shift"] == 2e-3
     recipe = tmp_path / "recipe.yaml"

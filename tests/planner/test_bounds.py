@@ -14,7 +14,7 @@ from mipipe.graphs.errors import PlanError
 from mipipe.planner.bounds.at_placement import heads_and_tails, placement_bound, preemptive_bound, problem_bound
 from mipipe.planner.jobs.job_shop import job_shop
 from mipipe.planner.jobs.stages import view
-from mipipe.planner.placements.shapes import propose
+from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
 
@@ -130,6 +130,6 @@ def test_the_last_forward_waits_for_gradients_that_make_room():
     """Two streams, two-way, 9 activations: 433 until rank 3 sees a gradient, of its work until then at most 180; 830
     must be done before its last forward, whose way to the loss and back takes 465. The search reaches 1,550."""
     problem = two_stream_problem(ranks=8, microbatches=20, activations=9)
-    bound = placement_bound(view(problem, next(propose(problem, "two-way"))))
+    bound = placement_bound(view(problem, next(propose_shapes(problem, "two-way"))))
     assert bound.ns == (433 - 180 + 830 + 465) * problem.unit_ns
     assert "last forward" in bound.what

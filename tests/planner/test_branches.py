@@ -13,7 +13,7 @@ from mipipe.planner.check import check_plan
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.options import PLACEMENTS, PlanOptions
 from mipipe.planner.placements.branches import encoders
-from mipipe.planner.placements.shapes import propose
+from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.problem import PhaseTimes
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.solve import Termination, plan
@@ -33,7 +33,7 @@ def test_encoders_are_found_by_their_branch_and_without_tags_by_structure() -> N
 
 def test_parameters_tied_across_the_join_leave_no_encoder() -> None:
     problem = multimodal_problem(colocate=((3, 14),))
-    assert encoders(problem) == [] and not list(propose(problem, "apart"))
+    assert encoders(problem) == [] and not list(propose_shapes(problem, "apart"))
 
 
 @pytest.mark.parametrize("images", [(), (0.0, 4.0, 1.0, 2.0, 0.0, 3.0)])
@@ -50,7 +50,7 @@ def test_apart_shares_no_rank_and_colocated_shares_the_first() -> None:
     problem = multimodal_problem()
     chosen = set(encoders(problem))
     for name in ("apart", "colocated"):
-        found = list(propose(problem, name))
+        found = list(propose_shapes(problem, name))
         assert found
         for placement in found:
             view(problem, placement)
@@ -64,7 +64,7 @@ def test_apart_shares_no_rank_and_colocated_shares_the_first() -> None:
 
 def test_encoders_on_every_rank_even_out_the_load() -> None:
     problem = multimodal_problem(microbatches=8, images=(0.0, 4.0, 1.0, 2.0, 0.0, 3.0, 1.0, 1.0))
-    spread = next(placement for placement in propose(problem, "colocated") if placement.name.endswith("+spread"))
+    spread = next(placement for placement in propose_shapes(problem, "colocated") if placement.name.endswith("+spread"))
     stages = view(problem, spread)
     load = [0] * 4
     for s in range(stages.num_stages):

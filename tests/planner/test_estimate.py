@@ -12,7 +12,7 @@ from mipipe.graphs.costs.table import CostTable, GroupCost
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import (
     OperatorGraph,
-    Parameter,
+    ParameterSpec,
     Phase,
     Segment,
     SegmentTrace,
@@ -37,7 +37,7 @@ CLUSTER = Cluster(Topology.uniform(2, kind="gpu", memory_bytes=1000), {"gpu": KI
 
 def graph_of(*dtypes: str) -> OperatorGraph:
     """One segment that reads 3 sequences of 5 tokens, with a parameter of 8 values for each dtype."""
-    parameters = tuple(Parameter(f"p{number}", TensorSpec((8,), dtype)) for number, dtype in enumerate(dtypes))
+    parameters = tuple(ParameterSpec(f"p{number}", TensorSpec((8,), dtype)) for number, dtype in enumerate(dtypes))
     trace = SegmentTrace("t", ("x",), (), (), (None,), {"x": TensorSpec((3, 5), "int64")}, (), ("y",), {}, (None,), (),
                          ())
     return OperatorGraph("model", ("input_ids",), ("loss",), "loss",

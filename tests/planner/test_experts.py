@@ -15,7 +15,7 @@ from mipipe.planner.experts.greedy import greedy_layer, rebalance_experts
 from mipipe.planner.experts.maps import ExpertLoads, ExpertMap, device_times, layer_bound, slots_for, unit_times
 from mipipe.planner.experts.migrate import Change, align, best_change, moved_experts, share_moves
 from mipipe.planner.experts.plan import ExpertOptions, plan_experts, share_slots, slots_in_memory
-from mipipe.planner.experts.swaps import Layer, balanced_start, improve, shared_tokens
+from mipipe.planner.experts.swaps import Layer, balanced_start, improve_map, shared_tokens
 from mipipe.planner.milp.experts import solve_layer
 
 EPLB_EXAMPLE = [[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
@@ -68,7 +68,7 @@ def test_search_and_mip_agree_with_exhaustive_search(loads: list[int], seed: int
     best = exhaustive(weights, devices, slots)
     layer = simple(weights, devices)
     bound = layer_bound(weights, layer.units, slots)
-    found = improve(layer, balanced_start(layer, slots), bound)
+    found = improve_map(layer, balanced_start(layer, slots), bound)
     solved = solve_layer(layer, found, time_limit_s=20, seed=seed, max_replicas=slots * devices)
     assert bound <= best * (1 + 1e-6)
     assert layer.makespan(found) >= best * (1 - 1e-9)
@@ -83,7 +83,7 @@ def test_search_is_never_worse_than_the_greedy_rule(seed: int, size: tuple[int, 
     layer = simple(weights, devices)
     slots = (experts + spare) // devices
     bound = layer_bound(weights, layer.units, slots)
-    found = improve(layer, balanced_start(layer, slots), bound)
+    found = improve_map(layer, balanced_start(layer, slots), bound)
     assert bound * (1 - 1e-9) <= layer.makespan(found)
     assert layer.makespan(found) <= layer.makespan(greedy_layer(weights, experts + spare, devices)) * (1 + 1e-9)
     assert set(found.ravel()) == set(range(experts))

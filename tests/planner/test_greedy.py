@@ -11,15 +11,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from mipipe.graphs.topology import Topology
-from mipipe.planner.jobs.arrays import build, expand, mirror, orders_from
+from mipipe.planner.jobs.arrays import build, mirror, orders_from, with_mirrors
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.ladder.admission import seed_search
 from mipipe.planner.ladder.candidate import candidate
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlanOptions
-from mipipe.planner.placements.feasible import one_at_a_time, shortage
-from mipipe.planner.placements.shapes import propose
+from mipipe.planner.placements.feasible import shortage, single_microbatch_bytes
+from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.search import lists as greedy
@@ -31,14 +31,14 @@ from planner_problems import problems
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(problems(tight=True))
 def test_lists_are_complete_fit_memory_and_fail_only_where_nothing_fits(problem: PlanningProblem) -> None:
-    for placement in propose(problem):
+    for placement in propose_shapes(problem):
         instance = build(view(problem, placement))
         orders = greedy.schedule(instance, greedy.RULES[0])
         if orders is None:
             assert shortage(problem, placement) is not None
             continue
         assert sorted(n for row in orders.lists() for n in row) == list(range(instance.size))
-        _, evaluation = evaluate(instance.view, expand(instance, orders.lists()))
+        _, evaluation = evaluate(instance.view, with_mirrors(instance, orders.lists()))
         assert evaluation.makespan_ns >= orders.makespan_ns or instance.view.problem.topology.num_devices > 1
         for order in orders.lists():
             used = 0
@@ -52,17 +52,17 @@ def test_lists_are_complete_fit_memory_and_fail_only_where_nothing_fits(problem:
 @given(problems(max_groups=7, max_ranks=4, max_microbatches=6))
 def test_memory_for_one_microbatch_suffices_for_all(problem: PlanningProblem) -> None:
     """Weight gradients that keep more than their input gradients return, and ends spread over ranks, block nothing."""
-    for placement in propose(problem):
+    for placement in propose_shapes(problem):
         instance = build(view(problem, placement))
-        instance.cap[:] = one_at_a_time(instance)
+        instance.cap[:] = single_microbatch_bytes(instance)
         for rule in greedy.RULES:
             assert greedy.schedule(instance, rule) is not None, placement
 
 
 def test_the_interpreted_kernel_gives_the_compiled_ones_schedule() -> None:
     problem = uniform_problem(ranks=3, microbatches=5, f=3, i=4, w=2, comm=1, activations=3)
-    instance = build(view(problem, next(propose(problem, "v"))))
-    slow, fast = (greedy.schedule(instance, greedy.Rule(), compiled=compiled) for compiled in (False, True))
+    instance = build(view(problem, next(propose_shapes(problem, "v"))))
+    slow, fast = (greedy.schedule(instance, greedy.ListRule(), compiled=compiled) for compiled in (False, True))
     assert slow is not None and fast is not None
     assert slow.makespan_ns == fast.makespan_ns and (slow.seq == fast.seq).all()
 
@@ -70,13 +70,13 @@ def test_the_interpreted_kernel_gives_the_compiled_ones_schedule() -> None:
 @pytest.mark.parametrize("shape", ["two-way", "two-way-v"])
 def test_a_schedule_of_the_quotient_is_one_of_the_whole(shape: str) -> None:
     problem = uniform_problem(ranks=4, microbatches=8, f=10, i=12, w=8, comm=1)
-    stage_view = view(problem, next(propose(problem, shape)))
+    stage_view = view(problem, next(propose_shapes(problem, shape)))
     assert mirror(stage_view) is not None
     half, whole = build(stage_view, halve=True), build(stage_view)
     assert 2 * half.size == whole.size
     orders = greedy.schedule(half, greedy.RULES[0])
     assert orders is not None
-    schedule = expand(half, orders.lists())
+    schedule = with_mirrors(half, orders.lists())
     _, evaluation = evaluate(stage_view, schedule)
     assert evaluation.makespan_ns == orders.makespan_ns
     assert sorted(n for row in orders_from(whole, schedule) for n in row) == list(range(whole.size))
@@ -84,12 +84,12 @@ def test_a_schedule_of_the_quotient_is_one_of_the_whole(shape: str) -> None:
 
 def test_a_chain_has_no_mirror_image() -> None:
     problem = uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1)
-    assert mirror(view(problem, next(propose(problem, "chain")))) is None
+    assert mirror(view(problem, next(propose_shapes(problem, "chain")))) is None
 
 
 def test_more_trials_are_never_worse() -> None:
     problem = uniform_problem(ranks=4, microbatches=8, f=10, i=12, w=8, comm=1, activations=4)
-    instance = build(view(problem, next(propose(problem, "v"))))
+    instance = build(view(problem, next(propose_shapes(problem, "v"))))
     few, many = (greedy.best_of(instance, trials, np.random.default_rng(0), 5.0) for trials in (0, 40))
     assert few is not None and many is not None
     assert many.orders.makespan_ns <= few.orders.makespan_ns
@@ -105,7 +105,7 @@ def test_full_memory_never_keeps_a_gradient_from_running(compiled: bool) -> None
                   workspace_bytes=2)
     problem = PlanningProblem("full", (group, replace(group, name="g1")), (GroupEdge(0, (1,), 0, 0, "v"),),
                               Topology.uniform(2, kind="d"), 4, limits=Limits(activation_bytes=17))
-    found = candidate(problem, next(propose(problem, "chain")))
-    assert (one_at_a_time(found.instance) == 11).all()
+    found = candidate(problem, next(propose_shapes(problem, "chain")))
+    assert (single_microbatch_bytes(found.instance) == 11).all()
     assert seed_search(Run(problem, PlanOptions()), found, compiled=compiled)
     assert found.best is not None and found.best.fits

@@ -11,7 +11,7 @@ import pyomo.environ as pyo
 import pytest
 
 from mipipe.planner.milp import highs
-from mipipe.planner.milp.highs import Termination
+from mipipe.planner.milp.highs import SolverStatus
 
 
 def knapsack(items: int, rows: int = 10, seed: int = 1) -> pyo.ConcreteModel:
@@ -34,7 +34,7 @@ def test_optimal_values_land_on_the_variables():
     model.row = pyo.Constraint(expr=(1, model.a + 2 * model.b, 7.5))
     model.goal = pyo.Objective(expr=3 * model.a + model.b + 4, sense=pyo.maximize)
     outcome = highs.solve(model, time_limit_s=5, seed=0)
-    assert outcome.termination is Termination.OPTIMAL
+    assert outcome.termination is SolverStatus.OPTIMAL
     assert (model.a.value, model.b.value) == (pytest.approx(7), pytest.approx(0.25))
     assert outcome.objective == pytest.approx(25.25) == outcome.bound
     assert outcome.gap == pytest.approx(0)
@@ -56,14 +56,14 @@ def test_infeasible_is_an_outcome():
     model.row = pyo.Constraint(expr=2 * model.a == 1)
     model.goal = pyo.Objective(expr=model.a)
     outcome = highs.solve(model, time_limit_s=5, seed=0)
-    assert outcome.termination is Termination.INFEASIBLE
+    assert outcome.termination is SolverStatus.INFEASIBLE
     assert outcome.objective is None and outcome.bound is None and outcome.gap is None and not outcome.has_solution
 
 
 def test_time_limit_returns_the_incumbent_with_its_bound():
     model = knapsack(200)
     outcome = highs.solve(model, time_limit_s=1.5, seed=0)
-    assert outcome.termination is Termination.FEASIBLE
+    assert outcome.termination is SolverStatus.FEASIBLE
     assert outcome.bound < outcome.objective < 0
     assert 0 < outcome.gap < 0.5
     assert outcome.objective == pytest.approx(pyo.value(model.goal))
@@ -80,7 +80,7 @@ def test_ctrl_c_returns_the_incumbent():
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
 
     outcome = highs.solve(model, time_limit_s=60, seed=0, on_incumbent=press, on_bound=bounds.append)
-    assert outcome.termination is Termination.INTERRUPTED
+    assert outcome.termination is SolverStatus.INTERRUPTED
     assert outcome.seconds < 30
     assert outcome.objective == pytest.approx(seen[-1]) == pytest.approx(pyo.value(model.goal))
     assert bounds and outcome.bound == bounds[-1] <= outcome.objective

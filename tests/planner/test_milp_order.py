@@ -15,9 +15,9 @@ from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.at_placement import placement_bound, problem_bound
 from mipipe.planner.jobs.job_shop import job_shop, peak_memory, relabel
 from mipipe.planner.jobs.stages import view
-from mipipe.planner.jobs.times import evaluate, run
+from mipipe.planner.jobs.times import evaluate, run_orders
 from mipipe.planner.milp.exact import solve_exact
-from mipipe.planner.milp.highs import Termination
+from mipipe.planner.milp.highs import SolverStatus
 from mipipe.planner.milp.order import solve_order
 from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
@@ -42,7 +42,7 @@ def test_order_equals_exhaustive_search(problem):
         best = optimum(stage_view)
         assume(best < 1 << 60)
         result = solve_order(stage_view, time_limit_s=30, seed=0)
-        assert result.outcome.termination is Termination.OPTIMAL
+        assert result.outcome.termination is SolverStatus.OPTIMAL
         assert result.makespan_ns == best == result.bound_ns
         assert placement_bound(stage_view).ns <= best
         compiled, evaluation = evaluate(stage_view, result.schedule)
@@ -56,7 +56,7 @@ def test_exact_equals_exhaustive_search_over_placements(problem):
     best = min(optimum(stage_view) for stage_view in placements(problem))
     assume(best < 1 << 60)
     result = solve_exact(problem, time_limit_s=60, seed=0)
-    assert result.outcome.termination is Termination.OPTIMAL
+    assert result.outcome.termination is SolverStatus.OPTIMAL
     assert result.bound_ns <= best <= result.makespan_ns
     assert problem_bound(problem).ns <= best
     if not may_queue(problem):  # otherwise the clock's queue is one of the orders the MIP allows
@@ -68,7 +68,7 @@ def test_exact_equals_exhaustive_search_over_placements(problem):
 def test_exact_and_order_agree(problem):
     """At the placement the exact MIP chose, the order MIP finds the same makespan."""
     result = solve_exact(problem, time_limit_s=60, seed=0)
-    assume(result.placement is not None and result.outcome.termination is Termination.OPTIMAL)
+    assume(result.placement is not None and result.outcome.termination is SolverStatus.OPTIMAL)
     fixed = solve_order(view(problem, result.placement), time_limit_s=30, seed=0)
     assert fixed.makespan_ns <= result.makespan_ns
     assert fixed.makespan_ns >= result.bound_ns
@@ -78,7 +78,7 @@ def test_chain_optimum():
     """F = I = W = 1, P ranks, memory of 1F1B: ZB-H1's makespan 3M + P - 1 (bubble P - 1), proven without a start."""
     problem = uniform_problem(ranks=3, microbatches=5, f=1, i=1, w=1, layers=3, activations=3)
     result = solve_order(chain(problem), time_limit_s=120, seed=0)
-    assert result.outcome.termination is Termination.OPTIMAL
+    assert result.outcome.termination is SolverStatus.OPTIMAL
     assert result.makespan_ns == result.bound_ns == 17 * problem.unit_ns
 
 
@@ -91,21 +91,21 @@ def test_start_is_kept_and_improved():
     assert fast.makespan_ns < slow.makespan_ns
     again = solve_order(stage_view, time_limit_s=30, seed=0, start=fast.schedule)
     assert (again.schedule, again.makespan_ns) == (fast.schedule, fast.makespan_ns)
-    assert again.outcome.termination is Termination.OPTIMAL
+    assert again.outcome.termination is SolverStatus.OPTIMAL
 
 
 def test_a_horizon_below_the_optimum_is_refuted():
     problem = uniform_problem(ranks=2, microbatches=3, f=1, i=1, w=1, layers=2, activations=2)
     best = solve_order(chain(problem), time_limit_s=30, seed=0).makespan_ns
     result = solve_order(chain(problem), time_limit_s=30, seed=0, horizon_ns=best - problem.unit_ns)
-    assert result.schedule is None and result.outcome.termination is Termination.INFEASIBLE
+    assert result.schedule is None and result.outcome.termination is SolverStatus.INFEASIBLE
     assert best - problem.unit_ns < result.bound_ns <= best
 
 
 def test_no_time_is_an_outcome():
     problem = uniform_problem(ranks=4, microbatches=8, f=2, i=2, w=1, layers=4, activations=4)
     result = solve_order(chain(problem), time_limit_s=0.05, seed=0)
-    assert result.schedule is None and result.outcome.termination is Termination.TIME_LIMIT
+    assert result.schedule is None and result.outcome.termination is SolverStatus.TIME_LIMIT
     assert result.bound_ns == placement_bound(chain(problem)).ns
 
 
@@ -133,7 +133,7 @@ def optimum_of_two_streams(stage_view) -> int:
     machines = jobs.by_machine()
     best = 1 << 60
     for orders in itertools.product(*(itertools.permutations(members) for members in machines.values())):
-        evaluation = run(jobs.compiled, [list(order) for order in orders])
+        evaluation = run_orders(jobs.compiled, [list(order) for order in orders])
         if evaluation is not None:
             best = min(best, evaluation.makespan_ns)
     return best

@@ -15,7 +15,7 @@ from mipipe.planner.jobs.job_shop import elementary_actions, job_shop, peak_memo
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.milp import periodic, placement, time_indexed, windows
-from mipipe.planner.milp.highs import Termination
+from mipipe.planner.milp.highs import SolverStatus
 from mipipe.planner.milp.modulo import greedy
 from mipipe.planner.milp.order import solve_order
 from mipipe.planner.milp.pattern import pattern_of
@@ -70,7 +70,7 @@ def test_chain_is_paced_at_its_load(activations):
     """With 1F1B's memory the chain runs without idle time in steady state; with less the pattern is still valid."""
     problem = uniform_problem(ranks=4, microbatches=6, f=1, i=1, w=1, layers=4, activations=activations)
     result = periodic.pace(chain_view(problem), time_limit_s=20, seed=0)
-    assert result.outcome.termination is Termination.OPTIMAL
+    assert result.outcome.termination is SolverStatus.OPTIMAL
     if activations >= 4:
         assert result.period_ns == 3 * problem.unit_ns
     assert result.span_ns >= (4 + 4 + 1 - 1e-3) * problem.unit_ns  # one microbatch alone: 4 F, 4 I, a W
@@ -83,9 +83,9 @@ def test_one_activation_takes_a_whole_microbatch_per_period():
     stage_view = chain_view(problem)
     alone = 3 + 3 + 1
     assert periodic.pace(stage_view, alone * problem.unit_ns * 99 // 100, time_limit_s=20,
-                         seed=0).outcome.termination is Termination.INFEASIBLE
+                         seed=0).outcome.termination is SolverStatus.INFEASIBLE
     result = periodic.pace(stage_view, alone * problem.unit_ns, time_limit_s=20, seed=0)
-    assert result.outcome.termination is Termination.OPTIMAL
+    assert result.outcome.termination is SolverStatus.OPTIMAL
 
 
 def test_two_directions_share_a_pattern():
@@ -175,18 +175,18 @@ def test_windows_are_never_worse_and_reach_small_optima(problem):
     assume(best < 1 << 60)
     start = one_by_one(stage_view)
     before = assert_valid(stage_view, start)
-    schedule, makespan, count = windows.improve(stage_view, start, window=5, time_limit_s=10, seed=0)
+    schedule, makespan, count = windows.improve_by_windows(stage_view, start, window=5, time_limit_s=10, seed=0)
     assert assert_valid(stage_view, schedule) == makespan <= before
     assert (count > 0) == (makespan < before)
-    _, all_free, _ = windows.improve(stage_view, start, window=100, time_limit_s=20, seed=0)
+    _, all_free, _ = windows.improve_by_windows(stage_view, start, window=100, time_limit_s=20, seed=0)
     assert all_free == best
 
 
 def test_windows_stop_at_the_target():
     problem = uniform_problem(ranks=2, microbatches=4, f=1, i=1, w=1, layers=2, activations=2)
     start = one_by_one(chain_view(problem))
-    _, makespan, count = windows.improve(chain_view(problem), start, window=50, time_limit_s=20, seed=0,
-                                         target_ns=10**12)
+    _, makespan, count = windows.improve_by_windows(chain_view(problem), start, window=50, time_limit_s=20, seed=0,
+                                                    target_ns=10**12)
     assert count == 0 and makespan == evaluate(chain_view(problem), start)[1].makespan_ns
 
 
@@ -217,7 +217,7 @@ def test_time_indexed_relaxation_beats_the_combinatorial_bound_on_any_grid():
     problem = uniform_problem(ranks=2, microbatches=4, f=2, i=2, w=2, layers=4, activations=1, copies=1)
     stage_view = v_view(problem)
     exact = solve_order(stage_view, time_limit_s=60, seed=0)
-    assert exact.outcome.termination is Termination.OPTIMAL
+    assert exact.outcome.termination is SolverStatus.OPTIMAL
     fine = time_indexed.bound(stage_view, makespan_ns=exact.makespan_ns, time_limit_s=20, seed=0)
     assert fine.bound_ns == exact.makespan_ns
     coarse = time_indexed.bound(stage_view, makespan_ns=exact.makespan_ns, time_limit_s=2, seed=0, max_columns=200)
@@ -229,15 +229,15 @@ def test_time_indexed_relaxation_beats_the_combinatorial_bound_on_any_grid():
 def test_placement_bound_holds_over_all_placements(problem):
     best = min(optimum(stage_view) for stage_view in placements(problem))
     assume(best < 1 << 60)
-    found, outcome = placement.placement_bound(problem, time_limit_s=20, seed=0)
-    assert outcome.termination is Termination.OPTIMAL
+    found, outcome = placement.free_bound(problem, time_limit_s=20, seed=0)
+    assert outcome.termination is SolverStatus.OPTIMAL
     assert found <= best
 
 
 def test_placement_balances_and_orders_heads():
     """Four equal stages on four devices, one copy: one each; the last starts three forwards late."""
     problem = uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, layers=4, copies=1, activations=100)
-    found = placement.propose(problem, time_limit_s=20, seed=0)
+    found = placement.propose_by_mip(problem, time_limit_s=20, seed=0)
     assert found[0].estimate_ns == pytest.approx(27 * problem.unit_ns, rel=1e-4)
     assert sorted(rank for stage in found[0].placement.stages for rank in stage.ranks) == [0, 1, 2, 3]
     bounds = [proposal.bound_ns for proposal in found if proposal.bound_ns is not None]
@@ -247,8 +247,8 @@ def test_placement_balances_and_orders_heads():
 def test_replicas_share_the_work():
     """Three equal layers on two devices: one replica each leaves loads 2 : 1, a replica of one layer evens them."""
     problem = uniform_problem(ranks=2, microbatches=8, f=1, i=1, w=1, layers=3, copies=2, activations=100)
-    alone = placement.propose(problem, time_limit_s=10, seed=0, count=1)[0]
-    shared = placement.propose(problem, time_limit_s=10, seed=0, count=1, max_replicas=2)[0]
+    alone = placement.propose_by_mip(problem, time_limit_s=10, seed=0, count=1)[0]
+    shared = placement.propose_by_mip(problem, time_limit_s=10, seed=0, count=1, max_replicas=2)[0]
     assert shared.estimate_ns < alone.estimate_ns
     assert any(len(stage.ranks) == 2 for stage in shared.placement.stages)
     stage_view = view(problem, shared.placement)
@@ -261,7 +261,7 @@ def test_replicas_share_the_work():
 
 def test_contiguous_pieces_follow_the_devices():
     problem = uniform_problem(ranks=3, microbatches=6, f=1, i=1, w=1, layers=7, copies=3)
-    found = placement.propose(problem, time_limit_s=10, seed=0, count=2, contiguous=True)
+    found = placement.propose_by_mip(problem, time_limit_s=10, seed=0, count=2, contiguous=True)
     for proposal in found:
         ranks = [stage.ranks[0] for stage in proposal.placement.stages]
         assert ranks == sorted(ranks)
@@ -270,18 +270,18 @@ def test_contiguous_pieces_follow_the_devices():
 def test_memory_keeps_units_apart():
     """What does not fit one device is spread, and where nothing fits the MIP says so."""
     problem = uniform_problem(ranks=2, microbatches=4, f=1, i=1, w=1, layers=4, copies=1)
-    for proposal in placement.propose(problem, time_limit_s=10, seed=0):
+    for proposal in placement.propose_by_mip(problem, time_limit_s=10, seed=0):
         held = view(problem, proposal.placement).resident_bytes
         assert max(held) <= problem.limits.resident_bytes
     limits = type(problem.limits)(problem.limits.resident_bytes // 2, None)
-    found, outcome = placement.placement_bound(problem.replace(limits=limits), time_limit_s=10, seed=0)
-    assert outcome.termination is Termination.INFEASIBLE and found is None
-    assert placement.propose(problem.replace(limits=limits), time_limit_s=10, seed=0) == []
+    found, outcome = placement.free_bound(problem.replace(limits=limits), time_limit_s=10, seed=0)
+    assert outcome.termination is SolverStatus.INFEASIBLE and found is None
+    assert placement.propose_by_mip(problem.replace(limits=limits), time_limit_s=10, seed=0) == []
 
 
 def test_colocated_groups_share_routes():
     problem = two_stream_problem(ranks=2, microbatches=4, copies=2, activations=6)
-    for proposal in placement.propose(problem, time_limit_s=10, seed=0, max_replicas=2, count=2):
+    for proposal in placement.propose_by_mip(problem, time_limit_s=10, seed=0, max_replicas=2, count=2):
         stage_view = view(problem, proposal.placement)
         route = {}
         for stage, members in enumerate(proposal.placement.stages):

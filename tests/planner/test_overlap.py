@@ -26,7 +26,7 @@ from mipipe.planner.milp import time_indexed
 from mipipe.planner.milp.exact import solve_exact
 from mipipe.planner.milp.order import solve_order
 from mipipe.planner.options import PlanOptions
-from mipipe.planner.placements.shapes import propose
+from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 from mipipe.planner.problem import Group, OverlapRule, PhaseTimes, PlanningProblem
 from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
@@ -94,7 +94,7 @@ def below_the_optimum(problem: PlanningProblem, ratio: tuple[int, int], unit: in
     assert problem_bound(problem).ns <= overall
     if not mips:
         return
-    assert (placement_mip.placement_bound(problem, time_limit_s=2, seed=0)[0] or 0) <= overall
+    assert (placement_mip.free_bound(problem, time_limit_s=2, seed=0)[0] or 0) <= overall
     assert solve_exact(problem, time_limit_s=5, seed=0).bound_ns <= overall
 
 
@@ -172,7 +172,7 @@ def test_no_schedule_of_the_product_is_below_a_bound(size, ratio, comm, last, me
 def test_a_pair_shortens_nothing_beside_collectives():
     """There its gain is planned by operators: the pair takes the sum."""
     problem = two_stream_problem(ranks=2, microbatches=4, fb=10)
-    stages = view(problem, next(propose(problem, "chain")))
+    stages = view(problem, next(propose_shapes(problem, "chain")))
     stage = stages.streams.index(Stream.COMPUTE)
     assert pair_gain(problem).ratio == 1
     assert (stages.duration_ns(ActionKind.OVERLAP_F_B, stage, 0, (stage, 1))
@@ -183,7 +183,7 @@ def test_a_pair_shortens_nothing_beside_collectives():
 def test_forwards_before_the_first_gradient_are_in_no_pair(size, least):
     """8 x 20: 11.3 until rank 3 can see a gradient, 8 of its forwards until then; 12 pairs and 8 backwards remain."""
     problem = dualpipes(ranks=size[0], microbatches=size[1])
-    bound = placement_bound(view(problem, next(propose(problem, "two-way"))))
+    bound = placement_bound(view(problem, next(propose_shapes(problem, "two-way"))))
     assert bound.ns / problem.unit_ns == pytest.approx(least, abs=1e-4)
     assert bound.ns <= least * problem.unit_ns
 

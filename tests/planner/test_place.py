@@ -21,9 +21,9 @@ from mipipe.planner.devices.from_problem import instance_of
 from mipipe.planner.devices.instance import PlaceInstance, read_instance
 from mipipe.planner.devices.place import place
 from mipipe.planner.devices.throughput import max_load
-from mipipe.planner.devices.workers import Job, run_jobs
+from mipipe.planner.devices.workers import TimedJob, run_jobs
 from mipipe.planner.milp import device_placement
-from mipipe.planner.milp.highs import Termination
+from mipipe.planner.milp.highs import SolverStatus
 from mipipe.planner.problems.uniform import uniform_problem
 
 
@@ -122,13 +122,13 @@ def test_parts_hold_the_optimum_and_nothing_better(graph, cpus: int, seed: int, 
     best = min(judge(data, device) for device in itertools.product(range(2 + cpus), repeat=len(data["nodes"])))
     found = []
     for part in parts(instance, best * (1 + 1e-4)):
-        device, _ = device_placement.solve(part, best * (1 + 1e-4), time_limit_s=10, seed=seed)
+        device, _ = device_placement.solve_part(part, best * (1 + 1e-4), time_limit_s=10, seed=seed)
         if device is not None:
             found.append(max_load(instance, device[part.merged]))
     assert min(found) == pytest.approx(best)
     for part in parts(instance, best * (1 - 1e-4)):
-        outcome = device_placement.solve(part, best * (1 - 1e-4), time_limit_s=10, seed=seed)[1]
-        assert outcome.termination is Termination.INFEASIBLE
+        outcome = device_placement.solve_part(part, best * (1 - 1e-4), time_limit_s=10, seed=seed)[1]
+        assert outcome.termination is SolverStatus.INFEASIBLE
 
 
 def test_a_dear_value_is_cut_once(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_captured_problems_are_placed_by_the_same_code() -> None:
 def test_jobs_end_at_the_deadline_and_results_are_taken() -> None:
     taken: list[int] = []
 
-    def job(number: int) -> Job:
+    def job(number: int) -> TimedJob:
         def work(stop: np.ndarray) -> Callable[[], None]:
             while number and not stop[0]:
                 time.sleep(0.01)

@@ -17,7 +17,7 @@ from mipipe.planner.milp import modes, placement
 from mipipe.planner.milp.routes import to_placement, to_shares
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.feasible import shortage
-from mipipe.planner.placements.shapes import propose
+from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.solve import plan
@@ -38,7 +38,7 @@ def _two_kinds() -> PlanningProblem:
 def test_the_mip_gives_the_fast_device_twice_the_work_and_bounds_the_step() -> None:
     problem = _two_kinds()
     assert not placing.is_plain(problem) and placing.is_plain(uniform_problem(ranks=2, microbatches=2, f=1, i=1, w=1))
-    best = placement.propose(problem, time_limit_s=2.0, seed=0, count=1)[0].placement
+    best = placement.propose_by_mip(problem, time_limit_s=2.0, seed=0, count=1)[0].placement
     held = {rank: sum(len(stage.groups) for stage in best.stages if stage.ranks == (rank,)) for rank in (0, 1)}
     assert held == {0: 4, 1: 2}
     result = plan(problem, PlanOptions(time_limit_s=30.0, use_search=False))
@@ -51,7 +51,7 @@ def test_the_mip_gives_the_fast_device_twice_the_work_and_bounds_the_step() -> N
 def test_a_placement_and_its_shares_are_inverse() -> None:
     problem = multimodal_problem()
     units = placement.units_of(problem).groups
-    for found in propose(problem):
+    for found in propose_shapes(problem):
         shares = to_shares(problem, units, found)
         again = to_placement(problem, units, shares)
         assert to_shares(problem, units, again) == shares
@@ -60,7 +60,7 @@ def test_a_placement_and_its_shares_are_inverse() -> None:
 def test_the_modes_are_the_best_of_all_choices() -> None:
     """Against enumeration: the least load such that one microbatch at a time fits."""
     problem = multimodal_problem(activation_bytes=60)
-    base = next(found for found in propose(problem, "interleaved"))
+    base = next(found for found in propose_shapes(problem, "interleaved"))
     assert shortage(problem, base) is not None
     chosen = modes.choose(problem, base, pressure=0.0, time_limit_s=5.0, seed=0)
     assert chosen is not None and any(stage.recompute for stage in chosen.placement.stages)
@@ -109,6 +109,6 @@ def test_the_placement_bound_holds_with_replicas_and_modes(recompute: bool) -> N
     problem = multimodal_problem(microbatches=4, layers=3, encoder_layers=1, ranks=2, activation_bytes=120)
     if not recompute:
         problem = placing.without_recomputation(problem)
-    bound, _ = placement.placement_bound(problem, time_limit_s=5.0, seed=0)
+    bound, _ = placement.free_bound(problem, time_limit_s=5.0, seed=0)
     result = plan(problem, PlanOptions(time_limit_s=8.0, recompute=recompute, use_search=False))
     assert bound is not None and result.makespan_ns is not None and bound <= result.makespan_ns

@@ -13,7 +13,7 @@ from mipipe.planner.jobs.stages import view
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.cuts import fit_cuts, loads, units
 from mipipe.planner.placements.feasible import why_infeasible
-from mipipe.planner.placements.shapes import light_ends, propose, resident_bytes, resident_fits, shapes
+from mipipe.planner.placements.shapes import light_ends, propose_shapes, resident_bytes, resident_fits, shapes
 from mipipe.planner.plan import Plan, Schedule
 from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
 from mipipe.planner.solve import plan
@@ -24,7 +24,7 @@ def test_every_proposal_is_a_valid_placement_within_the_copies(ranks: int) -> No
     for copies in (1, 2):
         problem = uniform_problem(ranks=ranks, microbatches=4, f=1, i=2, w=1, copies=copies, layers=4 * ranks,
                                   first=0.2, last=0.6)
-        found = list(propose(problem))
+        found = list(propose_shapes(problem))
         assert found
         for placement in found:
             view(problem, placement)
@@ -35,7 +35,7 @@ def test_every_proposal_is_a_valid_placement_within_the_copies(ranks: int) -> No
 
 def test_the_two_ways_of_a_two_way_pipeline_are_mirror_images() -> None:
     problem = uniform_problem(ranks=4, microbatches=6, f=1, i=1, w=1)
-    placement = next(propose(problem, "two-way"))
+    placement = next(propose_shapes(problem, "two-way"))
     for route in placement.routes:
         assert [route[m] + route[m + 1] for m in range(0, 6, 2)] == [3, 3, 3]
     assert len(set(resident_bytes(problem, placement))) == 1
@@ -44,14 +44,14 @@ def test_the_two_ways_of_a_two_way_pipeline_are_mirror_images() -> None:
 @pytest.mark.parametrize(("name", "layers"), [("twin-chain", 4), ("twin-v", 8), ("twin-wave", 16)])
 def test_twins_are_two_equal_pipelines_on_half_of_the_ranks_each(name: str, layers: int) -> None:
     problem = uniform_problem(ranks=8, microbatches=6, f=1, i=1, w=1, layers=layers)
-    placement = next(propose(problem, name))  # type: ignore[arg-type]
+    placement = next(propose_shapes(problem, name))  # type: ignore[arg-type]
     assert len(placement.stages) == layers
     for route in placement.routes:
         assert all((rank < 4) == (m % 2 == 0) for m, rank in enumerate(route))
         assert [route[m] + route[m + 1] for m in range(0, 6, 2)] == [7, 7, 7]
     assert len(set(resident_bytes(problem, placement))) == 1
     alone = uniform_problem(ranks=8, microbatches=6, f=1, i=1, w=1, layers=layers, copies=1)
-    assert not list(propose(alone, name))  # type: ignore[arg-type]
+    assert not list(propose_shapes(alone, name))  # type: ignore[arg-type]
 
 
 def test_two_ranks_with_a_copy_each_are_data_parallel() -> None:
@@ -73,14 +73,14 @@ def test_spread_ends_balance_an_uneven_model() -> None:
     assert light_ends(problem) == [0, len(problem.groups) - 1]
     work = loads(problem)
     worst = {}
-    for placement in itertools.takewhile(lambda placement: placement.name.startswith("chain"), propose(problem)):
+    for placement in itertools.takewhile(lambda placement: placement.name.startswith("chain"), propose_shapes(problem)):
         load = [0] * 4
         for stage, route in zip(placement.stages, placement.routes, strict=True):
             for rank in route:
                 load[rank] += sum(work[group][rank] for group in stage.groups)
         worst[placement.name] = max(load)
     assert worst["chain+spread"] < 0.9 * worst["chain"]
-    assert {placement.name for placement in propose(problem, "chain")} == {"chain"}
+    assert {placement.name for placement in propose_shapes(problem, "chain")} == {"chain"}
 
 
 def test_heavy_ends_are_not_spread() -> None:
@@ -91,7 +91,7 @@ def test_heavy_ends_are_not_spread() -> None:
 def test_colocated_groups_stay_together() -> None:
     problem = two_stream_problem(ranks=2, microbatches=4, layers=4)
     assert [len(block) for block in units(problem)] == [4, 4, 4, 4]
-    for placement in propose(problem):
+    for placement in propose_shapes(problem):
         rank_of = {group: route for stage, route in zip(placement.stages, placement.routes, strict=True)
                    for group in stage.groups}
         for members in problem.colocate:
@@ -101,13 +101,15 @@ def test_colocated_groups_stay_together() -> None:
 def test_groups_that_move_buffers_have_one_replica() -> None:
     """Batch statistics follow one microbatch after the other: two ranks would each see half of them."""
     problem = uniform_problem(ranks=2, microbatches=4, f=1, i=1, w=1, copies=2, layers=8)
-    twice = next(propose(problem, "two-way"))
+    twice = next(propose_shapes(problem, "two-way"))
     single = problem.replace(groups=tuple(dataclasses.replace(group, single=number == 3)
                                           for number, group in enumerate(problem.groups)))
-    assert {placement.name for placement in propose(single)} < {placement.name for placement in propose(problem)}
-    assert all(len(stage.ranks) == 1 for placement in propose(single) for stage in placement.stages
+    assert {placement.name for placement in propose_shapes(single)} < {placement.name
+                                                                       for placement in propose_shapes(problem)}
+    assert all(len(stage.ranks) == 1 for placement in propose_shapes(single) for stage in placement.stages
                if 3 in stage.groups)
-    assert not list(propose(single, "two-way")) and "may have one replica only" in why_infeasible(single, "two-way")
+    assert not list(propose_shapes(single, "two-way")) and "may have one replica only" in why_infeasible(single,
+                                                                                                         "two-way")
     with pytest.raises(PlanError, match="changes buffers in F and may have one replica only"):
         check_placement(Plan("by hand", single, twice, Schedule(())))
 
@@ -115,7 +117,7 @@ def test_groups_that_move_buffers_have_one_replica() -> None:
 @pytest.mark.parametrize(("name", "layers"), [("ring", 8), ("ring-v", 16)])
 def test_rings_share_every_stage_among_neighbours_and_give_later_ranks_more(name: str, layers: int) -> None:
     problem = two_stream_problem(ranks=8, microbatches=20, activations=9, layers=layers)
-    placement = next(propose(problem, name))
+    placement = next(propose_shapes(problem, name))
     work, load, latest = loads(problem), [0] * 8, [0] * 8
     partners: list[set[int]] = [set() for _ in range(8)]
     for number, (stage, route) in enumerate(zip(placement.stages, placement.routes, strict=True)):
@@ -136,8 +138,8 @@ def test_rings_share_every_stage_among_neighbours_and_give_later_ranks_more(name
 
 
 def test_no_ring_where_ranks_are_odd_or_one_copy_is_allowed() -> None:
-    assert not list(propose(uniform_problem(ranks=5, microbatches=8, f=1, i=1, w=1), "ring"))
-    assert not list(propose(uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, copies=1), "ring"))
+    assert not list(propose_shapes(uniform_problem(ranks=5, microbatches=8, f=1, i=1, w=1), "ring"))
+    assert not list(propose_shapes(uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, copies=1), "ring"))
 
 
 @pytest.mark.parametrize("name", ["chain", "v", "interleaved", "two-way"])

@@ -13,14 +13,14 @@ from hypothesis import HealthCheck, given, settings
 
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.check import check_plan
-from mipipe.planner.jobs.arrays import build, expand, mirror
+from mipipe.planner.jobs.arrays import build, mirror, with_mirrors
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.ladder import large as scale
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.cuts import place_spread
-from mipipe.planner.placements.shapes import light_ends, propose, shapes
+from mipipe.planner.placements.shapes import light_ends, propose_shapes, shapes
 from mipipe.planner.plan import Placement, Plan
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.uniform import in_units, two_stream_problem, uniform_problem
@@ -45,16 +45,16 @@ def spread_two_way(problem: PlanningProblem) -> Placement:
 
 def test_every_rule_gives_a_sound_schedule_with_the_kernels_own_makespan() -> None:
     problem = uneven(4, 8)
-    for placement in (*propose(problem, "two-way"), spread_two_way(problem), *propose(problem, "v")):
+    for placement in (*propose_shapes(problem, "two-way"), spread_two_way(problem), *propose_shapes(problem, "v")):
         stage_view = view(problem, placement)
         for halved in (False, True) if mirror(stage_view) else (False,):
             instance = build(stage_view, halve=halved)
             lines = quotas.lines_of(instance)
             assert lines is not None
             for number, rule in enumerate(quotas.first_rules(lines)):
-                orders = quotas.run(instance, lines, rule) if number % 9 == 0 else None
+                orders = quotas.run_rule(instance, lines, rule) if number % 9 == 0 else None
                 if orders is not None:
-                    schedule = expand(instance, orders.lists())
+                    schedule = with_mirrors(instance, orders.lists())
                     assert evaluate(stage_view, schedule)[1].makespan_ns == orders.makespan_ns
                     check_plan(Plan("x", problem, placement, schedule, orders.makespan_ns))
 
@@ -62,11 +62,11 @@ def test_every_rule_gives_a_sound_schedule_with_the_kernels_own_makespan() -> No
 def test_quotas_hold() -> None:
     """No stage ever has more activations than its quota; of the memory left over every rank gets its share."""
     problem = uneven(4, 12)
-    instance = build(view(problem, next(propose(problem, "chain"))))
+    instance = build(view(problem, next(propose_shapes(problem, "chain"))))
     lines = quotas.lines_of(instance)
     assert lines is not None
     rule = next(quotas.first_rules(lines))
-    orders = quotas.run(instance, lines, rule)
+    orders = quotas.run_rule(instance, lines, rule)
     assert orders is not None
     for machine, order in enumerate(orders.lists()):
         held = dict.fromkeys(np.flatnonzero(lines.machine == machine).tolist(), 0)
@@ -86,16 +86,16 @@ def test_random_problems_have_sound_schedules_or_none(problem: PlanningProblem) 
     instance = build(stage_view)
     lines = quotas.lines_of(instance)
     assert lines is not None
-    orders = quotas.run(instance, lines, next(quotas.first_rules(lines)))
+    orders = quotas.run_rule(instance, lines, next(quotas.first_rules(lines)))
     if orders is not None:
         assert sorted(n for order in orders.lists() for n in order) == list(range(instance.size))
-        _, evaluation = evaluate(stage_view, expand(instance, orders.lists()))
+        _, evaluation = evaluate(stage_view, with_mirrors(instance, orders.lists()))
         assert evaluation.makespan_ns == orders.makespan_ns or may_queue(problem)
 
 
 def test_two_streams_have_no_lines() -> None:
     problem = two_stream_problem(ranks=4, microbatches=8)
-    assert quotas.lines_of(build(view(problem, next(propose(problem, "chain"))))) is None
+    assert quotas.lines_of(build(view(problem, next(propose_shapes(problem, "chain"))))) is None
     assert not scale.applies(two_stream_problem(ranks=64, microbatches=1024))
 
 
@@ -106,7 +106,7 @@ def test_tuning_by_evaluations_is_reproducible_and_helps() -> None:
     lines = quotas.lines_of(instance)
     assert lines is not None
     first, again = (quotas.tune(instance, lines, 60, 3, evaluations=300) for _ in range(2))
-    start = quotas.run(instance, lines, next(quotas.first_rules(lines)))
+    start = quotas.run_rule(instance, lines, next(quotas.first_rules(lines)))
     assert first is not None and again is not None and start is not None
     assert (first.orders.seq == again.orders.seq).all() and first.tried == 300
     assert first.orders.makespan_ns < start.makespan_ns
@@ -126,13 +126,13 @@ def test_backwards_and_blended_lists_are_sound_and_better() -> None:
     backward = quotas.tune(mirrored, turned, 60, 0, rules=two_ended.backward_rules, evaluations=60)
     assert forward is not None and backward is not None
     read = [[int(image[n]) for n in reversed(order)] for order in backward.orders.lists()]
-    schedule = expand(instance, read)
+    schedule = with_mirrors(instance, read)
     _, evaluation = evaluate(stage_view, schedule)
     assert evaluation.makespan_ns <= backward.orders.makespan_ns
     check_plan(Plan("x", problem, placement, schedule, evaluation.makespan_ns))
     blended = two_ended.blend(instance, lines, forward.orders, mirrored, image, backward.orders)
     assert blended.makespan_ns < forward.orders.makespan_ns
-    check_plan(Plan("x", problem, placement, expand(instance, blended.lists()), blended.makespan_ns))
+    check_plan(Plan("x", problem, placement, with_mirrors(instance, blended.lists()), blended.makespan_ns))
 
 
 def test_rules_move_to_more_microbatches() -> None:
@@ -150,7 +150,7 @@ def test_rules_move_to_more_microbatches() -> None:
             assert tuned is not None
             rule, old, orders = tuned.rule, lines, tuned.orders
         else:
-            orders = quotas.run(instance, lines, quotas.moved(rule, old, lines))
+            orders = quotas.run_rule(instance, lines, quotas.moved(rule, old, lines))
             assert orders is not None
         bubbles.append(in_units(problem, orders.makespan_ns) - 3.3 * microbatches)
     assert bubbles[1] < 2 * bubbles[0]
@@ -174,4 +174,4 @@ def test_large_problems_keep_the_shape_asked_for() -> None:
     assert scale.applies(problem)
     for name, expected in (("chain", {"chain"}), ("two-way", {"two-way"}), ("free", {"two-way+spread"})):
         run = Run(problem, PlanOptions(placement=name))  # type: ignore[arg-type]
-        assert {placement.name for placement in itertools.islice(scale.placements(run), 1)} == expected
+        assert {placement.name for placement in itertools.islice(scale.large_placements(run), 1)} == expected

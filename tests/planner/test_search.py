@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from mipipe.planner.bounds.at_placement import placement_bound
-from mipipe.planner.jobs.arrays import Instance, build, expand, mirror
+from mipipe.planner.jobs.arrays import Instance, build, mirror, with_mirrors
 from mipipe.planner.jobs.paths import memory_fits, shift, times
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
-from mipipe.planner.placements.shapes import propose
+from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
 from mipipe.planner.search import anneal_kernel as anneal
@@ -24,7 +24,7 @@ from mipipe.planner.search.lift import lift
 
 
 def _instance(problem: PlanningProblem, shape: str) -> Instance:
-    stage_view = view(problem, next(propose(problem, shape)))
+    stage_view = view(problem, next(propose_shapes(problem, shape)))
     return build(stage_view, halve=mirror(stage_view) is not None)
 
 
@@ -43,7 +43,7 @@ def test_results_are_what_the_evaluator_says_and_fit_memory(shape: str) -> None:
     search.advance(worker, 0.5)
     found = worker.best
     assert found.makespan_ns <= before
-    _, evaluation = evaluate(instance.view, expand(instance, found.lists()))
+    _, evaluation = evaluate(instance.view, with_mirrors(instance, found.lists()))
     assert evaluation.makespan_ns == found.makespan_ns >= placement_bound(instance.view).ns
     for k in range(instance.num_machines):
         cap = instance.cap[instance.rank[found.seq[k, 0]]]
@@ -95,7 +95,8 @@ def test_orders_kept_while_memory_has_a_price_fit_it() -> None:
     seq, best = start.seq.copy(), start.seq.copy()
     press = np.array([0.1 * small.dur.mean() / small.alloc.max()])
     hot = 2.0 * float(small.dur.mean())
-    makespan = anneal.anneal(search.facts(small), seq, start.length, 20_000, hot, hot, 0.0, 0.2, press, 0, 1, best)
+    makespan = anneal.anneal(search.kernel_arrays(small), seq, start.length, 20_000, hot, hot, 0.0, 0.2, press, 0, 1,
+                             best)
     fits = [[memory_fits(orders, k, 0, start.length[k] - 1, 0, small.alloc, small.free, small.work,
                          small.cap[small.rank[orders[k, 0]]]) for k in range(small.num_machines)]
             for orders in (seq, best)]
@@ -113,7 +114,7 @@ def test_collectives_lifted_from_the_relaxation_make_a_whole_schedule() -> None:
     orders = _start(small)
     lifted = lift(instance, small, orders)
     assert lifted is not None and lifted.makespan_ns >= orders.makespan_ns
-    _, evaluation = evaluate(instance.view, expand(instance, lifted.lists()))
+    _, evaluation = evaluate(instance.view, with_mirrors(instance, lifted.lists()))
     assert evaluation.makespan_ns == lifted.makespan_ns
 
 
@@ -142,7 +143,7 @@ def test_a_last_round_cools_by_the_clock_and_rounds_go_on_after_it() -> None:
         assert worker.began == began
     assert worker.finished or (worker.ends == 0.0 and worker.best.makespan_ns <= before)
     found = worker.best
-    _, evaluation = evaluate(instance.view, expand(instance, found.lists()))
+    _, evaluation = evaluate(instance.view, with_mirrors(instance, found.lists()))
     assert evaluation.makespan_ns == found.makespan_ns
     for k in range(instance.num_machines):
         cap = instance.cap[instance.rank[found.seq[k, 0]]]

@@ -24,7 +24,7 @@ from mipipe.planner.ladder.candidate import Judged, candidate
 from mipipe.planner.ladder.order_rungs import published
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlanOptions
-from mipipe.planner.placements.shapes import propose
+from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
 from mipipe.planner.schedules import BASELINES
@@ -158,7 +158,7 @@ def test_the_bound_of_a_shape_holds_for_cuts_there_was_no_time_for(ranks: int, m
     problem = uniform_problem(ranks=ranks, microbatches=microbatches, f=1, i=1, w=1, comm="0.1", layers=4 * ranks,
                               first="0.2", last="0.6", copies=1)
     found = plan(problem, PlanOptions(time_limit_s=1, placement="interleaved"))
-    least = min(placement_bound(view(problem, placement)).ns for placement in propose(problem, "interleaved"))
+    least = min(placement_bound(view(problem, placement)).ns for placement in propose_shapes(problem, "interleaved"))
     assert found.bound_ns is not None and found.makespan_ns is not None
     assert found.bound_ns <= least
     assert (found.termination is Termination.OPTIMAL) == (found.makespan_ns <= found.bound_ns)
@@ -166,7 +166,7 @@ def test_the_bound_of_a_shape_holds_for_cuts_there_was_no_time_for(ranks: int, m
 
 def test_the_bound_of_a_shape_holds_for_cuts_that_no_list_was_found_for(monkeypatch) -> None:
     problem = uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, comm="0.1", layers=16, copies=1)
-    bounds = [placement_bound(view(problem, placement)).ns for placement in propose(problem, "interleaved")]
+    bounds = [placement_bound(view(problem, placement)).ns for placement in propose_shapes(problem, "interleaved")]
     assert min(bounds) < bounds[0]
     admit = entering._admit
     monkeypatch.setattr(entering, "_admit", lambda run, found: run.best is None and admit(run, found))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mipipe.graphs.merging.method_spec import Base
 from mipipe.graphs.merging.methods import BY_NAME
-from mipipe.runtime.merge.exchange import Exchange
+from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.worker import begin, work
 
 HIDDEN, INNER, VOCABULARY, LAYERS = 8, 16, 11, 2
@@ -106,7 +106,7 @@ def recipe_for(method, root, **changes):
     return {**data, **changes}
 
 
-class Threads(Exchange):
+class Threads(MergeRanks):
     """Ranks as threads of one process: what they gather goes through a shared list."""
 
     def __init__(self, rank, size, shared, barrier):

@@ -9,7 +9,7 @@ import torch
 from mipipe.graphs.operator_graph import (
     Operator,
     OperatorGraph,
-    Parameter,
+    ParameterSpec,
     Phase,
     Segment,
     SegmentTrace,
@@ -66,7 +66,7 @@ def chain_graph(layers: int = 2) -> OperatorGraph:
     values = [Value("x", x, None, False), Value("t", x, None, False)]
     values += [Value(f"h{i + 1}", x, f"layer{i}", True) for i in range(layers)]
     values.append(Value("loss", TensorSpec((), "float64"), "loss", True))
-    parameters = tuple(Parameter(f"layer{i}.w", TensorSpec((WIDTH, WIDTH), "float64")) for i in range(layers))
+    parameters = tuple(ParameterSpec(f"layer{i}.w", TensorSpec((WIDTH, WIDTH), "float64")) for i in range(layers))
     return OperatorGraph("chain", ("x", "t"), ("loss",), "loss", tuple(segments), tuple(values), parameters,
                          (linear_trace(), loss_trace()))
 

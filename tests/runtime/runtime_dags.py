@@ -8,7 +8,7 @@ import random
 import runtime_cases as cases
 import torch
 
-from mipipe.graphs.operator_graph import OperatorGraph, Parameter, Phase, Segment, SegmentTrace, TensorSpec, Value
+from mipipe.graphs.operator_graph import OperatorGraph, ParameterSpec, Phase, Segment, SegmentTrace, TensorSpec, Value
 from mipipe.graphs.tracing.partition import trace_segment
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 
@@ -100,7 +100,7 @@ def _bind(drawn, values, parameters) -> OperatorGraph:
     scalar = TensorSpec((), "float64")
     made = tuple(Value(name, scalar if name == "loss" else SPEC, source, needs[name]) for name, source, _ in values)
     return OperatorGraph("random", ("x", "t"), ("loss",), "loss", segments, made,
-                         tuple(Parameter(name, SQUARE, trains, root) for name, trains, root in parameters),
+                         tuple(ParameterSpec(name, SQUARE, trains, root) for name, trains, root in parameters),
                          tuple({trace.digest: trace for trace in chosen.values()}.values()))
 
 

@@ -25,7 +25,7 @@ from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.train.config import CheckpointConfig, DataConfig, TrainConfig
 from mipipe.runtime.train.data import Batches, make_batches
 from mipipe.runtime.train.training import Trainer
-from mipipe.runtime.weights.checkpoint import Checkpoints, pack
+from mipipe.runtime.weights.checkpoint import Checkpoints, pack_state
 from mipipe.runtime.weights.checkpoint_folder import complete, latest, read_state, verify
 from mipipe.runtime.weights.checkpoint_run import Start
 from mipipe.runtime.weights.checkpoint_tensors import shared_rows
@@ -223,7 +223,7 @@ def test_a_loader_with_a_state_of_its_own_continues_exactly():
     first = make()
     start = values(first, 7)
     state = first.state()
-    pack(state)
+    pack_state(state)
     torch.manual_seed(99)  # what comes next is in the state, not in the process's generator
     second = make()
     second.resume(state)
@@ -252,7 +252,7 @@ def test_each_copy_has_its_own_data(monkeypatch):
 def test_what_a_loader_may_save():
     """Only what is read back without running code; and a loader that gives nothing is an error, not an endless loop."""
     with pytest.raises(RunError, match="holds more than tensors, numbers, texts"):
-        pack({"loader": Path("/tmp")})
+        pack_state({"loader": Path("/tmp")})
     with pytest.raises(InputError, match="gives no batch"):
         next(Batches([]))
     batches = Batches([{"x": 1}, {"x": 2}])

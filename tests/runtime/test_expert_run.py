@@ -17,7 +17,7 @@ from mipipe.planner.experts.maps import ExpertLoads
 from mipipe.planner.experts.plan import ExpertOptions, plan_experts
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
-from mipipe.runtime.experts.run import plan_again, read_maps
+from mipipe.runtime.experts.run import read_maps, replan_map
 from mipipe.runtime.train.config import CheckpointConfig, ExpertsConfig, OptimizerConfig, ReplanConfig, TrainConfig
 from mipipe.runtime.train.data import Batches
 from mipipe.runtime.train.training import Trainer
@@ -121,7 +121,7 @@ def test_planning_again_names_a_wrong_cluster():
     """One device for each copy is expected."""
     cluster = Path(__file__).parents[2] / "examples/cluster_4cpu.yaml"
     with pytest.raises(InputError, match="has 4 devices, but the run has 2 copies"):
-        plan_again(ExpertLoads(((1.0,) * 8,)), ex.replicated_map(2), ReplanConfig(1, cluster=str(cluster)))
+        replan_map(ExpertLoads(((1.0,) * 8,)), ex.replicated_map(2), ReplanConfig(1, cluster=str(cluster)))
 
 
 def test_ordinary_runs_count_what_the_model_chooses(tmp_path):

@@ -16,12 +16,12 @@ from mipipe.planner.merging import steps
 from mipipe.planner.merging.lower import lower_merge
 from mipipe.planner.merging.plan import SHARD_BYTES, plan_recipe
 from mipipe.planner.merging.simulate import simulate_merge
-from mipipe.runtime.merge.exchange import Exchange
-from mipipe.runtime.merge.execute import measured_timeline, run_rank
+from mipipe.runtime.merge.exchange import MergeRanks
+from mipipe.runtime.merge.execute import merge_timeline, run_rank
 from mipipe.runtime.merge.methods.registry import BY_METHOD, METHODS
 from mipipe.runtime.merge.survey import unit_values
 from mipipe.runtime.merge.worker import begin
-from mipipe.runtime.weights.writer import publish
+from mipipe.runtime.weights.writer import publish_folder
 
 VARIANTS = {"ties": [{"density": 1.0}, {"density": [0.5, 1.0, 1.0], "zero_sum": "majority"}, {"scope": "model"},
                      {"scope": "model", "density": 0.2}],
@@ -67,14 +67,14 @@ def test_portions_and_reading_ahead_do_not_show_in_the_result(name, root, tmp_pa
         chosen = dataclasses.replace(plan, portion_entries=portion, ahead=ahead)
         out = tmp_path / f"{portion}-{ahead}"
         folder = begin(chosen, out)
-        _, events = run_rank(chosen, folder, Exchange.alone(), torch.device("cpu"))
-        publish(folder, out, chosen.shards)
+        _, events = run_rank(chosen, folder, MergeRanks.alone(), torch.device("cpu"))
+        publish_folder(folder, out, chosen.shards)
         results.add((out / "model.safetensors").read_bytes())
         program = lower_merge(chosen)
         (instructions,) = program.ranks
         timed = [number for number, item in enumerate(instructions) if item.kind is not ActionKind.FREE]
         assert sorted(number for number, _, _ in events) == timed
-        measured, simulated = measured_timeline(chosen, [events]), simulate_merge(chosen, program)
+        measured, simulated = merge_timeline(chosen, [events]), simulate_merge(chosen, program)
         assert ({span.label for span in measured.spans if span.kind is not ActionKind.ALL_REDUCE}
                 == {span.label for span in simulated.spans})
         for before, after in itertools.pairwise(sorted(events)):

@@ -88,7 +88,7 @@ def test_weights_that_cannot_be_saved_are_rescued(tmp_path, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("no such view")
 
-    monkeypatch.setattr(save_weights, "cut", fail)
+    monkeypatch.setattr(save_weights, "byte_slice", fail)
     with pytest.raises(RunError, match=r"RuntimeError: no such view.*out\.rescued"):
         save_check.save_or_rescue(engine, config, None)
     found = torch.load(tmp_path / "out.rescued" / "rank-0.pt", weights_only=True)

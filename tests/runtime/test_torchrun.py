@@ -30,10 +30,10 @@ from mipipe.planner.plan import Plan
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.timeline import Timeline
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.train.config import read_config
+from mipipe.runtime.train.config import read_train_config
 from mipipe.runtime.train.data import make_batches
 from mipipe.runtime.train.elastic import lost_ranks, remaining, train_elastic
-from mipipe.runtime.train.launch import explain, torchrun_command, train
+from mipipe.runtime.train.launch import explain_failure, torchrun_command, train
 from mipipe.runtime.train.models import initial_weights
 from mipipe.runtime.train.training import Trainer
 from mipipe.runtime.weights.checkpoint_folder import complete, read_state, verify
@@ -94,7 +94,8 @@ def undisturbed(files, steps, delay=0.0):
 
 def alone(files, steps):
     """The losses and final weights of the same training on one rank, in this process."""
-    config = read_config(write_config(files, "alone", steps=steps, metrics=None, data=killing(files, "alone", [])))
+    config = read_train_config(write_config(files, "alone", steps=steps, metrics=None,
+                                            data=killing(files, "alone", [])))
     plan, graph = load(files / "plan1.json", Plan), load(files / "graph.json", OperatorGraph)
     engine = Engine(plan, graph, initial_weights(graph, config))
     trainer = Trainer(engine, config, make_batches(config.data, graph, COUNT * ROWS_OF_BYTES, config.seed))
@@ -219,10 +220,10 @@ def test_a_killed_worker_is_named(tmp_path, codes, text):
 
     leave(0, "rank 0, instruction 3: the connection is closed; the peer has failed")
     (tmp_path / "failures.json").write_text(json.dumps(codes))
-    error = explain(tmp_path, tmp_path / "log", 1)
+    error = explain_failure(tmp_path, tmp_path / "log", 1)
     assert type(error) is RunError and re.match(text, str(error)), str(error)
     leave(0, "step 3: the loss is nan")
-    assert str(explain(tmp_path, tmp_path / "log", 1)) == "step 3: the loss is nan"
+    assert str(explain_failure(tmp_path, tmp_path / "log", 1)) == "step 3: the loss is nan"
 
 
 @pytest.mark.parametrize("cause, shown", [(None, False), (RunError("0F0: the peer hangs"), False), (OSError(5), True)])
@@ -232,7 +233,7 @@ def test_tracebacks_are_for_what_nobody_expected(tmp_path, capsys, cause, shown)
         raise RunError("rank 0, instruction 3: no luck") from cause
     except RunError as error:
         report(str(tmp_path), error)
-    error = explain(tmp_path, tmp_path / "log", 1)
+    error = explain_failure(tmp_path, tmp_path / "log", 1)
     assert type(error) is RunError and str(error) == "rank 0, instruction 3: no luck"
     assert ("Traceback" in capsys.readouterr().err) == shown
 

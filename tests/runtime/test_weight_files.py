@@ -18,7 +18,7 @@ from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.mesh import Mesh
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.models import empty_module, initial_weights
-from mipipe.runtime.weights.save import Target, cut, save_weights
+from mipipe.runtime.weights.save import Target, byte_slice, save_weights
 from mipipe.runtime.weights.stored_names import StoredView
 
 transformers = pytest.importorskip("transformers")
@@ -179,11 +179,12 @@ def test_slices_cut_what_they_hold():
     """A bank of 4 experts of 2x3, held in two slices: an expert's part, nothing of another's, rows of the whole."""
     bank = torch.arange(24.0).reshape(4, 2, 3)
     third = StoredView("e2", "F32", (1, 3), "bank", (3, 1), 2 * 6 + 3, 12)
-    assert torch.equal(cut(third, None, bank)[1], bank[2, 1:])
-    assert torch.equal(cut(third, (2, 4), bank[2:])[1], bank[2, 1:])
-    assert cut(third, (0, 2), bank[:2]) == (0, None)
+    assert torch.equal(byte_slice(third, None, bank)[1], bank[2, 1:])
+    assert torch.equal(byte_slice(third, (2, 4), bank[2:])[1], bank[2, 1:])
+    assert byte_slice(third, (0, 2), bank[:2]) == (0, None)
     whole = StoredView("bank", "F32", (4, 2, 3), "bank", (6, 3, 1), 0, 96)
-    assert cut(whole, (2, 4), bank[2:])[0] == 48 and torch.equal(cut(whole, (2, 4), bank[2:])[1], bank[2:])
+    assert byte_slice(whole, (2, 4), bank[2:])[0] == 48 and torch.equal(byte_slice(whole, (2, 4), bank[2:])[1],
+                                                                        bank[2:])
     turned = StoredView("bank", "F32", (4, 3, 2), "bank", (6, 1, 3), 0, 96)
     with pytest.raises(InputError, match="different ranks hold"):
-        cut(turned, (2, 4), bank[2:])
+        byte_slice(turned, (2, 4), bank[2:])
