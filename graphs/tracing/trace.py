@@ -28,7 +28,7 @@ from mipipe.graphs.operators import ctc, dynamic_rows, expert_kernels, kernels, 
 from mipipe.graphs.trace_rules import CONSTANT as CONSTANT
 from mipipe.graphs.trace_rules import GETITEM as GETITEM
 from mipipe.graphs.trace_rules import check_trace
-from mipipe.graphs.tracing.operator_kinds import resolve_operator as resolve
+from mipipe.graphs.tracing.operator_kinds import resolve_operator
 
 PhaseFunction = Callable[..., tuple[Tensor, ...]]
 
@@ -158,7 +158,7 @@ def uses_random(trace: SegmentTrace) -> bool:
 
 
 def _is_random(kind: str) -> bool:
-    target = None if kind in (CONSTANT, GETITEM) else resolve(kind)
+    target = None if kind in (CONSTANT, GETITEM) else resolve_operator(kind)
     return target is not None and torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
 
 
@@ -221,7 +221,7 @@ def _call(item: Operator, device: torch.device, space: dict[str, Any], direct: M
         space[f"_make_{item.name}"] = torch.tensor(args[0], dtype=args[1], device=device).clone
         return f"_make_{item.name}()"
     name = "_call_" + item.kind.replace(".", "_")
-    space.setdefault(name, direct.get(item.kind) or resolve(item.kind))
+    space.setdefault(name, direct.get(item.kind) or resolve_operator(item.kind))
     texts = [_literal(value, space) for value in args]
     texts += [f"{key}={_literal(value, space)}" for key, value in kwargs.items()]
     return f"{name}({', '.join(texts)})"

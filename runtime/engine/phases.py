@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Segment, SegmentTrace
-from mipipe.graphs.tracing.trace import CONSTANT, GETITEM, build_phase, phase_signature, resolve_operator, uses_random
+from mipipe.graphs.tracing.operator_kinds import resolve_operator
+from mipipe.graphs.tracing.trace import CONSTANT, GETITEM, build_phase, phase_signature, uses_random
 from mipipe.runtime.engine.compile_phases import Compiler
 
 
