@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import Phase, TensorSpec
 from mipipe.graphs.operators import kernels
+from mipipe.graphs.tracing.operator_kinds import resolve_operator
 from mipipe.graphs.tracing.partition import trace_module, trace_segment
-from mipipe.graphs.tracing.trace import build_phase, decode, encode, identifier, phase_signature, resolve_operator
+from mipipe.graphs.tracing.trace import build_phase, decode, encode, identifier, phase_signature
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-2**62, 2**62), st.floats(allow_nan=False),
                     st.text(max_size=5), st.complex_numbers(allow_nan=False, allow_infinity=False),
