@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pydantic import ConfigDict
+
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import STRICT, check_header, from_data, load_data
 from mipipe.graphs.topology import Device, Link, Topology
@@ -71,9 +73,13 @@ class Cluster:
     kinds: dict[str, DeviceKind]
 
 
+_WRITTEN = ConfigDict(extra="forbid")
+"""What people write: a number that is none is named as the quantity it should be."""
+
+
 @dataclass(frozen=True, slots=True)
 class _KindText:
-    __pydantic_config__: ClassVar = STRICT
+    __pydantic_config__: ClassVar = _WRITTEN
     base: str | None = None
     count: int = 1
     efficiency: float = 1.0
@@ -86,7 +92,7 @@ class _KindText:
 
 @dataclass(frozen=True, slots=True)
 class _HostText:
-    __pydantic_config__: ClassVar = STRICT
+    __pydantic_config__: ClassVar = _WRITTEN
     name: str
     devices: int
     kind: str
@@ -95,14 +101,14 @@ class _HostText:
 
 @dataclass(frozen=True, slots=True)
 class _LinkText:
-    __pydantic_config__: ClassVar = STRICT
+    __pydantic_config__: ClassVar = _WRITTEN
     latency: Written
     bandwidth: Written
 
 
 @dataclass(frozen=True, slots=True)
 class _LinksText:
-    __pydantic_config__: ClassVar = STRICT
+    __pydantic_config__: ClassVar = _WRITTEN
     within_host: _LinkText | None = None
     between_hosts: _LinkText | None = None
     overrides: dict[str, _LinkText] = field(default_factory=dict)
@@ -110,7 +116,7 @@ class _LinksText:
 
 @dataclass(frozen=True, slots=True)
 class _ClusterText:
-    __pydantic_config__: ClassVar = STRICT
+    __pydantic_config__: ClassVar = _WRITTEN
     hosts: list[_HostText]
     links: _LinksText = _LinksText()
     device_kinds: dict[str, _KindText] = field(default_factory=dict)

@@ -129,8 +129,7 @@ def _noting_ctrl_c(run: Run) -> Iterator[None]:
 
 def _ladder(run: Run) -> None:
     """Climb: lists, the periodic MIP on large instances, the race, proofs and windows, the race again."""
-    if run.options.placement == "free":
-        run.bound_ns = problem_bound(run.problem).ns
+    run.bound_ns = problem_bound(run.problem).ns
     if scale.applies(run.problem) and run.options.use_search:
         published = run.options.use_baselines and not scale.is_huge(run.problem)
         if published and run.problem.pairs_gain:  # lists have no pairs: what has some comes first

@@ -110,10 +110,11 @@ def climb(run: Run) -> None:
     left_out: list[Placement] = []
     for placement in waiting:
         if (entries and run.left < 0.85 * limit) or run.interrupted:
-            left_out = [placement, *(waiting if run.options.placement != "free" else ())]
+            left_out += [placement, *(waiting if run.options.placement != "free" else ())]
             break
         entry = _enter(run, placement, 0.02 * limit if entries else 0.0)
-        if entry is None:
+        if entry is None:  # no list fits, but other orders may
+            left_out.append(placement)
             continue
         if not entries:
             _apply(run, entry, "list")
@@ -140,6 +141,7 @@ def climb(run: Run) -> None:
     for placement in left_out:
         if all(found.placement != placement for found in run.candidates):
             run.leave_out(int(earliest_end(run.problem, placement, heads)))
+    run.listed = True
     run.ablation.append({"rung": "quotas", "placement": run.best.placement.name if run.best else "",
                          "before": before / run.problem.unit_ns, "makespan": run.makespan_ns / run.problem.unit_ns,
                          "variables": None, "constraints": None, "seconds": round(time.monotonic() - began, 3)})

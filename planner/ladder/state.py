@@ -39,7 +39,8 @@ class Progress:
 
 @dataclass(slots=True)
 class Run:
-    """One solve in progress. ``left_out_ns``: no placement that was left out for want of time can be shorter."""
+    """One solve in progress. ``left_out_ns``: no placement left out for want of time can be shorter. ``listed``: every
+    placement of the shape asked for is among the candidates or was left out."""
 
     problem: PlanningProblem
     options: PlanOptions
@@ -54,6 +55,7 @@ class Run:
     interrupted: bool = False
     reserve_s: float = 0.0
     left_out_ns: int = 1 << 62
+    listed: bool = False
 
     @property
     def seconds(self) -> float:
@@ -85,9 +87,15 @@ class Run:
     def lowest_ns(self) -> int | None:
         """No plan the options allow is shorter, as far as known: over all placements, or over those of the shape asked
         for."""
-        if self.options.placement == "free" or not self.candidates:
+        if self.options.placement == "free" or not self.candidates or not self.listed or self.recomputes:
             return self.bound_ns
-        return min(self.left_out_ns, *(found.bound.ns for found in self.candidates))
+        of_shape = min(self.left_out_ns, *(found.bound.ns for found in self.candidates))
+        return max(of_shape, self.bound_ns or 0)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether stages may run F again; then a shape stands for more placements than are ever listed."""
+        return self.options.recompute and any(group.recompute_bytes is not None for group in self.problem.groups)
 
     def leave_out(self, least_ns: int) -> None:
         """Note a placement that there is no time for, and what it could reach at best."""

@@ -14,7 +14,7 @@ from numba import njit
 from mipipe.planner.jobs.paths import by_time, overflow, shift, times
 
 
-class FixedArrays(NamedTuple):
+class Facts(NamedTuple):
     """What a search never changes: arrays of `Instance`, and the predecessor counts of its nodes (``waits``)."""
 
     machine: np.ndarray

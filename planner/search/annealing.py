@@ -16,7 +16,7 @@ import numpy as np
 from mipipe.planner.jobs.arrays import Instance
 from mipipe.planner.search import anneal_kernel as anneal
 from mipipe.planner.search import best_list as lists
-from mipipe.planner.search.anneal_state import FixedArrays
+from mipipe.planner.search.anneal_state import Facts
 from mipipe.planner.search.lists import Orders
 
 SLICE = 10_000_000
@@ -151,9 +151,9 @@ def _heat(search: Search) -> float:
     return search.hot * (COLD / search.hot) ** (search.done / search.round_length)
 
 
-def kernel_arrays(instance: Instance) -> FixedArrays:
+def kernel_arrays(instance: Instance) -> Facts:
     """What the kernel reads of an instance."""
-    return FixedArrays(**{name: getattr(instance, name) for name in FixedArrays._fields})
+    return Facts(**{name: getattr(instance, name) for name in Facts._fields})
 
 
 def _begin_round(search: Search) -> None:

@@ -62,8 +62,9 @@ def test_wrong_usage_ends_with_2(mipipe, arguments: list[str]) -> None:
 
 
 CODES = {errors.InputError: 1, errors.GraphError: 1, errors.ProblemError: 1, errors.TimelineError: 1,
-         errors.InfeasibleError: 3, errors.RunError: 4, errors.PlanError: 5, errors.ProgramError: 5,
-         errors.TimeUpError: 6, KeyboardInterrupt: 130}
+         errors.InfeasibleError: 3, errors.RunError: 4, errors.BatchError: 4, errors.PlanError: 5,
+         errors.ProgramError: 5,
+         errors.TimeUpError: 6, errors.StoppedError: 130, KeyboardInterrupt: 130}
 
 
 @pytest.mark.parametrize("kind", CODES, ids=lambda kind: kind.__name__)
@@ -74,7 +75,8 @@ def test_every_error_class_has_its_exit_code(capsys, kind: type[BaseException]) 
     with pytest.raises(typer.Exit) as ended:
         guarded(verb)()
     assert ended.value.exit_code == CODES[kind]
-    expected = "interrupted" if kind is KeyboardInterrupt else "error: where: what; what to do"
+    asked = CODES[kind] == 130  # to end: no error
+    expected = "interrupted" if kind is KeyboardInterrupt else f"{'' if asked else 'error: '}where: what; what to do"
     assert capsys.readouterr().err == f"mipipe: {expected}\n"
 
 

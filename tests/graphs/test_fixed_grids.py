@@ -12,7 +12,7 @@ from transformers import vision_utils
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.models import families, tasks
+from mipipe.graphs.models import example_inputs, families
 from mipipe.graphs.models.fixed_grids import Grid, add_at, layout, positions, spans, taps, windows
 from mipipe.graphs.operators.layers import packed_attention
 
@@ -94,10 +94,11 @@ def test_add_at_adds_rows_at_chosen_places() -> None:
 def test_inputs_that_do_not_fit(sizes: families.Sizes, message: str) -> None:
     config = families.read_model_config("qwen2_5_vl", {})
     with pytest.raises(InputError, match=message):
-        tasks.example_inputs(config, families.model_class(config), sizes, "meta", torch.float32)
+        example_inputs.example_inputs(config, families.model_class(config), sizes, "meta", torch.float32)
 
 
 def test_models_without_videos_say_so() -> None:
     config = families.read_model_config("llava", {})
     with pytest.raises(InputError, match="frames: model type 'llava' takes no videos of any length"):
-        tasks.example_inputs(config, families.model_class(config), families.Sizes(frames=4), "meta", torch.float32)
+        example_inputs.example_inputs(config, families.model_class(config), families.Sizes(frames=4), "meta",
+                                      torch.float32)

@@ -79,7 +79,7 @@ def plan_for(graph: OperatorGraph, ranks: int, cut: str = "") -> Plan:
               for rank in range(ranks)]
     problem = cases.problem_of(graph, COUNT, ranks, groups)
     schedule = next(item for item in BASELINES if item.name == ("GPipe" if ranks == 1 else "1F1B"))
-    return schedule.plan(problem)
+    return schedule.plan(problem, cut="balanced" if cut else "even")  # an even cut counts layers, one here
 
 
 def solved_plan(graph: OperatorGraph, ranks: int) -> Plan:

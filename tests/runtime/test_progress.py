@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.named_code import import_named
 from mipipe.runtime import worker
-from mipipe.runtime.train.optim import load_object
 from mipipe.runtime.worker import ProgressBar
 
 
@@ -44,6 +44,6 @@ def test_what_a_configuration_names_is_found_in_the_current_folder(tmp_path: Pat
     (tmp_path / "users_loader.py").write_text("def batches(graph, rows, seed):\n    return []\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [item for item in sys.path if item not in ("", str(tmp_path))])
-    assert load_object("users_loader:batches").__name__ == "batches"
+    assert import_named("users_loader:batches").__name__ == "batches"
     with pytest.raises(InputError, match="users_loader:nothing"):
-        load_object("users_loader:nothing")
+        import_named("users_loader:nothing")
