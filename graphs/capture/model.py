@@ -100,8 +100,7 @@ def capture_module(module: nn.Module, example_inputs: Mapping[str, Any], *, loss
         withheld: inputs that go to ``loss`` alone, not to the module.
         constants: fixed arguments of the module's forward.
         verify: run graph and module on the example inputs and compare loss and gradients
-        (`mipipe.graphs.capture.verify`);
-            None: if that is a matter of seconds and the module has values.
+            (`mipipe.graphs.capture.verify`); None: if that is a matter of seconds and the module has values.
         progress: called with a line now and then.
 
     Raises:
