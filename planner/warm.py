@@ -19,15 +19,17 @@ from mipipe.planner.solve import plan
 
 
 def warm() -> None:
-    """Compile the kernels of lists, of the search, of large problems and of `place`; about a minute."""
+    """Compile the kernels of lists, of the searches (with overlapped pairs too), of large problems and of `place`; a minute."""
     small = uniform_problem(ranks=2, microbatches=4, f=3, i=4, w=2, comm=1, copies=1, activations=2)
     instance = build(view(small, next(propose_shapes(small, "chain"))))
     orders = greedy.schedule(instance, greedy.RULES[0])
     assert orders is not None
     search.advance(search.start(instance, orders, seed=0), seconds=0.1)
+    pairs = uniform_problem(ranks=2, microbatches=4, f=3, i=4, w=2, fb=8, copies=2, activations=3)
     large = uniform_problem(ranks=4, microbatches=LARGE_ACTIONS // 12 + 1, f=3, i=4, w=2, activations=3)
     for problem in (small, large):
         plan(problem, PlanOptions(time_limit_s=2.0, placement="v", use_milp=False, use_baselines=False))
+    plan(pairs, PlanOptions(time_limit_s=20.0, placement="two-way", use_milp=False, use_baselines=False))
     nodes = [WorkloadNode(n, 1.0, 2.0, 1.0, n) for n in range(3)]
     chain = contract_classes("chain", (2, 1, 9.0), nodes, [(0, [1], 0.1), (1, [2], 0.1)])
     place(chain, time_limit_s=0.1)
