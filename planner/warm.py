@@ -19,7 +19,7 @@ from mipipe.planner.solve import plan
 
 
 def warm() -> None:
-    """Compile the kernels of lists, of the searches (with overlapped pairs too), of large problems and of `place`; a minute."""
+    """Compile the kernels of lists, of searches with and without pairs, of large problems and of `place`: a minute."""
     small = uniform_problem(ranks=2, microbatches=4, f=3, i=4, w=2, comm=1, copies=1, activations=2)
     instance = build(view(small, next(propose_shapes(small, "chain"))))
     orders = greedy.schedule(instance, greedy.RULES[0])
