@@ -33,7 +33,8 @@ from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import read_train_config
 from mipipe.runtime.train.data import make_batches
 from mipipe.runtime.train.elastic import lost_ranks, remaining, train_elastic
-from mipipe.runtime.train.launch import explain_failure, torchrun_command, train
+from mipipe.runtime.train.failures import explain_failure
+from mipipe.runtime.train.launch import torchrun_command, train
 from mipipe.runtime.train.models import initial_weights
 from mipipe.runtime.train.training import Trainer
 from mipipe.runtime.weights.checkpoint_folder import complete, read_state, verify
@@ -207,9 +208,9 @@ def test_who_is_lost(tmp_path):
 
 @pytest.mark.parametrize("codes, text", [
     ({"1": -9}, r"rank 1 was killed by signal 9 \(SIGKILL\) \(by hand, or by the kernel for want of memory: see"),
-    ({"1": -11, "0": 4}, r"rank 1 was killed by signal 11 \(SIGSEGV\); continue"),
+    ({"1": -11, "0": 4}, r"rank 1 was killed by signal 11 \(SIGSEGV\); --resume continues"),
     ({"0": -6, "1": -9}, r"rank 0 was killed by signal 6 \(SIGABRT\); rank 1 was killed by signal 9"),
-    ({"1": -99}, "rank 1 was killed by signal 99; continue"),
+    ({"1": -99}, "rank 1 was killed by signal 99; --resume continues"),
     ({"1": 4}, "rank 0, instruction 3: the connection is closed; the peer has failed"),
 ])
 def test_a_killed_worker_is_named(tmp_path, codes, text):
