@@ -81,7 +81,7 @@ def train_elastic(plan: str | Path, graph: str | Path, config: str | Path, repla
             if not lost:
                 raise error
             copies, devices = remaining(current.problem.num_ranks, devices, lost)
-            check_left(lost, devices, min_ranks, job.config.checkpoint.folder)
+            check_left(lost, devices, min_ranks, job.config.checkpoint.folder, error)
             start = Start.RESUME_IF_ANY
             say(lost_line(lost, copies, len(devices)))
             if not copies:
@@ -108,12 +108,15 @@ def attempt(command: Callable[..., list[str]], watch: Callable[[Path], Watch], d
         return end_of(folder, log, code, asked, show=not lost), lost, read_start(folder)
 
 
-def check_left(lost: set[int], devices: Sequence[int], min_ranks: int, folder: str) -> None:
-    """Raise `RunError` where too few devices are left."""
+def check_left(lost: set[int], devices: Sequence[int], min_ranks: int, folder: str, error: Exception) -> None:
+    """Raise `RunError` where too few devices are left, or the attempt's own error where that says that all is saved."""
     least = max(1, min_ranks)
-    if len(devices) < least:
-        raise RunError(f"{_names(lost)} lost, {len(devices)} left, but at least {least} must run; the newest checkpoint"
-                       f" is in {folder}")
+    if len(devices) >= least:
+        return
+    if isinstance(error, StoppedError):
+        raise error
+    raise RunError(f"{_names(lost)} lost, {len(devices)} left, but at least {least} must run; the newest checkpoint is"
+                   f" in {folder}")
 
 
 def lost_line(lost: set[int], copies: int, count: int) -> str:
