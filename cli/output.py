@@ -37,7 +37,8 @@ def stdout() -> Console:
     """The console for results. Off a terminal it is 120 columns wide (or ``COLUMNS``) and without colours. Where a file
     went to stdout (``-o /dev/stdout``), the rest goes to stderr."""
     width = shutil.get_terminal_size((120, 40)).columns
-    return _Stdout(stderr=1 in WRITTEN, width=max(width, 60), highlight=False, markup=False)
+    return _Stdout(stderr=1 in WRITTEN, width=max(width, 60), highlight=False, markup=False,
+                   emoji=False)
 
 
 def emit(data: dict[str, Any]) -> None:
@@ -59,7 +60,7 @@ def number(value: float) -> int | float:
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[str], None]]:
     """A spinner on stderr with a line that the caller updates; nothing at all when stderr is not a terminal."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         yield lambda text: None
         return

@@ -25,7 +25,7 @@ def train(
     graph_file: Annotated[Path, typer.Option("--graph", help="The operator graph it was made for.")],
     config_file: Annotated[Path, typer.Option("--config", help="The training configuration (YAML).")],
     model: Annotated[str | None, typer.Option(
-        help="The model's source, where the graph was captured from package.module:factory: code that a file names is"
+        help="The model's source, where the graph was captured from package.module:factory; code that a file names is"
              " called only if you name it too.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint, which must be"
                                                           " there.")] = False,

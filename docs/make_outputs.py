@@ -95,7 +95,8 @@ OUTPUTS: dict[str, Output] = {
                          "mipipe profile own.json --workers 4 -o own_costs.json",
                          f"mipipe plan own.json {CLUSTER} --microbatches 4 --costs own_costs.json --time-limit 3"
                          " -o own_plan.json",
-                         "mipipe train --plan own_plan.json --graph own.json --config my_train.yaml")),
+                         "mipipe train --model my_model:factory --plan own_plan.json --graph own.json --config"
+                         " my_train.yaml")),
     "llava": Output(("mipipe capture benchmarks/llava_7b --seq 2048 --dtype bfloat16 -o llava.json",
                      "cat images.yaml",
                      "mipipe plan llava.json --cluster benchmarks/llava_7b/h100x8.yaml --microbatches 16"

@@ -3,7 +3,7 @@
     mipipe capture own_model:factory -o graph.json
     mipipe profile graph.json --workers 2 -o costs.json
     mipipe plan graph.json --cluster cluster_2cpu.yaml --microbatches 4 --costs costs.json -o plan.json
-    mipipe train --plan plan.json --graph graph.json --config own_model.yaml
+    mipipe train --model own_model:factory --plan plan.json --graph graph.json --config own_model.yaml
 """
 
 import torch

@@ -32,7 +32,7 @@ from mipipe.runtime.merge.adapters import KeptAdapter, keep_adapters
 from mipipe.runtime.merge.card import RECORD
 from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.router import make_router
-from mipipe.runtime.train.failures import explain
+from mipipe.runtime.train.failures import explain_failure
 from mipipe.runtime.train.launch import run_watched
 
 
@@ -197,7 +197,7 @@ def run_plan(plan: MergePlan, out: Path, options: MergeOptions,
         log = Path(reports) / "torchrun.log"
         code = run_watched(merge_command(out, options, reports), log, None)
         if code:
-            raise explain(Path(reports), log, code, show=False)
+            raise explain_failure(Path(reports), log, code, show=False)
 
 
 def merge_command(out: Path, options: MergeOptions, report: str | None = None) -> list[str]:

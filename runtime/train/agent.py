@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from mipipe.runtime.train.failures import FAILURES
 def watch(report: Path, started: threading.Event) -> None:
     """Let torch's manager of worker processes say when it starts them, and whose failure it ends them for."""
     start, close = SubprocessContext._start, SubprocessContext._close
+    told: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def noted_start(self: Any) -> None:
         started.set()
@@ -39,7 +41,9 @@ def watch(report: Path, started: threading.Event) -> None:
     def noted_close(self: Any, death_sig: signal.Signals, timeout: int = 30) -> None:
         failed = {int(self.envs[place]["RANK"]): failure.exitcode for place, failure in self._failures.items()}
         if failed:
-            write_report(report, failed)
+            if self not in told:  # torch closes twice, and then counts those it ended itself among the failed
+                told.add(self)
+                write_report(report, failed)
             close(self, signal.SIGHUP, timeout)
             return
         if death_sig is signal.SIGTERM:  # to the workers alone: their data loaders go on until the step is done

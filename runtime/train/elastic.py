@@ -9,6 +9,7 @@ can read. Errors of the program itself (a loss that is not finite, wrong input) 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -67,34 +68,66 @@ def train_elastic(plan: str | Path, graph: str | Path, config: str | Path, repla
     current, path = job.plan, Path(plan)
     devices = list(range(current.problem.num_ranks * copies))
     shown = progress_file(progress)
-    while True:
-        with tempfile.TemporaryDirectory(prefix="mipipe-", ignore_cleanup_errors=True) as name, \
-                visible_devices(devices), stop_signal() as asked:
-            folder, log = Path(name), Path(name) / "torchrun.log"
-            command = torchrun_command(path, graph, config, len(devices), start=start, progress=shown,
-                                       max_restarts=max_restarts, report=name, timeout_s=job.config.timeout_s,
-                                       model=model)
-            code = run_watched(command, log, timeout_s, Watch(folder, say, asked, job.config.timeout_s))
-            began = began or read_start(folder)
-            lost = set() if asked.is_set() else lost_ranks(folder, len(devices))
-            error = end_of(folder, log, code, asked.is_set(), show=not lost)
-        if error is None:
-            return TrainResult(tuple(read_records(job.config)), job.config, *began)
-        if not lost:
-            raise error
-        names = f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, sorted(lost)))}"
-        copies, devices = remaining(current.problem.num_ranks, devices, lost)
-        count, start = len(devices), Start.RESUME_IF_ANY
-        if count < max(1, min_ranks):
-            raise RunError(f"{names} lost, {count} left, but at least {max(1, min_ranks)} must run; the newest"
-                           f" checkpoint is in {job.config.checkpoint.folder}")
-        if copies:
-            say(f"{names} lost: going on with {copies} cop{'ies' if copies > 1 else 'y'} of the plan")
-        else:
-            say(f"{names} lost: planning for {count} device{'s' if count > 1 else ''}")
-            current = replan(current.problem.replace(topology=current.problem.topology.without(lost)))
-            path = Path(job.config.checkpoint.folder) / f"plan-{count}-ranks.json"
-            save(current, path)
+    with stop_signal() as asked:
+        while True:
+            command = functools.partial(torchrun_command, path, graph, config, len(devices), start=start,
+                                        progress=shown, max_restarts=max_restarts, timeout_s=job.config.timeout_s,
+                                        model=model)
+            watch = functools.partial(Watch, say=say, asked=asked, patience_s=job.config.timeout_s)
+            error, lost, first = attempt(command, watch, devices, timeout_s)
+            began = began or first
+            if error is None:
+                return TrainResult(tuple(read_records(job.config)), job.config, *began)
+            if not lost:
+                raise error
+            copies, devices = remaining(current.problem.num_ranks, devices, lost)
+            check_left(lost, devices, min_ranks, job.config.checkpoint.folder, error)
+            start = Start.RESUME_IF_ANY
+            say(lost_line(lost, copies, len(devices)))
+            if not copies:
+                current = replan(current.problem.replace(topology=current.problem.topology.without(lost)))
+                path = Path(job.config.checkpoint.folder) / f"plan-{len(devices)}-ranks.json"
+                save(current, path)
+            if asked.is_set():
+                raise StoppedError("asked to end (SIGTERM) between two attempts; all that was done before the loss is"
+                                   f" in {job.config.checkpoint.folder}; go on with --resume")
+
+
+def attempt(command: Callable[..., list[str]], watch: Callable[[Path], Watch], devices: Sequence[int],
+            timeout_s: float | None) -> tuple[Exception | None, set[int], tuple[int, str]]:
+    """One run under torchrun on these devices: the error it ended with, the ranks it lost, and where it began.
+
+    ``command`` is given the report's folder, ``watch`` too.
+    """
+    with tempfile.TemporaryDirectory(prefix="mipipe-", ignore_cleanup_errors=True) as name, visible_devices(devices):
+        folder, log = Path(name), Path(name) / "torchrun.log"
+        watching = watch(folder)
+        code = run_watched(command(report=name), log, timeout_s, watching)
+        asked = watching.asked.is_set()
+        lost = set() if asked else lost_ranks(folder, len(devices))
+        return end_of(folder, log, code, asked, show=not lost), lost, read_start(folder)
+
+
+def check_left(lost: set[int], devices: Sequence[int], min_ranks: int, folder: str, error: Exception) -> None:
+    """Raise `RunError` where too few devices are left, or the attempt's own error where that says that all is saved."""
+    least = max(1, min_ranks)
+    if len(devices) >= least:
+        return
+    if isinstance(error, StoppedError):
+        raise error
+    raise RunError(f"{_names(lost)} lost, {len(devices)} left, but at least {least} must run; the newest checkpoint is"
+                   f" in {folder}")
+
+
+def lost_line(lost: set[int], copies: int, count: int) -> str:
+    """What is done about lost ranks, for people."""
+    if copies:
+        return f"{_names(lost)} lost: going on with {copies} cop{'ies' if copies > 1 else 'y'} of the plan"
+    return f"{_names(lost)} lost: planning for {count} device{'s' if count > 1 else ''}"
+
+
+def _names(ranks: set[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, sorted(ranks)))}"
 
 
 def lost_ranks(folder: Path, world: int) -> set[int]:

@@ -19,7 +19,7 @@ from mipipe.graphs.errors import MipipeError, RunError, StoppedError
 SAID, STARTED, DONE, FAILURES = "said.txt", "started.json", "done.txt", "failures.json"
 
 
-def explain(folder: Path, log: Path, code: int, show: bool = True) -> MipipeError:
+def explain_failure(folder: Path, log: Path, code: int, show: bool = True) -> MipipeError:
     """The error to raise for a failed run: what the first failing rank reported, who was killed by a signal, else what
     torchrun said.
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from mipipe.graphs.errors import RunError, StoppedError
 from mipipe.runtime.train.config import TrainConfig
-from mipipe.runtime.train.failures import DONE, SAID, STARTED, explain, reports
+from mipipe.runtime.train.failures import DONE, SAID, STARTED, explain_failure, reports
 from mipipe.runtime.train.prepare import check_start, check_world, read_job
 from mipipe.runtime.train.processes import die_with_parent
 from mipipe.runtime.weights.checkpoint_run import Start
@@ -129,7 +129,7 @@ def end_of(folder: Path, log: Path, code: int, asked: bool, show: bool = True) -
         return None
     if asked and not stopped and code:
         return StoppedError("asked to end (SIGTERM), and ended before the step in hand was done; nothing new is saved")
-    return explain(folder, log, code, show)
+    return explain_failure(folder, log, code, show)
 
 
 def read_start(folder: Path) -> tuple[int, str]:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -23,10 +23,8 @@ from mipipe.runtime.train.metrics import Metrics, Record, memory_record, open_me
 from mipipe.runtime.train.optim import clip_gradients, learning_rate_factor, make_optimizer
 from mipipe.runtime.train.processes import gather
 from mipipe.runtime.train.trace import measured_timeline
+from mipipe.runtime.weights.checkpoint import Checkpoints
 from mipipe.runtime.weights.checkpoint_run import Start, changes, run_of
-
-if TYPE_CHECKING:
-    from mipipe.runtime.weights.checkpoint import Checkpoints
 
 LAST_CHECKPOINT_S = 60.0
 """How long a run that fails waits at most for the checkpoint it had begun to write."""
@@ -53,7 +51,6 @@ class Trainer:
         engine.on_update = self._update
         self.checkpoints: Checkpoints | None = None
         if config.checkpoint is not None:
-            from mipipe.runtime.weights.checkpoint import Checkpoints  # takes more than a second to import
             self.checkpoints = Checkpoints(config.checkpoint.folder, engine, self.optimizer,
                                            keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous,
                                            timeout_s=config.timeout_s, accept=config.checkpoint.accept,
@@ -86,9 +83,7 @@ class Trainer:
         ``run_id``: of the run that a restart is of.
 
         Raises:
-            InputError: as `mipipe.runtime.weights.checkpoint.Checkpoints.begin`; or the loader's position cannot be
-            divided
-                among this run's copies.
+            InputError: as `Checkpoints.begin`; or the loader's position cannot be divided among this run's copies.
         """
         self._begun = True
         restored = self.checkpoints.begin(start, run_id) if self.checkpoints is not None else None

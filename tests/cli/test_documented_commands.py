@@ -17,9 +17,6 @@ FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 USAGE_ERROR = typer.BadParameter.__mro__[1]
 """Click's error for a command line that it refuses; newer typers bring a click of their own."""
 
-COMING: tuple[str, ...] = ()
-"""Options that are documented and arrive with the next change of ``train``; to be empty then."""
-
 
 def commands(text):
     """Command lines after a ``$``, or in a script after ``srun``; continued lines joined."""
@@ -30,7 +27,7 @@ def commands(text):
 def parse(line):
     """Hand a line's words to its verb's parser; nothing is run."""
     group = typer.main.get_command(app)
-    words = [word for word in shlex.split(line, comments=True)[1:] if word not in COMING]
+    words = shlex.split(line, comments=True)[1:]
     if words[0].startswith("-"):
         verb, words = group, words
     else:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mipipe.cli.output import stdout
 from mipipe.cli.train import replan_devices
 from mipipe.graphs.errors import InfeasibleError
 from mipipe.planner.check.plan import check_plan
@@ -33,3 +34,10 @@ def test_options_that_do_not_go_with_a_supervisor(mipipe) -> None:
     ended = mipipe("train", "--plan", "p.json", "--graph", "g.json", "--config", "c.yaml", "--elastic", "--torchrun",
                    "--nnodes 2")
     assert ended.code == 1 and "--elastic watches all ranks of one host" in ended.error
+
+
+def test_names_of_emoji_stay_names(mipipe, capsys) -> None:
+    """In paths and in help: the terminal library knows some words between colons."""
+    stdout().print("metrics: a:factory:b [bold].jsonl")
+    assert capsys.readouterr().out == "metrics: a:factory:b [bold].jsonl\n"
+    assert "package.module:factory;" in " ".join(mipipe("train", "--help").stdout.replace("\u2502", " ").split())

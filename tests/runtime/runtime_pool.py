@@ -1,7 +1,8 @@
 """Four persistent worker processes that run test functions as the ranks of a gloo group.
 
 torch is imported once for each worker. A task is a file and the name of a function in it; the function gets its
-arguments inside an initialised process group of the asked size and returns something picklable.
+arguments inside an initialised process group of the asked size and returns something picklable. Imports (seconds of CPU
+for each worker, of which several may share a core) are done before a task's time begins.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 WORKERS = 4
+IMPORT_S = 240.0
+"""How long the workers may take to import torch and a task's module."""
 
 
 class TaskError(AssertionError):
@@ -32,6 +35,7 @@ def worker_main(rank: int, connection: Any, log: str) -> None:
     os.dup2(handle, 2)
     import torch
     import torch.distributed as dist
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # the first optimizer imports torch._dynamo: 3 s of CPU
     torch.set_num_threads(1)
     modules: dict[str, Any] = {}
     while True:
@@ -46,6 +50,8 @@ def worker_main(rank: int, connection: Any, log: str) -> None:
                 modules[path] = importlib.util.module_from_spec(spec)
                 sys.modules[Path(path).stem] = modules[path]
                 spec.loader.exec_module(modules[path])
+            connection.send(("ready", None))
+            connection.recv()  # all are
             dist.init_process_group("gloo", rank=rank, world_size=world, store=dist.FileStore(store, world),
                                     timeout=timedelta(seconds=timeout))
             answer = ("ok", getattr(modules[path], name)(*args))
@@ -90,16 +96,11 @@ class Pool:
         starts = [log.stat().st_size if log.exists() else 0 for _, _, log in self._workers]
         for _, connection, _ in self._workers[:world]:
             connection.send((path, name, args, world, store, timeout))
-        deadline = time.monotonic() + timeout + 20
-        answers: list[Any] = []
-        for _, connection, _ in self._workers[:world]:
-            if connection.poll(max(0.0, deadline - time.monotonic())):
-                try:
-                    answers.append(connection.recv())
-                except EOFError:
-                    answers.append(("error", "the process died"))
-            else:
-                answers.append(("error", f"no answer within {timeout} s"))
+        answers = self._answers(world, IMPORT_S)
+        if all(state == "ready" for state, _ in answers):
+            for _, connection, _ in self._workers[:world]:
+                connection.send("go")
+            answers = self._answers(world, timeout + 20)
         if all(state == "ok" for state, _ in answers):
             return [value for _, value in answers]
         lines = []
@@ -109,6 +110,20 @@ class Pool:
             lines.append(f"--- rank {rank}: {state}\n{text if state == 'error' else ''}\n{output}")
         self.close()
         raise TaskError(f"{name} on {world} ranks failed\n" + "\n".join(lines))
+
+    def _answers(self, world: int, patience: float) -> list[Any]:
+        """What every rank says within so many seconds."""
+        deadline = time.monotonic() + patience
+        answers: list[Any] = []
+        for _, connection, _ in self._workers[:world]:
+            if connection.poll(max(0.0, deadline - time.monotonic())):
+                try:
+                    answers.append(connection.recv())
+                except EOFError:
+                    answers.append(("error", "the process died"))
+            else:
+                answers.append(("error", f"no answer within {patience:g} s"))
+        return answers
 
     def close(self) -> None:
         """End all workers."""

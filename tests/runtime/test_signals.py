@@ -77,6 +77,23 @@ def test_sigterm_to_the_command(files, tmp_path):
 
 
 @pytest.mark.slow
+def test_sigterm_to_a_worker_alone(files):
+    """Nobody said what to do without it, so the run ends as if the command had been asked, with all saved."""
+    config = config_of(files, "alone", steps=60, delay=0.2)
+    process = start(files, config)
+    os.kill(worker(config, 1), signal.SIGTERM)
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 130, error
+    first, last = error.splitlines()
+    found = re.fullmatch(r"mipipe: asked to end \(SIGTERM, rank 1\): stopped after step (\d+) of 60; what was done is"
+                         rf" saved in {files}/alone/step-(\d+); go on with --resume", last)
+    assert first.startswith("starting with step 1 of 60") and found is not None and found[1] == found[2], error
+    folder = latest(files / "alone")
+    assert folder.name == f"step-{found[1]}" and not workers_of(config)
+    verify(folder, read_state(folder))
+
+
+@pytest.mark.slow
 def test_sigterm_to_a_worker(files):
     """It is a worker that goes: the others are started again with it, from the step that was saved."""
     config = config_of(files, "one", steps=60, delay=0.2)

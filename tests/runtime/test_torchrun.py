@@ -21,7 +21,7 @@ from runtime_models import ROWS_OF_BYTES
 from safetensors.torch import load_file
 
 from mipipe.graphs.capture.model import capture
-from mipipe.graphs.errors import InputError, PlanError, RunError
+from mipipe.graphs.errors import InputError, PlanError, RunError, StoppedError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import load, save, to_data
 from mipipe.graphs.topology import Link, Topology
@@ -33,7 +33,8 @@ from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import read_train_config
 from mipipe.runtime.train.data import make_batches
 from mipipe.runtime.train.elastic import lost_ranks, remaining, train_elastic
-from mipipe.runtime.train.launch import explain_failure, torchrun_command, train
+from mipipe.runtime.train.failures import explain_failure
+from mipipe.runtime.train.launch import torchrun_command, train
 from mipipe.runtime.train.models import initial_weights
 from mipipe.runtime.train.training import Trainer
 from mipipe.runtime.weights.checkpoint_folder import complete, read_state, verify
@@ -207,9 +208,9 @@ def test_who_is_lost(tmp_path):
 
 @pytest.mark.parametrize("codes, text", [
     ({"1": -9}, r"rank 1 was killed by signal 9 \(SIGKILL\) \(by hand, or by the kernel for want of memory: see"),
-    ({"1": -11, "0": 4}, r"rank 1 was killed by signal 11 \(SIGSEGV\); continue"),
+    ({"1": -11, "0": 4}, r"rank 1 was killed by signal 11 \(SIGSEGV\); --resume continues"),
     ({"0": -6, "1": -9}, r"rank 0 was killed by signal 6 \(SIGABRT\); rank 1 was killed by signal 9"),
-    ({"1": -99}, "rank 1 was killed by signal 99; continue"),
+    ({"1": -99}, "rank 1 was killed by signal 99; --resume continues"),
     ({"1": 4}, "rank 0, instruction 3: the connection is closed; the peer has failed"),
 ])
 def test_a_killed_worker_is_named(tmp_path, codes, text):
@@ -260,6 +261,30 @@ def test_elastic_needs_checkpoints_and_ranks(files):
     """Said before anything starts."""
     with pytest.raises(InputError, match="has no 'checkpoint'; --elastic resumes from checkpoints"):
         train_elastic(files / "plan2.json", files / "graph.json", write_config(files, "none"), lambda problem: None)
+
+
+@pytest.mark.parametrize("lost, error, kind, text", [
+    ({1}, RunError("rank 1 was killed"), StoppedError, r"asked to end \(SIGTERM\) between two attempts; all that was"),
+    ({0, 1}, RunError("the peer has failed"), RunError, "ranks 0, 1 lost, 0 left, but at least 1 must run"),
+    ({0, 1}, StoppedError("stopped after step 3"), StoppedError, "stopped after step 3"),
+])
+def test_an_elastic_run_that_cannot_go_on(files, monkeypatch, lost, error, kind, text):
+    """Asked to end while it plans for what is left; nobody is left, by accident or because all were asked to end."""
+    config = write_config(files, "ends", checkpoint={"folder": str(files / "ends")})
+    attempts, handler = [], signal.getsignal(signal.SIGTERM)
+
+    def attempted(command, watch, devices, timeout_s):
+        attempts.append(devices)
+        return error, lost, (0, "")
+
+    def replan(problem):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load(files / "plan1.json", Plan)
+
+    monkeypatch.setattr("mipipe.runtime.train.elastic.attempt", attempted)
+    with pytest.raises(kind, match=text):
+        train_elastic(files / "plan2.json", files / "graph.json", config, replan)
+    assert attempts == [[0, 1]] and signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_a_run_that_takes_too_long_is_ended(files):
