@@ -15,6 +15,7 @@ While kernels are compiled (`mipipe.planner.devices.compiled`) step 3 runs first
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import count, takewhile
@@ -42,6 +43,9 @@ PATIENCE = 40
 
 FIRST_SHARE, BOUND_SHARE = 0.25, 0.25
 """Shares of the time limit for the first annealing runs, and for a bound where no proof is in reach."""
+
+SOLVER_LOADS_S = 2.0
+"""Seconds left below which Pyomo and HiGHS, which load in one to four, are not loaded for a first solve."""
 
 HOT, WARM = 0.1, 0.01
 """Temperatures to begin with, afresh and from an assignment that is to be improved."""
@@ -107,7 +111,7 @@ class _Search:
             if not ready():
                 return
             self._run(self._first(), FIRST_SHARE * self.left)
-            while self.left > 1 and not self._proven() and self._provable() and self._prove():
+            while self.left > 0.1 and not self._proven() and self._provable() and self._prove():
                 pass
             if not self._proven():
                 self._run(self._longer(), self.left)
@@ -144,7 +148,7 @@ class _Search:
     def _longer(self) -> Iterator[TimedJob]:
         """Long runs without end, the first one of every thread afresh, then every second one from the best; beside the
         first ones the MIP over the whole, for its bound."""
-        if not self._provable():
+        if not self._provable() and self._solver_fits():
             part = Region(*merge_above(self.instance, self._budget(), self.value))
             yield self._proving(part, self.value, BOUND_SHARE * self.left, self._raise_bound)
         for number in count():
@@ -199,8 +203,13 @@ class _Search:
         small, _ = merge_above(self.instance, self._budget(), self.value)
         return self.best is None or small.num_classes * small.num_devices < PROVABLE
 
+    def _solver_fits(self) -> bool:
+        return self.left > (0.0 if "mipipe.planner.milp.device_placement" in sys.modules else SOLVER_LOADS_S)
+
     def _prove(self, until: Callable[[], bool] = lambda: False) -> bool:
         """Solve all parts of the contracted instance: improves, or proves. Whether something better was found."""
+        if not self._solver_fits():
+            return False
         before, instance = self.value, self.instance
         worst = instance.acc.sum() + instance.cpu.sum() + (instance.num_devices + 1) * instance.value_cost.sum()
         target = float(worst) + 1.0 if self.best is None else before * (1 - 1e-6)
