@@ -33,6 +33,10 @@ PROBE, LONGEST = 2_000, 500_000
 """Steps per class that say how fast a long run is; it takes the time left, and at most so many steps per class."""
 
 
+FINISHED = 0.9
+"""Share of the time left that a long run is sized for: one that ends before it is cold is lost."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cooling:
     """A run from temperature ``hot`` (of an accelerator's equal share of the work).
@@ -74,6 +78,6 @@ def cool(small: PlaceInstance, merged: np.ndarray, known: np.ndarray | None, run
     device, _ = kernels.anneal_throughput(workload, start, run.contiguous, steps, *heat)
     if run.effort is None:
         pace = steps / max(time.monotonic() - began, 1e-3)
-        steps = int(min(max(left() * pace, steps), LONGEST * run.classes))
+        steps = int(min(max(FINISHED * left() * pace, steps), LONGEST * run.classes))
         device, _ = kernels.anneal_throughput(workload, start, run.contiguous, steps, *heat)
     return device[merged]

@@ -44,8 +44,8 @@ PATIENCE = 40
 FIRST_SHARE, BOUND_SHARE = 0.25, 0.25
 """Shares of the time limit for the first annealing runs, and for a bound where no proof is in reach."""
 
-SOLVER_LOADS_S = 2.0
-"""Seconds left below which Pyomo and HiGHS, which load in one to four, are not loaded for a first solve."""
+SOLVER_LOADS_S = 1.0
+"""Seconds left below which Pyomo and HiGHS, which take about as long to load, are not loaded for a first solve."""
 
 HOT, WARM = 0.1, 0.01
 """Temperatures to begin with, afresh and from an assignment that is to be improved."""
