@@ -94,10 +94,11 @@ def merge_above(instance: PlaceInstance, threshold: float,
                 parent[find(int(reader))] = find(source)
     roots = np.array([find(c) for c in range(instance.num_classes)])
     _, merged = np.unique(roots, return_inverse=True)
-    return _merged(instance, merged), merged
+    return merge_classes(instance, merged), merged
 
 
-def _merged(instance: PlaceInstance, merged: np.ndarray) -> PlaceInstance:
+def merge_classes(instance: PlaceInstance, merged: np.ndarray) -> PlaceInstance:
+    """The instance in which the classes of equal number ``merged[class]`` (from 0, without holes) are one."""
     count = int(merged.max()) + 1
     values: dict[tuple[int, tuple[int, ...]], float] = {}
     for v, source in enumerate(merged[instance.value_source]):
@@ -123,7 +124,7 @@ def transfer_budget(instance: PlaceInstance, target: float) -> float:
     classes that fit a core at all).
     """
     taken, room = 0.0, instance.num_cpus * target
-    allowed = np.flatnonzero(instance.cpu <= target)
+    allowed = np.flatnonzero(instance.cpu <= target) if instance.num_cpus else np.empty(0, dtype=np.int64)
     ratio = np.where(instance.cpu > 0, instance.acc / np.maximum(instance.cpu, 1e-300), np.inf)
     for c in allowed[np.argsort(-ratio[allowed])]:
         share = 1.0 if instance.cpu[c] <= room else room / instance.cpu[c]
@@ -132,3 +133,18 @@ def transfer_budget(instance: PlaceInstance, target: float) -> float:
         if share < 1.0:
             break
     return instance.num_accelerators * target - (float(instance.acc.sum()) - taken)
+
+
+def average_bound(instance: PlaceInstance) -> float:
+    """A lower bound: all compute spread perfectly and no transfers, and where the longest class is run fastest.
+
+    The largest T whose `transfer_budget` is negative, to 60 bisections.
+    """
+    least = np.where(instance.supported & (instance.num_accelerators > 0), instance.acc, np.inf)
+    if instance.num_cpus:
+        least = np.minimum(least, instance.cpu)
+    low, high = float(least.max()), float(instance.acc.sum() + instance.cpu.sum())
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if transfer_budget(instance, middle) >= 0 else (middle, high)
+    return low

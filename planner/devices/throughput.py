@@ -1,47 +1,42 @@
-"""The throughput problem of `mipipe.planner.devices.instance`: annealing finds the assignment, the MIP proves it.
+"""The throughput problem of `mipipe.planner.devices.instance`: a contiguous start, annealing from it, the MIP's proof.
 
-1. Anneal on the instance contracted at several thresholds, a few seconds in all: operator graphs are solved by then.
-2. Prove by MIP, part by part (`mipipe.planner.devices.contract.parts`), where the contracted instance is small enough
-   for that to end; of a larger one HiGHS gets one thread for a short while, for a bound better than the average load.
-3. Anneal on until the time is over: afresh in runs as long as the time left, then, a little warmed, from the best.
+1. Cut linear orders into intervals (`mipipe.planner.devices.linear`): a start within tenths of a second, without
+   kernels, for the contiguous and the unrestricted search alike. Nothing worse is ever kept.
+2. Anneal from the best known and afresh, on pieces (`mipipe.planner.devices.coarse`) and then on their classes, and on
+   the instance contracted at several thresholds, a few seconds in all: operator graphs are solved by then.
+3. Prove by MIP with the best value as the cutoff, part by part (`mipipe.planner.devices.contract.parts`), where the
+   contracted instance is small enough for that to end; of a larger one HiGHS gets one thread for a short while, for a
+   bound better than the average load.
+4. Anneal on until the time is over: afresh in runs as long as the time left, then, a little warmed, from the best.
    Layer graphs are load balancing, which the MIP hardly improves, and one slow cooling beats several fast ones.
+
+While kernels are compiled (`mipipe.planner.devices.compiled`) step 3 runs first.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import count, takewhile
-from typing import NamedTuple
 
-import networkx as nx
 import numpy as np
 
 from mipipe.graphs.errors import TimeUpError
-from mipipe.planner.devices import kernels
-from mipipe.planner.devices.contract import Region, merge_above, parts, transfer_budget
+from mipipe.planner import clock
+from mipipe.planner.devices.coarse import coarsen
+from mipipe.planner.devices.compiled import compiling
+from mipipe.planner.devices.contract import Region, average_bound, merge_above, parts, transfer_budget
+from mipipe.planner.devices.cooling import LAYERS, OPERATORS, Cooling, Moves, cool
 from mipipe.planner.devices.instance import PlaceInstance
+from mipipe.planner.devices.linear import best_intervals
 from mipipe.planner.devices.result import TOLERANCE, PlaceResult
+from mipipe.planner.devices.starts import fits, max_load
 from mipipe.planner.devices.workers import TimedJob, run_jobs
 
 PROVABLE = 900
 """Classes times devices of a contracted instance up to which HiGHS usually ends within a minute."""
 
-
-class Moves(NamedTuple):
-    """How to anneal: the share of exchanges, how many of them are of large pieces and the most classes of the others,
-    the norm's exponent (a power of two), the last temperature."""
-
-    exchanges: float
-    large: float
-    small: int
-    doublings: int
-    cold: float
-
-
-OPERATORS, LAYERS = Moves(0.5, 0.5, 1, 4, 1e-4), Moves(0.7, 0.2, 5, 8, 1e-5)
-"""Transfers that cost much want a low norm; plain load balancing a high one, a long end and exchanges of a few
-classes."""
 
 PATIENCE = 40
 """Short annealing runs without improvement after which the MIP is next."""
@@ -49,8 +44,11 @@ PATIENCE = 40
 FIRST_SHARE, BOUND_SHARE = 0.25, 0.25
 """Shares of the time limit for the first annealing runs, and for a bound where no proof is in reach."""
 
-PROBE, LONGEST = 2_000, 500_000
-"""Steps per class that say how fast a long run is; it takes the time left, and at most so many steps per class."""
+SOLVER_LOADS_S = 1.0
+"""Seconds left below which Pyomo and HiGHS, which take about as long to load, are not loaded for a first solve."""
+
+HOT, WARM = 0.1, 0.01
+"""Temperatures to begin with, afresh and from an assignment that is to be improved."""
 
 
 def place_throughput(instance: PlaceInstance, contiguous: bool, time_limit_s: float, seed: int, threads: int,
@@ -61,74 +59,6 @@ def place_throughput(instance: PlaceInstance, contiguous: bool, time_limit_s: fl
         TimeUpError: no assignment that fits was found in time.
     """
     return _Search(instance, contiguous, time_limit_s, seed, threads, report).solve()
-
-
-def max_load(instance: PlaceInstance, device: np.ndarray) -> float:
-    """The largest load of an assignment."""
-    return float(kernels.all_loads(kernels.workload_of(instance), device).max())
-
-
-def pack_first(instance: PlaceInstance) -> np.ndarray | None:
-    """A start that fits memory: classes in topological order, each accelerator filled before the next; the rest on CPU.
-
-    None where nothing fits.
-    """
-    device = np.zeros(instance.num_classes, dtype=np.int64)
-    used = np.zeros(instance.num_accelerators)
-    current = 0
-    share = instance.size.sum() / max(instance.num_accelerators, 1) * 1.02
-    for c in range(instance.num_classes):
-        room = [d for d in range(instance.num_accelerators)
-                if instance.supported[c] and used[d] + instance.size[c] <= instance.memory]
-        if current + 1 < instance.num_accelerators and used[current] >= share > 0:
-            current += 1
-        if current in room:
-            choice = current
-        elif room:
-            choice = room[0]
-        elif instance.num_cpus:
-            choice = instance.num_accelerators
-        else:
-            return None
-        device[c] = choice
-        if choice < instance.num_accelerators:
-            used[choice] += instance.size[c]
-    return device
-
-
-def fill_in_order(instance: PlaceInstance) -> np.ndarray | None:
-    """A contiguous start: accelerators filled one after another with an equal share of the time, as paths go.
-
-    Classes on a cycle of forward edges stay together, so no path returns. None where memory or support forbid it.
-    """
-    forward = ~instance.node_backward[instance.edges].any(axis=1)
-    graph = nx.DiGraph()
-    graph.add_nodes_from(range(instance.num_classes))
-    graph.add_edges_from(instance.node_class[instance.edges[forward]].tolist())
-    whole = nx.condensation(graph)
-    if not instance.num_accelerators or not instance.supported.all():
-        return None
-    device = np.zeros(instance.num_classes, dtype=np.int64)
-    share = instance.acc.sum() / instance.num_accelerators
-    current, taken, used = 0, 0.0, 0.0
-    for component in nx.lexicographical_topological_sort(whole, key=lambda c: min(whole.nodes[c]["members"])):
-        members = sorted(whole.nodes[component]["members"])
-        taking, size = instance.acc[members].sum(), instance.size[members].sum()
-        last = current + 1 == instance.num_accelerators
-        if taken and not last and (taken + taking / 2 > share or used + size > instance.memory):
-            current, taken, used = current + 1, 0.0, 0.0
-        taken, used = taken + taking, used + size
-        if used > instance.memory:
-            return None
-        device[members] = current
-    return device
-
-
-def contracted(device: np.ndarray, merged: np.ndarray) -> np.ndarray:
-    """An assignment of the contracted classes that follows ``device`` where that is possible."""
-    small = np.zeros(int(merged.max()) + 1, dtype=np.int64)
-    small[merged] = device
-    return small
 
 
 class _Search:
@@ -156,13 +86,12 @@ class _Search:
         return self.value <= self.bound * (1 + TOLERANCE)
 
     def solve(self) -> PlaceResult:
-        self.bound = self._average_bound()
+        self.bound = average_bound(self.instance)
         try:
-            self._run(self._first(), self.left - (1 - FIRST_SHARE) * self.time_limit_s)
-            while self.left > 1 and not self._proven() and self._provable() and self._prove():
-                pass
+            for device in best_intervals(self.instance, lambda: self.left):
+                self._offer(device, "intervals of an order")
             if not self._proven():
-                self._run(self._longer(), self.left)
+                self._improve()
         except KeyboardInterrupt:
             if self.best is None:
                 raise
@@ -174,38 +103,44 @@ class _Search:
         return PlaceResult(self.value, min(self.bound, self.value), time.monotonic() - self.began, labels, self.method,
                            self.instance.num_classes, self.contracted)
 
-    def _run(self, jobs: Iterator[TimedJob], seconds: float) -> None:
-        run_jobs(jobs, threads=self.threads, seconds=seconds, enough=self._proven)
+    def _improve(self) -> None:
+        with compiling() as ready:
+            while not ready() and self.left > 0 and not self._proven():
+                if not self._prove(until=ready):
+                    time.sleep(0.05)
+            if not ready():
+                return
+            self._run(self._first(), FIRST_SHARE * self.left)
+            while self.left > 0.1 and not self._proven() and self._provable() and self._prove():
+                pass
+            if not self._proven():
+                self._run(self._longer(), self.left)
+
+    def _run(self, jobs: Iterator[TimedJob], seconds: float, until: Callable[[], bool] = lambda: False) -> None:
+        run_jobs(jobs, threads=self.threads, seconds=seconds, enough=lambda: self._proven() or until())
 
     def _offer(self, device: np.ndarray, method: str) -> None:
-        if self._fits(device):
+        if fits(self.instance, device):
             value = max_load(self.instance, device)
             if value < self.value * (1 - 1e-12):
                 self.best, self.value, self.method, self.quiet = device, value, method, 0
                 self.report(value, method)
 
-    def _fits(self, device: np.ndarray) -> bool:
-        instance = self.instance
-        used = np.bincount(device, instance.size, instance.num_devices)[:instance.num_accelerators]
-        return bool((used <= instance.memory).all()) and not (
-            ~instance.supported & (device < instance.num_accelerators)).any()
-
-    def _average_bound(self) -> float:
-        """The smallest T whose transfer budget is not negative: all compute spread perfectly, transfers free."""
-        low, high = 0.0, float(self.instance.acc.sum() + self.instance.cpu.sum())
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (low, middle) if transfer_budget(self.instance, middle) >= 0 else (middle, high)
-        return low
-
     def _first(self) -> Iterator[TimedJob]:
-        """Short runs at falling contraction thresholds, then at what the budget allows: afresh and from the best."""
+        """Short runs: on pieces, from the best and afresh, at falling contraction thresholds, and then at what the
+        budget allows, afresh, from the best, and on pieces of the best."""
         mean = self.instance.acc.sum() / max(self.instance.num_accelerators, 1)
+        if self.best is not None:
+            yield self._annealing(self._budget() / 2, WARM, 500, OPERATORS, self.best)
+            yield self._on_pieces(self.best)
+        yield self._on_pieces(None)
         for threshold in (np.inf, mean / 2, mean / 4, mean / 8):
-            for hot in (0.1, 0.01):
+            for hot in (HOT, WARM):
                 yield self._annealing(threshold, hot, 500, OPERATORS)
         for number in takewhile(lambda _: self.quiet < PATIENCE and self._provable(), count()):
-            if number % 3 or self.best is None:
+            if self.best is not None and number % 4 == 3:
+                yield self._on_pieces(self.best if number % 8 == 3 else None)
+            elif number % 4 or self.best is None:
                 yield self._annealing(self._budget() / 2, (0.01, 0.03)[number % 2], 1000, OPERATORS)
             else:
                 yield self._annealing(self._budget() / 2, 0.03, 1000, OPERATORS, self.best)
@@ -213,7 +148,7 @@ class _Search:
     def _longer(self) -> Iterator[TimedJob]:
         """Long runs without end, the first one of every thread afresh, then every second one from the best; beside the
         first ones the MIP over the whole, for its bound."""
-        if not self._provable():
+        if not self._provable() and self._solver_fits():
             part = Region(*merge_above(self.instance, self._budget(), self.value))
             yield self._proving(part, self.value, BOUND_SHARE * self.left, self._raise_bound)
         for number in count():
@@ -229,51 +164,59 @@ class _Search:
     def _raise_bound(self, bound: float) -> None:
         self.bound = max(self.bound, min(bound, self.value))
 
+    def _cooling(self, moves: Moves, hot: float, effort: int | None) -> Cooling:
+        return Cooling(moves, hot, effort, self.instance.num_classes, self.contiguous,
+                       self.seed * 1000 + next(self.runs))
+
     def _annealing(self, threshold: float, hot: float, effort: int | None, moves: Moves,
                    known: np.ndarray | None = None) -> TimedJob:
         """A run on the contracted instance, from ``known`` or from a packed start: of ``effort`` steps per class, or as
         long as the time left allows."""
-        number = next(self.runs)
+        run = self._cooling(moves, hot, effort)
 
         def job(stop: np.ndarray) -> Callable[[], None]:
-            small, merged = merge_above(self.instance, threshold)
-            workload = kernels.workload_of(small)
-            start = (contracted(known, merged) if known is not None else
-                     fill_in_order(small) if self.contiguous else pack_first(small))
-            if start is None or (self.contiguous and not all(kernels.is_contiguous(workload, d, start)
-                                                             for d in range(small.num_devices))):
-                start = np.full(small.num_classes, small.num_accelerators if small.num_cpus else 0, dtype=np.int64)
-            scale = float(small.acc.sum()) / max(small.num_accelerators, 1)
-            heat = (hot * scale, moves.cold * scale, moves.exchanges, moves.large, moves.small, moves.doublings,
-                    self.seed * 1000 + number, stop)
-            count = self.instance.num_classes
-            steps = PROBE * count if effort is None else effort * count // (4 if self.contiguous else 1)
-            began = time.monotonic()
-            device, _ = kernels.anneal_throughput(workload, start, self.contiguous, steps, *heat)
-            if effort is None:
-                pace = steps / max(time.monotonic() - began, 1e-3)
-                steps = int(min(max(self.left * pace, steps), LONGEST * count))
-                device, _ = kernels.anneal_throughput(workload, start, self.contiguous, steps, *heat)
+            device = cool(*merge_above(self.instance, threshold), known, run, lambda: self.left, stop)
+            return lambda: self._take(device, "annealing")
+        return job
+
+    def _on_pieces(self, known: np.ndarray | None) -> TimedJob:
+        """A run on pieces, which can all hold ``known`` if there is one, and a warm one on the classes from there."""
+        coarse, fine = self._cooling(OPERATORS, WARM if known is not None else HOT, 500), self._cooling(
+            OPERATORS, WARM, 500)
+        threshold = self._budget() / 2
+
+        def job(stop: np.ndarray) -> Callable[[], None]:
+            rough = cool(*coarsen(self.instance, known), known, coarse, lambda: self.left, stop)
+            device = cool(*merge_above(self.instance, threshold), rough, fine, lambda: self.left, stop)
 
             def take() -> None:
-                self.quiet += 1
-                self._offer(device[merged], "annealing")
+                self._offer(rough, "annealing of pieces")
+                self._take(device, "annealing of pieces")
             return take
         return job
+
+    def _take(self, device: np.ndarray, method: str) -> None:
+        self.quiet += 1
+        self._offer(device, method)
 
     def _provable(self) -> bool:
         small, _ = merge_above(self.instance, self._budget(), self.value)
         return self.best is None or small.num_classes * small.num_devices < PROVABLE
 
-    def _prove(self) -> bool:
+    def _solver_fits(self) -> bool:
+        return self.left > (0.0 if "mipipe.planner.milp.device_placement" in sys.modules else SOLVER_LOADS_S)
+
+    def _prove(self, until: Callable[[], bool] = lambda: False) -> bool:
         """Solve all parts of the contracted instance: improves, or proves. Whether something better was found."""
+        if not self._solver_fits():
+            return False
         before, instance = self.value, self.instance
         worst = instance.acc.sum() + instance.cpu.sum() + (instance.num_devices + 1) * instance.value_cost.sum()
         target = float(worst) + 1.0 if self.best is None else before * (1 - 1e-6)
         pieces = parts(instance, target)
         self.contracted = max(part.instance.num_classes for part in pieces)
         bounds: list[float] = []
-        self._run((self._proving(part, target, self.left, bounds.append) for part in pieces), self.left)
+        self._run((self._proving(part, target, self.left, bounds.append) for part in pieces), self.left, until)
         if len(bounds) == len(pieces):
             self._raise_bound(min(bounds))
         return self.value < before
@@ -284,9 +227,12 @@ class _Search:
         from mipipe.planner.milp.highs import SolverStatus
 
         def job(stop: np.ndarray) -> Callable[[], None]:
-            found, outcome = milp.solve_part(part, target, time_limit_s=seconds, seed=self.seed,
-                                             contiguous=self.contiguous,
-                                             stop=lambda: bool(stop[0]))
+            try:
+                with clock.watched(lambda: -1.0 if stop[0] else self.left):
+                    found, outcome = milp.solve_part(part, target, time_limit_s=seconds, seed=self.seed,
+                                                     contiguous=self.contiguous, stop=lambda: bool(stop[0]))
+            except clock.OutOfTimeError:
+                return lambda: None
 
             def take() -> None:
                 if found is not None:

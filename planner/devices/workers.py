@@ -16,8 +16,12 @@ TimedJob = Callable[[np.ndarray], Callable[[], None]]
 """Takes the flag, works, and returns what to do with the result; that part runs in the calling thread."""
 
 
+POLL = 0.1
+"""Seconds between two looks at whether it is enough."""
+
+
 def run_jobs(jobs: Iterator[TimedJob], *, threads: int, seconds: float, enough: Callable[[], bool]) -> None:
-    """Run jobs, ``threads`` at a time, until none is left, the time is over or ``enough``.
+    """Run jobs, ``threads`` at a time, until none is left, the time is over or ``enough``, which is asked often.
 
     ``jobs`` is advanced and results are taken in the calling thread, so a generator may look at what was found.
     Running jobs are told to end on a deadline, on ``enough`` and on Ctrl-C; Ctrl-C is then raised again.
@@ -32,7 +36,7 @@ def run_jobs(jobs: Iterator[TimedJob], *, threads: int, seconds: float, enough: 
                 running.add(pool.submit(job, stop))
             if not running:
                 return
-            done, running = wait(running, max(0.0, deadline - time.monotonic()) if not stop[0] else None,
+            done, running = wait(running, min(POLL, max(0.0, deadline - time.monotonic())) if not stop[0] else None,
                                  FIRST_COMPLETED)
             for future in done:
                 future.result()()

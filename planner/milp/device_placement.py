@@ -26,6 +26,7 @@ from collections.abc import Callable
 import numpy as np
 import pyomo.environ as pyo
 
+from mipipe.planner import clock
 from mipipe.planner.devices.contract import Region, transfer_budget
 from mipipe.planner.devices.instance import PlaceInstance
 from mipipe.planner.milp import highs
@@ -48,6 +49,9 @@ def solve_part(part: Region, target: float, *, time_limit_s: float, seed: int, c
         seed: HiGHS's random seed.
         contiguous: forward nodes of each device must be contiguous.
         stop: asked now and then; true ends the solve.
+
+    Raises:
+        OutOfTimeError: the time that a caller set on `mipipe.planner.clock` was over while the model was built.
     """
     instance = part.instance
     model = pyo.ConcreteModel()
@@ -90,7 +94,7 @@ def _add_loads(instance: PlaceInstance, model: pyo.ConcreteModel) -> None:
     model.enter = pyo.Var(values, accelerators, bounds=(0, 1))
     model.leave = pyo.Var(values, accelerators, bounds=(0, 1))
     model.cuts = pyo.ConstraintList()
-    for v in values:
+    for v in clock.asking(values, 16):
         source = int(instance.value_source[v])
         for reader in instance.readers[instance.reader_start[v]:instance.reader_start[v + 1]].tolist():
             for d in accelerators:
@@ -144,10 +148,10 @@ def _add_contiguity(instance: PlaceInstance, model: pyo.ConcreteModel) -> None:
     model.after = pyo.Var(nodes, devices, bounds=(0, 1))
     model.convex = pyo.ConstraintList()
     classes = instance.node_class
-    for d in devices:
+    for d in clock.asking(devices, 1):
         for n in nodes:
             model.convex.add(model.after[n, d] + model.x[int(classes[n]), d] <= 1)
-        for a, b in instance.edges.tolist():
+        for a, b in clock.asking(instance.edges.tolist(), 64):
             if instance.node_backward[a] or instance.node_backward[b]:
                 continue
             model.convex.add(model.after[b, d] >= model.after[a, d])

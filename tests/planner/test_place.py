@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mipipe.graphs.errors import InfeasibleError, InputError
+from mipipe.planner.devices import cooling
 from mipipe.planner.devices import kernels as place_kernels
-from mipipe.planner.devices import throughput as place_throughput
 from mipipe.planner.devices.contract import merge_above, parts, transfer_budget
 from mipipe.planner.devices.from_problem import instance_of
 from mipipe.planner.devices.instance import PlaceInstance, read_instance
 from mipipe.planner.devices.place import place
-from mipipe.planner.devices.throughput import max_load
+from mipipe.planner.devices.starts import max_load
 from mipipe.planner.devices.workers import TimedJob, run_jobs
 from mipipe.planner.milp import device_placement
 from mipipe.planner.milp.highs import SolverStatus
@@ -159,7 +159,7 @@ def test_layer_graphs_are_annealed_as_long_as_time_allows(tmp_path: Path, monkey
     data = workload(times, list(itertools.pairwise(range(200))), [1] * 200, accelerators=6)
     instance = read_instance(write(tmp_path, data))
     result = place(instance, time_limit_s=6)
-    assert sum(count >= place_throughput.PROBE * 200 for count in steps) >= 2  # a probe and what it says
+    assert sum(count >= cooling.PROBE * 200 for count in steps) >= 2  # a probe and what it says
     devices = [*(f"acc{d}" for d in range(6)), "cpu0"]
     assert result.objective == judge(data, tuple(devices.index(result.assignment[str(n)]) for n in range(200)))
     assert result.objective <= 1.01 * result.bound
