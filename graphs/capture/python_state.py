@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from mipipe.graphs.errors import GraphError
 
@@ -74,10 +75,12 @@ def _observed(module: nn.Module, calls: int) -> Iterator[list[Snapshot]]:
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        seen[:] = [snapshot(module)]
+        with _disable_current_modes():  # what a snapshot reads is not the model's
+            seen[:] = [snapshot(module)]
         for _ in range(calls):
             result = original(*args, **kwargs)
-            seen.append(snapshot(module))
+            with _disable_current_modes():
+                seen.append(snapshot(module))
         return result
 
     module.forward = forward
@@ -111,7 +114,7 @@ def snapshot(module: nn.Module) -> Snapshot:
 
 
 def _own_code(module: nn.Module) -> tuple[list[type], dict[str, dict[str, Any]]]:
-    """The model's own classes, and the globals of the files that their methods are written in."""
+    """The model's own classes and the others in their files, and the globals of these files."""
     kinds = {kind: None for part in module.modules() for kind in type(part).__mro__ if not _of_library(kind.__module__)}
     files: dict[str, dict[str, Any]] = {}
     for kind in kinds:
@@ -119,6 +122,8 @@ def _own_code(module: nn.Module) -> tuple[list[type], dict[str, dict[str, Any]]]
             space = getattr(item, "__globals__", {})
             if not _of_library(space.get("__name__", "builtins")):
                 files[space["__name__"]] = space
+    for name, space in files.items():  # autograd Functions and the like
+        kinds |= {item: None for item in space.values() if isinstance(item, type) and item.__module__ == name}
     return list(kinds), files
 
 

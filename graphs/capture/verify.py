@@ -104,19 +104,27 @@ def verify(graph: OperatorGraph, module: nn.Module, inputs: Mapping[str, Any] | 
             named = [*module.named_parameters(), *module.named_buffers()]
             start = {name.removeprefix("wrapped."): item.detach().clone() for name, item in named}
             first = eager_step(module, batch, graph.loss)
+            now = [*module.named_parameters(), *module.named_buffers()]  # a forward may assign other tensors
+            changed = {name.removeprefix("wrapped."): item.detach().clone() for name, item in now}
             with torch.no_grad():
-                for name, item in module.named_buffers():
+                for name, item in now:
                     item.copy_(start[name.removeprefix("wrapped.")])
             second = eager_step(module, batch, graph.loss)
             made = run_step(graph, parameter_tensors(graph, start), batch)
         _same_twice(graph, first, second)
         differences = compare(graph, Step(float(made.outputs[graph.loss]), made.gradients), first)
+        differences += [f"{name} is changed by the forward, and the graph does not change it" for name in start
+                        if name not in made.buffers and not _same_values(start[name], changed[name])]
         if not differences:
             return
     shown = [*differences[:6], *([f"and {len(differences) - 6} more"] if len(differences) > 6 else [])]
     raise GraphError(f"model {graph.model}: on one microbatch the captured graph differs from eager autograd:"
                      f" {'; '.join(shown)}; something in the model acts on values or gradients where an export does not"
                      " see it")
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool(torch.equal(one.nan_to_num(), other.nan_to_num()))
 
 
 def _made_up(index: GraphIndex, generator: torch.Generator, places: Sequence[int]) -> dict[str, Tensor]:
