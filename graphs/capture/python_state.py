@@ -15,7 +15,7 @@ import itertools
 import random
 import sys
 import types
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,39 @@ def _values(owner: str, items: Mapping[str, Any]) -> Snapshot:
         elif isinstance(value, torch.Generator):
             found[owner, name] = (_GENERATOR, bytes(value.get_state().tolist()))
     return found
+
+
+def containers(module: nn.Module) -> Snapshot:
+    """Lists, dicts and the like within a model's reach, by what they hold of numbers, and tensors by identity.
+
+    They change in many models whose result does not depend on them (maps kept for a plot): they explain a difference.
+    """
+    owners = [(type(part).__name__, part.__dict__) for part in module.modules()]
+    found: Snapshot = {}
+    for owner, items in [*owners, *_own_code(module)[1].items()]:
+        for name, value in list(items.items()):
+            if name.startswith("_"):
+                value = None if name in nn.Module().__dict__ or name.startswith("__") else value
+            if isinstance(value, torch.Tensor):
+                found[owner, name] = id(value)
+            elif isinstance(value, (list, dict, set, deque)):
+                held = list(value.values()) if isinstance(value, dict) else list(value)
+                found[owner, name] = len(held), [item for item in held if isinstance(item, _NUMBERS)]
+    return found
+
+
+def changed_containers(module: nn.Module, before: Snapshot) -> str:
+    """What of `containers` has changed since ``before``, with the model's last line that names it; empty if nothing."""
+    classes, files = _own_code(module)
+    spaces = [*((vars(kind), kind.__module__) for kind in classes), *((items, file) for file, items in files.items())]
+    codes = [code for items, file in spaces for code in _codes(items, file)]
+    texts = []
+    for key, value in containers(module).items():
+        if before.get(key) != value:
+            lines = [line for code in codes for line in _lines(
+                code, ("LOAD_ATTR", "STORE_ATTR", "LOAD_GLOBAL", "STORE_GLOBAL"), (key[1],))]
+            texts.append(".".join(key) + (f" at {lines[-1]}" if lines else ""))
+    return ", ".join(texts[:3])
 
 
 def _line_of_draw(module: nn.Module, run: Callable[[], Any]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,10 +75,25 @@ def silence() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"The tensor attributes? .* assigned during export")
             yield
     finally:
         logging.disable(before)
+
+
+@contextlib.contextmanager
+def attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Afterwards, the attributes and buffers of all parts of a module are the objects that they were."""
+    kept = [(part, dict(part.__dict__), dict(part._buffers)) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, items, buffers in kept:
+            part.__dict__.clear()
+            part.__dict__.update(items)
+            part._buffers.clear()
+            part._buffers.update(buffers)
 
 
 @contextlib.contextmanager
@@ -87,7 +103,6 @@ def keep_assigned(module: nn.Module, name: str, prefix: str) -> Iterator[None]:
     An export keeps what is assigned to buffers of the outermost module only.
     """
     before: dict[tuple[nn.Module, str], Tensor] = {}
-    first = [(part, dict(part._buffers)) for part in module.modules()]
 
     def remember(*args: Any) -> None:
         before.clear()
@@ -111,10 +126,8 @@ def keep_assigned(module: nn.Module, name: str, prefix: str) -> Iterator[None]:
 
     hooks = module.register_forward_pre_hook(remember), module.register_forward_hook(settle)
     try:
-        yield
+        with attributes_kept(module):
+            yield
     finally:
         for hook in hooks:
             hook.remove()
-        for part, items in first:
-            part._buffers.clear()
-            part._buffers.update(items)

@@ -271,6 +271,22 @@ def in_a_list(self: Any, x: Tensor) -> Tensor:
     return x * CALLS[0]
 
 
+def maps(self: Any, x: Tensor) -> Tensor:
+    self.seen = self.second.seen = x.detach() * 2  # kept for a plot, as attention maps are
+    return x
+
+
+def appended(self: Any, x: Tensor) -> Tensor:
+    self.seen = [*self.__dict__.get("seen", []), 1]
+    return x * len(self.seen)
+
+
+def remembers(self: Any, x: Tensor) -> Tensor:
+    last = self.__dict__.get("last", x.new_zeros(()))
+    self.last = x.detach().mean()
+    return x + last
+
+
 def frozen_on_the_way(self: Any, x: Tensor) -> Tensor:
     self.second.weight.requires_grad_(False)
     return x
@@ -368,7 +384,10 @@ REFUSED: dict[str, tuple[Callable[[], Model], str]] = {
                           r"autograd\.py:\d+, changes Own\.count in every call \(0, 1, 2\)"),
     "after many calls": (lambda: model(late), r"changes Own\.count in every call"),
     "namespace": (lambda: model(in_a_namespace), r"changes Own\.state\.step in every call"),
-    "list": (lambda: model(in_a_list), "two calls with the same weights, inputs and random numbers differ: loss"),
+    "list": (lambda: model(in_a_list), r"two calls with the same weights, inputs and random numbers differ: loss.*"
+             r"state in Python \(own_autograd\.CALLS at .*autograd\.py:\d+\)"),
+    "list of its own": (lambda: model(appended), r"state in Python \(Own\.seen at .*autograd\.py:\d+\)"),
+    "tensor of its own": (lambda: model(remembers), r"state in Python \(Own\.last at .*autograd\.py:\d+\)"),
     "clock": (lambda: model(lambda self, x: x * (time.perf_counter_ns() % 997)), "two calls with the same weights"),
     "frozen on the way": (lambda: model(frozen_on_the_way),
                           r"at .*autograd\.py:\d+, switches requires_grad of a parameter"),
