@@ -87,12 +87,14 @@ def annotate(graph: OperatorGraph, patterns: Patterns | None = None) -> Operator
     """The graph with tags on every segment.
 
     Where some segments have a branch, the others are ``text`` if they start from an embedding of their own; else they
-    belong to the one branch there is, unless the user's patterns name it.
+    belong to the one branch there is, unless the user's patterns name it. A projector beside no other branch is none.
     """
     patterns = patterns or Patterns()
     sources = (patterns, DEFAULT)
     tags = {segment.name: tag(segment.name, sources) for segment in graph.segments}
     branches = {item.branch for item in tags.values()} - {None}
+    if branches == {"projector"} and "projector" not in patterns.branches.values():
+        branches, tags = set(), {name: replace(item, branch=None) for name, item in tags.items()}
     reads = any(item.branch is None and item.role is Role.EMBEDDING for item in tags.values())
     found = next(iter(branches - {*patterns.branches.values()}), None)
     rest = "text" if branches and (reads or len(branches) > 1) else found

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,10 @@ import torch
 from torch import Tensor, fx
 
 from mipipe.graphs.capture.export import Exported
+from mipipe.graphs.capture.seen import silence
 from mipipe.graphs.capture.segment import SegmentCut
+from mipipe.graphs.capture.unsayable import NUMBERS
+from mipipe.graphs.capture.user_calls import line_of_error
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import OperatorGraph, ParameterSpec, Segment, SegmentTrace, TensorSpec, Value
 from mipipe.graphs.operators.dynamic_rows import stand_ins
@@ -223,20 +227,24 @@ def _shared(path: Sequence[str], other: Sequence[str]) -> int:
     return next((index for index, (a, b) in pairs if a != b), min(len(path), len(other)))
 
 
-class _naming:
-    """Inside: an error of torch names the segment and becomes a `GraphError`."""
-
-    def __init__(self, piece: BoundedCut) -> None:
-        self.name = piece.cut.name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None and isinstance(error, Exception) and not isinstance(error, GraphError):
-            line = next(iter(str(error).splitlines()), type(error).__name__)
-            raise GraphError(f"segment {self.name}: its backward cannot be traced: {type(error).__name__}: {line[:300]}"
-                             ) from error
+@contextlib.contextmanager
+def _naming(piece: BoundedCut) -> Iterator[None]:
+    """Inside: an error of torch names the segment and the model's line, and becomes a `GraphError`."""
+    try:
+        with silence():
+            yield
+    except GraphError as error:
+        text = str(error)
+        raise GraphError(text if text.startswith(("model ", "segment ")) else f"segment {piece.cut.name}: {text}"
+                         ) from error
+    except Exception as error:
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        advice = f"; {NUMBERS}" if "DataDependent" in type(error).__name__ else ""
+        if stand_ins(piece.cut.nodes):
+            advice += ("; masks may pick any number of rows, also all masks together: put rows back by their places"
+                       " (index_add_, x[mask] = rows), not by sorting")
+        raise GraphError(f"segment {piece.cut.name}: its backward cannot be traced{line_of_error([error])}:"
+                         f" {type(error).__name__}: {line[:300]}{advice}") from error
 
 
 def _value_names(exported: Exported, pieces: Sequence[BoundedCut]) -> dict[fx.Node, str]:

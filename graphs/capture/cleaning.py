@@ -12,7 +12,7 @@ from mipipe.graphs.operators.recurrent import LAYERS
 from mipipe.graphs.tracing.joint import argument, attention_call, origin, storage_of
 
 _DROPPED = ("aten._assert", "aten.sym_constrain", "aten._functional_assert")
-_SAME = {"aten.alias.default", "aten.lift_fresh_copy.default", "aten.lift_fresh.default", "aten.detach_.default"}
+_SAME = {"aten.alias.default", "aten.lift_fresh_copy.default", "aten.lift_fresh.default"}
 _CASTS = {"aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.to.other", "aten.contiguous.default",
           "aten.type_as.default"}
 _GROUPED = {"transformers.grouped_mm_fallback.default", "aten._grouped_mm.default"}
@@ -52,7 +52,9 @@ def _is_noop(node: fx.Node) -> bool:
 def _replace_kernel(node: fx.Node) -> None:
     """Use mipipe's operators for attention, recurrent layers, grouped products and histograms of integers."""
     kind = str(node.target)
-    if kind == "aten.scaled_dot_product_attention.default":
+    if kind == "aten.detach_.default":  # what follows reads its result
+        node.target = torch.ops.aten.detach.default
+    elif kind == "aten.scaled_dot_product_attention.default":
         node.target = attention_call
     elif kind in LAYERS:
         node.target = LAYERS[kind]

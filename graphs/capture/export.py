@@ -6,17 +6,10 @@ that switch gradients off, and removes what only concerns the exporter. Sizes ar
 
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
-import linecache
-import logging
 import operator
-import re
-import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +18,15 @@ from torch import Tensor, fx, nn
 from mipipe.graphs.capture import user_autograd
 from mipipe.graphs.capture.cleaning import clean
 from mipipe.graphs.capture.python_state import refuse_changes
+from mipipe.graphs.capture.seen import keep_assigned, seen_mode, silence
+from mipipe.graphs.capture.unsayable import (
+    Unsayable,
+    explain_export,
+    fits_no_graph,
+    line_in_model,
+)
 from mipipe.graphs.errors import GraphError, MipipeError
-from mipipe.graphs.operators.ctc import ctc_loss_call
-from mipipe.graphs.operators.dynamic_rows import is_dynamic, pick_rows
+from mipipe.graphs.operators.dynamic_rows import pick_rows
 from mipipe.graphs.tracing.joint import argument, make_constant, no_stack_traces
 
 aten = torch.ops.aten
@@ -67,7 +66,8 @@ def export_model(module: nn.Module, inputs: Mapping[str, Any], *, prefix: str = 
         raise GraphError("example inputs: one tensor is given under two names; pass a copy, or they become one input")
     name = type(getattr(module, "wrapped", module)).__name__
     try:
-        with silence(), no_stack_traces(), seen_mode(), user_autograd.watched(module, name, prefix) as code:
+        with silence(), no_stack_traces(), seen_mode(name), keep_assigned(module, name, prefix), user_autograd.watched(
+                module, name, prefix) as code:
             program = refuse_changes(
                 module, name, lambda: torch.export.export(module, (), dict(inputs), strict=False))
     except MipipeError:
@@ -76,78 +76,9 @@ def export_model(module: nn.Module, inputs: Mapping[str, Any], *, prefix: str = 
         raise GraphError(explain_export(module, error)) from error
     try:
         return flatten_program(program, prefix, aliases_of(module), code)
-    except UnsteadySize as error:
-        raise GraphError(f"{error.text}{_line_of(module, inputs, error.kind)}; {error.advice}") from None
-
-
-class UnsteadySize(GraphError):
-    """An operator of the model gives a result whose size depends on data in a way that no trace can say."""
-
-    advice = ("rows picked by a mask can be captured (torch.where(mask), x[mask], nonzero); write it with one of these,"
-              " pad to a fixed number, or weigh by the mask instead")
-
-    def __init__(self, node: fx.Node) -> None:
-        self.kind = str(node.target)
-        place = "".join(f" in {path} ({name})" for path, name, _ in node.meta.get("stack", ())[-1:] if path)
-        self.text = f"the size of what {self.kind} returns{place} depends on data"
-        super().__init__(f"{self.text}; {self.advice}")
-
-
-def _line_of(module: nn.Module, inputs: Mapping[str, Any], kind: str) -> str:
-    """Where the model calls an operator whose size depends on data: exported again, now with stack traces."""
-    with silence(), seen_mode():
-        program = torch.export.export(module, (), dict(inputs), strict=False)
-    torch_folder, own = str(Path(torch.__file__).parent), str(Path(__file__).parent)
-    for node in program.graph.nodes:
-        if str(node.target) == kind and is_dynamic(node):
-            frames = re.findall(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)', node.meta.get("stack_trace") or "")
-            frames = [frame for frame in frames if not frame[0].startswith((torch_folder, own))]
-            if frames:
-                return " at {}:{} `{}`".format(*frames[-1])
-    return ""
-
-
-class seen_mode(torch.overrides.TorchFunctionMode):
-    """Inside, what the exporter would not see has a form that it sees.
-
-    ``x.data`` is ``x.detach()``, which is the same to read and to change. A tensor made of Python numbers on the meta
-    device, where they would be lost, is made on the CPU and moved. ctc_loss is mipipe's, of fixed shapes.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func == Tensor.data.__get__:  # type: ignore[attr-defined]
-            return args[0].detach()
-        if func == Tensor.data.__set__:  # type: ignore[attr-defined]
-            raise GraphError("the model's forward assigns to .data of a tensor, which an operator graph cannot say;"
-                             " change it in place (x.data.copy_(y)), or compute a new tensor")
-        if func is torch.nn.functional.ctc_loss:
-            return ctc_loss_call(*args, **kwargs)
-        if func in (torch.tensor, torch.as_tensor) and str(kwargs.get("device")) == "meta" and not isinstance(
-                args[0], Tensor):
-            return func(*args, **{**kwargs, "device": "cpu"}).to("meta")
-        if func == Tensor.__getitem__ and str(args[0].device) == "meta":
-            return func(args[0], _with_tensors(args[1]))
-        return func(*args, **kwargs)
-
-
-def _with_tensors(index: Any) -> Any:
-    """An index with tensors in place of lists of numbers, as `seen_mode` makes them."""
-    if isinstance(index, tuple):
-        return tuple(_with_tensors(item) for item in index)
-    return torch.tensor(index).to("meta") if type(index) is list and index else index
-
-
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Inside, torch neither prints half a graph nor logs its own traceback before it raises: our one line says it."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
+    except Unsayable as error:
+        line = line_in_model(module, inputs, error.kind)
+        raise GraphError(f"model {name}: {error.text}{line}; {error.advice}") from None
 
 
 def aliases_of(module: nn.Module) -> dict[str, str]:
@@ -155,37 +86,6 @@ def aliases_of(module: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     everything = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return {name: first.setdefault(id(tensor), name) for name, tensor in everything}
-
-
-def explain_export(module: nn.Module, error: BaseException) -> str:
-    """One line: the model's own source line at which the export stopped, what happened, and what to try."""
-    torch_folder = str(Path(torch.__file__).parent)
-    own = str(Path(__file__).parent.parent)
-    place, chain = "", list[BaseException]()
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
-    for item in reversed(chain):
-        frames = [frame for frame in traceback.extract_tb(item.__traceback__)
-                  if not frame.filename.startswith((torch_folder, own, "<"))]
-        if frames:
-            last = frames[-1]
-            code = (last.line or linecache.getline(last.filename, last.lineno or 0)).strip()
-            place = f" at {last.filename}:{last.lineno} `{code}`"
-            break
-    message = next((line.strip() for item in reversed(chain) for line in str(item).splitlines() if line.strip()), "")
-    text = " ".join(str(item) for item in chain)
-    if any(word in text for word in ("data-dependent", "DataDependent", "Tensor.item", "aten._local_scalar_dense")):
-        advice = ("a Python value depends on tensor data there; compute it outside the model, pass it as a fixed"
-                  " argument, or use torch.where instead of if")
-    elif "pytree" in text or "input type" in text:
-        advice = "return tensors (alone, in a tuple or a dict) and switch caches off (use_cache=False)"
-    else:
-        advice = "check that module(**example_inputs) runs, with these input names and shapes"
-    found = f"{type(chain[-1]).__name__}: {message[:200]}" if message else type(error).__name__
-    name = type(getattr(module, "wrapped", module)).__name__
-    return f"model {name} cannot be exported: stopped{place}: {found}; {advice}"
 
 
 def flatten_program(program: torch.export.ExportedProgram, prefix: str, aliases: Mapping[str, str],
@@ -227,9 +127,9 @@ def flatten_program(program: torch.export.ExportedProgram, prefix: str, aliases:
         outputs = {name: moved.get(node, node) for name, node in outputs.items()}
     outputs.update(clean(graph, outputs))
     live = needed(graph, outputs.values())
-    for node in pick_rows(graph):
+    for node in [*pick_rows(graph), *filter(fits_no_graph, graph.nodes)]:
         if node in live:
-            raise UnsteadySize(node)
+            raise Unsayable(node)
     return Exported(graph, inputs, parameters, buffers, outputs, code)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mipipe.graphs.capture.export import silence
+from mipipe.graphs.capture.seen import silence
 from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.read_files import MAX_BYTES, load_json
 

@@ -15,13 +15,14 @@ import itertools
 import random
 import sys
 import types
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from mipipe.graphs.errors import GraphError
 
@@ -74,10 +75,12 @@ def _observed(module: nn.Module, calls: int) -> Iterator[list[Snapshot]]:
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        seen[:] = [snapshot(module)]
+        with _disable_current_modes():  # what a snapshot reads is not the model's
+            seen[:] = [snapshot(module)]
         for _ in range(calls):
             result = original(*args, **kwargs)
-            seen.append(snapshot(module))
+            with _disable_current_modes():
+                seen.append(snapshot(module))
         return result
 
     module.forward = forward
@@ -111,7 +114,7 @@ def snapshot(module: nn.Module) -> Snapshot:
 
 
 def _own_code(module: nn.Module) -> tuple[list[type], dict[str, dict[str, Any]]]:
-    """The model's own classes, and the globals of the files that their methods are written in."""
+    """The model's own classes and the others in their files, and the globals of these files."""
     kinds = {kind: None for part in module.modules() for kind in type(part).__mro__ if not _of_library(kind.__module__)}
     files: dict[str, dict[str, Any]] = {}
     for kind in kinds:
@@ -119,6 +122,8 @@ def _own_code(module: nn.Module) -> tuple[list[type], dict[str, dict[str, Any]]]
             space = getattr(item, "__globals__", {})
             if not _of_library(space.get("__name__", "builtins")):
                 files[space["__name__"]] = space
+    for name, space in files.items():  # autograd Functions and the like
+        kinds |= {item: None for item in space.values() if isinstance(item, type) and item.__module__ == name}
     return list(kinds), files
 
 
@@ -146,6 +151,39 @@ def _values(owner: str, items: Mapping[str, Any]) -> Snapshot:
         elif isinstance(value, torch.Generator):
             found[owner, name] = (_GENERATOR, bytes(value.get_state().tolist()))
     return found
+
+
+def containers(module: nn.Module) -> Snapshot:
+    """Lists, dicts and the like within a model's reach, by what they hold of numbers, and tensors by identity.
+
+    They change in many models whose result does not depend on them (maps kept for a plot): they explain a difference.
+    """
+    owners = [(type(part).__name__, part.__dict__) for part in module.modules()]
+    found: Snapshot = {}
+    for owner, items in [*owners, *_own_code(module)[1].items()]:
+        for name, value in list(items.items()):
+            if name.startswith("_"):
+                value = None if name in nn.Module().__dict__ or name.startswith("__") else value
+            if isinstance(value, torch.Tensor):
+                found[owner, name] = id(value)
+            elif isinstance(value, (list, dict, set, deque)):
+                held = list(value.values()) if isinstance(value, dict) else list(value)
+                found[owner, name] = len(held), [item for item in held if isinstance(item, _NUMBERS)]
+    return found
+
+
+def changed_containers(module: nn.Module, before: Snapshot) -> str:
+    """What of `containers` has changed since ``before``, with the model's last line that names it; empty if nothing."""
+    classes, files = _own_code(module)
+    spaces = [*((vars(kind), kind.__module__) for kind in classes), *((items, file) for file, items in files.items())]
+    codes = [code for items, file in spaces for code in _codes(items, file)]
+    texts = []
+    for key, value in containers(module).items():
+        if before.get(key) != value:
+            lines = [line for code in codes for line in _lines(
+                code, ("LOAD_ATTR", "STORE_ATTR", "LOAD_GLOBAL", "STORE_GLOBAL"), (key[1],))]
+            texts.append(".".join(key) + (f" at {lines[-1]}" if lines else ""))
+    return ", ".join(texts[:3])
 
 
 def _line_of_draw(module: nn.Module, run: Callable[[], Any]) -> str | None:

@@ -39,6 +39,7 @@ from mipipe.graphs.capture.user_calls import (
     sort_nodes,
 )
 from mipipe.graphs.errors import GraphError
+from mipipe.graphs.tracing.joint import origin, storage_of
 
 _SIMPLE = (bool, int, float, complex, str, type(None), torch.dtype)
 CALL, HOOK = "mipipe.user_call.default", "mipipe.user_hook.default"
@@ -153,7 +154,9 @@ class UserCode:
                 continue
             home = min(tensor.users) if tensor.op == "placeholder" else tensor
             node = graph.call_function(made, ())
-            node.meta.update(val=tensor.meta["val"], stack=home.meta.get("stack", ()))
+            self._settle_changes(graph, tensor, made)
+            value = tensor.meta["val"] if made.value is None else made.value
+            node.meta.update(val=value, stack=home.meta.get("stack", ()))
             own = copy_between(graph, closed[0], tensor)
             copies = set(own.values())
             for reader in [item for item in tensor.users if item not in copies]:
@@ -162,6 +165,21 @@ class UserCode:
             instead.setdefault(tensor, node)
         sort_nodes(graph)
         return instead
+
+    def _settle_changes(self, graph: fx.Graph, tensor: fx.Node, made: UserHook) -> None:
+        """Have a hook see the gradient of its tensor before it is changed in place, as autograd does: of a copy."""
+        storage = storage_of(tensor)
+        changed = any(tensor < node and storage_of(node) == storage and isinstance(node.target, torch._ops.OpOverload)
+                      and node.target._schema.is_mutable for node in graph.nodes)
+        if not changed or tensor.op == "placeholder":
+            return
+        if origin(tensor) is not tensor:
+            raise GraphError(f"model {self.model}: a gradient hook ({line_of(made.hook)}) is on a view of a tensor that"
+                             " is changed in place later, which an operator graph cannot say; compute a new tensor"
+                             " instead")
+        made.value = tensor.meta["val"]
+        with made.value.fake_mode:
+            tensor.meta["val"] = made.value.detach().clone()
 
     def _parameter_hook(self, hook: Callable[[Tensor], Tensor | None], parameter: Tensor,
                         nodes: Mapping[str, fx.Node]) -> tuple[tuple[Any, ...], UserHook]:
@@ -213,8 +231,8 @@ def watched(module: nn.Module, name: str, prefix: str) -> Iterator[UserCode]:
     code, register, before = UserCode(module, name, prefix), Tensor.register_hook, APPLY.__code__
     exchange = [(Tensor, "register_hook", lambda tensor, hook: (
                      code.hook(tensor, hook) if tensor.requires_grad else register(tensor, hook))),
-                *((owner, attribute, _refusing(name, text, owner.__dict__[attribute]))
-                  for owner, attribute, text in _REFUSED)]
+                *((owner, attribute, _refusing(name, text, owner.__dict__[attribute], flag))
+                  for owner, attribute, text, flag in _REFUSED)]
     kept = [(owner, attribute, owner.__dict__[attribute]) for owner, attribute, _ in exchange]
     _ACTIVE.append(code)
     try:
@@ -230,23 +248,25 @@ def watched(module: nn.Module, name: str, prefix: str) -> Iterator[UserCode]:
     refuse_hooks(module, name, prefix)
 
 
-_REFUSED: tuple[tuple[Any, str, str], ...] = (
-    (Tensor, "register_post_accumulate_grad_hook", "registers a hook after accumulation; use tensor.register_hook"),
-    (_HookMixin, "_register_hook", "registers a hook on an autograd node; use tensor.register_hook"),
+_REFUSED: tuple[tuple[Any, str, str, str], ...] = (
+    (Tensor, "register_post_accumulate_grad_hook", "registers a hook after accumulation; use tensor.register_hook", ""),
+    (_HookMixin, "_register_hook", "registers a hook on an autograd node; use tensor.register_hook", ""),
     (torch.autograd, "_engine_run_backward", "computes gradients itself (autograd.grad or backward), and gradients of"
-     " gradients have no form in an operator graph; write the derivative out"),
+     " gradients have no form in an operator graph; write the derivative out", ""),
     (torch.autograd.graph.saved_tensors_hooks, "__enter__", "changes what is kept for the backward"
-     " (saved_tensors_hooks); leave that to mipipe, which plans it"))
-"""What a forward must not do: where it ends up in torch, and what is said."""
+     " (saved_tensors_hooks); leave that to mipipe, which plans it", ""),
+    (torch.amp.autocast, "__enter__", "computes under autocast, which an operator graph cannot say; cast explicitly, or"
+     " capture the model in the dtype you train in (--dtype)", "_enabled"))
+"""What a forward must not do: where it ends up in torch, what is said, the attribute that says if it does (or none)."""
 
 
-def _refusing(name: str, text: str, original: Any) -> Any:
+def _refusing(name: str, text: str, original: Any, flag: str) -> Any:
     """A function that refuses when the model's forward calls it, and else does what ``original`` does."""
     plain = original.__func__ if isinstance(original, staticmethod) else original
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         ours = type(args[0]).__module__ if args else ""
-        if not _tracing() or ours.startswith("torch.utils.checkpoint"):
+        if not _tracing() or ours.startswith("torch.utils.checkpoint") or (flag and not getattr(args[0], flag)):
             return plain(*args, **kwargs)
         raise GraphError(f"model {name}: its forward, at {calling_line()}, {text}")
 

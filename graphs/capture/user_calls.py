@@ -8,7 +8,9 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import linecache
 import sys
+import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from mipipe.graphs.tracing.phase_split import ancestors, closure
 APPLY: types.FunctionType = Function.__dict__["apply"].__func__
 plain_apply = types.FunctionType(APPLY.__code__, APPLY.__globals__, "apply", None, APPLY.__closure__)
 _TORCH, _OWN = str(Path(torch.__file__).parent), str(Path(__file__).parent)
+_PACKAGE = str(Path(__file__).parent.parent)
 TENSOR = object()
 """Stands for the next tensor among a call's other arguments, or results."""
 
@@ -45,6 +48,22 @@ def calling_line() -> str:
     while frame.f_back is not None and frame.f_code.co_filename.startswith((_TORCH, _OWN)):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def line_of_error(chain: Sequence[BaseException]) -> str:
+    """The model's own line at which an error arose, `` at file.py:12 `code` ``; empty where there is none.
+
+    Args:
+        chain: the error and what it was raised from, outermost first.
+    """
+    for item in reversed(chain):
+        frames = [frame for frame in traceback.extract_tb(item.__traceback__)
+                  if not frame.filename.startswith((_TORCH, _PACKAGE, "<"))]
+        if frames:
+            last = frames[-1]
+            code = (last.line or linecache.getline(last.filename, last.lineno or 0)).strip()
+            return f" at {last.filename}:{last.lineno} `{code}`"
+    return ""
 
 
 @dataclass(eq=False)
@@ -81,7 +100,8 @@ class UserHook:
     """A tensor hook as a callable of its tensor: the identity, whose gradient goes through the hook.
 
     ``closed`` are the tensors that the hook reads beside the gradient, which the callable is given too (each under all
-    identities it has had); ``names`` are those of the model's own among them.
+    identities it has had); ``names`` are those of the model's own among them. ``value``: what stands for the result
+    in an export, if it is a copy of the tensor and not the tensor itself.
     """
 
     hook: Callable[[Tensor], Tensor | None]
@@ -90,6 +110,7 @@ class UserHook:
     names: dict[int, str] = field(default_factory=dict)
     removed: bool = False
     ignored: bool = False
+    value: Tensor | None = None
     tags: tuple[torch.Tag, ...] = (torch.Tag.nondeterministic_seeded,)
     __name__ = "user_hook"
 
@@ -106,7 +127,7 @@ class UserHook:
         self.remove()
 
     def __call__(self, x: Tensor, closed: Sequence[Tensor]) -> Tensor:
-        y = torch.ops.aten.alias.default(x)
+        y = torch.ops.aten.alias.default(x) if self.value is None else x.clone()
         table = {id(item): tensor.detach() for items, tensor in zip(self.closed, closed, strict=True) for item in items}
 
         def run(grad: Tensor) -> Tensor | None:

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mipipe.graphs.capture.expert_groups import parse_slice
+from mipipe.graphs.capture.python_state import changed_containers, containers
+from mipipe.graphs.capture.seen import attributes_kept
 from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph
 from mipipe.graphs.coarse.totals import argument_spec
 from mipipe.graphs.errors import GraphError, MipipeError
@@ -103,20 +105,30 @@ def verify(graph: OperatorGraph, module: nn.Module, inputs: Mapping[str, Any] | 
             _unlike_a_fresh_one(module, graph, attempt)
             named = [*module.named_parameters(), *module.named_buffers()]
             start = {name.removeprefix("wrapped."): item.detach().clone() for name, item in named}
+            held = containers(module)
             first = eager_step(module, batch, graph.loss)
+            moved = changed_containers(module, held)
+            now = [*module.named_parameters(), *module.named_buffers()]  # a forward may assign other tensors
+            changed = {name.removeprefix("wrapped."): item.detach().clone() for name, item in now}
             with torch.no_grad():
-                for name, item in module.named_buffers():
+                for name, item in now:
                     item.copy_(start[name.removeprefix("wrapped.")])
             second = eager_step(module, batch, graph.loss)
             made = run_step(graph, parameter_tensors(graph, start), batch)
-        _same_twice(graph, first, second)
+        _same_twice(graph, first, second, moved)
         differences = compare(graph, Step(float(made.outputs[graph.loss]), made.gradients), first)
+        differences += [f"{name} is changed by the forward, and the graph does not change it" for name in start
+                        if name not in made.buffers and not _same_values(start[name], changed[name])]
         if not differences:
             return
     shown = [*differences[:6], *([f"and {len(differences) - 6} more"] if len(differences) > 6 else [])]
     raise GraphError(f"model {graph.model}: on one microbatch the captured graph differs from eager autograd:"
                      f" {'; '.join(shown)}; something in the model acts on values or gradients where an export does not"
                      " see it")
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool(torch.equal(one.nan_to_num(), other.nan_to_num()))
 
 
 def _made_up(index: GraphIndex, generator: torch.Generator, places: Sequence[int]) -> dict[str, Tensor]:
@@ -132,12 +144,13 @@ def _made_up(index: GraphIndex, generator: torch.Generator, places: Sequence[int
     return batch
 
 
-def _same_twice(graph: OperatorGraph, first: Step, second: Step) -> None:
+def _same_twice(graph: OperatorGraph, first: Step, second: Step, moved: str) -> None:
     differences = compare(graph, second, first, "the first call's")
     if differences:
         raise GraphError(f"model {graph.model}: two calls with the same weights, inputs and random numbers differ:"
-                         f" {'; '.join(differences[:3])}; its forward depends on state in Python (a counter, a clock,"
-                         " random numbers that are not torch's), and a graph keeps one value of it; make it a buffer")
+                         f" {'; '.join(differences[:3])}; its forward depends on state in Python"
+                         f" ({moved or 'a counter, a clock, other random numbers than those of torch'}), and a graph"
+                         " keeps one value of it; make it a buffer")
 
 
 def compare(graph: OperatorGraph, found: Step, expected: Step, whose: str = "eager") -> list[str]:
@@ -196,17 +209,11 @@ def _restored(module: nn.Module) -> Iterator[None]:
     """Afterwards, the module's tensors, gradients and attributes are what they were."""
     tensors = {item: item.detach().clone() for item in (*module.parameters(), *module.buffers())}
     gradients = {item: item.grad for item in module.parameters()}
-    attributes = [(part, dict(part.__dict__), dict(part._buffers)) for part in module.modules()]
     try:
-        with warnings.catch_warnings():
+        with attributes_kept(module), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for part, items, buffers in attributes:
-            part.__dict__.clear()
-            part.__dict__.update(items)
-            part._buffers.clear()
-            part._buffers.update(buffers)
         with torch.no_grad():
             for item, value in tensors.items():
                 item.copy_(value)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mipipe.graphs.capture import loss as losses
-from mipipe.graphs.capture.export import silence
+from mipipe.graphs.capture.seen import silence
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.named_code import import_named, is_named_code
 from mipipe.graphs.serialize import load_data

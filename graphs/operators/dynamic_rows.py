@@ -1,10 +1,10 @@
 """Rows picked by data: ``torch.where(mask)``, ``nonzero``, ``x[mask]``, as loops over experts write them.
 
 How many rows there are differs in every call, so a trace has none of their sizes in it. A segment is traced twice,
-with two stand-ins for each count; what differs between the traces is a multiple of a count, and becomes an operator
-that asks the picked rows for it (`restore_sizes`). Nothing is dropped or padded, whatever the mask. Memory and flops of
-the graph are those of the first stand-in: an equal share among the masks that are made of one tensor (the experts of a
-layer), else half of the rows.
+with two stand-ins for each count; what differs between the traces depends on counts, and becomes an operator that asks
+the picked rows for them (`mipipe.graphs.operators.row_sizes`). Nothing is dropped or padded, whatever the mask. Memory
+and flops of the graph are those of the first stand-in: an equal share among the masks that are made of one tensor (the
+experts of a layer), else half of the rows.
 
 Left out: counts that cross segments (`segment` keeps what depends on them together), and other operators whose result's
 size depends on data.
@@ -23,11 +23,9 @@ import torch
 from torch import Tensor, fx
 
 from mipipe.graphs.capture.labels import Label, is_heavy
-from mipipe.graphs.errors import GraphError
 from mipipe.graphs.tracing.joint import storage_of
 
 Pair = tuple[int, int]
-_ADVICE = "pad to a fixed number, or weigh rows by the mask instead of picking them"
 _which = 0
 """Which of its two stand-ins a count has at the moment."""
 
@@ -37,16 +35,16 @@ def nonzero(mask: Tensor, first: int, second: int) -> Tensor:
     return torch.nonzero(mask)
 
 
-def row_count(rows: Tensor, factor: int) -> int:
-    """``factor`` times the number of rows."""
-    return rows.shape[0] * factor
+def row_count(rows: Sequence[Tensor], factor: int, more: int) -> int:
+    """``factor`` times the number of rows of all together, and ``more``."""
+    return sum(item.shape[0] for item in rows) * factor + more
 
 
 def _define() -> None:
     made = torch.library.custom_op("mipipe::nonzero", nonzero, mutates_args=())
     made.register_fake(lambda mask, first, second: mask.new_empty((first, second)[_which], mask.dim(),
                                                                   dtype=torch.int64))
-    torch.library.define("mipipe::row_count", "(Tensor rows, int factor) -> SymInt")
+    torch.library.define("mipipe::row_count", "(Tensor[] rows, int factor, int more) -> SymInt")
     torch.library.impl("mipipe::row_count", "CompositeImplicitAutograd", row_count)
 
 
@@ -222,7 +220,12 @@ def stand_ins(nodes: Sequence[fx.Node]) -> dict[fx.Node, Pair]:
         if keys.get(mask, mask) not in pairs:
             size, share = mask.meta["val"].numel(), int(node.args[-1])  # type: ignore[arg-type]
             low = max(3, size // share if isinstance(size, int) else 3)
-            pairs[keys.get(mask, mask)] = _free_prime(low, taken), _free_prime(low, taken)
+            first = _free_prime(low, taken)
+            taken_gaps = {two - one for one, two in pairs.values()}  # a sum and a constant are told apart by it
+            second = _free_prime(low, taken)
+            while second - first in taken_gaps:
+                second = _free_prime(low, taken)
+            pairs[keys.get(mask, mask)] = first, second
         found[node] = pairs[keys.get(mask, mask)]
     return found
 
@@ -256,39 +259,3 @@ def _keys(nodes: Sequence[fx.Node]) -> dict[fx.Node, Any]:
 def picks_rows(graph: fx.Graph) -> bool:
     """Whether a traced graph has rows picked by data."""
     return any(node.target is torch.ops.mipipe.nonzero.default for node in graph.nodes)
-
-
-def restore_sizes(graph: fx.Graph, other: fx.Graph) -> None:
-    """Replace stand-ins in ``graph`` by operators that ask for the count; ``other`` is its trace with the second ones.
-
-    Raises:
-        GraphError: a size is no multiple of one count.
-    """
-    picks = [node for node in graph.nodes if node.target is torch.ops.mipipe.nonzero.default]
-    pairs = list(zip(graph.nodes, other.nodes, strict=False))
-    if len(graph.nodes) != len(other.nodes) or any(str(a.target) != str(b.target) for a, b in pairs
-                                                   if a.op == "call_function"):
-        raise GraphError(f"its operators differ with the number of rows that a mask picks; {_ADVICE}")
-
-    def size(node: fx.Node, first: Any, second: Any) -> fx.Node:
-        for pick in picks:
-            (a, b), factor = pick.args[1:], first // pick.args[1]
-            if type(first) is int and (factor * a, factor * b) == (first, second):
-                with graph.inserting_before(node):
-                    made = graph.call_function(torch.ops.mipipe.row_count.default, (pick, factor))
-                made.meta.update(val=first)
-                return made
-        raise GraphError(f"{node.target} has an argument that depends on the rows that a mask picks, and is no"
-                         f" multiple of it; {_ADVICE}")
-
-    def merged(node: fx.Node, first: Any, second: Any) -> Any:
-        if isinstance(first, (tuple, list)):
-            return type(first)(merged(node, *pair) for pair in zip(first, second, strict=True))
-        if isinstance(first, fx.Node) or first == second or first is second:
-            return first
-        return size(node, first, second)
-
-    for node, twin in pairs:
-        if node.op == "call_function" and node.target not in (operator.getitem, torch.ops.mipipe.nonzero.default):
-            node.args = merged(node, tuple(node.args), tuple(twin.args))
-            node.kwargs = {key: merged(node, item, twin.kwargs[key]) for key, item in node.kwargs.items()}

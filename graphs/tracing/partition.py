@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from mipipe.graphs.operator_graph import Operator, Phase, SavedTensor, SegmentTrace, TensorSpec
 from mipipe.graphs.operators import dynamic_rows
 from mipipe.graphs.operators.flops import count_flops, num_bytes
+from mipipe.graphs.operators.row_sizes import restore_sizes
 from mipipe.graphs.serialize import digest
 from mipipe.graphs.tracing import joint as joint_graph
 from mipipe.graphs.tracing.joint import Joint, JointFunction, storage_bytes, storage_of, trace_joint
@@ -58,7 +59,7 @@ def trace_segment(function: JointFunction, inputs: Mapping[str, TensorSpec],
     if dynamic_rows.picks_rows(made.graph):
         with dynamic_rows.second_stand_ins():
             other = trace_joint(function, specs, flags, wanted, len(inputs))
-        dynamic_rows.restore_sizes(made.graph, other.graph)
+        restore_sizes(made.graph, other.graph)
     _freeze_updated(made)
     phases = assign_phases(made, len(inputs))
     _repeat_parameter_views(made, phases, len(inputs))

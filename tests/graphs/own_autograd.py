@@ -196,7 +196,18 @@ KEPT: dict[str, Callable[[], Model]] = {
     "stochastic depth": lambda: model(lambda self, x: x + self.second(x) * (torch.rand(5, 1, dtype=x.dtype) > 0.3)),
     "a size that is remembered": lambda: model(remembered),
     "a counter that nothing reads": lambda: model(counted),
+    "hook before a change in place": lambda: model(changed_after_hook),
+    "hook after a change in place": lambda: model(lambda self, x: hook(lambda *_: lambda grad: grad * 3)(self, x.mul(2)
+                                                                                                       .add_(1))),
+    "detach in place": lambda: model(lambda self, x: x + self.second(x).mul(2).detach_()),
 }
+
+
+def changed_after_hook(self: Any, x: Tensor) -> Tensor:
+    y = x * 2
+    y.register_hook(lambda grad: grad * 0.5)
+    y[:, :4].mul_(3)
+    return y.add_(1).square()
 
 
 def remembered(self: Any, x: Tensor) -> Tensor:
@@ -260,9 +271,76 @@ def in_a_list(self: Any, x: Tensor) -> Tensor:
     return x * CALLS[0]
 
 
+def maps(self: Any, x: Tensor) -> Tensor:
+    self.seen = self.second.seen = x.detach() * 2  # kept for a plot, as attention maps are
+    return x
+
+
+def appended(self: Any, x: Tensor) -> Tensor:
+    self.seen = [*self.__dict__.get("seen", []), 1]
+    return x * len(self.seen)
+
+
+def remembers(self: Any, x: Tensor) -> Tensor:
+    last = self.__dict__.get("last", x.new_zeros(()))
+    self.last = x.detach().mean()
+    return x + last
+
+
 def frozen_on_the_way(self: Any, x: Tensor) -> Tensor:
     self.second.weight.requires_grad_(False)
     return x
+
+
+def hooked_view(self: Any, x: Tensor) -> Tensor:
+    x = x * 2
+    x[:, :4].register_hook(lambda grad: grad * 0.5)
+    y = x[:, 4:]
+    y.register_hook(lambda grad: grad * 0.5)
+    y.add_(1)
+    return x
+
+
+class Counts(torch.autograd.Function):
+    calls = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        Counts.calls += 1
+        return x * Counts.calls
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class Decides(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 0.5 if grad.abs().max() > 1e-3 else grad
+
+
+def in_half(self: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return self.second(x)
+
+
+def assigned_data(self: Any, x: Tensor) -> Tensor:
+    self.second.weight.data = self.second.weight.data * 0.9
+    return x
+
+
+def resized(self: Any, x: Tensor) -> Tensor:
+    self.mask = self.mask[:4]
+    return x
+
+
+def packed_sequences(self: Any, x: Tensor) -> Tensor:
+    return x + self.extra(nn.utils.rnn.pack_padded_sequence(x[None], torch.tensor([3]), batch_first=True))[1][0]
 
 
 def packed(self: Any, x: Tensor) -> Tensor:
@@ -306,8 +384,27 @@ REFUSED: dict[str, tuple[Callable[[], Model], str]] = {
                           r"autograd\.py:\d+, changes Own\.count in every call \(0, 1, 2\)"),
     "after many calls": (lambda: model(late), r"changes Own\.count in every call"),
     "namespace": (lambda: model(in_a_namespace), r"changes Own\.state\.step in every call"),
-    "list": (lambda: model(in_a_list), "two calls with the same weights, inputs and random numbers differ: loss"),
+    "list": (lambda: model(in_a_list), r"two calls with the same weights, inputs and random numbers differ: loss.*"
+             r"state in Python \(own_autograd\.CALLS at .*autograd\.py:\d+\)"),
+    "list of its own": (lambda: model(appended), r"state in Python \(Own\.seen at .*autograd\.py:\d+\)"),
+    "tensor of its own": (lambda: model(remembers), r"state in Python \(Own\.last at .*autograd\.py:\d+\)"),
     "clock": (lambda: model(lambda self, x: x * (time.perf_counter_ns() % 997)), "two calls with the same weights"),
     "frozen on the way": (lambda: model(frozen_on_the_way),
-                          "differs from eager autograd: second.weight has a gradient that eager has not"),
+                          r"at .*autograd\.py:\d+, switches requires_grad of a parameter"),
+    "hook on a view that changes": (lambda: model(hooked_view),
+                                    r"hook \(.*autograd\.py:\d+\) is on a view of a tensor"),
+    "a function's own count": (lambda: model(lambda self, x: Counts.apply(x)), r"changes Counts\.calls in every call"),
+    "backward that decides": (lambda: model(lambda self, x: Decides.apply(x)),
+                              r"at .*autograd\.py:\d+ `return grad \* 0\.5 if .*torch\.where instead of if"),
+    "autocast": (lambda: model(in_half), r"at .*autograd\.py:\d+, computes under autocast"),
+    "assigned data": (lambda: model(assigned_data), r"model Own: .*at .*autograd\.py:\d+, assigns to \.data"),
+    "another shape for a buffer": (lambda: model(resized), r"assigns shape \[4\].* to buffer mask of shape \[8\]"),
+    "packed sequences": (lambda: model(packed_sequences, nn.GRU(8, 8, batch_first=True)),
+                         r"at .*autograd\.py:\d+, packs sequences.*padded"),
+    "a number of data": (lambda: model(lambda self, x: x / x.detach().abs().max().item()),
+                         r"autograd\.py:\d+ .*x\.detach\(\) in place of x\.item\(\)"),
+    "numbers of data": (lambda: model(lambda self, x: x * sum(x.detach().mean(0).tolist())), r"x\.detach\(\) in place"),
+    "vmap": (lambda: model(lambda self, x: torch.vmap(lambda row: row * 2)(x)), r"model Own: .*vmap.*extra dimension"),
+    "a generator of torch's": (lambda: model(lambda self, x: x + torch.rand(1, generator=torch.Generator())),
+                               r"at .*autograd\.py:\d+, draws from a torch\.Generator"),
 }

@@ -44,6 +44,14 @@ def test_the_rest_is_text_where_branches_exist() -> None:
     assert {segment.tags.branch for segment in annotate(graph("vit.blocks.0", "classifier")).segments} == {"vision"}
 
 
+def test_a_projector_alone_is_no_branch() -> None:
+    """A speech classifier's projector, say: there is nothing that it projects between."""
+    made = annotate(graph("layers.0.mlp", "projector", "classifier"))
+    assert {segment.tags.branch for segment in made.segments} == {None}
+    named = annotate(graph("layers.0.mlp", "projector"), Patterns(branches={"projector": "projector"}))
+    assert [segment.tags.branch for segment in named.segments] == [None, "projector"]
+
+
 def test_a_branch_that_the_user_names_is_not_spread() -> None:
     made = annotate(graph("stack.0", "stack.1"), Patterns(branches={r"stack\.0": "audio"}))
     assert [segment.tags.branch for segment in made.segments] == ["audio", None]

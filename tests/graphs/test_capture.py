@@ -233,7 +233,7 @@ def test_what_cannot_be_exported_says_why(module: nn.Module, inputs: dict[str, T
     ("llama", {"overrides": {"hidden_sizee": 3}}, "hidden_sizee"),
     ("llama", {"dtype": "int64"}, "dtype"),
     ("llama", {"batch": 0}, "batch"),
-    ("math:sqrt", {}, "Python's own library"),
+    ("math:sqrt", {}, "part of Python.s own library"),
     ("no.such.package:factory", {}, "cannot import"),
     ("missing.pt2", {}, "no such file"),
 ])

@@ -83,3 +83,39 @@ def test_assigning_to_data_is_refused() -> None:
 
     with pytest.raises(GraphError, match=r"assigns to \.data.*copy_"):
         capture_module(Assigning(4, 4), {"x": torch.randn(2, 4)})
+
+
+class Follows(nn.Module):
+    """Keeps a moving average in a buffer of a part of it: assigned anew, or changed in place."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layer, self.how = nn.Linear(4, 4), how
+        self.layer.register_buffer("average", torch.zeros(4))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.how == "assigned":
+            self.layer.average = 0.9 * self.layer.average + 0.1 * self.layer(x).mean(0)
+        elif self.how == "assigned twice":
+            self.layer.average = 0.9 * self.layer.average
+            self.layer.average = self.layer.average + 0.1 * self.layer(x).detach().mean(0)
+        else:
+            with torch.no_grad():
+                self.layer.average.mul_(0.9).add_(0.1 * self.layer(x).mean(0))
+        return nn.functional.cross_entropy(self.layer(x) - self.layer.average.detach(), y)
+
+
+@pytest.mark.parametrize("how", ["assigned", "assigned twice", "in place"])
+def test_buffers_keep_what_a_forward_assigns(how: str) -> None:
+    torch.manual_seed(0)
+    module, batch = Follows(how).to(F64), {"x": torch.randn(3, 4, dtype=F64), "y": torch.randint(0, 3, (3,))}
+    graph = capture_module(module, batch)
+    start = {**dict(module.named_parameters()), **{key: item.clone() for key, item in module.named_buffers()}}
+    assert type(module.layer.average) is Tensor and not module.layer.average.any()
+    step = run_step(graph, parameter_tensors(graph, start), batch)
+    loss = module(**batch)
+    loss.backward()
+    torch.testing.assert_close(step.outputs["loss"], loss.detach())
+    torch.testing.assert_close(step.buffers["layer.average"], module.layer.average.detach())
+    for name, item in module.named_parameters():
+        torch.testing.assert_close(step.gradients[name], item.grad)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from graph_checks import assert_same_step
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from mipipe.graphs.capture.model import capture_module
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.operators.row_sizes import matched
 
 F64, WIDTH = torch.float64, 6
 
@@ -28,6 +31,11 @@ class Mixture(nn.Module):
         flat = x.flatten(0, 1)
         weights, chosen = torch.topk(self.gate(flat).softmax(-1), self.top)
         out = torch.zeros_like(flat)
+        if self.words == "concatenated":
+            found = [torch.where(chosen == number) for number in range(len(self.experts))]
+            made = torch.cat([expert(flat[row]) * weights[row, column, None] for expert, (row, column)
+                              in zip(self.experts, found, strict=True)])
+            return out.index_add(0, torch.cat([row for row, _ in found]), made).view_as(x)
         for number, expert in enumerate(self.experts):
             if self.words == "where":
                 row, column = torch.where(chosen == number)
@@ -61,7 +69,7 @@ class Model(nn.Module):
         return functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
 
 
-@pytest.mark.parametrize("words", ["where", "nonzero", "mask", "one_hot"])
+@pytest.mark.parametrize("words", ["where", "nonzero", "mask", "one_hot", "concatenated"])
 def test_loops_over_experts(words: str) -> None:
     """Also where an expert gets no token, or all; the layers share their traces, and the experts are one segment."""
     torch.manual_seed(0)
@@ -99,10 +107,12 @@ class Masked(nn.Module):
         if self.words == "own":  # the mask depends on the model
             keep = h.sum(-1) > 0
             return self.second(h[keep].view(-1, 2, WIDTH // 2).flatten(1)).exp().sum() / (1 + keep.sum())
-        return torch.cat([self.second(h[y > 1]), self.second(h[y <= 1])]).square().sum()
+        if self.words == "beside":  # a row of its own before the picked ones
+            return self.second(torch.cat([h[:1], h[y > 1]]).softmax(0)).square().sum()
+        return torch.cat([self.second(h[y > 1]), self.second(h[y <= 1])]).softmax(0).square().sum()
 
 
-@pytest.mark.parametrize("words", ["mean", "loss", "entries", "own"])
+@pytest.mark.parametrize("words", ["mean", "loss", "entries", "own", "beside", "parts"])
 @pytest.mark.parametrize("low, high", [(0, 5), (2, 5), (3, 4)])
 def test_masked_rows(words: str, low: int, high: int) -> None:
     torch.manual_seed(0)
@@ -129,3 +139,35 @@ def test_other_sizes_that_depend_on_data_name_the_line() -> None:
     line = r"unique.* depends on data at .*test_dynamic_rows.py:\d+ `picked = torch.unique\(x\)`; rows picked by a mask"
     with pytest.raises(GraphError, match=line):
         capture_module(Unique(4, 4), {"x": torch.randn(2, 4)})
+
+
+@pytest.mark.parametrize("sizes, expected", [
+    ((7, 11), ([0], 1, 0)), ((21, 33), ([0], 3, 0)), ((20, 30), ([0, 1], 1, 0)), ((40, 60), ([0, 1], 2, 0)),
+    ((9, 13), ([0], 1, 2)), ((22, 32), ([0, 1], 1, 2)), ((12, 18), ([1], 1, -1)), ((8, 13), None), ((15, 23), None)])
+def test_sizes_are_matched_with_counts(sizes: tuple[int, int], expected: Any) -> None:
+    """Multiples and sums of counts before those with a constant; what is none of them is not guessed."""
+    graph = fx.Graph()
+    picks = [graph.call_function(torch.ops.mipipe.nonzero.default, (graph.placeholder("mask"), *pair))
+             for pair in ((7, 11), (13, 19))]
+    found = matched(picks, *sizes)
+    assert found == (None if expected is None else ([picks[place] for place in expected[0]], *expected[1:]))
+
+
+def test_a_constant_that_two_counts_would_do_for_is_not_guessed() -> None:
+    graph = fx.Graph()
+    picks = [graph.call_function(torch.ops.mipipe.nonzero.default, (graph.placeholder("mask"), *pair))
+             for pair in ((7, 11), (13, 17))]
+    assert matched(picks, 14, 18) is None and matched(picks, 7, 11) == ([picks[0]], 1, 0)
+
+
+class Sorted(nn.Linear):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        places = torch.cat([torch.where(y == number)[0] for number in range(3)])
+        return (super().forward(x[places])[places.argsort()] * x[:, :1]).sum()
+
+
+def test_rows_sorted_back_are_refused_with_what_to_write(capfd: pytest.CaptureFixture[str]) -> None:
+    """Torch cannot know that three masks together pick each row once."""
+    with pytest.raises(GraphError, match=r"segment .*any number of rows.*index_add_") as caught:
+        capture_module(Sorted(4, 4), {"x": torch.randn(6, 4), "y": torch.arange(6) % 3})
+    assert "\n" not in str(caught.value) and "Traceback" not in capfd.readouterr().err

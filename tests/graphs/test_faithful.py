@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import types
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,15 @@ def test_what_a_graph_cannot_say_is_refused_with_its_line(name: str) -> None:
     with pytest.raises(GraphError, match=message) as caught:
         capture_module(make(), own.batch())
     assert "\n" not in str(caught.value)
+
+
+def test_a_module_keeps_no_tensor_of_an_export() -> None:
+    module = own.model(own.maps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        capture_module(module, own.batch(), verify=False)
+    assert "seen" not in module.__dict__ and "seen" not in module.second.__dict__
+    capture_module(module, own.batch(), verify=True)
 
 
 def test_an_export_leaves_torch_as_it_was() -> None:

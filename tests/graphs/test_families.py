@@ -143,7 +143,7 @@ SLOW = {
     "hubert": Case("HubertForCTC", SOUND),
     "spectrogram": Case("ASTForAudioClassification", {
         "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_length": 32,
-        "num_mel_bins": 16}),
+        "num_mel_bins": 16}, branches=frozenset({"audio"})),
     **{name: Case(name, BERT) for name in (
         "BertForTokenClassification", "BertForSequenceClassification", "BertForMultipleChoice", "BertForPreTraining",
         "BertForNextSentencePrediction", "RobertaForQuestionAnswering")},
