@@ -126,6 +126,10 @@ def test_the_cpu_kind_has_no_peak_and_needs_its_memory_stated():
     ({"device_kinds__mine__bandwidth": "1"}, r"device_kinds\.mine\.bandwidth: found '1', a number without a unit"),
     ({"device_kinds__mine__launch_overhead": 5}, r"launch_overhead: found 5, a number without a unit"),
     ({"device_kinds__mine__efficiency": float("nan")}, "efficiency: found nan, expected a share"),
+    ({"device_kinds__mine__efficiency": 1e-300}, r"device_kinds\.mine: count 1 and efficiency 1e-300 make a rate below"),
+    ({"device_kinds__mine__flops": {"float32": "1FLOPS"}, "device_kinds__mine__efficiency": 0.1}, "make a rate below 1"),
+    ({"device_kinds__mine__bandwidth": "1B/s", "device_kinds__mine__efficiency": 0.1}, "make a rate below 1"),
+    ({"device_kinds__mine__memory": "4e18B", "device_kinds__mine__count": 16384}, "size too large"),
     ({"format": "other"}, "expected a file of format 'mipipe.cluster'"),
     ({"version": 2}, "reads version 1"),
 ])
