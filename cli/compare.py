@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mipipe.cli.output import Html, Json, Seed, check_folder, emit, number, progress, stdout
+from mipipe.cli.output import MOST_SECONDS, Html, Json, Seed, check_folder, emit, number, progress, stdout
 
 if TYPE_CHECKING:
     from mipipe.planner.compare import ComparisonRow
@@ -56,9 +56,9 @@ def compare(
     schedules: Annotated[str | None, typer.Option(help="Which rows, separated by commas (default: all; mipipe is the"
                                                        " planned one).")] = None,
     time_limit: Annotated[float, typer.Option(
-        "--time-limit", min=0.1, help="Seconds for the planned row: its solves, checks and all. Published rows are made"
-                                      " before and not counted: below a second together up to 8 ranks, minutes at 64 x"
-                                      " 1,024; --schedules leaves some out.")] = 30.0,
+        "--time-limit", min=0.1, max=MOST_SECONDS,
+        help="Seconds for the planned row: its solves, checks and all. Published rows are made before and not counted:"
+             " below a second together up to 8 ranks, minutes at 64 x 1,024; --schedules leaves some out.")] = 30.0,
     seed: Seed = 0,
     draw: Annotated[bool, typer.Option("--draw", help="Draw the timelines of all rows on one time scale.")] = False,
     html_file: Html = None,

@@ -20,8 +20,11 @@ from rich.console import Console
 from mipipe.graphs.write_files import WRITTEN, check_output
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; logs go to stderr.")]
-TimeLimit = Annotated[float, typer.Option("--time-limit", help="Seconds the planner may take.", min=0.1)]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random in the planner.")]
+MOST_SECONDS = 1e6
+"""The longest time limit: 11 days."""
+TimeLimit = Annotated[float, typer.Option("--time-limit", help="Seconds the planner may take.", min=0.1,
+                                          max=MOST_SECONDS)]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random in the planner.", min=0, max=2**31 - 1)]
 Html = Annotated[Path | None, typer.Option("--html", help="Also write a self-contained HTML timeline here.")]
 Trace = Annotated[Path | None, typer.Option("--trace", help="Also write a Perfetto trace (JSON) here.")]
 

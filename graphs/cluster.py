@@ -17,13 +17,11 @@ from pydantic import ConfigDict
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import STRICT, check_header, from_data, load_data
-from mipipe.graphs.topology import Device, Link, Topology
-from mipipe.graphs.units import Written, parse_bytes, parse_flops, parse_ns, parse_rate, shown
+from mipipe.graphs.topology import MOST_DEVICES, Device, Link, Topology
+from mipipe.graphs.units import MOST, Written, parse_bytes, parse_flops, parse_ns, parse_rate, shown
 
 FORMAT = "mipipe.cluster"
 VERSION = 1
-MOST_DEVICES = 16_384
-"""Devices of a cluster file: more is a slip of the pen, and would be planned for days."""
 
 _HARDWARE = Path(__file__).with_name("hardware.yaml")
 
@@ -203,6 +201,10 @@ def _kind(name: str, text: _KindText, known: Mapping[str, DeviceKind], where: st
     if not all(flops.values()) or bandwidth == 0:
         raise InputError(f"{where}: a rate of 0; expected rates above 0")
     scale = text.count * text.efficiency
+    rates = [*flops.values(), *(() if bandwidth is None else (bandwidth,))]
+    if rates and (min(rates) * scale < 1 or max(rates) * scale >= MOST or (memory or 0) * text.count >= MOST):
+        raise InputError(f"{where}: count {text.count} and efficiency {text.efficiency:g} make a rate below 1 a second,"
+                         " or a rate or size too large; expected what a device can have")
     source = text.source or (f"{text.count} x {text.base} at {text.efficiency:g} of {base.source}" if base else "given")
     return DeviceKind(name, {dtype: round(rate * scale) for dtype, rate in flops.items()},
                       None if bandwidth is None else round(bandwidth * scale),

@@ -19,6 +19,9 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import STRICT
 from mipipe.graphs.units import shown
 
+MOST_DEVICES = 16_384
+"""Devices of a cluster: more is a slip of the pen, and would be planned for days."""
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -78,6 +81,8 @@ class Topology:
     def __post_init__(self) -> None:
         if not self.devices:
             raise InputError("cluster: no devices; expected at least one host with devices")
+        if len(self.devices) > MOST_DEVICES:
+            raise InputError(f"cluster: {len(self.devices)} devices; expected at most {MOST_DEVICES}")
         names = [device.name for device in self.devices]
         if len(set(names)) < len(names):
             twice = next(name for name, count in Counter(names).items() if count > 1)

@@ -26,7 +26,7 @@ _SECONDS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 
 _FLOPS = {f"{prefix}{name}": 10**power for prefix, power in (("", 0), ("M", 6), ("G", 9), ("T", 12), ("P", 15))
           for name in ("FLOPS", "FLOP/s")}
 
-_MOST = 2**62
+MOST = 2**62
 """No quantity is as large: 4 exabytes, 146 years, 4.6 exaflops."""
 
 
@@ -70,7 +70,7 @@ def _parse(text: Written, units: Mapping[str, float], where: str, expected: str)
         raise InputError(f"{where}: found {shown(text)}{_why(unit, units)}; expected {expected}")
     size = units[unit]
     meant = value * size
-    if value < 0 or not math.isfinite(meant) or meant >= _MOST:
+    if value < 0 or not math.isfinite(meant) or meant >= MOST:
         raise InputError(f"{where}: found {shown(text)}, which is {'negative' if value < 0 else 'too large'}; expected"
                          f" {expected}")
     if exact and size == int(size):

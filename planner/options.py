@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
@@ -45,14 +46,16 @@ class PlanOptions:
     gap: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.time_limit_s > 0:
-            raise InputError(f"time limit: found {self.time_limit_s} s, expected more than 0")
+        if not 0 < self.time_limit_s < math.inf:
+            raise InputError(f"time limit: found {self.time_limit_s} s, expected more than 0, and some end")
         if self.placement not in PLACEMENTS:
             raise InputError(f"placement: found {self.placement!r}, expected one of {', '.join(PLACEMENTS)}")
         if self.objective not in OBJECTIVES:
             raise InputError(f"objective: found {self.objective!r}, expected one of {', '.join(OBJECTIVES)}")
         if self.epsilon < 0 or self.gap < 0:
             raise InputError(f"epsilon and gap: found {self.epsilon} and {self.gap}, expected none below 0")
+        if not 0 <= self.seed < 2**31:
+            raise InputError(f"seed: found {self.seed}, expected 0 to {2**31 - 1}")
         if not 1 <= self.threads <= 64:
             raise InputError(f"threads: found {self.threads}, expected 1 to 64")
 

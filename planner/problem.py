@@ -35,6 +35,7 @@ from mipipe.graphs.errors import ProblemError
 from mipipe.graphs.operator_graph import Tags
 from mipipe.graphs.serialize import STRICT, Amount, Count, digest
 from mipipe.graphs.topology import Topology
+from mipipe.graphs.units import shown
 from mipipe.planner.actions import Stream
 
 
@@ -124,6 +125,14 @@ class OverlapRule:
         return round(Fraction((forward_ns + backward_ns) * self.numerator, self.denominator))
 
 
+MOST_MICROBATCHES = 2**16
+"""Microbatches of one step: more is a slip of the pen."""
+
+MOST_AMOUNT = 2**61
+"""Nanoseconds of a step that does one thing at a time, and bytes that all its microbatches keep: sums of two such
+numbers are counted in 64 bits everywhere."""
+
+
 @dataclass(frozen=True, slots=True)
 class PlanningProblem:
     """Groups in a topological order, the values between them, devices, and M microbatches. Immutable.
@@ -139,7 +148,7 @@ class PlanningProblem:
     groups: tuple[Group, ...]
     edges: tuple[GroupEdge, ...]
     topology: Topology
-    num_microbatches: Annotated[int, Field(ge=1, le=2**16)]
+    num_microbatches: Annotated[int, Field(ge=1, le=MOST_MICROBATCHES)]
     limits: Limits = Limits()
     colocate: tuple[tuple[int, ...], ...] = ()
     overlap: OverlapRule = OverlapRule()
@@ -147,8 +156,9 @@ class PlanningProblem:
     unit_ns: Annotated[int, Field(ge=1, le=2**53)] = 1
 
     def __post_init__(self) -> None:
-        if self.num_microbatches < 1:
-            raise ProblemError(f"problem {self.name}: {self.num_microbatches} microbatches; expected at least 1")
+        if not 1 <= self.num_microbatches <= MOST_MICROBATCHES:
+            raise ProblemError(f"problem {self.name}: {shown(self.num_microbatches)} microbatches; expected at least 1"
+                               f" and at most {MOST_MICROBATCHES}")
         if not self.groups:
             raise ProblemError(f"problem {self.name}: no groups to plan")
         for edge in self.edges:
@@ -179,11 +189,9 @@ class PlanningProblem:
         if strangers:
             raise ProblemError(f"problem {self.name}: colocate names group {strangers[0]}, but there are"
                                f" {len(self.groups)}")
-        work = sum(max((times.total_ns for times in group.times.values()), default=0) * max(group.loads, default=1.0)
-                   for group in self.groups) * self.num_microbatches
-        if work >= 2**62:
-            raise ProblemError(f"problem {self.name}: its work adds up to {work:.3g} ns, which no clock counts;"
-                               " expected durations in nanoseconds")
+        if not all(self.colocate):
+            raise ProblemError(f"problem {self.name}: colocate has a set without groups; leave it out")
+        _check_amounts(self)
 
     @property
     def num_ranks(self) -> int:
@@ -201,3 +209,32 @@ class PlanningProblem:
 
     def digest(self) -> str:
         return digest(self)
+
+
+def _check_amounts(problem: PlanningProblem) -> None:
+    """Raise `ProblemError` where times or sizes add up to more than `MOST_AMOUNT`."""
+    topology, count = problem.topology, problem.num_microbatches
+    links = [topology.within_host, topology.between_hosts, *topology.overrides.values()]
+    loads = [max(group.loads, default=1.0) for group in problem.groups]
+    slower = max(Fraction(1), Fraction(problem.overlap.numerator, max(1, problem.overlap.denominator)))
+    work = sum(max((times.total_ns for times in group.times.values()), default=0) * load
+               for group, load in zip(problem.groups, loads, strict=True)) * count * float(slower)
+    if work >= MOST_AMOUNT:
+        raise ProblemError(f"problem {problem.name}: its work adds up to {work:.3g} ns, which no clock counts;"
+                           " expected durations in nanoseconds")
+    sent = max(sum(len(edge.targets) * loads[edge.source] * (link.transfer_ns(edge.num_bytes)
+                                                             + link.transfer_ns(edge.grad_bytes or 0))
+                   for edge in problem.edges) * count
+               + sum(2 * link.transfer_ns(group.gradient_bytes) for group in problem.groups)
+               + 2 * problem.num_ranks * link.latency_ns for link in links) if topology.num_devices > 1 else 0
+    if sent >= MOST_AMOUNT:
+        raise ProblemError(f"problem {problem.name}: its transfers add up to {sent:.3g} ns, which no clock counts;"
+                           " expected latencies, bandwidths and sizes of real links")
+    kept = sum(sum((group.resident_bytes, group.gradient_bytes, group.saved_fi_bytes, group.saved_fw_bytes,
+                    group.saved_iw_bytes, group.workspace_bytes, group.recompute_bytes or 0)) * load
+               for group, load in zip(problem.groups, loads, strict=True))
+    kept += sum((edge.num_bytes + (edge.grad_bytes or 0)) * loads[edge.source] for edge in problem.edges)
+    kept *= count
+    if kept >= MOST_AMOUNT:
+        raise ProblemError(f"problem {problem.name}: what its microbatches keep adds up to {kept:.3g} bytes, which no"
+                           " device has; expected sizes in bytes")

@@ -77,7 +77,8 @@ def elementary_actions(view: StageView, *, split_backward: bool = True) -> list[
             kinds.append(ActionKind.B)
         else:
             kinds += [ActionKind.I] * has_i + [ActionKind.W] * has_w
-        actions += [Action(stage, kind, m) for kind in kinds for m in range(view.problem.num_microbatches)]
+        actions += [Action(stage, kind, m) for kind in kinds
+                    for m in clock.asking(range(view.problem.num_microbatches))]
     return actions
 
 
@@ -125,7 +126,7 @@ def job_shop(view: StageView, actions: Iterable[Action] | None = None, *, fifo: 
 
 
 def _check_fits(jobs: Jobs) -> None:
-    for job, action in enumerate(jobs.compiled.actions):
+    for job, action in enumerate(clock.asking(jobs.compiled.actions)):
         need, rank = jobs.alloc[job] + jobs.workspace[job], jobs.machine[job] // 2
         if need > jobs.capacity[rank]:
             raise PlanError(f"rank {rank}: {action} needs {need} bytes, but the rank has {jobs.capacity[rank]} for"

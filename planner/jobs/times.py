@@ -69,7 +69,7 @@ def compile_actions(view: StageView, actions: Sequence[Action]) -> ActionNodes:
         PlanError: an elementary action is missing or there twice.
     """
     done_by: dict[tuple[ActionKind, int, int], int] = {}
-    for node, action in enumerate(actions):
+    for node, action in enumerate(clock.asking(actions)):
         for part in action.parts():
             if part in done_by:
                 raise PlanError(f"action {Action(part[1], part[0], part[2])}: scheduled twice")
@@ -128,7 +128,8 @@ def compile_actions(view: StageView, actions: Sequence[Action]) -> ActionNodes:
                         " microbatch beyond the last)")
     ranks = [view.rank(action.stage, action.microbatch) for action in actions]
     streams = [view.streams[action.stage] for action in actions]
-    durations = [view.duration_ns(action.kind, action.stage, action.microbatch, action.partner) for action in actions]
+    durations = [view.duration_ns(action.kind, action.stage, action.microbatch, action.partner)
+                 for action in clock.asking(actions)]
     reductions = []
     for index, placed in enumerate(view.placement.stages):
         if len(placed.ranks) > 1 and view.w_ns[index] is not None:

@@ -37,8 +37,9 @@ def explain_plan(found: Candidate) -> tuple[str, ...]:
     spans, channel = _spans(found)
     makespan = found.makespan_ns
     lines = [_placement(found)]
+    above = f", {makespan / found.bound.ns - 1:.1%} above it" if found.bound.ns else ""
     lines.append(f"bound at this placement: {told(found.bound.ns)} ({found.bound.what}); the plan takes"
-                 f" {told(makespan)}, {makespan / found.bound.ns - 1:.1%} above it")
+                 f" {told(makespan)}{above}")
     rank = max(range(len(spans)), key=lambda r: (spans[r].busy, -spans[r].first))
     own = spans[rank]
     lines.append(f"device: rank {rank} has the most work, {told(own.busy)}; it starts at {told(own.first)},"

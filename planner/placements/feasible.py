@@ -76,7 +76,7 @@ def single_microbatch_bytes(instance: Instance) -> np.ndarray:
     ranks, count = len(instance.cap), instance.view.problem.num_microbatches
     total = np.zeros((ranks, count), dtype=np.int64)
     extra = np.zeros((ranks, count), dtype=np.int64)
-    for n in range(instance.size):
+    for n in clock.asking(range(instance.size)):
         at = instance.rank[n], instance.microbatch[n]
         if instance.kind[n] == 0:
             total[at] += instance.alloc[n]
@@ -125,8 +125,8 @@ def _remedy(problem: PlanningProblem, least: Shortage, admits: Admits | None) ->
             size = enough(first, lambda size, key=f"{label}_bytes": problem.replace(  # type: ignore[misc]
                 limits=replace(limits, **{key: size})), admits)
             if size is not None:
-                return f"raise the {label} limit to {size} bytes, use more devices, or recompute"
-            return f"raise the {label} limit, at least to {first} bytes, use more devices, or recompute"
+                return f"raise the {label} limit to {exact_bytes(size)}, use more devices, or recompute"
+            return f"raise the {label} limit, at least to {first}B, use more devices, or recompute"
     memory = devices[least.rank].memory_bytes
     equal = len({device.memory_bytes for device in devices}) == 1
 

@@ -21,9 +21,10 @@ from fractions import Fraction
 
 from mipipe.graphs.errors import ProblemError
 from mipipe.graphs.operator_graph import Role, Tags
-from mipipe.graphs.topology import Topology
+from mipipe.graphs.topology import MOST_DEVICES, Topology
+from mipipe.graphs.units import shown
 from mipipe.planner.actions import Stream
-from mipipe.planner.problem import Group, GroupEdge, Limits, OverlapRule, PhaseTimes, PlanningProblem
+from mipipe.planner.problem import MOST_MICROBATCHES, Group, GroupEdge, Limits, OverlapRule, PhaseTimes, PlanningProblem
 
 Number = int | float | str | Fraction
 
@@ -31,6 +32,9 @@ _KIND = "device"
 _BASE_UNIT_NS = 10**6
 _BYTES = 1000
 """Bytes of ``1 / ranks`` of a layer: fine enough that caps such as 8.5 or 0.75 * 33 activations are whole bytes."""
+
+MOST_CELLS = 2**20
+"""Ranks x microbatches: 16 times 64 x 1,024, for which the published schedules alone take minutes."""
 
 
 def uniform_problem(*, ranks: int, microbatches: int, f: Number, i: Number, w: Number, comm: Number = 0,
@@ -168,8 +172,12 @@ def _unit(times: list[Fraction]) -> int:
 
 def _check_sizes(ranks: int, microbatches: int, layers: int) -> None:
     for label, value in (("ranks", ranks), ("microbatches", microbatches), ("layers", layers)):
-        if value < 1:
-            raise ProblemError(f"{label}: found {value}, expected at least 1")
+        most = MOST_DEVICES if label == "ranks" else MOST_MICROBATCHES
+        if not 1 <= value <= most:
+            raise ProblemError(f"{label}: found {shown(value)}, expected at least 1 and at most {most}")
+    if ranks * microbatches > MOST_CELLS:
+        raise ProblemError(f"ranks x microbatches: found {ranks} x {microbatches}, expected at most {MOST_CELLS:,} in"
+                           " all")
 
 
 def _limits(layers: int, ranks: int, copies: Number, activations: Number | None) -> Limits:
@@ -184,4 +192,8 @@ def _overlap(times: list[Fraction], fb: Number | None) -> OverlapRule:
     if fb is None or not total:
         return OverlapRule()
     ratio = _exact(fb, "fb") / total
+    if not ratio:
+        raise ProblemError(f"fb: found {fb}, expected a duration above 0")
+    if max(ratio.numerator, ratio.denominator) > 2**31:
+        raise ProblemError(f"fb: found {fb}, expected a duration near F + I + W = {float(total):g}")
     return OverlapRule(ratio.numerator, ratio.denominator)

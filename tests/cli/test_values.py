@@ -43,6 +43,13 @@ PROBLEM = [
     ("overlap.numerator", -3, "expected at least 1"), ("overlap.denominator", 0, "overlap.denominator: expected"),
     ("unit_ns", 0, "unit_ns: expected at least 1"), ("unit_ns", -1, "unit_ns"),
     ("num_microbatches", 0, "expected at least 1"), ("num_microbatches", 10**9, "at most"),
+    ("topology.within_host.latency_ns", 4 * 10**18, "transfers add up to"),
+    ("topology.overrides", {"0->1": {"latency_ns": 2**61}}, "transfers add up to"),
+    ("topology.within_host", {"bytes_per_s": 1, "latency_ns": 2**60}, "transfers add up to"),
+    ("groups.0.saved_fw_bytes", 2**62, "microbatches keep adds up to"),
+    ("groups.0.workspace_bytes", 2**62, "microbatches keep adds up to"),
+    ("edges.0.num_bytes", 2**62, "microbatches keep adds up to"), ("overlap.numerator", 2**31, ""),
+    ("colocate", [[]], "a set without groups"),
     ("edges.0.num_bytes", -1, "edges[0].num_bytes"), ("edges.0.grad_bytes", -1, "edges[0].grad_bytes"),
     ("edges.0.source", -1, "names a group beyond"), ("edges.0.targets", [99], "names a group beyond"),
     ("colocate", [[0, 99]], "colocate names group 99"), ("limits.activation_bytes", -1, "activation_bytes"),
@@ -62,6 +69,37 @@ def test_problems(mipipe, folder: Path, tmp_path: Path, place: str, value: Any, 
     assert ended.code == 1 and words in ended.error, ended.error
     assert "\n" not in ended.error and len(ended.error) < 600
     assert ended.error.startswith(str(tmp_path / "bad.json"))
+
+
+OPTIONS = [(1, "--ranks", 10**9, "expected at least 1 and at most"), (1, "--microbatches", 10**9, "at most 65536"),
+           (1, "--layers", 10**9, "at most"), (1, "--comm", "1e300", "transfers add up to"),
+           (1, "--comm", "123456789012345678", "no clock counts"), (1, "--f", "1e300", "no clock counts"),
+           (1, "--fb", "0", "above 0"), (1, "--fb", "1e-9", "above 0"), (1, "--fb", "1e300", "near F + I + W"),
+           (1, "--f", "nan", "expected a number"), (1, "--copies", "inf", "expected a number"),
+           (2, "--seed", -1, "--seed"), (2, "--seed", 2**31, "--seed"), (2, "--time-limit", "inf", "--time-limit"),
+           (2, "--time-limit", "1e400", "--time-limit"), (2, "--time-limit", "nan", "--time-limit")]
+
+
+@pytest.mark.parametrize(("code", "option", "value", "words"), OPTIONS, ids=lambda item: str(item)[:20])
+def test_options_of_compare(mipipe, code: int, option: str, value: Any, words: str) -> None:
+    """A size slipped of the pen ran for hours, a duration beyond 64 bits or a seed below 0 was a traceback."""
+    ended = mipipe("compare", "--time-limit", 0.3, "--ranks", 2, "--microbatches", 4, option, value)
+    assert ended.code == code and words in ended.stderr and "Traceback" not in ended.stderr
+    assert code == 2 or ended.error.count("\n") == 0
+
+
+def test_ranks_times_microbatches_have_an_end(mipipe) -> None:
+    for ranks, microbatches in ((64, 65_536), (16_384, 65)):
+        ended = mipipe("compare", "--ranks", ranks, "--microbatches", microbatches)
+        assert ended.code == 1 and "ranks x microbatches: found" in ended.error
+
+
+def test_stages_that_take_no_time(mipipe) -> None:
+    """A bound of 0: nothing is a share of it."""
+    for more in ([], ["--draw"], ["--comm", 1, "--draw"]):
+        ended = mipipe("compare", "--time-limit", 0.3, "--ranks", 2, "--microbatches", 4, "--schedules",
+                       "1f1b,dualpipe,mipipe", "--f", 0, "--i", 0, "--w", 0, *more)
+        assert ended.code == 0, ended.stderr
 
 
 SPANS = [("spans.0.rank", 2, "of rank 2"), ("spans.0.rank", -1, "spans[0].rank: expected at least 0"),

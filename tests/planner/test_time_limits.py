@@ -77,6 +77,14 @@ def test_large_problems_keep_their_limit(compiled: None, ranks: int, microbatche
     assert holds(result.plan)
 
 
+def test_many_microbatches_keep_their_limit(compiled: None) -> None:
+    """Values in flight, so no large problem's way: numbering the actions of one placement asks the clock, too."""
+    problem = uniform_problem(ranks=4, microbatches=50_000, f=1, i=1, w=1)
+    problem = problem.replace(edges=tuple(dataclasses.replace(edge, num_bytes=1) for edge in problem.edges))
+    result, seconds = timed(problem, 0.5)
+    assert result.plan is None and seconds <= 2.55
+
+
 def test_a_solve_asks_the_clock_until_it_says_no() -> None:
     """The clock reaches work of any depth, and the driver keeps what was found."""
     asked = 0
