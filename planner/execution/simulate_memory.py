@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.execution.execute import Execution
+from mipipe.planner.jobs.dependencies import dependencies, gradient_kind
 from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.program import Program
 
@@ -76,19 +77,14 @@ def _workspace(stage_view: StageView, run: Execution) -> list[Holding]:
 def _within_ranks(stage_view: StageView, spans: Spans) -> list[Holding]:
     """Values and gradients between two stages of one rank, from their producer's end to their consumer's start."""
     found = []
-    for edge in stage_view.edges:
-        for microbatch in range(stage_view.problem.num_microbatches):
-            rank = stage_view.rank(edge.source, microbatch)
-            if rank != stage_view.rank(edge.target, microbatch):
-                continue
-            _, made = spans[ActionKind.F, edge.source, microbatch]
-            read, _ = spans[ActionKind.F, edge.target, microbatch]
-            found.append((rank, made, read, edge.num_bytes[microbatch]))
-            reader = _gradient_kind(stage_view, edge.source)
-            if edge.grad_bytes is not None and reader is not None:
-                _, made = spans[ActionKind.I, edge.target, microbatch]
-                read, _ = spans[reader, edge.source, microbatch]
-                found.append((rank, made, read, edge.grad_bytes[microbatch]))
+    for one in dependencies(stage_view):
+        (source, maker), (target, reader) = one.maker, one.reader
+        for microbatch, size in enumerate(one.num_bytes):
+            rank = stage_view.rank(source, microbatch)
+            if rank == stage_view.rank(target, microbatch):
+                _, made = spans[maker, source, microbatch]
+                read, _ = spans[reader, target, microbatch]
+                found.append((rank, made, read, size))
     return found
 
 
@@ -97,17 +93,10 @@ def _transferred(stage_view: StageView, program: Program, run: Execution, spans:
     found = []
     for number, move in enumerate(program.transfers):
         made_by = ActionKind.I if move.backward else ActionKind.F
-        read_by = _gradient_kind(stage_view, move.target_stage) if move.backward else ActionKind.F
+        read_by = gradient_kind(stage_view, move.target_stage) if move.backward else ActionKind.F
         assert read_by is not None
         _, made = spans[made_by, move.source_stage, move.microbatch]
         read, _ = spans[read_by, move.target_stage, move.microbatch]
         found.append((move.source_rank, made, run.moved[number][1], move.num_bytes))
         found.append((move.target_rank, run.posted[number], read, move.num_bytes))
     return found
-
-
-def _gradient_kind(stage_view: StageView, stage: int) -> ActionKind | None:
-    """The phase of a stage that reads the gradients of its outputs: I, or W where there is no I, or none."""
-    if stage_view.i_ns[stage] is not None:
-        return ActionKind.I
-    return ActionKind.W if stage_view.w_ns[stage] is not None else None

@@ -25,7 +25,8 @@ import numpy as np
 
 from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.jobs import arcs as instance_arrays
-from mipipe.planner.jobs.arcs import KINDS, longest, to_csr
+from mipipe.planner.jobs.arcs import longest, to_csr
+from mipipe.planner.jobs.dependencies import KINDS
 from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.plan import RankOrder, Schedule
 
@@ -38,7 +39,7 @@ class Instance:
     taken when a node starts, ``free`` returned when it ends, ``work`` needed while it runs, all on ``rank``.
     ``microbatch`` is
     shared by a microbatch and its mirror image, ``own_microbatch`` is the node's and ``twin`` the image's (or -1).
-    ``origin[n]`` is the place of n's action in `split_actions`.
+    ``origin[n]`` is the place of n's action among those of `mipipe.planner.jobs.arcs.Nodes`.
     """
 
     view: StageView
@@ -90,12 +91,6 @@ class Instance:
     def lengths(self) -> np.ndarray:
         """Number of nodes on each machine."""
         return np.bincount(self.machine, minlength=self.num_machines)
-
-
-def split_actions(view: StageView) -> list[Action]:
-    """Every elementary action of the placement: F, RECOMPUTE where chosen, I and W where they exist."""
-    return [Action(stage, KINDS[kind], m) for stage in range(view.num_stages)
-            for kind in instance_arrays.kinds_of(view, stage) for m in range(view.problem.num_microbatches)]
 
 
 def capacity(view: StageView, rank: int) -> int:

@@ -24,6 +24,7 @@ from itertools import pairwise
 from mipipe.graphs.errors import PlanError
 from mipipe.planner import clock
 from mipipe.planner.actions import Action, ActionKind, Stream
+from mipipe.planner.jobs.dependencies import kinds_of
 from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.jobs.times import ActionNodes, compile_actions
 from mipipe.planner.plan import RankOrder, Schedule
@@ -69,14 +70,9 @@ def elementary_actions(view: StageView, *, split_backward: bool = True) -> list[
     """All actions of a placement: F, I and W (or B where there are both), RECOMPUTE where the stage asks for it."""
     actions = []
     for stage in range(view.num_stages):
-        kinds = [ActionKind.F]
-        has_i, has_w = view.i_ns[stage] is not None, view.w_ns[stage] is not None
-        if (has_i or has_w) and view.placement.stages[stage].recompute:
-            kinds.append(ActionKind.RECOMPUTE)
-        if has_i and has_w and not split_backward:
-            kinds.append(ActionKind.B)
-        else:
-            kinds += [ActionKind.I] * has_i + [ActionKind.W] * has_w
+        kinds = kinds_of(view, stage)
+        if not split_backward and kinds[-2:] == (ActionKind.I, ActionKind.W):
+            kinds = (*kinds[:-2], ActionKind.B)
         actions += [Action(stage, kind, m) for kind in kinds for m in range(view.problem.num_microbatches)]
     return actions
 

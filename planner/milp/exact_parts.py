@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations
 
 import numpy as np
 
 from mipipe.planner.actions import ActionKind, Stream
+from mipipe.planner.jobs.dependencies import dependencies, kinds_of
+from mipipe.planner.jobs.stages import StageView, view
+from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import Group, PlanningProblem
 
 Operation = tuple[int, ActionKind, int]
@@ -62,14 +65,14 @@ class Sketch:
 
 def sketch(problem: PlanningProblem, horizon_ns: int | None) -> Sketch:
     """All numbers of the exact model of a problem."""
-    units = colocated(problem)
+    units, apart = colocated(problem), _apart(problem)
     unit_of_group = {g: u for u, members in enumerate(units) for g in members}
-    jobs = [(g, kind, m) for m in range(problem.num_microbatches) for g, group in enumerate(problem.groups)
-            for kind in _kinds(group)]
+    jobs = [(g, kind, m) for m in range(problem.num_microbatches) for g in range(len(problem.groups))
+            for kind in kinds_of(apart, g)]
     index = {job: j for j, job in enumerate(jobs)}
     kinds = [device.kind for device in problem.topology.devices]
     exact = [[_duration(problem.groups[g], kind, device, m) for device in kinds] for g, kind, m in jobs]
-    arcs, moved = _dependencies(problem, index, unit_of_group)
+    arcs, moved = _dependencies(apart, index, unit_of_group)
     times = [value for row in exact for value in row] + [value for _, _, table in moved for value in table.values()]
     times += [problem.topology.link(*pair).latency_ns for _, _, table in moved for pair in table]
     unit = math.gcd(*times) or 1
@@ -104,9 +107,11 @@ def colocated(problem: PlanningProblem) -> list[list[int]]:
     return [[g for g, name in enumerate(leader) if name == first] for first in sorted(set(leader))]
 
 
-def _kinds(group: Group) -> list[ActionKind]:
-    phases = next(iter(group.times.values()))
-    return [ActionKind.F] + [ActionKind.I] * (phases.i_ns is not None) + [ActionKind.W] * (phases.w_ns is not None)
+def _apart(problem: PlanningProblem) -> StageView:
+    """The problem with every group as a stage of its own; only what does not depend on the devices is read from it."""
+    groups = range(len(problem.groups))
+    return view(problem, Placement(tuple(Stage((g,), (0,)) for g in groups),
+                                   tuple((0,) * problem.num_microbatches for _ in groups), "groups apart"))
 
 
 def _duration(group: Group, kind: ActionKind, device: str, microbatch: int) -> int:
@@ -121,8 +126,8 @@ def _memory(group: Group, kind: ActionKind, microbatch: int) -> tuple[int, int]:
         return round(amount * group.loads[microbatch]) if group.loads else amount
 
     fi, fw, iw = scaled(group.saved_fi_bytes), scaled(group.saved_fw_bytes), scaled(group.saved_iw_bytes)
-    present = _kinds(group)
-    has_i, has_w = ActionKind.I in present, ActionKind.W in present
+    phases = next(iter(group.times.values()))
+    has_i, has_w = phases.i_ns is not None, phases.w_ns is not None
     if kind is ActionKind.F:
         return fi + fw, 0 if has_i or has_w else fi + fw
     if kind is ActionKind.I:
@@ -130,35 +135,24 @@ def _memory(group: Group, kind: ActionKind, microbatch: int) -> tuple[int, int]:
     return 0, fw + (iw if has_i else fi)
 
 
-def _dependencies(problem: PlanningProblem, index: dict[Operation, int], unit_of: dict[int, int],
+def _dependencies(apart: StageView, index: dict[Operation, int], unit_of: dict[int, int],
                   ) -> tuple[list[tuple[int, int]], list[tuple[int, int, dict[tuple[int, int], int]]]]:
     """Arcs within a unit and between equal microbatches; data arcs between units with their transfer times."""
+    problem = apart.problem
     arcs: set[tuple[int, int]] = set()
-    sizes: dict[tuple[int, int], int] = {}
-    for g, group in enumerate(problem.groups):
-        kinds = _kinds(group)
-        for m in range(problem.num_microbatches):
-            arcs |= {(index[g, a, m], index[g, b, m]) for a, b in pairwise(kinds)}
+    sizes: list[tuple[int, int, int]] = []
     if not any(group.loads for group in problem.groups):
         arcs |= {(j, index[g, kind, m + 1]) for (g, kind, m), j in index.items() if (g, kind, m + 1) in index}
-    for edge in problem.edges:
-        loads = problem.groups[edge.source].loads
-        for target in edge.targets:
-            gradient = next((kind for kind in (ActionKind.I, ActionKind.W) if (edge.source, kind, 0) in index), None)
-            returns = edge.grad_bytes is not None and gradient and (target, ActionKind.I, 0) in index
-            for m in range(problem.num_microbatches):
-                ends = [(index[edge.source, ActionKind.F, m], index[target, ActionKind.F, m], edge.num_bytes)]
-                if returns and gradient is not None:
-                    ends.append((index[target, ActionKind.I, m], index[edge.source, gradient, m], edge.grad_bytes or 0))
-                for a, b, size in ends:
-                    size = round(size * loads[m]) if loads else size
-                    if unit_of[edge.source] == unit_of[target]:
-                        arcs.add((a, b))
-                    else:  # values between the same two groups travel together
-                        sizes[a, b] = sizes.get((a, b), 0) + size
+    for one in dependencies(apart):
+        (maker, made), (reader, read) = one.maker, one.reader
+        ends = [(index[maker, made, m], index[reader, read, m]) for m in range(problem.num_microbatches)]
+        if unit_of[maker] == unit_of[reader]:
+            arcs.update(ends)
+        else:
+            sizes += [(*pair, size) for pair, size in zip(ends, one.num_bytes, strict=True)]
     ranks = range(problem.num_ranks)
     moved = [(a, b, {(d, e): problem.topology.transfer_ns(d, e, size) for d in ranks for e in ranks if d != e})
-             for (a, b), size in sizes.items()]
+             for a, b, size in sizes]
     return sorted(arcs), moved
 
 

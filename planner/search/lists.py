@@ -13,8 +13,8 @@ import numpy as np
 
 from mipipe.planner import clock
 from mipipe.planner.actions import ActionKind
-from mipipe.planner.jobs.arcs import KINDS
 from mipipe.planner.jobs.arrays import Instance
+from mipipe.planner.jobs.dependencies import KINDS
 from mipipe.planner.search import list_kernel
 
 
