@@ -11,7 +11,8 @@ import numpy as np
 from numba import njit
 
 from mipipe.graphs.topology import Topology
-from mipipe.planner.jobs.dependencies import KINDS, Dependency, StageKind, dependencies, kinds_of
+from mipipe.planner.jobs.dependencies import KINDS, Dependency, StageKind, dependencies
+from mipipe.planner.jobs.memory import effects
 from mipipe.planner.jobs.stages import StageView
 
 Arcs = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -44,34 +45,12 @@ def nodes_of(view: StageView) -> Nodes:
         route = np.array(view.placement.routes[stage], dtype=np.int64)
         durations = (view.f_ns[stage], view.f_ns[stage], view.i_ns[stage], view.w_ns[stage])
         work = np.full(count, view.workspace[stage], dtype=np.int64)
-        for name in kinds_of(view, stage):
+        for name, memory in effects(view, stage).items():
             first[stage, name], kind = len(columns) * count, KINDS.index(name)
-            alloc, free, extra = _memory(view, stage, kind)
             columns.append((np.full(count, stage), np.full(count, kind), np.arange(count), route,
-                            np.array(durations[kind]), alloc, free, work + extra))
+                            np.array(durations[kind]), memory.alloc, memory.free, work + memory.beside))
     stacked = [np.concatenate([column[at] for column in columns]).astype(np.int64) for at in range(8)]
     return Nodes(first, *stacked)
-
-
-def _memory(view: StageView, stage: int, kind: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(taken at the start, returned at the end, needed while running beside the workspace); see `problem`."""
-    fi, fw, iw, kept = (np.array(size[stage], dtype=np.int64)
-                        for size in (view.saved_fi, view.saved_fw, view.saved_iw, view.kept))
-    none = np.zeros_like(fi)
-    has_i, has_w = view.i_ns[stage] is not None, view.w_ns[stage] is not None
-    if not (has_i or has_w):
-        return none, none, fi + fw
-    if not has_i:
-        fi, fw, iw = none, fi + fw, none
-    elif not has_w:
-        fi, fw, iw = fi + fw, none, none
-    if kind == 0:
-        return (kept if view.placement.stages[stage].recompute else fi + fw), none, none
-    if kind == 1:
-        return fi + fw - kept, none, none
-    if kind == 2:
-        return (iw if has_w else none), fi, none
-    return none, fw + (iw if has_i else none), none
 
 
 def arcs_of(view: StageView, nodes: Nodes) -> Arcs:

@@ -27,6 +27,7 @@ from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.jobs import arcs as instance_arrays
 from mipipe.planner.jobs.arcs import longest, to_csr
 from mipipe.planner.jobs.dependencies import KINDS
+from mipipe.planner.jobs.memory import capacity
 from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.plan import RankOrder, Schedule
 
@@ -91,13 +92,6 @@ class Instance:
     def lengths(self) -> np.ndarray:
         """Number of nodes on each machine."""
         return np.bincount(self.machine, minlength=self.num_machines)
-
-
-def capacity(view: StageView, rank: int) -> int:
-    """Bytes rank ``rank`` has for activations: its memory without resident bytes, and the problem's limit."""
-    room = view.problem.topology.devices[rank].memory_bytes - view.resident_bytes[rank]
-    limit = view.problem.limits.activation_bytes
-    return room if limit is None else min(room, limit)
 
 
 def signatures(view: StageView) -> list[int]:
@@ -184,6 +178,14 @@ def with_mirrors(instance: Instance, orders: list[list[int]]) -> Schedule:
         if order and instance.twin[at[0]] >= 0:
             target[ranks - 1 - rank] = tuple(map(Action, stages, kinds, instance.twin[at].tolist()))
     return Schedule(tuple(RankOrder(a, b) for a, b in zip(compute, collective, strict=True)))
+
+
+def to_array(orders: list[list[int]]) -> np.ndarray:
+    """Orders as an array [machines, longest], padded with -1."""
+    seq = np.full((len(orders), max(map(len, orders))), -1, dtype=np.int64)
+    for row, order in zip(seq, orders, strict=True):
+        row[:len(order)] = order
+    return seq
 
 
 def orders_from(instance: Instance, schedule: Schedule) -> list[list[int]]:

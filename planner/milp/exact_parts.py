@@ -10,6 +10,7 @@ import numpy as np
 
 from mipipe.planner.actions import ActionKind, Stream
 from mipipe.planner.jobs.dependencies import dependencies, kinds_of
+from mipipe.planner.jobs.memory import effects
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import Group, PlanningProblem
@@ -82,7 +83,9 @@ def sketch(problem: PlanningProblem, horizon_ns: int | None) -> Sketch:
         unit = horizon // 10**6
     links = [*arcs, *((a, b) for a, b, _ in moved)]
     head, tail, reach = _closure([min(row) for row in exact], links)
-    alloc, free = zip(*(_memory(problem.groups[g], kind, m) for g, kind, m in jobs), strict=True)
+    memory = [effects(apart, g) for g in range(len(problem.groups))]
+    alloc = [int(memory[g][kind].taken[m]) for g, kind, m in jobs]
+    free = [int(memory[g][kind].returned[m]) for g, kind, m in jobs]
     stream = [problem.groups[g].stream for g, _, _ in jobs]
     meets = [(a, b) for a, b in combinations(range(len(jobs)), 2)
              if stream[a] is stream[b] and not reach[a, b] and not reach[b, a]]
@@ -92,7 +95,7 @@ def sketch(problem: PlanningProblem, horizon_ns: int | None) -> Sketch:
     return Sketch(problem, unit, units, jobs, [unit_of_group[g] for g, _, _ in jobs], stream,
                   [[value / unit for value in row] for row in exact], arcs, transfers, meets,
                   _meetings(transfers, exact, unit, len(set(stream))), [value / unit for value in head],
-                  [value / unit for value in tail], list(alloc), list(free),
+                  [value / unit for value in tail], alloc, free,
                   [problem.groups[g].workspace_bytes for g, _, _ in jobs],
                   [sum(problem.groups[g].resident_bytes for g in members) for members in units], horizon / unit, reach,
                   not problem.topology.overrides)
@@ -118,21 +121,6 @@ def _duration(group: Group, kind: ActionKind, device: str, microbatch: int) -> i
     phases = group.times[device]
     amount = {ActionKind.F: phases.f_ns, ActionKind.I: phases.i_ns, ActionKind.W: phases.w_ns}[kind] or 0
     return round(amount * group.loads[microbatch]) if group.loads else amount
-
-
-def _memory(group: Group, kind: ActionKind, microbatch: int) -> tuple[int, int]:
-    """Bytes taken at the start and returned at the end of a job."""
-    def scaled(amount: int) -> int:
-        return round(amount * group.loads[microbatch]) if group.loads else amount
-
-    fi, fw, iw = scaled(group.saved_fi_bytes), scaled(group.saved_fw_bytes), scaled(group.saved_iw_bytes)
-    phases = next(iter(group.times.values()))
-    has_i, has_w = phases.i_ns is not None, phases.w_ns is not None
-    if kind is ActionKind.F:
-        return fi + fw, 0 if has_i or has_w else fi + fw
-    if kind is ActionKind.I:
-        return iw, fi if has_w else fi + fw + iw
-    return 0, fw + (iw if has_i else fi)
 
 
 def _dependencies(apart: StageView, index: dict[Operation, int], unit_of: dict[int, int],

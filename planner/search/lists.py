@@ -162,11 +162,3 @@ def schedule(instance: Instance, rule: ListRule, rng: np.random.Generator | None
                       instance.kind == KINDS.index(ActionKind.W),
                       priorities(instance, rule, rng), int(rule.delay * period(instance)), rule.limit, seq, start)
     return None if makespan < 0 else Orders(seq, length, int(makespan))
-
-
-def to_array(orders: list[list[int]]) -> np.ndarray:
-    """Orders as an array [machines, longest], padded with -1."""
-    seq = np.full((len(orders), max(map(len, orders))), -1, dtype=np.int64)
-    for row, order in zip(seq, orders, strict=True):
-        row[:len(order)] = order
-    return seq
