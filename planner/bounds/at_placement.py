@@ -28,6 +28,7 @@ from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.bounds.over_placements import Bound, problem_bound
 from mipipe.planner.bounds.pairs import pairing_bound, relaxed
 from mipipe.planner.jobs.job_shop import Jobs, classes, job_shop
+from mipipe.planner.jobs.longest import heads_of, tails_of
 from mipipe.planner.jobs.stages import StageView
 
 __all__ = ["Bound", "bounding_shop", "heads_and_tails", "placement_bound", "preemptive_bound", "problem_bound",
@@ -76,31 +77,13 @@ def heads_and_tails(jobs: Jobs) -> tuple[list[int], list[int]]:
     Raises:
         PlanError: the arcs form a cycle, so some activations never fit together.
     """
-    after: list[list[tuple[int, int]]] = [[] for _ in range(jobs.count)]
-    waits = [0] * jobs.count
-    for first, second, lag in jobs.arcs:
-        after[first].append((second, lag))
-        waits[second] += 1
-    order = [job for job in range(jobs.count) if not waits[job]]
-    heads = [0] * jobs.count
-    for job in clock.asking(order):
-        end = heads[job] + jobs.durations[job]
-        for second, lag in after[job]:
-            if heads[second] < end + lag:
-                heads[second] = end + lag
-            waits[second] -= 1
-            if not waits[second]:
-                order.append(second)
-    if len(order) < jobs.count:
-        stuck = next(job for job in range(jobs.count) if waits[job])
+    found = heads_of(jobs.durations, jobs.arcs)
+    if len(found.order) < jobs.count:
+        stuck = min(set(range(jobs.count)) - set(found.order))
         raise PlanError(f"rank {jobs.machine[stuck] // 2}: {jobs.compiled.actions[stuck]} can never start within"
                         f" {jobs.capacity[jobs.machine[stuck] // 2]} bytes for activations; give the rank more memory"
                         " or fewer groups")
-    tails = [0] * jobs.count
-    for job in reversed(order):
-        beyond = jobs.extra[job] if jobs.extra else 0
-        tails[job] = jobs.durations[job] + max((lag + tails[second] for second, lag in after[job]), default=beyond)
-    return heads, tails
+    return found.heads, tails_of(found, jobs.durations, jobs.extra)
 
 
 def reduce_tails(jobs: Jobs, tails: list[int]) -> None:

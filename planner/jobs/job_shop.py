@@ -92,13 +92,10 @@ def job_shop(view: StageView, actions: Iterable[Action] | None = None, *, fifo: 
     arcs = [(producer, consumer, duration if channel >= 0 else 0)
             for producer, releases in enumerate(compiled.releases)
             for consumer, channel, duration, *_ in releases]
-    changes = [{kind: (found.taken.tolist(), found.returned.tolist())
-                for kind, found in effects(view, stage).items()} for stage in range(view.num_stages)]
-    memory = [[sum(changes[stage][kind][at][m] for kind, stage, m in action.parts()) for at in range(2)]
-              for action in clock.asking(compiled.actions)]
+    alloc, free = _memory(view, compiled.actions)
     machine = [2 * rank + (stream is Stream.COLLECTIVE)
                for rank, stream in zip(compiled.ranks, compiled.streams, strict=True)]
-    jobs = Jobs(compiled, compiled.durations, machine, arcs, [m[0] for m in memory], [m[1] for m in memory],
+    jobs = Jobs(compiled, compiled.durations, machine, arcs, alloc, free,
                 [workspace(view, action) for action in compiled.actions], capacities(view))
     _check_fits(jobs)
     if fifo and all(action.partner is None for action in compiled.actions):
@@ -117,6 +114,20 @@ def _check_fits(jobs: Jobs) -> None:
         if need > jobs.capacity[rank]:
             raise PlanError(f"rank {rank}: {action} needs {need} bytes, but the rank has {jobs.capacity[rank]} for"
                             " activations; give it more memory or cut the stage")
+
+
+def _memory(view: StageView, actions: Iterable[Action]) -> tuple[list[int], list[int]]:
+    """Bytes each action takes at its start and returns at its end: those of its parts."""
+    known = {(stage, kind): list(zip(found.taken.tolist(), found.returned.tolist(), strict=True))
+             for stage in range(view.num_stages) for kind, found in effects(view, stage).items()}
+    alloc, free = [], []
+    for action in clock.asking(actions):
+        own = known.get((action.stage, action.kind))
+        taken, returned = own[action.microbatch] if own is not None else map(sum, zip(
+            *(known[stage, kind][m] for kind, stage, m in action.parts()), strict=True))
+        alloc.append(taken)
+        free.append(returned)
+    return alloc, free
 
 
 def classes(view: StageView) -> list[int]:

@@ -85,7 +85,9 @@ def effects(view: StageView, stage: int) -> dict[ActionKind, Effects]:
 
 def workspace(view: StageView, action: Action) -> int:
     """Workspace of a running action; an overlapped pair needs both stages'."""
-    return sum(view.workspace[stage] for stage in {stage for _, stage, _ in action.parts()})
+    if action.partner is None:
+        return view.workspace[action.stage]
+    return sum(view.workspace[stage] for stage in {action.stage, action.partner[0]})
 
 
 def capacity(view: StageView, rank: int) -> int:

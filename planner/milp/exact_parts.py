@@ -10,6 +10,7 @@ import numpy as np
 
 from mipipe.planner.actions import ActionKind, Stream
 from mipipe.planner.jobs.dependencies import dependencies, kinds_of
+from mipipe.planner.jobs.longest import heads_of, tails_of
 from mipipe.planner.jobs.memory import effects
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.plan import Placement, Stage
@@ -147,26 +148,13 @@ def _dependencies(apart: StageView, index: dict[Operation, int], unit_of: dict[i
 def _closure(durations: list[int], links: list[tuple[int, int]]) -> tuple[list[int], list[int], np.ndarray]:
     """Heads, tails (from start to the end of the step) and reachability over the links."""
     count = len(durations)
-    after: list[list[int]] = [[] for _ in range(count)]
-    waits = [0] * count
-    for a, b in links:
-        after[a].append(b)
-        waits[b] += 1
-    order = [j for j in range(count) if not waits[j]]
-    head, tail = [0] * count, list(durations)
-    for j in order:
-        for b in after[j]:
-            head[b] = max(head[b], head[j] + durations[j])
-            waits[b] -= 1
-            if not waits[b]:
-                order.append(b)
+    found = heads_of(durations, ((a, b, 0) for a, b in links))
     reach = np.zeros((count, count), dtype=bool)
-    for j in reversed(order):
-        for b in after[j]:
+    for j in reversed(found.order):
+        for b, _ in found.after[j]:
             reach[j, b] = True
             reach[j] |= reach[b]
-            tail[j] = max(tail[j], durations[j] + tail[b])
-    return head, tail, reach
+    return found.heads, tails_of(found, durations), reach
 
 
 def _meetings(transfers: list[MipTransfer], exact: list[list[int]], unit: float, streams: int) -> list[tuple[int, int]]:
