@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,30 @@ from mipipe.planner.jobs.dependencies import KINDS
 from mipipe.planner.jobs.memory import capacity
 from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.plan import RankOrder, Schedule
+
+
+class FixedArrays(NamedTuple):
+    """What the compiled searches read and never change: arrays of `Instance`, and the predecessor counts of its nodes
+    (``waits``)."""
+
+    machine: np.ndarray
+    rank: np.ndarray
+    dur: np.ndarray
+    succ_ptr: np.ndarray
+    succ: np.ndarray
+    lag: np.ndarray
+    pred_ptr: np.ndarray
+    pred: np.ndarray
+    pred_lag: np.ndarray
+    waits: np.ndarray
+    tail: np.ndarray
+    cls: np.ndarray
+    base: np.ndarray
+    alloc: np.ndarray
+    free: np.ndarray
+    work: np.ndarray
+    cap: np.ndarray
+    microbatch: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -81,6 +105,11 @@ class Instance:
     def waits(self) -> np.ndarray:
         """Number of predecessors of each node."""
         return np.diff(self.pred_ptr)
+
+    @cached_property
+    def fixed(self) -> FixedArrays:
+        """The arrays as the kernels take them; not copies."""
+        return FixedArrays(**{name: getattr(self, name) for name in FixedArrays._fields})
 
     @cached_property
     def number(self) -> dict[tuple[int, ActionKind, int], int]:
