@@ -128,7 +128,9 @@ def _filling_bound(jobs: Jobs, machine: int, on_rank: list[int], heads: list[int
     same for the work before its last forward instead of all its load, with that forward's tail.
     """
     members = [j for j in on_rank if jobs.machine[j] == machine]
-    returned = sorted((heads[j] + jobs.durations[j], jobs.free[j]) for j in on_rank if jobs.free[j])
+    returned = [(heads[j] + jobs.durations[j], jobs.free[j]) for j in on_rank if jobs.free[j]]
+    returned += [(heads[j], -jobs.alloc[j]) for j in on_rank if jobs.alloc[j] < 0]  # F run again that saves less
+    returned.sort()
     takers = sorted((j for j in members if jobs.alloc[j] > 0),
                     key=lambda j: (-jobs.durations[j] / jobs.alloc[j], heads[j]))
     others = sorted((heads[j], jobs.durations[j]) for j in members if jobs.alloc[j] <= 0)
@@ -182,6 +184,7 @@ def _before_last_taker(jobs: Jobs, machine: int, on_rank: list[int], takers: lis
                 and not jobs.free[before] and before not in own):
             work += jobs.durations[before]
         items.append((work / jobs.free[j], work, jobs.free[j]))
+    items += [(0.0, 0, -jobs.alloc[j]) for j in on_rank if jobs.alloc[j] < 0]  # returned as it starts
     short = sum(jobs.alloc[j] for j in takers) - jobs.capacity[machine // 2]
     total = sum(jobs.durations[j] for j in takers) - max(jobs.durations[j] for j in takers)
     for _, work, size in sorted(items):
