@@ -29,6 +29,7 @@ from mipipe.planner.bounds.over_placements import Bound, problem_bound
 from mipipe.planner.bounds.pairs import pairing_bound, relaxed
 from mipipe.planner.jobs.job_shop import Jobs, classes, job_shop
 from mipipe.planner.jobs.longest import heads_of, tails_of
+from mipipe.planner.jobs.memory import holdings
 from mipipe.planner.jobs.stages import StageView
 
 __all__ = ["Bound", "bounding_shop", "heads_and_tails", "placement_bound", "preemptive_bound", "problem_bound",
@@ -215,11 +216,11 @@ def _memory_bound(jobs: Jobs, heads: list[int], tails: list[int]) -> Bound:
     area: dict[int, int] = defaultdict(int)
     first: dict[int, int] = {}
     last: dict[int, int] = {}
-    for forward, until_i, until_w, end in _residences(jobs):
+    saved = [[held for held in holdings(view, stage) if held.since is ActionKind.F] for stage in range(view.num_stages)]
+    for forward, until, end in _residences(jobs):
         action = jobs.compiled.actions[forward]
         rank = jobs.machine[forward] // 2
-        area[rank] += (view.saved_fi[action.stage][action.microbatch] * until_i
-                       + view.saved_fw[action.stage][action.microbatch] * until_w)
+        area[rank] += sum(held.num_bytes[action.microbatch] * until[held.until] for held in saved[action.stage])
         first[rank] = min(first.get(rank, heads[forward]), heads[forward])
         after = tails[end] - jobs.durations[end]
         last[rank] = min(last.get(rank, after), after)
@@ -229,8 +230,8 @@ def _memory_bound(jobs: Jobs, heads: list[int], tails: list[int]) -> Bound:
     return max(found, key=lambda bound: bound.ns, default=Bound(0, "memory"))
 
 
-def _residences(jobs: Jobs) -> list[tuple[int, int, int, int]]:
-    """(F, least time from F's start to the end of its I, to the end of its W, the job that frees the last of it).
+def _residences(jobs: Jobs) -> list[tuple[int, dict[ActionKind, int], int]]:
+    """(F, least times from F's start to the ends of its I and W, the job that frees the last of it).
 
     The times are longest paths through the data arcs of one microbatch: FIFO and memory arcs may pass through others.
     """
@@ -239,7 +240,7 @@ def _residences(jobs: Jobs) -> list[tuple[int, int, int, int]]:
             action.kind not in (ActionKind.F, ActionKind.I, ActionKind.W) for action in jobs.compiled.actions):
         return []
     result = []
-    paths: dict[int, list[tuple[int, int] | None]] = {}
+    paths: dict[int, list[dict[ActionKind, int] | None]] = {}
     for m, name in enumerate(classes(view)):
         if name not in paths:
             # a microbatch's jobs in topological order: F by stage, then I backwards, W after its I
@@ -250,11 +251,11 @@ def _residences(jobs: Jobs) -> list[tuple[int, int, int, int]]:
         for stage, found in enumerate(paths[name]):
             if found is not None:
                 last = ActionKind.I if view.w_ns[stage] is None else ActionKind.W
-                result.append((index[Action(stage, ActionKind.F, m)], *found, index[Action(stage, last, m)]))
+                result.append((index[Action(stage, ActionKind.F, m)], found, index[Action(stage, last, m)]))
     return result
 
 
-def _path_through(jobs: Jobs, stage: int, microbatch: int, order: list[int]) -> tuple[int, int] | None:
+def _path_through(jobs: Jobs, stage: int, microbatch: int, order: list[int]) -> dict[ActionKind, int] | None:
     """Longest path from the start of F of a stage, first in ``order``, to the ends of its I and W; None without one."""
     index = jobs.compiled.index
     reach = {order[0]: jobs.durations[order[0]]}
@@ -264,8 +265,8 @@ def _path_through(jobs: Jobs, stage: int, microbatch: int, order: list[int]) -> 
         for consumer, channel, duration, *_ in jobs.compiled.releases[job]:
             end = reach[job] + (duration if channel >= 0 else 0) + jobs.durations[consumer]
             reach[consumer] = max(reach.get(consumer, 0), end)
-    ends = [reach.get(index[action]) for kind in (ActionKind.I, ActionKind.W)
-            if (action := Action(stage, kind, microbatch)) in index]
-    if not ends or ends[-1] is None:
+    jobs_of = {kind: index[action] for kind in (ActionKind.I, ActionKind.W)
+               if (action := Action(stage, kind, microbatch)) in index}
+    if not jobs_of or list(jobs_of.values())[-1] not in reach:
         return None
-    return ends[0] or 0, ends[-1]
+    return {kind: reach.get(job, 0) for kind, job in jobs_of.items()}
