@@ -28,6 +28,8 @@ from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.bounds.over_placements import Bound, problem_bound
 from mipipe.planner.bounds.pairs import pairing_bound, relaxed
 from mipipe.planner.jobs.job_shop import Jobs, classes, job_shop
+from mipipe.planner.jobs.longest import heads_of, tails_of
+from mipipe.planner.jobs.memory import holdings
 from mipipe.planner.jobs.stages import StageView
 
 __all__ = ["Bound", "bounding_shop", "heads_and_tails", "placement_bound", "preemptive_bound", "problem_bound",
@@ -76,31 +78,13 @@ def heads_and_tails(jobs: Jobs) -> tuple[list[int], list[int]]:
     Raises:
         PlanError: the arcs form a cycle, so some activations never fit together.
     """
-    after: list[list[tuple[int, int]]] = [[] for _ in range(jobs.count)]
-    waits = [0] * jobs.count
-    for first, second, lag in jobs.arcs:
-        after[first].append((second, lag))
-        waits[second] += 1
-    order = [job for job in range(jobs.count) if not waits[job]]
-    heads = [0] * jobs.count
-    for job in clock.asking(order):
-        end = heads[job] + jobs.durations[job]
-        for second, lag in after[job]:
-            if heads[second] < end + lag:
-                heads[second] = end + lag
-            waits[second] -= 1
-            if not waits[second]:
-                order.append(second)
-    if len(order) < jobs.count:
-        stuck = next(job for job in range(jobs.count) if waits[job])
+    found = heads_of(jobs.durations, jobs.arcs)
+    if len(found.order) < jobs.count:
+        stuck = min(set(range(jobs.count)) - set(found.order))
         raise PlanError(f"rank {jobs.machine[stuck] // 2}: {jobs.compiled.actions[stuck]} can never start within"
                         f" {jobs.capacity[jobs.machine[stuck] // 2]} bytes for activations; give the rank more memory"
                         " or fewer groups")
-    tails = [0] * jobs.count
-    for job in reversed(order):
-        beyond = jobs.extra[job] if jobs.extra else 0
-        tails[job] = jobs.durations[job] + max((lag + tails[second] for second, lag in after[job]), default=beyond)
-    return heads, tails
+    return found.heads, tails_of(found, jobs.durations, jobs.extra)
 
 
 def reduce_tails(jobs: Jobs, tails: list[int]) -> None:
@@ -145,7 +129,9 @@ def _filling_bound(jobs: Jobs, machine: int, on_rank: list[int], heads: list[int
     same for the work before its last forward instead of all its load, with that forward's tail.
     """
     members = [j for j in on_rank if jobs.machine[j] == machine]
-    returned = sorted((heads[j] + jobs.durations[j], jobs.free[j]) for j in on_rank if jobs.free[j])
+    returned = [(heads[j] + jobs.durations[j], jobs.free[j]) for j in on_rank if jobs.free[j]]
+    returned += [(heads[j], -jobs.alloc[j]) for j in on_rank if jobs.alloc[j] < 0]  # F run again that saves less
+    returned.sort()
     takers = sorted((j for j in members if jobs.alloc[j] > 0),
                     key=lambda j: (-jobs.durations[j] / jobs.alloc[j], heads[j]))
     others = sorted((heads[j], jobs.durations[j]) for j in members if jobs.alloc[j] <= 0)
@@ -199,6 +185,7 @@ def _before_last_taker(jobs: Jobs, machine: int, on_rank: list[int], takers: lis
                 and not jobs.free[before] and before not in own):
             work += jobs.durations[before]
         items.append((work / jobs.free[j], work, jobs.free[j]))
+    items += [(0.0, 0, -jobs.alloc[j]) for j in on_rank if jobs.alloc[j] < 0]  # returned as it starts
     short = sum(jobs.alloc[j] for j in takers) - jobs.capacity[machine // 2]
     total = sum(jobs.durations[j] for j in takers) - max(jobs.durations[j] for j in takers)
     for _, work, size in sorted(items):
@@ -229,11 +216,11 @@ def _memory_bound(jobs: Jobs, heads: list[int], tails: list[int]) -> Bound:
     area: dict[int, int] = defaultdict(int)
     first: dict[int, int] = {}
     last: dict[int, int] = {}
-    for forward, until_i, until_w, end in _residences(jobs):
+    saved = [[held for held in holdings(view, stage) if held.since is ActionKind.F] for stage in range(view.num_stages)]
+    for forward, until, end in _residences(jobs):
         action = jobs.compiled.actions[forward]
         rank = jobs.machine[forward] // 2
-        area[rank] += (view.saved_fi[action.stage][action.microbatch] * until_i
-                       + view.saved_fw[action.stage][action.microbatch] * until_w)
+        area[rank] += sum(held.num_bytes[action.microbatch] * until[held.until] for held in saved[action.stage])
         first[rank] = min(first.get(rank, heads[forward]), heads[forward])
         after = tails[end] - jobs.durations[end]
         last[rank] = min(last.get(rank, after), after)
@@ -243,8 +230,8 @@ def _memory_bound(jobs: Jobs, heads: list[int], tails: list[int]) -> Bound:
     return max(found, key=lambda bound: bound.ns, default=Bound(0, "memory"))
 
 
-def _residences(jobs: Jobs) -> list[tuple[int, int, int, int]]:
-    """(F, least time from F's start to the end of its I, to the end of its W, the job that frees the last of it).
+def _residences(jobs: Jobs) -> list[tuple[int, dict[ActionKind, int], int]]:
+    """(F, least times from F's start to the ends of its I and W, the job that frees the last of it).
 
     The times are longest paths through the data arcs of one microbatch: FIFO and memory arcs may pass through others.
     """
@@ -253,7 +240,7 @@ def _residences(jobs: Jobs) -> list[tuple[int, int, int, int]]:
             action.kind not in (ActionKind.F, ActionKind.I, ActionKind.W) for action in jobs.compiled.actions):
         return []
     result = []
-    paths: dict[int, list[tuple[int, int] | None]] = {}
+    paths: dict[int, list[dict[ActionKind, int] | None]] = {}
     for m, name in enumerate(classes(view)):
         if name not in paths:
             # a microbatch's jobs in topological order: F by stage, then I backwards, W after its I
@@ -264,11 +251,11 @@ def _residences(jobs: Jobs) -> list[tuple[int, int, int, int]]:
         for stage, found in enumerate(paths[name]):
             if found is not None:
                 last = ActionKind.I if view.w_ns[stage] is None else ActionKind.W
-                result.append((index[Action(stage, ActionKind.F, m)], *found, index[Action(stage, last, m)]))
+                result.append((index[Action(stage, ActionKind.F, m)], found, index[Action(stage, last, m)]))
     return result
 
 
-def _path_through(jobs: Jobs, stage: int, microbatch: int, order: list[int]) -> tuple[int, int] | None:
+def _path_through(jobs: Jobs, stage: int, microbatch: int, order: list[int]) -> dict[ActionKind, int] | None:
     """Longest path from the start of F of a stage, first in ``order``, to the ends of its I and W; None without one."""
     index = jobs.compiled.index
     reach = {order[0]: jobs.durations[order[0]]}
@@ -278,8 +265,8 @@ def _path_through(jobs: Jobs, stage: int, microbatch: int, order: list[int]) -> 
         for consumer, channel, duration, *_ in jobs.compiled.releases[job]:
             end = reach[job] + (duration if channel >= 0 else 0) + jobs.durations[consumer]
             reach[consumer] = max(reach.get(consumer, 0), end)
-    ends = [reach.get(index[action]) for kind in (ActionKind.I, ActionKind.W)
-            if (action := Action(stage, kind, microbatch)) in index]
-    if not ends or ends[-1] is None:
+    jobs_of = {kind: index[action] for kind in (ActionKind.I, ActionKind.W)
+               if (action := Action(stage, kind, microbatch)) in index}
+    if not jobs_of or list(jobs_of.values())[-1] not in reach:
         return None
-    return ends[0] or 0, ends[-1]
+    return {kind: reach.get(job, 0) for kind, job in jobs_of.items()}

@@ -11,11 +11,13 @@ Left out: the time of the optimizer step and of launching instructions, and cont
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mipipe.graphs.errors import ProgramError
 from mipipe.planner import clock
 from mipipe.planner.actions import Action, ActionKind, Stream
+from mipipe.planner.jobs.dependencies import StageKind, inputs
 from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.program import Instruction, Program
 
@@ -61,7 +63,7 @@ def execute(stage_view: StageView, program: Program) -> Execution:
     Raises:
         ProgramError: as `simulate`.
     """
-    run = Execution()
+    run, reads = Execution(), inputs(stage_view)
     ranks = [_Rank() for _ in program.ranks]
     channels: dict[tuple[int, int], _Channel] = {}
     waiting: dict[int, list[tuple[int, int]]] = {}
@@ -84,7 +86,7 @@ def execute(stage_view: StageView, program: Program) -> Execution:
                     break
                 pending += _join_reduction(stage_view, run, ranks, waiting, number, instruction)
             elif instruction.kind is not ActionKind.OPTIMIZER_STEP and not _act(
-                    stage_view, run, rank, number, instruction):
+                    stage_view, reads, run, rank, number, instruction):
                 break
             rank.next += 1
     for number, rank in enumerate(ranks):
@@ -104,7 +106,8 @@ def describe(program: Program, instruction: Instruction) -> str:
     return f"{instruction.kind} {instruction.stage}" if instruction.stage is not None else str(instruction.kind)
 
 
-def _act(stage_view: StageView, run: Execution, rank: _Rank, number: int, instruction: Instruction) -> bool:
+def _act(stage_view: StageView, reads: Mapping[StageKind, list[StageKind]], run: Execution, rank: _Rank, number: int,
+         instruction: Instruction) -> bool:
     """Start an action if all its inputs are there; False if a transfer is still to come."""
     action = instruction.action
     assert action is not None
@@ -113,8 +116,9 @@ def _act(stage_view: StageView, run: Execution, rank: _Rank, number: int, instru
     ready = max(rank.held_ns, rank.free[instruction.stream])
     own = set(action.parts())
     for part in own:
-        for source in _inputs(stage_view, part):
-            kind, stage, microbatch = source
+        microbatch = part[2]
+        for stage, kind in reads.get((part[1], part[0]), ()):
+            source = kind, stage, microbatch
             if stage == part[1] or stage_view.rank(stage, microbatch) == number:
                 if source in own:
                     if kind is ActionKind.F:
@@ -138,21 +142,6 @@ def _act(stage_view: StageView, run: Execution, rank: _Rank, number: int, instru
     for part in own:
         run.ends[part] = end
     return True
-
-
-def _inputs(stage_view: StageView, part: Part) -> list[Part]:
-    """The parts whose results ``part`` reads."""
-    kind, stage, microbatch = part
-    if kind is ActionKind.F:
-        return [(ActionKind.F, stage_view.edges[edge].source, microbatch) for edge in stage_view.incoming[stage]]
-    if kind is ActionKind.RECOMPUTE:
-        return [(ActionKind.F, stage, microbatch)]
-    if kind is ActionKind.W and stage_view.i_ns[stage] is not None:
-        return [(ActionKind.I, stage, microbatch)]
-    recomputes = stage_view.placement.stages[stage].recompute
-    found: list[Part] = [(ActionKind.RECOMPUTE if recomputes else ActionKind.F, stage, microbatch)]
-    edges = [stage_view.edges[edge] for edge in stage_view.outgoing[stage]]
-    return found + [(ActionKind.I, edge.target, microbatch) for edge in edges if edge.grad_bytes is not None]
 
 
 def _announce(stage_view: StageView, program: Program, run: Execution, rank: _Rank,

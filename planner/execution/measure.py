@@ -15,11 +15,10 @@ from mipipe.planner.actions import ActionKind, Stream
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.jobs import paths as kernels
-from mipipe.planner.jobs.arrays import Instance, build
+from mipipe.planner.jobs.arrays import Instance, build, to_array
+from mipipe.planner.jobs.memory import carries_bytes, peaks
 from mipipe.planner.jobs.stages import StageView, view
-from mipipe.planner.ladder.candidate import carries_bytes
 from mipipe.planner.plan import Plan, Schedule
-from mipipe.planner.search.lists import to_array
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +57,10 @@ def by_arrays(stage_view: StageView, schedule: Schedule) -> Measures | None:
     compute = np.array([stream is Stream.COMPUTE for _, stream in instance.machine_key])[instance.machine]
     busy = np.zeros(ranks, dtype=np.int64)
     np.add.at(busy, instance.rank[compute], instance.dur[compute])
-    resident = stage_view.resident_bytes
-    return Measures(int((start + instance.dur).max()), tuple(busy.tolist()), resident,
-                    tuple(size + peak for size, peak in zip(resident, peaks(instance, start, ranks), strict=True)))
+    resident, end = stage_view.resident_bytes, start + instance.dur
+    most = peaks(instance.rank, start, end, instance.alloc + instance.work, instance.free + instance.work, ranks)
+    return Measures(int(end.max()), tuple(busy.tolist()), resident,
+                    tuple(size + peak for size, peak in zip(resident, most, strict=True)))
 
 
 def timed(stage_view: StageView, schedule: Schedule) -> tuple[Instance, np.ndarray] | None:
@@ -118,17 +118,3 @@ def _joined(instance: Instance, fused: list[int]) -> Instance:
     dur[one] += dur[two]
     dur[two] = 0
     return replace(instance, dur=dur)
-
-
-def peaks(instance: Instance, start: np.ndarray, ranks: int) -> list[int]:
-    """Per rank the most bytes held at once; what ends at a moment is gone before what begins there comes."""
-    end = start + instance.dur
-    rank = np.concatenate([instance.rank, instance.rank])
-    moment = np.concatenate([start, end])
-    begins = np.repeat([1, 0], instance.size)
-    change = np.concatenate([instance.alloc + instance.work, -instance.free - instance.work])
-    order = np.lexsort((begins, moment, rank))
-    held = np.cumsum(change[order])  # all is returned in the end, so every rank begins at 0
-    most = np.zeros(ranks, dtype=np.int64)
-    np.maximum.at(most, rank[order], held)
-    return most.tolist()

@@ -13,8 +13,8 @@ from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.measure import timed
 from mipipe.planner.execution.simulate import simulate
-from mipipe.planner.jobs.arcs import KINDS
 from mipipe.planner.jobs.arrays import Instance
+from mipipe.planner.jobs.dependencies import KINDS, dependencies
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Transfer
@@ -57,23 +57,18 @@ def _actions(instance: Instance, start: np.ndarray) -> list[Span]:
 
 def _transfers(stage_view: StageView, instance: Instance, end: np.ndarray) -> list[Span]:
     """What goes from rank to rank, each from its producer's end on."""
-    ends = {(int(instance.depth[first]), int(instance.kind[first])): None for first in instance.base[:-1]}
-    table = np.zeros((max(stage for stage, _ in ends) + 1, len(KINDS), stage_view.problem.num_microbatches), np.int64)
+    table = np.zeros((stage_view.num_stages, len(KINDS), stage_view.problem.num_microbatches), np.int64)
     table[instance.depth, instance.kind, instance.own_microbatch] = end
-    f, i = KINDS.index(ActionKind.F), KINDS.index(ActionKind.I)
-    moves: dict[tuple[int, int, bool], None] = {}
-    for edge in stage_view.edges:
-        moves[edge.source, edge.target, False] = None
-        if edge.grad_bytes is not None and (edge.target, i) in ends and any(
-                kind >= i for stage, kind in ends if stage == edge.source):
-            moves[edge.target, edge.source, True] = None
     topology, routes = stage_view.problem.topology, stage_view.placement.routes
     spans = []
-    for source, target, backward in moves:
-        made = table[source, i if backward else f].tolist()
+    for one in dependencies(stage_view):
+        if one.edge < 0:
+            continue
+        (source, kind), (target, _) = one.maker, one.reader
+        made = table[source, KINDS.index(kind)].tolist()
         for m, (here, there) in enumerate(zip(routes[source], routes[target], strict=True)):
             if here != there:
-                label = str(Transfer(source, target, m, here, there, backward, 0))
+                label = str(Transfer(source, target, m, here, there, one.backward, 0))
                 spans.append(Span(here, Stream.CHANNEL, ActionKind.SEND, label, made[m],
                                   made[m] + topology.transfer_ns(here, there, 0), source, m, peer=there))
     return spans

@@ -6,17 +6,14 @@ Nothing here loops over microbatches in Python, so hundreds of thousands of acti
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numba import njit
 
 from mipipe.graphs.topology import Topology
-from mipipe.planner.actions import ActionKind
+from mipipe.planner.jobs.dependencies import KINDS, Dependency, StageKind, dependencies
+from mipipe.planner.jobs.memory import effects
 from mipipe.planner.jobs.stages import StageView
-
-KINDS = (ActionKind.F, ActionKind.RECOMPUTE, ActionKind.I, ActionKind.W)
-"""The elementary kinds; a node's ``kind`` is a position in here."""
 
 Arcs = tuple[np.ndarray, np.ndarray, np.ndarray]
 """(from, to, lag): ``to`` starts at least ``lag`` after the end of ``from``."""
@@ -25,9 +22,10 @@ Arcs = tuple[np.ndarray, np.ndarray, np.ndarray]
 @dataclass(frozen=True, slots=True)
 class Nodes:
     """All elementary actions, stage by stage, kind by kind, by microbatch. ``first[stage, kind]`` is where a line of
-    microbatches begins. ``alloc`` is taken at the start, ``free`` returned at the end, ``work`` held in between."""
+    microbatches begins, ``kind`` a position in `KINDS`.
+    ``alloc`` is taken at the start, ``free`` returned at the end, ``work`` held in between."""
 
-    first: dict[tuple[int, int], int]
+    first: dict[StageKind, int]
     stage: np.ndarray
     kind: np.ndarray
     microbatch: np.ndarray
@@ -38,77 +36,32 @@ class Nodes:
     work: np.ndarray
 
 
-def kinds_of(view: StageView, stage: int) -> list[int]:
-    """The kinds a stage has."""
-    has_i, has_w = view.i_ns[stage] is not None, view.w_ns[stage] is not None
-    again = view.placement.stages[stage].recompute and (has_i or has_w)
-    return [kind for kind, present in enumerate((True, again, has_i, has_w)) if present]
-
-
 def nodes_of(view: StageView) -> Nodes:
     """The nodes of a placement."""
     count = view.problem.num_microbatches
-    first: dict[tuple[int, int], int] = {}
+    first: dict[StageKind, int] = {}
     columns: list[tuple[np.ndarray, ...]] = []
     for stage in range(view.num_stages):
         route = np.array(view.placement.routes[stage], dtype=np.int64)
         durations = (view.f_ns[stage], view.f_ns[stage], view.i_ns[stage], view.w_ns[stage])
         work = np.full(count, view.workspace[stage], dtype=np.int64)
-        for kind in kinds_of(view, stage):
-            first[stage, kind] = len(columns) * count
-            alloc, free, extra = _memory(view, stage, kind)
+        for name, memory in effects(view, stage).items():
+            first[stage, name], kind = len(columns) * count, KINDS.index(name)
             columns.append((np.full(count, stage), np.full(count, kind), np.arange(count), route,
-                            np.array(durations[kind]), alloc, free, work + extra))
+                            np.array(durations[kind]), memory.alloc, memory.free, work + memory.beside))
     stacked = [np.concatenate([column[at] for column in columns]).astype(np.int64) for at in range(8)]
     return Nodes(first, *stacked)
 
 
-def _memory(view: StageView, stage: int, kind: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(taken at the start, returned at the end, needed while running beside the workspace); see `problem`."""
-    fi, fw, iw, kept = (np.array(size[stage], dtype=np.int64)
-                        for size in (view.saved_fi, view.saved_fw, view.saved_iw, view.kept))
-    none = np.zeros_like(fi)
-    has_i, has_w = view.i_ns[stage] is not None, view.w_ns[stage] is not None
-    if not (has_i or has_w):
-        return none, none, fi + fw
-    if not has_i:
-        fi, fw, iw = none, fi + fw, none
-    elif not has_w:
-        fi, fw, iw = fi + fw, none, none
-    if kind == 0:
-        return (kept if view.placement.stages[stage].recompute else fi + fw), none, none
-    if kind == 1:
-        return fi + fw - kept, none, none
-    if kind == 2:
-        return (iw if has_w else none), fi, none
-    return none, fw + (iw if has_i else none), none
-
-
 def arcs_of(view: StageView, nodes: Nodes) -> Arcs:
-    """Who waits for whom: F along the graph, I against it, W after I; transfers as lags."""
-    count, topology = view.problem.num_microbatches, view.problem.topology
-    each = np.arange(count)
-    found: list[Arcs] = []
+    """Who waits for whom, with transfers as lags."""
+    none = np.zeros(view.problem.num_microbatches, dtype=np.int64)
+    topology, routes, each = view.problem.topology, view.placement.routes, np.arange(len(none))
 
-    def join(one: tuple[int, int], two: tuple[int, int], lag: np.ndarray) -> None:
-        found.append((nodes.first[one] + each, nodes.first[two] + each, lag))
+    def lag(one: Dependency) -> np.ndarray:
+        return none if one.edge < 0 else lags(topology, routes[one.maker[0]], routes[one.reader[0]], one.num_bytes)
 
-    none = np.zeros(count, dtype=np.int64)
-    for stage in range(view.num_stages):
-        kinds = kinds_of(view, stage)
-        for before, after in pairwise(kinds):
-            join((stage, before), (stage, after), none)
-        if kinds[-1] < 2:
-            continue
-        gradient = 2 if 2 in kinds else 3
-        for number in view.outgoing[stage]:
-            edge = view.edges[number]
-            if edge.grad_bytes is not None:
-                join((edge.target, 2), (stage, gradient), lags(topology, view.placement.routes[edge.target],
-                                                               view.placement.routes[stage], edge.grad_bytes))
-    for edge in view.edges:
-        join((edge.source, 0), (edge.target, 0), lags(topology, view.placement.routes[edge.source],
-                                                      view.placement.routes[edge.target], edge.num_bytes))
+    found = [(nodes.first[one.maker] + each, nodes.first[one.reader] + each, lag(one)) for one in dependencies(view)]
     if not found:
         return none[:0], none[:0], none[:0]
     return tuple(np.concatenate([arcs[at] for arcs in found]) for at in range(3))  # type: ignore[return-value]

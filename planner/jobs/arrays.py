@@ -19,15 +19,41 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.jobs import arcs as instance_arrays
-from mipipe.planner.jobs.arcs import KINDS, longest, to_csr
+from mipipe.planner.jobs.arcs import longest, to_csr
+from mipipe.planner.jobs.dependencies import KINDS
+from mipipe.planner.jobs.memory import capacity
 from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.plan import RankOrder, Schedule
+
+
+class FixedArrays(NamedTuple):
+    """What the compiled searches read and never change: arrays of `Instance`, and the predecessor counts of its nodes
+    (``waits``)."""
+
+    machine: np.ndarray
+    rank: np.ndarray
+    dur: np.ndarray
+    succ_ptr: np.ndarray
+    succ: np.ndarray
+    lag: np.ndarray
+    pred_ptr: np.ndarray
+    pred: np.ndarray
+    pred_lag: np.ndarray
+    waits: np.ndarray
+    tail: np.ndarray
+    cls: np.ndarray
+    base: np.ndarray
+    alloc: np.ndarray
+    free: np.ndarray
+    work: np.ndarray
+    cap: np.ndarray
+    microbatch: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -38,7 +64,7 @@ class Instance:
     taken when a node starts, ``free`` returned when it ends, ``work`` needed while it runs, all on ``rank``.
     ``microbatch`` is
     shared by a microbatch and its mirror image, ``own_microbatch`` is the node's and ``twin`` the image's (or -1).
-    ``origin[n]`` is the place of n's action in `split_actions`.
+    ``origin[n]`` is the place of n's action among those of `mipipe.planner.jobs.arcs.Nodes`.
     """
 
     view: StageView
@@ -81,6 +107,11 @@ class Instance:
         return np.diff(self.pred_ptr)
 
     @cached_property
+    def fixed(self) -> FixedArrays:
+        """The arrays as the kernels take them; not copies."""
+        return FixedArrays(**{name: getattr(self, name) for name in FixedArrays._fields})
+
+    @cached_property
     def number(self) -> dict[tuple[int, ActionKind, int], int]:
         """The node of every (stage, kind, microbatch); a halved instance has those of its own half."""
         kinds = [KINDS[kind] for kind in self.kind.tolist()]
@@ -90,19 +121,6 @@ class Instance:
     def lengths(self) -> np.ndarray:
         """Number of nodes on each machine."""
         return np.bincount(self.machine, minlength=self.num_machines)
-
-
-def split_actions(view: StageView) -> list[Action]:
-    """Every elementary action of the placement: F, RECOMPUTE where chosen, I and W where they exist."""
-    return [Action(stage, KINDS[kind], m) for stage in range(view.num_stages)
-            for kind in instance_arrays.kinds_of(view, stage) for m in range(view.problem.num_microbatches)]
-
-
-def capacity(view: StageView, rank: int) -> int:
-    """Bytes rank ``rank`` has for activations: its memory without resident bytes, and the problem's limit."""
-    room = view.problem.topology.devices[rank].memory_bytes - view.resident_bytes[rank]
-    limit = view.problem.limits.activation_bytes
-    return room if limit is None else min(room, limit)
 
 
 def signatures(view: StageView) -> list[int]:
@@ -189,6 +207,14 @@ def with_mirrors(instance: Instance, orders: list[list[int]]) -> Schedule:
         if order and instance.twin[at[0]] >= 0:
             target[ranks - 1 - rank] = tuple(map(Action, stages, kinds, instance.twin[at].tolist()))
     return Schedule(tuple(RankOrder(a, b) for a, b in zip(compute, collective, strict=True)))
+
+
+def to_array(orders: list[list[int]]) -> np.ndarray:
+    """Orders as an array [machines, longest], padded with -1."""
+    seq = np.full((len(orders), max(map(len, orders))), -1, dtype=np.int64)
+    for row, order in zip(seq, orders, strict=True):
+        row[:len(order)] = order
+    return seq
 
 
 def orders_from(instance: Instance, schedule: Schedule) -> list[list[int]]:

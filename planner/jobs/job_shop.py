@@ -21,9 +21,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import numpy as np
+
 from mipipe.graphs.errors import PlanError
 from mipipe.planner import clock
 from mipipe.planner.actions import Action, ActionKind, Stream
+from mipipe.planner.jobs.dependencies import kinds_of
+from mipipe.planner.jobs.memory import capacities, effects, holdings, peaks, workspace
 from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.jobs.times import ActionNodes, compile_actions
 from mipipe.planner.plan import RankOrder, Schedule
@@ -69,34 +73,12 @@ def elementary_actions(view: StageView, *, split_backward: bool = True) -> list[
     """All actions of a placement: F, I and W (or B where there are both), RECOMPUTE where the stage asks for it."""
     actions = []
     for stage in range(view.num_stages):
-        kinds = [ActionKind.F]
-        has_i, has_w = view.i_ns[stage] is not None, view.w_ns[stage] is not None
-        if (has_i or has_w) and view.placement.stages[stage].recompute:
-            kinds.append(ActionKind.RECOMPUTE)
-        if has_i and has_w and not split_backward:
-            kinds.append(ActionKind.B)
-        else:
-            kinds += [ActionKind.I] * has_i + [ActionKind.W] * has_w
+        kinds = kinds_of(view, stage)
+        if not split_backward and kinds[-2:] == (ActionKind.I, ActionKind.W):
+            kinds = (*kinds[:-2], ActionKind.B)
         actions += [Action(stage, kind, m) for kind in kinds
                     for m in clock.asking(range(view.problem.num_microbatches))]
     return actions
-
-
-def capacity(view: StageView) -> list[int]:
-    """Per rank: bytes for activations, workspace and values in flight.
-
-    Raises:
-        PlanError: the resident bytes alone do not fit.
-    """
-    limits = view.problem.limits
-    room = []
-    for rank, device in enumerate(view.problem.topology.devices):
-        left = device.memory_bytes - view.resident_bytes[rank]
-        if left < 0:
-            raise PlanError(f"rank {rank}: its stages hold {view.resident_bytes[rank]} resident bytes, but the device"
-                            f" has {device.memory_bytes}; place fewer groups on it")
-        room.append(left if limits.activation_bytes is None else min(left, limits.activation_bytes))
-    return room
 
 
 def job_shop(view: StageView, actions: Iterable[Action] | None = None, *, fifo: bool = True) -> Jobs:
@@ -111,12 +93,11 @@ def job_shop(view: StageView, actions: Iterable[Action] | None = None, *, fifo: 
     arcs = [(producer, consumer, duration if channel >= 0 else 0)
             for producer, releases in enumerate(compiled.releases)
             for consumer, channel, duration, *_ in releases]
-    memory = [_memory(view, action) for action in clock.asking(compiled.actions)]
+    alloc, free = _memory(view, compiled.actions)
     machine = [2 * rank + (stream is Stream.COLLECTIVE)
                for rank, stream in zip(compiled.ranks, compiled.streams, strict=True)]
-    jobs = Jobs(compiled, compiled.durations, machine, arcs, [m[0] for m in memory], [m[1] for m in memory],
-                [sum(view.workspace[stage] for stage in {stage for _, stage, _ in action.parts()})
-                 for action in compiled.actions], capacity(view))
+    jobs = Jobs(compiled, compiled.durations, machine, arcs, alloc, free,
+                [workspace(view, action) for action in compiled.actions], capacities(view))
     _check_fits(jobs)
     if fifo and all(action.partner is None for action in compiled.actions):
         found = lines(jobs)
@@ -126,34 +107,27 @@ def job_shop(view: StageView, actions: Iterable[Action] | None = None, *, fifo: 
 
 
 def _check_fits(jobs: Jobs) -> None:
+    held = [holdings(jobs.view, stage) for stage in range(jobs.view.num_stages)]
     for job, action in enumerate(clock.asking(jobs.compiled.actions)):
         need, rank = jobs.alloc[job] + jobs.workspace[job], jobs.machine[job] // 2
+        if action.kind is ActionKind.RECOMPUTE:  # takes what F has not kept
+            need += sum(found.num_bytes[action.microbatch] for found in held[action.stage] if found.replaced)
         if need > jobs.capacity[rank]:
             raise PlanError(f"rank {rank}: {action} needs {need} bytes, but the rank has {jobs.capacity[rank]} for"
                             " activations; give it more memory or cut the stage")
 
 
-def _memory(view: StageView, action: Action) -> tuple[int, int]:
-    """Bytes an action takes at its start and returns at its end."""
-    alloc = free = 0
-    for kind, stage, m in action.parts():
-        saved = view.saved_fi[stage][m] + view.saved_fw[stage][m]
-        backward = view.i_ns[stage] is not None, view.w_ns[stage] is not None
-        if not any(backward):
-            alloc += saved if kind is ActionKind.F else 0
-            free += saved if kind is ActionKind.F else 0
-            continue
-        recompute = view.placement.stages[stage].recompute
-        if kind is ActionKind.F:
-            alloc += view.kept[stage][m] if recompute else saved
-        elif kind is ActionKind.RECOMPUTE:
-            alloc += saved
-            free += view.kept[stage][m]
-        if kind is ActionKind.I:
-            alloc += view.saved_iw[stage][m]
-            free += view.saved_fi[stage][m] if backward[1] else saved + view.saved_iw[stage][m]
-        elif kind is ActionKind.W:
-            free += view.saved_fw[stage][m] + (view.saved_iw[stage][m] if backward[0] else view.saved_fi[stage][m])
+def _memory(view: StageView, actions: Iterable[Action]) -> tuple[list[int], list[int]]:
+    """Bytes each action takes at its start and returns at its end: those of its parts."""
+    known = {(stage, kind): list(zip(found.taken.tolist(), found.returned.tolist(), strict=True))
+             for stage in range(view.num_stages) for kind, found in effects(view, stage).items()}
+    alloc, free = [], []
+    for action in clock.asking(actions):
+        own = known.get((action.stage, action.kind))
+        taken, returned = own[action.microbatch] if own is not None else map(sum, zip(
+            *(known[stage, kind][m] for kind, stage, m in action.parts()), strict=True))
+        alloc.append(taken)
+        free.append(returned)
     return alloc, free
 
 
@@ -188,9 +162,9 @@ def _memory_arcs(jobs: Jobs, lines: dict[tuple[int, ActionKind, int], list[int]]
         m = jobs.compiled.actions[forwards[0]].microbatch
         last = next((lines[stage, kind, name] for kind in (ActionKind.W, ActionKind.B, ActionKind.I)
                      if (stage, kind, name) in lines), None)
-        size = view.saved_fw[stage][m]
-        if view.w_ns[stage] is None or (stage, ActionKind.B, name) in lines:
-            size += view.saved_fi[stage][m]
+        until = {part[0] for part in jobs.compiled.actions[last[0]].parts()} if last is not None else set()
+        size = sum(held.num_bytes[m] for held in holdings(view, stage)
+                   if held.since is ActionKind.F and held.until in until)
         if last is None or size == 0:
             continue
         room = (jobs.capacity[jobs.machine[forwards[0]] // 2] - view.workspace[stage]) // size
@@ -228,17 +202,7 @@ def relabel(view: StageView, schedule: Schedule) -> Schedule:
 
 
 def peak_memory(jobs: Jobs, starts: Sequence[int]) -> list[int]:
-    """Per rank the most bytes held at once; at equal times what ends is returned before what starts is taken."""
-    events: list[list[tuple[int, int, int]]] = [[] for _ in jobs.capacity]
-    for job, start in enumerate(starts):
-        rank = jobs.machine[job] // 2
-        events[rank].append((start, 1, jobs.alloc[job] + jobs.workspace[job]))
-        events[rank].append((start + jobs.compiled.durations[job], 0, -jobs.free[job] - jobs.workspace[job]))
-    peaks = []
-    for found in events:
-        now = peak = 0
-        for _, _, change in sorted(found):
-            now += change
-            peak = max(peak, now)
-        peaks.append(peak)
-    return peaks
+    """Per rank the most bytes held at once by jobs that start at ``starts``."""
+    start, durations, alloc, free, work, machine = (np.array(column, dtype=np.int64) for column in (
+        starts, jobs.compiled.durations, jobs.alloc, jobs.free, jobs.workspace, jobs.machine))
+    return peaks(machine // 2, start, start + durations, alloc + work, free + work, len(jobs.capacity))

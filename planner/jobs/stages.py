@@ -59,9 +59,6 @@ class StageView:
         """The rank that runs ``stage`` for ``microbatch``."""
         return self.placement.routes[stage][microbatch]
 
-    def returns_gradient(self, edge: StageEdge) -> bool:
-        return edge.grad_bytes is not None
-
     def duration_ns(self, kind: ActionKind, stage: int, microbatch: int, partner: tuple[int, int] | None = None) -> int:
         """Duration of a compute action."""
         if kind in (ActionKind.F, ActionKind.RECOMPUTE):

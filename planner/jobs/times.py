@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from mipipe.graphs.errors import PlanError
 from mipipe.planner import clock
 from mipipe.planner.actions import Action, ActionKind, Stream
+from mipipe.planner.jobs.dependencies import dependencies, kinds_of
 from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.plan import Schedule
 
@@ -97,33 +98,16 @@ def compile_actions(view: StageView, actions: Sequence[Action]) -> ActionNodes:
                                    topology.occupied_ns(source, target, size)))
         waits[consumer] += 1
 
-    for microbatch in clock.asking(range(num_microbatches), 16):
-        for stage in range(view.num_stages):
-            rank = view.rank(stage, microbatch)
-            forward = node_of(ActionKind.F, stage, microbatch)
-            has_i, has_w = view.i_ns[stage] is not None, view.w_ns[stage] is not None
-            gradient = node_of(ActionKind.I if has_i else ActionKind.W, stage, microbatch) if has_i or has_w else -1
-            if gradient >= 0:
-                before = forward
-                if view.placement.stages[stage].recompute:
-                    before = node_of(ActionKind.RECOMPUTE, stage, microbatch)
-                    link(forward, before, -1, False, rank, rank, 0)
-                link(before, gradient, -1, False, rank, rank, 0)
-            if has_i and has_w:
-                link(gradient, node_of(ActionKind.W, stage, microbatch), -1, True, rank, rank, 0)
-            for number in view.outgoing[stage]:
-                edge = view.edges[number]
-                other = view.rank(edge.target, microbatch)
-                consumer = node_of(ActionKind.F, edge.target, microbatch)
-                link(forward, consumer, number, False, rank, other, edge.num_bytes[microbatch])
-                if edge.grad_bytes is not None and gradient >= 0:
-                    producer = node_of(ActionKind.I, edge.target, microbatch)
-                    link(producer, gradient, number, True, other, rank, edge.grad_bytes[microbatch])
-    extra = len(done_by) - num_microbatches * sum(
-        1 + (view.i_ns[s] is not None) + (view.w_ns[s] is not None)
-        + (stage.recompute and (view.i_ns[s] is not None or view.w_ns[s] is not None))
-        for s, stage in enumerate(view.placement.stages))
-    if extra:
+    nodes = {(stage, kind): [node_of(kind, stage, microbatch) for microbatch in range(num_microbatches)]
+             for stage in clock.asking(range(view.num_stages), 16) for kind in kinds_of(view, stage)}
+    routes = view.placement.routes
+    reads = [(nodes[one.maker], nodes[one.reader], one.edge, one.backward, routes[one.maker[0]], routes[one.reader[0]],
+              one.num_bytes or (0,) * num_microbatches) for one in dependencies(view)]
+    for m in clock.asking(range(num_microbatches), 16):
+        for makers, readers, edge, backward, source, target, size in reads:
+            link(makers[m], readers[m], edge, backward, source[m], target[m], size[m])
+    if len(done_by) > num_microbatches * len(nodes):
+        extra = len(done_by) - num_microbatches * len(nodes)
         raise PlanError(f"schedule: {extra} actions that the problem does not have (a phase its stage lacks, or a"
                         " microbatch beyond the last)")
     ranks = [view.rank(action.stage, action.microbatch) for action in actions]

@@ -15,7 +15,8 @@ from mipipe.graphs.errors import PlanError
 from mipipe.planner import clock
 from mipipe.planner.bounds.over_placements import facts_of
 from mipipe.planner.jobs.arrays import with_mirrors
-from mipipe.planner.ladder.candidate import Candidate, Judged, candidate, first_orders, in_flight, judge, offer_judged
+from mipipe.planner.jobs.memory import in_flight
+from mipipe.planner.ladder.candidate import Candidate, Judged, candidate, first_orders, judge, offer_judged
 from mipipe.planner.ladder.large import chain_actions
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlacementName, PlanOptions

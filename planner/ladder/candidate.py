@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds import at_placement as bounds
-from mipipe.planner.execution.execute import execute
 from mipipe.planner.execution.lower import lower
-from mipipe.planner.execution.simulate_memory import memory_curves
-from mipipe.planner.jobs.arrays import Instance, build, capacity, mirror
+from mipipe.planner.execution.simulate_memory import rank_peaks
+from mipipe.planner.jobs.arrays import Instance, build, mirror
+from mipipe.planner.jobs.memory import capacity, carries_bytes
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.plan import Placement, Plan, Schedule
@@ -104,36 +102,9 @@ def judge(stage_view: StageView, schedule: Schedule, *, saved_fit: bool = False)
     _, evaluation = evaluate(stage_view, schedule)
     excess = (0,) * stage_view.problem.num_ranks
     if not saved_fit or carries_bytes(stage_view):
-        program = lower(Plan("", stage_view.problem, stage_view.placement, schedule))
-        curves = memory_curves(stage_view, program, execute(stage_view, program))
-        peaks = [max(size for _, size in curve) - stage_view.resident_bytes[rank] for rank, curve in enumerate(curves)]
+        peaks = rank_peaks(stage_view, lower(Plan("", stage_view.problem, stage_view.placement, schedule)))
         excess = tuple(max(0, peak - capacity(stage_view, rank)) for rank, peak in enumerate(peaks))
     return Judged(schedule, evaluation.makespan_ns, excess)
-
-
-def in_flight(stage_view: StageView) -> np.ndarray:
-    """Bytes per rank that values in flight usually take: two arriving (one waits, one is on its way), one leaving.
-
-    Fewer and the schedules found overfill a rank by a value or two; more wastes memory that activations could use.
-    """
-    arriving = np.zeros(stage_view.problem.num_ranks, dtype=np.int64)
-    leaving = arriving.copy()
-    for edge in stage_view.edges:
-        for m in range(stage_view.problem.num_microbatches):
-            source, target = stage_view.rank(edge.source, m), stage_view.rank(edge.target, m)
-            if source == target:
-                continue
-            back = edge.grad_bytes[m] if edge.grad_bytes is not None else 0
-            arriving[target] = max(arriving[target], edge.num_bytes[m])
-            arriving[source] = max(arriving[source], back)
-            leaving[source] = max(leaving[source], edge.num_bytes[m])
-            leaving[target] = max(leaving[target], back)
-    return 2 * arriving + leaving
-
-
-def carries_bytes(stage_view: StageView) -> bool:
-    """Whether values in flight take memory; if none does, the search's own memory rule is exact."""
-    return any(max(edge.num_bytes, default=0) or max(edge.grad_bytes or (0,)) for edge in stage_view.edges)
 
 
 def offer_judged(found: Candidate, judged: Judged, rung: str) -> bool:
@@ -153,7 +124,4 @@ def first_orders(found: Candidate, *, compiled: bool, seed: int = 0) -> Orders |
 
 def peak_activations(plan: Plan) -> int:
     """The largest memory of any rank beyond its resident bytes, as simulated."""
-    stage_view = view(plan.problem, plan.placement)
-    program = lower(plan)
-    curves = memory_curves(stage_view, program, execute(stage_view, program))
-    return max(max(size for _, size in curve) - stage_view.resident_bytes[rank] for rank, curve in enumerate(curves))
+    return max(rank_peaks(view(plan.problem, plan.placement), lower(plan)))

@@ -17,7 +17,7 @@ from mipipe.graphs.units import format_bytes, format_ns
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.at_placement import placement_bound
 from mipipe.planner.execution.measure import timed
-from mipipe.planner.jobs.arrays import capacity
+from mipipe.planner.jobs.memory import capacity
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import ActionNodes, Evaluation, evaluate
 from mipipe.planner.ladder.candidate import Candidate

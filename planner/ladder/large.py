@@ -28,9 +28,10 @@ from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.at_placement import Bound, placement_bound
 from mipipe.planner.bounds.over_placements import facts_of
 from mipipe.planner.jobs.arrays import Instance, build, mirror, with_mirrors
+from mipipe.planner.jobs.memory import carries_bytes
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.jobs.stages import StageView, view
-from mipipe.planner.ladder.candidate import Candidate, Judged, carries_bytes, judge
+from mipipe.planner.ladder.candidate import Candidate, Judged, judge
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlacementName
 from mipipe.planner.placements.cuts import earliest_end, place_spread, units

@@ -16,7 +16,7 @@ import numpy as np
 from mipipe.graphs.errors import MipipeError, PlanError
 from mipipe.planner.bounds.at_placement import Bound
 from mipipe.planner.jobs import paths as kernels
-from mipipe.planner.jobs.arrays import Instance, build, orders_from
+from mipipe.planner.jobs.arrays import Instance, build, orders_from, to_array
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.ladder.candidate import Candidate, candidate, judge, offer_judged
@@ -28,7 +28,7 @@ from mipipe.planner.plan import Placement, Schedule
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.search import annealing as search
 from mipipe.planner.search import pair_search
-from mipipe.planner.search.lists import Orders, to_array
+from mipipe.planner.search.lists import Orders
 
 EXACT_NODES = 130
 """Elementary actions up to which the exact order MIP is tried: HiGHS proves about 100 with a fixed placement."""

@@ -12,14 +12,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 import numpy as np
 
 from mipipe.planner.jobs import paths as kernels
-from mipipe.planner.jobs.arrays import orders_from, with_mirrors
+from mipipe.planner.jobs.arrays import orders_from, to_array, with_mirrors
 from mipipe.planner.ladder.admission import RESERVES, reserve, start_again
 from mipipe.planner.ladder.candidate import Candidate, first_orders, judge, offer_judged
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.search import annealing as search
 from mipipe.planner.search import pair_search
 from mipipe.planner.search.lift import lift
-from mipipe.planner.search.lists import Orders, to_array
+from mipipe.planner.search.lists import Orders
 from mipipe.planner.search.pair_search import PairSearch
 
 FINALISTS = 2

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations
 
 import numpy as np
 
 from mipipe.planner.actions import ActionKind, Stream
+from mipipe.planner.jobs.dependencies import dependencies, kinds_of
+from mipipe.planner.jobs.longest import heads_of, tails_of
+from mipipe.planner.jobs.memory import effects
+from mipipe.planner.jobs.stages import StageView, view
+from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import Group, PlanningProblem
 
 Operation = tuple[int, ActionKind, int]
@@ -62,14 +67,14 @@ class Sketch:
 
 def sketch(problem: PlanningProblem, horizon_ns: int | None) -> Sketch:
     """All numbers of the exact model of a problem."""
-    units = colocated(problem)
+    units, apart = colocated(problem), _apart(problem)
     unit_of_group = {g: u for u, members in enumerate(units) for g in members}
-    jobs = [(g, kind, m) for m in range(problem.num_microbatches) for g, group in enumerate(problem.groups)
-            for kind in _kinds(group)]
+    jobs = [(g, kind, m) for m in range(problem.num_microbatches) for g in range(len(problem.groups))
+            for kind in kinds_of(apart, g)]
     index = {job: j for j, job in enumerate(jobs)}
     kinds = [device.kind for device in problem.topology.devices]
     exact = [[_duration(problem.groups[g], kind, device, m) for device in kinds] for g, kind, m in jobs]
-    arcs, moved = _dependencies(problem, index, unit_of_group)
+    arcs, moved = _dependencies(apart, index, unit_of_group)
     times = [value for row in exact for value in row] + [value for _, _, table in moved for value in table.values()]
     times += [problem.topology.link(*pair).latency_ns for _, _, table in moved for pair in table]
     unit = math.gcd(*times) or 1
@@ -79,7 +84,9 @@ def sketch(problem: PlanningProblem, horizon_ns: int | None) -> Sketch:
         unit = horizon // 10**6
     links = [*arcs, *((a, b) for a, b, _ in moved)]
     head, tail, reach = _closure([min(row) for row in exact], links)
-    alloc, free = zip(*(_memory(problem.groups[g], kind, m) for g, kind, m in jobs), strict=True)
+    memory = [effects(apart, g) for g in range(len(problem.groups))]
+    alloc = [int(memory[g][kind].taken[m]) for g, kind, m in jobs]
+    free = [int(memory[g][kind].returned[m]) for g, kind, m in jobs]
     stream = [problem.groups[g].stream for g, _, _ in jobs]
     meets = [(a, b) for a, b in combinations(range(len(jobs)), 2)
              if stream[a] is stream[b] and not reach[a, b] and not reach[b, a]]
@@ -89,7 +96,7 @@ def sketch(problem: PlanningProblem, horizon_ns: int | None) -> Sketch:
     return Sketch(problem, unit, units, jobs, [unit_of_group[g] for g, _, _ in jobs], stream,
                   [[value / unit for value in row] for row in exact], arcs, transfers, meets,
                   _meetings(transfers, exact, unit, len(set(stream))), [value / unit for value in head],
-                  [value / unit for value in tail], list(alloc), list(free),
+                  [value / unit for value in tail], alloc, free,
                   [problem.groups[g].workspace_bytes for g, _, _ in jobs],
                   [sum(problem.groups[g].resident_bytes for g in members) for members in units], horizon / unit, reach,
                   not problem.topology.overrides)
@@ -104,9 +111,11 @@ def colocated(problem: PlanningProblem) -> list[list[int]]:
     return [[g for g, name in enumerate(leader) if name == first] for first in sorted(set(leader))]
 
 
-def _kinds(group: Group) -> list[ActionKind]:
-    phases = next(iter(group.times.values()))
-    return [ActionKind.F] + [ActionKind.I] * (phases.i_ns is not None) + [ActionKind.W] * (phases.w_ns is not None)
+def _apart(problem: PlanningProblem) -> StageView:
+    """The problem with every group as a stage of its own; only what does not depend on the devices is read from it."""
+    groups = range(len(problem.groups))
+    return view(problem, Placement(tuple(Stage((g,), (0,)) for g in groups),
+                                   tuple((0,) * problem.num_microbatches for _ in groups), "groups apart"))
 
 
 def _duration(group: Group, kind: ActionKind, device: str, microbatch: int) -> int:
@@ -115,76 +124,37 @@ def _duration(group: Group, kind: ActionKind, device: str, microbatch: int) -> i
     return round(amount * group.loads[microbatch]) if group.loads else amount
 
 
-def _memory(group: Group, kind: ActionKind, microbatch: int) -> tuple[int, int]:
-    """Bytes taken at the start and returned at the end of a job."""
-    def scaled(amount: int) -> int:
-        return round(amount * group.loads[microbatch]) if group.loads else amount
-
-    fi, fw, iw = scaled(group.saved_fi_bytes), scaled(group.saved_fw_bytes), scaled(group.saved_iw_bytes)
-    present = _kinds(group)
-    has_i, has_w = ActionKind.I in present, ActionKind.W in present
-    if kind is ActionKind.F:
-        return fi + fw, 0 if has_i or has_w else fi + fw
-    if kind is ActionKind.I:
-        return iw, fi if has_w else fi + fw + iw
-    return 0, fw + (iw if has_i else fi)
-
-
-def _dependencies(problem: PlanningProblem, index: dict[Operation, int], unit_of: dict[int, int],
+def _dependencies(apart: StageView, index: dict[Operation, int], unit_of: dict[int, int],
                   ) -> tuple[list[tuple[int, int]], list[tuple[int, int, dict[tuple[int, int], int]]]]:
     """Arcs within a unit and between equal microbatches; data arcs between units with their transfer times."""
+    problem = apart.problem
     arcs: set[tuple[int, int]] = set()
-    sizes: dict[tuple[int, int], int] = {}
-    for g, group in enumerate(problem.groups):
-        kinds = _kinds(group)
-        for m in range(problem.num_microbatches):
-            arcs |= {(index[g, a, m], index[g, b, m]) for a, b in pairwise(kinds)}
+    sizes: list[tuple[int, int, int]] = []
     if not any(group.loads for group in problem.groups):
         arcs |= {(j, index[g, kind, m + 1]) for (g, kind, m), j in index.items() if (g, kind, m + 1) in index}
-    for edge in problem.edges:
-        loads = problem.groups[edge.source].loads
-        for target in edge.targets:
-            gradient = next((kind for kind in (ActionKind.I, ActionKind.W) if (edge.source, kind, 0) in index), None)
-            returns = edge.grad_bytes is not None and gradient and (target, ActionKind.I, 0) in index
-            for m in range(problem.num_microbatches):
-                ends = [(index[edge.source, ActionKind.F, m], index[target, ActionKind.F, m], edge.num_bytes)]
-                if returns and gradient is not None:
-                    ends.append((index[target, ActionKind.I, m], index[edge.source, gradient, m], edge.grad_bytes or 0))
-                for a, b, size in ends:
-                    size = round(size * loads[m]) if loads else size
-                    if unit_of[edge.source] == unit_of[target]:
-                        arcs.add((a, b))
-                    else:  # values between the same two groups travel together
-                        sizes[a, b] = sizes.get((a, b), 0) + size
+    for one in dependencies(apart):
+        (maker, made), (reader, read) = one.maker, one.reader
+        ends = [(index[maker, made, m], index[reader, read, m]) for m in range(problem.num_microbatches)]
+        if unit_of[maker] == unit_of[reader]:
+            arcs.update(ends)
+        else:
+            sizes += [(*pair, size) for pair, size in zip(ends, one.num_bytes, strict=True)]
     ranks = range(problem.num_ranks)
     moved = [(a, b, {(d, e): problem.topology.transfer_ns(d, e, size) for d in ranks for e in ranks if d != e})
-             for (a, b), size in sizes.items()]
+             for a, b, size in sizes]
     return sorted(arcs), moved
 
 
 def _closure(durations: list[int], links: list[tuple[int, int]]) -> tuple[list[int], list[int], np.ndarray]:
     """Heads, tails (from start to the end of the step) and reachability over the links."""
     count = len(durations)
-    after: list[list[int]] = [[] for _ in range(count)]
-    waits = [0] * count
-    for a, b in links:
-        after[a].append(b)
-        waits[b] += 1
-    order = [j for j in range(count) if not waits[j]]
-    head, tail = [0] * count, list(durations)
-    for j in order:
-        for b in after[j]:
-            head[b] = max(head[b], head[j] + durations[j])
-            waits[b] -= 1
-            if not waits[b]:
-                order.append(b)
+    found = heads_of(durations, ((a, b, 0) for a, b in links))
     reach = np.zeros((count, count), dtype=bool)
-    for j in reversed(order):
-        for b in after[j]:
+    for j in reversed(found.order):
+        for b, _ in found.after[j]:
             reach[j, b] = True
             reach[j] |= reach[b]
-            tail[j] = max(tail[j], durations[j] + tail[b])
-    return head, tail, reach
+    return found.heads, tails_of(found, durations), reach
 
 
 def _meetings(transfers: list[MipTransfer], exact: list[list[int]], unit: float, streams: int) -> list[tuple[int, int]]:

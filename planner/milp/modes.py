@@ -20,8 +20,8 @@ import numpy as np
 import pyomo.environ as pyo
 
 from mipipe.planner.actions import ActionKind, Stream
-from mipipe.planner.jobs.arcs import KINDS
 from mipipe.planner.jobs.arrays import Instance, build
+from mipipe.planner.jobs.dependencies import KINDS
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.milp import highs
 from mipipe.planner.milp.highs import SolverOutcome

@@ -19,7 +19,7 @@ from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.jobs.times import Evaluation, evaluate, run_orders
 from mipipe.planner.milp import disjunctive
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
-from mipipe.planner.milp.shop import Shop, time_unit, whole
+from mipipe.planner.milp.shop import time_unit, whole
 from mipipe.planner.plan import RankOrder, Schedule
 
 __all__ = ["OrderResult", "solve_order"]
@@ -102,8 +102,3 @@ def _summary(outcome: SolverOutcome, best_ns: int | None, lower: int, seconds: f
     if best_ns is not None and termination is not SolverStatus.INTERRUPTED:
         termination = SolverStatus.OPTIMAL if lower >= best_ns else SolverStatus.FEASIBLE
     return SolverOutcome(termination, best_ns, lower, seconds, outcome.num_variables, outcome.num_constraints)
-
-
-def shop_of(view: StageView) -> Shop:
-    """The shop of a placement's elementary actions, relaxed where overlapped pairs gain."""
-    return whole(bounding_shop(view))

@@ -19,6 +19,7 @@ import numpy as np
 
 from mipipe.planner.bounds.at_placement import heads_and_tails, reduce_tails
 from mipipe.planner.jobs.job_shop import Jobs
+from mipipe.planner.jobs.longest import heads_of
 
 NEVER = -(1 << 50)
 
@@ -189,24 +190,16 @@ def _follow_producers(shop: Shop, pairs: list[tuple[int, int]], before: np.ndarr
 
 def _distances(count: int, durations: np.ndarray, arcs: list[tuple[int, int, int]]) -> np.ndarray | None:
     """Longest paths from start to start, `NEVER` where there is none; None if the arcs form a cycle."""
-    after: list[dict[int, int]] = [{} for _ in range(count)]
-    waits = [0] * count
+    lags: dict[tuple[int, int], int] = {}
     for first, second, lag in arcs:
-        if second not in after[first]:
-            waits[second] += 1
-        after[first][second] = max(lag, after[first].get(second, 0))
-    order = [job for job in range(count) if not waits[job]]
-    for job in order:
-        for second in after[job]:
-            waits[second] -= 1
-            if not waits[second]:
-                order.append(second)
-    if len(order) < count:
+        lags[first, second] = max(lag, lags.get((first, second), 0))
+    found = heads_of(durations.tolist(), ((first, second, lag) for (first, second), lag in lags.items()))
+    if len(found.order) < count:
         return None
     distance = np.full((count, count), NEVER, dtype=np.int64)
-    for job in reversed(order):
+    for job in reversed(found.order):
         row = distance[job]
-        for second, lag in after[job].items():
+        for second, lag in found.after[job]:
             step = int(durations[job]) + lag
             np.maximum(row, distance[second] + step, out=row)
             row[second] = max(row[second], step)

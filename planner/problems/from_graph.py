@@ -133,13 +133,6 @@ def exchange_groups(coarse: CoarseGraph) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(found) for found in sets.values())
 
 
-def tied_groups(coarse: CoarseGraph, tied: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
-    """Sets of group names for ``colocate``: the groups that hold the segments of each set in ``tied``."""
-    group_of = {segment: group.name for group in coarse.groups for segment in group.segments}
-    sets = (tuple(dict.fromkeys(group_of[segment] for segment in segments)) for segments in tied)
-    return tuple(names for names in sets if len(names) > 1)
-
-
 def _state_bytes(optimizer: str | float) -> float:
     if isinstance(optimizer, str):
         if optimizer not in STATE_BYTES:

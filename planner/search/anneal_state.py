@@ -14,27 +14,6 @@ from numba import njit
 from mipipe.planner.jobs.paths import by_time, overflow, shift, times
 
 
-class Facts(NamedTuple):
-    """What a search never changes: arrays of `Instance`, and the predecessor counts of its nodes (``waits``)."""
-
-    machine: np.ndarray
-    rank: np.ndarray
-    dur: np.ndarray
-    succ_ptr: np.ndarray
-    succ: np.ndarray
-    lag: np.ndarray
-    pred_ptr: np.ndarray
-    pred: np.ndarray
-    pred_lag: np.ndarray
-    waits: np.ndarray
-    tail: np.ndarray
-    cls: np.ndarray
-    alloc: np.ndarray
-    free: np.ndarray
-    work: np.ndarray
-    cap: np.ndarray
-
-
 class State(NamedTuple):
     """An order with all that follows from it, and scratch space.
 

@@ -16,7 +16,6 @@ import numpy as np
 from mipipe.planner.jobs.arrays import Instance
 from mipipe.planner.search import anneal_kernel as anneal
 from mipipe.planner.search import best_list as lists
-from mipipe.planner.search.anneal_state import Facts
 from mipipe.planner.search.lists import Orders
 
 SLICE = 10_000_000
@@ -137,7 +136,7 @@ def _slice(search: Search) -> None:
     last = min(first, _heat(search) * scale)
     best = search.current.copy()
     makespan = anneal.anneal(
-        kernel_arrays(instance), search.current, search.best.length, moves, first, last, search.tilt, search.wild,
+        instance.fixed, search.current, search.best.length, moves, first, last, search.tilt, search.wild,
         search.price, search.target_ns, search.seed * 7919 + search.rounds * 104729 + search.done, best)
     if makespan < search.best.makespan_ns:
         search.best = Orders(best, search.best.length, int(makespan))
@@ -149,11 +148,6 @@ def _heat(search: Search) -> float:
         passed = (time.monotonic() - search.began) / (search.ends - search.began)
         return search.hot * (COLDEST / search.hot) ** min(1.0, passed)
     return search.hot * (COLD / search.hot) ** (search.done / search.round_length)
-
-
-def kernel_arrays(instance: Instance) -> Facts:
-    """What the kernel reads of an instance."""
-    return Facts(**{name: getattr(instance, name) for name in Facts._fields})
 
 
 def _begin_round(search: Search) -> None:

@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 
 _FAR = 1 << 62
 
 
+class ListTask(NamedTuple):
+    """What a rule says: per node whether it ``holds`` memory for later (forwards, first or again), whether it is a
+    ``weight`` gradient, and its priority ``prio``; ``delay`` in nanoseconds, ``limit`` and ``count`` microbatches."""
+
+    holds: np.ndarray
+    weight: np.ndarray
+    prio: np.ndarray
+    delay: int
+    limit: int
+    count: int
+
+
 @njit(cache=True, nogil=True)
-def list_schedule(machine, rank, dur, succ_ptr, succ, lag, waits0, base, class_machine, alloc, free, work, cap,
-                  microbatch, num_micro, num_machines, holds, weight, prio, delay, limit, seq, start):
+def list_schedule(facts, task, seq, start):
     """Fill ``seq`` and ``start`` by list scheduling; the makespan, or -1 if memory blocks everything.
 
     At every step the machine that can start first takes, of the actions it could start within ``delay`` of that moment,
     the one with the smallest ``prio``. An action that takes memory starts only if afterwards the microbatches already
     under way could still be finished one after the other, oldest first (the banker's rule of Dijkstra, 1965): so memory
     never deadlocks the schedule. Within one microbatch the rest of its forwards must fit together; a gradient that
-    takes more than it returns may always run for the oldest, whose weight gradient returns it all. ``holds``: forwards,
-    first or again. At most ``limit`` microbatches are between their first action and their last that is no ``weight``
-    gradient.
+    takes more than it returns may always run for the oldest, whose weight gradient returns it all. At most ``limit``
+    microbatches are between their first action and their last that is no ``weight`` gradient.
+
+    ``facts``: `mipipe.planner.jobs.arrays.FixedArrays`; ``task``: `ListTask`.
     """
+    machine, rank, dur, microbatch = facts.machine, facts.rank, facts.dur, facts.microbatch
+    succ_ptr, succ, lag, base = facts.succ_ptr, facts.succ, facts.lag, facts.base
+    alloc, free, work, cap = facts.alloc, facts.free, facts.work, facts.cap
+    holds, weight, prio, delay, limit, num_micro = (task.holds, task.weight, task.prio, task.delay, task.limit,
+                                                    task.count)
     count = dur.shape[0]
+    num_machines = seq.shape[0]
+    class_machine = machine[base[:-1]]
     num_classes = base.shape[0] - 1
     num_ranks = cap.shape[0]
-    waits = waits0.copy()
+    waits = facts.waits.copy()
     ready = np.zeros(count, np.int64)
     nxt = base[:num_classes].copy()
     # classes of each machine: owned[ptr[k]:ptr[k + 1]]
@@ -60,10 +81,9 @@ def list_schedule(machine, rank, dur, succ_ptr, succ, lag, waits0, base, class_m
             core[microbatch[n]] += 1
     # microbatches enter in the order in which shared classes run them: the oldest never waits for a younger one
     earlier = np.zeros(num_micro, np.int64)
-    cls = np.zeros(count, np.int64)
+    cls = facts.cls
     for c in range(num_classes):
         for n in range(base[c], base[c + 1]):
-            cls[n] = c
             if n > base[c] and microbatch[n - 1] < microbatch[n]:
                 earlier[microbatch[n]] += 1
     # nodes of each microbatch: nodes[owns[m]:owns[m + 1]]

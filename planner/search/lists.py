@@ -13,9 +13,9 @@ import numpy as np
 
 from mipipe.planner import clock
 from mipipe.planner.actions import ActionKind
-from mipipe.planner.jobs.arcs import KINDS
 from mipipe.planner.jobs.arrays import Instance
-from mipipe.planner.search import list_kernel
+from mipipe.planner.jobs.dependencies import KINDS
+from mipipe.planner.search.list_kernel import ListTask, list_schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,20 +153,9 @@ def schedule(instance: Instance, rule: ListRule, rng: np.random.Generator | None
     length = instance.lengths()
     seq = np.full((instance.num_machines, int(length.max())), -1, dtype=np.int64)
     start = np.zeros(instance.size, dtype=np.int64)
-    kernel = list_kernel.list_schedule if compiled else list_kernel.list_schedule.py_func
-    makespan = kernel(instance.machine, instance.rank, instance.dur, instance.succ_ptr, instance.succ, instance.lag,
-                      instance.waits, instance.base, instance.machine[instance.base[:-1]], instance.alloc,
-                      instance.free, instance.work, instance.cap, instance.microbatch,
-                      instance.view.problem.num_microbatches,
-                      instance.num_machines, instance.kind <= KINDS.index(ActionKind.RECOMPUTE),
-                      instance.kind == KINDS.index(ActionKind.W),
-                      priorities(instance, rule, rng), int(rule.delay * period(instance)), rule.limit, seq, start)
+    kernel = list_schedule if compiled else list_schedule.py_func
+    task = ListTask(instance.kind <= KINDS.index(ActionKind.RECOMPUTE), instance.kind == KINDS.index(ActionKind.W),
+                    priorities(instance, rule, rng), int(rule.delay * period(instance)), rule.limit,
+                    instance.view.problem.num_microbatches)
+    makespan = kernel(instance.fixed, task, seq, start)
     return None if makespan < 0 else Orders(seq, length, int(makespan))
-
-
-def to_array(orders: list[list[int]]) -> np.ndarray:
-    """Orders as an array [machines, longest], padded with -1."""
-    seq = np.full((len(orders), max(map(len, orders))), -1, dtype=np.int64)
-    for row, order in zip(seq, orders, strict=True):
-        row[:len(order)] = order
-    return seq

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from mipipe.planner.actions import Action, ActionKind, Stream
-from mipipe.planner.jobs.arcs import KINDS
 from mipipe.planner.jobs.arrays import Instance, with_mirrors
+from mipipe.planner.jobs.dependencies import KINDS
 from mipipe.planner.plan import RankOrder, Schedule
 from mipipe.planner.search import pair_kernel
 from mipipe.planner.search.annealing import COLD, LARGE, PRICE, SLICE, TILTS

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 
 _FAR = 1 << 62
 
 
+class QuotaTask(NamedTuple):
+    """Per machine ``cap`` bytes and its classes, ``class_list[class_ptr[k]:class_ptr[k + 1]]``; per class its ``line``,
+    what it is to it, and the ``offset`` of its priority; per line ``quota`` and ``ramp``; per node its ``place``."""
+
+    class_ptr: np.ndarray
+    class_list: np.ndarray
+    line: np.ndarray
+    enters: np.ndarray
+    leaves: np.ndarray
+    filler: np.ndarray
+    place: np.ndarray
+    cap: np.ndarray
+    quota: np.ndarray
+    ramp: np.ndarray
+    offset: np.ndarray
+    age: float
+    delay: int
+    in_turn: bool
+
+
 @njit(cache=True, nogil=True)
-def quota_schedule(machine, dur, succ_ptr, succ, lag, waits0, base, class_ptr, class_list, line, enters, leaves, filler,
-                   quota, ramp, alloc, free, work, cap, offset, age, place, delay, in_turn, seq, start):
+def quota_schedule(facts, task, seq, start):
     """Fill ``seq`` and ``start``; the makespan, or -1 if quotas and memory block everything.
 
     A clock runs; a machine that is free takes, of the heads of its classes that are ready and within quota and memory,
@@ -19,17 +40,21 @@ def quota_schedule(machine, dur, succ_ptr, succ, lag, waits0, base, class_ptr, c
     action of an ``enters`` class and the end of one of a ``leaves`` class of the line (a stage on a rank); before the
     first one has left, it is ``ramp``. With ``in_turn`` actions of ``enters`` classes that take memory never overtake
     each other on a machine: then no order whose values would fit the memory is blocked by what comes early.
-    ``class_list[class_ptr[k]:class_ptr[k + 1]]`` are the classes of machine k; there is one machine per rank.
+
+    ``facts``: `mipipe.planner.jobs.arrays.FixedArrays`, one machine per rank; ``task``: `QuotaTask`.
     """
+    machine, dur, base, cls = facts.machine, facts.dur, facts.base, facts.cls
+    succ_ptr, succ, lag = facts.succ_ptr, facts.succ, facts.lag
+    alloc, free, work, cap = facts.alloc, facts.free, facts.work, task.cap
+    class_ptr, class_list, line = task.class_ptr, task.class_list, task.line
+    enters, leaves, filler, place = task.enters, task.leaves, task.filler, task.place
+    quota, ramp, offset = task.quota, task.ramp, task.offset
+    age, delay, in_turn = task.age, task.delay, task.in_turn
     count = dur.shape[0]
     machines = class_ptr.shape[0] - 1
-    waits = waits0.copy()
+    waits = facts.waits.copy()
     ready = np.zeros(count, np.int64)
     nxt = base[:-1].copy()
-    cls = np.zeros(count, np.int64)
-    for c in range(base.shape[0] - 1):
-        for n in range(base[c], base[c + 1]):
-            cls[n] = c
     flying = np.zeros(quota.shape[0], np.int64)
     left = np.zeros(quota.shape[0], np.bool_)
     used = np.zeros(machines, np.int64)

@@ -20,7 +20,7 @@ from mipipe.planner import clock
 from mipipe.planner.jobs.arrays import Instance
 from mipipe.planner.search import lists as greedy
 from mipipe.planner.search.lists import Orders
-from mipipe.planner.search.quota_kernel import quota_schedule
+from mipipe.planner.search.quota_kernel import QuotaTask, quota_schedule
 
 UNLIMITED = 1 << 40
 
@@ -109,11 +109,10 @@ def _run(instance: Instance, lines: Lines, rule: QuotaRule) -> tuple[Orders | No
     length = instance.lengths()
     seq = np.full((instance.num_machines, int(length.max())), -1, dtype=np.int64)
     start = np.zeros(instance.size, dtype=np.int64)
-    makespan = quota_schedule(
-        instance.machine, instance.dur, instance.succ_ptr, instance.succ, instance.lag, instance.waits, instance.base,
-        lines.class_ptr, lines.class_list, lines.line, lines.enters, lines.leaves, lines.filler, rule.quota,
-        rule.ramp, instance.alloc, instance.free, instance.work, lines.cap, rule.offset, rule.age, lines.place,
-        int(rule.delay * lines.time_ns), rule.in_turn, seq, start)
+    task = QuotaTask(lines.class_ptr, lines.class_list, lines.line, lines.enters, lines.leaves, lines.filler,
+                     lines.place, lines.cap, rule.quota, rule.ramp, rule.offset, float(rule.age),
+                     int(rule.delay * lines.time_ns), rule.in_turn)
+    makespan = quota_schedule(instance.fixed, task, seq, start)
     if makespan < 0:
         return None, np.inf
     last = seq[np.arange(instance.num_machines), length - 1]

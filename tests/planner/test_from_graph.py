@@ -11,7 +11,7 @@ from mipipe.graphs.operator_graph import Phase, Tags
 from mipipe.graphs.topology import Topology
 from mipipe.planner.actions import Stream
 from mipipe.planner.problem import Limits, PhaseTimes
-from mipipe.planner.problems.from_graph import build_problem, tied_groups
+from mipipe.planner.problems.from_graph import build_problem
 
 F, I, W = Phase  # noqa: E741
 
@@ -73,9 +73,7 @@ def test_loads_follow_branches_and_names(coarse, costs):
 
 
 def test_colocation_goes_by_name(coarse, costs):
-    names = tied_groups(coarse, [("v1", "t"), ("v0", "v1")])
-    assert names == (("vision", "text"),)
-    problem = build_problem(coarse, costs, Topology.uniform(2), num_microbatches=1, colocate=names)
+    problem = build_problem(coarse, costs, Topology.uniform(2), num_microbatches=1, colocate=(("vision", "text"),))
     assert problem.colocate == ((0, 2),)
 
 

@@ -95,8 +95,7 @@ def test_orders_kept_while_memory_has_a_price_fit_it() -> None:
     seq, best = start.seq.copy(), start.seq.copy()
     press = np.array([0.1 * small.dur.mean() / small.alloc.max()])
     hot = 2.0 * float(small.dur.mean())
-    makespan = anneal.anneal(search.kernel_arrays(small), seq, start.length, 20_000, hot, hot, 0.0, 0.2, press, 0, 1,
-                             best)
+    makespan = anneal.anneal(small.fixed, seq, start.length, 20_000, hot, hot, 0.0, 0.2, press, 0, 1, best)
     fits = [[memory_fits(orders, k, 0, start.length[k] - 1, 0, small.alloc, small.free, small.work,
                          small.cap[small.rank[orders[k, 0]]]) for k in range(small.num_machines)]
             for orders in (seq, best)]

@@ -150,11 +150,6 @@ def rmm_reconstruct(mean: Tensor, basis: Tensor, coefficients: Tensor) -> Tensor
     return mean + (coefficients[..., None, :] @ basis)[..., 0, :]
 
 
-def rmm_share(d: int, num_models: int, num_basis: int) -> float:
-    """Stored numbers relative to all vectors: ``(p (d + T) + d) / (d T)``."""
-    return (num_basis * (d + num_models) + d) / (d * num_models)
-
-
 def rmm(tile: Tile, _stats: Any, *, num_basis: int, rank: int, route: Sequence[float | None]) -> Tensor:
     """The base plus one model's task vector recovered from RMM's basis, or the routed mixture of several.
 

@@ -1,0 +1,97 @@
+"""One memory rule: the job shop, the searches' arrays, the simulated program and the checker say the same bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from random import Random
+
+import numpy as np
+import pytest
+
+from mipipe.graphs.errors import PlanError
+from mipipe.graphs.topology import Device, Link, Topology
+from mipipe.planner.bounds.at_placement import placement_bound
+from mipipe.planner.check import check_plan
+from mipipe.planner.execution.lower import lower
+from mipipe.planner.execution.measure import measure
+from mipipe.planner.execution.simulate_memory import rank_peaks
+from mipipe.planner.jobs.arrays import build, with_mirrors
+from mipipe.planner.jobs.job_shop import job_shop, peak_memory
+from mipipe.planner.jobs.memory import peaks
+from mipipe.planner.jobs.stages import view
+from mipipe.planner.jobs.times import evaluate
+from mipipe.planner.plan import Placement, Plan, Stage
+from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
+from mipipe.planner.search.lists import RULES, schedule
+
+LACKING = ((False, False), (True, False), (False, True), (True, True))
+"""(no I, no W) of the first stage."""
+
+
+def problem_of(random: Random, no_i: bool, no_w: bool) -> PlanningProblem:
+    """A chain on two ranks whose values take no bytes; the saved tensors of the first group are of every kind."""
+    groups = []
+    for number in range(4):
+        first = number == 0
+        times = PhaseTimes(random.randint(1, 9), None if first and no_i else random.randint(1, 9),
+                           None if first and no_w else random.randint(1, 9))
+        groups.append(Group(f"g{number}", {"d": times}, saved_fi_bytes=random.randint(0, 9),
+                            saved_fw_bytes=random.randint(0, 9), saved_iw_bytes=random.randint(0, 9),
+                            workspace_bytes=random.randint(0, 5), recompute_bytes=random.randint(0, 12),
+                            loads=tuple(random.choice((0.5, 1.0, 2.0)) for _ in range(5)) if number == 1 else ()))
+    edges = tuple(GroupEdge(n, (n + 1,), 0, None if n == 0 and no_i and no_w else 0, f"v{n}") for n in range(3))
+    link = Link(1, None)
+    return PlanningProblem("chain", tuple(groups), edges, Topology(
+        tuple(Device(f"d{r}", "d", 10**6, local_rank=r) for r in range(2)), link, link), 5)
+
+
+@pytest.mark.parametrize(("no_i", "no_w"), LACKING)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_every_reader_of_the_memory_rule_counts_the_same_bytes(no_i: bool, no_w: bool, recompute: bool) -> None:
+    for seed in range(4):
+        problem = problem_of(Random(seed), no_i, no_w)
+        stages = tuple(Stage((g,), (g // 2,), recompute=recompute and g % 2 == seed % 2) for g in range(4))
+        placement = Placement(stages, tuple((stage.ranks[0],) * 5 for stage in stages), "chain")
+        stage_view = view(problem, placement)
+        instance = build(stage_view)
+        orders = schedule(instance, RULES[seed], compiled=False)
+        assert orders is not None
+        plan = Plan("list", problem, placement, with_mirrors(instance, orders.lists()))
+        compiled, evaluation = evaluate(stage_view, plan.schedule)
+        jobs = job_shop(stage_view, compiled.actions)
+        simulated = rank_peaks(stage_view, lower(plan))
+        assert peak_memory(jobs, evaluation.starts) == simulated
+        nodes = [instance.number[action.stage, action.kind, action.microbatch] for action in compiled.actions]
+        assert peaks(instance.rank[nodes], np.array(evaluation.starts),
+                     np.array(evaluation.starts) + instance.dur[nodes], (instance.alloc + instance.work)[nodes],
+                     (instance.free + instance.work)[nodes], 2) == simulated
+        check_plan(Plan("list", problem.replace(limits=Limits(activation_bytes=max(simulated))), placement,
+                        plan.schedule))
+        with pytest.raises(PlanError, match="activations and buffers take"):
+            check_plan(Plan("list", problem.replace(limits=Limits(activation_bytes=max(simulated) - 1)), placement,
+                            plan.schedule))
+
+
+@pytest.mark.parametrize("seed", [*range(12), 354])  # in 354 a bound took what RECOMPUTE gives back for lost
+def test_bounds_hold_where_f_runs_again_even_if_that_saves_nothing(seed: int) -> None:
+    random = Random(seed)
+    ranks, microbatches = random.choice([1, 2, 3]), random.choice([2, 3, 4, 6])
+    groups = tuple(Group(f"g{k}", {"d": PhaseTimes(random.randint(1, 9), random.randint(1, 9), random.randint(1, 9))},
+                         saved_fi_bytes=random.randint(0, 9), saved_fw_bytes=random.randint(0, 9),
+                         recompute_bytes=random.randint(1, 9)) for k in range(2 * ranks))
+    link = Link(0, None)
+    problem = PlanningProblem(
+        "chain", groups, tuple(GroupEdge(k, (k + 1,), 0, 0, "v") for k in range(2 * ranks - 1)),
+        Topology(tuple(Device(f"d{k}", "d", 10**6, local_rank=k) for k in range(ranks)), link, link), microbatches)
+    stages = tuple(Stage((k,), (k // 2,), recompute=random.random() < .6) for k in range(2 * ranks))
+    placement = Placement(stages, tuple((stage.ranks[0],) * microbatches for stage in stages), "chain")
+    instance = build(view(problem, placement))
+    instance.cap[:] = random.randint(10, 60)
+    for rule in RULES[:4]:
+        orders = schedule(instance, rule, compiled=False)
+        if orders is not None:
+            plan = Plan("list", problem, placement, with_mirrors(instance, orders.lists()))
+            found = measure(plan)
+            tight = problem.replace(limits=Limits(activation_bytes=max(found.peak_bytes)))
+            check_plan(dataclasses.replace(plan, problem=tight))
+            assert placement_bound(view(tight, placement)).ns <= found.makespan_ns
