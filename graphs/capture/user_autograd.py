@@ -177,9 +177,10 @@ class UserCode:
             raise GraphError(f"model {self.model}: a gradient hook ({line_of(made.hook)}) is on a view of a tensor that"
                              " is changed in place later, which an operator graph cannot say; compute a new tensor"
                              " instead")
-        made.value = tensor.meta["val"]
-        with made.value.fake_mode:
-            tensor.meta["val"] = made.value.detach().clone()
+        value: Any = tensor.meta["val"]
+        made.value = value
+        with value.fake_mode:
+            tensor.meta["val"] = value.detach().clone()
 
     def _parameter_hook(self, hook: Callable[[Tensor], Tensor | None], parameter: Tensor,
                         nodes: Mapping[str, fx.Node]) -> tuple[tuple[Any, ...], UserHook]:

@@ -12,14 +12,14 @@ _FAR = 1 << 62
 
 class ListTask(NamedTuple):
     """What a rule says: per node whether it ``holds`` memory for later (forwards, first or again), whether it is a
-    ``weight`` gradient, and its priority ``prio``; ``delay`` in nanoseconds, ``limit`` and ``count`` microbatches."""
+    ``weight`` gradient, and its priority ``prio``; ``delay`` in nanoseconds, ``limit`` of the ``microbatches``."""
 
     holds: np.ndarray
     weight: np.ndarray
     prio: np.ndarray
     delay: int
     limit: int
-    count: int
+    microbatches: int
 
 
 @njit(cache=True, nogil=True)
@@ -39,7 +39,7 @@ def list_schedule(facts, task, seq, start):
     succ_ptr, succ, lag, base = facts.succ_ptr, facts.succ, facts.lag, facts.base
     alloc, free, work, cap = facts.alloc, facts.free, facts.work, facts.cap
     holds, weight, prio, delay, limit, num_micro = (task.holds, task.weight, task.prio, task.delay, task.limit,
-                                                    task.count)
+                                                    task.microbatches)
     count = dur.shape[0]
     num_machines = seq.shape[0]
     class_machine = machine[base[:-1]]
