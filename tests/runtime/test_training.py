@@ -110,14 +110,14 @@ def test_resume_under_another_plan(pool, tmp_path):
 
 
 def test_a_training_loop_of_ones_own(pool):
-    """The example's loop on two ranks equals the single process; it stands in the README as it is."""
+    """The example's loop on two ranks equals the single process; it stands in docs/training.md as it is."""
     case = equal.case("skip")
     few = list(itertools.islice(batches(), 4))
     losses, _ = pool.run(2, str(EXAMPLE), "train", plan(3), case.graph, case.state(), few, 4)
     assert losses == pytest.approx(alone(4, 1.0)[0], rel=1e-9)
     code = EXAMPLE.read_text()
     assert code[code.index("def train("):code.index("def main(")].strip() in \
-        (EXAMPLE.parent.parent / "README.md").read_text()
+        (EXAMPLE.parent.parent / "docs" / "training.md").read_text()
 
 
 def test_optimizer_groups_and_schedules():
