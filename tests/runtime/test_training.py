@@ -110,7 +110,7 @@ def test_resume_under_another_plan(pool, tmp_path):
 
 
 def test_a_training_loop_of_ones_own(pool):
-    """The example's loop on two ranks equals the single process; it stands in the documentation as it is."""
+    """The example's loop on two ranks equals the single process; it stands in docs/training.md as it is."""
     case = equal.case("skip")
     few = list(itertools.islice(batches(), 4))
     losses, _ = pool.run(2, str(EXAMPLE), "train", plan(3), case.graph, case.state(), few, 4)
