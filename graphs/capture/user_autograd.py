@@ -178,7 +178,7 @@ class UserCode:
                              " is changed in place later, which an operator graph cannot say; compute a new tensor"
                              " instead")
         made.value = tensor.meta["val"]
-        with made.value.fake_mode:
+        with made.value.fake_mode:  # type: ignore[union-attr]
             tensor.meta["val"] = made.value.detach().clone()
 
     def _parameter_hook(self, hook: Callable[[Tensor], Tensor | None], parameter: Tensor,
