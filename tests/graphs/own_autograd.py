@@ -272,13 +272,13 @@ def in_a_list(self: Any, x: Tensor) -> Tensor:
 
 
 def maps(self: Any, x: Tensor) -> Tensor:
-    self.seen = self.second.seen = x.detach() * 2  # kept for a plot, as attention maps are
+    self.shown = self.second.shown = x.detach() * 2  # kept for a plot, as attention maps are
     return x
 
 
 def appended(self: Any, x: Tensor) -> Tensor:
-    self.seen = [*self.__dict__.get("seen", []), 1]
-    return x * len(self.seen)
+    self.told = [*self.__dict__.get("told", []), 1]
+    return x * len(self.told)
 
 
 def remembers(self: Any, x: Tensor) -> Tensor:
@@ -386,7 +386,7 @@ REFUSED: dict[str, tuple[Callable[[], Model], str]] = {
     "namespace": (lambda: model(in_a_namespace), r"changes Own\.state\.step in every call"),
     "list": (lambda: model(in_a_list), r"two calls with the same weights, inputs and random numbers differ: loss.*"
              r"state in Python \(own_autograd\.CALLS at .*autograd\.py:\d+\)"),
-    "list of its own": (lambda: model(appended), r"state in Python \(Own\.seen at .*autograd\.py:\d+\)"),
+    "list of its own": (lambda: model(appended), r"state in Python \(Own\.told at .*autograd\.py:\d+\)"),
     "tensor of its own": (lambda: model(remembers), r"state in Python \(Own\.last at .*autograd\.py:\d+\)"),
     "clock": (lambda: model(lambda self, x: x * (time.perf_counter_ns() % 997)), "two calls with the same weights"),
     "frozen on the way": (lambda: model(frozen_on_the_way),

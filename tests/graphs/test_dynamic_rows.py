@@ -69,7 +69,9 @@ class Model(nn.Module):
         return functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
 
 
-@pytest.mark.parametrize("words", ["where", "nonzero", "mask", "one_hot", "concatenated"])
+@pytest.mark.parametrize("words", [
+    "where", "concatenated", *(pytest.param(words, marks=pytest.mark.slow) for words in ("nonzero", "mask", "one_hot")),
+])
 def test_loops_over_experts(words: str) -> None:
     """Also where an expert gets no token, or all; the layers share their traces, and the experts are one segment."""
     torch.manual_seed(0)

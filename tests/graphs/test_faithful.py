@@ -62,7 +62,7 @@ def test_a_module_keeps_no_tensor_of_an_export() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         capture_module(module, own.batch(), verify=False)
-    assert "seen" not in module.__dict__ and "seen" not in module.second.__dict__
+    assert "shown" not in module.__dict__ and "shown" not in module.second.__dict__
     capture_module(module, own.batch(), verify=True)
 
 
@@ -186,6 +186,7 @@ def test_a_factory_keeps_its_dtypes_unless_asked(monkeypatch: pytest.MonkeyPatch
     assert warnings_of(graph) == []
 
 
+@pytest.mark.slow
 def test_real_weights_are_verified_where_a_folder_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
@@ -215,6 +216,7 @@ def test_pairs_that_attention_computes(queries: int, keys: int, causal: bool, wi
     assert attended_pairs(queries, keys, causal, window) == seen
 
 
+@pytest.mark.slow
 def test_active_parameters_and_both_ways_of_counting_attention() -> None:
     """Two of four experts a token; half of a causal square and its diagonal."""
     pytest.importorskip("transformers")

@@ -31,6 +31,7 @@ class Spectral(nn.Module):
         return nn.functional.cross_entropy(self.last(x.float()), y)
 
 
+@pytest.mark.slow
 def test_parameters_of_several_dtypes_train(pool) -> None:
     torch.manual_seed(0)
     module = Spectral()
