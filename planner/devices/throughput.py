@@ -127,16 +127,14 @@ class _Search:
                 self.report(value, method)
 
     def _first(self) -> Iterator[TimedJob]:
-        """Short runs: on pieces, from the best and afresh, at falling contraction thresholds, and then at what the
-        budget allows, afresh, from the best, and on pieces of the best."""
+        """Short runs at rising contraction thresholds, the most contracted and quickest first, with pieces of the best
+        and afresh between; then at what the budget allows, afresh, from the best, and on pieces."""
         mean = self.instance.acc.sum() / max(self.instance.num_accelerators, 1)
-        if self.best is not None:
-            yield self._annealing(self._budget() / 2, WARM, 500, OPERATORS, self.best)
-            yield self._on_pieces(self.best)
-        yield self._on_pieces(None)
-        for threshold in (np.inf, mean / 2, mean / 4, mean / 8):
+        for place, threshold in enumerate((mean / 8, mean / 4, mean / 2, np.inf)):
             for hot in (HOT, WARM):
                 yield self._annealing(threshold, hot, 500, OPERATORS)
+            if place < 2:
+                yield self._on_pieces(None if place else self.best)
         for number in takewhile(lambda _: self.quiet < PATIENCE and self._provable(), count()):
             if self.best is not None and number % 4 == 3:
                 yield self._on_pieces(self.best if number % 8 == 3 else None)
