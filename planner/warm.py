@@ -5,8 +5,7 @@ numba keeps the result beside the source (or in the user's cache folder); instal
 
 from __future__ import annotations
 
-from mipipe.planner.devices.instance import WorkloadNode, contract_classes
-from mipipe.planner.devices.place import place
+from mipipe.planner.devices.compiled import compile_kernels
 from mipipe.planner.jobs.arrays import build
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.ladder.large import LARGE_ACTIONS
@@ -30,9 +29,7 @@ def warm() -> None:
     for problem in (small, large):
         plan(problem, PlanOptions(time_limit_s=2.0, placement="v", use_milp=False, use_baselines=False))
     plan(pairs, PlanOptions(time_limit_s=20.0, placement="two-way", use_milp=False, use_baselines=False))
-    nodes = [WorkloadNode(n, 1.0, 2.0, 1.0, n) for n in range(3)]
-    chain = contract_classes("chain", (2, 1, 9.0), nodes, [(0, [1], 0.1), (1, [2], 0.1)])
-    place(chain, time_limit_s=0.1)
+    compile_kernels()
 
 
 if __name__ == "__main__":

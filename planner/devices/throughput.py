@@ -15,7 +15,8 @@ While kernels are compiled (`mipipe.planner.devices.compiled`) step 3 runs first
 
 from __future__ import annotations
 
-import sys
+import importlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import count, takewhile
@@ -44,8 +45,8 @@ PATIENCE = 40
 FIRST_SHARE, BOUND_SHARE = 0.25, 0.25
 """Shares of the time limit for the first annealing runs, and for a bound where no proof is in reach."""
 
-SOLVER_LOADS_S = 1.0
-"""Seconds left below which Pyomo and HiGHS, which take about as long to load, are not loaded for a first solve."""
+SOLVER = "mipipe.planner.milp.device_placement"
+"""Loaded when it is first needed: Pyomo and HiGHS take a second, on a busy machine several."""
 
 HOT, WARM = 0.1, 0.01
 """Temperatures to begin with, afresh and from an assignment that is to be improved."""
@@ -127,16 +128,14 @@ class _Search:
                 self.report(value, method)
 
     def _first(self) -> Iterator[TimedJob]:
-        """Short runs: on pieces, from the best and afresh, at falling contraction thresholds, and then at what the
-        budget allows, afresh, from the best, and on pieces of the best."""
+        """Short runs at rising contraction thresholds, the most contracted and quickest first, with pieces of the best
+        and afresh between; then at what the budget allows, afresh, from the best, and on pieces."""
         mean = self.instance.acc.sum() / max(self.instance.num_accelerators, 1)
-        if self.best is not None:
-            yield self._annealing(self._budget() / 2, WARM, 500, OPERATORS, self.best)
-            yield self._on_pieces(self.best)
-        yield self._on_pieces(None)
-        for threshold in (np.inf, mean / 2, mean / 4, mean / 8):
+        for place, threshold in enumerate((mean / 8, mean / 4, mean / 2, np.inf)):
             for hot in (HOT, WARM):
                 yield self._annealing(threshold, hot, 500, OPERATORS)
+            if place < 2:
+                yield self._on_pieces(None if place else self.best)
         for number in takewhile(lambda _: self.quiet < PATIENCE and self._provable(), count()):
             if self.best is not None and number % 4 == 3:
                 yield self._on_pieces(self.best if number % 8 == 3 else None)
@@ -204,7 +203,11 @@ class _Search:
         return self.best is None or small.num_classes * small.num_devices < PROVABLE
 
     def _solver_fits(self) -> bool:
-        return self.left > (0.0 if "mipipe.planner.milp.device_placement" in sys.modules else SOLVER_LOADS_S)
+        """Whether the solver is loaded, which a second thread does, and there still is time."""
+        loading = threading.Thread(target=importlib.import_module, args=(SOLVER,), daemon=True)
+        loading.start()
+        loading.join(max(self.left, 0.0))
+        return not loading.is_alive() and self.left > 0
 
     def _prove(self, until: Callable[[], bool] = lambda: False) -> bool:
         """Solve all parts of the contracted instance: improves, or proves. Whether something better was found."""
