@@ -39,7 +39,8 @@ class Progress:
 
 @dataclass(slots=True)
 class Run:
-    """One solve in progress. ``left_out_ns``: no placement that was left out for want of time can be shorter."""
+    """One solve in progress. ``left_out_ns``: no placement that was left out for want of time can be shorter;
+    ``entered``: every placement allowed is a candidate or was left out."""
 
     problem: PlanningProblem
     options: PlanOptions
@@ -54,6 +55,7 @@ class Run:
     interrupted: bool = False
     reserve_s: float = 0.0
     left_out_ns: int = 1 << 62
+    entered: bool = False
 
     @property
     def seconds(self) -> float:
@@ -85,7 +87,7 @@ class Run:
     def lowest_ns(self) -> int | None:
         """No plan the options allow is shorter, as far as known: over all placements, or over those of the shape asked
         for."""
-        if self.options.placement == "free" or not self.candidates:
+        if self.options.placement == "free" or not self.candidates or not self.entered:
             return self.bound_ns
         return min(self.left_out_ns, *(found.bound.ns for found in self.candidates))
 
