@@ -45,9 +45,10 @@ def stdout() -> Console:
 
 
 def emit(data: dict[str, Any]) -> None:
-    """Print the one JSON object of ``--json``."""
-    sys.stdout.write(json.dumps(data, allow_nan=False) + "\n")
-    sys.stdout.flush()
+    """Print the one JSON object of ``--json``; on stderr where a file went to stdout, which then holds that alone."""
+    stream = sys.stderr if 1 in WRITTEN else sys.stdout
+    stream.write(json.dumps(data, allow_nan=False) + "\n")
+    stream.flush()
 
 
 def log(text: str) -> None:

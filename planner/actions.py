@@ -92,8 +92,8 @@ class Action:
                         " (0F3;1B2)OVERLAP_F_B")
 
 
-_SIMPLE = re.compile(r"(\d+)(F|I|W|B|R)(\d+)")
-_OVERLAP = re.compile(r"\((\d+)F(\d+);(\d+)B(\d+)\)OVERLAP_F_B")
+_SIMPLE = re.compile(r"([0-9]+)(F|I|W|B|R)([0-9]+)")
+_OVERLAP = re.compile(r"\(([0-9]+)F([0-9]+);([0-9]+)B([0-9]+)\)OVERLAP_F_B")
 
 
 def _read_order(value: Any) -> Any:

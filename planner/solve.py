@@ -212,6 +212,8 @@ def _finish(run: Run) -> SolveResult:
         ended = Termination.INTERRUPTED if run.interrupted else Termination.TIME_UP
         return SolveResult(None, None, run.bound_ns, None, ended, run.seconds,
                            reason=f"no plan within {run.options.time_limit_s:g} s; try a longer time limit")
+    if not run.entered and run.bound_ns is None:  # time was up among the placements of the shape asked for
+        run.bound_ns = problem_bound(run.problem).ns
     bound = run.lowest_ns
     if bound is not None and bound > best.bound.ns:
         best.bound = Bound(bound, "the bound over all placements")

@@ -41,6 +41,7 @@ def holds(plan: Plan) -> bool:
     makespan = int(ends.max())
     bounds = [bound for bound in (plan.bound_ns, plan.placement_bound_ns) if bound is not None]
     return (plan.makespan_ns in (None, makespan) and all(bound <= makespan for bound in bounds)
+            and bounds == sorted(bounds)
             and _memory_suffices(facts, starts, ends))
 
 

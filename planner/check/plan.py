@@ -87,7 +87,7 @@ def _check_pair(facts: Demands, action: Action, where: str) -> None:
 
 
 def _check_figures(plan: Plan, times: CheckedTimes) -> None:
-    """Raise `PlanError` if the makespan a plan states is not its order's, or a bound lies above it."""
+    """Raise `PlanError` if the makespan a plan states is not its order's, a bound lies above it, or two disagree."""
     if plan.makespan_ns is not None and plan.makespan_ns != times.makespan_ns:
         raise PlanError(f"plan: states a makespan of {plan.makespan_ns} ns, but its order takes {times.makespan_ns} ns;"
                         " simulate it again")
@@ -95,3 +95,6 @@ def _check_figures(plan: Plan, times: CheckedTimes) -> None:
         if bound is not None and bound > times.makespan_ns:
             raise PlanError(f"plan: states a lower {label} of {bound} ns, but its order takes {times.makespan_ns} ns;"
                             " the bound is wrong")
+    if plan.bound_ns is not None and plan.placement_bound_ns is not None and plan.placement_bound_ns < plan.bound_ns:
+        raise PlanError(f"plan: states a bound of {plan.bound_ns} ns over all placements and one of"
+                        f" {plan.placement_bound_ns} ns at its own; what no plan is below, none at this placement is")

@@ -78,7 +78,7 @@ def enter(run: Run) -> None:
     if run.options.placement != "free":  # few, and the bound is to hold for all of them
         for found in waiting:
             run.leave_out(found.bound.ns)
-        run.listed = True
+    run.entered = True
 
 
 def _most_promising(run: Run, waiting: Iterator[Placement]) -> Iterator[Candidate]:

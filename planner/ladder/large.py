@@ -142,7 +142,7 @@ def climb(run: Run) -> None:
     for placement in left_out:
         if all(found.placement != placement for found in run.candidates):
             run.leave_out(int(earliest_end(run.problem, placement, heads)))
-    run.listed = True
+    run.entered = True
     run.ablation.append({"rung": "quotas", "placement": run.best.placement.name if run.best else "",
                          "before": before / run.problem.unit_ns, "makespan": run.makespan_ns / run.problem.unit_ns,
                          "variables": None, "constraints": None, "seconds": round(time.monotonic() - began, 3)})

@@ -39,7 +39,7 @@ class Progress:
 
 @dataclass(slots=True)
 class Run:
-    """One solve in progress. ``left_out_ns``: no placement left out for want of time can be shorter. ``listed``: every
+    """One solve in progress. ``left_out_ns``: no placement left out for want of time can be shorter. ``entered``: every
     placement of the shape asked for is among the candidates or was left out."""
 
     problem: PlanningProblem
@@ -55,7 +55,7 @@ class Run:
     interrupted: bool = False
     reserve_s: float = 0.0
     left_out_ns: int = 1 << 62
-    listed: bool = False
+    entered: bool = False
 
     @property
     def seconds(self) -> float:
@@ -87,7 +87,7 @@ class Run:
     def lowest_ns(self) -> int | None:
         """No plan the options allow is shorter, as far as known: over all placements, or over those of the shape asked
         for."""
-        if self.options.placement == "free" or not self.candidates or not self.listed or self.recomputes:
+        if self.options.placement == "free" or not self.candidates or not self.entered or self.recomputes:
             return self.bound_ns
         of_shape = min(self.left_out_ns, *(found.bound.ns for found in self.candidates))
         return max(of_shape, self.bound_ns or 0)

@@ -178,3 +178,11 @@ def test_a_reader_that_has_gone_and_a_closed_or_full_stdout(folder: Path, comman
     if "/dev/stdout" not in command:
         closed = run(command, cwd=folder, preexec_fn=lambda: os.close(1))
         assert closed.returncode == 0 and closed.stderr == ""
+
+
+def test_a_file_on_stdout_is_alone_there(folder: Path) -> None:
+    """With --json, too: two objects one after the other are no JSON."""
+    ended = run(["plan", "problem.json", "--time-limit", "0.3", "-o", "/dev/stdout", "--json"], cwd=folder,
+                stdout=subprocess.PIPE)
+    assert ended.returncode == 0 and json.loads(ended.stdout)["format"] == "mipipe.plan"
+    assert "makespan" in json.loads(ended.stderr.splitlines()[-1])

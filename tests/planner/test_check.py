@@ -147,6 +147,8 @@ PLAN_DAMAGE = {
         dataclasses.replace(CHAIN, bound_ns=30), "states a lower bound of 30 ns, but its order takes 24 ns"),
     "wrong bound at placement": (
         dataclasses.replace(CHAIN, placement_bound_ns=30), "a lower bound at this placement of 30 ns"),
+    "bounds that disagree": (
+        dataclasses.replace(CHAIN, bound_ns=20, placement_bound_ns=19), "a bound of 20 ns over all placements and one"),
 }
 
 

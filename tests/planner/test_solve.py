@@ -14,6 +14,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.planner import solve
 from mipipe.planner.bounds.at_placement import placement_bound
 from mipipe.planner.check import check_plan
+from mipipe.planner.clock import OutOfTimeError
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.jobs.stages import view
@@ -105,7 +106,7 @@ def test_infeasible_memory_names_the_device_and_the_memory_that_would_do() -> No
     problem = uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, activations=0.9, copies=1)
     result = _plan(problem)
     assert result.termination is Termination.INFEASIBLE
-    assert "device0" in result.reason and "800 bytes lack" in result.reason and "8000 bytes" in result.reason
+    assert "device0" in result.reason and "800 bytes lack" in result.reason and "limit to 8kB" in result.reason
     enough = uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, activations=1, copies=1)
     assert _plan(enough, 2.0, use_milp=False).plan is not None
 
@@ -162,6 +163,20 @@ def test_the_bound_of_a_shape_holds_for_cuts_there_was_no_time_for(ranks: int, m
     assert found.bound_ns is not None and found.makespan_ns is not None
     assert found.bound_ns <= least
     assert (found.termination is Termination.OPTIMAL) == (found.makespan_ns <= found.bound_ns)
+
+
+def test_the_bound_of_a_shape_holds_where_time_is_up_among_its_cuts(monkeypatch) -> None:
+    """On a busy machine the candidates so far were taken for all there are: 162.55 where 159.05 is possible."""
+    def one(run: Run) -> None:
+        assert entering.admit_placement(run, next(iter(propose_shapes(run.problem, "interleaved"))))
+        raise OutOfTimeError
+
+    monkeypatch.setattr("mipipe.planner.solve.enter", one)
+    problem = uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, comm="0.1", layers=16, copies=1)
+    bounds = [placement_bound(view(problem, placement)).ns for placement in propose_shapes(problem, "interleaved")]
+    found = plan(problem, PlanOptions(time_limit_s=5, placement="interleaved"))
+    assert found.plan is not None and found.bound_ns is not None and min(bounds) < bounds[0]
+    assert found.bound_ns <= min(bounds)
 
 
 def test_the_bound_of_a_shape_holds_for_cuts_that_no_list_was_found_for(monkeypatch) -> None:
