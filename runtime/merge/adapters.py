@@ -104,6 +104,10 @@ def truncate(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _check(graph: MergeGraph, unit: MergeUnit, rank: int | None) -> None:
     """Raise unless a unit's merge can be kept low-rank."""
+    dora = next((item for given in unit.inputs for item in given.adapters if item.magnitude is not None), None)
+    if dora is not None:
+        raise InputError(f"adapter: {dora.folder} is a DoRA adapter, whose task vectors have full rank; merge into the"
+                         " model (leave out adapter)")
     folders = {item.folder for item in unit.inputs}
     if len(folders) > 1:
         label = graph.models[unit.inputs[-1].model].label
@@ -164,5 +168,6 @@ def _config(units: Sequence[MergeUnit], ranks: dict[str, int]) -> dict[str, obje
     largest = max(ranks.values())
     other = {module: rank for module, rank in ranks.items() if rank != largest}
     config.update(r=largest, lora_alpha=largest, use_rslora=False, rank_pattern=other, alpha_pattern=dict(other),
-                  target_modules=sorted(ranks), inference_mode=True, base_model_name_or_path=units[0].inputs[0].folder)
+                  init_lora_weights=True, modules_to_save=None, bias="none", target_modules=sorted(ranks),
+                  inference_mode=True, base_model_name_or_path=units[0].inputs[0].folder)
     return config

@@ -41,6 +41,7 @@ class MergeOptions:
     """How to merge: ranks, device kind, memory cap in bytes per rank (None: no cap), largest output file, dtype.
 
     ``dtype`` replaces the recipe's out_dtype. ``timeline``: a file for the measured timeline (of the last recipe).
+    ``verify``: open the result as transformers would before it is called done (`mipipe.runtime.merge.verify`).
     """
 
     num_ranks: int = 1
@@ -49,6 +50,7 @@ class MergeOptions:
     shard_bytes: int = SHARD_BYTES
     dtype: str | None = None
     timeline: str | None = None
+    verify: bool = True
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from merge_fixtures import CONFIG, HIDDEN, read, state, trio, write
@@ -84,9 +85,28 @@ def test_gradients_filters_and_levels_reach_the_right_tensors(tmp_path):
     assert values[at(1, "mlp.up_proj")]["weight"] == [0.25, 0.5]
     assert values[at(2, "mlp.up_proj")]["weight"] == [0.5, 0]
     assert values[at(4, "self_attn.q_proj")]["weight"] == [1.0, 0.25]
-    assert values["model.norm.weight"]["weight"] == [1.0, 7]
+    assert values["model.norm.weight"]["weight"] == [0.0, 7]  # outside the layers: the gradient's first value
     assert values["model.embed_tokens.weight"]["weight"] == [0.0, 0.25]
     assert values["lm_head.weight"]["lambda"] == 2.0 and values["model.norm.weight"]["lambda"] == 1.0
+
+
+def test_gradients_in_slices_run_over_each_slice(tmp_path):
+    """Slices of 3, 1 and 2 of 6 layers: numpy's interpolation over the slice's own layers, the first value outside."""
+    trio(tmp_path, layers=6)
+
+    def piece(first, last):
+        return {"sources": [{"model": f"{tmp_path}/{name}", "layer_range": [first, last]}
+                            for name in ("base", "expert1")]}
+
+    values = [0.0, 1.0, 0.4, 0.8]
+    graph = build(parse_recipe({"merge_method": "slerp", "base_model": f"{tmp_path}/base", "parameters": {"t": values},
+                                "slices": [piece(0, 3), piece(5, 6), piece(1, 3)]}, "recipe"))
+    found = {unit.name: unit.parameters["t"] for unit in graph.units if unit.method != "copy"}
+    places = [0, 0.5, 1, 1, 0, 1]  # an only layer is its slice's last
+    for layer, place in enumerate(places):
+        expected = np.interp(place, np.linspace(0, 1, len(values)), values)
+        assert found[f"model.layers.{layer}.mlp.up_proj.weight"] == pytest.approx(expected), layer
+    assert {found[name] for name in found if ".layers." not in name} == {0.0}
 
 
 # Vocabularies ---------------------------------------------------------------------------------------------------------
