@@ -27,6 +27,7 @@ from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.graphs.merging.passes import scope_of
 from mipipe.graphs.serialize import write_text
 from mipipe.runtime.merge.card import graph_card
+from mipipe.runtime.merge.engine import refuse_overflow
 from mipipe.runtime.merge.methods.method import merge_tensors
 from mipipe.runtime.merge.methods.registry import BY_METHOD
 from mipipe.runtime.merge.methods.spectral import svd
@@ -76,6 +77,8 @@ def keep_adapters(graph: MergeGraph, rank: int | None, out: Path) -> KeptAdapter
             module = unit.name.removesuffix(".weight")
             ranks[module] = len(down)
             dtype = TORCH_DTYPES[unit.dtype]
+            refuse_overflow(unit.name, down, dtype)
+            refuse_overflow(unit.name, up, dtype)
             tensors[f"base_model.model.{module}.lora_A.weight"] = down.to(dtype).contiguous()
             tensors[f"base_model.model.{module}.lora_B.weight"] = up.to(dtype).contiguous()
     folder = partial_folder(out)
