@@ -285,6 +285,8 @@ def merged_models(spec: MethodSpec, models: Sequence[RecipeModel], base: str | N
         others = [model for model in models if not same_model(model, base)]
         given = [model for model in models if same_model(model, base)]
         return [*(given[:1] or [RecipeModel(base)]), *others]
+    if spec.base_last and base is not None and not any(same_model(model, base) for model in models):
+        return [*models, RecipeModel(base)]
     if spec.base is Base.UNUSED:
         return list(models)
     return [model for model in models if not same_model(model, base)]

@@ -87,7 +87,12 @@ class UnitBuilder:
         """Lines for whoever merges."""
         files = [part for found in self.opened.values() for part in (found.files, *(item.files for item in
                                                                                     found.adapters))]
-        return list(dict.fromkeys(note for part in files for note in part.left_out))
+        notes = [note for part in files for note in part.left_out]
+        base, spec = self.recipe.base_model, self.recipe.spec
+        if base is not None and spec.base is Base.UNUSED and not (spec.base_first or spec.base_last) and not any(
+                same_model(model, base) for model in self.all_models()):
+            notes.append(f"{self.where}: {spec.name} does not read base_model {base}; only its config and names count")
+        return list(dict.fromkeys(notes))
 
     def main_labels(self) -> list[str]:
         """The models of the recipe's main method, and its base."""
@@ -146,6 +151,9 @@ class UnitBuilder:
         values = values_of(spec, [model.parameters for model in chosen], rule.shared, name,
                            self.position(name, rule, depth), self.filters, self.where)
         shape, gathered, crop = self.shape(name, kind, base, models)
+        problem = spec.check(values)
+        if problem:
+            raise InputError(f"{self.where}: {spec.name}: {problem} (tensor {name})")
         prefix = layer_prefix(name)
         expert = _EXPERT.match(name)
         config = self.opened[self.labels[first.model]].files.config
