@@ -10,6 +10,7 @@ from typing import Any
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, licence_of
 from mipipe.graphs.merging.graph import MergeGraph, MergeModel, MergeUnit
+from mipipe.graphs.merging.layer_config import picked_layers
 from mipipe.graphs.merging.participants import Participant, num_layers
 from mipipe.graphs.merging.recipe import Branch, MergeRecipe
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify, with_layer
@@ -146,11 +147,9 @@ def _config(builder: UnitBuilder, units: Sequence[MergeUnit]) -> dict[str, Any]:
     if recipe.slices:
         picked = [(source.layer_range[0] + step) for piece in recipe.slices for source in piece.sources[:1]
                   if source.layer_range for step in range(slice_length(source))]
-        before = inner.get("num_hidden_layers", inner.get("n_layer"))
-        for key, value in list(inner.items()):
-            if isinstance(value, list) and len(value) == before and key != "architectures":
-                inner[key] = [value[index] if index < len(value) else value[-1] for index in picked]
-        inner["n_layer" if "n_layer" in inner else "num_hidden_layers"] = len(picked)
+        made = picked_layers(inner, picked, builder.where)
+        config, text = (made, None) if text is None else (config, made)
+        inner = made
     rows = next((unit.shape[0] for unit in units if unit.name == builder.reference.token_table), None)
     if rows is not None and rows != inner.get("vocab_size"):
         inner["vocab_size"] = rows

@@ -58,7 +58,7 @@ _TABLES = frozenset({TensorClass.MATRIX, TensorClass.EMBEDDING, TensorClass.HEAD
 _SHARE = Parameter("weight", 1.0, "factor of each model", per_model=True)
 _WEIGHT = Parameter("weight", 1.0, "factor of each model's task vector", per_model=True)
 _LAMBDA = Parameter("lambda", 1.0, "factor of the merged task vector")
-_DENSITY = Parameter("density", 1.0, "share of entries kept", per_model=True, low=0.0, high=1.0)
+_DENSITY = Parameter("density", 1.0, "share of entries kept", per_model=True, low=0.0, high=1.0, above=True)
 _RESCALE = Parameter("rescale", True, "make up for what was dropped", bool)
 _SUM = Parameter("normalize", False, "divide by the sum of weights", bool)
 _MEAN = Parameter("normalize", True, "divide by the sum of weights", bool)

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, StoredTensor
 from mipipe.graphs.merging.graph import Adapter, Input, MergeUnit
+from mipipe.graphs.merging.layer_config import differences
 from mipipe.graphs.merging.method_spec import Base
 from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.graphs.merging.participants import Participant, decoder_prefix, num_layers, open_participant
 from mipipe.graphs.merging.recipe import DTYPES, MergeRecipe, Parameters, RecipeModel, merged_models, same_model
+from mipipe.graphs.merging.recipe_values import unused_parameters
 from mipipe.graphs.merging.tensor_classes import (
     FLOATING,
     QUANTISED,
@@ -24,7 +26,7 @@ from mipipe.graphs.merging.tensor_classes import (
     with_layer,
 )
 from mipipe.graphs.merging.values import Filters, values_of
-from mipipe.graphs.merging.vocabulary import Vocabulary, join, read_tokens
+from mipipe.graphs.merging.vocabulary import Vocabulary, added_entries, join, read_tokens
 
 _EXPERT = re.compile(r"^(.*\.(?:mlp|block_sparse_moe|moe|feed_forward|ffn))\.(?:experts(?:\.|$)|gate\.|router\.)")
 
@@ -92,7 +94,9 @@ class UnitBuilder:
         if base is not None and spec.base is Base.UNUSED and not (spec.base_first or spec.base_last) and not any(
                 same_model(model, base) for model in self.all_models()):
             notes.append(f"{self.where}: {spec.name} does not read base_model {base}; only its config and names count")
-        return list(dict.fromkeys(notes))
+        notes += [line for label in self.main_labels() if (line := differences(
+            label, self.opened[label].files.config, self.reference_label, self.reference.files.config))]
+        return list(dict.fromkeys(notes + unused_parameters(self.recipe, self.where)))
 
     def main_labels(self) -> list[str]:
         """The models of the recipe's main method, and its base."""
@@ -115,7 +119,8 @@ class UnitBuilder:
                 raise InputError(f"{label}: has no token embedding, but the recipe joins vocabularies")
             sizes.append(self.opened[label].tensors[name].shape[0])
         tokens = [read_tokens(self.opened[label].tokenizer_folder) for label in self.labels]
-        return join(tokens, sizes, self.labels.index(main), rule.source == "union", rule.pad_to_multiple_of)
+        extra = [added_entries(self.opened[label].tokenizer_folder) for label in self.labels]
+        return join(tokens, sizes, self.labels.index(main), rule.source == "union", rule.pad_to_multiple_of, extra)
 
     # Units -----------------------------------------------------------------------------------------------------------
 

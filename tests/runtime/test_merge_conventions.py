@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from merge_fixtures import trio
+from merge_fixtures import state, trio, write
 from merge_numbers import deltas, merged
 
 from mipipe.graphs.errors import InputError
@@ -124,3 +124,33 @@ def test_optmerge_by_default_stays_near_the_sum_and_beats_the_average():
     pull = np.trace(gram) / 48
     expected = (pulled.numpy() + pull * sum(taus).double().numpy()) @ np.linalg.inv(gram + pull * np.eye(48))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_parameters_of_other_methods_are_mentioned_and_misspelt_ones_refused(tmp_path):
+    trio(tmp_path)
+    data = {"merge_method": "linear", "dtype": "bf16", "out_dtype": "fp16", "parameters": {"t": 0.5, "density": 0.3},
+            "models": [{"model": f"{tmp_path}/expert1", "parameters": {"weight": 1.0, "epsilon": 0.1}}]}
+    recipe = parse_recipe(data, "recipe")
+    assert (recipe.dtype, recipe.out_dtype) == ("bfloat16", "float16")
+    assert build(recipe).notes == tuple(f"recipe: linear does not use the parameter {name}"
+                                        for name in ("t", "density", "epsilon"))
+    with pytest.raises(InputError, match="no parameter 'wieght'"):
+        parse_recipe({**data, "parameters": {"wieght": 1.0}}, "recipe")
+
+
+def test_density_may_reach_zero_along_a_gradient(tmp_path):
+    trio(tmp_path)
+    data = {"merge_method": "ties", "base_model": f"{tmp_path}/base", "parameters": {"density": [0, 1]},
+            "models": [{"model": f"{tmp_path}/expert1"}]}
+    found = {unit.name: unit.parameters["density"] for unit in build(parse_recipe(data, "recipe")).units
+             if unit.method != "copy"}
+    assert found["model.layers.0.mlp.up_proj.weight"] == [0.0] and found["model.layers.1.mlp.up_proj.weight"] == [1.0]
+
+
+def test_models_that_compute_differently_are_one_line(tmp_path):
+    for name, theta in (("a", 1e4), ("b", 5e5)):
+        write(tmp_path / name, state(0), {"rope_theta": theta, "rms_norm_eps": 1e-6})
+    graph = build(parse_recipe({"merge_method": "linear", "models": [
+        {"model": f"{tmp_path}/{name}"} for name in "ab"]}, "recipe"))
+    assert graph.notes == (f"{tmp_path}/b and {tmp_path}/a differ in rope_theta 500000.0 and 10000.0; the result has"
+                           f" those of {tmp_path}/a",)
