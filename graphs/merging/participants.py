@@ -120,7 +120,7 @@ def open_participant(label: str, known: Mapping[str, CheckpointFiles], default_b
     maps: list[Pairs] = [chosen, _map(plain, names, None), ()]
     bound = tuple(bind(item, files.path, tensors, [*maps, *(AUTO_NAMES if names == "auto" else ())])
                   for item in adapters)
-    homes = {}
+    homes: dict[str, str] = {}
     for item in bound:
         tensors |= item.tensors
         homes |= dict.fromkeys(item.tensors, item.files.path)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.method_spec import MethodSpec, Parameter
 from mipipe.graphs.merging.methods import METHODS
-
-if TYPE_CHECKING:
-    from mipipe.graphs.merging.recipe import MergeRecipe
 
 PARAMETER_NAMES = frozenset(parameter.name for spec in METHODS for parameter in spec.parameters)
 """Names that some method has a parameter of: no misspellings."""
@@ -21,7 +18,7 @@ PARAMETER_NAMES = frozenset(parameter.name for spec in METHODS for parameter in 
 def check_parameters(spec: MethodSpec, values: Mapping[str, Any], where: str, own: bool = False) -> None:
     """Raises unless every key is a parameter of the method and every value in its range.
 
-    Parameters of other methods are left to `unused_parameters`, which mentions them.
+    Parameters of other methods do nothing; `mipipe.graphs.merging.units.unused_parameters` mentions them.
 
     Args:
         own: the values belong to one model, where only per-model parameters may stand.
@@ -41,15 +38,6 @@ def check_parameters(spec: MethodSpec, values: Mapping[str, Any], where: str, ow
             if sloped and parameter.above and type(item) in (int, float) and item == parameter.low:
                 continue  # a gradient, or part of the tensors, may reach the bound: there the model leaves nothing
             check_value(parameter, item, f"{where}: {key}")
-
-
-def unused_parameters(recipe: MergeRecipe, where: str) -> list[str]:
-    """Lines about parameters that belong to other methods than the recipe's, and so do nothing."""
-    given = [recipe.parameters, *(model.parameters for model in recipe.models)]
-    for piece in recipe.slices:
-        given += [piece.parameters, *(source.parameters for source in piece.sources)]
-    names = dict.fromkeys(key for values in given for key in values if recipe.spec.parameter(key) is None)
-    return [f"{where}: {recipe.merge_method} does not use the parameter {name}" for name in names]
 
 
 def _scalars(value: Any, where: str) -> list[Any]:

@@ -14,7 +14,6 @@ from mipipe.graphs.merging.method_spec import Base
 from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.graphs.merging.participants import Participant, decoder_prefix, num_layers, open_participant
 from mipipe.graphs.merging.recipe import DTYPES, MergeRecipe, Parameters, RecipeModel, merged_models, same_model
-from mipipe.graphs.merging.recipe_values import unused_parameters
 from mipipe.graphs.merging.tensor_classes import (
     FLOATING,
     QUANTISED,
@@ -230,6 +229,15 @@ class UnitBuilder:
             if len(ranks) > 1 or any(a < b for a, b in zip(item.tensor.shape, first.tensor.shape, strict=False)):
                 raise InputError(f"{found}: smaller than the base's, which mismatch: submatrix cannot cut to size")
         return first.tensor.shape, False, True
+
+
+def unused_parameters(recipe: MergeRecipe, where: str) -> list[str]:
+    """Lines about parameters that belong to other methods than the recipe's, and so do nothing."""
+    given = [recipe.parameters, *(model.parameters for model in recipe.models)]
+    for piece in recipe.slices:
+        given += [piece.parameters, *(source.parameters for source in piece.sources)]
+    names = dict.fromkeys(key for values in given for key in values if recipe.spec.parameter(key) is None)
+    return [f"{where}: {recipe.merge_method} does not use the parameter {name}" for name in names]
 
 
 def slice_length(source: RecipeModel) -> int:
