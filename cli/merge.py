@@ -55,6 +55,8 @@ def merge(
     store: Annotated[bool, typer.Option("--store", help="Store the experts as parts (onebit, twin, rmm), to be"
                                                         " rebuilt for a route later.")] = False,
     route: Annotated[str | None, typer.Option(help="Rebuild stored parts: each expert's weight, as 0,1,0.")] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not open the result as transformers would before it"
+                                                                " is called done.")] = False,
     timeline: Annotated[Path | None, typer.Option(help="Write the timeline here, for mipipe show: measured, or"
                                                        " simulated with --dry-run.")] = None,
     methods: Annotated[bool, typer.Option("--methods", help="List the merge methods and their parameters.",
@@ -89,15 +91,20 @@ def merge(
     from mipipe.runtime.merge.launch import merge as run
     from mipipe.runtime.weights.writer import partial_folder
 
-    options = MergeOptions(ranks, device, cap, size, dtype, record)
+    options = MergeOptions(ranks, device, cap, size, dtype, record, verify=not no_verify)
     try:
         with progress("merging") as update:
-            result = run(recipe, output, options, lambda done, total: update(f"{done / max(1, total):.0%}"))
+            result = run(recipe, output, options, lambda done, total: update(f"{done / max(1, total):.0%}"), _note)
     except KeyboardInterrupt:
         if partial_folder(output).exists():
             log(f"mipipe: {partial_folder(output)} keeps what is done; the same command continues from it")
         raise
     _tell(result, json_output)
+
+
+def _note(text: str) -> None:
+    """A line about what a merge leaves out or cannot tell."""
+    log(f"mipipe: {text}")
 
 
 def _tell(result: MergeResult, json_output: bool) -> None:
@@ -193,6 +200,8 @@ def _dry_run(plans: list[MergePlan], timeline: str | None, json_output: bool) ->
     simulated = [(plan, simulate_merge(plan, lower_merge(plan))) for plan in plans]
     if timeline is not None:
         save(simulated[-1][1], timeline)
+    for note in dict.fromkeys(note for plan in plans for note in plan.graph.notes):
+        _note(note)
     if json_output:
         emit({"recipes": [_facts(*item) for item in simulated]})
         return

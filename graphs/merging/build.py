@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, licence_of
-from mipipe.graphs.merging.graph import MergeGraph, MergeModel
+from mipipe.graphs.merging.graph import MergeGraph, MergeModel, MergeUnit
+from mipipe.graphs.merging.layer_config import picked_layers
 from mipipe.graphs.merging.participants import Participant, num_layers
 from mipipe.graphs.merging.recipe import Branch, MergeRecipe
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify, with_layer
@@ -37,15 +38,16 @@ def build(recipe: MergeRecipe, where: str = "recipe",
     align = recipe.align
     if align is not None and not any(unit.experts and unit.method != "copy" for unit in units):
         raise InputError(f"{where}: align: the models have no experts to match")
-    return MergeGraph(units, models, _config(builder), builder.reference.files.config,
-                      builder.opened[tokenizer].files.path, to_data(recipe), builder.vocabulary,
+    return MergeGraph(units, models, _config(builder, units), builder.reference.files.config,
+                      builder.opened[tokenizer].tokenizer_folder, to_data(recipe), builder.vocabulary,
                       "float64" if recipe.dtype == "float64" else "float32", recipe.seed,
-                      align is not None and align.experts, align is not None and align.hidden_units)
+                      align is not None and align.experts, align is not None and align.hidden_units,
+                      tuple(builder.notes()))
 
 
 def _source(label: str, participant: Participant) -> MergeModel:
     """A model with its adapters: their fingerprints, licences and bytes together."""
-    parts = [participant.files, *participant.adapters]
+    parts = [participant.files, *(item.files for item in participant.adapters)]
     licences = dict.fromkeys(licence_of(part.path) for part in parts)  # each once, the model's first
     return MergeModel(label, participant.files.path, "+".join(part.fingerprint for part in parts), " + ".join(licences),
                       sum(part.num_bytes for part in parts))
@@ -73,9 +75,7 @@ def _model_rules(builder: UnitBuilder) -> list[tuple[str, MergeRule]]:
             names |= {name for name in builder.opened[model.model].tensors if re.search(branch.tensors, name)}
         if branch.merge_method != "drop" and not any(re.search(branch.tensors, name) for name in names):
             raise InputError(f"{builder.where}: branch {branch.name or branch.tensors!r} matches no tensor")
-    if builder.untied:
-        names |= {name for label in builder.main_labels() for name, tensor in builder.opened[label].tensors.items()
-                  if classify(name, tensor.shape, tensor.dtype) is TensorClass.HEAD}
+    names |= builder.heads()
     rules = []
     for name in names:
         claimed = _branch_of(recipe, name)
@@ -108,9 +108,9 @@ def _slice_rules(builder: UnitBuilder) -> list[tuple[str, MergeRule]]:
             rule = _slice_rule(recipe, number, step)
             rules += [(with_layer(name, layer), rule) for name in names]
             layer += 1
-    for name in builder.reference.tensors:
+    for name in {*builder.reference.tensors, *builder.heads()}:
         if not builder.is_decoder(name):
-            early = builder.position(name, 1) == 0.0
+            early = classify(name, (0, 0), "F32") is TensorClass.EMBEDDING
             rules.append((name, _slice_rule(recipe, 0 if early else len(recipe.slices) - 1, None)))
     return rules
 
@@ -138,7 +138,7 @@ def _check_leftovers(builder: UnitBuilder, made: set[str]) -> None:
                              " them a branch (merge_method: passthrough keeps them, drop leaves them out)")
 
 
-def _config(builder: UnitBuilder) -> dict[str, Any]:
+def _config(builder: UnitBuilder, units: Sequence[MergeUnit]) -> dict[str, Any]:
     """The output's config.json: the reference's, with layers, vocabulary, dtype and tie as the merge made them."""
     recipe = builder.recipe
     config = dict(builder.reference.files.config)
@@ -147,16 +147,16 @@ def _config(builder: UnitBuilder) -> dict[str, Any]:
     if recipe.slices:
         picked = [(source.layer_range[0] + step) for piece in recipe.slices for source in piece.sources[:1]
                   if source.layer_range for step in range(slice_length(source))]
-        before = inner.get("num_hidden_layers", inner.get("n_layer"))
-        for key, value in list(inner.items()):
-            if isinstance(value, list) and len(value) == before and key != "architectures":
-                inner[key] = [value[index] if index < len(value) else value[-1] for index in picked]
-        inner["n_layer" if "n_layer" in inner else "num_hidden_layers"] = len(picked)
-    if builder.vocabulary is not None:
-        inner["vocab_size"] = builder.vocabulary.size
+        made = picked_layers(inner, picked, builder.where)
+        config, text = (made, None) if text is None else (config, made)
+        inner = made
+    rows = next((unit.shape[0] for unit in units if unit.name == builder.reference.token_table), None)
+    if rows is not None and rows != inner.get("vocab_size"):
+        inner["vocab_size"] = rows
         if text is not None and "vocab_size" in config:
-            config["vocab_size"] = builder.vocabulary.size
-    if builder.untied:
+            config["vocab_size"] = rows
+    head = any(unit.tensor_class is TensorClass.HEAD for unit in units)
+    if head and (config.get("tie_word_embeddings") or inner.get("tie_word_embeddings")):
         inner["tie_word_embeddings"] = config["tie_word_embeddings"] = False
     wanted = recipe.out_dtype or recipe.dtype
     for place in (config, inner):

@@ -1,8 +1,9 @@
 """What a checkpoint on disk holds: its config and, from the headers alone, every tensor's place in the shards.
 
-No tensor data is read and no torch is needed. Reads Hugging Face folders: ``config.json``, ``model.safetensors`` or
-shards with an index; LoRA folders (``adapter_config.json``, ``adapter_model.safetensors``). The safetensors format:
-eight bytes little-endian header length, a JSON header, then the data.
+No tensor data is read and no torch is needed. Reads Hugging Face folders as transformers does: ``config.json`` and
+``model.safetensors``, else the tensors that an index of shards names; LoRA folders (``adapter_config.json``,
+``adapter_model.safetensors``). The safetensors format: eight bytes little-endian header length, a JSON header, then
+the data.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import math
 import re
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +25,12 @@ DTYPE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32,
               "U32": 32, "U64": 64, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "C64": 64}
 
 
+MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
+COMPARED = 2**20
+"""Bytes compared at a time."""
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_NO_MODEL = re.compile(r"consolidated|optimizer|scheduler|adapter|training|rng_state")
+"""Names of safetensors files that other programs put beside a model."""
 MAX_HEADER = 100_000_000
 """Bytes of a safetensors header, as the format's own library allows."""
 
@@ -49,7 +57,8 @@ class CheckpointFiles:
     """One checkpoint: folder, config, tensors by name. ``fingerprint`` changes when a file does (its header,
     size or time of change).
 
-    ``adapter`` is the LoRA config of an adapter folder, else empty.
+    ``adapter`` is the LoRA config of an adapter folder, else empty. ``left_out``: lines about files and tensors that
+    lie there and are no part of the model.
     """
 
     path: str
@@ -57,6 +66,7 @@ class CheckpointFiles:
     tensors: dict[str, StoredTensor]
     fingerprint: str
     adapter: dict[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -84,23 +94,30 @@ def read_checkpoint(path: str | Path) -> CheckpointFiles:
         raise InputError(f"{path}: no such folder; models are given as local checkpoint folders"
                          " (config.json and .safetensors files)")
     adapter = _optional(folder / "adapter_config.json")
-    files = ["adapter_model.safetensors"] if adapter else _model_files(folder)
+    files, named = (["adapter_model.safetensors"], None) if adapter else _model_files(folder)
     config = _optional(folder / "config.json")
     if not adapter and not config:
         raise InputError(f"{path}: has no config.json")
     tensors: dict[str, StoredTensor] = {}
+    unnamed: dict[str, list[str]] = {}
     seal = hashlib.sha256()
     for file in files:
         found, header = read_header(folder / file)
         status = (folder / file).stat()
         seal.update(f"{file}:{status.st_size}:{status.st_mtime_ns}:".encode() + header)
         for tensor in found:
+            if named is not None and named.get(tensor.name) != file:
+                unnamed.setdefault(file, []).append(tensor.name)
+                continue
             if tensor.name in tensors:
                 raise InputError(f"{path}: tensor {tensor.name} is in {tensors[tensor.name].file} and in {file};"
                                  " expected it once")
             tensors[tensor.name] = tensor
-    _check_index(folder, tensors)
-    return CheckpointFiles(str(folder), config, tensors, seal.hexdigest()[:16], adapter)
+    _check_index(folder, named or {}, tensors, unnamed)
+    notes = [] if adapter else _left_out(folder, files)
+    notes += [f"{folder}: {file}: {len(names)} tensor{'s' if len(names) > 1 else ''} that the index does not name there"
+              f" left out, first {names[0]}" for file, names in unnamed.items()]
+    return CheckpointFiles(str(folder), config, tensors, seal.hexdigest()[:16], adapter, tuple(notes))
 
 
 def _optional(path: Path) -> dict[str, Any]:
@@ -108,12 +125,23 @@ def _optional(path: Path) -> dict[str, Any]:
     return load_data(path, foreign=True) if path.exists() else {}
 
 
-def _model_files(folder: Path) -> list[str]:
-    index = folder / "model.safetensors.index.json"
+def _model_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The files that are the model, and its index where that decides.
+
+    As transformers: ``model.safetensors`` if there is one, else what the index names. With neither: numbered shards, or
+    whatever does not look like something else.
+    """
+    index = folder / INDEX
+    present = sorted(file.name for file in folder.glob("*.safetensors"))
+    if MODEL in present:
+        return [MODEL], None
     if index.exists():
-        names = sorted(set(read_index(index).values()))
+        named = read_index(index)
+        names = sorted(set(named.values()))
     else:
-        names = sorted(file.name for file in folder.glob("*.safetensors"))
+        named = None
+        names = ([name for name in present if _SHARD.fullmatch(name)]
+                 or [name for name in present if not _NO_MODEL.match(name)] or present)
     if not names:
         other = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         hint = f"; found {other[0]}: save the model again as safetensors" if other else ""
@@ -121,7 +149,17 @@ def _model_files(folder: Path) -> list[str]:
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise InputError(f"{folder}: the index names {missing[0]}, which is not there")
-    return names
+    return names, named
+
+
+def _left_out(folder: Path, files: Sequence[str]) -> list[str]:
+    """A line about the safetensors files that lie beside the model."""
+    others = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in files)
+    if not others:
+        return []
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    return [f"{folder}: the model is {files[0] if len(files) == 1 else f'{len(files)} shards'}; left out:"
+            f" {', '.join(others[:3])}{more}"]
 
 
 def read_index(index: Path) -> dict[str, str]:
@@ -140,14 +178,13 @@ def read_index(index: Path) -> dict[str, str]:
     return found
 
 
-def _check_index(folder: Path, tensors: dict[str, StoredTensor]) -> None:
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return
-    for name, file in read_index(index).items():
-        found = tensors[name].file if name in tensors else "no shard"
-        if found != file:
-            raise InputError(f"{index}: says {shown(name)} is in {file}, but {found} holds it")
+def _check_index(folder: Path, named: Mapping[str, str], tensors: Mapping[str, StoredTensor],
+                 unnamed: Mapping[str, Sequence[str]]) -> None:
+    for name, file in named.items():
+        if name not in tensors:
+            holders = [other for other, names in unnamed.items() if name in names]
+            raise InputError(f"{folder / INDEX}: says {shown(name)} is in {file}, but"
+                             f" {holders[0] if holders else 'no shard'} holds it")
 
 
 def read_header(file: Path) -> tuple[list[StoredTensor], bytes]:
@@ -217,3 +254,24 @@ def licence_of(path: str) -> str:
         if line.startswith("license:"):
             return line.split(":", 1)[1].strip() or "unknown"
     return "unknown"
+
+
+def same_bytes(folder: str, first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two tensors of a checkpoint hold the same values; reads until the first difference.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    try:
+        with (Path(folder) / first.file).open("rb") as one, (Path(folder) / second.file).open("rb") as two:
+            for start in range(0, first.num_bytes, COMPARED):
+                size = min(COMPARED, first.num_bytes - start)
+                one.seek(first.start + start)
+                two.seek(second.start + start)
+                if one.read(size) != two.read(size):
+                    return False
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read: {error.strerror}") from None
+    return True

@@ -20,13 +20,21 @@ from mipipe.graphs.serialize import STRICT
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA adapter's factors to add to an input: ``scale * up @ down``."""
+    """A LoRA adapter's factors to add to an input: ``scale * up @ down``.
+
+    With a ``magnitude`` (DoRA), each row of the sum is then scaled to that norm.
+    """
 
     __pydantic_config__: ClassVar = STRICT
     folder: str
     down: StoredTensor
     up: StoredTensor
     scale: float
+    magnitude: StoredTensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return self.down.num_bytes + self.up.num_bytes + (self.magnitude.num_bytes if self.magnitude else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +49,7 @@ class Input:
 
     @property
     def num_bytes(self) -> int:
-        return self.tensor.num_bytes + sum(item.down.num_bytes + item.up.num_bytes for item in self.adapters)
+        return self.tensor.num_bytes + sum(item.num_bytes for item in self.adapters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +115,8 @@ class MergeGraph:
     """All units of a merge in order of names, and what else the output folder gets.
 
     ``config`` is the output's config.json; ``tokenizer_from`` the folder its tokenizer files come from. ``align`` asks
-    for experts (and their hidden units) to be matched first.
+    for experts (and their hidden units) to be matched first. ``notes`` are lines for whoever merges: what was left out
+    or differs.
     """
 
     FORMAT: ClassVar = "mipipe.merge_graph"
@@ -124,6 +133,7 @@ class MergeGraph:
     seed: int = 0
     align_experts: bool = False
     align_hidden_units: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def stores_parts(self) -> bool:

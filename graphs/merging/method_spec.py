@@ -56,6 +56,10 @@ def _of_piece(_params: Params) -> Scope:
     return Scope.PIECE
 
 
+def _fine(_params: Params) -> str:
+    return ""
+
+
 def _never(_params: Params) -> int:
     return 0
 
@@ -68,8 +72,9 @@ class MethodSpec:
     the tensor classes it does not define. ``rounds``: how many these are; ``scope``: what they are summed over.
     ``whole``: works on whole matrices (singular values), not tile by tile. ``classes``: the tensor classes it defines.
     ``oriented``: rows and columns play different roles, so matrices stored transposed are turned first. ``base_first``:
-    a base listed among the models is the first of them. ``decompositions``: singular value decompositions per model and
-    matrix.
+    a base listed among the models is the first of them; ``base_last``: a base not listed is merged as a further model.
+    ``check``: what is wrong with values that are each in their range, or an empty text. ``decompositions``: singular
+    value decompositions per model and matrix.
     """
 
     name: str
@@ -88,6 +93,8 @@ class MethodSpec:
     rounds: Number = _never
     scope: Callable[[Params], Scope] = _of_piece
     base_first: bool = False
+    base_last: bool = False
+    check: Callable[[Params], str] = _fine
     decompositions: int = 0
 
     def parameter(self, name: str) -> Parameter | None:

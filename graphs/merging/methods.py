@@ -36,6 +36,14 @@ def _dare_rounds(params: Params) -> int:
     return int(params["rescale"] and params["rescale_norm"] == "l1" and _trims(params))
 
 
+def _della_fits(params: Params) -> str:
+    for density, epsilon in zip(params["density"], params["epsilon"], strict=True):
+        if 0 < density < 1 and epsilon >= min(density, 1 - density):
+            return (f"epsilon: found {epsilon:g} at density {density:g}, expected density -+ epsilon inside (0, 1), so"
+                    f" less than {min(density, 1 - density):g}")
+    return ""
+
+
 def _once(_params: Params) -> int:
     return 1
 
@@ -55,7 +63,8 @@ _RESCALE = Parameter("rescale", True, "make up for what was dropped", bool)
 _SUM = Parameter("normalize", False, "divide by the sum of weights", bool)
 _MEAN = Parameter("normalize", True, "divide by the sum of weights", bool)
 _INT8 = Parameter("int8_mask", False, "accepted for mergekit's recipes; masks here are always one byte", bool)
-_EPSILON = Parameter("epsilon", 0.1, "spread of the keep probability over a row", per_model=True, low=0.0, high=1.0)
+_EPSILON = Parameter("epsilon", 0.15, "keep probabilities of a row are density -+ epsilon", per_model=True, low=0.0,
+                     high=1.0)
 _GAMMA = Parameter("gamma", 0.01, "share of the largest entries dropped", per_model=True, low=0.0, high=1.0)
 _ROUTE = Parameter("route", None, "the router's weight of each expert; equal ones if not given", per_model=True,
                    optional=True)
@@ -84,18 +93,19 @@ METHODS: tuple[MethodSpec, ...] = (
         apply="spherical.slerp", measure="spherical.slerp_rounds", rounds=_once),
     MethodSpec("nuslerp", "SLERP with weights, of task vectors when a base is given", "", (
         Parameter("weight", None, "the position is w2 / (w1 + w2)", per_model=True),
-        Parameter("nuslerp_flatten", True, "one arc for the tensor, not one per column", bool),
-        Parameter("nuslerp_row_wise", False, "one arc per row", bool)), Base.OPTIONAL, 2, 2,
+        Parameter("nuslerp_flatten", True, "one arc for the tensor, not one per row", bool),
+        Parameter("nuslerp_row_wise", False, "not flattened: one arc per column (mergekit's meaning)", bool)),
+        Base.OPTIONAL, 2, 2,
         apply="spherical.nuslerp", measure="spherical.nuslerp_rounds",
-        rounds=lambda params: int(not params["nuslerp_row_wise"])),
+        rounds=_once),
     MethodSpec("karcher", "Riemannian center of mass and mollifier smoothing (Karcher 1977)", "", (
         _SHARE, Parameter("max_iter", 10, "iterations", int, low=1), Parameter("tol", 1e-5, "step that ends them",
                                                                                 low=0.0)), Base.UNUSED,
-        apply="spherical.karcher", measure="spherical.karcher_rounds", rounds=_once),
+        base_last=True, apply="spherical.karcher", measure="spherical.karcher_rounds", rounds=_once),
     MethodSpec("model_stock", "Model Stock: All we need is just a few fine-tuned models", "2403.19522", (
-        Parameter("filter_wise", False, "a ratio per row", bool),),
+        Parameter("filter_wise", False, "a ratio per row, and one for a vector", bool),),
         apply="spherical.model_stock", measure="spherical.model_stock_rounds",
-        rounds=lambda params: int(not params["filter_wise"])),
+        rounds=_once),
     MethodSpec("task_arithmetic", "Editing Models with Task Arithmetic", "2212.04089", (_WEIGHT, _LAMBDA, _SUM),
         apply="arithmetic.task_arithmetic"),
     MethodSpec("ties", "TIES-Merging: Resolving Interference When Merging Models", "2306.01708", TIES,
@@ -105,10 +115,10 @@ METHODS: tuple[MethodSpec, ...] = (
     MethodSpec("dare_ties", "Language Models are Super Mario", "2311.03099", DARE,
         apply="task_vectors.dare_ties", measure="task_vectors.dare_rounds", rounds=_dare_rounds),
     MethodSpec("della_linear", "DELLA-Merging: Reducing Interference through Magnitude-Based Sampling", "2406.11617",
-               (*DELLA, _SUM),
+               (*DELLA, _SUM), check=_della_fits,
         apply="task_vectors.della_linear"),
     MethodSpec("della", "DELLA-Merging: Reducing Interference through Magnitude-Based Sampling", "2406.11617",
-               (*DELLA, _MEAN),
+               (*DELLA, _MEAN), check=_della_fits,
         apply="task_vectors.della"),
     MethodSpec("breadcrumbs", "Model Breadcrumbs", "2312.06795", BREADCRUMBS,
         apply="task_vectors.breadcrumbs", measure="task_vectors.breadcrumbs_rounds", rounds=_twice),
@@ -153,8 +163,10 @@ METHODS: tuple[MethodSpec, ...] = (
         apply="spectral.rtsvm", elsewhere="arithmetic.scaled_mean_of_tasks"),
     MethodSpec("optmerge", "OptMerge: Unifying Multimodal LLM Capabilities and Modalities", "2505.19892", (
         Parameter("lambda", 1.0, "factor of the optimised task vector"),
-        Parameter("solver", "closed_form", "the minimiser, or the authors' descent", str,
-                  choices=("closed_form", "adam", "sgd")),
+        Parameter("solver", "ridge", "the minimiser that stays near the start, the authors' descent, or the plain"
+                  " minimiser (far off for full-rank task vectors)", str,
+                  choices=("ridge", "adam", "sgd", "closed_form")),
+        Parameter("ridge", 1.0, "pull to the start, as a multiple of the mean curvature", low=0.0, above=True),
         Parameter("centred", True, "denoise about the mean (full fine-tuning); false for LoRA", bool),
         Parameter("start", "sum", "where the descent starts", str, choices=("sum", "mean")),
         Parameter("learning_rate", 1e-5, "of the descent", low=0.0, above=True),

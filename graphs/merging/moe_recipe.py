@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, StoredTensor, licence_of, read_checkpoint
 from mipipe.graphs.merging.graph import Input, MergeGraph, MergeModel, MergeUnit
+from mipipe.graphs.merging.quantised import refuse_quantised
 from mipipe.graphs.merging.recipe import DTYPES
 from mipipe.graphs.merging.recipe_paths import beside_recipe
 from mipipe.graphs.merging.tensor_classes import classify, layer_index
@@ -153,6 +154,8 @@ def build_moe(recipe: MoeRecipe, router: CheckpointFiles, where: str = "recipe")
     base = read_checkpoint(recipe.base_model)
     family = dense_family(base)
     experts = [read_checkpoint(expert.source_model) for expert in recipe.experts]
+    for files in (base, *experts):
+        refuse_quantised(files.path, files)
     folders = [base, router, *experts]
     units = []
     for name, tensor in base.tensors.items():
@@ -184,7 +187,8 @@ def build_moe(recipe: MoeRecipe, router: CheckpointFiles, where: str = "recipe")
         config["dtype"] = recipe.dtype
         config.pop("torch_dtype", None)
     return MergeGraph(tuple(sorted(units, key=lambda unit: unit.name)), models, config, base.config, base.path,
-                      to_data(recipe), seed=recipe.seed)
+                      to_data(recipe), seed=recipe.seed,
+                      notes=tuple(dict.fromkeys(note for files in (base, *experts) for note in files.left_out)))
 
 
 def _unit(name: str, model: int, files: CheckpointFiles, tensor: StoredTensor, recipe: MoeRecipe,

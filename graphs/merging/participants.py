@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, StoredTensor, read_checkpoint
+from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, StoredTensor, read_checkpoint, same_bytes
+from mipipe.graphs.merging.lora import BoundAdapter, LoraFactors, Pairs, bind, rename
+from mipipe.graphs.merging.quantised import refuse_quantised
 from mipipe.graphs.merging.recipe import NameRule
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify, layer_prefix
 
@@ -37,56 +39,64 @@ AUTO_NAMES: tuple[tuple[tuple[str, str], ...], ...] = (
 
 
 @dataclass(frozen=True)
-class LoraFactors:
-    """One adapter's factors for a weight: ``delta = scale * B A``, B ``[m, r]``, A ``[r, n]``."""
-
-    folder: str
-    down: StoredTensor
-    up: StoredTensor
-    scale: float
-
-
-@dataclass(frozen=True)
 class Participant:
-    """A model of the merge: tensors by canonical name, and adapters to add to them."""
+    """A model of the merge: tensors by canonical name, and adapters to add to them.
+
+    ``homes``: the folders of the tensors that an adapter brings in place of the model's.
+    """
 
     label: str
     files: CheckpointFiles
     tensors: Mapping[str, StoredTensor]
-    adapters: tuple[CheckpointFiles, ...] = ()
+    adapters: tuple[BoundAdapter, ...] = ()
     tied: bool = False
+    homes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def token_table(self) -> str | None:
         """The canonical name of the token embedding."""
         return next((name for name in sorted(self.tensors) if name.endswith(TOKEN_TABLES)), None)
 
-    def find(self, name: str) -> StoredTensor:
-        """A tensor by canonical name; a tied head is the embedding.
+    @property
+    def tokenizer_folder(self) -> str:
+        """Where the model's tokenizer is: with its last adapter that has one, else with the model."""
+        own = [item.files.path for item in self.adapters if (Path(item.files.path) / "tokenizer.json").exists()]
+        return own[-1] if own else self.files.path
+
+    def stored_name(self, name: str) -> str:
+        """The canonical name under which the model has a tensor; a tied head is the embedding.
 
         Raises:
             InputError: the model has none.
         """
         if name in self.tensors:
-            return self.tensors[name]
+            return name
         table = self.token_table
         if table and self.tied and classify(name, (0, 0), "F32") is TensorClass.HEAD:
-            return self.tensors[table]
+            return table
         if self.tensors.keys() == self.files.tensors.keys():
-            return self.files.require(name)
+            self.files.require(name)
         raise InputError(f"{self.label}: has no tensor {name} after its names are mapped, which the merge needs")
 
-    def factors(self, stored: StoredTensor) -> tuple[LoraFactors, ...]:
-        """The adapters' factors for a stored tensor."""
-        return tuple(found for adapter in self.adapters if (found := _factors(adapter, stored)) is not None)
+    def source(self, name: str) -> tuple[str, StoredTensor, tuple[LoraFactors, ...]]:
+        """Folder and tensor of a canonical name, and the adapters' factors for it; raises as `stored_name`."""
+        name = self.stored_name(name)
+        factors = tuple(item.factors[name] for item in self.adapters if name in item.factors)
+        return self.homes.get(name, self.files.path), self.tensors[name], factors
 
 
-def open_participant(label: str, known: Mapping[str, CheckpointFiles], default_base: str | None) -> Participant:
+def open_participant(label: str, known: Mapping[str, CheckpointFiles], default_base: str | None,
+                     names: str | Sequence[NameRule] = (), reference: Mapping[str, Any] | None = None) -> Participant:
     """A model by its recipe text: ``folder``, ``folder+adapter`` or an adapter folder on ``default_base``.
 
     Args:
         known: earlier recipes' results by name.
         default_base: the recipe's base, under an adapter given alone.
+        names: maps the model's names (and its adapters') to those of ``reference``: rules, or ``auto`` for the map
+            that fits best. Of an adapter given alone on a base that needs no map, the rules are the adapter's.
+
+    Raises:
+        InputError: no such folder, a quantised model, an adapter that does not fit.
     """
     parts = [label] if label in known or Path(label).is_dir() else [part.strip() for part in label.split("+")]
 
@@ -94,88 +104,63 @@ def open_participant(label: str, known: Mapping[str, CheckpointFiles], default_b
         return known[part] if part in known else read_checkpoint(part)
 
     files, adapters = read(parts[0]), [read(part) for part in parts[1:]]
-    if files.adapter:
+    alone = bool(files.adapter)
+    if alone:
         if default_base is None:
             raise InputError(f"{label}: is a LoRA adapter; write base+adapter, or give the recipe a base_model")
         files, adapters = read(default_base), [files, *adapters]
-    for adapter in adapters:
-        _check_adapter(adapter.path, adapter, files)
-    if files.config.get("quantization_config"):
-        raise InputError(f"{label}: is quantised (config.json has quantization_config); merge the dequantised model")
+    refuse_quantised(label, files)
     tied = _is_tied(files)
-    tensors = {name: tensor for name, tensor in files.tensors.items()
-               if not (tied and classify(name, tensor.shape, tensor.dtype) is TensorClass.HEAD)}
-    return Participant(label, files, tensors, tuple(adapters), tied)
+    plain = {name: tensor for name, tensor in files.tensors.items()
+             if not (tied and classify(name, tensor.shape, tensor.dtype) is TensorClass.HEAD)}
+    chosen = _map(plain, names, reference)
+    if alone and reference is not None and plain.keys() <= reference.keys():
+        chosen = ()
+    tensors = _mapped(label, plain, chosen)
+    maps: list[Pairs] = [chosen, _map(plain, names, None), ()]
+    bound = tuple(bind(item, files.path, tensors, [*maps, *(AUTO_NAMES if names == "auto" else ())])
+                  for item in adapters)
+    homes: dict[str, str] = {}
+    for item in bound:
+        tensors |= item.tensors
+        homes |= dict.fromkeys(item.tensors, item.files.path)
+    tied = tied and not any(classify(name, (0, 0), "F32") is TensorClass.HEAD for name in homes)
+    return Participant(label, files, tensors, bound, tied, homes)
 
 
 def _is_tied(files: CheckpointFiles) -> bool:
-    """Whether the head is the embedding: by the config's flag, or because the files hold no head."""
+    """Whether the head is the embedding: the files hold none, or the config says so and they hold the same twice.
+
+    A stored head that differs from the embedding is the model's head, whatever the config says: so it is loaded.
+    """
     text: Mapping[str, Any] = files.config.get("text_config", {})
     flag = files.config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
-    heads = [name for name, tensor in files.tensors.items()
+    heads = [tensor for name, tensor in files.tensors.items()
              if classify(name, tensor.shape, tensor.dtype) is TensorClass.HEAD]
-    return bool(flag) if heads and flag is not None else not heads
+    if not heads or not flag:
+        return not heads
+    tables = [tensor for name, tensor in files.tensors.items() if name.endswith(TOKEN_TABLES)]
+    return all(any(same_bytes(files.path, head, table) for table in tables) for head in heads)
 
 
-def renamed(participant: Participant, rules: str | Sequence[NameRule], reference: Mapping[str, Any]) -> Participant:
-    """The participant with tensors named as in ``reference``, by rules or, for ``auto``, by the map that fits best."""
-    if not rules:
-        return participant
-    if rules == "auto":
-        maps = [(), *AUTO_NAMES]
-        chosen = max(maps, key=lambda pairs: sum(_apply(pairs, name) in reference for name in participant.tensors))
-    else:
-        chosen = tuple((rule.source, rule.target) for rule in rules if isinstance(rule, NameRule))
+def _map(tensors: Mapping[str, StoredTensor], names: str | Sequence[NameRule],
+         reference: Mapping[str, Any] | None) -> Pairs:
+    """The substitutions a model's name rules stand for; for ``auto`` those that hit most names of the reference."""
+    if names == "auto":
+        maps: list[Pairs] = [(), *AUTO_NAMES]
+        known = reference if reference is not None else tensors
+        return max(maps, key=lambda pairs: sum(rename(pairs, name) in known for name in tensors))
+    return tuple((rule.source, rule.target) for rule in names if isinstance(rule, NameRule))
+
+
+def _mapped(label: str, stored: Mapping[str, StoredTensor], pairs: Pairs) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
-    for name, tensor in participant.tensors.items():
-        new = _apply(chosen, name)
+    for name, tensor in stored.items():
+        new = rename(pairs, name)
         if new in tensors:
-            raise InputError(f"{participant.label}: names: {tensors[new].name} and {name} both become {new}")
+            raise InputError(f"{label}: names: {tensors[new].name} and {name} both become {new}")
         tensors[new] = tensor
-    return Participant(participant.label, participant.files, tensors, participant.adapters, participant.tied)
-
-
-def _apply(pairs: Sequence[tuple[str, str]], name: str) -> str:
-    for source, target in pairs:
-        replaced = re.sub(source, target, name, count=1)
-        if replaced != name:
-            return replaced
-    return name
-
-
-def _adapter_name(name: str) -> tuple[str, str] | None:
-    """``(module, "A" or "B")`` of an adapter tensor's name; None for others."""
-    match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.\w+)?\.weight", name)
-    return (match[1], match[2]) if match else None
-
-
-def _factors(adapter: CheckpointFiles, stored: StoredTensor) -> LoraFactors | None:
-    module = stored.name.removesuffix(".weight")
-    found = {key[1]: tensor for name, tensor in adapter.tensors.items()
-             if (key := _adapter_name(name)) is not None and key[0] == module}
-    if set(found) != {"A", "B"}:
-        return None
-    rank = found["A"].shape[0]
-    alpha = float(adapter.adapter.get("alpha_pattern", {}).get(module, adapter.adapter.get("lora_alpha", rank)))
-    scale = alpha / (rank**0.5 if adapter.adapter.get("use_rslora") else rank)
-    return LoraFactors(adapter.path, found["A"], found["B"], scale)
-
-
-def _check_adapter(path: str, adapter: CheckpointFiles, files: CheckpointFiles) -> None:
-    if not adapter.adapter:
-        raise InputError(f"{path}: is no LoRA adapter (no adapter_config.json), but follows a + in the recipe")
-    for name, tensor in adapter.tensors.items():
-        key = _adapter_name(name)
-        if key is None:
-            raise InputError(f"{path}: tensor {name} is no LoRA factor; only LoRA adapters on weights can be merged")
-        weight = files.tensors.get(f"{key[0]}.weight")
-        if weight is None:
-            raise InputError(f"{path}: adapts {key[0]}, which {files.path} does not have")
-        expected = weight.shape[-1] if key[1] == "A" else weight.shape[0]
-        found = tensor.shape[1] if key[1] == "A" else tensor.shape[0]
-        if len(tensor.shape) != 2 or found != expected or adapter.adapter.get("fan_in_fan_out"):
-            raise InputError(f"{path}: {name} of shape {list(tensor.shape)} does not fit {key[0]} of shape"
-                             f" {list(weight.shape)}")
+    return tensors
 
 
 def decoder_prefix(participant: Participant) -> str | None:
@@ -194,5 +179,3 @@ def num_layers(participant: Participant, prefix: str) -> int:
     indices = {int(name[start:].split(".")[0]) for name in participant.tensors
                if name.startswith(prefix + ".") and name[start:].split(".")[0].isdigit()}
     return len(indices)
-
-

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,6 +25,7 @@ from mipipe.graphs.serialize import STRICT, from_data, yaml_documents
 
 Parameters = dict[str, Any]
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +176,8 @@ def parse_recipe(data: Any, where: str) -> MergeRecipe:
     if not isinstance(data, dict):
         raise InputError(f"{where}: found a {type(data).__name__}, expected a mapping with merge_method and models")
     recipe = from_data(_python_names(data), MergeRecipe, where)
+    recipe = replace(recipe, dtype=SHORT.get(recipe.dtype or "", recipe.dtype),
+                     out_dtype=SHORT.get(recipe.out_dtype or "", recipe.out_dtype))
     if bool(recipe.models) == bool(recipe.slices):
         found = "both models and slices" if recipe.models else "neither models nor slices"
         raise InputError(f"{where}: has {found}; expected one of them")
@@ -285,6 +288,8 @@ def merged_models(spec: MethodSpec, models: Sequence[RecipeModel], base: str | N
         others = [model for model in models if not same_model(model, base)]
         given = [model for model in models if same_model(model, base)]
         return [*(given[:1] or [RecipeModel(base)]), *others]
+    if spec.base_last and base is not None and not any(same_model(model, base) for model in models):
+        return [*models, RecipeModel(base)]
     if spec.base is Base.UNUSED:
         return list(models)
     return [model for model in models if not same_model(model, base)]

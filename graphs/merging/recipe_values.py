@@ -9,22 +9,34 @@ from typing import Any
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.method_spec import MethodSpec, Parameter
+from mipipe.graphs.merging.methods import METHODS
+
+PARAMETER_NAMES = frozenset(parameter.name for spec in METHODS for parameter in spec.parameters)
+"""Names that some method has a parameter of: no misspellings."""
 
 
 def check_parameters(spec: MethodSpec, values: Mapping[str, Any], where: str, own: bool = False) -> None:
     """Raises unless every key is a parameter of the method and every value in its range.
 
-    ``own``: the values belong to one model, where only per-model parameters may stand.
+    Parameters of other methods do nothing; `mipipe.graphs.merging.units.unused_parameters` mentions them.
+
+    Args:
+        own: the values belong to one model, where only per-model parameters may stand.
     """
     for key, value in values.items():
         parameter = spec.parameter(key)
         if parameter is None:
+            if key in PARAMETER_NAMES:
+                continue
             known = ", ".join(item.name for item in spec.parameters) or "none"
             raise InputError(f"{where}: {spec.name} has no parameter {key!r}; it has {known}")
         if own and not parameter.per_model and spec.name not in ("passthrough",):
             raise InputError(f"{where}: {key} of {spec.name} is one value for all models; move it to the recipe's"
                              " parameters")
+        sloped = parameter.per_model and isinstance(value, list)
         for item in _scalars(value, f"{where}: {key}"):
+            if sloped and parameter.above and type(item) in (int, float) and item == parameter.low:
+                continue  # a gradient, or part of the tensors, may reach the bound: there the model leaves nothing
             check_value(parameter, item, f"{where}: {key}")
 
 

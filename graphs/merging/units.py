@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, StoredTensor
 from mipipe.graphs.merging.graph import Adapter, Input, MergeUnit
+from mipipe.graphs.merging.layer_config import differences
 from mipipe.graphs.merging.method_spec import Base
 from mipipe.graphs.merging.methods import BY_NAME
-from mipipe.graphs.merging.participants import Participant, decoder_prefix, num_layers, open_participant, renamed
+from mipipe.graphs.merging.participants import Participant, decoder_prefix, num_layers, open_participant
 from mipipe.graphs.merging.recipe import DTYPES, MergeRecipe, Parameters, RecipeModel, merged_models, same_model
 from mipipe.graphs.merging.tensor_classes import (
     FLOATING,
@@ -24,7 +25,7 @@ from mipipe.graphs.merging.tensor_classes import (
     with_layer,
 )
 from mipipe.graphs.merging.values import Filters, values_of
-from mipipe.graphs.merging.vocabulary import Vocabulary, join, read_tokens
+from mipipe.graphs.merging.vocabulary import Vocabulary, added_entries, join, read_tokens
 
 _EXPERT = re.compile(r"^(.*\.(?:mlp|block_sparse_moe|moe|feed_forward|ffn))\.(?:experts(?:\.|$)|gate\.|router\.)")
 
@@ -54,8 +55,8 @@ class UnitBuilder:
         names = {model.model: model.names for model in models if model.names}
         self.opened: dict[str, Participant] = {}
         for label in dict.fromkeys([self.reference_label, *(model.model for model in models)]):
-            found = open_participant(label, known, recipe.base_model)
-            self.opened[label] = renamed(found, names.get(label, ()), self.reference.tensors)
+            self.opened[label] = open_participant(label, known, recipe.base_model, names.get(label, ()),
+                                                  self.reference.tensors)
         self.labels = list(self.opened)
         self.vocabulary = self.join_vocabularies()
         self.untied = self.heads_differ()
@@ -78,6 +79,24 @@ class UnitBuilder:
         tied = {self.opened[label].tied for label in self.main_labels()}
         return len(tied) == 2
 
+    def heads(self) -> set[str]:
+        """Heads that some merged model has, where another's is its embedding."""
+        return {name for label in self.main_labels() for name, tensor in self.opened[label].tensors.items()
+                if classify(name, tensor.shape, tensor.dtype) is TensorClass.HEAD} if self.untied else set()
+
+    def notes(self) -> list[str]:
+        """Lines for whoever merges."""
+        files = [part for found in self.opened.values() for part in (found.files, *(item.files for item in
+                                                                                    found.adapters))]
+        notes = [note for part in files for note in part.left_out]
+        base, spec = self.recipe.base_model, self.recipe.spec
+        if base is not None and spec.base is Base.UNUSED and not (spec.base_first or spec.base_last) and not any(
+                same_model(model, base) for model in self.all_models()):
+            notes.append(f"{self.where}: {spec.name} does not read base_model {base}; only its config and names count")
+        notes += [line for label in self.main_labels() if (line := differences(
+            label, self.opened[label].files.config, self.reference_label, self.reference.files.config))]
+        return list(dict.fromkeys(notes + unused_parameters(self.recipe, self.where)))
+
     def main_labels(self) -> list[str]:
         """The models of the recipe's main method, and its base."""
         models = self.recipe.models or [source for piece in self.recipe.slices for source in piece.sources]
@@ -98,18 +117,18 @@ class UnitBuilder:
             if name is None:
                 raise InputError(f"{label}: has no token embedding, but the recipe joins vocabularies")
             sizes.append(self.opened[label].tensors[name].shape[0])
-        tokens = [read_tokens(self.opened[label].files.path) for label in self.labels]
-        return join(tokens, sizes, self.labels.index(main), rule.source == "union", rule.pad_to_multiple_of)
+        tokens = [read_tokens(self.opened[label].tokenizer_folder) for label in self.labels]
+        extra = [added_entries(self.opened[label].tokenizer_folder) for label in self.labels]
+        return join(tokens, sizes, self.labels.index(main), rule.source == "union", rule.pad_to_multiple_of, extra)
 
     # Units -----------------------------------------------------------------------------------------------------------
 
     def inputs(self, label: str, name: str) -> Input:
-        participant = self.opened[label]
-        stored = participant.find(name)
+        folder, stored, factors = self.opened[label].source(name)
         if stored.dtype in QUANTISED:
             raise InputError(f"{label}: {name} is stored in {stored.dtype}; dequantise the model before merging it")
-        adapters = tuple(Adapter(item.folder, item.down, item.up, item.scale) for item in participant.factors(stored))
-        return Input(self.labels.index(label), participant.files.path, stored, adapters)
+        adapters = tuple(Adapter(item.folder, item.down, item.up, item.scale, item.magnitude) for item in factors)
+        return Input(self.labels.index(label), folder, stored, adapters)
 
     def unit(self, name: str, rule: MergeRule) -> MergeUnit:
         """The unit of an output tensor under a rule."""
@@ -133,9 +152,12 @@ class UnitBuilder:
                              group=rule.group)
         layer = layer_index(name)
         depth = self.depth(name)
-        values = values_of(spec, [model.parameters for model in chosen], rule.shared, name, self.position(name, depth),
-                           self.filters, self.where)
+        values = values_of(spec, [model.parameters for model in chosen], rule.shared, name,
+                           self.position(name, rule, depth), self.filters, self.where)
         shape, gathered, crop = self.shape(name, kind, base, models)
+        problem = spec.check(values)
+        if problem:
+            raise InputError(f"{self.where}: {spec.name}: {problem} (tensor {name})")
         prefix = layer_prefix(name)
         expert = _EXPERT.match(name)
         config = self.opened[self.labels[first.model]].files.config
@@ -163,12 +185,17 @@ class UnitBuilder:
         stack = prefix or self.prefix
         return max(1, num_layers(self.reference, stack)) if stack else 1
 
-    def position(self, name: str, depth: int) -> float:
-        """Where a tensor stands on a gradient: layers evenly, embeddings at 0, final norm and head at 1."""
+    def position(self, name: str, rule: MergeRule, depth: int) -> float:
+        """Where a tensor stands on a gradient, as in mergekit: layers evenly from 0 to 1, all others at 0.
+
+        Gradients run over all layers of merged models, in slices over each slice's own; an only layer is the last.
+        """
         layer = layer_index(name)
         if layer is None:
-            return 0.0 if classify(name, (0, 0), "F32") is TensorClass.EMBEDDING else 1.0
-        return layer / max(1, depth - 1)
+            return 0.0
+        if rule.step is not None and self.is_decoder(name):
+            layer, depth = rule.step, slice_length(rule.models[0])
+        return layer / (depth - 1) if depth > 1 else 1.0
 
     def dtype(self, first: StoredTensor) -> str:
         wanted = self.recipe.out_dtype or self.recipe.dtype
@@ -202,6 +229,15 @@ class UnitBuilder:
             if len(ranks) > 1 or any(a < b for a, b in zip(item.tensor.shape, first.tensor.shape, strict=False)):
                 raise InputError(f"{found}: smaller than the base's, which mismatch: submatrix cannot cut to size")
         return first.tensor.shape, False, True
+
+
+def unused_parameters(recipe: MergeRecipe, where: str) -> list[str]:
+    """Lines about parameters that belong to other methods than the recipe's, and so do nothing."""
+    given = [recipe.parameters, *(model.parameters for model in recipe.models)]
+    for piece in recipe.slices:
+        given += [piece.parameters, *(source.parameters for source in piece.sources)]
+    names = dict.fromkeys(key for values in given for key in values if recipe.spec.parameter(key) is None)
+    return [f"{where}: {recipe.merge_method} does not use the parameter {name}" for name in names]
 
 
 def slice_length(source: RecipeModel) -> int:

@@ -38,7 +38,8 @@ class Filters:
 
 
 def lookup(value: Any, name: str, position: float, filters: Filters) -> Any:
-    """A parameter's value for a tensor at ``position`` (0 the first layer, 1 the last), or `MISSING`.
+    """A parameter's value for a tensor at ``position`` (0 the first layer, 1 the last; see `units.UnitBuilder`), or
+    `MISSING`.
 
     A list of numbers is a gradient, piecewise linear over the layers; a list of ``filter`` / ``value`` entries is
     searched from the top, and an entry without filter applies to all.

@@ -1,13 +1,15 @@
 """Vocabularies of different models joined: which row of whose table holds each token of the output.
 
-The output's first tokens are the base's with their ids; the union appends the tokens only others have. Tokenizers are
-read from ``tokenizer.json``, without any tokenizer library.
+The output's first tokens are the base's with their ids. The union appends the added tokens that only others have, then
+rows for their ordinary ones: these are no tokens of its tokenizer, because an added token is found before the base's
+own rules apply, so that the base's text would change. Tokenizers are read from ``tokenizer.json``, without any
+tokenizer library.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +25,7 @@ MAX_TOKENS = 2**24
 class Vocabulary:
     """Rows of the output's token tables. ``rows[model][row]`` is that model's row for it, or -1.
 
-    ``size`` rows in all; ``added`` are the tokens the base lacks, with their ids.
+    ``size`` rows in all; ``added`` are other models' added tokens that the base lacks, with their ids.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -62,8 +64,16 @@ def read_tokens(folder: str) -> dict[str, int]:
     return dict(pairs)
 
 
+def added_entries(folder: str) -> dict[str, dict[str, Any]]:
+    """The entries of a tokenizer's added tokens by their text; empty without a ``tokenizer.json``."""
+    path = Path(folder) / "tokenizer.json"
+    entries = load_data(path, foreign=True).get("added_tokens") or [] if path.exists() else []
+    return {entry["content"]: entry for entry in entries if isinstance(entry, dict) and
+            isinstance(entry.get("content"), str)}
+
+
 def join(tokens: Sequence[dict[str, int]], sizes: Sequence[int], main: int, union: bool,
-         multiple_of: int | None) -> Vocabulary:
+         multiple_of: int | None, extra: Sequence[Mapping[str, Any]] = ()) -> Vocabulary:
     """The output's rows for each model.
 
     Args:
@@ -72,18 +82,21 @@ def join(tokens: Sequence[dict[str, int]], sizes: Sequence[int], main: int, unio
         main: the model whose ids are kept.
         union: append the tokens that only other models have.
         multiple_of: pad the table to a multiple of this.
+        extra: the added tokens of every model.
     """
     size = sizes[main]
     slots: dict[str, int] = dict(tokens[main])
     added: list[tuple[str, int]] = []
     if union:
         size = max(tokens[main].values()) + 1
-        for other in tokens:
-            for token in sorted(other, key=lambda text, other=other: (other[text], text)):  # type: ignore[misc]
-                if token not in slots:
-                    slots[token] = size
-                    added.append((token, size))
-                    size += 1
+        for wanted in (True, False):  # added tokens first: a tokenizer numbers them on from its vocabulary
+            for index, other in enumerate(tokens):
+                special = extra[index] if extra else {}
+                for token in sorted(other, key=lambda text, other=other: (other[text], text)):  # type: ignore[misc]
+                    if token not in slots and (token in special) == wanted:
+                        slots[token] = size
+                        added += [(token, size)] if wanted else []
+                        size += 1
         size = max(size, sizes[main])
     if multiple_of:
         size = -(-size // multiple_of) * multiple_of
@@ -101,11 +114,18 @@ def join(tokens: Sequence[dict[str, int]], sizes: Sequence[int], main: int, unio
     return Vocabulary(size, tuple(map(tuple, rows)), tuple(added))
 
 
-def union_tokenizer(folder: str, added: Sequence[tuple[str, int]]) -> str:
-    """The main model's ``tokenizer.json`` with the union's further tokens as added tokens."""
+def union_tokenizer(folder: str, added: Sequence[tuple[str, int]], folders: Sequence[str] = ()) -> str:
+    """The main model's ``tokenizer.json`` with the union's further added tokens.
+
+    Args:
+        folders: of the models, whose first that has a token says what it is (special, stripping, normalized).
+    """
     data = load_data(Path(folder) / "tokenizer.json", foreign=True)
     entries = data.setdefault("added_tokens", [])
+    known: dict[str, dict[str, Any]] = {}
+    for other in reversed(folders):
+        known |= added_entries(other)
     for token, index in added:
-        entries.append({"id": index, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-                        "normalized": False, "special": False})
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+        entries.append({**plain, **known.get(token, {}), "id": index, "content": token})
     return json.dumps(data, ensure_ascii=False, indent=2)

@@ -114,7 +114,7 @@ def work_bytes(unit: MergeUnit, compute_bytes: int = 4) -> int:
     if not is_whole(unit):
         entries = min(entries, max(TILE_ENTRIES, columns))
     tensors = len(unit.inputs) * 2 + len(unit.models) + TEMPORARIES
-    factors = sum(adapter.up.num_bytes + adapter.down.num_bytes for item in unit.inputs for adapter in item.adapters)
+    factors = sum(adapter.num_bytes for item in unit.inputs for adapter in item.adapters)
     counters = 2**15 * 8 * len(unit.models) * 4 if num_rounds(unit) > 1 else 0
     return entries * compute_bytes * tensors + factors * 2 + counters
 

@@ -27,6 +27,7 @@ from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.graphs.merging.passes import scope_of
 from mipipe.graphs.serialize import write_text
 from mipipe.runtime.merge.card import graph_card
+from mipipe.runtime.merge.engine import refuse_overflow
 from mipipe.runtime.merge.methods.method import merge_tensors
 from mipipe.runtime.merge.methods.registry import BY_METHOD
 from mipipe.runtime.merge.methods.spectral import svd
@@ -76,6 +77,8 @@ def keep_adapters(graph: MergeGraph, rank: int | None, out: Path) -> KeptAdapter
             module = unit.name.removesuffix(".weight")
             ranks[module] = len(down)
             dtype = TORCH_DTYPES[unit.dtype]
+            refuse_overflow(unit.name, down, dtype)
+            refuse_overflow(unit.name, up, dtype)
             tensors[f"base_model.model.{module}.lora_A.weight"] = down.to(dtype).contiguous()
             tensors[f"base_model.model.{module}.lora_B.weight"] = up.to(dtype).contiguous()
     folder = partial_folder(out)
@@ -104,6 +107,10 @@ def truncate(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _check(graph: MergeGraph, unit: MergeUnit, rank: int | None) -> None:
     """Raise unless a unit's merge can be kept low-rank."""
+    dora = next((item for given in unit.inputs for item in given.adapters if item.magnitude is not None), None)
+    if dora is not None:
+        raise InputError(f"adapter: {dora.folder} is a DoRA adapter, whose task vectors have full rank; merge into the"
+                         " model (leave out adapter)")
     folders = {item.folder for item in unit.inputs}
     if len(folders) > 1:
         label = graph.models[unit.inputs[-1].model].label
@@ -164,5 +171,6 @@ def _config(units: Sequence[MergeUnit], ranks: dict[str, int]) -> dict[str, obje
     largest = max(ranks.values())
     other = {module: rank for module, rank in ranks.items() if rank != largest}
     config.update(r=largest, lora_alpha=largest, use_rslora=False, rank_pattern=other, alpha_pattern=dict(other),
-                  target_modules=sorted(ranks), inference_mode=True, base_model_name_or_path=units[0].inputs[0].folder)
+                  init_lora_weights=True, modules_to_save=None, bias="none", target_modules=sorted(ranks),
+                  inference_mode=True, base_model_name_or_path=units[0].inputs[0].folder)
     return config

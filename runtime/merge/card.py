@@ -42,7 +42,8 @@ def write_companions(plan: MergePlan, folder: Path) -> None:
     for code in sorted(source.glob("*.py")):  # models with remote code do not load without it
         shutil.copyfile(code, folder / code.name)
     if graph.vocabulary is not None and graph.vocabulary.added:
-        write_text(folder / "tokenizer.json", union_tokenizer(graph.tokenizer_from, graph.vocabulary.added))
+        write_text(folder / "tokenizer.json", union_tokenizer(
+            graph.tokenizer_from, graph.vocabulary.added, [model.folder for model in graph.models]))
     template = graph.recipe.get("chat_template")
     if template == "auto":
         template = usual_template([model.folder for model in graph.models])

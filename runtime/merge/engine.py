@@ -199,6 +199,7 @@ class MergeEngine:
                 continue
             if not bool(torch.isfinite(merged.sum())) and not bool(torch.isfinite(merged).all()):
                 refuse_nonfinite(at.unit, at.pieces[step.piece])
+            refuse_overflow(at.unit.name, merged, dtype)
             found.append((merged.T if turned else merged).to(dtype).cpu())
         self._merged[key] = found
         if step.last:
@@ -236,6 +237,22 @@ class MergeEngine:
         start = time.perf_counter_ns()
         self.survey.finish_round(instruction.stage)
         self.events.append((self._position, start, time.perf_counter_ns()))
+
+
+def refuse_overflow(name: str, values: Tensor, dtype: torch.dtype) -> None:
+    """Raise where finite values become infinite in the dtype they are written in.
+
+    Raises:
+        RunError: naming the tensor and its largest magnitude.
+    """
+    limit = torch.finfo(dtype).max
+    if limit >= torch.finfo(values.dtype).max:
+        return
+    largest = values.abs().amax()
+    if float(largest) > limit and not bool(torch.isfinite(largest.to(dtype))):
+        word = str(dtype).removeprefix("torch.")
+        raise RunError(f"{name}: has values up to {float(largest):.6g}, which {word} (up to {limit:.6g}) cannot hold;"
+                       " choose another dtype (out_dtype, --dtype)")
 
 
 def refuse_nonfinite(unit: MergeUnit, piece: UnitPiece) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.build import build
 from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, read_checkpoint
+from mipipe.graphs.merging.graph import MergeGraph
 from mipipe.graphs.merging.moe_recipe import MoeRecipe, build_moe, dry_router, read_moe_recipe
 from mipipe.graphs.merging.recipe import MergeRecipe, read_recipes
 from mipipe.graphs.serialize import load_data
@@ -32,6 +33,7 @@ from mipipe.runtime.merge.adapters import KeptAdapter, keep_adapters
 from mipipe.runtime.merge.card import RECORD
 from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.router import make_router
+from mipipe.runtime.merge.verify import MARK
 from mipipe.runtime.train.failures import explain_failure
 from mipipe.runtime.train.launch import run_watched
 
@@ -41,6 +43,8 @@ class MergeOptions:
     """How to merge: ranks, device kind, memory cap in bytes per rank (None: no cap), largest output file, dtype.
 
     ``dtype`` replaces the recipe's out_dtype. ``timeline``: a file for the measured timeline (of the last recipe).
+    ``verify``: open every result as transformers would before it is called done (`mipipe.runtime.merge.verify`), as
+    ``mipipe merge`` does.
     """
 
     num_ranks: int = 1
@@ -49,6 +53,7 @@ class MergeOptions:
     shard_bytes: int = SHARD_BYTES
     dtype: str | None = None
     timeline: str | None = None
+    verify: bool = False
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1:
@@ -72,11 +77,13 @@ class MergeResult:
 
 
 def merge(recipe: str | Path | Sequence[MergeRecipe], out: str | Path, options: MergeOptions | None = None,
-          progress: Callable[[int, int], None] | None = None) -> MergeResult:
+          progress: Callable[[int, int], None] | None = None,
+          tell: Callable[[str], None] = lambda _line: None) -> MergeResult:
     """Merge as a recipe file (or recipes) says, into a new folder.
 
     Args:
         progress: called with (bytes done, bytes in all) of the running recipe, where one rank runs in this process.
+        tell: called with each line about what is left out, differs, or could not be verified.
 
     Raises:
         InputError: the recipe, a model or an option is wrong, or ``out`` exists.
@@ -90,7 +97,7 @@ def merge(recipe: str | Path | Sequence[MergeRecipe], out: str | Path, options: 
     if isinstance(recipe, (str, Path)):
         assembly = read_moe_recipe(recipe)
         if assembly is not None:
-            return assemble_moe(assembly, out, options, where, progress)
+            return assemble_moe(assembly, out, options, where, progress, tell)
     recipes = read_recipes(recipe) if isinstance(recipe, (str, Path)) else list(recipe)
     check_target(out)
     if len(recipes) > 1:  # what is wrong with a later one shall not show after hours of the first
@@ -103,31 +110,46 @@ def merge(recipe: str | Path | Sequence[MergeRecipe], out: str | Path, options: 
         target = out if last else steps / part.name
         target.parent.mkdir(exist_ok=True)
         if part.adapter is not None:
-            return _kept(part, where, out, known, began, options)
+            return _kept(part, where, out, known, began, options, tell)
         plan = plan_recipe(part, where, out, known, options.num_ranks, options.memory_cap, options.shard_bytes,
                            options.dtype)
+        _tell_notes(plan.graph, tell)
         if not (target.exists() and made_by(target, plan)):
             run_plan(plan, target, options, progress)
         if not last:
             known[part.name] = read_checkpoint(target)
     _forget(steps, [part.name for part in recipes[:-1]])
+    return _result(out, plan, began, tell)
+
+
+def _tell_notes(graph: MergeGraph, tell: Callable[[str], None]) -> None:
+    for note in graph.notes:
+        tell(note)
+
+
+def _result(out: Path, plan: MergePlan, began: float, tell: Callable[[str], None]) -> MergeResult:
     record = json.loads((out / RECORD).read_text())
+    if record.get("unsure"):
+        tell(record["unsure"])
     return MergeResult(out, plan, tuple(record["ranks"]), time.monotonic() - began)
 
 
 def _kept(recipe: MergeRecipe, where: str, out: Path, known: Mapping[str, CheckpointFiles], began: float,
-          options: MergeOptions) -> MergeResult:
+          options: MergeOptions, tell: Callable[[str], None]) -> MergeResult:
     """Adapters merged into an adapter: little data, one process, no plan."""
     assert recipe.adapter is not None
-    if options != MergeOptions(shard_bytes=options.shard_bytes):
+    if options != MergeOptions(shard_bytes=options.shard_bytes, verify=options.verify):
         raise InputError(f"{where}: adapters merged into an adapter are made in one process, without a plan; leave out"
                          " --ranks, --device, --dtype, --memory and --timeline")
-    made = keep_adapters(build(recipe, where, known), recipe.adapter.rank, out)
+    graph = build(recipe, where, known)
+    _tell_notes(graph, tell)
+    made = keep_adapters(graph, recipe.adapter.rank, out)
     return MergeResult(out, None, (), time.monotonic() - began, made)
 
 
 def assemble_moe(recipe: MoeRecipe, out: Path, options: MergeOptions, where: str = "recipe",
-                 progress: Callable[[int, int], None] | None = None) -> MergeResult:
+                 progress: Callable[[int, int], None] | None = None,
+                 tell: Callable[[str], None] = lambda _line: None) -> MergeResult:
     """A mixture of experts made from dense models, with its routers, in a new folder.
 
     Raises:
@@ -141,10 +163,10 @@ def assemble_moe(recipe: MoeRecipe, out: Path, options: MergeOptions, where: str
     if options.dtype is not None:
         recipe = dataclasses.replace(recipe, dtype=options.dtype)
     plan = plan_graph(build_moe(recipe, files, where), out, options.num_ranks, options.memory_cap, options.shard_bytes)
+    _tell_notes(plan.graph, tell)
     run_plan(plan, out, options, progress)
     _forget(steps, ["router"])
-    record = json.loads((out / RECORD).read_text())
-    return MergeResult(out, plan, tuple(record["ranks"]), time.monotonic() - began)
+    return _result(out, plan, began, tell)
 
 
 def _forget(steps: Path, names: Sequence[str]) -> None:
@@ -181,7 +203,11 @@ def run_plan(plan: MergePlan, out: Path, options: MergeOptions,
     device = worker.device_of(options.device, 0)
     if options.timeline is not None and not Path(options.timeline).absolute().parent.is_dir():
         raise InputError(f"--timeline {options.timeline}: its folder does not exist; make it first")
-    worker.begin(plan, out)
+    folder = worker.begin(plan, out)
+    if options.verify:
+        (folder / MARK).touch()
+    else:
+        (folder / MARK).unlink(missing_ok=True)
     if options.num_ranks == 1:
         total, done = plan.graph.write_bytes, 0
 

@@ -133,6 +133,9 @@ class UnitPiece:
             rank = adapter.down.shape[0]
             up = around.shelf.read_rows(adapter.folder, adapter.up, start, stop, rank)
             rows = torch.addmm(rows, up.to(around.device).to(around.dtype), down, alpha=adapter.scale)
+            if adapter.magnitude is not None:
+                norms = around.shelf.read_rows(adapter.folder, adapter.magnitude, start, stop, 1)
+                rows = rows * (norms.to(around.device).to(around.dtype) / rows.norm(dim=1, keepdim=True))
         return rows
 
     def _factor(self, folder: str, name: str, item: Input) -> Tensor:

@@ -21,6 +21,7 @@ from mipipe.runtime.merge.card import RECORD, write_companions
 from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.execute import RankReport, merge_timeline, run_rank
 from mipipe.runtime.merge.parts import describe_parts
+from mipipe.runtime.merge.verify import MARK, verify_output
 from mipipe.runtime.weights.writer import partial_folder, prepare, publish_folder
 
 
@@ -53,11 +54,14 @@ def work(plan: MergePlan, out: Path, exchange: MergeRanks, device: torch.device,
             save(measured, timeline)
     if exchange.rank == 0:
         _check_sources(plan)
+        unsure = ""
         if plan.graph.stores_parts:
             save(describe_parts(plan.graph, folder), folder / "parts.json")
         else:
             write_companions(plan, folder)
-        facts = {"job": plan.job_digest(), "ranks": [asdict(item) for item in reports]}
+            if (folder / MARK).exists():
+                unsure = verify_output(folder)
+        facts = {"job": plan.job_digest(), "ranks": [asdict(item) for item in reports], "unsure": unsure}
         (folder / RECORD).write_text(json.dumps(facts) + "\n")
         publish_folder(folder, out, plan.shards)
     exchange.barrier()

@@ -157,7 +157,7 @@ def finished(folder: Path) -> set[str]:
 def publish_folder(folder: Path, out: Path, shards: Sequence[Shard]) -> None:
     """Make the partial folder the result: data on disk, bookkeeping gone, final name."""
     leftovers = [*folder.glob("done-*.txt"), *folder.glob("parts-*.partial"),
-                 *(folder / name for name in ("job.json", "plan.json", "router.safetensors"))]
+                 *(folder / name for name in ("job.json", "plan.json", "router.safetensors", "verify"))]
     for leftover in leftovers:
         leftover.unlink(missing_ok=True)
     durable.publish(folder, out, [folder / shard.file for shard in shards])

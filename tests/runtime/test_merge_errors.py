@@ -181,7 +181,7 @@ def test_an_index_that_disagrees(root):
 
 def test_a_tensor_stored_twice(root):
     (root / "expert1" / "model.safetensors.index.json").unlink()
-    save_file({"model.norm.weight": torch.ones(8)}, root / "expert1" / "extra.safetensors")
+    save_file({"model.norm.weight": torch.ones(8)}, root / "expert1" / "model-00003-of-00002.safetensors")
     fails(root, recipe(root), "tensor model.norm.weight is in")
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from merge_fixtures import CONFIG, HIDDEN, read, state, trio, write
@@ -84,9 +85,28 @@ def test_gradients_filters_and_levels_reach_the_right_tensors(tmp_path):
     assert values[at(1, "mlp.up_proj")]["weight"] == [0.25, 0.5]
     assert values[at(2, "mlp.up_proj")]["weight"] == [0.5, 0]
     assert values[at(4, "self_attn.q_proj")]["weight"] == [1.0, 0.25]
-    assert values["model.norm.weight"]["weight"] == [1.0, 7]
+    assert values["model.norm.weight"]["weight"] == [0.0, 7]  # outside the layers: the gradient's first value
     assert values["model.embed_tokens.weight"]["weight"] == [0.0, 0.25]
     assert values["lm_head.weight"]["lambda"] == 2.0 and values["model.norm.weight"]["lambda"] == 1.0
+
+
+def test_gradients_in_slices_run_over_each_slice(tmp_path):
+    """Slices of 3, 1 and 2 of 6 layers: numpy's interpolation over the slice's own layers, the first value outside."""
+    trio(tmp_path, layers=6)
+
+    def piece(first, last):
+        return {"sources": [{"model": f"{tmp_path}/{name}", "layer_range": [first, last]}
+                            for name in ("base", "expert1")]}
+
+    values = [0.0, 1.0, 0.4, 0.8]
+    graph = build(parse_recipe({"merge_method": "slerp", "base_model": f"{tmp_path}/base", "parameters": {"t": values},
+                                "slices": [piece(0, 3), piece(5, 6), piece(1, 3)]}, "recipe"))
+    found = {unit.name: unit.parameters["t"] for unit in graph.units if unit.method != "copy"}
+    places = [0, 0.5, 1, 1, 0, 1]  # an only layer is its slice's last
+    for layer, place in enumerate(places):
+        expected = np.interp(place, np.linspace(0, 1, len(values)), values)
+        assert found[f"model.layers.{layer}.mlp.up_proj.weight"] == pytest.approx(expected), layer
+    assert {found[name] for name in found if ".layers." not in name} == {0.0}
 
 
 # Vocabularies ---------------------------------------------------------------------------------------------------------
@@ -136,7 +156,35 @@ def test_union_of_vocabularies(tmp_path):
         for token, row in expected.items():
             torch.testing.assert_close(found[key][order[token]], row, rtol=0, atol=1e-6)
     joined = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
-    assert [(entry["content"], entry["id"]) for entry in joined["added_tokens"]] == [("d", 3), ("e", 4)]
+    assert joined["added_tokens"] == []  # ordinary tokens of others must not be found before the base's own rules
+
+
+def test_union_keeps_the_bases_text_and_the_flags_of_added_tokens(tmp_path):
+    """As the tokenizers library reads it: "concatenate" as in the base, the other's special token skipped."""
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = {letter: index for index, letter in enumerate("aceont")}
+    words = {"base": {**letters, "co": 6, "con": 7, "conc": 8}, "other": {**letters, "ca": 6, "cat": 7}}
+    merges = {"base": [("c", "o"), ("co", "n"), ("con", "c")], "other": [("c", "a"), ("ca", "t")]}
+    for seed, name in enumerate(words):
+        write(tmp_path / name, state(seed, vocabulary=10), {"vocab_size": 10})
+        made = tokenizers.Tokenizer(tokenizers.models.BPE(words[name], merges[name]))
+        if name == "other":
+            made.add_special_tokens([tokenizers.AddedToken("<|end|>", special=True, rstrip=True)])
+            made.add_tokens([tokenizers.AddedToken("<tool>", lstrip=True, normalized=False)])
+        made.save(str(tmp_path / name / "tokenizer.json"))
+    run({"merge_method": "linear", "tokenizer_source": "union",
+         "models": [{"model": f"{tmp_path}/{name}"} for name in words]}, tmp_path / "out")
+    base, joined = (tokenizers.Tokenizer.from_file(str(tmp_path / name / "tokenizer.json")) for name in ("base", "out"))
+    assert joined.encode("concatenate").ids == base.encode("concatenate").ids
+    ids = joined.encode("cat<|end|>").ids
+    assert ids[:-1] == base.encode("cat").ids and joined.decode(ids, skip_special_tokens=True).replace(" ", "") == "cat"
+    found = read(tmp_path / "out")["model.embed_tokens.weight"]
+    other = read(tmp_path / "other")["model.embed_tokens.weight"]
+    for token in ("<|end|>", "<tool>"):  # only the other has them: its rows
+        source = tokenizers.Tokenizer.from_file(str(tmp_path / "other" / "tokenizer.json")).token_to_id(token)
+        torch.testing.assert_close(found[joined.token_to_id(token)], other[source])
+    flags = {entry["content"]: entry for entry in json.loads(joined.to_str())["added_tokens"]}
+    assert flags["<|end|>"]["special"] and flags["<|end|>"]["rstrip"] and flags["<tool>"]["lstrip"]
 
 
 def test_union_with_the_same_vocabulary_changes_nothing(tmp_path):

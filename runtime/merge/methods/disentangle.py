@@ -18,10 +18,16 @@ def ranks(values: Tensor) -> Tensor:
     return torch.empty_like(values).scatter_(1, order, counts.expand_as(values).contiguous())
 
 
-def scores(significance: Tensor, ratio: float, calibrated: float) -> Tensor:
-    """Softmax over models (first axis); ``calibrated`` wherever an entry exceeds ``ratio`` times its model's mean."""
+def scores(significance: Tensor, ratio: float, calibrated: float, counted: bool = False) -> Tensor:
+    """Softmax over models (first axis); ``calibrated`` wherever an entry exceeds ``ratio`` times its model's mean.
+
+    ``counted``: the entries are `ranks`, compared as the integers they stand for. With an odd number of columns the
+    median is the mean exactly, which fractions would decide by rounding.
+    """
     weights = torch.softmax(significance, dim=0)
     flat = significance.flatten(1)
+    if counted:
+        flat = (flat.double() * flat.shape[1]).round()
     above = flat > ratio * flat.mean(dim=1, keepdim=True)
     return torch.where(above.reshape(significance.shape), calibrated, weights)
 
@@ -47,8 +53,8 @@ def widen(tile: Tile, _stats: Any, *, above_average_ratio: float, calibrated_sco
     turned = tile.tensor_class is TensorClass.EMBEDDING
     moves = [column_moves(base.T, model.T) if turned else column_moves(base, model) for model in models]
     magnitude, direction = (torch.stack(part) for part in zip(*moves, strict=True))
-    weights = (scores(ranks(magnitude), above_average_ratio, calibrated_score)
-               + scores(ranks(direction), above_average_ratio, calibrated_score)) / 2
+    weights = (scores(ranks(magnitude), above_average_ratio, calibrated_score, counted=True)
+               + scores(ranks(direction), above_average_ratio, calibrated_score, counted=True)) / 2
     merged = base.clone()
     for delta, weight in zip(deltas, weights, strict=True):
         merged.add_(delta * (weight[:, None] if turned else weight))

@@ -79,12 +79,30 @@ def optmerge_closed_form(start: Tensor, targets: Sequence[Tensor], maps: Sequenc
     return (solved + kept - (kept @ right.T) @ right).to(start.dtype)
 
 
-def optmerge(tile: Tile, _stats: Any, *, lambda_: float, solver: str, centred: bool, start: str, learning_rate: float,
-             steps: int) -> Tensor:
+def optmerge_ridge(start: Tensor, targets: Sequence[Tensor], maps: Sequence[Tensor], strength: float) -> Tensor:
+    """The minimiser of `optmerge_loss` plus ``mu ||X - X_0||^2``: ``(sum target_i G_i + mu X_0) (sum G_i + mu I)^-1``.
+
+    ``mu`` is ``strength`` times the mean eigenvalue of ``sum G_i``. Task vectors of full rank leave directions in which
+    the loss is nearly flat and its minimiser anywhere; there X stays at the start, as in the authors' short descent.
+    """
+    curvature = torch.zeros(start.shape[1], start.shape[1], dtype=torch.float64, device=start.device)
+    pulled = torch.zeros_like(start, dtype=torch.float64)
+    for target, part in zip(targets, maps, strict=True):
+        wide = part.double()
+        curvature += wide.T @ wide
+        pulled += (target.double() @ wide.T) @ wide
+    pull = strength * float(curvature.trace()) / len(curvature)
+    curvature.diagonal().add_(pull)
+    solved: Tensor = torch.linalg.solve(curvature, (pulled + pull * start.double()).T).T
+    return solved.to(start.dtype)
+
+
+def optmerge(tile: Tile, _stats: Any, *, lambda_: float, solver: str, ridge: float, centred: bool, start: str,
+             learning_rate: float, steps: int) -> Tensor:
     """``theta_0 + lambda X``, X minimising the experts' interference after low-rank denoising.
 
-    ``solver``: the closed form, or the authors' descents (``adam`` from the sum for full fine-tuning, ``sgd`` with
-    momentum 0.9 from the mean for LoRA). Wants float32.
+    ``solver``: the minimiser near the start (`optmerge_ridge`), the plain one, or the authors' descents (``adam`` from
+    the sum for full fine-tuning, ``sgd`` with momentum 0.9 from the mean for LoRA). Wants float32.
     """
     deltas = [delta for delta in tile.deltas() if float(delta.norm()) > 0]
     rank = min(tile.origin.shape) // max(1, len(tile.models))
@@ -94,7 +112,9 @@ def optmerge(tile: Tile, _stats: Any, *, lambda_: float, solver: str, centred: b
     value = torch.zeros_like(deltas[0])
     for delta in deltas:
         value.add_(delta, alpha=1.0 if start == "sum" else 1.0 / len(deltas))
-    if solver == "closed_form":
+    if solver == "ridge":
+        value = optmerge_ridge(value, targets, maps, ridge)
+    elif solver == "closed_form":
         value = optmerge_closed_form(value, targets, maps)
     else:
         value = optmerge_descent(value, targets, maps, solver, learning_rate, steps)

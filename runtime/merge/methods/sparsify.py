@@ -78,8 +78,8 @@ def deltas_of(tile: Tile, **_params: Any) -> list[Tensor]:
 
 
 def kept(density: float, entries: int) -> int:
-    """How many of ``entries`` a density keeps: ``floor(density * entries)``, at least one."""
-    return max(1, math.floor(density * entries + 1e-9))
+    """How many of ``entries`` a density keeps: ``floor(density * entries)``, at least one unless the density is 0."""
+    return max(1, math.floor(density * entries + 1e-9)) if density > 0 else 0
 
 
 def trim(tile: Tile, cutoffs: Cutoffs | None) -> list[Tensor]:
@@ -105,11 +105,15 @@ def breadcrumbs_deltas(tile: Tile, cutoffs: Cutoffs) -> list[Tensor]:
 
 def breadcrumbs_counts(entries: list[int], _nonzero: list[int], *, density: Sequence[float], gamma: Sequence[float],
                        **_params: Any) -> list[list[int]]:
-    """Per model: the outliers, ``floor(gamma n)``, and the outliers plus the ``floor(density n)`` that stay."""
+    """Per model: the outliers, ``floor(gamma n)``, and the outliers plus the ``floor(density n)`` that stay.
+
+    Where both do not fit, fewer outliers go (as in mergekit): the density counts, and at density 1 nothing is dropped.
+    """
     result = []
     for size, share, top in zip(entries, density, gamma, strict=True):
-        outliers = math.floor(top * size + 1e-9)
-        result.append([outliers, min(size, outliers + kept(share, size))])
+        stay = kept(share, size)
+        outliers = min(math.floor(top * size + 1e-9), size - stay)
+        result.append([outliers, outliers + stay])
     return result
 
 
@@ -151,16 +155,21 @@ def dare_norm_round() -> Round:
 def della_deltas(tile: Tile, density: Sequence[float], epsilon: Sequence[float], rescale: bool) -> list[Tensor]:
     """Task vectors after MagPrune: the larger an entry within its row, the likelier it stays (arXiv 2406.11617).
 
-    Entry of ascending rank r among n of its row stays with probability ``density - eps/2 + eps (r + 1/2) / n`` and is
-    divided by it; a vector is one row.
+    Entry of ascending rank r = 0 .. n - 1 of its row stays with probability ``density - eps + 2 eps r / (n - 1)``,
+    mergekit's meaning of epsilon (the paper's is twice that), and is divided by it; a vector is one row. At density 1
+    everything stays, at 0 nothing.
     """
     result = []
     for index, (delta, share, spread) in enumerate(zip(tile.deltas(), density, epsilon, strict=True)):
+        if share in (0.0, 1.0):
+            result.append(delta * share)
+            continue
         rows = delta if delta.dim() == 2 else delta[None]
         order = rows.abs().argsort(dim=1, stable=True)
         ranks = torch.empty_like(order).scatter_(1, order, torch.arange(rows.shape[1], device=rows.device)
                                                  .expand_as(order))
-        stay = share - spread / 2 + spread * (ranks.to(delta.dtype) + 0.5) / rows.shape[1]
+        place = ranks.to(delta.dtype) / (rows.shape[1] - 1) if rows.shape[1] > 1 else 0.5
+        stay = share - spread + 2 * spread * place + torch.zeros_like(rows)
         stay = stay.reshape(delta.shape)
         chosen = positive(stay - tile.random(index))
         result.append((delta / stay if rescale else delta) * chosen)

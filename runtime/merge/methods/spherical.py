@@ -19,6 +19,8 @@ from mipipe.runtime.merge.methods.method import Round, Tile
 NEARLY_PARALLEL = 0.9995
 """Above this |cosine| the arc is a line to rounding, and ``sin(phi)`` a bad divisor (mergekit's bound)."""
 ZERO_NORM = 1e-8
+COLINEAR = 1e-8
+"""Below this sine, vectors are colinear to NuSLERP (mergekit's bound); its coefficients are found in float64."""
 
 
 def gram(tensors: Sequence[Tensor]) -> Tensor:
@@ -85,11 +87,12 @@ def _ends(tile: Tile) -> tuple[Tensor, ...]:
     return tile.models if tile.base is None else tuple(tile.deltas())
 
 
-def _measure_nuslerp(tile: Tile, _stats: Any, *, nuslerp_flatten: bool, **_params: Any) -> Tensor:
+def _measure_nuslerp(tile: Tile, _stats: Any, *, nuslerp_flatten: bool, nuslerp_row_wise: bool,
+                     **_params: Any) -> Tensor:
     """Products of the two ends, ``[3]`` over all entries or ``[3, columns]`` along the rows."""
     first, second = _ends(tile)
     products = torch.stack([first * first, second * second, first * second])
-    if nuslerp_flatten or first.dim() < 2:
+    if nuslerp_flatten or first.dim() < 2 or not nuslerp_row_wise:
         return products.flatten(1).sum(1, dtype=torch.float64)
     return products.sum(1, dtype=torch.float64)
 
@@ -102,29 +105,28 @@ def arc_weights(square_a: Tensor, square_b: Tensor, product: Tensor, t: float) -
     """SLERP's two coefficients from squared norms and inner products, elementwise, ``[2, ...]`` float64."""
     norm_a, norm_b = (torch.where(square.sqrt() > ZERO_NORM, square.sqrt(), 1.0) for square in (square_a, square_b))
     cos = (product / norm_a / norm_b).double()
-    phi = torch.acos(cos.clamp(-NEARLY_PARALLEL, NEARLY_PARALLEL))
-    arc = torch.stack([torch.sin((1 - t) * phi), torch.sin(t * phi)]) / torch.sin(phi)
+    phi = torch.acos(cos.clamp(-1.0, 1.0))
+    straight = torch.sin(phi).abs() < COLINEAR
+    arc = torch.stack([torch.sin((1 - t) * phi), torch.sin(t * phi)]) / torch.where(straight, 1.0, torch.sin(phi))
     line = torch.stack([torch.full_like(cos, 1 - t), torch.full_like(cos, t)])
-    return torch.where(cos.abs() > NEARLY_PARALLEL, line, arc)
+    return torch.where(straight, line, arc)
 
 
-def nuslerp_rounds(*, nuslerp_row_wise: bool, **_params: Any) -> tuple[Round, ...]:
-    return () if nuslerp_row_wise else (Round(_measure_nuslerp, _finish_nuslerp),)
+def nuslerp_rounds(**_params: Any) -> tuple[Round, ...]:
+    return (Round(_measure_nuslerp, _finish_nuslerp),)
 
 
-def nuslerp(tile: Tile, stats: Any, *, weight: Sequence[float], nuslerp_row_wise: bool, **_params: Any) -> Tensor:
+def nuslerp(tile: Tile, stats: Any, *, weight: Sequence[float], nuslerp_flatten: bool,
+            nuslerp_row_wise: bool) -> Tensor:
     """SLERP with ``t`` from two weights: of task vectors where a base is given, else of the models.
 
-    ``nuslerp_flatten``: one arc for the whole piece; otherwise one per column, or per row with ``nuslerp_row_wise``.
+    ``nuslerp_flatten``: one arc for the whole piece; otherwise, with mergekit's meaning of the words, one per row, or
+    per column with ``nuslerp_row_wise``. A vector is one arc.
     """
     first, second = _ends(tile)
-    if nuslerp_row_wise and first.dim() == 2:
+    if not nuslerp_flatten and not nuslerp_row_wise and first.dim() == 2:
         weights = arc_weights(first.double().square().sum(1), second.double().square().sum(1),
                               (first.double() * second.double()).sum(1), nuslerp_position(weight))[..., None]
-    elif stats is None:
-        wide = first.double(), second.double()
-        weights = arc_weights(wide[0].square().sum(), wide[1].square().sum(), (wide[0] * wide[1]).sum(),
-                              nuslerp_position(weight))
     else:
         weights = stats
     weights = weights.to(first.dtype)
@@ -216,20 +218,22 @@ def _finish_stock(total: Tensor, _stats: Any, **_params: Any) -> float:
     return float(model_stock_ratio(total))
 
 
-def model_stock_rounds(*, filter_wise: bool) -> tuple[Round, ...]:
-    return () if filter_wise else (Round(_measure_delta_gram, _finish_stock),)
+def model_stock_rounds(**_params: Any) -> tuple[Round, ...]:
+    return (Round(_measure_delta_gram, _finish_stock),)
 
 
-def model_stock(tile: Tile, stats: float | None, *, filter_wise: bool) -> Tensor:
-    """``theta_0 + t mean_i tau_i``, with t from the angles between task vectors: per piece, or per row."""
+def model_stock(tile: Tile, stats: float, *, filter_wise: bool) -> Tensor:
+    """``theta_0 + t mean_i tau_i``, with t from the angles between task vectors: per piece, or per row.
+
+    A vector has one t, not one per entry.
+    """
     deltas = tile.deltas()
     mean = deltas[0].clone()
     for delta in deltas[1:]:
         mean.add_(delta)
     mean.div_(len(deltas))
-    if not filter_wise:
-        assert stats is not None
+    if not filter_wise or mean.dim() == 1:
         return tile.origin + mean.mul_(stats)
     rows = torch.stack([delta.reshape(len(delta), -1) for delta in deltas], dim=1).double()
     ratio = model_stock_ratio(rows @ rows.transpose(1, 2)).to(mean.dtype)
-    return tile.origin + mean * (ratio if mean.dim() == 1 else ratio[:, None])
+    return tile.origin + mean * ratio[:, None]

@@ -122,7 +122,7 @@ def dare_rounds(*, density: Sequence[float], rescale: bool, rescale_norm: str, *
 def _dare(tile: Tile, factors: Sequence[float] | None, density: Sequence[float], rescale: bool) -> list[Tensor]:
     """Dropped and rescaled task vectors; by 1/density, which keeps the expectation, unless factors were measured."""
     if factors is None:
-        factors = [1.0 / share if rescale else 1.0 for share in density]
+        factors = [1.0 / share if rescale and share > 0 else 1.0 for share in density]
     return dare_deltas(tile, density, factors)
 
 

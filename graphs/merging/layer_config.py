@@ -1,0 +1,88 @@
+"""What a config says by layer, when a merge picks layers; and what models of one shape disagree about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mipipe.graphs.errors import InputError
+
+INDICES = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "global_attn_layers",
+           "cross_attention_layers", "dense_layers")
+"""Lists of layer numbers."""
+FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+"""Counts of first layers that differ from the rest."""
+PERIODS: dict[str, tuple[str, str]] = {
+    "decoder_sparse_step": ("", ""), "interleave_moe_layer_step": ("", "moe_layers"),
+    "moe_layer_freq": ("", ""), "sliding_window_pattern": ("", "layer_types"),
+    "full_attention_interval": ("", "layer_types"), "no_rope_layer_interval": ("", "no_rope_layers"),
+    "attn_layer_period": ("attn_layer_offset", ""), "expert_layer_period": ("expert_layer_offset", "")}
+"""Periods over layers: the key of their offset, and the list that counts in their place where there is one."""
+BEHAVIOUR = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon",
+             "hidden_act", "hidden_activation", "activation_function", "sliding_window", "use_sliding_window",
+             "attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "num_experts_per_tok")
+"""What changes a model's function and no tensor's shape."""
+
+
+def picked_layers(config: Mapping[str, Any], picked: Sequence[int], where: str) -> dict[str, Any]:
+    """The text model's config for layers taken from its own: lists, counts and periods by layer follow.
+
+    Args:
+        picked: for each layer of the output, the layer it comes from.
+
+    Raises:
+        InputError: the config cannot say what the picked layers are.
+    """
+    count = next((key for key in ("num_hidden_layers", "n_layer", "num_layers") if key in config), "num_hidden_layers")
+    before = config.get(count)
+    found = dict(config)
+    for key, value in config.items():
+        if key in INDICES and isinstance(value, list):
+            found[key] = [new for new, old in enumerate(picked) if old in value]
+        elif isinstance(value, list) and len(value) == before and key != "architectures":
+            found[key] = [value[old] for old in picked]
+    for key in FIRST:
+        if isinstance(config.get(key), int) and config[key] > 0:
+            flags = [old < config[key] for old in picked]
+            _expect(flags == sorted(flags, reverse=True), where, key, config[key])
+            found[key] = sum(flags)
+    if isinstance(config.get("max_window_layers"), int):
+        flags = [old < config["max_window_layers"] for old in picked]
+        listed = isinstance(config.get("layer_types"), list) or not config.get("use_sliding_window")
+        _expect(listed or flags == sorted(flags, reverse=True), where, "max_window_layers", config["max_window_layers"])
+        found["max_window_layers"] = sum(flags)
+    for key, (offset, instead) in PERIODS.items():
+        period = config.get(key)
+        if isinstance(period, int) and period > 1 and not (instead and isinstance(config.get(instead), list)):
+            hit = _hit(period, config.get(offset) if offset else period - 1)
+            _expect(all(hit(new) == hit(old) for new, old in enumerate(picked)), where, key, period)
+    found[count] = len(picked)
+    return found
+
+
+def _hit(period: int, offset: Any) -> Callable[[int], bool]:
+    start = offset if isinstance(offset, int) else 0
+    return lambda layer: layer % period == start % period
+
+
+def _expect(holds: bool, where: str, key: str, value: Any) -> None:
+    if not holds:
+        raise InputError(f"{where}: slices: the config's {key} {value} cannot say which of the stacked layers are of"
+                         " which kind; take layers so that the pattern goes on, or first layers first")
+
+
+def differences(label: str, config: Mapping[str, Any], other: str, reference: Mapping[str, Any]) -> str:
+    """A line about what two configs of the same shapes disagree on, with both values; empty where nothing.
+
+    What only one of them says is a default of the other that is not known here, and no disagreement.
+    """
+    mine, theirs = _text(config), _text(reference)
+    found = [f"{key} {mine[key]} and {theirs[key]}" for key in BEHAVIOUR
+             if mine.get(key) is not None and theirs.get(key) is not None and mine[key] != theirs[key]]
+    return (f"{label} and {other} differ in {', '.join(found)}; the result has those of {other}" if found else "")
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config

@@ -1,0 +1,44 @@
+"""What a config says by layer follows the layers that a merge picks; held to transformers' own reading of configs."""
+
+import pytest
+
+from mipipe.graphs.errors import InputError
+from mipipe.graphs.merging.layer_config import differences, picked_layers
+
+PICKED = [0, 1, 2, 3, 2, 3, 4, 5]
+
+
+def test_lists_counts_and_numbers_of_layers():
+    config = {"num_hidden_layers": 6, "mlp_only_layers": [0, 3], "layer_types": list("abcdef"),
+              "no_rope_layers": [1, 1, 0, 1, 1, 0], "architectures": ["A"], "first_k_dense_replace": 2,
+              "max_window_layers": 4, "use_sliding_window": False, "eos_token_id": [1, 2]}
+    found = picked_layers(config, PICKED, "recipe")
+    assert found == {**config, "num_hidden_layers": 8, "mlp_only_layers": [0, 3, 5], "layer_types": list("abcdcdef"),
+                     "no_rope_layers": [1, 1, 0, 1, 0, 1, 1, 0], "max_window_layers": 6}
+
+
+@pytest.mark.parametrize(("entry", "picked", "message"), [
+    ({"first_k_dense_replace": 1}, [0, 1, 0, 1], "first_k_dense_replace 1"),
+    ({"decoder_sparse_step": 2}, [0, 1, 1, 2], "decoder_sparse_step 2"),
+    ({"sliding_window_pattern": 3}, [0, 1, 2, 2], "sliding_window_pattern 3"),
+    ({"max_window_layers": 2, "use_sliding_window": True}, [0, 1, 2, 0], "max_window_layers 2"),
+    ({"attn_layer_period": 2, "attn_layer_offset": 1}, [1, 2], "attn_layer_period 2")])
+def test_what_a_config_cannot_say_is_refused(entry, picked, message):
+    with pytest.raises(InputError, match=message):
+        picked_layers({"num_hidden_layers": 4, **entry}, picked, "recipe")
+
+
+def test_patterns_that_go_on_and_lists_that_replace_them():
+    config = {"num_hidden_layers": 4, "decoder_sparse_step": 2, "sliding_window_pattern": 2,
+              "layer_types": ["s", "f", "s", "f"], "attn_layer_period": 2, "attn_layer_offset": 1}
+    found = picked_layers(config, [0, 1, 0, 1, 2, 3], "recipe")
+    assert found["layer_types"] == ["s", "f"] * 3 and found["decoder_sparse_step"] == 2
+    assert picked_layers({"num_hidden_layers": 4, "sliding_window_pattern": 2, "layer_types": list("abcd")}, [1, 2],
+                         "recipe")["layer_types"] == ["b", "c"]
+
+
+def test_differences_have_both_values():
+    line = differences("./a", {"rope_theta": 1e4, "rms_norm_eps": 1e-6, "head_dim": 64},
+                       "./b", {"text_config": {"rope_theta": 1e6, "rms_norm_eps": 1e-6}})
+    assert line == "./a and ./b differ in rope_theta 10000.0 and 1000000.0; the result has those of ./b"
+    assert differences("a", {"hidden_act": "silu"}, "b", {"hidden_act": "silu"}) == ""

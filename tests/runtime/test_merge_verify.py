@@ -1,0 +1,114 @@
+"""Every result is opened as transformers would open it, and values that its dtype cannot hold are refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from merge_fixtures import read, state, trio, write
+from typer.testing import CliRunner
+
+from mipipe.cli.main import app
+from mipipe.graphs.errors import RunError
+from mipipe.graphs.merging.recipe import parse_recipe
+from mipipe.runtime.merge.launch import MergeOptions, merge
+from mipipe.runtime.merge.verify import verify_output
+
+transformers = pytest.importorskip("transformers")
+
+
+def run(data, out, **options):
+    lines = []
+    merge([parse_recipe(data, "recipe")], out, MergeOptions(verify=True, **options), tell=lines.append)
+    return lines
+
+
+def passthrough(folder):
+    return {"merge_method": "passthrough", "models": [{"model": str(folder)}]}
+
+
+def without(tensors):
+    return {name: value for name, value in tensors.items() if not name.endswith("1.self_attn.q_proj.weight")}
+
+
+@pytest.mark.parametrize(("change", "config", "message"), [
+    (without, {}, "lacks model.layers.1.self_attn.q_proj.weight of the LlamaForCausalLM"),
+    (lambda tensors: {**tensors, "model.extra.weight": torch.ones(2, 2)}, {}, "has model.extra.weight, which"),
+    (dict, {"intermediate_size": 12}, r"mlp.*has shape \[.*16.*\] in the result, but .* describes"),
+    (dict, {"num_hidden_layers": 3}, "lacks model.layers.2.* and 8 more tensors"),
+    (dict, {"num_attention_heads": "two"}, "config.json: transformers makes no"),
+])
+def test_a_result_that_would_not_load_is_not_called_done(tmp_path, change, config, message):
+    write(tmp_path / "a", change(state(0)), config)
+    with pytest.raises(RunError, match=message):
+        run(passthrough(tmp_path / "a"), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
+    merge([parse_recipe(passthrough(tmp_path / "a"), "recipe")], tmp_path / "out", MergeOptions())
+    assert not (tmp_path / "out" / "verify").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_token_ids_beyond_the_table(tmp_path):
+    folder = write(tmp_path / "a", state(0))
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 11}}, "added_tokens": []}))
+    with pytest.raises(RunError, match=r"'b' has the id 11, but model\.embed_tokens\.weight has 11 rows"):
+        run(passthrough(folder), tmp_path / "out")
+
+
+def test_an_architecture_that_transformers_does_not_have_is_said(tmp_path):
+    write(tmp_path / "a", state(0), {"architectures": ["OwnModel"]})
+    assert run(passthrough(tmp_path / "a"), tmp_path / "out") == [
+        "the result was not opened with transformers: it has no architecture 'OwnModel'"]
+
+
+def dense(**more):
+    return {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, **more}
+
+
+@pytest.mark.parametrize(("config", "more"), [
+    ("LlamaConfig", {}), ("Qwen2Config", {"tie_word_embeddings": True}), ("GPT2Config", {"n_embd": 16, "n_layer": 2}),
+    ("Qwen3MoeConfig", {"num_experts": 4, "moe_intermediate_size": 8, "mlp_only_layers": [1]}),
+    ("MixtralConfig", {"num_local_experts": 4}), ("Gemma2Config", {}), ("Phi3Config", {"pad_token_id": 0})])
+def test_what_transformers_saves_it_would_load(tmp_path, config, more):
+    """Experts stored one by one or fused, tied heads, fused projections: no false alarm."""
+    settings = getattr(transformers, config)(**dense(**more))
+    model = transformers.AutoModelForCausalLM.from_config(settings)
+    model.save_pretrained(tmp_path / "a")
+    assert verify_output(tmp_path / "a") == ""
+
+
+@pytest.mark.parametrize(("dtype", "value", "held"), [("float16", 70000.0, False), ("float16", 65519.0, True),
+                                                      ("float16", -65520.0, False), ("bfloat16", 3.4e38, False),
+                                                      ("bfloat16", 70000.0, True)])
+def test_values_that_the_dtype_cannot_hold_are_refused(tmp_path, dtype, value, held):
+    tensors = state(0)
+    tensors["model.norm.weight"][3] = value
+    write(tmp_path / "a", tensors)
+    data = {**passthrough(tmp_path / "a"), "out_dtype": dtype}
+    if held:
+        run(data, tmp_path / "out")
+        assert np.isfinite(read(tmp_path / "out")["model.norm.weight"].float().numpy()).all()
+        return
+    with pytest.raises(RunError, match=rf"model.norm.weight: has values up to {abs(value):.6g}".replace("+", r"\+")):
+        run(data, tmp_path / "out")
+
+
+def test_cropped_tables_make_the_vocabulary_the_config_says(tmp_path):
+    for name, rows in (("a", 11), ("b", 13)):
+        write(tmp_path / name, state(rows, vocabulary=rows), {"vocab_size": rows})
+    data = {"merge_method": "linear", "mismatch": "submatrix",
+            "models": [{"model": f"{tmp_path}/{name}"} for name in "ba"]}
+    run(data, tmp_path / "out")
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 11
+
+
+def test_the_command_verifies_unless_told_not_to(tmp_path):
+    trio(tmp_path)
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 3}))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(passthrough(tmp_path / "base")))
+    call = ["merge", str(recipe), "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == RunError.exit_code and "--no-verify" in result.output
+    assert CliRunner().invoke(app, [*call, "--no-verify"]).exit_code == 0
