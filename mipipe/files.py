@@ -66,4 +66,6 @@ def value_of(item: T | PathLike, kind: type[T]) -> T:
 def size_of(text: int | str | None, where: str) -> int | None:
     from mipipe.graphs.units import parse_bytes
 
+    if isinstance(text, int) and not isinstance(text, bool):  # integers of a program are bytes
+        text = f"{text}B"
     return None if text is None else parse_bytes(text, where)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mipipe.graphs.capture.user_calls import calling_line
 from mipipe.graphs.errors import GraphError
@@ -82,16 +83,29 @@ def silence() -> Iterator[None]:
         logging.disable(before)
 
 
+PARTS = frozenset(nn.Module().__dict__)
+"""What every module has: its tables of parameters, buffers, modules and hooks."""
+
+
 @contextlib.contextmanager
 def attributes_kept(module: nn.Module) -> Iterator[None]:
-    """Afterwards, the attributes and buffers of all parts of a module are the objects that they were."""
+    """Afterwards, buffers and attributes that hold tensors are the objects that they were, in all parts of a module.
+
+    Other attributes stay as the forward left them, such as transformers' note of hooks that it has installed.
+    """
     kept = [(part, dict(part.__dict__), dict(part._buffers)) for part in module.modules()]
     try:
         yield
     finally:
         for part, items, buffers in kept:
-            part.__dict__.clear()
-            part.__dict__.update(items)
+            for name, value in list(part.__dict__.items()):
+                if name in PARTS or value is items.get(name) or not any(
+                        isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+                    continue
+                if name in items:
+                    part.__dict__[name] = items[name]
+                else:
+                    del part.__dict__[name]
             part._buffers.clear()
             part._buffers.update(buffers)
 
