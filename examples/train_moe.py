@@ -88,10 +88,10 @@ def train_alone(steps: int) -> list[float]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from mipipe import OperatorGraph, load
-    from mipipe.runtime import initial_weights, learning_rate_factor, make_batches, read_config
+    from mipipe.runtime import initial_weights, learning_rate_factor, make_batches, read_train_config
 
     torch.set_num_threads(1)  # as every worker computes
-    graph, config = load("demo/graph.json", OperatorGraph), read_config(CONFIG)
+    graph, config = load("demo/graph.json", OperatorGraph), read_train_config(CONFIG)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODEL), dtype=torch.float32)
     model.load_state_dict(initial_weights(graph, config), strict=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr, **config.optimizer.options)
