@@ -161,8 +161,8 @@ def expert_kinds(folder: Path) -> list[Kind]:
         Kind("cluster", CLUSTER, "yaml", {
             "experts": lambda file: ["experts", "--loads", good, "--cluster", file, *limit]}),
         Kind("workload", WORKLOAD, "json", {
-            "throughput": lambda file: ["place", file, *limit], "latency": lambda file: ["place", file, *limit,
-                                                                                        "--objective", "latency"]})]
+            "throughput": lambda file: ["place", file, *limit],
+            "contiguous": lambda file: ["place", file, *limit, "--contiguous"]})]
 
 
 def merge_kinds(folder: Path) -> list[Kind]:

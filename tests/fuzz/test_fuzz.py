@@ -20,6 +20,8 @@ import fuzz_run as runs
 import fuzz_seeds as seeds
 import pytest
 
+from mipipe.planner.devices.compiled import compile_kernels
+
 CASES = int(os.environ.get("FUZZ_CASES", "20000"))
 ONLY = os.environ.get("FUZZ_KINDS", "")
 GROUPS: dict[str, Callable[[Path], list[seeds.Kind]]] = {
@@ -147,6 +149,7 @@ def report(wrong: list[str]) -> str:
 @pytest.mark.parametrize("group", GROUPS)
 def test_no_mutant_breaks_a_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str) -> None:
     monkeypatch.chdir(tmp_path)
+    compile_kernels()  # else `place` starts a process to do so, and what mutants start is what is looked for
     kinds = prepare(tmp_path, group)
     count, wrong = attack(tmp_path, kinds, int(CASES * SHARES[group]), int(os.environ.get("FUZZ_SEED", "1")))
     assert not wrong, f"{len(wrong)} of {count}:\n{report(wrong)}"
