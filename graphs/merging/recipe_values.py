@@ -45,6 +45,9 @@ def _scalars(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list):
         return [value]
     found: list[Any] = []
+    if len({isinstance(item, dict) for item in value}) > 1:
+        raise InputError(f"{where}: mixes filters with plain values; expected a gradient of values, or entries with"
+                         " filter and value")
     for item in value:
         if isinstance(item, dict):
             unknown = set(item) - {"filter", "value"}

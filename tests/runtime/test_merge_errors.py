@@ -59,6 +59,7 @@ def cut(file, num_bytes):
     ({"merge_method": "ties", "parameters": {"density": 1.5}}, ["density: found 1.5, expected at most 1"]),
     ({"merge_method": "ties", "parameters": {"combine": "median"}}, ["found 'median', expected one of mean, max"]),
     ({"parameters": {"weight": []}}, ["weight: is an empty list"]),
+    ({"parameters": {"weight": [{"filter": "mlp", "value": 0.5}, 1]}}, ["weight: mixes filters with plain values"]),
     ({"parameters": {"weight": [{"filtr": "mlp", "value": 1.0}]}}, ["unknown key 'filtr'"]),
     ({"parameters": {"weight": [{"filter": "no_such_module", "value": 1.0}, {"value": 0.5}]}},
      ["filter 'no_such_module' matches no tensor"]),
