@@ -215,8 +215,10 @@ def model_class(config: Any) -> Any:
     """
     from transformers.models.auto import modeling_auto as auto
 
-    adjusted = ADJUSTMENTS.get(config.model_type, Adjustment()).architecture
-    for name in config.architectures or ([adjusted] if adjusted else ()):
+    adjusted, named = ADJUSTMENTS.get(config.model_type, Adjustment()).architecture, config.architectures
+    if named is not None and not isinstance(named, (list, tuple)):
+        raise InputError(f"model type {config.model_type!r}: architectures: found {shown(named)}, expected names in a list")
+    for name in named or ([adjusted] if adjusted else ()):
         found = _find_class(name)
         if found is not None:
             return found

@@ -232,6 +232,7 @@ def test_what_cannot_be_exported_says_why(module: nn.Module, inputs: dict[str, T
     ("no_such_model_type", {}, "not a model class"),
     ("llama", {"overrides": {"hidden_sizee": 3}}, "hidden_sizee"),
     ("llama", {"dtype": "int64"}, "dtype"),
+    ("llama", {"overrides": {"architectures": 3}}, "architectures"),
     ("llama", {"batch": 0}, "batch"),
     ("math:sqrt", {}, "part of Python.s own library"),
     ("no.such.package:factory", {}, "cannot import"),
