@@ -217,7 +217,7 @@ def model_class(config: Any) -> Any:
 
     adjusted, named = ADJUSTMENTS.get(config.model_type, Adjustment()).architecture, config.architectures
     if named is not None and not isinstance(named, (list, tuple)):
-        raise InputError(f"model type {config.model_type!r}: architectures: found {shown(named)}, expected names in a list")
+        raise InputError(f"model type {config.model_type!r}: architectures: found {shown(named)}, expected a list")
     for name in named or ([adjusted] if adjusted else ()):
         found = _find_class(name)
         if found is not None:
