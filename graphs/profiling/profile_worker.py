@@ -39,6 +39,7 @@ Steps = list[tuple[ProfiledGroup, Phase]]
 
 def main(task: str, rank: int) -> None:
     """Measure the task's groups, in step with the other workers."""
+    # our parent process wrote it a moment ago, into a private temporary folder: no file that a person gives
     graph, coarse, names, device_name, room, options = pickle.loads(Path(task).read_bytes())
     signal.alarm(max(1, round(options.timeout_s)))
     torch.set_num_threads(options.threads)

@@ -242,5 +242,6 @@ def _literal(value: Any, space: dict[str, Any]) -> str:
 def _compile(trace: SegmentTrace, phase: Phase, device: torch.device,
              given: Mapping[str, Callable[..., Any]] | None = None, handing: bool = False) -> PhaseFunction:
     source, space = phase_source(trace, phase, device, given, handing)
+    # `phase_source` has checked the trace (`check_trace`): names are identifiers, arguments literals
     exec(compile(source, f"<{phase} of trace {trace.digest}>", "exec"), space)
     return torch.no_grad()(space["phase"])

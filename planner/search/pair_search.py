@@ -20,7 +20,7 @@ from mipipe.planner.plan import RankOrder, Schedule
 from mipipe.planner.search import pair_kernel
 from mipipe.planner.search.annealing import COLD, LARGE, PRICE, SLICE, TILTS
 from mipipe.planner.search.lists import Orders
-from mipipe.planner.search.pair_kernel import PairFacts
+from mipipe.planner.search.pair_state import PairFacts
 
 F, I, W = (KINDS.index(kind) for kind in (ActionKind.F, ActionKind.I, ActionKind.W))  # noqa: E741
 

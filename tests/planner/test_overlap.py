@@ -191,6 +191,7 @@ def test_forwards_before_the_first_gradient_are_in_no_pair(size, least):
 def test_the_planner_overlaps_by_itself():
     """Without a published schedule: DualPipe's blocks take 24.85 at its own placement, 23.65 is known."""
     problem = dualpipes(ranks=4, microbatches=8)
+    plan(problem, PlanOptions(time_limit_s=0.5, placement="two-way", use_baselines=False))  # compiles, if nothing has
     result = plan(problem, PlanOptions(time_limit_s=3, placement="two-way", use_baselines=False))
     assert result.plan is not None and result.plan.schedule.has_pairs
     assert result.makespan_ns <= 24 * problem.unit_ns
