@@ -15,10 +15,14 @@ EXAMPLE = "mipipe experts --loads loads.json --cluster cluster.yaml --replicas 3
 
 
 def experts(
-    loads_file: Annotated[Path, typer.Option("--loads", help="Tokens per layer and expert: from a training run, or a"
-                                                             " list of lists as EPLB takes it.")],
+    loads_file: Annotated[Path, typer.Option("--loads", help="Tokens per layer and expert: from a training run, a list"
+                                                             " of lists as EPLB takes it, Megatron Core's router trace"
+                                                             " (JSON lines, or the folder of all ranks), vLLM's routed"
+                                                             " experts (.npy, .npz) or ADRS's load history.")],
     cluster: Annotated[Path, typer.Option(help="The cluster file (YAML): devices, hosts and links.")],
     replicas: Annotated[int, typer.Option(help="Redundant experts per layer.")] = 0,
+    num_experts: Annotated[int | None, typer.Option(help="Experts per layer, where recorded routing may not have"
+                                                         " reached the last ones.", min=1)] = None,
     memory: Annotated[str | None, typer.Option(help="Instead of --replicas: memory of every device for the experts of"
                                                     " all layers, such as 40GB; skewed layers get more.")] = None,
     groups: Annotated[int, typer.Option(help="Groups of experts that each stay on one host (EPLB's num_groups).")] = 1,
@@ -48,7 +52,7 @@ def experts(
     options = ExpertOptions(replicas=replicas, groups=groups, time_limit_s=time_limit, seed=seed, horizon=horizon,
                             max_moves=max_moves,
                             max_bytes=None if max_bytes is None else parse_bytes(max_bytes, "--max-bytes"))
-    loads, topology = read_loads(loads_file), load_cluster(cluster).topology
+    loads, topology = read_loads(loads_file, num_experts), load_cluster(cluster).topology
     slots = None
     if memory is not None:
         if replicas:

@@ -1,21 +1,36 @@
-"""Reading and writing expert loads and maps in mipipe's form and in EPLB's."""
+"""Reading and writing expert loads and maps in mipipe's form, in EPLB's and in those of recorded routing."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from mipipe.graphs.errors import InputError
 from mipipe.graphs.read_files import load_json
 from mipipe.graphs.serialize import from_data, load, read_text
+from mipipe.planner.experts import routing
 from mipipe.planner.experts.maps import ExpertLoads, ExpertMap
 
 
-def read_loads(path: Path) -> ExpertLoads:
-    """Loads from a `mipipe.expert_loads` file or from a bare list ``[layers][experts]``, EPLB's ``weight``."""
+def read_loads(path: Path, num_experts: int | None = None) -> ExpertLoads:
+    """Loads from a `mipipe.expert_loads` file, from a bare list ``[layers][experts]`` (EPLB's ``weight``), or from
+    recorded routing (`mipipe.planner.experts.routing`).
+
+    Args:
+        path: the file; a folder for a router trace of several ranks.
+        num_experts: experts per layer, for routing that may not have reached the last ones.
+    """
+    if path.is_dir() or path.suffix == ".jsonl":
+        return ExpertLoads(routing.read_trace(path, num_experts))
+    if path.suffix in (".npy", ".npz"):
+        return ExpertLoads(routing.read_arrays(path, num_experts))
     data = _json(path)
-    if isinstance(data, list):
-        return from_data({"loads": data}, ExpertLoads, str(path))
-    return load(path, ExpertLoads)
+    if isinstance(data, dict) and "format" not in data and "load_history" in data:
+        data = routing.history_loads(data, str(path))
+    loads = from_data({"loads": data}, ExpertLoads, str(path)) if isinstance(data, list) else load(path, ExpertLoads)
+    if num_experts is not None and loads.num_experts != num_experts:
+        raise InputError(f"{path}: has the loads of {loads.num_experts} experts, but --num-experts says {num_experts}")
+    return loads
 
 
 def read_map(path: Path, num_experts: int, num_devices: int) -> ExpertMap:

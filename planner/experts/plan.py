@@ -215,7 +215,7 @@ def _search(layer: Layer, slots: int, bound: float, options: ExpertOptions) -> n
 def _polish(layers: list[Layer], maps: list[np.ndarray], bounds: list[float], options: ExpertOptions,
             began: float) -> list[float]:
     """MIP polish of ``maps`` in place, layers with the largest gap first; the bounds, raised where proven."""
-    from mipipe.planner.milp import experts as milp  # late: the heuristic alone needs no solver
+    from mipipe.planner.milp import expert_patterns, experts  # late: the heuristic alone needs no solver
 
     bounds = list(bounds)
     gaps = [layer.makespan(devices) - bound for layer, devices, bound in zip(layers, maps, bounds, strict=True)]
@@ -227,14 +227,11 @@ def _polish(layers: list[Layer], maps: list[np.ndarray], bounds: list[float], op
             break
         layer, devices = layers[number], maps[number]
         share = left / (len(waiting) - done)
-        spare = devices.size - len(layer.weights)
-        if devices.size * len(layer.weights) <= 400:
-            result = milp.solve_layer(layer, devices, time_limit_s=share, seed=options.seed, max_replicas=spare + 1)
-            if result.bound is not None:
-                bounds[number] = max(bounds[number], min(result.bound, result.makespan))
+        solved = expert_patterns.solve_layer(layer, devices, bounds[number], time_limit_s=share, seed=options.seed)
+        if solved is not None:
+            maps[number], bounds[number] = solved.devices, solved.bound
         else:
-            result = milp.polish(layer, devices, bounds[number], time_limit_s=share, seed=options.seed)
-        maps[number] = result.devices
+            maps[number] = experts.polish(layer, devices, bounds[number], time_limit_s=share, seed=options.seed)
     return bounds
 
 

@@ -1,0 +1,89 @@
+"""Expert loads from the routing that Megatron Core, vLLM and ADRS record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mipipe.graphs.errors import InputError
+from mipipe.planner.experts.files import read_loads
+
+
+def line(step: int, layer: int, chosen: list[list[int]], block: str = "decoder", **more: int) -> str:
+    return json.dumps({"step": step, "stage": "pre_dispatch", "block": block, "layer": layer, "rank": 0,
+                       "num_tokens": len(chosen), "topk": 2, "top_indices": chosen, **more}) + "\n"
+
+
+def test_a_router_trace_counts_every_ranks_tokens_by_layer(tmp_path: Path) -> None:
+    """Two ranks, two steps; the multi-token prediction layer comes last although it shares a number."""
+    (tmp_path / "router_trace_rank0.jsonl").write_text(
+        line(0, 1, [[0, 1], [0, 2]]) + line(0, 10, [[3, 4]]) + line(0, 1, [[5, 5]], "mtp", mtp_idx=0)
+        + line(1, 1, [[0, 1]]))
+    (tmp_path / "router_trace_rank1.jsonl").write_text(line(0, 1, [[2, 2]]) + "\n" + line(1, 10, [[4, 0]]))
+    loads = read_loads(tmp_path)
+    assert loads.loads == ((1.5, 1.0, 1.5, 0.0, 0.0, 0.0), (0.5, 0.0, 0.0, 0.5, 1.0, 0.0),
+                           (0.0, 0.0, 0.0, 0.0, 0.0, 1.0))
+    assert read_loads(tmp_path / "router_trace_rank0.jsonl", 8).num_experts == 8
+
+
+@pytest.mark.parametrize("name", ["routes.npy", "routes.npz"])
+def test_routed_experts_are_counted_as_numpy_counts(tmp_path: Path, name: str) -> None:
+    rng = np.random.default_rng(0)
+    prompt, answer = (rng.integers(0, 16, (tokens, 3, 4)).astype(np.int16) for tokens in (50, 20))
+    arrays = [prompt] if name.endswith("npy") else [prompt, answer]
+    if name.endswith("npy"):
+        np.save(tmp_path / name, prompt)
+    else:
+        np.savez(tmp_path / name, prompt=prompt, answer=answer)
+    both = np.concatenate(arrays)
+    assert read_loads(tmp_path / name).loads == tuple(
+        tuple(np.bincount(both[:, layer].ravel(), minlength=16).astype(float)) for layer in range(3))
+
+
+def test_a_load_history_is_averaged_over_its_steps(tmp_path: Path) -> None:
+    path = tmp_path / "expert-load.json"
+    path.write_text(json.dumps({"load_history": [{"logical_expert_load": [[1, 3], [0, 8]]},
+                                                 {"logical_expert_load": [[3, 5], [2, 0]]}]}))
+    assert read_loads(path).loads == ((2.0, 4.0), (1.0, 4.0))
+
+
+def test_arrays_are_never_unpickled(tmp_path: Path) -> None:
+    np.save(tmp_path / "hostile.npy", np.array([object()]), allow_pickle=True)
+    with pytest.raises(InputError, match="not readable as NumPy's arrays"):
+        read_loads(tmp_path / "hostile.npy")
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("a.jsonl", "", "holds no record"),
+    ("a.jsonl", "[1]\n", "line 1: found a list of 1, expected"),
+    ("a.jsonl", line(0, 1, [[0, 1]]) + "{\n", "line 2: not readable as JSON"),
+    ("a.jsonl", line(0, 1, [[0, -1]]), "sent to expert -1"),
+    ("a.jsonl", line(0, 1, [[0, 10**9]]), "sent to expert 1000000000"),
+    ("a.jsonl", line(0, 1, [[0, 1], [2]]), "top_indices"),
+    ("a.jsonl", line(0, 1, []), "no token is sent to any expert"),
+    ("a.jsonl", line(0, 1, [[0, 7]]), "tokens are sent to 8 experts, but --num-experts says 2"),
+    ("a.jsonl", '{"step": true, "layer": 1, "top_indices": [[0]]}', "step: found True"),
+    ("a.json", '{"load_history": []}', "expected a list of steps"),
+    ("a.json", '{"load_history": [{"logical_expert_load": [[1, 2]]}, {"logical_expert_load": [[1]]}]}',
+     r"load_history\[1\]"),
+    ("a.json", "[[1, 2, 3]]", "--num-experts says 2"),
+    ("a.npy", "nothing", "not readable as NumPy's arrays")])
+def test_bad_routing_gets_one_clear_line(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message) as raised:
+        read_loads(tmp_path / name, 2)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_without_a_trace_and_arrays_of_another_shape_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no router_trace_rank\*.jsonl"):
+        read_loads(tmp_path)
+    np.save(tmp_path / "flat.npy", np.zeros((4, 2), dtype=int))
+    with pytest.raises(InputError, match=r"shape \[4, 2\]"):
+        read_loads(tmp_path / "flat.npy")
+    np.savez(tmp_path / "two.npz", a=np.zeros((4, 2, 1), dtype=int), b=np.zeros((4, 3, 1), dtype=int))
+    with pytest.raises(InputError, match="3 layers, but the arrays before have 2"):
+        read_loads(tmp_path / "two.npz")
