@@ -11,7 +11,7 @@ from mipipe.graphs.coarse.coverage import warnings_of
 from mipipe.graphs.coarse.drawing import draw_graph
 from mipipe.graphs.coarse.graph import CoarseGraph, OpGroup
 from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph
-from mipipe.graphs.coarse.totals import active_parameters, count_parameters, total_flops
+from mipipe.graphs.coarse.totals import active_parameters, count_parameters, flops_per_token, total_flops
 from mipipe.graphs.costs.table import CostTable
 from mipipe.graphs.operator_graph import OperatorGraph, Phase
 from mipipe.graphs.serialize import digest
@@ -58,6 +58,8 @@ def graph_summary(graph: OperatorGraph | CoarseGraph, costs: CostTable | None = 
             "trainable_parameters": count_parameters(graph, trainable=True),
             "flops": {phase.value: total_flops(index, phase) for phase in Phase},
             "flops_full_attention": {phase.value: total_flops(index, phase, full=True) for phase in Phase},
+            "flops_per_token": flops_per_token(graph),
+            "flops_per_token_full_attention": flops_per_token(graph, full=True),
             "inputs": list(graph.inputs), "outputs": list(graph.outputs), "warnings": warnings_of(graph), "rows": rows}
 
 

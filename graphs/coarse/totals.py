@@ -2,7 +2,11 @@
 
 Active parameters are all but the experts that a token is not sent to: of a bank of E experts, k / E, where k is how
 many a router chooses. Flops count what a causal kernel computes, the pairs of a query and a key it may see; the other
-convention (Megatron's, and torch.utils.flop_counter's) counts the whole square.
+convention (torch.utils.flop_counter's) counts the whole square.
+
+A model's flops per token of a training step are what papers and benchmarks divide by a peak (Chowdhery et al., "PaLM",
+JMLR 2023, appendix B): products of forward and backward once each, 3 F where everything is trained, causal attention
+halved, nothing that is recomputed, the scores in the backward kernel of attention included.
 """
 
 from __future__ import annotations
@@ -14,7 +18,9 @@ from collections.abc import Iterable, Sequence
 from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph
 from mipipe.graphs.operator_graph import Operator, OperatorGraph, Phase, SegmentTrace, TensorSpec
 
-_ATTENTION = {"mipipe.attention.default": (1, 5), "mipipe.attention_backward.default": (2, 8)}
+_BACKWARD = "mipipe.attention_backward.default"
+
+_ATTENTION = {"mipipe.attention.default": (1, 5), _BACKWARD: (2, 8)}
 """Where an attention operator has its keys, and whether it is causal (the window follows)."""
 
 
@@ -53,6 +59,35 @@ def total_flops(index: GraphIndex, phase: Phase, full: bool = False, members: Se
     chosen = range(len(index.traces)) if members is None else members
     return sum(index.traces[member].flops(phase) if full else kernel_flops(index.traces[member], phase)
                for member in chosen if index.runs(member, phase))
+
+
+def model_flops(index: GraphIndex, member: int, full: bool = False) -> int:
+    """A segment's flops in one training step without what is recomputed; ``full``: with all of attention's pairs."""
+    trace, total = index.traces[member], 0
+    for phase in Phase:
+        if not index.runs(member, phase):
+            continue
+        total += trace.flops(phase) if full else kernel_flops(trace, phase)
+        for item in trace.phase_operators(phase):
+            if item.kind == _BACKWARD and item.flops:
+                query, keys = (argument_spec(trace, _ref(item.args[at])).shape for at in (1, 2))
+                pairs = query[2] * keys[2] if full else attended_pairs(query[2], keys[2], *item.args[8:10])
+                total -= 2 * math.prod(query[:2]) * pairs * query[3]
+    return total
+
+
+def num_tokens(graph: OperatorGraph) -> int | None:
+    """Tokens of one microbatch; None for a model without token numbers among its inputs."""
+    shapes = {value.name: value.spec.shape for value in graph.values if value.name in graph.inputs}
+    return next((math.prod(shapes[name]) for name in ("input_ids", "decoder_input_ids") if name in shapes), None)
+
+
+def flops_per_token(graph: OperatorGraph, full: bool = False) -> float | None:
+    """A training step's model flops per token; None for a model without tokens. See the module docstring."""
+    tokens, index = num_tokens(graph), index_graph(graph)
+    if tokens is None:
+        return None
+    return sum(model_flops(index, member, full) for member in range(len(index.traces))) / tokens
 
 
 def count_parameters(graph: OperatorGraph, *, trainable: bool = False) -> int:
@@ -107,7 +142,7 @@ def _choice(tables: Iterable[TensorSpec], rows: int, experts: int) -> int:
 
 
 def headline(graph: OperatorGraph) -> str:
-    """``671.0 B parameters, 37.6 B active; F 310 Tflop (341 with all of causal attention), I ..., W ...``."""
+    """``671.0 B parameters, 37.6 B active; 250 Gflop per token of training (...); a microbatch: F 310 Tflop (...)``."""
     index = index_graph(graph)
     size, active = count_parameters(graph), active_parameters(graph)
     works = []
@@ -116,7 +151,12 @@ def headline(graph: OperatorGraph) -> str:
         more = f" ({_short(full)}flop with causal attention in full)" if full != own else ""
         works.append(f"{phase} {_short(own)}flop{more}")
     some = "" if active == size else f", {_short(active, 'B')} active"
-    return f"{_short(size, 'B')} parameters{some}; {', '.join(works)}"
+    own, full = flops_per_token(graph), flops_per_token(graph, full=True)
+    if own is None or full is None:
+        return f"{_short(size, 'B')} parameters{some}; {', '.join(works)}"
+    more = f" ({_short(full)}flop with causal attention in full)" if full != own else ""
+    return (f"{_short(size, 'B')} parameters{some}; {_short(own)}flop per token of training{more}; a microbatch:"
+            f" {', '.join(works)}")
 
 
 def _short(value: float, billion: str = "G") -> str:

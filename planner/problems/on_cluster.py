@@ -9,7 +9,6 @@ causal attention the lower triangle only, as its estimated time does.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +18,12 @@ from mipipe.graphs.cluster import Cluster
 from mipipe.graphs.coarse.coarsen import GroupGranularity, coarsen
 from mipipe.graphs.coarse.graph import CoarseGraph
 from mipipe.graphs.coarse.graph_index import index_graph
+from mipipe.graphs.coarse.totals import model_flops, num_tokens
 from mipipe.graphs.costs.exchange import slowest_link
-from mipipe.graphs.costs.roofline import roofline, useful_flops
+from mipipe.graphs.costs.roofline import roofline
 from mipipe.graphs.costs.table import CostTable
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.operator_graph import DTYPE_BYTES, OperatorGraph, Phase
+from mipipe.graphs.operator_graph import DTYPE_BYTES, OperatorGraph
 from mipipe.graphs.serialize import STRICT
 from mipipe.graphs.topology import Topology
 from mipipe.planner.experts.maps import ExpertLoads
@@ -149,10 +149,7 @@ def _work(model: OperatorGraph | CoarseGraph, coarse: CoarseGraph) -> list[float
         return [float(sum(group.flops.values())) for group in coarse.groups]
     index = index_graph(model)
     number_of = {segment.name: number for number, segment in enumerate(model.segments)}
-    useful = {(trace.digest, phase): sum(map(useful_flops, trace.phase_operators(phase)))
-              for trace in model.traces for phase in Phase}
-    return [sum(useful[model.segments[member].trace, phase] for member in map(number_of.__getitem__, group.segments)
-                for phase in group.flops if index.runs(member, phase)) for group in coarse.groups]
+    return [float(sum(model_flops(index, number_of[member]) for member in group.segments)) for group in coarse.groups]
 
 
 def _facts(model: OperatorGraph | CoarseGraph, coarse: CoarseGraph, table: CostTable, cluster: Cluster,
@@ -165,7 +162,7 @@ def _facts(model: OperatorGraph | CoarseGraph, coarse: CoarseGraph, table: CostT
     origins = Counter(entry.origin for entry in table.entries if entry.device_kind in {kind.name for kind in kinds})
     shapes: dict[str, Any] = {} if isinstance(model, CoarseGraph) else {
         value.name: value.spec.shape for value in model.values if value.name in model.inputs}
-    tokens = next((math.prod(shapes[name]) for name in ("input_ids", "decoder_input_ids") if name in shapes), None)
+    tokens = None if isinstance(model, CoarseGraph) else num_tokens(model)
     samples = next((shape[0] for shape in shapes.values() if shape), None)
     return ModelFacts(dtype, None if tokens is None else tokens * count, None if samples is None else samples * count,
                       float(flops), sum(peaks) if len(peaks) == len(kinds) else None,

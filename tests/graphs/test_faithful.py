@@ -23,7 +23,7 @@ from mipipe.graphs.capture.model import capture, capture_module
 from mipipe.graphs.capture.verify import seeded_by_shape
 from mipipe.graphs.coarse.coverage import warnings_of
 from mipipe.graphs.coarse.summary import graph_summary
-from mipipe.graphs.coarse.totals import attended_pairs, headline
+from mipipe.graphs.coarse.totals import attended_pairs, flops_per_token, headline
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operators.kernels import _bias
 from mipipe.graphs.tracing.compose import parameter_tensors, run_step
@@ -227,8 +227,41 @@ def test_active_parameters_and_both_ways_of_counting_attention() -> None:
     for graph in graphs:
         summary = graph_summary(graph)
         assert summary["parameters"] - summary["active_parameters"] == 2 * 2 * 3 * 8 * 4
+        assert summary["flops_per_token"] == 3 * summary["flops"]["F"] / 8
+        assert summary["flops_per_token_full_attention"] == 3 * summary["flops_full_attention"]["F"] / 8
         pairs = 2 * 2 * 2 * (8 * 8 - 8 * 9 // 2)  # multiply-adds, layers, heads
         assert summary["flops_full_attention"]["F"] - summary["flops"]["F"] == pairs * (4 + 4)
         assert summary["flops_full_attention"]["I"] - summary["flops"]["I"] == pairs * (3 * 4 + 2 * 4)
-    assert re.search(r"1\.78 k parameters, 1\.40 k active; F .* kflop \(.* kflop with causal attention in full\), I",
-                     headline(graphs[0]))
+    both = r".* kflop{} \(.* kflop with causal attention in full\)"
+    assert re.search(rf"1\.78 k parameters, 1\.40 k active; {both.format(' per token of training')}; a microbatch: F"
+                     rf" {both.format('')}, I", headline(graphs[0]))
+
+
+LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8}
+QWEN = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "seq", "published", "sizes"), [
+    ("LlamaForCausalLM", 8192, 51.5, {**LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                                      "num_attention_heads": 32}),
+    ("LlamaForCausalLM", 8192, 449.2, {**LLAMA, "hidden_size": 8192, "intermediate_size": 28672,
+                                       "num_hidden_layers": 80, "num_attention_heads": 64}),
+    ("LlamaForCausalLM", 4096, 432.5, {**LLAMA, "hidden_size": 8192, "intermediate_size": 28672,
+                                       "num_hidden_layers": 80, "num_attention_heads": 64}),
+    ("LlamaForCausalLM", 8192, 2524, {**LLAMA, "hidden_size": 16384, "intermediate_size": 53248,
+                                      "num_hidden_layers": 126, "num_attention_heads": 128}),
+    ("Qwen3MoeForCausalLM", 4096, 23.0, {**QWEN, "hidden_size": 2048, "moe_intermediate_size": 768,
+                                         "num_hidden_layers": 48, "num_attention_heads": 32}),
+    ("Qwen3MoeForCausalLM", 4096, 148.0, {**QWEN, "hidden_size": 4096, "moe_intermediate_size": 1536,
+                                          "num_hidden_layers": 94, "num_attention_heads": 64}),
+    ("DeepseekV3ForCausalLM", 4096, 249.7, {}),
+    ("DeepseekV3ForCausalLM", 4096, 204.4, {"vocab_size": 163840, "n_routed_experts": 384, "first_k_dense_replace": 1,
+                                            "num_attention_heads": 64, "num_key_value_heads": 64, "n_group": 1,
+                                            "topk_group": 1})])
+def test_flops_per_token_are_those_that_others_publish(architecture: str, seq: int, published: float,
+                                                       sizes: dict[str, Any]) -> None:
+    """NVIDIA's and torchtitan's model flops per token of Llama 3, Qwen3 MoE, DeepSeek-V3 and Kimi-K2, within 1 %."""
+    pytest.importorskip("transformers")
+    graph = capture(architecture, overrides=sizes, seq=seq)
+    assert (flops_per_token(graph) or 0) / 1e9 == pytest.approx(published, rel=0.01)
