@@ -47,7 +47,7 @@ def solve_layer(layer: Layer, start: np.ndarray, *, time_limit_s: float, seed: i
     num_experts = len(layer.weights)
     scale = layer.makespan(start)
     most = min(max_replicas, num_devices * slots - num_experts + 1)
-    model = pyo.ConcreteModel()
+    model = pyo.ConcreteModel(name="expert MIP")
     model.z = pyo.Var(range(num_experts), range(1, most + 1), domain=pyo.Binary)
     model.y = pyo.Var(range(num_experts), range(1, most + 1), range(num_devices), domain=pyo.NonNegativeIntegers)
     model.T = pyo.Var(bounds=(0, 1))
@@ -110,7 +110,7 @@ def _repack(layer: Layer, devices: np.ndarray, members: np.ndarray, time_limit_s
     experts, amounts = np.unique(devices[members], return_counts=True)
     share = layer.weights[experts] / counts[experts]
     scale = layer.times(devices)[members].max()
-    model = pyo.ConcreteModel()
+    model = pyo.ConcreteModel(name="expert device MIP")
     model.x = pyo.Var(range(len(experts)), range(len(members)), domain=pyo.NonNegativeIntegers)
     model.T = pyo.Var(bounds=(0, 1))
     model.goal = pyo.Objective(expr=model.T)
