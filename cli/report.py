@@ -142,12 +142,17 @@ def print_plan(console: Console, plan: Plan, timeline: Timeline) -> None:
     print_timeline(console, timeline, capacities(plan), plan=plan)
     for line in memory_warnings(memory_by_use(plan, timeline)):
         console.print(line, style="bold yellow", soft_wrap=True)
+    print_outcome(console, plan)
+    for line in estimate_lines(plan, timeline):
+        console.print(line, soft_wrap=True)
+
+
+def print_outcome(console: Console, plan: Plan) -> None:
+    """Makespan, bound and gap, and how the plan came about."""
     console.print(bound_line(plan), style="bold", soft_wrap=True)
     how = how_of(plan)
     for line in () if how is None else how_lines(how):
         console.print(line, soft_wrap=True, markup=False)
-    for line in estimate_lines(plan, timeline):
-        console.print(line, soft_wrap=True)
 
 
 def memory_warnings(uses: Sequence[RankMemory]) -> list[str]:
