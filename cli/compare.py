@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mipipe.cli.output import MOST_SECONDS, Html, Json, Seed, check_folder, emit, number, progress, stdout
+from mipipe.cli.output import MOST_SECONDS, Html, Json, Seed, Without, check_folder, emit, number, progress, stdout
 
 if TYPE_CHECKING:
     from mipipe.planner.compare import ComparisonRow
@@ -53,6 +54,7 @@ def compare(
                                                                         " problem) instead of equal stages.")] = None,
     placement: Annotated[str, typer.Option(help="Placement of the planned row: free, chain, v, interleaved, wave,"
                                                 " two-way, ...")] = "free",
+    without: Without = None,
     schedules: Annotated[str | None, typer.Option(help="Which rows, separated by commas (default: all; mipipe is the"
                                                        " planned one).")] = None,
     time_limit: Annotated[float, typer.Option(
@@ -69,12 +71,14 @@ def compare(
     from mipipe.cli.abstract import abstract_problem
     from mipipe.planner.compare import compare as compare_schedules
     from mipipe.planner.options import PlanOptions
+    from mipipe.planner.options import without as parts_off
 
     chain = {"ranks": ranks, "microbatches": microbatches, "f": f, "i": i, "w": w, "comm": comm, "fb": fb,
              "layers": layers, "first": first, "last": last, "copies": copies, "activations": activations,
              "attention": attention, "dispatch": dispatch, "experts": experts, "combine": combine}
     problem = abstract_problem(problem_file, chain)
-    options = PlanOptions(time_limit_s=time_limit, seed=seed, placement=placement)  # type: ignore[arg-type]
+    options = PlanOptions(time_limit_s=time_limit, seed=seed, placement=placement,  # type: ignore[arg-type]
+                          **parts_off(without or ()))  # type: ignore[arg-type]
     names = None if schedules is None else [name.strip() for name in schedules.split(",") if name.strip()]
     with progress("comparing") as update:
         rows = compare_schedules(problem, names, options, update)
@@ -123,7 +127,6 @@ def _cells(row: ComparisonRow, unit_ns: int) -> dict[str, Any]:
 
 def _print(problem: PlanningProblem, rows: list[ComparisonRow]) -> None:
     from mipipe.cli.tables import print_rows
-    from mipipe.cli.terminal import format_time
     from mipipe.planner.compare import PLANNED
 
     console = stdout()
@@ -141,12 +144,25 @@ def _print(problem: PlanningProblem, rows: list[ComparisonRow]) -> None:
         console.print(f"{mark} {note}", style="dim")
     for line in explanation(rows, kept):
         console.print(line, style="dim", soft_wrap=True)
+    for line in planned_lines(problem, rows):
+        console.print(line, markup=False)
+
+
+def planned_lines(problem: PlanningProblem, rows: Sequence[ComparisonRow]) -> list[str]:
+    """How the planned row was found: by which rung, what its bound holds over, HiGHS's part in it."""
+    from mipipe.cli.terminal import format_time
+    from mipipe.planner.compare import PLANNED
+    from mipipe.planner.how import how_lines
+
+    told = []
     for row in (row for row in rows if row.name == PLANNED and row.plan is not None):
         against = "" if row.without_baselines is None else (
             "; without any published schedule as a start:"
             f" {format_time(row.without_baselines * problem.unit_ns, problem.unit_ns)}")
         proven = "no bound" if row.bound is None else f"the bound holds over {row.bound_scope}"
-        console.print(f"{row.name}: found by {row.rung}, {proven}{against}")
+        told += [f"{row.name}: {line}" for line in (f"found by {row.rung}, {proven}{against}",
+                                                    *(() if row.how is None else how_lines(row.how)))]
+    return told
 
 
 _ACCOUNTINGS = {
@@ -194,5 +210,5 @@ def _write_html(path: Path, problem: PlanningProblem, rows: list[ComparisonRow])
               if row.timeline is not None]
     table = html.html_table(_COLUMNS, [[cell(value) for value in _cells(row, problem.unit_ns).values()]
                                        for row in rows])
-    lines = "".join(f"<p>{line}</p>" for line in explanation(rows, _COLUMNS))
+    lines = "".join(f"<p>{escape(line)}</p>" for line in (*explanation(rows, _COLUMNS), *planned_lines(problem, rows)))
     html.write(path, f"{problem.name}: schedules compared", panels, extra=f"<h2>All rows</h2>{table}{lines}")

@@ -25,6 +25,9 @@ MOST_SECONDS = 1e6
 TimeLimit = Annotated[float, typer.Option("--time-limit", help="Seconds the planner may take.", min=0.1,
                                           max=MOST_SECONDS)]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random in the planner.", min=0, max=2**31 - 1)]
+Without = Annotated[list[str] | None, typer.Option(
+    "--without", help="Switch a part of the planner off, to see what it is worth: mip (HiGHS), search (annealing),"
+                      " published (schedules of papers as starts); may be repeated.")]
 Html = Annotated[Path | None, typer.Option("--html", help="Also write a self-contained HTML timeline here.")]
 Trace = Annotated[Path | None, typer.Option("--trace", help="Also write a Perfetto trace (JSON) here.")]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
 from mipipe.cli import html, report
 from mipipe.cli.html import Panel
+from mipipe.planner.how import how_lines, how_of
 from mipipe.planner.plan import Plan
 from mipipe.planner.problems.uniform import activation_unit_bytes
 from mipipe.planner.timeline import Timeline
@@ -30,7 +32,9 @@ def write_files(plan: Plan, timelines: Sequence[tuple[str, Timeline]], html_file
     """The HTML timeline and the Perfetto trace of ``timelines``, where asked for. The trace holds all of them."""
     if html_file is not None:
         panels = [panel_of(title, timeline, plan) for title, timeline in timelines]
-        html.write(html_file, plan.name, panels, report.report_tiles(plan, timelines[0][1]), extra)
+        how = how_of(plan)
+        told = "" if how is None else "".join(f"<p>{escape(line)}</p>" for line in how_lines(how))
+        html.write(html_file, plan.name, panels, report.report_tiles(plan, timelines[0][1]), told + extra)
     if trace_file is not None:
         from mipipe.graphs.serialize import write_text
         from mipipe.planner.execution.export import perfetto_text

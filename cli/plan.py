@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mipipe.cli.output import Html, Json, Seed, TimeLimit, Trace, check_folder, emit, log, progress, stdout
+from mipipe.cli.output import Html, Json, Seed, TimeLimit, Trace, Without, check_folder, emit, log, progress, stdout
 from mipipe.graphs.errors import InfeasibleError, InputError, TimeUpError
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def plan(
     recompute: Annotated[bool, typer.Option(help="Let groups run their forward twice to save memory.")] = False,
     pareto: Annotated[bool, typer.Option("--pareto", help="Instead of one plan, the frontier of memory against"
                                                           " bubble: one solve for each activation limit.")] = False,
+    without: Without = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say what binds, and what each rung found.")] = False,
     seq: Annotated[int | None, typer.Option(help="Tokens per sequence (default 128).", min=1,
                                             rich_help_panel=_CAPTURE)] = None,
@@ -95,13 +96,15 @@ def plan(
     from mipipe.cli.captured import captured, names_model, refuse_capture_options
     from mipipe.cli.inputs import check_cluster, read_problem
     from mipipe.cli.panels import write_files
-    from mipipe.cli.report import estimate_data, gap, next_steps, plan_data, print_plan, timeline_data
+    from mipipe.cli.report import estimate_data, gap, how_data, next_steps, plan_data, print_plan, timeline_data
     from mipipe.graphs.serialize import save, to_data
     from mipipe.planner.execution.quick_timeline import timeline_of
     from mipipe.planner.options import PlanOptions
+    from mipipe.planner.options import without as parts_off
 
     options = PlanOptions(time_limit_s=time_limit, seed=seed, placement=placement,  # type: ignore[arg-type]
-                          objective=objective, recompute=recompute)  # type: ignore[arg-type]
+                          objective=objective, recompute=recompute,  # type: ignore[arg-type]
+                          **parts_off(without or ()))
     if exportable and (recompute or pareto or placement != "free" or objective != "makespan"):
         raise InputError("--exportable chooses among the shapes that can be exported: --placement, --objective,"
                          " --recompute and --pareto do not go with it")
@@ -135,7 +138,8 @@ def plan(
                 "termination": result.termination.value, "rung": result.rung, "seconds": round(result.seconds, 3),
                 "placement_gap": gap(found.makespan_ns, found.placement_bound_ns),
                 "history": [{"seconds": round(item.seconds, 3), "makespan": item.makespan_ns / problem.unit_ns,
-                             "rung": item.rung, "placement": item.placement} for item in result.history]}
+                             "rung": item.rung, "placement": item.placement} for item in result.history],
+                "how": how_data(result.how)}
         if model is not None:
             data |= {"graph": {"file": None if model.path is None else str(model.path), "reused": model.reused}}
         if explain:

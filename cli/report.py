@@ -10,8 +10,10 @@ from rich.console import Console
 
 from mipipe.cli import terminal
 from mipipe.cli.output import number
+from mipipe.graphs.serialize import to_data
 from mipipe.graphs.units import format_bytes
 from mipipe.planner.execution.estimate import RESERVE, UNLIMITED_BYTES, RankMemory, estimate, memory_by_use
+from mipipe.planner.how import How, how_lines, how_of
 from mipipe.planner.options import options_of
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
@@ -75,6 +77,12 @@ def plan_data(plan: Plan) -> dict[str, Any]:
     }
 
 
+def how_data(how: How) -> dict[str, Any]:
+    """How a plan came about as JSON data: who proposed and ordered, the bounds' sources, HiGHS's calls and part."""
+    return {**to_data(how), "calls": how.calls, "seconds": round(how.seconds, 3), "nodes": how.nodes,
+            "highs_part": list(how.highs_part)}
+
+
 def gap(makespan_ns: int | None, bound_ns: int | None) -> float | None:
     """``makespan / bound - 1``; None where either is unknown."""
     if makespan_ns is None or not bound_ns:
@@ -134,9 +142,17 @@ def print_plan(console: Console, plan: Plan, timeline: Timeline) -> None:
     print_timeline(console, timeline, capacities(plan), plan=plan)
     for line in memory_warnings(memory_by_use(plan, timeline)):
         console.print(line, style="bold yellow", soft_wrap=True)
-    console.print(bound_line(plan), style="bold", soft_wrap=True)
+    print_outcome(console, plan)
     for line in estimate_lines(plan, timeline):
         console.print(line, soft_wrap=True)
+
+
+def print_outcome(console: Console, plan: Plan) -> None:
+    """Makespan, bound and gap, and how the plan came about."""
+    console.print(bound_line(plan), style="bold", soft_wrap=True)
+    how = how_of(plan)
+    for line in () if how is None else how_lines(how):
+        console.print(line, soft_wrap=True, markup=False)
 
 
 def memory_warnings(uses: Sequence[RankMemory]) -> list[str]:

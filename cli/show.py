@@ -125,9 +125,9 @@ def _show_timelines(files: list[tuple[Path, Plan | Timeline]], html_file: Path |
                     json_output: bool) -> None:
     from mipipe.cli import html, panels
     from mipipe.cli.report import (
-        bound_line,
         capacities,
         estimate_lines,
+        print_outcome,
         print_placement,
         print_timeline,
         report_tiles,
@@ -163,7 +163,7 @@ def _show_timelines(files: list[tuple[Path, Plan | Timeline]], html_file: Path |
     console = stdout()
     for plan in plans:
         print_placement(console, plan)
-        console.print(bound_line(plan), style="bold")
+        print_outcome(console, plan)
     until = max(timeline.makespan_ns for _, timeline, _ in drawn)
     for number, (name, timeline, of) in enumerate(drawn):
         console.print(f"\n{name}", style="bold")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mipipe.graphs.topology import Topology
     from mipipe.planner.compare import ComparisonRow
     from mipipe.planner.experts.maps import ExpertLoads
-    from mipipe.planner.options import Objective, PlacementName
+    from mipipe.planner.options import Objective, Part, PlacementName
     from mipipe.planner.plan import Plan
     from mipipe.planner.problem import PlanningProblem
     from mipipe.planner.problems.on_cluster import ModelFacts, OptimizerChoice
@@ -48,7 +48,7 @@ def plan(model: OperatorGraph | CoarseGraph | PlanningProblem | PathLike,
          memory: int | str | None = None, activations: int | str | None = None, optimizer: OptimizerChoice = "auto",
          expert_loads: ExpertLoads | None = None, sizes: Mapping[str, Sequence[float]] | None = None,
          placement: PlacementName = "free", objective: Objective = "makespan", recompute: bool = False,
-         exportable: bool = False, time_limit_s: float = 60.0, seed: int = 0,
+         exportable: bool = False, without: Sequence[Part] = (), time_limit_s: float = 60.0, seed: int = 0,
          on_progress: Callable[[Progress], None] | None = None) -> SolveResult:
     """The best plan found for a training step within the time limit, with a bound that no plan can beat.
 
@@ -67,6 +67,7 @@ def plan(model: OperatorGraph | CoarseGraph | PlanningProblem | PathLike,
         objective: ``makespan``; ``memory`` or ``utilisation`` within 5 % of the best makespan.
         recompute: let groups run their forward twice to save memory.
         exportable: only plans that torch's schedule runtime can run (`mipipe.planner.torch_csv`).
+        without: what is switched off: ``mip`` (HiGHS), ``search`` (annealing), ``published`` (their starts).
         on_progress: called now and then; Ctrl-C ends the solve with the best plan so far.
 
     Raises:
@@ -78,11 +79,12 @@ def plan(model: OperatorGraph | CoarseGraph | PlanningProblem | PathLike,
     from mipipe.graphs.serialize import to_data
     from mipipe.planner.execution.exportable import plan_exportable
     from mipipe.planner.options import PlanOptions
+    from mipipe.planner.options import without as parts_off
     from mipipe.planner.problem import PlanningProblem
     from mipipe.planner.solve import plan as solve
 
     options = PlanOptions(time_limit_s=time_limit_s, seed=seed, placement=placement, objective=objective,
-                          recompute=recompute)
+                          recompute=recompute, **parts_off(without))
     facts: ModelFacts | None = None
     if isinstance(model, PlanningProblem):
         if cluster is not None or microbatches is not None or costs is not None:
@@ -108,24 +110,27 @@ def plan(model: OperatorGraph | CoarseGraph | PlanningProblem | PathLike,
 
 def compare(problem: PlanningProblem | Plan | PathLike, schedules: Sequence[str] | None = None, *,
             time_limit_s: float = 30.0, placement: PlacementName = "free", seed: int = 0,
-            on_progress: Callable[[str], None] | None = None) -> list[ComparisonRow]:
+            without: Sequence[Part] = (), on_progress: Callable[[str], None] | None = None) -> list[ComparisonRow]:
     """Published schedules and our plan on one problem, each row with makespan, bubble and memory.
 
     Args:
         problem: what to plan (`uniform_problem` makes abstract ones), or a plan for its problem.
         schedules: names of rows, such as ``["1F1B", "ZB-V", "mipipe"]``; None: all.
         time_limit_s: for the planned row.
+        without: parts the planned row does without, as of `plan`.
 
     Raises:
         InputError: an unknown name.
     """
     from mipipe.planner.compare import compare as compare_schedules
     from mipipe.planner.options import PlanOptions
+    from mipipe.planner.options import without as parts_off
     from mipipe.planner.plan import Plan
 
     found = load(problem) if isinstance(problem, (str, Path)) else problem
     given = found.problem if isinstance(found, Plan) else cast("PlanningProblem", found)
-    options = PlanOptions(time_limit_s=time_limit_s, seed=seed, placement=placement)
+    options = PlanOptions(time_limit_s=time_limit_s, seed=seed, placement=placement,
+                          **parts_off(without))  # type: ignore[arg-type]
     return compare_schedules(given, schedules, options, on_progress)
 
 

@@ -27,10 +27,13 @@ from functools import cached_property
 from typing import Any, Literal
 
 from mipipe.graphs.errors import InputError, ProblemError
+from mipipe.graphs.serialize import to_data
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.at_placement import placement_bound
+from mipipe.planner.calls import counting
 from mipipe.planner.execution.measure import Measures, measure
 from mipipe.planner.execution.quick_timeline import timeline_of
+from mipipe.planner.how import How
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
@@ -66,6 +69,7 @@ class ComparisonRow:
     bound_scope: str | None = None
     rung: str | None = None
     without_baselines: float | None = None
+    how: How | None = None
     seconds: float | None = None
     note: str = ""
     plan: Plan | None = None
@@ -79,7 +83,8 @@ class ComparisonRow:
     def data(self) -> dict[str, Any]:
         """The row as JSON data, without its plan; whole numbers as integers."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
-                  if field.name not in ("plan", "measures")}
+                  if field.name not in ("plan", "measures", "how")}
+        fields["how"] = None if self.how is None else to_data(self.how)
         return {name: int(value) if isinstance(value, float) and value.is_integer() and name != "seconds" else value
                 for name, value in fields.items()}
 
@@ -167,6 +172,14 @@ def planned_row(problem: PlanningProblem, options: PlanOptions, rows: Sequence[C
     published schedules, in what is left of the time, a fifth. Either way the row is never worse than them: the best of
     them within the caps is the planner's too. Both solves together keep ``options.time_limit_s``.
     """
+    with counting() as ledger:
+        row = _planned_row(problem, options, rows, tell)
+    return row if row.how is None else dataclasses.replace(row, how=dataclasses.replace(row.how, highs=ledger.rows()))
+
+
+def _planned_row(problem: PlanningProblem, options: PlanOptions, rows: Sequence[ComparisonRow],
+                 tell: Callable[[str], None]) -> ComparisonRow:
+    """The row of `planned_row`, with the calls of HiGHS in the winner's solve alone."""
     began = time.monotonic()
     alone = dataclasses.replace(options, time_limit_s=(1 - RESERVE) * options.time_limit_s, use_baselines=False)
     first = plan(problem, alone, lambda state: tell(f"{PLANNED}, {state.phase}, {state.seconds:.0f} s"))
@@ -184,20 +197,25 @@ def planned_row(problem: PlanningProblem, options: PlanOptions, rows: Sequence[C
     result = min(results, key=lambda found: found.makespan_ns or 1 << 62)
     accounting: Accounting = "streams" if _has_streams(problem) else "split"
     if result.plan is not None and not (better and _makespan(best) < _in_units(result.makespan_ns or 0, problem)):
-        row, rung = measured_row(PLANNED, accounting, result.plan), result.rung
+        row, rung, how = measured_row(PLANNED, accounting, result.plan), result.rung, result.how
     elif better and best is not None:
-        row, rung = dataclasses.replace(best, name=PLANNED, accounting=accounting, note=""), f"published: {best.name}"
+        row, rung = dataclasses.replace(best, name=PLANNED, accounting=accounting, note=""), f"published {best.name}"
+        how = How((rung,), (rung,))
     else:
         return ComparisonRow(PLANNED, accounting, devices=problem.num_ranks, seconds=seconds,
                              note=f"{result.termination.value}: {result.reason}")
-    lowest = max((found.bound_ns for found in results if found.bound_ns is not None), default=None)
+    tightest = max(results, key=lambda found: found.bound_ns or 0)
+    lowest = tightest.bound_ns
+    how = dataclasses.replace(how, bound="" if lowest is None else tightest.how.bound)
     if lowest is not None and options.placement != "free" and row.plan is not None and row.plan is not result.plan:
-        lowest = min(lowest, placement_bound(view(problem, row.plan.placement)).ns)  # its cuts may be others
+        here = placement_bound(view(problem, row.plan.placement))  # its cuts may be others
+        if here.ns < lowest:
+            lowest, how = here.ns, dataclasses.replace(how, bound=here.what)
     bound = _units_or_none(lowest, problem)
     scope = "all placements within the caps" if options.placement == "free" else f"placement {options.placement}"
     return dataclasses.replace(row, bound=bound, gap=None if not bound else _makespan(row) / bound - 1,
                                bound_scope=None if bound is None else scope, rung=rung, without_baselines=own,
-                               seconds=seconds)
+                               seconds=seconds, how=how)
 
 
 def _makespan(row: ComparisonRow | None) -> float:

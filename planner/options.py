@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
@@ -15,9 +16,13 @@ if TYPE_CHECKING:
 PlacementName = Literal["free", "chain", "v", "interleaved", "wave", "two-way", "two-way-v", "two-way-interleaved",
                         "twin-chain", "twin-v", "twin-wave", "ring", "ring-v", "apart", "colocated"]
 Objective = Literal["makespan", "memory", "utilisation"]
+Part = Literal["mip", "search", "published"]
 
 PLACEMENTS: tuple[str, ...] = get_args(PlacementName)
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
+PARTS: dict[Part, str] = {"mip": "use_milp", "search": "use_search", "published": "use_baselines"}
+"""What a solve can do without (`without`), and the option that says so: HiGHS, annealing, published schedules as
+starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +30,12 @@ class PlanOptions:
     """Options of one solve.
 
     ``placement``: ``free`` lets the planner choose; another name fixes the shape, and bounds are then bounds at the
-    placement. ``use_baselines``: published schedules may start the search. ``use_milp``: the MIP rungs run.
-    ``use_search``: the annealing rung runs. ``objective``: ``memory`` minimises peak activation memory at a makespan
-    within ``1 + epsilon`` of the best, ``utilisation`` maximises the share of computing time of the devices in use at
-    such a makespan (`mipipe.planner.ladder.objectives` defines both). ``recompute``: stages may run F twice where that
-    pays or memory is short. ``threads``: concurrent searches. ``gap``: stop at this relative gap.
+    placement. ``use_baselines``: published schedules may start the search. ``use_milp``: HiGHS may be called.
+    ``use_search``: orders are annealed (`without` names these three). ``objective``: ``memory`` minimises peak
+    activation memory at a makespan within ``1 + epsilon`` of the best, ``utilisation`` maximises the share of computing
+    time of the devices in use at such a makespan (`mipipe.planner.ladder.objectives` defines both). ``recompute``:
+    stages may run F twice where that pays or memory is short. ``threads``: concurrent searches. ``gap``: stop at this
+    relative gap.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -58,6 +64,18 @@ class PlanOptions:
             raise InputError(f"seed: found {self.seed}, expected 0 to {2**31 - 1}")
         if not 1 <= self.threads <= 64:
             raise InputError(f"threads: found {self.threads}, expected 1 to 64")
+
+
+def without(parts: Iterable[str]) -> dict[str, bool]:
+    """The options that switch some parts off, as keyword arguments of `PlanOptions`.
+
+    Raises:
+        InputError: an unknown part.
+    """
+    chosen = set(parts)
+    for part in sorted(chosen - PARTS.keys()):
+        raise InputError(f"without: found {part!r}, expected {', '.join(PARTS)}")
+    return {option: False for part, option in PARTS.items() if part in chosen}
 
 
 def options_of(plan: Plan) -> PlanOptions:

@@ -16,18 +16,21 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import islice
 from types import FrameType
 from typing import Any
 
 from mipipe.graphs.errors import InfeasibleError
+from mipipe.graphs.serialize import to_data
 from mipipe.planner import clock
 from mipipe.planner.bounds.over_placements import Bound, problem_bound
+from mipipe.planner.calls import Ledger, counting
 from mipipe.planner.check import arrays as check_arrays
 from mipipe.planner.check import check_plan
 from mipipe.planner.clock import OutOfTimeError
+from mipipe.planner.how import How
 from mipipe.planner.ladder import large as scale
 from mipipe.planner.ladder import order_rungs as rungs
 from mipipe.planner.ladder import placement_rungs as placing
@@ -61,7 +64,7 @@ class Termination(StrEnum):
 class SolveResult:
     """What a solve found. ``bound_ns`` holds over all placements the options allow, ``placement_bound_ns`` at the
     plan's own; ``reason`` says why there is no plan. ``ablation`` has one row per rung: what it found, its size, its
-    seconds.
+    seconds. ``how``: who proposed the placement and made the order, the bounds' sources, all calls of HiGHS.
     """
 
     plan: Plan | None
@@ -75,6 +78,7 @@ class SolveResult:
     ablation: tuple[dict[str, Any], ...] = ()
     explanation: tuple[str, ...] = ()
     reason: str = ""
+    how: How = How()
 
     @property
     def gap(self) -> float | None:
@@ -90,7 +94,23 @@ def plan(problem: PlanningProblem, options: PlanOptions | None = None,
 
     Outcomes are data: an infeasible problem and a time limit passed without a plan are results with ``plan=None``.
     """
-    options = options or PlanOptions()
+    with counting() as ledger:
+        result = _solve(problem, options or PlanOptions(), on_progress)
+    return with_calls(result, ledger)
+
+
+def with_calls(result: SolveResult, ledger: Ledger) -> SolveResult:
+    """The result with all of a ledger's calls as its own, in its plan's provenance as well."""
+    how = replace(result.how, highs=ledger.rows())
+    if result.plan is None:
+        return replace(result, how=how)
+    return replace(result, how=how, plan=replace(result.plan, provenance={**result.plan.provenance,
+                                                                          "how": to_data(how)}))
+
+
+def _solve(problem: PlanningProblem, options: PlanOptions,
+           on_progress: Callable[[Progress], None] | None) -> SolveResult:
+    """The result of one objective's solves, its calls not counted yet."""
     if options.objective == "memory":
         return least_memory(problem, options, plan, on_progress)
     if options.objective == "utilisation":
@@ -129,7 +149,7 @@ def _noting_ctrl_c(run: Run) -> Iterator[None]:
 
 def _ladder(run: Run) -> None:
     """Climb: lists, the periodic MIP on large instances, the race, proofs and windows, the race again."""
-    run.bound_ns = problem_bound(run.problem).ns
+    run.raise_bound(problem_bound(run.problem))
     if scale.applies(run.problem) and run.options.use_search:
         published = run.options.use_baselines and not scale.is_huge(run.problem)
         if published and run.problem.pairs_gain:  # lists have no pairs: what has some comes first
@@ -165,7 +185,7 @@ def _ladder(run: Run) -> None:
         kept = 0.0 if not run.options.use_milp else (0.25 if provable else 0.1) * limit
         race(run, run.candidates, lambda: run.left - kept)
         assert run.best is not None
-        run.ablation.append({"rung": "search", "placement": run.best.placement.name,
+        run.ablation.append({"rung": "annealing", "placement": run.best.placement.name,
                              "before": before / run.problem.unit_ns, "makespan": run.makespan_ns / run.problem.unit_ns,
                              "variables": None, "constraints": None, "seconds": round(run.seconds - began, 3)})
     if run.options.use_milp and not run.closed:
@@ -213,8 +233,9 @@ def _finish(run: Run) -> SolveResult:
         return SolveResult(None, None, run.bound_ns, None, ended, run.seconds,
                            reason=f"no plan within {run.options.time_limit_s:g} s; try a longer time limit")
     if not run.entered and run.bound_ns is None:  # time was up among the placements of the shape asked for
-        run.bound_ns = problem_bound(run.problem).ns
-    bound = run.lowest_ns
+        run.raise_bound(problem_bound(run.problem))
+    lowest = run.lowest
+    bound = None if lowest is None else lowest.ns
     if bound is not None and bound > best.bound.ns:
         best.bound = Bound(bound, "the bound over all placements")
     proven = bound is not None and best.makespan_ns <= bound
@@ -225,5 +246,6 @@ def _finish(run: Run) -> SolveResult:
                   "termination": ended.value})
     if not check_arrays.holds(found):
         check_plan(found)
+    how = How(best.proposer, best.lineage, "" if lowest is None else lowest.what, best.bound.what)
     return SolveResult(found, best.makespan_ns, bound, best.bound.ns, ended, run.seconds, tuple(run.history),
-                       best.rung, tuple(run.ablation), explain_plan(best))
+                       best.rung, tuple(run.ablation), explain_plan(best), how=how)

@@ -78,7 +78,7 @@ def _stream_bound(problem: PlanningProblem, facts: GroupTimes, members: list[int
         reason = ("its first group can start" if idle == start else
                   "gradients come back, its memory full of activations" if idle == gradient else
                   "gradients come back and work can overlap")
-        why = f" + {idle // devices} ns each waits on average before {reason}"
+        why = f", and what each waits before {reason}"
     return Bound(-(-(work + idle) // devices), f"work of the {stream.value} stream over {devices} devices{why}")
 
 

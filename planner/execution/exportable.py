@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable
 
 from mipipe.graphs.errors import PlanError
+from mipipe.planner.calls import counting
 from mipipe.planner.execution.export import torch_csv
 from mipipe.planner.options import PlacementName, PlanOptions
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.solve import Progress, SolveResult, Termination, plan
+from mipipe.planner.solve import Progress, SolveResult, Termination, plan, with_calls
 
 SHAPES: tuple[PlacementName, ...] = ("v", "chain", "interleaved", "wave")
 FIRST = 0.4
@@ -27,6 +28,14 @@ def plan_exportable(problem: PlanningProblem, options: PlanOptions,
 
     ``plan=None`` where there is none, with the reason.
     """
+    with counting() as ledger:
+        result, chosen = _best_of_shapes(problem, options, on_progress)
+    return with_calls(result, ledger), chosen
+
+
+def _best_of_shapes(problem: PlanningProblem, options: PlanOptions,
+                    on_progress: Callable[[Progress], None] | None) -> tuple[SolveResult, PlanOptions]:
+    """The result of the best of `SHAPES`, with the calls of HiGHS in its own solve alone."""
     began = time.monotonic()
     tried: list[tuple[SolveResult, PlanOptions]] = []
     refused = ""

@@ -12,6 +12,7 @@ from mipipe.planner.actions import Stream
 from mipipe.planner.bounds import at_placement as bounds
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate_memory import rank_peaks
+from mipipe.planner.how import then
 from mipipe.planner.jobs.arrays import Instance, build, mirror
 from mipipe.planner.jobs.memory import capacity, carries_bytes
 from mipipe.planner.jobs.stages import StageView, view
@@ -45,6 +46,9 @@ class Candidate:
     ``search`` works on the whole instance, ``outline`` on the one without collectives
     (`mipipe.planner.search.streams`), if any, ``pairs`` instead of both on orders with overlapped pairs, where these
     gain. ``quick``: its first list was made without the compiler, by one rule.
+
+    ``proposer``, ``lineage`` and ``searched`` are steps as of `mipipe.planner.how`: who proposed the placement, what
+    led to ``best``, and what led to the orders that the searches go on from.
     """
 
     view: StageView
@@ -63,6 +67,9 @@ class Candidate:
     seen_outline_ns: int = 1 << 62
     reserved: int = 0
     notes: list[str] = field(default_factory=list)
+    proposer: tuple[str, ...] = ()
+    lineage: tuple[str, ...] = ()
+    searched: tuple[str, ...] = ("list",)
 
     @property
     def placement(self) -> Placement:
@@ -91,7 +98,8 @@ def candidate(problem: PlanningProblem, placement: Placement) -> Candidate:
     """
     stage_view = view(problem, placement)
     halved = mirror(stage_view) is not None
-    return Candidate(stage_view, bounds.placement_bound(stage_view), halved, build(stage_view, halve=halved))
+    return Candidate(stage_view, bounds.placement_bound(stage_view), halved, build(stage_view, halve=halved),
+                     proposer=(f"shape {placement.name}",))
 
 
 def judge(stage_view: StageView, schedule: Schedule, *, saved_fit: bool = False) -> Judged:
@@ -107,11 +115,11 @@ def judge(stage_view: StageView, schedule: Schedule, *, saved_fit: bool = False)
     return Judged(schedule, evaluation.makespan_ns, excess)
 
 
-def offer_judged(found: Candidate, judged: Judged, rung: str) -> bool:
-    """Keep a judged schedule if it fits and is shorter; whether it was kept."""
+def offer_judged(found: Candidate, judged: Judged, rung: str, after: tuple[str, ...] = ()) -> bool:
+    """Keep a judged schedule if it fits and is shorter; whether it was kept. ``after``: the steps it came from."""
     if not judged.fits or judged.makespan_ns >= found.makespan_ns:
         return False
-    found.best, found.rung = judged, rung
+    found.best, found.rung, found.lineage = judged, rung, then(after, rung)
     return True
 
 

@@ -31,7 +31,7 @@ from mipipe.planner.jobs.arrays import Instance, build, mirror, with_mirrors
 from mipipe.planner.jobs.memory import carries_bytes
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.jobs.stages import StageView, view
-from mipipe.planner.ladder.candidate import Candidate, Judged, judge
+from mipipe.planner.ladder.candidate import Candidate, Judged, judge, offer_judged
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlacementName
 from mipipe.planner.placements.cuts import earliest_end, place_spread, units
@@ -230,7 +230,8 @@ def _apply(run: Run, entry: Entry, rung: str, seconds: float = 0.0) -> None:
     if found is None:
         whole = view(run.problem, entry.placement)
         instance = _instance(whole)
-        found = Candidate(whole, _load_bound(instance), bool((instance.twin >= 0).any()), instance)
+        found = Candidate(whole, _load_bound(instance), bool((instance.twin >= 0).any()), instance,
+                          proposer=(f"shape {entry.placement.name}",))
     if few and rung != "list":
         found.bound = max(found.bound, placement_bound(found.view), key=lambda bound: bound.ns)
     lines = quotas.lines_of(found.instance)
@@ -253,8 +254,8 @@ def _apply(run: Run, entry: Entry, rung: str, seconds: float = 0.0) -> None:
     exact = not (carries_bytes(found.view) or any(found.view.reduce_ns(s) for s in range(found.view.num_stages)))
     judged = (Judged(schedule, orders.makespan_ns, (0,) * run.problem.num_ranks) if exact
               else judge(found.view, schedule))
-    if judged.fits and judged.makespan_ns < found.makespan_ns:
-        found.best, found.rung = judged, rung
+    if offer_judged(found, judged, rung):
+        found.searched = found.lineage
         if found not in run.candidates:
             run.candidates.append(found)
         if found.instance.size <= SEARCHABLE:

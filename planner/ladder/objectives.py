@@ -51,7 +51,8 @@ def least_memory(problem: PlanningProblem, options: PlanOptions, solve: Callable
         if found.plan is not None and found.makespan_ns is not None and found.makespan_ns <= most:
             # what limits the placement at less memory is no bound for the problem; that over all placements is one
             kept = replace(found.plan, problem=problem, bound_ns=best.bound_ns, placement_bound_ns=best.bound_ns)
-            best = replace(found, plan=kept, bound_ns=best.bound_ns, placement_bound_ns=best.bound_ns)
+            how = replace(found.how, bound=best.how.bound, placement_bound=best.how.bound)
+            best = replace(found, plan=kept, bound_ns=best.bound_ns, placement_bound_ns=best.bound_ns, how=how)
             high = min(middle, peak_activations(found.plan))
         else:
             low = middle
@@ -77,13 +78,15 @@ def best_utilisation(problem: PlanningProblem, options: PlanOptions, solve: Call
         found = solve(on_devices(problem, in_use), share, on_progress)
         if found.plan is None or found.makespan_ns is None or found.makespan_ns > most:
             break
-        bound = first.bound_ns
-        if options.placement != "free" and bound is not None:  # a bound for one shape on all devices only
-            bound = min(bound, found.bound_ns or 0)
+        bound, source = first.bound_ns, first.how.bound
+        if options.placement != "free" and bound is not None and (found.bound_ns or 0) < bound:
+            bound, source = found.bound_ns or 0, found.how.bound  # the first is one for one shape on all devices only
         here = max(filter(None, (bound, found.placement_bound_ns)), default=None)
         plan = replace(spread_plan(problem, in_use, found.plan), bound_ns=bound, placement_bound_ns=here)
         if utilisation(plan)[0] > utilisation(best.plan)[0]:
-            best = replace(found, plan=plan, bound_ns=bound, placement_bound_ns=here)
+            how = replace(found.how, bound=source,
+                          placement_bound=found.how.placement_bound if here != bound else source)
+            best = replace(found, plan=plan, bound_ns=bound, placement_bound_ns=here, how=how)
     value, count = utilisation(best.plan)
     noted = {**best.plan.provenance, "utilisation": round(value, 4), "devices_in_use": count}
     return replace(best, plan=replace(best.plan, provenance=noted))

@@ -34,10 +34,13 @@ EXACT_NODES = 130
 """Elementary actions up to which the exact order MIP is tried: HiGHS proves about 100 with a fixed placement."""
 
 
-def adopt(run: Run, found: Candidate, schedule: Schedule, rung: str) -> bool:
-    """Offer a schedule to a candidate; if better, the search goes on from it. Whether it was kept."""
+def adopt(run: Run, found: Candidate, schedule: Schedule, rung: str, after: tuple[str, ...] = ()) -> bool:
+    """Offer a schedule to a candidate; if better, the search goes on from it. Whether it was kept.
+
+    ``after``: the steps that led to what the rung began with, none where it began anew.
+    """
     try:
-        kept = offer_judged(found, judge(found.view, schedule), rung)
+        kept = offer_judged(found, judge(found.view, schedule), rung, after)
     except PlanError as error:
         found.notes.append(f"{rung}: {error}")
         return False
@@ -45,10 +48,12 @@ def adopt(run: Run, found: Candidate, schedule: Schedule, rung: str) -> bool:
         run.note(found, rung)
         if found.pairs is not None:
             pair_search.go_on_from(found.pairs, schedule, found.makespan_ns)
+            found.searched = found.lineage
         elif found.search is not None and not found.halved:
             found.helpers.clear()
             found.search = search.start(found.instance, _orders(found.instance, schedule), run.options.seed + 17,
                                         found.bound.ns)
+            found.searched = found.lineage
     return kept
 
 
@@ -91,11 +96,13 @@ def published(run: Run) -> None:
             found = found or candidate(run.problem, known.placement)
         except MipipeError:
             continue
-        if not offer_judged(found, judged, baseline.name):
+        if not offer_judged(found, judged, f"published {baseline.name}"):
             continue
+        if found not in run.candidates:
+            found.proposer = found.lineage
         if found not in run.candidates or not found.halved:  # half of the ranks cannot hold what is not symmetric
             _seed(run, found)
-        run.note(found, baseline.name)
+        run.note(found, found.rung)
         if best is None or found.makespan_ns < best.makespan_ns:
             best = found
     if best is not None and best.makespan_ns < before:
@@ -113,6 +120,7 @@ def _seed(run: Run, found: Candidate) -> None:
     found.pairs = pair_search.start(found.instance, found.search.best, run.options.seed + 37, found.bound.ns)
     if found.pairs is not None:
         pair_search.go_on_from(found.pairs, found.best.schedule, found.makespan_ns)
+    found.searched = found.lineage
     if found not in run.candidates:
         run.candidates.append(found)
 
@@ -152,7 +160,7 @@ def polish_candidate(run: Run, found: Candidate, seconds: float) -> None:
     schedule, _, count = windows.improve_by_windows(found.view, found.best.schedule, window=40, time_limit_s=seconds,
                                                     seed=run.options.seed, target_ns=found.bound.ns)
     if count:
-        adopt(run, found, schedule, "windows MIP")
+        adopt(run, found, schedule, "windows MIP", found.lineage)
     record(run, "windows MIP", found, before, began, improvements=count)
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 from mipipe.graphs.errors import PlanError
+from mipipe.planner.bounds.over_placements import Bound
 from mipipe.planner.ladder.candidate import Candidate
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.milp import modes, placement
@@ -60,9 +61,8 @@ def by_mip(run: Run, admit: Admit) -> None:
     seconds = min(MOST_S, SHARE * run.options.time_limit_s) / 3
     began = time.monotonic()
     bound, outcome = placement.free_bound(problem, time_limit_s=seconds, seed=run.options.seed)
-    known = run.bound_ns
-    if bound is not None and (known is None or bound > known):
-        run.bound_ns = bound
+    if bound is not None:
+        run.raise_bound(Bound(bound, "placement MIP"))
     _record(run, "placement MIP bound", "all placements", run.makespan_ns, began, outcome,
             bound=None if run.bound_ns is None else run.bound_ns / run.problem.unit_ns)
     for replicas, count in ((1, 3), (2, 2)):
@@ -74,7 +74,7 @@ def by_mip(run: Run, admit: Admit) -> None:
         start = min(starts, key=lambda found: found.makespan_ns).placement if starts else None
         for proposal in placement.propose_by_mip(problem, time_limit_s=seconds, seed=run.options.seed, count=count,
                                                  max_replicas=replicas, start=start):
-            _enter(run, admit, proposal.placement, "placement MIP", began, proposal.outcome,
+            _enter(run, admit, proposal.placement, ("placement MIP",), began, proposal.outcome,
                    estimate=proposal.estimate_ns / run.problem.unit_ns)
 
 
@@ -83,8 +83,8 @@ def with_modes(run: Run, admit: Admit, waiting: list[Placement]) -> None:
     if not run.options.recompute or not any(group.recompute_bytes is not None for group in run.problem.groups):
         return
     best = sorted(run.candidates, key=lambda found: found.makespan_ns)[:MODED]
-    bases = [found.placement for found in best] or waiting
-    for base in bases:
+    bases = [(found.placement, found.proposer) for found in best]
+    for base, proposer in bases or [(shape, (f"shape {shape.name}",)) for shape in waiting]:
         for pressure in modes.PRESSURES:
             if run.best is not None and run.left < 0.6 * run.options.time_limit_s:
                 return
@@ -94,7 +94,7 @@ def with_modes(run: Run, admit: Admit, waiting: list[Placement]) -> None:
             except PlanError:
                 break
             if chosen is not None:
-                _enter(run, admit, chosen.placement, "mode MIP", began, chosen.outcome, pressure=pressure)
+                _enter(run, admit, chosen.placement, (*proposer, "mode MIP"), began, chosen.outcome, pressure=pressure)
 
 
 def without_recomputation(problem: PlanningProblem) -> PlanningProblem:
@@ -104,16 +104,19 @@ def without_recomputation(problem: PlanningProblem) -> PlanningProblem:
     return problem.replace(groups=tuple(replace(group, recompute_bytes=None) for group in problem.groups))
 
 
-def _enter(run: Run, admit: Admit, found: Placement, rung: str, began: float, outcome: SolverOutcome,
+def _enter(run: Run, admit: Admit, found: Placement, proposer: tuple[str, ...], began: float, outcome: SolverOutcome,
            **more: float) -> None:
-    """Make a proposed placement a candidate unless it is one already or does not fit."""
+    """Make a proposed placement a candidate unless it is one already or does not fit; the last of ``proposer`` made
+    it."""
     before = run.makespan_ns
     new = all((other.placement.stages, other.placement.routes) != (found.stages, found.routes)
               for other in run.candidates)
     if new and resident_fits(run.problem, found):
         made = admit(run, found)
         if made is not None:
-            _record(run, rung, found.name, before, began, outcome, own=made.makespan_ns / run.problem.unit_ns, **more)
+            made.proposer = proposer
+            _record(run, proposer[-1], found.name, before, began, outcome,
+                    own=made.makespan_ns / run.problem.unit_ns, **more)
     if outcome.termination is SolverStatus.INTERRUPTED:
         raise KeyboardInterrupt
 

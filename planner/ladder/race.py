@@ -167,15 +167,17 @@ def _harvest(run: Run, found: Candidate, worker: Worker) -> None:
     found.seen_ns = orders.makespan_ns
     judged = judge(found.view, with_mirrors(found.instance, orders.lists()), saved_fit=True)
     if judged.fits:
-        offer_judged(found, judged, "search")
-        run.note(found, "search")
+        offer_judged(found, judged, "annealing", found.searched)
+        run.note(found, "annealing")
     elif found.reserved < RESERVES:
         found.reserved += 1
         reserve(found, judged)
         found.seen_ns = found.makespan_ns
         found.helpers.clear()
-        again = _known(found) or first_orders(found, compiled=True, seed=run.options.seed + found.reserved)
+        known = _known(found)
+        again = known or first_orders(found, compiled=True, seed=run.options.seed + found.reserved)
         if again is not None:
+            found.searched = found.lineage if known is not None else ("list",)
             found.search = search.start(found.instance, again, run.options.seed + found.reserved, found.bound.ns)
 
 
@@ -186,8 +188,8 @@ def _harvest_pairs(run: Run, found: Candidate, worker: PairSearch) -> None:
     worker.seen_ns = worker.best.makespan_ns
     judged = judge(found.view, pair_search.to_schedule(worker, worker.best))
     if judged.fits:
-        offer_judged(found, judged, "search")
-        run.note(found, "search")
+        offer_judged(found, judged, "annealing", found.searched)
+        run.note(found, "annealing")
     elif worker.reserved < RESERVES:
         excess = np.array(judged.excess_bytes)
         pair_search.reserve(worker, np.maximum(excess, excess[::-1]) if found.halved else excess)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from mipipe.planner.bounds.over_placements import Bound
 from mipipe.planner.ladder.candidate import Candidate
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problem import PlanningProblem
@@ -40,7 +41,8 @@ class Progress:
 @dataclass(slots=True)
 class Run:
     """One solve in progress. ``left_out_ns``: no placement left out for want of time can be shorter. ``entered``: every
-    placement of the shape asked for is among the candidates or was left out."""
+    placement of the shape asked for is among the candidates or was left out. ``bound_what`` is the argument for
+    ``bound_ns``; `raise_bound` sets both."""
 
     problem: PlanningProblem
     options: PlanOptions
@@ -49,6 +51,7 @@ class Run:
     candidates: list[Candidate] = field(default_factory=list)
     best: Candidate | None = None
     bound_ns: int | None = None
+    bound_what: str = ""
     history: list[Incumbent] = field(default_factory=list)
     ablation: list[dict[str, Any]] = field(default_factory=list)
     stopped: bool = False
@@ -85,12 +88,26 @@ class Run:
 
     @property
     def lowest_ns(self) -> int | None:
-        """No plan the options allow is shorter, as far as known: over all placements, or over those of the shape asked
-        for."""
+        """No plan the options allow is shorter, as far as known."""
+        lowest = self.lowest
+        return None if lowest is None else lowest.ns
+
+    @property
+    def lowest(self) -> Bound | None:
+        """The bound over all placements, or over those of the shape asked for; None before the first."""
+        over_all = None if self.bound_ns is None else Bound(self.bound_ns, self.bound_what)
         if self.options.placement == "free" or not self.candidates or not self.entered or self.recomputes:
-            return self.bound_ns
-        of_shape = min(self.left_out_ns, *(found.bound.ns for found in self.candidates))
-        return max(of_shape, self.bound_ns or 0)
+            return over_all
+        least = min((found.bound for found in self.candidates), key=lambda bound: bound.ns)
+        count = len(self.candidates)
+        of_shape = (Bound(self.left_out_ns, "a placement left out for want of time") if self.left_out_ns < least.ns
+                    else least if count == 1 else Bound(least.ns, f"{least.what} (the least of {count} placements)"))
+        return of_shape if over_all is None else max(of_shape, over_all, key=lambda bound: bound.ns)
+
+    def raise_bound(self, bound: Bound) -> None:
+        """Note a bound over all placements, if it is better than the known one."""
+        if self.bound_ns is None or bound.ns > self.bound_ns:
+            self.bound_ns, self.bound_what = bound.ns, bound.what
 
     @property
     def recomputes(self) -> bool:

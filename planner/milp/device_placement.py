@@ -54,7 +54,7 @@ def solve_part(part: Region, target: float, *, time_limit_s: float, seed: int, c
         OutOfTimeError: the time that a caller set on `mipipe.planner.clock` was over while the model was built.
     """
     instance = part.instance
-    model = pyo.ConcreteModel()
+    model = pyo.ConcreteModel(name="device placement MIP")
     devices, classes = range(instance.num_devices), range(instance.num_classes)
     model.x = pyo.Var(classes, devices, domain=pyo.Binary)
     model.T = pyo.Var(bounds=(0, target))

@@ -37,7 +37,8 @@ class ShopResult:
 
 
 def solve_shop(shop: Shop, horizon_ns: int, *, time_limit_s: float, seed: int, lower_ns: int = 0,
-               start_ns: list[int] | None = None, options: dict[str, Any] | None = None) -> ShopResult:
+               start_ns: list[int] | None = None, name: str = "order MIP",
+               options: dict[str, Any] | None = None) -> ShopResult:
     """The best orders of a shop among those with a makespan of at most ``horizon_ns``.
 
     Args:
@@ -46,6 +47,7 @@ def solve_shop(shop: Shop, horizon_ns: int, *, time_limit_s: float, seed: int, l
         time_limit_s, seed: see `highs.solve`.
         lower_ns: a known bound on the makespan.
         start_ns: start of every job in some schedule, as the solver's start.
+        name: of the formulation, for the ledger of calls.
         options: further HiGHS options.
     """
     unit = time_unit(shop, horizon_ns)
@@ -53,7 +55,7 @@ def solve_shop(shop: Shop, horizon_ns: int, *, time_limit_s: float, seed: int, l
     if tight is None:
         outcome = SolverOutcome(SolverStatus.INFEASIBLE, None, None, 0.0, 0, 0)
         return ShopResult(None, max(lower_ns, horizon_ns + 1), outcome)
-    model = build(shop, tight, unit, lower_ns)
+    model = build(shop, tight, unit, lower_ns, name)
     if start_ns is not None:
         _start(model, shop, start_ns, unit)
     outcome = highs.solve(model, time_limit_s=time_limit_s, seed=seed, warm_start=start_ns is not None,
@@ -68,9 +70,9 @@ def solve_shop(shop: Shop, horizon_ns: int, *, time_limit_s: float, seed: int, l
     return ShopResult(_orders(model, shop, tight) if outcome.has_solution else None, bound, outcome)
 
 
-def build(shop: Shop, tight: Tight, unit: int, lower_ns: int) -> pyo.ConcreteModel:
+def build(shop: Shop, tight: Tight, unit: int, lower_ns: int, name: str = "order MIP") -> pyo.ConcreteModel:
     """The model of the module docstring, times in ``unit`` nanoseconds."""
-    model = pyo.ConcreteModel()
+    model = pyo.ConcreteModel(name=name)
     release, latest = tight.release / unit, tight.latest / unit
     model.s = pyo.Var(range(shop.count), bounds=lambda _, j: (release[j], latest[j]))
     model.makespan = pyo.Var(bounds=(lower_ns / unit, tight.horizon / unit))

@@ -85,7 +85,7 @@ def solve_exact(problem: PlanningProblem, *, time_limit_s: float, seed: int,
 
 def build(drawn: Sketch) -> pyo.ConcreteModel:
     """The model of the module docstring, times in units of ``drawn.unit``."""
-    model = pyo.ConcreteModel()
+    model = pyo.ConcreteModel(name="exact MIP")
     units, devices = range(len(drawn.units)), range(drawn.problem.num_ranks)
     jobs = range(len(drawn.jobs))
     model.x = pyo.Var(units, devices, domain=pyo.Binary)

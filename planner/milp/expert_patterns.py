@@ -159,7 +159,7 @@ def _within(layer: Layer, items: Items, slots: int, limit: float, time_limit_s: 
     patterns = _patterns(layer, items, slots, limit)
     assert patterns is not None  # fewer than for the start
     kinds = np.unique(layer.units).tolist()
-    model = pyo.ConcreteModel()
+    model = pyo.ConcreteModel(name="expert patterns")
     model.x = pyo.Var([(t, p) for t, unit in enumerate(kinds) for p in range(len(patterns[unit]))],
                       domain=pyo.NonNegativeIntegers)
     model.z = pyo.Var(range(len(items.weights)), domain=pyo.Binary)

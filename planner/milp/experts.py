@@ -51,7 +51,7 @@ def _repack(layer: Layer, devices: np.ndarray, members: np.ndarray, time_limit_s
     experts, amounts = np.unique(devices[members], return_counts=True)
     share = layer.weights[experts] / counts[experts]
     scale = layer.times(devices)[members].max()
-    model = pyo.ConcreteModel()
+    model = pyo.ConcreteModel(name="expert device MIP")
     model.x = pyo.Var(range(len(experts)), range(len(members)), domain=pyo.NonNegativeIntegers)
     model.T = pyo.Var(bounds=(0, 1))
     model.goal = pyo.Objective(expr=model.T)

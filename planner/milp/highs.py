@@ -2,7 +2,8 @@
 
 Pyomo's own HiGHS interfaces lose the incumbent on Ctrl-C, take no start and have no callbacks, so this module hands the
 linear model over itself: Pyomo's `generate_standard_repn` reads every row, highspy solves. HiGHS runs in a second
-thread; on Ctrl-C the main thread asks it to stop and returns the best solution so far, as INTERRUPTED.
+thread; on Ctrl-C the main thread asks it to stop and returns the best solution so far, as INTERRUPTED. Every call is
+counted (`mipipe.planner.calls`) under the model's name, which is that of its formulation.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 import pyomo.environ as pyo
 from pyomo.repn import generate_standard_repn
 
-from mipipe.planner import clock
+from mipipe.planner import calls, clock
 
 
 class SolverStatus(StrEnum):
@@ -34,7 +35,8 @@ class SolverStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SolverOutcome:
-    """What a solve found. ``objective`` is None without an incumbent, ``bound`` None where nothing was proven."""
+    """What a solve found. ``objective`` is None without an incumbent, ``bound`` None where nothing was proven;
+    ``nodes`` are those of branch and bound."""
 
     termination: SolverStatus
     objective: float | None
@@ -42,6 +44,7 @@ class SolverOutcome:
     seconds: float
     num_variables: int
     num_constraints: int
+    nodes: int = 0
 
     @property
     def gap(self) -> float | None:
@@ -69,7 +72,7 @@ def solve(model: pyo.ConcreteModel, *, time_limit_s: float, seed: int, threads: 
     """The outcome of minimising or maximising a linear Pyomo model; variable values are set if there is a solution.
 
     Args:
-        model: variables, linear constraints and one linear objective.
+        model: variables, linear constraints and one linear objective; its name is that of the formulation.
         time_limit_s: wall-clock limit, model transfer included.
         seed: HiGHS's random seed; with the same seed and threads a solve that ends before its limit repeats.
         threads: HiGHS's worker threads.
@@ -99,7 +102,9 @@ def solve(model: pyo.ConcreteModel, *, time_limit_s: float, seed: int, threads: 
         _set_start(solver, matrix)
     solver.setOptionValue("time_limit", max(0.05, time_limit_s - (time.monotonic() - began)))
     seen = _run(solver, on_incumbent, on_bound, stop)
-    return _outcome(solver, matrix, seen, time.monotonic() - began)
+    outcome = _outcome(solver, matrix, seen, time.monotonic() - began)
+    calls.note(model.name, outcome.seconds, outcome.nodes)
+    return outcome
 
 
 def variables(model: pyo.ConcreteModel) -> list[Any]:
@@ -219,4 +224,5 @@ def _outcome(solver: highspy.Highs, matrix: _Matrix, seen: _Seen, seconds: float
     if objective is not None and values is not None:
         for column, value in zip(matrix.variables, values, strict=True):
             column.set_value(float(value), skip_validation=True)
-    return SolverOutcome(termination, objective, bound, seconds, matrix.lp.num_col_, matrix.lp.num_row_)
+    nodes = max(0, int(info.mip_node_count))  # -1 of a linear program
+    return SolverOutcome(termination, objective, bound, seconds, matrix.lp.num_col_, matrix.lp.num_row_, nodes)

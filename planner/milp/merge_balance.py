@@ -41,7 +41,7 @@ class UnitKind:
 
 def build(kinds: Sequence[UnitKind], num_ranks: int) -> pyo.ConcreteModel:
     """The model, in units of the mean load of a rank."""
-    model = pyo.ConcreteModel()
+    model = pyo.ConcreteModel(name="merge MIP")
     model.K, model.D = pyo.RangeSet(0, len(kinds) - 1), pyo.RangeSet(0, num_ranks - 1)
     model.n = pyo.Var(model.K, model.D, domain=pyo.NonNegativeIntegers,
                       bounds=lambda _model, k, _d: (0, kinds[k].count))

@@ -113,7 +113,7 @@ def _build(stage_view: StageView, instance: Instance, may: list[int], pressure: 
     sums = _sums(stage_view, instance)
     load = sums.load.sum(axis=0)
     scale = max(1.0, load.max() / 1000)
-    model = pyo.ConcreteModel()
+    model = pyo.ConcreteModel(name="mode MIP")
     model.z = pyo.Var(may, domain=pyo.Binary)
     model.makespan = pyo.Var(bounds=(0, None))
     model.rows = pyo.ConstraintList()

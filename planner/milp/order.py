@@ -63,10 +63,10 @@ def solve_order(view: StageView, *, time_limit_s: float, seed: int, start: Sched
         return OrderResult(best, best_ns, lower, SolverOutcome(SolverStatus.OPTIMAL, best_ns, lower, 0.0, 0, 0))
     grow = horizon_ns is None
     horizon = horizon_ns if horizon_ns is not None else lower + lower // 8
-    seconds = 0.0
+    seconds, nodes = 0.0, 0
     while True:
         result = disjunctive.solve_shop(shop, horizon, time_limit_s=time_limit_s - seconds, seed=seed, lower_ns=lower)
-        seconds += result.outcome.seconds
+        seconds, nodes = seconds + result.outcome.seconds, nodes + result.outcome.nodes
         lower = max(lower, result.bound_ns)
         if not (grow and result.outcome.termination is SolverStatus.INFEASIBLE) or seconds >= time_limit_s:
             break
@@ -77,7 +77,7 @@ def solve_order(view: StageView, *, time_limit_s: float, seed: int, start: Sched
         if found is not None and (best_ns is None or found.makespan_ns < best_ns):
             best, best_ns = to_schedule(jobs, result.orders), found.makespan_ns
     return OrderResult(best, best_ns, lower if best_ns is None else min(lower, best_ns),
-                       _summary(result.outcome, best_ns, lower, seconds))
+                       _summary(result.outcome, best_ns, lower, seconds, nodes))
 
 
 def to_schedule(jobs: Jobs, orders: dict[int, list[int]]) -> Schedule:
@@ -96,9 +96,11 @@ def fits(jobs: Jobs, evaluation: Evaluation) -> bool:
     return all(peak <= room for peak, room in zip(peaks, jobs.capacity, strict=True))
 
 
-def _summary(outcome: SolverOutcome, best_ns: int | None, lower: int, seconds: float) -> SolverOutcome:
+def _summary(outcome: SolverOutcome, best_ns: int | None, lower: int, seconds: float,
+             nodes: int) -> SolverOutcome:
     """The outcome with respect to the best schedule, which the last solve may only have proven."""
     termination = outcome.termination
     if best_ns is not None and termination is not SolverStatus.INTERRUPTED:
         termination = SolverStatus.OPTIMAL if lower >= best_ns else SolverStatus.FEASIBLE
-    return SolverOutcome(termination, best_ns, lower, seconds, outcome.num_variables, outcome.num_constraints)
+    return SolverOutcome(termination, best_ns, lower, seconds, outcome.num_variables, outcome.num_constraints,
+                         nodes)

@@ -78,7 +78,7 @@ def pace(view: StageView, period_ns: int | None = None, *, time_limit_s: float, 
 
 def build(pattern: PeriodicPattern, period_ns: int) -> pyo.ConcreteModel:
     """The model of the module docstring, times in periods."""
-    model = pyo.ConcreteModel()
+    model = pyo.ConcreteModel(name="periodic MIP")
     own = [key for key in pattern.keys if pattern.alias[key] == key]
     number = {key: own.index(pattern.alias[key]) for key in pattern.keys}
     deepest = 2 + _depth(pattern, period_ns)

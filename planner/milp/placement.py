@@ -129,7 +129,7 @@ def build(problem: PlanningProblem, units: Units, *, max_replicas: int, contiguo
 
     ``pressure`` multiplies areas: activations stay longer than the shortest path says (then C is no bound).
     """
-    model = pyo.ConcreteModel()
+    model = pyo.ConcreteModel(name="placement MIP")
     devices, members = range(problem.num_ranks), range(len(units.groups))
     model.x = pyo.Var(members, devices, domain=pyo.Binary)
     if max_replicas > 1:

@@ -147,7 +147,7 @@ def build(grid: _Grid, horizon_ns: int, *, relaxed: bool) -> pyo.ConcreteModel |
             low[t] += low[t - 1]
             high[t] += high[t - 1]
         limits.append((low, high))
-    model = pyo.ConcreteModel()
+    model = pyo.ConcreteModel(name="time-indexed " + ("LP" if relaxed else "MIP"))
     model.n = pyo.Var(range(len(grid.lines)), range(count), domain=pyo.Reals if relaxed else pyo.Integers,
                       bounds=lambda _, line, t: (limits[line][0][t], limits[line][1][t]))
     model.goal = pyo.Objective(expr=0)

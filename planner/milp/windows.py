@@ -100,7 +100,8 @@ def _solve_window(jobs: Jobs, orders: list[list[int]], evaluation: Evaluation, b
     horizon = evaluation.makespan_ns - time_unit(shop, evaluation.makespan_ns)
     if floor > horizon:
         return None, False  # some critical path avoids the window's jobs
-    result = disjunctive.solve_shop(shop, horizon, time_limit_s=limit_s, seed=seed, lower_ns=floor)
+    result = disjunctive.solve_shop(shop, horizon, time_limit_s=limit_s, seed=seed, lower_ns=floor,
+                                    name="windows MIP")
     interrupted = result.outcome.termination is SolverStatus.INTERRUPTED
     if result.orders is None:
         return None, interrupted

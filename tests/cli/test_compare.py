@@ -8,7 +8,7 @@ import pytest
 
 FIELDS = {"name", "accounting", "makespan", "bubble", "bubble_ratio", "devices", "parameter_copies",
           "peak_activations"}
-PLANNED_FIELDS = {"bound", "gap", "placement", "seconds", "bound_scope", "rung", "without_baselines"}
+PLANNED_FIELDS = {"bound", "gap", "placement", "seconds", "bound_scope", "rung", "without_baselines", "how"}
 
 
 def rows_of(ended) -> dict[tuple[str, str], dict]:

@@ -46,6 +46,20 @@ def test_activations_are_limited(mipipe, folder: Path) -> None:
     assert max(rank["peak_bytes"] - rank["resident_bytes"] for rank in ended.data["ranks"]) <= 24000
 
 
+def test_parts_are_switched_off_and_the_plan_says_what_highs_did(mipipe, folder: Path, tmp_path: Path) -> None:
+    made = ("plan", folder / "problem.json", "--without", "mip", "--without", "search", "--time-limit", 1)
+    ended = mipipe(*made, "--json", "-o", tmp_path / "plan.json", "--html", tmp_path / "plan.html")
+    how, options = ended.data["how"], ended.data["provenance"]["options"]
+    assert (options["use_milp"], options["use_search"], options["use_baselines"]) == (False, False, True)
+    assert how["highs"] == how["highs_part"] == [] and how["calls"] == 0 and "annealing" not in how["order"]
+    line = "HiGHS was not called; it took no part in this plan"
+    assert line in (tmp_path / "plan.html").read_text()
+    for shown in (mipipe(*made), mipipe("show", tmp_path / "plan.json")):
+        assert line in shown.stdout and "placement by" in shown.stdout
+    refused = mipipe("plan", folder / "problem.json", "--without", "luck")
+    assert refused.code == 1 and "without: found 'luck', expected mip, search, published" in refused.error
+
+
 def test_sizes_belong_to_graphs(mipipe, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "sizes.yaml").write_text("vision: [1, 2]\n")
     ended = mipipe("plan", folder / "problem.json", "--sizes", tmp_path / "sizes.yaml")

@@ -27,7 +27,7 @@ def test_ample_memory_does_not_bind() -> None:
 def test_the_ablation_has_a_row_for_each_rung_that_ran() -> None:
     problem = uniform_problem(ranks=3, microbatches=5, f=10, i=12, w=8, comm=1, activations=2, copies=1)
     result = plan(problem, PlanOptions(time_limit_s=6, placement="v"))
-    assert {"list", "search"} <= {row["rung"] for row in result.ablation}
+    assert {"list", "annealing"} <= {row["rung"] for row in result.ablation}
     for row in result.ablation:
         assert set(row) >= {"rung", "placement", "before", "makespan", "variables", "constraints", "seconds"}
 
