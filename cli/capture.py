@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mipipe.cli.output import Json, check_folder, emit, log, progress, stdout
+from mipipe.cli.output import Json, check_files, emit, log, progress, stdout
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import yaml_value
 
@@ -55,7 +55,7 @@ def capture(
     json_output: Json = False,
 ) -> None:
     """Capture a model's training step as an operator graph: forward, input and weight gradients."""
-    check_folder(output, "--output")
+    check_files(output=output)
     overrides = parse_settings(settings or [])
     if loads is not None and expert_parallel < 2:
         raise InputError("--loads weighs the costs of expert parallelism: give --expert-parallel RANKS with it")

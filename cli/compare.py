@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mipipe.cli.output import MOST_SECONDS, Html, Json, Seed, Without, check_folder, emit, number, progress, stdout
+from mipipe.cli.output import MOST_SECONDS, Html, Json, Seed, Without, check_files, emit, number, progress, stdout
 
 if TYPE_CHECKING:
     from mipipe.planner.compare import ComparisonRow
@@ -67,7 +67,7 @@ def compare(
     json_output: Json = False,
 ) -> None:
     """Compare published schedules with the planned one: makespan, bubble, memory, bound and gap."""
-    check_folder(html_file, "--html")
+    check_files(html=html_file)
     from mipipe.cli.abstract import abstract_problem
     from mipipe.planner.compare import compare as compare_schedules
     from mipipe.planner.options import PlanOptions

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mipipe.cli.output import Html, Json, Trace, check_folder, emit, stdout
+from mipipe.cli.output import Html, Json, Trace, check_files, emit, stdout
 from mipipe.graphs.errors import InputError
 
 EXAMPLE = "mipipe export plan.json --csv order.csv --trace trace.json"
@@ -35,8 +35,7 @@ def export(
     wanted = {"csv": csv_file, "trace": trace_file, "html": html_file}
     if not any(wanted.values()):
         raise InputError("export: nothing to write; give --csv, --trace or --html with a file name")
-    for name, path in wanted.items():
-        check_folder(path, f"--{name}")
+    check_files(**wanted)
     found = open_any(file, Plan, Timeline)
     plan = found if isinstance(found, Plan) else None
     if csv_file is not None:

@@ -1,8 +1,8 @@
 """The command line: one module per verb, listed once, and one place where errors become exit codes.
 
 Exit codes: 0 done; 1 the user's input is wrong; 2 wrong usage; 3 no plan exists; 4 a run failed; 5 a plan or program
-violates a rule; 6 time was up without a plan; 130 interrupted (Ctrl-C, or SIGTERM to a
-training run). To add a verb: write its module, list its function.
+violates a rule; 6 time was up without a plan; 130 interrupted (Ctrl-C or SIGTERM). To add
+a verb: write its module, list its function.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import functools
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -46,7 +47,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Plans pipeline and expert parallelism with mixed-integer programs, and runs the plan under torchrun.",
     epilog="Exit codes: 0 done, 1 wrong input, 2 wrong usage, 3 no plan exists, 4 a run failed, 5 a plan violates a"
-           " rule, 6 time was up, 130 interrupted (Ctrl-C, or SIGTERM in training).")
+           " rule, 6 time was up, 130 interrupted (Ctrl-C or SIGTERM).")
 
 
 def _version(wanted: bool) -> None:
@@ -79,7 +80,7 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             fail("interrupted", 130)
         except BrokenPipeError:  # the reader of our output (head, less) has gone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _leave_pipe()
             raise typer.Exit(0) from None
         except OSError as error:
             fail(f"{error.filename or 'system'}: {error.strerror or error}", 1)
@@ -95,6 +96,11 @@ def fail(message: str, code: int) -> None:
     raise typer.Exit(code)
 
 
+def _leave_pipe() -> None:
+    """Let what is still to be printed go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
+
+
 def _cut(word: re.Match[str]) -> str:
     """The start of a word that is too long for a name or a path."""
     return shown(word[0], quoted=False)
@@ -105,15 +111,30 @@ for _module in VERBS:
     app.command(epilog=f"Example: {_module.EXAMPLE}")(guarded(_verb))
 
 
+def _as_ctrl_c(number: int, frame: FrameType | None) -> None:
+    """What Ctrl-C does in this verb: the best plan is kept, processes and temporary files are not."""
+    usual = signal.getsignal(signal.SIGINT)
+    if not callable(usual):  # ignored, as in a shell's background
+        raise KeyboardInterrupt
+    usual(number, frame)
+
+
 def main() -> None:
     """Run the command line and end the process with its exit code."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the shell; the next file that is opened would take its place
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _as_ctrl_c)
     try:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
+    except SystemExit as ended:  # click and rich end with 1 where the reader of a help has gone
+        if not isinstance(ended.__context__, BrokenPipeError):
+            raise
+        _leave_pipe()
+        sys.exit(getattr(ended.__context__.__context__, "exit_code", 0))  # of wrong usage that nobody read
     except OSError as error:  # the help of a verb, on a full disk
         sys.stderr.write(f"mipipe: error: {error.filename or 'system'}: {error.strerror or error}\n")
         sys.exit(1)

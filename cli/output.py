@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mipipe.graphs.write_files import WRITTEN, check_output
+from mipipe.graphs.write_files import WRITTEN, check_apart, check_output
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; logs go to stderr.")]
 MOST_SECONDS = 1e6
@@ -36,7 +36,7 @@ class _Stdout(Console):
     """A console that lets `mipipe.cli.main` see that the reader of its output has gone."""
 
     def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
+        raise  # rich calls this where it has caught the BrokenPipeError
 
 
 def stdout() -> Console:
@@ -75,7 +75,11 @@ def progress(what: str) -> Iterator[Callable[[str], None]]:
         yield lambda text: status.update(f"{what}: {text}")
 
 
-def check_folder(path: Path | None, option: str) -> None:
-    """Raise `InputError` before long work if the file could not be written in the end."""
-    if path is not None:
-        check_output(path, option)
+def check_files(**wanted: Path | None) -> None:
+    """Raise `InputError` before long work if a file of the options of these names (``save_graph`` for
+    ``--save-graph``) could not be written in the end, or if two would be written to one place."""
+    files = {"--" + name.replace("_", "-"): path for name, path in wanted.items()}
+    for option, path in files.items():
+        if path is not None:
+            check_output(path, option)
+    check_apart(files)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mipipe.cli.output import Json, Seed, TimeLimit, check_folder, emit, progress, stdout
+from mipipe.cli.output import Json, Seed, TimeLimit, check_files, emit, progress, stdout
 from mipipe.graphs.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def place(
     json_output: Json = False,
 ) -> None:
     """Place operators on devices: objective (of captured models in ms), bound, gap, seconds and the assignment."""
-    check_folder(output, "--output")
+    check_files(output=output)
     from mipipe.graphs.serialize import write_text
     from mipipe.planner.devices.place import place as solve
 

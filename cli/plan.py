@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mipipe.cli.output import Html, Json, Seed, TimeLimit, Trace, Without, check_folder, emit, log, progress, stdout
+from mipipe.cli.output import Html, Json, Seed, TimeLimit, Trace, Without, check_files, emit, log, progress, stdout
 from mipipe.graphs.errors import InfeasibleError, InputError, TimeUpError
 
 if TYPE_CHECKING:
@@ -89,10 +89,8 @@ def plan(
     trace_file: Trace = None,
     json_output: Json = False,
 ) -> None:
-    """Plan a training step: placement, order of work, and a bound. Ctrl-C keeps the best plan so far."""
-    for path, option in ((output, "--output"), (html_file, "--html"), (trace_file, "--trace"),
-                         (save_graph, "--save-graph")):
-        check_folder(path, option)
+    """Plan a training step: placement, order of work, and a bound. Ctrl-C (or SIGTERM) keeps the best plan so far."""
+    check_files(output=output, html=html_file, trace=trace_file, save_graph=save_graph)
     from mipipe.cli.captured import captured, names_model, refuse_capture_options
     from mipipe.cli.inputs import check_cluster, read_problem
     from mipipe.cli.panels import write_files

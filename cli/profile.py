@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mipipe.cli.output import Json, check_folder, emit, progress, stdout
+from mipipe.cli.output import Json, check_files, emit, progress, stdout
 
 EXAMPLE = "mipipe profile graph.json --groups 16 --workers 4 -o costs.json"
 
@@ -26,7 +26,7 @@ def profile(
     json_output: Json = False,
 ) -> None:
     """Measure the forward, input-gradient and weight-gradient time of every distinct group on this machine."""
-    check_folder(output, "--output")
+    check_files(output=output)
     from mipipe.graphs.cluster import load_cluster
     from mipipe.graphs.coarse.coarsen import coarsen
     from mipipe.graphs.costs.exchange import slowest_link

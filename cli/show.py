@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mipipe.cli.output import Html, Json, Trace, check_folder, emit, log, stdout
+from mipipe.cli.output import Html, Json, Trace, check_files, emit, log, stdout
 from mipipe.graphs.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,8 +29,7 @@ def show(
     json_output: Json = False,
 ) -> None:
     """Show a graph's summary, or plans and timelines on one time scale with their ratios."""
-    check_folder(html_file, "--html")
-    check_folder(trace_file, "--trace")
+    check_files(html=html_file, trace=trace_file)
     from mipipe.cli.files import open_any
     from mipipe.graphs.coarse.graph import CoarseGraph
     from mipipe.graphs.costs.table import CostTable

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mipipe.cli.output import Html, Json, Trace, check_folder, emit, stdout
+from mipipe.cli.output import Html, Json, Trace, check_files, emit, stdout
 
 EXAMPLE = "mipipe simulate plan.json -o timeline.json"
 
@@ -28,9 +28,7 @@ def simulate(
     from mipipe.planner.execution.simulate import simulate as run_on_a_clock
     from mipipe.planner.plan import Plan
 
-    for path, option in ((output, "--output"), (program_file, "--program"), (html_file, "--html"),
-                         (trace_file, "--trace")):
-        check_folder(path, option)
+    check_files(output=output, program=program_file, html=html_file, trace=trace_file)
     plan = load(plan_file, Plan)
     program = lower(plan)
     timeline = run_on_a_clock(plan, program)

@@ -1,8 +1,9 @@
 """The one place that writes a file somebody asked for: whole or not at all, and never in place of something else.
 
-A regular file is replaced by a rename, so that a reader sees the old or the new one; its mode and owner stay. What the
-name leads to is written, not the name: a symbolic link stays one. What is no regular file (a pipe, a terminal,
-``/dev/stdout``) is written in place, and waits for a reader no longer than `PATIENCE_S`.
+A regular file is replaced by a rename, so that a reader sees the old or the new one; its mode and owner stay, and other
+names of it (hard links, as of a backup) keep the old one. What the name leads to is written, not the name: a symbolic
+link stays one. What is no regular file (a pipe, a terminal, ``/dev/stdout``) is written in place, and waits for a
+reader no longer than `PATIENCE_S`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import stat
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -63,6 +65,24 @@ def check_output(path: str | Path, option: str) -> None:
         raise InputError(f"{option} {path}: the folder {Path(path).parent} does not exist; make it first")
     if found is None and not os.access(target.parent, os.W_OK):
         raise InputError(f"{option} {path}: the folder {Path(path).parent} is not writable")
+
+
+def check_apart(wanted: Mapping[str, str | Path | None]) -> None:
+    """Raise `InputError` if two of the files, by what names them, are one: the second would replace the first.
+
+    Devices such as ``/dev/null`` keep nothing, and may be named twice.
+    """
+    seen: dict[str, str] = {}
+    for what, path in wanted.items():
+        if path is None:
+            continue
+        with contextlib.suppress(OSError):
+            found = _status(path)
+            if found is not None and stat.S_ISCHR(found.st_mode):
+                continue
+        other = seen.setdefault(os.path.realpath(path), what)
+        if other != what:
+            raise InputError(f"{other} and {what} both write {path}: give each a file of its own")
 
 
 def open_lines(path: str | Path, kept: str) -> TextIO:

@@ -65,7 +65,7 @@ class Group:
     is what stays between F and RECOMPUTE if the group's F is run again before its I (None: not offered). ``loads``
     gives the relative size of each microbatch for this group (1.0: as traced); it multiplies durations, saved bytes and
     the bytes of the values the group makes, and () means all 1.0. ``single``: one replica only, as its F changes
-    buffers that the next microbatch reads (batch statistics).
+    buffers that the next microbatch reads (batch statistics), or as it is of an expert-parallel layer.
     """
 
     __pydantic_config__: ClassVar = STRICT

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import functools
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -246,9 +247,10 @@ def guarded(options: argparse.Namespace) -> int:
 
 
 def main() -> None:
-    """Run the worker and end the process with its exit code.
+    """Run the worker and end the process with its exit code, at once.
 
-    A failed one ends at once: its threads may wait for a peer that is gone, or hangs.
+    Threads of a failed one may wait for a peer that is gone, or hangs; and what libraries do as the interpreter ends (a
+    thread that is not joined aborts the process) must not turn a run that is done and saved into a failed one.
     """
     die_with_parent(signal.SIGKILL)
     options = parse_arguments()
@@ -259,10 +261,11 @@ def main() -> None:
     except Exception:
         traceback.print_exc()
         code = 1
+    for child in multiprocessing.active_children():  # data loaders' workers
+        child.terminate()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code:
-        os._exit(code)
+    os._exit(code)
 
 
 if __name__ == "__main__":

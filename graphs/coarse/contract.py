@@ -45,7 +45,9 @@ def contract(index: GraphIndex, groups: Sequence[Sequence[int]], notes: dict[str
                           for reader in index.readers[value.name])
             grad = size if outside and value.name in index.returns_grad else None
             values.append(GroupValue(value.name, home, tuple(targets), size, grad))
-    op_groups = tuple(_group(index, members, name) for members, name in zip(groups, names, strict=True))
+    single = exchanging(index) | {member for member, trace in enumerate(index.traces) if trace.buffer_updates}
+    op_groups = tuple(_group(index, members, name, not single.isdisjoint(members))
+                      for members, name in zip(groups, names, strict=True))
     return CoarseGraph(index.graph.model, graph_digest or digest(index.graph), op_groups, tuple(values), notes or {})
 
 
@@ -55,7 +57,15 @@ def layer_stack(segment: Segment) -> str:
     return ".".join(parts[:parts.index(str(segment.tags.layer))]) if str(segment.tags.layer) in parts else ""
 
 
-def _group(index: GraphIndex, members: Sequence[int], name: str) -> OpGroup:
+def exchanging(index: GraphIndex) -> set[int]:
+    """The segments of expert-parallel layers: each dispatch, and all that read what it gives (experts and combine)."""
+    dispatches = {member for member, segment in enumerate(index.segments)
+                  if segment.tags.role is Role.DISPATCH and is_collective(index.traces[member])}
+    return dispatches | {reader for member in dispatches for value in index.segments[member].outputs
+                         for reader in index.readers[value]}
+
+
+def _group(index: GraphIndex, members: Sequence[int], name: str, single: bool) -> OpGroup:
     """The totals of one group."""
     phases = [phase for phase in PHASES if any(index.runs(member, phase) for member in members)]
     running = {phase: [index.traces[member] for member in members if index.runs(member, phase)] for phase in phases}
@@ -84,7 +94,7 @@ def _group(index: GraphIndex, members: Sequence[int], name: str) -> OpGroup:
         _tags(index, members),
         _structure(index, members),
         all(is_collective(index.traces[member]) for member in members),
-        any(index.traces[member].buffer_updates for member in members),
+        single,
     )
 
 

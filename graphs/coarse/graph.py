@@ -42,8 +42,9 @@ class OpGroup:
     """Equal for groups with equal traces in equal order: they share one profile."""
     collective: bool = False
     """All segments are collectives (all-to-all): they run on the communication stream."""
-    moves_buffers: bool = False
-    """F changes buffers (batch statistics), one microbatch after the other: the group has one replica."""
+    single: bool = False
+    """The group has one replica: its F changes buffers (batch statistics), one microbatch after the other, or it is of
+    an expert-parallel layer, whose replicas are the copies of the plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class CoarseGraph:
     """
 
     FORMAT: ClassVar = "mipipe.coarse_graph"
-    VERSION: ClassVar = 1
+    VERSION: ClassVar = 2
     __pydantic_config__: ClassVar = STRICT
     model: str
     graph_digest: str

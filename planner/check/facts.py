@@ -196,7 +196,7 @@ def check_placement(plan: Plan) -> None:
         single = [group for group in stage.groups if problem.groups[group].single]
         if single and len(stage.ranks) > 1:
             raise PlanError(f"stage {s}: is on ranks {stage.ranks}, but its group {problem.groups[single[0]].name}"
-                            " changes buffers in F and may have one replica only")
+                            " may have one replica only: it changes buffers in F, or is of an expert-parallel layer")
         outside = [rank for rank in stage.ranks if not 0 <= rank < problem.num_ranks]
         if outside:
             raise PlanError(f"stage {s}: is on rank {outside[0]}, but the topology has ranks 0 to"

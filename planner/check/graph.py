@@ -95,7 +95,7 @@ def _facts(group: Group, made: OpGroup) -> Iterator[tuple[str, object, object]]:
     yield "saved_fw_bytes", group.saved_fw_bytes, made.saved_fw_bytes
     yield "saved_iw_bytes", group.saved_iw_bytes, made.saved_iw_bytes
     yield "workspace_bytes", group.workspace_bytes, max(made.workspace_bytes.values(), default=0)
-    yield "single", group.single, made.moves_buffers
+    yield "single", group.single, made.single
 
 
 def _ratio_faults(what: str, sizes: Iterable[tuple[Group, int, int]]) -> Iterator[str]:

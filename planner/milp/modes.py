@@ -52,6 +52,8 @@ def choose(problem: PlanningProblem, placement: Placement, *, pressure: float, t
     if not may:
         return None
     model = _build(stage_view, build(stage_view), may, pressure)
+    if model is None:
+        return None
     outcome = highs.solve(model, time_limit_s=time_limit_s, seed=seed, gap=1e-4)
     if not outcome.has_solution:
         return None
@@ -108,8 +110,10 @@ def _sums(stage_view: StageView, instance: Instance) -> _Sums:
     return _Sums(load, again, area, kept_area, saved, kept)
 
 
-def _build(stage_view: StageView, instance: Instance, may: list[int], pressure: float) -> pyo.ConcreteModel:
-    """The model of the module docstring; times in thousandths of the largest load."""
+def _build(stage_view: StageView, instance: Instance, may: list[int],
+           pressure: float) -> pyo.ConcreteModel | None:
+    """The model of the module docstring; times in thousandths of the largest load. None: a device lacks room, and no
+    stage on it may give some back."""
     sums = _sums(stage_view, instance)
     load = sums.load.sum(axis=0)
     scale = max(1.0, load.max() / 1000)
@@ -127,6 +131,8 @@ def _build(stage_view: StageView, instance: Instance, may: list[int], pressure: 
         model.rows.add(model.makespan >= rate * sums.area[:, d].sum() - given)
         work = max((stage_view.workspace[s] + max(stage_view.saved_iw[s]) for s in here), default=0)
         lack = (sums.saved[:, d].sum() + work) / room - 1
+        if lack > 0 and not chosen:
+            return None
         if lack > 0:
             model.rows.add(sum((sums.saved[s, d] - sums.kept[s, d]) / room * model.z[s] for s in chosen) >= lack)
     least = sum(float(sums.again[s].sum()) / scale * model.z[s] for s in may)

@@ -96,7 +96,7 @@ def why_infeasible(problem: PlanningProblem, name: str, admits: Admits | None = 
     allowed = [placement for placement in offered if keeps_single(problem, placement)]
     if offered and not allowed:
         return (f"placement {name!r} puts groups on several ranks that may have one replica only (their F changes"
-                " buffers, such as batch statistics); choose another placement")
+                " buffers, such as batch statistics, or they are of expert-parallel layers); choose another placement")
     for placement in allowed:
         clock.ask()
         lack = shortage(problem, placement)

@@ -115,7 +115,7 @@ def _group(group: OpGroup, times: dict[str, PhaseTimes], resident: int, gradient
     return Group(group.name, times, Stream.COLLECTIVE if group.collective else Stream.COMPUTE, resident, gradients,
                  group.saved_fi_bytes, group.saved_fw_bytes, group.saved_iw_bytes,
                  max(group.workspace_bytes.values(), default=0), group.input_bytes if recompute and trains else None,
-                 loads, group.segments, group.tags, group.moves_buffers)
+                 loads, group.segments, group.tags, group.single)
 
 
 def exchange_groups(coarse: CoarseGraph) -> tuple[tuple[str, ...], ...]:

@@ -213,23 +213,40 @@ def run_watched(command: Sequence[str], log: Path, timeout_s: float | None, watc
         environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(watch.patience_s) + 1)
     shown = "-" in command
     until = None if timeout_s is None else time.monotonic() + timeout_s
-    with log.open("w") as stream:
-        process = subprocess.Popen(command, stderr=None if shown else stream, env=environment, start_new_session=True,
-                                   preexec_fn=lambda: die_with_parent(signal.SIGTERM))
-        try:
-            while (code := _ended(process, POLL_S if watch is not None else timeout_s)) is None:
-                if watch is not None:
-                    watch.look(process)
-                late = watch is not None and watch.until is not None and time.monotonic() > watch.until
-                if late or (until is not None and time.monotonic() >= until):
-                    end_process(process)
-                    raise RunError(_too_long(log.parent, timeout_s if not late else None))
+    with log.open("w") as stream, running(command, stderr=None if shown else stream, env=environment) as process:
+        while (code := _ended(process, POLL_S if watch is not None else timeout_s)) is None:
             if watch is not None:
                 watch.look(process)
-            return code
-        except BaseException:
+            late = watch is not None and watch.until is not None and time.monotonic() > watch.until
+            if late or (until is not None and time.monotonic() >= until):
+                raise RunError(_too_long(log.parent, timeout_s if not late else None))
+        if watch is not None:
+            watch.look(process)
+        return code
+
+
+@contextlib.contextmanager
+def running(command: list[str], **streams: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A process in a session of its own, which is ended with all it started where the block ends with an exception, and
+    (Linux) when this process is killed. Signals wait until it is there: else nothing would end a process just begun."""
+    waiting = {signal.SIGINT, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
+    process = None
+
+    def begin() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        die_with_parent(signal.SIGTERM)
+
+    try:
+        try:
+            process = subprocess.Popen(command, start_new_session=True, preexec_fn=begin, **streams)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield process
+    except BaseException:
+        if process is not None:
             end_process(process)
-            raise
+        raise
 
 
 def _ended(process: subprocess.Popen[Any], patience_s: float | None) -> int | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import load
+from mipipe.graphs.write_files import check_apart
 from mipipe.planner.check import check_program
 from mipipe.planner.check.graph import check_graph
 from mipipe.planner.execution.lower import lower
@@ -91,13 +92,20 @@ def check_start(config: TrainConfig, start: Start) -> None:
 
 
 def check_outputs(config: TrainConfig) -> None:
-    """Raise `InputError` where a file that the run will write cannot be written, which else shows at its end."""
+    """Raise `InputError` where a file that the run will write cannot be written, which else shows at its end, or two
+    are one."""
     experts = config.experts
-    for what, file in (("metrics", config.metrics), ("timeline", config.timeline), ("profile", config.profile),
-                       ("experts.loads", experts.loads if experts else None),
-                       ("experts.history", experts.history if experts else None)):
+    files = {"metrics": config.metrics, "timeline": config.timeline, "profile": config.profile,
+             "experts.loads": experts.loads if experts else None,
+             "experts.history": experts.history if experts else None}
+    for what, file in files.items():
         if file is not None:
             _check_output(what, Path(file))
+    try:
+        check_apart({**files, "save.folder": config.save and config.save.folder,
+                     "checkpoint.folder": config.checkpoint and config.checkpoint.folder})
+    except InputError as error:
+        raise InputError(f"train config: {error}") from None
     if config.tensorboard is not None:
         _probe("tensorboard", Path(config.tensorboard))
     if config.save is not None:

@@ -117,7 +117,8 @@ def test_output_into_a_closed_pipe_is_no_error(folder: Path) -> None:
     assert process.wait(timeout=60) == 0
 
 
-def test_ctrl_c_keeps_the_best_plan_so_far(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_ctrl_c_keeps_the_best_plan_so_far(tmp_path: Path, number: signal.Signals) -> None:
     """The first Ctrl-C ends the search, not the command: the plan is written and checks.
 
     stderr is a terminal here, so the test sees in the progress line when there is a first plan.
@@ -133,7 +134,7 @@ def test_ctrl_c_keeps_the_best_plan_so_far(tmp_path: Path) -> None:
     while b"makespan" not in seen:
         seen += os.read(terminal, 4096)
     began = time.monotonic()
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     drain = threading.Thread(target=_read_all, args=(terminal,), daemon=True)
     drain.start()
     out, _ = process.communicate(timeout=120)
@@ -156,3 +157,27 @@ def test_the_version(mipipe) -> None:
 
     ended = mipipe("--version")
     assert ended.code == 0 and ended.stdout == f"mipipe {package.__version__}\n"
+
+
+WAITING = """import os, signal, sys, tempfile, time
+from mipipe.cli import main
+
+def wait():
+    with tempfile.TemporaryDirectory(dir=folder):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+folder, sys.argv[1:] = sys.argv[1], ["wait"]
+main.app.command("wait")(main.guarded(wait))
+main.main()
+"""
+
+
+def test_sigterm_ends_any_verb_as_ctrl_c_does(tmp_path: Path) -> None:
+    """Temporary folders go, and the code says why; also where a shell has set Ctrl-C to be ignored."""
+    for ignored in (False, True):
+        before = (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None
+        ended = subprocess.run([sys.executable, "-c", WAITING, str(tmp_path)], capture_output=True, text=True,
+                               timeout=60, preexec_fn=before)
+        assert ended.returncode == 130 and ended.stderr == "mipipe: interrupted\n"
+        assert not list(tmp_path.iterdir())

@@ -192,7 +192,8 @@ def test_training_tells_lines_and_imports_from_the_current_folder(work: Path) ->
 
     script = Path(sys.executable).with_name("mipipe")
     run = subprocess.run([str(script), "train", "--plan", "plan.json", "--graph", "graph.json", "--config",
-                          "train.yaml"], cwd=work, capture_output=True, text=True, timeout=200)
+                          "train.yaml", "--model", "cli_models:small"], cwd=work, capture_output=True, text=True,
+                         timeout=200)
     assert run.returncode == 0, run.stderr
     lines = [line for line in run.stdout.splitlines() if line.startswith("step ")]
     assert len(lines) == 3 and lines[-1].startswith("step 3/3  loss ") and "s a step" in lines[-1]

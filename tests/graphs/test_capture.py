@@ -137,7 +137,7 @@ def test_each_layer_keeps_its_buffers_and_tracing_moves_none() -> None:
     graph = capture_module(module, batch)
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     assert len({segment.trace for segment in graph.segments[:2]}) <= 2
-    assert [group.moves_buffers for group in coarsen(graph, granularity="operator").groups] == [True, True, True, False]
+    assert [group.single for group in coarsen(graph, granularity="operator").groups] == [True, True, True, False]
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     state = {name: tensor.clone() for name, tensor in parameter_tensors(graph, named).items()}
     step = run_step(graph, state, batch)

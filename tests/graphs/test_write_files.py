@@ -13,7 +13,7 @@ import pytest
 
 from mipipe.graphs import write_files
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.write_files import check_output, open_lines, write_text
+from mipipe.graphs.write_files import check_apart, check_output, open_lines, write_text
 
 
 def mode(path: Path) -> int:
@@ -143,3 +143,22 @@ def test_lines_go_on_after_what_is_kept(tmp_path: Path) -> None:
     assert path.read_text() == "kept\nnew\n" and mode(path) == 0o600 and (tmp_path / "link").is_symlink()
     with open_lines("/dev/null", "") as stream:
         stream.write("x")
+
+
+def test_two_outputs_are_two_files(tmp_path: Path) -> None:
+    """By what their names lead to; a device keeps nothing and may be named twice."""
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    for first, second in (("a", "a"), ("a", "./x/../a"), ("link", "a")):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        with pytest.raises(InputError, match=r"-o and --html both write .*a: give each a file of its own"):
+            check_apart({"-o": tmp_path / first, "--trace": None, "--html": f"{tmp_path}/{second}"})
+    check_apart({"-o": tmp_path / "a", "--html": tmp_path / "b", "--trace": "/dev/null", "--csv": "/dev/null"})
+
+
+def test_another_name_of_a_file_keeps_what_was_there(tmp_path: Path) -> None:
+    """Backups by hard links would change otherwise; and a reader of either name never sees half a file."""
+    path = tmp_path / "file"
+    path.write_text("old")
+    os.link(path, tmp_path / "backup")
+    write_text(path, "new")
+    assert path.read_text() == "new" and (tmp_path / "backup").read_text() == "old"

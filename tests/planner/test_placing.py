@@ -18,9 +18,9 @@ from mipipe.planner.milp.routes import to_placement, to_shares
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.feasible import shortage
 from mipipe.planner.placements.shapes import propose_shapes
-from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
+from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
 from mipipe.planner.problems.uniform import uniform_problem
-from mipipe.planner.solve import plan
+from mipipe.planner.solve import Termination, plan
 
 sys.path.insert(0, str(Path(__file__).parent))
 from planner_problems import multimodal_problem
@@ -66,6 +66,21 @@ def test_the_modes_are_the_best_of_all_choices() -> None:
     assert chosen is not None and any(stage.recompute for stage in chosen.placement.stages)
     assert _largest_load(problem, chosen.placement) == min(
         _largest_load(problem, variant) for variant in _variants(base) if _one_fits(problem, variant))
+
+
+def test_no_modes_where_a_full_device_has_no_stage_that_may_run_again() -> None:
+    """Its row has no variable: no error of the modelling library, but no answer."""
+    times = {"device": PhaseTimes(10, 10, 10)}
+    groups = tuple(Group(f"g{n}", times, saved_fw_bytes=50, recompute_bytes=(5, None)[n]) for n in range(2))
+    devices = (Device("a", "device", 1000), Device("b", "device", 1000))
+    problem = PlanningProblem("kept", groups, (GroupEdge(0, (1,), 0, 0, "v"),), Topology(devices, Link(), Link()), 4,
+                              Limits(activation_bytes=40))
+    base = next(found for found in propose_shapes(problem, "chain"))
+    assert modes.choose(problem, base, pressure=1.0, time_limit_s=5.0, seed=0) is None
+    assert modes.choose(problem.replace(limits=Limits(activation_bytes=60)), base, pressure=1.0, time_limit_s=5.0,
+                        seed=0) is not None
+    result = plan(problem, PlanOptions(time_limit_s=1.0, recompute=True))
+    assert result.plan is None and result.termination is Termination.INFEASIBLE
 
 
 def _variants(base):

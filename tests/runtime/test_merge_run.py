@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -310,3 +312,32 @@ def test_classes_of_the_tiny_transformer(root):
     assert kinds["model.norm.weight"] is TensorClass.VECTOR
     assert kinds["model.position_ids"] is TensorClass.BUFFER
     assert kinds["model.layers.0.self_attn.q_proj.weight"] is TensorClass.MATRIX
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_sigterm_leaves_nothing_but_what_is_done(root, tmp_path):
+    """No temporary folder, no worker; the same command goes on. Exit code 130."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_for("linear", root)))
+    (tmp_path / "tmp").mkdir()
+    command = [sys.executable, "-m", "mipipe.cli.main", "merge", str(tmp_path / "recipe.yaml"), "-o",
+               str(tmp_path / "out"), "--ranks", "2"]
+    process = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(tmp_path / "tmp")}, stderr=subprocess.PIPE,
+                               text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "tmp").glob("mipipe-merge-*/torchrun.log")):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    process.terminate()
+    assert "mipipe: interrupted" in process.communicate(timeout=60)[1] and process.returncode == 130
+    assert not list((tmp_path / "tmp").glob("mipipe-merge-*")) and not (tmp_path / "out").exists()
+    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in cmdline(path)]
+    assert subprocess.run(command, timeout=300).returncode == 0
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def cmdline(path):
+    try:
+        return path.read_bytes()
+    except OSError:  # it has ended
+        return b""

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import os
+import subprocess
+import sys
 
 import kill_saves
 import pytest
@@ -251,3 +253,12 @@ def test_other_rows_for_one_copy(had, rows):
     assert next(made)[0] == 24
 
 
+
+
+@pytest.mark.parametrize("code", [0, 4])
+def test_a_worker_ends_as_its_run_did(code):
+    """What libraries do as the interpreter ends does not count: an abort after the last step is no failed run."""
+    script = (f"import atexit, os, sys; from mipipe.runtime import worker; worker.guarded = lambda options: {code};"
+              " atexit.register(os.abort); sys.argv = ['worker', '--merge', 'out']; print('said'); worker.main()")
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == code and ended.stdout == "said\n"

@@ -226,6 +226,7 @@ def test_two_jobs_in_one_folder(tmp_path):
     (lambda file: {"checkpoint": CheckpointConfig(f"{file}/c", every=1000)}, "/c: cannot be written: Not a directory"),
     (lambda file: {"checkpoint": CheckpointConfig(str(file))}, "cannot be written"),
     (lambda file: {"metrics": f"{file}/m.jsonl"}, "metrics: .*cannot be written: File exists"),
+    (lambda file: {"metrics": f"{file.parent}/m", "timeline": f"{file.parent}/./m"}, "metrics and timeline both write"),
     (lambda file: {"metrics": str(file.parent)}, "metrics: .* is a folder, expected a file"),
     (lambda file: {"timeline": f"{file}/t.json"}, "timeline: .*cannot be written"),
     (lambda file: {"profile": f"{file}/t.json"}, "profile: .*cannot be written"),
