@@ -9,10 +9,7 @@ from typing import Any
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.method_spec import MethodSpec, Parameter
-from mipipe.graphs.merging.methods import METHODS
-
-PARAMETER_NAMES = frozenset(parameter.name for spec in METHODS for parameter in spec.parameters)
-"""Names that some method has a parameter of: no misspellings."""
+from mipipe.graphs.merging.methods import BY_NAME
 
 
 def check_parameters(spec: MethodSpec, values: Mapping[str, Any], where: str, own: bool = False) -> None:
@@ -26,8 +23,8 @@ def check_parameters(spec: MethodSpec, values: Mapping[str, Any], where: str, ow
     for key, value in values.items():
         parameter = spec.parameter(key)
         if parameter is None:
-            if key in PARAMETER_NAMES:
-                continue
+            if any(other.parameter(key) is not None for other in BY_NAME.values()):
+                continue  # no misspelling
             known = ", ".join(item.name for item in spec.parameters) or "none"
             raise InputError(f"{where}: {spec.name} has no parameter {key!r}; it has {known}")
         if own and not parameter.per_model and spec.name not in ("passthrough",):
