@@ -76,14 +76,15 @@ LAWS = {
 }
 """A new method needs a row: what it promises is part of what it is."""
 
-REQUIRED = {"slerp": {"t": 0.4}, "nearswap": {"t": 0.01}, "nuslerp": {"weight": [1.0, 2.0]}, "rmm": {"num_basis": 1, "rank": 4},
-            "onebit": {"route": 1}, "layer_swapping": {"bottom": 1, "top": 1}, "doge": {"steps": 30}}
+REQUIRED = {"slerp": {"t": 0.4}, "nearswap": {"t": 0.01}, "nuslerp": {"weight": [1.0, 2.0]},
+            "rmm": {"num_basis": 1, "rank": 4}, "onebit": {"route": 1}, "layer_swapping": {"bottom": 1, "top": 1},
+            "doge": {"steps": 30}}
 SPARSE = {"ties": {"density": .3}, "dare_linear": {"density": .5}, "dare_ties": {"density": .5},
           "della": {"density": .5}, "della_linear": {"density": .5}, "breadcrumbs": {"density": .5},
           "breadcrumbs_ties": {"density": .5}, "sce": {"select_topk": .4}}
 ELEMENTWISE = {"linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs",
-               "breadcrumbs_ties", "sce", "varm", "frank", "slerp", "model_stock", "layer_swapping", "widen", "multislerp", "arcee_fusion", "nearswap", "ram",
-               "ramplus_tl"}
+               "breadcrumbs_ties", "sce", "varm", "frank", "slerp", "model_stock", "layer_swapping", "widen",
+               "multislerp", "arcee_fusion", "nearswap", "ram", "ramplus_tl"}
 
 by_name = pytest.mark.parametrize("method", METHODS, ids=NAMES)
 

@@ -1,7 +1,7 @@
 """Optimised task vectors: OptMerge (arXiv 2505.19892), WUDI (arXiv 2503.08099) and DOGE (arXiv 2501.01230).
 
-They descend on one matrix at a time with the optimiser that their authors used; gradients are written out, so no autograd
-engine runs.
+They descend on one matrix at a time with the optimiser that their authors used; gradients are written out, so no
+autograd engine runs.
 """
 
 from __future__ import annotations

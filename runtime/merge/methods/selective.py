@@ -116,7 +116,7 @@ def ramplus_rounds(**_params: Any) -> tuple[Round, ...]:
 
 
 def ramplus_tl(tile: Tile, scales: Sequence[float], *, epsilon: float, **_params: Any) -> Tensor:
-    """`ram` with each model's unique changes enlarged by ``lambda_i``, counted in this tensor alone (RAM+, 2601.13572)."""
+    """`ram` with each model's unique changes enlarged by ``lambda_i``, counted in this tensor (RAM+, 2601.13572)."""
     deltas, _, count = _changed(tile, epsilon)
     alone = count == 1
     count.clamp_min_(1)
