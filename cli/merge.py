@@ -14,6 +14,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.units import format_bytes, format_ns, parse_bytes
 
 if TYPE_CHECKING:
+    from mipipe.graphs.merging.method_spec import MethodSpec
     from mipipe.planner.merging.plan import MergePlan
     from mipipe.planner.timeline import Timeline
     from mipipe.runtime.merge.launch import MergeOptions, MergeResult
@@ -21,14 +22,19 @@ if TYPE_CHECKING:
 EXAMPLE = "mipipe merge recipe.yaml -o merged --ranks 2 --memory 4GB"
 
 
-def _list_methods(wanted: bool) -> None:
-    """Print every merge method with its parameters, and leave."""
-    if not wanted:
-        return
-    from mipipe.graphs.merging.methods import METHODS
+def _list_methods(name: str | None, json_output: bool) -> None:
+    """Print every merge method with its parameters, or the one of a name."""
+    from mipipe.graphs.merging.methods import METHODS, RECIPE_NAMES
 
+    chosen = [spec for spec in METHODS if name in (None, spec.name)]
+    if not chosen:
+        raise typer.BadParameter(f"there is no method {name!r}; found {', '.join(RECIPE_NAMES)}",
+                                 param_hint="--methods")
+    if json_output:
+        emit({"methods": [_method_facts(spec) for spec in chosen]})
+        return
     sheet = Table("method", "base", "models", "parameters (default)", "source", show_lines=True)
-    for spec in METHODS:
+    for spec in chosen:
         words = []
         for item in spec.parameters:
             default = "needed" if item.default is None and not item.optional else item.default
@@ -39,13 +45,21 @@ def _list_methods(wanted: bool) -> None:
         sheet.add_row(spec.name, spec.base.value, models, "\n".join(words),
                       spec.title + (f", arXiv {spec.arxiv}" if spec.arxiv else ""))
     stdout().print(sheet)
-    raise typer.Exit
+
+
+def _method_facts(spec: MethodSpec) -> dict[str, Any]:
+    """A method for machines; ``default`` null: the recipe must give it, unless ``optional``."""
+    parameters = [{"name": item.name, "default": item.default, "kind": item.kind.__name__, "per_model": item.per_model,
+                   "low": item.low, "high": item.high, "choices": list(item.choices), "optional": item.optional,
+                   "doc": item.doc} for item in spec.parameters]
+    return {"name": spec.name, "title": spec.title, "arxiv": spec.arxiv or None, "base": spec.base.value,
+            "min_models": spec.min_models, "max_models": spec.max_models, "parameters": parameters}
 
 
 def merge(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe: YAML in mergekit's vocabulary; or a"
-                                                                  " folder of stored parts.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to make.")],
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="The recipe: YAML in mergekit's vocabulary; or"
+                                                                         " a folder of stored parts.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to make.")] = None,
     ranks: Annotated[int, typer.Option(help="Processes that merge side by side.", min=1)] = 1,
     device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="Dtype of the result, in place of the recipe's.")] = None,
@@ -59,18 +73,24 @@ def merge(
                                                                 " is called done.")] = False,
     timeline: Annotated[Path | None, typer.Option(help="Write the timeline here, for mipipe show: measured, or"
                                                        " simulated with --dry-run.")] = None,
-    methods: Annotated[bool, typer.Option("--methods", help="List the merge methods and their parameters.",
-                                          is_eager=True, callback=_list_methods)] = False,
+    methods: Annotated[bool, typer.Option("--methods", help="List the merge methods and their parameters, or the one"
+                                                            " named in place of the recipe.")] = False,
     json_output: Json = False,
 ) -> None:
     """Merge model checkpoints as RECIPE says. An interrupted merge continues when the same command runs again."""
     from mipipe.graphs.merging.recipe import DTYPES
 
+    if methods:
+        _list_methods(None if recipe is None else str(recipe), json_output)
+        return
+    if recipe is None:
+        raise typer.BadParameter("missing; give a recipe", param_hint="RECIPE")
+    if output is None:
+        raise typer.BadParameter("missing; give the folder to make", param_hint="-o")
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
     cap = None if memory is None else parse_bytes(memory, "--memory")
     size = parse_bytes(shard_size, "--shard-size")
-    del methods  # its callback has done it
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"{device!r} is neither cpu nor cuda", param_hint="--device")
     if store and route is not None:

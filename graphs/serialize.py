@@ -81,14 +81,22 @@ def from_data(data: Any, kind: type[T], where: str) -> T:
 
 
 def _explained(error: ValidationError, where: str) -> str:
-    """The first of the errors in one line; a mistyped key explains the one that is missing."""
+    """The first of the errors in one line, or all unknown keys: a mistyped one explains the one that is missing."""
     errors = error.errors(include_url=False)
+    unknown = list(dict.fromkeys(_place(item["loc"]) for item in errors if item["type"] in _UNKNOWN))
+    if len(unknown) > 1:
+        return f"{where}: {', '.join(shown(place, quoted=False) for place in unknown)}: unknown keys"
     first = next((item for item in errors if item["type"] in _UNKNOWN), errors[0])
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    place = _place(first["loc"])
     found = "" if isinstance(first["input"], (dict, list)) else f" (found {shown(first['input'])})"
     more = f"; {error.error_count() - 1} more" if error.error_count() > 1 else ""
     expected = _WORDS.get(first["type"], first["msg"]).format(**first.get("ctx", {}))
     return f"{where}: {shown(place, quoted=False) or 'top level'}: {expected}{found}{more}"
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    """Where in a file: ``hosts[0].links``."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
 
 
 def digest(value: Any) -> str:

@@ -11,7 +11,8 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, licence_of
 from mipipe.graphs.merging.graph import MergeGraph, MergeModel, MergeUnit
 from mipipe.graphs.merging.layer_config import picked_layers
-from mipipe.graphs.merging.participants import Participant, num_layers
+from mipipe.graphs.merging.lora import rename
+from mipipe.graphs.merging.participants import AUTO_NAMES, Participant, num_layers
 from mipipe.graphs.merging.recipe import Branch, MergeRecipe
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify, with_layer
 from mipipe.graphs.merging.units import MergeRule, UnitBuilder, slice_length
@@ -50,7 +51,7 @@ def _source(label: str, participant: Participant) -> MergeModel:
     parts = [participant.files, *(item.files for item in participant.adapters)]
     licences = dict.fromkeys(licence_of(part.path) for part in parts)  # each once, the model's first
     return MergeModel(label, participant.files.path, "+".join(part.fingerprint for part in parts), " + ".join(licences),
-                      sum(part.num_bytes for part in parts))
+                      sum(part.num_bytes for part in parts), participant.files.file)
 
 
 def _branch_of(recipe: MergeRecipe, name: str) -> Branch | None:
@@ -60,7 +61,7 @@ def _branch_of(recipe: MergeRecipe, name: str) -> Branch | None:
 def _branch_rule(recipe: MergeRecipe, branch: Branch) -> MergeRule:
     models = branch.models or tuple(
         model if branch.merge_method == recipe.merge_method else replace(model, parameters={})
-        for model in recipe.models)
+        for model in recipe.models or recipe.slices[0].sources)
     return MergeRule(branch.name or branch.tensors, branch.merge_method, models, branch.base_model or recipe.base_model,
                  (branch.parameters,))
 
@@ -110,15 +111,18 @@ def _slice_rules(builder: UnitBuilder) -> list[tuple[str, MergeRule]]:
             layer += 1
     for name in {*builder.reference.tensors, *builder.heads()}:
         if not builder.is_decoder(name):
+            claimed = _branch_of(recipe, name)
             early = classify(name, (0, 0), "F32") is TensorClass.EMBEDDING
-            rules.append((name, _slice_rule(recipe, 0 if early else len(recipe.slices) - 1, None)))
+            rule = _slice_rule(recipe, 0 if early else len(recipe.slices) - 1, None)
+            if claimed is None or claimed.merge_method != "drop":
+                rules.append((name, rule if claimed is None else _branch_rule(recipe, claimed)))
     return rules
 
 
 def _slice_rule(recipe: MergeRecipe, number: int, step: int | None) -> MergeRule:
     piece = recipe.slices[number]
-    return MergeRule("", recipe.merge_method, piece.sources, recipe.base_model, (piece.parameters, recipe.parameters),
-                 step)
+    return MergeRule("", recipe.merge_method, piece.sources, piece.base_model or recipe.base_model,
+                     (piece.parameters, recipe.parameters), step)
 
 
 def _check_leftovers(builder: UnitBuilder, made: set[str]) -> None:
@@ -134,8 +138,14 @@ def _check_leftovers(builder: UnitBuilder, made: set[str]) -> None:
                        and not any(re.search(pattern, name) for pattern in dropped))
         if extra:
             raise InputError(f"{builder.where}: {label} has {len(extra)} tensor{'s' if len(extra) > 1 else ''} that"
-                             f" {builder.reference_label} lacks, first {extra[0]}; map its names (names: auto), or give"
+                             f" {builder.reference_label} lacks, first {extra[0]}; {_name_map(builder, extra[0])}give"
                              " them a branch (merge_method: passthrough keeps them, drop leaves them out)")
+
+
+def _name_map(builder: UnitBuilder, name: str) -> str:
+    """Advice to map names, where one of the maps known would help."""
+    helps = any(rename(pairs, name) in builder.reference.tensors for pairs in AUTO_NAMES)
+    return "map its names (names: auto), or " if helps else ""
 
 
 def _config(builder: UnitBuilder, units: Sequence[MergeUnit]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mipipe.graphs.errors import InputError, shown
+from mipipe.graphs.merging.hub_cache import cache_folder, model_folder
 from mipipe.graphs.read_files import load_json
 from mipipe.graphs.serialize import STRICT, Amount, load_data, read_text
 
@@ -26,6 +27,8 @@ DTYPE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32,
 
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
+PYTORCH = (".pt", ".pth", ".bin", ".ckpt")
+"""Endings of files that torch.save writes."""
 COMPARED = 2**20
 """Bytes compared at a time."""
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -58,7 +61,7 @@ class CheckpointFiles:
     size or time of change).
 
     ``adapter`` is the LoRA config of an adapter folder, else empty. ``left_out``: lines about files and tensors that
-    lie there and are no part of the model.
+    lie there and are no part of the model. ``file``: the name of the file, where the checkpoint is one file alone.
     """
 
     path: str
@@ -67,32 +70,37 @@ class CheckpointFiles:
     fingerprint: str
     adapter: dict[str, Any] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    file: str = ""
+
+    @property
+    def source(self) -> str:
+        """What `read_checkpoint` reads it from."""
+        return f"{self.path}/{self.file}" if self.file else self.path
 
     @property
     def num_bytes(self) -> int:
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
     def require(self, name: str) -> StoredTensor:
-        """The tensor of a name, or an `InputError` that suggests near names."""
+        """The tensor of a name, or an `InputError`."""
         if name in self.tensors:
             return self.tensors[name]
-        layer = re.search(r"[^.]+\.\d+\..*", name)
-        tail = layer[0] if layer else ".".join(name.rsplit(".", 2)[-2:])
-        near = sorted(other for other in self.tensors if other.endswith(tail))[:1]
-        hint = f"; it has {near[0]}: give the model a name map (names: auto, or from/to)" if near else ""
-        raise InputError(f"{self.path}: has no tensor {name}, which the merge needs{hint}")
+        raise InputError(f"{self.source}: has no tensor {name}, which the merge needs")
 
 
 def read_checkpoint(path: str | Path) -> CheckpointFiles:
-    """The files of a checkpoint folder.
+    """The files of a checkpoint: a folder, one safetensors file, or a name in the Hugging Face cache.
 
     Raises:
         InputError: no such folder, no safetensors, a truncated or damaged file, an index that disagrees with a shard.
     """
-    folder = Path(path)
+    folder = model_folder(path)
+    if folder.is_file():
+        return _one_file(folder)
     if not folder.is_dir():
-        raise InputError(f"{path}: no such folder; models are given as local checkpoint folders"
-                         " (config.json and .safetensors files)")
+        raise InputError(f"{path}: no such folder, and no such model in the cache {cache_folder()}; models are given as"
+                         " local checkpoint folders (config.json and .safetensors files), or by the name under which"
+                         " they were downloaded")
     adapter = _optional(folder / "adapter_config.json")
     files, named = (["adapter_model.safetensors"], None) if adapter else _model_files(folder)
     config = _optional(folder / "config.json")
@@ -118,6 +126,18 @@ def read_checkpoint(path: str | Path) -> CheckpointFiles:
     notes += [f"{folder}: {file}: {len(names)} tensor{'s' if len(names) > 1 else ''} that the index does not name there"
               f" left out, first {names[0]}" for file, names in unnamed.items()]
     return CheckpointFiles(str(folder), config, tensors, seal.hexdigest()[:16], adapter, tuple(notes))
+
+
+def _one_file(file: Path) -> CheckpointFiles:
+    """Any state dict in a safetensors file, without a config."""
+    if file.suffix != ".safetensors":
+        raise InputError(f"{file}: expected a checkpoint folder, a .safetensors file, or (where the merge is run, not"
+                         f" planned) a file of PyTorch ending in {', '.join(PYTORCH)}")
+    found, header = read_header(file)
+    status = file.stat()
+    seal = hashlib.sha256(f"{file.name}:{status.st_size}:{status.st_mtime_ns}:".encode() + header)
+    return CheckpointFiles(str(file.parent), {}, {tensor.name: tensor for tensor in found}, seal.hexdigest()[:16],
+                           file=file.name)
 
 
 def _optional(path: Path) -> dict[str, Any]:

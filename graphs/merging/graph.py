@@ -108,6 +108,13 @@ class MergeModel:
     licence: str
     """Empty for what the merge makes itself: the routers of an assembly."""
     num_bytes: int
+    file: str = ""
+    """The file in the folder, where the model is one file alone."""
+
+    @property
+    def source(self) -> str:
+        """What the model is read from."""
+        return f"{self.folder}/{self.file}" if self.file else self.folder
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ the papers given.
 
 from __future__ import annotations
 
+from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.method_spec import Base, MethodSpec, Parameter, Params, Scope
 from mipipe.graphs.merging.tensor_classes import TensorClass
 
@@ -66,6 +67,7 @@ _INT8 = Parameter("int8_mask", False, "accepted for mergekit's recipes; masks he
 _EPSILON = Parameter("epsilon", 0.15, "keep probabilities of a row are density -+ epsilon", per_model=True, low=0.0,
                      high=1.0)
 _GAMMA = Parameter("gamma", 0.01, "share of the largest entries dropped", per_model=True, low=0.0, high=1.0)
+_CHANGE = Parameter("epsilon", 1e-5, "entries that change no more are taken as unchanged", low=0.0)
 _ROUTE = Parameter("route", None, "the router's weight of each expert; equal ones if not given", per_model=True,
                    optional=True)
 
@@ -102,6 +104,10 @@ METHODS: tuple[MethodSpec, ...] = (
         _SHARE, Parameter("max_iter", 10, "iterations", int, low=1), Parameter("tol", 1e-5, "step that ends them",
                                                                                 low=0.0)), Base.UNUSED,
         base_last=True, apply="spherical.karcher", measure="spherical.karcher_rounds", rounds=_once),
+    MethodSpec("multislerp", "Multi-SLERP, the barycentre on a sphere (Goddard 2025)", "", (
+        _SHARE, Parameter("normalize_weights", True, "divide by the sum of weights", bool),
+        Parameter("eps", 1e-8, "norms below it count as zero", low=0.0, above=True)), Base.OPTIONAL,
+        apply="spherical.multislerp", measure="spherical.multislerp_rounds", rounds=_once),
     MethodSpec("model_stock", "Model Stock: All we need is just a few fine-tuned models", "2403.19522", (
         Parameter("filter_wise", False, "a ratio per row, and one for a vector", bool),),
         apply="spherical.model_stock", measure="spherical.model_stock_rounds",
@@ -124,6 +130,17 @@ METHODS: tuple[MethodSpec, ...] = (
         apply="task_vectors.breadcrumbs", measure="task_vectors.breadcrumbs_rounds", rounds=_twice),
     MethodSpec("breadcrumbs_ties", "Model Breadcrumbs, with TIES' vote", "2312.06795", BREADCRUMBS,
         apply="task_vectors.breadcrumbs_ties", measure="task_vectors.breadcrumbs_rounds", rounds=_twice),
+    MethodSpec("arcee_fusion", "Arcee Fusion, importance by divergence of softmaxes (Arcee AI)", "", max_models=1,
+        apply="selective.arcee_fusion", measure="selective.arcee_fusion_rounds", rounds=_twice),
+    MethodSpec("nearswap", "NearSwap (alchemonaut 2024)", "", (
+        Parameter("t", None, "how far an entry may go towards the model", low=0.0),), max_models=1,
+        apply="selective.nearswap"),
+    MethodSpec("ram", "Reinforced Agent Merging", "2601.13572", (_CHANGE,),
+        apply="selective.ram"),
+    MethodSpec("ramplus_tl", "Reinforced Agent Merging Plus, tensor by tensor", "2601.13572", (
+        Parameter("r", 0.1, "how much unique changes grow with the shared share", low=0.0),
+        Parameter("alpha", 0.2, "largest shared share that counts", low=0.0), _CHANGE),
+        apply="selective.ramplus_tl", measure="selective.ramplus_rounds", rounds=_once),
     MethodSpec("sce", "FuseChat: Knowledge Fusion of Chat Models", "2408.07990", (
         Parameter("select_topk", 1.0, "share of entries with the largest variance", low=0.0, high=1.0, above=True),
         Parameter("mask_deltas", True, "drop unselected entries (mergekit); false: use them (FuseChat's code)", bool),
@@ -161,6 +178,14 @@ METHODS: tuple[MethodSpec, ...] = (
         _LAMBDA, Parameter("clip_outliers", False, "clip entries at mean + 3 std first", bool)),
         whole=True, classes=_TABLES, decompositions=2,
         apply="spectral.rtsvm", elsewhere="arithmetic.scaled_mean_of_tasks"),
+    MethodSpec("iso_c", "No Task Left Behind: Isotropic Model Merging (common subspace)", "2502.04959", (_LAMBDA,),
+        whole=True, classes=_MATRIX, decompositions=1,
+        apply="spectral.iso_c", elsewhere="arithmetic.scaled_mean_of_tasks"),
+    MethodSpec("iso_cts", "No Task Left Behind: Isotropic Model Merging (common and task-specific subspaces)",
+               "2502.04959", (_LAMBDA, Parameter("common_space_fraction", 0.8, "share of directions that are common",
+                                                 low=0.0, high=1.0)),
+        whole=True, classes=_MATRIX, decompositions=2,
+        apply="spectral.iso_cts", elsewhere="arithmetic.scaled_mean_of_tasks"),
     MethodSpec("optmerge", "OptMerge: Unifying Multimodal LLM Capabilities and Modalities", "2505.19892", (
         Parameter("lambda", 1.0, "factor of the optimised task vector"),
         Parameter("solver", "ridge", "the minimiser that stays near the start, the authors' descent, or the plain"
@@ -173,6 +198,15 @@ METHODS: tuple[MethodSpec, ...] = (
         Parameter("steps", 300, "of the descent", int, low=1)),
         whole=True, oriented=True, classes=_MATRIX, decompositions=3,
         apply="projective.optmerge", elsewhere="arithmetic.mean_of_tasks"),
+    MethodSpec("wudi", "Whoever Started the Interference Should End It", "2503.08099", (
+        Parameter("lambda", 1.0, "factor of the optimised task vector"),
+        Parameter("solver", "adam", "the authors' descent, or the minimiser, near the start or plain", str,
+                  choices=("adam", "ridge", "closed_form")),
+        Parameter("ridge", 1.0, "pull to the start, as a multiple of the mean curvature", low=0.0, above=True),
+        Parameter("learning_rate", 1e-5, "of the descent", low=0.0, above=True),
+        Parameter("steps", 300, "of the descent", int, low=1)),
+        whole=True, oriented=True, classes=_MATRIX, decompositions=3,
+        apply="projective.wudi", elsewhere="arithmetic.mean_of_tasks"),
     MethodSpec("doge", "Modeling Multi-Task Model Merging as Adaptive Projective Gradient Descent", "2501.01230", (
         Parameter("eta", 0.07, "lambda_i = eta / ||tau_i||", low=0.0, above=True),
         Parameter("divisor", 6, "the shared subspace has rank / divisor directions", int, low=1),
@@ -211,4 +245,16 @@ REBUILD = MethodSpec("rebuild", "a model rebuilt from stored parts", "", (
 """What `mipipe.runtime.merge.store` plans and runs like merges, and no recipe can ask for."""
 
 BY_NAME = {spec.name: spec for spec in (*METHODS, STORE, REBUILD)}
-RECIPE_NAMES = tuple(spec.name for spec in METHODS)
+RECIPE_NAMES = [spec.name for spec in METHODS]
+
+
+def register(spec: MethodSpec) -> None:
+    """Let recipes name a further method (`mipipe.runtime.merge.methods.own.method` gives it its functions).
+
+    Raises:
+        InputError: there is a method of that name.
+    """
+    if spec.name in BY_NAME:
+        raise InputError(f"method {spec.name}: there is one of that name already; give another")
+    BY_NAME[spec.name] = spec
+    RECIPE_NAMES.append(spec.name)

@@ -14,6 +14,7 @@ from typing import Any
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, StoredTensor, read_checkpoint, same_bytes
+from mipipe.graphs.merging.hub_cache import model_folder, split_label
 from mipipe.graphs.merging.lora import BoundAdapter, LoraFactors, Pairs, bind, rename
 from mipipe.graphs.merging.quantised import refuse_quantised
 from mipipe.graphs.merging.recipe import NameRule
@@ -23,6 +24,8 @@ TOKEN_TABLES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_em
                 "tok_embeddings.weight")
 """Endings of token embedding tables (positional ones are not tied to a vocabulary)."""
 
+OTHER_PARTS = re.compile(r"vision_tower|vision_model|visual|multi_modal_projector|audio_tower")
+"""Parts of a multimodal model that its language model does not have."""
 AUTO_NAMES: tuple[tuple[tuple[str, str], ...], ...] = (
     ((r"^model\.language_model\.", "model."),),
     ((r"^language_model\.", ""),),
@@ -74,9 +77,19 @@ class Participant:
         table = self.token_table
         if table and self.tied and classify(name, (0, 0), "F32") is TensorClass.HEAD:
             return table
-        if self.tensors.keys() == self.files.tensors.keys():
-            self.files.require(name)
-        raise InputError(f"{self.label}: has no tensor {name} after its names are mapped, which the merge needs")
+        mapped = "" if self.tensors.keys() == self.files.tensors.keys() else " after its names are mapped"
+        raise InputError(f"{self.label}: has no tensor {name}{mapped}, which the merge needs{self._advice(name)}")
+
+    def _advice(self, name: str) -> str:
+        """What to do about a tensor that the model does not have."""
+        for pairs in AUTO_NAMES:
+            if name in {rename(pairs, other) for other in self.files.tensors}:
+                return "; its names differ from the base's: give the model a name map (names: auto, or from/to)"
+        part = OTHER_PARTS.search(name)
+        if part and not any(OTHER_PARTS.search(other) for other in self.tensors):
+            return (f"; it is a text model, without {part[0]}: give that part a branch (branches: [{{tensors:"
+                    f" {OTHER_PARTS.pattern}, merge_method: passthrough, models: [...]}}])")
+        return ""
 
     def source(self, name: str) -> tuple[str, StoredTensor, tuple[LoraFactors, ...]]:
         """Folder and tensor of a canonical name, and the adapters' factors for it; raises as `stored_name`."""
@@ -98,7 +111,7 @@ def open_participant(label: str, known: Mapping[str, CheckpointFiles], default_b
     Raises:
         InputError: no such folder, a quantised model, an adapter that does not fit.
     """
-    parts = [label] if label in known or Path(label).is_dir() else [part.strip() for part in label.split("+")]
+    parts = split_label(label, lambda part: part in known or model_folder(part).exists())
 
     def read(part: str) -> CheckpointFiles:
         return known[part] if part in known else read_checkpoint(part)

@@ -12,20 +12,22 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.merging.chat_templates import NAMED
 from mipipe.graphs.merging.method_spec import Base, MethodSpec
 from mipipe.graphs.merging.methods import BY_NAME, RECIPE_NAMES
+from mipipe.graphs.merging.recipe_forms import normal_form
 from mipipe.graphs.merging.recipe_paths import beside_recipe
 from mipipe.graphs.merging.recipe_values import check_parameters
+from mipipe.graphs.merging.tokenizer_rule import TokenizerRule, check_tokenizer_rule
 from mipipe.graphs.serialize import STRICT, from_data, yaml_documents
 
 Parameters = dict[str, Any]
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
-SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,9 @@ class RecipeSlice:
     __pydantic_config__: ClassVar = STRICT
     sources: tuple[RecipeModel, ...]
     parameters: Parameters = field(default_factory=dict)
+    base_model: str | None = None
+    residual_weight: float | None = None
+    """Accepted for mergekit's recipes, where it does nothing either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +73,6 @@ class Branch:
     base_model: str | None = None
     parameters: Parameters = field(default_factory=dict)
     name: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizerRule:
-    """Whose vocabulary the output has: ``base``, ``union``, or a model of the recipe."""
-
-    __pydantic_config__: ClassVar = STRICT
-    source: str = "base"
-    pad_to_multiple_of: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +113,7 @@ class MergeRecipe:
     tokenizer_source: str | None = None
     tokenizer: TokenizerRule | None = None
     chat_template: str | None = None
-    """``auto``, the one most of the models have; or the text of a Jinja template."""
+    """``auto``, the one most of the models have; a name (``chatml``, ...); or the text of a Jinja template."""
     branches: tuple[Branch, ...] = ()
     base_names: Literal["auto"] | tuple[NameRule, ...] = ()
     architecture: str | None = None
@@ -175,45 +171,31 @@ def parse_recipe(data: Any, where: str) -> MergeRecipe:
     """A checked recipe from plain data; ``where`` opens error messages."""
     if not isinstance(data, dict):
         raise InputError(f"{where}: found a {type(data).__name__}, expected a mapping with merge_method and models")
-    recipe = from_data(_python_names(data), MergeRecipe, where)
-    recipe = replace(recipe, dtype=SHORT.get(recipe.dtype or "", recipe.dtype),
-                     out_dtype=SHORT.get(recipe.out_dtype or "", recipe.out_dtype))
+    recipe = from_data(normal_form(data, where), MergeRecipe, where)
     if bool(recipe.models) == bool(recipe.slices):
         found = "both models and slices" if recipe.models else "neither models nor slices"
         raise InputError(f"{where}: has {found}; expected one of them")
     for key, value in (("dtype", recipe.dtype), ("out_dtype", recipe.out_dtype)):
         if value is not None and value not in DTYPES:
             raise InputError(f"{where}: {key}: found {value!r}, expected one of {', '.join(DTYPES)}")
-    if recipe.chat_template not in (None, "auto") and not re.search(r"\{[{%]", str(recipe.chat_template)):
+    if recipe.chat_template not in (None, "auto", *NAMED) and not re.search(r"\{[{%]", str(recipe.chat_template)):
         raise InputError(f"{where}: chat_template: found {recipe.chat_template!r}, expected auto (the one most of the"
-                         " models have) or the text of a Jinja template")
-    rule = recipe.vocabulary
-    if rule is not None and rule.pad_to_multiple_of is not None and rule.pad_to_multiple_of < 1:
-        raise InputError(f"{where}: tokenizer: pad_to_multiple_of: found {rule.pad_to_multiple_of}, expected at least"
-                         " 1")
+                         f" models have), {', '.join(NAMED)}, or the text of a Jinja template")
+    if recipe.tokenizer_source is not None and recipe.tokenizer is not None:
+        raise InputError(f"{where}: has both tokenizer_source and tokenizer; give tokenizer a source")
+    if recipe.vocabulary is not None:
+        check_tokenizer_rule(recipe.vocabulary, where)
     if recipe.adapter is not None:
         _check_adapter_rule(recipe, recipe.adapter, where)
     for rules in (recipe.base_names, *(model.names for model in recipe.models)):
         _check_name_rules(rules, where)
-    _check_method(recipe.merge_method, recipe.models, recipe.base_model, recipe.parameters, where)
+    base = recipe.base_model or next((piece.base_model for piece in recipe.slices if piece.base_model), None)
+    _check_method(recipe.merge_method, recipe.models, base, recipe.parameters, where)
     for number, piece in enumerate(recipe.slices):
         _check_slice(recipe, piece, f"{where}: slices[{number}]")
     for number, branch in enumerate(recipe.branches):
         _check_branch(recipe, branch, f"{where}: branches[{number}]")
     return recipe
-
-
-def _python_names(data: Any) -> Any:
-    """The data with ``from`` and ``to`` of name rules as Python spells them, and ``1e-5`` as the number it is.
-
-    YAML 1.1, which PyYAML reads, takes a number without a point for a word.
-    """
-    if isinstance(data, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", data):
-        return float(data)
-    if isinstance(data, dict):
-        renamed = {"from": "source", "to": "target"} if set(data) == {"from", "to"} else {}
-        return {renamed.get(key, key): _python_names(item) for key, item in data.items()}
-    return [_python_names(item) for item in data] if isinstance(data, list) else data
 
 
 def _check_name_rules(rules: Literal["auto"] | tuple[NameRule, ...], where: str) -> None:
@@ -249,7 +231,7 @@ def _check_slice(recipe: MergeRecipe, piece: RecipeSlice, where: str) -> None:
     if len(lengths) > 1:
         raise InputError(f"{where}: its sources have {' and '.join(map(str, sorted(lengths)))} layers; expected equal"
                          " numbers")
-    _check_method(recipe.merge_method, piece.sources, recipe.base_model, piece.parameters, where)
+    _check_method(recipe.merge_method, piece.sources, piece.base_model or recipe.base_model, piece.parameters, where)
 
 
 def _check_branch(recipe: MergeRecipe, branch: Branch, where: str) -> None:

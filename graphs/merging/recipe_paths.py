@@ -7,6 +7,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from mipipe.graphs.merging.hub_cache import split_label
+
 _KEYS = ("model", "base_model", "architecture", "source_model", "tokenizer_source", "source")
 """The keys of a recipe whose text may name a model's folder (``base+adapter`` names two)."""
 
@@ -29,12 +31,15 @@ def _resolved(data: Any, folder: Path, names: Collection[str]) -> Any:
         return [_resolved(item, folder, names) for item in data]
     if not isinstance(data, dict):
         return data
-    return {key: "+".join(_place(part, folder, names) for part in item.split("+"))
+    def there(part: str) -> bool:
+        return part in names or (folder / part).exists()
+
+    return {key: "+".join(_place(part, folder, names) for part in split_label(item, there))
             if key in _KEYS and isinstance(item, str) else _resolved(item, folder, names)
             for key, item in data.items()}
 
 
 def _place(name: str, folder: Path, names: Collection[str]) -> str:
-    if not name or name in names or os.path.isabs(name) or not (folder / name).is_dir():
+    if not name or name in names or os.path.isabs(name) or not (folder / name).exists():
         return name
     return os.path.normpath(folder / name)

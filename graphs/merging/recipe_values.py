@@ -9,10 +9,7 @@ from typing import Any
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.method_spec import MethodSpec, Parameter
-from mipipe.graphs.merging.methods import METHODS
-
-PARAMETER_NAMES = frozenset(parameter.name for spec in METHODS for parameter in spec.parameters)
-"""Names that some method has a parameter of: no misspellings."""
+from mipipe.graphs.merging.methods import BY_NAME
 
 
 def check_parameters(spec: MethodSpec, values: Mapping[str, Any], where: str, own: bool = False) -> None:
@@ -23,13 +20,15 @@ def check_parameters(spec: MethodSpec, values: Mapping[str, Any], where: str, ow
     Args:
         own: the values belong to one model, where only per-model parameters may stand.
     """
+    strange = [key for key in values if not any(other.parameter(key) for other in BY_NAME.values())]
+    if strange:
+        known = ", ".join(item.name for item in spec.parameters) or "none"
+        raise InputError(f"{where}: {spec.name} has no parameter{'s' * (len(strange) > 1)}"
+                         f" {', '.join(map(repr, strange))}; it has {known}")
     for key, value in values.items():
         parameter = spec.parameter(key)
         if parameter is None:
-            if key in PARAMETER_NAMES:
-                continue
-            known = ", ".join(item.name for item in spec.parameters) or "none"
-            raise InputError(f"{where}: {spec.name} has no parameter {key!r}; it has {known}")
+            continue
         if own and not parameter.per_model and spec.name not in ("passthrough",):
             raise InputError(f"{where}: {key} of {spec.name} is one value for all models; move it to the recipe's"
                              " parameters")

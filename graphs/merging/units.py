@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from mipipe.graphs.errors import InputError
+from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, StoredTensor
 from mipipe.graphs.merging.graph import Adapter, Input, MergeUnit
 from mipipe.graphs.merging.layer_config import differences
@@ -24,8 +24,9 @@ from mipipe.graphs.merging.tensor_classes import (
     layer_prefix,
     with_layer,
 )
+from mipipe.graphs.merging.tokenizer_rule import TokenOrigin, TokenRule
 from mipipe.graphs.merging.values import Filters, values_of
-from mipipe.graphs.merging.vocabulary import Vocabulary, added_entries, join, read_tokens
+from mipipe.graphs.merging.vocabulary import GivenRow, Vocabulary, added_entries, join, read_tokens
 
 _EXPERT = re.compile(r"^(.*\.(?:mlp|block_sparse_moe|moe|feed_forward|ffn))\.(?:experts(?:\.|$)|gate\.|router\.)")
 
@@ -66,7 +67,9 @@ class UnitBuilder:
         recipe = self.recipe
         return [*recipe.models, *(source for piece in recipe.slices for source in piece.sources),
                 *(model for branch in recipe.branches for model in branch.models),
-                *(RecipeModel(branch.base_model) for branch in recipe.branches if branch.base_model)]
+                *(RecipeModel(part.base_model) for part in (*recipe.branches, *recipe.slices) if part.base_model),
+                *(RecipeModel(rule.model) for rule in (recipe.vocabulary.tokens if recipe.vocabulary else {}).values()
+                  if rule.model)]
 
     @property
     def reference_label(self) -> str:
@@ -93,6 +96,8 @@ class UnitBuilder:
         if base is not None and spec.base is Base.UNUSED and not (spec.base_first or spec.base_last) and not any(
                 same_model(model, base) for model in self.all_models()):
             notes.append(f"{self.where}: {spec.name} does not read base_model {base}; only its config and names count")
+        notes += [f"{self.where}: slices[{number}]: residual_weight does nothing, as in mergekit"
+                  for number, piece in enumerate(self.recipe.slices) if piece.residual_weight is not None]
         notes += [line for label in self.main_labels() if (line := differences(
             label, self.opened[label].files.config, self.reference_label, self.reference.files.config))]
         return list(dict.fromkeys(notes + unused_parameters(self.recipe, self.where)))
@@ -119,7 +124,32 @@ class UnitBuilder:
             sizes.append(self.opened[label].tensors[name].shape[0])
         tokens = [read_tokens(self.opened[label].tokenizer_folder) for label in self.labels]
         extra = [added_entries(self.opened[label].tokenizer_folder) for label in self.labels]
-        return join(tokens, sizes, self.labels.index(main), rule.source == "union", rule.pad_to_multiple_of, extra)
+        joined = join(tokens, sizes, self.labels.index(main), rule.source == "union", rule.pad_to_multiple_of, extra,
+                      rule.tokens)
+        slots = {**tokens[self.labels.index(main)], **dict(joined.added)}
+        given = [self.given_row(token, slots[token], entry, tokens, sizes) for token, entry in rule.tokens.items()
+                 if token in slots]
+        return replace(joined, given=tuple(given))
+
+    def given_row(self, token: str, row: int, rule: TokenRule, tokens: Sequence[Mapping[str, int]],
+                  sizes: Sequence[int]) -> GivenRow:
+        """Where a token's row comes from by the recipe's rule.
+
+        Raises:
+            InputError: from a model that does not have it.
+        """
+        if not rule.model:
+            return GivenRow(row, -1, 0, rule.force)
+        model = self.labels.index(rule.model)
+        origin = rule.source if isinstance(rule.source, TokenOrigin) else None
+        index = origin.token_id if origin is not None else None
+        name = origin.token if origin is not None and origin.token is not None else token
+        index = tokens[model].get(name, -1) if index is None else index
+        if not 0 <= index < sizes[model]:
+            found = f"the token {shown(name)}" if origin is None or origin.token_id is None else f"row {index}"
+            raise InputError(f"{self.where}: tokenizer: tokens: {shown(token)} takes the row of {found} of"
+                             f" {rule.model}, which does not have it")
+        return GivenRow(row, model, index, rule.force)
 
     # Units -----------------------------------------------------------------------------------------------------------
 

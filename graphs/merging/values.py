@@ -57,11 +57,11 @@ def lookup(value: Any, name: str, position: float, filters: Filters) -> Any:
 
 
 def gradient(values: Sequence[Any], position: float) -> Any:
-    """Piecewise linear interpolation of evenly spaced ``values`` at a position in [0, 1]."""
+    """Piecewise linear interpolation of evenly spaced ``values`` at a position in [0, 1]; of words the one before."""
     if len(values) == 1:
         return values[0]
     if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
-        return values[min(int(position * len(values)), len(values) - 1)]
+        return values[int(min(max(position, 0.0), 1.0) * (len(values) - 1))]
     place = min(max(position, 0.0), 1.0) * (len(values) - 1)
     left = min(int(place), len(values) - 2)
     share = place - left

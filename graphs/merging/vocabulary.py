@@ -9,7 +9,7 @@ tokenizer library.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,16 +22,29 @@ MAX_TOKENS = 2**24
 
 
 @dataclass(frozen=True, slots=True)
+class GivenRow:
+    """A row that models without it (or all: ``force``) take from row ``origin`` of ``model``; -1 for a row of zeros."""
+
+    __pydantic_config__: ClassVar = STRICT
+    row: int
+    model: int
+    origin: int = 0
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Vocabulary:
     """Rows of the output's token tables. ``rows[model][row]`` is that model's row for it, or -1.
 
-    ``size`` rows in all; ``added`` are other models' added tokens that the base lacks, with their ids.
+    ``size`` rows in all; ``added`` are tokens that the base lacks, other models' added ones or the recipe's, with their
+    ids. ``given``: rows whose origin the recipe names.
     """
 
     __pydantic_config__: ClassVar = STRICT
     size: int
     rows: tuple[tuple[int, ...], ...]
     added: tuple[tuple[str, int], ...] = ()
+    given: tuple[GivenRow, ...] = ()
 
 
 def read_tokens(folder: str) -> dict[str, int]:
@@ -73,7 +86,7 @@ def added_entries(folder: str) -> dict[str, dict[str, Any]]:
 
 
 def join(tokens: Sequence[dict[str, int]], sizes: Sequence[int], main: int, union: bool,
-         multiple_of: int | None, extra: Sequence[Mapping[str, Any]] = ()) -> Vocabulary:
+         multiple_of: int | None, extra: Sequence[Mapping[str, Any]] = (), wanted: Iterable[str] = ()) -> Vocabulary:
     """The output's rows for each model.
 
     Args:
@@ -83,21 +96,35 @@ def join(tokens: Sequence[dict[str, int]], sizes: Sequence[int], main: int, unio
         union: append the tokens that only other models have.
         multiple_of: pad the table to a multiple of this.
         extra: the added tokens of every model.
+        wanted: tokens that the output has in any case.
     """
     size = sizes[main]
     slots: dict[str, int] = dict(tokens[main])
     added: list[tuple[str, int]] = []
     if union:
         size = max(tokens[main].values()) + 1
-        for wanted in (True, False):  # added tokens first: a tokenizer numbers them on from its vocabulary
+        for token in wanted:
+            if token not in slots:
+                slots[token] = size
+                added.append((token, size))
+                size += 1
+        for flag in (True, False):  # added tokens first: a tokenizer numbers them on from its vocabulary
             for index, other in enumerate(tokens):
                 special = extra[index] if extra else {}
                 for token in sorted(other, key=lambda text, other=other: (other[text], text)):  # type: ignore[misc]
-                    if token not in slots and (token in special) == wanted:
+                    if token not in slots and (token in special) == flag:
                         slots[token] = size
-                        added += [(token, size)] if wanted else []
+                        added += [(token, size)] if flag else []
                         size += 1
         size = max(size, sizes[main])
+    else:
+        free = max(tokens[main].values()) + 1  # rows of padding, if the table has some, then new ones
+        for token in wanted:
+            if token not in slots:
+                slots[token] = free
+                added.append((token, free))
+                free += 1
+        size = max(size, free)
     if multiple_of:
         size = -(-size // multiple_of) * multiple_of
     rows = []

@@ -127,9 +127,13 @@ def plan_graph(graph: MergeGraph, out: Path, num_ranks: int, memory_cap: int | N
 
 
 def plan_chain(recipes: Sequence[MergeRecipe], where: str, out: Path, num_ranks: int, memory_cap: int | None,
-               shard_bytes: int, dtype: str | None = None) -> list[MergePlan]:
-    """The plans of chained recipes of which none has run: later ones read the layouts of earlier ones."""
-    known: dict[str, CheckpointFiles] = {}
+               shard_bytes: int, dtype: str | None = None,
+               opened: Mapping[str, CheckpointFiles] | None = None) -> list[MergePlan]:
+    """The plans of chained recipes of which none has run: later ones read the layouts of earlier ones.
+
+    ``opened``: models by the labels that recipes have for them.
+    """
+    known = dict(opened or {})
     plans = []
     for recipe in recipes:
         plans.append(plan_recipe(recipe, where, out, known, num_ranks, memory_cap, shard_bytes, dtype))

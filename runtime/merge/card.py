@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from mipipe.graphs.merging.chat_templates import NAMED
 from mipipe.graphs.merging.graph import MergeGraph
 from mipipe.graphs.merging.layout import index_json
 from mipipe.graphs.merging.methods import BY_NAME
@@ -32,9 +33,16 @@ RECORD = "mipipe_merge.json"
 def write_companions(plan: MergePlan, folder: Path) -> None:
     """Write everything but the weights into the folder."""
     graph = plan.graph
-    write_text(folder / "config.json", json.dumps(graph.config, indent=2) + "\n")
     if len(plan.shards) > 1:
         write_text(folder / "model.safetensors.index.json", index_json(plan.shards))
+    if graph.config:  # else state dicts of something else, which has no tokenizer either
+        write_text(folder / "config.json", json.dumps(graph.config, indent=2) + "\n")
+        _write_tokenizer(graph, folder)
+    write_text(folder / "README.md", model_card(plan, folder.name.removesuffix(".partial")))
+
+
+def _write_tokenizer(graph: MergeGraph, folder: Path) -> None:
+    """The tokenizer's and processors' files, code that goes with the model, and the chat template."""
     source = Path(graph.tokenizer_from)
     for name in COPIED:
         if (source / name).exists():
@@ -47,9 +55,9 @@ def write_companions(plan: MergePlan, folder: Path) -> None:
     template = graph.recipe.get("chat_template")
     if template == "auto":
         template = usual_template([model.folder for model in graph.models])
+    template = NAMED.get(template or "", template)
     if template:
         write_text(folder / "chat_template.jinja", template)
-    write_text(folder / "README.md", model_card(plan, folder.name.removesuffix(".partial")))
 
 
 def usual_template(folders: Sequence[str]) -> str | None:
@@ -75,7 +83,8 @@ def model_card(plan: MergePlan, name: str) -> str:
 def graph_card(graph: MergeGraph, name: str, num_tensors: int) -> str:
     """A README: sources with their licences, methods with papers and parameters, and the recipe itself."""
     licences = sorted({model.licence for model in graph.models if model.licence})
-    front = {"library_name": "peft" if graph.recipe.get("adapter") else "transformers", "tags": ["mipipe", "merge"],
+    front = {"base_model": _sources(graph),
+             "library_name": "peft" if graph.recipe.get("adapter") else "transformers", "tags": ["mipipe", "merge"],
              "license": licences[0] if len(licences) == 1 else "other"}
     recipe = _given(graph.recipe)
     title = f"with `{recipe['merge_method']}`" if "merge_method" in recipe else "from dense models, one per expert"
@@ -109,6 +118,12 @@ Methods, with all their parameters (per model in the order of the recipe; ranges
 {text.strip()}
 ```
 {made}"""
+
+
+def _sources(graph: MergeGraph) -> list[str]:
+    """The models a merge is made of, without what it made itself, as the Hub's ``base_model`` lists them."""
+    labels = [part for model in graph.models if model.licence for part in model.label.split("+")]
+    return list(dict.fromkeys(labels))
 
 
 def _made(folder: Path) -> str:

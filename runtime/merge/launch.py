@@ -2,8 +2,8 @@
 
     merge("recipe.yaml", "out", num_ranks=4, memory_cap=8 * 10**9)
 
-One rank runs in this process; several under torchrun. Recipes chained in one file run one after another; results of all
-but the last are kept in ``<out>.steps`` until the last is done.
+One rank runs in this process; several in forks of it, or under torchrun. Recipes chained in one file run one after
+another; results of all but the last are kept in ``<out>.steps`` until the last is done.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ from mipipe.runtime.merge import worker
 from mipipe.runtime.merge.adapters import KeptAdapter, keep_adapters
 from mipipe.runtime.merge.card import RECORD
 from mipipe.runtime.merge.exchange import MergeRanks
+from mipipe.runtime.merge.forked import can_fork, run_forked
+from mipipe.runtime.merge.lock import only_one
+from mipipe.runtime.merge.pytorch_files import convert_pickled
 from mipipe.runtime.merge.router import make_router
 from mipipe.runtime.merge.verify import MARK
 from mipipe.runtime.train.failures import explain_failure
@@ -43,8 +46,7 @@ class MergeOptions:
     """How to merge: ranks, device kind, memory cap in bytes per rank (None: no cap), largest output file, dtype.
 
     ``dtype`` replaces the recipe's out_dtype. ``timeline``: a file for the measured timeline (of the last recipe).
-    ``verify``: open every result as transformers would before it is called done (`mipipe.runtime.merge.verify`), as
-    ``mipipe merge`` does.
+    ``verify``: open every result as transformers would before it is called done (`mipipe.runtime.merge.verify`).
     """
 
     num_ranks: int = 1
@@ -53,7 +55,7 @@ class MergeOptions:
     shard_bytes: int = SHARD_BYTES
     dtype: str | None = None
     timeline: str | None = None
-    verify: bool = False
+    verify: bool = True
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1:
@@ -82,7 +84,7 @@ def merge(recipe: str | Path | Sequence[MergeRecipe], out: str | Path, options: 
     """Merge as a recipe file (or recipes) says, into a new folder.
 
     Args:
-        progress: called with (bytes done, bytes in all) of the running recipe, where one rank runs in this process.
+        progress: called with (bytes done, bytes in all) of the running recipe.
         tell: called with each line about what is left out, differs, or could not be verified.
 
     Raises:
@@ -90,21 +92,28 @@ def merge(recipe: str | Path | Sequence[MergeRecipe], out: str | Path, options: 
         InfeasibleError: the memory cap is below what one tensor needs.
         RunError: no space, a source that changed or is damaged, a rank that died.
     """
-    began = time.monotonic()
     options = options or MergeOptions()
     out = Path(out)
     where = str(recipe) if isinstance(recipe, (str, Path)) else "recipe"
-    if isinstance(recipe, (str, Path)):
-        assembly = read_moe_recipe(recipe)
+    assembly = read_moe_recipe(recipe) if isinstance(recipe, (str, Path)) else None
+    recipes = () if assembly else read_recipes(recipe) if isinstance(recipe, (str, Path)) else recipe
+    check_target(out)
+    with only_one(out):
         if assembly is not None:
             return assemble_moe(assembly, out, options, where, progress, tell)
-    recipes = read_recipes(recipe) if isinstance(recipe, (str, Path)) else list(recipe)
-    check_target(out)
+        return _merge_recipes(recipes, out, options, where, progress, tell)
+
+
+def _merge_recipes(recipes: Sequence[MergeRecipe], out: Path, options: MergeOptions, where: str,
+                   progress: Callable[[int, int], None] | None, tell: Callable[[str], None]) -> MergeResult:
+    """One recipe after another."""
+    began = time.monotonic()
+    steps = out.with_name(out.name + ".steps")
+    known = convert_pickled(recipes, steps, tell)
+    converted = list(known)
     if len(recipes) > 1:  # what is wrong with a later one shall not show after hours of the first
         plan_chain([part for part in recipes if part.adapter is None], where, out, options.num_ranks,
-                   options.memory_cap, options.shard_bytes, options.dtype)
-    steps = out.with_name(out.name + ".steps")
-    known: dict[str, CheckpointFiles] = {}
+                   options.memory_cap, options.shard_bytes, options.dtype, known)
     for number, part in enumerate(recipes):
         last = number == len(recipes) - 1
         target = out if last else steps / part.name
@@ -118,7 +127,7 @@ def merge(recipe: str | Path | Sequence[MergeRecipe], out: str | Path, options: 
             run_plan(plan, target, options, progress)
         if not last:
             known[part.name] = read_checkpoint(target)
-    _forget(steps, [part.name for part in recipes[:-1]])
+    _forget(steps, [*(part.name for part in recipes[:-1]), *(Path(known[label].path).name for label in converted)])
     return _result(out, plan, began, tell)
 
 
@@ -156,7 +165,6 @@ def assemble_moe(recipe: MoeRecipe, out: Path, options: MergeOptions, where: str
         InputError: the recipe or a model is wrong, or ``out`` exists.
     """
     began = time.monotonic()
-    check_target(out)
     build_moe(recipe, dry_router(recipe), where)  # the router takes long, so what is wrong shall show before it
     steps = out.with_name(out.name + ".steps")
     files = make_router(recipe, steps / "router")
@@ -195,7 +203,7 @@ def made_by(folder: Path, plan: MergePlan) -> bool:
 
 def run_plan(plan: MergePlan, out: Path, options: MergeOptions,
              progress: Callable[[int, int], None] | None = None) -> None:
-    """Run a plan: in this process for one rank, under torchrun for several.
+    """Run a plan: in this process for one rank, in forks of it for several; under torchrun on CUDA devices.
 
     Raises:
         MipipeError: as the failing rank raised it.
@@ -208,16 +216,20 @@ def run_plan(plan: MergePlan, out: Path, options: MergeOptions,
         (folder / MARK).touch()
     else:
         (folder / MARK).unlink(missing_ok=True)
+    total, done = plan.graph.write_bytes, 0
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        if progress is not None:
+            progress(done, total)
+
     if options.num_ranks == 1:
-        total, done = plan.graph.write_bytes, 0
-
-        def advance(num_bytes: int) -> None:
-            nonlocal done
-            done += num_bytes
-            if progress is not None:
-                progress(done, total)
-
         worker.work(plan, out, MergeRanks.alone(), device, advance, options.timeline)
+        return
+    if device.type == "cpu" and can_fork():
+        run_forked(lambda ranks: worker.work(plan, out, ranks, device, ranks.tell, options.timeline),
+                   options.num_ranks, advance)
         return
     with tempfile.TemporaryDirectory(prefix="mipipe-merge-") as reports:
         log = Path(reports) / "torchrun.log"

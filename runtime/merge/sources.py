@@ -15,6 +15,7 @@ from torch import Tensor
 from mipipe.graphs.merging.graph import Input, MergeGraph, MergeUnit, columns_of, pieces_of
 from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.graphs.merging.tensor_classes import Piece
+from mipipe.graphs.merging.vocabulary import GivenRow
 from mipipe.runtime.merge.methods.method import Tile, tile_ranges
 from mipipe.runtime.weights.reader import Shelf
 
@@ -147,7 +148,8 @@ class UnitPiece:
         return self._factors[folder, name]
 
     def _gathered(self, start: int, stop: int) -> list[Tensor]:
-        """Rows of the joined vocabulary: a missing token takes the base's row, else the mean of those that have it."""
+        """Rows of the joined vocabulary: a missing token takes the row that the recipe names, else the base's, else the
+        mean of those that have it."""
         unit, vocabulary = self.unit, self.around.graph.vocabulary
         assert vocabulary is not None
         columns = columns_of(unit, unit.shape)
@@ -160,7 +162,21 @@ class UnitPiece:
         substitute = mean.sum(0) / count
         if unit.base is not None:
             substitute = torch.where(has[0][:, None], tables[0], substitute)
+        for given in vocabulary.given:
+            if start <= given.row < stop:
+                substitute[given.row - start] = self._given(given, columns)
+                for mask in has if given.force else ():
+                    mask[given.row - start] = False
         return [torch.where(mask[:, None], table, substitute) for table, mask in zip(tables, has, strict=True)]
+
+    def _given(self, given: GivenRow, columns: int) -> Tensor | float:
+        """The row that a recipe names for a token."""
+        if given.model < 0:
+            return 0.0
+        item = next((item for item in self.unit.inputs if item.model == given.model), None)
+        if item is None:
+            item = self.around.inputs[given.model, self.unit.name]
+        return self._plain_rows(item, given.origin, given.origin + 1, columns)[0]
 
     def _pick(self, item: Input, rows: Tensor, columns: int) -> Tensor:
         """Rows of one input by number, runs of consecutive ones read together; zeros where the number is -1."""

@@ -22,6 +22,7 @@ from mipipe.graphs.merging.recipe import MergeRecipe
 from mipipe.graphs.serialize import load
 from mipipe.planner.merging.plan import MergePlan, plan_graph, plan_recipe
 from mipipe.runtime.merge.launch import MergeOptions, check_target, made_by, run_plan
+from mipipe.runtime.merge.lock import only_one
 from mipipe.runtime.merge.parts import STORABLE, Parts
 from mipipe.runtime.weights.reader import TORCH_DTYPES
 
@@ -38,6 +39,11 @@ def store(recipe: MergeRecipe, out: Path, where: str = "recipe", options: MergeO
     options = options or MergeOptions()
     check_target(out)
     _check(recipe, where)
+    with only_one(out):
+        return _store(recipe, out, where, options)
+
+
+def _store(recipe: MergeRecipe, out: Path, where: str, options: MergeOptions) -> Parts:
     steps = out.with_name(out.name + ".steps")
     if recipe.merge_method == "twin":
         steps.mkdir(exist_ok=True)

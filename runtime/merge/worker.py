@@ -59,7 +59,7 @@ def work(plan: MergePlan, out: Path, exchange: MergeRanks, device: torch.device,
             save(describe_parts(plan.graph, folder), folder / "parts.json")
         else:
             write_companions(plan, folder)
-            if (folder / MARK).exists():
+            if (folder / MARK).exists() and plan.graph.config:
                 unsure = verify_output(folder)
         facts = {"job": plan.job_digest(), "ranks": [asdict(item) for item in reports], "unsure": unsure}
         (folder / RECORD).write_text(json.dumps(facts) + "\n")
@@ -71,7 +71,7 @@ def work(plan: MergePlan, out: Path, exchange: MergeRanks, device: torch.device,
 def _check_sources(plan: MergePlan) -> None:
     """Raises if a source's files changed while it was merged."""
     for model in plan.graph.models:
-        if not model.fingerprint.startswith(read_checkpoint(model.folder).fingerprint):
+        if not model.fingerprint.startswith(read_checkpoint(model.source).fingerprint):
             raise RunError(f"{model.folder}: has changed since the merge began; run it again")
 
 

@@ -89,7 +89,8 @@ def trio(root: Path, shards=2, **kind):
     return weights
 
 
-PARAMETERS = {"slerp": {"t": 0.4}, "nuslerp": {"weight": 1.0}, "rmm": {"num_basis": 1, "rank": 4},
+PARAMETERS = {"slerp": {"t": 0.4}, "nearswap": {"t": 0.005}, "wudi": {"steps": 5}, "nuslerp": {"weight": 1.0},
+              "rmm": {"num_basis": 1, "rank": 4},
               "onebit": {"route": 1}, "layer_swapping": {"bottom": 1, "top": 0}, "doge": {"steps": 10},
               "ties": {"density": 0.4}, "dare_ties": {"density": 0.5}, "sce": {"select_topk": 0.3},
               "della": {"density": 0.5}, "lore": {"iterations": 3}}

@@ -71,7 +71,7 @@ def cut(file, num_bytes):
     ({"models": [{"model": "a", "names": [{"from": "(a)", "to": r"\2"}]}]}, ["names: from '(a)'", "invalid group"]),
     ({"models": {"model": "./expert1"}}, ["models: expected a list"]),
     ({"merge_method": "passthrough"}, ["passthrough merges 1 model, found 2"]),
-    ({"chat_template": "chatml"}, ["chat_template: found 'chatml', expected auto", "Jinja"]),
+    ({"chat_template": "chatmlx"}, ["chat_template: found 'chatmlx', expected auto", "Jinja"]),
     ({"base_model": None}, ["task_arithmetic works on task vectors and needs a base_model"]),
     ({"merge_method": "slerp", "base_model": None, "parameters": {"t": 0.5}, "models": [{"model": "a"}]},
      ["slerp merges 2 models, found 1"]),

@@ -41,6 +41,7 @@ LAWS = {
     "slerp": Invariants(None, {"t": 0.3}, order=False),
     "nuslerp": Invariants(None, {"weight": 1.0}),
     "karcher": Invariants(_ALWAYS, _ALWAYS),
+    "multislerp": Invariants(_ALWAYS, None, linear=_ALWAYS),
     "model_stock": Invariants(_ALWAYS, _ALWAYS, linear=_ALWAYS),
     "task_arithmetic": Invariants(_ALWAYS, {"normalize": True}, linear=_HALF),
     "ties": Invariants(_ALWAYS, _ALWAYS, linear={"density": 0.4}),
@@ -51,6 +52,10 @@ LAWS = {
     "della": Invariants({"epsilon": 0.0}, {"epsilon": 0.0}, order=False, linear={"density": 0.5}),
     "breadcrumbs": Invariants({"gamma": 0.0}, {"gamma": 0.0, "normalize": True}, linear={"density": 0.5}),
     "breadcrumbs_ties": Invariants({"gamma": 0.0}, {"gamma": 0.0, "normalize": True}, linear={"density": 0.5}),
+    "arcee_fusion": Invariants(None, None),
+    "nearswap": Invariants({"t": 1e6}, None),
+    "ram": Invariants({"epsilon": 0.0}, {"epsilon": 0.0}, linear={"epsilon": 0.0}),
+    "ramplus_tl": Invariants({"epsilon": 0.0, "r": 0.0}, {"epsilon": 0.0}, linear={"epsilon": 0.0, "r": 0.0}),
     "sce": Invariants(_ALWAYS, _ALWAYS, linear={"select_topk": 0.5}),
     "varm": Invariants(_ALWAYS, _ALWAYS, linear=_ALWAYS),
     "frank": Invariants(_ALWAYS, _ALWAYS, linear=_ALWAYS),
@@ -59,7 +64,10 @@ LAWS = {
     "lore": Invariants(None, _ALWAYS),
     "tsvm": Invariants(_ALWAYS, None, linear=_HALF),
     "rtsvm": Invariants(None, None, linear=_HALF),
+    "iso_c": Invariants(None, None, linear=_HALF),
+    "iso_cts": Invariants(None, None, linear=_HALF),
     "optmerge": Invariants(_ALWAYS, None, linear=_HALF),
+    "wudi": Invariants(None, None, linear={"lambda": 0.5, "solver": "closed_form"}),
     "doge": Invariants(),
     "twin": Invariants({"density": 1.0}, {"density": 1.0}, linear={"density": 0.5}),
     "rmm": Invariants({"num_basis": 1, "rank": 10**6}, {"num_basis": 1, "rank": 10**6}),
@@ -68,13 +76,15 @@ LAWS = {
 }
 """A new method needs a row: what it promises is part of what it is."""
 
-REQUIRED = {"slerp": {"t": 0.4}, "nuslerp": {"weight": [1.0, 2.0]}, "rmm": {"num_basis": 1, "rank": 4},
-            "onebit": {"route": 1}, "layer_swapping": {"bottom": 1, "top": 1}, "doge": {"steps": 30}}
+REQUIRED = {"slerp": {"t": 0.4}, "nearswap": {"t": 0.01}, "nuslerp": {"weight": [1.0, 2.0]},
+            "rmm": {"num_basis": 1, "rank": 4}, "onebit": {"route": 1}, "layer_swapping": {"bottom": 1, "top": 1},
+            "doge": {"steps": 30}}
 SPARSE = {"ties": {"density": .3}, "dare_linear": {"density": .5}, "dare_ties": {"density": .5},
           "della": {"density": .5}, "della_linear": {"density": .5}, "breadcrumbs": {"density": .5},
           "breadcrumbs_ties": {"density": .5}, "sce": {"select_topk": .4}}
 ELEMENTWISE = {"linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs",
-               "breadcrumbs_ties", "sce", "varm", "frank", "slerp", "model_stock", "layer_swapping", "widen"}
+               "breadcrumbs_ties", "sce", "varm", "frank", "slerp", "model_stock", "layer_swapping", "widen",
+               "multislerp", "arcee_fusion", "nearswap", "ram", "ramplus_tl"}
 
 by_name = pytest.mark.parametrize("method", METHODS, ids=NAMES)
 

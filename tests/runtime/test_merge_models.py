@@ -15,7 +15,7 @@ from mipipe.runtime.merge.methods.registry import BY_METHOD
 
 
 def run(data, out, **options):
-    return merge([parse_recipe(data, "recipe")], out, MergeOptions(**options))
+    return merge([parse_recipe(data, "recipe")], out, MergeOptions(verify=False, **options))
 
 
 def config_of(folder):

@@ -26,7 +26,7 @@ from mipipe.runtime.weights import writer as output
 
 def run(data, out, **options):
     recipes = [parse_recipe(item, "recipe") for item in (data if isinstance(data, list) else [data])]
-    return merge(recipes, out, MergeOptions(**options))
+    return merge(recipes, out, MergeOptions(**{"verify": False, **options}))
 
 
 def run_threads(data, out, ranks, cap=None):

@@ -1,7 +1,7 @@
-"""Optimised task vectors: OptMerge (arXiv 2505.19892) and DOGE (arXiv 2501.01230).
+"""Optimised task vectors: OptMerge (arXiv 2505.19892), WUDI (arXiv 2503.08099) and DOGE (arXiv 2501.01230).
 
-Both descend on one matrix at a time with the optimiser their authors used; gradients are written out, so no autograd
-engine runs.
+They descend on one matrix at a time with the optimiser that their authors used; gradients are written out, so no
+autograd engine runs.
 """
 
 from __future__ import annotations
@@ -136,6 +136,30 @@ def optmerge_descent(value: Tensor, targets: Sequence[Tensor], maps: Sequence[Te
             momentum.mul_(0.9).add_(gradient)
             value.sub_(momentum, alpha=rate)
     return value
+
+
+# WUDI -----------------------------------------------------------------------------------------------------------------
+
+
+def wudi(tile: Tile, _stats: Any, *, lambda_: float, solver: str, ridge: float, learning_rate: float,
+         steps: int) -> Tensor:
+    """``theta_0 + lambda X``, X minimising ``sum_i ||(X - tau_i) tau_i^T||^2 / ||tau_i||^2`` from the sum of the task
+    vectors (WUDI-Merging, arXiv 2503.08099).
+
+    OptMerge's problem with whole task vectors as targets and maps. ``solver``: the authors' 300 steps of Adam, or the
+    minimiser, near the start (`optmerge_ridge`) or plain. Wants float32.
+    """
+    deltas = [delta for delta in tile.deltas() if float(delta.norm()) > 0]
+    if not deltas:
+        return tile.origin.clone()
+    value, maps = torch.stack(deltas).sum(0), [delta / delta.norm() for delta in deltas]
+    if solver == "ridge":
+        value = optmerge_ridge(value, deltas, maps, ridge)
+    elif solver == "closed_form":
+        value = optmerge_closed_form(value, deltas, maps)
+    else:
+        value = optmerge_descent(value, deltas, maps, solver, learning_rate, steps)
+    return tile.origin + lambda_ * value
 
 
 # DOGE -----------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Merging singular directions: TSVM (arXiv 2412.00081) and R-TSVM (arXiv 2502.06876)."""
+"""Merging singular directions: TSVM (arXiv 2412.00081), R-TSVM (arXiv 2502.06876), Iso-C and Iso-CTS (2502.04959)."""
 
 from __future__ import annotations
 
@@ -102,3 +102,43 @@ def rtsvm(tile: Tile, _stats: Any, *, lambda_: float, clip_outliers: bool) -> Te
         bounds = [float(delta.abs().mean() + 3 * delta.abs().std(correction=0)) for delta in deltas]
         deltas = [delta.clamp(-bound, bound) for delta, bound in zip(deltas, bounds, strict=True)]
     return tile.origin + lambda_ * merged_directions(deltas, counts, weights).to(tile.origin.dtype)
+
+
+# Isotropic merging ----------------------------------------------------------------------------------------------------
+
+
+def iso_c(tile: Tile, _stats: Any, *, lambda_: float) -> Tensor:
+    """``theta_0 + lambda mean(s) U V^T`` of ``sum_i tau_i = U diag(s) V^T``: its directions, all equally long.
+
+    Directions of (nearly) vanishing singular values, which are arbitrary, are left out; the mean is over all values.
+    """
+    total = torch.stack(tile.deltas()).sum(0)
+    return tile.origin + (lambda_ * svd(total)[1].mean() * partial_isometry(total)).to(total.dtype)
+
+
+def common_size(rank: int, fraction: float, count: int) -> tuple[int, int]:
+    """Directions of the common subspace and of each task: ``count`` equal parts of about ``1 - fraction`` of all."""
+    own = round((rank - int(rank * fraction)) / count)
+    return rank - own * count, own
+
+
+def iso_cts(tile: Tile, _stats: Any, *, lambda_: float, common_space_fraction: float) -> Tensor:
+    """Iso-C with the last directions replaced by each task's own: those of ``tau_i`` outside the common subspace.
+
+    ``theta_0 + lambda mean(s) polar(U) polar(V)^T`` with the leading triplets of ``sum_i tau_i`` and of
+    ``tau_i - U_c U_c^T tau_i``; triplets with (nearly) zero singular value are dropped.
+    """
+    deltas = tile.deltas()
+    left, values, right = svd(torch.stack(deltas).sum(0))
+    common, own = common_size(len(values), common_space_fraction, len(deltas))
+    parts = [(left[:, :common], values[:common], right[:common])]
+    for delta in deltas if own else ():
+        rest = svd(delta - (left[:, :common] @ (left[:, :common].T @ delta)))
+        parts.append((rest[0][:, :own], rest[1][:own], rest[2][:own]))
+    strength = torch.cat([part[1] for part in parts])
+    live = strength > LIVE * strength.max()
+    if not bool(live.any()):
+        return tile.origin.clone()
+    lefts, rights = torch.cat([part[0] for part in parts], 1)[:, live], torch.cat([part[2] for part in parts])[live]
+    merged = partial_isometry(lefts) @ partial_isometry(rights.T).T
+    return tile.origin + (lambda_ * strength.mean() * merged).to(tile.origin.dtype)

@@ -1,4 +1,4 @@
-"""Means along arcs: SLERP, NuSLERP, the Karcher mean, and Model Stock.
+"""Means along arcs: SLERP, NuSLERP, Multi-SLERP, the Karcher mean, and Model Stock.
 
 All of them give a linear combination of the models whose coefficients depend on inner products only. So one pass
 measures the Gram matrix of a piece, the coefficients are found in float64 from its few numbers, and a second pass
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mipipe.graphs.errors import RunError
 from mipipe.runtime.merge.methods.method import Round, Tile
 
 NEARLY_PARALLEL = 0.9995
@@ -132,6 +133,60 @@ def nuslerp(tile: Tile, stats: Any, *, weight: Sequence[float], nuslerp_flatten:
     weights = weights.to(first.dtype)
     merged = first + (second - first) * weights[1] + first * (weights[0] + weights[1] - 1)
     return merged if tile.base is None else tile.base + merged
+
+
+# Multi-SLERP ----------------------------------------------------------------------------------------------------------
+
+
+def multislerp_coefficients(products: Tensor, weight: Sequence[float], normalize: bool, eps: float) -> list[float]:
+    """Coefficients of the models in their barycentre on the sphere, from their Gram matrix.
+
+    The unit vectors' weighted mean ``m``, scaled to the weighted mean of the norms: ``n / |m| sum_i w_i u_i``. (The
+    published text goes on from ``m`` along the weighted mean of the tangents there, which is zero for these weights.)
+    Two opposite models, and models without length, are combined on the line.
+
+    Raises:
+        RunError: more than two models whose directions cancel.
+    """
+    norms = products.diagonal().clamp_min(0.0).sqrt()
+    share = torch.tensor(weight, dtype=torch.float64)
+    if normalize:
+        share = share / share.sum()
+    shares = share / (norms + eps)
+    length = float(torch.sqrt((shares @ products @ shares).clamp_min(0.0)))
+    if length < eps:
+        if len(weight) > 2 and float(norms.max()) > eps:
+            raise RunError("multislerp: the models' directions cancel with these weights, so they have no mean on the"
+                           " sphere; give other weights")
+        return [float(item) for item in share]
+    return [float(item) for item in float(share @ norms) / length * shares]
+
+
+def _measure_ends(tile: Tile, _stats: Any, **_params: Any) -> Tensor:
+    return gram(_ends(tile))
+
+
+def _finish_multislerp(total: Tensor, _stats: Any, *, weight: Sequence[float], normalize_weights: bool,
+                       eps: float) -> list[float]:
+    return multislerp_coefficients(total.cpu(), weight, normalize_weights, eps)
+
+
+def multislerp_rounds(**_params: Any) -> tuple[Round, ...]:
+    return (Round(_measure_ends, _finish_multislerp),)
+
+
+def multislerp(tile: Tile, stats: Sequence[float], **_params: Any) -> Tensor:
+    """SLERP of any number of models, or of task vectors where a base is given (Goddard's Multi-SLERP).
+
+    One model is returned as it is.
+    """
+    if len(tile.models) == 1:
+        return tile.models[0].clone()
+    ends = _ends(tile)
+    merged = ends[0] * sum(stats)
+    for coefficient, end in zip(stats[1:], ends[1:], strict=True):
+        merged.add_(end - ends[0], alpha=coefficient)
+    return merged if tile.base is None else merged.add_(tile.base)
 
 
 # Karcher mean ---------------------------------------------------------------------------------------------------------
