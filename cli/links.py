@@ -1,4 +1,4 @@
-"""``mipipe calibrate links``: the latency and bandwidth between the devices of a cluster, measured by their processes."""
+"""``mipipe calibrate links``: latency and bandwidth between the devices of a cluster, measured by their processes."""
 
 from __future__ import annotations
 
