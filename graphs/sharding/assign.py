@@ -1,0 +1,197 @@
+"""How every operator of a trace runs on a team: by the rule's choice that sends the least.
+
+Operators are taken in the trace's order. A tensor that lies otherwise than an operator needs it is changed once and
+kept; what F has gathered is gathered again in the backward, which keeps a member's part instead of the whole between
+them. Where no rule offers anything, every member runs the operator on whole tensors: slower, and right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from mipipe.graphs.operator_graph import Operator, Phase, SegmentTrace, TensorSpec
+from mipipe.graphs.sharding.case import Case, Choice
+from mipipe.graphs.sharding.parts import PARTIAL, WHOLE, Kind, Part, sent
+from mipipe.graphs.sharding.rules_math import MATH, pointwise
+from mipipe.graphs.sharding.rules_model import MODEL
+from mipipe.graphs.sharding.rules_team import TEAM
+from mipipe.graphs.sharding.rules_views import VIEWS, Rule
+from mipipe.graphs.trace_rules import CONSTANT, GETITEM
+from mipipe.graphs.tracing.operator_kinds import resolve_operator
+
+RULES: dict[str, Rule] = {**VIEWS, **MATH, **MODEL, **TEAM}
+_POINTWISE = {"aten.clone.default", "aten._to_copy.default", "aten.where.self", "aten.silu_backward.default",
+              "aten.gelu_backward.default", "aten.threshold_backward.default"}
+_ZEROS = {"aten.new_zeros.default", "aten.zeros.default", "aten.zeros_like.default"}
+_PARAMETER_PENALTY = 8.0
+"""How much worse it is to gather a parameter than activations of its size: a mode divides parameters to stay so."""
+
+Scatter = Callable[[tuple[int, ...]], Part | None]
+
+
+def no_scatter(shape: tuple[int, ...]) -> Part | None:
+    """Sums over members arrive on every member."""
+    return None
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """How what a trace is given and returns lies on a team of ``size`` members along one axis.
+
+    ``given``: inputs, parameters, buffers and output gradients that are not whole. ``wanted``: outputs and input
+    gradients, by name, that are not whole. ``scatter``: see `Case`.
+    """
+
+    size: int
+    given: Mapping[str, Part]
+    wanted: Mapping[str, Part] = field(default_factory=dict)
+    scatter: Scatter = no_scatter
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A choice for each operator (by name), how all tensors lie, and what that costs one member.
+
+    ``sent``: bytes, an all-reduce counted twice; ``gathered``: those of them that put parts together in F and I.
+    ``ends``: how outputs, updates and gradients are to leave.
+    """
+
+    choices: dict[str, Choice]
+    parts: dict[str, Part]
+    ends: dict[str, Part]
+    sent: float
+    gathered: float
+    flops: float
+
+
+def specs_of(trace: SegmentTrace) -> dict[str, TensorSpec]:
+    """The spec of every tensor of a trace (of an operator with several results, the first)."""
+    return {**{item.name: item.outputs[0] for item in trace.operators if item.outputs}, **trace.specs}
+
+
+def rule_of(kind: str) -> Rule | None:
+    """The rule of an operator kind; None: it runs on whole tensors."""
+    if kind in RULES:
+        return RULES[kind]
+    if kind in (GETITEM, CONSTANT):
+        return None
+    tags = getattr(resolve_operator(kind), "tags", ())
+    random = torch.Tag.nondeterministic_seeded in tags
+    return pointwise if (kind in _POINTWISE or torch.Tag.pointwise in tags) and not random else None
+
+
+class _Pass:
+    """One run over the operators of a trace."""
+
+    def __init__(self, trace: SegmentTrace, layouts: Layouts, specs: Mapping[str, TensorSpec]) -> None:
+        self.trace, self.layouts, self.specs = trace, layouts, specs
+        names = (*trace.inputs, *trace.parameters, *trace.buffers, *(name for name in trace.output_grads if name))
+        self.parts: dict[str, Part] = {name: layouts.given.get(name, WHOLE) for name in names}
+        self.held = set(trace.parameters) | set(trace.buffers)
+        self.kinds: dict[str, str] = {}
+        self.results: dict[str, tuple[Part, ...]] = {}
+        self.born: dict[str, bool] = {}
+        self.have: set[tuple[str, Part, bool]] = set()
+        self.sent = self.gathered = self.flops = 0.0
+
+    def _change(self, name: str, need: Part, backward: bool) -> tuple[str, Part, bool]:
+        """A change of layout; what F gathered is gathered again in the backward."""
+        return name, need, backward and self.parts[name].kind is Kind.DIVIDED and need == WHOLE
+
+    def price(self, name: str, need: Part, backward: bool) -> float | None:
+        """What it sends to have a tensor as needed; None where it cannot be had so."""
+        part = self.parts[name]
+        if part == need or self._change(name, need, backward) in self.have:
+            return 0.0
+        bytes_sent = sent(part, need, self.specs[name].num_bytes)
+        return bytes_sent if bytes_sent is None or name not in self.held else bytes_sent * _PARAMETER_PENALTY
+
+    def cost(self, choice: Choice, backward: bool) -> float | None:
+        total = choice.sent
+        for name, need in choice.needs.items():
+            price = self.price(name, need, backward)
+            if price is None:
+                return None
+            total += price
+        return total
+
+    def take(self, op: Operator, goal: Part | None) -> Choice:
+        """The cheapest choice for an operator; among equal ones the one that leaves a member the least to do."""
+        backward = op.phase is not Phase.F
+        case = Case(op, self.specs, self.parts, self.layouts.size, self.layouts.scatter,
+                    lambda name: self.kinds.get(name) in _ZEROS, goal)
+        rule, best = rule_of(op.kind), None
+        found = [choice for choice in (rule(case) if rule is not None else ()) if choice is not None]
+        for number, choice in enumerate((*found, case.whole())):
+            cost = self.cost(choice, backward)
+            if cost is None:
+                continue
+            if goal is not None and choice.gives:
+                last = 0.0 if choice.gives[0] == goal or (choice.gives[0] == PARTIAL and goal == WHOLE) else sent(
+                    choice.gives[0], goal, op.outputs[0].num_bytes)
+                cost += float("inf") if last is None else last
+            rank = (cost, choice.share, number)
+            if best is None or rank < best[0]:
+                best = rank, choice
+        assert best is not None, "whole tensors can always be had"
+        return best[1]
+
+    def use(self, name: str, need: Part, phase: Phase) -> None:
+        """Count a change of layout once."""
+        backward = phase is not Phase.F
+        price = self.price(name, need, backward)
+        self.sent += price or 0.0
+        if self.parts[name].kind is Kind.DIVIDED and phase is not Phase.W:
+            self.gathered += price or 0.0
+        if self.parts[name] != need:
+            self.have.add(self._change(name, need, backward))
+
+
+def assign(trace: SegmentTrace, layouts: Layouts, specs: Mapping[str, TensorSpec] | None = None) -> Assignment:
+    """The assignment of a trace under the layouts of what it is given and returns."""
+    run = _Pass(trace, layouts, specs or specs_of(trace))
+    ends = _ends(trace, layouts)
+    choices: dict[str, Choice] = {}
+    for op in trace.operators:
+        run.kinds[op.name] = op.kind
+        if op.kind == GETITEM:
+            source, place = op.args[0]["ref"], op.args[1]
+            gives = run.results[source]
+            run.parts[op.name] = gives[place] if place < len(gives) else gives[-1]
+            continue
+        choice = choices[op.name] = run.take(op, ends.get(op.name))
+        for name, need in choice.needs.items():
+            run.use(name, need, op.phase)
+        run.sent += choice.sent
+        run.flops += op.flops * choice.share
+        run.results[op.name] = choice.gives
+        if choice.gives:
+            run.parts[op.name] = choice.gives[0]
+    leaving = {}
+    for name, want in ends.items():
+        part = run.parts[name]
+        keep = part == PARTIAL and want == WHOLE and _is_parameter_grad(trace, name)
+        leaving[name] = part if keep else want
+        run.use(name, leaving[name], Phase.I if name in trace.input_grads else
+                Phase.W if name in trace.parameter_grads else Phase.F)
+    return Assignment(choices, run.parts, leaving, run.sent, run.gathered, run.flops)
+
+
+def _ends(trace: SegmentTrace, layouts: Layouts) -> dict[str, Part]:
+    """How results are to leave: gradients of parameters as the parameters lie, updates as the buffers do."""
+    ends = {name: layouts.wanted.get(name, WHOLE) for name in (*trace.outputs, *trace.input_grads) if name is not None}
+    for name, grad in zip(trace.parameters, trace.parameter_grads, strict=True):
+        if grad is not None:
+            ends[grad] = layouts.given.get(name, WHOLE)
+    for name, update in trace.buffer_updates.items():
+        ends[update] = layouts.given.get(name, WHOLE)
+    return ends
+
+
+def _is_parameter_grad(trace: SegmentTrace, name: str) -> bool:
+    """Whether a result is a parameter's gradient and nothing else: it may stay a sum over members until the step's
+    end."""
+    return name in trace.parameter_grads and name not in (*trace.outputs, *trace.input_grads)
