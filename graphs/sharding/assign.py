@@ -8,7 +8,7 @@ them. Where no rule offers anything, every member runs the operator on whole ten
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -26,8 +26,9 @@ RULES: dict[str, Rule] = {**VIEWS, **MATH, **MODEL, **TEAM}
 _POINTWISE = {"aten.clone.default", "aten._to_copy.default", "aten.where.self", "aten.silu_backward.default",
               "aten.gelu_backward.default", "aten.threshold_backward.default"}
 _ZEROS = {"aten.new_zeros.default", "aten.zeros.default", "aten.zeros_like.default"}
-_PARAMETER_PENALTY = 8.0
-"""How much worse it is to gather a parameter than activations of its size: a mode divides parameters to stay so."""
+_PENALTY = 1000.0
+"""How much worse it is to gather a parameter, or to scatter its gradient, than activations of its size: a mode divides
+parameters so that they stay divided."""
 
 Scatter = Callable[[tuple[int, ...]], Part | None]
 
@@ -42,25 +43,27 @@ class Layouts:
     """How what a trace is given and returns lies on a team of ``size`` members along one axis.
 
     ``given``: inputs, parameters, buffers and output gradients that are not whole. ``wanted``: outputs and input
-    gradients, by name, that are not whole. ``scatter``: see `Case`.
+    gradients, by name, that are not whole. ``scatter``: see `Case`. ``deferred``: products of a sum over members and a
+    whole tensor, by the operator's name, that are made of the members' parts, and summed later.
     """
 
     size: int
     given: Mapping[str, Part]
     wanted: Mapping[str, Part] = field(default_factory=dict)
     scatter: Scatter = no_scatter
+    deferred: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """A choice for each operator (by name), how all tensors lie, and what that costs one member.
+    """A choice for each operator (by name), how tensors lie when they are made, and what that costs one member.
 
     ``sent``: bytes, an all-reduce counted twice; ``gathered``: those of them that put parts together in F and I.
     ``ends``: how outputs, updates and gradients are to leave.
     """
 
     choices: dict[str, Choice]
-    parts: dict[str, Part]
+    born: dict[str, Part]
     ends: dict[str, Part]
     sent: float
     gathered: float
@@ -90,10 +93,10 @@ class _Pass:
         self.trace, self.layouts, self.specs = trace, layouts, specs
         names = (*trace.inputs, *trace.parameters, *trace.buffers, *(name for name in trace.output_grads if name))
         self.parts: dict[str, Part] = {name: layouts.given.get(name, WHOLE) for name in names}
+        self.born = dict(self.parts)
         self.held = set(trace.parameters) | set(trace.buffers)
         self.kinds: dict[str, str] = {}
         self.results: dict[str, tuple[Part, ...]] = {}
-        self.born: dict[str, bool] = {}
         self.have: set[tuple[str, Part, bool]] = set()
         self.sent = self.gathered = self.flops = 0.0
 
@@ -107,7 +110,7 @@ class _Pass:
         if part == need or self._change(name, need, backward) in self.have:
             return 0.0
         bytes_sent = sent(part, need, self.specs[name].num_bytes)
-        return bytes_sent if bytes_sent is None or name not in self.held else bytes_sent * _PARAMETER_PENALTY
+        return bytes_sent if bytes_sent is None or name not in self.held else bytes_sent * _PENALTY
 
     def cost(self, choice: Choice, backward: bool) -> float | None:
         total = choice.sent
@@ -122,7 +125,7 @@ class _Pass:
         """The cheapest choice for an operator; among equal ones the one that leaves a member the least to do."""
         backward = op.phase is not Phase.F
         case = Case(op, self.specs, self.parts, self.layouts.size, self.layouts.scatter,
-                    lambda name: self.kinds.get(name) in _ZEROS, goal)
+                    lambda name: self.kinds.get(name) in _ZEROS, goal, op.name in self.layouts.deferred)
         rule, best = rule_of(op.kind), None
         found = [choice for choice in (rule(case) if rule is not None else ()) if choice is not None]
         for number, choice in enumerate((*found, case.whole())):
@@ -132,7 +135,8 @@ class _Pass:
             if goal is not None and choice.gives:
                 last = 0.0 if choice.gives[0] == goal or (choice.gives[0] == PARTIAL and goal == WHOLE) else sent(
                     choice.gives[0], goal, op.outputs[0].num_bytes)
-                cost += float("inf") if last is None else last
+                scattered = choice.gives[0] == PARTIAL and goal.kind is Kind.DIVIDED
+                cost += float("inf") if last is None else last * _PENALTY if scattered else last
             rank = (cost, choice.share, number)
             if best is None or rank < best[0]:
                 best = rank, choice
@@ -146,8 +150,14 @@ class _Pass:
         self.sent += price or 0.0
         if self.parts[name].kind is Kind.DIVIDED and phase is not Phase.W:
             self.gathered += price or 0.0
-        if self.parts[name] != need:
+        if self.parts[name].kind is Kind.PARTIAL:  # from now on it is there as a sum
+            self.parts[name] = need
+        elif self.parts[name] != need:
             self.have.add(self._change(name, need, backward))
+
+    def lie(self, name: str, part: Part) -> None:
+        """Note how a new tensor lies."""
+        self.parts[name] = self.born[name] = part
 
 
 def assign(trace: SegmentTrace, layouts: Layouts, specs: Mapping[str, TensorSpec] | None = None) -> Assignment:
@@ -155,29 +165,60 @@ def assign(trace: SegmentTrace, layouts: Layouts, specs: Mapping[str, TensorSpec
     run = _Pass(trace, layouts, specs or specs_of(trace))
     ends = _ends(trace, layouts)
     choices: dict[str, Choice] = {}
-    for op in trace.operators:
-        run.kinds[op.name] = op.kind
-        if op.kind == GETITEM:
-            source, place = op.args[0]["ref"], op.args[1]
-            gives = run.results[source]
-            run.parts[op.name] = gives[place] if place < len(gives) else gives[-1]
-            continue
-        choice = choices[op.name] = run.take(op, ends.get(op.name))
-        for name, need in choice.needs.items():
-            run.use(name, need, op.phase)
-        run.sent += choice.sent
-        run.flops += op.flops * choice.share
-        run.results[op.name] = choice.gives
-        if choice.gives:
-            run.parts[op.name] = choice.gives[0]
-    leaving = {}
-    for name, want in ends.items():
-        part = run.parts[name]
-        keep = part == PARTIAL and want == WHOLE and _is_parameter_grad(trace, name)
-        leaving[name] = part if keep else want
-        run.use(name, leaving[name], Phase.I if name in trace.input_grads else
-                Phase.W if name in trace.parameter_grads else Phase.F)
-    return Assignment(choices, run.parts, leaving, run.sent, run.gathered, run.flops)
+    leaving: dict[str, Part] = {}
+    for phase, names in results_of(trace):
+        for op in trace.phase_operators(phase):
+            _step(run, op, choices, ends)
+        for name in filter(None, names):
+            keep = run.parts[name] == PARTIAL and ends[name] == WHOLE and _is_parameter_grad(trace, name)
+            leaving[name] = PARTIAL if keep else ends[name]
+            if not keep:
+                run.use(name, ends[name], phase)
+    return Assignment(choices, run.born, leaving, run.sent, run.gathered, run.flops)
+
+
+def results_of(trace: SegmentTrace) -> tuple[tuple[Phase, tuple[str | None, ...]], ...]:
+    """The results of each phase: outputs and updates; input gradients; parameter gradients."""
+    return ((Phase.F, (*trace.outputs, *trace.buffer_updates.values())), (Phase.I, trace.input_grads),
+            (Phase.W, trace.parameter_grads))
+
+
+def _step(run: _Pass, op: Operator, choices: dict[str, Choice], ends: Mapping[str, Part]) -> None:
+    """Choose for one operator."""
+    run.kinds[op.name] = op.kind
+    if op.kind == GETITEM:
+        source, place = op.args[0]["ref"], op.args[1]
+        gives = run.results[source]
+        run.lie(op.name, gives[place] if place < len(gives) else gives[-1])
+        return
+    choice = choices[op.name] = run.take(op, ends.get(op.name))
+    for name, need in choice.needs.items():
+        run.use(name, need, op.phase)
+    run.sent += choice.sent
+    run.flops += op.flops * choice.share
+    run.results[op.name] = choice.gives
+    if choice.gives:
+        run.lie(op.name, choice.gives[0])
+    if op.kind in VIEWS and len(op.inputs) == 1 and op.inputs[0] in run.held:
+        run.held.add(op.name)
+
+
+def defer(trace: SegmentTrace, layouts: Layouts) -> Layouts:
+    """The layouts with those products deferred whose deferral sends less, as sums shrink before they travel."""
+    specs = specs_of(trace)
+    now = assign(trace, layouts, specs)
+    kinds = {op.name: op.kind for op in trace.operators}
+    found = frozenset(op.name for op in trace.operators if kinds[op.name] == "aten.mul.Tensor" and len(op.inputs) == 2
+                      and PARTIAL in [now.born[name] for name in op.inputs])
+    best, chosen = now.sent, layouts
+    trial = replace(layouts, deferred=found)
+    if found and assign(trace, trial, specs).sent < best:
+        best, chosen = assign(trace, trial, specs).sent, trial
+    for name in sorted(chosen.deferred):
+        trial = replace(chosen, deferred=chosen.deferred - {name})
+        if (cost := assign(trace, trial, specs).sent) < best:
+            best, chosen = cost, trial
+    return chosen
 
 
 def _ends(trace: SegmentTrace, layouts: Layouts) -> dict[str, Part]:

@@ -33,7 +33,8 @@ class Case:
     """An operator, the specs and the present parts of what it reads, and the size of the team.
 
     ``scatter`` gives the division in which a sum over members of a certain shape had best arrive (sequence mode), if
-    there is one; ``is_zero`` tells tensors made of zeros; ``goal`` is how the result is wanted in the end, if known.
+    there is one; ``is_zero`` tells tensors made of zeros; ``goal`` is how the result is wanted in the end, if known;
+    ``deferred``: see `Layouts`.
     """
 
     op: Operator
@@ -43,6 +44,7 @@ class Case:
     scatter: Callable[[tuple[int, ...]], Part | None]
     is_zero: Callable[[str], bool]
     goal: Part | None = None
+    deferred: bool = False
 
     def name(self, index: int) -> str | None:
         """The tensor at a positional argument; None where there is none."""

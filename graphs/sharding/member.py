@@ -15,7 +15,7 @@ from torch import fx
 
 from mipipe.graphs.operator_graph import Operator, Phase, SegmentTrace
 from mipipe.graphs.operators.dynamic_rows import DIRECT as ROWS
-from mipipe.graphs.sharding.assign import Assignment, Layouts, assign
+from mipipe.graphs.sharding.assign import Assignment, Layouts, assign, results_of
 from mipipe.graphs.sharding.builder import CPU, Builder
 from mipipe.graphs.sharding.parts import WHOLE, Kind, local_shape
 from mipipe.graphs.sharding.programs import PROGRAMS
@@ -41,7 +41,7 @@ class _Member:
     """A trace on its way to a member's program."""
 
     def __init__(self, trace: SegmentTrace, layouts: Layouts, axis: str, assignment: Assignment) -> None:
-        self.trace, self.assignment = trace, assignment
+        self.trace, self.assignment, self.parts = trace, assignment, dict(assignment.born)
         self.builder = Builder(layouts.size, axis)
         self.nodes: dict[str, Any] = {}
         for name in (*trace.inputs, *trace.parameters, *trace.buffers, *(item for item in trace.output_grads if item)):
@@ -50,13 +50,16 @@ class _Member:
 
     def laid(self, name: str, need: Any) -> fx.Node:
         """A tensor as an operator needs it; as it is where it does not matter."""
-        node, part = self.nodes[name], self.assignment.parts[name]
+        node, part = self.nodes[name], self.parts[name]
         if need is None or part == need:
             return node  # type: ignore[no-any-return]
         offsets = None
         if part.kind is Kind.OWNED:
             offsets = self.laid(part.offsets, WHOLE)
-        return self.builder.change(node, part, need, offsets)
+        changed = self.builder.change(node, part, need, offsets)
+        if part.kind is Kind.PARTIAL:
+            self.nodes[name], self.parts[name] = changed, need
+        return changed
 
     def run(self) -> list[fx.Node | None]:
         """Emit every operator; the results as they leave: outputs, updates, input and parameter gradients.
@@ -65,8 +68,7 @@ class _Member:
         """
         trace = self.trace
         results: list[fx.Node | None] = []
-        for phase, names in ((Phase.F, (*trace.outputs, *trace.buffer_updates.values())), (Phase.I, trace.input_grads),
-                             (Phase.W, trace.parameter_grads)):
+        for phase, names in results_of(trace):
             for op in trace.phase_operators(phase):
                 self.emit(op)
             self.builder.phase, self.builder.path = phase, ""

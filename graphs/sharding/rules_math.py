@@ -22,6 +22,8 @@ def pointwise(case: Case) -> Iterator[Choice | None]:
     if kinds == {Kind.PARTIAL} and case.op.kind in _LINEAR and (len(names) == 1 or together) and not (
             together and number) and all(case.shape(name) == out for name in names):
         yield case.choice(dict.fromkeys(names, PARTIAL), PARTIAL)
+    if case.deferred and sorted(kinds) == [Kind.PARTIAL, Kind.WHOLE] and len(names) == 2:
+        yield case.choice({name: case.parts[name] for name in names}, PARTIAL)
     wanted: dict[Part, None] = {}
     for name in names:
         part, shift = case.parts[name], len(out) - len(case.shape(name))
@@ -175,6 +177,9 @@ def _products(case: Case, a: str, b: str, lead: int) -> Iterator[Choice | None]:
             found[part, WHOLE, part] = None
         else:
             found[part, part.at(lead), PARTIAL] = None
+    offered = case.scatter(case.shape(a)) if case.parts[a].kind is Kind.PARTIAL else None
+    if offered is not None and offered.dim == lead:
+        found[offered, WHOLE, offered] = None
     for part in case.divisions(b):
         if part.dim < lead:
             found[part, part, part] = None

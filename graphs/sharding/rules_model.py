@@ -67,12 +67,13 @@ def nll_loss_backward(case: Case) -> Iterator[Choice | None]:
     if case.name(3) is not None or len(case.shape(logp)) != 2:
         return
     rows = len(case.shape(grad)) == 1
+    mean: dict[str | None, Part] = {total: WHOLE} if case.value(4) == 1 else {}  # else the total is not read
     for part in case.divisions(logp, target):
         if part.dim == 0:
-            yield case.choice({grad: part if rows else WHOLE, logp: part, target: part, total: WHOLE}, part)
+            yield case.choice({grad: part if rows else WHOLE, logp: part, target: part, **mean}, part)
     for part in case.divisions(logp):
         if part.dim == 1 and part.sections == 1:
-            yield case.choice({grad: WHOLE, logp: part, target: WHOLE, total: WHOLE}, part,
+            yield case.choice({grad: WHOLE, logp: part, target: WHOLE, **mean}, part,
                               program="nll_loss_classes_backward")
 
 
