@@ -1,8 +1,9 @@
 """How every operator of a trace runs on a team: by the rule's choice that sends the least.
 
 Operators are taken in the trace's order. A tensor that lies otherwise than an operator needs it is changed once and
-kept; what F has gathered is gathered again in the backward, which keeps a member's part instead of the whole between
-them. Where no rule offers anything, every member runs the operator on whole tensors: slower, and right.
+kept; what F has gathered is gathered again in the backward, so that a member keeps its part and not the whole between
+them, but W reads what I has gathered. Where no rule offers anything, every member runs the operator on whole tensors:
+slower, and right.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Layouts:
 
     ``given``: inputs, parameters, buffers and output gradients that are not whole. ``wanted``: outputs and input
     gradients, by name, that are not whole. ``scatter``: see `Case`. ``deferred``: products of a sum over members and a
-    whole tensor, by the operator's name, that are made of the members' parts, and summed later.
+    whole tensor, by the operator's name, that are made of the members' parts, and summed later. ``early``: gradients of
+    outputs that are gathered as soon as they arrive.
     """
 
     size: int
@@ -52,6 +54,7 @@ class Layouts:
     wanted: Mapping[str, Part] = field(default_factory=dict)
     scatter: Scatter = no_scatter
     deferred: frozenset[str] = frozenset()
+    early: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,8 @@ class _Pass:
             if goal is not None and choice.gives:
                 last = 0.0 if choice.gives[0] == goal or (choice.gives[0] == PARTIAL and goal == WHOLE) else sent(
                     choice.gives[0], goal, op.outputs[0].num_bytes)
-                scattered = choice.gives[0] == PARTIAL and goal.kind is Kind.DIVIDED
+                scattered = (choice.gives[0] == PARTIAL and goal.kind is Kind.DIVIDED
+                             and op.name in self.trace.parameter_grads)
                 cost += float("inf") if last is None else last * _PENALTY if scattered else last
             rank = (cost, choice.share, number)
             if best is None or rank < best[0]:
@@ -155,6 +159,15 @@ class _Pass:
         elif self.parts[name] != need:
             self.have.add(self._change(name, need, backward))
 
+    def begin(self, phase: Phase) -> None:
+        """Before I gradients are gathered that are to be so early; in W what I has gathered stays gathered."""
+        for name in sorted(self.layouts.early) if phase is Phase.I else ():
+            self.use(name, WHOLE, phase)
+            self.parts[name] = WHOLE
+        for name, need, again in self.have if phase is Phase.W else ():
+            if again and need == WHOLE:
+                self.parts[name] = WHOLE
+
     def lie(self, name: str, part: Part) -> None:
         """Note how a new tensor lies."""
         self.parts[name] = self.born[name] = part
@@ -167,6 +180,7 @@ def assign(trace: SegmentTrace, layouts: Layouts, specs: Mapping[str, TensorSpec
     choices: dict[str, Choice] = {}
     leaving: dict[str, Part] = {}
     for phase, names in results_of(trace):
+        run.begin(phase)
         for op in trace.phase_operators(phase):
             _step(run, op, choices, ends)
         for name in filter(None, names):
@@ -203,21 +217,28 @@ def _step(run: _Pass, op: Operator, choices: dict[str, Choice], ends: Mapping[st
         run.held.add(op.name)
 
 
-def defer(trace: SegmentTrace, layouts: Layouts) -> Layouts:
-    """The layouts with those products deferred whose deferral sends less, as sums shrink before they travel."""
+def refine(trace: SegmentTrace, layouts: Layouts) -> Layouts:
+    """The layouts with those products deferred and those gradients gathered early that make it send less.
+
+    Sums over members may shrink before they travel (a token's experts are added up), and gradients grow before they
+    are needed whole (each token's for all of its experts).
+    """
     specs = specs_of(trace)
     now = assign(trace, layouts, specs)
-    kinds = {op.name: op.kind for op in trace.operators}
-    found = frozenset(op.name for op in trace.operators if kinds[op.name] == "aten.mul.Tensor" and len(op.inputs) == 2
-                      and PARTIAL in [now.born[name] for name in op.inputs])
     best, chosen = now.sent, layouts
-    trial = replace(layouts, deferred=found)
-    if found and assign(trace, trial, specs).sent < best:
-        best, chosen = assign(trace, trial, specs).sent, trial
+    early = [name for name in trace.output_grads if name is not None and now.born[name].kind is Kind.DIVIDED]
+    products = frozenset(op.name for op in trace.operators if op.kind == "aten.mul.Tensor" and len(op.inputs) == 2)
+    summed = frozenset(op.name for op in trace.operators if op.name in products
+                       and PARTIAL in [now.born[name] for name in op.inputs])
+    trials = [{"early": frozenset({name})} for name in early] + ([{"deferred": summed}] if summed else [])
+    for trial in trials:
+        made = replace(chosen, **trial)
+        if (cost := assign(trace, made, specs).sent) < best:
+            best, chosen = cost, made
     for name in sorted(chosen.deferred):
-        trial = replace(chosen, deferred=chosen.deferred - {name})
-        if (cost := assign(trace, trial, specs).sent) < best:
-            best, chosen = cost, trial
+        made = replace(chosen, deferred=chosen.deferred - {name})
+        if (cost := assign(trace, made, specs).sent) < best:
+            best, chosen = cost, made
     return chosen
 
 

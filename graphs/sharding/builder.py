@@ -85,6 +85,10 @@ class Builder:
             self._changed[key] = self._changing(x, source, target, offsets)
         return self._changed[key]
 
+    def gathered(self, x: Any) -> fx.Node | None:
+        """A divided tensor as it was gathered in the backward, if it was."""
+        return self._changed.get((x, WHOLE, True))
+
     def _changing(self, x: fx.Node, source: Part, target: Part, offsets: fx.Node | None) -> fx.Node:
         rest = (self.size, self.axis)
         if source.kind is Kind.OWNED:

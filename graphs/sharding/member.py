@@ -42,7 +42,7 @@ class _Member:
 
     def __init__(self, trace: SegmentTrace, layouts: Layouts, axis: str, assignment: Assignment) -> None:
         self.trace, self.assignment, self.parts = trace, assignment, dict(assignment.born)
-        self.builder = Builder(layouts.size, axis)
+        self.builder, self.early = Builder(layouts.size, axis), layouts.early
         self.nodes: dict[str, Any] = {}
         for name in (*trace.inputs, *trace.parameters, *trace.buffers, *(item for item in trace.output_grads if item)):
             spec, part = trace.specs[name], layouts.given.get(name, WHOLE)
@@ -69,11 +69,22 @@ class _Member:
         trace = self.trace
         results: list[fx.Node | None] = []
         for phase, names in results_of(trace):
+            self._begin(phase)
             for op in trace.phase_operators(phase):
                 self.emit(op)
             self.builder.phase, self.builder.path = phase, ""
             results += [None if name is None else self.laid(name, self.assignment.ends[name]) for name in names]
         return results
+
+    def _begin(self, phase: Phase) -> None:
+        """Before I gradients are gathered that are to be so early; in W what I has gathered stays gathered."""
+        self.builder.phase, self.builder.path = phase, ""
+        for name in sorted(self.early) if phase is Phase.I else ():
+            self.nodes[name], self.parts[name] = self.laid(name, WHOLE), WHOLE
+        for name, part in self.parts.items() if phase is Phase.W else ():
+            found = self.builder.gathered(self.nodes.get(name)) if part.kind is Kind.DIVIDED else None
+            if found is not None:
+                self.nodes[name], self.parts[name] = found, WHOLE
 
     def emit(self, op: Operator) -> None:
         """One operator on local tensors."""

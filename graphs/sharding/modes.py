@@ -17,7 +17,7 @@ from mipipe.graphs.costs.mode_profile import all_work, kept_bytes, resident_byte
 from mipipe.graphs.errors import GraphError, shown
 from mipipe.graphs.modes import MODES, GraphModes, Layout, ModeProfile, ParameterPart
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Segment, SegmentTrace, TensorSpec, Value
-from mipipe.graphs.sharding.assign import Assignment, Layouts, assign, defer, no_scatter
+from mipipe.graphs.sharding.assign import Assignment, Layouts, assign, no_scatter, refine
 from mipipe.graphs.sharding.member import build_member, has_dynamic_rows
 from mipipe.graphs.sharding.parts import PARTIAL, WHOLE, Kind, Part, divided, fits
 from mipipe.graphs.sharding.recipe import banks, expert_recipe, matrices, reads_vocabulary, tensor_recipe
@@ -117,7 +117,7 @@ def member_program(graph: OperatorGraph, trace: SegmentTrace, mode: str, size: i
     given = _recipe(graph, trace, mode, layouts)
     given.update(fixed or {})
     layouts = replace(layouts, given={**layouts.given, **{name: part for name, part in given.items() if part != WHOLE}})
-    layouts = defer(trace, layouts)
+    layouts = refine(trace, layouts)
     assignment = assign(trace, layouts)
     program = build_member(trace, layouts, AXES[mode], assignment)
     return MemberProgram(program, mode, AXES[mode], size, layouts.given, assignment.ends,
@@ -153,23 +153,24 @@ def _recipe(graph: OperatorGraph, trace: SegmentTrace, mode: str, layouts: Layou
 
 def _reasons(trace: SegmentTrace, layouts: Layouts, assignment: Assignment, mode: str) -> Iterator[str]:
     """What a mode leaves undivided, and why."""
-    size = layouts.size
+    size, heads_whole = layouts.size, False
     for op in trace.phase_operators(Phase.F):
         if op.kind == "mipipe.attention.default" and mode in ("tensor", "sequence"):
             heads = op.outputs[0].shape[1]
             spec = trace.specs.get(op.inputs[1]) or next(
                 item.outputs[0] for item in trace.operators if item.name == op.inputs[1])
+            heads_whole |= bool(heads % size or spec.shape[1] % size)
             if heads % size:
                 yield f"attention: {heads} heads do not divide by {size} members"
             elif spec.shape[1] % size:
                 yield f"keys and values: {spec.shape[1]} heads do not divide by {size} members"
-    if mode in ("tensor", "sequence"):
+    if mode in ("tensor", "sequence") and not heads_whole:
         for name in matrices(trace):
             shape = trace.specs[name].shape
             if name not in layouts.given:
                 odd = not any(length % size == 0 for length in shape)
                 yield f"{name}: " + (f"no size of {list(shape)} divides by {size}" if odd else
-                                     "its products are too small for what dividing them would send")
+                                     "dividing it would send more than it saves")
     elif mode in ("batch", "context"):
         if not any(part.kind is Kind.DIVIDED for part in (*layouts.given.values(), *layouts.wanted.values())):
             yield f"{mode}: no tensor of the segment's boundary divides by {size} members"
