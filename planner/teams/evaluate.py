@@ -17,9 +17,9 @@ from mipipe.planner.execution.measure import measure
 from mipipe.planner.plan import Plan
 from mipipe.planner.schedules import Baseline, PhaseTimes
 from mipipe.planner.schedules.one_f_one_b import interleaved, one_f_one_b
-from mipipe.planner.teams.degrees import Degrees
+from mipipe.planner.teams.degrees import Degrees, Recompute
 from mipipe.planner.teams.pieces import ModelPieces, check_fits
-from mipipe.planner.teams.pricing import AXES, Axis, Machine, Pricer
+from mipipe.planner.teams.pricing import AXES, Axis, Machine, PieceCost, Pricer
 from mipipe.planner.teams.stages import StageCost, cut_pieces, even_layers, stage_cost, team_problem
 
 
@@ -71,6 +71,7 @@ class TeamResult:
     memory: tuple[MemberMemory, ...]
     times: StepTimes
     origins: dict[str, int] = field(default_factory=dict)
+    recompute: tuple[Recompute, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -95,7 +96,7 @@ class TeamResult:
 
 
 def evaluate_teams(pricer: Pricer, degrees: Degrees, global_batch: int, *, layers: Sequence[int] | None = None,
-                   schedule: str = "1F1B") -> TeamResult:
+                   schedule: str = "1F1B", recompute: Sequence[Recompute] = ()) -> TeamResult:
     """The result of a configuration; memory is told, not judged.
 
     Args:
@@ -104,6 +105,7 @@ def evaluate_teams(pricer: Pricer, degrees: Degrees, global_batch: int, *, layer
         global_batch: sequences of a step over all copies.
         layers: of every stage; None: as even as they go.
         schedule: a published one by its name (`mipipe compare` lists them).
+        recompute: of every piece of the model; empty: the degrees' for all.
 
     Raises:
         InputError: the model or batch does not divide by the degrees, or the schedule is not known.
@@ -119,7 +121,7 @@ def evaluate_teams(pricer: Pricer, degrees: Degrees, global_batch: int, *, layer
     if len(layers) != count:
         raise InputError(f"--layers-per-stage: {len(layers)} numbers, but {baseline.name} on {degrees.ranks} ranks has"
                          f" {count} stages")
-    costs = pricer.costs(degrees)
+    costs = piece_costs(pricer, degrees, recompute)
     pieces = cut_pieces(model, layers)
     empty = [number for number, members in enumerate(pieces) if not members]
     if empty:
@@ -131,7 +133,15 @@ def evaluate_teams(pricer: Pricer, degrees: Degrees, global_batch: int, *, layer
     found = baseline.plan(problem, split=split)
     instant = baseline.plan(team_problem(model, degrees, machine, stages, microbatches, instant=True), split=split)
     return result_of(pricer, degrees, global_batch, found, stages, baseline.name, tuple(layers),
-                     instant.makespan_ns or 0)
+                     instant.makespan_ns or 0, tuple(recompute))
+
+
+def piece_costs(pricer: Pricer, degrees: Degrees, recompute: Sequence[Recompute] = ()) -> list[PieceCost]:
+    """The cost of every piece, each with its own recomputation where that is given."""
+    if not recompute:
+        return pricer.costs(degrees)
+    by_mode = {mode: pricer.costs(replace(degrees, recompute=mode)) for mode in dict.fromkeys(recompute)}
+    return [by_mode[mode][number] for number, mode in enumerate(recompute)]
 
 
 def schedule_of(name: str, degrees: Degrees) -> tuple[Baseline, bool]:
@@ -153,9 +163,10 @@ def schedule_of(name: str, degrees: Degrees) -> tuple[Baseline, bool]:
 
 
 def result_of(pricer: Pricer, degrees: Degrees, global_batch: int, plan: Plan, stages: Sequence[StageCost],
-              schedule: str, layers: tuple[int, ...], instant_ns: int) -> TeamResult:
+              schedule: str, layers: tuple[int, ...], instant_ns: int,
+              recompute: tuple[Recompute, ...] = ()) -> TeamResult:
     """The result of a plan of stages (its problem's groups, in this order). ``instant_ns``: its makespan where links
-    take no time."""
+    take no time; ``recompute`` as for `evaluate_teams`."""
     took = measure(plan)
     held: list[list[StageCost]] = [[] for _ in range(degrees.ranks)]
     shares: list[list[float]] = [[] for _ in range(degrees.ranks)]
@@ -188,4 +199,4 @@ def result_of(pricer: Pricer, degrees: Degrees, global_batch: int, plan: Plan, s
                       "layers": list(layers), "devices": degrees.devices}}
     return TeamResult(replace(plan, provenance={**plan.provenance, **facts}), degrees, schedule, layers, tuple(stages),
                       pricer.machine, global_batch, pricer.model.tokens, pricer.model.flops() * global_batch, memory,
-                      StepTimes(kernels, axes, optimizer, pipeline, bubble), dict(pricer.origins))
+                      StepTimes(kernels, axes, optimizer, pipeline, bubble), dict(pricer.origins), recompute)

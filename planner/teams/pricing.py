@@ -2,7 +2,9 @@
 
 Compute comes from profiles of modes (traced where the graph has them and kernels are eager, else estimated from shapes)
 by a roofline below peaks; collectives by the cluster's levels. Nothing overlaps a collective of the tensor, context or
-expert axis. Copies (`zero` 3) gather a piece's parameters while the piece before computes.
+expert axis. With sharded gradients (`zero` 2) they are reduced in every microbatch beside the weight gradients; with
+sharded parameters (`zero` 3) these are gathered beside the forward and the backward. What is longer than the phase
+beside it shows.
 """
 
 from __future__ import annotations
@@ -194,14 +196,16 @@ class Pricer:
             spent = [collective_ns(self.machine.fabric, kind, amount, copies, stride) / 1e9 for kind, amount in (
                 (kinds.REDUCE_SCATTER if degrees.zero else kinds.ALL_REDUCE, parameters * GRADIENT_BYTES),
                 (kinds.ALL_GATHER, training if degrees.zero else 0), (kinds.ALL_GATHER, num_bytes))]
+            if degrees.zero < 2:
+                reduce += spent[0]
+            elif Phase.W in found:
+                found[Phase.W] = _beside(found[Phase.W], spent[0])
             if degrees.zero < 3:
-                reduce, gather = reduce + spent[0], gather + spent[1]
+                gather += spent[1]
                 continue
             for phase in (Phase.F, Phase.I):
                 if phase in found:
                     found[phase] = _beside(found[phase], spent[2])
-            if Phase.W in found:
-                found[Phase.W] = _beside(found[Phase.W], spent[0])
         bandwidth = float(self.machine.kind.bytes_per_s or 1) * self.machine.kind.achieved.memory
         return PieceCost(found[Phase.F], found.get(Phase.I), found.get(Phase.W), *kept, weights, gradients, state,
                          reduce, gather, touched / bandwidth)
