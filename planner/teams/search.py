@@ -26,10 +26,12 @@ from mipipe.planner.teams.space import Point, mode_costs, points
 from mipipe.planner.teams.stages import cut_pieces, stage_cost, team_problem
 
 RUNNERS = 3
-MASTER, ORDER = 0.6, 0.9
-"""Shares of the time limit after which no further degrees are tried, and at which the order level ends."""
-MIP_S = 2.0
-"""Seconds one master may take: most take less than one."""
+MASTER, POLISH, ORDER = 0.5, 0.7, 0.9
+"""Shares of the time limit after which no further degrees are tried, none solved finely, and no order searched."""
+QUICK, FINE = (1.0, 0.02), (3.0, 0.002)
+"""Seconds and gap of a master: when combinations are tried, and for the best of them."""
+POLISHED = 3
+"""Combinations that are solved finely, with every number of chunks."""
 SQUEEZES = 3
 """How often a master is solved again with as much less memory as its stages took too much when simulated."""
 CHUNKS = (1, 2, 4, 8)
@@ -107,9 +109,11 @@ def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamO
         tell(f"{number} of {len(waiting)} combinations, best {best:.4g} s")
         solved += 1
         cutoff = best if _distinct(results) > RUNNERS else 2 * best
-        for found in _solved(pricer, point, global_batch, options, cutoff, options.time_limit_s - spent):
-            results.append(found)
-            best = min(best, found.seconds)
+        for chunks in _chunks(pricer, point.degrees, global_batch, options)[:1]:
+            found = _solved(pricer, replace(point.degrees, chunks=chunks), global_batch, options, cutoff, QUICK)
+            if found is not None:
+                results.append(found)
+                best = min(best, found.seconds)
     else:
         number = len(waiting)
     if not results:
@@ -117,7 +121,7 @@ def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamO
             raise TimeUpError(f"no degrees evaluated within {options.time_limit_s:g} s; try a longer --time-limit")
         raise InfeasibleError(_why_none(pricer, count, options))
     bound = waiting[0].bound
-    results.sort(key=lambda found: found.seconds)
+    results = _polished(pricer, results, global_batch, options, began, tell)
     if options.order:
         results = _ordered(pricer, results, global_batch, options, began, tell)
     top = results[0]
@@ -133,29 +137,45 @@ def promise(pricer: Pricer, point: Point, global_batch: int) -> float:
     return point.bound * (1 + (degrees.ranks - 1) / (microbatches * chunks))
 
 
-def _solved(pricer: Pricer, point: Point, global_batch: int, options: TeamOptions, cutoff: float,
-            left: float) -> list[TeamResult]:
-    """What the master's stages take for one combination, with every number of chunks; those that fit."""
-    found: list[TeamResult] = []
-    degrees = point.degrees
+def _chunks(pricer: Pricer, degrees: Degrees, global_batch: int, options: TeamOptions) -> list[int]:
+    """Stages per rank that are possible, the most promising first: many, but two pieces in each where that may be."""
     microbatches = global_batch // (degrees.copies * degrees.microbatch)
-    for chunks in CHUNKS if degrees.ranks > 1 else (1,):
-        if options.given.get("chunks", chunks) != chunks or chunks * degrees.ranks > len(pricer.model.pieces) \
-                or (chunks > 1 and microbatches % degrees.ranks):
-            continue
-        made = replace(degrees, chunks=chunks)
-        least = min([cutoff, *(item.seconds for item in found)])
-        task, modes = chain_task(pricer, made, microbatches, options.recomputation)
-        for _ in range(SQUEEZES):
-            answer = stage_counts(task, time_limit_s=min(MIP_S, left), seed=options.seed,
-                                  cutoff=None if least == float("inf") else least)
-            result = None if answer is None else _evaluated(pricer, made, answer, modes, global_batch)
-            if result is None or not result.shortage:
+    pieces = len(pricer.model.pieces)
+    found = [chunks for chunks in (CHUNKS if degrees.ranks > 1 else (1,))
+             if options.given.get("chunks", chunks) == chunks and chunks * degrees.ranks <= pieces
+             and (chunks == 1 or microbatches % degrees.ranks == 0)]
+    return sorted(found, key=lambda chunks: (2 * chunks * degrees.ranks > pieces and chunks > 1, -min(chunks, 4)))
+
+
+def _solved(pricer: Pricer, degrees: Degrees, global_batch: int, options: TeamOptions, cutoff: float,
+            effort: tuple[float, float]) -> TeamResult | None:
+    """What the master's stages take for one combination; None where none fit or beat the cutoff."""
+    microbatches = global_batch // (degrees.copies * degrees.microbatch)
+    task, modes = chain_task(pricer, degrees, microbatches, options.recomputation)
+    for _ in range(SQUEEZES):
+        answer = stage_counts(task, time_limit_s=effort[0], gap=effort[1], seed=options.seed,
+                              cutoff=None if cutoff == float("inf") else cutoff)
+        result = None if answer is None else _evaluated(pricer, degrees, answer, modes, global_batch)
+        if result is None or not result.shortage:
+            return result
+        task = replace(task, memory=round(0.99 * task.memory - result.shortage))
+    return None
+
+
+def _polished(pricer: Pricer, results: list[TeamResult], global_batch: int, options: TeamOptions, began: float,
+              tell: Callable[[str], None]) -> list[TeamResult]:
+    """The results, the best combinations solved again finely and with every number of chunks."""
+    results = sorted(results, key=lambda found: found.seconds)
+    for item in results[:POLISHED]:
+        for chunks in _chunks(pricer, item.degrees, global_batch, options):
+            if time.monotonic() - began > POLISH * options.time_limit_s:
                 break
-            task = replace(task, memory=round(0.99 * task.memory - result.shortage))
-        if result is not None and not result.shortage:
-            found.append(result)
-    return found
+            degrees = replace(item.degrees, chunks=chunks, recompute="none")
+            tell(f"polishing {degrees.text()}")
+            better = _solved(pricer, degrees, global_batch, options, 1.05 * results[0].seconds, FINE)
+            if better is not None:
+                results.append(better)
+    return sorted(results, key=lambda found: found.seconds)
 
 
 def chain_task(pricer: Pricer, degrees: Degrees, microbatches: int,
