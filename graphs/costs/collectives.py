@@ -5,7 +5,8 @@ communication operations in MPICH", 2005; NCCL's double binary trees, 2018). A r
 the bytes once (gather, scatter) or twice (all-reduce) at the rate of its slowest hop; where k members of a unit (a
 host) are neighbours in the ring, k rings share the unit's k adapters, so the rate between units is k adapters', at most
 the rate within. Latencies: a hop of the slowest level for each of the ring's steps, or a tree's depth at every level.
-An all-to-all sends each peer its part: the slowest level decides, and every peer costs a message. Left out: contention
+An all-to-all sends each peer its part: the slowest level decides, and every peer costs a message. A row that several
+members of a unit get crosses to it once (DeepEP's dispatch; rows are taken as spread at random). Left out: contention
 of other axes for the same adapters, and reductions in the switch.
 """
 
@@ -51,7 +52,8 @@ class Fabric:
         return found
 
 
-def collective_ns(fabric: Fabric, kind: CollectiveKind, num_bytes: int, members: int, stride: int = 1) -> int:
+def collective_ns(fabric: Fabric, kind: CollectiveKind, num_bytes: int, members: int, stride: int = 1, *,
+                  fanout: float = 1.0) -> int:
     """Nanoseconds of one collective.
 
     Args:
@@ -60,12 +62,13 @@ def collective_ns(fabric: Fabric, kind: CollectiveKind, num_bytes: int, members:
         num_bytes: of the whole tensor, as `mipipe.graphs.modes.Collective` counts it.
         members: devices that take part.
         stride: how far apart they are in the order of devices.
+        fanout: of an all-to-all, how many of a member's rows are the same (a token for each of its experts).
     """
     if members < 2 or not num_bytes:
         return 0
     spans = fabric.counts(members, stride)
     if kind is CollectiveKind.ALL_TO_ALL:
-        return round(_all_to_all(spans, num_bytes, members))
+        return round(_all_to_all(spans, num_bytes, members, fanout))
     rate, inside = math.inf, 1
     for level, count in spans:
         if level.link.bytes_per_s is not None:
@@ -81,12 +84,13 @@ def collective_ns(fabric: Fabric, kind: CollectiveKind, num_bytes: int, members:
     return round(min(ring, 2 * depth + wire))
 
 
-def _all_to_all(spans: list[tuple[Level, int]], num_bytes: int, members: int) -> float:
+def _all_to_all(spans: list[tuple[Level, int]], num_bytes: int, members: int, fanout: float) -> float:
     slowest, inside, latency = 0.0, 1, 0
     for level, count in spans:
         peers = inside * (count - 1)
-        rate = level.link.bytes_per_s
-        slowest = max(slowest, 0.0 if rate is None else num_bytes * peers / members / rate * 1e9)
+        rate, units = level.link.bytes_per_s, members / inside
+        once = units * (1 - (1 - 1 / units) ** fanout) / fanout if inside > 1 else 1.0
+        slowest = max(slowest, 0.0 if rate is None else once * num_bytes * peers / members / rate * 1e9)
         latency, inside = max(latency, level.link.latency_ns), inside * count
     return slowest + latency + (members - 1) * MESSAGE_NS
 

@@ -186,8 +186,12 @@ def result_of(pricer: Pricer, degrees: Degrees, global_batch: int, plan: Plan, s
     optimizer, data = (sum(getattr(stage, name) for own in held for stage in own) / degrees.ranks
                        for name in ("optimizer", "exposed_data"))
     axes: dict[Axis, float] = {axis: mean(axis) + (data if axis == "data" else 0.0) for axis in AXES}
-    seconds = took.makespan_ns / 1e9
-    kernels = mean(None)
+    seconds, kernels = took.makespan_ns / 1e9, mean(None)
+    paired = plan.schedule.has_pairs
+    hidden = kernels + sum(axes.values()) + optimizer - sum(took.busy_ns) / 1e9 / degrees.ranks if paired else 0.0
+    if hidden > 0:  # overlapped pairs hide collectives behind kernels
+        shown = sum(axes.values())
+        axes = {axis: spent * max(0.0, 1 - hidden / shown) for axis, spent in axes.items()}
     pipeline = max(0.0, seconds - instant_ns / 1e9)
     bubble = seconds - kernels - sum(axes.values()) - optimizer - pipeline
     if bubble < 0:

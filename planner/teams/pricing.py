@@ -9,6 +9,7 @@ beside it shows.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -144,7 +145,7 @@ class Pricer:
                                             fp8_flops=machine.kind.peak("float8") if machine.fp8 else None,
                                             bytes_per_s=float(machine.kind.bytes_per_s or 1),
                                             launch_ns=machine.kind.launch_ns, count=count)
-                    cost = PhaseCost(seconds, self._talk(work.collectives, degrees, count))
+                    cost = PhaseCost(seconds, self._talk(work.collectives, degrees, count, self.fanout(member)))
                     found[phase] = found[phase].plus(cost) if phase in found else cost
             if self.model.index.runs(member, Phase.I) or self.model.index.runs(member, Phase.W):
                 kept += profile.kept.fi + profile.kept.fw
@@ -165,14 +166,24 @@ class Pricer:
         parts = degrees.context * (degrees.tensor if degrees.sequence else 1)
         return round(sum(trace.specs[name].num_bytes for name in trace.inputs) * count / parts)
 
-    def _talk(self, collectives: tuple[Collective, ...], degrees: Degrees, count: float) -> dict[Axis, float]:
+    def fanout(self, member: int) -> float:
+        """Experts per token of a segment with banks of experts; 1 for others."""
+        trace = self.model.index.traces[member]
+        rows = [item.outputs[0].shape[0] for item in trace.phase_operators(Phase.F) if "grouped_mm" in item.kind]
+        tokens = [math.prod(trace.specs[name].shape[:-1]) for name in trace.inputs
+                  if "float" in trace.specs[name].dtype and trace.specs[name].shape]
+        return max(1.0, rows[0] / max(tokens)) if rows and tokens and max(tokens) else 1.0
+
+    def _talk(self, collectives: tuple[Collective, ...], degrees: Degrees, count: float,
+              fanout: float) -> dict[Axis, float]:
         found: dict[Axis, float] = {}
         groups: dict[str, tuple[Axis, int, int]] = {
             "tensor": ("tensor", degrees.tensor, 1), "sequence": ("tensor", degrees.tensor, 1),
             "context": ("context", degrees.context, degrees.tensor), "expert": ("expert", degrees.expert, 1)}
         for item in collectives:
             axis, members, stride = groups[item.axis]
-            spent = collective_ns(self.machine.fabric, item.kind, round(item.num_bytes * count), members, stride)
+            spent = collective_ns(self.machine.fabric, item.kind, round(item.num_bytes * count), members, stride,
+                                  fanout=fanout)
             found[axis] = found.get(axis, 0.0) + item.count * spent / 1e9
         return found
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from mipipe.graphs.errors import ProblemError
 from mipipe.graphs.topology import Device, Link, Topology
-from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
+from mipipe.planner.problem import Group, GroupEdge, OverlapRule, PhaseTimes, PlanningProblem
 from mipipe.planner.teams.degrees import Degrees
 from mipipe.planner.teams.pieces import ModelPieces
 from mipipe.planner.teams.pricing import AXES, Axis, Machine, PhaseCost, PieceCost
@@ -155,7 +155,15 @@ def team_problem(model: ModelPieces, degrees: Degrees, machine: Machine, stages:
     link = Link() if instant else machine.fabric.link(stride).link
     name = f"{model.graph.model} on {degrees.devices} devices"
     return PlanningProblem(name, tuple(groups), tuple(_edges(model, degrees, stages)),
-                           Topology(devices, link, link), num_microbatches)
+                           Topology(devices, link, link), num_microbatches, overlap=overlap_rule(stages))
+
+
+def overlap_rule(stages: Sequence[StageCost]) -> OverlapRule:
+    """An overlapped forward and backward take the longer of their kernels and their collectives, as DualPipe hides one
+    behind the other. One ratio for all stages, that of the whole model: stages with fewer collectives gain less."""
+    kernels = sum(stage.spent(None) for stage in stages)
+    talk = sum(stage.spent(axis) for stage in stages for axis in AXES)
+    return OverlapRule(round(max(kernels, talk) / (kernels + talk) * 10**6), 10**6) if kernels else OverlapRule()
 
 
 def _edges(model: ModelPieces, degrees: Degrees, stages: Sequence[StageCost]) -> list[GroupEdge]:
