@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mipipe.cli.captured import captured, names_model
 from mipipe.cli.files import check_positive, open_any
@@ -19,7 +20,7 @@ from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import save
 from mipipe.graphs.units import format_bytes, parse_bytes
 from mipipe.planner.problems.on_cluster import graph_dtype
-from mipipe.planner.teams.degrees import RECOMPUTE, completed, parse_degrees
+from mipipe.planner.teams.degrees import RECOMPUTE, Recompute, completed, parse_degrees
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.pieces import model_pieces
 from mipipe.planner.teams.pricing import Machine, Pricer, check_machine
@@ -50,19 +51,21 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
     pricer = Pricer(model_pieces(model), machine)
     devices = described.topology.num_devices
     layers = None if request.layers is None else _layers(request.layers)
-    product = given.get("ranks", 1) * given.get("tensor", given.get("sequence", 1)) * given.get("context", 1) * given.get(
-        "copies", 1)
-    full = request.schedule is not None or layers is not None or (bool(given) and product == devices)
+    sizes = [given.get("tensor", given.get("sequence", 1)),
+             *(given.get(name, 1) for name in ("ranks", "context", "copies"))]
+    full = request.schedule is not None or layers is not None or (bool(given) and math.prod(sizes) == devices)
     console = stdout()
     if full:
-        degrees = completed(given, devices, request.microbatch or 1, request.recomputation or "none")  # type: ignore[arg-type]
+        again = cast("Recompute", request.recomputation or "none")
+        degrees = completed(given, devices, request.microbatch or 1, again)
         result = evaluate_teams(pricer, degrees, request.global_batch, layers=layers,
                                 schedule=request.schedule or ("interleaved" if degrees.chunks > 1 else "1F1B"))
         found = None
     else:
         from mipipe.planner.teams.search import TeamOptions, search_teams
 
-        options = TeamOptions(given, request.microbatch, request.recomputation, time_limit, seed)  # type: ignore[arg-type]
+        options = TeamOptions(given, request.microbatch, cast("Recompute | None", request.recomputation), time_limit,
+                              seed)
         with progress("planning") as update:
             found = search_teams(pricer, devices, request.global_batch, options, update)
         result = found.best
@@ -104,7 +107,8 @@ def _graph(graph: str, seq: int | None, dtype: str | None, settings: list[str], 
     """The operator graph of a file, or of a model captured with one sequence a microbatch."""
     if not names_model(graph):
         if seq is not None:
-            raise InputError(f"{graph}: --seq is for models that are captured on the way; this file is captured already")
+            raise InputError(f"{graph}: --seq is for models that are captured on the way; this file is captured"
+                             " already")
         found: OperatorGraph = open_any(Path(graph), OperatorGraph)
         return found, ""
     kept = None if dtype in ("fp8", "float8") else dtype

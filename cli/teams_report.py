@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from mipipe.graphs.serialize import to_data
 from mipipe.graphs.units import format_bytes
 
 if TYPE_CHECKING:
@@ -23,9 +25,9 @@ def print_team(console: Console, result: TeamResult, how: str) -> None:
     say(f"{result.plan.problem.name}: {how}")
     say(f"degrees: {degrees.text()} (mesh, fastest axis first: {mesh(result)}); microbatch {degrees.microbatch},"
         f" {result.plan.problem.num_microbatches} microbatches; {zero_text(degrees.zero)};"
-        f" recomputation {degrees.recompute}")
-    say(f"stages: {len(result.layers)} on {degrees.ranks} rank{'s' * (degrees.ranks > 1)}, {result.schedule}; layers per"
-        f" stage {layers_text(result.layers)}")
+        f" recomputation {recompute_text(result)}")
+    say(f"stages: {len(result.layers)} on {degrees.ranks} rank{'s' * (degrees.ranks > 1)}, {result.schedule}; layers"
+        f" per stage {layers_text(result.layers)}")
     rate = result.tokens_per_s_per_device
     say(f"step {result.seconds:.4g} s" + ("" if rate is None else f", {rate:,.0f} tokens/s per device")
         + f", model FLOP utilisation {result.utilisation:.1%} of the {precision(result)} peak")
@@ -53,6 +55,14 @@ def mesh(result: TeamResult) -> str:
             ("copies", degrees.copies), ("ranks", degrees.ranks)]
     text = " x ".join(f"{name} {size}" for name, size in axes if size > 1) or "one device"
     return text + (f"; experts over {degrees.expert} neighbours" if degrees.expert > 1 else "")
+
+
+def recompute_text(result: TeamResult) -> str:
+    """What runs again, with the layers of each kind where these differ."""
+    pieces = Counter(result.recompute)
+    if len(pieces) < 2:
+        return result.degrees.recompute
+    return ", ".join(f"{mode} in {count}" for mode, count in pieces.most_common()) + " pieces"
 
 
 def zero_text(zero: int) -> str:
@@ -124,13 +134,13 @@ def team_data(result: TeamResult) -> dict[str, Any]:
     """One configuration as JSON data."""
     degrees, times = result.degrees, result.times
     return {
-        "degrees": {name: getattr(degrees, name) for name in ("ranks", "tensor", "sequence", "context", "expert", "copies",
-                                                              "chunks", "microbatch", "zero", "recompute")},
+        "degrees": to_data(degrees),
         "mesh": mesh(result), "schedule": result.schedule, "layers_per_stage": list(result.layers),
         "microbatches": result.plan.problem.num_microbatches, "global_batch": result.global_batch,
         "step_s": result.seconds, "tokens_per_s_per_device": result.tokens_per_s_per_device,
         "model_flop_utilisation": result.utilisation, "precision": precision(result), "model_flops": result.flops,
-        "times": {"kernels": times.kernels, **{f"{axis}_communication": seconds for axis, seconds in times.axes.items()},
+        "times": {"kernels": times.kernels,
+                  **{f"{axis}_communication": seconds for axis, seconds in times.axes.items()},
                   "pipeline_communication": times.pipeline, "bubble": times.bubble, "optimizer": times.optimizer},
         "memory": [{"rank": rank, "weights_bytes": item.weights, "gradients_bytes": item.gradients,
                     "optimizer_bytes": item.state, "activations_bytes": item.activations, "peak_bytes": item.peak,
@@ -146,6 +156,7 @@ def print_runners(console: Console, found: Found) -> None:
     say(found.bound_text())
     for result, why in found.runners:
         say(f"next: {result.degrees.text()}, microbatch {result.degrees.microbatch}, recomputation"
-            f" {result.degrees.recompute}: {result.seconds:.4g} s ({result.seconds / found.best.seconds - 1:+.1%}): {why}")
+            f" {recompute_text(result)}: {result.seconds:.4g} s ({result.seconds / found.best.seconds - 1:+.1%}):"
+            f" {why}")
     for line in found.notes:
         say(line)

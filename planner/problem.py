@@ -67,8 +67,8 @@ class Group:
     is what stays between F and RECOMPUTE if the group's F is run again before its I (None: not offered). ``loads``
     gives the relative size of each microbatch for this group (1.0: as traced); it multiplies durations, saved bytes and
     the bytes of the values the group makes, and () means all 1.0. ``single``: one replica only, as its F changes
-    buffers that the next microbatch reads (batch statistics). ``update_ns``: what the group's parameters take at the end
-    of a step on each of its ranks, whatever the device kind.
+    buffers that the next microbatch reads (batch statistics). ``update_ns``: what the group's parameters take at the
+    end of a step on each of its ranks, whatever the device kind.
     """
 
     __pydantic_config__: ClassVar = STRICT

@@ -49,7 +49,7 @@ class Achieved:
 
 
 def phase_seconds(work: PhaseWork, achieved: Achieved, *, flops: float, fp8_flops: float | None, bytes_per_s: float,
-                  launch_ns: int, count: int = 1) -> float:
+                  launch_ns: int, count: float = 1) -> float:
     """Seconds of one phase of a segment on one member, without its collectives.
 
     A product takes the longest of its flops at the share it reaches, its bytes and a launch (a roofline); the other

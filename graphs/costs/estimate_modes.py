@@ -3,7 +3,8 @@
 Which products and values a team shares follows from the structural rule (`mipipe.graphs.costs.split_rules`); what they
 take is divided by the degrees that divide them. Collectives are those of the published recipes:
 
-- ``tensor``: one all-reduce of the result after the products by rows, one of the input's gradient (Shoeybi et al., 2019);
+- ``tensor``: one all-reduce of the result after the products by rows, one of the input's gradient (Shoeybi et al.,
+  2019);
 - ``sequence``: an all-gather and a reduce-scatter in their place, and activations between blocks in parts (Korthikanti
   et al., "Reducing activation recomputation in large transformer models", MLSys 2023);
 - experts: tokens sent to their experts and back, forward and backward (Lepikhin et al., "GShard", ICLR 2021); every

@@ -45,7 +45,7 @@ def split_rules(trace: SegmentTrace, role: Role) -> SplitRules:
     """The rules for one trace; ``role`` tells a head or an embedding from a product that stays whole."""
     makers = {operator.name: operator for operator in trace.operators}
     products = _products(trace, makers)
-    cuts: dict[str, Cut] = {name: "whole" for name in trace.parameters}
+    cuts: dict[str, Cut] = dict.fromkeys(trace.parameters, "whole")
     forward = {name: parameter for name, parameter in products.items() if makers[name].phase is Phase.F}
     for name, parameter in forward.items():
         if "grouped_mm" in makers[name].kind:
@@ -100,8 +100,8 @@ def _pair(trace: SegmentTrace, forward: dict[str, str], left: list[str], cuts: d
     """Rows and columns in pairs from the end of the segment, into ``cuts``."""
     before: dict[str, frozenset[str]] = {}
     for operator in trace.phase_operators(Phase.F):
-        above = frozenset[str]().union(*(before.get(name, frozenset()) for name in operator.inputs))
-        before[operator.name] = above | {operator.name} if operator.name in forward else above
+        sources = frozenset[str]().union(*(before.get(name, frozenset()) for name in operator.inputs))
+        before[operator.name] = sources | {operator.name} if operator.name in forward else sources
     while left:
         last = [name for name in left if not any(name in before[other] and name != other for other in left)]
         above = [name for name in left if any(name in before[row] and name != row for row in last)]
@@ -109,7 +109,8 @@ def _pair(trace: SegmentTrace, forward: dict[str, str], left: list[str], cuts: d
         if not near:
             return
         rows = [row for row in last if any(name in before[row] for name in near)]
-        cuts |= {forward[name]: "rows" for name in rows} | {forward[name]: "columns" for name in near}
+        cuts.update({forward[name]: "rows" for name in rows})
+        cuts.update({forward[name]: "columns" for name in near})
         done = set(last) | set(near)
         left[:] = [name for name in left if name not in done]
 

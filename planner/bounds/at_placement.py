@@ -88,7 +88,7 @@ def heads_and_tails(jobs: Jobs) -> tuple[list[int], list[int]]:
 
 
 def reduce_tails(jobs: Jobs, tails: list[int]) -> None:
-    """Raise the tails, in place, by what ends a step: a reduction follows the weight gradients of replicated stages, and
+    """Raise the tails, in place, by what ends a step: a reduction follows the weight gradients of replicated stages,
     a rank's update all its jobs."""
     for _, members, duration in jobs.compiled.reductions:
         for job in members:

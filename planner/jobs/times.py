@@ -189,7 +189,7 @@ def run_orders(compiled: ActionNodes, orders: Sequence[Sequence[int]]) -> Evalua
 
 def _reduce(compiled: ActionNodes, orders: Sequence[Sequence[int]], starts: list[int],
             makespan: int) -> tuple[list[tuple[int, int, int]], int]:
-    """Append the gradient reductions on the collective streams, in the order in which they become ready, and updates."""
+    """Append the gradient reductions on the collective streams, in the order in which they become ready; updates."""
     updates = compiled.view.updates_ns()
     if not compiled.reductions and not any(updates):
         return [], makespan

@@ -23,7 +23,6 @@ Stage s is on rank s mod P (one chunk per rank: a chain; more: interleaved). The
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyomo.environ as pyo

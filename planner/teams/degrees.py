@@ -86,8 +86,8 @@ def parse_degrees(text: str) -> dict[str, int]:
             raise InputError(f"--degrees: {name} is given twice")
         found[name] = int(value)
     if "tensor" in found and "sequence" in found:
-        raise InputError("--degrees: tensor and sequence are one axis; sequence=8 divides what tensor=8 divides, and the"
-                         " activations between blocks too")
+        raise InputError("--degrees: tensor and sequence are one axis; sequence=8 divides what tensor=8 divides, and"
+                         " the activations between blocks too")
     return found
 
 

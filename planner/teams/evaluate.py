@@ -18,7 +18,7 @@ from mipipe.planner.plan import Plan
 from mipipe.planner.schedules import Baseline, PhaseTimes
 from mipipe.planner.schedules.one_f_one_b import interleaved, one_f_one_b
 from mipipe.planner.teams.degrees import Degrees, Recompute
-from mipipe.planner.teams.pieces import ModelPieces, check_fits
+from mipipe.planner.teams.pieces import check_fits
 from mipipe.planner.teams.pricing import AXES, Axis, Machine, PieceCost, Pricer
 from mipipe.planner.teams.stages import StageCost, cut_pieces, even_layers, stage_cost, team_problem
 

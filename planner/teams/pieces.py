@@ -72,7 +72,8 @@ def model_pieces(graph: OperatorGraph) -> ModelPieces:
         else:
             runs.append((key, [number]))
     kinds: dict[Any, int] = {}
-    pieces, first = [], []
+    pieces: list[Piece] = []
+    first: list[Piece] = []
     for (branch, layer), members in runs:
         signature = tuple((graph.segments[at].trace, graph.segments[at].tags.role, *(index.runs(at, phase)
                            for phase in Phase)) for at in members)

@@ -1,7 +1,7 @@
 """What a piece costs a member of a team: seconds of each phase by what they go into, and bytes.
 
-Compute comes from profiles of modes (traced where the graph has them and kernels are eager, else estimated from shapes)
-by a roofline below peaks; collectives by the cluster's levels. Nothing overlaps a collective of the tensor, context or
+Compute comes from profiles of modes (traced where the graph has them, else estimated from shapes) by a roofline below
+peaks; collectives by the cluster's levels. Nothing overlaps a collective of the tensor, context or
 expert axis. With sharded gradients (`zero` 2) they are reduced in every microbatch beside the weight gradients; with
 sharded parameters (`zero` 3) these are gathered beside the forward and the backward. What is longer than the phase
 beside it shows.
@@ -124,13 +124,15 @@ class Pricer:
         key = trace.digest, (role, degrees.split), again
         if key in self._profiles:
             return self._profiles[key]
-        plain = degrees.context == degrees.expert == 1 and degrees.tensor > 1 and not again and not self.machine.fused
+        estimate = estimated_profile(trace, role, degrees.split, fused=self.machine.fused, attention_again=again)
+        plain = degrees.context == degrees.expert == 1 and degrees.tensor > 1 and not again
         modes = self.model.graph.modes
         found = modes.find(trace.digest, degrees.split.mode, degrees.tensor) if plain and modes is not None else None
         self.origins["traced" if found is not None else "estimated from shapes"] += 1
-        self._profiles[key] = found or estimated_profile(trace, role, degrees.split, fused=self.machine.fused,
-                                                         attention_again=again)
-        return self._profiles[key]
+        if found is not None:
+            estimate = fused_like(found, estimate) if self.machine.fused else found
+        self._profiles[key] = estimate
+        return estimate
 
     def _price(self, kind: int, degrees: Degrees) -> PieceCost:
         piece, machine = self.model.kinds[kind], self.machine
@@ -170,9 +172,9 @@ class Pricer:
         """Experts per token of a segment with banks of experts; 1 for others."""
         trace = self.model.index.traces[member]
         rows = [item.outputs[0].shape[0] for item in trace.phase_operators(Phase.F) if "grouped_mm" in item.kind]
-        tokens = [math.prod(trace.specs[name].shape[:-1]) for name in trace.inputs
-                  if "float" in trace.specs[name].dtype and trace.specs[name].shape]
-        return max(1.0, rows[0] / max(tokens)) if rows and tokens and max(tokens) else 1.0
+        floats = [trace.specs[name].shape for name in trace.inputs if "float" in trace.specs[name].dtype]
+        tokens = max((math.prod(shape[:-1]) for shape in floats if shape), default=0)
+        return max(1.0, rows[0] / tokens) if rows and tokens else 1.0
 
     def _talk(self, collectives: tuple[Collective, ...], degrees: Degrees, count: float,
               fanout: float) -> dict[Axis, float]:
@@ -220,6 +222,17 @@ class Pricer:
         bandwidth = float(self.machine.kind.bytes_per_s or 1) * self.machine.kind.achieved.memory
         return PieceCost(found[Phase.F], found.get(Phase.I), found.get(Phase.W), *kept, weights, gradients, state,
                          reduce, gather, touched / bandwidth)
+
+
+def fused_like(traced: ModeProfile, estimate: ModeProfile) -> ModeProfile:
+    """A traced profile with the elementwise bytes, kernels and kept tensors of one estimated with fused kernels."""
+    phases = {}
+    for phase, work in traced.phases.items():
+        other = estimate.phases.get(phase, work)
+        apart = other.bytes_moved - sum(item.bytes_moved * item.count for item in other.products)
+        phases[phase] = replace(work, kernels=other.kernels, bytes_moved=max(0, apart) + sum(
+            item.bytes_moved * item.count for item in work.products))
+    return replace(traced, phases=phases, kept=estimate.kept)
 
 
 def _beside(cost: PhaseCost, seconds: float) -> PhaseCost:

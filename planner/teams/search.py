@@ -69,13 +69,14 @@ class Found:
 
     def how(self) -> str:
         """How the best was found, in a few words."""
-        return (f"best of {self.combinations:,} combinations of degrees ({self.fitting:,} may fit, {self.solved} solved)"
-                f" in {self.seconds:.1f} s")
+        return (f"best of {self.combinations:,} combinations of degrees ({self.fitting:,} may fit, {self.solved}"
+                f" solved) in {self.seconds:.1f} s")
 
     def bound_text(self) -> str:
         """Step, bound and gap."""
         shown = "proven optimal" if self.gap < 5e-5 else f"gap {self.gap:.1%}"
-        return f"step {self.best.seconds:.4g} s, bound over all degrees, placements and orders {self.bound:.4g} s ({shown})"
+        return (f"step {self.best.seconds:.4g} s, bound over all degrees, placements and orders {self.bound:.4g} s"
+                f" ({shown})")
 
     def data(self, told: Callable[[TeamResult], dict[str, Any]]) -> dict[str, Any]:
         """As JSON data, beside the best's own."""
@@ -253,7 +254,7 @@ def _ordered(pricer: Pricer, results: list[TeamResult], global_batch: int, optio
 
 
 def _order(pricer: Pricer, item: TeamResult, global_batch: int, seconds: float, seed: int) -> TeamResult | None:
-    """The order level on the stages of a result, weight gradients as actions of their own; None where it has no plan."""
+    """The order level on the stages of a result, weight gradients on their own; None where it has no plan."""
     degrees = item.degrees
     costs = piece_costs(pricer, degrees, item.recompute)
     pieces = cut_pieces(pricer.model, item.layers)
@@ -265,8 +266,8 @@ def _order(pricer: Pricer, item: TeamResult, global_batch: int, seconds: float, 
     if solved.plan is None:
         return None
     instant = round(1e9 * (item.seconds - item.times.pipeline))
-    return result_of(pricer, degrees, global_batch, solved.plan, stages, f"planned order ({solved.plan.placement.name})",
-                     item.layers, instant, item.recompute)
+    name = f"planned order ({solved.plan.placement.name})"
+    return result_of(pricer, degrees, global_batch, solved.plan, stages, name, item.layers, instant, item.recompute)
 
 
 def _axes(result: TeamResult) -> tuple[int, ...]:
@@ -281,7 +282,7 @@ def _distinct(results: list[TeamResult]) -> int:
 def _runners(results: list[TeamResult]) -> list[tuple[TeamResult, str]]:
     """The best of other degrees, each with the parts of a step in which it loses most."""
     top, seen = results[0], {_axes(results[0])}
-    found = []
+    found: list[tuple[TeamResult, str]] = []
     for item in results[1:]:
         if _axes(item) in seen or len(found) == RUNNERS:
             continue

@@ -61,7 +61,8 @@ def all_degrees(model: ModelPieces, devices: int, global_batch: int, given: Mapp
                             yield from _batches(replace(base, expert=expert), global_batch, given, microbatch)
 
 
-def _batches(degrees: Degrees, global_batch: int, given: Mapping[str, int], microbatch: int | None) -> Iterator[Degrees]:
+def _batches(degrees: Degrees, global_batch: int, given: Mapping[str, int],
+             microbatch: int | None) -> Iterator[Degrees]:
     shared = degrees.copies * degrees.context > 1
     for size in divisors(global_batch // degrees.copies):
         if microbatch in (None, size):
@@ -92,8 +93,8 @@ def bound_of(pricer: Pricer, degrees: Degrees, global_batch: int, recomputation:
     """Seconds below which no placement of pieces on these ranks is, in any order; None where memory never suffices.
 
     The ranks together do all work of all microbatches and the optimizer's; the busiest does at least its share, and at
-    least the largest piece. Before it begins, another rank has done a forward (all ranks but one). What a piece keeps of
-    a microbatch stays at least as long as the microbatch takes from there to the end of the model and back, so bytes
+    least the largest piece. Before it begins, another rank has done a forward (all ranks but one). What a piece keeps
+    of a microbatch stays at least as long as the microbatch takes from there to the end of the model and back, so bytes
     times seconds of all that is kept are within what all ranks have left for as long as the step takes (Little's law);
     and when a microbatch's last forward ends, all it keeps is there at once. Recomputation trades one for the other,
     piece by piece: any weighted mean of the bounds, with any price on the last, least over the modes of every piece, is

@@ -1,9 +1,9 @@
 """Stages of teams as an ordinary planning problem: a rank is a team, a group is a stage's run of pieces.
 
-The problem is that of one member of every team: all members do the same. Its devices are teams with one member's memory;
-the link between two ranks is that of members of equal index. Where the schedule has whole backwards (B), they run layer
-by layer, so what stays between I and W is one piece's at a time and counts as workspace; schedules that put W off keep
-it for the whole stage. Gradients are reduced over copies while the last microbatch's backward goes on, and updated
+The problem is that of one member of every team: all members do the same. Its devices are teams with one member's
+memory; the link between two ranks is that of members of equal index. Where the schedule has whole backwards (B), they
+run layer by layer, so what stays between I and W is one piece's at a time and counts as workspace; schedules that put W
+off keep it for the whole stage. Gradients are reduced over copies while the last microbatch's backward goes on, and updated
 parameters gathered while the first forward does; the update has what neither hides.
 """
 
@@ -60,7 +60,8 @@ def cut_pieces(model: ModelPieces, layers: Sequence[int]) -> list[tuple[int, ...
     """
     total = len(model.layers)
     if sum(layers) != total or min(layers) < 0:
-        raise ProblemError(f"--layers-per-stage: {sum(layers)} layers in {len(layers)} stages, but the model has {total}")
+        raise ProblemError(f"--layers-per-stage: {sum(layers)} layers in {len(layers)} stages, but the model has"
+                           f" {total}")
     found: list[list[int]] = [[] for _ in layers]
     stage, room = 0, layers[0]
     for number, piece in enumerate(model.pieces):
@@ -106,8 +107,8 @@ def stage_cost(costs: Sequence[PieceCost], pieces: Sequence[int], machine: Machi
     assert phases[0] is not None
     workspace = max((cost.again + (0 if split else cost.late) for cost in own), default=0)
     return StageCost(tuple(pieces), (phases[0], phases[1], phases[2]), sum(cost.kept for cost in own),
-                     sum(cost.late for cost in own) if split else 0, workspace, *(
-                         sum(getattr(cost, name) for cost in own) for name in ("weights", "gradients", "state")),
+                     sum(cost.late for cost in own) if split else 0, workspace, sum(cost.weights for cost in own),
+                     sum(cost.gradients for cost in own), sum(cost.state for cost in own),
                      exposed_reduction(own) + exposed_gather(own) if first_chunk else 0.0,
                      sum(cost.optimizer for cost in own))
 
