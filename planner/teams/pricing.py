@@ -18,6 +18,7 @@ from mipipe.graphs.cluster import DeviceKind
 from mipipe.graphs.costs.collectives import Fabric, collective_ns
 from mipipe.graphs.costs.efficiency import phase_seconds
 from mipipe.graphs.costs.estimate_modes import estimated_profile
+from mipipe.graphs.costs.split_rules import ATTENTION
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.modes import Collective, CollectiveKind, ModeProfile
 from mipipe.graphs.operator_graph import DTYPE_BYTES, Phase
@@ -130,7 +131,7 @@ class Pricer:
         found = modes.find(trace.digest, degrees.split.mode, degrees.tensor) if plain and modes is not None else None
         self.origins["traced" if found is not None else "estimated from shapes"] += 1
         if found is not None:
-            estimate = fused_like(found, estimate) if self.machine.fused else found
+            estimate = with_estimates(found, estimate, self.machine.fused)
         self._profiles[key] = estimate
         return estimate
 
@@ -224,15 +225,19 @@ class Pricer:
                          reduce, gather, touched / bandwidth)
 
 
-def fused_like(traced: ModeProfile, estimate: ModeProfile) -> ModeProfile:
-    """A traced profile with the elementwise bytes, kernels and kept tensors of one estimated with fused kernels."""
+def with_estimates(traced: ModeProfile, estimate: ModeProfile, fused: bool) -> ModeProfile:
+    """A traced profile with what the estimate knows better: attention under a causal mask at half its products, and,
+    where kernels are fused, elementwise bytes, kernels and kept tensors."""
     phases = {}
     for phase, work in traced.phases.items():
         other = estimate.phases.get(phase, work)
-        apart = other.bytes_moved - sum(item.bytes_moved * item.count for item in other.products)
-        phases[phase] = replace(work, kernels=other.kernels, bytes_moved=max(0, apart) + sum(
-            item.bytes_moved * item.count for item in work.products))
-    return replace(traced, phases=phases, kept=estimate.kept)
+        products = (*(item for item in work.products if not item.kind.startswith(ATTENTION)),
+                    *(item for item in other.products if item.kind.startswith(ATTENTION)))
+        rest = other if fused else work
+        apart = rest.bytes_moved - sum(item.bytes_moved * item.count for item in rest.products)
+        phases[phase] = replace(work, products=products, kernels=rest.kernels, bytes_moved=max(0, apart) + sum(
+            item.bytes_moved * item.count for item in products))
+    return replace(traced, phases=phases, kept=estimate.kept if fused else traced.kept)
 
 
 def _beside(cost: PhaseCost, seconds: float) -> PhaseCost:

@@ -2,9 +2,9 @@
 
 The problem is that of one member of every team: all members do the same. Its devices are teams with one member's
 memory; the link between two ranks is that of members of equal index. Where the schedule has whole backwards (B), they
-run layer by layer, so what stays between I and W is one piece's at a time and counts as workspace; schedules that put W
-off keep it for the whole stage. Gradients are reduced over copies while the last microbatch's backward goes on, and updated
-parameters gathered while the first forward does; the update has what neither hides.
+run layer by layer, so what stays between I and W is one piece's at a time and counts as workspace; schedules that put
+W off keep it for the whole stage. Gradients are reduced over copies while the last microbatch's backward goes on, and
+updated parameters gathered while the first forward does; the update has what neither hides.
 """
 
 from __future__ import annotations
