@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mipipe.cli.modes import add_modes, captured_graph, parse_modes
 from mipipe.cli.output import Json, check_files, emit, log, progress, stdout
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import yaml_value
@@ -17,7 +18,8 @@ EXAMPLE = "mipipe capture examples/qwen3_moe_tiny --seq 64 --batch 2 -o graph.js
 def capture(
     source: Annotated[str, typer.Argument(
         metavar="SOURCE", help="A folder with a transformers config.json (or the file), a transformers class name,"
-                               " package.module:factory, or an exported .pt2 program.")],
+                               " package.module:factory, or an exported .pt2 program; with --modes also a graph"
+                               " captured before.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The operator graph to write.")],
     seq: Annotated[int, typer.Option(help="Tokens per sequence.", min=1)] = 128,
     batch: Annotated[int, typer.Option(help="Sequences per microbatch.", min=1)] = 1,
@@ -52,11 +54,17 @@ def capture(
     verify: Annotated[bool | None, typer.Option(
         "--verify/--no-verify", help="Compare loss and every gradient with eager autograd on one microbatch (default:"
                                      " where that takes seconds).", show_default=False)] = None,
+    modes: Annotated[str | None, typer.Option(
+        metavar="MODE,...", help="Find out what members of a team compute, send and keep in these modes: tensor,"
+                                 " sequence, batch, expert, context. With --team.", show_default=False)] = None,
+    team: Annotated[str | None, typer.Option(
+        metavar="SIZE,...", help="With --modes: devices of a team, such as 4, or 2,4,8.", show_default=False)] = None,
     json_output: Json = False,
 ) -> None:
     """Capture a model's training step as an operator graph: forward, input and weight gradients."""
     check_files(output=output)
     overrides = parse_settings(settings or [])
+    names, sizes = parse_modes(modes, team)
     if loads is not None and expert_parallel < 2:
         raise InputError("--loads weighs the costs of expert parallelism: give --expert-parallel RANKS with it")
     with progress(f"capturing {source}") as update:
@@ -69,12 +77,12 @@ def capture(
         from mipipe.planner.experts.files import read_loads
 
         measured = None if loads is None else read_loads(loads).loads
-        graph = capture_model(source, seq=seq, batch=batch, dtype=dtype, overrides=overrides, images=images,
-                              image=image, frames=frames, expert_groups=expert_groups, expert_parallel=expert_parallel,
-                              expert_loads=measured, freeze=freeze or (), inputs=inputs,
-                              granularity=granularity,  # type: ignore[arg-type]
-                              patterns=None if tags is None else load_patterns(tags), verify=verify,
-                              progress=update)
+        graph = captured_graph(source, bool(names)) or capture_model(
+            source, seq=seq, batch=batch, dtype=dtype, overrides=overrides, images=images, image=image, frames=frames,
+            expert_groups=expert_groups, expert_parallel=expert_parallel, expert_loads=measured, freeze=freeze or (),
+            inputs=inputs, granularity=granularity,  # type: ignore[arg-type]
+            patterns=None if tags is None else load_patterns(tags), verify=verify, progress=update)
+        graph = add_modes(graph, names, sizes, update)
         save(graph, output)
     for text in warnings_of(graph):
         log(f"warning: {text}")
@@ -86,6 +94,9 @@ def capture(
     console = stdout()
     print_rows(console, summary_rows(graph))
     console.print(headline(graph))
+    if graph.modes is not None:
+        found = ", ".join(f"{mode} on {size}" for mode, size in graph.modes.teams)
+        console.print(f"modes: {found} (mipipe show {output} --modes {graph.modes.teams[0][1]})", soft_wrap=True)
     console.print(f"wrote {output}")
 
 

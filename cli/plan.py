@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
     from mipipe.planner.options import PlanOptions
     from mipipe.planner.pareto import ParetoPoint
+    from mipipe.planner.plan import Plan
     from mipipe.planner.problem import PlanningProblem
     from mipipe.planner.solve import Progress, SolveResult
 
 EXAMPLE = "mipipe plan examples/qwen3_moe_tiny --cluster examples/cluster_8xh100.yaml -o plan.json"
 
+_TEAMS = "Teams of devices (tensor, context, expert and data parallelism around the pipeline)"
 _CAPTURE = "Models that are captured on the way (mipipe capture has more options)"
 
 
@@ -83,6 +85,29 @@ def plan(
                                                               " $XDG_CACHE_HOME/mipipe, as long as the model's files,"
                                                               " options and versions are the same).",
                                            rich_help_panel=_CAPTURE)] = False,
+    degrees: Annotated[str | None, typer.Option(
+        help="Degrees that are fixed, such as tensor=8,ranks=4,copies=2 (ranks, tensor or sequence, context, expert,"
+             " copies, chunks, zero); what multiplies to all devices is evaluated, else the rest is searched.",
+        rich_help_panel=_TEAMS)] = None,
+    global_batch: Annotated[int | None, typer.Option("--global-batch", help="Sequences of one step over all copies.",
+                                                     rich_help_panel=_TEAMS)] = None,
+    devices: Annotated[int | None, typer.Option(help="Devices, in place of --cluster.", rich_help_panel=_TEAMS)] = None,
+    kind: Annotated[str | None, typer.Option(help="With --devices: their kind, such as h100.",
+                                             rich_help_panel=_TEAMS)] = None,
+    per_host: Annotated[int, typer.Option("--per-host", help="With --devices: how many share a host's fast links.",
+                                          min=1, rich_help_panel=_TEAMS)] = 8,
+    microbatch: Annotated[int | None, typer.Option(help="Sequences per microbatch of one copy.",
+                                                   rich_help_panel=_TEAMS)] = None,
+    layers_per_stage: Annotated[str | None, typer.Option("--layers-per-stage", help="Evaluate these stages: 9,9,8 or"
+                                                                                    " 9x7,8.",
+                                                         rich_help_panel=_TEAMS)] = None,
+    schedule: Annotated[str | None, typer.Option(help="Evaluate a published schedule: 1f1b, interleaved, zb-h1, ...",
+                                                 rich_help_panel=_TEAMS)] = None,
+    recomputation: Annotated[str | None, typer.Option(help="What runs again in the backward: none, selective"
+                                                           " (attention), full (layers).",
+                                                      rich_help_panel=_TEAMS)] = None,
+    eager: Annotated[bool, typer.Option("--eager", help="Count one kernel per operator, not fused ones.",
+                                        rich_help_panel=_TEAMS)] = False,
     time_limit: TimeLimit = 60.0,
     seed: Seed = 0,
     html_file: Html = None,
@@ -91,6 +116,22 @@ def plan(
 ) -> None:
     """Plan a training step: placement, order of work, and a bound. Ctrl-C (or SIGTERM) keeps the best plan so far."""
     check_files(output=output, html=html_file, trace=trace_file, save_graph=save_graph)
+    from mipipe.cli.team_request import TeamRequest
+
+    request = TeamRequest(degrees, devices, kind, per_host, global_batch, microbatch, layers_per_stage, schedule,
+                          recomputation, eager)
+    if request.given:
+        from mipipe.cli.teams import plan_teams
+
+        _refuse({"--microbatches": microbatches, "--groups": groups, "--granularity": granularity, "--costs": costs,
+                 "--experts": experts, "--sizes": sizes, "--activations": activations, "--batch": batch,
+                 "--exportable": exportable, "--pareto": pareto, "--recompute": recompute, "--explain": explain,
+                 "--placement": placement != "free", "--objective": objective != "makespan",
+                 "--optimizer": optimizer not in ("auto", "adamw_mixed")})
+        plan_teams(graph, request, cluster=cluster, memory=memory, seq=seq, dtype=dtype, settings=settings or [],
+                   use_cache=not no_cache, save_graph=save_graph, output=output, time_limit=time_limit, seed=seed,
+                   draw=lambda found: _draw(found.plan, html_file, trace_file), json_output=json_output)
+        return
     from mipipe.cli.captured import captured, names_model, refuse_capture_options
     from mipipe.cli.inputs import check_cluster, read_problem
     from mipipe.cli.panels import write_files
@@ -159,6 +200,22 @@ def plan(
     kept = save_graph or (None if model is None else model.path)
     for line in next_steps(output, Path(graph) if model is None else kept, facts):
         console.print(line, style="dim", soft_wrap=True, markup=False)
+
+
+def _refuse(options: dict[str, Any]) -> None:
+    """Raise for an option that does not go with teams."""
+    for option, value in options.items():
+        if value:
+            raise InputError(f"{option} does not go with teams (--degrees, --global-batch, --devices, ...)")
+
+
+def _draw(found: Plan, html_file: Path | None, trace_file: Path | None) -> None:
+    """The files that show a plan's timeline, where some were asked for."""
+    from mipipe.cli.panels import write_files
+    from mipipe.planner.execution.quick_timeline import timeline_of
+
+    if html_file is not None or trace_file is not None:
+        write_files(found, [(f"simulated, {found.name}", timeline_of(found))], html_file, trace_file)
 
 
 def _solve(problem: PlanningProblem, options: PlanOptions, exportable: bool) -> tuple[SolveResult, PlanOptions]:

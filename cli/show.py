@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mipipe.cli.modes import show_modes
 from mipipe.cli.output import Html, Json, Trace, check_files, emit, log, stdout
 from mipipe.graphs.errors import InputError
 
@@ -26,6 +27,9 @@ def show(
                                                                       " another.")],
     html_file: Html = None,
     trace_file: Trace = None,
+    modes: Annotated[int | None, typer.Option(
+        metavar="MEMBERS", help="Of a graph captured with --modes: what each block computes, sends and keeps in each"
+                                " mode on teams of so many devices.", min=2)] = None,
     json_output: Json = False,
 ) -> None:
     """Show a graph's summary, or plans and timelines on one time scale with their ratios."""
@@ -40,7 +44,11 @@ def show(
     found = [open_any(path, OperatorGraph, CoarseGraph, CostTable, Plan, Timeline) for path in files]
     graphs = [item for item in found if isinstance(item, (OperatorGraph, CoarseGraph))]
     tables = [item for item in found if isinstance(item, CostTable)]
-    if not graphs and not tables:
+    if modes is not None:
+        if len(found) != 1 or not isinstance(found[0], OperatorGraph) or html_file or trace_file:
+            raise InputError("show: --modes is for one graph (mipipe capture), without --html and --trace")
+        show_modes(found[0], modes, json_output)
+    elif not graphs and not tables:
         _show_timelines(list(zip(files, found, strict=True)), html_file, trace_file, json_output)
     elif trace_file is not None:
         raise InputError("show: --trace is for plans and timelines")

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 
+from mipipe.graphs.costs.efficiency import Achieved
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import STRICT, check_header, from_data, load_data
 from mipipe.graphs.topology import MOST_DEVICES, Device, Link, Topology
@@ -31,7 +32,9 @@ class DeviceKind:
     """What a roofline needs to know of a device. ``flops`` is operations per second by dtype; empty: only profiled.
 
     Peaks are as usable: ``count`` and ``efficiency`` of the cluster file are multiplied in. ``count`` says how many
-    chips one device of this kind stands for.
+    chips one device of this kind stands for. ``achieved``: how far kernels stay below the peaks on teams; with an
+    ``efficiency`` or ``count`` of the file's, these alone are to say so. ``host_link`` and ``network``: the usual links
+    of such devices within a host and between hosts, as sold (None: not known).
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -43,6 +46,9 @@ class DeviceKind:
     source: str
     count: int = 1
     efficiency: float = 1.0
+    achieved: Achieved = Achieved()
+    host_link: Link | None = None
+    network: Link | None = None
 
     @property
     def has_peaks(self) -> bool:
@@ -76,6 +82,13 @@ _WRITTEN = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, slots=True)
+class _LinkText:
+    __pydantic_config__: ClassVar = _WRITTEN
+    latency: Written
+    bandwidth: Written
+
+
+@dataclass(frozen=True, slots=True)
 class _KindText:
     __pydantic_config__: ClassVar = _WRITTEN
     base: str | None = None
@@ -86,6 +99,9 @@ class _KindText:
     bandwidth: Written | None = None
     launch_overhead: Written | None = None
     source: str | None = None
+    achieved: Achieved | None = None
+    host_link: _LinkText | None = None
+    network: _LinkText | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +111,6 @@ class _HostText:
     devices: int
     kind: str
     memory: Written | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _LinkText:
-    __pydantic_config__: ClassVar = _WRITTEN
-    latency: Written
-    bandwidth: Written
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +172,31 @@ def read_cluster(data: Mapping[str, Any], where: str) -> Cluster:
     return Cluster(_topology(devices, text, where), kinds)
 
 
+def uniform_cluster(kind_name: str, devices: int, per_host: int = 8, memory_bytes: int | None = None) -> Cluster:
+    """A cluster of equal hosts of a shipped kind, with the kind's usual links at the share of them that is achieved.
+
+    Raises:
+        InputError: an unknown kind, one whose links or memory are not known, a number of devices that hosts do not
+            make up.
+    """
+    kinds = shipped_kinds()
+    if kind_name not in kinds:
+        raise InputError(f"--kind {shown(kind_name)}: unknown device kind; known are {', '.join(sorted(kinds))}")
+    kind = kinds[kind_name]
+    memory = kind.memory_bytes if memory_bytes is None else memory_bytes
+    if kind.host_link is None or kind.network is None or memory is None:
+        raise InputError(f"--kind {kind_name}: its links and memory are not known; describe it in a cluster file"
+                         " (--cluster)")
+    if not 1 <= devices <= MOST_DEVICES or per_host < 1 or (devices > per_host and devices % per_host):
+        raise InputError(f"--devices {shown(devices)}, --per-host {shown(per_host)}: expected 1 to {MOST_DEVICES}"
+                         " devices, a multiple of those on a host")
+    placed = tuple(Device(f"host{index // per_host}/{index % per_host}", kind_name, memory, f"host{index // per_host}",
+                          index % per_host) for index in range(devices))
+    inside, outside = (Link(link.latency_ns, round((link.bytes_per_s or 0) * kind.achieved.link))
+                       for link in (kind.host_link, kind.network))
+    return Cluster(Topology(placed, inside, outside), {kind_name: kind})
+
+
 def shipped_kinds() -> dict[str, DeviceKind]:
     """The device kinds of ``hardware.yaml`` by name."""
     found: dict[str, DeviceKind] = {}
@@ -205,10 +239,14 @@ def _kind(name: str, text: _KindText, known: Mapping[str, DeviceKind], where: st
     if rates and (min(rates) * scale < 1 or max(rates) * scale >= MOST or (memory or 0) * text.count >= MOST):
         raise InputError(f"{where}: count {text.count} and efficiency {text.efficiency:g} make a rate below 1 a second,"
                          " or a rate or size too large; expected what a device can have")
+    links = [_link(link, f"{where}.{name}") if link is not None else None if base is None else getattr(base, name)
+             for name, link in (("host_link", text.host_link), ("network", text.network))]
+    usual = base.achieved if base is not None and scale == 1 else Achieved()
     source = text.source or (f"{text.count} x {text.base} at {text.efficiency:g} of {base.source}" if base else "given")
     return DeviceKind(name, {dtype: round(rate * scale) for dtype, rate in flops.items()},
                       None if bandwidth is None else round(bandwidth * scale),
-                      None if memory is None else memory * text.count, launch, source, text.count, text.efficiency)
+                      None if memory is None else memory * text.count, launch, source, text.count, text.efficiency,
+                      text.achieved or usual, *links)
 
 
 def _topology(devices: list[Device], text: _ClusterText, where: str) -> Topology:

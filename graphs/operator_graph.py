@@ -17,6 +17,8 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 from mipipe.graphs.errors import GraphError
+from mipipe.graphs.modes import GraphModes
+from mipipe.graphs.phases import Phase as Phase
 from mipipe.graphs.serialize import STRICT, Amount
 from mipipe.graphs.trace_rules import check_graph, check_trace
 
@@ -24,14 +26,6 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64":
                "uint8": 1, "bool": 1, "complex64": 8, "complex128": 16, "float8_e4m3fn": 1, "float8_e5m2": 1,
                "uint16": 2, "uint32": 4, "uint64": 8, "complex32": 4, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1,
                "float8_e8m0fnu": 1}
-
-
-class Phase(StrEnum):
-    """The three parts of a training step of one segment (names as in zero-bubble schedules, torch's letters)."""
-
-    F = "F"
-    I = "I"  # noqa: E741
-    W = "W"
 
 
 class Role(StrEnum):
@@ -211,11 +205,13 @@ class OperatorGraph:
     """All segments of a model in a topological order, with values, parameters and shared traces.
 
     ``inputs`` are the model's batch tensors by the name of the forward argument; ``outputs`` its results, of which
-    ``loss`` is the scalar to minimise. ``source`` records how to make it again (model, shapes, versions).
+    ``loss`` is the scalar to minimise. ``source`` records how to make it again (model, shapes, versions). ``modes``
+    tell what its segments cost on teams; they are derived from the rest, so the graph's digest leaves them out.
     """
 
     FORMAT: ClassVar = "mipipe.operator_graph"
     VERSION: ClassVar = 1
+    DERIVED: ClassVar = ("modes",)
     __pydantic_config__: ClassVar = STRICT
     model: str
     inputs: tuple[str, ...]
@@ -226,6 +222,7 @@ class OperatorGraph:
     parameters: tuple[ParameterSpec, ...]
     traces: tuple[SegmentTrace, ...]
     source: dict[str, Any] = field(default_factory=dict)
+    modes: GraphModes | None = None
 
     def __post_init__(self) -> None:
         made = {value.name for value in self.values if value.source is None}
@@ -248,6 +245,9 @@ class OperatorGraph:
         for trace in self.traces:
             check_trace(trace, DTYPE_BYTES)
         check_graph(self, DTYPE_BYTES)
+        if self.modes is not None:
+            self.modes.check({trace.digest: (len(trace.inputs), len(trace.outputs),
+                                             len(trace.parameters) + len(trace.buffers)) for trace in self.traces})
 
     def trace(self, segment: Segment) -> SegmentTrace:
         """The trace of a segment."""

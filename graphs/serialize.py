@@ -100,14 +100,20 @@ def _place(location: tuple[int | str, ...]) -> str:
 
 
 def digest(value: Any) -> str:
-    """The SHA-256 of a dataclass's canonical JSON, 16 hex digits: ties plans to problems and problems to graphs."""
-    text = json.dumps(to_data(value), sort_keys=True, separators=(",", ":"))
+    """The SHA-256 of a dataclass's canonical JSON, 16 hex digits: ties plans to problems and problems to graphs.
+
+    Fields that the class names in ``DERIVED`` follow from the others and are left out.
+    """
+    data = {key: item for key, item in to_data(value).items() if key not in getattr(value, "DERIVED", ())}
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def save(value: Saved, path: str | Path) -> None:
-    """Write ``value`` as JSON, whole or not at all."""
-    data = {"format": value.FORMAT, "version": value.VERSION, **to_data(value)}
+    """Write ``value`` as JSON, whole or not at all; fields in ``DERIVED`` only where there is something in them."""
+    empty = {name for name in getattr(value, "DERIVED", ()) if getattr(value, name) is None}
+    data = {"format": value.FORMAT, "version": value.VERSION,
+            **{key: item for key, item in to_data(value).items() if key not in empty}}
     write_text(path, json.dumps(data, separators=(",", ":")) + "\n")
 
 

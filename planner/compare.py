@@ -122,6 +122,20 @@ def _choose(names: Sequence[str] | None) -> set[str]:
     return {by_folded[_folded(name)] for name in names}
 
 
+def baseline_named(name: str) -> Baseline:
+    """The published schedule of a name, whatever its case and hyphens (``zb-h1``, ``interleaved``).
+
+    Raises:
+        InputError: there is none.
+    """
+    known = {_folded(baseline.name): baseline for baseline in BASELINES}
+    known["interleaved"] = known[_folded("Interleaved 1F1B")]
+    if _folded(name) not in known:
+        raise InputError(f"schedule {name!r}: unknown; expected one of"
+                         f" {', '.join(baseline.name for baseline in BASELINES)}")
+    return known[_folded(name)]
+
+
 def _folded(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum())
 

@@ -20,6 +20,8 @@ The rules a schedule must keep (design: She et al., arXiv 2503.09357, extended b
   the sender from the end of the producer to the end of the transfer, at the receiver from the posting of the receive to
   the start of the consumer, within a rank from producer's end to consumer's start).
 - A group with several replicas ends the step with an all-reduce of its gradients, after the last W of every replica.
+- A rank ends the step with the update of its groups (``update_ns``: the optimizer, and what gradients take on their way
+  between copies of the whole plan), after its last action and reduction.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ class Group:
     is what stays between F and RECOMPUTE if the group's F is run again before its I (None: not offered). ``loads``
     gives the relative size of each microbatch for this group (1.0: as traced); it multiplies durations, saved bytes and
     the bytes of the values the group makes, and () means all 1.0. ``single``: one replica only, as its F changes
-    buffers that the next microbatch reads (batch statistics), or as it is of an expert-parallel layer.
+    buffers that the next microbatch reads (batch statistics), or as it is of an expert-parallel layer. ``update_ns``:
+    what the group's parameters take at the end of a step on each of its ranks, whatever the device kind.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -83,6 +86,7 @@ class Group:
     segments: tuple[str, ...] = ()
     tags: Tags = Tags()
     single: bool = False
+    update_ns: Amount = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +223,7 @@ def _check_amounts(problem: PlanningProblem) -> None:
     slower = max(Fraction(1), Fraction(problem.overlap.numerator, max(1, problem.overlap.denominator)))
     work = sum(max((times.total_ns for times in group.times.values()), default=0) * load
                for group, load in zip(problem.groups, loads, strict=True)) * count * float(slower)
+    work += sum(group.update_ns for group in problem.groups)
     if work >= MOST_AMOUNT:
         raise ProblemError(f"problem {problem.name}: its work adds up to {work:.3g} ns, which no clock counts;"
                            " expected durations in nanoseconds")

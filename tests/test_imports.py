@@ -11,10 +11,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("graphs", "planner", "runtime", "cli")
 """Each may import itself and what stands before it."""
-TORCH_IN_GRAPHS = ("capture", "models", "operators", "tracing", "profiling")
+TORCH_IN_GRAPHS = ("capture", "models", "operators", "profiling", "sharding", "tracing")
 """Folders of graphs/ that work on tensors and modules; everything else starts without torch."""
 LIGHT_VERBS = ("plan", "place", "experts", "calibrate", "check", "simulate", "show", "compare", "export",
-               "main", "output", "terminal", "html", "panels", "report", "tables", "files", "inputs")
+               "main", "modes", "output", "terminal", "html", "panels", "report", "tables", "files", "inputs")
 """Modules of cli/ that must work without torch."""
 
 

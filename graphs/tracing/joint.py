@@ -218,7 +218,7 @@ def _tidy(module: fx.GraphModule, state: tuple[int, Sequence[int]], arguments: S
     split_convolutions(graph)
     simplify(graph)
     propagate(graph, [*arguments, *tangents], mode)
-    owned = _own_storages(graph, result, result.args[0], mode)
+    owned = own_storages(graph, result, result.args[0], mode)
     result.args = ([node for node in owned if node is not None],)
     first, last = len(mask), len(mask) + len(updates)
     grads = iter(owned[last:])
@@ -302,8 +302,8 @@ def storage_bytes(node: fx.Node) -> int:
     return int(node.meta["val"].untyped_storage().nbytes())
 
 
-def _own_storages(graph: fx.Graph, result: fx.Node, leaving: Sequence[fx.Node | None],
-                  mode: FakeTensorMode) -> list[fx.Node | None]:
+def own_storages(graph: fx.Graph, result: fx.Node, leaving: Sequence[fx.Node | None],
+                 mode: FakeTensorMode) -> list[fx.Node | None]:
     """The leaving nodes, each contiguous, covering its storage, and sharing it with no argument or other result."""
     taken = {storage_of(node) for node in graph.nodes if node.op == "placeholder"}
     owned: list[fx.Node | None] = []

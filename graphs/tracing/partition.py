@@ -63,7 +63,7 @@ def trace_segment(function: JointFunction, inputs: Mapping[str, TensorSpec],
     _freeze_updated(made)
     phases = assign_phases(made, len(inputs))
     _repeat_parameter_views(made, phases, len(inputs))
-    return _to_trace(made, phases, (tuple(inputs), tuple(parameters), tuple(buffers)))
+    return to_trace(made, phases, (tuple(inputs), tuple(parameters), tuple(buffers)))
 
 
 def trace_module(module: nn.Module, inputs: Mapping[str, Tensor], *, differentiable: Sequence[bool] | None = None,
@@ -150,7 +150,7 @@ def _name(made: Joint, names: Sequence[str]) -> None:
         taken.add(name)
 
 
-def _saved(made: Joint, phases: dict[fx.Node, Phase], num_inputs: int) -> list[SavedTensor]:
+def _saved(made: Joint, phases: Mapping[fx.Node, Phase], num_inputs: int) -> list[SavedTensor]:
     """What crosses phases; each storage is counted once, at the tensor that keeps it longest."""
     inputs, has_input_grads = made.arguments[:num_inputs], any(made.grads[:num_inputs])
     born = {**phases, **dict.fromkeys(inputs, Phase.F)}
@@ -200,12 +200,13 @@ def _to_operator(node: fx.Node, phase: Phase, path: str) -> Operator:
                     count_flops(node.target, args, kwargs, value), max(read, 0), written, path)
 
 
-def _to_trace(made: Joint, phases: dict[fx.Node, Phase], names: tuple[tuple[str, ...], ...]) -> SegmentTrace:
-    """The partitioned graph as data, with its digest."""
+def to_trace(made: Joint, phases: Mapping[fx.Node, Phase], names: tuple[tuple[str, ...], ...],
+             paths: Mapping[fx.Node, str] | None = None) -> SegmentTrace:
+    """The partitioned graph as data, with its digest; ``paths``: the operators' modules, found out where not given."""
     inputs, parameters, buffers = names
     _name(made, (*inputs, *parameters, *buffers))
     nodes = [node for node in made.graph.nodes if node in phases]
-    paths = module_paths(made, phases, len(inputs))
+    paths = module_paths(made, phases, len(inputs)) if paths is None else paths
     operators = tuple(_to_operator(node, phase, paths.get(node, ""))
                       for phase in Phase for node in nodes if phases[node] is phase)
     boundary = (*made.arguments, *made.tangents, *made.outputs, *made.updates.values(), *made.grads)
@@ -224,8 +225,8 @@ def _to_trace(made: Joint, phases: dict[fx.Node, Phase], names: tuple[tuple[str,
     return replace(trace, digest=digest(trace))
 
 
-def _workspace(nodes: Sequence[fx.Node], phases: dict[fx.Node, Phase], phase: Phase, boundary: Sequence[fx.Node | None],
-               crossing: set[str]) -> int:
+def _workspace(nodes: Sequence[fx.Node], phases: Mapping[fx.Node, Phase], phase: Phase,
+               boundary: Sequence[fx.Node | None], crossing: set[str]) -> int:
     """The most bytes of a phase's intermediates alive at once, without what it is given and what it keeps."""
     own = [node for node in nodes if phases[node] is phase]
     made_here = {storage_of(node) for node in own if not is_view(node)} - {None}

@@ -88,10 +88,15 @@ def heads_and_tails(jobs: Jobs) -> tuple[list[int], list[int]]:
 
 
 def reduce_tails(jobs: Jobs, tails: list[int]) -> None:
-    """Raise the tails of the weight gradients of replicated stages, in place: a reduction follows each of them."""
+    """Raise the tails, in place, by what ends a step: a reduction follows the weight gradients of replicated stages,
+    a rank's update all its jobs."""
     for _, members, duration in jobs.compiled.reductions:
         for job in members:
             tails[job] = max(tails[job], jobs.durations[job] + duration)
+    updates = jobs.view.updates_ns()
+    if any(updates):
+        for job, machine in enumerate(jobs.machine):
+            tails[job] = max(tails[job], jobs.durations[job] + updates[machine // 2])
 
 
 def preemptive_bound(items: Sequence[tuple[int, int, int]]) -> int:

@@ -49,7 +49,7 @@ def _plain(facts: Demands) -> bool:
     """Whether only elementary actions on one stream matter (module docstring)."""
     problem, placement = facts.plan.problem, facts.plan.placement
     links = [problem.topology.within_host, problem.topology.between_hosts, *problem.topology.overrides.values()]
-    return (not any(group.loads or group.gradient_bytes or group.stream is not Stream.COMPUTE
+    return (not any(group.loads or group.gradient_bytes or group.update_ns or group.stream is not Stream.COMPUTE
                     for group in problem.groups)
             and not any(edge.num_bytes or edge.grad_bytes for edge in problem.edges)
             and not any(stage.recompute for stage in placement.stages)

@@ -162,6 +162,10 @@ class Demands:
         size = sum(group.gradient_bytes for group in self.groups(stage))
         return self.plan.problem.topology.all_reduce_ns(self.plan.placement.stages[stage].ranks, size)
 
+    def update_ns(self, rank: int) -> int:
+        return sum(group.update_ns for s, stage in enumerate(self.plan.placement.stages) if rank in stage.ranks
+                   for group in self.groups(s))
+
     def resident_bytes(self, rank: int) -> int:
         return sum(group.resident_bytes for s, stage in enumerate(self.plan.placement.stages) if rank in stage.ranks
                    for group in self.groups(s))

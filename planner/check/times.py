@@ -24,16 +24,17 @@ _GRID_ROWS = 16
 @dataclass(frozen=True, slots=True)
 class CheckedTimes:
     """Spans of the elementary parts (a fused action's parts all have its span), of the flows that are transfers, and
-    of the reductions by stage; ``posted[flow]`` is when its receive is posted."""
+    of the reductions by stage and of the updates by rank; ``posted[flow]`` is when its receive is posted."""
 
     parts: dict[Part, tuple[int, int]]
     moved: dict[int, tuple[int, int]]
     posted: dict[int, int]
     reduced: dict[int, tuple[int, int]]
+    updated: dict[int, tuple[int, int]]
 
     @property
     def makespan_ns(self) -> int:
-        ends = [end for spans in (self.parts, self.moved, self.reduced) for _, end in spans.values()]
+        ends = [end for spans in (self.parts, self.moved, self.reduced, self.updated) for _, end in spans.values()]
         return max(ends, default=0)
 
 
@@ -93,7 +94,8 @@ def order_times(facts: Demands) -> CheckedTimes:
     if len(ends) < len(waits):
         raise PlanError(_deadlock(facts, lanes, doer, ends))
     parts = {part: (starts[place], ends[place]) for part, place in doer.items()}
-    return CheckedTimes(parts, moved, _postings(facts, lanes, parts, moved), _reductions(facts, lanes, parts))
+    reduced = _reductions(facts, lanes, parts)
+    return CheckedTimes(parts, moved, _postings(facts, lanes, parts, moved), reduced, updates(facts, parts, reduced))
 
 
 def _dependencies(facts: Demands, doer: dict[Part, Place]) -> tuple[dict[Place, int], dict[Place, list[Place]],
@@ -151,6 +153,19 @@ def _reductions(facts: Demands, lanes: dict[tuple[int, int], tuple[Action, ...]]
         found[stage] = (begin, begin + facts.reduce_ns(stage))
         free.update(dict.fromkeys(members, found[stage][1]))
     return found
+
+
+def updates(facts: Demands, parts: dict[Part, tuple[int, int]],
+            reduced: dict[int, tuple[int, int]]) -> dict[int, tuple[int, int]]:
+    """Each rank's update, after all its parts and reductions; ranks whose update takes no time have none."""
+    ends = [0] * facts.plan.problem.num_ranks
+    for (_, stage, microbatch), (_, end) in parts.items():
+        rank = facts.rank(stage, microbatch)
+        ends[rank] = max(ends[rank], end)
+    for stage, (_, end) in reduced.items():
+        for rank in facts.plan.placement.stages[stage].ranks:
+            ends[rank] = max(ends[rank], end)
+    return {rank: (end, end + facts.update_ns(rank)) for rank, end in enumerate(ends) if facts.update_ns(rank)}
 
 
 def _deadlock(facts: Demands, lanes: dict[tuple[int, int], tuple[Action, ...]], doer: dict[Part, Place],

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from mipipe.graphs.errors import ProgramError
 from mipipe.planner.actions import ActionKind, Stream
 from mipipe.planner.check.facts import Demands, Part
-from mipipe.planner.check.times import CheckedTimes, grid
+from mipipe.planner.check.times import CheckedTimes, grid, updates
 from mipipe.planner.program import Instruction, Program
 
 Event = tuple[int, int] | int
@@ -129,7 +129,7 @@ def program_times(facts: Demands, program: Program, flows: Sequence[int], order:
     ``flows`` gives each transfer's number in ``facts.flows``, ``order`` comes from `wait_order`.
     """
     topology = facts.plan.problem.topology
-    times = CheckedTimes({}, {}, {}, {})
+    times = CheckedTimes({}, {}, {}, {}, {})
     free: dict[tuple[int, Stream], int] = defaultdict(int)
     held: dict[int, int] = defaultdict(int)
     channel_free: dict[tuple[int, int], int] = defaultdict(int)
@@ -170,6 +170,7 @@ def program_times(facts: Demands, program: Program, flows: Sequence[int], order:
             reaching[item.stage] += 1
             if reaching[item.stage] == len(item.peers):
                 _reduce(facts, times, free, held, item.stage)
+    times.updated.update(updates(facts, times.parts, times.reduced))
     return times
 
 

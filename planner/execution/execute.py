@@ -5,7 +5,8 @@ collective actions start when their stream is free and their inputs have arrived
 transfer of a channel runs once its values are made, its receive is posted and the bytes before it are through; FREE
 holds the rank until its transfer is over; an ALL_REDUCE starts when all members have reached it.
 
-Left out: the time of the optimizer step and of launching instructions, and contention between streams and channels.
+OPTIMIZER_STEP takes what its rank's groups say, after all that went before it on the rank. Left out: the time of
+launching instructions, and contention between streams and channels.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ Part = tuple[ActionKind, int, int]
 @dataclass(slots=True)
 class Execution:
     """What happened when: actions as (rank, action, start, end); per transfer its (start, end) and when its receive
-    was posted; per stage its reduction's (start, end); and per rank the end of every elementary part."""
+    was posted; per stage its reduction's (start, end); per rank its update's, where that takes time; and the end of
+    every elementary part."""
 
     actions: list[tuple[int, Action, int, int]] = field(default_factory=list)
     moved: dict[int, tuple[int, int]] = field(default_factory=dict)
     posted: dict[int, int] = field(default_factory=dict)
     reduced: dict[int, tuple[int, int]] = field(default_factory=dict)
+    updated: dict[int, tuple[int, int]] = field(default_factory=dict)
     ends: dict[Part, int] = field(default_factory=dict)
 
 
@@ -63,7 +66,7 @@ def execute(stage_view: StageView, program: Program) -> Execution:
     Raises:
         ProgramError: as `simulate`.
     """
-    run, reads = Execution(), inputs(stage_view)
+    run, reads, updates = Execution(), inputs(stage_view), stage_view.updates_ns()
     ranks = [_Rank() for _ in program.ranks]
     channels: dict[tuple[int, int], _Channel] = {}
     waiting: dict[int, list[tuple[int, int]]] = {}
@@ -85,8 +88,13 @@ def execute(stage_view: StageView, program: Program) -> Execution:
                 if rank.pending_reduction is not None:
                     break
                 pending += _join_reduction(stage_view, run, ranks, waiting, number, instruction)
-            elif instruction.kind is not ActionKind.OPTIMIZER_STEP and not _act(
-                    stage_view, reads, run, rank, number, instruction):
+            elif instruction.kind is ActionKind.OPTIMIZER_STEP:
+                if rank.pending_reduction is not None:
+                    break
+                if updates[number]:
+                    start = max(rank.free.values())
+                    run.updated[number] = (start, start + updates[number])
+            elif not _act(stage_view, reads, run, rank, number, instruction):
                 break
             rank.next += 1
     for number, rank in enumerate(ranks):

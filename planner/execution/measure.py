@@ -65,7 +65,8 @@ def by_arrays(stage_view: StageView, schedule: Schedule) -> Measures | None:
 
 def timed(stage_view: StageView, schedule: Schedule) -> tuple[Instance, np.ndarray] | None:
     """The actions as arrays and the start of each; None as `by_arrays`."""
-    if carries_bytes(stage_view) or any(stage_view.reduce_ns(stage) for stage in range(stage_view.num_stages)):
+    if carries_bytes(stage_view) or any(stage_view.updates_ns()) \
+            or any(stage_view.reduce_ns(stage) for stage in range(stage_view.num_stages)):
         return None
     instance = build(stage_view)
     if (instance.dur == 0).any():

@@ -29,6 +29,8 @@ def simulate(plan: Plan, program: Program) -> Timeline:
     for stage, (start, end) in run.reduced.items():
         spans += [Span(rank, Stream.COLLECTIVE, ActionKind.ALL_REDUCE, f"reduce {stage}", start, end, stage)
                   for rank in plan.placement.stages[stage].ranks]
+    spans += [Span(rank, Stream.COMPUTE, ActionKind.OPTIMIZER_STEP, "update", start, end)
+              for rank, (start, end) in run.updated.items()]
     spans.sort(key=lambda span: (span.start_ns, span.rank, span.stream, span.end_ns))
     return Timeline("simulated", plan.problem.num_ranks, tuple(spans), memory_curves(stage_view, program, run),
                     stage_view.resident_bytes, plan.problem.unit_ns, {"plan": plan.name})

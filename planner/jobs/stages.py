@@ -76,6 +76,14 @@ class StageView:
             return forward + backward
         return self.problem.overlap.duration_ns(forward, backward)
 
+    def updates_ns(self) -> list[int]:
+        """Per rank the duration of its update at the end of the step (`Group.update_ns`)."""
+        found = [0] * self.problem.num_ranks
+        for stage in self.placement.stages:
+            for rank in stage.ranks:
+                found[rank] += sum(self.problem.groups[group].update_ns for group in stage.groups)
+        return found
+
     def reduce_ns(self, stage: int) -> int:
         """Duration of the gradient all-reduce between a stage's replicas; 0 for one replica."""
         members = self.placement.stages[stage]

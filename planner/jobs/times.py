@@ -189,14 +189,18 @@ def run_orders(compiled: ActionNodes, orders: Sequence[Sequence[int]]) -> Evalua
 
 def _reduce(compiled: ActionNodes, orders: Sequence[Sequence[int]], starts: list[int],
             makespan: int) -> tuple[list[tuple[int, int, int]], int]:
-    """Append the gradient reductions on the collective streams, in the order in which they become ready."""
-    if not compiled.reductions:
+    """Append the gradient reductions on the collective streams, in the order in which they become ready; updates."""
+    updates = compiled.view.updates_ns()
+    if not compiled.reductions and not any(updates):
         return [], makespan
-    busy = [0] * compiled.view.problem.num_ranks
+    busy, ends = [0] * len(updates), [0] * len(updates)
     for order in orders:
-        if order and compiled.streams[order[-1]] is Stream.COLLECTIVE:
+        if order:
             node = order[-1]
-            busy[compiled.ranks[node]] = starts[node] + compiled.durations[node]
+            rank, end = compiled.ranks[node], starts[node] + compiled.durations[node]
+            ends[rank] = max(ends[rank], end)
+            if compiled.streams[node] is Stream.COLLECTIVE:
+                busy[rank] = end
     waiting = sorted((max(starts[node] + compiled.durations[node] for node in nodes), stage, duration)
                      for stage, nodes, duration in compiled.reductions)
     result = []
@@ -206,8 +210,8 @@ def _reduce(compiled: ActionNodes, orders: Sequence[Sequence[int]], starts: list
         for rank in members:
             busy[rank] = start + duration
         result.append((stage, start, start + duration))
-        makespan = max(makespan, start + duration)
-    return result, makespan
+    ends = [max(pair) for pair in zip(ends, busy, strict=True)]
+    return result, max(makespan, *(end + update for end, update in zip(ends, updates, strict=True)))
 
 
 def evaluate(view: StageView, schedule: Schedule) -> tuple[ActionNodes, Evaluation]:

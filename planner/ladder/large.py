@@ -251,7 +251,8 @@ def _apply(run: Run, entry: Entry, rung: str, seconds: float = 0.0) -> None:
         return
     clock.ask()
     schedule = with_mirrors(found.instance, orders.lists())
-    exact = not (carries_bytes(found.view) or any(found.view.reduce_ns(s) for s in range(found.view.num_stages)))
+    exact = not (carries_bytes(found.view) or any(found.view.updates_ns())
+                 or any(found.view.reduce_ns(s) for s in range(found.view.num_stages)))
     judged = (Judged(schedule, orders.makespan_ns, (0,) * run.problem.num_ranks) if exact
               else judge(found.view, schedule))
     if offer_judged(found, judged, rung):

@@ -143,6 +143,11 @@ def _dtype(model: OperatorGraph | CoarseGraph) -> str:
     return max(sizes, key=lambda dtype: (sizes[dtype], DTYPE_BYTES[dtype]), default="float32")
 
 
+def graph_dtype(model: OperatorGraph) -> str:
+    """The dtype of most bytes of a graph's trainable parameters."""
+    return _dtype(model)
+
+
 def _work(model: OperatorGraph | CoarseGraph, coarse: CoarseGraph) -> list[float]:
     """The products of each group for one microbatch; a coarse graph no longer knows which attention is causal."""
     if isinstance(model, CoarseGraph):

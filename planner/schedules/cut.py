@@ -143,7 +143,8 @@ def _merged(groups: Sequence[Group]) -> Group:
     times = {kind: PhaseTimes(total(kind, "f_ns") or 0, total(kind, "i_ns"), total(kind, "w_ns"))
              for kind in groups[0].times}
     sizes = {name: sum(getattr(group, name) for group in groups)
-             for name in ("resident_bytes", "gradient_bytes", "saved_fi_bytes", "saved_fw_bytes", "saved_iw_bytes")}
+             for name in ("resident_bytes", "gradient_bytes", "saved_fi_bytes", "saved_fw_bytes", "saved_iw_bytes",
+                          "update_ns")}
     return Group("+".join(group.name for group in groups), times, loads=groups[0].loads, tags=groups[0].tags,
                  workspace_bytes=max(group.workspace_bytes for group in groups),
                  segments=tuple(segment for group in groups for segment in group.segments), **sizes)

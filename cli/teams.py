@@ -1,0 +1,139 @@
+"""``mipipe plan`` for teams: degrees given in full are evaluated, others are searched."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from mipipe.cli.captured import captured, names_model
+from mipipe.cli.files import check_positive, open_any
+from mipipe.cli.output import emit, progress, stdout
+from mipipe.cli.team_request import TeamRequest
+from mipipe.cli.teams_report import print_runners, print_team, team_data
+from mipipe.graphs.cluster import Cluster, load_cluster, uniform_cluster
+from mipipe.graphs.costs.collectives import fabric_of
+from mipipe.graphs.errors import InfeasibleError, InputError
+from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.serialize import save
+from mipipe.graphs.units import format_bytes, parse_bytes
+from mipipe.planner.problems.on_cluster import graph_dtype
+from mipipe.planner.teams.degrees import RECOMPUTE, Recompute, completed, parse_degrees
+from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
+from mipipe.planner.teams.pieces import model_pieces
+from mipipe.planner.teams.pricing import Machine, Pricer, check_machine
+from mipipe.planner.teams.remedies import remedy
+
+
+def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory: str | None, seq: int | None,
+               dtype: str | None, settings: list[str], use_cache: bool, save_graph: Path | None, output: Path | None,
+               time_limit: float, seed: int, draw: Callable[[TeamResult], None], json_output: bool) -> None:
+    """Plan or evaluate, and print."""
+    for value, option in ((request.devices, "--devices"), (request.global_batch, "--global-batch"),
+                          (request.microbatch, "--microbatch")):
+        check_positive(value, option)
+    if request.global_batch is None:
+        raise InputError("plan: teams need --global-batch, the sequences of one step over all copies")
+    if request.recomputation not in (None, *RECOMPUTE):
+        raise InputError(f"--recomputation {request.recomputation}: expected one of {', '.join(RECOMPUTE)}")
+    described = _cluster(request, cluster, memory)
+    given = {} if request.degrees is None else parse_degrees(request.degrees)
+    model, note = _graph(graph, seq, dtype, settings, use_cache, save_graph)
+    kinds = {device.kind for device in described.topology.devices}
+    if len(kinds) > 1:
+        raise InputError(f"{cluster}: teams are planned on equal devices, but there are {', '.join(sorted(kinds))}")
+    machine = Machine(described.kinds[next(iter(kinds))], fabric_of(described.topology),
+                      min(device.memory_bytes for device in described.topology.devices), graph_dtype(model),
+                      dtype in ("fp8", "float8"), not request.eager)
+    check_machine(machine)
+    pricer = Pricer(model_pieces(model), machine)
+    devices = described.topology.num_devices
+    layers = None if request.layers is None else _layers(request.layers)
+    sizes = [given.get("tensor", given.get("sequence", 1)),
+             *(given.get(name, 1) for name in ("ranks", "context", "copies"))]
+    full = request.schedule is not None or layers is not None or (bool(given) and math.prod(sizes) == devices)
+    console = stdout()
+    if full:
+        again = cast("Recompute", request.recomputation or "none")
+        degrees = completed(given, devices, request.microbatch or 1, again)
+        result = evaluate_teams(pricer, degrees, request.global_batch, layers=layers,
+                                schedule=request.schedule or ("interleaved" if degrees.chunks > 1 else "1F1B"))
+        found = None
+    else:
+        from mipipe.planner.teams.search import TeamOptions, search_teams
+
+        options = TeamOptions(given, request.microbatch, cast("Recompute | None", request.recomputation), time_limit,
+                              seed)
+        with progress("planning") as update:
+            found = search_teams(pricer, devices, request.global_batch, options, update)
+        result = found.best
+    if result.shortage:
+        raise InfeasibleError(_too_little(pricer, result))
+    if output is not None:
+        save(result.plan, output)
+    draw(result)
+    if json_output:
+        emit(team_data(result) | ({} if found is None else found.data(team_data)))
+        return
+    if note:
+        console.print(note, soft_wrap=True, markup=False)
+    print_team(console, result, "evaluated as given" if found is None else found.how())
+    if found is not None:
+        print_runners(console, found)
+    if output is not None:
+        console.print(f"wrote {output}")
+
+
+def _cluster(request: TeamRequest, cluster: Path | None, memory: str | None) -> Cluster:
+    size = None if memory is None else parse_bytes(memory, "--memory")
+    if cluster is None:
+        if request.devices is None or request.kind is None:
+            raise InputError("plan: teams need --cluster CLUSTER.yaml, or --devices with --kind (and --per-host)")
+        return uniform_cluster(request.kind, request.devices, request.per_host, size)
+    if request.devices is not None or request.kind is not None:
+        raise InputError(f"plan: --devices and --kind describe what {cluster} describes already; give one of both")
+    found = load_cluster(cluster)
+    if size is None:
+        return found
+    topology = dataclasses.replace(found.topology, devices=tuple(dataclasses.replace(device, memory_bytes=size)
+                                                                 for device in found.topology.devices))
+    return dataclasses.replace(found, topology=topology)
+
+
+def _graph(graph: str, seq: int | None, dtype: str | None, settings: list[str], use_cache: bool,
+           save_graph: Path | None) -> tuple[OperatorGraph, str]:
+    """The operator graph of a file, or of a model captured with one sequence a microbatch."""
+    if not names_model(graph):
+        if seq is not None:
+            raise InputError(f"{graph}: --seq is for models that are captured on the way; this file is captured"
+                             " already")
+        found: OperatorGraph = open_any(Path(graph), OperatorGraph)
+        return found, ""
+    kept = None if dtype in ("fp8", "float8") else dtype
+    model, note = captured(graph, seq=seq, batch=1, dtype=kept, settings=settings, use_cache=use_cache)
+    if save_graph is not None:
+        save(model.graph, save_graph)
+    return model.graph, note
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    """``9,9,8`` or ``9x7,8``: layers of every stage."""
+    found: list[int] = []
+    for part in text.split(","):
+        size, times, count = part.strip().partition("x")
+        if not size.isdecimal() or (times and not count.isdecimal()) or max(len(size), len(count)) > 4:
+            raise InputError(f"--layers-per-stage {part.strip()!r}: expected numbers such as 9,9,8 or 9x7,8")
+        found += [int(size)] * (int(count) if times else 1)
+    return tuple(found)
+
+
+def _too_little(pricer: Pricer, result: TeamResult) -> str:
+    """The one line of a configuration that does not fit, with the change that would make it."""
+    rank, item = max(enumerate(result.memory), key=lambda pair: pair[1].peak - pair[1].capacity)
+    parts: dict[str, Any] = {"weights": item.weights, "gradients": item.gradients, "optimizer": item.state,
+                             "activations": item.activations}
+    split = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+    return (f"no plan exists: rank {rank} needs {format_bytes(item.peak)} of {format_bytes(item.capacity)} ({split});"
+            f" {remedy(pricer, result)}")

@@ -1,0 +1,290 @@
+"""Profiles of a mode from the shapes of a trace, where none was traced: an estimate, and told as one.
+
+Which products and values a team shares follows from the structural rule (`mipipe.graphs.costs.split_rules`); what they
+take is divided by the degrees that divide them. Collectives are those of the published recipes:
+
+- ``tensor``: one all-reduce of the result after the products by rows, one of the input's gradient (Shoeybi et al.,
+  2019);
+- ``sequence``: an all-gather and a reduce-scatter in their place, and activations between blocks in parts (Korthikanti
+  et al., "Reducing activation recomputation in large transformer models", MLSys 2023);
+- experts: tokens sent to their experts and back, forward and backward (Lepikhin et al., "GShard", ICLR 2021); every
+  member sends its part of the sequence, whatever the mode, and rows are even over experts;
+- context: keys and values gathered before attention, their gradients reduced and scattered (Dubey et al., "The Llama 3
+  herd of models", 2024, section 3.3.2).
+
+Left out: the second all-gather of ``sequence`` before weight gradients (it runs beside the input gradient's product),
+and what a member holds twice at boundaries that do not divide.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from mipipe.graphs.costs.fusion import kept, kernels, made_in_backward
+from mipipe.graphs.costs.roofline import useful_flops
+from mipipe.graphs.costs.split_rules import ATTENTION, SplitRules, split_rules
+from mipipe.graphs.modes import (
+    Collective,
+    CollectiveKind,
+    Kept,
+    Layout,
+    ModeProfile,
+    ParameterPart,
+    PhaseWork,
+    Product,
+    Resident,
+)
+from mipipe.graphs.operator_graph import DTYPE_BYTES, Operator, Phase, Role, SegmentTrace
+
+
+@dataclass(frozen=True, slots=True)
+class TeamSplit:
+    """Degrees inside a team: ``tensor`` members share products and heads, ``context`` the sequence, ``expert`` the
+    banks. ``sequence``: activations between blocks are divided over the tensor members too."""
+
+    tensor: int = 1
+    context: int = 1
+    expert: int = 1
+    sequence: bool = False
+
+    @property
+    def mode(self) -> str:
+        return "sequence" if self.sequence else "tensor"
+
+
+@dataclass(slots=True)
+class _Work:
+    products: list[Product] = field(default_factory=list)
+    collectives: list[Collective] = field(default_factory=list)
+    moved: float = 0.0
+    kernels: int = 0
+
+
+def heads_of(trace: SegmentTrace) -> tuple[int, int] | None:
+    """Query heads and key heads of a segment's attention; None where it has none."""
+    found = next((item for item in trace.phase_operators(Phase.F) if item.kind.startswith(ATTENTION)), None)
+    if found is None:
+        return None
+    specs = {item.name: item.outputs[0] for item in trace.operators} | trace.specs
+    query, key = (specs[name].shape for name in found.inputs[:2])
+    return query[1], key[1]
+
+
+def estimated_profile(trace: SegmentTrace, role: Role, split: TeamSplit, *, fused: bool = True,
+                      attention_again: bool = False) -> ModeProfile:
+    """What one member of a team computes, sends and keeps of a segment, by its shapes.
+
+    Args:
+        trace: of the segment, of one microbatch as captured.
+        role: of the segment.
+        split: the team's degrees; sizes that they do not divide are rounded up.
+        fused: elementwise operators run as fused kernels keep and move; else as the trace's eager operators.
+        attention_again: attention runs again in the backward, and its results are not kept.
+    """
+    rules = split_rules(trace, role)
+    estimate = _Estimate(trace, role, rules, split)
+    work = {phase: _Work() for phase in Phase if trace.has(phase)}
+    estimate.compute(work, fused, attention_again)
+    estimate.talk(work)
+    axes = {name: size for name, size in (("expert", split.expert), ("context", split.context),
+                                          ("tensor", split.tensor)) if size > 1}
+    layout = Layout.SEQUENCE if split.context > 1 or (split.sequence and split.tensor > 1) else Layout.REPLICATED
+    return ModeProfile(trace.digest, split.mode, axes, (layout,) * len(trace.inputs), (layout,) * len(trace.outputs),
+                       estimate.parts(), estimate.resident(), estimate.kept(fused, attention_again),
+                       {phase: _phase_work(trace, phase, made) for phase, made in work.items()})
+
+
+def _phase_work(trace: SegmentTrace, phase: Phase, made: _Work) -> PhaseWork:
+    return PhaseWork(sum(item.flops * item.count for item in made.products), round(made.moved), made.kernels,
+                     trace.workspace_bytes.get(phase, 0), tuple(made.products), tuple(made.collectives))
+
+
+@dataclass(slots=True)
+class _Estimate:
+    trace: SegmentTrace
+    role: Role
+    rules: SplitRules
+    split: TeamSplit
+
+    def whole(self) -> int:
+        """Into how many parts values between blocks are divided."""
+        return self.split.context * (self.split.tensor if self.split.sequence or self.role is Role.EXPERTS else 1)
+
+    def parts_of(self, name: str) -> int:
+        """Into how many parts an activation is divided."""
+        return self.split.context * self.split.tensor if name in self.rules.shared else self.whole()
+
+    def degree(self, parameter: str) -> int:
+        """Into how many parts a parameter is divided; key heads at most into as many as there are."""
+        cut = self.rules.cuts[parameter]
+        if cut == "whole":
+            return 1
+        if cut == "bank":
+            return math.gcd(self.split.expert, self.trace.specs[parameter].shape[0])
+        heads, size = heads_of(self.trace), self.trace.specs[parameter].shape[0 if cut == "columns" else -1]
+        if heads is not None and cut == "columns" and self.split.tensor > heads[1] and size % heads[1] == 0 \
+                and size % self.split.tensor == 0 and size < self._widest():
+            return heads[1]
+        return self.split.tensor
+
+    def _widest(self) -> int:
+        return max(self.trace.specs[name].shape[0] for name, cut in self.rules.cuts.items() if cut == "columns")
+
+    def compute(self, work: dict[Phase, _Work], fused: bool, attention_again: bool) -> None:
+        """Products, bytes and kernels of every phase."""
+        for kernel in kernels(self.trace) if fused else []:
+            made = work.get(kernel.phase)
+            if made is None:
+                continue
+            made.kernels += 1
+            if kernel.operator is not None and kernel.operator.flops:
+                self._product(kernel.operator, made)
+            else:
+                made.moved += sum(size / self.parts_of(name) for name, size in kernel.tensors.items())
+        for operator in self.trace.operators if not fused else ():
+            if operator.phase not in work or not (operator.flops or operator.bytes_read or operator.bytes_written):
+                continue
+            made = work[operator.phase]
+            made.kernels += 1
+            if operator.flops:
+                self._product(operator, made)
+            else:
+                made.moved += (operator.bytes_read + operator.bytes_written) / self.parts_of(operator.name)
+        if attention_again and Phase.I in work:
+            again = [item for item in work[Phase.F].products if item.kind == ATTENTION]
+            work[Phase.I].products += again
+            work[Phase.I].kernels += len(again)
+            work[Phase.I].moved += sum(item.bytes_moved for item in again)
+
+    def _product(self, operator: Operator, made: _Work) -> None:
+        """The member's part of an operator with flops."""
+        kind, moved = operator.kind.rpartition(".")[0], operator.bytes_read + operator.bytes_written
+        parameter = self.rules.products.get(operator.name)
+        flops = round(useful_flops(operator))
+        if parameter is None:
+            parts = self.parts_of(operator.name)
+            narrow = max(1, math.prod(operator.outputs[0].shape[2:3]) // self.split.context)
+            item = Product(kind, -(-flops // parts), -(-moved // parts), narrow)
+        else:
+            item = self._matrix(operator, kind, parameter, flops)
+        made.products.append(item)
+        made.moved += item.bytes_moved
+
+    def _matrix(self, operator: Operator, kind: str, parameter: str, flops: int) -> Product:
+        """A product of rows with a parameter, or of two sets of rows to its gradient."""
+        shape, cut = self.trace.specs[parameter].shape, self.rules.cuts[parameter]
+        wide, deep = shape[-2], math.prod(shape[-1:])
+        rows = max(1, flops // (2 * wide * deep))
+        size = DTYPE_BYTES[operator.outputs[0].dtype]
+        if cut == "bank":
+            rows = -(-rows // (self.split.context * self.split.tensor))
+            banks = shape[0] / self.degree(parameter)
+            moved = round(size * (rows * (wide + deep) + banks * wide * deep))
+            return Product(kind, 2 * rows * wide * deep, moved, max(1, min(wide, deep, round(rows / banks))))
+        rows = -(-rows // (self.split.context if cut != "whole" else self.whole()))
+        wide, deep = (-(-wide // self.degree(parameter)), deep) if cut == "columns" else \
+            (wide, -(-deep // self.degree(parameter)))
+        return Product(kind, 2 * rows * wide * deep, size * (rows * (wide + deep) + wide * deep),
+                       min(rows, wide, deep))
+
+    def talk(self, work: dict[Phase, _Work]) -> None:
+        """The collectives of every phase."""
+        split = self.split
+        if split.tensor > 1:
+            self._tensor(work)
+        if split.context > 1 and heads_of(self.trace) is not None:
+            self._context(work)
+        if split.expert > 1 and self.rules.has("bank"):
+            for operator in self.trace.operators:
+                parameter = self.rules.products.get(operator.name)
+                if parameter is None or operator.phase is not Phase.F or self.rules.cuts[parameter] != "bank":
+                    continue
+                specs = {item.name: item.outputs[0] for item in self.trace.operators} | self.trace.specs
+                first = operator is self._banks()[0]
+                spec = specs[operator.inputs[0]] if first else operator.outputs[0]
+                size = -(-spec.num_bytes // (split.context * split.tensor))
+                if first or operator is self._banks()[-1]:
+                    for phase in (Phase.F, Phase.I):
+                        if phase in work:
+                            work[phase].collectives.append(Collective(CollectiveKind.ALL_TO_ALL, "expert", size))
+
+    def _banks(self) -> list[Operator]:
+        """The products of the forward with banks of experts."""
+        return [item for item in self.trace.phase_operators(Phase.F)
+                if self.rules.cuts.get(self.rules.products.get(item.name, ""), "") == "bank"]
+
+    def _tensor(self, work: dict[Phase, _Work]) -> None:
+        rows, columns = self.rules.has("rows"), self.rules.has("columns")
+        size = self._between()
+        kinds = CollectiveKind
+        back = work.get(Phase.I, work[Phase.F])
+        if self.split.sequence:
+            if columns:
+                work[Phase.F].collectives.append(Collective(kinds.ALL_GATHER, "tensor", size))
+                back.collectives.append(Collective(kinds.REDUCE_SCATTER, "tensor", size))
+            if rows:
+                work[Phase.F].collectives.append(Collective(kinds.REDUCE_SCATTER, "tensor", size))
+                work.get(Phase.I, work.get(Phase.W, work[Phase.F])).collectives.append(
+                    Collective(kinds.ALL_GATHER, "tensor", size))
+        else:
+            if rows:
+                work[Phase.F].collectives.append(Collective(kinds.ALL_REDUCE, "tensor", size))
+            if columns and Phase.I in work:
+                back.collectives.append(Collective(kinds.ALL_REDUCE, "tensor", size))
+            if self.rules.has("bank"):
+                work[Phase.F].collectives.append(Collective(kinds.ALL_GATHER, "tensor", size))
+                back.collectives.append(Collective(kinds.ALL_GATHER, "tensor", size))
+
+    def _between(self) -> int:
+        """Bytes of the activation between blocks, on one member of the context axis."""
+        floats = [self.trace.specs[name].num_bytes for name in self.trace.outputs
+                  if name in self.trace.specs and self.trace.specs[name].shape]
+        if self.role is Role.HEAD:
+            floats = [self.trace.specs[name].num_bytes for name in self.trace.inputs
+                      if "float" in self.trace.specs[name].dtype]
+        return -(-max(floats, default=0) // self.split.context)
+
+    def _context(self, work: dict[Phase, _Work]) -> None:
+        specs = {item.name: item.outputs[0] for item in self.trace.operators} | self.trace.specs
+        found = next(item for item in self.trace.phase_operators(Phase.F) if item.kind.startswith(ATTENTION))
+        size = sum(specs[name].num_bytes for name in found.inputs[1:3])
+        size = -(-size // min(self.split.tensor, specs[found.inputs[1]].shape[1]))
+        work[Phase.F].collectives.append(Collective(CollectiveKind.ALL_GATHER, "context", size))
+        if Phase.I in work:
+            work[Phase.I].collectives += [Collective(CollectiveKind.ALL_GATHER, "context", size),
+                                          Collective(CollectiveKind.REDUCE_SCATTER, "context", size)]
+
+    def parts(self) -> tuple[ParameterPart, ...]:
+        found = []
+        for name in self.trace.parameters:
+            cut = self.rules.cuts[name]
+            axis = "expert" if cut == "bank" else "tensor"
+            found.append(ParameterPart() if cut == "whole" else
+                         ParameterPart(self.degree(name), 0 if cut in ("columns", "bank") else 1, axis))
+        return (*found, *(ParameterPart() for _ in self.trace.buffers))
+
+    def resident(self) -> Resident:
+        sizes = {"dense": 0, "experts": 0, "trainable_dense": 0, "trainable_experts": 0, "summed": 0}
+        for name, grad in zip(self.trace.parameters, self.trace.parameter_grads, strict=True):
+            size = -(-self.trace.specs[name].num_bytes // self.degree(name))
+            kind = "experts" if self.rules.cuts[name] == "bank" else "dense"
+            sizes[kind] += size
+            if grad is not None:
+                sizes[f"trainable_{kind}"] += size
+                sizes["summed"] += size if self.split.sequence and self.rules.cuts[name] == "whole" else 0
+        sizes["dense"] += sum(self.trace.specs[name].num_bytes for name in self.trace.buffers)
+        return Resident(**sizes)
+
+    def kept(self, fused: bool, attention_again: bool) -> Kept:
+        sizes = {"fi": 0.0, "fw": 0.0, "iw": 0.0}
+        if fused:
+            late = made_in_backward(self.trace)
+            for item in kept(self.trace, (f"{ATTENTION}.",) if attention_again else ()):
+                place = "iw" if item.name in late else "fw" if item.last is Phase.W else "fi"
+                sizes[place] += item.num_bytes / self.parts_of(item.name)
+        else:
+            for saved in self.trace.saved:
+                place = saved.source.value.lower() + saved.last.value.lower()
+                sizes[place] += saved.num_bytes / self.parts_of(saved.name)
+        return Kept(*(math.ceil(sizes[name]) for name in ("fi", "fw", "iw")))

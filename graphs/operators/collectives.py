@@ -1,0 +1,84 @@
+"""The operators by which the members of a team talk, and the one by which a member takes its part of what it has.
+
+- ``mipipe::all_reduce``: the sum (or maximum) of all members' tensors, on every member.
+- ``mipipe::all_gather``: all members' parts put together along a dimension.
+- ``mipipe::reduce_scatter``: the member's part of the sum.
+- ``mipipe::exchange_parts``: parts along one dimension become parts along another (an all-to-all).
+- ``mipipe::take_part``: the member's part of a tensor that it has in whole; nothing is sent.
+
+A stored program names the axis of the team, never a process group: whoever runs it gives the implementations
+(`mipipe.runtime.engine.team`). ``sections`` says that so many blocks lie side by side along the dimension, each of
+which is divided: a member's part is its part of every block (a fused gate and up projection has 2, a flattened batch
+of sequences that are divided has one for each sequence).
+
+Legend: T members along the axis (``size``), member m of 0 .. T - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mipipe.graphs.errors import GraphError
+
+COLLECTIVES = {f"mipipe.{name}.default": name for name in ("all_reduce", "all_gather", "reduce_scatter",
+                                                           "exchange_parts")}
+"""The operator kinds that send something."""
+TAKE_PART = "mipipe.take_part.default"
+
+
+def part_of(x: Tensor, member: int, size: int, dim: int, sections: int) -> Tensor:
+    """The part of member ``member``: a view where ``sections`` is 1."""
+    length = x.shape[dim] // (sections * size)
+    if sections == 1:
+        return x.narrow(dim, member * length, length)
+    blocks = x.unflatten(dim, (sections, size, length))  # type: ignore[no-untyped-call]
+    return blocks.select(dim + 1, member).flatten(dim, dim + 1)  # type: ignore[no-any-return]
+
+
+def whole_of(parts: list[Tensor], dim: int, sections: int) -> Tensor:
+    """The tensor whose parts these are, by member: the inverse of `part_of`."""
+    if sections == 1:
+        return torch.cat(parts, dim)
+    length = parts[0].shape[dim] // sections
+    blocks = torch.stack([x.unflatten(dim, (sections, length)) for x in parts],  # type: ignore[no-untyped-call]
+                         dim + 1)
+    return blocks.flatten(dim, dim + 2)
+
+
+def _alone(name: str) -> Callable[..., Tensor]:
+    def run(*args: Any) -> Tensor:
+        raise GraphError(f"operator mipipe.{name}: a member's program runs in a team only")
+    return run
+
+
+def _define() -> None:
+    """Register the operators with fake implementations; what they compute is given by whoever runs them."""
+    def scaled(x: Tensor, dim: int, up: int, down: int) -> Tensor:
+        shape = list(x.shape)
+        shape[dim] = shape[dim] * up // down
+        return x.new_empty(shape)
+
+    fakes: dict[str, tuple[str, Callable[..., Tensor]]] = {
+        "all_reduce": ("(Tensor x, str op, int size, str axis) -> Tensor",
+                       lambda x, op, size, axis: x.new_empty(x.shape)),
+        "all_gather": ("(Tensor x, int dim, int sections, int size, str axis) -> Tensor",
+                       lambda x, dim, sections, size, axis: scaled(x, dim, size, 1)),
+        "reduce_scatter": ("(Tensor x, int dim, int sections, int size, str axis) -> Tensor",
+                           lambda x, dim, sections, size, axis: scaled(x, dim, 1, size)),
+        "exchange_parts": ("(Tensor x, int[] from_dim, int[] to_dim, int size, str axis) -> Tensor",
+                           lambda x, source, target, size, axis: scaled(scaled(x, source[0], size, 1), target[0], 1,
+                                                                        size)),
+        "take_part": ("(Tensor x, int dim, int sections, int size, str axis) -> Tensor",
+                      lambda x, dim, sections, size, axis: scaled(x, dim, 1, size)),
+    }
+    for name, (schema, fake) in fakes.items():
+        torch.library.define(f"mipipe::{name}", schema)
+        torch.library.impl(f"mipipe::{name}", "CompositeExplicitAutograd", _alone(name))
+        torch.library.register_fake(f"mipipe::{name}", fake)
+
+
+_define()

@@ -1,0 +1,1 @@
+"""Modes of a segment: its trace becomes the program of one member of a team."""

@@ -1,0 +1,97 @@
+"""How a tensor lies on the members of a team along one axis, and what it takes to lie otherwise.
+
+A `Part` is *whole* (every member has all of it), *divided* along a dimension, *partial* (the tensor is the sum of what
+the members have), or *owned*: rows that belong to experts are right on the member that holds the expert, and anything
+elsewhere. (GSPMD, Xu et al. 2021, arXiv 2105.04663, has the first three.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Kind(StrEnum):
+    """The kinds of a `Part`."""
+
+    WHOLE = "whole"
+    DIVIDED = "divided"
+    PARTIAL = "partial"
+    OWNED = "owned"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a member has of a tensor.
+
+    Divided: along ``dim``, of which each of ``sections`` equal blocks is cut into T equal pieces. Owned: rows of
+    dimension 0, grouped by the offsets that the value ``offsets`` holds.
+    """
+
+    kind: Kind
+    dim: int = 0
+    sections: int = 1
+    offsets: str = ""
+
+    def at(self, dim: int) -> Part:
+        """The same division along another dimension."""
+        return Part(self.kind, dim, self.sections, self.offsets)
+
+
+WHOLE = Part(Kind.WHOLE)
+PARTIAL = Part(Kind.PARTIAL)
+
+
+def divided(dim: int, sections: int = 1) -> Part:
+    """Divided along a dimension."""
+    return Part(Kind.DIVIDED, dim, sections)
+
+
+def fits(shape: Sequence[int], part: Part, size: int) -> bool:
+    """Whether a tensor of this shape can be divided so among ``size`` members."""
+    if part.kind is not Kind.DIVIDED:
+        return True
+    return part.dim < len(shape) and shape[part.dim] > 0 and shape[part.dim] % (part.sections * size) == 0
+
+
+def local_shape(shape: Sequence[int], part: Part, size: int) -> tuple[int, ...]:
+    """The shape of a member's part."""
+    if part.kind is not Kind.DIVIDED:
+        return tuple(shape)
+    return tuple(length // size if dim == part.dim else length for dim, length in enumerate(shape))
+
+
+def sent(source: Part, target: Part, num_bytes: int) -> float | None:
+    """What a change from one part to another sends, in bytes of the whole tensor; None where it is impossible.
+
+    An all-reduce counts twice: it is a reduce-scatter and an all-gather.
+    """
+    if source == target:
+        return 0.0
+    if source.kind is Kind.WHOLE:
+        return 0.0 if target.kind in (Kind.DIVIDED, Kind.OWNED) else None
+    if source.kind is Kind.DIVIDED:
+        return num_bytes if target.kind is Kind.WHOLE else num_bytes / 2 if target.kind is Kind.DIVIDED else None
+    if source.kind is Kind.PARTIAL:
+        return 2.0 * num_bytes if target.kind is Kind.WHOLE else num_bytes if target.kind is Kind.DIVIDED else None
+    return {Kind.WHOLE: 2.0 * num_bytes, Kind.PARTIAL: 0.0, Kind.DIVIDED: float(num_bytes)}.get(target.kind)
+
+
+def reshaped(shape: Sequence[int], target: Sequence[int], part: Part, size: int) -> Part | None:
+    """How the view ``target`` of a tensor of ``shape`` is divided where the tensor is; None where it is in no such way.
+
+    The division cuts each of ``outer`` blocks of the row-major tensor into pieces; in the view, the dimension that
+    holds these blocks must hold whole pieces.
+    """
+    outer = math.prod(shape[:part.dim]) * part.sections
+    before = 1
+    for dim, length in enumerate(target):
+        if before * length > outer:
+            sections, left = divmod(outer, before)
+            if left or length % sections or (length // sections) % size:
+                return None
+            return divided(dim, sections)
+        before *= length
+    return None

@@ -1,0 +1,142 @@
+"""A model as a chain of pieces: what comes before the first layer, the layers, what comes after the last.
+
+Equal layers are one *kind* of piece, priced once. A piece is what the master places; it is never cut.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph
+from mipipe.graphs.costs.estimate_modes import heads_of
+from mipipe.graphs.costs.roofline import useful_flops
+from mipipe.graphs.costs.split_rules import split_rules
+from mipipe.graphs.errors import InputError
+from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role
+from mipipe.planner.teams.degrees import Degrees
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Segments (by index) that stay together; ``kind`` numbers its structure, ``layer`` is its number or None."""
+
+    kind: int
+    members: tuple[int, ...]
+    layer: int | None
+    name: str
+
+
+@dataclass(frozen=True)
+class ModelPieces:
+    """A graph in pieces, in topological order. ``kinds[k]`` is the first piece of kind k.
+
+    ``sequences`` are those of a microbatch as captured, ``tokens`` of one sequence (None: the model has no tokens).
+    """
+
+    graph: OperatorGraph
+    index: GraphIndex
+    pieces: tuple[Piece, ...]
+    kinds: tuple[Piece, ...]
+    sequences: int
+    tokens: int | None
+
+    @property
+    def layers(self) -> list[int]:
+        """The indices of pieces that are layers."""
+        return [number for number, piece in enumerate(self.pieces) if piece.layer is not None]
+
+    def flops(self) -> float:
+        """Products of forward and backward of one sequence, each once, of causal attention the lower triangle."""
+        by_trace = {(trace.digest, phase): sum(map(useful_flops, trace.phase_operators(phase)))
+                    for trace in self.graph.traces for phase in Phase}
+        total = sum(by_trace[segment.trace, phase] for number, segment in enumerate(self.graph.segments)
+                    for phase in Phase if self.index.runs(number, phase))
+        return total / self.sequences
+
+    def parameters(self) -> int:
+        """Trainable and frozen parameters, tied ones once."""
+        return sum(math.prod(item.spec.shape) for item in self.graph.parameters
+                   if item.tied_to is None and not item.buffer)
+
+
+def model_pieces(graph: OperatorGraph) -> ModelPieces:
+    """The pieces of a graph captured at the granularity of blocks or layers."""
+    index = index_graph(graph)
+    runs: list[tuple[Any, list[int]]] = []
+    for number, segment in enumerate(graph.segments):
+        key = (segment.tags.branch, segment.tags.layer)
+        if runs and runs[-1][0] == key:
+            runs[-1][1].append(number)
+        else:
+            runs.append((key, [number]))
+    kinds: dict[Any, int] = {}
+    pieces: list[Piece] = []
+    first: list[Piece] = []
+    for (branch, layer), members in runs:
+        signature = tuple((graph.segments[at].trace, graph.segments[at].tags.role, *(index.runs(at, phase)
+                           for phase in Phase)) for at in members)
+        kind = kinds.setdefault(signature, len(kinds))
+        name = graph.segments[members[0]].name if layer is None else f"{branch + ' ' if branch else ''}layer {layer}"
+        pieces.append(Piece(kind, tuple(members), layer, name))
+        if kind == len(first):
+            first.append(pieces[-1])
+    shapes = {value.name: value.spec.shape for value in graph.values if value.name in graph.inputs}
+    ids = next((shapes[name] for name in ("input_ids", "decoder_input_ids") if name in shapes), None)
+    sequences = next((shape[0] for shape in shapes.values() if shape), 1)
+    return ModelPieces(graph, index, tuple(pieces), tuple(first), max(1, sequences),
+                       math.prod(ids) // max(1, ids[0]) if ids else None)
+
+
+def misfit(model: ModelPieces, degrees: Degrees, global_batch: int) -> str | None:
+    """Why a model and batch do not divide by the degrees, in one line with what would do; None where they do."""
+    count = len(model.pieces)
+    if degrees.ranks * degrees.chunks > count:
+        return (f"ranks={degrees.ranks}" + (f" x chunks={degrees.chunks}" if degrees.chunks > 1 else "")
+                + f" stages, but the model has {count} pieces that can be apart; at most {count} stages")
+    each, left = divmod(global_batch, degrees.copies)
+    if left or each % degrees.microbatch:
+        return (f"--global-batch {global_batch} does not divide into copies={degrees.copies} x --microbatch"
+                f" {degrees.microbatch} sequences; {_near(global_batch, degrees.copies * degrees.microbatch)} would")
+    for segment in {piece.members: piece for piece in model.kinds}:
+        for member in segment:
+            reason = _member_misfit(model, member, degrees)
+            if reason is not None:
+                return reason
+    if model.tokens is not None and model.tokens % (degrees.context * (degrees.tensor if degrees.sequence else 1)):
+        return (f"sequences of {model.tokens} tokens do not divide into context={degrees.context}"
+                + (f" x sequence={degrees.tensor}" if degrees.sequence else "") + " parts; use powers of two")
+    if degrees.team * degrees.copies % degrees.expert:
+        return (f"expert={degrees.expert} does not divide the {degrees.team * degrees.copies} devices of a rank over"
+                f" all copies (tensor x context x copies)")
+    return None
+
+
+def _member_misfit(model: ModelPieces, member: int, degrees: Degrees) -> str | None:
+    trace, heads = model.index.traces[member], heads_of(model.index.traces[member])
+    name = model.graph.segments[member].name
+    if heads is not None and heads[0] % degrees.tensor:
+        fits = ", ".join(str(size) for size in range(1, heads[0] + 1) if heads[0] % size == 0)
+        return f"tensor={degrees.tensor} does not divide the {heads[0]} heads of {name}; {fits} would"
+    if degrees.expert > 1 and model.graph.segments[member].tags.role is Role.EXPERTS:
+        rules = split_rules(trace, Role.EXPERTS)
+        banks = {trace.specs[parameter].shape[0] for parameter, cut in rules.cuts.items() if cut == "bank"}
+        wrong = [size for size in banks if size % degrees.expert]
+        if wrong:
+            return f"expert={degrees.expert} does not divide the {wrong[0]} experts of {name}"
+    return None
+
+
+def _near(value: int, step: int) -> str:
+    low = value // step * step
+    return f"{low} or {low + step}" if low else str(step)
+
+
+def check_fits(model: ModelPieces, degrees: Degrees, global_batch: int) -> None:
+    """Raise `InputError` with the one line of `misfit`."""
+    reason = misfit(model, degrees, global_batch)
+    if reason is not None:
+        raise InputError(f"--degrees: {reason}")
+    if degrees.expert > 1 and not any(segment.tags.role is Role.EXPERTS for segment in model.graph.segments):
+        raise InputError(f"--degrees: expert={degrees.expert}, but the model has no experts to divide")

@@ -1,0 +1,258 @@
+"""What a piece costs a member of a team: seconds of each phase by what they go into, and bytes.
+
+Compute comes from profiles of modes (traced where the graph has them, else estimated from shapes) by a roofline below
+peaks; collectives by the cluster's levels. Nothing overlaps a collective of the tensor, context or
+expert axis. With sharded gradients (`zero` 2) they are reduced in every microbatch beside the weight gradients; with
+sharded parameters (`zero` 3) these are gathered beside the forward and the backward. What is longer than the phase
+beside it shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from mipipe.graphs.cluster import DeviceKind
+from mipipe.graphs.costs.collectives import Fabric, collective_ns
+from mipipe.graphs.costs.efficiency import phase_seconds
+from mipipe.graphs.costs.estimate_modes import estimated_profile
+from mipipe.graphs.costs.split_rules import ATTENTION
+from mipipe.graphs.errors import InputError
+from mipipe.graphs.modes import Collective, CollectiveKind, ModeProfile
+from mipipe.graphs.operator_graph import DTYPE_BYTES, Phase
+from mipipe.planner.teams.degrees import Degrees
+from mipipe.planner.teams.pieces import ModelPieces
+
+Axis = Literal["tensor", "context", "expert", "data"]
+AXES: tuple[Axis, ...] = ("tensor", "context", "expert", "data")
+ADAM_BYTES = 12
+"""Optimizer state of a parameter: a master copy and two moments in float32 (Rajbhandari et al., 2020, section 3.1)."""
+GRADIENT_BYTES = 4
+"""A gradient that is summed over microbatches is float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The devices all alike. ``fp8``: products run in 8 bits; ``fused``: elementwise kernels are fused."""
+
+    kind: DeviceKind
+    fabric: Fabric
+    memory_bytes: int
+    dtype: str = "bfloat16"
+    fp8: bool = False
+    fused: bool = True
+
+    @property
+    def peak(self) -> float:
+        """The peak that utilisation is counted against."""
+        return self.kind.peak("float8" if self.fp8 else self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseCost:
+    """Seconds of one phase of a piece for one microbatch: its own kernels, and collectives by axis."""
+
+    compute: float = 0.0
+    talk: dict[Axis, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        return self.compute + sum(self.talk.values())
+
+    def plus(self, other: PhaseCost) -> PhaseCost:
+        """Both, one after the other."""
+        return PhaseCost(self.compute + other.compute, {axis: self.talk.get(axis, 0.0) + other.talk.get(axis, 0.0)
+                                                        for axis in {*self.talk, *other.talk}})
+
+
+@dataclass(frozen=True, slots=True)
+class PieceCost:
+    """One piece on one member: phases (None: it has no such phase), bytes, and what it takes at the end of a step.
+
+    ``kept`` stays from F to the end of the backward, ``late`` from I to W, per microbatch; ``again`` is ``kept`` of a
+    piece whose F runs again, which it holds while its backward runs. ``reduce``, ``gather``: seconds of the gradients'
+    way between copies and of the updated parameters' way back, ``optimizer`` of the update itself.
+    """
+
+    f: PhaseCost
+    i: PhaseCost | None
+    w: PhaseCost | None
+    kept: int
+    late: int
+    again: int
+    weights: int
+    gradients: int
+    state: int
+    reduce: float
+    gather: float
+    optimizer: float
+
+    @property
+    def backward(self) -> float:
+        return (self.i.total if self.i else 0.0) + (self.w.total if self.w else 0.0)
+
+    @property
+    def resident(self) -> int:
+        return self.weights + self.gradients + self.state
+
+
+class Pricer:
+    """Prices pieces on a machine; profiles are kept between calls. ``origins`` counts where profiles came from."""
+
+    def __init__(self, model: ModelPieces, machine: Machine) -> None:
+        self.model, self.machine = model, machine
+        self.origins: Counter[str] = Counter()
+        self._profiles: dict[tuple[str, object, bool], ModeProfile] = {}
+        self._costs: dict[tuple[int, Degrees], PieceCost] = {}
+
+    def costs(self, degrees: Degrees) -> list[PieceCost]:
+        """The cost of every piece, in the model's order."""
+        by_kind = [self._kind(number, degrees) for number in range(len(self.model.kinds))]
+        return [by_kind[piece.kind] for piece in self.model.pieces]
+
+    def _kind(self, kind: int, degrees: Degrees) -> PieceCost:
+        key = kind, _without_ranks(degrees)
+        if key not in self._costs:
+            self._costs[key] = self._price(kind, degrees)
+        return self._costs[key]
+
+    def profile(self, member: int, degrees: Degrees) -> ModeProfile:
+        """The profile of a segment on a team of these degrees."""
+        trace, role = self.model.index.traces[member], self.model.graph.segments[member].tags.role
+        again = degrees.recompute == "selective"
+        key = trace.digest, (role, degrees.split), again
+        if key in self._profiles:
+            return self._profiles[key]
+        estimate = estimated_profile(trace, role, degrees.split, fused=self.machine.fused, attention_again=again)
+        plain = degrees.context == degrees.expert == 1 and degrees.tensor > 1 and not again
+        modes = self.model.graph.modes
+        found = modes.find(trace.digest, degrees.split.mode, degrees.tensor) if plain and modes is not None else None
+        self.origins["traced" if found is not None else "estimated from shapes"] += 1
+        if found is not None:
+            estimate = with_estimates(found, estimate, self.machine.fused)
+        self._profiles[key] = estimate
+        return estimate
+
+    def _price(self, kind: int, degrees: Degrees) -> PieceCost:
+        piece, machine = self.model.kinds[kind], self.machine
+        count = degrees.microbatch / self.model.sequences
+        found: dict[Phase, PhaseCost] = {}
+        kept = late = dense = experts = trained = trained_experts = 0
+        for member in piece.members:
+            profile = self.profile(member, degrees)
+            for phase, work in profile.phases.items():
+                if self.model.index.runs(member, phase):
+                    seconds = phase_seconds(work, machine.kind.achieved, flops=machine.kind.peak(machine.dtype),
+                                            fp8_flops=machine.kind.peak("float8") if machine.fp8 else None,
+                                            bytes_per_s=float(machine.kind.bytes_per_s or 1),
+                                            launch_ns=machine.kind.launch_ns, count=count)
+                    cost = PhaseCost(seconds, self._talk(work.collectives, degrees, count, self.fanout(member)))
+                    found[phase] = found[phase].plus(cost) if phase in found else cost
+            if self.model.index.runs(member, Phase.I) or self.model.index.runs(member, Phase.W):
+                kept += profile.kept.fi + profile.kept.fw
+                late += profile.kept.iw
+            dense, experts = dense + profile.resident.dense, experts + profile.resident.experts
+            if self.model.index.runs(member, Phase.W):
+                trained += profile.resident.trainable_dense
+                trained_experts += profile.resident.trainable_experts
+        kept, late, again = round(kept * count), round(late * count), 0
+        if degrees.recompute == "full" and Phase.I in found and piece.layer is not None:
+            again, kept = kept, self._inputs(piece.members[0], degrees, count)
+            found[Phase.I] = found[Phase.I].plus(found[Phase.F])
+        return self._resident(degrees, found, (kept, late, again), (dense, experts), (trained, trained_experts))
+
+    def _inputs(self, member: int, degrees: Degrees, count: float) -> int:
+        """Bytes of a piece's inputs on one member."""
+        trace = self.model.index.traces[member]
+        parts = degrees.context * (degrees.tensor if degrees.sequence else 1)
+        return round(sum(trace.specs[name].num_bytes for name in trace.inputs) * count / parts)
+
+    def fanout(self, member: int) -> float:
+        """Experts per token of a segment with banks of experts; 1 for others."""
+        trace = self.model.index.traces[member]
+        rows = [item.outputs[0].shape[0] for item in trace.phase_operators(Phase.F) if "grouped_mm" in item.kind]
+        floats = [trace.specs[name].shape for name in trace.inputs if "float" in trace.specs[name].dtype]
+        tokens = max((math.prod(shape[:-1]) for shape in floats if shape), default=0)
+        return max(1.0, rows[0] / tokens) if rows and tokens else 1.0
+
+    def _talk(self, collectives: tuple[Collective, ...], degrees: Degrees, count: float,
+              fanout: float) -> dict[Axis, float]:
+        found: dict[Axis, float] = {}
+        groups: dict[str, tuple[Axis, int, int]] = {
+            "tensor": ("tensor", degrees.tensor, 1), "sequence": ("tensor", degrees.tensor, 1),
+            "context": ("context", degrees.context, degrees.tensor), "expert": ("expert", degrees.expert, 1)}
+        for item in collectives:
+            axis, members, stride = groups[item.axis]
+            spent = collective_ns(self.machine.fabric, item.kind, round(item.num_bytes * count), members, stride,
+                                  fanout=fanout)
+            found[axis] = found.get(axis, 0.0) + item.count * spent / 1e9
+        return found
+
+    def _resident(self, degrees: Degrees, found: dict[Phase, PhaseCost], kept: tuple[int, int, int],
+                  held: tuple[int, int], trained: tuple[int, int]) -> PieceCost:
+        """Bytes that stay, what copies do with them at the end of a step, and with ``zero`` 3 in every microbatch."""
+        size = DTYPE_BYTES[self.machine.dtype]
+        wide = degrees.context * degrees.copies, degrees.expert_copies
+        strides = degrees.tensor, degrees.expert
+        weights = gradients = state = 0
+        reduce = gather = touched = 0.0
+        for num_bytes, training, copies, stride in zip(held, trained, wide, strides, strict=True):
+            parameters = training // size
+            shared = [copies if degrees.zero >= stage else 1 for stage in (1, 2, 3)]
+            own_state = parameters * ADAM_BYTES // shared[0]
+            weights += num_bytes // shared[2]
+            gradients += parameters * GRADIENT_BYTES // shared[1]
+            state += own_state
+            touched += own_state * (2 + (GRADIENT_BYTES + size) / ADAM_BYTES)
+            kinds = CollectiveKind
+            spent = [collective_ns(self.machine.fabric, kind, amount, copies, stride) / 1e9 for kind, amount in (
+                (kinds.REDUCE_SCATTER if degrees.zero else kinds.ALL_REDUCE, parameters * GRADIENT_BYTES),
+                (kinds.ALL_GATHER, training if degrees.zero else 0), (kinds.ALL_GATHER, num_bytes))]
+            if degrees.zero < 2:
+                reduce += spent[0]
+            elif Phase.W in found:
+                found[Phase.W] = _beside(found[Phase.W], spent[0])
+            if degrees.zero < 3:
+                gather += spent[1]
+                continue
+            for phase in (Phase.F, Phase.I):
+                if phase in found:
+                    found[phase] = _beside(found[phase], spent[2])
+        bandwidth = float(self.machine.kind.bytes_per_s or 1) * self.machine.kind.achieved.memory
+        return PieceCost(found[Phase.F], found.get(Phase.I), found.get(Phase.W), *kept, weights, gradients, state,
+                         reduce, gather, touched / bandwidth)
+
+
+def with_estimates(traced: ModeProfile, estimate: ModeProfile, fused: bool) -> ModeProfile:
+    """A traced profile with what the estimate knows better: attention under a causal mask at half its products, and,
+    where kernels are fused, elementwise bytes, kernels and kept tensors."""
+    phases = {}
+    for phase, work in traced.phases.items():
+        other = estimate.phases.get(phase, work)
+        products = (*(item for item in work.products if not item.kind.startswith(ATTENTION)),
+                    *(item for item in other.products if item.kind.startswith(ATTENTION)))
+        rest = other if fused else work
+        apart = rest.bytes_moved - sum(item.bytes_moved * item.count for item in rest.products)
+        phases[phase] = replace(work, products=products, kernels=rest.kernels, bytes_moved=max(0, apart) + sum(
+            item.bytes_moved * item.count for item in products))
+    return replace(traced, phases=phases, kept=estimate.kept if fused else traced.kept)
+
+
+def _beside(cost: PhaseCost, seconds: float) -> PhaseCost:
+    """A phase with a transfer of so many seconds under way beside it: only what is longer than the phase shows."""
+    return cost.plus(PhaseCost(0.0, {"data": max(0.0, seconds - cost.total)}))
+
+
+def _without_ranks(degrees: Degrees) -> Degrees:
+    """The degrees that a piece's price depends on."""
+    return replace(degrees, ranks=1, chunks=1)
+
+
+def check_machine(machine: Machine) -> None:
+    """Raise `InputError` where a device kind has no peaks to price with."""
+    if not machine.kind.has_peaks:
+        raise InputError(f"device kind {machine.kind.name}: has no peak rates to estimate teams from; give one with"
+                         " peaks (device_kinds: in the cluster file)")
+    _ = machine.peak, machine.kind.peak(machine.dtype)

@@ -1,0 +1,113 @@
+"""A member of a team: the collectives of its programs, bound to the process groups of the team's axes.
+
+`mipipe.graphs.sharding` makes a member's program of a segment's trace; its operators name an axis. `team_operators`
+gives them to `build_phase`: one process group for each axis, whose ranks are the members in order. Every collective is
+waited for where it stands in the program.
+
+Legend: T members along an axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mipipe.graphs.errors import RunError
+from mipipe.graphs.operators.collectives import part_of, whole_of
+from mipipe.runtime.engine import comm
+
+Reduction = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a team: its process group, in which this member has the number ``member``."""
+
+    name: str
+    group: Any
+    member: int
+    size: int
+    timeout: timedelta
+
+    @classmethod
+    def of(cls, name: str, group: Any, timeout: timedelta) -> Axis:
+        """The axis whose members are the ranks of a process group."""
+        return cls(name, group, dist.get_rank(group), dist.get_world_size(group), timeout)
+
+    def wait(self, work: Any, what: str, on_device: bool) -> None:
+        """Until a collective is done (on CUDA: until the stream has it).
+
+        Raises:
+            RunError: another member is gone, or does not take part in time.
+        """
+        comm.wait([work], self.timeout, lambda: f"member {self.member} of axis {self.name}: {what}", not on_device)
+
+    def all_reduce(self, x: Tensor, op: str) -> Tensor:
+        out = x.contiguous().clone()
+        work = dist.all_reduce(out, Reduction[op], group=self.group, async_op=True)
+        self.wait(work, "all-reduce", x.is_cuda)
+        return out
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """The tensors of all members, in order."""
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        self.wait(dist.all_gather(parts, x, group=self.group, async_op=True), "all-gather", x.is_cuda)
+        return parts
+
+    def reduce_scatter(self, x: Tensor, dim: int, sections: int) -> Tensor:
+        """This member's part of the sum; gloo has no such operation, and sums whole tensors."""
+        if not x.is_cuda:
+            return part_of(self.all_reduce(x, "sum"), self.member, self.size, dim, sections).clone()
+        parts = torch.stack([part_of(x, member, self.size, dim, sections) for member in range(self.size)])
+        out = torch.empty_like(parts[0])
+        work = dist.reduce_scatter_tensor(out, parts, group=self.group, async_op=True)
+        self.wait(work, "reduce-scatter", x.is_cuda)
+        return out
+
+    def exchange(self, parts: Tensor) -> Tensor:
+        """[T,...]: part m goes to member m; what comes from member m is part m of the result."""
+        out = torch.empty_like(parts)
+        work = comm.start_all_to_all(self.group, out, parts.contiguous())
+        self.wait(work, "all-to-all", parts.is_cuda)
+        return out
+
+
+def team_operators(axes: Mapping[str, Axis]) -> dict[str, Callable[..., Tensor]]:
+    """The implementations of a team's operators, by kind, as `build_phase` takes them.
+
+    Raises (when a program runs):
+        RunError: the program has an axis or a size that the team does not have.
+    """
+    def axis_of(name: str, size: int) -> Axis:
+        found = axes.get(name)
+        if found is None or found.size != size:
+            has = ", ".join(f"{axis.name}={axis.size}" for axis in axes.values()) or "no axes"
+            raise RunError(f"team: a program is for {name}={size}, but this team has {has}; plan for this team")
+        return found
+
+    def all_reduce(x: Tensor, op: str, size: int, axis: str) -> Tensor:
+        return axis_of(axis, size).all_reduce(x, op)
+
+    def all_gather(x: Tensor, dim: int, sections: int, size: int, axis: str) -> Tensor:
+        return whole_of(axis_of(axis, size).gather(x), dim, sections)
+
+    def reduce_scatter(x: Tensor, dim: int, sections: int, size: int, axis: str) -> Tensor:
+        return axis_of(axis, size).reduce_scatter(x, dim, sections)
+
+    def take_part(x: Tensor, dim: int, sections: int, size: int, axis: str) -> Tensor:
+        return part_of(x, axis_of(axis, size).member, size, dim, sections).clone()
+
+    def exchange_parts(x: Tensor, source: list[int], target: list[int], size: int, axis: str) -> Tensor:
+        parts = torch.stack([part_of(x, member, size, *target) for member in range(size)])
+        return whole_of(list(axis_of(axis, size).exchange(parts)), *source)
+
+    named = {"all_reduce": all_reduce, "all_gather": all_gather, "reduce_scatter": reduce_scatter,
+             "take_part": take_part, "exchange_parts": exchange_parts}
+    return {f"mipipe.{name}.default": function for name, function in named.items()}

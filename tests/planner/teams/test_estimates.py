@@ -1,0 +1,104 @@
+"""Profiles estimated from shapes against those traced, and against what sizes say."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from mipipe.graphs.costs.estimate_modes import TeamSplit, estimated_profile
+from mipipe.graphs.costs.fusion import kept
+from mipipe.graphs.costs.split_rules import split_rules
+from mipipe.graphs.modes import CollectiveKind
+from mipipe.graphs.operator_graph import Phase, Role
+
+
+def traces(graph):
+    """The distinct traces with a role of one of their segments."""
+    found = {segment.trace: segment for segment in graph.segments}
+    return [(graph.trace(segment), segment.tags.role) for segment in found.values()]
+
+
+def test_columns_then_rows(llama):
+    cuts = {role: split_rules(trace, role).cuts for trace, role in traces(llama)}
+    attention = {name.removeprefix("p_").removesuffix("_weight"): cut for name, cut in cuts[Role.ATTENTION].items()}
+    assert attention == {"input_layernorm": "whole", "q_proj": "columns", "k_proj": "columns", "v_proj": "columns",
+                         "o_proj": "rows"}
+    assert sorted(cuts[Role.MLP].values()) == ["columns", "columns", "rows", "whole"]
+    assert cuts[Role.HEAD]["p_weight"] == "columns" and set(cuts[Role.EMBEDDING].values()) == {"rows"}
+
+
+@pytest.mark.parametrize("mode", ["tensor", "sequence"])
+def test_estimates_equal_what_is_traced(llama, mode):
+    """The estimate and `mipipe.graphs.sharding` derive a member's work from the trace by ways of their own. Flops other
+    than attention's (there the estimate halves a causal mask's), parameters and collectives of blocks are the same."""
+    from mipipe.graphs.sharding.modes import with_modes
+
+    graph = with_modes(llama, (mode,), (4,))
+    for trace, role in traces(graph):
+        traced = graph.modes.find(trace.digest, mode, 4)
+        estimate = estimated_profile(trace, role, TeamSplit(4, sequence=mode == "sequence"), fused=False)
+        assert estimate.resident == traced.resident
+        for phase, work in traced.phases.items():
+            own = estimate.phases[phase]
+            plain = [sum(item.flops * item.count for item in one.products if "attention" not in item.kind)
+                     for one in (work, own)]
+            assert plain[0] == plain[1]
+            big = [sorted((item.kind.value, item.num_bytes) for item in one.collectives if item.num_bytes > 10_000)
+                   for one in (work, own)]
+            if phase is not Phase.W:  # the second gather of the sequence runs beside I's products
+                assert big[0] == big[1]
+
+
+def test_a_team_of_one_does_all_and_says_nothing(llama):
+    for trace, role in traces(llama):
+        found = estimated_profile(trace, role, TeamSplit(), fused=False)
+        assert not any(work.collectives for work in found.phases.values())
+        saved = sum(item.num_bytes for item in trace.saved)
+        assert found.kept.fi + found.kept.fw + found.kept.iw == saved
+
+
+def test_what_fused_kernels_keep(llama):
+    """Per token of a dense Llama block: its input, q, k, v and the attention's result; its input, gate and up."""
+    tokens, hidden, wide = 512, 256, 688
+    sizes = {role: estimated_profile(trace, role, TeamSplit()).kept for trace, role in traces(llama)}
+    attention, mlp = sizes[Role.ATTENTION], sizes[Role.MLP]
+    kv = hidden * 4 // 8
+    statistics = 4 * 8 * tokens
+    assert attention.fi + attention.fw == pytest.approx(2 * tokens * (3 * hidden + 2 * kv) + statistics, rel=0.01)
+    assert mlp.fi + mlp.fw == 2 * tokens * (hidden + 2 * wide)
+    assert sizes[Role.HEAD].fi == pytest.approx(2 * tokens * 1024, rel=0.02)
+
+
+def test_attention_that_runs_again_is_not_kept(llama):
+    trace = next(trace for trace, role in traces(llama) if role is Role.ATTENTION)
+    once, again = (estimated_profile(trace, Role.ATTENTION, TeamSplit(), attention_again=flag) for flag in (False, True))
+    assert again.kept.fi + again.kept.fw < once.kept.fi + once.kept.fw
+    assert again.phases[Phase.I].flops == once.phases[Phase.I].flops + next(
+        item.flops for item in once.phases[Phase.F].products if item.kind == "mipipe.attention")
+
+
+def test_kept_tensors_are_enough_for_the_backward(llama):
+    """Everything the backward reads can be made from what is kept, parameters and buffers by elementwise operators."""
+    for trace, _ in traces(llama):
+        there = {item.name for item in kept(trace)} | {*trace.parameters, *trace.buffers}
+        makers = {operator.name: operator for operator in trace.operators}
+        for saved in trace.saved:
+            pending = [saved.name] if saved.source is Phase.F else []
+            while pending:
+                name = pending.pop()
+                if name in there:
+                    continue
+                assert name in makers and not makers[name].flops, f"{name} can neither be read nor made again"
+                pending += makers[name].inputs
+
+
+def test_context_gathers_keys_and_values(llama):
+    trace = next(trace for trace, role in traces(llama) if role is Role.ATTENTION)
+    found = estimated_profile(trace, Role.ATTENTION, TeamSplit(context=2))
+    gathered = [item for item in found.phases[Phase.F].collectives if item.axis == "context"]
+    assert [item.kind for item in gathered] == [CollectiveKind.ALL_GATHER]
+    assert gathered[0].num_bytes == 2 * 2 * 512 * 256 * 4 // 8
+    whole = estimated_profile(trace, Role.ATTENTION, TeamSplit())
+    assert found.phases[Phase.F].flops * 2 == whole.phases[Phase.F].flops
+    assert dataclasses.replace(found.resident) == whole.resident
