@@ -1,12 +1,17 @@
 """Predictions beside what others measured and published.
 
-    python benchmarks/published.py --zero-bubble zero_bubble.csv [--json]
+    python benchmarks/published.py --zero-bubble zero_bubble.csv --sailor sailor.csv --profiles profiles.json [--json]
 
 ``--zero-bubble``: rows of arXiv 2401.10241, tables 3 to 6 (columns p, m, micro_batch, T_F, T_B, T_W, T_comm in ms, the
 printed bubble rates and measured samples per second and GPU). Printed rates are simulated ones of equal stages whose
 transfers run beside the compute; measured steps come from Megatron-LM, whose transfers hold the compute stream
 (`mipipe.planner.problems.held_transfers`). Both are predicted by the product's own schedules and simulator, and nothing
 is fitted. Left out of the prediction: the optimizer, the embedding and the head, overheads of launching.
+
+``--sailor`` and ``--profiles``: steps of Sailor's artifact (SOSP 2025) by its own measured times of layers on one
+device (`mipipe.planner.problems.from_layers`), 1F1B, transfers that hold the compute stream; the measured reduction of
+gradients is added, the link is `SAILOR_LINK`, and nothing is fitted. Rows with several kinds of devices are listed, not
+built.
 """
 
 from __future__ import annotations
@@ -22,7 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mipipe.graphs.errors import MipipeError
+from mipipe.graphs.topology import Link
 from mipipe.planner.plan import Plan
+from mipipe.planner.problems.from_layers import problem_of_layers, read_layer_times
 from mipipe.planner.problems.held_transfers import hold_transfers
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.schedules import BASELINES
@@ -32,6 +39,15 @@ RATES = ("1F1B", "ZB-H1")
 
 STEPS = (("1F1B", "1F1B"), ("ZB-H1", "ZB-1p"))
 """Schedules whose steps were measured: ours, and the name of the column (ZB-1p's printed rates are ZB-H1's)."""
+
+
+SAILOR_LINK = Link(10_000, 25 * 10**9)
+"""Alps: one 200 Gb/s network card for each device; 10 us is an assumption."""
+
+SAILOR_MODELS = {"GPT-Neo-2.7B": ("GPT-Neo-2.7", 2560), "OPT-350M": ("OPT-350", 1024)}
+"""Name in the profiles, and hidden size."""
+
+SAILOR_SEQ = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +75,20 @@ class StepRow:
     held: float
 
 
+@dataclass(frozen=True, slots=True)
+class SailorRow:
+    """A measured step in seconds and ours; ``why`` says why there is none."""
+
+    plan: str
+    model: str
+    stages: int
+    devices: int
+    microbatches: int
+    measured: float
+    predicted: float | None
+    why: str = ""
+
+
 def zero_bubble(path: Path) -> tuple[list[RateRow], list[StepRow]]:
     """Bubble rates and steps of every row."""
     rates, steps = [], []
@@ -77,6 +107,27 @@ def zero_bubble(path: Path) -> tuple[list[RateRow], list[StepRow]]:
             steps.append(StepRow(row["model"], ranks, count, name, measured, ms[name],
                                  _ms(_plan(hold_transfers(problem), name))))
     return rates, steps
+
+
+def sailor(path: Path, profiles: Path) -> list[SailorRow]:
+    """The steps of every row."""
+    found = []
+    for row in _rows(path):
+        kinds, cut, copies = (json.loads(row[name]) for name in ("gpu_kinds", "layers_per_stage", "dp"))
+        size, tensor = int(row["mbs"]), json.loads(row["tp"])
+        count = int(row["gbs"]) // (size * copies[0])
+        facts = row["file"].removesuffix(".json"), row["model"], len(cut), int(row["gpus"]), count
+        measured = float(row["real_step_s"])
+        if len(kinds) > 1 or len(set(tensor)) > 1 or len(set(copies)) > 1:
+            found.append(SailorRow(*facts, measured, None, "several kinds of devices, or degrees by stage"))
+            continue
+        name, hidden = SAILOR_MODELS[row["model"]]
+        layers = read_layer_times(profiles, name, kinds[0], size, tensor[0])
+        problem = problem_of_layers(layers, cut, num_microbatches=count, link=SAILOR_LINK,
+                                    message_bytes=2 * size * SAILOR_SEQ * hidden,
+                                    reduce_s=float(row["grad_allreduce_s"]), name=row["file"])
+        found.append(SailorRow(*facts, measured, (_plan(hold_transfers(problem), "1F1B").makespan_ns or 0) / 1e9))
+    return found
 
 
 def _plan(problem: object, name: str) -> Plan:
@@ -119,20 +170,54 @@ def show_zero_bubble(console: Console, rates: list[RateRow], steps: list[StepRow
                       " that hold it")
 
 
+def show_sailor(console: Console, rows: list[SailorRow]) -> None:
+    table = Table(title="Sailor (SOSP 2025): measured steps, and predicted from its profiles of layers")
+    for name in ("plan", "model", "stages", "devices", "microbatches", "measured s", "predicted s", "ratio"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        cells = (row.plan, row.model, *map(str, (row.stages, row.devices, row.microbatches)), f"{row.measured:.3f}")
+        table.add_row(*cells, *((row.why, "") if row.predicted is None else
+                                (f"{row.predicted:.3f}", f"{row.predicted / row.measured:.3f}")))
+    console.print(table)
+    built = [row for row in rows if row.predicted is not None]
+    piped = [row for row in built if row.stages > 1 and row.microbatches > 1]
+    errors = [row.predicted / row.measured - 1 for row in piped if row.predicted is not None]
+    console.print(f"{len(piped)} rows with a pipeline and more than one microbatch: mean error"
+                  f" {sum(map(abs, errors)) / len(errors):.1%}, bias {sum(errors) / len(errors):+.1%}; {len(built)} of"
+                  f" {len(rows)} rows built")
+    groups: dict[tuple[str, int], list[SailorRow]] = {}
+    for row in built:
+        groups.setdefault((row.model, row.devices), []).append(row)
+    pairs = [(one, two) for own in groups.values() for n, one in enumerate(own) for two in own[n + 1:]]
+    right = sum((one.measured < two.measured) == ((one.predicted or 0) < (two.predicted or 0)) for one, two in pairs)
+    console.print(f"pairs of plans for the same model and devices ranked as measured: {right} of {len(pairs)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--zero-bubble", type=Path, required=True)
+    parser.add_argument("--zero-bubble", type=Path)
+    parser.add_argument("--sailor", type=Path)
+    parser.add_argument("--profiles", type=Path)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.zero_bubble is None and options.sailor is None:
+        parser.error("give --zero-bubble FILE, or --sailor FILE with --profiles FILE")
+    if (options.sailor is None) != (options.profiles is None):
+        parser.error("--sailor and --profiles go together")
     try:
-        rates, steps = zero_bubble(options.zero_bubble)
+        rates, steps = ([], []) if options.zero_bubble is None else zero_bubble(options.zero_bubble)
+        plans = [] if options.sailor is None else sailor(options.sailor, options.profiles)
     except (OSError, KeyError, ValueError, MipipeError) as error:
-        sys.exit(f"{options.zero_bubble}: not readable as a table of this kind: {error!r}")
+        sys.exit(f"published: a table is not of this kind: {error!r}")
+    console = Console(width=120)
     if options.json:
-        json.dump({"zero_bubble": {"rates": [asdict(row) for row in rates], "steps": [asdict(row) for row in steps]}},
-                  sys.stdout, indent=1)
-    else:
-        show_zero_bubble(Console(width=120), rates, steps)
+        json.dump({"zero_bubble": {"rates": [asdict(row) for row in rates], "steps": [asdict(row) for row in steps]},
+                   "sailor": [asdict(row) for row in plans]}, sys.stdout, indent=1)
+        return
+    if rates:
+        show_zero_bubble(console, rates, steps)
+    if plans:
+        show_sailor(console, plans)
 
 
 if __name__ == "__main__":
