@@ -21,6 +21,8 @@ from mipipe.graphs.sharding.parts import Part, divided, fits
 _LEAST_INTENSITY = 0.25
 """Flops saved for each element sent, over the width of the activations, from which on dividing pays. The layouts above
 have 0.4 or more (an MLP 1.5 times inner over outer width, T = 2), routers and bottlenecks far less than 0.25."""
+_LEAST_SHARE = 1 / 32
+"""The part of a segment's flops that a division must save: a collective has a latency too, whatever its size."""
 _MOST_SECTIONS = 3
 
 
@@ -44,6 +46,7 @@ class _Search:
                       if fits(self.specs[name].shape, divided(0), layouts.size)}
         self.shrinks = bool(banks(trace))
         self.now = self.trial({})
+        self.least = _LEAST_SHARE * self.now.flops
         self.width = max((self.specs[name].shape[-1] for name in (*trace.inputs, *trace.outputs)
                           if len(self.specs[name].shape) > 1
                           and self.specs[name].dtype.startswith(("float", "bfloat"))), default=1)
@@ -78,7 +81,7 @@ class _Search:
             for part in () if name in self.parts else _divisions(self.specs[name].shape, self.layouts.size):
                 trial = self.trial({name: part})
                 more, less = trial.sent - self.now.sent, self.now.flops - trial.flops
-                if trial.gathered <= self.now.gathered and more > 0 and less >= least * more:
+                if trial.gathered <= self.now.gathered and more > 0 and less >= max(least * more, self.least):
                     options.append((less / more, name, part, trial))
         if options:
             _, name, self.parts[name], self.now = max(options, key=lambda option: option[0])
