@@ -13,17 +13,21 @@ _LINEAR = {"aten.neg.default", "aten.clone.default", "aten.mul.Scalar", "aten.di
 """Pointwise operators that are linear in one tensor (with a number beside it), or, the last two, in both."""
 
 
+def _is_linear(case: Case) -> bool:
+    """Whether a pointwise operator on sums over members may work on the members' parts, all of them partial."""
+    tensors = sum(isinstance(value, dict) and set(value) == {"ref"} for value in case.op.args)
+    if case.op.kind in ("aten.add.Tensor", "aten.sub.Tensor"):
+        return tensors == 2
+    return case.op.kind in _LINEAR and tensors == 1
+
+
 def pointwise(case: Case) -> Iterator[Choice | None]:
     """Every result element from the elements at its place, under broadcasting."""
     names, out = case.op.inputs, case.out
-    kinds = {case.parts[name].kind for name in names}
-    together = case.op.kind in ("aten.add.Tensor", "aten.sub.Tensor")
-    number = len(case.op.args) > 1 and not isinstance(case.op.args[1], dict)
-    if kinds == {Kind.PARTIAL} and case.op.kind in _LINEAR and (len(names) == 1 or together) and not (
-            together and number) and all(case.shape(name) == out for name in names):
+    kinds = [case.parts[name].kind for name in names]
+    if set(kinds) == {Kind.PARTIAL} and _is_linear(case) and all(case.shape(name) == out for name in names):
         yield case.choice(dict.fromkeys(names, PARTIAL), PARTIAL)
-    if case.deferred and Kind.PARTIAL in kinds and kinds <= {Kind.PARTIAL, Kind.WHOLE} and (
-            [case.parts[name].kind for name in names].count(Kind.PARTIAL) == 1):
+    if case.deferred and kinds.count(Kind.PARTIAL) == 1 and set(kinds) <= {Kind.PARTIAL, Kind.WHOLE}:
         yield case.choice({name: case.parts[name] for name in names}, PARTIAL)
     wanted: dict[Part, None] = {}
     for name in names:

@@ -58,7 +58,7 @@ def test_parts_put_together_are_the_whole(shape, sections, size, data):
     assert torch.equal(whole_of(parts, dim, sections), x)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.lists(st.sampled_from([1, 2, 3, 4, 8]), min_size=1, max_size=4), st.integers(1, 3), st.data())
 def test_a_view_is_divided_where_the_tensor_is(shape, sections, data):
     """`reshaped` is right: each member's part, viewed, is its part of the view."""
@@ -96,7 +96,8 @@ def test_the_known_layouts_are_found(llama):
     assert {name: dict(program(llama, name)[1].given) for name in wanted} == wanted
 
 
-@pytest.mark.parametrize("source, overrides", [("LlamaForCausalLM", TEXT), ("Qwen3MoeForCausalLM", MOE)])
+@pytest.mark.parametrize("source, overrides", [
+    pytest.param("LlamaForCausalLM", TEXT, marks=pytest.mark.slow), ("Qwen3MoeForCausalLM", MOE)])
 def test_the_recipe_agrees_with_the_plan_that_transformers_ships(llama, moe, source, overrides):
     """Wherever `base_model_tp_plan` says columns or rows of a matrix, so does the recipe."""
     transformers = pytest.importorskip("transformers")
@@ -115,7 +116,8 @@ def test_the_recipe_agrees_with_the_plan_that_transformers_ships(llama, moe, sou
     assert checked >= 4
 
 
-@pytest.mark.parametrize("mode, size", list(itertools.product(("tensor", "sequence", "batch", "context"), (2, 4))))
+@pytest.mark.parametrize("mode, size", [("tensor", 4), ("batch", 2), *(pytest.param(*pair, marks=pytest.mark.slow) for
+                                        pair in itertools.product(("tensor", "sequence", "batch", "context"), (2, 4)))])
 def test_flops_are_divided_exactly(llama, mode, size):
     for trace in llama.traces:
         made = member_program(llama, trace, mode, size).trace
@@ -144,7 +146,7 @@ def test_a_block_sums_once_each_way(llama, name):
     assert reduced.name not in reads
 
 
-@pytest.mark.parametrize("name", ["self_attn", "mlp"])
+@pytest.mark.parametrize("name", [pytest.param("self_attn", marks=pytest.mark.slow), "mlp"])
 def test_sequences_are_gathered_and_scattered(llama, name):
     """In F gathered before, scattered after; in W the input once more, so that only a part of it is kept."""
     trace, made = program(llama, name, "sequence", 4)
