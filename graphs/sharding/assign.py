@@ -233,9 +233,8 @@ def refine(trace: SegmentTrace, layouts: Layouts) -> Layouts:
     products = [op for op in trace.operators
                 if (op.kind == "aten.mul.Tensor" and len(op.inputs) == 2) or casts(op, specs)]
 
-    def better(**trial: frozenset[str]) -> bool:
+    def better(made: Layouts) -> bool:
         nonlocal now, chosen
-        made = replace(chosen, **trial)
         found = assign(trace, made, specs)
         if found.sent < now.sent:
             now, chosen = found, made
@@ -243,13 +242,13 @@ def refine(trace: SegmentTrace, layouts: Layouts) -> Layouts:
         return False
 
     for name in early:
-        better(early=frozenset({name}))
+        better(replace(chosen, early=chosen.early | {name}))
     while True:
         summed = {op.name for op in products if PARTIAL in [now.born[name] for name in op.inputs]} - chosen.deferred
-        if not summed or not better(deferred=chosen.deferred | summed):
+        if not summed or not better(replace(chosen, deferred=chosen.deferred | summed)):
             break
     for name in sorted(chosen.deferred):
-        better(deferred=chosen.deferred - {name})
+        better(replace(chosen, deferred=chosen.deferred - {name}))
     return chosen
 
 

@@ -53,7 +53,7 @@ class _Member:
         """A tensor as an operator needs it; as it is where it does not matter."""
         node, part = self.nodes[name], self.parts[name]
         if need is None or part == need:
-            return node  # type: ignore[no-any-return]
+            return node
         offsets = None
         if part.kind is Kind.OWNED:
             offsets = self.laid(part.offsets, WHOLE)

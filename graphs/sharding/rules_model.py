@@ -231,7 +231,8 @@ def grouped_product_weight(case: Case) -> Iterator[Choice | None]:
             yield case.choice({x: WHOLE, grad: part, offsets: WHOLE}, part.at(2), share=share)
     owned = Part(Kind.OWNED, offsets=offsets)
     if owned in (case.parts[x], case.parts[grad]):
-        needs = {name: case.parts[name] if case.parts[name] == owned else WHOLE for name in (x, grad)}
+        needs: dict[str | None, Part] = {name: case.parts[name] if case.parts[name] == owned else WHOLE
+                                         for name in (x, grad)}
         yield case.choice({**needs, offsets: WHOLE}, divided(0), share=share, program="grouped_own_weight")
 
 
