@@ -126,8 +126,8 @@ def member_program(graph: OperatorGraph, trace: SegmentTrace, mode: str, size: i
         raise
     except Exception as error:
         line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise GraphError(f"segment {segment.name}: mode {mode} on {size} members: an operator does not run on a member's"
-                         f" sizes: {line[:300]}; leave this mode out") from error
+        raise GraphError(f"segment {segment.name}: mode {mode} on {size} members: an operator does not run on a"
+                         f" member's sizes: {line[:300]}; leave this mode out") from error
     return MemberProgram(program, mode, AXES[mode], size, layouts.given, assignment.ends,
                          tuple(_reasons(trace, layouts, assignment, mode)))
 
