@@ -188,6 +188,8 @@ class GraphModes:
         """
         for item in self.profiles:
             where = f"modes: {shown(item.mode, quoted=False)} of trace {shown(item.trace, quoted=False)}"
+            if item.mode not in MODES:
+                raise GraphError(f"{where}: expected one of the modes {', '.join(MODES)}")
             if item.trace not in traces:
                 raise GraphError(f"{where}: the graph has no such trace")
             found = len(item.inputs), len(item.outputs), len(item.parts)

@@ -36,7 +36,7 @@ def part_of(x: Tensor, member: int, size: int, dim: int, sections: int) -> Tenso
     if sections == 1:
         return x.narrow(dim, member * length, length)
     blocks = x.unflatten(dim, (sections, size, length))  # type: ignore[no-untyped-call]
-    return blocks.select(dim + 1, member).flatten(dim, dim + 1)  # type: ignore[no-any-return]
+    return blocks.select(dim + 1, member).flatten(dim, dim + 1)
 
 
 def whole_of(parts: list[Tensor], dim: int, sections: int) -> Tensor:

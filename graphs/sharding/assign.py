@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from mipipe.graphs.operator_graph import Operator, Phase, SegmentTrace, TensorSpec
+from mipipe.graphs.operators import kernels  # noqa: F401  (registers operators that traces name)
 from mipipe.graphs.sharding.case import Case, Choice
 from mipipe.graphs.sharding.parts import PARTIAL, WHOLE, Kind, Part, sent
 from mipipe.graphs.sharding.rules_math import MATH, pointwise
@@ -27,6 +28,7 @@ RULES: dict[str, Rule] = {**VIEWS, **MATH, **MODEL, **TEAM}
 _POINTWISE = {"aten.clone.default", "aten._to_copy.default", "aten.where.self", "aten.silu_backward.default",
               "aten.gelu_backward.default", "aten.threshold_backward.default"}
 _ZEROS = {"aten.new_zeros.default", "aten.zeros.default", "aten.zeros_like.default"}
+_SHORT = ("float32", "bfloat16", "float16")
 _PENALTY = 1000.0
 """How much worse it is to gather a parameter, or to scatter its gradient, than activations of its size: a mode divides
 parameters so that they stay divided."""
@@ -45,8 +47,8 @@ class Layouts:
 
     ``given``: inputs, parameters, buffers and output gradients that are not whole. ``wanted``: outputs and input
     gradients, by name, that are not whole. ``scatter``: see `Case`. ``deferred``: products of a sum over members and a
-    whole tensor, by the operator's name, that are made of the members' parts, and summed later. ``early``: gradients of
-    outputs that are gathered as soon as they arrive.
+    whole tensor, and casts of sums, by the operator's name, that are made of the members' parts and summed later.
+    ``early``: gradients of outputs that are gathered as soon as they arrive.
     """
 
     size: int
@@ -61,7 +63,8 @@ class Layouts:
 class Assignment:
     """A choice for each operator (by name), how tensors lie when they are made, and what that costs one member.
 
-    ``sent``: bytes, an all-reduce counted twice; ``gathered``: those of them that put parts together in F and I.
+    ``sent``: bytes, an all-reduce counted twice, without what puts gradients of whole parameters together (a recipe
+    divides such parameters); ``gathered``: those of them that put parts together in F and I.
     ``ends``: how outputs, updates and gradients are to leave.
     """
 
@@ -101,7 +104,7 @@ class _Pass:
         self.kinds: dict[str, str] = {}
         self.results: dict[str, tuple[Part, ...]] = {}
         self.have: set[tuple[str, Part, bool]] = set()
-        self.sent = self.gathered = self.flops = 0.0
+        self.sent = self.gathered = self.flops = self.last = 0.0
 
     def _change(self, name: str, need: Part, backward: bool) -> tuple[str, Part, bool]:
         """A change of layout; what F gathered is gathered again in the backward."""
@@ -150,10 +153,10 @@ class _Pass:
     def use(self, name: str, need: Part, phase: Phase) -> None:
         """Count a change of layout once."""
         backward = phase is not Phase.F
-        price = self.price(name, need, backward)
-        self.sent += price or 0.0
+        self.last = price = self.price(name, need, backward) or 0.0
+        self.sent += price
         if self.parts[name].kind is Kind.DIVIDED and phase is not Phase.W:
-            self.gathered += price or 0.0
+            self.gathered += price
         if self.parts[name].kind is Kind.PARTIAL:  # from now on it is there as a sum
             self.parts[name] = need
         elif self.parts[name] != need:
@@ -188,6 +191,7 @@ def assign(trace: SegmentTrace, layouts: Layouts, specs: Mapping[str, TensorSpec
             leaving[name] = PARTIAL if keep else ends[name]
             if not keep:
                 run.use(name, ends[name], phase)
+                run.sent -= run.last if phase is Phase.W else 0.0
     return Assignment(choices, run.born, leaving, run.sent, run.gathered, run.flops)
 
 
@@ -224,22 +228,34 @@ def refine(trace: SegmentTrace, layouts: Layouts) -> Layouts:
     are needed whole (each token's for all of its experts).
     """
     specs = specs_of(trace)
-    now = assign(trace, layouts, specs)
-    best, chosen = now.sent, layouts
+    now, chosen = assign(trace, layouts, specs), layouts
     early = [name for name in trace.output_grads if name is not None and now.born[name].kind is Kind.DIVIDED]
-    products = frozenset(op.name for op in trace.operators if op.kind == "aten.mul.Tensor" and len(op.inputs) == 2)
-    summed = frozenset(op.name for op in trace.operators if op.name in products
-                       and PARTIAL in [now.born[name] for name in op.inputs])
-    trials = [{"early": frozenset({name})} for name in early] + ([{"deferred": summed}] if summed else [])
-    for trial in trials:
-        made = replace(chosen, **trial)
-        if (cost := assign(trace, made, specs).sent) < best:
-            best, chosen = cost, made
+    products = [op for op in trace.operators
+                if (op.kind == "aten.mul.Tensor" and len(op.inputs) == 2) or casts(op, specs)]
+
+    def better(made: Layouts) -> bool:
+        nonlocal now, chosen
+        found = assign(trace, made, specs)
+        if found.sent < now.sent:
+            now, chosen = found, made
+            return True
+        return False
+
+    for name in early:
+        better(replace(chosen, early=chosen.early | {name}))
+    while True:
+        summed = {op.name for op in products if PARTIAL in [now.born[name] for name in op.inputs]} - chosen.deferred
+        if not summed or not better(replace(chosen, deferred=chosen.deferred | summed)):
+            break
     for name in sorted(chosen.deferred):
-        made = replace(chosen, deferred=chosen.deferred - {name})
-        if (cost := assign(trace, made, specs).sent) < best:
-            best, chosen = cost, made
+        better(replace(chosen, deferred=chosen.deferred - {name}))
     return chosen
+
+
+def casts(op: Operator, specs: Mapping[str, TensorSpec]) -> bool:
+    """Whether an operator casts between floating types of 32 bits or fewer: sums may be made in any of them."""
+    return (op.kind == "aten._to_copy.default" and len(op.inputs) == 1 and op.outputs[0].dtype in _SHORT
+            and specs[op.inputs[0]].dtype in _SHORT)
 
 
 def _ends(trace: SegmentTrace, layouts: Layouts) -> dict[str, Part]:

@@ -77,8 +77,8 @@ class Case:
     def fits(self, name: str, part: Part) -> bool:
         return fits(self.shape(name), part, self.size)
 
-    def choice(self, needs: Mapping[str | None, Part], *gives: Part, **details: Any) -> Choice | None:
-        """A choice, unless some tensor does not divide so; names of None are dropped."""
+    def choice(self, needs: Mapping[Any, Part], *gives: Part, **details: Any) -> Choice | None:
+        """A choice, unless some tensor does not divide so; ``needs`` by names, of which None are dropped."""
         wanted = {name: part for name, part in needs.items() if name is not None}
         if not all(self.fits(name, part) for name, part in wanted.items()):
             return None

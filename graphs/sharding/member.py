@@ -47,12 +47,13 @@ class _Member:
         for name in (*trace.inputs, *trace.parameters, *trace.buffers, *(item for item in trace.output_grads if item)):
             spec, part = trace.specs[name], layouts.given.get(name, WHOLE)
             self.nodes[name] = self.builder.argument(name, local_shape(spec.shape, part, layouts.size), spec.dtype)
+        self.arguments: dict[str, fx.Node] = dict(self.nodes)
 
     def laid(self, name: str, need: Any) -> fx.Node:
         """A tensor as an operator needs it; as it is where it does not matter."""
         node, part = self.nodes[name], self.parts[name]
         if need is None or part == need:
-            return node  # type: ignore[no-any-return]
+            return node
         offsets = None
         if part.kind is Kind.OWNED:
             offsets = self.laid(part.offsets, WHOLE)
@@ -115,7 +116,7 @@ def build_member(trace: SegmentTrace, layouts: Layouts, axis: str, assignment: A
     """The member's program that an assignment describes."""
     made = _Member(trace, layouts, axis, assignment)
     results = made.run()
-    builder, nodes = made.builder, made.nodes
+    builder, given = made.builder, made.arguments
     first = len(trace.outputs)
     last = first + len(trace.buffer_updates)
     end = builder.graph.output([node for node in results if node is not None])
@@ -125,9 +126,9 @@ def build_member(trace: SegmentTrace, layouts: Layouts, axis: str, assignment: A
         if node is not None and node.op == "call_function":
             builder.phases.setdefault(node, phase)
     _drop_unused(builder, [node for node in owned if node is not None], end)
-    arguments = tuple(nodes[name] for name in (*trace.inputs, *trace.parameters, *trace.buffers))
     names = (*trace.inputs, *trace.parameters, *trace.buffers)
-    joint = Joint(builder.graph, arguments, tuple(None if name is None else nodes[name] for name in trace.output_grads),
+    arguments = tuple(given[name] for name in names)
+    joint = Joint(builder.graph, arguments, tuple(None if name is None else given[name] for name in trace.output_grads),
                   tuple(owned[:first]),
                   {names.index(name): node for name, node in zip(trace.buffer_updates, owned[first:last], strict=True)},
                   (*owned[last:], *[None] * len(trace.buffers)), builder.mode)

@@ -101,7 +101,8 @@ def member_program(graph: OperatorGraph, trace: SegmentTrace, mode: str, size: i
         fixed: divisions of parameters that are settled by other segments which share them, by name in the trace.
 
     Raises:
-        GraphError: an unknown mode, a size below 2, or a trace whose rows are picked by data.
+        GraphError: an unknown mode, a size below 2, a trace whose rows are picked by data, or one with an operator that
+            does not run on the member's sizes.
     """
     if mode not in MODES:
         raise GraphError(f"mode {shown(mode)}: expected one of {', '.join(MODES)}")
@@ -119,7 +120,14 @@ def member_program(graph: OperatorGraph, trace: SegmentTrace, mode: str, size: i
     layouts = replace(layouts, given={**layouts.given, **{name: part for name, part in given.items() if part != WHOLE}})
     layouts = refine(trace, layouts)
     assignment = assign(trace, layouts)
-    program = build_member(trace, layouts, AXES[mode], assignment)
+    try:
+        program = build_member(trace, layouts, AXES[mode], assignment)
+    except GraphError:
+        raise
+    except Exception as error:
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise GraphError(f"segment {segment.name}: mode {mode} on {size} members: an operator does not run on a"
+                         f" member's sizes: {line[:300]}; leave this mode out") from error
     return MemberProgram(program, mode, AXES[mode], size, layouts.given, assignment.ends,
                          tuple(_reasons(trace, layouts, assignment, mode)))
 
@@ -192,9 +200,12 @@ def profile(graph: OperatorGraph, trace: SegmentTrace, program: MemberProgram) -
         summed = (program.axis,) if grad is not None and program.ends[grad] == PARTIAL else ()
         parts.append(ParameterPart(program.size, part.dim, program.axis, part.sections, summed)
                      if part.kind is Kind.DIVIDED else ParameterPart(sum_gradient=summed))
-    layouts = [tuple(boundary_layout(values[name], program.mode, streams, program.size) for name in names)
-               for names in (segment.inputs, segment.outputs)]
-    return ModeProfile(trace.digest, program.mode, {program.axis: program.size}, *layouts, tuple(parts),
+
+    def layouts(names: Sequence[str]) -> tuple[Layout, ...]:
+        return tuple(boundary_layout(values[name], program.mode, streams, program.size) for name in names)
+
+    return ModeProfile(trace.digest, program.mode, {program.axis: program.size}, layouts(segment.inputs),
+                       layouts(segment.outputs), tuple(parts),
                        resident_bytes(program.trace, parts, banks(trace)), kept_bytes(program.trace),
                        all_work(program.trace), program.whole)
 

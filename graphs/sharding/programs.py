@@ -28,6 +28,11 @@ def mean_part(b: Builder, choice: Choice, target: Any, *args: Any, **kwargs: Any
     return b.emit(aten.mul.Scalar, b.emit(target, *args, **kwargs), 1.0 / b.size)
 
 
+def copied(b: Builder, choice: Choice, target: Any, x: fx.Node, source: fx.Node, *rest: Any) -> fx.Node:
+    """The source of a copy of equal shape and dtype."""
+    return b.emit(aten.clone.default, source)
+
+
 def addmm_part(b: Builder, choice: Choice, target: Any, bias: fx.Node, x: fx.Node, y: fx.Node,
                **kwargs: Any) -> fx.Node:
     """A part of the product and an equal part of the bias."""
@@ -188,6 +193,6 @@ def grouped_own_weight(b: Builder, choice: Choice, op: Any, x: fx.Node, grad: fx
 
 
 PROGRAMS: dict[str, Program] = {function.__name__: function for function in (
-    mean_part, addmm_part, embedding_rows, embedding_rows_backward, log_softmax, log_softmax_backward, nll_loss_rows,
-    nll_loss_classes, nll_loss_classes_backward, attention_few_keys, attention_few_keys_backward, attention_queries,
-    attention_queries_backward, grouped_own, grouped_own_weight)}
+    mean_part, copied, addmm_part, embedding_rows, embedding_rows_backward, log_softmax, log_softmax_backward,
+    nll_loss_rows, nll_loss_classes, nll_loss_classes_backward, attention_few_keys, attention_few_keys_backward,
+    attention_queries, attention_queries_backward, grouped_own, grouped_own_weight)}

@@ -1,27 +1,28 @@
 """Which parameters a mode divides, and how: found out on the trace itself.
 
 In ``tensor`` mode a matrix is divided where that pays: the products that become smaller are weighed against what is
-sent more, forward and backward. One step at a time, in the order of use: a first projection by its columns (what
-follows it, up to the product that contracts it, is computed in parts, and one sum over the members is left), then
-whatever else goes along with it at no cost: the second projection by its rows, biases, weights per head. That gives the
-known layouts (Shoeybi et al., "Megatron-LM", 2019): queries, keys and values by heads, gate and up by columns, down and
-output by rows, tables and heads by vocabulary; and keeps routers and low-rank bottlenecks whole, which are cheaper
-so. Matrices side by side in one tensor (gate and up, or q, k and v) are divided one by one (`Part.sections`).
+sent more, forward and backward. One step at a time: a first projection by its columns (what follows it, up to the
+product that contracts it, is computed in parts, and one sum over the members is left), then whatever else goes along
+with it at no cost: the second projection by its rows, biases, weights per head. That gives the known layouts (Shoeybi
+et al., "Megatron-LM", 2019): queries, keys and values by heads, gate and up by columns, down and output by rows, tables
+and heads by vocabulary; and keeps routers and low-rank bottlenecks whole, which are cheaper so. Matrices side by side
+in one tensor (gate and up, or q, k and v) are divided one by one (`Part.sections`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from mipipe.graphs.operator_graph import DTYPE_BYTES, SegmentTrace
-from mipipe.graphs.sharding.assign import Assignment, Layouts, assign, specs_of
+from mipipe.graphs.sharding.assign import Assignment, Layouts, assign, refine, specs_of
 from mipipe.graphs.sharding.parts import Part, divided, fits
 
 _LEAST_INTENSITY = 0.25
 """Flops saved for each element sent, over the width of the activations, from which on dividing pays. The layouts above
 have 0.4 or more (an MLP 1.5 times inner over outer width, T = 2), routers and bottlenecks far less than 0.25."""
+_LEAST_SHARE = 1 / 32
+"""The part of a segment's flops that a division must save: a collective has a latency too, whatever its size."""
 _MOST_SECTIONS = 3
 
 
@@ -30,29 +31,61 @@ def tensor_recipe(trace: SegmentTrace, layouts: Layouts) -> dict[str, Part]:
 
     ``layouts``: of inputs and outputs; parameters whole.
     """
-    specs = specs_of(trace)
-    parts: dict[str, Part] = {}
-    for table in _tables(trace):
-        if fits(specs[table].shape, divided(0), layouts.size):
-            parts[table] = divided(0)
-    width = max((specs[name].shape[-1] for name in (*trace.inputs, *trace.outputs) if len(specs[name].shape) > 1
-                 and specs[name].dtype.startswith(("float", "bfloat"))), default=1)
-    now = _with(trace, layouts, parts)
-    used = list(_by_use(trace))
-    matrices = [name for name in used if len(specs[name].shape) > 1 and name in trace.parameters]
-    for name in (*matrices, *(item for item in used if item not in matrices)):
-        if name in parts:
-            continue
-        best: tuple[tuple[float, float], Part, Assignment] | None = None
-        for part in _divisions(specs[name].shape, layouts.size):
-            trial = _with(trace, layouts, {**parts, name: part})
-            if _pays(now, trial, width if name in matrices else math.inf, DTYPE_BYTES[specs[name].dtype]):
-                rank = trial.flops, trial.sent
-                if best is None or rank < best[0]:
-                    best = rank, part, trial
-        if best is not None:
-            parts[name], now = best[1], best[2]
-    return parts
+    search = _Search(trace, layouts)
+    while search.free() or search.best():
+        pass
+    return search.parts
+
+
+class _Search:
+    """Divisions of a trace's parameters, one after another: whatever is free, else what pays best."""
+
+    def __init__(self, trace: SegmentTrace, layouts: Layouts) -> None:
+        self.trace, self.layouts, self.specs = trace, layouts, specs_of(trace)
+        self.parts = {name: divided(0) for name in _tables(trace)
+                      if fits(self.specs[name].shape, divided(0), layouts.size)}
+        self.shrinks = bool(banks(trace))
+        self.now = self.trial({})
+        self.least = _LEAST_SHARE * self.now.flops
+        self.width = max((self.specs[name].shape[-1] for name in (*trace.inputs, *trace.outputs)
+                          if len(self.specs[name].shape) > 1
+                          and self.specs[name].dtype.startswith(("float", "bfloat"))), default=1)
+        used = list(_by_use(trace))
+        self.matrices = [name for name in used if len(self.specs[name].shape) > 1 and name in trace.parameters]
+        self.vectors = [name for name in used if name not in self.matrices]
+
+    def trial(self, more: Mapping[str, Part]) -> Assignment:
+        """The assignment with these divisions beside those settled."""
+        made = replace(self.layouts, given={**self.layouts.given, **self.parts, **more})
+        return assign(self.trace, refine(self.trace, made) if self.shrinks else made, self.specs)
+
+    def free(self) -> bool:
+        """Settle, in the order of use, what sends nothing more and makes nothing larger; whether there was any."""
+        found = False
+        for name in (*self.matrices, *self.vectors):
+            options = [] if name in self.parts else [
+                (trial.flops, trial.sent, number, part, trial)
+                for number, part in enumerate(_divisions(self.specs[name].shape, self.layouts.size))
+                if (trial := self.trial({name: part})).sent <= self.now.sent and trial.flops <= self.now.flops
+                and trial.gathered <= self.now.gathered]
+            if options:
+                *_, self.parts[name], self.now = min(options, key=lambda option: option[:3])
+                found = True
+        return found
+
+    def best(self) -> bool:
+        """Settle the matrix that saves most flops for each byte of sums that it sends more, if that is enough."""
+        options = []
+        for name in self.matrices:
+            least = _LEAST_INTENSITY * self.width / DTYPE_BYTES[self.specs[name].dtype]
+            for part in () if name in self.parts else _divisions(self.specs[name].shape, self.layouts.size):
+                trial = self.trial({name: part})
+                more, less = trial.sent - self.now.sent, self.now.flops - trial.flops
+                if trial.gathered <= self.now.gathered and more > 0 and less >= max(least * more, self.least):
+                    options.append((less / more, name, part, trial))
+        if options:
+            _, name, self.parts[name], self.now = max(options, key=lambda option: option[0])
+        return bool(options)
 
 
 def expert_recipe(trace: SegmentTrace, layouts: Layouts) -> dict[str, Part]:
@@ -109,17 +142,3 @@ def _divisions(shape: tuple[int, ...], size: int) -> Iterator[Part]:
         for dim in range(len(shape)):
             if fits(shape, divided(dim, sections), size):
                 yield divided(dim, sections)
-
-
-def _with(trace: SegmentTrace, layouts: Layouts, parts: Mapping[str, Part]) -> Assignment:
-    return assign(trace, replace(layouts, given={**layouts.given, **parts}))
-
-
-def _pays(now: Assignment, trial: Assignment, width: float, element_bytes: int) -> bool:
-    """Whether a division costs nothing, or saves enough flops for the sums that it sends more; none gathers more."""
-    if trial.gathered > now.gathered:
-        return False
-    more, less = trial.sent - now.sent, now.flops - trial.flops
-    if more <= 0:
-        return less >= 0
-    return less * element_bytes >= _LEAST_INTENSITY * width * more

@@ -13,16 +13,21 @@ _LINEAR = {"aten.neg.default", "aten.clone.default", "aten.mul.Scalar", "aten.di
 """Pointwise operators that are linear in one tensor (with a number beside it), or, the last two, in both."""
 
 
+def _is_linear(case: Case) -> bool:
+    """Whether a pointwise operator on sums over members may work on the members' parts, all of them partial."""
+    tensors = sum(isinstance(value, dict) and set(value) == {"ref"} for value in case.op.args)
+    if case.op.kind in ("aten.add.Tensor", "aten.sub.Tensor"):
+        return tensors == 2
+    return case.op.kind in _LINEAR and tensors == 1
+
+
 def pointwise(case: Case) -> Iterator[Choice | None]:
     """Every result element from the elements at its place, under broadcasting."""
     names, out = case.op.inputs, case.out
-    kinds = {case.parts[name].kind for name in names}
-    together = case.op.kind in ("aten.add.Tensor", "aten.sub.Tensor")
-    number = len(case.op.args) > 1 and not isinstance(case.op.args[1], dict)
-    if kinds == {Kind.PARTIAL} and case.op.kind in _LINEAR and (len(names) == 1 or together) and not (
-            together and number) and all(case.shape(name) == out for name in names):
+    kinds = [case.parts[name].kind for name in names]
+    if set(kinds) == {Kind.PARTIAL} and _is_linear(case) and all(case.shape(name) == out for name in names):
         yield case.choice(dict.fromkeys(names, PARTIAL), PARTIAL)
-    if case.deferred and sorted(kinds) == [Kind.PARTIAL, Kind.WHOLE] and len(names) == 2:
+    if case.deferred and kinds.count(Kind.PARTIAL) == 1 and set(kinds) <= {Kind.PARTIAL, Kind.WHOLE}:
         yield case.choice({name: case.parts[name] for name in names}, PARTIAL)
     wanted: dict[Part, None] = {}
     for name in names:
@@ -58,6 +63,13 @@ def like(case: Case) -> Iterator[Choice | None]:
 def made_whole(case: Case) -> Iterator[Choice | None]:
     """A new tensor of a given shape: the argument only says which device and dtype."""
     yield case.choice({}, WHOLE)
+
+
+def copy(case: Case) -> Iterator[Choice | None]:
+    """``copy(x, source)``: the source in the dtype of x; where both have one shape and dtype, the source."""
+    x, source = case.name(0), case.name(1)
+    if x is not None and source is not None and case.specs[x] == case.specs[source]:
+        yield case.choice({source: case.parts[source]}, case.parts[source], program="copied")
 
 
 def along(case: Case) -> Iterator[Choice | None]:
@@ -204,5 +216,6 @@ MATH: dict[str, Rule] = {
     "aten.native_layer_norm.default": layer_norm, "aten.native_layer_norm_backward.default": layer_norm_backward,
     "aten.zeros_like.default": like, "aten.ones_like.default": like, "aten.empty_like.default": like,
     "aten.full_like.default": like, "aten.new_zeros.default": made_whole, "aten.new_empty.default": made_whole,
+    "aten.new_empty_strided.default": made_whole, "aten.copy.default": copy,
     "aten.new_full.default": made_whole, "aten.new_ones.default": made_whole,
 }

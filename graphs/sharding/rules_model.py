@@ -102,7 +102,9 @@ def index_put(case: Case) -> Iterator[Choice | None]:
     assert base is not None and values is not None
     chosen = [name for name in indices if name is not None]
     whole: dict[str | None, Part] = dict.fromkeys(chosen, WHOLE)
-    if not case.is_zero(base) or len(chosen) != 1 or indices[0] is None:
+    plain = len(chosen) == 1 and indices[0] is not None and (
+        len(case.shape(values)) == len(case.shape(chosen[0])) + len(case.shape(base)) - 1)
+    if not case.is_zero(base) or not plain:
         return
     part, width = case.parts[values], len(case.shape(chosen[0]))
     adds = bool(case.value(3, False))
@@ -179,6 +181,24 @@ def attention(case: Case) -> Iterator[Choice | None]:
                               program="attention_queries_backward" if back else "attention_queries")
 
 
+def sink_gradient(case: Case) -> Iterator[Choice | None]:
+    """``sink_gradient(grad, sinks, out, lse)``: by heads; over samples and queries it is a sum."""
+    grad, sinks, out, lse = (case.name(index) for index in range(4))
+    for part in case.divisions(grad, out, lse):
+        needs: dict[str | None, Part] = {grad: part, out: part, lse: part}
+        if part.dim == 1 and part.sections == 1:
+            yield case.choice({**needs, sinks: divided(0)}, divided(0))
+        elif part.dim in (0, 2):
+            yield case.choice({**needs, sinks: WHOLE}, PARTIAL)
+
+
+def by_samples(case: Case) -> Iterator[Choice | None]:
+    """An operator without parameters that treats samples alike and apart: pooling, resizing, padding."""
+    for part in case.divisions(*case.op.inputs):
+        if part.dim == 0:
+            yield case.choice(dict.fromkeys(case.op.inputs, part), *(part,) * len(case.op.outputs))
+
+
 def grouped_product(case: Case) -> Iterator[Choice | None]:
     """``grouped_mm(x [N,K], bank [E,K,M], offsets)``: columns, the inner dimension, or by expert."""
     x, bank, offsets = case.name(0), case.name(1), case.name(2)
@@ -189,7 +209,7 @@ def grouped_product(case: Case) -> Iterator[Choice | None]:
             yield case.choice({x: WHOLE, bank: part, offsets: WHOLE}, part.at(1), share=share)
         elif part.dim == 1:
             yield case.choice({x: part, bank: part, offsets: WHOLE}, PARTIAL, share=share)
-        else:
+        elif part.sections == 1:
             owned = Part(Kind.OWNED, offsets=offsets)
             given = case.parts[x] if case.parts[x] == owned else WHOLE
             yield case.choice({x: given, bank: part, offsets: WHOLE}, owned, share=share, program="grouped_own")
@@ -211,7 +231,8 @@ def grouped_product_weight(case: Case) -> Iterator[Choice | None]:
             yield case.choice({x: WHOLE, grad: part, offsets: WHOLE}, part.at(2), share=share)
     owned = Part(Kind.OWNED, offsets=offsets)
     if owned in (case.parts[x], case.parts[grad]):
-        needs = {name: case.parts[name] if case.parts[name] == owned else WHOLE for name in (x, grad)}
+        needs: dict[str | None, Part] = {name: case.parts[name] if case.parts[name] == owned else WHOLE
+                                         for name in (x, grad)}
         yield case.choice({**needs, offsets: WHOLE}, divided(0), share=share, program="grouped_own_weight")
 
 
@@ -222,5 +243,10 @@ MODEL: dict[str, Rule] = {
     "aten.scatter.src": along_dim, "aten.scatter.value": along_dim, "aten.scatter_add.default": along_dim,
     "aten.convolution.default": convolution, "aten.convolution_backward.default": convolution_backward,
     "mipipe.attention.default": attention, "mipipe.attention_backward.default": attention,
+    "mipipe.sink_gradient.default": sink_gradient,
+    **{f"aten.{name}.default": by_samples for name in (
+        "avg_pool2d", "avg_pool2d_backward", "max_pool2d_with_indices", "max_pool2d_with_indices_backward",
+        "_adaptive_avg_pool2d", "_adaptive_avg_pool2d_backward", "upsample_bicubic2d", "upsample_bilinear2d",
+        "upsample_nearest2d", "reflection_pad2d")},
     "mipipe.grouped_mm.default": grouped_product, "mipipe.grouped_mm_weight.default": grouped_product_weight,
 }

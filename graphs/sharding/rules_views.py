@@ -167,6 +167,18 @@ def split(case: Case) -> Iterator[Choice | None]:
             yield case.choice({name: part}, *(divided(dim, length // section) for length in lengths), args={1: local})
 
 
+def slice_scatter(case: Case) -> Iterator[Choice | None]:
+    """``slice_scatter(x, source, dim, ...)``: x with a range of a dimension replaced; any other may be divided."""
+    x, source = case.name(0), case.name(1)
+    assert x is not None and source is not None
+    dim = positive(case.value(2, 0), len(case.out))
+    if case.parts[source].kind is Kind.PARTIAL and (case.is_zero(x) or case.parts[x].kind is Kind.PARTIAL):
+        yield case.choice({x: WHOLE if case.is_zero(x) else PARTIAL, source: PARTIAL}, PARTIAL)
+    for part in case.divisions(x, source):
+        if part.dim != dim:
+            yield case.choice({x: part, source: part}, part)
+
+
 VIEWS: dict[str, Rule] = {
     "aten.view.default": view, "aten._unsafe_view.default": view, "aten.reshape.default": view,
     "aten.t.default": transpose, "aten.transpose.int": transpose, "aten.permute.default": permute,
@@ -174,5 +186,5 @@ VIEWS: dict[str, Rule] = {
     "aten.squeeze.default": squeeze, "aten.select.int": select, "aten.expand.default": expand,
     "aten.slice.Tensor": slice_, "aten.slice_backward.default": slice_backward,
     "aten.select_backward.default": slice_backward, "aten.cat.default": cat, "aten.split.Tensor": split,
-    "aten.split_with_sizes.default": split, "aten.unbind.int": split,
+    "aten.slice_scatter.default": slice_scatter, "aten.split_with_sizes.default": split, "aten.unbind.int": split,
 }

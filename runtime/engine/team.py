@@ -108,6 +108,7 @@ def team_operators(axes: Mapping[str, Axis]) -> dict[str, Callable[..., Tensor]]
         parts = torch.stack([part_of(x, member, size, *target) for member in range(size)])
         return whole_of(list(axis_of(axis, size).exchange(parts)), *source)
 
-    named = {"all_reduce": all_reduce, "all_gather": all_gather, "reduce_scatter": reduce_scatter,
-             "take_part": take_part, "exchange_parts": exchange_parts}
+    named: dict[str, Callable[..., Tensor]] = {
+        "all_reduce": all_reduce, "all_gather": all_gather, "reduce_scatter": reduce_scatter,
+        "take_part": take_part, "exchange_parts": exchange_parts}
     return {f"mipipe.{name}.default": function for name, function in named.items()}

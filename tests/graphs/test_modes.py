@@ -53,7 +53,8 @@ def test_modes_leave_the_digest_and_files_without_them_alone(transformer, tmp_pa
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"trace": "0" * 16}, "has no such trace"), ({"inputs": ()}, "has 0 inputs, 1 outputs and 1 parameters")])
+    ({"trace": "0" * 16}, "has no such trace"), ({"mode": "x"}, "expected one of the modes tensor, sequence"),
+    ({"inputs": ()}, "has 0 inputs, 1 outputs and 1 parameters")])
 def test_profiles_that_do_not_fit_their_trace_are_refused(transformer, tmp_path, changes, message):
     plain = transformer(1)
     graph = replace(plain, modes=GraphModes((profile(plain.traces[0], **changes),)))
