@@ -20,7 +20,7 @@ from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import save
 from mipipe.graphs.units import format_bytes, parse_bytes
 from mipipe.planner.problems.on_cluster import graph_dtype
-from mipipe.planner.teams.degrees import RECOMPUTE, Recompute, check_given, completed, parse_degrees
+from mipipe.planner.teams.degrees import RECOMPUTE, Recompute, completed, parse_degrees
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.pieces import model_pieces
 from mipipe.planner.teams.pricing import Machine, Pricer, check_machine
@@ -62,7 +62,6 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
                                 schedule=request.schedule or ("interleaved" if degrees.chunks > 1 else "1F1B"))
         found = None
     else:
-        check_given(given, devices)
         from mipipe.planner.teams.search import TeamOptions, search_teams
 
         options = TeamOptions(given, request.microbatch, cast("Recompute | None", request.recomputation), time_limit,

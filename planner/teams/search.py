@@ -19,7 +19,7 @@ from mipipe.graphs.units import format_bytes
 from mipipe.planner.milp.degrees import ChainTask, ModeCost, StageCounts, stage_counts
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.solve import plan
-from mipipe.planner.teams.degrees import Degrees, Recompute, completed
+from mipipe.planner.teams.degrees import Degrees, Recompute, check_given, completed
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams, piece_costs, result_of
 from mipipe.planner.teams.pieces import misfit
 from mipipe.planner.teams.pricing import PieceCost, Pricer
@@ -91,10 +91,12 @@ def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamO
     """The best degrees within the time limit.
 
     Raises:
+        InputError: what is fixed does not divide the devices.
         InfeasibleError: no degrees fit the memory, or none divide.
         TimeUpError: none was evaluated in time.
     """
     began = time.monotonic()
+    check_given(options.given, devices)
     waiting, count = points(pricer, devices, global_batch, options.given, options.microbatch, options.recomputation)
     if not waiting:
         raise InfeasibleError(_why_none(pricer, count, options, devices, global_batch))

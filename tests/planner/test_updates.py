@@ -24,13 +24,14 @@ from mipipe.planner.schedules import BASELINES
 from mipipe.planner.solve import plan
 
 sys.path.insert(0, str(Path(__file__).parent))
-from planner_random import random_problem  # noqa: E402
+from planner_random import random_problem
 
 ONE = next(item for item in BASELINES if item.name == "1F1B")
 
 
 def with_updates(problem, updates):
-    groups = tuple(dataclasses.replace(group, update_ns=update) for group, update in zip(problem.groups, updates, strict=True))
+    groups = tuple(dataclasses.replace(group, update_ns=update)
+                   for group, update in zip(problem.groups, updates, strict=True))
     return problem.replace(groups=groups)
 
 

@@ -14,4 +14,5 @@ def machine(memory: int = 10**9, **achieved) -> Machine:
     shares = Achieved(**{"product": 0.5, "half": 64.0, "memory": 0.8, "action_ns": 1000, **achieved})
     kind = DeviceKind("small", {"bfloat16": 10**13, "float32": 10**12, "float8": 2 * 10**13}, 10**11, memory, 500,
                       "made up", achieved=shares)
-    return Machine(kind, Fabric((Level("host", 8, Link(1000, 10**10)), Level("network", 64, Link(5000, 10**9)))), memory)
+    levels = Level("host", 8, Link(1000, 10**10)), Level("network", 64, Link(5000, 10**9))
+    return Machine(kind, Fabric(levels), memory)

@@ -31,7 +31,7 @@ def test_one_rank_takes_its_work_and_its_update(pricer):
     work = 4 * (sum(cost.f.total + cost.backward for cost in costs) + 2e-6)
     update = sum(cost.optimizer for cost in costs) + exposed_reduction(costs) + exposed_gather(costs)
     assert found.seconds == pytest.approx(work + update, rel=1e-6)
-    assert found.times.bubble == pytest.approx(0, abs=1e-9)
+    assert found.times.bubble == pytest.approx(0, abs=1e-8)
     assert found.times.total == pytest.approx(found.seconds)
 
 
@@ -51,7 +51,8 @@ def test_a_chain_of_1f1b_by_its_closed_form(pricer):
 
 
 @pytest.mark.parametrize("degrees, layers, schedule", [
-    (Degrees(ranks=2, tensor=2, sequence=True, copies=2), None, "1F1B"), (Degrees(ranks=4, tensor=2), (1, 2, 2, 1), "gpipe"),
+    (Degrees(ranks=2, tensor=2, sequence=True, copies=2), None, "1F1B"),
+    (Degrees(ranks=4, tensor=2), (1, 2, 2, 1), "gpipe"),
     (Degrees(ranks=2, tensor=4, sequence=True), None, "zb-h1"), (Degrees(ranks=2, context=2, copies=2), None, "1f1b"),
     (Degrees(ranks=2, copies=4, chunks=2), None, "interleaved"), (Degrees(ranks=2, copies=4, zero=3), None, "zb-v"),
     (Degrees(tensor=8, recompute="full"), None, "1f1b")])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 from team_machine import machine
 
-from mipipe.graphs.errors import InfeasibleError
+from mipipe.graphs.errors import InfeasibleError, InputError
 from mipipe.planner.milp.degrees import ChainTask, ModeCost, stage_counts
 from mipipe.planner.teams.degrees import RECOMPUTE, Degrees
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
@@ -22,7 +22,7 @@ def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
     """All ways to put ``total`` layers into stages; the first and the last may have none beside embedding and head."""
     for cuts in combinations(range(total + parts - 1), parts - 1):
         ends = (-1, *cuts, total + parts - 1)
-        sizes = tuple(after - before - 1 for before, after in zip(ends, ends[1:], strict=False))
+        sizes = tuple(after - before - 1 for before, after in pairwise(ends))
         if all(sizes[1:-1]):
             yield sizes
 
@@ -84,10 +84,12 @@ def test_what_is_fixed_stays_fixed(pieces):
     assert [point.bound for point in waiting] == sorted(point.bound for point in waiting)
 
 
-@pytest.mark.parametrize("given, memory, message", [
-    ({"tensor": 3}, 10**9, "no degrees divide"), ({}, 10**6, "none of .* combinations of degrees fits 1.00 MB")])
-def test_where_nothing_is_left(pieces, given, memory, message):
-    with pytest.raises(InfeasibleError, match=message):
+@pytest.mark.parametrize("given, memory, error, message", [
+    ({"tensor": 3}, 10**9, InputError, "tensor 3 = 3 devices, which does not divide the 8 there are"),
+    ({"copies": 8, "context": 1, "expert": 3}, 10**9, InfeasibleError, "expert=3 does not divide the 8 devices"),
+    ({}, 10**6, InfeasibleError, "none of .* combinations of degrees fits 1.00 MB")])
+def test_where_nothing_is_left(pieces, given, memory, error, message):
+    with pytest.raises(error, match=message):
         search_teams(Pricer(pieces, machine(memory)), 8, 16, TeamOptions(given, time_limit_s=10.0))
 
 
