@@ -29,7 +29,7 @@ def export(
     from mipipe.planner.execution.export import perfetto_text, torch_csv
     from mipipe.planner.execution.lower import lower
     from mipipe.planner.execution.simulate import simulate
-    from mipipe.planner.plan import Plan
+    from mipipe.planner.plan import Plan, check_single_devices
     from mipipe.planner.timeline import Timeline
 
     wanted = {"csv": csv_file, "trace": trace_file, "html": html_file}
@@ -41,6 +41,7 @@ def export(
     if csv_file is not None:
         if plan is None:
             raise InputError(f"{file}: a timeline has no order of actions to export; give the plan for --csv")
+        check_single_devices(plan, "torch's schedule runtime")
         write_text(csv_file, torch_csv(plan))
     if trace_file is not None or html_file is not None:
         timeline = found if plan is None else simulate(plan, lower(plan))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import STRICT, Amount
 from mipipe.planner.actions import Action, Order
 from mipipe.planner.problem import PlanningProblem
@@ -81,3 +82,13 @@ class Plan:
     bound_ns: Amount | None = None
     placement_bound_ns: Amount | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def check_single_devices(plan: Plan, what: str) -> None:
+    """Raise `InputError` for a plan whose ranks are teams of devices (`mipipe.planner.teams`), which ``what`` takes
+    not."""
+    team = plan.provenance.get("team")
+    if team is not None:
+        degrees = team.get("degrees") if isinstance(team, dict) else None
+        raise InputError(f"plan {plan.name}: its ranks are teams of devices ({degrees}); {what} takes plans of single"
+                         " devices, as `mipipe plan GRAPH --cluster CLUSTER.yaml --microbatches M` makes them")

@@ -43,15 +43,17 @@ def attended_pairs(queries: int, keys: int, causal: bool, window: int) -> int:
 
 def kernel_flops(trace: SegmentTrace, phase: Phase) -> int:
     """A phase's flops, of attention only the pairs that a query may see (`Operator.flops` counts all)."""
-    total = 0
-    for item in trace.phase_operators(phase):
-        total += item.flops
-        if item.kind in _ATTENTION and item.flops:
-            keys_at, causal_at = _ATTENTION[item.kind]
-            queries, keys = item.outputs[0].shape[2], argument_spec(trace, _ref(item.args[keys_at])).shape[2]
-            pairs = attended_pairs(queries, keys, item.args[causal_at], item.args[causal_at + 1])
-            total -= item.flops - item.flops * pairs // (queries * keys)
-    return total
+    return sum(operator_flops(trace, item) for item in trace.phase_operators(phase))
+
+
+def operator_flops(trace: SegmentTrace, item: Operator) -> int:
+    """An operator's flops, as in `kernel_flops`."""
+    if item.kind not in _ATTENTION or not item.flops:
+        return item.flops
+    keys_at, causal_at = _ATTENTION[item.kind]
+    queries, keys = item.outputs[0].shape[2], argument_spec(trace, _ref(item.args[keys_at])).shape[2]
+    pairs = attended_pairs(queries, keys, item.args[causal_at], item.args[causal_at + 1])
+    return item.flops * pairs // (queries * keys)
 
 
 def total_flops(index: GraphIndex, phase: Phase, full: bool = False, members: Sequence[int] | None = None) -> int:

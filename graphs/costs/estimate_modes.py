@@ -21,8 +21,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from mipipe.graphs.coarse.totals import operator_flops
 from mipipe.graphs.costs.fusion import kept, kernels, made_in_backward
-from mipipe.graphs.costs.roofline import useful_flops
 from mipipe.graphs.costs.split_rules import ATTENTION, SplitRules, split_rules
 from mipipe.graphs.modes import (
     Collective,
@@ -161,7 +161,7 @@ class _Estimate:
         """The member's part of an operator with flops."""
         kind, moved = operator.kind.rpartition(".")[0], operator.bytes_read + operator.bytes_written
         parameter = self.rules.products.get(operator.name)
-        flops = round(useful_flops(operator))
+        flops = operator_flops(self.trace, operator)
         if parameter is None:
             parts = self.parts_of(operator.name)
             narrow = max(1, math.prod(operator.outputs[0].shape[2:3]) // self.split.context)

@@ -7,6 +7,7 @@ of all copies (``tensor * context * copies`` of them), neighbours first, whateve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
@@ -89,6 +90,15 @@ def parse_degrees(text: str) -> dict[str, int]:
         raise InputError("--degrees: tensor and sequence are one axis; sequence=8 divides what tensor=8 divides, and"
                          " the activations between blocks too")
     return found
+
+
+def check_given(given: Mapping[str, int], devices: int) -> None:
+    """Raise `InputError` where what is fixed already cannot be part of so many devices."""
+    sizes = {name: given[name] for name in ("ranks", "tensor", "sequence", "context", "copies") if name in given}
+    used = math.prod(sizes.values())
+    if devices % used:
+        shown = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise InputError(f"--degrees: {shown} = {used} devices, which does not divide the {devices} there are")
 
 
 def completed(given: Mapping[str, int], devices: int, microbatch: int, recompute: Recompute) -> Degrees:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph
+from mipipe.graphs.coarse.totals import model_flops
 from mipipe.graphs.costs.estimate_modes import heads_of
-from mipipe.graphs.costs.roofline import useful_flops
 from mipipe.graphs.costs.split_rules import split_rules
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role
@@ -48,12 +48,15 @@ class ModelPieces:
         return [number for number, piece in enumerate(self.pieces) if piece.layer is not None]
 
     def flops(self) -> float:
-        """Products of forward and backward of one sequence, each once, of causal attention the lower triangle."""
-        by_trace = {(trace.digest, phase): sum(map(useful_flops, trace.phase_operators(phase)))
-                    for trace in self.graph.traces for phase in Phase}
-        total = sum(by_trace[segment.trace, phase] for number, segment in enumerate(self.graph.segments)
-                    for phase in Phase if self.index.runs(number, phase))
-        return total / self.sequences
+        """The model's flops of one sequence, as papers count them (`mipipe.graphs.coarse.totals`)."""
+        return sum(len(copies) * model_flops(self.index, copies[0]) for copies in self._alike()) / self.sequences
+
+    def _alike(self) -> list[list[int]]:
+        """Segments of equal trace and phases."""
+        found: dict[tuple[object, ...], list[int]] = {}
+        for number, segment in enumerate(self.graph.segments):
+            found.setdefault((segment.trace, *(self.index.runs(number, phase) for phase in Phase)), []).append(number)
+        return list(found.values())
 
     def parameters(self) -> int:
         """Trainable and frozen parameters, tied ones once."""

@@ -19,8 +19,9 @@ from mipipe.graphs.units import format_bytes
 from mipipe.planner.milp.degrees import ChainTask, ModeCost, StageCounts, stage_counts
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.solve import plan
-from mipipe.planner.teams.degrees import Degrees, Recompute
+from mipipe.planner.teams.degrees import Degrees, Recompute, check_given, completed
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams, piece_costs, result_of
+from mipipe.planner.teams.pieces import misfit
 from mipipe.planner.teams.pricing import PieceCost, Pricer
 from mipipe.planner.teams.space import Point, mode_costs, points
 from mipipe.planner.teams.stages import cut_pieces, stage_cost, team_problem
@@ -90,13 +91,15 @@ def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamO
     """The best degrees within the time limit.
 
     Raises:
+        InputError: what is fixed does not divide the devices.
         InfeasibleError: no degrees fit the memory, or none divide.
         TimeUpError: none was evaluated in time.
     """
     began = time.monotonic()
+    check_given(options.given, devices)
     waiting, count = points(pricer, devices, global_batch, options.given, options.microbatch, options.recomputation)
     if not waiting:
-        raise InfeasibleError(_why_none(pricer, count, options))
+        raise InfeasibleError(_why_none(pricer, count, options, devices, global_batch))
     results: list[TeamResult] = []
     solved, best, bound = 0, float("inf"), float("inf")
     for number, point in enumerate(sorted(waiting, key=lambda point: promise(pricer, point, global_batch))):
@@ -120,7 +123,7 @@ def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamO
     if not results:
         if number < len(waiting):
             raise TimeUpError(f"no degrees evaluated within {options.time_limit_s:g} s; try a longer --time-limit")
-        raise InfeasibleError(_why_none(pricer, count, options))
+        raise InfeasibleError(_why_none(pricer, count, options, devices, global_batch))
     bound = waiting[0].bound
     results = _polished(pricer, results, global_batch, options, began, tell)
     if options.order:
@@ -319,8 +322,12 @@ def _notes(results: list[TeamResult], top: TeamResult) -> list[str]:
     return []
 
 
-def _why_none(pricer: Pricer, count: int, options: TeamOptions) -> str:
-    """Why no degrees are left."""
+def _why_none(pricer: Pricer, count: int, options: TeamOptions, devices: int, global_batch: int) -> str:
+    """Why no degrees are left: what is fixed does not divide, or memory is short."""
+    if not count and options.given:
+        reason = misfit(pricer.model, completed(options.given, devices, options.microbatch or 1, "none"), global_batch)
+        if reason is not None:
+            return f"no plan exists: {reason}"
     if not count:
         return "no plan exists: no degrees divide the devices, heads, sequences and batch" + (
             " with those that are fixed" if options.given else "")

@@ -121,4 +121,5 @@ def bound_of(pricer: Pricer, degrees: Degrees, global_batch: int, recomputation:
     share, price = SHARES[:, None, None, None], PRICES[None, :, None, None]
     mixed = ((1 - share) * loads + share * areas + price * scale * held).min(axis=2).sum(axis=2)
     mixed += (1 - SHARES[:, None]) * fixed / degrees.ranks - PRICES * scale
-    return max(float(mixed.max()), microbatches * float(least.max()))
+    rounding = 2e-9 * (microbatches + 1)  # a problem's durations are whole nanoseconds
+    return max(float(mixed.max()), microbatches * float(least.max())) - rounding

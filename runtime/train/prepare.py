@@ -14,7 +14,7 @@ from mipipe.graphs.write_files import check_apart
 from mipipe.planner.check import check_program
 from mipipe.planner.check.graph import check_graph
 from mipipe.planner.execution.lower import lower
-from mipipe.planner.plan import Plan
+from mipipe.planner.plan import Plan, check_single_devices
 from mipipe.planner.program import Program
 from mipipe.runtime.train.batches import check_sizes
 from mipipe.runtime.train.config import TrainConfig, read_train_config
@@ -47,6 +47,7 @@ def read_job(plan: str | Path, graph: str | Path, config: str | Path, model: str
     if model is not None:
         settings = dataclasses.replace(settings, model=model)
     read_graph, read_plan = load(graph, OperatorGraph), load(plan, Plan)
+    check_single_devices(read_plan, "training")
     check_graph(read_plan, read_graph)
     check_sizes(read_graph, settings.batch, settings.seq, read_plan.problem.num_microbatches)
     optimizer_class(settings.optimizer.name)

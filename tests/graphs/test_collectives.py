@@ -74,7 +74,8 @@ def test_products_take_the_longest_of_work_bytes_and_launch():
     """Narrow products reach n / (n + half) of their share; the other kernels their bytes, or their launches."""
     shares = Achieved(product=0.5, half=100.0, attention=0.25, memory=0.5)
     assert shares.share("aten.mm", 100) == 0.25
-    work = PhaseWork(3 * 10**9, 5000, 4, 0, (Product("aten.mm", 10**9, 1000, 100, 2), Product("mipipe.attention", 10**9, 0, 1)))
+    products = Product("aten.mm", 10**9, 1000, 100, 2), Product("mipipe.attention", 10**9, 0, 1)
+    work = PhaseWork(3 * 10**9, 5000, 4, 0, products)
     found = phase_seconds(work, shares, flops=10**12, fp8_flops=None, bytes_per_s=10**9, launch_ns=1000)
     assert found == pytest.approx(2 * 10**9 / 0.25e12 + 10**9 / 0.25e12 + 3000 / 0.5e9)
     assert phase_seconds(work, shares, flops=10**12, fp8_flops=2 * 10**12, bytes_per_s=10**9,

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
-from mipipe.graphs.cluster import DeviceKind
-from mipipe.graphs.costs.collectives import Fabric, Level
-from mipipe.graphs.costs.efficiency import Achieved
 from mipipe.graphs.operator_graph import OperatorGraph
-from mipipe.graphs.topology import Link
 from mipipe.planner.teams.pieces import ModelPieces, model_pieces
-from mipipe.planner.teams.pricing import Machine
+
+sys.path.insert(0, str(Path(__file__).parent))  # for team_machine
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 688,
           "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 1024,
@@ -32,11 +31,3 @@ def llama(tmp_path_factory) -> OperatorGraph:
 @pytest.fixture(scope="session")
 def pieces(llama) -> ModelPieces:
     return model_pieces(llama)
-
-
-def machine(memory: int = 10**9, **achieved) -> Machine:
-    """Devices with a tenth of an H100's rates, so that the small model is not all launches, eight on a host."""
-    shares = Achieved(**{"product": 0.5, "half": 64.0, "memory": 0.8, "action_ns": 1000, **achieved})
-    kind = DeviceKind("small", {"bfloat16": 10**13, "float32": 10**12, "float8": 2 * 10**13}, 10**11, memory, 500,
-                      "made up", achieved=shares)
-    return Machine(kind, Fabric((Level("host", 8, Link(1000, 10**10)), Level("network", 64, Link(5000, 10**9)))), memory)

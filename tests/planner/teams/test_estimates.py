@@ -72,7 +72,8 @@ def test_what_fused_kernels_keep(llama):
 
 def test_attention_that_runs_again_is_not_kept(llama):
     trace = next(trace for trace, role in traces(llama) if role is Role.ATTENTION)
-    once, again = (estimated_profile(trace, Role.ATTENTION, TeamSplit(), attention_again=flag) for flag in (False, True))
+    once, again = (estimated_profile(trace, Role.ATTENTION, TeamSplit(), attention_again=flag)
+                   for flag in (False, True))
     assert again.kept.fi + again.kept.fw < once.kept.fi + once.kept.fw
     assert again.phases[Phase.I].flops == once.phases[Phase.I].flops + next(
         item.flops for item in once.phases[Phase.F].products if item.kind == "mipipe.attention")

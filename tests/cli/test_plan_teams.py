@@ -1,0 +1,112 @@
+"""`mipipe plan` for teams: what it prints, what it writes, and one line for everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from mipipe.graphs.serialize import load
+from mipipe.planner.check import check_plan
+from mipipe.planner.plan import Plan
+
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 688,
+          "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 1024,
+          "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16", "tie_word_embeddings": False}
+DEVICES = ("--devices", 8, "--kind", "h100", "--global-batch", 32)
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory, mipipe):
+    """The graph of a small Llama, captured by the command line."""
+    folder = tmp_path_factory.mktemp("teams")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    mipipe("capture", folder, "--seq", 256, "--dtype", "bfloat16", "--no-verify", "-o", folder / "graph.json")
+    return folder / "graph.json"
+
+
+def test_a_configuration_is_evaluated(mipipe, graph, tmp_path):
+    """Degrees, stages, step, times, memory and what the figures rest on; the plan is one the checker takes."""
+    ended = mipipe("plan", graph, *DEVICES, "--degrees", "tensor=2,ranks=2,copies=2", "--layers-per-stage", "1,3",
+                   "--schedule", "1f1b", "--recomputation", "full", "-o", tmp_path / "plan.json")
+    assert ended.code == 0, ended.stderr
+    for text in ("evaluated as given", "degrees: ranks=2,tensor=2,copies=2", "tensor 2 x copies 2 x ranks 2",
+                 "layers per stage 1,3",
+                 "tokens/s per device", "model FLOP utilisation", "tensor communication", "bubble", "rank 0: peak",
+                 "optimizer state sharded over copies", "estimated from shapes", "assumed", "does not run teams yet"):
+        assert text in ended.stdout, text
+    check_plan(load(tmp_path / "plan.json", Plan))
+    shown = mipipe("show", tmp_path / "plan.json")
+    assert shown.code == 0, shown.stderr
+
+
+def test_as_json(mipipe, graph):
+    ended = mipipe("plan", graph, *DEVICES, "--degrees", "sequence=4,copies=2", "--json")
+    data = json.loads(ended.stdout)
+    assert data["degrees"]["tensor"] == 4 and data["degrees"]["sequence"] is True
+    assert sum(data["times"].values()) == pytest.approx(data["step_s"])
+    assert data["fits"] and data["basis"]["efficiencies"] == "assumed"
+
+
+def test_free_degrees_are_searched(mipipe, graph):
+    ended = mipipe("plan", graph, *DEVICES, "--time-limit", 8)
+    assert ended.code == 0, ended.stderr
+    for text in ("best of ", "combinations of degrees", "bound over all degrees", "next: ", "no pipeline: "):
+        assert text in ended.stdout, text
+
+
+def test_a_cluster_file_does_as_well(mipipe, graph, tmp_path):
+    (tmp_path / "cluster.yaml").write_text("""
+format: mipipe.cluster
+version: 1
+hosts: [{name: a, devices: 4, kind: h100}, {name: b, devices: 4, kind: h100}]
+links:
+  within_host: {latency: 5us, bandwidth: 360GB/s}
+  between_hosts: {latency: 20us, bandwidth: 40GB/s}
+""")
+    ended = mipipe("plan", graph, "--cluster", tmp_path / "cluster.yaml", "--global-batch", 32, "--degrees",
+                   "ranks=2,copies=4")
+    assert ended.code == 0, ended.stderr
+    assert "ranks=2,copies=4" in ended.stdout
+
+
+@pytest.mark.parametrize("options, message", [
+    (("--devices", 8, "--kind", "h100"), "teams need --global-batch"),
+    (("--global-batch", 8), "teams need --cluster CLUSTER.yaml, or --devices with --kind"),
+    ((*DEVICES, "--degrees", "tensor=3,ranks=2"), "= 6 devices, which does not divide the 8 there are"),
+    ((*DEVICES, "--degrees", "tensor=4,ranks=4,copies=1", "--schedule", "1f1b"), "= 16 devices, but there are 8"),
+    (("--devices", 48, "--kind", "h100", "--global-batch", 48, "--degrees", "tensor=3"),
+     "tensor=3 does not divide the 8 heads"),
+    ((*DEVICES, "--degrees", "ranks=4,copies=2", "--recomputation", "some"),
+     "--recomputation some: expected one of none"),
+    ((*DEVICES, "--degrees", "copies=8", "--layers-per-stage", "4;4"), "expected numbers such as 9,9,8"),
+    ((*DEVICES, "--degrees", "ranks=2,copies=4", "--layers-per-stage", "2,1"),
+     "3 layers in 2 stages, but the model has 4"),
+    ((*DEVICES, "--degrees", "copies=8", "--microbatches", 4), "--microbatches does not go with teams"),
+    ((*DEVICES, "--degrees", "copies=8", "--microbatch", 0), "--microbatch 0: expected at least 1"),
+    ((*DEVICES, "--degrees", "copies=8", "--microbatch", 3), "does not divide into copies=8 x --microbatch 3"),
+    ((*DEVICES, "--degrees", "copies=8", "--kind", "h1"), "unknown device kind"),
+    ((*DEVICES, "--degrees", "copies=8", "--seq", 64), "captured already")])
+def test_one_line_for_what_is_wrong(mipipe, graph, options, message):
+    ended = mipipe("plan", graph, *options)
+    assert ended.code in (1, 2, 3)
+    assert "Traceback" not in ended.stderr and len(ended.stderr.strip().splitlines()) == 1
+    assert re.search(message, ended.stderr), ended.stderr
+
+
+def test_too_little_memory_says_which_degree_would_do(mipipe, graph):
+    ended = mipipe("plan", graph, *DEVICES, "--degrees", "copies=8", "--microbatch", 4, "--memory", "45MB")
+    assert ended.code == 3
+    for text in ("needs", "of 45.00 MB (weights", "--microbatch 1 would fit"):
+        assert text in ended.stderr
+    searched = mipipe("plan", graph, *DEVICES, "--memory", "1MB")
+    assert searched.code == 3 and "combinations of degrees fits 1.00 MB" in searched.stderr
+
+
+def test_train_does_not_run_teams(mipipe, graph, tmp_path):
+    mipipe("plan", graph, *DEVICES, "--degrees", "tensor=2,copies=4", "-o", tmp_path / "plan.json")
+    (tmp_path / "train.yaml").write_text("steps: 1\n")
+    ended = mipipe("train", "--plan", tmp_path / "plan.json", "--graph", graph, "--config", tmp_path / "train.yaml")
+    assert ended.code == 1
+    assert "plans of single devices" in ended.stderr and len(ended.stderr.strip().splitlines()) == 1

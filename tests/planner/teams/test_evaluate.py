@@ -1,0 +1,158 @@
+"""Evaluated configurations: closed forms of times and memory, and every way in which one does not divide."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from team_machine import machine
+
+from mipipe.graphs.errors import InputError, MipipeError
+from mipipe.planner.check import check_plan
+from mipipe.planner.execution.lower import lower
+from mipipe.planner.execution.simulate import simulate
+from mipipe.planner.teams.degrees import Degrees, completed, parse_degrees
+from mipipe.planner.teams.evaluate import evaluate_teams
+from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.remedies import remedy
+from mipipe.planner.teams.stages import cut_pieces, even_layers, exposed_gather, exposed_reduction, stage_cost
+
+
+@pytest.fixture(scope="module")
+def pricer(pieces) -> Pricer:
+    return Pricer(pieces, machine())
+
+
+def test_one_rank_takes_its_work_and_its_update(pricer):
+    """Nothing to wait for: microbatches times the pieces' phases and two actions' overhead, then the update."""
+    degrees = Degrees(copies=8, microbatch=2)
+    found = evaluate_teams(pricer, degrees, 64)
+    costs = pricer.costs(degrees)
+    work = 4 * (sum(cost.f.total + cost.backward for cost in costs) + 2e-6)
+    update = sum(cost.optimizer for cost in costs) + exposed_reduction(costs) + exposed_gather(costs)
+    assert found.seconds == pytest.approx(work + update, rel=1e-6)
+    assert found.times.bubble == pytest.approx(0, abs=1e-8)
+    assert found.times.total == pytest.approx(found.seconds)
+
+
+def test_a_chain_of_1f1b_by_its_closed_form(pricer):
+    """Where one stage is the slowest and links are quick, the last microbatch leaves it after (M - 1) of its loads, and
+    what is before and behind adds one forward and backward each."""
+    degrees = Degrees(ranks=2, copies=4)
+    found = evaluate_teams(pricer, degrees, 32, layers=(4, 2))
+    costs = pricer.costs(degrees)
+    first, last = (stage_cost(costs, members, pricer.machine, split=False)
+                   for members in cut_pieces(pricer.model, (4, 2)))
+    assert first.load > last.load
+    link = found.plan.problem.topology.between_hosts.transfer_ns(2 * 512 * 256) / 1e9
+    slowest = 8 * first.load + last.load + 2 * link - first.phases[0].total
+    assert found.seconds == pytest.approx(slowest + first.optimizer + first.exposed_data, rel=0.02)
+    assert found.times.total == pytest.approx(found.seconds)
+
+
+@pytest.mark.parametrize("degrees, layers, schedule", [
+    (Degrees(ranks=2, tensor=2, sequence=True, copies=2), None, "1F1B"),
+    (Degrees(ranks=4, tensor=2), (1, 2, 2, 1), "gpipe"),
+    (Degrees(ranks=2, tensor=4, sequence=True), None, "zb-h1"), (Degrees(ranks=2, context=2, copies=2), None, "1f1b"),
+    (Degrees(ranks=2, copies=4, chunks=2), None, "interleaved"), (Degrees(ranks=2, copies=4, zero=3), None, "zb-v"),
+    (Degrees(tensor=8, recompute="full"), None, "1f1b")])
+def test_every_evaluated_plan_is_one(pricer, degrees, layers, schedule):
+    """The checker, which shares no code with all this, finds every rule kept and the makespan right."""
+    found = evaluate_teams(pricer, degrees, 32, layers=layers, schedule=schedule)
+    check_plan(found.plan)
+    timeline = simulate(found.plan, lower(found.plan))
+    assert timeline.makespan_ns == found.plan.makespan_ns
+    assert found.times.total == pytest.approx(found.seconds)
+    assert [item.peak for item in found.memory] == [timeline.peak_bytes(rank) for rank in range(degrees.ranks)]
+    assert sum(found.layers) == 6
+
+
+def test_memory_is_divided_by_what_divides_it(pricer, pieces):
+    """2 bytes of weights and 4 of gradient per parameter over tensor members and ranks; 12 of state over copies too."""
+    count = pieces.parameters()
+    one = evaluate_teams(pricer, Degrees(), 8).memory[0]
+    assert (one.gradients, one.state) == (4 * count, 12 * count)
+    assert one.weights == pytest.approx(2 * count, abs=64 * 8)
+    shared = {stage: evaluate_teams(pricer, Degrees(copies=8, zero=stage), 8).memory[0] for stage in range(4)}
+    assert [shared[stage].state for stage in range(4)] == [12 * count] + 3 * [pytest.approx(12 * count / 8, rel=1e-3)]
+    assert shared[2].gradients == pytest.approx(one.gradients / 8, rel=1e-3)
+    assert shared[3].weights == pytest.approx(one.weights / 8, rel=1e-3)
+    teams = evaluate_teams(pricer, Degrees(tensor=4), 8).memory[0]
+    norms = 13 * 256
+    assert teams.gradients == pytest.approx(4 * ((count - norms) / 4 + norms), rel=1e-6)
+
+
+def test_recomputation_and_sequence_keep_less_and_take_longer(pricer):
+    base = Degrees(ranks=2, tensor=4)
+    plain, again, parts = (evaluate_teams(pricer, degrees, 32) for degrees in (
+        base, replace(base, recompute="full"), replace(base, sequence=True)))
+    assert again.memory[0].activations < parts.memory[0].activations < plain.memory[0].activations
+    assert again.times.kernels > 1.2 * plain.times.kernels
+    assert plain.times.axes["tensor"] > 0 and plain.times.axes["expert"] == 0
+
+
+def test_reductions_hide_behind_backwards(pricer):
+    """A piece's reduction starts when its backward ends; long ones queue up, short ones leave only the last."""
+    cost = pricer.costs(Degrees(copies=2))[1]
+    quick, slow = (replace(cost, reduce=factor * cost.backward, gather=factor * cost.f.total) for factor in (0.5, 3.0))
+    assert exposed_reduction([quick] * 4) == pytest.approx(0.5 * cost.backward)
+    assert exposed_reduction([slow] * 4) == pytest.approx((4 * 3 + 1 - 4) * cost.backward)
+    assert exposed_gather([quick] * 4) == pytest.approx(0.5 * cost.f.total)
+    assert exposed_gather([slow] * 4) == pytest.approx((4 * 3 - 3) * cost.f.total)
+
+
+@pytest.mark.parametrize("layers, stages, expected", [
+    (6, 2, [3, 3]), (6, 4, [1, 2, 2, 1]), (80, 16, [5] * 16), (126, 64, [1, *[2] * 62, 1])])
+def test_even_stages_give_the_ends_fewer(layers, stages, expected):
+    assert even_layers(layers, stages) == expected
+
+
+@pytest.mark.parametrize("text, message", [
+    ("tensor", "expected name=number"), ("tensors=8", "expected name=number with a name of ranks, tensor"),
+    ("tensor=0", "expected a number from 1"), ("zero=4", "expected a number from 0 to 3"),
+    ("tensor=2,tensor=4", "tensor is given twice"), ("tensor=2,sequence=2", "are one axis")])
+def test_degrees_that_are_none(text, message):
+    with pytest.raises(InputError, match=message):
+        parse_degrees(text)
+
+
+@pytest.mark.parametrize("text, devices, message", [
+    ("tensor=4,ranks=2,copies=2", 8, "ranks 2 x tensor 4 x copies 2 = 16 devices, but there are 8; copies=1 would"),
+    ("tensor=3", 8, "ranks 1 x tensor 3 x copies 2 = 6 devices, but there are 8; .* = 3 does not divide 8")])
+def test_degrees_that_do_not_multiply_to_the_devices(text, devices, message):
+    with pytest.raises(InputError, match=message):
+        completed(parse_degrees(text), devices, 1, "none")
+
+
+@pytest.mark.parametrize("degrees, batch, message", [
+    (Degrees(tensor=3), 8, r"tensor=3 does not divide the 8 heads of model.layers.0.self_attn; 1, 2, 4, 8 would"),
+    (Degrees(ranks=16), 16, "ranks=16 stages, but the model has 8 pieces"),
+    (Degrees(copies=3), 8, "global-batch 8 does not divide into copies=3 x --microbatch 1 sequences; 6 or 9 would"),
+    (Degrees(context=3), 8, "sequences of 512 tokens do not divide into context=3 parts"),
+    (Degrees(copies=8, expert=4), 8, "expert=4, but the model has no experts"),
+    (Degrees(copies=2, expert=4), 8, "expert=4 does not divide the 2 devices of a rank over all copies")])
+def test_models_that_do_not_divide(pricer, degrees, batch, message):
+    with pytest.raises(InputError, match=message):
+        evaluate_teams(pricer, degrees, batch)
+
+
+@pytest.mark.parametrize("layers, schedule, message", [
+    ((3, 2), "1f1b", "5 layers in 2 stages, but the model has 6"), ((2, 2, 2), "1f1b", "has 2 stages"),
+    (None, "2f2b", "unknown; expected one of"), (None, "zb-h3", "unknown")])
+def test_stages_and_schedules_that_are_none(pricer, layers, schedule, message):
+    with pytest.raises(MipipeError, match=message):
+        evaluate_teams(pricer, Degrees(ranks=2, copies=4), 32, layers=layers, schedule=schedule)
+
+
+def test_too_little_memory_names_a_degree_that_would_do(pieces):
+    """The change that is promised is one that fits."""
+    small = Pricer(pieces, machine(memory=60 * 10**6))
+    found = evaluate_teams(small, Degrees(ranks=1, copies=8, microbatch=2, zero=1), 32)
+    assert found.shortage > 0
+    assert remedy(small, found) == "--microbatch 1 would fit"
+    tight = Pricer(pieces, machine(memory=30 * 10**6))
+    told = remedy(tight, evaluate_teams(tight, Degrees(copies=8), 32))
+    assert told.endswith("would fit")
+    degrees = completed(parse_degrees(",".join(part for part in told.replace(" with ", ",").removesuffix(
+        " would fit").split(","))), 8, 1, "none")
+    assert evaluate_teams(tight, degrees, 32).shortage == 0

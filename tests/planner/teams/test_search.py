@@ -1,0 +1,133 @@
+"""Searched degrees against trying everything, and the bound against everything that was tried."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations, pairwise
+
+import pytest
+from team_machine import machine
+
+from mipipe.graphs.errors import InfeasibleError, InputError
+from mipipe.planner.milp.degrees import ChainTask, ModeCost, stage_counts
+from mipipe.planner.teams.degrees import RECOMPUTE, Degrees
+from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
+from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.search import TeamOptions, search_teams
+from mipipe.planner.teams.space import all_degrees, bound_of, points
+
+
+def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """All ways to put ``total`` layers into stages; the first and the last may have none beside embedding and head."""
+    for cuts in combinations(range(total + parts - 1), parts - 1):
+        ends = (-1, *cuts, total + parts - 1)
+        sizes = tuple(after - before - 1 for before, after in pairwise(ends))
+        if all(sizes[1:-1]):
+            yield sizes
+
+
+def everything(pricer: Pricer, devices: int, batch: int, given: dict[str, int],
+               microbatch: int | None) -> Iterator[TeamResult]:
+    """Every combination of degrees with every cut and every recomputation of all layers, as far as memory suffices."""
+    for degrees in all_degrees(pricer.model, devices, batch, given, microbatch):
+        for layers in compositions(6, degrees.ranks) if degrees.ranks > 1 else ((6,),):
+            for mode in RECOMPUTE:
+                found = evaluate_teams(pricer, replace(degrees, recompute=mode), batch, layers=layers)
+                if not found.shortage:
+                    yield found
+
+
+@pytest.mark.parametrize("memory", [10**9, pytest.param(45 * 10**6, marks=pytest.mark.slow), 26 * 10**6])
+def test_searched_degrees_equal_those_of_trying_all(pieces, memory):
+    """8 devices, 6 layers: the same degrees, and a step at most as long (a stage may run single layers again)."""
+    pricer = Pricer(pieces, machine(memory))
+    given = {"context": 1, "zero": 1, "chunks": 1}
+    best = min(everything(pricer, 8, 16, given, 1), key=lambda found: found.seconds)
+    found = search_teams(pricer, 8, 16, TeamOptions(given, 1, None, 60.0, order=False))
+    assert found.best.seconds <= best.seconds * 1.001
+    assert replace(found.best.degrees, recompute="none") == replace(best.degrees, recompute="none")
+    assert found.bound <= found.best.seconds
+    assert found.best.shortage == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", [10**9, 40 * 10**6, 24 * 10**6])
+def test_all_degrees_of_eight_devices(pieces, memory):
+    """As above with every degree free but chunks."""
+    pricer = Pricer(pieces, machine(memory))
+    given = {"chunks": 1}
+    best = min(everything(pricer, 8, 8, given, None), key=lambda found: found.seconds)
+    found = search_teams(pricer, 8, 8, TeamOptions(given, None, None, 300.0, order=False))
+    assert found.best.seconds <= best.seconds * 1.001
+
+
+def test_no_evaluated_step_is_below_its_bound(pieces):
+    """A bound holds for every cut, schedule and recomputation of its degrees."""
+    pricer = Pricer(pieces, machine(60 * 10**6))
+    for number, degrees in enumerate(all_degrees(pieces, 8, 16, {}, None)):
+        if number % 7:
+            continue
+        bound = bound_of(pricer, degrees, 16, None)
+        for mode in RECOMPUTE:
+            found = evaluate_teams(pricer, replace(degrees, recompute=mode), 16)
+            if not found.shortage:
+                assert bound is not None and found.seconds >= bound, degrees.text()
+
+
+def test_what_is_fixed_stays_fixed(pieces):
+    pricer = Pricer(pieces, machine())
+    waiting, _ = points(pricer, 8, 16, {"sequence": 2, "ranks": 2}, 2, "full")
+    assert waiting
+    assert all((point.degrees.tensor, point.degrees.sequence, point.degrees.ranks, point.degrees.microbatch)
+               == (2, True, 2, 2) for point in waiting)
+    assert [point.bound for point in waiting] == sorted(point.bound for point in waiting)
+
+
+@pytest.mark.parametrize("given, memory, error, message", [
+    ({"tensor": 3}, 10**9, InputError, "tensor 3 = 3 devices, which does not divide the 8 there are"),
+    ({"copies": 8, "context": 1, "expert": 3}, 10**9, InfeasibleError, "expert=3 does not divide the 8 devices"),
+    ({}, 10**6, InfeasibleError, "none of .* combinations of degrees fits 1.00 MB")])
+def test_where_nothing_is_left(pieces, given, memory, error, message):
+    with pytest.raises(error, match=message):
+        search_teams(Pricer(pieces, machine(memory)), 8, 16, TeamOptions(given, time_limit_s=10.0))
+
+
+def test_a_pipeline_that_does_not_pay_loses_and_the_plan_says_so(pieces):
+    """Few microbatches and quick links: copies with sharded state beat every chain."""
+    found = search_teams(Pricer(pieces, machine()), 4, 8, TeamOptions({"tensor": 1, "context": 1}, time_limit_s=20.0,
+                                                                      order=False))
+    assert found.best.degrees.ranks == 1
+    assert found.notes and "no pipeline: the best one tried" in found.notes[0] and "bubble" in found.notes[0]
+    assert all(why for _, why in found.runners)
+
+
+def test_counts_of_stages_by_hand():
+    """Six equal layers, a head as heavy as one, two ranks, no memory to mind: 4 and 2 and the head, or 3 and 3."""
+    layer, head = ModeCost(1, 2, 0, 1, 1, 0), ModeCost(2, 4, 0, 1, 1, 0)
+    task = ChainTask(((6, (layer,)), (1, (head,))), 2, 1, 8, 0.0, 0.0, 1000)
+    found = stage_counts(task, time_limit_s=10, gap=1e-6)
+    assert found is not None
+    assert [sum(sum(run) for run in stage) for stage in found.counts] == [4, 3]
+    assert found.seconds == pytest.approx(8 * 12 + 4 + 8)
+    tight = replace(task, memory=9)
+    less = stage_counts(tight, time_limit_s=10, gap=1e-6)
+    assert less is not None and less.counts[0][0][0] == 3  # 2 alive and resident: 3 bytes a layer on rank 0
+    assert stage_counts(replace(task, memory=5), time_limit_s=10) is None
+
+
+def test_layers_run_again_only_where_memory_is_short():
+    """Rank 0 holds two microbatches, rank 1 one: so many layers of rank 0 run again as its memory asks for."""
+    once, again = ModeCost(1, 2, 0, 0, 10, 0), ModeCost(1, 3, 0, 0, 1, 0)
+    task = ChainTask(((8, (once, again)),), 2, 1, 8, 0.0, 0.0, 45)
+    found = stage_counts(task, time_limit_s=10, gap=1e-6)
+    assert found is not None
+    kept = [alive * (10 * stage[0][0] + stage[0][1]) for alive, stage in zip((2, 1), found.counts, strict=True)]
+    assert max(kept) <= 45
+    assert sum(stage[0][1] for stage in found.counts) >= 2
+
+
+def test_degrees_of_one_device(pieces):
+    pricer = Pricer(pieces, machine())
+    assert {point.degrees for point in points(pricer, 1, 4, {}, None, None)[0]} == {
+        Degrees(microbatch=size) for size in (1, 2, 4)}
