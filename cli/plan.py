@@ -60,6 +60,9 @@ def plan(
     objective: Annotated[str, typer.Option(help="makespan; memory (the least activations within 5 % of the best"
                                                 " makespan); or utilisation (the busiest devices within 5 %: those that"
                                                 " hardly help are given back).")] = "makespan",
+    exact: Annotated[bool, typer.Option("--exact", help="Placement and order at once by the literal MIP, one replica of"
+                                                        " each group, to the proof: about 40 jobs (groups x phases x"
+                                                        " microbatches), at most 100.")] = False,
     exportable: Annotated[bool, typer.Option("--exportable", help="Only plans that `mipipe export --csv` can write for"
                                                                   " torch's schedule runtime: chains of stages, each on"
                                                                   " one rank.")] = False,
@@ -103,11 +106,11 @@ def plan(
     from mipipe.planner.options import without as parts_off
 
     options = PlanOptions(time_limit_s=time_limit, seed=seed, placement=placement,  # type: ignore[arg-type]
-                          objective=objective, recompute=recompute,  # type: ignore[arg-type]
+                          objective=objective, recompute=recompute, exact=exact,  # type: ignore[arg-type]
                           **parts_off(without or ()))
-    if exportable and (recompute or pareto or placement != "free" or objective != "makespan"):
+    if exportable and (exact or recompute or pareto or placement != "free" or objective != "makespan"):
         raise InputError("--exportable chooses among the shapes that can be exported: --placement, --objective,"
-                         " --recompute and --pareto do not go with it")
+                         " --recompute, --pareto and --exact do not go with it")
     model, note = None, ""
     if names_model(graph):
         check_cluster(graph, cluster, costs)

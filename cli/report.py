@@ -229,8 +229,10 @@ def bound_line(plan: Plan) -> str:
     if plan.makespan_ns is None:
         return "no makespan recorded"
     parts = [f"makespan {terminal.format_time(plan.makespan_ns, unit)}"]
-    allowed = options_of(plan).placement
-    over = "bound over all placements" if allowed == "free" else f"bound over placements of shape {allowed}"
+    options = options_of(plan)
+    over = ("bound over placements with one replica of each group" if options.exact else
+            "bound over all placements" if options.placement == "free" else
+            f"bound over placements of shape {options.placement}")
     for name, bound in ((over, plan.bound_ns),
                         ("bound at this placement", plan.placement_bound_ns)):
         if bound is not None:

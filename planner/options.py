@@ -35,7 +35,8 @@ class PlanOptions:
     activation memory at a makespan within ``1 + epsilon`` of the best, ``utilisation`` maximises the share of computing
     time of the devices in use at such a makespan (`mipipe.planner.ladder.objectives` defines both). ``recompute``:
     stages may run F twice where that pays or memory is short. ``threads``: concurrent searches. ``gap``: stop at this
-    relative gap.
+    relative gap. ``exact``: the literal MIP decides placement and order at once, and proves both
+    (`mipipe.planner.ladder.exactly`, which says what it refuses).
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -50,6 +51,7 @@ class PlanOptions:
     recompute: bool = True
     threads: int = 2
     gap: float = 0.0
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.time_limit_s < math.inf:

@@ -31,6 +31,7 @@ from mipipe.planner.check import arrays as check_arrays
 from mipipe.planner.check import check_plan
 from mipipe.planner.clock import OutOfTimeError
 from mipipe.planner.how import How
+from mipipe.planner.ladder import exactly
 from mipipe.planner.ladder import large as scale
 from mipipe.planner.ladder import order_rungs as rungs
 from mipipe.planner.ladder import placement_rungs as placing
@@ -118,7 +119,10 @@ def _solve(problem: PlanningProblem, options: PlanOptions,
     run = Run(problem, options, on_progress)
     try:
         with _noting_ctrl_c(run), clock.watched(lambda: run.patience):
-            _ladder(run)
+            if options.exact:
+                exactly.climb(run, admit_placement)
+            else:
+                _ladder(run)
     except InfeasibleError as error:
         return SolveResult(None, None, None, None, Termination.INFEASIBLE, run.seconds, reason=str(error))
     except KeyboardInterrupt:
@@ -230,8 +234,8 @@ def _finish(run: Run) -> SolveResult:
     best = run.best
     if best is None or best.best is None:
         ended = Termination.INTERRUPTED if run.interrupted else Termination.TIME_UP
-        return SolveResult(None, None, run.bound_ns, None, ended, run.seconds,
-                           reason=f"no plan within {run.options.time_limit_s:g} s; try a longer time limit")
+        why = run.no_plan or f"no plan within {run.options.time_limit_s:g} s; try a longer time limit"
+        return SolveResult(None, None, run.bound_ns, None, ended, run.seconds, reason=why)
     if not run.entered and run.bound_ns is None:  # time was up among the placements of the shape asked for
         run.raise_bound(problem_bound(run.problem))
     lowest = run.lowest
