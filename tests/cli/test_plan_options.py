@@ -73,6 +73,19 @@ def test_the_exact_model_is_reached_and_refuses_what_is_too_large(mipipe, folder
     assert refused.code == 1 and "jobs" in refused.error and "at most 100" in refused.error
 
 
+def test_the_explanation_says_where_each_ranks_bubble_comes_from(mipipe, folder: Path) -> None:
+    ended = mipipe("plan", folder / "problem.json", "--explain", "--time-limit", 5, "--without", "mip", "--json")
+    data = ended.data
+    for row, rank in zip(data["bubbles"], data["ranks"], strict=True):
+        parts = [row[name] for name in ("warm_up", "imbalance", "transfers", "memory", "recomputation")]
+        assert sum(parts) == pytest.approx(row["bubble"]) == rank["bubble"]
+    assert {item["what"] for item in data["what_if"]} == {"one more activation", "one more device",
+                                                         "one more microbatch"}
+    told = mipipe("plan", folder / "problem.json", "--explain", "--time-limit", 4, "--without", "mip")
+    for words in ("where each rank's bubble comes from", "warm-up", "with one more device: makespan"):
+        assert words in told.stdout
+
+
 def test_sizes_belong_to_graphs(mipipe, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "sizes.yaml").write_text("vision: [1, 2]\n")
     ended = mipipe("plan", folder / "problem.json", "--sizes", tmp_path / "sizes.yaml")
