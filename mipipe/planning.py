@@ -65,7 +65,8 @@ def plan(model: OperatorGraph | CoarseGraph | PlanningProblem | PathLike,
         expert_loads: expert groups take time by their tokens.
         sizes: relative sizes of the microbatches, by modality branch or group.
         placement: ``free``, or a fixed shape.
-        objective: ``makespan``; ``memory`` or ``utilisation`` within 5 % of the best makespan.
+        objective: ``makespan``; ``memory`` or ``utilisation`` within 5 % of the best makespan; ``period``, the time
+            from step to step without a barrier.
         recompute: let groups run their forward twice to save memory.
         exportable: only plans that torch's schedule runtime can run (`mipipe.planner.torch_csv`).
         exact: placement and order by the literal MIP, to the proof: small problems (`mipipe.planner.ladder.exactly`).

@@ -86,6 +86,19 @@ def test_the_explanation_says_where_each_ranks_bubble_comes_from(mipipe, folder:
         assert words in told.stdout
 
 
+def test_the_period_is_an_objective_and_told_of_every_plan(mipipe, folder: Path, tmp_path: Path) -> None:
+    made = ("plan", folder / "problem.json", "--objective", "period", "--time-limit", 2)
+    ended = mipipe(*made, "--json", "-o", tmp_path / "plan.json")
+    noted = ended.data["provenance"]["period"]
+    assert ended.data["period"] <= ended.data["makespan"] and noted["bound_ns"] <= noted["period_ns"]
+    assert mipipe("check", tmp_path / "plan.json").code == 0
+    line = f"from step to step without a barrier {ended.data['period']:g}, bound"
+    assert line in mipipe("show", tmp_path / "plan.json").stdout
+    compared = mipipe("compare", "--problem", tmp_path / "plan.json", "--schedules", "1F1B,ZB-V", "--json")
+    rows = [row for row in compared.data["rows"] if row["makespan"] is not None]
+    assert rows and all(0 < row["period"] <= row["makespan"] for row in rows)
+
+
 def test_sizes_belong_to_graphs(mipipe, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "sizes.yaml").write_text("vision: [1, 2]\n")
     ended = mipipe("plan", folder / "problem.json", "--sizes", tmp_path / "sizes.yaml")
