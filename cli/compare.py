@@ -108,7 +108,7 @@ def problem_data(problem: PlanningProblem, chain: dict[str, Any]) -> dict[str, A
         "reduction": "none" if not any(group.gradient_bytes for group in problem.groups) else "all-reduce"}
 
 
-_COLUMNS = ("schedule", "accounting", "makespan", "bubble", "ratio", "copies", "activations", "bound", "gap",
+_COLUMNS = ("schedule", "accounting", "makespan", "period", "bubble", "ratio", "copies", "activations", "bound", "gap",
             "placement", "seconds", "note")
 
 
@@ -118,7 +118,7 @@ def _cells(row: ComparisonRow, unit_ns: int) -> dict[str, Any]:
     def time(value: float | None) -> float | str | None:
         return format_time(value, 1) if unit_ns == 1 and value is not None else value
 
-    values = (row.name, row.accounting, time(row.makespan), time(row.bubble),
+    values = (row.name, row.accounting, time(row.makespan), time(row.period), time(row.bubble),
               None if row.bubble_ratio is None else f"{row.bubble_ratio:.1%}", row.parameter_copies,
               row.peak_activations, time(row.bound), None if row.gap is None else f"{row.gap:.1%}", row.placement,
               None if row.seconds is None else round(row.seconds, 1), row.note)
@@ -172,6 +172,8 @@ _ACCOUNTINGS = {
     "split": "the same order with every block split into F, I and W, each as early as it can run",
     "streams": "the same order with all-to-alls on a communication stream beside computing"}
 _MEANINGS = {
+    "period": "the time from step to step where no barrier parts them: a rank begins its next once its own work is"
+              " done; zero-bubble papers take their bubbles of it",
     "bubble": "the most idle time of any device (ratio: the mean idle share)",
     "copies": "parameters on the fullest device, in even shares of the model (1: each parameter on one device)",
     "activations": "kept on the fullest device at once; 1 is what an even stage (of one device) keeps of one"

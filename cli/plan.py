@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mipipe.cli.output import Html, Json, Seed, TimeLimit, Trace, Without, check_files, emit, log, progress, stdout
+from mipipe.cli.output import Html, Json, Seed, TimeLimit, Trace, Without, check_files, emit, progress, stdout
 from mipipe.graphs.errors import InfeasibleError, InputError, TimeUpError
 
 if TYPE_CHECKING:
@@ -60,8 +59,12 @@ def plan(
                                                 " with encoders also apart (on ranks of their own) and colocated."
                                                 )] = "free",
     objective: Annotated[str, typer.Option(help="makespan; memory (the least activations within 5 % of the best"
-                                                " makespan); or utilisation (the busiest devices within 5 %: those that"
-                                                " hardly help are given back).")] = "makespan",
+                                                " makespan); utilisation (the busiest devices within 5 %: those that"
+                                                " hardly help are given back); or period (the time from step to step"
+                                                " where no barrier parts them).")] = "makespan",
+    exact: Annotated[bool, typer.Option("--exact", help="Placement and order at once by the literal MIP, one replica of"
+                                                        " each group, to the proof: about 40 jobs (groups x phases x"
+                                                        " microbatches), at most 100.")] = False,
     exportable: Annotated[bool, typer.Option("--exportable", help="Only plans that `mipipe export --csv` can write for"
                                                                   " torch's schedule runtime: chains of stages, each on"
                                                                   " one rank.")] = False,
@@ -69,7 +72,10 @@ def plan(
     pareto: Annotated[bool, typer.Option("--pareto", help="Instead of one plan, the frontier of memory against"
                                                           " bubble: one solve for each activation limit.")] = False,
     without: Without = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Say what binds, and what each rung found.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Say where time is lost, what binds, what each rung found,"
+                                                            " and what one more GB (activation), device or microbatch"
+                                                            " would give, each solved again in a twentieth of the time"
+                                                            " (from 4 s on).")] = False,
     seq: Annotated[int | None, typer.Option(help="Tokens per sequence (default 128).", min=1,
                                             rich_help_panel=_CAPTURE)] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences per microbatch (default 1).", min=1,
@@ -133,20 +139,24 @@ def plan(
                    draw=lambda found: _draw(found.plan, html_file, trace_file), json_output=json_output)
         return
     from mipipe.cli.captured import captured, names_model, refuse_capture_options
+    from mipipe.cli.explained import LEAST_S, MORE, bubble_rows, print_explanation, what_if_rows
     from mipipe.cli.inputs import check_cluster, read_problem
     from mipipe.cli.panels import write_files
     from mipipe.cli.report import estimate_data, gap, how_data, next_steps, plan_data, print_plan, timeline_data
     from mipipe.graphs.serialize import save, to_data
     from mipipe.planner.execution.quick_timeline import timeline_of
+    from mipipe.planner.ladder.what_if import what_if
     from mipipe.planner.options import PlanOptions
     from mipipe.planner.options import without as parts_off
+    from mipipe.planner.solve import Termination
+    from mipipe.planner.solve import plan as solve
 
     options = PlanOptions(time_limit_s=time_limit, seed=seed, placement=placement,  # type: ignore[arg-type]
-                          objective=objective, recompute=recompute,  # type: ignore[arg-type]
+                          objective=objective, recompute=recompute, exact=exact,  # type: ignore[arg-type]
                           **parts_off(without or ()))
-    if exportable and (recompute or pareto or placement != "free" or objective != "makespan"):
+    if exportable and (exact or recompute or pareto or placement != "free" or objective != "makespan"):
         raise InputError("--exportable chooses among the shapes that can be exported: --placement, --objective,"
-                         " --recompute and --pareto do not go with it")
+                         " --recompute, --pareto and --exact do not go with it")
     model, note = None, ""
     if names_model(graph):
         check_cluster(graph, cluster, costs)
@@ -162,10 +172,14 @@ def plan(
     if pareto:
         _print_frontier(problem, options, html_file, json_output)
         return
-    result, options = _solve(problem, options, exportable)
+    spare = MORE * time_limit if explain and objective == "makespan" and MORE * time_limit >= LEAST_S else 0.0
+    result, options = _solve(problem, dataclasses.replace(options, time_limit_s=time_limit - 3 * spare), exportable)
+    options = dataclasses.replace(options, time_limit_s=time_limit)
     if result.plan is None:
         raise_reason(result)
-    assert result.plan is not None
+    assert result.plan is not None and result.makespan_ns is not None
+    stopped = result.termination is Termination.INTERRUPTED
+    more = what_if(problem, options, result.makespan_ns, solve, seconds=spare) if spare and not stopped else []
     known = {"options": to_data(options)} | ({} if facts is None else {"model": to_data(facts)})
     found = dataclasses.replace(result.plan, provenance={**result.plan.provenance, **known})
     timeline = timeline_of(found)
@@ -182,7 +196,8 @@ def plan(
         if model is not None:
             data |= {"graph": {"file": None if model.path is None else str(model.path), "reused": model.reused}}
         if explain:
-            data |= {"explanation": list(result.explanation), "ablation": list(result.ablation)}
+            data |= {"explanation": list(result.explanation), "ablation": list(result.ablation),
+                     "bubbles": bubble_rows(found), "what_if": what_if_rows(more, problem.unit_ns)}
         emit(data)
         return
     console = stdout()
@@ -194,7 +209,7 @@ def plan(
         console.print(f"utilisation {found.provenance['utilisation']:.1%} of the {found.provenance['devices_in_use']}"
                       f" devices in use, of {problem.num_ranks}")
     if explain:
-        _print_explanation(result, problem.unit_ns)
+        print_explanation(result, found, more)
     if output is not None:
         console.print(f"wrote {output}")
     kept = save_graph or (None if model is None else model.path)
@@ -310,24 +325,3 @@ def raise_reason(result: SolveResult) -> None:
     if result.termination is Termination.INTERRUPTED:
         raise KeyboardInterrupt
     raise TimeUpError(result.reason)
-
-
-def rung_cells(row: Mapping[str, Any], unit_ns: int) -> dict[str, Any]:
-    """A row of the ablation as a person reads it: times with units where the problem's are nanoseconds."""
-    from mipipe.cli.terminal import format_time
-
-    times = {name: None if row.get(name) is None else format_time(row[name] * unit_ns, unit_ns)
-             for name in ("before", "makespan")}
-    return {"rung": row["rung"], "placement": row["placement"], **times, "variables": row["variables"],
-            "constraints": row["constraints"], "seconds": row["seconds"]}
-
-
-def _print_explanation(result: SolveResult, unit_ns: int) -> None:
-    from mipipe.cli.tables import print_rows
-
-    console = stdout()
-    for line in result.explanation:
-        console.print(line)
-    print_rows(console, [rung_cells(row, unit_ns) for row in result.ablation], title="what each rung found")
-    if not sys.stdout.isatty():
-        log(f"{len(result.history)} improvements")

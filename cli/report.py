@@ -13,6 +13,7 @@ from mipipe.cli.output import number
 from mipipe.graphs.serialize import to_data
 from mipipe.graphs.units import format_bytes
 from mipipe.planner.execution.estimate import RESERVE, UNLIMITED_BYTES, RankMemory, estimate, memory_by_use
+from mipipe.planner.execution.steps import quick_period
 from mipipe.planner.how import How, how_lines, how_of
 from mipipe.planner.options import options_of
 from mipipe.planner.plan import Plan
@@ -73,8 +74,14 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "bound": None if plan.bound_ns is None else number(plan.bound_ns / unit),
         "placement_bound": None if plan.placement_bound_ns is None else number(plan.placement_bound_ns / unit),
         "gap": gap(plan.makespan_ns, plan.bound_ns),
+        "period": _period(plan),
         "provenance": plan.provenance,
     }
+
+
+def _period(plan: Plan) -> float | None:
+    found = quick_period(plan)
+    return None if found is None else number(found / plan.problem.unit_ns)
 
 
 def how_data(how: How) -> dict[str, Any]:
@@ -150,9 +157,25 @@ def print_plan(console: Console, plan: Plan, timeline: Timeline) -> None:
 def print_outcome(console: Console, plan: Plan) -> None:
     """Makespan, bound and gap, and how the plan came about."""
     console.print(bound_line(plan), style="bold", soft_wrap=True)
+    period = period_line(plan)
+    if period:
+        console.print(period, soft_wrap=True)
     how = how_of(plan)
     for line in () if how is None else how_lines(how):
         console.print(line, soft_wrap=True, markup=False)
+
+
+def period_line(plan: Plan) -> str:
+    """The time from step to step without a barrier, and its bound where that was the objective; nothing for plans too
+    large for it."""
+    unit, noted = plan.problem.unit_ns, plan.provenance.get("period")
+    if isinstance(noted, dict) and {"period_ns", "bound_ns"} <= noted.keys():
+        missing = gap(noted["period_ns"], noted["bound_ns"])
+        proven = "proven optimal" if not missing else f"gap {missing:.1%}"
+        return (f"from step to step without a barrier {terminal.format_time(noted['period_ns'], unit)}, bound"
+                f" {terminal.format_time(noted['bound_ns'], unit)} ({proven})")
+    found = quick_period(plan)
+    return "" if found is None else f"from step to step without a barrier {terminal.format_time(found, unit)}"
 
 
 def memory_warnings(uses: Sequence[RankMemory]) -> list[str]:
@@ -229,8 +252,10 @@ def bound_line(plan: Plan) -> str:
     if plan.makespan_ns is None:
         return "no makespan recorded"
     parts = [f"makespan {terminal.format_time(plan.makespan_ns, unit)}"]
-    allowed = options_of(plan).placement
-    over = "bound over all placements" if allowed == "free" else f"bound over placements of shape {allowed}"
+    options = options_of(plan)
+    over = ("bound over placements with one replica of each group" if options.exact else
+            "bound over all placements" if options.placement == "free" else
+            f"bound over placements of shape {options.placement}")
     for name, bound in ((over, plan.bound_ns),
                         ("bound at this placement", plan.placement_bound_ns)):
         if bound is not None:

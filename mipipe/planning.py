@@ -48,7 +48,8 @@ def plan(model: OperatorGraph | CoarseGraph | PlanningProblem | PathLike,
          memory: int | str | None = None, activations: int | str | None = None, optimizer: OptimizerChoice = "auto",
          expert_loads: ExpertLoads | None = None, sizes: Mapping[str, Sequence[float]] | None = None,
          placement: PlacementName = "free", objective: Objective = "makespan", recompute: bool = False,
-         exportable: bool = False, without: Sequence[Part] = (), time_limit_s: float = 60.0, seed: int = 0,
+         exportable: bool = False, exact: bool = False, without: Sequence[Part] = (),
+         time_limit_s: float = 60.0, seed: int = 0,
          on_progress: Callable[[Progress], None] | None = None) -> SolveResult:
     """The best plan found for a training step within the time limit, with a bound that no plan can beat.
 
@@ -64,9 +65,11 @@ def plan(model: OperatorGraph | CoarseGraph | PlanningProblem | PathLike,
         expert_loads: expert groups take time by their tokens.
         sizes: relative sizes of the microbatches, by modality branch or group.
         placement: ``free``, or a fixed shape.
-        objective: ``makespan``; ``memory`` or ``utilisation`` within 5 % of the best makespan.
+        objective: ``makespan``; ``memory`` or ``utilisation`` within 5 % of the best makespan; ``period``, the time
+            from step to step without a barrier.
         recompute: let groups run their forward twice to save memory.
         exportable: only plans that torch's schedule runtime can run (`mipipe.planner.torch_csv`).
+        exact: placement and order by the literal MIP, to the proof: small problems (`mipipe.planner.ladder.exactly`).
         without: what is switched off: ``mip`` (HiGHS), ``search`` (annealing), ``published`` (their starts).
         on_progress: called now and then; Ctrl-C ends the solve with the best plan so far.
 
@@ -84,7 +87,7 @@ def plan(model: OperatorGraph | CoarseGraph | PlanningProblem | PathLike,
     from mipipe.planner.solve import plan as solve
 
     options = PlanOptions(time_limit_s=time_limit_s, seed=seed, placement=placement, objective=objective,
-                          recompute=recompute, **parts_off(without))
+                          recompute=recompute, exact=exact, **parts_off(without))
     facts: ModelFacts | None = None
     if isinstance(model, PlanningProblem):
         if cluster is not None or microbatches is not None or costs is not None:

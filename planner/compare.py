@@ -11,7 +11,9 @@ A row is a schedule in one accounting:
 All but the published rows are lowered, simulated and measured alike: ``bubble`` is the largest over devices of
 makespan minus busy compute time, ``parameter_copies`` a device's parameters in even shares of the model,
 ``peak_activations`` its activations in units of one even stage's activation of one microbatch; both are the largest
-over devices. Times are in the problem's unit. A schedule that does not exist for a size has a row that says so.
+over devices; ``period`` is the time from step to step where no barrier parts them (`mipipe.planner.execution.steps`;
+None for very large plans). Times are in the problem's unit. A schedule that does not exist for a size has a row that
+says so.
 
 The gradient reduction between copies costs what the problem says; closed forms leave it out.
 """
@@ -33,6 +35,7 @@ from mipipe.planner.bounds.at_placement import placement_bound
 from mipipe.planner.calls import counting
 from mipipe.planner.execution.measure import Measures, measure
 from mipipe.planner.execution.quick_timeline import timeline_of
+from mipipe.planner.execution.steps import quick_period
 from mipipe.planner.how import How
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.options import PlanOptions
@@ -57,6 +60,7 @@ class ComparisonRow:
     name: str
     accounting: Accounting
     makespan: float | None = None
+    period: float | None = None
     bubble: float | None = None
     bubble_mean: float | None = None
     bubble_ratio: float | None = None
@@ -171,6 +175,7 @@ def measured_row(name: str, accounting: Accounting, found: Plan) -> ComparisonRo
     activations = max(peak - held for peak, held in zip(took.peak_bytes, took.resident_bytes, strict=True))
     ratio = sum(bubbles) / (problem.num_ranks * took.makespan_ns) if took.makespan_ns else 0.0
     return ComparisonRow(name, accounting, makespan=_in_units(took.makespan_ns, problem),
+                         period=_units_or_none(quick_period(found), problem),
                          bubble=_in_units(max(bubbles), problem),
                          bubble_mean=_in_units(Fraction(sum(bubbles), len(bubbles)), problem), bubble_ratio=ratio,
                          devices=problem.num_ranks, parameter_copies=in_copies(problem, max(took.resident_bytes)),

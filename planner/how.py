@@ -77,6 +77,6 @@ def how_lines(how: How) -> list[str]:
         return ["; ".join(parts), "HiGHS was not called; it took no part in this plan"]
     by_formulation = ", ".join(f"{row.formulation} {row.calls}" for row in how.highs)
     calls, nodes = ("call" if how.calls == 1 else "calls"), ("node" if how.nodes == 1 else "nodes")
-    part = f"took part in the {' and the '.join(how.highs_part)}" if how.highs_part else "took no part in this plan"
+    part = f"took part in its {' and '.join(how.highs_part)}" if how.highs_part else "took no part in this plan"
     return ["; ".join(parts), f"HiGHS: {how.calls:,} {calls}, {how.seconds:.1f} s, {how.nodes:,} {nodes}"
             f" ({by_formulation}); {part}"]

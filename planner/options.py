@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 PlacementName = Literal["free", "chain", "v", "interleaved", "wave", "two-way", "two-way-v", "two-way-interleaved",
                         "twin-chain", "twin-v", "twin-wave", "ring", "ring-v", "apart", "colocated"]
-Objective = Literal["makespan", "memory", "utilisation"]
+Objective = Literal["makespan", "memory", "utilisation", "period"]
 Part = Literal["mip", "search", "published"]
 
 PLACEMENTS: tuple[str, ...] = get_args(PlacementName)
@@ -33,9 +33,11 @@ class PlanOptions:
     placement. ``use_baselines``: published schedules may start the search. ``use_milp``: HiGHS may be called.
     ``use_search``: orders are annealed (`without` names these three). ``objective``: ``memory`` minimises peak
     activation memory at a makespan within ``1 + epsilon`` of the best, ``utilisation`` maximises the share of computing
-    time of the devices in use at such a makespan (`mipipe.planner.ladder.objectives` defines both). ``recompute``:
+    time of the devices in use at such a makespan (`mipipe.planner.ladder.objectives` defines both), ``period``
+    minimises the time from step to step where no barrier parts them (`mipipe.planner.ladder.period`). ``recompute``:
     stages may run F twice where that pays or memory is short. ``threads``: concurrent searches. ``gap``: stop at this
-    relative gap.
+    relative gap. ``exact``: the literal MIP decides placement and order at once, and proves both
+    (`mipipe.planner.ladder.exactly`, which says what it refuses).
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -50,6 +52,7 @@ class PlanOptions:
     recompute: bool = True
     threads: int = 2
     gap: float = 0.0
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.time_limit_s < math.inf:

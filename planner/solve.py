@@ -31,6 +31,7 @@ from mipipe.planner.check import arrays as check_arrays
 from mipipe.planner.check import check_plan
 from mipipe.planner.clock import OutOfTimeError
 from mipipe.planner.how import How
+from mipipe.planner.ladder import exactly, period
 from mipipe.planner.ladder import large as scale
 from mipipe.planner.ladder import order_rungs as rungs
 from mipipe.planner.ladder import placement_rungs as placing
@@ -65,6 +66,7 @@ class SolveResult:
     """What a solve found. ``bound_ns`` holds over all placements the options allow, ``placement_bound_ns`` at the
     plan's own; ``reason`` says why there is no plan. ``ablation`` has one row per rung: what it found, its size, its
     seconds. ``how``: who proposed the placement and made the order, the bounds' sources, all calls of HiGHS.
+    ``period_ns`` and its bound are set where the objective is the time from step to step.
     """
 
     plan: Plan | None
@@ -79,6 +81,8 @@ class SolveResult:
     explanation: tuple[str, ...] = ()
     reason: str = ""
     how: How = How()
+    period_ns: int | None = None
+    period_bound_ns: int | None = None
 
     @property
     def gap(self) -> float | None:
@@ -118,14 +122,19 @@ def _solve(problem: PlanningProblem, options: PlanOptions,
     run = Run(problem, options, on_progress)
     try:
         with _noting_ctrl_c(run), clock.watched(lambda: run.patience):
-            _ladder(run)
+            if options.exact:
+                exactly.climb(run, admit_placement)
+            elif options.objective == "period":
+                period.climb(run)
+            else:
+                _ladder(run)
     except InfeasibleError as error:
         return SolveResult(None, None, None, None, Termination.INFEASIBLE, run.seconds, reason=str(error))
     except KeyboardInterrupt:
         run.interrupted = True
     except OutOfTimeError:
         pass
-    return _finish(run)
+    return _finish(run) if options.objective == "makespan" else _with_period(run, _finish(run))
 
 
 @contextmanager
@@ -225,13 +234,25 @@ def _proofs(run: Run) -> None:
         rungs.polish_candidate(run, run.best, min(share, run.left))
 
 
+def _with_period(run: Run, result: SolveResult) -> SolveResult:
+    """The result of a solve for the period: that decides whether it is optimal, and stands in its plan's provenance."""
+    if result.plan is None:
+        return result
+    ended = (Termination.OPTIMAL if run.period_ns <= run.period_bound_ns else
+             Termination.INTERRUPTED if run.interrupted else Termination.FEASIBLE)
+    noted = {**result.plan.provenance, "termination": ended.value,
+             "period": {"period_ns": run.period_ns, "bound_ns": run.period_bound_ns}}
+    return replace(result, plan=replace(result.plan, provenance=noted), termination=ended, period_ns=run.period_ns,
+                   period_bound_ns=run.period_bound_ns)
+
+
 def _finish(run: Run) -> SolveResult:
     """Check the best plan and write the result."""
     best = run.best
     if best is None or best.best is None:
         ended = Termination.INTERRUPTED if run.interrupted else Termination.TIME_UP
-        return SolveResult(None, None, run.bound_ns, None, ended, run.seconds,
-                           reason=f"no plan within {run.options.time_limit_s:g} s; try a longer time limit")
+        why = run.no_plan or f"no plan within {run.options.time_limit_s:g} s; try a longer time limit"
+        return SolveResult(None, None, run.bound_ns, None, ended, run.seconds, reason=why)
     if not run.entered and run.bound_ns is None:  # time was up among the placements of the shape asked for
         run.raise_bound(problem_bound(run.problem))
     lowest = run.lowest

@@ -133,8 +133,12 @@ def orders_of(compiled: ActionNodes, schedule: Schedule) -> list[list[int]]:
     return orders
 
 
-def run_orders(compiled: ActionNodes, orders: Sequence[Sequence[int]]) -> Evaluation | None:
-    """Times of all actions under the given orders; None if the orders deadlock."""
+def run_orders(compiled: ActionNodes, orders: Sequence[Sequence[int]], since: Sequence[int] = (),
+               channels: dict[int, int] | None = None) -> Evaluation | None:
+    """Times of all actions under the given orders; None if the orders deadlock.
+
+    ``since``: no rank begins before its moment here; ``channels``: when each is free, which is kept up to date.
+    """
     count = len(compiled.actions)
     durations, releases = compiled.durations, compiled.releases
     waits = compiled.num_waits.copy()
@@ -143,11 +147,11 @@ def run_orders(compiled: ActionNodes, orders: Sequence[Sequence[int]]) -> Evalua
         for first, second in itertools.pairwise(order):
             following[first] = second
             waits[second] += 1
-    ready = [0] * count
-    starts = [0] * count
-    heap = [(durations[node], node) for node in range(count) if waits[node] == 0]
+    ready = [since[rank] for rank in compiled.ranks] if since else [0] * count
+    starts = ready.copy()
+    heap = [(ready[node] + durations[node], node) for node in range(count) if waits[node] == 0]
     heapq.heapify(heap)
-    free: dict[int, int] = {}
+    free: dict[int, int] = {} if channels is None else channels
     transfers: list[TransferSpan] = []
     finished = 0
     makespan = 0

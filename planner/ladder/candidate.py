@@ -90,8 +90,8 @@ class Candidate:
         return self.makespan_ns <= self.bound.ns
 
 
-def candidate(problem: PlanningProblem, placement: Placement) -> Candidate:
-    """A placement ready for search.
+def candidate(problem: PlanningProblem, placement: Placement, proposer: tuple[str, ...] = ()) -> Candidate:
+    """A placement ready for search; a known shape is its own proposer.
 
     Raises:
         PlanError: the placement does not fit the problem, or some activations never fit together.
@@ -99,7 +99,7 @@ def candidate(problem: PlanningProblem, placement: Placement) -> Candidate:
     stage_view = view(problem, placement)
     halved = mirror(stage_view) is not None
     return Candidate(stage_view, bounds.placement_bound(stage_view), halved, build(stage_view, halve=halved),
-                     proposer=(f"shape {placement.name}",))
+                     proposer=proposer or (f"shape {placement.name}",))
 
 
 def judge(stage_view: StageView, schedule: Schedule, *, saved_fit: bool = False) -> Judged:

@@ -42,7 +42,8 @@ class Progress:
 class Run:
     """One solve in progress. ``left_out_ns``: no placement left out for want of time can be shorter. ``entered``: every
     placement of the shape asked for is among the candidates or was left out. ``bound_what`` is the argument for
-    ``bound_ns``; `raise_bound` sets both."""
+    ``bound_ns``; `raise_bound` sets both. ``no_plan`` says why there is none, if
+    not for want of time. ``period_ns`` and its bound are those of the objective of that name."""
 
     problem: PlanningProblem
     options: PlanOptions
@@ -59,6 +60,9 @@ class Run:
     reserve_s: float = 0.0
     left_out_ns: int = 1 << 62
     entered: bool = False
+    no_plan: str = ""
+    period_ns: int = 1 << 62
+    period_bound_ns: int = 0
 
     @property
     def seconds(self) -> float:

@@ -111,6 +111,12 @@ def colocated(problem: PlanningProblem) -> list[list[int]]:
     return [[g for g, name in enumerate(leader) if name == first] for first in sorted(set(leader))]
 
 
+def num_jobs(problem: PlanningProblem) -> int:
+    """The exact model's jobs: every group's phases for every microbatch."""
+    apart = _apart(problem)
+    return problem.num_microbatches * sum(len(kinds_of(apart, g)) for g in range(len(problem.groups)))
+
+
 def _apart(problem: PlanningProblem) -> StageView:
     """The problem with every group as a stage of its own; only what does not depend on the devices is read from it."""
     groups = range(len(problem.groups))

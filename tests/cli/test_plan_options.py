@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mipipe.graphs.serialize import save
+
 TINY = ["text_config.hidden_size=16", "text_config.intermediate_size=32", "text_config.num_hidden_layers=8",
         "text_config.num_attention_heads=2", "text_config.num_key_value_heads=2", "text_config.vocab_size=64",
         "vision_config.hidden_size=8", "vision_config.intermediate_size=16", "vision_config.num_hidden_layers=4",
@@ -58,6 +60,43 @@ def test_parts_are_switched_off_and_the_plan_says_what_highs_did(mipipe, folder:
         assert line in shown.stdout and "placement by" in shown.stdout
     refused = mipipe("plan", folder / "problem.json", "--without", "luck")
     assert refused.code == 1 and "without: found 'luck', expected mip, search, published" in refused.error
+
+
+def test_the_exact_model_is_reached_and_refuses_what_is_too_large(mipipe, folder: Path, tmp_path: Path) -> None:
+    from mipipe.planner.problems.uniform import uniform_problem
+
+    save(uniform_problem(ranks=2, microbatches=2, f=2, i=2, w=1, comm=1, layers=4), tmp_path / "small.json")
+    ended = mipipe("plan", tmp_path / "small.json", "--exact", "--time-limit", 20, "-o", tmp_path / "exact.json")
+    assert "makespan 14.5, bound over placements with one replica of each group 14.5 (proven optimal)" in ended.stdout
+    assert mipipe("check", tmp_path / "exact.json").code == 0
+    refused = mipipe("plan", folder / "problem.json", "--exact")
+    assert refused.code == 1 and "jobs" in refused.error and "at most 100" in refused.error
+
+
+def test_the_explanation_says_where_each_ranks_bubble_comes_from(mipipe, folder: Path) -> None:
+    ended = mipipe("plan", folder / "problem.json", "--explain", "--time-limit", 5, "--without", "mip", "--json")
+    data = ended.data
+    for row, rank in zip(data["bubbles"], data["ranks"], strict=True):
+        parts = [row[name] for name in ("warm_up", "imbalance", "transfers", "memory", "recomputation")]
+        assert sum(parts) == pytest.approx(row["bubble"]) == rank["bubble"]
+    assert {item["what"] for item in data["what_if"]} == {"one more activation", "one more device",
+                                                         "one more microbatch"}
+    told = mipipe("plan", folder / "problem.json", "--explain", "--time-limit", 4, "--without", "mip")
+    for words in ("where each rank's bubble comes from", "warm-up", "with one more device: makespan"):
+        assert words in told.stdout
+
+
+def test_the_period_is_an_objective_and_told_of_every_plan(mipipe, folder: Path, tmp_path: Path) -> None:
+    made = ("plan", folder / "problem.json", "--objective", "period", "--time-limit", 2)
+    ended = mipipe(*made, "--json", "-o", tmp_path / "plan.json")
+    noted = ended.data["provenance"]["period"]
+    assert ended.data["period"] <= ended.data["makespan"] and noted["bound_ns"] <= noted["period_ns"]
+    assert mipipe("check", tmp_path / "plan.json").code == 0
+    line = f"from step to step without a barrier {ended.data['period']:g}, bound"
+    assert line in mipipe("show", tmp_path / "plan.json").stdout
+    compared = mipipe("compare", "--problem", tmp_path / "plan.json", "--schedules", "1F1B,ZB-V", "--json")
+    rows = [row for row in compared.data["rows"] if row["makespan"] is not None]
+    assert rows and all(0 < row["period"] <= row["makespan"] for row in rows)
 
 
 def test_sizes_belong_to_graphs(mipipe, folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,137 @@
+"""``plan --exact``: the literal MIP (`mipipe.planner.milp.exact`) as the whole solve, where it can prove something.
+
+It decides placement and order at once, with one replica of each group. A chain's list schedule is its horizon, and the
+plan where it finds none in time. The model leaves out values in flight: where these overfill a rank, it is solved again
+with that much less memory; the first solve's bound stays, so such a plan may be left with a gap. If the bound over all
+placements does not prove the plan, the time-indexed MIP bounds its own placement.
+
+Refused, with the reason: more than `MOST_JOBS` jobs or `MOST_PRODUCTS` products of assignments, recomputation, a fixed
+shape, other objectives, and collectives that hold memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+from mipipe.graphs.errors import InfeasibleError, InputError, ProblemError
+from mipipe.planner.bounds.over_placements import Bound, problem_bound
+from mipipe.planner.ladder.candidate import Candidate, candidate, judge, offer_judged
+from mipipe.planner.ladder.state import Run
+from mipipe.planner.milp import time_indexed
+from mipipe.planner.milp.exact import ExactResult, solve_exact
+from mipipe.planner.milp.exact_parts import colocated, num_jobs
+from mipipe.planner.milp.highs import SolverStatus
+from mipipe.planner.options import PlanOptions
+from mipipe.planner.placements.shapes import propose_shapes
+from mipipe.planner.plan import Placement
+from mipipe.planner.problem import PlanningProblem
+
+MOST_JOBS = 100
+"""Jobs (groups x phases x microbatches) from which the model is refused: 40 are proven within seconds, 70 seldom within
+a minute."""
+
+MOST_PRODUCTS = 20_000
+"""Products of two assignments (pairs of units x devices squared) up to which the model is written."""
+
+TRIES = 4
+"""Solves with ever less memory before values in flight are given up on."""
+
+PROVING = 0.2
+"""Share of the time limit that is left for the bound at the placement."""
+
+
+def climb(run: Run, admit: Callable[[Run, Placement], Candidate | None]) -> None:
+    """Solve the exact model and make its plan the run's.
+
+    Raises:
+        ProblemError, InputError: the problem or the options are not the model's business.
+        InfeasibleError: no placement with one replica of each group fits.
+    """
+    refuse(run.problem, run.options)
+    run.raise_bound(problem_bound(run.problem))
+    for placement in propose_shapes(run.problem, "chain"):
+        if admit(run, placement) is not None:
+            break
+    problem = run.problem
+    for turn in range(TRIES):
+        left = run.left - PROVING * run.options.time_limit_s
+        if left <= 0 or run.closed:
+            break
+        run.report("exact MIP")
+        result = solve_exact(problem, time_limit_s=left, seed=run.options.seed,
+                             horizon_ns=run.makespan_ns if run.best is not None else None)
+        if not turn:
+            _bound(run, result)
+        excess = _take(run, result)
+        if result.outcome.termination is SolverStatus.INTERRUPTED:
+            raise KeyboardInterrupt
+        if not excess:
+            break
+        run.no_plan = ("the exact model leaves out values in flight, and its plans do not fit beside them; plan without"
+                       " --exact, or raise the activation limit")
+        problem = _with_less(problem, excess)
+    best = run.best
+    if best is not None and not run.closed and run.left > 0:
+        shown = time_indexed.bound(best.view, makespan_ns=best.makespan_ns, time_limit_s=run.left,
+                                   seed=run.options.seed, lower_ns=best.bound.ns)
+        if shown.bound_ns > best.bound.ns:
+            best.bound = Bound(shown.bound_ns, "time-indexed MIP")
+
+
+def refuse(problem: PlanningProblem, options: PlanOptions) -> None:
+    """Raise the error that says why a problem or some options are not the exact model's business; else nothing."""
+    if options.placement != "free" or options.objective != "makespan" or not options.use_milp:
+        raise InputError("exact: it decides the placement itself, by HiGHS, for the makespan; leave out the placement,"
+                         " the objective and what switches the MIP off")
+    if options.recompute and any(group.recompute_bytes is not None for group in problem.groups):
+        raise ProblemError(f"problem {problem.name}: the exact model does not run forwards again; plan without"
+                           " recomputation, or not exactly")
+    jobs = num_jobs(problem)
+    if jobs > MOST_JOBS:
+        raise ProblemError(f"problem {problem.name}: {jobs:,} jobs ({len(problem.groups)} groups,"
+                           f" {problem.num_microbatches} microbatches, each with its phases); the exact model takes at"
+                           f" most {MOST_JOBS} and proves about 40: merge groups, take fewer microbatches, or plan"
+                           " without it")
+    products = math.comb(len(colocated(problem)), 2) * problem.num_ranks ** 2
+    if products > MOST_PRODUCTS:
+        raise ProblemError(f"problem {problem.name}: {len(problem.groups)} groups on {problem.num_ranks} devices make"
+                           f" {products:,} products of assignments; the exact model takes at most {MOST_PRODUCTS:,}:"
+                           " merge groups, take fewer devices, or plan without it")
+
+
+def _bound(run: Run, result: ExactResult) -> None:
+    """Take the model's bound over placements with one replica of each group.
+
+    Raises:
+        InfeasibleError: there is none that fits.
+    """
+    if result.outcome.termination is SolverStatus.INFEASIBLE and run.best is None:
+        raise InfeasibleError("no placement with one replica of each group fits the memory in any order")
+    run.raise_bound(Bound(result.bound_ns, "exact MIP"))
+
+
+def _take(run: Run, result: ExactResult) -> tuple[int, ...]:
+    """Offer the model's plan; the bytes by which values in flight overfill each rank, nothing where it fits."""
+    if result.placement is None or result.schedule is None:
+        return ()
+    found = candidate(run.problem, result.placement, ("exact MIP",))
+    judged = judge(found.view, result.schedule)
+    if not judged.fits:
+        return judged.excess_bytes
+    offer_judged(found, judged, "exact MIP")
+    if run.best is None or found.makespan_ns <= run.makespan_ns:
+        run.candidates.append(found)
+        run.note(found, "exact MIP")
+    return ()
+
+
+def _with_less(problem: PlanningProblem, excess: tuple[int, ...]) -> PlanningProblem:
+    """The problem with less memory on the devices that were overfilled."""
+    devices = tuple(replace(device, memory_bytes=max(0, device.memory_bytes - lacking))
+                    for device, lacking in zip(problem.topology.devices, excess, strict=True))
+    limits, most = problem.limits, max(excess)
+    if limits.activation_bytes is not None:
+        limits = replace(limits, activation_bytes=max(0, limits.activation_bytes - most))
+    return problem.replace(topology=replace(problem.topology, devices=devices), limits=limits)

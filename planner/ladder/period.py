@@ -1,0 +1,230 @@
+"""``--objective period``: the shortest time from step to step where no barrier parts them.
+
+Without a barrier what counts is not when the last rank ends but how long each rank takes from its first action to its
+last (`mipipe.planner.execution.steps`): ranks may begin the next step one after the other, as they began this one. So
+every rank gets a clock of its own that begins at its *offset*, and the schedule is searched on those clocks: an arc
+from rank a to rank b takes ``lag + offset_a - offset_b``, and the makespan on the ranks' clocks is the longest span.
+Offsets are the shortest ways from the ranks where the graph begins, over all arcs between ranks (duration and lag), so
+that nothing starts before what it reads on these clocks either: lists and annealing work as they are.
+
+Placements are the known shapes. Published schedules within the limits are starts, too. The bound is a device's work
+where it is shared out evenly; at the placement, the busiest rank's. HiGHS takes no part.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mipipe.graphs.errors import InfeasibleError, MipipeError, PlanError
+from mipipe.planner.bounds.over_placements import Bound, facts_of, work_of
+from mipipe.planner.execution.steps import schedule_period
+from mipipe.planner.jobs import paths as kernels
+from mipipe.planner.jobs.arcs import longest
+from mipipe.planner.jobs.arrays import Instance, build, orders_from, to_array, with_mirrors
+from mipipe.planner.jobs.overlap import pair_gain
+from mipipe.planner.jobs.stages import StageView, view
+from mipipe.planner.ladder.candidate import Candidate, judge
+from mipipe.planner.ladder.state import Incumbent, Run
+from mipipe.planner.placements.feasible import why_infeasible
+from mipipe.planner.placements.shapes import propose_shapes, resident_fits
+from mipipe.planner.plan import Schedule
+from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.schedules import BASELINES
+from mipipe.planner.search import annealing as search
+from mipipe.planner.search import best_list as lists
+from mipipe.planner.search.lists import Orders
+
+LISTED = 0.4
+"""Share of the time limit in which placements are scheduled by list."""
+
+KEPT = 4
+"""Placements that are annealed at first; the worse half is given up after every round."""
+
+SLICE_S = 0.5
+"""Seconds of annealing before the first comparison; rounds grow by half."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """A placement in the race: its search on the ranks' clocks, and the period of the best schedule found there."""
+
+    candidate: Candidate
+    search: search.Search
+    period_ns: int = 1 << 62
+    seen_ns: int = 1 << 62
+
+
+def climb(run: Run) -> None:
+    """Search for the shortest period and make its plan the run's best; ``run.period_ns`` is what it takes.
+
+    Raises:
+        InfeasibleError: no list fits the memory of any placement.
+    """
+    run.period_bound_ns = period_bound(run.problem).ns
+    entries: list[Entry] = []
+    for placement in propose_shapes(run.problem, run.options.placement):
+        if entries and run.left < (1 - LISTED) * run.options.time_limit_s:
+            break
+        if resident_fits(run.problem, placement):
+            entry = _enter(run, view(run.problem, placement))
+            entries += [] if entry is None else [entry]
+    if run.options.use_baselines:
+        _published(run, entries)
+    if not entries:
+        raise InfeasibleError(why_infeasible(run.problem, run.options.placement, lambda changed: False))
+    live = sorted(entries, key=lambda entry: entry.search.best.makespan_ns)[:KEPT]
+    seconds = SLICE_S
+    with ThreadPoolExecutor(run.options.threads) as pool:
+        while run.options.use_search and live and run.left > 0 and not _closed(run):
+            spent = min(seconds, run.left)
+            helpers = [_second(run, entry, number) for number, entry in enumerate(live * run.options.threads)]
+            jobs = [pool.submit(search.advance, worker, spent, lambda: run.stopped or run.interrupted)
+                    for worker in helpers]
+            try:
+                for job in jobs:
+                    job.result()
+            except BaseException:
+                run.stopped = True
+                raise
+            for entry, worker in zip(live * run.options.threads, helpers, strict=True):
+                if worker.best.makespan_ns < entry.search.best.makespan_ns:
+                    entry.search.best = worker.best
+            for entry in live:
+                _harvest(run, entry)
+            live = sorted(live, key=lambda entry: entry.search.best.makespan_ns)[:max(1, len(live) // 2)]
+            live = [entry for entry in live if not entry.search.finished]
+            seconds = min(5.0, 1.5 * seconds)
+
+
+def _second(run: Run, entry: Entry, number: int) -> search.Search:
+    """The entry's search, or another from its best orders where threads outnumber the entries."""
+    return entry.search if number == 0 else search.start(entry.search.instance, entry.search.best,
+                                                         run.options.seed + 1009 * number, entry.search.target_ns)
+
+
+def period_bound(problem: PlanningProblem) -> Bound:
+    """No period is shorter over any placement: the work of a stream, shared out evenly."""
+    facts, gain, best = facts_of(problem), pair_gain(problem), Bound(0, "")
+    for stream in {group.stream for group in problem.groups}:
+        work = sum(work_of(problem, group, facts.f[g] + facts.i[g] + facts.w[g])
+                   for g, group in enumerate(problem.groups) if group.stream is stream)
+        found = Bound(-(-gain.shared(work) // problem.num_ranks),
+                      f"work of the {stream.value} stream over {problem.num_ranks} devices")
+        best = max(best, found, key=lambda bound: bound.ns)
+    return best
+
+
+def on_rank_clocks(instance: Instance) -> Instance:
+    """The instance on a clock for each rank, which begins at the rank's offset (module docstring)."""
+    offset = offsets(instance)
+    source = np.repeat(np.arange(instance.size), np.diff(instance.succ_ptr))
+    target = np.repeat(np.arange(instance.size), np.diff(instance.pred_ptr))
+    here, there = offset[instance.rank[source]], offset[instance.rank[instance.succ]]
+    lag = instance.lag + here - there
+    pred_lag = instance.pred_lag + offset[instance.rank[instance.pred]] - offset[instance.rank[target]]
+    graph = (instance.pred_ptr, instance.pred, pred_lag, instance.succ_ptr, instance.succ, lag)
+    return replace(instance, lag=lag, pred_lag=pred_lag, head=longest(*graph, instance.dur) - instance.dur,
+                   tail=longest(*graph[3:], *graph[:3], instance.dur))
+
+
+def offsets(instance: Instance) -> np.ndarray:
+    """The offset of every rank: the shortest way of durations and lags from a rank that needs no other to begin."""
+    ranks = instance.view.problem.num_ranks
+    source = np.repeat(np.arange(instance.size), np.diff(instance.succ_ptr))
+    ways: dict[tuple[int, int], int] = {}
+    for a, b, way in zip(instance.rank[source].tolist(), instance.rank[instance.succ].tolist(),
+                         (instance.dur[source] + instance.lag).tolist(), strict=True):
+        if a != b:
+            ways[a, b] = min(way, ways.get((a, b), way))
+    after: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for (a, b), way in ways.items():
+        after[a].append((b, way))
+    found = np.full(ranks, -1, dtype=np.int64)
+    heap = [(0, rank) for rank in sorted(set(instance.rank[np.diff(instance.pred_ptr) == 0].tolist()))]
+    while heap:
+        way, rank = heapq.heappop(heap)
+        if found[rank] < 0:
+            found[rank] = way
+            for other, more in after[rank]:
+                heapq.heappush(heap, (way + more, other))
+    return np.maximum(found, 0)
+
+
+def _enter(run: Run, stage_view: StageView, schedule: Schedule | None = None,
+           proposer: tuple[str, ...] = ()) -> Entry | None:
+    """A placement with its first schedule, the best list's where none is given; None where none fits the memory."""
+    try:
+        instance = on_rank_clocks(build(stage_view))
+    except PlanError:
+        return None
+    orders = lists.best_list(instance, run.options.seed) if schedule is None else orders_of_schedule(instance, schedule)
+    if orders is None:
+        return None
+    load = int(np.bincount(instance.machine, weights=instance.dur).max())
+    found = Candidate(stage_view, Bound(load, "work of the busiest rank"), False, instance,
+                      proposer=proposer or (f"shape {stage_view.placement.name}",))
+    entry = Entry(found, search.start(instance, orders, run.options.seed + 1, load))
+    found.searched = proposer or ("list",)
+    _harvest(run, entry, schedule)
+    return entry if found.best is not None else None
+
+
+def orders_of_schedule(instance: Instance, schedule: Schedule) -> Orders | None:
+    """A schedule's orders with their makespan on the instance's clocks; None where they deadlock or overfill memory."""
+    seq, length = to_array(orders_from(instance, schedule)), instance.lengths()
+    spare = [np.zeros(instance.size, dtype=np.int64) for _ in range(4)]
+    makespan = kernels.times(seq, length, instance.dur, instance.succ_ptr, instance.succ, instance.lag, instance.waits,
+                             *spare)
+    fits = all(kernels.memory_fits(seq, k, 0, length[k] - 1, 0, instance.alloc, instance.free, instance.work,
+                                   instance.cap[instance.rank[seq[k, 0]]]) for k in range(len(seq)))
+    return Orders(seq, length, int(makespan)) if makespan >= 0 and fits else None
+
+
+def _published(run: Run, entries: list[Entry]) -> None:
+    """Published schedules within the limits: starts where they beat the lists of their placements."""
+    for baseline in BASELINES:
+        if run.left < (1 - LISTED) * run.options.time_limit_s:
+            return
+        try:
+            known = baseline.plan(run.problem, split=True)
+        except MipipeError:
+            continue
+        if run.options.placement not in ("free", known.placement.name) or not resident_fits(run.problem,
+                                                                                           known.placement):
+            continue
+        entry = _enter(run, view(run.problem, known.placement), known.schedule, (f"published {baseline.name}",))
+        if entry is not None:
+            entries.append(entry)
+
+
+def _harvest(run: Run, entry: Entry, schedule: Schedule | None = None) -> None:
+    """Judge the best orders of a search if they are new, and take their plan where its period is the shortest."""
+    orders, found = entry.search.best, entry.candidate
+    if orders.makespan_ns >= entry.seen_ns:
+        return
+    entry.seen_ns = orders.makespan_ns
+    schedule = schedule or with_mirrors(found.instance, orders.lists())
+    judged = judge(found.view, schedule)
+    if not judged.fits:
+        return
+    period = schedule_period(found.view, schedule)
+    if period >= entry.period_ns:
+        return
+    rung = found.searched[-1] if found.best is None else "annealing"
+    found.lineage = found.searched if found.best is None else (*found.searched, "annealing")
+    entry.period_ns, found.best, found.rung = period, judged, rung
+    if run.best is None or period < run.period_ns:
+        run.best, run.period_ns = found, period
+        run.history.append(Incumbent(run.seconds, judged.makespan_ns, rung, found.placement.name))
+        run.report(f"period {period / run.problem.unit_ns:g}" if run.problem.unit_ns != 1 else "period")
+    if found not in run.candidates:
+        run.candidates.append(found)
+
+
+def _closed(run: Run) -> bool:
+    return run.period_ns <= run.period_bound_ns * (1 + run.options.gap)

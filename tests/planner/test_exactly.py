@@ -1,0 +1,110 @@
+"""`plan --exact`: the literal MIP as a solve equals exhaustive search, passes the check, and refuses with a reason."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from mipipe.graphs.errors import InputError, ProblemError
+from mipipe.graphs.topology import Topology
+from mipipe.planner.actions import Stream
+from mipipe.planner.check import check_plan
+from mipipe.planner.jobs.memory import carries_bytes
+from mipipe.planner.milp.exact_parts import num_jobs
+from mipipe.planner.options import PlanOptions
+from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
+from mipipe.planner.problems.uniform import uniform_problem
+from mipipe.planner.solve import SolveResult, Termination, plan
+
+sys.path.insert(0, str(Path(__file__).parent))
+from milp_cases import optimum, placements, problems
+
+
+def _exactly(problem: PlanningProblem, seconds: float = 20.0) -> SolveResult:
+    return plan(problem, PlanOptions(time_limit_s=seconds, exact=True))
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(problems(max_jobs=12))
+def test_the_exact_plan_equals_exhaustive_search(problem: PlanningProblem) -> None:
+    """Values in flight are the check's business alone: with some, a plan may be longer than the search's."""
+    views = placements(problem)
+    least = min(optimum(view) for view in views)
+    result = _exactly(problem)
+    assert result.bound_ns is not None and result.bound_ns <= least
+    if result.plan is None:
+        assert any(map(carries_bytes, views))
+        return
+    check_plan(result.plan)
+    assert result.makespan_ns is not None and result.makespan_ns >= least
+    if not any(map(carries_bytes, views)):
+        assert result.makespan_ns == least == result.bound_ns and result.termination is Termination.OPTIMAL
+
+
+def test_it_proves_what_no_bound_without_a_solver_does() -> None:
+    problem = uniform_problem(ranks=2, microbatches=3, f=2, i=2, w=1, comm=1, layers=4)
+    assert num_jobs(problem) == 36
+    result = _exactly(problem)
+    assert (result.makespan_ns, result.bound_ns) == (17 * problem.unit_ns, 17 * problem.unit_ns)
+    assert result.termination is Termination.OPTIMAL and "bound" in result.how.highs_part
+    assert [row.formulation for row in result.how.highs] == ["exact MIP"]
+    assert all(len(stage.ranks) == 1 for stage in result.plan.placement.stages)  # type: ignore[union-attr]
+
+
+def test_what_fits_nowhere_is_proven_infeasible() -> None:
+    problem = uniform_problem(ranks=2, microbatches=2, f=2, i=2, w=1, layers=2)
+    starved = problem.replace(limits=Limits(activation_bytes=1))
+    result = _exactly(starved, 5)
+    assert result.termination is Termination.INFEASIBLE and "one replica of each group" in result.reason
+
+
+def _in_flight(cap: int) -> PlanningProblem:
+    """Two groups that save 4 bytes and exchange 2: the model may plan up to the last byte, and values need more."""
+    groups = tuple(Group(f"g{n}", {"device": PhaseTimes(2, 2, 1)}, saved_fi_bytes=4, resident_bytes=1)
+                   for n in range(2))
+    return PlanningProblem("flight", groups, (GroupEdge(0, (1,), 2, 2, "v"),),
+                           Topology.uniform(2, latency_ns=1, bytes_per_s=10**9), 3, limits=Limits(activation_bytes=cap))
+
+
+def test_values_in_flight_take_memory_and_the_bound_stays() -> None:
+    result = _exactly(_in_flight(12))
+    assert result.plan is not None and result.bound_ns is not None and result.makespan_ns is not None
+    check_plan(result.plan)
+    assert result.bound_ns == 23 < result.makespan_ns
+    none = _exactly(_in_flight(9))
+    assert none.plan is None and "leaves out values in flight" in none.reason and none.bound_ns == 29
+
+
+def _held(problem: PlanningProblem) -> PlanningProblem:
+    return problem.replace(groups=tuple(replace(group, stream=Stream.COLLECTIVE, saved_fi_bytes=1) if n == 1 else group
+                                        for n, group in enumerate(problem.groups)))
+
+
+SMALL = uniform_problem(ranks=2, microbatches=2, f=2, i=2, w=1, layers=2)
+AGAIN = SMALL.replace(groups=tuple(replace(group, recompute_bytes=1) for group in SMALL.groups))
+
+
+@pytest.mark.parametrize(("problem", "words"), [
+    (uniform_problem(ranks=8, microbatches=20, f=2, i=2, w=1, layers=8), "480 jobs .* at most 100 and proves about 40"),
+    (uniform_problem(ranks=16, microbatches=1, f=1, i=1, w=1, layers=32), "126,976 products .* at most 20,000"),
+    (AGAIN, "does not run forwards again"),
+    (_held(SMALL), "no memory for groups of the collective stream"),
+])
+def test_it_refuses_with_the_reason(problem: PlanningProblem, words: str) -> None:
+    with pytest.raises(ProblemError, match=words):
+        _exactly(problem, 2)
+
+
+@pytest.mark.parametrize("options", [{"placement": "v"}, {"use_milp": False}])
+def test_it_decides_the_placement_itself(options: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="exact: it decides the placement itself"):
+        plan(SMALL, PlanOptions(exact=True, **options))  # type: ignore[arg-type]
+
+
+def test_recomputation_may_be_switched_off() -> None:
+    result = plan(AGAIN, PlanOptions(time_limit_s=10, exact=True, recompute=False))
+    assert result.plan is not None and not any(stage.recompute for stage in result.plan.placement.stages)

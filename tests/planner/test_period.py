@@ -1,0 +1,116 @@
+"""Steps without a barrier: the period of published schedules, of concatenated orders, and of plans made for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mipipe.planner.actions import Action, ActionKind
+from mipipe.planner.check import check_plan
+from mipipe.planner.execution.steps import period_of, step_ends
+from mipipe.planner.jobs.arrays import build
+from mipipe.planner.jobs.stages import view
+from mipipe.planner.jobs.times import evaluate
+from mipipe.planner.ladder.period import offsets, on_rank_clocks, orders_of_schedule, period_bound
+from mipipe.planner.options import PlanOptions
+from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
+from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.problems.uniform import uniform_problem
+from mipipe.planner.schedules import BASELINES
+from mipipe.planner.solve import Termination, plan
+
+
+def _named(name: str, problem: PlanningProblem, split: bool = True) -> Plan:
+    return next(baseline for baseline in BASELINES if baseline.name == name).plan(problem, split=split)
+
+
+def _busiest(found: Plan) -> int:
+    instance = build(view(found.problem, found.placement))
+    return int(np.bincount(instance.machine, weights=instance.dur).max())
+
+
+def test_zero_bubble_has_none_from_step_to_step() -> None:
+    """ZB-H2 with F = I = W: no rank idles between its first action and its last, though the makespan has a bubble."""
+    problem = uniform_problem(ranks=4, microbatches=12, f=1, i=1, w=1, layers=4, activations=8, copies=1)
+    found = _named("ZB-H2", problem)
+    assert period_of(found) == 36 * problem.unit_ns < (found.makespan_ns or 0)
+
+
+@pytest.mark.parametrize(("name", "printed"), [("ZB-H1", 0.1585), ("ZB-H2", 0.1083)])
+def test_the_papers_printed_bubbles_are_periods(name: str, printed: float) -> None:
+    """1.5B on 8 stages, 24 microbatches (arXiv 2401.10241, table 4), to all four decimals."""
+    problem = uniform_problem(ranks=8, microbatches=24, f="18.522", i="18.086", w="9.337", comm="0.601", layers=8,
+                              activations=16, copies=1)
+    work = 24 * (18.522 + 18.086 + 9.337) * problem.unit_ns
+    assert round(1 - work / period_of(_named(name, problem)), 4) == printed
+
+
+@pytest.mark.parametrize("name", ["GPipe", "1F1B", "ZB-H1", "ZB-V", "V-Half", "DualPipe"])
+def test_a_step_takes_what_the_same_orders_behind_each_other_take(name: str) -> None:
+    """Three steps are one step of three times the microbatches in which every rank's order is written thrice."""
+    problem = uniform_problem(ranks=4, microbatches=8, f=10, i=12, w=8, comm=3)
+    found = _named(name, problem)
+    times, count = 3, problem.num_microbatches
+    orders = tuple(RankOrder(tuple(replace(action, microbatch=action.microbatch + turn * count,
+                                           partner=action.partner and (action.partner[0],
+                                                                       action.partner[1] + turn * count))
+                                   for turn in range(times) for action in order.compute))
+                   for order in found.schedule.ranks)
+    placement = replace(found.placement, routes=tuple(route * times for route in found.placement.routes))
+    long = view(problem.replace(num_microbatches=times * count), placement)
+    compiled, evaluation = evaluate(long, Schedule(orders))
+    ends = step_ends(view(problem, found.placement), found.schedule, times)
+    for turn in range(len(ends)):
+        last = [max(evaluation.starts[node] + compiled.durations[node] for node, action in enumerate(compiled.actions)
+                    if compiled.ranks[node] == rank and turn * count <= action.microbatch < (turn + 1) * count)
+                for rank in range(4)]
+        assert ends[turn] == last
+    assert _busiest(found) <= period_of(found) <= (found.makespan_ns or 0)
+
+
+@pytest.mark.parametrize("name", ["1F1B", "ZB-H2", "ZB-V", "DualPipe", "Interleaved 1F1B"])
+def test_the_makespan_on_the_ranks_clocks_is_no_shorter_than_the_period(name: str) -> None:
+    """Nothing begins before what it reads, on any clock; on them a schedule's makespan bounds its period."""
+    problem = uniform_problem(ranks=4, microbatches=12, f=3, i=4, w=2, comm=1, activations=50)
+    found = _named(name, problem)
+    instance = build(view(problem, found.placement))
+    shifted = on_rank_clocks(instance)
+    source = np.repeat(np.arange(instance.size), np.diff(instance.succ_ptr))
+    assert (shifted.lag + instance.dur[source] >= 0).all()
+    assert (np.sort(shifted.lag) == np.sort(shifted.pred_lag)).all()
+    assert offsets(instance).min() == 0
+    orders = orders_of_schedule(shifted, found.schedule)
+    assert orders is not None and period_of(found) <= orders.makespan_ns
+
+
+def test_a_plan_for_the_period_beats_zb_h2_within_its_memory() -> None:
+    problem = uniform_problem(ranks=4, microbatches=8, f=10, i=12, w=8, comm=1, activations=8, copies=1)
+    rival = period_of(_named("ZB-H2", problem))
+    result = plan(problem, PlanOptions(time_limit_s=4, objective="period", use_baselines=False))
+    assert result.plan is not None and result.period_ns is not None and result.period_bound_ns is not None
+    check_plan(result.plan)
+    assert result.period_ns == period_of(result.plan) < rival
+    assert period_bound(problem).ns == result.period_bound_ns == 8 * 30 * problem.unit_ns <= result.period_ns
+    assert result.plan.provenance["period"] == {"period_ns": result.period_ns, "bound_ns": result.period_bound_ns}
+    assert (result.termination is Termination.OPTIMAL) == (result.period_ns == result.period_bound_ns)
+    assert result.how.highs_part == () and result.makespan_ns >= result.period_ns  # type: ignore[operator]
+
+
+def test_what_fits_nowhere_is_infeasible_for_the_period_as_well() -> None:
+    problem = uniform_problem(ranks=2, microbatches=2, f=1, i=1, w=1, activations="0.1", copies=1)
+    result = plan(problem, PlanOptions(time_limit_s=2, objective="period"))
+    assert result.termination is Termination.INFEASIBLE and result.reason
+
+
+def test_reductions_of_replicas_end_a_rank_s_step() -> None:
+    """Two ranks that each hold the whole model: the period is a rank's work and the sum of the gradients."""
+    problem = uniform_problem(ranks=2, microbatches=4, f=1, i=1, w=1, comm=1, layers=2)
+    reduced = problem.replace(groups=tuple(replace(group, gradient_bytes=1000) for group in problem.groups))
+    placement = Placement((Stage((0, 1), (0, 1)),), ((0, 1, 0, 1),))
+    orders = tuple(RankOrder(tuple(Action(0, kind, m) for m in range(rank, 4, 2)
+                                   for kind in (ActionKind.F, ActionKind.I, ActionKind.W))) for rank in range(2))
+    reduction = view(reduced, placement).reduce_ns(0)
+    assert reduction > 0
+    assert period_of(Plan("copies", reduced, placement, Schedule(orders))) == 12 * problem.unit_ns + reduction
