@@ -81,10 +81,10 @@ def _links(cluster: Path | None, output: Path | None, torchrun: str, json_output
     import sys
     import tempfile
 
+    from mipipe.graphs.children import running
     from mipipe.graphs.cluster import load_cluster
     from mipipe.graphs.errors import RunError
     from mipipe.graphs.serialize import to_data
-    from mipipe.runtime.train.launch import running
 
     if cluster is None or output is None:
         raise InputError("calibrate links: expected --cluster CLUSTER.yaml, whose devices take part, and --output, the"
