@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,9 +39,7 @@ def calibrate(
     """Correct a cost table by a measured run, say how far the simulation was off, stage by stage, and plan again."""
     check_files(output=output, replan=replan_file)
     if str(timeline_file) == "links":
-        from mipipe.cli.links import measure_links
-
-        measure_links(cluster, output, torchrun, json_output)
+        _links(cluster, output, torchrun, json_output)
         return
     if plan_file is None or costs_file is None:
         raise InputError("calibrate: a timeline needs --plan and --costs, the plan that ran and its cost table")
@@ -74,6 +73,39 @@ def calibrate(
         console.print(f"planned again: {format_ns(replanned['makespan_ns'])} with the corrected costs, the old plan"
                       f" {format_ns(drift.recalibrated_ns)} ({replanned['method']})")
         console.print(f"wrote {replan_file}")
+
+
+def _links(cluster: Path | None, output: Path | None, torchrun: str, json_output: bool) -> None:
+    """Measure the links of a cluster: one process for each device, started here unless ``torchrun`` says where."""
+    import subprocess
+    import sys
+    import tempfile
+
+    from mipipe.graphs.children import running
+    from mipipe.graphs.cluster import load_cluster
+    from mipipe.graphs.errors import RunError
+    from mipipe.graphs.serialize import to_data
+
+    if cluster is None or output is None:
+        raise InputError("calibrate links: expected --cluster CLUSTER.yaml, whose devices take part, and --output, the"
+                         " cluster file to write")
+    count = load_cluster(cluster).topology.num_devices
+    flags = shlex.split(torchrun) or ["--standalone", "--nproc-per-node", str(count)]
+    with tempfile.TemporaryDirectory(prefix="mipipe-links-", ignore_cleanup_errors=True) as logs:
+        command = [sys.executable, "-m", "torch.distributed.run", "--log-dir", logs, *flags, "-m",
+                   "mipipe.runtime.train.links", str(cluster), "-o", str(output)]
+        with running(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            out, errors = process.communicate()
+    if process.returncode:
+        lines = [line for line in errors.splitlines() if line.startswith("mipipe: error: ")] or ["mipipe: error:"
+                 " calibrate links: " + " / ".join(errors.strip().splitlines()[-2:])]
+        raise RunError(lines[0].removeprefix("mipipe: error: "))
+    if json_output:
+        topology = load_cluster(output).topology
+        emit({"output": str(output), "within_host": to_data(topology.within_host),
+              "between_hosts": to_data(topology.between_hosts)})
+    else:
+        stdout().print(out.strip(), f"wrote {output}", sep="\n")
 
 
 def _replan(plan: Plan, table: CostTable, path: Path, time_limit: float | None, seed: int | None) -> dict[str, Any]:

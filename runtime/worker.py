@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from mipipe.graphs.children import die_with_parent
 from mipipe.graphs.errors import MipipeError, StoppedError, tells_all
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.execution.simulate import simulate
@@ -38,7 +39,7 @@ from mipipe.runtime.train.data import make_batches
 from mipipe.runtime.train.failures import DONE, SAID, STARTED, signals_of
 from mipipe.runtime.train.models import initial_weights
 from mipipe.runtime.train.prepare import PreparedRun, check_outputs, check_saving, check_world, read_job
-from mipipe.runtime.train.processes import die_with_parent, rank
+from mipipe.runtime.train.processes import rank
 from mipipe.runtime.train.rendezvous import start_processes
 from mipipe.runtime.train.training import Trainer
 from mipipe.runtime.weights.checkpoint_run import Start
@@ -265,7 +266,7 @@ def main() -> None:
         child.terminate()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(code or 0)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from mipipe.graphs.errors import InputError, shown
+from mipipe.graphs.expressions import check_expression, search
 from mipipe.graphs.operator_graph import OperatorGraph, Role, Segment, Tags
 from mipipe.graphs.serialize import STRICT, from_data, load_data
 
@@ -61,10 +62,7 @@ def load_patterns(path: str | Path) -> Patterns:
     """
     patterns = from_data(load_data(path), Patterns, str(path))
     for text in (*patterns.roles, *patterns.branches, *patterns.layers):
-        try:
-            re.compile(text)
-        except re.error as error:
-            raise InputError(f"{path}: {shown(text)} is no regular expression: {error}") from None
+        check_expression(text, str(path))
     for text in patterns.layers:
         if not re.compile(text).groups:
             raise InputError(f"{path}: layers: {shown(text)} has no group; expected one that is the layer's number,"
@@ -75,12 +73,18 @@ def load_patterns(path: str | Path) -> Patterns:
 def tag(name: str, patterns: Sequence[Patterns] = (DEFAULT,)) -> Tags:
     """The tags of a segment by its name; earlier patterns win."""
     layer = next((int(match[1]) for item in patterns for text in item.layers
-                  if (match := re.search(text, name)) and (match[1] or "").isdecimal()), None)
-    role = next((role for item in patterns for text, role in item.roles.items() if re.search(text, name)), Role.OTHER)
-    branches = [pair for item in patterns for pair in item.branches.items()]
-    branch = next((branch for text, branch in branches if re.search(text, name)), None)
+                  if (match := _search(item, text, name)) and (match[1] or "").isdecimal()), None)
+    role = next((role for item in patterns for text, role in item.roles.items() if _search(item, text, name)),
+                Role.OTHER)
+    branch = next((branch for item in patterns for text, branch in item.branches.items() if _search(item, text, name)),
+                  None)
     group = re.search(r"\.experts\.group(\d+)$", name)
     return Tags(layer, branch, role, int(group[1]) if group else None)
+
+
+def _search(patterns: Patterns, text: str, name: str) -> re.Match[str] | None:
+    """Where a pattern is found; those of a file have a limit."""
+    return re.search(text, name) if patterns is DEFAULT else search(text, name)
 
 
 def annotate(graph: OperatorGraph, patterns: Patterns | None = None) -> OperatorGraph:

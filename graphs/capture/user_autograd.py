@@ -269,7 +269,7 @@ def _refusing(name: str, text: str, original: Any, flag: str) -> Any:
         ours = type(args[0]).__module__ if args else ""
         if not _tracing() or ours.startswith("torch.utils.checkpoint") or (flag and not getattr(args[0], flag)):
             return plain(*args, **kwargs)
-        raise GraphError(f"model {name}: its forward, at {calling_line()}, {text}")
+        raise GraphError(f"model {name}: its forward, at {calling_line(_ACTIVE[-1].module)}, {text}")
 
     return staticmethod(refuse) if isinstance(original, staticmethod) else refuse
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.autograd.function import Function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
@@ -42,10 +42,15 @@ def line_of(thing: Any) -> str:
     return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else type(thing).__name__
 
 
-def calling_line() -> str:
-    """The innermost line being executed that is neither torch's nor ours: ``file.py:12``."""
+def calling_line(module: nn.Module | None = None) -> str:
+    """The innermost line being executed that is neither torch's nor ours: ``file.py:12``; where torch alone wraps the
+    forward of ``module`` (a decorator), that is where the forward is written."""
     frame: Any = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((_TORCH, _OWN)):
+    inside = False
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_TORCH, _OWN, "<")):
+        inside |= frame.f_code.co_filename.startswith(_TORCH)
+        if module is not None and inside and frame.f_code.co_filename.startswith(_OWN):  # the export began here
+            return line_of(type(getattr(module, "wrapped", module)).forward)
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.expressions import search
 from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, licence_of
 from mipipe.graphs.merging.graph import MergeGraph, MergeModel, MergeUnit
 from mipipe.graphs.merging.layer_config import picked_layers
@@ -55,7 +55,7 @@ def _source(label: str, participant: Participant) -> MergeModel:
 
 
 def _branch_of(recipe: MergeRecipe, name: str) -> Branch | None:
-    return next((branch for branch in recipe.branches if re.search(branch.tensors, name)), None)
+    return next((branch for branch in recipe.branches if search(branch.tensors, name)), None)
 
 
 def _branch_rule(recipe: MergeRecipe, branch: Branch) -> MergeRule:
@@ -73,8 +73,8 @@ def _model_rules(builder: UnitBuilder) -> list[tuple[str, MergeRule]]:
     names = set(builder.reference.tensors)
     for branch in recipe.branches:
         for model in branch.models:
-            names |= {name for name in builder.opened[model.model].tensors if re.search(branch.tensors, name)}
-        if branch.merge_method != "drop" and not any(re.search(branch.tensors, name) for name in names):
+            names |= {name for name in builder.opened[model.model].tensors if search(branch.tensors, name)}
+        if branch.merge_method != "drop" and not any(search(branch.tensors, name) for name in names):
             raise InputError(f"{builder.where}: branch {branch.name or branch.tensors!r} matches no tensor")
     names |= builder.heads()
     rules = []
@@ -135,7 +135,7 @@ def _check_leftovers(builder: UnitBuilder, made: set[str]) -> None:
         participant = builder.opened[label]
         extra = sorted(name for name, tensor in participant.tensors.items()
                        if name not in made and classify(name, tensor.shape, tensor.dtype) is not TensorClass.BUFFER
-                       and not any(re.search(pattern, name) for pattern in dropped))
+                       and not any(search(pattern, name) for pattern in dropped))
         if extra:
             raise InputError(f"{builder.where}: {label} has {len(extra)} tensor{'s' if len(extra) > 1 else ''} that"
                              f" {builder.reference_label} lacks, first {extra[0]}; {_name_map(builder, extra[0])}give"

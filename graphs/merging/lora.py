@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mipipe.graphs.errors import InputError, shown
+from mipipe.graphs.expressions import check_expression, search, substitute
 from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, StoredTensor
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify
 
@@ -88,7 +89,7 @@ def bind(adapter: CheckpointFiles, base: str, tensors: Mapping[str, StoredTensor
 def rename(pairs: Pairs, name: str) -> str:
     """A name after the first substitution that changes it."""
     for source, target in pairs:
-        replaced = re.sub(source, target, name, count=1)
+        replaced = substitute(source, target, name, count=1)
         if replaced != name:
             return replaced
     return name
@@ -112,7 +113,7 @@ def _target(name: str, pairs: Pairs) -> str:
 
 def pattern_key(patterns: Mapping[str, Any], module: str) -> str | None:
     """The first key of an ``alpha_pattern`` or ``rank_pattern`` that a module's name ends with, by PEFT's rule."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
+    return next((key for key in patterns if search(rf"^(.*\.)?({key})$", module)), None)
 
 
 def _patterns(adapter: CheckpointFiles, name: str) -> Mapping[str, Any]:
@@ -126,10 +127,8 @@ def _check_patterns(adapter: CheckpointFiles, modules: Sequence[str]) -> None:
     for name in ("alpha_pattern", "rank_pattern"):
         patterns = _patterns(adapter, name)
         for key, value in patterns.items():
-            try:
-                hit = any(re.match(rf"(.*\.)?({key})$", module) for module in modules)
-            except re.error as error:
-                raise InputError(f"{adapter.path}: {name}: {shown(key)} is no regular expression: {error}") from None
+            check_expression(rf"^(.*\.)?({key})$", f"{adapter.path}: {name}")
+            hit = any(search(rf"^(.*\.)?({key})$", module) for module in modules)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
                 raise InputError(f"{adapter.path}: {name}: {key}: found {shown(value)}, expected a positive number")
             if not hit:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.expressions import check_expression, substitute
 from mipipe.graphs.merging.chat_templates import NAMED
 from mipipe.graphs.merging.method_spec import Base, MethodSpec
 from mipipe.graphs.merging.methods import BY_NAME, RECIPE_NAMES
@@ -201,8 +202,8 @@ def parse_recipe(data: Any, where: str) -> MergeRecipe:
 def _check_name_rules(rules: Literal["auto"] | tuple[NameRule, ...], where: str) -> None:
     for rule in rules if rules != "auto" else ():
         try:
-            re.sub(rule.source, rule.target, "")
-        except re.error as error:
+            substitute(rule.source, rule.target, "")
+        except (re.error, OverflowError, RecursionError, IndexError) as error:
             raise InputError(f"{where}: names: from {rule.source!r} to {rule.target!r} is no substitution of regular"
                              f" expressions: {error}") from None
 
@@ -235,10 +236,7 @@ def _check_slice(recipe: MergeRecipe, piece: RecipeSlice, where: str) -> None:
 
 
 def _check_branch(recipe: MergeRecipe, branch: Branch, where: str) -> None:
-    try:
-        re.compile(branch.tensors)
-    except re.error as error:
-        raise InputError(f"{where}: tensors: {branch.tensors!r} is no regular expression: {error}") from None
+    check_expression(branch.tensors, f"{where}: tensors")
     if branch.merge_method != "drop":
         _check_method(branch.merge_method, branch.models or recipe.models, branch.base_model or recipe.base_model,
                       branch.parameters, where)

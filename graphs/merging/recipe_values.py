@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.expressions import check_expression
 from mipipe.graphs.merging.method_spec import MethodSpec, Parameter
 from mipipe.graphs.merging.methods import BY_NAME
 
@@ -64,10 +64,7 @@ def _scalars(value: Any, where: str) -> list[Any]:
 
 def _check_filter(pattern: Any, where: str) -> None:
     if isinstance(pattern, str) and pattern.startswith("re:"):
-        try:
-            re.compile(pattern[3:])
-        except re.error as error:
-            raise InputError(f"{where}: filter {pattern!r} is no regular expression: {error}") from None
+        check_expression(pattern[3:], f"{where}: filter")
 
 
 def check_value(parameter: Parameter, value: Any, where: str) -> None:

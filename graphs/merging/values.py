@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.expressions import search
 from mipipe.graphs.merging.method_spec import MethodSpec
 from mipipe.graphs.merging.recipe import Parameters
 
@@ -24,7 +24,7 @@ class Filters:
         if pattern == "*":
             hit = True
         elif pattern.startswith("re:"):
-            hit = re.search(pattern[3:], name) is not None
+            hit = search(pattern[3:], name) is not None
         else:
             hit = pattern in name
         self._hits[pattern] = self._hits.get(pattern, False) or hit

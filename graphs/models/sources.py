@@ -6,7 +6,6 @@ capture, on a worker with real weights for training.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 
 from mipipe.graphs.capture import loss as losses
 from mipipe.graphs.capture.seen import silence
-from mipipe.graphs.errors import InputError
+from mipipe.graphs.errors import InputError, shown
+from mipipe.graphs.expressions import check_expression, search
 from mipipe.graphs.named_code import import_named, is_named_code
 from mipipe.graphs.serialize import load_data
 
@@ -185,8 +185,13 @@ def _call_factory(factory: Any, source: str, record: Mapping[str, Any]) -> tuple
 
 
 def _freeze(module: nn.Module, patterns: Sequence[str]) -> nn.Module:
-    """The module with ``requires_grad`` off for parameters whose FQN matches a pattern."""
-    for name, parameter in module.named_parameters():
-        if any(re.search(text, name) for text in patterns):
+    """The module with ``requires_grad`` off for parameters whose FQN matches a pattern; each pattern matches some."""
+    for text in patterns:
+        check_expression(text, "freeze")
+        found = [parameter for name, parameter in module.named_parameters() if search(text, name)]
+        if not found:
+            raise InputError(f"freeze: {shown(text)} matches no parameter of the model, whose first is"
+                             f" {next((name for name, _ in module.named_parameters()), 'none')}")
+        for parameter in found:
             parameter.requires_grad_(False)
     return module

@@ -6,12 +6,12 @@ it names them. Python's own library is refused, and a loader and an optimizer mu
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from mipipe.graphs.errors import InputError, shown
+from mipipe.graphs.errors import InputError
+from mipipe.graphs.expressions import check_expression
 from mipipe.graphs.serialize import STRICT, from_data, load_data
 from mipipe.graphs.units import parse_bytes
 
@@ -26,11 +26,7 @@ class GroupConfig:
     options: dict[str, Any]
 
     def __post_init__(self) -> None:
-        try:
-            re.compile(self.match)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise InputError(f"train config, optimizer.groups: {shown(self.match)} is no regular expression: {error}"
-                             ) from None
+        check_expression(self.match, "train config, optimizer.groups")
 
 
 @dataclass(frozen=True, slots=True)

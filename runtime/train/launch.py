@@ -20,15 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mipipe.graphs.children import GRACE_S, running
 from mipipe.graphs.errors import RunError, StoppedError
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.failures import DONE, SAID, STARTED, explain_failure, reports
 from mipipe.runtime.train.prepare import check_start, check_world, read_job
-from mipipe.runtime.train.processes import die_with_parent
 from mipipe.runtime.weights.checkpoint_run import Start
 
-GRACE_S = 10.0
-"""How long torchrun gets to end its workers before it is killed; its own patience is 30 s."""
 POLL_S = 0.1
 """How often the launcher looks what its children have to say."""
 
@@ -225,30 +223,6 @@ def run_watched(command: Sequence[str], log: Path, timeout_s: float | None, watc
         return code
 
 
-@contextlib.contextmanager
-def running(command: list[str], **streams: Any) -> Iterator[subprocess.Popen[Any]]:
-    """A process in a session of its own, which is ended with all it started where the block ends with an exception, and
-    (Linux) when this process is killed. Signals wait until it is there: else nothing would end a process just begun."""
-    waiting = {signal.SIGINT, signal.SIGTERM}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
-    process = None
-
-    def begin() -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        die_with_parent(signal.SIGTERM)
-
-    try:
-        try:
-            process = subprocess.Popen(command, start_new_session=True, preexec_fn=begin, **streams)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        yield process
-    except BaseException:
-        if process is not None:
-            end_process(process)
-        raise
-
-
 def _ended(process: subprocess.Popen[Any], patience_s: float | None) -> int | None:
     try:
         return process.wait(patience_s)
@@ -262,13 +236,3 @@ def _too_long(folder: Path, timeout_s: float | None) -> str:
     if timeout_s is None:
         return f"the run did not end after SIGTERM and was killed{stopped}"
     return f"the run did not end within {timeout_s:g} s and was ended{stopped}"
-
-
-def end_process(process: subprocess.Popen[Any]) -> None:
-    """End torchrun: politely, so that it ends its workers, then by force (workers die with it)."""
-    for number, patience in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
-            return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from mipipe.graphs.errors import InputError, RunError
+from mipipe.graphs.expressions import search
 from mipipe.graphs.named_code import import_named
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.experts.moves import expert_square
@@ -52,7 +52,7 @@ def parameter_groups(named: Sequence[tuple[str, torch.nn.Parameter]],
     """Parameter groups for an optimizer: one for each of ``groups`` that matches a parameter, one for the rest."""
     members: list[list[torch.nn.Parameter]] = [[] for _ in (*groups, None)]
     for name, parameter in named:
-        place = next((number for number, group in enumerate(groups) if re.search(group.match, name)), len(groups))
+        place = next((number for number, group in enumerate(groups) if search(group.match, name)), len(groups))
         members[place].append(parameter)
     return [{"params": found, **(groups[number].options if number < len(groups) else {})}
             for number, found in enumerate(members) if found]

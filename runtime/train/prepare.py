@@ -103,8 +103,8 @@ def check_outputs(config: TrainConfig) -> None:
         if file is not None:
             _check_output(what, Path(file))
     try:
-        check_apart({**files, "save.folder": config.save and config.save.folder,
-                     "checkpoint.folder": config.checkpoint and config.checkpoint.folder})
+        check_apart({**files, "save.folder": config.save.folder if config.save else None,
+                     "checkpoint.folder": config.checkpoint.folder if config.checkpoint else None})
     except InputError as error:
         raise InputError(f"train config: {error}") from None
     if config.tensorboard is not None:

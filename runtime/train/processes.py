@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import signal
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -37,12 +34,6 @@ def gather(item: T, group: Any = None) -> list[T]:
 def first_of(texts: list[str | None]) -> str | None:
     """The first text that is not None: of `gather`ed failures, the first rank's."""
     return next((text for text in texts if text is not None), None)
-
-
-def die_with_parent(number: signal.Signals) -> None:
-    """Ask the kernel (Linux) to signal this process when its parent is gone, so that no orphan holds a device."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, number)
 
 
 def failure_of(action: Callable[[], object],

@@ -128,6 +128,12 @@ class Model(nn.Module):
         return nn.functional.cross_entropy(self.head(torch.tanh(self.second(x))), y)
 
 
+class Decorated(Model):
+    @torch.autocast("cpu", dtype=torch.bfloat16)
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x, y)
+
+
 def model(middle: Callable[[Any, Tensor], Tensor] | None = None, extra: nn.Module | None = None) -> Model:
     kind = type("Own", (Model,), {"middle": middle}) if middle is not None else Model
     torch.manual_seed(0)
@@ -397,6 +403,9 @@ REFUSED: dict[str, tuple[Callable[[], Model], str]] = {
     "backward that decides": (lambda: model(lambda self, x: Decides.apply(x)),
                               r"at .*autograd\.py:\d+ `return grad \* 0\.5 if .*torch\.where instead of if"),
     "autocast": (lambda: model(in_half), r"at .*autograd\.py:\d+, computes under autocast"),
+    "autocast by a decorator": (Decorated, r"model Decorated: its forward, at .*autograd\.py:\d+, computes"),
+    "a branch on data": (lambda: model(lambda self, x: self.second(x) if (x > 0).any() else x),
+                         r"model Own cannot be exported: stopped at .*autograd\.py:\d+ `.*torch\.where instead of if"),
     "assigned data": (lambda: model(assigned_data), r"model Own: .*at .*autograd\.py:\d+, assigns to \.data"),
     "another shape for a buffer": (lambda: model(resized), r"assigns shape \[4\].* to buffer mask of shape \[8\]"),
     "packed sequences": (lambda: model(packed_sequences, nn.GRU(8, 8, batch_first=True)),

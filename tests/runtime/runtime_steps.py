@@ -24,3 +24,18 @@ def train_steps(plan: Plan, graph: OperatorGraph, state: Any,
         optimizer.step()
         optimizer.zero_grad()
     return losses
+
+
+def train_with_gradients(plan: Plan, graph: OperatorGraph, state: Any,
+                         batches: list[list[dict[str, torch.Tensor]]]) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    """The loss of every step of `train_steps` and the gradients that this rank had, by name."""
+    engine = Engine(plan, graph, {name: tensor.clone() for name, tensor in state.items()})
+    optimizer = torch.optim.SGD(engine.parameters(), lr=RATE)
+    steps = []
+    for batch in batches:
+        loss = engine.step(batch)
+        steps.append((loss, {name: item.grad.clone() for name, item in engine.named_parameters()
+                             if item.grad is not None}))
+        optimizer.step()
+        optimizer.zero_grad()
+    return steps

@@ -64,7 +64,7 @@ def cut(file, num_bytes):
     ({"parameters": {"weight": [{"filter": "no_such_module", "value": 1.0}, {"value": 0.5}]}},
      ["filter 'no_such_module' matches no tensor"]),
     ({"parameters": {"weight": [{"filter": "re:mlp(", "value": 1.0}, {"value": 0.5}]}},
-     ["weight: filter 're:mlp(' is no regular expression"]),
+     ["weight: filter: 'mlp(' is no regular expression"]),
     ({"models": ["./expert1"]}, ["models[0]: expected a mapping (found './expert1')"]),
     ({"branches": [{"tensors": ".", "merge_method": "drop"}]}, ["its branches drop every tensor"]),
     ({"base_names": [{"from": "model.(", "to": "x"}]}, ["names: from 'model.(' to 'x' is no substitution"]),
