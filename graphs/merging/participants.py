@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Participant:
     tied: bool = False
     homes: Mapping[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def token_table(self) -> str | None:
         """The canonical name of the token embedding."""
         return next((name for name in sorted(self.tensors) if name.endswith(TOKEN_TABLES)), None)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, StoredTensor
+from mipipe.graphs.merging.expert_layout import as_single, has_banks, is_single
 from mipipe.graphs.merging.graph import Adapter, Input, MergeUnit
 from mipipe.graphs.merging.layer_config import differences
 from mipipe.graphs.merging.method_spec import Base
@@ -58,9 +59,21 @@ class UnitBuilder:
         for label in dict.fromkeys([self.reference_label, *(model.model for model in models)]):
             self.opened[label] = open_participant(label, known, recipe.base_model, names.get(label, ()),
                                                   self.reference.tensors)
+        self.one_expert_layout()
         self.labels = list(self.opened)
+        self._depths: dict[str, int] = {}
+        self._experts = expert_blocks(self.reference)
         self.vocabulary = self.join_vocabularies()
         self.untied = self.heads_differ()
+
+    def one_expert_layout(self) -> None:
+        """Read all models' experts as single tensors, where some store them so and others as banks."""
+        single = next((item for item in self.opened.values() if is_single(item.tensors)), None)
+        if single is None or not any(has_banks(item.tensors) for item in self.opened.values()):
+            return
+        self.opened = {label: replace(item, tensors=as_single(item.tensors, single.tensors))
+                       for label, item in self.opened.items()}
+        self.reference = self.opened[self.reference_label]
 
     def all_models(self) -> list[RecipeModel]:
         """Every model mentioned anywhere in the recipe."""
@@ -193,7 +206,7 @@ class UnitBuilder:
         config = self.opened[self.labels[first.model]].files.config
         return MergeUnit(name, rule.method, shape, self.dtype(first.tensor), kind, base, models, values, layer, depth,
                          prefix or "", is_transposed(name, str(config.get("model_type", ""))), gathered, crop,
-                         rule.group, expert[1] if expert and is_moe(name, self.reference) else "")
+                         rule.group, expert[1] if expert and expert[1] in self._experts else "")
 
     def check_dtypes(self, name: str, inputs: Sequence[Input]) -> None:
         """Raises where some models store weights as floating numbers and others as integers: quantised ones."""
@@ -211,9 +224,12 @@ class UnitBuilder:
         """How many layers the stack of a name has in the output."""
         if self.recipe.slices and self.is_decoder(name):
             return sum(slice_length(piece.sources[0]) for piece in self.recipe.slices)
-        prefix = layer_prefix(name)
-        stack = prefix or self.prefix
-        return max(1, num_layers(self.reference, stack)) if stack else 1
+        stack = layer_prefix(name) or self.prefix
+        if stack is None:
+            return 1
+        if stack not in self._depths:
+            self._depths[stack] = max(1, num_layers(self.reference, stack))
+        return self._depths[stack]
 
     def position(self, name: str, rule: MergeRule, depth: int) -> float:
         """Where a tensor stands on a gradient, as in mergekit: layers evenly from 0 to 1, all others at 0.
@@ -276,7 +292,6 @@ def slice_length(source: RecipeModel) -> int:
     return source.layer_range[1] - source.layer_range[0]
 
 
-def is_moe(name: str, participant: Participant) -> bool:
-    """Whether a tensor belongs to a layer with experts: a dense MLP's ``gate_proj`` does not."""
-    match = _EXPERT.match(name)
-    return match is not None and any(other.startswith(f"{match[1]}.experts.") for other in participant.tensors)
+def expert_blocks(participant: Participant) -> set[str]:
+    """What stands before ``.experts.`` in the names of a model: a dense MLP's ``gate_proj`` is of no such block."""
+    return {name[:name.index(".experts.")] for name in participant.tensors if ".experts." in name}
