@@ -170,7 +170,8 @@ class UnitBuilder:
         folder, stored, factors = self.opened[label].source(name)
         if stored.dtype in QUANTISED:
             raise InputError(f"{label}: {name} is stored in {stored.dtype}; dequantise the model before merging it")
-        adapters = tuple(Adapter(item.folder, item.down, item.up, item.scale, item.magnitude) for item in factors)
+        adapters = tuple(Adapter(item.folder, item.down, item.up, item.scale, item.magnitude, item.start)
+                         for item in factors)
         return Input(self.labels.index(label), folder, stored, adapters)
 
     def unit(self, name: str, rule: MergeRule) -> MergeUnit:

@@ -111,6 +111,10 @@ def _check(graph: MergeGraph, unit: MergeUnit, rank: int | None) -> None:
     if dora is not None:
         raise InputError(f"adapter: {dora.folder} is a DoRA adapter, whose task vectors have full rank; merge into the"
                          " model (leave out adapter)")
+    started = next((item for given in unit.inputs for item in given.adapters if item.start), None)
+    if started is not None:
+        raise InputError(f"adapter: {started.folder} was started from the base's own weights ({started.start}), which"
+                         " the result would have to lose too; merge into the model (leave out adapter)")
     folders = {item.folder for item in unit.inputs}
     if len(folders) > 1:
         label = graph.models[unit.inputs[-1].model].label
