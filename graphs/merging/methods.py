@@ -64,8 +64,8 @@ _RESCALE = Parameter("rescale", True, "make up for what was dropped", bool)
 _SUM = Parameter("normalize", False, "divide by the sum of weights", bool)
 _MEAN = Parameter("normalize", True, "divide by the sum of weights", bool)
 _INT8 = Parameter("int8_mask", False, "accepted for mergekit's recipes; masks here are always one byte", bool)
-_EPSILON = Parameter("epsilon", 0.15, "keep probabilities of a row are density -+ epsilon", per_model=True, low=0.0,
-                     high=1.0)
+_EPSILON = Parameter("epsilon", 0.15, "keep probabilities of a row are density -+ epsilon (as in mergekit)",
+                     per_model=True, low=0.0, high=1.0)
 _GAMMA = Parameter("gamma", 0.01, "share of the largest entries dropped", per_model=True, low=0.0, high=1.0)
 _CHANGE = Parameter("epsilon", 1e-5, "entries that change no more are taken as unchanged", low=0.0)
 _ROUTE = Parameter("route", None, "the router's weight of each expert; equal ones if not given", per_model=True,

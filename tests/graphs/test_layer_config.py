@@ -70,8 +70,8 @@ def test_transformers_builds_each_layer_of_its_kind(name, settings, picked):
     def kinds(settings):
         with torch.device("meta"):
             layers = transformers.AutoModel.from_config(settings).layers
-        return [(type(layer.mlp), getattr(layer.self_attn, "sliding_window", None),
-                 getattr(layer.self_attn, "use_rope", None), getattr(layer, "attention_type", None)) for layer in layers]
+        return [(type(layer.mlp), getattr(layer, "attention_type", None),
+                 *(getattr(layer.self_attn, key, None) for key in ("sliding_window", "use_rope"))) for layer in layers]
 
     before = kinds(config)
     assert len(set(before)) == 2  # else the test could not fail
