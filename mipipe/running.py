@@ -1,4 +1,4 @@
-"""Plans and merges run under torchrun: `train` and `merge`."""
+"""Plans run under torchrun, and merges: `train` and `merge`."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def merge(recipe: PathLike | Mapping[str, Any] | MergeRecipe | Sequence[MergeRec
         memory: per rank beyond the bare process, as bytes or ``"4GB"``; None: no limit.
         dtype: of the result, in place of the recipe's.
         shard: largest file of the result.
-        on_progress: called with (bytes done, bytes in all), where one rank runs.
+        on_progress: called with (bytes done, bytes in all).
 
     Raises:
         InputError: the recipe, a model or an option is wrong, or ``out`` exists.

@@ -1,4 +1,4 @@
-"""One rank of a merge: ``torchrun -m mipipe.runtime.worker --merge OUT``, or called in-process where there is but one.
+"""One rank of a merge: ``torchrun -m mipipe.runtime.worker --merge OUT``, or called in-process or in a fork.
 
 The plan and the prepared shards are in ``OUT.partial`` (see `mipipe.runtime.weights.writer`). Rank 0 publishes the
 result when all ranks are done.
