@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mipipe.graphs.errors import InputError, shown
+from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, StoredTensor
 from mipipe.graphs.merging.expert_layout import as_single, has_banks, is_single
 from mipipe.graphs.merging.graph import Adapter, Input, MergeUnit
@@ -25,9 +25,8 @@ from mipipe.graphs.merging.tensor_classes import (
     layer_prefix,
     with_layer,
 )
-from mipipe.graphs.merging.tokenizer_rule import TokenOrigin, TokenRule
+from mipipe.graphs.merging.token_rows import check_given, join_vocabularies
 from mipipe.graphs.merging.values import Filters, values_of
-from mipipe.graphs.merging.vocabulary import GivenRow, Vocabulary, added_entries, join, read_tokens
 
 _EXPERT = re.compile(r"^(.*\.(?:mlp|block_sparse_moe|moe|feed_forward|ffn))\.(?:experts(?:\.|$)|gate\.|router\.)")
 
@@ -63,7 +62,7 @@ class UnitBuilder:
         self.labels = list(self.opened)
         self._depths: dict[str, int] = {}
         self._experts = expert_blocks(self.reference)
-        self.vocabulary = self.join_vocabularies()
+        self.vocabulary = join_vocabularies(recipe.vocabulary, self.opened, self.reference_label, where)
         self.untied = self.heads_differ()
 
     def one_expert_layout(self) -> None:
@@ -80,7 +79,8 @@ class UnitBuilder:
         recipe = self.recipe
         return [*recipe.models, *(source for piece in recipe.slices for source in piece.sources),
                 *(model for branch in recipe.branches for model in branch.models),
-                *(RecipeModel(part.base_model) for part in (*recipe.branches, *recipe.slices) if part.base_model),
+                *(RecipeModel(base) for base in (*(branch.base_model for branch in recipe.branches),
+                                                 *(piece.base_model for piece in recipe.slices)) if base),
                 *(RecipeModel(rule.model) for rule in (recipe.vocabulary.tokens if recipe.vocabulary else {}).values()
                   if rule.model)]
 
@@ -121,49 +121,6 @@ class UnitBuilder:
         labels = [model.model for model in models]
         return [*labels, self.recipe.base_model] if self.recipe.base_model else labels
 
-    def join_vocabularies(self) -> Vocabulary | None:
-        rule = self.recipe.vocabulary
-        if rule is None:
-            return None
-        main = self.reference_label if rule.source in ("base", "union") else rule.source
-        if main not in self.opened:
-            raise InputError(f"{self.where}: tokenizer source {rule.source!r} is neither base, union nor a model of the"
-                             " recipe")
-        sizes = []
-        for label in self.labels:
-            name = self.opened[label].token_table
-            if name is None:
-                raise InputError(f"{label}: has no token embedding, but the recipe joins vocabularies")
-            sizes.append(self.opened[label].tensors[name].shape[0])
-        tokens = [read_tokens(self.opened[label].tokenizer_folder) for label in self.labels]
-        extra = [added_entries(self.opened[label].tokenizer_folder) for label in self.labels]
-        joined = join(tokens, sizes, self.labels.index(main), rule.source == "union", rule.pad_to_multiple_of, extra,
-                      rule.tokens)
-        slots = {**tokens[self.labels.index(main)], **dict(joined.added)}
-        given = [self.given_row(token, slots[token], entry, tokens, sizes) for token, entry in rule.tokens.items()
-                 if token in slots]
-        return replace(joined, given=tuple(given))
-
-    def given_row(self, token: str, row: int, rule: TokenRule, tokens: Sequence[Mapping[str, int]],
-                  sizes: Sequence[int]) -> GivenRow:
-        """Where a token's row comes from by the recipe's rule.
-
-        Raises:
-            InputError: from a model that does not have it.
-        """
-        if not rule.model:
-            return GivenRow(row, -1, 0, rule.force)
-        model = self.labels.index(rule.model)
-        origin = rule.source if isinstance(rule.source, TokenOrigin) else None
-        index = origin.token_id if origin is not None else None
-        name = origin.token if origin is not None and origin.token is not None else token
-        index = tokens[model].get(name, -1) if index is None else index
-        if not 0 <= index < sizes[model]:
-            found = f"the token {shown(name)}" if origin is None or origin.token_id is None else f"row {index}"
-            raise InputError(f"{self.where}: tokenizer: tokens: {shown(token)} takes the row of {found} of"
-                             f" {rule.model}, which does not have it")
-        return GivenRow(row, model, index, rule.force)
-
     # Units -----------------------------------------------------------------------------------------------------------
 
     def inputs(self, label: str, name: str) -> Input:
@@ -199,6 +156,9 @@ class UnitBuilder:
         values = values_of(spec, [model.parameters for model in chosen], rule.shared, name,
                            self.position(name, rule, depth), self.filters, self.where)
         shape, gathered, crop = self.shape(name, kind, base, models)
+        if gathered and self.vocabulary is not None:
+            check_given(self.vocabulary, {item.model for item in ([base] if base else []) + list(models)}, self.labels,
+                        f"{self.where}: tensor {name}")
         problem = spec.check(values)
         if problem:
             raise InputError(f"{self.where}: {spec.name}: {problem} (tensor {name})")
