@@ -1,7 +1,9 @@
 """What else is merged or made of models: state dicts in memory, files of torch.save, extracted adapters, tokenizers."""
 
 import json
-import multiprocessing
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,10 +11,9 @@ import torch
 from merge_fixtures import read, state, trio, write
 from safetensors.torch import load_file, save_file
 
-from mipipe.graphs.errors import InputError
+from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.merging.recipe import parse_recipe
-from mipipe.runtime.merge import MergeOptions, merge, merge_state_dicts
-from mipipe.runtime.merge.lock import only_one
+from mipipe.runtime.merge import MergeOptions, merge, merge_state_dicts, worker
 from mipipe.runtime.merge.transplant import matching_pursuit, transplanted
 
 
@@ -164,34 +165,29 @@ def test_tokenizers_that_cannot_be_transplanted(tmp_path):
 # One merge at a time --------------------------------------------------------------------------------------------------
 
 
-def hold(out, began, end):
-    with only_one(out):
-        began.set()
-        end.wait(60)
+HOLD = """
+import pathlib, sys
+from mipipe.runtime.merge.lock import only_one
+with only_one(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
 
 
 def test_a_second_merge_into_a_folder_says_so(tmp_path):
     trio(tmp_path)
-    context = multiprocessing.get_context("spawn")
-    began, end = context.Event(), context.Event()
-    other = context.Process(target=hold, args=(tmp_path / "out", began, end))
-    other.start()
-    assert began.wait(60)
-    with pytest.raises(InputError, match=rf"out: another merge is writing it \(process {other.pid}\)"):
-        run(task(tmp_path, "expert1"), tmp_path / "out")
-    end.set()
-    other.join(60)
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=rf"out: another merge is writing it \(process {other.pid}\)"):
+            run(task(tmp_path, "expert1"), tmp_path / "out")
+        other.communicate("\n", timeout=60)
     run(task(tmp_path, "expert1"), tmp_path / "out")
     assert not (tmp_path / "out.lock").exists()
 
 
 @pytest.mark.parametrize("how", ["raises", "dies"])
 def test_a_rank_that_fails_ends_the_merge(tmp_path, monkeypatch, how):
-    import os
-
-    from mipipe.graphs.errors import RunError
-    from mipipe.runtime.merge import worker
-
     trio(tmp_path)
     work = worker.work
 
