@@ -126,18 +126,19 @@ WEIGHT = {"weight": [0.6, 0.4]}
 BASED: dict[str, Any] = {"base_model": "{base}"}
 GRADIENT = [{"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]}, {"filter": "mlp", "value": [1, 0.5, 0.7, 0.3, 0]},
             {"value": 0.5}]
-MASKS = "random masks: each program draws its own; both keep the expected share of entries"
+MASKS = "random masks: each program draws its own; both keep the expected share of entries, and the norm"
 
 
 def keeps(density: float) -> Callable[[Weights, Weights, dict[str, Weights]], bool]:
-    """Whether both results leave about as many entries at the base as a density says."""
+    """Whether both results leave about as many entries at the base as a density says, and move as far in all."""
 
     def check(ours: Weights, theirs: Weights, given: dict[str, Weights]) -> bool:
-        shares = []
+        shares, norms = [], []
         for result in (ours, theirs):
+            norms.append(sum(float((value - given["base"][name]).abs().sum()) for name, value in result.items()))
             moved = sum(int((value != given["base"][name]).sum()) for name, value in result.items())
             shares.append(moved / sum(value.numel() for value in result.values()))
-        return all(abs(share - density) < 0.01 for share in shares)
+        return all(abs(share - density) < 0.01 for share in shares) and abs(norms[0] / norms[1] - 1) < 0.01
 
     return check
 
