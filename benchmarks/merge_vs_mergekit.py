@@ -165,9 +165,9 @@ except SystemExit as ended:
     if ended.code:
         raise
 finally:
-    used = resource.getrusage(resource.RUSAGE_SELF)
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     found = {{"peak": status("VmHWM"), "anonymous": max(anonymous[0], status("RssAnon")),
-              "cpu": used.ru_utime + used.ru_stime}}
+              "cpu": sum(item.ru_utime + item.ru_stime for item in used)}}
     sys.stderr.write("\\nMEASURED " + json.dumps(found) + "\\n")
 """
 """Runs a program in its own interpreter and says how large it became and how much processor time it used.
@@ -206,17 +206,21 @@ def run_mipipe(file: Path, out: Path, ranks: int = 1) -> dict[str, float]:
 
 def compare_ranks(root: Path, names: list[str], dtype: str, repeats: int, counts: list[int]) -> None:
     """The seconds of our merges on one and on several ranks, taking turns; the best of the repeats counts."""
-    table = Table("method", *(f"{count} rank{'s' * (count > 1)}, s" for count in counts), "ratio of the last to one",
-                  title="mipipe's own merges, whole commands, files of the input in memory")
+    table = Table("method", *(f"{count} rank{'s' * (count > 1)}: s, of cpu" for count in counts),
+                  "ratio of the last to one", title="mipipe's own merges, whole commands, files of the input in memory")
     for name in names:
-        best = dict.fromkeys(counts, float("inf"))
+        best: dict[int, dict[str, float]] = {}
         for _ in range(repeats):
             for count in counts:
                 out, file = root / "out-mipipe", root / "recipe.yaml"
                 shutil.rmtree(out, ignore_errors=True)
                 file.write_text(yaml.safe_dump(recipe(root, name, dtype)))
-                best[count] = min(best[count], run_mipipe(file, out, count)["seconds"])
-        table.add_row(name, *(f"{best[count]:.1f}" for count in counts), f"{best[counts[-1]] / best[counts[0]]:.2f}")
+                run = run_mipipe(file, out, count)
+                seen = best.setdefault(count, run)
+                best[count] = {key: min(seen[key], value) for key, value in run.items()}
+        ratios = [best[counts[-1]][key] / best[counts[0]][key] for key in ("seconds", "cpu")]
+        table.add_row(name, *(f"{best[count]['seconds']:.1f}, {best[count]['cpu']:.1f}" for count in counts),
+                      f"{ratios[0]:.2f}, {ratios[1]:.2f}")
     Console(width=120).print(table)
 
 
