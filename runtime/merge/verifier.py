@@ -22,6 +22,9 @@ from mipipe.runtime.merge.lock import let_go_in_fork
 from mipipe.runtime.merge.verify import verify_output
 from mipipe.runtime.train.processes import die_with_parent
 
+PATIENCE_S = 120.0
+"""How long the fork may take to check the result, once it is there; then it is taken to hang."""
+
 
 class Verifier:
     """A context manager around the merge. ``architecture``: the class that the result will be opened as.
@@ -61,6 +64,8 @@ class Verifier:
         pipe = self._child[1]
         try:
             pipe.send(str(folder))
+            if not pipe.poll(PATIENCE_S):
+                return verify_output(folder)
             name, text = pipe.recv()
         except (EOFError, OSError):
             return verify_output(folder)

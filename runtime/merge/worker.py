@@ -7,6 +7,7 @@ result when all ranks are done.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -51,8 +52,8 @@ def work(plan: MergePlan, out: Path, exchange: MergeRanks, device: torch.device,
     if exchange.rank or not plan.graph.config or plan.graph.stores_parts or not (folder / MARK).exists():
         return _work(plan, out, exchange, device, progress, timeline, None)
     named = plan.graph.config.get("architectures")
-    with Verifier(str(named[0]) if isinstance(named, list) and named else "",
-                  can_fork() and device.type == "cpu") as verifier:
+    forks = can_fork() and device.type == "cpu" and "transformers" not in sys.modules  # else there is nothing to import
+    with Verifier(str(named[0]) if isinstance(named, list) and named else "", forks) as verifier:
         return _work(plan, out, exchange, device, progress, timeline, verifier)
 
 
