@@ -4,6 +4,7 @@
     python benchmarks/merge_vs_mergekit.py --scale small          # about 0.1 B, a quick look
     python benchmarks/merge_vs_mergekit.py --methods sce --rows rows.json          # one more row of a kept table
     python benchmarks/merge_vs_mergekit.py --scale tiny --dtype float32            # agreement without rounding
+    python benchmarks/merge_vs_mergekit.py --scale 0.2b --ranks 1 2 --repeats 3    # our own ranks
 
 Synthetic Llama checkpoints (a base and two experts, base + noise) are written once. Each method runs in a fresh process
 with one thread, alternating between the two programs; the best of ``--repeats`` counts. Peak memory is the process's
@@ -49,6 +50,7 @@ from safetensors.torch import save_file
 SCALES = {  # hidden, inner, layers, heads, key-value heads, vocabulary
     "tiny": (256, 512, 2, 4, 2, 2000),
     "small": (768, 2048, 12, 12, 4, 16000),
+    "0.2b": (1024, 2816, 12, 16, 4, 32000),
     "1b": (2048, 5632, 20, 32, 8, 32000),
 }
 METHODS: dict[str, dict[str, Any]] = {
@@ -163,9 +165,9 @@ except SystemExit as ended:
     if ended.code:
         raise
 finally:
-    used = resource.getrusage(resource.RUSAGE_SELF)
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     found = {{"peak": status("VmHWM"), "anonymous": max(anonymous[0], status("RssAnon")),
-              "cpu": used.ru_utime + used.ru_stime}}
+              "cpu": sum(item.ru_utime + item.ru_stime for item in used)}}
     sys.stderr.write("\\nMEASURED " + json.dumps(found) + "\\n")
 """
 """Runs a program in its own interpreter and says how large it became and how much processor time it used.
@@ -196,10 +198,30 @@ def install(environment: Path) -> Path:
     return python
 
 
-def run_mipipe(file: Path, out: Path) -> dict[str, float]:
-    """``mipipe merge`` on one rank."""
+def run_mipipe(file: Path, out: Path, ranks: int = 1) -> dict[str, float]:
+    """``mipipe merge``; of several ranks only the seconds are measured, memory is the first process's."""
     body = "runpy.run_module('mipipe.cli.main', run_name='__main__')"
-    return measured(Path(sys.executable), body, ["mipipe", "merge", str(file), "-o", str(out)])
+    return measured(Path(sys.executable), body, ["mipipe", "merge", str(file), "-o", str(out), "--ranks", str(ranks)])
+
+
+def compare_ranks(root: Path, names: list[str], dtype: str, repeats: int, counts: list[int]) -> None:
+    """The seconds of our merges on one and on several ranks, taking turns; the best of the repeats counts."""
+    table = Table("method", *(f"{count} rank{'s' * (count > 1)}: s, of cpu" for count in counts),
+                  "ratio of the last to one", title="mipipe's own merges, whole commands, files of the input in memory")
+    for name in names:
+        best: dict[int, dict[str, float]] = {}
+        for _ in range(repeats):
+            for count in counts:
+                out, file = root / "out-mipipe", root / "recipe.yaml"
+                shutil.rmtree(out, ignore_errors=True)
+                file.write_text(yaml.safe_dump(recipe(root, name, dtype)))
+                run = run_mipipe(file, out, count)
+                seen = best.setdefault(count, run)
+                best[count] = {key: min(seen[key], value) for key, value in run.items()}
+        ratios = [best[counts[-1]][key] / best[counts[0]][key] for key in ("seconds", "cpu")]
+        table.add_row(name, *(f"{best[count]['seconds']:.1f}, {best[count]['cpu']:.1f}" for count in counts),
+                      f"{ratios[0]:.2f}, {ratios[1]:.2f}")
+    Console(width=120).print(table)
 
 
 def run_mergekit(python: Path, file: Path, out: Path) -> dict[str, float]:
@@ -274,10 +296,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--rows", type=Path, help="keep the rows here as JSON; those of earlier runs are shown too")
+    parser.add_argument("--ranks", type=int, nargs="+", metavar="N", help="compare our own merges on 1, 2, ... ranks,"
+                                                                          " without mergekit")
     arguments = parser.parse_args()
     suffix = "" if arguments.dtype == "bfloat16" else f"-{arguments.dtype}"
     root = (arguments.folder / f"{arguments.scale}{suffix}").absolute()
     write_models(root, arguments.scale, getattr(torch, arguments.dtype))
+    if arguments.ranks:
+        compare_ranks(root, arguments.methods, arguments.dtype, arguments.repeats, arguments.ranks)
+        return
     python = install((arguments.environment or arguments.folder / "environment").absolute())
     bare = {"mipipe": measured(Path(sys.executable), "import torch", ["import"]),
             "mergekit": measured(python, "import torch", ["import"])}

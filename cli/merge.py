@@ -3,57 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
+from mipipe.cli.merge_methods import list_methods
 from mipipe.cli.output import Json, emit, log, progress, stdout
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.units import format_bytes, format_ns, parse_bytes
 
 if TYPE_CHECKING:
-    from mipipe.graphs.merging.method_spec import MethodSpec
     from mipipe.planner.merging.plan import MergePlan
     from mipipe.planner.timeline import Timeline
     from mipipe.runtime.merge.launch import MergeOptions, MergeResult
 
 EXAMPLE = "mipipe merge recipe.yaml -o merged --ranks 2 --memory 4GB"
-
-
-def _list_methods(name: str | None, json_output: bool) -> None:
-    """Print every merge method with its parameters, or the one of a name."""
-    from mipipe.graphs.merging.methods import METHODS, RECIPE_NAMES
-
-    chosen = [spec for spec in METHODS if name in (None, spec.name)]
-    if not chosen:
-        raise typer.BadParameter(f"there is no method {name!r}; found {', '.join(RECIPE_NAMES)}",
-                                 param_hint="--methods")
-    if json_output:
-        emit({"methods": [_method_facts(spec) for spec in chosen]})
-        return
-    sheet = Table("method", "base", "models", "parameters (default)", "source", show_lines=True)
-    for spec in chosen:
-        words = []
-        for item in spec.parameters:
-            default = "needed" if item.default is None and not item.optional else item.default
-            words.append(f"{item.name} ({'' if default is None else default}{', per model' * item.per_model}):"
-                         f" {item.doc}".replace("(, ", "(").replace(" ()", ""))
-        least, most = spec.min_models, spec.max_models
-        models = f"{least}" if least == most else f"{least}+" if most is None else f"{least} to {most}"
-        sheet.add_row(spec.name, spec.base.value, models, "\n".join(words),
-                      spec.title + (f", arXiv {spec.arxiv}" if spec.arxiv else ""))
-    stdout().print(sheet)
-
-
-def _method_facts(spec: MethodSpec) -> dict[str, Any]:
-    """A method for machines; ``default`` null: the recipe must give it, unless ``optional``."""
-    parameters = [{"name": item.name, "default": item.default, "kind": item.kind.__name__, "per_model": item.per_model,
-                   "low": item.low, "high": item.high, "choices": list(item.choices), "optional": item.optional,
-                   "doc": item.doc} for item in spec.parameters]
-    return {"name": spec.name, "title": spec.title, "arxiv": spec.arxiv or None, "base": spec.base.value,
-            "min_models": spec.min_models, "max_models": spec.max_models, "parameters": parameters}
 
 
 def merge(
@@ -81,7 +48,7 @@ def merge(
     from mipipe.graphs.merging.recipe import DTYPES
 
     if methods:
-        _list_methods(None if recipe is None else str(recipe), json_output)
+        list_methods(None if recipe is None else str(recipe), json_output)
         return
     if recipe is None:
         raise typer.BadParameter("missing; give a recipe", param_hint="RECIPE")
@@ -105,7 +72,9 @@ def merge(
         _parts(recipe, output, route, MergeOptions(ranks, device, cap, size, timeline=record), dry_run, json_output)
         return
     if dry_run:
-        _dry_run(_plans(recipe, output, ranks, cap, size, dtype), record, json_output)
+        began = time.perf_counter()
+        plans = _plans(recipe, output, ranks, cap, size, dtype)
+        _dry_run(plans, record, json_output, not no_verify, round((time.perf_counter() - began) * 1e9))
         return
     from mipipe.runtime.merge.launch import MergeOptions
     from mipipe.runtime.merge.launch import merge as run
@@ -211,9 +180,11 @@ def _plans(recipe: Path, output: Path, ranks: int, cap: int | None, size: int, d
     return plan_chain(recipes, str(recipe), output, ranks, cap, size, dtype)
 
 
-def _dry_run(plans: list[MergePlan], timeline: str | None, json_output: bool) -> None:
+def _dry_run(plans: list[MergePlan], timeline: str | None, json_output: bool, verify: bool = False,
+             planning_ns: int = 0) -> None:
     """Show what merges would do, by simulating their programs."""
     from mipipe.graphs.serialize import save
+    from mipipe.planner.merging.costs import start_ns
     from mipipe.planner.merging.lower import lower_merge
     from mipipe.planner.merging.simulate import simulate_merge
 
@@ -222,11 +193,39 @@ def _dry_run(plans: list[MergePlan], timeline: str | None, json_output: bool) ->
         save(simulated[-1][1], timeline)
     for note in dict.fromkeys(note for plan in plans for note in plan.graph.notes):
         _note(note)
+    start = start_ns(plans[-1].rates, verify, len(plans[-1].loads)) + planning_ns
+    total = start + sum(shown.makespan_ns for _, shown in simulated)
     if json_output:
-        emit({"recipes": [_facts(*item) for item in simulated]})
+        emit({"recipes": [_facts(*item) for item in simulated], "start_ns": start, "total_ns": total})
         return
     for item in simulated:
         _show(*item)
+    rates = plans[-1].rates
+    stdout().print(f"estimated time {format_ns(total)}, {format_ns(start)} of it to start{' and verify' * verify}, by"
+                   f" simulation at rates measured now (read {format_bytes(round(rates.read))}/s, write"
+                   f" {format_bytes(round(rates.write))}/s)", soft_wrap=True)
+    if len(plans[-1].loads) > 1:
+        _say_whether_ranks_pay(plans, total - start)
+
+
+def _say_whether_ranks_pay(plans: list[MergePlan], merging_ns: int) -> None:
+    """A line where one rank would be about as fast as several."""
+    from mipipe.planner.merging.costs import start_ns
+    from mipipe.planner.merging.lower import lower_merge
+    from mipipe.planner.merging.plan import plan_merge
+    from mipipe.planner.merging.simulate import simulate_merge
+
+    ranks, alone = len(plans[-1].loads), 0
+    for plan in plans:
+        single = plan_merge(plan.graph, 1, plan.rates)
+        alone += simulate_merge(single, lower_merge(single)).makespan_ns
+    several = merging_ns + start_ns(plans[-1].rates, False, ranks) - start_ns(plans[-1].rates, False)
+    if several > 0.9 * alone:
+        stdout().print(f"{ranks} ranks do not pay: one would merge in {format_ns(alone)}, they in {format_ns(several)}",
+                       soft_wrap=True)
+    elif ranks > plans[-1].rates.cores:
+        stdout().print(f"{ranks} ranks share {_count(plans[-1].rates.cores, 'processor')} here, which the estimate does"
+                       " not count", soft_wrap=True)
 
 
 def _facts(plan: MergePlan, timeline: Timeline) -> dict[str, Any]:
@@ -257,10 +256,8 @@ def _show(plan: MergePlan, timeline: Timeline) -> None:
         sheet.add_row(str(rank), str(load["tensors"]), format_bytes(load["read_bytes"]), format_ns(load["compute_ns"]),
                       format_bytes(load["write_bytes"]), format_ns(load["work_ns"]), format_bytes(load["peak_bytes"]))
     console.print(sheet)
-    rates, read = plan.rates, sum(load.read_bytes for load in plan.loads)
-    console.print(f"estimated time {format_ns(facts['estimated_ns'])} after a few seconds to start, by simulation at"
-                  f" rates measured now (read {format_bytes(round(rates.read))}/s, write"
-                  f" {format_bytes(round(rates.write))}/s)", soft_wrap=True)
+    read = sum(load.read_bytes for load in plan.loads)
+    console.print(f"merging takes {format_ns(facts['estimated_ns'])}", soft_wrap=True)
     if read > graph.read_bytes:
         console.print(f"the inputs are read {read / graph.read_bytes:.2g} times: to measure, then to merge")
     if len(plan.loads) > 1:

@@ -1,4 +1,4 @@
-"""Plans and merges run under torchrun: `train` and `merge`."""
+"""Plans run under torchrun, and merges: `train` and `merge`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def train(plan: Plan | PathLike, graph: OperatorGraph | PathLike, config: TrainC
 
 def merge(recipe: PathLike | Mapping[str, Any] | MergeRecipe | Sequence[MergeRecipe], out: PathLike, *, ranks: int = 1,
           memory: int | str | None = None, dtype: str | None = None, device: Literal["cpu", "cuda"] = "cpu",
-          shard: int | str = "5GB", on_progress: Callable[[int, int], None] | None = None) -> MergeResult:
+          shard: int | str = "5GB", verify: bool = True,
+          on_progress: Callable[[int, int], None] | None = None) -> MergeResult:
     """Merge models as a recipe says, into a new folder.
 
     Args:
@@ -73,7 +74,8 @@ def merge(recipe: PathLike | Mapping[str, Any] | MergeRecipe | Sequence[MergeRec
         memory: per rank beyond the bare process, as bytes or ``"4GB"``; None: no limit.
         dtype: of the result, in place of the recipe's.
         shard: largest file of the result.
-        on_progress: called with (bytes done, bytes in all), where one rank runs.
+        verify: open the result as transformers would before it is called done.
+        on_progress: called with (bytes done, bytes in all).
 
     Raises:
         InputError: the recipe, a model or an option is wrong, or ``out`` exists.
@@ -85,7 +87,8 @@ def merge(recipe: PathLike | Mapping[str, Any] | MergeRecipe | Sequence[MergeRec
     from mipipe.runtime.merge.launch import merge as run
 
     options = MergeOptions(num_ranks=ranks, device=device, memory_cap=size_of(memory, "memory"),
-                           shard_bytes=parse_bytes(shard, "shard"), dtype=dtype)
+                           shard_bytes=parse_bytes(shard, "shard"), dtype=dtype,
+                           verify=verify)
     if isinstance(recipe, Mapping):
         recipe = parse_recipe(dict(recipe), "recipe")
     return run([recipe] if isinstance(recipe, MergeRecipe) else recipe, out, options, on_progress)

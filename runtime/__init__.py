@@ -1,4 +1,4 @@
-"""Plans and merges executed under torchrun."""
+"""Plans executed under torchrun, and merges."""
 
 from mipipe.graphs.lazy import attach
 

@@ -168,6 +168,11 @@ def _config(builder: UnitBuilder, units: Sequence[MergeUnit]) -> dict[str, Any]:
     head = any(unit.tensor_class is TensorClass.HEAD for unit in units)
     if head and (config.get("tie_word_embeddings") or inner.get("tie_word_embeddings")):
         inner["tie_word_embeddings"] = config["tie_word_embeddings"] = False
+    if recipe.vocabulary is not None and recipe.vocabulary.source in builder.opened:
+        theirs = builder.opened[recipe.vocabulary.source].files.config
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if key in theirs:
+                config[key] = theirs[key]
     wanted = recipe.out_dtype or recipe.dtype
     for place in (config, inner):
         for key in ("dtype", "torch_dtype"):

@@ -22,7 +22,8 @@ from mipipe.graphs.serialize import STRICT
 class Adapter:
     """A LoRA adapter's factors to add to an input: ``scale * up @ down``.
 
-    With a ``magnitude`` (DoRA), each row of the sum is then scaled to that norm.
+    With a ``magnitude`` (DoRA), each row of the sum is then scaled to that norm. ``start`` (``pissa``, ``olora``): the
+    input first loses the product that the factors began with, which is found again in it.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -31,6 +32,7 @@ class Adapter:
     up: StoredTensor
     scale: float
     magnitude: StoredTensor | None = None
+    start: str = ""
 
     @property
     def num_bytes(self) -> int:

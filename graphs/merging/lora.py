@@ -11,17 +11,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.expressions import check_expression, search, substitute
-from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, StoredTensor
+from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, StoredTensor, read_checkpoint
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify
 
 PEFT_ALPHA = 8.0
 """``lora_alpha`` where an adapter's config gives none, PEFT's default."""
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "true", "false")
 """Values of ``init_lora_weights`` that leave the base model as it was."""
+COMPUTED_STARTS = ("pissa", "olora")
+"""Those that take from the base what can be found in it again: its leading singular triplets (PiSSA, arXiv 2404.02948),
+or the first columns and rows of its QR decomposition (OLoRA, arXiv 2406.01775)."""
 
 Pairs = Sequence[tuple[str, str]]
 """Substitutions of regular expressions; of a name the first that changes it is made."""
@@ -39,6 +43,8 @@ class LoraFactors:
     up: StoredTensor
     scale: float
     magnitude: StoredTensor | None = None
+    start: str = ""
+    """One of `COMPUTED_STARTS`, where the weight loses what the factors began with."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +57,19 @@ class BoundAdapter:
 
 
 def bind(adapter: CheckpointFiles, base: str, tensors: Mapping[str, StoredTensor],
-         maps: Sequence[Pairs]) -> BoundAdapter:
+         maps: Sequence[Pairs], sign: float = 1.0) -> BoundAdapter:
     """An adapter's tensors by the canonical names of the model it adapts.
 
     Args:
         base: the model, for errors.
         tensors: the model's, by canonical name.
         maps: name maps to try on the adapter's names; the one that fits most of them is used.
+        sign: -1 for the adapter that another one started as, which the base has lost.
 
     Raises:
         InputError: no LoRA adapter, one that cannot be added to weights, or one that does not fit the model.
     """
-    _check_kind(adapter)
+    start = _check_kind(adapter)
     pairs = max(maps, key=lambda pairs: sum(_target(name, pairs) in tensors for name in adapter.tensors))
     modules: dict[str, dict[str, StoredTensor]] = {}
     whole: dict[str, StoredTensor] = {}
@@ -81,8 +88,8 @@ def bind(adapter: CheckpointFiles, base: str, tensors: Mapping[str, StoredTensor
     for module, found in modules.items():
         target = rename(pairs, f"{module}.weight")
         _check_fit(adapter, base, module, found, tensors.get(target))
-        scale = _scale(adapter, module, found["A"].shape[0])
-        factors[target] = LoraFactors(adapter.path, found["A"], found["B"], scale, found.get("magnitude"))
+        scale = sign * _scale(adapter, module, found["A"].shape[0])
+        factors[target] = LoraFactors(adapter.path, found["A"], found["B"], scale, found.get("magnitude"), start)
     return BoundAdapter(adapter, factors, whole)
 
 
@@ -153,8 +160,18 @@ def _scale(adapter: CheckpointFiles, module: str, rank: int) -> float:
     return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-def _check_kind(adapter: CheckpointFiles) -> None:
-    """Raises for adapters whose change of the model is no sum of products of their factors."""
+def initial_adapter(adapter: CheckpointFiles) -> CheckpointFiles | None:
+    """What an adapter started as, where its folder has that in a folder of its own (PEFT's ``..._init``)."""
+    folders = sorted(path for path in Path(adapter.path).glob("*_init") if (path / "adapter_config.json").exists())
+    return read_checkpoint(folders[0]) if folders else None
+
+
+def _check_kind(adapter: CheckpointFiles) -> str:
+    """The start to find again in the base, if the adapter has one.
+
+    Raises:
+        InputError: an adapter whose change of the model is no sum of products of factors that are known.
+    """
     config, path = adapter.adapter, adapter.path
     if not config:
         raise InputError(f"{path}: is no LoRA adapter (no adapter_config.json), but follows a + in the recipe")
@@ -162,14 +179,17 @@ def _check_kind(adapter: CheckpointFiles) -> None:
         raise InputError(f"{path}: is an adapter of type {shown(config['peft_type'])}; only LORA can be merged")
     start = config.get("init_lora_weights")
     plain = start.lower() if isinstance(start, str) else start
-    if plain not in PLAIN_STARTS:
-        raise InputError(f"{path}: was started with init_lora_weights {shown(start)}, which changes the base model too,"
-                         " so its factors do not fit the plain base; save it again with PEFT's"
-                         " save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes it a plain"
-                         " LoRA adapter")
     for key in ("layer_replication", "alora_invocation_tokens"):
         if config.get(key):
             raise InputError(f"{path}: has {key}, which cannot be merged into weights")
+    if plain in PLAIN_STARTS or initial_adapter(adapter) is not None:
+        return ""
+    if plain in COMPUTED_STARTS and not config.get("use_dora"):
+        return str(plain)
+    raise InputError(f"{path}: was started with init_lora_weights {shown(start)}, which changes the base model too, so"
+                     " its factors do not fit the plain base; put the adapter it started as into a folder ..._init"
+                     " inside it, or save it with PEFT's save_pretrained(...,"
+                     " path_initial_model_for_weight_conversion=...), which makes it a plain LoRA adapter")
 
 
 def _check_fit(adapter: CheckpointFiles, base: str, module: str, found: Mapping[str, StoredTensor],

@@ -64,8 +64,8 @@ _RESCALE = Parameter("rescale", True, "make up for what was dropped", bool)
 _SUM = Parameter("normalize", False, "divide by the sum of weights", bool)
 _MEAN = Parameter("normalize", True, "divide by the sum of weights", bool)
 _INT8 = Parameter("int8_mask", False, "accepted for mergekit's recipes; masks here are always one byte", bool)
-_EPSILON = Parameter("epsilon", 0.15, "keep probabilities of a row are density -+ epsilon", per_model=True, low=0.0,
-                     high=1.0)
+_EPSILON = Parameter("epsilon", 0.15, "keep probabilities of a row are density -+ epsilon (as in mergekit)",
+                     per_model=True, low=0.0, high=1.0)
 _GAMMA = Parameter("gamma", 0.01, "share of the largest entries dropped", per_model=True, low=0.0, high=1.0)
 _CHANGE = Parameter("epsilon", 1e-5, "entries that change no more are taken as unchanged", low=0.0)
 _ROUTE = Parameter("route", None, "the router's weight of each expert; equal ones if not given", per_model=True,
@@ -79,7 +79,9 @@ TIES = (_WEIGHT, _DENSITY, _LAMBDA, _MEAN, _INT8,
 DARE = (_WEIGHT, _DENSITY, _LAMBDA, _SUM, _INT8, _RESCALE,
         Parameter("rescale_norm", "expected", "by 1/density, or to the L1 norm before dropping", str,
                   choices=("expected", "l1")))
-DELLA = (_WEIGHT, _DENSITY, _EPSILON, _LAMBDA, _RESCALE, _INT8)
+DELLA = (_WEIGHT, _DENSITY, _EPSILON, _LAMBDA, _RESCALE, _INT8,
+         Parameter("rescale_norm", "l1", "to the L1 norm before dropping (mergekit), or by each entry's probability"
+                   " (the paper)", str, choices=("l1", "expected")))
 BREADCRUMBS = (_WEIGHT, _DENSITY, _GAMMA, _LAMBDA, _SUM, _INT8)
 
 METHODS: tuple[MethodSpec, ...] = (
@@ -122,10 +124,10 @@ METHODS: tuple[MethodSpec, ...] = (
         apply="task_vectors.dare_ties", measure="task_vectors.dare_rounds", rounds=_dare_rounds),
     MethodSpec("della_linear", "DELLA-Merging: Reducing Interference through Magnitude-Based Sampling", "2406.11617",
                (*DELLA, _SUM), check=_della_fits,
-        apply="task_vectors.della_linear"),
+        apply="task_vectors.della_linear", measure="task_vectors.della_rounds", rounds=_dare_rounds),
     MethodSpec("della", "DELLA-Merging: Reducing Interference through Magnitude-Based Sampling", "2406.11617",
                (*DELLA, _MEAN), check=_della_fits,
-        apply="task_vectors.della"),
+        apply="task_vectors.della", measure="task_vectors.della_rounds", rounds=_dare_rounds),
     MethodSpec("breadcrumbs", "Model Breadcrumbs", "2312.06795", BREADCRUMBS,
         apply="task_vectors.breadcrumbs", measure="task_vectors.breadcrumbs_rounds", rounds=_twice),
     MethodSpec("breadcrumbs_ties", "Model Breadcrumbs, with TIES' vote", "2312.06795", BREADCRUMBS,

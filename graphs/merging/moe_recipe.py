@@ -1,8 +1,7 @@
 """Assembling a mixture of experts from dense models: the recipe (in mergekit-moe's vocabulary) and its graph.
 
-Attention, norms and embeddings come from the base; every dense model gives its MLP as one expert; the router comes from
-a small checkpoint made beforehand (`mipipe.runtime.merge.router`). A Llama or Mistral base gives a Mixtral, a Qwen3
-base a Qwen3-MoE: the architectures whose experts are exactly those MLPs.
+Attention, norms and embeddings come from the base; every dense model gives its MLP as one expert; the routers come from
+a small checkpoint made beforehand (`mipipe.runtime.merge.router`).
 """
 
 from __future__ import annotations
@@ -10,18 +9,23 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, StoredTensor, licence_of, read_checkpoint
 from mipipe.graphs.merging.graph import Input, MergeGraph, MergeModel, MergeUnit
+from mipipe.graphs.merging.moe_families import Family, choose_family
 from mipipe.graphs.merging.quantised import refuse_quantised
 from mipipe.graphs.merging.recipe import DTYPES
+from mipipe.graphs.merging.recipe_forms import normal_form
 from mipipe.graphs.merging.recipe_paths import beside_recipe
 from mipipe.graphs.merging.tensor_classes import classify, layer_index
 from mipipe.graphs.serialize import STRICT, from_data, to_data, yaml_documents
+
+RANDOM = ("random", "uniform_random")
+"""Gate modes that need no prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,7 @@ class Expert:
     """A dense model that becomes an expert, and what it is for.
 
     ``positive_prompts`` (or token ids in ``positive_tokens``) are inputs it shall be chosen for, negative ones those it
-    shall not.
+    shall not. ``residual_scale``: factor of what it adds to the residual stream (its ``down_proj``).
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -38,47 +42,37 @@ class Expert:
     negative_prompts: tuple[str, ...] = ()
     positive_tokens: tuple[tuple[int, ...], ...] = ()
     negative_tokens: tuple[tuple[int, ...], ...] = ()
+    residual_scale: float | None = None
+
+    @property
+    def has_prompts(self) -> bool:
+        return bool(self.positive_prompts or self.positive_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class MoeRecipe:
-    """``gate_mode``: ``hidden`` (mean hidden states of the prompts in the base), ``cheap_embed`` (mean embeddings), or
-    ``random`` (normal, for training afterwards)."""
+    """``gate_mode``, as in mergekit: ``hidden`` (or ``hidden_last``) takes the residual stream before each layer at the
+    prompts' last tokens, ``hidden_avg`` its mean over their tokens, ``cheap_embed`` the sum of token embeddings;
+    ``random`` is standard normal and ``uniform_random`` torch's own start of a linear layer, for training afterwards.
+
+    ``shared_experts`` work on every token, beside those the router chooses. ``architecture``: the family's name, where
+    several can be made.
+    """
 
     __pydantic_config__: ClassVar = STRICT
     base_model: str
     experts: tuple[Expert, ...]
-    gate_mode: Literal["hidden", "cheap_embed", "random"] = "hidden"
+    gate_mode: Literal["hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random"] = "hidden"
     experts_per_token: int = 2
+    shared_experts: tuple[Expert, ...] = ()
+    architecture: str | None = None
     dtype: str | None = None
     seed: int = 0
     name: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """How an architecture with experts differs from its dense base: config changes and where tensors go."""
-
-    model_type: str
-    architecture: str
-    expert: str
-    """Name of an expert's tensor, with ``{expert}`` and ``{part}``, below the layer."""
-    router: str
-    parts: dict[str, str]
-    config: dict[str, Any] = field(default_factory=dict)
-
-
-_MIXTRAL = Family("mixtral", "MixtralForCausalLM", "block_sparse_moe.experts.{expert}.{part}.weight",
-                  "block_sparse_moe.gate.weight", {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"},
-                  {"router_aux_loss_coef": 0.001, "output_router_logits": False})
-_QWEN3 = Family("qwen3_moe", "Qwen3MoeForCausalLM", "mlp.experts.{expert}.{part}.weight", "mlp.gate.weight",
-                {part: part for part in ("gate_proj", "down_proj", "up_proj")},
-                {"decoder_sparse_step": 1, "norm_topk_prob": True, "mlp_only_layers": []})
-FAMILIES = {"llama": _MIXTRAL, "mistral": _MIXTRAL, "qwen3": _QWEN3}
-"""By the model type of the base."""
-
-ROUTER = "layers.{layer}"
-"""Name of a layer's router in the checkpoint that holds them all."""
+ROUTER, SHARED_GATE, ZEROS = "layers.{layer}", "shared.{layer}", "zeros.{name}"
+"""Names of a layer's router, its shared expert's gate, and biases of zeros in the checkpoint that holds them all."""
 
 
 def is_moe_recipe(data: Mapping[str, Any]) -> bool:
@@ -92,7 +86,7 @@ def parse_moe_recipe(data: Any, where: str) -> MoeRecipe:
     Raises:
         InputError: an unknown key, no experts, more experts per token than experts, a mode that lacks its prompts.
     """
-    recipe = from_data(data, MoeRecipe, where)
+    recipe = from_data(normal_form(data, where), MoeRecipe, where)
     if not recipe.experts:
         raise InputError(f"{where}: has no experts")
     if not 1 <= recipe.experts_per_token <= len(recipe.experts):
@@ -100,9 +94,9 @@ def parse_moe_recipe(data: Any, where: str) -> MoeRecipe:
                          f" {len(recipe.experts)}, the number of experts")
     if recipe.dtype is not None and recipe.dtype not in DTYPES:
         raise InputError(f"{where}: dtype: found {recipe.dtype!r}, expected one of {', '.join(DTYPES)}")
-    if recipe.gate_mode != "random":
+    if recipe.gate_mode not in RANDOM:
         for number, expert in enumerate(recipe.experts):
-            if not expert.positive_prompts and not expert.positive_tokens:
+            if not expert.has_prompts:
                 raise InputError(f"{where}: experts[{number}]: gate_mode {recipe.gate_mode} needs positive_prompts (or"
                                  " positive_tokens)")
     return recipe
@@ -123,26 +117,30 @@ def dry_router(recipe: MoeRecipe) -> CheckpointFiles:
     return CheckpointFiles(base.path, {}, tensors, "router")
 
 
-def dense_family(base: CheckpointFiles) -> Family:
-    """The mixture-of-experts family a dense base becomes.
-
-    Raises:
-        InputError: an architecture that has none.
-    """
-    kind = str(base.config.get("model_type", ""))
-    if kind not in FAMILIES:
-        raise InputError(f"{base.path}: model_type {kind!r} cannot be made a mixture of experts; expected one of"
-                         f" {', '.join(FAMILIES)}")
-    if base.config.get("mlp_bias") or base.config.get("attention_bias"):
-        raise InputError(f"{base.path}: has biases, which {FAMILIES[kind].model_type} cannot hold")
-    return FAMILIES[kind]
+def family_of(base: CheckpointFiles, recipe: MoeRecipe) -> Family:
+    """The mixture-of-experts family that a recipe makes of its base."""
+    prompted = any(expert.has_prompts for expert in recipe.shared_experts)
+    return choose_family(base, recipe.architecture, len(recipe.shared_experts), prompted, recipe.gate_mode in RANDOM)
 
 
 def router_tensors(base: CheckpointFiles, recipe: MoeRecipe) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the routers to make: ``[experts, hidden]`` for every layer."""
-    layers = {layer for name in base.tensors if (layer := layer_index(name)) is not None}
-    return {ROUTER.format(layer=layer): (len(recipe.experts), int(base.config["hidden_size"]))
-            for layer in sorted(layers)}
+    """Names and shapes of the tensors to make: for every layer a router ``[experts, hidden]``, the shared expert's gate
+    ``[1, hidden]``, and biases of zeros where the family has some and the base none."""
+    family, hidden = family_of(base, recipe), int(base.config["hidden_size"])
+    found: dict[str, tuple[int, ...]] = {}
+    for layer in _layers(base):
+        found[ROUTER.format(layer=layer)] = (len(recipe.experts), hidden)
+        if family.shared_gate and recipe.shared_experts:
+            found[SHARED_GATE.format(layer=layer)] = (1, hidden)
+    for name, tensor in base.tensors.items() if family.biases else ():
+        bias = name.removesuffix("weight") + "bias"
+        if re.search(r"self_attn\.[qkv]_proj\.weight$", name) and bias not in base.tensors:
+            found[ZEROS.format(name=bias)] = tensor.shape[:1]
+    return found
+
+
+def _layers(base: CheckpointFiles) -> list[int]:
+    return sorted({layer for name in base.tensors if (layer := layer_index(name)) is not None})
 
 
 def build_moe(recipe: MoeRecipe, router: CheckpointFiles, where: str = "recipe") -> MergeGraph:
@@ -152,8 +150,9 @@ def build_moe(recipe: MoeRecipe, router: CheckpointFiles, where: str = "recipe")
         InputError: an expert that lacks a tensor or has another shape, an unsupported base.
     """
     base = read_checkpoint(recipe.base_model)
-    family = dense_family(base)
-    experts = [read_checkpoint(expert.source_model) for expert in recipe.experts]
+    family = family_of(base, recipe)
+    sources = [*recipe.experts, *recipe.shared_experts]
+    experts = [read_checkpoint(expert.source_model) for expert in sources]
     for files in (base, *experts):
         refuse_quantised(files.path, files)
     folders = [base, router, *experts]
@@ -163,36 +162,54 @@ def build_moe(recipe: MoeRecipe, router: CheckpointFiles, where: str = "recipe")
         if match is None:
             units.append(_unit(name, 0, base, tensor, recipe))
             continue
-        for number, expert in enumerate(experts):
-            found = expert.require(name)
+        for number, (expert, files) in enumerate(zip(sources, experts, strict=True)):
+            found = files.require(name)
             if found.shape != tensor.shape:
-                raise InputError(f"{where}: {expert.path}: {name} has shape {list(found.shape)}, the base's"
+                raise InputError(f"{where}: {files.path}: {name} has shape {list(found.shape)}, the base's"
                                  f" {list(tensor.shape)}; experts must have the base's sizes")
-            place = family.expert.format(expert=number, part=family.parts[match[1]])
-            units.append(_unit(f"{name[:match.start()]}.{place}", 2 + number, expert, found, recipe))
-    for layer in sorted({layer for name in base.tensors if (layer := layer_index(name)) is not None}):
-        stored = router.require(ROUTER.format(layer=layer))
-        first = next(unit for unit in units if unit.layer == layer)
-        units.append(_unit(f"{first.stack}.{layer}.{family.router}", 1, router, stored, recipe, first.dtype))
-    labels = [recipe.base_model, "router", *(expert.source_model for expert in recipe.experts)]
+            pattern = family.expert if number < len(recipe.experts) else family.shared
+            place = pattern.format(expert=number, part=family.parts[match[1]])
+            scale = expert.residual_scale if match[1] == "down_proj" else None
+            units.append(_unit(f"{name[:match.start()]}.{place}", 2 + number, files, found, recipe, scale=scale))
+    units += _made_units(recipe, family, router, {layer: unit for unit in units if (layer := unit.layer) is not None})
+    labels = [recipe.base_model, "router", *(expert.source_model for expert in sources)]
     models = tuple(MergeModel(label, files.path, files.fingerprint, "" if files is router else licence_of(files.path),
                               files.num_bytes) for label, files in zip(labels, folders, strict=True))
-    config = {**base.config, **family.config, "model_type": family.model_type, "architectures": [family.architecture],
-              "num_experts_per_tok": recipe.experts_per_token}
-    count = "num_local_experts" if family.model_type == "mixtral" else "num_experts"
-    config[count] = len(recipe.experts)
-    if family.model_type != "mixtral":
-        config["moe_intermediate_size"] = config["intermediate_size"]
-    if recipe.dtype:
-        config["dtype"] = recipe.dtype
-        config.pop("torch_dtype", None)
-    return MergeGraph(tuple(sorted(units, key=lambda unit: unit.name)), models, config, base.config, base.path,
-                      to_data(recipe), seed=recipe.seed,
+    return MergeGraph(tuple(sorted(units, key=lambda unit: unit.name)), models, _config(recipe, family, base),
+                      base.config, base.path, to_data(recipe), seed=recipe.seed,
                       notes=tuple(dict.fromkeys(note for files in (base, *experts) for note in files.left_out)))
 
 
+def _made_units(recipe: MoeRecipe, family: Family, router: CheckpointFiles,
+                of_layer: Mapping[int, MergeUnit]) -> list[MergeUnit]:
+    """Routers, gates and zeros, in the dtype of their layer."""
+    units = []
+    for layer, like in sorted(of_layer.items()):
+        for pattern, place in ((ROUTER, family.router), (SHARED_GATE, family.shared_gate)):
+            stored = router.tensors.get(pattern.format(layer=layer))
+            if stored is not None:
+                units.append(_unit(f"{like.stack}.{layer}.{place}", 1, router, stored, recipe, like.dtype))
+    start = ZEROS.format(name="")
+    units += [_unit(name.removeprefix(start), 1, router, tensor, recipe, next(iter(of_layer.values())).dtype)
+              for name, tensor in router.tensors.items() if name.startswith(start)]
+    return units
+
+
+def _config(recipe: MoeRecipe, family: Family, base: CheckpointFiles) -> dict[str, Any]:
+    config = {**base.config, **family.config, "model_type": family.model_type, "architectures": [family.architecture],
+              "num_experts_per_tok": recipe.experts_per_token, family.count: len(recipe.experts)}
+    if family.model_type == "deepseek":
+        config["n_shared_experts"] = len(recipe.shared_experts) or None
+    for key in family.inner:
+        config[key] = config["intermediate_size"]
+    if recipe.dtype:
+        config["dtype"] = recipe.dtype
+        config.pop("torch_dtype", None)
+    return config
+
+
 def _unit(name: str, model: int, files: CheckpointFiles, tensor: StoredTensor, recipe: MoeRecipe,
-          dtype: str | None = None) -> MergeUnit:
+          dtype: str | None = None, scale: float | None = None) -> MergeUnit:
     source = Input(model, files.path, tensor)
     wanted = DTYPES[recipe.dtype] if recipe.dtype else dtype or tensor.dtype
     kind = classify(name, tensor.shape, tensor.dtype)
@@ -200,5 +217,5 @@ def _unit(name: str, model: int, files: CheckpointFiles, tensor: StoredTensor, r
     prefix = name.split(f".{layer}.")[0] if layer is not None else ""
     if kind == "buffer":
         return MergeUnit(name, "copy", tensor.shape, tensor.dtype, kind, None, (source,))
-    return MergeUnit(name, "passthrough", tensor.shape, wanted, kind, None, (source,), {"scale": [1.0]}, layer,
-                     stack=prefix)
+    return MergeUnit(name, "passthrough", tensor.shape, wanted, kind, None, (source,),
+                     {"scale": [1.0 if scale is None else scale]}, layer, stack=prefix)

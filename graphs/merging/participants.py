@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, StoredTensor, read_checkpoint, same_bytes
 from mipipe.graphs.merging.hub_cache import model_folder, split_label
-from mipipe.graphs.merging.lora import BoundAdapter, LoraFactors, Pairs, bind, rename
+from mipipe.graphs.merging.lora import BoundAdapter, LoraFactors, Pairs, bind, initial_adapter, rename
 from mipipe.graphs.merging.quantised import refuse_quantised
 from mipipe.graphs.merging.recipe import NameRule
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify, layer_prefix
@@ -55,7 +56,7 @@ class Participant:
     tied: bool = False
     homes: Mapping[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def token_table(self) -> str | None:
         """The canonical name of the token embedding."""
         return next((name for name in sorted(self.tensors) if name.endswith(TOKEN_TABLES)), None)
@@ -131,8 +132,10 @@ def open_participant(label: str, known: Mapping[str, CheckpointFiles], default_b
         chosen = ()
     tensors = _mapped(label, plain, chosen)
     maps: list[Pairs] = [chosen, _map(plain, names, None), ()]
-    bound = tuple(bind(item, files.path, tensors, [*maps, *(AUTO_NAMES if names == "auto" else ())])
-                  for item in adapters)
+    maps += AUTO_NAMES if names == "auto" else ()
+    starts = [(item, 1.0) for item in adapters]
+    starts += [(initial, -1.0) for item in adapters if (initial := initial_adapter(item)) is not None]
+    bound = tuple(bind(item, files.path, tensors, maps, sign) for item, sign in starts)
     homes: dict[str, str] = {}
     for item in bound:
         tensors |= item.tensors

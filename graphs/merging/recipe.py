@@ -90,13 +90,15 @@ class AlignRule:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRule:
-    """Keep the merge of LoRA adapters low-rank: the result is an adapter, of at most ``rank``.
+    """Make the merge a LoRA adapter of its base: of at most ``rank``, and as small as keeps ``energy`` of the change.
 
-    Without a rank, linear methods join the factors and are exact; other methods need one.
+    Of adapters, linear methods join the factors and are exact without a rank; of whole models, the change of every
+    matrix is cut to the rank, to the share of its squared norm, or both.
     """
 
     __pydantic_config__: ClassVar = STRICT
     rank: int | None = None
+    energy: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +213,8 @@ def _check_name_rules(rules: Literal["auto"] | tuple[NameRule, ...], where: str)
 def _check_adapter_rule(recipe: MergeRecipe, rule: AdapterRule, where: str) -> None:
     if rule.rank is not None and rule.rank < 1:
         raise InputError(f"{where}: adapter: rank: found {rule.rank}, expected at least 1")
+    if rule.energy is not None and not 0 < rule.energy <= 1:
+        raise InputError(f"{where}: adapter: energy: found {rule.energy}, expected a share above 0, up to 1")
     if recipe.slices or recipe.branches or recipe.vocabulary is not None or recipe.align is not None:
         raise InputError(f"{where}: adapter keeps adapters of one base low-rank; leave out slices, branches, tokenizer"
                          " and align")

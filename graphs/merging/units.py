@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mipipe.graphs.errors import InputError, shown
+from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, StoredTensor
+from mipipe.graphs.merging.expert_layout import as_single, has_banks, is_single
 from mipipe.graphs.merging.graph import Adapter, Input, MergeUnit
 from mipipe.graphs.merging.layer_config import differences
 from mipipe.graphs.merging.method_spec import Base
@@ -24,9 +25,8 @@ from mipipe.graphs.merging.tensor_classes import (
     layer_prefix,
     with_layer,
 )
-from mipipe.graphs.merging.tokenizer_rule import TokenOrigin, TokenRule
+from mipipe.graphs.merging.token_rows import check_given, join_vocabularies
 from mipipe.graphs.merging.values import Filters, values_of
-from mipipe.graphs.merging.vocabulary import GivenRow, Vocabulary, added_entries, join, read_tokens
 
 _EXPERT = re.compile(r"^(.*\.(?:mlp|block_sparse_moe|moe|feed_forward|ffn))\.(?:experts(?:\.|$)|gate\.|router\.)")
 
@@ -58,16 +58,29 @@ class UnitBuilder:
         for label in dict.fromkeys([self.reference_label, *(model.model for model in models)]):
             self.opened[label] = open_participant(label, known, recipe.base_model, names.get(label, ()),
                                                   self.reference.tensors)
+        self.one_expert_layout()
         self.labels = list(self.opened)
-        self.vocabulary = self.join_vocabularies()
+        self._depths: dict[str, int] = {}
+        self._experts = expert_blocks(self.reference)
+        self.vocabulary = join_vocabularies(recipe.vocabulary, self.opened, self.reference_label, where)
         self.untied = self.heads_differ()
+
+    def one_expert_layout(self) -> None:
+        """Read all models' experts as single tensors, where some store them so and others as banks."""
+        single = next((item for item in self.opened.values() if is_single(item.tensors)), None)
+        if single is None or not any(has_banks(item.tensors) for item in self.opened.values()):
+            return
+        self.opened = {label: replace(item, tensors=as_single(item.tensors, single.tensors))
+                       for label, item in self.opened.items()}
+        self.reference = self.opened[self.reference_label]
 
     def all_models(self) -> list[RecipeModel]:
         """Every model mentioned anywhere in the recipe."""
         recipe = self.recipe
         return [*recipe.models, *(source for piece in recipe.slices for source in piece.sources),
                 *(model for branch in recipe.branches for model in branch.models),
-                *(RecipeModel(part.base_model) for part in (*recipe.branches, *recipe.slices) if part.base_model),
+                *(RecipeModel(base) for base in (*(branch.base_model for branch in recipe.branches),
+                                                 *(piece.base_model for piece in recipe.slices)) if base),
                 *(RecipeModel(rule.model) for rule in (recipe.vocabulary.tokens if recipe.vocabulary else {}).values()
                   if rule.model)]
 
@@ -108,56 +121,14 @@ class UnitBuilder:
         labels = [model.model for model in models]
         return [*labels, self.recipe.base_model] if self.recipe.base_model else labels
 
-    def join_vocabularies(self) -> Vocabulary | None:
-        rule = self.recipe.vocabulary
-        if rule is None:
-            return None
-        main = self.reference_label if rule.source in ("base", "union") else rule.source
-        if main not in self.opened:
-            raise InputError(f"{self.where}: tokenizer source {rule.source!r} is neither base, union nor a model of the"
-                             " recipe")
-        sizes = []
-        for label in self.labels:
-            name = self.opened[label].token_table
-            if name is None:
-                raise InputError(f"{label}: has no token embedding, but the recipe joins vocabularies")
-            sizes.append(self.opened[label].tensors[name].shape[0])
-        tokens = [read_tokens(self.opened[label].tokenizer_folder) for label in self.labels]
-        extra = [added_entries(self.opened[label].tokenizer_folder) for label in self.labels]
-        joined = join(tokens, sizes, self.labels.index(main), rule.source == "union", rule.pad_to_multiple_of, extra,
-                      rule.tokens)
-        slots = {**tokens[self.labels.index(main)], **dict(joined.added)}
-        given = [self.given_row(token, slots[token], entry, tokens, sizes) for token, entry in rule.tokens.items()
-                 if token in slots]
-        return replace(joined, given=tuple(given))
-
-    def given_row(self, token: str, row: int, rule: TokenRule, tokens: Sequence[Mapping[str, int]],
-                  sizes: Sequence[int]) -> GivenRow:
-        """Where a token's row comes from by the recipe's rule.
-
-        Raises:
-            InputError: from a model that does not have it.
-        """
-        if not rule.model:
-            return GivenRow(row, -1, 0, rule.force)
-        model = self.labels.index(rule.model)
-        origin = rule.source if isinstance(rule.source, TokenOrigin) else None
-        index = origin.token_id if origin is not None else None
-        name = origin.token if origin is not None and origin.token is not None else token
-        index = tokens[model].get(name, -1) if index is None else index
-        if not 0 <= index < sizes[model]:
-            found = f"the token {shown(name)}" if origin is None or origin.token_id is None else f"row {index}"
-            raise InputError(f"{self.where}: tokenizer: tokens: {shown(token)} takes the row of {found} of"
-                             f" {rule.model}, which does not have it")
-        return GivenRow(row, model, index, rule.force)
-
     # Units -----------------------------------------------------------------------------------------------------------
 
     def inputs(self, label: str, name: str) -> Input:
         folder, stored, factors = self.opened[label].source(name)
         if stored.dtype in QUANTISED:
             raise InputError(f"{label}: {name} is stored in {stored.dtype}; dequantise the model before merging it")
-        adapters = tuple(Adapter(item.folder, item.down, item.up, item.scale, item.magnitude) for item in factors)
+        adapters = tuple(Adapter(item.folder, item.down, item.up, item.scale, item.magnitude, item.start)
+                         for item in factors)
         return Input(self.labels.index(label), folder, stored, adapters)
 
     def unit(self, name: str, rule: MergeRule) -> MergeUnit:
@@ -185,6 +156,9 @@ class UnitBuilder:
         values = values_of(spec, [model.parameters for model in chosen], rule.shared, name,
                            self.position(name, rule, depth), self.filters, self.where)
         shape, gathered, crop = self.shape(name, kind, base, models)
+        if gathered and self.vocabulary is not None:
+            check_given(self.vocabulary, {item.model for item in ([base] if base else []) + list(models)}, self.labels,
+                        f"{self.where}: tensor {name}")
         problem = spec.check(values)
         if problem:
             raise InputError(f"{self.where}: {spec.name}: {problem} (tensor {name})")
@@ -193,7 +167,7 @@ class UnitBuilder:
         config = self.opened[self.labels[first.model]].files.config
         return MergeUnit(name, rule.method, shape, self.dtype(first.tensor), kind, base, models, values, layer, depth,
                          prefix or "", is_transposed(name, str(config.get("model_type", ""))), gathered, crop,
-                         rule.group, expert[1] if expert and is_moe(name, self.reference) else "")
+                         rule.group, expert[1] if expert and expert[1] in self._experts else "")
 
     def check_dtypes(self, name: str, inputs: Sequence[Input]) -> None:
         """Raises where some models store weights as floating numbers and others as integers: quantised ones."""
@@ -211,9 +185,12 @@ class UnitBuilder:
         """How many layers the stack of a name has in the output."""
         if self.recipe.slices and self.is_decoder(name):
             return sum(slice_length(piece.sources[0]) for piece in self.recipe.slices)
-        prefix = layer_prefix(name)
-        stack = prefix or self.prefix
-        return max(1, num_layers(self.reference, stack)) if stack else 1
+        stack = layer_prefix(name) or self.prefix
+        if stack is None:
+            return 1
+        if stack not in self._depths:
+            self._depths[stack] = max(1, num_layers(self.reference, stack))
+        return self._depths[stack]
 
     def position(self, name: str, rule: MergeRule, depth: int) -> float:
         """Where a tensor stands on a gradient, as in mergekit: layers evenly from 0 to 1, all others at 0.
@@ -276,7 +253,6 @@ def slice_length(source: RecipeModel) -> int:
     return source.layer_range[1] - source.layer_range[0]
 
 
-def is_moe(name: str, participant: Participant) -> bool:
-    """Whether a tensor belongs to a layer with experts: a dense MLP's ``gate_proj`` does not."""
-    match = _EXPERT.match(name)
-    return match is not None and any(other.startswith(f"{match[1]}.experts.") for other in participant.tensors)
+def expert_blocks(participant: Participant) -> set[str]:
+    """What stands before ``.experts.`` in the names of a model: a dense MLP's ``gate_proj`` is of no such block."""
+    return {name[:name.index(".experts.")] for name in participant.tensors if ".experts." in name}

@@ -103,11 +103,6 @@ def join(tokens: Sequence[dict[str, int]], sizes: Sequence[int], main: int, unio
     added: list[tuple[str, int]] = []
     if union:
         size = max(tokens[main].values()) + 1
-        for token in wanted:
-            if token not in slots:
-                slots[token] = size
-                added.append((token, size))
-                size += 1
         for flag in (True, False):  # added tokens first: a tokenizer numbers them on from its vocabulary
             for index, other in enumerate(tokens):
                 special = extra[index] if extra else {}
@@ -116,6 +111,11 @@ def join(tokens: Sequence[dict[str, int]], sizes: Sequence[int], main: int, unio
                         slots[token] = size
                         added += [(token, size)] if flag else []
                         size += 1
+            for token in wanted if flag else ():
+                if token not in slots:
+                    slots[token] = size
+                    added.append((token, size))
+                    size += 1
         size = max(size, sizes[main])
     else:
         free = max(tokens[main].values()) + 1  # rows of padding, if the table has some, then new ones

@@ -21,6 +21,7 @@ from mipipe.graphs.merging.graph import MergeGraph, MergeUnit, columns_of, matri
 from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.graphs.merging.passes import is_whole, num_rounds
 from mipipe.graphs.serialize import STRICT
+from mipipe.planner.actions import ActionKind
 from mipipe.planner.merging.steps import TILE_ENTRIES, MergeStep, reads
 
 SVD_FACTOR = 12
@@ -44,7 +45,8 @@ TEMPORARIES = 6
 class MergeRates:
     """Measured rates of one rank: bytes per second read, written and passed through elementwise work, and flops.
 
-    ``cores``: processors the ranks share. Reading ahead pays where there are more of them than ranks.
+    ``cores``: processors the ranks share. Reading ahead pays where there are more of them than ranks. ``loop_s``:
+    seconds that the interpreter takes for `_loop`, in which what does not depend on sizes is counted.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -53,6 +55,7 @@ class MergeRates:
     stream: float
     flops: float
     cores: int = 1
+    loop_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +160,36 @@ def measure_rates(graph: MergeGraph, output: str | Path) -> MergeRates:
     for _ in range(8):
         square @ square
     flops = 8 * 2 * 256**3 / max(time.perf_counter() - began, 1e-6)
-    return MergeRates(read or write or UNKNOWN_RATE, write or read or UNKNOWN_RATE, stream_rate, flops, _num_cores())
+    return MergeRates(read or write or UNKNOWN_RATE, write or read or UNKNOWN_RATE, stream_rate, flops, _num_cores(),
+                      min(_loop() for _ in range(3)))
+
+
+def _loop() -> float:
+    """Seconds of a loop of 100,000 rounds in the interpreter."""
+    began = time.perf_counter()
+    sum(number * number for number in range(100_000))
+    return time.perf_counter() - began
+
+
+START_LOOPS, VERIFY_LOOPS, FORK_LOOPS = 215, 340, 5
+"""What it takes to start the command and import torch, to verify the result with transformers, and to start a rank, in
+loops."""
+STEP_LOOPS = {ActionKind.LOAD: 0.012, ActionKind.MEASURE: 0.04, ActionKind.COMBINE: 0.012, ActionKind.SAVE: 0.006}
+"""What an instruction takes however small its tensor is."""
+COUNT_LOOPS = 0.12
+"""The same for a round of counting magnitudes, whose histograms do not depend on the size."""
+
+
+def start_ns(rates: MergeRates, verify: bool, num_ranks: int = 1) -> int:
+    """Nanoseconds of a merge's command beside the merge itself."""
+    loops = START_LOOPS + VERIFY_LOOPS * verify + FORK_LOOPS * (num_ranks if num_ranks > 1 else 0)
+    return round(loops * rates.loop_s * 1e9)
+
+
+def step_overhead(unit: MergeUnit, kind: ActionKind, rates: MergeRates) -> float:
+    """Seconds of an instruction on a unit that do not depend on its size."""
+    loops = COUNT_LOOPS if kind is ActionKind.MEASURE and num_rounds(unit) > 1 else STEP_LOOPS.get(kind, 0.0)
+    return loops * rates.loop_s
 
 
 def _write_rate(output: Path, sample: bytearray) -> float:

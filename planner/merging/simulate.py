@@ -14,6 +14,7 @@ from mipipe.planner.merging.costs import (
     OVERHEAD_BYTES,
     held_bytes,
     spectral_seconds,
+    step_overhead,
     stream_seconds,
     work_bytes,
     written_bytes,
@@ -62,13 +63,14 @@ def step_ns(plan: MergePlan, unit: int, step: MergeStep, kind: ActionKind) -> in
     """How long an instruction on a step takes at the plan's rates."""
     graph, rates = plan.graph, plan.rates
     item = graph.units[unit]
+    own = step_overhead(item, kind, rates)
     if kind is ActionKind.LOAD:
-        return round(held_bytes(item, step, graph) / rates.read * 1e9)
+        return round((own + held_bytes(item, step, graph) / rates.read) * 1e9)
     if kind is ActionKind.SAVE:
-        return round(written_bytes(item, step) / rates.write * 1e9)
+        return round((own + written_bytes(item, step) / rates.write) * 1e9)
     width = 8 if graph.compute_dtype == "float64" else 4
     share = (step.stop - step.start) * columns_of(item, item.shape) / max(1, item.num_entries)
-    seconds = stream_seconds(item, item.num_entries, rates, width) * share
+    seconds = own + stream_seconds(item, item.num_entries, rates, width) * share
     if step.round is None:
         seconds += spectral_seconds(item, rates) * share
     if not held_bytes(item, step, graph):  # read tile by tile while computing

@@ -1,4 +1,4 @@
-"""LoRA adapters merged into one LoRA adapter: the result stays low-rank.
+"""Merges that become LoRA adapters: of adapters, whose result stays low-rank, and of whole models (`extract`).
 
 Linear methods join the factors, ``sum_i w_i s_i B_i A_i = [w_1 s_1 B_1 ... w_T s_T B_T] [A_1; ...; A_T]``, which is
 exact at rank ``sum r_i``; averaging A and B apart would add cross terms ``B_i A_j``. Other methods on task vectors
@@ -25,9 +25,11 @@ from mipipe.graphs.merging.graph import Input, MergeGraph, MergeUnit, pieces_of
 from mipipe.graphs.merging.method_spec import Base, Scope
 from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.graphs.merging.passes import scope_of
+from mipipe.graphs.merging.recipe import AdapterRule
 from mipipe.graphs.serialize import write_text
 from mipipe.runtime.merge.card import graph_card
 from mipipe.runtime.merge.engine import refuse_overflow
+from mipipe.runtime.merge.extract import extract
 from mipipe.runtime.merge.methods.method import merge_tensors
 from mipipe.runtime.merge.methods.registry import BY_METHOD
 from mipipe.runtime.merge.methods.spectral import svd
@@ -63,8 +65,7 @@ def keep_adapters(graph: MergeGraph, rank: int | None, out: Path) -> KeptAdapter
         raise InputError("adapter: none of the models is a LoRA adapter, so there is nothing to keep low-rank")
     for unit in graph.units:
         _check(graph, unit, rank)
-    if out.exists() or partial_folder(out).exists():
-        raise InputError(f"{out}: exists already (or its .partial folder does); give another -o, or remove it")
+    _check_free(out)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     whole = lost = 0.0
@@ -81,17 +82,44 @@ def keep_adapters(graph: MergeGraph, rank: int | None, out: Path) -> KeptAdapter
             refuse_overflow(unit.name, up, dtype)
             tensors[f"base_model.model.{module}.lora_A.weight"] = down.to(dtype).contiguous()
             tensors[f"base_model.model.{module}.lora_B.weight"] = up.to(dtype).contiguous()
+    _write(graph, tensors, _config(units, ranks), out)
+    return KeptAdapter(ranks, sum(value.nbytes for value in tensors.values()), 1.0 - lost / whole if whole else 1.0)
+
+
+def extract_adapter(graph: MergeGraph, rule: AdapterRule, out: Path) -> KeptAdapter:
+    """Write the merge of a graph of whole models as an adapter of its base, in a new folder.
+
+    Raises:
+        InputError: no rank or energy, or what `mipipe.runtime.merge.extract.extract` raises.
+    """
+    if rule.rank is None and rule.energy is None:
+        raise InputError("adapter: the change of whole models has full rank; give adapter a rank, or an energy such as"
+                         " 0.9, the share of the squared norm to keep")
+    _check_free(out)
+    found = extract(graph, rule)
+    base = next(unit.base for unit in graph.units if unit.base is not None)
+    _write(graph, found.tensors, found.config(graph.models[base.model].label), out)
+    return KeptAdapter(found.ranks, sum(value.nbytes for value in found.tensors.values()),
+                       1.0 - found.lost / found.whole)
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() or partial_folder(out).exists():
+        raise InputError(f"{out}: exists already (or its .partial folder does); give another -o, or remove it")
+
+
+def _write(graph: MergeGraph, tensors: dict[str, Tensor], config: dict[str, object], out: Path) -> None:
+    """Make the adapter's folder, whole or not at all."""
     folder = partial_folder(out)
     folder.mkdir(parents=True)
     try:
         save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-        write_text(folder / "adapter_config.json", json.dumps(_config(units, ranks), indent=2) + "\n")
+        write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
         write_text(folder / "README.md", graph_card(graph, out.name, len(tensors)))
         durable.publish(folder, out, list(folder.iterdir()))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return KeptAdapter(ranks, sum(value.nbytes for value in tensors.values()), 1.0 - lost / whole if whole else 1.0)
 
 
 def truncate(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -111,6 +139,10 @@ def _check(graph: MergeGraph, unit: MergeUnit, rank: int | None) -> None:
     if dora is not None:
         raise InputError(f"adapter: {dora.folder} is a DoRA adapter, whose task vectors have full rank; merge into the"
                          " model (leave out adapter)")
+    started = next((item for given in unit.inputs for item in given.adapters if item.start), None)
+    if started is not None:
+        raise InputError(f"adapter: {started.folder} was started from the base's own weights ({started.start}), which"
+                         " the result would have to lose too; merge into the model (leave out adapter)")
     folders = {item.folder for item in unit.inputs}
     if len(folders) > 1:
         label = graph.models[unit.inputs[-1].model].label

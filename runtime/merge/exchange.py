@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 PATIENCE = timedelta(days=7)
-"""Ranks wait for the slowest. A rank that died needs no timeout: torchrun then ends the others."""
+"""Ranks wait for the slowest. A rank that died needs no timeout: whoever started the ranks then ends the others."""
 
 
 class MergeRanks:

@@ -19,6 +19,7 @@ from typing import Any
 from mipipe.graphs import errors
 from mipipe.graphs.errors import MipipeError, RunError
 from mipipe.runtime.merge.exchange import MergeRanks
+from mipipe.runtime.merge.lock import let_go_in_fork
 from mipipe.runtime.train.failures import signal_name
 from mipipe.runtime.train.processes import die_with_parent
 
@@ -99,6 +100,7 @@ def run_forked(work: Callable[[ForkedRanks], object], size: int, advance: Callab
 
 def _child(work: Callable[[ForkedRanks], object], ranks: ForkedRanks, parent: Connection) -> None:
     """A rank's life; never returns."""
+    let_go_in_fork()
     die_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends the ranks
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

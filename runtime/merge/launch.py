@@ -29,13 +29,15 @@ from mipipe.graphs.merging.recipe import MergeRecipe, read_recipes
 from mipipe.graphs.serialize import load_data
 from mipipe.planner.merging.plan import SHARD_BYTES, MergePlan, plan_chain, plan_graph, plan_recipe
 from mipipe.runtime.merge import worker
-from mipipe.runtime.merge.adapters import KeptAdapter, keep_adapters
+from mipipe.runtime.merge.adapters import KeptAdapter, extract_adapter, keep_adapters
 from mipipe.runtime.merge.card import RECORD
 from mipipe.runtime.merge.exchange import MergeRanks
+from mipipe.runtime.merge.extract import is_whole
 from mipipe.runtime.merge.forked import can_fork, run_forked
 from mipipe.runtime.merge.lock import only_one
 from mipipe.runtime.merge.pytorch_files import convert_pickled
 from mipipe.runtime.merge.router import make_router
+from mipipe.runtime.merge.transplant import transplant, wants_transplant
 from mipipe.runtime.merge.verify import MARK
 from mipipe.runtime.train.failures import explain_failure
 from mipipe.runtime.train.launch import run_watched
@@ -110,7 +112,7 @@ def _merge_recipes(recipes: Sequence[MergeRecipe], out: Path, options: MergeOpti
     began = time.monotonic()
     steps = out.with_name(out.name + ".steps")
     known = convert_pickled(recipes, steps, tell)
-    converted = list(known)
+    converted = [Path(files.path).name for files in known.values()]
     if len(recipes) > 1:  # what is wrong with a later one shall not show after hours of the first
         plan_chain([part for part in recipes if part.adapter is None], where, out, options.num_ranks,
                    options.memory_cap, options.shard_bytes, options.dtype, known)
@@ -118,6 +120,9 @@ def _merge_recipes(recipes: Sequence[MergeRecipe], out: Path, options: MergeOpti
         last = number == len(recipes) - 1
         target = out if last else steps / part.name
         target.parent.mkdir(exist_ok=True)
+        if wants_transplant(part, known):
+            part = transplant(part, known, steps / "tables")
+            converted.append("tables")
         if part.adapter is not None:
             return _kept(part, where, out, known, began, options, tell)
         plan = plan_recipe(part, where, out, known, options.num_ranks, options.memory_cap, options.shard_bytes,
@@ -127,7 +132,7 @@ def _merge_recipes(recipes: Sequence[MergeRecipe], out: Path, options: MergeOpti
             run_plan(plan, target, options, progress)
         if not last:
             known[part.name] = read_checkpoint(target)
-    _forget(steps, [*(part.name for part in recipes[:-1]), *(Path(known[label].path).name for label in converted)])
+    _forget(steps, [*(part.name for part in recipes[:-1]), *converted])
     return _result(out, plan, began, tell)
 
 
@@ -152,7 +157,8 @@ def _kept(recipe: MergeRecipe, where: str, out: Path, known: Mapping[str, Checkp
                          " --ranks, --device, --dtype, --memory and --timeline")
     graph = build(recipe, where, known)
     _tell_notes(graph, tell)
-    made = keep_adapters(graph, recipe.adapter.rank, out)
+    made = extract_adapter(graph, recipe.adapter, out) if is_whole(graph) else keep_adapters(graph, recipe.adapter.rank,
+                                                                                             out)
     return MergeResult(out, None, (), time.monotonic() - began, made)
 
 

@@ -10,6 +10,16 @@ from pathlib import Path
 
 from mipipe.graphs.errors import InputError
 
+_HELD: set[int] = set()
+"""Handles of this process's locks."""
+
+
+def let_go_in_fork() -> None:
+    """Close the locks that a fork inherited, so that they end with the process that took them."""
+    for handle in _HELD:
+        os.close(handle)
+    _HELD.clear()
+
 
 @contextlib.contextmanager
 def only_one(out: Path) -> Iterator[None]:
@@ -20,9 +30,11 @@ def only_one(out: Path) -> Iterator[None]:
     """
     path = out.with_name(out.name + ".lock")
     handle = _lock(path)
+    _HELD.add(handle)
     try:
         yield
     finally:
+        _HELD.discard(handle)
         with contextlib.suppress(OSError):
             path.unlink()
         os.close(handle)

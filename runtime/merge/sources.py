@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mipipe.graphs.merging.graph import Input, MergeGraph, MergeUnit, columns_of, pieces_of
+from mipipe.graphs.merging.graph import Adapter, Input, MergeGraph, MergeUnit, columns_of, pieces_of
 from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.graphs.merging.tensor_classes import Piece
 from mipipe.graphs.merging.vocabulary import GivenRow
@@ -63,6 +63,7 @@ class UnitPiece:
     def __init__(self, unit: MergeUnit, piece: Piece, around: Surroundings) -> None:
         self.unit, self.piece, self.around = unit, piece, around
         self._factors: dict[tuple[str, str], Tensor] = {}
+        self._means: dict[int, Tensor] = {}
 
     def tiles(self, whole: bool, first: int = 0, stop: int | None = None) -> Iterator[Tile]:
         """Tiles in row order. A whole tile of an oriented method is turned if it is stored transposed.
@@ -130,6 +131,9 @@ class UnitPiece:
         raw = around.shelf.read_rows(item.folder, item.tensor, start, stop, columns)
         rows = raw.to(around.device).to(around.dtype)
         for adapter in item.adapters:
+            if adapter.start:
+                left, right = self._start(adapter, item)
+                rows = torch.addmm(rows, left[start:stop], right, alpha=-1.0)
             down = self._factor(adapter.folder, adapter.down.name, item)
             rank = adapter.down.shape[0]
             up = around.shelf.read_rows(adapter.folder, adapter.up, start, stop, rank)
@@ -138,6 +142,27 @@ class UnitPiece:
                 norms = around.shelf.read_rows(adapter.folder, adapter.magnitude, start, stop, 1)
                 rows = rows * (norms.to(around.device).to(around.dtype) / rows.norm(dim=1, keepdim=True))
         return rows
+
+    def _start(self, adapter: Adapter, item: Input) -> tuple[Tensor, Tensor]:
+        """Factors ``[m, r]`` and ``[r, n]`` of what an adapter took out of the input's weight when it started.
+
+        PiSSA (arXiv 2404.02948) takes the r leading singular triplets, OLoRA (arXiv 2406.01775) the first r columns of
+        Q and rows of R, times the adapter's scale.
+        """
+        key = adapter.folder, f"{adapter.start} of {item.tensor.name}"
+        if (key[0], f"{key[1]}, left") not in self._factors:
+            rank, shape = adapter.down.shape[0], item.tensor.shape
+            raw = self.around.shelf.read_rows(item.folder, item.tensor, 0, shape[0], shape[1])
+            weight = raw.to(self.around.device).double()
+            if adapter.start == "pissa":
+                left, values, right = torch.linalg.svd(weight, full_matrices=False)
+                left = left[:, :rank] * values[:rank]
+            else:
+                left, right = torch.linalg.qr(weight)
+                left = left[:, :rank] * adapter.scale
+            for name, factor in (("left", left), ("right", right[:rank])):
+                self._factors[key[0], f"{key[1]}, {name}"] = factor.to(self.around.dtype)
+        return self._factors[key[0], f"{key[1]}, left"], self._factors[key[0], f"{key[1]}, right"]
 
     def _factor(self, folder: str, name: str, item: Input) -> Tensor:
         if (folder, name) not in self._factors:
@@ -149,7 +174,7 @@ class UnitPiece:
 
     def _gathered(self, start: int, stop: int) -> list[Tensor]:
         """Rows of the joined vocabulary: a missing token takes the row that the recipe names, else the base's, else the
-        mean of those that have it."""
+        mean of those that have it. Rows of no token are the mean of the model's table."""
         unit, vocabulary = self.unit, self.around.graph.vocabulary
         assert vocabulary is not None
         columns = columns_of(unit, unit.shape)
@@ -167,7 +192,24 @@ class UnitPiece:
                 substitute[given.row - start] = self._given(given, columns)
                 for mask in has if given.force else ():
                     mask[given.row - start] = False
-        return [torch.where(mask[:, None], table, substitute) for table, mask in zip(tables, has, strict=True)]
+        found = [torch.where(mask[:, None], table, substitute) for table, mask in zip(tables, has, strict=True)]
+        nobodys = (torch.stack(has).sum(0) == 0).cpu()
+        nobodys[[given.row - start for given in vocabulary.given if start <= given.row < stop]] = False
+        if bool(nobodys.any()):  # padding: zeros in a head could be the largest logits
+            for item, rows in zip(unit.inputs, found, strict=True):
+                rows[nobodys] = self._mean_row(item, columns)
+        return found
+
+    def _mean_row(self, item: Input, columns: int) -> Tensor:
+        """The mean of all rows of an input's table."""
+        if item.model not in self._means:
+            total, rows = torch.zeros(columns, dtype=torch.float64, device=self.around.device), item.tensor.shape[0]
+            step = max(1, 2**22 // columns)
+            for start in range(0, rows, step):
+                part = self._plain_rows(item, start, min(start + step, rows), columns)
+                total += part.sum(0, dtype=torch.float64)
+            self._means[item.model] = (total / rows).to(self.around.dtype)
+        return self._means[item.model]
 
     def _given(self, given: GivenRow, columns: int) -> Tensor | float:
         """The row that a recipe names for a token."""

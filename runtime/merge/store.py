@@ -108,7 +108,8 @@ def rebuild(folder: Path, out: Path, route: Sequence[float], options: MergeOptio
     """
     options = options or MergeOptions()
     check_target(out)
-    run_plan(plan_rebuild(folder, out, route, options), out, options)
+    with only_one(out):
+        run_plan(plan_rebuild(folder, out, route, options), out, options)
     return load(folder / "parts.json", Parts)
 
 

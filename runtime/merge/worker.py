@@ -1,4 +1,4 @@
-"""One rank of a merge: ``torchrun -m mipipe.runtime.worker --merge OUT``, or called in-process where there is but one.
+"""One rank of a merge: ``torchrun -m mipipe.runtime.worker --merge OUT``, or called in-process or in a fork.
 
 The plan and the prepared shards are in ``OUT.partial`` (see `mipipe.runtime.weights.writer`). Rank 0 publishes the
 result when all ranks are done.
@@ -7,6 +7,7 @@ result when all ranks are done.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -20,8 +21,10 @@ from mipipe.planner.merging.plan import MergePlan
 from mipipe.runtime.merge.card import RECORD, write_companions
 from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.execute import RankReport, merge_timeline, run_rank
+from mipipe.runtime.merge.forked import can_fork
 from mipipe.runtime.merge.parts import describe_parts
-from mipipe.runtime.merge.verify import MARK, verify_output
+from mipipe.runtime.merge.verifier import Verifier
+from mipipe.runtime.merge.verify import MARK
 from mipipe.runtime.weights.writer import partial_folder, prepare, publish_folder
 
 
@@ -46,6 +49,18 @@ def work(plan: MergePlan, out: Path, exchange: MergeRanks, device: torch.device,
     folder = partial_folder(out)
     if len(plan.ranks) != exchange.size:
         raise RunError(f"{folder}: is planned for {len(plan.ranks)} ranks, but {exchange.size} were started")
+    if exchange.rank or not plan.graph.config or plan.graph.stores_parts or not (folder / MARK).exists():
+        return _work(plan, out, exchange, device, progress, timeline, None)
+    named = plan.graph.config.get("architectures")
+    forks = can_fork() and device.type == "cpu" and "transformers" not in sys.modules  # else there is nothing to import
+    with Verifier(str(named[0]) if isinstance(named, list) and named else "", forks) as verifier:
+        return _work(plan, out, exchange, device, progress, timeline, verifier)
+
+
+def _work(plan: MergePlan, out: Path, exchange: MergeRanks, device: torch.device,
+          progress: Callable[[int], None] | None, timeline: str | None, verifier: Verifier | None) -> list[RankReport]:
+    """`work`, beside the verifier of its result."""
+    folder = partial_folder(out)
     report, events = run_rank(plan, folder, exchange, device, progress)
     reports = exchange.gather(report)
     if timeline is not None:
@@ -59,8 +74,8 @@ def work(plan: MergePlan, out: Path, exchange: MergeRanks, device: torch.device,
             save(describe_parts(plan.graph, folder), folder / "parts.json")
         else:
             write_companions(plan, folder)
-            if (folder / MARK).exists() and plan.graph.config:
-                unsure = verify_output(folder)
+            if verifier is not None:
+                unsure = verifier.check(folder)
         facts = {"job": plan.job_digest(), "ranks": [asdict(item) for item in reports], "unsure": unsure}
         (folder / RECORD).write_text(json.dumps(facts) + "\n")
         publish_folder(folder, out, plan.shards)

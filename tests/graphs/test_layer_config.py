@@ -1,4 +1,4 @@
-"""What a config says by layer follows the layers that a merge picks; held to transformers' own reading of configs."""
+"""What a config says by layer follows the layers that a merge picks; models are built by transformers to compare."""
 
 import pytest
 
@@ -42,3 +42,37 @@ def test_differences_have_both_values():
                        "./b", {"text_config": {"rope_theta": 1e6, "rms_norm_eps": 1e-6}})
     assert line == "./a and ./b differ in rope_theta 10000.0 and 1000000.0; the result has those of ./b"
     assert differences("a", {"hidden_act": "silu"}, "b", {"hidden_act": "silu"}) == ""
+
+
+DENSE = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1,
+         "head_dim": 4, "num_hidden_layers": 6, "pad_token_id": 0}
+MOE = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 4}
+
+
+@pytest.mark.parametrize(("name", "settings", "picked"), [
+    ("Qwen3MoeConfig", {**MOE, "mlp_only_layers": [0, 3]}, PICKED),
+    ("Qwen3MoeConfig", {**MOE, "decoder_sparse_step": 2}, [0, 1, 2, 3, 2, 3, 4, 5]),
+    ("Qwen2MoeConfig", {**MOE, "mlp_only_layers": [5], "shared_expert_intermediate_size": 4}, [5, 0, 5]),
+    ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 4}, PICKED),
+    ("Gemma2Config", {"sliding_window": 4}, [0, 1, 4, 5]), ("Gemma3TextConfig", {"sliding_window": 4}, PICKED),
+    ("DeepseekV3Config", {"first_k_dense_replace": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+                          "num_experts_per_tok": 2, "moe_intermediate_size": 4, "q_lora_rank": 4, "kv_lora_rank": 4,
+                          "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}, [0, 1, 0, 2, 3]),
+    ("SmolLM3Config", {"no_rope_layer_interval": 3}, PICKED)])
+def test_transformers_builds_each_layer_of_its_kind(name, settings, picked):
+    """The stacked config's model has, layer by layer, the modules and attention of the layers that were picked."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    config = getattr(transformers, name)(**{**DENSE, **settings})
+    data = config.to_dict()
+    stacked = type(config).from_dict(picked_layers(data, picked, "recipe"))
+
+    def kinds(settings):
+        with torch.device("meta"):
+            layers = transformers.AutoModel.from_config(settings).layers
+        return [(type(layer.mlp), getattr(layer, "attention_type", None),
+                 *(getattr(layer.self_attn, key, None) for key in ("sliding_window", "use_rope"))) for layer in layers]
+
+    before = kinds(config)
+    assert len(set(before)) == 2  # else the test could not fail
+    assert kinds(stacked) == [before[old] for old in picked]

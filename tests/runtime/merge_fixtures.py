@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from pathlib import Path
@@ -13,6 +14,9 @@ from mipipe.graphs.merging.method_spec import Base
 from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.worker import begin, work
+
+with contextlib.suppress(ImportError):
+    import transformers  # noqa: F401 - once, not by every merge's verification
 
 HIDDEN, INNER, VOCABULARY, LAYERS = 8, 16, 11, 2
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN,

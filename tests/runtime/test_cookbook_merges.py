@@ -17,7 +17,7 @@ LAYERS = {"deeper-model": 32, "task-in-a-language": 8}
 
 @pytest.mark.parametrize("name", [
     "average", "two-models", "few-fine-tunes", "skills", "conflicting-skills", "redundant-skills", "many-skills",
-    "chat-models", "task-in-a-language", "deeper-model", "in-two-steps"])
+    "one-flat-spectrum", "chat-models", "task-in-a-language", "deeper-model", "in-two-steps"])
 def test_a_cookbook_recipe_merges(tmp_path, monkeypatch, name):
     shutil.copy(RECIPES / f"{name}.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)

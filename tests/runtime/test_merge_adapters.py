@@ -82,7 +82,7 @@ def test_adapters_kept_low_rank_are_the_merge_of_their_task_vectors(tmp_path, me
 @pytest.mark.parametrize(("changes", "message"), [
     ({"merge_method": "ties"}, "give adapter a rank"),
     ({"merge_method": "widen", "adapter": {"rank": 2}}, "widen does not merge tensor by tensor"),
-    ({"models": [{"model": "base+lora"}, {"model": "expert1"}]}, "expert1 is a whole model"),
+    ({"models": [{"model": "base+lora"}, {"model": "expert1"}]}, "change of whole models has full rank"),
     ({"models": [{"model": "base"}], "merge_method": "linear"}, "none of the models is a LoRA adapter"),
     ({"adapter": {"rank": 0}}, "rank: found 0, expected at least 1"),
     ({"base_model": None}, "adapter needs a base_model"),

@@ -154,3 +154,18 @@ def test_models_that_compute_differently_are_one_line(tmp_path):
         {"model": f"{tmp_path}/{name}"} for name in "ab"]}, "recipe"))
     assert graph.notes == (f"{tmp_path}/b and {tmp_path}/a differ in rope_theta 500000.0 and 10000.0; the result has"
                            f" those of {tmp_path}/a",)
+
+
+@pytest.mark.parametrize("method", ["della", "della_linear"])
+def test_della_restores_the_norm_or_divides_by_the_probability(method):
+    """As mergekit: what stays has the L1 norm of the whole; as the paper: every entry is divided by its chance."""
+    tau = torch.from_numpy(arrays(7, 400, 50, count=1)[0])
+    by_norm = deltas(method, tau, density=0.6, epsilon=0.2, weight=1.0)
+    np.testing.assert_allclose(by_norm.abs().sum(), tau.abs().sum(), rtol=1e-6)
+    stays = by_norm != 0
+    ratio = (by_norm / tau)[stays]
+    assert float(ratio.max() - ratio.min()) < 1e-6
+    expected = deltas(method, tau, density=0.6, epsilon=0.2, rescale_norm="expected")
+    chance = 0.4 + 0.4 * tau.abs().argsort(1).argsort(1) / 49
+    torch.testing.assert_close(expected[stays], (tau / chance)[stays], rtol=1e-5, atol=1e-6)
+    assert torch.equal(deltas(method, tau, density=0.6, epsilon=0.2, rescale=False), torch.where(stays, tau, 0.0))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from merge_fixtures import CONFIG, read, state, trio, write
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.recipe import parse_recipe
@@ -75,8 +75,8 @@ def test_scales_follow_pefts_patterns(tmp_path, config):
     ({"rank_pattern": {"up_proj": 8}}, "up_proj has rank 2, but rank_pattern 'up_proj' .* says 8"),
     ({"r": 4}, "has rank 2, but r .* says 4"),
     ({"alpha_pattern": {"(": 8}}, "no regular expression"),
-    ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa', which changes the base"),
-    ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"), ({"init_lora_weights": "olora"}, "olora"),
+    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4', which changes the base"),
+    ({"init_lora_weights": "pissa", "use_dora": True}, "'pissa', which changes the base"),
     ({"init_lora_weights": "corda"}, "corda"), ({"init_lora_weights": "loftq"}, "loftq"),
     ({"use_dora": True}, "use_dora is True .* no magnitude vector"),
     ({"peft_type": "LOHA"}, "type 'LOHA'; only LORA"), ({"layer_replication": [[0, 2]]}, "layer_replication"),
@@ -86,6 +86,39 @@ def test_adapters_that_cannot_be_added(tmp_path, config, message):
     write_adapter(tmp_path / "lora", **config)
     with pytest.raises(InputError, match=message):
         merged(tmp_path)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_starts_that_the_base_has_lost_are_found_in_it_again(tmp_path, init):
+    """PEFT: PiSSA's base keeps W less its r leading singular triplets, OLoRA's W - s Q_r R_r; the factors are added."""
+    base = trio(tmp_path)["base"]
+    factors = write_adapter(tmp_path / "lora", init_lora_weights=init)
+    found = merged(tmp_path)
+    for module, (down, up) in factors.items():
+        weight = base[f"{module}.weight"].double().numpy()
+        if init == "pissa":
+            u, s, v = np.linalg.svd(weight, full_matrices=False)
+            lost = (u[:, :2] * s[:2]) @ v[:2]
+        else:
+            q, r = np.linalg.qr(weight)
+            lost = 2 * q[:, :2] @ r[:2]
+        expected = weight - lost + 2 * up.double().numpy() @ down.double().numpy()
+        np.testing.assert_allclose(found[f"{module}.weight"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_with_what_it_started_as(tmp_path):
+    """CorDA: W' = W - s B0 A0 + s B A, with the first factors in a folder inside the adapter's."""
+    base = trio(tmp_path)["base"]
+    factors = write_adapter(tmp_path / "lora", init_lora_weights="corda")
+    first = write_adapter(tmp_path / "lora" / "corda_init", init_lora_weights=True)
+    save_file({name: value * 0.3 for name, value in load_file(tmp_path / "lora" / "corda_init" /
+               "adapter_model.safetensors").items()}, tmp_path / "lora" / "corda_init" / "adapter_model.safetensors")
+    found = merged(tmp_path)
+    for module, (down, up) in factors.items():
+        start = 0.09 * first[module][1].double().numpy() @ first[module][0].double().numpy()
+        delta = 2 * (up.double().numpy() @ down.double().numpy() - start)
+        np.testing.assert_allclose(found[f"{module}.weight"], base[f"{module}.weight"].double().numpy() + delta,
+                                   rtol=1e-5, atol=1e-5)
 
 
 def test_dora_scales_rows_to_its_magnitudes(tmp_path):

@@ -18,6 +18,7 @@ from mipipe.graphs.merging.method_spec import Scope
 from mipipe.graphs.merging.recipe import parse_recipe
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify, layer_index
 from mipipe.planner.merging.plan import SHARD_BYTES, plan_recipe
+from mipipe.runtime.merge import launch
 from mipipe.runtime.merge.launch import MergeOptions, merge
 from mipipe.runtime.merge.methods.method import fill, merge_tensors
 from mipipe.runtime.merge.methods.registry import BY_METHOD, METHODS
@@ -125,14 +126,19 @@ def test_shards_of_inputs_and_output_do_not_show_in_the_result(root, tmp_path):
 
 
 @pytest.mark.distributed
-def test_two_processes_under_torchrun_give_the_same_bytes(root, tmp_path):
+@pytest.mark.parametrize("forked", [True, False])
+def test_two_processes_give_the_same_bytes(root, tmp_path, monkeypatch, forked):
+    """Forks of this process, or torchrun's where there are none."""
+    monkeypatch.setattr(launch, "can_fork", lambda: forked)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_for("frank", root)))
-    merge(recipe, tmp_path / "one")
-    merge(recipe, tmp_path / "two", MergeOptions(num_ranks=2))
+    merge(recipe, tmp_path / "one", MergeOptions(verify=False))
+    done = []
+    merge(recipe, tmp_path / "two", MergeOptions(num_ranks=2, verify=False), lambda *share: done.append(share))
     assert ((tmp_path / "one" / "model.safetensors").read_bytes()
             == (tmp_path / "two" / "model.safetensors").read_bytes())
     assert not (tmp_path / "two.partial").exists()
+    assert not forked or done[-1][0] == done[-1][1]
 
 
 def weights_of(folder):

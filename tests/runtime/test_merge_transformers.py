@@ -135,7 +135,7 @@ def test_identical_dense_models_make_a_mixture_that_equals_them(family, tmp_path
 
 
 def test_the_router_sends_prompts_to_their_experts(tmp_path):
-    """gate_mode hidden: tokens of an expert's prompts choose that expert in the first layer."""
+    """gate_mode hidden_avg: tokens of an expert's prompts choose that expert in the first layer."""
     config_class, model_class = FAMILIES["llama"]
     dense = make(model_class, config_class(**DENSE), 0)
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_the_router_sends_prompts_to_their_experts(tmp_path):
     for name in ("base", "one", "two"):
         dense.save_pretrained(tmp_path / name)
     prompts = [[[1, 2, 3, 4]], [[20, 21, 22, 23]]]
-    data = {"base_model": str(tmp_path / "base"), "gate_mode": "hidden", "experts_per_token": 1,
+    data = {"base_model": str(tmp_path / "base"), "gate_mode": "hidden_avg", "experts_per_token": 1,
             "experts": [{"source_model": str(tmp_path / name), "positive_tokens": tokens, "negative_tokens": others}
                         for name, tokens, others in zip(("one", "two"), prompts, prompts[::-1], strict=True)]}
     merge_recipe(data, tmp_path)

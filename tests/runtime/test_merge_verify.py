@@ -1,6 +1,8 @@
 """Every result is opened as transformers would open it, and values that its dtype cannot hold are refused."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from mipipe.cli.main import app
 from mipipe.graphs.errors import RunError
 from mipipe.graphs.merging.recipe import parse_recipe
 from mipipe.runtime.merge.launch import MergeOptions, merge
+from mipipe.runtime.merge.verifier import Verifier
 from mipipe.runtime.merge.verify import verify_output
 
 transformers = pytest.importorskip("transformers")
@@ -100,6 +103,20 @@ def test_cropped_tables_make_the_vocabulary_the_config_says(tmp_path):
             "models": [{"model": f"{tmp_path}/{name}"} for name in "ba"]}
     run(data, tmp_path / "out")
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 11
+
+
+@pytest.mark.parametrize("how", ["forked", "dead", "here"])
+def test_verification_in_a_fork_says_the_same(tmp_path, how):
+    """Also where the fork has died, or there is none."""
+    folder = write(tmp_path / "a", without(state(0)))
+    with Verifier("LlamaForCausalLM", how != "here") as verifier:
+        if how == "dead":
+            os.kill(verifier._child[0], signal.SIGKILL)
+        with pytest.raises(RunError, match=r"lacks model\.layers\.1\.self_attn"):
+            verifier.check(folder)
+    good = write(tmp_path / "b", state(0))
+    with Verifier("LlamaForCausalLM", how != "here") as verifier:
+        assert verifier.check(good) == ""
 
 
 def test_the_command_verifies_unless_told_not_to(tmp_path):

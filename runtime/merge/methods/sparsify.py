@@ -137,13 +137,12 @@ def dare_deltas(tile: Tile, density: Sequence[float], rescale: Sequence[float]) 
     return result
 
 
-def dare_norm_round() -> Round:
-    """Measures L1 norms before and after dropping; gives the factors that restore the former."""
+def norm_round(dropped: Callable[..., Sequence[Tensor]]) -> Round:
+    """Measures L1 norms before and after dropping (``dropped(tile, **params)``); gives factors that restore them."""
 
-    def measure(tile: Tile, _stats: Any, *, density: Sequence[float], **_params: Any) -> Tensor:
-        rows = [torch.stack([delta.abs().sum(dtype=torch.float64),
-                             (delta * dare_mask(tile, index, share)).abs().sum(dtype=torch.float64)])
-                for index, (delta, share) in enumerate(zip(tile.deltas(), density, strict=True))]
+    def measure(tile: Tile, _stats: Any, **params: Any) -> Tensor:
+        rows = [torch.stack([delta.abs().sum(dtype=torch.float64), left.abs().sum(dtype=torch.float64)])
+                for delta, left in zip(tile.deltas(), dropped(tile, **params), strict=True)]
         return torch.stack(rows)
 
     def finish(total: Tensor, _stats: Any, **_params: Any) -> list[float]:
@@ -152,12 +151,20 @@ def dare_norm_round() -> Round:
     return Round(measure, finish)
 
 
-def della_deltas(tile: Tile, density: Sequence[float], epsilon: Sequence[float], rescale: bool) -> list[Tensor]:
+def dare_norm_round() -> Round:
+    """The factors that restore DARE's L1 norms."""
+    return norm_round(lambda tile, *, density, **_params: [
+        delta * dare_mask(tile, index, share) for index, (delta, share) in enumerate(zip(tile.deltas(), density,
+                                                                                         strict=True))])
+
+
+def della_deltas(tile: Tile, density: Sequence[float], epsilon: Sequence[float], rescale: bool,
+                 factors: Sequence[float] | None = None) -> list[Tensor]:
     """Task vectors after MagPrune: the larger an entry within its row, the likelier it stays (arXiv 2406.11617).
 
     Entry of ascending rank r = 0 .. n - 1 of its row stays with probability ``density - eps + 2 eps r / (n - 1)``,
-    mergekit's meaning of epsilon (the paper's is twice that), and is divided by it; a vector is one row. At density 1
-    everything stays, at 0 nothing.
+    mergekit's meaning of epsilon (the paper's is twice that), and is divided by it, or multiplied by its model's factor
+    where there are ``factors``; a vector is one row. At density 1 everything stays, at 0 nothing.
     """
     result = []
     for index, (delta, share, spread) in enumerate(zip(tile.deltas(), density, epsilon, strict=True)):
@@ -172,5 +179,9 @@ def della_deltas(tile: Tile, density: Sequence[float], epsilon: Sequence[float],
         stay = share - spread + 2 * spread * place + torch.zeros_like(rows)
         stay = stay.reshape(delta.shape)
         chosen = positive(stay - tile.random(index))
-        result.append((delta / stay if rescale else delta) * chosen)
+        if factors is not None:
+            delta = delta * factors[index]
+        elif rescale:
+            delta = delta / stay
+        result.append(delta * chosen)
     return result

@@ -19,6 +19,7 @@ from mipipe.runtime.merge.methods.sparsify import (
     della_deltas,
     deltas_of,
     kept,
+    norm_round,
     threshold_rounds,
     trim,
 )
@@ -141,16 +142,25 @@ def dare_ties(tile: Tile, stats: Any, *, weight: Sequence[float], density: Seque
 # DELLA ----------------------------------------------------------------------------------------------------------------
 
 
-def della_linear(tile: Tile, _stats: Any, *, weight: Sequence[float], density: Sequence[float],
-                 epsilon: Sequence[float], lambda_: float, normalize: bool, rescale: bool) -> Tensor:
+def della_rounds(*, density: Sequence[float], rescale: bool, rescale_norm: str, **_params: Any) -> tuple[Round, ...]:
+    """The factors that restore L1 norms, where they are asked for and something is dropped."""
+    return (norm_round(_plain_della),) if rescale and rescale_norm == "l1" and min(density) < 1.0 else ()
+
+
+def _plain_della(tile: Tile, *, density: Sequence[float], epsilon: Sequence[float], **_params: Any) -> list[Tensor]:
+    return della_deltas(tile, density, epsilon, False)
+
+
+def della_linear(tile: Tile, stats: Sequence[float] | None, *, weight: Sequence[float], density: Sequence[float],
+                 epsilon: Sequence[float], lambda_: float, normalize: bool, rescale: bool, **_params: Any) -> Tensor:
     """Task arithmetic after magnitude-aware dropping (arXiv 2406.11617)."""
-    return add_deltas(tile.origin, della_deltas(tile, density, epsilon, rescale), weight, lambda_, normalize)
+    return add_deltas(tile.origin, della_deltas(tile, density, epsilon, rescale, stats), weight, lambda_, normalize)
 
 
-def della(tile: Tile, _stats: Any, *, weight: Sequence[float], density: Sequence[float], epsilon: Sequence[float],
-          lambda_: float, normalize: bool, rescale: bool) -> Tensor:
+def della(tile: Tile, stats: Sequence[float] | None, *, weight: Sequence[float], density: Sequence[float],
+          epsilon: Sequence[float], lambda_: float, normalize: bool, rescale: bool, **_params: Any) -> Tensor:
     """TIES' vote after magnitude-aware dropping (arXiv 2406.11617)."""
-    return vote(tile.origin, della_deltas(tile, density, epsilon, rescale), weight, lambda_,
+    return vote(tile.origin, della_deltas(tile, density, epsilon, rescale, stats), weight, lambda_,
                 "mean" if normalize else "sum")
 
 

@@ -1,0 +1,90 @@
+"""Verification beside the merge: a fork that imports transformers meanwhile, and checks the result when it is there.
+
+Importing transformers takes seconds and a hundred megabytes, which a merge does without: the process that merges stays
+small, and where a processor is free nobody waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import signal
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from mipipe.graphs import errors
+from mipipe.graphs.errors import MipipeError
+from mipipe.runtime.merge.lock import let_go_in_fork
+from mipipe.runtime.merge.verify import verify_output
+from mipipe.runtime.train.processes import die_with_parent
+
+PATIENCE_S = 120.0
+"""How long the fork may take to check the result, once it is there; then it is taken to hang."""
+
+
+class Verifier:
+    """A context manager around the merge. ``architecture``: the class that the result will be opened as.
+
+    Without ``forks`` (or if the fork dies) `check` does the work itself.
+    """
+
+    def __init__(self, architecture: str, forks: bool) -> None:
+        self._architecture, self._forks = architecture, forks
+        self._child: tuple[int, Connection] | None = None
+
+    def __enter__(self) -> Verifier:
+        if self._forks:
+            ours, theirs = Pipe()
+            pid = os.fork()
+            if pid == 0:
+                ours.close()
+                _serve(theirs, self._architecture)
+            theirs.close()
+            self._child = pid, ours
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        if self._child is not None:
+            pid, pipe = self._child
+            pipe.close()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            self._child = None
+
+    def check(self, folder: Path) -> str:
+        """What `mipipe.runtime.merge.verify.verify_output` returns and raises."""
+        if self._child is None:
+            return verify_output(folder)
+        pipe = self._child[1]
+        try:
+            pipe.send(str(folder))
+            if not pipe.poll(PATIENCE_S):
+                return verify_output(folder)
+            name, text = pipe.recv()
+        except (EOFError, OSError):
+            return verify_output(folder)
+        if name:
+            raise vars(errors)[name](text)
+        return str(text)
+
+
+def _serve(pipe: Connection, architecture: str) -> None:
+    """The fork's life; never returns."""
+    let_go_in_fork()
+    die_with_parent(signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    with contextlib.suppress(BaseException):
+        getattr(importlib.import_module("transformers"), architecture, None)
+        folder = Path(pipe.recv())
+        try:
+            pipe.send(("", verify_output(folder)))
+        except MipipeError as error:
+            pipe.send((type(error).__name__, str(error)))
+    os._exit(0)

@@ -1,0 +1,79 @@
+"""What ``mipipe merge`` says beside merging: its methods, and what a dry run foresees."""
+
+import json
+
+import pytest
+from merge_fixtures import trio
+from typer.testing import CliRunner
+
+from mipipe.cli.main import app
+from mipipe.graphs.merging.build import build
+from mipipe.graphs.merging.methods import METHODS
+from mipipe.graphs.merging.recipe import parse_recipe
+from mipipe.planner.actions import ActionKind
+from mipipe.planner.merging.costs import MergeRates, start_ns
+from mipipe.planner.merging.lower import lower_merge
+from mipipe.planner.merging.plan import plan_merge
+from mipipe.planner.merging.simulate import simulate_merge
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, ["merge", *map(str, arguments)])
+
+
+def test_methods_for_machines():
+    found = json.loads(call("--methods", "--json").stdout)["methods"]
+    assert [item["name"] for item in found] == [spec.name for spec in METHODS]
+    ties = next(item for item in found if item["name"] == "ties")
+    density = next(item for item in ties["parameters"] if item["name"] == "density")
+    assert ties["arxiv"] == "2306.01708" and density == {
+        "name": "density", "default": 1.0, "kind": "float", "per_model": True, "low": 0.0, "high": 1.0, "choices": [],
+        "optional": False, "doc": "share of entries kept"}
+
+
+def test_one_method_by_name():
+    found = call("--methods", "nearswap")
+    assert found.exit_code == 0 and "nearswap" in found.stdout and "ties" not in found.stdout
+    assert [item["name"] for item in json.loads(call("--methods", "slerp", "--json").stdout)["methods"]] == ["slerp"]
+    wrong = call("--methods", "tiess")
+    assert wrong.exit_code == 2 and "no method 'tiess'" in wrong.output
+
+
+@pytest.mark.parametrize(("arguments", "message"), [((), "give a recipe"), (("r.yaml",), "give the folder to make")])
+def test_what_is_missing_is_said(arguments, message):
+    found = call(*arguments)
+    assert found.exit_code == 2 and message in found.output
+
+
+def plan_of(root, ranks, rates):
+    recipe = {"merge_method": "ties", "base_model": f"{root}/base", "parameters": {"density": 0.5},
+              "models": [{"model": f"{root}/expert1"}, {"model": f"{root}/expert2"}]}
+    return plan_merge(build(parse_recipe(recipe, "recipe")), ranks, rates)
+
+
+def test_small_tensors_cost_what_their_steps_do(tmp_path):
+    """With rates that make all data free, a merge takes its instructions' own times, in loops of the interpreter."""
+    trio(tmp_path)
+    plan = plan_of(tmp_path, 1, MergeRates(1e18, 1e18, 1e18, 1e18, loop_s=0.01))
+    timeline = simulate_merge(plan, lower_merge(plan))
+    counts = {kind: sum(span.kind is kind for span in timeline.spans) for kind in ActionKind}
+    expected = 0.01 * (0.12 * counts[ActionKind.MEASURE] + 0.012 * counts[ActionKind.COMBINE]
+                       + 0.006 * counts[ActionKind.SAVE])
+    assert expected * 1e9 < timeline.makespan_ns < 1.3 * expected * 1e9 + 0.012e7 * counts[ActionKind.LOAD]
+
+
+def test_starting_counts_and_verifying_more():
+    rates = MergeRates(1.0, 1.0, 1.0, 1.0, loop_s=0.01)
+    assert 0 < start_ns(rates, False) < start_ns(rates, True) < start_ns(rates, True, 4)
+    assert start_ns(rates, False, 1) == start_ns(rates, False)
+
+
+def test_a_dry_run_says_when_ranks_do_not_pay(tmp_path):
+    trio(tmp_path)
+    (tmp_path / "r.yaml").write_text(json.dumps({"merge_method": "linear", "models": [
+        {"model": str(tmp_path / f"expert{seed}")} for seed in (1, 2)]}))
+    arguments = (tmp_path / "r.yaml", "-o", tmp_path / "out", "--dry-run")
+    assert "2 ranks do not pay" in call(*arguments, "--ranks", 2).stdout
+    assert "do not pay" not in call(*arguments).stdout
+    facts = json.loads(call(*arguments, "--json").stdout)
+    assert facts["total_ns"] == facts["start_ns"] + facts["recipes"][0]["estimated_ns"]
