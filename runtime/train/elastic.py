@@ -21,7 +21,7 @@ from mipipe.graphs.errors import InputError, RunError, StoppedError
 from mipipe.graphs.serialize import save
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
-from mipipe.runtime.train.failures import exit_codes, is_consequence, reports
+from mipipe.runtime.train.failures import exits, is_consequence, killed_ranks, reports
 from mipipe.runtime.train.launch import (
     TrainResult,
     Watch,
@@ -131,9 +131,10 @@ def _names(ranks: set[int]) -> str:
 
 
 def lost_ranks(folder: Path, world: int) -> set[int]:
-    """The processes that are gone for good: ended by a signal, or asked to end (SIGTERM); or, where all others only
+    """The processes that are gone for good: killed by a signal, or asked to end (SIGTERM); or, where all others only
     waited for them, silent."""
-    gone = {rank for rank, code in exit_codes(folder).items() if code < 0 or code == StoppedError.exit_code}
+    gone = killed_ranks(folder, world)
+    gone |= {rank for rank, item in exits(folder).items() if item.code == StoppedError.exit_code}
     if gone:
         return gone
     found = reports(folder)
