@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +25,7 @@ from mipipe.runtime.engine import comm, reduce
 from mipipe.runtime.engine.buckets import Bucket
 from mipipe.runtime.engine.buffers import Buffers
 from mipipe.runtime.engine.calls import ActionCode, random_key, run_calls
+from mipipe.runtime.engine.clock import Clock, HostClock
 from mipipe.runtime.engine.compiled import Compiled
 from mipipe.runtime.engine.instructions import ActionPart, Step, Transport
 from mipipe.runtime.engine.options import EngineOptions
@@ -37,13 +38,14 @@ Handlers = Sequence[tuple[Callable[[Any], None], Any]]
 class StepRecord:
     """What a step left. ``losses`` by microbatch; ``outputs`` of an evaluation by value and microbatch; ``events``
     (instruction, start, end) and ``transfer_times`` (transfer, 0 sent or 1 received, moment) in nanoseconds of this
-    process's clock; ``memory`` (moment, bytes) where it is tracked."""
+    process's clock, taken by ``clock``; ``memory`` (moment, bytes) where it is tracked."""
 
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     outputs: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
     events: list[tuple[int, int, int]] = field(default_factory=list)
     transfer_times: list[tuple[int, int, int]] = field(default_factory=list)
     memory: list[tuple[int, int]] = field(default_factory=list)
+    clock: Literal["host", "events"] = "host"
 
 
 class Executor:
@@ -58,6 +60,7 @@ class Executor:
         self._reducer = reduce.Reducer(compiled, self._timeout, self._blocking)
         self._microbatches: list[dict[str, torch.Tensor]] = []
         self._record = StepRecord()
+        self._clock: Clock = HostClock()
         self._step, self._evaluating = 0, False
         self._tracking, self._static = options.track_memory, set[int]()
         self._side: SideStream | None = None
@@ -79,24 +82,25 @@ class Executor:
         self._evaluation = [(handlers[item.kind], item.argument) for item in compiled.evaluation]
 
     def run(self, microbatches: list[dict[str, torch.Tensor]], step: int,
-            on_update: Callable[[], None] | None = None) -> StepRecord:
+            on_update: Callable[[], None] | None = None, clock: Clock | None = None) -> StepRecord:
         """Forward and backward of all microbatches; ``on_update`` is called at the program's OPTIMIZER_STEP. ``step``
-        counts steps for random numbers.
+        counts steps for random numbers; ``clock`` (the host's) takes the times of the record.
 
         Raises:
             RunError: an instruction failed or a peer kept this rank waiting for too long.
         """
         self._on_update, self._evaluating = on_update, False
+        self._clock = clock or HostClock()
         self._reducer.begin()
         return self._walk(self._training, microbatches, step)
 
     def evaluate(self, microbatches: list[dict[str, torch.Tensor]], step: int) -> StepRecord:
         """Forward of all microbatches; raises as `run`."""
-        self._evaluating = True
+        self._evaluating, self._clock = True, HostClock()
         return self._walk(self._evaluation, microbatches, step)
 
     def _walk(self, program: Handlers, microbatches: list[dict[str, torch.Tensor]], step: int) -> StepRecord:
-        self._microbatches, self._step, self._record = microbatches, step, StepRecord()
+        self._microbatches, self._step, self._record = microbatches, step, StepRecord(clock=self._clock.kind)
         self._compiled.weights.refresh()
         for counter in self._compiled.counters.values():
             counter.zero_()
@@ -106,6 +110,7 @@ class Executor:
             self._side = SideStream()
         position = 0
         try:
+            self._clock.begin()
             with torch.no_grad(), no_collection():
                 for position, (handler, argument) in enumerate(program):  # noqa: B007
                     handler(argument)
@@ -115,6 +120,7 @@ class Executor:
                 if not self._evaluating:
                     self._reducer.finish()
                 self._drain()
+            self._read_clock()
             return self._record
         except Exception as error:
             self._buffers.clear()
@@ -142,10 +148,10 @@ class Executor:
     def _act(self, step: Step) -> None:
         for transport in step.waits:
             self._take(transport)
-        start = time.perf_counter_ns()
+        start = self._clock.mark()
         for piece in step.pieces:
             self._do(piece)
-        self._record.events.append((step.index, start, time.perf_counter_ns()))
+        self._record.events.append((step.index, start, self._clock.mark()))
 
     def _do(self, piece: ActionPart) -> None:
         buffers = self._buffers
@@ -182,7 +188,7 @@ class Executor:
         tensors, works = self._buffers.incoming.pop(transport.index)
         comm.wait(works, self._timeout, lambda: f"receiving {transport.text} from rank {transport.peer}",
                   self._blocking)
-        self._record.transfer_times.append((transport.index, 1, time.perf_counter_ns()))
+        self._record.transfer_times.append((transport.index, 1, self._clock.mark()))
         frame = self._buffers.frame(transport.frame, transport.template)
         for slot, tensor in zip(transport.slots, tensors, strict=True):
             frame[slot] = tensor
@@ -207,7 +213,7 @@ class Executor:
 
     def _start_send(self, transport: Transport) -> None:
         tensors, works = self._buffers.outgoing[transport.index]
-        self._record.transfer_times.append((transport.index, 0, time.perf_counter_ns()))
+        self._record.transfer_times.append((transport.index, 0, self._clock.mark()))
         works += comm.start_send(transport.group, tensors, transport.place)
 
     def _free(self, transport: Transport) -> None:
@@ -225,11 +231,19 @@ class Executor:
     def _update(self, index: int) -> None:
         if self._on_update is not None and not self._evaluating:
             self._join()
-            start = time.perf_counter_ns()
+            start = self._clock.mark()
             self._reducer.finish()
             with torch.enable_grad():
                 self._on_update()
-            self._record.events.append((index, start, time.perf_counter_ns()))
+            self._record.events.append((index, start, self._clock.mark()))
+
+    def _read_clock(self) -> None:
+        """Marks become moments, now that the step is over."""
+        if isinstance(self._clock, HostClock):
+            return
+        read, record = self._clock.moment_ns, self._record
+        record.events = [(index, read(start), read(end)) for index, start, end in record.events]
+        record.transfer_times = [(index, side, read(moment)) for index, side, moment in record.transfer_times]
 
     def _join(self) -> None:
         if self._side is not None:
