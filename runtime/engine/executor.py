@@ -54,17 +54,17 @@ class Executor:
     def __init__(self, compiled: Compiled, options: EngineOptions) -> None:
         self._on_update: Callable[[], None] | None = None
         self._compiled, self._options = compiled, options
-        self._timeout = timedelta(seconds=options.timeout_s)
-        self._blocking = compiled.mesh.device.type == "cpu"
+        blocking = compiled.mesh.device.type == "cpu"
+        self._waits = comm.Waits(timedelta(seconds=options.timeout_s), blocking)
         self._buffers = Buffers()
-        self._reducer = reduce.Reducer(compiled, self._timeout, self._blocking)
+        self._reducer = reduce.Reducer(compiled, self._waits)
         self._microbatches: list[dict[str, torch.Tensor]] = []
         self._record = StepRecord()
         self._clock: Clock = HostClock()
         self._step, self._evaluating = 0, False
         self._tracking, self._static = options.track_memory, set[int]()
         self._side: SideStream | None = None
-        self._aside = options.overlap and self._blocking and not self._tracking and compiled.exchanges_aside
+        self._aside = options.overlap and blocking and not self._tracking and compiled.exchanges_aside
         self._made_aside: set[int] = set()
         if self._aside:
             steps = [ready.argument for ready in compiled.instructions if isinstance(ready.argument, Step)]
@@ -120,15 +120,19 @@ class Executor:
                 if not self._evaluating:
                     self._reducer.finish()
                 self._drain()
+            self._settle()
             self._read_clock()
             return self._record
         except Exception as error:
             self._buffers.clear()
+            self._waits.forget()
             if self._side is not None:
                 self._side.abandon()
                 self._side = None
             instructions = self._compiled.evaluation if self._evaluating else self._compiled.instructions
             text = f"rank {self._compiled.mesh.rank}, instruction {position} ({instructions[position].label})"
+            if isinstance(error, _Unsettled):
+                raise RunError(f"rank {self._compiled.mesh.rank}, {error}") from None
             if isinstance(error, MipipeError):
                 raise type(error)(f"{text}: {error}") from error
             raise RunError(f"{text}: {type(error).__name__}: {error}") from error
@@ -186,8 +190,7 @@ class Executor:
 
     def _take(self, transport: Transport) -> None:
         tensors, works = self._buffers.incoming.pop(transport.index)
-        comm.wait(works, self._timeout, lambda: f"receiving {transport.text} from rank {transport.peer}",
-                  self._blocking)
+        self._waits.wait(works, lambda: f"receiving {transport.text} from rank {transport.peer}")
         self._record.transfer_times.append((transport.index, 1, self._clock.mark()))
         frame = self._buffers.frame(transport.frame, transport.template)
         for slot, tensor in zip(transport.slots, tensors, strict=True):
@@ -222,7 +225,7 @@ class Executor:
         if self._side is not None:
             self._side.wait(("sent", transport.index))
         _, works = self._buffers.outgoing[transport.index]
-        comm.wait(works, self._timeout, lambda: f"sending {transport.text} to rank {transport.peer}", self._blocking)
+        self._waits.wait(works, lambda: f"sending {transport.text} to rank {transport.peer}")
         del self._buffers.outgoing[transport.index]
 
     def _all_reduce(self, buckets: tuple[Bucket, ...]) -> None:
@@ -233,9 +236,16 @@ class Executor:
             self._join()
             start = self._clock.mark()
             self._reducer.finish()
+            self._settle()  # the optimizer reads gradients on the host, which then waits without a limit
             with torch.enable_grad():
                 self._on_update()
             self._record.events.append((index, start, self._clock.mark()))
+
+    def _settle(self) -> None:
+        try:
+            self._waits.settle()
+        except RunError as error:
+            raise _Unsettled(str(error)) from None
 
     def _read_clock(self) -> None:
         """Marks become moments, now that the step is over."""
@@ -262,10 +272,14 @@ class Executor:
         """Wait for sends the program left to run (programs without FREE); nothing else may be left over."""
         for index in list(self._buffers.outgoing):
             _, works = self._buffers.outgoing.pop(index)
-            comm.wait(works, self._timeout, functools.partial("sending transfer {}".format, index), self._blocking)
+            self._waits.wait(works, functools.partial("sending transfer {}".format, index))
         left = len(self._buffers.incoming) + len(self._buffers.frames)
         if left:
             raise ProgramError(f"{left} buffers are left at the end of the step; see mipipe check")
+
+
+class _Unsettled(RunError):
+    """A wait that was not over when the step was, with its own place: the instruction at hand is a later one."""
 
 
 @contextlib.contextmanager

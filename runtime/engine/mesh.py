@@ -177,7 +177,8 @@ def _create(spec: GroupSpec, device: torch.device, timeout: timedelta) -> Any:
         return dist.new_group(sorted(spec.members), timeout, "gloo")
     options = dist.ProcessGroupNCCL.Options()
     options.config.max_ctas = CHANNEL_CTAS if spec.use is Use.CHANNEL else GROUP_CTAS  # the rest computes
-    return dist.new_group(sorted(spec.members), timeout, "nccl", options, device_id=device)
+    patience = 2 * timeout  # its watchdog ends the process without a word, so `comm.Waits` comes first
+    return dist.new_group(sorted(spec.members), patience, "nccl", options, device_id=device)
 
 
 def _open(spec: GroupSpec, group: Any, mesh: Mesh, timeout: timedelta) -> None:
