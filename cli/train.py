@@ -44,10 +44,14 @@ def train(
     min_ranks: Annotated[int, typer.Option(help="With --elastic: end the run when fewer are left.", min=1)] = 1,
     replan_seconds: Annotated[float | None, typer.Option(help="With --elastic: time limit for planning again (default:"
                                                               " the plan's own).", min=0.1)] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda (default: what the plan was made for; a plan for other"
+                                                    " devices than are here is refused).")] = None,
     json_output: Json = False,
 ) -> None:
     """Train as the plan says, under torchrun. torchrun -m mipipe.runtime.worker does the same by hand."""
     progress = False if json_output else None
+    if device not in (None, "cpu", "cuda"):
+        raise typer.BadParameter(f"{device!r} is neither cpu nor cuda", param_hint="--device")
     if elastic:
         if torchrun or processes is not None:
             raise InputError("--elastic watches all ranks of one host: --torchrun and --processes do not go with it")
@@ -62,13 +66,14 @@ def train(
         result = train_elastic(plan_file, graph_file, config_file, lambda problem: replan_devices(problem, options),
                                resume=resume, resume_if_any=resume_if_any, max_restarts=max_restarts,
                                copies=copies, min_ranks=min_ranks, timeout_s=timeout, progress=progress,
-                               model=model, say=log)
+                               model=model, device=device, say=log)
     else:
         from mipipe.runtime.train.launch import train as run
 
         result = run(plan_file, graph_file, config_file, resume=resume, resume_if_any=resume_if_any,
                      max_restarts=max_restarts, copies=copies, timeout_s=timeout, progress=progress,
-                     torchrun=shlex.split(torchrun), num_processes=processes, model=model, say=log)
+                     torchrun=shlex.split(torchrun), num_processes=processes, model=model, device=device,
+                     say=log)
     losses = result.losses
     if json_output:
         emit({"steps": result.config.steps, "start": result.start, "source": result.source,

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 def train(plan: Plan | PathLike, graph: OperatorGraph | PathLike, config: TrainConfig | Mapping[str, Any] | PathLike, *,
           resume: bool = False, copies: int = 1, max_restarts: int = 0, timeout_s: float | None = None,
-          progress: bool | None = None, torchrun: Sequence[str] = (), num_processes: int | None = None) -> TrainResult:
+          progress: bool | None = None, torchrun: Sequence[str] = (), num_processes: int | None = None,
+          device: Literal["cpu", "cuda"] | None = None) -> TrainResult:
     """Train as the plan says, under torchrun with one worker for each rank, until done.
 
     Args:
@@ -31,6 +32,7 @@ def train(plan: Plan | PathLike, graph: OperatorGraph | PathLike, config: TrainC
         max_restarts: by torchrun, after a worker died.
         timeout_s: end the run after this time.
         progress: lines on stderr; by default where that is a terminal.
+        device: None: what the plan was made for; a plan for devices that are not here is refused.
         torchrun, num_processes: flags for torchrun on several nodes, and the processes on this one.
 
     Raises:
@@ -58,7 +60,7 @@ def train(plan: Plan | PathLike, graph: OperatorGraph | PathLike, config: TrainC
             write_text(Path(folder) / "train.json", json.dumps(data))
             files.append(Path(folder) / "train.json")
         return run(*files, resume=resume, max_restarts=max_restarts, copies=copies, timeout_s=timeout_s,
-                   progress=progress, torchrun=torchrun, num_processes=num_processes)
+                   progress=progress, torchrun=torchrun, num_processes=num_processes, device=device)
 
 
 def merge(recipe: PathLike | Mapping[str, Any] | MergeRecipe | Sequence[MergeRecipe], out: PathLike, *, ranks: int = 1,

@@ -90,6 +90,10 @@ def calibrate(plan: Plan, measured: Timeline, costs: CostTable) -> tuple[CostTab
     """
     if measured.origin != "measured":
         raise TimelineError("calibrate: found a simulated timeline, expected a measured one (from `mipipe train`)")
+    if not measured.in_device_time:
+        raise TimelineError(f"calibrate: the timeline of a run on {measured.notes.get('device')} was taken by the"
+                            " host's clock, which says when work was launched, not when it ran; take the one that"
+                            " `mipipe train` writes of its last step (engine.measuring = True before it, in a library)")
     if measured.num_ranks != plan.problem.num_ranks:
         raise TimelineError(f"calibrate: the timeline has {measured.num_ranks} ranks, but plan {plan.name} has"
                             f" {plan.problem.num_ranks}; give the timeline of a run of this plan")

@@ -81,6 +81,12 @@ class Timeline:
         return tuple(makespan - time for time in busy)
 
     @property
+    def in_device_time(self) -> bool:
+        """Whether a span says when its device worked; not so where the host's clock was read around launches on a
+        device that the host does not wait for."""
+        return self.notes.get("device", "cpu") == "cpu" or self.notes.get("clock") == "events"
+
+    @property
     def bubble_ratio(self) -> float:
         """``1 - sum(busy) / (ranks * makespan)``."""
         makespan = self.makespan_ns

@@ -34,7 +34,7 @@ from mipipe.planner.execution.simulate import simulate
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.experts.run import read_maps
-from mipipe.runtime.train import stopping
+from mipipe.runtime.train import devices, stopping
 from mipipe.runtime.train.data import make_batches
 from mipipe.runtime.train.failures import DONE, SAID, STARTED, signals_of
 from mipipe.runtime.train.models import initial_weights
@@ -61,7 +61,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="show progress (rank 0) in a line on stderr that is kept up to date, or in a file such as"
                              " a terminal's; lines (the default): now and then a line on stdout; none: nothing")
     parser.add_argument("--report", help="folder in which a failing rank leaves its error")
-    parser.add_argument("--device", default=None, help="cpu or cuda; default: cuda where there is one for each rank")
+    parser.add_argument("--device", default=None, help="cpu or cuda; default: what the plan was made for")
     options = parser.parse_args(arguments)
     if not options.merge and not (options.plan and options.graph and options.config):
         parser.error("expected --plan, --graph and --config, or --merge")
@@ -74,7 +74,8 @@ def train(options: argparse.Namespace) -> list[float]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     check_world(job, world)
     stopping.listen()
-    device = choose_device(options.device)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = devices.bind(devices.choose(options.device, devices.kinds_of(job.plan), here))
     store = start_processes(world, device, job.config.timeout_s)
     losses = run(job, device, options, store)
     if dist.is_initialized():
@@ -163,15 +164,6 @@ def microbatch_rows(graph: OperatorGraph) -> int:
     """Rows of one microbatch: the first dimension of the graph's first input."""
     first = next(value for value in graph.values if value.name == graph.inputs[0])
     return first.spec.shape[0]
-
-
-def choose_device(name: str | None) -> torch.device:
-    """This process's device: the named one, else CUDA where every local rank has one, else the CPU."""
-    local, count = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if name == "cuda" or (name is None and torch.cuda.is_available() and torch.cuda.device_count() >= count):
-        torch.cuda.set_device(local)
-        return torch.device("cuda", local)
-    return torch.device("cpu")
 
 
 class ProgressBar:

@@ -156,9 +156,30 @@ def sink_gradient(grad: Tensor, sinks: Tensor, out: Tensor, lse: Tensor) -> Tens
     return -(share * (grad.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1)).sum(dim=(0, 2)).to(sinks.dtype)
 
 
+def takes_grouped(*operands: Tensor) -> bool:
+    """Whether torch's grouped kernel takes these operands, else a loop multiplies: bfloat16, not empty, and in rows or
+    in columns without gaps that start at multiples of 16 bytes."""
+    def aligned(item: Tensor) -> bool:
+        inner, outer = sorted(item.stride()[-2:])
+        near = item.shape[-1] if item.stride(-1) == 1 else item.shape[-2]
+        each = 16 // item.element_size()
+        steps = (outer, *item.stride()[:-2])
+        return inner == 1 and outer >= near and item.data_ptr() % 16 == 0 and all(step % each == 0 for step in steps)
+
+    return HAS_GROUPED_MM and all(item.dtype is torch.bfloat16 and item.numel() and aligned(item) for item in operands)
+
+
+def grouped_weight(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
+    """`grouped_mm_weight` as one product of torch's grouped kernel, whose result for a group without rows is not
+    read: it is zero."""
+    out = torch.ops.aten._grouped_mm(x.t(), grad, offsets)
+    rows = torch.diff(offsets, prepend=offsets.new_zeros(1))
+    return torch.where((rows > 0)[:, None, None], out, torch.zeros((), dtype=out.dtype, device=out.device))
+
+
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Rows x [N,K] of group e (rows offsets[e-1] to offsets[e]) times weight[e] [K,M]; rows beyond are zero: [N,M]."""
-    if x.is_cuda and HAS_GROUPED_MM and x.dtype is torch.bfloat16 and len(x):
+    if x.is_cuda and takes_grouped(x, weight):
         out = torch.ops.aten._grouped_mm(x, weight, offsets)
         used = torch.arange(x.shape[0], device=x.device) < offsets[-1]
         return torch.where(used[:, None], out, torch.zeros((), dtype=out.dtype, device=out.device))
@@ -174,6 +195,8 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 def grouped_mm_weight(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     """The weight gradient of `grouped_mm`, x_e^T grad_e per group e: [groups,K,M]; groups without rows give zero."""
+    if x.is_cuda and takes_grouped(x, grad):
+        return grouped_weight(x, grad, offsets)
     weight = torch.empty(offsets.shape[0], x.shape[1], grad.shape[1], dtype=x.dtype, device=x.device)
     start = 0
     for expert, end in enumerate(offsets.tolist()):

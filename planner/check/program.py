@@ -1,7 +1,8 @@
 """Whether a program does what its plan says and nothing can wait for ever, proven before a process starts.
 
 Orders, transfers, buffers and reductions are compared with what the plan demands; `mipipe.planner.check.waits` proves
-that no instruction waits for ever and gives the times from which memory is checked.
+that no instruction waits for ever and gives the times from which memory is checked; `mipipe.planner.check.contact`
+proves the same where the first use of a communicator keeps the host.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from collections import defaultdict
 from mipipe.graphs.errors import PlanError, ProgramError
 from mipipe.graphs.serialize import digest
 from mipipe.planner.actions import ActionKind, Stream
+from mipipe.planner.check.contact import Openings, check_contact
 from mipipe.planner.check.facts import Demands, Flow, check_placement, part_text
 from mipipe.planner.check.memory import check_activations
 from mipipe.planner.check.plan import check_actions
 from mipipe.planner.check.waits import Places, program_times, text_of, wait_order
+from mipipe.planner.execution.opening import openings
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program, Transfer
 
@@ -43,6 +46,7 @@ def check_program(plan: Plan, program: Program) -> None:
     _check_channels(program, places)
     _check_reductions(facts, program)
     order = wait_order(facts, program, places)
+    check_contact(facts, program, places, openings(program))
     times = program_times(facts, program, [number for number, _ in flows], order)
     try:
         check_activations(facts, times)
@@ -50,6 +54,16 @@ def check_program(plan: Plan, program: Program) -> None:
         raise ProgramError(str(error)) from None
     if plan.makespan_ns is not None and times.makespan_ns != plan.makespan_ns:
         raise ProgramError(f"program: takes {times.makespan_ns} ns, but its plan {plan.makespan_ns} ns; lower it again")
+
+
+def check_first_contact(plan: Plan, program: Program, opened: Openings = ()) -> None:
+    """Check a sound program for deadlock at first contact, after ranks have opened ``opened`` (by default nothing).
+
+    Raises:
+        ProgramError: ranks would wait for each other for ever.
+    """
+    facts = Demands(plan)
+    check_contact(facts, program, _find_moves(program, _check_transfers(facts, program)), opened)
 
 
 def _check_orders(facts: Demands, program: Program) -> None:

@@ -44,7 +44,16 @@ def wait_order(facts: Demands, program: Program, places: Places) -> list[Event]:
     Raises:
         ProgramError: there is none, with the rank x order grid around the instructions that wait for each other.
     """
-    needs = _waits(facts, program, places)
+    needs = waits_of(facts, program, places)
+    order = in_order(needs)
+    if len(order) < len(needs):
+        raise ProgramError(deadlock_text(program, needs, set(order)))
+    return order
+
+
+def in_order(needs: dict[Event, list[Event]]) -> list[Event]:
+    """The events, each after all that it waits for, as far as there is such an order: those that wait in a circle, or
+    for one of those, are missing."""
     followers: dict[Event, list[Event]] = defaultdict(list)
     missing = {node: len(before) for node, before in needs.items()}
     for node, before in needs.items():
@@ -59,12 +68,10 @@ def wait_order(facts: Demands, program: Program, places: Places) -> list[Event]:
             missing[other] -= 1
             if not missing[other]:
                 ready.append(other)
-    if len(order) < len(needs):
-        raise ProgramError(_deadlock(program, needs, set(order)))
     return order
 
 
-def _waits(facts: Demands, program: Program, places: Places) -> dict[Event, list[Event]]:
+def waits_of(facts: Demands, program: Program, places: Places) -> dict[Event, list[Event]]:
     """What each instruction and transfer waits for."""
     needs: dict[Event, list[Event]] = {}
     channels: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
@@ -101,8 +108,13 @@ def _waits(facts: Demands, program: Program, places: Places) -> dict[Event, list
     return needs
 
 
-def _deadlock(program: Program, needs: dict[Event, list[Event]], done: set[Event]) -> str:
-    """A cycle of waits in words, and the orders of its ranks around where they are stuck."""
+def deadlock_text(program: Program, needs: dict[Event, list[Event]], done: set[Event],
+                  openings: Sequence[Sequence[object]] = ()) -> str:
+    """A cycle of waits in words, and the orders of its ranks around where they are stuck.
+
+    ``openings``: what each rank does before its program, at the indices -n to -1.
+    """
+    before = [list(map(str, items)) for items in openings] or [[] for _ in program.ranks]
     node: Event = next(node for node in needs if node not in done)
     visited: list[Event] = []
     while node not in visited:
@@ -113,11 +125,14 @@ def _deadlock(program: Program, needs: dict[Event, list[Event]], done: set[Event
     def name(node: Event) -> str:
         if isinstance(node, int):
             return f"transfer {program.transfers[node]}"
+        if node[1] < 0:
+            return f"opening the {before[node[0]][node[1]]} by rank {node[0]}"
         return f"{text_of(program, program.ranks[node[0]][node[1]])} of rank {node[0]}"
 
     ranks = sorted({node[0] for node in cycle if not isinstance(node, int)})
-    stuck = [next(k for k in range(len(program.ranks[rank])) if (rank, k) not in done) for rank in ranks]
-    rows = [[text_of(program, item) for item in program.ranks[rank]] for rank in ranks]
+    rows = [before[rank] + [text_of(program, item) for item in program.ranks[rank]] for rank in ranks]
+    stuck = [next(k for k in range(len(row)) if (rank, k - len(before[rank])) not in done)
+             for rank, row in zip(ranks, rows, strict=True)]
     steps = " waits for ".join(name(node) for node in [*cycle[:6], *([cycle[0]] if len(cycle) <= 6 else [])])
     more = f" ... ({len(cycle)} in all)" if len(cycle) > 6 else ""
     return f"program: deadlock: {steps}{more}\n" + grid([f"rank {rank}" for rank in ranks], rows, stuck)

@@ -1,4 +1,4 @@
-"""Transfers between ranks: start, wait with a timeout, and say who kept whom waiting.
+"""Transfers between ranks: start, wait with a timeout, and say who kept whom waiting, whatever the backend.
 
 One message for each value of a transfer, in the transfer's order, on the channel's own process group: values that go
 alone need no packing copy, and a saved value does not keep its neighbours alive. With gloo a started send or receive is
@@ -7,6 +7,7 @@ driven by gloo's own thread; a large send ends when its receive has been posted.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -56,6 +57,50 @@ def wait(works: Sequence[Any], timeout: timedelta, where: Callable[[], str], blo
                 work.wait()
     except RuntimeError as error:
         raise RunError(f"{where()}: {_reason(str(error), timeout)}") from None
+
+
+class Waits:
+    """What one rank waits for in a step, with the same errors on every backend.
+
+    Where a host waits for its works itself (``blocking``: CPUs), `wait` does. Where it runs ahead of its device, the
+    device waits, and `settle` is where the host comes to know: it looks at the works in the order of their waits until
+    all are done, and names the first that is not while nothing has got on for the timeout. The backend's own watchdog,
+    which ends a process without a word of ours, has a longer one.
+    """
+
+    def __init__(self, timeout: timedelta, blocking: bool) -> None:
+        self.timeout, self.blocking = timeout, blocking
+        self._open: list[tuple[Any, Callable[[], str]]] = []
+
+    def wait(self, works: Sequence[Any], where: Callable[[], str]) -> None:
+        """As `wait`: what follows, on the host or on its device, has what the works bring."""
+        wait(works, self.timeout, where, self.blocking)
+        if not self.blocking:
+            self._open += [(work, where) for work in works]
+
+    def settle(self) -> None:
+        """Return when all that was waited for is done.
+
+        Raises:
+            RunError: nothing came for the time of the timeout; with the place of the first wait that is not over.
+        """
+        until = time.monotonic() + self.timeout.total_seconds()
+        for work, where in self._open:
+            while not work.is_completed():
+                if time.monotonic() > until:
+                    self._open = []
+                    raise RunError(f"{where()}: {_reason('timeout', self.timeout)}")
+                time.sleep(_LOOK_S)
+            until = time.monotonic() + self.timeout.total_seconds()
+        self._open = []
+
+    def forget(self) -> None:
+        """Drop what is not settled, after a failed step."""
+        self._open = []
+
+
+_LOOK_S = 0.0005
+"""How often the host looks whether its device has got on."""
 
 
 def _reason(text: str, timeout: timedelta) -> str:

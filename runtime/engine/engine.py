@@ -12,13 +12,14 @@ from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.experts.maps import ExpertMap
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
+from mipipe.runtime.engine.clock import clock_for
 from mipipe.runtime.engine.compile import compile_rank
 from mipipe.runtime.engine.compiled import Compiled
 from mipipe.runtime.engine.executor import Executor, StepRecord
 from mipipe.runtime.engine.mesh import Mesh
 from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.experts.moves import Moved, move_experts
-from mipipe.runtime.train.batches import Batch, split_batch, total_weight
+from mipipe.runtime.train.batches import Batch, move_batch, split_batch, total_weight
 from mipipe.runtime.train.processes import world
 from mipipe.runtime.weights.weights import Weights, WeightSource
 
@@ -30,7 +31,8 @@ class Engine:
     ``engine.parameters()``, ordinary parameters for any torch optimizer, already summed over replicas and ties.
     ``on_update`` is called at the program's OPTIMIZER_STEP, when gradients are complete. ``record`` is what the last
     step or evaluation left: times and, where it is tracked, memory. ``notice`` is asked at the end of every step, and
-    ``noticed`` says whether it was true on any rank: it travels with the loss (``share_loss``).
+    ``noticed`` says whether it was true on any rank: it travels with the loss (``share_loss``). Where a device runs
+    behind the host, a step records when that worked only while ``measuring``, at the price of some launches.
     """
 
     def __init__(self, plan: Plan, graph: OperatorGraph, weights: WeightSource, *, program: Program | None = None,
@@ -41,6 +43,7 @@ class Engine:
         self.notice: Callable[[], bool] = lambda: False
         self.noticed = False
         self.steps_done = 0
+        self.measuring = False
         self.compiled: Compiled = compile_rank(plan, graph, weights, program, mesh, torch.device(device), self.options)
         self.plan, self.graph, self.mesh = plan, graph, self.compiled.mesh
         self.weights: Weights = self.compiled.weights
@@ -67,7 +70,8 @@ class Engine:
         """
         microbatches, weight = self._prepare(batch)
         self.compiled.loss_gradient.fill_(1.0 / weight)
-        self.record = self._executor.run(microbatches, self.steps_done, self.on_update)
+        self.record = self._executor.run(microbatches, self.steps_done, self.on_update,
+                                         clock_for(self.mesh.device, self.measuring))
         self.steps_done += 1
         return self._share(self.record.losses, 1.0 / weight)
 
@@ -87,14 +91,14 @@ class Engine:
         microbatches: list[dict[str, torch.Tensor]] = []
         weight, fault = 0.0, ""
         try:
-            microbatches = split_batch(self.graph, batch, self.plan.problem.num_microbatches, self.mesh.device)
-            weight = total_weight(self.graph, microbatches)
+            microbatches = split_batch(self.graph, batch, self.plan.problem.num_microbatches)
+            weight = total_weight(self.graph, microbatches)  # before the batch is on a device that it would wait for
         except BatchError as error:
             fault = str(error)
         faults = int(bool(fault))
-        if self.mesh.copy_group is not None:
-            total = torch.tensor([weight, faults], dtype=torch.float64, device=self.mesh.device)
-            dist.all_reduce(total, group=self.mesh.copy_group)
+        if self.mesh.copy_control is not None:
+            total = torch.tensor([weight, faults], dtype=torch.float64)
+            dist.all_reduce(total, group=self.mesh.copy_control)
             weight, faults = float(total[0]), int(total[1])
         if faults:
             fault = fault or "another copy of the plan got a batch that does not fit"
@@ -102,7 +106,7 @@ class Engine:
             fault = "the batch has no valid label; every label is ignored"
         if fault:
             raise BatchError(f"step {self.steps_done + 1}: {fault}")
-        return microbatches, weight
+        return move_batch(microbatches, self.mesh.device), weight
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -128,10 +132,11 @@ class Engine:
         total = sum((losses[index].double() for index in sorted(losses)), torch.zeros((), dtype=torch.float64,
                                                                                       device=self.mesh.device))
         self.noticed = self.notice()
+        value = float(total)
         if self.options.share_loss and world() > 1:
-            both = torch.stack([total, torch.full_like(total, float(self.noticed))])
+            both = torch.tensor([value, float(self.noticed)], dtype=torch.float64)
             dist.all_reduce(both)
-            total, self.noticed = both[0], bool(both[1] > 0)
+            value, self.noticed = float(both[0]), bool(both[1] > 0)
         elif not losses:
             return None
-        return float(total) * scale
+        return value * scale

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +25,7 @@ from mipipe.runtime.engine import comm, reduce
 from mipipe.runtime.engine.buckets import Bucket
 from mipipe.runtime.engine.buffers import Buffers
 from mipipe.runtime.engine.calls import ActionCode, random_key, run_calls
+from mipipe.runtime.engine.clock import Clock, HostClock
 from mipipe.runtime.engine.compiled import Compiled
 from mipipe.runtime.engine.instructions import ActionPart, Step, Transport
 from mipipe.runtime.engine.options import EngineOptions
@@ -37,13 +38,14 @@ Handlers = Sequence[tuple[Callable[[Any], None], Any]]
 class StepRecord:
     """What a step left. ``losses`` by microbatch; ``outputs`` of an evaluation by value and microbatch; ``events``
     (instruction, start, end) and ``transfer_times`` (transfer, 0 sent or 1 received, moment) in nanoseconds of this
-    process's clock; ``memory`` (moment, bytes) where it is tracked."""
+    process's clock, taken by ``clock``; ``memory`` (moment, bytes) where it is tracked."""
 
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     outputs: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
     events: list[tuple[int, int, int]] = field(default_factory=list)
     transfer_times: list[tuple[int, int, int]] = field(default_factory=list)
     memory: list[tuple[int, int]] = field(default_factory=list)
+    clock: Literal["host", "events"] = "host"
 
 
 class Executor:
@@ -52,16 +54,17 @@ class Executor:
     def __init__(self, compiled: Compiled, options: EngineOptions) -> None:
         self._on_update: Callable[[], None] | None = None
         self._compiled, self._options = compiled, options
-        self._timeout = timedelta(seconds=options.timeout_s)
-        self._blocking = compiled.mesh.device.type == "cpu"
+        blocking = compiled.mesh.device.type == "cpu"
+        self._waits = comm.Waits(timedelta(seconds=options.timeout_s), blocking)
         self._buffers = Buffers()
-        self._reducer = reduce.Reducer(compiled, self._timeout, self._blocking)
+        self._reducer = reduce.Reducer(compiled, self._waits)
         self._microbatches: list[dict[str, torch.Tensor]] = []
         self._record = StepRecord()
+        self._clock: Clock = HostClock()
         self._step, self._evaluating = 0, False
         self._tracking, self._static = options.track_memory, set[int]()
         self._side: SideStream | None = None
-        self._aside = options.overlap and self._blocking and not self._tracking and compiled.exchanges_aside
+        self._aside = options.overlap and blocking and not self._tracking and compiled.exchanges_aside
         self._made_aside: set[int] = set()
         if self._aside:
             steps = [ready.argument for ready in compiled.instructions if isinstance(ready.argument, Step)]
@@ -79,24 +82,25 @@ class Executor:
         self._evaluation = [(handlers[item.kind], item.argument) for item in compiled.evaluation]
 
     def run(self, microbatches: list[dict[str, torch.Tensor]], step: int,
-            on_update: Callable[[], None] | None = None) -> StepRecord:
+            on_update: Callable[[], None] | None = None, clock: Clock | None = None) -> StepRecord:
         """Forward and backward of all microbatches; ``on_update`` is called at the program's OPTIMIZER_STEP. ``step``
-        counts steps for random numbers.
+        counts steps for random numbers; ``clock`` (the host's) takes the times of the record.
 
         Raises:
             RunError: an instruction failed or a peer kept this rank waiting for too long.
         """
         self._on_update, self._evaluating = on_update, False
+        self._clock = clock or HostClock()
         self._reducer.begin()
         return self._walk(self._training, microbatches, step)
 
     def evaluate(self, microbatches: list[dict[str, torch.Tensor]], step: int) -> StepRecord:
         """Forward of all microbatches; raises as `run`."""
-        self._evaluating = True
+        self._evaluating, self._clock = True, HostClock()
         return self._walk(self._evaluation, microbatches, step)
 
     def _walk(self, program: Handlers, microbatches: list[dict[str, torch.Tensor]], step: int) -> StepRecord:
-        self._microbatches, self._step, self._record = microbatches, step, StepRecord()
+        self._microbatches, self._step, self._record = microbatches, step, StepRecord(clock=self._clock.kind)
         self._compiled.weights.refresh()
         for counter in self._compiled.counters.values():
             counter.zero_()
@@ -106,6 +110,7 @@ class Executor:
             self._side = SideStream()
         position = 0
         try:
+            self._clock.begin()
             with torch.no_grad(), no_collection():
                 for position, (handler, argument) in enumerate(program):  # noqa: B007
                     handler(argument)
@@ -115,14 +120,19 @@ class Executor:
                 if not self._evaluating:
                     self._reducer.finish()
                 self._drain()
+            self._settle()
+            self._read_clock()
             return self._record
         except Exception as error:
             self._buffers.clear()
+            self._waits.forget()
             if self._side is not None:
                 self._side.abandon()
                 self._side = None
             instructions = self._compiled.evaluation if self._evaluating else self._compiled.instructions
             text = f"rank {self._compiled.mesh.rank}, instruction {position} ({instructions[position].label})"
+            if isinstance(error, _Unsettled):
+                raise RunError(f"rank {self._compiled.mesh.rank}, {error}") from None
             if isinstance(error, MipipeError):
                 raise type(error)(f"{text}: {error}") from error
             raise RunError(f"{text}: {type(error).__name__}: {error}") from error
@@ -142,10 +152,10 @@ class Executor:
     def _act(self, step: Step) -> None:
         for transport in step.waits:
             self._take(transport)
-        start = time.perf_counter_ns()
+        start = self._clock.mark()
         for piece in step.pieces:
             self._do(piece)
-        self._record.events.append((step.index, start, time.perf_counter_ns()))
+        self._record.events.append((step.index, start, self._clock.mark()))
 
     def _do(self, piece: ActionPart) -> None:
         buffers = self._buffers
@@ -180,9 +190,8 @@ class Executor:
 
     def _take(self, transport: Transport) -> None:
         tensors, works = self._buffers.incoming.pop(transport.index)
-        comm.wait(works, self._timeout, lambda: f"receiving {transport.text} from rank {transport.peer}",
-                  self._blocking)
-        self._record.transfer_times.append((transport.index, 1, time.perf_counter_ns()))
+        self._waits.wait(works, lambda: f"receiving {transport.text} from rank {transport.peer}")
+        self._record.transfer_times.append((transport.index, 1, self._clock.mark()))
         frame = self._buffers.frame(transport.frame, transport.template)
         for slot, tensor in zip(transport.slots, tensors, strict=True):
             frame[slot] = tensor
@@ -207,7 +216,7 @@ class Executor:
 
     def _start_send(self, transport: Transport) -> None:
         tensors, works = self._buffers.outgoing[transport.index]
-        self._record.transfer_times.append((transport.index, 0, time.perf_counter_ns()))
+        self._record.transfer_times.append((transport.index, 0, self._clock.mark()))
         works += comm.start_send(transport.group, tensors, transport.place)
 
     def _free(self, transport: Transport) -> None:
@@ -216,7 +225,7 @@ class Executor:
         if self._side is not None:
             self._side.wait(("sent", transport.index))
         _, works = self._buffers.outgoing[transport.index]
-        comm.wait(works, self._timeout, lambda: f"sending {transport.text} to rank {transport.peer}", self._blocking)
+        self._waits.wait(works, lambda: f"sending {transport.text} to rank {transport.peer}")
         del self._buffers.outgoing[transport.index]
 
     def _all_reduce(self, buckets: tuple[Bucket, ...]) -> None:
@@ -225,11 +234,26 @@ class Executor:
     def _update(self, index: int) -> None:
         if self._on_update is not None and not self._evaluating:
             self._join()
-            start = time.perf_counter_ns()
+            start = self._clock.mark()
             self._reducer.finish()
+            self._settle()  # the optimizer reads gradients on the host, which then waits without a limit
             with torch.enable_grad():
                 self._on_update()
-            self._record.events.append((index, start, time.perf_counter_ns()))
+            self._record.events.append((index, start, self._clock.mark()))
+
+    def _settle(self) -> None:
+        try:
+            self._waits.settle()
+        except RunError as error:
+            raise _Unsettled(str(error)) from None
+
+    def _read_clock(self) -> None:
+        """Marks become moments, now that the step is over."""
+        if isinstance(self._clock, HostClock):
+            return
+        read, record = self._clock.moment_ns, self._record
+        record.events = [(index, read(start), read(end)) for index, start, end in record.events]
+        record.transfer_times = [(index, side, read(moment)) for index, side, moment in record.transfer_times]
 
     def _join(self) -> None:
         if self._side is not None:
@@ -248,10 +272,14 @@ class Executor:
         """Wait for sends the program left to run (programs without FREE); nothing else may be left over."""
         for index in list(self._buffers.outgoing):
             _, works = self._buffers.outgoing.pop(index)
-            comm.wait(works, self._timeout, functools.partial("sending transfer {}".format, index), self._blocking)
+            self._waits.wait(works, functools.partial("sending transfer {}".format, index))
         left = len(self._buffers.incoming) + len(self._buffers.frames)
         if left:
             raise ProgramError(f"{left} buffers are left at the end of the step; see mipipe check")
+
+
+class _Unsettled(RunError):
+    """A wait that was not over when the step was, with its own place: the instruction at hand is a later one."""
 
 
 @contextlib.contextmanager

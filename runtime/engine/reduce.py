@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,10 +23,9 @@ from mipipe.runtime.experts.moves import ReplicaSums
 class Reducer:
     """The reductions of one rank's step: `begin`, `start` by bucket, `finish`."""
 
-    def __init__(self, compiled: Compiled, timeout: timedelta, blocking: bool) -> None:
+    def __init__(self, compiled: Compiled, waits: comm.Waits) -> None:
         self._parameters = compiled.weights.parameters
-        self._timeout = timeout
-        self._blocking = blocking
+        self._waits = waits
         self._pending: list[tuple[Any, torch.Tensor, Bucket]] = []
         self._aside: dict[str, torch.Tensor] = {}
         self._done = True
@@ -67,7 +65,7 @@ class Reducer:
         if self._replicas is not None:
             self._replicas.finish()
         for work, flat, bucket in self._pending:
-            comm.wait([work], self._timeout, functools.partial("all-reduce of {}".format, bucket.what), self._blocking)
+            self._waits.wait([work], functools.partial("all-reduce of {}".format, bucket.what))
             offset = 0
             for name in bucket.names:
                 gradient = self._gradient(name)

@@ -54,6 +54,13 @@ class SlotTable:
         counts = torch.tensor([len(slots) for slots in places], device=device)
         return cls(experts, torch.tensor(padded, device=device), counts, width > 1)
 
+    def first_of(self, rank: int) -> list[int]:
+        """The slots of a rank that are their expert's first; known on the host."""
+        flat = self.experts.ravel()
+        first = np.unique(flat, return_index=True)[1]
+        size = self.experts.shape[1]
+        return [int(slot) - rank * size for slot in sorted(first) if slot // size == rank]
+
     def choose(self, chosen: torch.Tensor, rank: int) -> torch.Tensor:
         """The slot of every row [T*k] that wants expert ``chosen`` [T*k], on source rank ``rank``."""
         if not self.replicated:

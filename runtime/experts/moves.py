@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from mipipe.graphs.errors import InputError
 from mipipe.planner.experts.maps import ExpertMap
+from mipipe.runtime.engine import comm
 from mipipe.runtime.experts.exchange import Exchange, check_map
 from mipipe.runtime.weights.weights import Weights
 
@@ -165,15 +165,13 @@ def expert_square(exchange: Exchange, weights: Weights) -> torch.Tensor:
     """The squared 2-norm of the gradients of all local layers' experts, over the group; replicas count once."""
     total = torch.zeros((), dtype=torch.float64, device=exchange.device)
     for number in exchange.local:
-        table = exchange.tables[number]
-        slots = table.experts.shape[1]
-        first = [slot for slot in range(slots) if exchange.rank * slots + slot == int(
-            table.slots[table.experts[exchange.rank, slot], 0])]
+        first = exchange.tables[number].first_of(exchange.rank)
         for name in exchange.layers[number].banks:
             gradient = weights.parameters[name].grad
             if gradient is not None and first:
                 total += torch.linalg.vector_norm(gradient[torch.tensor(first, device=exchange.device)]).double() ** 2
-    dist.all_reduce(total, group=exchange.group)
+    comm.wait([comm.start_all_reduce(exchange.group, total)], exchange.timeout,
+              lambda: "the norm of experts' gradients", exchange.device.type == "cpu")
     return total
 
 

@@ -137,13 +137,12 @@ class ExpertRun:
 
     def counts(self) -> torch.Tensor:
         """Tokens of the last step by layer and expert, over all ranks and copies [layers, experts]."""
-        device = self._engine.mesh.device
-        total = torch.zeros(len(self._layers), self._layers[0].num_experts, dtype=torch.int64, device=device)
+        total = torch.zeros(len(self._layers), self._layers[0].num_experts, dtype=torch.int64)
         for number, counter in self._engine.routing_counts().items():
             total[number] = counter
         if world() > 1:
             dist.all_reduce(total)
-        return total.cpu()
+        return total
 
     def loads(self) -> ExpertLoads:
         """Tokens per step and expert, the mean of the last window, as `mipipe experts` takes them."""

@@ -19,12 +19,13 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from mipipe.runtime.train.failures import FAILURES
 
@@ -39,7 +40,7 @@ def watch(report: Path, started: threading.Event) -> None:
         start(self)
 
     def noted_close(self: Any, death_sig: signal.Signals, timeout: int = 30) -> None:
-        failed = {int(self.envs[place]["RANK"]): failure.exitcode for place, failure in self._failures.items()}
+        failed = {int(self.envs[place]["RANK"]): failure for place, failure in self._failures.items()}
         if failed:
             if self not in told:  # torch closes twice, and then counts those it ended itself among the failed
                 told.add(self)
@@ -58,10 +59,11 @@ def watch(report: Path, started: threading.Event) -> None:
     SubprocessContext._start, SubprocessContext._close = noted_start, noted_close  # type: ignore[method-assign]
 
 
-def write_report(report: Path, failed: dict[int, int]) -> None:
-    """Exit codes by rank; a negative one is the signal that ended the worker."""
+def write_report(report: Path, failed: Mapping[int, ProcessFailure]) -> None:
+    """Exit codes and times by rank; a negative code is the signal that ended the worker."""
     if report.is_dir():
-        (report / FAILURES).write_text(json.dumps(failed))
+        (report / FAILURES).write_text(json.dumps({rank: {"code": failure.exitcode, "time": failure.timestamp}
+                                                   for rank, failure in failed.items()}))
 
 
 def give_up(report: Path, started: threading.Event, start_s: float, endpoint: str) -> None:
@@ -96,7 +98,7 @@ def main(arguments: list[str]) -> None:
         run.main(rest)
     except ChildFailedError as error:
         if not (folder / FAILURES).exists():
-            write_report(folder, {rank: failure.exitcode for rank, failure in error.failures.items()})
+            write_report(folder, error.failures)
         raise
     finally:
         started.set()

@@ -17,9 +17,8 @@ SHORT = "; the short last batch of a loader is left out with drop_last=True, or 
         " true}"
 
 
-def split_batch(graph: OperatorGraph, batch: Batch, num_microbatches: int,
-                device: torch.device) -> list[dict[str, torch.Tensor]]:
-    """The microbatches of a batch, as contiguous tensors on ``device``, checked against the graph's input shapes.
+def split_batch(graph: OperatorGraph, batch: Batch, num_microbatches: int) -> list[dict[str, torch.Tensor]]:
+    """The microbatches of a batch, as contiguous tensors where they are, checked against the graph's input shapes.
 
     A mapping is split along the first dimension of every tensor; parts that split differently (images and tokens) are
     given as a list of microbatches.
@@ -61,9 +60,15 @@ def split_batch(graph: OperatorGraph, batch: Batch, num_microbatches: int,
                 short = tensor.dim() == len(spec.shape) and tensor.shape[:1] < torch.Size(spec.shape[:1])
                 raise BatchError(f"batch, microbatch {number}: {name} is {tensor.dtype} {list(tensor.shape)}, but the"
                                  f" graph was captured with {spec.dtype} {list(spec.shape)}{SHORT if short else ''}")
-            converted[name] = tensor.to(device).contiguous()
+            converted[name] = tensor.contiguous()
         result.append(converted)
     return result
+
+
+def move_batch(microbatches: Sequence[Mapping[str, torch.Tensor]],
+               device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """The microbatches on a device; tensors in pinned memory are copied while the host goes on."""
+    return [{name: tensor.to(device, non_blocking=True) for name, tensor in piece.items()} for piece in microbatches]
 
 
 def total_weight(graph: OperatorGraph, microbatches: Sequence[Mapping[str, torch.Tensor]]) -> float:

@@ -21,7 +21,8 @@ from mipipe.graphs.errors import InputError, RunError, StoppedError
 from mipipe.graphs.serialize import save
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
-from mipipe.runtime.train.failures import exit_codes, is_consequence, reports
+from mipipe.runtime.train.devices import choose, kinds_of
+from mipipe.runtime.train.failures import exits, is_consequence, killed_ranks, reports
 from mipipe.runtime.train.launch import (
     TrainResult,
     Watch,
@@ -44,11 +45,13 @@ Replan = Callable[[PlanningProblem], Plan]
 def train_elastic(plan: str | Path, graph: str | Path, config: str | Path, replan: Replan, *, resume: bool = False,
                   resume_if_any: bool = False, max_restarts: int = 0, copies: int = 1, min_ranks: int = 1,
                   timeout_s: float | None = None, progress: bool | None = None, model: str | None = None,
+                  device: str | None = None,
                   say: Callable[[str], None] = lambda text: None) -> TrainResult:
     """Train until done, on fewer devices when some are lost; ``say`` is told what happens.
 
     Args:
-        plan, graph, config, resume, resume_if_any, copies, progress, model: as for `mipipe.runtime.train.launch.train`.
+        plan, graph, config, resume, resume_if_any, copies, progress, model, device: as for
+            `mipipe.runtime.train.launch.train`.
         replan: makes the plan for what is left; it is saved as ``plan-N-ranks.json`` beside the checkpoints.
         max_restarts: restarts on all devices before a killed rank counts as lost.
         min_ranks: with fewer processes the run ends.
@@ -67,12 +70,13 @@ def train_elastic(plan: str | Path, graph: str | Path, config: str | Path, repla
     check_start(job.config, start)
     current, path = job.plan, Path(plan)
     devices = list(range(current.problem.num_ranks * copies))
+    device = choose(device, kinds_of(current), len(devices))
     shown = progress_file(progress)
     with stop_signal() as asked:
         while True:
             command = functools.partial(torchrun_command, path, graph, config, len(devices), start=start,
                                         progress=shown, max_restarts=max_restarts, timeout_s=job.config.timeout_s,
-                                        model=model)
+                                        model=model, device=device)
             watch = functools.partial(Watch, say=say, asked=asked, patience_s=job.config.timeout_s)
             error, lost, first = attempt(command, watch, devices, timeout_s)
             began = began or first
@@ -131,9 +135,10 @@ def _names(ranks: set[int]) -> str:
 
 
 def lost_ranks(folder: Path, world: int) -> set[int]:
-    """The processes that are gone for good: ended by a signal, or asked to end (SIGTERM); or, where all others only
+    """The processes that are gone for good: killed by a signal, or asked to end (SIGTERM); or, where all others only
     waited for them, silent."""
-    gone = {rank for rank, code in exit_codes(folder).items() if code < 0 or code == StoppedError.exit_code}
+    gone = killed_ranks(folder, world)
+    gone |= {rank for rank, item in exits(folder).items() if item.code == StoppedError.exit_code}
     if gone:
         return gone
     found = reports(folder)

@@ -1,7 +1,7 @@
 """What a run's processes leave for their launcher in its report folder, and what it makes of it: one error.
 
-``error-rankN.json`` by a worker that failed or stopped, ``failures.json`` by the agent (exit codes of the workers that
-ended first), ``said.txt`` (lines for people), ``started.json`` (the first step and its source),
+``error-rankN.json`` by a worker that failed or stopped, ``failures.json`` by the agent (exit codes and times of the
+workers that ended first), ``said.txt`` (lines for people), ``started.json`` (the first step and its source),
 ``done.txt`` (when all is done).
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +57,48 @@ def reports(folder: Path) -> list[dict[str, Any]]:
     return [item for item in found if item["attempt"] == max(other["attempt"] for other in found)]
 
 
-def exit_codes(folder: Path) -> dict[int, int]:
-    """Exit codes of the workers that ended first in the last attempt that failed, by rank."""
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a worker ended: its exit code, a signal's negated, and when that was seen, in seconds since the epoch."""
+
+    code: int
+    time: float
+
+
+def exits(folder: Path) -> dict[int, Exit]:
+    """How the workers that ended first in the last attempt that failed did, by rank."""
     path = folder / FAILURES
-    return {int(rank): code for rank, code in json.loads(path.read_text()).items()} if path.exists() else {}
+    return {int(rank): Exit(**item) for rank, item in json.loads(path.read_text()).items()} if path.exists() else {}
+
+
+ENDED_BY_OTHERS = {-signal.SIGTERM, -signal.SIGHUP, -signal.SIGINT}
+"""Signals by which a launcher or agent ends healthy workers, once another has failed."""
+
+
+def killed_ranks(folder: Path, world: int) -> set[int]:
+    """The ranks that signals took, out of ``world``.
+
+    A worker that the launcher ended is healthy. One that aborted (SIGABRT: the watchdog of its backend) waited for
+    somebody: for those that a signal killed, else for those that did neither fail nor abort; only where there are none
+    did the first of them by time fail by itself.
+    """
+    found = {rank: item for rank, item in exits(folder).items() if item.code < 0 and item.code not in ENDED_BY_OTHERS}
+    aborted = {rank for rank, item in found.items() if item.code == -signal.SIGABRT}
+    if set(found) - aborted or not aborted:
+        return set(found) - aborted
+    reported = reports(folder)
+    if any(not is_consequence(item) for item in reported):
+        return set()  # one said what went wrong
+    silent = set(range(world)) - aborted - {item["rank"] for item in reported}
+    return silent or {min(aborted, key=lambda rank: (found[rank].time, rank))}
 
 
 def signals_of(folder: Path) -> str:
     """Who was killed by a signal, or asked to end, for people; empty: nobody."""
-    codes = exit_codes(folder)
-    killed = {rank: -code for rank, code in codes.items() if code < 0}
+    codes = {rank: item.code for rank, item in exits(folder).items()}
+    taken = {rank: -code for rank, code in codes.items() if code < 0 and code not in ENDED_BY_OTHERS}
+    first = {rank: number for rank, number in taken.items() if number != signal.SIGABRT}
+    killed = first or taken
     said = "; ".join([f"rank {rank} was killed by {signal_name(number)}" for rank, number in sorted(killed.items())]
                      + [f"rank {rank} was asked to end, SIGTERM" for rank, code in sorted(codes.items())
                         if code == StoppedError.exit_code])

@@ -22,6 +22,7 @@ from typing import Any
 
 from mipipe.graphs.children import GRACE_S, running
 from mipipe.graphs.errors import RunError, StoppedError
+from mipipe.runtime.train import devices
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.failures import DONE, SAID, STARTED, explain_failure, reports
 from mipipe.runtime.train.prepare import check_start, check_world, read_job
@@ -50,12 +51,12 @@ class TrainResult:
 def torchrun_command(plan: str | Path, graph: str | Path, config: str | Path, num_processes: int, *,
                      start: Start = Start.FRESH, progress: str | None = None, max_restarts: int = 0,
                      report: str | None = None, torchrun: Sequence[str] = (), timeout_s: float = 600.0,
-                     model: str | None = None) -> list[str]:
+                     model: str | None = None, device: str | None = None) -> list[str]:
     """The command line that runs a plan. ``torchrun``: flags that pass through (``--nnodes 2 --rdzv-endpoint ...``).
 
     ``progress``: the file in which it is shown (``-``: stderr; ``lines``: lines on stdout; None: nowhere). ``report``:
     the folder in which workers and the agent, through which torchrun then runs, leave what went wrong; ``timeout_s``:
-    how long the agent waits for the rendezvous.
+    how long the agent waits for the rendezvous. ``device``: ``cpu`` or ``cuda``; None: what the plan was made for.
     """
     flags = list(torchrun) or ["--standalone"]
     launcher = ["torch.distributed.run"] if report is None else ["mipipe.runtime.train.agent", report, f"{timeout_s:g}"]
@@ -66,6 +67,7 @@ def torchrun_command(plan: str | Path, graph: str | Path, config: str | Path, nu
                str(config)]
     command += [] if start is Start.FRESH else [f"--{start.value}"]
     command += ["--model", model] if model is not None else []
+    command += ["--device", device] if device is not None else []
     command += ["--progress", progress or "none"]
     return command + (["--report", report] if report else [])
 
@@ -73,7 +75,7 @@ def torchrun_command(plan: str | Path, graph: str | Path, config: str | Path, nu
 def train(plan: str | Path, graph: str | Path, config: str | Path, *, resume: bool = False,
           resume_if_any: bool = False, max_restarts: int = 0, copies: int = 1, timeout_s: float | None = None,
           progress: bool | None = None, torchrun: Sequence[str] = (), num_processes: int | None = None,
-          model: str | None = None, say: Say = lambda text: None) -> TrainResult:
+          model: str | None = None, device: str | None = None, say: Say = lambda text: None) -> TrainResult:
     """Train as the plan says, under torchrun on this host, until done.
 
     Args:
@@ -87,6 +89,7 @@ def train(plan: str | Path, graph: str | Path, config: str | Path, *, resume: bo
         torchrun: flags that pass through to torchrun, for several nodes.
         num_processes: processes on this host; by default the plan's ranks times ``copies``.
         model: the model's source, where the graph names code (``package.module:factory``).
+        device: ``cpu`` or ``cuda``; None: what the plan was made for.
         say: is told, in lines for people, from what the run starts, and what happens.
 
     Raises:
@@ -98,12 +101,14 @@ def train(plan: str | Path, graph: str | Path, config: str | Path, *, resume: bo
     count = num_processes if num_processes is not None else len(job.program.ranks) * copies
     if not torchrun:
         check_world(job, count)
+        device = devices.choose(device, devices.kinds_of(job.plan), count)
     start = start_of(resume, resume_if_any)
     check_start(settings, start)
     shown = progress_file(progress)
     with tempfile.TemporaryDirectory(prefix="mipipe-", ignore_cleanup_errors=True) as folder:
         command = torchrun_command(plan, graph, config, count, start=start, progress=shown, max_restarts=max_restarts,
-                                   report=folder, torchrun=torchrun, timeout_s=settings.timeout_s, model=model)
+                                   report=folder, torchrun=torchrun, timeout_s=settings.timeout_s, model=model,
+                                   device=device)
         log = Path(folder) / "torchrun.log"
         with stop_signal() as asked:
             code = run_watched(command, log, timeout_s, Watch(Path(folder), say, asked, settings.timeout_s))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.expressions import search
 from mipipe.graphs.named_code import import_named
+from mipipe.runtime.engine import comm
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.experts.moves import expert_square
 from mipipe.runtime.train.config import GroupConfig, ScheduleConfig
@@ -109,7 +110,8 @@ def gradient_norm(engine: Engine) -> float:
     if engine.compiled.experts is not None:
         total += expert_square(engine.compiled.experts, engine.weights)
     if engine.mesh.plan_group is not None:
-        dist.all_reduce(total, group=engine.mesh.plan_group)
+        comm.wait([comm.start_all_reduce(engine.mesh.plan_group, total)], timedelta(seconds=engine.options.timeout_s),
+                  lambda: f"rank {engine.mesh.rank}: the gradient norm", engine.mesh.device.type == "cpu")
     value = float(total) ** 0.5
     if not math.isfinite(value):
         raise RunError(f"step {engine.steps_done + 1}: the gradient norm is {value}; lower the learning rate, or look"

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from mipipe.graphs.errors import RunError
+from mipipe.runtime.train.devices import agree
 
 
 def connect(timeout_s: float, grace_s: float = 5.0) -> tuple[dist.Store, int, int]:
@@ -39,8 +40,13 @@ def connect(timeout_s: float, grace_s: float = 5.0) -> tuple[dist.Store, int, in
 
 
 def start_processes(world: int, device: torch.device, timeout_s: float) -> dist.Store | None:
-    """Join the process group (gloo on CPU, nccl on CUDA); torchrun's store, where torchrun started this process. One
-    thread on a CPU: ranks share the cores, and reruns are bitwise equal."""
+    """Join the process group, gloo on every device: what processes tell one another goes there, tensors on the groups
+    of `mipipe.runtime.engine.mesh`. Returns torchrun's store, where torchrun started this process. One thread on a CPU:
+    ranks share the cores, and reruns are bitwise equal.
+
+    Raises:
+        RunError: the rendezvous did not come about, or workers would compute on different sorts of devices.
+    """
     if device.type == "cpu":
         torch.set_num_threads(1)
     if world == 1 and "TORCHELASTIC_RESTART_COUNT" not in os.environ:
@@ -49,6 +55,7 @@ def start_processes(world: int, device: torch.device, timeout_s: float) -> dist.
     if world > 1:
         # torchrun keeps one store over restarts: without a prefix, ranks would find the addresses of those that died.
         attempt = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=attempt, rank=place, world_size=size,
+        agree(attempt, place, device, timeout_s)
+        dist.init_process_group("gloo", store=attempt, rank=place, world_size=size,
                                 timeout=timedelta(seconds=timeout_s))
     return store

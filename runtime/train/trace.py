@@ -68,7 +68,8 @@ def _assemble(engine: Engine, everyone: Sequence[Any]) -> Timeline:
     memory = tuple(tuple((moment - origin, size) for moment, size in sizes) for *_, sizes in everyone)
     return Timeline("measured", len(everyone), tuple(spans), memory if any(memory) else (),
                     unit_ns=engine.plan.problem.unit_ns,
-                    notes={"plan": engine.plan.name, "threads": torch.get_num_threads(), "step": engine.steps_done})
+                    notes={"plan": engine.plan.name, "threads": torch.get_num_threads(), "step": engine.steps_done,
+                           "device": engine.mesh.device.type, "clock": engine.record.clock})
 
 
 def clock_offset_ns(engine: Engine) -> int:

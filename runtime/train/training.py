@@ -60,6 +60,7 @@ class Trainer:
         self.say = say if self.first else lambda text: None
         self._metrics: Metrics | None = None
         self._begun, self._saved = False, 0
+        self._held: Record | None = None
         self.restored: Path | None = None
         engine.notice = lambda: self.stop() or bool(self._fault())
 
@@ -71,6 +72,10 @@ class Trainer:
                 group["lr"] = rate * self._factor(self.engine.steps_done)
             self.optimizer.step()
         self.engine.zero_grad()
+
+    @property
+    def _wants_times(self) -> str | None:
+        return self.config.timeline or self.config.metrics or self.config.tensorboard
 
     @property
     def run_id(self) -> str:
@@ -123,6 +128,8 @@ class Trainer:
                     self._end_early(step + 1)
             if self.checkpoints is not None:
                 self.checkpoints.finish()
+            if losses:
+                self._measure()
             if self._fault():
                 raise RunError(f"{self._fault()}; all {config.steps} steps are done, and their checkpoints saved")
         except BaseException:
@@ -132,8 +139,31 @@ class Trainer:
             raise
         finally:
             if self._metrics is not None:
+                self._write(self._held)
                 self._metrics.close()
         return losses
+
+    def _measure(self) -> None:
+        """The timeline of the last step, for its record and its file; after all is saved, and no failure of it ends the
+        run."""
+        if not self._wants_times:
+            return
+        try:
+            timeline = measured_timeline(self.engine)
+            if timeline is None:
+                return
+            if self._held is not None and timeline.in_device_time:
+                self._held["bubble_ratio/measured"] = timeline.bubble_ratio
+                if self.predicted is not None:
+                    self._held["bubble_ratio/predicted"] = self.predicted.bubble_ratio
+            if self.config.timeline:
+                save(timeline, self.config.timeline)
+        except (MipipeError, OSError, RuntimeError) as error:
+            self.say(f"the timeline of the last step could not be taken: {error}")
+
+    def _write(self, record: Record | None) -> None:
+        if self._metrics is not None and record is not None:
+            self._metrics.write(record)
 
     def _fault(self) -> str:
         """Why a file of this rank's could not be written; the run ends for it after a step, like for SIGTERM."""
@@ -169,20 +199,22 @@ class Trainer:
         """The loss of one step; its record goes to the metrics."""
         begin = time.perf_counter()
         last = step == self.config.steps - 1
+        self.engine.measuring = last and bool(self._wants_times)
         loss, loading, skipped = self._advance(step, last)
         if not math.isfinite(loss):
             raise RunError(f"step {step + 1}: the loss is {loss}; lower the learning rate, clip gradients, or look for"
                            " bad data in this step's batch")
-        timeline = measured_timeline(self.engine) if last else None
         extra = self.experts.after(step + 1)
         if self._metrics is not None:
             extra |= {"data/skipped": skipped} if skipped else {}
-            self._metrics.write({**self._record(step, loss, begin, loading, timeline), **extra})
+            record = {**self._record(step, loss, begin, loading), **extra}
+            if last:
+                self._held = record  # it gets what the timeline says, once all is saved
+            else:
+                self._write(record)
         if self.progress is not None and self.first:
             self.progress(step + 1, loss)
         self._checkpoint(step + 1, last)
-        if timeline is not None and self.config.timeline:
-            save(timeline, self.config.timeline)
         return loss
 
     def _advance(self, step: int, last: bool) -> tuple[float, float, int]:
@@ -211,8 +243,7 @@ class Trainer:
             self.checkpoints.save(done, self.batches.state())
             self._saved = done
 
-    def _record(self, step: int, loss: float, begin: float, loading: float,
-                timeline: Timeline | None) -> Record:
+    def _record(self, step: int, loss: float, begin: float, loading: float) -> Record:
         took = time.perf_counter() - begin
         record: Record = {
             "step": step + 1, "loss_metrics/global_avg_loss": loss, "grad_norm": self._norm,
@@ -222,12 +253,7 @@ class Trainer:
         tokens = self._tokens()
         if tokens:
             record["throughput(tps)"] = tokens / took
-        record |= memory_record(self.engine.mesh.device)
-        if timeline is not None:
-            record["bubble_ratio/measured"] = timeline.bubble_ratio
-            if self.predicted is not None:
-                record["bubble_ratio/predicted"] = self.predicted.bubble_ratio
-        return record
+        return record | memory_record(self.engine.mesh.device)
 
     def _tokens(self) -> int:
         """Tokens of one step over all copies."""

@@ -76,9 +76,8 @@ def case(name: str, dtype: torch.dtype = torch.float64) -> Case:
 def problem(graph: OperatorGraph, ranks: int, num_microbatches: int, num_groups: int = 8) -> PlanningProblem:
     """The problem of a captured model on equal devices: coarsened, costs from a roofline."""
     coarse = coarsen(graph, num_groups=num_groups)
-    kind = shipped_kinds()["h100"]
-    costs = roofline(coarse, graph, {"h100": kind})
-    return build_problem(coarse, costs, Topology.uniform(ranks, latency_ns=1000, bytes_per_s=10**10, kind="h100"),
+    costs = roofline(coarse, graph, {"cpu": shipped_kinds()["h100"]})
+    return build_problem(coarse, costs, Topology.uniform(ranks, latency_ns=1000, bytes_per_s=10**10, kind="cpu"),
                          num_microbatches=num_microbatches)
 
 

@@ -193,3 +193,11 @@ class KillOnce:
                 if what == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise ValueError("a loader that fails")
+
+
+class KillOneCopy(KillOnce):
+    """`KillOnce` for several copies of a plan, each with batches of its own."""
+
+    def __init__(self, graph: Any, rows: int, seed: int, order: str, delay: float = 0.0, copy: int = 0,
+                 copies: int = 1) -> None:
+        super().__init__(graph, rows, seed * 100 + copy, order, delay)

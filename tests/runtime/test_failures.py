@@ -1,17 +1,21 @@
 """What goes wrong is said by name, soon: peers that hang or die, plans and batches that do not fit."""
 
 import dataclasses
+import functools
 import time
+from datetime import timedelta
 
 import pytest
 import runtime_cases as cases
 import torch
+import torch.distributed as dist
 from runtime_pool import TaskError
 
 from mipipe.graphs.errors import GraphError, PlanError, ProgramError, RunError
 from mipipe.planner.actions import ActionKind, Stream
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.program import Instruction
+from mipipe.runtime.engine import comm
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
 
@@ -164,3 +168,83 @@ def test_programs_that_cannot_run_are_refused_before_they_start(damage, message)
     plan = two_ranks()
     with pytest.raises(ProgramError, match=message):
         Engine(plan, cases.chain_graph(), cases.chain_state(), program=damage(lower(plan)))
+
+
+class Launched:
+    """A work of a device that the host runs ahead of: `wait` puts the wait into the device's queue."""
+
+    def __init__(self, done_after=0):
+        self.looks, self.done_after, self.waited = 0, done_after, False
+
+    def wait(self):
+        self.waited = True
+
+    def is_completed(self):
+        self.looks += 1
+        return self.looks > self.done_after
+
+
+def test_a_host_that_runs_ahead_settles_in_the_order_of_its_waits():
+    """Every wait goes to the device; the host comes back when all are done, and starts anew for the next step."""
+    waits = comm.Waits(timedelta(seconds=5), blocking=False)
+    works = [Launched(3), Launched(), Launched(1)]
+    for work in works:
+        waits.wait([work], lambda: pytest.fail("nothing is late"))
+    assert all(work.waited and not work.looks for work in works)
+    waits.settle()
+    assert [work.looks for work in works] == [4, 1, 2]
+    waits.settle()
+    assert [work.looks for work in works] == [4, 1, 2]
+
+
+def test_the_first_wait_that_is_not_over_is_named():
+    """The limit is for standing still: works that go on coming are no fault, however long they take together."""
+    waits = comm.Waits(timedelta(seconds=0.4), blocking=False)
+    for number in range(4):
+        waits.wait([Launched(400)], functools.partial("wait {}".format, number))  # 0.2 s each and more
+    waits.settle()
+    for number, done in enumerate((0, 10**9, 0)):
+        waits.wait([Launched(done)], functools.partial("wait {}".format, number))
+    with pytest.raises(RunError, match=r"^wait 1: nothing for 0.4 s; the peer hangs or never starts its side$"):
+        waits.settle()
+    waits.settle()  # a failed step leaves nothing
+
+
+def run_ahead(stuck):
+    """A step of a rank whose host does not wait, and in which rank ``stuck`` never sees a receive end."""
+    original = comm.start_receive
+
+    class Real:
+        def __init__(self, work):
+            self.work = work
+
+        def wait(self):
+            self.work.wait(timedelta(seconds=20))
+
+        def is_completed(self):
+            return dist.get_rank() != stuck and self.work.is_completed()
+
+    graph = cases.chain_graph(1)
+    plan = cases.plan_of(cases.problem_of(graph, 2, 2), [([0], [0]), ([1], [1])], [[0, 0], [1, 1]],
+                         ["0F0 0F1 0B0 0B1", "1F0 1I0 1F1 1I1"])
+    engine = Engine(plan, graph, cases.chain_state(1), options=EngineOptions(timeout_s=1.0, share_loss=False))
+    waits = comm.Waits(timedelta(seconds=1), blocking=False)
+    engine._executor._waits = engine._executor._reducer._waits = waits
+    comm.start_receive = lambda *rest: [Real(work) for work in original(*rest)]
+    try:
+        return engine.step(cases.chain_batch(2))
+    except RunError as error:
+        return str(error)
+    finally:
+        comm.start_receive = original
+
+
+@pytest.mark.distributed
+def test_who_hangs_is_named_where_hosts_run_ahead(pool):
+    """The same engine, its waits settled at the end: equal results; and rank, transfer and peer of a wait that never
+    ends."""
+    loss, _ = cases.chain_reference(1, 2)
+    assert pool.run(2, __file__, "run_ahead", None)[1] == pytest.approx(loss, rel=1e-12)
+    texts = pool.run(2, __file__, "run_ahead", 0)
+    assert texts[0] == "rank 0, receiving 1⇐0:0 from rank 1: nothing for 1 s; the peer hangs or never starts its side"
+    assert texts[1] == pytest.approx(loss, rel=1e-12)

@@ -185,6 +185,25 @@ def test_killed_ranks_resume_and_a_lost_one_is_done_without(files):
     assert not (files / "killed.orders").read_text()
 
 
+@pytest.mark.slow
+def test_one_of_three_is_lost_and_two_go_on(files):
+    """Three copies of a plan; the first is killed: its survivors are healthy, and nothing is planned anew."""
+    config = write_config(files, "three", steps=8, data={**killing(files, "three", ["0 5 kill"]),
+                                                       "source": "runtime_models:KillOneCopy"},
+                          checkpoint={"folder": str(files / "three"), "every": 2})
+    said = []
+    result = train_elastic(files / "plan1.json", files / "graph.json", config, lambda problem: pytest.fail("planned"),
+                           copies=3, timeout_s=300, say=said.append)
+    assert "rank 0 lost: going on with 2 copies of the plan" in said
+    assert len(result.losses) == 8 and not (files / "three.orders").read_text()
+
+
+def leave_exits(folder, codes, times=None):
+    """The agent's report."""
+    (folder / "failures.json").write_text(json.dumps({
+        rank: {"code": code, "time": (times or {}).get(rank, 0)} for rank, code in codes.items()}))
+
+
 def test_who_is_lost(tmp_path):
     """Those killed; else those that keep silent while all others say that they waited for them; else nobody."""
     def reports(*entries):
@@ -196,10 +215,22 @@ def test_who_is_lost(tmp_path):
             (tmp_path / f"error-rank{rank}.json").write_text(text)
 
     reports((0, 0, "the peer has failed"))
-    (tmp_path / "failures.json").write_text(json.dumps({"0": 1, "2": -9}))
+    leave_exits(tmp_path, {"0": 1, "2": -9})
     assert lost_ranks(tmp_path, 4) == {2}
-    (tmp_path / "failures.json").write_text(json.dumps({"0": 1, "1": 130}))  # asked to end by SIGTERM
+    leave_exits(tmp_path, {"0": 1, "1": 130})  # asked to end by SIGTERM
     assert lost_ranks(tmp_path, 4) == {1}
+    leave_exits(tmp_path, {"0": -9, "1": -15, "2": -15})  # torchrun ended the healthy ones
+    assert lost_ranks(tmp_path, 3) == {0}
+    leave_exits(tmp_path, {"0": -6, "1": -11, "2": -6})  # watchdogs that waited for the one that crashed
+    assert lost_ranks(tmp_path, 3) == {1}
+    reports()
+    leave_exits(tmp_path, {"1": -6, "2": -6})  # they waited for some that did not even report
+    assert lost_ranks(tmp_path, 4) == {0, 3}
+    leave_exits(tmp_path, {"0": -6, "1": -6, "2": -6}, {"0": 12, "1": 10, "2": 11})  # the first aborted by itself
+    assert lost_ranks(tmp_path, 3) == {1}
+    reports((0, 0, "the loss is nan"))
+    leave_exits(tmp_path, {"1": -6, "2": -15})
+    assert lost_ranks(tmp_path, 3) == set()
     reports((0, 1, "nothing for 5 s; the peer hangs"), (2, 1, "the peer has failed"), (1, 0, "the peer has failed"))
     assert lost_ranks(tmp_path, 3) == {1}
     reports((0, 0, "the loss is nan"), (1, 0, "the peer has failed"))
@@ -209,7 +240,8 @@ def test_who_is_lost(tmp_path):
 @pytest.mark.parametrize("codes, text", [
     ({"1": -9}, r"rank 1 was killed by signal 9 \(SIGKILL\) \(by hand, or by the kernel for want of memory: see"),
     ({"1": -11, "0": 4}, r"rank 1 was killed by signal 11 \(SIGSEGV\); --resume continues"),
-    ({"0": -6, "1": -9}, r"rank 0 was killed by signal 6 \(SIGABRT\); rank 1 was killed by signal 9"),
+    ({"0": -6, "1": -9, "2": -15}, r"rank 1 was killed by signal 9 \(SIGKILL\)"),
+    ({"0": -15, "1": -6}, r"rank 1 was killed by signal 6 \(SIGABRT\); --resume continues"),
     ({"1": -99}, "rank 1 was killed by signal 99; --resume continues"),
     ({"1": 4}, "rank 0, instruction 3: the connection is closed; the peer has failed"),
 ])
@@ -220,7 +252,7 @@ def test_a_killed_worker_is_named(tmp_path, codes, text):
         (tmp_path / f"error-rank{rank}.json").write_text(json.dumps(data))
 
     leave(0, "rank 0, instruction 3: the connection is closed; the peer has failed")
-    (tmp_path / "failures.json").write_text(json.dumps(codes))
+    leave_exits(tmp_path, codes)
     error = explain_failure(tmp_path, tmp_path / "log", 1)
     assert type(error) is RunError and re.match(text, str(error)), str(error)
     leave(0, "step 3: the loss is nan")

@@ -1,0 +1,87 @@
+"""Which device the workers of a run compute on: what the user says, else what the plan was made for.
+
+Nothing is guessed: a plan for accelerators does not quietly train on CPUs, nor one for CPUs on a GPU, and workers that
+chose differently end before they wait for one another.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from mipipe.graphs.errors import InputError, RunError
+from mipipe.planner.plan import Plan
+
+ANY = "device"
+"""The kind of devices that stand for any (`Topology.uniform`)."""
+
+
+def kinds_of(plan: Plan) -> set[str]:
+    """The device kinds a plan was made for."""
+    return {device.kind for device in plan.problem.topology.devices}
+
+
+def choose(name: str | None, kinds: Iterable[str], count: int) -> str:
+    """``cpu`` or ``cuda`` for ``count`` workers on this host: the named one, else the one for the plan's kinds.
+
+    Raises:
+        InputError: there are fewer CUDA devices than workers; or nothing was named, and the kinds are of several sorts,
+            or of one that is not here.
+    """
+    named = sorted(set(kinds))
+    if name not in (None, "cpu", "cuda"):
+        raise InputError(f"device: found {name!r}, expected cpu or cuda")
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = "no CUDA device" if not here else f"{here} CUDA device{'s' if here > 1 else ''}"
+    workers = f"{count} worker{'s' if count > 1 else ''}"
+    if name == "cuda":
+        if here < count:
+            raise InputError(f"device: cuda asked for, but torch sees {found} for {workers} on this host; start fewer"
+                             " here, or use --device cpu")
+        return name
+    if name == "cpu" or named == ["cpu"]:
+        return "cpu"
+    if "cpu" in named:
+        raise InputError(f"device: the plan is for devices of kinds {', '.join(named)}, which do not run together; plan"
+                         " for one of them, or say --device cpu or --device cuda")
+    if here >= count:
+        return "cuda"
+    if named == [ANY]:
+        return "cpu"
+    raise InputError(f"device: the plan is for {', '.join(named)}, but torch sees {found} for {workers} on this host;"
+                     " say --device cpu to run it on CPUs, or start it where the devices are")
+
+
+def bind(kind: str) -> torch.device:
+    """This worker's device of a kind; with CUDA it is the current one from now on."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def agree(store: dist.Store, place: int, device: torch.device, timeout_s: float) -> None:
+    """Return when this worker knows that its device is of the first worker's sort.
+
+    Raises:
+        RunError: it is not, or the first worker has not said so in time.
+    """
+    mine = f"{device.type} on {socket.gethostname()}"
+    key = "mipipe/device"
+    if place == 0:
+        store.set(key, mine)
+        return
+    try:
+        store.wait([key], timedelta(seconds=timeout_s))
+    except RuntimeError:  # torch's DistStoreError
+        raise RunError(f"rank {place}: nothing from rank 0 for {timeout_s:g} s; it hangs or never started") from None
+    first = store.get(key).decode()
+    if first.partition(" ")[0] != device.type:
+        raise RunError(f"device: rank {place} would compute with {mine}, but rank 0 with {first}; say the same --device"
+                       " on all hosts, or see that every worker has a device there")

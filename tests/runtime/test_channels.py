@@ -1,0 +1,159 @@
+"""Process groups: one global order for every process, opened before the first step; control traffic on the default."""
+
+from __future__ import annotations
+
+import ast
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from runtime_cases import chain_graph, chain_state, plan_of, problem_of
+
+import mipipe.runtime
+from mipipe.graphs.errors import RunError
+from mipipe.planner.compare import baseline_rows
+from mipipe.planner.execution.lower import lower
+from mipipe.planner.problems.uniform import uniform_problem
+from mipipe.planner.schedules import BASELINES
+from mipipe.runtime.engine import mesh as meshes
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.mesh import GroupSpec, Use, group_specs
+from mipipe.runtime.train import trace
+
+RUNTIME = Path(mipipe.runtime.__file__).parent
+
+
+def dualpipe(ranks):
+    problem = uniform_problem(ranks=ranks, microbatches=2 * ranks, f=2, i=2, w=1, copies=2, activations=2 * ranks + 2)
+    found = next(item for item in BASELINES if item.name == "DualPipe")
+    return lower(next(row.plan for row in baseline_rows(problem, found) if row.plan is not None))
+
+
+PROGRAMS = {ranks: dualpipe(ranks) for ranks in (2, 4)}
+
+
+@given(ranks=st.sampled_from((2, 4)), copies=st.integers(1, 3), exchange=st.booleans(), apart=st.booleans(),
+       data=st.data())
+def test_every_process_makes_the_same_groups(ranks, copies, exchange, apart, data):
+    """Whatever the processes' order: each channel of each copy once, each set of ranks over all copies, and every
+    process in the groups of its own rank."""
+    order = data.draw(st.permutations(range(ranks * copies)))
+    specs = group_specs(PROGRAMS[ranks], [(1, 0)], order, exchange, apart)
+    assert len(specs) == len(set(specs))
+    program = PROGRAMS[ranks]
+    pairs = {(move.source_rank, move.target_rank) for move in program.transfers}
+    channels = [spec for spec in specs if spec.use is Use.CHANNEL]
+    assert {spec.members for spec in channels} == {(order[c * ranks + a], order[c * ranks + b])
+                                                   for a, b in pairs for c in range(copies)}
+    for spec in specs:
+        if spec.use is Use.REDUCTION:
+            assert set(spec.members) == {order[c * ranks + member] for c in range(copies) for member in spec.key}
+        if spec.use in (Use.COPY, Use.COPY_CONTROL, Use.EXCHANGE):
+            assert spec.members == tuple(order[c * ranks + spec.key[0]] for c in range(copies))
+    assert any(spec.control for spec in specs) == (apart and copies > 1)
+    assert any(spec.use is Use.EXCHANGE for spec in specs) == (exchange and copies > 1)
+
+
+def opened():
+    """What a rank opens while its engine is built, in order."""
+    graph = chain_graph(1)
+    plan = plan_of(problem_of(graph, 2, 2), [([0], [0]), ([1], [1])], [[0, 0], [1, 1]],
+                   ["0F0 0F1 0B0 0B1", "1F0 1I0 1F1 1I1"])
+    seen = []
+    original = meshes._open
+    meshes._open = lambda spec, *rest: (seen.append(spec), original(spec, *rest))
+    try:
+        Engine(plan, graph, chain_state(1))
+    finally:
+        meshes._open = original
+    return seen
+
+
+@pytest.mark.distributed
+def test_groups_are_opened_in_one_order(pool):
+    """Two copies of two ranks: what two processes both open, they open in the same order; every channel is there."""
+    answers = pool.run(4, __file__, "opened")
+    for first in range(4):
+        assert {spec.use for spec in answers[first]} == {Use.CHANNEL, Use.PLAN, Use.COPY}
+        assert all(first in spec.members for spec in answers[first])
+        for second in range(first):
+            both = [[spec for spec in answer if {first, second} <= set(spec.members)] for answer in
+                    (answers[first], answers[second])]
+            assert both[0] == both[1]
+    assert sum(spec.use is Use.CHANNEL for answer in answers for spec in answer) == 2 * 2 * 2
+
+
+def late_peer():
+    """Rank 1 never comes to the opening of a channel."""
+    spec, group = GroupSpec(Use.CHANNEL, (0, 1), (0, 1)), dist.new_group([0, 1])
+    if dist.get_rank():
+        time.sleep(2.0)
+        return ""
+    mesh = meshes.Mesh(0, 2, 0, 1, torch.device("cpu"), (0, 1))
+    spec = GroupSpec(Use.CHANNEL, (1, 0), (1, 0))
+    with pytest.raises(RunError) as caught:
+        meshes._open(spec, group, mesh, timedelta(seconds=1))
+    return str(caught.value)
+
+
+@pytest.mark.distributed
+def test_who_does_not_come_to_an_opening_is_named(pool):
+    text = pool.run(2, __file__, "late_peer")[0]
+    assert text == "rank 0: opening the channel from rank 1: nothing for 1 s; the peer hangs or never starts its side"
+
+
+def test_a_default_group_without_the_cpu_is_refused(monkeypatch):
+    for given_, fine in (("cuda:nccl", False), ("cpu:gloo,cuda:nccl", True), ("cpu:gloo", True)):
+        monkeypatch.setattr(dist, "get_backend_config", lambda text=given_: text)
+        if fine:
+            meshes.check_control()
+        else:
+            with pytest.raises(RunError, match=r'has the backend cuda:nccl.* use init_process_group\("gloo"\)'):
+                meshes.check_control()
+
+
+TENSORS = {"engine/comm.py"}
+"""Where collectives of tensors on the device are started."""
+CONTROL = {"engine/engine.py": {"all_reduce"}, "experts/run.py": {"all_reduce", "broadcast_object_list"},
+           "train/trace.py": {"send", "recv"}, "train/processes.py": {"all_gather_object"}, "worker.py": {"barrier"}}
+"""Which collectives are called elsewhere, all with CPU tensors or objects."""
+APART = {"train/links.py"}
+"""A program of its own, which measures the tensors' backend."""
+COLLECTIVES = {"all_reduce", "broadcast", "all_gather", "reduce_scatter", "all_to_all", "all_to_all_single", "send",
+               "recv", "isend", "irecv", "barrier", "all_gather_object", "broadcast_object_list", "gather_object"}
+
+
+def test_collectives_have_one_door():
+    """No module starts a collective of device tensors by itself, and no control traffic has gone astray."""
+    for path in RUNTIME.rglob("*.py"):
+        place = path.relative_to(RUNTIME).as_posix()
+        if place in TENSORS | APART or place.startswith("merge/"):
+            continue
+        called = {node.func.attr for node in ast.walk(ast.parse(path.read_text()))
+                  if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+                  and isinstance(node.func.value, ast.Name) and node.func.value.id == "dist"}
+        assert called & COLLECTIVES == CONTROL.get(place, set()), place
+
+
+def offset(delay):
+    """The measured distance of this rank's clock, were its host another one."""
+    original, clock = trace._boot_id, time.perf_counter_ns
+    trace._boot_id = lambda: f"host{dist.get_rank()}"
+    trace.time.perf_counter_ns = lambda: clock() + delay * dist.get_rank()
+    try:
+        return trace.clock_offset_ns(None)
+    finally:
+        trace._boot_id, trace.time.perf_counter_ns = original, clock
+
+
+@pytest.mark.distributed
+def test_clocks_of_other_hosts_are_compared_over_the_default_group(pool):
+    answers = pool.run(3, __file__, "offset", 10**12)
+    assert answers[0] == 0
+    for rank in (1, 2):
+        assert answers[rank] == pytest.approx(-rank * 10**12, abs=10**8)

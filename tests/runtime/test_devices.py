@@ -1,0 +1,81 @@
+"""Where a run computes: chosen by the user or the plan, refused where that is not here, agreed before anyone waits."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+from runtime_cases import chain_graph, plan_of, problem_of
+
+from mipipe.graphs.errors import InputError, RunError
+from mipipe.graphs.topology import Topology
+from mipipe.runtime.train import devices
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A host with so many CUDA devices."""
+    def set_count(count):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    return set_count
+
+
+@pytest.mark.parametrize("here, name, kinds, count, device", [
+    (0, None, ["cpu"], 4, "cpu"), (8, None, ["cpu", "cpu"], 4, "cpu"), (8, None, ["h100"], 8, "cuda"),
+    (8, None, ["h100", "fast"], 8, "cuda"), (0, None, ["device"], 2, "cpu"), (2, None, ["device"], 2, "cuda"),
+    (1, None, ["device"], 2, "cpu"), (8, "cpu", ["h100"], 8, "cpu"), (0, "cpu", ["h100"], 8, "cpu"),
+    (4, "cuda", ["cpu"], 4, "cuda"), (0, "cpu", ["cpu", "h100"], 2, "cpu")])
+def test_what_is_chosen(cuda, here, name, kinds, count, device):
+    cuda(here)
+    assert devices.choose(name, kinds, count) == device
+
+
+@pytest.mark.parametrize("here, name, kinds, count, text", [
+    (0, None, ["h100"], 2, "the plan is for h100, but torch sees no CUDA device for 2 workers on this host; say"),
+    (1, None, ["h100"], 2, "the plan is for h100, but torch sees 1 CUDA device for 2 workers on this host"),
+    (0, None, ["a", "b"], 1, "the plan is for a, b, but torch sees no CUDA device for 1 worker on"),
+    (2, "cuda", ["h100"], 3, "cuda asked for, but torch sees 2 CUDA devices for 3 workers on this host; start fewer"),
+    (0, "cuda", ["cpu"], 1, "cuda asked for, but torch sees no CUDA device for 1 worker"),
+    (8, None, ["h100", "cpu"], 2, "the plan is for devices of kinds cpu, h100, which do not run together"),
+    (8, "tpu", ["cpu"], 1, "found 'tpu', expected cpu or cuda")])
+def test_what_is_refused(cuda, here, name, kinds, count, text):
+    cuda(here)
+    with pytest.raises(InputError, match=f"^device: {text}"):
+        devices.choose(name, kinds, count)
+
+
+def test_the_kinds_of_a_plan():
+    problem = problem_of(chain_graph(1), 1, 2)
+    plan = plan_of(problem.replace(topology=Topology.uniform(2, kind="fast")), [([0], [0]), ([1], [1])], [[0], [1]],
+                   ["0F0 0B0", "1F0 1I0"])
+    assert devices.kinds_of(plan) == {"fast"}
+
+
+def answers(sorts, timeout_s=5.0):
+    """What the workers of one store say when theirs are these devices; None for one that never comes."""
+    store = dist.HashStore()
+    found = ["" for _ in sorts]
+
+    def work(place, sort):
+        try:
+            devices.agree(store, place, torch.device(sort), timeout_s)
+        except RunError as error:
+            found[place] = str(error)
+
+    threads = [threading.Thread(target=work, args=(place, sort)) for place, sort in enumerate(sorts) if sort]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_workers_agree_before_there_is_a_group():
+    assert answers(["cuda", "cuda", "cuda"]) == ["", "", ""]
+    first, second, third = answers(["cuda", "cpu", "cuda"])
+    assert not first and not third
+    assert "device: rank 1 would compute with cpu on " in second and ", but rank 0 with cuda on " in second
+    assert answers([None, "cpu"], 0.3)[1] == "rank 1: nothing from rank 0 for 0.3 s; it hangs or never started"
