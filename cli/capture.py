@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mipipe.cli.modes import add_modes, captured_graph, parse_modes
+from mipipe.cli.modes import captured_graph, parse_modes
 from mipipe.cli.output import Json, check_files, emit, log, progress, stdout
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import yaml_value
@@ -82,7 +82,10 @@ def capture(
             expert_groups=expert_groups, expert_parallel=expert_parallel, expert_loads=measured, freeze=freeze or (),
             inputs=inputs, granularity=granularity,  # type: ignore[arg-type]
             patterns=None if tags is None else load_patterns(tags), verify=verify, progress=update)
-        graph = add_modes(graph, names, sizes, update)
+        if names:
+            from mipipe.graphs.sharding.modes import with_modes
+
+            graph = with_modes(graph, names, sizes, update)
         save(graph, output)
     for text in warnings_of(graph):
         log(f"warning: {text}")

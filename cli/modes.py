@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,16 +35,6 @@ def parse_modes(modes: str | None, team: str | None) -> tuple[tuple[str, ...], t
         if not size.isascii() or not size.isdecimal() or not 2 <= int(size[:9]) <= MOST_MEMBERS:
             raise InputError(f"--team {team}: found {size!r}, expected numbers of members from 2 to {MOST_MEMBERS}")
     return names, tuple(map(int, sizes))
-
-
-def add_modes(graph: OperatorGraph, names: tuple[str, ...], sizes: tuple[int, ...],
-              say: Callable[[str], None]) -> OperatorGraph:
-    """The graph with the profiles of these modes; as it is where none are asked for."""
-    if not names:
-        return graph
-    from mipipe.graphs.sharding.modes import with_modes
-
-    return with_modes(graph, names, sizes, say)
 
 
 def captured_graph(source: str, asked: bool) -> OperatorGraph | None:

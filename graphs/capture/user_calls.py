@@ -50,7 +50,8 @@ def calling_line(module: nn.Module | None = None) -> str:
     while frame.f_back is not None and frame.f_code.co_filename.startswith((_TORCH, _OWN, "<")):
         inside |= frame.f_code.co_filename.startswith(_TORCH)
         if module is not None and inside and frame.f_code.co_filename.startswith(_OWN):  # the export began here
-            return line_of(type(getattr(module, "wrapped", module)).forward)
+            written: Any = type(getattr(module, "wrapped", module))
+            return line_of(written.forward)
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 

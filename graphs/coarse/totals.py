@@ -149,16 +149,18 @@ def headline(graph: OperatorGraph) -> str:
     size, active = count_parameters(graph), active_parameters(graph)
     works = []
     for phase in Phase:
-        own, full = total_flops(index, phase), total_flops(index, phase, full=True)
-        more = f" ({_short(full)}flop with causal attention in full)" if full != own else ""
-        works.append(f"{phase} {_short(own)}flop{more}")
+        works.append(f"{phase} {_both(total_flops(index, phase), total_flops(index, phase, full=True))}")
     some = "" if active == size else f", {_short(active, 'B')} active"
     own, full = flops_per_token(graph), flops_per_token(graph, full=True)
     if own is None or full is None:
         return f"{_short(size, 'B')} parameters{some}; {', '.join(works)}"
-    more = f" ({_short(full)}flop with causal attention in full)" if full != own else ""
-    return (f"{_short(size, 'B')} parameters{some}; {_short(own)}flop per token of training{more}; a microbatch:"
+    return (f"{_short(size, 'B')} parameters{some}; {_both(own, full, ' per token of training')}; a microbatch:"
             f" {', '.join(works)}")
+
+
+def _both(own: float, full: float, of: str = "") -> str:
+    more = f" ({_short(full)}flop with causal attention in full)" if full != own else ""
+    return f"{_short(own)}flop{of}{more}"
 
 
 def _short(value: float, billion: str = "G") -> str:

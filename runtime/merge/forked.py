@@ -17,11 +17,11 @@ from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
 from mipipe.graphs import errors
+from mipipe.graphs.children import die_with_parent
 from mipipe.graphs.errors import MipipeError, RunError
 from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.lock import let_go_in_fork
 from mipipe.runtime.train.failures import signal_name
-from mipipe.runtime.train.processes import die_with_parent
 
 POLL_S = 60.0
 """How long the parent waits for a message before it looks again; a rank that dies closes its pipe, so none is lost."""

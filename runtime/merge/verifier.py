@@ -17,10 +17,10 @@ from types import TracebackType
 import torch
 
 from mipipe.graphs import errors
+from mipipe.graphs.children import die_with_parent
 from mipipe.graphs.errors import MipipeError
 from mipipe.runtime.merge.lock import let_go_in_fork
 from mipipe.runtime.merge.verify import verify_output
-from mipipe.runtime.train.processes import die_with_parent
 
 PATIENCE_S = 120.0
 """How long the fork may take to check the result, once it is there; then it is taken to hang."""
