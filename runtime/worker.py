@@ -98,7 +98,8 @@ def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
     weights = initial_weights(graph, config)
     maps = read_maps(config, graph, max(1, int(os.environ.get("WORLD_SIZE", "1")) // len(program.ranks)))
     engine = Engine(plan, graph, weights, program=program, device=device,
-                    options=EngineOptions(config.seed, config.timeout_s, config.compile, master, expert_map=maps.get(0),
+                    options=EngineOptions(config.seed, config.timeout_s, config.compile, master,
+                                          barrier=config.barrier == "step", expert_map=maps.get(0),
                                           load_factor=config.experts.load_factor if config.experts else None))
     stored = weights if isinstance(weights, StoredWeights) else None
     del weights  # the whole model, where it was made here

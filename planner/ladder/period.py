@@ -5,7 +5,7 @@ last (`mipipe.planner.execution.steps`): ranks may begin the next step one after
 every rank gets a clock of its own that begins at its *offset*, and the schedule is searched on those clocks: an arc
 from rank a to rank b takes ``lag + offset_a - offset_b``, and the makespan on the ranks' clocks is the longest span.
 Offsets are the shortest ways from the ranks where the graph begins, over all arcs between ranks (duration and lag), so
-that nothing starts before what it reads on these clocks either: lists and annealing work as they are.
+that nothing starts before what it reads on these clocks either: lists, quotas and annealing work as they are.
 
 Placements are the known shapes. Published schedules within the limits are starts, too. The bound is a device's work
 where it is shared out evenly; at the placement, the busiest rank's. HiGHS takes no part.
@@ -23,6 +23,7 @@ import numpy as np
 from mipipe.graphs.errors import InfeasibleError, MipipeError, PlanError
 from mipipe.planner.bounds.over_placements import Bound, facts_of, work_of
 from mipipe.planner.execution.steps import schedule_period
+from mipipe.planner.how import then
 from mipipe.planner.jobs import paths as kernels
 from mipipe.planner.jobs.arcs import longest
 from mipipe.planner.jobs.arrays import Instance, build, orders_from, to_array, with_mirrors
@@ -37,6 +38,7 @@ from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.search import annealing as search
 from mipipe.planner.search import best_list as lists
+from mipipe.planner.search import quotas
 from mipipe.planner.search.lists import Orders
 
 LISTED = 0.4
@@ -45,18 +47,21 @@ LISTED = 0.4
 KEPT = 4
 """Placements that are annealed at first; the worse half is given up after every round."""
 
-SLICE_S = 0.5
-"""Seconds of annealing before the first comparison; rounds grow by half."""
+SLICE_S, MOST_S = 0.5, 5.0
+"""Seconds of annealing before the first comparison, and at most; rounds grow by half."""
 
 
 @dataclass(slots=True)
 class Entry:
-    """A placement in the race: its search on the ranks' clocks, and the period of the best schedule found there."""
+    """A placement in the race: its search on the ranks' clocks, and the period of the best schedule found there; the
+    lines of its instance, where quotas fit it, and the best rule tuned so far (`mipipe.planner.search.quotas`)."""
 
     candidate: Candidate
     search: search.Search
     period_ns: int = 1 << 62
     seen_ns: int = 1 << 62
+    lines: quotas.Lines | None = None
+    rule: quotas.QuotaRule | None = None
 
 
 def climb(run: Run) -> None:
@@ -78,33 +83,35 @@ def climb(run: Run) -> None:
     if not entries:
         raise InfeasibleError(why_infeasible(run.problem, run.options.placement, lambda changed: False))
     live = sorted(entries, key=lambda entry: entry.search.best.makespan_ns)[:KEPT]
-    seconds = SLICE_S
-    with ThreadPoolExecutor(run.options.threads) as pool:
+    seconds, turn = SLICE_S, 0
+    with ThreadPoolExecutor(max(2, run.options.threads)) as pool:
         while run.options.use_search and live and run.left > 0 and not _closed(run):
-            spent = min(seconds, run.left)
-            helpers = [_second(run, entry, number) for number, entry in enumerate(live * run.options.threads)]
-            jobs = [pool.submit(search.advance, worker, spent, lambda: run.stopped or run.interrupted)
-                    for worker in helpers]
-            try:
-                for job in jobs:
-                    job.result()
-            except BaseException:
-                run.stopped = True
-                raise
-            for entry, worker in zip(live * run.options.threads, helpers, strict=True):
-                if worker.best.makespan_ns < entry.search.best.makespan_ns:
-                    entry.search.best = worker.best
-            for entry in live:
-                _harvest(run, entry)
+            turn += 1
+            _round(run, pool, live, min(seconds, run.left), turn)
             live = sorted(live, key=lambda entry: entry.search.best.makespan_ns)[:max(1, len(live) // 2)]
             live = [entry for entry in live if not entry.search.finished]
-            seconds = min(5.0, 1.5 * seconds)
+            seconds = min(MOST_S, 1.5 * seconds)
 
 
-def _second(run: Run, entry: Entry, number: int) -> search.Search:
-    """The entry's search, or another from its best orders where threads outnumber the entries."""
-    return entry.search if number == 0 else search.start(entry.search.instance, entry.search.best,
-                                                         run.options.seed + 1009 * number, entry.search.target_ns)
+def _round(run: Run, pool: ThreadPoolExecutor, live: list[Entry], seconds: float, turn: int) -> None:
+    """Anneal every placement for some seconds, and meanwhile tune its quotas, where it has any."""
+    annealed = [pool.submit(search.advance, entry.search, seconds, lambda: run.stopped or run.interrupted)
+                for entry in live]
+    tuned = [(entry, pool.submit(quotas.tune, entry.candidate.instance, entry.lines, seconds,
+                                 run.options.seed + 101 * turn, start=entry.rule,
+                                 stop=lambda: run.stopped or run.interrupted)) for entry in live if entry.lines]
+    try:
+        for entry, job in zip(live, annealed, strict=True):
+            job.result()
+            _harvest(run, entry)
+        for entry, made in ((entry, other.result()) for entry, other in tuned):
+            entry.rule = entry.rule if made is None else made.rule
+            if made is not None and made.orders.makespan_ns < entry.search.best.makespan_ns:
+                entry.search.best, entry.candidate.searched = made.orders, ("quotas",)
+                _harvest(run, entry, rung="quotas")
+    except BaseException:
+        run.stopped = True
+        raise
 
 
 def period_bound(problem: PlanningProblem) -> Bound:
@@ -168,7 +175,7 @@ def _enter(run: Run, stage_view: StageView, schedule: Schedule | None = None,
     load = int(np.bincount(instance.machine, weights=instance.dur).max())
     found = Candidate(stage_view, Bound(load, "work of the busiest rank"), False, instance,
                       proposer=proposer or (f"shape {stage_view.placement.name}",))
-    entry = Entry(found, search.start(instance, orders, run.options.seed + 1, load))
+    entry = Entry(found, search.start(instance, orders, run.options.seed + 1, load), lines=quotas.lines_of(instance))
     found.searched = proposer or ("list",)
     _harvest(run, entry, schedule)
     return entry if found.best is not None else None
@@ -202,8 +209,11 @@ def _published(run: Run, entries: list[Entry]) -> None:
             entries.append(entry)
 
 
-def _harvest(run: Run, entry: Entry, schedule: Schedule | None = None) -> None:
-    """Judge the best orders of a search if they are new, and take their plan where its period is the shortest."""
+def _harvest(run: Run, entry: Entry, schedule: Schedule | None = None, rung: str = "annealing") -> None:
+    """Judge the best orders of a placement if they are new, and take their plan where its period is the shortest.
+
+    ``rung``: what made them, if they are not the first.
+    """
     orders, found = entry.search.best, entry.candidate
     if orders.makespan_ns >= entry.seen_ns:
         return
@@ -215,12 +225,11 @@ def _harvest(run: Run, entry: Entry, schedule: Schedule | None = None) -> None:
     period = schedule_period(found.view, schedule)
     if period >= entry.period_ns:
         return
-    rung = found.searched[-1] if found.best is None else "annealing"
-    found.lineage = found.searched if found.best is None else (*found.searched, "annealing")
-    entry.period_ns, found.best, found.rung = period, judged, rung
+    found.lineage = found.searched if found.best is None else then(found.searched, rung)
+    entry.period_ns, found.best, found.rung = period, judged, found.lineage[-1]
     if run.best is None or period < run.period_ns:
         run.best, run.period_ns = found, period
-        run.history.append(Incumbent(run.seconds, judged.makespan_ns, rung, found.placement.name))
+        run.history.append(Incumbent(run.seconds, judged.makespan_ns, found.rung, found.placement.name))
         run.report(f"period {period / run.problem.unit_ns:g}" if run.problem.unit_ns != 1 else "period")
     if found not in run.candidates:
         run.candidates.append(found)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +15,7 @@ from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.experts.maps import ExpertMap
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
+from mipipe.runtime.engine import comm
 from mipipe.runtime.engine.clock import clock_for
 from mipipe.runtime.engine.compile import compile_rank
 from mipipe.runtime.engine.compiled import Compiled
@@ -32,7 +36,8 @@ class Engine:
     ``on_update`` is called at the program's OPTIMIZER_STEP, when gradients are complete. ``record`` is what the last
     step or evaluation left: times and, where it is tracked, memory. ``notice`` is asked at the end of every step, and
     ``noticed`` says whether it was true on any rank: it travels with the loss (``share_loss``). Where a device runs
-    behind the host, a step records when that worked only while ``measuring``, at the price of some launches.
+    behind the host, a step records when that worked only while ``measuring``, at the price of some launches. Without a
+    barrier (`EngineOptions`) loss and ``noticed`` are those of the step before; `finish` waits for the last ones.
     """
 
     def __init__(self, plan: Plan, graph: OperatorGraph, weights: WeightSource, *, program: Program | None = None,
@@ -48,6 +53,7 @@ class Engine:
         self.plan, self.graph, self.mesh = plan, graph, self.compiled.mesh
         self.weights: Weights = self.compiled.weights
         self.record = StepRecord()
+        self._summing: tuple[Any, torch.Tensor, float] | None = None
         self._executor = Executor(self.compiled, self.options)
 
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -62,7 +68,8 @@ class Engine:
         """The loss of one step: the sum of all microbatches' losses over the global number of valid labels.
 
         ``batch``: tensors by the graph's input names, split along their first dimension, or a list of microbatches.
-        Gradients are added to what ``.grad`` holds. None where the loss is not known to this rank (``share_loss``).
+        Gradients are added to what ``.grad`` holds. None where the loss is not known to this rank (``share_loss``), or
+        not yet: without a barrier it is that of the step before.
 
         Raises:
             BatchError: the batch does not fit, or has no labels, here or on another copy of the plan; nothing is done.
@@ -73,7 +80,15 @@ class Engine:
         self.record = self._executor.run(microbatches, self.steps_done, self.on_update,
                                          clock_for(self.mesh.device, self.measuring))
         self.steps_done += 1
-        return self._share(self.record.losses, 1.0 / weight)
+        if self.options.barrier:
+            return self._share(self.record.losses, 1.0 / weight)
+        before, self._summing = self._summing, self._begin_sum(self.record.losses, 1.0 / weight)
+        return self._end_sum(before)
+
+    def finish(self) -> float | None:
+        """Wait for the loss of the last step, where steps do not wait for theirs; None where there is none."""
+        before, self._summing = self._summing, None
+        return self._end_sum(before)
 
     def evaluate(self, batch: Batch) -> float | None:
         """The loss of a batch without gradients; ``engine.outputs`` then has this rank's outputs by microbatch."""
@@ -129,14 +144,24 @@ class Engine:
         return move_experts(self.compiled.experts, self.weights, expert_map, optimizer)
 
     def _share(self, losses: dict[int, torch.Tensor], scale: float) -> float | None:
+        return self._end_sum(self._begin_sum(losses, scale))
+
+    def _begin_sum(self, losses: dict[int, torch.Tensor], scale: float) -> tuple[Any, torch.Tensor, float]:
+        """What sums the losses over the ranks (None where nothing is left to do), [loss, notices], and the scale: nan
+        where this rank will not know the loss."""
         total = sum((losses[index].double() for index in sorted(losses)), torch.zeros((), dtype=torch.float64,
                                                                                       device=self.mesh.device))
-        self.noticed = self.notice()
-        value = float(total)
+        both = torch.tensor([float(total), float(self.notice())], dtype=torch.float64)
         if self.options.share_loss and world() > 1:
-            both = torch.tensor([value, float(self.noticed)], dtype=torch.float64)
-            dist.all_reduce(both)
-            value, self.noticed = float(both[0]), bool(both[1] > 0)
-        elif not losses:
+            return dist.all_reduce(both, async_op=True), both, scale
+        return None, both, scale if losses else math.nan
+
+    def _end_sum(self, begun: tuple[Any, torch.Tensor, float] | None) -> float | None:
+        if begun is None:
             return None
-        return value * scale
+        work, both, scale = begun
+        if work is not None:
+            comm.wait([work], timedelta(seconds=self.options.timeout_s),
+                      lambda: f"rank {self.mesh.rank}, step {self.steps_done}: sum of the loss")
+        self.noticed = bool(both[1] > 0)
+        return None if math.isnan(scale) else float(both[0]) * scale

@@ -1,4 +1,4 @@
-"""What a user may choose of an engine; none of it changes the mathematics."""
+"""What a user may choose of an engine; none of it changes the mathematics of a step."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ class EngineOptions:
     instruction, slowly. Memory beyond the plan's buys independence of the other ranks' delays: ``hold_sends`` keeps
     what was sent to the end of the step instead of waiting where the program frees it, ``prepost`` posts every receive
     that many compute actions earlier than the program does. ``overlap`` runs the plan's collective stream beside its
-    compute stream where ranks exchange rows (a thread, on CPUs). For graphs captured for expert parallelism:
-    ``expert_map`` places the experts on the copies of the plan (None: in equal blocks), ``load_factor`` caps the rows
-    that a copy accepts, in even shares.
+    compute stream where ranks exchange rows (a thread, on CPUs). Without ``barrier`` no step waits for the last rank's
+    end: the loss is summed meanwhile, and `Engine.step` returns that of the step before. For graphs captured for expert
+    parallelism: ``expert_map`` places the experts on the copies of the plan (None: in equal blocks), ``load_factor``
+    caps the rows that a copy accepts, in even shares.
     """
 
     seed: int = 0
@@ -32,5 +33,6 @@ class EngineOptions:
     hold_sends: bool = False
     prepost: int = 0
     overlap: bool = True
+    barrier: bool = True
     expert_map: ExpertMap | None = None
     load_factor: float | None = None

@@ -167,6 +167,10 @@ class TrainConfig:
     ``seed``; ``save`` writes such a folder at the end. ``model`` overrides where the graph says it came from. ``dtype``
     is that of master weights, if another than the graph's. ``metrics`` (JSONL), ``timeline`` (measured, of the last
     step) and ``profile`` (Chrome trace of the last step, one per rank) are files; ``tensorboard`` is a folder.
+
+    ``barrier: none``: no step waits for the last rank's end (what plans made for the period are for). Losses, norms and
+    requests to stop are then known a step later, and ``clip`` goes by the norm of the step before (the first step of a
+    process by its own).
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -180,6 +184,7 @@ class TrainConfig:
     schedule: ScheduleConfig = ScheduleConfig()
     data: DataConfig = DataConfig()
     clip: float | None = None
+    barrier: Literal["step", "none"] = "step"
     dtype: Literal["float64", "float32", "bfloat16"] | None = None
     compile: bool = False
     metrics: str | None = None
@@ -198,6 +203,9 @@ class TrainConfig:
             raise InputError(f"train config: timeout_s is {self.timeout_s}; expected more than 0, and at most 10000000")
         if self.clip is not None and not self.clip > 0:
             raise InputError(f"train config: clip is {self.clip}; expected more than 0")
+        if self.barrier == "none" and self.experts is not None:
+            raise InputError("train config: barrier none does not go with experts, whose loads all ranks sum up after"
+                             " every step; leave one of them out")
 
 
 def read_train_config(path: str | Path) -> TrainConfig:

@@ -101,6 +101,11 @@ def gradient_norm(engine: Engine) -> float:
     Raises:
         RunError: the norm is not finite.
     """
+    return LateClip(engine, None).clip()
+
+
+def _own_square(engine: Engine) -> torch.Tensor:
+    """The squared 2-norm of what this rank counts of the plan's gradients."""
     owned = [item.grad for name, item in engine.named_parameters()
              if item.grad is not None and engine.compiled.holders[name][0] == engine.mesh.rank
              and name not in engine.compiled.banks]
@@ -109,22 +114,57 @@ def gradient_norm(engine: Engine) -> float:
         total += norm.double() ** 2
     if engine.compiled.experts is not None:
         total += expert_square(engine.compiled.experts, engine.weights)
-    if engine.mesh.plan_group is not None:
-        comm.wait([comm.start_all_reduce(engine.mesh.plan_group, total)], timedelta(seconds=engine.options.timeout_s),
-                  lambda: f"rank {engine.mesh.rank}: the gradient norm", engine.mesh.device.type == "cpu")
-    value = float(total) ** 0.5
-    if not math.isfinite(value):
-        raise RunError(f"step {engine.steps_done + 1}: the gradient norm is {value}; lower the learning rate, or look"
-                       " for bad data in this step's batch")
-    return value
+    return total
 
 
 def clip_gradients(engine: Engine, max_norm: float | None) -> float:
     """The gradient norm before clipping; with ``max_norm`` all gradients are scaled down to it. All ranks must call."""
-    norm = gradient_norm(engine)
-    if max_norm is not None and norm > max_norm:
-        scale = max_norm / (norm + 1e-6)
-        for parameter in engine.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale)
-    return norm
+    return LateClip(engine, max_norm).clip()
+
+
+class LateClip:
+    """Clipping for steps that do not wait for each other: by the norm of the step before, whose sum over the ranks is
+    made meanwhile. The first step waits for its own.
+
+    A norm that is not finite shows one step late. All ranks must call alike.
+    """
+
+    def __init__(self, engine: Engine, max_norm: float | None) -> None:
+        self._engine, self._max_norm = engine, max_norm
+        self._square: torch.Tensor | None = None
+        self._work: Any = None
+        self._step = 0
+
+    def clip(self) -> float:
+        """Scale the gradients down; the norm of the step before (of this one at the first)."""
+        first = self._square is None
+        before = 0.0 if first else self.finish()
+        self._square, self._step = _own_square(self._engine), self._engine.steps_done + 1
+        if self._engine.mesh.plan_group is not None:
+            self._work = comm.start_all_reduce(self._engine.mesh.plan_group, self._square)
+        norm = self.finish() if first else before
+        if self._max_norm is not None and norm > self._max_norm:
+            scale = self._max_norm / (norm + 1e-6)
+            for parameter in self._engine.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+        return norm
+
+    def finish(self) -> float:
+        """The norm of the last step, once all ranks have made their part; 0.0 before any.
+
+        Raises:
+            RunError: it is not finite, or a rank did not make its part in time.
+        """
+        if self._square is None:
+            return 0.0
+        if self._work is not None:
+            comm.wait([self._work], timedelta(seconds=self._engine.options.timeout_s),
+                      lambda: f"rank {self._engine.mesh.rank}, step {self._step}: the gradient norm",
+                      self._engine.mesh.device.type == "cpu")
+            self._work = None
+        value = float(self._square) ** 0.5
+        if not math.isfinite(value):
+            raise RunError(f"step {self._step}: the gradient norm is {value}; lower the learning rate, or look for bad"
+                           " data in this step's batch")
+        return value

@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from mipipe.runtime.experts.run import ExpertRun
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.data import Batches
 from mipipe.runtime.train.metrics import Metrics, Record, memory_record, open_metrics
-from mipipe.runtime.train.optim import clip_gradients, learning_rate_factor, make_optimizer
+from mipipe.runtime.train.optim import LateClip, clip_gradients, learning_rate_factor, make_optimizer
 from mipipe.runtime.train.processes import gather
 from mipipe.runtime.train.trace import measured_timeline
 from mipipe.runtime.weights.checkpoint import Checkpoints
@@ -30,6 +31,17 @@ LAST_CHECKPOINT_S = 60.0
 """How long a run that fails waits at most for the checkpoint it had begun to write."""
 SKIPPED_IN_A_ROW = 100
 """After so many invalid batches one after another there is no sense in looking for a valid one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What is known of a step without its loss: its number from 0, its seconds in all and of loading, and more for its
+    record."""
+
+    step: int
+    seconds: float
+    loading: float
+    extra: Record
 
 
 class Trainer:
@@ -48,6 +60,8 @@ class Trainer:
         self._rates = [group["lr"] for group in self.optimizer.param_groups] if self.optimizer is not None else []
         self._factor = learning_rate_factor(config.schedule, config.steps)
         self._norm = 0.0
+        self._late = LateClip(engine, config.clip) if config.barrier == "none" else None
+        self._unsummed: _Done | None = None
         engine.on_update = self._update
         self.checkpoints: Checkpoints | None = None
         if config.checkpoint is not None:
@@ -66,7 +80,7 @@ class Trainer:
 
     def _update(self) -> None:
         """Clip, set the learning rate, step, forget the gradients."""
-        self._norm = clip_gradients(self.engine, self.config.clip)
+        self._norm = clip_gradients(self.engine, self.config.clip) if self._late is None else self._late.clip()
         if self.optimizer is not None:
             for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * self._factor(self.engine.steps_done)
@@ -120,12 +134,14 @@ class Trainer:
             self.begin()
         config = self.config
         self._metrics = open_metrics(config.metrics, config.tensorboard, start) if self.first else None
-        losses = []
+        losses: list[float] = []
         try:
             for step in range(start, config.steps):
-                losses.append(self._step(step))
+                losses += self._step(step)
                 if self.engine.noticed and step + 1 < config.steps:
+                    losses += self._flush()
                     self._end_early(step + 1)
+            losses += self._flush()
             if self.checkpoints is not None:
                 self.checkpoints.finish()
             if losses:
@@ -195,29 +211,48 @@ class Trainer:
         self._saved = done
         return f"what was done is saved in {self.checkpoints.saved}; go on with --resume"
 
-    def _step(self, step: int) -> float:
-        """The loss of one step; its record goes to the metrics."""
+    def _step(self, step: int) -> list[float]:
+        """One step, and the losses that are known by its end: its own, or without a barrier that of the step before."""
         begin = time.perf_counter()
         last = step == self.config.steps - 1
         self.engine.measuring = last and bool(self._wants_times)
         loss, loading, skipped = self._advance(step, last)
+        extra = self.experts.after(step + 1) | ({"data/skipped": skipped} if skipped else {})
+        done = _Done(step, time.perf_counter() - begin, loading, extra)
+        if self._late is None:
+            known = [(done, loss)]
+        else:
+            before, self._unsummed = self._unsummed, done
+            known = [] if before is None else [(before, loss)]
+        losses = [self._tell(*item) for item in known]
+        self._checkpoint(step + 1, last)
+        return losses
+
+    def _flush(self) -> list[float]:
+        """The loss of the last step, where it was not waited for."""
+        done, self._unsummed = self._unsummed, None
+        if done is None or self._late is None:
+            return []
+        loss, self._norm = self.engine.finish(), self._late.finish()
+        return [self._tell(done, loss)]
+
+    def _tell(self, done: _Done, loss: float | None) -> float:
+        """A step's loss, checked; its record goes to the metrics."""
+        assert loss is not None
         if not math.isfinite(loss):
-            raise RunError(f"step {step + 1}: the loss is {loss}; lower the learning rate, clip gradients, or look for"
-                           " bad data in this step's batch")
-        extra = self.experts.after(step + 1)
+            raise RunError(f"step {done.step + 1}: the loss is {loss}; lower the learning rate, clip gradients, or look"
+                           " for bad data in this step's batch")
         if self._metrics is not None:
-            extra |= {"data/skipped": skipped} if skipped else {}
-            record = {**self._record(step, loss, begin, loading), **extra}
-            if last:
+            record = {**self._record(done, loss), **done.extra}
+            if done.step == self.config.steps - 1:
                 self._held = record  # it gets what the timeline says, once all is saved
             else:
                 self._write(record)
         if self.progress is not None and self.first:
-            self.progress(step + 1, loss)
-        self._checkpoint(step + 1, last)
+            self.progress(done.step + 1, loss)
         return loss
 
-    def _advance(self, step: int, last: bool) -> tuple[float, float, int]:
+    def _advance(self, step: int, last: bool) -> tuple[float | None, float, int]:
         """The engine's step with the next valid batch: loss, seconds of loading, invalid batches passed over."""
         loading, skipped = 0.0, 0
         while True:
@@ -227,7 +262,6 @@ class Trainer:
             try:
                 with _profiler(self.config.profile if last else None, self.engine):
                     loss = self.engine.step(batch)
-                assert loss is not None
                 return loss, loading, skipped
             except BatchError as error:
                 if not self.config.data.skip_invalid or skipped >= SKIPPED_IN_A_ROW:
@@ -243,16 +277,15 @@ class Trainer:
             self.checkpoints.save(done, self.batches.state())
             self._saved = done
 
-    def _record(self, step: int, loss: float, begin: float, loading: float) -> Record:
-        took = time.perf_counter() - begin
+    def _record(self, done: _Done, loss: float) -> Record:
         record: Record = {
-            "step": step + 1, "loss_metrics/global_avg_loss": loss, "grad_norm": self._norm,
-            "lr": self.config.optimizer.lr * self._factor(step), "time_metrics/end_to_end(s)": took,
-            "time_metrics/data_loading(s)": loading,
-            "time_metrics/data_loading(%)": 100 * loading / took}
+            "step": done.step + 1, "loss_metrics/global_avg_loss": loss, "grad_norm": self._norm,
+            "lr": self.config.optimizer.lr * self._factor(done.step), "time_metrics/end_to_end(s)": done.seconds,
+            "time_metrics/data_loading(s)": done.loading,
+            "time_metrics/data_loading(%)": 100 * done.loading / done.seconds}
         tokens = self._tokens()
         if tokens:
-            record["throughput(tps)"] = tokens / took
+            record["throughput(tps)"] = tokens / done.seconds
         return record | memory_record(self.engine.mesh.device)
 
     def _tokens(self) -> int:

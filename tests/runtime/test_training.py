@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import random
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def batches():
 
 def train(made, graph, state, config, resume=False):
     """What a rank does: losses, parameters, and the rank's number of steps done before."""
-    engine = Engine(made, graph, state, options=EngineOptions(seed=config.seed))
+    engine = Engine(made, graph, state, options=EngineOptions(seed=config.seed, barrier=config.barrier == "step"))
     trainer = Trainer(engine, config, Batches(batches()))
     start = trainer.resume() if resume else 0
     losses = trainer.run(start)
@@ -87,6 +88,48 @@ def test_steps_of_adamw_equal_the_single_process(pool, seed, clip):
     assert losses == pytest.approx(expected, rel=1e-9)
     for name, tensor in weights.items():
         assert torch.linalg.vector_norm(tensor - final[name]) <= 1e-8 * torch.linalg.vector_norm(final[name]), name
+
+
+@functools.cache
+def alone_by_the_last_norm(steps, clip):
+    """The same by hand, gradients scaled by the norm of the step before; the first by its own."""
+    module = models.skip_module()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    losses, last = [], None
+    for _, batch in zip(range(steps), batches(), strict=False):
+        optimizer.zero_grad()
+        pieces = models.chunked(batch, COUNT)
+        loss, _ = models.eager(module, pieces, equal.valid_labels(False, pieces))
+        losses.append(loss)
+        norm = torch.sqrt(sum(item.grad.double().square().sum() for item in module.parameters())).item()
+        chosen, last = norm if last is None else last, norm
+        if clip is not None and chosen > clip:
+            for item in module.parameters():
+                item.grad.mul_(clip / (chosen + 1e-6))
+        optimizer.step()
+    return losses
+
+
+def test_steps_without_a_barrier_are_bitwise_those_with_one(pool, tmp_path):
+    """Losses of all steps, each told a step later; the same weights, metrics of every step, and checkpoints."""
+    whole, weights, _ = run(pool, plan(3), config(5))
+    told, own, _ = run(pool, plan(3), config(5, barrier="none", metrics=str(tmp_path / "m.jsonl")))
+    assert told == whole and all(torch.equal(weights[name], own[name]) for name in weights)
+    records = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
+    assert [record["loss_metrics/global_avg_loss"] for record in records] == whole
+    assert all(record["grad_norm"] > 0 for record in records)
+
+
+def test_without_a_barrier_gradients_are_clipped_by_the_last_norm(pool):
+    losses, _, _ = run(pool, plan(4), config(4, clip=0.1, barrier="none"))
+    assert losses == pytest.approx(alone_by_the_last_norm(4, 0.1), rel=1e-9)
+    assert losses != pytest.approx(alone(4, 0.1)[0], rel=1e-9)  # clipping by the own norm is another run
+
+
+def test_a_loss_that_is_not_finite_shows_without_a_barrier_too(pool):
+    with pytest.raises(RunError, match=r"step [1-4]: (the loss|the gradient norm) is"):
+        run(pool, plan(4), TrainConfig(4, optimizer=OptimizerConfig("sgd", 1e30), barrier="none"))
 
 
 def test_resume_is_bitwise(pool, tmp_path):
