@@ -50,6 +50,9 @@ def compare(
     activations: Annotated[float | None, typer.Option(help="Planned rows: activations per device at most, in even"
                                                            " stages of one microbatch (default ranks + 1).",
                                                       rich_help_panel=_CHAIN)] = None,
+    chunks: Annotated[int | None, typer.Option(help="Stages per rank of interleaved 1F1B (default 2; given, the model has"
+                                                    " as many layers per rank, unless --layers says more).", min=2, max=64,
+                                               rich_help_panel=_CHAIN)] = None,
     problem_file: Annotated[Path | None, typer.Option("--problem", help="A planning problem or a plan (for its"
                                                                         " problem) instead of equal stages.")] = None,
     placement: Annotated[str, typer.Option(help="Placement of the planned row: free, chain, v, interleaved, wave,"
@@ -72,16 +75,19 @@ def compare(
     from mipipe.planner.compare import compare as compare_schedules
     from mipipe.planner.options import PlanOptions
     from mipipe.planner.options import without as parts_off
+    from mipipe.planner.schedules.one_f_one_b import CHUNKS
 
     chain = {"ranks": ranks, "microbatches": microbatches, "f": f, "i": i, "w": w, "comm": comm, "fb": fb,
              "layers": layers, "first": first, "last": last, "copies": copies, "activations": activations,
              "attention": attention, "dispatch": dispatch, "experts": experts, "combine": combine}
+    if chunks is not None and layers is None and attention is None and ranks is not None:
+        chain["layers"] = chunks * ranks
     problem = abstract_problem(problem_file, chain)
     options = PlanOptions(time_limit_s=time_limit, seed=seed, placement=placement,  # type: ignore[arg-type]
                           **parts_off(without or ()))  # type: ignore[arg-type]
     names = None if schedules is None else [name.strip() for name in schedules.split(",") if name.strip()]
     with progress("comparing") as update:
-        rows = compare_schedules(problem, names, options, update)
+        rows = compare_schedules(problem, names, options, update, chunks or CHUNKS)
     if html_file is not None:
         _write_html(html_file, problem, rows)
     if json_output:

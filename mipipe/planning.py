@@ -113,7 +113,8 @@ def plan(model: OperatorGraph | CoarseGraph | PlanningProblem | PathLike,
 
 def compare(problem: PlanningProblem | Plan | PathLike, schedules: Sequence[str] | None = None, *,
             time_limit_s: float = 30.0, placement: PlacementName = "free", seed: int = 0,
-            without: Sequence[Part] = (), on_progress: Callable[[str], None] | None = None) -> list[ComparisonRow]:
+            without: Sequence[Part] = (), chunks: int = 2,
+            on_progress: Callable[[str], None] | None = None) -> list[ComparisonRow]:
     """Published schedules and our plan on one problem, each row with makespan, bubble and memory.
 
     Args:
@@ -121,6 +122,7 @@ def compare(problem: PlanningProblem | Plan | PathLike, schedules: Sequence[str]
         schedules: names of rows, such as ``["1F1B", "ZB-V", "mipipe"]``; None: all.
         time_limit_s: for the planned row.
         without: parts the planned row does without, as of `plan`.
+        chunks: stages per rank of interleaved 1F1B.
 
     Raises:
         InputError: an unknown name.
@@ -134,7 +136,7 @@ def compare(problem: PlanningProblem | Plan | PathLike, schedules: Sequence[str]
     given = found.problem if isinstance(found, Plan) else cast("PlanningProblem", found)
     options = PlanOptions(time_limit_s=time_limit_s, seed=seed, placement=placement,
                           **parts_off(without))  # type: ignore[arg-type]
-    return compare_schedules(given, schedules, options, on_progress)
+    return compare_schedules(given, schedules, options, on_progress, chunks)
 
 
 def simulate(plan: Plan | PathLike, program: Program | None = None) -> Timeline:

@@ -42,13 +42,17 @@ from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.uniform import in_activations, in_copies
-from mipipe.planner.schedules import BASELINES, Baseline, merge_streams
+from mipipe.planner.schedules import BASELINES, INTERLEAVED, Baseline, merge_streams, with_chunks
+from mipipe.planner.schedules.one_f_one_b import CHUNKS
 from mipipe.planner.solve import Termination, plan
 from mipipe.planner.timeline import Timeline
 
 Accounting = Literal["published", "indivisible", "split", "streams"]
 PLANNED = "mipipe"
 """The name of the planned row."""
+MEGATRON = ("Megatron-LM's order, which takes about as many transfers as there are ranks longer than the 1F1B-I of the"
+            " zero-bubble paper's tables")
+"""Said of interleaved 1F1B where transfers take time."""
 RESERVE = 0.2
 """Share of the time limit kept for a second solve from published schedules, in case one of them is better."""
 
@@ -94,10 +98,11 @@ class ComparisonRow:
 
 
 def compare(problem: PlanningProblem, names: Sequence[str] | None = None, options: PlanOptions | None = None,
-            on_progress: Callable[[str], None] | None = None) -> list[ComparisonRow]:
+            on_progress: Callable[[str], None] | None = None, chunks: int = CHUNKS) -> list[ComparisonRow]:
     """The rows of the named schedules (default: all, the planned one last) on a problem.
 
-    ``options`` steer the planned row; ``on_progress`` is told what is being worked on.
+    ``options`` steer the planned row; ``on_progress`` is told what is being worked on; ``chunks`` are the stages per
+    rank of interleaved 1F1B.
 
     Raises:
         InputError: an unknown name.
@@ -106,7 +111,7 @@ def compare(problem: PlanningProblem, names: Sequence[str] | None = None, option
     chosen = _choose(names)
     tell = on_progress or (lambda text: None)
     rows: list[ComparisonRow] = []
-    for baseline in BASELINES:
+    for baseline in with_chunks(chunks):
         if baseline.name in chosen:
             tell(baseline.name)
             rows += baseline_rows(problem, baseline)
@@ -157,7 +162,8 @@ def baseline_rows(problem: PlanningProblem, baseline: Baseline) -> Iterator[Comp
         given = merge_streams(problem) if accounting == "split" else problem
         split = accounting != "indivisible"
         try:
-            row = measured_row(baseline.name, accounting, baseline.plan(given, split=split))
+            row = dataclasses.replace(measured_row(baseline.name, accounting, baseline.plan(given, split=split)),
+                                      note=MEGATRON if baseline.name == INTERLEAVED and _moves(problem) else "")
             yield row
             balanced = measured_row(baseline.name, accounting, baseline.plan(given, split=split, cut="balanced"))
         except ProblemError as error:
@@ -165,6 +171,12 @@ def baseline_rows(problem: PlanningProblem, baseline: Baseline) -> Iterator[Comp
             return
         if balanced.makespan < row.makespan:  # type: ignore[operator]
             yield dataclasses.replace(balanced, note="stages cut by time")
+
+
+def _moves(problem: PlanningProblem) -> bool:
+    """Whether a transfer between two ranks takes time."""
+    size = max((edge.num_bytes for edge in problem.edges), default=0)
+    return problem.num_ranks > 1 and problem.topology.transfer_ns(0, 1, size) > 0
 
 
 def measured_row(name: str, accounting: Accounting, found: Plan) -> ComparisonRow:

@@ -111,6 +111,8 @@ def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
     show = ProgressBar(config.steps, options.progress) if options.progress != "none" else None
     say = functools.partial(tell, options.report)
     trainer = Trainer(engine, config, batches, show, simulate(plan, program), maps, say, stopping.asked)
+    if "period" in plan.provenance and config.barrier == "step":
+        trainer.say("the plan was made for steps without a barrier; 'barrier: none' in the configuration runs them so")
     done = trainer.begin(start, began)
     if trainer.first:
         if store is not None:

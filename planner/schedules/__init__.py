@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 from mipipe.planner.schedules import closed_forms
 from mipipe.planner.schedules.baseline import Baseline, OrderAccounting
 from mipipe.planner.schedules.chimera import chimera
@@ -12,15 +15,18 @@ from mipipe.planner.schedules.pattern import PhaseTimes, StagePattern
 from mipipe.planner.schedules.v_shape import v_half, v_min, zb_v
 from mipipe.planner.schedules.zero_bubble import zb1p, zb_h1, zb_h2
 
-__all__ = ["BASELINES", "Baseline", "CutRule", "OrderAccounting", "PhaseTimes", "StagePattern", "merge_streams"]
+__all__ = ["BASELINES", "INTERLEAVED", "Baseline", "CutRule", "OrderAccounting", "PhaseTimes", "StagePattern",
+           "merge_streams", "with_chunks"]
 
 _BOTH: tuple[OrderAccounting, ...] = ("indivisible", "split")
 _SPLIT: tuple[OrderAccounting, ...] = ("split",)
 
+INTERLEAVED = "Interleaved 1F1B"
+
 BASELINES: tuple[Baseline, ...] = (
     Baseline("GPipe", gpipe, _BOTH, closed_forms.one_f_one_b, "Huang et al., 2019"),
     Baseline("1F1B", one_f_one_b, _BOTH, closed_forms.one_f_one_b, "Narayanan et al., 2021"),
-    Baseline("Interleaved 1F1B", interleaved, _BOTH, closed_forms.interleaved, "Narayanan et al., 2021"),
+    Baseline(INTERLEAVED, interleaved, _BOTH, closed_forms.interleaved, "Narayanan et al., 2021"),
     Baseline("ZB-H1", zb_h1, _SPLIT, closed_forms.zb1p, "Qi et al., 2023"),
     Baseline("ZB-H2", zb_h2, _SPLIT, closed_forms.zb_h2, "Qi et al., 2023"),
     Baseline("ZB1P", zb1p, _SPLIT, closed_forms.zb1p, "Qi et al., 2023; interleaved, two stages per rank"),
@@ -31,3 +37,10 @@ BASELINES: tuple[Baseline, ...] = (
     Baseline("DualPipeV", dualpipe_v, _BOTH, closed_forms.dualpipe_v, "DeepSeek-AI, 2025"),
     Baseline("Chimera", chimera, _BOTH, closed_forms.chimera, "Li and Hoefler, 2021"),
 )
+
+
+def with_chunks(chunks: int) -> tuple[Baseline, ...]:
+    """`BASELINES` with ``chunks`` stages per rank in interleaved 1F1B."""
+    return tuple(replace(baseline, make=partial(interleaved, chunks=chunks),
+                         closed_form=partial(closed_forms.interleaved, chunks=chunks))
+                 if baseline.name == INTERLEAVED else baseline for baseline in BASELINES)

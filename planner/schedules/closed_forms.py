@@ -18,9 +18,10 @@ def one_f_one_b(f: Fraction, i: Fraction, w: Fraction, fb: Fraction, ranks: int,
     return (ranks - 1) * (f + i + w)
 
 
-def interleaved(f: Fraction, i: Fraction, w: Fraction, fb: Fraction, ranks: int, microbatches: int) -> Fraction | None:
-    """(P - 1)(F + B) / 2: two stages per rank, whole rounds of microbatches (Narayanan et al., 2021)."""
-    return None if microbatches % ranks else Fraction(ranks - 1, 2) * (f + i + w)
+def interleaved(f: Fraction, i: Fraction, w: Fraction, fb: Fraction, ranks: int, microbatches: int,
+                chunks: int = 2) -> Fraction | None:
+    """(P - 1)(F + B) / chunks: that many stages per rank, whole rounds of microbatches (Narayanan et al., 2021)."""
+    return None if microbatches % ranks else Fraction(ranks - 1, chunks) * (f + i + w)
 
 
 def zb1p(f: Fraction, i: Fraction, w: Fraction, fb: Fraction, ranks: int, microbatches: int) -> Fraction | None:

@@ -32,6 +32,9 @@ def one_f_one_b(ranks: int, microbatches: int, times: PhaseTimes | None = None) 
 def interleaved(ranks: int, microbatches: int, times: PhaseTimes | None = None, chunks: int = CHUNKS) -> StagePattern:
     """1F1B with ``chunks`` stages per rank, microbatches in rounds of one per rank (Narayanan et al., 2021, fig. 4).
 
+    The order is Megatron-LM's. Where transfers take time it takes about P of them longer than the figure that the
+    zero-bubble paper prints as 1F1B-I, whose order it does not give.
+
     Raises:
         ProblemError: the microbatches do not make whole rounds.
     """

@@ -172,3 +172,15 @@ def test_the_table_says_what_its_columns_and_letters_mean(mipipe) -> None:
     assert "\nstreams: " not in told and "\nbound: " not in told
     split_only = mipipe(*line, "--schedules", "zb-v").stdout
     assert "\nindivisible: " not in split_only and "\nsplit: " in split_only
+
+
+@pytest.mark.parametrize("chunks", [2, 3, 4])
+def test_interleaved_takes_any_number_of_chunks(mipipe, chunks: int) -> None:
+    """(P - 1)(F + B) / chunks; with transfers the row says whose order it is."""
+    asked = ("--chunks", chunks, "--schedules", "Interleaved 1F1B")
+    rows = rows_of(mipipe(*chain(4, 8, 2, 2, 2, *asked)))
+    bubbles = {key[1]: row["bubble"] for key, row in rows.items()}
+    assert bubbles["published"] == bubbles["indivisible"] == pytest.approx(18 / chunks)
+    assert not any(row["note"] for row in rows.values())
+    moved = rows_of(mipipe(*chain(4, 8, 2, 2, 2, "--comm", "0.1", *asked)))
+    assert "Megatron-LM's order" in moved["Interleaved 1F1B", "indivisible"]["note"]

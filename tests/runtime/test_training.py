@@ -12,12 +12,19 @@ import runtime_equal as equal
 import runtime_models as models
 import torch
 
-from mipipe.graphs.errors import RunError
+from mipipe.graphs.errors import InputError, RunError
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
-from mipipe.runtime.train.config import CheckpointConfig, GroupConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from mipipe.runtime.train.config import (
+    CheckpointConfig,
+    ExpertsConfig,
+    GroupConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from mipipe.runtime.train.data import Batches
 from mipipe.runtime.train.optim import learning_rate_factor, parameter_groups
 from mipipe.runtime.train.trace import measured_timeline
@@ -127,9 +134,9 @@ def test_without_a_barrier_gradients_are_clipped_by_the_last_norm(pool):
     assert losses != pytest.approx(alone(4, 0.1)[0], rel=1e-9)  # clipping by the own norm is another run
 
 
-def test_a_loss_that_is_not_finite_shows_without_a_barrier_too(pool):
-    with pytest.raises(RunError, match=r"step [1-4]: (the loss|the gradient norm) is"):
-        run(pool, plan(4), TrainConfig(4, optimizer=OptimizerConfig("sgd", 1e30), barrier="none"))
+def test_a_barrier_is_needed_where_all_ranks_sum_up_after_every_step():
+    with pytest.raises(InputError, match="barrier none does not go with experts"):
+        TrainConfig(2, barrier="none", experts=ExpertsConfig())
 
 
 def test_resume_is_bitwise(pool, tmp_path):
@@ -179,11 +186,12 @@ def test_optimizer_groups_and_schedules():
     assert factors(3, name="constant") == [1.0, 1.0, 1.0]
 
 
-def test_the_loss_is_checked(pool):
+@pytest.mark.parametrize("barrier", ["step", "none"])
+def test_the_loss_is_checked(pool, barrier):
     """A loss that is not finite ends the run and names the step."""
     case = equal.case("skip")
     state = {name: tensor * float("nan") if name == "norm.weight" else tensor for name, tensor in case.state().items()}
-    for text in pool.run(2, __file__, "fails", plan(3), case.graph, state, config(2)):
+    for text in pool.run(2, __file__, "fails", plan(3), case.graph, state, config(2, barrier=barrier)):
         assert "is nan" in text and "lower the learning rate" in text
 
 
