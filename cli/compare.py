@@ -50,9 +50,9 @@ def compare(
     activations: Annotated[float | None, typer.Option(help="Planned rows: activations per device at most, in even"
                                                            " stages of one microbatch (default ranks + 1).",
                                                       rich_help_panel=_CHAIN)] = None,
-    chunks: Annotated[int | None, typer.Option(help="Stages per rank of interleaved 1F1B (default 2; given, the model has"
-                                                    " as many layers per rank, unless --layers says more).", min=2, max=64,
-                                               rich_help_panel=_CHAIN)] = None,
+    chunks: Annotated[int | None, typer.Option(help="Stages per rank of interleaved 1F1B (default 2; where given, the"
+                                                    " model has as many layers per rank, unless --layers says"
+                                                    " more).", min=2, max=64, rich_help_panel=_CHAIN)] = None,
     problem_file: Annotated[Path | None, typer.Option("--problem", help="A planning problem or a plan (for its"
                                                                         " problem) instead of equal stages.")] = None,
     placement: Annotated[str, typer.Option(help="Placement of the planned row: free, chain, v, interleaved, wave,"
