@@ -15,6 +15,7 @@ TINY = ["text_config.hidden_size=16", "text_config.intermediate_size=32", "text_
         "vision_config.hidden_size=8", "vision_config.intermediate_size=16", "vision_config.num_hidden_layers=4",
         "vision_config.num_attention_heads=2", "vision_config.image_size=8", "vision_config.patch_size=4",
         "image_token_index=63"]
+QUICK = ("--without", "mip", "--without", "search")
 CLUSTER = """format: mipipe.cluster
 version: 1
 hosts:
@@ -74,20 +75,20 @@ def test_the_exact_model_is_reached_and_refuses_what_is_too_large(mipipe, folder
 
 
 def test_the_explanation_says_where_each_ranks_bubble_comes_from(mipipe, folder: Path) -> None:
-    ended = mipipe("plan", folder / "problem.json", "--explain", "--time-limit", 5, "--without", "mip", "--json")
+    ended = mipipe("plan", folder / "problem.json", "--explain", "--time-limit", 4, *QUICK, "--json")
     data = ended.data
     for row, rank in zip(data["bubbles"], data["ranks"], strict=True):
         parts = [row[name] for name in ("warm_up", "imbalance", "transfers", "memory", "recomputation")]
         assert sum(parts) == pytest.approx(row["bubble"]) == rank["bubble"]
     assert {item["what"] for item in data["what_if"]} == {"one more activation", "one more device",
                                                          "one more microbatch"}
-    told = mipipe("plan", folder / "problem.json", "--explain", "--time-limit", 4, "--without", "mip")
+    told = mipipe("plan", folder / "problem.json", "--explain", "--time-limit", 4, *QUICK)
     for words in ("where each rank's bubble comes from", "warm-up", "with one more device: makespan"):
         assert words in told.stdout
 
 
 def test_the_period_is_an_objective_and_told_of_every_plan(mipipe, folder: Path, tmp_path: Path) -> None:
-    made = ("plan", folder / "problem.json", "--objective", "period", "--time-limit", 2)
+    made = ("plan", folder / "problem.json", "--objective", "period", "--time-limit", 2, *QUICK)
     ended = mipipe(*made, "--json", "-o", tmp_path / "plan.json")
     noted = ended.data["provenance"]["period"]
     assert ended.data["period"] <= ended.data["makespan"] and noted["bound_ns"] <= noted["period_ns"]

@@ -94,8 +94,9 @@ def test_what_goes_on_from_a_mips_order_keeps_its_share() -> None:
     assert found.lineage == found.searched == ("list", "windows MIP")
 
 
+@pytest.mark.slow
 def test_a_placement_of_the_mip_is_called_its_own(tmp_path: Path) -> None:
-    result = plan(multimodal_problem(), PlanOptions(time_limit_s=3.0, use_search=False))
+    result = plan(multimodal_problem(), PlanOptions(time_limit_s=15.0, use_search=False))
     assert result.plan is not None
     calls = {row.formulation: row.calls for row in result.how.highs}
     assert calls["placement MIP"] >= 1 and result.how.seconds > 0
