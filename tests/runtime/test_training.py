@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,30 @@ def test_steps_without_a_barrier_are_bitwise_those_with_one(pool, tmp_path):
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
     assert [record["loss_metrics/global_avg_loss"] for record in records] == whole
     assert all(record["grad_norm"] > 0 for record in records)
+
+
+def first_step(made, graph, state, batch, barrier):
+    """When a rank's first step is over, and its optimizer's: that of the last rank takes a while."""
+    updated = []
+
+    def update():
+        time.sleep(1.0 * engine.mesh.rank)
+        updated.append(time.monotonic())
+
+    engine = Engine(made, graph, state, options=EngineOptions(barrier=barrier), on_update=update)
+    told = engine.step(batch)
+    over = time.monotonic()
+    return over, updated[0], told, told if barrier else engine.finish()
+
+
+@pytest.mark.parametrize("barrier", [True, False])
+def test_only_with_a_barrier_does_a_step_wait_for_the_last_ranks_end(pool, barrier):
+    case, made = equal.case("skip"), plan(3)
+    batch = models.token_batch(equal.ROWS * COUNT, equal.LENGTH, 11, seed=1)
+    (over, _, told, loss), (_, slowest, _, other) = pool.run(2, __file__, "first_step", made, case.graph, case.state(),
+                                                             batch, barrier)
+    assert (over >= slowest) is barrier
+    assert loss == other and (told == loss if barrier else told is None)
 
 
 def test_without_a_barrier_gradients_are_clipped_by_the_last_norm(pool):
