@@ -7,8 +7,8 @@ The paper's bubble is ``1 - m (F + B + W) / cost``, where a schedule's cost is t
 action to its last (Qi et al., arXiv 2401.10241, section 4 and tables 3 to 6): steps follow each other without a
 barrier, so what is planned is the period (`mipipe.planner.execution.steps`). All stages are equal, each of ``pieces``
 equal layers (the models have 2 to 4), every boundary costs T_comm, one copy of the parameters, 2 p activations, each
-held until its W (the paper's memory frees a part of it after B). ZB-H1 and ZB-H2 are simulated beside what is printed for them, so
-that the two accountings can be seen to agree. No solve starts from a published schedule.
+held until its W (the paper's memory frees a part of it after B). ZB-H1 and ZB-H2 are simulated beside what is printed
+for them, so that the two accountings can be seen to agree. No solve starts from a published schedule.
 """
 
 from __future__ import annotations

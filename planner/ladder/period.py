@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -31,9 +32,10 @@ from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.ladder.candidate import Candidate, judge
 from mipipe.planner.ladder.state import Incumbent, Run
+from mipipe.planner.options import PlacementName
 from mipipe.planner.placements.feasible import why_infeasible
 from mipipe.planner.placements.shapes import propose_shapes, resident_fits
-from mipipe.planner.plan import Schedule
+from mipipe.planner.plan import Placement, Schedule
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.search import annealing as search
@@ -43,6 +45,9 @@ from mipipe.planner.search.lists import Orders
 
 LISTED = 0.4
 """Share of the time limit in which placements are scheduled by list."""
+
+FIRST: tuple[PlacementName, ...] = ("v", "wave", "interleaved", "chain")
+"""Shapes that are looked at before all others: without a barrier the first two lose the least."""
 
 KEPT = 4
 """Placements that are annealed at first; the worse half is given up after every round."""
@@ -54,7 +59,7 @@ SLICE_S, MOST_S = 0.5, 5.0
 @dataclass(slots=True)
 class Entry:
     """A placement in the race: its search on the ranks' clocks, and the period of the best schedule found there; the
-    lines of its instance, where quotas fit it, and the best rule tuned so far (`mipipe.planner.search.quotas`)."""
+    lines of its instance, where quotas fit it, and the best rule so far (`mipipe.planner.search.quotas`)."""
 
     candidate: Candidate
     search: search.Search
@@ -72,7 +77,7 @@ def climb(run: Run) -> None:
     """
     run.period_bound_ns = period_bound(run.problem).ns
     entries: list[Entry] = []
-    for placement in propose_shapes(run.problem, run.options.placement):
+    for placement in _placements(run):
         if entries and run.left < (1 - LISTED) * run.options.time_limit_s:
             break
         if resident_fits(run.problem, placement):
@@ -93,25 +98,41 @@ def climb(run: Run) -> None:
             seconds = min(MOST_S, 1.5 * seconds)
 
 
+def _placements(run: Run) -> Iterator[Placement]:
+    """The placements of the shape asked for; where all are allowed, one of each of `FIRST` before the others."""
+    name = run.options.placement
+    first = [next(iter(propose_shapes(run.problem, shape)), None) for shape in FIRST] if name == "free" else []
+    known = [placement for placement in first if placement is not None]
+    yield from known
+    yield from (placement for placement in propose_shapes(run.problem, name) if placement not in known)
+
+
 def _round(run: Run, pool: ThreadPoolExecutor, live: list[Entry], seconds: float, turn: int) -> None:
     """Anneal every placement for some seconds, and meanwhile tune its quotas, where it has any."""
     annealed = [pool.submit(search.advance, entry.search, seconds, lambda: run.stopped or run.interrupted)
                 for entry in live]
-    tuned = [(entry, pool.submit(quotas.tune, entry.candidate.instance, entry.lines, seconds,
-                                 run.options.seed + 101 * turn, start=entry.rule,
-                                 stop=lambda: run.stopped or run.interrupted)) for entry in live if entry.lines]
+    tuned = [(entry, pool.submit(_tune, run, entry, seconds, run.options.seed + 101 * turn)) for entry in live]
     try:
         for entry, job in zip(live, annealed, strict=True):
             job.result()
             _harvest(run, entry)
         for entry, made in ((entry, other.result()) for entry, other in tuned):
-            entry.rule = entry.rule if made is None else made.rule
-            if made is not None and made.orders.makespan_ns < entry.search.best.makespan_ns:
-                entry.search.best, entry.candidate.searched = made.orders, ("quotas",)
+            if made is not None and made.makespan_ns < entry.search.best.makespan_ns:
+                entry.search.best, entry.candidate.searched = made, ("quotas",)
                 _harvest(run, entry, rung="quotas")
     except BaseException:
         run.stopped = True
         raise
+
+
+def _tune(run: Run, entry: Entry, seconds: float, seed: int) -> Orders | None:
+    """The orders of the placement's quotas, tuned further; None where quotas do not fit it."""
+    if entry.lines is None:
+        return None
+    tuned = quotas.tune(entry.candidate.instance, entry.lines, seconds, seed, start=entry.rule,
+                        stop=lambda: run.stopped or run.interrupted)
+    entry.rule = entry.rule if tuned is None else tuned.rule
+    return None if tuned is None else tuned.orders
 
 
 def period_bound(problem: PlanningProblem) -> Bound:
