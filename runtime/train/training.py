@@ -146,6 +146,8 @@ class Trainer:
                 self.checkpoints.finish()
             if losses:
                 self._measure()
+            held, self._held = self._held, None
+            self._write(held)
             if self._fault():
                 raise RunError(f"{self._fault()}; all {config.steps} steps are done, and their checkpoints saved")
         except BaseException:
