@@ -38,6 +38,8 @@ def verify_output(folder: Path) -> str:
     """
     files = read_checkpoint(folder)
     _check_tokens(folder, files)
+    if not files.config.get("architectures"):
+        return "the result was not opened with transformers: its config names no architecture"
     try:
         transformers = importlib.import_module("transformers")
     except ImportError:

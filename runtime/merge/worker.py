@@ -52,8 +52,9 @@ def work(plan: MergePlan, out: Path, exchange: MergeRanks, device: torch.device,
     if exchange.rank or not plan.graph.config or plan.graph.stores_parts or not (folder / MARK).exists():
         return _work(plan, out, exchange, device, progress, timeline, None)
     named = plan.graph.config.get("architectures")
-    forks = can_fork() and device.type == "cpu" and "transformers" not in sys.modules  # else there is nothing to import
-    with Verifier(str(named[0]) if isinstance(named, list) and named else "", forks) as verifier:
+    architecture = str(named[0]) if isinstance(named, list) and named else ""
+    imports = bool(architecture) and "transformers" not in sys.modules
+    with Verifier(architecture, imports and can_fork() and device.type == "cpu") as verifier:
         return _work(plan, out, exchange, device, progress, timeline, verifier)
 
 
