@@ -48,10 +48,10 @@ from mipipe.planner.problem import Group, PlanningProblem
 SECTIONS = 16
 """Depths that equal units are told apart by, at most."""
 
-WINDOWS = 8
+WINDOWS = 6
 """Windows at either end of the step, at most."""
 
-WIDEST = 6.0
+WIDEST = 4.0
 """Most that a bin's weight may differ from its work's share: keeps the first weightings from being absurd."""
 
 
@@ -60,6 +60,9 @@ STEP = 0.003
 
 LONGEST_S = 5.0
 """Of one MIP."""
+
+ROUGH = 0.05
+"""Relative gap at which a configuration is heavy enough to change the weights."""
 
 GAP = 1e-3
 """Relative gap of a weighting's MIP: the next weighting gains more than the rest of it."""
@@ -106,7 +109,7 @@ def configuration_bound(problem: PlanningProblem, *, time_limit_s: float,
         if outcome.bound is not None and outcome.bound < 1 - 1e-6:
             refuted = _lightest(model, bins, weights, tried_ns, min(left, LONGEST_S), seed)
             value = tried_ns if refuted is None else max(tried_ns, refuted)
-            best = Bound(value, "what single devices can do, whichever groups they hold")
+            best = Bound(value, "configuration MIP: what single devices can do, whichever groups they hold")
             tried_ns = _above(best.ns)
         elif outcome.has_solution:
             seen.append([sum(count * max(0.0, model.n[q, b].value) for q, count in enumerate(model.counts))
@@ -179,7 +182,7 @@ def _devices(problem: PlanningProblem, bins: Sequence[Bin], least_ns: int) -> py
 
     Times are in units of ``unit_ns``, a thousandth of the known bound; ``counts[q]`` devices are of kind q.
     """
-    model = pyo.ConcreteModel()
+    model = pyo.ConcreteModel(name="configuration MIP")
     model.unit_ns = max(1.0, least_ns / 1000)
     kinds = Counter((problem.topology.devices[rank].kind, resident_room(problem, rank), room_of(problem, rank),
                      problem.topology.devices[rank].memory_bytes) for rank in range(problem.num_ranks))
@@ -353,7 +356,12 @@ def _heaviest(model: pyo.ConcreteModel, bins: Sequence[Bin], weights: Sequence[f
     model.share.deactivate()
     model.goal.set_value(_carried(model, weights))
     model.goal.sense = pyo.maximize
-    return highs.solve(model, time_limit_s=min(seconds, LONGEST_S), seed=seed, gap=GAP)
+    outcome = highs.solve(model, time_limit_s=min(seconds, LONGEST_S), seed=seed, gap=ROUGH)
+    unclear = outcome.objective is not None and outcome.objective <= 1 and (outcome.bound or 1) >= 1 - 1e-6
+    left = seconds - outcome.seconds
+    if unclear and left > 0:
+        return highs.solve(model, time_limit_s=min(left, LONGEST_S), seed=seed, gap=GAP)
+    return outcome
 
 
 def _lightest(model: pyo.ConcreteModel, bins: Sequence[Bin], weights: Sequence[float], least_ns: int, seconds: float,
@@ -377,7 +385,7 @@ def _carried(model: pyo.ConcreteModel, weights: Sequence[float]) -> pyo.Expressi
 
 def _next_weights(bins: Sequence[Bin], even: Sequence[float], seen: Sequence[Sequence[float]]) -> list[float] | None:
     """The weights that no configuration seen carries the whole of, by the widest margin; None if there are none."""
-    model = pyo.ConcreteModel()
+    model = pyo.ConcreteModel(name="configuration LP")
     model.weight = pyo.Var(range(len(bins)), bounds=lambda _, b: (even[b] / WIDEST, even[b] * WIDEST))
     model.theta = pyo.Var()
     model.rows = pyo.ConstraintList()

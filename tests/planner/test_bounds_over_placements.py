@@ -18,9 +18,11 @@ from mipipe.planner.jobs.arrays import with_mirrors
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.ladder.candidate import Candidate, candidate, first_orders
 from mipipe.planner.milp.configurations import configuration_bound
+from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
 from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
+from mipipe.planner.solve import plan
 
 sys.path.insert(0, str(Path(__file__).parent))
 from milp_cases import optimum, placements, problems
@@ -159,3 +161,12 @@ def test_a_layer_for_each_device():
     assert bound.ns > problem_bound(problem).ns
     assert "devices" in bound.what
     assert outcome.num_variables > 0
+
+
+def test_a_solve_takes_the_configurations_bound():
+    """One layer a device, two streams: the plan's bound is the configuration MIP's, and says so."""
+    result = plan(two_stream_problem(ranks=3, microbatches=4, copies=1, activations=2),
+                  PlanOptions(time_limit_s=4.0, gap=0.0))
+    assert any(row["rung"] == "configuration MIP bound" for row in result.ablation)
+    assert result.plan is not None
+    assert result.makespan_ns >= result.bound_ns
