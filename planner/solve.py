@@ -175,6 +175,7 @@ def _ladder(run: Run) -> None:
     if run.options.use_milp:
         if run.options.placement == "free":
             placing.by_mip(run, admit_placement)
+            placing.by_configurations(run)
         placing.with_modes(run, admit_placement, list(islice(propose_shapes(run.problem, run.options.placement), 3)))
     if not run.candidates and run.options.recompute:
         recomputing(run)

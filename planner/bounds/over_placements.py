@@ -8,8 +8,10 @@ Sum the devices' time: ``D * makespan >= work + idle``, for each stream. Every d
 
 Which group a device meets first is the placement's choice; but D devices meet D different ones unless groups are
 replicated, and replicas take resident bytes. So the sum over devices is at least the sum of the D smallest heads, where
-as many devices may share the very smallest as replicas fit into the memory left over. Groups without resident bytes can
-be everywhere: they count as filling idle time with all their work, or as sharable, whichever is better.
+as many devices may share the very smallest as replicas fit into the memory left over. On a chain the first gradients
+are further apart: no two devices have one of the same group and microbatch
+(`mipipe.planner.bounds.first_gradients`). Groups without resident bytes can be everywhere: they count as filling idle
+time with all their work, or as sharable, whichever is better.
 
 Where a forward and a backward may overlap, work counts at a pair's ratio r (`mipipe.planner.jobs.overlap`), and so does
 what fills idle time. A device whose first gradient comes at t and whose first group starts at h does at most t - h of
@@ -26,6 +28,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from mipipe.planner.actions import Stream
+from mipipe.planner.bounds.first_gradients import chain_units, common_room, least_first_gradients
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.problem import Group, PlanningProblem
 
@@ -105,24 +108,65 @@ def _idle_before_gradient(problem: PlanningProblem, facts: GroupTimes, members: 
              if (head := facts.gradient_head[g]) is not None]
     if len(heads) < len(members) or any(problem.groups[g].recompute_bytes is not None for g in members):
         return 0  # forwards of frozen groups hold nothing; recomputed ones as little as they like
-    room = sum(_room(problem, rank) for rank in range(problem.num_ranks))
+    room = sum(room_of(problem, rank) for rank in range(problem.num_ranks))
+    held = {g: _held_before(problem, g) for g in members if not _saved(problem, g)}
+    # what saves nothing comes after forwards that do, so many microbatches fit at once; more, as others return bytes
+    relief = _relief(problem, facts, held)
     free, per_byte = 0, 0.0
     for g in members:
         group = problem.groups[g]
-        saved = group.saved_fi_bytes + group.saved_fw_bytes
-        if saved:
-            per_byte = max(per_byte, facts.f[g] / saved)
-        else:  # takes no memory itself, but comes after forwards that do: so many microbatches fit at once
-            held = _held_before(problem, g)
-            work = work_of(problem, group, facts.f[g])
-            free += work if not held or group.loads else min(work, facts.f[g] * (room // held))
+        work = work_of(problem, group, facts.f[g])
+        if g not in held:
+            per_byte = max(per_byte, facts.f[g] / _saved(problem, g))
+        elif relief is None or not held[g] or group.loads:
+            free += work
+        else:
+            free += min(work, facts.f[g] * room // held[g] + 1)
     filled = sum(work_of(problem, problem.groups[g], duration) for g in members
                  if not problem.groups[g].resident_bytes for duration in (facts.f[g], facts.i[g], facts.w[g]))
     solid = [(head, size) for head, size in heads if size]
     rounding = 1.001 if any(problem.groups[g].loads for g in members) else 1.0
     ratio = pair_gain(problem).ratio
     forwards = int(ratio * (int(room * per_byte * rounding) + free + 1)) + 1
-    return max(_spread(problem, heads), _spread(problem, solid) - int(ratio * filled)) - forwards
+    first = max(_spread(problem, heads), _first_gradients(problem, facts, relief or Fraction(0), solid=False))
+    first_solid = max(_spread(problem, solid), _first_gradients(problem, facts, relief or Fraction(0), solid=True))
+    return max(first, first_solid - int(ratio * filled)) - forwards
+
+
+def _saved(problem: PlanningProblem, g: int) -> int:
+    return problem.groups[g].saved_fi_bytes + problem.groups[g].saved_fw_bytes
+
+
+def _first_gradients(problem: PlanningProblem, facts: GroupTimes, relief: Fraction, *, solid: bool) -> int:
+    """The least sum of the devices' first gradients on a chain, less ``relief`` (`least_first_gradients`); else 0."""
+    plain = pair_gain(problem).ratio == 1
+    light = [min(group.loads, default=1.0) if plain else 0.0 for group in problem.groups]
+    hop = cheapest_hop(problem) if plain else 0
+    units = chain_units(problem, durations=[[int(value * load) for value, load in zip(column, light, strict=True)]
+                                            for column in (facts.f, facts.i)],
+                        heads=facts.head, gradient_heads=facts.gradient_head, hop=hop, solid=solid)
+    if units is None:
+        return 0
+    rooms = [resident_room(problem, rank) for rank in range(problem.num_ranks)]
+    return least_first_gradients(units, devices=problem.num_ranks, microbatches=problem.num_microbatches,
+                                 room=common_room([unit.size for unit in units], rooms), slack=hop, relief=relief)
+
+
+def _relief(problem: PlanningProblem, facts: GroupTimes, held: dict[int, int]) -> Fraction | None:
+    """Work of forwards without bytes that other devices' gradients make room for, per nanosecond of theirs.
+
+    Until the last device's first gradient each device has returned bytes since its own, at most so many per nanosecond
+    of its gradients' work; ``held[g]`` bytes let one more F of g happen. None where that is more than a device gains.
+    """
+    returned = Fraction(0)
+    for g, group in enumerate(problem.groups):
+        for size, spent in ((group.saved_fi_bytes, facts.i[g] or facts.w[g]), (_saved(problem, g),
+                                                                              facts.i[g] + facts.w[g])):
+            if size and (not spent or group.stream is not Stream.COMPUTE):
+                return None
+            returned = max(returned, Fraction(size, spent) if size else Fraction(0))
+    relief = sum((returned * facts.f[g] / size for g, size in held.items() if size), Fraction(0)) * Fraction(1001, 1000)
+    return relief if relief * problem.num_ranks <= 1 else None
 
 
 def _held_before(problem: PlanningProblem, g: int) -> int:
@@ -141,7 +185,7 @@ def _spread(problem: PlanningProblem, heads: Sequence[tuple[int, int]]) -> int:
         return 0
     devices = problem.num_ranks
     ordered = sorted(head for head, _ in heads)
-    budget = sum(_resident_room(problem, rank) for rank in range(devices)) - sum(size for _, size in heads)
+    budget = sum(resident_room(problem, rank) for rank in range(devices)) - sum(size for _, size in heads)
     sizes = [size for _, size in heads]
     if budget < 0:
         return devices * ordered[0]
@@ -162,8 +206,8 @@ def facts_of(problem: PlanningProblem) -> GroupTimes:
     f, i, w = ([least(name, group) for group in problem.groups] for name in ("f_ns", "i_ns", "w_ns"))
     scale = [min(group.loads, default=1.0) for group in problem.groups]
     light = [[int(value * factor) for value, factor in zip(column, scale, strict=True)] for column in (f, i, w)]
-    hop = _cheapest_hop(problem)
-    device_bytes = max(_resident_room(problem, rank) for rank in range(problem.num_ranks))
+    hop = cheapest_hop(problem)
+    device_bytes = max(resident_room(problem, rank) for rank in range(problem.num_ranks))
 
     def hops(size: int) -> int:
         return hop * max(0, -(-size // device_bytes) - 1) if device_bytes else 0
@@ -214,7 +258,7 @@ def _gradient_heads(problem: PlanningProblem, light: list[list[int]], forward: l
     return heads, longest
 
 
-def _cheapest_hop(problem: PlanningProblem) -> int:
+def cheapest_hop(problem: PlanningProblem) -> int:
     devices = range(problem.num_ranks)
     size = min((edge.num_bytes for edge in problem.edges), default=0)
     sizes = [size, *(edge.grad_bytes for edge in problem.edges if edge.grad_bytes is not None)]
@@ -228,13 +272,13 @@ def work_of(problem: PlanningProblem, group: Group, duration: int) -> int:
     return sum(round(duration * load) for load in group.loads)
 
 
-def _resident_room(problem: PlanningProblem, rank: int) -> int:
+def resident_room(problem: PlanningProblem, rank: int) -> int:
     limit = problem.limits.resident_bytes
     memory = problem.topology.devices[rank].memory_bytes
     return memory if limit is None else min(memory, limit)
 
 
-def _room(problem: PlanningProblem, rank: int) -> int:
+def room_of(problem: PlanningProblem, rank: int) -> int:
     limit = problem.limits.activation_bytes
     memory = problem.topology.devices[rank].memory_bytes
     return memory if limit is None else min(memory, limit)

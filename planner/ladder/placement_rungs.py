@@ -2,20 +2,23 @@
 
 - `by_mip`: where the graph branches, devices or links differ, or forwards may run again, the placement MIP proposes
   placements (with one and with two replicas), and its bound over all placements is taken if it is better.
+- `by_configurations`: where few replicas fit, the bound from what a single device can hold and do.
 - `with_modes`: where stages may recompute, the mode MIP chooses which, for the best placements under several memory
   pressures; all are candidates beside the placement without.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
 from mipipe.graphs.errors import PlanError
-from mipipe.planner.bounds.over_placements import Bound
+from mipipe.planner.bounds.over_placements import Bound, resident_room
 from mipipe.planner.ladder.candidate import Candidate
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.milp import modes, placement
+from mipipe.planner.milp.configurations import configuration_bound
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
 from mipipe.planner.placements.shapes import resident_fits
 from mipipe.planner.plan import Placement
@@ -32,6 +35,9 @@ CHOICES = 4_000
 
 MODED = 4
 """Placements for which modes are chosen: the best by their first schedules, and the first that nothing fits."""
+
+MOST_COPIES = 1.6
+"""Copies of the model that fit, up to which what one device can hold tells more than when first gradients come."""
 
 Admit = Callable[[Run, Placement], Candidate | None]
 
@@ -76,6 +82,28 @@ def by_mip(run: Run, admit: Admit) -> None:
                                                  max_replicas=replicas, start=start):
             _enter(run, admit, proposal.placement, ("placement MIP",), began, proposal.outcome,
                    estimate=proposal.estimate_ns / run.problem.unit_ns)
+
+
+def by_configurations(run: Run) -> None:
+    """The bound over all placements from what one device can hold, where replicas do not fit everywhere."""
+    problem, limit = run.problem, run.options.time_limit_s
+    if problem.num_ranks < 2 or run.closed or run.left < 0.6 * limit or scarcity(problem) > MOST_COPIES:
+        return
+    if not run.options.recompute:
+        problem = without_recomputation(problem)
+    began = time.monotonic()
+    bound, outcome = configuration_bound(problem, time_limit_s=min(MOST_S, SHARE * limit), seed=run.options.seed)
+    run.raise_bound(bound)
+    _record(run, "configuration MIP bound", "all placements", run.makespan_ns, began, outcome,
+            bound=None if run.bound_ns is None else run.bound_ns / problem.unit_ns)
+    if outcome.termination is SolverStatus.INTERRUPTED:
+        raise KeyboardInterrupt
+
+
+def scarcity(problem: PlanningProblem) -> float:
+    """How many copies of all groups the devices have room for; infinite where nothing is resident."""
+    size = sum(group.resident_bytes for group in problem.groups)
+    return sum(resident_room(problem, rank) for rank in range(problem.num_ranks)) / size if size else math.inf
 
 
 def with_modes(run: Run, admit: Admit, waiting: list[Placement]) -> None:

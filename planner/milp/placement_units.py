@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mipipe.planner.actions import Stream
+from mipipe.planner.bounds.first_gradients import colocated
 from mipipe.planner.bounds.over_placements import GroupTimes, facts_of, work_of
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.problem import PlanningProblem
@@ -38,12 +39,7 @@ class Units:
 def units_of(problem: PlanningProblem) -> Units:
     """Colocated sets as units, in topological order of their first groups."""
     facts = facts_of(problem)
-    leader = list(range(len(problem.groups)))
-    for members in problem.colocate:
-        lowest = min(leader[g] for g in members)
-        old = {leader[g] for g in members}
-        leader = [lowest if name in old else name for name in leader]
-    groups = [[g for g, name in enumerate(leader) if name == first] for first in sorted(set(leader))]
+    groups = colocated(problem)
     kinds = [device.kind for device in problem.topology.devices]
     work = {stream: [[sum(work_of(problem, problem.groups[g], problem.groups[g].times[kind].total_ns)
                           for g in unit if problem.groups[g].stream is stream) for kind in kinds] for unit in groups]

@@ -1,0 +1,172 @@
+"""Bounds over all placements where the warm-up decides: never above what is scheduled anywhere, and known values."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+
+from mipipe.graphs.errors import PlanError
+from mipipe.graphs.topology import Topology
+from mipipe.planner.actions import ActionKind, Stream
+from mipipe.planner.bounds.first_gradients import ChainUnit, chain_units, colocated, common_room, least_first_gradients
+from mipipe.planner.bounds.over_placements import cheapest_hop, facts_of, problem_bound, resident_room
+from mipipe.planner.jobs.arrays import with_mirrors
+from mipipe.planner.jobs.times import evaluate
+from mipipe.planner.ladder.candidate import Candidate, candidate, first_orders
+from mipipe.planner.milp.configurations import configuration_bound
+from mipipe.planner.options import PlanOptions
+from mipipe.planner.plan import Placement, Stage
+from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
+from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
+from mipipe.planner.solve import plan
+
+sys.path.insert(0, str(Path(__file__).parent))
+from milp_cases import optimum, placements, problems
+
+
+def random_chain(random: Random) -> PlanningProblem:
+    """A chain of a few units, some with a collective inside, with room for replicas and little for activations."""
+    ranks, microbatches = random.choice([2, 3, 4]), random.randint(1, 6)
+    groups: list[Group] = []
+    colocate = []
+    for unit in range(random.randint(2, 5)):
+        times = {"d": PhaseTimes(*(random.randint(0, 4) for _ in range(3)))}
+        size, saved = random.choice([0, 1, 1, 1, 2]), random.choice([0, 1, 1, 2])
+        groups.append(Group(f"a{unit}", times, resident_bytes=size, saved_fw_bytes=saved))
+        if random.random() < 0.3:
+            colocate.append(tuple(range(len(groups) - 1, len(groups) + 2)))
+            times = {"d": PhaseTimes(random.randint(0, 3), random.randint(0, 3), None)}
+            groups += [Group(f"c{unit}", times, stream=Stream.COLLECTIVE),
+                       Group(f"e{unit}", groups[-1].times, resident_bytes=size, saved_fi_bytes=saved)]
+    total = sum(group.resident_bytes for group in groups)
+    one = sum(group.saved_fi_bytes + group.saved_fw_bytes for group in groups)
+    limits = Limits(resident_bytes=random.randint(-(-total // ranks), total + 1),
+                    activation_bytes=random.choice([None, random.randint(max(1, one // 2), 2 * one + 2)]))
+    topology = Topology.uniform(ranks, latency_ns=random.choice([0, 0, 1, 2]), kind="d")
+    return PlanningProblem("random", tuple(groups), tuple(GroupEdge(n, (n + 1,)) for n in range(len(groups) - 1)),
+                           topology, microbatches, limits=limits, colocate=tuple(colocate))
+
+
+def random_placement(random: Random, problem: PlanningProblem) -> Placement | None:
+    """Units on random devices with room for them, replicas where there is more, the last units more often."""
+    units, limit = colocated(problem), problem.limits.resident_bytes or 0
+    used = [0] * problem.num_ranks
+    owners: list[list[int]] = [[] for _ in units]
+    replicas = [*[len(units) - 1] * 4, *random.choices(range(len(units)), k=5)]
+    for turn, u in enumerate([*random.sample(range(len(units)), len(units)), *replicas]):
+        size = sum(problem.groups[g].resident_bytes for g in units[u])
+        open_to = [d for d in range(problem.num_ranks) if used[d] + size <= limit and d not in owners[u]]
+        if open_to and (turn < len(units) or random.random() < 0.5):
+            owners[u].append(random.choice(open_to))
+            used[owners[u][-1]] += size
+    if not all(owners):
+        return None
+    stages, routes = [], []
+    for u, unit in enumerate(units):
+        turn = random.randrange(4)
+        route = tuple(owners[u][(m + turn) % len(owners[u])] for m in range(problem.num_microbatches))
+        stages += [Stage((g,), tuple(sorted(owners[u]))) for g in unit]
+        routes += [route] * len(unit)
+    return Placement(tuple(stages), tuple(routes))
+
+
+def first_gradients(found: Candidate, problem: PlanningProblem) -> tuple[int, int] | None:
+    """The sum over devices of their first gradients on the compute stream in a list schedule, and its makespan."""
+    orders = first_orders(found, compiled=True)
+    if orders is None:
+        return None
+    actions, ran = evaluate(found.view, with_mirrors(found.instance, orders.lists()))
+    first = [ran.makespan_ns] * problem.num_ranks
+    for action, rank, stream, start in zip(actions.actions, actions.ranks, actions.streams, ran.starts, strict=True):
+        if action.kind is not ActionKind.F and stream is Stream.COMPUTE:
+            first[rank] = min(first[rank], start)
+    return sum(first), ran.makespan_ns
+
+
+def test_no_schedule_has_earlier_first_gradients():
+    """Lists at random placements with replicas keep the sum of first gradients and every bound."""
+    random, cases = Random(0), 0
+    for _ in range(16):
+        problem = random_chain(random)
+        facts, bound = facts_of(problem), problem_bound(problem).ns
+        units = chain_units(problem, durations=[facts.f, facts.i], heads=facts.head,
+                            gradient_heads=facts.gradient_head, hop=cheapest_hop(problem), solid=False)
+        assert units is not None
+        rooms = [resident_room(problem, rank) for rank in range(problem.num_ranks)]
+        least = least_first_gradients(units, devices=problem.num_ranks, microbatches=problem.num_microbatches,
+                                      room=common_room([unit.size for unit in units], rooms),
+                                      slack=cheapest_hop(problem))
+        for _ in range(3):
+            placement = random_placement(random, problem)
+            try:
+                ran = placement and first_gradients(candidate(problem, placement), problem)
+            except PlanError:
+                continue  # some activations never fit
+            if ran:
+                assert ran[0] >= least
+                assert ran[1] >= bound
+                cases += 1
+    assert cases > 10
+
+
+def test_the_second_microbatch_waits_for_the_first():
+    """Two devices, two units of which only the last fits both: its second holder sees a gradient one F of 10 later."""
+    units = [ChainUnit(1, 35, ((10, 10),)), ChainUnit(1, 20, ((10, 10),))]
+    assert least_first_gradients(units, devices=2, microbatches=4, room=3, slack=0) == 20 + 30
+    assert least_first_gradients(units, devices=2, microbatches=4, room=4, slack=0) == 20 + 20
+    assert least_first_gradients(units, devices=2, microbatches=4, room=2, slack=0) == 20 + 35
+
+
+def test_two_streams_with_two_copies():
+    """8 x 20: with two copies of each layer a device's first gradient comes 343 after the start on average, and 180 of
+    its forwards are done by then."""
+    bound = problem_bound(two_stream_problem(ranks=8, microbatches=20, activations=9))
+    assert bound.ns == 1362_375_000
+    assert "gradients" in bound.what
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(problems())
+def test_configurations_are_below_the_optimum(problem):
+    best = min(optimum(stage_view) for stage_view in placements(problem))
+    assume(best < 1 << 60)
+    assert problem_bound(problem).ns <= configuration_bound(problem, time_limit_s=2.0)[0].ns <= best
+
+
+@pytest.mark.slow
+def test_configurations_are_below_what_is_scheduled():
+    """Random chains with replicas, collectives and little memory."""
+    random = Random(1)
+    for _ in range(40):
+        problem = random_chain(random)
+        bound = configuration_bound(problem, time_limit_s=3.0)[0].ns
+        assert bound >= problem_bound(problem).ns
+        for _ in range(4):
+            placement = random_placement(random, problem)
+            try:
+                ran = placement and first_gradients(candidate(problem, placement), problem)
+            except PlanError:
+                continue
+            assert not ran or ran[1] >= bound
+
+
+def test_a_layer_for_each_device():
+    """One copy, as many layers as devices: the first layer's device waits for its gradients, and W's end the step."""
+    problem = uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, layers=4, copies=1, activations=2)
+    bound, outcome = configuration_bound(problem, time_limit_s=10.0)
+    assert bound.ns > problem_bound(problem).ns
+    assert "devices" in bound.what
+    assert outcome.num_variables > 0
+
+
+def test_a_solve_takes_the_configurations_bound():
+    """One layer a device, two streams: the plan's bound is the configuration MIP's, and says so."""
+    result = plan(two_stream_problem(ranks=3, microbatches=4, copies=1, activations=2),
+                  PlanOptions(time_limit_s=4.0, gap=0.0))
+    assert any(row["rung"] == "configuration MIP bound" for row in result.ablation)
+    assert result.plan is not None
+    assert result.makespan_ns >= result.bound_ns
