@@ -103,7 +103,7 @@ QUICK = {
 SLOW = {
     "siglip": Case("siglip", {**VISION, **text({**{key: TEXT[key] for key in TEXT if key != "num_key_value_heads"},
                                                 "projection_size": 16})}, {"batch": 3, "seq": 6},
-                   frozenset({"vision", "text", None})),
+                   frozenset({"vision", "text"})),
     "qwen3_next": Case("Qwen3NextForCausalLM", {**MOE, **LINEAR, "head_dim": 8, "shared_expert_intermediate_size": 8}),
     "mamba2": Case("Mamba2ForCausalLM", {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_heads": 4,
                                          "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 4, "expand": 2}),
