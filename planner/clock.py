@@ -28,8 +28,10 @@ _LEFT: ContextVar[Callable[[], float] | None] = ContextVar("left", default=None)
 
 @contextmanager
 def watched(left: Callable[[], float] | None) -> Iterator[None]:
-    """Let `ask` raise as soon as ``left()``, the seconds left, is below 0; None: never, for what must be finished."""
-    token = _LEFT.set(left)
+    """Let `ask` raise as soon as ``left()``, the seconds left, is below 0, or those of what this is a part of; None:
+    never, for what must be finished."""
+    whole = _LEFT.get()
+    token = _LEFT.set(left if left is None or whole is None else lambda: min(left(), whole()))
     try:
         yield
     finally:
@@ -53,9 +55,3 @@ def asking(items: Iterable[Item], every: int = STEPS) -> Iterator[Item]:
         if not at % every:
             ask()
         yield item
-
-
-def sooner(left: Callable[[], float]) -> Callable[[], float]:
-    """The seconds left of a part of the solve: its own or the solve's, whichever are fewer."""
-    whole = _LEFT.get()
-    return left if whole is None else lambda: min(left(), whole())

@@ -257,6 +257,8 @@ def build_model(config: Any, device: str, dtype: torch.dtype | None, expert_grou
         for index, name in enumerate(attempts):
             try:
                 model = kind._from_config(config, attn_implementation=name, dtype=dtype or torch.float32)
+            except ImportError as error:
+                raise InputError(_needs(kind.__name__, error)) from error
             except Exception as error:  # a ValueError may say that the class has no such attention
                 if index + 1 < len(attempts) and isinstance(error, ValueError):
                     continue
@@ -277,6 +279,24 @@ def build_model(config: Any, device: str, dtype: torch.dtype | None, expert_grou
     if adjustment.fixed_grids:
         fix_grids(model, grid_for(config, sizes or Sizes()))
     return model.train()
+
+
+def _needs(name: str, error: ImportError) -> str:
+    """What is to be installed for a class, and the class that is its text part alone, where there is one."""
+    found = re.search(r"requires the ([\w.-]+) library", str(error))
+    package = found[1] if found else error.name
+    if package is None:
+        return f"model {name} cannot be built here: {first_line(error)}"
+    alone = f"{name.partition('For')[0]}ForCausalLM"
+    other = f", or capture {alone}, its text part" if alone != name and _exists(alone) else ""
+    return f"model {name} needs the package {package}, which is not installed: pip install {package}{other}"
+
+
+def _exists(name: str) -> bool:
+    try:
+        return _find_class(name) is not None
+    except InputError:
+        return False
 
 
 def _refuse_host_randomness(config: Any) -> None:

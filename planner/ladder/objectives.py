@@ -10,10 +10,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+from mipipe.planner import clock
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.ladder.candidate import peak_activations
@@ -25,8 +28,34 @@ from mipipe.planner.problem import PlanningProblem
 DEVICES_GIVEN_BACK = 3
 """Most devices `best_utilisation` tries to do without: each costs a solve."""
 
+LEAST_S = 0.05
+"""Seconds of a solve whose turn comes when none are left."""
+
 STEPS = 5
 """Solves of the bisection on memory: the limit is then known to 1/32 of the range."""
+
+
+def parts(count: int, options: PlanOptions, solve: Callable[..., Any],
+          on_progress: Callable[[Progress], None] | None) -> Callable[[PlanningProblem], Any]:
+    """A function that solves one of ``count`` problems after another within the options' time, which the solves to come
+    share evenly. Only the first may look for a first plan beyond its part, as any solve may."""
+    began, turns = time.monotonic(), 0
+
+    def solve_part(problem: PlanningProblem) -> Any:
+        nonlocal turns
+        now = time.monotonic()
+        part = max(LEAST_S, (options.time_limit_s - (now - began)) / (count - turns))
+        turns += 1
+        with clock.watched(lambda: now + part - time.monotonic()) if turns > 1 else nullcontext():
+            found = solve(problem, replace(options, objective="makespan", time_limit_s=part), on_progress)
+        return replace(found, seconds=time.monotonic() - began)
+
+    return solve_part
+
+
+def interrupted(found: Any) -> bool:
+    """Whether Ctrl-C ended a solve: those to come are not begun."""
+    return bool(found.termination.value == "interrupted")
 
 
 def limited(problem: PlanningProblem, activation_bytes: int) -> PlanningProblem:
@@ -37,9 +66,9 @@ def limited(problem: PlanningProblem, activation_bytes: int) -> PlanningProblem:
 def least_memory(problem: PlanningProblem, options: PlanOptions, solve: Callable[..., Any],
                  on_progress: Callable[[Progress], None] | None = None) -> Any:
     """The result with the smallest peak activation memory at a makespan within ``1 + epsilon`` of the best found."""
-    share = replace(options, objective="makespan", time_limit_s=options.time_limit_s / (STEPS + 1))
-    best = solve(problem, share, on_progress)
-    if best.plan is None or best.makespan_ns is None:
+    solve_part = parts(STEPS + 1, options, solve, on_progress)
+    best = solve_part(problem)
+    if best.plan is None or best.makespan_ns is None or interrupted(best):
         return best
     most = int(best.makespan_ns * (1 + options.epsilon))
     low, high = 0, peak_activations(best.plan)
@@ -47,7 +76,9 @@ def least_memory(problem: PlanningProblem, options: PlanOptions, solve: Callable
         if high - low <= 1:
             break
         middle = (low + high) // 2
-        found = solve(limited(problem, middle), share, on_progress)
+        found = solve_part(limited(problem, middle))
+        if interrupted(found):
+            break
         if found.plan is not None and found.makespan_ns is not None and found.makespan_ns <= most:
             # what limits the placement at less memory is no bound for the problem; that over all placements is one
             kept = replace(found.plan, problem=problem, bound_ns=best.bound_ns, placement_bound_ns=best.bound_ns)
@@ -67,16 +98,17 @@ def best_utilisation(problem: PlanningProblem, options: PlanOptions, solve: Call
     ``utilisation``.
     """
     tries = min(DEVICES_GIVEN_BACK, problem.num_ranks - 1)
-    share = replace(options, objective="makespan", time_limit_s=options.time_limit_s / (tries + 1))
-    best = first = solve(problem, share, on_progress)
+    solve_part = parts(tries + 1, options, solve, on_progress)
+    best = first = solve_part(problem)
     if first.plan is None or first.makespan_ns is None:
         return first
+    tries = 0 if interrupted(first) else tries
     most = int(first.makespan_ns * (1 + options.epsilon))
     in_use = list(range(problem.num_ranks))
     for _ in range(tries):
         in_use = without_slowest(problem, in_use)
-        found = solve(on_devices(problem, in_use), share, on_progress)
-        if found.plan is None or found.makespan_ns is None or found.makespan_ns > most:
+        found = solve_part(on_devices(problem, in_use))
+        if interrupted(found) or found.plan is None or found.makespan_ns is None or found.makespan_ns > most:
             break
         bound, source = first.bound_ns, first.how.bound
         if options.placement != "free" and bound is not None and (found.bound_ns or 0) < bound:

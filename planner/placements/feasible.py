@@ -150,7 +150,7 @@ def enough(first: int, changed: Callable[[int], PlanningProblem], admits: Admits
         return None
     ends, known = time.monotonic() + SECONDS, None
     low = first
-    with contextlib.suppress(OutOfTimeError), clock.watched(clock.sooner(lambda: ends - time.monotonic())):
+    with contextlib.suppress(OutOfTimeError), clock.watched(lambda: ends - time.monotonic()):
         for step in range(STEPS + 1):
             size = _round_up(first + (first * 2**step // 400 if step else 0))
             if admits(changed(size)):

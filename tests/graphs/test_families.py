@@ -103,7 +103,7 @@ QUICK = {
 SLOW = {
     "siglip": Case("siglip", {**VISION, **text({**{key: TEXT[key] for key in TEXT if key != "num_key_value_heads"},
                                                 "projection_size": 16})}, {"batch": 3, "seq": 6},
-                   frozenset({"vision", "text", None})),
+                   frozenset({"vision", "text"})),
     "qwen3_next": Case("Qwen3NextForCausalLM", {**MOE, **LINEAR, "head_dim": 8, "shared_expert_intermediate_size": 8}),
     "mamba2": Case("Mamba2ForCausalLM", {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_heads": 4,
                                          "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 4, "expand": 2}),
@@ -360,3 +360,13 @@ def frozen_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     logits = model(**{key: item for key, item in batch.items() if key != "labels"}, use_cache=False).logits[:, :-1]
     labels = batch["labels"][:, 1:]
     return -logits.log_softmax(-1)[labels != -100].gather(-1, labels[labels != -100][:, None]).sum()
+
+
+@pytest.mark.parametrize(("name", "error", "words"), [
+    ("Gemma3nForConditionalGeneration", ImportError("\nTimmWrapperModel requires the timm library but it was"),
+     "needs the package timm, which is not installed: pip install timm, or capture Gemma3nForCausalLM, its text part"),
+    ("LlamaForCausalLM", ImportError("no module", name="kernels"),
+     "needs the package kernels, which is not installed: pip install kernels"),
+    ("Other", ImportError("\nbroken\n"), "cannot be built here: broken")])
+def test_a_missing_package_is_named(name: str, error: ImportError, words: str) -> None:
+    assert families._needs(name, error) == f"model {name} {words}"
