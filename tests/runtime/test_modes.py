@@ -68,6 +68,23 @@ def test_two_members(pool, made, name, modes):
     check(pool, made, name, 2, modes)
 
 
+def check_step(pool, made, name, members, modes):
+    graph, batch = made(name)
+    answers = pool.run(members, WORKER, "compare_step", graph, modes, batch, 8 if name == "vit" else 64, timeout=240)
+    assert {mode for answer in answers for mode, error in answer.items() if not error <= 1e-12} == set()
+
+
+def test_a_whole_step(pool, made):
+    """The loss and all gradients of a model, segment after segment on the team."""
+    check_step(pool, made, "vlm-lora", 2, ("tensor", "sequence"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*BY_NAME, "skip", "vlm", "vlm-frozen"])
+def test_whole_steps(pool, made, name):
+    check_step(pool, made, name, 4 if name in BY_NAME else 2, ALL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name, members", list(itertools.product(
     [*BY_NAME, "skip", "vlm", "vlm-frozen", "vlm-lora"], (2, 4))))
