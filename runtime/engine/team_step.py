@@ -88,13 +88,13 @@ class TeamStep:
             outputs = [given[name] for name in built.program.trace.outputs]
             values.update(zip(segment.outputs, outputs, strict=True))
         loss = values[self.graph.loss]
-        grads, gradients = {self.graph.loss: torch.full_like(loss, scale)}, dict[str, Tensor]()
-        summed: set[str] = set()
+        grads = {self.graph.loss: torch.full_like(loss, scale)}
+        gradients: dict[str, Tensor] = {}
+        partial: dict[str, Tensor] = {}
         for segment in reversed(self.graph.segments):
-            built, given = self._built[segment.trace], kept.pop(segment.name)
-            self._backward(segment, built, given, grads, gradients, summed)
-        for fqn in sorted(summed):
-            gradients[fqn] = self.axis.all_reduce(gradients[fqn], "sum")
+            self._backward(segment, kept.pop(segment.name), grads, gradients, partial)
+        for fqn in sorted(partial):
+            _add(gradients, fqn, self.axis.all_reduce(partial[fqn], "sum"))
         return loss, gradients
 
     def _bind(self, segment: Segment, values: Mapping[str, Tensor], state: Mapping[str, Tensor],
@@ -109,9 +109,10 @@ class TeamStep:
         return given | {name: state[fqn] for name, fqn in
                         zip(names, (*segment.parameters, *segment.buffers), strict=True)}
 
-    def _backward(self, segment: Segment, built: _Built, given: dict[str, Tensor], grads: dict[str, Tensor],
-                  gradients: dict[str, Tensor], summed: set[str]) -> None:
-        """I and W of a segment; gradients of what several segments read are added up."""
+    def _backward(self, segment: Segment, given: dict[str, Tensor], grads: dict[str, Tensor],
+                  gradients: dict[str, Tensor], partial: dict[str, Tensor]) -> None:
+        """I and W of a segment; gradients of what several segments read are added up, sums over members apart."""
+        built = self._built[segment.trace]
         trace, program = built.trace, built.program.trace
         for name, value in zip(trace.output_grads, segment.outputs, strict=True):
             if name is not None:
@@ -119,11 +120,13 @@ class TeamStep:
         for phase in (Phase.I, Phase.W):
             if phase in built.phases:
                 built.run(phase, given)
-        for table, ours, targets in ((grads, program.input_grads, segment.inputs),
-                                     (gradients, program.parameter_grads, segment.parameters)):
-            for name, target in zip(ours, targets, strict=True):
-                if name is not None:
-                    table[target] = table[target] + given[name] if target in table else given[name]
-        for name, fqn in zip(trace.parameter_grads, segment.parameters, strict=True):
-            if name is not None and built.program.ends[name] == PARTIAL:
-                summed.add(fqn)
+        for name, value in zip(program.input_grads, segment.inputs, strict=True):
+            if name is not None:
+                _add(grads, value, given[name])
+        for name, ours, fqn in zip(trace.parameter_grads, program.parameter_grads, segment.parameters, strict=True):
+            if name is not None and ours is not None:
+                _add(partial if built.program.ends[name] == PARTIAL else gradients, fqn, given[ours])
+
+
+def _add(table: dict[str, Tensor], key: str, tensor: Tensor) -> None:
+    table[key] = table[key] + tensor if key in table else tensor
