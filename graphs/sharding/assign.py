@@ -163,8 +163,8 @@ class _Pass:
             self.have.add(self._change(name, need, backward))
 
     def begin(self, phase: Phase) -> None:
-        """Before I gradients are gathered that are to be so early; in W what I has gathered stays gathered."""
-        for name in sorted(self.layouts.early) if phase is Phase.I else ():
+        """Before the backward gradients are gathered that are to be so early; in W what I has gathered stays so."""
+        for name in sorted(self.layouts.early) if phase is first_backward(self.trace) else ():
             self.use(name, WHOLE, phase)
             self.parts[name] = WHOLE
         for name, need, again in self.have if phase is Phase.W else ():
@@ -193,6 +193,11 @@ def assign(trace: SegmentTrace, layouts: Layouts, specs: Mapping[str, TensorSpec
                 run.use(name, ends[name], phase)
                 run.sent -= run.last if phase is Phase.W else 0.0
     return Assignment(choices, run.born, leaving, run.sent, run.gathered, run.flops)
+
+
+def first_backward(trace: SegmentTrace) -> Phase:
+    """The phase in which the backward begins."""
+    return Phase.I if trace.has(Phase.I) else Phase.W
 
 
 def results_of(trace: SegmentTrace) -> tuple[tuple[Phase, tuple[str | None, ...]], ...]:
