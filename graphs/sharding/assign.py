@@ -8,6 +8,7 @@ slower, and right.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -81,6 +82,7 @@ def specs_of(trace: SegmentTrace) -> dict[str, TensorSpec]:
     return {**{item.name: item.outputs[0] for item in trace.operators if item.outputs}, **trace.specs}
 
 
+@functools.cache
 def rule_of(kind: str) -> Rule | None:
     """The rule of an operator kind; None: it runs on whole tensors."""
     if kind in RULES:
