@@ -61,8 +61,9 @@ OUTPUTS: dict[str, Output] = {
     "help": Output(("mipipe --help",)),
     **{f"help_{verb}": Output((f"mipipe {verb} --help",)) for verb in VERBS},
     "capture": Output(("mipipe capture examples/qwen3_moe_tiny --seq 64 --batch 2 -o graph.json",)),
-    "modes": Output(("mipipe capture graph.json --modes tensor,sequence,expert --team 2 -o modes.json --json"
-                     " > /dev/null", "mipipe show modes.json --modes 2"), ("capture",)),
+    "modes_made": Output(("mipipe capture graph.json --modes tensor,sequence,expert --team 2 -o modes.json",),
+                         ("capture",)),
+    "modes": Output(("mipipe show modes.json --modes 2",), ("modes_made",)),
     "show_graph": Output(("mipipe show graph.json",), ("capture",)),
     "profile": Output(("mipipe profile graph.json --groups 24 --workers 4 --fresh -o costs.json",), ("capture",)),
     "plan": Output((f"mipipe plan graph.json {CLUSTER} --microbatches 8 --costs costs.json --time-limit 8 --explain"

@@ -8,6 +8,7 @@ slower, and right.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -81,6 +82,7 @@ def specs_of(trace: SegmentTrace) -> dict[str, TensorSpec]:
     return {**{item.name: item.outputs[0] for item in trace.operators if item.outputs}, **trace.specs}
 
 
+@functools.cache
 def rule_of(kind: str) -> Rule | None:
     """The rule of an operator kind; None: it runs on whole tensors."""
     if kind in RULES:
@@ -163,8 +165,8 @@ class _Pass:
             self.have.add(self._change(name, need, backward))
 
     def begin(self, phase: Phase) -> None:
-        """Before I gradients are gathered that are to be so early; in W what I has gathered stays gathered."""
-        for name in sorted(self.layouts.early) if phase is Phase.I else ():
+        """Before the backward gradients are gathered that are to be so early; in W what I has gathered stays so."""
+        for name in sorted(self.layouts.early) if phase is first_backward(self.trace) else ():
             self.use(name, WHOLE, phase)
             self.parts[name] = WHOLE
         for name, need, again in self.have if phase is Phase.W else ():
@@ -193,6 +195,11 @@ def assign(trace: SegmentTrace, layouts: Layouts, specs: Mapping[str, TensorSpec
                 run.use(name, ends[name], phase)
                 run.sent -= run.last if phase is Phase.W else 0.0
     return Assignment(choices, run.born, leaving, run.sent, run.gathered, run.flops)
+
+
+def first_backward(trace: SegmentTrace) -> Phase:
+    """The phase in which the backward begins."""
+    return Phase.I if trace.has(Phase.I) else Phase.W
 
 
 def results_of(trace: SegmentTrace) -> tuple[tuple[Phase, tuple[str | None, ...]], ...]:

@@ -15,7 +15,7 @@ from torch import fx
 
 from mipipe.graphs.operator_graph import Operator, Phase, SegmentTrace
 from mipipe.graphs.operators.dynamic_rows import DIRECT as ROWS
-from mipipe.graphs.sharding.assign import Assignment, Layouts, assign, results_of
+from mipipe.graphs.sharding.assign import Assignment, Layouts, first_backward, results_of
 from mipipe.graphs.sharding.builder import CPU, Builder
 from mipipe.graphs.sharding.parts import WHOLE, Kind, local_shape
 from mipipe.graphs.sharding.programs import PROGRAMS
@@ -25,11 +25,6 @@ from mipipe.graphs.tracing.joint import Joint, own_storages
 from mipipe.graphs.tracing.operator_kinds import resolve_operator
 from mipipe.graphs.tracing.partition import to_trace
 from mipipe.graphs.tracing.trace import Ref, decode
-
-
-def member_trace(trace: SegmentTrace, layouts: Layouts, axis: str) -> SegmentTrace:
-    """The member's program of a trace under the layouts of what it is given and returns; ``axis`` is the team's."""
-    return build_member(trace, layouts, axis, assign(trace, layouts))
 
 
 def has_dynamic_rows(trace: SegmentTrace) -> bool:
@@ -78,9 +73,9 @@ class _Member:
         return results
 
     def _begin(self, phase: Phase) -> None:
-        """Before I gradients are gathered that are to be so early; in W what I has gathered stays gathered."""
+        """Before the backward gradients are gathered that are to be so early; in W what I has gathered stays so."""
         self.builder.phase, self.builder.path = phase, ""
-        for name in sorted(self.early) if phase is Phase.I else ():
+        for name in sorted(self.early) if phase is first_backward(self.trace) else ():
             self.nodes[name], self.parts[name] = self.laid(name, WHOLE), WHOLE
         for name, part in self.parts.items() if phase is Phase.W else ():
             found = self.builder.gathered(self.nodes.get(name)) if part.kind is Kind.DIVIDED else None

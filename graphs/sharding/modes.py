@@ -181,11 +181,13 @@ def _reasons(trace: SegmentTrace, layouts: Layouts, assignment: Assignment, mode
                                      "dividing it would send more than it saves")
     elif mode in ("batch", "context"):
         if not any(part.kind is Kind.DIVIDED for part in (*layouts.given.values(), *layouts.wanted.values())):
-            yield f"{mode}: no tensor of the segment's boundary divides by {size} members"
-    elif mode == "expert" and not layouts.given:
-        yield "expert: the segment has no bank of experts that divides"
+            yield f"no tensor of its boundary divides by {size} members"
+    elif mode == "expert":
+        for name in banks(trace):
+            if name not in layouts.given:
+                yield f"{name}: {trace.specs[name].shape[0]} experts do not divide by {size} members"
     if assignment.gathered and mode == "batch":
-        yield "batch: some operators look at all samples, so these are gathered"
+        yield "some operators look at all samples, so these are gathered"
 
 
 def profile(graph: OperatorGraph, trace: SegmentTrace, program: MemberProgram) -> ModeProfile:

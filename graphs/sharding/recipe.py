@@ -24,6 +24,8 @@ have 0.4 or more (an MLP 1.5 times inner over outer width, T = 2), routers and b
 _LEAST_SHARE = 1 / 32
 """The part of a segment's flops that a division must save: a collective has a latency too, whatever its size."""
 _MOST_SECTIONS = 3
+_WORK = 150_000
+"""Operators that the search for a recipe looks at, over all of its trials: a second or two."""
 
 
 def tensor_recipe(trace: SegmentTrace, layouts: Layouts) -> dict[str, Part]:
@@ -45,6 +47,7 @@ class _Search:
         self.parts = {name: divided(0) for name in _tables(trace)
                       if fits(self.specs[name].shape, divided(0), layouts.size)}
         self.shrinks = bool(banks(trace))
+        self.trials = max(200, _WORK // max(1, len(trace.operators)))
         self.now = self.trial({})
         self.least = _LEAST_SHARE * self.now.flops
         self.width = max((self.specs[name].shape[-1] for name in (*trace.inputs, *trace.outputs)
@@ -56,36 +59,42 @@ class _Search:
 
     def trial(self, more: Mapping[str, Part]) -> Assignment:
         """The assignment with these divisions beside those settled."""
+        self.trials -= 1
         made = replace(self.layouts, given={**self.layouts.given, **self.parts, **more})
         return assign(self.trace, refine(self.trace, made) if self.shrinks else made, self.specs)
+
+    def options(self, name: str) -> Iterator[tuple[Part, Assignment]]:
+        """The divisions of a parameter that gather nothing more, with what they lead to, while there is time."""
+        if name not in self.parts:
+            for part in _divisions(self.specs[name].shape, self.layouts.size):
+                if self.trials > 0 and (trial := self.trial({name: part})).gathered <= self.now.gathered:
+                    yield part, trial
 
     def free(self) -> bool:
         """Settle, in the order of use, what sends nothing more and makes nothing larger; whether there was any."""
         found = False
         for name in (*self.matrices, *self.vectors):
-            options = [] if name in self.parts else [
-                (trial.flops, trial.sent, number, part, trial)
-                for number, part in enumerate(_divisions(self.specs[name].shape, self.layouts.size))
-                if (trial := self.trial({name: part})).sent <= self.now.sent and trial.flops <= self.now.flops
-                and trial.gathered <= self.now.gathered]
-            if options:
-                *_, self.parts[name], self.now = min(options, key=lambda option: option[:3])
+            best = min(((trial.flops, trial.sent, part.sections, part.dim, part, trial)
+                        for part, trial in self.options(name)
+                        if trial.sent <= self.now.sent and trial.flops <= self.now.flops),
+                       key=lambda option: option[:4], default=None)
+            if best is not None:
+                *_, self.parts[name], self.now = best
                 found = True
         return found
 
     def best(self) -> bool:
         """Settle the matrix that saves most flops for each byte of sums that it sends more, if that is enough."""
-        options = []
+        paying: list[tuple[float, str, Part, Assignment]] = []
         for name in self.matrices:
             least = _LEAST_INTENSITY * self.width / DTYPE_BYTES[self.specs[name].dtype]
-            for part in () if name in self.parts else _divisions(self.specs[name].shape, self.layouts.size):
-                trial = self.trial({name: part})
+            for part, trial in self.options(name):
                 more, less = trial.sent - self.now.sent, self.now.flops - trial.flops
-                if trial.gathered <= self.now.gathered and more > 0 and less >= max(least * more, self.least):
-                    options.append((less / more, name, part, trial))
-        if options:
-            _, name, self.parts[name], self.now = max(options, key=lambda option: option[0])
-        return bool(options)
+                if more > 0 and less >= max(least * more, self.least):
+                    paying.append((less / more, name, part, trial))
+        if paying:
+            _, name, self.parts[name], self.now = max(paying, key=lambda option: option[0])
+        return bool(paying)
 
 
 def expert_recipe(trace: SegmentTrace, layouts: Layouts) -> dict[str, Part]:

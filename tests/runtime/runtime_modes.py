@@ -12,8 +12,10 @@ from mipipe.graphs.operators.collectives import part_of, whole_of
 from mipipe.graphs.serialize import load
 from mipipe.graphs.sharding.modes import member_program, settle_shared
 from mipipe.graphs.sharding.parts import PARTIAL, WHOLE, Kind
+from mipipe.graphs.tracing.compose import run_step
 from mipipe.graphs.tracing.trace import build_phase, phase_signature
 from mipipe.runtime.engine.team import Axis, team_operators
+from mipipe.runtime.engine.team_step import TeamStep
 
 
 def make_state(graph, seed=0):
@@ -105,6 +107,28 @@ def compare_modes(path, modes, batch=None, classes=64):
                      for key, tensor in given.items()}
             made = run_phases(program.trace, local, operators)
             errors[mode, name] = max(_errors(program, trace, made, whole, axes["tensor"]), default=0.0)
+    return errors
+
+
+def compare_step(path, modes, batch=None, classes=64):
+    """The largest relative errors of the loss and of any gradient of a whole training step: {mode: error}."""
+    graph = load(path, OperatorGraph)
+    inputs = make_batch(graph, classes) if batch is None else torch.load(batch, weights_only=True)
+    state, errors = make_state(graph), {}
+    right = run_step(graph, state, inputs)
+    axis = Axis.of("team", dist.group.WORLD, timedelta(seconds=30))
+    for mode in modes:
+        step = TeamStep(graph, mode, axis)
+        loss, gradients = step.run(step.local_state(state), inputs)
+        assert gradients.keys() == right.gradients.keys()
+        found = [float((loss - right.outputs[graph.loss]).abs() / loss.abs())]
+        least = 1e-3 * max(float(grad.norm()) for grad in right.gradients.values())
+        for fqn, expected in right.gradients.items():
+            part, grad = step.parts[fqn], gradients[fqn]
+            if part.kind is Kind.DIVIDED:
+                grad = whole_of(axis.gather(grad), part.dim, part.sections)
+            found.append(float((grad - expected).norm()) / max(float(expected.norm()), least))
+        errors[mode] = max(found)
     return errors
 
 

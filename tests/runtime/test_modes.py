@@ -62,10 +62,26 @@ def check(pool, made, name, members, modes):
     assert not wrong
 
 
-@pytest.mark.parametrize("name, modes", [("llama", ("tensor", "sequence")), ("moe", ("tensor", "expert")),
-                                         ("vlm-lora", ("tensor",))])
+@pytest.mark.parametrize("name, modes", [("llama", ("sequence",)), ("moe", ("tensor", "expert"))])
 def test_two_members(pool, made, name, modes):
     check(pool, made, name, 2, modes)
+
+
+def check_step(pool, made, name, members, modes):
+    graph, batch = made(name)
+    answers = pool.run(members, WORKER, "compare_step", graph, modes, batch, 8 if name == "vit" else 64, timeout=240)
+    assert {mode for answer in answers for mode, error in answer.items() if not error <= 1e-12} == set()
+
+
+def test_a_whole_step(pool, made):
+    """The loss and all gradients of a model, segment after segment on the team."""
+    check_step(pool, made, "vlm-lora", 2, ("sequence",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*BY_NAME, "skip", "vlm", "vlm-frozen"])
+def test_whole_steps(pool, made, name):
+    check_step(pool, made, name, 4 if name in BY_NAME else 2, ALL)
 
 
 @pytest.mark.slow
@@ -77,9 +93,10 @@ def test_every_mode(pool, made, name, members):
 
 def test_a_program_does_not_run_on_another_team():
     """A team without the program's axis, or of another size, is named before anything is sent."""
-    graph = equal.case("skip").graph
-    trace = next(item for item in graph.traces if any("mm" in op.kind for op in item.operators))
-    program = member_program(graph, trace, "tensor", 2)
+    graph = equal.case("vlm-lora").graph
+    programs = (member_program(graph, trace, "tensor", 2) for trace in graph.traces)
+    program = next(item for item in programs if any(op.kind == "mipipe.all_reduce.default"
+                                                    for op in item.trace.phase_operators(Phase.F)))
     names, _ = phase_signature(program.trace, Phase.F)
     specs = program.trace.specs
     with pytest.raises(RunError, match=r"for tensor=2, but this team has no axes"):
