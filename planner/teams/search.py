@@ -23,12 +23,13 @@ from mipipe.planner.teams.degrees import Degrees, Recompute, check_given, comple
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams, piece_costs, result_of
 from mipipe.planner.teams.pieces import misfit
 from mipipe.planner.teams.pricing import PieceCost, Pricer
-from mipipe.planner.teams.space import Point, mode_costs, points
+from mipipe.planner.teams.space import mode_costs, points, promise
 from mipipe.planner.teams.stages import cut_pieces, stage_cost, team_problem
 
 RUNNERS = 3
-MASTER, POLISH, ORDER = 0.5, 0.7, 0.9
-"""Shares of the time limit after which no further degrees are tried, none solved finely, and no order searched."""
+PRICED, MASTER, POLISH, ORDER = 0.3, 0.55, 0.7, 0.9
+"""Shares of the time limit after which no further degrees are priced, none tried, none solved finely, and no order
+searched."""
 QUICK, FINE = (1.0, 0.02), (3.0, 0.002)
 """Seconds and gap of a master: when combinations are tried, and for the best of them."""
 POLISHED = 3
@@ -97,7 +98,9 @@ def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamO
     """
     began = time.monotonic()
     check_given(options.given, devices)
-    waiting, count = points(pricer, devices, global_batch, options.given, options.microbatch, options.recomputation)
+    space = points(pricer, devices, global_batch, options.given, options.microbatch, options.recomputation,
+                   lambda: time.monotonic() - began < PRICED * options.time_limit_s)
+    waiting, count = space.points, space.combinations
     if not waiting:
         raise InfeasibleError(_why_none(pricer, count, options, devices, global_batch))
     results: list[TeamResult] = []
@@ -124,21 +127,13 @@ def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamO
         if number < len(waiting):
             raise TimeUpError(f"no degrees evaluated within {options.time_limit_s:g} s; try a longer --time-limit")
         raise InfeasibleError(_why_none(pricer, count, options, devices, global_batch))
-    bound = waiting[0].bound
+    bound = min(waiting[0].bound, waiting[0].bound if space.unpriced is None else space.unpriced)
     results = _polished(pricer, results, global_batch, options, began, tell)
     if options.order:
         results = _ordered(pricer, results, global_batch, options, began, tell)
     top = results[0]
     return Found(top, min(bound, top.seconds), _runners(results), _notes(results, top), count, len(waiting), solved,
                  time.monotonic() - began)
-
-
-def promise(pricer: Pricer, point: Point, global_batch: int) -> float:
-    """A guess at the step of a combination: its bound with the bubble of interleaved 1F1B (Narayanan et al., 2021)."""
-    degrees = point.degrees
-    microbatches = global_batch // (degrees.copies * degrees.microbatch)
-    chunks = 1 if microbatches % degrees.ranks else min(CHUNKS[-1], max(1, len(pricer.model.layers) // degrees.ranks))
-    return point.bound * (1 + (degrees.ranks - 1) / (microbatches * chunks))
 
 
 def _chunks(pricer: Pricer, degrees: Degrees, global_batch: int, options: TeamOptions) -> list[int]:
@@ -204,7 +199,8 @@ def chain_task(pricer: Pricer, degrees: Degrees, microbatches: int,
 
 
 def _mode_cost(cost: PieceCost) -> ModeCost:
-    return ModeCost(cost.f.total, cost.backward, cost.optimizer, cost.resident, cost.kept, cost.again + cost.late)
+    return ModeCost(cost.f.total, cost.backward, cost.optimizer, cost.resident, cost.kept,
+                    cost.again + cost.late + cost.gathered)
 
 
 def _evaluated(pricer: Pricer, degrees: Degrees, answer: StageCounts, modes: list[Recompute],
