@@ -102,8 +102,8 @@ class PieceCost:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes of a whole model on a team of certain degrees: parameters, those that train, and the least that one sequence
-    keeps (with all layers run again)."""
+    """Bytes of a whole model on a team of certain degrees: parameters, those that train, and the least that one
+    sequence keeps (with all layers run again)."""
 
     dense: int
     experts: int

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from mipipe.graphs.errors import InfeasibleError, MipipeError, TimeUpError
 from mipipe.graphs.units import format_bytes
@@ -36,6 +36,8 @@ POLISHED = 3
 """Combinations that are solved finely, with every number of chunks."""
 SQUEEZES = 3
 """How often a master is solved again with as much less memory as its stages took too much when simulated."""
+PUBLISHED = ("zb-h1", "zb-v", "dualpipev", "dualpipe")
+"""Published schedules that are tried on the best pipelines beside 1F1B and interleaved 1F1B."""
 CHUNKS = (1, 2, 4, 8)
 """Stages per rank that are tried, as far as the layers go."""
 
@@ -235,6 +237,12 @@ def _run_order(pricer: Pricer) -> list[int]:
 def _ordered(pricer: Pricer, results: list[TeamResult], global_batch: int, options: TeamOptions, began: float,
              tell: Callable[[str], None]) -> list[TeamResult]:
     """The results with the best pipeline's schedule searched, where it has ranks to order."""
+    for item in [item for item in results if item.degrees.ranks > 1][:POLISHED]:
+        for name in PUBLISHED:
+            if time.monotonic() - began < ORDER * options.time_limit_s:
+                tell(f"{name} on {item.degrees.text()}")
+                results += _published(pricer, item, name, global_batch)
+    results.sort(key=lambda found: found.seconds)
     best = results[0]
     left = ORDER * options.time_limit_s - (time.monotonic() - began)
     pipelines = [item for item in results if item.degrees.ranks > 1
@@ -250,6 +258,28 @@ def _ordered(pricer: Pricer, results: list[TeamResult], global_batch: int, optio
         if better is not None and better.seconds < item.seconds:
             results.append(better)
     return sorted(results, key=lambda found: found.seconds)
+
+
+def _published(pricer: Pricer, item: TeamResult, name: str, global_batch: int) -> list[TeamResult]:
+    """A result's degrees under a published schedule, with its stages where that has as many, with even ones, and with
+    all layers run again; those that fit and are faster."""
+    degrees = replace(item.degrees, chunks=1)
+    same = item.layers if item.degrees.chunks == 1 else None
+    for layers, mode in ((same, None), (None, "none"), (None, "selective"), (None, "full")):
+        if mode is None and same is None:
+            continue
+        try:
+            if mode is None:
+                made = evaluate_teams(pricer, degrees, global_batch, layers=layers, schedule=name,
+                                      recompute=item.recompute)
+            else:
+                made = evaluate_teams(pricer, replace(degrees, recompute=cast("Recompute", mode)), global_batch,
+                                      schedule=name)
+        except MipipeError:
+            continue
+        if not made.shortage:
+            return [made] if made.seconds < item.seconds else []
+    return []
 
 
 def _order(pricer: Pricer, item: TeamResult, global_batch: int, seconds: float, seed: int) -> TeamResult | None:

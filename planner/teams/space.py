@@ -148,8 +148,8 @@ def roughly_fits(pricer: Pricer, degrees: Degrees) -> bool:
 
 
 def least_seconds(pricer: Pricer) -> float:
-    """Device seconds of one sequence that no degrees are below: products at their best shapes, which are those of a team
-    of one, without their bytes, which larger microbatches share."""
+    """Device seconds of one sequence that no degrees are below: products at their best shapes, which are those of a
+    team of one, without their bytes, which larger microbatches share."""
     model, kind = pricer.model, pricer.machine.kind
     total = 0.0
     for member in range(len(model.graph.segments)):
