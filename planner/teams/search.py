@@ -73,8 +73,8 @@ class Found:
 
     def how(self) -> str:
         """How the best was found, in a few words."""
-        return (f"best of {self.combinations:,} combinations of degrees ({self.fitting:,} may fit, {self.solved}"
-                f" solved) in {self.seconds:.1f} s")
+        return (f"best of {self.combinations:,} combinations of degrees ({self.fitting:,} found that may fit,"
+                f" {self.solved} solved) in {self.seconds:.1f} s")
 
     def bound_text(self) -> str:
         """Step, bound and gap."""
@@ -216,8 +216,9 @@ def _evaluated(pricer: Pricer, degrees: Degrees, answer: StageCounts, modes: lis
         count = 0
         for number, by_mode in enumerate(stage):
             queue = [mode for mode, size in zip(modes, by_mode, strict=True) for _ in range(size)]
-            recompute += queue
-            count += sum(model.pieces[order[number]].layer is not None for _ in queue)
+            layer = model.pieces[order[number]].layer is not None
+            recompute += queue if layer or "none" not in modes else ["none"] * len(queue)  # only layers run again
+            count += len(queue) if layer else 0
         layers.append(count)
     uniform = set(recompute)
     shown = replace(degrees, recompute=recompute[0] if len(uniform) == 1 else "none")
