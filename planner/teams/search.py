@@ -150,9 +150,25 @@ def _chunks(pricer: Pricer, degrees: Degrees, global_batch: int, options: TeamOp
 
 def _solved(pricer: Pricer, degrees: Degrees, global_batch: int, options: TeamOptions, cutoff: float,
             effort: tuple[float, float]) -> TeamResult | None:
-    """What the master's stages take for one combination; None where none fit or beat the cutoff."""
+    """What the master's stages take for one combination; None where none fit or beat the cutoff.
+
+    Where layers run again as a whole, the master is asked for stages without any, too: it holds their workspace ready
+    on every rank, which may be what makes them run again.
+    """
+    first = _with_modes(pricer, degrees, global_batch, options, cutoff, effort, whole=True)
+    if options.recomputation is not None or (first is not None and "full" not in first.recompute):
+        return first
+    least = cutoff if first is None else min(cutoff, first.seconds)
+    other = _with_modes(pricer, degrees, global_batch, options, least, effort, whole=False)
+    found = [item for item in (first, other) if item is not None]
+    return min(found, key=lambda item: item.seconds, default=None)
+
+
+def _with_modes(pricer: Pricer, degrees: Degrees, global_batch: int, options: TeamOptions, cutoff: float,
+                effort: tuple[float, float], whole: bool) -> TeamResult | None:
+    """The master's stages, simulated; with less memory where they took too much. ``whole``: layers may run again."""
     microbatches = global_batch // (degrees.copies * degrees.microbatch)
-    task, modes = chain_task(pricer, degrees, microbatches, options.recomputation)
+    task, modes = chain_task(pricer, degrees, microbatches, options.recomputation, whole)
     for _ in range(SQUEEZES):
         answer = stage_counts(task, time_limit_s=effort[0], gap=effort[1], seed=options.seed,
                               cutoff=None if cutoff == float("inf") else cutoff)
@@ -180,9 +196,10 @@ def _polished(pricer: Pricer, results: list[TeamResult], global_batch: int, opti
 
 
 def chain_task(pricer: Pricer, degrees: Degrees, microbatches: int,
-               recomputation: Recompute | None) -> tuple[ChainTask, list[Recompute]]:
-    """The master's task for one combination, and the modes its counts are by."""
+               recomputation: Recompute | None, whole: bool = True) -> tuple[ChainTask, list[Recompute]]:
+    """The master's task for one combination, and the modes its counts are by (``whole``: with that of whole layers)."""
     model, by_mode = pricer.model, mode_costs(pricer, degrees, recomputation)
+    by_mode = {mode: costs for mode, costs in by_mode.items() if whole or mode != "full"}
     runs: list[tuple[int, tuple[ModeCost, ...]]] = []
     last = -1
     for number, piece in enumerate(model.pieces):
