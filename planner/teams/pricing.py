@@ -172,7 +172,7 @@ class Pricer:
                     kept += min(self._inputs(piece.members[0], plain, 1 / self.model.sequences),
                                 sum(self.profile(member, plain).kept.fi + self.profile(member, plain).kept.fw
                                     for member in piece.members))
-            self._footprints[degrees.split] = Footprint(*sums, kept)
+            self._footprints[degrees.split] = Footprint(sums[0], sums[1], sums[2], sums[3], kept)
         return self._footprints[degrees.split]
 
     def _price(self, kind: int, degrees: Degrees) -> PieceCost:

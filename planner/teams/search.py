@@ -30,7 +30,7 @@ RUNNERS = 3
 PRICED, MASTER, POLISH, ORDER = 0.3, 0.55, 0.7, 0.9
 """Shares of the time limit after which no further degrees are priced, none tried, none solved finely, and no order
 searched."""
-QUICK, FINE = (1.0, 0.02), (3.0, 0.002)
+QUICK, FINE = (1.0, 0.02), (3.0, 2e-4)
 """Seconds and gap of a master: when combinations are tried, and for the best of them."""
 POLISHED = 3
 """Combinations that are solved finely, with every number of chunks."""
@@ -152,11 +152,11 @@ def _solved(pricer: Pricer, degrees: Degrees, global_batch: int, options: TeamOp
             effort: tuple[float, float]) -> TeamResult | None:
     """What the master's stages take for one combination; None where none fit or beat the cutoff.
 
-    Where layers run again as a whole, the master is asked for stages without any, too: it holds their workspace ready
-    on every rank, which may be what makes them run again.
+    Where anything runs again, the master is asked for stages in which no whole layer does, too: it holds the workspace
+    of whole layers ready on every rank, and that may be what is lacking.
     """
     first = _with_modes(pricer, degrees, global_batch, options, cutoff, effort, whole=True)
-    if options.recomputation is not None or (first is not None and "full" not in first.recompute):
+    if options.recomputation is not None or (first is not None and set(first.recompute) == {"none"}):
         return first
     least = cutoff if first is None else min(cutoff, first.seconds)
     other = _with_modes(pricer, degrees, global_batch, options, least, effort, whole=False)
