@@ -119,7 +119,8 @@ def memory_rows(result: TeamResult, most: int = 8) -> list[str]:
 def basis(result: TeamResult) -> list[str]:
     """What is measured, fitted, estimated or assumed."""
     machine, achieved = result.machine, result.machine.kind.achieved
-    origins = ", ".join(f"{name} ({count})" for name, count in sorted(result.origins.items()))
+    origins = ", ".join(sorted(result.origins)) if len(result.origins) < 2 else ", ".join(
+        f"{name} ({count} profiles)" for name, count in sorted(result.origins.items()))
     kernels = "elementwise kernels fused" if machine.fused else "kernels as the runtime starts them, one per operator"
     return [
         f"work and bytes: {origins}; {kernels}",

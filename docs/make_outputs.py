@@ -68,6 +68,10 @@ OUTPUTS: dict[str, Output] = {
     "profile": Output(("mipipe profile graph.json --groups 24 --workers 4 --fresh -o costs.json",), ("capture",)),
     "plan": Output((f"mipipe plan graph.json {CLUSTER} --microbatches 8 --costs costs.json --time-limit 8 --explain"
                     " -o plan.json",), ("profile",)),
+    "teams": Output(("mipipe plan examples/llama3_8b --devices 16 --kind h100 --global-batch 64 --seq 8192"
+                     " --time-limit 40",)),
+    "teams_given": Output(("mipipe plan examples/llama3_8b --devices 16 --kind h100 --global-batch 64 --seq 8192"
+                           " --degrees sequence=2,ranks=4,copies=2 --layers-per-stage 8,9,9,6 --schedule 1f1b",)),
     "check": Output(("mipipe check plan.json",), ("plan",)),
     "simulate": Output(("mipipe simulate plan.json -o timeline.json --program program.json",), ("plan",)),
     "check_refused": Output(("mipipe check swapped.json",), ("plan",), status=5),

@@ -22,7 +22,8 @@ import math
 from dataclasses import dataclass, field
 
 from mipipe.graphs.coarse.totals import operator_flops
-from mipipe.graphs.costs.fusion import kept, kernels, made_in_backward
+from mipipe.graphs.costs.fusion import Kept as KeptTensor
+from mipipe.graphs.costs.fusion import Kernel, kept, kernels, made_in_backward
 from mipipe.graphs.costs.split_rules import ATTENTION, SplitRules, split_rules
 from mipipe.graphs.modes import (
     Collective,
@@ -71,8 +72,26 @@ def heads_of(trace: SegmentTrace) -> tuple[int, int] | None:
     return query[1], key[1]
 
 
+@dataclass(frozen=True, slots=True)
+class TraceFacts:
+    """What estimates need to know of a trace, whatever the team: its rules, its kernels where they are fused (else
+    none), and what fused kernels keep, ``late`` of it from I on."""
+
+    rules: SplitRules
+    kernels: tuple[Kernel, ...]
+    kept: tuple[KeptTensor, ...]
+    late: frozenset[str]
+
+
+def trace_facts(trace: SegmentTrace, role: Role, *, fused: bool = True, attention_again: bool = False) -> TraceFacts:
+    """The facts of one trace, as for `estimated_profile`."""
+    again = (f"{ATTENTION}.",) if attention_again else ()
+    return TraceFacts(split_rules(trace, role), tuple(kernels(trace)) if fused else (),
+                      tuple(kept(trace, again)) if fused else (), made_in_backward(trace))
+
+
 def estimated_profile(trace: SegmentTrace, role: Role, split: TeamSplit, *, fused: bool = True,
-                      attention_again: bool = False) -> ModeProfile:
+                      attention_again: bool = False, facts: TraceFacts | None = None) -> ModeProfile:
     """What one member of a team computes, sends and keeps of a segment, by its shapes.
 
     Args:
@@ -81,9 +100,10 @@ def estimated_profile(trace: SegmentTrace, role: Role, split: TeamSplit, *, fuse
         split: the team's degrees; sizes that they do not divide are rounded up.
         fused: elementwise operators run as fused kernels keep and move; else as the trace's eager operators.
         attention_again: attention runs again in the backward, and its results are not kept.
+        facts: of the trace, where they are known already.
     """
-    rules = split_rules(trace, role)
-    estimate = _Estimate(trace, role, rules, split)
+    known = facts or trace_facts(trace, role, fused=fused, attention_again=attention_again)
+    estimate = _Estimate(trace, role, known.rules, split, known)
     work = {phase: _Work() for phase in Phase if trace.has(phase)}
     estimate.compute(work, fused, attention_again)
     estimate.talk(work)
@@ -91,7 +111,7 @@ def estimated_profile(trace: SegmentTrace, role: Role, split: TeamSplit, *, fuse
                                           ("tensor", split.tensor)) if size > 1}
     layout = Layout.SEQUENCE if split.context > 1 or (split.sequence and split.tensor > 1) else Layout.REPLICATED
     return ModeProfile(trace.digest, split.mode, axes, (layout,) * len(trace.inputs), (layout,) * len(trace.outputs),
-                       estimate.parts(), estimate.resident(), estimate.kept(fused, attention_again),
+                       estimate.parts(), estimate.resident(), estimate.kept(fused),
                        {phase: _phase_work(trace, phase, made) for phase, made in work.items()})
 
 
@@ -106,6 +126,7 @@ class _Estimate:
     role: Role
     rules: SplitRules
     split: TeamSplit
+    facts: TraceFacts
 
     def whole(self) -> int:
         """Into how many parts values between blocks are divided."""
@@ -133,7 +154,7 @@ class _Estimate:
 
     def compute(self, work: dict[Phase, _Work], fused: bool, attention_again: bool) -> None:
         """Products, bytes and kernels of every phase."""
-        for kernel in kernels(self.trace) if fused else []:
+        for kernel in self.facts.kernels:
             made = work.get(kernel.phase)
             if made is None:
                 continue
@@ -276,12 +297,11 @@ class _Estimate:
         sizes["dense"] += sum(self.trace.specs[name].num_bytes for name in self.trace.buffers)
         return Resident(**sizes)
 
-    def kept(self, fused: bool, attention_again: bool) -> Kept:
+    def kept(self, fused: bool) -> Kept:
         sizes = {"fi": 0.0, "fw": 0.0, "iw": 0.0}
         if fused:
-            late = made_in_backward(self.trace)
-            for item in kept(self.trace, (f"{ATTENTION}.",) if attention_again else ()):
-                place = "iw" if item.name in late else "fw" if item.last is Phase.W else "fi"
+            for item in self.facts.kept:
+                place = "iw" if item.name in self.facts.late else "fw" if item.last is Phase.W else "fi"
                 sizes[place] += item.num_bytes / self.parts_of(item.name)
         else:
             for saved in self.trace.saved:

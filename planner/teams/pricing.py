@@ -17,11 +17,11 @@ from typing import Literal
 from mipipe.graphs.cluster import DeviceKind
 from mipipe.graphs.costs.collectives import Fabric, collective_ns
 from mipipe.graphs.costs.efficiency import phase_seconds
-from mipipe.graphs.costs.estimate_modes import estimated_profile
+from mipipe.graphs.costs.estimate_modes import TeamSplit, TraceFacts, estimated_profile, trace_facts
 from mipipe.graphs.costs.split_rules import ATTENTION
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.modes import Collective, CollectiveKind, ModeProfile
-from mipipe.graphs.operator_graph import DTYPE_BYTES, Phase
+from mipipe.graphs.operator_graph import DTYPE_BYTES, Phase, Role
 from mipipe.planner.teams.degrees import Degrees
 from mipipe.planner.teams.pieces import ModelPieces
 
@@ -73,7 +73,8 @@ class PieceCost:
 
     ``kept`` stays from F to the end of the backward, ``late`` from I to W, per microbatch; ``again`` is ``kept`` of a
     piece whose F runs again, which it holds while its backward runs. ``reduce``, ``gather``: seconds of the gradients'
-    way between copies and of the updated parameters' way back, ``optimizer`` of the update itself.
+    way between copies and of the updated parameters' way back, ``optimizer`` of the update itself. ``gathered``: whole
+    gradients, and parameters of this piece and the next, where copies hold parts of them.
     """
 
     f: PhaseCost
@@ -88,6 +89,7 @@ class PieceCost:
     reduce: float
     gather: float
     optimizer: float
+    gathered: int = 0
 
     @property
     def backward(self) -> float:
@@ -98,6 +100,18 @@ class PieceCost:
         return self.weights + self.gradients + self.state
 
 
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes of a whole model on a team of certain degrees: parameters, those that train, and the least that one
+    sequence keeps (with all layers run again)."""
+
+    dense: int
+    experts: int
+    trained_dense: int
+    trained_experts: int
+    kept: float
+
+
 class Pricer:
     """Prices pieces on a machine; profiles are kept between calls. ``origins`` counts where profiles came from."""
 
@@ -106,6 +120,8 @@ class Pricer:
         self.origins: Counter[str] = Counter()
         self._profiles: dict[tuple[str, object, bool], ModeProfile] = {}
         self._costs: dict[tuple[int, Degrees], PieceCost] = {}
+        self._footprints: dict[TeamSplit, Footprint] = {}
+        self._facts: dict[tuple[str, Role, bool], TraceFacts] = {}
 
     def costs(self, degrees: Degrees) -> list[PieceCost]:
         """The cost of every piece, in the model's order."""
@@ -125,7 +141,11 @@ class Pricer:
         key = trace.digest, (role, degrees.split), again
         if key in self._profiles:
             return self._profiles[key]
-        estimate = estimated_profile(trace, role, degrees.split, fused=self.machine.fused, attention_again=again)
+        known = trace.digest, role, again
+        if known not in self._facts:
+            self._facts[known] = trace_facts(trace, role, fused=self.machine.fused, attention_again=again)
+        estimate = estimated_profile(trace, role, degrees.split, fused=self.machine.fused, attention_again=again,
+                                     facts=self._facts[known])
         plain = degrees.context == degrees.expert == 1 and degrees.tensor > 1 and not again
         modes = self.model.graph.modes
         found = modes.find(trace.digest, degrees.split.mode, degrees.tensor) if plain and modes is not None else None
@@ -134,6 +154,26 @@ class Pricer:
             estimate = with_estimates(found, estimate, self.machine.fused)
         self._profiles[key] = estimate
         return estimate
+
+    def footprint(self, degrees: Degrees) -> Footprint:
+        """The footprint on a team of these degrees."""
+        if degrees.split not in self._footprints:
+            sums, kept = [0, 0, 0, 0], 0.0
+            plain = replace(degrees, recompute="none", microbatch=1)
+            for piece in self.model.pieces:
+                acts = False
+                for member in piece.members:
+                    held = self.profile(member, plain).resident
+                    trains = self.model.index.runs(member, Phase.W)
+                    sizes = (held.dense, held.experts, trains * held.trainable_dense, trains * held.trainable_experts)
+                    sums = [total + size for total, size in zip(sums, sizes, strict=True)]
+                    acts = acts or self.model.index.runs(member, Phase.I)
+                if acts and piece.layer is not None:
+                    kept += min(self._inputs(piece.members[0], plain, 1 / self.model.sequences),
+                                sum(self.profile(member, plain).kept.fi + self.profile(member, plain).kept.fw
+                                    for member in piece.members))
+            self._footprints[degrees.split] = Footprint(sums[0], sums[1], sums[2], sums[3], kept)
+        return self._footprints[degrees.split]
 
     def _price(self, kind: int, degrees: Degrees) -> PieceCost:
         piece, machine = self.model.kinds[kind], self.machine
@@ -198,6 +238,7 @@ class Pricer:
         strides = degrees.tensor, degrees.expert
         weights = gradients = state = 0
         reduce = gather = touched = 0.0
+        gathered = 0
         for num_bytes, training, copies, stride in zip(held, trained, wide, strides, strict=True):
             parameters = training // size
             shared = [copies if degrees.zero >= stage else 1 for stage in (1, 2, 3)]
@@ -214,15 +255,17 @@ class Pricer:
                 reduce += spent[0]
             elif Phase.W in found:
                 found[Phase.W] = _beside(found[Phase.W], spent[0])
+                gathered += parameters * GRADIENT_BYTES
             if degrees.zero < 3:
                 gather += spent[1]
                 continue
+            gathered += 2 * num_bytes
             for phase in (Phase.F, Phase.I):
                 if phase in found:
                     found[phase] = _beside(found[phase], spent[2])
         bandwidth = float(self.machine.kind.bytes_per_s or 1) * self.machine.kind.achieved.memory
         return PieceCost(found[Phase.F], found.get(Phase.I), found.get(Phase.W), *kept, weights, gradients, state,
-                         reduce, gather, touched / bandwidth)
+                         reduce, gather, touched / bandwidth, gathered)
 
 
 def with_estimates(traced: ModeProfile, estimate: ModeProfile, fused: bool) -> ModeProfile:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from mipipe.graphs.errors import InfeasibleError, MipipeError, TimeUpError
 from mipipe.graphs.units import format_bytes
@@ -23,18 +23,21 @@ from mipipe.planner.teams.degrees import Degrees, Recompute, check_given, comple
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams, piece_costs, result_of
 from mipipe.planner.teams.pieces import misfit
 from mipipe.planner.teams.pricing import PieceCost, Pricer
-from mipipe.planner.teams.space import Point, mode_costs, points
+from mipipe.planner.teams.space import mode_costs, points, promise
 from mipipe.planner.teams.stages import cut_pieces, stage_cost, team_problem
 
 RUNNERS = 3
-MASTER, POLISH, ORDER = 0.5, 0.7, 0.9
-"""Shares of the time limit after which no further degrees are tried, none solved finely, and no order searched."""
-QUICK, FINE = (1.0, 0.02), (3.0, 0.002)
+PRICED, MASTER, POLISH, ORDER = 0.3, 0.55, 0.7, 0.9
+"""Shares of the time limit after which no further degrees are priced, none tried, none solved finely, and no order
+searched."""
+QUICK, FINE = (1.0, 0.02), (3.0, 2e-4)
 """Seconds and gap of a master: when combinations are tried, and for the best of them."""
 POLISHED = 3
 """Combinations that are solved finely, with every number of chunks."""
 SQUEEZES = 3
 """How often a master is solved again with as much less memory as its stages took too much when simulated."""
+PUBLISHED = ("zb-h1", "zb-v", "dualpipev", "dualpipe")
+"""Published schedules that are tried on the best pipelines beside 1F1B and interleaved 1F1B."""
 CHUNKS = (1, 2, 4, 8)
 """Stages per rank that are tried, as far as the layers go."""
 
@@ -70,8 +73,8 @@ class Found:
 
     def how(self) -> str:
         """How the best was found, in a few words."""
-        return (f"best of {self.combinations:,} combinations of degrees ({self.fitting:,} may fit, {self.solved}"
-                f" solved) in {self.seconds:.1f} s")
+        return (f"best of {self.combinations:,} combinations of degrees ({self.fitting:,} found that may fit,"
+                f" {self.solved} solved) in {self.seconds:.1f} s")
 
     def bound_text(self) -> str:
         """Step, bound and gap."""
@@ -97,7 +100,9 @@ def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamO
     """
     began = time.monotonic()
     check_given(options.given, devices)
-    waiting, count = points(pricer, devices, global_batch, options.given, options.microbatch, options.recomputation)
+    space = points(pricer, devices, global_batch, options.given, options.microbatch, options.recomputation,
+                   lambda: time.monotonic() - began < PRICED * options.time_limit_s)
+    waiting, count = space.points, space.combinations
     if not waiting:
         raise InfeasibleError(_why_none(pricer, count, options, devices, global_batch))
     results: list[TeamResult] = []
@@ -124,21 +129,13 @@ def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamO
         if number < len(waiting):
             raise TimeUpError(f"no degrees evaluated within {options.time_limit_s:g} s; try a longer --time-limit")
         raise InfeasibleError(_why_none(pricer, count, options, devices, global_batch))
-    bound = waiting[0].bound
+    bound = min(waiting[0].bound, waiting[0].bound if space.unpriced is None else space.unpriced)
     results = _polished(pricer, results, global_batch, options, began, tell)
     if options.order:
         results = _ordered(pricer, results, global_batch, options, began, tell)
     top = results[0]
     return Found(top, min(bound, top.seconds), _runners(results), _notes(results, top), count, len(waiting), solved,
                  time.monotonic() - began)
-
-
-def promise(pricer: Pricer, point: Point, global_batch: int) -> float:
-    """A guess at the step of a combination: its bound with the bubble of interleaved 1F1B (Narayanan et al., 2021)."""
-    degrees = point.degrees
-    microbatches = global_batch // (degrees.copies * degrees.microbatch)
-    chunks = 1 if microbatches % degrees.ranks else min(CHUNKS[-1], max(1, len(pricer.model.layers) // degrees.ranks))
-    return point.bound * (1 + (degrees.ranks - 1) / (microbatches * chunks))
 
 
 def _chunks(pricer: Pricer, degrees: Degrees, global_batch: int, options: TeamOptions) -> list[int]:
@@ -153,9 +150,25 @@ def _chunks(pricer: Pricer, degrees: Degrees, global_batch: int, options: TeamOp
 
 def _solved(pricer: Pricer, degrees: Degrees, global_batch: int, options: TeamOptions, cutoff: float,
             effort: tuple[float, float]) -> TeamResult | None:
-    """What the master's stages take for one combination; None where none fit or beat the cutoff."""
+    """What the master's stages take for one combination; None where none fit or beat the cutoff.
+
+    Where anything runs again, the master is asked for stages in which no whole layer does, too: it holds the workspace
+    of whole layers ready on every rank, and that may be what is lacking.
+    """
+    first = _with_modes(pricer, degrees, global_batch, options, cutoff, effort, whole=True)
+    if options.recomputation is not None or (first is not None and set(first.recompute) == {"none"}):
+        return first
+    least = cutoff if first is None else min(cutoff, first.seconds)
+    other = _with_modes(pricer, degrees, global_batch, options, least, effort, whole=False)
+    found = [item for item in (first, other) if item is not None]
+    return min(found, key=lambda item: item.seconds, default=None)
+
+
+def _with_modes(pricer: Pricer, degrees: Degrees, global_batch: int, options: TeamOptions, cutoff: float,
+                effort: tuple[float, float], whole: bool) -> TeamResult | None:
+    """The master's stages, simulated; with less memory where they took too much. ``whole``: layers may run again."""
     microbatches = global_batch // (degrees.copies * degrees.microbatch)
-    task, modes = chain_task(pricer, degrees, microbatches, options.recomputation)
+    task, modes = chain_task(pricer, degrees, microbatches, options.recomputation, whole)
     for _ in range(SQUEEZES):
         answer = stage_counts(task, time_limit_s=effort[0], gap=effort[1], seed=options.seed,
                               cutoff=None if cutoff == float("inf") else cutoff)
@@ -183,9 +196,10 @@ def _polished(pricer: Pricer, results: list[TeamResult], global_batch: int, opti
 
 
 def chain_task(pricer: Pricer, degrees: Degrees, microbatches: int,
-               recomputation: Recompute | None) -> tuple[ChainTask, list[Recompute]]:
-    """The master's task for one combination, and the modes its counts are by."""
+               recomputation: Recompute | None, whole: bool = True) -> tuple[ChainTask, list[Recompute]]:
+    """The master's task for one combination, and the modes its counts are by (``whole``: with that of whole layers)."""
     model, by_mode = pricer.model, mode_costs(pricer, degrees, recomputation)
+    by_mode = {mode: costs for mode, costs in by_mode.items() if whole or mode != "full"}
     runs: list[tuple[int, tuple[ModeCost, ...]]] = []
     last = -1
     for number, piece in enumerate(model.pieces):
@@ -204,7 +218,8 @@ def chain_task(pricer: Pricer, degrees: Degrees, microbatches: int,
 
 
 def _mode_cost(cost: PieceCost) -> ModeCost:
-    return ModeCost(cost.f.total, cost.backward, cost.optimizer, cost.resident, cost.kept, cost.again + cost.late)
+    return ModeCost(cost.f.total, cost.backward, cost.optimizer, cost.resident, cost.kept,
+                    cost.again + cost.late + cost.gathered)
 
 
 def _evaluated(pricer: Pricer, degrees: Degrees, answer: StageCounts, modes: list[Recompute],
@@ -218,8 +233,9 @@ def _evaluated(pricer: Pricer, degrees: Degrees, answer: StageCounts, modes: lis
         count = 0
         for number, by_mode in enumerate(stage):
             queue = [mode for mode, size in zip(modes, by_mode, strict=True) for _ in range(size)]
-            recompute += queue
-            count += sum(model.pieces[order[number]].layer is not None for _ in queue)
+            layer = model.pieces[order[number]].layer is not None
+            recompute += queue if layer or "none" not in modes else ["none"] * len(queue)  # only layers run again
+            count += len(queue) if layer else 0
         layers.append(count)
     uniform = set(recompute)
     shown = replace(degrees, recompute=recompute[0] if len(uniform) == 1 else "none")
@@ -239,6 +255,12 @@ def _run_order(pricer: Pricer) -> list[int]:
 def _ordered(pricer: Pricer, results: list[TeamResult], global_batch: int, options: TeamOptions, began: float,
              tell: Callable[[str], None]) -> list[TeamResult]:
     """The results with the best pipeline's schedule searched, where it has ranks to order."""
+    for item in [item for item in results if item.degrees.ranks > 1][:POLISHED]:
+        for name in PUBLISHED:
+            if time.monotonic() - began < ORDER * options.time_limit_s:
+                tell(f"{name} on {item.degrees.text()}")
+                results += _published(pricer, item, name, global_batch)
+    results.sort(key=lambda found: found.seconds)
     best = results[0]
     left = ORDER * options.time_limit_s - (time.monotonic() - began)
     pipelines = [item for item in results if item.degrees.ranks > 1
@@ -254,6 +276,28 @@ def _ordered(pricer: Pricer, results: list[TeamResult], global_batch: int, optio
         if better is not None and better.seconds < item.seconds:
             results.append(better)
     return sorted(results, key=lambda found: found.seconds)
+
+
+def _published(pricer: Pricer, item: TeamResult, name: str, global_batch: int) -> list[TeamResult]:
+    """A result's degrees under a published schedule, with its stages where that has as many, with even ones, and with
+    all layers run again; those that fit and are faster."""
+    degrees = replace(item.degrees, chunks=1)
+    same = item.layers if item.degrees.chunks == 1 else None
+    for layers, mode in ((same, None), (None, "none"), (None, "selective"), (None, "full")):
+        if mode is None and same is None:
+            continue
+        try:
+            if mode is None:
+                made = evaluate_teams(pricer, degrees, global_batch, layers=layers, schedule=name,
+                                      recompute=item.recompute)
+            else:
+                made = evaluate_teams(pricer, replace(degrees, recompute=cast("Recompute", mode)), global_batch,
+                                      schedule=name)
+        except MipipeError:
+            continue
+        if not made.shortage:
+            return [made] if made.seconds < item.seconds else []
+    return []
 
 
 def _order(pricer: Pricer, item: TeamResult, global_batch: int, seconds: float, seed: int) -> TeamResult | None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mipipe.graphs.operator_graph import Role
+from mipipe.graphs.costs.split_rules import ATTENTION
+from mipipe.graphs.operator_graph import DTYPE_BYTES, Role
 from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, Recompute
 from mipipe.planner.teams.pieces import ModelPieces, misfit
-from mipipe.planner.teams.pricing import PieceCost, Pricer
+from mipipe.planner.teams.pricing import ADAM_BYTES, GRADIENT_BYTES, PieceCost, Pricer
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,8 @@ SHARES = np.array((0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8
 """Weights of the memory's bound beside the work's: any is valid."""
 
 
+MOST_CHUNKS = 8
+"""Stages per rank that a guess counts with at the most."""
 PRICES = np.array((0.0, 0.1, 0.2, 0.3, 0.5, 1.0))
 """Prices of holding a microbatch, in steps without recomputation: any is valid."""
 
@@ -34,10 +37,9 @@ def divisors(value: int) -> list[int]:
     return [size for size in range(1, value + 1) if value % size == 0]
 
 
-def all_degrees(model: ModelPieces, devices: int, global_batch: int, given: Mapping[str, int],
-                microbatch: int | None = None) -> Iterator[Degrees]:
-    """Every combination of degrees that divides what it must; ``given`` fixes some. Chunks and recomputation are left
-    to the master."""
+def all_degrees(model: ModelPieces, devices: int, global_batch: int, given: Mapping[str, int]) -> Iterator[Degrees]:
+    """Every combination of axes that divides what it must; ``given`` fixes some. Chunks and recomputation are left to
+    the master, microbatches and sharding over copies to `variants`."""
     experts = any(segment.tags.role is Role.EXPERTS for segment in model.graph.segments)
     sequence_given = given.get("sequence")
     for tensor in divisors(devices):
@@ -56,31 +58,109 @@ def all_degrees(model: ModelPieces, devices: int, global_batch: int, given: Mapp
                         continue
                     base = Degrees(ranks, tensor, sequence, context, 1, copies)
                     for expert in divisors(tensor * context * copies) if experts else (1,):
-                        if given.get("expert", expert) == expert and misfit(
-                                model, replace(base, expert=expert), global_batch) is None:
-                            yield from _batches(replace(base, expert=expert), global_batch, given, microbatch)
+                        made = replace(base, expert=expert)
+                        if given.get("expert", expert) == expert and misfit(model, made, global_batch) is None:
+                            yield made
 
 
-def _batches(degrees: Degrees, global_batch: int, given: Mapping[str, int],
-             microbatch: int | None) -> Iterator[Degrees]:
-    shared = degrees.copies * degrees.context > 1
-    for size in divisors(global_batch // degrees.copies):
-        if microbatch in (None, size):
-            for zero in (1, 2, 3) if shared else (1,):
-                if given.get("zero", zero) == zero:
-                    yield replace(degrees, microbatch=size, zero=zero)
+def variants(degrees: Degrees, global_batch: int, given: Mapping[str, int],
+             microbatch: int | None = None) -> Iterator[list[Degrees]]:
+    """Degrees with every microbatch size, the smallest first: a list for each way in which copies share state."""
+    sizes = [size for size in divisors(global_batch // degrees.copies) if microbatch in (None, size)]
+    for zero in (1, 2, 3) if degrees.copies * degrees.context > 1 else (1,):
+        if given.get("zero", zero) == zero:
+            yield [replace(degrees, microbatch=size, zero=zero) for size in sizes]
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """The points whose memory may suffice, by their bounds; how many combinations there are; and a bound for those
+    that there was no time to price (None: all were)."""
+
+    points: list[Point]
+    combinations: int
+    unpriced: float | None = None
+
+
+ALL = 8_000
+"""Combinations up to which all are priced before anything is solved."""
 
 
 def points(pricer: Pricer, devices: int, global_batch: int, given: Mapping[str, int], microbatch: int | None,
-           recomputation: Recompute | None) -> tuple[list[Point], int]:
-    """The points whose memory may suffice, by their bounds, and how many degrees there are in all."""
-    found, count = [], 0
-    for degrees in all_degrees(pricer.model, devices, global_batch, given, microbatch):
-        count += 1
-        bound = bound_of(pricer, degrees, global_batch, recomputation)
-        if bound is not None:
-            found.append(Point(bound, degrees))
-    return sorted(found, key=lambda point: point.bound), count
+           recomputation: Recompute | None, in_time: Callable[[], bool] = lambda: True) -> Space:
+    """Combinations of degrees, priced as long as there is time.
+
+    Axes with the smallest microbatch come first, small teams before large ones; then, the most promising axes first,
+    their other microbatches and ways to share state. A larger microbatch keeps more: where one does not fit, larger
+    ones are not looked at.
+    """
+    bases = list(all_degrees(pricer.model, devices, global_batch, given))
+    lines = {base: list(variants(base, global_batch, given, microbatch)) for base in bases}
+    count = sum(len(line) for base in bases for line in lines[base])
+    host = pricer.machine.fabric.levels[0].size
+    bases.sort(key=lambda base: (base.team > host, base.team, base.expert > 8 * host))
+    tried: dict[Degrees, Point | None] = {}
+
+    def price(degrees: Degrees) -> Point | None:
+        if degrees not in tried:
+            bound = bound_of(pricer, degrees, global_batch, recomputation) if roughly_fits(pricer, degrees) else None
+            tried[degrees] = None if bound is None else Point(bound, degrees)
+        return tried[degrees]
+
+    def enough() -> bool:
+        return count > ALL and not in_time()
+
+    firsts: dict[Degrees, float] = {}
+    for base in bases:
+        for line in lines[base] if not enough() else ():
+            first = price(line[0]) if line else None
+            if first is not None:
+                firsts[base] = promise(pricer, first, global_batch)
+                break
+    for base in sorted(firsts, key=lambda base: firsts[base]):
+        for line in lines[base]:
+            for degrees in line:
+                if enough() or price(degrees) is None:
+                    break
+    found = [point for point in tried.values() if point is not None]
+    left = least_seconds(pricer) * global_batch / devices if enough() else None
+    return Space(sorted(found, key=lambda point: point.bound), count, left)
+
+
+def promise(pricer: Pricer, point: Point, global_batch: int) -> float:
+    """A guess at the step of a combination: its bound with the bubble of interleaved 1F1B (Narayanan et al., 2021)."""
+    degrees = point.degrees
+    microbatches = global_batch // (degrees.copies * degrees.microbatch)
+    chunks = 1 if microbatches % degrees.ranks else min(MOST_CHUNKS, max(1, len(pricer.model.layers) // degrees.ranks))
+    return point.bound * (1 + (degrees.ranks - 1) / (microbatches * chunks))
+
+
+def roughly_fits(pricer: Pricer, degrees: Degrees) -> bool:
+    """Whether what stays, and what one microbatch keeps with all layers run again, fit all ranks together."""
+    held = pricer.footprint(degrees)
+    size = DTYPE_BYTES[pricer.machine.dtype]
+    total = held.kept * degrees.microbatch
+    for num_bytes, trained, copies in ((held.dense, held.trained_dense, degrees.context * degrees.copies),
+                                       (held.experts, held.trained_experts, degrees.expert_copies)):
+        shares = [copies if degrees.zero >= stage else 1 for stage in (1, 2, 3)]
+        total += trained / size * (ADAM_BYTES / shares[0] + GRADIENT_BYTES / shares[1]) + num_bytes / shares[2]
+    return total <= degrees.ranks * pricer.machine.memory_bytes
+
+
+def least_seconds(pricer: Pricer) -> float:
+    """Device seconds of one sequence that no degrees are below: products at their best shapes, which are those of a
+    team of one, without their bytes, which larger microbatches share."""
+    model, kind = pricer.model, pricer.machine.kind
+    total = 0.0
+    for member in range(len(model.graph.segments)):
+        profile = pricer.profile(member, Degrees())
+        for phase, work in profile.phases.items():
+            if model.index.runs(member, phase):
+                for item in work.products:
+                    eight = pricer.machine.fp8 and not item.kind.startswith(ATTENTION)
+                    peak = kind.peak("float8" if eight else pricer.machine.dtype)
+                    total += item.count * item.flops / (peak * kind.achieved.share(item.kind, item.narrow, eight))
+    return total / model.sequences
 
 
 def mode_costs(pricer: Pricer, degrees: Degrees, recomputation: Recompute | None) -> dict[Recompute, list[PieceCost]]:

@@ -105,7 +105,7 @@ def stage_cost(costs: Sequence[PieceCost], pieces: Sequence[int], machine: Machi
         paid = name == "f" or split or (name == "i" or not any(cost.i for cost in own))
         phases.append(total.plus(overhead) if there and paid else total if there or name == "f" else None)
     assert phases[0] is not None
-    workspace = max((cost.again + (0 if split else cost.late) for cost in own), default=0)
+    workspace = max((cost.again + cost.gathered + (0 if split else cost.late) for cost in own), default=0)
     return StageCost(tuple(pieces), (phases[0], phases[1], phases[2]), sum(cost.kept for cost in own),
                      sum(cost.late for cost in own) if split else 0, workspace, sum(cost.weights for cost in own),
                      sum(cost.gradients for cost in own), sum(cost.state for cost in own),

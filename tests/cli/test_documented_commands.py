@@ -52,4 +52,4 @@ def test_commands_are_found_and_wrong_ones_refused():
     found = [line for path in FILES for line in commands(path.read_text())]
     assert len(found) > 40 and len({line.split()[1] for line in found}) >= 13
     with pytest.raises(USAGE_ERROR):
-        parse("mipipe plan graph.json --microbatch 8")
+        parse("mipipe plan graph.json --microbatchs 8")

@@ -15,7 +15,7 @@ from mipipe.planner.teams.degrees import RECOMPUTE, Degrees
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.search import TeamOptions, search_teams
-from mipipe.planner.teams.space import all_degrees, bound_of, points
+from mipipe.planner.teams.space import all_degrees, bound_of, least_seconds, points, roughly_fits, variants
 
 
 def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
@@ -27,10 +27,15 @@ def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
             yield sizes
 
 
+def all_of(pricer: Pricer, devices: int, batch: int, given: dict[str, int], microbatch: int | None) -> list[Degrees]:
+    return [degrees for base in all_degrees(pricer.model, devices, batch, given)
+            for line in variants(base, batch, given, microbatch) for degrees in line]
+
+
 def everything(pricer: Pricer, devices: int, batch: int, given: dict[str, int],
                microbatch: int | None) -> Iterator[TeamResult]:
     """Every combination of degrees with every cut and every recomputation of all layers, as far as memory suffices."""
-    for degrees in all_degrees(pricer.model, devices, batch, given, microbatch):
+    for degrees in all_of(pricer, devices, batch, given, microbatch):
         for layers in compositions(6, degrees.ranks) if degrees.ranks > 1 else ((6,),):
             for mode in RECOMPUTE:
                 found = evaluate_teams(pricer, replace(degrees, recompute=mode), batch, layers=layers)
@@ -65,7 +70,7 @@ def test_all_degrees_of_eight_devices(pieces, memory):
 def test_no_evaluated_step_is_below_its_bound(pieces):
     """A bound holds for every cut, schedule and recomputation of its degrees."""
     pricer = Pricer(pieces, machine(60 * 10**6))
-    for number, degrees in enumerate(all_degrees(pieces, 8, 16, {}, None)):
+    for number, degrees in enumerate(all_of(pricer, 8, 16, {}, None)):
         if number % 7:
             continue
         bound = bound_of(pricer, degrees, 16, None)
@@ -73,11 +78,12 @@ def test_no_evaluated_step_is_below_its_bound(pieces):
             found = evaluate_teams(pricer, replace(degrees, recompute=mode), 16)
             if not found.shortage:
                 assert bound is not None and found.seconds >= bound, degrees.text()
+                assert roughly_fits(pricer, degrees) and found.seconds >= least_seconds(pricer) * 16 / 8
 
 
 def test_what_is_fixed_stays_fixed(pieces):
     pricer = Pricer(pieces, machine())
-    waiting, _ = points(pricer, 8, 16, {"sequence": 2, "ranks": 2}, 2, "full")
+    waiting = points(pricer, 8, 16, {"sequence": 2, "ranks": 2}, 2, "full").points
     assert waiting
     assert all((point.degrees.tensor, point.degrees.sequence, point.degrees.ranks, point.degrees.microbatch)
                == (2, True, 2, 2) for point in waiting)
@@ -129,5 +135,5 @@ def test_layers_run_again_only_where_memory_is_short():
 
 def test_degrees_of_one_device(pieces):
     pricer = Pricer(pieces, machine())
-    assert {point.degrees for point in points(pricer, 1, 4, {}, None, None)[0]} == {
+    assert {point.degrees for point in points(pricer, 1, 4, {}, None, None).points} == {
         Degrees(microbatch=size) for size in (1, 2, 4)}
