@@ -74,6 +74,8 @@ def train(options: argparse.Namespace) -> list[float]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     check_world(job, world)
     stopping.listen()
+    if job.config.deterministic:
+        devices.deterministic()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = devices.bind(devices.choose(options.device, devices.kinds_of(job.plan), here))
     store = start_processes(world, device, job.config.timeout_s)
@@ -101,6 +103,9 @@ def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
                     options=EngineOptions(config.seed, config.timeout_s, config.compile, master,
                                           barrier=config.barrier == "step", expert_map=maps.get(0),
                                           load_factor=config.experts.load_factor if config.experts else None))
+    if engine.compiled.uncompiled and rank() == 0:
+        tell(options.report, "compile: runs without torch.compile, as numbers of rows are data there: "
+             + ", ".join(engine.compiled.uncompiled))
     stored = weights if isinstance(weights, StoredWeights) else None
     del weights  # the whole model, where it was made here
     if config.save is not None:

@@ -80,7 +80,9 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
     instructions, evaluation = Resolver(local, stage_of).resolve(options.prepost)
     return Compiled(**{item.name: getattr(local, item.name) for item in fields(local)},
                     instructions=with_copy_sums(local, instructions), evaluation=evaluation,
-                    exchanges_aside=_exchanges_aside(local, stage_of))
+                    exchanges_aside=_exchanges_aside(local, stage_of),
+                    uncompiled=tuple(item.name for items in segments.values() for item in items
+                                     if options.compile and not phases.compiles(phases.trace(item), item.name)))
 
 
 def _alone(program: Program, device: torch.device) -> Mesh:

@@ -46,8 +46,10 @@ class LocalRank:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiled(LocalRank):
     """A rank ready to run: its instructions in training and in evaluation. ``exchanges_aside``: ranks exchange rows,
-    and all that do it are stages without parameters on the plan's collective stream."""
+    and all that do it are stages without parameters on the plan's collective stream; ``uncompiled``: segments here that
+    torch.compile was asked for and left out."""
 
     instructions: tuple[Ready, ...]
     evaluation: tuple[Ready, ...]
     exchanges_aside: bool
+    uncompiled: tuple[str, ...] = ()

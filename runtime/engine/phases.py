@@ -30,12 +30,16 @@ class PhaseCode:
     random: bool
 
 
+GROUPED = {"mipipe.grouped_mm.default", "mipipe.grouped_mm_weight.default"}
+"""Operators that read numbers of rows on the host, for which torch.compile has no graph."""
+
+
 class Phases:
     """Phase functions by trace and phase; ``compile`` passes them through torch.compile.
 
     The engine runs a whole step without autograd, so the functions' own guard (a microsecond or two for each call) is
     taken off. ``given`` has implementations of operators by kind for segments that need their own (expert parallelism);
-    these have sizes that change, and are never compiled.
+    these have sizes that change, and are never compiled. Neither are grouped products, whose numbers of rows are data.
     """
 
     def __init__(self, graph: OperatorGraph, device: torch.device, compile: bool = False,
@@ -50,6 +54,11 @@ class Phases:
         """The trace of a segment."""
         return self._traces[segment.trace]
 
+    def compiles(self, trace: SegmentTrace, segment: str) -> bool:
+        """Whether the phases of a segment with this trace go through torch.compile."""
+        return self._compiler is not None and segment not in self._given and \
+            not any(operator.kind in GROUPED for operator in trace.operators)
+
     def code(self, trace: SegmentTrace, phase: Phase, segment: str = "") -> PhaseCode:
         """The function of one phase of a trace; ``segment`` matters where it has operators of its own."""
         given = self._given.get(segment)
@@ -57,7 +66,7 @@ class Phases:
         found = self._codes.get(key)
         if found is None:
             arguments, results = phase_signature(trace, phase)
-            compiled = self._compiler is not None and given is None and trace.has(phase)
+            compiled = self.compiles(trace, segment) and trace.has(phase)
             handing = phase is Phase.W and not compiled
             function = inspect.unwrap(build_phase(trace, phase, device=self.device, given=given, handing=handing))
             owned = _owned(trace, phase, results)

@@ -83,7 +83,7 @@ class _Builder:
     stage_of: dict[str, int]
     index: int
     segments: Sequence[Segment]
-    device: torch.device
+    phases: Phases
     slots: _Slots = field(default_factory=_Slots)
     specs: dict[str, TensorSpec] = field(default_factory=dict)
     local: set[str] = field(default_factory=set)
@@ -104,7 +104,7 @@ class _Builder:
             parts.append(self.slots.constant(("loss gradient",), self.loss_gradient))
         if not parts:
             spec = self.specs[value]
-            zeros = torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=self.device)
+            zeros = torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=self.phases.device)
             return self.slots.constant(("zeros", str(spec.shape), spec.dtype), zeros), None
         if len(parts) == 1:
             return parts[0], None
@@ -120,7 +120,10 @@ class _Builder:
             slots[name] = self.slots.number(("value", value))
         for names, fqns in ((trace.parameters, segment.parameters), (trace.buffers, segment.buffers)):
             for name, fqn in zip(names, fqns, strict=True):
-                slots[name] = self.slots.constant(("weight", fqn), self.weights.tensor(fqn))
+                tensor = self.weights.tensor(fqn)
+                if self.phases.compiles(trace, segment.name):  # which was compiled for plain tensors
+                    tensor = tensor.detach()
+                slots[name] = self.slots.constant(("weight", fqn), tensor)
         return slots
 
     def forward(self, segment: Segment, trace: SegmentTrace, code: PhaseCode, needed: set[str]) -> Call:
@@ -181,7 +184,7 @@ def build_stage(graph: OperatorGraph, flow: GradientFlow, segments: Sequence[Seg
     ``stage_of`` gives the stage of every segment; ``keep`` names values the caller wants after F (the loss, outputs);
     ``counters`` has, for segments whose routing is counted, the value with the chosen experts and where to add them.
     """
-    builder = _Builder(graph, flow, weights, loss_gradient, stage_of, index, segments, phases.device)
+    builder = _Builder(graph, flow, weights, loss_gradient, stage_of, index, segments, phases)
     builder.specs = {value.name: value.spec for value in graph.values}
     builder.local = {segment.name for segment in segments}
     builder.counters = counters or {}

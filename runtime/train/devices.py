@@ -66,6 +66,18 @@ def bind(kind: str) -> torch.device:
     return device
 
 
+def deterministic() -> None:
+    """Only use kernels that give the same bits for the same operands from now on; those without such a form raise.
+
+    On CUDA sums by atomics (``index_add_``, flash attention's gradient of queries) take slower forms, and cuBLAS works
+    in a workspace of fixed size, 8 x 4 MiB on each device, which it must be told before its first use.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    torch.backends.cudnn.benchmark = False
+
+
 def agree(store: dist.Store, place: int, device: torch.device, timeout_s: float) -> None:
     """Return when this worker knows that its device is of the first worker's sort.
 

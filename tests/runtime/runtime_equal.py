@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -76,7 +77,7 @@ def case(name: str, dtype: torch.dtype = torch.float64) -> Case:
 def problem(graph: OperatorGraph, ranks: int, num_microbatches: int, num_groups: int = 8) -> PlanningProblem:
     """The problem of a captured model on equal devices: coarsened, costs from a roofline."""
     coarse = coarsen(graph, num_groups=num_groups)
-    costs = roofline(coarse, graph, {"cpu": shipped_kinds()["h100"]})
+    costs = roofline(coarse, graph, {"cpu": dataclasses.replace(shipped_kinds()["h100"], name="cpu")})
     return build_problem(coarse, costs, Topology.uniform(ranks, latency_ns=1000, bytes_per_s=10**10, kind="cpu"),
                          num_microbatches=num_microbatches)
 

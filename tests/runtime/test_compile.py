@@ -54,6 +54,36 @@ def test_compiled_ranks_equal_uncompiled_ones(pool):
             torch.testing.assert_close(compiled[name], gradient, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
+def test_nothing_is_compiled_while_peers_wait():
+    """The first step runs what was compiled when the engine was built: real parameters, saved values, gradients."""
+    from torch._dynamo.utils import counters
+    module = models.skip_module()
+    graph = capture_module(module, models.token_batch(equal.ROWS, equal.LENGTH, 11), granularity="module",
+                           loss_info=sum_over("labels"))
+    plan = dags.random_plan(random.Random(3), graph, 1, COUNT)
+    engine = Engine(plan, graph, dict(module.state_dict()), options=EngineOptions(compile=True))
+    built = counters["stats"]["unique_graphs"]
+    engine.step(models.token_batch(equal.ROWS * COUNT, equal.LENGTH, 11))
+    assert built and counters["stats"]["unique_graphs"] == built
+
+
+@pytest.mark.slow
+def test_grouped_products_are_left_out_by_name():
+    """A mixture of experts trains with `compile`; the segments that it cannot compile are said, the others compiled."""
+    module = models.tiny_moe(torch.float32)
+    graph = capture_module(module, models.token_batch(equal.ROWS, equal.LENGTH, 64), loss=models.token_losses,
+                           granularity="block", loss_info=sum_over("labels", shift=True))
+    plan = dags.random_plan(random.Random(3), graph, 1, COUNT)
+    losses = []
+    for flag in (True, False):
+        engine = Engine(plan, graph, module, options=EngineOptions(compile=flag))
+        losses.append(engine.step(models.token_batch(equal.ROWS * COUNT, equal.LENGTH, 64)))
+        left = set(engine.compiled.uncompiled)
+        assert (left and left < {item.name for item in graph.segments}) if flag else not left
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 @pytest.mark.parametrize("name", [None, "no-such-compiler -O2"])
 def test_without_a_compiler_one_line_says_so(monkeypatch, tmp_path, name):
     """Found out before anything runs, not in the middle of the first step."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -10,7 +13,6 @@ import torch.distributed as dist
 from runtime_cases import chain_graph, plan_of, problem_of
 
 from mipipe.graphs.errors import InputError, RunError
-from mipipe.graphs.topology import Topology
 from mipipe.runtime.train import devices
 
 
@@ -49,9 +51,8 @@ def test_what_is_refused(cuda, here, name, kinds, count, text):
 
 def test_the_kinds_of_a_plan():
     problem = problem_of(chain_graph(1), 1, 2)
-    plan = plan_of(problem.replace(topology=Topology.uniform(2, kind="fast")), [([0], [0]), ([1], [1])], [[0], [1]],
-                   ["0F0 0B0", "1F0 1I0"])
-    assert devices.kinds_of(plan) == {"fast"}
+    plan = plan_of(problem, [([0], [0]), ([1], [1])], [[0], [1]], ["0F0 0B0", "1F0 1I0"])
+    assert devices.kinds_of(plan) == {devices.ANY}
 
 
 def answers(sorts, timeout_s=5.0):
@@ -79,3 +80,26 @@ def test_workers_agree_before_there_is_a_group():
     assert not first and not third
     assert "device: rank 1 would compute with cpu on " in second and ", but rank 0 with cuda on " in second
     assert answers([None, "cpu"], 0.3)[1] == "rank 1: nothing from rank 0 for 0.3 s; it hangs or never started"
+
+
+DETERMINISTIC = """
+import os, torch
+from mipipe.runtime.train import devices
+devices.deterministic()
+print(torch.are_deterministic_algorithms_enabled(), os.environ["CUBLAS_WORKSPACE_CONFIG"])
+values = torch.arange(6.0).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]), accumulate=True)
+try:
+    torch.nn.functional.max_unpool1d(torch.ones(1, 1, 1), torch.zeros(1, 1, 1, dtype=torch.int64), 2)
+except RuntimeError as error:
+    print("does not have a deterministic implementation" in str(error))
+"""
+
+
+def test_deterministic_kernels_or_none():
+    """What has no such form raises; and it is said to cuBLAS, unless the user has."""
+    environment = {key: value for key, value in os.environ.items() if key != "CUBLAS_WORKSPACE_CONFIG"}
+    for given, shown in ((None, ":4096:8"), (":16:8", ":16:8")):
+        extra = {} if given is None else {"CUBLAS_WORKSPACE_CONFIG": given}
+        done = subprocess.run([sys.executable, "-c", DETERMINISTIC], env={**environment, **extra}, capture_output=True,
+                              text=True, timeout=120)
+        assert done.stdout.split() == ["True", shown, "True"], done.stderr
