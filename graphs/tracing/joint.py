@@ -117,7 +117,18 @@ def trace_joint(function: JointFunction, specs: Sequence[TensorSpec], differenti
             with fx.traceback.preserve_node_meta():
                 module = make_fx(torch.func.functionalize(module_on_lists(module, len(arguments)), remove="mutations"),
                                  tracing_mode="fake")(*flat)
+    _check_portable(module.graph)
     return _tidy(module, (first_state, changed[-1]), arguments, tangents, mode, masks[-1], differentiable)
+
+
+def _check_portable(graph: fx.Graph) -> None:
+    """Raise `GraphError` where the graph calls a kernel that only CPUs have: it would fail on every other device."""
+    for node in graph.nodes:
+        name = str(node.target) if node.op == "call_function" else ""
+        if "mkldnn" in name or "_for_cpu" in name:
+            raise GraphError(f"the model calls {name}, which only CPUs have, and its graph would be for these alone;"
+                             " call the public operator (torch.nn.functional), or capture with another implementation"
+                             " of it")
 
 
 def module_on_lists(module: fx.GraphModule, count: int) -> Callable[..., Any]:

@@ -144,10 +144,9 @@ class LateClip:
             self._work = comm.start_all_reduce(self._engine.mesh.plan_group, self._square)
         norm = self.finish() if first else before
         if self._max_norm is not None and norm > self._max_norm:
-            scale = self._max_norm / (norm + 1e-6)
-            for parameter in self._engine.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(scale)
+            gradients = [item.grad for item in self._engine.parameters() if item.grad is not None]
+            if gradients:
+                torch._foreach_mul_(gradients, self._max_norm / (norm + 1e-6))
         return norm
 
     def finish(self) -> float:

@@ -1,4 +1,4 @@
-"""The grouped product of experts: what torch's kernel takes, and that both ways give the same."""
+"""Kernels and their devices: what torch's grouped product takes, that both ways give the same, and no CPU-only ones."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mipipe.graphs.capture.model import capture_module
+from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operators import kernels
 
 SIZES = st.sampled_from((4, 8, 20, 24, 36, 64))
@@ -56,3 +58,35 @@ def test_other_dtypes_are_for_the_loop():
     for dtype in (torch.float32, torch.float16):
         assert not kernels.takes_grouped(torch.randn(8, 8, dtype=dtype), torch.randn(2, 8, 8, dtype=dtype))
     assert not kernels.takes_grouped(torch.randn(0, 8, dtype=torch.bfloat16))
+
+
+class CpuAttention(torch.nn.Module):
+    """Calls the CPU's kernel by its own name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        q = (x * self.scale).unsqueeze(1)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)[0]
+
+
+def test_kernels_of_cpus_alone_are_refused_at_capture():
+    with pytest.raises(GraphError, match=r"calls aten\._scaled.*_for_cpu.*, which only CPUs have"):
+        capture_module(CpuAttention(), {"x": torch.randn(2, 5, 8)}, loss=lambda out, batch: out.sum())
+
+
+def test_recurrent_layers_are_captured_for_any_device():
+    """Torch's own layer is one kernel of the CPU's library; ours is in its place."""
+    class Reader(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = torch.nn.LSTM(8, 8, batch_first=True), torch.nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.head(self.layer(x)[0])
+
+    graph = capture_module(Reader(), {"x": torch.randn(2, 5, 8)}, loss=lambda out, batch: out.sum())
+    kinds = {item.kind for trace in graph.traces for item in trace.operators}
+    assert "mipipe.recurrence.default" in kinds and not any("mkldnn" in kind for kind in kinds)
