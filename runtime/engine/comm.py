@@ -19,13 +19,25 @@ from mipipe.graphs.errors import RunError
 
 
 def start_send(group: Any, tensors: Sequence[torch.Tensor], peer: int) -> list[Any]:
-    """The works of one send per tensor; ``peer`` is the receiver's rank within the group."""
-    return [group.send([tensor], peer, 0) for tensor in tensors]
+    """The works of a send of every tensor; ``peer`` is the receiver's rank within the group."""
+    return _together(group, tensors, lambda tensor: group.send([tensor], peer, 0))
 
 
 def start_receive(group: Any, tensors: Sequence[torch.Tensor], peer: int) -> list[Any]:
-    """The works of one receive per tensor; ``peer`` is the sender's rank within the group."""
-    return [group.recv([tensor], peer, 0) for tensor in tensors]
+    """The works of a receive of every tensor; ``peer`` is the sender's rank within the group."""
+    return _together(group, tensors, lambda tensor: group.recv([tensor], peer, 0))
+
+
+def _together(group: Any, tensors: Sequence[torch.Tensor], start: Callable[[torch.Tensor], Any]) -> list[Any]:
+    """Start one message for each tensor; where each would be a kernel of its own (NCCL), as one launch with one
+    work."""
+    if len(tensors) < 2 or tensors[0].device.type == "cpu":
+        return [start(tensor) for tensor in tensors]
+    device = tensors[0].device
+    group._start_coalescing(device)
+    for tensor in tensors:
+        start(tensor)
+    return [group._end_coalescing(device)]
 
 
 def start_all_reduce(group: Any, tensor: torch.Tensor) -> Any:

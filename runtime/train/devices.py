@@ -58,9 +58,16 @@ def choose(name: str | None, kinds: Iterable[str], count: int) -> str:
 
 
 def bind(kind: str) -> torch.device:
-    """This worker's device of a kind; with CUDA it is the current one from now on."""
+    """This worker's device of a kind; with CUDA it is the current one from now on.
+
+    Kernels of several communicators must start in one order on all GPUs, and nothing that waits for a whole GPU, such
+    as loading a kernel at its first use, may come while a receive occupies it: NCCL and CUDA are told so where the
+    user has not (NVIDIA, NCCL documentation, "Using multiple NCCL communicators concurrently").
+    """
     if kind == "cpu":
         return torch.device("cpu")
+    for name, value in (("NCCL_LAUNCH_ORDER_IMPLICIT", "1"), ("CUDA_MODULE_LOADING", "EAGER")):
+        os.environ.setdefault(name, value)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device

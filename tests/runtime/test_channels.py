@@ -20,6 +20,7 @@ from mipipe.planner.compare import baseline_rows
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.schedules import BASELINES
+from mipipe.runtime.engine import comm
 from mipipe.runtime.engine import mesh as meshes
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.mesh import GroupSpec, Use, group_specs
@@ -117,7 +118,7 @@ def test_a_default_group_without_the_cpu_is_refused(monkeypatch):
                 meshes.check_control()
 
 
-TENSORS = {"engine/comm.py"}
+TENSORS = {"engine/comm.py", "engine/team.py"}
 """Where collectives of tensors on the device are started."""
 CONTROL = {"engine/engine.py": {"all_reduce"}, "experts/run.py": {"all_reduce", "broadcast_object_list"},
            "train/trace.py": {"send", "recv"}, "train/processes.py": {"all_gather_object"}, "worker.py": {"barrier"}}
@@ -157,3 +158,35 @@ def test_clocks_of_other_hosts_are_compared_over_the_default_group(pool):
     assert answers[0] == 0
     for rank in (1, 2):
         assert answers[rank] == pytest.approx(-rank * 10**12, abs=10**8)
+
+
+class Group:
+    """What a group is asked for, in order."""
+
+    def __init__(self) -> None:
+        self.asked = []
+
+    def _start_coalescing(self, device):
+        self.asked.append("begin")
+
+    def _end_coalescing(self, device):
+        self.asked.append("end")
+        return "one work"
+
+    def send(self, tensors, peer, tag):
+        self.asked.append(("send", tensors[0].shape[0], peer))
+        return "a work"
+
+    def recv(self, tensors, peer, tag):
+        self.asked.append(("recv", tensors[0].shape[0], peer))
+        return "a work"
+
+
+@pytest.mark.parametrize("start, name", [(comm.start_send, "send"), (comm.start_receive, "recv")])
+def test_values_of_a_transfer_go_in_one_launch_where_each_is_a_kernel(start, name):
+    """In the transfer's order, with one work; on CPUs, and where there is one value, one message each as before."""
+    for device, count, works in (("cpu", 3, ["a work"] * 3), ("meta", 1, ["a work"]), ("meta", 3, ["one work"])):
+        group = Group()
+        assert start(group, [torch.empty(size + 1, device=device) for size in range(count)], 1) == works
+        messages = [(name, size + 1, 1) for size in range(count)]
+        assert group.asked == (["begin", *messages, "end"] if works == ["one work"] else messages)

@@ -87,19 +87,34 @@ import os, torch
 from mipipe.runtime.train import devices
 devices.deterministic()
 print(torch.are_deterministic_algorithms_enabled(), os.environ["CUBLAS_WORKSPACE_CONFIG"])
-values = torch.arange(6.0).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]), accumulate=True)
 try:
     torch.nn.functional.max_unpool1d(torch.ones(1, 1, 1), torch.zeros(1, 1, 1, dtype=torch.int64), 2)
 except RuntimeError as error:
     print("does not have a deterministic implementation" in str(error))
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
+devices.deterministic()
+print(os.environ["CUBLAS_WORKSPACE_CONFIG"])
 """
 
 
 def test_deterministic_kernels_or_none():
     """What has no such form raises; and it is said to cuBLAS, unless the user has."""
     environment = {key: value for key, value in os.environ.items() if key != "CUBLAS_WORKSPACE_CONFIG"}
-    for given, shown in ((None, ":4096:8"), (":16:8", ":16:8")):
-        extra = {} if given is None else {"CUBLAS_WORKSPACE_CONFIG": given}
-        done = subprocess.run([sys.executable, "-c", DETERMINISTIC], env={**environment, **extra}, capture_output=True,
-                              text=True, timeout=120)
-        assert done.stdout.split() == ["True", shown, "True"], done.stderr
+    done = subprocess.run([sys.executable, "-c", DETERMINISTIC], env=environment, capture_output=True, text=True,
+                          timeout=120)
+    assert done.stdout.split() == ["True", ":4096:8", "True", ":16:8"], done.stderr
+
+
+def test_a_worker_binds_its_device(monkeypatch):
+    """By its local rank, with what NCCL and CUDA must know first; what the user says stays."""
+    bound = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: bound.append((device, dict(os.environ))))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("CUDA_MODULE_LOADING", "LAZY")
+    monkeypatch.setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "")
+    monkeypatch.delenv("NCCL_LAUNCH_ORDER_IMPLICIT")
+    assert devices.bind("cpu") == torch.device("cpu") and not bound
+    assert devices.bind("cuda") == torch.device("cuda", 3)
+    (device, environment), = bound
+    assert device == torch.device("cuda", 3) and environment["CUDA_MODULE_LOADING"] == "LAZY"
+    assert environment["NCCL_LAUNCH_ORDER_IMPLICIT"] == "1"
