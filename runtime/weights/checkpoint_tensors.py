@@ -132,13 +132,14 @@ def load_tensors(folder: Path, state: State, engine: Engine, optimizer: torch.op
     tensors, values = _states(stored), _states(state.values)
     local = local_optimizer(optimizer) if optimizer is not None else None
     mine = {id(item) for group in local.param_groups for item in group["params"]} if local is not None else set()
+    counted_there = counted_on_device(local) if local is not None else set()
     for name, parameter in engine.named_parameters():
         if id(parameter) not in mine:
             continue
         for kind, (whole, entry) in tensors.get(name, {}).items():
             shaped = not whole or entry.shape == parameter.shape or (name in rows and len(entry.shape) > 0)
             made = torch.empty(parameter.shape if shaped else entry.shape, dtype=entry.dtype,
-                               device=parameter.device if shaped else "cpu")
+                               device=parameter.device if shaped or id(parameter) in counted_there else "cpu")
             wanted.add(_state_key(name, kind), made, rows.get(name) if shaped else None)
             slots.append((parameter, kind, made))
         slots += [(parameter, kind, value) for kind, (_, value) in values.get(name, {}).items()]
@@ -146,6 +147,13 @@ def load_tensors(folder: Path, state: State, engine: Engine, optimizer: torch.op
     for parameter, kind, made in slots:
         assert local is not None
         local.state[parameter][kind] = made
+
+
+def counted_on_device(optimizer: torch.optim.Optimizer) -> set[int]:
+    """The ids of the parameters whose count of steps their optimizer reads on their device: fused and capturable
+    ones."""
+    return {id(item) for group in optimizer.param_groups if group.get("fused") or group.get("capturable")
+            for item in group["params"]}
 
 
 def _states(stored: Mapping[str, Any]) -> dict[str, dict[str, tuple[bool, Any]]]:

@@ -14,6 +14,7 @@ from runtime_cases import chain_graph, plan_of, problem_of
 
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.runtime.train import devices
+from mipipe.runtime.weights.checkpoint_tensors import counted_on_device
 
 
 @pytest.fixture
@@ -118,3 +119,13 @@ def test_a_worker_binds_its_device(monkeypatch):
     (device, environment), = bound
     assert device == torch.device("cuda", 3) and environment["CUDA_MODULE_LOADING"] == "LAZY"
     assert environment["NCCL_LAUNCH_ORDER_IMPLICIT"] == "1"
+
+
+def test_which_counts_of_steps_a_device_reads():
+    """A checkpoint's step goes where the optimizer reads it: of fused and capturable groups, not of others."""
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(4)]
+    groups = [{"params": parameters[:1]}, {"params": parameters[1:2], "fused": True},
+              {"params": parameters[2:], "capturable": True}]
+    found = counted_on_device(torch.optim.AdamW(groups))
+    assert found == {id(item) for item in parameters[1:]}
+    assert not counted_on_device(torch.optim.SGD(parameters))
