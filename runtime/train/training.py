@@ -146,8 +146,7 @@ class Trainer:
                 self.checkpoints.finish()
             if losses:
                 self._measure()
-            held, self._held = self._held, None
-            self._write(held)
+            self._write_held()
             if self._fault():
                 raise RunError(f"{self._fault()}; all {config.steps} steps are done, and their checkpoints saved")
         except BaseException:
@@ -157,7 +156,7 @@ class Trainer:
             raise
         finally:
             if self._metrics is not None:
-                self._write(self._held)
+                self._write_held()
                 self._metrics.close()
         return losses
 
@@ -178,6 +177,10 @@ class Trainer:
                 save(timeline, self.config.timeline)
         except (MipipeError, OSError, RuntimeError) as error:
             self.say(f"the timeline of the last step could not be taken: {error}")
+
+    def _write_held(self) -> None:
+        record, self._held = self._held, None
+        self._write(record)
 
     def _write(self, record: Record | None) -> None:
         if self._metrics is not None and record is not None:
