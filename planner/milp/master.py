@@ -1,0 +1,359 @@
+"""Which device holds how much of a chain, in which order: the master MIP over counted layers.
+
+The chain's blocks are *runs* r of equal blocks (an embedding, 60 layers, a head). It is cut into positions k = 0, 1, ..
+that follow each other; n[r,k] counts the blocks of run r in position k, x[k,d] = 1 puts the position on device d. A
+device may have several positions. With s copies side by side (twins) the devices are one copy's, D / s, and each copy
+takes M / s microbatches: the two directions of a two-way pipeline load and fill their ranks like two twins.
+
+    minimise C + EVEN sum_d e_d,   C >= e_d
+    sum_d x[k,d] = 1,  m[r,k,d] <= N_r x[k,d],  sum_d m[r,k,d] = n[r,k]             m: blocks of r in k on d
+    sum_k n[r,k] = N_r;  n[r+1,j] > 0 for j <= k only if sum_{j <= k} n[r,j] = N_r  runs in their order
+    t[k] >= x[k,d] - x[k+1,d]                                                         a transfer after position k
+    start_k = sum_{j<k} (f n[j] + c t[j]),   back_k = all forwards + sum_{j>k} (i n[j]) + transfers there and back
+    head_d >= start_k - H (1 - first[k,d]),  return_d >= back_k - H (1 - gradient[k,d]),  last_d >= H' - ...
+    e_d >= head_d + M load_d                                                          its first action, its work
+    e_d >= return_d + M load_d - held_d          until gradients return it runs the forwards its memory holds
+    e_d >= return_d + needed_d - held_d + last_d its last forward follows the others and what makes room for it; last_d
+                                                 is what comes after it
+    sum resident m <= room,  sum saved m <= capacity                                  one microbatch at a time fits
+
+(first, gradient and last choose one of d's positions each, the most favourable; held_d, needed_d as in
+`mipipe.planner.bounds.at_placement`, per byte at the best rate of any run.) Equal devices are numbered by their first
+position. Cuts: a placement that was scheduled, and with it every renumbering of its devices, need not come again.
+
+C is a lower bound for every placement with so many positions and copies; `mipipe.planner.milp.placement` has the model
+of units for problems that are no chain of equal devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import pyomo.environ as pyo
+
+from mipipe.planner import clock
+from mipipe.planner.actions import Stream
+from mipipe.planner.jobs.overlap import pair_gain
+from mipipe.planner.milp import highs
+from mipipe.planner.milp.highs import SolverOutcome
+from mipipe.planner.placements.cuts import resident_room, units
+from mipipe.planner.plan import Placement, Stage
+from mipipe.planner.problem import Group, PlanningProblem
+
+NAME = "master MIP"
+"""What the formulation is called in a plan's history."""
+
+EVEN = 0.02
+"""Weight of the devices' mean end beside the latest: of equal proposals the one that leaves most slack."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Equal blocks in a row: how many, their groups, and per block and microbatch durations (ns) and bytes."""
+
+    blocks: tuple[tuple[int, ...], ...]
+    f: float
+    i: float
+    w: float
+    resident: int
+    saved: float
+
+    @property
+    def count(self) -> int:
+        return len(self.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A chain on equal devices: its runs, the devices and microbatches of one copy, transfers (ns), bytes."""
+
+    runs: tuple[Run, ...]
+    devices: int
+    microbatches: float
+    hop_ns: int
+    room: int
+    capacity: int
+
+    @property
+    def work_ns(self) -> float:
+        """Work of one microbatch."""
+        return sum(run.count * (run.f + run.i + run.w) for run in self.runs)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A placement in the master's terms: the device of every position, its counts [run][position]."""
+
+    devices: tuple[int, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What the master proposes: the cut that excludes it later, the value C (ns) and what is proven of C."""
+
+    cut: Cut
+    value_ns: float
+    bound_ns: float | None
+    outcome: SolverOutcome
+
+
+def chain_of(problem: PlanningProblem, copies: int = 1) -> Chain | None:
+    """The problem as a chain for so many copies side by side; None where it is none, or devices or links differ."""
+    devices = problem.topology.devices
+    alike = len({(device.kind, device.memory_bytes, device.host) for device in devices}) == 1
+    linked = {(edge.source, target) for edge in problem.edges for target in edge.targets}
+    chained = linked == set(pairwise(range(len(problem.groups))))
+    if (not alike or problem.topology.overrides or not chained or problem.num_ranks % copies
+            or any(group.stream is not Stream.COMPUTE for group in problem.groups) or pair_gain(problem).ratio < 1):
+        return None
+    kind = devices[0].kind
+    runs: list[Run] = []
+    for block in units(problem):
+        made = _run(tuple(block), [problem.groups[g] for g in block], kind)
+        if runs and replace(runs[-1], blocks=made.blocks) == made:
+            runs[-1] = replace(made, blocks=(*runs[-1].blocks, tuple(block)))
+        else:
+            runs.append(made)
+    limit = problem.limits.activation_bytes
+    capacity = devices[0].memory_bytes if limit is None else min(limit, devices[0].memory_bytes)
+    hop = max((problem.topology.transfer_ns(0, 1, size) for edge in problem.edges
+               for size in (edge.num_bytes, edge.grad_bytes or 0)), default=0) if len(devices) > 1 else 0
+    return Chain(tuple(runs), problem.num_ranks // copies, problem.num_microbatches / copies, hop,
+                 resident_room(problem, 0), capacity)
+
+
+def _run(block: tuple[int, ...], groups: Sequence[Group], kind: str) -> Run:
+    """One block as a run, with mean loads."""
+    def mean(values: Sequence[float | None]) -> float:
+        return sum((value or 0) * (sum(group.loads) / len(group.loads) if group.loads else 1.0)
+                   for group, value in zip(groups, values, strict=True))
+
+    times = [group.times[kind] for group in groups]
+    return Run((block,), mean([time.f_ns for time in times]), mean([time.i_ns for time in times]),
+               mean([time.w_ns for time in times]), sum(group.resident_bytes for group in groups),
+               mean([group.saved_fi_bytes + group.saved_fw_bytes for group in groups]))
+
+
+def propose(chain: Chain, positions: int, cuts: Sequence[Cut] = (), *, time_limit_s: float, seed: int,
+            start: Cut | None = None, allowed: Sequence[Sequence[int]] | None = None,
+            cutoff_ns: float | None = None) -> tuple[Proposal | None, SolverOutcome]:
+    """The best placement with so many positions that none of the cuts excludes, and the solve.
+
+    ``start``: a placement to begin with; ``allowed``: the devices that every position may be on, where not all are (its
+    neighbourhood, if most positions have one); ``cutoff_ns``: only values below are of interest.
+    """
+    scale = chain.microbatches * chain.work_ns / chain.devices / 1000
+    model = build(chain, positions, cuts, scale, allowed)
+    if start is not None:
+        _begin(model, chain, start)
+    if cutoff_ns is not None:
+        model.C.setub(max(0.0, cutoff_ns / scale))
+    outcome = highs.solve(model, time_limit_s=time_limit_s, seed=seed, gap=1e-3, warm_start=start is not None)
+    if not outcome.has_solution:
+        return None, outcome
+    where = tuple(max((d for j, d in model.x if j == k), key=lambda d: model.x[k, d].value) for k in range(positions))
+    counts = tuple(tuple(round(model.n[r, k].value) for k in range(positions)) for r in range(len(chain.runs)))
+    bound = None if outcome.bound is None else max(0.0, outcome.bound / (1 + EVEN) - 1e-4) * scale
+    return Proposal(Cut(where, counts), model.C.value * scale, bound, outcome), outcome
+
+
+def build(chain: Chain, positions: int, cuts: Sequence[Cut], scale: float,
+          allowed: Sequence[Sequence[int]] | None = None) -> pyo.ConcreteModel:
+    """The model of the module docstring, times in units of ``scale`` ns."""
+    model = pyo.ConcreteModel(name=NAME)
+    ks, ds, rs = range(positions), range(chain.devices), range(len(chain.runs))
+    pairs = [(k, d) for k in ks for d in (ds if allowed is None else allowed[k])]
+    model.x = pyo.Var(pairs, domain=pyo.Binary)
+    model.n = pyo.Var(rs, ks, domain=pyo.NonNegativeIntegers, bounds=lambda _, r, k: (0, chain.runs[r].count))
+    model.m = pyo.Var(rs, pairs, bounds=lambda _, r, k, d: (0, chain.runs[r].count))
+    model.t = pyo.Var(ks, bounds=(0, 1))
+    model.C = pyo.Var(bounds=(0, None))
+    model.e = pyo.Var(ds, bounds=(0, None))
+    model.rows = pyo.ConstraintList()
+    for k in ks:
+        clock.ask()
+        own = [d for j, d in pairs if j == k]
+        model.rows.add(sum(model.x[k, d] for d in own) == 1)
+        for r in rs:
+            model.rows.add(sum(model.m[r, k, d] for d in own) == model.n[r, k])
+            for d in own:
+                model.rows.add(model.m[r, k, d] <= chain.runs[r].count * model.x[k, d])
+        for d in own:
+            if allowed is None and d:  # equal devices are numbered by their first position
+                model.rows.add(model.x[k, d] <= sum(model.x[j, d - 1] for j in range(k)))
+            if k + 1 < positions:
+                stays = model.x[k + 1, d] if (k + 1, d) in model.x else 0  # noqa: SIM401
+                model.rows.add(model.t[k] >= model.x[k, d] - stays)
+    _in_order(model, chain, positions)
+    _device_rows(model, chain, positions, scale)
+    model.goal = pyo.Objective(expr=model.C + EVEN / chain.devices * sum(model.e[d] for d in ds))
+    for number, cut in enumerate(cuts):
+        if len(cut.devices) == positions:
+            _exclude(model, chain, cut, number)
+    return model
+
+
+def _in_order(model: pyo.ConcreteModel, chain: Chain, positions: int) -> None:
+    """All blocks are somewhere, runs follow each other, and every position has a block."""
+    ks, rs = range(positions), range(len(chain.runs))
+    model.done = pyo.Var(rs, ks, domain=pyo.Binary)
+    for r in rs:
+        model.rows.add(sum(model.n[r, k] for k in ks) == chain.runs[r].count)
+        for k in ks:
+            so_far = sum(model.n[r, j] for j in range(k + 1))
+            model.rows.add(chain.runs[r].count * model.done[r, k] <= so_far)
+            if r + 1 < len(chain.runs):
+                model.rows.add(sum(model.n[r + 1, j] for j in range(k + 1))
+                               <= chain.runs[r + 1].count * model.done[r, k])
+    for k in ks:
+        model.rows.add(sum(model.n[r, k] for r in rs) >= 1)
+
+
+def _device_rows(model: pyo.ConcreteModel, chain: Chain, positions: int, scale: float) -> None:
+    """Everything that holds on one device."""
+    ks, ds, rs, runs = range(positions), range(chain.devices), range(len(chain.runs)), chain.runs
+    hop, count = chain.hop_ns / scale, chain.microbatches
+
+    def of(name: str, k: int) -> pyo.Expression:
+        return sum(getattr(runs[r], name) / scale * model.n[r, k] for r in rs)
+
+    def on(name: str, d: int) -> pyo.Expression:
+        return sum(getattr(runs[r], name) * model.m[r, k, d] for r in rs for k in held_by[d])
+
+    held_by = [[k for k in ks if (k, d) in model.x] for d in ds]
+    forth = sum(run.f * run.count for run in runs) / scale
+    back = sum(run.i * run.count for run in runs) / scale
+    crossings = hop * sum(model.t[k] for k in range(positions - 1))
+    start = [sum(of("f", j) + hop * model.t[j] for j in range(k)) for k in ks]
+    gradient = [forth + crossings + sum(of("i", j) + hop * model.t[j - 1] for j in range(k + 1, positions))
+                for k in ks]
+    rest = [sum(of("f", j) for j in range(k + 1, positions)) + hop * sum(model.t[j] for j in range(k, positions - 1))
+            + back + crossings for k in ks]
+    big = forth + back + 2 * hop * positions
+    for name in ("first", "back", "last"):
+        model.add_component(name, pyo.Var(list(model.x), domain=pyo.Binary))
+    saved = [run for run in runs if run.saved]
+    rate = max((run.f / run.saved for run in saved), default=0.0)
+    price = min(((run.i + run.w) / run.saved for run in saved), default=0.0)
+    for d in ds:
+        model.rows.add(model.e[d] <= model.C)
+        load = count / scale * (on("f", d) + on("i", d) + on("w", d))
+        chosen = {}
+        for name, values in (("first", start), ("back", gradient), ("last", rest)):
+            pick = model.component(name)
+            value = pyo.Var(bounds=(0, None))
+            model.add_component(f"{name}_{d}", value)
+            chosen[name] = value
+            model.rows.add(sum(pick[k, d] for k in held_by[d]) == 1)
+            for k in held_by[d]:
+                model.rows.add(pick[k, d] <= model.x[k, d])
+                model.rows.add(value >= values[k] - big * (1 - pick[k, d]))
+        model.rows.add(model.e[d] >= chosen["first"] + load)
+        model.rows.add(on("resident", d) / max(1, chain.room) <= 1)
+        if saved:
+            share = on("saved", d) / chain.capacity
+            model.rows.add(share <= 1)
+            held = chain.capacity * rate / scale
+            light = count / scale * sum(run.f * model.m[r, k, d] for r, run in enumerate(runs) if not run.saved
+                                        for k in held_by[d])
+            model.rows.add(model.e[d] >= chosen["back"] + load - held - light)
+            needed = (count / scale * on("f", d)
+                      + price / scale * (count * on("saved", d) - chain.capacity))
+            model.rows.add(model.e[d] >= chosen["back"] + needed - held - light + chosen["last"])
+
+
+def _exclude(model: pyo.ConcreteModel, chain: Chain, cut: Cut, number: int) -> None:
+    """Another order of devices, or two blocks at another place."""
+    positions = len(cut.devices)
+    moved = pyo.Var(range(positions), bounds=(0, None))
+    model.add_component(f"moved_{number}", moved)
+    other = positions - sum(model.x[k, d] for k, d in enumerate(cut.devices) if (k, d) in model.x)
+    sides = pyo.Var(range(positions), domain=pyo.Binary)
+    model.add_component(f"side_{number}", sides)
+    total = sum(run.count for run in chain.runs)
+    for k in range(positions):  # moved_k <= |blocks up to k - those of the cut|
+        up_to = sum(model.n[r, j] for r in range(len(chain.runs)) for j in range(k + 1))
+        known = sum(sum(row[:k + 1]) for row in cut.counts)
+        model.rows.add(moved[k] <= up_to - known + 2 * total * (1 - sides[k]))
+        model.rows.add(moved[k] <= known - up_to + 2 * total * sides[k])
+    model.rows.add(sum(moved[k] for k in range(positions)) + other >= 1)
+
+
+def _begin(model: pyo.ConcreteModel, chain: Chain, start: Cut) -> None:
+    """Give x and n the values of a placement; HiGHS completes the rest."""
+    for k, device in enumerate(start.devices):
+        own = [d for j, d in model.x if j == k]
+        for d in own:
+            model.x[k, d].set_value(float(device == d), skip_validation=True)
+        for r in range(len(chain.runs)):
+            model.n[r, k].set_value(start.counts[r][k], skip_validation=True)
+            for d in own:
+                model.m[r, k, d].set_value(start.counts[r][k] * float(device == d), skip_validation=True)
+
+
+def placement_of(problem: PlanningProblem, chain: Chain, cut: Cut, copies: int = 1) -> Placement:
+    """The placement of a proposal; with copies the second one is the first's image, and microbatches take turns."""
+    blocks = [block for run in chain.runs for block in run.blocks]
+    last, at = problem.num_ranks - 1, 0
+    stages: list[Stage] = []
+    routes: list[tuple[int, ...]] = []
+    for k, device in enumerate(cut.devices):
+        size = sum(row[k] for row in cut.counts)
+        groups = [g for block in blocks[at:at + size] for g in block]
+        at += size
+        ranks = tuple(_image(device, copy, copies, chain.devices, last) for copy in range(copies))
+        stages.append(Stage(tuple(groups), tuple(sorted(ranks))))
+        routes.append(tuple(ranks[m % copies] for m in range(problem.num_microbatches)))
+    return Placement(tuple(stages), tuple(routes), "counted" if copies == 1 else f"counted-{copies}-copies")
+
+
+def _image(device: int, copy: int, copies: int, size: int, last: int) -> int:
+    """The rank of a copy's device: pairs of copies are mirror images, so that searches may halve them."""
+    if copies == 2:
+        return device if copy == 0 else last - device
+    return copy * size + device
+
+
+def cut_of(chain: Chain, placement: Placement) -> Cut | None:
+    """A placement as a cut: positions of its first route, ranks that are each other's image as one device; None where
+    a block is split, devices are too many, or its routes are more than its replicas (a ring, ends dealt to all)."""
+    replicas = max(len(stage.ranks) for stage in placement.stages)
+    routes = {tuple(route[m] for route in placement.routes) for m in range(len(placement.routes[0]))}
+    if len(routes) != replicas:
+        return None
+    last = max(rank for stage in placement.stages for rank in stage.ranks)
+    run_of = {block: r for r, run in enumerate(chain.runs) for block in run.blocks}
+    new: dict[int, int] = {}
+    devices: list[int] = []
+    counts: list[list[int]] = [[] for _ in chain.runs]
+    for stage, route in zip(placement.stages, placement.routes, strict=True):
+        rank = min(route[0], last - route[0]) if replicas == 2 else route[0]
+        devices.append(new.setdefault(rank, len(new)))
+        for row in counts:
+            row.append(0)
+        left = list(stage.groups)
+        while left:
+            block = next((block for block in run_of if list(block) == left[:len(block)]), None)
+            if block is None:
+                return None
+            counts[run_of[block]][-1] += 1
+            del left[:len(block)]
+    return Cut(tuple(devices), tuple(tuple(row) for row in counts)) if len(new) <= chain.devices else None
+
+
+def stretched(cut: Cut, positions: int) -> Cut | None:
+    """The same placement with so many positions: those with most blocks of one run halved; None if it has more."""
+    devices, counts = list(cut.devices), [list(row) for row in cut.counts]
+    while len(devices) < positions:
+        size, k, r = max((row[k], k, r) for r, row in enumerate(counts) for k in range(len(devices)))
+        if size < 2 or sum(row[k] > 0 for row in counts) > 1:
+            return None
+        devices.insert(k, devices[k])
+        for other, row in enumerate(counts):
+            row.insert(k, 0)
+            if other == r:
+                row[k], row[k + 1] = size // 2, size - size // 2
+    return Cut(tuple(devices), tuple(map(tuple, counts))) if len(devices) == positions else None
