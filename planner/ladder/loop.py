@@ -1,7 +1,8 @@
 """The loop of a solve: propose, order and prove in turns, until the proof, the gap asked for, the limit or Ctrl-C.
 
 Activities (`Activity`) share the time by one rule. Each has a *worth*: what it has gained lately for the seconds it
-took lately, gains being the shares by which the makespan fell and the bound rose. The worthiest goes next. What gains
+took lately, gains being the shares by which the makespan fell and the bound rose, or by which the lowest bound of a
+candidate fell (a proposal that leaves room for better orders). The worthiest goes next. What gains
 nothing gets longer slices, more seldom: it may only need more time at once, and its seconds count against it. New
 activities count as worth trying. Where there is more than one thread, one of them works for the chosen activity and
 the others anneal (`mipipe.planner.ladder.race`); with one, annealing is an activity like the others.
@@ -76,6 +77,7 @@ def loop(run: Run, activities: Sequence[Activity], race: Race | None) -> None:
             return
         chosen = max(able, key=lambda activity: activity.worth)
         seen, bound, began = len(run.history), run.lowest_ns or 0, time.monotonic()
+        room = least_bound(run)
         with beside(run, race if chosen is not annealing else None, threads - 1):
             active = chosen.step(min(chosen.slice_s, longest, max(0.05, run.left)))
         seconds = time.monotonic() - began
@@ -85,12 +87,17 @@ def loop(run: Run, activities: Sequence[Activity], race: Race | None) -> None:
             chosen.note(by_annealing, seconds)
             chosen.slice_s = SEARCH_S
         else:
-            chosen.note(by_others + risen, seconds)
+            chosen.note(by_others + risen + max(0.0, 1 - least_bound(run) / room), seconds)
             if annealing is not None and threads > 1:
                 annealing.note(by_annealing, seconds)
                 annealing.slice_s = SEARCH_S
         if not active:
             chosen.resting = state
+
+
+def least_bound(run: Run) -> int:
+    """The lowest bound of a candidate: what the searches may hope for."""
+    return max(1, min((found.bound.ns for found in run.candidates), default=1))
 
 
 def gains(history: Sequence[Incumbent]) -> tuple[float, float]:

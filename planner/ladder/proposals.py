@@ -44,6 +44,9 @@ FREE = 5
 EVERYWHERE = 6
 """So many proposals of a family after which the whole of it is asked once."""
 
+UNITS = 3
+"""Every so many turns the model of units is asked, while the families have more to say."""
+
 FORGIVEN = 0.004
 """Share of the value by which every proposal without success sets a family back behind the others."""
 
@@ -85,6 +88,7 @@ class Proposing:
     known: list[Placement] = field(default_factory=list)
     asked: int = 0
     seen: int = 0
+    turns: int = 0
     rng: random.Random = field(default_factory=random.Random)
 
     def step(self, seconds: float) -> bool:
@@ -95,14 +99,18 @@ class Proposing:
             self.rng.seed(run.options.seed)
         self._learn()
         open_ones = [family for family in self.families if not family.closed and family.value_ns < 1 << 62]
-        if not open_ones:
-            return self._ask_units(seconds)
-        family = min(open_ones, key=lambda family: family.promise)
+        self.turns += 1
+        if not open_ones or self.turns % UNITS == 0:
+            return self._ask_units(seconds) or bool(open_ones)
+        fresh = [family for family in open_ones if not family.asked]
+        family = fresh[0] if fresh else min(open_ones, key=lambda family: family.promise)
         began, before = time.monotonic(), run.makespan_ns
         cut, outcome = self._ask(family, seconds)
         if cut is None:
             return True
         family.cuts.append(cut)
+        if cut == family.best:  # a shape: it is a candidate already
+            return True
         found = self._candidate(master.placement_of(run.problem, family.chain, cut, family.copies))
         family.misses += 1
         if found is None:
@@ -144,7 +152,7 @@ class Proposing:
             devices if k in free else (device,) for k, device in enumerate(best.devices)]
         proposal, outcome = master.propose(
             family.chain, family.positions, family.cuts, time_limit_s=seconds, seed=run.options.seed + family.asked,
-            allowed=allowed, start=best if everywhere else None, cutoff_ns=run.makespan_ns)
+            allowed=allowed, start=best if best not in family.cuts else None, cutoff_ns=run.makespan_ns)
         family.asked += 1
         if proposal is None:
             family.misses += 1

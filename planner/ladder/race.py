@@ -130,7 +130,7 @@ class Race:
             kept = kept[:max(FINALISTS, (len(kept) + 1) // 2)]
         if run.seconds > LAST * run.options.time_limit_s and 0 < len(kept) <= FINALISTS:
             kept = [min(kept, key=_middle)]
-            _last_round(run, kept[0], run.left, threads)
+            _last_round(run, kept[0], run.left, run.options.threads)
         if 1 < len(kept) <= FINALISTS:
             kept = [found for found in kept if found.makespan_ns <= FAR * kept[0].makespan_ns]
         tried = [found for found, _ in self.trials if able(found) and not any(found is other for other in kept)]

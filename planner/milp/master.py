@@ -12,12 +12,15 @@ takes M / s microbatches: the two directions of a two-way pipeline load and fill
     start_k = sum_{j<k} (f n[j] + c t[j]),   back_k = all forwards + sum_{j>k} (i n[j]) + transfers there and back
     head_d >= start_k - H (1 - first[k,d]),  return_d >= back_k - H (1 - gradient[k,d]),  last_d >= H' - ...
     e_d >= head_d + M load_d                                                          its first action, its work
+    e_d >= start_k + M load_d - M sum_{j<k} f m[.,j,d]   k on d: only forwards of positions before it come sooner
+    e_d >= back_k + M sum_{j<=k} (i + w) m[.,j,d]        the same for gradients
+    e_d >= head_d + M (its F and I) + end_d      after its last input gradient those of the positions before follow
     e_d >= return_d + M load_d - held_d          until gradients return it runs the forwards its memory holds
     e_d >= return_d + needed_d - held_d + last_d its last forward follows the others and what makes room for it; last_d
                                                  is what comes after it
     sum resident m <= room,  sum saved m <= capacity                                  one microbatch at a time fits
 
-(first, gradient and last choose one of d's positions each, the most favourable; held_d, needed_d as in
+(head, return, last and end take the most favourable of d's positions each; held_d, needed_d as in
 `mipipe.planner.bounds.at_placement`, per byte at the best rate of any run.) Equal devices are numbered by their first
 position. Cuts: a placement that was scheduled, and with it every renumbering of its devices, need not come again.
 
@@ -230,10 +233,12 @@ def _device_rows(model: pyo.ConcreteModel, chain: Chain, positions: int, scale: 
     start = [sum(of("f", j) + hop * model.t[j] for j in range(k)) for k in ks]
     gradient = [forth + crossings + sum(of("i", j) + hop * model.t[j - 1] for j in range(k + 1, positions))
                 for k in ks]
+    after = [sum(of("i", j) + hop * model.t[j] for j in range(k)) for k in ks]
     rest = [sum(of("f", j) for j in range(k + 1, positions)) + hop * sum(model.t[j] for j in range(k, positions - 1))
             + back + crossings for k in ks]
     big = forth + back + 2 * hop * positions
-    for name in ("first", "back", "last"):
+    horizon = big + count / scale * chain.work_ns
+    for name in ("first", "back", "last", "end"):
         model.add_component(name, pyo.Var(list(model.x), domain=pyo.Binary))
     saved = [run for run in runs if run.saved]
     rate = max((run.f / run.saved for run in saved), default=0.0)
@@ -242,7 +247,7 @@ def _device_rows(model: pyo.ConcreteModel, chain: Chain, positions: int, scale: 
         model.rows.add(model.e[d] <= model.C)
         load = count / scale * (on("f", d) + on("i", d) + on("w", d))
         chosen = {}
-        for name, values in (("first", start), ("back", gradient), ("last", rest)):
+        for name, values in (("first", start), ("back", gradient), ("last", rest), ("end", after)):
             pick = model.component(name)
             value = pyo.Var(bounds=(0, None))
             model.add_component(f"{name}_{d}", value)
@@ -252,6 +257,14 @@ def _device_rows(model: pyo.ConcreteModel, chain: Chain, positions: int, scale: 
                 model.rows.add(pick[k, d] <= model.x[k, d])
                 model.rows.add(value >= values[k] - big * (1 - pick[k, d]))
         model.rows.add(model.e[d] >= chosen["first"] + load)
+        model.rows.add(model.e[d] >= chosen["first"] + count / scale * (on("f", d) + on("i", d)) + chosen["end"])
+        for at, k in enumerate(held_by[d]):
+            before, up_to = held_by[d][:at], held_by[d][:at + 1]
+            early = count / scale * sum(runs[r].f * model.m[r, j, d] for r in rs for j in before)
+            behind = count / scale * sum((runs[r].i + runs[r].w) * model.m[r, j, d] for r in rs for j in up_to)
+            far = horizon * (1 - model.x[k, d])
+            model.rows.add(model.e[d] >= start[k] + load - early - far)
+            model.rows.add(model.e[d] >= gradient[k] + behind - far)
         model.rows.add(on("resident", d) / max(1, chain.room) <= 1)
         if saved:
             share = on("saved", d) / chain.capacity
