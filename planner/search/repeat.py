@@ -19,13 +19,16 @@ from mipipe.planner.search import lists as greedy
 from mipipe.planner.search.follow import filled, followed, plain
 from mipipe.planner.search.lists import Orders
 
-BEGINS = (0.5, 0.4, 0.45, 0.35, 0.55)
-"""Where the window begins, in shares of the short step."""
+BEGINS = np.linspace(0.22, 0.62, 41)
+"""Where a window may begin, in shares of the short step."""
 
-LENGTHS = (2, 4, 1, 8, 3, 16, 6)
-"""Microbatches in the window (pairs of them where the instance is halved)."""
+PACES = (1.0, 1.01, 1.02, 1.035, 1.05)
+"""How long a window may be, in loads of the busiest rank."""
 
-PATIENCE = (0.1, 0.0, 0.3)
+KEPT = 8
+"""Windows that are followed: those in which the classes' actions are closest to what is repeated."""
+
+PATIENCE = (0.1, 0.0, 0.05, 0.2, 0.4)
 """Mean durations for which a rank waits for an earlier action, and weight gradients for a gap."""
 
 
@@ -87,17 +90,32 @@ def _count(instance: Instance, c: int) -> int:
 
 def _windows(short: Instance, starts: np.ndarray, makespan: int, long: Instance,
              pairs: list[tuple[int, int]]) -> Iterator[np.ndarray]:
-    """Moments of the long instance's nodes for one window after the other."""
-    added = max(_count(long, b) - _count(short, a) for a, b in pairs)
-    if added <= 0:
+    """Moments of the long instance's nodes for one window after the other, the most regular first."""
+    added = {b: _count(long, b) - _count(short, a) for a, b in pairs}
+    most = max(added.values())
+    if most <= 0:
         return
     pace = greedy.period(long) * long.view.problem.num_microbatches / max(_count(long, b) for _, b in pairs)
-    for length in LENGTHS:
-        repeats = round(added / length)
-        if repeats < 1 or length * pace > 0.5 * makespan:
+    begins = BEGINS * makespan
+    found = []
+    for repeats in sorted({round(most / size) for size in range(1, most + 1)}):
+        length = most / repeats
+        if length * pace > 0.45 * makespan or length < 1:
             continue
-        for begin in BEGINS:
-            yield _moments(short, starts, int(begin * makespan), added / repeats * pace, repeats, long, pairs)
+        uneven = sum(count % repeats != 0 for count in added.values())
+        for factor in PACES:
+            period = length * pace * factor
+            miss = np.zeros(len(begins))
+            for a, b in pairs:
+                own = starts[short.base[a]:short.base[a + 1]]
+                inside = np.searchsorted(own, begins + period) - np.searchsorted(own, begins)
+                miss += np.abs(inside - added[b] / repeats)
+            at = int(miss.argmin())
+            # what is missed once is missed every time; a slower pace is lost as well
+            cost = repeats * (miss[at] + uneven) + most * len(pairs) * (factor - 1)
+            found.append((cost, begins[at], period, repeats))
+    for _, begin, period, repeats in sorted(found)[:KEPT]:
+        yield _moments(short, starts, int(begin), period, repeats, long, pairs)
 
 
 def _moments(short: Instance, starts: np.ndarray, begin: int, period: float, repeats: int, long: Instance,
