@@ -26,9 +26,10 @@ from mipipe.planner.ladder.placement_rungs import record_placing, without_recomp
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.milp import master, placement
 from mipipe.planner.milp.highs import SolverOutcome
-from mipipe.planner.milp.master import Chain, Cut
+from mipipe.planner.placements import counts
+from mipipe.planner.placements.counts import Chain, Cut
 from mipipe.planner.placements.cuts import resident_room
-from mipipe.planner.placements.shapes import resident_fits
+from mipipe.planner.placements.shapes import light_ends, resident_fits
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
 
@@ -111,7 +112,7 @@ class Proposing:
         family.cuts.append(cut)
         if cut == family.best:  # a shape: it is a candidate already
             return True
-        found = self._candidate(master.placement_of(run.problem, family.chain, cut, family.copies))
+        found = self._candidate(counts.placement_of(run.problem, family.chain, cut, family.copies))
         family.misses += 1
         if found is None:
             return True
@@ -130,10 +131,8 @@ class Proposing:
         for found in run.candidates[self.seen:]:
             self.known.append(found.placement)
             for family in self.families:
-                if family.copies != max(len(stage.ranks) for stage in found.placement.stages):
-                    continue
-                cut = master.cut_of(family.chain, found.placement)
-                cut = None if cut is None else master.stretched(cut, family.positions)
+                cut = counts.cut_of(family.chain, found.placement, family.copies)
+                cut = None if cut is None else counts.stretched(cut, family.positions)
                 if cut is not None and found.bound.ns < family.value_ns:
                     family.best, family.value_ns, family.misses = cut, found.bound.ns, 0
         self.seen = len(run.candidates)
@@ -218,13 +217,15 @@ def families_of(run: Run) -> list[Family]:
         return []
     found = []
     total = sum(group.resident_bytes for group in problem.groups)
+    light = tuple(light_ends(problem))
     for copies in COPIES:
-        chain = master.chain_of(problem, copies)
-        if chain is None or chain.devices < 2 or copies * total > problem.num_ranks * chain.room:
-            continue
         if copies > 1 and (problem.num_microbatches % copies or any(group.single for group in problem.groups)):
             continue
-        blocks = sum(one.count for one in chain.runs)
-        counts = dict.fromkeys(turns * chain.devices for turns in TURNS)
-        found += [Family(chain, copies, count) for count in counts if count <= blocks]
+        for ends in ((), light) if light else ((),):
+            chain = counts.chain_of(problem, copies, ends)
+            if chain is None or chain.devices < 2 or copies * total > problem.num_ranks * resident_room(problem, 0):
+                continue
+            blocks = sum(one.count for one in chain.runs)
+            sizes = dict.fromkeys(turns * chain.devices for turns in TURNS)
+            found += [Family(chain, copies, size) for size in sizes if size <= blocks]
     return found

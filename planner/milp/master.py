@@ -24,73 +24,30 @@ takes M / s microbatches: the two directions of a two-way pipeline load and fill
 `mipipe.planner.bounds.at_placement`, per byte at the best rate of any run.) Equal devices are numbered by their first
 position. Cuts: a placement that was scheduled, and with it every renumbering of its devices, need not come again.
 
-C is a lower bound for every placement with so many positions and copies; `mipipe.planner.milp.placement` has the model
+Ends left out of the chain are dealt to the devices as s_d, part of their loads: sum_d s_d is their work.
+
+C is a lower bound for every placement with so many positions and copies, where no ends are left out (which could fill
+what a device waits); `mipipe.planner.milp.placement` has the model
 of units for problems that are no chain of equal devices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 
 import pyomo.environ as pyo
 
 from mipipe.planner import clock
-from mipipe.planner.actions import Stream
-from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.milp import highs
 from mipipe.planner.milp.highs import SolverOutcome
-from mipipe.planner.placements.cuts import resident_room, units
-from mipipe.planner.plan import Placement, Stage
-from mipipe.planner.problem import Group, PlanningProblem
+from mipipe.planner.placements.counts import Chain, Cut
 
 NAME = "master MIP"
 """What the formulation is called in a plan's history."""
 
 EVEN = 0.02
 """Weight of the devices' mean end beside the latest: of equal proposals the one that leaves most slack."""
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Equal blocks in a row: how many, their groups, and per block and microbatch durations (ns) and bytes."""
-
-    blocks: tuple[tuple[int, ...], ...]
-    f: float
-    i: float
-    w: float
-    resident: int
-    saved: float
-
-    @property
-    def count(self) -> int:
-        return len(self.blocks)
-
-
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """A chain on equal devices: its runs, the devices and microbatches of one copy, transfers (ns), bytes."""
-
-    runs: tuple[Run, ...]
-    devices: int
-    microbatches: float
-    hop_ns: int
-    room: int
-    capacity: int
-
-    @property
-    def work_ns(self) -> float:
-        """Work of one microbatch."""
-        return sum(run.count * (run.f + run.i + run.w) for run in self.runs)
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """A placement in the master's terms: the device of every position, its counts [run][position]."""
-
-    devices: tuple[int, ...]
-    counts: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,43 +58,6 @@ class Proposal:
     value_ns: float
     bound_ns: float | None
     outcome: SolverOutcome
-
-
-def chain_of(problem: PlanningProblem, copies: int = 1) -> Chain | None:
-    """The problem as a chain for so many copies side by side; None where it is none, or devices or links differ."""
-    devices = problem.topology.devices
-    alike = len({(device.kind, device.memory_bytes, device.host) for device in devices}) == 1
-    linked = {(edge.source, target) for edge in problem.edges for target in edge.targets}
-    chained = linked == set(pairwise(range(len(problem.groups))))
-    if (not alike or problem.topology.overrides or not chained or problem.num_ranks % copies
-            or any(group.stream is not Stream.COMPUTE for group in problem.groups) or pair_gain(problem).ratio < 1):
-        return None
-    kind = devices[0].kind
-    runs: list[Run] = []
-    for block in units(problem):
-        made = _run(tuple(block), [problem.groups[g] for g in block], kind)
-        if runs and replace(runs[-1], blocks=made.blocks) == made:
-            runs[-1] = replace(made, blocks=(*runs[-1].blocks, tuple(block)))
-        else:
-            runs.append(made)
-    limit = problem.limits.activation_bytes
-    capacity = devices[0].memory_bytes if limit is None else min(limit, devices[0].memory_bytes)
-    hop = max((problem.topology.transfer_ns(0, 1, size) for edge in problem.edges
-               for size in (edge.num_bytes, edge.grad_bytes or 0)), default=0) if len(devices) > 1 else 0
-    return Chain(tuple(runs), problem.num_ranks // copies, problem.num_microbatches / copies, hop,
-                 resident_room(problem, 0), capacity)
-
-
-def _run(block: tuple[int, ...], groups: Sequence[Group], kind: str) -> Run:
-    """One block as a run, with mean loads."""
-    def mean(values: Sequence[float | None]) -> float:
-        return sum((value or 0) * (sum(group.loads) / len(group.loads) if group.loads else 1.0)
-                   for group, value in zip(groups, values, strict=True))
-
-    times = [group.times[kind] for group in groups]
-    return Run((block,), mean([time.f_ns for time in times]), mean([time.i_ns for time in times]),
-               mean([time.w_ns for time in times]), sum(group.resident_bytes for group in groups),
-               mean([group.saved_fi_bytes + group.saved_fw_bytes for group in groups]))
 
 
 def propose(chain: Chain, positions: int, cuts: Sequence[Cut] = (), *, time_limit_s: float, seed: int,
@@ -175,7 +95,9 @@ def build(chain: Chain, positions: int, cuts: Sequence[Cut], scale: float,
     model.t = pyo.Var(ks, bounds=(0, 1))
     model.C = pyo.Var(bounds=(0, None))
     model.e = pyo.Var(ds, bounds=(0, None))
+    model.s = pyo.Var(ds, bounds=(0, None))
     model.rows = pyo.ConstraintList()
+    model.rows.add(sum(model.s[d] for d in ds) == chain.microbatches * chain.spread_ns / scale)
     for k in ks:
         clock.ask()
         own = [d for j, d in pairs if j == k]
@@ -227,10 +149,10 @@ def _device_rows(model: pyo.ConcreteModel, chain: Chain, positions: int, scale: 
         return sum(getattr(runs[r], name) * model.m[r, k, d] for r in rs for k in held_by[d])
 
     held_by = [[k for k in ks if (k, d) in model.x] for d in ds]
-    forth = sum(run.f * run.count for run in runs) / scale
+    forth = (sum(run.f * run.count for run in runs) + sum(chain.spread_f_ns)) / scale
     back = sum(run.i * run.count for run in runs) / scale
     crossings = hop * sum(model.t[k] for k in range(positions - 1))
-    start = [sum(of("f", j) + hop * model.t[j] for j in range(k)) for k in ks]
+    start = [chain.spread_f_ns[0] / scale + sum(of("f", j) + hop * model.t[j] for j in range(k)) for k in ks]
     gradient = [forth + crossings + sum(of("i", j) + hop * model.t[j - 1] for j in range(k + 1, positions))
                 for k in ks]
     after = [sum(of("i", j) + hop * model.t[j] for j in range(k)) for k in ks]
@@ -245,7 +167,7 @@ def _device_rows(model: pyo.ConcreteModel, chain: Chain, positions: int, scale: 
     price = min(((run.i + run.w) / run.saved for run in saved), default=0.0)
     for d in ds:
         model.rows.add(model.e[d] <= model.C)
-        load = count / scale * (on("f", d) + on("i", d) + on("w", d))
+        load = count / scale * (on("f", d) + on("i", d) + on("w", d)) + model.s[d]
         chosen = {}
         for name, values in (("first", start), ("back", gradient), ("last", rest), ("end", after)):
             pick = model.component(name)
@@ -305,68 +227,3 @@ def _begin(model: pyo.ConcreteModel, chain: Chain, start: Cut) -> None:
             model.n[r, k].set_value(start.counts[r][k], skip_validation=True)
             for d in own:
                 model.m[r, k, d].set_value(start.counts[r][k] * float(device == d), skip_validation=True)
-
-
-def placement_of(problem: PlanningProblem, chain: Chain, cut: Cut, copies: int = 1) -> Placement:
-    """The placement of a proposal; with copies the second one is the first's image, and microbatches take turns."""
-    blocks = [block for run in chain.runs for block in run.blocks]
-    last, at = problem.num_ranks - 1, 0
-    stages: list[Stage] = []
-    routes: list[tuple[int, ...]] = []
-    for k, device in enumerate(cut.devices):
-        size = sum(row[k] for row in cut.counts)
-        groups = [g for block in blocks[at:at + size] for g in block]
-        at += size
-        ranks = tuple(_image(device, copy, copies, chain.devices, last) for copy in range(copies))
-        stages.append(Stage(tuple(groups), tuple(sorted(ranks))))
-        routes.append(tuple(ranks[m % copies] for m in range(problem.num_microbatches)))
-    return Placement(tuple(stages), tuple(routes), "counted" if copies == 1 else f"counted-{copies}-copies")
-
-
-def _image(device: int, copy: int, copies: int, size: int, last: int) -> int:
-    """The rank of a copy's device: pairs of copies are mirror images, so that searches may halve them."""
-    if copies == 2:
-        return device if copy == 0 else last - device
-    return copy * size + device
-
-
-def cut_of(chain: Chain, placement: Placement) -> Cut | None:
-    """A placement as a cut: positions of its first route, ranks that are each other's image as one device; None where
-    a block is split, devices are too many, or its routes are more than its replicas (a ring, ends dealt to all)."""
-    replicas = max(len(stage.ranks) for stage in placement.stages)
-    routes = {tuple(route[m] for route in placement.routes) for m in range(len(placement.routes[0]))}
-    if len(routes) != replicas:
-        return None
-    last = max(rank for stage in placement.stages for rank in stage.ranks)
-    run_of = {block: r for r, run in enumerate(chain.runs) for block in run.blocks}
-    new: dict[int, int] = {}
-    devices: list[int] = []
-    counts: list[list[int]] = [[] for _ in chain.runs]
-    for stage, route in zip(placement.stages, placement.routes, strict=True):
-        rank = min(route[0], last - route[0]) if replicas == 2 else route[0]
-        devices.append(new.setdefault(rank, len(new)))
-        for row in counts:
-            row.append(0)
-        left = list(stage.groups)
-        while left:
-            block = next((block for block in run_of if list(block) == left[:len(block)]), None)
-            if block is None:
-                return None
-            counts[run_of[block]][-1] += 1
-            del left[:len(block)]
-    return Cut(tuple(devices), tuple(tuple(row) for row in counts)) if len(new) <= chain.devices else None
-
-
-def stretched(cut: Cut, positions: int) -> Cut | None:
-    """The same placement with so many positions: those with most blocks of one run halved; None if it has more."""
-    devices, counts = list(cut.devices), [list(row) for row in cut.counts]
-    while len(devices) < positions:
-        size, k, r = max((row[k], k, r) for r, row in enumerate(counts) for k in range(len(devices)))
-        if size < 2 or sum(row[k] > 0 for row in counts) > 1:
-            return None
-        devices.insert(k, devices[k])
-        for other, row in enumerate(counts):
-            row.insert(k, 0)
-            if other == r:
-                row[k], row[k + 1] = size // 2, size - size // 2
-    return Cut(tuple(devices), tuple(map(tuple, counts))) if len(devices) == positions else None

@@ -9,7 +9,8 @@ import pytest
 from mipipe.planner.bounds.at_placement import placement_bound
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.milp import master
-from mipipe.planner.milp.master import Chain, Cut
+from mipipe.planner.placements import counts
+from mipipe.planner.placements.counts import Chain, Cut
 from mipipe.planner.placements.shapes import propose_shapes, resident_fits
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
@@ -34,30 +35,30 @@ def all_cuts(chain: Chain, positions: int) -> list[Cut]:
 def test_the_best_value_is_the_best_of_all_placements(copies: int, positions: int) -> None:
     """Each placement's own value is the master's with its counts and devices fixed; no other is better."""
     problem = small(ranks=2 * copies, copies=1.6 * copies, activations=3 * copies)
-    chain = master.chain_of(problem, copies)
+    chain = counts.chain_of(problem, copies)
     assert chain is not None and chain.devices == 2
     best, outcome = master.propose(chain, positions, time_limit_s=20, seed=0)
     known = [cut for cut in all_cuts(chain, positions)
-             if resident_fits(problem, master.placement_of(problem, chain, cut, copies))]
+             if resident_fits(problem, counts.placement_of(problem, chain, cut, copies))]
     if not known:
         assert outcome.infeasible
         return
     assert best is not None
-    bounds = [placement_bound(view(problem, master.placement_of(problem, chain, cut, copies))).ns for cut in known]
+    bounds = [placement_bound(view(problem, counts.placement_of(problem, chain, cut, copies))).ns for cut in known]
     assert best.value_ns <= min(bounds) + 1e-3 * min(bounds)
 
 
 def test_a_value_is_no_more_than_the_bound_at_the_placement() -> None:
     """Heads, returns and the last forward are what `placement_bound` counts as well, so the master promises no less."""
     for problem in (small(), small(first="0.5", last="0.7"), small(ranks=3, layers=7, copies=1.4)):
-        chain = master.chain_of(problem)
+        chain = counts.chain_of(problem)
         assert chain is not None
         cuts: list[Cut] = []
         for _ in range(4):
             found, _ = master.propose(chain, chain.devices + 1, cuts, time_limit_s=10, seed=0)
             if found is None:
                 break
-            placed = master.placement_of(problem, chain, found.cut)
+            placed = counts.placement_of(problem, chain, found.cut)
             assert found.value_ns <= placement_bound(view(problem, placed)).ns * (1 + 1e-6)
             assert found.bound_ns is not None and found.bound_ns <= found.value_ns + 1
             cuts.append(found.cut)
@@ -67,7 +68,7 @@ def test_a_value_is_no_more_than_the_bound_at_the_placement() -> None:
 def test_cuts_exhaust_a_family() -> None:
     """Every placement is proposed once, each different from all before, until none is left: then it is proven."""
     problem = small(copies=2, layers=4)
-    chain = master.chain_of(problem)
+    chain = counts.chain_of(problem)
     assert chain is not None
     wanted = set(all_cuts(chain, 3))
     cuts: list[Cut] = []
@@ -83,9 +84,9 @@ def test_cuts_exhaust_a_family() -> None:
 
 def test_a_cutoff_is_kept_and_neighbourhoods_stay_near() -> None:
     problem = small(ranks=4, layers=8, copies=1, activations=4)
-    chain = master.chain_of(problem)
+    chain = counts.chain_of(problem)
     assert chain is not None
-    start = master.stretched(master.cut_of(chain, next(propose_shapes(problem, "v"))), 8)  # type: ignore[arg-type]
+    start = counts.stretched(counts.cut_of(chain, next(propose_shapes(problem, "v")), 1), 8)  # type: ignore[arg-type]
     assert start is not None and start.devices == (0, 1, 2, 3, 3, 2, 1, 0)
     allowed = [(device,) for device in start.devices]
     near, _ = master.propose(chain, 8, time_limit_s=10, seed=0, allowed=allowed, start=start)
@@ -99,17 +100,17 @@ def test_shapes_are_placements_of_the_master() -> None:
     problem = uniform_problem(ranks=4, microbatches=8, f=2, i=2, w=1, layers=10, first="0.3", last="0.4", copies=2)
     for placed in propose_shapes(problem):
         copies = max(len(stage.ranks) for stage in placed.stages)
-        chain = master.chain_of(problem, copies) if copies <= 2 else None
-        cut = None if chain is None else master.cut_of(chain, placed)
+        chain = counts.chain_of(problem, copies) if copies <= 2 else None
+        cut = None if chain is None else counts.cut_of(chain, placed, copies)
         if chain is None or cut is None or "spread" in placed.name:
             continue
-        again = master.placement_of(problem, chain, cut, copies)
+        again = counts.placement_of(problem, chain, cut, copies)
         assert sorted(g for stage in again.stages for g in stage.groups) == list(range(len(problem.groups)))
-        assert master.cut_of(chain, again) == cut
+        assert counts.cut_of(chain, again, copies) == cut
         bounds = [placement_bound(view(problem, one)).ns for one in (placed, again)]
         assert bounds[1] <= bounds[0]  # twins have no transfer in the middle of a two-way pipeline's way
 
 
 def test_what_is_no_chain_of_equal_devices_has_no_counts() -> None:
-    assert master.chain_of(two_stream_problem(ranks=2, microbatches=2)) is None
-    assert master.chain_of(small(), copies=3) is None
+    assert counts.chain_of(two_stream_problem(ranks=2, microbatches=2)) is None
+    assert counts.chain_of(small(), copies=3) is None
