@@ -203,14 +203,16 @@ def _first_plans(run: Run) -> scale.Tuning | None:
 
 def _activities(run: Run, tuning: scale.Tuning | None) -> list[Activity]:
     """What the options allow beside annealing."""
-    found = [] if tuning is None else [Activity("quotas", tuning.step, 1.0)]
-    if run.options.use_search:
-        found.append(Activity("repeating", Repeating(run).step, 1.0))
+    slice_s = min(1.0, max(0.2, 0.02 * run.options.time_limit_s))
+    steps: dict[str, Callable[[float], bool]] = {}
     if run.options.use_milp:
-        steps = {"pacing": Pacing(run).step, "proposing": Proposing(run, take).step, "proving": Proving(run).step,
-                 "windows": Polishing(run).step, "bounding": placing.Bounding(run).step}
-        found = [*(Activity(name, step, 1.0) for name, step in steps.items()), *found]
-    return found
+        steps |= {"pacing": Pacing(run).step, "proposing": Proposing(run, take).step, "proving": Proving(run).step,
+                  "windows": Polishing(run).step, "bounding": placing.Bounding(run).step}
+    if tuning is not None:
+        steps["quotas"] = tuning.step
+    if run.options.use_search:
+        steps["repeating"] = Repeating(run).step
+    return [Activity(name, step, slice_s) for name, step in steps.items()]
 
 
 def _with_period(run: Run, result: SolveResult) -> SolveResult:

@@ -2,10 +2,10 @@
 
 Activities (`Activity`) share the time by one rule. Each has a *worth*: what it has gained lately for the seconds it
 took lately, gains being the shares by which the makespan fell and the bound rose, or by which the lowest bound of a
-candidate fell (a proposal that leaves room for better orders). The worthiest goes next. What gains
-nothing gets longer slices, more seldom: it may only need more time at once, and its seconds count against it. New
-activities count as worth trying. Where there is more than one thread, one of them works for the chosen activity and
-the others anneal (`mipipe.planner.ladder.race`); with one, annealing is an activity like the others.
+candidate fell (a proposal that leaves room for better orders). The worthiest goes next. What gains nothing gets longer
+slices, more seldom: it may only need more time at once, and its seconds count against it. New activities count as worth
+trying. Where there is more than one thread, one of them works for the chosen activity and the others anneal
+(`mipipe.planner.ladder.race`); with one, annealing is an activity like the others.
 
 Nothing here knows how large a problem is: what is too slow for it gains nothing and stands back.
 """
