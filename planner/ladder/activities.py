@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.ladder import order_rungs as rungs
 from mipipe.planner.ladder.candidate import Candidate, judge_orders, offer_judged
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.milp import periodic, staircase
-from mipipe.planner.milp.pattern import route_names
+from mipipe.planner.milp.pattern import OperationKey, route_names
 from mipipe.planner.search import annealing as search
 from mipipe.planner.search import follow, pair_search
 from mipipe.planner.search.lists import Orders
@@ -71,7 +72,8 @@ class Pacing:
         if again and self.turns % 2:
             tune_waits(run, again[self.turns // 2 % min(2, len(again))], seconds, self.turns)
         else:
-            general_pattern(run, best[self.turns // 2 % min(3, len(best))], seconds)
+            found = best[self.turns // 2 % min(3, len(best))]
+            general_pattern(run, found, seconds, middle_of(found) if self.turns % 4 < 2 else None)
         return True
 
 
@@ -105,15 +107,32 @@ def tune_waits(run: Run, paced: Paced, seconds: float, turn: int) -> None:
         rungs.record(run, "tuned waits", found, before, began)
 
 
-def general_pattern(run: Run, found: Candidate, seconds: float) -> None:
-    """The periodic MIP's pattern for a candidate, unrolled and squeezed."""
+def middle_of(found: Candidate) -> dict[OperationKey, float] | None:
+    """When the actions of the middle microbatch of every route start in the candidate's best schedule, in ns from the
+    first of them: where the periodic MIP may begin."""
+    if found.best is None or found.best.schedule.has_pairs:
+        return None
+    compiled, evaluation = evaluate(found.view, found.best.schedule)
+    names = route_names(found.view)
+    members = {name: [m for m, other in enumerate(names) if other == name] for name in set(names)}
+    middle = {own[len(own) // 2]: name for name, own in members.items()}
+    starts: dict[OperationKey, float] = {}
+    for action, start in zip(compiled.actions, evaluation.starts, strict=True):
+        if action.microbatch in middle:
+            starts[action.stage, action.kind, middle[action.microbatch]] = float(start)
+    begin = min(starts.values())
+    return {key: start - begin for key, start in starts.items()}
+
+
+def general_pattern(run: Run, found: Candidate, seconds: float, start: dict[OperationKey, float] | None = None) -> None:
+    """The periodic MIP's pattern for a candidate, unrolled and squeezed; ``start``: where the MIP may begin."""
     if len(set(route_names(found.view))) > ROUTES:
         return
     if found.two_streams:
         rungs.pace_candidate(run, found, seconds)
         return
     began, before = time.monotonic(), found.makespan_ns
-    result = periodic.pace(found.view, time_limit_s=seconds, seed=run.options.seed)
+    result = periodic.pace(found.view, time_limit_s=seconds, seed=run.options.seed, start=start)
     if result.starts_ns is not None and result.period_ns is not None:
         moments = follow.moments_at(found.instance, result.period_ns, result.starts_ns)
         orders = follow.squeezed(found.instance, moments, result.period_ns, stop=lambda: run.left <= 0)
