@@ -15,21 +15,24 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from mipipe.graphs.errors import PlanError
+from mipipe.planner import clock
 from mipipe.planner.bounds.at_placement import Bound, placement_bound
+from mipipe.planner.bounds.over_placements import facts_of
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.ladder.candidate import Candidate, candidate
+from mipipe.planner.ladder.order_rungs import same
 from mipipe.planner.ladder.placement_rungs import record_placing, without_recomputation
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.milp import master, placement
 from mipipe.planner.milp.highs import SolverOutcome
 from mipipe.planner.placements import counts
 from mipipe.planner.placements.counts import Chain, Cut
-from mipipe.planner.placements.cuts import resident_room
-from mipipe.planner.placements.shapes import light_ends, resident_fits
+from mipipe.planner.placements.cuts import earliest_end, resident_room
+from mipipe.planner.placements.shapes import light_ends, propose_shapes, resident_fits
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
 
@@ -90,6 +93,8 @@ class Proposing:
     asked: int = 0
     seen: int = 0
     turns: int = 0
+    waiting: Iterator[Placement] | None = None
+    heads: list[int] = field(default_factory=list)
     rng: random.Random = field(default_factory=random.Random)
 
     def step(self, seconds: float) -> bool:
@@ -99,6 +104,8 @@ class Proposing:
             self.families = families_of(run)
             self.rng.seed(run.options.seed)
         self._learn()
+        if self._next_shape():
+            return True
         open_ones = [family for family in self.families if not family.closed and family.value_ns < 1 << 62]
         self.turns += 1
         if not open_ones or self.turns % UNITS == 0:
@@ -136,6 +143,22 @@ class Proposing:
                 if cut is not None and found.bound.ns < family.value_ns:
                     family.best, family.value_ns, family.misses = cut, found.bound.ns, 0
         self.seen = len(run.candidates)
+
+    def _next_shape(self) -> bool:
+        """Take the next known shape that there was no time for so far; whether there was one."""
+        run = self.run
+        if self.waiting is None:
+            self.waiting = propose_shapes(run.problem, run.options.placement)
+            self.heads = facts_of(run.problem).head
+        for placed in self.waiting:
+            clock.ask()
+            if (any(same(found.placement, placed) for found in run.candidates)
+                    or earliest_end(run.problem, placed, self.heads) >= run.makespan_ns):
+                continue
+            found = self._candidate(placed)
+            if found is not None and found.bound.ns < run.makespan_ns and self.take(run, found):
+                return True
+        return False
 
     def _ask(self, family: Family, seconds: float) -> tuple[Cut | None, SolverOutcome]:
         """The next proposal of a family; None where none was found, and the family is closed where there is none."""
