@@ -24,6 +24,7 @@ from mipipe.planner.bounds.at_placement import Bound, placement_bound
 from mipipe.planner.bounds.over_placements import facts_of
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.ladder.candidate import Candidate, candidate
+from mipipe.planner.ladder.inherit import inherit
 from mipipe.planner.ladder.order_rungs import same
 from mipipe.planner.ladder.placement_rungs import record_placing, without_recomputation
 from mipipe.planner.ladder.state import Run
@@ -127,6 +128,7 @@ class Proposing:
             family.best, family.value_ns, family.misses = cut, found.bound.ns, 0
         if found.bound.ns < run.makespan_ns and self.take(run, found):
             found.proposer = (master.NAME,)
+            inherit(run, found)
             record_placing(run, master.NAME, found.placement.name, before, began, outcome,
                            own=found.makespan_ns / run.problem.unit_ns)
         return True
@@ -205,6 +207,7 @@ class Proposing:
         found = self._candidate(proposal.placement)
         if found is not None and found.bound.ns < run.makespan_ns and self.take(run, found):
             found.proposer = ("placement MIP",)
+            inherit(run, found)
             record_placing(run, "placement MIP", found.placement.name, before, began, outcome,
                            own=found.makespan_ns / problem.unit_ns, estimate=proposal.estimate_ns / problem.unit_ns)
         return True

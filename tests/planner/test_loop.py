@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from mipipe.planner.ladder.admission import admit_placement
+from mipipe.planner.ladder.candidate import candidate, judge
+from mipipe.planner.ladder.inherit import inherit
 from mipipe.planner.ladder.loop import HOPE, Activity, gains, loop
 from mipipe.planner.ladder.proposals import finest, replicas_fit
 from mipipe.planner.ladder.race import ANNEALING
 from mipipe.planner.ladder.state import Incumbent, Run
 from mipipe.planner.milp.placement import propose_beyond
 from mipipe.planner.options import PlanOptions
+from mipipe.planner.placements import counts
 from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.solve import Termination, plan
@@ -67,3 +73,21 @@ def test_no_replica_fits_one_copy_and_cuts_leave_nothing_of_two_layers() -> None
     none, outcome = propose_beyond(problem, [chain], hop_weight=1.0, pressure=1.0, max_replicas=1, cutoff_ns=10**12,
                                    time_limit_s=5, seed=0)
     assert none is None and outcome.infeasible
+
+
+def test_a_placement_inherits_the_order_of_one_like_it() -> None:
+    """The same placement under another name is at least as good at once; one with two positions exchanged is sound."""
+    problem = uniform_problem(ranks=4, microbatches=8, f=3, i=4, w=2, comm=1, layers=8, copies=1, activations=5)
+    run = Run(problem, PlanOptions(time_limit_s=60))
+    best = admit_placement(run, next(iter(propose_shapes(problem, "v"))))
+    assert best is not None and run.best is best
+    again = candidate(problem, replace(best.placement, name="again"))
+    assert inherit(run, again) and again.makespan_ns <= best.makespan_ns
+    chain = counts.chain_of(problem)
+    assert chain is not None
+    cut = counts.cut_of(chain, best.placement, 1)
+    assert cut is not None
+    turned = replace(cut, devices=(*cut.devices[:6], cut.devices[7], cut.devices[6]))
+    other = candidate(problem, counts.placement_of(problem, chain, turned))
+    assert inherit(run, other) and other.best is not None and other.best.fits
+    assert judge(other.view, other.best.schedule).makespan_ns == other.makespan_ns >= other.bound.ns
