@@ -41,8 +41,9 @@ class Pacing:
     """The periodic schedule of one candidate after the other, those with the lowest bounds first: by the pattern that
     all ranks share where there is one, else by the general periodic MIP.
 
-    When all have been paced the most promising come again: where there is a shared pattern, with weight gradients put
-    elsewhere between its forwards and input gradients; every second time by the general MIP, for longer.
+    The best plan's waits are tuned next. When all have been paced the most promising come again: where there is a
+    shared pattern, with weight gradients put elsewhere between its forwards and input gradients; every second time by
+    the general MIP, for longer.
     """
 
     run: Run
@@ -53,6 +54,10 @@ class Pacing:
     def step(self, seconds: float) -> bool:
         """Pace the next candidate; False if none is left."""
         run = self.run
+        leading = [paced for paced in self.paced if paced.found is run.best and not paced.waits]
+        if leading and not leading[0].found.closed:
+            tune_waits(run, leading[0], seconds, 0)
+            return True
         able = [found for found in run.candidates if found.bound.ns < run.makespan_ns]
         waiting = [found for found in able if not any(found is other for other in self.done)]
         if waiting:
