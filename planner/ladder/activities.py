@@ -14,7 +14,7 @@ from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.ladder import order_rungs as rungs
 from mipipe.planner.ladder.candidate import Candidate, judge_orders, offer_judged
 from mipipe.planner.ladder.state import Run
-from mipipe.planner.milp import periodic, staircase
+from mipipe.planner.milp import legs, periodic, staircase
 from mipipe.planner.milp.pattern import OperationKey, route_names
 from mipipe.planner.search import annealing as search
 from mipipe.planner.search import follow, pair_search
@@ -85,7 +85,7 @@ class Pacing:
 def shared_pattern(run: Run, found: Candidate, seconds: float) -> Paced | None:
     """The pattern that all ranks of a candidate share, squeezed; None where there is none."""
     began, before = time.monotonic(), found.makespan_ns
-    stairs = staircase.staircase_of(found.view)
+    stairs = legs.staircase_of(found.view)
     if stairs is None:
         return None
     mirrored = found.halved and len({leg.route for leg in stairs.legs}) > 1

@@ -10,7 +10,7 @@ from mipipe.planner.jobs.arrays import Instance, build, mirror, with_mirrors
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.ladder.candidate import candidate, judge
 from mipipe.planner.ladder.repeating import short_instance
-from mipipe.planner.milp import staircase
+from mipipe.planner.milp import legs, staircase
 from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
@@ -34,7 +34,7 @@ def judged(instance: Instance, orders: Orders) -> int:
 
 
 def paced(stages: StageView, instance: Instance) -> tuple[Orders, float]:
-    stairs = staircase.staircase_of(stages)
+    stairs = legs.staircase_of(stages)
     assert stairs is not None
     mirrored = mirror(stages) is not None and len({leg.route for leg in stairs.legs}) > 1
     pattern = staircase.pattern_of_staircase(stairs, mirrored=mirrored, time_limit_s=10, seed=0)
@@ -79,9 +79,9 @@ def test_shared_patterns_are_sound_on_every_kind_of_leg(name: str, more: dict[st
 
 def test_what_is_no_staircase_is_told() -> None:
     streams = two_stream_problem(ranks=2, microbatches=4)
-    assert staircase.staircase_of(view(streams, next(iter(propose_shapes(streams, "chain"))))) is None
+    assert legs.staircase_of(view(streams, next(iter(propose_shapes(streams, "chain"))))) is None
     ring = uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, layers=4)
-    assert staircase.staircase_of(view(ring, next(iter(propose_shapes(ring, "ring"))))) is None
+    assert legs.staircase_of(view(ring, next(iter(propose_shapes(ring, "ring"))))) is None
 
 
 def test_moments_that_ask_for_too_much_memory_never_block() -> None:
