@@ -33,6 +33,9 @@ gains."""
 LONGER = 1.6
 """By how much the next slice of an activity is longer that gained nothing."""
 
+LEAST_S = 0.02
+"""Seconds that a slice counts at least, however soon it ended: what ends at once must not go on for ever."""
+
 MOST = 0.15
 """Share of the time limit that one slice takes at most."""
 
@@ -51,6 +54,7 @@ class Activity:
     gained: float = 0.0
     spent_s: float = 0.0
     resting: tuple[int, ...] | None = None
+    turn: int = 0
 
     @property
     def worth(self) -> float:
@@ -60,14 +64,14 @@ class Activity:
     def note(self, gain: float, seconds: float) -> None:
         """Count a slice."""
         self.gained = FADING * self.gained + gain
-        self.spent_s = FADING * self.spent_s + seconds
+        self.spent_s = FADING * self.spent_s + max(LEAST_S, seconds)
         if gain <= 0:
             self.slice_s *= LONGER
 
 
 def loop(run: Run, activities: Sequence[Activity], race: Race | None) -> None:
     """Work until the solve is closed, its time is up, or nothing is left that could be done."""
-    threads, longest = run.options.threads, MOST * run.options.time_limit_s
+    threads, longest, turn = run.options.threads, MOST * run.options.time_limit_s, 0
     annealing = None if race is None else Activity(ANNEALING, lambda seconds: race.step(seconds, threads), SEARCH_S)
     everything = [*activities, *([annealing] if annealing is not None else [])]
     while run.left > 0 and not run.closed:
@@ -75,7 +79,9 @@ def loop(run: Run, activities: Sequence[Activity], race: Race | None) -> None:
         able = [activity for activity in everything if activity.resting != state]
         if not able:
             return
-        chosen = max(able, key=lambda activity: activity.worth)
+        chosen = max(able, key=lambda activity: (activity.worth, -activity.turn))  # of equals who has waited longest
+        turn += 1
+        chosen.turn = turn
         seen, bound, began = len(run.history), run.lowest_ns or 0, time.monotonic()
         room = least_bound(run)
         with beside(run, race if chosen is not annealing else None, threads - 1):
