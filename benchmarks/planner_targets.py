@@ -18,11 +18,13 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from period import SETTINGS, Setting
 
 from mipipe.planner.compare import compare
 from mipipe.planner.options import PlanOptions
@@ -69,11 +71,12 @@ def solved(section: str, name: str, problem: PlanningProblem, limit_s: float, **
 
 
 def solve_line(section: str, name: str, problem: PlanningProblem, limit_s: float, seed: int, *,
-               target: float | None = None, placement: str = "free", reference: str = "",
+               target: float | None = None, placement: str = "free", reference: str = "", use_baselines: bool = True,
                show: Callable[[SolveResult], str] | None = None) -> Line:
     """The line of one planned problem."""
     began = time.monotonic()
-    result = plan(problem, PlanOptions(time_limit_s=limit_s, placement=placement, seed=seed))  # type: ignore[arg-type]
+    result = plan(problem, PlanOptions(time_limit_s=limit_s, placement=placement, seed=seed,  # type: ignore[arg-type]
+                                       use_baselines=use_baselines))
     seconds = time.monotonic() - began
     scope = "free" if placement == "free" else placement
     how = f"{result.rung} at {result.plan.placement.name}" if result.plan else f"{result.termination}: {result.reason}"
@@ -164,20 +167,38 @@ def scale_line(name: str, problem: PlanningProblem, limit_s: float, seed: int) -
                    if best else "no baseline keeps the caps")
 
 
-def best_baseline(problem: PlanningProblem) -> tuple[float, str] | None:
-    """Makespan and name of the best published schedule within the problem's caps.
+def best_baseline(problem: PlanningProblem, names: Sequence[str] = ("V-Half", "V-Min")) -> tuple[float, str] | None:
+    """Makespan and name of the best of some published schedules within the problem's caps.
 
     Only V-Half and V-Min can hold three quarters of 1F1B's activations: all others need at least as many as 1F1B.
     """
     from mipipe.planner.compare import _within_caps
-    rows = compare(problem, ["V-Half", "V-Min"])
+    rows = compare(problem, names)
     kept = [(row.makespan, row.name) for row in rows if row.makespan is not None and _within_caps(row, problem)]
     return min(kept) if kept else None
 
 
+def zero(factor: float) -> Iterator[Row]:
+    """The zero-bubble paper's settings at 1F1B's activations and one copy, without published starts: at most ZB-1p's
+    printed figure and every published schedule within the caps."""
+    for setting in (*SETTINGS, replace(SETTINGS[-1], m=96)):
+        problem = uniform_problem(ranks=setting.p, microbatches=setting.m, f=setting.f, i=setting.i, w=setting.w,
+                                  comm=setting.comm, copies=1, activations=setting.p)
+        yield Row(setting.name, partial(zero_line, setting, problem, 60 * factor))
+
+
+def zero_line(setting: Setting, problem: PlanningProblem, limit_s: float, seed: int) -> Line:
+    """The line of one setting; ZB-1p's cost is its work over 1 - bubble."""
+    best = best_baseline(problem, ["1F1B", "ZB-H1", "ZB-V", "V-Half"])
+    printed = setting.work / (1 - setting.zb_h1) if setting.m != 96 else float("inf")  # ZB-1p's is ZB-H1's
+    assert best is not None
+    line = solve_line("zero", setting.name, problem, limit_s, seed, target=min(printed, best[0]), use_baselines=False)
+    return replace(line, reference=f"{best[1]} {best[0]:g}, ZB-1p as printed {printed:.6g}")
+
+
 SECTIONS: dict[str, Callable[[float], Iterator[Row]]] = {
     "optima": optima, "dualpipe": dualpipe, "v": v_shape, "free": free, "uneven": uneven, "streams": streams,
-    "scale": scale,
+    "scale": scale, "zero": zero,
 }
 
 

@@ -1,10 +1,9 @@
 """`plan`: from a problem to a plan, with a bound and a history. The driver of the ladder.
 
 1. Placements are proposed (`mipipe.planner.placements.shapes`) and the promising ones scheduled by list
-   (`mipipe.planner.ladder.admission`); large problems have their own way (`mipipe.planner.ladder.large`). Where the
-   known shapes do not say it all, the placement MIP adds its own, and modes (`mipipe.planner.ladder.placement_rungs`).
-2. The race (`mipipe.planner.ladder.race`): placements whose bound is below the incumbent are searched in turn.
-3. The MIP rungs run where they can still help.
+   (`mipipe.planner.ladder.admission`); large problems have their own way (`mipipe.planner.ladder.large`).
+2. The loop (`mipipe.planner.ladder.loop`): the master MIP proposes placements, orders are annealed, paced and polished,
+   bounds are proven, in turns.
 
 Everything stops when the incumbent meets the bound, time is up, or at Ctrl-C; the best plan so far is checked and
 returned.
@@ -35,18 +34,20 @@ from mipipe.planner.ladder import exactly, period
 from mipipe.planner.ladder import large as scale
 from mipipe.planner.ladder import order_rungs as rungs
 from mipipe.planner.ladder import placement_rungs as placing
-from mipipe.planner.ladder.admission import admit_placement, enter, has_plan, recomputing
+from mipipe.planner.ladder.activities import Pacing, Polishing, Proving
+from mipipe.planner.ladder.admission import admit_placement, enter, has_plan, recomputing, take
 from mipipe.planner.ladder.explain import explain_plan
+from mipipe.planner.ladder.loop import Activity, loop
 from mipipe.planner.ladder.objectives import best_utilisation, least_memory
-from mipipe.planner.ladder.race import race
+from mipipe.planner.ladder.proposals import Proposing
+from mipipe.planner.ladder.race import ANNEALING, Race
+from mipipe.planner.ladder.repeating import Repeating
 from mipipe.planner.ladder.state import Incumbent, Progress, Run
-from mipipe.planner.milp.pattern import route_names
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.feasible import why_infeasible
 from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.search.annealing import LARGE
 
 __all__ = ["Incumbent", "Progress", "SolveResult", "Termination", "plan"]
 
@@ -157,82 +158,62 @@ def _noting_ctrl_c(run: Run) -> Iterator[None]:
 
 
 def _ladder(run: Run) -> None:
-    """Climb: lists, the periodic MIP on large instances, the race, proofs and windows, the race again."""
+    """First plans by lists, then the loop: propose, order and prove until the proof or the limit."""
     run.raise_bound(problem_bound(run.problem))
-    if scale.applies(run.problem) and run.options.use_search:
-        published = run.options.use_baselines and not scale.is_huge(run.problem)
-        if published and run.problem.pairs_gain:  # lists have no pairs: what has some comes first
-            rungs.published(run)
-        scale.climb(run)
-        if published and not run.problem.pairs_gain:
-            rungs.published(run)
-        if run.candidates:
-            race(run, run.candidates, lambda: run.left)
-            return
-    enter(run)
-    if run.options.use_baselines:
-        rungs.published(run)
-    if run.options.use_milp:
-        if run.options.placement == "free":
-            placing.by_mip(run, admit_placement)
-            placing.by_configurations(run)
-        placing.with_modes(run, admit_placement, list(islice(propose_shapes(run.problem, run.options.placement), 3)))
+    tuning = _first_plans(run)
     if not run.candidates and run.options.recompute:
         recomputing(run)
     if not run.candidates:
         raise InfeasibleError(why_infeasible(run.problem, run.options.placement,
                                              lambda changed: has_plan(changed, run.options)))
-    limit = run.options.time_limit_s
-    began, before = run.seconds, run.history[0].makespan_ns
     run.ablation.append({"rung": "list", "placement": run.candidates[0].placement.name, "before": None,
                          "makespan": run.makespan_ns / run.problem.unit_ns, "variables": None, "constraints": None,
                          "seconds": round(run.seconds, 3)})
+    began, before = run.seconds, run.makespan_ns
+    loop(run, _activities(run, tuning), Race(run) if run.options.use_search else None)
+    if run.options.use_search and run.best is not None:
+        annealed = [item for item in run.history if item.rung == ANNEALING]
+        run.ablation.append({"rung": ANNEALING, "placement": annealed[-1].placement if annealed else "",
+                             "before": before / run.problem.unit_ns, "variables": None, "constraints": None,
+                             "makespan": (annealed[-1].makespan_ns if annealed else before) / run.problem.unit_ns,
+                             "seconds": round(run.seconds - began, 3)})
+
+
+def _first_plans(run: Run) -> scale.Tuning | None:
+    """Candidates of the known shapes, by lists, and of published schedules; rules to tune where these made them."""
+    options, tuning = run.options, None
+    if scale.applies(run.problem) and options.use_search:
+        published = options.use_baselines and not scale.is_huge(run.problem)
+        if published and run.problem.pairs_gain:  # lists have no pairs: what has some comes first
+            rungs.published(run)
+        tuning = scale.climb(run)
+        if published and not run.problem.pairs_gain:
+            rungs.published(run)
+        if run.candidates:
+            return tuning
+    enter(run)
+    if options.use_baselines:
+        rungs.published(run)
+    if options.use_milp:
+        if options.placement == "free" and not run.candidates:
+            placing.by_mip(run, admit_placement)
+        placing.with_modes(run, admit_placement, list(islice(propose_shapes(run.problem, options.placement), 3)))
+    return tuning
+
+
+def _activities(run: Run, tuning: scale.Tuning | None) -> list[Activity]:
+    """What the options allow beside annealing."""
+    slice_s = min(1.0, max(0.2, 0.02 * run.options.time_limit_s))
+    steps: dict[str, Callable[[float], bool]] = {}
     if run.options.use_milp:
-        _periodic(run)
+        steps |= {"pacing": Pacing(run).step, "proposing": Proposing(run, take).step, "proving": Proving(run).step,
+                  "windows": Polishing(run).step, "bounding": placing.Bounding(run).step,
+                  "configuring": placing.Configuring(run).step}
+    if tuning is not None:
+        steps["quotas"] = tuning.step
     if run.options.use_search:
-        before = run.makespan_ns
-        provable = any(found.instance.size <= rungs.EXACT_NODES for found in run.candidates)
-        kept = 0.0 if not run.options.use_milp else (0.25 if provable else 0.1) * limit
-        race(run, run.candidates, lambda: run.left - kept)
-        assert run.best is not None
-        run.ablation.append({"rung": "annealing", "placement": run.best.placement.name,
-                             "before": before / run.problem.unit_ns, "makespan": run.makespan_ns / run.problem.unit_ns,
-                             "variables": None, "constraints": None, "seconds": round(run.seconds - began, 3)})
-    if run.options.use_milp and not run.closed:
-        _proofs(run)
-    if run.options.use_search and not run.closed:
-        race(run, run.candidates, lambda: run.left)
-
-
-ROUTES = 4
-"""Routes up to which a placement is paced: a ring has one for nearly every microbatch, so nothing repeats and the model
-is large."""
-
-
-def _periodic(run: Run) -> None:
-    """The periodic MIP where the search is slow: on a large instance, for the placement with the lowest bound.
-
-    Not on two streams: lists under quotas of the compute stream find shorter periods there.
-    """
-    large = [found for found in run.candidates
-             if not found.two_streams and found.instance.size > LARGE and len(set(route_names(found.view))) <= ROUTES]
-    large.sort(key=lambda found: found.bound.ns)
-    if large and run.left >= 0.5 * run.options.time_limit_s and not run.closed:
-        rungs.pace_candidate(run, large[0], 0.1 * run.options.time_limit_s)
-
-
-POLISHED = 4_000
-"""Nodes up to which windows are worth a tenth of the time; beyond, annealing gains more in it."""
-
-
-def _proofs(run: Run) -> None:
-    """The exact order MIP on small instances, and windows on the best candidate."""
-    share = 0.1 * run.options.time_limit_s
-    rivals = [found for found in run.candidates if found.bound.ns < run.makespan_ns]
-    for found in sorted(rivals, key=lambda found: found.makespan_ns)[:2]:
-        rungs.prove(run, found, min(share, run.left))
-    if run.best is not None and not run.closed and run.left > 0 and run.best.instance.size <= POLISHED:
-        rungs.polish_candidate(run, run.best, min(share, run.left))
+        steps["repeating"] = Repeating(run).step
+    return [Activity(name, step, slice_s) for name, step in steps.items()]
 
 
 def _with_period(run: Run, result: SolveResult) -> SolveResult:

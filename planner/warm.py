@@ -13,6 +13,7 @@ from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.search import annealing as search
+from mipipe.planner.search import follow
 from mipipe.planner.search import lists as greedy
 from mipipe.planner.solve import plan
 
@@ -24,6 +25,7 @@ def warm() -> None:
     orders = greedy.schedule(instance, greedy.RULES[0])
     assert orders is not None
     search.advance(search.start(instance, orders, seed=0), seconds=0.1)
+    follow.squeezed(instance, instance.head.astype(float), float(instance.dur.sum()))
     pairs = uniform_problem(ranks=2, microbatches=4, f=3, i=4, w=2, fb=8, copies=2, activations=3)
     large = uniform_problem(ranks=4, microbatches=LARGE_ACTIONS // 12 + 1, f=3, i=4, w=2, activations=3)
     for problem in (small, large):

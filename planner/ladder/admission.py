@@ -125,6 +125,11 @@ def admit_placement(run: Run, placement: Placement) -> Candidate | None:
     return found if found is not None and _admit(run, found) else None
 
 
+def take(run: Run, found: Candidate) -> bool:
+    """Schedule a candidate by list and take it into the run; whether some order fits its memory."""
+    return _admit(run, found)
+
+
 def _candidate(run: Run, placement: Placement) -> Candidate | None:
     """The placement with its bound; None where it never fits."""
     try:

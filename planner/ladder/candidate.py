@@ -6,6 +6,7 @@ and the simulated program's memory) and is the only way an order becomes a plan.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 
 from mipipe.planner.actions import Stream
@@ -13,7 +14,7 @@ from mipipe.planner.bounds import at_placement as bounds
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate_memory import rank_peaks
 from mipipe.planner.how import then
-from mipipe.planner.jobs.arrays import Instance, build, mirror
+from mipipe.planner.jobs.arrays import Instance, build, mirror, with_mirrors
 from mipipe.planner.jobs.memory import capacity, carries_bytes
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.jobs.times import evaluate
@@ -24,6 +25,9 @@ from mipipe.planner.search import lists as greedy
 from mipipe.planner.search.annealing import Search
 from mipipe.planner.search.lists import Orders
 from mipipe.planner.search.pair_search import PairSearch
+
+_OFFERS = threading.Lock()
+"""Two threads may improve one candidate: the better of their schedules stays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,7 @@ class Candidate:
     seen_outline_ns: int = 1 << 62
     reserved: int = 0
     notes: list[str] = field(default_factory=list)
+    clean: bool | None = None
     proposer: tuple[str, ...] = ()
     lineage: tuple[str, ...] = ()
     searched: tuple[str, ...] = ("list",)
@@ -83,6 +88,16 @@ class Candidate:
     def two_streams(self) -> bool:
         """Whether some actions run on the collective stream."""
         return any(stream is Stream.COLLECTIVE for _, stream in self.instance.machine_key)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the clock of the searches is that of the plan: transfers take latency alone, nothing is reduced,
+        no update follows."""
+        if self.clean is None:
+            view = self.view
+            self.clean = not (carries_bytes(view) or any(view.updates_ns())
+                              or any(view.reduce_ns(s) for s in range(view.num_stages)))
+        return self.clean
 
     @property
     def closed(self) -> bool:
@@ -117,10 +132,20 @@ def judge(stage_view: StageView, schedule: Schedule, *, saved_fit: bool = False)
 
 def offer_judged(found: Candidate, judged: Judged, rung: str, after: tuple[str, ...] = ()) -> bool:
     """Keep a judged schedule if it fits and is shorter; whether it was kept. ``after``: the steps it came from."""
-    if not judged.fits or judged.makespan_ns >= found.makespan_ns:
-        return False
-    found.best, found.rung, found.lineage = judged, rung, then(after, rung)
+    with _OFFERS:
+        if not judged.fits or judged.makespan_ns >= found.makespan_ns:
+            return False
+        found.best, found.rung, found.lineage = judged, rung, then(after, rung)
     return True
+
+
+def judge_orders(found: Candidate, orders: Orders) -> Judged:
+    """The judgement of a search's orders. Where its own clock leaves nothing out (no values in flight, no queueing, no
+    reduction) that clock is taken."""
+    schedule = with_mirrors(found.instance, orders.lists())
+    if found.exact:
+        return Judged(schedule, orders.makespan_ns, (0,) * found.view.problem.num_ranks)
+    return judge(found.view, schedule, saved_fit=True)
 
 
 def first_orders(found: Candidate, *, compiled: bool, seed: int = 0) -> Orders | None:

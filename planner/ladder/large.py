@@ -27,11 +27,10 @@ from mipipe.planner import clock
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.at_placement import Bound, placement_bound
 from mipipe.planner.bounds.over_placements import facts_of
-from mipipe.planner.jobs.arrays import Instance, build, mirror, with_mirrors
-from mipipe.planner.jobs.memory import carries_bytes
+from mipipe.planner.jobs.arrays import Instance, build, mirror
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.jobs.stages import StageView, view
-from mipipe.planner.ladder.candidate import Candidate, Judged, judge, offer_judged
+from mipipe.planner.ladder.candidate import Candidate, judge_orders, offer_judged
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlacementName
 from mipipe.planner.placements.cuts import earliest_end, place_spread, units
@@ -66,10 +65,6 @@ ROUNDS = 3
 CHECK_S = 2e-5
 """Seconds per action that checking and explaining the plan take in the end: by arrays, 1e-5 on a quiet machine."""
 
-SEARCHABLE = 15_000
-"""Nodes up to which annealing improves a tuned list within a minute. Placements with fewer nodes go before those with
-more."""
-
 
 @dataclass(slots=True)
 class Entry:
@@ -102,8 +97,9 @@ def chain_actions(problem: PlanningProblem) -> int:
     return 3 * problem.num_ranks * problem.num_microbatches
 
 
-def climb(run: Run) -> None:
-    """Make the run's candidates: the first at once by default rules, the best of all placements by tuned ones."""
+def climb(run: Run) -> Tuning | None:
+    """Make the run's candidates: the first at once by default rules, the best of all placements by tuned ones; what
+    goes on tuning them, None where no list fits."""
     limit = run.options.time_limit_s
     run.reserve_s = min(0.3 * limit, CHECK_S * chain_actions(run.problem))
     entries: list[Entry] = []
@@ -122,22 +118,15 @@ def climb(run: Run) -> None:
             entry = _enter(run, placement, 0.02 * limit) or entry  # the first plan took the first rule at hand
         entries.append(entry)
     if not entries:
-        return
+        return None
     left_out += [entry.placement for entry in entries]
     began, before = time.monotonic(), run.makespan_ns
-    sized = [entry for entry in entries if _size(run, entry) <= SEARCHABLE]
-    searchable, entries = bool(sized), sized or entries
-    share = (0.03 if searchable else 0.08) * limit
     for kept in (3, 2, 1):
         entries.sort(key=lambda entry: entry.expected_ns)
         for entry in entries[:kept]:
-            _tune(run, entry, min(share / kept, run.left))
-    _turn(run, entries[0], min(share, run.left))
-    for entry in entries[:2 if searchable else 1]:
-        _apply(run, entry, "quotas", 0.0 if searchable else 0.2 * limit)
-    while not searchable and run.left > 0.1 * limit and not run.closed:
-        _turn(run, entries[0], 0.04 * limit)
-        _apply(run, entries[0], "quotas", 0.06 * limit)
+            _tune(run, entry, min(0.03 * limit / kept, run.left))
+    for entry in entries[:2]:
+        _apply(run, entry, "quotas")
     heads = facts_of(run.problem).head
     for placement in left_out:
         if all(found.placement != placement for found in run.candidates):
@@ -146,6 +135,25 @@ def climb(run: Run) -> None:
     run.ablation.append({"rung": "quotas", "placement": run.best.placement.name if run.best else "",
                          "before": before / run.problem.unit_ns, "makespan": run.makespan_ns / run.problem.unit_ns,
                          "variables": None, "constraints": None, "seconds": round(time.monotonic() - began, 3)})
+    return Tuning(run, entries)
+
+
+@dataclass(slots=True)
+class Tuning:
+    """Rules tuned further, in turns: the best placement's, by reversed time as well, then the next one's."""
+
+    run: Run
+    entries: list[Entry]
+    turns: int = 0
+
+    def step(self, seconds: float) -> bool:
+        """Tune one placement's rule for some seconds and apply it to all microbatches."""
+        self.entries.sort(key=lambda entry: entry.expected_ns)
+        entry = self.entries[self.turns % 3 // 2 % len(self.entries)]  # the best two times of three
+        self.turns += 1
+        _turn(self.run, entry, 0.4 * seconds)
+        _apply(self.run, entry, "quotas", 0.6 * seconds)
+        return True
 
 
 def large_placements(run: Run) -> Iterator[Placement]:
@@ -184,11 +192,6 @@ def _expected(run: Run, small: Instance, orders: Orders) -> int:
     """The makespan with all microbatches, if the rest runs at the pace of the busiest rank."""
     rest = run.problem.num_microbatches - small.view.problem.num_microbatches
     return orders.makespan_ns + rest * greedy.period(small)
-
-
-def _size(run: Run, entry: Entry) -> int:
-    """Nodes of an entry's instance with all microbatches."""
-    return entry.small.size * run.problem.num_microbatches // entry.small.view.problem.num_microbatches
 
 
 def _tune(run: Run, entry: Entry, seconds: float) -> None:
@@ -250,17 +253,12 @@ def _apply(run: Run, entry: Entry, rung: str, seconds: float = 0.0) -> None:
     if orders.makespan_ns >= found.makespan_ns:
         return
     clock.ask()
-    schedule = with_mirrors(found.instance, orders.lists())
-    exact = not (carries_bytes(found.view) or any(found.view.updates_ns())
-                 or any(found.view.reduce_ns(s) for s in range(found.view.num_stages)))
-    judged = (Judged(schedule, orders.makespan_ns, (0,) * run.problem.num_ranks) if exact
-              else judge(found.view, schedule))
+    judged = judge_orders(found, orders)
     if offer_judged(found, judged, rung):
         found.searched = found.lineage
         if found not in run.candidates:
             run.candidates.append(found)
-        if found.instance.size <= SEARCHABLE:
-            found.search = search.start(found.instance, orders, run.options.seed + 1, found.bound.ns)
+        found.search = search.start(found.instance, orders, run.options.seed + 1, found.bound.ns)
         run.note(found, rung)
 
 

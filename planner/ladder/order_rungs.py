@@ -152,13 +152,14 @@ def pace_candidate(run: Run, found: Candidate, seconds: float) -> None:
     _again(result.outcome)
 
 
-def polish_candidate(run: Run, found: Candidate, seconds: float) -> None:
-    """Windows of the order MIP over the candidate's best schedule."""
+def polish_candidate(run: Run, found: Candidate, seconds: float, window: int = 40, turn: int = 0) -> None:
+    """Windows of the order MIP over the candidate's best schedule; ``turn`` changes the seed."""
     if found.best is None or found.closed:
         return
     began, before = time.monotonic(), found.makespan_ns
-    schedule, _, count = windows.improve_by_windows(found.view, found.best.schedule, window=40, time_limit_s=seconds,
-                                                    seed=run.options.seed, target_ns=found.bound.ns)
+    schedule, _, count = windows.improve_by_windows(
+        found.view, found.best.schedule, window=window, time_limit_s=seconds, seed=run.options.seed + 977 * turn,
+        target_ns=found.bound.ns)
     if count:
         adopt(run, found, schedule, "windows MIP", found.lineage)
     record(run, "windows MIP", found, before, began, improvements=count)

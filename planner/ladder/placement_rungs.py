@@ -1,20 +1,21 @@
-"""Rungs that add placements of a problem's own to the known shapes: the placement MIP, and modes (F run again).
+"""Placements of a problem's own beside the known shapes, and the bound over all: the placement MIP, and modes.
 
-- `by_mip`: where the graph branches, devices or links differ, or forwards may run again, the placement MIP proposes
-  placements (with one and with two replicas), and its bound over all placements is taken if it is better.
-- `by_configurations`: where few replicas fit, the bound from what a single device can hold and do.
+- `by_mip`: where no known shape fits and the graph branches, or devices or links differ, the placement MIP's placements
+  (with one and with two replicas).
+- `Bounding`: its bound over all placements, in the loop.
+- `Configuring`: where replicas are few, the bound from what a single device can hold and do, in the loop.
 - `with_modes`: where stages may recompute, the mode MIP chooses which, for the best placements under several memory
   pressures; all are candidates beside the placement without.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from mipipe.graphs.errors import PlanError
-from mipipe.planner.bounds.over_placements import Bound, resident_room
+from mipipe.planner.bounds.over_placements import Bound
 from mipipe.planner.ladder.candidate import Candidate
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.milp import modes, placement
@@ -24,20 +25,11 @@ from mipipe.planner.placements.shapes import resident_fits
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
 
-SHARE = 0.12
-"""Of the time limit, for the placement MIP's solves together."""
-
-MOST_S = 24.0
-"""Seconds after which the placement MIP is not worth more: its incumbents barely change."""
-
-CHOICES = 4_000
-"""Units x devices up to which the placement MIP is tried."""
+SHARE = 0.04
+"""Of the time limit, for each call of the placement MIP where nothing else fits."""
 
 MODED = 4
 """Placements for which modes are chosen: the best by their first schedules, and the first that nothing fits."""
-
-MOST_COPIES = 1.6
-"""Copies of the model that fit, up to which what one device can hold tells more than when first gradients come."""
 
 Admit = Callable[[Run, Placement], Candidate | None]
 
@@ -56,54 +48,63 @@ def is_plain(problem: PlanningProblem) -> bool:
 
 
 def by_mip(run: Run, admit: Admit) -> None:
-    """Candidates from the placement MIP, and its bound."""
-    problem = run.problem
-    if problem.num_ranks < 2 or len(problem.groups) * problem.num_ranks > CHOICES or is_plain(problem):
+    """Candidates from the placement MIP, where the known shapes gave none."""
+    problem = run.problem if run.options.recompute else without_recomputation(run.problem)
+    if problem.num_ranks < 2 or is_plain(problem):
         return
-    if not run.options.recompute:
-        problem = without_recomputation(problem)
-    if run.left < 0.6 * run.options.time_limit_s:
-        return
-    seconds = min(MOST_S, SHARE * run.options.time_limit_s) / 3
-    began = time.monotonic()
-    bound, outcome = placement.free_bound(problem, time_limit_s=seconds, seed=run.options.seed)
-    if bound is not None:
-        run.raise_bound(Bound(bound, "placement MIP"))
-    _record(run, "placement MIP bound", "all placements", run.makespan_ns, began, outcome,
-            bound=None if run.bound_ns is None else run.bound_ns / run.problem.unit_ns)
     for replicas, count in ((1, 3), (2, 2)):
-        if run.left < 0.6 * run.options.time_limit_s:
-            return
         began = time.monotonic()
-        starts = [found for found in run.candidates
-                  if all(len(stage.ranks) <= replicas for stage in found.placement.stages)]
-        start = min(starts, key=lambda found: found.makespan_ns).placement if starts else None
-        for proposal in placement.propose_by_mip(problem, time_limit_s=seconds, seed=run.options.seed, count=count,
-                                                 max_replicas=replicas, start=start):
+        for proposal in placement.propose_by_mip(problem, time_limit_s=SHARE * run.options.time_limit_s,
+                                                 seed=run.options.seed, count=count, max_replicas=replicas):
             _enter(run, admit, proposal.placement, ("placement MIP",), began, proposal.outcome,
                    estimate=proposal.estimate_ns / run.problem.unit_ns)
 
 
-def by_configurations(run: Run) -> None:
-    """The bound over all placements from what one device can hold, where replicas do not fit everywhere."""
-    problem, limit = run.problem, run.options.time_limit_s
-    if problem.num_ranks < 2 or run.closed or run.left < 0.6 * limit or scarcity(problem) > MOST_COPIES:
-        return
-    if not run.options.recompute:
-        problem = without_recomputation(problem)
-    began = time.monotonic()
-    bound, outcome = configuration_bound(problem, time_limit_s=min(MOST_S, SHARE * limit), seed=run.options.seed)
-    run.raise_bound(bound)
-    _record(run, "configuration MIP bound", "all placements", run.makespan_ns, began, outcome,
-            bound=None if run.bound_ns is None else run.bound_ns / problem.unit_ns)
-    if outcome.termination is SolverStatus.INTERRUPTED:
-        raise KeyboardInterrupt
+@dataclass(slots=True)
+class Bounding:
+    """The bound over all placements by the placement MIP, for longer each time (an activity of the loop)."""
+
+    run: Run
+    ended: bool = False
+
+    def step(self, seconds: float) -> bool:
+        """Solve for some seconds; False where the optimum is known or the options do not allow all placements."""
+        run = self.run
+        if self.ended or run.options.placement != "free" or run.problem.num_ranks < 2:
+            return False
+        problem = run.problem if run.options.recompute else without_recomputation(run.problem)
+        began = time.monotonic()
+        bound, outcome = placement.free_bound(problem, time_limit_s=seconds, seed=run.options.seed)
+        self.ended = outcome.termination is SolverStatus.OPTIMAL
+        if bound is not None:
+            run.raise_bound(Bound(bound, "placement MIP"))
+        record_placing(run, "placement MIP bound", "all placements", run.makespan_ns, began, outcome,
+                       bound=None if run.bound_ns is None else run.bound_ns / run.problem.unit_ns)
+        return True
 
 
-def scarcity(problem: PlanningProblem) -> float:
-    """How many copies of all groups the devices have room for; infinite where nothing is resident."""
-    size = sum(group.resident_bytes for group in problem.groups)
-    return sum(resident_room(problem, rank) for rank in range(problem.num_ranks)) / size if size else math.inf
+@dataclass(slots=True)
+class Configuring:
+    """The bound over all placements from what one device can hold and do, for longer each time (an activity)."""
+
+    run: Run
+    ended: bool = False
+
+    def step(self, seconds: float) -> bool:
+        """Solve for some seconds; False where the optimum is known or the options do not allow all placements."""
+        run = self.run
+        if self.ended or run.options.placement != "free" or run.problem.num_ranks < 2:
+            return False
+        problem = run.problem if run.options.recompute else without_recomputation(run.problem)
+        began = time.monotonic()
+        bound, outcome = configuration_bound(problem, time_limit_s=seconds, seed=run.options.seed)
+        self.ended = time.monotonic() - began < 0.8 * seconds  # it ends before its time where nothing is left to refute
+        run.raise_bound(bound)
+        record_placing(run, "configuration MIP bound", "all placements", run.makespan_ns, began, outcome,
+                       bound=None if run.bound_ns is None else run.bound_ns / run.problem.unit_ns)
+        if outcome.termination is SolverStatus.INTERRUPTED:
+            raise KeyboardInterrupt
+        return True
 
 
 def with_modes(run: Run, admit: Admit, waiting: list[Placement]) -> None:
@@ -143,13 +144,13 @@ def _enter(run: Run, admit: Admit, found: Placement, proposer: tuple[str, ...], 
         made = admit(run, found)
         if made is not None:
             made.proposer = proposer
-            _record(run, proposer[-1], found.name, before, began, outcome,
+            record_placing(run, proposer[-1], found.name, before, began, outcome,
                     own=made.makespan_ns / run.problem.unit_ns, **more)
     if outcome.termination is SolverStatus.INTERRUPTED:
         raise KeyboardInterrupt
 
 
-def _record(run: Run, rung: str, name: str, before: int, began: float, outcome: SolverOutcome,
+def record_placing(run: Run, rung: str, name: str, before: int, began: float, outcome: SolverOutcome,
             **more: float | None) -> None:
     """A row of the ablation; ``own`` is the proposal's first schedule."""
     unit = run.problem.unit_ns

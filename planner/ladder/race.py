@@ -1,20 +1,24 @@
 """The race of placements: every candidate searched a little, the better half a little longer, until few are left.
 
+Candidates may join while it runs; those given up come back where the others are done.
+
 Searches run in threads (the kernels release the GIL) and in slices, so that time limits and Ctrl-C are kept within a
 fraction of a second.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from mipipe.planner.jobs import paths as kernels
-from mipipe.planner.jobs.arrays import orders_from, to_array, with_mirrors
+from mipipe.planner.jobs.arrays import orders_from, to_array
 from mipipe.planner.ladder.admission import RESERVES, reserve, start_again
-from mipipe.planner.ladder.candidate import Candidate, first_orders, judge, offer_judged
+from mipipe.planner.ladder.candidate import Candidate, first_orders, judge, judge_orders, offer_judged
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.search import annealing as search
 from mipipe.planner.search import pair_search
@@ -22,8 +26,20 @@ from mipipe.planner.search.lift import lift
 from mipipe.planner.search.lists import Orders
 from mipipe.planner.search.pair_search import PairSearch
 
+ANNEALING = "annealing"
+"""What the searches are called where a plan says how it came about."""
+
 FINALISTS = 2
 """Placements that share the time after the elimination rounds: the winner is among the first two nearly always."""
+
+TRIALS = 3
+"""Slices that every candidate has before it may be given up."""
+
+TRIAL_S = 1.0
+"""Seconds of the longest of these slices."""
+
+FIRST, LONGEST = 0.18, 5.0
+"""Seconds of a slice before the first round, and of the longest: every round's are 1.7 times as long."""
 
 OUTLINE = 0.6
 """Share of the time limit in which problems with a collective stream are searched without it."""
@@ -45,34 +61,92 @@ Worker = search.Search | PairSearch
 """A search at a candidate's placement, without overlapped pairs or with them."""
 
 
-def race(run: Run, candidates: Sequence[Candidate], until: Callable[[], float]) -> None:
-    """Successive halving over the candidates, then the finalists share the time; ``until()`` is the seconds left."""
-    live = [found for found in candidates if found.search is not None]
-    for found in live:
-        if found.quick:
-            start_again(run, found)
-        if found.pairs is None and found.search is not None:
-            found.pairs = pair_search.start(found.instance, found.search.best, run.options.seed + 5, found.bound.ns)
-    slice_s = 0.3
-    with ThreadPoolExecutor(run.options.threads) as pool:
-        try:
-            while live and until() > 0 and not run.closed:
-                live = [found for found in live if found.bound.ns < run.makespan_ns and not found.closed]
-                _round(run, pool, live, slice_s, until)
-                late = run.seconds > LAST * run.options.time_limit_s
-                live = _ranked(live)[:max(FINALISTS, (len(live) + 1) // 2)]
-                if late and 0 < len(live) <= FINALISTS:
-                    live = [min(live, key=_middle)]
-                    _last_round(run, live[0], until())
-                if len(live) <= FINALISTS:
-                    live = [found for found in live if found.makespan_ns <= FAR * live[0].makespan_ns]
-                slice_s = min(5.0, slice_s * 1.7)
-        finally:
-            run.stopped = True
-    run.stopped = False
+@dataclass(slots=True)
+class Race:
+    """The searches of a solve, in rounds that can be left and taken up again (`step`).
+
+    ``live``: the candidates of the round; ``queue``: searches that have not had their slice of it yet; ``known``:
+    candidates that have joined; ``trials``: of those that joined late, the slices they have before they may be given
+    up.
+    """
+
+    run: Run
+    live: list[Candidate] = field(default_factory=list)
+    queue: list[tuple[Candidate, Worker, float]] = field(default_factory=list)
+    known: list[Candidate] = field(default_factory=list)
+    trials: list[tuple[Candidate, int]] = field(default_factory=list)
+    slice_s: float = FIRST
+
+    def step(self, seconds: float, threads: int, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Search for some seconds; False where no candidate is left that a search could improve."""
+        end = time.monotonic() + seconds
+        run = self.run
+
+        def until() -> float:
+            return 0.0 if stop() else min(end - time.monotonic(), run.left)
+
+        self._enter()
+        run.stopped = False
+        with ThreadPoolExecutor(threads) as pool:
+            try:
+                while until() > 0 and not run.closed:
+                    if not self.queue and not self._begin_round(threads):
+                        return False
+                    _round(run, pool, self.queue, threads, until)
+            finally:
+                run.stopped = True
+        return bool(self.live)
+
+    def _enter(self) -> None:
+        """Let the candidates in that have come since last time."""
+        begins = not self.known
+        for found in self.run.candidates:
+            if found.search is None or any(found is other for other in self.known):
+                continue
+            self.known.append(found)
+            if found.quick:
+                start_again(self.run, found)
+            if found.pairs is None:
+                found.pairs = pair_search.start(found.instance, found.search.best, self.run.options.seed + 5,
+                                                found.bound.ns)
+            if begins:
+                self.live.append(found)
+            else:
+                self.trials.append((found, TRIALS))
+
+    def _begin_round(self, threads: int) -> bool:
+        """Choose who searches in the next round; whether there is anyone.
+
+        The better half of the last round's, and those on trial; where nobody is left the most promising of those given
+        up.
+        """
+        run = self.run
+
+        def able(found: Candidate) -> bool:
+            return found.bound.ns < run.makespan_ns and not found.closed
+
+        kept = _ranked([found for found in self.live if able(found)])
+        if self.slice_s > FIRST:
+            kept = kept[:max(FINALISTS, (len(kept) + 1) // 2)]
+        if run.seconds > LAST * run.options.time_limit_s and 0 < len(kept) <= FINALISTS:
+            kept = [min(kept, key=_middle)]
+            _last_round(run, kept[0], run.left, run.options.threads)
+        if 1 < len(kept) <= FINALISTS:
+            kept = [found for found in kept if found.makespan_ns <= FAR * kept[0].makespan_ns]
+        tried = [found for found, _ in self.trials if able(found) and not any(found is other for other in kept)]
+        self.trials = [(found, left - 1) for found, left in self.trials if left > 1]
+        self.live = kept + tried or _ranked([found for found in self.known if able(found)])[:FINALISTS]
+        self.slice_s = min(LONGEST, self.slice_s * 1.7)
+        on_trial = {id(found) for found in tried}
+        self.queue = [(found, _worker(run, found), min(TRIAL_S if id(found) in on_trial else LONGEST, self.slice_s))
+                      for found in self.live]
+        for found in self.live if len(self.live) < threads else ():
+            self.queue += [(found, other, self.slice_s)
+                           for other in _helpers(run, found, threads // len(self.live) - 1)]
+        return bool(self.live)
 
 
-def _last_round(run: Run, found: Candidate, seconds: float) -> None:
+def _last_round(run: Run, found: Candidate, seconds: float, threads: int) -> None:
     """Let every thread's search cool once over the time left, where that beats the usual rounds."""
     first = _worker(run, found)
     if isinstance(first, PairSearch):
@@ -80,7 +154,7 @@ def _last_round(run: Run, found: Candidate, seconds: float) -> None:
     if first is found.outline:
         seconds = OUTLINE * run.options.time_limit_s - run.seconds
     if not first.ends and first.instance.size <= search.LASTING and seconds > LEAST * run.options.time_limit_s:
-        for worker in (first, *_helpers(run, found, run.options.threads - 1)):
+        for worker in (first, *_helpers(run, found, threads - 1)):
             assert isinstance(worker, search.Search)
             search.finish(worker, seconds)
 
@@ -95,19 +169,16 @@ def _middle(found: Candidate) -> int:
     return found.makespan_ns + found.bound.ns
 
 
-def _round(run: Run, pool: ThreadPoolExecutor, live: Sequence[Candidate], slice_s: float,
+def _round(run: Run, pool: ThreadPoolExecutor, waiting: list[tuple[Candidate, Worker, float]], threads: int,
            until: Callable[[], float]) -> None:
-    """Advance every live candidate by a slice, as many at once as there are threads."""
-    waiting = [(found, _worker(run, found)) for found in live]
-    for found in live if len(live) < run.options.threads else ():
-        waiting += [(found, other) for other in _helpers(run, found, run.options.threads // len(live) - 1)]
+    """Advance every search that waits by a slice, as many at once as there are threads; who had its slice is taken from
+    ``waiting``."""
     busy: dict[Future[bool], tuple[Candidate, Worker]] = {}
     while waiting or busy:
-        while waiting and len(busy) < run.options.threads and until() > 0 and not run.closed:
-            found, worker = waiting.pop(0)
-            assert worker is not None
-            seconds = min(slice_s, max(0.05, until()))
-            busy[pool.submit(_advance, worker, seconds, lambda: run.stopped)] = (found, worker)
+        while waiting and len(busy) < threads and until() > 0 and not run.closed:
+            found, worker, seconds = waiting.pop(0)
+            seconds = min(seconds, max(0.05, until()))
+            busy[pool.submit(_advance, worker, seconds, lambda: run.stopped or until() <= 0)] = (found, worker)
         if not busy:
             return
         done, _ = wait(busy, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -165,10 +236,10 @@ def _harvest(run: Run, found: Candidate, worker: Worker) -> None:
     if orders.makespan_ns >= found.seen_ns:
         return
     found.seen_ns = orders.makespan_ns
-    judged = judge(found.view, with_mirrors(found.instance, orders.lists()), saved_fit=True)
+    judged = judge_orders(found, orders)
     if judged.fits:
-        offer_judged(found, judged, "annealing", found.searched)
-        run.note(found, "annealing")
+        offer_judged(found, judged, ANNEALING, found.searched)
+        run.note(found, ANNEALING)
     elif found.reserved < RESERVES:
         found.reserved += 1
         reserve(found, judged)
@@ -188,8 +259,8 @@ def _harvest_pairs(run: Run, found: Candidate, worker: PairSearch) -> None:
     worker.seen_ns = worker.best.makespan_ns
     judged = judge(found.view, pair_search.to_schedule(worker, worker.best))
     if judged.fits:
-        offer_judged(found, judged, "annealing", found.searched)
-        run.note(found, "annealing")
+        offer_judged(found, judged, ANNEALING, found.searched)
+        run.note(found, ANNEALING)
     elif worker.reserved < RESERVES:
         excess = np.array(judged.excess_bytes)
         pair_search.reserve(worker, np.maximum(excess, excess[::-1]) if found.halved else excess)

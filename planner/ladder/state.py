@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -63,6 +64,7 @@ class Run:
     no_plan: str = ""
     period_ns: int = 1 << 62
     period_bound_ns: int = 0
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
     @property
     def seconds(self) -> float:
@@ -131,12 +133,11 @@ class Run:
 
     def note(self, found: Candidate, phase: str) -> bool:
         """Make a candidate's incumbent the solve's if it is better; whether it was."""
-        if found.best is None:
-            return False
-        known = self.history[-1].makespan_ns if self.history else 1 << 62
-        if found.makespan_ns >= known:
-            return False
-        self.best = found
-        self.history.append(Incumbent(self.seconds, found.makespan_ns, found.rung, found.placement.name))
-        self.report(phase)
+        with self.lock:
+            known = self.history[-1].makespan_ns if self.history else 1 << 62
+            if found.best is None or found.makespan_ns >= known:
+                return False
+            self.best = found
+            self.history.append(Incumbent(self.seconds, found.makespan_ns, found.rung, found.placement.name))
+            self.report(phase)
         return True

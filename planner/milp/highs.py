@@ -57,6 +57,11 @@ class SolverOutcome:
     def has_solution(self) -> bool:
         return self.objective is not None
 
+    @property
+    def infeasible(self) -> bool:
+        """Whether it is proven that there is no solution (below the cutoff, where one was given)."""
+        return self.termination is SolverStatus.INFEASIBLE
+
 
 @dataclass(slots=True)
 class _Matrix:

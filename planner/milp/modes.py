@@ -134,7 +134,8 @@ def _build(stage_view: StageView, instance: Instance, may: list[int],
         if lack > 0 and not chosen:
             return None
         if lack > 0:
-            model.rows.add(sum((sums.saved[s, d] - sums.kept[s, d]) / room * model.z[s] for s in chosen) >= lack)
+            saving = sum((sums.saved[s, d] - sums.kept[s, d]) / room * model.z[s] for s in chosen)
+            model.rows.add(saving + 0 * model.makespan >= lack)  # a row also where nothing may recompute
     least = sum(float(sums.again[s].sum()) / scale * model.z[s] for s in may)
     model.goal = pyo.Objective(expr=model.makespan + 1e-3 * least)
     return model

@@ -30,6 +30,7 @@ from itertools import pairwise
 
 import pyomo.environ as pyo
 
+from mipipe.planner import clock
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.over_placements import work_of
 from mipipe.planner.jobs.overlap import pair_gain
@@ -89,19 +90,42 @@ def propose_by_mip(problem: PlanningProblem, *, time_limit_s: float, seed: int, 
         outcome = highs.solve(model, time_limit_s=time_limit_s / min(count, len(HOP_WEIGHTS)), seed=seed, gap=1e-3,
                               warm_start=start is not None)
         if outcome.has_solution:
-            shares = [[max(0.0, share(model)[u, d].value) for d in range(problem.num_ranks)]
-                      for u in range(len(units.groups))]
-            again = {u for u in model.z if model.z[u].value > 0.5}
-            placement = to_placement(problem, units.groups, shares, again=again)
-            estimate = round(model.makespan.value * _scale(problem))
-            bound = bound_of(problem, outcome) if not weight and (number % 2 or lasting == 1.0) else None
-            known = next((p for p in found if p.placement == placement), None)
-            if known is not None:
-                found.remove(known)
-            found.append(Proposal(placement, estimate, bound, outcome))
+            made = _proposal(model, problem, units, outcome, exact=not weight and (number % 2 == 1 or lasting == 1.0))
+            found = [other for other in found if other.placement != made.placement] + [made]
         if outcome.termination is SolverStatus.INTERRUPTED:
             break
     return sorted(found, key=lambda proposal: proposal.estimate_ns)
+
+
+def propose_beyond(problem: PlanningProblem, known: Sequence[Placement], *, hop_weight: float, pressure: float,
+                   max_replicas: int, cutoff_ns: int, time_limit_s: float,
+                   seed: int) -> tuple[Proposal | None, SolverOutcome]:
+    """The best placement whose estimate is below a cutoff and which holds units elsewhere than all known ones do.
+
+    With ``pressure = 1`` an outcome that is `infeasible` proves that a placement with so few replicas and a makespan
+    below the cutoff holds every unit where a known one does.
+    """
+    units = units_of(problem)
+    model = build(problem, units, max_replicas=max_replicas, contiguous=False, hop_weight=hop_weight, pressure=pressure)
+    for other in known:
+        shares = to_shares(problem, units.groups, other)
+        model.rows.add(sum((1 - model.x[u, d]) if value > 0 else model.x[u, d] for u, row in enumerate(shares)
+                           for d, value in enumerate(row)) >= 1)
+    model.makespan.setub((cutoff_ns - 1 + 1e-3) / _scale(problem))
+    outcome = highs.solve(model, time_limit_s=time_limit_s, seed=seed, gap=1e-3)
+    if not outcome.has_solution:
+        return None, outcome
+    return _proposal(model, problem, units, outcome, exact=not hop_weight and pressure == 1.0), outcome
+
+
+def _proposal(model: pyo.ConcreteModel, problem: PlanningProblem, units: Units, outcome: SolverOutcome, *,
+              exact: bool) -> Proposal:
+    """The solution in a model's variables as a proposal; ``exact``: its objective is the makespan alone."""
+    shares = [[max(0.0, share(model)[u, d].value) for d in range(problem.num_ranks)] for u in range(len(units.groups))]
+    again = {u for u in model.z if model.z[u].value > 0.5}
+    bound = bound_of(problem, outcome) if exact else None
+    return Proposal(to_placement(problem, units.groups, shares, again=again),
+                    round(model.makespan.value * _scale(problem)), bound, outcome)
 
 
 def free_bound(problem: PlanningProblem, *, time_limit_s: float, seed: int) -> tuple[int | None, SolverOutcome]:
@@ -137,6 +161,7 @@ def build(problem: PlanningProblem, units: Units, *, max_replicas: int, contiguo
     model.makespan = pyo.Var(bounds=(0, None))
     model.rows = pyo.ConstraintList()
     for u in members:
+        clock.ask()
         if max_replicas > 1:
             model.rows.add(sum(model.n[u, d] for d in devices) == 1)
             for d in devices:
@@ -184,6 +209,7 @@ def device_rows(model: pyo.ConcreteModel, problem: PlanningProblem, units: Units
     rate = forwards_per_byte(problem)
     ratio = float(pair_gain(problem).ratio)
     for d, device in enumerate(problem.topology.devices):
+        clock.ask()
         resident, room = (device.memory_bytes if limit is None else min(device.memory_bytes, limit)
                           for limit in (problem.limits.resident_bytes, problem.limits.activation_bytes))
         model.rows.add(sum(units.resident[u] / max(1, resident) * model.x[u, d] for u in members) <= 1)

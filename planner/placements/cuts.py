@@ -219,14 +219,20 @@ def place_spread(problem: PlanningProblem, shape: Shape, ends: Sequence[int],
     second microbatch is routed as the mirror image of the one before it.
     """
     rest = [group for group in range(len(problem.groups)) if group not in ends and group not in encoder]
-    base = place(problem, shape, fit_cuts(problem, shape, rest))
+    return deal_ends(problem, place(problem, shape, fit_cuts(problem, shape, rest)), ends, encoder,
+                     two_way=shape.two_way)
+
+
+def deal_ends(problem: PlanningProblem, base: Placement, ends: Sequence[int], encoder: Sequence[int] = (), *,
+              two_way: bool) -> Placement:
+    """A placement of all other groups, with the ends and the encoder dealt out as `place_spread` does."""
     work = loads(problem)
     load = [0.0] * problem.num_ranks
     for stage, route in zip(base.stages, base.routes, strict=True):
         for rank in route:
             load[rank] += sum(work[group][rank] for group in stage.groups)
     floating = [*([encoder] if encoder else []), *([end] for end in ends)]
-    routes = {tuple(part): route for part, route in _deal(problem, shape, floating, load)}
+    routes = {tuple(part): route for part, route in _deal(problem, two_way, floating, load)}
     first = [(tuple(part), routes[tuple(part)]) for part in floating if part[0] == 0 or part is encoder]
     last = [(tuple(part), routes[tuple(part)]) for part in floating if tuple(part) not in dict(first)]
     stages, ways = [], []
@@ -239,10 +245,10 @@ def place_spread(problem: PlanningProblem, shape: Shape, ends: Sequence[int],
     for part, way in last:
         stages.append(Stage(part, tuple(sorted(set(way)))))
         ways.append(tuple(way))
-    return Placement(tuple(stages), tuple(ways), f"{shape.name}+spread")
+    return Placement(tuple(stages), tuple(ways), f"{base.name}+spread")
 
 
-def _deal(problem: PlanningProblem, shape: Shape, parts: Sequence[Sequence[int]],
+def _deal(problem: PlanningProblem, two_way: bool, parts: Sequence[Sequence[int]],
           load: list[float]) -> Iterator[tuple[Sequence[int], list[int]]]:
     """Each floating part, heaviest first, with a rank for every microbatch: where the load is lowest then.
 
@@ -251,7 +257,7 @@ def _deal(problem: PlanningProblem, shape: Shape, parts: Sequence[Sequence[int]]
     times = [[[group.times[device.kind].total_ns for device in problem.topology.devices]
               for group in (problem.groups[g] for g in part)] for part in parts]
     order = sorted(range(len(parts)), key=lambda at: -sum(row[0] for row in times[at]))
-    step = 2 if shape.two_way else 1
+    step = 2 if two_way else 1
     for at in order:
         clock.ask()
         route = [0] * problem.num_microbatches

@@ -41,7 +41,7 @@ def test_the_mip_gives_the_fast_device_twice_the_work_and_bounds_the_step() -> N
     best = placement.propose_by_mip(problem, time_limit_s=2.0, seed=0, count=1)[0].placement
     held = {rank: sum(len(stage.groups) for stage in best.stages if stage.ranks == (rank,)) for rank in (0, 1)}
     assert held == {0: 4, 1: 2}
-    result = plan(problem, PlanOptions(time_limit_s=30.0, use_search=False))
+    result = plan(problem, PlanOptions(time_limit_s=4.0, use_search=False))
     assert result.plan is not None and result.bound_ns is not None and result.makespan_ns is not None
     assert 8 * 4 * 30 <= result.bound_ns <= result.makespan_ns
     rows = {row["rung"] for row in result.ablation}
@@ -110,7 +110,7 @@ def _one_fits(problem, found) -> bool:
 
 def test_forwards_run_again_only_where_memory_pays_for_them() -> None:
     roomy, tight = (multimodal_problem(microbatches=8, activation_bytes=size) for size in (5000, 110))
-    options = PlanOptions(time_limit_s=20.0, placement="chain", use_baselines=False, use_search=False)
+    options = PlanOptions(time_limit_s=2.0, placement="chain", use_baselines=False, use_search=False)
     assert not any(stage.recompute for stage in plan(roomy, options).plan.placement.stages)  # type: ignore[union-attr]
     with_modes, without = plan(tight, options), plan(tight, replace(options, recompute=False))
     assert with_modes.plan is not None and any(stage.recompute for stage in with_modes.plan.placement.stages)
@@ -125,5 +125,5 @@ def test_the_placement_bound_holds_with_replicas_and_modes(recompute: bool) -> N
     if not recompute:
         problem = placing.without_recomputation(problem)
     bound, _ = placement.free_bound(problem, time_limit_s=5.0, seed=0)
-    result = plan(problem, PlanOptions(time_limit_s=8.0, recompute=recompute, use_search=False))
+    result = plan(problem, PlanOptions(time_limit_s=3.0, recompute=recompute, use_search=False))
     assert bound is not None and result.makespan_ns is not None and bound <= result.makespan_ns

@@ -1,0 +1,130 @@
+"""The loop of a solve: propose, order and prove in turns, until the proof, the gap asked for, the limit or Ctrl-C.
+
+Activities (`Activity`) share the time by one rule. Each has a *worth*: what it has gained lately for the seconds it
+took lately, gains being the shares by which the makespan fell and the bound rose, or by which the lowest bound of a
+candidate fell (a proposal that leaves room for better orders). The worthiest goes next. What gains nothing gets longer
+slices, more seldom: it may only need more time at once, and its seconds count against it. New activities count as worth
+trying. Where there is more than one thread, one of them works for the chosen activity and the others anneal
+(`mipipe.planner.ladder.race`); with one, annealing is an activity like the others.
+
+Nothing here knows how large a problem is: what is too slow for it gains nothing and stands back.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+from mipipe.planner.ladder.race import ANNEALING, Race
+from mipipe.planner.ladder.state import Incumbent, Run
+
+FADING = 0.6
+"""What gains and seconds of earlier slices count in the next."""
+
+HOPE = 1e-4
+"""Share of the makespan that every activity is thought to gain beyond what it did: what is never tried again never
+gains."""
+
+LONGER = 1.6
+"""By how much the next slice of an activity is longer that gained nothing."""
+
+LEAST_S = 0.02
+"""Seconds that a slice counts at least, however soon it ended: what ends at once must not go on for ever."""
+
+MOST = 0.15
+"""Share of the time limit that one slice takes at most."""
+
+SEARCH_S = 1.0
+"""Seconds of a slice of annealing."""
+
+
+@dataclass(slots=True)
+class Activity:
+    """Something that improves the plan or the bound. ``step(seconds)`` works about so long and says whether there was
+    anything to do; where there was not, it rests until the incumbent, the candidates or the bound change."""
+
+    name: str
+    step: Callable[[float], bool]
+    slice_s: float
+    gained: float = 0.0
+    spent_s: float = 0.0
+    resting: tuple[int, ...] | None = None
+    turn: int = 0
+
+    @property
+    def worth(self) -> float:
+        """Gain per second, lately."""
+        return (self.gained + HOPE) / max(1e-3, self.spent_s)
+
+    def note(self, gain: float, seconds: float) -> None:
+        """Count a slice."""
+        self.gained = FADING * self.gained + gain
+        self.spent_s = FADING * self.spent_s + max(LEAST_S, seconds)
+        if gain <= 0:
+            self.slice_s *= LONGER
+
+
+def loop(run: Run, activities: Sequence[Activity], race: Race | None) -> None:
+    """Work until the solve is closed, its time is up, or nothing is left that could be done."""
+    threads, longest, turn = run.options.threads, MOST * run.options.time_limit_s, 0
+    annealing = None if race is None else Activity(ANNEALING, lambda seconds: race.step(seconds, threads), SEARCH_S)
+    everything = [*activities, *([annealing] if annealing is not None else [])]
+    while run.left > 0 and not run.closed:
+        state = (run.makespan_ns, len(run.candidates), run.lowest_ns or 0)
+        able = [activity for activity in everything if activity.resting != state]
+        if not able:
+            return
+        chosen = max(able, key=lambda activity: (activity.worth, -activity.turn))  # of equals who has waited longest
+        turn += 1
+        chosen.turn = turn
+        seen, bound, began = len(run.history), run.lowest_ns or 0, time.monotonic()
+        room = least_bound(run)
+        with beside(run, race if chosen is not annealing else None, threads - 1):
+            active = chosen.step(min(chosen.slice_s, longest, max(0.05, run.left)))
+        seconds = time.monotonic() - began
+        by_annealing, by_others = gains(run.history[max(0, seen - 1):])
+        risen = max(0, (run.lowest_ns or 0) - bound) / max(1, bound)
+        if chosen is annealing:
+            chosen.note(by_annealing, seconds)
+            chosen.slice_s = SEARCH_S
+        else:
+            chosen.note(by_others + risen + max(0.0, 1 - least_bound(run) / room), seconds)
+            if annealing is not None and threads > 1:
+                annealing.note(by_annealing, seconds)
+                annealing.slice_s = SEARCH_S
+        if not active:
+            chosen.resting = state
+
+
+def least_bound(run: Run) -> int:
+    """The lowest bound of a candidate: what the searches may hope for."""
+    return max(1, min((found.bound.ns for found in run.candidates), default=1))
+
+
+def gains(history: Sequence[Incumbent]) -> tuple[float, float]:
+    """The shares by which the makespan fell from incumbent to incumbent: by annealing, by all else."""
+    found = [0.0, 0.0]
+    for one, two in pairwise(history):
+        found[two.rung != ANNEALING] += 1 - two.makespan_ns / one.makespan_ns
+    return found[0], found[1]
+
+
+@contextmanager
+def beside(run: Run, race: Race | None, threads: int) -> Iterator[None]:
+    """Let the race go on in threads of its own meanwhile; it has stopped when this ends, whatever ends it."""
+    if race is None or threads < 1:
+        yield
+        return
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        going = pool.submit(race.step, run.left, threads, stop.is_set)
+        try:
+            yield
+        finally:
+            stop.set()
+            going.result()
