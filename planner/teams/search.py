@@ -3,7 +3,8 @@
 1. Every combination of degrees gets a bound (`mipipe.planner.teams.space`); those whose memory cannot suffice are out.
 2. In the order of bounds, as long as a bound is below the best step found: the master (`mipipe.planner.milp.degrees`)
    cuts the layers into stages and says which run again, for one chunk per rank and for more; the simulator says what
-   1F1B, interleaved 1F1B and ZB-H1 take on its stages. What is not tried is no better: its bound is the search's bound.
+   1F1B and interleaved 1F1B take on its stages, and for the best other published schedules. The search's bound is the
+   least over all combinations, overlapped pairs allowed.
 3. The order level (`mipipe.planner.solve`) improves the schedule of the best pipelines in the time that is left.
 """
 
@@ -129,7 +130,7 @@ def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamO
         if number < len(waiting):
             raise TimeUpError(f"no degrees evaluated within {options.time_limit_s:g} s; try a longer --time-limit")
         raise InfeasibleError(_why_none(pricer, count, options, devices, global_batch))
-    bound = min(waiting[0].bound, waiting[0].bound if space.unpriced is None else space.unpriced)
+    bound = min(*[point.floor for point in waiting], float("inf") if space.unpriced is None else space.unpriced)
     results = _polished(pricer, results, global_batch, options, began, tell)
     if options.order:
         results = _ordered(pricer, results, global_batch, options, began, tell)

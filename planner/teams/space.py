@@ -16,10 +16,12 @@ from mipipe.planner.teams.pricing import ADAM_BYTES, GRADIENT_BYTES, PieceCost, 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Degrees (with one chunk and no recomputation) and seconds that no placement or schedule of theirs is below."""
+    """Degrees (with one chunk and no recomputation) and seconds that no placement or schedule of theirs is below:
+    ``bound`` where forwards and backwards do not overlap, ``floor`` where they may, too."""
 
     bound: float
     degrees: Degrees
+    floor: float = 0.0
 
 
 SHARES = np.array((0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0))
@@ -104,7 +106,7 @@ def points(pricer: Pricer, devices: int, global_batch: int, given: Mapping[str, 
     def price(degrees: Degrees) -> Point | None:
         if degrees not in tried:
             bound = bound_of(pricer, degrees, global_batch, recomputation) if roughly_fits(pricer, degrees) else None
-            tried[degrees] = None if bound is None else Point(bound, degrees)
+            tried[degrees] = None if bound is None else Point(bound[0], degrees, bound[1])
         return tried[degrees]
 
     def enough() -> bool:
@@ -169,8 +171,10 @@ def mode_costs(pricer: Pricer, degrees: Degrees, recomputation: Recompute | None
     return {mode: pricer.costs(replace(degrees, recompute=mode)) for mode in allowed}
 
 
-def bound_of(pricer: Pricer, degrees: Degrees, global_batch: int, recomputation: Recompute | None) -> float | None:
-    """Seconds below which no placement of pieces on these ranks is, in any order; None where memory never suffices.
+def bound_of(pricer: Pricer, degrees: Degrees, global_batch: int,
+             recomputation: Recompute | None) -> tuple[float, float] | None:
+    """Seconds below which no placement of pieces on these ranks is, in any order without overlapped pairs, and in any
+    order at all; None where memory never suffices.
 
     The ranks together do all work of all microbatches and the optimizer's; the busiest does at least its share, and at
     least the largest piece. Before it begins, another rank has done a forward (all ranks but one). What a piece keeps
@@ -179,6 +183,9 @@ def bound_of(pricer: Pricer, degrees: Degrees, global_batch: int, recomputation:
     and when a microbatch's last forward ends, all it keeps is there at once. Recomputation trades one for the other,
     piece by piece: any weighted mean of the bounds, with any price on the last, least over the modes of every piece, is
     a bound (Lagrange).
+
+    Overlapped pairs hide collectives behind kernels or kernels behind collectives (`stages.overlap_rule`), in all as
+    much as the shorter of both, so the longer stays.
     """
     by_mode = list(mode_costs(pricer, degrees, recomputation).values())
     microbatches = global_batch // (degrees.copies * degrees.microbatch)
@@ -202,4 +209,14 @@ def bound_of(pricer: Pricer, degrees: Degrees, global_batch: int, recomputation:
     mixed = ((1 - share) * loads + share * areas + price * scale * held).min(axis=2).sum(axis=2)
     mixed += (1 - SHARES[:, None]) * fixed / degrees.ranks - PRICES * scale
     rounding = 2e-9 * (microbatches + 1)  # a problem's durations are whole nanoseconds
-    return max(float(mixed.max()), microbatches * float(least.max())) - rounding
+    bound = max(float(mixed.max()), microbatches * float(least.max())) - rounding
+    kernels = np.array([[_kernels(cost) for cost in costs] for costs in by_mode]).min(axis=0).sum()
+    talk = np.array([[cost.f.total + cost.backward - _kernels(cost) for cost in costs] for costs in by_mode])
+    floor = microbatches * max(float(kernels), float(talk.min(axis=0).sum()))
+    floor = (floor + sum(cost.optimizer for cost in by_mode[0])) / degrees.ranks - rounding
+    return bound, min(bound, floor)
+
+
+def _kernels(cost: PieceCost) -> float:
+    """Seconds of a piece's own kernels for one microbatch."""
+    return sum(phase.compute for phase in (cost.f, cost.i, cost.w) if phase is not None)
