@@ -56,7 +56,7 @@ class FixedArrays(NamedTuple):
     microbatch: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Instance:
     """Arrays over nodes (N), machines (K), classes (C), ranks (R) and microbatches.
 

@@ -43,7 +43,7 @@ class Judged:
         return not any(self.excess_bytes)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Candidate:
     """A placement in the race. ``best`` is the best judged schedule that fits, ``rung`` what found it.
 
