@@ -28,7 +28,8 @@ from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.plan import Plan
-from mipipe.planner.problem import PhaseTimes, PlanningProblem
+from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.problems.from_graph import times_of
 from mipipe.planner.timeline import Span, Timeline
 
 PhaseKey = tuple[int, Phase, str]
@@ -116,14 +117,20 @@ def calibrate(plan: Plan, measured: Timeline, costs: CostTable) -> tuple[CostTab
 
 
 def with_costs(problem: PlanningProblem, costs: CostTable) -> PlanningProblem:
-    """The problem with its durations taken from another cost table; phases stay as they are."""
+    """The problem with its durations taken from another cost table; phases stay as they are.
+
+    Raises:
+        ProblemError: the table lacks a group, or has it with other phases.
+    """
     kinds = {device.kind for device in problem.topology.devices}
     groups = []
     for group in problem.groups:
         times = dict(group.times)
         for kind in kinds:
-            entry = costs.find(group.name, kind).times_ns
-            times[kind] = PhaseTimes(entry[Phase.F], entry.get(Phase.I), entry.get(Phase.W))
+            known = times[kind]
+            phases = [phase for phase, spent in ((Phase.F, known.f_ns), (Phase.I, known.i_ns), (Phase.W, known.w_ns))
+                      if spent is not None]
+            times[kind] = times_of(group.name, phases, kind, costs.find(group.name, kind))
         groups.append(dataclasses.replace(group, times=times))
     return problem.replace(groups=tuple(groups))
 

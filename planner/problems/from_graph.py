@@ -6,7 +6,7 @@ memory the framework itself takes (set ``memory`` in the cluster file below the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from mipipe.graphs.coarse.contract import contract
@@ -68,7 +68,8 @@ def build_problem(coarse: CoarseGraph, costs: CostTable, topology: Topology, *, 
     by_group = _loads(coarse, loads or {})
     groups = []
     for group in coarse.groups:
-        times = {kind: _times(group, kind, table.get((group.name, kind)) or costs.find(group.name, kind))
+        times = {kind: times_of(group.name, group.flops, kind, table.get((group.name, kind))
+                                or costs.find(group.name, kind))
                  for kind in kinds}
         gradients = round(group.trainable_bytes * gradient_bytes_per_parameter_byte)
         resident = group.parameter_bytes + gradients + round(group.trainable_bytes * state)
@@ -144,13 +145,17 @@ def _state_bytes(optimizer: str | float) -> float:
     return float(optimizer)
 
 
-def _times(group: OpGroup, kind: str, cost: GroupCost) -> PhaseTimes:
-    """A group's durations: exactly the phases it has."""
-    have, want = set(cost.times_ns), set(group.flops)
+def times_of(name: str, phases: Collection[Phase], kind: str, cost: GroupCost) -> PhaseTimes:
+    """A group's durations: exactly the phases it has.
+
+    Raises:
+        ProblemError: the cost has others.
+    """
+    have, want = set(cost.times_ns), set(phases)
     if have != want:
         listed = ", ".join(phase.value for phase in Phase if phase in want)
         found = ", ".join(phase.value for phase in Phase if phase in have) or "none"
-        raise ProblemError(f"costs: group {group.name!r} on {kind!r} has phases {found}, but the graph has {listed};"
+        raise ProblemError(f"costs: group {name!r} on {kind!r} has phases {found}, but the graph has {listed};"
                            " make the table for this graph again")
     return PhaseTimes(cost.times_ns[Phase.F], cost.times_ns.get(Phase.I), cost.times_ns.get(Phase.W))
 

@@ -109,6 +109,10 @@ def test_the_optimizer_is_left_out_of_the_step(plan):
      "which plan test does not give it"),
     (lambda plan, measured, costs: (plan, measured, dataclasses.replace(costs, graph_digest="h")), ProblemError,
      "the cost table is of graph h, but the plan of graph g"),
+    *((lambda plan, measured, costs, lost=phase: (plan, measured, dataclasses.replace(costs, entries=tuple(
+        dataclasses.replace(entry, times_ns={kept: time for kept, time in entry.times_ns.items() if kept is not lost})
+        for entry in costs.entries))), ProblemError, "but the graph has F, .*W; make the table for this graph again")
+      for phase in Phase),
 ])
 def test_what_does_not_belong_together_is_refused(plan, damage, error, message):
     costs = table_of(plan.problem)
