@@ -149,6 +149,7 @@ def make(name: str, folder: Path, done: set[str]) -> None:
     shown = []
     for command in output.commands:
         print(f"$ {command}", flush=True)
+        # the commands are written above, in this file
         ran = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, timeout=600,
                              env={**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb",
                                   "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(folder),

@@ -207,8 +207,8 @@ def _activities(run: Run, tuning: scale.Tuning | None) -> list[Activity]:
     steps: dict[str, Callable[[float], bool]] = {}
     if run.options.use_milp:
         steps |= {"pacing": Pacing(run).step, "proposing": Proposing(run, take).step, "proving": Proving(run).step,
-                  "windows": Polishing(run).step, "bounding": placing.Bounding(run).step,
-                  "configuring": placing.Configuring(run).step}
+                  "windows": Polishing(run).step}
+        steps |= {f"{bound.name} bound": bound.step for bound in placing.bounding(run)}
     if tuning is not None:
         steps["quotas"] = tuning.step
     if run.options.use_search:

@@ -2,8 +2,7 @@
 
 - `by_mip`: where no known shape fits and the graph branches, or devices or links differ, the placement MIP's placements
   (with one and with two replicas).
-- `Bounding`: its bound over all placements, in the loop.
-- `Configuring`: where replicas are few, the bound from what a single device can hold and do, in the loop.
+- `bounding`: bounds over all placements, in the loop: that MIP's, and from what a single device can hold and do.
 - `with_modes`: where stages may recompute, the mode MIP chooses which, for the best placements under several memory
   pressures; all are candidates beside the placement without.
 """
@@ -60,51 +59,47 @@ def by_mip(run: Run, admit: Admit) -> None:
                    estimate=proposal.estimate_ns / run.problem.unit_ns)
 
 
+Solve = Callable[[PlanningProblem, float, int], tuple[Bound | None, SolverOutcome]]
+"""A formulation's bound over all placements of a problem, found in so many seconds with a seed."""
+
+
 @dataclass(slots=True)
 class Bounding:
-    """The bound over all placements by the placement MIP, for longer each time (an activity of the loop)."""
+    """The bound over all placements by one formulation, for longer each time (an activity of the loop)."""
 
     run: Run
+    name: str
+    solve: Solve
     ended: bool = False
 
     def step(self, seconds: float) -> bool:
-        """Solve for some seconds; False where the optimum is known or the options do not allow all placements."""
+        """Solve for some seconds; False where nothing is left to prove or the options do not allow all placements."""
         run = self.run
         if self.ended or run.options.placement != "free" or run.problem.num_ranks < 2:
             return False
         problem = run.problem if run.options.recompute else without_recomputation(run.problem)
         began = time.monotonic()
-        bound, outcome = placement.free_bound(problem, time_limit_s=seconds, seed=run.options.seed)
-        self.ended = outcome.termination is SolverStatus.OPTIMAL
+        bound, outcome = self.solve(problem, seconds, run.options.seed)
+        self.ended = time.monotonic() - began < 0.8 * seconds  # before its time: it has found all it can
         if bound is not None:
-            run.raise_bound(Bound(bound, "placement MIP"))
-        record_placing(run, "placement MIP bound", "all placements", run.makespan_ns, began, outcome,
-                       bound=None if run.bound_ns is None else run.bound_ns / run.problem.unit_ns)
-        return True
-
-
-@dataclass(slots=True)
-class Configuring:
-    """The bound over all placements from what one device can hold and do, for longer each time (an activity)."""
-
-    run: Run
-    ended: bool = False
-
-    def step(self, seconds: float) -> bool:
-        """Solve for some seconds; False where the optimum is known or the options do not allow all placements."""
-        run = self.run
-        if self.ended or run.options.placement != "free" or run.problem.num_ranks < 2:
-            return False
-        problem = run.problem if run.options.recompute else without_recomputation(run.problem)
-        began = time.monotonic()
-        bound, outcome = configuration_bound(problem, time_limit_s=seconds, seed=run.options.seed)
-        self.ended = time.monotonic() - began < 0.8 * seconds  # it ends before its time where nothing is left to refute
-        run.raise_bound(bound)
-        record_placing(run, "configuration MIP bound", "all placements", run.makespan_ns, began, outcome,
+            run.raise_bound(bound)
+        record_placing(run, f"{self.name} bound", "all placements", run.makespan_ns, began, outcome,
                        bound=None if run.bound_ns is None else run.bound_ns / run.problem.unit_ns)
         if outcome.termination is SolverStatus.INTERRUPTED:
             raise KeyboardInterrupt
         return True
+
+
+def bounding(run: Run) -> list[Bounding]:
+    """What bounds all placements: the placement MIP, and what a single device can hold and do."""
+    def by_placements(problem: PlanningProblem, seconds: float, seed: int) -> tuple[Bound | None, SolverOutcome]:
+        found, outcome = placement.free_bound(problem, time_limit_s=seconds, seed=seed)
+        return None if found is None else Bound(found, "placement MIP"), outcome
+
+    def by_configurations(problem: PlanningProblem, seconds: float, seed: int) -> tuple[Bound, SolverOutcome]:
+        return configuration_bound(problem, time_limit_s=seconds, seed=seed)
+
+    return [Bounding(run, "placement MIP", by_placements), Bounding(run, "configuration MIP", by_configurations)]
 
 
 def with_modes(run: Run, admit: Admit, waiting: list[Placement]) -> None:

@@ -58,6 +58,7 @@ def read_state_dict(file: Path, tell: Callable[[str], None] = lambda _line: None
         InputError: damaged, code inside, or no tensors.
     """
     try:
+        # torch's restricted reader: tensors and plain containers alone, whatever the pickle names
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
