@@ -25,6 +25,30 @@ class FollowTask(NamedTuple):
 
 
 @njit(cache=True, nogil=True)
+def owners(machine, rank, base, num_machines):
+    """Per machine its classes, ``owned[ptr[k]:ptr[k + 1]]``, and its rank."""
+    class_machine = machine[base[:-1]]
+    ptr = np.zeros(num_machines + 1, np.int64)
+    ptr[1:] = np.cumsum(np.bincount(class_machine, minlength=num_machines))
+    owned = np.argsort(class_machine, kind="mergesort")
+    machine_rank = np.zeros(num_machines, np.int64)
+    for n in range(machine.shape[0]):
+        machine_rank[machine[n]] = rank[n]
+    return ptr, owned, machine_rank
+
+
+@njit(cache=True, nogil=True)
+def hand_on(facts, n, end, ready, waits, dirty):
+    """Note the end of a node at what waits for it; machines whose nodes wait no longer look again."""
+    for e in range(facts.succ_ptr[n], facts.succ_ptr[n + 1]):
+        s = facts.succ[e]
+        ready[s] = max(ready[s], end + facts.lag[e])
+        waits[s] -= 1
+        if waits[s] == 0:
+            dirty[facts.machine[s]] = True
+
+
+@njit(cache=True, nogil=True)
 def follow(facts, task, seq, start):
     """Fill ``seq`` and ``start`` by list scheduling that memory cannot block; the makespan, or -1 if it does.
 
@@ -34,20 +58,13 @@ def follow(facts, task, seq, start):
     the given order itself breaks the memory.
     """
     machine, rank, dur, base = facts.machine, facts.rank, facts.dur, facts.base
-    succ_ptr, succ, lag = facts.succ_ptr, facts.succ, facts.lag
     alloc, free, work = facts.alloc, facts.free, facts.work
     prio, place, slack_ptr, slack = task.prio, task.place, task.slack_ptr, task.slack.copy()
     count, num_machines, num_classes = dur.shape[0], seq.shape[0], base.shape[0] - 1
-    class_machine = machine[base[:-1]]
     waits = facts.waits.copy()
     ready = np.zeros(count, np.int64)
     nxt = base[:num_classes].copy()
-    ptr = np.zeros(num_machines + 1, np.int64)
-    ptr[1:] = np.cumsum(np.bincount(class_machine, minlength=num_machines))
-    owned = np.argsort(class_machine, kind="mergesort")
-    machine_rank = np.zeros(num_machines, np.int64)
-    for n in range(count):
-        machine_rank[machine[n]] = rank[n]
+    ptr, owned, machine_rank = owners(machine, rank, base, num_machines)
     room = facts.cap.copy()
     first = slack_ptr[:-1].copy()
     started = np.zeros(slack.shape[0], np.bool_)
@@ -121,12 +138,7 @@ def follow(facts, task, seq, start):
         for other in range(num_machines):
             if machine_rank[other] == r:
                 dirty[other] = True
-        for e in range(succ_ptr[n], succ_ptr[n + 1]):
-            s = succ[e]
-            ready[s] = max(ready[s], end + lag[e])
-            waits[s] -= 1
-            if waits[s] == 0:
-                dirty[machine[s]] = True
+        hand_on(facts, n, end, ready, waits, dirty)
     return makespan
 
 
@@ -139,19 +151,12 @@ def fill(facts, rows, row_length, filler, patience, seq, start):
     memory.
     """
     machine, rank, dur, base = facts.machine, facts.rank, facts.dur, facts.base
-    succ_ptr, succ, lag = facts.succ_ptr, facts.succ, facts.lag
     alloc, free, work = facts.alloc, facts.free, facts.work
     count, num_machines, num_classes = dur.shape[0], seq.shape[0], base.shape[0] - 1
-    class_machine = machine[base[:-1]]
     waits = facts.waits.copy()
     ready = np.zeros(count, np.int64)
     nxt = base[:num_classes].copy()
-    ptr = np.zeros(num_machines + 1, np.int64)
-    ptr[1:] = np.cumsum(np.bincount(class_machine, minlength=num_machines))
-    owned = np.argsort(class_machine, kind="mergesort")
-    machine_rank = np.zeros(num_machines, np.int64)
-    for n in range(count):
-        machine_rank[machine[n]] = rank[n]
+    ptr, owned, machine_rank = owners(machine, rank, base, num_machines)
     room = facts.cap.copy()
     at = np.zeros(num_machines, np.int64)
     free_at = np.zeros(num_machines, np.int64)
@@ -203,10 +208,5 @@ def fill(facts, rows, row_length, filler, patience, seq, start):
         for other in range(num_machines):
             if machine_rank[other] == r:
                 dirty[other] = True
-        for e in range(succ_ptr[n], succ_ptr[n + 1]):
-            s = succ[e]
-            ready[s] = max(ready[s], end + lag[e])
-            waits[s] -= 1
-            if waits[s] == 0:
-                dirty[machine[s]] = True
+        hand_on(facts, n, end, ready, waits, dirty)
     return makespan
