@@ -26,7 +26,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mipipe.graphs.errors import MipipeError
+from mipipe.graphs.errors import InputError, MipipeError
 from mipipe.graphs.topology import Link
 from mipipe.planner.plan import Plan
 from mipipe.planner.problems.from_layers import problem_of_layers, read_layer_times
@@ -92,7 +92,8 @@ class SailorRow:
 def zero_bubble(path: Path) -> tuple[list[RateRow], list[StepRow]]:
     """Bubble rates and steps of every row."""
     rates, steps = [], []
-    for row in _rows(path):
+    for row in _rows(path, "p", "m", "model", "micro_batch", "T_F", "T_B", "T_W", "T_comm",
+                     *(f"bubble_{name}" for name in RATES), *(f"samples_s_gpu_{column}" for _, column in STEPS)):
         ranks, count = int(row["p"]), int(row["m"])
         work = sum(float(row[name]) for name in ("T_F", "T_B", "T_W"))
         problem = uniform_problem(ranks=ranks, microbatches=count, f=row["T_F"], i=row["T_B"], w=row["T_W"],
@@ -112,7 +113,8 @@ def zero_bubble(path: Path) -> tuple[list[RateRow], list[StepRow]]:
 def sailor(path: Path, profiles: Path) -> list[SailorRow]:
     """The steps of every row."""
     found = []
-    for row in _rows(path):
+    for row in _rows(path, "file", "model", "layers_per_stage", "dp", "tp", "gpus", "gpu_kinds", "mbs", "gbs",
+                     "real_step_s", "grad_allreduce_s"):
         kinds, cut, copies = (json.loads(row[name]) for name in ("gpu_kinds", "layers_per_stage", "dp"))
         size, tensor = int(row["mbs"]), json.loads(row["tp"])
         count = int(row["gbs"]) // (size * copies[0])
@@ -121,12 +123,20 @@ def sailor(path: Path, profiles: Path) -> list[SailorRow]:
         if len(kinds) > 1 or len(set(tensor)) > 1 or len(set(copies)) > 1:
             found.append(SailorRow(*facts, measured, None, "several kinds of devices, or degrees by stage"))
             continue
+        if row["model"] not in SAILOR_MODELS:
+            found.append(SailorRow(*facts, measured, None, "its hidden size is not known here"))
+            continue
         name, hidden = SAILOR_MODELS[row["model"]]
-        layers = read_layer_times(profiles, name, kinds[0], size, tensor[0])
-        problem = problem_of_layers(layers, cut, num_microbatches=count, link=SAILOR_LINK,
-                                    message_bytes=2 * size * SAILOR_SEQ * hidden,
-                                    reduce_s=float(row["grad_allreduce_s"]), name=row["file"])
-        found.append(SailorRow(*facts, measured, (_plan(hold_transfers(problem), "1F1B").makespan_ns or 0) / 1e9))
+        try:
+            layers = read_layer_times(profiles, name, kinds[0], size, tensor[0])
+            problem = problem_of_layers(layers, cut, num_microbatches=count, link=SAILOR_LINK,
+                                        message_bytes=2 * size * SAILOR_SEQ * hidden,
+                                        reduce_s=float(row["grad_allreduce_s"]), name=row["file"])
+            predicted = (_plan(hold_transfers(problem), "1F1B").makespan_ns or 0) / 1e9
+        except MipipeError as error:
+            found.append(SailorRow(*facts, measured, None, str(error)))
+            continue
+        found.append(SailorRow(*facts, measured, predicted))
     return found
 
 
@@ -140,9 +150,13 @@ def _ms(plan: Plan) -> float:
     return plan.makespan_ns / plan.problem.unit_ns
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
+def _rows(path: Path, *columns: str) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    missing = [name for name in columns if not rows or name not in rows[0]]
+    if missing:
+        raise InputError(f"{path}: no column {missing[0]!r}; expected the columns {', '.join(columns)}")
+    return rows
 
 
 def show_zero_bubble(console: Console, rates: list[RateRow], steps: list[StepRow]) -> None:
@@ -207,8 +221,8 @@ def main() -> None:
     try:
         rates, steps = ([], []) if options.zero_bubble is None else zero_bubble(options.zero_bubble)
         plans = [] if options.sailor is None else sailor(options.sailor, options.profiles)
-    except (OSError, KeyError, ValueError, MipipeError) as error:
-        sys.exit(f"published: a table is not of this kind: {error!r}")
+    except (OSError, ValueError, MipipeError) as error:
+        sys.exit(f"published: {error}")
     console = Console(width=120)
     if options.json:
         json.dump({"zero_bubble": {"rates": [asdict(row) for row in rates], "steps": [asdict(row) for row in steps]},
