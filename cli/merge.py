@@ -32,6 +32,9 @@ def merge(
     dtype: Annotated[str | None, typer.Option(help="Dtype of the result, in place of the recipe's.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory per rank beyond the bare process, as 4GB.")] = None,
     shard_size: Annotated[str, typer.Option(help="Largest file of the result.")] = "5GB",
+    loader: Annotated[list[str] | None, typer.Option("--loader", metavar="PACKAGE.MODULE:FUNCTION", help="A function"
+                                                     " that the recipe's calibration may call for samples. May be"
+                                                     " repeated.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read headers only.")] = False,
     store: Annotated[bool, typer.Option("--store", help="Store the experts as parts (onebit, twin, rmm), to be"
                                                         " rebuilt for a route later.")] = False,
@@ -80,7 +83,8 @@ def merge(
     from mipipe.runtime.merge.launch import merge as run
     from mipipe.runtime.weights.writer import partial_folder
 
-    options = MergeOptions(ranks, device, cap, size, dtype, record, verify=not no_verify)
+    options = MergeOptions(ranks, device, cap, size, dtype, record, verify=not no_verify,
+                           loaders=tuple(loader or ()))
     try:
         with progress("merging") as update:
             result = run(recipe, output, options, lambda done, total: update(f"{done / max(1, total):.0%}"), _note)

@@ -24,6 +24,7 @@ STYLES = {
     ActionKind.OVERLAP_F_B: ("black on #c79be8", "black on #e3cdf4"),
     ActionKind.RECOMPUTE: ("black on #b0bec5", "black on #d8dfe2"),
     ActionKind.OPTIMIZER_STEP: ("black on #e6b8a2", "black on #e6b8a2"),
+    ActionKind.CALIBRATE: ("black on #d7aefb", "black on #e9d2fd"),
     ActionKind.MEASURE: ("black on #fcc55c", "black on #fde3ad"),
     ActionKind.COMBINE: ("black on #8ab4f8", "black on #c6dafc"),
     ActionKind.SAVE: ("black on #81c995", "black on #c5e7cd"),
@@ -134,7 +135,8 @@ def legend(*timelines: Timeline) -> Text:
              ActionKind.B: "B both gradients", ActionKind.OVERLAP_F_B: "FB or X forward and backward overlapped",
              ActionKind.RECOMPUTE: "R recompute", ActionKind.ALL_REDUCE: "A all-reduce",
              ActionKind.ALL_TO_ALL: "all-to-all", ActionKind.OPTIMIZER_STEP: "O optimizer",
-             ActionKind.MEASURE: "M measure", ActionKind.COMBINE: "C combine", ActionKind.SAVE: "S save"}
+             ActionKind.CALIBRATE: "K calibrate", ActionKind.MEASURE: "M measure", ActionKind.COMBINE: "C combine",
+             ActionKind.SAVE: "S save"}
     kinds = {span.kind for timeline in timelines for span in timeline.spans
              if span.stream is not Stream.CHANNEL and span.end_ns > span.start_ns}
     text = Text()

@@ -65,7 +65,7 @@ def train(plan: Plan | PathLike, graph: OperatorGraph | PathLike, config: TrainC
 
 def merge(recipe: PathLike | Mapping[str, Any] | MergeRecipe | Sequence[MergeRecipe], out: PathLike, *, ranks: int = 1,
           memory: int | str | None = None, dtype: str | None = None, device: Literal["cpu", "cuda"] = "cpu",
-          shard: int | str = "5GB", verify: bool = True,
+          shard: int | str = "5GB", verify: bool = True, loaders: Sequence[str] = (),
           on_progress: Callable[[int, int], None] | None = None) -> MergeResult:
     """Merge models as a recipe says, into a new folder.
 
@@ -77,6 +77,7 @@ def merge(recipe: PathLike | Mapping[str, Any] | MergeRecipe | Sequence[MergeRec
         dtype: of the result, in place of the recipe's.
         shard: largest file of the result.
         verify: open the result as transformers would before it is called done.
+        loaders: functions (``package.module:loader``) that the recipe's calibration may call for samples.
         on_progress: called with (bytes done, bytes in all).
 
     Raises:
@@ -90,7 +91,7 @@ def merge(recipe: PathLike | Mapping[str, Any] | MergeRecipe | Sequence[MergeRec
 
     options = MergeOptions(num_ranks=ranks, device=device, memory_cap=size_of(memory, "memory"),
                            shard_bytes=parse_bytes(shard, "shard"), dtype=dtype,
-                           verify=verify)
+                           verify=verify, loaders=tuple(loaders))
     if isinstance(recipe, Mapping):
         recipe = parse_recipe(dict(recipe), "recipe")
     return run([recipe] if isinstance(recipe, MergeRecipe) else recipe, out, options, on_progress)

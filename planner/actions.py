@@ -36,6 +36,7 @@ class ActionKind(StrEnum):
     MEASURE = "MEASURE"
     COMBINE = "COMBINE"
     SAVE = "SAVE"
+    CALIBRATE = "CALIBRATE"
 
 
 class Stream(StrEnum):

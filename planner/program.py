@@ -15,6 +15,7 @@ The program of a merge (`mipipe.planner.merging.lower`) has the tensors of the o
 microbatches, and four kinds of its own: LOAD starts reading a portion of every input and goes on; MEASURE and COMBINE
 wait for it, add to the method's statistics or merge it (task vectors are taken here, tile by tile); SAVE writes what
 COMBINE made. FREE drops what was read; ALL_REDUCE joins the statistics of all ranks.
+CALIBRATE runs a layer of one or more models on samples of text, for methods that read what that finds out.
 
 Each directed channel has one queue: the k-th SEND on it meets the k-th RECV. Values between the same two stages for one
 microbatch and direction travel together as one `Transfer`.

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from mipipe.graphs.calibration.derive import calibration_of
+from mipipe.graphs.calibration.streams import Calibration
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.expressions import search
 from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, licence_of
@@ -43,7 +45,16 @@ def build(recipe: MergeRecipe, where: str = "recipe",
                       builder.opened[tokenizer].tokenizer_folder, to_data(recipe), builder.vocabulary,
                       "float64" if recipe.dtype == "float64" else "float32", recipe.seed,
                       align is not None and align.experts, align is not None and align.hidden_units,
-                      tuple(builder.notes()))
+                      tuple(builder.notes()), _calibration(builder, units))
+
+
+def _calibration(builder: UnitBuilder, units: Sequence[MergeUnit]) -> Calibration | None:
+    """The models to run first, of what the recipe's methods need."""
+    recipe, config = builder.recipe, builder.reference.files.config
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    layers = next((int(text[key]) for key in ("num_hidden_layers", "n_layer", "num_layers") if text.get(key)), 0)
+    own = {builder.labels.index(model.model): model.calibration for model in builder.all_models() if model.calibration}
+    return calibration_of(units, recipe.calibration, own, layers, recipe.seed, builder.where)
 
 
 def _source(label: str, participant: Participant) -> MergeModel:

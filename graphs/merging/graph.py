@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from mipipe.graphs.calibration.streams import Calibration
 from mipipe.graphs.merging.checkpoint_files import DTYPE_BITS, StoredTensor
 from mipipe.graphs.merging.tensor_classes import Piece, TensorClass, is_stacked, pieces, table_shape
 from mipipe.graphs.merging.vocabulary import Vocabulary
@@ -143,6 +144,8 @@ class MergeGraph:
     align_experts: bool = False
     align_hidden_units: bool = False
     notes: tuple[str, ...] = ()
+    calibration: Calibration | None = None
+    """The models that are run first, where a method reads what that finds out."""
 
     @property
     def stores_parts(self) -> bool:

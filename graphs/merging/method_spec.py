@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from mipipe.graphs.calibration.streams import Need
 from mipipe.graphs.merging.tensor_classes import TensorClass
 
 
@@ -64,6 +65,10 @@ def _never(_params: Params) -> int:
     return 0
 
 
+def _nothing(_params: Params) -> tuple[Need, ...]:
+    return ()
+
+
 @dataclass(frozen=True, slots=True)
 class MethodSpec:
     """What a method needs and costs, and who computes it.
@@ -73,8 +78,9 @@ class MethodSpec:
     ``whole``: works on whole matrices (singular values), not tile by tile. ``classes``: the tensor classes it defines.
     ``oriented``: rows and columns play different roles, so matrices stored transposed are turned first. ``base_first``:
     a base listed among the models is the first of them; ``base_last``: a base not listed is merged as a further model.
-    ``check``: what is wrong with values that are each in their range, or an empty text. ``decompositions``: singular
-    value decompositions per model and matrix.
+    ``needs``: statistics that running the models finds out, before anything is merged. ``check``: what is wrong with
+    values that are each in their range, or an empty text. ``decompositions``: singular value decompositions per model
+    and matrix.
     """
 
     name: str
@@ -96,6 +102,12 @@ class MethodSpec:
     base_last: bool = False
     check: Callable[[Params], str] = _fine
     decompositions: int = 0
+    needs: Callable[[Params], tuple[Need, ...]] = _nothing
+
+    @property
+    def runs_models(self) -> bool:
+        """Whether the method needs a calibration."""
+        return self.needs is not _nothing
 
     def parameter(self, name: str) -> Parameter | None:
         return next((parameter for parameter in self.parameters if parameter.name == name), None)

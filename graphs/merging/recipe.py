@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from mipipe.graphs.calibration.rule import CalibrationRule, check_calibration
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.expressions import check_expression, substitute
 from mipipe.graphs.merging.chat_templates import NAMED
@@ -49,6 +50,8 @@ class RecipeModel:
     layer_range: tuple[int, int] | None = None
     parameters: Parameters = field(default_factory=dict)
     names: Literal["auto"] | tuple[NameRule, ...] = ()
+    calibration: str = ""
+    """The data that this model is run on, in place of the recipe's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +127,7 @@ class MergeRecipe:
     mismatch: Literal["error", "submatrix"] = "error"
     align: AlignRule | None = None
     adapter: AdapterRule | None = None
+    calibration: CalibrationRule | None = None
     seed: int = 0
     name: str = ""
 
@@ -190,6 +194,7 @@ def parse_recipe(data: Any, where: str) -> MergeRecipe:
         check_tokenizer_rule(recipe.vocabulary, where)
     if recipe.adapter is not None:
         _check_adapter_rule(recipe, recipe.adapter, where)
+    _check_calibration(recipe, where)
     for rules in (recipe.base_names, *(model.names for model in recipe.models)):
         _check_name_rules(rules, where)
     base = recipe.base_model or next((piece.base_model for piece in recipe.slices if piece.base_model), None)
@@ -199,6 +204,19 @@ def parse_recipe(data: Any, where: str) -> MergeRecipe:
     for number, branch in enumerate(recipe.branches):
         _check_branch(recipe, branch, f"{where}: branches[{number}]")
     return recipe
+
+
+def _check_calibration(recipe: MergeRecipe, where: str) -> None:
+    own = [model.calibration for model in recipe.models if model.calibration]
+    if recipe.calibration is None:
+        if own:
+            raise InputError(f"{where}: calibration of a model: found {own[0]!r}, expected the recipe to have a"
+                             " calibration too (calibration: {samples: 100}), or none")
+        return
+    check_calibration(recipe.calibration, own, where)
+    if recipe.slices or recipe.vocabulary is not None or recipe.align is not None or recipe.adapter is not None:
+        raise InputError(f"{where}: calibration runs whole models of one shape and vocabulary; leave out slices,"
+                         " tokenizer, align and adapter")
 
 
 def _check_name_rules(rules: Literal["auto"] | tuple[NameRule, ...], where: str) -> None:

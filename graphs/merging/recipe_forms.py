@@ -28,6 +28,8 @@ def normal_form(data: dict[str, Any], where: str) -> dict[str, Any]:
     found: dict[str, Any] = _python_names(data)
     if isinstance(found.get("modules"), dict):
         found = _without_modules(found, where)
+    if isinstance(found.get("calibration"), str):
+        found["calibration"] = {"data": found["calibration"]}
     for key in ("dtype", "out_dtype"):
         if isinstance(found.get(key), str):
             found[key] = SHORT.get(found[key], found[key])

@@ -9,8 +9,8 @@ from typing import Any
 
 from mipipe.graphs.merging.hub_cache import split_label
 
-_KEYS = ("model", "base_model", "architecture", "source_model", "tokenizer_source", "source")
-"""The keys of a recipe whose text may name a model's folder (``base+adapter`` names two)."""
+_KEYS = ("model", "base_model", "architecture", "source_model", "tokenizer_source", "source", "data", "calibration")
+"""The keys of a recipe whose text may name a model's folder (``base+adapter`` names two), or a file of samples."""
 
 
 def beside_recipe(documents: Sequence[Any], path: str | Path) -> list[Any]:

@@ -111,6 +111,10 @@ class UnitBuilder:
             notes.append(f"{self.where}: {spec.name} does not read base_model {base}; only its config and names count")
         notes += [f"{self.where}: slices[{number}]: residual_weight does nothing, as in mergekit"
                   for number, piece in enumerate(self.recipe.slices) if piece.residual_weight is not None]
+        if self.recipe.calibration is not None and not any(
+                BY_NAME[name].runs_models for name in (
+                    spec.name, *(branch.merge_method for branch in self.recipe.branches)) if name in BY_NAME):
+            notes.append(f"{self.where}: {spec.name} runs no models; its calibration does nothing")
         notes += [line for label in self.main_labels() if (line := differences(
             label, self.opened[label].files.config, self.reference_label, self.reference.files.config))]
         return list(dict.fromkeys(notes + unused_parameters(self.recipe, self.where)))

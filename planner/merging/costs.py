@@ -33,7 +33,8 @@ reserve, whatever is merged."""
 WORK = {"passthrough": 5, "linear": 16, "task_arithmetic": 12, "slerp": 8, "nuslerp": 29, "karcher": 9,
         "model_stock": 11, "ties": 37, "dare_linear": 44, "dare_ties": 60, "della": 370, "della_linear": 350,
         "breadcrumbs": 43, "breadcrumbs_ties": 44, "sce": 65, "varm": 17, "frank": 16, "layer_swapping": 9,
-        "widen": 105, "onebit": 30, "multislerp": 9, "arcee_fusion": 60, "nearswap": 12, "ram": 16, "ramplus_tl": 20}
+        "widen": 105, "onebit": 30, "multislerp": 9, "arcee_fusion": 60, "nearswap": 12, "ram": 16, "ramplus_tl": 20,
+        "fisher": 20, "rcp": 16, "sens": 14}
 """Time per entry, input and reading, in units of adding two arrays in place. For the methods not listed, singular
 values take the time."""
 OTHER_WORK = 12

@@ -10,6 +10,9 @@ A stage of the program is a unit's index, a microbatch a step's number within it
 (a joined vocabulary, experts to be matched) are read where they are needed, inside MEASURE and COMBINE, and have no
 LOAD. How large portions are and how many are read ahead is the plan's choice, made for speed and memory; results do
 not depend on it, because tiles do not.
+
+Where a method reads what running the models finds out, CALIBRATE comes first: a stage is then a stream's number, a
+microbatch its step (`mipipe.graphs.calibration.streams.Stream`), and an ALL_REDUCE ends it.
 """
 
 from __future__ import annotations
@@ -18,14 +21,25 @@ from collections.abc import Sequence
 
 from mipipe.graphs.merging.passes import is_wide, num_rounds
 from mipipe.planner.actions import Action, ActionKind, Stream
+from mipipe.planner.merging.calibration import step_name
 from mipipe.planner.merging.plan import MergePlan
 from mipipe.planner.merging.steps import MergeStep, is_gathered, unit_steps
 from mipipe.planner.program import Instruction, Program
+
+CALIBRATED = -1
+"""The number of the round in which ranks wait until all models have been run."""
 
 
 def label(plan: MergePlan, instruction: Instruction) -> str:
     """An instruction in words: ``COMBINE model.norm.weight, step 0``."""
     action = instruction.action
+    if action is not None and action.kind is ActionKind.CALIBRATE:
+        assert plan.graph.calibration is not None
+        stream = plan.graph.calibration.streams[action.stage]
+        return (f"{instruction.kind} {' beside '.join(plan.graph.models[item.model].label for item in stream.members)},"
+                f" {step_name(stream, action.microbatch, plan.graph.calibration.num_layers)}")
+    if action is None and instruction.stage == CALIBRATED:
+        return f"{instruction.kind} after calibration"
     if action is None:
         return f"{instruction.kind} of round {instruction.stage}"
     return f"{instruction.kind} {plan.graph.units[action.stage].name}, step {action.microbatch}"
@@ -40,8 +54,8 @@ def lower_rank(plan: MergePlan, rank: int) -> tuple[Instruction, ...]:
     """One rank's instructions."""
     graph = plan.graph
     steps = {index: unit_steps(graph.units[index], graph, plan.portion_entries) for index in plan.ranks[rank]}
-    instructions: list[Instruction] = []
     everyone = tuple(range(len(plan.ranks)))
+    instructions = _calibrate(plan, rank, everyone)
     for number in range(max((num_rounds(unit) for unit in graph.units if is_wide(unit)), default=0)):
         chosen = [(index, place) for index in plan.ranks[rank] for place, step in enumerate(steps[index])
                   if step.wide and step.round == number]
@@ -50,6 +64,17 @@ def lower_rank(plan: MergePlan, rank: int) -> tuple[Instruction, ...]:
     instructions += _walk(plan, [(index, place) for index in plan.ranks[rank]
                                  for place, step in enumerate(steps[index]) if not step.wide], steps)
     return tuple(instructions)
+
+
+def _calibrate(plan: MergePlan, rank: int, everyone: tuple[int, ...]) -> list[Instruction]:
+    """Running the models, stream by stream and layer by layer; then all ranks wait for each other."""
+    calibration = plan.graph.calibration
+    if calibration is None:
+        return []
+    found = [Instruction(ActionKind.CALIBRATE, Stream.COMPUTE, Action(index, ActionKind.CALIBRATE, step))
+             for index in plan.streams[rank]
+             for step in range(calibration.streams[index].num_steps(calibration.num_layers))]
+    return [*found, Instruction(ActionKind.ALL_REDUCE, Stream.COLLECTIVE, stage=CALIBRATED, peers=everyone)]
 
 
 def _walk(plan: MergePlan, chosen: Sequence[tuple[int, int]],

@@ -21,6 +21,7 @@ from mipipe.graphs.merging.layout import Shard, as_checkpoint, lay_out
 from mipipe.graphs.merging.recipe import MergeRecipe
 from mipipe.graphs.serialize import STRICT, digest
 from mipipe.graphs.units import format_bytes
+from mipipe.planner.merging.calibration import assign_streams
 from mipipe.planner.merging.costs import (
     OVERHEAD_BYTES,
     MergeRates,
@@ -70,6 +71,8 @@ class MergePlan:
     memory_bytes: int
     memory_cap: int | None = None
     bound_ns: int | None = None
+    streams: tuple[tuple[int, ...], ...] = ()
+    """The calibration streams that each rank runs before it merges."""
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -98,14 +101,15 @@ def plan_merge(graph: MergeGraph, num_ranks: int, rates: MergeRates, memory_cap:
     width = 8 if graph.compute_dtype == "float64" else 4
     costs = [unit_cost(unit, rates, width) for unit in graph.units]
     portion, ahead, memory = _fit_portions(graph, width, num_ranks, 1 if rates.cores > num_ranks else 0, memory_cap)
+    streams, running = assign_streams(graph, num_ranks, rates, memory_cap)
     ranks, bound, notes = _assign(costs, num_ranks, time_limit_s, seed)
     ordered = tuple(tuple(sorted(rank, key=lambda index: _place(graph.units[index]))) for rank in ranks)
     loads = tuple(RankLoad(sum(costs[i].total_ns for i in rank), sum(costs[i].compute_ns for i in rank),
                            sum(costs[i].read_bytes for i in rank), sum(costs[i].write_bytes for i in rank), len(rank))
                   for rank in ordered)
     shards = () if graph.stores_parts else lay_out(graph.units, shard_bytes)
-    return MergePlan(graph, shards, ordered, loads, rates, portion, ahead, memory,
-                     memory_cap, bound, notes)
+    return MergePlan(graph, shards, ordered, loads, rates, portion, ahead,
+                     max(memory, OVERHEAD_BYTES + running if running else 0), memory_cap, bound, streams, notes)
 
 
 def plan_recipe(recipe: MergeRecipe, where: str, out: Path, known: Mapping[str, CheckpointFiles], num_ranks: int,

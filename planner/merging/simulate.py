@@ -10,6 +10,7 @@ from __future__ import annotations
 from mipipe.graphs.errors import ProgramError
 from mipipe.graphs.merging.graph import columns_of
 from mipipe.planner.actions import Action, ActionKind
+from mipipe.planner.merging.calibration import RunCosts
 from mipipe.planner.merging.costs import (
     OVERHEAD_BYTES,
     held_bytes,
@@ -89,12 +90,16 @@ class _Rank:
         self.spans: list[Span] = []
         self.changes: dict[int, int] = {0: OVERHEAD_BYTES}
         self._steps: dict[int, list[MergeStep]] = {}
+        self._costs: RunCosts | None = None
         self._width = 8 if plan.graph.compute_dtype == "float64" else 4
 
     def run(self, instruction: Instruction) -> None:
         """Execute one instruction that needs no other rank."""
         action = instruction.action
         assert action is not None
+        if instruction.kind is ActionKind.CALIBRATE:
+            self._calibrate(instruction, action)
+            return
         key = (action.stage, action.microbatch)
         unit, step = self.plan.graph.units[action.stage], self._step(action)
         if instruction.kind is ActionKind.FREE:
@@ -126,6 +131,19 @@ class _Rank:
         self._hold(self.busy_ns, -work_bytes(unit, self._width))
         if instruction.kind is ActionKind.COMBINE:
             self.merged.add(key)
+
+    def _calibrate(self, instruction: Instruction, action: Action) -> None:
+        """Run a step of a calibration stream."""
+        calibration = self.plan.graph.calibration
+        assert calibration is not None
+        costs = RunCosts(self.plan.graph, self.plan.rates) if self._costs is None else self._costs
+        self._costs, stream, start = costs, calibration.streams[action.stage], self.busy_ns
+        memory = costs.step_memory(stream, action.microbatch)
+        self._hold(start, memory)
+        self.busy_ns = start + round(costs.step_seconds(stream, action.microbatch) * 1e9)
+        self.spans.append(Span(self.number, instruction.stream, instruction.kind, label(self.plan, instruction), start,
+                               self.busy_ns, action.stage, action.microbatch))
+        self._hold(self.busy_ns, -memory)
 
     def check_empty(self) -> None:
         """Raise if something was loaded or merged and never dropped."""

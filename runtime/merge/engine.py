@@ -20,7 +20,7 @@ from mipipe.graphs.errors import RunError
 from mipipe.graphs.merging.graph import MergeUnit
 from mipipe.graphs.merging.passes import is_whole
 from mipipe.planner.actions import ActionKind
-from mipipe.planner.merging.lower import label
+from mipipe.planner.merging.lower import CALIBRATED, label
 from mipipe.planner.merging.plan import MergePlan
 from mipipe.planner.merging.steps import MergeStep, reads, unit_steps
 from mipipe.planner.program import Instruction
@@ -46,6 +46,16 @@ class Sink(Protocol):
         """Note that a tensor is complete."""
 
 
+class Calibration(Protocol):
+    """What runs models: `mipipe.runtime.merge.calibrate.RankCalibration`."""
+
+    def run(self, stream: int, step: int) -> None:
+        """Run a step of a stream."""
+
+    def finish(self, around: Surroundings) -> Surroundings:
+        """Wait for all ranks, and add what they found to what tiles are read with."""
+
+
 @dataclass(slots=True)
 class UnitProgress:
     """Where a unit is: its steps and pieces, its method with its values, its statistics, how much is written."""
@@ -68,8 +78,9 @@ class MergeEngine:
     """
 
     def __init__(self, plan: MergePlan, around: Surroundings, survey: Survey, writer: Sink, done: Set[str],
-                 advance: Callable[[int], None] | None = None) -> None:
+                 advance: Callable[[int], None] | None = None, calibration: Calibration | None = None) -> None:
         self.plan, self.around, self.survey, self.writer = plan, around, survey, writer
+        self.calibration = calibration
         self.done, self.advance = done, advance
         self.events: list[Event] = []
         self._units: dict[int, UnitProgress] = {}
@@ -79,7 +90,8 @@ class MergeEngine:
         self._reader: ThreadPoolExecutor | None = None
         self._handlers: Mapping[ActionKind, Callable[[Instruction], None]] = {
             ActionKind.LOAD: self._load, ActionKind.MEASURE: self._measure, ActionKind.COMBINE: self._combine,
-            ActionKind.SAVE: self._save, ActionKind.FREE: self._free, ActionKind.ALL_REDUCE: self._join}
+            ActionKind.SAVE: self._save, ActionKind.FREE: self._free, ActionKind.ALL_REDUCE: self._join,
+            ActionKind.CALIBRATE: self._calibrate}
 
     def run(self, program: Sequence[Instruction]) -> None:
         """Execute the instructions in order.
@@ -99,7 +111,9 @@ class MergeEngine:
     def _is_done(self, instruction: Instruction) -> bool:
         """Whether an earlier run did what the instruction is for."""
         action = instruction.action
-        if action is None or self.plan.graph.units[action.stage].name not in self.done:
+        if action is None or action.kind is ActionKind.CALIBRATE:
+            return False
+        if self.plan.graph.units[action.stage].name not in self.done:
             return False
         at = self._progress(action.stage)
         if at.steps[action.microbatch].wide:
@@ -232,10 +246,20 @@ class MergeEngine:
         ranges, _ = self._loads.pop((instruction.action.stage, instruction.action.microbatch))
         self.around.shelf.drop(ranges)
 
+    def _calibrate(self, instruction: Instruction) -> None:
+        assert instruction.action is not None and self.calibration is not None
+        start = time.perf_counter_ns()
+        self.calibration.run(instruction.action.stage, instruction.action.microbatch)
+        self.events.append((self._position, start, time.perf_counter_ns()))
+
     def _join(self, instruction: Instruction) -> None:
         assert instruction.stage is not None
         start = time.perf_counter_ns()
-        self.survey.finish_round(instruction.stage)
+        if instruction.stage == CALIBRATED:
+            assert self.calibration is not None
+            self.around = self.calibration.finish(self.around)
+        else:
+            self.survey.finish_round(instruction.stage)
         self.events.append((self._position, start, time.perf_counter_ns()))
 
 

@@ -14,6 +14,7 @@ from mipipe.planner.merging.lower import label, lower_rank
 from mipipe.planner.merging.plan import MergePlan
 from mipipe.planner.timeline import Span, Timeline
 from mipipe.runtime.merge.align import match_experts
+from mipipe.runtime.merge.calibrate import RankCalibration
 from mipipe.runtime.merge.engine import Event, MergeEngine
 from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.parts import PartsWriter
@@ -57,7 +58,8 @@ def run_rank(plan: MergePlan, folder: Path, exchange: MergeRanks, device: torch.
         exchange.barrier()  # nobody appends to a journal before everybody has read them all
         writer = (PartsWriter(folder, exchange.rank) if plan.graph.stores_parts
                   else Writer(folder, plan.shards, exchange.rank))
-        engine = MergeEngine(plan, around, Survey(units, exchange), writer, done, progress)
+        calibration = RankCalibration(plan, folder, around, exchange) if plan.graph.calibration is not None else None
+        engine = MergeEngine(plan, around, Survey(units, exchange), writer, done, progress, calibration)
         try:
             engine.run(lower_rank(plan, exchange.rank))
         finally:

@@ -28,8 +28,10 @@ from mipipe.graphs.merging.moe_recipe import MoeRecipe, build_moe, dry_router, r
 from mipipe.graphs.merging.recipe import MergeRecipe, read_recipes
 from mipipe.graphs.serialize import load_data
 from mipipe.planner.merging.plan import SHARD_BYTES, MergePlan, plan_chain, plan_graph, plan_recipe
+from mipipe.runtime.calibration.tokens import Samples
 from mipipe.runtime.merge import worker
 from mipipe.runtime.merge.adapters import KeptAdapter, extract_adapter, keep_adapters
+from mipipe.runtime.merge.calibrate import with_samples, write_samples
 from mipipe.runtime.merge.card import RECORD
 from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.extract import is_whole
@@ -49,6 +51,7 @@ class MergeOptions:
 
     ``dtype`` replaces the recipe's out_dtype. ``timeline``: a file for the measured timeline (of the last recipe).
     ``verify``: open every result as transformers would before it is called done (`mipipe.runtime.merge.verify`).
+    ``loaders``: the functions (``package.module:loader``) that a recipe's calibration may call for samples.
     """
 
     num_ranks: int = 1
@@ -58,6 +61,7 @@ class MergeOptions:
     dtype: str | None = None
     timeline: str | None = None
     verify: bool = True
+    loaders: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1:
@@ -128,8 +132,9 @@ def _merge_recipes(recipes: Sequence[MergeRecipe], out: Path, options: MergeOpti
         plan = plan_recipe(part, where, out, known, options.num_ranks, options.memory_cap, options.shard_bytes,
                            options.dtype)
         _tell_notes(plan.graph, tell)
+        plan, samples = with_samples(plan, options.loaders, where, tell)
         if not (target.exists() and made_by(target, plan)):
-            run_plan(plan, target, options, progress)
+            run_plan(plan, target, options, progress, samples)
         if not last:
             known[part.name] = read_checkpoint(target)
     _forget(steps, [*(part.name for part in recipes[:-1]), *converted])
@@ -208,8 +213,11 @@ def made_by(folder: Path, plan: MergePlan) -> bool:
 
 
 def run_plan(plan: MergePlan, out: Path, options: MergeOptions,
-             progress: Callable[[int, int], None] | None = None) -> None:
+             progress: Callable[[int, int], None] | None = None, samples: Mapping[str, Samples] | None = None) -> None:
     """Run a plan: in this process for one rank, in forks of it for several; under torchrun on CUDA devices.
+
+    Args:
+        samples: by data source, where the plan runs models.
 
     Raises:
         MipipeError: as the failing rank raised it.
@@ -218,6 +226,7 @@ def run_plan(plan: MergePlan, out: Path, options: MergeOptions,
     if options.timeline is not None and not Path(options.timeline).absolute().parent.is_dir():
         raise InputError(f"--timeline {options.timeline}: its folder does not exist; make it first")
     folder = worker.begin(plan, out)
+    write_samples(plan, dict(samples or {}), folder)
     if options.verify:
         (folder / MARK).touch()
     else:

@@ -133,7 +133,7 @@ def _embed(ids: Sequence[int], base: CheckpointFiles, table: str, shelf: Shelf) 
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No bars and no reports on what a checkpoint has beyond the model."""
     from transformers.utils import logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -187,7 +187,7 @@ def _empty_model(base: CheckpointFiles) -> Any:
     try:
         config = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
         config.dtype = torch.float32
-        with _quiet_transformers(), torch.device("meta"):
+        with quiet_transformers(), torch.device("meta"):
             model = AutoModel.from_config(config, attn_implementation="eager").eval()
         model.rotary_emb = type(model.rotary_emb)(config=config)  # its buffers are no weights, but computed
     except Exception as error:

@@ -6,6 +6,7 @@ order, rows gathered by the joined vocabulary, tables cropped, and matrices stor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from mipipe.graphs.merging.graph import Adapter, Input, MergeGraph, MergeUnit, c
 from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.graphs.merging.tensor_classes import Piece
 from mipipe.graphs.merging.vocabulary import GivenRow
+from mipipe.runtime.calibration.results import Results, UnitResults
 from mipipe.runtime.merge.methods.method import Tile, tile_ranges
 from mipipe.runtime.weights.reader import Shelf
 
@@ -46,6 +48,8 @@ class Surroundings:
     inputs: dict[tuple[int, str], Input] = field(default_factory=dict)
     orders: dict[tuple[int, str], Reordering] = field(default_factory=dict)
     """By (model, unit name)."""
+    results: Results | None = None
+    """What running the models found out, where a method reads it."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,8 +89,14 @@ class UnitPiece:
                 tensors = [tensor.T.contiguous() for tensor in tensors]
             base = tensors[0] if unit.base is not None else None
             models = tuple(tensors[1:] if unit.base is not None else tensors)
+            measured = None
+            if self.around.results is not None:
+                numbers = {place: item.model for place, item in enumerate(unit.models)}
+                numbers |= {-1: unit.base.model} if unit.base is not None else {}
+                measured = UnitResults(self.around.results, unit.name, numbers,
+                                       (self.piece.start + start, self.piece.start + end), turn)
             yield Tile(base, models, self.piece.key, index, len(ranges), unit.layer, unit.num_layers,
-                       unit.tensor_class, self.around.graph.seed)
+                       unit.tensor_class, self.around.graph.seed, measured)
 
     def _rows(self, start: int, stop: int) -> list[Tensor]:
         """Rows of every input (base first), in the compute dtype and on the device."""
@@ -124,6 +134,16 @@ class UnitPiece:
                 parts[-1] = parts[-1][:, order.columns[block]].contiguous()
             place = end
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def whole(self, item: Input) -> Tensor:
+        """All of an input's tensor in the compute dtype, with adapters added."""
+        columns = columns_of(self.unit, item.tensor.shape)
+        rows = math.prod(item.tensor.shape) // max(1, columns)
+        return self._plain_rows(item, 0, rows, columns).reshape(item.tensor.shape)
+
+    def picked(self, item: Input, rows: Tensor) -> Tensor:
+        """Some rows of an input's table."""
+        return self._pick(item, rows, columns_of(self.unit, item.tensor.shape))
 
     def _plain_rows(self, item: Input, start: int, stop: int, columns: int) -> Tensor:
         """Rows as stored, with adapters added."""

@@ -47,7 +47,7 @@ def verify_output(folder: Path) -> str:
     model, reason = _meta_model(transformers, folder)
     if model is None:
         return f"the result was not opened with transformers: {reason}"
-    _compare(model, _loaded(files, model))
+    _compare(model, loaded_tensors(files, model))
     return ""
 
 
@@ -81,7 +81,7 @@ def _meta_model(transformers: Any, folder: Path) -> tuple[Any, str]:
 
 
 @dataclass
-class _Loaded:
+class Loaded:
     """What loading makes a tensor of the model from; ``joined``: by stacking, joining or splitting stored tensors."""
 
     tensors: list[StoredTensor]
@@ -90,7 +90,7 @@ class _Loaded:
     """Endings of the tensors that the stored one is split into."""
 
 
-def _loaded(files: CheckpointFiles, model: Any) -> dict[str, _Loaded]:
+def loaded_tensors(files: CheckpointFiles, model: Any) -> dict[str, Loaded]:
     """The stored tensors by the model's own names, as loading renames (and joins) them."""
     expected = model.state_dict()
     try:
@@ -100,14 +100,14 @@ def _loaded(files: CheckpointFiles, model: Any) -> dict[str, _Loaded]:
         converters = [item for item in mapping if isinstance(item, loading.WeightConverter)]
         rename = loading.rename_source_key
     except (ImportError, AttributeError):  # an older transformers renames nothing
-        return {name: _Loaded([tensor]) for name, tensor in files.tensors.items()}
+        return {name: Loaded([tensor]) for name, tensor in files.tensors.items()}
     by_pattern = {pattern: item for item in converters for pattern in item.source_patterns}
-    found: dict[str, _Loaded] = {}
+    found: dict[str, Loaded] = {}
     for name, tensor in files.tensors.items():
         own, pattern = rename(name, renamings, converters, model.base_model_prefix, expected)
         if own not in expected and name in expected:
             own, pattern = name, None
-        made = found.setdefault(own, _Loaded([]))
+        made = found.setdefault(own, Loaded([]))
         made.tensors.append(tensor)
         if pattern is not None:
             targets = tuple(by_pattern[pattern].target_patterns)
@@ -115,7 +115,7 @@ def _loaded(files: CheckpointFiles, model: Any) -> dict[str, _Loaded]:
     return found
 
 
-def _compare(model: Any, found: Mapping[str, _Loaded]) -> None:
+def _compare(model: Any, found: Mapping[str, Loaded]) -> None:
     expected, name = model.state_dict(), type(model).__name__
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     split = {ending for made in found.values() for ending in made.split}

@@ -18,6 +18,7 @@ from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.merging.checkpoint_files import read_checkpoint
 from mipipe.graphs.serialize import load, save
 from mipipe.planner.merging.plan import MergePlan
+from mipipe.runtime.merge.calibrate import forget_calibration
 from mipipe.runtime.merge.card import RECORD, write_companions
 from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.execute import RankReport, merge_timeline, run_rank
@@ -79,6 +80,7 @@ def _work(plan: MergePlan, out: Path, exchange: MergeRanks, device: torch.device
                 unsure = verifier.check(folder)
         facts = {"job": plan.job_digest(), "ranks": [asdict(item) for item in reports], "unsure": unsure}
         (folder / RECORD).write_text(json.dumps(facts) + "\n")
+        forget_calibration(folder)
         publish_folder(folder, out, plan.shards)
     exchange.barrier()
     return reports

@@ -26,6 +26,26 @@ from mipipe.graphs.merging.tensor_classes import TensorClass
 from mipipe.planner.merging import steps
 
 
+class Measured(Protocol):
+    """What calibration found; see `mipipe.runtime.calibration.results.UnitResults`. The base's number is -1."""
+
+    @property
+    def name(self) -> str:
+        """The tensor."""
+
+    def fields(self, statistic: str, model: int) -> dict[str, Tensor]:
+        """The fields of this tensor's statistic; empty where it was not measured."""
+
+    def every(self, statistic: str, model: int, item: str) -> dict[str, float]:
+        """A field of one number for all tensors, by name."""
+
+    def other(self, statistic: str, model: int, name: str) -> dict[str, Tensor]:
+        """The fields of another tensor's statistic."""
+
+    def names(self, statistic: str, model: int) -> list[str]:
+        """The tensors that a statistic was measured on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tile:
     """Some rows of a piece in the compute dtype: of the base (or None) and of each merged model.
@@ -43,6 +63,8 @@ class Tile:
     num_layers: int = 1
     tensor_class: TensorClass = TensorClass.MATRIX
     seed: int = 0
+    measured: Measured | None = None
+    """What running the models found out about these rows, for methods that need it."""
 
     @property
     def origin(self) -> Tensor:

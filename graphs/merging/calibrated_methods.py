@@ -1,0 +1,87 @@
+"""The rows of the table of merge methods that run the models on samples; see `mipipe.graphs.merging.methods`."""
+
+from __future__ import annotations
+
+from mipipe.graphs.calibration.streams import Need, Who
+from mipipe.graphs.merging.method_spec import Base, MethodSpec, Parameter, Params
+from mipipe.graphs.merging.tensor_classes import TensorClass
+
+_MAPS = frozenset({TensorClass.MATRIX, TensorClass.HEAD})
+_SHARE = Parameter("weight", 1.0, "factor of each model", per_model=True, low=0.0, above=True)
+_HOST = (Parameter("host", "task_arithmetic", "the method that merges", str, choices=("task_arithmetic", "ties")),
+         Parameter("weight", 1.0, "factor of each model's task vector", per_model=True),
+         Parameter("density", 1.0, "share of entries ties keeps", per_model=True, low=0.0, high=1.0, above=True),
+         Parameter("lambda", 1.0, "factor of the merged task vector"),
+         Parameter("normalize", False, "divide by the sum of weights", bool))
+
+
+def _host_rounds(params: Params) -> int:
+    density = params["density"]
+    least = min(density) if isinstance(density, (list, tuple)) else density
+    return 2 * (params["host"] == "ties" and least < 1.0)
+
+
+def _gram(_params: Params) -> tuple[Need, ...]:
+    return (Need("gram", Who.MODELS),)
+
+
+def _fisher(_params: Params) -> tuple[Need, ...]:
+    return (Need("fisher", Who.MODELS, gradients=True),)
+
+
+def _saliency(_params: Params) -> tuple[Need, ...]:
+    return (Need("mean_abs", Who.BASE),)
+
+
+def _moments(_params: Params) -> tuple[Need, ...]:
+    return (Need("moments", Who.PAIRS),)
+
+
+def _sensitivity(_params: Params) -> tuple[Need, ...]:
+    return (Need("sensitivity", Who.MODELS, gradients=True),)
+
+
+def _cross(_params: Params) -> tuple[Need, ...]:
+    return (Need("cross", Who.LAST),)
+
+
+def _votes(params: Params) -> tuple[Need, ...]:
+    return (Need(f"votes:{float(params['strength'])!r}", Who.TOGETHER, gradients=True),)
+
+
+CALIBRATED: tuple[MethodSpec, ...] = (
+    MethodSpec("regmean", "Dataless Knowledge Fusion by Merging Weights of Language Models", "2212.09849", (
+        _SHARE, Parameter("reduce", 0.9, "factor of the off-diagonal entries of each model's Gram matrix", low=0.0,
+                          high=1.0),
+        Parameter("ridge", 1e-6, "pull to the average, as a multiple of the mean diagonal", low=0.0, above=True)),
+        Base.UNUSED, 1, whole=True, oriented=True, classes=_MAPS, needs=_gram,
+        apply="calibrated.regmean", elsewhere="calibrated.plain_average"),
+    MethodSpec("fisher", "Merging Models with Fisher-Weighted Averaging", "2111.09832", (
+        _SHARE, Parameter("floor", 1e-10, "smallest Fisher information that counts", low=0.0, above=True)), Base.UNUSED,
+        apply="calibrated.fisher", needs=_fisher),
+    MethodSpec("aim", "Activation-Informed Merging of Large Language Models", "2502.02421", (
+        *_HOST, Parameter("omega", 0.4, "share of the change kept at the most salient input", low=0.0, high=1.0)),
+        whole=True, oriented=True, needs=_saliency,
+        apply="calibrated.aim", measure="calibrated.aim_rounds", rounds=_host_rounds),
+    MethodSpec("acm", "Activation-Guided Consensus Merging for Large Language Models", "2505.14009", (
+        *_HOST, Parameter("t", 1.0, "how fast the coefficient falls with the information", low=0.0, above=True),
+        Parameter("scale", 2.0, "the coefficient without any information is half of it", low=0.0, above=True),
+        Parameter("normalise_information", True, "divide an expert's information by its largest", bool)),
+        needs=_moments, apply="calibrated.acm", measure="calibrated.acm_rounds", rounds=_host_rounds),
+    MethodSpec("sens", "Sens-Merging: Sensitivity-Guided Parameter Balancing", "2502.12420", (
+        Parameter("weight", 1.0, "factor of each model's task vector", per_model=True),
+        Parameter("lambda", 1.0, "factor of the merged task vector"),
+        Parameter("normalize", False, "divide by the sum of weights", bool),
+        Parameter("alpha", 0.7, "the coefficient of an average layer"),
+        Parameter("temperature", 2.0, "of the softmax over experts", low=0.0, above=True)),
+        apply="calibrated.sens", needs=_sensitivity),
+    MethodSpec("arm", "Merging Beyond: Streaming LLM Updates via Activation-Guided Rotations", "2602.03237", (
+        Parameter("eta", 0.7, "step towards the checkpoint"),
+        Parameter("energy", 0.99, "share of the squared singular values that is turned", low=0.0, high=1.0,
+                  above=True)),
+        max_models=2, whole=True, oriented=True, needs=_cross, apply="calibrated.arm"),
+    MethodSpec("rcp", "RCP-Merging: Merging Long Chain-of-Thought Models with Domain-Specific Models", "2508.03140", (
+        Parameter("strength", 1000.0, "weight of the prior that keeps reasoning", low=0.0),),
+        min_models=2, max_models=2,
+        apply="calibrated.rcp", needs=_votes),
+)

@@ -1,0 +1,109 @@
+"""Calibration inside a merge: samples drawn before it is planned, models run by its ranks, results for its methods."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mipipe.graphs.merging.checkpoint_files import DTYPE_BITS
+from mipipe.graphs.merging.graph import Input, MergeGraph, MergeUnit
+from mipipe.graphs.merging.participants import TOKEN_TABLES
+from mipipe.graphs.merging.tensor_classes import Piece
+from mipipe.planner.merging.plan import MergePlan
+from mipipe.runtime.calibration.calibrator import FOLDER, Calibrator, samples_file
+from mipipe.runtime.calibration.decoder import Decoder
+from mipipe.runtime.calibration.results import Results
+from mipipe.runtime.calibration.tokens import Samples, draw_samples
+from mipipe.runtime.merge.exchange import MergeRanks
+from mipipe.runtime.merge.sources import Surroundings, UnitPiece
+
+
+def with_samples(plan: MergePlan, loaders: Collection[str], where: str,
+                 tell: Callable[[str], None]) -> tuple[MergePlan, dict[str, Samples]]:
+    """The plan with the digests of its samples, and the samples by data source; nothing to do without calibration.
+
+    Raises:
+        InputError: see `mipipe.runtime.calibration.tokens.draw_samples`.
+    """
+    calibration = plan.graph.calibration
+    if calibration is None:
+        return plan, {}
+    table = next((unit for unit in plan.graph.units if unit.name.endswith(TOKEN_TABLES)), None)
+    vocabulary = table.shape[0] if table is not None else 2**31 - 1
+    found = {source: draw_samples(source, plan.graph.tokenizer_from, calibration.samples, calibration.length,
+                                  calibration.seed, vocabulary, loaders, where) for source in calibration.sources}
+    for source, samples in found.items():
+        if len(samples.ids) < calibration.samples:
+            tell(f"{where}: calibration: {source} gives {len(samples.ids)} samples of {calibration.length} tokens, of"
+                 f" {calibration.samples} asked for")
+    calibration = dataclasses.replace(calibration, digests={name: item.digest for name, item in found.items()})
+    return dataclasses.replace(plan, graph=dataclasses.replace(plan.graph, calibration=calibration)), found
+
+
+def write_samples(plan: MergePlan, samples: dict[str, Samples], folder: Path) -> None:
+    """Put the samples where the ranks read them."""
+    calibration = plan.graph.calibration
+    if calibration is None:
+        return
+    (folder / FOLDER).mkdir(exist_ok=True)
+    for source, found in samples.items():
+        target = samples_file(folder, calibration, source)
+        found.save(target.with_suffix(".partial"))
+        os.replace(target.with_suffix(".partial"), target)
+
+
+def forget_calibration(folder: Path) -> None:
+    """Remove what calibration left, before the result is published."""
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+
+
+class RankCalibration:
+    """A rank's part of running the models."""
+
+    def __init__(self, plan: MergePlan, folder: Path, around: Surroundings, exchange: MergeRanks) -> None:
+        assert plan.graph.calibration is not None
+        self._graph, self._folder, self._around, self._exchange = plan.graph, folder, around, exchange
+        self._calibrator = Calibrator(plan.graph.calibration, folder,
+                                      lambda model: open_decoder(plan.graph, model, around), around.dtype)
+
+    def run(self, stream: int, step: int) -> None:
+        """Run a step of a stream."""
+        self._calibrator.step(stream, step)
+
+    def finish(self, around: Surroundings) -> Surroundings:
+        """Wait for all ranks, and add what they found to what tiles are read with."""
+        self._exchange.barrier()
+        assert self._graph.calibration is not None
+        return dataclasses.replace(around, results=Results(self._graph.calibration, self._folder, around.dtype))
+
+
+def open_decoder(graph: MergeGraph, model: int, around: Surroundings) -> Decoder:
+    """A model of the merge, to be run layer by layer."""
+    items: dict[str, tuple[MergeUnit, Input]] = {}
+    for unit in graph.units:
+        for item in unit.inputs:
+            if item.model == model and item.tensor.dtype in DTYPE_BITS:
+                items[unit.name] = unit, item
+
+    def piece(name: str) -> tuple[UnitPiece, Input]:
+        unit, item = items[name]
+        return UnitPiece(unit, Piece(name, 0, 0), around), item
+
+    def read(name: str) -> Tensor:
+        reader, item = piece(name)
+        value = reader.whole(item)
+        return value if value.is_floating_point() else value.to(torch.float32)
+
+    def rows(name: str, numbers: Tensor) -> Tensor:
+        reader, item = piece(name)
+        return reader.picked(item, numbers)
+
+    found = graph.models[model]
+    return Decoder(found.label, found.folder, {name: item.tensor for name, (_, item) in items.items()}, read, rows,
+                   around.dtype)
