@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import mipipe.runtime.engine.phases as phases
+import mipipe.runtime.engine.compiling.phases as phases
 from mipipe.graphs.costs.table import CostTable, GroupCost
 from mipipe.graphs.operator_graph import (
     Operator,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mipipe.cli.output import Json, check_files, emit, progress, stdout
+from mipipe.cli.printing.output import Json, check_files, emit, progress, stdout
 from mipipe.graphs.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def calibrate(
         return
     if plan_file is None or costs_file is None:
         raise InputError("calibrate: a timeline needs --plan and --costs, the plan that ran and its cost table")
-    from mipipe.cli.tables import print_rows
+    from mipipe.cli.printing.tables import print_rows
     from mipipe.graphs.costs.table import CostTable
     from mipipe.graphs.serialize import load, save, to_data
     from mipipe.graphs.units import format_ns

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mipipe.cli.modes import captured_graph, parse_modes
-from mipipe.cli.output import Json, check_files, emit, log, progress, stdout
+from mipipe.cli.printing.modes import captured_graph, parse_modes
+from mipipe.cli.printing.output import Json, check_files, emit, log, progress, stdout
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import yaml_value
 
@@ -92,7 +92,7 @@ def capture(
     if json_output:
         emit({"output": str(output), **graph_summary(graph)})
         return
-    from mipipe.cli.tables import print_rows
+    from mipipe.cli.printing.tables import print_rows
 
     console = stdout()
     print_rows(console, summary_rows(graph))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mipipe.cli.capture import parse_settings
-from mipipe.cli.output import progress
+from mipipe.cli.printing.output import progress
 from mipipe.graphs.errors import InputError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mipipe.cli.output import Json, emit, stdout
+from mipipe.cli.printing.output import Json, emit, stdout
 
 EXAMPLE = "mipipe check plan.json"
 

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mipipe.cli.output import MOST_SECONDS, Html, Json, Seed, Without, check_files, emit, number, progress, stdout
+from mipipe.cli.printing.output import (
+    MOST_SECONDS,
+    Html,
+    Json,
+    Seed,
+    Without,
+    check_files,
+    emit,
+    number,
+    progress,
+    stdout,
+)
 
 if TYPE_CHECKING:
     from mipipe.planner.compare import ComparisonRow
@@ -119,7 +130,7 @@ _COLUMNS = ("schedule", "accounting", "makespan", "period", "bubble", "ratio", "
 
 
 def _cells(row: ComparisonRow, unit_ns: int) -> dict[str, Any]:
-    from mipipe.cli.terminal import format_time
+    from mipipe.cli.printing.terminal import format_time
 
     def time(value: float | None) -> float | str | None:
         return format_time(value, 1) if unit_ns == 1 and value is not None else value
@@ -132,7 +143,7 @@ def _cells(row: ComparisonRow, unit_ns: int) -> dict[str, Any]:
 
 
 def _print(problem: PlanningProblem, rows: list[ComparisonRow]) -> None:
-    from mipipe.cli.tables import print_rows
+    from mipipe.cli.printing.tables import print_rows
     from mipipe.planner.compare import PLANNED
 
     console = stdout()
@@ -156,7 +167,7 @@ def _print(problem: PlanningProblem, rows: list[ComparisonRow]) -> None:
 
 def planned_lines(problem: PlanningProblem, rows: Sequence[ComparisonRow]) -> list[str]:
     """How the planned row was found: by which rung, what its bound holds over, HiGHS's part in it."""
-    from mipipe.cli.terminal import format_time
+    from mipipe.cli.printing.terminal import format_time
     from mipipe.planner.compare import PLANNED
     from mipipe.planner.how import how_lines
 
@@ -195,7 +206,7 @@ def explanation(rows: list[ComparisonRow], columns: Sequence[str]) -> list[str]:
 
 
 def _draw(rows: list[ComparisonRow]) -> None:
-    from mipipe.cli.terminal import draw_timeline, legend, summary
+    from mipipe.cli.printing.terminal import draw_timeline, legend, summary
 
     console = stdout()
     drawn = [row for row in rows if row.timeline is not None]
@@ -210,9 +221,9 @@ def _draw(rows: list[ComparisonRow]) -> None:
 
 
 def _write_html(path: Path, problem: PlanningProblem, rows: list[ComparisonRow]) -> None:
-    from mipipe.cli import html
-    from mipipe.cli.panels import panel_of
-    from mipipe.cli.tables import cell
+    from mipipe.cli.printing import html
+    from mipipe.cli.printing.panels import panel_of
+    from mipipe.cli.printing.tables import cell
 
     panels = [panel_of(f"{row.name} ({row.accounting})", row.timeline, row.plan) for row in rows
               if row.timeline is not None]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mipipe.cli.output import Json, Seed, TimeLimit, check_files, emit, progress, stdout
+from mipipe.cli.printing.output import Json, Seed, TimeLimit, check_files, emit, progress, stdout
 from mipipe.graphs.errors import InputError
 
 EXAMPLE = "mipipe experts --loads loads.json --cluster cluster.yaml --replicas 32 -o map.json"
@@ -41,7 +41,7 @@ def experts(
 ) -> None:
     """Place experts and their replicas by load: the busiest device's time, with its bound, layer by layer."""
     check_files(output=output, eplb=eplb_file)
-    from mipipe.cli.tables import print_rows
+    from mipipe.cli.printing.tables import print_rows
     from mipipe.graphs.cluster import load_cluster
     from mipipe.graphs.serialize import save, to_data, write_text
     from mipipe.graphs.units import parse_bytes

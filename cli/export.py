@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mipipe.cli.output import Html, Json, Trace, check_files, emit, stdout
+from mipipe.cli.printing.output import Html, Json, Trace, check_files, emit, stdout
 from mipipe.graphs.errors import InputError
 
 EXAMPLE = "mipipe export plan.json --csv order.csv --trace trace.json"
@@ -22,9 +22,9 @@ def export(
     json_output: Json = False,
 ) -> None:
     """Write a plan or a timeline in other tools' formats."""
-    from mipipe.cli import html, panels
     from mipipe.cli.files import open_any
-    from mipipe.cli.report import report_tiles
+    from mipipe.cli.printing import html, panels
+    from mipipe.cli.printing.report import report_tiles
     from mipipe.graphs.serialize import write_text
     from mipipe.planner.execution.export import perfetto_text, torch_csv
     from mipipe.planner.execution.lower import lower

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from mipipe.cli.merge_methods import list_methods
-from mipipe.cli.output import Json, emit, log, progress, stdout
+from mipipe.cli.printing.merge_methods import list_methods
+from mipipe.cli.printing.output import Json, emit, log, progress, stdout
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.units import format_bytes, format_ns, parse_bytes
 
@@ -48,7 +48,7 @@ def merge(
     json_output: Json = False,
 ) -> None:
     """Merge model checkpoints as RECIPE says. An interrupted merge continues when the same command runs again."""
-    from mipipe.graphs.merging.recipe import DTYPES
+    from mipipe.graphs.merging.recipes.recipe import DTYPES
 
     if methods:
         list_methods(None if recipe is None else str(recipe), json_output)
@@ -137,8 +137,8 @@ def _tell_adapter(result: MergeResult, json_output: bool) -> None:
 def _parts(recipe: Path, output: Path, route: str | None, options: MergeOptions, dry_run: bool,
            json_output: bool) -> None:
     """Store a recipe's experts, or rebuild a model from stored ones."""
-    from mipipe.graphs.merging.recipe import read_recipes
-    from mipipe.runtime.merge import store
+    from mipipe.graphs.merging.recipes.recipe import read_recipes
+    from mipipe.runtime.merge.programs import store
 
     if route is None:
         recipes = read_recipes(recipe)
@@ -169,8 +169,8 @@ def _parts(recipe: Path, output: Path, route: str | None, options: MergeOptions,
 
 def _plans(recipe: Path, output: Path, ranks: int, cap: int | None, size: int, dtype: str | None) -> list[MergePlan]:
     """The plans of a file's recipes, or of its assembly."""
-    from mipipe.graphs.merging.moe_recipe import build_moe, dry_router, read_moe_recipe
-    from mipipe.graphs.merging.recipe import read_recipes
+    from mipipe.graphs.merging.recipes.moe_recipe import build_moe, dry_router, read_moe_recipe
+    from mipipe.graphs.merging.recipes.recipe import read_recipes
     from mipipe.planner.merging.plan import plan_chain, plan_graph
 
     assembly = read_moe_recipe(recipe)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mipipe.cli.output import Json, Seed, TimeLimit, check_files, emit, progress, stdout
+from mipipe.cli.printing.output import Json, Seed, TimeLimit, check_files, emit, progress, stdout
 from mipipe.graphs.errors import InputError
 
 if TYPE_CHECKING:

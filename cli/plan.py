@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mipipe.cli.output import Html, Json, Seed, TimeLimit, Trace, Without, check_files, emit, progress, stdout
+from mipipe.cli.printing.output import Html, Json, Seed, TimeLimit, Trace, Without, check_files, emit, progress, stdout
 from mipipe.graphs.errors import InfeasibleError, InputError, TimeUpError
 
 if TYPE_CHECKING:
@@ -139,10 +139,18 @@ def plan(
                    draw=lambda found: _draw(found.plan, html_file, trace_file), json_output=json_output)
         return
     from mipipe.cli.captured import captured, names_model, refuse_capture_options
-    from mipipe.cli.explained import LEAST_S, MORE, bubble_rows, print_explanation, what_if_rows
     from mipipe.cli.inputs import check_cluster, read_problem
-    from mipipe.cli.panels import write_files
-    from mipipe.cli.report import estimate_data, gap, how_data, next_steps, plan_data, print_plan, timeline_data
+    from mipipe.cli.printing.explained import LEAST_S, MORE, bubble_rows, print_explanation, what_if_rows
+    from mipipe.cli.printing.panels import write_files
+    from mipipe.cli.printing.report import (
+        estimate_data,
+        gap,
+        how_data,
+        next_steps,
+        plan_data,
+        print_plan,
+        timeline_data,
+    )
     from mipipe.graphs.serialize import save, to_data
     from mipipe.planner.execution.quick_timeline import timeline_of
     from mipipe.planner.ladder.what_if import what_if
@@ -226,7 +234,7 @@ def _refuse(options: dict[str, Any]) -> None:
 
 def _draw(found: Plan, html_file: Path | None, trace_file: Path | None) -> None:
     """The files that show a plan's timeline, where some were asked for."""
-    from mipipe.cli.panels import write_files
+    from mipipe.cli.printing.panels import write_files
     from mipipe.planner.execution.quick_timeline import timeline_of
 
     if html_file is not None or trace_file is not None:
@@ -246,9 +254,9 @@ def _solve(problem: PlanningProblem, options: PlanOptions, exportable: bool) -> 
 
 def _print_frontier(problem: PlanningProblem, options: PlanOptions, html_file: Path | None, json_output: bool) -> None:
     """The memory-bubble frontier as a table, JSON and a picture."""
-    from mipipe.cli import html
-    from mipipe.cli.report import gap, size_text
-    from mipipe.cli.tables import print_rows
+    from mipipe.cli.printing import html
+    from mipipe.cli.printing.report import gap, size_text
+    from mipipe.cli.printing.tables import print_rows
     from mipipe.planner.pareto import pareto
 
     with progress("planning the frontier") as update:
@@ -281,8 +289,8 @@ def _print_frontier(problem: PlanningProblem, options: PlanOptions, html_file: P
 
 def frontier_cells(point: ParetoPoint, problem: PlanningProblem) -> dict[str, str]:
     """A point of the frontier as a person reads it."""
-    from mipipe.cli.report import gap, size_text
-    from mipipe.cli.terminal import format_time
+    from mipipe.cli.printing.report import gap, size_text
+    from mipipe.cli.printing.terminal import format_time
 
     unit_ns = problem.unit_ns
     share = gap(point.makespan_ns, point.bound_ns)
@@ -303,7 +311,7 @@ def least_bubble(row: Mapping[str, Any]) -> float:
 
 def show_progress(update: Callable[[str], None], unit_ns: int) -> Callable[[Progress], None]:
     """A progress callback that says the best makespan, its gap and who found it."""
-    from mipipe.cli.terminal import format_time
+    from mipipe.cli.printing.terminal import format_time
 
     def on_progress(state: Progress) -> None:
         text = f"{state.seconds:.0f} s, {state.phase}"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mipipe.cli.output import Json, check_files, emit, progress, stdout
+from mipipe.cli.printing.output import Json, check_files, emit, progress, stdout
 
 EXAMPLE = "mipipe profile graph.json --groups 16 --workers 4 -o costs.json"
 
@@ -46,8 +46,8 @@ def profile(
         emit({"output": str(output), "hardware": table.hardware, "groups": len(table.entries),
               "total_us": sum(sum(entry.times_ns.values()) for entry in table.entries) / 1000})
         return
+    from mipipe.cli.printing.tables import print_rows
     from mipipe.cli.show import cost_rows
-    from mipipe.cli.tables import print_rows
 
     console = stdout()
     print_rows(console, cost_rows(table), title=f"costs on {table.hardware}")

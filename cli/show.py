@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mipipe.cli.modes import show_modes
-from mipipe.cli.output import Html, Json, Trace, check_files, emit, log, stdout
+from mipipe.cli.printing.modes import show_modes
+from mipipe.cli.printing.output import Html, Json, Trace, check_files, emit, log, stdout
 from mipipe.graphs.errors import InputError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def show(
 
 
 def _show_costs(table: CostTable, json_output: bool) -> None:
-    from mipipe.cli.tables import print_rows
+    from mipipe.cli.printing.tables import print_rows
 
     rows = cost_rows(table)
     if json_output:
@@ -74,7 +74,7 @@ def _show_costs(table: CostTable, json_output: bool) -> None:
 
 def _show_graph(graph: OperatorGraph | CoarseGraph, table: CostTable | None, html_file: Path | None,
                 json_output: bool) -> None:
-    from mipipe.cli.tables import cell, print_rows
+    from mipipe.cli.printing.tables import cell, print_rows
     from mipipe.graphs.coarse.coverage import warnings_of
     from mipipe.graphs.coarse.summary import coarse_svg, graph_summary, summary_rows
     from mipipe.graphs.coarse.totals import headline
@@ -86,7 +86,7 @@ def _show_graph(graph: OperatorGraph | CoarseGraph, table: CostTable | None, htm
     whole = graph if isinstance(graph, OperatorGraph) else None
     rows = summary_rows(graph, table)
     if html_file is not None:
-        from mipipe.cli import html
+        from mipipe.cli.printing import html
 
         header = [name.replace("_", " ") for name in rows[0]]
         cells = [[cell(row.get(name)) for name in rows[0]] for row in rows]
@@ -130,8 +130,8 @@ def cost_rows(table: CostTable) -> list[dict[str, Any]]:
 
 def _show_timelines(files: list[tuple[Path, Plan | Timeline]], html_file: Path | None, trace_file: Path | None,
                     json_output: bool) -> None:
-    from mipipe.cli import html, panels
-    from mipipe.cli.report import (
+    from mipipe.cli.printing import html, panels
+    from mipipe.cli.printing.report import (
         capacities,
         estimate_lines,
         print_outcome,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mipipe.cli.output import Html, Json, Trace, check_files, emit, stdout
+from mipipe.cli.printing.output import Html, Json, Trace, check_files, emit, stdout
 
 EXAMPLE = "mipipe simulate plan.json -o timeline.json"
 
@@ -21,8 +21,8 @@ def simulate(
     json_output: Json = False,
 ) -> None:
     """Simulate a plan: its timeline, bubble and memory, with the durations of its problem."""
-    from mipipe.cli.panels import write_files
-    from mipipe.cli.report import capacities, print_timeline, timeline_data
+    from mipipe.cli.printing.panels import write_files
+    from mipipe.cli.printing.report import capacities, print_timeline, timeline_data
     from mipipe.graphs.serialize import load, save
     from mipipe.planner.execution.lower import lower
     from mipipe.planner.execution.simulate import simulate as run_on_a_clock

@@ -10,9 +10,9 @@ from typing import Any, cast
 
 from mipipe.cli.captured import captured, names_model
 from mipipe.cli.files import check_positive, open_any
-from mipipe.cli.output import emit, progress, stdout
+from mipipe.cli.printing.output import emit, progress, stdout
+from mipipe.cli.printing.teams import print_runners, print_team, team_data
 from mipipe.cli.team_request import TeamRequest
-from mipipe.cli.teams_report import print_runners, print_team, team_data
 from mipipe.graphs.cluster import Cluster, load_cluster, uniform_cluster
 from mipipe.graphs.costs.collectives import fabric_of
 from mipipe.graphs.errors import InfeasibleError, InputError

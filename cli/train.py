@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mipipe.cli.output import Json, emit, log, stdout
+from mipipe.cli.printing.output import Json, emit, log, stdout
 from mipipe.graphs.errors import InputError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def train(
         from mipipe.graphs.serialize import load
         from mipipe.planner.options import options_of
         from mipipe.planner.plan import Plan
-        from mipipe.runtime.train.elastic import train_elastic
+        from mipipe.runtime.train.launching.elastic import train_elastic
 
         options = options_of(load(plan_file, Plan))
         if replan_seconds is not None:
@@ -68,7 +68,7 @@ def train(
                                copies=copies, min_ranks=min_ranks, timeout_s=timeout, progress=progress,
                                model=model, device=device, say=log)
     else:
-        from mipipe.runtime.train.launch import train as run
+        from mipipe.runtime.train.launching.launch import train as run
 
         result = run(plan_file, graph_file, config_file, resume=resume, resume_if_any=resume_if_any,
                      max_restarts=max_restarts, copies=copies, timeout_s=timeout, progress=progress,

@@ -17,9 +17,9 @@ from mipipe.graphs.costs.table import CostTable as CostTable
 from mipipe.graphs.costs.table import GroupCost as GroupCost
 from mipipe.graphs.errors import MipipeError as MipipeError
 from mipipe.graphs.merging.methods import METHODS as METHODS
-from mipipe.graphs.merging.recipe import MergeRecipe as MergeRecipe
-from mipipe.graphs.merging.recipe import parse_recipe as parse_recipe
-from mipipe.graphs.merging.recipe import read_recipes as read_recipes
+from mipipe.graphs.merging.recipes.recipe import MergeRecipe as MergeRecipe
+from mipipe.graphs.merging.recipes.recipe import parse_recipe as parse_recipe
+from mipipe.graphs.merging.recipes.recipe import read_recipes as read_recipes
 from mipipe.graphs.operator_graph import Operator as Operator
 from mipipe.graphs.operator_graph import OperatorGraph as OperatorGraph
 from mipipe.graphs.operator_graph import Phase as Phase

@@ -17,7 +17,7 @@ from mipipe.graphs.errors import PlanError as PlanError
 from mipipe.graphs.errors import ProblemError as ProblemError
 from mipipe.graphs.errors import RunError as RunError
 from mipipe.graphs.errors import TimeUpError as TimeUpError
-from mipipe.graphs.merging.recipe import MergeRecipe as MergeRecipe
+from mipipe.graphs.merging.recipes.recipe import MergeRecipe as MergeRecipe
 from mipipe.graphs.operator_graph import OperatorGraph as OperatorGraph
 from mipipe.graphs.topology import Device as Device
 from mipipe.graphs.topology import Link as Link
@@ -60,6 +60,6 @@ from mipipe.runtime.engine.engine import Engine as Engine
 from mipipe.runtime.engine.options import EngineOptions as EngineOptions
 from mipipe.runtime.merge.launch import MergeResult as MergeResult
 from mipipe.runtime.train.config import TrainConfig as TrainConfig
-from mipipe.runtime.train.launch import TrainResult as TrainResult
+from mipipe.runtime.train.launching.launch import TrainResult as TrainResult
 
 __version__: str

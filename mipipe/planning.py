@@ -166,10 +166,10 @@ def check(plan: Plan | PathLike, program: Program | None = None) -> None:
 
 def show(found: Plan | Timeline | PathLike, *, html: PathLike | None = None) -> None:
     """Print a plan or a timeline as ``mipipe show`` draws it; ``html``: write the page with zoom and memory instead."""
-    from mipipe.cli import html as pages
-    from mipipe.cli import panels
-    from mipipe.cli.output import stdout
-    from mipipe.cli.report import print_plan, print_timeline, report_tiles
+    from mipipe.cli.printing import html as pages
+    from mipipe.cli.printing import panels
+    from mipipe.cli.printing.output import stdout
+    from mipipe.cli.printing.report import print_plan, print_timeline, report_tiles
     from mipipe.planner.plan import Plan
 
     item = load(found) if isinstance(found, (str, Path)) else found

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from mipipe.files import PathLike, size_of
 
 if TYPE_CHECKING:
-    from mipipe.graphs.merging.recipe import MergeRecipe
+    from mipipe.graphs.merging.recipes.recipe import MergeRecipe
     from mipipe.graphs.operator_graph import OperatorGraph
     from mipipe.planner.plan import Plan
     from mipipe.runtime.merge.launch import MergeResult
     from mipipe.runtime.train.config import TrainConfig
-    from mipipe.runtime.train.launch import TrainResult
+    from mipipe.runtime.train.launching.launch import TrainResult
 
 
 def train(plan: Plan | PathLike, graph: OperatorGraph | PathLike, config: TrainConfig | Mapping[str, Any] | PathLike, *,
@@ -40,7 +40,7 @@ def train(plan: Plan | PathLike, graph: OperatorGraph | PathLike, config: TrainC
     """
     from mipipe.graphs.serialize import save as write
     from mipipe.graphs.serialize import to_data, write_text
-    from mipipe.runtime.train.launch import train as run
+    from mipipe.runtime.train.launching.launch import train as run
 
     with tempfile.TemporaryDirectory(prefix="mipipe-train-") as folder:
         files: list[PathLike] = []
@@ -84,7 +84,7 @@ def merge(recipe: PathLike | Mapping[str, Any] | MergeRecipe | Sequence[MergeRec
         InputError: the recipe, a model or an option is wrong, or ``out`` exists.
         InfeasibleError: the memory is below what one tensor needs. RunError: a source is damaged, a rank died.
     """
-    from mipipe.graphs.merging.recipe import MergeRecipe, parse_recipe
+    from mipipe.graphs.merging.recipes.recipe import MergeRecipe, parse_recipe
     from mipipe.graphs.units import parse_bytes
     from mipipe.runtime.merge.launch import MergeOptions
     from mipipe.runtime.merge.launch import merge as run

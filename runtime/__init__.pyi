@@ -6,8 +6,8 @@ from mipipe.runtime.train.config import TrainConfig as TrainConfig
 from mipipe.runtime.train.config import read_train_config as read_train_config
 from mipipe.runtime.train.data import Batches as Batches
 from mipipe.runtime.train.data import make_batches as make_batches
-from mipipe.runtime.train.launch import TrainResult as TrainResult
-from mipipe.runtime.train.launch import torchrun_command as torchrun_command
+from mipipe.runtime.train.launching.launch import TrainResult as TrainResult
+from mipipe.runtime.train.launching.launch import torchrun_command as torchrun_command
 from mipipe.runtime.train.models import initial_weights as initial_weights
 from mipipe.runtime.train.optim import clip_gradients as clip_gradients
 from mipipe.runtime.train.optim import gradient_norm as gradient_norm

@@ -34,13 +34,13 @@ from mipipe.planner.execution.simulate import simulate
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.experts.run import read_maps
-from mipipe.runtime.train import devices, stopping
 from mipipe.runtime.train.data import make_batches
-from mipipe.runtime.train.failures import DONE, SAID, STARTED, signals_of
+from mipipe.runtime.train.launching import devices, stopping
+from mipipe.runtime.train.launching.failures import DONE, SAID, STARTED, signals_of
+from mipipe.runtime.train.launching.prepare import PreparedRun, check_outputs, check_saving, check_world, read_job
+from mipipe.runtime.train.launching.processes import rank
+from mipipe.runtime.train.launching.rendezvous import start_processes
 from mipipe.runtime.train.models import initial_weights
-from mipipe.runtime.train.prepare import PreparedRun, check_outputs, check_saving, check_world, read_job
-from mipipe.runtime.train.processes import rank
-from mipipe.runtime.train.rendezvous import start_processes
 from mipipe.runtime.train.training import Trainer
 from mipipe.runtime.weights.checkpoint_run import Start
 from mipipe.runtime.weights.stored_weights import StoredWeights

@@ -10,12 +10,12 @@ from mipipe.graphs.calibration.derive import calibration_of
 from mipipe.graphs.calibration.streams import Calibration
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.expressions import search
-from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, licence_of
+from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, licence_of
+from mipipe.graphs.merging.checkpoints.layer_config import picked_layers
+from mipipe.graphs.merging.checkpoints.lora import rename
 from mipipe.graphs.merging.graph import MergeGraph, MergeModel, MergeUnit
-from mipipe.graphs.merging.layer_config import picked_layers
-from mipipe.graphs.merging.lora import rename
 from mipipe.graphs.merging.participants import AUTO_NAMES, Participant, num_layers
-from mipipe.graphs.merging.recipe import Branch, MergeRecipe
+from mipipe.graphs.merging.recipes.recipe import Branch, MergeRecipe
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify, with_layer
 from mipipe.graphs.merging.units import MergeRule, UnitBuilder, slice_length
 from mipipe.graphs.serialize import to_data

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from mipipe.graphs.calibration.streams import Calibration
-from mipipe.graphs.merging.checkpoint_files import DTYPE_BITS, StoredTensor
+from mipipe.graphs.merging.checkpoints.files import DTYPE_BITS, StoredTensor
 from mipipe.graphs.merging.tensor_classes import Piece, TensorClass, is_stacked, pieces, table_shape
-from mipipe.graphs.merging.vocabulary import Vocabulary
+from mipipe.graphs.merging.tokens.vocabulary import Vocabulary
 from mipipe.graphs.serialize import STRICT
 
 

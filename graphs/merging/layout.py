@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, StoredTensor
+from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTensor
 from mipipe.graphs.merging.graph import MergeGraph
 from mipipe.graphs.serialize import STRICT, digest
 

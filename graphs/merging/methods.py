@@ -246,7 +246,7 @@ STORE = MethodSpec("store", "task vectors stored apart, compressed", "", (
 REBUILD = MethodSpec("rebuild", "a model rebuilt from stored parts", "", (
     Parameter("folder", None, "the parts", str), Parameter("route", None, "each expert's weight"),
     Parameter("turned", False, "the parts are of the transposed matrix", bool)), min_models=0, whole=True)
-"""What `mipipe.runtime.merge.store` plans and runs like merges, and no recipe can ask for."""
+"""What `mipipe.runtime.merge.programs.store` plans and runs like merges, and no recipe can ask for."""
 
 BY_NAME = {spec.name: spec for spec in (*METHODS, STORE, REBUILD)}
 RECIPE_NAMES = [spec.name for spec in METHODS]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mipipe.graphs.errors import InputError, shown
-from mipipe.graphs.merging.checkpoint_files import CheckpointFiles
+from mipipe.graphs.merging.checkpoints.files import CheckpointFiles
 
 _PLAIN = {part: part for part in ("gate_proj", "down_proj", "up_proj")}
 _DEEPSEEK = "deepseek-ai/deepseek-moe-16b-base"

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, StoredTensor, read_checkpoint, same_bytes
-from mipipe.graphs.merging.hub_cache import model_folder, split_label
-from mipipe.graphs.merging.lora import BoundAdapter, LoraFactors, Pairs, bind, initial_adapter, rename
-from mipipe.graphs.merging.quantised import refuse_quantised
-from mipipe.graphs.merging.recipe import NameRule
+from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTensor, read_checkpoint, same_bytes
+from mipipe.graphs.merging.checkpoints.hub_cache import model_folder, split_label
+from mipipe.graphs.merging.checkpoints.lora import BoundAdapter, LoraFactors, Pairs, bind, initial_adapter, rename
+from mipipe.graphs.merging.checkpoints.quantised import refuse_quantised
+from mipipe.graphs.merging.recipes.recipe import NameRule
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify, layer_prefix
 
 TOKEN_TABLES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight",

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, StoredTensor
-from mipipe.graphs.merging.expert_layout import as_single, has_banks, is_single
+from mipipe.graphs.merging.checkpoints.expert_layout import as_single, has_banks, is_single
+from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTensor
+from mipipe.graphs.merging.checkpoints.layer_config import differences
 from mipipe.graphs.merging.graph import Adapter, Input, MergeUnit
-from mipipe.graphs.merging.layer_config import differences
 from mipipe.graphs.merging.method_spec import Base
 from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.graphs.merging.participants import Participant, decoder_prefix, num_layers, open_participant
-from mipipe.graphs.merging.recipe import DTYPES, MergeRecipe, Parameters, RecipeModel, merged_models, same_model
+from mipipe.graphs.merging.recipes.recipe import DTYPES, MergeRecipe, Parameters, RecipeModel, merged_models, same_model
 from mipipe.graphs.merging.tensor_classes import (
     FLOATING,
     QUANTISED,
@@ -25,7 +25,7 @@ from mipipe.graphs.merging.tensor_classes import (
     layer_prefix,
     with_layer,
 )
-from mipipe.graphs.merging.token_rows import check_given, join_vocabularies
+from mipipe.graphs.merging.tokens.token_rows import check_given, join_vocabularies
 from mipipe.graphs.merging.values import Filters, values_of
 
 _EXPERT = re.compile(r"^(.*\.(?:mlp|block_sparse_moe|moe|feed_forward|ffn))\.(?:experts(?:\.|$)|gate\.|router\.)")

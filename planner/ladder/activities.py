@@ -14,8 +14,9 @@ from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.ladder import order_rungs as rungs
 from mipipe.planner.ladder.candidate import Candidate, judge_orders, offer_judged
 from mipipe.planner.ladder.state import Run
-from mipipe.planner.milp import legs, periodic, staircase
-from mipipe.planner.milp.pattern import OperationKey, route_names
+from mipipe.planner.milp.periodic import legs, staircase
+from mipipe.planner.milp.periodic import pattern_mip as periodic
+from mipipe.planner.milp.periodic.pattern import OperationKey, route_names
 from mipipe.planner.search import annealing as search
 from mipipe.planner.search import follow, pair_search
 from mipipe.planner.search.lists import Orders

@@ -1,4 +1,4 @@
-"""``plan --exact``: the literal MIP (`mipipe.planner.milp.exact`) as the whole solve, where it can prove something.
+"""``plan --exact``: the literal MIP (`milp.order.exact`) as the whole solve, where it can prove something.
 
 It decides placement and order at once, with one replica of each group. A chain's list schedule is its horizon, and the
 plan where it finds none in time. The model leaves out values in flight: where these overfill a rank, it is solved again
@@ -19,10 +19,10 @@ from mipipe.graphs.errors import InfeasibleError, InputError, ProblemError
 from mipipe.planner.bounds.over_placements import Bound, problem_bound
 from mipipe.planner.ladder.candidate import Candidate, candidate, judge, offer_judged
 from mipipe.planner.ladder.state import Run
-from mipipe.planner.milp import time_indexed
-from mipipe.planner.milp.exact import ExactResult, solve_exact
-from mipipe.planner.milp.exact_parts import colocated, num_jobs
 from mipipe.planner.milp.highs import SolverStatus
+from mipipe.planner.milp.order import time_indexed
+from mipipe.planner.milp.order.exact import ExactResult, solve_exact
+from mipipe.planner.milp.order.exact_parts import colocated, num_jobs
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.plan import Placement

@@ -21,8 +21,11 @@ from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.ladder.candidate import Candidate, candidate, judge, offer_judged
 from mipipe.planner.ladder.state import Run
-from mipipe.planner.milp import order, periodic, unroll, windows
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
+from mipipe.planner.milp.order import job_shop as order
+from mipipe.planner.milp.order import windows
+from mipipe.planner.milp.periodic import pattern_mip as periodic
+from mipipe.planner.milp.periodic import unroll
 from mipipe.planner.placements.shapes import resident_fits
 from mipipe.planner.plan import Placement, Schedule
 from mipipe.planner.schedules import BASELINES

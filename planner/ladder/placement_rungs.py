@@ -17,9 +17,10 @@ from mipipe.graphs.errors import PlanError
 from mipipe.planner.bounds.over_placements import Bound
 from mipipe.planner.ladder.candidate import Candidate
 from mipipe.planner.ladder.state import Run
-from mipipe.planner.milp import modes, placement
-from mipipe.planner.milp.configurations import configuration_bound
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
+from mipipe.planner.milp.placement import modes
+from mipipe.planner.milp.placement import shares as placement
+from mipipe.planner.milp.placement.configurations import configuration_bound
 from mipipe.planner.placements.shapes import resident_fits
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem

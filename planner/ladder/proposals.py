@@ -1,14 +1,14 @@
 """New placements for a solve: the master MIP beside the known shapes, with the feedback of what was scheduled.
 
-The master (`mipipe.planner.milp.master`) is asked family by family: so many copies side by side, so many positions. Its
-first proposals are the shapes with their cuts moved; then it looks around the best placement of the family (the devices
-of a few positions are free, and all counts), now and then everywhere. What it proposed never comes again: every
-placement that was looked at is a cut, for all renumberings of its devices. A placement whose own bound is below the
-incumbent is scheduled and joins the race. (Logic-based Benders: Hooker and Ottosson, 2003.)
+The master (`mipipe.planner.milp.placement.master`) is asked family by family: so many copies side by side, so many
+positions. Its first proposals are the shapes with their cuts moved; then it looks around the best placement of the
+family (the devices of a few positions are free, and all counts), now and then everywhere. What it proposed never comes
+again: every placement that was looked at is a cut, for all renumberings of its devices. A placement whose own bound is
+below the incumbent is scheduled and joins the race. (Logic-based Benders: Hooker and Ottosson, 2003.)
 
 Where the problem is no chain of equal devices (branches, other devices or links), and where the families are closed,
-the master is the placement MIP of units (`mipipe.planner.milp.placement`), under the same cuts. Where memory allows no
-replica its end is a proof: nothing but what was looked at can be shorter than the incumbent.
+the master is the placement MIP of units (`mipipe.planner.milp.placement.shares`), under the same cuts. Where memory
+allows no replica its end is a proof: nothing but what was looked at can be shorter than the incumbent.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from mipipe.planner.ladder.inherit import inherit
 from mipipe.planner.ladder.order_rungs import same
 from mipipe.planner.ladder.placement_rungs import record_placing, without_recomputation
 from mipipe.planner.ladder.state import Run
-from mipipe.planner.milp import master, placement
 from mipipe.planner.milp.highs import SolverOutcome
+from mipipe.planner.milp.placement import master
+from mipipe.planner.milp.placement import shares as placement
 from mipipe.planner.placements import counts
 from mipipe.planner.placements.counts import Chain, Cut
 from mipipe.planner.placements.cuts import earliest_end, resident_room

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from mipipe.graphs.calibration.streams import Stream
 from mipipe.graphs.errors import InfeasibleError
-from mipipe.graphs.merging.checkpoint_files import DTYPE_BITS
+from mipipe.graphs.merging.checkpoints.files import DTYPE_BITS
 from mipipe.graphs.merging.graph import MergeGraph
 from mipipe.graphs.merging.tensor_classes import TensorClass
 from mipipe.graphs.units import format_bytes

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from mipipe.graphs.merging.checkpoint_files import DTYPE_BITS
+from mipipe.graphs.merging.checkpoints.files import DTYPE_BITS
 from mipipe.graphs.merging.graph import MergeGraph, MergeUnit, columns_of, matrix_shape
 from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.graphs.merging.passes import is_whole, num_rounds

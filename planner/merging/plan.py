@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 
 from mipipe.graphs.errors import InfeasibleError
 from mipipe.graphs.merging.build import build
-from mipipe.graphs.merging.checkpoint_files import CheckpointFiles
+from mipipe.graphs.merging.checkpoints.files import CheckpointFiles
 from mipipe.graphs.merging.graph import MergeGraph, MergeUnit
 from mipipe.graphs.merging.layout import Shard, as_checkpoint, lay_out
-from mipipe.graphs.merging.recipe import MergeRecipe
+from mipipe.graphs.merging.recipes.recipe import MergeRecipe
 from mipipe.graphs.serialize import STRICT, digest
 from mipipe.graphs.units import format_bytes
 from mipipe.planner.merging.calibration import assign_streams

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mipipe.graphs.merging.checkpoint_files import DTYPE_BITS
+from mipipe.graphs.merging.checkpoints.files import DTYPE_BITS
 from mipipe.graphs.merging.graph import Input, MergeGraph, MergeUnit, columns_of, pieces_of
 from mipipe.graphs.merging.method_spec import Scope
 from mipipe.graphs.merging.passes import is_whole, is_wide, num_rounds, scope_of

@@ -1,8 +1,8 @@
 """A chain in counts: runs of equal blocks, positions that hold so many of each, devices of positions. No solver.
 
-What the master MIP (`mipipe.planner.milp.master`) decides over, and the way from a placement to counts and back. Light
-ends (an embedding, a head: `mipipe.planner.placements.shapes.light_ends`) may be left out of the chain: they are dealt
-to all devices by microbatch, so that devices with less of the rest take more of them.
+What the master MIP (`mipipe.planner.milp.placement.master`) decides over, and the way from a placement to counts and
+back. Light ends (an embedding, a head: `mipipe.planner.placements.shapes.light_ends`) may be left out of the chain:
+they are dealt to all devices by microbatch, so that devices with less of the rest take more of them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """From moments to orders: a list schedule that takes every action's moment as its priority and keeps the memory.
 
-Moments come from a periodic pattern (`mipipe.planner.milp.periodic`, `mipipe.planner.milp.staircase`) or from a shorter
-schedule whose middle is repeated (`mipipe.planner.search.repeat`). As an order they are valid for any number of
-microbatches, but the ends are slack: gradients wait for forwards that no longer exist. `squeezed` lets ranks run early
-what is ready, in several ways, and keeps the shortest. Weight gradients fill gaps: standing back by some periods they
-fill more of them, until memory runs short.
+Moments come from a periodic pattern (`mipipe.planner.milp.periodic.pattern_mip`,
+`mipipe.planner.milp.periodic.staircase`) or from a shorter schedule whose middle is repeated
+(`mipipe.planner.search.repeat`). As an order they are valid for any number of microbatches, but the ends are slack:
+gradients wait for forwards that no longer exist. `squeezed` lets ranks run early what is ready, in several ways, and
+keeps the shortest. Weight gradients fill gaps: standing back by some periods they fill more of them, until memory runs
+short.
 
 Ranks with a collective stream share their memory between two machines; there the orders are judged by the caller.
 """
@@ -21,7 +22,7 @@ from mipipe.planner.actions import ActionKind
 from mipipe.planner.jobs import paths as kernels
 from mipipe.planner.jobs.arrays import Instance
 from mipipe.planner.jobs.dependencies import KINDS
-from mipipe.planner.milp.pattern import route_names
+from mipipe.planner.milp.periodic.pattern import route_names
 from mipipe.planner.search.follow_kernel import FollowTask, fill, follow
 from mipipe.planner.search.lists import Orders
 
@@ -109,7 +110,7 @@ def moments_at(instance: Instance, period_ns: float, starts: Mapping[tuple[int, 
     Args:
         period_ns: of one microbatch of every route; a route with fewer microbatches is spread over the same time.
         starts: per (stage, kind, route) the start of the route's first microbatch, a route named by its first
-            microbatch (`mipipe.planner.milp.pattern.route_names`).
+            microbatch (`mipipe.planner.milp.periodic.pattern.route_names`).
     """
     names = route_names(instance.view)
     count: dict[int, int] = {}

@@ -54,8 +54,8 @@ def follow(facts, task, seq, start):
 
     The machine that can start first takes, of the heads of its classes that could start within ``patience`` of that
     moment, the one of smallest priority. A node that takes memory starts only when it fits and all such nodes before
-    it in the given order still fit at their own places (`mipipe.planner.milp.unroll` has the argument); -1 only where
-    the given order itself breaks the memory.
+    it in the given order still fit at their own places (`mipipe.planner.milp.periodic.unroll` has the argument); -1
+    only where the given order itself breaks the memory.
     """
     machine, rank, dur, base = facts.machine, facts.rank, facts.dur, facts.base
     alloc, free, work = facts.alloc, facts.free, facts.work

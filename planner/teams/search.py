@@ -1,10 +1,10 @@
 """Degrees chosen: every combination bounded, the promising ones solved by the master MIP, the winners ordered.
 
 1. Every combination of degrees gets a bound (`mipipe.planner.teams.space`); those whose memory cannot suffice are out.
-2. In the order of bounds, as long as a bound is below the best step found: the master (`mipipe.planner.milp.degrees`)
-   cuts the layers into stages and says which run again, for one chunk per rank and for more; the simulator says what
-   1F1B and interleaved 1F1B take on its stages, and for the best other published schedules. The search's bound is the
-   least over all combinations, overlapped pairs allowed.
+2. In the order of bounds, as long as a bound is below the best step found: the master
+   (`mipipe.planner.milp.placement.degrees`) cuts the layers into stages and says which run again, for one chunk per
+   rank and for more; the simulator says what 1F1B and interleaved 1F1B take on its stages, and for the best other
+   published schedules. The search's bound is the least over all combinations, overlapped pairs allowed.
 3. The order level (`mipipe.planner.solve`) improves the schedule of the best pipelines in the time that is left.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from mipipe.graphs.errors import InfeasibleError, MipipeError, TimeUpError
 from mipipe.graphs.units import format_bytes
-from mipipe.planner.milp.degrees import ChainTask, ModeCost, StageCounts, stage_counts
+from mipipe.planner.milp.placement.degrees import ChainTask, ModeCost, StageCounts, stage_counts
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.solve import plan
 from mipipe.planner.teams.degrees import Degrees, Recompute, check_given, completed

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, StoredTensor
-from mipipe.runtime.merge.router import quiet_transformers
-from mipipe.runtime.merge.verify import Loaded, loaded_tensors
+from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTensor
+from mipipe.runtime.merge.output.verify import Loaded, loaded_tensors
+from mipipe.runtime.merge.programs.router import quiet_transformers
 
 Read = Callable[[str], Tensor]
 """A whole tensor by its name in the merge, in the compute dtype."""

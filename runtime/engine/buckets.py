@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from mipipe.planner.actions import ActionKind
-from mipipe.runtime.engine.compiled import LocalRank
-from mipipe.runtime.engine.instructions import Ready, Step
+from mipipe.runtime.engine.compiling.compiled import LocalRank
+from mipipe.runtime.engine.compiling.instructions import Ready, Step
 
 BUCKET_BYTES = 25 * 2**20
 """Size of one sum; DistributedDataParallel's default, enough to hide latency."""

@@ -1,6 +1,6 @@
 """The tensors a rank holds between actions: one frame for each (stage, microbatch) alive, and transfers in flight.
 
-A frame is a list with one slot for each tensor the stage's functions exchange (`mipipe.runtime.engine.stage` numbers
+A frame is a list with one slot for each tensor the stage's functions exchange (`mipipe.runtime.engine.compiling.stage` numbers
 them); it starts as a copy of the stage's template, which already holds parameters and constants, and its slots are
 emptied after their last reader. So memory follows the program, not the garbage collector.
 

@@ -17,13 +17,13 @@ from mipipe.planner.execution.lower import lower
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
 from mipipe.runtime.engine.buckets import with_copy_sums
-from mipipe.runtime.engine.compiled import Compiled, LocalRank
-from mipipe.runtime.engine.flow import GradientFlow, gradient_flow
+from mipipe.runtime.engine.compiling.compiled import Compiled, LocalRank
+from mipipe.runtime.engine.compiling.flow import GradientFlow, gradient_flow
+from mipipe.runtime.engine.compiling.phases import Phases
+from mipipe.runtime.engine.compiling.resolve import Resolver
+from mipipe.runtime.engine.compiling.stage import build_stage, check_segments
 from mipipe.runtime.engine.mesh import Mesh, build_mesh
 from mipipe.runtime.engine.options import EngineOptions
-from mipipe.runtime.engine.phases import Phases
-from mipipe.runtime.engine.resolve import Resolver
-from mipipe.runtime.engine.stage import build_stage, check_segments
 from mipipe.runtime.experts.exchange import kernels_of
 from mipipe.runtime.experts.group import make_exchange, routing_counters
 from mipipe.runtime.experts.layers import expert_layers

@@ -12,10 +12,10 @@ import torch
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
-from mipipe.runtime.engine.flow import GradientFlow
-from mipipe.runtime.engine.instructions import Ready
+from mipipe.runtime.engine.compiling.flow import GradientFlow
+from mipipe.runtime.engine.compiling.instructions import Ready
+from mipipe.runtime.engine.compiling.stage import StageCode
 from mipipe.runtime.engine.mesh import Mesh
-from mipipe.runtime.engine.stage import StageCode
 from mipipe.runtime.experts.exchange import Exchange
 from mipipe.runtime.weights.weights import Weights
 

@@ -17,14 +17,14 @@ from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
 from mipipe.runtime.engine import comm
 from mipipe.runtime.engine.clock import clock_for
-from mipipe.runtime.engine.compile import compile_rank
-from mipipe.runtime.engine.compiled import Compiled
+from mipipe.runtime.engine.compiling.compile import compile_rank
+from mipipe.runtime.engine.compiling.compiled import Compiled
 from mipipe.runtime.engine.executor import Executor, StepRecord
 from mipipe.runtime.engine.mesh import Mesh
 from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.experts.moves import Moved, move_experts
 from mipipe.runtime.train.batches import Batch, move_batch, split_batch, total_weight
-from mipipe.runtime.train.processes import world
+from mipipe.runtime.train.launching.processes import world
 from mipipe.runtime.weights.weights import Weights, WeightSource
 
 

@@ -24,10 +24,10 @@ from mipipe.planner.actions import ActionKind
 from mipipe.runtime.engine import comm, reduce
 from mipipe.runtime.engine.buckets import Bucket
 from mipipe.runtime.engine.buffers import Buffers
-from mipipe.runtime.engine.calls import ActionCode, random_key, run_calls
 from mipipe.runtime.engine.clock import Clock, HostClock
-from mipipe.runtime.engine.compiled import Compiled
-from mipipe.runtime.engine.instructions import ActionPart, Step, Transport
+from mipipe.runtime.engine.compiling.calls import ActionCode, random_key, run_calls
+from mipipe.runtime.engine.compiling.compiled import Compiled
+from mipipe.runtime.engine.compiling.instructions import ActionPart, Step, Transport
 from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.engine.side_stream import SideStream
 

@@ -9,7 +9,7 @@ import torch
 
 from mipipe.planner.actions import ActionKind
 from mipipe.runtime.engine.buffers import Frame
-from mipipe.runtime.engine.calls import ActionCode
+from mipipe.runtime.engine.compiling.calls import ActionCode
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from mipipe.graphs.topology import Topology
 from mipipe.planner.execution.opening import opening_order
 from mipipe.planner.program import Program
 from mipipe.runtime.engine import comm
-from mipipe.runtime.train.processes import gather
+from mipipe.runtime.train.launching.processes import gather
 
 CHANNEL_CTAS, GROUP_CTAS = 4, 16
 """Blocks of a GPU that one NCCL communicator may occupy: a waiting receive holds them, and the rest computes."""

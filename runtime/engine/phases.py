@@ -12,7 +12,7 @@ import torch
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Segment, SegmentTrace
 from mipipe.graphs.tracing.operator_kinds import resolve_operator
 from mipipe.graphs.tracing.trace import CONSTANT, GETITEM, build_phase, phase_signature, uses_random
-from mipipe.runtime.engine.compile_phases import Compiler
+from mipipe.runtime.engine.compiling.compile_phases import Compiler
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import torch
 from mipipe.planner.actions import ActionKind
 from mipipe.runtime.engine import comm
 from mipipe.runtime.engine.buckets import Bucket, buckets_of
-from mipipe.runtime.engine.compiled import Compiled
+from mipipe.runtime.engine.compiling.compiled import Compiled
 from mipipe.runtime.experts.moves import ReplicaSums
 
 

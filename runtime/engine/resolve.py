@@ -12,9 +12,9 @@ from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.program import Instruction
 from mipipe.runtime.engine.buckets import stage_buckets
 from mipipe.runtime.engine.buffers import Frame
-from mipipe.runtime.engine.compiled import LocalRank
-from mipipe.runtime.engine.instructions import ActionPart, Ready, Step, Transport
-from mipipe.runtime.engine.stage import StageCode
+from mipipe.runtime.engine.compiling.compiled import LocalRank
+from mipipe.runtime.engine.compiling.instructions import ActionPart, Ready, Step, Transport
+from mipipe.runtime.engine.compiling.stage import StageCode
 
 
 class Resolver:

@@ -3,7 +3,7 @@
 A stage runs its segments in topological order forward and in reverse backward. Everything that can be decided before
 the first step is decided here: which slot each argument is in, which gradients meet in a sum, what is accumulated into
 which parameter, and after which call a slot is empty. What is left for the step is a walk over calls
-(`mipipe.runtime.engine.calls`).
+(`mipipe.runtime.engine.compiling.calls`).
 
 Left out: shapes that change between microbatches, and control flow.
 """
@@ -21,9 +21,17 @@ import torch
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Segment, SegmentTrace, TensorSpec
 from mipipe.runtime.engine.buffers import Frame
-from mipipe.runtime.engine.calls import ActionCode, Call, accumulator, getter, nothing, split_parts, without_updates
-from mipipe.runtime.engine.flow import GradientFlow
-from mipipe.runtime.engine.phases import PhaseCode, Phases
+from mipipe.runtime.engine.compiling.calls import (
+    ActionCode,
+    Call,
+    accumulator,
+    getter,
+    nothing,
+    split_parts,
+    without_updates,
+)
+from mipipe.runtime.engine.compiling.flow import GradientFlow
+from mipipe.runtime.engine.compiling.phases import PhaseCode, Phases
 from mipipe.runtime.weights.weights import Weights
 
 BlockKey = tuple[str, ...]

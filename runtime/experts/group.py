@@ -10,9 +10,9 @@ import torch
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.plan import Plan
+from mipipe.runtime.engine.compiling.stage import Counters
 from mipipe.runtime.engine.mesh import Mesh
 from mipipe.runtime.engine.options import EngineOptions
-from mipipe.runtime.engine.stage import Counters
 from mipipe.runtime.experts.exchange import Exchange, check_map, contiguous_map
 from mipipe.runtime.experts.layers import check_together, expert_layers, routed_layers
 

@@ -24,9 +24,9 @@ from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.experts.exchange import check_map
 from mipipe.runtime.experts.layers import RoutedLayer, expert_layers, routed_layers
 from mipipe.runtime.train.config import ExpertsConfig, ReplanConfig, TrainConfig
+from mipipe.runtime.train.launching.processes import world
 from mipipe.runtime.train.metrics import Record
 from mipipe.runtime.train.optim import local_optimizer
-from mipipe.runtime.train.processes import world
 
 
 def read_maps(config: TrainConfig, graph: OperatorGraph, copies: int) -> dict[int, ExpertMap]:

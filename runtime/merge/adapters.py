@@ -20,19 +20,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merging.checkpoint_files import read_checkpoint
+from mipipe.graphs.merging.checkpoints.files import read_checkpoint
 from mipipe.graphs.merging.graph import Input, MergeGraph, MergeUnit, pieces_of
 from mipipe.graphs.merging.method_spec import Base, Scope
 from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.graphs.merging.passes import scope_of
-from mipipe.graphs.merging.recipe import AdapterRule
+from mipipe.graphs.merging.recipes.recipe import AdapterRule
 from mipipe.graphs.serialize import write_text
-from mipipe.runtime.merge.card import graph_card
 from mipipe.runtime.merge.engine import refuse_overflow
-from mipipe.runtime.merge.extract import extract
 from mipipe.runtime.merge.methods.method import merge_tensors
 from mipipe.runtime.merge.methods.registry import BY_METHOD
 from mipipe.runtime.merge.methods.spectral import svd
+from mipipe.runtime.merge.output.card import graph_card
+from mipipe.runtime.merge.programs.extract import extract
 from mipipe.runtime.weights import durable
 from mipipe.runtime.weights.reader import TORCH_DTYPES, Shelf
 from mipipe.runtime.weights.writer import partial_folder
@@ -90,7 +90,7 @@ def extract_adapter(graph: MergeGraph, rule: AdapterRule, out: Path) -> KeptAdap
     """Write the merge of a graph of whole models as an adapter of its base, in a new folder.
 
     Raises:
-        InputError: no rank or energy, or what `mipipe.runtime.merge.extract.extract` raises.
+        InputError: no rank or energy, or what `mipipe.runtime.merge.programs.extract.extract` raises.
     """
     if rule.rank is None and rule.energy is None:
         raise InputError("adapter: the change of whole models has full rank; give adapter a rank, or an energy such as"

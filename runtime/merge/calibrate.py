@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mipipe.graphs.merging.checkpoint_files import DTYPE_BITS
+from mipipe.graphs.merging.checkpoints.files import DTYPE_BITS
 from mipipe.graphs.merging.graph import Input, MergeGraph, MergeUnit
 from mipipe.graphs.merging.participants import TOKEN_TABLES
 from mipipe.graphs.merging.tensor_classes import Piece

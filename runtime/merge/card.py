@@ -12,11 +12,11 @@ from typing import Any
 
 import yaml
 
-from mipipe.graphs.merging.chat_templates import NAMED
 from mipipe.graphs.merging.graph import MergeGraph
 from mipipe.graphs.merging.layout import index_json
 from mipipe.graphs.merging.methods import BY_NAME
-from mipipe.graphs.merging.vocabulary import union_tokenizer
+from mipipe.graphs.merging.tokens.chat_templates import NAMED
+from mipipe.graphs.merging.tokens.vocabulary import union_tokenizer
 from mipipe.graphs.serialize import load_data, write_text
 from mipipe.graphs.units import format_bytes
 from mipipe.planner.merging.plan import MergePlan

@@ -18,7 +18,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.graph import MergeGraph, MergeUnit
 from mipipe.graphs.merging.method_spec import Scope
 from mipipe.graphs.merging.passes import scope_of
-from mipipe.graphs.merging.recipe import AdapterRule
+from mipipe.graphs.merging.recipes.recipe import AdapterRule
 from mipipe.graphs.merging.tensor_classes import TensorClass
 from mipipe.runtime.merge.methods.method import merge_piece
 from mipipe.runtime.merge.methods.registry import BY_METHOD

@@ -20,8 +20,8 @@ from mipipe.graphs import errors
 from mipipe.graphs.children import die_with_parent
 from mipipe.graphs.errors import MipipeError, RunError
 from mipipe.runtime.merge.exchange import MergeRanks
-from mipipe.runtime.merge.lock import let_go_in_fork
-from mipipe.runtime.train.failures import signal_name
+from mipipe.runtime.merge.output.lock import let_go_in_fork
+from mipipe.runtime.train.launching.failures import signal_name
 
 POLL_S = 60.0
 """How long the parent waits for a message before it looks again; a rank that dies closes its pipe, so none is lost."""

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.build import build
-from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, StoredTensor
+from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTensor
 from mipipe.graphs.merging.graph import MergeUnit
-from mipipe.graphs.merging.recipe import MergeRecipe, parse_recipe
+from mipipe.graphs.merging.recipes.recipe import MergeRecipe, parse_recipe
 from mipipe.planner.merging.costs import MergeRates
 from mipipe.planner.merging.lower import lower_rank
 from mipipe.planner.merging.plan import plan_merge

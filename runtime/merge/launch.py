@@ -22,27 +22,27 @@ from typing import Any
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.build import build
-from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, read_checkpoint
+from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, read_checkpoint
 from mipipe.graphs.merging.graph import MergeGraph
-from mipipe.graphs.merging.moe_recipe import MoeRecipe, build_moe, dry_router, read_moe_recipe
-from mipipe.graphs.merging.recipe import MergeRecipe, read_recipes
+from mipipe.graphs.merging.recipes.moe_recipe import MoeRecipe, build_moe, dry_router, read_moe_recipe
+from mipipe.graphs.merging.recipes.recipe import MergeRecipe, read_recipes
 from mipipe.graphs.serialize import load_data
 from mipipe.planner.merging.plan import SHARD_BYTES, MergePlan, plan_chain, plan_graph, plan_recipe
 from mipipe.runtime.calibration.tokens import Samples
 from mipipe.runtime.merge import worker
-from mipipe.runtime.merge.adapters import KeptAdapter, extract_adapter, keep_adapters
 from mipipe.runtime.merge.calibrate import with_samples, write_samples
-from mipipe.runtime.merge.card import RECORD
 from mipipe.runtime.merge.exchange import MergeRanks
-from mipipe.runtime.merge.extract import is_whole
 from mipipe.runtime.merge.forked import can_fork, run_forked
-from mipipe.runtime.merge.lock import only_one
+from mipipe.runtime.merge.output.card import RECORD
+from mipipe.runtime.merge.output.lock import only_one
+from mipipe.runtime.merge.output.verify import MARK
+from mipipe.runtime.merge.programs.adapters import KeptAdapter, extract_adapter, keep_adapters
+from mipipe.runtime.merge.programs.extract import is_whole
+from mipipe.runtime.merge.programs.router import make_router
+from mipipe.runtime.merge.programs.transplant import transplant, wants_transplant
 from mipipe.runtime.merge.pytorch_files import convert_pickled
-from mipipe.runtime.merge.router import make_router
-from mipipe.runtime.merge.transplant import transplant, wants_transplant
-from mipipe.runtime.merge.verify import MARK
-from mipipe.runtime.train.failures import explain_failure
-from mipipe.runtime.train.launch import run_watched
+from mipipe.runtime.train.launching.failures import explain_failure
+from mipipe.runtime.train.launching.launch import run_watched
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class MergeOptions:
     """How to merge: ranks, device kind, memory cap in bytes per rank (None: no cap), largest output file, dtype.
 
     ``dtype`` replaces the recipe's out_dtype. ``timeline``: a file for the measured timeline (of the last recipe).
-    ``verify``: open every result as transformers would before it is called done (`mipipe.runtime.merge.verify`).
+    ``verify``: open every result as transformers would before it is called done (`mipipe.runtime.merge.output.verify`).
     ``loaders``: the functions (``package.module:loader``) that a recipe's calibration may call for samples.
     """
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mipipe.graphs.errors import InputError, shown
-from mipipe.graphs.merging.checkpoint_files import PYTORCH, CheckpointFiles, read_checkpoint
-from mipipe.graphs.merging.recipe import MergeRecipe
+from mipipe.graphs.merging.checkpoints.files import PYTORCH, CheckpointFiles, read_checkpoint
+from mipipe.graphs.merging.recipes.recipe import MergeRecipe
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 """Keys under which training programs keep a model's state dict."""

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, read_checkpoint
-from mipipe.graphs.merging.moe_recipe import RANDOM, ROUTER, SHARED_GATE, Expert, MoeRecipe, router_tensors
+from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, read_checkpoint
 from mipipe.graphs.merging.participants import TOKEN_TABLES
+from mipipe.graphs.merging.recipes.moe_recipe import RANDOM, ROUTER, SHARED_GATE, Expert, MoeRecipe, router_tensors
 from mipipe.graphs.serialize import digest, load_data
 from mipipe.runtime.weights.reader import TORCH_DTYPES, Shelf
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from mipipe.graphs.merging.graph import Adapter, Input, MergeGraph, MergeUnit, columns_of, pieces_of
 from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.graphs.merging.tensor_classes import Piece
-from mipipe.graphs.merging.vocabulary import GivenRow
+from mipipe.graphs.merging.tokens.vocabulary import GivenRow
 from mipipe.runtime.calibration.results import Results, UnitResults
 from mipipe.runtime.merge.methods.method import Tile, tile_ranges
 from mipipe.runtime.weights.reader import Shelf

@@ -14,15 +14,15 @@ from pathlib import Path
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.build import build
-from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, read_checkpoint
+from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, read_checkpoint
 from mipipe.graphs.merging.graph import Input, MergeGraph, MergeUnit
 from mipipe.graphs.merging.layout import as_checkpoint
 from mipipe.graphs.merging.methods import BY_NAME
-from mipipe.graphs.merging.recipe import MergeRecipe
+from mipipe.graphs.merging.recipes.recipe import MergeRecipe
 from mipipe.graphs.serialize import load
 from mipipe.planner.merging.plan import MergePlan, plan_graph, plan_recipe
 from mipipe.runtime.merge.launch import MergeOptions, check_target, made_by, run_plan
-from mipipe.runtime.merge.lock import only_one
+from mipipe.runtime.merge.output.lock import only_one
 from mipipe.runtime.merge.parts import STORABLE, Parts
 from mipipe.runtime.weights.reader import TORCH_DTYPES
 

@@ -18,14 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, read_checkpoint
-from mipipe.graphs.merging.hub_cache import model_folder
+from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, read_checkpoint
+from mipipe.graphs.merging.checkpoints.hub_cache import model_folder
 from mipipe.graphs.merging.participants import TOKEN_TABLES
-from mipipe.graphs.merging.recipe import Branch, MergeRecipe, RecipeModel
+from mipipe.graphs.merging.recipes.recipe import Branch, MergeRecipe, RecipeModel
+from mipipe.graphs.merging.recipes.tokenizer_rule import TokenizerRule
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify
-from mipipe.graphs.merging.tokenizer_rule import TokenizerRule
-from mipipe.graphs.merging.vocabulary import read_tokens
-from mipipe.runtime.merge.card import COPIED
+from mipipe.graphs.merging.tokens.vocabulary import read_tokens
+from mipipe.runtime.merge.output.card import COPIED
 from mipipe.runtime.weights.reader import Shelf
 
 ATOMS = 64

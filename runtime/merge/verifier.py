@@ -19,8 +19,8 @@ import torch
 from mipipe.graphs import errors
 from mipipe.graphs.children import die_with_parent
 from mipipe.graphs.errors import MipipeError
-from mipipe.runtime.merge.lock import let_go_in_fork
-from mipipe.runtime.merge.verify import verify_output
+from mipipe.runtime.merge.output.lock import let_go_in_fork
+from mipipe.runtime.merge.output.verify import verify_output
 
 PATIENCE_S = 120.0
 """How long the fork may take to check the result, once it is there; then it is taken to hang."""
@@ -58,7 +58,7 @@ class Verifier:
             self._child = None
 
     def check(self, folder: Path) -> str:
-        """What `mipipe.runtime.merge.verify.verify_output` returns and raises."""
+        """What `mipipe.runtime.merge.output.verify.verify_output` returns and raises."""
         if self._child is None:
             return verify_output(folder)
         pipe = self._child[1]

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from mipipe.graphs.errors import RunError, shown
-from mipipe.graphs.merging.checkpoint_files import CheckpointFiles, StoredTensor, read_checkpoint
+from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTensor, read_checkpoint
 from mipipe.graphs.merging.participants import TOKEN_TABLES
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify
-from mipipe.graphs.merging.vocabulary import read_tokens
+from mipipe.graphs.merging.tokens.vocabulary import read_tokens
 
 HINT = "; the merge is kept beside it: --no-verify publishes it as it is"
 MARK = "verify"

@@ -15,17 +15,17 @@ from pathlib import Path
 import torch
 
 from mipipe.graphs.errors import InputError, RunError
-from mipipe.graphs.merging.checkpoint_files import read_checkpoint
+from mipipe.graphs.merging.checkpoints.files import read_checkpoint
 from mipipe.graphs.serialize import load, save
 from mipipe.planner.merging.plan import MergePlan
 from mipipe.runtime.merge.calibrate import forget_calibration
-from mipipe.runtime.merge.card import RECORD, write_companions
 from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.execute import RankReport, merge_timeline, run_rank
 from mipipe.runtime.merge.forked import can_fork
+from mipipe.runtime.merge.output.card import RECORD, write_companions
+from mipipe.runtime.merge.output.verifier import Verifier
+from mipipe.runtime.merge.output.verify import MARK
 from mipipe.runtime.merge.parts import describe_parts
-from mipipe.runtime.merge.verifier import Verifier
-from mipipe.runtime.merge.verify import MARK
 from mipipe.runtime.weights.writer import partial_folder, prepare, publish_folder
 
 

@@ -1,4 +1,4 @@
-"""torchrun with a report: ``python -m mipipe.runtime.train.agent REPORT START_S <torchrun's arguments>``.
+"""torchrun with a report: ``python -m mipipe.runtime.train.launching.agent REPORT START_S <torchrun's arguments>``.
 
 The same as ``python -m torch.distributed.run``, with three differences that its users cannot ask for by flags:
 
@@ -27,7 +27,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from mipipe.runtime.train.failures import FAILURES
+from mipipe.runtime.train.launching.failures import FAILURES
 
 
 def watch(report: Path, started: threading.Event) -> None:

@@ -21,9 +21,9 @@ from mipipe.graphs.errors import InputError, RunError, StoppedError
 from mipipe.graphs.serialize import save
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
-from mipipe.runtime.train.devices import choose, kinds_of
-from mipipe.runtime.train.failures import exits, is_consequence, killed_ranks, reports
-from mipipe.runtime.train.launch import (
+from mipipe.runtime.train.launching.devices import choose, kinds_of
+from mipipe.runtime.train.launching.failures import exits, is_consequence, killed_ranks, reports
+from mipipe.runtime.train.launching.launch import (
     TrainResult,
     Watch,
     end_of,
@@ -35,7 +35,7 @@ from mipipe.runtime.train.launch import (
     stop_signal,
     torchrun_command,
 )
-from mipipe.runtime.train.prepare import check_start, read_job
+from mipipe.runtime.train.launching.prepare import check_start, read_job
 from mipipe.runtime.weights.checkpoint_run import Start
 
 Replan = Callable[[PlanningProblem], Plan]
@@ -51,7 +51,7 @@ def train_elastic(plan: str | Path, graph: str | Path, config: str | Path, repla
 
     Args:
         plan, graph, config, resume, resume_if_any, copies, progress, model, device: as for
-            `mipipe.runtime.train.launch.train`.
+            `mipipe.runtime.train.launching.launch.train`.
         replan: makes the plan for what is left; it is saved as ``plan-N-ranks.json`` beside the checkpoints.
         max_restarts: restarts on all devices before a killed rank counts as lost.
         min_ranks: with fewer processes the run ends.

@@ -1,6 +1,6 @@
 """Starting a planned run: torchrun as a child process, watched, ended and explained.
 
-The library form of ``mipipe train``. The child is torchrun's own launcher (`mipipe.runtime.train.agent`), so multi-node
+The library form of ``mipipe train``. The child is torchrun's own launcher (`mipipe.runtime.train.launching.agent`), so multi-node
 flags pass through and the same command works by hand. SIGTERM is passed on: the workers finish their step and save.
 """
 
@@ -22,10 +22,10 @@ from typing import Any
 
 from mipipe.graphs.children import GRACE_S, running
 from mipipe.graphs.errors import RunError, StoppedError
-from mipipe.runtime.train import devices
 from mipipe.runtime.train.config import TrainConfig
-from mipipe.runtime.train.failures import DONE, SAID, STARTED, explain_failure, reports
-from mipipe.runtime.train.prepare import check_start, check_world, read_job
+from mipipe.runtime.train.launching import devices
+from mipipe.runtime.train.launching.failures import DONE, SAID, STARTED, explain_failure, reports
+from mipipe.runtime.train.launching.prepare import check_start, check_world, read_job
 from mipipe.runtime.weights.checkpoint_run import Start
 
 POLL_S = 0.1
@@ -59,7 +59,7 @@ def torchrun_command(plan: str | Path, graph: str | Path, config: str | Path, nu
     how long the agent waits for the rendezvous. ``device``: ``cpu`` or ``cuda``; None: what the plan was made for.
     """
     flags = list(torchrun) or ["--standalone"]
-    launcher = ["torch.distributed.run"] if report is None else ["mipipe.runtime.train.agent", report, f"{timeout_s:g}"]
+    launcher = ["torch.distributed.run"] if report is None else ["mipipe.runtime.train.launching.agent", report, f"{timeout_s:g}"]
     if report is not None and not any(item.startswith(("--log-dir", "--log_dir")) for item in flags):
         flags += ["--log-dir", f"{report}/logs"]  # else torchrun makes a folder in /tmp, and leaves it
     command = [sys.executable, "-m", *launcher, *flags, "--nproc-per-node", str(num_processes), "--max-restarts",

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from mipipe.graphs.errors import RunError
-from mipipe.runtime.train.devices import agree
+from mipipe.runtime.train.launching.devices import agree
 
 
 def connect(timeout_s: float, grace_s: float = 5.0) -> tuple[dist.Store, int, int]:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from mipipe.planner.actions import ActionKind, Stream
 from mipipe.planner.timeline import Span, Timeline
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.train import processes
+from mipipe.runtime.train.launching import processes
 
 ROUND_TRIPS = 20
 """Enough for one of them to be undisturbed."""

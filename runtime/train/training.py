@@ -20,9 +20,9 @@ from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.experts.run import ExpertRun
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.data import Batches
+from mipipe.runtime.train.launching.processes import gather
 from mipipe.runtime.train.metrics import Metrics, Record, memory_record, open_metrics
 from mipipe.runtime.train.optim import LateClip, clip_gradients, learning_rate_factor, make_optimizer
-from mipipe.runtime.train.processes import gather
 from mipipe.runtime.train.trace import measured_timeline
 from mipipe.runtime.weights.checkpoint import Checkpoints
 from mipipe.runtime.weights.checkpoint_run import Start, changes, run_of

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mipipe.graphs.errors import InputError, RunError
-from mipipe.graphs.merging.checkpoint_files import StoredTensor, read_header
+from mipipe.graphs.merging.checkpoints.files import StoredTensor, read_header
 from mipipe.graphs.merging.layout import header_bytes
 from mipipe.runtime.weights.reader import TORCH_DTYPES
 

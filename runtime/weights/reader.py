@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mipipe.graphs.errors import RunError
-from mipipe.graphs.merging.checkpoint_files import StoredTensor
+from mipipe.graphs.merging.checkpoints.files import StoredTensor
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                 "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,

@@ -28,8 +28,8 @@ from mipipe.graphs.serialize import load_data
 from mipipe.graphs.units import parse_bytes
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import TrainConfig
+from mipipe.runtime.train.launching.processes import failure_of, first_of, gather, rank
 from mipipe.runtime.train.models import empty_module
-from mipipe.runtime.train.processes import failure_of, first_of, gather, rank
 from mipipe.runtime.weights.checkpoint_tensors import shared_rows
 from mipipe.runtime.weights.reader import TORCH_DTYPES
 from mipipe.runtime.weights.stored_names import StoredView, is_transformers, stored_views

@@ -12,8 +12,8 @@ from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.units import format_bytes
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import TrainConfig
+from mipipe.runtime.train.launching.processes import failure_of, first_of, gather, rank
 from mipipe.runtime.train.models import empty_module
-from mipipe.runtime.train.processes import failure_of, first_of, gather, rank
 from mipipe.runtime.weights.save import byte_slice, own_pieces, plan_views, save_trained, target_of, unused_views
 from mipipe.runtime.weights.stored_weights import StoredWeights
 

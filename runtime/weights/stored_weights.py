@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mipipe.graphs.capture.expert_groups import parse_slice
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merging.checkpoint_files import read_index
+from mipipe.graphs.merging.checkpoints.files import read_index
 from mipipe.runtime.weights.stored_names import Recipe, recipes
 
 INDEX = "model.safetensors.index.json"

@@ -202,7 +202,7 @@ def test_yaml_makes_no_objects(mipipe, tmp_path: Path, tag: str) -> None:
 
 
 def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path) -> None:
-    from mipipe.graphs.merging.checkpoint_files import read_checkpoint
+    from mipipe.graphs.merging.checkpoints.files import read_checkpoint
     from mipipe.runtime.weights.stored_weights import stored_places
 
     (tmp_path / "model").mkdir()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mipipe.cli import html, panels
+from mipipe.cli.printing import html, panels
 from mipipe.planner.actions import ActionKind, Stream
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate

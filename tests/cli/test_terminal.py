@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from mipipe.cli import terminal
+from mipipe.cli.printing import terminal
 from mipipe.planner.actions import ActionKind, Stream
 from mipipe.planner.timeline import Span, Timeline
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mipipe.cli.output import stdout
+from mipipe.cli.printing.output import stdout
 from mipipe.cli.train import replan_devices
 from mipipe.graphs.errors import InfeasibleError
 from mipipe.planner.check.plan import check_plan

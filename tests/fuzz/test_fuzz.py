@@ -59,8 +59,8 @@ def read_job(plan: Path, graph: Path, config: Path) -> None:
     """What `mipipe train` does before it starts workers, and what a worker makes of the graph's text."""
     from mipipe.graphs.operator_graph import Phase
     from mipipe.graphs.tracing.trace import build_phase
-    from mipipe.runtime.train.prepare import check_saving
-    from mipipe.runtime.train.prepare import read_job as read
+    from mipipe.runtime.train.launching.prepare import check_saving
+    from mipipe.runtime.train.launching.prepare import read_job as read
 
     job = read(plan, graph, config)
     check_saving(job.config, False)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merging.checkpoint_files import read_header
+from mipipe.graphs.merging.checkpoints.files import read_header
 
 GOOD = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
         "b": {"dtype": "BF16", "shape": [4], "data_offsets": [16, 24]},

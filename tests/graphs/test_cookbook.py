@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from mipipe.graphs.merging.methods import RECIPE_NAMES
-from mipipe.graphs.merging.moe_recipe import read_moe_recipe
-from mipipe.graphs.merging.recipe import read_recipes
+from mipipe.graphs.merging.recipes.moe_recipe import read_moe_recipe
+from mipipe.graphs.merging.recipes.recipe import read_recipes
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 RECIPES = sorted((DOCS / "recipes").glob("*.yaml"))

@@ -16,7 +16,7 @@ from mipipe.graphs import expressions
 from mipipe.graphs.capture.annotate import load_patterns, tag
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.expressions import check_expression, search, substitute
-from mipipe.graphs.merging import lora
+from mipipe.graphs.merging.checkpoints import lora
 from mipipe.graphs.merging.values import Filters
 from mipipe.graphs.models import sources
 from mipipe.runtime.train.config import GroupConfig

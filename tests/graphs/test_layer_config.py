@@ -3,7 +3,7 @@
 import pytest
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merging.layer_config import differences, picked_layers
+from mipipe.graphs.merging.checkpoints.layer_config import differences, picked_layers
 
 PICKED = [0, 1, 2, 3, 2, 3, 4, 5]
 

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mipipe.graphs.merging.checkpoint_files import licence_of, read_checkpoint, read_header
+from mipipe.graphs.merging.checkpoints.files import licence_of, read_checkpoint, read_header
 from mipipe.graphs.merging.graph import MergeUnit
 from mipipe.graphs.merging.layout import index_json, lay_out
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify, layer_index, layer_prefix, pieces, with_layer
+from mipipe.graphs.merging.tokens.vocabulary import join
 from mipipe.graphs.merging.values import gradient
-from mipipe.graphs.merging.vocabulary import join
 
 
 def test_headers_say_what_safetensors_reads(tmp_path):

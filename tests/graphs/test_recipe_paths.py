@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mipipe.graphs.merging.moe_recipe import read_moe_recipe
-from mipipe.graphs.merging.recipe import MergeRecipe, read_recipes
+from mipipe.graphs.merging.recipes.moe_recipe import read_moe_recipe
+from mipipe.graphs.merging.recipes.recipe import MergeRecipe, read_recipes
 
 FOLDERS = ("base", "math", "code", "lora")
 

@@ -1,6 +1,6 @@
 """Small merge graphs for the planner's tests."""
 
-from mipipe.graphs.merging.checkpoint_files import StoredTensor
+from mipipe.graphs.merging.checkpoints.files import StoredTensor
 from mipipe.graphs.merging.graph import Input, MergeGraph, MergeModel, MergeUnit
 from mipipe.graphs.merging.tensor_classes import TensorClass
 from mipipe.planner.merging.costs import MergeRates

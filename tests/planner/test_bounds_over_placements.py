@@ -17,7 +17,7 @@ from mipipe.planner.bounds.over_placements import cheapest_hop, facts_of, proble
 from mipipe.planner.jobs.arrays import with_mirrors
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.ladder.candidate import Candidate, candidate, first_orders
-from mipipe.planner.milp.configurations import configuration_bound
+from mipipe.planner.milp.placement.configurations import configuration_bound
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem

@@ -14,7 +14,7 @@ from mipipe.graphs.topology import Topology
 from mipipe.planner.actions import Stream
 from mipipe.planner.check import check_plan
 from mipipe.planner.jobs.memory import carries_bytes
-from mipipe.planner.milp.exact_parts import num_jobs
+from mipipe.planner.milp.order.exact_parts import num_jobs
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
 from mipipe.planner.problems.uniform import uniform_problem

@@ -10,7 +10,7 @@ from mipipe.planner.jobs.arrays import Instance, build, mirror, with_mirrors
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.ladder.candidate import candidate, judge
 from mipipe.planner.ladder.repeating import short_instance
-from mipipe.planner.milp import legs, staircase
+from mipipe.planner.milp.periodic import legs, staircase
 from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem

@@ -11,7 +11,7 @@ from mipipe.planner.ladder.loop import HOPE, Activity, gains, loop
 from mipipe.planner.ladder.proposals import finest, replicas_fit
 from mipipe.planner.ladder.race import ANNEALING
 from mipipe.planner.ladder.state import Incumbent, Run
-from mipipe.planner.milp.placement import propose_beyond
+from mipipe.planner.milp.placement.shares import propose_beyond
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements import counts
 from mipipe.planner.placements.shapes import propose_shapes

@@ -8,7 +8,7 @@ import pytest
 
 from mipipe.planner.bounds.at_placement import placement_bound
 from mipipe.planner.jobs.stages import view
-from mipipe.planner.milp import master
+from mipipe.planner.milp.placement import master
 from mipipe.planner.placements import counts
 from mipipe.planner.placements.counts import Chain, Cut
 from mipipe.planner.placements.shapes import propose_shapes, resident_fits

@@ -16,9 +16,9 @@ from mipipe.planner.bounds.at_placement import placement_bound, problem_bound
 from mipipe.planner.jobs.job_shop import job_shop, peak_memory, relabel
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate, run_orders
-from mipipe.planner.milp.exact import solve_exact
 from mipipe.planner.milp.highs import SolverStatus
-from mipipe.planner.milp.order import solve_order
+from mipipe.planner.milp.order.exact import solve_exact
+from mipipe.planner.milp.order.job_shop import solve_order
 from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
 from mipipe.planner.problems.uniform import uniform_problem

@@ -14,12 +14,14 @@ from mipipe.planner.bounds.at_placement import placement_bound, problem_bound
 from mipipe.planner.jobs.job_shop import elementary_actions, job_shop, peak_memory
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.jobs.times import evaluate
-from mipipe.planner.milp import periodic, placement, time_indexed, windows
 from mipipe.planner.milp.highs import SolverStatus
-from mipipe.planner.milp.modulo import greedy
-from mipipe.planner.milp.order import solve_order
-from mipipe.planner.milp.pattern import pattern_of
-from mipipe.planner.milp.unroll import squeeze, unroll
+from mipipe.planner.milp.order import time_indexed, windows
+from mipipe.planner.milp.order.job_shop import solve_order
+from mipipe.planner.milp.periodic import pattern_mip as periodic
+from mipipe.planner.milp.periodic.modulo import greedy
+from mipipe.planner.milp.periodic.pattern import pattern_of
+from mipipe.planner.milp.periodic.unroll import squeeze, unroll
+from mipipe.planner.milp.placement import shares as placement
 from mipipe.planner.plan import Placement, RankOrder, Schedule, Stage
 from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
 
@@ -157,7 +159,7 @@ def test_squeeze_never_blocks_on_memory():
     stage_view = v_view(problem)
     result = periodic.pace(stage_view, time_limit_s=20, seed=0)
     jobs = job_shop(stage_view, fifo=False)
-    from mipipe.planner.milp.unroll import moments
+    from mipipe.planner.milp.periodic.unroll import moments
     when = moments(jobs, result)
     forwards_first = [moment - 1e12 * (action.kind.value == "F")
                       for moment, action in zip(when, jobs.compiled.actions, strict=True)]

@@ -21,10 +21,10 @@ from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
-from mipipe.planner.milp import placement as placement_mip
-from mipipe.planner.milp import time_indexed
-from mipipe.planner.milp.exact import solve_exact
-from mipipe.planner.milp.order import solve_order
+from mipipe.planner.milp.order import time_indexed
+from mipipe.planner.milp.order.exact import solve_exact
+from mipipe.planner.milp.order.job_shop import solve_order
+from mipipe.planner.milp.placement import shares as placement_mip
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage

@@ -13,8 +13,9 @@ from mipipe.graphs.topology import Device, Link, Topology
 from mipipe.planner.check import check_plan
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.ladder import placement_rungs as placing
-from mipipe.planner.milp import modes, placement
-from mipipe.planner.milp.routes import to_placement, to_shares
+from mipipe.planner.milp.placement import modes
+from mipipe.planner.milp.placement import shares as placement
+from mipipe.planner.milp.placement.routes import to_placement, to_shares
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.feasible import shortage
 from mipipe.planner.placements.shapes import propose_shapes

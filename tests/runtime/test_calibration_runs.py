@@ -12,7 +12,7 @@ from calibration_fixtures import CONFIGS, LENGTH, family, recipe, write_samples
 
 import mipipe
 from mipipe.graphs.errors import InfeasibleError, InputError, RunError
-from mipipe.graphs.merging.recipe import parse_recipe
+from mipipe.graphs.merging.recipes.recipe import parse_recipe
 from mipipe.graphs.serialize import load
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.merging.lower import lower_merge

@@ -9,7 +9,7 @@ from torch import nn
 from mipipe.graphs.operator_graph import Phase
 from mipipe.graphs.tracing.partition import trace_module
 from mipipe.graphs.tracing.trace import build_phase, phase_signature
-from mipipe.runtime.engine.calls import accumulator
+from mipipe.runtime.engine.compiling.calls import accumulator
 
 
 def test_few_gradients_are_alive_at_a_time():

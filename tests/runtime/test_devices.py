@@ -13,7 +13,7 @@ import torch.distributed as dist
 from runtime_cases import chain_graph, plan_of, problem_of
 
 from mipipe.graphs.errors import InputError, RunError
-from mipipe.runtime.train import devices
+from mipipe.runtime.train.launching import devices
 from mipipe.runtime.weights.checkpoint_tensors import counted_on_device
 
 
@@ -85,7 +85,7 @@ def test_workers_agree_before_there_is_a_group():
 
 DETERMINISTIC = """
 import os, torch
-from mipipe.runtime.train import devices
+from mipipe.runtime.train.launching import devices
 devices.deterministic()
 print(torch.are_deterministic_algorithms_enabled(), os.environ["CUBLAS_WORKSPACE_CONFIG"])
 try:

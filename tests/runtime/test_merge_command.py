@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from mipipe.cli.main import app
 from mipipe.graphs.merging.build import build
 from mipipe.graphs.merging.methods import METHODS
-from mipipe.graphs.merging.recipe import parse_recipe
+from mipipe.graphs.merging.recipes.recipe import parse_recipe
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.merging.costs import MergeRates, start_ns
 from mipipe.planner.merging.lower import lower_merge

@@ -8,7 +8,7 @@ import torch
 from merge_fixtures import CONFIG, HIDDEN, read, state, trio, write
 
 from mipipe.graphs.merging.build import build
-from mipipe.graphs.merging.recipe import parse_recipe
+from mipipe.graphs.merging.recipes.recipe import parse_recipe
 from mipipe.runtime.merge.launch import MergeOptions, merge
 from mipipe.runtime.merge.methods.method import merge_tensors
 from mipipe.runtime.merge.methods.registry import BY_METHOD

@@ -8,7 +8,7 @@ from merge_numbers import deltas, merged
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.merging import methods
 from mipipe.graphs.merging.method_spec import Parameter
-from mipipe.graphs.merging.recipe import parse_recipe
+from mipipe.graphs.merging.recipes.recipe import parse_recipe
 from mipipe.runtime.merge.methods import own, projective, spectral
 from mipipe.runtime.merge.methods.method import Round
 from mipipe.runtime.merge.methods.registry import BY_METHOD

@@ -10,12 +10,12 @@ from merge_fixtures import in_threads, read, trio, write
 from typer.testing import CliRunner
 
 from mipipe.cli.main import app
-from mipipe.graphs.merging.recipe import parse_recipe
+from mipipe.graphs.merging.recipes.recipe import parse_recipe
 from mipipe.graphs.serialize import load
 from mipipe.planner.timeline import Timeline
 from mipipe.runtime.merge import parts as parts_module
 from mipipe.runtime.merge.launch import MergeOptions, merge, run_plan
-from mipipe.runtime.merge.store import plan_rebuild, plan_store, rebuild, store
+from mipipe.runtime.merge.programs.store import plan_rebuild, plan_store, rebuild, store
 
 
 def recipe(root, method, **parameters):

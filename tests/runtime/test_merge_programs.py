@@ -12,9 +12,9 @@ from merge_fixtures import read, state, trio, write
 from safetensors.torch import load_file, save_file
 
 from mipipe.graphs.errors import InputError, RunError
-from mipipe.graphs.merging.recipe import parse_recipe
+from mipipe.graphs.merging.recipes.recipe import parse_recipe
 from mipipe.runtime.merge import MergeOptions, merge, merge_state_dicts, worker
-from mipipe.runtime.merge.transplant import matching_pursuit, transplanted
+from mipipe.runtime.merge.programs.transplant import matching_pursuit, transplanted
 
 
 def run(data, out, **options):
@@ -167,7 +167,7 @@ def test_tokenizers_that_cannot_be_transplanted(tmp_path):
 
 HOLD = """
 import pathlib, sys
-from mipipe.runtime.merge.lock import only_one
+from mipipe.runtime.merge.output.lock import only_one
 with only_one(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.readline()

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from mipipe.graphs.merging.moe_recipe import parse_moe_recipe
+from mipipe.graphs.merging.recipes.moe_recipe import parse_moe_recipe
 from mipipe.runtime.merge.launch import MergeOptions, merge
 
 transformers = pytest.importorskip("transformers")

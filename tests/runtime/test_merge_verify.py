@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from mipipe.cli.main import app
 from mipipe.graphs.errors import RunError
-from mipipe.graphs.merging.recipe import parse_recipe
+from mipipe.graphs.merging.recipes.recipe import parse_recipe
 from mipipe.runtime.merge.launch import MergeOptions, merge
-from mipipe.runtime.merge.verifier import Verifier
-from mipipe.runtime.merge.verify import verify_output
+from mipipe.runtime.merge.output.verifier import Verifier
+from mipipe.runtime.merge.output.verify import verify_output
 
 transformers = pytest.importorskip("transformers")
 

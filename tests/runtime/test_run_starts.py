@@ -19,7 +19,7 @@ from mipipe.graphs.errors import InputError, RunError
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import CheckpointConfig, DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from mipipe.runtime.train.data import Batches
-from mipipe.runtime.train.prepare import check_start
+from mipipe.runtime.train.launching.prepare import check_start
 from mipipe.runtime.train.training import Trainer
 from mipipe.runtime.weights.checkpoint import read_loader
 from mipipe.runtime.weights.checkpoint_files import share_out

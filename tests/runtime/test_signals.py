@@ -15,8 +15,8 @@ import pytest
 from test_torchrun import command_of, files, importable, killing, undisturbed, workers_of, write_config
 
 from mipipe.graphs.errors import RunError
-from mipipe.runtime.train.launch import train
-from mipipe.runtime.train.rendezvous import connect
+from mipipe.runtime.train.launching.launch import train
+from mipipe.runtime.train.launching.rendezvous import connect
 from mipipe.runtime.weights.checkpoint_folder import latest, read_state, verify
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -46,7 +46,7 @@ def worker(config, rank):
     """The process of a rank."""
     for pid in workers_of(config):
         words = command_of(pid)
-        if b"mipipe.runtime.worker\x00" in words and b"mipipe.runtime.train.agent" not in words and \
+        if b"mipipe.runtime.worker\x00" in words and b"mipipe.runtime.train.launching.agent" not in words and \
                 f"\0RANK={rank}\0".encode() in b"\0" + Path(f"/proc/{pid}/environ").read_bytes():
             return int(pid)
     raise AssertionError(f"no process of rank {rank}")

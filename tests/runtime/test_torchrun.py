@@ -32,9 +32,9 @@ from mipipe.planner.timeline import Timeline
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import read_train_config
 from mipipe.runtime.train.data import make_batches
-from mipipe.runtime.train.elastic import lost_ranks, remaining, train_elastic
-from mipipe.runtime.train.failures import explain_failure
-from mipipe.runtime.train.launch import torchrun_command, train
+from mipipe.runtime.train.launching.elastic import lost_ranks, remaining, train_elastic
+from mipipe.runtime.train.launching.failures import explain_failure
+from mipipe.runtime.train.launching.launch import torchrun_command, train
 from mipipe.runtime.train.models import initial_weights
 from mipipe.runtime.train.training import Trainer
 from mipipe.runtime.weights.checkpoint_folder import complete, read_state, verify
@@ -313,7 +313,7 @@ def test_an_elastic_run_that_cannot_go_on(files, monkeypatch, lost, error, kind,
         os.kill(os.getpid(), signal.SIGTERM)
         return load(files / "plan1.json", Plan)
 
-    monkeypatch.setattr("mipipe.runtime.train.elastic.attempt", attempted)
+    monkeypatch.setattr("mipipe.runtime.train.launching.elastic.attempt", attempted)
     with pytest.raises(kind, match=text):
         train_elastic(files / "plan2.json", files / "graph.json", config, replan)
     assert attempts == [[0, 1]] and signal.getsignal(signal.SIGTERM) == handler
@@ -390,7 +390,7 @@ def test_kills_at_random_moments(files, round_):
 
     def kill_now_and_then():
         while len(kills) < 3 and not stop.wait(rng.uniform(2, 7)):
-            victims = [pid for pid in workers_of(config) if b"mipipe.runtime.train.agent" not in command_of(pid)]
+            victims = [pid for pid in workers_of(config) if b"mipipe.runtime.train.launching.agent" not in command_of(pid)]
             if victims:
                 kills.append(rng.choice(victims))
                 os.kill(int(kills[-1]), signal.SIGKILL)

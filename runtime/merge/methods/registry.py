@@ -26,6 +26,6 @@ def _method(spec: MethodSpec) -> Method:
 
 METHODS = tuple(map(_method, SPECS))
 INTERNAL = (Method(STORE, parts.compress), Method(REBUILD, parts.reconstruct))
-"""What storing and rebuilding parts runs in place of a merge; see `mipipe.runtime.merge.store`."""
+"""What storing and rebuilding parts runs in place of a merge; see `mipipe.runtime.merge.programs.store`."""
 
 BY_METHOD = {method.spec.name: method for method in (*METHODS, *INTERNAL)}

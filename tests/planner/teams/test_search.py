@@ -10,7 +10,7 @@ import pytest
 from team_machine import machine
 
 from mipipe.graphs.errors import InfeasibleError, InputError
-from mipipe.planner.milp.degrees import ChainTask, ModeCost, stage_counts
+from mipipe.planner.milp.placement.degrees import ChainTask, ModeCost, stage_counts
 from mipipe.planner.teams.degrees import RECOMPUTE, Degrees
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.pricing import Pricer

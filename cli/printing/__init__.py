@@ -1,0 +1,1 @@
+"""How the verbs tell their results: on terminals, as JSON, as pages."""

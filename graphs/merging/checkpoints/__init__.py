@@ -1,0 +1,1 @@
+"""What checkpoints hold, read from headers and configs alone: tensors, adapters, banks of experts, quantisation."""

@@ -1,0 +1,45 @@
+"""Where the models of a recipe are: beside the recipe first, so that a folder with recipe and models can be moved."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from mipipe.graphs.merging.checkpoints.hub_cache import split_label
+
+_KEYS = ("model", "base_model", "architecture", "source_model", "tokenizer_source", "source", "data", "calibration")
+"""The keys of a recipe whose text may name a model's folder (``base+adapter`` names two), or a file of samples."""
+
+
+def beside_recipe(documents: Sequence[Any], path: str | Path) -> list[Any]:
+    """The documents with every model that lies beside the recipe named by where that is.
+
+    What is absolute, names an earlier recipe of the file, or is no folder there stays as it is (and is then looked for
+    in the current folder).
+    """
+    folder = Path(path).parent
+    if folder.resolve() == Path.cwd():
+        return list(documents)
+    names = {str(item["name"]) for item in documents if isinstance(item, dict) and "name" in item}
+    return [_resolved(item, folder, names) for item in documents]
+
+
+def _resolved(data: Any, folder: Path, names: Collection[str]) -> Any:
+    if isinstance(data, list):
+        return [_resolved(item, folder, names) for item in data]
+    if not isinstance(data, dict):
+        return data
+    def there(part: str) -> bool:
+        return part in names or (folder / part).exists()
+
+    return {key: "+".join(_place(part, folder, names) for part in split_label(item, there))
+            if key in _KEYS and isinstance(item, str) else _resolved(item, folder, names)
+            for key, item in data.items()}
+
+
+def _place(name: str, folder: Path, names: Collection[str]) -> str:
+    if not name or name in names or os.path.isabs(name) or not (folder / name).exists():
+        return name
+    return os.path.normpath(folder / name)

@@ -1,0 +1,1 @@
+"""The vocabularies of several models joined: tokens, rows of tables, chat templates."""
