@@ -18,8 +18,8 @@ class GraphIndex:
     ``source[v]`` is the index of the segment that makes value v (-1: an input of the model), ``readers[v]`` the
     indices of those that read it, in order. ``acting`` are the segments whose I and W run: those with a gradient from
     the loss. ``returns_grad`` are the values whose gradient some reader gives and the maker takes. (The runtime decides
-    the same from the graph alone, `mipipe.runtime.engine.compiling.flow`.) ``twins[trace][name]`` is the output or input gradient
-    whose storage a saved tensor of another name shares. ``shares``: see `mipipe.graphs.costs.exchange`.
+    the same from the graph alone, `mipipe.runtime.engine.compiling.flow`.) ``twins[trace][name]`` is the output or
+    input gradient whose storage a saved tensor of another name shares. ``shares``: see `mipipe.graphs.costs.exchange`.
     """
 
     graph: OperatorGraph

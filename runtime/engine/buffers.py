@@ -1,8 +1,8 @@
 """The tensors a rank holds between actions: one frame for each (stage, microbatch) alive, and transfers in flight.
 
-A frame is a list with one slot for each tensor the stage's functions exchange (`mipipe.runtime.engine.compiling.stage` numbers
-them); it starts as a copy of the stage's template, which already holds parameters and constants, and its slots are
-emptied after their last reader. So memory follows the program, not the garbage collector.
+A frame is a list with one slot for each tensor the stage's functions exchange (`mipipe.runtime.engine.compiling.stage`
+numbers them); it starts as a copy of the stage's template, which already holds parameters and constants, and its slots
+are emptied after their last reader. So memory follows the program, not the garbage collector.
 
 Between two actions a rank holds, to the byte, what the plan says is saved and waiting (less where two groups of a stage
 save the same tensor, and without what lies in the batch's own memory). During an action it holds at most what the

@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe, wait
@@ -60,8 +61,13 @@ class ForkedRanks(MergeRanks):
 
 
 def can_fork() -> bool:
-    """Whether this system forks processes safely: Linux does."""
-    return sys.platform == "linux" and hasattr(os, "fork")
+    """Whether this process may be forked: on Linux, and while no other thread holds locks that a fork would keep.
+
+    A thread that draws progress counts as none: its locks are those of its own screen, where forks write nothing.
+    """
+    others = [thread for thread in threading.enumerate()
+              if thread is not threading.current_thread() and not type(thread).__module__.startswith("rich.")]
+    return sys.platform == "linux" and hasattr(os, "fork") and not others
 
 
 def run_forked(work: Callable[[ForkedRanks], object], size: int, advance: Callable[[int], None]) -> None:

@@ -166,8 +166,9 @@ class TrainConfig:
     folder of safetensors files of which each rank reads its own tensors, else the model is initialised at random from
     ``seed``; ``save`` writes such a folder at the end. ``model`` overrides where the graph says it came from. ``dtype``
     is that of master weights, if another than the graph's. ``deterministic``: only kernels that give the same bits in
-    every run (see `mipipe.runtime.train.launching.devices.deterministic`). ``metrics`` (JSONL), ``timeline`` (measured, of the
-    last step) and ``profile`` (Chrome trace of the last step, one per rank) are files; ``tensorboard`` is a folder.
+    every run (see `mipipe.runtime.train.launching.devices.deterministic`). ``metrics`` (JSONL), ``timeline`` (measured,
+    of the last step) and ``profile`` (Chrome trace of the last step, one per rank) are files; ``tensorboard`` is a
+    folder.
 
     ``barrier: none``: no step waits for the last rank's end (what plans made for the period are for). Losses, norms and
     requests to stop are then known a step later, and ``clip`` goes by the norm of the step before (the first step of a

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from mipipe.graphs.merging.method_spec import Scope
 from mipipe.graphs.merging.recipes.recipe import parse_recipe
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify, layer_index
 from mipipe.planner.merging.plan import SHARD_BYTES, plan_recipe
-from mipipe.runtime.merge import launch
+from mipipe.runtime.merge import forked
 from mipipe.runtime.merge.launch import MergeOptions, merge
 from mipipe.runtime.merge.methods.method import fill, merge_tensors
 from mipipe.runtime.merge.methods.registry import BY_METHOD, METHODS
@@ -125,20 +126,44 @@ def test_shards_of_inputs_and_output_do_not_show_in_the_result(root, tmp_path):
         assert (tmp_path / "b" / file).stat().st_size < 3000
 
 
+IN_TWO = """
+import sys
+from pathlib import Path
+from mipipe.runtime.merge import forked, launch
+if sys.argv[3] == "torchrun":
+    launch.can_fork = lambda: False
+assert forked.can_fork()  # a process with one thread
+done = []
+launch.merge(Path(sys.argv[1]), Path(sys.argv[2]), launch.MergeOptions(num_ranks=2, verify=False),
+             lambda *share: done.append(share))
+assert sys.argv[3] == "torchrun" or done[-1][0] == done[-1][1], done
+"""
+"""Two ranks, from a process of its own: that of the tests has threads, and is not forked."""
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("forked", [True, False])
-def test_two_processes_give_the_same_bytes(root, tmp_path, monkeypatch, forked):
-    """Forks of this process, or torchrun's where there are none."""
-    monkeypatch.setattr(launch, "can_fork", lambda: forked)
+@pytest.mark.parametrize("started_by", ["fork", "torchrun"])
+def test_two_processes_give_the_same_bytes(root, tmp_path, started_by):
+    """Forks of the process, or torchrun's where it may not fork."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_for("frank", root)))
     merge(recipe, tmp_path / "one", MergeOptions(verify=False))
-    done = []
-    merge(recipe, tmp_path / "two", MergeOptions(num_ranks=2, verify=False), lambda *share: done.append(share))
+    subprocess.run([sys.executable, "-c", IN_TWO, recipe, tmp_path / "two", started_by], check=True, timeout=120)
     assert ((tmp_path / "one" / "model.safetensors").read_bytes()
             == (tmp_path / "two" / "model.safetensors").read_bytes())
     assert not (tmp_path / "two.partial").exists()
-    assert not forked or done[-1][0] == done[-1][1]
+
+
+def test_a_process_with_threads_is_not_forked():
+    """A fork has the locks of threads that it does not have: whoever waits for one waits for ever."""
+    leave = threading.Event()
+    thread = threading.Thread(target=leave.wait)
+    thread.start()
+    try:
+        assert not forked.can_fork()
+    finally:
+        leave.set()
+        thread.join()
 
 
 def weights_of(folder):

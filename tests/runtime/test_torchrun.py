@@ -390,7 +390,8 @@ def test_kills_at_random_moments(files, round_):
 
     def kill_now_and_then():
         while len(kills) < 3 and not stop.wait(rng.uniform(2, 7)):
-            victims = [pid for pid in workers_of(config) if b"mipipe.runtime.train.launching.agent" not in command_of(pid)]
+            victims = [pid for pid in workers_of(config)
+                       if b"mipipe.runtime.train.launching.agent" not in command_of(pid)]
             if victims:
                 kills.append(rng.choice(victims))
                 os.kill(int(kills[-1]), signal.SIGKILL)

@@ -1,7 +1,8 @@
 """Starting a planned run: torchrun as a child process, watched, ended and explained.
 
-The library form of ``mipipe train``. The child is torchrun's own launcher (`mipipe.runtime.train.launching.agent`), so multi-node
-flags pass through and the same command works by hand. SIGTERM is passed on: the workers finish their step and save.
+The library form of ``mipipe train``. The child is torchrun's own launcher (`mipipe.runtime.train.launching.agent`), so
+multi-node flags pass through and the same command works by hand. SIGTERM is passed on: the workers finish their step
+and save.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def torchrun_command(plan: str | Path, graph: str | Path, config: str | Path, nu
     how long the agent waits for the rendezvous. ``device``: ``cpu`` or ``cuda``; None: what the plan was made for.
     """
     flags = list(torchrun) or ["--standalone"]
-    launcher = ["torch.distributed.run"] if report is None else ["mipipe.runtime.train.launching.agent", report, f"{timeout_s:g}"]
+    agent = ["mipipe.runtime.train.launching.agent", report, f"{timeout_s:g}"]
+    launcher = ["torch.distributed.run"] if report is None else agent
     if report is not None and not any(item.startswith(("--log-dir", "--log_dir")) for item in flags):
         flags += ["--log-dir", f"{report}/logs"]  # else torchrun makes a folder in /tmp, and leaves it
     command = [sys.executable, "-m", *launcher, *flags, "--nproc-per-node", str(num_processes), "--max-restarts",
