@@ -23,6 +23,7 @@ from mipipe.cli import (
     capture,
     check,
     compare,
+    evaluate,
     experts,
     export,
     merge,
@@ -32,11 +33,13 @@ from mipipe.cli import (
     show,
     simulate,
     train,
+    tune,
 )
 from mipipe.graphs.errors import MipipeError, PlanError, shown
 
 VERBS: tuple[ModuleType, ...] = (
-    capture, profile, plan, place, check, simulate, show, compare, export, calibrate, train, merge, experts)
+    capture, profile, plan, place, check, simulate, show, compare, export, calibrate, train, merge, tune,
+    evaluate, experts)
 """Each module has a function of the module's name, and an ``EXAMPLE`` that its ``--help`` ends with."""
 
 LINE = 1000

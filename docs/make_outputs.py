@@ -55,7 +55,7 @@ class Output:
 
 
 VERBS = ("capture", "profile", "plan", "compare", "check", "simulate", "show", "export", "train", "calibrate",
-         "experts", "place", "merge")
+         "experts", "place", "merge", "tune", "evaluate")
 
 OUTPUTS: dict[str, Output] = {
     "help": Output(("mipipe --help",)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Collection
@@ -15,6 +16,7 @@ from mipipe.graphs.merging.checkpoints.files import DTYPE_BITS
 from mipipe.graphs.merging.graph import Input, MergeGraph, MergeUnit
 from mipipe.graphs.merging.participants import TOKEN_TABLES
 from mipipe.graphs.merging.tensor_classes import Piece
+from mipipe.graphs.serialize import digest
 from mipipe.planner.merging.plan import MergePlan
 from mipipe.runtime.calibration.calibrator import FOLDER, Calibrator, samples_file
 from mipipe.runtime.calibration.decoder import Decoder
@@ -46,12 +48,23 @@ def with_samples(plan: MergePlan, loaders: Collection[str], where: str,
     return dataclasses.replace(plan, graph=dataclasses.replace(plan.graph, calibration=calibration)), found
 
 
-def write_samples(plan: MergePlan, samples: dict[str, Samples], folder: Path) -> None:
-    """Put the samples where the ranks read them."""
+def write_samples(plan: MergePlan, samples: dict[str, Samples], folder: Path, cache: str | None = None) -> None:
+    """Put the samples where the ranks read them.
+
+    Args:
+        cache: a folder that keeps what is found, for merges of the same models on the same samples.
+    """
     calibration = plan.graph.calibration
     if calibration is None:
         return
-    (folder / FOLDER).mkdir(exist_ok=True)
+    if cache is None:
+        (folder / FOLDER).mkdir(exist_ok=True)
+    elif not (folder / FOLDER).exists():
+        prints = [model.fingerprint for model in plan.graph.models]
+        text = "/".join((digest(calibration), *prints, plan.graph.compute_dtype))
+        kept = Path(cache).absolute() / hashlib.sha256(text.encode()).hexdigest()[:16]
+        kept.mkdir(parents=True, exist_ok=True)
+        (folder / FOLDER).symlink_to(kept)
     for source, found in samples.items():
         target = samples_file(folder, calibration, source)
         found.save(target.with_suffix(".partial"))
@@ -60,6 +73,8 @@ def write_samples(plan: MergePlan, samples: dict[str, Samples], folder: Path) ->
 
 def forget_calibration(folder: Path) -> None:
     """Remove what calibration left, before the result is published."""
+    if (folder / FOLDER).is_symlink():
+        (folder / FOLDER).unlink()
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -52,6 +53,8 @@ class MergeOptions:
     ``dtype`` replaces the recipe's out_dtype. ``timeline``: a file for the measured timeline (of the last recipe).
     ``verify``: open every result as transformers would before it is called done (`mipipe.runtime.merge.output.verify`).
     ``loaders``: the functions (``package.module:loader``) that a recipe's calibration may call for samples.
+    ``calibration_cache``: a folder in which statistics of running the models are kept for later merges of the same
+    models.
     """
 
     num_ranks: int = 1
@@ -62,12 +65,21 @@ class MergeOptions:
     timeline: str | None = None
     verify: bool = True
     loaders: tuple[str, ...] = ()
+    calibration_cache: str | None = None
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1:
             raise InputError(f"--ranks {self.num_ranks}: expected at least 1")
         if self.shard_bytes < 1:
             raise InputError(f"--shard-size {self.shard_bytes}: expected at least one byte")
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """A finished merge of the same layout, used up for the next: its tensors of these names are the next one's too."""
+
+    folder: Path
+    names: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,11 +225,13 @@ def made_by(folder: Path, plan: MergePlan) -> bool:
 
 
 def run_plan(plan: MergePlan, out: Path, options: MergeOptions,
-             progress: Callable[[int, int], None] | None = None, samples: Mapping[str, Samples] | None = None) -> None:
+             progress: Callable[[int, int], None] | None = None, samples: Mapping[str, Samples] | None = None,
+             reuse: Reuse | None = None) -> None:
     """Run a plan: in this process for one rank, in forks of it for several; under torchrun on CUDA devices.
 
     Args:
         samples: by data source, where the plan runs models.
+        reuse: an earlier result that is changed into this one.
 
     Raises:
         MipipeError: as the failing rank raised it.
@@ -226,7 +240,11 @@ def run_plan(plan: MergePlan, out: Path, options: MergeOptions,
     if options.timeline is not None and not Path(options.timeline).absolute().parent.is_dir():
         raise InputError(f"--timeline {options.timeline}: its folder does not exist; make it first")
     folder = worker.begin(plan, out)
-    write_samples(plan, dict(samples or {}), folder)
+    write_samples(plan, dict(samples or {}), folder, options.calibration_cache)
+    if reuse is not None:
+        for shard in plan.shards:
+            os.replace(reuse.folder / shard.file, folder / shard.file)
+        (folder / "done-reused.txt").write_text("".join(f"{name}\n" for name in sorted(reuse.names)))
     if options.verify:
         (folder / MARK).touch()
     else:

@@ -1,0 +1,139 @@
+"""Ways to search: a grid, CMA-ES, and quadratic surrogates. Each asks for points in rounds and is told their scores.
+
+All are the same on every run with the same seed and scores, so a search that was interrupted repeats its questions and
+finds their answers in the journal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from mipipe.graphs.errors import InputError
+from mipipe.graphs.tuning.space import Space
+from mipipe.runtime.tuning.surrogate import fit, left_out, num_coefficients, propose, start_points
+
+Values = tuple[Any, ...]
+Scores = Mapping[str, float]
+KINDS = ("grid", "cma", "map")
+ROUND = 4
+"""Points that a surrogate proposes before it is fitted anew."""
+
+
+class Search(Protocol):
+    """A way to search."""
+
+    def ask(self) -> list[Values]:
+        """The points to be measured next; none at the end."""
+
+    def tell(self, found: Sequence[tuple[Values, Scores]]) -> None:
+        """The scores of the points asked for, in their order; higher is better."""
+
+    def facts(self) -> dict[str, Any]:
+        """What the search knows at its end, for its report."""
+
+
+def make_search(kind: str, space: Space, budget: int, points: int, seed: int, weights: Mapping[str, float]) -> Search:
+    """The search of a name.
+
+    Raises:
+        InputError: CMA-ES over choices, or without its library.
+    """
+    if kind == "grid":
+        return Grid(space, points)
+    if any(item.choices for item in space.free):
+        name = next(item.name for item in space.free if item.choices)
+        raise InputError(f"--search {kind}: {name} is one of a few values, which only --search grid takes; give it a"
+                         " range")
+    return Evolution(space, budget, seed, weights) if kind == "cma" else Surrogates(space, budget, seed, weights)
+
+
+def total(scores: Scores, weights: Mapping[str, float]) -> float:
+    """The weighted sum of scores; equal weights where none are given."""
+    return sum(weights.get(name, 0.0 if weights else 1.0) * value for name, value in scores.items())
+
+
+class Grid:
+    """Every combination, once."""
+
+    def __init__(self, space: Space, points: int) -> None:
+        self._left = space.grid(points)
+
+    def ask(self) -> list[Values]:
+        found, self._left = self._left[:1], self._left[1:]
+        return found
+
+    def tell(self, found: Sequence[tuple[Values, Scores]]) -> None:
+        """A grid learns nothing."""
+
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+
+class Evolution:
+    """CMA-ES (Hansen and Ostermeier 2001) on the weighted sum of scores, by the library ``cmaes``."""
+
+    def __init__(self, space: Space, budget: int, seed: int, weights: Mapping[str, float]) -> None:
+        try:
+            from cmaes import CMA
+        except ImportError:
+            raise InputError("--search cma needs the library cmaes: pip install 'mipipe[tune]'") from None
+        size = len(space.free)
+        if size < 2:
+            raise InputError("--search cma: found one free value, expected two or more; use --search grid or map")
+        self._space, self._left, self._weights = space, budget, dict(weights)
+        self._optimiser = CMA(mean=np.full(size, 0.5), sigma=0.25, seed=seed,
+                              bounds=np.tile([0.0, 1.0], (size, 1)))
+        self._asked: list[Any] = []
+
+    def ask(self) -> list[Values]:
+        if self._left < self._optimiser.population_size or self._optimiser.should_stop():
+            return []
+        self._asked = [self._optimiser.ask() for _ in range(self._optimiser.population_size)]
+        self._left -= len(self._asked)
+        return [self._space.point(units.tolist()) for units in self._asked]
+
+    def tell(self, found: Sequence[tuple[Values, Scores]]) -> None:
+        self._optimiser.tell([(units, -total(scores, self._weights))
+                              for units, (_, scores) in zip(self._asked, found, strict=True)])
+
+    def facts(self) -> dict[str, Any]:
+        return {"generations": self._optimiser.generation, "population": self._optimiser.population_size}
+
+
+class Surrogates:
+    """MAP: a quadratic for each score, fitted to a first set of points and then to what its front proposes."""
+
+    def __init__(self, space: Space, budget: int, seed: int, weights: Mapping[str, float]) -> None:
+        self._space, self._budget, self._weights = space, budget, dict(weights)
+        self._generator = np.random.Generator(np.random.PCG64(seed))
+        self._points: list[list[float]] = []
+        self._scores: list[Scores] = []
+        self._asked: list[list[float]] = []
+
+    def ask(self) -> list[Values]:
+        size, left = len(self._space.free), self._budget - len(self._points)
+        if left <= 0:
+            return []
+        if not self._points:
+            units = start_points(size, min(left, 2 * num_coefficients(size)), self._generator)
+        else:
+            points, names = np.array(self._points), list(self._scores[0])
+            fitted = [fit(points, np.array([scores[name] for scores in self._scores])) for name in names]
+            weights = [self._weights.get(name, 0.0) for name in names] if self._weights else None
+            units = propose(fitted, [1.0] * len(names), points, size, min(left, ROUND), self._generator, weights)
+        self._asked = units.tolist()
+        return [self._space.point(row) for row in self._asked]
+
+    def tell(self, found: Sequence[tuple[Values, Scores]]) -> None:
+        self._points += self._asked
+        self._scores += [scores for _, scores in found]
+
+    def facts(self) -> dict[str, Any]:
+        if len(self._points) < 5:
+            return {}
+        points = np.array(self._points)
+        return {"r_squared": {name: round(left_out(points, np.array([scores[name] for scores in self._scores])), 4)
+                              for name in self._scores[0]}}

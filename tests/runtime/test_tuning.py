@@ -1,0 +1,277 @@
+"""Searching free values and measuring models: spaces, surrogates, searches, journals, MergeBench's figures."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from calibration_fixtures import family, write_samples
+
+from mipipe.graphs.errors import InputError, RunError
+from mipipe.graphs.tuning.space import space_of
+from mipipe.runtime.merge.launch import MergeOptions
+from mipipe.runtime.tuning import tune as tuning
+from mipipe.runtime.tuning.objectives import Measure, Objectives
+from mipipe.runtime.tuning.protocol import evaluate_models, normalised_performance, read_models
+from mipipe.runtime.tuning.search import Evolution, Surrogates, make_search
+from mipipe.runtime.tuning.surrogate import fit, left_out, not_dominated, num_coefficients
+from mipipe.runtime.tuning.tune import TuneOptions, tune
+
+
+def space(size=2, low=0.0, high=1.0):
+    return space_of([{"parameters": {f"w{number}": {"search": [low, high]} for number in range(size)}}], "recipe")
+
+
+# Spaces ---------------------------------------------------------------------------------------------------------------
+
+
+def test_free_values_stand_anywhere():
+    data = {"models": [{"model": "a", "parameters": {"weight": [{"search": [0, 2]}, 0.5]}}],
+            "parameters": {"density": [{"filter": "mlp", "value": {"choose": [0.2, 0.4]}}],
+                           "steps": {"search": [1, 9], "integer": True}}}
+    found = space_of([data], "recipe")
+    assert [item.name for item in found.free] == ["models.0.weight.0", "density.0", "steps"]
+    assert found.point([0.5, 0.99, 0.5]) == (1.0, 0.4, 5)
+    made = found.documents_at((1.5, 0.2, 3))[0]
+    assert made["models"][0]["parameters"]["weight"] == [1.5, 0.5]
+    assert made["parameters"] == {"density": [{"filter": "mlp", "value": 0.2}], "steps": 3}
+    assert data["parameters"]["steps"] == {"search": [1, 9], "integer": True}
+    assert len(found.grid(3)) == 3 * 2 * 3 and found.grid(3)[0] == (0.0, 0.2, 1)
+
+
+@pytest.mark.parametrize(("data", "message"), [
+    ({"a": 1}, "leaves no value open"),
+    ({"a": {"search": [1, 0]}}, "expected \\[low, high\\] with low below high"),
+    ({"a": {"search": 3}}, "expected \\[low, high\\]"),
+    ({"a": {"choose": []}}, "expected a list of values"),
+    ({"a": {"search": [0, 1], "choose": [1]}}, "expected search .* or choose"),
+])
+def test_wrong_spaces_are_refused(data, message):
+    with pytest.raises(InputError, match=message):
+        space_of([{"parameters": data}], "recipe")
+
+
+def test_a_grid_too_large_is_refused():
+    with pytest.raises(InputError, match=r"are 100000000 merges; give fewer points"):
+        space(8).grid(10)
+
+
+# Surrogates -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_quadratic_is_found_again_from_twelve_points():
+    """M_1 = 1 - (c_1 - 1)^2 - 0.5 c_2^2, coefficients [c1^2, c2^2, c1 c2, c1, c2, 1]."""
+    points = np.random.default_rng(0).random((12, 2))
+    scores = 1 - (points[:, 0] - 1) ** 2 - 0.5 * points[:, 1] ** 2
+    assert np.allclose(fit(points, scores).coefficients, [-1, -.5, 0, 2, 0, 0])
+    assert left_out(points, scores) == pytest.approx(1.0)
+    assert num_coefficients(2) == 6 and num_coefficients(3) == 10 and num_coefficients(8) == 45
+
+
+def test_losses_stay_above_zero():
+    points = np.random.default_rng(0).random((30, 1))
+    scores = np.logaddexp(0, 3 * points[:, 0] - 2)
+    assert np.allclose(fit(points, scores, "softplus")(points), scores)
+
+
+def test_the_preferred_point_of_two_quadratics():
+    """The published optimum c = (2/3, 2/3) of equal preferences, and c_1 = w / (w + .5 (1 - w)) of others."""
+    for weight in (0.5, 0.8):
+        search = Surrogates(space(), 60, 0, {"one": weight, "two": 1 - weight})
+        best, value = None, -math.inf
+        while asked := search.ask():
+            found = [((a, b), {"one": 1 - (a - 1) ** 2 - 0.5 * b ** 2, "two": 1 - (b - 1) ** 2 - 0.5 * a ** 2})
+                     for a, b in asked]
+            search.tell(found)
+            for point, scores in found:
+                mixed = weight * scores["one"] + (1 - weight) * scores["two"]
+                best, value = (point, mixed) if mixed > value else (best, value)
+        wanted = (weight / (weight + .5 * (1 - weight)), (1 - weight) / ((1 - weight) + .5 * weight))
+        assert best == pytest.approx(wanted, abs=0.03)
+        assert search.facts()["r_squared"] == {"one": 1.0, "two": 1.0}
+
+
+def test_cma_reaches_the_optimum_of_a_quadratic():
+    search = Evolution(space(4, -1.5, 1.5), 800, 42, {})
+    target, best = np.array([0.9, -0.4, 0.2, 1.2]), -math.inf
+    history = []
+    while asked := search.ask():
+        found = [(point, {"score": -float(((np.array(point) - target) ** 2).sum())}) for point in asked]
+        search.tell(found)
+        best = max([best, *(scores["score"] for _, scores in found)])
+        history.append(best)
+    assert best > -1e-4 and history == sorted(history)
+
+
+@pytest.mark.parametrize(("kind", "data", "message"), [
+    ("cma", {"a": {"choose": [1, 2]}, "b": {"search": [0, 1]}}, "only --search grid takes"),
+    ("cma", {"b": {"search": [0, 1]}}, "found one free value, expected two or more"),
+])
+def test_searches_that_do_not_fit_are_refused(kind, data, message):
+    with pytest.raises(InputError, match=message):
+        make_search(kind, space_of([data], "recipe"), 10, 5, 0, {})
+
+
+def test_not_dominated():
+    assert not_dominated(np.array([[1, 0], [0, 1], [0.4, 0.4], [0.5, 0.6], [0.5, 0.6]])) == [0, 1, 3, 4]
+
+
+# Whole searches -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tuned")
+    family(root, "llama")
+    for number, name in enumerate("ab", 1):
+        write_samples(root / f"{name}.jsonl", number)
+    return root
+
+
+RECIPE = """merge_method: {method}
+base_model: base
+models:
+  - {{model: expert1, parameters: {{weight: {{search: [0.0, 1.0]}}}}}}
+  - {{model: expert2, parameters: {{weight: 0.5}}}}
+{more}"""
+
+
+def write_recipe(place, name="recipe.yaml", method="task_arithmetic", more=""):
+    (place / name).write_text(RECIPE.format(method=method, more=more))
+    return place / name
+
+
+OBJECTIVES = Objectives(texts=("a", "b"), samples=4, length=12)
+
+
+def objectives(place):
+    return Objectives((str(place / "a.jsonl"), str(place / "b.jsonl")), samples=4, length=12)
+
+
+def test_a_grid_is_measured_and_resumed(place, tmp_path, monkeypatch):
+    recipe, work = write_recipe(place), tmp_path / "work"
+    found = tune(recipe, work, objectives(place), TuneOptions(points=3))
+    assert [trial.values for trial in found.trials] == [(0.0,), (0.5,), (1.0,)]
+    assert set(found.trials[0].scores) == {"a", "b"} and found.best in found.front
+    model = transformers.AutoModelForCausalLM.from_pretrained(work / "best")
+    losses = []
+    for row in map(json.loads, (place / "a.jsonl").read_text().splitlines()):
+        ids = torch.tensor([row["tokens"]])
+        losses.append(float(model(input_ids=ids, labels=ids).loss.detach()))
+    every = Objectives((str(place / "a.jsonl"),), samples=6, length=12)
+    assert Measure(every).scores(work / "best")["a"] == pytest.approx(np.mean(losses), rel=1e-5)
+    lines = (work / "journal.jsonl").read_text().splitlines(keepends=True)
+    (work / "journal.jsonl").write_text("".join(lines[:3]) + lines[3][:9])  # cut off while it was written
+    ran = []
+    original = tuning._Runner.run
+    monkeypatch.setattr(tuning._Runner, "run", lambda self, values: (ran.append(values), original(self, values))[1])
+    again = tune(recipe, work, objectives(place), TuneOptions(points=3))
+    assert ran == [(1.0,)]
+    assert [trial.scores for trial in again.trials] == [trial.scores for trial in found.trials]
+    with pytest.raises(InputError, match="is of another search"):
+        tune(recipe, work, Objectives((str(place / "a.jsonl"),)), TuneOptions(points=3))
+
+
+def test_only_what_changes_is_merged_and_models_run_once(place, tmp_path):
+    """A free value for one part of the model: tensors of the other stay, and statistics are taken once."""
+    recipe = write_recipe(place, "part.yaml", "aim", "parameters:\n  lambda:\n    - {filter: mlp, value: {search:"
+                                                     " [0.1, 1.0]}}"
+                          "\n    - {value: 0.3}\ncalibration: {data: a.jsonl, samples: 4, length: 12}\n")
+    text = recipe.read_text().replace("{search: [0.0, 1.0]}", "0.5", 1)
+    recipe.write_text(text)
+    found = tune(recipe, tmp_path / "work", objectives(place), TuneOptions(points=3))
+    assert [trial.merged for trial in found.trials] == [21, 6, 6]
+    (caches,) = (tmp_path / "work" / "calibration").iterdir()
+    assert len(list(caches.glob("stream-*"))) == 1
+    import yaml
+
+    import mipipe
+    alone = yaml.safe_load(text)
+    for item in [alone, *alone["models"]]:
+        for key in ("base_model", "model"):
+            if key in item:
+                item[key] = str(place / item[key])
+    alone["calibration"]["data"] = str(place / "a.jsonl")
+    alone["parameters"]["lambda"][0]["value"] = found.trials[found.best].values[0]
+    mipipe.merge(alone, tmp_path / "alone")
+    assert (tmp_path / "alone/model.safetensors").read_bytes() == (
+        tmp_path / "work/best/model.safetensors").read_bytes()
+    assert Measure(objectives(place)).scores(tmp_path / "alone") == found.trials[found.best].scores
+
+
+def test_a_users_function_decides(place, tmp_path, monkeypatch):
+    (tmp_path / "my_score.py").write_text(
+        "from safetensors.torch import load_file\n"
+        "def norm(folder):\n    return {'size': -float(load_file(folder +"
+        " '/model.safetensors')['lm_head.weight'].norm())}\n"
+        "def broken(folder):\n    raise ValueError('no such thing')\n"
+        "def odd(folder):\n    return float('nan')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    recipe = write_recipe(place)
+    found = tune(recipe, tmp_path / "work", Objectives(functions=("my_score:norm",)), TuneOptions(points=2),
+                 MergeOptions(num_ranks=2))
+    assert found.trials[found.best].scores["size"] == max(trial.scores["size"] for trial in found.trials)
+    for name, message in (("broken", "ValueError: no such thing"), ("odd", "expected a finite number")):
+        with pytest.raises(RunError, match=message):
+            tune(recipe, tmp_path / name, Objectives(functions=(f"my_score:{name}",)), TuneOptions(points=2))
+    sys.modules.pop("my_score", None)
+
+
+def test_measures_that_are_none_are_refused(place, tmp_path):
+    with pytest.raises(InputError, match="nothing to measure"):
+        Objectives()
+    with pytest.raises(InputError, match=r"--perplexity .*lost.txt: no such file"):
+        Measure(Objectives((str(tmp_path / "lost.txt"),)))
+    with pytest.raises(InputError, match="--weight c: is no score; expected a, b"):
+        tune(write_recipe(place), tmp_path / "work", objectives(place), TuneOptions(points=1, weights=(("c", 1.0),)))
+    with pytest.raises(InputError, match="--search random: expected one of grid, cma, map"):
+        TuneOptions("random")
+
+
+# MergeBench -----------------------------------------------------------------------------------------------------------
+
+
+def test_normalised_performance():
+    assert normalised_performance({"a": .5, "b": .4}, {"a": .6, "b": .5}, ()) == pytest.approx(0.816667, abs=1e-6)
+    assert normalised_performance({"a": 1.0}, {"a": 1.0}, ("a",)) == 1.0
+    assert normalised_performance({"a": math.log(20)}, {"a": math.log(10)}, ("a",)) == pytest.approx(0.5)
+
+
+MODELS = """base: base
+experts: {a: expert1, b: expert2}
+merged: {copy: expert1}
+domains: {a: {perplexity: a.jsonl}, b: {perplexity: b.jsonl}}
+general: {c: {perplexity: a.jsonl}}
+samples: 4
+length: 12
+"""
+
+
+def test_models_are_judged_against_experts_and_base(place):
+    (place / "models.yaml").write_text(MODELS)
+    rows = evaluate_models(read_models(place / "models.yaml"), (), "models.yaml")
+    by_name = {(row.kind, row.name): row for row in rows}
+    copy, expert, base = (by_name[key] for key in (("merged", "copy"), ("expert", "a"), ("base", "base")))
+    assert copy.scores == expert.scores and base.forgetting == 0.0
+    assert copy.normalised == pytest.approx((1 + math.exp(by_name["expert", "b"].scores["b"] - copy.scores["b"])) / 2)
+    assert copy.forgetting == pytest.approx(copy.scores["general c"] - base.scores["general c"])
+
+
+@pytest.mark.parametrize(("old", "new", "message"), [
+    ("a: {perplexity: a.jsonl},", "a: {},", "expected perplexity: FILE or evaluate"),
+    ("experts: {a: expert1, b: expert2}", "experts: {a: expert1}", "none for the domain b"),
+    ("base: base\n", "", "give base"),
+    ("merged: {copy: expert1}", "merged: {}", "has no merged models"),
+    ("samples: 4", "sample: 4", "sample"),
+    ("a: {perplexity: a.jsonl},", "a: {evaluate: 'my:score'},", "a file calls no code; name the function"),
+])
+def test_wrong_files_of_models_are_refused(place, tmp_path, old, new, message):
+    assert old in MODELS
+    (place / "wrong.yaml").write_text(MODELS.replace(old, new))
+    with pytest.raises(InputError, match=message):
+        evaluate_models(read_models(place / "wrong.yaml"), (), "wrong.yaml")
