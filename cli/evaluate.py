@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from mipipe.cli.output import Json, emit, progress, stdout
+from mipipe.cli.printing.output import Json, emit, progress, stdout
 
 EXAMPLE = "mipipe evaluate models.yaml"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from mipipe.cli.output import Json, check_files, emit, log, progress, stdout
+from mipipe.cli.printing.output import Json, check_files, emit, log, progress, stdout
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.units import parse_bytes
 
@@ -69,7 +69,7 @@ def tune(
         result = run(recipe, output, objectives, options, merging, lambda line: log(f"mipipe: {line}"),
                      lambda count, trial: update(f"{count} points, last {_short(trial.scores)}"))
     if html is not None:
-        from mipipe.cli.front import write_front
+        from mipipe.cli.printing.front import write_front
         write_front(html, str(recipe), result)
     if json_output:
         emit(facts(result))

@@ -17,7 +17,7 @@ import torch
 from mipipe.graphs.errors import InputError, RunError, shown
 from mipipe.graphs.named_code import import_named
 from mipipe.runtime.calibration.tokens import Samples, draw_samples
-from mipipe.runtime.merge.router import quiet_transformers
+from mipipe.runtime.merge.programs.router import quiet_transformers
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.serialize import STRICT, from_data, yaml_documents
-from mipipe.runtime.merge.card import RECORD
+from mipipe.runtime.merge.output.card import RECORD
 from mipipe.runtime.tuning.objectives import Measure, Objectives
 
 

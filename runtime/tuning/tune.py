@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merging.recipe import MergeRecipe, parse_recipe
-from mipipe.graphs.merging.recipe_paths import beside_recipe
+from mipipe.graphs.merging.recipes.paths import beside_recipe
+from mipipe.graphs.merging.recipes.recipe import MergeRecipe, parse_recipe
 from mipipe.graphs.serialize import yaml_documents
 from mipipe.graphs.tuning.space import Space, space_of
 from mipipe.planner.merging.plan import MergePlan, plan_recipe
