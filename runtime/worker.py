@@ -34,13 +34,14 @@ from mipipe.planner.execution.simulate import simulate
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.experts.run import read_maps
-from mipipe.runtime.train.data import make_batches
+from mipipe.runtime.train.data import Batches, make_batches
 from mipipe.runtime.train.launching import devices, stopping
 from mipipe.runtime.train.launching.failures import DONE, SAID, STARTED, signals_of
 from mipipe.runtime.train.launching.prepare import PreparedRun, check_outputs, check_saving, check_world, read_job
 from mipipe.runtime.train.launching.processes import rank
 from mipipe.runtime.train.launching.rendezvous import start_processes
 from mipipe.runtime.train.models import initial_weights
+from mipipe.runtime.train.prefetch import Prefetched
 from mipipe.runtime.train.training import Trainer
 from mipipe.runtime.weights.checkpoint_run import Start
 from mipipe.runtime.weights.stored_weights import StoredWeights
@@ -112,7 +113,10 @@ def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
         from mipipe.runtime.weights.save_check import check_save
         check_save(engine, config, stored)
     rows = microbatch_rows(graph) * plan.problem.num_microbatches
-    batches = make_batches(config.data, graph, rows, config.seed, engine.mesh.copy, engine.mesh.num_copies)
+    loaded = make_batches(config.data, graph, rows, config.seed, engine.mesh.copy, engine.mesh.num_copies)
+    batches: Batches | Prefetched = loaded
+    if config.data.prefetch:
+        batches = Prefetched(loaded, engine.mesh.device.type == "cuda", config.timeout_s)
     show = ProgressBar(config.steps, options.progress) if options.progress != "none" else None
     say = functools.partial(tell, options.report)
     trainer = Trainer(engine, config, batches, show, simulate(plan, program), maps, say, stopping.asked)

@@ -71,13 +71,15 @@ class DataConfig:
     ``package.module:callable`` that gets (graph, rows, seed, **options) and returns an iterable of batches. With
     several copies of the plan it needs a parameter ``copy`` too, the number of the copy that it loads for; with
     ``copies`` as well, the copies take the batches of one sequence in turn. ``skip_invalid``: pass over batches that
-    are short or have no labels, with a warning."""
+    are short or have no labels, with a warning. ``prefetch``: load the next batch in a thread while a step runs; not
+    for loaders that draw from the process's global random state, which steps draw from too."""
 
     __pydantic_config__: ClassVar = STRICT
     source: str = "stdlib"
     suffix: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     skip_invalid: bool = False
+    prefetch: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any], shard:
     if shard and engine.compiled.banks:
         raise InputError("optimizer.shard divides every parameter among the copies of the plan, but experts live on"
                          " some of them; leave it out with expert parallelism")
+    options = with_fused(kind, options, engine.mesh.device)
     try:
         if shard and engine.mesh.copy_group is not None:
             from torch.distributed.optim import ZeroRedundancyOptimizer  # takes more than a second to import
@@ -46,6 +47,13 @@ def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any], shard:
         return kind(parameters, **options)
     except (TypeError, ValueError) as error:
         raise InputError(f"optimizer {name}: {error}") from None
+
+
+def with_fused(kind: Any, options: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The options, with torch's fused kernels on CUDA where the optimizer has them and no other way is asked for."""
+    asked = {"fused", "foreach", "capturable", "differentiable"} & set(options)
+    fused = kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD) and device.type == "cuda" and not asked
+    return {**options, **({"fused": True} if fused else {})}
 
 
 def parameter_groups(named: Sequence[tuple[str, torch.nn.Parameter]],

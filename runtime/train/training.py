@@ -23,6 +23,7 @@ from mipipe.runtime.train.data import Batches
 from mipipe.runtime.train.launching.processes import gather
 from mipipe.runtime.train.metrics import Metrics, Record, memory_record, open_metrics
 from mipipe.runtime.train.optim import LateClip, clip_gradients, learning_rate_factor, make_optimizer
+from mipipe.runtime.train.prefetch import Prefetched
 from mipipe.runtime.train.trace import measured_timeline
 from mipipe.runtime.weights.checkpoint import Checkpoints
 from mipipe.runtime.weights.checkpoint_run import Start, changes, run_of
@@ -48,7 +49,7 @@ class Trainer:
     """One rank's training run: `begin`, then `run`. ``progress`` is called with (step, loss) after every step, ``say``
     (on the first rank) with lines for people; ``stop`` is asked after every step whether this process is to end."""
 
-    def __init__(self, engine: Engine, config: TrainConfig, batches: Batches,
+    def __init__(self, engine: Engine, config: TrainConfig, batches: Batches | Prefetched,
                  progress: Callable[[int, float], None] | None = None, predicted: Timeline | None = None,
                  maps: Mapping[int, ExpertMap] | None = None, say: Callable[[str], None] = lambda text: None,
                  stop: Callable[[], bool] = lambda: False) -> None:

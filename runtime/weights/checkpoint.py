@@ -13,7 +13,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from mipipe.runtime.train.launching.processes import failure_of, first_of, gathe
 from mipipe.runtime.weights import checkpoint_folder as folders
 from mipipe.runtime.weights.checkpoint_files import PREFIX, SUFFIX, check_dtypes, share_out, write_tensors
 from mipipe.runtime.weights.checkpoint_run import Run, Start, check_same, named, new_id
-from mipipe.runtime.weights.checkpoint_tensors import load_tensors, model_tensors, optimizer_tensors
+from mipipe.runtime.weights.checkpoint_tensors import host_copies, load_tensors, model_tensors, optimizer_tensors
 from mipipe.runtime.weights.folder_lock import LAST_BREATH_S, FolderLock
 
 
@@ -126,10 +126,11 @@ class Checkpoints:
         made = folders.State(step, engine.mesh.num_copies, engine.compiled.program.plan_digest, self.run, {})
         self._together(lambda: folder.mkdir(parents=True, exist_ok=True), RunError)
         if self._thread is None:
-            self._write(folder, made, {name: item.cpu() for name, item in tensors.items()}, values, loader)
+            self._write(folder, made, {name: item.cpu() for name, item in tensors.items()}, lambda: None, values,
+                        loader)
         else:
-            copied = {name: item.to("cpu", copy=True) for name, item in tensors.items()}
-            self._pending = folder, self._thread.submit(self._write, folder, made, copied, values, loader)
+            copies, copied = host_copies(tensors)
+            self._pending = folder, self._thread.submit(self._write, folder, made, copies, copied, values, loader)
 
     def finish(self, timeout_s: float | None = None) -> None:
         """Wait for the checkpoint being written.
@@ -171,12 +172,13 @@ class Checkpoints:
             self._shares = seals, share_out(gather(dict(held), self._group))[rank()]
         return self._shares[1]
 
-    def _write(self, folder: Path, state: folders.State, tensors: dict[str, torch.Tensor], values: dict[str, Any],
-               loader: bytes) -> None:
-        """Write this rank's part, and make the checkpoint visible when all parts are on disk."""
+    def _write(self, folder: Path, state: folders.State, tensors: dict[str, torch.Tensor], copied: Callable[[], None],
+               values: dict[str, Any], loader: bytes) -> None:
+        """Write this rank's part once it is ``copied``, and make the checkpoint visible when all are on disk."""
         failure, files = None, {}
         try:
             json.dumps(values)
+            copied()
             mine = [folder / f"{PREFIX}{rank()}{SUFFIX}"]
             write_tensors(mine[0], tensors)
             if self._engine.mesh.rank == 0:

@@ -52,6 +52,22 @@ def optimizer_tensors(engine: Engine, optimizer: torch.optim.Optimizer | None) -
     return found
 
 
+def host_copies(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[], None]]:
+    """Copies in host memory, and what to call before they are read.
+
+    Those of a CUDA device go to page-locked memory in the order of the device's work: the host does not wait for them,
+    and what the device computes later does not show in them.
+    """
+    device = next((item.device for item in tensors.values() if item.is_cuda), None)
+    if device is None:
+        return {name: item.to("cpu", copy=True) for name, item in tensors.items()}, lambda: None
+    copies = {name: torch.empty_like(item, device="cpu", pin_memory=item.is_cuda).copy_(item, non_blocking=True)
+              for name, item in tensors.items()}
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(device))
+    return copies, done.synchronize
+
+
 KeyOf = Callable[[int | None], str]
 """Row -> name in the checkpoint; None: of the whole tensor."""
 

@@ -27,7 +27,7 @@ from mipipe.runtime.train.config import (
     TrainConfig,
 )
 from mipipe.runtime.train.data import Batches
-from mipipe.runtime.train.optim import learning_rate_factor, parameter_groups
+from mipipe.runtime.train.optim import learning_rate_factor, parameter_groups, with_fused
 from mipipe.runtime.train.trace import measured_timeline
 from mipipe.runtime.train.training import Trainer
 
@@ -193,6 +193,13 @@ def test_a_training_loop_of_ones_own(pool):
     code = EXAMPLE.read_text()
     assert code[code.index("def train("):code.index("def main(")].strip() in \
         (EXAMPLE.parent.parent / "docs" / "training.md").read_text()
+
+
+def test_optimizers_are_fused_on_cuda_unless_another_way_is_asked_for():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert with_fused(torch.optim.AdamW, {"lr": 1.0}, cuda) == {"lr": 1.0, "fused": True}
+    assert with_fused(torch.optim.AdamW, {"foreach": True}, cuda) == {"foreach": True}
+    assert with_fused(torch.optim.AdamW, {}, cpu) == with_fused(torch.optim.Adagrad, {}, cuda) == {}
 
 
 def test_optimizer_groups_and_schedules():
