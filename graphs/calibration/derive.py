@@ -25,7 +25,7 @@ def calibration_of(units: Sequence[MergeUnit], rule: CalibrationRule | None, own
     for unit in units:
         spec = BY_NAME.get(unit.method)
         needs = spec.needs(unit.parameters) if spec is not None else ()
-        if needs and rule is None:
+        if rule is None and (needs or (spec is not None and spec.learned)):
             raise InputError(f"{where}: {unit.method} runs the models on samples of text; give the recipe a calibration"
                              " (calibration: {data: FILE, samples: 100})")
         for need in needs:

@@ -78,7 +78,8 @@ class MethodSpec:
     ``whole``: works on whole matrices (singular values), not tile by tile. ``classes``: the tensor classes it defines.
     ``oriented``: rows and columns play different roles, so matrices stored transposed are turned first. ``base_first``:
     a base listed among the models is the first of them; ``base_last``: a base not listed is merged as a further model.
-    ``needs``: statistics that running the models finds out, before anything is merged. ``check``: what is wrong with
+    ``needs``: statistics that running the models finds out, before anything is merged; ``learned``: its coefficients
+    are trained before. ``check``: what is wrong with
     values that are each in their range, or an empty text. ``decompositions``: singular value decompositions per model
     and matrix.
     """
@@ -103,11 +104,12 @@ class MethodSpec:
     check: Callable[[Params], str] = _fine
     decompositions: int = 0
     needs: Callable[[Params], tuple[Need, ...]] = _nothing
+    learned: bool = False
 
     @property
     def runs_models(self) -> bool:
         """Whether the method needs a calibration."""
-        return self.needs is not _nothing
+        return self.learned or self.needs is not _nothing
 
     def parameter(self, name: str) -> Parameter | None:
         return next((parameter for parameter in self.parameters if parameter.name == name), None)

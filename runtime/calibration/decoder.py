@@ -111,6 +111,18 @@ class Decoder:
         self._load(names, train)
         return names
 
+    def load_all(self) -> None:
+        """The whole model."""
+        for layer in range(self.layers):
+            self.load_layer(layer)
+        self.load_rest(head=True)
+        self._load([self._table], False)
+
+    def parts(self, own: str) -> tuple[str, ...]:
+        """The merge's names of the tensors that a parameter is made of."""
+        made = self._loaded.get(own)
+        return () if made is None else tuple(tensor.name for tensor in made.tensors)
+
     def drop_rest(self) -> None:
         layers = f"{self._name}."
         self._drop([name for name in self._own if not name.startswith(layers)])

@@ -12,32 +12,39 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mipipe.graphs.calibration.rule import CalibrationRule
+from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.files import DTYPE_BITS
 from mipipe.graphs.merging.graph import Input, MergeGraph, MergeUnit
 from mipipe.graphs.merging.participants import TOKEN_TABLES
 from mipipe.graphs.merging.tensor_classes import Piece
-from mipipe.graphs.serialize import digest
+from mipipe.graphs.serialize import digest, from_data
 from mipipe.planner.merging.plan import MergePlan
 from mipipe.runtime.calibration.calibrator import FOLDER, Calibrator, samples_file
 from mipipe.runtime.calibration.decoder import Decoder
 from mipipe.runtime.calibration.results import Results
 from mipipe.runtime.calibration.tokens import Samples, draw_samples
 from mipipe.runtime.merge.exchange import MergeRanks
+from mipipe.runtime.merge.programs.expert_merging import METHOD, learn
 from mipipe.runtime.merge.sources import Surroundings, UnitPiece
+from mipipe.runtime.weights.reader import Shelf
 
 
-def with_samples(plan: MergePlan, loaders: Collection[str], where: str,
-                 tell: Callable[[str], None]) -> tuple[MergePlan, dict[str, Samples]]:
+def with_samples(plan: MergePlan, loaders: Collection[str], where: str, tell: Callable[[str], None],
+                 folder: Path) -> tuple[MergePlan, dict[str, Samples]]:
     """The plan with the digests of its samples, and the samples by data source; nothing to do without calibration.
+
+    Where coefficients are learned, they are: ``folder`` keeps them.
 
     Raises:
         InputError: see `mipipe.runtime.calibration.tokens.draw_samples`.
     """
+    if plan.graph.recipe.get("merge_method") == METHOD:
+        return _learned(plan, loaders, where, tell, folder), {}
     calibration = plan.graph.calibration
     if calibration is None:
         return plan, {}
-    table = next((unit for unit in plan.graph.units if unit.name.endswith(TOKEN_TABLES)), None)
-    vocabulary = table.shape[0] if table is not None else 2**31 - 1
+    vocabulary = _vocabulary(plan.graph)
     found = {source: draw_samples(source, plan.graph.tokenizer_from, calibration.samples, calibration.length,
                                   calibration.seed, vocabulary, loaders, where) for source in calibration.sources}
     for source, samples in found.items():
@@ -46,6 +53,33 @@ def with_samples(plan: MergePlan, loaders: Collection[str], where: str,
                  f" {calibration.samples} asked for")
     calibration = dataclasses.replace(calibration, digests={name: item.digest for name, item in found.items()})
     return dataclasses.replace(plan, graph=dataclasses.replace(plan.graph, calibration=calibration)), found
+
+
+def _vocabulary(graph: MergeGraph) -> int:
+    table = next((unit for unit in graph.units if unit.name.endswith(TOKEN_TABLES)), None)
+    return table.shape[0] if table is not None else 2**31 - 1
+
+
+def _learned(plan: MergePlan, loaders: Collection[str], where: str, tell: Callable[[str], None],
+             folder: Path) -> MergePlan:
+    """The plan with learned coefficients in its units."""
+    graph = plan.graph
+    unit = next(unit for unit in graph.units if unit.method == METHOD)
+    assert unit.base is not None
+    rule = from_data(graph.recipe["calibration"], CalibrationRule, where)
+    own = {item["model"]: item.get("calibration") or rule.data for item in graph.recipe["models"]}
+    sources = [own[graph.models[item.model].label] for item in unit.models]
+    if not all(sources):
+        raise InputError(f"{where}: calibration: has no data for some models that {METHOD} runs; give it data, or every"
+                         " model a calibration of its own")
+    drawn = [draw_samples(source, graph.tokenizer_from, rule.samples, rule.length, graph.seed, _vocabulary(graph),
+                          loaders, where) for source in sources]
+    tell(f"{where}: {METHOD} holds all {len(sources) + 1} models in memory while it learns")
+    with Shelf() as shelf:
+        around = Surroundings(graph, shelf, torch.device("cpu"))
+        decoders = [open_decoder(graph, item.model, around) for item in unit.inputs]
+        graph = learn(graph, decoders, drawn, unit.parameters, folder)
+    return dataclasses.replace(plan, graph=graph)
 
 
 def write_samples(plan: MergePlan, samples: dict[str, Samples], folder: Path, cache: str | None = None) -> None:

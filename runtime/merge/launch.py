@@ -144,12 +144,12 @@ def _merge_recipes(recipes: Sequence[MergeRecipe], out: Path, options: MergeOpti
         plan = plan_recipe(part, where, out, known, options.num_ranks, options.memory_cap, options.shard_bytes,
                            options.dtype)
         _tell_notes(plan.graph, tell)
-        plan, samples = with_samples(plan, options.loaders, where, tell)
+        plan, samples = with_samples(plan, options.loaders, where, tell, steps / "learned")
         if not (target.exists() and made_by(target, plan)):
             run_plan(plan, target, options, progress, samples)
         if not last:
             known[part.name] = read_checkpoint(target)
-    _forget(steps, [*(part.name for part in recipes[:-1]), *converted])
+    _forget(steps, [*(part.name for part in recipes[:-1]), *converted, "learned"])
     return _result(out, plan, began, tell)
 
 

@@ -200,7 +200,7 @@ class _Runner:
                            options.shard_bytes, options.dtype)
         for note in plan.graph.notes:
             self._say(note)
-        plan, samples = with_samples(plan, options.loaders, self._where, self._say)
+        plan, samples = with_samples(plan, options.loaders, self._where, self._say, self._folder / "learned")
         reuse, same = None, set[str]()
         if self._last is not None and self._last.shards == plan.shards:
             before = {unit.name: unit for unit in self._last.graph.units}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -208,6 +209,29 @@ def softmax(values: Sequence[float], temperature: float) -> list[float]:
     top = max(values)
     powers = [math.exp((value - top) / temperature) for value in values]
     return [power / sum(powers) for power in powers]
+
+
+def expert_merging(tile: Tile, _stats: Any, *, coefficients: Sequence[Sequence[float]], **_params: Any) -> Tensor:
+    """``theta_0 + sum_k alpha_k tau_k`` with the coefficients that `mipipe.runtime.merge.programs.expert_merging`
+    learned, ``[models][parts]``: each holds for its contiguous part of the tensor."""
+    shares = torch.tensor(coefficients, dtype=tile.origin.dtype, device=tile.origin.device)
+    return merged_tensor(tile.origin, tile.deltas(), shares)
+
+
+def merged_tensor(base: Tensor, deltas: Sequence[Tensor], alphas: Tensor) -> Tensor:
+    """``base + sum_k alpha_k delta_k`` with ``alphas`` ``[models, parts]``, each for its part of the flattened
+    tensor."""
+    count = alphas.shape[1]
+    if count == 1:
+        return base + sum(alphas[number, 0] * delta for number, delta in enumerate(deltas))
+    sizes = torch.tensor([late - early for early, late in itertools.pairwise(chunk_bounds(base.numel(), count))])
+    spread = [torch.repeat_interleave(row, sizes.to(row.device)).reshape(base.shape) for row in alphas]
+    return base + sum(share * delta for share, delta in zip(spread, deltas, strict=True))
+
+
+def chunk_bounds(size: int, count: int) -> list[int]:
+    """Where ``count`` contiguous parts of a flattened tensor begin and end: ``round(c size / count)``."""
+    return [round(part * size / count) for part in range(count + 1)]
 
 
 # Rotations and votes --------------------------------------------------------------------------------------------------
