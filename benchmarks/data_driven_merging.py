@@ -36,8 +36,8 @@ from mipipe.runtime.tuning.tune import TuneOptions, tune
 HERE = Path(__file__).resolve().parent
 EXPERTS = ("code", "german", "russian", "logs", "numbers")
 SEEDS = 5
-VALIDATION = {"samples": 24, "length": 128}
-TEST = {"samples": 64, "length": 128}
+VALIDATION = {"samples": 12, "length": 128}
+TEST = {"samples": 40, "length": 128}
 CALIBRATION = {"samples": 64, "length": 128, "batch": 16}
 KINDS = {"average": "none", "base": "none"}
 
@@ -72,7 +72,7 @@ DATA: dict[str, dict[str, Any]] = {
         "learning_rate": choose(0.1, 0.3), "gamma": choose(0.0, 1.0), "start": 0.3, "epochs": 3, "accumulate": 5,
         "exclude": "norm"}},
 }
-SEARCHED = {"MAP (5 weights)": ("map", 50), "CMA-ES (5 x 3 weights)": ("cma", 120)}
+SEARCHED = {"MAP (5 weights)": ("map", 42), "CMA-ES (5 x 3 weights)": ("cma", 56)}
 
 
 def recipe(method: str, folder: Path, texts: Path) -> dict[str, Any]:

@@ -94,5 +94,6 @@ def split(name: str) -> dict[str, bytes]:
     parts: dict[str, list[bytes]] = {"train": [], "validation": [], "test": []}
     for number, start in enumerate(range(0, len(text) - BLOCK + 1, BLOCK)):
         part = {8: "validation", 9: "test"}.get(number % 10, "train")
-        parts[part].append(text[start:start + BLOCK])
+        block = text[start:start + BLOCK].decode(errors="ignore")  # without letters that the cut goes through
+        parts[part].append(block.encode())
     return {part: b"".join(blocks) for part, blocks in parts.items()}

@@ -53,7 +53,8 @@ def test_coefficients_begin_at_a_tenth_and_rise_to_the_expert(place, tmp_path):
     for name, value in started.items():
         kept = any(part in name for part in ("embed", "lm_head", "norm"))
         assert value == pytest.approx([0.0, 0.0] if kept else [0.1, 0.1], abs=1e-4), name
-    more = recipe(root, "expert_merging", parameters={"learning_rate": 0.3, "epochs": 20, "gamma": 0.0, "accumulate": 2})
+    more = recipe(root, "expert_merging", parameters={"learning_rate": 0.3, "epochs": 20, "gamma": 0.0,
+                                                      "accumulate": 2})
     mipipe.merge(more, tmp_path / "more")
     assert np.mean([value for name, value in coefficients(root, tmp_path / "more").items() if "_proj" in name]) > 0.15
     del few["models"][1]["calibration"]
@@ -82,7 +83,8 @@ def test_the_loss_is_what_it_says_and_a_zero_change_has_no_gradient(place):
     from mipipe.runtime.merge.sources import Surroundings
     from mipipe.runtime.weights.reader import Shelf
     root, models = place
-    plan = plan_recipe(parse_recipe(recipe(root, "expert_merging"), "recipe"), "recipe", root / "out", {}, 1, None, 10**9)
+    data = parse_recipe(recipe(root, "expert_merging"), "recipe")
+    plan = plan_recipe(data, "recipe", root / "out", {}, 1, None, 10**9)
     with Shelf() as shelf:
         around = Surroundings(plan.graph, shelf, torch.device("cpu"))
         unit = next(unit for unit in plan.graph.units if unit.method == "expert_merging")
