@@ -7,17 +7,18 @@ from rank a to rank b takes ``lag + offset_a - offset_b``, and the makespan on t
 Offsets are the shortest ways from the ranks where the graph begins, over all arcs between ranks (duration and lag), so
 that nothing starts before what it reads on these clocks either: lists, quotas and annealing work as they are.
 
+Long steps come from short ones as well: without a barrier a step of few microbatches may have next to no idle time, and
+repeating its middle (`mipipe.planner.search.repeat`) adds none.
+
 Placements are the known shapes. Published schedules within the limits are starts, too. The bound is a device's work
 where it is shared out evenly; at the placement, the busiest rank's. HiGHS takes no part.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,11 +27,13 @@ from mipipe.planner.bounds.over_placements import Bound, facts_of, work_of
 from mipipe.planner.execution.steps import schedule_period
 from mipipe.planner.how import then
 from mipipe.planner.jobs import paths as kernels
-from mipipe.planner.jobs.arcs import longest
 from mipipe.planner.jobs.arrays import Instance, build, orders_from, to_array, with_mirrors
 from mipipe.planner.jobs.overlap import pair_gain
+from mipipe.planner.jobs.rank_clocks import on_rank_clocks
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.ladder.candidate import Candidate, judge
+from mipipe.planner.ladder.repeating import RUNG as REPEATED
+from mipipe.planner.ladder.repeating import short_instance
 from mipipe.planner.ladder.state import Incumbent, Run
 from mipipe.planner.options import PlacementName
 from mipipe.planner.placements.feasible import why_infeasible
@@ -41,7 +44,9 @@ from mipipe.planner.schedules import BASELINES
 from mipipe.planner.search import annealing as search
 from mipipe.planner.search import best_list as lists
 from mipipe.planner.search import quotas
+from mipipe.planner.search.annealing import Search
 from mipipe.planner.search.lists import Orders
+from mipipe.planner.search.repeat import stretched
 
 LISTED = 0.4
 """Share of the time limit in which placements are scheduled by list."""
@@ -55,18 +60,23 @@ KEPT = 4
 SLICE_S, MOST_S = 0.5, 5.0
 """Seconds of annealing before the first comparison, and at most; rounds grow by half."""
 
+SHORT = (3, 2, 4)
+"""Microbatches per rank of the short steps whose middles are repeated, in turns."""
+
 
 @dataclass(slots=True)
 class Entry:
     """A placement in the race: its search on the ranks' clocks, and the period of the best schedule found there; the
-    lines of its instance, where quotas fit it, and the best rule so far (`mipipe.planner.search.quotas`)."""
+    lines of its instance, where quotas fit it, and the best rule so far (`mipipe.planner.search.quotas`); the searches
+    of its short steps, by their microbatches."""
 
     candidate: Candidate
-    search: search.Search
+    search: Search
     period_ns: int = 1 << 62
     seen_ns: int = 1 << 62
     lines: quotas.Lines | None = None
     rule: quotas.QuotaRule | None = None
+    shorts: dict[int, Search] = field(default_factory=dict)
 
 
 def climb(run: Run) -> None:
@@ -108,18 +118,19 @@ def _placements(run: Run) -> Iterator[Placement]:
 
 
 def _round(run: Run, pool: ThreadPoolExecutor, live: list[Entry], seconds: float, turn: int) -> None:
-    """Anneal every placement for some seconds, and meanwhile tune its quotas, where it has any."""
+    """Anneal every placement for some seconds, and meanwhile tune its quotas, where it has any, or a short step."""
     annealed = [pool.submit(search.advance, entry.search, seconds, lambda: run.stopped or run.interrupted)
                 for entry in live]
-    tuned = [(entry, pool.submit(_tune, run, entry, seconds, run.options.seed + 101 * turn)) for entry in live]
+    seed, names = run.options.seed + 101 * turn, (REPEATED, "quotas")
+    tuned = [(entry, pool.submit(_repeat if turn % 2 else _tune, run, entry, seconds, seed)) for entry in live]
     try:
         for entry, job in zip(live, annealed, strict=True):
             job.result()
             _harvest(run, entry)
         for entry, made in ((entry, other.result()) for entry, other in tuned):
             if made is not None and made.makespan_ns < entry.search.best.makespan_ns:
-                entry.search.best, entry.candidate.searched = made, ("quotas",)
-                _harvest(run, entry, rung="quotas")
+                entry.search.best, entry.candidate.searched = made, (names[1 - turn % 2],)
+                _harvest(run, entry, rung=names[1 - turn % 2])
     except BaseException:
         run.stopped = True
         raise
@@ -135,6 +146,38 @@ def _tune(run: Run, entry: Entry, seconds: float, seed: int) -> Orders | None:
     return None if tuned is None else tuned.orders
 
 
+def _repeat(run: Run, entry: Entry, seconds: float, seed: int) -> Orders | None:
+    """The orders of the placement's next short step, its middle repeated; None where no step is much longer than that.
+
+    A short step begins with its best list and tuned quotas; whenever it is its turn again it is annealed further.
+    """
+    ranks, count = run.problem.num_ranks, run.problem.num_microbatches
+    sizes = [size * ranks for size in SHORT if (size + 1) * ranks <= count]
+    if not sizes:
+        return None
+    size = next((size for size in sizes if size not in entry.shorts), None) or next(iter(entry.shorts))
+
+    def stop() -> bool:
+        return run.stopped or run.interrupted or run.left <= 0
+
+    if size not in entry.shorts:
+        made = short_instance(entry.candidate, size)
+        short = None if made is None else on_rank_clocks(made)
+        orders = None if short is None else lists.best_list(short, seed)
+        if short is None or orders is None:
+            return None
+        lines = quotas.lines_of(short)
+        tuned = None if lines is None else quotas.tune(short, lines, seconds, seed, stop=stop)
+        if tuned is not None and tuned.orders.makespan_ns < orders.makespan_ns:
+            orders = tuned.orders
+        load = int(np.bincount(short.machine, weights=short.dur).max())
+        entry.shorts[size] = search.start(short, orders, seed, load)
+    known = entry.shorts.pop(size)  # to the end: the next turn is another one's
+    entry.shorts[size] = known
+    search.advance(known, seconds, stop)
+    return stretched(known.instance, known.best, entry.candidate.instance, stop)
+
+
 def period_bound(problem: PlanningProblem) -> Bound:
     """No period is shorter over any placement: the work of a stream, shared out evenly."""
     facts, gain, best = facts_of(problem), pair_gain(problem), Bound(0, "")
@@ -145,42 +188,6 @@ def period_bound(problem: PlanningProblem) -> Bound:
                       f"work of the {stream.value} stream over {problem.num_ranks} devices")
         best = max(best, found, key=lambda bound: bound.ns)
     return best
-
-
-def on_rank_clocks(instance: Instance) -> Instance:
-    """The instance on a clock for each rank, which begins at the rank's offset (module docstring)."""
-    offset = offsets(instance)
-    source = np.repeat(np.arange(instance.size), np.diff(instance.succ_ptr))
-    target = np.repeat(np.arange(instance.size), np.diff(instance.pred_ptr))
-    here, there = offset[instance.rank[source]], offset[instance.rank[instance.succ]]
-    lag = instance.lag + here - there
-    pred_lag = instance.pred_lag + offset[instance.rank[instance.pred]] - offset[instance.rank[target]]
-    graph = (instance.pred_ptr, instance.pred, pred_lag, instance.succ_ptr, instance.succ, lag)
-    return replace(instance, lag=lag, pred_lag=pred_lag, head=longest(*graph, instance.dur) - instance.dur,
-                   tail=longest(*graph[3:], *graph[:3], instance.dur))
-
-
-def offsets(instance: Instance) -> np.ndarray:
-    """The offset of every rank: the shortest way of durations and lags from a rank that needs no other to begin."""
-    ranks = instance.view.problem.num_ranks
-    source = np.repeat(np.arange(instance.size), np.diff(instance.succ_ptr))
-    ways: dict[tuple[int, int], int] = {}
-    for a, b, way in zip(instance.rank[source].tolist(), instance.rank[instance.succ].tolist(),
-                         (instance.dur[source] + instance.lag).tolist(), strict=True):
-        if a != b:
-            ways[a, b] = min(way, ways.get((a, b), way))
-    after: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for (a, b), way in ways.items():
-        after[a].append((b, way))
-    found = np.full(ranks, -1, dtype=np.int64)
-    heap = [(0, rank) for rank in sorted(set(instance.rank[np.diff(instance.pred_ptr) == 0].tolist()))]
-    while heap:
-        way, rank = heapq.heappop(heap)
-        if found[rank] < 0:
-            found[rank] = way
-            for other, more in after[rank]:
-                heapq.heappush(heap, (way + more, other))
-    return np.maximum(found, 0)
 
 
 def _enter(run: Run, stage_view: StageView, schedule: Schedule | None = None,

@@ -10,11 +10,14 @@ import pytest
 from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.check import check_plan
 from mipipe.planner.execution.steps import period_of, step_ends
-from mipipe.planner.jobs.arrays import build
+from mipipe.planner.jobs.arrays import build, with_mirrors
+from mipipe.planner.jobs.rank_clocks import offsets, on_rank_clocks
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
-from mipipe.planner.ladder.period import offsets, on_rank_clocks, orders_of_schedule, period_bound
+from mipipe.planner.ladder.period import _enter, _repeat, orders_of_schedule, period_bound
+from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlanOptions
+from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.uniform import uniform_problem
@@ -96,6 +99,24 @@ def test_a_plan_for_the_period_beats_zb_h2_within_its_memory() -> None:
     assert result.plan.provenance["period"] == {"period_ns": result.period_ns, "bound_ns": result.period_bound_ns}
     assert (result.termination is Termination.OPTIMAL) == (result.period_ns == result.period_bound_ns)
     assert result.how.highs_part == () and result.makespan_ns >= result.period_ns  # type: ignore[operator]
+
+
+def test_a_short_step_with_its_middle_repeated_is_a_step_of_all_microbatches() -> None:
+    """Valid, within memory, and where the short step has no idle time the long one has hardly any."""
+    problem = uniform_problem(ranks=4, microbatches=40, f=10, i=12, w=7, comm=1, activations=8, copies=1, layers=8)
+    run = Run(problem, PlanOptions(time_limit_s=20, objective="period"))
+    entry = _enter(run, view(problem, next(propose_shapes(problem, "v"))))
+    assert entry is not None
+    for turn in range(3):  # steps of 12, 8 and 16 microbatches
+        orders = _repeat(run, entry, 0.1, turn)
+        assert orders is not None
+        schedule = with_mirrors(entry.candidate.instance, orders.lists())
+        found = Plan("long", problem, entry.candidate.placement, schedule)
+        check_plan(found)
+        assert period_of(found) <= orders.makespan_ns
+    assert sorted(entry.shorts) == [8, 12, 16]
+    assert entry.shorts[12].finished and period_of(found) <= 1.02 * period_bound(problem).ns
+    assert _repeat(Run(problem.replace(num_microbatches=8), run.options), entry, 0.1, 0) is None
 
 
 def test_what_fits_nowhere_is_infeasible_for_the_period_as_well() -> None:
