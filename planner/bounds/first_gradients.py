@@ -53,7 +53,7 @@ def least_first_gradients(units: Sequence[ChainUnit], *, devices: int, microbatc
     total = sum(unit.size for unit in solid)
     latest = max(unit.gradient for unit in units)
     sums = []
-    for fewest in range(1, max(1, min(devices, room // total if total else 1)) + 1):
+    for fewest in fewest_holders(units, devices=devices, room=room):
         spare = max(0, room - fewest * total) // min((unit.size for unit in solid), default=1)
         delays = _delays(solid, fewest, min(devices, microbatches), slack)
         free = sorted(unit.gradient + delay for unit in units
@@ -64,6 +64,23 @@ def least_first_gradients(units: Sequence[ChainUnit], *, devices: int, microbatc
             cells += [latest] * (devices - len(cells))
             sums.append(sum(cells) - math.ceil(relief * (devices * max(cells) - sum(cells))))
     return min(sums)
+
+
+def fewest_holders(units: Sequence[ChainUnit], *, devices: int, room: int) -> range:
+    """How many devices may hold the unit that has the fewest holders; arguments as `least_first_gradients`."""
+    total = sum(unit.size for unit in units)
+    return range(1, max(1, min(devices, room // total if total else 1)) + 1)
+
+
+def moments_of(units: Sequence[ChainUnit], fewest: int, *, devices: int, microbatches: int, room: int,
+               slack: int) -> list[list[int]]:
+    """Per unit, how early at most its first, second, .. gradients are, of as many microbatches as it may have holders
+    where the unit with the fewest has so many; arguments as `least_first_gradients`."""
+    solid = [unit for unit in units if unit.size]
+    spare = max(0, room - fewest * sum(unit.size for unit in solid))
+    delays = _delays(solid, fewest, min(devices, microbatches), slack)
+    return [[unit.gradient + delay for delay in (delays[:fewest + spare // unit.size] if unit.size else delays)]
+            for unit in units]
 
 
 def _delays(solid: Sequence[ChainUnit], fewest: int, count: int, slack: int) -> list[int]:

@@ -60,8 +60,8 @@ KEPT = 4
 SLICE_S, MOST_S = 0.5, 5.0
 """Seconds of annealing before the first comparison, and at most; rounds grow by half."""
 
-SHORT = (3, 2, 4)
-"""Microbatches per rank of the short steps whose middles are repeated, in turns."""
+SHORT = (6, 5, 4, 8)
+"""Microbatches for every two ranks of the short steps whose middles are repeated, in turns."""
 
 
 @dataclass(slots=True)
@@ -149,10 +149,11 @@ def _tune(run: Run, entry: Entry, seconds: float, seed: int) -> Orders | None:
 def _repeat(run: Run, entry: Entry, seconds: float, seed: int) -> Orders | None:
     """The orders of the placement's next short step, its middle repeated; None where no step is much longer than that.
 
-    A short step begins with its best list and tuned quotas; whenever it is its turn again it is annealed further.
+    A short step begins with its best list, which is repeated as it is as well, and tuned quotas; whenever it is its
+    turn again it is annealed further.
     """
     ranks, count = run.problem.num_ranks, run.problem.num_microbatches
-    sizes = [size * ranks for size in SHORT if (size + 1) * ranks <= count]
+    sizes = [size * ranks // 2 for size in SHORT if size * ranks // 2 + ranks <= count]
     if not sizes:
         return None
     size = next((size for size in sizes if size not in entry.shorts), None) or next(iter(entry.shorts))
@@ -160,12 +161,14 @@ def _repeat(run: Run, entry: Entry, seconds: float, seed: int) -> Orders | None:
     def stop() -> bool:
         return run.stopped or run.interrupted or run.left <= 0
 
+    found: list[Orders | None] = []
     if size not in entry.shorts:
         made = short_instance(entry.candidate, size)
         short = None if made is None else on_rank_clocks(made)
         orders = None if short is None else lists.best_list(short, seed)
         if short is None or orders is None:
             return None
+        found.append(stretched(short, orders, entry.candidate.instance, stop))
         lines = quotas.lines_of(short)
         tuned = None if lines is None else quotas.tune(short, lines, seconds, seed, stop=stop)
         if tuned is not None and tuned.orders.makespan_ns < orders.makespan_ns:
@@ -175,7 +178,8 @@ def _repeat(run: Run, entry: Entry, seconds: float, seed: int) -> Orders | None:
     known = entry.shorts.pop(size)  # to the end: the next turn is another one's
     entry.shorts[size] = known
     search.advance(known, seconds, stop)
-    return stretched(known.instance, known.best, entry.candidate.instance, stop)
+    found.append(stretched(known.instance, known.best, entry.candidate.instance, stop))
+    return min((one for one in found if one is not None), key=lambda one: one.makespan_ns, default=None)
 
 
 def period_bound(problem: PlanningProblem) -> Bound:

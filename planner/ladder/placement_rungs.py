@@ -18,8 +18,9 @@ from mipipe.planner.bounds.over_placements import Bound
 from mipipe.planner.ladder.candidate import Candidate
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
-from mipipe.planner.milp.placement import modes
+from mipipe.planner.milp.placement import cells, modes
 from mipipe.planner.milp.placement import shares as placement
+from mipipe.planner.milp.placement.cells import CellBound
 from mipipe.planner.milp.placement.configurations import configuration_bound
 from mipipe.planner.placements.shapes import resident_fits
 from mipipe.planner.plan import Placement
@@ -100,7 +101,16 @@ def bounding(run: Run) -> list[Bounding]:
     def by_configurations(problem: PlanningProblem, seconds: float, seed: int) -> tuple[Bound, SolverOutcome]:
         return configuration_bound(problem, time_limit_s=seconds, seed=seed)
 
-    return [Bounding(run, "placement MIP", by_placements), Bounding(run, "configuration MIP", by_configurations)]
+    one_after_the_other: list[CellBound] = []
+
+    def by_cells(problem: PlanningProblem, seconds: float, seed: int) -> tuple[Bound | None, SolverOutcome]:
+        if not one_after_the_other:
+            one_after_the_other.append(CellBound(problem))
+        found = one_after_the_other[0].improve(run.bound_ns or 0, seconds, seed)
+        return found, one_after_the_other[0].outcome
+
+    return [Bounding(run, "placement MIP", by_placements), Bounding(run, "configuration MIP", by_configurations),
+            Bounding(run, cells.NAME, by_cells)]
 
 
 def with_modes(run: Run, admit: Admit, waiting: list[Placement]) -> None:

@@ -64,7 +64,9 @@ class SolverOutcome:
 
 
 @dataclass(slots=True)
-class _Matrix:
+class Matrix:
+    """A model as HiGHS reads it, and its variables in that order."""
+
     variables: list[Any]
     lp: highspy.HighsLp
 
@@ -73,7 +75,7 @@ def solve(model: pyo.ConcreteModel, *, time_limit_s: float, seed: int, threads: 
           gap: float = 1e-6, absolute_gap: float = 1e-6, cutoff: float | None = None,
           on_incumbent: Callable[[float, np.ndarray], None] | None = None,
           on_bound: Callable[[float], None] | None = None, stop: Callable[[], bool] | None = None,
-          options: dict[str, Any] | None = None) -> SolverOutcome:
+          options: dict[str, Any] | None = None, matrix: Matrix | None = None) -> SolverOutcome:
     """The outcome of minimising or maximising a linear Pyomo model; variable values are set if there is a solution.
 
     Args:
@@ -89,9 +91,14 @@ def solve(model: pyo.ConcreteModel, *, time_limit_s: float, seed: int, threads: 
         on_bound: called when the proven bound moves, in the solver's thread.
         stop: asked now and then, in the solver's thread; true ends the solve as Ctrl-C does.
         options: further HiGHS options.
+        matrix: of `compiled`, where the same rows are solved again: only bounds and the objective are read anew.
     """
     began = time.monotonic()
-    matrix = _compile(model)
+    if matrix is None:
+        matrix = compiled(model)
+    else:
+        _set_bounds(matrix)
+        _set_goal(matrix, model)
     solver = highspy.Highs()
     solver.setOptionValue("output_flag", False)
     solver.setOptionValue("random_seed", seed % 2**31)
@@ -117,11 +124,10 @@ def variables(model: pyo.ConcreteModel) -> list[Any]:
     return list(model.component_data_objects(pyo.Var, active=True, descend_into=True))
 
 
-def _compile(model: pyo.ConcreteModel) -> _Matrix:
+def compiled(model: pyo.ConcreteModel) -> Matrix:
+    """The model as HiGHS reads it; values of fixed variables are part of the rows."""
     columns = variables(model)
     index = {id(column): number for number, column in enumerate(columns)}
-    lower = np.array([-np.inf if column.lb is None else column.lb for column in columns], dtype=np.float64)
-    upper = np.array([np.inf if column.ub is None else column.ub for column in columns], dtype=np.float64)
     starts, indices, values, row_lower, row_upper = [0], [], [], [], []  # type: ignore[var-annotated]
     rows = model.component_data_objects(pyo.Constraint, active=True, descend_into=True)
     for row in clock.asking(rows, 256):
@@ -132,17 +138,9 @@ def _compile(model: pyo.ConcreteModel) -> _Matrix:
         starts.append(len(indices))
         row_lower.append(-np.inf if row.lower is None else pyo.value(row.lower) - read.constant)
         row_upper.append(np.inf if row.upper is None else pyo.value(row.upper) - read.constant)
-    goal = next(model.component_data_objects(pyo.Objective, active=True))
-    read = generate_standard_repn(goal.expr, quadratic=False)
-    cost = np.zeros(len(columns))
-    for column, coefficient in zip(read.linear_vars, read.linear_coefs, strict=True):
-        cost[index[id(column)]] += coefficient
     lp = highspy.HighsLp()
     lp.num_col_, lp.num_row_ = len(columns), len(row_lower)
-    lp.col_cost_, lp.col_lower_, lp.col_upper_ = cost, lower, upper
     lp.row_lower_, lp.row_upper_ = np.array(row_lower), np.array(row_upper)
-    lp.offset_ = float(read.constant)
-    lp.sense_ = highspy.ObjSense.kMinimize if goal.sense == pyo.minimize else highspy.ObjSense.kMaximize
     lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
     lp.a_matrix_.num_col_, lp.a_matrix_.num_row_ = len(columns), len(row_lower)
     lp.a_matrix_.start_ = np.array(starts, dtype=np.int32)
@@ -151,10 +149,32 @@ def _compile(model: pyo.ConcreteModel) -> _Matrix:
     if any(column.is_integer() or column.is_binary() for column in columns):
         lp.integrality_ = [highspy.HighsVarType.kInteger if column.is_integer() or column.is_binary()
                            else highspy.HighsVarType.kContinuous for column in columns]
-    return _Matrix(columns, lp)
+    matrix = Matrix(columns, lp)
+    _set_bounds(matrix)
+    _set_goal(matrix, model)
+    return matrix
 
 
-def _set_start(solver: highspy.Highs, matrix: _Matrix) -> None:
+def _set_bounds(matrix: Matrix) -> None:
+    matrix.lp.col_lower_ = np.array([-np.inf if column.lb is None else column.lb for column in matrix.variables],
+                                    dtype=np.float64)
+    matrix.lp.col_upper_ = np.array([np.inf if column.ub is None else column.ub for column in matrix.variables],
+                                    dtype=np.float64)
+
+
+def _set_goal(matrix: Matrix, model: pyo.ConcreteModel) -> None:
+    """Its one objective; HiGHS sees no other column of it than the matrix has."""
+    index = {id(column): number for number, column in enumerate(matrix.variables)}
+    goal = next(model.component_data_objects(pyo.Objective, active=True))
+    read = generate_standard_repn(goal.expr, quadratic=False)
+    cost = np.zeros(len(matrix.variables))
+    for column, coefficient in zip(read.linear_vars, read.linear_coefs, strict=True):
+        cost[index[id(column)]] += coefficient
+    matrix.lp.col_cost_, matrix.lp.offset_ = cost, float(read.constant)
+    matrix.lp.sense_ = highspy.ObjSense.kMinimize if goal.sense == pyo.minimize else highspy.ObjSense.kMaximize
+
+
+def _set_start(solver: highspy.Highs, matrix: Matrix) -> None:
     known = [(number, float(column.value)) for number, column in enumerate(matrix.variables)
              if column.value is not None]
     if known:
@@ -208,7 +228,7 @@ def _run(solver: highspy.Highs, on_incumbent: Callable[[float, np.ndarray], None
     return seen
 
 
-def _outcome(solver: highspy.Highs, matrix: _Matrix, seen: _Seen, seconds: float) -> SolverOutcome:
+def _outcome(solver: highspy.Highs, matrix: Matrix, seen: _Seen, seconds: float) -> SolverOutcome:
     status = solver.getModelStatus()
     info = solver.getInfo()
     statuses = highspy.HighsModelStatus

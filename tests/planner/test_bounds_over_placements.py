@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -12,11 +13,21 @@ from hypothesis import HealthCheck, assume, given, settings
 from mipipe.graphs.errors import PlanError
 from mipipe.graphs.topology import Topology
 from mipipe.planner.actions import ActionKind, Stream
-from mipipe.planner.bounds.first_gradients import ChainUnit, chain_units, colocated, common_room, least_first_gradients
+from mipipe.planner.bounds.first_gradients import (
+    ChainUnit,
+    chain_units,
+    colocated,
+    common_room,
+    fewest_holders,
+    least_first_gradients,
+    moments_of,
+)
 from mipipe.planner.bounds.over_placements import cheapest_hop, facts_of, problem_bound, resident_room
+from mipipe.planner.how import by_highs
 from mipipe.planner.jobs.arrays import with_mirrors
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.ladder.candidate import Candidate, candidate, first_orders
+from mipipe.planner.milp.placement.cells import CellBound, cases_of
 from mipipe.planner.milp.placement.configurations import configuration_bound
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Placement, Stage
@@ -170,3 +181,57 @@ def test_a_solve_takes_the_configurations_bound():
     assert any(row["rung"] == "configuration MIP bound" for row in result.ablation)
     assert result.plan is not None
     assert result.makespan_ns >= result.bound_ns
+
+
+def refuted_below(problem: PlanningProblem, seconds: float) -> int:
+    """The bound by devices' own cells, at least the one without a solver."""
+    least = problem_bound(problem).ns
+    found = CellBound(problem).improve(least, seconds, 0)
+    assert found is None or (found.ns > least and by_highs(found.what))
+    return least if found is None else found.ns
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(problems())
+def test_cells_are_below_the_optimum(problem):
+    best = min(optimum(stage_view) for stage_view in placements(problem))
+    assume(best < 1 << 60)
+    assert refuted_below(problem, 0.5) <= best
+
+
+@pytest.mark.slow
+def test_cells_are_below_what_is_scheduled():
+    """Random chains with replicas, collectives, units without bytes and little memory."""
+    random, raised = Random(2), 0
+    for _ in range(40):
+        problem = random_chain(random)
+        bound = refuted_below(problem, 3.0)
+        raised += bound > problem_bound(problem).ns
+        for _ in range(4):
+            placement = random_placement(random, problem)
+            try:
+                ran = placement and first_gradients(candidate(problem, placement), problem)
+            except PlanError:
+                continue
+            assert not ran or ran[1] >= bound
+    assert raised > 5
+
+
+def test_moments_of_gradients_are_those_of_the_least_sum():
+    """Two units of one byte each, four devices, six bytes: with one holder of the fewest up to four of the other."""
+    units = [ChainUnit(1, 35, ((10, 10),)), ChainUnit(1, 20, ((10, 10),))]
+    assert list(fewest_holders(units, devices=4, room=6)) == [1, 2, 3]
+    found = moments_of(units, 1, devices=4, microbatches=9, room=6, slack=0)
+    assert found == [[35, 45, 55, 65], [20, 30, 40, 50]]
+    assert moments_of(units, 3, devices=4, microbatches=9, room=6, slack=0) == [[35, 35, 35], [20, 20, 20]]
+    assert moments_of([ChainUnit(0, 5, ())], 1, devices=3, microbatches=2, room=0, slack=0) == [[5, 5]]
+
+
+def test_branches_and_other_devices_have_no_cells():
+    problem = uniform_problem(ranks=2, microbatches=2, f=1, i=1, w=1, layers=2)
+    assert cases_of(problem)[1]
+    devices = problem.topology.devices
+    other = replace(devices[1], memory_bytes=devices[1].memory_bytes // 2)
+    uneven = problem.replace(topology=replace(problem.topology, devices=(devices[0], other)))
+    bound = CellBound(uneven)
+    assert cases_of(uneven)[1] == [] and bound.improve(1, 1.0, 0) is None and bound.ended

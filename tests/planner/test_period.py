@@ -107,14 +107,14 @@ def test_a_short_step_with_its_middle_repeated_is_a_step_of_all_microbatches() -
     run = Run(problem, PlanOptions(time_limit_s=20, objective="period"))
     entry = _enter(run, view(problem, next(propose_shapes(problem, "v"))))
     assert entry is not None
-    for turn in range(3):  # steps of 12, 8 and 16 microbatches
+    for turn in range(4):  # steps of 12, 10, 8 and 16 microbatches
         orders = _repeat(run, entry, 0.1, turn)
         assert orders is not None
         schedule = with_mirrors(entry.candidate.instance, orders.lists())
         found = Plan("long", problem, entry.candidate.placement, schedule)
         check_plan(found)
         assert period_of(found) <= orders.makespan_ns
-    assert sorted(entry.shorts) == [8, 12, 16]
+    assert sorted(entry.shorts) == [8, 10, 12, 16]
     assert entry.shorts[12].finished and period_of(found) <= 1.02 * period_bound(problem).ns
     assert _repeat(Run(problem.replace(num_microbatches=8), run.options), entry, 0.1, 0) is None
 

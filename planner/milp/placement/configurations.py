@@ -85,13 +85,14 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """``size`` equal units; ``whole``: none of them can have a second holder."""
+    """``size`` equal units; ``whole``: none of them can have a second holder; ``units``: which, of `colocated`."""
 
     size: int
     parts: tuple[Part, ...]
     resident: int
     work: int
     whole: bool
+    units: tuple[int, ...]
 
 
 def configuration_bound(problem: PlanningProblem, *, time_limit_s: float,
@@ -101,7 +102,7 @@ def configuration_bound(problem: PlanningProblem, *, time_limit_s: float,
     bins = bins_of(problem)
     even = [one.work / one.size / sum(other.work for other in bins) for one in bins]
     weights, seen = even, list[list[float]]()
-    model = _devices(problem, bins, best.ns)
+    model = devices_model(problem, bins, best.ns)
     outcome = SolverOutcome(SolverStatus.TIME_LIMIT, None, None, 0.0, 0, 0)
     tried_ns = _above(best.ns)
     while (left := time_limit_s - (time.monotonic() - began)) > 0.05:
@@ -132,7 +133,8 @@ def bins_of(problem: PlanningProblem) -> list[Bin]:
     """Equal units of the same section; sections have about as many groups each."""
     facts, tails, plain = facts_of(problem), tails_of(problem), pair_gain(problem).ratio == 1
     found: dict[tuple[object, ...], list[list[int]]] = {}
-    for unit in colocated(problem):
+    everything = colocated(problem)
+    for unit in everything:
         kind = tuple((str(sorted(group.times.items())), group.stream, group.resident_bytes, group.saved_fi_bytes,
                       group.saved_fw_bytes, group.saved_iw_bytes, group.recompute_bytes, group.loads, group.single)
                      for group in (problem.groups[g] for g in unit))
@@ -156,7 +158,7 @@ def bins_of(problem: PlanningProblem) -> list[Bin]:
         work = sum(work_of(problem, problem.groups[g], column[g]) for unit in units for g in unit
                    for column in (facts.f, facts.i, facts.w))
         whole = resident > spare or any(part.group.single for part in parts)
-        bins.append(Bin(len(units), tuple(parts), resident, max(1, work), whole))
+        bins.append(Bin(len(units), tuple(parts), resident, max(1, work), whole, tuple(map(everything.index, units))))
     return bins
 
 
@@ -177,10 +179,12 @@ def _scaled(amount: int, group: Group) -> float:
     return min((int(amount * load) / load for load in group.loads if load > 0), default=float(amount))
 
 
-def _devices(problem: PlanningProblem, bins: Sequence[Bin], least_ns: int) -> pyo.ConcreteModel:
+def devices_model(problem: PlanningProblem, bins: Sequence[Bin], least_ns: int,
+                  moment_ns: int | None = None) -> pyo.ConcreteModel:
     """One device of each kind, all with the same C: the rows of the module docstring without the shares.
 
     Times are in units of ``unit_ns``, a thousandth of the known bound; ``counts[q]`` devices are of kind q.
+    ``moment_ns``: a moment at which a window should end.
     """
     model = pyo.ConcreteModel(name="configuration MIP")
     model.unit_ns = max(1.0, least_ns / 1000)
@@ -194,7 +198,7 @@ def _devices(problem: PlanningProblem, bins: Sequence[Bin], least_ns: int) -> py
     model.rows = pyo.ConstraintList()
     model.goal = pyo.Objective(expr=model.makespan)
     model.share = pyo.Constraint(expr=model.makespan >= 0)  # set by each weighting
-    windows = _windows(bins, least_ns)
+    windows = _windows(bins, least_ns, moment_ns)
     flows = [(q, b, p, phase, k) for q, b in pairs for p, part in enumerate(bins[b].parts)
              for phase in _phases(part) for k in range(windows.count) if windows.open(part, phase, k)]
     model.v = pyo.Var(flows, bounds=(0, None))
@@ -254,13 +258,17 @@ class Windows:
         return next(j for j in range(self.middle, k + 1) if ends[j - self.middle] <= moment)
 
 
-def _windows(bins: Sequence[Bin], least_ns: int) -> Windows:
-    """Windows that end at releases and begin at tails; both ends together leave a middle in the shortest step."""
+def _windows(bins: Sequence[Bin], least_ns: int, moment_ns: int | None) -> Windows:
+    """Windows that end at releases and begin at tails; both ends together leave a middle in the shortest step. One ends
+    at a moment that is given, unless that is in the middle."""
     front = {moment for one in bins for part in one.parts for moment in part.release}
     back = {moment for one in bins for part in one.parts for moment in part.tail}
     whole = max(front) + max(back)
     share = min(1.0, least_ns / whole) if whole else 1.0
-    return Windows(_thinned(front, share), _thinned(back, share)[::-1])
+    ends, limit = _thinned(front, share), int(max(front) * share)
+    if moment_ns is not None and moment_ns <= limit:
+        ends = sorted({end for end in ends if abs(end - moment_ns) > limit // (3 * WINDOWS)} | {moment_ns})
+    return Windows(ends, _thinned(back, share)[::-1])
 
 
 def _thinned(moments: set[int], share: float) -> list[int]:
