@@ -2,7 +2,8 @@
 
 - `by_mip`: where no known shape fits and the graph branches, or devices or links differ, the placement MIP's placements
   (with one and with two replicas).
-- `bounding`: bounds over all placements, in the loop: that MIP's, and from what a single device can hold and do.
+- `bounding`: bounds over all placements, in the loop: that MIP's, from what a single device can hold and do, and from
+  devices that see their first gradients one after the other.
 - `with_modes`: where stages may recompute, the mode MIP chooses which, for the best placements under several memory
   pressures; all are candidates beside the placement without.
 """

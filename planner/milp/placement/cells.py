@@ -1,8 +1,8 @@
 """A bound over all placements from devices that see their first gradients one after the other: a configuration LP.
 
-As `mipipe.planner.milp.placement.configurations`, which lets every device see its first gradient as early as any can. But the
-first gradients of different devices are of different units or microbatches (`mipipe.planner.bounds.first_gradients`):
-each device has a *cell* of its own, the k-th gradient of unit u, at the moment t[u,k] at the earliest. A device with
+As `mipipe.planner.milp.placement.configurations`, which lets every device see its first gradient as early as any can.
+But those of different devices are of different units or microbatches (`mipipe.planner.bounds.first_gradients`): each
+device has a *cell* of its own, the k-th gradient of unit u, at the moment t[u,k] at the earliest. A device with
 that cell holds u, runs a microbatch of it, and no gradient of its compute stream before; units without resident bytes,
 which can be everywhere, aside. With h[u,k] the most weight that such a device can carry within C (a MIP; there is one
 more for devices that hold none but such units), all D devices together carry no more than
