@@ -41,6 +41,10 @@ def _sensitivity(_params: Params) -> tuple[Need, ...]:
     return (Need("sensitivity", Who.MODELS, gradients=True),)
 
 
+def _routing(_params: Params) -> tuple[Need, ...]:
+    return (Need("routing", Who.PAIRS),)
+
+
 def _cross(_params: Params) -> tuple[Need, ...]:
     return (Need("cross", Who.LAST),)
 
@@ -95,6 +99,11 @@ CALIBRATED: tuple[MethodSpec, ...] = (
         Parameter("energy", 0.99, "share of the squared singular values that is turned", low=0.0, high=1.0,
                   above=True)),
         max_models=2, whole=True, oriented=True, needs=_cross, apply="calibrated.arm"),
+    MethodSpec("router_calibration", "Routers of merged mixtures of experts, calibrated in closed form", "2606.03391", (
+        Parameter("weight", 1.0, "how much each model's routing counts", per_model=True, low=0.0, above=True),
+        Parameter("ridge", 1e-4, "pull to the merged router, as a multiple of the mean curvature", low=0.0, above=True),
+        Parameter("hessian", True, "weigh logits by what they change in the shares of experts", bool)),
+        whole=True, needs=_routing, apply="calibrated.router_calibration"),
     MethodSpec("rcp", "RCP-Merging: Merging Long Chain-of-Thought Models with Domain-Specific Models", "2508.03140", (
         Parameter("strength", 1000.0, "weight of the prior that keeps reasoning", low=0.0),),
         min_models=2, max_models=2,

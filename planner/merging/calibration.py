@@ -15,7 +15,7 @@ from mipipe.graphs.merging.tensor_classes import TensorClass
 from mipipe.graphs.units import format_bytes
 from mipipe.planner.merging.costs import OVERHEAD_BYTES, MergeRates
 
-SQUARE = {"gram": 1, "cross": 3, "joint": 4}
+SQUARE = {"gram": 1, "cross": 3, "joint": 4, "routing": 1}
 """How many matrices of inputs by inputs a statistic keeps for every linear map."""
 
 

@@ -9,6 +9,7 @@ order.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from mipipe.runtime.calibration.states import States
 from mipipe.runtime.calibration.statistics import FORWARD, Capture, Fields
 from mipipe.runtime.calibration.tokens import Samples
 
+ROUTER = re.compile(r"(^|\.)(gate|router|wg|router\.layer)$")
+"""Paths inside a layer of what sends tokens to experts (a dense MLP's gate is called gate_proj)."""
 FOLDER = "calibration"
 """The folder inside a merge's partial folder."""
 
@@ -324,13 +327,17 @@ def _watching(decoder: Decoder, layer: int, mask: Tensor, seen: dict[str, Captur
     inputs: dict[int, str] = {}
     kept: list[Any] = []  # inputs stay alive, so that no two have the same id
 
-    def note(name: str, linear: bool) -> Any:
+    def note(name: str, linear: bool, router: bool) -> Any:
         def hook(_module: nn.Module, given: tuple[Any, ...], out: Any) -> None:
-            if not given or not isinstance(given[0], Tensor) or given[0].shape[:2] != mask.shape:
+            if not given or not isinstance(given[0], Tensor):
                 return
-            kept.append(given[0])
-            shared = inputs.setdefault(id(given[0]), name) if linear else name
-            seen[name] = Capture(name, given[0][mask], out[mask], linear, shared, "")
+            if router and given[0].dim() == 2 and len(given[0]) == mask.numel():  # routers see tokens, not samples
+                rows = given[0][mask.flatten()]
+                seen[name] = Capture(name, rows, rows @ _module.weight.T, True, name, "", True)  # type: ignore[operator]
+            elif given[0].shape[:2] == mask.shape and isinstance(out, Tensor):
+                kept.append(given[0])
+                shared = inputs.setdefault(id(given[0]), name) if linear else name
+                seen[name] = Capture(name, given[0][mask], out[mask], linear, shared, "", router)
         return hook
 
     prefix = decoder.prefix(layer)
@@ -338,7 +345,8 @@ def _watching(decoder: Decoder, layer: int, mask: Tensor, seen: dict[str, Captur
         name = decoder.stored(f"{prefix}{path}.weight") if path and "weight" in module._parameters else None
         if name is not None:
             linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-            hooks.append(module.register_forward_hook(note(name, linear)))
+            router = ROUTER.search(path) is not None and module._parameters["weight"].dim() == 2
+            hooks.append(module.register_forward_hook(note(name, linear, router)))
     try:
         yield
     finally:
@@ -353,5 +361,5 @@ def _linked(seen: dict[str, Capture]) -> dict[str, Capture]:
     for name, capture in reversed(list(seen.items())):
         after = name if capture.linear else after
         found[name] = Capture(name, capture.inputs, capture.outputs, capture.linear, capture.shared,
-                              "" if capture.linear else after)
+                              "" if capture.linear else after, capture.router)
     return dict(reversed(list(found.items())))

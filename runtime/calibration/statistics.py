@@ -8,6 +8,8 @@ sums, with the number of tokens beside them, so parts of a stream add up.
     moments    sum a, b, a a, b b, a b              of outputs a (first member) and b (second)
     cross      sum b a^T, a a^T, b b^T              of inputs a (first member) and b (second)
     joint      sum (a, b)(a, b)^T                   of inputs, both members one after the other
+    routing    sum a a^T, z a^T, diag(p) - p p^T    of routers: inputs a (first member), logits z, p = softmax z
+    (second)
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ class Capture:
     linear: bool
     shared: str
     after: str
+    router: bool = False
+    """Whether the outputs are logits that send tokens to experts."""
 
 
 class Statistic(Protocol):
@@ -142,6 +146,23 @@ class Joint(_Sums):
                 self.share(seen)
 
 
+class Routing(_Sums):
+    """What a router of the first member sees, what the second member's router says of the same tokens, and how much
+    that matters: the mean Hessian ``diag(p) - p p^T`` of its softmax."""
+
+    def add(self, captures: Sequence[Mapping[str, Capture]]) -> None:
+        first, second = captures
+        for name in first.keys() & second.keys():
+            seen, other = first[name], second[name]
+            if seen.router:
+                shares = torch.softmax(other.outputs, -1)
+                self.put(name, "xx", seen.inputs.T @ seen.inputs)
+                self.put(name, "zx", other.outputs.T @ seen.inputs)
+                self.put(name, "hessian", torch.diag(shares.sum(0)) - shares.T @ shares)
+                self.put(name, "count", _count(seen.inputs))
+
+
 FORWARD: dict[str, Callable[[], Statistic]] = {
-    "mean_abs": MeanAbs, "gram": Gram, "moments": Moments, "cross": Cross, "joint": Joint}
+    "mean_abs": MeanAbs, "gram": Gram, "moments": Moments, "cross": Cross, "joint": Joint,
+    "routing": Routing}
 """Statistics of forward passes by name."""
