@@ -23,6 +23,7 @@ from mipipe.cli import (
     capture,
     check,
     compare,
+    convert,
     evaluate,
     experts,
     export,
@@ -38,8 +39,8 @@ from mipipe.cli import (
 from mipipe.graphs.errors import MipipeError, PlanError, shown
 
 VERBS: tuple[ModuleType, ...] = (
-    capture, profile, plan, place, check, simulate, show, compare, export, calibrate, train, merge, tune,
-    evaluate, experts)
+    capture, profile, plan, place, check, simulate, show, compare, export, calibrate, train, merge, convert,
+    tune, evaluate, experts)
 """Each module has a function of the module's name, and an ``EXAMPLE`` that its ``--help`` ends with."""
 
 LINE = 1000

@@ -96,6 +96,9 @@ def read_model_config(path: str | Path, overrides: Mapping[str, Any], data: Mapp
     if data is not None:
         data = without_code(data)
         kind, where = data.get("model_type"), file or path
+        converted = converted_classes(kind)
+        if converted is not None:
+            return _make_config(converted[0], _with_floats(data), overrides, str(where))
         if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
             raise InputError(f"{where}: model_type {shown(kind)} is unknown to transformers {_version()}; expected one"
                              " such as 'llama', 'qwen3_moe' or 'deepseek_v3'")
@@ -215,6 +218,9 @@ def model_class(config: Any) -> Any:
     """
     from transformers.models.auto import modeling_auto as auto
 
+    converted = converted_classes(config.model_type)
+    if converted is not None:
+        return converted[1]
     adjusted, named = ADJUSTMENTS.get(config.model_type, Adjustment()).architecture, config.architectures
     if named is not None and not isinstance(named, (list, tuple)):
         raise InputError(f"model type {config.model_type!r}: architectures: found {shown(named)}, expected a list")
@@ -233,6 +239,18 @@ def model_class(config: Any) -> Any:
         if type(config) in mapping:
             return mapping[type(config)]
     raise InputError(f"model type {config.model_type!r}: transformers has no model for it that can be trained")
+
+
+def converted_classes(model_type: object) -> tuple[Any, Any] | None:
+    """The config and model class of a converted mixture's ``model_type``; None for other types.
+
+    They are those of this installation, not the code that lies in the model's folder, which is never run.
+    """
+    if not isinstance(model_type, str) or not model_type.startswith("mipipe_"):
+        return None
+    from mipipe.graphs.models import mipipe_moe
+
+    return mipipe_moe.classes(model_type) if model_type[len("mipipe_"):] in mipipe_moe.HOSTS.values() else None
 
 
 def build_model(config: Any, device: str, dtype: torch.dtype | None, expert_groups: int = 1,

@@ -98,9 +98,10 @@ def expert_group(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, fi
     ordered, order = torch.sort(chosen, stable=True)
     counts = torch.ops.mipipe.histogram(ordered, size, 0, size - 1)
     offsets = torch.cumsum(counts, dim=0, dtype=torch.int32)
-    rows = hidden[order // top]
     used = None if whole else ordered < size
     local = ordered if used is None else ordered.clamp(max=size - 1)
+    rows = (module.expert_inputs(hidden, order // top, local, first, size) if hasattr(module, "expert_inputs")
+            else hidden[order // top])
 
     out = expert_rows(module, rows, offsets, local, None if whole else slice(first, first + size))
     out = out * weights.reshape(-1)[order].unsqueeze(-1)
@@ -114,7 +115,11 @@ def expert_rows(module: Any, rows: Tensor, offsets: Tensor, local: Tensor | None
     """What experts make of rows [N,H] that are sorted by expert and end at ``offsets``: [N,H], not weighted yet.
 
     ``part``: these of the bank's experts, by default all. ``local`` [N]: each row's expert among them, for biases.
+    Converted experts (`mipipe.graphs.models.mipipe_moe`) say themselves what they make of sorted rows.
     """
+    if hasattr(module, "expert_outputs"):
+        return module.expert_outputs(rows, offsets, local, part or slice(0, module.num_experts), _grouped)
+
     def project(x: Tensor, name: str) -> Tensor:
         bank = getattr(module, name)
         bank = bank if part is None else bank[part]
@@ -133,6 +138,11 @@ def expert_rows(module: Any, rows: Tensor, offsets: Tensor, local: Tensor | None
     return module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
 
 
+def _grouped(rows: Tensor, bank: Tensor, ends: Tensor) -> Tensor:
+    """Grouped products as one operator, in the bank's dtype."""
+    return torch.ops.mipipe.grouped_mm(rows.to(bank.dtype), bank, ends)
+
+
 def expert_parallel(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """All experts of a MoE layer, by all-to-all: rows to the experts' ranks, their work there, and back.
 
@@ -140,9 +150,10 @@ def expert_parallel(module: Any, hidden: Tensor, index: Tensor, weights: Tensor)
     call of a run; the weighted sum over the chosen experts is made where the tokens came from.
     """
     tokens, top = index.shape
-    if module.has_bias:
-        raise GraphError(f"{type(module).__name__}: experts with biases cannot be captured for expert parallelism yet;"
-                         " use --expert-groups")
+    if module.has_bias or not getattr(module, "separate", True):
+        found = "experts with biases" if module.has_bias else "experts that share weights or are compressed"
+        raise GraphError(f"{type(module).__name__}: {found} cannot be captured for expert parallelism yet; use"
+                         " --expert-groups")
     order, arrive, offsets, splits = torch.ops.mipipe.all_to_all_route(index, module.num_experts)
     rows = hidden.unsqueeze(1).expand(tokens, top, hidden.shape[-1]).reshape(tokens * top, hidden.shape[-1])
     arrived = torch.ops.mipipe.all_to_all_send(rows, order, arrive, splits)

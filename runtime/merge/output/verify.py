@@ -23,6 +23,7 @@ from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTenso
 from mipipe.graphs.merging.participants import TOKEN_TABLES
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify
 from mipipe.graphs.merging.tokens.vocabulary import read_tokens
+from mipipe.graphs.models.families import converted_classes, without_code
 
 HINT = "; the merge is kept beside it: --no-verify publishes it as it is"
 MARK = "verify"
@@ -67,6 +68,11 @@ def _meta_model(transformers: Any, folder: Path) -> tuple[Any, str]:
     data = json.loads((folder / "config.json").read_text())
     named = data.get("architectures")
     name = named[0] if isinstance(named, list) and named else ""
+    converted = converted_classes(data.get("model_type"))
+    if converted is not None:
+        config = converted[0].from_dict(without_code(data))
+        with torch.device("meta"):
+            return converted[1](config), ""
     cls = getattr(transformers, str(name), None)
     if cls is None or not isinstance(cls, type):
         return None, f"it has no architecture {shown(name)}"

@@ -1,0 +1,1 @@
+"""Converting checkpoints: mixtures of experts factorised, merged, compressed, pruned, or made from dense models."""
