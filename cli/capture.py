@@ -37,6 +37,8 @@ def capture(
     loads: Annotated[Path | None, typer.Option(
         help="With --expert-parallel: tokens per layer and expert, measured, as `mipipe experts` takes them (default:"
              " all equal).")] = None,
+    router_loss: Annotated[float, typer.Option(
+        help="Coefficient of a loss that sharpens the routers of a MoE model, as Elastic MoE adds it.", min=0)] = 0.0,
     images: Annotated[int, typer.Option(help="Images per sequence, where the model takes them.", min=0)] = 1,
     image: Annotated[int, typer.Option(help="Height and width of an image (default: the model's own).", min=0)] = 0,
     frames: Annotated[int, typer.Option(help="Videos of this many frames in place of images, where the model takes them"
@@ -80,7 +82,7 @@ def capture(
         graph = captured_graph(source, bool(names)) or capture_model(
             source, seq=seq, batch=batch, dtype=dtype, overrides=overrides, images=images, image=image, frames=frames,
             expert_groups=expert_groups, expert_parallel=expert_parallel, expert_loads=measured, freeze=freeze or (),
-            inputs=inputs, granularity=granularity,  # type: ignore[arg-type]
+            router_loss=router_loss, inputs=inputs, granularity=granularity,  # type: ignore[arg-type]
             patterns=None if tags is None else load_patterns(tags), verify=verify, progress=update)
         if names:
             from mipipe.graphs.sharding.modes import with_modes

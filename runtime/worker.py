@@ -34,6 +34,7 @@ from mipipe.planner.execution.simulate import simulate
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.experts.run import read_maps
+from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.data import Batches, make_batches
 from mipipe.runtime.train.launching import devices, stopping
 from mipipe.runtime.train.launching.failures import DONE, SAID, STARTED, signals_of
@@ -87,6 +88,12 @@ def train(options: argparse.Namespace) -> list[float]:
     return losses
 
 
+def _elastic(config: TrainConfig) -> tuple[int, float] | None:
+    """Pool and probability of co-activation sampling, where the configuration asks for it."""
+    wanted = config.experts.elastic if config.experts is not None else None
+    return None if wanted is None else (wanted.pool, wanted.probability)
+
+
 def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
         store: dist.Store | None = None) -> list[float]:
     """Build the engine and train. ``store``: torchrun's, which lives as long as the run, over all restarts."""
@@ -103,7 +110,8 @@ def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
     engine = Engine(plan, graph, weights, program=program, device=device,
                     options=EngineOptions(config.seed, config.timeout_s, config.compile, master,
                                           barrier=config.barrier == "step", expert_map=maps.get(0),
-                                          load_factor=config.experts.load_factor if config.experts else None))
+                                          load_factor=config.experts.load_factor if config.experts else None,
+                                          elastic=_elastic(config)))
     if engine.compiled.uncompiled and rank() == 0:
         tell(options.report, "compile: runs without torch.compile, as numbers of rows are data there: "
              + ", ".join(engine.compiled.uncompiled))

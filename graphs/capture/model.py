@@ -35,8 +35,8 @@ from mipipe.graphs.tracing.trace import spec_of
 def capture(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str | None = None,
             overrides: Mapping[str, Any] | None = None, images: int = 1, image: int = 0, frames: int = 0,
             expert_groups: int = 1, expert_parallel: int = 1, expert_loads: Sequence[Sequence[float]] | None = None,
-            freeze: Sequence[str] = (), inputs: str | None = None, granularity: Granularity = "block",
-            patterns: Patterns | None = None, verify: bool | None = None,
+            router_loss: float = 0.0, freeze: Sequence[str] = (), inputs: str | None = None,
+            granularity: Granularity = "block", patterns: Patterns | None = None, verify: bool | None = None,
             progress: TraceProgress | None = None) -> OperatorGraph:
     """The operator graph of what ``source`` names; arguments as of `open_source` and `capture_module`.
 
@@ -53,8 +53,8 @@ def capture(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str | 
         return capture_program(load_program(source), name=Path(source).stem, granularity=granularity, patterns=patterns,
                                source={"source": str(source)}, progress=progress)
     opened = open_source(source, seq=seq, batch=batch, dtype=dtype, overrides=overrides, images=images, image=image,
-                         frames=frames, expert_groups=expert_groups, expert_parallel=expert_parallel, freeze=freeze,
-                         inputs=inputs)
+                         frames=frames, expert_groups=expert_groups, expert_parallel=expert_parallel,
+                         router_loss=router_loss, freeze=freeze, inputs=inputs)
     loads = {} if expert_loads is None else {"expert_loads": [list(row) for row in expert_loads]}
     say(f"building {opened.name}")
     graph = capture_module(opened.build(opened.device), opened.inputs(opened.device), loss=opened.loss,
@@ -67,7 +67,7 @@ def capture(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str | 
     if half:
         checked = capture(source, seq=seq, batch=batch, dtype="float32", overrides=overrides, images=images,
                           image=image, frames=frames, expert_groups=expert_groups, expert_parallel=expert_parallel,
-                          freeze=freeze, inputs=inputs, granularity=granularity, verify=verify)
+                          router_loss=router_loss, freeze=freeze, inputs=inputs, granularity=granularity, verify=verify)
         return replace(graph, source={**graph.source, **{
             key: item for key, item in checked.source.items() if key == "warnings"}})
     with torch.random.fork_rng():

@@ -14,32 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from mipipe.graphs.calibration.rule import CalibrationRule
 from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.named_code import is_named_code
 from mipipe.graphs.serialize import STRICT, from_data, load_data
 
 Dtype = Literal["float32", "float64"]
 OutDtype = Literal["float64", "float32", "float16", "bfloat16"]
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """The texts that run through the model: ``samples`` pieces of ``length`` tokens, taken evenly from ``data``.
-
-    ``data``: a text file, a JSONL file (its entries ``text`` are joined), or ``package.module:function`` of yours,
-    called with (samples, length), which returns rows of token ids. Texts are read with the model's tokenizer; a model
-    without one, whose vocabulary has room for them, gets their bytes.
-    """
-
-    __pydantic_config__: ClassVar = STRICT
-    data: str
-    samples: int = 64
-    length: int = 256
-
-    def __post_init__(self) -> None:
-        if self.samples < 1 or self.length < 2:
-            raise InputError(f"calibration: samples {self.samples}, length {self.length}; expected at least 1 sample"
-                             " of at least 2 tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +57,7 @@ class MergeExperts:
     __pydantic_config__: ClassVar = STRICT
     METHOD: ClassVar[str] = "m_smoe"
     model: str
-    calibration: Calibration
+    calibration: CalibrationRule
     groups: int | None = None
     similarity: Literal["router_logits", "router_weights", "weights", "random"] = "router_logits"
     align: bool = True
@@ -104,7 +85,7 @@ class CompressExperts:
     __pydantic_config__: ClassVar = STRICT
     METHOD: ClassVar[str] = "mc_smoe"
     model: str
-    calibration: Calibration
+    calibration: CalibrationRule
     groups: int | None = None
     similarity: Literal["router_logits", "router_weights", "weights", "random"] = "router_logits"
     align: bool = True
@@ -142,7 +123,7 @@ class PruneExperts:
     __pydantic_config__: ClassVar = STRICT
     METHOD: ClassVar[str] = "prune_experts"
     model: str
-    calibration: Calibration
+    calibration: CalibrationRule
     keep: int
     by: Literal["usage", "weight"] = "usage"
     experts_per_token: int | None = None
@@ -165,7 +146,7 @@ class Dive:
     __pydantic_config__: ClassVar = STRICT
     METHOD: ClassVar[str] = "dive"
     model: str
-    domains: tuple[Calibration, ...]
+    domains: tuple[CalibrationRule, ...]
     experts: int = 8
     pruned: float = 0.5
     experts_per_token: int = 1
@@ -193,7 +174,7 @@ class MoeAdaptation:
     __pydantic_config__: ClassVar = STRICT
     METHOD: ClassVar[str] = "moe_adaptation"
     model: str
-    calibration: Calibration
+    calibration: CalibrationRule
     experts: int = 32
     experts_per_token: int = 16
     shared_ratio: float = 0.0
@@ -254,4 +235,4 @@ def _beside(recipe: ConvertRecipe, folder: Path) -> ConvertRecipe:
 
 def _path(text: str, folder: Path) -> str:
     beside = folder / text
-    return text if is_named_code(text) or Path(text).is_absolute() or not beside.exists() else str(beside)
+    return text if not text or is_named_code(text) or Path(text).is_absolute() or not beside.exists() else str(beside)

@@ -295,7 +295,7 @@ def _make(host: str, config_name: str, model_name: str) -> tuple[Any, Any]:
     base = CONFIG_MAPPING[host]
     model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[base]
     fields = {"mipipe_moe": dict[str, Any] | None, "num_experts_per_tok": int, "router_temperature": float}
-    made_config = type(config_name, (base,), {
+    made_config: Any = type(config_name, (base,), {
         "__module__": __name__, "model_type": PREFIX + host, "mipipe_moe": None, "router_temperature": 1.0,
         "num_experts_per_tok": getattr(base, "num_experts_per_tok", 1), "__annotations__": fields})
 
@@ -310,7 +310,7 @@ def _make(host: str, config_name: str, model_name: str) -> tuple[Any, Any]:
         if not init_converted(module, self.config.initializer_range):
             model._init_weights(self, module)
 
-    made = type(model_name, (model,), {"__module__": __name__, "config_class": made_config, "__init__": build,
+    made: Any = type(model_name, (model,), {"__module__": __name__, "config_class": made_config, "__init__": build,
                                        "_init_weights": init_weights})
     made_config.register_for_auto_class()
     made.register_for_auto_class("AutoModelForCausalLM")

@@ -7,7 +7,7 @@ capture, on a worker with real weights for training.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class ModelSource:
 
 def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str | None = None,
                 overrides: Mapping[str, Any] | None = None, images: int = 1, image: int = 0, frames: int = 0,
-                expert_groups: int = 1, expert_parallel: int = 1, freeze: Sequence[str] = (),
+                expert_groups: int = 1, expert_parallel: int = 1, router_loss: float = 0.0, freeze: Sequence[str] = (),
                 config: Mapping[str, Any] | None = None, inputs: str | None = None) -> ModelSource:
     """The source behind a path or name.
 
@@ -64,6 +64,7 @@ def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: st
         frames: videos of that many frames in place of images, for models that take videos of any length.
         expert_groups: into how many groups each expert bank is split.
         expert_parallel: over how many ranks the experts are shared, by all-to-all (transformers sources); 1: not.
+        router_loss: the coefficient of a loss that sharpens the routers of a language model (Elastic MoE).
         freeze: regular expressions; parameters whose FQN matches one do not train.
         config: what the ``config.json`` of ``source`` held when a graph was captured; then ``source`` is not read.
         inputs: ``package.module:function`` that gives the example inputs of a transformers source in place of mipipe's.
@@ -74,8 +75,11 @@ def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: st
     options: dict[str, Any] = {"seq": seq, "batch": batch, "dtype": dtype, "overrides": dict(overrides or {}),
                                "images": images, "image": image, "frames": frames,
                                "expert_groups": expert_groups, "expert_parallel": expert_parallel,
+                               **({"router_loss": router_loss} if router_loss else {}),
                                "freeze": list(freeze)}
     record = {"source": str(source), **options}
+    if router_loss < 0:
+        raise InputError(f"router_loss: found {router_loss}, expected a coefficient of at least 0")
     for key in ("seq", "batch", "expert_groups", "expert_parallel"):
         if int(record[key]) < 1:
             raise InputError(f"{key}: found {record[key]}, expected at least 1")
@@ -86,6 +90,8 @@ def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: st
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise InputError(f"dtype: found {dtype!r}, expected a floating dtype such as float32 or bfloat16")
     if is_named_code(str(source)):
+        if router_loss:
+            raise InputError(f"{source}: a factory returns its loss itself; leave --router-loss out")
         if inputs is not None:
             raise InputError(f"{source}: a factory returns its example inputs itself; leave --inputs out")
         return _from_factory(str(source), record, None if dtype is None else kind)
@@ -96,7 +102,7 @@ def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.
                        data: Mapping[str, Any] | None = None, given: str | None = None) -> ModelSource:
     try:
         from mipipe.graphs.models import example_inputs, families, tasks
-        from mipipe.graphs.operators.layers import exchange_experts
+        from mipipe.graphs.operators.layers import exchange_experts, sharpen_routers
     except ImportError as error:
         raise InputError(f"{source}: needs transformers (pip install 'mipipe[hf]'): {error}") from None
     file = families.config_file(source)
@@ -106,12 +112,19 @@ def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.
         record["config"] = data = families.as_written(data)  # so that a graph trains from any folder
     config = families.read_model_config(source, record["overrides"], data)
     kind, task = families.model_class(config), tasks.task_of(config, families.model_class(config))
+    if record.get("router_loss"):
+        if task.kind != "language":
+            raise InputError(f"{source}: --router-loss goes with the loss of a language model, which {kind.__name__} is"
+                             " not")
+        task = replace(task, sharpness=record["router_loss"])
     sizes = families.Sizes(record["seq"], record["batch"], record["images"], record["image"], record["frames"])
 
     def build(device: str) -> nn.Module:
         made = families.build_model(config, device, dtype, record["expert_groups"], sizes)
         if record["expert_parallel"] > 1:
             exchange_experts(made)
+        if record.get("router_loss"):
+            sharpen_routers(made)
         return _freeze(made, record["freeze"])
 
     def weights() -> Mapping[str, Tensor]:

@@ -26,12 +26,13 @@ class TaskLoss:
     ``kind``: ``language`` (sum of token cross-entropies; ``shift`` where position t predicts t + 1), ``classes``,
     ``ctc`` (labels padded with -100; ``options`` are ctc_loss's), or ``own`` (the model returns its loss). A router's
     auxiliary loss is added times the count of valid labels, so that after the division by their global count it is the
-    average over tokens.
+    average over tokens; so is a router's own loss (`mipipe.graphs.operators.layers.sharpen_routers`), by ``sharpness``.
     """
 
     kind: str
     shift: bool = False
     coefficient: float = 0.0
+    sharpness: float = 0.0
     constants: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -55,6 +56,8 @@ class TaskLoss:
         auxiliary = getattr(output, "aux_loss", None)
         if self.coefficient and isinstance(auxiliary, Tensor):
             total = total + self.coefficient * auxiliary.to(total.dtype) * (labels != -100).sum()
+        if self.sharpness:
+            total = total + self.sharpness * output.router_loss.to(total.dtype) * (labels != -100).sum()
         return total
 
     def _ctc(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -76,7 +79,7 @@ def task_of(config: Any, kind: Any) -> TaskLoss:
         if getattr(text, "output_router_logits", False):
             constants["output_router_logits"] = True
             coefficient = float(getattr(text, "router_aux_loss_coef", 0.0))
-        return TaskLoss("language", not config.is_encoder_decoder, coefficient, constants)
+        return TaskLoss("language", not config.is_encoder_decoder, coefficient, constants=constants)
     if name.endswith("ForCTC"):
         return TaskLoss("ctc", constants=constants, options={
             "blank": config.pad_token_id, "reduction": getattr(config, "ctc_loss_reduction", "mean"),

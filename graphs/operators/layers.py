@@ -7,6 +7,7 @@ Legend: B batch, H heads, G key heads, S queries, T keys (or tokens), D and E he
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import groupby, pairwise
 from typing import Any
@@ -271,6 +272,45 @@ def settle_routers(model: nn.Module) -> None:
                 dtype, torch.dtype):
             part.classifier = settled = classifier.to(dtype)
             settled.to = lambda *unused, settled=settled: settled  # type: ignore
+
+
+def sharpen_routers(model: nn.Module) -> None:
+    """Let a model's outputs have a ``router_loss``: minus the divergence of routing from uniform, Elastic MoE's
+    hierarchical router loss (arXiv 2509.21892): the mean over layers and tokens of -sum_e p_e ln(E p_e).
+
+    Its gradient reaches the routers' weights alone: their logits are computed once more from hidden states cut off.
+
+    Raises:
+        GraphError: the model has no routers whose weights [experts, hidden] give logits.
+    """
+    terms: list[Tensor] = []
+    routers = [part for part in model.modules() if type(part).__name__.endswith("Router")
+               and isinstance(getattr(part, "weight", None), nn.Parameter)]
+    if not routers:
+        raise GraphError(f"{type(model).__name__}: a router loss needs routers with weights [experts, hidden], which it"
+                         " does not have")
+    for part in routers:
+        part.forward = _with_sharpness(part, part.forward, terms)
+    forward = model.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        terms.clear()
+        output = forward(*args, **kwargs)
+        output.router_loss = torch.stack(terms).mean()
+        terms.clear()
+        return output
+
+    model.forward = run
+
+
+def _with_sharpness(part: Any, forward: Callable[..., Any], terms: list[Tensor]) -> Callable[..., Any]:
+    def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        logits = torch.nn.functional.linear(hidden.detach().reshape(-1, hidden.shape[-1]), part.weight)
+        shares = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        terms.append(-(shares.exp() * (shares + math.log(logits.shape[-1]))).sum(-1).mean())
+        return forward(hidden, *args, **kwargs)
+
+    return run
 
 
 def _with_every_expert(forward: Callable[..., Any], count: int) -> Callable[..., Any]:

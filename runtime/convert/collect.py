@@ -1,13 +1,16 @@
 """What calibration texts do inside a model: routing of mixtures, activations of dense MLPs, losses.
 
-The whole model is in memory, in float32; sums are over all tokens and in float64.
+Routing and activations are collected layer by layer, with one layer of the model in memory and the states between
+layers in a file; losses take the whole model. Sums are over all tokens and in float64.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +18,14 @@ from torch import Tensor, nn
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.models.families import converted_classes
+from mipipe.runtime.calibration.decoder import Decoder
+from mipipe.runtime.calibration.states import States
+from mipipe.runtime.calibration.tokens import Samples
 from mipipe.runtime.convert.source import Source
+from mipipe.runtime.merge.programs.router import quiet_transformers
 
-BATCH = 8
-"""Rows that run together."""
+BATCH = 4
+"""Samples that run together."""
 
 
 @dataclass
@@ -54,7 +61,8 @@ class Moments:
 
     @classmethod
     def of(cls, size: int) -> Moments:
-        return cls(*(torch.zeros(size, dtype=torch.float64) for _ in range(3)))
+        mean, squares, magnitude = (torch.zeros(size, dtype=torch.float64) for _ in range(3))
+        return cls(mean, squares, magnitude)
 
     def add(self, rows: Tensor) -> None:
         """Count more tokens: [T, channels]."""
@@ -86,8 +94,6 @@ def load_model(source: Source) -> Any:
 
     kind = converted_classes(source.host)
     loader = AutoModelForCausalLM if kind is None else kind[1]
-    from mipipe.runtime.merge.programs.router import quiet_transformers
-
     try:
         with quiet_transformers():
             return loader.from_pretrained(source.files.path, dtype=torch.float32, local_files_only=True,
@@ -110,50 +116,92 @@ def _hooked(handles: list[Any]) -> Iterator[None]:
             handle.remove()
 
 
-def routing(model: Any, layers: Sequence[int], rows: Tensor) -> dict[int, Routing]:
-    """The routing of every MoE layer on rows of token ids."""
-    found: dict[int, Routing] = {}
+def run_layers(source: Source, samples: Samples, layers: Sequence[int], scratch: Path,
+               watch: Callable[[Any, int, Callable[[Tensor], Tensor]], list[Any]]) -> None:
+    """Run a model on samples, one layer of it in memory at a time, up to the last of ``layers``.
 
-    def logits(number: int) -> Callable[..., None]:
-        def seen(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            z = (output[0] if isinstance(output, tuple) else output).double().reshape(-1, found[number].chosen.shape[0])
-            found[number].gram += z.T @ z
-            found[number].tokens += len(z)
-        return seen
+    Args:
+        scratch: a folder for the states between layers.
+        watch: called with every one of these layers, its number and a function that takes the rows of real tokens out
+            of a tensor [batch, length, ...] or [batch * length, ...]; returns handles of hooks.
+    """
+    config = source.files.config
+    decoder = Decoder(source.files.source, source.files.path, source.files.tensors,
+                      lambda name: source.read(source.files.tensors[name]).to(source.dtype),
+                      functools.partial(_rows_of, source), source.dtype)
+    scratch.mkdir(parents=True, exist_ok=True)
+    ids, lengths = torch.from_numpy(samples.ids).long(), torch.from_numpy(samples.lengths)
+    states = States(scratch / "states", ids.shape[1], int(config["hidden_size"]), source.dtype)
+    batches = [(start, min(start + BATCH, len(ids))) for start in range(0, len(ids), BATCH)]
+    try:
+        with torch.no_grad():
+            decoder.load_rest(head=False)
+            for start, stop in batches:
+                states.write(start, decoder.embed(ids[start:stop]))
+            decoder.drop_rest()
+            for number in range(max(layers) + 1):
+                layer = decoder.load_layer(number)
+                mask = torch.empty(0)
 
-    def choices(number: int) -> Callable[..., None]:
-        def seen(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            index, weights = inputs[1].reshape(-1), inputs[2].reshape(-1).double()
-            found[number].chosen.index_add_(0, index, torch.ones_like(weights))
-            found[number].weights.index_add_(0, index, weights)
-        return seen
+                def real(item: Tensor) -> Tensor:
+                    return item.reshape(*mask.shape, -1)[mask]  # noqa: B023
 
-    handles = []
-    for number in layers:
-        block = decoder_layer(model, number).mlp
-        count = block.gate.weight.shape[0]
-        zeros = [torch.zeros(count, dtype=torch.float64) for _ in range(2)]
-        found[number] = Routing(*zeros, torch.zeros(count, count, dtype=torch.float64))
-        handles += [block.gate.register_forward_hook(logits(number)),
-                    block.experts.register_forward_pre_hook(choices(number))]
-    with _hooked(handles), torch.no_grad():
-        for batch in rows.split(BATCH):
-            model(input_ids=batch, use_cache=False)
+                handles = watch(layer, number, real) if number in layers else []
+                with _hooked(handles):
+                    for start, stop in batches:
+                        mask = torch.arange(ids.shape[1])[None] < lengths[start:stop, None]
+                        states.write(start, decoder.forward(number, states.read(start, stop)))
+                decoder.drop_layer(number)
+    finally:
+        states.remove()
+        with contextlib.suppress(OSError):
+            scratch.rmdir()
+
+
+def _rows_of(source: Source, name: str, rows: Tensor) -> Tensor:
+    """Some rows of a table."""
+    tensor = source.files.tensors[name]
+    return torch.cat([source.shelf.read_rows(source.files.path, tensor, int(row), int(row) + 1, tensor.shape[1])
+                      for row in rows]).to(source.dtype)
+
+
+def routing(source: Source, samples: Samples, layers: Mapping[int, int], scratch: Path) -> dict[int, Routing]:
+    """The routing of MoE layers (number: experts) on samples."""
+    found = {number: Routing(torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64),
+                             torch.zeros(count, count, dtype=torch.float64)) for number, count in layers.items()}
+
+    def watch(layer: Any, number: int, real: Callable[[Tensor], Tensor]) -> list[Any]:
+        into = found[number]
+
+        def logits(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            z = real(output[0] if isinstance(output, tuple) else output).double()
+            into.gram += z.T @ z
+            into.tokens += len(z)
+
+        def choices(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            index, weights = real(inputs[1]).reshape(-1), real(inputs[2]).reshape(-1).double()
+            into.chosen.index_add_(0, index, torch.ones_like(weights))
+            into.weights.index_add_(0, index, weights)
+
+        return [layer.mlp.gate.register_forward_hook(logits), layer.mlp.experts.register_forward_pre_hook(choices)]
+
+    run_layers(source, samples, list(layers), scratch, watch)
     return found
 
 
-def channels(model: Any, layers: Sequence[int], rows: Tensor) -> dict[int, Moments]:
-    """The moments of what goes into every MLP's down projection."""
-    found = {number: Moments.of(decoder_layer(model, number).mlp.down_proj.weight.shape[1]) for number in layers}
-    handles = [decoder_layer(model, number).mlp.down_proj.register_forward_pre_hook(
-        lambda _module, inputs, number=number: found[number].add(inputs[0])) for number in layers]
-    with _hooked(handles), torch.no_grad():
-        for batch in rows.split(BATCH):
-            model(input_ids=batch, use_cache=False)
+def channels(source: Source, samples: Samples, layers: Mapping[int, int], scratch: Path) -> dict[int, Moments]:
+    """The moments of what goes into the down projections of layers (number: channels)."""
+    found = {number: Moments.of(size) for number, size in layers.items()}
+
+    def watch(layer: Any, number: int, real: Callable[[Tensor], Tensor]) -> list[Any]:
+        return [layer.mlp.down_proj.register_forward_pre_hook(
+            lambda _module, inputs: found[number].add(real(inputs[0])))]
+
+    run_layers(source, samples, list(layers), scratch, watch)
     return found
 
 
-def mean_loss(model: Any, rows: Tensor, kept: Mapping[int, Tensor] | None = None,
+def mean_loss(model: Any, samples: Samples, kept: Mapping[int, Tensor] | None = None,
               offset: Mapping[int, Tensor] | None = None) -> float:
     """The mean cross-entropy of next tokens; with ``kept``, of the model whose MLPs have only these channels (a factor
     for each), and with the ``offset`` of what is left out."""
@@ -165,8 +213,15 @@ def mean_loss(model: Any, rows: Tensor, kept: Mapping[int, Tensor] | None = None
         for number, bias in (offset or {}).items()]
     total, count = 0.0, 0
     with _hooked(handles), torch.no_grad():
-        for batch in rows.split(BATCH):
-            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-            total += float(nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
-            count += batch[:, 1:].numel()
+        for ids, labels in batches(samples):
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            total += float(nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"))
+            count += int((labels[:, 1:] >= 0).sum())
     return total / count
+
+
+def batches(samples: Samples, size: int = BATCH) -> list[tuple[Tensor, Tensor]]:
+    """Token ids and labels, -100 where there is no token."""
+    ids, lengths = torch.from_numpy(samples.ids).long(), torch.from_numpy(samples.lengths)
+    labels = ids.masked_fill(torch.arange(ids.shape[1])[None] >= lengths[:, None], -100)
+    return list(zip(ids.split(size), labels.split(size), strict=True))

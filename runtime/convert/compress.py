@@ -8,7 +8,7 @@ that are left follows a cubic schedule.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from mipipe.graphs.converting.decisions import kept_fraction, low_rank
 from mipipe.graphs.converting.recipe import CompressExperts
 from mipipe.graphs.models import mipipe_moe
+from mipipe.runtime.calibration.tokens import Samples
 from mipipe.runtime.convert import collect
-from mipipe.runtime.convert.merge_experts import Grouping, group_layers, grouping_figures, make_group
+from mipipe.runtime.convert.merge_experts import Grouping, Routings, group_layers, grouping_figures, make_group
 from mipipe.runtime.convert.output import Conversion, Piece, Unit, converted_config, copied, written_dtype
 from mipipe.runtime.convert.source import PARTS, MoeLayer, Source, is_bank, is_expert, module_name, moe_layers
 
@@ -36,13 +37,12 @@ def factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return one, two, matrix - one @ two
 
 
-def plan_compress(recipe: CompressExperts, source: Source, rows: Tensor, model: Callable[[], Any]) -> Conversion:
+def plan_compress(recipe: CompressExperts, source: Source, samples: Samples, seen: Routings,
+                  teacher: Any) -> Conversion:
     """The conversion: merged, factorised, trained and pruned here, since the training has them all in memory."""
     layers = moe_layers(source)
     inner, hidden = layers[0].sizes
-    teacher = model()
-    grouping = group_layers(recipe.merging(), source, layers,
-                            collect.routing(teacher, [layer.number for layer in layers], rows))
+    grouping = group_layers(recipe.merging(), source, layers, seen)
     shapes = {part: (hidden, inner) if part == "down_proj" else (inner, hidden) for part in PARTS}
     ranks = {part: low_rank(*shape, recipe.rank_ratio) for part, shape in shapes.items()}
     kept = {part: round(recipe.kept * shape[0]) for part, shape in shapes.items()}
@@ -51,7 +51,7 @@ def plan_compress(recipe: CompressExperts, source: Source, rows: Tensor, model: 
     whole = {**settings, "rows": {part: shape[0] for part, shape in shapes.items()}}
     student = _student(source, teacher, whole, {layer.number: _state(source, layer, grouping[layer.number], ranks,
                                                                      recipe.align) for layer in layers})
-    importance, losses = _train(recipe, student, teacher, rows, kept)
+    importance, losses = _train(recipe, student, teacher, samples, kept)
     figures = {**grouping_figures(grouping), "ranks": ranks, "rows": kept, "loss": losses}
     made = {layer.number: _pruned(student, layer.number, importance, kept) for layer in layers}
     units = [_unit(source, layer, made[layer.number], recipe.out_dtype) for layer in layers]
@@ -97,21 +97,20 @@ def _sparse(student: Any) -> dict[str, nn.Parameter]:
     return {name: item for name, item in student.named_parameters() if name.endswith("_sparse")}
 
 
-def _train(recipe: CompressExperts, student: Any, teacher: Any, rows: Tensor,
+def _train(recipe: CompressExperts, student: Any, teacher: Any, samples: Samples,
            kept: Mapping[str, int]) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The importance of all rows after training (or one pass without), and losses before and after."""
     sparse = _sparse(student)
     importance = {name: torch.zeros(item.shape[:2]) for name, item in sparse.items()}
     trained = [item for item in student.parameters() if item.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=0.0)
-    batches = rows.split(recipe.batch)
+    batches = collect.batches(samples, recipe.batch)
     steps = recipe.steps or len(batches)
     first, last = steps // 5, max(steps // 5 + 1, steps * 4 // 5)
-    losses = {"model": collect.mean_loss(teacher, rows), "start": collect.mean_loss(student, rows)}
+    losses = {"model": collect.mean_loss(teacher, samples), "start": collect.mean_loss(student, samples)}
     for step in range(steps):
-        batch = batches[step % len(batches)]
         student.zero_grad()
-        _loss(student, teacher, batch).backward()
+        _loss(student, teacher, *batches[step % len(batches)]).backward()
         for name, item in sparse.items():
             assert item.grad is not None
             importance[name] = AVERAGE * importance[name] + (1 - AVERAGE) * (item * item.grad).abs().mean(-1).detach()
@@ -124,7 +123,7 @@ def _train(recipe: CompressExperts, student: Any, teacher: Any, rows: Tensor,
     for name, item in sparse.items():
         with torch.no_grad():
             item.mul_(_mask(importance[name], kept[_part(name)])[..., None])
-    losses["end"] = collect.mean_loss(student, rows)
+    losses["end"] = collect.mean_loss(student, samples)
     return importance, losses
 
 
@@ -132,12 +131,13 @@ def _part(name: str) -> str:
     return name.rpartition(".")[2].removesuffix("_sparse")
 
 
-def _loss(student: Any, teacher: Any, batch: Tensor) -> Tensor:
+def _loss(student: Any, teacher: Any, ids: Tensor, labels: Tensor) -> Tensor:
     """The task's loss plus 0.2 of the distillation's, at temperature two."""
-    own = student(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+    valid = labels[:, 1:] >= 0
+    own = student(input_ids=ids, use_cache=False).logits[:, :-1][valid]
     with torch.no_grad():
-        theirs = teacher(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
-    task = nn.functional.cross_entropy(own, batch[:, 1:].flatten())
+        theirs = teacher(input_ids=ids, use_cache=False).logits[:, :-1][valid]
+    task = nn.functional.cross_entropy(own, labels[:, 1:][valid])
     distance = nn.functional.kl_div((own / TEMPERATURE).log_softmax(-1), (theirs / TEMPERATURE).log_softmax(-1),
                                     reduction="batchmean", log_target=True)
     return task + DISTILLED * TEMPERATURE ** 2 * distance

@@ -11,7 +11,7 @@ plus its router logit, so a router of zeros that takes all experts is the dense 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from mipipe.graphs.converting.decisions import cluster_domains, snake_deal
 from mipipe.graphs.converting.recipe import Dive, MoeAdaptation
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.files import StoredTensor
+from mipipe.runtime.calibration.tokens import Samples
 from mipipe.runtime.convert import collect
 from mipipe.runtime.convert.output import Conversion, Piece, Unit, converted_config, copied, written_dtype
 from mipipe.runtime.convert.source import Matrices, Source, dense_layers, is_dense
@@ -52,20 +53,27 @@ def _keep(values: Tensor, count: int) -> list[int]:
     return sorted(order[:count])
 
 
-def plan_dive(recipe: Dive, source: Source, domains: Sequence[Tensor], model: Any) -> Conversion:
-    """The conversion, after the model has seen every domain's texts."""
+Channels = Mapping[int, collect.Moments]
+"""What a layer's channels do, by its number."""
+
+
+def plan_dive(recipe: Dive, source: Source, domains: Sequence[Samples], see: Callable[[Samples], Channels],
+              model: Callable[[], Any]) -> Conversion:
+    """The conversion, after the model has seen every domain's texts with ``see``; ``model`` loads it as a whole, which
+    the affinity of domains takes."""
     layers = dense_layers(source)
     inner = layers[next(iter(layers))]["gate_proj"].shape[0]
     count = max(1, round((1 - recipe.pruned) * inner))
     downs = {number: source.read(parts["down_proj"]) for number, parts in layers.items()}
+    moments_of = [see(samples) for samples in domains]
     groups = [[number] for number in range(len(domains))]
     figures: dict[str, Any] = {}
     if len(domains) > recipe.experts:
-        losses = _affinity(model, domains, downs, count, recipe.compensate)
+        losses = _affinity(model(), domains, moments_of, downs, count, recipe.compensate)
         groups = cluster_domains(losses, recipe.experts)
         figures["domain_losses"] = losses.tolist()
     figures["domains"] = groups
-    seen = [_joined(model, list(layers), [domains[item] for item in group]) for group in groups]
+    seen = [_joined([moments_of[item] for item in group]) for group in groups]
     kept = {number: [_keep(scores(moments[number], downs[number]), count) for moments in seen] for number in layers}
     figures["overlap"] = {str(number): _overlap(rows) for number, rows in kept.items()}
     settings = {"experts": "banks", "num_experts": recipe.experts, "inner": count, "router": "softmax", "bias": True,
@@ -81,12 +89,12 @@ def plan_dive(recipe: Dive, source: Source, domains: Sequence[Tensor], model: An
                       f" {sum(record['overlap'].values()) / len(layers):.0%} of theirs on average.")
 
 
-def _joined(model: Any, layers: Sequence[int], texts: Sequence[Tensor]) -> dict[int, collect.Moments]:
-    """The moments over texts of several lengths."""
-    found = collect.channels(model, layers, texts[0])
-    for rows in texts[1:]:
-        for number, other in collect.channels(model, layers, rows).items():
-            found[number].join(other)
+def _joined(parts: Sequence[Channels]) -> Channels:
+    """What channels do on several domains together."""
+    found = {number: collect.Moments.of(len(item.mean)) for number, item in parts[0].items()}
+    for part in parts:
+        for number, item in part.items():
+            found[number].join(item)
     return found
 
 
@@ -96,13 +104,13 @@ def _overlap(kept: Sequence[Sequence[int]]) -> float:
     return float(np.mean([len(set(a) & set(b)) / len(a) for a, b in pairs])) if pairs else 1.0
 
 
-def _affinity(model: Any, domains: Sequence[Tensor], downs: Mapping[int, Tensor], count: int,
+def _affinity(model: Any, domains: Sequence[Samples], seen: Sequence[Channels], downs: Mapping[int, Tensor], count: int,
               compensate: bool) -> np.ndarray[Any, np.dtype[np.float64]]:
     """[a, b]: the loss on domain b of the model pruned for a."""
     table = np.empty((len(domains), len(domains)))
-    for row, texts in enumerate(domains):
+    for row in range(len(domains)):
         factors, offsets = {}, {}
-        for number, moments in collect.channels(model, list(downs), texts).items():
+        for number, moments in seen[row].items():
             factors[number] = torch.zeros(len(moments.mean))
             factors[number][_keep(scores(moments, downs[number]), count)] = 1.0
             if compensate:
@@ -147,7 +155,7 @@ def _dive_unit(recipe: Dive, source: Source, number: int, parts: Mapping[str, St
     return Unit(pieces, make)
 
 
-def plan_adaptation(recipe: MoeAdaptation, source: Source, rows: Tensor, model: Any) -> Conversion:
+def plan_adaptation(recipe: MoeAdaptation, source: Source, see: Callable[[Mapping[int, int]], Channels]) -> Conversion:
     """The conversion, after the model has seen the texts.
 
     Raises:
@@ -162,7 +170,7 @@ def plan_adaptation(recipe: MoeAdaptation, source: Source, rows: Tensor, model: 
     inner = layers[next(iter(layers))]["gate_proj"].shape[0]
     if recipe.experts > inner:
         raise InputError(f"experts: found {recipe.experts}, expected at most {inner}, the neurons of a layer")
-    seen = collect.channels(model, list(layers), rows)
+    seen = see(dict.fromkeys(layers, inner))
     dealt = {number: snake_deal(seen[number].magnitude.tolist(), recipe.experts, int(inner * recipe.shared_ratio))
              for number in layers}
     shared, experts = dealt[next(iter(dealt))]

@@ -5,33 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mipipe.graphs.calibration.rule import CalibrationRule, check_calibration
 from mipipe.graphs.converting.recipe import (
-    Calibration,
     CompressExperts,
     ConvertRecipe,
     Dive,
     MergeExperts,
-    MoeAdaptation,
     Molae,
     PruneExperts,
     read_convert_recipe,
 )
 from mipipe.graphs.serialize import to_data
+from mipipe.runtime.calibration.tokens import Samples, draw_samples
 from mipipe.runtime.convert import collect
 from mipipe.runtime.convert.compress import plan_compress
 from mipipe.runtime.convert.from_dense import plan_adaptation, plan_dive
 from mipipe.runtime.convert.merge_experts import plan_merge, plan_prune
 from mipipe.runtime.convert.molae import plan_molae
 from mipipe.runtime.convert.output import Conversion, write_conversion
-from mipipe.runtime.convert.source import Source, open_source
-from mipipe.runtime.convert.texts import token_rows
+from mipipe.runtime.convert.source import Source, dense_layers, moe_layers, open_source
 from mipipe.runtime.merge.launch import check_target
 from mipipe.runtime.merge.output.lock import only_one
 from mipipe.runtime.weights.reader import Shelf
@@ -65,66 +64,68 @@ def convert(recipe: str | Path | ConvertRecipe, out: str | Path, *, loaders: Col
     began, out = time.monotonic(), Path(out)
     wanted = read_convert_recipe(recipe) if isinstance(recipe, (str, Path)) else recipe
     check_target(out)
-    torch.set_num_threads(max(1, torch.get_num_threads()))
     with only_one(out), Shelf() as shelf:
         source = open_source(wanted.model, shelf, getattr(torch, wanted.dtype))
-        rows = Rows(source, loaders, progress)
-        conversion = plan(wanted, source, rows)
+        texts = Calibrated(source, loaders, out.with_name(out.name + ".states"), progress)
+        conversion = plan(wanted, source, texts)
         data = {"method": wanted.METHOD, **to_data(wanted)}
-        job = hashlib.sha256(json.dumps([data, source.files.fingerprint, rows.digests], sort_keys=True).encode())
+        job = hashlib.sha256(json.dumps([data, source.files.fingerprint, texts.digests], sort_keys=True).encode())
         record = write_conversion(conversion, source, out, data, job.hexdigest()[:16], shard_bytes,
                                   lambda done, total: progress(f"converting {done / max(1, total):.0%}"), verify)
     return ConvertResult(out, record, conversion.describe(record), time.monotonic() - began)
 
 
-class Rows:
-    """Token ids of calibrations and the model they run through, each made when it is first asked for."""
+class Calibrated:
+    """What texts do inside the source, each when it is asked for; ``scratch`` is a folder for states."""
 
-    def __init__(self, source: Source, loaders: Collection[str], progress: Callable[[str], None]) -> None:
-        self._source, self._loaders, self._progress = source, loaders, progress
-        self._model: Any = None
+    def __init__(self, source: Source, loaders: Collection[str], scratch: Path,
+                 progress: Callable[[str], None]) -> None:
+        self._source, self._loaders, self._scratch, self._progress = source, loaders, scratch, progress
         self.digests: list[str] = []
 
-    def of(self, calibration: Calibration) -> torch.Tensor:
-        rows = token_rows(calibration, self._source.files.path, int(self._source.files.config["vocab_size"]),
-                          self._loaders)
-        self.digests.append(hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16])
-        return rows
+    def samples(self, rule: CalibrationRule, seed: int = 0) -> Samples:
+        """The samples of a rule.
 
-    @property
+        Raises:
+            InputError: as of `mipipe.runtime.calibration.tokens.draw_samples`.
+        """
+        check_calibration(rule, (), self._source.files.source)
+        path = self._source.files.path
+        found = draw_samples(rule.data, path, rule.samples, rule.length, seed,
+                             int(self._source.files.config["vocab_size"]), self._loaders, self._source.files.source)
+        self.digests.append(found.digest)
+        return found
+
+    def routing(self, rule: CalibrationRule, seed: int) -> Mapping[int, collect.Routing]:
+        layers = {layer.number: len(layer.experts) for layer in moe_layers(self._source)}
+        samples = self.samples(rule, seed)
+        self._progress("running the model on the texts")
+        return collect.routing(self._source, samples, layers, self._scratch)
+
+    def channels(self, samples: Samples, layers: Mapping[int, int]) -> Mapping[int, collect.Moments]:
+        self._progress("running the model on the texts")
+        return collect.channels(self._source, samples, layers, self._scratch)
+
     def model(self) -> Any:
-        if self._model is None:
-            self._progress("loading the model")
-            self._model = collect.load_model(self._source)
-        self._progress("calibrating")
-        return self._model
-
-    def drop(self) -> None:
-        """Forget the model."""
-        self._model = None
-
-    def routing(self, calibration: Calibration) -> Callable[[Sequence[int]], Mapping[int, collect.Routing]]:
-        def run(layers: Sequence[int]) -> Mapping[int, collect.Routing]:
-            rows = self.of(calibration)
-            found = collect.routing(self.model, layers, rows)
-            self.drop()
-            return found
-        return run
+        """The whole model."""
+        self._progress("loading the model")
+        return collect.load_model(self._source)
 
 
-def plan(recipe: ConvertRecipe, source: Source, rows: Rows) -> Conversion:
+def plan(recipe: ConvertRecipe, source: Source, texts: Calibrated) -> Conversion:
     """The conversion of a recipe, after whatever calibration it needs."""
     if isinstance(recipe, Molae):
         return plan_molae(recipe, source)
     if isinstance(recipe, MergeExperts):
-        return plan_merge(recipe, source, rows.routing(recipe.calibration))
+        return plan_merge(recipe, source, texts.routing(recipe.calibration, recipe.seed))
     if isinstance(recipe, PruneExperts):
-        return plan_prune(recipe, source, rows.routing(recipe.calibration))
+        return plan_prune(recipe, source, texts.routing(recipe.calibration, 0))
     if isinstance(recipe, CompressExperts):
-        return plan_compress(recipe, source, rows.of(recipe.calibration), lambda: rows.model)
+        return plan_compress(recipe, source, texts.samples(recipe.calibration, recipe.seed),
+                             texts.routing(recipe.calibration, recipe.seed), texts.model())
+    inner = {number: parts["gate_proj"].shape[0] for number, parts in dense_layers(source).items()}
     if isinstance(recipe, Dive):
-        return plan_dive(recipe, source, [rows.of(item) for item in recipe.domains], rows.model)
-    assert isinstance(recipe, MoeAdaptation)
-    return plan_adaptation(recipe, source, rows.of(recipe.calibration), rows.model)
-
-
+        return plan_dive(recipe, source, [texts.samples(item, recipe.seed) for item in recipe.domains],
+                         lambda samples: texts.channels(samples, inner), texts.model)
+    samples = texts.samples(recipe.calibration, recipe.seed)
+    return plan_adaptation(recipe, source, lambda layers: texts.channels(samples, layers))

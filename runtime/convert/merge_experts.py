@@ -8,7 +8,7 @@ hidden units, which no output sees; it is left out except where weights are comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,10 +105,10 @@ def _similarity(recipe: MergeExperts, source: Source, layer: MoeLayer, seen: Rou
     return np.asarray(rows @ rows.T)
 
 
-def plan_merge(recipe: MergeExperts, source: Source, routing: Callable[[Sequence[int]], Routings]) -> Conversion:
+def plan_merge(recipe: MergeExperts, source: Source, seen: Routings) -> Conversion:
     """The conversion after its calibration."""
     layers = moe_layers(source)
-    grouping = group_layers(recipe, source, layers, routing([layer.number for layer in layers]))
+    grouping = group_layers(recipe, source, layers, seen)
     figures = grouping_figures(grouping)
     if recipe.layout == "expanded":
         units = [_expanded(recipe, source, layer, grouping[layer.number]) for layer in layers]
@@ -163,7 +163,7 @@ def _expanded(recipe: MergeExperts, source: Source, layer: MoeLayer, grouping: G
                    for expert in layer.experts for tensor in expert.values())
 
     def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        made = {}
+        made: dict[str, Tensor] = {}
         for group in grouping.groups:
             common = make_group(source, layer, grouping, group, recipe.align)
             made |= {layer.experts[expert][part].name: common[part] for expert in group for part in PARTS}
@@ -176,7 +176,7 @@ COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exper
 """Keys of configs that say how many experts a layer has."""
 
 
-def plan_prune(recipe: PruneExperts, source: Source, routing: Callable[[Sequence[int]], Routings]) -> Conversion:
+def plan_prune(recipe: PruneExperts, source: Source, seen: Routings) -> Conversion:
     """The most used experts of every layer, in the model's own architecture.
 
     Raises:
@@ -191,7 +191,6 @@ def plan_prune(recipe: PruneExperts, source: Source, routing: Callable[[Sequence
     if (config.get("n_group") or 1) > 1:
         raise InputError(f"{recipe.model}: routes by {config['n_group']} groups of neighbouring experts, of which none"
                          " may lose more than another")
-    seen = routing([layer.number for layer in layers])
     kept = {layer.number: _most_used(seen[layer.number], recipe) for layer in layers}
     config |= {key: recipe.keep for key in COUNTS if key in config} | {"num_experts_per_tok": top}
     units = [_pruned(recipe, source, layer, kept[layer.number]) for layer in layers]

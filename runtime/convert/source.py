@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTensor, licence_of, read_checkpoint
 from mipipe.graphs.merging.checkpoints.expert_layout import as_single
+from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTensor, licence_of, read_checkpoint
 from mipipe.graphs.merging.checkpoints.quantised import refuse_quantised
 from mipipe.graphs.models.mipipe_moe import HOSTS
 from mipipe.runtime.weights.reader import TORCH_DTYPES, Shelf

@@ -21,7 +21,8 @@ class EngineOptions:
     compute stream where ranks exchange rows (a thread, on CPUs). Without ``barrier`` no step waits for the last rank's
     end: the loss is summed meanwhile, and `Engine.step` returns that of the step before. For graphs captured for expert
     parallelism: ``expert_map`` places the experts on the copies of the plan (None: in equal blocks), ``load_factor``
-    caps the rows that a copy accepts, in even shares.
+    caps the rows that a copy accepts, in even shares. ``elastic``: the pool and probability of co-activation sampling
+    (`mipipe.runtime.experts.elastic`), which does change what is trained.
     """
 
     seed: int = 0
@@ -36,3 +37,4 @@ class EngineOptions:
     barrier: bool = True
     expert_map: ExpertMap | None = None
     load_factor: float | None = None
+    elastic: tuple[int, float] | None = None

@@ -135,6 +135,21 @@ class ReplanConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ElasticExperts:
+    """Elastic MoE: with ``probability``, a token's experts are drawn from the ``pool`` best ones, so that more of them
+    work together at inference than in training (`mipipe.runtime.experts.elastic`)."""
+
+    __pydantic_config__: ClassVar = STRICT
+    pool: int
+    probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.pool < 1 or not 0 <= self.probability <= 1:
+            raise InputError(f"train config, experts.elastic: pool {self.pool}, probability {self.probability};"
+                             " expected pool >= 1, probability from 0 to 1")
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertsConfig:
     """The experts of a MoE model: what is recorded of their loads, and where they live.
 
@@ -143,6 +158,7 @@ class ExpertsConfig:
     graphs captured with ``--expert-parallel`` and several copies of the plan: ``map`` places the experts on the copies
     (none: equal blocks), ``moves`` are maps to change to after so many steps, ``replan`` makes them on the way, and
     ``load_factor`` caps the rows a copy accepts in one layer and microbatch, as a multiple of an even share.
+    ``elastic`` draws some tokens' experts from a larger pool.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -153,6 +169,7 @@ class ExpertsConfig:
     moves: dict[int, str] = field(default_factory=dict)
     replan: ReplanConfig | None = None
     load_factor: float | None = None
+    elastic: ElasticExperts | None = None
 
     def __post_init__(self) -> None:
         if self.window < 1 or min(self.moves, default=1) < 1 or (self.load_factor or 1.0) < 1.0:

@@ -24,6 +24,7 @@ from mipipe.runtime.engine.compiling.resolve import Resolver
 from mipipe.runtime.engine.compiling.stage import build_stage, check_segments
 from mipipe.runtime.engine.mesh import Mesh, build_mesh
 from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.experts.elastic import CoActivation, joined_kernels, sampled_routers
 from mipipe.runtime.experts.exchange import kernels_of
 from mipipe.runtime.experts.group import make_exchange, routing_counters
 from mipipe.runtime.experts.layers import expert_layers
@@ -62,7 +63,9 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
                            None if experts is None else experts.rows())
     loss = next(value.spec for value in graph.values if value.name == graph.loss)
     loss_gradient = torch.ones(loss.shape, dtype=getattr(torch, loss.dtype), device=device)
-    phases = Phases(graph, device, options.compile, kernels_of(experts))
+    sampler = None if options.elastic is None else CoActivation(*options.elastic)
+    given = joined_kernels(kernels_of(experts), {} if sampler is None else sampled_routers(graph, sampler))
+    phases = Phases(graph, device, options.compile, given)
     counters, watched = routing_counters(graph, stage_of, here, device)
     stages = {index: build_stage(graph, flow, segments[index], index, stage_of, weights, loss_gradient, phases,
                                  graph.outputs, watched) for index in here}
@@ -80,7 +83,7 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
     instructions, evaluation = Resolver(local, stage_of).resolve(options.prepost)
     return Compiled(**{item.name: getattr(local, item.name) for item in fields(local)},
                     instructions=with_copy_sums(local, instructions), evaluation=evaluation,
-                    exchanges_aside=_exchanges_aside(local, stage_of),
+                    exchanges_aside=_exchanges_aside(local, stage_of), sampler=sampler,
                     uncompiled=tuple(item.name for items in segments.values() for item in items
                                      if options.compile and not phases.compiles(phases.trace(item), item.name)))
 

@@ -16,6 +16,7 @@ from mipipe.runtime.engine.compiling.flow import GradientFlow
 from mipipe.runtime.engine.compiling.instructions import Ready
 from mipipe.runtime.engine.compiling.stage import StageCode
 from mipipe.runtime.engine.mesh import Mesh
+from mipipe.runtime.experts.elastic import CoActivation
 from mipipe.runtime.experts.exchange import Exchange
 from mipipe.runtime.weights.weights import Weights
 
@@ -47,9 +48,10 @@ class LocalRank:
 class Compiled(LocalRank):
     """A rank ready to run: its instructions in training and in evaluation. ``exchanges_aside``: ranks exchange rows,
     and all that do it are stages without parameters on the plan's collective stream; ``uncompiled``: segments here that
-    torch.compile was asked for and left out."""
+    torch.compile was asked for and left out; ``sampler``: what draws experts in training."""
 
     instructions: tuple[Ready, ...]
     evaluation: tuple[Ready, ...]
     exchanges_aside: bool
     uncompiled: tuple[str, ...] = ()
+    sampler: CoActivation | None = None

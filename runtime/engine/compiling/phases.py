@@ -74,9 +74,15 @@ class Phases:
                 assert self._compiler is not None
                 function, owned = self._compiler.compile(function, trace, phase)
                 function = _handing(function) if phase is Phase.W else function
-            found = PhaseCode(function, arguments, results, owned, phase is Phase.F and uses_random(trace))
+            random = phase is Phase.F and (uses_random(trace) or _draws(given))
+            found = PhaseCode(function, arguments, results, owned, random)
             self._codes[key] = found
         return found
+
+
+def _draws(given: Mapping[str, Callable[..., Any]] | None) -> bool:
+    """Whether an implementation of its own makes a segment draw random numbers."""
+    return any(getattr(function, "random", False) for function in (given or {}).values())
 
 
 def _handing(function: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., tuple[torch.Tensor, ...]]:
