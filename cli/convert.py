@@ -28,10 +28,12 @@ def convert(
 ) -> None:
     """Convert a model's experts as RECIPE says: shared projections, merged, compressed or pruned experts, or a mixture
     made of a dense model. An interrupted conversion continues when the same command runs again."""
-    from mipipe.graphs.merging.recipes.moe_recipe import read_moe_recipe
+    from mipipe.graphs.merging.recipes.moe_recipe import is_moe_recipe
+    from mipipe.graphs.serialize import load_data
 
     size = parse_bytes(shard_size, "--shard-size")
-    if read_moe_recipe(recipe) is not None:
+    found = load_data(recipe)
+    if "method" not in found and is_moe_recipe(found):
         from mipipe.cli.merge import merge
 
         merge(recipe, output, shard_size=shard_size, no_verify=no_verify, json_output=json_output)

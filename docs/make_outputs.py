@@ -55,7 +55,7 @@ class Output:
 
 
 VERBS = ("capture", "profile", "plan", "compare", "check", "simulate", "show", "export", "train", "calibrate",
-         "experts", "place", "merge", "tune", "evaluate")
+         "experts", "place", "merge", "convert", "tune", "evaluate")
 
 OUTPUTS: dict[str, Output] = {
     "help": Output(("mipipe --help",)),
@@ -98,6 +98,9 @@ OUTPUTS: dict[str, Output] = {
     "merge": Output(("mipipe merge recipe.yaml -o merged --ranks 2 --memory 1GB --dry-run",
                      "mipipe merge recipe.yaml -o merged --ranks 2 --memory 1GB"), ("checkpoints",)),
     "checkpoints": Output(()),
+    "convert": Output(("cat molae.yaml", "mipipe convert molae.yaml -o molae",
+                       "mipipe capture molae --seq 64 -o molae.json"), ("mixture",)),
+    "mixture": Output(()),
     "own_model": Output(("mipipe capture my_model:factory --set depth=8 -o own.json",
                          "mipipe profile own.json --workers 4 -o own_costs.json",
                          f"mipipe plan own.json {CLUSTER} --microbatches 4 --costs own_costs.json --time-limit 3"
@@ -144,6 +147,8 @@ def make(name: str, folder: Path, done: set[str]) -> None:
         make(needed, folder, done)
     if name == "checkpoints":
         checkpoints(folder)
+    if name == "mixture":
+        mixture(folder)
     if name == "check_refused":
         swap_first_actions(folder)
     shown = []
@@ -207,6 +212,19 @@ def checkpoints(folder: Path) -> None:
     for expert in ("math", "code"):
         base.load_state_dict({name: value + 0.01 * torch.randn_like(value) for name, value in weights.items()})
         base.save_pretrained(folder / expert)
+
+
+def mixture(folder: Path) -> None:
+    """A small mixture of experts that transformers can load, and a recipe for it."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = Qwen3MoeConfig(hidden_size=256, moe_intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+                           num_key_value_heads=2, head_dim=64, vocab_size=1024, num_experts=16, num_experts_per_tok=2,
+                           dtype="bfloat16")
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(sizes).to(torch.bfloat16).save_pretrained(folder / "mixture")
+    (folder / "molae.yaml").write_text("method: molae\nmodel: mixture\ngroup: 8\n")
 
 
 def machine() -> str:

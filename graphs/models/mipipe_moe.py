@@ -42,6 +42,11 @@ def grouped_loop(rows: Tensor, bank: Tensor, ends: Tensor) -> Tensor:
     return torch.cat(parts) if parts else rows.new_zeros(0, bank.shape[-1])
 
 
+def of(bank: Tensor, part: slice | None) -> Tensor:
+    """Some slots of a bank; None: the bank itself."""
+    return bank if part is None else bank[part]
+
+
 class Experts(nn.Module):
     """What the kinds of experts share: rows are sorted by slot, each slot works on its own, the results are weighted.
 
@@ -74,15 +79,15 @@ class Experts(nn.Module):
         ends = torch.bincount(slot, minlength=self.num_experts).cumsum(0)
         token = order // index.shape[1]
         rows = self.expert_inputs(hidden, token, slot, 0, self.num_experts)
-        out = self.expert_outputs(rows, ends, slot, slice(0, self.num_experts), grouped_loop)
+        out = self.expert_outputs(rows, ends, slot, None, grouped_loop)
         return torch.zeros_like(hidden).index_add(0, token, (out * weights.reshape(-1, 1)[order]).to(hidden.dtype))
 
     def expert_inputs(self, hidden: Tensor, token: Tensor, slot: Tensor, first: int, size: int) -> Tensor:
         """What `expert_outputs` gets for each of the sorted rows; ``slot`` counts from slot ``first``, of ``size``."""
         return hidden[token]
 
-    def expert_outputs(self, rows: Tensor, ends: Tensor, slot: Tensor, part: slice, grouped: Any) -> Tensor:
-        """What the slots ``part`` make of sorted rows: [N,H]. ``grouped``: as `grouped_loop`."""
+    def expert_outputs(self, rows: Tensor, ends: Tensor, slot: Tensor, part: slice | None, grouped: Any) -> Tensor:
+        """What the slots ``part`` (None: all) make of sorted rows: [N,H]. ``grouped``: as `grouped_loop`."""
         raise NotImplementedError
 
     def gated(self, joined: Tensor) -> Tensor:
@@ -103,10 +108,10 @@ class Banks(Experts):
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden, self.inner))
         self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, self.hidden)) if self.has_bias else None
 
-    def expert_outputs(self, rows: Tensor, ends: Tensor, slot: Tensor, part: slice, grouped: Any) -> Tensor:
-        inner = self.gated(grouped(rows, self.gate_up_proj[part].transpose(1, 2), ends))
-        out = grouped(inner, self.down_proj[part].transpose(1, 2), ends)
-        return out if self.down_proj_bias is None else out + self.down_proj_bias[part][slot]
+    def expert_outputs(self, rows: Tensor, ends: Tensor, slot: Tensor, part: slice | None, grouped: Any) -> Tensor:
+        inner = self.gated(grouped(rows, of(self.gate_up_proj, part).transpose(1, 2), ends))
+        out = grouped(inner, of(self.down_proj, part).transpose(1, 2), ends)
+        return out if self.down_proj_bias is None else out + of(self.down_proj_bias, part)[slot]
 
 
 class LatentExperts(Experts):
@@ -131,21 +136,23 @@ class LatentExperts(Experts):
         if not self.once:
             return hidden[token]
         low, high = self._groups(first, first + size)
-        bank = self.gate_up_latent[low:high]
+        bank = self.gate_up_latent if size == self.num_experts else self.gate_up_latent[low:high]
         latents = F.linear(hidden, bank.reshape(-1, self.hidden)).view(-1, 2 * self.latent)
         return latents[token * (high - low) + (slot + first) // self.group - low]
 
-    def expert_outputs(self, rows: Tensor, ends: Tensor, slot: Tensor, part: slice, grouped: Any) -> Tensor:
+    def expert_outputs(self, rows: Tensor, ends: Tensor, slot: Tensor, part: slice | None, grouped: Any) -> Tensor:
         if not self.once:
-            low, high = self._groups(part.start, part.stop)
-            last = [min((group + 1) * self.group, part.stop) - part.start - 1 for group in range(low, high)]
+            first, stop = (0, self.num_experts) if part is None else (part.start, part.stop)
+            low, high = self._groups(first, stop)
+            last = [min((group + 1) * self.group, stop) - first - 1 for group in range(low, high)]
             shared = ends[last[0]::self.group] if len(last) > 1 else ends[last[0]:last[0] + 1]
             if len(shared) < len(last):  # a smaller last group
                 shared = torch.cat([shared, ends[-1:]])
-            rows = grouped(rows, self.gate_up_latent[low:high].transpose(1, 2), shared)
-        gate, up = (grouped(half.contiguous(), bank[part].transpose(1, 2), ends) for half, bank in zip(
+            bank = self.gate_up_latent if part is None else self.gate_up_latent[low:high]
+            rows = grouped(rows, bank.transpose(1, 2), shared)
+        gate, up = (grouped(half.contiguous(), of(bank, part).transpose(1, 2), ends) for half, bank in zip(
             rows.chunk(2, dim=-1), (self.gate_proj, self.up_proj), strict=True))
-        return grouped(self.act_fn(gate) * up, self.down_proj[part].transpose(1, 2), ends)
+        return grouped(self.act_fn(gate) * up, of(self.down_proj, part).transpose(1, 2), ends)
 
     def _groups(self, first: int, stop: int) -> tuple[int, int]:
         if first % self.group or (stop % self.group and stop != self.num_experts):
@@ -171,9 +178,9 @@ class CompressedExperts(Experts):
             self.register_parameter(f"{name}_sparse", nn.Parameter(torch.empty(self.num_experts, kept, into)))
             self.register_buffer(f"{name}_rows", torch.arange(kept).repeat(self.num_experts, 1))
 
-    def expert_outputs(self, rows: Tensor, ends: Tensor, slot: Tensor, part: slice, grouped: Any) -> Tensor:
+    def expert_outputs(self, rows: Tensor, ends: Tensor, slot: Tensor, part: slice | None, grouped: Any) -> Tensor:
         def project(x: Tensor, name: str) -> Tensor:
-            left, right, sparse, places = (getattr(self, f"{name}_{item}")[part]
+            left, right, sparse, places = (of(getattr(self, f"{name}_{item}"), part)
                                            for item in ("left", "right", "sparse", "rows"))
             out = grouped(grouped(x, right.transpose(1, 2), ends), left.transpose(1, 2), ends)
             if not sparse.shape[1]:

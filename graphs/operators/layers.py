@@ -119,7 +119,7 @@ def expert_rows(module: Any, rows: Tensor, offsets: Tensor, local: Tensor | None
     Converted experts (`mipipe.graphs.models.mipipe_moe`) say themselves what they make of sorted rows.
     """
     if hasattr(module, "expert_outputs"):
-        return module.expert_outputs(rows, offsets, local, part or slice(0, module.num_experts), _grouped)
+        return module.expert_outputs(rows, offsets, local, part, _grouped)
 
     def project(x: Tensor, name: str) -> Tensor:
         bank = getattr(module, name)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from mipipe.graphs.converting.recipe import METHODS, read_convert_recipe
 from mipipe.graphs.merging.methods import RECIPE_NAMES
 from mipipe.graphs.merging.recipes.moe_recipe import read_moe_recipe
 from mipipe.graphs.merging.recipes.recipe import read_recipes
@@ -21,6 +22,13 @@ def test_a_recipe_parses_and_is_shown(path):
         recipes = read_recipes(path)
         assert recipes and all(recipe.merge_method in RECIPE_NAMES for recipe in recipes)
     assert f'--8<-- "recipes/{path.name}"' in (DOCS / "recipes.md").read_text()
+
+
+def test_every_conversion_has_a_recipe():
+    recipes = {read_convert_recipe(path).METHOD: path for path in (DOCS / "recipes" / "convert").glob("*.yaml")}
+    assert set(recipes) == set(METHODS)
+    page = (DOCS / "converting.md").read_text()
+    assert all(f'--8<-- "recipes/convert/{path.name}"' in page for path in recipes.values())
 
 
 def test_the_cookbook_is_there():
