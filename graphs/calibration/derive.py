@@ -53,6 +53,8 @@ def _members(unit: MergeUnit, need: Need, own: Mapping[int, str], shared: str) -
         return [(member,) for member in models]
     if need.who is Who.TOGETHER:
         return [tuple(models)]
+    if need.who is Who.SAME:
+        return [tuple(Member(member.model, models[-1].data) for member in models)]
     assert unit.base is not None
     if need.who is Who.BASE:
         return [(Member(unit.base.model, own.get(unit.base.model) or shared),)]

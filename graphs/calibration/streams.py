@@ -26,6 +26,8 @@ class Who(StrEnum):
     """The base beside the last merged model."""
     TOGETHER = "together"
     """All merged models side by side, each on its own data."""
+    SAME = "same"
+    """All merged models side by side, on the same data: the last one's."""
 
 
 @dataclass(frozen=True, slots=True)

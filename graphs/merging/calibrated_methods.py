@@ -45,6 +45,11 @@ def _routing(_params: Params) -> tuple[Need, ...]:
     return (Need("routing", Who.PAIRS),)
 
 
+def _joint(params: Params) -> tuple[Need, ...]:
+    wanted = params["least_squares"] or params["matching"] == "activations"
+    return (Need("joint", Who.SAME),) if wanted else ()
+
+
 def _cross(_params: Params) -> tuple[Need, ...]:
     return (Need("cross", Who.LAST),)
 
@@ -60,6 +65,13 @@ CALIBRATED: tuple[MethodSpec, ...] = (
         Parameter("ridge", 1e-6, "pull to the average, as a multiple of the mean diagonal", low=0.0, above=True)),
         Base.UNUSED, 1, whole=True, oriented=True, classes=_MAPS, needs=_gram,
         apply="calibrated.regmean", elsewhere="calibrated.plain_average"),
+    MethodSpec("pleas", "PLeaS: Merging Models with Permutations and Least Squares", "2407.02447", (
+        _SHARE, Parameter("matching", "activations", "how the second model's units are matched with the first's", str,
+                          choices=("activations", "weights")),
+        Parameter("least_squares", True, "solve for outputs on samples; false: average", bool),
+        Parameter("ridge", 1e-6, "pull to the average, as a multiple of the mean diagonal", low=0.0, above=True)),
+        Base.UNUSED, 2, 2, whole=True, classes=_MAPS, needs=_joint,
+        apply="calibrated.pleas", elsewhere="calibrated.plain_average"),
     MethodSpec("fisher", "Merging Models with Fisher-Weighted Averaging", "2111.09832", (
         _SHARE, Parameter("floor", 1e-10, "smallest Fisher information that counts", low=0.0, above=True)), Base.UNUSED,
         apply="calibrated.fisher", needs=_fisher),

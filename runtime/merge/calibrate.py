@@ -26,6 +26,7 @@ from mipipe.runtime.calibration.results import Results
 from mipipe.runtime.calibration.tokens import Samples, draw_samples
 from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.programs.expert_merging import METHOD, learn
+from mipipe.runtime.merge.programs.pleas import ordered
 from mipipe.runtime.merge.sources import Surroundings, UnitPiece
 from mipipe.runtime.weights.reader import Shelf
 
@@ -129,7 +130,8 @@ class RankCalibration:
         """Wait for all ranks, and add what they found to what tiles are read with."""
         self._exchange.barrier()
         assert self._graph.calibration is not None
-        return dataclasses.replace(around, results=Results(self._graph.calibration, self._folder, around.dtype))
+        results = Results(self._graph.calibration, self._folder, around.dtype)
+        return ordered(self._graph, dataclasses.replace(around, results=results), results)
 
 
 def open_decoder(graph: MergeGraph, model: int, around: Surroundings) -> Decoder:

@@ -18,6 +18,7 @@ from mipipe.runtime.merge.calibrate import RankCalibration
 from mipipe.runtime.merge.engine import Event, MergeEngine
 from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.parts import PartsWriter
+from mipipe.runtime.merge.programs.pleas import ordered
 from mipipe.runtime.merge.sources import Surroundings
 from mipipe.runtime.merge.survey import Survey
 from mipipe.runtime.weights.reader import Shelf
@@ -54,6 +55,8 @@ def run_rank(plan: MergePlan, folder: Path, exchange: MergeRanks, device: torch.
                               {(item.model, unit.name): item for unit in units for item in unit.inputs})
         if plan.graph.align_experts:
             around = match_experts(around, units, exchange)
+        if plan.graph.calibration is None:
+            around = ordered(plan.graph, around, None)
         done = finished(folder)
         exchange.barrier()  # nobody appends to a journal before everybody has read them all
         writer = (PartsWriter(folder, exchange.rank) if plan.graph.stores_parts

@@ -94,7 +94,10 @@ class UnitPiece:
                 numbers = {place: item.model for place, item in enumerate(unit.models)}
                 numbers |= {-1: unit.base.model} if unit.base is not None else {}
                 measured = UnitResults(self.around.results, unit.name, numbers,
-                                       (self.piece.start + start, self.piece.start + end), turn)
+                                       (self.piece.start + start, self.piece.start + end), turn,
+                                       {place: order.columns[0] for place, item in enumerate(unit.models)
+                                        if (order := self.around.orders.get((item.model, unit.name))) is not None
+                                        and 0 in order.columns})
             yield Tile(base, models, self.piece.key, index, len(ranges), unit.layer, unit.num_layers,
                        unit.tensor_class, self.around.graph.seed, measured)
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from calibration_fixtures import CONFIGS, LENGTH, family, recipe, write_samples
+from merge_fixtures import in_threads
 
 import mipipe
 from mipipe.graphs.errors import InfeasibleError, InputError, RunError
@@ -20,10 +21,12 @@ from mipipe.planner.merging.plan import plan_recipe
 from mipipe.planner.merging.simulate import simulate_merge
 from mipipe.planner.timeline import Timeline
 from mipipe.runtime.calibration import calibrator
-from mipipe.runtime.merge.calibrate import open_decoder
+from mipipe.runtime.merge.calibrate import open_decoder, with_samples
+from mipipe.runtime.merge.calibrate import write_samples as write_samples_of
 from mipipe.runtime.merge.launch import MergeOptions
 from mipipe.runtime.merge.launch import merge as run
 from mipipe.runtime.merge.sources import Surroundings
+from mipipe.runtime.merge.worker import begin
 from mipipe.runtime.weights.reader import Shelf
 
 
@@ -68,7 +71,12 @@ def test_layer_by_layer_is_the_whole_model(tmp_path, kind):
 @pytest.mark.parametrize("method", ["regmean", "fisher"])
 def test_ranks_do_not_show(place, tmp_path, method):
     data = recipe(place, method, base=False, parts=3)
-    assert merged(data, tmp_path / "one") == merged(data, tmp_path / "two", num_ranks=2)
+    plan = plan_recipe(parse_recipe(data, "recipe"), "recipe", tmp_path / "two", {}, 2, None, 5 * 10**9)
+    plan, samples = with_samples(plan, (), "recipe", print, tmp_path)
+    write_samples_of(plan, samples, begin(plan, tmp_path / "two"))
+    in_threads(plan, tmp_path / "two")
+    assert all(plan.streams)
+    assert merged(data, tmp_path / "one") == (tmp_path / "two/model.safetensors").read_bytes()
     assert not (tmp_path / "one" / calibrator.FOLDER).exists()
 
 
@@ -103,12 +111,18 @@ def test_other_samples_are_another_merge(place, tmp_path):
     assert merged(data, tmp_path / "other") != whole
 
 
+@pytest.mark.slow
+def test_processes_do_not_show(place, tmp_path):
+    data = recipe(place, "acm")
+    assert merged(data, tmp_path / "one") == merged(data, tmp_path / "two", num_ranks=2)
+
+
 def test_calibration_is_planned_and_shown(place, tmp_path):
     data = parse_recipe(recipe(place, "acm"), "recipe")
     plan = plan_recipe(data, "recipe", tmp_path / "out", {}, 2, None, 10**9)
     assert [len(streams) for streams in plan.streams] == [1, 1]
     simulated = simulate_merge(plan, lower_merge(plan))
-    run([data], tmp_path / "out", MergeOptions(2, timeline=str(tmp_path / "measured.json")))
+    run([data], tmp_path / "out", MergeOptions(1, timeline=str(tmp_path / "measured.json")))
     measured = load(tmp_path / "measured.json", Timeline)
     for timeline in (simulated, measured):
         spans = [span for span in timeline.spans if span.kind is ActionKind.CALIBRATE]

@@ -14,7 +14,6 @@ from calibration_fixtures import family, write_samples
 
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.tuning.space import space_of
-from mipipe.runtime.merge.launch import MergeOptions
 from mipipe.runtime.tuning import tune as tuning
 from mipipe.runtime.tuning.objectives import Measure, Objectives
 from mipipe.runtime.tuning.protocol import evaluate_models, normalised_performance, read_models
@@ -213,8 +212,7 @@ def test_a_users_function_decides(place, tmp_path, monkeypatch):
         "def odd(folder):\n    return float('nan')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     recipe = write_recipe(place)
-    found = tune(recipe, tmp_path / "work", Objectives(functions=("my_score:norm",)), TuneOptions(points=2),
-                 MergeOptions(num_ranks=2))
+    found = tune(recipe, tmp_path / "work", Objectives(functions=("my_score:norm",)), TuneOptions(points=2))
     assert found.trials[found.best].scores["size"] == max(trial.scores["size"] for trial in found.trials)
     for name, message in (("broken", "ValueError: no such thing"), ("odd", "expected a finite number")):
         with pytest.raises(RunError, match=message):

@@ -48,6 +48,33 @@ def regmean(tile: Tile, _stats: Any, *, weight: Sequence[float], reduce: float, 
     return (average + torch.linalg.solve(total, right, left=False)).to(tile.models[0])
 
 
+def pleas(tile: Tile, _stats: Any, *, weight: Sequence[float], ridge: float, **_params: Any) -> Tensor:
+    """PLeaS' least squares (arXiv 2407.02447): the ``W`` whose outputs on averaged inputs are nearest to averaged
+    outputs.
+
+    ``min ||W z - o||^2`` with ``z = (x_1 + x_2) / 2`` and ``o = (W_1 x_1 + W_2 x_2) / 2``, in closed form from the
+    second moments of both models' inputs; the second model is already in the first's order. A multiple ``ridge`` of the
+    mean diagonal pulls to the average. Without samples the average itself.
+    """
+    fields = tile.measured.fields("joint", 1) if tile.measured is not None else {}
+    average = plain_average(tile, _stats, weight=weight)
+    if "sum" not in fields:
+        return average
+    assert tile.measured is not None
+    both = fields["sum"].double() / float(fields["count"])
+    size, order = len(both) // 2, tile.measured.columns(1)
+    if order is not None:
+        places = torch.cat([torch.arange(size), size + order])
+        both = both[places][:, places]
+    blocks = both.reshape(2, size, 2, size).permute(0, 2, 1, 3).to(average.device)
+    inputs = blocks.sum((0, 1)) / 4
+    first, second = (model.double() - average for model in tile.models)
+    right = (first @ blocks[0].sum(0) + second @ blocks[1].sum(0)) / 4
+    scale = float(inputs.diagonal().mean())
+    inputs.diagonal().add_(ridge * scale if scale > 0 else 1.0)
+    return (average + torch.linalg.solve(inputs, right, left=False)).to(tile.models[0])
+
+
 def plain_average(tile: Tile, _stats: Any, *, weight: Sequence[float], **_params: Any) -> Tensor:
     """``sum_i w_i theta_i / sum_i w_i``, from differences, so equal models come back exactly."""
     total = sum(weight)

@@ -36,6 +36,9 @@ class Measured(Protocol):
     def fields(self, statistic: str, model: int) -> dict[str, Tensor]:
         """The fields of this tensor's statistic; empty where it was not measured."""
 
+    def columns(self, model: int) -> Tensor | None:
+        """The order in which a model's columns were read, where it is not its own."""
+
     def every(self, statistic: str, model: int, item: str) -> dict[str, float]:
         """A field of one number for all tensors, by name."""
 
