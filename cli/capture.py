@@ -50,6 +50,9 @@ def capture(
         metavar="PACKAGE.MODULE:FUNCTION", help="A function of yours that returns the example inputs of one"
         " microbatch, a dict of tensors by forward argument, in place of mipipe's; it is called with the configuration"
         " if it takes an argument.")] = None,
+    config: Annotated[Path | None, typer.Option(
+        help="A train.yaml whose `loss`, `reference` and `adapters` become part of the graph.",
+        show_default=False)] = None,
     granularity: Annotated[str, typer.Option(help="The smallest pieces: layer, block, module or operator.")] = "block",
     tags: Annotated[Path | None, typer.Option(help="Corrections of the annotation (YAML: layers, branches, roles by"
                                                    " patterns).")] = None,
@@ -79,11 +82,20 @@ def capture(
         from mipipe.planner.experts.files import read_loads
 
         measured = None if loads is None else read_loads(loads).loads
+        recipe = None
+        if config is not None:
+            from mipipe.runtime.train.config import read_train_config
+
+            recipe = read_train_config(config).recipe
+            if not recipe:
+                raise InputError(f"--config {config}: names no loss, reference or adapters, so there is nothing that"
+                                 " capture could add; leave it out")
         graph = captured_graph(source, bool(names)) or capture_model(
             source, seq=seq, batch=batch, dtype=dtype, overrides=overrides, images=images, image=image, frames=frames,
             expert_groups=expert_groups, expert_parallel=expert_parallel, expert_loads=measured, freeze=freeze or (),
             router_loss=router_loss, inputs=inputs, granularity=granularity,  # type: ignore[arg-type]
-            patterns=None if tags is None else load_patterns(tags), verify=verify, progress=update)
+            patterns=None if tags is None else load_patterns(tags), verify=verify, recipe=recipe,
+            progress=update)
         if names:
             from mipipe.graphs.sharding.modes import with_modes
 

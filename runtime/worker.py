@@ -41,7 +41,7 @@ from mipipe.runtime.train.launching.failures import DONE, SAID, STARTED, signals
 from mipipe.runtime.train.launching.prepare import PreparedRun, check_outputs, check_saving, check_world, read_job
 from mipipe.runtime.train.launching.processes import rank
 from mipipe.runtime.train.launching.rendezvous import start_processes
-from mipipe.runtime.train.models import initial_weights
+from mipipe.runtime.train.models import LayeredWeights, initial_weights
 from mipipe.runtime.train.prefetch import Prefetched
 from mipipe.runtime.train.training import Trainer
 from mipipe.runtime.weights.checkpoint_run import Start
@@ -115,8 +115,9 @@ def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
     if engine.compiled.uncompiled and rank() == 0:
         tell(options.report, "compile: runs without torch.compile, as numbers of rows are data there: "
              + ", ".join(engine.compiled.uncompiled))
-    stored = weights if isinstance(weights, StoredWeights) else None
-    del weights  # the whole model, where it was made here
+    inner = weights.base if isinstance(weights, LayeredWeights) else weights
+    stored = inner if isinstance(inner, StoredWeights) else None
+    del weights, inner  # the whole model, where it was made here
     if config.save is not None:
         from mipipe.runtime.weights.save_check import check_save
         check_save(engine, config, stored)

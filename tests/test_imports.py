@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("graphs", "planner", "runtime", "cli")
 """Each may import itself and what stands before it."""
-TORCH_IN_GRAPHS = ("capture", "models", "operators", "profiling", "sharding", "tracing")
+TORCH_IN_GRAPHS = ("capture", "models", "operators", "profiling", "recipes", "sharding", "tracing")
 """Folders of graphs/ that work on tensors and modules; everything else starts without torch."""
 LIGHT_VERBS = ("plan", "place", "experts", "calibrate", "check", "simulate", "show", "compare", "export",
                "main", "files", "inputs", "printing.modes", "printing.output", "printing.terminal", "printing.html",

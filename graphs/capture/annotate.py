@@ -46,6 +46,7 @@ DEFAULT = Patterns(
         r"norm\b|(^|[._])ln(_f|\d)?$": Role.NORM,
     },
     branches={
+        r"^reference(\.|$)": "reference",
         r"projector|connector|(^|[._])merger|visual_projection|text_projection|aligner": "projector",
         r"vision|visual|image|(^|\.)vit(\.|$)|pixel": "vision",
         r"audio|speech|acoustic": "audio",

@@ -17,7 +17,8 @@ from mipipe.graphs.tracing.joint import attention_call
 
 Granularity = Literal["layer", "block", "module", "operator"]
 Label = str
-_HEAVY = re.compile(r"linear|mm\b|matmul|conv|embedding|attention|einsum|bilinear|grouped_mm")
+_HEAVY = re.compile(r"linear|mm\b|matmul|conv|embedding|attention|einsum|bilinear|grouped_mm|label_log_probs"
+                    r"|teacher_distance")
 _EXPERTS = re.compile(r"^(experts)$")
 _SHARED = re.compile(r"shared_experts?$|shared_mlp$")
 _CONTAINERS = ("Sequential", "ModuleList", "ModuleDict")

@@ -29,6 +29,8 @@ from mipipe.graphs.costs.exchange import check_exchange
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.models.sources import open_source
 from mipipe.graphs.operator_graph import OperatorGraph, ParameterSpec
+from mipipe.graphs.recipes.options import RecipeConfig
+from mipipe.graphs.recipes.source import with_recipe
 from mipipe.graphs.tracing.trace import spec_of
 
 
@@ -37,6 +39,7 @@ def capture(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str | 
             expert_groups: int = 1, expert_parallel: int = 1, expert_loads: Sequence[Sequence[float]] | None = None,
             router_loss: float = 0.0, freeze: Sequence[str] = (), inputs: str | None = None,
             granularity: Granularity = "block", patterns: Patterns | None = None, verify: bool | None = None,
+            recipe: RecipeConfig | None = None,
             progress: TraceProgress | None = None) -> OperatorGraph:
     """The operator graph of what ``source`` names; arguments as of `open_source` and `capture_module`.
 
@@ -55,6 +58,8 @@ def capture(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str | 
     opened = open_source(source, seq=seq, batch=batch, dtype=dtype, overrides=overrides, images=images, image=image,
                          frames=frames, expert_groups=expert_groups, expert_parallel=expert_parallel,
                          router_loss=router_loss, freeze=freeze, inputs=inputs)
+    if recipe:
+        opened = with_recipe(opened, recipe)
     loads = {} if expert_loads is None else {"expert_loads": [list(row) for row in expert_loads]}
     say(f"building {opened.name}")
     graph = capture_module(opened.build(opened.device), opened.inputs(opened.device), loss=opened.loss,
@@ -67,7 +72,8 @@ def capture(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str | 
     if half:
         checked = capture(source, seq=seq, batch=batch, dtype="float32", overrides=overrides, images=images,
                           image=image, frames=frames, expert_groups=expert_groups, expert_parallel=expert_parallel,
-                          router_loss=router_loss, freeze=freeze, inputs=inputs, granularity=granularity, verify=verify)
+                          router_loss=router_loss, freeze=freeze, inputs=inputs, granularity=granularity, verify=verify,
+                          recipe=recipe)
         return replace(graph, source={**graph.source, **{
             key: item for key, item in checked.source.items() if key == "warnings"}})
     with torch.random.fork_rng():
@@ -161,9 +167,11 @@ class WithLoss(nn.Module):
 
     def forward(self, **inputs: Any) -> dict[str, Any]:
         own = {name: item for name, item in inputs.items() if name not in self.withheld}
+        recipe = getattr(self.loss, "on_module", None)  # a frozen model comes first, so that the loss is with this one
+        frozen = None if recipe is None else self.loss.before(inputs, self.wrapped)  # type: ignore[union-attr]
         result = self.wrapped(**own, **self.constants)
         if self.loss is not None:
-            made = self.loss(result, inputs)
+            made = self.loss(result, inputs) if recipe is None else recipe(result, inputs, self.wrapped, frozen)
             return dict(made) if isinstance(made, Mapping) else {"loss": made}
         if isinstance(result, Mapping):
             return {key: item for key, item in result.items() if isinstance(item, Tensor)}

@@ -31,7 +31,8 @@ class ModelSource:
     ``loss`` maps the module's output and the inputs to the scalar loss (None: the module returns it);
     ``withheld`` inputs go to the loss alone; ``constants`` are fixed forward arguments; ``record`` is what
     `open_source` needs to make the source again; ``weights`` reads those that lie beside a configuration;
-    ``places`` are token ids that stand for images and the like, first that of this microbatch.
+    ``places`` are token ids that stand for images and the like, first that of this microbatch; ``task`` is the loss of
+    a transformers model's class (`mipipe.graphs.models.tasks.TaskLoss`).
     """
 
     name: str
@@ -45,6 +46,7 @@ class ModelSource:
     record: Mapping[str, Any] = field(default_factory=dict)
     weights: Callable[[], Mapping[str, Tensor]] | None = None
     places: tuple[int, ...] = ()
+    task: Any = None
 
 
 def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: str | None = None,
@@ -141,7 +143,7 @@ def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.
         task = tasks.TaskLoss("own", constants=task.constants)  # from what the model itself takes
     stored = Path(source).is_dir() and any(Path(source).glob("*.safetensors"))
     return ModelSource(kind.__name__, build, inputs, "meta", task, task.info, task.withheld, task.constants, record,
-                       weights if stored else None, _places(config, bool(sizes.frames)))
+                       weights if stored else None, _places(config, bool(sizes.frames)), task)
 
 
 def _places(config: Any, video: bool) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
+from mipipe.graphs.operators import vocabulary
 from mipipe.graphs.operators.owned_experts import owned_mm_flops, owned_mm_weight_flops
 from mipipe.graphs.operators.recurrent import recurrence_backward_flops, recurrence_flops
 
@@ -48,6 +49,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "mipipe.owned_mm_weight.default": owned_mm_weight_flops,
     "mipipe.recurrence.default": recurrence_flops,
     "mipipe.recurrence_backward.default": recurrence_backward_flops,
+    **vocabulary.FORMULAS,
 }
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import DTYPE_BYTES, Operator, Phase, SegmentTrace, TensorSpec
-from mipipe.graphs.operators import ctc, dynamic_rows, expert_kernels, kernels, owned_experts, recurrent
+from mipipe.graphs.operators import ctc, dynamic_rows, expert_kernels, kernels, owned_experts, recurrent, vocabulary
 from mipipe.graphs.trace_rules import CONSTANT as CONSTANT
 from mipipe.graphs.trace_rules import GETITEM as GETITEM
 from mipipe.graphs.trace_rules import check_trace
@@ -186,7 +186,7 @@ def phase_source(trace: SegmentTrace, phase: Phase, device: torch.device,
     """The Python text of a phase's function, named ``phase``, and the globals it needs."""
     check_trace(trace, DTYPE_BYTES)
     direct = {**kernels.DIRECT, **kernels.ANY_LAYOUT, **recurrent.DIRECT, **dynamic_rows.DIRECT, **ctc.DIRECT,
-              **owned_experts.DIRECT, **expert_kernels.ALONE, **(given or {})}
+              **owned_experts.DIRECT, **vocabulary.DIRECT, **expert_kernels.ALONE, **(given or {})}
     arguments, results = phase_signature(trace, phase)
     operators = list(trace.phase_operators(phase))
     last_use = {name: index for index, item in enumerate(operators) for name in (item.name, *item.inputs)}

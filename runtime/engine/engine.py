@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from mipipe.graphs.errors import BatchError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.recipes import rows
 from mipipe.planner.experts.maps import ExpertMap
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
@@ -23,7 +24,7 @@ from mipipe.runtime.engine.executor import Executor, StepRecord
 from mipipe.runtime.engine.mesh import Mesh
 from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.experts.moves import Moved, move_experts
-from mipipe.runtime.train.batches import Batch, move_batch, split_batch, total_weight
+from mipipe.runtime.train.batches import Batch, move_batch, split_batch
 from mipipe.runtime.train.launching.processes import world
 from mipipe.runtime.weights.weights import Weights, WeightSource
 
@@ -104,24 +105,42 @@ class Engine:
     def _prepare(self, batch: Batch) -> tuple[list[dict[str, torch.Tensor]], float]:
         """The microbatches, and what the losses are divided by, over all copies of the plan; raises as `step`."""
         microbatches: list[dict[str, torch.Tensor]] = []
-        weight, fault = 0.0, ""
-        try:
+        sums, weight, fault = [0.0] * rows.STATISTICS, 0.0, ""
+        try:  # before the batch is on a device that it would wait for
             microbatches = split_batch(self.graph, batch, self.plan.problem.num_microbatches)
-            weight = total_weight(self.graph, microbatches)  # before the batch is on a device that it would wait for
+            own = rows.statistics(self.graph, microbatches)
+            sums[:len(own)] = own
         except BatchError as error:
             fault = str(error)
         faults = int(bool(fault))
         if self.mesh.copy_control is not None:
-            total = torch.tensor([weight, faults], dtype=torch.float64)
+            total = torch.tensor([*sums, faults], dtype=torch.float64)
             dist.all_reduce(total, group=self.mesh.copy_control)
-            weight, faults = float(total[0]), int(total[1])
+            *sums, last = total.tolist()
+            faults = int(last)
         if faults:
             fault = fault or "another copy of the plan got a batch that does not fit"
-        elif weight <= 0:
-            fault = "the batch has no valid label; every label is ignored"
+        else:
+            fault = self._groups_fault(microbatches)
+            microbatches, weight = rows.complete(self.graph, microbatches, sums)
+            if not fault and weight <= 0:
+                fault = "the batch has no valid label; every label is ignored"
         if fault:
             raise BatchError(f"step {self.steps_done + 1}: {fault}")
         return move_batch(microbatches, self.mesh.device), weight
+
+    def _groups_fault(self, microbatches: list[dict[str, torch.Tensor]]) -> str:
+        """What is wrong with groups of responses that several copies of the plan have; the same on all of them."""
+        own = rows.groups_of(self.graph, microbatches)
+        if own is None or self.mesh.copy_control is None:
+            return ""
+        every = [torch.empty_like(own) for _ in range(self.mesh.num_copies)]
+        dist.all_gather(every, own, group=self.mesh.copy_control)
+        try:
+            rows.check_apart(self.graph.source["loss"]["name"], every)
+        except BatchError as error:
+            return str(error)
+        return ""
 
     def zero_grad(self) -> None:
         """Forget all gradients."""

@@ -1,4 +1,4 @@
-"""Batches: splitting into microbatches, and the number of valid labels the loss is divided by."""
+"""Batches: splitting into microbatches, checked against the graph."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from mipipe.graphs.capture.loss import weight
 from mipipe.graphs.errors import BatchError, InputError
 from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.recipes.rows import batch_inputs
 
 Batch = Mapping[str, torch.Tensor] | Sequence[Mapping[str, torch.Tensor]]
 """Full-batch tensors by the graph's input names, or one such mapping for each microbatch."""
@@ -43,16 +43,18 @@ def split_batch(graph: OperatorGraph, batch: Batch, num_microbatches: int) -> li
         raise BatchError(f"batch: a {type(batch).__name__}, expected tensors by name, or a list of such microbatches")
     if len(pieces) != num_microbatches:
         raise BatchError(f"batch: {len(pieces)} microbatches were given, but the plan has {num_microbatches}{SHORT}")
-    values = {value.name: value.spec for value in graph.values if value.source is None}
+    values = batch_inputs(graph)
     result = []
     for number, piece in enumerate(pieces):
-        unknown = sorted(set(piece) - set(graph.inputs))
+        unknown = sorted(set(piece) - set(values))
         if unknown:
-            raise BatchError(f"batch: {unknown[0]!r} is no input of {graph.model}; expected {', '.join(graph.inputs)}")
+            raise BatchError(f"batch: {unknown[0]!r} is no input of {graph.model}; expected {', '.join(values)}")
         converted = {}
-        for name in graph.inputs:
+        for name in values:
             if name not in piece:
-                raise BatchError(f"batch: input {name!r} of {graph.model} is missing")
+                asks = f", which the loss {graph.source['loss']['name']} needs" \
+                    if name in graph.source.get("loss", {}).get("batch", ()) else ""
+                raise BatchError(f"batch: input {name!r} of {graph.model} is missing{asks}")
             tensor, spec = piece[name], values[name]
             if not isinstance(tensor, torch.Tensor):
                 raise BatchError(f"batch, microbatch {number}: {name} is a {type(tensor).__name__}, expected a tensor")
@@ -72,11 +74,6 @@ def move_batch(microbatches: Sequence[Mapping[str, torch.Tensor]],
         locked = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
         return locked.to(device, non_blocking=True)
     return [{name: moved(tensor) for name, tensor in piece.items()} for piece in microbatches]
-
-
-def total_weight(graph: OperatorGraph, microbatches: Sequence[Mapping[str, torch.Tensor]]) -> float:
-    """What the summed loss of all microbatches is divided by: their valid labels, or their number (`graphs.loss`)."""
-    return float(sum(weight(graph, piece) for piece in microbatches))
 
 
 def check_sizes(graph: OperatorGraph, batch: int | None, seq: int | None, num_microbatches: int) -> None:

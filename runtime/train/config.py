@@ -12,26 +12,35 @@ from typing import Any, ClassVar, Literal
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.expressions import check_expression
+from mipipe.graphs.operator_graph import Role
+from mipipe.graphs.recipes.adapters import AdapterConfig
+from mipipe.graphs.recipes.options import LossConfig, RecipeConfig, ReferenceConfig, loss_config
 from mipipe.graphs.serialize import STRICT, from_data, load_data
 from mipipe.graphs.units import parse_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class GroupConfig:
-    """Parameters whose name matches ``match`` (a regular expression; the first group that matches counts) take these
-    ``options`` of the optimizer, such as ``{weight_decay: 0.0}`` for norms, or another ``lr``."""
+    """Parameters whose name matches ``match`` (a regular expression), or whose ``role`` in the graph is that, take
+    these ``options`` of the optimizer, such as ``{weight_decay: 0.0}`` for norms, or another ``lr``. The first group
+    that fits counts; with both, both must fit."""
 
     __pydantic_config__: ClassVar = STRICT
-    match: str
     options: dict[str, Any]
+    match: str | None = None
+    role: Role | None = None
 
     def __post_init__(self) -> None:
-        check_expression(self.match, "train config, optimizer.groups")
+        if self.match is None and self.role is None:
+            raise InputError("train config, optimizer.groups: a group has neither match nor role; give one of them")
+        if self.match is not None:
+            check_expression(self.match, "train config, optimizer.groups")
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerConfig:
-    """``name`` of torch.optim in any case, or package.module:Class; ``options`` are its further arguments.
+    """``name`` of torch.optim in any case, ``reg`` or ``muon`` (`mipipe.runtime.recipes.optimizers`), or
+    package.module:Class; ``options`` are its further arguments.
 
     ``groups`` give some parameters other options. ``shard`` divides the optimizer's state among data-parallel copies of
     the plan (ZeRO stage 1).
@@ -192,6 +201,9 @@ class TrainConfig:
     ``barrier: none``: no step waits for the last rank's end (what plans made for the period are for). Losses, norms and
     requests to stop are then known a step later, and ``clip`` goes by the norm of the step before (the first step of a
     process by its own).
+
+    ``loss`` (a name, or `LossConfig`), ``reference`` and ``adapters`` are part of the graph: `mipipe capture --config`
+    reads them from the same file, and a run is refused where its graph has others.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -201,6 +213,9 @@ class TrainConfig:
     seq: int | None = None
     model: str | None = None
     weights: str | None = None
+    loss: str | LossConfig | None = None
+    reference: ReferenceConfig | None = None
+    adapters: AdapterConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     data: DataConfig = DataConfig()
@@ -217,6 +232,11 @@ class TrainConfig:
     save: SaveConfig | None = None
     experts: ExpertsConfig | None = None
     timeout_s: float = 600.0
+
+    @property
+    def recipe(self) -> RecipeConfig:
+        """What of this run is part of its graph."""
+        return RecipeConfig(None if self.loss is None else loss_config(self.loss), self.reference, self.adapters)
 
     def __post_init__(self) -> None:
         if self.steps < 1:

@@ -17,6 +17,7 @@ import torch
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.named_code import import_named
 from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.recipes.rows import batch_inputs
 from mipipe.runtime.train.batches import Batch
 from mipipe.runtime.train.config import DataConfig
 
@@ -125,15 +126,15 @@ class TextBytes:
     """Random windows of a text's bytes as token ids; batch n depends only on (seed, n, copy), so any n can be next."""
 
     def __init__(self, text: torch.Tensor, rows: int, graph: OperatorGraph, seed: int, copy: int = 0) -> None:
-        specs = {value.name: value.spec for value in graph.values if value.source is None}
+        specs = batch_inputs(graph)
         if "input_ids" not in specs:
-            raise InputError(f"data: {graph.model} has no input 'input_ids' (inputs: {', '.join(graph.inputs)}); give"
+            raise InputError(f"data: {graph.model} has no input 'input_ids' (inputs: {', '.join(specs)}); give"
                              " your own loader as package.module:callable")
-        unknown = sorted(set(graph.inputs) - {"input_ids", "labels", "attention_mask", "position_ids"})
+        unknown = sorted(set(specs) - {"input_ids", "labels", "attention_mask", "position_ids"})
         if unknown:
             raise InputError(f"data: text gives no input {unknown[0]!r} of {graph.model}; give your own loader as"
                              " package.module:callable")
-        self._names, self._specs = graph.inputs, specs
+        self._names, self._specs = tuple(specs), specs
         self._length = specs["input_ids"].shape[-1]
         if len(text) < self._length + 1:
             raise InputError(f"data: {len(text)} bytes of text, but one sequence has {self._length} tokens")

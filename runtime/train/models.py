@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +12,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.models.sources import open_source
 from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.recipes.adapters import initial, is_adapter
+from mipipe.graphs.recipes.objective import REFERENCE
+from mipipe.graphs.recipes.options import LossConfig
+from mipipe.graphs.recipes.source import recipe_of, with_recipe
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.weights.stored_weights import StoredWeights, parameters_on_meta
 
@@ -26,13 +30,97 @@ def initial_weights(graph: OperatorGraph, config: TrainConfig) -> Mapping[str, t
     Raises:
         InputError: the weights cannot be read, or the graph does not say where its model came from.
     """
+    recipe = recipe_of(graph)
     if config.weights:
-        return StoredWeights(Path(config.weights), empty_module(graph, config), tied_names(graph))
+        module = empty_module(graph, config)
+        frozen = take_reference(module)
+        stored = StoredWeights(Path(config.weights), module, tied_names(graph))
+        if not recipe:
+            return stored
+        return _layered(graph, config, module, frozen, stored)
     torch.manual_seed(config.seed)
     module = build_module(graph, config)
-    state = {name: item.detach() for name, item in module.named_parameters(remove_duplicate=False)}
-    state.update(dict(module.named_buffers(remove_duplicate=False)))
-    return state
+    frozen = take_reference(module)
+    base = {name: item.detach() for name, item in module.named_parameters(remove_duplicate=False)}
+    base.update(dict(module.named_buffers(remove_duplicate=False)))
+    return base if not recipe else _layered(graph, config, module, frozen, base)
+
+
+def _layered(graph: OperatorGraph, config: TrainConfig, module: nn.Module, frozen: nn.Module | None,
+             base: Mapping[str, torch.Tensor]) -> LayeredWeights:
+    """The model's weights with what a recipe adds to them."""
+    reference = {} if frozen is None else _reference_weights(graph, config, frozen, base)
+    adapters = recipe_of(graph).adapters
+    made = {} if adapters is None else {
+        name: initial(name, item, adapters, config.seed, base.__getitem__)
+        for name, item in module.named_parameters() if is_adapter(name)}
+    return LayeredWeights(base, reference, made)
+
+
+class LayeredWeights(Mapping[str, torch.Tensor]):
+    """The weights of a model, ``base``, with those of its frozen reference and of its adapters."""
+
+    def __init__(self, base: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor],
+                 adapters: Mapping[str, torch.Tensor]) -> None:
+        self.base, self.reference, self.adapters = base, reference, adapters
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self.adapters:
+            return self.adapters[name]
+        own = name.removeprefix(f"{REFERENCE}.")
+        return self.base[name] if own == name else self.reference[own]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (name for name in self.base if name not in self.adapters)
+        yield from self.adapters
+        yield from (f"{REFERENCE}.{name}" for name in self.reference)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def take_reference(module: nn.Module) -> nn.Module | None:
+    """The frozen model in a module, taken out of it; None where there is none."""
+    found = getattr(module, REFERENCE, None)
+    if isinstance(found, nn.Module):
+        delattr(module, REFERENCE)
+        return found
+    return None
+
+
+def _reference_weights(graph: OperatorGraph, config: TrainConfig, module: nn.Module,
+                       own: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """The frozen model's weights: of its folder, or those that training starts from.
+
+    Raises:
+        InputError: no folder has them.
+    """
+    given = config.reference or recipe_of(graph).reference
+    assert given is not None
+    folder = given.weights or (None if given.model == "self" else given.model)
+    if folder is None:
+        return own
+    if not Path(folder).exists():
+        raise InputError(f"train config: reference: {folder}: no such folder")
+    return StoredWeights(Path(folder), module, {})
+
+
+def check_recipe(graph: OperatorGraph, config: TrainConfig) -> None:
+    """Raise `InputError` where a run's file wants another loss or reference than its graph has."""
+    wanted, has = config.recipe, recipe_of(graph)
+    for what in ("loss", "reference", "adapters"):
+        one, other = getattr(wanted, what), getattr(has, what)
+        if what == "reference" and one is not None and other is not None:
+            one, other = one.model, other.model
+        if (one is None and what == "loss") or one == other:
+            continue
+        raise InputError(f"train config: {what}: found {_told(one)}, but the graph was captured with {_told(other)};"
+                         " capture it again with --config, and plan again")
+
+
+def _told(item: object) -> str:
+    return "none" if item is None else shown(str(getattr(item, "name", item)), quoted=False, most=300) \
+        + (f" {item.options or ''}" if isinstance(item, LossConfig) else "")
 
 
 def tied_names(graph: OperatorGraph) -> dict[str, tuple[str, ...]]:
@@ -62,7 +150,11 @@ def build_module(graph: OperatorGraph, config: TrainConfig) -> nn.Module:
     known = {key: graph.source[key] for key in _SOURCE_OPTIONS if key in graph.source}
     if config.model is None and isinstance(graph.source.get("config"), Mapping):
         known["config"] = graph.source["config"]
-    return open_source(source_of(graph, config), **known).build("cpu")
+    opened = open_source(source_of(graph, config), **known)
+    recipe = recipe_of(graph)
+    if recipe.reference is not None or recipe.adapters is not None:
+        opened = with_recipe(opened, recipe, graph.source.get("reference_config"), with_loss=False)
+    return opened.build("cpu")
 
 
 def source_of(graph: OperatorGraph, config: TrainConfig) -> str:

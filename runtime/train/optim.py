@@ -13,9 +13,11 @@ import torch
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.expressions import search
 from mipipe.graphs.named_code import import_named
+from mipipe.graphs.operator_graph import OperatorGraph, Role
 from mipipe.runtime.engine import comm
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.experts.moves import expert_square
+from mipipe.runtime.recipes.optimizers import BANK, OPTIMIZERS, MatrixOptimizer
 from mipipe.runtime.train.config import GroupConfig, ScheduleConfig
 
 _TORCH = {name.lower(): item for name, item in vars(torch.optim).items()
@@ -33,7 +35,10 @@ def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any], shard:
     Raises:
         InputError: there is no such optimizer, or it does not take these options.
     """
-    parameters, kind = parameter_groups(engine.named_parameters(), groups), optimizer_class(name)
+    kind, roles = optimizer_class(name), parameter_roles(engine.graph)
+    parameters = parameter_groups(engine.named_parameters(), groups, roles)
+    if issubclass(kind, MatrixOptimizer):
+        parameters = _apart(parameters, {id(item): roles.get(name) for name, item in engine.named_parameters()})
     if not parameters:
         return None
     if shard and engine.compiled.banks:
@@ -56,12 +61,42 @@ def with_fused(kind: Any, options: Mapping[str, Any], device: torch.device) -> d
     return {**options, **({"fused": True} if fused else {})}
 
 
-def parameter_groups(named: Sequence[tuple[str, torch.nn.Parameter]],
-                     groups: Sequence[GroupConfig]) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: one for each of ``groups`` that matches a parameter, one for the rest."""
+def parameter_roles(graph: OperatorGraph) -> dict[str, Role]:
+    """The role of each parameter: that of the first segment that reads it."""
+    canonical = {item.fqn: item.tied_to or item.fqn for item in graph.parameters}
+    found: dict[str, Role] = {}
+    for segment in graph.segments:
+        for fqn in segment.parameters:
+            found.setdefault(canonical[fqn], segment.tags.role)
+    return found
+
+
+def _apart(groups: Sequence[Mapping[str, Any]], roles: Mapping[int, Role | None]) -> list[dict[str, Any]]:
+    """Groups for `MatrixOptimizer`: embeddings and heads apart from matrices, where a group does not say it itself."""
+    made: list[dict[str, Any]] = []
+    for group in groups:
+        for matrix in (True, False):
+            members = []
+            for item in group["params"]:
+                role = roles.get(id(item))
+                setattr(item, BANK, role is Role.EXPERTS and item.dim() == 3)
+                if (item.dim() > 1 and role not in (Role.EMBEDDING, Role.HEAD)) is matrix:
+                    members.append(item)
+            if members:
+                made.append({"matrix": matrix, **group, "params": members})
+    return made
+
+
+def parameter_groups(named: Sequence[tuple[str, torch.nn.Parameter]], groups: Sequence[GroupConfig],
+                     roles: Mapping[str, Role] | None = None) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: one for each of ``groups`` that fits a parameter, one for the rest."""
+    def fits(group: GroupConfig, name: str) -> bool:
+        return (group.match is None or search(group.match, name) is not None) and (
+            group.role is None or (roles or {}).get(name) is group.role)
+
     members: list[list[torch.nn.Parameter]] = [[] for _ in (*groups, None)]
     for name, parameter in named:
-        place = next((number for number, group in enumerate(groups) if search(group.match, name)), len(groups))
+        place = next((number for number, group in enumerate(groups) if fits(group, name)), len(groups))
         members[place].append(parameter)
     return [{"params": found, **(groups[number].options if number < len(groups) else {})}
             for number, found in enumerate(members) if found]
@@ -80,9 +115,10 @@ def optimizer_class(name: str) -> Any:
         if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
             raise InputError(f"optimizer {name}: expected a class derived from torch.optim.Optimizer")
         return found
-    if name.lower() not in _TORCH:
-        raise InputError(f"optimizer {name!r}: expected one of {', '.join(sorted(_TORCH))}, or package.module:Class")
-    return _TORCH[name.lower()]
+    known = {**_TORCH, **OPTIMIZERS}
+    if name.lower() not in known:
+        raise InputError(f"optimizer {name!r}: expected one of {', '.join(sorted(known))}, or package.module:Class")
+    return known[name.lower()]
 
 
 def learning_rate_factor(schedule: ScheduleConfig, steps: int) -> Callable[[int], float]:

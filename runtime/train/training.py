@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from mipipe.graphs.errors import BatchError, MipipeError, RunError, StoppedError
+from mipipe.graphs.recipes.source import recipe_of
 from mipipe.graphs.serialize import save
 from mipipe.planner.experts.maps import ExpertMap
 from mipipe.planner.timeline import Timeline
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.experts.run import ExpertRun
+from mipipe.runtime.recipes.beams import Beams
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.data import Batches
 from mipipe.runtime.train.launching.processes import gather
@@ -71,6 +73,9 @@ class Trainer:
                                            timeout_s=config.timeout_s, accept=config.checkpoint.accept,
                                            run=run_of(config, engine.plan.problem.graph_digest))
         self.experts = ExpertRun(engine, config.experts, maps or {}, self.optimizer, config.steps)
+        adapters = recipe_of(engine.graph).adapters
+        self.beams = None if adapters is None or not adapters.period else \
+            Beams(engine, adapters, self.optimizer, config.steps, config.seed)
         self.first = engine.mesh.rank == 0 and engine.mesh.copy == 0
         self.say = say if self.first else lambda text: None
         self._metrics: Metrics | None = None
@@ -224,6 +229,8 @@ class Trainer:
         self.engine.measuring = last and bool(self._wants_times)
         loss, loading, skipped = self._advance(step, last)
         extra = self.experts.after(step + 1) | ({"data/skipped": skipped} if skipped else {})
+        if self.beams is not None:
+            extra |= {"adapters/grown": self.beams.after(step + 1)}
         done = _Done(step, time.perf_counter() - begin, loading, extra)
         if self._late is None:
             known = [(done, loss)]

@@ -24,12 +24,15 @@ from torch import Tensor, nn
 from mipipe.graphs.capture.expert_groups import parse_slice
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.merging.layout import Shard, index_json, lay_out
+from mipipe.graphs.recipes.objective import REFERENCE
+from mipipe.graphs.recipes.source import recipe_of
 from mipipe.graphs.serialize import load_data
 from mipipe.graphs.units import parse_bytes
 from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.recipes.adapter_files import write_adapters
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.launching.processes import failure_of, first_of, gather, rank
-from mipipe.runtime.train.models import empty_module
+from mipipe.runtime.train.models import empty_module, take_reference
 from mipipe.runtime.weights.checkpoint_tensors import shared_rows
 from mipipe.runtime.weights.reader import TORCH_DTYPES
 from mipipe.runtime.weights.stored_names import StoredView, is_transformers, stored_views
@@ -86,8 +89,12 @@ def save_weights(engine: Engine, module: nn.Module, target: Target, source: Path
 
 
 def save_trained(engine: Engine, config: TrainConfig, weights: StoredWeights | None, replace: bool = False) -> None:
-    """Save a finished run's weights as its configuration says; see `save_weights`."""
-    target = target_of(config)
+    """Save a finished run's weights as its configuration says (of a run of adapters, these alone): `save_weights`."""
+    target, adapters = target_of(config), recipe_of(engine.graph).adapters
+    if adapters is not None:
+        base = config.weights or str(engine.graph.source.get("source", ""))
+        on_all_ranks(lambda: write_adapters(engine, adapters, target.folder, base, replace))
+        return
     source = config.weights or config.model or engine.graph.source.get("source", "")
     folder = Path(source) if Path(source).is_dir() else Path(source).parent if Path(source).is_file() else None
     changed = bool(engine.graph.source.get("overrides"))
@@ -106,11 +113,13 @@ def target_of(config: TrainConfig) -> Target:
 
 def plan_views(engine: Engine, module: nn.Module, dtype: torch.dtype | None = None) -> list[StoredView]:
     """The stored tensors of the graph's parameters and persistent buffers, the same on all ranks."""
+    take_reference(module)
     shapes = {name: tuple(item.shape) for name, item in module.state_dict().items()}
     tensors: dict[str, Tensor] = {}
     for item in engine.graph.parameters:
         name, rows = parse_slice(item.fqn)
-        if item.tied_to is None and item.persistent and name not in tensors:
+        frozen = name.startswith(f"{REFERENCE}.")
+        if item.tied_to is None and item.persistent and not frozen and name not in tensors:
             shape = shapes.get(name, ()) if rows is not None else item.spec.shape
             tensors[name] = torch.empty(shape, dtype=getattr(torch, item.spec.dtype), device="meta")
     return stored_views(module, tensors, DTYPE_NAMES, dtype)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from mipipe.graphs.errors import InputError, RunError
+from mipipe.graphs.recipes.source import recipe_of
 from mipipe.graphs.units import format_bytes
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import TrainConfig
@@ -28,8 +29,12 @@ def check_save(engine: Engine, config: TrainConfig, weights: StoredWeights | Non
     if config.save is None:
         return
     target, mine = target_of(config), own_pieces(engine)
+    adapters = recipe_of(engine.graph).adapters
 
     def rehearse() -> None:
+        if adapters is not None:
+            check_room(target.folder, sum(item.nbytes for name, item in engine.named_parameters()))
+            return
         views = plan_views(engine, empty_module(engine.graph, config), target.dtype)
         pieces = [(name, rows, tensor) for (name, rows), tensor in mine.items()]
         for view in views:

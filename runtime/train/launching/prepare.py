@@ -19,7 +19,7 @@ from mipipe.planner.program import Program
 from mipipe.runtime.train.batches import check_sizes
 from mipipe.runtime.train.config import TrainConfig, read_train_config
 from mipipe.runtime.train.data import check_source
-from mipipe.runtime.train.models import source_of
+from mipipe.runtime.train.models import check_recipe, source_of
 from mipipe.runtime.train.optim import optimizer_class
 from mipipe.runtime.weights.checkpoint_folder import choose, probe, read_state
 from mipipe.runtime.weights.checkpoint_run import Start
@@ -53,6 +53,7 @@ def read_job(plan: str | Path, graph: str | Path, config: str | Path, model: str
     optimizer_class(settings.optimizer.name)
     check_source(settings.data)
     source_of(read_graph, settings)
+    check_recipe(read_graph, settings)
     check_folders(settings)
     program = lower(read_plan)
     check_program(read_plan, program)

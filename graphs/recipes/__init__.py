@@ -1,0 +1,1 @@
+"""Training recipes as parts of a graph: losses over responses, a frozen reference model, adapters."""

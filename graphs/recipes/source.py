@@ -1,0 +1,96 @@
+"""A model with a recipe: what `open_source` gives, with another loss, a frozen reference, and what a batch needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mipipe.graphs.errors import GraphError, InputError
+from mipipe.graphs.models import families
+from mipipe.graphs.models.sources import ModelSource
+from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.recipes.adapters import adapt
+from mipipe.graphs.recipes.objective import REFERENCE, RecipeLoss
+from mipipe.graphs.recipes.options import RecipeConfig, ReferenceConfig
+from mipipe.graphs.serialize import from_data, load_data, to_data
+
+
+def with_recipe(source: ModelSource, recipe: RecipeConfig, reference: Mapping[str, Any] | None = None,
+                with_loss: bool = True) -> ModelSource:
+    """The source of a model with what a recipe adds.
+
+    ``reference``: the configuration of the frozen model, where it is recorded and not read from its folder.
+    ``with_loss``: no, where only the modules matter: a loss may be code, which no file calls by its name.
+
+    Raises:
+        InputError: the model is none that the recipe goes with.
+    """
+    if source.task is None and (recipe.loss or recipe.reference):
+        raise InputError(f"{source.record['source']}: a factory returns its loss itself; another loss, or a reference,"
+                         " goes with transformers models")
+    record = {**source.record, "recipe": to_data(recipe)}
+    real = torch.float64 if record["dtype"] == "float64" else torch.float32
+    loss, data = source.loss, dict(reference or {})
+    if recipe.reference is not None and recipe.reference.model != "self":
+        data = data or _configuration(recipe.reference)
+        record["reference_config"] = data
+    if recipe.loss is not None and with_loss:
+        task, ids = source.task, source.inputs("meta").get("labels")
+        if task.kind != "language" or ids is None:
+            raise InputError(f"loss {recipe.loss.name}: goes with language models, which give logits for every token;"
+                             f" {source.name} is none")
+        loss = RecipeLoss(recipe.loss, task.shift, ids.shape[0], ids.shape[1], task.coefficient, task.sharpness,
+                          task.constants, recipe.reference is not None, real)
+
+    def build(device: str) -> nn.Module:
+        made = source.build(device)
+        if recipe.adapters is not None:
+            adapt(made, recipe.adapters)
+        if recipe.reference is not None:
+            made.add_module(REFERENCE, _frozen(source, recipe.reference, data, device))
+        return loss.prepare(made) if isinstance(loss, RecipeLoss) else made
+
+    def inputs(device: str) -> dict[str, Tensor]:
+        return {**source.inputs(device), **(loss.extra_inputs(device) if isinstance(loss, RecipeLoss) else {})}
+
+    changed: dict[str, Any] = {"build": build, "inputs": inputs, "record": record}
+    if isinstance(loss, RecipeLoss):
+        changed |= {"loss": loss, "loss_info": loss.info, "withheld": loss.withheld}
+    return replace(source, **changed)
+
+
+def recipe_of(graph: OperatorGraph) -> RecipeConfig:
+    """What a graph was captured with.
+
+    Raises:
+        GraphError: the graph's record of it is none.
+    """
+    data = graph.source.get("recipe")
+    if data is None:
+        return RecipeConfig()
+    if not isinstance(data, Mapping):
+        raise GraphError(f"graph of {graph.model}: its record of a recipe is a {type(data).__name__}; capture it again")
+    return from_data(dict(data), RecipeConfig, f"graph of {graph.model}, recipe")
+
+
+def _configuration(reference: ReferenceConfig) -> dict[str, Any]:
+    """What the ``config.json`` of the frozen model's folder holds."""
+    file = families.config_file(reference.model)
+    if file is None:
+        raise InputError(f"reference: {reference.model} has no config.json; expected 'self' or a folder with one")
+    return dict(families.as_written(load_data(file, foreign=True)))
+
+
+def _frozen(source: ModelSource, reference: ReferenceConfig, data: Mapping[str, Any], device: str) -> nn.Module:
+    """The reference model: nothing in it trains, and it computes without dropout."""
+    if reference.model == "self":
+        made = source.build(device)
+    else:
+        config = families.read_model_config(Path(reference.model), {}, dict(data))
+        made = families.build_model(config, device, getattr(torch, str(source.record["dtype"])))
+    return made.eval().requires_grad_(False)

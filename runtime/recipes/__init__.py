@@ -1,0 +1,1 @@
+"""Training recipes at work: optimizers of matrices, adapters on disk, rollouts as data."""

@@ -1,0 +1,47 @@
+"""The adapters of a finished run as a folder that PEFT loads, and what one holds as the start of a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from torch import Tensor
+
+from mipipe.graphs.errors import InputError
+from mipipe.graphs.recipes.adapters import DOWN, AdapterConfig, is_adapter, peft_config, peft_tensors
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.train.launching.processes import gather, rank
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def adapter_tensors(engine: Engine) -> dict[str, Tensor]:
+    """All parts of adapters, on every rank. All ranks must call."""
+    own = {name: item.detach().cpu() for name, item in engine.named_parameters() if is_adapter(name)}
+    found: dict[str, Tensor] = {}
+    for part in gather(own):
+        found.update({name: item for name, item in part.items() if name not in found})
+    return dict(sorted(found.items()))
+
+
+def write_adapters(engine: Engine, config: AdapterConfig, folder: Path, base: str, replace: bool = False) -> None:
+    """Write a PEFT folder, whole or not at all. All ranks must call; the first writes.
+
+    Raises:
+        InputError: the folder exists, and is none to be replaced.
+    """
+    from safetensors.torch import save_file
+    tensors = adapter_tensors(engine)
+    if rank():
+        return
+    if folder.exists() and not (replace and all((folder / name).exists() for name in FILES)):
+        raise InputError(f"{folder}: exists already; give another folder to save to, or remove it")
+    partial = folder.with_name(folder.name + ".next")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    layers = [name.rpartition(".")[0] for name in tensors if name.endswith(f".{DOWN}")]
+    (partial / FILES[0]).write_text(json.dumps(peft_config(config, layers, base), indent=2) + "\n")
+    save_file(peft_tensors(tensors, config), partial / FILES[1], metadata={"format": "pt"})
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
