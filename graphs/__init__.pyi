@@ -20,6 +20,7 @@ from mipipe.graphs.merging.methods import METHODS as METHODS
 from mipipe.graphs.merging.recipes.recipe import MergeRecipe as MergeRecipe
 from mipipe.graphs.merging.recipes.recipe import parse_recipe as parse_recipe
 from mipipe.graphs.merging.recipes.recipe import read_recipes as read_recipes
+from mipipe.graphs.models.sources import open_source as open_source
 from mipipe.graphs.operator_graph import Operator as Operator
 from mipipe.graphs.operator_graph import OperatorGraph as OperatorGraph
 from mipipe.graphs.operator_graph import Phase as Phase
@@ -30,6 +31,11 @@ from mipipe.graphs.operator_graph import Tags as Tags
 from mipipe.graphs.operator_graph import TensorSpec as TensorSpec
 from mipipe.graphs.profiling.profile import ProfileOptions as ProfileOptions
 from mipipe.graphs.profiling.profile import profile_groups as profile_groups
+from mipipe.graphs.recipes.adapters import AdapterConfig as AdapterConfig
+from mipipe.graphs.recipes.options import LossConfig as LossConfig
+from mipipe.graphs.recipes.options import RecipeConfig as RecipeConfig
+from mipipe.graphs.recipes.options import ReferenceConfig as ReferenceConfig
+from mipipe.graphs.recipes.source import with_recipe as with_recipe
 from mipipe.graphs.serialize import digest as digest
 from mipipe.graphs.serialize import load as load
 from mipipe.graphs.serialize import save as save

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mipipe.graphs.coarse.coarsen import GroupGranularity
     from mipipe.graphs.costs.table import CostTable
     from mipipe.graphs.operator_graph import OperatorGraph
+    from mipipe.graphs.recipes.options import RecipeConfig
 
 
 def capture(model: PathLike | nn.Module, inputs: Mapping[str, Any] | None = None, *, seq: int = 128, batch: int = 1,
@@ -22,6 +23,7 @@ def capture(model: PathLike | nn.Module, inputs: Mapping[str, Any] | None = None
             loss_info: Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | None = None,
             images: int = 1, image: int = 0, frames: int = 0, expert_groups: int = 1, expert_parallel: int = 1,
             freeze: Sequence[str] = (), granularity: CaptureGranularity = "block", name: str | None = None,
+            recipe: RecipeConfig | None = None,
             on_progress: Callable[[str], None] | None = None) -> OperatorGraph:
     """The operator graph of a model's training step: forward, input gradient and weight gradient.
 
@@ -32,6 +34,7 @@ def capture(model: PathLike | nn.Module, inputs: Mapping[str, Any] | None = None
             as for ``mipipe capture``; no weights are made.
         loss: of a module that does not return its scalar loss: ``loss(outputs, inputs)``.
         loss_info: how that loss is normalised (`mipipe.graphs.sum_over`); by default a mean over microbatches.
+        recipe: of a named model: another loss, a frozen reference, adapters (`mipipe.graphs.RecipeConfig`).
         granularity: the smallest pieces that may be placed: layer, block, module or operator.
         name: of a module's graph; None: its class.
 
@@ -48,7 +51,10 @@ def capture(model: PathLike | nn.Module, inputs: Mapping[str, Any] | None = None
             raise InputError(f"{model}: names a model, which has its own inputs and loss; give them with a module")
         return capture_source(model, seq=seq, batch=batch, dtype=dtype, overrides=overrides, images=images, image=image,
                               frames=frames, expert_groups=expert_groups, expert_parallel=expert_parallel,
-                              freeze=freeze, granularity=granularity, progress=on_progress)
+                              freeze=freeze, granularity=granularity, recipe=recipe, progress=on_progress)
+    if recipe:
+        raise InputError(f"module {type(model).__name__}: a recipe goes with what names a model; give a module its"
+                         " loss, or use mipipe.graphs.with_recipe")
     if inputs is None:
         raise InputError(f"module {type(model).__name__}: capturing it needs inputs, example tensors of one microbatch"
                          " by forward argument")

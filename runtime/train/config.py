@@ -76,7 +76,8 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, slots=True)
 class DataConfig:
-    """``source``: ``stdlib`` (Python's own source files as bytes), a folder (``suffix`` filters its files), or
+    """``source``: ``stdlib`` (Python's own source files as bytes), a folder (``suffix`` filters its files),
+    ``rollouts`` (responses with rewards, `mipipe.runtime.recipes.rollouts`), or
     ``package.module:callable`` that gets (graph, rows, seed, **options) and returns an iterable of batches. With
     several copies of the plan it needs a parameter ``copy`` too, the number of the copy that it loads for; with
     ``copies`` as well, the copies take the batches of one sequence in turn. ``skip_invalid``: pass over batches that

@@ -18,9 +18,12 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.named_code import import_named
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.rows import batch_inputs
+from mipipe.runtime.recipes.rollouts import Rollouts
 from mipipe.runtime.train.batches import Batch
 from mipipe.runtime.train.config import DataConfig
 
+ROLLOUTS = "rollouts"
+"""The source that reads a folder of responses with rewards (`mipipe.runtime.recipes.rollouts`)."""
 DEFAULT_BYTES = 4_000_000
 """Text read by default: enough that a few dozen steps repeat nothing, and read in a fraction of a second."""
 
@@ -168,6 +171,9 @@ def check_source(config: DataConfig) -> None:
     """Raise `InputError` unless the source can be found."""
     if ":" in config.source:
         _loader(config.source)
+    elif config.source == ROLLOUTS:
+        if "folder" not in config.options:
+            raise InputError("data: source rollouts needs options: {folder: ...}, a folder of .jsonl files")
     elif config.source != "stdlib":
         _folder(config.source)
 
@@ -188,7 +194,7 @@ def _loader(source: str) -> Any:
 
 def _folder(source: str) -> Path:
     if not Path(source).is_dir():
-        raise InputError(f"data: {source} is no folder; expected a folder of text files, 'stdlib', or"
+        raise InputError(f"data: {source} is no folder; expected a folder of text files, 'stdlib', 'rollouts', or"
                          " package.module:callable")
     return Path(source)
 
@@ -244,6 +250,11 @@ def make_batches(config: DataConfig, graph: OperatorGraph, rows: int, seed: int,
             raise InputError(f"data source {config.source}: {error}; it is called with (graph=, rows=, seed=) and the"
                              " options") from None
         return Batches(loader, rows, in_turn={"copy", "copies"} <= set(takes), name=config.source)
+    if config.source == ROLLOUTS:
+        unknown = sorted(set(options) - {"folder", "max_age"})
+        if unknown:
+            raise InputError(f"data: unknown option {unknown[0]!r} of rollouts; expected folder, max_age")
+        return Batches(Rollouts(graph, rows, seed, copy=copy, copies=copies, **options), rows, name=ROLLOUTS)
     max_bytes = int(options.pop("max_bytes", DEFAULT_BYTES))
     if options:
         raise InputError(f"data: unknown option {sorted(options)[0]!r}; expected max_bytes")

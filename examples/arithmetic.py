@@ -1,0 +1,144 @@
+"""Sums as a language task for the examples of recipes: tokens, a small model, answers sampled from it, and a plan.
+
+A row is ``a+b=c.`` in single digits, c from its last digit to its first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mipipe.graphs import (
+    RecipeConfig,
+    Topology,
+    capture_module,
+    coarsen,
+    open_source,
+    roofline,
+    shipped_kinds,
+    with_recipe,
+)
+from mipipe.planner import BASELINES, build_problem
+from mipipe.runtime import Engine
+
+PLUS, EQUALS, END, PAD = 10, 11, 12, 13
+DIGITS, LENGTH, VOCABULARY = 2, 10, 14
+SIZES = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 12,
+         "num_key_value_heads": 4, "vocab_size": VOCABULARY, "max_position_embeddings": 32}
+
+
+def prompt(a: int, b: int) -> list[int]:
+    return [*map(int, f"{a:0{DIGITS}d}"), PLUS, *map(int, f"{b:0{DIGITS}d}"), EQUALS]
+
+
+def answer(a: int, b: int) -> list[int]:
+    return [*map(int, reversed(f"{a + b:0{DIGITS + 1}d}")), END]
+
+
+PROMPT = len(prompt(0, 0))
+
+
+def rows(pairs: list[tuple[int, int]], answers: list[list[int]]) -> dict[str, Tensor]:
+    """input_ids and labels [rows, LENGTH] of prompts with their answers, those of a prompt not counting."""
+    ids = torch.full((len(pairs), LENGTH), PAD)
+    labels = torch.full_like(ids, -100)
+    for row, (pair, tokens) in enumerate(zip(pairs, answers, strict=True)):
+        whole = (prompt(*pair) + tokens)[:LENGTH]
+        ids[row, :len(whole)] = torch.tensor(whole)
+        labels[row, PROMPT:len(whole)] = ids[row, PROMPT:len(whole)]
+    return {"input_ids": ids, "labels": labels}
+
+
+def draw_pairs(count: int, generator: torch.Generator) -> list[tuple[int, int]]:
+    return [(int(a), int(b)) for a, b in torch.randint(0, 10**DIGITS, (count, 2), generator=generator).tolist()]
+
+
+def model(recipe: RecipeConfig | None = None, batch: int = 32, seed: int = 0) -> tuple[Any, Any]:
+    """The module and its graph, captured with a recipe's loss (None: cross-entropy of the labels)."""
+    opened = open_source("LlamaForCausalLM", seq=LENGTH, batch=batch, overrides=SIZES)
+    if recipe is not None:
+        opened = with_recipe(opened, recipe)
+    torch.manual_seed(seed)
+    module = opened.build("cpu")
+    graph = capture_module(module, opened.inputs("cpu"), loss=opened.loss, loss_info=opened.loss_info,
+                           withheld=opened.withheld, constants=opened.constants, source=opened.record, verify=False,
+                           granularity="layer")
+    return module, graph
+
+
+def fresh(seed: int) -> Any:
+    """A module with weights drawn from a seed."""
+    torch.manual_seed(seed)
+    return open_source("LlamaForCausalLM", seq=LENGTH, batch=2, overrides=SIZES).build("cpu")
+
+
+def engine(graph: Any, weights: Any, microbatches: int = 2, ranks: int = 1) -> Engine:
+    """The graph under a plan: GPipe on so many ranks (this process is one of them)."""
+    coarse = coarsen(graph, num_groups=max(2, ranks))
+    costs = roofline(coarse, graph, {"cpu": dataclasses.replace(shipped_kinds()["h100"], name="cpu")})
+    problem = build_problem(coarse, costs, Topology.uniform(ranks, latency_ns=1000, bytes_per_s=10**10, kind="cpu"),
+                            num_microbatches=microbatches)
+    return Engine(BASELINES[0].plan(problem), graph, weights)
+
+
+def put_back(made: Engine, module: Any) -> Any:
+    """The module with the engine's weights."""
+    with torch.no_grad():
+        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        for name, item in made.weights.parameters.items():
+            named[name].copy_(item)
+    return module
+
+
+@torch.no_grad()
+def answers(module: Any, pairs: list[tuple[int, int]], generator: torch.Generator | None = None) -> list[list[int]]:
+    """What the model answers: the likeliest tokens, or sampled ones (with a generator), up to the end's token."""
+    ids = torch.tensor([prompt(*pair) for pair in pairs])
+    for _ in range(LENGTH - PROMPT):
+        logits = module(input_ids=ids, use_cache=False).logits[:, -1].float()
+        chosen = logits.argmax(-1, keepdim=True) if generator is None else \
+            torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        ids = torch.cat([ids, chosen], dim=1)
+    return [[*itertools.takewhile(lambda token: token != END, row), END] for row in ids[:, PROMPT:].tolist()]
+
+
+def accuracy(module: Any, pairs: list[tuple[int, int]]) -> float:
+    """The share of exact answers."""
+    found = answers(module, pairs)
+    return sum(one == answer(*pair) for one, pair in zip(found, pairs, strict=True)) / len(pairs)
+
+
+@torch.no_grad()
+def token_losses(module: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """The mean loss of a response's tokens, by row."""
+    logs = module(input_ids=batch["input_ids"], use_cache=False).logits.float().log_softmax(-1)[:, :-1]
+    labels = batch["labels"][:, 1:]
+    mask = labels != -100
+    return -(logs.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * mask).sum(-1) / mask.sum(-1)
+
+
+def sums(rows_of_step: int, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+    """Endless batches of right sums."""
+    while True:
+        pairs = draw_pairs(rows_of_step, generator)
+        yield rows(pairs, [answer(*pair) for pair in pairs])
+
+
+def taught(steps: int, seed: int = 0) -> dict[str, Tensor]:
+    """The weights of a model after some steps on right sums: one that is often wrong."""
+    module, graph = model(seed=seed)
+    made = engine(graph, module)
+    optimizer = torch.optim.AdamW(made.parameters(), lr=4e-3, weight_decay=0.0, betas=(0.9, 0.98))
+    batches = sums(64, torch.Generator().manual_seed(seed))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1.0, (step + 1) / 100)
+        made.step(next(batches))
+        torch.nn.utils.clip_grad_norm_(made.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: item.clone() for name, item in put_back(made, module).state_dict().items()}
