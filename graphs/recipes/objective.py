@@ -40,8 +40,9 @@ class HiddenHead(nn.Linear):
 class RecipeLoss:
     """The loss of a recipe on a model's output object, for `mipipe.graphs.capture.model`.
 
-    ``shift``: position t predicts label t + 1. ``coefficient`` of a router's auxiliary loss, ``sharpness`` of its
-    own (`mipipe.graphs.models.tasks.TaskLoss`). ``reference``: the module has a frozen model of that name. ``real``: the dtype of what a batch gives per response.
+    ``shift``: position t predicts label t + 1. ``coefficient`` of a router's auxiliary loss, ``sharpness`` of its own
+    (`mipipe.graphs.models.tasks.TaskLoss`). ``reference``: the module has a frozen model of that name. ``real``: the
+    dtype of what a batch gives for each response.
     """
 
     config: LossConfig
