@@ -253,6 +253,17 @@ def converted_classes(model_type: object) -> tuple[Any, Any] | None:
     return mipipe_moe.classes(model_type) if model_type[len("mipipe_"):] in mipipe_moe.HOSTS.values() else None
 
 
+def know_converted(folder: str | Path) -> None:
+    """Let transformers load a folder of a converted mixture with this installation's class, without its code."""
+    file = config_file(folder)
+    converted = None if file is None else converted_classes(load_data(file, foreign=True).get("model_type"))
+    if converted is not None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        AutoConfig.register(converted[0].model_type, converted[0], exist_ok=True)
+        AutoModelForCausalLM.register(*converted, exist_ok=True)
+
+
 def build_model(config: Any, device: str, dtype: torch.dtype | None, expert_groups: int = 1,
                 sizes: Sizes | None = None) -> nn.Module:
     """The module in training mode, with mipipe's attention and experts where the class takes them.

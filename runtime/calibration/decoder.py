@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTensor
+from mipipe.graphs.models.families import know_converted
 from mipipe.runtime.merge.output.verify import Loaded, loaded_tensors
 from mipipe.runtime.merge.programs.router import quiet_transformers
 
@@ -271,6 +272,7 @@ def _empty_model(label: str, folder: str, dtype: torch.dtype) -> Any:
     """The config's causal language model without weights; buffers that are computed are there."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    know_converted(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         config.dtype = dtype

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.models.families import converted_classes
 from mipipe.runtime.calibration.decoder import Decoder
 from mipipe.runtime.calibration.states import States
 from mipipe.runtime.calibration.tokens import Samples
@@ -92,11 +91,9 @@ def load_model(source: Source) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    kind = converted_classes(source.host)
-    loader = AutoModelForCausalLM if kind is None else kind[1]
     try:
         with quiet_transformers():
-            return loader.from_pretrained(source.files.path, dtype=torch.float32, local_files_only=True,
+            return AutoModelForCausalLM.from_pretrained(source.files.path, dtype=torch.float32, local_files_only=True,
                                           use_safetensors=True, trust_remote_code=False,
                                           attn_implementation="eager").eval()
     except Exception as error:

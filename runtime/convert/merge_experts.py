@@ -23,6 +23,7 @@ from mipipe.runtime.convert.collect import Routing
 from mipipe.runtime.convert.output import Conversion, Piece, Unit, converted_config, copied, written_dtype
 from mipipe.runtime.convert.source import PARTS, Matrices, MoeLayer, Source, is_bank, is_expert, module_name, moe_layers
 from mipipe.runtime.merge.align import assign
+from mipipe.runtime.tuning.objectives import EXPERT_COUNTS
 
 Routings = Mapping[int, Routing]
 
@@ -172,10 +173,6 @@ def _expanded(recipe: MergeExperts, source: Source, layer: MoeLayer, grouping: G
     return Unit(pieces, make)
 
 
-COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Keys of configs that say how many experts a layer has."""
-
-
 def plan_prune(recipe: PruneExperts, source: Source, seen: Routings) -> Conversion:
     """The most used experts of every layer, in the model's own architecture.
 
@@ -192,7 +189,7 @@ def plan_prune(recipe: PruneExperts, source: Source, seen: Routings) -> Conversi
         raise InputError(f"{recipe.model}: routes by {config['n_group']} groups of neighbouring experts, of which none"
                          " may lose more than another")
     kept = {layer.number: _most_used(seen[layer.number], recipe) for layer in layers}
-    config |= {key: recipe.keep for key in COUNTS if key in config} | {"num_experts_per_tok": top}
+    config |= {key: recipe.keep for key in EXPERT_COUNTS if key in config} | {"num_experts_per_tok": top}
     units = [_pruned(recipe, source, layer, kept[layer.number]) for layer in layers]
     routers = {item.name for layer in layers for item in (layer.router, layer.bias) if item is not None}
     units += copied(source, lambda name: is_expert(name) or is_bank(name) or name in routers,

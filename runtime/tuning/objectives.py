@@ -15,9 +15,13 @@ from typing import Any
 import torch
 
 from mipipe.graphs.errors import InputError, RunError, shown
+from mipipe.graphs.models.families import know_converted
 from mipipe.graphs.named_code import import_named
 from mipipe.runtime.calibration.tokens import Samples, draw_samples
 from mipipe.runtime.merge.programs.router import quiet_transformers
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Keys of configs that say how many experts a layer has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +30,7 @@ class Objectives:
 
     ``texts``: text or JSONL files. ``functions``: ``package.module:function``, as the command line names them.
     ``samples`` windows of ``length`` tokens of each file, the same for all models. ``minimise``: scores of functions
-    are the better the lower.
+    are the better the lower. ``experts_per_token``: of a mixture of experts, for texts; None: its own.
     """
 
     texts: tuple[str, ...] = ()
@@ -36,6 +40,7 @@ class Objectives:
     batch: int = 8
     seed: int = 0
     minimise: bool = False
+    experts_per_token: int | None = None
 
     def __post_init__(self) -> None:
         if not self.texts and not self.functions:
@@ -43,6 +48,8 @@ class Objectives:
         for name, value in (("samples", self.samples), ("length", self.length), ("batch", self.batch)):
             if value < 1:
                 raise InputError(f"--{name} {value}: expected at least 1")
+        if self.experts_per_token is not None and self.experts_per_token < 1:
+            raise InputError(f"--experts-per-token {self.experts_per_token}: expected at least 1")
 
 
 @dataclass(slots=True)
@@ -72,7 +79,7 @@ class Measure:
         """
         found: dict[str, float] = {}
         if self.objectives.texts:
-            model = load_model(folder)
+            model = load_model(folder, self.objectives.experts_per_token)
             for text in self.objectives.texts:
                 found[text_name(text, self.objectives.texts)] = self._loss(model, folder, text)
             del model
@@ -100,20 +107,38 @@ def text_name(text: str, every: Sequence[str]) -> str:
     return stem if sum(Path(other).stem == stem for other in every) == 1 else text
 
 
-def load_model(folder: Path) -> Any:
-    """A causal language model in float32.
+def load_model(folder: Path, experts_per_token: int | None = None) -> Any:
+    """A causal language model in float32; ``experts_per_token`` in place of its config's.
 
     Raises:
-        InputError: transformers cannot load it.
+        InputError: transformers cannot load it, it has no experts, or fewer.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
+    know_converted(folder)
     try:
         with quiet_transformers():
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True,
-                                                        trust_remote_code=False).eval()
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise InputError(f"{folder}: cannot be run: transformers loads no causal language model from it"
-                         f" ({(str(error).splitlines() or ['?'])[0]})") from None
+        raise _not_loaded(folder, error) from None
+    if experts_per_token is not None:
+        text = config.get_text_config()
+        most = next((value for name in EXPERT_COUNTS if isinstance(value := getattr(text, name, None), int)), 0)
+        most = (getattr(text, "mipipe_moe", None) or {}).get("num_experts", most)
+        if not hasattr(text, "num_experts_per_tok") or not 1 <= experts_per_token <= most:
+            raise InputError(f"{folder}: --experts-per-token {experts_per_token}: expected at most {most}, the experts"
+                             " it has" if most else f"{folder}: --experts-per-token: it has no experts")
+        text.num_experts_per_tok = experts_per_token
+    try:
+        with quiet_transformers():
+            return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
+                                                        local_files_only=True, trust_remote_code=False).eval()
+    except Exception as error:
+        raise _not_loaded(folder, error) from None
+
+
+def _not_loaded(folder: Path, error: Exception) -> InputError:
+    return InputError(f"{folder}: cannot be run: transformers loads no causal language model from it"
+                      f" ({(str(error).splitlines() or ['?'])[0]})")
 
 
 def token_losses(model: Any, samples: Samples, batch: int) -> tuple[float, int, int]:

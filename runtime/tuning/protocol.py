@@ -104,10 +104,12 @@ def _beside(found: Models, folder: Path) -> Models:
 
 
 def evaluate_models(models: Models, allowed: Collection[str], where: str,
-                    progress: Callable[[str], None] = lambda _name: None) -> list[Row]:
+                    progress: Callable[[str], None] = lambda _name: None,
+                    experts_per_token: int | None = None) -> list[Row]:
     """Every model measured: base, experts, merged.
 
     Args:
+        experts_per_token: of mixtures of experts, in place of their own number, for texts.
         allowed: functions that the person who evaluates has named.
 
     Raises:
@@ -120,7 +122,8 @@ def evaluate_models(models: Models, allowed: Collection[str], where: str,
                              f" (--evaluate"
                              f" {task.evaluate})")
     measures = {name: Measure(Objectives((task.perplexity,) if task.perplexity else (),
-                                         (task.evaluate,) if task.evaluate else (), models.samples, models.length))
+                                         (task.evaluate,) if task.evaluate else (), models.samples, models.length,
+                                         experts_per_token=experts_per_token))
                 for name, task in tasks.items()}
     rows: list[Row] = []
     for kind, group in (("base", {"base": models.base} if models.base else {}), ("expert", models.experts),
