@@ -39,7 +39,7 @@ def _by_arrays(plan: Plan) -> Timeline | None:
     quick = timed(stage_view, plan.schedule)
     if quick is None:
         return None
-    instance, start = quick
+    instance, start, _ = quick
     end = start + instance.dur
     spans = [*_actions(instance, start), *_transfers(stage_view, instance, end),
              *_reductions(stage_view, instance, end)]

@@ -16,7 +16,7 @@ import numpy as np
 from mipipe.graphs.units import format_bytes, format_ns
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.at_placement import placement_bound
-from mipipe.planner.execution.measure import timed
+from mipipe.planner.execution.measure import Timed, timed
 from mipipe.planner.jobs.memory import capacity
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import ActionNodes, Evaluation, evaluate
@@ -69,7 +69,7 @@ def _spans(found: Candidate) -> tuple[list[_Span], list[str]]:
         taken = np.array([compiled.durations[node] for node in compute])
         channel = _channel(compiled, evaluation)
     else:
-        instance, start = quick
+        instance, start, _ = quick
         compute_machine = np.array([stream is Stream.COMPUTE for _, stream in instance.machine_key])
         chosen = compute_machine[instance.machine]
         where, start, taken = instance.rank[chosen], start[chosen], instance.dur[chosen]
@@ -144,6 +144,9 @@ def _memory(found: Candidate) -> list[str]:
 def _peaks(found: Candidate) -> list[int]:
     """Per rank the most bytes of activations held at once along its order of compute actions."""
     assert found.best is not None
+    quick = timed(found.view, found.best.schedule)
+    if quick is not None and quick.instance.dur.all():  # no B among the actions, which is held as one
+        return _elementary_peaks(quick)
     instance, peaks = found.instance, [0] * found.view.problem.num_ranks
     for rank, order in enumerate(found.best.schedule.ranks):
         used = 0
@@ -154,6 +157,16 @@ def _peaks(found: Candidate) -> list[int]:
             used += sum(int(instance.alloc[n]) for n in nodes)
             peaks[rank] = max(peaks[rank], used + max(int(instance.work[n]) for n in nodes))
             used -= sum(int(instance.free[n]) for n in nodes)
+    return peaks
+
+
+def _elementary_peaks(quick: Timed) -> list[int]:
+    """The same by arrays, where every action is an F, I or W."""
+    instance, peaks = quick.instance, [0] * len(quick.instance.cap)
+    for (rank, _), order, length in zip(instance.machine_key, quick.seq, instance.lengths(), strict=True):
+        nodes = order[:length]
+        held = np.cumsum(instance.alloc[nodes]) - np.cumsum(instance.free[nodes])
+        peaks[rank] = int((held + instance.free[nodes] + instance.work[nodes]).max(initial=0))
     return peaks
 
 

@@ -24,12 +24,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import pyomo.environ as pyo
 
 from mipipe.planner import clock
 from mipipe.planner.devices.contract import Region, transfer_budget
 from mipipe.planner.devices.instance import PlaceInstance
-from mipipe.planner.milp import highs
+from mipipe.planner.milp import highs, pyo
 
 MANY, DISTINCT = 50, 10
 """Rounding rows: for values of which the budget allows fewer than this; most rows."""

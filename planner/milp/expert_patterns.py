@@ -22,10 +22,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-import pyomo.environ as pyo
 
 from mipipe.planner.experts.swaps import Layer
-from mipipe.planner.milp import highs
+from mipipe.planner.milp import highs, pyo
 
 PATTERNS = 40_000
 """Patterns of all kinds up to which a layer is solved this way: beyond, one MIP takes more than seconds."""

@@ -12,10 +12,9 @@ from __future__ import annotations
 import time
 
 import numpy as np
-import pyomo.environ as pyo
 
 from mipipe.planner.experts.swaps import Layer
-from mipipe.planner.milp import highs
+from mipipe.planner.milp import highs, pyo
 
 
 def polish(layer: Layer, devices: np.ndarray, bound: float, *, time_limit_s: float, seed: int,

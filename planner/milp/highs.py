@@ -17,10 +17,9 @@ from typing import Any
 
 import highspy
 import numpy as np
-import pyomo.environ as pyo
-from pyomo.repn import generate_standard_repn
 
 from mipipe.planner import calls, clock
+from mipipe.planner.milp import pyo
 
 
 class SolverStatus(StrEnum):
@@ -126,6 +125,8 @@ def variables(model: pyo.ConcreteModel) -> list[Any]:
 
 def compiled(model: pyo.ConcreteModel) -> Matrix:
     """The model as HiGHS reads it; values of fixed variables are part of the rows."""
+    from pyomo.repn import generate_standard_repn  # late, as all of Pyomo (`mipipe.planner.milp.pyo`)
+
     columns = variables(model)
     index = {id(column): number for number, column in enumerate(columns)}
     starts, indices, values, row_lower, row_upper = [0], [], [], [], []  # type: ignore[var-annotated]

@@ -17,8 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import pyomo.environ as pyo
-
+from mipipe.planner.milp import pyo
 from mipipe.planner.milp.highs import SolverOutcome, solve
 
 EPSILON = 0.01

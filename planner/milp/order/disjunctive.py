@@ -17,9 +17,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-import pyomo.environ as pyo
-
-from mipipe.planner.milp import highs
+from mipipe.planner.milp import highs, pyo
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
 from mipipe.planner.milp.order.shop import Shop, Tight, tighten, time_unit
 

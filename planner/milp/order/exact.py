@@ -25,15 +25,13 @@ from dataclasses import dataclass
 from itertools import combinations, pairwise
 from typing import Any
 
-import pyomo.environ as pyo
-
 from mipipe.graphs.errors import PlanError, ProblemError
 from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.bounds.at_placement import problem_bound
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
-from mipipe.planner.milp import highs
+from mipipe.planner.milp import highs, pyo
 from mipipe.planner.milp.highs import SolverOutcome
 from mipipe.planner.milp.order.exact_parts import MipTransfer, Sketch, sketch
 from mipipe.planner.plan import Placement, RankOrder, Schedule, Stage

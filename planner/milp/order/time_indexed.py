@@ -28,13 +28,11 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 
-import pyomo.environ as pyo
-
 from mipipe.planner.bounds.at_placement import bounding_shop, heads_and_tails, placement_bound, reduce_tails
 from mipipe.planner.jobs.job_shop import Jobs, lines
 from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.jobs.times import run_orders
-from mipipe.planner.milp import highs
+from mipipe.planner.milp import highs, pyo
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
 from mipipe.planner.milp.order.job_shop import fits, to_schedule
 from mipipe.planner.plan import Schedule

@@ -22,11 +22,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from itertools import combinations
 
-import pyomo.environ as pyo
-
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.jobs.stages import StageView
-from mipipe.planner.milp import highs
+from mipipe.planner.milp import highs, pyo
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
 from mipipe.planner.milp.periodic.modulo import greedy
 from mipipe.planner.milp.periodic.pattern import OperationKey, PeriodicPattern, pattern_of

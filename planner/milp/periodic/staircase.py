@@ -25,11 +25,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import combinations
 
-import pyomo.environ as pyo
-
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.jobs.stages import StageView
-from mipipe.planner.milp import highs
+from mipipe.planner.milp import highs, pyo
 from mipipe.planner.milp.highs import SolverOutcome
 from mipipe.planner.milp.periodic.legs import Staircase
 from mipipe.planner.milp.periodic.pattern import route_names

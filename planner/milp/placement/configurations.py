@@ -34,14 +34,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import pyomo.environ as pyo
-
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.first_gradients import colocated, common_room
 from mipipe.planner.bounds.over_placements import Bound, facts_of, problem_bound, resident_room, room_of, work_of
 from mipipe.planner.bounds.tails import tails_of
 from mipipe.planner.jobs.overlap import pair_gain
-from mipipe.planner.milp import highs
+from mipipe.planner.milp import highs, pyo
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
 from mipipe.planner.problem import Group, PlanningProblem
 

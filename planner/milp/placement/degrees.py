@@ -25,9 +25,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pyomo.environ as pyo
-
-from mipipe.planner.milp import highs
+from mipipe.planner.milp import highs, pyo
 
 
 @dataclass(frozen=True, slots=True)

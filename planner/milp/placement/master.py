@@ -36,10 +36,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import pyomo.environ as pyo
-
 from mipipe.planner import clock
-from mipipe.planner.milp import highs
+from mipipe.planner.milp import highs, pyo
 from mipipe.planner.milp.highs import SolverOutcome
 from mipipe.planner.placements.counts import Chain, Cut
 

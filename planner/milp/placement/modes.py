@@ -17,13 +17,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-import pyomo.environ as pyo
 
 from mipipe.planner.actions import ActionKind, Stream
 from mipipe.planner.jobs.arrays import Instance, build
 from mipipe.planner.jobs.dependencies import KINDS
 from mipipe.planner.jobs.stages import StageView, view
-from mipipe.planner.milp import highs
+from mipipe.planner.milp import highs, pyo
 from mipipe.planner.milp.highs import SolverOutcome
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem

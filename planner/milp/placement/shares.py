@@ -28,13 +28,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import pyomo.environ as pyo
-
 from mipipe.planner import clock
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.over_placements import work_of
 from mipipe.planner.jobs.overlap import pair_gain
-from mipipe.planner.milp import highs
+from mipipe.planner.milp import highs, pyo
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
 from mipipe.planner.milp.placement.routes import to_placement, to_shares
 from mipipe.planner.milp.placement.units import Units, forwards_per_byte, light_forwards, units_of
