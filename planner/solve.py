@@ -29,6 +29,7 @@ from mipipe.planner.calls import Ledger, counting
 from mipipe.planner.check import arrays as check_arrays
 from mipipe.planner.check import check_plan
 from mipipe.planner.clock import OutOfTimeError
+from mipipe.planner.execution.steps import schedule_period
 from mipipe.planner.how import How
 from mipipe.planner.ladder import exactly, period
 from mipipe.planner.ladder import large as scale
@@ -38,7 +39,7 @@ from mipipe.planner.ladder.activities import Pacing, Polishing, Proving
 from mipipe.planner.ladder.admission import admit_placement, enter, has_plan, recomputing, take
 from mipipe.planner.ladder.explain import explain_plan
 from mipipe.planner.ladder.loop import Activity, loop
-from mipipe.planner.ladder.objectives import best_utilisation, least_memory
+from mipipe.planner.ladder.objectives import OUT_OF_TIME, best_utilisation, least_memory, no_plan_within
 from mipipe.planner.ladder.proposals import Proposing
 from mipipe.planner.ladder.race import ANNEALING, Race
 from mipipe.planner.ladder.repeating import Repeating
@@ -59,7 +60,7 @@ class Termination(StrEnum):
     FEASIBLE = "feasible"
     INTERRUPTED = "interrupted"
     INFEASIBLE = "infeasible"
-    TIME_UP = "time up without a plan"
+    TIME_UP = OUT_OF_TIME
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,9 @@ def _solve(problem: PlanningProblem, options: PlanOptions,
         run.interrupted = True
     except OutOfTimeError:
         pass
-    return _finish(run) if options.objective == "makespan" else _with_period(run, _finish(run))
+    with clock.watched(None):  # what was found is checked and told, whoever else watches the time
+        result = _finish(run)
+    return result if options.objective == "makespan" else _with_period(run, result)
 
 
 @contextmanager
@@ -220,6 +223,8 @@ def _with_period(run: Run, result: SolveResult) -> SolveResult:
     """The result of a solve for the period: that decides whether it is optimal, and stands in its plan's provenance."""
     if result.plan is None:
         return result
+    if run.best is not None and run.period_ns >= 1 << 62:  # time was up before its first plan's period was asked for
+        run.period_ns = schedule_period(run.best.view, result.plan.schedule)
     ended = (Termination.OPTIMAL if run.period_ns <= run.period_bound_ns else
              Termination.INTERRUPTED if run.interrupted else Termination.FEASIBLE)
     noted = {**result.plan.provenance, "termination": ended.value,
@@ -233,7 +238,7 @@ def _finish(run: Run) -> SolveResult:
     best = run.best
     if best is None or best.best is None:
         ended = Termination.INTERRUPTED if run.interrupted else Termination.TIME_UP
-        why = run.no_plan or f"no plan within {run.options.time_limit_s:g} s; try a longer time limit"
+        why = run.no_plan or no_plan_within(run.options.time_limit_s)
         return SolveResult(None, None, run.bound_ns, None, ended, run.seconds, reason=why)
     if not run.entered and run.bound_ns is None:  # time was up among the placements of the shape asked for
         run.raise_bound(problem_bound(run.problem))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -36,7 +37,7 @@ class Span:
                 f"rank {self.rank}, {self.label}: ends at {self.end_ns} ns, before its start {self.start_ns} ns")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Timeline:
     """Spans of all ranks, and each rank's memory over time as ``(ns, bytes)`` steps (resident bytes included)."""
 
@@ -61,24 +62,26 @@ class Timeline:
             if rows and len(rows) != self.num_ranks:
                 raise TimelineError(f"timeline: {name} has {len(rows)} entries for {self.num_ranks} ranks")
 
-    @property
+    @cached_property
     def makespan_ns(self) -> int:
         """From 0 to the end of the last span."""
         return max((span.end_ns for span in self.spans), default=0)
 
     def busy_ns(self, rank: int) -> int:
         """Time the rank's compute stream is occupied."""
-        return sum(span.end_ns - span.start_ns for span in self.spans
-                   if span.rank == rank and span.stream is Stream.COMPUTE)
+        return self._busy_ns[rank]
 
-    def bubbles_ns(self) -> tuple[int, ...]:
-        """Per rank: makespan minus busy compute time."""
+    @cached_property
+    def _busy_ns(self) -> tuple[int, ...]:
         busy = [0] * self.num_ranks
         for span in self.spans:
             if span.stream is Stream.COMPUTE:
                 busy[span.rank] += span.end_ns - span.start_ns
-        makespan = self.makespan_ns
-        return tuple(makespan - time for time in busy)
+        return tuple(busy)
+
+    def bubbles_ns(self) -> tuple[int, ...]:
+        """Per rank: makespan minus busy compute time."""
+        return tuple(self.makespan_ns - time for time in self._busy_ns)
 
     @property
     def in_device_time(self) -> bool:

@@ -66,13 +66,42 @@ def number(value: float) -> int | float:
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[str], None]]:
-    """A spinner on stderr with a line that the caller updates; nothing at all when stderr is not a terminal."""
+    """A spinner on stderr with a line that the caller updates; nothing when stderr is not a terminal, but for a line
+    where kernels are compiled first, which no time limit covers."""
     console = Console(stderr=True, highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        yield lambda text: None
+    with told_of_compiling(console):
+        if not console.is_terminal:
+            yield lambda text: None
+            return
+        with console.status(what) as status:
+            yield lambda text: status.update(f"{what}: {text}")
+
+
+COMPILING = ("compiling the planner's kernels: once on this machine, up to a minute, which the time limit does not"
+             " count; python -m mipipe.planner.warm does it ahead")
+
+
+@contextlib.contextmanager
+def told_of_compiling(console: Console) -> Iterator[None]:
+    """Inside, the first kernel that numba has not in its cache is announced in one line."""
+    if "numba" not in sys.modules:
+        yield
         return
-    with console.status(what) as status:
-        yield lambda text: status.update(f"{what}: {text}")
+    from numba.core import event
+
+    said: list[str] = []
+
+    class Listener(event.Listener):
+        def on_start(self, event: Any) -> None:
+            if not said:
+                said.append(COMPILING)
+                console.print(COMPILING, soft_wrap=True)
+
+        def on_end(self, event: Any) -> None:
+            pass
+
+    with event.install_listener("numba:compile", Listener()):
+        yield
 
 
 def check_files(**wanted: Path | None) -> None:

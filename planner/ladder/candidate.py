@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds import at_placement as bounds
 from mipipe.planner.execution.lower import lower
+from mipipe.planner.execution.measure import by_arrays
 from mipipe.planner.execution.simulate_memory import rank_peaks
 from mipipe.planner.how import then
 from mipipe.planner.jobs.arrays import Instance, build, mirror, with_mirrors
@@ -157,4 +158,8 @@ def first_orders(found: Candidate, *, compiled: bool, seed: int = 0) -> Orders |
 
 def peak_activations(plan: Plan) -> int:
     """The largest memory of any rank beyond its resident bytes, as simulated."""
-    return max(rank_peaks(view(plan.problem, plan.placement), lower(plan)))
+    stage_view = view(plan.problem, plan.placement)
+    quick = by_arrays(stage_view, plan.schedule)
+    if quick is None:
+        return max(rank_peaks(stage_view, lower(plan)))
+    return max(peak - held for peak, held in zip(quick.peak_bytes, quick.resident_bytes, strict=True))

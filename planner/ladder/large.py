@@ -62,8 +62,9 @@ MOST_STAGES = 2
 ROUNDS = 3
 """Microbatches per rank on which rules are tuned: warm-up and cool-down last about one each."""
 
-CHECK_S = 2e-5
-"""Seconds per action that checking and explaining the plan take in the end: by arrays, 1e-5 on a quiet machine."""
+CHECK_S, CHECK_SHARE = 1.2e-5, 0.4
+"""Seconds per action that checking, explaining and drawing the plan take in the end, by arrays; and the share of the
+time limit that is kept for it at most."""
 
 
 @dataclass(slots=True)
@@ -101,7 +102,7 @@ def climb(run: Run) -> Tuning | None:
     """Make the run's candidates: the first at once by default rules, the best of all placements by tuned ones; what
     goes on tuning them, None where no list fits."""
     limit = run.options.time_limit_s
-    run.reserve_s = min(0.3 * limit, CHECK_S * chain_actions(run.problem))
+    run.reserve_s = min(CHECK_SHARE * limit, CHECK_S * chain_actions(run.problem))
     entries: list[Entry] = []
     waiting = large_placements(run)
     left_out: list[Placement] = []

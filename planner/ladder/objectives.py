@@ -17,8 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from mipipe.planner import clock
-from mipipe.planner.execution.lower import lower
-from mipipe.planner.execution.simulate import simulate
+from mipipe.planner.execution.measure import measure
 from mipipe.planner.ladder.candidate import peak_activations
 from mipipe.planner.ladder.state import Progress
 from mipipe.planner.options import PlanOptions
@@ -31,6 +30,9 @@ DEVICES_GIVEN_BACK = 3
 LEAST_S = 0.05
 """Seconds of a solve whose turn comes when none are left."""
 
+OUT_OF_TIME = "time up without a plan"
+"""The termination of a solve that had no time for a first plan."""
+
 STEPS = 5
 """Solves of the bisection on memory: the limit is then known to 1/32 of the range."""
 
@@ -38,8 +40,11 @@ STEPS = 5
 def parts(count: int, options: PlanOptions, solve: Callable[..., Any],
           on_progress: Callable[[Progress], None] | None) -> Callable[[PlanningProblem], Any]:
     """A function that solves one of ``count`` problems after another within the options' time, which the solves to come
-    share evenly. Only the first may look for a first plan beyond its part, as any solve may."""
+    share evenly. The first, if it ends without a plan for want of time, goes on for all of it, as any solve may."""
     began, turns = time.monotonic(), 0
+
+    def run(problem: PlanningProblem, seconds: float) -> Any:
+        return solve(problem, replace(options, objective="makespan", time_limit_s=seconds), on_progress)
 
     def solve_part(problem: PlanningProblem) -> Any:
         nonlocal turns
@@ -47,10 +52,19 @@ def parts(count: int, options: PlanOptions, solve: Callable[..., Any],
         part = max(LEAST_S, (options.time_limit_s - (now - began)) / (count - turns))
         turns += 1
         with clock.watched(lambda: now + part - time.monotonic()) if turns > 1 else nullcontext():
-            found = solve(problem, replace(options, objective="makespan", time_limit_s=part), on_progress)
+            found = run(problem, part)
+        if turns == 1 and count > 1 and found.termination.value == OUT_OF_TIME:
+            found = run(problem, max(LEAST_S, options.time_limit_s - (time.monotonic() - began)))
+            if found.termination.value == OUT_OF_TIME:
+                found = replace(found, reason=no_plan_within(options.time_limit_s))
         return replace(found, seconds=time.monotonic() - began)
 
     return solve_part
+
+
+def no_plan_within(seconds: float) -> str:
+    """What is said of a solve whose time was up before its first plan."""
+    return f"no plan within {seconds:g} s; try a longer time limit"
 
 
 def interrupted(found: Any) -> bool:
@@ -164,5 +178,4 @@ def spread_plan(problem: PlanningProblem, ranks: Sequence[int], plan: Plan) -> P
 
 def busy_ns(plan: Plan) -> list[int]:
     """Busy time of the compute streams of all ranks."""
-    timeline = simulate(plan, lower(plan))
-    return [timeline.busy_ns(rank) for rank in range(timeline.num_ranks)]
+    return list(measure(plan).busy_ns)

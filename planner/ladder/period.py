@@ -31,6 +31,7 @@ from mipipe.planner.jobs.arrays import Instance, build, orders_from, to_array, w
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.jobs.rank_clocks import on_rank_clocks
 from mipipe.planner.jobs.stages import StageView, view
+from mipipe.planner.ladder.admission import enter, has_plan
 from mipipe.planner.ladder.candidate import Candidate, judge
 from mipipe.planner.ladder.repeating import RUNG as REPEATED
 from mipipe.planner.ladder.repeating import short_instance
@@ -96,7 +97,10 @@ def climb(run: Run) -> None:
     if run.options.use_baselines:
         _published(run, entries)
     if not entries:
-        raise InfeasibleError(why_infeasible(run.problem, run.options.placement, lambda changed: False))
+        entries = _with_room(run)
+    if not entries:
+        raise InfeasibleError(why_infeasible(run.problem, run.options.placement,
+                                             lambda changed: has_plan(changed, run.options)))
     live = sorted(entries, key=lambda entry: entry.search.best.makespan_ns)[:KEPT]
     seconds, turn = SLICE_S, 0
     with ThreadPoolExecutor(max(2, run.options.threads)) as pool:
@@ -106,6 +110,15 @@ def climb(run: Run) -> None:
             live = sorted(live, key=lambda entry: entry.search.best.makespan_ns)[:max(1, len(live) // 2)]
             live = [entry for entry in live if not entry.search.finished]
             seconds = min(MOST_S, 1.5 * seconds)
+
+
+def _with_room(run: Run) -> list[Entry]:
+    """Entries from the first plans for the makespan, whose lists leave room for values in flight where that is needed.
+    """
+    enter(run)
+    known, run.candidates, run.best = run.candidates, [], None
+    made = [_enter(run, found.view, found.best.schedule, found.proposer) for found in known if found.best is not None]
+    return [entry for entry in made if entry is not None]
 
 
 def _placements(run: Run) -> Iterator[Placement]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from random import Random
 
@@ -18,7 +20,7 @@ from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.quick_timeline import timeline_of
 from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.ladder.state import Progress
-from mipipe.planner.options import PlanOptions
+from mipipe.planner.options import Objective, PlanOptions
 from mipipe.planner.problem import Limits, PlanningProblem
 from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
 from mipipe.planner.schedules import BASELINES
@@ -27,11 +29,13 @@ from mipipe.planner.solve import SolveResult, Termination, plan
 sys.path.insert(0, str(Path(__file__).parent))
 from planner_random import random_problem, with_memory
 
+OBJECTIVES: tuple[Objective, ...] = ("makespan", "memory", "utilisation", "period")
 
-def timed(problem: PlanningProblem, limit_s: float) -> tuple[SolveResult, float]:
+
+def timed(problem: PlanningProblem, limit_s: float, objective: Objective = "makespan") -> tuple[SolveResult, float]:
     """The result of a solve and its seconds: of the clock, or of computing where others keep the machine busy."""
     began, used = time.monotonic(), time.process_time()
-    result = plan(problem, PlanOptions(time_limit_s=limit_s))
+    result = plan(problem, PlanOptions(time_limit_s=limit_s, objective=objective))
     return result, min(time.monotonic() - began, time.process_time() - used)
 
 
@@ -42,19 +46,20 @@ def compiled() -> None:
     plan(two_stream_problem(ranks=2, microbatches=4), PlanOptions(time_limit_s=2.0))
 
 
-def kept(seeds: range) -> None:
+def kept(seeds: range, objectives: Sequence[Objective] = ("makespan",)) -> None:
     ended = set()
-    for seed in seeds:
+    for seed, objective in product(seeds, objectives):
         random = Random(seed)
         problem, least = random_problem(random)
         factor = random.choice([0.99, 1.0, 1.002, 1.01, 1.05, 1.3, 3.0])
         problem = with_memory(problem, int(least * factor))
-        result, seconds = timed(problem, 1.0)
-        assert seconds <= 3.0, f"seed {seed}: {seconds:.1f} s, {result.termination}, {result.rung}"
+        result, seconds = timed(problem, 1.0, objective)
+        assert seconds <= 3.0, f"seed {seed}, {objective}: {seconds:.1f} s, {result.termination}, {result.rung}"
+        assert "within 1 s" in result.reason or result.termination is not Termination.TIME_UP
         ended.add(result.termination)
         if result.plan is not None:
             check_plan(result.plan)
-            early = result.seconds < 0.7  # up to a fifth is kept for the check
+            early = result.seconds < 0.6 and objective == "makespan"  # a part is kept for the check
             assert not early or result.termination is Termination.OPTIMAL, f"seed {seed}: ended without a proof"
     assert len(ended) > 1  # the memory is tight enough that some have no plan
 
@@ -66,6 +71,24 @@ def test_random_problems_keep_a_limit_of_a_second(compiled: None) -> None:
 @pytest.mark.slow
 def test_many_random_problems_keep_a_limit_of_a_second(compiled: None) -> None:
     kept(range(5, 80))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OBJECTIVES[1:])
+def test_every_objective_keeps_a_limit_of_a_second(compiled: None, objective: Objective) -> None:
+    kept(range(100, 125), (objective,))
+
+
+def test_a_solve_within_another_is_finished_when_its_time_is_over(compiled: None) -> None:
+    """The least memory is several solves, each with a part of the time: what a part found is checked and explained
+    after it, where values in flight take memory and channels, too."""
+    problem = uniform_problem(ranks=4, microbatches=16, f=10, i=12, w=8, comm=2, activations=3)
+    problem = problem.replace(edges=tuple(dataclasses.replace(edge, num_bytes=100, grad_bytes=100)
+                                          for edge in problem.edges))
+    for objective in ("memory", "period"):
+        result, seconds = timed(problem, 0.6, objective)
+        assert result.plan is not None and seconds <= 2.7, (objective, seconds, result.reason)
+        check_plan(result.plan)
 
 
 @pytest.mark.slow
