@@ -89,7 +89,7 @@ def climb(run: Run) -> None:
     run.period_bound_ns = period_bound(run.problem).ns
     entries: list[Entry] = []
     for placement in _placements(run):
-        if entries and run.left < (1 - LISTED) * run.options.time_limit_s:
+        if run.left < (1 - LISTED) * run.options.time_limit_s:
             break
         if resident_fits(run.problem, placement):
             entry = _enter(run, view(run.problem, placement))

@@ -74,6 +74,23 @@ def safetensors(header: Any, size: int) -> bytes:
     return struct.pack("<Q", len(raw)) + raw + bytes(size)
 
 
+def lines(data: Any) -> bytes:
+    """JSON lines: one for each item of a list."""
+    items = data if isinstance(data, list) else [data]
+    return "".join(json.dumps(item) + "\n" for item in items).encode("utf-8", "surrogatepass")
+
+
+def numpy_file(data: Any) -> bytes:
+    """A ``.npy`` file: its header as the data say it, and as many bytes of small numbers."""
+    parts = data if isinstance(data, dict) else {}
+    header, size = parts.get("header", data), parts.get("size", 0)
+    if isinstance(header, dict) and isinstance(header.get("shape"), list):
+        header = {**header, "shape": tuple(header["shape"])}
+    text = (repr(header) + "\n").encode("utf-8", "surrogatepass")
+    body = bytes([n % 4 * (n % 2 == 0) for n in range(min(size, 10_000) if type(size) is int else 0)])
+    return b"\x93NUMPY\x02\x00" + struct.pack("<I", len(text)) + text + body
+
+
 def model_header(layers: int = 1) -> tuple[dict[str, Any], int]:
     """The header of the small Llama of `CONFIG`, and its size."""
     shapes = {"model.embed_tokens.weight": (11, 8), "model.norm.weight": (8,), "lm_head.weight": (11, 8)}
@@ -150,12 +167,21 @@ def expert_kinds(folder: Path) -> list[Kind]:
     good, cluster, out, limit = folder / "loads.json", folder / "cluster.yaml", folder / "out", ["--time-limit", "0.2"]
     current = {"map": lambda file: ["experts", "--loads", good, "--cluster", cluster, "--current", file,
                                     "--horizon", "5", *limit, "--eplb", f"{out}.json"]}
+    routed = {"experts": lambda file: ["experts", "--loads", file, "--cluster", cluster, "--num-experts", "4", *limit]}
     return [
         Kind("loads", json.loads(good.read_text()), "json", {
             "experts": lambda file: ["experts", "--loads", file, "--cluster", cluster, "--replicas", "2", *limit],
             "memory": lambda file: ["experts", "--loads", file, "--cluster", cluster, "--memory", "6kB", *limit]}),
         Kind("weight", [[5.0, 1.0, 2.0, 4.0]], "json", {
             "experts": lambda file: ["experts", "--loads", file, "--cluster", cluster, *limit]}, weight=0.5),
+        Kind("trace", [{"step": step, "stage": "pre_dispatch", "block": "decoder", "layer": layer, "rank": 0,
+                        "num_tokens": 2, "topk": 2, "top_indices": [[0, 1], [layer, 3]]}
+                       for step in range(2) for layer in range(2)], "jsonl", routed),
+        Kind("routes", {"header": {"descr": "<i2", "fortran_order": False, "shape": [5, 2, 2]}, "size": 40}, "npy",
+             routed),
+        Kind("history", {"load_history": [{"logical_expert_load": [[1, 3, 2, 2], [0, 8, 1, 1]]},
+                                          {"logical_expert_load": [[3, 5, 1, 1], [2, 0, 4, 4]]}]}, "json", routed,
+             weight=0.5),
         Kind("map", json.loads((folder / "map.json").read_text()), "json", current),
         Kind("eplb", {"physical_to_logical": [[0, 1, 2, 3], [2, 0, 1, 3]]}, "json", current, weight=0.5),
         Kind("cluster", CLUSTER, "yaml", {

@@ -31,17 +31,27 @@ PLANS = {("plan", "check"), ("fitting", "check"), ("fitting", "train")}
 SHARES = {"plans": 0.4, "experts": 0.2, "merges": 0.15, "graphs": 0.25}
 
 
+def encoded(kind: seeds.Kind, data: Any) -> bytes:
+    """Data as a file of the kind."""
+    writers = {"yaml": mutants.write_yaml, "jsonl": seeds.lines, "npy": seeds.numpy_file,
+               "safetensors": lambda header: seeds.safetensors(header, seeds.model_header()[1])}
+    return writers.get(kind.ending, mutants.write_json)(data)
+
+
 def content(kind: seeds.Kind, chance: random.Random) -> tuple[bytes, Any]:
     """A mutant's bytes, and its data where only data were changed."""
     if chance.random() < 0.2:
-        text = json.dumps(kind.data) if kind.ending != "yaml" else mutants.write_yaml(kind.data).decode()
+        if kind.ending == "npy":
+            good = bytearray(encoded(kind, kind.data))
+            for _ in range(chance.choice((1, 2, 8))):
+                good[chance.randrange(len(good))] = chance.randrange(256)
+            return bytes(good[:chance.choice((len(good), chance.randrange(len(good))))]), None
+        text = encoded(kind, kind.data).decode() if kind.ending in ("yaml", "jsonl") else json.dumps(kind.data)
         raw = mutants.damage(text, chance)
         return (struct.pack("<Q", len(raw)) + raw + bytes(seeds.model_header()[1]) if kind.ending == "safetensors"
                 else raw), None
     data = mutants.mutate(kind.data, chance)
-    if kind.ending == "safetensors":
-        return seeds.safetensors(data, seeds.model_header()[1]), data
-    return (mutants.write_yaml if kind.ending == "yaml" else mutants.write_json)(data), data
+    return encoded(kind, data), data
 
 
 def run_verb(arguments: list[Any], seconds: float = runs.SECONDS) -> runs.Outcome:
@@ -123,8 +133,7 @@ def prepare(folder: Path, group: str) -> list[seeds.Kind]:
     for kind in kinds:
         path = folder / (kind.place or f"mutant.{kind.ending}")
         path.parent.mkdir(exist_ok=True)
-        raw = seeds.safetensors(kind.data, seeds.model_header()[1]) if kind.ending == "safetensors" else \
-            (mutants.write_yaml if kind.ending == "yaml" else mutants.write_json)(kind.data)
+        raw = encoded(kind, kind.data)
         kept = path.read_bytes() if path.exists() else None
         path.write_bytes(raw)
         for name, verb in kind.verbs.items():  # the seed itself must pass, or its mutants would test nothing

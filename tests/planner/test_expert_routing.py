@@ -78,6 +78,26 @@ def test_bad_routing_gets_one_clear_line(tmp_path: Path, name: str, content: str
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("header", ["{'descr': '<i2', 'fortran_order': (", "((((", "{'descr': '<i2'}", "9" * 5000, "\0",
+                                    "{'descr': '|O', 'fortran_order': False, 'shape': (1, 1, 1)}",
+                                    "{'descr': '<i2', 'fortran_order': False, 'shape': (-1, 1, 1)}",
+                                    "{'descr': '<i8', 'fortran_order': False, 'shape': (10000000000000, 2, 2)}",
+                                    "__import__('os').system('id')", "(" * 3000])
+def test_a_damaged_header_is_one_line(tmp_path: Path, header: str) -> None:
+    """numpy reads a header as Python's text, with errors of its own for each way in which that fails."""
+    raw = header.encode()
+    (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\x02\x00" + len(raw).to_bytes(4, "little") + raw + bytes(8))
+    with pytest.raises(InputError, match=r"a\.npy: not readable as NumPy's arrays") as raised:
+        read_loads(tmp_path / "a.npy")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.uint64])
+def test_experts_of_any_integer_type_are_counted(tmp_path: Path, dtype: type) -> None:
+    np.save(tmp_path / "a.npy", np.array([[[0, 2]], [[2, 1]]], dtype=dtype))
+    assert read_loads(tmp_path / "a.npy").loads == ((1.0, 1.0, 2.0),)
+
+
 def test_a_folder_without_a_trace_and_arrays_of_another_shape_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no router_trace_rank\*.jsonl"):
         read_loads(tmp_path)
