@@ -103,9 +103,9 @@ def snapshot(module: nn.Module) -> Snapshot:
         found |= _values(owner, part.__dict__)
         for name, value in part.__dict__.items():
             plain = isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, (nn.Module, type))
-            if plain and not _of_library(type(value).__module__):
+            if plain and not of_library(type(value).__module__):
                 found |= _values(f"{owner}.{name}", vars(value))
-    classes, files = _own_code(module)
+    classes, files = own_code(module)
     for kind in classes:
         found |= _values(kind.__qualname__, dict(vars(kind)))
     for name, items in files.items():
@@ -113,21 +113,21 @@ def snapshot(module: nn.Module) -> Snapshot:
     return found
 
 
-def _own_code(module: nn.Module) -> tuple[list[type], dict[str, dict[str, Any]]]:
+def own_code(module: nn.Module) -> tuple[list[type], dict[str, dict[str, Any]]]:
     """The model's own classes and the others in their files, and the globals of these files."""
-    kinds = {kind: None for part in module.modules() for kind in type(part).__mro__ if not _of_library(kind.__module__)}
+    kinds = {kind: None for part in module.modules() for kind in type(part).__mro__ if not of_library(kind.__module__)}
     files: dict[str, dict[str, Any]] = {}
     for kind in kinds:
         for item in vars(kind).values():
             space = getattr(item, "__globals__", {})
-            if not _of_library(space.get("__name__", "builtins")):
+            if not of_library(space.get("__name__", "builtins")):
                 files[space["__name__"]] = space
     for name, space in files.items():  # autograd Functions and the like
         kinds |= {item: None for item in space.values() if isinstance(item, type) and item.__module__ == name}
     return list(kinds), files
 
 
-def _of_library(name: str) -> bool:
+def of_library(name: str) -> bool:
     """Whether a Python module is part of what every model uses: its state is not the model's."""
     return name.partition(".")[0] in ("torch", "mipipe", "transformers", "builtins")
 
@@ -160,7 +160,7 @@ def containers(module: nn.Module) -> Snapshot:
     """
     owners = [(type(part).__name__, part.__dict__) for part in module.modules()]
     found: Snapshot = {}
-    for owner, items in [*owners, *_own_code(module)[1].items()]:
+    for owner, items in [*owners, *own_code(module)[1].items()]:
         for name, value in list(items.items()):
             if name.startswith("_"):
                 value = None if name in nn.Module().__dict__ or name.startswith("__") else value
@@ -174,7 +174,7 @@ def containers(module: nn.Module) -> Snapshot:
 
 def changed_containers(module: nn.Module, before: Snapshot) -> str:
     """What of `containers` has changed since ``before``, with the model's last line that names it; empty if nothing."""
-    classes, files = _own_code(module)
+    classes, files = own_code(module)
     spaces = [*((vars(kind), kind.__module__) for kind in classes), *((items, file) for file, items in files.items())]
     codes = [code for items, file in spaces for code in _codes(items, file)]
     texts = []
@@ -207,7 +207,7 @@ def _line_of_draw(module: nn.Module, run: Callable[[], Any]) -> str | None:
     finally:
         sys.setprofile(before)
     if not found:  # numpy's generators are no C functions to the interpreter
-        files = {items.get("__file__") for items in _own_code(module)[1].values()}
+        files = {items.get("__file__") for items in own_code(module)[1].values()}
         found = [line for code in seen if code.co_filename in files for line in _lines(
             code, ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL"), ("random", "rng", "generator", "integers", "next"))]
         found += [f"{code.co_filename}:{code.co_firstlineno}" for code in seen if code.co_filename in files]
@@ -224,7 +224,7 @@ def _lines(code: types.CodeType, operations: tuple[str, ...], names: tuple[str, 
 
 def _place(module: nn.Module, name: str) -> str | None:
     """Where the model's code stores a number; None if nothing reads it but what stores it anew (``n += 1``)."""
-    classes, files = _own_code(module)
+    classes, files = own_code(module)
     spaces = [(items, file) for file, items in files.items()] + [(vars(kind), kind.__module__) for kind in classes]
     codes = list(dict.fromkeys(code for items, file in spaces for code in _codes(items, file)))
     stores = Counter(line for code in codes for line in _lines(code, ("STORE_ATTR", "STORE_GLOBAL"), (name,)))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from mipipe.graphs.capture.outside_caches import caches_kept
 from mipipe.graphs.capture.user_calls import calling_line
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operators.ctc import ctc_loss_call
@@ -140,7 +141,7 @@ def keep_assigned(module: nn.Module, name: str, prefix: str) -> Iterator[None]:
 
     hooks = module.register_forward_pre_hook(remember), module.register_forward_hook(settle)
     try:
-        with attributes_kept(module):
+        with attributes_kept(module), caches_kept(module):
             yield
     finally:
         for hook in hooks:

@@ -13,6 +13,8 @@ modules and autograd nodes, hooks after accumulation, hooks that a forward puts 
 from __future__ import annotations
 
 import contextlib
+import os
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +36,9 @@ from mipipe.graphs.capture.user_calls import (
     UserHook,
     calling_line,
     copy_between,
+    drawn_by_torch,
     line_of,
+    line_of_hook,
     plain_apply,
     sort_nodes,
 )
@@ -110,7 +114,7 @@ class UserCode:
                 hook(grad)
         except Exception as error:
             line = next(iter(str(error).splitlines()), "")
-            raise GraphError(f"model {self.model}: the gradient hook at {line_of(hook)} cannot be traced:"
+            raise GraphError(f"model {self.model}: the gradient hook at {line_of_hook(hook)} cannot be traced:"
                              f" {type(error).__name__}: {line[:200]}; write it with tensor operations only") from error
         return list(reads.others.values())
 
@@ -257,7 +261,11 @@ _REFUSED: tuple[tuple[Any, str, str, str], ...] = (
     (torch.autograd.graph.saved_tensors_hooks, "__enter__", "changes what is kept for the backward"
      " (saved_tensors_hooks); leave that to mipipe, which plans it", ""),
     (torch.amp.autocast, "__enter__", "computes under autocast, which an operator graph cannot say; cast explicitly, or"
-     " capture the model in the dtype you train in (--dtype)", "_enabled"))
+     " capture the model in the dtype you train in (--dtype)", "_enabled"),
+    (torch.inference_mode, "__enter__", "switches to inference mode, which an export does not see; use torch.no_grad",
+     "mode"),
+    *((owner, attribute, "draws from the system's random numbers, and a graph keeps what was drawn at the capture; draw"
+       " with torch", "") for owner, attribute in ((os, "urandom"), (random, "_urandom"))))
 """What a forward must not do: where it ends up in torch, what is said, the attribute that says if it does (or none)."""
 
 
@@ -267,7 +275,8 @@ def _refusing(name: str, text: str, original: Any, flag: str) -> Any:
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         ours = type(args[0]).__module__ if args else ""
-        if not _tracing() or ours.startswith("torch.utils.checkpoint") or (flag and not getattr(args[0], flag)):
+        if not _tracing() or ours.startswith("torch.utils.checkpoint") or (flag and not getattr(args[0], flag)) \
+                or ((not args or type(args[0]) is int) and drawn_by_torch()):
             return plain(*args, **kwargs)
         raise GraphError(f"model {name}: its forward, at {calling_line(_ACTIVE[-1].module)}, {text}")
 

@@ -9,9 +9,12 @@ import functools
 import inspect
 import itertools
 import linecache
+import random
+import secrets
 import sys
 import traceback
 import types
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +32,8 @@ from mipipe.graphs.tracing.phase_split import ancestors, closure
 APPLY: types.FunctionType = Function.__dict__["apply"].__func__
 plain_apply = types.FunctionType(APPLY.__code__, APPLY.__globals__, "apply", None, APPLY.__closure__)
 _TORCH, _OWN = str(Path(torch.__file__).parent), str(Path(__file__).parent)
+_DRAWING = (random.__file__, secrets.__file__, uuid.__file__)
+"""Python's own modules that draw random numbers for those who call them."""
 _PACKAGE = str(Path(__file__).parent.parent)
 TENSOR = object()
 """Stands for the next tensor among a call's other arguments, or results."""
@@ -47,13 +52,27 @@ def calling_line(module: nn.Module | None = None) -> str:
     forward of ``module`` (a decorator), that is where the forward is written."""
     frame: Any = sys._getframe(1)
     inside = False
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((_TORCH, _OWN, "<")):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_TORCH, _OWN, *_DRAWING, "<")):
         inside |= frame.f_code.co_filename.startswith(_TORCH)
         if module is not None and inside and frame.f_code.co_filename.startswith(_OWN):  # the export began here
             written: Any = type(getattr(module, "wrapped", module))
             return line_of(written.forward)
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def line_of_hook(hook: Any) -> str:
+    """Where a hook is written; where a forward registers it, if it is torch's that runs the model's own."""
+    line = line_of(hook)
+    return calling_line() if line.startswith(_TORCH) else line
+
+
+def drawn_by_torch() -> bool:
+    """Whether torch itself draws the random numbers that are being drawn."""
+    frame: Any = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_OWN, *_DRAWING)):
+        frame = frame.f_back
+    return bool(frame.f_code.co_filename.startswith(_TORCH))
 
 
 def line_of_error(chain: Sequence[BaseException]) -> str:

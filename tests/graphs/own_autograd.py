@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import os
 import random
+import secrets
 import time
+import uuid
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
@@ -27,6 +32,52 @@ class Halved(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad * ctx.saved_tensors[0]
+
+
+class Once(torch.autograd.Function):
+    """With a backward of its own graph, which none may follow, and gradients that may be missing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.kept = x.detach().clone()
+        return x.sin(), x * 2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, first: Tensor | None, second: Tensor | None) -> Tensor | None:
+        grads = [item * scale for item, scale in ((first, ctx.kept.cos() * 0.3), (second, 5)) if item is not None]
+        return grads[0] if len(grads) == 1 else sum(grads)  # type: ignore[return-value]
+
+
+class Again(torch.autograd.Function):
+    """Computes its forward again in the backward, as reversible networks do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.tanh(x @ weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = (item.detach().requires_grad_() for item in ctx.saved_tensors)
+        with torch.enable_grad():
+            out = torch.tanh(x @ weight)
+        torch.autograd.backward(out, grad)
+        assert x.grad is not None and weight.grad is not None
+        return x.grad * 0.5, weight.grad
+
+
+class Around(torch.autograd.Function):
+    """One Function inside another, forwards and backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return Halved.apply(x) + 1
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return Reversed.apply(grad) * 3
 
 
 halved = Halved.apply  # bound before any export
@@ -175,7 +226,39 @@ def reentrant(self: Any, x: Tensor) -> Tensor:
     return checkpoint(self.second, x, use_reentrant=True) + checkpoint(lambda z: z.sin(), x, use_reentrant=True)
 
 
+@functools.lru_cache
+def table(size: int) -> Tensor:
+    return torch.arange(size, dtype=torch.float64).cos()
+
+
+TABLES: dict[int, Tensor] = {}
+
+
+def tabled(self: Any, x: Tensor) -> Tensor:
+    """Tables that are made once, as position embeddings are, in all the places where people keep them."""
+    size = x.shape[1]
+    if size not in TABLES:
+        TABLES[size] = torch.arange(size).double().sin()
+    if size not in self.cache:
+        self.cache[size] = torch.arange(size).double()
+    return x * table(size) + TABLES[size] * self.cache[size]
+
+
+def with_cache() -> Model:
+    made = model(tabled)
+    made.cache = {}
+    return made
+
+
 KEPT: dict[str, Callable[[], Model]] = {
+    "missing gradients": lambda: model(lambda self, x: Once.apply(x)[0] + sum(Once.apply(x))),
+    "forward again in the backward": lambda: model(lambda self, x: Again.apply(x, self.weight)),
+    "one inside another": lambda: model(lambda self, x: Around.apply(x)),
+    "tables made once": with_cache,
+    "checkpoints inside one another": lambda: model(lambda self, x: checkpoint(
+        lambda z: checkpoint(self.second, z, use_reentrant=True).tanh(), x, use_reentrant=True)),
+    "hook by functools.partial": lambda: model(hook(lambda *_: functools.partial(torch.mul, torch.tensor(0.3)))),
+    "a forward hook that puts a hook": lambda: hooked_forward(model()),
     "function bound early": lambda: model(lambda self, x: halved(x) + halved(self.second(x))),
     "several results": lambda: model(lambda self, x: (lambda out, sign, *_: out * sign)(
         *Several.apply(x, self.weight, "text"))),
@@ -207,6 +290,15 @@ KEPT: dict[str, Callable[[], Model]] = {
                                                                                                        .add_(1))),
     "detach in place": lambda: model(lambda self, x: x + self.second(x).mul(2).detach_()),
 }
+
+
+def hooked_forward(made: Model) -> Model:
+    def twice(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        out.register_hook(lambda grad: grad * 0.1)
+        return out * 2
+
+    made.second.register_forward_hook(twice)
+    return made
 
 
 def changed_after_hook(self: Any, x: Tensor) -> Tensor:
@@ -354,6 +446,12 @@ def packed(self: Any, x: Tensor) -> Tensor:
         return torch.tanh(x) * x
 
 
+def inferred(self: Any, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        shown = self.second(x)
+    return x + shown
+
+
 def own_gradient(self: Any, x: Tensor) -> Tensor:
     (made,) = torch.autograd.grad(self.second(x).square().sum(), x, create_graph=True)
     return x + made
@@ -402,6 +500,14 @@ REFUSED: dict[str, tuple[Callable[[], Model], str]] = {
     "a function's own count": (lambda: model(lambda self, x: Counts.apply(x)), r"changes Counts\.calls in every call"),
     "backward that decides": (lambda: model(lambda self, x: Decides.apply(x)),
                               r"at .*autograd\.py:\d+ `return grad \* 0\.5 if .*torch\.where instead of if"),
+    "hook on several tensors": (lambda: model(lambda self, x: (torch.autograd.graph.register_multi_grad_hook(
+        [x], lambda grads: None), x)[1]), r"gradient hook at .*own_autograd\.py:\d+ cannot be traced"),
+    "inference mode": (lambda: model(inferred), r"at .*autograd\.py:\d+, switches to inference mode.*torch\.no_grad"),
+    **{name: (lambda draw=draw: model(lambda self, x: x * draw()),  # type: ignore[misc]
+              r"at .*autograd\.py:\d+, draws from the system's random numbers")
+       for name, draw in (("os.urandom", lambda: 1 + os.urandom(1)[0]), ("secrets", lambda: secrets.randbelow(9)),
+                          ("uuid", lambda: uuid.uuid4().int % 7),
+                          ("the system's generator", lambda: random.SystemRandom().random()))},
     "autocast": (lambda: model(in_half), r"at .*autograd\.py:\d+, computes under autocast"),
     "autocast by a decorator": (Decorated, r"model Decorated: its forward, at .*autograd\.py:\d+, computes"),
     "a branch on data": (lambda: model(lambda self, x: self.second(x) if (x > 0).any() else x),
