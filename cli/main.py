@@ -1,6 +1,6 @@
 """The command line: one module per verb, listed once, and one place where errors become exit codes.
 
-Exit codes: 0 done; 1 the user's input is wrong; 2 wrong usage; 3 no plan exists; 4 a run failed; 5 a plan or program
+Exit codes: 0 done; 1 the user's input is wrong; 2 wrong usage; 3 no plan fits; 4 a run failed; 5 a plan or program
 violates a rule; 6 time was up without a plan; 130 interrupted (Ctrl-C or SIGTERM). To add
 a verb: write its module, list its function.
 """
@@ -51,7 +51,7 @@ app = typer.Typer(
     name="mipipe", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Plans pipeline and expert parallelism with mixed-integer programs, and runs the plan under torchrun.",
-    epilog="Exit codes: 0 done, 1 wrong input, 2 wrong usage, 3 no plan exists, 4 a run failed, 5 a plan violates a"
+    epilog="Exit codes: 0 done, 1 wrong input, 2 wrong usage, 3 no plan fits, 4 a run failed, 5 a plan violates a"
            " rule, 6 time was up, 130 interrupted (Ctrl-C or SIGTERM).")
 
 

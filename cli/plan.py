@@ -329,7 +329,7 @@ def raise_reason(result: SolveResult) -> None:
     from mipipe.planner.solve import Termination
 
     if result.termination is Termination.INFEASIBLE:
-        raise InfeasibleError(f"no plan exists: {result.reason}")
+        raise InfeasibleError(f"no plan was found: {result.reason}")
     if result.termination is Termination.INTERRUPTED:
         raise KeyboardInterrupt
     raise TimeUpError(result.reason)
