@@ -81,7 +81,7 @@ def compare(
     json_output: Json = False,
 ) -> None:
     """Compare published schedules with the planned one: makespan, bubble, memory, bound and gap."""
-    check_files(html=html_file)
+    check_files(problem_file, html=html_file)
     from mipipe.cli.abstract import abstract_problem
     from mipipe.planner.compare import compare as compare_schedules
     from mipipe.planner.options import PlanOptions

@@ -35,7 +35,7 @@ def export(
     wanted = {"csv": csv_file, "trace": trace_file, "html": html_file}
     if not any(wanted.values()):
         raise InputError("export: nothing to write; give --csv, --trace or --html with a file name")
-    check_files(**wanted)
+    check_files(file, **wanted)
     found = open_any(file, Plan, Timeline)
     plan = found if isinstance(found, Plan) else None
     if csv_file is not None:

@@ -36,7 +36,7 @@ def place(
     json_output: Json = False,
 ) -> None:
     """Place operators on devices: objective (of captured models in ms), bound, gap, seconds and the assignment."""
-    check_files(output=output)
+    check_files(file, cluster, costs, output=output)
     from mipipe.graphs.serialize import write_text
     from mipipe.planner.devices.place import place as solve
 

@@ -121,7 +121,8 @@ def plan(
     json_output: Json = False,
 ) -> None:
     """Plan a training step: placement, order of work, and a bound. Ctrl-C (or SIGTERM) keeps the best plan so far."""
-    check_files(output=output, html=html_file, trace=trace_file, save_graph=save_graph)
+    check_files(graph, cluster, costs, experts, sizes, output=output, html=html_file, trace=trace_file,
+                save_graph=save_graph)
     from mipipe.cli.team_request import TeamRequest
 
     request = TeamRequest(degrees, devices, kind, per_host, global_batch, microbatch, layers_per_stage, schedule,

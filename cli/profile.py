@@ -26,7 +26,7 @@ def profile(
     json_output: Json = False,
 ) -> None:
     """Measure the forward, input-gradient and weight-gradient time of every distinct group on this machine."""
-    check_files(output=output)
+    check_files(graph_file, cluster, output=output)
     from mipipe.graphs.cluster import load_cluster
     from mipipe.graphs.coarse.coarsen import coarsen
     from mipipe.graphs.costs.exchange import slowest_link

@@ -28,7 +28,7 @@ def simulate(
     from mipipe.planner.execution.simulate import simulate as run_on_a_clock
     from mipipe.planner.plan import Plan
 
-    check_files(output=output, program=program_file, html=html_file, trace=trace_file)
+    check_files(plan_file, output=output, program=program_file, html=html_file, trace=trace_file)
     plan = load(plan_file, Plan)
     program = lower(plan)
     timeline = run_on_a_clock(plan, program)

@@ -85,6 +85,14 @@ def check_apart(wanted: Mapping[str, str | Path | None]) -> None:
             raise InputError(f"{other} and {what} both write {path}: give each a file of its own")
 
 
+def same_file(one: str | Path, other: str | Path) -> bool:
+    """Whether two names are of one file that keeps what is written; false where one of them does not exist."""
+    try:
+        return stat.S_ISREG(os.stat(one).st_mode) and os.path.samefile(one, other)
+    except (OSError, ValueError):
+        return False
+
+
 def open_lines(path: str | Path, kept: str) -> TextIO:
     """A stream that appends lines to a file which first holds ``kept``, whatever it held before.
 

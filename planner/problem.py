@@ -165,6 +165,12 @@ class PlanningProblem:
                                f" and at most {MOST_MICROBATCHES}")
         if not self.groups:
             raise ProblemError(f"problem {self.name}: no groups to plan")
+        seen: set[str] = set()
+        for group in self.groups:
+            if group.name in seen:
+                raise ProblemError(f"problem {self.name}: two groups are named {shown(group.name)}; expected a name of"
+                                   " its own for each, as times and sizes are given by name")
+            seen.add(group.name)
         for edge in self.edges:
             ends = (edge.source, *edge.targets)
             if not all(0 <= end < len(self.groups) for end in ends):
@@ -183,7 +189,7 @@ class PlanningProblem:
                 raise ProblemError(f"problem {self.name}: group {group.name} has no durations on device kind"
                                    f" {missing[0]!r}")
             if any(not 0 <= load < 2**31 for load in group.loads):
-                raise ProblemError(f"problem {self.name}: group {group.name} has a load below 0, or none at all;"
+                raise ProblemError(f"problem {self.name}: group {group.name} has a load below 0 or beyond 2^31;"
                                    " expected relative sizes such as 1.0")
             if group.loads and len(group.loads) != self.num_microbatches:
                 raise ProblemError(f"problem {self.name}: group {group.name} has {len(group.loads)} loads for"

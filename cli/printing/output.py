@@ -17,7 +17,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mipipe.graphs.write_files import WRITTEN, check_apart, check_output
+from mipipe.graphs.errors import InputError
+from mipipe.graphs.write_files import WRITTEN, check_apart, check_output, same_file
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; logs go to stderr.")]
 MOST_SECONDS = 1e6
@@ -104,11 +105,15 @@ def told_of_compiling(console: Console) -> Iterator[None]:
         yield
 
 
-def check_files(**wanted: Path | None) -> None:
+def check_files(*read: Path | str | None, **wanted: Path | None) -> None:
     """Raise `InputError` before long work if a file of the options of these names (``save_graph`` for
-    ``--save-graph``) could not be written in the end, or if two would be written to one place."""
+    ``--save-graph``) could not be written in the end, if two would be written to one place, or one over what is
+    ``read``."""
     files = {"--" + name.replace("_", "-"): path for name, path in wanted.items()}
     for option, path in files.items():
         if path is not None:
             check_output(path, option)
     check_apart(files)
+    for option, path in files.items():
+        if path is not None and any(same_file(path, other) for other in read if other is not None):
+            raise InputError(f"{option} {path} is also read: give what is written a name of its own")

@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from mipipe.graphs.capture.python_state import of_library, own_code
 
+_CACHED = functools._lru_cache_wrapper
+
 
 @contextlib.contextmanager
 def caches_kept(module: nn.Module) -> Iterator[None]:
@@ -29,30 +31,33 @@ def caches_kept(module: nn.Module) -> Iterator[None]:
     A cached function (``functools.lru_cache``) forgets all it has, before and after; a dict, list or set is as it was.
     """
     files = _reached_files(module)
-    owners = [*files.values(), *(vars(kind) for kind in own_code(module)[0])]
-    values = list({id(value): value for items in owners for value in list(items.values())}.values())
-    values = [value.__func__ if isinstance(value, (classmethod, staticmethod)) else value for value in values]
-    cached = [value for value in values if isinstance(value, functools._lru_cache_wrapper)]
-    kept = [(value, copy.copy(value)) for value in values if isinstance(value, (dict, list, set, deque))
-            and not any(value is items for items in owners)]
-    for value in cached:
-        value.cache_clear()
+    owners = [*files.values(), *(dict(vars(kind)) for kind in own_code(module)[0])]
+    values: list[Any] = list({id(value): value for items in owners for value in list(items.values())}.values())
+    cached = [item for value in values if isinstance(
+        item := value.__func__ if isinstance(value, (classmethod, staticmethod)) else value, _CACHED)]
+    kept: list[tuple[Any, Any]] = [(value, copy.copy(value)) for value in values
+                                   if isinstance(value, (dict, list, set, deque))]
+    for function in cached:
+        function.cache_clear()
     try:
         yield
     finally:
-        for value in cached:
-            value.cache_clear()
+        for function in cached:
+            function.cache_clear()
         for value, before in kept:
-            if any(isinstance(item, torch.Tensor) for item in tree_leaves(list(value.values()) if isinstance(
-                    value, dict) else list(value))) and not _same_items(value, before):
+            if any(isinstance(item, torch.Tensor) for item in tree_leaves(_items(value))) \
+                    and not _same_items(value, before):
                 value.clear()
-                value.update(before) if isinstance(value, (dict, set)) else value.extend(before)
+                getattr(value, "update" if isinstance(value, (dict, set)) else "extend")(before)
+
+
+def _items(value: Any) -> list[Any]:
+    return list(value.items()) if isinstance(value, dict) else list(value)
 
 
 def _same_items(one: Any, other: Any) -> bool:
     """Whether two containers hold the same objects in the same order."""
-    items, others = (list(value.items()) if isinstance(value, dict) else list(value) for value in (one, other))
-    flat, rest = tree_leaves(items), tree_leaves(others)
+    flat, rest = tree_leaves(_items(one)), tree_leaves(_items(other))
     return len(flat) == len(rest) and all(a is b for a, b in zip(flat, rest, strict=True))
 
 
@@ -62,11 +67,11 @@ def _reached_files(module: nn.Module) -> dict[str, dict[str, Any]]:
     pending = list(files.values())
     while pending:
         for value in list(pending.pop().values()):
-            value = value.__wrapped__ if isinstance(value, functools._lru_cache_wrapper) else value
-            space = vars(value) if isinstance(value, types.ModuleType) else (
-                value.__globals__ if isinstance(value, types.FunctionType) else None)
-            name = space.get("__name__", "") if isinstance(space, dict) else ""
-            if isinstance(name, str) and name and name not in files and not of_library(name) \
+            value = value.__wrapped__ if isinstance(value, _CACHED) else value
+            space: dict[str, Any] = vars(value) if isinstance(value, types.ModuleType) else (
+                value.__globals__ if isinstance(value, types.FunctionType) else {})
+            name = space.get("__name__")
+            if isinstance(name, str) and name not in files and not of_library(name) \
                     and name.partition(".")[0] not in (*sys.stdlib_module_names, "numpy"):
                 files[name] = space
                 pending.append(space)

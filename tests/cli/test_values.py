@@ -55,6 +55,7 @@ PROBLEM = [
     ("colocate", [[0, 99]], "colocate names group 99"), ("limits.activation_bytes", -1, "activation_bytes"),
     ("name", "x\x1b[31m", "control characters"), ("name", "\ud800", "control characters"), ("name", 5, "expected text"),
     ("groups.0.name", ["x" * 9000], "expected text"), ("graph_digest", "x" * 9000, ""), ("groups", [], "no groups"),
+    ("groups.0.name", "layer1", "two groups are named 'layer1'"),
 ]
 
 
@@ -210,3 +211,19 @@ def test_no_output_replaces_another(mipipe, folder: Path, command: str, monkeypa
     ended = mipipe(*command.split())
     assert ended.code == 1 and "give each a file of its own" in ended.error
     assert not (folder / "x").exists()
+
+
+@pytest.mark.parametrize("command", [
+    "plan problem.json -o problem.json", "plan problem.json --html ../FOLDER/problem.json",
+    "simulate plan.json -o link",
+    "show plan.json --html plan.json", "export plan.json --csv plan.json", "place problem.json -o problem.json",
+    "compare --problem problem.json --html problem.json", "plan problem.json --cluster plan.json -o plan.json"])
+def test_no_output_replaces_an_input(mipipe, folder: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whatever name; what is read stays as it is."""
+    monkeypatch.chdir(folder)
+    if not (folder / "link").is_symlink():
+        (folder / "link").symlink_to("plan.json")
+    before = {path: path.read_bytes() for path in folder.glob("*.json")}
+    ended = mipipe(*command.replace("FOLDER", folder.name).split())
+    assert ended.code == 1 and "is also read: give what is written a name of its own" in ended.error
+    assert {path: path.read_bytes() for path in folder.glob("*.json")} == before
