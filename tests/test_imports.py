@@ -84,6 +84,17 @@ def test_the_solver_lives_in_planner_milp() -> None:
     assert not wrong, "the solver outside planner/milp:\n" + "\n".join(wrong)
 
 
+def test_pyomo_is_imported_where_a_model_is_built() -> None:
+    """It takes longer to import than many a plan takes to find: no module does so as it is imported itself."""
+    wrong = []
+    for path in _files("planner"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
+                [node.module or ""] if isinstance(node, ast.ImportFrom) else [])
+            wrong += [f"{path.relative_to(ROOT)}:{node.lineno}" for name in names if _under(name, "pyomo")]
+    assert not wrong, "write `from mipipe.planner.milp import pyo`:\n" + "\n".join(wrong)
+
+
 def test_light_verbs_do_not_name_torch_or_the_runtime() -> None:
     paths = [ROOT / "cli" / (stem.replace(".", "/") + ".py") for stem in LIGHT_VERBS]
     wrong = [f"{path.relative_to(ROOT)}:{line}: {name}" for path in paths for name, line in _imports(path)

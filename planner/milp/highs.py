@@ -165,6 +165,8 @@ def _set_bounds(matrix: Matrix) -> None:
 
 def _set_goal(matrix: Matrix, model: pyo.ConcreteModel) -> None:
     """Its one objective; HiGHS sees no other column of it than the matrix has."""
+    from pyomo.repn import generate_standard_repn
+
     index = {id(column): number for number, column in enumerate(matrix.variables)}
     goal = next(model.component_data_objects(pyo.Objective, active=True))
     read = generate_standard_repn(goal.expr, quadratic=False)

@@ -26,13 +26,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import pyomo.environ as pyo
 
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.first_gradients import chain_units, common_room, fewest_holders, moments_of
 from mipipe.planner.bounds.over_placements import Bound, cheapest_hop, facts_of, problem_bound, resident_room
 from mipipe.planner.jobs.overlap import pair_gain
-from mipipe.planner.milp import highs
+from mipipe.planner.milp import highs, pyo
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
 from mipipe.planner.milp.placement.configurations import WIDEST, Bin, bins_of, devices_model
 from mipipe.planner.problem import PlanningProblem
