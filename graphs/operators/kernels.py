@@ -17,66 +17,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mipipe.graphs.operators import dense_attention as dense
+from mipipe.graphs.operators import flash_attention as flash
+
 HAS_GROUPED_MM = hasattr(torch.ops.aten, "_grouped_mm")
-
-
-def _expand_heads(x: Tensor, heads: int) -> Tensor:
-    """Keys or values [B,G,T,D] repeated to the query heads [B,H,T,D] (grouped-query attention)."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
-def _sum_heads(grad: Tensor, groups: int) -> Tensor:
-    """The gradient [B,H,T,D] of repeated heads, summed back to [B,G,T,D]."""
-    if grad.shape[1] == groups:
-        return grad
-    split: Tensor = grad.unflatten(1, (groups, grad.shape[1] // groups))  # type: ignore[no-untyped-call]
-    return split.sum(dim=2)
 
 
 def _heads_inside(x: Tensor) -> Tensor:
     """The same [B,H,S,D] tensor laid out as [B,S,H,D]: how projections give it and take it back, without copies."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _bias(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, window: int) -> Tensor | None:
-    """The additive mask [..,S,T] in q's dtype: ``mask`` (boolean: True attends) with the causal band, if any.
-
-    Query i of S sits at key position i + T - S; a window of w lets it see the last w keys, itself included.
-    """
-    bias = mask
-    if mask is not None and mask.dtype is torch.bool:
-        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-    if causal or window:
-        queries, keys = q.shape[-2], k.shape[-2]
-        distance = (torch.arange(queries, device=q.device)[:, None] + (keys - queries)
-                    - torch.arange(keys, device=q.device)[None, :])
-        hidden = distance < 0 if causal else distance.abs() >= window
-        if causal and window:
-            hidden = hidden | (distance >= window)
-        band = torch.zeros(queries, keys, dtype=q.dtype, device=q.device).masked_fill_(hidden, float("-inf"))
-        bias = band if bias is None else bias + band
-    return bias
-
-
-def _fused_cpu(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, softcap: float) -> bool:
-    return q.device.type == "cpu" and sinks is None and not softcap and q.shape[-1] == v.shape[-1] and q.numel() > 0
-
-
-def _flash_cuda(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, causal: bool, window: int,
-                softcap: float) -> bool:
-    """Whether CUDA's flash kernel computes this case (half precision, no mask, square when causal, heads up to 256)."""
-    return (q.is_cuda and mask is None and sinks is None and not softcap and not window
-            and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0
-            and q.shape[-1] <= 256 and (not causal or q.shape[-2] == k.shape[-2]))
-
-
-def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
-    """Scores [B,H,S,T] in float32 (float64 for float64), before the softmax."""
-    wide = torch.float64 if q.dtype is torch.float64 else torch.float32
-    scores = torch.matmul(q.to(wide), k.to(wide).transpose(-2, -1)) * scale
-    if softcap:
-        scores = torch.tanh(scores / softcap) * softcap
-    return scores if bias is None else scores + bias.to(wide)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, causal: bool, window: int,
@@ -86,74 +35,35 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tenso
     Queries that see no key give zeros. ``window`` 0 and ``softcap`` 0.0 switch these off. The output lies in memory as
     [B,S,H,E].
     """
-    heads = q.shape[1]
-    k, v = _expand_heads(k, heads), _expand_heads(v, heads)
-    if _flash_cuda(q, k, v, mask, sinks, causal, window, softcap):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
+    options = flash.Options(causal, window, scale)
+    if flash.on_cuda(q, k, v, mask, sinks, options, softcap):
+        out, lse = flash.cuda_forward(q, k, v, sinks, options)
         return _heads_inside(out), lse
-    if _fused_cpu(q, k, v, sinks, softcap):
-        plain = causal and not window and mask is None and q.shape[-2] == k.shape[-2]
-        bias = None if plain else _bias(q, k, mask, causal, window)
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, plain, attn_mask=bias, scale=scale)
-        if bias is not None:
-            out = out.masked_fill(torch.isneginf(lse).unsqueeze(-1), 0.0)
+    wide_k, wide_v = dense.expand_heads(k, q.shape[1]), dense.expand_heads(v, q.shape[1])
+    if flash.on_cpu(q, softcap):
+        out, lse = flash.cpu_forward(q, wide_k, wide_v, mask, sinks, options)
         return _heads_inside(out), lse.contiguous()
-    scores = _scores(q, k, _bias(q, k, mask, causal, window), scale, softcap)
-    lse = torch.logsumexp(scores, dim=-1)
-    if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.to(lse.dtype)[None, :, None])
-    weights = torch.exp(scores - torch.where(torch.isneginf(lse), 0.0, lse).unsqueeze(-1))
-    return _heads_inside(torch.matmul(weights, v.to(weights.dtype)).to(q.dtype)), lse
+    out, lse = dense.forward(q, wide_k, wide_v, dense.bias_of(q, k, mask, causal, window), sinks, scale, softcap)
+    return _heads_inside(out), lse
 
 
 def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None,
                        out: Tensor, lse: Tensor, causal: bool, window: int, scale: float,
                        softcap: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, from what `attention` kept (Dao et al., FlashAttention, 2022, appendix B)."""
+    """Gradients of q, k, v, from what `attention` kept."""
+    options = flash.Options(causal, window, scale)
+    if flash.on_cuda(q, k, v, mask, sinks, options, softcap):
+        dq, dk, dv = flash.cuda_backward(grad, q, k, v, out, lse, options)
+        return _heads_inside(dq), _heads_inside(dk), _heads_inside(dv)
     heads, groups = q.shape[1], k.shape[1]
-    wide_k, wide_v = _expand_heads(k, heads), _expand_heads(v, heads)
-    if _flash_cuda(q, wide_k, wide_v, mask, sinks, causal, window, softcap):
-        no_seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        none = torch.zeros((), dtype=torch.uint64, device=q.device)
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            grad.contiguous(), q, wide_k, wide_v, out, lse, None, None, q.shape[-2], k.shape[-2], 0.0, causal, no_seed,
-            none, scale=scale)
-    elif _fused_cpu(q, wide_k, wide_v, sinks, softcap):
-        plain = causal and not window and mask is None and q.shape[-2] == k.shape[-2]
-        bias = None if plain else _bias(q, k, mask, causal, window)
-        if bias is not None:
-            grad = grad.masked_fill(torch.isneginf(lse).unsqueeze(-1), 0.0)
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, wide_k, wide_v, out, lse, 0.0, plain, attn_mask=bias, scale=scale)
+    wide_k, wide_v = dense.expand_heads(k, heads), dense.expand_heads(v, heads)
+    if flash.on_cpu(q, softcap):
+        dq, dk, dv = flash.cpu_backward(grad, q, wide_k, wide_v, mask, out, lse, options)
     else:
-        bias = _bias(q, k, mask, causal, window)
-        dq, dk, dv = _dense_backward(grad, q, wide_k, wide_v, bias, out, lse, scale, softcap)
-    return _heads_inside(dq), _heads_inside(_sum_heads(dk, groups)), _heads_inside(_sum_heads(dv, groups))
-
-
-def _dense_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
-                    scale: float, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The formulas of the flash backward on whole score matrices: what any device and any option can compute."""
-    wide = lse.dtype
-    scores = _scores(q, k, bias, scale, softcap)
-    weights = torch.exp(scores - torch.where(torch.isneginf(lse), 0.0, lse).unsqueeze(-1))
-    grad_w, out_w = grad.to(wide), out.to(wide)
-    dv = torch.matmul(weights.transpose(-2, -1), grad_w)
-    delta = (grad_w * out_w).sum(dim=-1, keepdim=True)
-    dscores = weights * (torch.matmul(grad_w, v.to(wide).transpose(-2, -1)) - delta)
-    if softcap:
-        capped = torch.tanh(torch.matmul(q.to(wide), k.to(wide).transpose(-2, -1)) * (scale / softcap))
-        dscores = dscores * (1 - capped * capped)
-    dq = torch.matmul(dscores, k.to(wide)) * scale
-    dk = torch.matmul(dscores.transpose(-2, -1), q.to(wide)) * scale
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-
-
-def sink_gradient(grad: Tensor, sinks: Tensor, out: Tensor, lse: Tensor) -> Tensor:
-    """The gradient [H] of attention sinks: ``-sum(exp(sink - lse) * <grad, out>)``; needs no scores."""
-    share = torch.exp(sinks.to(lse.dtype)[None, :, None] - lse)
-    return -(share * (grad.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1)).sum(dim=(0, 2)).to(sinks.dtype)
+        bias = dense.bias_of(q, k, mask, causal, window)
+        dq, dk, dv = dense.backward(grad, q, wide_k, wide_v, bias, out, lse, scale, softcap)
+    return (_heads_inside(dq), _heads_inside(dense.sum_heads(dk, groups)),
+            _heads_inside(dense.sum_heads(dv, groups)))
 
 
 def takes_grouped(*operands: Tensor) -> bool:
@@ -233,7 +143,7 @@ def _define() -> None:
     made = op("attention", attention, lambda q, k, v, *rest: (inside(q, v.shape[-1]), stats(q)))
     op("attention_backward", attention_backward,
        lambda grad, q, k, v, *rest: tuple(inside(x, x.shape[-1]) for x in (q, k, v)))
-    op("sink_gradient", sink_gradient, lambda grad, sinks, out, lse: sinks.new_empty(sinks.shape))
+    op("sink_gradient", dense.sink_gradient, lambda grad, sinks, out, lse: sinks.new_empty(sinks.shape))
     grouped = op("grouped_mm", grouped_mm, lambda x, weight, offsets: x.new_empty(x.shape[0], weight.shape[2]))
     op("grouped_mm_weight", grouped_mm_weight,
        lambda x, grad, offsets: x.new_empty(offsets.shape[0], x.shape[1], grad.shape[1]))
@@ -275,7 +185,7 @@ _define()
 DIRECT: dict[str, Callable[..., object]] = {
     "mipipe.attention.default": attention,
     "mipipe.attention_backward.default": attention_backward,
-    "mipipe.sink_gradient.default": sink_gradient,
+    "mipipe.sink_gradient.default": dense.sink_gradient,
     "mipipe.grouped_mm.default": grouped_mm,
     "mipipe.grouped_mm_weight.default": grouped_mm_weight,
     "mipipe.histogram.default": histogram,

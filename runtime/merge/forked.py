@@ -1,8 +1,8 @@
 """Ranks of a merge as forks of this process: what is imported once need not be imported by each of them.
 
 The parent does no work: it passes on what ranks gather, notices at once when one fails or dies, and then ends the
-others. Ranks on CUDA devices are started by torchrun instead (`mipipe.runtime.merge.launch`), because a device that the
-parent has opened cannot be used by its forks.
+others. A process with threads is not forked: it starts one of its own that is. Ranks on CUDA devices are started by
+torchrun (`mipipe.runtime.merge.launch`), because a device that the parent has opened cannot be used by its forks.
 """
 
 from __future__ import annotations
@@ -60,14 +60,19 @@ class ForkedRanks(MergeRanks):
         pass
 
 
+def forks_here() -> bool:
+    """Whether this system forks processes safely: Linux does."""
+    return sys.platform == "linux" and hasattr(os, "fork")
+
+
 def can_fork() -> bool:
-    """Whether this process may be forked: on Linux, and while no other thread holds locks that a fork would keep.
+    """Whether this process may be forked: no other thread holds locks that a fork would keep.
 
     A thread that draws progress counts as none: its locks are those of its own screen, where forks write nothing.
     """
     others = [thread for thread in threading.enumerate()
               if thread is not threading.current_thread() and not type(thread).__module__.startswith("rich.")]
-    return sys.platform == "linux" and hasattr(os, "fork") and not others
+    return forks_here() and not others
 
 
 def run_forked(work: Callable[[ForkedRanks], object], size: int, advance: Callable[[int], None]) -> None:

@@ -33,7 +33,7 @@ from mipipe.runtime.calibration.tokens import Samples
 from mipipe.runtime.merge import worker
 from mipipe.runtime.merge.calibrate import with_samples, write_samples
 from mipipe.runtime.merge.exchange import MergeRanks
-from mipipe.runtime.merge.forked import can_fork, run_forked
+from mipipe.runtime.merge.forked import can_fork, forks_here, run_forked
 from mipipe.runtime.merge.output.card import RECORD
 from mipipe.runtime.merge.output.lock import only_one
 from mipipe.runtime.merge.output.verify import MARK
@@ -272,9 +272,13 @@ def run_plan(plan: MergePlan, out: Path, options: MergeOptions,
 
 
 def merge_command(out: Path, options: MergeOptions, report: str | None = None) -> list[str]:
-    """The command that runs the prepared merge of ``out``; the same line works by hand."""
+    """The command that runs the prepared merge of ``out``; the same line works by hand.
+
+    It starts one process that forks the ranks, or torchrun where they cannot be forks.
+    """
     logs = ["--log-dir", f"{report}/logs"] if report else []  # else torchrun makes a folder in /tmp, and leaves it
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *logs, "--nproc-per-node",
-               str(options.num_ranks), "-m", "mipipe.runtime.worker", "--merge", str(out), "--device", options.device]
+    start = [] if options.device == "cpu" and forks_here() else \
+        ["torch.distributed.run", "--standalone", *logs, "--nproc-per-node", str(options.num_ranks), "-m"]
+    command = [sys.executable, "-m", *start, "mipipe.runtime.worker", "--merge", str(out), "--device", options.device]
     command += ["--timeline", options.timeline] if options.timeline else []
     return command + (["--report", report] if report else [])

@@ -7,6 +7,7 @@ result when all ranks are done.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from mipipe.planner.merging.plan import MergePlan
 from mipipe.runtime.merge.calibrate import forget_calibration
 from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.execute import RankReport, merge_timeline, run_rank
-from mipipe.runtime.merge.forked import can_fork
+from mipipe.runtime.merge.forked import can_fork, run_forked
 from mipipe.runtime.merge.output.card import RECORD, write_companions
 from mipipe.runtime.merge.output.verifier import Verifier
 from mipipe.runtime.merge.output.verify import MARK
@@ -109,7 +110,8 @@ def device_of(kind: str, local_rank: int) -> torch.device:
 
 
 def run_prepared(out: Path, device: str | None = None, timeline: str | None = None) -> None:
-    """Merge as this process's rank of the prepared merge of ``out``; started by `mipipe.runtime.worker`.
+    """Merge as this process's rank of the prepared merge of ``out``, or without torchrun as all its ranks; started by
+    `mipipe.runtime.worker`.
 
     Args:
         timeline: where rank 0 writes the measured timeline.
@@ -118,5 +120,9 @@ def run_prepared(out: Path, device: str | None = None, timeline: str | None = No
         MipipeError: as `work`.
     """
     plan = load(partial_folder(out) / "plan.json", MergePlan)
+    if "RANK" not in os.environ and len(plan.ranks) > 1:
+        place = device_of(device or "cpu", 0)
+        run_forked(lambda ranks: work(plan, out, ranks, place, ranks.tell, timeline), len(plan.ranks), lambda _: None)
+        return
     with MergeRanks.from_torchrun() as exchange:
         work(plan, out, exchange, device_of(device or "cpu", exchange.local_rank), timeline=timeline)

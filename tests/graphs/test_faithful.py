@@ -25,7 +25,7 @@ from mipipe.graphs.coarse.coverage import warnings_of
 from mipipe.graphs.coarse.summary import graph_summary
 from mipipe.graphs.coarse.totals import attended_pairs, flops_per_token, headline
 from mipipe.graphs.errors import GraphError
-from mipipe.graphs.operators.kernels import _bias
+from mipipe.graphs.operators.dense_attention import bias_of
 from mipipe.graphs.tracing.compose import parameter_tensors, run_step
 
 
@@ -211,7 +211,7 @@ def test_real_weights_are_verified_where_a_folder_has_them(tmp_path: Path, monke
     (1, 9, True, 4)])
 def test_pairs_that_attention_computes(queries: int, keys: int, causal: bool, window: int) -> None:
     """Counted from the mask that the attention operator itself makes."""
-    bias = _bias(torch.zeros(1, 1, queries, 2), torch.zeros(1, 1, keys, 2), None, causal, window)
+    bias = bias_of(torch.zeros(1, 1, queries, 2), torch.zeros(1, 1, keys, 2), None, causal, window)
     seen = queries * keys if bias is None else int((bias == 0).sum())
     assert attended_pairs(queries, keys, causal, window) == seen
 

@@ -1,19 +1,19 @@
 """What else is merged or made of models: state dicts in memory, files of torch.save, extracted adapters, tokenizers."""
 
 import json
-import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from merge_fixtures import read, state, trio, write
 from safetensors.torch import load_file, save_file
 
-from mipipe.graphs.errors import InputError, RunError
+from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.recipes.recipe import parse_recipe
-from mipipe.runtime.merge import MergeOptions, merge, merge_state_dicts, worker
+from mipipe.runtime.merge import MergeOptions, merge, merge_state_dicts
 from mipipe.runtime.merge.programs.transplant import matching_pursuit, transplanted
 
 
@@ -186,21 +186,35 @@ def test_a_second_merge_into_a_folder_says_so(tmp_path):
     assert not (tmp_path / "out.lock").exists()
 
 
-@pytest.mark.parametrize("how", ["raises", "dies"])
-def test_a_rank_that_fails_ends_the_merge(tmp_path, monkeypatch, how):
+FAILING = """
+import json, os, sys
+from mipipe.graphs.errors import RunError
+from mipipe.runtime.merge import worker
+from mipipe.runtime.merge.launch import MergeOptions, merge
+work = worker.work
+
+def fail(plan, out, ranks, *rest):
+    if ranks.rank == 1:
+        if sys.argv[3] == "dies":
+            os._exit(3)
+        raise RunError("the disk is gone")
+    return work(plan, out, ranks, *rest)
+
+worker.work = fail
+try:
+    merge(sys.argv[1], sys.argv[2], MergeOptions(num_ranks=2, verify=False))
+except RunError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("how", "text"), [("raises", "the disk is gone"), ("dies", "rank 1 ended with status 3")])
+def test_a_rank_that_fails_ends_the_merge(tmp_path, how, text):
+    """In a process of its own, which has no threads and forks its ranks."""
     trio(tmp_path)
-    work = worker.work
-
-    def fail(plan, out, ranks, *rest):
-        if ranks.rank == 1:
-            if how == "dies":
-                os._exit(3)
-            raise RunError("the disk is gone")
-        return work(plan, out, ranks, *rest)
-
-    monkeypatch.setattr(worker, "work", fail)
-    with pytest.raises(RunError, match="the disk is gone" if how == "raises" else "rank 1 ended with status 3"):
-        run(task(tmp_path, "expert1"), tmp_path / "out", num_ranks=2)
-    monkeypatch.undo()
-    run(task(tmp_path, "expert1"), tmp_path / "out", num_ranks=2)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(task(tmp_path, "expert1")))
+    command = [sys.executable, "-c", FAILING, recipe, tmp_path / "out", how]
+    assert text in subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120, check=True).stdout
+    run(task(tmp_path, "expert1"), tmp_path / "out")
     assert (tmp_path / "out").exists()

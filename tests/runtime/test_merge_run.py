@@ -130,21 +130,23 @@ IN_TWO = """
 import sys
 from pathlib import Path
 from mipipe.runtime.merge import forked, launch
-if sys.argv[3] == "torchrun":
+if sys.argv[3] != "fork":
     launch.can_fork = lambda: False
+if sys.argv[3] == "torchrun":
+    launch.forks_here = lambda: False
 assert forked.can_fork()  # a process with one thread
 done = []
 launch.merge(Path(sys.argv[1]), Path(sys.argv[2]), launch.MergeOptions(num_ranks=2, verify=False),
              lambda *share: done.append(share))
-assert sys.argv[3] == "torchrun" or done[-1][0] == done[-1][1], done
+assert sys.argv[3] != "fork" or done[-1][0] == done[-1][1], done
 """
 """Two ranks, from a process of its own: that of the tests has threads, and is not forked."""
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("started_by", ["fork", "torchrun"])
+@pytest.mark.parametrize("started_by", ["fork", "child", "torchrun"])
 def test_two_processes_give_the_same_bytes(root, tmp_path, started_by):
-    """Forks of the process, or torchrun's where it may not fork."""
+    """Forks of the process, of one that it starts, or torchrun's."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_for("frank", root)))
     merge(recipe, tmp_path / "one", MergeOptions(verify=False))
