@@ -262,11 +262,22 @@ def _show(plan: MergePlan, timeline: Timeline) -> None:
     console.print(sheet)
     read = sum(load.read_bytes for load in plan.loads)
     console.print(f"merging takes {format_ns(facts['estimated_ns'])}", soft_wrap=True)
+    if graph.calibration is not None:
+        streams = _count(len(graph.calibration.streams), "stream")
+        console.print(f"running the models takes {format_ns(_running_ns(timeline))} of it: {streams} of up to"
+                      f" {graph.calibration.samples} samples of {graph.calibration.length} tokens", soft_wrap=True)
     if read > graph.read_bytes:
         console.print(f"the inputs are read {read / graph.read_bytes:.2g} times: to measure, then to merge")
     if len(plan.loads) > 1:
         console.print(f"the busiest rank has {format_ns(plan.time_ns)} of work; an even share would be"
                       f" {format_ns(plan.bound_ns or 0)}")
+
+
+def _running_ns(timeline: Timeline) -> int:
+    """How long the models are run, until the last rank is done with it."""
+    from mipipe.planner.actions import ActionKind
+
+    return max((span.end_ns for span in timeline.spans if span.kind is ActionKind.CALIBRATE), default=0)
 
 
 def _count(number: int, noun: str) -> str:

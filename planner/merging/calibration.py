@@ -19,6 +19,10 @@ SQUARE = {"gram": 1, "cross": 3, "joint": 4, "routing": 1}
 """How many matrices of inputs by inputs a statistic keeps for every linear map."""
 
 
+RUNNING_BYTES = 2**27
+"""What running a model takes beside its tensors: transformers, imported at first use."""
+
+
 def step_name(stream: Stream, step: int, num_layers: int) -> str:
     """A step in words."""
     if step == 0:
@@ -79,8 +83,8 @@ class RunCosts:
         inside = 12 * tokens * max(self._width, self._widest.get(layer, 0))
         factor = 3 if stream.gradients and step > found.num_layers else 1
         kept = sum(SQUARE.get(name, 0) for name in stream.statistics) * self._squares.get(layer, 0)
-        return self._bytes * (sum(entries) * factor + max(entries, default=0) + inside
-                              + (kept if 0 < step <= found.num_layers else 0))
+        return RUNNING_BYTES + self._bytes * (sum(entries) * factor + max(entries, default=0) + inside
+                                              + (kept if 0 < step <= found.num_layers else 0))
 
 
 def assign_streams(graph: MergeGraph, num_ranks: int, rates: MergeRates,

@@ -95,7 +95,7 @@ def test_fisher_weighs_every_entry_by_squared_gradients(llama, tmp_path):
         assert np.allclose(value, wanted, **NEAR), name
 
 
-@pytest.mark.parametrize("host", ["task_arithmetic", "ties"])
+@pytest.mark.parametrize("host", ["task_arithmetic", pytest.param("ties", marks=pytest.mark.slow)])
 def test_aim_keeps_what_salient_inputs_see(llama, tmp_path, host):
     root, models, rows = llama
     parameters = {"host": host, "lambda": 0.8} | ({"density": 0.5, "normalize": True} if host == "ties" else {})

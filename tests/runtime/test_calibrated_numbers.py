@@ -146,11 +146,13 @@ def check(place, out, method, parameters, base, experts, wanted):
     assert all(torch.allclose(found[name], wanted[name].double(), atol=1e-6) for name in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", AGREE)
 def test_models_that_agree_give_that_model(place, tmp_path, method):
     check(place, tmp_path / "out", method, AGREE[method], "base" if method == "aim" else "", "expert1", "expert1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*OTHERS, "aim"])
 def test_experts_that_are_the_base_give_the_base(place, tmp_path, method):
     if not (place / "same").exists():

@@ -68,9 +68,10 @@ def recipe(root, second="other", **parameters):
             "calibration": {"data": str(root / "a.jsonl"), "samples": 8, "length": 12}}
 
 
-@pytest.mark.parametrize("parameters", [{"matching": "weights", "least_squares": False},
-                                        {"matching": "activations", "least_squares": False},
-                                        {"matching": "weights"}, {"matching": "activations"}])
+@pytest.mark.parametrize("parameters", [
+    {"matching": "weights", "least_squares": False}, {"matching": "activations"},
+    *(pytest.param(item, marks=pytest.mark.slow)
+      for item in ({"matching": "activations", "least_squares": False}, {"matching": "weights"}))])
 def test_a_permuted_model_is_the_same_model(place, tmp_path, parameters):
     data = recipe(place, **parameters)
     if parameters.get("least_squares") is False and parameters["matching"] == "weights":

@@ -12,7 +12,7 @@ import mipipe
 from mipipe.runtime.merge.methods.calibrated import conjugate_gradients
 
 
-@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe"])
+@pytest.fixture(scope="module", params=["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def place(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     models = family(root, request.param)

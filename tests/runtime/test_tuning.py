@@ -79,9 +79,9 @@ def test_losses_stay_above_zero():
 
 
 def test_the_preferred_point_of_two_quadratics():
-    """The published optimum c = (2/3, 2/3) of equal preferences, and c_1 = w / (w + .5 (1 - w)) of others."""
+    """The optimum by hand: c_1 = w / (w + .5 (1 - w)), and (2/3, 2/3) for equal preferences."""
     for weight in (0.5, 0.8):
-        search = Surrogates(space(), 60, 0, {"one": weight, "two": 1 - weight})
+        search = Surrogates(space(), 30, 0, {"one": weight, "two": 1 - weight})
         best, value = None, -math.inf
         while asked := search.ask():
             found = [((a, b), {"one": 1 - (a - 1) ** 2 - 0.5 * b ** 2, "two": 1 - (b - 1) ** 2 - 0.5 * a ** 2})
@@ -91,7 +91,7 @@ def test_the_preferred_point_of_two_quadratics():
                 mixed = weight * scores["one"] + (1 - weight) * scores["two"]
                 best, value = (point, mixed) if mixed > value else (best, value)
         wanted = (weight / (weight + .5 * (1 - weight)), (1 - weight) / ((1 - weight) + .5 * weight))
-        assert best == pytest.approx(wanted, abs=0.03)
+        assert best == pytest.approx(wanted, abs=0.05)
         assert search.facts()["r_squared"] == {"one": 1.0, "two": 1.0}
 
 
