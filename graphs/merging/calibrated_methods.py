@@ -58,6 +58,14 @@ def _votes(params: Params) -> tuple[Need, ...]:
     return (Need(f"votes:{float(params['strength'])!r}", Who.TOGETHER, gradients=True),)
 
 
+FACTORS: tuple[MethodSpec, ...] = (
+    MethodSpec("evo", "Black-box Model Merging for Language-Model-as-a-Service", "2509.12951", (
+        Parameter("weight", None, "signed factor of each adapter's factors; 1 / number if not given", per_model=True,
+                  optional=True),
+        Parameter("keep", 1.0, "share of the entries of A that stay, the largest", per_model=True, low=0.0, high=1.0)),
+        factors=True, apply="low_rank.evo"),
+)
+"""Methods on the factors of LoRA adapters."""
 CALIBRATED: tuple[MethodSpec, ...] = (
     MethodSpec("regmean", "Dataless Knowledge Fusion by Merging Weights of Language Models", "2212.09849", (
         _SHARE, Parameter("reduce", 0.9, "factor of the off-diagonal entries of each model's Gram matrix", low=0.0,

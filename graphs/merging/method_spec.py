@@ -79,7 +79,8 @@ class MethodSpec:
     ``oriented``: rows and columns play different roles, so matrices stored transposed are turned first. ``base_first``:
     a base listed among the models is the first of them; ``base_last``: a base not listed is merged as a further model.
     ``needs``: statistics that running the models finds out, before anything is merged; ``learned``: its coefficients
-    are trained before. ``check``: what is wrong with
+    are trained before. ``factors``: it
+    merges the factors of LoRA adapters, not their products. ``check``: what is wrong with
     values that are each in their range, or an empty text. ``decompositions``: singular value decompositions per model
     and matrix.
     """
@@ -105,6 +106,7 @@ class MethodSpec:
     decompositions: int = 0
     needs: Callable[[Params], tuple[Need, ...]] = _nothing
     learned: bool = False
+    factors: bool = False
 
     @property
     def runs_models(self) -> bool:

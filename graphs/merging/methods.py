@@ -8,7 +8,7 @@ the papers given.
 from __future__ import annotations
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merging.calibrated_methods import CALIBRATED
+from mipipe.graphs.merging.calibrated_methods import CALIBRATED, FACTORS
 from mipipe.graphs.merging.method_spec import Base, MethodSpec, Parameter, Params, Scope
 from mipipe.graphs.merging.tensor_classes import TensorClass
 
@@ -236,6 +236,7 @@ METHODS: tuple[MethodSpec, ...] = (
         Parameter("others_weight", 0.0, "factor of the merged other experts"),
         Parameter("others", "linear", "how they are merged", str, choices=("linear", "ties"))),
         apply="one_bit.one_bit", measure="one_bit.one_bit_rounds", rounds=_once),
+    *FACTORS,
     *CALIBRATED,
 )
 """Every merge method. To add one: a row here, and its functions in a module of `mipipe.runtime.merge.methods`."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.graph import Adapter, Input, MergeGraph, MergeUnit, columns_of, pieces_of
 from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.graphs.merging.tensor_classes import Piece
@@ -99,7 +100,28 @@ class UnitPiece:
                                         if (order := self.around.orders.get((item.model, unit.name))) is not None
                                         and 0 in order.columns})
             yield Tile(base, models, self.piece.key, index, len(ranges), unit.layer, unit.num_layers,
-                       unit.tensor_class, self.around.graph.seed, measured)
+                       unit.tensor_class, self.around.graph.seed, self._adapters(start, end), measured)
+
+    def _adapters(self, start: int, stop: int) -> tuple[tuple[Tensor, Tensor] | None, ...]:
+        """Every model's adapter of rows of the piece, where the method merges factors; None where it has none."""
+        unit, around = self.unit, self.around
+        if not BY_NAME[unit.method].factors:
+            return ()
+        found: list[tuple[Tensor, Tensor] | None] = []
+        for item in unit.models:
+            if len(item.adapters) > 1 or any(adapter.magnitude or adapter.start for adapter in item.adapters):
+                raise InputError(f"{around.graph.models[item.model].label}: {unit.method} adds the factors of plain"
+                                 f" LoRA"
+                                 " adapters, one for each model; DoRA, PiSSA and several at once are none")
+            if not item.adapters:
+                found.append(None)
+                continue
+            adapter = item.adapters[0]
+            up = around.shelf.read_rows(adapter.folder, adapter.up, self.piece.start + start, self.piece.start + stop,
+                                        adapter.down.shape[0])
+            found.append((up.to(around.device).to(around.dtype) * adapter.scale,
+                          self._factor(adapter.folder, adapter.down.name, item)))
+        return tuple(found)
 
     def _rows(self, start: int, stop: int) -> list[Tensor]:
         """Rows of every input (base first), in the compute dtype and on the device."""

@@ -42,7 +42,8 @@ def plan_of(data, out):
     return plan_recipe(parse_recipe(data, "recipe"), "recipe", out, {}, 1, None, SHARD_BYTES)
 
 
-@pytest.mark.parametrize("name", [method.spec.name for method in METHODS if not method.spec.runs_models])
+@pytest.mark.parametrize("name", [method.spec.name for method in METHODS
+                                  if not (method.spec.runs_models or method.spec.factors)])
 def test_planning_knows_how_often_and_over_what_a_method_measures(name, root, tmp_path):
     for parameters in [PARAMETERS.get(name, {}), *VARIANTS.get(name, [])]:
         plan = plan_of(recipe_for(name, root, parameters=parameters), tmp_path / "out")

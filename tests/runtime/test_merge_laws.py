@@ -15,8 +15,8 @@ from mipipe.runtime.merge.methods import quantile
 from mipipe.runtime.merge.methods.method import merge_tensors
 from mipipe.runtime.merge.methods.registry import METHODS as REGISTRY
 
-METHODS = tuple(method for method in REGISTRY if not method.spec.runs_models)
-"""Those that need no run of the models; the others are held to their laws in test_calibrated_merges.py."""
+METHODS = tuple(method for method in REGISTRY if not (method.spec.runs_models or method.spec.factors))
+"""Those of whole models alone; what runs models or adds factors has tests of its own."""
 NAMES = [method.spec.name for method in METHODS]
 _ALWAYS: dict = {}
 _HALF = {"lambda": 0.5}
@@ -112,7 +112,7 @@ def run(method, base, models, params=None, **options):
 
 
 def test_every_method_says_which_laws_it_keeps():
-    assert list(LAWS) == [spec.name for spec in SPECS if not spec.runs_models]
+    assert list(LAWS) == [spec.name for spec in SPECS if not (spec.runs_models or spec.factors)]
 
 
 @by_name

@@ -46,7 +46,8 @@ def root(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", [method.spec.name for method in METHODS if not method.spec.runs_models])
+@pytest.mark.parametrize("name", [method.spec.name for method in METHODS
+                                  if not (method.spec.runs_models or method.spec.factors)])
 def test_a_merge_on_disk_equals_the_merge_in_memory(name, root, tmp_path):
     """I5 and I6, tensor by tensor; integer tensors are the base's (or first model's)."""
     method = BY_METHOD[name]

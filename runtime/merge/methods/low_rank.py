@@ -1,4 +1,5 @@
-"""Low-rank estimates: LoRE-Merging, Twin-Merging's exclusive parts, and RMM's shared basis of adapters."""
+"""Low-rank estimates: LoRE-Merging, Twin-Merging's exclusive parts, RMM's shared basis of adapters, and Evo-Merging's
+factors."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mipipe.graphs.errors import InputError
 from mipipe.runtime.merge.methods.arithmetic import SMALL
 from mipipe.runtime.merge.methods.method import Tile
 from mipipe.runtime.merge.methods.quantile import top_k_mask
@@ -184,3 +186,36 @@ def routed_mean(tile: Tile, _stats: Any, *, route: Sequence[float | None], **_pa
     for share, delta in zip(mixture(route, len(tile.models)), tile.deltas(), strict=True):
         merged.add_(delta, alpha=share)
     return merged
+
+
+def evo(tile: Tile, _stats: Any, *, weight: Sequence[float | None], keep: Sequence[float]) -> Tensor:
+    """Evo-Merging's served model (arXiv 2509.12951): ``theta_0 + (sum_i b_i s_i B_i)(sum_i b_i A_i^)`` of LoRA
+    adapters.
+
+    ``A^`` keeps the ``round(keep n)`` largest entries of A (ties too; none for 0, else at least one). Factors are added
+    apart, so an adapter alone is scaled by the square of its weight, and its sign shows only beside others. What
+    searches ``keep`` and ``weight`` is `mipipe tune --search cma`.
+
+    Raises:
+        InputError: adapters of different ranks.
+    """
+    found = [(share if share is not None else 1.0 / len(weight), kept, pair)
+             for share, kept, pair in zip(weight, keep, tile.factors, strict=True) if pair is not None]
+    if not found:
+        return tile.origin.clone()
+    ranks = sorted({len(pair[1]) for _, _, pair in found})
+    if len(ranks) > 1:
+        raise InputError(f"{tile.key}: evo adds the factors of adapters, which must have one rank; found"
+                         f" {' and '.join(map(str, ranks))}")
+    up = torch.stack([share * pair[0] for share, _, pair in found]).sum(0)
+    down = torch.stack([share * largest(pair[1], kept) for share, kept, pair in found]).sum(0)
+    return tile.origin + up @ down
+
+
+def largest(values: Tensor, keep: float) -> Tensor:
+    """The entries of largest magnitude, ``round(keep n)`` of them and those equal to the last; zero elsewhere."""
+    count = 0 if keep == 0 else max(1, round(keep * values.numel()))
+    if count == 0:
+        return torch.zeros_like(values)
+    bound = values.abs().flatten().topk(count).values[-1]
+    return torch.where(values.abs() >= bound, values, 0.0)

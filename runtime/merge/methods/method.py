@@ -66,6 +66,8 @@ class Tile:
     num_layers: int = 1
     tensor_class: TensorClass = TensorClass.MATRIX
     seed: int = 0
+    factors: tuple[tuple[Tensor, Tensor] | None, ...] = ()
+    """Of methods on factors, each model's adapter of these rows: ``scale * B`` ``[rows, r]`` and A ``[r, columns]``."""
     measured: Measured | None = None
     """What running the models found out about these rows, for methods that need it."""
 
