@@ -95,8 +95,8 @@ def shared_pattern(run: Run, found: Candidate, seconds: float) -> Paced | None:
         return None
     moments = follow.moments_at(found.instance, pattern.period_ns, staircase.starts_of(found.view, stairs, pattern))
     orders = follow.squeezed(found.instance, moments, pattern.period_ns, stop=lambda: run.left <= 0)
-    if orders is not None:
-        offer_orders(run, found, orders, staircase.NAME)
+    if orders is not None and not offer_orders(run, found, orders, staircase.NAME):
+        begin_with(found, orders, staircase.NAME)
     rungs.record(run, staircase.NAME, found, before, began, pattern.outcome,
                  period=pattern.period_ns / run.problem.unit_ns)
     return Paced(found, moments)
@@ -142,8 +142,8 @@ def general_pattern(run: Run, found: Candidate, seconds: float, start: dict[Oper
     if result.starts_ns is not None and result.period_ns is not None:
         moments = follow.moments_at(found.instance, result.period_ns, result.starts_ns)
         orders = follow.squeezed(found.instance, moments, result.period_ns, stop=lambda: run.left <= 0)
-        if orders is not None:
-            offer_orders(run, found, orders, "periodic MIP")
+        if orders is not None and not offer_orders(run, found, orders, "periodic MIP"):
+            begin_with(found, orders, "periodic MIP")
     rungs.record(run, "periodic MIP", found, before, began, result.outcome,
                  period=None if result.period_ns is None else result.period_ns / run.problem.unit_ns)
 
@@ -159,6 +159,12 @@ def offer_orders(run: Run, found: Candidate, orders: Orders, rung: str, after: t
     found.search = search.start(found.instance, orders, run.options.seed + 17, found.bound.ns)
     run.note(found, rung)
     return True
+
+
+def begin_with(found: Candidate, orders: Orders, name: str) -> None:
+    """Let the candidate's search begin a round with a pattern's orders, though they are no better than its best."""
+    if found.search is not None:
+        found.search.patterns.append((name, orders))
 
 
 @dataclass(slots=True)

@@ -202,7 +202,7 @@ def start_again(run: Run, found: Candidate) -> None:
     if orders is not None:
         orders = _outlined(run, found, orders)
         if orders.makespan_ns < found.search.best.makespan_ns:
-            found.search.best = orders
+            found.search.best, found.search.origin = orders, ""
 
 
 def reserve(found: Candidate, judged: Judged) -> None:

@@ -142,7 +142,8 @@ def _round(run: Run, pool: ThreadPoolExecutor, live: list[Entry], seconds: float
             _harvest(run, entry)
         for entry, made in ((entry, other.result()) for entry, other in tuned):
             if made is not None and made.makespan_ns < entry.search.best.makespan_ns:
-                entry.search.best, entry.candidate.searched = made, (names[1 - turn % 2],)
+                entry.search.best, entry.search.origin = made, ""
+                entry.candidate.searched = (names[1 - turn % 2],)
                 _harvest(run, entry, rung=names[1 - turn % 2])
     except BaseException:
         run.stopped = True

@@ -204,9 +204,9 @@ def _helpers(run: Run, found: Candidate, count: int) -> list[Worker]:
     while len(found.helpers) < count:
         seed = run.options.seed + 1009 * (len(found.helpers) + 1)
         found.helpers.append(search.start(first.instance, first.best, seed, found.bound.ns))
-    best = min([first, *found.helpers], key=lambda worker: worker.best.makespan_ns).best
+    ahead = min([first, *found.helpers], key=lambda worker: worker.best.makespan_ns)
     for worker in (first, *found.helpers):
-        worker.best = best
+        worker.best, worker.origin = ahead.best, ahead.origin
     return [*found.helpers[:count]]
 
 
@@ -238,7 +238,7 @@ def _harvest(run: Run, found: Candidate, worker: Worker) -> None:
     found.seen_ns = orders.makespan_ns
     judged = judge_orders(found, orders)
     if judged.fits:
-        offer_judged(found, judged, ANNEALING, found.searched)
+        offer_judged(found, judged, ANNEALING, (worker.origin,) if worker.origin else found.searched)
         run.note(found, ANNEALING)
     elif found.reserved < RESERVES:
         found.reserved += 1
@@ -275,7 +275,7 @@ def _lift(found: Candidate, worker: search.Search) -> Orders | None:
     lifted = lift(found.instance, worker.instance, worker.best)
     if lifted is None or lifted.makespan_ns >= found.search.best.makespan_ns:
         return None
-    found.search.best = lifted
+    found.search.best, found.search.origin = lifted, worker.origin
     return lifted
 
 

@@ -23,6 +23,9 @@ SLICE = 10_000_000
 
 TILTS = (0.0, 0.3, 0.05)
 
+LISTED = "list"
+"""What fresh lists are called where a plan says how it came about."""
+
 TURNS = ("wall", "eased", "price", "eased", "fresh")
 """How rounds differ: memory is a wall or has a price, from the best orders; a wall, from a fresh list schedule; or
 ``eased``: a search with ``EASE`` times the memory goes on for a round, and what it found is squeezed back by price."""
@@ -60,9 +63,11 @@ class Search:
 
     A round cools from ``hot`` to ``COLD`` times the mean duration over ``length`` moves; rounds grow and take `TURNS`.
     ``easy`` is the search with more memory, ``easing`` whether it is its turn; such a search itself is ``plain``: its
-    memory is a wall always. What is found after a number of rounds depends on the seed alone, wherever fresh lists
-    (`mipipe.planner.search.best_list`) are made within their time. A last round cools by the clock instead, from
-    ``began`` until ``ends`` (0 where there is none).
+    memory is a wall always. ``patterns``: orders with their names that fresh rounds begin with as long as there are
+    some. ``source`` is what the round began with, ``origin`` what that round began with which found ``best``: a
+    pattern's name, ``LISTED``, or nothing where it went on from the orders the search was given. What is found after a
+    number of rounds depends on the seed alone, wherever fresh lists (`mipipe.planner.search.best_list`) are made within
+    their time. A last round cools by the clock instead, from ``began`` until ``ends`` (0 where there is none).
     """
 
     instance: Instance
@@ -83,6 +88,9 @@ class Search:
     easy: Search | None = None
     began: float = 0.0
     ends: float = 0.0
+    patterns: list[tuple[str, Orders]] = field(default_factory=list)
+    source: str = ""
+    origin: str = ""
 
     @property
     def finished(self) -> bool:
@@ -113,7 +121,7 @@ def finish(search: Search, seconds: float) -> None:
     """Begin a last round from the best orders: one that cools over all the seconds left."""
     search.began = time.monotonic()
     search.ends = search.began + seconds
-    search.current = search.best.seq.copy()
+    search.current, search.source = search.best.seq.copy(), search.origin
     search.easing = False
     search.hot = min(HOTTEST, HEAT / max(1, search.instance.size))
     search.tilt, search.wild, search.price[0] = 0.0, 0.2, PRICE * _price_unit(search.instance)
@@ -125,6 +133,7 @@ def _slice(search: Search) -> None:
         _slice(search.easy)
         if search.easy.done >= search.easy.round_length:
             search.easing, search.current = False, search.easy.best.seq.copy()
+            search.source = search.easy.origin
         return
     instance = search.instance
     moves = max(200, min(50_000, SLICE // max(1, instance.size)))
@@ -139,7 +148,7 @@ def _slice(search: Search) -> None:
         instance.fixed, search.current, search.best.length, moves, first, last, search.tilt, search.wild,
         search.price, search.target_ns, search.seed * 7919 + search.rounds * 104729 + search.done, best)
     if makespan < search.best.makespan_ns:
-        search.best = Orders(best, search.best.length, int(makespan))
+        search.best, search.origin = Orders(best, search.best.length, int(makespan)), search.source
 
 
 def _heat(search: Search) -> float:
@@ -156,7 +165,13 @@ def _begin_round(search: Search) -> None:
     small = search.instance.size < LARGE
     turns = (("wall", "wall", "fresh") if small else ("wall",)) if search.plain else TURNS if small else LARGE_TURNS
     turn = turns[search.rounds % len(turns)]
-    fresh = lists.best_list(search.instance, int(rng.integers(1 << 30)), 100) if turn == "fresh" else None
+    fresh: Orders | None = None
+    search.source = search.origin
+    if turn == "fresh" and search.patterns:
+        search.source, fresh = search.patterns.pop(0)
+    elif turn == "fresh":
+        fresh = lists.best_list(search.instance, int(rng.integers(1 << 30)), 100)
+        search.source = search.origin if fresh is None else LISTED
     search.current = (search.best if fresh is None else fresh).seq.copy()
     if search.rounds == 0:
         search.hot = 0.5 if small else COLD
@@ -177,7 +192,7 @@ def _ease(search: Search) -> None:
     """Begin a round of the search with more memory, half as long as its own."""
     if search.easy is None:
         easy = replace(search.instance, cap=(search.instance.cap * EASE).astype(np.int64))
-        search.easy = Search(easy, search.seed + 1, search.best, search.target_ns, plain=True)
+        search.easy = Search(easy, search.seed + 1, search.best, search.target_ns, plain=True, origin=search.origin)
     search.easy.length = max(1, search.length // 2)
     _begin_round(search.easy)
     search.easing = True

@@ -147,3 +147,23 @@ def test_a_last_round_cools_by_the_clock_and_rounds_go_on_after_it() -> None:
     for k in range(instance.num_machines):
         cap = instance.cap[instance.rank[found.seq[k, 0]]]
         assert memory_fits(found.seq, k, 0, found.length[k] - 1, 0, instance.alloc, instance.free, instance.work, cap)
+
+
+def test_a_fresh_round_begins_with_a_pattern_and_says_so() -> None:
+    """Rounds before it go on from the best; what is found from the pattern on names it, helpers' finds too."""
+    problem = uniform_problem(ranks=4, microbatches=8, f=10, i=12, w=8, comm=1, layers=4, activations=5, copies=1)
+    instance = build(view(problem, next(propose_shapes(problem, "chain"))))
+    listed = greedy.schedule(instance, greedy.RULES[0], compiled=False)
+    assert listed is not None
+    whole = search.start(instance, listed, seed=1)
+    search.advance(whole, 10.0, rounds=4)
+    better, search_from_it = whole.best, search.start(instance, listed, seed=2)
+    assert better.makespan_ns < listed.makespan_ns and whole.origin == ""
+    search_from_it.patterns.append(("staircase MIP", better))
+    search_from_it.rounds = search.TURNS.index("fresh")
+    search.advance(search_from_it, 10.0, rounds=1)
+    assert search_from_it.best.makespan_ns <= better.makespan_ns
+    assert (search_from_it.origin, search_from_it.patterns) == ("staircase MIP", [])
+    search_from_it.rounds = search.TURNS.index("fresh")
+    search.advance(search_from_it, 10.0, rounds=1)  # none is left: a list
+    assert search_from_it.source == search.LISTED
