@@ -49,8 +49,9 @@ from mipipe.planner.search.annealing import Search
 from mipipe.planner.search.lists import Orders
 from mipipe.planner.search.repeat import stretched
 
-LISTED = 0.4
-"""Share of the time limit in which placements are scheduled by list."""
+LISTED, REPEATING = 0.3, 0.6
+"""Shares of the time limit after which no more placements are scheduled by list, and no more short steps repeated as
+lists give them."""
 
 FIRST: tuple[PlacementName, ...] = ("v", "wave", "interleaved", "chain")
 """Shapes that are looked at before all others: without a barrier the first two lose the least."""
@@ -61,7 +62,7 @@ KEPT = 4
 SLICE_S, MOST_S = 0.5, 5.0
 """Seconds of annealing before the first comparison, and at most; rounds grow by half."""
 
-SHORT = (6, 5, 4, 8)
+SHORT = (5, 6, 4, 8)
 """Microbatches for every two ranks of the short steps whose middles are repeated, in turns."""
 
 
@@ -104,6 +105,8 @@ def climb(run: Run) -> None:
     live = sorted(entries, key=lambda entry: entry.search.best.makespan_ns)[:KEPT]
     seconds, turn = SLICE_S, 0
     with ThreadPoolExecutor(max(2, run.options.threads)) as pool:
+        if run.options.use_search:
+            _repeat_lists(run, pool, live)
         while run.options.use_search and live and run.left > 0 and not _closed(run):
             turn += 1
             _round(run, pool, live, min(seconds, run.left), turn)
@@ -130,6 +133,18 @@ def _placements(run: Run) -> Iterator[Placement]:
     yield from (placement for placement in propose_shapes(run.problem, name) if placement not in known)
 
 
+def _repeat_lists(run: Run, pool: ThreadPoolExecutor, live: list[Entry]) -> None:
+    """Repeat the middles of short steps as lists give them, size after size of `SHORT` for the best placements."""
+    for size in SHORT:
+        for at in range(0, len(live), run.options.threads):
+            if _closed(run) or run.seconds > REPEATING * run.options.time_limit_s:
+                return
+            some = live[at:at + run.options.threads]
+            made = [(entry, pool.submit(_repeat, run, entry, 0.0, run.options.seed + size)) for entry in some]
+            for entry, job in made:
+                _take(run, entry, job.result(), REPEATED)
+
+
 def _round(run: Run, pool: ThreadPoolExecutor, live: list[Entry], seconds: float, turn: int) -> None:
     """Anneal every placement for some seconds, and meanwhile tune its quotas, where it has any, or a short step."""
     annealed = [pool.submit(search.advance, entry.search, seconds, lambda: run.stopped or run.interrupted)
@@ -141,13 +156,17 @@ def _round(run: Run, pool: ThreadPoolExecutor, live: list[Entry], seconds: float
             job.result()
             _harvest(run, entry)
         for entry, made in ((entry, other.result()) for entry, other in tuned):
-            if made is not None and made.makespan_ns < entry.search.best.makespan_ns:
-                entry.search.best, entry.search.origin = made, ""
-                entry.candidate.searched = (names[1 - turn % 2],)
-                _harvest(run, entry, rung=names[1 - turn % 2])
+            _take(run, entry, made, names[1 - turn % 2])
     except BaseException:
         run.stopped = True
         raise
+
+
+def _take(run: Run, entry: Entry, made: Orders | None, rung: str) -> None:
+    """Let the search of a placement go on from orders that something else made, if they are better."""
+    if made is not None and made.makespan_ns < entry.search.best.makespan_ns:
+        entry.search.best, entry.search.origin, entry.candidate.searched = made, "", (rung,)
+        _harvest(run, entry, rung=rung)
 
 
 def _tune(run: Run, entry: Entry, seconds: float, seed: int) -> Orders | None:
@@ -163,8 +182,8 @@ def _tune(run: Run, entry: Entry, seconds: float, seed: int) -> Orders | None:
 def _repeat(run: Run, entry: Entry, seconds: float, seed: int) -> Orders | None:
     """The orders of the placement's next short step, its middle repeated; None where no step is much longer than that.
 
-    A short step begins with its best list, which is repeated as it is as well, and tuned quotas; whenever it is its
-    turn again it is annealed further.
+    A short step begins with its best list, which is repeated as it is; with some seconds its quotas are tuned and it is
+    annealed further.
     """
     ranks, count = run.problem.num_ranks, run.problem.num_microbatches
     sizes = [size * ranks // 2 for size in SHORT if size * ranks // 2 + ranks <= count]
@@ -183,16 +202,17 @@ def _repeat(run: Run, entry: Entry, seconds: float, seed: int) -> Orders | None:
         if short is None or orders is None:
             return None
         found.append(stretched(short, orders, entry.candidate.instance, stop))
-        lines = quotas.lines_of(short)
-        tuned = None if lines is None else quotas.tune(short, lines, seconds, seed, stop=stop)
-        if tuned is not None and tuned.orders.makespan_ns < orders.makespan_ns:
-            orders = tuned.orders
         load = int(np.bincount(short.machine, weights=short.dur).max())
         entry.shorts[size] = search.start(short, orders, seed, load)
     known = entry.shorts.pop(size)  # to the end: the next turn is another one's
     entry.shorts[size] = known
-    search.advance(known, seconds, stop)
-    found.append(stretched(known.instance, known.best, entry.candidate.instance, stop))
+    if seconds:
+        lines = quotas.lines_of(known.instance)
+        tuned = None if lines is None else quotas.tune(known.instance, lines, seconds, seed, stop=stop)
+        if tuned is not None and tuned.orders.makespan_ns < known.best.makespan_ns:
+            known.best = tuned.orders
+        search.advance(known, seconds, stop)
+        found.append(stretched(known.instance, known.best, entry.candidate.instance, stop))
     return min((one for one in found if one is not None), key=lambda one: one.makespan_ns, default=None)
 
 

@@ -16,8 +16,8 @@ from mipipe.planner.search import annealing as search
 from mipipe.planner.search import best_list as lists
 from mipipe.planner.search.repeat import stretched
 
-PER_RANK = 2
-"""Microbatches per rank of the short step: warm-up and cool-down last about one each."""
+SHORT = (4, 5, 6)
+"""Microbatches for every two ranks of the short steps, in turns: warm-up and cool-down last about one per rank each."""
 
 RUNG = "repeated middle"
 
@@ -27,13 +27,15 @@ class Repeating:
     """Short steps of the candidates, annealed in turns: the most promising two times of three, then the next."""
 
     run: Run
-    shorts: list[tuple[Candidate, search.Search | None]] = field(default_factory=list)
+    shorts: list[tuple[Candidate, int, search.Search | None]] = field(default_factory=list)
     turns: int = 0
 
     def step(self, seconds: float) -> bool:
         """Anneal a short step for most of the seconds and stretch it; False where no step is much longer than one."""
         run = self.run
-        if run.problem.num_microbatches < (PER_RANK + 1) * run.problem.num_ranks:
+        ranks = run.problem.num_ranks
+        sizes = [size * ranks // 2 for size in SHORT if size * ranks // 2 + ranks <= run.problem.num_microbatches]
+        if not sizes:
             return False
         able = [found for found in run.candidates if found.bound.ns < run.makespan_ns and not found.two_streams
                 and found.pairs is None]
@@ -41,9 +43,10 @@ class Repeating:
             return False
         able.sort(key=lambda found: found.makespan_ns + found.bound.ns)
         found = able[self.turns % 3 // 2 % len(able)]
+        size = sizes[self.turns // 3 % len(sizes)]
         self.turns += 1
         began, before = time.monotonic(), found.makespan_ns
-        short = self._short(found)
+        short = self._short(found, size)
         if short is None:
             return True
         search.advance(short, seconds, lambda: run.left <= 0)
@@ -52,15 +55,18 @@ class Repeating:
             rungs.record(run, RUNG, found, before, began)
         return True
 
-    def _short(self, found: Candidate) -> search.Search | None:
-        """The search of a candidate's short step; None where no list fits it."""
-        for other, known in self.shorts:
-            if other is found:
+    def _short(self, found: Candidate, size: int) -> search.Search | None:
+        """The search of a candidate's short step of so many microbatches; None where no list fits it."""
+        for other, microbatches, known in self.shorts:
+            if other is found and microbatches == size:
                 return known
-        short = short_instance(found, PER_RANK * self.run.problem.num_ranks)
+        short = short_instance(found, size)
         orders = None if short is None else lists.best_list(short, self.run.options.seed)
         made = None if short is None or orders is None else search.start(short, orders, self.run.options.seed + 3)
-        self.shorts.append((found, made))
+        self.shorts.append((found, size, made))
+        if made is not None and (long := stretched(made.instance, made.best, found.instance,
+                                                   lambda: self.run.left <= 0)) is not None:
+            offer_orders(self.run, found, long, RUNG, ("list",))  # what lists give may repeat better than what follows
         return made
 
 

@@ -107,7 +107,7 @@ def test_a_short_step_with_its_middle_repeated_is_a_step_of_all_microbatches() -
     run = Run(problem, PlanOptions(time_limit_s=20, objective="period"))
     entry = _enter(run, view(problem, next(propose_shapes(problem, "v"))))
     assert entry is not None
-    for turn in range(2):  # steps of 6 and 5 microbatches
+    for turn in range(2):  # steps of 5 and 6 microbatches
         orders = _repeat(run, entry, 0.05, turn)
         assert orders is not None
         found = Plan("long", problem, entry.candidate.placement, with_mirrors(entry.candidate.instance, orders.lists()))
