@@ -7,8 +7,9 @@ Sum the devices' time: ``D * makespan >= work + idle``, for each stream. Every d
   and the gradients behind it), and the forwards its memory lets it run before: ``capacity / (bytes per ns of F)``.
 
 Which group a device meets first is the placement's choice; but D devices meet D different ones unless groups are
-replicated, and replicas take resident bytes. So the sum over devices is at least the sum of the D smallest heads, where
-as many devices may share the very smallest as replicas fit into the memory left over. On a chain the first gradients
+replicated, and replicas take resident bytes (and are forbidden where every group is ``single``). So the sum over
+devices is at least the sum of the D smallest heads, where as many devices may share the very smallest as replicas fit
+into the memory left over. On a chain the first gradients
 are further apart: no two devices have one of the same group and microbatch
 (`mipipe.planner.bounds.first_gradients`). Groups without resident bytes can be everywhere: they count as filling idle
 time with all their work, or as sharable, whichever is better.
@@ -28,7 +29,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from mipipe.planner.actions import Stream
-from mipipe.planner.bounds.first_gradients import chain_units, common_room, least_first_gradients
+from mipipe.planner.bounds.first_gradients import ChainUnit, chain_units, common_room, least_first_gradients
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.problem import Group, PlanningProblem
 
@@ -147,9 +148,16 @@ def _first_gradients(problem: PlanningProblem, facts: GroupTimes, relief: Fracti
                         heads=facts.head, gradient_heads=facts.gradient_head, hop=hop, solid=solid)
     if units is None:
         return 0
-    rooms = [resident_room(problem, rank) for rank in range(problem.num_ranks)]
     return least_first_gradients(units, devices=problem.num_ranks, microbatches=problem.num_microbatches,
-                                 room=common_room([unit.size for unit in units], rooms), slack=hop, relief=relief)
+                                 room=room_of_units(problem, units), slack=hop, relief=relief)
+
+
+def room_of_units(problem: PlanningProblem, units: Sequence[ChainUnit]) -> int:
+    """Resident bytes of all devices that units and their replicas can fill."""
+    if all(group.single for group in problem.groups):
+        return sum(unit.size for unit in units)
+    rooms = [resident_room(problem, rank) for rank in range(problem.num_ranks)]
+    return common_room([unit.size for unit in units], rooms)
 
 
 def _relief(problem: PlanningProblem, facts: GroupTimes, held: dict[int, int]) -> Fraction | None:
@@ -185,6 +193,8 @@ def _spread(problem: PlanningProblem, heads: Sequence[tuple[int, int]]) -> int:
         return 0
     devices = problem.num_ranks
     ordered = sorted(head for head, _ in heads)
+    if all(group.single for group in problem.groups):
+        return sum(ordered[min(k, len(ordered) - 1)] for k in range(devices))
     budget = sum(resident_room(problem, rank) for rank in range(devices)) - sum(size for _, size in heads)
     sizes = [size for _, size in heads]
     if budget < 0:

@@ -133,6 +133,18 @@ def test_the_second_microbatch_waits_for_the_first():
     assert least_first_gradients(units, devices=2, microbatches=4, room=2, slack=0) == 20 + 35
 
 
+@pytest.mark.parametrize("activations", [2, 50])
+def test_groups_that_have_a_single_replica_are_bounded_as_by_memory_for_one(activations):
+    """Without transfers it does not matter what keeps replicas away; with room for them the bound is lower."""
+    tight = uniform_problem(ranks=4, microbatches=6, f=10, i=12, w=8, layers=8, copies=1, activations=activations)
+    roomy = tight.replace(limits=replace(tight.limits, resident_bytes=4 * (tight.limits.resident_bytes or 0)))
+    single = roomy.replace(groups=tuple(replace(group, single=True) for group in roomy.groups))
+    assert problem_bound(single).ns == problem_bound(tight).ns > problem_bound(roomy).ns
+    found = plan(single, PlanOptions(time_limit_s=1.0))
+    assert found.makespan_ns is not None and found.bound_ns is not None
+    assert problem_bound(single).ns <= found.bound_ns <= found.makespan_ns
+
+
 def test_two_streams_with_two_copies():
     """8 x 20: with two copies of each layer a device's first gradient comes 343 after the start on average, and 180 of
     its forwards are done by then."""

@@ -28,8 +28,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from mipipe.planner.actions import Stream
-from mipipe.planner.bounds.first_gradients import chain_units, common_room, fewest_holders, moments_of
-from mipipe.planner.bounds.over_placements import Bound, cheapest_hop, facts_of, problem_bound, resident_room
+from mipipe.planner.bounds.first_gradients import chain_units, fewest_holders, moments_of
+from mipipe.planner.bounds.over_placements import Bound, cheapest_hop, facts_of, problem_bound, room_of_units
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.milp import highs, pyo
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
@@ -214,7 +214,6 @@ def cases_of(problem: PlanningProblem) -> tuple[list[Bin], list[Case]]:
     """The bins, and a case for each number of holders that the unit with the fewest may have; no cases where the
     problem is no chain on equal devices."""
     devices = problem.topology.devices
-    rooms = [resident_room(problem, rank) for rank in range(problem.num_ranks)]
     facts, plain = facts_of(problem), pair_gain(problem).ratio == 1
     if len({device.kind for device in devices}) > 1 or len({device.memory_bytes for device in devices}) > 1:
         return [], []
@@ -228,7 +227,7 @@ def cases_of(problem: PlanningProblem) -> tuple[list[Bin], list[Case]]:
     units = units[::-1]
     bins = bins_of(problem)
     solid = [u for one in bins if one.resident for u in one.units]
-    room = common_room([unit.size for unit in units], rooms)
+    room = room_of_units(problem, units)
     cases = []
     for fewest in fewest_holders(units, devices=problem.num_ranks, room=room):
         moments = moments_of(units, fewest, devices=problem.num_ranks, microbatches=problem.num_microbatches,
