@@ -54,8 +54,10 @@ from mipipe.planning import plan as plan
 from mipipe.planning import problem as problem
 from mipipe.planning import show as show
 from mipipe.planning import simulate as simulate
+from mipipe.running import convert as convert
 from mipipe.running import merge as merge
 from mipipe.running import train as train
+from mipipe.runtime.convert.launch import ConvertResult as ConvertResult
 from mipipe.runtime.engine.engine import Engine as Engine
 from mipipe.runtime.engine.options import EngineOptions as EngineOptions
 from mipipe.runtime.merge.launch import MergeResult as MergeResult

@@ -1,4 +1,4 @@
-"""Plans run under torchrun, and merges: `train` and `merge`."""
+"""Plans run under torchrun, merges and conversions: `train`, `merge` and `convert`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mipipe.graphs.merging.recipes.recipe import MergeRecipe
     from mipipe.graphs.operator_graph import OperatorGraph
     from mipipe.planner.plan import Plan
+    from mipipe.runtime.convert.launch import ConvertResult
     from mipipe.runtime.merge.launch import MergeResult
     from mipipe.runtime.train.config import TrainConfig
     from mipipe.runtime.train.launching.launch import TrainResult
@@ -95,3 +96,20 @@ def merge(recipe: PathLike | Mapping[str, Any] | MergeRecipe | Sequence[MergeRec
     if isinstance(recipe, Mapping):
         recipe = parse_recipe(dict(recipe), "recipe")
     return run([recipe] if isinstance(recipe, MergeRecipe) else recipe, out, options, on_progress)
+
+
+def convert(recipe: PathLike, out: PathLike, *, loaders: Sequence[str] = (), verify: bool = True) -> ConvertResult:
+    """Convert a model's experts as a recipe says, into a new folder.
+
+    Args:
+        recipe: a YAML file with ``method``, ``model`` and the method's own values.
+        loaders: ``package.module:function`` names that the recipe may call for its texts.
+        verify: hold the result against its config's class before it is called done.
+
+    Raises:
+        InputError: the recipe or the model is wrong, or ``out`` exists.
+        RunError: no space, or a result that would not load.
+    """
+    from mipipe.runtime.convert.launch import convert as run
+
+    return run(recipe, out, loaders=loaders, verify=verify)

@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 HOSTS = {"Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3", "Mixtral": "mixtral",
          "Qwen2Moe": "qwen2_moe", "Qwen3Moe": "qwen3_moe", "Olmoe": "olmoe", "DeepseekV2": "deepseek_v2",
-         "DeepseekV3": "deepseek_v3", "Glm4Moe": "glm4_moe", "Ernie4_5_Moe": "ernie4_5_moe", "Dots1": "dots1"}
+         "DeepseekV3": "deepseek_v3", "Glm4Moe": "glm4_moe", "Dots1": "dots1"}
 """Model types by their part in class names."""
 PREFIX = "mipipe_"
 

@@ -259,6 +259,32 @@ def test_mixtral_experts_merge_in_both_layouts(models: Path, tmp_path: Path) -> 
     assert torch.allclose(logits(tmp_path / "shared"), logits(tmp_path / "expanded"), atol=1e-10)
 
 
+OTHERS = {"hidden_size": 32, "intermediate_size": 16, "moe_intermediate_size": 16, "num_hidden_layers": 2,
+          "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
+          "shared_expert_intermediate_size": 16, "n_shared_experts": 1, "n_group": 2, "topk_group": 1,
+          "q_lora_rank": 16, "kv_lora_rank": 8,
+          "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "vocab_size": 256,
+          "num_experts": 8, "n_routed_experts": 8, "initializer_range": 0.2, "pad_token_id": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", ["qwen2_moe", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe", "dots1"])
+def test_other_architectures_convert_alike(models: Path, tmp_path: Path, host: str) -> None:
+    """Shared and copied experts give the same, and so does a lossless factorisation."""
+    kind = transformers.CONFIG_MAPPING[host]
+    fields = {*kind.__dataclass_fields__, *kind.attribute_map}
+    known = {key: value for key, value in OTHERS.items() if key in fields}
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(kind(**known)).save_pretrained(tmp_path / "source")
+    common = {"model": str(tmp_path / "source")}
+    for layout in ("shared", "expanded"):
+        run(models, tmp_path / layout, {"method": "m_smoe", "groups": 4, "layout": layout, "calibration": CALIBRATION,
+                                        **common})
+    run(models, tmp_path / "molae", {"method": "molae", "group": 1, **common})
+    assert torch.allclose(logits(tmp_path / "shared"), logits(tmp_path / "expanded"), atol=1e-9)
+    assert torch.allclose(logits(tmp_path / "molae"), logits(tmp_path / "source"), atol=1e-5)
+
+
 # MC-SMoE
 
 def test_ranks_and_schedule_of_mc_smoe() -> None:
