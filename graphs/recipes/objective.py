@@ -41,8 +41,8 @@ class RecipeLoss:
     """The loss of a recipe on a model's output object, for `mipipe.graphs.capture.model`.
 
     ``shift``: position t predicts label t + 1. ``coefficient`` of a router's auxiliary loss, ``sharpness`` of its own
-    (`mipipe.graphs.models.tasks.TaskLoss`). ``reference``: the module has a frozen model of that name. ``real``: the
-    dtype of what a batch gives for each response.
+    (`mipipe.graphs.models.tasks.TaskLoss`), ``z`` of the z-loss. ``reference``: the module has a frozen model of that
+    name. ``real``: the dtype of what a batch gives for each response.
     """
 
     config: LossConfig
@@ -51,6 +51,7 @@ class RecipeLoss:
     tokens: int
     coefficient: float = 0.0
     sharpness: float = 0.0
+    z: float = 0.0
     constants: Mapping[str, Any] = field(default_factory=dict)
     reference: bool = False
     real: torch.dtype = torch.float32
@@ -165,6 +166,8 @@ class RecipeLoss:
             total = total + self.coefficient * auxiliary.to(total.dtype) * share
         if self.sharpness:
             total = total + self.sharpness * output.router_loss.to(total.dtype) * share
+        if self.z:
+            total = total + self.z * output.z_loss.to(total.dtype) * share
         return total
 
     def __call__(self, output: Any, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -181,6 +184,8 @@ class RecipeLoss:
             return losses.distill(distances, log_probs, mask, **values), mask.sum()
         frozen = None if other is None else other.log_probs()  # first, so that the sum is with the model that trains
         log_probs = head.log_probs()
+        if name == "cross_entropy":
+            return -log_probs.sum(), mask.sum()
         if name == "rift":
             return losses.rift(log_probs, mask, inputs["rewards"], inputs["scales"], **values), float(self.rows)
         if name == "dpo":

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.named_code import is_named_code
 from mipipe.graphs.recipes.adapters import AdapterConfig
+from mipipe.graphs.recipes.routers import RouterConfig
 from mipipe.graphs.serialize import STRICT
 
 Check = tuple[str, Callable[[Any], bool]]
@@ -52,6 +53,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Check]]] = {
         "distill": (0.0, _real(0.0, _ANY, "a number of at least 0")),
         "bound": (5.0, _real(1e-6, _ANY, "a number above 0")),
     },
+    "cross_entropy": {},
     "dpo": {"beta": (0.1, _real(1e-12, _ANY, "a number above 0"))},
     "distill": {
         "temperature": (1.0, _real(1e-6, _ANY, "a number above 0")),
@@ -69,7 +71,8 @@ that sampled, from the batch or the current ones; ``average`` over responses of 
 reference; ``distill`` and ``bound``: strength and bound of the token advantages towards a teacher (arXiv 2604.27083).
 Of all three: ``advantage_from`` rewards and groups, or the batch; ``deviation``: divided by the group's standard
 deviation too. ``dpo`` (arXiv 2305.18290): rows 2k and 2k + 1 are the chosen and the rejected response of a pair.
-``distill``: KL(teacher || student) per token; ``labels``: weight of the labels' cross-entropy beside it.
+``cross_entropy``: of the labels, as the model's own. ``distill``: KL(teacher || student) per token; ``labels``: weight
+of the labels' cross-entropy beside it.
 """
 
 GROUPED = ("asympo", "spo", "grpo")
@@ -133,6 +136,7 @@ class RecipeConfig:
     loss: LossConfig | None = None
     reference: ReferenceConfig | None = None
     adapters: AdapterConfig | None = None
+    router: RouterConfig | None = None
 
     def __post_init__(self) -> None:
         if self.reference is not None and (self.loss is None or self.loss.name not in ("dpo", "distill", "grpo")):

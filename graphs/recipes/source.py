@@ -16,7 +16,8 @@ from mipipe.graphs.models.sources import ModelSource
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.adapters import adapt
 from mipipe.graphs.recipes.objective import REFERENCE, RecipeLoss
-from mipipe.graphs.recipes.options import RecipeConfig, ReferenceConfig
+from mipipe.graphs.recipes.options import LossConfig, RecipeConfig, ReferenceConfig
+from mipipe.graphs.recipes.routers import RouterConfig, freeze_routers, with_z_loss
 from mipipe.graphs.serialize import from_data, load_data, to_data
 
 
@@ -30,7 +31,7 @@ def with_recipe(source: ModelSource, recipe: RecipeConfig, reference: Mapping[st
     Raises:
         InputError: the model is none that the recipe goes with.
     """
-    if source.task is None and (recipe.loss or recipe.reference):
+    if source.task is None and (recipe.loss or recipe.reference or recipe.router):
         raise InputError(f"{source.record['source']}: a factory returns its loss itself; another loss, or a reference,"
                          " goes with transformers models")
     record = {**source.record, "recipe": to_data(recipe)}
@@ -39,18 +40,25 @@ def with_recipe(source: ModelSource, recipe: RecipeConfig, reference: Mapping[st
     if recipe.reference is not None and recipe.reference.model != "self":
         data = data or _configuration(recipe.reference)
         record["reference_config"] = data
-    if recipe.loss is not None and with_loss:
+    if (recipe.loss is not None or recipe.router is not None) and with_loss:
         task, ids = source.task, source.inputs("meta").get("labels")
+        wanted, router = recipe.loss or LossConfig("cross_entropy"), recipe.router or RouterConfig(freeze=True)
         if task.kind != "language" or ids is None:
-            raise InputError(f"loss {recipe.loss.name}: goes with language models, which give logits for every token;"
+            raise InputError(f"loss {wanted.name}: goes with language models, which give logits for every token;"
                              f" {source.name} is none")
-        loss = RecipeLoss(recipe.loss, task.shift, ids.shape[0], ids.shape[1], task.coefficient, task.sharpness,
-                          task.constants, recipe.reference is not None, real)
+        balance = task.coefficient if router.balance is None else router.balance
+        constants = {**task.constants, **({"output_router_logits": True} if router.balance else {})}
+        loss = RecipeLoss(wanted, task.shift, ids.shape[0], ids.shape[1], balance, task.sharpness, router.z, constants,
+                          recipe.reference is not None, real)
 
     def build(device: str) -> nn.Module:
         made = source.build(device)
         if recipe.adapters is not None:
             adapt(made, recipe.adapters)
+        if recipe.router is not None and recipe.router.freeze:
+            freeze_routers(made)
+        if recipe.router is not None and recipe.router.z:
+            with_z_loss(made)
         if recipe.reference is not None:
             made.add_module(REFERENCE, _frozen(source, recipe.reference, data, device))
         return loss.prepare(made) if isinstance(loss, RecipeLoss) else made
@@ -60,7 +68,7 @@ def with_recipe(source: ModelSource, recipe: RecipeConfig, reference: Mapping[st
 
     changed: dict[str, Any] = {"build": build, "inputs": inputs, "record": record}
     if isinstance(loss, RecipeLoss):
-        changed |= {"loss": loss, "loss_info": loss.info, "withheld": loss.withheld}
+        changed |= {"loss": loss, "loss_info": loss.info, "withheld": loss.withheld, "constants": loss.constants}
     return replace(source, **changed)
 
 

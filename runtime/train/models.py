@@ -14,7 +14,7 @@ from mipipe.graphs.models.sources import open_source
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.adapters import initial, is_adapter
 from mipipe.graphs.recipes.objective import REFERENCE
-from mipipe.graphs.recipes.options import LossConfig
+from mipipe.graphs.recipes.options import LossConfig, RecipeConfig
 from mipipe.graphs.recipes.source import recipe_of, with_recipe
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.weights.stored_weights import StoredWeights, parameters_on_meta
@@ -108,7 +108,7 @@ def _reference_weights(graph: OperatorGraph, config: TrainConfig, module: nn.Mod
 def check_recipe(graph: OperatorGraph, config: TrainConfig) -> None:
     """Raise `InputError` where a run's file wants another loss or reference than its graph has."""
     wanted, has = config.recipe, recipe_of(graph)
-    for what in ("loss", "reference", "adapters"):
+    for what in ("loss", "reference", "adapters", "router"):
         one, other = getattr(wanted, what), getattr(has, what)
         if what == "reference" and one is not None and other is not None:
             one, other = one.model, other.model
@@ -152,7 +152,7 @@ def build_module(graph: OperatorGraph, config: TrainConfig) -> nn.Module:
         known["config"] = graph.source["config"]
     opened = open_source(source_of(graph, config), **known)
     recipe = recipe_of(graph)
-    if recipe.reference is not None or recipe.adapters is not None:
+    if recipe != RecipeConfig(recipe.loss):
         opened = with_recipe(opened, recipe, graph.source.get("reference_config"), with_loss=False)
     return opened.build("cpu")
 

@@ -117,4 +117,4 @@ def test_a_file_that_wants_another_recipe_than_the_graph_has_is_refused(place):
     refused("adapters: found", loss="rift", adapters={"targets": ["q_proj"]})
     plain = write("plain")
     result = CliRunner().invoke(app, ["capture", "base", "--config", plain, "-o", "x.json"])
-    assert "names no loss, reference or adapters" in result.output
+    assert "names no loss, reference, adapters or router" in result.output
