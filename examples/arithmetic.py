@@ -1,4 +1,4 @@
-"""Sums as a language task for the examples of recipes: tokens, a small model, answers sampled from it, and a plan.
+"""Sums and differences as a language task for the examples of recipes: tokens, a small model, its answers, and a plan.
 
 A row is ``a+b=c.`` in single digits, c from its last digit to its first.
 """
@@ -26,24 +26,24 @@ from mipipe.graphs import (
 from mipipe.planner import BASELINES, build_problem
 from mipipe.runtime import Engine
 
-PLUS, EQUALS, END, PAD = 10, 11, 12, 13
-DIGITS, LENGTH, VOCABULARY = 2, 10, 14
+PLUS, EQUALS, END, PAD, MINUS = 10, 11, 12, 13, 14
+DIGITS, LENGTH, VOCABULARY = 2, 10, 15
 SIZES = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 12,
          "num_key_value_heads": 4, "vocab_size": VOCABULARY, "max_position_embeddings": 32}
 
 
-def prompt(a: int, b: int) -> list[int]:
-    return [*map(int, f"{a:0{DIGITS}d}"), PLUS, *map(int, f"{b:0{DIGITS}d}"), EQUALS]
+def prompt(a: int, b: int, sign: int = 1) -> list[int]:
+    return [*map(int, f"{a:0{DIGITS}d}"), PLUS if sign > 0 else MINUS, *map(int, f"{b:0{DIGITS}d}"), EQUALS]
 
 
-def answer(a: int, b: int) -> list[int]:
-    return [*map(int, reversed(f"{a + b:0{DIGITS + 1}d}")), END]
+def answer(a: int, b: int, sign: int = 1) -> list[int]:
+    return [*map(int, reversed(f"{a + sign * b:0{DIGITS + 1}d}")), END]
 
 
 PROMPT = len(prompt(0, 0))
 
 
-def rows(pairs: list[tuple[int, int]], answers: list[list[int]]) -> dict[str, Tensor]:
+def rows(pairs: list[tuple[int, ...]], answers: list[list[int]]) -> dict[str, Tensor]:
     """input_ids and labels [rows, LENGTH] of prompts with their answers, those of a prompt not counting."""
     ids = torch.full((len(pairs), LENGTH), PAD)
     labels = torch.full_like(ids, -100)
@@ -54,8 +54,10 @@ def rows(pairs: list[tuple[int, int]], answers: list[list[int]]) -> dict[str, Te
     return {"input_ids": ids, "labels": labels}
 
 
-def draw_pairs(count: int, generator: torch.Generator) -> list[tuple[int, int]]:
-    return [(int(a), int(b)) for a, b in torch.randint(0, 10**DIGITS, (count, 2), generator=generator).tolist()]
+def draw_pairs(count: int, generator: torch.Generator, sign: int = 1) -> list[tuple[int, ...]]:
+    """Terms of sums, or (``sign`` -1) of differences, whose first is no smaller."""
+    found = torch.randint(0, 10**DIGITS, (count, 2), generator=generator).tolist()
+    return [(a, b) if sign > 0 else (max(a, b), min(a, b), -1) for a, b in found]
 
 
 def model(recipe: RecipeConfig | None = None, batch: int = 32, seed: int = 0) -> tuple[Any, Any]:
@@ -96,7 +98,7 @@ def put_back(made: Engine, module: Any) -> Any:
 
 
 @torch.no_grad()
-def answers(module: Any, pairs: list[tuple[int, int]], generator: torch.Generator | None = None) -> list[list[int]]:
+def answers(module: Any, pairs: list[tuple[int, ...]], generator: torch.Generator | None = None) -> list[list[int]]:
     """What the model answers: the likeliest tokens, or sampled ones (with a generator), up to the end's token."""
     ids = torch.tensor([prompt(*pair) for pair in pairs])
     for _ in range(LENGTH - PROMPT):
@@ -107,34 +109,40 @@ def answers(module: Any, pairs: list[tuple[int, int]], generator: torch.Generato
     return [[*itertools.takewhile(lambda token: token != END, row), END] for row in ids[:, PROMPT:].tolist()]
 
 
-def accuracy(module: Any, pairs: list[tuple[int, int]]) -> float:
+def accuracy(module: Any, pairs: list[tuple[int, ...]]) -> float:
     """The share of exact answers."""
     found = answers(module, pairs)
     return sum(one == answer(*pair) for one, pair in zip(found, pairs, strict=True)) / len(pairs)
 
 
 @torch.no_grad()
+def log_probs(module: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Log probabilities of the labels, at their places [rows, LENGTH]; 0 where a label is -100."""
+    logs = module(input_ids=batch["input_ids"], use_cache=False).logits.float().log_softmax(-1)[:, :-1]
+    labels, found = batch["labels"][:, 1:], torch.zeros(batch["labels"].shape)
+    found[:, 1:] = logs.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)
+    return found
+
+
 def token_losses(module: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """The mean loss of a response's tokens, by row."""
-    logs = module(input_ids=batch["input_ids"], use_cache=False).logits.float().log_softmax(-1)[:, :-1]
-    labels = batch["labels"][:, 1:]
-    mask = labels != -100
-    return -(logs.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * mask).sum(-1) / mask.sum(-1)
+    return -log_probs(module, batch).sum(-1) / (batch["labels"] != -100).sum(-1)
 
 
-def sums(rows_of_step: int, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
-    """Endless batches of right sums."""
+def sums(rows_of_step: int, generator: torch.Generator, both: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Endless batches of right sums, or of sums and differences."""
     while True:
-        pairs = draw_pairs(rows_of_step, generator)
+        pairs = draw_pairs(rows_of_step // 2 if both else rows_of_step, generator)
+        pairs += draw_pairs(rows_of_step // 2, generator, -1) if both else []
         yield rows(pairs, [answer(*pair) for pair in pairs])
 
 
-def taught(steps: int, seed: int = 0) -> dict[str, Tensor]:
+def taught(steps: int, seed: int = 0, both: bool = False) -> dict[str, Tensor]:
     """The weights of a model after some steps on right sums: one that is often wrong."""
     module, graph = model(seed=seed)
     made = engine(graph, module)
     optimizer = torch.optim.AdamW(made.parameters(), lr=4e-3, weight_decay=0.0, betas=(0.9, 0.98))
-    batches = sums(64, torch.Generator().manual_seed(seed))
+    batches = sums(64, torch.Generator().manual_seed(seed), both)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1.0, (step + 1) / 100)
         made.step(next(batches))
