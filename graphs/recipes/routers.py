@@ -69,7 +69,7 @@ def with_z_loss(model: nn.Module) -> None:
         terms.clear()
         return output
 
-    model.forward = run  # type: ignore[method-assign]
+    model.forward = run
 
 
 def _recording(part: Any, forward: Callable[..., Any], terms: list[Tensor]) -> Callable[..., Any]:
