@@ -92,6 +92,7 @@ def routed_layers(graph: OperatorGraph) -> tuple[RoutedLayer, ...]:
     exchanged = {layer.name: layer for layer in expert_layers(graph)}
     found: dict[str, RoutedLayer] = {}
     rows: dict[str, dict[str, int]] = {}
+    shared: dict[str, int] = {}
     weight: dict[str, int] = {}
     for segment in graph.segments:
         match = re.fullmatch(r"(.*)\.(dispatch|experts(\.group\d+)?)", segment.name)
@@ -109,13 +110,24 @@ def routed_layers(graph: OperatorGraph) -> tuple[RoutedLayer, ...]:
                       and specs[value].dtype != "int64" and specs[value].shape != specs[index[0]].shape]
             size = hidden[0].shape[1] * DTYPE_BYTES[hidden[0].dtype] if hidden else 0
             found[name] = RoutedLayer(name, 0, segment.name, index[0], size, 0)
+            shared[name] = _sharing(segment, traces[segment.trace], index[0])
     layers = []
     for name, layer in found.items():
         count = exchanged[name].num_experts if name in exchanged else max(rows.get(name, {"": 0}).values())
         if count:
-            layers.append(RoutedLayer(name, count, layer.segment, layer.index, layer.token_bytes,
+            layers.append(RoutedLayer(name, shared[name] or count, layer.segment, layer.index, layer.token_bytes,
                                       weight.get(name, 0) // count))
     return tuple(layers)
+
+
+def _sharing(segment: Segment, trace: SegmentTrace, index: str) -> int:
+    """How many experts a router chooses among, where some share weights: the chosen ones are looked up in a buffer."""
+    own = trace.inputs[segment.inputs.index(index)]
+    for item in trace.phase_operators(Phase.F):
+        table = item.inputs[0] if item.kind == "aten.index.Tensor" else ""
+        if own in item.inputs and table in trace.buffers:
+            return int(trace.specs[table].shape[0])
+    return 0
 
 
 def check_together(plan: Plan, layers: Sequence[ExpertLayer], stage_of: Mapping[str, int]) -> None:

@@ -57,10 +57,7 @@ class ExpertRun:
         self._engine, self._maps, self._optimizer, self._last = engine, dict(maps), optimizer, last
         self._config = config
         self.fault = ""  # why its files could not be written
-        counting = config is not None and bool(config.loads or config.history or config.replan)
         self._layers = routed_layers(engine.graph) if config is not None else ()
-        if not counting and len({layer.num_experts for layer in self._layers}) > 1:
-            self._layers = ()  # merged experts, of which layers have different numbers
         self._first = engine.mesh.rank == 0 and engine.mesh.copy == 0
         if config is None:
             return

@@ -56,6 +56,18 @@ def test_less_memory_for_the_planner(mipipe, models: Path, tmp_path: Path) -> No
     assert state["before"] - state["after"] == 4 * 4 * saved  # weights, gradients and Adam's two moments in float32
 
 
+def test_routing_to_merged_experts_is_counted_by_the_routers_numbers(mipipe, models: Path, tmp_path: Path) -> None:
+    """A layer of four merged experts has eight that its router chooses among, and chooses by what the file says."""
+    from mipipe.graphs.operator_graph import OperatorGraph
+    from mipipe.graphs.serialize import load
+    from mipipe.runtime.experts.layers import routed_layers
+
+    assert mipipe("convert", models / "m_smoe.yaml", "-o", tmp_path / "out").code == 0
+    assert mipipe("capture", tmp_path / "out", "--seq", "16", "--verify", "-o", tmp_path / "graph.json").code == 0
+    layers = routed_layers(load(tmp_path / "graph.json", OperatorGraph))
+    assert [layer.num_experts for layer in layers] == [8, 8]
+
+
 def test_a_recipe_of_dense_models_is_assembled(mipipe, models: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({
         "base_model": str(models / "dense"), "gate_mode": "random",
