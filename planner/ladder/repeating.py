@@ -14,6 +14,7 @@ from mipipe.planner.ladder.candidate import Candidate
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.search import annealing as search
 from mipipe.planner.search import best_list as lists
+from mipipe.planner.search.annealing import Search
 from mipipe.planner.search.repeat import stretched
 
 SHORT = (4, 5, 6)
@@ -23,11 +24,22 @@ RUNG = "repeated middle"
 
 
 @dataclass(slots=True)
+class Short:
+    """A candidate's short step of so many microbatches; ``long_ns``: the shortest schedule that repeating gave."""
+
+    found: Candidate
+    microbatches: int
+    search: Search | None
+    long_ns: int = 1 << 62
+
+
+@dataclass(slots=True)
 class Repeating:
-    """Short steps of the candidates, annealed in turns: the most promising two times of three, then the next."""
+    """Short steps of the candidates, annealed in turns: the most promising two times of three, then the next. Of a
+    candidate's lengths each once, then the one that gave most."""
 
     run: Run
-    shorts: list[tuple[Candidate, int, search.Search | None]] = field(default_factory=list)
+    shorts: list[Short] = field(default_factory=list)
     turns: int = 0
 
     def step(self, seconds: float) -> bool:
@@ -35,39 +47,43 @@ class Repeating:
         run = self.run
         ranks = run.problem.num_ranks
         sizes = [size * ranks // 2 for size in SHORT if size * ranks // 2 + ranks <= run.problem.num_microbatches]
-        if not sizes:
-            return False
         able = [found for found in run.candidates if found.bound.ns < run.makespan_ns and not found.two_streams
                 and found.pairs is None]
-        if not able:
+        if not sizes or not able:
             return False
         able.sort(key=lambda found: found.makespan_ns + found.bound.ns)
         found = able[self.turns % 3 // 2 % len(able)]
-        size = sizes[self.turns // 3 % len(sizes)]
         self.turns += 1
         began, before = time.monotonic(), found.makespan_ns
-        short = self._short(found, size)
-        if short is None:
+        short = self._next(found, sizes)
+        if short.search is None:
             return True
-        search.advance(short, seconds, lambda: run.left <= 0)
-        orders = stretched(short.instance, short.best, found.instance, lambda: run.left <= 0)
-        if orders is not None and offer_orders(run, found, orders, RUNG, ("list", "annealing")):
+        search.advance(short.search, seconds, lambda: run.left <= 0)
+        if self._stretch(short, ("list", "annealing")):
             rungs.record(run, RUNG, found, before, began)
         return True
 
-    def _short(self, found: Candidate, size: int) -> search.Search | None:
-        """The search of a candidate's short step of so many microbatches; None where no list fits it."""
-        for other, microbatches, known in self.shorts:
-            if other is found and microbatches == size:
-                return known
-        short = short_instance(found, size)
-        orders = None if short is None else lists.best_list(short, self.run.options.seed)
-        made = None if short is None or orders is None else search.start(short, orders, self.run.options.seed + 3)
-        self.shorts.append((found, size, made))
-        if made is not None and (long := stretched(made.instance, made.best, found.instance,
-                                                   lambda: self.run.left <= 0)) is not None:
-            offer_orders(self.run, found, long, RUNG, ("list",))  # what lists give may repeat better than what follows
-        return made
+    def _next(self, found: Candidate, sizes: list[int]) -> Short:
+        """The first length that was not tried, repeated as its list is, or the one that gave the shortest schedule."""
+        known = [short for short in self.shorts if short.found is found]
+        if len(known) == len(sizes):
+            return min(known, key=lambda short: short.long_ns)
+        small = short_instance(found, sizes[len(known)])
+        orders = None if small is None else lists.best_list(small, self.run.options.seed)
+        made = None if small is None or orders is None else search.start(small, orders, self.run.options.seed + 3)
+        self.shorts.append(Short(found, sizes[len(known)], made))
+        self._stretch(self.shorts[-1], ("list",))  # what lists give may repeat better than what comes of it
+        return self.shorts[-1]
+
+    def _stretch(self, short: Short, steps: tuple[str, ...]) -> bool:
+        """Offer the short step with its middle repeated to its candidate; whether it was kept."""
+        if short.search is None:
+            return False
+        orders = stretched(short.search.instance, short.search.best, short.found.instance, lambda: self.run.left <= 0)
+        if orders is None:
+            return False
+        short.long_ns = min(short.long_ns, orders.makespan_ns)
+        return offer_orders(self.run, short.found, orders, RUNG, steps)
 
 
 def short_instance(found: Candidate, microbatches: int) -> Instance | None:

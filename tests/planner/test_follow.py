@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mipipe.planner.bounds.at_placement import placement_bound
+from mipipe.planner.bounds.at_placement import Bound, placement_bound
 from mipipe.planner.jobs.arrays import Instance, build, mirror, with_mirrors
 from mipipe.planner.jobs.stages import StageView, view
+from mipipe.planner.ladder.admission import enter
 from mipipe.planner.ladder.candidate import candidate, judge
-from mipipe.planner.ladder.repeating import short_instance
+from mipipe.planner.ladder.repeating import Repeating, short_instance
+from mipipe.planner.ladder.state import Run
 from mipipe.planner.milp.periodic import legs, staircase
+from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
@@ -111,3 +114,18 @@ def test_repeating_the_middle_keeps_the_idle_time(name: str) -> None:
     work = np.bincount(short.machine, weights=short.dur).max(), np.bincount(found.instance.machine,
                                                                            weights=found.instance.dur).max()
     assert judged(found.instance, long) - work[1] <= 1.5 * (orders.makespan_ns - work[0]) + 10 * problem.unit_ns
+
+
+def test_short_steps_of_every_length_are_tried_and_the_best_goes_on() -> None:
+    """2 x 12: steps of 4, 5 and 6 microbatches once each, then the one whose repeated middle is the shortest."""
+    problem = uniform_problem(ranks=2, microbatches=12, f=10, i=12, w=8, comm=1, layers=2, activations=3, copies=1)
+    run = Run(problem, PlanOptions(time_limit_s=20, placement="chain"))
+    enter(run)
+    assert len(run.candidates) == 1
+    found, repeating = run.candidates[0], Repeating(run)
+    found.bound = Bound(0, "")  # so that there is something to hope for, whatever lists found
+    before = found.makespan_ns
+    assert all(repeating.step(0.02) for _ in range(4))
+    assert [short.microbatches for short in repeating.shorts] == [4, 5, 6]
+    assert min(short.long_ns for short in repeating.shorts) >= found.makespan_ns <= before
+    assert not Repeating(Run(problem.replace(num_microbatches=5), run.options, candidates=[found])).step(0.02)
