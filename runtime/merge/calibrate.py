@@ -118,9 +118,10 @@ class RankCalibration:
 
     def __init__(self, plan: MergePlan, folder: Path, around: Surroundings, exchange: MergeRanks) -> None:
         assert plan.graph.calibration is not None
-        self._graph, self._folder, self._around, self._exchange = plan.graph, folder, around, exchange
+        self._graph, self._folder, self._exchange = plan.graph, folder, exchange
+        here = dataclasses.replace(around, device=torch.device("cpu"))  # models run on the host, whatever merges
         self._calibrator = Calibrator(plan.graph.calibration, folder,
-                                      lambda model: open_decoder(plan.graph, model, around), around.dtype)
+                                      lambda model: open_decoder(plan.graph, model, here), here.dtype)
 
     def run(self, stream: int, step: int) -> None:
         """Run a step of a stream."""
