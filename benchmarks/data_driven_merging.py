@@ -37,7 +37,7 @@ HERE = Path(__file__).resolve().parent
 EXPERTS = ("code", "german", "russian", "logs", "numbers")
 SEEDS = 5
 VALIDATION = {"samples": 12, "length": 128}
-TEST = {"samples": 40, "length": 128}
+TEST = {"samples": 32, "length": 128}
 CALIBRATION = {"samples": 64, "length": 128, "batch": 16}
 KINDS = {"average": "none", "base": "none"}
 
@@ -46,7 +46,7 @@ def choose(*values: Any) -> dict[str, Any]:
     return {"choose": list(values)}
 
 
-LAMBDA = choose(0.2, 0.3, 0.4, 0.5, 0.7)
+LAMBDA = choose(0.2, 0.3, 0.4, 0.5)
 METHODS: dict[str, dict[str, Any]] = {
     "average": {"merge_method": "linear"},
     "task arithmetic": {"merge_method": "task_arithmetic",
@@ -65,8 +65,8 @@ METHODS: dict[str, dict[str, Any]] = {
 DATA: dict[str, dict[str, Any]] = {
     "RegMean": {"merge_method": "regmean", "parameters": {"reduce": choose(0.7, 0.9, 0.97, 1.0)}},
     "Fisher": {"merge_method": "fisher", "parameters": {"floor": choose(1e-10, 1e-8)}},
-    "AIM": {"merge_method": "aim", "parameters": {"lambda": LAMBDA, "omega": choose(0.0, 0.4, 0.8)}},
-    "ACM": {"merge_method": "acm", "parameters": {"lambda": choose(0.4, 0.6, 0.8, 1.0), "t": choose(0.5, 1.0, 2.0)}},
+    "AIM": {"merge_method": "aim", "parameters": {"lambda": LAMBDA, "omega": choose(0.4, 0.8)}},
+    "ACM": {"merge_method": "acm", "parameters": {"lambda": choose(0.4, 0.6, 0.8, 1.0), "t": choose(0.5, 2.0)}},
     "Sens-Merging": {"merge_method": "sens", "parameters": {"alpha": LAMBDA, "temperature": choose(1.0, 4.0)}},
     "Expert Merging": {"merge_method": "expert_merging", "parameters": {
         "learning_rate": choose(0.1, 0.3), "gamma": choose(0.0, 1.0), "start": 0.3, "epochs": 3, "accumulate": 5,
@@ -95,24 +95,26 @@ def recipe(method: str, folder: Path, texts: Path) -> dict[str, Any]:
 
 
 def merge_all(work: Path, seeds: int, methods: list[str]) -> None:
-    """Tune and measure what is missing; ``WORK/SEED/results.json`` keeps each method's outcome."""
+    """Tune and measure what is missing, every method on all seeds before the next; ``WORK/SEED/results.json`` keeps each
+    method's outcome."""
     texts = work / "texts"
-    for seed in range(seeds):
-        folder = work / str(seed)
-        if not all((folder / name / "tokenizer.json").exists() for name in ("base", *EXPERTS)):
-            continue
-        file = folder / "results.json"
-        results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-        if "experts" not in results:
-            rows = measure(folder, texts, {})
-            results["experts"] = {row.name: dict(row.scores) for row in rows if row.kind == "expert"}
-            results["base"] = {"scores": dict(next(row for row in rows if row.kind == "base").scores)}
+    folders = [work / str(seed) for seed in range(seeds)]
+    folders = [folder for folder in folders
+               if all((folder / name / "tokenizer.json").exists() for name in ("base", *EXPERTS))]
+    for method in ("experts", *methods):
+        for folder in folders:
+            file = folder / "results.json"
+            results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+            if method in results:
+                continue
+            if method == "experts":
+                rows = measure(folder, texts, {})
+                results["experts"] = {row.name: dict(row.scores) for row in rows if row.kind == "expert"}
+                results["base"] = {"scores": dict(next(row for row in rows if row.kind == "base").scores)}
+            else:
+                results[method] = one(method, folder, texts, int(folder.name))
+                print(f"seed {folder.name}, {method}: {score(results, method):.4f}", flush=True)
             file.write_text(json.dumps(results, indent=1))
-        for method in methods:
-            if method not in results:
-                results[method] = one(method, folder, texts, seed)
-                file.write_text(json.dumps(results, indent=1))
-                print(f"seed {seed}, {method}: {score(results, method):.4f}", flush=True)
 
 
 def measure(folder: Path, texts: Path, merged: dict[str, str]) -> list[Any]:
