@@ -95,8 +95,8 @@ def recipe(method: str, folder: Path, texts: Path) -> dict[str, Any]:
 
 
 def merge_all(work: Path, seeds: int, methods: list[str]) -> None:
-    """Tune and measure what is missing, every method on all seeds before the next; ``WORK/SEED/results.json`` keeps each
-    method's outcome."""
+    """Tune and measure what is missing, every method on all seeds before the next; outcomes are kept in
+    ``WORK/SEED/results.json``."""
     texts = work / "texts"
     folders = [work / str(seed) for seed in range(seeds)]
     folders = [folder for folder in folders

@@ -19,9 +19,8 @@ EXAMPLE = "mipipe tune recipe.yaml --perplexity math.txt --perplexity code.txt -
 
 
 def tune(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, with {search: [low, high]} or {choose:"
-                                                                  " [a,"
-                                                                  " b]} in place of values.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, with search: a range, or choose: a list, in"
+                                                                  " braces in place of values.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to work in: journal.jsonl, and best, the"
                                                                 " best"
                                                                 " model. The same command goes on with its journal.")],
@@ -32,9 +31,8 @@ def tune(
                                                             " mapping of names to numbers; higher is better. May be"
                                                             " repeated.")] = None,
     minimise: Annotated[bool, typer.Option("--minimise", help="Of what --evaluate gives, lower is better.")] = False,
-    search: Annotated[str, typer.Option(help="grid, cma (CMA-ES on the weighted sum) or map (quadratic surrogates of"
-                                             " every"
-                                             " score).")] = "grid",
+    search: Annotated[str, typer.Option(help="grid, cma (CMA-ES on the weighted sum), map or bayes-map"
+                                             " (quadratic surrogates of every score).")] = "grid",
     budget: Annotated[int, typer.Option(help="Merges, at most (cma, map).", min=1)] = 40,
     points: Annotated[int, typer.Option(help="Values of each range in a grid.", min=1)] = 5,
     weight: Annotated[list[str] | None, typer.Option(metavar="NAME=NUMBER", help="A score's weight in the sum that"

@@ -13,11 +13,23 @@ import numpy as np
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.tuning.space import Space
-from mipipe.runtime.tuning.surrogate import fit, left_out, num_coefficients, propose, start_points
+from mipipe.runtime.tuning.surrogate import (
+    Array,
+    bin_scores,
+    bins_of,
+    directions,
+    fit,
+    left_out,
+    num_coefficients,
+    propose,
+    start_points,
+)
 
 Values = tuple[Any, ...]
 Scores = Mapping[str, float]
-KINDS = ("grid", "cma", "map")
+KINDS = ("grid", "cma", "map", "bayes-map")
+TEMPERATURE = 0.07
+"""Of the softmax over bins by which Bayesian MAP chooses directions (the reference's)."""
 ROUND = 4
 """Points that a surrogate proposes before it is fitted anew."""
 
@@ -47,7 +59,9 @@ def make_search(kind: str, space: Space, budget: int, points: int, seed: int, we
         name = next(item.name for item in space.free if item.choices)
         raise InputError(f"--search {kind}: {name} is one of a few values, which only --search grid takes; give it a"
                          " range")
-    return Evolution(space, budget, seed, weights) if kind == "cma" else Surrogates(space, budget, seed, weights)
+    if kind == "cma":
+        return Evolution(space, budget, seed, weights)
+    return (Bayesian if kind == "bayes-map" else Surrogates)(space, budget, seed, weights)
 
 
 def total(scores: Scores, weights: Mapping[str, float]) -> float:
@@ -120,12 +134,16 @@ class Surrogates:
         if not self._points:
             units = start_points(size, min(left, 2 * num_coefficients(size)), self._generator)
         else:
-            points, names = np.array(self._points), list(self._scores[0])
-            fitted = [fit(points, np.array([scores[name] for scores in self._scores])) for name in names]
-            weights = [self._weights.get(name, 0.0) for name in names] if self._weights else None
-            units = propose(fitted, [1.0] * len(names), points, size, min(left, ROUND), self._generator, weights)
+            units = self._propose(min(left, ROUND))
         self._asked = units.tolist()
         return [self._space.point(row) for row in self._asked]
+
+    def _propose(self, count: int) -> Array:
+        """Points on the front of surrogates fitted to all scores so far."""
+        points, names = np.array(self._points), list(self._scores[0])
+        fitted = [fit(points, np.array([scores[name] for scores in self._scores])) for name in names]
+        weights = [self._weights.get(name, 0.0) for name in names] if self._weights else None
+        return propose(fitted, [1.0] * len(names), points, points.shape[1], count, self._generator, weights)
 
     def tell(self, found: Sequence[tuple[Values, Scores]]) -> None:
         self._points += self._asked
@@ -137,3 +155,23 @@ class Surrogates:
         points = np.array(self._points)
         return {"r_squared": {name: round(left_out(points, np.array([scores[name] for scores in self._scores])), 4)
                               for name in self._scores[0]}}
+
+
+class Bayesian(Surrogates):
+    """Bayesian MAP: after the first points, half of the budget goes where the surrogates are worst, by directions."""
+
+    def _propose(self, count: int) -> Array:
+        if len(self._points) > (self._budget + 2 * num_coefficients(len(self._space.free))) // 2:
+            return super()._propose(count)
+        points, names = np.array(self._points), list(self._scores[0])
+        scores = np.array([[scores[name] for name in names] for scores in self._scores])
+        found = bin_scores(points, scores / np.maximum(scores.std(0), 1e-12), self._generator)
+        powers = np.exp((found - found.max()) / TEMPERATURE)
+        size = points.shape[1]
+        number = bins_of(size)
+        rows = []
+        for chosen in self._generator.choice(len(found), count, p=powers / powers.sum()):
+            digits = np.array(np.unravel_index(chosen, (number,) * (size - 1)))
+            angles = (digits + self._generator.random(size - 1)) * (np.pi / 2) / number
+            rows.append(np.clip(self._generator.uniform(0.2, 0.8) * directions(angles[None])[0], 0, 1))
+        return np.array(rows)

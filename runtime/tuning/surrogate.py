@@ -113,3 +113,54 @@ def propose(surrogates: Sequence[Surrogate], signs: Sequence[float], seen: Array
         chosen.append(front[int(away.argmax())])
     found: Array = pool[chosen[:count]]
     return found
+
+
+# Bayesian MAP: where to look next -------------------------------------------------------------------------------------
+
+
+RESAMPLES, DROPPED = 30, 0.2
+"""Bootstrap resamples, and the share of points that each drops (the reference's)."""
+
+
+def bins_of(size: int) -> int:
+    """Bins of every angle: 4 with fewer than four values, else 2."""
+    return 4 if size < 4 else 2
+
+
+def directions(angles: Array) -> Array:
+    """Unit vectors ``[points, size]`` with positive entries, of their angles ``[points, size - 1]`` in [0, pi / 2]."""
+    ones = np.ones((len(angles), 1))
+    sines = np.cumprod(np.hstack([ones, np.sin(angles)]), 1)
+    return sines * np.hstack([np.cos(angles), ones])
+
+
+def angles_of(points: Array) -> Array:
+    """The angles of points with entries of at least zero."""
+    squares = np.cumsum((points ** 2)[:, ::-1], 1)[:, ::-1]
+    found: Array = np.arctan2(np.sqrt(squares[:, 1:]), points[:, :-1])
+    return found
+
+
+def bin_scores(points: Array, scores: Array, generator: np.random.Generator) -> Array:
+    """How much each bin of directions is worth a look, ``[bins of all angles]``; -inf where no point is.
+
+    The mean squared error of the quadratics fitted to all scores ``[points, scores]``, plus half the standard deviation
+    of that error over fits to resampled points.
+    """
+    size, number = points.shape[1], bins_of(points.shape[1])
+    places = np.minimum((angles_of(points) / (np.pi / 2) * number).astype(int), number - 1)
+    index = np.ravel_multi_index(tuple(places.T), (number,) * (size - 1)) if size > 1 else np.zeros(len(points), int)
+
+    def errors(chosen: npt.NDArray[np.intp]) -> Array:
+        found = [(fit(points[chosen], column[chosen])(points) - column) ** 2 for column in scores.T]
+        mean: Array = np.mean(found, 0)
+        return mean
+
+    every = np.arange(len(points))
+    whole = errors(every)
+    kept = max(1, round(len(points) * (1 - DROPPED)))
+    spread = np.std([errors(np.sort(generator.permutation(every)[:kept])) for _ in range(RESAMPLES)], 0)
+    found = np.full(number ** (size - 1), -np.inf)
+    for place in np.unique(index):
+        found[place] = (whole + 0.5 * spread)[index == place].mean()
+    return found

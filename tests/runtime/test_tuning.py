@@ -17,8 +17,17 @@ from mipipe.graphs.tuning.space import space_of
 from mipipe.runtime.tuning import tune as tuning
 from mipipe.runtime.tuning.objectives import Measure, Objectives
 from mipipe.runtime.tuning.protocol import evaluate_models, normalised_performance, read_models
-from mipipe.runtime.tuning.search import Evolution, Surrogates, make_search
-from mipipe.runtime.tuning.surrogate import fit, left_out, not_dominated, num_coefficients
+from mipipe.runtime.tuning.search import Bayesian, Evolution, Surrogates, make_search
+from mipipe.runtime.tuning.surrogate import (
+    angles_of,
+    bin_scores,
+    bins_of,
+    directions,
+    fit,
+    left_out,
+    not_dominated,
+    num_coefficients,
+)
 from mipipe.runtime.tuning.tune import TuneOptions, tune
 
 
@@ -93,6 +102,26 @@ def test_the_preferred_point_of_two_quadratics():
         wanted = (weight / (weight + .5 * (1 - weight)), (1 - weight) / ((1 - weight) + .5 * weight))
         assert best == pytest.approx(wanted, abs=0.05)
         assert search.facts()["r_squared"] == {"one": 1.0, "two": 1.0}
+
+
+def test_bayesian_map_looks_where_the_quadratics_are_worst():
+    """A score that is quadratic but for a bump in one direction draws the new points there."""
+    angles = np.random.default_rng(1).random((50, 2)) * np.pi / 2
+    assert np.allclose(angles_of(directions(angles)), angles)
+    assert np.allclose((directions(angles) ** 2).sum(1), 1) and bins_of(3) == 4 and bins_of(4) == 2
+    points = np.random.default_rng(0).random((60, 2))
+    angle = np.arctan2(points[:, 1], points[:, 0])
+    scores = (points[:, 0] + 3.0 * (angle > 3 * np.pi / 8))[:, None]
+    found = bin_scores(points, scores, np.random.default_rng(0))
+    assert found.argmax() == 3 and len(found) == 4
+    search = Bayesian(space(), 40, 0, {})
+    asked = []
+    while points := search.ask():
+        search.tell([((a, b), {"one": a + 3.0 * (np.arctan2(b, a) > 3 * np.pi / 8)}) for a, b in points])
+        asked += points
+    assert len(asked) == 40
+    late = [np.arctan2(b, a) > np.pi / 4 for a, b in asked[12:26]]
+    assert np.mean(late) > 0.6
 
 
 def test_cma_reaches_the_optimum_of_a_quadratic():
@@ -227,7 +256,7 @@ def test_measures_that_are_none_are_refused(place, tmp_path):
         Measure(Objectives((str(tmp_path / "lost.txt"),)))
     with pytest.raises(InputError, match="--weight c: is no score; expected a, b"):
         tune(write_recipe(place), tmp_path / "work", objectives(place), TuneOptions(points=1, weights=(("c", 1.0),)))
-    with pytest.raises(InputError, match="--search random: expected one of grid, cma, map"):
+    with pytest.raises(InputError, match="--search random: expected one of grid, cma, map, bayes-map"):
         TuneOptions("random")
 
 
