@@ -19,7 +19,8 @@ EXAMPLE = "mipipe tune recipe.yaml --perplexity math.txt --perplexity code.txt -
 
 
 def tune(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, with search: a range, or choose: a list, in"
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, with search: a range, or choose: a"
+                                                                  " list, in"
                                                                   " braces in place of values.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to work in: journal.jsonl, and best, the"
                                                                 " best"
