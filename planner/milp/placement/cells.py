@@ -27,6 +27,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from mipipe.planner import clock
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.first_gradients import chain_units, fewest_holders, moments_of
 from mipipe.planner.bounds.over_placements import Bound, cheapest_hop, facts_of, problem_bound, room_of_units
@@ -45,6 +46,9 @@ STEP, LEAST_STEP, MOST_STEP = 5e-4, 2e-4, 4e-3
 BOX, LEAST_BOX, TIGHTER = 1.06, 1.03, 0.6
 """By what factor weights may move at once at first, and when another makespan is tried; what is left of its excess over
 1 when they became no better."""
+
+REFUTED = 1 - 1e-5
+"""Shares below this are not the whole, whatever the solver's tolerances."""
 
 INCUMBENTS = 4
 """Configurations kept of one MIP, the best last."""
@@ -122,7 +126,7 @@ class CellBound:
         if case.at_ns != tried_ns:
             case.at_ns, case.share, case.tried, case.box = tried_ns, 9.0, case.weights, max(case.box, LEAST_BOX)
             case.priced.clear()
-        while case.share >= 1 - 1e-6 and time.monotonic() < end:
+        while case.share >= REFUTED and time.monotonic() < end:
             share = self._carried(case, tried_ns, end, seed)
             if share is None:
                 return None
@@ -131,11 +135,11 @@ class CellBound:
             else:
                 case.box = 1 + (case.box - 1) * TIGHTER
             found = None if case.box < 1.005 else self._next_weights(case)
-            if found is None and case.share >= 1 - 1e-6:
+            if found is None and case.share >= REFUTED:
                 return 1.0
             case.tried = found or case.weights
             case.priced.clear()
-        return case.share if case.share < 1 - 1e-6 else None
+        return case.share if case.share < REFUTED else None
 
     def _carried(self, case: Case, tried_ns: int, end: float, seed: int) -> float | None:
         """The sum of the D largest weights; later cells carry no more than those before them."""
@@ -175,7 +179,8 @@ class CellBound:
                                    gap=GAP, matrix=matrix,
                                    on_incumbent=lambda _, values: seen.append(values))
         infeasible = self.outcome.infeasible
-        if not infeasible and self.outcome.termination is not SolverStatus.OPTIMAL and time.monotonic() >= end - 0.05:
+        unfinished = not infeasible and self.outcome.termination is not SolverStatus.OPTIMAL
+        if self.outcome.termination is SolverStatus.INTERRUPTED or (unfinished and time.monotonic() >= end - 0.05):
             return None  # what little it has proven would stay
         place = {id(column): number for number, column in enumerate(matrix.variables)}
         at = [place[id(model.n[0, j])] for j in range(len(self.bins))]
@@ -200,7 +205,7 @@ class CellBound:
         model.goal = pyo.Objective(expr=self.problem.num_ranks * model.theta + sum(
             dict(case.cells[b])[moment] * model.more[n] for n, (b, moment) in enumerate(cells)))
         outcome = highs.solve(model, time_limit_s=5.0, seed=0)
-        if outcome.objective is None or outcome.objective > 1 - 1e-6:
+        if outcome.objective is None or outcome.objective > REFUTED:
             return None
         return [model.weight[b].value for b in range(len(even))]
 
@@ -245,6 +250,7 @@ def _model(problem: PlanningProblem, bins: Sequence[Bin], b: int, moment: int, l
     """A device whose first gradient is one of bin b, at a moment (ns); behind all bins one that holds no bytes."""
     late = []
     for one in bins:
+        clock.ask()
         parts = []
         for part in one.parts:
             start, gradient, weight = part.release

@@ -34,6 +34,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from mipipe.planner import clock
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.first_gradients import colocated, common_room
 from mipipe.planner.bounds.over_placements import Bound, facts_of, problem_bound, resident_room, room_of, work_of
@@ -285,6 +286,7 @@ def _streams(model: pyo.ConcreteModel, problem: PlanningProblem, bins: Sequence[
     ratio, unit = float(pair_gain(problem).ratio), model.unit_ns
     for stream in (Stream.COMPUTE, Stream.COLLECTIVE):
         for k in range(windows.count):
+            clock.ask()
             flows, of_bin = [], defaultdict(list)
             for key in model.v:
                 part = bins[key[1]].parts[key[2]]
