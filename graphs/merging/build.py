@@ -11,7 +11,7 @@ from mipipe.graphs.calibration.streams import Calibration
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.expressions import search
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, licence_of
-from mipipe.graphs.merging.checkpoints.layer_config import picked_layers
+from mipipe.graphs.merging.checkpoints.layer_config import COUNTS, picked_layers
 from mipipe.graphs.merging.checkpoints.lora import rename
 from mipipe.graphs.merging.graph import MergeGraph, MergeModel, MergeUnit
 from mipipe.graphs.merging.participants import AUTO_NAMES, Participant, num_layers
@@ -52,7 +52,7 @@ def _calibration(builder: UnitBuilder, units: Sequence[MergeUnit]) -> Calibratio
     """The models to run first, of what the recipe's methods need."""
     recipe, config = builder.recipe, builder.reference.files.config
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    layers = next((int(text[key]) for key in ("num_hidden_layers", "n_layer", "num_layers") if text.get(key)), 0)
+    layers = next((int(text[key]) for key in COUNTS if text.get(key)), 0)
     own = {builder.labels.index(model.model): model.calibration for model in builder.all_models() if model.calibration}
     return calibration_of(units, recipe.calibration, own, layers, recipe.seed, builder.where)
 

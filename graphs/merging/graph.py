@@ -24,7 +24,8 @@ class Adapter:
     """A LoRA adapter's factors to add to an input: ``scale * up @ down``.
 
     With a ``magnitude`` (DoRA), each row of the sum is then scaled to that norm. ``start`` (``pissa``, ``olora``): the
-    input first loses the product that the factors began with, which is found again in it.
+    input first loses the product that the factors began with, which is found again in it. ``transposed``: the input is
+    stored ``[in, out]``, and ``scale * (up @ down)^T`` is added.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -34,6 +35,7 @@ class Adapter:
     scale: float
     magnitude: StoredTensor | None = None
     start: str = ""
+    transposed: bool = False
 
     @property
     def num_bytes(self) -> int:

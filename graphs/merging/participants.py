@@ -7,7 +7,7 @@ Canonical names are those of the checkpoint whose architecture the output has. L
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -59,7 +59,7 @@ class Participant:
     @cached_property
     def token_table(self) -> str | None:
         """The canonical name of the token embedding."""
-        return next((name for name in sorted(self.tensors) if name.endswith(TOKEN_TABLES)), None)
+        return _token_table(self.tensors)
 
     @property
     def tokenizer_folder(self) -> str:
@@ -135,13 +135,44 @@ def open_participant(label: str, known: Mapping[str, CheckpointFiles], default_b
     maps += AUTO_NAMES if names == "auto" else ()
     starts = [(item, 1.0) for item in adapters]
     starts += [(initial, -1.0) for item in adapters if (initial := initial_adapter(item)) is not None]
-    bound = tuple(bind(item, files.path, tensors, maps, sign) for item, sign in starts)
+    table = _token_table(tensors) if tied else None
+    head = _head_of(files, table) if table else ""
+    offered = {**tensors, head: tensors[table]} if table else tensors
+    kind = str(files.config.get("model_type", ""))
+    bound = tuple(bind(item, files.path, offered, maps, sign, kind) for item, sign in starts)
+    if table and any(_unties(item, table, head) for item in bound):
+        tensors[head] = tensors[table]
     homes: dict[str, str] = {}
     for item in bound:
         tensors |= item.tensors
         homes |= dict.fromkeys(item.tensors, item.files.path)
-    tied = tied and not any(classify(name, (0, 0), "F32") is TensorClass.HEAD for name in homes)
+    tied = tied and not any(classify(name, (0, 0), "F32") is TensorClass.HEAD for name in tensors)
     return Participant(label, files, tensors, bound, tied, homes)
+
+
+def _token_table(names: Iterable[str]) -> str | None:
+    return next((name for name in sorted(names) if name.endswith(TOKEN_TABLES)), None)
+
+
+def _head_of(files: CheckpointFiles, table: str) -> str:
+    """The canonical name of a tied head, which the files may not hold."""
+    stored = next((name for name, tensor in files.tensors.items()
+                   if classify(name, tensor.shape, tensor.dtype) is TensorClass.HEAD), "lm_head.weight")
+    return "language_model.lm_head.weight" if table.startswith("language_model.") else stored
+
+
+def _unties(adapter: BoundAdapter, table: str, head: str) -> bool:
+    """Whether an adapter was trained on a tied table or its head alone: PEFT leaves the other as it was.
+
+    Tables that an adapter stores because they were resized are not trained, and stay tied.
+    """
+    if head in adapter.factors:
+        return True
+    config = adapter.files.adapter
+    saved = config.get("modules_to_save") or ()
+    trained = table in adapter.factors or (table in adapter.tensors and any(
+        table.removesuffix(".weight").endswith(str(name)) for name in saved))
+    return trained and head not in adapter.tensors and not config.get("ensure_weight_tying")
 
 
 def _is_tied(files: CheckpointFiles) -> bool:

@@ -131,7 +131,8 @@ class UnitBuilder:
         folder, stored, factors = self.opened[label].source(name)
         if stored.dtype in QUANTISED:
             raise InputError(f"{label}: {name} is stored in {stored.dtype}; dequantise the model before merging it")
-        adapters = tuple(Adapter(item.folder, item.down, item.up, item.scale, item.magnitude, item.start)
+        adapters = tuple(Adapter(item.folder, item.down, item.up, item.scale, item.magnitude, item.start,
+                                 item.transposed)
                          for item in factors)
         return Input(self.labels.index(label), folder, stored, adapters)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.merging.checkpoints.files import StoredTensor
 from mipipe.graphs.merging.graph import Adapter, Input, MergeGraph, MergeUnit, columns_of, pieces_of
 from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.graphs.merging.tensor_classes import Piece
@@ -179,8 +180,12 @@ class UnitPiece:
             if adapter.start:
                 left, right = self._start(adapter, item)
                 rows = torch.addmm(rows, left[start:stop], right, alpha=-1.0)
-            down = self._factor(adapter.folder, adapter.down.name, item)
+            down = self._factor(adapter.folder, adapter.down)
             rank = adapter.down.shape[0]
+            if adapter.transposed:
+                up = self._factor(adapter.folder, adapter.up)
+                rows = torch.addmm(rows, down[:, start:stop].T, up.T, alpha=adapter.scale)
+                continue
             up = around.shelf.read_rows(adapter.folder, adapter.up, start, stop, rank)
             rows = torch.addmm(rows, up.to(around.device).to(around.dtype), down, alpha=adapter.scale)
             if adapter.magnitude is not None:
@@ -209,13 +214,12 @@ class UnitPiece:
                 self._factors[key[0], f"{key[1]}, {name}"] = factor.to(self.around.dtype)
         return self._factors[key[0], f"{key[1]}, left"], self._factors[key[0], f"{key[1]}, right"]
 
-    def _factor(self, folder: str, name: str, item: Input) -> Tensor:
-        if (folder, name) not in self._factors:
-            tensor = next(adapter.down for adapter in item.adapters
-                          if adapter.folder == folder and adapter.down.name == name)
+    def _factor(self, folder: str, tensor: StoredTensor) -> Tensor:
+        """A whole factor of an adapter in the compute dtype."""
+        if (folder, tensor.name) not in self._factors:
             raw = self.around.shelf.read_rows(folder, tensor, 0, tensor.shape[0], tensor.shape[1])
-            self._factors[folder, name] = raw.to(self.around.device).to(self.around.dtype)
-        return self._factors[folder, name]
+            self._factors[folder, tensor.name] = raw.to(self.around.device).to(self.around.dtype)
+        return self._factors[folder, tensor.name]
 
     def _gathered(self, start: int, stop: int) -> list[Tensor]:
         """Rows of the joined vocabulary: a missing token takes the row that the recipe names, else the base's, else the

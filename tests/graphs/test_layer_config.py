@@ -22,7 +22,12 @@ def test_lists_counts_and_numbers_of_layers():
     ({"decoder_sparse_step": 2}, [0, 1, 1, 2], "decoder_sparse_step 2"),
     ({"sliding_window_pattern": 3}, [0, 1, 2, 2], "sliding_window_pattern 3"),
     ({"max_window_layers": 2, "use_sliding_window": True}, [0, 1, 2, 0], "max_window_layers 2"),
-    ({"attn_layer_period": 2, "attn_layer_offset": 1}, [1, 2], "attn_layer_period 2")])
+    ({"attn_layer_period": 2, "attn_layer_offset": 1}, [1, 2], "attn_layer_period 2"),
+    ({"num_kv_shared_layers": 2}, [0, 1, 2, 3, 0, 1], "num_kv_shared_layers 2"),
+    ({"moe_layer_end_index": 2}, [0, 3, 1], "moe_layer_end_index 2"),
+    ({"moe_layer_interval": 2}, [0, 1, 1], "moe_layer_interval 2"),
+    ({"kv_source_layers": [0, 0, 2, 2]}, [0, 1, 2], "kv_source_layers"),
+    ({"linear_attn_config": {"kda_layers": [1, 2]}}, [0, 1, 1], "linear_attn_config")])
 def test_what_a_config_cannot_say_is_refused(entry, picked, message):
     with pytest.raises(InputError, match=message):
         picked_layers({"num_hidden_layers": 4, **entry}, picked, "recipe")
@@ -35,6 +40,32 @@ def test_patterns_that_go_on_and_lists_that_replace_them():
     assert found["layer_types"] == ["s", "f"] * 3 and found["decoder_sparse_step"] == 2
     assert picked_layers({"num_hidden_layers": 4, "sliding_window_pattern": 2, "layer_types": list("abcd")}, [1, 2],
                          "recipe")["layer_types"] == ["b", "c"]
+
+
+@pytest.mark.parametrize(("before", "after"), [
+    ({"hybrid_layer_ids": [1, 3]}, {"hybrid_layer_ids": [1, 2, 4]}),
+    ({"moe_layers_enum": "1,2"}, {"moe_layers_enum": "1,2,3"}),
+    ({"rope_scaling_layers": [0, 1, 2, 3]}, {"rope_scaling_layers": [0, 1, 2, 3, 4]}),  # as many as layers, and numbers
+    ({"hybrid_override_pattern": "M*-M"}, {"hybrid_override_pattern": "M**-M"}),
+    ({"block_types": ["r", "r", "a"]}, {"block_types": ["r", "r", "r", "a", "r"]}),
+    ({"attention_types": [[["g", "l"], 2]]}, {"attention_types": [[["g", "l", "l", "g", "l"], 1]]}),
+    ({"num_kv_shared_layers": 2}, {"num_kv_shared_layers": 2}),
+    ({"moe_layer_end_index": 2}, {"moe_layer_end_index": 3}),
+    ({"global_attn_every_n_layers": 2, "layer_types": list("sfsf")},
+     {"global_attn_every_n_layers": 2, "layer_types": list("sffsf")}),
+    ({"eos_token_id": [5, 6, 7, 8]}, {"eos_token_id": [5, 6, 7, 8]}),
+    ({"kv_source_layers": None}, {"kv_source_layers": None})])
+def test_every_way_of_naming_layers_follows(before, after):
+    found = picked_layers({"num_hidden_layers": 4, **before}, [0, 1, 1, 2, 3], "recipe")
+    assert found == {"num_hidden_layers": 5, **after}
+
+
+def test_counts_by_other_names():
+    assert picked_layers({"n_layers": 4}, [0, 1, 1], "recipe") == {"n_layers": 3}
+    assert picked_layers({"num_layers": 4, "num_hidden_layers": 8}, [0, 1, 1], "recipe") == {
+        "num_layers": 3, "num_hidden_layers": 6}  # two attentions in a layer
+    kept = {"num_hidden_layers": 4, "num_layers_per_stack": 2, "kv_source_layers": [0, 0, 2, 2]}
+    assert picked_layers(kept, [0, 1, 2, 3], "recipe") == kept
 
 
 def test_differences_have_both_values():
@@ -58,7 +89,9 @@ MOE = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 4}
     ("DeepseekV3Config", {"first_k_dense_replace": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
                           "num_experts_per_tok": 2, "moe_intermediate_size": 4, "q_lora_rank": 4, "kv_lora_rank": 4,
                           "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}, [0, 1, 0, 2, 3]),
-    ("SmolLM3Config", {"no_rope_layer_interval": 3}, PICKED)])
+    ("SmolLM3Config", {"no_rope_layer_interval": 3}, PICKED),
+    ("Ernie4_5_MoeConfig", {"moe_num_experts": 2, "moe_k": 1, "moe_layer_start_index": 1, "moe_layer_end_index": 4,
+                            "moe_intermediate_size": 4}, PICKED)])
 def test_transformers_builds_each_layer_of_its_kind(name, settings, picked):
     """The stacked config's model has, layer by layer, the modules and attention of the layers that were picked."""
     transformers = pytest.importorskip("transformers")

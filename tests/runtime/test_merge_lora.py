@@ -177,3 +177,79 @@ def test_names_reach_adapters(tmp_path, names):
     for module, (down, up) in factors.items():
         name = f"{module}.weight".replace("model.", "model.language_model.", 1)
         np.testing.assert_allclose(found[name], text[f"{module}.weight"] + 2 * up @ down, rtol=1e-5, atol=1e-5)
+
+
+def lora(rows, columns, seed, rank=2):
+    """Factors A ``[r, columns]`` and B ``[rows, r]``."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rank, columns, generator=generator), torch.randn(rows, rank, generator=generator)
+
+
+def save_adapter(folder, tensors, **config):
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6, **config}))
+    save_file({f"base_model.model.{name}": tensor for name, tensor in tensors.items()},
+              folder / "adapter_model.safetensors")
+
+
+TABLE, HEAD = "model.embed_tokens", "lm_head"
+
+
+@pytest.mark.parametrize(("on", "config", "untied"), [
+    ("embedding", {}, True), ("embedding", {"ensure_weight_tying": True}, False), ("head", {}, True),
+    ("saved", {"modules_to_save": ["embed_tokens"]}, True), ("saved", {}, False),
+    ("saved", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, False), ("both", {}, True)])
+def test_of_tied_tables_only_what_was_trained_changes(tmp_path, on, config, untied):
+    """PEFT trains a copy of one of two tied modules, unless told to tie; a resized table is stored and not trained."""
+    weights = {name: tensor for name, tensor in state(0).items() if "lm_head" not in name}
+    write(tmp_path / "base", weights, {"tie_word_embeddings": True})
+    old = weights[f"{TABLE}.weight"].double()
+    down, up = lora(8, 11, 1)  # an embedding is stored [tokens, hidden]: A is [r, tokens], B [hidden, r]
+    head_down, head_up = lora(11, 8, 2)
+    tensors = {}
+    if on in ("embedding", "both"):
+        tensors |= {f"{TABLE}.lora_embedding_A": down, f"{TABLE}.lora_embedding_B": up}
+    if on in ("head", "both"):
+        tensors |= {f"{HEAD}.lora_A.weight": head_down, f"{HEAD}.lora_B.weight": head_up}
+    if on == "saved":
+        tensors[f"{TABLE}.weight"] = 2 * old.float()
+    save_adapter(tmp_path / "lora", tensors, **config)
+    found = merged(tmp_path)
+    table = 2 * old if on == "saved" else old + 3 * (up.double() @ down.double()).T if on != "head" else old
+    head = old + 3 * head_up.double() @ head_down.double() if on in ("head", "both") else old
+    torch.testing.assert_close(found[f"{TABLE}.weight"].double(), table, rtol=1e-5, atol=1e-5)
+    assert (f"{HEAD}.weight" in found) == untied
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is not untied
+    if untied:
+        torch.testing.assert_close(found[f"{HEAD}.weight"].double(), head, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_weights_that_a_model_stores_transposed_get_the_change_transposed(tmp_path, told):
+    """GPT-2's Conv1D is [in, out], square or not, whatever fan_in_fan_out says: PEFT goes by the module."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"h.0.attn.c_attn": (8, 24), "h.0.attn.c_proj": (8, 8), "wte": (11, 8)}
+    weights = {f"{name}.weight": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    write(tmp_path / "base", weights, {"model_type": "gpt2", "n_layer": 1, "tie_word_embeddings": True})
+    factors = {name: lora(columns, rows, seed) for seed, (name, (rows, columns)) in enumerate(shapes.items())
+               if name != "wte"}
+    save_adapter(tmp_path / "lora", {f"{name}.lora_{part}.weight": factor for name, pair in factors.items()
+                                     for part, factor in zip("AB", pair, strict=True)}, fan_in_fan_out=told)
+    found = merged(tmp_path)
+    for name, (down, up) in factors.items():
+        torch.testing.assert_close(found[f"{name}.weight"], weights[f"{name}.weight"] + 3 * (up @ down).T,
+                                   rtol=1e-5, atol=1e-5)
+
+
+def test_what_transposed_weights_cannot_have(tmp_path):
+    trio(tmp_path)
+    down, up = lora(8, 11, 1)
+    table = {f"{TABLE}.lora_embedding_A": down, f"{TABLE}.lora_embedding_B": up}
+    save_adapter(tmp_path / "lora", {**table, f"{TABLE}.lora_magnitude_vector": torch.ones(8)}, use_dora=True)
+    with pytest.raises(InputError, match="embed_tokens is stored transposed, for which DoRA is not supported"):
+        merged(tmp_path)
+    save_adapter(tmp_path / "plain", table)
+    recipe = {"merge_method": "linear", "base_model": f"{tmp_path}/base", "models": [{"model": f"{tmp_path}/plain"}],
+              "adapter": {}}
+    with pytest.raises(InputError, match=r"adapts model\.embed_tokens\.weight, which is stored"):
+        merge([parse_recipe(recipe, "recipe")], tmp_path / "out")

@@ -2,8 +2,9 @@
 
 Scales follow PEFT: ``alpha / r`` (``alpha / sqrt(r)`` for rsLoRA), where the keys of ``alpha_pattern`` and
 ``rank_pattern`` are regular expressions for the end of a module's name, and the first that matches counts. With DoRA
-(arXiv 2402.09353) the rows of the adapted weight are scaled to the magnitudes that the adapter holds. Tensors that are
-no factors (``modules_to_save``, biases, resized tables) take the place of the model's.
+(arXiv 2402.09353) the rows of the adapted weight are scaled to the magnitudes that the adapter holds. Of weights stored
+``[in, out]`` (embeddings, GPT-2's Conv1D) the change is ``(B A)^T``. Tensors that are no factors (``modules_to_save``,
+biases, resized tables) take the place of the model's.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.expressions import check_expression, search, substitute
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTensor, read_checkpoint
-from mipipe.graphs.merging.tensor_classes import TensorClass, classify
+from mipipe.graphs.merging.tensor_classes import TensorClass, classify, is_transposed
 
 PEFT_ALPHA = 8.0
 """``lora_alpha`` where an adapter's config gives none, PEFT's default."""
@@ -35,7 +36,8 @@ Pairs = Sequence[tuple[str, str]]
 class LoraFactors:
     """One adapter's factors for a weight: ``delta = scale * B A``, B ``[m, r]``, A ``[r, n]``.
 
-    ``magnitude`` ``[m]``: with DoRA, the norms that the rows of ``weight + delta`` get.
+    ``magnitude`` ``[m]``: with DoRA, the norms that the rows of ``weight + delta`` get. ``transposed``: the weight is
+    ``[n, m]``, and ``delta^T`` is added to it.
     """
 
     folder: str
@@ -45,6 +47,7 @@ class LoraFactors:
     magnitude: StoredTensor | None = None
     start: str = ""
     """One of `COMPUTED_STARTS`, where the weight loses what the factors began with."""
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class BoundAdapter:
 
 
 def bind(adapter: CheckpointFiles, base: str, tensors: Mapping[str, StoredTensor],
-         maps: Sequence[Pairs], sign: float = 1.0) -> BoundAdapter:
+         maps: Sequence[Pairs], sign: float = 1.0, model_type: str = "") -> BoundAdapter:
     """An adapter's tensors by the canonical names of the model it adapts.
 
     Args:
@@ -65,6 +68,7 @@ def bind(adapter: CheckpointFiles, base: str, tensors: Mapping[str, StoredTensor
         tensors: the model's, by canonical name.
         maps: name maps to try on the adapter's names; the one that fits most of them is used.
         sign: -1 for the adapter that another one started as, which the base has lost.
+        model_type: the model's, which says how its weights are stored.
 
     Raises:
         InputError: no LoRA adapter, one that cannot be added to weights, or one that does not fit the model.
@@ -87,9 +91,14 @@ def bind(adapter: CheckpointFiles, base: str, tensors: Mapping[str, StoredTensor
     factors = {}
     for module, found in modules.items():
         target = rename(pairs, f"{module}.weight")
-        _check_fit(adapter, base, module, found, tensors.get(target))
+        turned = ".lora_embedding_" in next(iter(found.values())).name or is_transposed(target, model_type)
+        _check_fit(adapter, base, module, found, whole.get(target, tensors.get(target)), turned)
+        if turned and (start or "magnitude" in found):
+            raise InputError(f"{adapter.path}: {module} is stored transposed, for which"
+                             f" {'DoRA' if 'magnitude' in found else f'init_lora_weights {start}'} is not supported")
         scale = sign * _scale(adapter, module, found["A"].shape[0])
-        factors[target] = LoraFactors(adapter.path, found["A"], found["B"], scale, found.get("magnitude"), start)
+        factors[target] = LoraFactors(adapter.path, found["A"], found["B"], scale, found.get("magnitude"), start,
+                                      turned)
     return BoundAdapter(adapter, factors, whole)
 
 
@@ -104,8 +113,8 @@ def rename(pairs: Pairs, name: str) -> str:
 
 def factor_name(name: str) -> tuple[str, str] | None:
     """``(module, "A" or "B" or "magnitude")`` of an adapter tensor's name; None for others."""
-    match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(A|B|magnitude)(?:_vector)?(?:\.\w+?)??(?:\.weight)?",
-                         name)
+    match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?(A|B|magnitude)(?:_vector)?(?:\.\w+?)??"
+                         r"(?:\.weight)?", name)
     return (match[1], match[2]) if match else None
 
 
@@ -193,7 +202,7 @@ def _check_kind(adapter: CheckpointFiles) -> str:
 
 
 def _check_fit(adapter: CheckpointFiles, base: str, module: str, found: Mapping[str, StoredTensor],
-               weight: StoredTensor | None) -> None:
+               weight: StoredTensor | None, turned: bool) -> None:
     path = adapter.path
     if weight is None:
         raise InputError(f"{path}: adapts {module}, which {base} does not have; where the names differ by a prefix,"
@@ -205,8 +214,9 @@ def _check_fit(adapter: CheckpointFiles, base: str, module: str, found: Mapping[
         raise InputError(f"{path}: use_dora is {bool(adapter.adapter.get('use_dora'))} in adapter_config.json, but"
                          f" {module} has {'a' if 'magnitude' in found else 'no'} magnitude vector")
     rank = found["A"].shape[0] if found["A"].shape else 0
-    flat = len(weight.shape) == 2 and rank > 0 and not adapter.adapter.get("fan_in_fan_out")
-    expected = {"A": (rank, *weight.shape[1:]), "B": (*weight.shape[:1], rank), "magnitude": weight.shape[:1]}
+    flat = len(weight.shape) == 2 and rank > 0
+    rows, columns = (0, 0) if not flat else weight.shape[::-1] if turned else weight.shape
+    expected = {"A": (rank, columns), "B": (rows, rank), "magnitude": (rows,)}
     for part, tensor in found.items():
         if not flat or tensor.shape != expected[part]:
             raise InputError(f"{path}: {tensor.name} of shape {list(tensor.shape)} does not fit {module} of shape"

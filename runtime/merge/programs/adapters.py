@@ -143,6 +143,10 @@ def _check(graph: MergeGraph, unit: MergeUnit, rank: int | None) -> None:
     if started is not None:
         raise InputError(f"adapter: {started.folder} was started from the base's own weights ({started.start}), which"
                          " the result would have to lose too; merge into the model (leave out adapter)")
+    turned = next((item for given in unit.inputs for item in given.adapters if item.transposed), None)
+    if turned is not None:
+        raise InputError(f"adapter: {turned.folder} adapts {unit.name}, which is stored transposed, as embeddings are;"
+                         " merge into the model (leave out adapter)")
     folders = {item.folder for item in unit.inputs}
     if len(folders) > 1:
         label = graph.models[unit.inputs[-1].model].label
