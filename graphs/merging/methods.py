@@ -46,6 +46,21 @@ def _della_fits(params: Params) -> str:
     return ""
 
 
+def _something_left(params: Params) -> str:
+    """An average by weights that add up to 0 is divided by it, or is a model of zeros."""
+    weights = params["weight"]
+    normalised = params.get("normalize", params.get("normalize_weights", True))
+    if abs(sum(weights)) < 1e-8 if normalised else not any(weights):
+        return f"weight: found {', '.join(f'{item:g}' for item in weights)}, which add up to 0, so no model is left"
+    return ""
+
+
+def _routed(params: Params) -> str:
+    count = len(params["full_precision"])
+    return (f"route: found {params['route']}, expected less than {count}, the number of models"
+            if params["route"] >= count else "")
+
+
 def _once(_params: Params) -> int:
     return 1
 
@@ -87,7 +102,7 @@ BREADCRUMBS = (_WEIGHT, _DENSITY, _GAMMA, _LAMBDA, _SUM, _INT8)
 
 METHODS: tuple[MethodSpec, ...] = (
     MethodSpec("linear", "Model soups: averaging weights of multiple fine-tuned models", "2203.05482",
-               (_SHARE, _MEAN), Base.UNUSED,
+               (_SHARE, _MEAN), Base.UNUSED, check=_something_left,
         apply="arithmetic.linear"),
     MethodSpec("passthrough", "copying layers of one model", "", (
         Parameter("scale", 1.0, "factor of the weights", per_model=True),), Base.UNUSED, max_models=1,
@@ -106,10 +121,10 @@ METHODS: tuple[MethodSpec, ...] = (
     MethodSpec("karcher", "Riemannian center of mass and mollifier smoothing (Karcher 1977)", "", (
         _SHARE, Parameter("max_iter", 10, "iterations", int, low=1), Parameter("tol", 1e-5, "step that ends them",
                                                                                 low=0.0)), Base.UNUSED,
-        base_last=True, apply="spherical.karcher", measure="spherical.karcher_rounds", rounds=_once),
+        base_last=True, check=_something_left, apply="spherical.karcher", measure="spherical.karcher_rounds", rounds=_once),
     MethodSpec("multislerp", "Multi-SLERP, the barycentre on a sphere (Goddard 2025)", "", (
         _SHARE, Parameter("normalize_weights", True, "divide by the sum of weights", bool),
-        Parameter("eps", 1e-8, "norms below it count as zero", low=0.0, above=True)), Base.OPTIONAL,
+        Parameter("eps", 1e-8, "norms below it count as zero", low=0.0, above=True)), Base.OPTIONAL, check=_something_left,
         apply="spherical.multislerp", measure="spherical.multislerp_rounds", rounds=_once),
     MethodSpec("model_stock", "Model Stock: All we need is just a few fine-tuned models", "2403.19522", (
         Parameter("filter_wise", False, "a ratio per row, and one for a vector", bool),),
@@ -234,7 +249,7 @@ METHODS: tuple[MethodSpec, ...] = (
         Parameter("route", None, "index of the expert a prompt is routed to", int, low=0),
         Parameter("full_precision", False, "keep this model's tensor unquantised (by filter)", bool, per_model=True),
         Parameter("others_weight", 0.0, "factor of the merged other experts"),
-        Parameter("others", "linear", "how they are merged", str, choices=("linear", "ties"))),
+        Parameter("others", "linear", "how they are merged", str, choices=("linear", "ties"))), check=_routed,
         apply="one_bit.one_bit", measure="one_bit.one_bit_rounds", rounds=_once),
     *FACTORS,
     *CALIBRATED,
