@@ -121,10 +121,12 @@ METHODS: tuple[MethodSpec, ...] = (
     MethodSpec("karcher", "Riemannian center of mass and mollifier smoothing (Karcher 1977)", "", (
         _SHARE, Parameter("max_iter", 10, "iterations", int, low=1), Parameter("tol", 1e-5, "step that ends them",
                                                                                 low=0.0)), Base.UNUSED,
-        base_last=True, check=_something_left, apply="spherical.karcher", measure="spherical.karcher_rounds", rounds=_once),
+        base_last=True, check=_something_left,
+        apply="spherical.karcher", measure="spherical.karcher_rounds", rounds=_once),
     MethodSpec("multislerp", "Multi-SLERP, the barycentre on a sphere (Goddard 2025)", "", (
         _SHARE, Parameter("normalize_weights", True, "divide by the sum of weights", bool),
-        Parameter("eps", 1e-8, "norms below it count as zero", low=0.0, above=True)), Base.OPTIONAL, check=_something_left,
+        Parameter("eps", 1e-8, "norms below it count as zero", low=0.0, above=True)), Base.OPTIONAL,
+        check=_something_left,
         apply="spherical.multislerp", measure="spherical.multislerp_rounds", rounds=_once),
     MethodSpec("model_stock", "Model Stock: All we need is just a few fine-tuned models", "2403.19522", (
         Parameter("filter_wise", False, "a ratio per row, and one for a vector", bool),),
