@@ -77,3 +77,20 @@ experts: [{source_model: math}, {source_model: code}]
     found = read_moe_recipe("recipes/moe.yaml")
     assert found is not None and found.base_model == "recipes/base"
     assert [expert.source_model for expert in found.experts] == ["recipes/math", "recipes/code"]
+
+
+@pytest.mark.parametrize("tokenizer", ["tokenizer_source: base", "tokenizer: {source: base}", "tokenizer_source: union"])
+def test_words_of_the_recipe_are_no_folders(place: Path, tokenizer: str) -> None:
+    """A folder beside the recipe may be called base, union or mixtral; a token's source is always a model."""
+    (place / "union").mkdir()
+    found = recipes(place, f"merge_method: ties\nbase_model: base\nmodels: [{{model: math}}]\n{tokenizer}\n")[0]
+    assert found.base_model == "recipes/base"
+    assert found.vocabulary is not None and found.vocabulary.source == tokenizer.split(": ")[-1].rstrip("}")
+    tokens = recipes(place, "merge_method: linear\nmodels: [{model: math}, {model: base}]\n"
+                            "tokenizer: {source: union, tokens: {x: {source: base}}}\n")[0].vocabulary
+    assert tokens is not None and tokens.source == "union" and tokens.tokens["x"].source == "recipes/base"
+    (place / "mixtral").mkdir()
+    (place / "moe.yaml").write_text("base_model: base\ngate_mode: random\narchitecture: mixtral\n"
+                                    "experts: [{source_model: math}, {source_model: code}]\n")
+    made = read_moe_recipe("recipes/moe.yaml")
+    assert made is not None and made.architecture == "mixtral" and made.base_model == "recipes/base"

@@ -26,17 +26,25 @@ def beside_recipe(documents: Sequence[Any], path: str | Path) -> list[Any]:
     return [_resolved(item, folder, names) for item in documents]
 
 
-def _resolved(data: Any, folder: Path, names: Collection[str]) -> Any:
+def _resolved(data: Any, folder: Path, names: Collection[str], inside: str = "") -> Any:
     if isinstance(data, list):
-        return [_resolved(item, folder, names) for item in data]
+        return [_resolved(item, folder, names, inside) for item in data]
     if not isinstance(data, dict):
         return data
     def there(part: str) -> bool:
         return part in names or (folder / part).exists()
 
+    assembly = "experts" in data and "merge_method" not in data
     return {key: "+".join(_place(part, folder, names) for part in split_label(item, there))
-            if key in _KEYS and isinstance(item, str) else _resolved(item, folder, names)
-            for key, item in data.items()}
+            if key in _KEYS and isinstance(item, str) and not _is_word(key, item, inside, assembly)
+            else _resolved(item, folder, names, str(key)) for key, item in data.items()}
+
+
+def _is_word(key: str, value: str, inside: str, assembly: bool) -> bool:
+    """Whether a text is a word of the recipe's own where it stands, whatever folders there are."""
+    if key == "tokenizer_source" or (key == "source" and inside == "tokenizer"):
+        return value in ("base", "union")
+    return key == "architecture" and assembly
 
 
 def _place(name: str, folder: Path, names: Collection[str]) -> str:
