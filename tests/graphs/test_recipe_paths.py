@@ -79,7 +79,8 @@ experts: [{source_model: math}, {source_model: code}]
     assert [expert.source_model for expert in found.experts] == ["recipes/math", "recipes/code"]
 
 
-@pytest.mark.parametrize("tokenizer", ["tokenizer_source: base", "tokenizer: {source: base}", "tokenizer_source: union"])
+@pytest.mark.parametrize("tokenizer", ["tokenizer_source: base", "tokenizer: {source: base}",
+                                       "tokenizer_source: union"])
 def test_words_of_the_recipe_are_no_folders(place: Path, tokenizer: str) -> None:
     """A folder beside the recipe may be called base, union or mixtral; a token's source is always a model."""
     (place / "union").mkdir()

@@ -338,6 +338,20 @@ def test_auto_takes_the_chat_template_most_models_have(found, wanted, tmp_path):
     assert (place.read_text() if place.exists() else None) == wanted
 
 
+def test_chat_templates_with_names(tmp_path):
+    """A list of them has a default, which counts; files of further ones go with the model."""
+    trio(tmp_path)
+    named = [{"name": "tool_use", "template": "{{ t }}"}, {"name": "default", "template": "{{ d }}"}]
+    for folder in ("expert1", "expert2"):
+        (tmp_path / folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    (tmp_path / "base" / "chat_template.jinja").write_text("{{ a }}")
+    (tmp_path / "base" / "additional_chat_templates").mkdir()
+    (tmp_path / "base" / "additional_chat_templates" / "tool_use.jinja").write_text("{{ t }}")
+    merge([parse_recipe(recipe_for("ties", tmp_path, chat_template="auto"), "recipe")], tmp_path / "out")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ d }}"
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ t }}"
+
+
 def test_classes_of_the_tiny_transformer(root):
     kinds = {name: classify(name, tuple(value.shape), "F32" if value.is_floating_point() else "I64")
              for name, value in read(root / "base").items()}

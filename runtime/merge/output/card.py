@@ -22,10 +22,12 @@ from mipipe.graphs.units import format_bytes
 from mipipe.planner.merging.plan import MergePlan
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-          "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "generation_config.json", "chat_template.jinja",
-          "chat_template.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-          "image_processor_config.json")
+          "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
+          "generation_config.json", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
+          "processor_config.json", "video_preprocessor_config.json", "image_processor_config.json")
 """Files of a model that go with its tokenizer or its inputs."""
+EXTRA_TEMPLATES = "additional_chat_templates"
+"""The folder of the chat templates that have names beside the usual one."""
 RECORD = "mipipe_merge.json"
 """A file of the result: which merge made it, and what each rank did."""
 
@@ -47,6 +49,9 @@ def _write_tokenizer(graph: MergeGraph, folder: Path) -> None:
     for name in COPIED:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
+    for extra in sorted(source.glob(f"{EXTRA_TEMPLATES}/*.jinja")):
+        (folder / EXTRA_TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(extra, folder / EXTRA_TEMPLATES / extra.name)
     for code in sorted(source.glob("*.py")):  # models with remote code do not load without it
         shutil.copyfile(code, folder / code.name)
     if graph.vocabulary is not None and graph.vocabulary.added:
@@ -72,6 +77,9 @@ def _template(folder: Path) -> str | None:
         return (folder / "chat_template.jinja").read_text()
     config = folder / "tokenizer_config.json"
     template = load_data(config, foreign=True).get("chat_template") if config.exists() else None
+    if isinstance(template, list):  # several with names
+        template = {entry.get("name"): entry.get("template") for entry in template
+                    if isinstance(entry, dict)}.get("default")
     return template if isinstance(template, str) else None
 
 
