@@ -11,7 +11,7 @@ from mipipe.graphs.merging.build import build
 from mipipe.graphs.merging.methods import METHODS
 from mipipe.graphs.merging.recipes.recipe import parse_recipe
 from mipipe.planner.actions import ActionKind
-from mipipe.planner.merging.costs import MergeRates, start_ns
+from mipipe.planner.merging.costs import MergeRates, loop_seconds, start_ns
 from mipipe.planner.merging.lower import lower_merge
 from mipipe.planner.merging.plan import plan_merge
 from mipipe.planner.merging.simulate import simulate_merge
@@ -60,6 +60,13 @@ def test_small_tensors_cost_what_their_steps_do(tmp_path):
     expected = 0.01 * (0.12 * counts[ActionKind.MEASURE] + 0.012 * counts[ActionKind.COMBINE]
                        + 0.006 * counts[ActionKind.SAVE])
     assert expected * 1e9 < timeline.makespan_ns < 1.3 * expected * 1e9 + 0.012e7 * counts[ActionKind.LOAD]
+
+
+def test_on_a_shared_machine_a_loop_takes_what_its_share_leaves():
+    """Of ten loops of 5 ms three were interrupted: the share of all of them counts, not the luckiest."""
+    assert loop_seconds([(0.005, 0.005)] * 7 + [(0.055, 0.005)] * 3) == pytest.approx(0.005 * 0.2 / 0.05)
+    assert loop_seconds([(0.004, 0.005), (0.006, 0.0055)]) == pytest.approx(0.005)  # clocks differ: never faster
+    assert loop_seconds([(0.005, 0.0), (0.007, 0.0)]) == pytest.approx(0.006)  # a clock too coarse for it
 
 
 def test_starting_counts_and_verifying_more():
