@@ -211,6 +211,10 @@ class MergeEngine:
             if isinstance(merged, dict):  # parts to be stored
                 found.append(merged)
                 continue
+            like = tile.models[0] if tile.models else tile.origin
+            if merged.shape != like.shape:
+                raise RunError(f"{at.unit.name}: {at.unit.method} makes {list(merged.shape)} of tiles of shape"
+                               f" {list(like.shape)}; a method keeps the shape")
             if not bool(torch.isfinite(merged.sum())) and not bool(torch.isfinite(merged).all()):
                 refuse_nonfinite(at.unit, at.pieces[step.piece])
             refuse_overflow(at.unit.name, merged, dtype)

@@ -112,16 +112,12 @@ class UnitPiece:
         for item in unit.models:
             if len(item.adapters) > 1 or any(adapter.magnitude or adapter.start for adapter in item.adapters):
                 raise InputError(f"{around.graph.models[item.model].label}: {unit.method} adds the factors of plain"
-                                 f" LoRA"
-                                 " adapters, one for each model; DoRA, PiSSA and several at once are none")
+                                 " LoRA adapters, one for each model; DoRA, PiSSA and several at once are none")
             if not item.adapters:
                 found.append(None)
                 continue
-            adapter = item.adapters[0]
-            up = around.shelf.read_rows(adapter.folder, adapter.up, self.piece.start + start, self.piece.start + stop,
-                                        adapter.down.shape[0])
-            found.append((up.to(around.device).to(around.dtype) * adapter.scale,
-                          self._factor(adapter.folder, adapter.down.name, item)))
+            up, down = self._product(item.adapters[0], self.piece.start + start, self.piece.start + stop)
+            found.append((up * item.adapters[0].scale, down))
         return tuple(found)
 
     def _rows(self, start: int, stop: int) -> list[Tensor]:
@@ -180,14 +176,8 @@ class UnitPiece:
             if adapter.start:
                 left, right = self._start(adapter, item)
                 rows = torch.addmm(rows, left[start:stop], right, alpha=-1.0)
-            down = self._factor(adapter.folder, adapter.down)
-            rank = adapter.down.shape[0]
-            if adapter.transposed:
-                up = self._factor(adapter.folder, adapter.up)
-                rows = torch.addmm(rows, down[:, start:stop].T, up.T, alpha=adapter.scale)
-                continue
-            up = around.shelf.read_rows(adapter.folder, adapter.up, start, stop, rank)
-            rows = torch.addmm(rows, up.to(around.device).to(around.dtype), down, alpha=adapter.scale)
+            up, down = self._product(adapter, start, stop)
+            rows = torch.addmm(rows, up, down, alpha=adapter.scale)
             if adapter.magnitude is not None:
                 norms = around.shelf.read_rows(adapter.folder, adapter.magnitude, start, stop, 1)
                 rows = rows * (norms.to(around.device).to(around.dtype) / rows.norm(dim=1, keepdim=True))
@@ -213,6 +203,15 @@ class UnitPiece:
             for name, factor in (("left", left), ("right", right[:rank])):
                 self._factors[key[0], f"{key[1]}, {name}"] = factor.to(self.around.dtype)
         return self._factors[key[0], f"{key[1]}, left"], self._factors[key[0], f"{key[1]}, right"]
+
+    def _product(self, adapter: Adapter, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Rows of an adapter's left factor and its right one, as the weight is stored."""
+        around = self.around
+        if adapter.transposed:
+            return (self._factor(adapter.folder, adapter.down)[:, start:stop].T,
+                    self._factor(adapter.folder, adapter.up).T)
+        up = around.shelf.read_rows(adapter.folder, adapter.up, start, stop, adapter.down.shape[0])
+        return up.to(around.device).to(around.dtype), self._factor(adapter.folder, adapter.down)
 
     def _factor(self, folder: str, tensor: StoredTensor) -> Tensor:
         """A whole factor of an adapter in the compute dtype."""

@@ -1,5 +1,7 @@
 """Methods that mergekit and fusion_bench have: values worked out in numpy from the published formulas."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.merging import methods
 from mipipe.graphs.merging.method_spec import Parameter
 from mipipe.graphs.merging.recipes.recipe import parse_recipe
+from mipipe.runtime.merge.in_memory import merge_state_dicts
 from mipipe.runtime.merge.methods import own, projective, spectral
 from mipipe.runtime.merge.methods.method import Round
 from mipipe.runtime.merge.methods.registry import BY_METHOD
@@ -129,6 +132,14 @@ def halfway():
     for table in (methods.BY_NAME, BY_METHOD):
         del table["halfway"]
     methods.RECIPE_NAMES.remove("halfway")
+
+
+def test_a_method_that_changes_the_shape_is_refused(halfway, monkeypatch):
+    cut = dataclasses.replace(BY_METHOD["halfway"], apply=lambda tile, _stats, **_: tile.origin[:1])
+    monkeypatch.setitem(BY_METHOD, "halfway", cut)
+    recipe = {"merge_method": "halfway", "base_model": "a", "models": [{"model": "b"}]}
+    with pytest.raises(RunError, match=r"w: halfway makes \[1, 3\] of tiles of shape \[4, 3\]"):
+        merge_state_dicts(recipe, {"a": {"w": torch.ones(4, 3)}, "b": {"w": torch.zeros(4, 3)}})
 
 
 def test_a_method_of_ones_own(halfway):
