@@ -1,0 +1,224 @@
+"""Light-PEFT (arXiv 2406.03792): after a short first stage the model and its adapters lose what they need least.
+
+Stage 1: `add_masks` puts a number on every attention head and every feed-forward unit, trained with the adapters under
+the loss and strength times sum |m| (`add_penalty`); `Importance` watches adapters. Then `choose` and `lighten` remove
+heads (layer by layer), units (over all layers), adapters and their ranks for good. The model is smaller then: it is
+captured again, planned again, and trained on. Heads that share keys and values go together.
+
+Left out: what a configuration would say of the new sizes; the model lives on in memory, or by its own code.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mipipe.graphs.errors import InputError
+from mipipe.graphs.recipes.adapters import DOWN, GATE, PARTS, UP, AdaptedLinear
+from mipipe.graphs.recipes.expansion import COLUMNS, ROWS, feed_forward_layers
+
+MASK, PROJECTIONS = "unit_mask", ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class MaskedUnits:
+    """What a masked layer does first: each unit of its input, ``unit_width`` numbers, times its mask."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = self.unit_mask.repeat_interleave(self.unit_width)  # type: ignore[attr-defined]
+        made: Tensor = super().forward(x * mask)  # type: ignore[misc]
+        return made
+
+
+@functools.cache
+def _masked(kind: type) -> type:
+    return type(f"Masked{kind.__name__}", (MaskedUnits, kind), {"plain": kind})
+
+
+def attention_layers(model: nn.Module) -> dict[str, Any]:
+    """The layers with q_proj, k_proj, v_proj, o_proj and a head_dim, by name."""
+    return {name: part for name, part in model.named_modules() if hasattr(part, "head_dim")
+            and all(isinstance(getattr(part, item, None), nn.Linear) for item in PROJECTIONS)}
+
+
+def add_masks(model: nn.Module) -> nn.Module:
+    """The model, changed: a trainable mask of ones on every head and every feed-forward unit."""
+    for layer in feed_forward_layers(model).values():
+        _mask(layer.down_proj, 1)
+    for layer in attention_layers(model).values():
+        _mask(layer.o_proj, layer.head_dim)
+    return model
+
+
+def _mask(linear: Any, width: int) -> None:
+    linear.__class__, linear.unit_width = _masked(type(linear)), width
+    linear.register_parameter(MASK, nn.Parameter(linear.weight.new_ones(linear.in_features // width)))
+
+
+@torch.no_grad()
+def add_penalty(named: Iterable[tuple[str, nn.Parameter]], strength: float = 1e-4) -> None:
+    """Add the gradient of strength sum |m| to that of every mask; between the backward and the optimizer's step."""
+    for name, item in named:
+        if name.rpartition(".")[2] == MASK and item.grad is not None:
+            item.grad.add_(item.sign(), alpha=strength)
+
+
+class Importance:
+    """What adapters did: the mean of ||dW x|| / ||W x|| of a layer's forwards, and |mean of w grad| of every rank.
+
+    Only what is between ``with`` and its end counts: the second half of stage 1.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = {name: part for name, part in model.named_modules() if isinstance(part, AdaptedLinear)}
+        self.ratios: dict[str, list[float]] = {name: [] for name in self._layers}
+        self._products: dict[str, list[Tensor]] = {name: [] for name in self._layers}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Importance:
+        for name, part in self._layers.items():
+            def watch(layer: Any, given: tuple[Tensor, ...], name: str = name) -> None:
+                with torch.no_grad():
+                    x, config = given[0], layer.config
+                    if hasattr(layer, MASK):
+                        x = x * layer.unit_mask.repeat_interleave(layer.unit_width)
+                    added = nn.functional.linear(nn.functional.linear(x, layer.lora_A), layer.lora_B) * config.scale
+                    whole = nn.functional.linear(x, layer.weight)
+                    self.ratios[name].append(float(added.norm() / whole.norm().clamp(min=1e-30)))
+
+            self._handles.append(part.register_forward_pre_hook(watch))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def after_backward(self, gradients: dict[str, Tensor | None]) -> None:
+        """Count a step's gradients, by parameter."""
+        for name, part in self._layers.items():
+            down, up = gradients.get(f"{name}.{DOWN}"), gradients.get(f"{name}.{UP}")
+            if down is not None and up is not None:
+                both = (part.lora_A.detach() * down, (part.lora_B.detach() * up).t())
+                self._products[name].append(torch.cat(both, 1))
+
+    def modules(self) -> dict[str, float]:
+        """The importance of every adapter."""
+        return {name: sum(found) / max(1, len(found)) for name, found in self.ratios.items()}
+
+    def ranks(self) -> dict[str, Tensor]:
+        """The importance of every rank [r] of every adapter."""
+        return {name: torch.stack(found).mean(0).abs().sum(1) if found else torch.zeros(self._layers[name].config.rank)
+                for name, found in self._products.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What stays, by layer: groups of heads, feed-forward units, and ranks of adapters (none: the adapter goes)."""
+
+    heads: dict[str, list[int]] = field(default_factory=dict)
+    units: dict[str, list[int]] = field(default_factory=dict)
+    ranks: dict[str, list[int]] = field(default_factory=dict)
+
+
+def choose(model: nn.Module, importance: Importance | None = None, *, heads: float = 1 / 3, units: float = 1 / 3,
+           modules: float = 0.75, ranks: float = 0.5, multiple: int = 1) -> Kept:
+    """What stays after pruning these shares: heads by layer, units and ranks over all layers, adapters by importance.
+
+    A layer keeps a head, and as many units as are a multiple of ``multiple``, at least one multiple.
+    """
+    for name, share in (("heads", heads), ("units", units), ("modules", modules), ("ranks", ranks)):
+        if not 0 <= share < 1:
+            raise InputError(f"light-peft: {name}: found {share}, expected a share from 0 to below 1")
+    kept = Kept()
+    for name, layer in attention_layers(model).items():
+        groups = layer.k_proj.out_features // layer.head_dim
+        scores = layer.o_proj.unit_mask.detach().abs().reshape(groups, -1).sum(1)
+        order = scores.argsort(stable=True).tolist()
+        kept.heads[name] = sorted(order[min(int(heads * groups), groups - 1):])
+    layers = feed_forward_layers(model)
+    masks = {name: layer.down_proj.unit_mask.detach().abs() for name, layer in layers.items()}
+    flat = sorted((float(value), name, place) for name, mask in masks.items() for place, value in enumerate(mask))
+    gone = {(name, place) for _, name, place in flat[:int(units * len(flat))]}
+    for name, mask in masks.items():
+        best = mask.argsort(descending=True, stable=True).tolist()
+        count = sum((name, place) not in gone for place in best)
+        kept.units[name] = sorted(best[:min(len(best), max(multiple, -(-count // multiple) * multiple))])
+    if importance is not None:
+        found = importance.modules()
+        stay = sorted(found, key=lambda name: -found[name])[:max(1, len(found) - int(modules * len(found)))]
+        every = importance.ranks()
+        order = sorted((float(value), name, place) for name in stay for place, value in enumerate(every[name]))
+        away = {(name, place) for _, name, place in order[:int(ranks * len(order))]}
+        kept.ranks.update({name: [place for place in range(len(every[name])) if (name, place) not in away]
+                           if name in stay else [] for name in found})
+    return kept
+
+
+@torch.no_grad()
+def lighten(model: nn.Module, kept: Kept, fold: bool = False) -> nn.Module:
+    """The model, changed: what does not stay is gone, and so are the masks (``fold``: multiplied into the weights)."""
+    for name, layer in attention_layers(model).items():
+        groups, width = layer.k_proj.out_features // layer.head_dim, layer.head_dim
+        chosen = kept.heads.get(name, list(range(groups)))
+        _unmask(layer.o_proj, fold)
+        for item in PROJECTIONS:
+            linear = getattr(layer, item)
+            size = linear.in_features if item == "o_proj" else linear.out_features
+            _keep(linear, _places(chosen, size // groups), 1 if item == "o_proj" else 0)
+        assert layer.k_proj.out_features == len(chosen) * width
+    for name, layer in feed_forward_layers(model).items():
+        _unmask(layer.down_proj, fold)
+        chosen = kept.units.get(name, list(range(layer.down_proj.in_features)))
+        for item in (*ROWS, *COLUMNS):
+            _keep(getattr(layer, item), torch.tensor(chosen), 1 if item in COLUMNS else 0)
+    for name, chosen in kept.ranks.items():
+        _keep_ranks(model.get_submodule(name), chosen)
+    return model
+
+
+def _places(groups: list[int], width: int) -> Tensor:
+    return (torch.tensor(groups)[:, None] * width + torch.arange(width)).reshape(-1)
+
+
+def _unmask(linear: Any, fold: bool) -> None:
+    if not hasattr(linear, MASK):
+        return
+    if fold:
+        mask = linear.unit_mask.repeat_interleave(linear.unit_width)
+        linear.weight.mul_(mask)
+        if isinstance(linear, AdaptedLinear):
+            linear.lora_A.mul_(mask)
+    delattr(linear, MASK)
+    linear.__class__ = type(linear).plain
+
+
+def _keep(linear: Any, places: Tensor, dimension: int) -> None:
+    """Keep rows (0) or columns (1) of a layer's weight, of its bias and of its adapter."""
+    parts = {"weight": dimension, **({"bias": 0} if dimension == 0 and linear.bias is not None else {})}
+    if isinstance(linear, AdaptedLinear):
+        parts[UP if dimension == 0 else DOWN] = dimension
+    for key, along in parts.items():
+        old = getattr(linear, key)
+        setattr(linear, key, nn.Parameter(old.index_select(along, places.to(old.device)), old.requires_grad))
+    if dimension == 0:
+        linear.out_features = len(places)
+    else:
+        linear.in_features = len(places)
+
+
+def _keep_ranks(linear: Any, places: list[int]) -> None:
+    """Keep some ranks of an adapter; none: the layer is a plain one again."""
+    if not places:
+        for part in PARTS:
+            if hasattr(linear, part):
+                delattr(linear, part)
+        linear.__class__ = nn.Linear
+        return
+    chosen = torch.tensor(places)
+    for key, along in ((DOWN, 0), (UP, 1), (GATE, 0)):
+        if hasattr(linear, key):
+            setattr(linear, key, nn.Parameter(getattr(linear, key).index_select(along, chosen)))
