@@ -55,7 +55,8 @@ def add_masks(model: nn.Module) -> nn.Module:
 
 
 def _mask(linear: Any, width: int) -> None:
-    linear.__class__, linear.unit_width = _masked(type(linear)), width
+    kind: Any = type(linear)
+    linear.__class__, linear.unit_width = _masked(kind), width
     linear.register_parameter(MASK, nn.Parameter(linear.weight.new_ones(linear.in_features // width)))
 
 
