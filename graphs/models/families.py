@@ -275,6 +275,10 @@ def build_model(config: Any, device: str, dtype: torch.dtype | None, expert_grou
     """
     register()
     _refuse_host_randomness(config)
+    shared = getattr(config, "mipipe_moe", None) or {}
+    if expert_groups > 1 and shared.get("num_experts", 0) // expert_groups % shared.get("group", 1):
+        raise InputError(f"expert groups: found {expert_groups}, which cut through MoLAE's groups of {shared['group']}"
+                         f" experts; expected at most {shared['num_experts'] // shared['group']}")
     kind, adjustment = model_class(config), ADJUSTMENTS.get(config.model_type, Adjustment())
     parts = [config, *(part for part in vars(config).values() if hasattr(part, "model_type"))]
     for part in parts:

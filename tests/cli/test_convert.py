@@ -81,6 +81,10 @@ def test_errors_are_lines(mipipe, models: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("method: shrink\nmodel: moe\n")
     assert "method: found 'shrink'; expected one of molae" in mipipe("convert", tmp_path / "recipe.yaml", "-o",
                                                                      tmp_path / "out").error
+    assert mipipe("convert", models / "molae.yaml", "-o", tmp_path / "molae").code == 0
+    for option, told in (("--expert-groups", "cut through MoLAE's groups of 4"),
+                         ("--expert-parallel", "cannot be captured for expert parallelism")):
+        assert told in mipipe("capture", tmp_path / "molae", option, "4", "--seq", "8", "-o", tmp_path / "g.json").error
     assert "exists already" in mipipe("convert", models / "molae.yaml", "-o", models / "moe").error
     assert "cannot be read" in mipipe("convert", tmp_path / "absent.yaml", "-o", tmp_path / "out").error
 
