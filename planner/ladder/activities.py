@@ -28,6 +28,10 @@ ROUTES = 4
 """Routes up to which microbatches repeat anything: a ring has one for nearly every microbatch."""
 
 
+WAITING = 3
+"""Patterns that wait for a round of annealing, at most."""
+
+
 @dataclass(slots=True)
 class Paced:
     """A candidate with a pattern that all its ranks share: its moments, and the waits tuned so far."""
@@ -163,7 +167,7 @@ def offer_orders(run: Run, found: Candidate, orders: Orders, rung: str, after: t
 
 def begin_with(found: Candidate, orders: Orders, name: str) -> None:
     """Let the candidate's search begin a round with a pattern's orders, though they are no better than its best."""
-    if found.search is not None:
+    if found.search is not None and len(found.search.patterns) < WAITING:
         found.search.patterns.append((name, orders))
 
 
