@@ -114,6 +114,20 @@ def plan(
                                                       rich_help_panel=_TEAMS)] = None,
     eager: Annotated[bool, typer.Option("--eager", help="Count one kernel per operator, not fused ones.",
                                         rich_help_panel=_TEAMS)] = False,
+    held: Annotated[bool, typer.Option("--held", help="Reductions over copies run after the last backward,"
+                                                      " transfers of a 1F1B hold the compute streams of both ends: as"
+                                                      " in Megatron-LM without its overlaps, and in DeepSpeed.",
+                                       rich_help_panel=_TEAMS)] = False,
+    scatter: Annotated[bool, typer.Option("--scatter/--no-scatter", help="Tensor members send a value to the next rank"
+                                                                         " in parts; or each sends all of it.",
+                                          rich_help_panel=_TEAMS)] = True,
+    layer_times: Annotated[str | None, typer.Option(
+        "--layer-times", help="Evaluate with measured times of layers in place of estimates: a JSON file, model ->"
+                              " device -> microbatch -> tensor degree -> layer -> [forward, backward, update] in"
+                              " seconds.", rich_help_panel=_TEAMS)] = None,
+    layer_entry: Annotated[str | None, typer.Option("--layer-entry", help="Its model and device, as MODEL/DEVICE (where"
+                                                                          " it has several).",
+                                                    rich_help_panel=_TEAMS)] = None,
     time_limit: TimeLimit = 60.0,
     seed: Seed = 0,
     html_file: Html = None,
@@ -126,7 +140,7 @@ def plan(
     from mipipe.cli.team_request import TeamRequest
 
     request = TeamRequest(degrees, devices, kind, per_host, global_batch, microbatch, layers_per_stage, schedule,
-                          recomputation, eager)
+                          recomputation, eager, held, scatter, layer_times, layer_entry)
     if request.given:
         from mipipe.cli.teams import plan_teams
 

@@ -19,9 +19,14 @@ class TeamRequest:
     schedule: str | None
     recomputation: str | None
     eager: bool
+    held: bool = False
+    scatter: bool = True
+    layer_times: str | None = None
+    layer_entry: str | None = None
 
     @property
     def given(self) -> bool:
         """Whether any option of teams was given."""
         return any(value is not None for value in (self.degrees, self.devices, self.kind, self.global_batch,
-                                                   self.microbatch, self.layers, self.schedule, self.recomputation))
+                                                   self.microbatch, self.layers, self.schedule, self.recomputation,
+                                                   self.layer_times))

@@ -15,16 +15,22 @@ from mipipe.cli.printing.teams import print_runners, print_team, team_data
 from mipipe.cli.team_request import TeamRequest
 from mipipe.graphs.cluster import Cluster, load_cluster, uniform_cluster
 from mipipe.graphs.costs.collectives import fabric_of
+from mipipe.graphs.costs.efficiency import LowDtype
 from mipipe.graphs.errors import InfeasibleError, InputError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import save
 from mipipe.graphs.units import format_bytes, parse_bytes
+from mipipe.planner.problems.from_layers import LayerTimes, entry_of, read_layer_times
 from mipipe.planner.problems.on_cluster import graph_dtype
-from mipipe.planner.teams.degrees import RECOMPUTE, Recompute, completed, parse_degrees
+from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, Recompute, completed, parse_degrees
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
+from mipipe.planner.teams.outside import outside
 from mipipe.planner.teams.pieces import model_pieces
 from mipipe.planner.teams.pricing import Machine, Pricer, check_machine
 from mipipe.planner.teams.remedies import remedy
+
+LOW: dict[str, LowDtype] = {"fp8": "float8", "float8": "float8", "fp4": "float4", "float4": "float4"}
+"""Values of ``--dtype`` by which products run in fewer bits than parameters have."""
 
 
 def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory: str | None, seq: int | None,
@@ -46,24 +52,28 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
         raise InputError(f"{cluster}: teams are planned on equal devices, but there are {', '.join(sorted(kinds))}")
     machine = Machine(described.kinds[next(iter(kinds))], fabric_of(described.topology),
                       min(device.memory_bytes for device in described.topology.devices), graph_dtype(model),
-                      dtype in ("fp8", "float8"), not request.eager)
+                      LOW.get(dtype or ""), not request.eager, scatter=request.scatter)
     check_machine(machine)
-    pricer = Pricer(model_pieces(model), machine)
     devices = described.topology.num_devices
     layers = None if request.layers is None else _layers(request.layers)
     sizes = [given.get("tensor", given.get("sequence", 1)),
              *(given.get(name, 1) for name in ("ranks", "context", "copies"))]
-    full = request.schedule is not None or layers is not None or (bool(given) and math.prod(sizes) == devices)
+    told = request.schedule, layers, request.layer_times
+    full = any(value is not None for value in told) or (bool(given) and math.prod(sizes) == devices)
     console = stdout()
+    if request.held and not full:
+        raise InputError("--held is for a configuration given in full (--schedule 1f1b and all degrees)")
     if full:
         again = cast("Recompute", request.recomputation or "none")
         degrees = completed(given, devices, request.microbatch or 1, again)
-        result = evaluate_teams(pricer, degrees, request.global_batch, layers=layers,
+        pricer = Pricer(model_pieces(model), machine, _measured(request, degrees))
+        result = evaluate_teams(pricer, degrees, request.global_batch, layers=layers, held=request.held,
                                 schedule=request.schedule or ("interleaved" if degrees.chunks > 1 else "1F1B"))
         found = None
     else:
         from mipipe.planner.teams.search import TeamOptions, search_teams
 
+        pricer = Pricer(model_pieces(model), machine)
         options = TeamOptions(given, request.microbatch, cast("Recompute | None", request.recomputation), time_limit,
                               seed)
         with progress("planning") as update:
@@ -75,15 +85,32 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
         save(result.plan, output)
     draw(result)
     if json_output:
-        emit(team_data(result) | ({} if found is None else found.data(team_data)))
+        emit(team_data(result) | {"outside": outside(pricer, result.degrees)}
+             | ({} if found is None else found.data(team_data)))
         return
     if note:
         console.print(note, soft_wrap=True, markup=False)
     print_team(console, result, "evaluated as given" if found is None else found.how())
+    for line in outside(pricer, result.degrees):
+        console.print(f"warning: outside what was validated: {line}", soft_wrap=True, markup=False)
     if found is not None:
         print_runners(console, found)
     if output is not None:
         console.print(f"wrote {output}")
+
+
+def _measured(request: TeamRequest, degrees: Degrees) -> tuple[LayerTimes, ...] | None:
+    """The measured times of layers of a configuration, where a table was given."""
+    if request.layer_times is None:
+        if request.layer_entry is not None:
+            raise InputError("--layer-entry names an entry of --layer-times, which is not given")
+        return None
+    if degrees.recompute != "none":
+        raise InputError(f"--recomputation {degrees.recompute}: measured times of layers have it in their backward or"
+                         " not; leave it out")
+    path = Path(request.layer_times)
+    model, device = entry_of(path, request.layer_entry)
+    return read_layer_times(path, model, device, degrees.microbatch, degrees.tensor)
 
 
 def _cluster(request: TeamRequest, cluster: Path | None, memory: str | None) -> Cluster:
@@ -111,7 +138,7 @@ def _graph(graph: str, seq: int | None, dtype: str | None, settings: list[str], 
                              " already")
         found: OperatorGraph = open_any(Path(graph), OperatorGraph)
         return found, ""
-    kept = None if dtype in ("fp8", "float8") else dtype
+    kept = None if dtype in LOW else dtype
     model, note = captured(graph, seq=seq, batch=1, dtype=kept, settings=settings, use_cache=use_cache)
     if save_graph is not None:
         save(model.graph, save_graph)

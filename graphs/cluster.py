@@ -9,7 +9,7 @@ of the eight peaks. Left out: the network's shape beyond the two link classes an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +25,8 @@ FORMAT = "mipipe.cluster"
 VERSION = 1
 
 _HARDWARE = Path(__file__).with_name("hardware.yaml")
+_ACHIEVED = Path(__file__).with_name("achieved.yaml")
+"""Shares of the peaks that were fitted (written by benchmarks/fit_costs.py); others are those of hardware.yaml."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,17 +174,22 @@ def read_cluster(data: Mapping[str, Any], where: str) -> Cluster:
     return Cluster(_topology(devices, text, where), kinds)
 
 
-def uniform_cluster(kind_name: str, devices: int, per_host: int = 8, memory_bytes: int | None = None) -> Cluster:
-    """A cluster of equal hosts of a shipped kind, with the kind's usual links at the share of them that is achieved.
+def uniform_cluster(kind_name: str | DeviceKind, devices: int, per_host: int = 8,
+                    memory_bytes: int | None = None) -> Cluster:
+    """A cluster of equal hosts of a kind (by its name: a shipped one), with the kind's usual links at the share of them
+    that is achieved.
 
     Raises:
         InputError: an unknown kind, one whose links or memory are not known, a number of devices that hosts do not
             make up.
     """
-    kinds = shipped_kinds()
-    if kind_name not in kinds:
-        raise InputError(f"--kind {shown(kind_name)}: unknown device kind; known are {', '.join(sorted(kinds))}")
-    kind = kinds[kind_name]
+    if isinstance(kind_name, DeviceKind):
+        kind, kind_name = kind_name, kind_name.name
+    else:
+        kinds = shipped_kinds()
+        if kind_name not in kinds:
+            raise InputError(f"--kind {shown(kind_name)}: unknown device kind; known are {', '.join(sorted(kinds))}")
+        kind = kinds[kind_name]
     memory = kind.memory_bytes if memory_bytes is None else memory_bytes
     if kind.host_link is None or kind.network is None or memory is None:
         raise InputError(f"--kind {kind_name}: its links and memory are not known; describe it in a cluster file"
@@ -197,12 +204,16 @@ def uniform_cluster(kind_name: str, devices: int, per_host: int = 8, memory_byte
     return Cluster(Topology(placed, inside, outside), {kind_name: kind})
 
 
-def shipped_kinds() -> dict[str, DeviceKind]:
-    """The device kinds of ``hardware.yaml`` by name."""
+def shipped_kinds(fitted: bool = True) -> dict[str, DeviceKind]:
+    """The device kinds of ``hardware.yaml`` by name, with what was fitted for them (or as assumed)."""
     found: dict[str, DeviceKind] = {}
+    achieved = load_data(_ACHIEVED) if fitted else {}
     for name, entry in load_data(_HARDWARE).items():
         where = f"{_HARDWARE.name}: {name}"
-        found[name] = _kind(name, from_data(entry, _KindText, where), found, where)
+        kind = _kind(name, from_data(entry, _KindText, where), found, where)
+        if name in achieved:
+            kind = replace(kind, achieved=from_data(achieved[name], Achieved, f"{_ACHIEVED.name}: {name}"))
+        found[name] = kind
     return found
 
 

@@ -12,6 +12,7 @@ from mipipe.graphs.serialize import to_data
 from mipipe.graphs.units import format_bytes
 
 if TYPE_CHECKING:
+    from mipipe.graphs.costs.efficiency import Achieved
     from mipipe.planner.teams.evaluate import TeamResult
     from mipipe.planner.teams.search import Found
 
@@ -87,7 +88,7 @@ def layers_text(layers: Sequence[int]) -> str:
 
 def precision(result: TeamResult) -> str:
     """The precision whose peak utilisation is counted against."""
-    return "float8" if result.machine.fp8 else result.machine.dtype
+    return result.machine.low or result.machine.dtype
 
 
 def time_rows(result: TeamResult) -> list[tuple[str, float]]:
@@ -104,7 +105,8 @@ def memory_rows(result: TeamResult, most: int = 8) -> list[str]:
     for rank, item in enumerate(result.memory):
         text = (f"peak {format_bytes(item.peak)} of {format_bytes(item.capacity)} ({item.peak / item.capacity:.0%}):"
                 f" weights {format_bytes(item.weights)}, gradients {format_bytes(item.gradients)}, optimizer"
-                f" {format_bytes(item.state)}, activations {format_bytes(item.activations)}")
+                f" {format_bytes(item.state)}, activations {format_bytes(item.activations)}, allocator's slack"
+                f" {format_bytes(item.peak - item.tensors)}")
         if runs and runs[-1][2] == text:
             runs[-1] = (runs[-1][0], rank, text)
         else:
@@ -123,12 +125,21 @@ def basis(result: TeamResult) -> list[str]:
         f"{name} ({count} profiles)" for name, count in sorted(result.origins.items()))
     kernels = "elementwise kernels fused" if machine.fused else "kernels as the runtime starts them, one per operator"
     return [
-        f"work and bytes: {origins}; {kernels}",
-        f"efficiencies of {machine.kind.name}: {achieved.origin} ({achieved.source or 'as the cluster file says'});"
+        "times of layers: measured" if result.measured else f"work and bytes: {origins}; {kernels}",
+        f"efficiencies of {machine.kind.name}: {achieved_text(achieved)};"
         f" links: {achieved.origin if achieved.link != 1 else 'as given'}",
         "assumed: reductions over copies overlap with the last backward, gathered parameters with the first forward;"
         " collectives of other axes are not hidden; AdamW in mixed precision, float32 gradients",
         "the runtime executes plans of single devices: `mipipe train` does not run teams yet"]
+
+
+def achieved_text(achieved: Achieved) -> str:
+    """Where a device kind's efficiencies come from, and how far predictions by them were off."""
+    known = achieved.evidence
+    if known is None:
+        return f"{achieved.origin} ({achieved.source or 'as the cluster file says'})"
+    return (f"{achieved.origin} on {known.runs} published runs, cross-validated error {known.error:.1%}"
+            f" ({achieved.source})")
 
 
 def team_data(result: TeamResult) -> dict[str, Any]:
@@ -145,10 +156,13 @@ def team_data(result: TeamResult) -> dict[str, Any]:
                   "pipeline_communication": times.pipeline, "bubble": times.bubble, "optimizer": times.optimizer},
         "memory": [{"rank": rank, "weights_bytes": item.weights, "gradients_bytes": item.gradients,
                     "optimizer_bytes": item.state, "activations_bytes": item.activations, "peak_bytes": item.peak,
+                    "device_bytes": item.on_device,
                     "capacity_bytes": item.capacity} for rank, item in enumerate(result.memory)],
         "fits": result.shortage == 0,
         "basis": {"profiles": result.origins, "efficiencies": result.machine.kind.achieved.origin,
-                  "source": result.machine.kind.achieved.source, "fused": result.machine.fused}}
+                  "source": result.machine.kind.achieved.source,
+                  "evidence": to_data(result.machine.kind.achieved.evidence), "layers_measured": result.measured,
+                  "fused": result.machine.fused}}
 
 
 def print_runners(console: Console, found: Found) -> None:

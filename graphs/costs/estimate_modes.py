@@ -12,6 +12,10 @@ take is divided by the degrees that divide them. Collectives are those of the pu
 - context: keys and values gathered before attention, their gradients reduced and scattered (Dubey et al., "The Llama 3
   herd of models", 2024, section 3.3.2).
 
+Attention is one kernel that keeps its scores on the chip, or, as before such kernels (``flash`` False), products in
+batches with kernels for scale, mask, softmax and dropout between them, whose scores go through memory and stay for the
+backward (`SCORES_FORWARD`, `SCORES_BACKWARD`, `SCORES_KEPT`; 16-bit scores, Korthikanti et al., section 4).
+
 Left out: the second all-gather of ``sequence`` before weight gradients (it runs beside the input gradient's product),
 and what a member holds twice at boundaries that do not divide.
 """
@@ -37,6 +41,15 @@ from mipipe.graphs.modes import (
     Resident,
 )
 from mipipe.graphs.operator_graph import DTYPE_BYTES, Operator, Phase, Role, SegmentTrace
+
+SCORES_FORWARD = 13
+"""Bytes moved of a score of unfused attention in the forward: written, softmax and dropout read and write it, the mask
+of a byte, the product with the values reads it."""
+SCORES_BACKWARD = 19
+"""And in the backward: read for the values' gradient, its gradient written, dropout's and softmax's backward, read for
+the gradients of queries and keys."""
+SCORES_KEPT = 5
+"""Bytes kept of it: softmax's result, dropout's mask and result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +96,17 @@ class TraceFacts:
     late: frozenset[str]
 
 
-def trace_facts(trace: SegmentTrace, role: Role, *, fused: bool = True, attention_again: bool = False) -> TraceFacts:
+def trace_facts(trace: SegmentTrace, role: Role, *, fused: bool = True, attention_again: bool = False,
+                cut: bool | None = None) -> TraceFacts:
     """The facts of one trace, as for `estimated_profile`."""
     again = (f"{ATTENTION}.",) if attention_again else ()
     return TraceFacts(split_rules(trace, role), tuple(kernels(trace)) if fused else (),
-                      tuple(kept(trace, again)) if fused else (), made_in_backward(trace))
+                      tuple(kept(trace, again)) if (fused if cut is None else cut) else (), made_in_backward(trace))
 
 
 def estimated_profile(trace: SegmentTrace, role: Role, split: TeamSplit, *, fused: bool = True,
-                      attention_again: bool = False, facts: TraceFacts | None = None) -> ModeProfile:
+                      attention_again: bool = False, flash: bool = True, cut: bool | None = None,
+                      facts: TraceFacts | None = None) -> ModeProfile:
     """What one member of a team computes, sends and keeps of a segment, by its shapes.
 
     Args:
@@ -100,10 +115,13 @@ def estimated_profile(trace: SegmentTrace, role: Role, split: TeamSplit, *, fuse
         split: the team's degrees; sizes that they do not divide are rounded up.
         fused: elementwise operators run as fused kernels keep and move; else as the trace's eager operators.
         attention_again: attention runs again in the backward, and its results are not kept.
+        flash: attention is one kernel.
+        cut: what stays for the backward is chosen as compilers do, else it is what autograd saves; None: as ``fused``.
         facts: of the trace, where they are known already.
     """
-    known = facts or trace_facts(trace, role, fused=fused, attention_again=attention_again)
-    estimate = _Estimate(trace, role, known.rules, split, known)
+    cut = fused if cut is None else cut
+    known = facts or trace_facts(trace, role, fused=fused, attention_again=attention_again, cut=cut)
+    estimate = _Estimate(trace, role, known.rules, split, known, flash, attention_again)
     work = {phase: _Work() for phase in Phase if trace.has(phase)}
     estimate.compute(work, fused, attention_again)
     estimate.talk(work)
@@ -111,7 +129,7 @@ def estimated_profile(trace: SegmentTrace, role: Role, split: TeamSplit, *, fuse
                                           ("tensor", split.tensor)) if size > 1}
     layout = Layout.SEQUENCE if split.context > 1 or (split.sequence and split.tensor > 1) else Layout.REPLICATED
     return ModeProfile(trace.digest, split.mode, axes, (layout,) * len(trace.inputs), (layout,) * len(trace.outputs),
-                       estimate.parts(), estimate.resident(), estimate.kept(fused),
+                       estimate.parts(), estimate.resident(), estimate.kept(cut),
                        {phase: _phase_work(trace, phase, made) for phase, made in work.items()})
 
 
@@ -127,6 +145,8 @@ class _Estimate:
     rules: SplitRules
     split: TeamSplit
     facts: TraceFacts
+    flash: bool
+    again: bool
 
     def whole(self) -> int:
         """Into how many parts values between blocks are divided."""
@@ -173,16 +193,20 @@ class _Estimate:
             else:
                 made.moved += (operator.bytes_read + operator.bytes_written) / self.parts_of(operator.name)
         if attention_again and Phase.I in work:
-            again = [item for item in work[Phase.F].products if item.kind == ATTENTION]
-            work[Phase.I].products += again
-            work[Phase.I].kernels += len(again)
-            work[Phase.I].moved += sum(item.bytes_moved for item in again)
+            for operator in self.trace.phase_operators(Phase.F):
+                if operator.kind.startswith(f"{ATTENTION}.") and operator.flops:
+                    work[Phase.I].kernels += 1
+                    self._product(operator, work[Phase.I])
 
     def _product(self, operator: Operator, made: _Work) -> None:
         """The member's part of an operator with flops."""
         kind, moved = operator.kind.rpartition(".")[0], operator.bytes_read + operator.bytes_written
         parameter = self.rules.products.get(operator.name)
+        if parameter is not None and min((0, 0, *self.trace.specs[parameter].shape)[-2:]) < 2:
+            parameter = None  # a vector, or the taps of a convolution of each channel: no matrix
         flops = operator_flops(self.trace, operator)
+        if parameter is None and kind.startswith(ATTENTION) and not self.flash:
+            return self._scores(operator, made)
         if parameter is None:
             parts = self.parts_of(operator.name)
             narrow = max(1, math.prod(operator.outputs[0].shape[2:3]) // self.split.context)
@@ -191,6 +215,16 @@ class _Estimate:
             item = self._matrix(operator, kind, parameter, flops)
         made.products.append(item)
         made.moved += item.bytes_moved
+
+    def _scores(self, operator: Operator, made: _Work) -> None:
+        """Attention whose scores go through memory: products of the whole square, and kernels between them."""
+        backward = not operator.kind.startswith(f"{ATTENTION}.")
+        parts, width = self.parts_of(operator.name), operator.outputs[0].shape[-1]
+        made.products.append(item := Product("aten.bmm", -(-operator.flops // parts),
+                                             -(-(operator.bytes_read + operator.bytes_written) // parts), width))
+        scores = operator.flops / ((10 if backward else 4) * width)
+        made.moved += item.bytes_moved + scores * (SCORES_BACKWARD if backward else SCORES_FORWARD) / parts
+        made.kernels += 4
 
     def _matrix(self, operator: Operator, kind: str, parameter: str, flops: int) -> Product:
         """A product of rows with a parameter, or of two sets of rows to its gradient."""
@@ -297,9 +331,9 @@ class _Estimate:
         sizes["dense"] += sum(self.trace.specs[name].num_bytes for name in self.trace.buffers)
         return Resident(**sizes)
 
-    def kept(self, fused: bool) -> Kept:
+    def kept(self, cut: bool) -> Kept:
         sizes = {"fi": 0.0, "fw": 0.0, "iw": 0.0}
-        if fused:
+        if cut:
             for item in self.facts.kept:
                 place = "iw" if item.name in self.facts.late else "fw" if item.last is Phase.W else "fi"
                 sizes[place] += item.num_bytes / self.parts_of(item.name)
@@ -307,4 +341,8 @@ class _Estimate:
             for saved in self.trace.saved:
                 place = saved.source.value.lower() + saved.last.value.lower()
                 sizes[place] += saved.num_bytes / self.parts_of(saved.name)
+        for operator in self.trace.phase_operators(Phase.F) if not self.flash and not self.again else ():
+            if operator.kind.startswith(f"{ATTENTION}.") and self.trace.has(Phase.I):
+                scores = operator.flops / (4 * operator.outputs[0].shape[-1])
+                sizes["fi"] += SCORES_KEPT * scores / self.parts_of(operator.name)
         return Kept(*(math.ceil(sizes[name]) for name in ("fi", "fw", "iw")))

@@ -1,4 +1,5 @@
-"""Floating-point operations of one operator: torch.utils.flop_counter's formulas, and ours where it counts nothing.
+"""Floating-point operations of one operator: torch.utils.flop_counter's formulas, and ours where it counts nothing, or
+takes no account of groups (weight gradients of convolutions).
 
 As there, a multiply-add counts 2, only matrix products, convolutions and attention count, and a causal mask is not
 discounted.
@@ -40,7 +41,16 @@ def _grouped_mm_weight(x: torch.Tensor, grad: torch.Tensor, offsets: torch.Tenso
     return 2 * x.shape[0] * x.shape[1] * grad.shape[1]
 
 
+def _convolution_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Any, stride: Any,
+                          padding: Any, dilation: Any, transposed: bool, output_padding: Any, groups: int,
+                          wanted: Sequence[bool]) -> int:
+    """2 N prod(spatial) prod(weight), for each of the input's and the weight's gradient: in groups as well."""
+    spatial = (x if transposed else grad).shape[2:]
+    return 2 * x.shape[0] * math.prod(spatial) * math.prod(weight.shape) * sum(map(bool, wanted[:2]))
+
+
 FORMULAS: dict[str, Callable[..., int]] = {
+    "aten.convolution_backward.default": _convolution_backward,
     "mipipe.attention.default": _attention,
     "mipipe.attention_backward.default": _attention_backward,
     "mipipe.grouped_mm.default": _grouped_mm,

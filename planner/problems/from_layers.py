@@ -52,6 +52,24 @@ def read_layer_times(path: Path, model: str, device: str, microbatch: int, tenso
     return tuple(_times(found[str(number)], f"{where}: layer {number}") for number in range(len(found)))
 
 
+def entry_of(path: Path, entry: str | None) -> tuple[str, str]:
+    """The model and device of a table: those of ``MODEL/DEVICE``, or the only ones.
+
+    Raises:
+        InputError: several and none named, or an entry that is none of these.
+    """
+    table = load_json(read_text(path), str(path))
+    known = [f"{model}/{device}" for model, devices in table.items() if isinstance(devices, dict)
+             for device in devices] if isinstance(table, dict) else []
+    if not known:
+        raise InputError(f"{path}: found {shown(table)}, expected times by model and device")
+    if entry not in known and (entry is not None or len(known) > 1):
+        raise InputError(f"{path}: --layer-entry {'is missing' if entry is None else shown(entry)}; expected one of"
+                         f" {', '.join(known)}")
+    model, _, device = (entry or known[0]).rpartition("/")
+    return model, device
+
+
 def _times(values: Any, where: str) -> LayerTimes:
     if not (isinstance(values, list) and len(values) == 3
             and all(isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e6

@@ -15,17 +15,23 @@ from mipipe.graphs.errors import InputError, ProblemError
 from mipipe.planner.compare import baseline_named
 from mipipe.planner.execution.measure import measure
 from mipipe.planner.plan import Plan
+from mipipe.planner.problems.held_transfers import hold_transfers
 from mipipe.planner.schedules import Baseline, PhaseTimes
 from mipipe.planner.schedules.one_f_one_b import interleaved, one_f_one_b
 from mipipe.planner.teams.degrees import Degrees, Recompute
 from mipipe.planner.teams.pieces import check_fits
-from mipipe.planner.teams.pricing import AXES, Axis, Machine, PieceCost, Pricer
+from mipipe.planner.teams.pricing import ALLOCATOR_SLACK, AXES, Axis, Machine, PieceCost, Pricer
 from mipipe.planner.teams.stages import StageCost, cut_pieces, even_layers, stage_cost, team_problem
+
+RUNTIME_BYTES = 4 * 10**9
+"""What the driver's context, libraries and communicators hold of a device beside torch's allocator, where it is in a
+tensor group, a pipeline and a group of copies; a device's nominal memory is smaller than its real one by as much."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemberMemory:
-    """Bytes of one member of a rank's team at its peak."""
+    """Bytes of one member of a rank's team at its peak. ``activations`` with the buffers of collectives and of values
+    between ranks."""
 
     weights: int
     gradients: int
@@ -34,8 +40,18 @@ class MemberMemory:
     capacity: int
 
     @property
-    def peak(self) -> int:
+    def tensors(self) -> int:
         return self.weights + self.gradients + self.state + self.activations
+
+    @property
+    def peak(self) -> int:
+        """With the allocator's slack."""
+        return round(self.tensors * (1 + ALLOCATOR_SLACK))
+
+    @property
+    def on_device(self) -> int:
+        """As the device's driver counts, with what is beside the allocator."""
+        return self.peak + RUNTIME_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +73,7 @@ class StepTimes:
 @dataclass(frozen=True)
 class TeamResult:
     """An evaluated configuration. ``layers`` per stage; ``flops`` are the model's of one step; ``origins`` counts where
-    profiles of segments came from."""
+    profiles of segments came from; ``measured``: times of layers were."""
 
     plan: Plan
     degrees: Degrees
@@ -72,6 +88,7 @@ class TeamResult:
     times: StepTimes
     origins: dict[str, int] = field(default_factory=dict)
     recompute: tuple[Recompute, ...] = ()
+    measured: bool = False
 
     @property
     def seconds(self) -> float:
@@ -96,7 +113,7 @@ class TeamResult:
 
 
 def evaluate_teams(pricer: Pricer, degrees: Degrees, global_batch: int, *, layers: Sequence[int] | None = None,
-                   schedule: str = "1F1B", recompute: Sequence[Recompute] = ()) -> TeamResult:
+                   schedule: str = "1F1B", recompute: Sequence[Recompute] = (), held: bool = False) -> TeamResult:
     """The result of a configuration; memory is told, not judged.
 
     Args:
@@ -106,6 +123,8 @@ def evaluate_teams(pricer: Pricer, degrees: Degrees, global_batch: int, *, layer
         layers: of every stage; None: as even as they go.
         schedule: a published one by its name (`mipipe compare` lists them).
         recompute: of every piece of the model; empty: the degrees' for all.
+        held: reductions over copies run after the last backward, and where a rank has one stage transfers between ranks
+            hold the compute streams of both ends (`mipipe.planner.problems.held_transfers`).
 
     Raises:
         InputError: the model or batch does not divide by the degrees, or the schedule is not known.
@@ -121,15 +140,21 @@ def evaluate_teams(pricer: Pricer, degrees: Degrees, global_batch: int, *, layer
     if len(layers) != count:
         raise InputError(f"--layers-per-stage: {len(layers)} numbers, but {baseline.name} on {degrees.ranks} ranks has"
                          f" {count} stages")
+    if split and pricer.measured is not None:
+        raise InputError(f"--schedule {baseline.name}: divides backwards, which measured times of layers do not; take"
+                         " 1f1b or interleaved")
     costs = piece_costs(pricer, degrees, recompute)
     pieces = cut_pieces(model, layers)
     empty = [number for number, members in enumerate(pieces) if not members]
     if empty:
         raise InputError(f"--layers-per-stage: stage {empty[0]} would hold nothing; give every stage a layer (the first"
                          " has the embedding, the last the head as well)")
-    stages = [stage_cost(costs, members, machine, split=split, first_chunk=number < degrees.ranks)
+    stages = [stage_cost(costs, members, machine, split=split, first_chunk=number < degrees.ranks,
+                         held=held)
               for number, members in enumerate(pieces)]
     problem = team_problem(model, degrees, machine, stages, microbatches)
+    if held and count == degrees.ranks:
+        problem = hold_transfers(problem)
     found = baseline.plan(problem, split=split)
     instant = baseline.plan(team_problem(model, degrees, machine, stages, microbatches, instant=True), split=split)
     return result_of(pricer, degrees, global_batch, found, stages, baseline.name, tuple(layers),
@@ -203,4 +228,5 @@ def result_of(pricer: Pricer, degrees: Degrees, global_batch: int, plan: Plan, s
                       "layers": list(layers), "devices": degrees.devices}}
     return TeamResult(replace(plan, provenance={**plan.provenance, **facts}), degrees, schedule, layers, tuple(stages),
                       pricer.machine, global_batch, pricer.model.tokens, pricer.model.flops() * global_batch, memory,
-                      StepTimes(kernels, axes, optimizer, pipeline, bubble), dict(pricer.origins), recompute)
+                      StepTimes(kernels, axes, optimizer, pipeline, bubble), dict(pricer.origins), recompute,
+                      pricer.measured is not None)

@@ -47,9 +47,10 @@ class ModelPieces:
         """The indices of pieces that are layers."""
         return [number for number, piece in enumerate(self.pieces) if piece.layer is not None]
 
-    def flops(self) -> float:
-        """The model's flops of one sequence, as papers count them (`mipipe.graphs.coarse.totals`)."""
-        return sum(len(copies) * model_flops(self.index, copies[0]) for copies in self._alike()) / self.sequences
+    def flops(self, full: bool = False) -> float:
+        """The model's flops of one sequence, as papers count them (`mipipe.graphs.coarse.totals`); ``full``: with all
+        of attention's pairs, as Megatron-LM counts them."""
+        return sum(len(copies) * model_flops(self.index, copies[0], full) for copies in self._alike()) / self.sequences
 
     def _alike(self) -> list[list[int]]:
         """Segments of equal trace and phases."""

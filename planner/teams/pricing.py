@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mipipe.graphs.cluster import DeviceKind
 from mipipe.graphs.costs.collectives import Fabric, collective_ns
-from mipipe.graphs.costs.efficiency import phase_seconds
+from mipipe.graphs.costs.efficiency import LowDtype, phase_seconds
 from mipipe.graphs.costs.estimate_modes import TeamSplit, TraceFacts, estimated_profile, trace_facts
 from mipipe.graphs.costs.split_rules import ATTENTION
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.modes import Collective, CollectiveKind, ModeProfile
 from mipipe.graphs.operator_graph import DTYPE_BYTES, Phase, Role
+from mipipe.planner.problems.from_layers import LayerTimes
 from mipipe.planner.teams.degrees import Degrees
 from mipipe.planner.teams.pieces import ModelPieces
 
@@ -29,25 +31,45 @@ Axis = Literal["tensor", "context", "expert", "data"]
 AXES: tuple[Axis, ...] = ("tensor", "context", "expert", "data")
 ADAM_BYTES = 12
 """Optimizer state of a parameter: a master copy and two moments in float32 (Rajbhandari et al., 2020, section 3.1)."""
+ALLOCATOR_SLACK = 0.07
+"""Of what tensors hold, how much more an allocator of cached blocks has reserved at its peak."""
 GRADIENT_BYTES = 4
 """A gradient that is summed over microbatches is float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The devices all alike. ``fp8``: products run in 8 bits; ``fused``: elementwise kernels are fused."""
+    """The devices all alike. ``low``: the type that products run in where not in ``dtype``; ``fused``: elementwise
+    kernels are fused; ``flash``: attention is one kernel; ``cut``: what stays for the backward is chosen as compilers
+    do, else what autograd saves (None: as ``fused``); ``overlap``: collectives of the tensor axis run behind products
+    as far as the kind's ``hidden`` says; ``scatter``: a value between ranks that all tensor members have goes in parts,
+    one from each, else each sends all of it."""
 
     kind: DeviceKind
     fabric: Fabric
     memory_bytes: int
     dtype: str = "bfloat16"
-    fp8: bool = False
+    low: LowDtype | None = None
     fused: bool = True
+    flash: bool = True
+    cut: bool | None = None
+    overlap: bool = False
+    scatter: bool = True
+
+    @property
+    def kernels(self) -> tuple[bool, bool, bool]:
+        """What profiles depend on."""
+        return self.fused, self.flash, self.fused if self.cut is None else self.cut
+
+    @property
+    def usable_bytes(self) -> int:
+        """Of the memory what tensors can fill."""
+        return round(self.memory_bytes / (1 + ALLOCATOR_SLACK))
 
     @property
     def peak(self) -> float:
         """The peak that utilisation is counted against."""
-        return self.kind.peak("float8" if self.fp8 else self.dtype)
+        return self.kind.peak(self.low or self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +96,8 @@ class PieceCost:
     ``kept`` stays from F to the end of the backward, ``late`` from I to W, per microbatch; ``again`` is ``kept`` of a
     piece whose F runs again, which it holds while its backward runs. ``reduce``, ``gather``: seconds of the gradients'
     way between copies and of the updated parameters' way back, ``optimizer`` of the update itself. ``gathered``: whole
-    gradients, and parameters of this piece and the next, where copies hold parts of them.
+    gradients, and parameters of this piece and the next, where copies hold parts of them; ``buffers``: the largest
+    tensor of a collective.
     """
 
     f: PhaseCost
@@ -90,6 +113,7 @@ class PieceCost:
     gather: float
     optimizer: float
     gathered: int = 0
+    buffers: int = 0
 
     @property
     def backward(self) -> float:
@@ -113,20 +137,38 @@ class Footprint:
 
 
 class Pricer:
-    """Prices pieces on a machine; profiles are kept between calls. ``origins`` counts where profiles came from."""
+    """Prices pieces on a machine; profiles are kept between calls. ``origins`` counts where profiles came from.
 
-    def __init__(self, model: ModelPieces, machine: Machine) -> None:
-        self.model, self.machine = model, machine
+    ``measured``: seconds of every piece's forward, backward and update where they were measured on one device (with the
+    team's collectives in them): they take the place of the estimates.
+    """
+
+    def __init__(self, model: ModelPieces, machine: Machine, measured: Sequence[LayerTimes] | None = None) -> None:
+        if measured is not None and len(measured) != len(model.pieces):
+            raise InputError(f"times of {len(measured)} layers, but the model has {len(model.pieces)} pieces"
+                             f" ({len(model.layers)} layers, and what comes before and after); expected one for each")
+        self.model, self.machine, self.measured = model, machine, measured
         self.origins: Counter[str] = Counter()
         self._profiles: dict[tuple[str, object, bool], ModeProfile] = {}
         self._costs: dict[tuple[int, Degrees], PieceCost] = {}
         self._footprints: dict[TeamSplit, Footprint] = {}
         self._facts: dict[tuple[str, Role, bool], TraceFacts] = {}
 
+    def on(self, machine: Machine, measured: Sequence[LayerTimes] | None = None) -> Pricer:
+        """The same model on another machine; profiles are shared where both have the same kernels."""
+        other = Pricer(self.model, machine, measured)
+        if machine.kernels == self.machine.kernels:
+            other._profiles, other._facts, other.origins = self._profiles, self._facts, self.origins
+        return other
+
     def costs(self, degrees: Degrees) -> list[PieceCost]:
         """The cost of every piece, in the model's order."""
         by_kind = [self._kind(number, degrees) for number in range(len(self.model.kinds))]
-        return [by_kind[piece.kind] for piece in self.model.pieces]
+        found = [by_kind[piece.kind] for piece in self.model.pieces]
+        if self.measured is None:
+            return found
+        return [replace(cost, f=PhaseCost(own.forward), i=PhaseCost(own.backward), w=None, optimizer=own.update)
+                for cost, own in zip(found, self.measured, strict=True)]
 
     def _kind(self, kind: int, degrees: Degrees) -> PieceCost:
         key = kind, _without_ranks(degrees)
@@ -142,10 +184,11 @@ class Pricer:
         if key in self._profiles:
             return self._profiles[key]
         known = trace.digest, role, again
+        fused, flash, cut = self.machine.kernels
         if known not in self._facts:
-            self._facts[known] = trace_facts(trace, role, fused=self.machine.fused, attention_again=again)
-        estimate = estimated_profile(trace, role, degrees.split, fused=self.machine.fused, attention_again=again,
-                                     facts=self._facts[known])
+            self._facts[known] = trace_facts(trace, role, fused=fused, attention_again=again, cut=cut)
+        estimate = estimated_profile(trace, role, degrees.split, fused=fused, attention_again=again, flash=flash,
+                                     cut=cut, facts=self._facts[known])
         plain = degrees.context == degrees.expert == 1 and degrees.tensor > 1 and not again
         modes = self.model.graph.modes
         found = modes.find(trace.digest, degrees.split.mode, degrees.tensor) if plain and modes is not None else None
@@ -179,17 +222,20 @@ class Pricer:
         piece, machine = self.model.kinds[kind], self.machine
         count = degrees.microbatch / self.model.sequences
         found: dict[Phase, PhaseCost] = {}
-        kept = late = dense = experts = trained = trained_experts = 0
+        kept = late = dense = experts = trained = trained_experts = buffers = 0
         for member in piece.members:
             profile = self.profile(member, degrees)
             for phase, work in profile.phases.items():
                 if self.model.index.runs(member, phase):
                     seconds = phase_seconds(work, machine.kind.achieved, flops=machine.kind.peak(machine.dtype),
-                                            fp8_flops=machine.kind.peak("float8") if machine.fp8 else None,
+                                            low=machine.low, low_flops=float(machine.peak),
                                             bytes_per_s=float(machine.kind.bytes_per_s or 1),
                                             launch_ns=machine.kind.launch_ns, count=count)
+                    if self.model.graph.segments[member].tags.role is Role.EXPERTS:
+                        seconds += machine.kind.achieved.expert_ns * 1e-9
                     cost = PhaseCost(seconds, self._talk(work.collectives, degrees, count, self.fanout(member)))
                     found[phase] = found[phase].plus(cost) if phase in found else cost
+                    buffers = max(buffers, *(round(item.num_bytes * count) for item in work.collectives), 0)
             if self.model.index.runs(member, Phase.I) or self.model.index.runs(member, Phase.W):
                 kept += profile.kept.fi + profile.kept.fw
                 late += profile.kept.iw
@@ -201,7 +247,8 @@ class Pricer:
         if degrees.recompute == "full" and Phase.I in found and piece.layer is not None:
             again, kept = kept, self._inputs(piece.members[0], degrees, count)
             found[Phase.I] = found[Phase.I].plus(found[Phase.F])
-        return self._resident(degrees, found, (kept, late, again), (dense, experts), (trained, trained_experts))
+        price = self._resident(degrees, found, (kept, late, again), (dense, experts), (trained, trained_experts))
+        return replace(price, buffers=buffers)
 
     def _inputs(self, member: int, degrees: Degrees, count: float) -> int:
         """Bytes of a piece's inputs on one member."""
@@ -228,6 +275,8 @@ class Pricer:
             spent = collective_ns(self.machine.fabric, item.kind, round(item.num_bytes * count), members, stride,
                                   fanout=fanout)
             found[axis] = found.get(axis, 0.0) + item.count * spent / 1e9
+        if self.machine.overlap and "tensor" in found:
+            found["tensor"] *= 1 - self.machine.kind.achieved.hidden
         return found
 
     def _resident(self, degrees: Degrees, found: dict[Phase, PhaseCost], kept: tuple[int, int, int],

@@ -212,15 +212,17 @@ def chain_task(pricer: Pricer, degrees: Degrees, microbatches: int,
     link = pricer.machine.fabric.link(degrees.team * degrees.copies).link
     size = max((model.index.num_bytes[value.name] for value in model.graph.values if "float" in value.spec.dtype
                 and model.index.source[value.name] >= 0), default=0)
-    parts = degrees.context * (degrees.tensor if degrees.sequence else 1)
-    hop = link.transfer_ns(round(size * degrees.microbatch / model.sequences / parts)) / 1e9
+    parts = degrees.context * (degrees.tensor if degrees.sequence or pricer.machine.scatter else 1)
+    passing = round(size * degrees.microbatch / model.sequences / parts)
+    hop = link.transfer_ns(passing) / 1e9
+    room = pricer.machine.usable_bytes - 2 * passing * min(2, degrees.ranks - 1)
     return ChainTask(tuple(runs), degrees.ranks, degrees.chunks, microbatches, hop,
-                     pricer.machine.kind.achieved.action_ns * 1e-9, pricer.machine.memory_bytes), list(by_mode)
+                     pricer.machine.kind.achieved.action_ns * 1e-9, room), list(by_mode)
 
 
 def _mode_cost(cost: PieceCost) -> ModeCost:
     return ModeCost(cost.f.total, cost.backward, cost.optimizer, cost.resident, cost.kept,
-                    cost.again + cost.late + cost.gathered)
+                    cost.again + cost.late + cost.gathered + cost.buffers)
 
 
 def _evaluated(pricer: Pricer, degrees: Degrees, answer: StageCounts, modes: list[Recompute],

@@ -146,7 +146,7 @@ def roughly_fits(pricer: Pricer, degrees: Degrees) -> bool:
                                        (held.experts, held.trained_experts, degrees.expert_copies)):
         shares = [copies if degrees.zero >= stage else 1 for stage in (1, 2, 3)]
         total += trained / size * (ADAM_BYTES / shares[0] + GRADIENT_BYTES / shares[1]) + num_bytes / shares[2]
-    return total <= degrees.ranks * pricer.machine.memory_bytes
+    return total <= degrees.ranks * pricer.machine.usable_bytes
 
 
 def least_seconds(pricer: Pricer) -> float:
@@ -159,9 +159,9 @@ def least_seconds(pricer: Pricer) -> float:
         for phase, work in profile.phases.items():
             if model.index.runs(member, phase):
                 for item in work.products:
-                    eight = pricer.machine.fp8 and not item.kind.startswith(ATTENTION)
-                    peak = kind.peak("float8" if eight else pricer.machine.dtype)
-                    total += item.count * item.flops / (peak * kind.achieved.share(item.kind, item.narrow, eight))
+                    low = None if item.kind.startswith(ATTENTION) else pricer.machine.low
+                    peak = kind.peak(low or pricer.machine.dtype)
+                    total += item.count * item.flops / (peak * kind.achieved.share(item.kind, item.narrow, low))
     return total / model.sequences
 
 
@@ -193,9 +193,9 @@ def bound_of(pricer: Pricer, degrees: Degrees, global_batch: int,
     kept = np.array([[cost.kept for cost in costs] for costs in by_mode], dtype=float)
     again = np.array([[cost.again for cost in costs] for costs in by_mode], dtype=float)
     resident = sum(cost.resident for cost in by_mode[0])
-    room = degrees.ranks * pricer.machine.memory_bytes - resident
+    room = degrees.ranks * pricer.machine.usable_bytes - resident
     largest = max(cost.resident for cost in by_mode[0]) + float((kept + again).min(axis=0).max())
-    if room < kept.min(axis=0).sum() or largest > pricer.machine.memory_bytes:
+    if room < kept.min(axis=0).sum() or largest > pricer.machine.usable_bytes:
         return None
     least = seconds.min(axis=0)
     action = pricer.machine.kind.achieved.action_ns * 1e-9

@@ -3,8 +3,9 @@
 The problem is that of one member of every team: all members do the same. Its devices are teams with one member's
 memory; the link between two ranks is that of members of equal index. Where the schedule has whole backwards (B), they
 run layer by layer, so what stays between I and W is one piece's at a time and counts as workspace; schedules that put
-W off keep it for the whole stage. Gradients are reduced over copies while the last microbatch's backward goes on, and
-updated parameters gathered while the first forward does; the update has what neither hides.
+W off keep it for the whole stage. Values on their way between ranks have a buffer at both ends, collectives one for
+their largest tensor. Gradients are reduced over copies while the last microbatch's backward goes on, and updated
+parameters gathered while the first forward does; the update has what neither hides.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def even_layers(layers: int, stages: int) -> list[int]:
 
 
 def stage_cost(costs: Sequence[PieceCost], pieces: Sequence[int], machine: Machine, *, split: bool,
-               first_chunk: bool = True) -> StageCost:
+               first_chunk: bool = True, held: bool = False) -> StageCost:
     """A stage of these pieces.
 
     Args:
@@ -93,6 +94,7 @@ def stage_cost(costs: Sequence[PieceCost], pieces: Sequence[int], machine: Machi
         machine: for the overhead of an action.
         split: I and W are actions of their own.
         first_chunk: the last of its rank's stages to end its backward: only there is the reduction seen.
+        held: reductions and gathers over copies run beside nothing.
     """
     own = [costs[piece] for piece in pieces]
     overhead = PhaseCost(machine.kind.achieved.action_ns * 1e-9)
@@ -105,10 +107,12 @@ def stage_cost(costs: Sequence[PieceCost], pieces: Sequence[int], machine: Machi
         paid = name == "f" or split or (name == "i" or not any(cost.i for cost in own))
         phases.append(total.plus(overhead) if there and paid else total if there or name == "f" else None)
     assert phases[0] is not None
-    workspace = max((cost.again + cost.gathered + (0 if split else cost.late) for cost in own), default=0)
+    workspace = max((cost.again + cost.gathered + cost.buffers + (0 if split else cost.late) for cost in own),
+                    default=0)
     return StageCost(tuple(pieces), (phases[0], phases[1], phases[2]), sum(cost.kept for cost in own),
                      sum(cost.late for cost in own) if split else 0, workspace, sum(cost.weights for cost in own),
                      sum(cost.gradients for cost in own), sum(cost.state for cost in own),
+                     sum(cost.reduce + cost.gather for cost in own) if held else
                      exposed_reduction(own) + exposed_gather(own) if first_chunk else 0.0,
                      sum(cost.optimizer for cost in own))
 
@@ -140,6 +144,11 @@ def team_problem(model: ModelPieces, degrees: Degrees, machine: Machine, stages:
         ProblemError: the numbers are beyond what a problem holds.
     """
     count = degrees.ranks
+    edges = tuple(_edges(model, degrees, stages, machine.scatter))
+    passing = [0] * len(stages)
+    for edge in edges:
+        for end in (edge.source, *edge.targets):
+            passing[end] += edge.num_bytes + (edge.grad_bytes or 0)
     groups = []
     for number, stage in enumerate(stages):
         names = [model.pieces[piece].name for piece in (stage.pieces[0], stage.pieces[-1])] if stage.pieces else []
@@ -149,13 +158,13 @@ def team_problem(model: ModelPieces, degrees: Degrees, machine: Machine, stages:
         groups.append(Group(f"stage {number}: " + (names[0] if len(set(names)) < 2 else " .. ".join(names)),
                             {KIND: PhaseTimes(f or 0, i, w)}, resident_bytes=stage.resident,
                             gradient_bytes=stage.gradients, saved_fw_bytes=stage.kept, saved_iw_bytes=stage.late,
-                            workspace_bytes=stage.workspace, segments=segments,
+                            workspace_bytes=stage.workspace + passing[number], segments=segments,
                             update_ns=_ns(stage.exposed_data + stage.optimizer)))
-    devices = tuple(Device(f"team{rank}", KIND, machine.memory_bytes, f"host{rank}") for rank in range(count))
+    devices = tuple(Device(f"team{rank}", KIND, machine.usable_bytes, f"host{rank}") for rank in range(count))
     stride = degrees.team * degrees.copies
     link = Link() if instant else machine.fabric.link(stride).link
     name = f"{model.graph.model} on {degrees.devices} devices"
-    return PlanningProblem(name, tuple(groups), tuple(_edges(model, degrees, stages)),
+    return PlanningProblem(name, tuple(groups), edges,
                            Topology(devices, link, link), num_microbatches, overlap=overlap_rule(stages))
 
 
@@ -167,11 +176,12 @@ def overlap_rule(stages: Sequence[StageCost]) -> OverlapRule:
     return OverlapRule(round(max(kernels, talk) / (kernels + talk) * 10**6), 10**6) if kernels else OverlapRule()
 
 
-def _edges(model: ModelPieces, degrees: Degrees, stages: Sequence[StageCost]) -> list[GroupEdge]:
-    """Values between stages, one member's part of each."""
+def _edges(model: ModelPieces, degrees: Degrees, stages: Sequence[StageCost], scatter: bool) -> list[GroupEdge]:
+    """Values between stages, one member's part of each. ``scatter``: where tensor members all have the value, each
+    sends a part; that receivers gather it over fast links is left out (Narayanan et al., SC 2021, section 4.1)."""
     stage_of = {member: number for number, stage in enumerate(stages) for piece in stage.pieces
                 for member in model.pieces[piece].members}
-    parts = degrees.context * (degrees.tensor if degrees.sequence else 1)
+    parts = degrees.context * (degrees.tensor if degrees.sequence or scatter else 1)
     scale = degrees.microbatch / model.sequences / parts
     found = []
     for value in model.graph.values:

@@ -46,11 +46,21 @@ def test_as_json(mipipe, graph):
     data = json.loads(ended.stdout)
     assert data["degrees"]["tensor"] == 4 and data["degrees"]["sequence"] is True
     assert sum(data["times"].values()) == pytest.approx(data["step_s"])
-    assert data["fits"] and data["basis"]["efficiencies"] == "assumed"
+    assert data["fits"] and data["basis"]["efficiencies"] == "fitted"
+    assert data["basis"]["evidence"]["runs"] > 10 and data["outside"]
+
+
+def test_where_efficiencies_come_from(mipipe, graph):
+    """Fitted ones say on how many runs and how far off; others that they are assumed, and by what."""
+    fitted, assumed = (mipipe("plan", graph, "--devices", 8, "--kind", kind, "--global-batch", 32, "--degrees",
+                              "copies=8").stdout for kind in ("h100", "h200"))
+    assert re.search(r"efficiencies of h100: fitted on \d+ published runs, cross-validated error \d+\.\d%", fitted)
+    assert "efficiencies of h200: assumed (those fitted for h100, the same chip)" in assumed
+    assert "no published run of h200 was predicted" in assumed
 
 
 def test_free_degrees_are_searched(mipipe, graph):
-    ended = mipipe("plan", graph, *DEVICES, "--time-limit", 8)
+    ended = mipipe("plan", graph, "--devices", 8, "--kind", "mi300x", "--global-batch", 32, "--time-limit", 8)
     assert ended.code == 0, ended.stderr
     for text in ("best of ", "combinations of degrees", "bound over all degrees", "next: ", "no pipeline: "):
         assert text in ended.stdout, text
@@ -71,7 +81,33 @@ links:
     assert "ranks=2,copies=4" in ended.stdout
 
 
+def test_measured_times_of_layers(mipipe, graph, tmp_path):
+    """Four layers, embedding and head of 1 ms of F and 2 of B on two ranks; and what the table lacks."""
+    table = tmp_path / "layers.json"
+    entry = {"1": {"2": {str(number): [1e-3, 2e-3, 0.0] for number in range(6)}}}
+    table.write_text(json.dumps({"Tiny": {"GPU": entry, "Other": entry}}))
+    options = (*DEVICES, "--degrees", "tensor=2,ranks=2,copies=2,zero=0", "--layer-times", table, "--schedule", "1f1b")
+    ended = mipipe("plan", graph, *options, "--layer-entry", "Tiny/GPU", "--held", "--json")
+    assert ended.code == 0, ended.stderr
+    data = json.loads(ended.stdout)
+    assert data["basis"]["layers_measured"] and data["outside"] == []
+    assert data["step_s"] == pytest.approx(17 * 9e-3, rel=0.05)
+    for wrong, message in (((), "--layer-entry is missing; expected one of Tiny/GPU, Tiny/Other"),
+                           (("--layer-entry", "Tiny/CPU"), "--layer-entry 'Tiny/CPU'; expected one of"),
+                           (("--layer-entry", "Tiny/GPU", "--recomputation", "full"), "leave it out")):
+        ended = mipipe("plan", graph, *options, *wrong)
+        assert ended.code == 1 and message in ended.stderr, ended.stderr
+
+
+def test_far_from_what_was_validated(mipipe, graph):
+    """The small model is far below the sizes of published runs."""
+    ended = mipipe("plan", graph, *DEVICES, "--degrees", "copies=8")
+    assert "warning: outside what was validated: " in ended.stdout and "parameters" in ended.stdout
+
+
 @pytest.mark.parametrize("options, message", [
+    ((*DEVICES, "--held"), "--held is for a configuration given in full"),
+    ((*DEVICES, "--degrees", "copies=8", "--layer-entry", "a/b"), "names an entry of --layer-times, which is not"),
     (("--devices", 8, "--kind", "h100"), "teams need --global-batch"),
     (("--global-batch", 8), "teams need --cluster CLUSTER.yaml, or --devices with --kind"),
     ((*DEVICES, "--degrees", "tensor=3,ranks=2"), "= 6 devices, which does not divide the 8 there are"),

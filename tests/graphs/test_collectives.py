@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mipipe.graphs.cluster import uniform_cluster
+from mipipe.graphs.cluster import shipped_kinds, uniform_cluster
 from mipipe.graphs.costs.collectives import MESSAGE_NS, Fabric, Level, collective_ns, fabric_of
 from mipipe.graphs.costs.efficiency import Achieved, phase_seconds
 from mipipe.graphs.errors import InputError
@@ -56,7 +56,8 @@ def test_more_bytes_never_take_less_and_one_member_nothing(kind, size, members, 
 def test_levels_of_a_cluster():
     found = fabric_of(uniform_cluster("h100", 64).topology)
     assert [(level.name, level.size) for level in found.levels] == [("host", 8), ("network", 64)]
-    assert found.levels[1].link.bytes_per_s == 0.8 * 50e9
+    share = shipped_kinds()["h100"].achieved.link
+    assert found.levels[1].link.bytes_per_s == pytest.approx(share * 50e9)
     assert [count for _, count in found.counts(64, 1)] == [8, 8]
     assert [(level.name, count) for level, count in found.counts(8, 8)] == [("network", 8)]
     assert len(fabric_of(uniform_cluster("h100", 8).topology).levels) == 1
@@ -76,7 +77,7 @@ def test_products_take_the_longest_of_work_bytes_and_launch():
     assert shares.share("aten.mm", 100) == 0.25
     products = Product("aten.mm", 10**9, 1000, 100, 2), Product("mipipe.attention", 10**9, 0, 1)
     work = PhaseWork(3 * 10**9, 5000, 4, 0, products)
-    found = phase_seconds(work, shares, flops=10**12, fp8_flops=None, bytes_per_s=10**9, launch_ns=1000)
+    found = phase_seconds(work, shares, flops=10**12, bytes_per_s=10**9, launch_ns=1000)
     assert found == pytest.approx(2 * 10**9 / 0.25e12 + 10**9 / 0.25e12 + 3000 / 0.5e9)
-    assert phase_seconds(work, shares, flops=10**12, fp8_flops=2 * 10**12, bytes_per_s=10**9,
+    assert phase_seconds(work, shares, flops=10**12, low="float8", low_flops=2 * 10**12, bytes_per_s=10**9,
                          launch_ns=10**10) == pytest.approx(40.0)

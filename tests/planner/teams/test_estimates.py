@@ -103,3 +103,18 @@ def test_context_gathers_keys_and_values(llama):
     whole = estimated_profile(trace, Role.ATTENTION, TeamSplit())
     assert found.phases[Phase.F].flops * 2 == whole.phases[Phase.F].flops
     assert dataclasses.replace(found.resident) == whole.resident
+
+
+def test_scores_of_unfused_attention_go_through_memory(llama):
+    """Products of the whole square, 13 and 19 bytes moved of every score, 5 kept (Korthikanti et al., 5 a s^2 b)."""
+    trace = next(trace for trace, role in traces(llama) if role is Role.ATTENTION)
+    flash, eager = (estimated_profile(trace, Role.ATTENTION, TeamSplit(2), flash=flag) for flag in (True, False))
+    scores, width = 8 * 512 * 512 // 2, 256 // 8
+    products = [item for item in eager.phases[Phase.F].products if item.kind == "aten.bmm"]
+    assert [item.flops for item in products] == [4 * scores * width]
+    assert eager.phases[Phase.F].bytes_moved - flash.phases[Phase.F].bytes_moved == pytest.approx(13 * scores)
+    assert eager.phases[Phase.I].bytes_moved - flash.phases[Phase.I].bytes_moved == pytest.approx(19 * scores)
+    assert eager.kept.fi + eager.kept.fw - flash.kept.fi - flash.kept.fw == 5 * scores
+    again = estimated_profile(trace, Role.ATTENTION, TeamSplit(2), flash=False, attention_again=True)
+    assert again.kept.fi + again.kept.fw < flash.kept.fi + flash.kept.fw
+    assert again.phases[Phase.I].flops == eager.phases[Phase.I].flops + products[0].flops

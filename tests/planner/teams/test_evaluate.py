@@ -7,12 +7,15 @@ from dataclasses import replace
 import pytest
 from team_machine import machine
 
+from mipipe.graphs.costs.efficiency import Evidence
 from mipipe.graphs.errors import InputError, MipipeError
 from mipipe.planner.check import check_plan
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate
+from mipipe.planner.problems.from_layers import LayerTimes
 from mipipe.planner.teams.degrees import Degrees, completed, parse_degrees
 from mipipe.planner.teams.evaluate import evaluate_teams
+from mipipe.planner.teams.outside import outside
 from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.remedies import remedy
 from mipipe.planner.teams.stages import cut_pieces, even_layers, exposed_gather, exposed_reduction, stage_cost
@@ -63,7 +66,7 @@ def test_every_evaluated_plan_is_one(pricer, degrees, layers, schedule):
     timeline = simulate(found.plan, lower(found.plan))
     assert timeline.makespan_ns == found.plan.makespan_ns
     assert found.times.total == pytest.approx(found.seconds)
-    assert [item.peak for item in found.memory] == [timeline.peak_bytes(rank) for rank in range(degrees.ranks)]
+    assert [item.tensors for item in found.memory] == [timeline.peak_bytes(rank) for rank in range(degrees.ranks)]
     assert sum(found.layers) == 6
 
 
@@ -146,13 +149,54 @@ def test_stages_and_schedules_that_are_none(pricer, layers, schedule, message):
 
 def test_too_little_memory_names_a_degree_that_would_do(pieces):
     """The change that is promised is one that fits."""
-    small = Pricer(pieces, machine(memory=60 * 10**6))
+    small = Pricer(pieces, machine(memory=68 * 10**6))
     found = evaluate_teams(small, Degrees(ranks=1, copies=8, microbatch=2, zero=1), 32)
     assert found.shortage > 0
     assert remedy(small, found) == "--microbatch 1 would fit"
-    tight = Pricer(pieces, machine(memory=30 * 10**6))
+    tight = Pricer(pieces, machine(memory=33 * 10**6))
     told = remedy(tight, evaluate_teams(tight, Degrees(copies=8), 32))
     assert told.endswith("would fit")
     degrees = completed(parse_degrees(",".join(part for part in told.replace(" with ", ",").removesuffix(
         " would fit").split(","))), 8, 1, "none")
     assert evaluate_teams(tight, degrees, 32).shortage == 0
+
+
+def test_measured_layers_take_the_place_of_estimates(pieces):
+    """Two ranks of 4 ms of F and 8 of B each, by hand: 4 microbatches take (4 + 1) x 12 ms, then the update."""
+    layers = [LayerTimes(1e-3, 2e-3, 5e-4)] * len(pieces.pieces)
+    own = Pricer(pieces, machine(action_ns=0), layers)
+    found = evaluate_teams(own, Degrees(ranks=2, zero=0), 4, schedule="1f1b")
+    assert found.measured
+    assert found.seconds == pytest.approx(5 * 12e-3 + 4 * 5e-4, rel=0.01)
+    held = evaluate_teams(own, Degrees(ranks=2, zero=0), 4, schedule="1f1b", held=True)
+    assert held.seconds > found.seconds
+    with pytest.raises(InputError, match="divides backwards, which measured times of layers do not"):
+        evaluate_teams(own, Degrees(ranks=2), 4, schedule="zb-h1")
+    with pytest.raises(InputError, match=r"times of 3 layers, but the model has 8 pieces \(6 layers"):
+        Pricer(pieces, machine(), layers[:3])
+
+
+def test_what_is_far_from_what_was_validated_is_told(pieces):
+    known = Evidence(12, 0.05, (8, 64), (10**9, 10**10), (512, 8192), ("16 bits",), ("experts",))
+    here = machine(evidence=known)
+    told = outside(Pricer(pieces, replace(here, low="float8")), Degrees(ranks=2, copies=256))
+    for text in ("512 devices, the runs behind the efficiencies had 8 to 64", "parameters, the runs behind",
+                 "products in float8", "a model without experts"):
+        assert any(text in line for line in told), text
+    assert len(told) == 4
+    assert "no published run of small" in outside(Pricer(pieces, machine()), Degrees())[0]
+    within = replace(known, parameters=(10**6, 10**9), models=("dense", "experts"))
+    assert outside(Pricer(pieces, machine(evidence=within)), Degrees(copies=8)) == []
+
+
+def test_layers_of_experts_cost_the_host(pieces):
+    """Dense models have none."""
+    one, two = (evaluate_teams(Pricer(pieces, machine(expert_ns=cost)), Degrees(), 2) for cost in (0, 10**6))
+    assert one.seconds == two.seconds
+
+
+def test_the_same_model_on_another_machine(pieces):
+    slow = Pricer(pieces, machine())
+    slow.costs(Degrees(tensor=2))
+    fast = slow.on(machine(product=1.0))
+    assert fast.costs(Degrees(tensor=2)) == Pricer(pieces, machine(product=1.0)).costs(Degrees(tensor=2))

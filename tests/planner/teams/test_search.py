@@ -43,7 +43,7 @@ def everything(pricer: Pricer, devices: int, batch: int, given: dict[str, int],
                     yield found
 
 
-@pytest.mark.parametrize("memory", [10**9, pytest.param(45 * 10**6, marks=pytest.mark.slow), 26 * 10**6])
+@pytest.mark.parametrize("memory", [10**9, pytest.param(45 * 10**6, marks=pytest.mark.slow), 28 * 10**6])
 def test_searched_degrees_equal_those_of_trying_all(pieces, memory):
     """8 devices, 6 layers: the same degrees, and a step at most as long (a stage may run single layers again)."""
     pricer = Pricer(pieces, machine(memory))

@@ -1,0 +1,48 @@
+"""Where a prediction is far from what its efficiencies were held against, in one line for each reason."""
+
+from __future__ import annotations
+
+from mipipe.graphs.costs.efficiency import Evidence
+from mipipe.graphs.operator_graph import Role
+from mipipe.planner.teams.degrees import Degrees
+from mipipe.planner.teams.pricing import Pricer
+
+FAR = 4
+"""A size beyond the validated ones by more than this factor is far."""
+
+
+def outside(pricer: Pricer, degrees: Degrees) -> list[str]:
+    """What of a model, its precision, its devices and their number lies far outside the runs behind the efficiencies;
+    nothing where layers were measured."""
+    machine = pricer.machine
+    known = machine.kind.achieved.evidence
+    if pricer.measured is not None:
+        return []
+    if known is None:
+        return [f"no published run of {machine.kind.name} was predicted with these efficiencies; they are"
+                f" {machine.kind.achieved.origin}"]
+    return [*_sizes(pricer, degrees, known), *_kinds(pricer, known)]
+
+
+def _sizes(pricer: Pricer, degrees: Degrees, known: Evidence) -> list[str]:
+    found = []
+    for what, size, (least, most) in (("devices", degrees.devices, known.devices),
+                                      ("parameters", pricer.model.parameters(), known.parameters),
+                                      ("tokens a sequence", pricer.model.tokens or known.tokens[0], known.tokens)):
+        if size * FAR < least or size > FAR * most:
+            found.append(f"{size:,} {what}, the runs behind the efficiencies had {least:,} to {most:,}")
+    return found
+
+
+def _kinds(pricer: Pricer, known: Evidence) -> list[str]:
+    found = []
+    products = pricer.machine.low or "16 bits"
+    if products not in known.products:
+        found.append(f"products in {products}, the runs behind the efficiencies had {' and '.join(known.products)}")
+    kind = "experts" if any(segment.tags.role is Role.EXPERTS for segment in pricer.model.graph.segments) else "dense"
+    if kind not in known.models:
+        found.append(f"a model {'with experts' if kind == 'experts' else 'without experts'}, the runs behind the"
+                     f" efficiencies were {' and '.join(known.models)}")
+    if pricer.model.tokens is None:
+        found.append("a model without tokens, the runs behind the efficiencies were language models")
+    return found
