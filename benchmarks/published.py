@@ -1,6 +1,12 @@
 """Predictions beside what others measured and published.
 
+    python benchmarks/published.py --runs runs.csv
     python benchmarks/published.py --zero-bubble zero_bubble.csv --sailor sailor.csv --profiles profiles.json [--json]
+
+``--runs``: every row is built as `benchmarks/published_runs.py` says (the model captured on the meta device, degrees,
+schedule, recomputation and precision as given, costs of the shipped device kinds, the simulator) and reported as
+`benchmarks/published_report.py` says; a second run finds the captures kept. Rows that cannot be built are listed with
+the reason.
 
 ``--zero-bubble``: rows of arXiv 2401.10241, tables 3 to 6 (columns p, m, micro_batch, T_F, T_B, T_W, T_comm in ms, the
 printed bubble rates and measured samples per second and GPU). Printed rates are simulated ones of equal stages whose
@@ -9,9 +15,9 @@ transfers run beside the compute; measured steps come from Megatron-LM, whose tr
 is fitted. Left out of the prediction: the optimizer, the embedding and the head, overheads of launching.
 
 ``--sailor`` and ``--profiles``: steps of Sailor's artifact (SOSP 2025) by its own measured times of layers on one
-device (`mipipe.planner.problems.from_layers`), 1F1B, transfers that hold the compute stream; the measured reduction of
-gradients is added, the link is `SAILOR_LINK`, and nothing is fitted. Rows with several kinds of devices are listed, not
-built.
+device (as ``mipipe plan --layer-times --held``): 1F1B, transfers that hold the compute stream, the reduction of
+gradients by the cost model of collectives; and the peak memory. Nothing is fitted. Rows with several kinds of devices
+are listed, not built.
 """
 
 from __future__ import annotations
@@ -23,16 +29,20 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from published_models import model_of
+from published_plot import draw
+from published_report import predict, show, summary
+from published_runs import Build, Builder, read_runs
 from rich.console import Console
 from rich.table import Table
 
 from mipipe.graphs.errors import InputError, MipipeError
-from mipipe.graphs.topology import Link
 from mipipe.planner.plan import Plan
-from mipipe.planner.problems.from_layers import problem_of_layers, read_layer_times
+from mipipe.planner.problems.from_layers import read_layer_times
 from mipipe.planner.problems.held_transfers import hold_transfers
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.schedules import BASELINES
+from mipipe.planner.teams.degrees import Degrees
 
 RATES = ("1F1B", "ZB-H1")
 """Schedules whose printed bubble rates are those of a whole step."""
@@ -41,11 +51,11 @@ STEPS = (("1F1B", "1F1B"), ("ZB-H1", "ZB-1p"))
 """Schedules whose steps were measured: ours, and the name of the column (ZB-1p's printed rates are ZB-H1's)."""
 
 
-SAILOR_LINK = Link(10_000, 25 * 10**9)
-"""Alps: one 200 Gb/s network card for each device; 10 us is an assumption."""
+SAILOR_MODELS = {"GPT-Neo-2.7B": "GPT-Neo-2.7", "OPT-350M": "OPT-350"}
+"""Names in the profiles."""
 
-SAILOR_MODELS = {"GPT-Neo-2.7B": ("GPT-Neo-2.7", 2560), "OPT-350M": ("OPT-350", 1024)}
-"""Name in the profiles, and hidden size."""
+SAILOR_KINDS = {"GH-96": ("gh200", 4)}
+"""The device kind, and devices on a host."""
 
 SAILOR_SEQ = 2048
 
@@ -86,6 +96,8 @@ class SailorRow:
     microbatches: int
     measured: float
     predicted: float | None
+    measured_bytes: float
+    predicted_bytes: int | None
     why: str = ""
 
 
@@ -110,33 +122,34 @@ def zero_bubble(path: Path) -> tuple[list[RateRow], list[StepRow]]:
     return rates, steps
 
 
-def sailor(path: Path, profiles: Path) -> list[SailorRow]:
-    """The steps of every row."""
+def sailor(path: Path, profiles: Path, builder: Builder) -> list[SailorRow]:
+    """The steps and memory of every row."""
     found = []
     for row in _rows(path, "file", "model", "layers_per_stage", "dp", "tp", "gpus", "gpu_kinds", "mbs", "gbs",
-                     "real_step_s", "grad_allreduce_s"):
+                     "real_step_s", "grad_allreduce_s", "max_mem_bytes"):
         kinds, cut, copies = (json.loads(row[name]) for name in ("gpu_kinds", "layers_per_stage", "dp"))
         size, tensor = int(row["mbs"]), json.loads(row["tp"])
-        count = int(row["gbs"]) // (size * copies[0])
-        facts = row["file"].removesuffix(".json"), row["model"], len(cut), int(row["gpus"]), count
-        measured = float(row["real_step_s"])
-        if len(kinds) > 1 or len(set(tensor)) > 1 or len(set(copies)) > 1:
-            found.append(SailorRow(*facts, measured, None, "several kinds of devices, or degrees by stage"))
-            continue
-        if row["model"] not in SAILOR_MODELS:
-            found.append(SailorRow(*facts, measured, None, "its hidden size is not known here"))
-            continue
-        name, hidden = SAILOR_MODELS[row["model"]]
+        facts = (row["file"].removesuffix(".json"), row["model"], len(cut), int(row["gpus"]),
+                 int(row["gbs"]) // (size * copies[0]), float(row["real_step_s"]))
         try:
+            if len(kinds) > 1 or len(set(tensor)) > 1 or len(set(copies)) > 1:
+                raise InputError("several kinds of devices, or degrees by stage")
+            if kinds[0] not in SAILOR_KINDS or row["model"] not in SAILOR_MODELS:
+                raise InputError(f"{row['model']} on {kinds[0]}: not known here")
+            name, device = SAILOR_MODELS[row["model"]], SAILOR_KINDS[kinds[0]]
             layers = read_layer_times(profiles, name, kinds[0], size, tensor[0])
-            problem = problem_of_layers(layers, cut, num_microbatches=count, link=SAILOR_LINK,
-                                        message_bytes=2 * size * SAILOR_SEQ * hidden,
-                                        reduce_s=float(row["grad_allreduce_s"]), name=row["file"])
-            predicted = (_plan(hold_transfers(problem), "1F1B").makespan_ns or 0) / 1e9
+            inner = (cut[0] - 1, *cut[1:-1], cut[-1] - 1)
+            degrees = Degrees(ranks=len(cut), tensor=tensor[0], copies=copies[0], microbatch=size, zero=0)
+            build = Build(model_of(row["model"], "", "", "", SAILOR_SEQ, ""), SAILOR_SEQ, device[0], int(row["gpus"]),
+                          device[1], "float16", None, fused=True, flash=False, cut=False, overlap=False, scatter=False,
+                          degrees=degrees, global_batch=int(row["gbs"]), schedule="1F1B", held=True,
+                          layers=inner if len(cut) > 1 else None, assumed=())
+            result = builder.evaluate(build, measured=layers)
         except MipipeError as error:
-            found.append(SailorRow(*facts, measured, None, str(error)))
+            found.append(SailorRow(*facts, None, float(row["max_mem_bytes"]), None, str(error)))
             continue
-        found.append(SailorRow(*facts, measured, predicted))
+        found.append(SailorRow(*facts, result.seconds, float(row["max_mem_bytes"]),
+                               max(item.on_device for item in result.memory)))
     return found
 
 
@@ -186,12 +199,16 @@ def show_zero_bubble(console: Console, rates: list[RateRow], steps: list[StepRow
 
 def show_sailor(console: Console, rows: list[SailorRow]) -> None:
     table = Table(title="Sailor (SOSP 2025): measured steps, and predicted from its profiles of layers")
-    for name in ("plan", "model", "stages", "devices", "microbatches", "measured s", "predicted s", "ratio"):
+    for name in ("plan", "model", "stages", "devices", "microbatches", "measured s", "predicted", "ratio", "GB",
+                 "predicted", "ratio"):
         table.add_column(name, justify="right")
     for row in rows:
         cells = (row.plan, row.model, *map(str, (row.stages, row.devices, row.microbatches)), f"{row.measured:.3f}")
-        table.add_row(*cells, *((row.why, "") if row.predicted is None else
-                                (f"{row.predicted:.3f}", f"{row.predicted / row.measured:.3f}")))
+        held = f"{row.measured_bytes / 1e9:.2f}"
+        table.add_row(*cells, *((row.why, "", held) if row.predicted is None or row.predicted_bytes is None else
+                                (f"{row.predicted:.3f}", f"{row.predicted / row.measured:.3f}", held,
+                                 f"{row.predicted_bytes / 1e9:.2f}",
+                                 f"{row.predicted_bytes / row.measured_bytes:.3f}")))
     console.print(table)
     built = [row for row in rows if row.predicted is not None]
     piped = [row for row in built if row.stages > 1 and row.microbatches > 1]
@@ -199,6 +216,9 @@ def show_sailor(console: Console, rows: list[SailorRow]) -> None:
     console.print(f"{len(piped)} rows with a pipeline and more than one microbatch: mean error"
                   f" {sum(map(abs, errors)) / len(errors):.1%}, bias {sum(errors) / len(errors):+.1%}; {len(built)} of"
                   f" {len(rows)} rows built")
+    off = [row.predicted_bytes / row.measured_bytes - 1 for row in built if row.predicted_bytes is not None]
+    console.print(f"peak memory of {len(off)} rows: mean error {sum(map(abs, off)) / len(off):.1%}, bias"
+                  f" {sum(off) / len(off):+.1%}")
     groups: dict[tuple[str, int], list[SailorRow]] = {}
     for row in built:
         groups.setdefault((row.model, row.devices), []).append(row)
@@ -209,25 +229,37 @@ def show_sailor(console: Console, rows: list[SailorRow]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path)
     parser.add_argument("--zero-bubble", type=Path)
     parser.add_argument("--sailor", type=Path)
     parser.add_argument("--profiles", type=Path)
+    parser.add_argument("--plot", type=Path, help="with --runs: also draw them as an SVG picture")
+    parser.add_argument("--brief", action="store_true", help="with --runs: errors by source, not every row")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    if options.zero_bubble is None and options.sailor is None:
-        parser.error("give --zero-bubble FILE, or --sailor FILE with --profiles FILE")
+    if options.runs is None and options.zero_bubble is None and options.sailor is None:
+        parser.error("give --runs FILE, --zero-bubble FILE, or --sailor FILE with --profiles FILE")
     if (options.sailor is None) != (options.profiles is None):
         parser.error("--sailor and --profiles go together")
+    progress = Console(stderr=True)
     try:
+        builder = Builder()
+        with progress.status("reading") as status:
+            runs, left = ([], []) if options.runs is None else predict(read_runs(options.runs), builder, status.update)
         rates, steps = ([], []) if options.zero_bubble is None else zero_bubble(options.zero_bubble)
-        plans = [] if options.sailor is None else sailor(options.sailor, options.profiles)
+        plans = [] if options.sailor is None else sailor(options.sailor, options.profiles, builder)
     except (OSError, ValueError, MipipeError) as error:
         sys.exit(f"published: {error}")
-    console = Console(width=120)
+    if options.plot is not None and any(row.measured_tokens_s for row in runs):
+        draw(runs, options.plot)
+    console = Console(width=140)
     if options.json:
-        json.dump({"zero_bubble": {"rates": [asdict(row) for row in rates], "steps": [asdict(row) for row in steps]},
+        json.dump({"runs": [asdict(row) for row in runs], "runs_summary": summary(runs, left),
+                   "zero_bubble": {"rates": [asdict(row) for row in rates], "steps": [asdict(row) for row in steps]},
                    "sailor": [asdict(row) for row in plans]}, sys.stdout, indent=1)
         return
+    if runs or left:
+        show(Console(width=130 if options.brief else 200), runs, left, brief=options.brief)
     if rates:
         show_zero_bubble(console, rates, steps)
     if plans:

@@ -1,0 +1,297 @@
+"""Rows of published runs as configurations of the product: read, built and evaluated.
+
+A row (the columns of `COLUMNS`) becomes a model captured on the meta device, a cluster of a shipped device kind,
+degrees, schedule, recomputation and precision; `mipipe.planner.teams.evaluate` says what its step takes and holds. What
+a row does not state is assumed as `Build.assumed` says.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from published_models import Model, model_of
+
+from mipipe.graphs.capture.cached import capture_cached
+from mipipe.graphs.cluster import DeviceKind, shipped_kinds, uniform_cluster
+from mipipe.graphs.costs.collectives import fabric_of
+from mipipe.graphs.costs.efficiency import LowDtype
+from mipipe.graphs.errors import InputError
+from mipipe.planner.problems.from_layers import LayerTimes
+from mipipe.planner.teams.degrees import Degrees, Recompute
+from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
+from mipipe.planner.teams.pieces import ModelPieces, model_pieces
+from mipipe.planner.teams.pricing import Machine, Pricer
+
+COLUMNS = ("group", "id", "model", "layers", "hidden", "heads", "hardware", "n_gpus", "precision", "seq_len",
+           "global_batch", "micro_batch", "tp", "pp", "cp", "vpp", "ep", "dp_or_fsdp", "schedule", "recompute",
+           "optimizer_sharding", "layout_or_notes", "meas_tflops_per_gpu", "meas_tokens_per_s_per_gpu",
+           "meas_samples_per_s_per_gpu", "meas_step_time_s", "derived_step_time_s", "meas_memory_GB", "date_or_version")
+"""What is read of a row."""
+
+HARDWARE: tuple[tuple[str, str, int], ...] = (
+    ("gh200", "gh200", 4), ("gb300", "gb300", 64), ("gb200", "gb200", 64), ("b300", "b300", 8), ("b200", "b200", 8),
+    ("h100 96gb", "h100_hbm2e", 8), ("h100", "h100", 8), ("h200", "h200", 8), ("h800", "h800", 8), ("a100", "a100", 8))
+"""What a row's hardware contains (first match), the device kind, and devices that share a fast link."""
+
+PRECISIONS: tuple[tuple[str, str, LowDtype | None], ...] = (
+    ("nvfp4", "bfloat16", "float4"), ("mxfp8", "bfloat16", "float8"), ("fp8", "bfloat16", "float8"),
+    ("bf16", "bfloat16", None), ("fp16", "float16", None))
+"""What a row's precision contains (first match), the type of parameters, and that of products."""
+
+SCHEDULES = {"1f1b": "1F1B", "interleaved 1f1b": "Interleaved 1F1B", "1f1b-i": "Interleaved 1F1B", "none": "1F1B",
+             "interleaved 1f1b + scatter/gather": "Interleaved 1F1B", "zb-1p": "ZB-H1", "zb-2p": "ZB-H2",
+             "dualpipe": "DualPipe", "": "1F1B"}
+
+
+@dataclass(frozen=True)
+class Build:
+    """A row as it is evaluated. ``fused``, ``flash``, ``cut``, ``overlap``, ``scatter``: as
+    of `mipipe.planner.teams.pricing.Machine`; ``held`` as of `mipipe.planner.teams.evaluate.evaluate_teams`."""
+
+    model: Model
+    seq: int
+    kind: str
+    devices: int
+    per_host: int
+    dtype: str
+    low: LowDtype | None
+    fused: bool
+    flash: bool
+    cut: bool
+    overlap: bool
+    scatter: bool
+    degrees: Degrees
+    global_batch: int
+    schedule: str
+    held: bool
+    layers: tuple[int, ...] | None
+    assumed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row: what identifies it, what was measured, and how it is built (or why not)."""
+
+    group: str
+    name: str
+    model: str
+    hardware: str
+    version: str
+    precision: str
+    step_s: float | None
+    tflops: float | None
+    memory_gb: float | None
+    build: Build | None
+    why: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The device kind and what products run in."""
+        assert self.build is not None
+        return f"{self.build.kind} {self.build.low or '16 bits'}"
+
+
+def read_runs(path: Path) -> list[Run]:
+    """The rows of a file.
+
+    Raises:
+        InputError: a column is missing, or there is no row.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise InputError(f"{path}: no rows; expected the columns {', '.join(COLUMNS)}")
+    missing = [name for name in COLUMNS if name not in rows[0]]
+    if missing:
+        raise InputError(f"{path}: no column {missing[0]!r}; expected the columns {', '.join(COLUMNS)}")
+    sizes = {row["model"]: row for row in reversed(rows) if row["tp"] and row["layers"]}
+    found = []
+    for row in rows:
+        full = _completed(row, sizes)
+        try:
+            build, why = _build(full), ""
+        except (InputError, ValueError) as error:
+            build, why = None, str(error)
+        found.append(Run(row["group"], row["id"], row["model"], row["hardware"], row["date_or_version"],
+                         row["precision"], _step(full, build), _number(row["meas_tflops_per_gpu"]),
+                         _number(row["meas_memory_GB"]), build, why))
+    return found
+
+
+def _completed(row: Mapping[str, str], sizes: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """A row of memory alone has the sizes and degrees that another row gives for the model."""
+    if row["tp"] or row["model"] not in sizes:
+        return dict(row)
+    return {name: value or sizes[row["model"]][name] if not name.startswith(("meas", "derived")) else value
+            for name, value in row.items()}
+
+
+def _step(row: Mapping[str, str], build: Build | None) -> float | None:
+    """Measured seconds of a step; of tokens or samples per second where these were measured."""
+    tokens, samples = _number(row["meas_tokens_per_s_per_gpu"]), _number(row["meas_samples_per_s_per_gpu"])
+    if build is not None and tokens:
+        return build.global_batch * build.seq / tokens / build.devices
+    if build is not None and samples:
+        return build.global_batch / samples / build.devices
+    return _number(row["meas_step_time_s"]) or _number(row["derived_step_time_s"])
+
+
+def _whole(row: Mapping[str, str], name: str) -> int:
+    if not row[name].isdecimal() or not int(row[name]):
+        raise InputError(f"{name}: found {row[name]!r}, expected a number of at least 1")
+    return int(row[name])
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None
+
+
+def _build(row: Mapping[str, str]) -> Build:
+    assumed: list[str] = []
+    if "LoRA" in row["layout_or_notes"]:
+        raise InputError("fine-tuning with adapters that the row does not describe")
+    seq = _whole(row, "seq_len")
+    model = model_of(row["model"], row["layers"], row["hidden"], row["heads"], seq, row["layout_or_notes"])
+    if model.note:
+        assumed.append(model.note)
+    hardware = next(((kind, size) for text, kind, size in HARDWARE if text in row["hardware"].lower()), None)
+    if hardware is None:
+        raise InputError(f"hardware {row['hardware']}: no such device kind ships")
+    precision = next(((dtype, low) for text, dtype, low in PRECISIONS if text in row["precision"].lower()), None)
+    if precision is None:
+        raise InputError(f"precision {row['precision']}: expected one of {', '.join(item[0] for item in PRECISIONS)}")
+    count = _whole(row, "n_gpus")
+    degrees, batch, schedule = _degrees(row, count, model, assumed)
+    modern = row["group"] not in UNFUSED
+    return Build(model, seq, hardware[0], count, min(hardware[1], count), *precision,
+                 fused="eager" not in row["layout_or_notes"], flash=modern, cut=modern,
+                 overlap=row["group"] in OVERLAP or "async" in row["layout_or_notes"].lower(),
+                 scatter=row["group"] not in WHOLE, degrees=degrees, global_batch=batch, schedule=schedule,
+                 held=row["group"] in HELD, layers=_layers(row),
+                 assumed=tuple(assumed))
+
+
+def _degrees(row: Mapping[str, str], count: int, model: Model, assumed: list[str]) -> tuple[Degrees, int, str]:
+    tensor, ranks, context = (_whole(row, name) if row[name].isdecimal() else 1 for name in ("tp", "pp", "cp"))
+    copies, left = divmod(count, tensor * ranks * context)
+    if left or not copies:
+        raise InputError(f"tp {tensor} x pp {ranks} x cp {context} does not divide {count} devices")
+    batch = _whole(row, "global_batch")
+    micro = _number(row["micro_batch"]) if row["micro_batch"].isdecimal() else None
+    if micro is None:
+        assumed.append("microbatch 1")
+    microbatch = int(micro or 1)
+    each = batch // copies
+    schedule = row["schedule"].split(" (")[0].lower()
+    if schedule == "not stated":
+        schedule = "interleaved 1f1b" if ranks > 1 else "1f1b"
+        assumed.append(f"schedule {schedule}")
+    if not schedule and row["vpp"].isdecimal() and int(row["vpp"]) > 1:
+        schedule = "interleaved 1f1b"
+    if schedule not in SCHEDULES:
+        raise InputError(f"schedule {row['schedule']}: expected one of {', '.join(SCHEDULES)}")
+    name = SCHEDULES[schedule]
+    chunks = _chunks(row, model, ranks, name, assumed)
+    if chunks > 1 and (each // microbatch) % ranks:
+        raise InputError(f"interleaved 1F1B of {each // microbatch} microbatches on {ranks} ranks is not published")
+    fsdp = re.search(r"fsdp=(\d+)", row["dp_or_fsdp"])
+    sharding = row["optimizer_sharding"]
+    zero = 3 if fsdp and int(fsdp[1]) > 1 else 0 if sharding.startswith("none") or row["group"] == "sailor_sosp25" \
+        else 1
+    again = row["recompute"].lower()
+    sequence = tensor > 1 and ("no sequence" not in again and "no sp" not in again) and (
+        "sequence parallel" in again or "+ sp" in again or row["group"] not in OLD)
+    if "tokendrop" in row["model"]:
+        assumed.append("tokens that are dropped count as computed")
+    if 'granularity="full"' in again:
+        assumed.append("nothing runs again: how many layers do is not stated")
+    recompute: Recompute = "full" if again.startswith("full") else \
+        "selective" if again.startswith(("selective", "per-op")) else "none"
+    expert = int(row["ep"]) if row["ep"].isdecimal() else 1
+    return (Degrees(ranks, tensor, sequence, context, expert, copies, chunks, microbatch, zero, recompute), batch,
+            name if chunks > 1 or name != "Interleaved 1F1B" else "1F1B")
+
+
+OLD = ("megatron_sc21_table1", "mt_nlg_530b", "korthikanti_table5", "korthikanti_fig1_memory", "sailor_sosp25")
+"""Groups of runs from before sequence parallelism, or that state where it is used."""
+
+
+UNFUSED = (*OLD, "zero_bubble_iclr24")
+"""Groups whose attention writes its scores, and whose kernels keep what autograd saves."""
+
+OVERLAP = ("nvidia_megatron_bridge", "megatron_readme_h100", "megatron_llama_example_h100")
+"""Groups whose recipes run the tensor axis's collectives behind products."""
+
+WHOLE = ("mt_nlg_530b", "sailor_sosp25")
+"""Groups of DeepSpeed's pipelines, whose tensor members each send all of a value."""
+
+HELD = ("megatron_sc21_table1", "mt_nlg_530b", "korthikanti_table5", "zero_bubble_iclr24", "sailor_sosp25")
+"""Groups whose transfers and reductions run beside nothing."""
+
+
+def _chunks(row: Mapping[str, str], model: Model, ranks: int, schedule: str, assumed: list[str]) -> int:
+    if ranks == 1 or schedule != "Interleaved 1F1B":
+        return 1
+    if row["vpp"].isdecimal():
+        return int(row["vpp"])
+    layers = next((int(value) for name, value in model.overrides.items() if name in ("n_layer", "num_hidden_layers")),
+                  int(row["layers"] or 0))
+    if row["vpp"].startswith("max"):
+        return -(-layers // ranks)
+    chunks = max(size for size in range(1, layers // ranks + 1) if layers % (size * ranks) == 0 and size <= 6) \
+        if layers and layers % ranks == 0 else 2
+    assumed.append(f"{chunks} stages per rank")
+    return chunks
+
+
+def _layers(row: Mapping[str, str]) -> tuple[int, ...] | None:
+    """Layers of every stage where the row says them; the embedding and the head count as layers there."""
+    found = re.search(r"layers per stage \[([\d, ]+)\]", row["layout_or_notes"])
+    if found is None:
+        return None
+    counts = [int(size) for size in found[1].split(",")]
+    return None if len(counts) == 1 else (counts[0] - 1, *counts[1:-1], counts[-1] - 1)
+
+
+class Builder:
+    """Evaluates builds; captures and profiles are kept between them. ``kinds`` replace the shipped device kinds."""
+
+    def __init__(self, kinds: Mapping[str, DeviceKind] | None = None) -> None:
+        self.kinds = {**shipped_kinds(), **(kinds or {})}
+        self._models: dict[Any, ModelPieces] = {}
+        self._pricers: dict[Any, Pricer] = {}
+
+    def pricer(self, build: Build, kind: DeviceKind | None = None,
+               measured: Sequence[LayerTimes] | None = None) -> Pricer:
+        """The pricer of a build's model on its machine."""
+        kind = kind or self.kinds[build.kind]
+        fabric = fabric_of(uniform_cluster(kind, build.devices, build.per_host).topology)
+        machine = Machine(kind, fabric, kind.memory_bytes or 0, build.dtype, build.low, build.fused, build.flash,
+                          build.cut, build.overlap, build.scatter)
+        key = build.model.source, str(build.model.overrides), build.seq
+        if key not in self._models:
+            options = {"seq": build.seq, "batch": 1, "dtype": "bfloat16", "overrides": build.model.overrides}
+            self._models[key] = model_pieces(capture_cached(build.model.source, options).graph)
+        if (*key, machine.kernels) not in self._pricers:
+            self._pricers[*key, machine.kernels] = Pricer(self._models[key], machine)
+        return self._pricers[*key, machine.kernels].on(machine, measured)
+
+    def evaluate(self, build: Build, kind: DeviceKind | None = None,
+                 measured: Sequence[LayerTimes] | None = None) -> TeamResult:
+        """What a build takes and holds, by the product; ``measured``: times of its layers, in place of estimates."""
+        return evaluate_teams(self.pricer(build, kind, measured), build.degrees, build.global_batch,
+                              layers=build.layers, schedule=build.schedule, held=build.held)
+
+
+def measured_step(run: Run, builder: Builder) -> float | None:
+    """Measured seconds of a step; where only the rate of model FLOPs was published, those of the captured graph by it
+    (Megatron-LM counts causal attention in full)."""
+    if run.step_s is not None or run.tflops is None or run.build is None:
+        return run.step_s
+    flops = builder.pricer(run.build).model.flops(full=run.group.startswith("megatron"))
+    return flops * run.build.global_batch / (run.tflops * 1e12 * run.build.devices)
