@@ -27,8 +27,8 @@ class GroupConfig:
     that fits counts; with both, both must fit."""
 
     __pydantic_config__: ClassVar = STRICT
-    options: dict[str, Any]
     match: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     role: Role | None = None
 
     def __post_init__(self) -> None:

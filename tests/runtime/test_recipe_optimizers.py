@@ -130,11 +130,11 @@ def written_out(kind, momentum, gradient):
 def test_groups_by_role_and_name():
     named = [(name, torch.nn.Parameter(torch.zeros(2))) for name in ("a.norm", "a.q", "b.norm")]
     roles = {"a.norm": Role.NORM, "a.q": Role.ATTENTION, "b.norm": Role.NORM}
-    groups = (GroupConfig({"lr": 1.0}, match="^a", role=Role.NORM), GroupConfig({"lr": 2.0}, role=Role.NORM))
+    groups = (GroupConfig("^a", {"lr": 1.0}, Role.NORM), GroupConfig(None, {"lr": 2.0}, Role.NORM))
     made = parameter_groups(named, groups, roles)
     assert [(group.get("lr"), len(group["params"])) for group in made] == [(1.0, 1), (2.0, 1), (None, 1)]
 
 
 def test_what_is_no_group_is_one_line():
     with pytest.raises(InputError, match="a group has neither match nor role"):
-        GroupConfig({"lr": 1.0})
+        GroupConfig(options={"lr": 1.0})
