@@ -154,11 +154,16 @@ def _token_table(names: Iterable[str]) -> str | None:
     return next((name for name in sorted(names) if name.endswith(TOKEN_TABLES)), None)
 
 
+def tied_head(table: str) -> str:
+    """The canonical name of the head that is a token table."""
+    return ("language_model." if table.startswith("language_model.") else "") + "lm_head.weight"
+
+
 def _head_of(files: CheckpointFiles, table: str) -> str:
-    """The canonical name of a tied head, which the files may not hold."""
+    """The same, where the files may hold a copy of it."""
     stored = next((name for name, tensor in files.tensors.items()
-                   if classify(name, tensor.shape, tensor.dtype) is TensorClass.HEAD), "lm_head.weight")
-    return "language_model.lm_head.weight" if table.startswith("language_model.") else stored
+                   if classify(name, tensor.shape, tensor.dtype) is TensorClass.HEAD), None)
+    return tied_head(table) if stored is None or table.startswith("language_model.") else stored
 
 
 def _unties(adapter: BoundAdapter, table: str, head: str) -> bool:

@@ -75,6 +75,19 @@ def test_differences_have_both_values():
     assert differences("a", {"hidden_act": "silu"}, "b", {"hidden_act": "silu"}) == ""
 
 
+def test_rotary_settings_are_compared_in_whatever_spelling():
+    old, new = {"rope_theta": 1e4}, {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
+    assert differences("a", old, "b", new) == differences("a", new, "b", old) == ""
+    assert "rope_theta 10000.0 and 500.0;" in differences("a", new, "b", {"rope_theta": 500.0})
+    yarn = {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 4.0}}
+    newer = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}}
+    assert differences("a", yarn, "b", newer) == ""
+    assert "rope_scaling {'rope_type': 'default'} and {'rope_type': 'yarn', 'factor': 4.0};" in differences(
+        "a", old, "b", yarn)
+    layers = {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}
+    assert differences("a", layers, "b", layers) == ""
+
+
 DENSE = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1,
          "head_dim": 4, "num_hidden_layers": 6, "pad_token_id": 0}
 MOE = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 4}

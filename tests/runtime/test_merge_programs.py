@@ -104,6 +104,28 @@ def test_an_adapter_is_extracted_from_two_checkpoints(tmp_path, rule):
             torch.testing.assert_close(value, weights["expert1"][name], rtol=0, atol=1e-6)
 
 
+def test_an_adapter_extracted_of_a_tied_model_with_biases(tmp_path):
+    """PEFT ties nothing that it saves, and has the bias of a module that it wraps inside the wrapper."""
+    weights = {}
+    for seed, name in enumerate(("base", "expert1")):
+        weights[name] = {key: value for key, value in state(seed).items() if "lm_head" not in key}
+        weights[name]["model.layers.0.self_attn.q_proj.bias"] = torch.full((8,), float(seed))
+        write(tmp_path / name, weights[name], {"tie_word_embeddings": True})
+    run(task(tmp_path, "expert1", adapter={"energy": 1.0}), tmp_path / "lora")
+    adapter = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    saved = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["modules_to_save"]
+    assert {"lm_head", "model.embed_tokens"} <= set(saved)
+    for name in ("lm_head", "model.embed_tokens"):
+        torch.testing.assert_close(adapter[f"base_model.model.{name}.weight"],
+                                   weights["expert1"]["model.embed_tokens.weight"], rtol=0, atol=1e-6)
+    assert torch.equal(adapter["base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias"], torch.ones(8))
+    assert "base_model.model.model.layers.0.self_attn.q_proj.bias" not in adapter
+    run({"merge_method": "passthrough", "models": [{"model": f"{tmp_path}/base+{tmp_path}/lora"}]}, tmp_path / "again")
+    for name, value in read(tmp_path / "again").items():
+        torch.testing.assert_close(value, weights["expert1"][name.replace("lm_head", "model.embed_tokens")], rtol=0,
+                                   atol=1e-5)
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"adapter": {}}, "give adapter a rank, or an energy"), ({"adapter": {"energy": 1.5}}, "energy: found 1.5"),
     ({"adapter": {"rank": 2}, "merge_method": "linear"}, "linear does not work on task vectors"),

@@ -119,7 +119,7 @@ def differences(label: str, config: Mapping[str, Any], other: str, reference: Ma
 
     What only one of them says is a default of the other that is not known here, and no disagreement.
     """
-    mine, theirs = _text(config), _text(reference)
+    mine, theirs = _plain_rope(_text(config)), _plain_rope(_text(reference))
     found = [f"{key} {mine[key]} and {theirs[key]}" for key in BEHAVIOUR
              if mine.get(key) is not None and theirs.get(key) is not None and mine[key] != theirs[key]]
     return (f"{label} and {other} differ in {', '.join(found)}; the result has those of {other}" if found else "")
@@ -128,3 +128,18 @@ def differences(label: str, config: Mapping[str, Any], other: str, reference: Ma
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
     text = config.get("text_config")
     return text if isinstance(text, dict) else config
+
+
+def _plain_rope(text: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config with ``rope_theta`` and ``rope_scaling`` in place of the newer ``rope_parameters`` that hold both."""
+    rope = text.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        return text  # by kind of layer
+    scaling = text.get("rope_scaling")
+    told = {**(scaling if isinstance(scaling, dict) else {}), **rope}
+    found = {key: value for key, value in text.items() if key not in ("rope_parameters", "rope_scaling")}
+    found |= {key: told.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in told}
+    kind = told.pop("type", "default")
+    if "rope_theta" in found:
+        found["rope_scaling"] = {"rope_type": kind, **told}
+    return found

@@ -17,6 +17,7 @@ from torch import Tensor
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.graph import MergeGraph, MergeUnit
 from mipipe.graphs.merging.method_spec import Scope
+from mipipe.graphs.merging.participants import TOKEN_TABLES, tied_head
 from mipipe.graphs.merging.passes import scope_of
 from mipipe.graphs.merging.recipes.recipe import AdapterRule
 from mipipe.graphs.merging.tensor_classes import TensorClass
@@ -59,6 +60,7 @@ def extract(graph: MergeGraph, rule: AdapterRule) -> Extracted:
             shapes than the base's, or a merge that changes no matrix.
     """
     found = Extracted()
+    tied = not any(unit.tensor_class is TensorClass.HEAD for unit in graph.units)
     with Shelf() as shelf, torch.no_grad():
         around = Surroundings(graph, shelf, torch.device("cpu"))
         for unit in graph.units:
@@ -71,8 +73,13 @@ def extract(graph: MergeGraph, rule: AdapterRule) -> Extracted:
                 continue
             dtype = TORCH_DTYPES[unit.dtype]
             if unit.tensor_class is not TensorClass.MATRIX or len(unit.shape) != 2:
-                found.tensors[f"base_model.model.{unit.name}"] = merged.reshape(unit.shape).to(dtype).contiguous()
-                found.saved.append(unit.name)
+                saved = [unit.name]
+                if tied and unit.name.endswith(TOKEN_TABLES):  # PEFT does not tie what it saves
+                    saved.append(tied_head(unit.name))
+                found.saved += saved
+                for name in saved:
+                    value = merged.reshape(unit.shape).to(dtype, copy=True).contiguous()
+                    found.tensors[f"base_model.model.{name}"] = value
                 continue
             up, down, total, lost = factors(delta, rule)
             found.whole, found.lost = found.whole + total, found.lost + lost
@@ -80,6 +87,10 @@ def extract(graph: MergeGraph, rule: AdapterRule) -> Extracted:
             found.ranks[module] = len(down)
             found.tensors[f"base_model.model.{module}.lora_A.weight"] = down.to(dtype).contiguous()
             found.tensors[f"base_model.model.{module}.lora_B.weight"] = up.to(dtype).contiguous()
+    for name in found.saved:
+        module, _, end = name.rpartition(".")
+        if end == "bias" and module in found.ranks:  # PEFT's wrapper has the module inside it
+            found.tensors[f"base_model.model.{module}.base_layer.bias"] = found.tensors.pop(f"base_model.model.{name}")
     if not found.ranks:
         raise InputError("adapter: the merge changes no matrix of the base, so there is no adapter to make")
     return found
