@@ -82,7 +82,8 @@ def explain_export(module: nn.Module, error: BaseException) -> str:
     elif "pytree" in text or "input type" in text:
         advice = "return tensors (alone, in a tuple or a dict) and switch caches off (use_cache=False)"
     else:
-        advice = "check that module(**example_inputs) runs, with these input names and shapes"
+        advice = ("check that module(**example_inputs) runs, with these input names and shapes; mipipe capture takes"
+                  " others as --inputs module:function")
     found = f"{type(chain[-1]).__name__}: {message[:200]}" if message else type(error).__name__
     name = type(getattr(module, "wrapped", module)).__name__
     return f"model {name} cannot be exported: stopped{line_of_error(chain)}: {found}; {advice}"

@@ -177,7 +177,8 @@ def test_a_model_in_which_nothing_trains() -> None:
 def test_a_model_that_cannot_run_names_its_line_and_torch_stays_silent(capfd: pytest.CaptureFixture[str]) -> None:
     module, batch = views()
     module.layers[0].linear = nn.Linear(5, 4, dtype=F64)
-    with pytest.raises(GraphError, match=r"stopped at .*traps.py:\d+ `mixed = torch.tanh.*got \[4, 4\] X \[5, 4\]"):
+    with pytest.raises(GraphError, match=r"stopped at .*traps.py:\d+ `mixed = torch.tanh.*got \[4, 4\] X \[5, 4\]"
+                       r".*--inputs module:function$"):
         capture_module(module, batch)
     assert capfd.readouterr().err == ""
 
