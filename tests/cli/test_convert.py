@@ -108,3 +108,17 @@ def test_converted_models_plan_and_train(mipipe, models: Path, tmp_path: Path, m
     done("train", "--plan", plan, "--graph", graph, "--config", config)
     trained = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "trained", trust_remote_code=True)
     assert trained(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, changes, option", [
+    ("molae", {"group": 4}, "--expert-groups"), ("molae", {"group": 2}, "--expert-groups"),
+    ("m_smoe", {}, "--expert-groups"), ("m_smoe", {}, "--expert-parallel"), ("mc_smoe", {}, "--expert-groups"),
+    ("dive", {}, "--expert-groups"), ("moe_adaptation", {}, "--expert-groups")])
+def test_parts_of_converted_experts_are_the_model(mipipe, models: Path, tmp_path: Path, method: str, changes: dict,
+                                                  option: str) -> None:
+    """Loss and gradients of the captured parts equal eager autograd's; latents once per token, or once per row."""
+    (models / "changed.yaml").write_text(yaml.safe_dump({"method": method, **RECIPES[method], **changes}))
+    assert mipipe("convert", models / "changed.yaml", "-o", tmp_path / "out").code == 0
+    ended = mipipe("capture", tmp_path / "out", option, "2", "--seq", "8", "--verify", "-o", tmp_path / "graph.json")
+    assert ended.code == 0, ended.stderr
