@@ -102,16 +102,23 @@ def _place(location: tuple[int | str, ...]) -> str:
 def digest(value: Any) -> str:
     """The SHA-256 of a dataclass's canonical JSON, 16 hex digits: ties plans to problems and problems to graphs.
 
-    Fields that the class names in ``DERIVED`` follow from the others and are left out.
+    Fields that the class names in ``DERIVED`` follow from the others and are left out, as are those in ``OPTIONAL``
+    where there is nothing in them.
     """
-    data = {key: item for key, item in to_data(value).items() if key not in getattr(value, "DERIVED", ())}
+    left_out = {*getattr(value, "DERIVED", ()), *_empty(value, "OPTIONAL")}
+    data = {key: item for key, item in to_data(value).items() if key not in left_out}
     text = json.dumps(data, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _empty(value: Any, names: str) -> set[str]:
+    return {name for name in getattr(value, names, ()) if getattr(value, name) is None}
+
+
 def save(value: Saved, path: str | Path) -> None:
-    """Write ``value`` as JSON, whole or not at all; fields in ``DERIVED`` only where there is something in them."""
-    empty = {name for name in getattr(value, "DERIVED", ()) if getattr(value, name) is None}
+    """Write ``value`` as JSON, whole or not at all; fields in ``DERIVED`` and ``OPTIONAL`` only where they hold
+    something."""
+    empty = {*_empty(value, "DERIVED"), *_empty(value, "OPTIONAL")}
     data = {"format": value.FORMAT, "version": value.VERSION,
             **{key: item for key, item in to_data(value).items() if key not in empty}}
     write_text(path, json.dumps(data, separators=(",", ":")) + "\n")

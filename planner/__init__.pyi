@@ -46,5 +46,7 @@ from mipipe.planner.schedules import Baseline as Baseline
 from mipipe.planner.solve import Progress as Progress
 from mipipe.planner.solve import SolveResult as SolveResult
 from mipipe.planner.solve import Termination as Termination
+from mipipe.planner.team import Team as Team
+from mipipe.planner.team import TeamMode as TeamMode
 from mipipe.planner.timeline import Span as Span
 from mipipe.planner.timeline import Timeline as Timeline

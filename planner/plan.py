@@ -12,6 +12,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import STRICT, Amount
 from mipipe.planner.actions import Action, Order
 from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.team import Team
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +69,13 @@ class Plan:
     """A solved problem: complete in itself, so it can be checked, simulated and run alone.
 
     ``bound_ns`` holds over all placements the problem allows, ``placement_bound_ns`` at this placement only; None
-    where none was computed. ``provenance`` says how it was found (method, seconds, seed, versions).
+    where none was computed. ``provenance`` says how it was found (method, seconds, seed, versions). ``team``: what a
+    rank is in a run with degrees of its own; the problem is then that of one member of every team.
     """
 
     FORMAT: ClassVar = "mipipe.plan"
     VERSION: ClassVar = 1
+    OPTIONAL: ClassVar = ("team",)
     __pydantic_config__: ClassVar = STRICT
     name: str
     problem: PlanningProblem
@@ -82,13 +85,12 @@ class Plan:
     bound_ns: Amount | None = None
     placement_bound_ns: Amount | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    team: Team | None = None
 
 
 def check_single_devices(plan: Plan, what: str) -> None:
-    """Raise `InputError` for a plan whose ranks are teams of devices (`mipipe.planner.teams`), which ``what`` takes
-    not."""
-    team = plan.provenance.get("team")
-    if team is not None:
-        degrees = team.get("degrees") if isinstance(team, dict) else None
-        raise InputError(f"plan {plan.name}: its ranks are teams of devices ({degrees}); {what} takes plans of single"
-                         " devices, as `mipipe plan GRAPH --cluster CLUSTER.yaml --microbatches M` makes them")
+    """Raise `InputError` for a plan whose ranks are teams of devices, which ``what`` takes not."""
+    if plan.team is not None:
+        raise InputError(f"plan {plan.name}: its ranks are teams of devices ({plan.team.text()}, {plan.team.copies}"
+                         f" copies); {what} takes plans of single devices, as `mipipe plan GRAPH --cluster CLUSTER.yaml"
+                         " --microbatches M` makes them")

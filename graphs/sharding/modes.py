@@ -94,11 +94,15 @@ def layout_part(layout: Layout, spec: TensorSpec, streams: Streams, size: int) -
 
 
 def member_program(graph: OperatorGraph, trace: SegmentTrace, mode: str, size: int,
-                   fixed: Mapping[str, Part] | None = None) -> MemberProgram:
+                   fixed: Mapping[str, Part] | None = None, *, segment: Segment | None = None,
+                   layouts: Mapping[str, Layout] | None = None, axis: str | None = None) -> MemberProgram:
     """The program of a member of a team of ``size`` for one of a graph's traces.
 
     Args:
         fixed: divisions of parameters that are settled by other segments which share them, by name in the trace.
+        segment: the one whose boundary it is; None: the first with this trace.
+        layouts: of the graph's values; None: all segments run in this mode.
+        axis: the name that its collectives have; None: the mode's own.
 
     Raises:
         GraphError: an unknown mode, a size below 2, a trace whose rows are picked by data, or one with an operator that
@@ -111,38 +115,40 @@ def member_program(graph: OperatorGraph, trace: SegmentTrace, mode: str, size: i
     if has_dynamic_rows(trace):
         raise GraphError(f"trace {trace.digest}: picks rows by data, so members of a team would differ; capture the"
                          " model with grouped experts")
-    streams = Streams(graph)
-    segment = next(item for item in graph.segments if item.trace == trace.digest)
+    streams, axis = Streams(graph), axis or AXES[mode]
+    segment = segment or next(item for item in graph.segments if item.trace == trace.digest)
     values = {value.name: value for value in graph.values}
-    layouts = _layouts(trace, segment, values, mode, streams, size)
-    given = _recipe(graph, trace, mode, layouts)
-    given.update(fixed or {})
-    layouts = replace(layouts, given={**layouts.given, **{name: part for name, part in given.items() if part != WHOLE}})
-    layouts = refine(trace, layouts)
-    assignment = assign(trace, layouts)
+    lies = layouts or {name: boundary_layout(values[name], mode, streams, size)
+                       for name in (*segment.inputs, *segment.outputs)}
+    given = {name: part for name, part in (fixed or {}).items() if part != WHOLE}
+    if not set(trace.parameters) | set(trace.buffers) <= set(fixed or {}):
+        given = {name: part for name, part in {**mode_recipe(trace, mode, size), **(fixed or {})}.items()
+                 if part != WHOLE}
+    boundary = _boundary(trace, segment, values, lies, mode, streams, size)
+    boundary = refine(trace, replace(boundary, given={**boundary.given, **given}))
+    assignment = assign(trace, boundary)
     try:
-        program = build_member(trace, layouts, AXES[mode], assignment)
+        program = build_member(trace, boundary, axis, assignment)
     except GraphError:
         raise
     except Exception as error:
         line = next(iter(str(error).splitlines()), type(error).__name__)
         raise GraphError(f"segment {segment.name}: mode {mode} on {size} members: an operator does not run on a"
                          f" member's sizes: {line[:300]}; leave this mode out") from error
-    return MemberProgram(program, mode, AXES[mode], size, layouts.given, assignment.ends,
-                         tuple(_reasons(trace, layouts, assignment, mode)))
+    return MemberProgram(program, mode, axis, size, boundary.given, assignment.ends,
+                         tuple(_reasons(trace, boundary, assignment, mode)))
 
 
-def _layouts(trace: SegmentTrace, segment: Segment, values: Mapping[str, Value], mode: str, streams: Streams,
-             size: int) -> Layouts:
-    """The boundary of a segment in a mode."""
+def _boundary(trace: SegmentTrace, segment: Segment, values: Mapping[str, Value], lies: Mapping[str, Layout],
+              mode: str, streams: Streams, size: int) -> Layouts:
+    """The boundary of a segment in a mode, between values that lie so."""
     given: dict[str, Part] = {}
     wanted: dict[str, Part] = {}
     for names, grads, used, ours, theirs in (
             (trace.inputs, trace.input_grads, segment.inputs, given, wanted),
             (trace.outputs, trace.output_grads, segment.outputs, wanted, given)):
         for name, grad, value in zip(names, grads, used, strict=True):
-            layout = boundary_layout(values[value], mode, streams, size)
-            part = layout_part(layout, values[value].spec, streams, size)
+            part = layout_part(lies[value], values[value].spec, streams, size)
             if part != WHOLE:
                 ours[name] = part
                 if grad is not None:
@@ -151,9 +157,9 @@ def _layouts(trace: SegmentTrace, segment: Segment, values: Mapping[str, Value],
     return Layouts(size, given, wanted, (lambda shape: streams.scatter(shape, size)) if scatters else no_scatter)
 
 
-def _recipe(graph: OperatorGraph, trace: SegmentTrace, mode: str, layouts: Layouts) -> dict[str, Part]:
+def mode_recipe(trace: SegmentTrace, mode: str, size: int) -> dict[str, Part]:
     """The division of parameters: that of ``tensor`` mode wherever the mode has it, at whole boundaries."""
-    plain = Layouts(layouts.size, {})
+    plain = Layouts(size, {})
     if mode in ("tensor", "sequence") or (mode == "context" and reads_vocabulary(trace)):
         return tensor_recipe(trace, plain)
     return expert_recipe(trace, plain) if mode == "expert" else {}
@@ -250,7 +256,7 @@ def settle_shared(graph: OperatorGraph, mode: str, size: int) -> dict[str, dict[
     for places in shared.values():
         for digest, _ in places:
             if digest not in recipes and not has_dynamic_rows(traces[digest]):
-                recipes[digest] = _recipe(graph, traces[digest], mode, Layouts(size, {}))
+                recipes[digest] = mode_recipe(traces[digest], mode, size)
         if len({recipes.get(digest, {}).get(name, WHOLE) for digest, name in places}) > 1:
             for digest, name in places:
                 settled.setdefault(digest, {})[name] = WHOLE

@@ -22,6 +22,7 @@ from mipipe.planner.actions import Stream
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import Group, PlanningProblem
 from mipipe.planner.problems.from_graph import exchange_groups
+from mipipe.planner.team import Team
 
 
 def check_graph(plan: Plan, graph: OperatorGraph) -> None:
@@ -35,8 +36,10 @@ def check_graph(plan: Plan, graph: OperatorGraph) -> None:
         coarse = contract(index_graph(graph), _members(problem, graph), graph_digest=found)
     except GraphError as error:
         raise _unfit(plan, str(error)) from None
-    fault = next(itertools.chain(_group_faults(problem, coarse), _edge_faults(problem, coarse),
-                                 _sharing_faults(problem, coarse)), None)
+    faults = itertools.chain(_group_faults(problem, coarse), _edge_faults(problem, coarse),
+                             _sharing_faults(problem, coarse)) if plan.team is None else \
+        itertools.chain(_member_faults(problem, coarse), _team_faults(plan.team, problem))
+    fault = next(faults, None)
     if fault is not None:
         raise _unfit(plan, fault)
 
@@ -96,6 +99,39 @@ def _facts(group: Group, made: OpGroup) -> Iterator[tuple[str, object, object]]:
     yield "saved_iw_bytes", group.saved_iw_bytes, made.saved_iw_bytes
     yield "workspace_bytes", group.workspace_bytes, max(made.workspace_bytes.values(), default=0)
     yield "single", group.single, made.single
+
+
+def _member_faults(problem: PlanningProblem, coarse: CoarseGraph) -> Iterator[str]:
+    """Where the problem of a team's member is not that of the graph: phases and values; sizes are those of its part."""
+    for group, made in zip(problem.groups, coarse.groups, strict=True):
+        for what, found, expected in itertools.islice(_facts(group, made), 2 * len(group.times)):
+            if found != expected:
+                yield f"group {group.name}: {what} {found}, the graph gives {expected}"
+    ends = {edge.value: (edge.source, tuple(sorted(edge.targets)), edge.grad_bytes is not None)
+            for edge in problem.edges}
+    for value in coarse.values:
+        wanted = (value.source, tuple(sorted(value.targets)), value.grad_bytes is not None)
+        found = ends.get(value.name)
+        if found is None:
+            yield f"value {value.name}, which passes from group {problem.groups[value.source].name}, has no edge"
+        elif found != wanted:
+            yield f"value {value.name}: (source, targets, gradient) are {found}, the graph gives {wanted}"
+
+
+def _team_faults(team: Team, problem: PlanningProblem) -> Iterator[str]:
+    """Segments that the team names and nobody has, or that run again together and are apart."""
+    home = {name: number for number, group in enumerate(problem.groups) for name in group.segments}
+    for item in team.modes:
+        for name in item.segments:
+            if name not in home:
+                yield f"mode {item.mode} is for segment {name!r}, which the graph does not have"
+    seen: set[str] = set()
+    for run in team.again:
+        if not run or any(name not in home for name in run) or len({home[name] for name in run}) > 1:
+            yield f"segments {', '.join(run)} run again together, but are not all in one group"
+        if seen & set(run):
+            yield f"segment {min(seen & set(run))} runs again twice"
+        seen |= set(run)
 
 
 def _ratio_faults(what: str, sizes: Iterable[tuple[Group, int, int]]) -> Iterator[str]:

@@ -1,0 +1,81 @@
+"""A trace whose attention runs again in the backward, so that neither its result nor its statistics stay in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from mipipe.graphs.operator_graph import Operator, Phase, SavedTensor, SegmentTrace
+from mipipe.graphs.serialize import digest
+from mipipe.graphs.trace_rules import GETITEM
+
+ATTENTION = "mipipe.attention.default"
+_MOVES = {GETITEM, "aten.view.default", "aten._unsafe_view.default", "aten.transpose.int", "aten.permute.default",
+          "aten.clone.default", "aten.reshape.default", "aten.unsqueeze.default", "aten.squeeze.dim"}
+"""Operators that only move what attention has made, and run again with it."""
+
+
+def with_attention_again(trace: SegmentTrace) -> SegmentTrace:
+    """The trace with copies of its attention, and of what moves its results, in the first phase of the backward; the
+    trace itself where the backward reads none of them."""
+    made: dict[str, Operator] = {}
+    for op in trace.phase_operators(Phase.F):
+        if op.kind == ATTENTION or (op.kind in _MOVES and len(op.inputs) == 1 and op.inputs[0] in made):
+            made[op.name] = op
+    late = [op for op in trace.operators if op.phase is not Phase.F]
+    pending = [name for op in late for name in op.inputs if name in made and name not in trace.outputs]
+    needed: set[str] = set()
+    while pending:
+        name = pending.pop()
+        if name not in needed:
+            needed.add(name)
+            pending += [other for other in made[name].inputs if other in made]
+    if not needed:
+        return trace
+    first = Phase.I if trace.has(Phase.I) else Phase.W
+    names = {name: f"{name}_again" for name in needed}
+    copies = [replace(op, name=names[name], phase=first, args=_renamed(op.args, names),
+                      kwargs=_renamed(op.kwargs, names)) for name, op in made.items() if name in needed]
+    changed = [replace(op, args=_renamed(op.args, names), kwargs=_renamed(op.kwargs, names)) for op in late]
+    forward = list(trace.phase_operators(Phase.F))
+    specs = trace.specs | {names[name]: trace.specs[name] for name in needed if name in trace.specs}
+    moved = replace(trace, digest="", operators=(*forward, *copies, *changed), specs=specs)
+    moved = replace(moved, saved=tuple(_saved(moved, trace, names)))
+    return replace(moved, digest=digest(moved))
+
+
+def _renamed(item: Any, names: dict[str, str]) -> Any:
+    if isinstance(item, list):
+        return [_renamed(part, names) for part in item]
+    if isinstance(item, dict):
+        if set(item) == {"ref"}:
+            return {"ref": names.get(item["ref"], item["ref"])}
+        return {key: _renamed(part, names) for key, part in item.items()}
+    return item
+
+
+def _saved(trace: SegmentTrace, before: SegmentTrace, names: dict[str, str]) -> Iterator[SavedTensor]:
+    """What crosses phases now, with the sizes that the tensors had before."""
+    order = list(Phase)
+    source = {op.name: op.phase for op in trace.operators} | dict.fromkeys(
+        (*trace.inputs, *trace.parameters, *trace.buffers), Phase.F)
+    known = {item.name: item for item in before.saved}
+    original = {again: name for name, again in names.items()}
+    specs = {op.name: op.outputs[0] for op in trace.operators if op.outputs} | trace.specs
+    last: dict[str, Phase] = {}
+    for op in trace.operators:
+        for name in op.inputs:
+            made = source.get(name)
+            if made is not None and order.index(op.phase) > order.index(made):
+                last[name] = max(last.get(name, op.phase), op.phase, key=order.index)
+    for phase, results in ((Phase.I, trace.input_grads), (Phase.W, trace.parameter_grads)):
+        for name in filter(None, results):
+            if name in source and order.index(phase) > order.index(source[name]):
+                last[name] = max(last.get(name, phase), phase, key=order.index)
+    for name, phase in last.items():
+        found = known.get(original.get(name, name))
+        num_bytes = found.num_bytes if found is not None else specs[name].num_bytes
+        if found is None and name in (*trace.parameters, *trace.buffers):
+            continue
+        yield SavedTensor(name, num_bytes, source[name], phase, found.alias if found is not None else None)
