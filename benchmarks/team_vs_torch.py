@@ -3,9 +3,10 @@
     torchrun --nproc-per-node 2 benchmarks/team_vs_torch.py --width 512 --layers 4 --tokens 512 --repetitions 20
 
 Both run the same Llama with the same weights and tokens in one process group (gloo, one thread for each member), taking
-turns, and the gradients are compared first. torch's plan is the one that transformers ships for this model
-(``base_model_tp_plan``; the head by columns, its logits gathered, as ``_tp_plan`` says); ours is `tensor` mode as
-captured. Prints the median step times, their ratio, and the largest relative difference of any gradient.
+turns, and the gradients are compared first. Ours is the engine's own step of a plan with one rank, a team in `tensor`
+mode. torch's plan is the one that transformers ships for this model (``base_model_tp_plan``; the head by columns, its
+logits gathered, as ``_tp_plan`` says). Prints the median step times, their ratio, and the largest relative difference
+of any gradient.
 """
 
 from __future__ import annotations
@@ -25,11 +26,17 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mipipe.graphs.capture.model import capture
-from mipipe.graphs.operators.collectives import whole_of
-from mipipe.graphs.sharding.parts import Kind
+from mipipe.graphs.operator_graph import OperatorGraph, Phase
+from mipipe.graphs.topology import Topology
 from mipipe.graphs.tracing.compose import parameter_tensors
-from mipipe.runtime.engine.team import Axis
-from mipipe.runtime.engine.team_step import TeamStep
+from mipipe.planner.actions import Action
+from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
+from mipipe.planner.problems.from_graph import problem_of_groups
+from mipipe.planner.team import Team
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.engine.team import member_pieces
+from mipipe.runtime.weights.pieces import Piece
 
 
 def torch_model(config: LlamaConfig) -> nn.Module:
@@ -65,42 +72,53 @@ def main() -> None:
     torch.manual_seed(0)
     whole = LlamaForCausalLM(config)
     graph = capture("LlamaForCausalLM", seq=options.tokens, batch=1, overrides=sizes, verify=False)
-    axis = Axis.of("tensor", dist.group.WORLD, timedelta(seconds=120))
-    ours = TeamStep(graph, "tensor", axis)
     named = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
-    state = ours.local_state(parameter_tensors(graph, named))
+    engine = Engine(one_team(graph, dist.get_world_size()), graph, parameter_tensors(graph, named),
+                    options=EngineOptions(share_loss=False))
     theirs = torch_model(config)
     tokens = torch.randint(options.vocab, (1, options.tokens), generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": tokens, "labels": tokens}
-    scale = 1.0 / (options.tokens - 1)
 
     def torch_step() -> None:
         theirs.zero_grad()
         theirs(**batch).loss.backward()
 
+    def our_step() -> None:
+        engine.zero_grad()
+        engine.step(batch)
+
     torch_step()
-    _, gradients = ours.run(state, batch, scale)
-    worst = max(difference(axis, ours, fqn, gradients[fqn], parameter.grad)
-                for fqn, parameter in theirs.named_parameters())
+    our_step()
+    pieces = member_pieces(engine.compiled, graph, engine.mesh)
+    worst = max(difference(pieces.get(name), engine.weights.parameters[name].grad, parameter.grad)
+                for name, parameter in theirs.named_parameters())
     times: dict[str, list[float]] = {"mipipe": [], "torch": []}
     for _ in range(options.repetitions):
         times["torch"].append(seconds(torch_step))
-        times["mipipe"].append(seconds(lambda: ours.run(state, batch, scale)))
-    if axis.member == 0:
+        times["mipipe"].append(seconds(our_step))
+    if dist.get_rank() == 0:
         medians = {name: statistics.median(found) for name, found in times.items()}
-        print(f"{options.layers} layers of {options.width}, {options.tokens} tokens, {axis.size} members:"
+        print(f"{options.layers} layers of {options.width}, {options.tokens} tokens, {dist.get_world_size()} members:"
               f" mipipe {1e3 * medians['mipipe']:.1f} ms, torch {1e3 * medians['torch']:.1f} ms, ratio"
               f" {medians['mipipe'] / medians['torch']:.3f}; largest difference of a gradient {worst:.1e}")
     dist.destroy_process_group()
 
 
-def difference(axis: Axis, ours: TeamStep, fqn: str, mine: Tensor, other: Tensor | None) -> float:
-    """The relative difference of one gradient, put together from all members."""
-    assert other is not None
-    part = ours.parts[fqn]
-    found = whole_of(axis.gather(mine), part.dim, part.sections) if part.kind is Kind.DIVIDED else mine
+def one_team(graph: OperatorGraph, members: int) -> Plan:
+    """A plan of one microbatch on one rank, a team in ``tensor`` mode."""
+    problem = problem_of_groups(graph, [[segment.name for segment in graph.segments]], Topology.uniform(1), 1,
+                                lambda group: dict.fromkeys(Phase, 1))
+    order = RankOrder(tuple(map(Action.parse, ("0F0", "0B0"))))
+    return Plan("one team", problem, Placement((Stage((0,), (0,)),), ((0,),)), Schedule((order,)),
+                team=Team({"tensor": members}))
+
+
+def difference(piece: Piece | None, mine: Tensor | None, other: Tensor | None) -> float:
+    """The relative difference of this member's part of a gradient."""
+    assert mine is not None and other is not None
     wanted = other.full_tensor() if isinstance(other, DTensor) else other
-    return float((found - wanted).norm() / wanted.norm())
+    part = wanted if piece is None else piece.cut(wanted)
+    return float((mine - part).norm() / wanted.norm())
 
 
 if __name__ == "__main__":

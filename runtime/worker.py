@@ -106,15 +106,16 @@ def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
     plan, program, graph, config = job.plan, job.program, job.graph, job.config
     master = getattr(torch, config.dtype) if config.dtype else None
     weights = initial_weights(graph, config)
-    maps = read_maps(config, graph, max(1, int(os.environ.get("WORLD_SIZE", "1")) // len(program.ranks)))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    maps = read_maps(config, graph, max(1, world // job.processes(1)))
     engine = Engine(plan, graph, weights, program=program, device=device,
                     options=EngineOptions(config.seed, config.timeout_s, config.compile, master,
                                           barrier=config.barrier == "step", expert_map=maps.get(0),
                                           load_factor=config.experts.load_factor if config.experts else None,
                                           elastic=_elastic(config)))
     if engine.compiled.uncompiled and rank() == 0:
-        tell(options.report, "compile: runs without torch.compile, as numbers of rows are data there: "
-             + ", ".join(engine.compiled.uncompiled))
+        tell(options.report, "compile: runs without torch.compile, as numbers of rows are data there, or members of a"
+                             " team talk: " + ", ".join(engine.compiled.uncompiled))
     inner = weights.base if isinstance(weights, LayeredWeights) else weights
     stored = inner if isinstance(inner, StoredWeights) else None
     del weights, inner  # the whole model, where it was made here

@@ -1,9 +1,10 @@
 """Which gradients are summed together, between which processes, and when: decided before the first step.
 
 A parameter's sum starts as soon as nothing more is added to its gradient on this rank: replicas of a stage where the
-program says ALL_REDUCE, parameters of this rank alone (summed over the plan's data-parallel copies) after the last W
-that adds to them, tied parameters at the end of the step. Parameters that are ready together share a bucket, one flat
-tensor of at most about `BUCKET_BYTES`. A set of holders and its copies are one group: one sum does both.
+program says ALL_REDUCE, parameters of this rank alone (summed over the plan's data-parallel copies, and over members of
+its team that have parts of the sum) after the last W that adds to them, tied parameters at the end of the step.
+Parameters that are ready together share a bucket, one flat tensor of at most about `BUCKET_BYTES`. A set of holders,
+their members and copies are one group: one sum does all.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ def buckets_of(local: LocalRank, names: Iterable[str], what: str) -> tuple[Bucke
     """The buckets of some parameters, by group, dtype and size, in the given order; those nobody else has are left
     out."""
     found: list[Bucket] = []
-    filling: dict[tuple[tuple[int, ...], torch.dtype], tuple[list[str], int]] = {}
+    filling: dict[tuple[tuple[int, ...], tuple[str, ...], torch.dtype], tuple[list[str], int]] = {}
     for name in names:
         holders, parameter = local.holders[name], local.weights.parameters[name]
-        key = holders if len(holders) > 1 else (), parameter.dtype
+        key = holders if len(holders) > 1 else (), local.sums.get(name, ()), parameter.dtype
         members, size = filling.get(key, ([], 0))
         filling[key] = [*members, name], size + parameter.nbytes
         if filling[key][1] >= BUCKET_BYTES:
-            found.append(Bucket(local.mesh.reduction(holders), tuple(filling.pop(key)[0]), what))
+            found.append(Bucket(local.reduction(name), tuple(filling.pop(key)[0]), what))
     for members, _ in filling.values():
-        found.append(Bucket(local.mesh.reduction(local.holders[members[0]]), tuple(members), what))
+        found.append(Bucket(local.reduction(members[0]), tuple(members), what))
     return tuple(bucket for bucket in found if bucket.group is not None)
 
 
@@ -57,15 +58,16 @@ def stage_buckets(local: LocalRank, stage: int) -> tuple[Bucket, ...]:
 
 
 def with_copy_sums(local: LocalRank, resolved: Iterable[Ready]) -> tuple[Ready, ...]:
-    """The rank's instructions with an ALL_REDUCE over the plan's copies behind the action that completes a bucket.
+    """The rank's instructions with an ALL_REDUCE over copies and members behind the action that completes a bucket.
 
     Buckets fill in the order in which parameters become ready, over several actions where these are small.
     """
     instructions = list(resolved)
-    if local.mesh.copy_group is None:
-        return tuple(instructions)
     name_of = {id(parameter): name for name, parameter in local.weights.parameters.items()}
-    alone = {name for name in local.graded if len(local.holders[name]) == 1} - local.banks
+    alone = {name for name in local.graded if len(local.holders[name]) == 1
+             and local.reduction(name) is not None} - local.banks
+    if not alone:
+        return tuple(instructions)
     last: dict[str, int] = {}
     for place, ready in enumerate(instructions):
         for name in gradients_of(ready, name_of):
@@ -73,7 +75,9 @@ def with_copy_sums(local: LocalRank, resolved: Iterable[Ready]) -> tuple[Ready, 
                 last[name] = place
     order = sorted(last, key=lambda name: (last[name], name))
     behind: dict[int, list[Bucket]] = {}
-    for bucket in buckets_of(local, order, "gradients of the plan's copies"):
+    copies, sums = local.mesh.num_copies, any(name in local.sums for name in alone)
+    over = " and ".join([f"{copies} copies"] * (copies > 1) + ["members"] * sums)
+    for bucket in buckets_of(local, order, f"gradients of the plan's {over}"):
         place = max(last[name] for name in bucket.names)
         while instructions[place + 1].kind in (ActionKind.SEND, ActionKind.RECV):  # peers' data first
             place += 1
@@ -83,8 +87,8 @@ def with_copy_sums(local: LocalRank, resolved: Iterable[Ready]) -> tuple[Ready, 
         result.append(ready)
         if place in behind:
             count = sum(len(bucket.names) for bucket in behind[place])
-            result.append(Ready(ActionKind.ALL_REDUCE, tuple(behind[place]), f"ALL_REDUCE of {count} gradients over"
-                                f" {local.mesh.num_copies} copies"))
+            result.append(Ready(ActionKind.ALL_REDUCE, tuple(behind[place]),
+                                f"ALL_REDUCE of {count} gradients over {over}"))
     return tuple(result)
 
 

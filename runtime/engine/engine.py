@@ -38,7 +38,8 @@ class Engine:
     step or evaluation left: times and, where it is tracked, memory. ``notice`` is asked at the end of every step, and
     ``noticed`` says whether it was true on any rank: it travels with the loss (``share_loss``). Where a device runs
     behind the host, a step records when that worked only while ``measuring``, at the price of some launches. Without a
-    barrier (`EngineOptions`) loss and ``noticed`` are those of the step before; `finish` waits for the last ones.
+    barrier (`EngineOptions`) loss and ``noticed`` are those of the step before; `finish` waits for the last ones. Where
+    ranks are teams, parameters are this member's parts (``compiled.divisions``), and ``graph`` is still the whole one.
     """
 
     def __init__(self, plan: Plan, graph: OperatorGraph, weights: WeightSource, *, program: Program | None = None,
@@ -170,8 +171,10 @@ class Engine:
         where this rank will not know the loss."""
         total = sum((losses[index].double() for index in sorted(losses)), torch.zeros((), dtype=torch.float64,
                                                                                       device=self.mesh.device))
-        both = torch.tensor([float(total), float(self.notice())], dtype=torch.float64)
-        if self.options.share_loss and world() > 1:
+        shared = self.options.share_loss and world() > 1
+        known = 0.0 if shared and self.mesh.member else float(total)  # all members of a team have the same loss
+        both = torch.tensor([known, float(self.notice())], dtype=torch.float64)
+        if shared:
             return dist.all_reduce(both, async_op=True), both, scale
         return None, both, scale if losses else math.nan
 
@@ -181,6 +184,6 @@ class Engine:
         work, both, scale = begun
         if work is not None:
             comm.wait([work], timedelta(seconds=self.options.timeout_s),
-                      lambda: f"rank {self.mesh.rank}, step {self.steps_done}: sum of the loss")
+                      lambda: f"{self.mesh.text}, step {self.steps_done}: sum of the loss")
         self.noticed = bool(both[1] > 0)
         return None if math.isnan(scale) else float(both[0]) * scale

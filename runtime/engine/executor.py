@@ -14,7 +14,6 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -55,7 +54,7 @@ class Executor:
         self._on_update: Callable[[], None] | None = None
         self._compiled, self._options = compiled, options
         blocking = compiled.mesh.device.type == "cpu"
-        self._waits = comm.Waits(timedelta(seconds=options.timeout_s), blocking)
+        self._waits = compiled.waits
         self._buffers = Buffers()
         self._reducer = reduce.Reducer(compiled, self._waits)
         self._microbatches: list[dict[str, torch.Tensor]] = []
@@ -132,9 +131,9 @@ class Executor:
                 self._side.abandon()
                 self._side = None
             instructions = self._compiled.evaluation if self._evaluating else self._compiled.instructions
-            text = f"rank {self._compiled.mesh.rank}, instruction {position} ({instructions[position].label})"
+            text = f"{self._compiled.mesh.text}, instruction {position} ({instructions[position].label})"
             if isinstance(error, _Unsettled):
-                raise RunError(f"rank {self._compiled.mesh.rank}, {error}") from None
+                raise RunError(f"{self._compiled.mesh.text}, {error}") from None
             if isinstance(error, MipipeError):
                 raise type(error)(f"{text}: {error}") from error
             raise RunError(f"{text}: {type(error).__name__}: {error}") from error

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
@@ -27,21 +27,29 @@ from mipipe.graphs.errors import RunError
 from mipipe.graphs.topology import Topology
 from mipipe.planner.execution.opening import opening_order
 from mipipe.planner.program import Program
+from mipipe.planner.team import Team
 from mipipe.runtime.engine import comm
 from mipipe.runtime.train.launching.processes import gather
 
+ALONE = Team({})
+"""A rank that is one device."""
+Places = Mapping[tuple[int, int, int], int]
+"""Global ranks by copy, plan rank and member."""
+Shared = tuple[tuple[int, ...], tuple[str, ...]]
+"""Plan ranks, and axes of their teams, whose members have a sum together."""
 CHANNEL_CTAS, GROUP_CTAS = 4, 16
 """Blocks of a GPU that one NCCL communicator may occupy: a waiting receive holds them, and the rest computes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """This process's place and its groups. All ranks here are the plan's; ``world`` maps them to global ranks.
+    """This process's place and its groups. All ranks here are the plan's; ``places`` maps them to global ranks.
 
-    ``copy`` counts the data-parallel copies of the plan. ``channels[(source, target)]`` hold the groups of this copy,
-    ``reductions[ranks]`` those plan ranks in all copies; ``plan_group`` all ranks of this copy, ``copy_group`` this
-    plan rank in every copy, and ``exchange_group`` the same for what experts exchange beside the gradients' sums.
-    ``copy_control`` is ``copy_group`` for CPU tensors.
+    ``copy`` counts the data-parallel copies of the plan, ``member`` the members of this rank's team (``team``).
+    ``channels[(source, target)]`` hold the groups of this copy and member, ``reductions[ranks, axes]`` those plan ranks
+    in all copies with the members along those axes; ``axes`` the members along each axis of the team; ``plan_group``
+    all of this copy, ``copy_group`` this member in every copy, and ``exchange_group`` the same for what experts
+    exchange beside the gradients' sums. ``copy_control`` is ``copy_group`` for CPU tensors.
     """
 
     rank: int
@@ -49,57 +57,77 @@ class Mesh:
     copy: int
     num_copies: int
     device: torch.device
-    world: tuple[int, ...]
+    places: Places
+    member: int = 0
+    team: Team = ALONE
     channels: dict[tuple[int, int], Any] = field(default_factory=dict)
-    reductions: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    reductions: dict[Shared, Any] = field(default_factory=dict)
+    axes: dict[str, Any] = field(default_factory=dict)
     plan_group: Any = None
     copy_group: Any = None
     exchange_group: Any = None
     copy_control: Any = None
 
+    @property
+    def first(self) -> bool:
+        """Whether this is the first process of the first copy."""
+        return self.leads and self.copy == 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first process of its copy."""
+        return self.rank == 0 and self.member == 0
+
+    @property
+    def text(self) -> str:
+        """This process, for people."""
+        return f"rank {self.rank}" + (f", member {self.member}" if self.team.members > 1 else "")
+
     def global_rank(self, rank: int) -> int:
-        """The rank in the world of a plan rank of this copy."""
-        return self.world[self.copy * self.num_ranks + rank]
+        """The rank in the world of this member of a plan rank of this copy."""
+        return self.places[self.copy, rank, self.member]
 
     def channel(self, source: int, target: int) -> Any:
         """The group of a directed channel."""
         return self.channels[source, target]
 
-    def reduction(self, ranks: Iterable[int]) -> Any:
-        """The group that sums what a set of ranks holds, over all copies; None where nobody else has it."""
+    def reduction(self, ranks: Iterable[int], axes: tuple[str, ...] = ()) -> Any:
+        """The group that sums what a set of ranks holds, over all copies and the members along some axes; None where
+        nobody else has it."""
         members = tuple(sorted(set(ranks)))
-        return self.copy_group if len(members) < 2 else self.reductions[members]
+        return self.copy_group if len(members) < 2 and not axes else self.reductions[members, axes]
 
 
-def build_mesh(program: Program, shared: Iterable[tuple[int, ...]] = (), *, exchange: bool = False,
+def build_mesh(program: Program, shared: Iterable[Shared] = (), *, team: Team = ALONE, exchange: bool = False,
                topology: Topology | None = None, device: torch.device | None = None, timeout_s: float = 60.0) -> Mesh:
     """The mesh of this process for ``program``, inside the initialised default process group.
 
-    ``shared`` lists further sets of plan ranks that reduce together (tied parameters); ``exchange``: experts are shared
-    between copies. The world may hold several
-    copies of the plan: rank = copy * ranks + plan rank, after ordering processes by host and local rank.
+    ``shared`` lists further sets of plan ranks and axes that reduce together (tied parameters, partial sums);
+    ``exchange``: experts are shared between copies. The world may hold several copies of the plan, in the order of
+    `places_of`, after ordering processes by host and local rank.
 
     Raises:
-        RunError: the world is not a multiple of the plan's ranks, the default group cannot carry CPU tensors, or a peer
-            does not come to the opening of a group.
+        RunError: the world is not a multiple of the plan's devices, the default group cannot carry CPU tensors, or a
+            peer does not come to the opening of a group.
     """
     num_ranks, world_size = len(program.ranks), dist.get_world_size()
-    if world_size % num_ranks:
-        raise RunError(f"{world_size} processes were started, but the plan has {num_ranks} ranks; start {num_ranks}"
-                       f" (torchrun --nproc-per-node {num_ranks}), or a multiple for data-parallel copies")
+    check_processes(world_size, num_ranks, team)
     check_control()
-    order = _process_order(topology, world_size)
-    copy, rank = divmod(order.index(dist.get_rank()), num_ranks)
-    mesh = Mesh(rank, num_ranks, copy, world_size // num_ranks, device or torch.device("cpu"), tuple(order))
+    num_copies = world_size // (num_ranks * team.members)
+    places = places_of(_process_order(topology, world_size), num_ranks, num_copies, team)
+    copy, rank, member = next(place for place, number in places.items() if number == dist.get_rank())
+    mesh = Mesh(rank, num_ranks, copy, num_copies, device or torch.device("cpu"), places, member, team)
     timeout = timedelta(seconds=timeout_s)
-    for spec in group_specs(program, shared, order, exchange, mesh.device.type != "cpu"):
+    for spec in group_specs(program, shared, places, exchange, mesh.device.type != "cpu", team):
         group = _create(spec, mesh.device, timeout)
         if dist.get_rank() not in spec.members:
             continue
         if spec.use is Use.CHANNEL:
-            mesh.channels[spec.key[0], spec.key[1]] = group
+            mesh.channels[spec.key] = group
         elif spec.use is Use.REDUCTION:
             mesh.reductions[spec.key] = group
+        elif spec.use is Use.AXIS:
+            mesh.axes[spec.key] = group
         else:
             object.__setattr__(mesh, spec.use.value, group)
         if not spec.control:
@@ -109,10 +137,30 @@ def build_mesh(program: Program, shared: Iterable[tuple[int, ...]] = (), *, exch
     return mesh
 
 
+def check_processes(processes: int, num_ranks: int, team: Team) -> None:
+    """Raise `RunError` unless the number of processes is a multiple of the plan's devices."""
+    devices = num_ranks * team.members
+    if processes % devices:
+        what = f"{num_ranks} ranks" + (f" of {team.members} devices ({team.text()})" if team.members > 1 else "")
+        raise RunError(f"{processes} processes were started, but the plan has {what}; start {devices} (torchrun"
+                       f" --nproc-per-node {devices}), or a multiple of it for data-parallel copies")
+
+
+def places_of(order: Sequence[int], num_ranks: int, num_copies: int, team: Team) -> Places:
+    """Global ranks by (copy, plan rank, member), of processes in this order: copy by copy; with teams the members
+    first, then the copies, as `mipipe.planner.team` has it."""
+    if team is ALONE:
+        return {(copy, rank, 0): order[copy * num_ranks + rank] for copy in range(num_copies)
+                for rank in range(num_ranks)}
+    return {(copy, rank, member): order[(rank * num_copies + copy) * team.members + member]
+            for rank in range(num_ranks) for copy in range(num_copies) for member in range(team.members)}
+
+
 class Use(Enum):
     """What a group is for; the values of single ones are `Mesh`'s names."""
 
     CHANNEL = "channels"
+    AXIS = "axes"
     PLAN = "plan_group"
     REDUCTION = "reductions"
     COPY = "copy_group"
@@ -122,10 +170,10 @@ class Use(Enum):
 
 @dataclass(frozen=True, slots=True)
 class GroupSpec:
-    """A group to be made: ``members`` as global ranks, for a channel the source first; ``key`` as plan ranks."""
+    """A group to be made: ``members`` as global ranks, for a channel the source first; ``key`` as `Mesh` has it."""
 
     use: Use
-    key: tuple[int, ...]
+    key: Any
     members: tuple[int, ...]
 
     @property
@@ -134,29 +182,43 @@ class GroupSpec:
         return self.use is Use.COPY_CONTROL
 
 
-def group_specs(program: Program, shared: Iterable[tuple[int, ...]], order: Sequence[int], exchange: bool,
-                apart: bool) -> list[GroupSpec]:
+def group_specs(program: Program, shared: Iterable[Shared], places: Places, exchange: bool, apart: bool,
+                team: Team = ALONE) -> list[GroupSpec]:
     """All groups of all copies in the one order in which every process makes and opens its own.
 
-    ``order``: the global ranks, copy by copy; ``apart``: control traffic has another backend than tensors.
+    ``apart``: control traffic has another backend than tensors.
     """
-    num_ranks = len(program.ranks)
-    num_copies = len(order) // num_ranks
-    communicators = opening_order(program, shared)
+    num_ranks, members = len(program.ranks), range(team.members)
+    copies = range(len(places) // (num_ranks * team.members))
+    sums = set(shared)
+    communicators = opening_order(program, {ranks for ranks, axes in sums if not axes})
     specs = []
-    for number in range(num_copies):
-        ranks = order[number * num_ranks:(number + 1) * num_ranks]
-        specs += [GroupSpec(Use.CHANNEL, item.members, tuple(ranks[member] for member in item.members))
-                  for item in communicators if not item.together]
-        specs += [GroupSpec(Use.PLAN, (), tuple(ranks))] if num_ranks > 1 else []
-    for item in communicators:
-        if item.together:
-            specs.append(GroupSpec(Use.REDUCTION, item.members, tuple(
-                order[number * num_ranks + member] for number in range(num_copies) for member in item.members)))
+    for copy in copies:
+        specs += [GroupSpec(Use.CHANNEL, item.members, tuple(places[copy, rank, member] for rank in item.members))
+                  for item in communicators if not item.together for member in members]
+        specs += [GroupSpec(Use.AXIS, axis, tuple(places[copy, rank, member] for member in line))
+                  for rank in range(num_ranks) for axis in team.axes for line in lines(team, (axis,))]
+        specs += [GroupSpec(Use.PLAN, (), tuple(number for place, number in places.items() if place[0] == copy))] \
+            if num_ranks * team.members > 1 else []
+    sums = {(item.members, ()) for item in communicators if item.together} | {item for item in sums if item[1]}
+    for ranks, axes in sorted(sums):
+        specs += [GroupSpec(Use.REDUCTION, (ranks, axes), tuple(
+            places[copy, rank, member] for copy in copies for rank in ranks for member in line))
+            for line in lines(team, axes)]
     uses = (Use.COPY, *((Use.COPY_CONTROL,) if apart else ()), *((Use.EXCHANGE,) if exchange else ()))
-    for number in range(num_ranks if num_copies > 1 else 0):
-        specs += [GroupSpec(use, (number,), tuple(order[number::num_ranks])) for use in uses]
+    for rank in range(num_ranks if len(copies) > 1 else 0):
+        specs += [GroupSpec(use, (rank,), tuple(places[copy, rank, member] for copy in copies))
+                  for member in members for use in uses]
     return specs
+
+
+def lines(team: Team, axes: tuple[str, ...]) -> list[tuple[int, ...]]:
+    """The sets of members that differ along these axes only."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for member in range(team.members):
+        where = team.coordinates(member)
+        found.setdefault(tuple(place for axis, place in where.items() if axis not in axes), []).append(member)
+    return [tuple(line) for line in found.values()]
 
 
 def check_control() -> None:
@@ -196,7 +258,7 @@ def _open(spec: GroupSpec, group: Any, mesh: Mesh, timeout: timedelta) -> None:
     else:
         works = [comm.start_all_reduce(group, one)]
         what = f"opening the sum over processes {', '.join(map(str, sorted(spec.members)))}"
-    comm.wait(works, timeout, lambda: f"rank {mesh.rank}: {what}", mesh.device.type == "cpu")
+    comm.wait(works, timeout, lambda: f"{mesh.text}: {what}", mesh.device.type == "cpu")
     if mesh.device.type != "cpu":
         torch.cuda.synchronize(mesh.device)
 

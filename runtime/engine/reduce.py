@@ -1,4 +1,4 @@
-"""Gradient sums between ranks: replicas of a stage or expert, tied parameters in several stages, copies of the plan.
+"""Gradient sums between ranks: replicas of a stage or expert, tied parameters, members of a team, copies of the plan.
 
 Sums start where `mipipe.runtime.engine.buckets` put them, run while the rank goes on computing, and are finished before
 the optimizer. Gradients that were there before the step (accumulation over several steps) are set aside first, so that
@@ -30,7 +30,7 @@ class Reducer:
         self._aside: dict[str, torch.Tensor] = {}
         self._done = True
         summed = sorted(set(compiled.graded) - compiled.banks)
-        self._shared = [name for name in summed if compiled.mesh.reduction(compiled.holders[name]) is not None]
+        self._shared = [name for name in summed if compiled.reduction(name) is not None]
         early = {name for ready in compiled.instructions if ready.kind is ActionKind.ALL_REDUCE
                  for bucket in ready.argument for name in bucket.names}
         self._late = buckets_of(compiled, sorted(set(summed) - early), "gradients of tied parameters")

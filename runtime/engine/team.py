@@ -2,7 +2,7 @@
 
 `mipipe.graphs.sharding` makes a member's program of a segment's trace; its operators name an axis. `team_operators`
 gives them to `build_phase`: one process group for each axis, whose ranks are the members in order. Every collective is
-waited for where it stands in the program.
+waited for where it stands in the program, by the rank's own `Waits`: a member that is gone is named on every backend.
 
 Legend: T members along an axis.
 """
@@ -10,17 +10,22 @@ Legend: T members along an axis.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mipipe.graphs.errors import RunError
+from mipipe.graphs.errors import GraphError, InputError, RunError
+from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.operators.collectives import part_of, whole_of
+from mipipe.graphs.sharding.team_graph import Division, MemberGraph
+from mipipe.graphs.tracing.attention_again import with_attention_again
+from mipipe.planner.team import Team
 from mipipe.runtime.engine import comm
+from mipipe.runtime.engine.mesh import Mesh
+from mipipe.runtime.weights.pieces import Piece, piece_of
 
 Reduction = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -33,32 +38,32 @@ class Axis:
     group: Any
     member: int
     size: int
-    timeout: timedelta
+    waits: comm.Waits
 
     @classmethod
-    def of(cls, name: str, group: Any, timeout: timedelta) -> Axis:
+    def of(cls, name: str, group: Any, waits: comm.Waits) -> Axis:
         """The axis whose members are the ranks of a process group."""
-        return cls(name, group, dist.get_rank(group), dist.get_world_size(group), timeout)
+        return cls(name, group, dist.get_rank(group), dist.get_world_size(group), waits)
 
-    def wait(self, work: Any, what: str, on_device: bool) -> None:
+    def wait(self, work: Any, what: str) -> None:
         """Until a collective is done (on CUDA: until the stream has it).
 
         Raises:
             RunError: another member is gone, or does not take part in time.
         """
-        comm.wait([work], self.timeout, lambda: f"member {self.member} of axis {self.name}: {what}", not on_device)
+        self.waits.wait([work], lambda: f"member {self.member} of axis {self.name}: {what}")
 
     def all_reduce(self, x: Tensor, op: str) -> Tensor:
         out = x.contiguous().clone()
         work = dist.all_reduce(out, Reduction[op], group=self.group, async_op=True)
-        self.wait(work, "all-reduce", x.is_cuda)
+        self.wait(work, "all-reduce")
         return out
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """The tensors of all members, in order."""
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        self.wait(dist.all_gather(parts, x, group=self.group, async_op=True), "all-gather", x.is_cuda)
+        self.wait(dist.all_gather(parts, x, group=self.group, async_op=True), "all-gather")
         return parts
 
     def reduce_scatter(self, x: Tensor, dim: int, sections: int) -> Tensor:
@@ -68,15 +73,72 @@ class Axis:
         parts = torch.stack([part_of(x, member, self.size, dim, sections) for member in range(self.size)])
         out = torch.empty_like(parts[0])
         work = dist.reduce_scatter_tensor(out, parts, group=self.group, async_op=True)
-        self.wait(work, "reduce-scatter", x.is_cuda)
+        self.wait(work, "reduce-scatter")
         return out
 
     def exchange(self, parts: Tensor) -> Tensor:
         """[T,...]: part m goes to member m; what comes from member m is part m of the result."""
         out = torch.empty_like(parts)
         work = comm.start_all_to_all(self.group, out, parts.contiguous())
-        self.wait(work, "all-to-all", parts.is_cuda)
+        self.wait(work, "all-to-all")
         return out
+
+
+def member_graph(team: Team, graph: OperatorGraph) -> MemberGraph:
+    """The graph of one member of a team, with attention that runs again where it is to; the graph itself where a rank
+    is one device.
+
+    Raises:
+        InputError: the graph cannot be divided so.
+    """
+    made = MemberGraph(graph)
+    try:
+        for axis, size in team.axes.items():
+            made = made.divided(axis, size, team.modes_along(axis, [segment.name for segment in graph.segments]))
+    except GraphError as error:
+        raise InputError(f"team ({team.text()}): {error}") from None
+    return replace(made, graph=_with_attention_again(made.graph, set(team.attention_again)))
+
+
+def _with_attention_again(graph: OperatorGraph, names: set[str]) -> OperatorGraph:
+    """The graph with attention run again in the backward of some segments."""
+    if not names:
+        return graph
+    traces = {trace.digest: trace for trace in graph.traces}
+    again = {digest: with_attention_again(traces[digest])
+             for digest in {segment.trace for segment in graph.segments if segment.name in names}}
+    traces.update((trace.digest, trace) for trace in again.values())
+    segments = tuple(replace(segment, trace=again[segment.trace].digest) if segment.name in names else segment
+                     for segment in graph.segments)
+    return replace(graph, segments=segments, traces=tuple(traces.values()))
+
+
+def member_operators(mesh: Mesh, waits: comm.Waits) -> dict[str, Callable[..., Tensor]]:
+    """The operators of this process's team; none where a rank is one device.
+
+    Raises:
+        RunError: processes of one team are not numbered in the order of its members.
+    """
+    axes = {name: Axis.of(name, group, waits) for name, group in mesh.axes.items()}
+    place = mesh.team.coordinates(mesh.member)
+    if any(axis.member != place[name] for name, axis in axes.items()):
+        raise RunError(f"{mesh.text}: the processes of a team are not numbered in the order of its members; start"
+                       " torchrun with consecutive ranks on each host")
+    return team_operators(axes) if axes else {}
+
+
+class Divided(Protocol):
+    """What has the divisions of parameters and buffers by FQN."""
+
+    @property
+    def divisions(self) -> Mapping[str, tuple[Division, ...]]: ...
+
+
+def member_pieces(member: Divided, whole: OperatorGraph, mesh: Mesh) -> dict[str, Piece]:
+    """What this process holds of each parameter and buffer that is divided, by FQN."""
+    shapes = {item.fqn: item.spec.shape for item in whole.parameters}
+    place = mesh.team.coordinates(mesh.member)
+    return {name: piece_of(shapes[name], divisions, place) for name, divisions in member.divisions.items()}
 
 
 def team_operators(axes: Mapping[str, Axis]) -> dict[str, Callable[..., Tensor]]:

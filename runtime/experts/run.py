@@ -58,7 +58,7 @@ class ExpertRun:
         self._config = config
         self.fault = ""  # why its files could not be written
         self._layers = routed_layers(engine.graph) if config is not None else ()
-        self._first = engine.mesh.rank == 0 and engine.mesh.copy == 0
+        self._first = engine.mesh.first
         if config is None:
             return
         self._window: deque[torch.Tensor] = deque(maxlen=config.window)
@@ -106,7 +106,7 @@ class ExpertRun:
         if exchange is None or replan is None or step % replan.every or step == self._last:
             return None
         found: list[ExpertMap | None] = [replan_map(self.loads(), exchange.map, replan) if self._first else None]
-        dist.broadcast_object_list(found, src=self._engine.mesh.world[0])
+        dist.broadcast_object_list(found, src=self._engine.mesh.places[0, 0, 0])
         changed = found[0] is not None and found[0].physical_to_logical != exchange.map.physical_to_logical
         return found[0] if changed else None
 

@@ -151,8 +151,7 @@ def gradient_norm(engine: Engine) -> float:
 def _own_square(engine: Engine) -> torch.Tensor:
     """The squared 2-norm of what this rank counts of the plan's gradients."""
     owned = [item.grad for name, item in engine.named_parameters()
-             if item.grad is not None and engine.compiled.holders[name][0] == engine.mesh.rank
-             and name not in engine.compiled.banks]
+             if item.grad is not None and engine.compiled.counts(name) and name not in engine.compiled.banks]
     total = torch.zeros((), dtype=torch.float64, device=engine.mesh.device)
     for norm in torch._foreach_norm(owned) if owned else ():
         total += norm.double() ** 2
@@ -203,7 +202,7 @@ class LateClip:
             return 0.0
         if self._work is not None:
             comm.wait([self._work], timedelta(seconds=self._engine.options.timeout_s),
-                      lambda: f"rank {self._engine.mesh.rank}, step {self._step}: the gradient norm",
+                      lambda: f"{self._engine.mesh.text}, step {self._step}: the gradient norm",
                       self._engine.mesh.device.type == "cpu")
             self._work = None
         value = float(self._square) ** 0.5

@@ -28,7 +28,8 @@ ROUND_TRIPS = 20
 
 
 def measured_timeline(engine: Engine) -> Timeline | None:
-    """The timeline of the engine's last step on plan rank 0 of the first copy; None elsewhere. All ranks must call."""
+    """The timeline of the engine's last step on plan rank 0 of the first copy, of the first member of every team; None
+    elsewhere. All ranks must call."""
     offset = clock_offset_ns(engine)
     rank, program = engine.mesh.rank, engine.compiled.program
     compute = []
@@ -38,11 +39,12 @@ def measured_timeline(engine: Engine) -> Timeline | None:
         compute.append((index, *place, start + offset, end + offset))
     moved = [(index, side, moment + offset) for index, side, moment in engine.record.transfer_times]
     memory = [(moment + offset, size) for moment, size in engine.record.memory]
-    mine = (rank, engine.mesh.copy, compute, moved, memory)
+    mesh = engine.mesh
+    mine = (rank, mesh.copy == 0 and mesh.member == 0, compute, moved, memory)
     everyone = processes.gather(mine)
-    if rank or engine.mesh.copy:
+    if not mesh.first:
         return None
-    return _assemble(engine, sorted((item for item in everyone if item[1] == 0), key=lambda item: item[0]))
+    return _assemble(engine, sorted((item for item in everyone if item[1]), key=lambda item: item[0]))
 
 
 def _assemble(engine: Engine, everyone: Sequence[Any]) -> Timeline:

@@ -58,8 +58,9 @@ class Trainer:
         self.engine, self.config, self.batches = engine, config, batches
         self.progress, self.predicted, self.stop = progress, predicted, stop
         options = {"lr": config.optimizer.lr, **config.optimizer.options}
-        self.optimizer = make_optimizer(config.optimizer.name, engine, options, config.optimizer.shard,
-                                        config.optimizer.groups)
+        team = engine.plan.team
+        shard = config.optimizer.shard or (team is not None and team.zero > 0)
+        self.optimizer = make_optimizer(config.optimizer.name, engine, options, shard, config.optimizer.groups)
         self._rates = [group["lr"] for group in self.optimizer.param_groups] if self.optimizer is not None else []
         self._factor = learning_rate_factor(config.schedule, config.steps)
         self._norm = 0.0
@@ -76,7 +77,7 @@ class Trainer:
         adapters = recipe_of(engine.graph).adapters
         self.beams = None if adapters is None or not adapters.period else \
             Beams(engine, adapters, self.optimizer, config.steps, config.seed)
-        self.first = engine.mesh.rank == 0 and engine.mesh.copy == 0
+        self.first = engine.mesh.first
         self.say = say if self.first else lambda text: None
         self._metrics: Metrics | None = None
         self._begun, self._saved = False, 0
@@ -313,7 +314,8 @@ class _profiler:
     """torch.profiler around one step, written as a Chrome trace for each rank; nothing without a path."""
 
     def __init__(self, path: str | None, engine: Engine) -> None:
-        place = engine.mesh.copy * engine.mesh.num_ranks + engine.mesh.rank
+        mesh = engine.mesh
+        place = (mesh.copy * mesh.num_ranks + mesh.rank) * mesh.team.members + mesh.member
         self._path = Path(path).with_suffix(f".rank{place}.json") if path else None
         self._profile = torch.profiler.profile() if path else None
 

@@ -181,7 +181,7 @@ class Checkpoints:
             copied()
             mine = [folder / f"{PREFIX}{rank()}{SUFFIX}"]
             write_tensors(mine[0], tensors)
-            if self._engine.mesh.rank == 0:
+            if self._engine.mesh.leads:
                 mine.append(folder / f"data-{self._engine.mesh.copy}.pt")
                 mine[-1].write_bytes(loader)
             files = folders.seal(mine)

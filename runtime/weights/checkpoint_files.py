@@ -87,20 +87,22 @@ def stored_tensors(folder: Path, files: Iterable[str]) -> dict[str, Stored]:
     return found
 
 
-def read_tensor(folder: Path, stored: Stored, target: Tensor) -> None:
-    """Fill a tensor of the stored shape, in its own dtype and on its own device.
+def read_tensor(folder: Path, stored: Stored, target: Tensor, first: int = 0) -> None:
+    """Fill a tensor of the stored shape, in its own dtype and on its own device; ``first``: or of fewer rows, from that
+    one on.
 
     Raises:
         InputError: the file cannot be read, or is too short.
     """
     straight = target.device.type == "cpu" and target.dtype == stored.dtype and target.is_contiguous()
-    buffer = target.detach() if straight else torch.empty(stored.shape, dtype=stored.dtype)
+    buffer = target.detach() if straight else torch.empty(target.shape, dtype=stored.dtype)
     view, place = _bytes_of(buffer), stored.place
+    start = place.start + (first * (len(view) // target.shape[0]) if first else 0)
     done = 0
     try:
         handle = os.open(folder / place.file, os.O_RDONLY)
         try:
-            while done < len(view) and (count := os.preadv(handle, [view[done:]], place.start + done)):
+            while done < len(view) and (count := os.preadv(handle, [view[done:]], start + done)):
                 done += count
         finally:
             os.close(handle)

@@ -1,13 +1,15 @@
 """What a checkpoint holds, by names that no plan and no layout of experts shows in.
 
 ``model.<parameter>`` and ``optimizer.<parameter>.<state>``; a bank of experts that several ranks share is stored expert
-by expert, ``model.<bank>[7]``. Whatever wrote a checkpoint, whole banks are read from experts and experts from banks.
+by expert, ``model.<bank>[7]``, and what a team divides piece by piece, ``model.<parameter>@0:0-16`` (rows 0 to 15).
+Whatever wrote a checkpoint, any piece is read from whole tensors, experts or other pieces.
 Tensors are in safetensors files (`mipipe.runtime.weights.checkpoint_files`), numbers of the optimizer in
 ``state.json``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +20,11 @@ from torch import Tensor
 
 from mipipe.graphs.errors import InputError
 from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.team import member_pieces
 from mipipe.runtime.train.optim import local_optimizer
 from mipipe.runtime.weights.checkpoint_files import Stored, read_tensor, stored_tensors
 from mipipe.runtime.weights.checkpoint_folder import State
+from mipipe.runtime.weights.pieces import Box, Piece, Ranges, overlap, parse_piece
 
 RowsOf = Mapping[str, Sequence[int]]
 """The experts a rank holds of each bank that it shares with other ranks, in the order of its rows."""
@@ -32,11 +36,16 @@ def shared_rows(engine: Engine) -> RowsOf:
     return {} if experts is None else experts.rows()
 
 
+def held_pieces(engine: Engine) -> dict[str, Piece]:
+    """What this member of a team holds of tensors that its team divides; none where ranks are single devices."""
+    return member_pieces(engine.compiled, engine.graph, engine.mesh)
+
+
 def model_tensors(engine: Engine) -> dict[str, Tensor]:
     """This rank's parameters and buffers by their names in a checkpoint."""
-    rows, tensors = shared_rows(engine), {}
+    rows, pieces, tensors = shared_rows(engine), held_pieces(engine), {}
     for name, item in (*engine.weights.parameters.items(), *engine.weights.buffers.items()):
-        tensors.update(_split(_model_key(name), item.detach(), rows.get(name)))
+        tensors.update(_split(_model_key(name), item.detach(), rows.get(name), pieces.get(name)))
     return tensors
 
 
@@ -44,11 +53,12 @@ def optimizer_tensors(engine: Engine, optimizer: torch.optim.Optimizer | None) -
     """The optimizer state of this rank's parameters by its names in a checkpoint."""
     found: dict[str, Any] = {}
     if optimizer is not None:
-        rows, state = shared_rows(engine), local_optimizer(optimizer).state
+        rows, pieces, state = shared_rows(engine), held_pieces(engine), local_optimizer(optimizer).state
         for name, parameter in engine.named_parameters():
             for key, item in state.get(parameter, {}).items():
                 split = isinstance(item, Tensor) and item.shape == parameter.shape
-                found.update(_split(_state_key(name, key), item, rows.get(name) if split else None))
+                found.update(_split(_state_key(name, key), item, rows.get(name) if split else None,
+                                    pieces.get(name) if split else None))
     return found
 
 
@@ -68,82 +78,136 @@ def host_copies(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Calla
     return copies, done.synchronize
 
 
-KeyOf = Callable[[int | None], str]
-"""Row -> name in the checkpoint; None: of the whole tensor."""
+KeyOf = Callable[[str], str]
+"""What tells a part from the whole (``[7]``, a piece's suffix, nothing) -> name in the checkpoint."""
 
 
 def _model_key(name: str) -> KeyOf:
-    return lambda row: f"model.{name}" if row is None else f"model.{name}[{row}]"
+    return lambda part: f"model.{name}{part}"
 
 
 def _state_key(name: str, state: str) -> KeyOf:
-    return lambda row: f"optimizer.{name}.{state}" if row is None else f"optimizer.{name}[{row}].{state}"
+    return lambda part: f"optimizer.{name}{part}.{state}"
 
 
-def _split(key: KeyOf, item: Any, rows: Sequence[int] | None) -> dict[str, Any]:
-    return {key(None): item} if rows is None else {key(row): item[place] for place, row in enumerate(rows)}
+def _split(key: KeyOf, item: Any, rows: Sequence[int] | None, piece: Piece | None) -> dict[str, Any]:
+    if piece is not None:
+        return {key(piece.suffix): item}
+    return {key(""): item} if rows is None else {key(f"[{row}]"): item[place] for place, row in enumerate(rows)}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stored tensor as a piece of the one that ``key("")`` names; ``row``: it lacks the first dimension."""
+
+    name: str
+    ranges: Mapping[int, Ranges]
+    row: bool = False
+
+
+def stored_parts(stored: Mapping[str, Any]) -> dict[str, list[Part]]:
+    """The parts in which tensors are stored, by the name of the whole; those stored whole have one."""
+    found: dict[str, list[Part]] = {}
+    for name in stored:
+        head, dot, state = name.rpartition(".") if name.startswith("optimizer.") else (name, "", "")
+        base, ranges = parse_piece(head)
+        bank, bracket, row = base.removesuffix("]").rpartition("[")
+        if not ranges and bracket and row.isdigit() and base.endswith("]"):
+            found.setdefault(bank + dot + state, []).append(Part(name, {0: ((int(row), int(row) + 1),)}, True))
+        found.setdefault(base + dot + state, []).append(Part(name, ranges))
+    return found
 
 
 @dataclass(slots=True)
 class Wanted:
-    """What is to be read: tensors to fill by stored name, tensors that take some rows of one read whole, and tensors
-    that equal another."""
+    """What is to be read: tensors to fill by stored name, and boxes of others that are put together from several."""
 
     folder: Path
     stored: Mapping[str, Stored]
     fill: dict[str, Tensor] = field(default_factory=dict)
-    picks: list[tuple[Tensor, str, Sequence[int]]] = field(default_factory=list)
-    twins: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    boxes: dict[str, list[tuple[Tensor, Box, Box, bool]]] = field(default_factory=dict)
+    parts: dict[str, list[Part]] = field(default_factory=dict)
 
-    def add(self, key: KeyOf, tensor: Tensor, rows: Sequence[int] | None) -> None:
-        """Ask for a tensor, or for ``rows`` of it.
+    def __post_init__(self) -> None:
+        self.parts = stored_parts(self.stored)
+
+    def add(self, key: KeyOf, tensor: Tensor, rows: Sequence[int] | None, piece: Piece | None) -> None:
+        """Ask for a tensor, for ``rows`` of it, or for a piece.
 
         Raises:
             InputError: it is not there, or has another shape.
         """
-        if key(None) not in self.stored and key(rows[0] if rows is not None else 0) in self.stored:
-            for place, row in enumerate(range(tensor.shape[0]) if rows is None else rows):
-                self._expect(key(row), tuple(tensor.shape[1:]))
-                if key(row) in self.fill:  # a rank may hold two replicas of one expert
-                    self.twins.append((tensor[place], self.fill[key(row)]))
-                else:
-                    self.fill[key(row)] = tensor[place]  # a view: reading fills the tensor itself
-        elif rows is None:
-            self._expect(key(None), tuple(tensor.shape))
-            self.fill[key(None)] = tensor
-        else:
-            size = self._expect(key(None), None)
-            self.fill[key(None)] = torch.empty(size, dtype=tensor.dtype)
-            self.picks.append((tensor, key(None), rows))
+        target = piece or Piece(tuple(tensor.shape), {} if rows is None else
+                                {0: tuple((row, row + 1) for row in rows)})
+        parts = self.parts.get(key(""), [])
+        same = next((part for part in parts if dict(part.ranges) == dict(target.ranges) and not part.row
+                     and rows is None), None)
+        if same is not None and same.name not in self.fill:
+            self._expect(same.name, tuple(tensor.shape))
+            self.fill[same.name] = tensor
+            return
+        covered = 0
+        for part in sorted(parts, key=lambda part: bool(part.ranges)):  # whole ones first: nothing else is needed then
+            entry = self.stored[part.name]
+            if part.ranges or rows is None:
+                source = Piece(target.shape, part.ranges)
+                if len(entry.shape) + part.row != len(target.shape) or max(part.ranges, default=0) >= len(target.shape):
+                    self._expect(part.name, target.shape)
+                boxes = overlap(target, source)
+                if boxes:
+                    self._expect(part.name, source.local_shape[int(part.row):])
+            else:
+                self._expect(part.name, (*entry.shape[:1], *target.shape[1:]))
+                boxes = overlap(target, Piece(entry.shape))
+            for ours, theirs in boxes:
+                covered += math.prod(side.stop - side.start for side in ours)
+                self.boxes.setdefault(part.name, []).append((tensor, ours, theirs, part.row))
+            if covered >= tensor.numel():
+                break
+        if covered != tensor.numel():
+            raise InputError(f"checkpoint {self.folder}: {key('')} is {'in part ' * bool(covered)}absent, expected"
+                             f" shape {target.shape}; it is of another model")
 
-    def _expect(self, name: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:
-        entry = self.stored.get(name)
-        if entry is None or (shape is not None and entry.shape != shape):
-            found = "absent" if entry is None else f"{entry.shape}"
-            raise InputError(f"checkpoint {self.folder}: {name} is {found}, expected shape {shape}; it is of another"
-                             " model")
-        return entry.shape
+    def _expect(self, name: str, shape: tuple[int, ...]) -> None:
+        if self.stored[name].shape != shape:
+            raise InputError(f"checkpoint {self.folder}: {name} is {self.stored[name].shape}, expected shape {shape};"
+                             " it is of another model")
 
     def read(self) -> None:
-        """Read everything."""
+        """Read everything, of a tensor that is put together one stored part after the other."""
         for name, tensor in self.fill.items():
             read_tensor(self.folder, self.stored[name], tensor)
-        for tensor, name, rows in self.picks:
-            tensor.copy_(self.fill[name][torch.tensor(rows)])
-        for tensor, first in self.twins:
-            tensor.copy_(first)
+        for name, found in self.boxes.items():
+            self._read_boxes(self.stored[name], found)
+
+    def _read_boxes(self, stored: Stored, found: Sequence[tuple[Tensor, Box, Box, bool]]) -> None:
+        """Read as many rows as are needed, and put them where they belong."""
+        if found[0][3] or not stored.shape:
+            buffer = torch.empty(stored.shape, dtype=stored.dtype)
+            read_tensor(self.folder, stored, buffer)
+            buffer, low = (buffer.unsqueeze(0) if found[0][3] else buffer), 0
+        else:
+            low, high = min(box[0].start for _, _, box, _ in found), max(box[0].stop for _, _, box, _ in found)
+            if high > stored.shape[0]:
+                raise InputError(f"checkpoint {self.folder}: {stored.place.name} is {stored.shape}, expected at least"
+                                 f" {high} rows; it is of another model")
+            buffer = torch.empty((high - low, *stored.shape[1:]), dtype=stored.dtype)
+            read_tensor(self.folder, stored, buffer, low)
+        for tensor, ours, theirs, _ in found:
+            first = (slice(theirs[0].start - low, theirs[0].stop - low), *theirs[1:]) if theirs else theirs
+            tensor.detach()[ours].copy_(buffer[first])
 
 
 def load_tensors(folder: Path, state: State, engine: Engine, optimizer: torch.optim.Optimizer | None) -> None:
-    """Fill the engine's weights and the optimizer's state from a checkpoint, whatever plan wrote it.
+    """Fill the engine's weights and the optimizer's state from a checkpoint, whatever plan and degrees wrote it.
 
     Raises:
         InputError: a weight is missing, or has another shape.
     """
     stored = stored_tensors(folder, state.files)
-    rows, wanted = shared_rows(engine), Wanted(folder, stored)
+    rows, pieces, wanted = shared_rows(engine), held_pieces(engine), Wanted(folder, stored)
     for name, item in (*engine.weights.parameters.items(), *engine.weights.buffers.items()):
-        wanted.add(_model_key(name), item.detach(), rows.get(name))
+        wanted.add(_model_key(name), item.detach(), rows.get(name), pieces.get(name))
     slots: list[tuple[torch.nn.Parameter, str, Any]] = []
     tensors, values = _states(stored), _states(state.values)
     local = local_optimizer(optimizer) if optimizer is not None else None
@@ -152,13 +216,16 @@ def load_tensors(folder: Path, state: State, engine: Engine, optimizer: torch.op
     for name, parameter in engine.named_parameters():
         if id(parameter) not in mine:
             continue
-        for kind, (whole, entry) in tensors.get(name, {}).items():
-            shaped = not whole or entry.shape == parameter.shape or (name in rows and len(entry.shape) > 0)
-            made = torch.empty(parameter.shape if shaped else entry.shape, dtype=entry.dtype,
+        piece = pieces.get(name)
+        whole = tuple(parameter.shape) if piece is None else piece.shape
+        for kind, entry in tensors.get(name, {}).items():
+            shaped = entry is None or entry.shape == whole or (name in rows and len(entry.shape) > 0)
+            made = torch.empty(parameter.shape if entry is None or shaped else entry.shape,
+                               dtype=parameter.dtype if entry is None else entry.dtype,
                                device=parameter.device if shaped or id(parameter) in counted_there else "cpu")
-            wanted.add(_state_key(name, kind), made, rows.get(name) if shaped else None)
+            wanted.add(_state_key(name, kind), made, rows.get(name) if shaped else None, piece if shaped else None)
             slots.append((parameter, kind, made))
-        slots += [(parameter, kind, value) for kind, (_, value) in values.get(name, {}).items()]
+        slots += [(parameter, kind, value) for kind, value in values.get(name, {}).items()]
     wanted.read()
     for parameter, kind, made in slots:
         assert local is not None
@@ -172,13 +239,12 @@ def counted_on_device(optimizer: torch.optim.Optimizer) -> set[int]:
             for item in group["params"]}
 
 
-def _states(stored: Mapping[str, Any]) -> dict[str, dict[str, tuple[bool, Any]]]:
-    """For each parameter its stored states: whether whole (or by experts), and what is stored of one."""
-    found: dict[str, dict[str, tuple[bool, Any]]] = {}
-    for key, entry in stored.items():
+def _states(stored: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each parameter its stored states: what is stored of one, None where it is stored in parts."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, parts in stored_parts(stored).items():
         if key.startswith("optimizer."):
             name, _, state = key.removeprefix("optimizer.").rpartition(".")
-            bank, bracket, row = name.removesuffix("]").rpartition("[")
-            whole = not (bracket and row.isdigit())
-            found.setdefault(name if whole else bank, {})[state] = (whole, entry)
+            entry = None if any(part.ranges for part in parts) else stored[parts[0].name]
+            found.setdefault(name, {})[state] = entry
     return found

@@ -1,19 +1,20 @@
 """Trained weights as a Hugging Face folder that transformers' ``from_pretrained`` loads, written in place by all ranks.
 
 The layout of the shards is known from shapes alone, so every rank writes its own tensors straight to their place in
-files on shared storage: nothing is gathered, and no rank holds more than it trains. The folder has another name until
-it is whole. Names are those of published checkpoints (experts one by one); ``config.json``, tokenizer and other
-small files come from where the model came from.
+files on shared storage: no rank holds more than it trains, but for one tensor at a time that a team divides, and puts
+together for its first member. The folder has another name until it is whole. Names are those of published checkpoints
+(experts one by one); ``config.json``, tokenizer and other small files come from where the model came from.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,18 @@ from torch import Tensor, nn
 from mipipe.graphs.capture.expert_groups import parse_slice
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.merging.layout import Shard, index_json, lay_out
+from mipipe.graphs.operators.collectives import whole_of
 from mipipe.graphs.recipes.objective import REFERENCE
 from mipipe.graphs.recipes.source import recipe_of
 from mipipe.graphs.serialize import load_data
 from mipipe.graphs.units import parse_bytes
 from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.team import Axis
 from mipipe.runtime.recipes.adapter_files import write_adapters
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.launching.processes import failure_of, first_of, gather, rank
 from mipipe.runtime.train.models import empty_module, take_reference
-from mipipe.runtime.weights.checkpoint_tensors import shared_rows
+from mipipe.runtime.weights.checkpoint_tensors import held_pieces, shared_rows
 from mipipe.runtime.weights.reader import TORCH_DTYPES
 from mipipe.runtime.weights.stored_names import StoredView, is_transformers, stored_views
 from mipipe.runtime.weights.stored_weights import INDEX, StoredWeights
@@ -78,9 +81,10 @@ def save_weights(engine: Engine, module: nn.Module, target: Target, source: Path
     folder = partial_folder(_next(target.folder))
     on_first_rank(lambda: _prepare(target.folder, shards, job, replace))
     mine = own_pieces(engine)
+    divided = divided_names(engine)
 
     def write() -> None:
-        _write_own(views, shards, folder, mine)
+        _write_own(views, shards, folder, itertools.chain(mine.items(), put_together(engine, divided)))
         if rank() == 0:
             _write_unused(weights, leftover, shards, folder)
 
@@ -130,28 +134,69 @@ StoredPiece = tuple[str, tuple[int, int] | None]
 
 
 def _write_own(views: Sequence[StoredView], shards: Sequence[Shard], folder: Path,
-               mine: Mapping[StoredPiece, Tensor]) -> None:
-    """Write what this rank holds and no rank before it does."""
-    pieces: dict[str, list[tuple[tuple[int, int] | None, Tensor]]] = {}
-    for (name, rows), tensor in mine.items():
-        pieces.setdefault(name, []).append((rows, tensor))
-    writer = Writer(folder, shards, rank())
+               mine: Iterable[tuple[StoredPiece, Tensor]]) -> None:
+    """Write what this rank holds and no rank before it does. All of ``mine`` is taken, whatever fails: members of a
+    team put it together."""
+    places: dict[str, list[StoredView]] = {}
+    for view in views:
+        places.setdefault(view.fqn, []).append(view)
+    writer, failure = Writer(folder, shards, rank()), None
     try:
-        for view in views:
-            for rows, tensor in pieces.get(view.fqn, ()):
-                offset, part = byte_slice(view, rows, tensor)
-                if part is not None:
-                    writer.write(view.name, offset, part)
+        for (name, rows), tensor in mine:
+            try:
+                for view in places.get(name, ()) if failure is None else ():
+                    offset, part = byte_slice(view, rows, tensor)
+                    if part is not None:
+                        writer.write(view.name, offset, part)
+            except Exception as error:
+                failure = error
     finally:
         writer.close()
+    if failure is not None:
+        raise failure
+
+
+def divided_names(engine: Engine) -> list[str]:
+    """The parameters and buffers that this team divides and no team before it holds. All ranks must call."""
+    mesh, pieces = engine.mesh, held_pieces(engine)
+    held = [name for name in (*engine.weights.parameters, *engine.weights.buffers) if name in pieces]
+    earlier = {name for copy, rank, names in gather((mesh.copy, mesh.rank, held)) for name in names
+               if (copy, rank) < (mesh.copy, mesh.rank)}
+    return [name for name in held if name not in earlier]
+
+
+def put_together(engine: Engine, names: Iterable[str]) -> Iterator[tuple[StoredPiece, Tensor]]:
+    """What a team divides, whole, one tensor after the other, for its first member. All members must take all."""
+    compiled, mesh = engine.compiled, engine.mesh
+    axes = {name: Axis.of(name, group, compiled.waits) for name, group in mesh.axes.items()}
+    for name in names:
+        tensor = engine.weights.parameters.get(name, engine.weights.buffers.get(name))
+        assert tensor is not None
+        whole = tensor.detach()
+        for item in reversed(compiled.divisions[name]):
+            whole = whole_of(axes[item.axis].gather(whole), item.dim, item.sections)
+        if not mesh.member:
+            yield parse_slice(name), whole
+
+
+def divided_shapes(engine: Engine, names: Iterable[str]) -> dict[StoredPiece, Tensor]:
+    """What `put_together` will give, on the meta device."""
+    pieces, found = held_pieces(engine), dict[StoredPiece, Tensor]()
+    for name in names if not engine.mesh.member else ():
+        tensor = engine.weights.parameters.get(name, engine.weights.buffers.get(name))
+        assert tensor is not None
+        found[parse_slice(name)] = torch.empty(pieces[name].shape, dtype=tensor.dtype, device="meta")
+    return found
 
 
 def own_pieces(engine: Engine) -> dict[StoredPiece, Tensor]:
-    """What this rank writes: its parameters and buffers that no rank before it holds. All ranks must call."""
-    shared = shared_rows(engine)
+    """What this rank writes: its whole parameters and buffers that no rank before it holds. All ranks must call."""
+    shared, divided = shared_rows(engine), engine.compiled.divisions
     local: dict[StoredPiece, Tensor] = {}
     for name, item in (*engine.weights.parameters.items(), *engine.weights.buffers.items()):
         base, rows = parse_slice(name)
+        if name in divided:
+            continue
         if name in shared:
             local.update({(base, (row, row + 1)): item[place:place + 1].detach()
                           for place, row in enumerate(shared[name])})

@@ -15,7 +15,17 @@ from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.launching.processes import failure_of, first_of, gather, rank
 from mipipe.runtime.train.models import empty_module
-from mipipe.runtime.weights.save import byte_slice, own_pieces, plan_views, save_trained, target_of, unused_views
+from mipipe.runtime.weights.checkpoint_tensors import held_pieces
+from mipipe.runtime.weights.save import (
+    byte_slice,
+    divided_names,
+    divided_shapes,
+    own_pieces,
+    plan_views,
+    save_trained,
+    target_of,
+    unused_views,
+)
 from mipipe.runtime.weights.stored_weights import StoredWeights
 
 
@@ -29,6 +39,7 @@ def check_save(engine: Engine, config: TrainConfig, weights: StoredWeights | Non
     if config.save is None:
         return
     target, mine = target_of(config), own_pieces(engine)
+    mine |= divided_shapes(engine, divided_names(engine))
     adapters = recipe_of(engine.graph).adapters
 
     def rehearse() -> None:
@@ -87,4 +98,8 @@ def _write_plain(engine: Engine, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name if rows is None else f"{name}[{rows[0]}:{rows[1]}]": tensor.cpu()
                for (name, rows), tensor in own_pieces(engine).items()}
+    for name, piece in held_pieces(engine).items():
+        tensor = engine.weights.parameters.get(name, engine.weights.buffers.get(name))
+        if tensor is not None:
+            tensors[name + piece.suffix] = tensor.detach().cpu()
     torch.save(tensors, folder / f"rank-{rank()}.pt")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mipipe.graphs.capture.expert_groups import parse_slice
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.files import read_index
+from mipipe.runtime.weights.pieces import Piece
 from mipipe.runtime.weights.stored_names import Recipe, recipes
 
 INDEX = "model.safetensors.index.json"
@@ -46,6 +47,57 @@ class StoredWeights(Mapping[str, Tensor]):
                 return self._make(candidate, rows)
         raise InputError(f"weights {self.folder}: no stored tensor makes {base}; the folder is of another model")
 
+    def piece(self, name: str, piece: Piece) -> Tensor:
+        """A piece of a parameter, of which no more is read than it takes; the whole one where that has not the piece's
+        shape."""
+        base, rows = parse_slice(name)
+        candidates = [item for item in (base, *self._tied.get(base, ())) if item in self._recipes]
+        plain = rows is None and candidates and self._recipes[candidates[0]].converter is None
+        if not plain:
+            found = self._some_rows(base, piece) if rows is None else None
+            if found is not None:
+                return found
+            whole = self[name]
+            return piece.cut(whole) if tuple(whole.shape) == piece.shape else whole
+        (sources,) = self._recipes[candidates[0]].sources.values()
+        return self.read_piece(sources[0], piece)
+
+    def _some_rows(self, name: str, piece: Piece) -> Tensor | None:
+        """A piece of rows alone (experts) that are stored one by one; None where it is not such."""
+        ranges = piece.ranges.get(0, ())
+        if set(piece.ranges) != {0} or len(ranges) != 1 or name not in self._recipes:
+            return None
+        return self._make(name, ranges[0])
+
+    def read_piece(self, stored: str, piece: Piece) -> Tensor:
+        """A piece of one stored tensor."""
+        from safetensors import SafetensorError
+        try:
+            view = self._file(stored).get_slice(stored)
+            if tuple(view.get_shape()) != piece.shape:
+                return self.read(stored)
+            blocks = piece.blocks()
+            if len(blocks) == 1:
+                found: Tensor = view[blocks[0][0]]
+                return found
+            made: Tensor | None = None
+            for there, here in blocks:
+                part = view[there]
+                made = torch.empty(piece.local_shape, dtype=part.dtype) if made is None else made
+                made[here] = part
+            assert made is not None
+            return made
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"weights: {self._places[stored]}: {stored} cannot be read: {error}") from None
+
+    def _file(self, stored: str) -> Any:
+        """The open file of a stored tensor."""
+        from safetensors import safe_open
+        path = self._places[stored]
+        if path not in self._files:
+            self._files[path] = safe_open(path, framework="pt")
+        return self._files[path]
+
     def __iter__(self) -> Iterator[str]:
         return iter({**self._recipes, **self._buffers})
 
@@ -70,16 +122,13 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def read(self, stored: str, rows: tuple[int, int] | None = None) -> Tensor:
         """One stored tensor, or some of its rows."""
-        from safetensors import SafetensorError, safe_open
-        path = self._places[stored]
+        from safetensors import SafetensorError
         try:
-            if path not in self._files:
-                self._files[path] = safe_open(path, framework="pt")
             if rows is None:
-                return self._files[path].get_tensor(stored)
-            return self._files[path].get_slice(stored)[rows[0]:rows[1]]
+                return self._file(stored).get_tensor(stored)
+            return self._file(stored).get_slice(stored)[rows[0]:rows[1]]
         except (OSError, SafetensorError) as error:
-            raise InputError(f"weights: {path}: {stored} cannot be read: {error}") from None
+            raise InputError(f"weights: {self._places[stored]}: {stored} cannot be read: {error}") from None
 
 
 def stored_places(folder: Path) -> dict[str, Path]:

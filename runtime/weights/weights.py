@@ -11,6 +11,8 @@ from torch import nn
 from mipipe.graphs.capture.expert_groups import parse_slice
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.runtime.weights.pieces import Piece
+from mipipe.runtime.weights.stored_weights import StoredWeights
 
 WeightSource = Mapping[str, torch.Tensor] | nn.Module | Callable[[], nn.Module]
 """Where weights come from: a state dict, a module, or a function that makes the module."""
@@ -55,10 +57,12 @@ class Weights:
 
 def load_weights(graph: OperatorGraph, names: Iterable[str], source: WeightSource, device: torch.device,
                  master_dtype: torch.dtype | None = None,
-                 rows: Mapping[str, Sequence[int]] | None = None) -> Weights:
+                 rows: Mapping[str, Sequence[int]] | None = None,
+                 pieces: Mapping[str, Piece] | None = None) -> Weights:
     """Weights of the given FQNs, copied from ``source`` to ``device``.
 
-    ``rows``: of these parameters only some rows, in this order (the experts a rank holds).
+    ``rows``: of these parameters only some rows, in this order (the experts a rank holds). ``pieces``: of these only
+    the piece that a member of a team holds; of stored weights nothing else is read.
 
     Raises:
         GraphError: a name is missing in the source, its shape differs, or it has no values (meta device).
@@ -73,7 +77,8 @@ def load_weights(graph: OperatorGraph, names: Iterable[str], source: WeightSourc
     for item in graph.parameters:
         if item.fqn not in needed:
             continue
-        found = _find(state, item.fqn)
+        piece = (pieces or {}).get(item.fqn)
+        found = _find(state, item.fqn) if piece is None else _find_piece(state, item.fqn, piece)
         if found is None:
             raise GraphError(f"weights: {item.fqn!r} is in the operator graph but not in the model given; the graph was"
                              " captured from another model")
@@ -104,6 +109,14 @@ def _find(state: Mapping[str, torch.Tensor], fqn: str) -> torch.Tensor | None:
     if found is None and rows is not None and base in state:
         found = state[base][rows[0]:rows[1]]
     return found
+
+
+def _find_piece(state: Mapping[str, torch.Tensor], fqn: str, piece: Piece) -> torch.Tensor | None:
+    """A piece of a tensor by name; the whole one where it does not have the piece's shape, to be refused."""
+    if isinstance(state, StoredWeights):
+        return state.piece(fqn, piece)
+    found = _find(state, fqn)
+    return found if found is None or tuple(found.shape) != piece.shape else piece.cut(found)
 
 
 def _state(source: WeightSource) -> Mapping[str, torch.Tensor]:

@@ -52,11 +52,11 @@ class Case:
 
 @functools.cache
 def case(name: str, dtype: torch.dtype = torch.float64) -> Case:
-    """``moe``, ``vlm``, ``vlm-frozen`` (vision tower), ``vlm-lora`` (language model), ``skip``."""
+    """``moe``, ``llama`` (tied), ``vlm``, ``vlm-frozen`` (vision tower), ``vlm-lora`` (language model), ``skip``."""
     if name == "skip":
         module, shift, loss_of = models.skip_module(dtype), False, None
-    elif name == "moe":
-        module, shift, loss_of = models.tiny_moe(dtype), True, models.token_losses
+    elif name in ("moe", "llama"):
+        module, shift, loss_of = getattr(models, f"tiny_{name}")(dtype), True, models.token_losses
     else:
         module, shift, loss_of = models.tiny_vlm(dtype), True, models.token_losses
         if name == "vlm-frozen":

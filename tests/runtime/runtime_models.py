@@ -95,6 +95,16 @@ def tiny_moe(dtype: torch.dtype = torch.float64) -> nn.Module:
     return Qwen3MoeForCausalLM(config).to(dtype)
 
 
+def tiny_llama(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """transformers' Llama: 4 layers, fewer key heads than query heads, tied embedding and head."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, use_cache=False,
+                         tie_word_embeddings=True)
+    torch.manual_seed(14)
+    return LlamaForCausalLM(config).to(dtype)
+
+
 def tiny_vlm(dtype: torch.dtype = torch.float64) -> nn.Module:
     """transformers' LLaVA: a CLIP tower of 4 layers, a projector, a Llama of 4 layers."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
+import runtime_cases as cases
 import torch
 import torch.distributed as dist
 
@@ -14,8 +16,11 @@ from mipipe.graphs.sharding.modes import member_program, settle_shared
 from mipipe.graphs.sharding.parts import PARTIAL, WHOLE, Kind
 from mipipe.graphs.tracing.compose import run_step
 from mipipe.graphs.tracing.trace import build_phase, phase_signature
-from mipipe.runtime.engine.team import Axis, team_operators
-from mipipe.runtime.engine.team_step import TeamStep
+from mipipe.planner.team import Team, TeamMode
+from mipipe.runtime.engine.comm import Waits
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.team import Axis, member_pieces, team_operators
+from mipipe.runtime.train.batches import total_weight
 
 
 def make_state(graph, seed=0):
@@ -92,7 +97,7 @@ def compare_modes(path, modes, batch=None, classes=64):
     graph = load(path, OperatorGraph)
     inputs = make_batch(graph, classes) if batch is None else torch.load(batch, weights_only=True)
     size, member = dist.get_world_size(), dist.get_rank()
-    axes = {name: Axis.of(name, dist.group.WORLD, timedelta(seconds=30))
+    axes = {name: Axis.of(name, dist.group.WORLD, Waits(timedelta(seconds=30), True))
             for name in ("tensor", "batch", "expert", "context")}
     operators = team_operators(axes)
     cases = segment_cases(graph, inputs)
@@ -116,18 +121,22 @@ def compare_step(path, modes, batch=None, classes=64):
     inputs = make_batch(graph, classes) if batch is None else torch.load(batch, weights_only=True)
     state, errors = make_state(graph), {}
     right = run_step(graph, state, inputs)
-    axis = Axis.of("team", dist.group.WORLD, timedelta(seconds=30))
+    plan = cases.plan_of(cases.problem_of(graph, 1, 1, [[segment.name for segment in graph.segments]]), [([0], [0])],
+                         [[0]], ["0F0 0I0 0W0"])
     for mode in modes:
-        step = TeamStep(graph, mode, axis)
-        loss, gradients = step.run(step.local_state(state), inputs)
+        name = "context" if mode == "context" else "tensor"
+        team = Team({name: dist.get_world_size()}, modes=(TeamMode(name, mode),))
+        engine = Engine(replace(plan, team=team), graph, state)
+        loss, weight = engine.step(inputs), total_weight(graph, [inputs])
+        pieces = member_pieces(engine.compiled, graph, engine.mesh)
+        gradients = {fqn: item.grad for fqn, item in engine.named_parameters() if item.grad is not None}
         assert gradients.keys() == right.gradients.keys()
-        found = [float((loss - right.outputs[graph.loss]).abs() / loss.abs())]
+        wanted = float(right.outputs[graph.loss]) / weight
+        found = [abs(loss - wanted) / wanted]
         least = 1e-3 * max(float(grad.norm()) for grad in right.gradients.values())
-        for fqn, expected in right.gradients.items():
-            part, grad = step.parts[fqn], gradients[fqn]
-            if part.kind is Kind.DIVIDED:
-                grad = whole_of(axis.gather(grad), part.dim, part.sections)
-            found.append(float((grad - expected).norm()) / max(float(expected.norm()), least))
+        for fqn, whole in right.gradients.items():
+            expected = pieces[fqn].cut(whole) if fqn in pieces else whole
+            found.append(float((gradients[fqn] * weight - expected).norm()) / max(float(whole.norm()), least))
         errors[mode] = max(found)
     return errors
 

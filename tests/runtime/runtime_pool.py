@@ -68,14 +68,15 @@ def worker_main(rank: int, connection: Any, log: str) -> None:
 class Pool:
     """The workers; `run` one task on the first ``world`` of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int = WORKERS) -> None:
+        self._size = workers
         self._folder = tempfile.TemporaryDirectory()
         self._workers: list[tuple[Any, Any, Path]] = []
         self._count = 0
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        for rank in range(WORKERS):
+        for rank in range(self._size):
             ours, theirs = context.Pipe()
             log = Path(self._folder.name) / f"rank{rank}-{self._count}.log"
             process = context.Process(target=worker_main, args=(rank, theirs, str(log)), daemon=True)

@@ -23,7 +23,7 @@ from mipipe.planner.schedules import BASELINES
 from mipipe.runtime.engine import comm
 from mipipe.runtime.engine import mesh as meshes
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.mesh import GroupSpec, Use, group_specs
+from mipipe.runtime.engine.mesh import ALONE, GroupSpec, Use, group_specs, places_of
 from mipipe.runtime.train import trace
 
 RUNTIME = Path(mipipe.runtime.__file__).parent
@@ -44,7 +44,8 @@ def test_every_process_makes_the_same_groups(ranks, copies, exchange, apart, dat
     """Whatever the processes' order: each channel of each copy once, each set of ranks over all copies, and every
     process in the groups of its own rank."""
     order = data.draw(st.permutations(range(ranks * copies)))
-    specs = group_specs(PROGRAMS[ranks], [(1, 0)], order, exchange, apart)
+    places = places_of(order, ranks, copies, ALONE)
+    specs = group_specs(PROGRAMS[ranks], [((0, 1), ())], places, exchange, apart)
     assert len(specs) == len(set(specs))
     program = PROGRAMS[ranks]
     pairs = {(move.source_rank, move.target_rank) for move in program.transfers}
@@ -53,7 +54,7 @@ def test_every_process_makes_the_same_groups(ranks, copies, exchange, apart, dat
                                                    for a, b in pairs for c in range(copies)}
     for spec in specs:
         if spec.use is Use.REDUCTION:
-            assert set(spec.members) == {order[c * ranks + member] for c in range(copies) for member in spec.key}
+            assert set(spec.members) == {order[c * ranks + member] for c in range(copies) for member in spec.key[0]}
         if spec.use in (Use.COPY, Use.COPY_CONTROL, Use.EXCHANGE):
             assert spec.members == tuple(order[c * ranks + spec.key[0]] for c in range(copies))
     assert any(spec.control for spec in specs) == (apart and copies > 1)
@@ -95,7 +96,7 @@ def late_peer():
     if dist.get_rank():
         time.sleep(2.0)
         return ""
-    mesh = meshes.Mesh(0, 2, 0, 1, torch.device("cpu"), (0, 1))
+    mesh = meshes.Mesh(0, 2, 0, 1, torch.device("cpu"), {(0, 0, 0): 0, (0, 1, 0): 1})
     spec = GroupSpec(Use.CHANNEL, (1, 0), (1, 0))
     with pytest.raises(RunError) as caught:
         meshes._open(spec, group, mesh, timedelta(seconds=1))

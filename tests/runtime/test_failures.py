@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import pytest
 import runtime_cases as cases
+import runtime_equal as equal
 import torch
 import torch.distributed as dist
 from runtime_pool import TaskError
@@ -15,6 +16,7 @@ from mipipe.graphs.errors import GraphError, PlanError, ProgramError, RunError
 from mipipe.planner.actions import ActionKind, Stream
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.program import Instruction
+from mipipe.planner.team import Team
 from mipipe.runtime.engine import comm
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
@@ -69,6 +71,29 @@ def test_a_peer_that_hangs_is_named_within_the_timeout(pool):
     assert text.startswith("rank 0, instruction ")
     assert "0⇒1:0" in text and "rank 1" in text and "nothing for 1 s" in text
     assert took < 3
+
+
+def hang_in_a_team(plan, graph, state, batch):
+    """Member 1 never steps; member 0 says at what it waited."""
+    engine = Engine(plan, graph, state, options=EngineOptions(timeout_s=1.0))
+    if engine.mesh.member == 1:
+        time.sleep(3)
+        return None
+    with pytest.raises(RunError) as caught:
+        engine.step(batch)
+    return str(caught.value)
+
+
+@pytest.mark.distributed
+def test_a_member_that_hangs_is_named_within_the_timeout(pool):
+    """The message has the rank and member, the instruction, the axis and the collective."""
+    made = equal.case("llama")
+    plan = cases.plan_of(cases.problem_of(made.graph, 1, 1, [[item.name for item in made.graph.segments]]),
+                         [([0], [0])], [[0]], ["0F0 0B0"])
+    plan = dataclasses.replace(plan, team=Team({"tensor": 2}))
+    text, _ = pool.run(2, __file__, "hang_in_a_team", plan, made.graph, made.state(), made.batch(1))
+    assert text == ("rank 0, member 0, instruction 0 (0F0): member 0 of axis tensor: all-reduce: nothing for 1 s; the"
+                    " peer hangs or never starts its side")
 
 
 @pytest.mark.distributed

@@ -28,6 +28,7 @@ from mipipe.graphs.topology import Link, Topology
 from mipipe.planner.options import PlanOptions, options_of
 from mipipe.planner.plan import Plan
 from mipipe.planner.schedules import BASELINES
+from mipipe.planner.team import Team
 from mipipe.planner.timeline import Timeline
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import read_train_config
@@ -183,6 +184,24 @@ def test_killed_ranks_resume_and_a_lost_one_is_done_without(files):
     assert again.problem.graph_digest == plan.problem.graph_digest and again.problem.num_ranks == 1
     assert options_of(again) == options
     assert not (files / "killed.orders").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_member_of_a_team_comes_back(files):
+    """Two ranks of two members: one member is killed, all start again from the checkpoint; losses and the folder that
+    is saved are those of one process."""
+    plan = load(files / "plan2.json", Plan)
+    save(dataclasses.replace(plan, team=Team({"tensor": 2})), files / "teams.json")
+    config = write_config(files, "member", steps=STEPS, data=killing(files, "member", ["3 6 kill"]),
+                          checkpoint={"folder": str(files / "member"), "every": 2},
+                          save={"folder": str(files / "parts")})
+    said = []
+    result = train(files / "teams.json", files / "graph.json", config, max_restarts=1, timeout_s=400, say=said.append)
+    assert any("restart 1 (rank 3 was killed by signal 9" in line for line in said), said
+    losses, weights = alone(files, STEPS)
+    assert result.losses == pytest.approx(losses, rel=1e-5)
+    for name, file in stored_places(files / "parts").items():
+        torch.testing.assert_close(load_file(file)[name], weights[name].detach(), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -88,7 +88,8 @@ def test_a_rank_reads_only_its_own_tensors(folder, graph, monkeypatch):
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     for rank in range(2):
         notes = Counting(monkeypatch)
-        mesh = Mesh(rank, 2, 0, 1, torch.device("cpu"), (0, 1), {(0, 1): None, (1, 0): None})
+        mesh = Mesh(rank, 2, 0, 1, torch.device("cpu"), {(0, 0, 0): 0, (0, 1, 0): 1},
+                    channels={(0, 1): None, (1, 0): None})
         Engine(made, graph, initial_weights(graph, TrainConfig(1, weights=str(folder))), mesh=mesh)
         assert notes.opened == {index[name] for name in notes.read}
         assert 0 < len(notes.opened) < len(set(index.values()))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from mipipe.graphs.errors import PlanError
-from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.operator_graph import OperatorGraph, Segment
 from mipipe.graphs.operators.expert_kernels import RETURN, ROUTE, SEND
 from mipipe.planner.actions import Stream
 from mipipe.planner.check import check_program
@@ -16,14 +18,17 @@ from mipipe.planner.check.graph import check_graph
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
+from mipipe.planner.team import Team
 from mipipe.runtime.engine.buckets import with_copy_sums
+from mipipe.runtime.engine.comm import Waits
 from mipipe.runtime.engine.compiling.compiled import Compiled, LocalRank
 from mipipe.runtime.engine.compiling.flow import GradientFlow, gradient_flow
 from mipipe.runtime.engine.compiling.phases import Phases
 from mipipe.runtime.engine.compiling.resolve import Resolver
 from mipipe.runtime.engine.compiling.stage import build_stage, check_segments
-from mipipe.runtime.engine.mesh import Mesh, build_mesh
+from mipipe.runtime.engine.mesh import ALONE, Mesh, build_mesh
 from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.engine.team import member_graph, member_operators, member_pieces
 from mipipe.runtime.experts.elastic import CoActivation, joined_kernels, sampled_routers
 from mipipe.runtime.experts.exchange import kernels_of
 from mipipe.runtime.experts.group import make_exchange, routing_counters
@@ -41,6 +46,9 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
             needs.
     """
     check_graph(plan, graph)
+    team = plan.team or ALONE
+    whole, member = graph, member_graph(team, graph)
+    graph = member.graph
     if program is None:
         program = lower(plan)
     else:
@@ -48,27 +56,29 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
     flow = gradient_flow(graph)
     stage_of = _stage_of_segments(plan, graph)
     holders, stages_of = _holders(plan, graph, stage_of)
-    shared = {ranks for ranks in holders.values() if len(ranks) > 1}
+    shared = {(ranks, member.sums.get(name, ())) for name, ranks in holders.items()
+              if len(ranks) > 1 or name in member.sums}
     if mesh is None and dist.is_initialized():
-        mesh = build_mesh(program, shared, exchange=bool(expert_layers(graph)), topology=plan.problem.topology,
-                          device=device, timeout_s=options.timeout_s)
+        mesh = build_mesh(program, shared, team=team, exchange=bool(expert_layers(graph)), device=device,
+                          topology=plan.problem.topology if plan.team is None else None, timeout_s=options.timeout_s)
     elif mesh is None:
-        mesh = _alone(program, device)
+        mesh = _alone(program, device, team)
+    waits = Waits(timedelta(seconds=options.timeout_s), device.type == "cpu")
     here = [index for index, stage in enumerate(plan.placement.stages) if mesh.rank in stage.ranks]
     segments = {index: [segment for segment in graph.segments if stage_of[segment.name] == index] for index in here}
     names = {fqn for members in segments.values() for segment in members
              for fqn in (*segment.parameters, *segment.buffers)}
     experts = make_exchange(plan, graph, stage_of, mesh, options)
     weights = load_weights(graph, names, source, device, options.master_dtype,
-                           None if experts is None else experts.rows())
+                           None if experts is None else experts.rows(), member_pieces(member, whole, mesh))
     loss = next(value.spec for value in graph.values if value.name == graph.loss)
     loss_gradient = torch.ones(loss.shape, dtype=getattr(torch, loss.dtype), device=device)
     sampler = None if options.elastic is None else CoActivation(*options.elastic)
     given = joined_kernels(kernels_of(experts), {} if sampler is None else sampled_routers(graph, sampler))
-    phases = Phases(graph, device, options.compile, given)
+    phases = Phases(graph, device, options.compile, given, member_operators(mesh, waits))
     counters, watched = routing_counters(graph, stage_of, here, device)
     stages = {index: build_stage(graph, flow, segments[index], index, stage_of, weights, loss_gradient, phases,
-                                 graph.outputs, watched) for index in here}
+                                 graph.outputs, watched, again_in(team, segments[index])) for index in here}
     for index, code in stages.items():
         if code.buffer_updates and len(plan.placement.stages[index].ranks) > 1:
             raise PlanError(f"stage {index}: has buffers that F changes (batch statistics), so it cannot have replicas;"
@@ -79,7 +89,7 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
     local = LocalRank(plan=plan, graph=graph, program=program, flow=flow, mesh=mesh, weights=weights,
                       loss_gradient=loss_gradient, stages=stages, holders=holders, exclusive=exclusive, graded=graded,
                       experts=experts, banks=frozenset() if experts is None else frozenset(experts.rows()),
-                      counters=counters)
+                      counters=counters, waits=waits, divisions=member.divisions, sums=member.sums)
     instructions, evaluation = Resolver(local, stage_of).resolve(options.prepost)
     return Compiled(**{item.name: getattr(local, item.name) for item in fields(local)},
                     instructions=with_copy_sums(local, instructions), evaluation=evaluation,
@@ -88,10 +98,17 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
                                      if options.compile and not phases.compiles(phases.trace(item), item.name)))
 
 
-def _alone(program: Program, device: torch.device) -> Mesh:
-    if len(program.ranks) > 1:
-        raise PlanError(f"the plan has {len(program.ranks)} ranks, but this process was not started by torchrun")
-    return Mesh(0, 1, 0, 1, device, (0,))
+def again_in(team: Team, segments: Sequence[Segment]) -> list[tuple[str, ...]]:
+    """The runs of these segments that are done again in the backward."""
+    names = {segment.name for segment in segments}
+    return [run for run in team.again if run[0] in names]
+
+
+def _alone(program: Program, device: torch.device, team: Team) -> Mesh:
+    if len(program.ranks) * team.members > 1:
+        teams = f" of {team.members} devices" if team.members > 1 else ""
+        raise PlanError(f"the plan has {len(program.ranks)} ranks{teams}, but this process was not started by torchrun")
+    return Mesh(0, 1, 0, 1, device, {(0, 0, 0): 0}, 0, team)
 
 
 def _stage_of_segments(plan: Plan, graph: OperatorGraph) -> dict[str, int]:

@@ -5,13 +5,17 @@ The handlers of `mipipe.runtime.engine.executor` get these values and look nothi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.sharding.team_graph import Division
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
+from mipipe.runtime.engine.comm import Waits
 from mipipe.runtime.engine.compiling.flow import GradientFlow
 from mipipe.runtime.engine.compiling.instructions import Ready
 from mipipe.runtime.engine.compiling.stage import StageCode
@@ -26,7 +30,8 @@ class LocalRank:
     """What one rank holds of a plan. ``holders[name]``: the ranks with a parameter; ``exclusive``: parameters of one
     stage only; ``graded``: local trainable parameters that get a gradient; ``experts``: the group that shares the
     experts of this rank's layers, ``banks`` the parameters of these, which differ between copies; ``counters``: routing
-    counts of this rank's MoE layers by their number in the graph."""
+    counts of this rank's MoE layers by their number in the graph. ``graph`` is that of one member of the rank's team,
+    whose ``divisions`` and ``sums`` of parameters are as `MemberGraph` has them; ``waits``: what the rank waits for."""
 
     plan: Plan
     graph: OperatorGraph
@@ -42,6 +47,19 @@ class LocalRank:
     experts: Exchange | None
     banks: frozenset[str]
     counters: dict[int, torch.Tensor]
+    waits: Waits
+    divisions: Mapping[str, tuple[Division, ...]] = field(default_factory=dict)
+    sums: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def reduction(self, name: str) -> Any:
+        """The group that sums the gradients of a parameter; None where nobody else has a part of them."""
+        return self.mesh.reduction(self.holders[name], self.sums.get(name, ()))
+
+    def counts(self, name: str) -> bool:
+        """Whether this process counts a parameter, where each element of all is to be counted once in a copy."""
+        mesh, divided = self.mesh, {item.axis for item in self.divisions.get(name, ())}
+        return self.holders[name][0] == mesh.rank and not any(
+            place for axis, place in mesh.team.coordinates(mesh.member).items() if axis not in divided)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,13 +39,15 @@ class Phases:
 
     The engine runs a whole step without autograd, so the functions' own guard (a microsecond or two for each call) is
     taken off. ``given`` has implementations of operators by kind for segments that need their own (expert parallelism);
-    these have sizes that change, and are never compiled. Neither are grouped products, whose numbers of rows are data.
+    these have sizes that change, and are never compiled. Neither are grouped products, whose numbers of rows are data,
+    nor traces with the operators of ``team``, by which members talk.
     """
 
     def __init__(self, graph: OperatorGraph, device: torch.device, compile: bool = False,
-                 given: Mapping[str, Mapping[str, Callable[..., Any]]] | None = None) -> None:
+                 given: Mapping[str, Mapping[str, Callable[..., Any]]] | None = None,
+                 team: Mapping[str, Callable[..., Any]] | None = None) -> None:
         self.device = device
-        self._given = given or {}
+        self._given, self._team = given or {}, team or {}
         self._compiler = Compiler(device) if compile else None
         self._traces = {trace.digest: trace for trace in graph.traces}
         self._codes: dict[tuple[str, Phase, str], PhaseCode] = {}
@@ -57,12 +59,13 @@ class Phases:
     def compiles(self, trace: SegmentTrace, segment: str) -> bool:
         """Whether the phases of a segment with this trace go through torch.compile."""
         return self._compiler is not None and segment not in self._given and \
-            not any(operator.kind in GROUPED for operator in trace.operators)
+            not any(operator.kind in GROUPED or operator.kind in self._team for operator in trace.operators)
 
     def code(self, trace: SegmentTrace, phase: Phase, segment: str = "") -> PhaseCode:
         """The function of one phase of a trace; ``segment`` matters where it has operators of its own."""
-        given = self._given.get(segment)
-        key = (trace.digest, phase, "" if given is None else segment)
+        own = self._given.get(segment)
+        given = {**self._team, **(own or {})}
+        key = (trace.digest, phase, "" if own is None else segment)
         found = self._codes.get(key)
         if found is None:
             arguments, results = phase_signature(trace, phase)

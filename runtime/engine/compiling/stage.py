@@ -97,6 +97,15 @@ class _Builder:
     local: set[str] = field(default_factory=set)
     kept: set[str] = field(default_factory=set)
     counters: Counters = field(default_factory=dict)
+    run_of: dict[str, int] = field(default_factory=dict)
+    made_by: dict[str, str] = field(default_factory=dict)
+
+    def value(self, name: str, segment: Segment, again: bool) -> int:
+        """The slot of a value that a segment reads or makes; ``again``: as it is when the segment's run is done again
+        for the backward, where what the run makes itself does not stay from F."""
+        run = self.run_of.get(segment.name, -1)
+        own = again and run >= 0 and self.run_of.get(self.made_by.get(name, ""), -2) == run
+        return self.slots.number(("again" if own else "value", name))
 
     def gradient(self, value: str) -> tuple[int, tuple[int, tuple[int, ...]] | None]:
         """The slot of a value's whole gradient, and the sum that makes it (None for a single contribution)."""
@@ -119,13 +128,12 @@ class _Builder:
         whole = self.slots.number(("gradient", value))
         return whole, (whole, tuple(parts))
 
-    def keys(self, segment: Segment, trace: SegmentTrace) -> dict[str, int]:
-        """Slots of the trace's arguments and outputs; names absent here are saved tensors."""
+    def keys(self, segment: Segment, trace: SegmentTrace, again: bool) -> dict[str, int]:
+        """Slots of the trace's arguments and outputs; names absent here are saved tensors. ``again`` as of `value`."""
         slots: dict[str, int] = {}
-        for name, value in zip(trace.outputs, segment.outputs, strict=True):
-            slots[name] = self.slots.number(("value", value))
-        for name, value in zip(trace.inputs, segment.inputs, strict=True):
-            slots[name] = self.slots.number(("value", value))
+        for name, value in (*zip(trace.outputs, segment.outputs, strict=True),
+                            *zip(trace.inputs, segment.inputs, strict=True)):
+            slots[name] = self.value(value, segment, again)
         for names, fqns in ((trace.parameters, segment.parameters), (trace.buffers, segment.buffers)):
             for name, fqn in zip(names, fqns, strict=True):
                 tensor = self.weights.tensor(fqn)
@@ -134,15 +142,16 @@ class _Builder:
                 slots[name] = self.slots.constant(("weight", fqn), tensor)
         return slots
 
-    def forward(self, segment: Segment, trace: SegmentTrace, code: PhaseCode, needed: set[str]) -> Call:
+    def forward(self, segment: Segment, trace: SegmentTrace, code: PhaseCode, needed: set[str],
+                again: bool = False) -> Call:
         """The F call: outputs and what I and W will read are stored."""
-        slots = self.keys(segment, trace)
+        slots = self.keys(segment, trace, again)
         outputs = list(zip(trace.outputs, segment.outputs, strict=True))
         stores, updates = [], []
         replaced = dict(zip((*trace.parameters, *trace.buffers), (*segment.parameters, *segment.buffers), strict=True))
         targets = [(result, self.weights.state(replaced[name])) for name, result in trace.buffer_updates.items()]
         for position, name in enumerate(code.results):
-            stores += [(position, self.slots.number(("value", value))) for output, value in outputs if output == name]
+            stores += [(position, self.value(value, segment, again)) for output, value in outputs if output == name]
             if name in needed and name not in slots:
                 stores.append((position, self.slots.number(("saved", segment.name, name))))
             updates += [(position, target) for result, target in targets if result == name]
@@ -151,14 +160,14 @@ class _Builder:
         counted = None
         if segment.name in self.counters:
             value, counter = self.counters[segment.name]
-            counted = self.slots.number(("value", value)), counter
+            counted = self.value(value, segment, again), counter
         return Call(code.function, getter(reads), reads, (), tuple(stores), (), tuple(updates), number,
                     counted=counted)
 
     def backward(self, segment: Segment, trace: SegmentTrace, code: PhaseCode, phase: Phase, needed: set[str],
                  first: bool) -> Call:
         """The I or W call; ``first`` sums the output gradients, ``needed`` are I's results that W reads."""
-        slots = self.keys(segment, trace)
+        slots = self.keys(segment, trace, True)
         sums = []
         for name, value in zip(trace.output_grads, segment.outputs, strict=True):
             if name is not None:
@@ -186,23 +195,35 @@ class _Builder:
 
 def build_stage(graph: OperatorGraph, flow: GradientFlow, segments: Sequence[Segment], index: int,
                 stage_of: dict[str, int], weights: Weights, loss_gradient: torch.Tensor, phases: Phases,
-                keep: Iterable[str] = (), counters: Counters | None = None) -> StageCode:
+                keep: Iterable[str] = (), counters: Counters | None = None,
+                again: Sequence[Sequence[str]] = ()) -> StageCode:
     """The code of stage ``index``, whose ``segments`` are in topological order.
 
     ``stage_of`` gives the stage of every segment; ``keep`` names values the caller wants after F (the loss, outputs);
-    ``counters`` has, for segments whose routing is counted, the value with the chosen experts and where to add them.
+    ``counters`` has, for segments whose routing is counted, the value with the chosen experts and where to add them;
+    ``again``: runs of segments that keep only what goes into them, and whose F is done again just before their
+    gradients.
     """
     builder = _Builder(graph, flow, weights, loss_gradient, stage_of, index, segments, phases)
     builder.specs = {value.name: value.spec for value in graph.values}
     builder.local = {segment.name for segment in segments}
     builder.counters = counters or {}
-    forward, backward = [], []
+    builder.run_of = {name: number for number, run in enumerate(again) for name in run if flow.active(run[-1])}
+    builder.made_by = {value: segment.name for segment in segments for value in segment.outputs}
+    last = {builder.run_of[name]: name for segment in segments if (name := segment.name) in builder.run_of}
+    forward: list[Call] = []
+    backward: list[tuple[Call | None, Call | None]] = []
+    repeated: dict[int, list[Call]] = {}
     for segment in segments:
         trace = phases.trace(segment)
         codes = {phase: phases.code(trace, phase, segment.name) for phase in Phase}
         active = flow.active(segment.name)
         later = {name for phase in (Phase.I, Phase.W) if active and trace.has(phase) for name in codes[phase].arguments}
-        forward.append(builder.forward(segment, trace, codes[Phase.F], later))
+        run = builder.run_of.get(segment.name)
+        forward.append(builder.forward(segment, trace, codes[Phase.F], later if run is None else set()))
+        if run is not None:
+            call = builder.forward(segment, trace, codes[Phase.F], later, again=True)
+            repeated.setdefault(run, []).append(without_updates(call))
         if not active:
             continue
         weight = trace.has(Phase.W)
@@ -214,6 +235,8 @@ def build_stage(graph: OperatorGraph, flow: GradientFlow, segments: Sequence[Seg
         if weight:
             pair[1] = builder.backward(segment, trace, codes[Phase.W], Phase.W, set(), pair[0] is None)
         backward.append((pair[0], pair[1]))
+        if run is not None and last[run] == segment.name:
+            backward += [(call, None) for call in reversed(repeated[run])]
     if any(first is not None for first, _ in backward):
         backward = [_summed_early(first, second) for first, second in backward]
     backward.reverse()

@@ -23,6 +23,8 @@ ANY = "device"
 
 def kinds_of(plan: Plan) -> set[str]:
     """The device kinds a plan was made for."""
+    if plan.team is not None:
+        return {plan.team.kind}
     return {device.kind for device in plan.problem.topology.devices}
 
 

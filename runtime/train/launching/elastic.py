@@ -19,7 +19,7 @@ import torch
 
 from mipipe.graphs.errors import InputError, RunError, StoppedError
 from mipipe.graphs.serialize import save
-from mipipe.planner.plan import Plan
+from mipipe.planner.plan import Plan, check_single_devices
 from mipipe.planner.problem import PlanningProblem
 from mipipe.runtime.train.launching.devices import choose, kinds_of
 from mipipe.runtime.train.launching.failures import exits, is_consequence, killed_ranks, reports
@@ -43,7 +43,7 @@ Replan = Callable[[PlanningProblem], Plan]
 
 
 def train_elastic(plan: str | Path, graph: str | Path, config: str | Path, replan: Replan, *, resume: bool = False,
-                  resume_if_any: bool = False, max_restarts: int = 0, copies: int = 1, min_ranks: int = 1,
+                  resume_if_any: bool = False, max_restarts: int = 0, copies: int | None = None, min_ranks: int = 1,
                   timeout_s: float | None = None, progress: bool | None = None, model: str | None = None,
                   device: str | None = None,
                   say: Callable[[str], None] = lambda text: None) -> TrainResult:
@@ -63,6 +63,8 @@ def train_elastic(plan: str | Path, graph: str | Path, config: str | Path, repla
         StoppedError: this process was asked to end (SIGTERM).
     """
     job = read_job(plan, graph, config, model)
+    check_single_devices(job.plan, "--elastic")
+    copies = copies or 1
     if job.config.checkpoint is None:
         raise InputError(f"{config}: has no 'checkpoint'; --elastic resumes from checkpoints, so give a folder and"
                          " 'every'")

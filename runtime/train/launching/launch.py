@@ -75,7 +75,7 @@ def torchrun_command(plan: str | Path, graph: str | Path, config: str | Path, nu
 
 
 def train(plan: str | Path, graph: str | Path, config: str | Path, *, resume: bool = False,
-          resume_if_any: bool = False, max_restarts: int = 0, copies: int = 1, timeout_s: float | None = None,
+          resume_if_any: bool = False, max_restarts: int = 0, copies: int | None = None, timeout_s: float | None = None,
           progress: bool | None = None, torchrun: Sequence[str] = (), num_processes: int | None = None,
           model: str | None = None, device: str | None = None, say: Say = lambda text: None) -> TrainResult:
     """Train as the plan says, under torchrun on this host, until done.
@@ -84,12 +84,12 @@ def train(plan: str | Path, graph: str | Path, config: str | Path, *, resume: bo
         plan, graph, config: the files; see `mipipe.runtime.train.config.TrainConfig` for the last.
         resume: continue from the newest checkpoint, which must be there. ``resume_if_any``: else start anew.
         max_restarts: restarts of all workers after one died; they continue from this run's newest checkpoint.
-        copies: data-parallel copies of the plan.
+        copies: data-parallel copies of the plan; None: as many as it was made for.
         timeout_s: end the run after this time; None: no limit.
         progress: a line on stderr that is kept up to date; None: where that is a terminal, else now and then a line on
             stdout; False: nothing.
         torchrun: flags that pass through to torchrun, for several nodes.
-        num_processes: processes on this host; by default the plan's ranks times ``copies``.
+        num_processes: processes on this host; by default the plan's devices times ``copies``.
         model: the model's source, where the graph names code (``package.module:factory``).
         device: ``cpu`` or ``cuda``; None: what the plan was made for.
         say: is told, in lines for people, from what the run starts, and what happens.
@@ -100,7 +100,7 @@ def train(plan: str | Path, graph: str | Path, config: str | Path, *, resume: bo
     """
     job = read_job(plan, graph, config, model)
     settings = job.config
-    count = num_processes if num_processes is not None else len(job.program.ranks) * copies
+    count = num_processes if num_processes is not None else job.processes(copies)
     if not torchrun:
         check_world(job, count)
         device = devices.choose(device, devices.kinds_of(job.plan), count)

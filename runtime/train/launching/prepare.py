@@ -7,15 +7,18 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mipipe.graphs.errors import InputError, RunError
+from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import load
 from mipipe.graphs.write_files import check_apart
 from mipipe.planner.check import check_program
 from mipipe.planner.check.graph import check_graph
 from mipipe.planner.execution.lower import lower
-from mipipe.planner.plan import Plan, check_single_devices
+from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
+from mipipe.planner.teams.pieces import rows_of
+from mipipe.runtime.engine.mesh import ALONE, check_processes
+from mipipe.runtime.experts.layers import expert_layers
 from mipipe.runtime.train.batches import check_sizes
 from mipipe.runtime.train.config import TrainConfig, read_train_config
 from mipipe.runtime.train.data import check_source
@@ -35,6 +38,11 @@ class PreparedRun:
     graph: OperatorGraph
     config: TrainConfig
 
+    def processes(self, copies: int | None) -> int:
+        """How many run it: the plan's devices, in the copies that are asked for, else in those it was made for."""
+        team = self.plan.team or ALONE
+        return len(self.program.ranks) * team.members * (team.copies if copies is None else copies)
+
 
 def read_job(plan: str | Path, graph: str | Path, config: str | Path, model: str | None = None) -> PreparedRun:
     """The files of a run; ``model`` (from the command line) comes before what they say of the model's source.
@@ -47,8 +55,8 @@ def read_job(plan: str | Path, graph: str | Path, config: str | Path, model: str
     if model is not None:
         settings = dataclasses.replace(settings, model=model)
     read_graph, read_plan = load(graph, OperatorGraph), load(plan, Plan)
-    check_single_devices(read_plan, "training")
     check_graph(read_plan, read_graph)
+    check_team(read_plan, read_graph, settings)
     check_sizes(read_graph, settings.batch, settings.seq, read_plan.problem.num_microbatches)
     optimizer_class(settings.optimizer.name)
     check_source(settings.data)
@@ -58,6 +66,31 @@ def read_job(plan: str | Path, graph: str | Path, config: str | Path, model: str
     program = lower(read_plan)
     check_program(read_plan, program)
     return PreparedRun(read_plan, program, read_graph, settings)
+
+
+def check_team(plan: Plan, graph: OperatorGraph, config: TrainConfig) -> None:
+    """Raise `InputError` where a run of teams is asked for something that teams do not do."""
+    team = plan.team
+    if team is None:
+        return
+    rows = rows_of(graph)
+    if team.microbatch not in (0, rows):
+        raise InputError(f"plan {plan.name}: has microbatches of {team.microbatch} sequences, but the graph was"
+                         f" captured with {rows}; capture it with --batch {team.microbatch} and plan that")
+    if team.expert > 1 and (team.expert != team.axes.get("tensor") or "context" in team.axes):
+        raise InputError(f"plan {plan.name}: divides experts over {team.expert} devices, but training divides them over"
+                         f" the tensor axis of a team alone ({team.text()}); plan with --degrees expert=1, or with"
+                         " expert and tensor alike")
+    if team.members == 1:
+        return
+    if expert_layers(graph):
+        raise InputError(f"plan {plan.name}: its ranks are teams ({team.text()}), but the graph was captured with"
+                         " --expert-parallel, experts shared by copies; capture it without, and divide experts inside"
+                         " teams (mode expert)")
+    whole = ("adafactor", "lbfgs", "muon")
+    if config.optimizer.name.lower() in whole:
+        raise InputError(f"optimizer {config.optimizer.name}: looks at whole tensors, of which members of a team have"
+                         " parts; take one that treats elements alike, such as adamw")
 
 
 def check_folders(config: TrainConfig) -> None:
@@ -132,8 +165,5 @@ def _probe(what: str, folder: Path) -> None:
 
 
 def check_world(job: PreparedRun, processes: int) -> None:
-    """Raise `RunError` unless the number of processes is a multiple of the plan's ranks."""
-    ranks = len(job.program.ranks)
-    if processes % ranks:
-        raise RunError(f"{processes} processes were started, but the plan has {ranks} ranks; start {ranks} (torchrun"
-                       f" --nproc-per-node {ranks}), or a multiple of it for data-parallel copies")
+    """Raise `RunError` unless the number of processes is a multiple of the plan's devices."""
+    check_processes(processes, len(job.program.ranks), job.plan.team or ALONE)

@@ -1,0 +1,139 @@
+"""Training runs on teams: clipping, sharded optimizer state, checkpoints and saved folders whatever the degrees."""
+
+import functools
+import random
+import shutil
+from dataclasses import replace
+
+import pytest
+import runtime_dags as dags
+import runtime_equal as equal
+import runtime_models as models
+import torch
+from safetensors.torch import load_file
+
+from mipipe.planner.team import Team, TeamMode
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.team import member_pieces
+from mipipe.runtime.train.config import CheckpointConfig, OptimizerConfig, TrainConfig
+from mipipe.runtime.train.data import Batches
+from mipipe.runtime.train.training import Trainer
+from mipipe.runtime.weights.checkpoint import optimizer_tensors
+from mipipe.runtime.weights.checkpoint_run import Start
+from mipipe.runtime.weights.save import Target, save_weights
+from mipipe.runtime.weights.stored_weights import StoredWeights
+
+pytestmark = pytest.mark.distributed
+
+MICROBATCHES, STEPS, CLIP = 4, 4, 0.1
+"""Microbatches of a step over all copies."""
+
+
+def batches_of(name, copy, copies):
+    """One copy's rows of an endless sequence of batches."""
+    number = 0
+    while True:
+        rows = equal.ROWS * MICROBATCHES
+        batch = models.image_batch(rows, seed=100 + number) if name.startswith("vlm") else \
+            models.token_batch(rows, equal.LENGTH, 64, seed=100 + number)
+        yield {key: tensor.chunk(copies)[copy] for key, tensor in batch.items()}
+        number += 1
+
+
+def train(name, plan, graph, state, config, folder=None):
+    """What a process does: losses, this member's part of every weight, the names it keeps optimizer state for; then a
+    folder, from which the weights are read back."""
+    engine = Engine(plan, graph, state)
+    mesh = engine.mesh
+    trainer = Trainer(engine, config, Batches(batches_of(name, mesh.copy, mesh.num_copies), in_turn=True))
+    losses = trainer.run(trainer.begin(Start.RESUME_IF_ANY))
+    pieces = member_pieces(engine.compiled, graph, mesh)
+    weights = {key: (item.detach().clone(), pieces.get(key)) for key, item in engine.weights.parameters.items()}
+    if folder is not None:
+        with torch.device("meta"):
+            module = getattr(models, f"tiny_{name}")()
+        save_weights(engine, module, Target(folder, 10**9))
+        again = Engine(plan, graph, StoredWeights(folder, module, {"model.embed_tokens.weight": ("lm_head.weight",)}))
+        assert all(torch.equal(again.weights.parameters[key], item) for key, (item, _) in weights.items())
+    kept = {key.split(".", 1)[1].rpartition(".")[0] for key in optimizer_tensors(engine, trainer.optimizer)}
+    return losses, weights, kept
+
+
+@functools.cache
+def alone(name):
+    """The same training in one process: losses and the weights after every step."""
+    made = equal.case(name)
+    before = {key: item.clone() for key, item in made.module.state_dict().items()}
+    optimizer = torch.optim.AdamW([item for item in made.module.parameters() if item.requires_grad], lr=1e-2)
+    losses, weights = [], []
+    for _, batch in zip(range(STEPS), batches_of(name, 0, 1), strict=False):
+        pieces = models.chunked(batch, MICROBATCHES)
+        losses.append(models.eager(made.module, pieces, equal.valid_labels(made.shift, pieces), made.loss_of)[0])
+        torch.nn.utils.clip_grad_norm_(made.module.parameters(), CLIP)
+        optimizer.step()
+        weights.append({key: item.detach().clone() for key, item in made.module.named_parameters()})
+    made.module.load_state_dict(before)
+    return losses, weights
+
+
+def plan_of(graph, ranks, team):
+    count = MICROBATCHES // (team.copies if team is not None else 1)
+    return replace(dags.random_plan(random.Random(3), graph, ranks, count), team=team)
+
+
+def config_of(folder, steps, shard=False):
+    return TrainConfig(steps, optimizer=OptimizerConfig("adamw", 1e-2, shard=shard), clip=CLIP,
+                       checkpoint=CheckpointConfig(str(folder), every=1, keep=9))
+
+
+def check(name, answers, first, last):
+    """Losses of the steps after ``first`` up to ``last``, and the weights after these."""
+    losses, weights = alone(name)
+    for own, mine, _ in answers:
+        assert own == pytest.approx(losses[first:last], rel=1e-9)
+        for key, (item, piece) in mine.items():
+            wanted = weights[last - 1][key] if piece is None else piece.cut(weights[last - 1][key])
+            assert torch.linalg.vector_norm(item - wanted) <= 1e-8 * torch.linalg.vector_norm(wanted) + 1e-12, key
+
+
+TEAMS = Team({"tensor": 2})
+OTHERS = Team({"context": 2, "tensor": 2}, modes=(TeamMode("tensor", "sequence"),))
+
+
+def test_a_run_goes_on_under_other_degrees_and_without(pool, tmp_path):
+    """Two teams of two save after two steps; a team of two axes goes on, and a single process does; the folder that the
+    team saves has the weights of one process, and each member reads its part of them."""
+    made = equal.case("llama")
+    run = functools.partial(pool.run, timeout=180.0)
+    first = run(4, __file__, "train", "llama", plan_of(made.graph, 2, TEAMS), made.graph, made.state(),
+                config_of(tmp_path / "kept", 2))
+    check("llama", first, 0, 2)
+    shutil.copytree(tmp_path / "kept", tmp_path / "single")
+    team = run(4, __file__, "train", "llama", plan_of(made.graph, 1, OTHERS), made.graph, made.state(),
+               config_of(tmp_path / "kept", STEPS), tmp_path / "saved")
+    check("llama", team, 2, STEPS)
+    single = run(1, __file__, "train", "llama", plan_of(made.graph, 1, None), made.graph, made.state(),
+                 config_of(tmp_path / "single", STEPS))
+    check("llama", single, 2, STEPS)
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    for key, item in alone("llama")[1][-1].items():
+        torch.testing.assert_close(saved[key], item, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "moe", "vlm", "vlm-frozen", "vlm-lora"])
+@pytest.mark.parametrize("shard", [False, True])
+def test_copies_of_teams_share_optimizer_state(pool, tmp_path, name, shard):
+    """Two copies of a team of two, with the state of every parameter in one of them or in both; then one copy of other
+    degrees goes on."""
+    made = equal.case(name)
+    first = pool.run(4, __file__, "train", name, plan_of(made.graph, 1, replace(TEAMS, copies=2)), made.graph,
+                     made.state(), config_of(tmp_path, 2, shard), timeout=240.0)
+    check(name, first, 0, 2)
+    kept = [answer[2] for answer in first]
+    for member in range(2):
+        both = kept[member] & kept[member + 2]
+        assert (not both) if shard else both == kept[member]
+    again = pool.run(4, __file__, "train", name, plan_of(made.graph, 2, Team({"tensor": 2}, modes=(
+        TeamMode("tensor", "sequence"),))), made.graph, made.state(), config_of(tmp_path, STEPS), timeout=240.0)
+    check(name, again, 2, STEPS)

@@ -1,0 +1,172 @@
+"""Plans whose ranks are teams: losses and every member's part of every gradient equal one process."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import runtime_cases as cases
+import runtime_dags as dags
+import runtime_equal as equal
+import runtime_models as models
+import runtime_teams as teams
+import torch
+from runtime_pool import Pool
+
+from mipipe.graphs.capture.loss import sum_over
+from mipipe.graphs.capture.model import capture_module
+from mipipe.graphs.operator_graph import Role
+from mipipe.graphs.sharding.team_graph import MemberGraph
+from mipipe.planner.team import Team, TeamMode
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.options import EngineOptions
+
+pytestmark = pytest.mark.distributed
+
+MODELS = ("llama", "moe", "vlm", "vlm-frozen", "vlm-lora", "skip")
+MICROBATCHES = 3
+
+
+def plans_of(graph, ranks, team, seeds=(3,)):
+    """Random placements, routes and orders of a graph on teams."""
+    return [replace(dags.random_plan(random.Random(seed), graph, ranks, MICROBATCHES), team=team) for seed in seeds]
+
+
+def one_mode(mode, size=2, copies=1):
+    """All segments in one mode."""
+    axis = "context" if mode == "context" else "tensor"
+    return Team({axis: size}, copies, (TeamMode(axis, mode),))
+
+
+def by_branch(graph, size=2, copies=1):
+    """The vision tower by samples, the language model divided, activations between its blocks too."""
+    tower = tuple(segment.name for segment in graph.segments if segment.tags.branch == "vision")
+    assert 0 < len(tower) < len(graph.segments)
+    return Team({"tensor": size}, copies, (TeamMode("tensor", "sequence"), TeamMode("tensor", "batch", tower)))
+
+
+def by_expert(graph, size=2, copies=1):
+    """Banks of experts by expert, all else by columns and rows."""
+    experts = tuple(segment.name for segment in graph.segments if segment.tags.role is Role.EXPERTS)
+    assert experts
+    return Team({"tensor": size}, copies, (TeamMode("tensor", "expert", experts),))
+
+
+TWO_AXES = Team({"context": 2, "tensor": 2})
+
+
+def test_a_mode_for_each_branch_on_two_teams_of_two(pool):
+    """Values change their layout between the tower and the language model, on one rank or on the way to another."""
+    made = equal.case("vlm")
+    teams.compare(pool, made, plans_of(made.graph, 2, by_branch(made.graph)))
+
+
+def test_two_axes_and_tied_tables(pool):
+    made = equal.case("llama")
+    teams.compare(pool, made, plans_of(made.graph, 1, TWO_AXES))
+
+
+def test_experts_beside_tensor_parallel_layers_in_two_copies(pool):
+    made = equal.case("moe")
+    teams.compare(pool, made, plans_of(made.graph, 1, by_expert(made.graph, copies=2)))
+
+
+def test_a_parameter_of_segments_in_two_modes(pool):
+    """The gate is read by every layer: in one mode its gradients are sums over members, in the other all have them."""
+    made = equal.case("skip")
+    names = [segment.name for segment in made.graph.segments]
+    team = Team({"tensor": 2}, modes=(TeamMode("tensor", "batch", tuple(names[::2])),))
+    made_graph = MemberGraph(made.graph).divided("tensor", 2, team.modes_along("tensor", names)).graph
+    assert any(op.name.endswith("_share") for trace in made_graph.traces for op in trace.operators)
+    teams.compare(pool, made, plans_of(made.graph, 2, team))
+
+
+@pytest.mark.slow
+def test_dropout_and_float32(pool):
+    """Random operators draw what one process draws; float32 to 1e-5."""
+    module = models.skip_module(dropout=0.5)
+    graph = capture_module(module, models.token_batch(equal.ROWS, equal.LENGTH, 11), granularity="module",
+                           loss_info=sum_over("labels"))
+    batch, state = models.token_batch(equal.ROWS * MICROBATCHES, equal.LENGTH, 11), dict(module.state_dict())
+    alone = Engine(plans_of(graph, 1, None)[0], graph, state)
+    loss = alone.step(batch)
+    for mode in ("tensor", "sequence"):
+        for own, mine in (answer[0] for answer in pool.run(2, teams.__file__, "run_team", plans_of(
+                graph, 1, one_mode(mode)), graph, state, [batch])):
+            assert own == pytest.approx(loss, rel=1e-12)
+            for name, (gradient, piece) in mine.items():
+                wanted = alone.weights.parameters[name].grad
+                torch.testing.assert_close(gradient, wanted if piece is None else piece.cut(wanted), rtol=1e-10,
+                                           atol=1e-12)
+    for name in ("llama", "vlm"):
+        made = equal.case(name, torch.float32)
+        teams.compare(pool, made, plans_of(made.graph, 2, one_mode("sequence")), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "vlm"])
+def test_what_runs_again_changes_nothing_but_memory(name):
+    """Whole layers, and attention alone, in split and whole backwards."""
+    made = equal.case(name)
+    graph = made.graph
+    layers = {}
+    for segment in graph.segments:
+        if segment.tags.layer is not None:
+            layers.setdefault((segment.tags.branch, segment.tags.layer), []).append(segment.name)
+    attention = tuple(segment.name for segment in graph.segments if segment.tags.role is Role.ATTENTION)
+    whole = tuple(map(tuple, layers.values()))
+    options = EngineOptions(track_memory=True)
+    for orders in ("0F0 0I0 0W0", "0F0 0B0"):
+        plan = cases.plan_of(cases.problem_of(graph, 1, 1, [[segment.name for segment in graph.segments]]),
+                             [([0], [0])], [[0]], [orders])
+        found = []
+        for team in (Team({}), Team({}, again=whole), Team({}, attention_again=attention)):
+            engine = Engine(replace(plan, team=team), graph, made.state(), options=options)
+            loss = engine.step(made.batch(1))
+            found.append((loss, {key: item.grad for key, item in engine.named_parameters()},
+                          max(size for _, size in engine.record.memory)))
+        for loss, gradients, peak in found[1:]:
+            assert loss == found[0][0] and peak < found[0][2]
+            assert gradients.keys() == found[0][1].keys()
+            assert all(torch.equal(item, found[0][1][key]) for key, item in gradients.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["tensor", "sequence", "batch", "expert", "context"])
+@pytest.mark.parametrize("name", MODELS)
+def test_each_mode_on_two_teams_of_two(pool, name, mode):
+    made = equal.case(name)
+    teams.compare(pool, made, plans_of(made.graph, 2, one_mode(mode), (3, 4)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_a_team_of_four_and_two_axes(pool, name):
+    made = equal.case(name)
+    for team in (one_mode("tensor", 4), one_mode("sequence", 4), TWO_AXES,
+                 Team({"context": 2, "tensor": 2}, modes=(TeamMode("tensor", "sequence"),))):
+        teams.compare(pool, made, plans_of(made.graph, 1, team))
+
+
+@pytest.fixture(scope="module")
+def eight():
+    """Eight workers."""
+    made = Pool(8)
+    yield made
+    made.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_two_ranks_of_two_members_in_two_copies(eight, name):
+    made = equal.case(name)
+    found = [one_mode("tensor", copies=2), one_mode("sequence", copies=2)]
+    found += [by_branch(made.graph, copies=2)] if name.startswith("vlm") else []
+    found += [by_expert(made.graph, copies=2)] if name == "moe" else []
+    for team in found:
+        teams.compare(eight, made, plans_of(made.graph, 2, team))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "vlm"])
+def test_two_axes_in_two_ranks(eight, name):
+    made = equal.case(name)
+    teams.compare(eight, made, plans_of(made.graph, 2, TWO_AXES))
