@@ -1,4 +1,5 @@
-"""``mipipe export``: a plan's order as CSV in torch's grammar, its timeline as a Perfetto trace or HTML."""
+"""``mipipe export``: a plan's order as CSV in torch's grammar, its degrees as other engines' options, its timeline as a
+Perfetto trace or HTML."""
 
 from __future__ import annotations
 
@@ -17,6 +18,12 @@ def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A plan, or a timeline (for --trace and --html).")],
     csv_file: Annotated[Path | None, typer.Option(
         "--csv", help="The order of actions for torch.distributed.pipelining's schedule runtime.")] = None,
+    megatron: Annotated[Path | None, typer.Option(
+        help="A plan of teams as Megatron-LM's flags, one a line.")] = None,
+    bridge: Annotated[Path | None, typer.Option(
+        help="The same as overrides of Megatron-Bridge's configuration (JSON).")] = None,
+    torchtitan: Annotated[Path | None, typer.Option(
+        help="The same for torchtitan (JSON), with the order of actions in a .csv beside it.")] = None,
     trace_file: Trace = None,
     html_file: Html = None,
     json_output: Json = False,
@@ -29,20 +36,36 @@ def export(
     from mipipe.planner.execution.export import perfetto_text, torch_csv
     from mipipe.planner.execution.lower import lower
     from mipipe.planner.execution.simulate import simulate
-    from mipipe.planner.plan import Plan, check_single_devices
+    from mipipe.planner.plan import Plan
+    from mipipe.planner.teams import export as engines
     from mipipe.planner.timeline import Timeline
 
-    wanted = {"csv": csv_file, "trace": trace_file, "html": html_file}
+    wanted = {"csv": csv_file, "megatron": megatron, "bridge": bridge, "torchtitan": torchtitan, "trace": trace_file,
+              "html": html_file}
     if not any(wanted.values()):
-        raise InputError("export: nothing to write; give --csv, --trace or --html with a file name")
+        raise InputError("export: nothing to write; give --csv, --megatron, --bridge, --torchtitan, --trace or --html"
+                         " with a file name")
     check_files(file, **wanted)
     found = open_any(file, Plan, Timeline)
     plan = found if isinstance(found, Plan) else None
     if csv_file is not None:
         if plan is None:
             raise InputError(f"{file}: a timeline has no order of actions to export; give the plan for --csv")
-        check_single_devices(plan, "torch's schedule runtime")
         write_text(csv_file, torch_csv(plan))
+    for engine, path in (("megatron", megatron), ("bridge", bridge), ("torchtitan", torchtitan)):
+        if path is not None and plan is None:
+            raise InputError(f"{file}: a timeline has no degrees to export; give the plan for --{engine}")
+    if plan is not None and megatron is not None:
+        write_text(megatron, engines.megatron_flags(plan))
+    if plan is not None and bridge is not None:
+        write_text(bridge, engines.bridge_config(plan))
+    if plan is not None and torchtitan is not None:
+        order_file = torchtitan.with_suffix(".csv")
+        check_files(file, torchtitan=order_file)
+        text, order = engines.torchtitan_config(plan, str(order_file))
+        write_text(torchtitan, text)
+        if order is not None:
+            write_text(order_file, order)
     if trace_file is not None or html_file is not None:
         timeline = found if plan is None else simulate(plan, lower(plan))
         if trace_file is not None:

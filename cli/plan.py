@@ -112,6 +112,9 @@ def plan(
     recomputation: Annotated[str | None, typer.Option(help="What runs again in the backward: none, selective"
                                                            " (attention), full (layers).",
                                                       rich_help_panel=_TEAMS)] = None,
+    modes: Annotated[str | None, typer.Option(help="Other modes for some branches along the tensor axis, such as"
+                                                   " vision=batch.",
+                                              rich_help_panel=_TEAMS)] = None,
     eager: Annotated[bool, typer.Option("--eager", help="Count one kernel per operator, not fused ones.",
                                         rich_help_panel=_TEAMS)] = False,
     held: Annotated[bool, typer.Option("--held", help="Reductions over copies run after the last backward,"
@@ -140,7 +143,7 @@ def plan(
     from mipipe.cli.team_request import TeamRequest
 
     request = TeamRequest(degrees, devices, kind, per_host, global_batch, microbatch, layers_per_stage, schedule,
-                          recomputation, eager, held, scatter, layer_times, layer_entry)
+                          recomputation, modes, eager, held, scatter, layer_times, layer_entry)
     if request.given:
         from mipipe.cli.teams import plan_teams
 

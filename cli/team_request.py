@@ -18,6 +18,7 @@ class TeamRequest:
     layers: str | None
     schedule: str | None
     recomputation: str | None
+    modes: str | None
     eager: bool
     held: bool = False
     scatter: bool = True
@@ -29,4 +30,4 @@ class TeamRequest:
         """Whether any option of teams was given."""
         return any(value is not None for value in (self.degrees, self.devices, self.kind, self.global_batch,
                                                    self.microbatch, self.layers, self.schedule, self.recomputation,
-                                                   self.layer_times))
+                                                   self.layer_times, self.modes))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from mipipe.cli.captured import captured, names_model
 from mipipe.cli.files import check_positive, open_any
-from mipipe.cli.printing.output import emit, progress, stdout
+from mipipe.cli.printing.output import emit, log, progress, stdout
 from mipipe.cli.printing.teams import print_runners, print_team, team_data
 from mipipe.cli.team_request import TeamRequest
 from mipipe.graphs.cluster import Cluster, load_cluster, uniform_cluster
@@ -18,14 +18,17 @@ from mipipe.graphs.costs.collectives import fabric_of
 from mipipe.graphs.costs.efficiency import LowDtype
 from mipipe.graphs.errors import InfeasibleError, InputError
 from mipipe.graphs.operator_graph import OperatorGraph
-from mipipe.graphs.serialize import save
+from mipipe.graphs.serialize import digest, save
 from mipipe.graphs.units import format_bytes, parse_bytes
+from mipipe.planner.plan import Plan
 from mipipe.planner.problems.from_layers import LayerTimes, entry_of, read_layer_times
 from mipipe.planner.problems.on_cluster import graph_dtype
+from mipipe.planner.team import AXES as TEAM_AXES
+from mipipe.planner.team import TeamMode
 from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, Recompute, completed, parse_degrees
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.outside import outside
-from mipipe.planner.teams.pieces import model_pieces
+from mipipe.planner.teams.pieces import model_pieces, rows_of
 from mipipe.planner.teams.pricing import Machine, Pricer, check_machine
 from mipipe.planner.teams.remedies import remedy
 
@@ -46,7 +49,7 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
         raise InputError(f"--recomputation {request.recomputation}: expected one of {', '.join(RECOMPUTE)}")
     described = _cluster(request, cluster, memory)
     given = {} if request.degrees is None else parse_degrees(request.degrees)
-    model, note = _graph(graph, seq, dtype, settings, use_cache, save_graph)
+    model, note = _graph(graph, seq, dtype, settings, use_cache)
     kinds = {device.kind for device in described.topology.devices}
     if len(kinds) > 1:
         raise InputError(f"{cluster}: teams are planned on equal devices, but there are {', '.join(sorted(kinds))}")
@@ -55,6 +58,7 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
                       LOW.get(dtype or ""), not request.eager, scatter=request.scatter)
     check_machine(machine)
     devices = described.topology.num_devices
+    by_branch = {} if request.modes is None else parse_modes(request.modes, model)
     layers = None if request.layers is None else _layers(request.layers)
     sizes = [given.get("tensor", given.get("sequence", 1)),
              *(given.get(name, 1) for name in ("ranks", "context", "copies"))]
@@ -81,8 +85,12 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
         result = found.best
     if result.shortage:
         raise InfeasibleError(_too_little(pricer, result))
-    if output is not None:
-        save(result.plan, output)
+    if output is not None or save_graph is not None:
+        model = _as_planned(graph, result, model, seq, dtype, settings, use_cache)
+        if save_graph is not None:
+            save(model, save_graph)
+        if output is not None:
+            save(_to_run(result, model, by_branch), output)
     draw(result)
     if json_output:
         emit(team_data(result) | {"outside": outside(pricer, result.degrees)}
@@ -93,6 +101,9 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
     print_team(console, result, "evaluated as given" if found is None else found.how())
     for line in outside(pricer, result.degrees):
         console.print(f"warning: outside what was validated: {line}", soft_wrap=True, markup=False)
+    if by_branch:
+        console.print("modes of branches: " + ", ".join(f"{branch} {mode}" for branch, mode in by_branch.items())
+                      + "; the figures are those of one mode for all")
     if found is not None:
         print_runners(console, found)
     if output is not None:
@@ -129,8 +140,61 @@ def _cluster(request: TeamRequest, cluster: Path | None, memory: str | None) -> 
     return dataclasses.replace(found, topology=topology)
 
 
-def _graph(graph: str, seq: int | None, dtype: str | None, settings: list[str], use_cache: bool,
-           save_graph: Path | None) -> tuple[OperatorGraph, str]:
+def _to_run(result: TeamResult, model: OperatorGraph, by_branch: Mapping[str, str]) -> Plan:
+    """The plan for a graph, with the modes of branches that were asked for.
+
+    Raises:
+        InputError: there is no tensor axis for them to be along.
+    """
+    team = result.plan.team
+    assert team is not None
+    if by_branch and "tensor" not in team.axes:
+        raise InputError(f"--modes: the plan has no tensor axis ({result.degrees.text()}); fix one with --degrees"
+                         " tensor=N or sequence=N")
+    modes = tuple(TeamMode("tensor", mode, tuple(segment.name for segment in model.segments
+                                                 if segment.tags.branch == branch))
+                  for branch, mode in by_branch.items())
+    problem = result.plan.problem.replace(graph_digest=digest(model))
+    return dataclasses.replace(result.plan, problem=problem, team=dataclasses.replace(team, modes=team.modes + modes))
+
+
+def parse_modes(text: str, model: OperatorGraph) -> dict[str, str]:
+    """``"vision=batch"`` as a mapping from branches of the model to modes.
+
+    Raises:
+        InputError: no such branch, or no mode of the tensor axis.
+    """
+    branches = sorted({segment.tags.branch for segment in model.segments} - {None}, key=str)
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        branch, equals, mode = part.strip().partition("=")
+        if not equals or mode not in TEAM_AXES["tensor"]:
+            raise InputError(f"--modes {part.strip()}: expected branch=mode with a mode of"
+                             f" {', '.join(TEAM_AXES['tensor'])}, such as vision=batch")
+        if branch not in branches:
+            raise InputError(f"--modes {part.strip()}: {model.model} has "
+                             + (f"the branches {', '.join(map(str, branches))}" if branches else "no branches"))
+        found[branch] = mode
+    return found
+
+
+def _as_planned(graph: str, result: TeamResult, model: OperatorGraph, seq: int | None, dtype: str | None,
+                settings: list[str], use_cache: bool) -> OperatorGraph:
+    """The graph that a run of the plan needs: a model that is captured on the way with the plan's microbatch."""
+    if result.degrees.microbatch == rows_of(model):
+        return model
+    if not names_model(graph):
+        log(f"{graph}: was captured with microbatches of {rows_of(model)}, the plan has {result.degrees.microbatch}; to"
+            f" run it, capture with --batch {result.degrees.microbatch} and plan that graph")
+        return model
+    kept = None if dtype in ("fp8", "float8") else dtype
+    found, _ = captured(graph, seq=seq, batch=result.degrees.microbatch, dtype=kept, settings=settings,
+                        use_cache=use_cache)
+    return found.graph
+
+
+def _graph(graph: str, seq: int | None, dtype: str | None, settings: list[str],
+           use_cache: bool) -> tuple[OperatorGraph, str]:
     """The operator graph of a file, or of a model captured with one sequence a microbatch."""
     if not names_model(graph):
         if seq is not None:
@@ -140,8 +204,6 @@ def _graph(graph: str, seq: int | None, dtype: str | None, settings: list[str], 
         return found, ""
     kept = None if dtype in LOW else dtype
     model, note = captured(graph, seq=seq, batch=1, dtype=kept, settings=settings, use_cache=use_cache)
-    if save_graph is not None:
-        save(model.graph, save_graph)
     return model.graph, note
 
 

@@ -32,12 +32,13 @@ def train(
     resume_if_any: Annotated[bool, typer.Option("--resume-if-any", help="Continue from the newest checkpoint, or start"
                                                                         " anew where there is none (for"
                                                                         " schedulers).")] = False,
-    copies: Annotated[int, typer.Option(help="Data-parallel copies of the whole plan.", min=1)] = 1,
+    copies: Annotated[int | None, typer.Option(help="Data-parallel copies of the whole plan (default: as many as it was"
+                                                    " made for).", min=1)] = None,
     max_restarts: Annotated[int, typer.Option(help="Restarts by torchrun after a worker died.", min=0)] = 0,
     timeout: Annotated[float | None, typer.Option(help="End the run after this many seconds.")] = None,
     torchrun: Annotated[str, typer.Option(help="Flags for torchrun, for several nodes, such as '--nnodes 2"
                                                " --rdzv-endpoint host:29500'.")] = "",
-    processes: Annotated[int | None, typer.Option(help="Processes on this host (default: all of the plan's ranks).",
+    processes: Annotated[int | None, typer.Option(help="Processes on this host (default: all of the plan's devices).",
                                                   min=1)] = None,
     elastic: Annotated[bool, typer.Option("--elastic", help="When a rank is lost for good, plan for the others and"
                                                             " resume there (one host; needs checkpoints).")] = False,

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 
 def train(plan: Plan | PathLike, graph: OperatorGraph | PathLike, config: TrainConfig | Mapping[str, Any] | PathLike, *,
-          resume: bool = False, copies: int = 1, max_restarts: int = 0, timeout_s: float | None = None,
+          resume: bool = False, copies: int | None = None, max_restarts: int = 0, timeout_s: float | None = None,
           progress: bool | None = None, torchrun: Sequence[str] = (), num_processes: int | None = None,
           device: Literal["cpu", "cuda"] | None = None) -> TrainResult:
-    """Train as the plan says, under torchrun with one worker for each rank, until done.
+    """Train as the plan says, under torchrun with one worker for each device, until done.
 
     Args:
         plan, graph: of the model; values are handed to the workers as files.
         config: the training configuration: a YAML file, or its content as a mapping (``{"steps": 100, ...}``).
         resume: continue from the newest checkpoint.
-        copies: data-parallel copies of the plan.
+        copies: data-parallel copies of the plan; None: as many as it was made for.
         max_restarts: by torchrun, after a worker died.
         timeout_s: end the run after this time.
         progress: lines on stderr; by default where that is a terminal.

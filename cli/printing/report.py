@@ -230,8 +230,10 @@ def next_steps(plan_file: Path | None, graph_file: Path | None, facts: ModelFact
 def print_placement(console: Console, plan: Plan) -> None:
     """Which groups every rank holds."""
     problem = plan.problem
+    team = "" if plan.team is None else (f", each a team of {plan.team.members} ({plan.team.text()}),"
+                                         f" {plan.team.copies} cop{'y' if plan.team.copies == 1 else 'ies'}")
     console.print(f"{plan.name}: {len(problem.groups)} groups in {len(plan.placement.stages)} stages, placement"
-                  f" {plan.placement.name}, {problem.num_microbatches} microbatches, {problem.num_ranks} ranks",
+                  f" {plan.placement.name}, {problem.num_microbatches} microbatches, {problem.num_ranks} ranks{team}",
                   soft_wrap=True)
     for rank, device in enumerate(problem.topology.devices):
         held = [f"{index}: {group_names(plan, stage.groups)}{' (recomputed)' if stage.recompute else ''}"

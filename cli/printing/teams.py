@@ -130,7 +130,24 @@ def basis(result: TeamResult) -> list[str]:
         f" links: {achieved.origin if achieved.link != 1 else 'as given'}",
         "assumed: reductions over copies overlap with the last backward, gathered parameters with the first forward;"
         " collectives of other axes are not hidden; AdamW in mixed precision, float32 gradients",
-        "the runtime executes plans of single devices: `mipipe train` does not run teams yet"]
+        *not_executed(result)]
+
+
+def not_executed(result: TeamResult) -> list[str]:
+    """What the runtime does not do as planned, so that a run of this plan takes more than is told here."""
+    degrees = result.degrees
+    found = []
+    if degrees.expert not in (1, degrees.tensor) or (degrees.expert > 1 and degrees.context > 1):
+        found.append(f"experts over {degrees.expert} devices: `mipipe train` runs experts whole, or over the tensor"
+                     " axis, and refuses this plan")
+    elif degrees.expert > 1:
+        found.append("experts are added up over the team, with no exchange of tokens")
+    if degrees.zero > 1 and degrees.copies > 1:
+        found.append("copies divide the optimizer's state alone (ZeRO-1)")
+    if degrees.zero and degrees.context > 1:
+        found.append("members along the context axis do not divide the optimizer's state")
+    return [f"`mipipe train` runs this plan, but {'; '.join(found)}"] if found and "refuses" not in found[0] else \
+        found or ["`mipipe train` runs this plan"]
 
 
 def achieved_text(achieved: Achieved) -> str:

@@ -18,6 +18,7 @@ from mipipe.planner.plan import Plan
 from mipipe.planner.problems.held_transfers import hold_transfers
 from mipipe.planner.schedules import Baseline, PhaseTimes
 from mipipe.planner.schedules.one_f_one_b import interleaved, one_f_one_b
+from mipipe.planner.teams.as_team import branches_of, team_of
 from mipipe.planner.teams.degrees import Degrees, Recompute
 from mipipe.planner.teams.pieces import check_fits
 from mipipe.planner.teams.pricing import ALLOCATOR_SLACK, AXES, Axis, Machine, PieceCost, Pricer
@@ -223,10 +224,13 @@ def result_of(pricer: Pricer, degrees: Degrees, global_batch: int, plan: Plan, s
         pipeline, bubble = max(0.0, pipeline + bubble), 0.0
     if plan.makespan_ns is None:
         raise ProblemError("teams: a plan without a makespan")
+    team = team_of(pricer.model, degrees, pricer.machine.kind.name, recompute)
     facts = {"team": {"degrees": degrees.text(), "schedule": schedule, "microbatch": degrees.microbatch,
                       "global_batch": global_batch, "recompute": degrees.recompute, "zero": degrees.zero,
-                      "layers": list(layers), "devices": degrees.devices}}
-    return TeamResult(replace(plan, provenance={**plan.provenance, **facts}), degrees, schedule, layers, tuple(stages),
+                      "layers": list(layers), "devices": degrees.devices,
+                      "branches": branches_of(pricer.model.graph)}}
+    made = replace(plan, provenance={**plan.provenance, **facts}, team=team)
+    return TeamResult(made, degrees, schedule, layers, tuple(stages),
                       pricer.machine, global_batch, pricer.model.tokens, pricer.model.flops() * global_batch, memory,
                       StepTimes(kernels, axes, optimizer, pipeline, bubble), dict(pricer.origins), recompute,
                       pricer.measured is not None)

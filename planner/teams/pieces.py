@@ -88,9 +88,14 @@ def model_pieces(graph: OperatorGraph) -> ModelPieces:
             first.append(pieces[-1])
     shapes = {value.name: value.spec.shape for value in graph.values if value.name in graph.inputs}
     ids = next((shapes[name] for name in ("input_ids", "decoder_input_ids") if name in shapes), None)
-    sequences = next((shape[0] for shape in shapes.values() if shape), 1)
-    return ModelPieces(graph, index, tuple(pieces), tuple(first), max(1, sequences),
+    return ModelPieces(graph, index, tuple(pieces), tuple(first), rows_of(graph),
                        math.prod(ids) // max(1, ids[0]) if ids else None)
+
+
+def rows_of(graph: OperatorGraph) -> int:
+    """The sequences of a microbatch as captured."""
+    shapes = [value.spec.shape for value in graph.values if value.name in graph.inputs]
+    return max(1, next((shape[0] for shape in shapes if shape), 1))
 
 
 def misfit(model: ModelPieces, degrees: Degrees, global_batch: int) -> str | None:

@@ -34,7 +34,8 @@ def test_a_configuration_is_evaluated(mipipe, graph, tmp_path):
     for text in ("evaluated as given", "degrees: ranks=2,tensor=2,copies=2", "tensor 2 x copies 2 x ranks 2",
                  "layers per stage 1,3",
                  "tokens/s per device", "model FLOP utilisation", "tensor communication", "bubble", "rank 0: peak",
-                 "optimizer state sharded over copies", "estimated from shapes", "assumed", "does not run teams yet"):
+                 "optimizer state sharded over copies", "estimated from shapes", "assumed",
+                 "`mipipe train` runs this plan"):
         assert text in ended.stdout, text
     check_plan(load(tmp_path / "plan.json", Plan))
     shown = mipipe("show", tmp_path / "plan.json")
@@ -140,9 +141,47 @@ def test_too_little_memory_says_which_degree_would_do(mipipe, graph):
     assert searched.code == 3 and "combinations of degrees fits 1.00 MB" in searched.stderr
 
 
-def test_train_does_not_run_teams(mipipe, graph, tmp_path):
-    mipipe("plan", graph, *DEVICES, "--degrees", "tensor=2,copies=4", "-o", tmp_path / "plan.json")
-    (tmp_path / "train.yaml").write_text("steps: 1\n")
-    ended = mipipe("train", "--plan", tmp_path / "plan.json", "--graph", graph, "--config", tmp_path / "train.yaml")
-    assert ended.code == 1
-    assert "plans of single devices" in ended.stderr and len(ended.stderr.strip().splitlines()) == 1
+def test_train_refuses_in_one_line_what_teams_do_not_do(mipipe, graph, tmp_path):
+    """Other microbatches than the graph's, an optimizer of whole tensors, too few processes, a supervisor of ranks."""
+    plan = tmp_path / "plan.json"
+
+    def refused(text, *options, config="steps: 1\n"):
+        (tmp_path / "train.yaml").write_text(config)
+        ended = mipipe("train", "--plan", plan, "--graph", graph, "--config", tmp_path / "train.yaml", "--device",
+                       "cpu", *options)
+        assert ended.code != 0 and len(ended.stderr.strip().splitlines()) == 1, ended.stderr
+        assert text in ended.stderr
+
+    ended = mipipe("plan", graph, *DEVICES, "--degrees", "tensor=2,copies=4", "--microbatch", 2, "-o", plan)
+    assert "capture with --batch 2" in ended.stderr
+    refused("microbatches of 2 sequences, but the graph was captured with 1; capture it with --batch 2")
+    mipipe("plan", graph, *DEVICES, "--degrees", "tensor=2,ranks=2,copies=2", "--microbatch", 1, "-o", plan)
+    refused("optimizer muon: looks at whole tensors", config="steps: 1\noptimizer: {name: muon}\n")
+    refused("6 processes were started, but the plan has 2 ranks of 2 devices (tensor 2); start 4", "--processes", 6)
+    refused("--elastic takes plans of single devices", "--elastic",
+            config=f"steps: 1\ncheckpoint: {{folder: {tmp_path / 'kept'}}}\n")
+
+
+@pytest.mark.slow
+def test_a_mode_for_a_branch(mipipe, tmp_path):
+    """The vision tower by samples beside a divided language model; what cannot be is one line."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps({
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": 63,
+        "image_seq_length": 4, "vision_feature_layer": -1, "vision_feature_select_strategy": "default",
+        "vision_config": {**sizes, "model_type": "clip_vision_model", "image_size": 8, "patch_size": 4},
+        "text_config": {**sizes, "model_type": "llama", "vocab_size": 64, "num_key_value_heads": 4}}))
+    mipipe("capture", tmp_path, "--seq", 16, "--batch", 2, "--no-verify", "-o", tmp_path / "graph.json")
+    given = ("plan", tmp_path / "graph.json", "--devices", 4, "--kind", "h100", "--global-batch", 8, "--microbatch", 2,
+             "--degrees", "sequence=2,ranks=2")
+    ended = mipipe(*given, "--modes", "vision=batch", "-o", tmp_path / "plan.json")
+    assert ended.code == 0, ended.stderr
+    assert "modes of branches: vision batch" in ended.stdout
+    team = load(tmp_path / "plan.json", Plan).team
+    assert [(item.mode, bool(item.segments)) for item in team.modes] == [("sequence", False), ("batch", True)]
+    shown = mipipe("show", tmp_path / "plan.json")
+    assert "2 ranks, each a team of 2 (tensor 2), 1 copy" in shown.stdout
+    for modes, message in (("audio=batch", "has the branches projector, text, vision"),
+                           ("vision=context", "with a mode of")):
+        refused = mipipe(*given, "--modes", modes)
+        assert refused.code == 1 and message in refused.stderr and len(refused.stderr.strip().splitlines()) == 1

@@ -1,0 +1,35 @@
+"""Degrees as the `Team` of a plan: what the runtime is to do, segment by segment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mipipe.graphs.operator_graph import OperatorGraph, Role
+from mipipe.planner.team import Team, TeamMode
+from mipipe.planner.teams.degrees import Degrees, Recompute
+from mipipe.planner.teams.pieces import ModelPieces
+
+
+def branches_of(graph: OperatorGraph) -> list[str]:
+    """The branches that have layers: one for a plain language model."""
+    return sorted({segment.tags.branch or "" for segment in graph.segments if segment.tags.layer is not None})
+
+
+def team_of(model: ModelPieces, degrees: Degrees, kind: str, recompute: Sequence[Recompute] = ()) -> Team:
+    """The team of a model's plan on devices of a kind.
+
+    ``recompute``: of every piece; empty: the degrees' for all layers.
+    """
+    graph = model.graph
+    axes = {name: size for name, size in (("context", degrees.context), ("tensor", degrees.tensor)) if size > 1}
+    modes = [TeamMode("tensor", "sequence")] if degrees.sequence and degrees.tensor > 1 else []
+    experts = tuple(segment.name for segment in graph.segments if segment.tags.role is Role.EXPERTS)
+    if degrees.expert > 1 and degrees.tensor > 1 and experts:
+        modes.append(TeamMode("tensor", "expert", experts))
+    ways = recompute or [degrees.recompute if piece.layer is not None else "none" for piece in model.pieces]
+    again = tuple(tuple(graph.segments[member].name for member in piece.members)
+                  for piece, way in zip(model.pieces, ways, strict=True) if way == "full")
+    attention = tuple(graph.segments[member].name for piece, way in zip(model.pieces, ways, strict=True)
+                      for member in piece.members if way == "selective")
+    return Team(axes, degrees.copies, tuple(modes), kind, degrees.microbatch, degrees.expert, degrees.zero, again,
+                attention)
