@@ -38,7 +38,14 @@ from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.data import Batches, make_batches
 from mipipe.runtime.train.launching import devices, stopping
 from mipipe.runtime.train.launching.failures import DONE, SAID, STARTED, signals_of
-from mipipe.runtime.train.launching.prepare import PreparedRun, check_outputs, check_saving, check_world, read_job
+from mipipe.runtime.train.launching.prepare import (
+    PreparedRun,
+    check_outputs,
+    check_saving,
+    check_world,
+    read_job,
+    shards_parameters,
+)
 from mipipe.runtime.train.launching.processes import rank
 from mipipe.runtime.train.launching.rendezvous import start_processes
 from mipipe.runtime.train.models import LayeredWeights, initial_weights
@@ -112,7 +119,7 @@ def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
                     options=EngineOptions(config.seed, config.timeout_s, config.compile, master,
                                           barrier=config.barrier == "step", expert_map=maps.get(0),
                                           load_factor=config.experts.load_factor if config.experts else None,
-                                          elastic=_elastic(config)))
+                                          elastic=_elastic(config), shard_parameters=shards_parameters(config, plan)))
     if engine.compiled.uncompiled and rank() == 0:
         tell(options.report, "compile: runs without torch.compile, as numbers of rows are data there, or members of a"
                              " team talk: " + ", ".join(engine.compiled.uncompiled))

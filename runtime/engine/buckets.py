@@ -13,8 +13,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from mipipe.planner.actions import ActionKind
 from mipipe.runtime.engine.compiling.compiled import LocalRank
 from mipipe.runtime.engine.compiling.instructions import Ready, Step
@@ -36,10 +34,10 @@ def buckets_of(local: LocalRank, names: Iterable[str], what: str) -> tuple[Bucke
     """The buckets of some parameters, by group, dtype and size, in the given order; those nobody else has are left
     out."""
     found: list[Bucket] = []
-    filling: dict[tuple[tuple[int, ...], tuple[str, ...], torch.dtype], tuple[list[str], int]] = {}
+    filling: dict[tuple[object, ...], tuple[list[str], int]] = {}
     for name in names:
         holders, parameter = local.holders[name], local.weights.parameters[name]
-        key = holders if len(holders) > 1 else (), local.sums.get(name, ()), parameter.dtype
+        key = holders if len(holders) > 1 else (), local.sums.get(name, ()), local.apart(name), parameter.dtype
         members, size = filling.get(key, ([], 0))
         filling[key] = [*members, name], size + parameter.nbytes
         if filling[key][1] >= BUCKET_BYTES:

@@ -116,7 +116,7 @@ _LOOK_S = 0.0005
 
 
 def _reason(text: str, timeout: timedelta) -> str:
-    if "Timed out" in text or "timeout" in text.lower():
+    if "timed out" in text.lower() or "timeout" in text.lower():
         return f"nothing for {timeout.total_seconds():g} s; the peer hangs or never starts its side"
     if "closed by peer" in text or "reset by peer" in text or "Broken pipe" in text:
         return "the connection is closed; the peer has failed"

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from mipipe.graphs.errors import RunError
+from mipipe.graphs.sharding.gathered import COPIES
 from mipipe.graphs.topology import Topology
 from mipipe.planner.execution.opening import opening_order
 from mipipe.planner.program import Program
@@ -35,8 +36,8 @@ ALONE = Team({})
 """A rank that is one device."""
 Places = Mapping[tuple[int, int, int], int]
 """Global ranks by copy, plan rank and member."""
-Shared = tuple[tuple[int, ...], tuple[str, ...]]
-"""Plan ranks, and axes of their teams, whose members have a sum together."""
+Shared = tuple[tuple[int, ...], tuple[str, ...], bool]
+"""Plan ranks, and axes of their teams, whose members have a sum together; whether each copy has one of its own."""
 CHANNEL_CTAS, GROUP_CTAS = 4, 16
 """Blocks of a GPU that one NCCL communicator may occupy: a waiting receive holds them, and the rest computes."""
 
@@ -46,10 +47,11 @@ class Mesh:
     """This process's place and its groups. All ranks here are the plan's; ``places`` maps them to global ranks.
 
     ``copy`` counts the data-parallel copies of the plan, ``member`` the members of this rank's team (``team``).
-    ``channels[(source, target)]`` hold the groups of this copy and member, ``reductions[ranks, axes]`` those plan ranks
-    in all copies with the members along those axes; ``axes`` the members along each axis of the team; ``plan_group``
-    all of this copy, ``copy_group`` this member in every copy, and ``exchange_group`` the same for what experts
-    exchange beside the gradients' sums. ``copy_control`` is ``copy_group`` for CPU tensors.
+    ``channels[(source, target)]`` hold the groups of this copy and member, ``reductions[ranks, axes, apart]`` those
+    plan ranks with the members along those axes, in all copies or (``apart``) in this one; ``axes`` the members along
+    each axis of the team; ``plan_group`` all of this copy, ``all_group`` all of every copy, ``copy_group`` this member
+    in every copy, and ``exchange_group`` the same for what experts exchange beside the gradients' sums.
+    ``copy_control`` is ``copy_group`` for CPU tensors.
     """
 
     rank: int
@@ -64,6 +66,7 @@ class Mesh:
     reductions: dict[Shared, Any] = field(default_factory=dict)
     axes: dict[str, Any] = field(default_factory=dict)
     plan_group: Any = None
+    all_group: Any = None
     copy_group: Any = None
     exchange_group: Any = None
     copy_control: Any = None
@@ -91,20 +94,28 @@ class Mesh:
         """The group of a directed channel."""
         return self.channels[source, target]
 
-    def reduction(self, ranks: Iterable[int], axes: tuple[str, ...] = ()) -> Any:
-        """The group that sums what a set of ranks holds, over all copies and the members along some axes; None where
-        nobody else has it."""
+    @property
+    def place(self) -> dict[str, int]:
+        """Where this process is along every axis of its team, and which copy it is of."""
+        return {**self.team.coordinates(self.member), COPIES: self.copy}
+
+    def reduction(self, ranks: Iterable[int], axes: tuple[str, ...] = (), apart: bool = False) -> Any:
+        """The group that sums what a set of ranks holds, over the members along some axes and (not ``apart``) all
+        copies; None where nobody else has it."""
         members = tuple(sorted(set(ranks)))
-        return self.copy_group if len(members) < 2 and not axes else self.reductions[members, axes]
+        if len(members) < 2 and not axes:
+            return None if apart else self.copy_group
+        return self.reductions[members, axes, apart]
 
 
 def build_mesh(program: Program, shared: Iterable[Shared] = (), *, team: Team = ALONE, exchange: bool = False,
-               topology: Topology | None = None, device: torch.device | None = None, timeout_s: float = 60.0) -> Mesh:
+               topology: Topology | None = None, device: torch.device | None = None, timeout_s: float = 60.0,
+               across: bool = False) -> Mesh:
     """The mesh of this process for ``program``, inside the initialised default process group.
 
     ``shared`` lists further sets of plan ranks and axes that reduce together (tied parameters, partial sums);
-    ``exchange``: experts are shared between copies. The world may hold several copies of the plan, in the order of
-    `places_of`, after ordering processes by host and local rank.
+    ``exchange``: experts are shared between copies; ``across``: parameters are. The world may hold several copies of
+    the plan, in the order of `places_of`, after ordering processes by host and local rank.
 
     Raises:
         RunError: the world is not a multiple of the plan's devices, the default group cannot carry CPU tensors, or a
@@ -118,7 +129,7 @@ def build_mesh(program: Program, shared: Iterable[Shared] = (), *, team: Team = 
     copy, rank, member = next(place for place, number in places.items() if number == dist.get_rank())
     mesh = Mesh(rank, num_ranks, copy, num_copies, device or torch.device("cpu"), places, member, team)
     timeout = timedelta(seconds=timeout_s)
-    for spec in group_specs(program, shared, places, exchange, mesh.device.type != "cpu", team):
+    for spec in group_specs(program, shared, places, exchange, mesh.device.type != "cpu", team, across):
         group = _create(spec, mesh.device, timeout)
         if dist.get_rank() not in spec.members:
             continue
@@ -162,6 +173,7 @@ class Use(Enum):
     CHANNEL = "channels"
     AXIS = "axes"
     PLAN = "plan_group"
+    ALL = "all_group"
     REDUCTION = "reductions"
     COPY = "copy_group"
     COPY_CONTROL = "copy_control"
@@ -183,7 +195,7 @@ class GroupSpec:
 
 
 def group_specs(program: Program, shared: Iterable[Shared], places: Places, exchange: bool, apart: bool,
-                team: Team = ALONE) -> list[GroupSpec]:
+                team: Team = ALONE, across: bool = False) -> list[GroupSpec]:
     """All groups of all copies in the one order in which every process makes and opens its own.
 
     ``apart``: control traffic has another backend than tensors.
@@ -191,7 +203,7 @@ def group_specs(program: Program, shared: Iterable[Shared], places: Places, exch
     num_ranks, members = len(program.ranks), range(team.members)
     copies = range(len(places) // (num_ranks * team.members))
     sums = set(shared)
-    communicators = opening_order(program, {ranks for ranks, axes in sums if not axes})
+    communicators = opening_order(program, {ranks for ranks, axes, alone in sums if not axes and not alone})
     specs = []
     for copy in copies:
         specs += [GroupSpec(Use.CHANNEL, item.members, tuple(places[copy, rank, member] for rank in item.members))
@@ -200,11 +212,15 @@ def group_specs(program: Program, shared: Iterable[Shared], places: Places, exch
                   for rank in range(num_ranks) for axis in team.axes for line in lines(team, (axis,))]
         specs += [GroupSpec(Use.PLAN, (), tuple(number for place, number in places.items() if place[0] == copy))] \
             if num_ranks * team.members > 1 else []
-    sums = {(item.members, ()) for item in communicators if item.together} | {item for item in sums if item[1]}
-    for ranks, axes in sorted(sums):
-        specs += [GroupSpec(Use.REDUCTION, (ranks, axes), tuple(
-            places[copy, rank, member] for copy in copies for rank in ranks for member in line))
-            for line in lines(team, axes)]
+    if across:
+        specs.append(GroupSpec(Use.ALL, (), tuple(places.values())))
+    sums = {(item.members, (), False) for item in communicators if item.together} | {
+        item for item in sums if item[1] or item[2]}
+    for key in sorted(sums):
+        ranks, axes, alone = key
+        specs += [GroupSpec(Use.REDUCTION, key, tuple(
+            places[copy, rank, member] for copy in together for rank in ranks for member in line))
+            for together in ([(copy,) for copy in copies] if alone else [tuple(copies)]) for line in lines(team, axes)]
     uses = (Use.COPY, *((Use.COPY_CONTROL,) if apart else ()), *((Use.EXCHANGE,) if exchange else ()))
     for rank in range(num_ranks if len(copies) > 1 else 0):
         specs += [GroupSpec(use, (rank,), tuple(places[copy, rank, member] for copy in copies))

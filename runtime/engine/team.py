@@ -20,8 +20,9 @@ from torch import Tensor
 from mipipe.graphs.errors import GraphError, InputError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.operators.collectives import part_of, whole_of
+from mipipe.graphs.sharding.gathered import COPIES
 from mipipe.graphs.sharding.team_graph import Division, MemberGraph
-from mipipe.graphs.tracing.attention_again import with_attention_again
+from mipipe.graphs.tracing.again import with_attention_again
 from mipipe.planner.team import Team
 from mipipe.runtime.engine import comm
 from mipipe.runtime.engine.mesh import Mesh
@@ -113,14 +114,19 @@ def _with_attention_again(graph: OperatorGraph, names: set[str]) -> OperatorGrap
     return replace(graph, segments=segments, traces=tuple(traces.values()))
 
 
+def axes_of(mesh: Mesh, waits: comm.Waits) -> dict[str, Axis]:
+    """The axes of this process's team, and that of the copies where they hold parts of parameters."""
+    groups = mesh.axes if mesh.all_group is None else {**mesh.axes, COPIES: mesh.copy_group}
+    return {name: Axis.of(name, group, waits) for name, group in groups.items()}
+
+
 def member_operators(mesh: Mesh, waits: comm.Waits) -> dict[str, Callable[..., Tensor]]:
     """The operators of this process's team; none where a rank is one device.
 
     Raises:
         RunError: processes of one team are not numbered in the order of its members.
     """
-    axes = {name: Axis.of(name, group, waits) for name, group in mesh.axes.items()}
-    place = mesh.team.coordinates(mesh.member)
+    axes, place = axes_of(mesh, waits), mesh.place
     if any(axis.member != place[name] for name, axis in axes.items()):
         raise RunError(f"{mesh.text}: the processes of a team are not numbered in the order of its members; start"
                        " torchrun with consecutive ranks on each host")
@@ -137,8 +143,7 @@ class Divided(Protocol):
 def member_pieces(member: Divided, whole: OperatorGraph, mesh: Mesh) -> dict[str, Piece]:
     """What this process holds of each parameter and buffer that is divided, by FQN."""
     shapes = {item.fqn: item.spec.shape for item in whole.parameters}
-    place = mesh.team.coordinates(mesh.member)
-    return {name: piece_of(shapes[name], divisions, place) for name, divisions in member.divisions.items()}
+    return {name: piece_of(shapes[name], divisions, mesh.place) for name, divisions in member.divisions.items()}
 
 
 def team_operators(axes: Mapping[str, Axis]) -> dict[str, Callable[..., Tensor]]:

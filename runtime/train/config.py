@@ -44,7 +44,7 @@ class OptimizerConfig:
     package.module:Class; ``options`` are its further arguments.
 
     ``groups`` give some parameters other options. ``shard`` divides the optimizer's state among data-parallel copies of
-    the plan (ZeRO stage 1).
+    the plan (ZeRO stage 1); ``parameters``: parameters and gradients as well (ZeRO stage 3).
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -52,7 +52,7 @@ class OptimizerConfig:
     lr: float = 1e-3
     options: dict[str, Any] = field(default_factory=dict)
     groups: tuple[GroupConfig, ...] = ()
-    shard: bool = False
+    shard: bool | Literal["parameters"] = False
 
 
 @dataclass(frozen=True, slots=True)

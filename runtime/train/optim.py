@@ -46,7 +46,7 @@ def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any], shard:
                          " some of them; leave it out with expert parallelism")
     options = with_fused(kind, options, engine.mesh.device)
     try:
-        if shard and engine.mesh.copy_group is not None:
+        if shard and engine.mesh.copy_group is not None and not engine.compiled.across:
             from torch.distributed.optim import ZeroRedundancyOptimizer  # takes more than a second to import
             return ZeroRedundancyOptimizer(parameters, kind, engine.mesh.copy_group, **options)
         return kind(parameters, **options)
@@ -183,8 +183,9 @@ class LateClip:
         first = self._square is None
         before = 0.0 if first else self.finish()
         self._square, self._step = _own_square(self._engine), self._engine.steps_done + 1
-        if self._engine.mesh.plan_group is not None:
-            self._work = comm.start_all_reduce(self._engine.mesh.plan_group, self._square)
+        group = self._engine.mesh.all_group or self._engine.mesh.plan_group
+        if group is not None:
+            self._work = comm.start_all_reduce(group, self._square)
         norm = self.finish() if first else before
         if self._max_norm is not None and norm > self._max_norm:
             gradients = [item.grad for item in self._engine.parameters() if item.grad is not None]

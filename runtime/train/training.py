@@ -59,7 +59,7 @@ class Trainer:
         self.progress, self.predicted, self.stop = progress, predicted, stop
         options = {"lr": config.optimizer.lr, **config.optimizer.options}
         team = engine.plan.team
-        shard = config.optimizer.shard or (team is not None and team.zero > 0)
+        shard = bool(config.optimizer.shard) or (team is not None and team.zero > 0)
         self.optimizer = make_optimizer(config.optimizer.name, engine, options, shard, config.optimizer.groups)
         self._rates = [group["lr"] for group in self.optimizer.param_groups] if self.optimizer is not None else []
         self._factor = learning_rate_factor(config.schedule, config.steps)

@@ -31,7 +31,7 @@ from mipipe.graphs.recipes.source import recipe_of
 from mipipe.graphs.serialize import load_data
 from mipipe.graphs.units import parse_bytes
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.team import Axis
+from mipipe.runtime.engine.team import axes_of
 from mipipe.runtime.recipes.adapter_files import write_adapters
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.launching.processes import failure_of, first_of, gather, rank
@@ -157,32 +157,33 @@ def _write_own(views: Sequence[StoredView], shards: Sequence[Shard], folder: Pat
 
 
 def divided_names(engine: Engine) -> list[str]:
-    """The parameters and buffers that this team divides and no team before it holds. All ranks must call."""
+    """The parameters and buffers that are divided among this process and others, and that no rank before this one
+    holds: all processes that have parts of one name it. All ranks must call."""
     mesh, pieces = engine.mesh, held_pieces(engine)
-    held = [name for name in (*engine.weights.parameters, *engine.weights.buffers) if name in pieces]
-    earlier = {name for copy, rank, names in gather((mesh.copy, mesh.rank, held)) for name in names
-               if (copy, rank) < (mesh.copy, mesh.rank)}
+    held = [name for name in (*engine.weights.parameters, *engine.weights.buffers)
+            if name in pieces and (not mesh.copy or engine.compiled.apart(name))]
+    earlier = {name for rank, names in gather((mesh.rank, held)) for name in names if rank < mesh.rank}
     return [name for name in held if name not in earlier]
 
 
 def put_together(engine: Engine, names: Iterable[str]) -> Iterator[tuple[StoredPiece, Tensor]]:
-    """What a team divides, whole, one tensor after the other, for its first member. All members must take all."""
+    """What is divided, whole, one tensor after the other, for the first process. All that have parts must take all."""
     compiled, mesh = engine.compiled, engine.mesh
-    axes = {name: Axis.of(name, group, compiled.waits) for name, group in mesh.axes.items()}
+    axes = axes_of(mesh, compiled.waits)
     for name in names:
         tensor = engine.weights.parameters.get(name, engine.weights.buffers.get(name))
         assert tensor is not None
         whole = tensor.detach()
         for item in reversed(compiled.divisions[name]):
             whole = whole_of(axes[item.axis].gather(whole), item.dim, item.sections)
-        if not mesh.member:
+        if not mesh.member and not mesh.copy:
             yield parse_slice(name), whole
 
 
 def divided_shapes(engine: Engine, names: Iterable[str]) -> dict[StoredPiece, Tensor]:
     """What `put_together` will give, on the meta device."""
     pieces, found = held_pieces(engine), dict[StoredPiece, Tensor]()
-    for name in names if not engine.mesh.member else ():
+    for name in names if not engine.mesh.member and not engine.mesh.copy else ():
         tensor = engine.weights.parameters.get(name, engine.weights.buffers.get(name))
         assert tensor is not None
         found[parse_slice(name)] = torch.empty(pieces[name].shape, dtype=tensor.dtype, device="meta")

@@ -45,7 +45,7 @@ def test_every_process_makes_the_same_groups(ranks, copies, exchange, apart, dat
     process in the groups of its own rank."""
     order = data.draw(st.permutations(range(ranks * copies)))
     places = places_of(order, ranks, copies, ALONE)
-    specs = group_specs(PROGRAMS[ranks], [((0, 1), ())], places, exchange, apart)
+    specs = group_specs(PROGRAMS[ranks], [((0, 1), (), False)], places, exchange, apart)
     assert len(specs) == len(set(specs))
     program = PROGRAMS[ranks]
     pairs = {(move.source_rank, move.target_rank) for move in program.transfers}

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from mipipe.planner.team import Team, TeamMode
 from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.engine.team import member_pieces
 from mipipe.runtime.train.config import CheckpointConfig, OptimizerConfig, TrainConfig
 from mipipe.runtime.train.data import Batches
@@ -43,17 +44,19 @@ def batches_of(name, copy, copies):
 def train(name, plan, graph, state, config, folder=None):
     """What a process does: losses, this member's part of every weight, the names it keeps optimizer state for; then a
     folder, from which the weights are read back."""
-    engine = Engine(plan, graph, state)
+    options = EngineOptions(shard_parameters=config.optimizer.shard == "parameters")
+    engine = Engine(plan, graph, state, options=options)
     mesh = engine.mesh
-    trainer = Trainer(engine, config, Batches(batches_of(name, mesh.copy, mesh.num_copies), in_turn=True))
+    rows = equal.ROWS * MICROBATCHES // mesh.num_copies
+    trainer = Trainer(engine, config, Batches(batches_of(name, mesh.copy, mesh.num_copies), rows, in_turn=True))
     losses = trainer.run(trainer.begin(Start.RESUME_IF_ANY))
     pieces = member_pieces(engine.compiled, graph, mesh)
     weights = {key: (item.detach().clone(), pieces.get(key)) for key, item in engine.weights.parameters.items()}
     if folder is not None:
-        with torch.device("meta"):
-            module = getattr(models, f"tiny_{name}")()
+        module = getattr(models, f"tiny_{name}")()
         save_weights(engine, module, Target(folder, 10**9))
-        again = Engine(plan, graph, StoredWeights(folder, module, {"model.embed_tokens.weight": ("lm_head.weight",)}))
+        again = Engine(plan, graph, StoredWeights(folder, module, {"model.embed_tokens.weight": ("lm_head.weight",)}),
+                       options=options)
         assert all(torch.equal(again.weights.parameters[key], item) for key, (item, _) in weights.items())
     kept = {key.split(".", 1)[1].rpartition(".")[0] for key in optimizer_tensors(engine, trainer.optimizer)}
     return losses, weights, kept
@@ -120,9 +123,29 @@ def test_a_run_goes_on_under_other_degrees_and_without(pool, tmp_path):
         torch.testing.assert_close(saved[key], item, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("ranks, team", [(1, replace(TEAMS, copies=2)), pytest.param(2, Team({}, 2),
+                                                                                      marks=pytest.mark.slow)])
+def test_copies_hold_parts_of_parameters(pool, tmp_path, ranks, team):
+    """Copies of a team, or of a pipeline of single devices: losses, weights, clipping and the saved folder are those of
+    one process, each process has half of what it would have of every matrix, and a single process goes on."""
+    made = equal.case("llama")
+    first = pool.run(4, __file__, "train", "llama", plan_of(made.graph, ranks, team), made.graph, made.state(),
+                     config_of(tmp_path / "kept", 2, "parameters"), tmp_path / "saved", timeout=240.0)
+    check("llama", first, 0, 2)
+    whole = {key: item.numel() for key, item in alone("llama")[1][0].items()}
+    for _, weights, _ in first:
+        assert all(piece is not None and item.numel() <= whole[key] // 2 for key, (item, piece) in weights.items())
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    for key, item in alone("llama")[1][1].items():
+        torch.testing.assert_close(saved[key], item, rtol=1e-8, atol=1e-12)
+    single = pool.run(1, __file__, "train", "llama", plan_of(made.graph, 1, None), made.graph, made.state(),
+                      config_of(tmp_path / "kept", STEPS), timeout=180.0)
+    check("llama", single, 2, STEPS)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "moe", "vlm", "vlm-frozen", "vlm-lora"])
-@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("shard", [False, True, "parameters"])
 def test_copies_of_teams_share_optimizer_state(pool, tmp_path, name, shard):
     """Two copies of a team of two, with the state of every parameter in one of them or in both; then one copy of other
     degrees goes on."""
@@ -131,7 +154,7 @@ def test_copies_of_teams_share_optimizer_state(pool, tmp_path, name, shard):
                      made.state(), config_of(tmp_path, 2, shard), timeout=240.0)
     check(name, first, 0, 2)
     kept = [answer[2] for answer in first]
-    for member in range(2):
+    for member in range(2) if shard != "parameters" else ():
         both = kept[member] & kept[member + 2]
         assert (not both) if shard else both == kept[member]
     again = pool.run(4, __file__, "train", name, plan_of(made.graph, 2, Team({"tensor": 2}, modes=(

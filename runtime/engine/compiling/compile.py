@@ -12,6 +12,7 @@ import torch.distributed as dist
 from mipipe.graphs.errors import PlanError
 from mipipe.graphs.operator_graph import OperatorGraph, Segment
 from mipipe.graphs.operators.expert_kernels import RETURN, ROUTE, SEND
+from mipipe.graphs.sharding.gathered import COPIES, gathered
 from mipipe.planner.actions import Stream
 from mipipe.planner.check import check_program
 from mipipe.planner.check.graph import check_graph
@@ -33,6 +34,7 @@ from mipipe.runtime.experts.elastic import CoActivation, joined_kernels, sampled
 from mipipe.runtime.experts.exchange import kernels_of
 from mipipe.runtime.experts.group import make_exchange, routing_counters
 from mipipe.runtime.experts.layers import expert_layers
+from mipipe.runtime.train.launching.processes import world
 from mipipe.runtime.weights.weights import WeightSource, load_weights
 
 
@@ -53,14 +55,20 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
         program = lower(plan)
     else:
         check_program(plan, program)
+    copies = mesh.num_copies if mesh is not None else max(1, world() // (len(program.ranks) * team.members))
+    across = options.shard_parameters and copies > 1
+    if across:
+        member = gathered(member, copies)
+        graph = member.graph
     flow = gradient_flow(graph)
     stage_of = _stage_of_segments(plan, graph)
     holders, stages_of = _holders(plan, graph, stage_of)
-    shared = {(ranks, member.sums.get(name, ())) for name, ranks in holders.items()
-              if len(ranks) > 1 or name in member.sums}
+    shared = {(ranks, member.sums.get(name, ()), any(item.axis == COPIES for item in member.divisions.get(name, ())))
+              for name, ranks in holders.items() if len(ranks) > 1 or name in member.sums}
     if mesh is None and dist.is_initialized():
         mesh = build_mesh(program, shared, team=team, exchange=bool(expert_layers(graph)), device=device,
-                          topology=plan.problem.topology if plan.team is None else None, timeout_s=options.timeout_s)
+                          topology=plan.problem.topology if plan.team is None else None, timeout_s=options.timeout_s,
+                          across=across)
     elif mesh is None:
         mesh = _alone(program, device, team)
     waits = Waits(timedelta(seconds=options.timeout_s), device.type == "cpu")

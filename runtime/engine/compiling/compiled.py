@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.sharding.gathered import COPIES
 from mipipe.graphs.sharding.team_graph import Division
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
@@ -53,13 +54,24 @@ class LocalRank:
 
     def reduction(self, name: str) -> Any:
         """The group that sums the gradients of a parameter; None where nobody else has a part of them."""
-        return self.mesh.reduction(self.holders[name], self.sums.get(name, ()))
+        return self.mesh.reduction(self.holders[name], self.sums.get(name, ()), self.apart(name))
+
+    def apart(self, name: str) -> bool:
+        """Whether the copies of the plan hold parts of a parameter, whose gradients are sums over them already."""
+        return any(item.axis == COPIES for item in self.divisions.get(name, ()))
+
+    @property
+    def across(self) -> bool:
+        """Whether the copies of the plan hold parts of parameters."""
+        return self.mesh.all_group is not None
 
     def counts(self, name: str) -> bool:
-        """Whether this process counts a parameter, where each element of all is to be counted once in a copy."""
+        """Whether this process counts a parameter, where each element of all is to be counted once: in a copy, or in
+        all copies where these hold parts."""
         mesh, divided = self.mesh, {item.axis for item in self.divisions.get(name, ())}
+        divided |= set() if self.across else {COPIES}
         return self.holders[name][0] == mesh.rank and not any(
-            place for axis, place in mesh.team.coordinates(mesh.member).items() if axis not in divided)
+            place for axis, place in mesh.place.items() if axis not in divided)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

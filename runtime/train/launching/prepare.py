@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.recipes.source import recipe_of
 from mipipe.graphs.serialize import load
 from mipipe.graphs.write_files import check_apart
 from mipipe.planner.check import check_program
@@ -69,8 +70,16 @@ def read_job(plan: str | Path, graph: str | Path, config: str | Path, model: str
 
 
 def check_team(plan: Plan, graph: OperatorGraph, config: TrainConfig) -> None:
-    """Raise `InputError` where a run of teams is asked for something that teams do not do."""
-    team = plan.team
+    """Raise `InputError` where a run is asked for something that teams, or copies that share parameters, do not do."""
+    team, sharded = plan.team, shards_parameters(config, plan)
+    whole = ("adafactor", "lbfgs", "muon", "reg")
+    if (sharded or (team is not None and team.members > 1)) and config.optimizer.name.lower() in whole:
+        raise InputError(f"optimizer {config.optimizer.name}: looks at whole tensors, of which members of a team, or"
+                         " copies with shard: parameters, have parts; take one that treats elements alike, such as"
+                         " adamw")
+    if sharded and expert_layers(graph):
+        raise InputError("optimizer.shard: parameters divides every parameter among the copies of the plan, but experts"
+                         " live on some of them; leave it out with expert parallelism")
     if team is None:
         return
     rows = rows_of(graph)
@@ -83,14 +92,18 @@ def check_team(plan: Plan, graph: OperatorGraph, config: TrainConfig) -> None:
                          " expert and tensor alike")
     if team.members == 1:
         return
+    if recipe_of(graph).adapters is not None:
+        raise InputError(f"plan {plan.name}: its ranks are teams ({team.text()}), and adapters of a recipe do not go"
+                         " with teams yet; plan single devices, or copies of them")
     if expert_layers(graph):
         raise InputError(f"plan {plan.name}: its ranks are teams ({team.text()}), but the graph was captured with"
                          " --expert-parallel, experts shared by copies; capture it without, and divide experts inside"
                          " teams (mode expert)")
-    whole = ("adafactor", "lbfgs", "muon")
-    if config.optimizer.name.lower() in whole:
-        raise InputError(f"optimizer {config.optimizer.name}: looks at whole tensors, of which members of a team have"
-                         " parts; take one that treats elements alike, such as adamw")
+
+
+def shards_parameters(config: TrainConfig, plan: Plan) -> bool:
+    """Whether copies hold parts of parameters: as configured, or as the plan of teams says."""
+    return config.optimizer.shard == "parameters" or (plan.team is not None and plan.team.zero == 3)
 
 
 def check_folders(config: TrainConfig) -> None:

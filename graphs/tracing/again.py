@@ -1,8 +1,8 @@
-"""A trace whose attention runs again in the backward, so that neither its result nor its statistics stay in memory."""
+"""A trace some of whose F runs again in the backward, so that what it makes does not stay in memory in between."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,17 +11,22 @@ from mipipe.graphs.serialize import digest
 from mipipe.graphs.trace_rules import GETITEM
 
 ATTENTION = "mipipe.attention.default"
-_MOVES = {GETITEM, "aten.view.default", "aten._unsafe_view.default", "aten.transpose.int", "aten.permute.default",
-          "aten.clone.default", "aten.reshape.default", "aten.unsqueeze.default", "aten.squeeze.dim"}
-"""Operators that only move what attention has made, and run again with it."""
+MOVES = {GETITEM, "aten.view.default", "aten._unsafe_view.default", "aten.transpose.int", "aten.permute.default",
+         "aten.clone.default", "aten.reshape.default", "aten.unsqueeze.default", "aten.squeeze.dim", "aten.t.default"}
+"""Operators that only move what another has made, and run again with it."""
 
 
 def with_attention_again(trace: SegmentTrace) -> SegmentTrace:
-    """The trace with copies of its attention, and of what moves its results, in the first phase of the backward; the
-    trace itself where the backward reads none of them."""
+    """The trace with its attention run again in the backward, where that reads what it makes."""
+    return with_again(trace, {op.name for op in trace.phase_operators(Phase.F) if op.kind == ATTENTION})
+
+
+def with_again(trace: SegmentTrace, roots: Collection[str]) -> SegmentTrace:
+    """The trace with copies of these operators of F, and of what moves their results, in the first phase of the
+    backward; the trace itself where the backward reads none of them."""
     made: dict[str, Operator] = {}
     for op in trace.phase_operators(Phase.F):
-        if op.kind == ATTENTION or (op.kind in _MOVES and len(op.inputs) == 1 and op.inputs[0] in made):
+        if op.name in roots or (op.kind in MOVES and len(op.inputs) == 1 and op.inputs[0] in made):
             made[op.name] = op
     late = [op for op in trace.operators if op.phase is not Phase.F]
     pending = [name for op in late for name in op.inputs if name in made and name not in trace.outputs]

@@ -1,0 +1,88 @@
+"""Parameters that copies of a plan hold in parts: gathered for each segment, gradients summed and scattered (ZeRO-3).
+
+Every copy runs the whole of its segments on samples of its own, so a trace stays what it is but for its parameters: an
+all-gather makes one whole before F reads it, and once more before the backward does, and a reduce-scatter leaves of its
+gradient the part that the copy has (Rajbhandari et al., "ZeRO", SC 2020, stage 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mipipe.graphs.operator_graph import Operator, OperatorGraph, Phase, SegmentTrace, TensorSpec
+from mipipe.graphs.serialize import digest
+from mipipe.graphs.sharding.parts import divided, fits, local_shape
+from mipipe.graphs.sharding.team_graph import Division, MemberGraph
+from mipipe.graphs.tracing.again import with_again
+
+COPIES = "copies"
+"""The axis that copies of the plan are along."""
+
+
+def gathered(member: MemberGraph, size: int) -> MemberGraph:
+    """The graph of a copy, of ``size``, that holds a part of every parameter whose first dimension divides."""
+    graph = member.graph
+    canonical = {item.fqn: item.tied_to or item.fqn for item in graph.parameters}
+    parts = {item.fqn for item in graph.parameters if not item.buffer and item.tied_to is None
+             and item.spec.shape and fits(item.spec.shape, divided(0), size)}
+    made: dict[tuple[str, tuple[str, ...]], SegmentTrace] = {}
+    segments = []
+    traces = {trace.digest: trace for trace in graph.traces}
+    for segment in graph.segments:
+        trace = traces[segment.trace]
+        names = tuple(name for name, fqn in zip(trace.parameters, segment.parameters, strict=True)
+                      if canonical[fqn] in parts)
+        key = segment.trace, names
+        if key not in made:
+            made[key] = with_gathers(trace, names, size) if names else trace
+        segments.append(replace(segment, trace=made[key].digest))
+    divisions = dict(member.divisions)
+    for fqn in parts:
+        divisions[fqn] = (*divisions.get(fqn, ()), Division(COPIES, size, 0))
+    local = tuple(replace(item, spec=_part(item.spec, size)) if canonical[item.fqn] in parts else item
+                  for item in graph.parameters)
+    changed: OperatorGraph = replace(graph, segments=tuple(segments), parameters=local, modes=None,
+                                     traces=tuple({trace.digest: trace for trace in made.values()}.values()))
+    return MemberGraph(changed, divisions, member.sums)
+
+
+def with_gathers(trace: SegmentTrace, names: tuple[str, ...], size: int) -> SegmentTrace:
+    """A trace whose parameters of these names come in parts, and whose gradients of them leave in parts."""
+    whole = {name: f"{name}_whole" for name in names}
+    gathers = [Operator(whole[name], "mipipe.all_gather.default", Phase.F, [{"ref": name}, 0, 1, size, COPIES], {},
+                        (trace.specs[name],)) for name in names]
+    operators = [replace(op, args=_renamed(op.args, whole), kwargs=_renamed(op.kwargs, whole))
+                 for op in trace.operators]
+    specs = trace.specs | {whole[name]: trace.specs[name] for name in names}
+    specs |= {name: _part(trace.specs[name], size) for name in names}
+    grads = list(trace.parameter_grads)
+    for place, name in enumerate(trace.parameters):
+        grad = grads[place]
+        if name in whole and grad is not None:
+            part = grads[place] = f"{grad}_part{place}"
+            specs[part] = _part(trace.specs[name], size)
+            operators.append(Operator(part, "mipipe.reduce_scatter.default", Phase.W,
+                                      [{"ref": grad}, 0, 1, size, COPIES], {}, (specs[part],)))
+    saved = tuple(replace(item, name=whole.get(item.name, item.name)) for item in trace.saved)
+    forward = [op for op in operators if op.phase is Phase.F]
+    later = [op for op in operators if op.phase is not Phase.F]
+    changed = replace(trace, digest="", operators=(*gathers, *forward, *later), specs=specs, saved=saved,
+                      parameter_grads=tuple(grads))
+    again = with_again(replace(changed, digest=digest(changed)), set(whole.values()))
+    return again
+
+
+def _part(spec: TensorSpec, size: int) -> TensorSpec:
+    return replace(spec, shape=local_shape(spec.shape, divided(0), size))
+
+
+def _renamed(item: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(item, list):
+        return [_renamed(part, names) for part in item]
+    if isinstance(item, dict):
+        if set(item) == {"ref"}:
+            return {"ref": names.get(item["ref"], item["ref"])}
+        return {key: _renamed(part, names) for key, part in item.items()}
+    return item
