@@ -39,7 +39,6 @@ SEEDS = 5
 VALIDATION = {"samples": 12, "length": 128}
 TEST = {"samples": 32, "length": 128}
 CALIBRATION = {"samples": 64, "length": 128, "batch": 16}
-KINDS = {"average": "none", "base": "none"}
 
 
 def choose(*values: Any) -> dict[str, Any]:
@@ -205,9 +204,10 @@ def verdicts(every: list[dict[str, Any]], names: list[str]) -> list[str]:
     data = max((name for name in names if name in DATA or name in SEARCHED), key=mean)
     claims = [("task arithmetic", "average"), (free, "task arithmetic"), (samples, free), (data, free)]
     lines = []
-    for better, worse in claims:
+    for better, worse in dict.fromkeys(claims):
         value, error = spread([score(results, better) - score(results, worse) for results in every])
-        verdict = "holds" if value > 2 * error else "is the other way round" if value < -2 * error else "is not shown"
+        least = max(2 * error, 1e-6)
+        verdict = "holds" if value > least else "is the other way round" if value < -least else "is not shown"
         lines.append(f"{better} above {worse}: {value:+.4f} +- {error:.4f}, {verdict}")
     return lines
 
