@@ -52,7 +52,7 @@ def _calibration(builder: UnitBuilder, units: Sequence[MergeUnit]) -> Calibratio
     """The models to run first, of what the recipe's methods need."""
     recipe, config = builder.recipe, builder.reference.files.config
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    layers = next((int(text[key]) for key in COUNTS if text.get(key)), 0)
+    layers = next((text[key] for key in COUNTS if type(text.get(key)) is int and text[key] > 0), 0)
     own = {builder.labels.index(model.model): model.calibration for model in builder.all_models() if model.calibration}
     return calibration_of(units, recipe.calibration, own, layers, recipe.seed, builder.where)
 

@@ -186,6 +186,16 @@ def test_the_rule_knows_good_plans_from_bad(tmp_path: Path) -> None:
     assert rule.invalid(plan) == ""
 
 
+def test_a_count_of_layers_may_be_anything(tmp_path: Path) -> None:
+    """In a configuration that a merge reads for other things, too."""
+    kind = next(kind for kind in seeds.merge_kinds(tmp_path) if kind.name == "config")
+    for value in ("x" * 5000, "2", [], {"a": 1}, -1, 1e308, True, None):
+        (tmp_path / kind.place).write_bytes(mutants.write_json({**kind.data, "num_hidden_layers": value}))
+        for verb in kind.verbs.values():
+            outcome = run_verb(verb(tmp_path), 200)
+            assert not outcome.wrong and outcome.code in (0, 1), f"{value!r:.20}: {outcome}"
+
+
 def test_a_few_mutants_of_plans_and_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The quick part of the above, with verbs that take milliseconds."""
     monkeypatch.chdir(tmp_path)
