@@ -71,7 +71,7 @@ def overlap(first, second, pairs, most=3):
 
 def main() -> None:
     torch.set_num_threads(1)
-    start = task.taught(440, both=True)
+    start = task.taught(0.3, both=True)
     draw = torch.Generator().manual_seed(21)
     held_out = [task.draw_pairs(300, draw, sign) for sign in SIGNS]
 

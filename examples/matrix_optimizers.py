@@ -1,6 +1,6 @@
 """REG, Muon and AdamW on one small model: sums learned from scratch, three seeds each, at three learning rates.
 
-``python examples/matrix_optimizers.py`` prints the mean and the standard deviation, over the seeds, of the loss after
+``python examples/matrix_optimizers.py [optimizer ...]`` prints the mean and the standard deviation, over the seeds, of the loss after
 some of the steps.
 """
 
@@ -18,7 +18,7 @@ import torch
 
 from mipipe.runtime import make_optimizer
 
-STEPS, SHOWN, SEEDS = 400, (50, 100, 200, 400), (0, 1, 2)
+STEPS, SHOWN, SEEDS = 200, (50, 100, 200), (0, 1, 2)
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     graph = task.model()[1]
     print(f"{'optimizer':<10}{'lr':>8}" + "".join(f"{'step ' + str(step):>18}" for step in SHOWN)
           + "   (loss, mean +- deviation of three seeds)")
-    for name in ("adamw", "muon", "reg"):
+    for name in sys.argv[1:] or ("adamw", "muon", "reg"):
         for rate in (1e-3, 3e-3, 1e-2):
             runs = torch.tensor([losses(name, rate, seed, graph) for seed in SEEDS])
             cells = [f"{float(item.mean()):.3f} +- {float(item.std()):.3f}" for item in runs.t()]

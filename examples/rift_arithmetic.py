@@ -1,7 +1,7 @@
 """Fine-tuning on a model's own answers, right and wrong: RIFT beside reward weighting without its bound.
 
-A small model learns sums until it is right now and then, answers 256 prompts eight times each, and is trained on all
-2048 answers: reward 1 for right ones, -0.2 for wrong ones. ``python examples/rift_arithmetic.py`` prints, for each
+A small model learns sums until it is right now and then, answers 192 prompts eight times each, and is trained on all
+1536 answers: reward 1 for right ones, -0.2 for wrong ones. ``python examples/rift_arithmetic.py`` prints, for each
 loss, the share of right answers on held-out sums and the loss on the right answers as training goes on.
 """
 
@@ -19,7 +19,7 @@ import torch
 
 from mipipe.graphs import LossConfig, RecipeConfig
 
-TAUGHT, PROMPTS, EACH, EPOCHS, ROWS = 340, 256, 8, 12, 64
+TAUGHT, PROMPTS, EACH, EPOCHS, ROWS = 0.3, 192, 8, 10, 64
 LOSSES = {
     "right answers alone": None,
     "rift": LossConfig("rift", {"length_norm": False}),

@@ -23,8 +23,8 @@ import torch
 from mipipe.graphs import LossConfig, RecipeConfig
 from mipipe.runtime import DataConfig, make_batches
 
-TAUGHT = 340
-GROUPS, EACH, ROWS, STEPS, SHOWN = 192, 8, 64, 240, (1, 60, 120, 240)
+TAUGHT = 0.3
+GROUPS, EACH, ROWS, STEPS, SHOWN = 192, 8, 64, 160, (1, 20, 60, 160)
 LOSSES = {
     "plain": LossConfig("spo", {"negative_scale": 1.0}),
     "spo, 0.3": LossConfig("spo", {"negative_scale": 0.3}),
