@@ -1,7 +1,7 @@
 """REG, Muon and AdamW on one small model: sums learned from scratch, three seeds each, at three learning rates.
 
-``python examples/matrix_optimizers.py [optimizer ...]`` prints the mean and the standard deviation, over the seeds, of the loss after
-some of the steps.
+``python examples/matrix_optimizers.py [optimizer ...]`` prints the mean and the standard deviation, over the seeds, of
+the loss after some of the steps.
 """
 
 from __future__ import annotations
