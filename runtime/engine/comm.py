@@ -45,6 +45,11 @@ def start_all_reduce(group: Any, tensor: torch.Tensor) -> Any:
     return dist.all_reduce(tensor, group=group, async_op=True)
 
 
+def start_all_gather(group: Any, parts: list[torch.Tensor], part: torch.Tensor) -> Any:
+    """The work of a gathering of every rank's ``part`` into ``parts``, by rank within the group."""
+    return dist.all_gather(parts, part, group=group, async_op=True)
+
+
 def start_all_to_all(group: Any, output: torch.Tensor, rows: torch.Tensor, arriving: Sequence[int] | None = None,
                      leaving: Sequence[int] | None = None) -> Any:
     """The work of an exchange of rows: ``leaving[r]`` rows go to rank r of the group, ``arriving[r]`` come from it into

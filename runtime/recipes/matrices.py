@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from mipipe.runtime.engine import comm
 
 SMALLEST_NORM = 1e-12
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -23,20 +26,41 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A rank's part of a parameter: equal parts of ``dimension`` (of the parameter) lie on the ranks of ``group``."""
+    """A rank's part of a parameter: equal parts of ``dimension`` (of the parameter) lie on the ranks of ``group``. They
+    wait ``timeout_s`` seconds for one another."""
 
     dimension: int
     group: Any
+    timeout_s: float = 600.0
 
     @property
     def parts(self) -> int:
         return dist.get_world_size(self.group)
 
+    def sum(self, total: Tensor) -> Tensor:
+        """``total``, summed over the ranks in place.
+
+        Raises:
+            RunError: a rank did not give its part in time.
+        """
+        self._wait(comm.start_all_reduce(self.group, total), "sum of a matrix's norms", total)
+        return total
+
+    def gather(self, part: Tensor) -> list[Tensor]:
+        """The parts of all ranks; raises as `sum`."""
+        parts = [torch.empty_like(part) for _ in range(self.parts)]
+        self._wait(comm.start_all_gather(self.group, parts, part), "gathering a matrix", part)
+        return parts
+
+    def _wait(self, work: Any, what: str, tensor: Tensor) -> None:
+        comm.wait([work], timedelta(seconds=self.timeout_s), lambda: f"rank {dist.get_rank()}: the optimizer's {what}",
+                  tensor.device.type == "cpu")
+
 
 def sum_over(shard: Shard | None, total: Tensor, along: int) -> Tensor:
     """``total``, summed over the ranks where the matrix is split along ``along`` (-2: its rows, -1: its columns)."""
     if shard is not None and shard.dimension == along:
-        dist.all_reduce(total, group=shard.group)
+        shard.sum(total)
     return total
 
 
@@ -67,7 +91,7 @@ def with_rms(matrix: Tensor, rms: float, shard: Shard | None = None) -> Tensor:
     square = matrix.square().sum(dim=(-2, -1), keepdim=True)
     parts = 1
     if shard is not None:
-        dist.all_reduce(square, group=shard.group)
+        shard.sum(square)
         parts = shard.parts
     size = matrix.shape[-2] * matrix.shape[-1] * parts
     return matrix * (rms * math.sqrt(size) / square.sqrt().clamp(min=SMALLEST_NORM))
@@ -77,9 +101,7 @@ def orthogonalise(matrix: Tensor, shard: Shard | None = None, *, steps: int = 5)
     """This rank's part of the matrix with all singular values near 1. A matrix in parts is gathered for it."""
     whole = matrix
     if shard is not None:
-        parts = [torch.empty_like(matrix.contiguous()) for _ in range(shard.parts)]
-        dist.all_gather(parts, matrix.contiguous(), group=shard.group)
-        whole = torch.cat(parts, dim=shard.dimension)
+        whole = torch.cat(shard.gather(matrix.contiguous()), dim=shard.dimension)
     tall = whole.shape[-2] > whole.shape[-1]
     x = whole.transpose(-2, -1) if tall else whole
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)

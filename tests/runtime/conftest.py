@@ -28,3 +28,10 @@ def one_thread() -> None:
     """One thread, as in the workers; and no debug records of every traced operator."""
     torch.set_num_threads(1)
     logging.getLogger("torch.__trace").disabled = True
+
+
+@pytest.fixture(autouse=True)
+def torch_is_left_as_it_was() -> Iterator[None]:
+    """No test (and nothing that it runs in this process) may change what later ones compute."""
+    yield
+    assert torch.get_default_dtype() is torch.float32 and torch.is_grad_enabled()

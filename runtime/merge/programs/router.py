@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,10 +133,21 @@ def _embed(ids: Sequence[int], base: CheckpointFiles, table: str, shelf: Shelf) 
     return torch.cat([shelf.read_rows(base.path, tensor, token, token + 1, tensor.shape[1]) for token in ids]).float()
 
 
+_MAKING = threading.RLock()
+
+
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No bars and no reports on what a checkpoint has beyond the model."""
+    """No bars and no reports on what a checkpoint has beyond the model; one thread at a time.
+
+    transformers sets torch's default dtype while it makes a model, and this sets its logging: both are the process's.
+    """
     from transformers.utils import logging
+    with _MAKING:
+        yield from _quietly(logging)
+
+
+def _quietly(logging: Any) -> Iterator[None]:
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
