@@ -38,6 +38,7 @@ from mipipe.cli import (
     tune,
 )
 from mipipe.graphs.errors import MipipeError, PlanError, shown
+from mipipe.graphs.named_code import no_exit
 
 VERBS: tuple[ModuleType, ...] = (
     capture, profile, plan, place, check, simulate, show, compare, export, calibrate, train, merge, convert,
@@ -78,7 +79,8 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(verb)
     def run(*arguments: Any, **options: Any) -> None:
         try:
-            verb(*arguments, **options)
+            with no_exit():
+                verb(*arguments, **options)
             sys.stdout.flush()
         except MipipeError as error:
             fail(str(error), error.exit_code)

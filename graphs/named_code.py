@@ -6,9 +6,12 @@ gives is ever imported, and nothing of Python's own library: ``os:system`` is no
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import sys
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
 from mipipe.graphs.errors import InputError, shown
@@ -43,3 +46,21 @@ def import_named(path: str) -> Any:
         raise InputError(f"{path}: module {module!r} has no {name!r}") from None
     except Exception as error:  # whatever the module's own code raises
         raise InputError(f"{path}: cannot import {module!r}: {error}") from error
+
+
+@contextlib.contextmanager
+def no_exit() -> Iterator[None]:
+    """Inside, code of a person's that ends the process (``sys.exit(0)``) is an error: nothing of ours ends there, and
+    what was asked for is not done, whatever status it gives.
+
+    Raises:
+        InputError: names the line. The exit of a printer whose reader has gone passes.
+    """
+    try:
+        yield
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):
+            raise
+        *_, last = traceback.extract_tb(ended.__traceback__)
+        raise InputError(f"{last.filename}, line {last.lineno}: ends the process ({shown(last.line, quoted=False)})"
+                         " before the work is done; return, or raise an error that says what is wrong") from None

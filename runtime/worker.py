@@ -29,6 +29,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from mipipe.graphs.children import die_with_parent
 from mipipe.graphs.errors import MipipeError, StoppedError, tells_all
+from mipipe.graphs.named_code import no_exit
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.execution.simulate import simulate
 from mipipe.runtime.engine.engine import Engine
@@ -248,11 +249,12 @@ def report(folder: str | None, error: BaseException) -> None:
 def guarded(options: argparse.Namespace) -> int:
     """Train or merge; a user's error becomes its exit code, everything else torchrun's report."""
     try:
-        if options.merge:
-            from mipipe.runtime.merge.worker import run_prepared
-            run_prepared(Path(options.merge), options.device, options.timeline)
-        else:
-            train(options)
+        with no_exit():
+            if options.merge:
+                from mipipe.runtime.merge.worker import run_prepared
+                run_prepared(Path(options.merge), options.device, options.timeline)
+            else:
+                train(options)
     except MipipeError as error:
         report(options.report, error)
         if isinstance(error, StoppedError) and not stopping.asked():

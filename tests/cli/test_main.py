@@ -80,6 +80,20 @@ def test_every_error_class_has_its_exit_code(capsys, kind: type[BaseException]) 
     assert capsys.readouterr().err == f"mipipe: {expected}\n"
 
 
+@pytest.mark.parametrize("status", [0, None, 3, "a text"])
+def test_code_that_ends_the_process_is_an_error(capsys, status: object) -> None:
+    """A model's or loader's module that calls sys.exit: its work is not done, whatever status it gives."""
+    def verb() -> None:
+        sys.exit(status)  # type: ignore[arg-type]
+
+    with pytest.raises(typer.Exit) as ended:
+        guarded(verb)()
+    assert ended.value.exit_code == 1
+    message = capsys.readouterr().err
+    assert re.search(r"test_main\.py, line \d+: ends the process \(sys\.exit\(status\)", message)
+    assert message.count("\n") == 1
+
+
 def test_no_error_class_is_without_a_tested_code() -> None:
     """A new class of errors must be added to the table above."""
     known = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.MipipeError)}

@@ -1,5 +1,6 @@
 """How a run ends before its last step: what was done is saved, the step is named, and nothing bad is saved."""
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from test_run_starts import trainer
 
 from mipipe.graphs.errors import BatchError, InputError, RunError, StoppedError
+from mipipe.runtime import worker
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import CheckpointConfig, DataConfig, OptimizerConfig, TrainConfig
 from mipipe.runtime.train.data import Batches, TextBytes
@@ -253,6 +255,15 @@ def test_other_rows_for_one_copy(had, rows):
     assert next(made)[0] == 24
 
 
+
+
+@pytest.mark.parametrize("status", [0, 4])
+def test_a_worker_whose_loader_ends_the_process_fails(monkeypatch, tmp_path, status):
+    """A loader that calls sys.exit(0) in step 3 of 6 has not trained 6 steps."""
+    monkeypatch.setattr(worker, "train", lambda options: sys.exit(status))
+    assert worker.guarded(argparse.Namespace(merge=None, report=str(tmp_path))) == 1
+    left = json.loads((tmp_path / "error-rank0.json").read_text())
+    assert left["exit_code"] == 1 and "ends the process" in left["message"]
 
 
 @pytest.mark.parametrize("code", [0, 4])
