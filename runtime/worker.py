@@ -149,7 +149,7 @@ def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
     if config.save is not None:
         from mipipe.runtime.weights.save_check import save_or_rescue
         save_or_rescue(engine, config, stored, replace=start is not Start.FRESH)
-    if trainer.first and options.report is not None:
+    if options.report is not None and os.environ.get("LOCAL_RANK", "0") == "0":  # each host has a launcher
         (Path(options.report) / DONE).write_text("")
     return losses
 

@@ -21,6 +21,8 @@ from mipipe.runtime import worker
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import CheckpointConfig, DataConfig, OptimizerConfig, TrainConfig
 from mipipe.runtime.train.data import Batches, TextBytes
+from mipipe.runtime.train.launching.failures import DONE
+from mipipe.runtime.train.launching.launch import end_of
 from mipipe.runtime.train.training import SKIPPED_IN_A_ROW, Trainer
 from mipipe.runtime.weights.checkpoint import check_finite
 from mipipe.runtime.weights.checkpoint_folder import complete, latest, read_state, verify
@@ -264,6 +266,14 @@ def test_a_worker_whose_loader_ends_the_process_fails(monkeypatch, tmp_path, sta
     assert worker.guarded(argparse.Namespace(merge=None, report=str(tmp_path))) == 1
     left = json.loads((tmp_path / "error-rank0.json").read_text())
     assert left["exit_code"] == 1 and "ends the process" in left["message"]
+
+
+def test_a_status_of_0_alone_is_no_finished_run(tmp_path):
+    """A loader that calls os._exit(0) leaves no error; only what a worker leaves after its last step counts."""
+    log = tmp_path / "torchrun.log"
+    assert "before the last step" in str(end_of(tmp_path, log, 0, asked=False))
+    (tmp_path / DONE).write_text("")
+    assert end_of(tmp_path, log, 0, asked=False) is None
 
 
 @pytest.mark.parametrize("code", [0, 4])

@@ -130,8 +130,12 @@ def start_of(resume: bool, resume_if_any: bool) -> Start:
 def end_of(folder: Path, log: Path, code: int, asked: bool, show: bool = True) -> Exception | None:
     """The error that a run under torchrun ended with, if any; ``asked``: this process was asked to end it."""
     stopped = any(item["type"] == StoppedError.__name__ for item in reports(folder))
-    if (not code and not stopped) or (asked and (folder / DONE).exists()):
+    done = (folder / DONE).exists()
+    if (not code and not stopped and done) or (asked and done):
         return None
+    if not code and not stopped:  # os._exit, which nothing can catch
+        return RunError("the workers ended with status 0 before the last step was done: code of the model's or"
+                        " the loader's ended them; --resume continues from the newest checkpoint, if one was saved")
     if asked and not stopped and code:
         return StoppedError("asked to end (SIGTERM), and ended before the step in hand was done; nothing new is saved")
     return explain_failure(folder, log, code, show)
