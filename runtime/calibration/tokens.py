@@ -96,7 +96,10 @@ def _tokenizer(folder: str, where: str) -> Any:
     """The tokenizer of a model's folder."""
     from transformers import AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if not _encode(found, "any text, 1"):  # what transformers makes of a folder without a tokenizer's files
+            raise ValueError("it makes no tokens of a text")
+        return found
     except Exception as error:
         raise InputError(f"{where}: data: {folder} has no tokenizer that can be loaded ({str(error).splitlines()[0]});"
                          " give a JSONL file with tokens in every line") from None

@@ -174,6 +174,15 @@ def test_wrong_data_are_refused(place, tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_text_needs_the_files_of_a_tokenizer(place, tmp_path):
+    """Without them transformers makes an empty tokenizer for some architectures, and every text has no tokens."""
+    (tmp_path / "text.txt").write_text("some words\n" * 50)
+    data = recipe(place, "regmean", base=False)
+    data["models"][1]["calibration"] = str(tmp_path / "text.txt")
+    with pytest.raises(InputError, match="has no tokenizer that can be loaded .*give a JSONL file with tokens"):
+        mipipe.merge(data, tmp_path / "out")
+
+
 def test_a_method_without_calibration_is_refused(place, tmp_path):
     data = without(recipe(place, "regmean", base=False), "calibration")
     data["models"] = [{"model": item["model"]} for item in data["models"]]
