@@ -62,7 +62,8 @@ def check(pool, made, name, members, modes):
     assert not wrong
 
 
-@pytest.mark.parametrize("name, modes", [("llama", ("sequence",)), ("moe", ("tensor", "expert"))])
+@pytest.mark.parametrize("name, modes", [
+    ("llama", ("sequence",)), pytest.param("moe", ("tensor", "expert"), marks=pytest.mark.slow)])
 def test_two_members(pool, made, name, modes):
     check(pool, made, name, 2, modes)
 
