@@ -179,7 +179,7 @@ def test_a_text_needs_the_files_of_a_tokenizer(place, tmp_path):
     (tmp_path / "text.txt").write_text("some words\n" * 50)
     data = recipe(place, "regmean", base=False)
     data["models"][1]["calibration"] = str(tmp_path / "text.txt")
-    with pytest.raises(InputError, match="has no tokenizer that can be loaded .*give a JSONL file with tokens"):
+    with pytest.raises(InputError, match=r"has no tokenizer that can be loaded .*give a JSONL file with tokens"):
         mipipe.merge(data, tmp_path / "out")
 
 
