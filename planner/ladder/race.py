@@ -41,6 +41,11 @@ TRIAL_S = 1.0
 FIRST, LONGEST = 0.18, 5.0
 """Seconds of a slice before the first round, and of the longest: every round's are 1.7 times as long."""
 
+JUDGE_S = 4e-5
+"""Seconds that judging a schedule takes for each of its actions, about."""
+JUDGE_LATE, JUDGE_LATE_S = 0.05, 0.5
+"""How far beyond the limit a schedule may still be judged: a share of it, and seconds."""
+
 OUTLINE = 0.6
 """Share of the time limit in which problems with a collective stream are searched without it."""
 
@@ -222,6 +227,14 @@ def _worker(run: Run, found: Candidate) -> Worker:
     return found.search if outline.rounds > OUTLINE_ROUNDS and outline.instance.size >= search.LARGE else outline
 
 
+def _time_to_judge(run: Run, found: Candidate) -> bool:
+    """Whether a schedule of this size is judged in what is left of the limit, and a little more."""
+    problem = found.view.problem
+    actions = 3 * found.view.num_stages * problem.num_microbatches
+    limit = run.options.time_limit_s
+    return actions * JUDGE_S <= limit - run.seconds + JUDGE_LATE * limit + JUDGE_LATE_S
+
+
 def _harvest(run: Run, found: Candidate, worker: Worker) -> None:
     """Judge what a search found since last time; where values in flight overfill a rank, search with less memory."""
     if isinstance(worker, PairSearch):
@@ -233,7 +246,7 @@ def _harvest(run: Run, found: Candidate, worker: Worker) -> None:
         if lifted is None:
             return
         orders = lifted
-    if orders.makespan_ns >= found.seen_ns:
+    if orders.makespan_ns >= found.seen_ns or not (found.exact or _time_to_judge(run, found)):
         return
     found.seen_ns = orders.makespan_ns
     judged = judge_orders(found, orders)
@@ -254,7 +267,7 @@ def _harvest(run: Run, found: Candidate, worker: Worker) -> None:
 
 def _harvest_pairs(run: Run, found: Candidate, worker: PairSearch) -> None:
     """The same for a search with overlapped pairs."""
-    if worker.best.makespan_ns >= worker.seen_ns:
+    if worker.best.makespan_ns >= worker.seen_ns or not _time_to_judge(run, found):
         return
     worker.seen_ns = worker.best.makespan_ns
     judged = judge(found.view, pair_search.to_schedule(worker, worker.best))
