@@ -85,8 +85,8 @@ def commands(limit: int) -> Iterator[tuple[str, list[str]]]:
     yield "place contiguous", ["place", "workload.json", "--contiguous"]
 
 
-@pytest.mark.xfail(strict=False, reason="plans of 100,000 actions with two streams or overlapped pairs are checked, timed"
-                   " and drawn in Python, which takes up to 5 s after the limit on two shared cores")
+@pytest.mark.xfail(strict=False, reason="plans of 100,000 actions with two streams or overlapped pairs are checked,"
+                   " timed and drawn in Python, which takes up to 5 s after the limit on two shared cores")
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("limit", [2, 5])
