@@ -87,13 +87,16 @@ def limited(seconds: float, extra_bytes: int) -> Iterator[None]:
 
 def run(arguments: Sequence[object], seconds: float = SECONDS, extra_bytes: int = 2**31) -> Outcome:
     """Run one command line; see `Outcome`."""
-    return run_function(lambda: COMMAND([str(argument) for argument in arguments], "mipipe"), seconds=seconds,
-                        extra_bytes=extra_bytes)
+    return _watched(lambda: COMMAND([str(argument) for argument in arguments], "mipipe"), seconds, extra_bytes)
 
 
 def run_function(function: Callable[..., object], *arguments: object, seconds: float = SECONDS,
                  extra_bytes: int = 2**31) -> Outcome:
     """Run what a verb does; errors of mipipe's own end it as they end a verb."""
+    return _watched(lambda: guarded(function)(*arguments), seconds, extra_bytes)
+
+
+def _watched(function: Callable[[], object], seconds: float, extra_bytes: int) -> Outcome:
     global _watching
     out, err, code, wrong = io.StringIO(), io.StringIO(), 0, ""
     _RAN.clear()
@@ -102,7 +105,7 @@ def run_function(function: Callable[..., object], *arguments: object, seconds: f
         try:
             with limited(seconds, extra_bytes):
                 _watching = True
-                guarded(function)(*arguments)
+                function()
         except SystemExit as ended:
             code = int(ended.code or 0)
         except typer.Exit as ended:
