@@ -27,15 +27,17 @@ LARGE = 20_000
 def timeline_of(plan: Plan, large: int = LARGE) -> Timeline:
     """The simulated timeline of a plan, by arrays if it has at least ``large`` actions and they allow it."""
     count = sum(len(order.compute) for order in plan.schedule.ranks)
-    found = _by_arrays(plan) if count >= large else None
+    found = by_arrays(plan) if count >= large else None
     return found if found is not None else simulate(plan, lower(plan))
 
 
-def _by_arrays(plan: Plan) -> Timeline | None:
-    elementary = all(action.kind in KINDS for order in plan.schedule.ranks for action in order.compute)
-    if not elementary or any(order.collective for order in plan.schedule.ranks):
+def by_arrays(plan: Plan) -> Timeline | None:
+    """The timeline where arrays can say it, else None."""
+    if not all(action.kind in KINDS for order in plan.schedule.ranks for action in order.compute):
         return None
     stage_view = view(plan.problem, plan.placement)
+    if any(order.collective for order in plan.schedule.ranks) and _reduced(stage_view):
+        return None  # sums of gradients run behind all collectives of their ranks
     quick = timed(stage_view, plan.schedule)
     if quick is None:
         return None
@@ -49,10 +51,12 @@ def _by_arrays(plan: Plan) -> Timeline | None:
 
 
 def _actions(instance: Instance, start: np.ndarray) -> list[Span]:
-    columns = (instance.rank, instance.kind, instance.depth, instance.own_microbatch, start, start + instance.dur)
-    return [Span(rank, Stream.COMPUTE, KINDS[kind], str(Action(stage, KINDS[kind], microbatch)), begin, end, stage,
-                 microbatch)
-            for rank, kind, stage, microbatch, begin, end in zip(*(column.tolist() for column in columns), strict=True)]
+    columns = (instance.machine, instance.kind, instance.depth, instance.own_microbatch, start, start + instance.dur)
+    spans = []
+    for machine, kind, stage, m, begin, end in zip(*(column.tolist() for column in columns), strict=True):
+        rank, stream = instance.machine_key[machine]
+        spans.append(Span(rank, stream, KINDS[kind], str(Action(stage, KINDS[kind], m)), begin, end, stage, m))
+    return spans
 
 
 def _transfers(stage_view: StageView, instance: Instance, end: np.ndarray) -> list[Span]:
@@ -78,12 +82,17 @@ def _reductions(stage_view: StageView, instance: Instance, end: np.ndarray) -> l
     """The sums of replicas' gradients, which take no time here, each at the end of its stage's last W."""
     weights = instance.kind == KINDS.index(ActionKind.W)
     spans = []
-    for stage, placed in enumerate(stage_view.placement.stages):
-        if len(placed.ranks) > 1 and stage_view.w_ns[stage] is not None:
-            ready = int(end[weights & (instance.depth == stage)].max())
-            spans += [Span(rank, Stream.COLLECTIVE, ActionKind.ALL_REDUCE, f"reduce {stage}", ready, ready, stage)
-                      for rank in placed.ranks]
+    for stage in _reduced(stage_view):
+        ready = int(end[weights & (instance.depth == stage)].max())
+        spans += [Span(rank, Stream.COLLECTIVE, ActionKind.ALL_REDUCE, f"reduce {stage}", ready, ready, stage)
+                  for rank in stage_view.placement.stages[stage].ranks]
     return spans
+
+
+def _reduced(stage_view: StageView) -> list[int]:
+    """The stages whose gradients are summed over replicas."""
+    return [stage for stage, placed in enumerate(stage_view.placement.stages)
+            if len(placed.ranks) > 1 and stage_view.w_ns[stage] is not None]
 
 
 def _memory(stage_view: StageView, instance: Instance, start: np.ndarray) -> tuple[tuple[tuple[int, int], ...], ...]:

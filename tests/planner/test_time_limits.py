@@ -17,10 +17,11 @@ from mipipe.planner.actions import Stream
 from mipipe.planner.check import check_plan
 from mipipe.planner.check.arrays import holds
 from mipipe.planner.execution.lower import lower
-from mipipe.planner.execution.quick_timeline import timeline_of
+from mipipe.planner.execution.quick_timeline import by_arrays, timeline_of
 from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.ladder.state import Progress
-from mipipe.planner.options import Objective, PlanOptions
+from mipipe.planner.options import Objective, PlacementName, PlanOptions
+from mipipe.planner.plan import Plan
 from mipipe.planner.problem import Limits, PlanningProblem
 from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
 from mipipe.planner.schedules import BASELINES
@@ -171,7 +172,19 @@ def test_the_check_by_arrays_leaves_what_it_does_not_know_to_the_checker() -> No
 @pytest.mark.parametrize("name", ["1F1B", "ZB-V", "DualPipe", "Interleaved 1F1B"])
 def test_a_timeline_by_arrays_is_the_simulated_one(name: str) -> None:
     problem = uniform_problem(ranks=4, microbatches=8, f=2, i=3, w=1, comm=1, last="0.3", layers=16)
-    found = next(item for item in BASELINES if item.name == name).plan(problem)
-    quick, simulated = timeline_of(found, large=1), simulate(found, lower(found))
+    _by_arrays_as_simulated(next(item for item in BASELINES if item.name == name).plan(problem))
+
+
+@pytest.mark.parametrize("placement", ["chain", "v", "wave"])
+def test_a_timeline_of_two_streams_by_arrays_is_the_simulated_one(placement: PlacementName) -> None:
+    problem = two_stream_problem(ranks=4, microbatches=6, layers=16)
+    result = plan(problem, PlanOptions(time_limit_s=1, placement=placement))
+    assert result.plan is not None and any(order.collective for order in result.plan.schedule.ranks)
+    _by_arrays_as_simulated(result.plan)
+
+
+def _by_arrays_as_simulated(found: Plan) -> None:
+    quick, simulated = by_arrays(found), simulate(found, lower(found))
+    assert quick is not None and timeline_of(found, large=1) == quick
     assert dataclasses.replace(quick, spans=()) == dataclasses.replace(simulated, spans=())
     assert sorted(map(repr, quick.spans)) == sorted(map(repr, simulated.spans))
