@@ -9,10 +9,9 @@ Sum the devices' time: ``D * makespan >= work + idle``, for each stream. Every d
 Which group a device meets first is the placement's choice; but D devices meet D different ones unless groups are
 replicated, and replicas take resident bytes (and are forbidden where every group is ``single``). So the sum over
 devices is at least the sum of the D smallest heads, where as many devices may share the very smallest as replicas fit
-into the memory left over. On a chain the first gradients
-are further apart: no two devices have one of the same group and microbatch
-(`mipipe.planner.bounds.first_gradients`). Groups without resident bytes can be everywhere: they count as filling idle
-time with all their work, or as sharable, whichever is better.
+into the memory left over. On a chain the first gradients are further apart: no two devices have one of the same group
+and microbatch (`mipipe.planner.bounds.first_gradients`). Groups without resident bytes can be everywhere: they count as
+filling idle time with all their work, or as sharable, whichever is better.
 
 Where a forward and a backward may overlap, work counts at a pair's ratio r (`mipipe.planner.jobs.overlap`), and so does
 what fills idle time. A device whose first gradient comes at t and whose first group starts at h does at most t - h of

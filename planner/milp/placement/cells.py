@@ -20,6 +20,7 @@ For chains on equal devices; elsewhere it has nothing to say.
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -34,7 +35,8 @@ from mipipe.planner.bounds.over_placements import Bound, cheapest_hop, facts_of,
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.milp import highs, pyo
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
-from mipipe.planner.milp.placement.configurations import WIDEST, Bin, bins_of, devices_model
+from mipipe.planner.milp.placement.configurations import WIDEST
+from mipipe.planner.milp.placement.device_model import Bin, bins_of, devices_model
 from mipipe.planner.problem import PlanningProblem
 
 NAME = "cell MIP"
@@ -71,7 +73,7 @@ class Case:
     tried: list[float]
     columns: list[tuple[int, int, list[float]]] = field(default_factory=list)
     priced: dict[tuple[int, int], float] = field(default_factory=dict)
-    share: float = 9.0
+    share: float = math.inf
     box: float = BOX
     at_ns: int = 0
 
@@ -124,7 +126,7 @@ class CellBound:
         """What all devices carry of the weight within a makespan; below 1 it is refuted, from 1 on it cannot be. None
         where time is up."""
         if case.at_ns != tried_ns:
-            case.at_ns, case.share, case.tried, case.box = tried_ns, 9.0, case.weights, max(case.box, LEAST_BOX)
+            case.at_ns, case.share, case.tried, case.box = tried_ns, math.inf, case.weights, max(case.box, LEAST_BOX)
             case.priced.clear()
         while case.share >= REFUTED and time.monotonic() < end:
             share = self._carried(case, tried_ns, end, seed)
@@ -143,7 +145,7 @@ class CellBound:
 
     def _carried(self, case: Case, tried_ns: int, end: float, seed: int) -> float | None:
         """The sum of the D largest weights; later cells carry no more than those before them."""
-        heap = [(-float("inf"), b, 0, False) for b, cells in enumerate(case.cells) if cells]
+        heap = [(-math.inf, b, 0, False) for b, cells in enumerate(case.cells) if cells]
         left, total = self.problem.num_ranks, 0.0
         while left and heap:
             value, b, k, known = heapq.heappop(heap)
