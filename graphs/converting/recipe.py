@@ -23,137 +23,121 @@ Dtype = Literal["float32", "float64"]
 OutDtype = Literal["float64", "float32", "float16", "bfloat16"]
 
 
-@dataclass(frozen=True, slots=True)
-class Molae:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What the recipe of every method has: the model, the dtype to compute in, that of the result (none: as stored)."""
+
+    __pydantic_config__: ClassVar = STRICT
+    METHOD: ClassVar[str]
+    model: str
+    dtype: Dtype = "float32"
+    out_dtype: OutDtype | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Molae(Recipe):
     """MoLAE: ``group`` experts share a latent space of ``latent`` dimensions (none: the experts' inner size), after
     ``rank`` (none: full) has been taken of each matrix. ``grouping``: neighbours, or by similarity of what they
     read."""
 
-    __pydantic_config__: ClassVar = STRICT
     METHOD: ClassVar[str] = "molae"
-    model: str
     group: int = 8
     latent: int | None = None
     rank: int | None = None
     grouping: Literal["consecutive", "similar"] = "consecutive"
-    dtype: Dtype = "float32"
-    out_dtype: OutDtype | None = None
 
     def __post_init__(self) -> None:
         for key in ("group", "latent", "rank"):
             _at_least(key, getattr(self, key), 1)
 
 
-@dataclass(frozen=True, slots=True)
-class MergeExperts:
-    """M-SMoE: experts merged into ``groups`` per layer on average (none: half of them).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merging(Recipe):
+    """How experts are merged: into ``groups`` per layer on average (none: half of them).
 
     Others join the most used expert that they are most alike: by ``similarity`` of their router logits over the
     calibration texts, router rows, weights, or at ``random``. ``align`` permutes hidden units first. ``capacity``: most
-    experts of a group. ``whole_layers`` stay. ``layout``: ``shared`` needs mipipe's modeling code, ``expanded`` writes
-    copies in the model's own architecture.
+    experts of a group. ``whole_layers`` stay.
     """
 
-    __pydantic_config__: ClassVar = STRICT
-    METHOD: ClassVar[str] = "m_smoe"
-    model: str
     calibration: CalibrationRule
     groups: int | None = None
     similarity: Literal["router_logits", "router_weights", "weights", "random"] = "router_logits"
     align: bool = True
     capacity: int | None = None
     whole_layers: tuple[int, ...] = ()
-    layout: Literal["shared", "expanded"] = "shared"
     seed: int = 0
-    dtype: Dtype = "float32"
-    out_dtype: OutDtype | None = None
 
     def __post_init__(self) -> None:
         _at_least("groups", self.groups, 1)
         _at_least("capacity", self.capacity, 1)
 
 
-@dataclass(frozen=True, slots=True)
-class CompressExperts:
-    """MC-SMoE: experts merged as by m_smoe, then each matrix of low rank (``rank_ratio`` of its parameters) plus
-    ``kept`` of its rows, those whose entries matter most to the loss.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeExperts(Merging):
+    """M-SMoE. ``layout``: ``shared`` needs mipipe's modeling code, ``expanded`` writes copies in the model's own
+    architecture."""
+
+    METHOD: ClassVar[str] = "m_smoe"
+    layout: Literal["shared", "expanded"] = "shared"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressExperts(Merging):
+    """MC-SMoE: experts merged, then each matrix of low rank (``rank_ratio`` of its parameters) plus ``kept`` of its
+    rows, those whose entries matter most to the loss.
 
     ``steps`` of distillation from the model (temperature 2, weight 0.2) train what is left at rate ``lr``, while rows
     go; 0: the gradients of the calibration texts alone decide.
     """
 
-    __pydantic_config__: ClassVar = STRICT
     METHOD: ClassVar[str] = "mc_smoe"
-    model: str
-    calibration: CalibrationRule
-    groups: int | None = None
-    similarity: Literal["router_logits", "router_weights", "weights", "random"] = "router_logits"
-    align: bool = True
-    capacity: int | None = None
-    whole_layers: tuple[int, ...] = ()
     rank_ratio: float = 0.15
     kept: float = 0.15
     steps: int = 0
     lr: float = 1e-4
     batch: int = 4
-    seed: int = 0
-    dtype: Dtype = "float32"
-    out_dtype: OutDtype | None = None
 
     def __post_init__(self) -> None:
-        _at_least("groups", self.groups, 1)
-        _at_least("capacity", self.capacity, 1)
+        Merging.__post_init__(self)
         _at_least("steps", self.steps, 0)
         _at_least("batch", self.batch, 1)
         if not 0 < self.rank_ratio <= 1 or not 0 <= self.kept <= 1 or not self.lr > 0:
             raise InputError(f"rank_ratio {self.rank_ratio}, kept {self.kept}, lr {self.lr}; expected a ratio above 0"
                              " and at most 1, a share from 0 to 1, a rate above 0")
 
-    def merging(self) -> MergeExperts:
-        """The first half: what is merged, and how."""
-        return MergeExperts(self.model, self.calibration, self.groups, self.similarity, self.align, self.capacity,
-                            self.whole_layers, "shared", self.seed, self.dtype, self.out_dtype)
 
-
-@dataclass(frozen=True, slots=True)
-class PruneExperts:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneExperts(Recipe):
     """The ``keep`` most used experts of every layer stay, and their router's rows. ``by``: how often each is chosen, or
     the sum of its router weights."""
 
-    __pydantic_config__: ClassVar = STRICT
     METHOD: ClassVar[str] = "prune_experts"
-    model: str
     calibration: CalibrationRule
     keep: int
     by: Literal["usage", "weight"] = "usage"
     experts_per_token: int | None = None
-    dtype: Dtype = "float32"
-    out_dtype: OutDtype | None = None
 
     def __post_init__(self) -> None:
         _at_least("keep", self.keep, 1)
         _at_least("experts_per_token", self.experts_per_token, 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Dive:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dive(Recipe):
     """DIVE: a dense model's MLP pruned for each group of domains, ``pruned`` of its channels, is an expert of its own.
 
     As many ``domains`` as ``experts``: one each; more are clustered by how well the model pruned for one does on
     another. The router starts at random (``seed``), and is trained afterwards.
     """
 
-    __pydantic_config__: ClassVar = STRICT
     METHOD: ClassVar[str] = "dive"
-    model: str
     domains: tuple[CalibrationRule, ...]
     experts: int = 8
     pruned: float = 0.5
     experts_per_token: int = 1
     compensate: bool = True
     seed: int = 0
-    dtype: Dtype = "float32"
-    out_dtype: OutDtype | None = None
 
     def __post_init__(self) -> None:
         _at_least("experts", self.experts, 1)
@@ -165,15 +149,13 @@ class Dive:
                              f" {self.experts} experts")
 
 
-@dataclass(frozen=True, slots=True)
-class MoeAdaptation:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeAdaptation(Recipe):
     """SparseUnifiedModel's adaptation: neurons of a dense MLP dealt to ``experts`` by importance, the first
     ``shared_ratio`` of them to a shared expert. ``dense_layers`` stay (negative ones count from the end).
     ``router_std``: a random start of the router, which is zero and thus full of ties at 0."""
 
-    __pydantic_config__: ClassVar = STRICT
     METHOD: ClassVar[str] = "moe_adaptation"
-    model: str
     calibration: CalibrationRule
     experts: int = 32
     experts_per_token: int = 16
@@ -181,8 +163,6 @@ class MoeAdaptation:
     dense_layers: tuple[int, ...] = (0, -1)
     router_std: float = 0.0
     seed: int = 0
-    dtype: Dtype = "float32"
-    out_dtype: OutDtype | None = None
 
     def __post_init__(self) -> None:
         _at_least("experts", self.experts, 1)

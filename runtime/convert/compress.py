@@ -8,7 +8,7 @@ that are left follows a cubic schedule.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from mipipe.graphs.converting.recipe import CompressExperts
 from mipipe.graphs.models import mipipe_moe
 from mipipe.runtime.calibration.tokens import Samples
 from mipipe.runtime.convert import collect
-from mipipe.runtime.convert.merge_experts import Grouping, Routings, group_layers, grouping_figures, make_group
+from mipipe.runtime.convert.merge_experts import Grouping, SeeRouting, group_layers, grouping_figures, make_group
 from mipipe.runtime.convert.output import Conversion, Piece, Unit, converted_config, copied, written_dtype
 from mipipe.runtime.convert.source import PARTS, MoeLayer, Source, is_bank, is_expert, module_name, moe_layers
 
@@ -37,12 +37,13 @@ def factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return one, two, matrix - one @ two
 
 
-def plan_compress(recipe: CompressExperts, source: Source, samples: Samples, seen: Routings,
-                  teacher: Any) -> Conversion:
-    """The conversion: merged, factorised, trained and pruned here, since the training has them all in memory."""
+def plan_compress(recipe: CompressExperts, source: Source, samples: Samples, see: SeeRouting,
+                  model: Callable[[], Any]) -> Conversion:
+    """The conversion: merged, factorised, trained and pruned here, since the training has them all in memory; ``model``
+    loads the model as a whole."""
     layers = moe_layers(source)
     inner, hidden = layers[0].sizes
-    grouping = group_layers(recipe.merging(), source, layers, seen)
+    grouping, teacher = group_layers(recipe, source, layers, see), model()
     shapes = {part: (hidden, inner) if part == "down_proj" else (inner, hidden) for part in PARTS}
     ranks = {part: low_rank(*shape, recipe.rank_ratio) for part, shape in shapes.items()}
     kept = {part: round(recipe.kept * shape[0]) for part, shape in shapes.items()}
@@ -87,7 +88,8 @@ def _student(source: Source, teacher: Any, settings: Mapping[str, Any], states: 
     shared = {name: item for name, item in teacher.state_dict().items() if ".mlp.experts." not in name}
     own = {f"model.layers.{number}.mlp.experts.{name}": item.float()
            for number, state in states.items() for name, item in state.items()}
-    student.load_state_dict({**shared, **own}, strict=False)
+    places = {name: item for name, item in student.state_dict().items() if name.endswith((".slots", "_rows"))}
+    student.load_state_dict({**shared, **own, **places})
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name in own)
     return student

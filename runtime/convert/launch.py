@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from mipipe.graphs.converting.recipe import (
     read_convert_recipe,
 )
 from mipipe.graphs.serialize import to_data
+from mipipe.planner.merging.plan import SHARD_BYTES
 from mipipe.runtime.calibration.tokens import Samples, draw_samples
 from mipipe.runtime.convert import collect
 from mipipe.runtime.convert.compress import plan_compress
@@ -30,12 +32,10 @@ from mipipe.runtime.convert.from_dense import plan_adaptation, plan_dive
 from mipipe.runtime.convert.merge_experts import plan_merge, plan_prune
 from mipipe.runtime.convert.molae import plan_molae
 from mipipe.runtime.convert.output import Conversion, write_conversion
-from mipipe.runtime.convert.source import Source, dense_layers, moe_layers, open_source
+from mipipe.runtime.convert.source import MoeLayer, Source, dense_layers, open_source
 from mipipe.runtime.merge.launch import check_target
 from mipipe.runtime.merge.output.lock import only_one
 from mipipe.runtime.weights.reader import Shelf
-
-SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +96,10 @@ class Calibrated:
         self.digests.append(found.digest)
         return found
 
-    def routing(self, rule: CalibrationRule, seed: int) -> Mapping[int, collect.Routing]:
-        layers = {layer.number: len(layer.experts) for layer in moe_layers(self._source)}
-        samples = self.samples(rule, seed)
+    def routing(self, samples: Samples, layers: Sequence[MoeLayer]) -> Mapping[int, collect.Routing]:
         self._progress("running the model on the texts")
-        return collect.routing(self._source, samples, layers, self._scratch)
+        return collect.routing(self._source, samples, {layer.number: len(layer.experts) for layer in layers},
+                               self._scratch)
 
     def channels(self, samples: Samples, layers: Mapping[int, int]) -> Mapping[int, collect.Moments]:
         self._progress("running the model on the texts")
@@ -113,19 +112,20 @@ class Calibrated:
 
 
 def plan(recipe: ConvertRecipe, source: Source, texts: Calibrated) -> Conversion:
-    """The conversion of a recipe, after whatever calibration it needs."""
+    """The conversion of a recipe. What needs the texts runs the model only after recipe, model and texts were found to
+    fit each other."""
     if isinstance(recipe, Molae):
         return plan_molae(recipe, source)
-    if isinstance(recipe, MergeExperts):
-        return plan_merge(recipe, source, texts.routing(recipe.calibration, recipe.seed))
-    if isinstance(recipe, PruneExperts):
-        return plan_prune(recipe, source, texts.routing(recipe.calibration, 0))
-    if isinstance(recipe, CompressExperts):
-        return plan_compress(recipe, source, texts.samples(recipe.calibration, recipe.seed),
-                             texts.routing(recipe.calibration, recipe.seed), texts.model())
-    inner = {number: parts["gate_proj"].shape[0] for number, parts in dense_layers(source).items()}
     if isinstance(recipe, Dive):
+        inner = {number: parts["gate_proj"].shape[0] for number, parts in dense_layers(source).items()}
         return plan_dive(recipe, source, [texts.samples(item, recipe.seed) for item in recipe.domains],
                          lambda samples: texts.channels(samples, inner), texts.model)
-    samples = texts.samples(recipe.calibration, recipe.seed)
+    samples = texts.samples(recipe.calibration, 0 if isinstance(recipe, PruneExperts) else recipe.seed)
+    routing = functools.partial(texts.routing, samples)
+    if isinstance(recipe, MergeExperts):
+        return plan_merge(recipe, source, routing)
+    if isinstance(recipe, PruneExperts):
+        return plan_prune(recipe, source, routing)
+    if isinstance(recipe, CompressExperts):
+        return plan_compress(recipe, source, samples, routing, texts.model)
     return plan_adaptation(recipe, source, lambda layers: texts.channels(samples, layers))

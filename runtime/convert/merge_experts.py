@@ -8,7 +8,7 @@ hidden units, which no output sees; it is left out except where weights are comp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mipipe.graphs.converting.decisions import groups_per_layer, join_groups
-from mipipe.graphs.converting.recipe import MergeExperts, PruneExperts
+from mipipe.graphs.converting.recipe import MergeExperts, Merging, PruneExperts
 from mipipe.graphs.errors import InputError
 from mipipe.runtime.convert.collect import Routing
 from mipipe.runtime.convert.output import Conversion, Piece, Unit, converted_config, copied, written_dtype
@@ -25,7 +25,8 @@ from mipipe.runtime.convert.source import PARTS, Matrices, MoeLayer, Source, is_
 from mipipe.runtime.merge.align import assign
 from mipipe.runtime.tuning.objectives import EXPERT_COUNTS
 
-Routings = Mapping[int, Routing]
+SeeRouting = Callable[[Sequence[MoeLayer]], Mapping[int, Routing]]
+"""Runs the model on the texts and tells the routing of layers by their numbers."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,8 @@ def merged(members: Sequence[Matrices], usage: Sequence[float], align: bool = Tr
     return made
 
 
-def group_layers(recipe: MergeExperts, source: Source, layers: Sequence[MoeLayer],
-                 seen: Routings) -> dict[int, Grouping]:
-    """The groups of every layer.
+def group_layers(recipe: Merging, source: Source, layers: Sequence[MoeLayer], see: SeeRouting) -> dict[int, Grouping]:
+    """The groups of every layer, by what the model does with the texts.
 
     Raises:
         InputError: more groups than experts, or a layer to leave whole that has no experts.
@@ -80,6 +80,7 @@ def group_layers(recipe: MergeExperts, source: Source, layers: Sequence[MoeLayer
     if strange:
         raise InputError(f"whole_layers: layer {strange[0]} has no experts; those with experts are {numbers}")
     whole = [numbers.index(number) for number in recipe.whole_layers]
+    seen = see(layers)
     sizes = groups_per_layer([seen[number].usage for number in numbers], average, whole)
     found: dict[int, Grouping] = {}
     for layer, size in zip(layers, sizes, strict=True):
@@ -90,7 +91,7 @@ def group_layers(recipe: MergeExperts, source: Source, layers: Sequence[MoeLayer
     return found
 
 
-def _similarity(recipe: MergeExperts, source: Source, layer: MoeLayer, seen: Routing) -> np.ndarray[Any, Any]:
+def _similarity(recipe: Merging, source: Source, layer: MoeLayer, seen: Routing) -> np.ndarray[Any, Any]:
     if recipe.similarity == "router_logits":
         return np.asarray(seen.similarity)
     if recipe.similarity == "random":
@@ -106,10 +107,14 @@ def _similarity(recipe: MergeExperts, source: Source, layer: MoeLayer, seen: Rou
     return np.asarray(rows @ rows.T)
 
 
-def plan_merge(recipe: MergeExperts, source: Source, seen: Routings) -> Conversion:
-    """The conversion after its calibration."""
+def plan_merge(recipe: MergeExperts, source: Source, see: SeeRouting) -> Conversion:
+    """The conversion.
+
+    Raises:
+        InputError: as of `group_layers`.
+    """
     layers = moe_layers(source)
-    grouping = group_layers(recipe, source, layers, seen)
+    grouping = group_layers(recipe, source, layers, see)
     figures = grouping_figures(grouping)
     if recipe.layout == "expanded":
         units = [_expanded(recipe, source, layer, grouping[layer.number]) for layer in layers]
@@ -173,7 +178,7 @@ def _expanded(recipe: MergeExperts, source: Source, layer: MoeLayer, grouping: G
     return Unit(pieces, make)
 
 
-def plan_prune(recipe: PruneExperts, source: Source, seen: Routings) -> Conversion:
+def plan_prune(recipe: PruneExperts, source: Source, see: SeeRouting) -> Conversion:
     """The most used experts of every layer, in the model's own architecture.
 
     Raises:
@@ -188,6 +193,7 @@ def plan_prune(recipe: PruneExperts, source: Source, seen: Routings) -> Conversi
     if (config.get("n_group") or 1) > 1:
         raise InputError(f"{recipe.model}: routes by {config['n_group']} groups of neighbouring experts, of which none"
                          " may lose more than another")
+    seen = see(layers)
     kept = {layer.number: _most_used(seen[layer.number], recipe) for layer in layers}
     config |= {key: recipe.keep for key in EXPERT_COUNTS if key in config} | {"num_experts_per_tok": top}
     units = [_pruned(recipe, source, layer, kept[layer.number]) for layer in layers]
