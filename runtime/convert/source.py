@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from mipipe.runtime.weights.reader import TORCH_DTYPES, Shelf
 PARTS = ("gate_proj", "up_proj", "down_proj")
 _MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _EXPERT = re.compile(r"^(.*\.layers\.(\d+)\.(?:mlp|block_sparse_moe))\.experts\.(\d+)\.(\w+?)(?:\.weight)$")
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _DENSE = re.compile(r"^(.*\.layers\.(\d+)\.mlp)\.(gate_proj|up_proj|down_proj)\.weight$")
 
 Matrices = dict[str, Tensor]
@@ -79,14 +80,31 @@ def open_source(model: str, shelf: Shelf, dtype: torch.dtype) -> Source:
     """The source of a conversion.
 
     Raises:
-        InputError: no such model, quantised weights, or an architecture that conversions do not know.
+        InputError: no such model, quantised weights, an architecture that conversions do not know, or a config without
+            sizes.
     """
     files = read_checkpoint(model)
     refuse_quantised(files.path, files)
+    lacking = [key for key in ("num_hidden_layers", "hidden_size", "vocab_size") if not isinstance(
+        files.config.get(key), int)]
+    if lacking:
+        raise InputError(f"{model}: its config.json has no {lacking[0]}, which conversions need")
+    files = _without_predictors(files)
     if files.config.get("model_type") not in HOSTS.values():
         raise InputError(f"{model}: model_type {files.config.get('model_type')!r}: conversions know"
                          f" {', '.join(sorted(HOSTS.values()))}")
     return Source(files, as_single(files.tensors, files.tensors), shelf, dtype)
+
+
+def _without_predictors(files: CheckpointFiles) -> CheckpointFiles:
+    """A checkpoint without the layers beyond its config's number, which predict tokens further ahead (DeepSeek-V3,
+    GLM-4-MoE): transformers does not load them, and their experts would not fit a converted model's."""
+    layers = files.config["num_hidden_layers"]
+    kept = {name: tensor for name, tensor in files.tensors.items()
+            if (match := _LAYER.match(name)) is None or int(match[1]) < layers}
+    if len(kept) == len(files.tensors):
+        return files
+    return replace(files, tensors=kept, config={**files.config, "num_nextn_predict_layers": 0})
 
 
 def moe_layers(source: Source) -> list[MoeLayer]:

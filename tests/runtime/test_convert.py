@@ -479,6 +479,44 @@ def test_wrong_recipes_are_one_line(models: Path, tmp_path: Path, recipe: dict[s
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("recipe, told", [
+    ({"method": "m_smoe", "groups": 9}, "expected at most 8"), ({"method": "mc_smoe", "whole_layers": [7]}, "layer 7"),
+    ({"method": "prune_experts", "keep": 1}, "keep: found 1")])
+def test_what_does_not_fit_is_refused_before_the_model_runs(models: Path, tmp_path: Path, recipe: dict[str, Any],
+                                                            told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mipipe.runtime.convert import collect
+
+    def ran(*_arguments: Any) -> None:
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr(collect, "run_layers", ran)
+    monkeypatch.setattr(collect, "load_model", ran)
+    with pytest.raises(InputError, match=told):
+        run(models, tmp_path / "out", {"model": "moe", "calibration": CALIBRATION, **recipe})
+
+
+def test_layers_that_predict_further_ahead_are_left_out(models: Path, tmp_path: Path) -> None:
+    """As stored with DeepSeek-V3 and GLM-4-MoE: after the layers that the config counts, with experts of their own."""
+    rewritten(models / "moe", tmp_path / "source", lambda tensors: {
+        **tensors, **{name.replace("layers.1.", "layers.2."): item.clone() for name, item in tensors.items()
+                      if "layers.1." in name}})
+    recipe = {"method": "m_smoe", "groups": 4, "calibration": CALIBRATION}
+    plain = run(models, tmp_path / "plain", {**recipe, "model": "moe"})
+    result = run(models, tmp_path / "out", {**recipe, "model": str(tmp_path / "source")})
+    assert result.record["groups"] == plain.record["groups"]
+    names = [set(load_file(tmp_path / folder / "model.safetensors")) for folder in ("plain", "out")]
+    assert names[0] == names[1]
+    assert json.loads((tmp_path / "out/config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
+def test_a_config_without_sizes_is_refused(models: Path, tmp_path: Path) -> None:
+    rewritten(models / "moe", tmp_path / "source", dict)
+    config = json.loads((tmp_path / "source/config.json").read_text())
+    (tmp_path / "source/config.json").write_text(json.dumps({**config, "vocab_size": None}))
+    with pytest.raises(InputError, match="has no vocab_size"):
+        run(models, tmp_path / "out", {"method": "molae", "model": str(tmp_path / "source")})
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
