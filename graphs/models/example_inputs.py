@@ -177,7 +177,7 @@ def given_inputs(name: str, config: Any, device: str, dtype: torch.dtype) -> dic
     module_name, _, attribute = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
-    try:
+    try:  # a name of the command line (--inputs) or of a caller in Python; no graph records it
         function = getattr(importlib.import_module(module_name), attribute)
         result = function(config) if inspect.signature(function).parameters else function()
     except ImportError as error:

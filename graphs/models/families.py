@@ -203,7 +203,7 @@ def _from_dict(kind: Any, data: dict[str, Any], where: str) -> Any:
 def _model_reads(config: Any, name: str) -> bool:
     """Whether the modeling code of a configuration reads an entry that the configuration leaves undeclared."""
     modeling = type(config).__module__.replace(".configuration_", ".modeling_")
-    try:
+    try:  # beside the module of a config class that is loaded already: one of transformers' or ours, named by no file
         text = inspect.getsource(importlib.import_module(modeling))
     except (ImportError, OSError):
         return False

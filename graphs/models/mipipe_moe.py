@@ -88,7 +88,7 @@ class Experts(nn.Module):
 
     def expert_outputs(self, rows: Tensor, ends: Tensor, slot: Tensor, part: slice | None, grouped: Any) -> Tensor:
         """What the slots ``part`` (None: all) make of sorted rows: [N,H]. ``grouped``: as `grouped_loop`."""
-        raise NotImplementedError
+        raise NotImplementedError  # each of `KINDS` has its own; this class is none of them
 
     def gated(self, joined: Tensor) -> Tensor:
         gate, up = joined.chunk(2, dim=-1)

@@ -130,7 +130,7 @@ def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.
         return _freeze(made, record["freeze"])
 
     def weights() -> Mapping[str, Tensor]:
-        with silence():
+        with silence():  # safetensors of the folder, into a class of transformers' or ours: neither pickle nor its code
             return kind.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True, local_files_only=True,
                                         trust_remote_code=False).state_dict()
 

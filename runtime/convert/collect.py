@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.models.families import first_line
 from mipipe.runtime.calibration.decoder import Decoder
 from mipipe.runtime.calibration.states import States
 from mipipe.runtime.calibration.tokens import Samples
@@ -93,11 +94,12 @@ def load_model(source: Source) -> Any:
 
     try:
         with quiet_transformers():
-            return AutoModelForCausalLM.from_pretrained(source.files.path, dtype=torch.float32, local_files_only=True,
-                                          use_safetensors=True, trust_remote_code=False,
-                                          attn_implementation="eager").eval()
+            # no code of the folder runs: no auto_map (trust_remote_code), no pickle (use_safetensors), no hub
+            return AutoModelForCausalLM.from_pretrained(
+                source.files.path, dtype=torch.float32, local_files_only=True, use_safetensors=True,
+                trust_remote_code=False, attn_implementation="eager").eval()
     except Exception as error:
-        raise InputError(f"{source.files.path}: transformers does not load it ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{source.files.path}: transformers does not load it ({first_line(error)})") from None
 
 
 def decoder_layer(model: Any, number: int) -> Any:
@@ -124,7 +126,7 @@ def run_layers(source: Source, samples: Samples, layers: Sequence[int], scratch:
     """
     config = source.files.config
     decoder = Decoder(source.files.source, source.files.path, source.files.tensors,
-                      lambda name: source.read(source.files.tensors[name]).to(source.dtype),
+                      lambda name: source.read(source.files.tensors[name]),
                       functools.partial(_rows_of, source), source.dtype)
     scratch.mkdir(parents=True, exist_ok=True)
     ids, lengths = torch.from_numpy(samples.ids).long(), torch.from_numpy(samples.lengths)

@@ -109,7 +109,7 @@ def _unit(recipe: Molae, source: Source, layer: MoeLayer, group: int, latent: in
         tensors = {f"{block}.experts.gate_up_latent": torch.stack(shared),
                    **{f"{block}.experts.{name}": torch.stack(items) for name, items in made.items()},
                    f"{block}.experts.down_proj": torch.stack([item["down_proj"] for item in experts])}
-        tensors |= {module_name(item.name): source.read(item)[order] for item in routers}
+        tensors |= {module_name(item.name): source.read_as_stored(item)[order] for item in routers}
         figures = {"error": (error / norm) ** 0.5, "optimal_error": (tail / norm) ** 0.5}
         return tensors, {str(layer.number): figures | ({"order": order} if routers else {})}
 

@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def written_dtype(tensor: StoredTensor, out_dtype: str | None) -> str:
 def converted_config(source: Source, settings: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     """The source's config for the class with converted experts, whose code lies beside it."""
     part = {kind: name for name, kind in mipipe_moe.HOSTS.items()}[source.host]
-    module = CODE.removesuffix(".py")
+    module = CODE.removesuffix(".py")  # for transformers without mipipe, where its user says trust_remote_code=True
     model = f"Mipipe{part}ForCausalLM"
     return {**source.files.config, **changes, "model_type": f"mipipe_{source.host}", "architectures": [model],
             "auto_map": {"AutoConfig": f"{module}.Mipipe{part}Config", "AutoModelForCausalLM": f"{module}.{model}"},
@@ -119,7 +119,7 @@ def write_conversion(conversion: Conversion, source: Source, out: Path, recipe: 
                     writer.write(piece.name, 0, made[piece.name])
                 if found:
                     layers.update(found)
-                    notes.write_text(json.dumps(layers))
+                    write_text(notes, json.dumps(layers))
                 for piece in unit.pieces:
                     writer.finish(piece.name)
             done += sum(piece.write_bytes for piece in unit.pieces)
@@ -139,7 +139,7 @@ def write_conversion(conversion: Conversion, source: Source, out: Path, recipe: 
     for name in COPIED:
         if (Path(source.files.path) / name).exists():
             shutil.copyfile(Path(source.files.path) / name, folder / name)
-    if conversion.code:
+    if conversion.code:  # this installation's own file; what lay in the source's folder is neither copied nor run
         shutil.copyfile(mipipe_moe.__file__, folder / CODE)
     write_text(folder / "README.md", _card(folder.name.removesuffix(".partial"), recipe, source, conversion, record))
     if verify:
@@ -156,11 +156,10 @@ def _card(name: str, recipe: Mapping[str, Any], source: Source, conversion: Conv
     given = {key: value for key, value in recipe.items() if value is not None}
     trust = ", trust_remote_code=True" if conversion.code else ""
     licence = source.licence
+    front = {"base_model": [recipe["model"]], "library_name": "transformers", "tags": ["mipipe", "moe"],
+             "license": licence if licence != "unknown" else "other"}
     return f"""---
-base_model: [{recipe["model"]}]
-library_name: transformers
-tags: [mipipe, moe]
-license: {licence if licence != "unknown" else "other"}
+{yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
 # {name}
@@ -177,8 +176,3 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
 ```
 """
-
-
-def total_parameters(units: Sequence[Unit]) -> int:
-    """Entries of all floating tensors."""
-    return sum(math.prod(piece.shape) for unit in units for piece in unit.pieces if piece.dtype in OUT_DTYPES.values())

@@ -52,7 +52,7 @@ def _write_tokenizer(graph: MergeGraph, folder: Path) -> None:
     for extra in sorted(source.glob(f"{EXTRA_TEMPLATES}/*.jinja")):
         (folder / EXTRA_TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(extra, folder / EXTRA_TEMPLATES / extra.name)
-    for code in sorted(source.glob("*.py")):  # models with remote code do not load without it
+    for code in sorted(source.glob("*.py")):  # models with remote code do not load without it; only copied, never run
         shutil.copyfile(code, folder / code.name)
     if graph.vocabulary is not None and graph.vocabulary.added:
         write_text(folder / "tokenizer.json", union_tokenizer(

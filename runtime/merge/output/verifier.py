@@ -81,6 +81,7 @@ def _serve(pipe: Connection, architecture: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     with contextlib.suppress(BaseException):
+        # ahead of the folder: what transformers has under this name of the recipe's models is looked up, not called
         getattr(importlib.import_module("transformers"), architecture, None)
         folder = Path(pipe.recv())
         try:

@@ -23,9 +23,9 @@ from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTenso
 from mipipe.graphs.merging.participants import TOKEN_TABLES
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify
 from mipipe.graphs.merging.tokens.vocabulary import read_tokens
-from mipipe.graphs.models.families import converted_classes, without_code
+from mipipe.graphs.models.families import converted_classes, first_line, without_code
 
-HINT = "; the merge is kept beside it: --no-verify publishes it as it is"
+HINT = "; the result is kept beside it: --no-verify publishes it as it is"
 MARK = "verify"
 """A file of the partial folder that asks for verification before the result is published."""
 
@@ -69,7 +69,7 @@ def _meta_model(transformers: Any, folder: Path) -> tuple[Any, str]:
     named = data.get("architectures")
     name = named[0] if isinstance(named, list) and named else ""
     converted = converted_classes(data.get("model_type"))
-    if converted is not None:
+    if converted is not None:  # this installation's class, whatever file the folder's auto_map names
         config = converted[0].from_dict(without_code(data))
         with torch.device("meta"):
             return converted[1](config), ""
@@ -78,12 +78,12 @@ def _meta_model(transformers: Any, folder: Path) -> tuple[Any, str]:
         return None, f"it has no architecture {shown(name)}"
     if data.get("model_type") not in transformers.CONFIG_MAPPING:
         return None, f"it has no model_type {shown(data.get('model_type'))}"
-    try:
+    try:  # a class of transformers' own, by trust_remote_code=False: auto_map and *.py of the folder stay data
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
             return cls(config), ""
     except Exception as error:
-        raise RunError(f"config.json: transformers makes no {name} of it: {str(error).splitlines()[0]}{HINT}") from None
+        raise RunError(f"config.json: transformers makes no {name} of it: {first_line(error)}{HINT}") from None
 
 
 @dataclass
@@ -100,6 +100,7 @@ def loaded_tensors(files: CheckpointFiles, model: Any) -> dict[str, Loaded]:
     """The stored tensors by the model's own names, as loading renames (and joins) them."""
     expected = model.state_dict()
     try:
+        # names of our own, here and above: no file chooses what is imported
         loading = importlib.import_module("transformers.core_model_loading")
         mapping = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
         renamings = [item for item in mapping if isinstance(item, loading.WeightRenaming)]
