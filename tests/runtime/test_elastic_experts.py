@@ -99,7 +99,7 @@ def run_elastic(plan: Plan, graph: Any, state: Any, batch: Any) -> float:
 
 @pytest.mark.distributed
 def test_every_plan_draws_the_same(pool: Any) -> None:
-    """One rank and two, whole and with experts in groups placed apart."""
+    """One rank and two."""
     module, graph = experts.captured(False)
     state = state_of(module)
     batch = models.token_batch(2 * equal.ROWS, equal.LENGTH, experts.VOCAB)
