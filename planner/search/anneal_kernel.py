@@ -23,6 +23,12 @@ TURN = 200
 
 
 @njit(cache=True, nogil=True)
+def repriced(fitting):
+    """The factor by which the price of memory changes after a `TURN` in which ``fitting`` orders fitted."""
+    return 1.1 if fitting < 0.3 * TURN else 0.9 if fitting > 0.7 * TURN else 1.0
+
+
+@njit(cache=True, nogil=True)
 def beside_block(machine, pos, path, size, at):
     """A place for action ``path[at]`` of a critical path: in its block (a run on one machine) or next to it."""
     k = machine[path[at]]
@@ -129,7 +135,7 @@ def anneal(facts, seq, length, iterations, hot, cold, tilt, wild, press, target,
         accepted += 1
         fitting += over == 0
         if press[0] > 0.0 and accepted % TURN == 0:
-            press[0] *= 1.1 if fitting < 0.3 * TURN else 0.9 if fitting > 0.7 * TURN else 1.0
+            press[0] *= repriced(fitting)
             cost = cost_of(facts, state, makespan, tilt, press[0] * over)
             fitting = 0
     return best_makespan

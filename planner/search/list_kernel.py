@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-_FAR = 1 << 62
+from mipipe.planner.search.list_steps import FAR, first_to_start, fresh, run
 
 
 class ListTask(NamedTuple):
@@ -35,26 +35,12 @@ def list_schedule(facts, task, seq, start):
 
     ``facts``: `mipipe.planner.jobs.arrays.FixedArrays`; ``task``: `ListTask`.
     """
-    machine, rank, dur, microbatch = facts.machine, facts.rank, facts.dur, facts.microbatch
-    succ_ptr, succ, lag, base = facts.succ_ptr, facts.succ, facts.lag, facts.base
+    rank, microbatch, base, cls = facts.rank, facts.microbatch, facts.base, facts.cls
     alloc, free, work, cap = facts.alloc, facts.free, facts.work, facts.cap
     holds, weight, prio, delay, limit, num_micro = (task.holds, task.weight, task.prio, task.delay, task.limit,
                                                     task.microbatches)
-    count = dur.shape[0]
-    num_machines = seq.shape[0]
-    class_machine = machine[base[:-1]]
-    num_classes = base.shape[0] - 1
-    num_ranks = cap.shape[0]
-    waits = facts.waits.copy()
-    ready = np.zeros(count, np.int64)
-    nxt = base[:num_classes].copy()
-    # classes of each machine: owned[ptr[k]:ptr[k + 1]]
-    ptr = np.zeros(num_machines + 1, np.int64)
-    ptr[1:] = np.cumsum(np.bincount(class_machine, minlength=num_machines))
-    owned = np.argsort(class_machine, kind="mergesort")
-    machine_rank = np.zeros(num_machines, np.int64)
-    for n in range(count):
-        machine_rank[machine[n]] = rank[n]
+    count, num_machines, num_ranks = rank.shape[0], seq.shape[0], cap.shape[0]
+    state = fresh(facts, num_machines)
     need = np.zeros((num_ranks, num_micro), np.int64)
     held = np.zeros((num_ranks, num_micro), np.int64)
     extra = np.zeros((num_ranks, num_micro), np.int64)
@@ -65,12 +51,7 @@ def list_schedule(facts, task, seq, start):
         left[rank[n], microbatch[n]] += 1
         extra[rank[n], microbatch[n]] = max(extra[rank[n], microbatch[n]], work[n] + (0 if holds[n] else alloc[n]))
     used = np.zeros(num_ranks, np.int64)
-    free_at = np.zeros(num_machines, np.int64)
     last_free = np.zeros(num_machines, np.int64)
-    length = np.zeros(num_machines, np.int64)
-    best_time = np.full(num_machines, -1, np.int64)
-    best_node = np.full(num_machines, -1, np.int64)
-    dirty = np.ones(num_machines, np.bool_)
     admitted = np.zeros(num_micro, np.int64)
     in_list = np.zeros(num_micro, np.bool_)
     todo = np.zeros(num_micro, np.int64)
@@ -81,8 +62,7 @@ def list_schedule(facts, task, seq, start):
             core[microbatch[n]] += 1
     # microbatches enter in the order in which shared classes run them: the oldest never waits for a younger one
     earlier = np.zeros(num_micro, np.int64)
-    cls = facts.cls
-    for c in range(num_classes):
+    for c in range(base.shape[0] - 1):
         for n in range(base[c], base[c + 1]):
             if n > base[c] and microbatch[n - 1] < microbatch[n]:
                 earlier[microbatch[n]] += 1
@@ -95,96 +75,81 @@ def list_schedule(facts, task, seq, start):
     full = False
     makespan = 0
     for _ in range(count):
-        chosen = -1
-        chosen_time = _FAR
         for k in range(num_machines):
-            if dirty[k]:
-                dirty[k] = False
-                best_node[k] = -1
-                earliest = _FAR
-                for turn in range(2):
-                    best_prio = np.inf
-                    for index in range(ptr[k], ptr[k + 1]):
-                        c = owned[index]
-                        n = nxt[c]
-                        if n >= base[c + 1] or waits[n] > 0:
-                            continue
-                        time = max(free_at[k], ready[n])
-                        if turn == 1 and (time > earliest + delay or prio[n] >= best_prio):
+            if not state.dirty[k]:
+                continue
+            state.dirty[k] = False
+            state.best_node[k] = -1
+            earliest = FAR
+            for turn in range(2):
+                best_prio = np.inf
+                for index in range(state.ptr[k], state.ptr[k + 1]):
+                    c = state.owned[index]
+                    n = state.head[c]
+                    if n >= base[c + 1] or state.waits[n] > 0:
+                        continue
+                    time = max(state.free_at[k], state.ready[n])
+                    if turn == 1 and (time > earliest + delay or prio[n] >= best_prio):
+                        continue
+                    if turn == 0 and time >= earliest:
+                        continue
+                    if flying >= limit and not in_list[microbatch[n]]:
+                        full = True
+                        continue
+                    if earlier[microbatch[n]] > 0:
+                        continue
+                    r = rank[n]
+                    pending = 0
+                    pending_until = 0
+                    for other in range(num_machines):
+                        if other != k and state.rank[other] == r and state.free_at[other] > time:
+                            pending += last_free[other]
+                            pending_until = max(pending_until, state.free_at[other])
+                    room = cap[r] - used[r] - alloc[n] - work[n]
+                    if room < 0:
+                        continue
+                    if room < pending:
+                        time = max(time, pending_until)
+                        if turn == 1 and time > earliest + delay:
                             continue
                         if turn == 0 and time >= earliest:
                             continue
-                        if flying >= limit and not in_list[microbatch[n]]:
-                            full = True
-                            continue
-                        if earlier[microbatch[n]] > 0:
-                            continue
-                        r = rank[n]
-                        pending = 0
-                        pending_until = 0
-                        for other in range(num_machines):
-                            if other != k and machine_rank[other] == r and free_at[other] > time:
-                                pending += last_free[other]
-                                pending_until = max(pending_until, free_at[other])
-                        room = cap[r] - used[r] - alloc[n] - work[n]
-                        if room < 0:
-                            continue
-                        if room < pending:
-                            time = max(time, pending_until)
-                            if turn == 1 and time > earliest + delay:
-                                continue
-                            if turn == 0 and time >= earliest:
-                                continue
-                        if alloc[n] > 0:
-                            m = microbatch[n]
-                            own = alloc[n] if holds[n] else 0
-                            room = cap[r] - used[r] - alloc[n] + free[n]
-                            safe = True
-                            new = not in_list[m]
-                            for slot in range(num_admitted + 1):
-                                if slot == num_admitted:
-                                    if not new:
-                                        break
-                                    q = m
-                                else:
-                                    q = admitted[slot]
-                                short = need[r, q] + extra[r, q] - (own if q == m else 0)
-                                if left[r, q] > 0 and short > room:
-                                    safe = False
+                    if alloc[n] > 0:
+                        m = microbatch[n]
+                        own = alloc[n] if holds[n] else 0
+                        room = cap[r] - used[r] - alloc[n] + free[n]
+                        safe = True
+                        new = not in_list[m]
+                        for slot in range(num_admitted + 1):
+                            if slot == num_admitted:
+                                if not new:
                                     break
-                                room += held[r, q] + (alloc[n] - free[n] if q == m else 0)
-                            oldest = num_admitted > 0 and admitted[0] == m and (not holds[n] or num_admitted == 1)
-                            if not safe and num_admitted > 0 and not oldest:
-                                continue
-                        if turn == 0:
-                            earliest = time
-                        else:
-                            best_prio = prio[n]
-                            best_node[k] = n
-                            best_time[k] = time
-                    if earliest == _FAR:
-                        break
-            if best_node[k] >= 0 and best_time[k] < chosen_time:
-                chosen_time = best_time[k]
-                chosen = k
+                                q = m
+                            else:
+                                q = admitted[slot]
+                            short = need[r, q] + extra[r, q] - (own if q == m else 0)
+                            if left[r, q] > 0 and short > room:
+                                safe = False
+                                break
+                            room += held[r, q] + (alloc[n] - free[n] if q == m else 0)
+                        oldest = num_admitted > 0 and admitted[0] == m and (not holds[n] or num_admitted == 1)
+                        if not safe and num_admitted > 0 and not oldest:
+                            continue
+                    if turn == 0:
+                        earliest = time
+                    else:
+                        best_prio = prio[n]
+                        state.best_node[k], state.best_class[k], state.best_time[k] = n, c, time
+                if earliest == FAR:
+                    break
+        chosen = first_to_start(state)
         if chosen < 0:
             return -1
-        k = chosen
-        n = best_node[k]
+        n = state.best_node[chosen]
+        makespan = max(makespan, run(facts, state, chosen, seq, start))
         r = rank[n]
         m = microbatch[n]
-        start[n] = chosen_time
-        end = chosen_time + dur[n]
-        makespan = max(makespan, end)
-        seq[k, length[k]] = n
-        length[k] += 1
-        for index in range(ptr[k], ptr[k + 1]):
-            c = owned[index]
-            if nxt[c] == n and n < base[c + 1]:
-                nxt[c] += 1
-                break
-        free_at[k] = end
-        last_free[k] = free[n]
+        last_free[chosen] = free[n]
         used[r] += alloc[n] - free[n]
         held[r, m] += alloc[n] - free[n]
         if holds[n]:
@@ -198,7 +163,7 @@ def list_schedule(facts, task, seq, start):
                 later = nodes[index] + 1
                 if later < base[cls[nodes[index]] + 1] and microbatch[later] > m:
                     earlier[microbatch[later]] -= 1
-            dirty[:] = True  # what others had chosen may not be safe any more
+            state.dirty[:] = True  # what others had chosen may not be safe any more
         left[r, m] -= 1
         todo[m] -= 1
         if not weight[n]:
@@ -206,7 +171,7 @@ def list_schedule(facts, task, seq, start):
             if core[m] == 0:
                 flying -= 1
                 if full:
-                    dirty[:] = True
+                    state.dirty[:] = True
                     full = False
         if todo[m] == 0:
             at = 0
@@ -215,15 +180,5 @@ def list_schedule(facts, task, seq, start):
                     admitted[at] = admitted[slot]
                     at += 1
             num_admitted = at
-            dirty[:] = True  # another microbatch is now the oldest
-        dirty[k] = True
-        for other in range(num_machines):
-            if machine_rank[other] == r:
-                dirty[other] = True
-        for e in range(succ_ptr[n], succ_ptr[n + 1]):
-            s = succ[e]
-            ready[s] = max(ready[s], end + lag[e])
-            waits[s] -= 1
-            if waits[s] == 0:
-                dirty[machine[s]] = True
+            state.dirty[:] = True  # another microbatch is now the oldest
     return makespan

@@ -16,6 +16,7 @@ from mipipe.planner.actions import ActionKind
 from mipipe.planner.jobs.arrays import Instance
 from mipipe.planner.jobs.dependencies import KINDS
 from mipipe.planner.search.list_kernel import ListTask, list_schedule
+from mipipe.planner.search.list_steps import interpreted
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,7 @@ def schedule(instance: Instance, rule: ListRule, rng: np.random.Generator | None
     length = instance.lengths()
     seq = np.full((instance.num_machines, int(length.max())), -1, dtype=np.int64)
     start = np.zeros(instance.size, dtype=np.int64)
-    kernel = list_schedule if compiled else list_schedule.py_func
+    kernel = list_schedule if compiled else interpreted(list_schedule)
     task = ListTask(instance.kind <= KINDS.index(ActionKind.RECOMPUTE), instance.kind == KINDS.index(ActionKind.W),
                     priorities(instance, rule, rng), int(rule.delay * period(instance)), rule.limit,
                     instance.view.problem.num_microbatches)

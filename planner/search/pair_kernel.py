@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 
 from mipipe.planner.jobs.paths import shift
-from mipipe.planner.search.anneal_kernel import TURN, beside_block
+from mipipe.planner.search.anneal_kernel import TURN, beside_block, repriced
 from mipipe.planner.search.pair_state import install, member, overfull, times, tokens_of
 
 NEAR = 8
@@ -257,7 +257,7 @@ def anneal(facts, seq, length, mate, cap, iterations, hot, cold, tilt, wild, pre
         accepted += 1
         fitting += over == 0
         if press[0] > 0.0 and accepted % TURN == 0:
-            press[0] *= 1.1 if fitting < 0.3 * TURN else 0.9 if fitting > 0.7 * TURN else 1.0
+            press[0] *= repriced(fitting)
             cost = _cost(state, start, makespan, tilt, press[0] * over)
             fitting = 0
     seq[:], length[:], mate[:] = state.seq, state.length, state.mate
