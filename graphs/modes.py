@@ -131,7 +131,7 @@ class Resident:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class KeptBytes:
     """Bytes that one member keeps between phases: made in the first and read last in the second."""
 
     __pydantic_config__: ClassVar = STRICT
@@ -158,7 +158,7 @@ class ModeProfile:
     outputs: tuple[Layout, ...]
     parts: tuple[ParameterPart, ...]
     resident: Resident
-    kept: Kept
+    kept: KeptBytes
     phases: dict[Phase, PhaseWork]
     whole: tuple[str, ...] = ()
 

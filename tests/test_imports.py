@@ -102,6 +102,17 @@ def test_light_verbs_do_not_name_torch_or_the_runtime() -> None:
     assert not wrong, "verbs that must start without torch:\n" + "\n".join(wrong)
 
 
+def test_a_class_has_one_meaning() -> None:
+    """No two modules define public classes of one name: whoever reads a name knows which is meant."""
+    places: dict[str, list[str]] = {}
+    for path in _files(*LAYERS, "mipipe"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    twice = {name: where for name, where in places.items() if len(where) > 1}
+    assert len(places) > 300 and not twice, twice
+
+
 def test_no_module_imports_itself_through_others() -> None:
     """Circles hide where a change may matter; imports inside functions and for types count too."""
     files = {".".join(("mipipe", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mipipe.graphs.calibration.rule import CalibrationRule
-from mipipe.graphs.calibration.streams import Calibration, Member, Need, Stream, Who
+from mipipe.graphs.calibration.streams import CalibrationPlan, Member, ModelStream, Need, Who
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.graph import MergeUnit
 from mipipe.graphs.merging.methods import BY_NAME
 
 
 def calibration_of(units: Sequence[MergeUnit], rule: CalibrationRule | None, own: Mapping[int, str],
-                   num_layers: int, seed: int, where: str) -> Calibration | None:
+                   num_layers: int, seed: int, where: str) -> CalibrationPlan | None:
     """The streams that all units' methods need together; None where none runs a model.
 
     Args:
@@ -40,11 +40,11 @@ def calibration_of(units: Sequence[MergeUnit], rule: CalibrationRule | None, own
         return None
     if num_layers < 1:
         raise InputError(f"{where}: calibration runs decoder layers, and the models' config tells no num_hidden_layers")
-    streams = [Stream(members, tuple(sorted(name for name, backward in found.items() if backward == gradients)),
+    streams = [ModelStream(members, tuple(sorted(name for name, backward in found.items() if backward == gradients)),
                       gradients, part, rule.parts)
                for members, found in sorted(wanted.items(), key=lambda item: [(m.model, m.data) for m in item[0]])
                for gradients in (False, True) if gradients in found.values() for part in range(rule.parts)]
-    return Calibration(rule.samples, rule.length, rule.batch, seed, num_layers, tuple(streams))
+    return CalibrationPlan(rule.samples, rule.length, rule.batch, seed, num_layers, tuple(streams))
 
 
 def _members(unit: MergeUnit, need: Need, own: Mapping[int, str], shared: str) -> list[tuple[Member, ...]]:

@@ -1,4 +1,4 @@
-"""`Stream`: models run side by side, layer by layer, and what is measured on the way.
+"""`ModelStream`: models run side by side, layer by layer, and what is measured on the way.
 
 A stream's members see each their own samples (often the same). Streams share nothing, so any rank can run any stream;
 one is walked in steps: the embedding, every layer forward, the head, and where gradients are wanted every layer
@@ -49,7 +49,7 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class Stream:
+class ModelStream:
     """Models that run side by side, and the statistics taken; ``part`` of ``num_parts`` of their samples."""
 
     __pydantic_config__: ClassVar = STRICT
@@ -70,7 +70,7 @@ class Stream:
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
+class CalibrationPlan:
     """The streams of a merge. ``digests``: of the samples drawn from every data source, once they are."""
 
     __pydantic_config__: ClassVar = STRICT
@@ -79,7 +79,7 @@ class Calibration:
     batch: int
     seed: int
     num_layers: int
-    streams: tuple[Stream, ...]
+    streams: tuple[ModelStream, ...]
     digests: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -87,6 +87,6 @@ class Calibration:
         """Every data source once."""
         return tuple(dict.fromkeys(member.data for stream in self.streams for member in stream.members))
 
-    def rows(self, stream: Stream, total: int) -> tuple[int, int]:
+    def rows(self, stream: ModelStream, total: int) -> tuple[int, int]:
         """The samples ``[first, stop)`` of ``total`` that a stream's part runs on."""
         return (total * stream.part // stream.num_parts, total * (stream.part + 1) // stream.num_parts)

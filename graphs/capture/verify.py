@@ -42,7 +42,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Step:
+class LossAndGradients:
     """A loss and gradients by parameter FQN, only those that are there."""
 
     loss: float
@@ -116,7 +116,7 @@ def verify(graph: OperatorGraph, module: nn.Module, inputs: Mapping[str, Any] | 
             second = eager_step(module, batch, graph.loss)
             made = run_step(graph, parameter_tensors(graph, start), batch)
         _same_twice(graph, first, second, moved)
-        differences = compare(graph, Step(float(made.outputs[graph.loss]), made.gradients), first)
+        differences = compare(graph, LossAndGradients(float(made.outputs[graph.loss]), made.gradients), first)
         differences += [f"{name} is changed by the forward, and the graph does not change it" for name in start
                         if name not in made.buffers and not _same_values(start[name], changed[name])]
         if not differences:
@@ -144,7 +144,7 @@ def _made_up(index: GraphIndex, generator: torch.Generator, places: Sequence[int
     return batch
 
 
-def _same_twice(graph: OperatorGraph, first: Step, second: Step, moved: str) -> None:
+def _same_twice(graph: OperatorGraph, first: LossAndGradients, second: LossAndGradients, moved: str) -> None:
     differences = compare(graph, second, first, "the first call's")
     if differences:
         raise GraphError(f"model {graph.model}: two calls with the same weights, inputs and random numbers differ:"
@@ -153,7 +153,8 @@ def _same_twice(graph: OperatorGraph, first: Step, second: Step, moved: str) -> 
                          " keeps one value of it; make it a buffer")
 
 
-def compare(graph: OperatorGraph, found: Step, expected: Step, whose: str = "eager") -> list[str]:
+def compare(graph: OperatorGraph, found: LossAndGradients, expected: LossAndGradients,
+            whose: str = "eager") -> list[str]:
     """What differs beyond rounding, each with its name: the loss, then gradients from the largest error down."""
     kinds = {item.spec.dtype for item in graph.parameters if not item.buffer}
     kinds |= {value.spec.dtype for value in graph.values}
@@ -184,14 +185,14 @@ def compare(graph: OperatorGraph, found: Step, expected: Step, whose: str = "eag
     return differences + [f"{name} {text}" for _, name, text in sorted(errors, key=lambda item: -item[0])]
 
 
-def eager_step(module: nn.Module, batch: Mapping[str, Any], loss: str) -> Step:
+def eager_step(module: nn.Module, batch: Mapping[str, Any], loss: str) -> LossAndGradients:
     """The model's own loss and gradients."""
     module.zero_grad()
     with torch.enable_grad():
         value = module(**batch)[loss]
         if value.requires_grad:
             value.backward()
-    return Step(float(value.detach()), {name.removeprefix("wrapped."): item.grad.clone()
+    return LossAndGradients(float(value.detach()), {name.removeprefix("wrapped."): item.grad.clone()
                                         for name, item in module.named_parameters() if item.grad is not None})
 
 

@@ -24,7 +24,7 @@ OutDtype = Literal["float64", "float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class ConversionRecipe:
     """What the recipe of every method has: the model, the dtype to compute in, that of the result (none: as stored)."""
 
     __pydantic_config__: ClassVar = STRICT
@@ -35,7 +35,7 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Molae(Recipe):
+class Molae(ConversionRecipe):
     """MoLAE: ``group`` experts share a latent space of ``latent`` dimensions (none: the experts' inner size), after
     ``rank`` (none: full) has been taken of each matrix. ``grouping``: neighbours, or by similarity of what they
     read."""
@@ -52,7 +52,7 @@ class Molae(Recipe):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Merging(Recipe):
+class Merging(ConversionRecipe):
     """How experts are merged: into ``groups`` per layer on average (none: half of them).
 
     Others join the most used expert that they are most alike: by ``similarity`` of their router logits over the
@@ -108,7 +108,7 @@ class CompressExperts(Merging):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PruneExperts(Recipe):
+class PruneExperts(ConversionRecipe):
     """The ``keep`` most used experts of every layer stay, and their router's rows. ``by``: how often each is chosen, or
     the sum of its router weights."""
 
@@ -124,7 +124,7 @@ class PruneExperts(Recipe):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dive(Recipe):
+class Dive(ConversionRecipe):
     """DIVE: a dense model's MLP pruned for each group of domains, ``pruned`` of its channels, is an expert of its own.
 
     As many ``domains`` as ``experts``: one each; more are clustered by how well the model pruned for one does on
@@ -150,7 +150,7 @@ class Dive(Recipe):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MoeAdaptation(Recipe):
+class MoeAdaptation(ConversionRecipe):
     """SparseUnifiedModel's adaptation: neurons of a dense MLP dealt to ``experts`` by importance, the first
     ``shared_ratio`` of them to a shared expert. ``dense_layers`` stay (negative ones count from the end).
     ``router_std``: a random start of the router, which is zero and thus full of ties at 0."""

@@ -26,13 +26,12 @@ import math
 from dataclasses import dataclass, field
 
 from mipipe.graphs.coarse.totals import operator_flops
-from mipipe.graphs.costs.fusion import Kept as KeptTensor
-from mipipe.graphs.costs.fusion import Kernel, kept, kernels, made_in_backward
+from mipipe.graphs.costs.fusion import Kernel, LiveTensor, kept, kernels, made_in_backward
 from mipipe.graphs.costs.split_rules import ATTENTION, SplitRules, split_rules
 from mipipe.graphs.modes import (
     Collective,
     CollectiveKind,
-    Kept,
+    KeptBytes,
     Layout,
     ModeProfile,
     ParameterPart,
@@ -92,7 +91,7 @@ class TraceFacts:
 
     rules: SplitRules
     kernels: tuple[Kernel, ...]
-    kept: tuple[KeptTensor, ...]
+    kept: tuple[LiveTensor, ...]
     late: frozenset[str]
 
 
@@ -331,7 +330,7 @@ class _Estimate:
         sizes["dense"] += sum(self.trace.specs[name].num_bytes for name in self.trace.buffers)
         return Resident(**sizes)
 
-    def kept(self, cut: bool) -> Kept:
+    def kept(self, cut: bool) -> KeptBytes:
         sizes = {"fi": 0.0, "fw": 0.0, "iw": 0.0}
         if cut:
             for item in self.facts.kept:
@@ -345,4 +344,4 @@ class _Estimate:
             if operator.kind.startswith(f"{ATTENTION}.") and self.trace.has(Phase.I):
                 scores = operator.flops / (4 * operator.outputs[0].shape[-1])
                 sizes["fi"] += SCORES_KEPT * scores / self.parts_of(operator.name)
-        return Kept(*(math.ceil(sizes[name]) for name in ("fi", "fw", "iw")))
+        return KeptBytes(*(math.ceil(sizes[name]) for name in ("fi", "fw", "iw")))

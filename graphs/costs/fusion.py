@@ -36,7 +36,7 @@ class Kernel:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class LiveTensor:
     """A tensor that stays until ``last``: its name (of the operator or input that makes it) and bytes."""
 
     name: str
@@ -69,7 +69,7 @@ def kernels(trace: SegmentTrace) -> list[Kernel]:
     return [_kernel(run, trace, origin, readers) for run in runs.values()]
 
 
-def kept(trace: SegmentTrace, again: tuple[str, ...] = ()) -> list[Kept]:
+def kept(trace: SegmentTrace, again: tuple[str, ...] = ()) -> list[LiveTensor]:
     """What stays after F for the backward, and after I for W, with fused kernels.
 
     ``again``: beginnings of the kinds of other operators that may be run again in the backward (attention).
@@ -82,9 +82,9 @@ def kept(trace: SegmentTrace, again: tuple[str, ...] = ()) -> list[Kept]:
             name = origin.get(saved.name, saved.name)
             wanted[name] = Phase.W if Phase.W in (saved.last, wanted.get(name)) else saved.last
     chosen = _cut(trace, makers, origin, wanted, again)
-    after_f = [Kept(name, _size(name, trace, makers), last) for name, last in chosen.items()]
+    after_f = [LiveTensor(name, _size(name, trace, makers), last) for name, last in chosen.items()]
     late = {origin.get(saved.name, saved.name) for saved in trace.saved if saved.source is Phase.I}
-    return after_f + [Kept(name, _size(name, trace, makers), Phase.I) for name in sorted(late)]
+    return after_f + [LiveTensor(name, _size(name, trace, makers), Phase.I) for name in sorted(late)]
 
 
 def made_in_backward(trace: SegmentTrace) -> frozenset[str]:

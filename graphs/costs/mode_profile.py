@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-from mipipe.graphs.modes import Collective, CollectiveKind, Kept, ParameterPart, PhaseWork, Product, Resident
+from mipipe.graphs.modes import Collective, CollectiveKind, KeptBytes, ParameterPart, PhaseWork, Product, Resident
 from mipipe.graphs.operator_graph import Operator, Phase, SegmentTrace
 
 _COLLECTIVES = {"mipipe.all_reduce.default": CollectiveKind.ALL_REDUCE,
@@ -54,11 +54,11 @@ def all_work(trace: SegmentTrace) -> dict[Phase, PhaseWork]:
     return {phase: phase_work(trace, phase) for phase in Phase if trace.has(phase)}
 
 
-def kept_bytes(trace: SegmentTrace) -> Kept:
+def kept_bytes(trace: SegmentTrace) -> KeptBytes:
     """What a program keeps between phases."""
     sums = {pair: sum(item.num_bytes for item in trace.saved if (item.source, item.last) == pair)
             for pair in ((Phase.F, Phase.I), (Phase.F, Phase.W), (Phase.I, Phase.W))}
-    return Kept(*sums.values())
+    return KeptBytes(*sums.values())
 
 
 def resident_bytes(member: SegmentTrace, parts: Sequence[ParameterPart], banks: Collection[str]) -> Resident:

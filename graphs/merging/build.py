@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from mipipe.graphs.calibration.derive import calibration_of
-from mipipe.graphs.calibration.streams import Calibration
+from mipipe.graphs.calibration.streams import CalibrationPlan
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.expressions import search
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, licence_of
@@ -48,7 +48,7 @@ def build(recipe: MergeRecipe, where: str = "recipe",
                       tuple(builder.notes()), _calibration(builder, units))
 
 
-def _calibration(builder: UnitBuilder, units: Sequence[MergeUnit]) -> Calibration | None:
+def _calibration(builder: UnitBuilder, units: Sequence[MergeUnit]) -> CalibrationPlan | None:
     """The models to run first, of what the recipe's methods need."""
     recipe, config = builder.recipe, builder.reference.files.config
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config

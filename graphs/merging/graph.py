@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from mipipe.graphs.calibration.streams import Calibration
+from mipipe.graphs.calibration.streams import CalibrationPlan
 from mipipe.graphs.merging.checkpoints.files import DTYPE_BITS, StoredTensor
-from mipipe.graphs.merging.tensor_classes import Piece, TensorClass, is_stacked, pieces, table_shape
+from mipipe.graphs.merging.tensor_classes import TableRows, TensorClass, is_stacked, pieces, table_shape
 from mipipe.graphs.merging.tokens.vocabulary import Vocabulary
 from mipipe.graphs.serialize import STRICT
 
@@ -146,7 +146,7 @@ class MergeGraph:
     align_experts: bool = False
     align_hidden_units: bool = False
     notes: tuple[str, ...] = ()
-    calibration: Calibration | None = None
+    calibration: CalibrationPlan | None = None
     """The models that are run first, where a method reads what that finds out."""
 
     @property
@@ -177,12 +177,12 @@ def columns_of(unit: MergeUnit, shape: tuple[int, ...]) -> int:
     return shape[-1] if is_stacked(unit.name, shape) else math.prod(shape[1:])
 
 
-def pieces_of(unit: MergeUnit, config: Mapping[str, Any]) -> tuple[Piece, ...]:
+def pieces_of(unit: MergeUnit, config: Mapping[str, Any]) -> tuple[TableRows, ...]:
     """The pieces of a unit in row order; a matrix stored transposed is one piece.
 
     Args:
         config: of the model whose architecture the output has (the graph's ``source_config``).
     """
     if unit.vocabulary or unit.crop or unit.transposed:
-        return (Piece(unit.name, 0, unit.shape[0] if unit.shape else 1),)
+        return (TableRows(unit.name, 0, unit.shape[0] if unit.shape else 1),)
     return pieces(unit.name, unit.shape, config)

@@ -4,8 +4,8 @@ Decided once per tensor name from name, shape, dtype and the model's config, bef
 here is names and integers: no tensor is read.
 
 A tensor is seen as a table of rows: a matrix as it is, a convolution as ``[out, in * k * k]``, stacked experts
-``[E, m, n]`` as E blocks of m rows. A `Piece` is a run of rows that methods treat as one matrix: one expert, one of the
-projections fused into ``gate_up`` or ``qkv``. Rows are contiguous in the file, so pieces are byte ranges.
+``[E, m, n]`` as E blocks of m rows. A `TableRows` is a run of rows that methods treat as one matrix: one expert, one of
+the projections fused into ``gate_up`` or ``qkv``. Rows are contiguous in the file, so pieces are byte ranges.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TensorClass(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TableRows:
     """Rows ``[start, stop)`` of a tensor's table that methods treat as one matrix; ``key`` names it uniquely."""
 
     key: str
@@ -87,7 +87,7 @@ def is_transposed(name: str, model_type: str) -> bool:
     return model_type in ("gpt2", "gptj_conv1d", "imagegpt", "decision_transformer") and bool(_TRANSPOSED.search(name))
 
 
-def pieces(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[Piece, ...]:
+def pieces(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[TableRows, ...]:
     """The matrices inside a tensor: per expert, and per projection where several are fused along the output rows.
 
     Fused query, key and value rows are split when the config gives their head counts; ``gate_up`` into two halves.
@@ -95,11 +95,11 @@ def pieces(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tupl
     if is_stacked(name, shape):
         experts, rows = shape[0], shape[1]
         blocks = _fused_blocks(name, rows, config)
-        return tuple(Piece(f"{name}[{expert}]{suffix}", expert * rows + start, expert * rows + stop)
+        return tuple(TableRows(f"{name}[{expert}]{suffix}", expert * rows + start, expert * rows + stop)
                      for expert in range(experts) for suffix, start, stop in blocks)
     rows = table_shape(shape)[0]
     blocks = _fused_blocks(name, rows, config) if len(shape) == 2 else (("", 0, rows),)
-    return tuple(Piece(name + suffix, start, stop) for suffix, start, stop in blocks)
+    return tuple(TableRows(name + suffix, start, stop) for suffix, start, stop in blocks)
 
 
 def _fused_blocks(name: str, rows: int, config: Mapping[str, Any]) -> tuple[tuple[str, int, int], ...]:

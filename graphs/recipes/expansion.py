@@ -1,8 +1,9 @@
 """APEX (arXiv 2505.24241): neurons that matter little get a mixture of those that matter much, trained, then fused.
 
-A stage: `Votes` watches some batches; `expand` pairs the units with the fewest votes with those with the most, in every
-feed-forward layer, and makes ``W_low <- diag(v) W_low + M W_high`` and ``W_high <- diag(s) W_high + D`` trainable
-through v, s, D and a Monarch matrix M; a run under any plan trains them; `fuse` writes the weights and drops the rest.
+A stage: `ActivationVotes` watches some batches; `expand` pairs the units with the fewest votes with those with the
+most, in every feed-forward layer, and makes ``W_low <- diag(v) W_low + M W_high`` and ``W_high <- diag(s) W_high + D``
+trainable through v, s, D and a Monarch matrix M; a run under any plan trains them; `fuse` writes the weights and drops
+the rest.
 Rows of ``gate_proj`` and ``up_proj`` and the matching columns of ``down_proj`` are treated alike.
 
 Left out: attention heads. Legend: U units of a layer, k chosen, d the other side of a weight.
@@ -47,7 +48,7 @@ def feed_forward_layers(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-class Votes:
+class ActivationVotes:
     """Counts, per layer and unit [U], how often a unit's activation was among the k largest of a batch, less how often
     among the k smallest. Inside ``with`` it watches the model's forward passes."""
 
@@ -58,7 +59,7 @@ class Votes:
                        for name, layer in self._layers.items()}
         self._handles: list[Any] = []
 
-    def __enter__(self) -> Votes:
+    def __enter__(self) -> ActivationVotes:
         for name, layer in self._layers.items():
             def watch(_: Any, given: tuple[Tensor, ...], name: str = name) -> None:
                 self.add(name, given[0].detach().reshape(-1, given[0].shape[-1]).norm(dim=0))
@@ -126,7 +127,7 @@ def monarch(first: Tensor, second: Tensor, x: Tensor) -> Tensor:
     return made
 
 
-def expand(model: nn.Module, votes: Votes) -> nn.Module:
+def expand(model: nn.Module, votes: ActivationVotes) -> nn.Module:
     """The model, changed: every feed-forward layer's chosen units trainable through their mixture, all else frozen. Its
     output is what it was."""
     model.requires_grad_(False)

@@ -117,7 +117,7 @@ class Importance:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class KeptUnits:
     """What stays, by layer: groups of heads, feed-forward units, and ranks of adapters (none: the adapter goes)."""
 
     heads: dict[str, list[int]] = field(default_factory=dict)
@@ -126,7 +126,7 @@ class Kept:
 
 
 def choose(model: nn.Module, importance: Importance | None = None, *, heads: float = 1 / 3, units: float = 1 / 3,
-           modules: float = 0.75, ranks: float = 0.5, multiple: int = 1) -> Kept:
+           modules: float = 0.75, ranks: float = 0.5, multiple: int = 1) -> KeptUnits:
     """What stays after pruning these shares: heads by layer, units and ranks over all layers, adapters by importance.
 
     A layer keeps a head, and as many units as are a multiple of ``multiple``, at least one multiple.
@@ -134,7 +134,7 @@ def choose(model: nn.Module, importance: Importance | None = None, *, heads: flo
     for name, share in (("heads", heads), ("units", units), ("modules", modules), ("ranks", ranks)):
         if not 0 <= share < 1:
             raise InputError(f"light-peft: {name}: found {share}, expected a share from 0 to below 1")
-    kept = Kept()
+    kept = KeptUnits()
     for name, layer in attention_layers(model).items():
         groups = layer.k_proj.out_features // layer.head_dim
         scores = layer.o_proj.unit_mask.detach().abs().reshape(groups, -1).sum(1)
@@ -160,7 +160,7 @@ def choose(model: nn.Module, importance: Importance | None = None, *, heads: flo
 
 
 @torch.no_grad()
-def lighten(model: nn.Module, kept: Kept, fold: bool = False) -> nn.Module:
+def lighten(model: nn.Module, kept: KeptUnits, fold: bool = False) -> nn.Module:
     """The model, changed: what does not stay is gone, and so are the masks (``fold``: multiplied into the weights)."""
     for name, layer in attention_layers(model).items():
         groups, width = layer.k_proj.out_features // layer.head_dim, layer.head_dim

@@ -44,7 +44,7 @@ class Free:
 
 
 @dataclass(frozen=True, slots=True)
-class Space:
+class SearchSpace:
     """Documents of a recipe file (plain data) and the values they leave open."""
 
     documents: tuple[Any, ...]
@@ -79,7 +79,7 @@ class Space:
         return found
 
 
-def space_of(documents: Sequence[Any], where: str) -> Space:
+def space_of(documents: Sequence[Any], where: str) -> SearchSpace:
     """The free values of a recipe's documents.
 
     Raises:
@@ -90,7 +90,7 @@ def space_of(documents: Sequence[Any], where: str) -> Space:
         raise InputError(f"{where}: leaves no value open; write {{search: [0.0, 1.0]}} or {{choose: [a, b]}} in place"
                          f" of"
                          " one")
-    return Space(tuple(documents), free)
+    return SearchSpace(tuple(documents), free)
 
 
 def _found(data: Any, path: Path, where: str) -> list[Free]:

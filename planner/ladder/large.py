@@ -68,7 +68,7 @@ time limit that is kept for it at most."""
 
 
 @dataclass(slots=True)
-class Entry:
+class OutlineEntry:
     """A placement in the comparison: cut down to few microbatches, and the best rule found for it there."""
 
     placement: Placement
@@ -103,7 +103,7 @@ def climb(run: Run) -> Tuning | None:
     goes on tuning them, None where no list fits."""
     limit = run.options.time_limit_s
     run.reserve_s = min(CHECK_SHARE * limit, CHECK_S * chain_actions(run.problem))
-    entries: list[Entry] = []
+    entries: list[OutlineEntry] = []
     waiting = large_placements(run)
     left_out: list[Placement] = []
     for placement in waiting:
@@ -144,7 +144,7 @@ class Tuning:
     """Rules tuned further, in turns: the best placement's, by reversed time as well, then the next one's."""
 
     run: Run
-    entries: list[Entry]
+    entries: list[OutlineEntry]
     turns: int = 0
 
     def step(self, seconds: float) -> bool:
@@ -171,7 +171,7 @@ def large_placements(run: Run) -> Iterator[Placement]:
                     and (name != "free" or len(placement.stages) <= MOST_STAGES * problem.num_ranks + len(ends)))
 
 
-def _enter(run: Run, placement: Placement, seconds: float) -> Entry | None:
+def _enter(run: Run, placement: Placement, seconds: float) -> OutlineEntry | None:
     """The placement with few microbatches and a first rule; None if none fits its memory."""
     count = min(run.problem.num_microbatches, ROUNDS * run.problem.num_ranks)
     count -= count % 2
@@ -186,7 +186,7 @@ def _enter(run: Run, placement: Placement, seconds: float) -> Entry | None:
     tuned = quotas.tune(small, lines, seconds, run.options.seed, stop=lambda: run.interrupted)
     if tuned is None:
         return None
-    return Entry(placement, small, lines, tuned, _expected(run, small, tuned.orders), [tuned.rule])
+    return OutlineEntry(placement, small, lines, tuned, _expected(run, small, tuned.orders), [tuned.rule])
 
 
 def _expected(run: Run, small: Instance, orders: Orders) -> int:
@@ -195,7 +195,7 @@ def _expected(run: Run, small: Instance, orders: Orders) -> int:
     return orders.makespan_ns + rest * greedy.period(small)
 
 
-def _tune(run: Run, entry: Entry, seconds: float) -> None:
+def _tune(run: Run, entry: OutlineEntry, seconds: float) -> None:
     """Tune an entry's rule further; what was found is kept for the whole problem to choose from."""
     tuned = _longer(run, entry.small, entry.lines, entry.tuned, seconds)
     if tuned.orders.makespan_ns < entry.tuned.orders.makespan_ns:
@@ -214,7 +214,7 @@ def _longer(run: Run, instance: Instance, lines: quotas.Lines, tuned: quotas.Tun
     return min([tuned, *found], key=lambda other: other.orders.makespan_ns)
 
 
-def _turn(run: Run, entry: Entry, seconds: float) -> None:
+def _turn(run: Run, entry: OutlineEntry, seconds: float) -> None:
     """Tune an entry's rule for reversed time, which is good at the other end of the step."""
     mirrored, lines, _ = two_ended.backwards(entry.small, entry.lines)
     tuned = quotas.tune(mirrored, lines, seconds, run.options.seed + entry.turns, start=entry.backward,
@@ -223,7 +223,7 @@ def _turn(run: Run, entry: Entry, seconds: float) -> None:
     entry.backward = tuned.rule if tuned is not None else None
 
 
-def _apply(run: Run, entry: Entry, rung: str, seconds: float = 0.0) -> None:
+def _apply(run: Run, entry: OutlineEntry, rung: str, seconds: float = 0.0) -> None:
     """Schedule all microbatches by an entry's rules, as a candidate; the search may go on from it.
 
     What is best on few microbatches may pay for its short ends with a slower middle, so all rules found on the way are
@@ -263,7 +263,7 @@ def _apply(run: Run, entry: Entry, rung: str, seconds: float = 0.0) -> None:
         run.note(found, rung)
 
 
-def _blended(instance: Instance, lines: quotas.Lines, entry: Entry, forward: Orders) -> Orders:
+def _blended(instance: Instance, lines: quotas.Lines, entry: OutlineEntry, forward: Orders) -> Orders:
     """The better of a schedule and of what it becomes with the entry's backward rule at the other end."""
     if entry.backward is None:
         return forward

@@ -67,7 +67,7 @@ SHORT = (5, 6, 4, 8)
 
 
 @dataclass(slots=True)
-class Entry:
+class PeriodEntry:
     """A placement in the race: its search on the ranks' clocks, and the period of the best schedule found there; the
     lines of its instance, where quotas fit it, and the best rule so far (`mipipe.planner.search.quotas`); the searches
     of its short steps, by their microbatches."""
@@ -88,7 +88,7 @@ def climb(run: Run) -> None:
         InfeasibleError: no list fits the memory of any placement.
     """
     run.period_bound_ns = period_bound(run.problem).ns
-    entries: list[Entry] = []
+    entries: list[PeriodEntry] = []
     for placement in _placements(run):
         if run.left < (1 - LISTED) * run.options.time_limit_s:
             break
@@ -115,7 +115,7 @@ def climb(run: Run) -> None:
             seconds = min(MOST_S, 1.5 * seconds)
 
 
-def _with_room(run: Run) -> list[Entry]:
+def _with_room(run: Run) -> list[PeriodEntry]:
     """Entries from the first plans for the makespan, whose lists leave room for values in flight where that is needed.
     """
     enter(run)
@@ -133,7 +133,7 @@ def _placements(run: Run) -> Iterator[Placement]:
     yield from (placement for placement in propose_shapes(run.problem, name) if placement not in known)
 
 
-def _repeat_lists(run: Run, pool: ThreadPoolExecutor, live: list[Entry]) -> None:
+def _repeat_lists(run: Run, pool: ThreadPoolExecutor, live: list[PeriodEntry]) -> None:
     """Repeat the middles of short steps as lists give them, size after size of `SHORT` for the best placements."""
     for size in SHORT:
         for at in range(0, len(live), run.options.threads):
@@ -145,7 +145,7 @@ def _repeat_lists(run: Run, pool: ThreadPoolExecutor, live: list[Entry]) -> None
                 _take(run, entry, job.result(), REPEATED)
 
 
-def _round(run: Run, pool: ThreadPoolExecutor, live: list[Entry], seconds: float, turn: int) -> None:
+def _round(run: Run, pool: ThreadPoolExecutor, live: list[PeriodEntry], seconds: float, turn: int) -> None:
     """Anneal every placement for some seconds, and meanwhile tune its quotas, where it has any, or a short step."""
     annealed = [pool.submit(search.advance, entry.search, seconds, lambda: run.stopped or run.interrupted)
                 for entry in live]
@@ -162,14 +162,14 @@ def _round(run: Run, pool: ThreadPoolExecutor, live: list[Entry], seconds: float
         raise
 
 
-def _take(run: Run, entry: Entry, made: Orders | None, rung: str) -> None:
+def _take(run: Run, entry: PeriodEntry, made: Orders | None, rung: str) -> None:
     """Let the search of a placement go on from orders that something else made, if they are better."""
     if made is not None and made.makespan_ns < entry.search.best.makespan_ns:
         entry.search.best, entry.search.origin, entry.candidate.searched = made, "", (rung,)
         _harvest(run, entry, rung=rung)
 
 
-def _tune(run: Run, entry: Entry, seconds: float, seed: int) -> Orders | None:
+def _tune(run: Run, entry: PeriodEntry, seconds: float, seed: int) -> Orders | None:
     """The orders of the placement's quotas, tuned further; None where quotas do not fit it."""
     if entry.lines is None:
         return None
@@ -179,7 +179,7 @@ def _tune(run: Run, entry: Entry, seconds: float, seed: int) -> Orders | None:
     return None if tuned is None else tuned.orders
 
 
-def _repeat(run: Run, entry: Entry, seconds: float, seed: int) -> Orders | None:
+def _repeat(run: Run, entry: PeriodEntry, seconds: float, seed: int) -> Orders | None:
     """The orders of the placement's next short step, its middle repeated; None where no step is much longer than that.
 
     A short step begins with its best list, which is repeated as it is; with some seconds its quotas are tuned and it is
@@ -229,7 +229,7 @@ def period_bound(problem: PlanningProblem) -> Bound:
 
 
 def _enter(run: Run, stage_view: StageView, schedule: Schedule | None = None,
-           proposer: tuple[str, ...] = ()) -> Entry | None:
+           proposer: tuple[str, ...] = ()) -> PeriodEntry | None:
     """A placement with its first schedule, the best list's where none is given; None where none fits the memory."""
     try:
         instance = on_rank_clocks(build(stage_view))
@@ -241,7 +241,8 @@ def _enter(run: Run, stage_view: StageView, schedule: Schedule | None = None,
     load = int(np.bincount(instance.machine, weights=instance.dur).max())
     found = Candidate(stage_view, Bound(load, "work of the busiest rank"), False, instance,
                       proposer=proposer or (f"shape {stage_view.placement.name}",))
-    entry = Entry(found, search.start(instance, orders, run.options.seed + 1, load), lines=quotas.lines_of(instance))
+    entry = PeriodEntry(found, search.start(instance, orders, run.options.seed + 1, load),
+                        lines=quotas.lines_of(instance))
     found.searched = proposer or ("list",)
     _harvest(run, entry, schedule)
     return entry if found.best is not None else None
@@ -258,7 +259,7 @@ def orders_of_schedule(instance: Instance, schedule: Schedule) -> Orders | None:
     return Orders(seq, length, int(makespan)) if makespan >= 0 and fits else None
 
 
-def _published(run: Run, entries: list[Entry]) -> None:
+def _published(run: Run, entries: list[PeriodEntry]) -> None:
     """Published schedules within the limits: starts where they beat the lists of their placements."""
     for baseline in BASELINES:
         if run.left < (1 - LISTED) * run.options.time_limit_s:
@@ -275,7 +276,7 @@ def _published(run: Run, entries: list[Entry]) -> None:
             entries.append(entry)
 
 
-def _harvest(run: Run, entry: Entry, schedule: Schedule | None = None, rung: str = "annealing") -> None:
+def _harvest(run: Run, entry: PeriodEntry, schedule: Schedule | None = None, rung: str = "annealing") -> None:
     """Judge the best orders of a placement if they are new, and take their plan where its period is the shortest.
 
     ``rung``: what made them, if they are not the first.

@@ -64,7 +64,7 @@ Take = Callable[[Run, Candidate], bool]
 
 
 @dataclass(slots=True)
-class Family:
+class ProposalFamily:
     """Placements of so many copies and positions. ``value_ns``: the lowest bound of a placement seen, that of ``best``;
     ``misses``: proposals since the last that was better; ``closed``: nothing below the incumbent is left."""
 
@@ -90,7 +90,7 @@ class Proposing:
 
     run: Run
     take: Take
-    families: list[Family] | None = None
+    families: list[ProposalFamily] | None = None
     known: list[Placement] = field(default_factory=list)
     asked: int = 0
     seen: int = 0
@@ -163,7 +163,7 @@ class Proposing:
                 return True
         return False
 
-    def _ask(self, family: Family, seconds: float) -> tuple[Cut | None, SolverOutcome]:
+    def _ask(self, family: ProposalFamily, seconds: float) -> tuple[Cut | None, SolverOutcome]:
         """The next proposal of a family; None where none was found, and the family is closed where there is none."""
         run, best = self.run, family.best
         everywhere = best is None or (family.asked > 0 and family.asked % EVERYWHERE == 0)
@@ -237,7 +237,7 @@ def replicas_fit(problem: PlanningProblem) -> bool:
     return bool(sizes) and sum(group.resident_bytes for group in problem.groups) + min(sizes) <= room
 
 
-def families_of(run: Run) -> list[Family]:
+def families_of(run: Run) -> list[ProposalFamily]:
     """The families of a chain of equal devices that the options allow; none where the problem is no such chain."""
     problem = run.problem
     if run.options.placement != "free" or problem.num_ranks < 2:
@@ -254,5 +254,5 @@ def families_of(run: Run) -> list[Family]:
                 continue
             blocks = sum(one.count for one in chain.runs)
             sizes = dict.fromkeys(turns * chain.devices for turns in TURNS)
-            found += [Family(chain, copies, size) for size in sizes if size <= blocks]
+            found += [ProposalFamily(chain, copies, size) for size in sizes if size <= blocks]
     return found

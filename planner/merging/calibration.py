@@ -7,7 +7,7 @@ forward once again, and the gradients of inputs and weights); attention's scores
 
 from __future__ import annotations
 
-from mipipe.graphs.calibration.streams import Stream
+from mipipe.graphs.calibration.streams import ModelStream
 from mipipe.graphs.errors import InfeasibleError
 from mipipe.graphs.merging.checkpoints.files import DTYPE_BITS
 from mipipe.graphs.merging.graph import MergeGraph
@@ -23,7 +23,7 @@ RUNNING_BYTES = 2**27
 """What running a model takes beside its tensors: transformers, imported at first use."""
 
 
-def step_name(stream: Stream, step: int, num_layers: int) -> str:
+def step_name(stream: ModelStream, step: int, num_layers: int) -> str:
     """A step in words."""
     if step == 0:
         return "embedding"
@@ -58,7 +58,7 @@ class RunCosts:
                 squares.setdefault(unit.layer, {})[unit.shape[1]] = unit.shape[1] ** 2
         self._squares = {layer: 2 * sum(found.values()) for layer, found in squares.items()}
 
-    def step_seconds(self, stream: Stream, step: int) -> float:
+    def step_seconds(self, stream: ModelStream, step: int) -> float:
         """Seconds of one step at measured rates."""
         found, rates = self._calibration, self._rates
         first, stop = found.rows(stream, found.samples)
@@ -70,11 +70,11 @@ class RunCosts:
             seconds += flops / rates.flops + size / rates.read + states / rates.write + states / rates.read
         return seconds
 
-    def stream_seconds(self, stream: Stream) -> float:
+    def stream_seconds(self, stream: ModelStream) -> float:
         """Seconds of a stream."""
         return sum(self.step_seconds(stream, step) for step in range(stream.num_steps(self._calibration.num_layers)))
 
-    def step_memory(self, stream: Stream, step: int) -> int:
+    def step_memory(self, stream: ModelStream, step: int) -> int:
         """Bytes of a step: a layer of every member, its gradients, one batch inside it, and the statistics."""
         found = self._calibration
         layer = _layer_of(step, found.num_layers)

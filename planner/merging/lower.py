@@ -12,7 +12,7 @@ LOAD. How large portions are and how many are read ahead is the plan's choice, m
 not depend on it, because tiles do not.
 
 Where a method reads what running the models finds out, CALIBRATE comes first: a stage is then a stream's number, a
-microbatch its step (`mipipe.graphs.calibration.streams.Stream`), and an ALL_REDUCE ends it.
+microbatch its step (`mipipe.graphs.calibration.streams.ModelStream`), and an ALL_REDUCE ends it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from mipipe.graphs.merging.checkpoints.files import DTYPE_BITS
 from mipipe.graphs.merging.graph import Input, MergeGraph, MergeUnit, columns_of, pieces_of
 from mipipe.graphs.merging.method_spec import Scope
 from mipipe.graphs.merging.passes import is_whole, is_wide, num_rounds, scope_of
-from mipipe.graphs.merging.tensor_classes import Piece
+from mipipe.graphs.merging.tensor_classes import TableRows
 from mipipe.planner.actions import ActionKind
 
 TILE_ENTRIES = 2**18
@@ -63,7 +63,7 @@ def unit_steps(unit: MergeUnit, graph: MergeGraph, portion_entries: int) -> list
     return steps
 
 
-def _portions(index: int, piece: Piece, rows: int, number: int | None, wide: bool = False) -> list[MergeStep]:
+def _portions(index: int, piece: TableRows, rows: int, number: int | None, wide: bool = False) -> list[MergeStep]:
     return [MergeStep(index, start, min(start + rows, piece.stop), number, wide, start + rows >= piece.stop)
             for start in range(piece.start, piece.stop, max(1, rows))]
 

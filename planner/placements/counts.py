@@ -19,7 +19,7 @@ from mipipe.planner.problem import Group, PlanningProblem
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class BlockRun:
     """Equal blocks in a row: how many, their groups, and per block and microbatch durations (ns) and bytes."""
 
     blocks: tuple[tuple[int, ...], ...]
@@ -42,7 +42,7 @@ class Chain:
     of the first and of the last take ``spread_f_ns``.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[BlockRun, ...]
     devices: int
     microbatches: float
     hop_ns: int
@@ -77,7 +77,7 @@ def chain_of(problem: PlanningProblem, copies: int = 1, ends: Sequence[int] = ()
             or any(group.stream is not Stream.COMPUTE for group in problem.groups) or pair_gain(problem).ratio < 1):
         return None
     kind = devices[0].kind
-    runs: list[Run] = []
+    runs: list[BlockRun] = []
     for block in units(problem, [g for g in range(len(problem.groups)) if g not in ends]):
         made = _run(tuple(block), [problem.groups[g] for g in block], kind)
         if runs and replace(runs[-1], blocks=made.blocks) == made:
@@ -95,14 +95,14 @@ def chain_of(problem: PlanningProblem, copies: int = 1, ends: Sequence[int] = ()
                  sum(run.f + run.i + run.w for run in dealt.values()), (forwards[0], forwards[1]))
 
 
-def _run(block: tuple[int, ...], groups: Sequence[Group], kind: str) -> Run:
+def _run(block: tuple[int, ...], groups: Sequence[Group], kind: str) -> BlockRun:
     """One block as a run, with mean loads."""
     def mean(values: Sequence[float | None]) -> float:
         return sum((value or 0) * (sum(group.loads) / len(group.loads) if group.loads else 1.0)
                    for group, value in zip(groups, values, strict=True))
 
     times = [group.times[kind] for group in groups]
-    return Run((block,), mean([time.f_ns for time in times]), mean([time.i_ns for time in times]),
+    return BlockRun((block,), mean([time.f_ns for time in times]), mean([time.i_ns for time in times]),
                mean([time.w_ns for time in times]), sum(group.resident_bytes for group in groups),
                mean([group.saved_fi_bytes + group.saved_fw_bytes for group in groups]))
 

@@ -11,12 +11,21 @@ from mipipe.planner.schedules.chimera import chimera
 from mipipe.planner.schedules.cut import CutRule, merge_streams
 from mipipe.planner.schedules.dualpipe import dualpipe, dualpipe_v
 from mipipe.planner.schedules.one_f_one_b import gpipe, interleaved, one_f_one_b
-from mipipe.planner.schedules.pattern import PhaseTimes, StagePattern
+from mipipe.planner.schedules.pattern import EvenTimes, StagePattern
 from mipipe.planner.schedules.v_shape import v_half, v_min, zb_v
 from mipipe.planner.schedules.zero_bubble import zb1p, zb_h1, zb_h2
 
-__all__ = ["BASELINES", "INTERLEAVED", "Baseline", "CutRule", "OrderAccounting", "PhaseTimes", "StagePattern",
-           "merge_streams", "with_chunks"]
+__all__ = [
+    "BASELINES",
+    "INTERLEAVED",
+    "Baseline",
+    "CutRule",
+    "EvenTimes",
+    "OrderAccounting",
+    "StagePattern",
+    "merge_streams",
+    "with_chunks",
+]
 
 _BOTH: tuple[OrderAccounting, ...] = ("indivisible", "split")
 _SPLIT: tuple[OrderAccounting, ...] = ("split",)

@@ -22,10 +22,10 @@ from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.schedules.closed_forms import ClosedForm
 from mipipe.planner.schedules.cut import CutRule, cut_stages, merge_streams
-from mipipe.planner.schedules.pattern import PhaseTimes, StagePattern
+from mipipe.planner.schedules.pattern import EvenTimes, StagePattern
 
 OrderAccounting = Literal["indivisible", "split"]
-MakePattern = Callable[[int, int, PhaseTimes | None], StagePattern]
+MakePattern = Callable[[int, int, EvenTimes | None], StagePattern]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +67,18 @@ class Baseline:
 
 
 @lru_cache(maxsize=1)
-def _pattern(make: MakePattern, ranks: int, microbatches: int, times: PhaseTimes) -> StagePattern:
+def _pattern(make: MakePattern, ranks: int, microbatches: int, times: EvenTimes) -> StagePattern:
     """The pattern; the last one is kept, because every accounting and cut asks for it again."""
     return make(ranks, microbatches, times)
 
 
-def _times(problem: PlanningProblem) -> PhaseTimes:
+def _times(problem: PlanningProblem) -> EvenTimes:
     """An even stage's durations on the first device and a typical transfer, for the automatic schedules."""
     devices, edges = problem.topology.devices, problem.edges
     f, i, w = (sum(getattr(group.times[devices[0].kind], name) or 0 for group in problem.groups) // problem.num_ranks
                for name in ("f_ns", "i_ns", "w_ns"))
     size = sorted(edge.num_bytes for edge in edges)[len(edges) // 2] if edges else 0
-    return PhaseTimes(f, i, w, problem.topology.transfer_ns(0, 1, size) if len(devices) > 1 else 0)
+    return EvenTimes(f, i, w, problem.topology.transfer_ns(0, 1, size) if len(devices) > 1 else 0)
 
 
 def _placed(problem: PlanningProblem, pattern: StagePattern,

@@ -12,10 +12,10 @@ from typing import Any
 from mipipe.graphs.errors import ProblemError
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.schedules.list_order import ListProblem, best_order
-from mipipe.planner.schedules.pattern import PhaseTimes, StagePattern
+from mipipe.planner.schedules.pattern import EvenTimes, StagePattern
 
 
-def chimera(ranks: int, microbatches: int, times: PhaseTimes | None = None) -> StagePattern:
+def chimera(ranks: int, microbatches: int, times: EvenTimes | None = None) -> StagePattern:
     """The pattern for whole units of one microbatch per rank; at most P activations on a rank.
 
     Raises:
@@ -28,7 +28,7 @@ def chimera(ranks: int, microbatches: int, times: PhaseTimes | None = None) -> S
     up = [microbatch % ranks >= half for microbatch in range(microbatches)]
     routes = tuple(tuple(ranks - 1 - stage if turned else stage for turned in up) for stage in range(ranks))
     lines = tuple([m for m in range(microbatches) if up[m] is turned] for turned in (False, True))
-    shop = ListProblem(ranks, ranks, microbatches, lambda stage, m: routes[stage][m], PhaseTimes(1, 1, 1), ranks,
+    shop = ListProblem(ranks, ranks, microbatches, lambda stage, m: routes[stage][m], EvenTimes(1, 1, 1), ranks,
                        lines, fused=True)
 
     def in_units(kind: ActionKind, stage: int, microbatch: int) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from collections import deque
 from mipipe.graphs.errors import ProblemError
 from mipipe.planner.actions import Action
 from mipipe.planner.schedules.pattern import (
-    PhaseTimes,
+    EvenTimes,
     StagePattern,
     backward,
     forward,
@@ -23,7 +23,7 @@ from mipipe.planner.schedules.pattern import (
 )
 
 
-def dualpipe(ranks: int, microbatches: int, times: PhaseTimes | None = None) -> StagePattern:
+def dualpipe(ranks: int, microbatches: int, times: EvenTimes | None = None) -> StagePattern:
     """A chain of one stage per rank, run from both ends: the first half of the microbatches down, the others up.
 
     Raises:
@@ -43,7 +43,7 @@ def dualpipe(ranks: int, microbatches: int, times: PhaseTimes | None = None) -> 
     return StagePattern(stages, routes, tuple(map(tuple, orders)), "two-way")
 
 
-def dualpipe_v(ranks: int, microbatches: int, times: PhaseTimes | None = None) -> StagePattern:
+def dualpipe_v(ranks: int, microbatches: int, times: EvenTimes | None = None) -> StagePattern:
     """A V of two stages per rank: the half of DualPipe that its mirror image completes.
 
     Raises:

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from mipipe.planner.actions import Action, ActionKind
-from mipipe.planner.schedules.pattern import PhaseTimes
+from mipipe.planner.schedules.pattern import EvenTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class ListProblem:
     num_stages: int
     num_microbatches: int
     rank_of: Callable[[int, int], int]
-    times: PhaseTimes
+    times: EvenTimes
     cap: int
     entries: tuple[Sequence[int], ...]
     fused: bool = False

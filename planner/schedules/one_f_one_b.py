@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from mipipe.graphs.errors import ProblemError
 from mipipe.planner.actions import Action
-from mipipe.planner.schedules.pattern import PhaseTimes, StagePattern, backward, forward, one_copy
+from mipipe.planner.schedules.pattern import EvenTimes, StagePattern, backward, forward, one_copy
 
 CHUNKS = 2
 """Stages per rank of the interleaved schedules; the papers leave it open, 2 is the least that interleaves."""
 
 
-def gpipe(ranks: int, microbatches: int, times: PhaseTimes | None = None) -> StagePattern:
+def gpipe(ranks: int, microbatches: int, times: EvenTimes | None = None) -> StagePattern:
     """All forwards, then all backwards (Huang et al., 2019)."""
     orders = [[step(rank, m) for step in (forward, backward) for m in range(microbatches)] for rank in range(ranks)]
     return one_copy(range(ranks), microbatches, orders, "chain")
 
 
-def one_f_one_b(ranks: int, microbatches: int, times: PhaseTimes | None = None) -> StagePattern:
+def one_f_one_b(ranks: int, microbatches: int, times: EvenTimes | None = None) -> StagePattern:
     """Warm up with one forward for each later stage, then alternate (Narayanan et al., PipeDream-Flush, 2021)."""
     orders = []
     for rank in range(ranks):
@@ -29,7 +29,7 @@ def one_f_one_b(ranks: int, microbatches: int, times: PhaseTimes | None = None) 
     return one_copy(range(ranks), microbatches, orders, "chain")
 
 
-def interleaved(ranks: int, microbatches: int, times: PhaseTimes | None = None, chunks: int = CHUNKS) -> StagePattern:
+def interleaved(ranks: int, microbatches: int, times: EvenTimes | None = None, chunks: int = CHUNKS) -> StagePattern:
     """1F1B with ``chunks`` stages per rank, microbatches in rounds of one per rank (Narayanan et al., 2021, fig. 4).
 
     The order is Megatron-LM's. Where transfers take time it takes about P of them longer than the figure that the

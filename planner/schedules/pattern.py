@@ -9,7 +9,7 @@ from mipipe.planner.actions import Action, ActionKind
 
 
 @dataclass(frozen=True, slots=True)
-class PhaseTimes:
+class EvenTimes:
     """What the automatic schedules look at: an even stage's F, I and W, and a transfer. The others ignore it."""
 
     f: int

@@ -16,7 +16,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from mipipe.planner.actions import Action
-from mipipe.planner.schedules.pattern import PhaseTimes, forward, input_gradient, weight_gradient
+from mipipe.planner.schedules.pattern import EvenTimes, forward, input_gradient, weight_gradient
 
 
 @dataclass(slots=True)
@@ -36,7 +36,7 @@ class _Rank:
 class _Build:
     """A V being filled: ``ends[phase][rank][microbatch]``, the switches, and the idle times of the attempt before."""
 
-    times: PhaseTimes
+    times: EvenTimes
     microbatches: int
     cap: int
     fill_forwards: bool
@@ -71,7 +71,7 @@ class _StuckError(Exception):
     """The rule asks for an action that cannot be run yet: a step of too few microbatches."""
 
 
-def greedy_v(ranks: int, microbatches: int, times: PhaseTimes,
+def greedy_v(ranks: int, microbatches: int, times: EvenTimes,
              switches: tuple[bool, bool]) -> list[list[Action]] | None:
     """The order of every rank for ``times`` of half stages, within 1F1B's activations; None where the rule gets stuck.
 

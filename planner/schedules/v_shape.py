@@ -22,7 +22,7 @@ from typing import Any
 from mipipe.planner.actions import Action
 from mipipe.planner.schedules.list_order import ListProblem, best_order
 from mipipe.planner.schedules.pattern import (
-    PhaseTimes,
+    EvenTimes,
     StagePattern,
     forward,
     input_gradient,
@@ -37,19 +37,19 @@ _MANY_ACTIONS = 30_000
 """Beyond these, ZB-V is the greedy rule alone with both switches on: a tenth of the time."""
 
 
-def v_half(ranks: int, microbatches: int, times: PhaseTimes | None = None) -> StagePattern:
+def v_half(ranks: int, microbatches: int, times: EvenTimes | None = None) -> StagePattern:
     """About half of 1F1B's activations."""
     return _pulled(ranks, microbatches, (2, 1, 2, 1), (0, 0 if ranks % 2 else 3, 1))
 
 
-def v_min(ranks: int, microbatches: int, times: PhaseTimes | None = None) -> StagePattern:
+def v_min(ranks: int, microbatches: int, times: EvenTimes | None = None) -> StagePattern:
     """About a third of 1F1B's activations."""
     return _pulled(ranks, microbatches, (1, 1, 1, 1), (0, 0 if ranks % 3 else 2, 0))
 
 
-def zb_v(ranks: int, microbatches: int, times: PhaseTimes | None = None) -> StagePattern:
+def zb_v(ranks: int, microbatches: int, times: EvenTimes | None = None) -> StagePattern:
     """1F1B's activations and, where F, I and W are equal, no bubble between a rank's first and last action."""
-    times = times or PhaseTimes(1, 1, 1)
+    times = times or EvenTimes(1, 1, 1)
     half, many = replace(times, comm=2 * times.comm), 6 * ranks * microbatches > _MANY_ACTIONS
     switches = [(True, True)] if many else [(one, two) for one in (True, False) for two in (True, False)]
     tried = [greedy_v(ranks, microbatches, half, pair) for pair in switches]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from mipipe.planner.actions import Action
 from mipipe.planner.schedules.one_f_one_b import CHUNKS, check_rounds, interleaved_step
 from mipipe.planner.schedules.pattern import (
-    PhaseTimes,
+    EvenTimes,
     StagePattern,
     forward,
     input_gradient,
@@ -20,19 +20,19 @@ from mipipe.planner.schedules.pattern import (
 )
 
 
-def zb_h1(ranks: int, microbatches: int, times: PhaseTimes | None = None) -> StagePattern:
+def zb_h1(ranks: int, microbatches: int, times: EvenTimes | None = None) -> StagePattern:
     """1F1B's memory: P microbatches at most on every rank (section 2.3, ZB-H1)."""
     return one_copy(range(ranks), microbatches,
                     [_delayed(rank, microbatches, ranks - rank - 1, rank) for rank in range(ranks)], "chain")
 
 
-def zb_h2(ranks: int, microbatches: int, times: PhaseTimes | None = None) -> StagePattern:
+def zb_h2(ranks: int, microbatches: int, times: EvenTimes | None = None) -> StagePattern:
     """More forwards in the warm-up, 2 P - 1 microbatches of memory at most (section 2.3, ZB-H2)."""
     return one_copy(range(ranks), microbatches,
                     [_delayed(rank, microbatches, 2 * (ranks - rank - 1), 2 * rank) for rank in range(ranks)], "chain")
 
 
-def zb1p(ranks: int, microbatches: int, times: PhaseTimes | None = None, chunks: int = CHUNKS) -> StagePattern:
+def zb1p(ranks: int, microbatches: int, times: EvenTimes | None = None, chunks: int = CHUNKS) -> StagePattern:
     """Interleaved zero bubble: interleaved 1F1B's order, with W put off by rank; with one chunk it is ZB-H1.
 
     Raises:

@@ -14,7 +14,7 @@ from numba import njit
 from mipipe.planner.jobs.paths import by_time, overflow, shift, times
 
 
-class State(NamedTuple):
+class AnnealState(NamedTuple):
     """An order with all that follows from it, and scratch space.
 
     ``seq`` and ``length`` are the order, ``pos`` every node's position, ``before[k, i]`` the bytes held before position
@@ -50,7 +50,7 @@ def state_of(facts, seq, length):
     topo = by_time(kept, queue)
     for place in range(count):
         tpos[topo[place]] = place
-    return State(seq, length, pos, before, kept, topo, tpos, waits, queue, stamp, log_node, log_start)
+    return AnnealState(seq, length, pos, before, kept, topo, tpos, waits, queue, stamp, log_node, log_start)
 
 
 @njit(cache=True, nogil=True)

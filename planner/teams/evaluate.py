@@ -16,7 +16,7 @@ from mipipe.planner.compare import baseline_named
 from mipipe.planner.execution.measure import measure
 from mipipe.planner.plan import Plan
 from mipipe.planner.problems.held_transfers import hold_transfers
-from mipipe.planner.schedules import Baseline, PhaseTimes
+from mipipe.planner.schedules import Baseline, EvenTimes
 from mipipe.planner.schedules.one_f_one_b import interleaved, one_f_one_b
 from mipipe.planner.teams.as_team import branches_of, team_of
 from mipipe.planner.teams.degrees import Degrees, Recompute
@@ -135,7 +135,7 @@ def evaluate_teams(pricer: Pricer, degrees: Degrees, global_batch: int, *, layer
     check_fits(model, degrees, global_batch)
     microbatches = global_batch // (degrees.copies * degrees.microbatch)
     baseline, split = schedule_of(schedule, degrees)
-    count = baseline.make(degrees.ranks, microbatches, PhaseTimes(1, 1, 1)).num_stages
+    count = baseline.make(degrees.ranks, microbatches, EvenTimes(1, 1, 1)).num_stages
     if layers is None:
         layers = even_layers(len(model.layers), count)
     if len(layers) != count:

@@ -19,7 +19,7 @@ from mipipe.planner.teams.degrees import Degrees
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class SegmentGroup:
     """Segments (by index) that stay together; ``kind`` numbers its structure, ``layer`` is its number or None."""
 
     kind: int
@@ -37,8 +37,8 @@ class ModelPieces:
 
     graph: OperatorGraph
     index: GraphIndex
-    pieces: tuple[Piece, ...]
-    kinds: tuple[Piece, ...]
+    pieces: tuple[SegmentGroup, ...]
+    kinds: tuple[SegmentGroup, ...]
     sequences: int
     tokens: int | None
 
@@ -76,14 +76,14 @@ def model_pieces(graph: OperatorGraph) -> ModelPieces:
         else:
             runs.append((key, [number]))
     kinds: dict[Any, int] = {}
-    pieces: list[Piece] = []
-    first: list[Piece] = []
+    pieces: list[SegmentGroup] = []
+    first: list[SegmentGroup] = []
     for (branch, layer), members in runs:
         signature = tuple((graph.segments[at].trace, graph.segments[at].tags.role, *(index.runs(at, phase)
                            for phase in Phase)) for at in members)
         kind = kinds.setdefault(signature, len(kinds))
         name = graph.segments[members[0]].name if layer is None else f"{branch + ' ' if branch else ''}layer {layer}"
-        pieces.append(Piece(kind, tuple(members), layer, name))
+        pieces.append(SegmentGroup(kind, tuple(members), layer, name))
         if kind == len(first):
             first.append(pieces[-1])
     shapes = {value.name: value.spec.shape for value in graph.values if value.name in graph.inputs}

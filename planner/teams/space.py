@@ -75,7 +75,7 @@ def variants(degrees: Degrees, global_batch: int, given: Mapping[str, int],
 
 
 @dataclass(frozen=True, slots=True)
-class Space:
+class DegreeSpace:
     """The points whose memory may suffice, by their bounds; how many combinations there are; and a bound for those
     that there was no time to price (None: all were)."""
 
@@ -89,7 +89,7 @@ ALL = 8_000
 
 
 def points(pricer: Pricer, devices: int, global_batch: int, given: Mapping[str, int], microbatch: int | None,
-           recomputation: Recompute | None, in_time: Callable[[], bool] = lambda: True) -> Space:
+           recomputation: Recompute | None, in_time: Callable[[], bool] = lambda: True) -> DegreeSpace:
     """Combinations of degrees, priced as long as there is time.
 
     Axes with the smallest microbatch come first, small teams before large ones; then, the most promising axes first,
@@ -126,7 +126,7 @@ def points(pricer: Pricer, devices: int, global_batch: int, given: Mapping[str, 
                     break
     found = [point for point in tried.values() if point is not None]
     left = least_seconds(pricer) * global_batch / devices if enough() else None
-    return Space(sorted(found, key=lambda point: point.bound), count, left)
+    return DegreeSpace(sorted(found, key=lambda point: point.bound), count, left)
 
 
 def promise(pricer: Pricer, point: Point, global_batch: int) -> float:

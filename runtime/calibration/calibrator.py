@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mipipe.graphs.calibration.streams import Calibration, Stream
+from mipipe.graphs.calibration.streams import CalibrationPlan, ModelStream
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.runtime.calibration import gradients
 from mipipe.runtime.calibration.decoder import Decoder
@@ -34,7 +34,7 @@ FOLDER = "calibration"
 """The folder inside a merge's partial folder."""
 
 
-def samples_file(folder: Path, calibration: Calibration, data: str) -> Path:
+def samples_file(folder: Path, calibration: CalibrationPlan, data: str) -> Path:
     """Where the samples of a data source are."""
     return folder / FOLDER / f"samples-{calibration.sources.index(data)}.npz"
 
@@ -73,7 +73,7 @@ class _Member:
 class Calibrator:
     """Runs steps of streams; ``open_model(index)`` makes a `Decoder` of the graph's model of that index."""
 
-    def __init__(self, calibration: Calibration, folder: Path, open_model: Callable[[int], Decoder],
+    def __init__(self, calibration: CalibrationPlan, folder: Path, open_model: Callable[[int], Decoder],
                  dtype: torch.dtype) -> None:
         self._calibration, self._folder, self._open, self._dtype = calibration, folder, open_model, dtype
         self._running = -1
@@ -107,7 +107,7 @@ class Calibrator:
         mark.touch()
         self._forget(stream, folder, step)
 
-    def _start(self, index: int, stream: Stream) -> None:
+    def _start(self, index: int, stream: ModelStream) -> None:
         self._members, self._running = [], index
         for item in stream.members:
             samples = Samples.load(samples_file(self._folder, self._calibration, item.data))
@@ -119,7 +119,7 @@ class Calibrator:
             self._members.append(_Member(decoder, torch.from_numpy(samples.ids).long(),
                                          torch.from_numpy(samples.lengths), first, stop))
 
-    def _batch(self, stream: Stream) -> int:
+    def _batch(self, stream: ModelStream) -> int:
         return 1 if stream.gradients else self._calibration.batch
 
     def _states(self, folder: Path, kind: str, number: int, layer: int) -> States:
@@ -131,7 +131,7 @@ class Calibrator:
 
     # Steps -----------------------------------------------------------------------------------------------------------
 
-    def _embed(self, stream: Stream, folder: Path) -> None:
+    def _embed(self, stream: ModelStream, folder: Path) -> None:
         """The residual streams before the first layer, and the statistics of the embedding's output."""
         found = [FORWARD[name]() for name in stream.statistics] if not stream.gradients else []
         for member in self._members:
@@ -153,7 +153,7 @@ class Calibrator:
             member.decoder.drop_rest()
         self._keep(folder / "forward-embedding.safetensors", stream.statistics, found)
 
-    def _rest_of_rows(self, stream: Stream, folder: Path) -> None:
+    def _rest_of_rows(self, stream: ModelStream, folder: Path) -> None:
         """Embed what later members have beyond the first one's samples (each may have its own data)."""
         batch, least = self._batch(stream), self._members[0].stop - self._members[0].first
         for number, member in enumerate(self._members):
@@ -162,7 +162,7 @@ class Calibrator:
                     self._states(folder, "states", number, 0).write(start, member.decoder.embed(
                         member.tokens(start, stop)))
 
-    def _record(self, stream: Stream) -> None:
+    def _record(self, stream: ModelStream) -> None:
         """Make sure that what layers take beside states is known, after an interruption too."""
         for member in self._members:
             for start, stop in member.rows(self._batch(stream)):
@@ -171,7 +171,7 @@ class Calibrator:
                     member.decoder.embed(member.tokens(start, stop))
                     member.decoder.drop_rest()
 
-    def _forward(self, stream: Stream, folder: Path, layer: int) -> None:
+    def _forward(self, stream: ModelStream, folder: Path, layer: int) -> None:
         self._record(stream)
         found = [FORWARD[name]() for name in stream.statistics] if not stream.gradients else []
         for member in self._members:
@@ -202,7 +202,7 @@ class Calibrator:
         self._states(folder, "states", number, layer + 1).write(start, out)
         return _linked(seen)
 
-    def _head(self, stream: Stream, folder: Path) -> None:
+    def _head(self, stream: ModelStream, folder: Path) -> None:
         """The statistics of what goes into the head."""
         found = [FORWARD[name]() for name in stream.statistics]
         for member in self._members:
@@ -221,7 +221,7 @@ class Calibrator:
             member.decoder.drop_rest()
         self._keep(folder / "forward-head.safetensors", stream.statistics, found)
 
-    def _loss(self, stream: Stream, folder: Path) -> None:
+    def _loss(self, stream: ModelStream, folder: Path) -> None:
         """The gradients of the loss on the last states, and the statistics of norm and head."""
         last = self._calibration.num_layers
         values = []
@@ -244,7 +244,7 @@ class Calibrator:
             member.decoder.drop_rest()
         self._keep(folder / "backward-rest.safetensors", stream.statistics, found)
 
-    def _backward(self, stream: Stream, folder: Path, layer: int) -> None:
+    def _backward(self, stream: ModelStream, folder: Path, layer: int) -> None:
         self._record(stream)
         values = []
         for member in self._members:
@@ -286,7 +286,7 @@ class Calibrator:
             except OSError as error:
                 raise RunError(f"{file}: cannot be written: {error.strerror}") from None
 
-    def _forget(self, stream: Stream, folder: Path, step: int) -> None:
+    def _forget(self, stream: ModelStream, folder: Path, step: int) -> None:
         """Remove states that no later step reads."""
         layers = self._calibration.num_layers
         for number in range(len(self._members)):

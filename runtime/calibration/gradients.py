@@ -70,7 +70,7 @@ class Sensitivity(_Base):
             self.count(name)
 
 
-class Votes(_Base):
+class RcpVotes(_Base):
     """RCP-Merging's votes (arXiv 2508.03140) on every entry."""
 
     def __init__(self, values: Sequence[Mapping[str, Tensor]], strength: float) -> None:
@@ -105,5 +105,5 @@ def make(name: str, values: Sequence[Mapping[str, Tensor]]) -> GradientStatistic
     """The statistic of a name; ``values`` are every member's parameters of the layer."""
     kind, _, number = name.partition(":")
     if kind == "votes":
-        return Votes(values, float(number))
+        return RcpVotes(values, float(number))
     return {"fisher": Fisher, "sensitivity": Sensitivity}[kind](values)

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mipipe.graphs.calibration.streams import Calibration
+from mipipe.graphs.calibration.streams import CalibrationPlan
 from mipipe.runtime.calibration.calibrator import stream_folder
 from mipipe.runtime.calibration.gradients import ENTRYWISE
 from mipipe.runtime.calibration.statistics import AS
@@ -18,7 +18,7 @@ from mipipe.runtime.calibration.statistics import AS
 class Results:
     """The statistics of a merge's streams. A stream is named by its last member's model."""
 
-    def __init__(self, calibration: Calibration, folder: Path, dtype: torch.dtype) -> None:
+    def __init__(self, calibration: CalibrationPlan, folder: Path, dtype: torch.dtype) -> None:
         self._dtype = dtype
         self._files: dict[tuple[str, int], list[dict[tuple[str, str], Path]]] = {}
         for index, stream in enumerate(calibration.streams):

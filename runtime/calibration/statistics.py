@@ -102,7 +102,7 @@ class Gram(_Sums):
                 self.share(seen)
 
 
-class Moments(_Sums):
+class OutputMoments(_Sums):
     """First and second moments, feature by feature, of two members' outputs."""
 
     def add(self, captures: Sequence[Mapping[str, Capture]]) -> None:
@@ -132,7 +132,7 @@ class Cross(_Sums):
                 self.share(seen)
 
 
-class Joint(_Sums):
+class JointMoments(_Sums):
     """The second moment of two members' inputs side by side, and the sum of each; of linear maps."""
 
     def add(self, captures: Sequence[Mapping[str, Capture]]) -> None:
@@ -146,7 +146,7 @@ class Joint(_Sums):
                 self.share(seen)
 
 
-class Routing(_Sums):
+class RouterStatistics(_Sums):
     """What a router of the first member sees, what the second member's router says of the same tokens, and how much
     that matters: the mean Hessian ``diag(p) - p p^T`` of its softmax."""
 
@@ -163,6 +163,6 @@ class Routing(_Sums):
 
 
 FORWARD: dict[str, Callable[[], Statistic]] = {
-    "mean_abs": MeanAbs, "gram": Gram, "moments": Moments, "cross": Cross, "joint": Joint,
-    "routing": Routing}
+    "mean_abs": MeanAbs, "gram": Gram, "moments": OutputMoments, "cross": Cross, "joint": JointMoments,
+    "routing": RouterStatistics}
 """Statistics of forward passes by name."""

@@ -29,7 +29,7 @@ BATCH = 4
 
 
 @dataclass
-class Routing:
+class RoutingCounts:
     """A MoE layer's routing: how often each expert was chosen, its summed weights, and Z Z^T of the router logits
     (Z: experts by tokens)."""
 
@@ -51,7 +51,7 @@ class Routing:
 
 
 @dataclass
-class Moments:
+class ChannelMoments:
     """Mean and squared deviations of every channel over all tokens so far, and the sum of magnitudes (Chan et al.)."""
 
     mean: Tensor
@@ -60,7 +60,7 @@ class Moments:
     count: int = 0
 
     @classmethod
-    def of(cls, size: int) -> Moments:
+    def of(cls, size: int) -> ChannelMoments:
         mean, squares, magnitude = (torch.zeros(size, dtype=torch.float64) for _ in range(3))
         return cls(mean, squares, magnitude)
 
@@ -68,9 +68,9 @@ class Moments:
         """Count more tokens: [T, channels]."""
         rows = rows.detach().double().reshape(-1, rows.shape[-1])
         mean = rows.mean(0)
-        self.join(Moments(mean, ((rows - mean) ** 2).sum(0), rows.abs().sum(0), len(rows)))
+        self.join(ChannelMoments(mean, ((rows - mean) ** 2).sum(0), rows.abs().sum(0), len(rows)))
 
-    def join(self, other: Moments) -> None:
+    def join(self, other: ChannelMoments) -> None:
         """Count the tokens of others."""
         delta, total = other.mean - self.mean, self.count + other.count
         self.squares += other.squares + delta ** 2 * (self.count * other.count / total)
@@ -164,9 +164,9 @@ def _rows_of(source: Source, name: str, rows: Tensor) -> Tensor:
                       for row in rows]).to(source.dtype)
 
 
-def routing(source: Source, samples: Samples, layers: Mapping[int, int], scratch: Path) -> dict[int, Routing]:
+def routing(source: Source, samples: Samples, layers: Mapping[int, int], scratch: Path) -> dict[int, RoutingCounts]:
     """The routing of MoE layers (number: experts) on samples."""
-    found = {number: Routing(torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64),
+    found = {number: RoutingCounts(torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64),
                              torch.zeros(count, count, dtype=torch.float64)) for number, count in layers.items()}
 
     def watch(layer: Any, number: int, real: Callable[[Tensor], Tensor]) -> list[Any]:
@@ -188,9 +188,9 @@ def routing(source: Source, samples: Samples, layers: Mapping[int, int], scratch
     return found
 
 
-def channels(source: Source, samples: Samples, layers: Mapping[int, int], scratch: Path) -> dict[int, Moments]:
+def channels(source: Source, samples: Samples, layers: Mapping[int, int], scratch: Path) -> dict[int, ChannelMoments]:
     """The moments of what goes into the down projections of layers (number: channels)."""
-    found = {number: Moments.of(size) for number, size in layers.items()}
+    found = {number: ChannelMoments.of(size) for number, size in layers.items()}
 
     def watch(layer: Any, number: int, real: Callable[[Tensor], Tensor]) -> list[Any]:
         return [layer.mlp.down_proj.register_forward_pre_hook(

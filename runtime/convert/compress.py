@@ -20,7 +20,7 @@ from mipipe.graphs.models import mipipe_moe
 from mipipe.runtime.calibration.tokens import Samples
 from mipipe.runtime.convert import collect
 from mipipe.runtime.convert.merge_experts import Grouping, SeeRouting, group_layers, grouping_figures, make_group
-from mipipe.runtime.convert.output import Conversion, Piece, Unit, converted_config, copied, written_dtype
+from mipipe.runtime.convert.output import Conversion, OutputTensor, Unit, converted_config, copied, written_dtype
 from mipipe.runtime.convert.source import PARTS, MoeLayer, Source, is_bank, is_expert, module_name, moe_layers
 
 AVERAGE, TEMPERATURE, DISTILLED = 0.85, 2.0, 0.2
@@ -167,6 +167,6 @@ def _pruned(student: Any, number: int, importance: Mapping[str, Tensor], kept: M
 def _unit(source: Source, layer: MoeLayer, state: State, out_dtype: str | None) -> Unit:
     dtype = written_dtype(layer.experts[0]["gate_proj"], out_dtype)
     named = {f"{module_name(layer.block)}.experts.{name}": item for name, item in state.items()}
-    pieces = tuple(Piece(name, dtype if item.is_floating_point() else "I64", tuple(item.shape))
+    pieces = tuple(OutputTensor(name, dtype if item.is_floating_point() else "I64", tuple(item.shape))
                    for name, item in named.items())
     return Unit(pieces, lambda: (named, {}))

@@ -24,11 +24,11 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.files import StoredTensor
 from mipipe.runtime.calibration.tokens import Samples
 from mipipe.runtime.convert import collect
-from mipipe.runtime.convert.output import Conversion, Piece, Unit, converted_config, copied, written_dtype
+from mipipe.runtime.convert.output import Conversion, OutputTensor, Unit, converted_config, copied, written_dtype
 from mipipe.runtime.convert.source import Matrices, Source, dense_layers, is_dense
 
 
-def scores(moments: collect.Moments, down: Tensor) -> Tensor:
+def scores(moments: collect.ChannelMoments, down: Tensor) -> Tensor:
     """The fluctuation of every channel in the output: its variance times the squared norm of its column."""
     return moments.variance * (down.double() ** 2).sum(0)
 
@@ -53,7 +53,7 @@ def _keep(values: Tensor, count: int) -> list[int]:
     return sorted(order[:count])
 
 
-Channels = Mapping[int, collect.Moments]
+Channels = Mapping[int, collect.ChannelMoments]
 """What a layer's channels do, by its number."""
 
 
@@ -91,7 +91,7 @@ def plan_dive(recipe: Dive, source: Source, domains: Sequence[Samples], see: Cal
 
 def _joined(parts: Sequence[Channels]) -> Channels:
     """What channels do on several domains together."""
-    found = {number: collect.Moments.of(len(item.mean)) for number, item in parts[0].items()}
+    found = {number: collect.ChannelMoments.of(len(item.mean)) for number, item in parts[0].items()}
     for part in parts:
         for number, item in part.items():
             found[number].join(item)
@@ -139,10 +139,10 @@ def _dive_unit(recipe: Dive, source: Source, number: int, parts: Mapping[str, St
                kept: Sequence[Sequence[int]], means: Sequence[Tensor]) -> Unit:
     hidden, count = parts["gate_proj"].shape[1], len(kept[0])
     block, dtype = _block(parts), written_dtype(parts["gate_proj"], recipe.out_dtype)
-    pieces = (Piece(f"{block}.experts.gate_up_proj", dtype, (recipe.experts, 2 * count, hidden)),
-              Piece(f"{block}.experts.down_proj", dtype, (recipe.experts, hidden, count)),
-              Piece(f"{block}.experts.down_proj_bias", dtype, (recipe.experts, hidden)),
-              Piece(f"{block}.gate.weight", dtype, (recipe.experts, hidden)))
+    pieces = (OutputTensor(f"{block}.experts.gate_up_proj", dtype, (recipe.experts, 2 * count, hidden)),
+              OutputTensor(f"{block}.experts.down_proj", dtype, (recipe.experts, hidden, count)),
+              OutputTensor(f"{block}.experts.down_proj_bias", dtype, (recipe.experts, hidden)),
+              OutputTensor(f"{block}.gate.weight", dtype, (recipe.experts, hidden)))
 
     def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
         whole = source.matrices(parts)
@@ -195,13 +195,13 @@ def _dealt_unit(recipe: MoeAdaptation, source: Source, number: int, parts: Mappi
                 shared: Sequence[int], experts: Sequence[Sequence[int]]) -> Unit:
     hidden, count = parts["gate_proj"].shape[1], len(experts[0])
     block, dtype = _block(parts), written_dtype(parts["gate_proj"], recipe.out_dtype)
-    pieces = [Piece(f"{block}.experts.gate_up_proj", dtype, (len(experts), 2 * count, hidden)),
-              Piece(f"{block}.experts.down_proj", dtype, (len(experts), hidden, count)),
-              Piece(f"{block}.gate.weight", dtype, (len(experts), hidden))]
+    pieces = [OutputTensor(f"{block}.experts.gate_up_proj", dtype, (len(experts), 2 * count, hidden)),
+              OutputTensor(f"{block}.experts.down_proj", dtype, (len(experts), hidden, count)),
+              OutputTensor(f"{block}.gate.weight", dtype, (len(experts), hidden))]
     if shared:
-        pieces += [Piece(f"{block}.shared_expert.gate_up_proj.weight", dtype, (2 * len(shared), hidden)),
-                   Piece(f"{block}.shared_expert.down_proj.weight", dtype, (hidden, len(shared))),
-                   Piece(f"{block}.shared_expert.weight_gate.weight", dtype, (1, hidden))]
+        pieces += [OutputTensor(f"{block}.shared_expert.gate_up_proj.weight", dtype, (2 * len(shared), hidden)),
+                   OutputTensor(f"{block}.shared_expert.down_proj.weight", dtype, (hidden, len(shared))),
+                   OutputTensor(f"{block}.shared_expert.weight_gate.weight", dtype, (1, hidden))]
 
     def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
         whole = source.matrices(parts)

@@ -96,12 +96,12 @@ class Calibrated:
         self.digests.append(found.digest)
         return found
 
-    def routing(self, samples: Samples, layers: Sequence[MoeLayer]) -> Mapping[int, collect.Routing]:
+    def routing(self, samples: Samples, layers: Sequence[MoeLayer]) -> Mapping[int, collect.RoutingCounts]:
         self._progress("running the model on the texts")
         return collect.routing(self._source, samples, {layer.number: len(layer.experts) for layer in layers},
                                self._scratch)
 
-    def channels(self, samples: Samples, layers: Mapping[int, int]) -> Mapping[int, collect.Moments]:
+    def channels(self, samples: Samples, layers: Mapping[int, int]) -> Mapping[int, collect.ChannelMoments]:
         self._progress("running the model on the texts")
         return collect.channels(self._source, samples, layers, self._scratch)
 

@@ -19,13 +19,13 @@ from torch import Tensor
 from mipipe.graphs.converting.decisions import groups_per_layer, join_groups
 from mipipe.graphs.converting.recipe import MergeExperts, Merging, PruneExperts
 from mipipe.graphs.errors import InputError
-from mipipe.runtime.convert.collect import Routing
-from mipipe.runtime.convert.output import Conversion, Piece, Unit, converted_config, copied, written_dtype
+from mipipe.runtime.convert.collect import RoutingCounts
+from mipipe.runtime.convert.output import Conversion, OutputTensor, Unit, converted_config, copied, written_dtype
 from mipipe.runtime.convert.source import PARTS, Matrices, MoeLayer, Source, is_bank, is_expert, module_name, moe_layers
 from mipipe.runtime.merge.align import assign
 from mipipe.runtime.tuning.objectives import EXPERT_COUNTS
 
-SeeRouting = Callable[[Sequence[MoeLayer]], Mapping[int, Routing]]
+SeeRouting = Callable[[Sequence[MoeLayer]], Mapping[int, RoutingCounts]]
 """Runs the model on the texts and tells the routing of layers by their numbers."""
 
 
@@ -91,7 +91,7 @@ def group_layers(recipe: Merging, source: Source, layers: Sequence[MoeLayer], se
     return found
 
 
-def _similarity(recipe: Merging, source: Source, layer: MoeLayer, seen: Routing) -> np.ndarray[Any, Any]:
+def _similarity(recipe: Merging, source: Source, layer: MoeLayer, seen: RoutingCounts) -> np.ndarray[Any, Any]:
     if recipe.similarity == "router_logits":
         return np.asarray(seen.similarity)
     if recipe.similarity == "random":
@@ -149,9 +149,9 @@ def _shared(recipe: MergeExperts, source: Source, layer: MoeLayer, grouping: Gro
     inner, hidden = layer.sizes
     slots, dtype = len(grouping.groups), written_dtype(layer.experts[0]["gate_proj"], recipe.out_dtype)
     block = f"{module_name(layer.block)}.experts"
-    pieces = (Piece(f"{block}.gate_up_proj", dtype, (slots, 2 * inner, hidden)),
-              Piece(f"{block}.down_proj", dtype, (slots, hidden, inner)),
-              Piece(f"{block}.slots", "I64", (len(grouping.usage),)))
+    pieces = (OutputTensor(f"{block}.gate_up_proj", dtype, (slots, 2 * inner, hidden)),
+              OutputTensor(f"{block}.down_proj", dtype, (slots, hidden, inner)),
+              OutputTensor(f"{block}.slots", "I64", (len(grouping.usage),)))
 
     def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
         made = [make_group(source, layer, grouping, group, recipe.align) for group in grouping.groups]
@@ -165,7 +165,7 @@ def _shared(recipe: MergeExperts, source: Source, layer: MoeLayer, grouping: Gro
 
 def _expanded(recipe: MergeExperts, source: Source, layer: MoeLayer, grouping: Grouping) -> Unit:
     """A copy of the merged expert in every member's place."""
-    pieces = tuple(Piece(tensor.name, written_dtype(tensor, recipe.out_dtype), tensor.shape)
+    pieces = tuple(OutputTensor(tensor.name, written_dtype(tensor, recipe.out_dtype), tensor.shape)
                    for expert in layer.experts for tensor in expert.values())
 
     def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -208,7 +208,7 @@ def plan_prune(recipe: PruneExperts, source: Source, see: SeeRouting) -> Convers
                       f" {min(record['kept_usage'].values()):.1%} or more of all choices.")
 
 
-def _most_used(seen: Routing, recipe: PruneExperts) -> list[int]:
+def _most_used(seen: RoutingCounts, recipe: PruneExperts) -> list[int]:
     values = (seen.weights if recipe.by == "weight" else seen.chosen).tolist()
     return sorted(sorted(range(len(values)), key=lambda expert: (-values[expert], expert))[:recipe.keep])
 
@@ -220,8 +220,9 @@ def _pruned(recipe: PruneExperts, source: Source, layer: MoeLayer, kept: Sequenc
         for tensor in layer.experts[expert].values():
             stored[tensor.name.replace(f".experts.{expert}.", f".experts.{place}.")] = tensor
     routers = [item for item in (layer.router, layer.bias) if item is not None]
-    pieces = [Piece(name, written_dtype(tensor, recipe.out_dtype), tensor.shape) for name, tensor in stored.items()]
-    pieces += [Piece(item.name, written_dtype(item, recipe.out_dtype), (len(kept), *item.shape[1:]))
+    pieces = [OutputTensor(name, written_dtype(tensor, recipe.out_dtype), tensor.shape)
+              for name, tensor in stored.items()]
+    pieces += [OutputTensor(item.name, written_dtype(item, recipe.out_dtype), (len(kept), *item.shape[1:]))
                for item in routers]
 
     def make() -> tuple[dict[str, Tensor], dict[str, Any]]:

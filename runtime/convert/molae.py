@@ -16,7 +16,7 @@ from torch import Tensor
 from mipipe.graphs.converting.decisions import alike_neighbours
 from mipipe.graphs.converting.recipe import Molae
 from mipipe.graphs.errors import InputError
-from mipipe.runtime.convert.output import Conversion, Piece, Unit, converted_config, copied, written_dtype
+from mipipe.runtime.convert.output import Conversion, OutputTensor, Unit, converted_config, copied, written_dtype
 from mipipe.runtime.convert.source import MoeLayer, Source, is_bank, is_expert, module_name, moe_layers
 
 
@@ -80,9 +80,10 @@ def _unit(recipe: Molae, source: Source, layer: MoeLayer, group: int, latent: in
     block = module_name(layer.block)
     shapes = {"gate_up_latent": (-(-count // group), 2 * latent, hidden), "gate_proj": (count, inner, latent),
               "up_proj": (count, inner, latent), "down_proj": (count, hidden, inner)}
-    pieces = [Piece(f"{block}.experts.{name}", dtype, shape) for name, shape in shapes.items()]
+    pieces = [OutputTensor(f"{block}.experts.{name}", dtype, shape) for name, shape in shapes.items()]
     routers = [item for item in (layer.router, layer.bias) if item is not None and recipe.grouping == "similar"]
-    pieces += [Piece(module_name(item.name), written_dtype(item, recipe.out_dtype), item.shape) for item in routers]
+    pieces += [OutputTensor(module_name(item.name), written_dtype(item, recipe.out_dtype), item.shape)
+               for item in routers]
 
     def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
         experts = [source.matrices(item) for item in layer.experts]

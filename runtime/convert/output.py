@@ -32,7 +32,7 @@ OUT_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": 
 
 
 @dataclass(frozen=True)
-class Piece:
+class OutputTensor:
     """A tensor to be written; see `mipipe.graphs.merging.layout.Writable`."""
 
     name: str
@@ -48,7 +48,7 @@ class Piece:
 class Unit:
     """Tensors that are computed together, and the figures that go into the record."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[OutputTensor, ...]
     make: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
 
 
@@ -71,7 +71,7 @@ def copied(source: Source, left_out: Callable[[str], bool], renamed: Callable[[s
     """Units of the source's other tensors, as they are but for the name (and a floating dtype, if one is asked for)."""
     for name, tensor in sorted(source.files.tensors.items()):
         if not left_out(name):
-            piece = Piece(renamed(name), written_dtype(tensor, out_dtype), tensor.shape)
+            piece = OutputTensor(renamed(name), written_dtype(tensor, out_dtype), tensor.shape)
             yield Unit((piece,), functools.partial(_copy, source, tensor, piece.name))
 
 

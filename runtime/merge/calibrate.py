@@ -17,7 +17,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.files import DTYPE_BITS
 from mipipe.graphs.merging.graph import Input, MergeGraph, MergeUnit
 from mipipe.graphs.merging.participants import TOKEN_TABLES
-from mipipe.graphs.merging.tensor_classes import Piece
+from mipipe.graphs.merging.tensor_classes import TableRows
 from mipipe.graphs.serialize import digest, from_data
 from mipipe.planner.merging.plan import MergePlan
 from mipipe.runtime.calibration.calibrator import FOLDER, Calibrator, samples_file
@@ -145,7 +145,7 @@ def open_decoder(graph: MergeGraph, model: int, around: Surroundings) -> Decoder
 
     def piece(name: str) -> tuple[UnitPiece, Input]:
         unit, item = items[name]
-        return UnitPiece(unit, Piece(name, 0, 0), around), item
+        return UnitPiece(unit, TableRows(name, 0, 0), around), item
 
     def read(name: str) -> Tensor:
         reader, item = piece(name)

@@ -46,7 +46,7 @@ class Sink(Protocol):
         """Note that a tensor is complete."""
 
 
-class Calibration(Protocol):
+class ModelRunner(Protocol):
     """What runs models: `mipipe.runtime.merge.calibrate.RankCalibration`."""
 
     def run(self, stream: int, step: int) -> None:
@@ -78,7 +78,7 @@ class MergeEngine:
     """
 
     def __init__(self, plan: MergePlan, around: Surroundings, survey: Survey, writer: Sink, done: Set[str],
-                 advance: Callable[[int], None] | None = None, calibration: Calibration | None = None) -> None:
+                 advance: Callable[[int], None] | None = None, calibration: ModelRunner | None = None) -> None:
         self.plan, self.around, self.survey, self.writer = plan, around, survey, writer
         self.calibration = calibration
         self.done, self.advance = done, advance

@@ -121,8 +121,8 @@ def reconstruct(tile: Tile, _stats: Any, *, folder: str, route: Sequence[float],
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(folder: str, _written: int) -> Stored:
-    return Stored(Path(folder))
+def _opened(folder: str, _written: int) -> StoredParts:
+    return StoredParts(Path(folder))
 
 
 def describe_parts(graph: MergeGraph, folder: Path) -> Parts:
@@ -187,7 +187,7 @@ class PartsWriter:
         self._journal.close()
 
 
-class Stored(Mapping[str, Tensor]):
+class StoredParts(Mapping[str, Tensor]):
     """The tensors of a parts folder by name, each read when asked for."""
 
     def __init__(self, folder: Path) -> None:

@@ -17,7 +17,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.files import StoredTensor
 from mipipe.graphs.merging.graph import Adapter, Input, MergeGraph, MergeUnit, columns_of, pieces_of
 from mipipe.graphs.merging.methods import BY_NAME
-from mipipe.graphs.merging.tensor_classes import Piece
+from mipipe.graphs.merging.tensor_classes import TableRows
 from mipipe.graphs.merging.tokens.vocabulary import GivenRow
 from mipipe.runtime.calibration.results import Results, UnitResults
 from mipipe.runtime.merge.methods.method import Tile, tile_ranges
@@ -66,7 +66,7 @@ def unit_pieces(unit: MergeUnit, around: Surroundings) -> list[UnitPiece]:
 class UnitPiece:
     """One piece of a unit; see `mipipe.runtime.merge.methods.method.PieceReader`."""
 
-    def __init__(self, unit: MergeUnit, piece: Piece, around: Surroundings) -> None:
+    def __init__(self, unit: MergeUnit, piece: TableRows, around: Surroundings) -> None:
         self.unit, self.piece, self.around = unit, piece, around
         self._factors: dict[tuple[str, str], Tensor] = {}
         self._means: dict[int, Tensor] = {}

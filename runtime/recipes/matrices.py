@@ -25,7 +25,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class ParameterShard:
     """A rank's part of a parameter: equal parts of ``dimension`` (of the parameter) lie on the ranks of ``group``. They
     wait ``timeout_s`` seconds for one another."""
 
@@ -57,20 +57,20 @@ class Shard:
                   tensor.device.type == "cpu")
 
 
-def sum_over(shard: Shard | None, total: Tensor, along: int) -> Tensor:
+def sum_over(shard: ParameterShard | None, total: Tensor, along: int) -> Tensor:
     """``total``, summed over the ranks where the matrix is split along ``along`` (-2: its rows, -1: its columns)."""
     if shard is not None and shard.dimension == along:
         shard.sum(total)
     return total
 
 
-def _norms(matrix: Tensor, along: int, power: float, shard: Shard | None) -> Tensor:
+def _norms(matrix: Tensor, along: int, power: float, shard: ParameterShard | None) -> Tensor:
     """The p-norms of rows (``along`` -1) or columns (-2), kept as a dimension of size 1."""
     squares = sum_over(shard, matrix.abs().pow(power).sum(dim=along, keepdim=True), along)
     return squares.pow(1.0 / power).clamp(min=SMALLEST_NORM)
 
 
-def equilibrate(matrix: Tensor, shard: Shard | None = None, *, power: float = 2.0, passes: int = 1,
+def equilibrate(matrix: Tensor, shard: ParameterShard | None = None, *, power: float = 2.0, passes: int = 1,
                 sequential: bool = False) -> Tensor:
     """diag(r)^-1/2 M diag(c)^-1/2 with the p-norms r of rows and c of columns, both of the same M.
 
@@ -86,7 +86,7 @@ def equilibrate(matrix: Tensor, shard: Shard | None = None, *, power: float = 2.
     return matrix
 
 
-def with_rms(matrix: Tensor, rms: float, shard: Shard | None = None) -> Tensor:
+def with_rms(matrix: Tensor, rms: float, shard: ParameterShard | None = None) -> Tensor:
     """The matrix scaled so that the root mean square of its entries is ``rms``; zeros stay zeros."""
     square = matrix.square().sum(dim=(-2, -1), keepdim=True)
     parts = 1
@@ -97,7 +97,7 @@ def with_rms(matrix: Tensor, rms: float, shard: Shard | None = None) -> Tensor:
     return matrix * (rms * math.sqrt(size) / square.sqrt().clamp(min=SMALLEST_NORM))
 
 
-def orthogonalise(matrix: Tensor, shard: Shard | None = None, *, steps: int = 5) -> Tensor:
+def orthogonalise(matrix: Tensor, shard: ParameterShard | None = None, *, steps: int = 5) -> Tensor:
     """This rank's part of the matrix with all singular values near 1. A matrix in parts is gathered for it."""
     whole = matrix
     if shard is not None:
@@ -113,7 +113,7 @@ def orthogonalise(matrix: Tensor, shard: Shard | None = None, *, steps: int = 5)
     return x if shard is None else x.chunk(shard.parts, dim=shard.dimension)[dist.get_rank(shard.group)]
 
 
-def whole_sizes(matrix: Tensor, shard: Shard | None) -> tuple[int, int]:
+def whole_sizes(matrix: Tensor, shard: ParameterShard | None) -> tuple[int, int]:
     """m and n of the whole matrix."""
     rows, columns = matrix.shape[-2:]
     if shard is None:

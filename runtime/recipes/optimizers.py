@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from mipipe.runtime.recipes.matrices import Shard, equilibrate, orthogonalise, whole_sizes, with_rms
+from mipipe.runtime.recipes.matrices import ParameterShard, equilibrate, orthogonalise, whole_sizes, with_rms
 
 SHARD, BANK = "mipipe_shard", "mipipe_bank"
-"""Attributes of a parameter: how it lies on several ranks (`Shard`), and whether its first dimension counts experts."""
+"""Attributes of a parameter: how it lies on several ranks (`ParameterShard`), and whether its first dimension counts
+experts."""
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -34,7 +35,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay,
                                   "betas": tuple(betas), "eps": eps, "matrix": None, **more})
 
-    def update(self, matrix: Tensor, shard: Shard | None, group: Mapping[str, Any]) -> Tensor:
+    def update(self, matrix: Tensor, shard: ParameterShard | None, group: Mapping[str, Any]) -> Tensor:
         """The step for momentum ``matrix``, before the learning rate."""
         raise NotImplementedError
 
@@ -91,7 +92,7 @@ class Reg(MatrixOptimizer):
                              " of at least 1")
         super().__init__(params, lr, kappa=kappa, power=power, passes=passes, sequential=sequential, **options)
 
-    def update(self, matrix: Tensor, shard: Shard | None, group: Mapping[str, Any]) -> Tensor:
+    def update(self, matrix: Tensor, shard: ParameterShard | None, group: Mapping[str, Any]) -> Tensor:
         made = equilibrate(matrix, shard, power=group["power"], passes=group["passes"], sequential=group["sequential"])
         return with_rms(made, group["kappa"], shard)
 
@@ -106,7 +107,7 @@ class Muon(MatrixOptimizer):
             raise ValueError(f"scale {scale!r}, steps {steps}: expected scale adamw or original, and at least one step")
         super().__init__(params, lr, nesterov=nesterov, steps=steps, scale=scale, **options)
 
-    def update(self, matrix: Tensor, shard: Shard | None, group: Mapping[str, Any]) -> Tensor:
+    def update(self, matrix: Tensor, shard: ParameterShard | None, group: Mapping[str, Any]) -> Tensor:
         rows, columns = whole_sizes(matrix, shard)
         factor = 0.2 * max(rows, columns) ** 0.5 if group["scale"] == "adamw" else max(1.0, rows / columns) ** 0.5
         return orthogonalise(matrix, shard, steps=group["steps"]) * factor
@@ -117,14 +118,14 @@ def _is_matrix(parameter: nn.Parameter, group: Mapping[str, Any]) -> bool:
     return parameter.dim() > 1 if group["matrix"] is None else bool(group["matrix"]) and parameter.dim() > 1
 
 
-def _in_matrix(parameter: nn.Parameter) -> Shard | None:
+def _in_matrix(parameter: nn.Parameter) -> ParameterShard | None:
     """The parameter's shard in terms of its matrix: rows are dimension -2, columns -1; None where no norm needs it."""
-    shard: Shard | None = getattr(parameter, SHARD, None)
+    shard: ParameterShard | None = getattr(parameter, SHARD, None)
     if shard is None:
         return None
     if getattr(parameter, BANK, False):
-        return None if shard.dimension == 0 else Shard(shard.dimension - 3, shard.group)
-    return Shard(-2 if shard.dimension == 0 else -1, shard.group)
+        return None if shard.dimension == 0 else ParameterShard(shard.dimension - 3, shard.group)
+    return ParameterShard(-2 if shard.dimension == 0 else -1, shard.group)
 
 
 OPTIMIZERS: dict[str, type[MatrixOptimizer]] = {"reg": Reg, "muon": Muon}

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.tuning.space import Space
+from mipipe.graphs.tuning.space import SearchSpace
 from mipipe.runtime.tuning.surrogate import (
     Array,
     bin_scores,
@@ -34,7 +34,7 @@ ROUND = 4
 """Points that a surrogate proposes before it is fitted anew."""
 
 
-class Search(Protocol):
+class CandidateSearch(Protocol):
     """A way to search."""
 
     def ask(self) -> list[Values]:
@@ -47,14 +47,15 @@ class Search(Protocol):
         """What the search knows at its end, for its report."""
 
 
-def make_search(kind: str, space: Space, budget: int, points: int, seed: int, weights: Mapping[str, float]) -> Search:
+def make_search(kind: str, space: SearchSpace, budget: int, points: int, seed: int,
+                weights: Mapping[str, float]) -> CandidateSearch:
     """The search of a name.
 
     Raises:
         InputError: CMA-ES over choices, or without its library.
     """
     if kind == "grid":
-        return Grid(space, points)
+        return GridSearch(space, points)
     if any(item.choices for item in space.free):
         name = next(item.name for item in space.free if item.choices)
         raise InputError(f"--search {kind}: {name} is one of a few values, which only --search grid takes; give it a"
@@ -69,10 +70,10 @@ def total(scores: Scores, weights: Mapping[str, float]) -> float:
     return sum(weights.get(name, 0.0 if weights else 1.0) * value for name, value in scores.items())
 
 
-class Grid:
+class GridSearch:
     """Every combination, once."""
 
-    def __init__(self, space: Space, points: int) -> None:
+    def __init__(self, space: SearchSpace, points: int) -> None:
         self._left = space.grid(points)
 
     def ask(self) -> list[Values]:
@@ -89,7 +90,7 @@ class Grid:
 class Evolution:
     """CMA-ES (Hansen and Ostermeier 2001) on the weighted sum of scores, by the library ``cmaes``."""
 
-    def __init__(self, space: Space, budget: int, seed: int, weights: Mapping[str, float]) -> None:
+    def __init__(self, space: SearchSpace, budget: int, seed: int, weights: Mapping[str, float]) -> None:
         try:
             from cmaes import CMA
         except ImportError:
@@ -120,7 +121,7 @@ class Evolution:
 class Surrogates:
     """MAP: a quadratic for each score, fitted to a first set of points and then to what its front proposes."""
 
-    def __init__(self, space: Space, budget: int, seed: int, weights: Mapping[str, float]) -> None:
+    def __init__(self, space: SearchSpace, budget: int, seed: int, weights: Mapping[str, float]) -> None:
         self._space, self._budget, self._weights = space, budget, dict(weights)
         self._generator = np.random.Generator(np.random.PCG64(seed))
         self._points: list[list[float]] = []

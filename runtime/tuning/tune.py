@@ -23,7 +23,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.recipes.paths import beside_recipe
 from mipipe.graphs.merging.recipes.recipe import MergeRecipe, parse_recipe
 from mipipe.graphs.serialize import yaml_documents
-from mipipe.graphs.tuning.space import Space, space_of
+from mipipe.graphs.tuning.space import SearchSpace, space_of
 from mipipe.planner.merging.plan import MergePlan, plan_recipe
 from mipipe.runtime.merge.calibrate import with_samples
 from mipipe.runtime.merge.launch import MergeOptions, Reuse, merge, run_plan
@@ -114,8 +114,8 @@ def _signed(scores: Mapping[str, float], measure: Measure) -> dict[str, float]:
     return {name: -value if measure.lower_is_better(name) else value for name, value in scores.items()}
 
 
-def _result(space: Space, trials: Sequence[Trial], measure: Measure, options: TuneOptions, facts: Mapping[str, Any],
-            folder: Path) -> TuneResult:
+def _result(space: SearchSpace, trials: Sequence[Trial], measure: Measure, options: TuneOptions,
+            facts: Mapping[str, Any], folder: Path) -> TuneResult:
     signed = [_signed(trial.scores, measure) for trial in trials]
     unknown = [name for name, _ in options.weights if name not in signed[0]]
     if unknown:
@@ -126,7 +126,7 @@ def _result(space: Space, trials: Sequence[Trial], measure: Measure, options: Tu
                       max(range(len(sums)), key=lambda index: sums[index]), dict(facts), folder)
 
 
-def _recipes(space: Space, values: Values, where: str) -> list[MergeRecipe]:
+def _recipes(space: SearchSpace, values: Values, where: str) -> list[MergeRecipe]:
     """The recipes at a point."""
     documents = space.documents_at(values)
     return [parse_recipe(item, where if len(documents) == 1 else f"{where}, recipe {number}")
@@ -136,7 +136,7 @@ def _recipes(space: Space, values: Values, where: str) -> list[MergeRecipe]:
 class _Journal:
     """The trials on disk: a first line that says of which search, then one for each."""
 
-    def __init__(self, path: Path, space: Space, objectives: Objectives, options: TuneOptions) -> None:
+    def __init__(self, path: Path, space: SearchSpace, objectives: Objectives, options: TuneOptions) -> None:
         self._path = path
         head = {"recipe": json.loads(json.dumps(space.documents)), "objectives": _plain(objectives)}
         self.known: dict[Values, Trial] = {}
@@ -171,7 +171,7 @@ def _plain(objectives: Objectives) -> dict[str, Any]:
 class _Runner:
     """Merges and measures points; keeps the last model, to change only what changes."""
 
-    def __init__(self, space: Space, where: str, folder: Path, merging: MergeOptions, measure: Measure,
+    def __init__(self, space: SearchSpace, where: str, folder: Path, merging: MergeOptions, measure: Measure,
                  tell: Callable[[str], None]) -> None:
         self._space, self._where, self._folder, self._measure, self._tell = space, where, folder, measure, tell
         self._options = dataclasses.replace(merging, verify=False, calibration_cache=str(folder / "calibration"))

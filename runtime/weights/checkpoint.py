@@ -29,7 +29,7 @@ from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.launching.processes import failure_of, first_of, gather, rank, world
 from mipipe.runtime.weights import checkpoint_folder as folders
 from mipipe.runtime.weights.checkpoint_files import PREFIX, SUFFIX, check_dtypes, share_out, write_tensors
-from mipipe.runtime.weights.checkpoint_run import Run, Start, check_same, named, new_id
+from mipipe.runtime.weights.checkpoint_run import RunIdentity, Start, check_same, named, new_id
 from mipipe.runtime.weights.checkpoint_tensors import host_copies, load_tensors, model_tensors, optimizer_tensors
 from mipipe.runtime.weights.folder_lock import LAST_BREATH_S, FolderLock
 
@@ -39,7 +39,7 @@ class Restored:
     """A checkpoint that was loaded: where from, and what it says."""
 
     folder: Path
-    state: folders.State
+    state: folders.CheckpointState
 
     def loader(self, copy: int) -> dict[str, Any]:
         """The state of the loader of a copy of the plan."""
@@ -57,12 +57,12 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, engine: Engine, optimizer: torch.optim.Optimizer | None, *, keep: int = 2,
-                 asynchronous: bool = True, timeout_s: float = 600.0, run: Run | None = None,
+                 asynchronous: bool = True, timeout_s: float = 600.0, run: RunIdentity | None = None,
                  accept: Collection[str] = ()) -> None:
         self.folder = Path(folder)
         self._engine, self._optimizer = engine, optimizer
         self._keep, self._timeout_s, self._accept = keep, timeout_s, accept
-        self.run = run or Run("", engine.options.seed, engine.plan.problem.graph_digest, "")
+        self.run = run or RunIdentity("", engine.options.seed, engine.plan.problem.graph_digest, "")
         self.saved: Path | None = None
         self._pending: tuple[Path, Future[None]] | None = None
         self._shares: tuple[list[str], set[str]] | None = None
@@ -123,7 +123,7 @@ class Checkpoints:
         values = {name: item for name, item in held.items() if name not in tensors}
         tensors = {name: item for name, item in tensors.items() if name in mine}
         engine = self._engine
-        made = folders.State(step, engine.mesh.num_copies, engine.compiled.program.plan_digest, self.run, {})
+        made = folders.CheckpointState(step, engine.mesh.num_copies, engine.compiled.program.plan_digest, self.run, {})
         self._together(lambda: folder.mkdir(parents=True, exist_ok=True), RunError)
         if self._thread is None:
             self._write(folder, made, {name: item.cpu() for name, item in tensors.items()}, lambda: None, values,
@@ -172,8 +172,8 @@ class Checkpoints:
             self._shares = seals, share_out(gather(dict(held), self._group))[rank()]
         return self._shares[1]
 
-    def _write(self, folder: Path, state: folders.State, tensors: dict[str, torch.Tensor], copied: Callable[[], None],
-               values: dict[str, Any], loader: bytes) -> None:
+    def _write(self, folder: Path, state: folders.CheckpointState, tensors: dict[str, torch.Tensor],
+               copied: Callable[[], None], values: dict[str, Any], loader: bytes) -> None:
         """Write this rank's part once it is ``copied``, and make the checkpoint visible when all are on disk."""
         failure, files = None, {}
         try:
@@ -192,7 +192,7 @@ class Checkpoints:
             failure = first_of([text for text, _, _ in gathered])
             if failure is None and rank() == 0:
                 try:
-                    whole = folders.State(state.step, state.copies, state.plan, state.run,
+                    whole = folders.CheckpointState(state.step, state.copies, state.plan, state.run,
                                           {name: item for _, part, _ in gathered for name, item in part.items()},
                                           {name: item for _, _, part in gathered for name, item in part.items()})
                     folders.publish_checkpoint(folder, whole)

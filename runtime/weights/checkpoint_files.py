@@ -26,7 +26,7 @@ PREFIX, SUFFIX = "tensors-", ".safetensors"
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class CheckpointTensor:
     """A tensor in a file."""
 
     place: StoredTensor
@@ -69,13 +69,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             stream.write(_bytes_of(item.contiguous()))
 
 
-def stored_tensors(folder: Path, files: Iterable[str]) -> dict[str, Stored]:
+def stored_tensors(folder: Path, files: Iterable[str]) -> dict[str, CheckpointTensor]:
     """The tensors of a checkpoint by name, from the headers of its files.
 
     Raises:
         InputError: a header is damaged, a tensor is there twice or has a dtype that torch has not.
     """
-    found: dict[str, Stored] = {}
+    found: dict[str, CheckpointTensor] = {}
     for file in sorted(files):
         if not (file.startswith(PREFIX) and file.endswith(SUFFIX)):
             continue
@@ -83,11 +83,11 @@ def stored_tensors(folder: Path, files: Iterable[str]) -> dict[str, Stored]:
             if place.name in found or place.dtype not in DTYPES:
                 what = "is stored twice" if place.name in found else f"has dtype {place.dtype}, unknown here"
                 raise InputError(f"checkpoint {folder}: {place.name} {what}")
-            found[place.name] = Stored(place, DTYPES[place.dtype])
+            found[place.name] = CheckpointTensor(place, DTYPES[place.dtype])
     return found
 
 
-def read_tensor(folder: Path, stored: Stored, target: Tensor, first: int = 0) -> None:
+def read_tensor(folder: Path, stored: CheckpointTensor, target: Tensor, first: int = 0) -> None:
     """Fill a tensor of the stored shape, in its own dtype and on its own device; ``first``: or of fewer rows, from that
     one on.
 

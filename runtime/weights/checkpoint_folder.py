@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import STRICT, load, save
 from mipipe.runtime.weights import durable
-from mipipe.runtime.weights.checkpoint_run import Run, Start
+from mipipe.runtime.weights.checkpoint_run import RunIdentity, Start
 
 STATE, OWNER = "state.json", "run.json"
 
@@ -28,7 +28,7 @@ Files = dict[str, tuple[int, str]]
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class CheckpointState:
     """``state.json``: steps done, copies of the plan, digest of the plan that ran, whose run, every file, and what of
     the optimizer's state is no tensor."""
 
@@ -38,7 +38,7 @@ class State:
     step: int
     copies: int
     plan: str
-    run: Run
+    run: RunIdentity
     files: Files
     values: dict[str, Any] = field(default_factory=dict)
 
@@ -102,12 +102,12 @@ def choose(folder: Path, start: Start, run_id: str | None = None) -> Path | None
     return found[-1]
 
 
-def read_owner(folder: Path) -> Run | None:
+def read_owner(folder: Path) -> RunIdentity | None:
     """The run that a folder belongs to, as far as it says."""
-    return load(folder / OWNER, Run) if (folder / OWNER).exists() else None
+    return load(folder / OWNER, RunIdentity) if (folder / OWNER).exists() else None
 
 
-def write_owner(folder: Path, run: Run) -> None:
+def write_owner(folder: Path, run: RunIdentity) -> None:
     """Say whose folder it is, and remove what a killed run left half-written."""
     save(run, folder / OWNER)
     for path in folder.glob("step-*.partial"):
@@ -122,14 +122,14 @@ def _run_id(folder: Path) -> str | None:
         return None
 
 
-def read_state(folder: Path) -> State:
+def read_state(folder: Path) -> CheckpointState:
     """``state.json`` of a checkpoint.
 
     Raises:
         InputError: it cannot be read, is of another version or shape.
     """
     try:
-        state = load(folder / STATE, State)
+        state = load(folder / STATE, CheckpointState)
     except InputError as error:
         raise InputError(f"checkpoint {folder}: {str(error).removeprefix(f'{folder}/')}; remove the folder to use an"
                          " earlier checkpoint") from None
@@ -139,7 +139,7 @@ def read_state(folder: Path) -> State:
     return state
 
 
-def verify(folder: Path, state: State, part: int = 0, parts: int = 1) -> None:
+def verify(folder: Path, state: CheckpointState, part: int = 0, parts: int = 1) -> None:
     """Raise `InputError` unless every file (every ``parts``-th from ``part``) has the size and SHA-256 it was given."""
     for name, (size, digest) in sorted(state.files.items())[part::parts]:
         path = folder / name
@@ -157,7 +157,7 @@ def seal(paths: Iterable[Path]) -> Files:
     return files
 
 
-def publish_checkpoint(folder: Path, state: State) -> None:
+def publish_checkpoint(folder: Path, state: CheckpointState) -> None:
     """Write ``state.json`` and rename ``step-N.partial`` to ``step-N``."""
     save(state, folder / STATE)
     target = folder.with_suffix("")

@@ -30,7 +30,7 @@ class Start(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunIdentity:
     """A run's identity. ``data``: source, suffix and options; ``settings``: what a resumed run may change, and says."""
 
     FORMAT: ClassVar = "mipipe.run"
@@ -49,22 +49,23 @@ def new_id() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def run_of(config: TrainConfig, graph_digest: str, run_id: str = "") -> Run:
+def run_of(config: TrainConfig, graph_digest: str, run_id: str = "") -> RunIdentity:
     """The identity of a configuration's run of a graph; a data folder by its place, however it is written."""
     source = config.data.source
     if ":" not in source and Path(source).is_dir():
         source = str(Path(source).resolve())
     optimizer = config.optimizer
     name = optimizer.name if ":" in optimizer.name else optimizer.name.lower()
-    run = Run(run_id, config.seed, graph_digest, name,
+    run = RunIdentity(run_id, config.seed, graph_digest, name,
               {"source": source, "suffix": config.data.suffix, "options": config.data.options},
               {"optimizer.lr": optimizer.lr, "optimizer.options": optimizer.options,
                "optimizer.groups": optimizer.groups, "schedule": config.schedule, "clip": config.clip,
                "dtype": config.dtype})
-    return from_data(json.loads(json.dumps(to_data(run), default=str)), Run, "train config")  # as it is read back
+    as_read_back = json.loads(json.dumps(to_data(run), default=str))
+    return from_data(as_read_back, RunIdentity, "train config")
 
 
-def check_same(saved: Run, now: Run, where: str, accept: Collection[str] = ()) -> None:
+def check_same(saved: RunIdentity, now: RunIdentity, where: str, accept: Collection[str] = ()) -> None:
     """Raise `InputError`, naming all that differs, unless a checkpoint is of the run that wants to resume it.
 
     ``where``: the checkpoint; ``accept``: differences that the user allows (``seed``, ``optimizer``, ``data``).
@@ -82,13 +83,13 @@ def check_same(saved: Run, now: Run, where: str, accept: Collection[str] = ()) -
                      f" checkpoint folder{advice}")
 
 
-def changes(saved: Run, now: Run) -> list[str]:
+def changes(saved: RunIdentity, now: RunIdentity) -> list[str]:
     """What a resumed run does otherwise than before, for people."""
     return [f"{key} was {_short(saved.settings.get(key))} and is {_short(value)} from here on"
             for key, value in now.settings.items() if saved.settings.get(key) != value]
 
 
-def named(run: Run, run_id: str) -> Run:
+def named(run: RunIdentity, run_id: str) -> RunIdentity:
     """The run under its id."""
     return replace(run, id=run_id)
 

@@ -22,8 +22,8 @@ from mipipe.graphs.errors import InputError
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.team import member_pieces
 from mipipe.runtime.train.optim import local_optimizer
-from mipipe.runtime.weights.checkpoint_files import Stored, read_tensor, stored_tensors
-from mipipe.runtime.weights.checkpoint_folder import State
+from mipipe.runtime.weights.checkpoint_files import CheckpointTensor, read_tensor, stored_tensors
+from mipipe.runtime.weights.checkpoint_folder import CheckpointState
 from mipipe.runtime.weights.pieces import Box, Piece, Ranges, overlap, parse_piece
 
 RowsOf = Mapping[str, Sequence[int]]
@@ -97,7 +97,7 @@ def _split(key: KeyOf, item: Any, rows: Sequence[int] | None, piece: Piece | Non
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class StoredPart:
     """A stored tensor as a piece of the one that ``key("")`` names; ``row``: it lacks the first dimension."""
 
     name: str
@@ -105,16 +105,16 @@ class Part:
     row: bool = False
 
 
-def stored_parts(stored: Mapping[str, Any]) -> dict[str, list[Part]]:
+def stored_parts(stored: Mapping[str, Any]) -> dict[str, list[StoredPart]]:
     """The parts in which tensors are stored, by the name of the whole; those stored whole have one."""
-    found: dict[str, list[Part]] = {}
+    found: dict[str, list[StoredPart]] = {}
     for name in stored:
         head, dot, state = name.rpartition(".") if name.startswith("optimizer.") else (name, "", "")
         base, ranges = parse_piece(head)
         bank, bracket, row = base.removesuffix("]").rpartition("[")
         if not ranges and bracket and row.isdigit() and base.endswith("]"):
-            found.setdefault(bank + dot + state, []).append(Part(name, {0: ((int(row), int(row) + 1),)}, True))
-        found.setdefault(base + dot + state, []).append(Part(name, ranges))
+            found.setdefault(bank + dot + state, []).append(StoredPart(name, {0: ((int(row), int(row) + 1),)}, True))
+        found.setdefault(base + dot + state, []).append(StoredPart(name, ranges))
     return found
 
 
@@ -123,10 +123,10 @@ class Wanted:
     """What is to be read: tensors to fill by stored name, and boxes of others that are put together from several."""
 
     folder: Path
-    stored: Mapping[str, Stored]
+    stored: Mapping[str, CheckpointTensor]
     fill: dict[str, Tensor] = field(default_factory=dict)
     boxes: dict[str, list[tuple[Tensor, Box, Box, bool]]] = field(default_factory=dict)
-    parts: dict[str, list[Part]] = field(default_factory=dict)
+    parts: dict[str, list[StoredPart]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.parts = stored_parts(self.stored)
@@ -180,7 +180,7 @@ class Wanted:
         for name, found in self.boxes.items():
             self._read_boxes(self.stored[name], found)
 
-    def _read_boxes(self, stored: Stored, found: Sequence[tuple[Tensor, Box, Box, bool]]) -> None:
+    def _read_boxes(self, stored: CheckpointTensor, found: Sequence[tuple[Tensor, Box, Box, bool]]) -> None:
         """Read as many rows as are needed, and put them where they belong."""
         if found[0][3] or not stored.shape:
             buffer = torch.empty(stored.shape, dtype=stored.dtype)
@@ -198,7 +198,7 @@ class Wanted:
             tensor.detach()[ours].copy_(buffer[first])
 
 
-def load_tensors(folder: Path, state: State, engine: Engine, optimizer: torch.optim.Optimizer | None) -> None:
+def load_tensors(folder: Path, state: CheckpointState, engine: Engine, optimizer: torch.optim.Optimizer | None) -> None:
     """Fill the engine's weights and the optimizer's state from a checkpoint, whatever plan and degrees wrote it.
 
     Raises:

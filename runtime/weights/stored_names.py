@@ -21,7 +21,7 @@ from mipipe.graphs.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class TensorRecipe:
     """How stored tensors make ``target``: ``sources`` by pattern, each in order; ``converter`` None: as it is stored.
 
     A converter may make several parameters at once; ``target`` is the first of them.
@@ -31,12 +31,13 @@ class Recipe:
     sources: Mapping[str, tuple[str, ...]]
     converter: Any = None
 
-    def rows_of(self, rows: tuple[int, int], count: int) -> Recipe | None:
+    def rows_of(self, rows: tuple[int, int], count: int) -> TensorRecipe | None:
         """The recipe of rows ``[start, stop)`` alone, where each of ``count`` rows is a stored tensor (an expert)."""
         stacks = self.converter is not None and type(self.converter.operations[0]).__name__ == "MergeModulelist"
         if not stacks or self.converter.operations[0].dim or any(len(item) != count for item in self.sources.values()):
             return None
-        return Recipe(self.target, {key: item[slice(*rows)] for key, item in self.sources.items()}, self.converter)
+        sources = {key: item[slice(*rows)] for key, item in self.sources.items()}
+        return TensorRecipe(self.target, sources, self.converter)
 
     def make(self, read: Callable[[str], Tensor], module: nn.Module) -> dict[str, Tensor]:
         """The parameters by name, from ``read(stored name)``."""
@@ -57,14 +58,14 @@ def is_transformers(module: nn.Module) -> bool:
     return library is not None and isinstance(module, library.PreTrainedModel)
 
 
-def recipes(stored: Iterable[str], module: nn.Module) -> dict[str, Recipe]:
+def recipes(stored: Iterable[str], module: nn.Module) -> dict[str, TensorRecipe]:
     """The recipe of every parameter and buffer that the stored names make, by the model's name.
 
     The rule is that of transformers' loader: all renamings, then at most one converter, then the base model's prefix.
     """
     names = set(module.state_dict())
     if not is_transformers(module):
-        return {name: Recipe(name, {name: (name,)}) for name in stored if name in names}
+        return {name: TensorRecipe(name, {name: (name,)}) for name in stored if name in names}
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
     transforms = get_model_conversion_mapping(module)  # type: ignore[arg-type]
@@ -81,15 +82,15 @@ def recipes(stored: Iterable[str], module: nn.Module) -> dict[str, Recipe]:
         if target in names:
             used.setdefault(target, by_pattern[pattern] if pattern is not None else None)
             grouped.setdefault(target, {}).setdefault(pattern or name, []).append(name)
-    found: dict[str, Recipe] = {}
+    found: dict[str, TensorRecipe] = {}
     for target, sources in grouped.items():
-        recipe = Recipe(target, {key: tuple(items) for key, items in sources.items()}, used[target])
+        recipe = TensorRecipe(target, {key: tuple(items) for key, items in sources.items()}, used[target])
         for name in _targets(recipe) & names:
             found[name] = recipe
     return found
 
 
-def _targets(recipe: Recipe) -> set[str]:
+def _targets(recipe: TensorRecipe) -> set[str]:
     """The parameters that a recipe makes."""
     if recipe.converter is None:
         return {recipe.target}

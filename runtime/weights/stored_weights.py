@@ -17,7 +17,7 @@ from mipipe.graphs.capture.expert_groups import parse_slice
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.files import read_index
 from mipipe.runtime.weights.pieces import Piece
-from mipipe.runtime.weights.stored_names import Recipe, recipes
+from mipipe.runtime.weights.stored_names import TensorRecipe, recipes
 
 INDEX = "model.safetensors.index.json"
 
@@ -110,7 +110,7 @@ class StoredWeights(Mapping[str, Tensor]):
         return sorted(set(self._places) - used)
 
     def _make(self, name: str, rows: tuple[int, int] | None) -> Tensor:
-        recipe: Recipe = self._recipes[name]
+        recipe: TensorRecipe = self._recipes[name]
         if rows is None:
             return recipe.make(self.read, self._module)[name]
         if recipe.converter is None:

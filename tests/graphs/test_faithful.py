@@ -197,7 +197,7 @@ def test_real_weights_are_verified_where_a_folder_has_them(tmp_path: Path, monke
     seen: list[Tensor] = []
     original = verifying.eager_step
 
-    def watched(module: nn.Module, *rest: Any) -> verifying.Step:
+    def watched(module: nn.Module, *rest: Any) -> verifying.LossAndGradients:
         seen.append(module.wrapped.lm_head.weight.detach().clone())  # type: ignore[union-attr]
         return original(module, *rest)
 

@@ -10,7 +10,7 @@ from mipipe.graphs.modes import (
     Collective,
     CollectiveKind,
     GraphModes,
-    Kept,
+    KeptBytes,
     Layout,
     ModeProfile,
     ParameterPart,
@@ -26,7 +26,7 @@ def profile(of, /, **changes):
     """A profile of a trace of the handmade linear model."""
     work = PhaseWork(100, 200, 3, 0, collectives=(Collective(CollectiveKind.ALL_REDUCE, "tensor", 128),))
     made = ModeProfile(of.digest, "tensor", {"tensor": 2}, (Layout.REPLICATED,), (Layout.REPLICATED,),
-                       (ParameterPart(2, 1, "tensor"),), Resident(128, 0, 128), Kept(fw=32), {Phase.F: work})
+                       (ParameterPart(2, 1, "tensor"),), Resident(128, 0, 128), KeptBytes(fw=32), {Phase.F: work})
     return replace(made, **changes)
 
 

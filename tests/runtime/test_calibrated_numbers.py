@@ -11,7 +11,7 @@ from calibration_fixtures import family, recipe, write_samples
 from safetensors.torch import load_file
 
 import mipipe
-from mipipe.runtime.calibration.gradients import Votes
+from mipipe.runtime.calibration.gradients import RcpVotes
 from mipipe.runtime.calibration.results import information
 from mipipe.runtime.merge.methods.calibrated import acm_coefficient, rcp, regmean, rotation, softmax
 from mipipe.runtime.merge.methods.method import Tile
@@ -87,7 +87,7 @@ def test_rcp_votes():
     reasoning, domain, base = (torch.tensor(values, dtype=torch.float64) for values in
                                ([1, 1, 1], [1.5, .5, 2], [1, 0, 1.5]))
     fisher = torch.tensor([.01, 0, .5], dtype=torch.float64)
-    votes = Votes([{"w": reasoning}, {"w": domain}], 1000.0)
+    votes = RcpVotes([{"w": reasoning}, {"w": domain}], 1000.0)
     votes.add(0, {"w": (fisher.sqrt() / reasoning, reasoning)})
     for signed in ([-2, 1, -400], [-3, -1, -600], [1, -1, -700]):
         votes.add(1, {"w": (torch.tensor(signed, dtype=torch.float64) / domain, domain)})

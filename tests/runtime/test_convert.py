@@ -366,10 +366,10 @@ def test_dive_keeps_the_channels_that_fluctuate_and_compensates_the_others(model
 
 
 def test_constant_channels_are_pruned_without_loss() -> None:
-    from mipipe.runtime.convert.collect import Moments
+    from mipipe.runtime.convert.collect import ChannelMoments
     from mipipe.runtime.convert.from_dense import pruned, scores
 
-    moments = Moments.of(2)
+    moments = ChannelMoments.of(2)
     for row in ([1., 5.], [3., 5.]):  # in two batches: the variance is that of all tokens
         moments.add(torch.tensor([row]))
     down = torch.tensor([[1., 2.]])

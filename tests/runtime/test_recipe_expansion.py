@@ -9,7 +9,7 @@ from torch import nn
 
 from mipipe.graphs.capture.model import capture_module
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.recipes.expansion import Votes, chosen_units, expand, feed_forward_layers, fuse, monarch
+from mipipe.graphs.recipes.expansion import ActivationVotes, chosen_units, expand, feed_forward_layers, fuse, monarch
 from mipipe.runtime.engine.engine import Engine
 
 WIDTH, UNITS, ROWS, COUNT = 5, 24, 4, 2
@@ -40,7 +40,7 @@ def made(trained=True):
     """A model in its first stage, its mixtures moved away from where they start."""
     torch.manual_seed(0)
     model = Model().double()
-    with Votes(model) as votes, torch.no_grad():
+    with ActivationVotes(model) as votes, torch.no_grad():
         for _ in range(5):
             model(torch.randn(6, WIDTH, dtype=torch.float64))
     expand(model, votes)
@@ -61,7 +61,7 @@ def test_units_of_a_stage():
 
 
 def test_votes_count_the_largest_and_the_smallest_and_keep_them_apart():
-    votes = Votes(Model())
+    votes = ActivationVotes(Model())
     votes.add("layers.0", torch.arange(UNITS).double())
     votes.add("layers.0", torch.arange(UNITS).double())
     low, high = votes.pairs("layers.0")

@@ -60,7 +60,7 @@ GAP, LONGEST_S = 2e-4, 3.0
 
 
 @dataclass(slots=True)
-class Case:
+class CellCase:
     """Placements whose unit with the fewest holders has so many. ``cells[b]``: (moment in ns, how many) of bin
     b, and behind all bins those of devices that hold nothing resident.
 
@@ -84,7 +84,7 @@ class CellBound:
 
     problem: PlanningProblem
     bins: list[Bin] = field(default_factory=list)
-    cases: list[Case] | None = None
+    cases: list[CellCase] | None = None
     models: dict[tuple[int, int], tuple[pyo.ConcreteModel, highs.Matrix]] = field(default_factory=dict)
     least_ns: int = 0
     step_share: float = STEP
@@ -122,7 +122,7 @@ class CellBound:
         return None if best is None else Bound(
             best, f"{NAME}: what single devices can do that see their first gradients one after the other")
 
-    def _refute(self, case: Case, tried_ns: int, end: float, seed: int) -> float | None:
+    def _refute(self, case: CellCase, tried_ns: int, end: float, seed: int) -> float | None:
         """What all devices carry of the weight within a makespan; below 1 it is refuted, from 1 on it cannot be. None
         where time is up."""
         if case.at_ns != tried_ns:
@@ -143,7 +143,7 @@ class CellBound:
             case.priced.clear()
         return case.share if case.share < REFUTED else None
 
-    def _carried(self, case: Case, tried_ns: int, end: float, seed: int) -> float | None:
+    def _carried(self, case: CellCase, tried_ns: int, end: float, seed: int) -> float | None:
         """The sum of the D largest weights; later cells carry no more than those before them."""
         heap = [(-math.inf, b, 0, False) for b, cells in enumerate(case.cells) if cells]
         left, total = self.problem.num_ranks, 0.0
@@ -167,7 +167,7 @@ class CellBound:
             heapq.heappush(heap, (max(value, -carried), b, k, True))
         return total
 
-    def _price(self, case: Case, b: int, moment: int, tried_ns: int, end: float, seed: int) -> float | None:
+    def _price(self, case: CellCase, b: int, moment: int, tried_ns: int, end: float, seed: int) -> float | None:
         """The most weight that a device with a cell can carry; what is proven of it. None where nothing is."""
         if (b, moment) not in self.models:
             made = _model(self.problem, self.bins, b, moment, self.least_ns)
@@ -189,7 +189,7 @@ class CellBound:
         case.columns += [(b, moment, np.maximum(0.0, values[at]).tolist()) for values in seen[-INCUMBENTS:]]
         return 0.0 if infeasible else self.outcome.bound
 
-    def _next_weights(self, case: Case) -> list[float] | None:
+    def _next_weights(self, case: CellCase) -> list[float] | None:
         """The weights near the best that the configurations seen carry least of; None where they carry them all."""
         even = _even(self.bins)
         model = pyo.ConcreteModel(name="configuration LP")
@@ -217,7 +217,7 @@ def _even(bins: Sequence[Bin]) -> list[float]:
     return [one.work / one.size / sum(other.work for other in bins) for one in bins]
 
 
-def cases_of(problem: PlanningProblem) -> tuple[list[Bin], list[Case]]:
+def cases_of(problem: PlanningProblem) -> tuple[list[Bin], list[CellCase]]:
     """The bins, and a case for each number of holders that the unit with the fewest may have; no cases where the
     problem is no chain on equal devices."""
     devices = problem.topology.devices
@@ -244,7 +244,7 @@ def cases_of(problem: PlanningProblem) -> tuple[list[Bin], list[Case]]:
                  for one in bins]
         if len(solid) < sum(one.size for one in bins):
             cells.append([(0, problem.num_ranks)])
-        cases.append(Case(cells, _even(bins), _even(bins)))
+        cases.append(CellCase(cells, _even(bins), _even(bins)))
     return bins, cases
 
 

@@ -39,7 +39,7 @@ WINDOWS = 6
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class BinPart:
     """One group of each unit of a bin: the work of its phases (None: no such phase) and what is least among them.
 
     ``release`` and ``tail`` are per phase, nanoseconds from the start and to the end of the step; ``lag`` is how much
@@ -58,7 +58,7 @@ class Bin:
     """``size`` equal units; ``whole``: none of them can have a second holder; ``units``: which, of `colocated`."""
 
     size: int
-    parts: tuple[Part, ...]
+    parts: tuple[BinPart, ...]
     resident: int
     work: int
     whole: bool
@@ -90,7 +90,7 @@ def bins_of(problem: PlanningProblem) -> list[Bin]:
             release = min(facts.head[g] for g in members), back, back + i if plain else back
             tail = min(tails.after_f[g] for g in members), min(tails.after_i[g] for g in members), 0
             lag = min(tails.between[g] for g in members) + min(f, i) if plain else 0
-            parts.append(Part(group, release, tail, lag, _held(group)))
+            parts.append(BinPart(group, release, tail, lag, _held(group)))
         work = sum(work_of(problem, problem.groups[g], column[g]) for unit in units for g in unit
                    for column in (facts.f, facts.i, facts.w))
         whole = resident > spare or any(part.group.single for part in parts)
@@ -150,7 +150,7 @@ def devices_model(problem: PlanningProblem, bins: Sequence[Bin], least_ns: int,
     return model
 
 
-def _phases(part: Part) -> list[int]:
+def _phases(part: BinPart) -> list[int]:
     times = next(iter(part.group.times.values()))
     return [phase for phase, value in enumerate((times.f_ns, times.i_ns, times.w_ns)) if value is not None]
 
@@ -178,7 +178,7 @@ class Windows:
         at = k - self.middle - 1
         return self.back[at], (self.back[at + 1] if at + 1 < len(self.back) else 0)
 
-    def open(self, part: Part, phase: int, k: int) -> bool:
+    def open(self, part: BinPart, phase: int, k: int) -> bool:
         """Whether some of a phase can run in a window."""
         if k < self.middle:
             return self.front[k] > part.release[phase]

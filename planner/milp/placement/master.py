@@ -49,7 +49,7 @@ EVEN = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class Proposal:
+class MasterProposal:
     """What the master proposes: the cut that excludes it later, the value C (ns) and what is proven of C."""
 
     cut: Cut
@@ -60,7 +60,7 @@ class Proposal:
 
 def propose(chain: Chain, positions: int, cuts: Sequence[Cut] = (), *, time_limit_s: float, seed: int,
             start: Cut | None = None, allowed: Sequence[Sequence[int]] | None = None,
-            cutoff_ns: float | None = None) -> tuple[Proposal | None, SolverOutcome]:
+            cutoff_ns: float | None = None) -> tuple[MasterProposal | None, SolverOutcome]:
     """The best placement with so many positions that none of the cuts excludes, and the solve.
 
     ``start``: a placement to begin with; ``allowed``: the devices that every position may be on, where not all are (its
@@ -78,7 +78,7 @@ def propose(chain: Chain, positions: int, cuts: Sequence[Cut] = (), *, time_limi
     where = tuple(max((d for j, d in model.x if j == k), key=lambda d: model.x[k, d].value) for k in range(positions))
     counts = tuple(tuple(round(model.n[r, k].value) for k in range(positions)) for r in range(len(chain.runs)))
     bound = None if outcome.bound is None else max(0.0, outcome.bound / (1 + EVEN) - 1e-4) * scale
-    return Proposal(Cut(where, counts), model.C.value * scale, bound, outcome), outcome
+    return MasterProposal(Cut(where, counts), model.C.value * scale, bound, outcome), outcome
 
 
 def build(chain: Chain, positions: int, cuts: Sequence[Cut], scale: float,

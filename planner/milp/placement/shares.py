@@ -50,7 +50,7 @@ of F + I + W, against P (F + I) on the path of one microbatch."""
 
 
 @dataclass(frozen=True, slots=True)
-class Proposal:
+class ShareProposal:
     """A placement, the estimate of its makespan (C above), and the solve it came from.
 
     ``bound_ns`` holds for every placement with as few replicas (None if the solve minimised transfers as well).
@@ -63,7 +63,7 @@ class Proposal:
 
 
 def propose_by_mip(problem: PlanningProblem, *, time_limit_s: float, seed: int, count: int = 4, max_replicas: int = 1,
-                   contiguous: bool = False, start: Placement | None = None) -> list[Proposal]:
+                   contiguous: bool = False, start: Placement | None = None) -> list[ShareProposal]:
     """Up to ``count`` different placements, each the best found for another weight of transfer time.
 
     Args:
@@ -75,7 +75,7 @@ def propose_by_mip(problem: PlanningProblem, *, time_limit_s: float, seed: int, 
         start: a placement with at most ``max_replicas`` replicas, from which every solve starts.
     """
     units = units_of(problem)
-    found: list[Proposal] = []
+    found: list[ShareProposal] = []
     lasting = LASTING if any(kept is not None for kept in units.kept) else 1.0
     began = time.monotonic()
     for number, weight in enumerate(HOP_WEIGHTS[:count]):
@@ -97,7 +97,7 @@ def propose_by_mip(problem: PlanningProblem, *, time_limit_s: float, seed: int, 
 
 def propose_beyond(problem: PlanningProblem, known: Sequence[Placement], *, hop_weight: float, pressure: float,
                    max_replicas: int, cutoff_ns: int, time_limit_s: float,
-                   seed: int) -> tuple[Proposal | None, SolverOutcome]:
+                   seed: int) -> tuple[ShareProposal | None, SolverOutcome]:
     """The best placement whose estimate is below a cutoff and which holds units elsewhere than all known ones do.
 
     With ``pressure = 1`` an outcome that is `infeasible` proves that a placement with so few replicas and a makespan
@@ -117,12 +117,12 @@ def propose_beyond(problem: PlanningProblem, known: Sequence[Placement], *, hop_
 
 
 def _proposal(model: pyo.ConcreteModel, problem: PlanningProblem, units: Units, outcome: SolverOutcome, *,
-              exact: bool) -> Proposal:
+              exact: bool) -> ShareProposal:
     """The solution in a model's variables as a proposal; ``exact``: its objective is the makespan alone."""
     shares = [[max(0.0, share(model)[u, d].value) for d in range(problem.num_ranks)] for u in range(len(units.groups))]
     again = {u for u in model.z if model.z[u].value > 0.5}
     bound = bound_of(problem, outcome) if exact else None
-    return Proposal(to_placement(problem, units.groups, shares, again=again),
+    return ShareProposal(to_placement(problem, units.groups, shares, again=again),
                     round(model.makespan.value * _scale(problem)), bound, outcome)
 
 

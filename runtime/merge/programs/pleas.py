@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.graph import MergeGraph, MergeUnit
-from mipipe.graphs.merging.tensor_classes import Piece
+from mipipe.graphs.merging.tensor_classes import TableRows
 from mipipe.runtime.calibration.results import Results
 from mipipe.runtime.merge.sources import Reordering, Surroundings, UnitPiece
 
@@ -47,7 +47,7 @@ def assignment(scores: Tensor) -> Tensor:
     return torch.from_numpy(columns)
 
 
-class Units:
+class UnitGroups:
     """The groups of a decoder: which side of which tensor each of them orders."""
 
     def __init__(self, graph: MergeGraph, where: str = "recipe") -> None:
@@ -110,7 +110,7 @@ class Units:
         return torch.einsum("aibi->ab", scores.reshape(heads, self.width, heads, self.width))
 
 
-def by_activations(units: Units, joint: Callable[[str], Tensor]) -> dict[Group, Tensor]:
+def by_activations(units: UnitGroups, joint: Callable[[str], Tensor]) -> dict[Group, Tensor]:
     """Orders from the second moments of both models' inputs: ``joint(name)`` is ``[2 n, 2 n]`` of the map ``name``."""
     found: dict[Group, Tensor] = {}
     totals: dict[Group, Tensor] = {}
@@ -130,7 +130,7 @@ def by_activations(units: Units, joint: Callable[[str], Tensor]) -> dict[Group, 
     return found
 
 
-def by_weights(units: Units, read: Callable[[int, str], Tensor]) -> dict[Group, Tensor]:
+def by_weights(units: UnitGroups, read: Callable[[int, str], Tensor]) -> dict[Group, Tensor]:
     """Orders under which the weights of both models agree most, group by group until none changes."""
     found: dict[Group, Tensor] = {}
     for _ in range(ROUNDS):
@@ -147,7 +147,7 @@ def by_weights(units: Units, read: Callable[[int, str], Tensor]) -> dict[Group, 
     return found
 
 
-def _scores(units: Units, group: Group, orders: Mapping[Group, Tensor],
+def _scores(units: UnitGroups, group: Group, orders: Mapping[Group, Tensor],
             read: Callable[[int, str], Tensor]) -> Tensor | None:
     """How well each unit of the first model fits each of the second, all else as ``orders`` have it."""
     total: Tensor | None = None
@@ -178,12 +178,12 @@ def ordered(graph: MergeGraph, around: Surroundings, results: Results | None) ->
     unit = next((unit for unit in graph.units if unit.method == METHOD), None)
     if unit is None:
         return around
-    units = Units(graph)
+    units = UnitGroups(graph)
     second = unit.models[1].model
 
     def read(number: int, name: str) -> Tensor:
         made = units.units[name]
-        return UnitPiece(made, Piece(name, 0, 0), around).whole(made.models[number])
+        return UnitPiece(made, TableRows(name, 0, 0), around).whole(made.models[number])
 
     if unit.parameters["matching"] == "weights":
         orders = by_weights(units, read)
