@@ -9,7 +9,8 @@ from torch import Tensor, fx
 
 import mipipe.graphs.operators.kernels  # noqa: F401  (registers mipipe's operators)
 from mipipe.graphs.operators.recurrent import LAYERS
-from mipipe.graphs.tracing.joint import argument, attention_call, origin, storage_of
+from mipipe.graphs.tracing.joint import attention_call
+from mipipe.graphs.tracing.storages import argument, origin, storage_of
 
 _DROPPED = ("aten._assert", "aten.sym_constrain", "aten._functional_assert")
 _SAME = {"aten.alias.default", "aten.lift_fresh_copy.default", "aten.lift_fresh.default"}

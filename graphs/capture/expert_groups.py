@@ -17,7 +17,7 @@ from torch import fx
 from mipipe.graphs.capture.export import Exported
 from mipipe.graphs.operator_graph import ParameterSpec, TensorSpec
 from mipipe.graphs.operators.expert_kernels import RETURN, ROUTE, SEND
-from mipipe.graphs.tracing.joint import argument
+from mipipe.graphs.tracing.storages import argument
 
 RowRange = tuple[int, int]
 T = TypeVar("T")

@@ -27,7 +27,8 @@ from mipipe.graphs.capture.unsayable import (
 )
 from mipipe.graphs.errors import GraphError, MipipeError
 from mipipe.graphs.operators.dynamic_rows import pick_rows
-from mipipe.graphs.tracing.joint import argument, make_constant, no_stack_traces
+from mipipe.graphs.tracing.joint import make_constant, no_stack_traces
+from mipipe.graphs.tracing.storages import argument
 
 aten = torch.ops.aten
 

@@ -21,7 +21,7 @@ from mipipe.graphs.capture.export import Exported, needed
 from mipipe.graphs.capture.labels import Granularity, Label, label_nodes
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operators import dynamic_rows
-from mipipe.graphs.tracing.joint import argument, origin, storage_of
+from mipipe.graphs.tracing.storages import argument, origin, storage_of
 
 
 @dataclass(frozen=True)

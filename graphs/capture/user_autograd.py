@@ -24,10 +24,10 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import Function, _HookMixin
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
-from torch.nn.modules import module as module_globals
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointFunction
 
+from mipipe.graphs.capture.refused_hooks import refuse_hooks
 from mipipe.graphs.capture.user_calls import (
     APPLY,
     TENSOR,
@@ -43,7 +43,7 @@ from mipipe.graphs.capture.user_calls import (
     sort_nodes,
 )
 from mipipe.graphs.errors import GraphError
-from mipipe.graphs.tracing.joint import origin, storage_of
+from mipipe.graphs.tracing.storages import origin, storage_of
 
 _SIMPLE = (bool, int, float, complex, str, type(None), torch.dtype)
 CALL, HOOK = "mipipe.user_call.default", "mipipe.user_hook.default"
@@ -281,23 +281,6 @@ def _refusing(name: str, text: str, original: Any, flag: str) -> Any:
         raise GraphError(f"model {name}: its forward, at {calling_line(_ACTIVE[-1].module)}, {text}")
 
     return staticmethod(refuse) if isinstance(original, staticmethod) else refuse
-
-
-def refuse_hooks(module: nn.Module, name: str, prefix: str) -> None:
-    """Raise `GraphError` for hooks that act on gradients and have no form in an operator graph."""
-    for path, part in module.named_modules():
-        for hook in (*part._backward_hooks.values(), *part._backward_pre_hooks.values()):
-            where = f"{path}.".removeprefix(prefix).rstrip(".")
-            raise GraphError(f"model {name}: module {where} ({type(part).__name__}) has a backward hook"
-                             f" ({line_of(hook)}), which an operator graph cannot say; use tensor.register_hook in its"
-                             " forward")
-    for hook in (*module_globals._global_backward_hooks.values(), *module_globals._global_backward_pre_hooks.values()):
-        raise GraphError(f"model {name}: a backward hook on all modules is registered ({line_of(hook)}); remove it")
-    for path, parameter in module.named_parameters():
-        for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
-            raise GraphError(f"model {name}: parameter {path.removeprefix(prefix)} has a hook after accumulation"
-                             f" ({line_of(hook)}), which an operator graph cannot say; do this after the step, or use"
-                             " parameter.register_hook")
 
 
 def _call(tensors: Sequence[Tensor], number: int) -> list[Tensor]:

@@ -103,16 +103,17 @@ def open_source(source: str | Path, *, seq: int = 128, batch: int = 1, dtype: st
 def _from_transformers(source: str | Path, record: dict[str, Any], dtype: torch.dtype,
                        data: Mapping[str, Any] | None = None, given: str | None = None) -> ModelSource:
     try:
-        from mipipe.graphs.models import example_inputs, families, tasks
-        from mipipe.graphs.operators.layers import exchange_experts, sharpen_routers
+        from mipipe.graphs.models import configuration, example_inputs, families, tasks
+        from mipipe.graphs.operators.layers import exchange_experts
+        from mipipe.graphs.operators.routers import sharpen_routers
     except ImportError as error:
         raise InputError(f"{source}: needs transformers (pip install 'mipipe[hf]'): {error}") from None
-    file = families.config_file(source)
+    file = configuration.config_file(source)
     if data is None and file is not None:
         data = load_data(file, foreign=True)
     if data is not None:
-        record["config"] = data = families.as_written(data)  # so that a graph trains from any folder
-    config = families.read_model_config(source, record["overrides"], data)
+        record["config"] = data = configuration.as_written(data)  # so that a graph trains from any folder
+    config = configuration.read_model_config(source, record["overrides"], data)
     kind, task = families.model_class(config), tasks.task_of(config, families.model_class(config))
     if record.get("router_loss"):
         if task.kind != "language":

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from mipipe.graphs.capture.labels import Label, is_heavy
-from mipipe.graphs.tracing.joint import storage_of
+from mipipe.graphs.tracing.storages import storage_of
 
 Pair = tuple[int, int]
 _which = 0

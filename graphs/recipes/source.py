@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mipipe.graphs.errors import GraphError, InputError
-from mipipe.graphs.models import families
+from mipipe.graphs.models import configuration, families
 from mipipe.graphs.models.sources import ModelSource
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.adapters import adapt
@@ -88,10 +88,10 @@ def recipe_of(graph: OperatorGraph) -> RecipeConfig:
 
 def _configuration(reference: ReferenceConfig) -> dict[str, Any]:
     """What the ``config.json`` of the frozen model's folder holds."""
-    file = families.config_file(reference.model)
+    file = configuration.config_file(reference.model)
     if file is None:
         raise InputError(f"reference: {reference.model} has no config.json; expected 'self' or a folder with one")
-    return dict(families.as_written(load_data(file, foreign=True)))
+    return dict(configuration.as_written(load_data(file, foreign=True)))
 
 
 def _frozen(source: ModelSource, reference: ReferenceConfig, data: Mapping[str, Any], device: str) -> nn.Module:
@@ -99,6 +99,6 @@ def _frozen(source: ModelSource, reference: ReferenceConfig, data: Mapping[str, 
     if reference.model == "self":
         made = source.build(device)
     else:
-        config = families.read_model_config(Path(reference.model), {}, dict(data))
+        config = configuration.read_model_config(Path(reference.model), {}, dict(data))
         made = families.build_model(config, device, getattr(torch, str(source.record["dtype"])))
     return made.eval().requires_grad_(False)

@@ -21,9 +21,10 @@ from mipipe.graphs.sharding.parts import WHOLE, Kind, local_shape
 from mipipe.graphs.sharding.programs import PROGRAMS
 from mipipe.graphs.trace_rules import CONSTANT, GETITEM
 from mipipe.graphs.tracing import joint as joint_graph
-from mipipe.graphs.tracing.joint import Joint, own_storages
+from mipipe.graphs.tracing.joint import Joint
 from mipipe.graphs.tracing.operator_kinds import resolve_operator
 from mipipe.graphs.tracing.partition import to_trace
+from mipipe.graphs.tracing.storages import own_storages
 from mipipe.graphs.tracing.trace import Ref, decode
 
 

@@ -22,6 +22,7 @@ import mipipe.graphs.operators.kernels  # noqa: F401  (both register mipipe's op
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import TensorSpec
 from mipipe.graphs.tracing.simplify import simplify, split_convolutions
+from mipipe.graphs.tracing.storages import own_storages
 
 JointFunction = Callable[..., Sequence[Tensor]]
 aten = torch.ops.aten
@@ -284,49 +285,3 @@ def _take_updates(graph: fx.Graph, arguments: Sequence[fx.Node]) -> dict[int, fx
             node.replace_all_uses_with(value)
             graph.erase_node(node)
     return updates
-
-
-def origin(node: fx.Node) -> fx.Node:
-    """The node whose tensor ``node`` views, through any number of views; itself where it is no view."""
-    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-        returns = node.target._schema.returns
-        source = next(iter(node.all_input_nodes), None)
-        if source is None or len(returns) != 1 or returns[0].alias_info is None:
-            break
-        node = source
-    return node
-
-
-def argument(node: fx.Node, index: int) -> Any:
-    """A positional argument of a node, as it is (a node, a number, a list)."""
-    return node.args[index]
-
-
-def storage_of(node: fx.Node) -> int | None:
-    """An identity of the storage behind a node's tensor; None for tuples and numbers."""
-    value = node.meta.get("val")
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
-
-
-def storage_bytes(node: fx.Node) -> int:
-    """Size of the storage behind a node's tensor."""
-    return int(node.meta["val"].untyped_storage().nbytes())
-
-
-def own_storages(graph: fx.Graph, result: fx.Node, leaving: Sequence[fx.Node | None],
-                 mode: FakeTensorMode) -> list[fx.Node | None]:
-    """The leaving nodes, each contiguous, covering its storage, and sharing it with no argument or other result."""
-    taken = {storage_of(node) for node in graph.nodes if node.op == "placeholder"}
-    owned: list[fx.Node | None] = []
-    for node in leaving:
-        if node is not None:
-            value = node.meta["val"]
-            whole = value.is_contiguous() and storage_bytes(node) == value.numel() * value.element_size()
-            if not whole or storage_of(node) in taken:
-                with graph.inserting_before(result):
-                    node = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
-                with mode:
-                    node.meta["val"] = value.clone(memory_format=torch.contiguous_format)
-            taken.add(storage_of(node))
-        owned.append(node)
-    return owned

@@ -24,9 +24,10 @@ from mipipe.graphs.operators.flops import count_flops, num_bytes
 from mipipe.graphs.operators.row_sizes import restore_sizes
 from mipipe.graphs.serialize import digest
 from mipipe.graphs.tracing import joint as joint_graph
-from mipipe.graphs.tracing.joint import Joint, JointFunction, storage_bytes, storage_of, trace_joint
+from mipipe.graphs.tracing.joint import Joint, JointFunction, trace_joint
 from mipipe.graphs.tracing.module_paths import module_paths
 from mipipe.graphs.tracing.phase_split import assign_phases, closure, is_view
+from mipipe.graphs.tracing.storages import storage_bytes, storage_of
 from mipipe.graphs.tracing.trace import CONSTANT, GETITEM, encode, identifier, spec_of
 
 ORDER = {Phase.F: 0, Phase.I: 1, Phase.W: 2}

@@ -11,7 +11,8 @@ from torch import fx
 
 from mipipe.graphs.operator_graph import Phase
 from mipipe.graphs.operators.flops import count_flops, num_bytes
-from mipipe.graphs.tracing.joint import Joint, storage_bytes, storage_of
+from mipipe.graphs.tracing.joint import Joint
+from mipipe.graphs.tracing.storages import storage_bytes, storage_of
 
 
 def assign_phases(made: Joint, num_inputs: int) -> dict[fx.Node, Phase]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTensor
-from mipipe.graphs.models.families import know_converted
+from mipipe.graphs.models.configuration import know_converted
 from mipipe.runtime.merge.output.verify import Loaded, loaded_tensors
 from mipipe.runtime.merge.programs.router import quiet_transformers
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.models.families import first_line
+from mipipe.graphs.models.configuration import first_line
 from mipipe.runtime.calibration.decoder import Decoder
 from mipipe.runtime.calibration.states import States
 from mipipe.runtime.calibration.tokens import Samples

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mipipe.graphs.errors import InputError, RunError, shown
-from mipipe.graphs.models.families import know_converted
+from mipipe.graphs.models.configuration import know_converted
 from mipipe.graphs.named_code import import_named
 from mipipe.runtime.calibration.tokens import Samples, draw_samples
 from mipipe.runtime.merge.programs.router import quiet_transformers

@@ -18,7 +18,7 @@ import yaml
 from mipipe.graphs.capture.model import capture
 from mipipe.graphs.capture.program_files import load_program
 from mipipe.graphs.errors import GraphError, InputError, MipipeError
-from mipipe.graphs.models.families import read_model_config, without_code
+from mipipe.graphs.models.configuration import read_model_config, without_code
 from mipipe.graphs.named_code import import_named
 from mipipe.graphs.operator_graph import OperatorGraph, Phase
 from mipipe.graphs.serialize import from_data, to_data

@@ -90,7 +90,8 @@ def read_tags(file: Path) -> None:
 
 def read_model(file: Path) -> None:
     """What `mipipe capture FOLDER` does before it builds the model."""
-    from mipipe.graphs.models.families import model_class, read_model_config
+    from mipipe.graphs.models.configuration import read_model_config
+    from mipipe.graphs.models.families import model_class
 
     model_class(read_model_config(file.parent, {}))
 

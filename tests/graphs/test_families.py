@@ -22,7 +22,7 @@ from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role
 from mipipe.graphs.tracing.compose import parameter_tensors, run_step
 
 transformers = pytest.importorskip("transformers")
-from mipipe.graphs.models import families, tasks  # noqa: E402
+from mipipe.graphs.models import configuration, families, tasks  # noqa: E402
 
 RTOL = 1e-6
 TEXT = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -183,7 +183,7 @@ CASES = {**QUICK, **SLOW}
 def reference(case: Case, graph: OperatorGraph) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
     """transformers' own model with random weights, a random batch, and its loss times the weight of the microbatch."""
     torch.manual_seed(0)
-    config = families.read_model_config(case.source, case.overrides)
+    config = configuration.read_model_config(case.source, case.overrides)
     config._experts_implementation = "eager"
     kind = families.model_class(config)
     implementation = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"

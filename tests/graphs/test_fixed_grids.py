@@ -12,7 +12,7 @@ from transformers import vision_utils
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.models import example_inputs, families
+from mipipe.graphs.models import configuration, example_inputs, families
 from mipipe.graphs.models.fixed_grids import Grid, add_at, layout, positions, spans, taps, windows
 from mipipe.graphs.operators.layers import packed_attention
 
@@ -55,7 +55,7 @@ def test_positions_are_those_of_transformers() -> None:
             ids[row, start:start + 15] = 9
     bare = Qwen2_5_VLModel.__new__(Qwen2_5_VLModel)
     torch.nn.Module.__init__(bare)
-    bare.config = families.read_model_config("qwen2_5_vl", {})
+    bare.config = configuration.read_model_config("qwen2_5_vl", {})
     wanted, _ = bare.get_rope_index(ids, image_grid_thw=THW.repeat(2, 1), mm_token_type_ids=(ids == 9).int())
     assert torch.equal(positions(ids, 9, GRID), wanted)
 
@@ -65,7 +65,7 @@ def test_positions_of_videos_are_those_of_transformers() -> None:
     ids[0, 2:47] = ids[0, 50:95] = 9
     bare = Qwen2_5_VLModel.__new__(Qwen2_5_VLModel)
     torch.nn.Module.__init__(bare)
-    bare.config = families.read_model_config("qwen2_5_vl", {})
+    bare.config = configuration.read_model_config("qwen2_5_vl", {})
     wanted, _ = bare.get_rope_index(ids, video_grid_thw=FILMS_THW, mm_token_type_ids=2 * (ids == 9).int())
     assert torch.equal(positions(ids, 9, FILMS, bare.config.vision_config.tokens_per_second), wanted)
 
@@ -92,13 +92,13 @@ def test_add_at_adds_rows_at_chosen_places() -> None:
     (families.Sizes(seq=200), "found 200 tokens, expected more than the 256 of 1 images of 16 x 16 tokens"),
 ])
 def test_inputs_that_do_not_fit(sizes: families.Sizes, message: str) -> None:
-    config = families.read_model_config("qwen2_5_vl", {})
+    config = configuration.read_model_config("qwen2_5_vl", {})
     with pytest.raises(InputError, match=message):
         example_inputs.example_inputs(config, families.model_class(config), sizes, "meta", torch.float32)
 
 
 def test_models_without_videos_say_so() -> None:
-    config = families.read_model_config("llava", {})
+    config = configuration.read_model_config("llava", {})
     with pytest.raises(InputError, match="frames: model type 'llava' takes no videos of any length"):
         example_inputs.example_inputs(config, families.model_class(config), families.Sizes(frames=4), "meta",
                                       torch.float32)

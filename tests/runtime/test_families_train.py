@@ -36,7 +36,7 @@ def test_three_planned_steps_equal_the_models_own(pool, name: str) -> None:
     assert result.plan is not None, result.reason
     assert len({rank for stage in result.plan.placement.stages for rank in stage.ranks}) == 2
     torch.manual_seed(5)
-    config = families.families.read_model_config(case.source, case.overrides)
+    config = families.configuration.read_model_config(case.source, case.overrides)
     batches = [[families.random_batch(case, graph, config) for _ in range(MICROBATCHES)] for _ in range(STEPS)]
     answers = pool.run(2, runtime_steps.__file__, "train_steps", result.plan, graph, state, batches, timeout=120.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=runtime_steps.RATE)

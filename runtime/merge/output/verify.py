@@ -23,7 +23,7 @@ from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTenso
 from mipipe.graphs.merging.participants import TOKEN_TABLES
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify
 from mipipe.graphs.merging.tokens.vocabulary import read_tokens
-from mipipe.graphs.models.families import converted_classes, first_line, without_code
+from mipipe.graphs.models.configuration import converted_classes, first_line, without_code
 
 HINT = "; the result is kept beside it: --no-verify publishes it as it is"
 MARK = "verify"
