@@ -51,7 +51,7 @@ def capture(
         " microbatch, a dict of tensors by forward argument, in place of mipipe's; it is called with the configuration"
         " if it takes an argument.")] = None,
     config: Annotated[Path | None, typer.Option(
-        help="A train.yaml whose `loss`, `reference`, `adapters` and `router` become part of the graph.",
+        help="A train.yaml whose `loss`, `reference`, `adapters`, `router` and `expand` become part of the graph.",
         show_default=False)] = None,
     granularity: Annotated[str, typer.Option(help="The smallest pieces: layer, block, module or operator.")] = "block",
     tags: Annotated[Path | None, typer.Option(help="Corrections of the annotation (YAML: layers, branches, roles by"
@@ -88,7 +88,7 @@ def capture(
 
             recipe = read_train_config(config).recipe
             if not recipe:
-                raise InputError(f"--config {config}: names no loss, reference, adapters or router, so there is"
+                raise InputError(f"--config {config}: names no loss, reference, adapters, router or expand, so there is"
                                  " nothing that capture could add; leave it out")
         graph = captured_graph(source, bool(names)) or capture_model(
             source, seq=seq, batch=batch, dtype=dtype, overrides=overrides, images=images, image=image, frames=frames,

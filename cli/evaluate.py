@@ -22,8 +22,11 @@ def evaluate(
                                                        help="A function of a model's folder that MODELS may call. May"
                                                             " be"
                                                             " repeated.")] = None,
+    lm_eval: Annotated[list[str] | None, typer.Option("--lm-eval", metavar="TASK", help="A task of"
+                                                      " lm-evaluation-harness (a name, or a YAML file, which is code)"
+                                                      " that MODELS may run. May be repeated.")] = None,
     experts_per_token: Annotated[int | None, typer.Option(help="Of mixtures of experts, in place of their own"
-                                                               " number (texts only).", min=1)] = None,
+                                                               " number (texts and tasks).", min=1)] = None,
     json_output: Json = False,
 ) -> None:
     """Measure merged models: performance relative to the experts, what was forgotten of the base, and what merging
@@ -32,7 +35,7 @@ def evaluate(
 
     found = read_models(models)
     with progress("measuring") as update:
-        rows = evaluate_models(found, function or (), str(models), update,
+        rows = evaluate_models(found, (*(function or ()), *(lm_eval or ())), str(models), update,
                                experts_per_token)
     if json_output:
         emit({"models": [{"name": row.name, "kind": row.kind, "scores": dict(row.scores), "normalised": row.normalised,

@@ -32,9 +32,15 @@ def tune(
                                                             " mapping of names to numbers; higher is better. May be"
                                                             " repeated.")] = None,
     minimise: Annotated[bool, typer.Option("--minimise", help="Of what --evaluate gives, lower is better.")] = False,
-    search: Annotated[str, typer.Option(help="grid, cma (CMA-ES on the weighted sum), map or bayes-map"
-                                             " (quadratic surrogates of every score).")] = "grid",
-    budget: Annotated[int, typer.Option(help="Merges, at most (cma, map).", min=1)] = 40,
+    lm_eval: Annotated[list[str] | None, typer.Option("--lm-eval", metavar="TASK", help="A task of"
+                                                      " lm-evaluation-harness by name, or a YAML file of one (which is"
+                                                      " code: it runs). May be repeated.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples of each --lm-eval task; all if not given.",
+                                              min=1)] = None,
+    search: Annotated[str, typer.Option(help="grid, cma (CMA-ES on the weighted sum), nsga3 (NSGA-III on all"
+                                             " scores), map or bayes-map (quadratic surrogates of every"
+                                             " score).")] = "grid",
+    budget: Annotated[int, typer.Option(help="Merges, at most (all but grid).", min=1)] = 40,
     points: Annotated[int, typer.Option(help="Values of each range in a grid.", min=1)] = 5,
     weight: Annotated[list[str] | None, typer.Option(metavar="NAME=NUMBER", help="A score's weight in the sum that"
                                                                                  " decides"
@@ -60,7 +66,7 @@ def tune(
     from mipipe.runtime.tuning.tune import tune as run
 
     objectives = Objectives(tuple(map(str, perplexity or ())), tuple(evaluate or ()), samples, length, seed=seed,
-                            minimise=minimise)
+                            minimise=minimise, tasks=tuple(lm_eval or ()), limit=limit)
     options = TuneOptions(search, budget, points, seed, tuple(_weights(weight or [])))
     merging = MergeOptions(ranks, memory_cap=None if memory is None else parse_bytes(memory, "--memory"),
                            loaders=tuple(loader or ()))

@@ -60,23 +60,31 @@ def draw_pairs(count: int, generator: torch.Generator, sign: int = 1) -> list[tu
     return [(a, b) if sign > 0 else (max(a, b), min(a, b), -1) for a, b in found]
 
 
-def model(recipe: RecipeConfig | None = None, batch: int = 32, seed: int = 0) -> tuple[Any, Any]:
-    """The module and its graph, captured with a recipe's loss (None: cross-entropy of the labels)."""
+def source(recipe: RecipeConfig | None = None, batch: int = 32) -> Any:
+    """The model's source with a recipe (None: cross-entropy of the labels)."""
     opened = open_source("LlamaForCausalLM", seq=LENGTH, batch=batch, overrides=SIZES)
-    if recipe is not None:
-        opened = with_recipe(opened, recipe)
+    return opened if recipe is None else with_recipe(opened, recipe)
+
+
+def captured(module: Any, opened: Any) -> Any:
+    """The graph of a module with the loss of its source."""
+    return capture_module(module, opened.inputs("cpu"), loss=opened.loss, loss_info=opened.loss_info,
+                          withheld=opened.withheld, constants=opened.constants, source=opened.record, verify=False,
+                          granularity="layer")
+
+
+def model(recipe: RecipeConfig | None = None, batch: int = 32, seed: int = 0) -> tuple[Any, Any]:
+    """The module and its graph."""
+    opened = source(recipe, batch)
     torch.manual_seed(seed)
     module = opened.build("cpu")
-    graph = capture_module(module, opened.inputs("cpu"), loss=opened.loss, loss_info=opened.loss_info,
-                           withheld=opened.withheld, constants=opened.constants, source=opened.record, verify=False,
-                           granularity="layer")
-    return module, graph
+    return module, captured(module, opened)
 
 
 def fresh(seed: int) -> Any:
     """A module with weights drawn from a seed."""
     torch.manual_seed(seed)
-    return open_source("LlamaForCausalLM", seq=LENGTH, batch=2, overrides=SIZES).build("cpu")
+    return source().build("cpu")
 
 
 def engine(graph: Any, weights: Any, microbatches: int = 2, ranks: int = 1) -> Engine:
@@ -86,6 +94,15 @@ def engine(graph: Any, weights: Any, microbatches: int = 2, ranks: int = 1) -> E
     problem = build_problem(coarse, costs, Topology.uniform(ranks, latency_ns=1000, bytes_per_s=10**10, kind="cpu"),
                             num_microbatches=microbatches)
     return Engine(BASELINES[0].plan(problem), graph, weights)
+
+
+def update(made: Engine, optimizer: torch.optim.Optimizer, batch: Mapping[str, Tensor]) -> float:
+    """One step of training, its gradients clipped to 1; the loss."""
+    loss = made.step(batch)
+    torch.nn.utils.clip_grad_norm_(made.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
 
 
 def put_back(made: Engine, module: Any) -> Any:
@@ -129,11 +146,30 @@ def token_losses(module: Any, batch: Mapping[str, Tensor]) -> Tensor:
     return -log_probs(module, batch).sum(-1) / (batch["labels"] != -100).sum(-1)
 
 
-def sums(rows_of_step: int, generator: torch.Generator, both: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Endless batches of right sums, or of sums and differences."""
+def sampled(start: Mapping[str, Tensor], groups: int, each: int, seed: int) -> tuple[list[tuple[int, ...]], ...]:
+    """What a policy answers: held-out pairs, pairs of which ``each`` in a row are the same, and an answer of every one.
+    The share of held-out sums that it has right is printed."""
+    module, _ = model()
+    module.load_state_dict(start)
+    draw = torch.Generator().manual_seed(seed)
+    held_out = draw_pairs(400, draw)
+    pairs = [pair for pair in draw_pairs(groups, draw) for _ in range(each)]
+    print(f"before: {accuracy(module, held_out):.1%} of {len(held_out)} held-out sums right")
+    return held_out, pairs, answers(module, pairs, draw)
+
+
+def policy(recipe: RecipeConfig, start: Mapping[str, Tensor], lr: float) -> tuple[Any, Engine, torch.optim.Optimizer]:
+    """A module that starts from weights, its engine and AdamW."""
+    module, graph = model(recipe)
+    module.load_state_dict(start)
+    made = engine(graph, module)
+    return module, made, torch.optim.AdamW(made.parameters(), lr=lr, weight_decay=0.0)
+
+
+def sums(rows_of_step: int, generator: torch.Generator, signs: tuple[int, ...] = (1,)) -> Iterator[dict[str, Tensor]]:
+    """Endless batches of right sums (sign 1), differences (-1), or both in equal parts."""
     while True:
-        pairs = draw_pairs(rows_of_step // 2 if both else rows_of_step, generator)
-        pairs += draw_pairs(rows_of_step // 2, generator, -1) if both else []
+        pairs = [pair for sign in signs for pair in draw_pairs(rows_of_step // len(signs), generator, sign)]
         yield rows(pairs, [answer(*pair) for pair in pairs])
 
 
@@ -142,14 +178,12 @@ def taught(share: float, seed: int = 0, both: bool = False) -> dict[str, Tensor]
     module, graph = model(seed=seed)
     made = engine(graph, module)
     optimizer = torch.optim.AdamW(made.parameters(), lr=4e-3, weight_decay=0.0, betas=(0.9, 0.98))
-    batches, draw = sums(64, torch.Generator().manual_seed(seed), both), torch.Generator().manual_seed(99)
-    pairs = draw_pairs(200, draw) + (draw_pairs(200, draw, -1) if both else [])
+    signs, draw = (1, -1) if both else (1,), torch.Generator().manual_seed(99)
+    batches = sums(64, torch.Generator().manual_seed(seed), signs)
+    pairs = [pair for sign in signs for pair in draw_pairs(200, draw, sign)]
     for step in range(2000):
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1.0, (step + 1) / 100)
-        made.step(next(batches))
-        torch.nn.utils.clip_grad_norm_(made.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        update(made, optimizer, next(batches))
         if step % 20 == 19 and accuracy(put_back(made, module), pairs) >= share:
             break
     return {name: item.clone() for name, item in module.state_dict().items()}

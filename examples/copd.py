@@ -31,10 +31,7 @@ class Branch:
 
     def __init__(self, start, sign, seed) -> None:
         self.sign, self.draw = sign, torch.Generator().manual_seed(seed)
-        self.module, graph = task.model(RecipeConfig(LOSS))
-        self.module.load_state_dict(start)
-        self.engine = task.engine(graph, self.module)
-        self.optimizer = torch.optim.AdamW(self.engine.parameters(), lr=5e-4, weight_decay=0.0)
+        self.module, self.engine, self.optimizer = task.policy(RecipeConfig(LOSS), start, 5e-4)
 
     def rollouts(self, rows, sign, first):
         """Groups of this branch's own answers, with rewards; numbered from ``first``."""
@@ -53,10 +50,7 @@ class Branch:
             foreign |= {"rewards": torch.zeros(ROWS // 2), "foreign": torch.ones(ROWS // 2),
                         "teacher_log_probs": task.log_probs(other.module, foreign)}
             batch = {name: torch.cat([item, foreign[name]]) for name, item in batch.items()}
-        self.engine.step(batch)
-        torch.nn.utils.clip_grad_norm_(self.engine.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        task.update(self.engine, self.optimizer, batch)
         task.put_back(self.engine, self.module)
 
 

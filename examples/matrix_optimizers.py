@@ -41,10 +41,7 @@ def losses(name, rate, seed, graph):
     for step in range(1, STEPS + 1):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, step / 20)
-        seen.append(made.step(next(batches)))
-        torch.nn.utils.clip_grad_norm_(made.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        seen.append(task.update(made, optimizer, next(batches)))
         if step in SHOWN:
             cells.append(sum(seen[-20:]) / 20)
     return cells

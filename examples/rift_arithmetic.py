@@ -31,18 +31,11 @@ LOSSES = {
 def main() -> None:
     torch.set_num_threads(1)
     start = task.taught(TAUGHT)
-    module, _ = task.model()
-    module.load_state_dict(start)
-    draw = torch.Generator().manual_seed(7)
-    held_out = task.draw_pairs(400, draw)
-    prompts = task.draw_pairs(PROMPTS, draw)
-    pairs = [pair for pair in prompts for _ in range(EACH)]
-    sampled = task.answers(module, pairs, draw)
+    held_out, pairs, sampled = task.sampled(start, PROMPTS, EACH, 7)
     right = torch.tensor([one == task.answer(*pair) for one, pair in zip(sampled, pairs, strict=True)])
     whole = {**task.rows(pairs, sampled), "rewards": torch.where(right, 1.0, -0.2)}
     truth = task.rows(held_out, [task.answer(*pair) for pair in held_out])
-    print(f"before: {task.accuracy(module, held_out):.1%} of {len(held_out)} held-out sums right;"
-          f" {int(right.sum())} of {len(pairs)} sampled answers right")
+    print(f"{int(right.sum())} of {len(pairs)} sampled answers right")
     print(f"{'loss':<22}" + "".join(f"{'epoch ' + str(epoch):>22}" for epoch in (2, 4, 8, EPOCHS))
           + "   (held-out right, loss per token of right answers)")
     for name, loss in LOSSES.items():
@@ -55,18 +48,12 @@ def train(loss, start, whole, right, held_out, truth):
     data = whole
     if loss is None:
         loss, data = LossConfig("rift"), {key: item[right] for key, item in whole.items()}
-    module, graph = task.model(RecipeConfig(loss))
-    module.load_state_dict(start)
-    made = task.engine(graph, module)
-    optimizer = torch.optim.AdamW(made.parameters(), lr=1e-3, weight_decay=0.0)
+    module, made, optimizer = task.policy(RecipeConfig(loss), start, 1e-3)
     draw, cells = torch.Generator().manual_seed(1), []
     for epoch in range(1, EPOCHS + 1):
         order = torch.randperm(len(data["rewards"]), generator=draw)
         for first in range(0, len(order) - ROWS + 1, ROWS):
-            made.step({key: item[order[first:first + ROWS]] for key, item in data.items()})
-            torch.nn.utils.clip_grad_norm_(made.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            task.update(made, optimizer, {key: item[order[first:first + ROWS]] for key, item in data.items()})
         if epoch in (2, 4, 8, EPOCHS):
             task.put_back(made, module)
             cells.append(f"{task.accuracy(module, held_out):.1%}, {float(task.token_losses(module, truth).mean()):.3f}")

@@ -35,18 +35,12 @@ LOSSES = {
 def main() -> None:
     torch.set_num_threads(1)
     start = task.taught(TAUGHT)
-    module, _ = task.model()
-    module.load_state_dict(start)
-    draw = torch.Generator().manual_seed(11)
-    held_out = task.draw_pairs(400, draw)
-    prompts = [pair for pair in task.draw_pairs(GROUPS, draw) for _ in range(EACH)]
-    sampled = task.answers(module, prompts, draw)
+    held_out, prompts, sampled = task.sampled(start, GROUPS, EACH, 11)
     with tempfile.TemporaryDirectory() as folder:
         lines = [json.dumps({"prompt": task.prompt(*pair), "response": one[:task.LENGTH - task.PROMPT],
                              "reward": float(one == task.answer(*pair)), "group": number // EACH, "version": 0})
                  for number, (pair, one) in enumerate(zip(prompts, sampled, strict=True))]
         (Path(folder) / "version-0.jsonl").write_text("\n".join(lines) + "\n")
-        print(f"before: {task.accuracy(module, held_out):.1%} of {len(held_out)} held-out sums right")
         print(f"{'loss':<10}{'age':>5}{'l of A > 0':>12}{'l of A < 0':>12}{'part A > 0':>12}{'part A < 0':>12}"
               f"{'value':>9}{'right':>8}")
         for name, loss in LOSSES.items():
@@ -55,20 +49,14 @@ def main() -> None:
 
 def train(name, loss, start, folder, held_out):
     """Print one loss's rows; learning rate and batches are the same for all."""
-    module, graph = task.model(RecipeConfig(loss))
-    module.load_state_dict(start)
-    made = task.engine(graph, module)
-    optimizer = torch.optim.AdamW(made.parameters(), lr=1e-3, weight_decay=0.0)
-    batches = make_batches(DataConfig("rollouts", options={"folder": folder}), graph, ROWS, 0)
+    module, made, optimizer = task.policy(RecipeConfig(loss), start, 1e-3)
+    batches = make_batches(DataConfig("rollouts", options={"folder": folder}), made.graph, ROWS, 0)
     for step in range(1, STEPS + 1):
         batch = next(batches)
         if step in SHOWN:
             task.put_back(made, module)
             show(name, loss, step, task.token_losses(module, batch), batch, task.accuracy(module, held_out))
-        made.step(batch)
-        torch.nn.utils.clip_grad_norm_(made.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        task.update(made, optimizer, batch)
 
 
 def show(name, loss, step, losses, batch, right):

@@ -32,6 +32,15 @@ from mipipe.graphs.operator_graph import TensorSpec as TensorSpec
 from mipipe.graphs.profiling.profile import ProfileOptions as ProfileOptions
 from mipipe.graphs.profiling.profile import profile_groups as profile_groups
 from mipipe.graphs.recipes.adapters import AdapterConfig as AdapterConfig
+from mipipe.graphs.recipes.adapters import adapt as adapt
+from mipipe.graphs.recipes.expansion import ActivationVotes as ActivationVotes
+from mipipe.graphs.recipes.expansion import expand as expand
+from mipipe.graphs.recipes.expansion import fuse as fuse
+from mipipe.graphs.recipes.lightening import Importance as Importance
+from mipipe.graphs.recipes.lightening import add_masks as add_masks
+from mipipe.graphs.recipes.lightening import add_penalty as add_penalty
+from mipipe.graphs.recipes.lightening import choose_kept as choose_kept
+from mipipe.graphs.recipes.lightening import lighten as lighten
 from mipipe.graphs.recipes.options import LossConfig as LossConfig
 from mipipe.graphs.recipes.options import RecipeConfig as RecipeConfig
 from mipipe.graphs.recipes.options import ReferenceConfig as ReferenceConfig

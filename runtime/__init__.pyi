@@ -2,7 +2,12 @@ from mipipe.runtime.engine.engine import Engine as Engine
 from mipipe.runtime.engine.options import EngineOptions as EngineOptions
 from mipipe.runtime.merge.launch import MergeOptions as MergeOptions
 from mipipe.runtime.merge.launch import MergeResult as MergeResult
+from mipipe.runtime.recipes.fused import make_fused as make_fused
+from mipipe.runtime.recipes.votes import count_votes as count_votes
 from mipipe.runtime.train.config import DataConfig as DataConfig
+from mipipe.runtime.train.config import GroupConfig as GroupConfig
+from mipipe.runtime.train.config import OptimizerConfig as OptimizerConfig
+from mipipe.runtime.train.config import ScheduleConfig as ScheduleConfig
 from mipipe.runtime.train.config import TrainConfig as TrainConfig
 from mipipe.runtime.train.config import read_train_config as read_train_config
 from mipipe.runtime.train.data import Batches as Batches

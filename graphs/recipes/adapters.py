@@ -107,8 +107,8 @@ def scores(gate: Tensor, tau: float) -> Tensor:
     return torch.softmax(gate / tau, dim=-1) * gate.shape[-1]
 
 
-def adapt(module: nn.Module, config: AdapterConfig) -> nn.Module:
-    """The module, changed: an adapter on every target, everything else frozen.
+def adapt(module: nn.Module, config: AdapterConfig, seed: int = 0) -> nn.Module:
+    """The module, changed: an adapter on every target, everything else frozen; ``seed`` as in `initial`.
 
     Raises:
         InputError: the targets name no layer, or one that is not linear.
@@ -133,7 +133,7 @@ def adapt(module: nn.Module, config: AdapterConfig) -> nn.Module:
         with torch.no_grad():
             for name, item in weights.items():
                 if is_adapter(name):
-                    item.copy_(initial(name, item, config, 0, weights.__getitem__))
+                    item.copy_(initial(name, item, config, seed, weights.__getitem__))
     return module
 
 

@@ -1,9 +1,9 @@
 """Light-PEFT (arXiv 2406.03792): after a short first stage the model and its adapters lose what they need least.
 
 Stage 1: `add_masks` puts a number on every attention head and every feed-forward unit, trained with the adapters under
-the loss and strength times sum |m| (`add_penalty`); `Importance` watches adapters. Then `choose` and `lighten` remove
-heads (layer by layer), units (over all layers), adapters and their ranks for good. The model is smaller then: it is
-captured again, planned again, and trained on. Heads that share keys and values go together.
+the loss and strength times sum |m| (`add_penalty`); `Importance` watches adapters. Then `choose_kept` and `lighten`
+remove heads (layer by layer), units (over all layers), adapters and their ranks for good. The model is smaller then: it
+is captured again, planned again, and trained on. Heads that share keys and values go together.
 
 Left out: what a configuration would say of the new sizes; the model lives on in memory, or by its own code.
 """
@@ -125,7 +125,7 @@ class KeptUnits:
     ranks: dict[str, list[int]] = field(default_factory=dict)
 
 
-def choose(model: nn.Module, importance: Importance | None = None, *, heads: float = 1 / 3, units: float = 1 / 3,
+def choose_kept(model: nn.Module, importance: Importance | None = None, *, heads: float = 1 / 3, units: float = 1 / 3,
            modules: float = 0.75, ranks: float = 0.5, multiple: int = 1) -> KeptUnits:
     """What stays after pruning these shares: heads by layer, units and ranks over all layers, adapters by importance.
 

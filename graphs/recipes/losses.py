@@ -73,6 +73,15 @@ def distill_advantage(log_probs: Tensor, teacher: Tensor, strength: float, bound
     return strength * (teacher - log_probs.detach()).clamp(-bound, bound)
 
 
+def fuse(log_probs: Tensor, chosen: Tensor, probs: Tensor, mask: Tensor, *, labels: float, **rest: Any) -> Tensor:
+    """- labels log pi(label) - (1 - labels) sum_k p_k log pi(k), summed over response tokens (FuseChat, arXiv
+    2408.07990).
+
+    ``chosen``: log probabilities of the fused distribution's entries [B,T,K], ``probs`` their shares in it.
+    """
+    return torch.where(mask, -labels * log_probs - (1.0 - labels) * (probs * chosen).sum(-1), 0.0).sum()
+
+
 def dpo(log_probs: Tensor, reference: Tensor, *, beta: float, **rest: Any) -> Tensor:
     """- log sigmoid(beta (difference of the pair's log ratios)); rows 2k chosen, 2k + 1 rejected (arXiv 2305.18290).
 

@@ -88,6 +88,10 @@ class RecipeLoss:
             made |= {**by_token("teacher_log_probs"), **of("foreign")} if values["distill"] else {}
         if name == "dpo" and not self.reference:
             made |= of("reference_log_probs")
+        if name == "fuse":
+            sizes = self.rows, self.tokens, values["top"]
+            made |= {"fused_ids": torch.zeros(sizes, dtype=torch.int64, device=device),
+                     "fused_probs": torch.zeros(sizes, dtype=self.real, device=device)}
         if self.config.mask:
             made["response_mask"] = torch.zeros(self.rows, self.tokens, dtype=torch.int64, device=device)
         return made
@@ -130,6 +134,9 @@ class RecipeLoss:
         Raises:
             InputError: the module has no plain head.
         """
+        if self.config.chunk and self.config.name == "fuse":
+            raise InputError("loss fuse: chunk does not go with it, for it reads many logits of every token; leave it"
+                             " out")
         if self.config.chunk:
             parts = [module, *([getattr(module, REFERENCE)] if self.reference else [])]
             for part in parts:
@@ -186,6 +193,9 @@ class RecipeLoss:
         log_probs = head.log_probs()
         if name == "cross_entropy":
             return -log_probs.sum(), mask.sum()
+        if name == "fuse":
+            ids, probs = (inputs[key][:, 1:] if self.shift else inputs[key] for key in ("fused_ids", "fused_probs"))
+            return losses.fuse(log_probs, head.log_probs_of(ids), probs, mask, **values), mask.sum()
         if name == "rift":
             return losses.rift(log_probs, mask, inputs["rewards"], inputs["scales"], **values), float(self.rows)
         if name == "dpo":
@@ -236,6 +246,11 @@ class _Head:
         else:
             found = self.head(self.rows, labels=flat, block=self.block)
         return found.reshape(self.labels.shape)
+
+    def log_probs_of(self, ids: Tensor) -> Tensor:
+        """Log probabilities of several entries of the vocabulary at every place [B,T,K]."""
+        found = self.rows.log_softmax(-1).gather(-1, ids.reshape(len(self.rows), -1))
+        return found.reshape(ids.shape)
 
     def distances(self, teacher: _Head, temperature: float) -> Tensor:
         """KL(teacher || student) [B,T] at a temperature."""

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.named_code import is_named_code
 from mipipe.graphs.recipes.adapters import AdapterConfig
+from mipipe.graphs.recipes.expansion import ExpandConfig
 from mipipe.graphs.recipes.routers import RouterConfig
 from mipipe.graphs.serialize import STRICT
 
@@ -55,6 +56,10 @@ OPTIONS: dict[str, dict[str, tuple[Any, Check]]] = {
     },
     "cross_entropy": {},
     "dpo": {"beta": (0.1, _real(1e-12, _ANY, "a number above 0"))},
+    "fuse": {
+        "labels": (0.9, _real(0.0, 1.0, "a number from 0 to 1")),
+        "top": (10, ("a whole number of at least 1", lambda value: type(value) is int and value >= 1)),
+    },
     "distill": {
         "temperature": (1.0, _real(1e-6, _ANY, "a number above 0")),
         "labels": (0.0, _real(0.0, 1.0, "a number from 0 to 1")),
@@ -72,7 +77,8 @@ reference; ``distill`` and ``bound``: strength and bound of the token advantages
 Of all three: ``advantage_from`` rewards and groups, or the batch; ``deviation``: divided by the group's standard
 deviation too. ``dpo`` (arXiv 2305.18290): rows 2k and 2k + 1 are the chosen and the rejected response of a pair.
 ``cross_entropy``: of the labels, as the model's own. ``distill``: KL(teacher || student) per token; ``labels``: weight
-of the labels' cross-entropy beside it.
+of the labels' cross-entropy beside it. ``fuse`` (arXiv 2408.07990): cross-entropy to ``top`` entries of a distribution
+that the batch has for every token, beside the labels'.
 """
 
 GROUPED = ("asympo", "spo", "grpo")
@@ -137,8 +143,12 @@ class RecipeConfig:
     reference: ReferenceConfig | None = None
     adapters: AdapterConfig | None = None
     router: RouterConfig | None = None
+    expand: ExpandConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.expand is not None and self.adapters is not None:
+            raise InputError("expand: does not go with adapters, for each freezes what the other trains; leave one of"
+                             " them out")
         if self.reference is not None and (self.loss is None or self.loss.name not in ("dpo", "distill", "grpo")):
             raise InputError("reference: a frozen model is of use to the losses dpo, distill and grpo (kl) alone; name"
                              " one of them, or leave it out")

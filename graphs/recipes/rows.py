@@ -102,7 +102,7 @@ def complete(graph: OperatorGraph, microbatches: Sequence[Microbatch],
         _scale_rift(pieces, options["means"], sums)
     elif name in GROUPED:
         _scale_groups(pieces, options)
-    if name in ("distill", "cross_entropy") or (name == "grpo" and options["average"] == "token"):
+    if name in ("distill", "cross_entropy", "fuse") or (name == "grpo" and options["average"] == "token"):
         divisor = sums[0]
     specs = {value.name: value.spec for value in graph.values if value.source is None}
     return [{key: item.to(getattr(torch, specs[key].dtype)) if key in info["derived"] else item

@@ -15,17 +15,19 @@ from mipipe.graphs.models import configuration, families
 from mipipe.graphs.models.sources import ModelSource
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.adapters import adapt
+from mipipe.graphs.recipes.expansion import expand, read_pairs
 from mipipe.graphs.recipes.objective import REFERENCE, RecipeLoss
 from mipipe.graphs.recipes.options import LossConfig, RecipeConfig, ReferenceConfig
 from mipipe.graphs.recipes.routers import RouterConfig, freeze_routers, with_z_loss
 from mipipe.graphs.serialize import from_data, load_data, to_data
 
 
-def with_recipe(source: ModelSource, recipe: RecipeConfig, reference: Mapping[str, Any] | None = None,
+def with_recipe(source: ModelSource, recipe: RecipeConfig, recorded: Mapping[str, Any] | None = None,
                 with_loss: bool = True) -> ModelSource:
     """The source of a model with what a recipe adds.
 
-    ``reference``: the configuration of the frozen model, where it is recorded and not read from its folder.
+    ``recorded``: the record of a source that was made so before; what it holds (the configuration of the frozen model,
+    the pairs of an expansion) is not read from files again.
     ``with_loss``: no, where only the modules matter: a loss may be code, which no file calls by its name.
 
     Raises:
@@ -36,7 +38,12 @@ def with_recipe(source: ModelSource, recipe: RecipeConfig, reference: Mapping[st
                          " goes with transformers models")
     record = {**source.record, "recipe": to_data(recipe)}
     real = torch.float64 if record["dtype"] == "float64" else torch.float32
-    loss, data = source.loss, dict(reference or {})
+    recorded = recorded or {}
+    loss, data = source.loss, dict(recorded.get("reference_config", {}))
+    pairs: Any = recorded.get("expand_pairs", {})
+    if recipe.expand is not None:
+        pairs = pairs or read_pairs(recipe.expand.votes)
+        record["expand_pairs"] = {name: [list(side) for side in sides] for name, sides in pairs.items()}
     if recipe.reference is not None and recipe.reference.model != "self":
         data = data or _configuration(recipe.reference)
         record["reference_config"] = data
@@ -55,6 +62,8 @@ def with_recipe(source: ModelSource, recipe: RecipeConfig, reference: Mapping[st
         made = source.build(device)
         if recipe.adapters is not None:
             adapt(made, recipe.adapters)
+        if recipe.expand is not None:
+            expand(made, pairs, device)
         if recipe.router is not None and recipe.router.freeze:
             freeze_routers(made)
         if recipe.router is not None and recipe.router.z:

@@ -6,6 +6,7 @@ bank of experts [E,m,n] is E matrices; a convolution's kernel is a matrix with o
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ SHARD, BANK = "mipipe_shard", "mipipe_bank"
 experts."""
 
 
-class MatrixOptimizer(torch.optim.Optimizer):
+class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
     """Decoupled weight decay, momentum M = beta M + G, and an update of M's shape from `update`.
 
     ``nesterov``: the update is made of G + beta M. ``betas`` and ``eps`` are AdamW's, for groups without ``matrix``.
@@ -35,9 +36,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay,
                                   "betas": tuple(betas), "eps": eps, "matrix": None, **more})
 
+    @abc.abstractmethod
     def update(self, matrix: Tensor, shard: ParameterShard | None, group: Mapping[str, Any]) -> Tensor:
         """The step for momentum ``matrix``, before the learning rate."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -14,6 +14,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.expressions import check_expression
 from mipipe.graphs.operator_graph import Role
 from mipipe.graphs.recipes.adapters import AdapterConfig
+from mipipe.graphs.recipes.expansion import ExpandConfig
 from mipipe.graphs.recipes.options import LossConfig, RecipeConfig, ReferenceConfig, loss_config
 from mipipe.graphs.recipes.routers import RouterConfig
 from mipipe.graphs.serialize import STRICT, from_data, load_data
@@ -204,9 +205,9 @@ class TrainConfig:
     requests to stop are then known a step later, and ``clip`` goes by the norm of the step before (the first step of a
     process by its own).
 
-    ``loss`` (a name, or `LossConfig`), ``reference``, ``adapters`` and ``router`` (losses of a MoE model's routers, or
-    none of their training) are part of the graph: `mipipe capture --config` reads them from the same file, and a run is
-    refused where its graph has others.
+    ``loss`` (a name, or `LossConfig`), ``reference``, ``adapters``, ``router`` (losses of a MoE model's routers, or
+    none of their training) and ``expand`` (a stage of APEX) are part of the graph: `mipipe capture --config` reads them
+    from the same file, and a run is refused where its graph has others.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -220,6 +221,7 @@ class TrainConfig:
     reference: ReferenceConfig | None = None
     adapters: AdapterConfig | None = None
     router: RouterConfig | None = None
+    expand: ExpandConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     data: DataConfig = DataConfig()
@@ -241,7 +243,7 @@ class TrainConfig:
     def recipe(self) -> RecipeConfig:
         """What of this run is part of its graph."""
         return RecipeConfig(None if self.loss is None else loss_config(self.loss), self.reference, self.adapters,
-                            self.router)
+                            self.router, self.expand)
 
     def __post_init__(self) -> None:
         if self.steps < 1:

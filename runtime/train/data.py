@@ -18,12 +18,14 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.named_code import import_named
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.rows import batch_inputs
+from mipipe.runtime.recipes.fused import FusedRows
 from mipipe.runtime.recipes.rollouts import Rollouts
 from mipipe.runtime.train.batches import Batch
 from mipipe.runtime.train.config import DataConfig
 
-ROLLOUTS = "rollouts"
-"""The source that reads a folder of responses with rewards (`mipipe.runtime.recipes.rollouts`)."""
+ROLLOUTS, FUSED = "rollouts", "fused"
+"""Sources that read a folder of responses with rewards (`mipipe.runtime.recipes.rollouts`), or of rows with fused
+distributions (`mipipe.runtime.recipes.fused`)."""
 DEFAULT_BYTES = 4_000_000
 """Text read by default: enough that a few dozen steps repeat nothing, and read in a fraction of a second."""
 
@@ -174,6 +176,9 @@ def check_source(config: DataConfig) -> None:
     elif config.source == ROLLOUTS:
         if "folder" not in config.options:
             raise InputError("data: source rollouts needs options: {folder: ...}, a folder of .jsonl files")
+    elif config.source == FUSED:
+        if set(config.options) != {"folder"}:
+            raise InputError("data: source fused needs options: {folder: ...}, which make_fused wrote, and no others")
     elif config.source != "stdlib":
         _folder(config.source)
 
@@ -255,6 +260,9 @@ def make_batches(config: DataConfig, graph: OperatorGraph, rows: int, seed: int,
         if unknown:
             raise InputError(f"data: unknown option {unknown[0]!r} of rollouts; expected folder, max_age")
         return Batches(Rollouts(graph, rows, seed, copy=copy, copies=copies, **options), rows, name=ROLLOUTS)
+    if config.source == FUSED:
+        return Batches(FusedRows(graph, rows, seed, copy=copy, copies=copies, **options), rows, in_turn=True,
+                       name=FUSED)
     max_bytes = int(options.pop("max_bytes", DEFAULT_BYTES))
     if options:
         raise InputError(f"data: unknown option {sorted(options)[0]!r}; expected max_bytes")

@@ -13,6 +13,7 @@ from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.models.sources import open_source
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.adapters import initial, is_adapter
+from mipipe.graphs.recipes.expansion import first_value, is_expansion
 from mipipe.graphs.recipes.objective import REFERENCE
 from mipipe.graphs.recipes.options import LossConfig, RecipeConfig
 from mipipe.graphs.recipes.source import recipe_of, with_recipe
@@ -54,6 +55,7 @@ def _layered(graph: OperatorGraph, config: TrainConfig, module: nn.Module, froze
     made = {} if adapters is None else {
         name: initial(name, item, adapters, config.seed, base.__getitem__)
         for name, item in module.named_parameters() if is_adapter(name)}
+    made |= {name: first_value(name, item) for name, item in module.named_parameters() if is_expansion(name)}
     return LayeredWeights(base, reference, made)
 
 
@@ -108,7 +110,7 @@ def _reference_weights(graph: OperatorGraph, config: TrainConfig, module: nn.Mod
 def check_recipe(graph: OperatorGraph, config: TrainConfig) -> None:
     """Raise `InputError` where a run's file wants another loss or reference than its graph has."""
     wanted, has = config.recipe, recipe_of(graph)
-    for what in ("loss", "reference", "adapters", "router"):
+    for what in ("loss", "reference", "adapters", "router", "expand"):
         one, other = getattr(wanted, what), getattr(has, what)
         if what == "reference" and one is not None and other is not None:
             one, other = one.model, other.model
@@ -153,7 +155,7 @@ def build_module(graph: OperatorGraph, config: TrainConfig) -> nn.Module:
     opened = open_source(source_of(graph, config), **known)
     recipe = recipe_of(graph)
     if recipe != RecipeConfig(recipe.loss):
-        opened = with_recipe(opened, recipe, graph.source.get("reference_config"), with_loss=False)
+        opened = with_recipe(opened, recipe, graph.source, with_loss=False)
     return opened.build("cpu")
 
 

@@ -1,4 +1,4 @@
-"""Scores of a merged model: losses on text files, and functions of the user's.
+"""Scores of a merged model: losses on text files, tasks of lm-evaluation-harness, and functions of the user's.
 
 A text file's score is the mean next-token loss in nats over windows of it; lower is better. A user's function is called
 with the folder and gives a number, or a mapping of names to numbers; higher is better unless it is said otherwise.
@@ -19,6 +19,7 @@ from mipipe.graphs.models.configuration import know_converted
 from mipipe.graphs.named_code import import_named
 from mipipe.runtime.calibration.tokens import Samples, draw_samples
 from mipipe.runtime.merge.programs.router import quiet_transformers
+from mipipe.runtime.tuning.harness import check_tasks, task_scores
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Keys of configs that say how many experts a layer has."""
@@ -30,7 +31,8 @@ class Objectives:
 
     ``texts``: text or JSONL files. ``functions``: ``package.module:function``, as the command line names them.
     ``samples`` windows of ``length`` tokens of each file, the same for all models. ``minimise``: scores of functions
-    are the better the lower. ``experts_per_token``: of a mixture of experts, for texts; None: its own.
+    are the better the lower. ``experts_per_token``: of a mixture of experts, for texts and tasks; None: its own.
+    ``tasks``: of lm-evaluation-harness, names or files; ``limit`` examples of each (None: all).
     """
 
     texts: tuple[str, ...] = ()
@@ -41,10 +43,16 @@ class Objectives:
     seed: int = 0
     minimise: bool = False
     experts_per_token: int | None = None
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.texts and not self.functions:
-            raise InputError("nothing to measure: give --perplexity FILE or --evaluate package.module:function")
+        if not self.texts and not self.functions and not self.tasks:
+            raise InputError("nothing to measure: give --perplexity FILE, --evaluate package.module:function or"
+                             " --lm-eval TASK")
+        if self.minimise and self.tasks:
+            raise InputError("--minimise is of --evaluate's numbers, and with --lm-eval it is not known whose: let the"
+                             " function give numbers of which higher is better")
         for name, value in (("samples", self.samples), ("length", self.length), ("batch", self.batch)):
             if value < 1:
                 raise InputError(f"--{name} {value}: expected at least 1")
@@ -67,6 +75,7 @@ class Measure:
                 raise InputError(f"--evaluate {name}: is a {type(found).__name__}, expected a function of a model's"
                                  " folder")
             self._functions[name] = found
+        check_tasks(self.objectives.tasks)
         for text in self.objectives.texts:
             if not Path(text).is_file():
                 raise InputError(f"--perplexity {text}: no such file")
@@ -75,13 +84,17 @@ class Measure:
         """Every score of a model by name.
 
         Raises:
-            InputError: no tokenizer, or a text without two tokens. RunError: a function failed, or gave no number.
+            InputError: no tokenizer, or a text without two tokens. RunError: a function or task failed, or gave no
+                number.
         """
         found: dict[str, float] = {}
-        if self.objectives.texts:
-            model = load_model(folder, self.objectives.experts_per_token)
-            for text in self.objectives.texts:
-                found[text_name(text, self.objectives.texts)] = self._loss(model, folder, text)
+        given = self.objectives
+        if given.texts or given.tasks:
+            model = load_model(folder, given.experts_per_token)
+            for text in given.texts:
+                found[text_name(text, given.texts)] = self._loss(model, folder, text)
+            if given.tasks:
+                found |= task_scores(model, folder, given.tasks, given.limit, given.batch)
             del model
         for name, function in self._functions.items():
             found |= _called(name, function, folder)
@@ -89,8 +102,8 @@ class Measure:
 
     def lower_is_better(self, name: str) -> bool:
         """Whether a score is a loss."""
-        return name in {text_name(text, self.objectives.texts) for text in self.objectives.texts} \
-            or self.objectives.minimise
+        texts = {text_name(text, self.objectives.texts) for text in self.objectives.texts}
+        return name in texts or self.objectives.minimise
 
     def _loss(self, model: Any, folder: Path, text: str) -> float:
         given = self.objectives

@@ -5,7 +5,7 @@ A file of models lists a base, an expert for each domain, merged models, and wha
     base: ./base
     experts: {math: ./math, code: ./code}
     merged: {ties: ./ties, regmean: ./regmean}
-    domains: {math: {perplexity: math.txt}, code: {evaluate: "my:score"}}
+    domains: {math: {perplexity: math.txt}, code: {evaluate: "my:score"}, facts: {lm_eval: arc_easy}}
     general: {prose: {perplexity: prose.txt}}
 
 A merged model's normalised performance is the mean over domains of its score over the expert's; of a text, where lower
@@ -31,11 +31,18 @@ from mipipe.runtime.tuning.objectives import Measure, Objectives
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What is measured of a domain: the loss on a text, or a function's number (the higher the better)."""
+    """What is measured of a domain: the loss on a text, or a number of a function's or of a task of
+    lm-evaluation-harness (the higher the better)."""
 
     __pydantic_config__: ClassVar = STRICT
     perplexity: str = ""
     evaluate: str = ""
+    lm_eval: str = ""
+
+    @property
+    def code(self) -> tuple[str, str]:
+        """The code that measures it, and the flag that names it; nothing of a text."""
+        return (self.evaluate, "--evaluate") if self.evaluate else (self.lm_eval, "--lm-eval")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +82,9 @@ def read_models(path: Path) -> Models:
         raise InputError(f"{path}: has {len(documents)} documents, expected one with merged and domains")
     found = from_data(documents[0], Models, str(path))
     for name, task in {**found.domains, **found.general}.items():
-        if bool(task.perplexity) == bool(task.evaluate):
-            raise InputError(f"{path}: {name}: expected perplexity: FILE or evaluate: package.module:function, one of"
-                             f" them")
+        if sum(map(bool, (task.perplexity, task.evaluate, task.lm_eval))) != 1:
+            raise InputError(f"{path}: {name}: expected perplexity: FILE, evaluate: package.module:function or lm_eval:"
+                             " TASK, one of them")
     lost = [name for name in found.domains if name not in found.experts]
     if found.experts and lost:
         raise InputError(f"{path}: experts: none for the domain {lost[0]}; every domain needs one, to be measured"
@@ -97,7 +104,7 @@ def _beside(found: Models, folder: Path) -> Models:
         return {key: place(value) for key, value in names.items()}
 
     def tasks(given: Mapping[str, Task]) -> dict[str, Task]:
-        return {key: Task(place(task.perplexity), task.evaluate) for key, task in given.items()}
+        return {key: Task(place(task.perplexity), task.evaluate, place(task.lm_eval)) for key, task in given.items()}
 
     return Models(placed(found.merged), tasks(found.domains), placed(found.experts), place(found.base),
                   tasks(found.general), found.samples, found.length)
@@ -110,20 +117,20 @@ def evaluate_models(models: Models, allowed: Collection[str], where: str,
 
     Args:
         experts_per_token: of mixtures of experts, in place of their own number, for texts.
-        allowed: functions that the person who evaluates has named.
+        allowed: functions and tasks that the person who evaluates has named.
 
     Raises:
-        InputError: a function nobody named, or what measuring raises.
+        InputError: one that nobody named, or what measuring raises.
     """
     tasks = {**models.domains, **{f"general {name}": task for name, task in models.general.items()}}
     for name, task in tasks.items():
-        if task.evaluate and task.evaluate not in allowed:
-            raise InputError(f"{where}: {name}: a file calls no code; name the function on the command line too"
-                             f" (--evaluate"
-                             f" {task.evaluate})")
+        code, flag = task.code
+        if code and code not in allowed:
+            raise InputError(f"{where}: {name}: a file calls no code; name it on the command line too ({flag} {code})")
     measures = {name: Measure(Objectives((task.perplexity,) if task.perplexity else (),
                                          (task.evaluate,) if task.evaluate else (), models.samples, models.length,
-                                         experts_per_token=experts_per_token))
+                                         experts_per_token=experts_per_token,
+                                         tasks=(task.lm_eval,) if task.lm_eval else ()))
                 for name, task in tasks.items()}
     rows: list[Row] = []
     for kind, group in (("base", {"base": models.base} if models.base else {}), ("expert", models.experts),

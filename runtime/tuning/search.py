@@ -1,4 +1,5 @@
-"""Ways to search: a grid, CMA-ES, and quadratic surrogates. Each asks for points in rounds and is told their scores.
+"""Ways to search: a grid, CMA-ES, NSGA-III, and quadratic surrogates. Each asks for points in rounds and is told their
+scores.
 
 All are the same on every run with the same seed and scores, so a search that was interrupted repeats its questions and
 finds their answers in the journal.
@@ -27,7 +28,7 @@ from mipipe.runtime.tuning.surrogate import (
 
 Values = tuple[Any, ...]
 Scores = Mapping[str, float]
-KINDS = ("grid", "cma", "map", "bayes-map")
+KINDS = ("grid", "cma", "nsga3", "map", "bayes-map")
 TEMPERATURE = 0.07
 """Of the softmax over bins by which Bayesian MAP chooses directions (the reference's)."""
 ROUND = 4
@@ -62,6 +63,8 @@ def make_search(kind: str, space: SearchSpace, budget: int, points: int, seed: i
                          " range")
     if kind == "cma":
         return Evolution(space, budget, seed, weights)
+    if kind == "nsga3":
+        return Fronts(space, budget, seed)
     return (Bayesian if kind == "bayes-map" else Surrogates)(space, budget, seed, weights)
 
 
@@ -116,6 +119,63 @@ class Evolution:
 
     def facts(self) -> dict[str, Any]:
         return {"generations": self._optimiser.generation, "population": self._optimiser.population_size}
+
+
+class Fronts:
+    """NSGA-III (Deb and Jain 2014) on all scores at once, by the library ``pymoo``: points that no other beats, spread
+    along the front. A fifth of the budget is one generation, from 4 to 40 points; the first is drawn at random."""
+
+    def __init__(self, space: SearchSpace, budget: int, seed: int) -> None:
+        try:
+            import pymoo.algorithms.moo.nsga3  # noqa: F401
+        except ImportError:
+            raise InputError("--search nsga3 needs the library pymoo: pip install 'mipipe[pareto]'") from None
+        self._space, self._left, self._seed = space, budget, seed
+        self._size = min(max(4, budget // 5), 40)
+        self._algorithm: Any = None
+        self._points = np.random.Generator(np.random.PCG64(seed)).random((self._size, len(space.free)))
+        self._asked: Any = None
+        self._generations = 0
+
+    def ask(self) -> list[Values]:
+        if self._algorithm is not None:
+            self._asked = self._algorithm.ask()
+            self._points = np.array(self._asked.get("X")) if self._asked is not None else self._points[:0]
+        if not 0 < len(self._points) <= self._left:
+            return []
+        self._left -= len(self._points)
+        return [self._space.point(row) for row in self._points.tolist()]
+
+    def tell(self, found: Sequence[tuple[Values, Scores]]) -> None:
+        from pymoo.core.evaluator import Evaluator
+        from pymoo.problems.static import StaticProblem
+
+        losses = np.array([[-value for value in scores.values()] for _, scores in found])
+        if self._algorithm is None:
+            self._algorithm = self._begun(self._points, losses.shape[1])
+            self._asked = self._algorithm.ask()  # the points that were drawn
+        Evaluator().eval(StaticProblem(self._algorithm.problem, F=losses), self._asked)
+        self._algorithm.tell(infills=self._asked)
+        self._generations += 1
+
+    def _begun(self, points: Array, scores: int) -> Any:
+        """The algorithm with its first generation."""
+        from pymoo.algorithms.moo.nsga3 import NSGA3
+        from pymoo.core.problem import Problem
+        from pymoo.util.ref_dirs import get_reference_directions
+
+        if scores < 2:
+            raise InputError("--search nsga3: found one score, expected two or more that may disagree; use --search cma"
+                             " or grid")
+        size = points.shape[1]
+        found = NSGA3(get_reference_directions("energy", scores, self._size, seed=self._seed), pop_size=self._size,
+                      sampling=points)
+        found.setup(Problem(n_var=size, n_obj=scores, xl=np.zeros(size), xu=np.ones(size)), seed=self._seed,
+                    verbose=False)
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        return {"generations": self._generations, "population": self._size}
 
 
 class Surrogates:

@@ -26,6 +26,7 @@ from mipipe.graphs.capture.expert_groups import parse_slice
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.merging.layout import Shard, index_json, lay_out
 from mipipe.graphs.operators.collectives import whole_of
+from mipipe.graphs.recipes.expansion import is_expansion
 from mipipe.graphs.recipes.objective import REFERENCE
 from mipipe.graphs.recipes.source import recipe_of
 from mipipe.graphs.serialize import load_data
@@ -33,6 +34,7 @@ from mipipe.graphs.units import parse_bytes
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.team import axes_of
 from mipipe.runtime.recipes.adapter_files import write_adapters
+from mipipe.runtime.recipes.votes import fused_weights
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.launching.processes import failure_of, first_of, gather, rank
 from mipipe.runtime.train.models import empty_module, take_reference
@@ -80,7 +82,8 @@ def save_weights(engine: Engine, module: nn.Module, target: Target, source: Path
     job = f"mipipe train {engine.compiled.program.plan_digest} {engine.steps_done}"
     folder = partial_folder(_next(target.folder))
     on_first_rank(lambda: _prepare(target.folder, shards, job, replace))
-    mine = own_pieces(engine)
+    fused = fused_weights(engine)
+    mine = {piece: fused.get(piece[0], item) for piece, item in own_pieces(engine).items()}
     divided = divided_names(engine)
 
     def write() -> None:
@@ -123,7 +126,7 @@ def plan_views(engine: Engine, module: nn.Module, dtype: torch.dtype | None = No
     for item in engine.graph.parameters:
         name, rows = parse_slice(item.fqn)
         frozen = name.startswith(f"{REFERENCE}.")
-        if item.tied_to is None and item.persistent and not frozen and name not in tensors:
+        if item.tied_to is None and item.persistent and not frozen and not is_expansion(name) and name not in tensors:
             shape = shapes.get(name, ()) if rows is not None else item.spec.shape
             tensors[name] = torch.empty(shape, dtype=getattr(torch, item.spec.dtype), device="meta")
     return stored_views(module, tensors, DTYPE_NAMES, dtype)

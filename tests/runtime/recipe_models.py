@@ -57,7 +57,9 @@ def batch(graph, rows, seed=0):
             for name in ("old_log_probs", "teacher_log_probs")}
     made = {"input_ids": ids, "labels": labels, "rewards": torch.randn(rows, generator=draw, dtype=torch.float64),
             "group_ids": torch.arange(rows) // 3 + 7, "foreign": (torch.arange(rows) % 2).double(),
-            "response_mask": torch.randint(0, 2, (rows, LENGTH), generator=draw), **real}
+            "response_mask": torch.randint(0, 2, (rows, LENGTH), generator=draw), **real,
+            "fused_ids": torch.randint(0, VOCABULARY, (rows, LENGTH, 4), generator=draw),
+            "fused_probs": torch.rand(rows, LENGTH, 4, generator=draw, dtype=torch.float64)}
     made["advantages"] = made["rewards"]
     wanted = batch_inputs(graph)
     made["reference_log_probs"] = real["old_log_probs"] - 0.2 if len(getattr(
@@ -121,6 +123,15 @@ def plain(name, module, whole, chunk=0, **options):
         ratios = [item.sum() - other for item, other in zip(own, known, strict=True)]
         pairs = [-torch.log(torch.sigmoid(0.1 * (ratios[row] - ratios[row + 1]))) for row in range(0, len(own), 2)]
         return sum(pairs) / len(pairs)
+    if name == "fuse":
+        table = module(input_ids=whole["input_ids"], use_cache=False).logits.log_softmax(-1)
+        places = [(row, t) for row, labels in enumerate(whole["labels"].tolist()) for t in range(1, LENGTH)
+                  if labels[t] != -100]
+        parts = [sum(share * table[row, t - 1, token] for token, share in
+                     zip(whole["fused_ids"][row, t].tolist(), whole["fused_probs"][row, t].tolist(), strict=True))
+                 for row, t in places]
+        weight = options["labels"]
+        return (-weight * sum(item.sum() for item in own) - (1 - weight) * sum(parts)) / len(places)
     if name == "distill":
         heat = options.get("temperature", 1.0)
         student, teacher = ((part(input_ids=whole["input_ids"], use_cache=False).logits / heat).softmax(-1)

@@ -9,7 +9,17 @@ from torch import nn
 
 from mipipe.graphs.capture.model import capture_module
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.recipes.expansion import ActivationVotes, chosen_units, expand, feed_forward_layers, fuse, monarch
+from mipipe.graphs.recipes.expansion import (
+    ActivationVotes,
+    VoteFile,
+    chosen_units,
+    expand,
+    feed_forward_layers,
+    fuse,
+    monarch,
+    read_pairs,
+)
+from mipipe.graphs.serialize import save
 from mipipe.runtime.engine.engine import Engine
 
 WIDTH, UNITS, ROWS, COUNT = 5, 24, 4, 2
@@ -64,8 +74,7 @@ def test_votes_count_the_largest_and_the_smallest_and_keep_them_apart():
     votes = ActivationVotes(Model())
     votes.add("layers.0", torch.arange(UNITS).double())
     votes.add("layers.0", torch.arange(UNITS).double())
-    low, high = votes.pairs("layers.0")
-    assert low.tolist() == [0, 1, 2, 3] and high.tolist() == [23, 22, 21, 20]
+    assert votes.pairs()["layers.0"] == ([0, 1, 2, 3], [23, 22, 21, 20])
     assert votes.counts["layers.0"].tolist() == [-2] * 4 + [0] * 16 + [2] * 4
 
 
@@ -115,3 +124,19 @@ def test_two_ranks_train_mixtures_as_autograd_does(pool):
     assert set(found) == set(wanted)
     for name, gradient in found.items():
         assert torch.allclose(gradient, wanted[name], rtol=1e-10, atol=1e-14), name
+
+
+def test_votes_of_a_file_expand_the_same_units_and_others_are_refused(tmp_path):
+    _, votes = made()
+    file = tmp_path / "votes.json"
+    save(VoteFile({name: counts.tolist() for name, counts in votes.counts.items()}, 0.375, 0), file)
+    assert read_pairs(file) == votes.pairs()
+    for pairs, text in (({}, "are of another model"), ({name: ([0], [UNITS]) for name in votes.counts},
+                                                                          "are of another model"),
+                        ({name: ([0], [0]) for name in votes.counts}, "are of another model"),
+                        ({name: ([], []) for name in votes.counts}, "too few for this ratio and stage")):
+        with pytest.raises(InputError, match=text):
+            expand(Model(), pairs)
+    file.write_text("{}")
+    with pytest.raises(InputError, match=r"votes\.json"):
+        read_pairs(file)

@@ -10,7 +10,7 @@ from test_recipe_expansion import COUNT, ROWS, UNITS, WIDTH, Model
 from mipipe.graphs.capture.model import capture_module
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.recipes.adapters import AdapterConfig, adapt
-from mipipe.graphs.recipes.lightening import Importance, add_masks, add_penalty, choose, lighten
+from mipipe.graphs.recipes.lightening import Importance, add_masks, add_penalty, choose_kept, lighten
 from mipipe.runtime.engine.engine import Engine
 
 X = torch.randn(ROWS * COUNT, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -52,7 +52,7 @@ def test_removing_what_a_mask_has_switched_off_changes_nothing():
         for number, layer in enumerate(model.layers):
             layer.down_proj.unit_mask[number::3] = 0.0
     expected = model(X)["loss"].detach()
-    lighten(model, choose(model, units=1 / 3))
+    lighten(model, choose_kept(model, units=1 / 3))
     assert [layer.down_proj.in_features for layer in model.layers] == [UNITS * 2 // 3] * 2
     assert torch.allclose(model(X)["loss"], expected, rtol=1e-12)
     assert not any("mask" in name for name, _ in model.named_parameters())
@@ -65,7 +65,7 @@ def test_folded_masks_stay_in_the_weights():
             layer.down_proj.unit_mask.uniform_(0.2, 2.0)
             layer.down_proj.lora_B.normal_()
     expected = model(X)["loss"].detach()
-    lighten(model, choose(model, units=0.0), fold=True)
+    lighten(model, choose_kept(model, units=0.0), fold=True)
     assert torch.allclose(model(X)["loss"], expected, rtol=1e-12)
 
 
@@ -77,7 +77,7 @@ def test_adapters_and_ranks_go_by_importance():
     with Importance(model) as watched:
         model(X)["loss"].backward()
         watched.after_backward({name: item.grad for name, item in model.named_parameters()})
-    kept = choose(model, watched, modules=0.5, ranks=0.5)
+    kept = choose_kept(model, watched, modules=0.5, ranks=0.5)
     stay = {name: places for name, places in kept.ranks.items() if places}
     assert set(stay) <= {"layers.0.up_proj", "layers.1.down_proj"} and sum(map(len, stay.values())) == 4
     ranks = watched.ranks()
@@ -105,7 +105,7 @@ def test_a_smaller_model_is_captured_again_in_the_middle_of_a_run():
             assert torch.allclose(item.grad, named[name].grad, rtol=1e-10, atol=1e-14), name
         before = sum(item.numel() for item in model.parameters())
         if any("mask" in name for name in named):
-            lighten(model, choose(model))
+            lighten(model, choose_kept(model))
     assert sum(item.numel() for item in model.parameters()) == before < sum(p.numel() for p in made().parameters())
 
 
@@ -121,11 +121,11 @@ def test_heads_go_with_the_keys_they_share():
         layer.self_attn.o_proj.unit_mask[2:4] = 0.0
         layer.mlp.down_proj.unit_mask[:3] = 0.0
     expected = model(input_ids=ids).logits
-    lighten(model, choose(model))
+    lighten(model, choose_kept(model))
     assert (layer.self_attn.q_proj.out_features, layer.self_attn.k_proj.out_features) == (16, 8)
     assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-6)
 
 
 def test_a_share_of_all_is_refused():
     with pytest.raises(InputError, match=r"units: found 1\.0"):
-        choose(made(), units=1.0)
+        choose_kept(made(), units=1.0)

@@ -1,5 +1,6 @@
 """The losses of recipes: closed forms, and planned runs against the papers' formulas written out in float64."""
 
+import math
 import random
 
 import pytest
@@ -21,7 +22,7 @@ CASES = [
     ("grpo", {}), ("grpo", {"reference": True, "kl": 0.2, "average": "token"}), ("grpo", {"distill": 0.5, "kl": 0.1}),
     ("dpo", {"reference": True, "chunk": 7}), ("dpo", {}),
     ("distill", {"reference": True, "temperature": 2.0, "labels": 0.3}),
-    ("distill", {"reference": True, "chunk": 6}),
+    ("distill", {"reference": True, "chunk": 6}), ("fuse", {"labels": 0.7, "top": 4}),
 ]
 
 
@@ -120,6 +121,55 @@ def whole_and_graph(name, **options):
     return graph, recipes.batch(graph, recipes.ROWS * COUNT)
 
 
+def stepped(name, change, options):
+    """Loss and gradients of one process for a batch with something changed, and the module and that batch."""
+    module, graph = recipes.built(name, **options)
+    whole = recipes.batch(graph, recipes.ROWS * COUNT)
+    whole |= {key: item(module, whole) if callable(item) else item for key, item in change.items()}
+    engine = Engine(dags.random_plan(random.Random(1), graph, 1, COUNT), graph, recipes.state_of(module))
+    loss = engine.step(whole)
+    return loss, {key: item.grad for key, item in engine.named_parameters() if item.grad is not None}, module, whole
+
+
+def own_log_probs(module, whole):
+    """A policy's log probabilities at the places of its labels, as a teacher's stand in a batch."""
+    logs = module(input_ids=whole["input_ids"], use_cache=False).logits.log_softmax(-1)[:, :-1].detach()
+    found = torch.zeros(whole["labels"].shape, dtype=torch.float64)
+    found[:, 1:] = logs.gather(-1, whole["labels"][:, 1:].clamp(min=0)[..., None])[..., 0]
+    return found
+
+
+def test_one_branch_or_branches_that_are_alike_are_plain_grpo():
+    """CoPD: without another branch's rows (K = 1), or towards a branch with the same weights, nothing is added."""
+    rows = recipes.ROWS * COUNT
+    plain = stepped("grpo", {}, {})[:2]
+    alone = stepped("grpo", {"foreign": torch.zeros(rows, dtype=torch.float64)}, {"distill": 0.5})
+    alike = stepped("grpo", {"foreign": torch.ones(rows, dtype=torch.float64), "teacher_log_probs": own_log_probs},
+                    {"distill": 0.5})
+    for loss, gradients, *_ in (alone, alike):
+        close(loss, gradients, plain, "copd", 1e-12)
+    other = stepped("grpo", {"foreign": torch.ones(rows, dtype=torch.float64)}, {"distill": 0.5})
+    assert abs(other[0] - plain[0]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["asympo", "spo"])
+def test_groups_without_a_difference_teach_nothing(name):
+    loss, gradients, *_ = stepped(name, {"rewards": torch.full((6,), 0.7, dtype=torch.float64)}, {})
+    assert loss == pytest.approx(0.0, abs=1e-15)
+    assert all(float(item.abs().max()) < 1e-14 for item in gradients.values())
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_rift_without_a_wrong_or_a_right_answer_lacks_that_term(sign):
+    rewards = sign * torch.arange(1.0, 7.0, dtype=torch.float64)
+    loss, gradients, module, whole = stepped("rift", {"rewards": rewards}, {"means": "separate"})
+    logs = [item.sum().item() for item in recipes.log_probs(module, whole)]
+    terms = [-reward * (log if sign > 0 else math.exp(log))
+             for reward, log in zip(rewards.tolist(), logs, strict=True)]
+    assert loss == pytest.approx(sum(terms) / 6, rel=1e-12)
+    assert all(bool(item.isfinite().all()) for item in gradients.values())
+
+
 @pytest.mark.parametrize("change, text", [
     ({"rewards": None}, "input 'rewards' of GPT2LMHeadModel is missing, which the loss spo needs"),
     ({"labels": torch.zeros(6, 5, dtype=torch.int64)}, r"labels is torch.int64 \[2, 5\], but the graph was captured"),
@@ -160,6 +210,8 @@ def test_a_group_over_two_copies_is_refused_on_all_ranks(pool):
     (lambda: LossConfig("rift", chunk=-1), "chunk is -1"),
     (lambda: RecipeConfig(LossConfig("rift"), ReferenceConfig()), "a frozen model is of use to the losses"),
     (lambda: recipes.source(recipes.recipe("distill")), "needs a teacher"),
+    (lambda: recipes.source(recipes.recipe("fuse", chunk=8)).build("meta"), "loss fuse: chunk does not go with it"),
+    (lambda: LossConfig("fuse", {"top": 0}), "top: found 0, expected a whole number of at least 1"),
 ])
 def test_what_cannot_be_a_loss_is_one_line(make, text):
     with pytest.raises(InputError, match=text) as error:

@@ -263,6 +263,7 @@ def test_who_is_lost(tmp_path):
     ({"0": -15, "1": -6}, r"rank 1 was killed by signal 6 \(SIGABRT\); --resume continues"),
     ({"1": -99}, "rank 1 was killed by signal 99; --resume continues"),
     ({"1": 4}, "rank 0, instruction 3: the connection is closed; the peer has failed"),
+    ({"1": 7}, r"rank 1 ended with exit code 7 and without a word: code of the model's"),
 ])
 def test_a_killed_worker_is_named(tmp_path, codes, text):
     """Not the survivor who only saw its connection close; a survivor with a cause of its own comes first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -136,6 +137,37 @@ def test_cma_reaches_the_optimum_of_a_quadratic():
     assert best > -1e-4 and history == sorted(history)
 
 
+def test_nsga3_spreads_along_the_front_of_two_distances():
+    """The points between two targets, which no other beats; the same again with the same seed."""
+    pytest.importorskip("pymoo")
+    first, second = np.array([0.2, 0.2]), np.array([0.8, 0.8])
+
+    def searched():
+        search, asked = make_search("nsga3", space(2), 480, 5, 3, {}), []
+        while points := search.ask():
+            search.tell([(point, {name: -float(((np.array(point) - target) ** 2).sum())
+                                  for name, target in (("one", first), ("two", second))}) for point in points])
+            asked += points
+        return asked, search.facts()
+
+    asked, facts = searched()
+    assert searched()[0] == asked and len(asked) == 480 and facts == {"generations": 12, "population": 40}
+    late = np.array(asked[-40:])
+    drawn = np.array(asked[:40])
+    assert np.abs(late[:, 0] - late[:, 1]).mean() < np.abs(drawn[:, 0] - drawn[:, 1]).mean() / 3
+    assert np.ptp(late.mean(1)) > 0.3
+    one = make_search("nsga3", space(2), 40, 5, 0, {})
+    with pytest.raises(InputError, match="found one score, expected two or more"):
+        one.tell([(point, {"one": 0.0}) for point in one.ask()])
+
+
+def test_searches_without_their_library_say_what_to_install(monkeypatch):
+    for kind, module in (("cma", "cmaes"), ("nsga3", "pymoo.algorithms.moo.nsga3")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(InputError, match=rf"--search {kind} needs the library"):
+            make_search(kind, space(2), 40, 5, 0, {})
+
+
 @pytest.mark.parametrize(("kind", "data", "message"), [
     ("cma", {"a": {"choose": [1, 2]}, "b": {"search": [0, 1]}}, "only --search grid takes"),
     ("cma", {"b": {"search": [0, 1]}}, "found one free value, expected two or more"),
@@ -256,8 +288,74 @@ def test_measures_that_are_none_are_refused(place, tmp_path):
         Measure(Objectives((str(tmp_path / "lost.txt"),)))
     with pytest.raises(InputError, match="--weight c: is no score; expected a, b"):
         tune(write_recipe(place), tmp_path / "work", objectives(place), TuneOptions(points=1, weights=(("c", 1.0),)))
-    with pytest.raises(InputError, match="--search random: expected one of grid, cma, map, bayes-map"):
+    with pytest.raises(InputError, match="--search random: expected one of grid, cma, nsga3, map"):
         TuneOptions("random")
+
+
+SUMS = """task: sums
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {0}/sums.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{options}}}}"
+doc_to_target: answer
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+@pytest.mark.slow
+def test_a_local_task_of_the_harness_is_a_score(place, tmp_path, monkeypatch):
+    """The share of questions whose right option is the likelier one, as counted here."""
+    pytest.importorskip("lm_eval")
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    rows = [{"question": f"{a}+{b}=", "options": [str(a + b), str(b)], "answer": a % 2}
+            for a in range(1, 5) for b in range(4)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "sums.yaml").write_text(SUMS.format(tmp_path))
+    with pytest.raises(InputError, match=r"has no token that begins or ends a text|needs a tokenizer"):
+        Measure(Objectives(tasks=(str(tmp_path / "sums.yaml"),))).scores(place / "base")
+    folder = with_tokenizer(place / "base", tmp_path / "model")
+    task = str(tmp_path / "sums.yaml")
+    found = Measure(Objectives(tasks=(task,))).scores(folder)
+    assert found == {"sums": pytest.approx(right_answers(folder, rows))}
+    models = {"base": "model", "experts": {"a": "model"}, "merged": {"same": "model"},
+              "domains": {"a": {"lm_eval": task}}}
+    (tmp_path / "models.yaml").write_text(json.dumps(models))
+    judged = evaluate_models(read_models(tmp_path / "models.yaml"), (task,), "models.yaml")
+    assert judged[-1].normalised == 1.0
+    with pytest.raises(InputError, match=r"lost\.yaml: no such file"):
+        Measure(Objectives(tasks=("lost.yaml",)))
+    with pytest.raises(InputError, match="--minimise is of --evaluate's numbers"):
+        Objectives(tasks=(task,), minimise=True)
+
+
+def with_tokenizer(source, folder):
+    """A copy of a model whose tokens are characters, with one that ends a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    shutil.copytree(source, folder)
+    letters = ["<end>", *"0123456789+= "]
+    tokenizer = Tokenizer(models.WordLevel({letter: place for place, letter in enumerate(letters)}, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    return folder
+
+
+def right_answers(folder, rows):
+    """By log probabilities of the options' tokens."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def of(text, option):
+        start = len(tokenizer(text)["input_ids"])
+        ids = torch.tensor([tokenizer(f"{text} {option}")["input_ids"]])
+        logs = model(input_ids=ids).logits.log_softmax(-1)[0]
+        return sum(logs[place - 1, ids[0, place]].item() for place in range(start, ids.shape[1]))
+
+    right = [max((0, 1), key=lambda place: of(row["question"], row["options"][place])) == row["answer"] for row in rows]
+    return sum(right) / len(right)
 
 
 # MergeBench -----------------------------------------------------------------------------------------------------------
@@ -290,12 +388,13 @@ def test_models_are_judged_against_experts_and_base(place):
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [
-    ("a: {perplexity: a.jsonl},", "a: {},", "expected perplexity: FILE or evaluate"),
+    ("a: {perplexity: a.jsonl},", "a: {},", "expected perplexity: FILE, evaluate"),
     ("experts: {a: expert1, b: expert2}", "experts: {a: expert1}", "none for the domain b"),
     ("base: base\n", "", "give base"),
     ("merged: {copy: expert1}", "merged: {}", "has no merged models"),
     ("samples: 4", "sample: 4", "sample"),
-    ("a: {perplexity: a.jsonl},", "a: {evaluate: 'my:score'},", "a file calls no code; name the function"),
+    ("a: {perplexity: a.jsonl},", "a: {evaluate: 'my:score'},", "a file calls no code; name it on the command line"),
+    ("a: {perplexity: a.jsonl},", "a: {lm_eval: arc_easy},", r"too \(--lm-eval arc_easy\)"),
 ])
 def test_wrong_files_of_models_are_refused(place, tmp_path, old, new, message):
     assert old in MODELS

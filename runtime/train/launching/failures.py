@@ -17,6 +17,8 @@ from typing import Any
 from mipipe.graphs import errors
 from mipipe.graphs.errors import MipipeError, RunError, StoppedError
 
+OWN_CODES = {1, RunError.exit_code, StoppedError.exit_code}
+"""With which workers end that have said why, in a report or on stderr."""
 SAID, STARTED, DONE, FAILURES = "said.txt", "started.json", "done.txt", "failures.json"
 
 
@@ -34,6 +36,13 @@ def explain_failure(folder: Path, log: Path, code: int, show: bool = True) -> Mi
     if killed and not causes:
         return RunError(f"{killed}; --resume continues from the newest checkpoint, if one was saved, and --max-restarts"
                         " restarts workers")
+    quiet = {rank: item.code for rank, item in sorted(exits(folder).items())
+             if item.code > 0 and item.code not in OWN_CODES and rank not in {report["rank"] for report in found}}
+    if quiet and not causes:
+        rank, status = next(iter(quiet.items()))
+        return RunError(f"rank {rank} ended with exit code {status} and without a word: code of the model's or the"
+                        " loader's ended it (os._exit); --resume continues from the newest checkpoint, if one was"
+                        " saved")
     if not found:
         if code < 0:
             return RunError(f"torchrun was ended by {signal_name(-code)}")
