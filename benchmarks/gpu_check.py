@@ -2,7 +2,8 @@
 
 The most valuable parts come first; each prints one line and never stops the others. ``--out FILE`` keeps all as JSON,
 ``--device cpu`` rehearses here, as the test suite does. ``GRAPH.json``: captured graphs, whose whole traces run on both
-devices. docs/gpus.md says which open question each part answers.
+devices; whole runs are in `gpu_runs`, beside this file. docs/gpus.md says which open question each part answers.
+``--only NAME ...`` runs some parts.
 """
 
 from __future__ import annotations
@@ -17,17 +18,16 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import gpu_runs
 import torch
+from gpu_runs import Report, made
 
-from mipipe.graphs.coarse.graph_index import index_graph
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.operators import kernels
-from mipipe.graphs.profiling.rehearse import model_input
 from mipipe.graphs.serialize import load
 from mipipe.graphs.tracing.compose import run_step
 from mipipe.graphs.write_files import write_text
 
-Report = dict[str, Any]
 Tensors = Mapping[str, torch.Tensor]
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
@@ -42,17 +42,6 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def moved(tensors: Tensors, device: torch.device) -> dict[str, torch.Tensor]:
     return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-
-def made(graph: OperatorGraph, seed: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Random weights and one microbatch, on the CPU."""
-    generator, state, index = torch.Generator().manual_seed(seed), {}, index_graph(graph)
-    for item in graph.parameters:
-        shape, dtype = item.spec.shape, getattr(torch, item.spec.dtype)
-        value = torch.randn(shape, generator=generator) * 0.02 if len(shape) > 1 else \
-            torch.rand(shape, generator=generator) + 0.5
-        state[item.fqn] = value.to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
-    return state, {name: model_input(index, name, generator) for name in graph.inputs}
 
 
 def parity(path: Path, device: torch.device) -> Report:
@@ -128,21 +117,25 @@ def grouped(device: torch.device) -> Report:
 
 
 def dense(device: torch.device) -> Report:
-    """Milliseconds and GiB of attention with a window or sinks beside flash, forward and backward, bfloat16."""
+    """Milliseconds and GiB of attention with a window, sinks, a mask and whole scores (a softcap) beside flash, forward
+    and backward, bfloat16."""
     cuda = device.type == "cuda"
     heads, length = (32, 4096) if cuda else (2, 64)
     found: Report = {"length": length}
-    for name, window, has_sinks in (("flash", 0, False), ("window", length // 32, False), ("sinks", 0, True)):
+    for name, window, has_sinks, has_mask, softcap in (
+            ("flash", 0, False, False, 0.0), ("window", length // 32, False, False, 0.0),
+            ("sinks", 0, True, False, 0.0), ("mask", 0, False, True, 0.0), ("softcap", 0, False, False, 30.0)):
         q = torch.randn(1, heads, length, 128, device=device, dtype=torch.bfloat16)
         sinks = torch.zeros(heads, device=device, dtype=q.dtype) if has_sinks else None
-        rest, times, base = (True, window, 128 ** -0.5, 0.0), [], 0
+        mask = torch.rand(1, 1, length, length, device=device) > 0.2 if has_mask else None
+        rest, times, base = (True, window, 128 ** -0.5, softcap), [], 0
         if cuda:
             torch.cuda.reset_peak_memory_stats()
             base = torch.cuda.memory_allocated()
         for _ in range(3):
             begin = time.perf_counter()
-            out, lse = kernels.attention(q, q, q, None, sinks, *rest)
-            kernels.attention_backward(out, q, q, q, None, sinks, out, lse, *rest)
+            out, lse = kernels.attention(q, q, q, mask, sinks, *rest)
+            kernels.attention_backward(out, q, q, q, mask, sinks, out, lse, *rest)
             if cuda:
                 torch.cuda.synchronize()
             times.append(1000 * (time.perf_counter() - begin))
@@ -167,7 +160,7 @@ def parts(graphs: Iterable[Path], device: torch.device) -> dict[str, Callable[[]
     found: dict[str, Callable[[], Report]] = {}
     for path in graphs:
         found[f"parity {path.stem}"] = lambda path=path: parity(path, device)  # type: ignore[misc]
-    for part in (attention, grouped, dense, fused):
+    for part in (attention, grouped, dense, fused, *gpu_runs.PARTS):
         found[part.__name__] = lambda part=part: part(device)  # type: ignore[misc]
     return found
 
@@ -177,12 +170,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Report]:
     parser.add_argument("graphs", nargs="*", type=Path)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", nargs="+", default=None, metavar="NAME", help="parts by their first word")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU (rehearsal)"
     print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, {where}", flush=True)
     results: dict[str, Report] = {}
     for name, part in parts(options.graphs, device).items():
+        if options.only is not None and name.split()[0] not in options.only:
+            continue
         begin = time.perf_counter()
         try:
             results[name] = part()

@@ -4,6 +4,8 @@ from mipipe.runtime.merge.launch import MergeOptions as MergeOptions
 from mipipe.runtime.merge.launch import MergeResult as MergeResult
 from mipipe.runtime.recipes.fused import make_fused as make_fused
 from mipipe.runtime.recipes.votes import count_votes as count_votes
+from mipipe.runtime.train.clip import clip_gradients as clip_gradients
+from mipipe.runtime.train.clip import gradient_norm as gradient_norm
 from mipipe.runtime.train.config import DataConfig as DataConfig
 from mipipe.runtime.train.config import GroupConfig as GroupConfig
 from mipipe.runtime.train.config import OptimizerConfig as OptimizerConfig
@@ -15,8 +17,6 @@ from mipipe.runtime.train.data import make_batches as make_batches
 from mipipe.runtime.train.launching.launch import TrainResult as TrainResult
 from mipipe.runtime.train.launching.launch import torchrun_command as torchrun_command
 from mipipe.runtime.train.models import initial_weights as initial_weights
-from mipipe.runtime.train.optim import clip_gradients as clip_gradients
-from mipipe.runtime.train.optim import gradient_norm as gradient_norm
 from mipipe.runtime.train.optim import learning_rate_factor as learning_rate_factor
 from mipipe.runtime.train.optim import make_optimizer as make_optimizer
 from mipipe.runtime.train.trace import measured_timeline as measured_timeline

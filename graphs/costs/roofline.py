@@ -3,8 +3,9 @@
 The launch overhead is a floor, not a summand: an eager program starts the next kernels while one runs, so a long
 operator hides its launches and a short one is bound by them. Views (no bytes, no flops) cost nothing. Attention is one
 operator: its bytes are those of q, k, v and the result, never the scores; under a causal mask half its products are
-skipped, as flash kernels do. Left out: how far kernels stay below the peak (say so by a kind's ``efficiency``),
-caches, and wave quantisation. (Williams, Waterman and Patterson, "Roofline", CACM 2009.)
+skipped, as flash kernels do. Attention with a softcap, for which no device has such a kernel, is charged whole scores
+in float32. Left out: how far kernels stay below the peak (say so by a kind's ``efficiency``), caches, and wave
+quantisation. (Williams, Waterman and Patterson, "Roofline", CACM 2009.)
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def operator_seconds(operator: Operator, kind: DeviceKind, dtype: str | None = N
         return 0.0
     work = 0.0
     if operator.flops:
-        work = useful_flops(operator) / kind.peak(dtype or _result_dtype(operator))
+        rate = "float32" if _is_dense(operator) else dtype or _result_dtype(operator)
+        work = useful_flops(operator) / kind.peak(rate)
     return max(work, moved / kind.bytes_per_s, kind.launch_ns * 1e-9)
 
 
@@ -100,7 +102,15 @@ def useful_flops(operator: Operator) -> float:
     position = _CAUSAL_ARGUMENT.get(operator.kind)
     if position is None or len(operator.args) <= position or operator.args[position] is not True:
         return operator.flops
+    if _is_dense(operator):
+        return operator.flops
     return operator.flops / 2
+
+
+def _is_dense(operator: Operator) -> bool:
+    """Whether an operator is attention on whole scores: it has a softcap, three places behind its causal flag."""
+    position = _CAUSAL_ARGUMENT.get(operator.kind)
+    return position is not None and len(operator.args) > position + 3 and bool(operator.args[position + 3])
 
 
 def _result_dtype(operator: Operator) -> str:

@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+MOVED, HELD = {"forward": 17, "backward": 42}, {"forward": 3, "backward": 6}
+"""How often a softcapped score is read and written, and how many are alive for it at once, each of 4 bytes."""
+
 
 def expand_heads(x: Tensor, heads: int) -> Tensor:
     """Keys or values [B,G,T,D] repeated to the query heads [B,H,T,D] (grouped-query attention)."""

@@ -1,5 +1,5 @@
 """Floating-point operations of one operator: torch.utils.flop_counter's formulas, and ours where it counts nothing, or
-takes no account of groups (weight gradients of convolutions).
+takes no account of groups (weight gradients of convolutions). And the bytes that it moves and holds in itself.
 
 As there, a multiply-add counts 2, only matrix products, convolutions and attention count, and a causal mask is not
 discounted.
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
-from mipipe.graphs.operators import vocabulary
+from mipipe.graphs.operators import dense_attention, vocabulary
 from mipipe.graphs.operators.owned_experts import owned_mm_flops, owned_mm_weight_flops
 from mipipe.graphs.operators.recurrent import recurrence_backward_flops, recurrence_flops
 
@@ -81,3 +81,20 @@ def num_bytes(value: Any) -> int:
     if isinstance(value, (list, tuple)):
         return sum(num_bytes(item) for item in value)
     return 0
+
+
+_SCORED = {"mipipe.attention.default": ("forward", 0, 8), "mipipe.attention_backward.default": ("backward", 1, 11)}
+"""For each of attention's operators: which it is, and where its queries (keys behind them) and its softcap are."""
+
+
+def inside_bytes(target: Any, args: Sequence[Any]) -> tuple[int, int]:
+    """Bytes that an operator moves, and holds at most, beside its arguments and results: attention's whole scores where
+    no device has a fused kernel (a softcap)."""
+    if str(target) not in _SCORED:
+        return 0, 0
+    which, queries_at, softcap_at = _SCORED[str(target)]
+    if not args[softcap_at]:
+        return 0, 0
+    q, k = args[queries_at], args[queries_at + 1]
+    scores = 4 * math.prod(q.shape[:3]) * int(k.shape[2])
+    return dense_attention.MOVED[which] * scores, dense_attention.HELD[which] * scores

@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 
 from mipipe.graphs.operators import dense_attention as dense
+from mipipe.graphs.operators import efficient_attention as efficient
 from mipipe.graphs.operators import flash_attention as flash
+from mipipe.graphs.operators.attention_options import Options
+from mipipe.graphs.operators.attention_trust import Kernel, Kind, agrees
 
 HAS_GROUPED_MM = hasattr(torch.ops.aten, "_grouped_mm")
 
@@ -35,10 +38,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tenso
     Queries that see no key give zeros. ``window`` 0 and ``softcap`` 0.0 switch these off. The output lies in memory as
     [B,S,H,E].
     """
-    options = flash.Options(causal, window, scale)
-    if flash.on_cuda(q, k, v, mask, sinks, options, softcap):
-        out, lse = flash.cuda_forward(q, k, v, sinks, options)
-        return _heads_inside(out), lse
+    options = Options(causal, window, scale)
+    kernel = fused_kernel(q, k, v, mask, sinks, options, softcap)
+    if kernel is not None:
+        out, lse = kernel.forward(q, k, v, mask, sinks, options)
+        return _heads_inside(out), lse.contiguous()
     wide_k, wide_v = dense.expand_heads(k, q.shape[1]), dense.expand_heads(v, q.shape[1])
     if flash.on_cpu(q, softcap):
         out, lse = flash.cpu_forward(q, wide_k, wide_v, mask, sinks, options)
@@ -51,9 +55,10 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tens
                        out: Tensor, lse: Tensor, causal: bool, window: int, scale: float,
                        softcap: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, from what `attention` kept."""
-    options = flash.Options(causal, window, scale)
-    if flash.on_cuda(q, k, v, mask, sinks, options, softcap):
-        dq, dk, dv = flash.cuda_backward(grad, q, k, v, out, lse, options)
+    options = Options(causal, window, scale)
+    kernel = fused_kernel(q, k, v, mask, sinks, options, softcap)
+    if kernel is not None:
+        dq, dk, dv = kernel.backward(grad, q, k, v, mask, out, lse, options)
         return _heads_inside(dq), _heads_inside(dk), _heads_inside(dv)
     heads, groups = q.shape[1], k.shape[1]
     wide_k, wide_v = dense.expand_heads(k, heads), dense.expand_heads(v, heads)
@@ -64,6 +69,20 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tens
         dq, dk, dv = dense.backward(grad, q, wide_k, wide_v, bias, out, lse, scale, softcap)
     return (_heads_inside(dq), _heads_inside(dense.sum_heads(dk, groups)),
             _heads_inside(dense.sum_heads(dv, groups)))
+
+
+FLASH = Kernel("flash", flash.cuda_forward, flash.cuda_backward)
+EFFICIENT = Kernel("memory-efficient", efficient.forward, efficient.backward)
+
+
+def fused_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, options: Options,
+                 softcap: float) -> Kernel | None:
+    """The kernel of CUDA that computes a case: the first that takes it and has agreed with the formulas."""
+    if not q.is_cuda:
+        return None
+    fits = ((FLASH, flash.takes(q, k, v, mask, options, softcap)), (EFFICIENT, efficient.takes(q, k, softcap)))
+    return next((kernel for kernel, taken in fits
+                 if taken and agrees(kernel, q.device, Kind.of(q, k, v, mask, sinks, options))), None)
 
 
 def takes_grouped(*operands: Tensor) -> bool:

@@ -4,10 +4,10 @@ The distinct groups run in turn, F of all in order and then I and W from the las
 all workers compute: each finds caches as a rank's other groups leave them (a group repeated alone finds its own tensors
 in the cache and is timed too short). On a CPU a sample is CPU time, multiplied by the workers' shortage of cores (4
 workers on 2 cores: 2): the wall clock of a few milliseconds shows the scheduler's time slices (some 20 ms), not the
-work. On a GPU it is the time between events. A table entry is the median over workers of the median over rounds;
-``spread`` is the relative half-width of the middle half of all rounds. Results are kept on disk by structure (which
-fixes shapes and dtypes), device, torch version, workers and threads. Left out: transfers and the optimizer; batches do
-not change.
+work. On a GPU it is the time between events, of rounds that follow one another without a wait. A table entry is the
+median over workers of the median over rounds; ``spread`` is the relative half-width of the middle half of all rounds.
+Results are kept on disk by structure (which fixes shapes and dtypes), device, torch version, workers and threads. Left
+out: transfers and the optimizer; batches do not change.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ stdin, ``{"samples": {group: {phase: [ns, ...]}}}``; ``{"error": text}`` when a 
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 import signal
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -126,39 +128,81 @@ def _clock(device: torch.device) -> Callable[[], int]:
     return time.thread_time_ns if alone else time.perf_counter_ns
 
 
+class Moments(Protocol):
+    """What phases are timed with. ``mark`` is a moment of the device, ``spans`` the nanoseconds between marks that
+    follow one another, once the device is done; ``together``: rounds that are launched before it is waited for."""
+
+    together: int
+
+    def mark(self) -> Any: ...
+    def spans(self, marks: Sequence[Any]) -> list[float]: ...
+
+
+class HostMoments:
+    """The clock of a CPU, where a call is done when it returns."""
+
+    together = 1
+
+    def __init__(self) -> None:
+        self.mark = _clock(torch.device("cpu"))
+
+    def spans(self, marks: Sequence[int]) -> list[float]:
+        return [float(end - begin) for begin, end in pairwise(marks)]
+
+
+class EventMoments:
+    """Events of a device that the host runs ahead of. ``new_event`` and ``synchronize`` are torch.cuda's."""
+
+    together = 10
+
+    def __init__(self, new_event: Callable[[], Any], synchronize: Callable[[], object]) -> None:
+        self._new_event, self._synchronize = new_event, synchronize
+
+    def mark(self) -> Any:
+        event = self._new_event()
+        event.record()
+        return event
+
+    def spans(self, marks: Sequence[Any]) -> list[float]:
+        self._synchronize()
+        return [begin.elapsed_time(end) * 1e6 for begin, end in pairwise(marks)]
+
+
 def measure_groups(lot: Sequence[ProfiledGroup], device: torch.device, rounds: int) -> dict[str,
                                                                                             dict[str, list[float]]]:
     """Nanoseconds of each group's phases in each of ``rounds`` rounds over all groups."""
+    moments: Moments = HostMoments()
+    if device.type == "cuda":
+        moments = EventMoments(
+            lambda: torch.cuda.Event(enable_timing=True),  # type: ignore[no-untyped-call]
+            lambda: torch.cuda.synchronize(device))
     steps = in_turn(lot)
     found: dict[str, dict[str, list[float]]] = {item.name: {} for item in lot}
-    for times in (_time_cuda if device.type == "cuda" else _time_cpu)(steps, rounds):
+    for times in timed_rounds([functools.partial(item.run.run, phase) for item, phase in steps], rounds, moments):
         for (item, phase), spent in zip(steps, times, strict=True):
             found[item.name].setdefault(phase.value, []).append(spent)
     return found
 
 
-def _time_cpu(steps: Steps, rounds: int) -> Iterator[list[float]]:
-    """By the clock between one phase and the next."""
-    clock = _clock(torch.device("cpu"))
-    for _ in range(rounds):
-        marks = [clock()]
-        for item, phase in steps:
-            item.run.run(phase)
-            marks.append(clock())
-        yield [float(end - begin) for begin, end in pairwise(marks)]
+def timed_rounds(calls: Sequence[Callable[[], object]], rounds: int, moments: Moments) -> Iterator[list[float]]:
+    """Nanoseconds of each of the calls, for each of ``rounds`` rounds.
 
-
-def _time_cuda(steps: Steps, rounds: int) -> Iterator[list[float]]:
-    """Between CUDA events, so that launching ahead is possible as in a run."""
-    for _ in range(rounds):
-        marks = [torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-                 for _ in range(len(steps) + 1)]
-        marks[0].record()
-        for (item, phase), mark in zip(steps, marks[1:], strict=True):
-            item.run.run(phase)
-            mark.record()
-        torch.cuda.synchronize()
-        yield [begin.elapsed_time(end) * 1e6 for begin, end in pairwise(marks)]
+    Where a host runs ahead of its device, rounds follow one another without a wait, as steps of a run do, and the first
+    of those launched together, which finds the device idle and waits for its launches, does not count.
+    """
+    done = 0
+    while done < rounds:
+        many = min(moments.together, rounds - done)
+        lead = int(moments.together > 1)
+        marks = [moments.mark()]
+        for _ in range(many + lead):
+            for call in calls:
+                call()
+                marks.append(moments.mark())
+        spans = moments.spans(marks)
+        for number in range(lead, many + lead):
+            yield spans[number * len(calls):(number + 1) * len(calls)]
+        done += many
 
 
 if __name__ == "__main__":

@@ -7,15 +7,13 @@ gradient the part that the copy has (Rajbhandari et al., "ZeRO", SC 2020, stage 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from mipipe.graphs.operator_graph import Operator, OperatorGraph, Phase, SegmentTrace, TensorSpec
 from mipipe.graphs.serialize import digest
 from mipipe.graphs.sharding.parts import divided, fits, local_shape
 from mipipe.graphs.sharding.team_graph import Division, MemberGraph
-from mipipe.graphs.tracing.again import with_again
+from mipipe.graphs.tracing.again import renamed, with_again
 
 COPIES = "copies"
 """The axis that copies of the plan are along."""
@@ -53,7 +51,7 @@ def with_gathers(trace: SegmentTrace, names: tuple[str, ...], size: int) -> Segm
     whole = {name: f"{name}_whole" for name in names}
     gathers = [Operator(whole[name], "mipipe.all_gather.default", Phase.F, [{"ref": name}, 0, 1, size, COPIES], {},
                         (trace.specs[name],)) for name in names]
-    operators = [replace(op, args=_renamed(op.args, whole), kwargs=_renamed(op.kwargs, whole))
+    operators = [replace(op, args=renamed(op.args, whole), kwargs=renamed(op.kwargs, whole))
                  for op in trace.operators]
     specs = trace.specs | {whole[name]: trace.specs[name] for name in names}
     specs |= {name: _part(trace.specs[name], size) for name in names}
@@ -76,13 +74,3 @@ def with_gathers(trace: SegmentTrace, names: tuple[str, ...], size: int) -> Segm
 
 def _part(spec: TensorSpec, size: int) -> TensorSpec:
     return replace(spec, shape=local_shape(spec.shape, divided(0), size))
-
-
-def _renamed(item: Any, names: Mapping[str, str]) -> Any:
-    if isinstance(item, list):
-        return [_renamed(part, names) for part in item]
-    if isinstance(item, dict):
-        if set(item) == {"ref"}:
-            return {"ref": names.get(item["ref"], item["ref"])}
-        return {key: _renamed(part, names) for key, part in item.items()}
-    return item

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -40,9 +40,9 @@ def with_again(trace: SegmentTrace, roots: Collection[str]) -> SegmentTrace:
         return trace
     first = Phase.I if trace.has(Phase.I) else Phase.W
     names = {name: f"{name}_again" for name in needed}
-    copies = [replace(op, name=names[name], phase=first, args=_renamed(op.args, names),
-                      kwargs=_renamed(op.kwargs, names)) for name, op in made.items() if name in needed]
-    changed = [replace(op, args=_renamed(op.args, names), kwargs=_renamed(op.kwargs, names)) for op in late]
+    copies = [replace(op, name=names[name], phase=first, args=renamed(op.args, names),
+                      kwargs=renamed(op.kwargs, names)) for name, op in made.items() if name in needed]
+    changed = [replace(op, args=renamed(op.args, names), kwargs=renamed(op.kwargs, names)) for op in late]
     forward = list(trace.phase_operators(Phase.F))
     specs = trace.specs | {names[name]: trace.specs[name] for name in needed if name in trace.specs}
     moved = replace(trace, digest="", operators=(*forward, *copies, *changed), specs=specs)
@@ -50,13 +50,14 @@ def with_again(trace: SegmentTrace, roots: Collection[str]) -> SegmentTrace:
     return replace(moved, digest=digest(moved))
 
 
-def _renamed(item: Any, names: dict[str, str]) -> Any:
+def renamed(item: Any, names: Mapping[str, str]) -> Any:
+    """An operator's encoded arguments with references to other names."""
     if isinstance(item, list):
-        return [_renamed(part, names) for part in item]
+        return [renamed(part, names) for part in item]
     if isinstance(item, dict):
         if set(item) == {"ref"}:
             return {"ref": names.get(item["ref"], item["ref"])}
-        return {key: _renamed(part, names) for key, part in item.items()}
+        return {key: renamed(part, names) for key, part in item.items()}
     return item
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._decomp import get_decompositions
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -56,6 +57,10 @@ def no_stack_traces() -> Iterator[None]:
         yield
     finally:
         fx.config.do_not_emit_stack_traces = before
+
+
+PORTABLE = get_decompositions([torch.ops.aten.log_sigmoid_forward, torch.ops.aten.log_sigmoid_backward])
+"""Operators whose results have other shapes on other devices (what a CPU keeps for the backward), as their formulas."""
 
 
 def empty_tensor(spec: TensorSpec) -> Tensor:
@@ -111,7 +116,7 @@ def trace_joint(function: JointFunction, specs: Sequence[TensorSpec], differenti
         tangents = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
     with mode, no_stack_traces():
         with fx.traceback.preserve_node_meta():
-            module = make_fx(joint, tracing_mode="fake")(arguments, tangents)
+            module = make_fx(joint, tracing_mode="fake", decomposition_table=PORTABLE)(arguments, tangents)
         _declare_batch_norm(module)
         if any(_mutates(node) for node in module.graph.nodes):
             flat = arguments + tangents

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from mipipe.graphs.operator_graph import Operator, Phase, SavedTensor, SegmentTrace, TensorSpec
 from mipipe.graphs.operators import dynamic_rows
-from mipipe.graphs.operators.flops import count_flops, num_bytes
+from mipipe.graphs.operators.flops import count_flops, inside_bytes, num_bytes
 from mipipe.graphs.operators.row_sizes import restore_sizes
 from mipipe.graphs.serialize import digest
 from mipipe.graphs.tracing import joint as joint_graph
@@ -197,6 +197,7 @@ def _to_operator(node: fx.Node, phase: Phase, path: str) -> Operator:
         read, written = sum(num_bytes(source.meta["val"]) for source in sources), num_bytes(value)
         if str(node.target) in _GATHERS:
             read += written - num_bytes(sources[0].meta["val"])
+        written += inside_bytes(node.target, args)[0]
     return Operator(node.name, str(node.target), phase, encode(node.args), encoded, outputs,
                     count_flops(node.target, args, kwargs, value), max(read, 0), written, path)
 
@@ -226,6 +227,13 @@ def to_trace(made: Joint, phases: Mapping[fx.Node, Phase], names: tuple[tuple[st
     return replace(trace, digest=digest(trace))
 
 
+def _inside(node: fx.Node) -> int:
+    """Bytes that an operator holds in itself while it runs."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return 0
+    return inside_bytes(node.target, fx.map_arg(node.args, lambda item: item.meta["val"]))[1]
+
+
 def _workspace(nodes: Sequence[fx.Node], phases: Mapping[fx.Node, Phase], phase: Phase,
                boundary: Sequence[fx.Node | None], crossing: set[str]) -> int:
     """The most bytes of a phase's intermediates alive at once, without what it is given and what it keeps."""
@@ -242,7 +250,7 @@ def _workspace(nodes: Sequence[fx.Node], phases: Mapping[fx.Node, Phase], phase:
         if storage in made_here and storage not in kept and storage not in sizes:
             sizes[storage] = storage_bytes(node)
             live += sizes[storage]
-        peak = max(peak, live)
+        peak = max(peak, live + _inside(node))
         for storage in {storage_of(item) for item in (node, *node.all_input_nodes)}:
             if last[storage] == index and storage in sizes:
                 live -= sizes[storage]

@@ -242,6 +242,8 @@ def _literal(value: Any, space: dict[str, Any]) -> str:
 def _compile(trace: SegmentTrace, phase: Phase, device: torch.device,
              given: Mapping[str, Callable[..., Any]] | None = None, handing: bool = False) -> PhaseFunction:
     source, space = phase_source(trace, phase, device, given, handing)
-    # `phase_source` has checked the trace (`check_trace`): names are identifiers, arguments literals
+    # Why a file cannot run code here: `phase_source` has checked the trace (`check_trace`), so that every name in the
+    # text is an identifier and every argument a literal or an object in `space`; and what is called is an operator that
+    # `resolve_operator` took from torch's dispatcher, never an attribute or a module that the file names.
     exec(compile(source, f"<{phase} of trace {trace.digest}>", "exec"), space)
     return torch.no_grad()(space["phase"])

@@ -38,6 +38,14 @@ def rank_peaks(stage_view: StageView, program: Program) -> list[int]:
     return [max(size for _, size in curve) - stage_view.resident_bytes[rank] for rank, curve in enumerate(curves)]
 
 
+def sends_fit(stage_view: StageView, program: Program, rank: int) -> bool:
+    """Whether a rank has room for all that it sends in a step beside its peak, so that nothing needs to wait for a send
+    before the step is over."""
+    sent = sum(move.num_bytes for move in program.transfers if move.source_rank == rank)
+    used = stage_view.resident_bytes[rank] + rank_peaks(stage_view, program)[rank]
+    return used + sent <= stage_view.problem.topology.devices[rank].memory_bytes
+
+
 def _levels(changes: dict[int, int]) -> Curve:
     level, steps = 0, list[tuple[int, int]]()
     for time_ns in sorted(changes):

@@ -26,6 +26,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import DTYPE_BYTES, OperatorGraph
 from mipipe.graphs.serialize import STRICT
 from mipipe.graphs.topology import Topology
+from mipipe.planner.device_memory import tensors_fit
 from mipipe.planner.experts.maps import ExpertLoads
 from mipipe.planner.problem import Limits, PlanningProblem
 from mipipe.planner.problems.expert_loads import with_expert_loads
@@ -68,7 +69,8 @@ def model_problem(model: OperatorGraph | CoarseGraph, cluster: Cluster, num_micr
         model: an operator graph; a coarse graph needs ``costs``.
         groups, granularity: as for `coarsen`; neither: as ``costs`` were made, or chosen by the size of the model.
         costs: measured costs; None: roofline estimates of the cluster's device kinds.
-        memory_bytes: of every device, in place of the cluster's.
+        memory_bytes: what tensors can fill of every device, in place of what they can of the cluster's
+            (`mipipe.planner.device_memory`).
         activation_bytes: a limit on every device's activations.
         optimizer: ``auto`` is ``adamw_mixed`` where most trainable bytes are of a 16-bit dtype, else ``adamw``.
         recompute: offer every group to run its forward twice.
@@ -90,7 +92,7 @@ def model_problem(model: OperatorGraph | CoarseGraph, cluster: Cluster, num_micr
     if expert_loads is not None:
         table = with_expert_loads(table, coarse, expert_loads)
     kept = default_optimizer(model) if optimizer == "auto" else optimizer
-    problem = build_problem(coarse, table, with_memory(cluster.topology, memory_bytes),
+    problem = build_problem(coarse, table, with_memory(tensors_fit(cluster), memory_bytes),
                             num_microbatches=num_microbatches, optimizer=kept, recompute=recompute, loads=sizes,
                             limits=Limits(activation_bytes=activation_bytes))
     return problem, _facts(model, coarse, table, cluster, problem, kept)

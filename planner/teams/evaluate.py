@@ -13,6 +13,7 @@ from typing import Any
 
 from mipipe.graphs.errors import InputError, ProblemError
 from mipipe.planner.compare import baseline_named
+from mipipe.planner.device_memory import ALLOCATOR_SLACK, RUNTIME_BYTES
 from mipipe.planner.execution.measure import measure
 from mipipe.planner.plan import Plan
 from mipipe.planner.problems.held_transfers import hold_transfers
@@ -21,12 +22,8 @@ from mipipe.planner.schedules.one_f_one_b import interleaved, one_f_one_b
 from mipipe.planner.teams.as_team import branches_of, team_of
 from mipipe.planner.teams.degrees import Degrees, Recompute
 from mipipe.planner.teams.pieces import check_fits
-from mipipe.planner.teams.pricing import ALLOCATOR_SLACK, AXES, Axis, Machine, PieceCost, Pricer
+from mipipe.planner.teams.pricing import AXES, Axis, Machine, PieceCost, Pricer
 from mipipe.planner.teams.stages import StageCost, cut_pieces, even_layers, stage_cost, team_problem
-
-RUNTIME_BYTES = 4 * 10**9
-"""What the driver's context, libraries and communicators hold of a device beside torch's allocator, where it is in a
-tensor group, a pipeline and a group of copies; a device's nominal memory is smaller than its real one by as much."""
 
 
 @dataclass(frozen=True, slots=True)

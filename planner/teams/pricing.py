@@ -23,6 +23,7 @@ from mipipe.graphs.costs.split_rules import ATTENTION
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.modes import Collective, CollectiveKind, ModeProfile
 from mipipe.graphs.operator_graph import DTYPE_BYTES, Phase, Role
+from mipipe.planner.device_memory import room_for_tensors
 from mipipe.planner.problems.from_layers import LayerTimes
 from mipipe.planner.teams.degrees import Degrees
 from mipipe.planner.teams.pieces import ModelPieces
@@ -31,8 +32,6 @@ Axis = Literal["tensor", "context", "expert", "data"]
 AXES: tuple[Axis, ...] = ("tensor", "context", "expert", "data")
 ADAM_BYTES = 12
 """Optimizer state of a parameter: a master copy and two moments in float32 (Rajbhandari et al., 2020, section 3.1)."""
-ALLOCATOR_SLACK = 0.07
-"""Of what tensors hold, how much more an allocator of cached blocks has reserved at its peak."""
 GRADIENT_BYTES = 4
 """A gradient that is summed over microbatches is float32."""
 
@@ -64,7 +63,7 @@ class Machine:
     @property
     def usable_bytes(self) -> int:
         """Of the memory what tensors can fill."""
-        return round(self.memory_bytes / (1 + ALLOCATOR_SLACK))
+        return room_for_tensors(self.memory_bytes)
 
     @property
     def peak(self) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -40,14 +41,19 @@ def _together(group: Any, tensors: Sequence[torch.Tensor], start: Callable[[torc
     return [group._end_coalescing(device)]
 
 
-def start_all_reduce(group: Any, tensor: torch.Tensor) -> Any:
-    """The work of a sum over the group, in place."""
-    return dist.all_reduce(tensor, group=group, async_op=True)
+def start_all_reduce(group: Any, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> Any:
+    """The work of a sum (or another reduction) over the group, in place."""
+    return dist.all_reduce(tensor, op, group=group, async_op=True)
 
 
 def start_all_gather(group: Any, parts: list[torch.Tensor], part: torch.Tensor) -> Any:
     """The work of a gathering of every rank's ``part`` into ``parts``, by rank within the group."""
     return dist.all_gather(parts, part, group=group, async_op=True)
+
+
+def start_reduce_scatter(group: Any, part: torch.Tensor, parts: torch.Tensor) -> Any:
+    """The work of a sum of every rank's ``parts`` [ranks,...], of which ``part`` gets this rank's; gloo has none."""
+    return dist.reduce_scatter_tensor(part, parts, group=group, async_op=True)
 
 
 def start_all_to_all(group: Any, output: torch.Tensor, rows: torch.Tensor, arriving: Sequence[int] | None = None,
@@ -56,6 +62,28 @@ def start_all_to_all(group: Any, output: torch.Tensor, rows: torch.Tensor, arriv
     ``output``; None: equally many."""
     return dist.all_to_all_single(output, rows, None if arriving is None else list(arriving),
                                   None if leaving is None else list(leaving), group=group, async_op=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """A tensor on its way to the host: ``tensor`` is complete when ``event`` is (None: at once)."""
+
+    tensor: torch.Tensor
+    event: Any = None
+
+
+def to_host(tensor: torch.Tensor) -> Coming:
+    """Start to bring a small tensor to the host, through page-locked memory; `Waits.arrived` gives it.
+
+    The copy is in the order of the current stream: where that is one of its own, nothing else is waited for.
+    """
+    if tensor.device.type == "cpu":
+        return Coming(tensor)
+    target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    target.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return Coming(target, event)
 
 
 def wait(works: Sequence[Any], timeout: timedelta, where: Callable[[], str], blocking: bool = True) -> None:
@@ -95,6 +123,19 @@ class Waits:
         if not self.blocking:
             self._open += [(work, where) for work in works]
 
+    def arrived(self, coming: Coming, where: Callable[[], str]) -> torch.Tensor:
+        """A tensor that the host needs now.
+
+        Raises:
+            RunError: it does not come within the timeout.
+        """
+        until = time.monotonic() + self.timeout.total_seconds()
+        while coming.event is not None and not coming.event.query():
+            if time.monotonic() > until:
+                raise RunError(f"{where()}: {_reason('timeout', self.timeout)}")
+            time.sleep(_SOON_S)
+        return coming.tensor
+
     def settle(self) -> None:
         """Return when all that was waited for is done.
 
@@ -116,8 +157,8 @@ class Waits:
         self._open = []
 
 
-_LOOK_S = 0.0005
-"""How often the host looks whether its device has got on."""
+_LOOK_S, _SOON_S = 0.0005, 0.00002
+"""How often the host looks whether its device has got on, and whether something that it needs now has come."""
 
 
 def _reason(text: str, timeout: timedelta) -> str:

@@ -20,9 +20,11 @@ from mipipe.runtime.engine import comm
 from mipipe.runtime.engine.clock import clock_for
 from mipipe.runtime.engine.compiling.compile import compile_rank
 from mipipe.runtime.engine.compiling.compiled import Compiled
-from mipipe.runtime.engine.executor import Executor, StepRecord
+from mipipe.runtime.engine.compiling.instructions import Step
+from mipipe.runtime.engine.executor import Executor
 from mipipe.runtime.engine.mesh import Mesh
 from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.engine.record import StepRecord
 from mipipe.runtime.experts.moves import Moved, move_experts
 from mipipe.runtime.train.batches import Batch, move_batch, split_batch
 from mipipe.runtime.train.launching.processes import world
@@ -55,7 +57,11 @@ class Engine:
         self.plan, self.graph, self.mesh = plan, graph, self.compiled.mesh
         self.weights: Weights = self.compiled.weights
         self.record = StepRecord()
+        self.carried = 0.0
+        self._carrying: torch.Tensor | None = None
         self._summing: tuple[Any, torch.Tensor, float] | None = None
+        self._inputs = {name for ready in self.compiled.instructions if isinstance(ready.argument, Step)
+                        for piece in ready.argument.pieces for _, name in piece.batch}
         self._executor = Executor(self.compiled, self.options)
 
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -91,6 +97,11 @@ class Engine:
         """Wait for the loss of the last step, where steps do not wait for theirs; None where there is none."""
         before, self._summing = self._summing, None
         return self._end_sum(before)
+
+    def carry(self, number: torch.Tensor) -> None:
+        """Bring a number of this step (a tensor on its device) to the host with its loss, as ``carried``: called while
+        a step updates, so that the host waits for the device once."""
+        self._carrying = number
 
     def evaluate(self, batch: Batch) -> float | None:
         """The loss of a batch without gradients; ``engine.outputs`` then has this rank's outputs by microbatch."""
@@ -128,7 +139,7 @@ class Engine:
                 fault = "the batch has no valid label; every label is ignored"
         if fault:
             raise BatchError(f"step {self.steps_done + 1}: {fault}")
-        return move_batch(microbatches, self.mesh.device), weight
+        return move_batch(microbatches, self.mesh.device, self._inputs), weight
 
     def _groups_fault(self, microbatches: list[dict[str, torch.Tensor]]) -> str:
         """What is wrong with groups of responses that several copies of the plan have; the same on all of them."""
@@ -169,10 +180,16 @@ class Engine:
     def _begin_sum(self, losses: dict[int, torch.Tensor], scale: float) -> tuple[Any, torch.Tensor, float]:
         """What sums the losses over the ranks (None where nothing is left to do), [loss, notices], and the scale: nan
         where this rank will not know the loss."""
-        total = sum((losses[index].double() for index in sorted(losses)), torch.zeros((), dtype=torch.float64,
-                                                                                      device=self.mesh.device))
+        numbers = [torch.zeros((), dtype=torch.float64, device=self.mesh.device)]
+        numbers[0] = sum((losses[index].double() for index in sorted(losses)), numbers[0])
+        if self._carrying is not None:
+            numbers.append(self._carrying.double())
+            self._carrying = None
+        known, *carried = torch.stack(numbers).tolist()  # the one moment of a step at which the host waits
+        self.carried = carried[0] if carried else self.carried
         shared = self.options.share_loss and world() > 1
-        known = 0.0 if shared and self.mesh.member else float(total)  # all members of a team have the same loss
+        if shared and self.mesh.member:
+            known = 0.0  # all members of a team have the same loss
         both = torch.tensor([known, float(self.notice())], dtype=torch.float64)
         if shared:
             return dist.all_reduce(both, async_op=True), both, scale

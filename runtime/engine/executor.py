@@ -2,24 +2,23 @@
 
 It knows no pipeline: what runs when was decided by the plan, who sends to whom by lowering. Sends and receives are
 started and forgotten until a consumer or a FREE needs them; nothing polls. What the plan has on the collective stream
-runs on a thread of its own where ranks exchange rows there (`mipipe.runtime.engine.side_stream`), else in the program's
-order. A failing instruction ends the run with its number, its text and the peer.
+runs on a thread (and a CUDA stream) of its own where ranks exchange rows there (`mipipe.runtime.engine.side_stream`),
+else in the program's order. A failing instruction ends the run with its number, its text and the peer.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from mipipe.graphs.errors import MipipeError, ProgramError, RunError
 from mipipe.planner.actions import ActionKind
+from mipipe.planner.execution.simulate_memory import sends_fit
+from mipipe.planner.jobs.stages import view
 from mipipe.runtime.engine import comm, reduce
 from mipipe.runtime.engine.buckets import Bucket
 from mipipe.runtime.engine.buffers import Buffers
@@ -28,23 +27,11 @@ from mipipe.runtime.engine.compiling.calls import ActionCode, random_key, run_ca
 from mipipe.runtime.engine.compiling.compiled import Compiled
 from mipipe.runtime.engine.compiling.instructions import ActionPart, Step, Transport
 from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.engine.record import StepRecord, no_collection
 from mipipe.runtime.engine.side_stream import SideStream
+from mipipe.runtime.engine.streams import streams_of
 
 Handlers = Sequence[tuple[Callable[[Any], None], Any]]
-
-
-@dataclass(slots=True)
-class StepRecord:
-    """What a step left. ``losses`` by microbatch; ``outputs`` of an evaluation by value and microbatch; ``events``
-    (instruction, start, end) and ``transfer_times`` (transfer, 0 sent or 1 received, moment) in nanoseconds of this
-    process's clock, taken by ``clock``; ``memory`` (moment, bytes) where it is tracked."""
-
-    losses: dict[int, torch.Tensor] = field(default_factory=dict)
-    outputs: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
-    events: list[tuple[int, int, int]] = field(default_factory=list)
-    transfer_times: list[tuple[int, int, int]] = field(default_factory=list)
-    memory: list[tuple[int, int]] = field(default_factory=list)
-    clock: Literal["host", "events"] = "host"
 
 
 class Executor:
@@ -53,7 +40,6 @@ class Executor:
     def __init__(self, compiled: Compiled, options: EngineOptions) -> None:
         self._on_update: Callable[[], None] | None = None
         self._compiled, self._options = compiled, options
-        blocking = compiled.mesh.device.type == "cpu"
         self._waits = compiled.waits
         self._buffers = Buffers()
         self._reducer = reduce.Reducer(compiled, self._waits)
@@ -61,14 +47,17 @@ class Executor:
         self._record = StepRecord()
         self._clock: Clock = HostClock()
         self._step, self._evaluating = 0, False
+        self._hold_sends = holds_sends(compiled, options)
         self._tracking, self._static = options.track_memory, set[int]()
         self._side: SideStream | None = None
-        self._aside = options.overlap and blocking and not self._tracking and compiled.exchanges_aside
+        self._aside = options.overlap and not self._tracking and compiled.exchanges_aside
         self._made_aside: set[int] = set()
+        self._frames_aside: set[int] = set()
         if self._aside:
             steps = [ready.argument for ready in compiled.instructions if isinstance(ready.argument, Step)]
             self._made_aside = {transfer for step in steps if step.aside for piece in step.pieces
                                 for transfer, _ in piece.outgoing}
+            self._frames_aside = {piece.frame for step in steps if step.aside for piece in step.pieces}
         handlers: dict[ActionKind, Callable[[Any], None]] = {
             ActionKind.F: self._compute, ActionKind.I: self._compute, ActionKind.W: self._compute,
             ActionKind.B: self._compute, ActionKind.OVERLAP_F_B: self._compute, ActionKind.RECOMPUTE: self._compute,
@@ -108,7 +97,7 @@ class Executor:
         if self._tracking:
             self._static = self._static_storages()
         if self._aside and self._side is None:
-            self._side = SideStream()
+            self._side = SideStream(streams_of(self._compiled.mesh.device))
         position = 0
         try:
             self._clock.begin()
@@ -151,14 +140,15 @@ class Executor:
             self._act(step)
 
     def _act(self, step: Step) -> None:
+        aside = self._side is not None and step.aside
         for transport in step.waits:
-            self._take(transport)
+            self._take(transport, aside)
         start = self._clock.mark()
         for piece in step.pieces:
-            self._do(piece)
+            self._do(piece, aside)
         self._record.events.append((step.index, start, self._clock.mark()))
 
-    def _do(self, piece: ActionPart) -> None:
+    def _do(self, piece: ActionPart, aside: bool) -> None:
         buffers = self._buffers
         frame = buffers.frame(piece.frame, piece.template)
         for slot, name in piece.batch:
@@ -167,8 +157,13 @@ class Executor:
         run_calls(part.calls, frame, functools.partial(self._seed, piece.microbatch))
         for slot, target, template, place in piece.deliveries:
             buffers.frame(target, template)[place] = frame[slot]
+            if self._side is not None and (target in self._frames_aside) is not aside:
+                self._side.streams.keep(frame[slot], not aside)
         for transfer, slots in piece.outgoing:
             buffers.outgoing[transfer] = ([frame[slot].contiguous() for slot in slots], [])
+            if self._side is not None and aside:  # FREE waits for them on the compute stream
+                for tensor in buffers.outgoing[transfer][0]:
+                    self._side.streams.keep(tensor, False)
         for name, slot in piece.keeps:
             self._keep(name, piece.microbatch, frame[slot])
         if self._tracking:
@@ -189,13 +184,15 @@ class Executor:
         if self._evaluating:
             self._record.outputs.setdefault(name, {})[microbatch] = tensor
 
-    def _take(self, transport: Transport) -> None:
+    def _take(self, transport: Transport, aside: bool) -> None:
         tensors, works = self._buffers.incoming.pop(transport.index)
         self._waits.wait(works, lambda: f"receiving {transport.text} from rank {transport.peer}")
         self._record.transfer_times.append((transport.index, 1, self._clock.mark()))
         frame = self._buffers.frame(transport.frame, transport.template)
         for slot, tensor in zip(transport.slots, tensors, strict=True):
             frame[slot] = tensor
+            if self._side is not None and aside:
+                self._side.streams.keep(tensor, True)
 
     def _receive(self, transport: Transport) -> None:
         device = self._compiled.mesh.device
@@ -212,7 +209,7 @@ class Executor:
             keys = [("sent", transport.index), channel]
             self._side.submit(functools.partial(self._start_send, transport), f"SEND {transport.text}", keys)
         else:
-            self._side.wait(channel)
+            self._side.launched(channel)
             self._start_send(transport)
 
     def _start_send(self, transport: Transport) -> None:
@@ -221,10 +218,10 @@ class Executor:
         works += comm.start_send(transport.group, tensors, transport.place)
 
     def _free(self, transport: Transport) -> None:
-        if self._options.hold_sends:
+        if self._hold_sends:
             return
         if self._side is not None:
-            self._side.wait(("sent", transport.index))
+            self._side.launched(("sent", transport.index))
         _, works = self._buffers.outgoing[transport.index]
         self._waits.wait(works, lambda: f"sending {transport.text} to rank {transport.peer}")
         del self._buffers.outgoing[transport.index]
@@ -237,7 +234,6 @@ class Executor:
             self._join()
             start = self._clock.mark()
             self._reducer.finish()
-            self._settle()  # the optimizer reads gradients on the host, which then waits without a limit
             with torch.enable_grad():
                 self._on_update()
             self._record.events.append((index, start, self._clock.mark()))
@@ -279,18 +275,15 @@ class Executor:
             raise ProgramError(f"{left} buffers are left at the end of the step; see mipipe check")
 
 
+def holds_sends(compiled: Compiled, options: EngineOptions) -> bool:
+    """Whether what was sent stays to the end of a step: as the options say, else on CUDA where there is room. On a CPU
+    the wait is the host's, and short where the plan's times hold."""
+    if options.hold_sends is not None:
+        return options.hold_sends
+    plan = compiled.plan
+    return compiled.mesh.device.type == "cuda" and sends_fit(view(plan.problem, plan.placement), compiled.program,
+                                                             compiled.mesh.rank)
+
+
 class _Unsettled(RunError):
     """A wait that was not over when the step was, with its own place: the instruction at hand is a later one."""
-
-
-@contextlib.contextmanager
-def no_collection() -> Iterator[None]:
-    """Python's cyclic garbage collector waits meanwhile: with torch loaded one pass takes tens of milliseconds, and a
-    pause of one rank is a pause of all. Nothing is lost: tensors go by reference counts."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

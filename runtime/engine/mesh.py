@@ -26,6 +26,7 @@ import torch.distributed as dist
 from mipipe.graphs.errors import RunError
 from mipipe.graphs.sharding.gathered import COPIES
 from mipipe.graphs.topology import Topology
+from mipipe.planner.device_memory import CHANNEL_BLOCKS, GROUP_BLOCKS
 from mipipe.planner.execution.opening import opening_order
 from mipipe.planner.program import Program
 from mipipe.planner.team import Team
@@ -38,8 +39,6 @@ Places = Mapping[tuple[int, int, int], int]
 """Global ranks by copy, plan rank and member."""
 Shared = tuple[tuple[int, ...], tuple[str, ...], bool]
 """Plan ranks, and axes of their teams, whose members have a sum together; whether each copy has one of its own."""
-CHANNEL_CTAS, GROUP_CTAS = 4, 16
-"""Blocks of a GPU that one NCCL communicator may occupy: a waiting receive holds them, and the rest computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +253,7 @@ def _create(spec: GroupSpec, device: torch.device, timeout: timedelta) -> Any:
     if device.type == "cpu" or spec.control:
         return dist.new_group(sorted(spec.members), timeout, "gloo")
     options = dist.ProcessGroupNCCL.Options()
-    options.config.max_ctas = CHANNEL_CTAS if spec.use is Use.CHANNEL else GROUP_CTAS  # the rest computes
+    options.config.max_ctas = CHANNEL_BLOCKS if spec.use is Use.CHANNEL else GROUP_BLOCKS
     patience = 2 * timeout  # its watchdog ends the process without a word, so `comm.Waits` comes first
     return dist.new_group(sorted(spec.members), patience, "nccl", options, device_id=device)
 

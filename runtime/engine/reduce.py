@@ -1,23 +1,64 @@
 """Gradient sums between ranks: replicas of a stage or expert, tied parameters, members of a team, copies of the plan.
 
 Sums start where `mipipe.runtime.engine.buckets` put them, run while the rank goes on computing, and are finished before
-the optimizer. Gradients that were there before the step (accumulation over several steps) are set aside first, so that
-they are not summed twice.
+the optimizer. The gradients of a bucket are made side by side in one flat tensor, which is summed as it is: nothing is
+copied before or after. Gradients that were there before the step (accumulation over several steps) are set aside first,
+so that they are not summed twice.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from mipipe.planner.actions import ActionKind
 from mipipe.runtime.engine import comm
 from mipipe.runtime.engine.buckets import Bucket, buckets_of
 from mipipe.runtime.engine.compiling.compiled import Compiled
 from mipipe.runtime.experts.moves import ReplicaSums
+
+ALIGNED = 16
+"""Gradients start at multiples of this many bytes, as vectorised kernels want it."""
+
+
+class FlatGradients:
+    """The gradients of parameters of one dtype and device as views of one tensor, which is made with the first."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = tuple(parameters)
+        step = max(1, ALIGNED // self._parameters[0].element_size())
+        sizes = [-(-item.numel() // step) * step for item in self._parameters]
+        self._starts = [0, *itertools.accumulate(sizes)]
+        self._gaps = self._starts[-1] != sum(item.numel() for item in self._parameters)
+        self._flat: Tensor | None = None
+
+    def homes(self) -> dict[nn.Parameter, Any]:
+        """What makes the memory of each parameter's gradient, not initialised."""
+        return {item: functools.partial(self._view, place) for place, item in enumerate(self._parameters)}
+
+    def whole(self) -> Tensor:
+        """All gradients as one vector; those that were not made are zero from now on."""
+        for place, parameter in enumerate(self._parameters):
+            if parameter.grad is None:
+                parameter.grad = self._view(place).zero_()
+        assert self._flat is not None
+        return self._flat
+
+    def forget(self) -> None:
+        """Leave the memory to the gradients that are made in it."""
+        self._flat = None
+
+    def _view(self, place: int) -> Tensor:
+        parameter, start = self._parameters[place], self._starts[place]
+        if self._flat is None:
+            make = torch.zeros if self._gaps else torch.empty
+            self._flat = make(self._starts[-1], dtype=parameter.dtype, device=parameter.device)
+        return self._flat[start:start + parameter.numel()].view(parameter.shape)
 
 
 class Reducer:
@@ -26,14 +67,19 @@ class Reducer:
     def __init__(self, compiled: Compiled, waits: comm.Waits) -> None:
         self._parameters = compiled.weights.parameters
         self._waits = waits
-        self._pending: list[tuple[Any, torch.Tensor, Bucket]] = []
-        self._aside: dict[str, torch.Tensor] = {}
+        self._pending: list[tuple[Any, Bucket]] = []
+        self._aside: dict[str, Tensor] = {}
         self._done = True
         summed = sorted(set(compiled.graded) - compiled.banks)
         self._shared = [name for name in summed if compiled.reduction(name) is not None]
-        early = {name for ready in compiled.instructions if ready.kind is ActionKind.ALL_REDUCE
-                 for bucket in ready.argument for name in bucket.names}
-        self._late = buckets_of(compiled, sorted(set(summed) - early), "gradients of tied parameters")
+        early = [bucket for ready in compiled.instructions if ready.kind is ActionKind.ALL_REDUCE
+                 for bucket in ready.argument]
+        there = {name for bucket in early for name in bucket.names}
+        self._late = buckets_of(compiled, sorted(set(summed) - there), "gradients of tied parameters")
+        self._flat = {bucket.names: FlatGradients([self._parameters[name] for name in bucket.names])
+                      for bucket in (*early, *self._late)}
+        for flat in self._flat.values():
+            compiled.weights.homes.update(flat.homes())
         self._replicas = None if compiled.experts is None else ReplicaSums(compiled.experts, compiled.weights,
                                                                            compiled.graded)
 
@@ -44,6 +90,8 @@ class Reducer:
         self._done = False
         if self._replicas is not None:
             self._replicas.begin()
+        for flat in self._flat.values():
+            flat.forget()
         for name in self._shared:
             parameter = self._parameters[name]
             if parameter.grad is not None:
@@ -53,8 +101,7 @@ class Reducer:
     def start(self, buckets: Iterable[Bucket]) -> None:
         """Start the sums of these buckets; a gradient that this rank did not make counts as zero."""
         for bucket in buckets:
-            flat = torch.cat([self._gradient(name).reshape(-1) for name in bucket.names])
-            self._pending.append((comm.start_all_reduce(bucket.group, flat), flat, bucket))
+            self._pending.append((comm.start_all_reduce(bucket.group, self._flat[bucket.names].whole()), bucket))
 
     def finish(self) -> None:
         """Complete all sums and add what was set aside. Later calls in the same step do nothing."""
@@ -64,20 +111,12 @@ class Reducer:
         self.start(self._late)
         if self._replicas is not None:
             self._replicas.finish()
-        for work, flat, bucket in self._pending:
+        for work, bucket in self._pending:
             self._waits.wait([work], functools.partial("all-reduce of {}".format, bucket.what))
-            offset = 0
-            for name in bucket.names:
-                gradient = self._gradient(name)
-                gradient.copy_(flat[offset:offset + gradient.numel()].view_as(gradient))
-                offset += gradient.numel()
+            self._flat[bucket.names].forget()
         self._pending.clear()
         for name, earlier in self._aside.items():
-            gradient = self._gradient(name)
-            self._parameters[name].grad = gradient.add_(earlier)
-
-    def _gradient(self, name: str) -> torch.Tensor:
-        parameter = self._parameters[name]
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        return parameter.grad
+            gradient = self._parameters[name].grad
+            assert gradient is not None
+            gradient.add_(earlier)
+        self._aside.clear()

@@ -56,15 +56,14 @@ class Axis:
 
     def all_reduce(self, x: Tensor, op: str) -> Tensor:
         out = x.contiguous().clone()
-        work = dist.all_reduce(out, Reduction[op], group=self.group, async_op=True)
-        self.wait(work, "all-reduce")
+        self.wait(comm.start_all_reduce(self.group, out, Reduction[op]), "all-reduce")
         return out
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """The tensors of all members, in order."""
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        self.wait(dist.all_gather(parts, x, group=self.group, async_op=True), "all-gather")
+        self.wait(comm.start_all_gather(self.group, parts, x), "all-gather")
         return parts
 
     def reduce_scatter(self, x: Tensor, dim: int, sections: int) -> Tensor:
@@ -73,8 +72,7 @@ class Axis:
             return part_of(self.all_reduce(x, "sum"), self.member, self.size, dim, sections).clone()
         parts = torch.stack([part_of(x, member, self.size, dim, sections) for member in range(self.size)])
         out = torch.empty_like(parts[0])
-        work = dist.reduce_scatter_tensor(out, parts, group=self.group, async_op=True)
-        self.wait(work, "reduce-scatter")
+        self.wait(comm.start_reduce_scatter(self.group, out, parts), "reduce-scatter")
         return out
 
     def exchange(self, parts: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -81,16 +80,18 @@ class Exchange:
 
     ``rank`` of ``size`` ranks in ``group``. ``layers`` are all expert-parallel layers of the graph, in its order, as in
     ``expert_map``; ``local`` numbers those of this plan rank. ``load_factor`` times an even share of rows is what a
-    rank accepts in one call; None: any number.
+    rank accepts in one call; None: any number. ``firsts``: of each local layer the slots here that count an expert
+    which several have (None: all); ``waits``: what this rank waits for.
     """
 
     def __init__(self, layers: Sequence[ExpertLayer], local: Sequence[int], expert_map: ExpertMap, group: Any,
-                 rank: int, size: int, device: torch.device, timeout: timedelta,
+                 rank: int, size: int, device: torch.device, waits: comm.Waits,
                  load_factor: float | None = None) -> None:
         self.layers, self.local = tuple(layers), tuple(local)
         self.group, self.rank, self.size = group, rank, size
-        self.device, self.timeout, self.load_factor = device, timeout, load_factor
+        self.device, self.waits, self.load_factor = device, waits, load_factor
         self.tables: dict[int, SlotTable] = {}
+        self.firsts: dict[int, torch.Tensor | None] = {}
         self.use(expert_map)
 
     def use(self, expert_map: ExpertMap) -> None:
@@ -98,6 +99,13 @@ class Exchange:
         check_map(expert_map, self.layers, self.size)
         self.map = expert_map
         self.tables = {number: SlotTable.build(expert_map, number, self.device) for number in self.local}
+        self.firsts = {number: self._first(table) for number, table in self.tables.items()}
+
+    def _first(self, table: SlotTable) -> torch.Tensor | None:
+        """The slots here that are their expert's first, as an index; None: all are."""
+        first = table.first_of(self.rank)
+        return None if len(first) == table.experts.shape[1] else torch.tensor(first, dtype=torch.int64,
+                                                                              device=self.device)
 
     def rows(self) -> dict[str, list[int]]:
         """The experts this rank holds, slot by slot, for each of its banks by name."""
@@ -132,10 +140,11 @@ class Exchange:
         arriving = torch.empty_like(leaving)
         self._exchange(arriving, leaving, None, None, f"the routing of {self.layers[number].name}")
         by_rank = torch.stack([counts.view(self.size, slots_per_rank).sum(1) for counts in (leaving, arriving)])
-        splits = by_rank.cpu()
+        coming = comm.to_host(by_rank)
+        numbers = torch.arange(slots_per_rank, device=index.device).repeat(self.size)
+        splits = self.waits.arrived(coming, lambda: f"the routing of {self.layers[number].name}")
         total = int(splits[1].sum())
         self._check_room(number, total, index.numel())
-        numbers = torch.arange(slots_per_rank, device=index.device).repeat(self.size)
         arrive = torch.sort(numbers.repeat_interleave(arriving, output_size=total), stable=True)[1]
         offsets = arriving.view(self.size, slots_per_rank).sum(0).cumsum(0).to(torch.int32)
         return order, arrive, offsets, splits
@@ -165,7 +174,7 @@ class Exchange:
     def _exchange(self, output: torch.Tensor, given: torch.Tensor, arriving: Sequence[int] | None,
                   leaving: Sequence[int] | None, what: str) -> None:
         work = comm.start_all_to_all(self.group, output, given.contiguous(), arriving, leaving)
-        comm.wait([work], self.timeout, lambda: f"all-to-all of {what}", self.device.type == "cpu")
+        self.waits.wait([work], lambda: f"all-to-all of {what}")
 
     def _check_room(self, number: int, rows: int, even: int) -> None:
         if self.load_factor is not None and rows > self.load_factor * even:

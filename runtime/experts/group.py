@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from datetime import timedelta
 
 import torch
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.plan import Plan
+from mipipe.runtime.engine.comm import Waits
 from mipipe.runtime.engine.compiling.stage import Counters
 from mipipe.runtime.engine.mesh import Mesh
 from mipipe.runtime.engine.options import EngineOptions
@@ -18,8 +18,9 @@ from mipipe.runtime.experts.layers import check_together, expert_layers, routed_
 
 
 def make_exchange(plan: Plan, graph: OperatorGraph, stage_of: Mapping[str, int], mesh: Mesh,
-                  options: EngineOptions) -> Exchange | None:
+                  options: EngineOptions, waits: Waits) -> Exchange | None:
     """The group that shares this rank's experts; None for one copy of the plan, or a graph captured otherwise.
+    ``waits``: what this rank waits for.
 
     Raises:
         InputError: an expert map where there is nothing to map, or for another model or number of copies; a graph
@@ -46,7 +47,7 @@ def make_exchange(plan: Plan, graph: OperatorGraph, stage_of: Mapping[str, int],
              if mesh.rank in plan.placement.stages[stage_of[layer.segments[0]]].ranks]
     expert_map = options.expert_map or contiguous_map(layers, mesh.num_copies, graph.model)
     return Exchange(layers, local, expert_map, mesh.exchange_group, mesh.copy, mesh.num_copies, mesh.device,
-                    timedelta(seconds=options.timeout_s), options.load_factor)
+                    waits, options.load_factor)
 
 
 def routing_counters(graph: OperatorGraph, stage_of: Mapping[str, int], local: Iterable[int],

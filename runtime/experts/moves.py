@@ -94,9 +94,8 @@ def placement_moves(before: np.ndarray, after: np.ndarray) -> list[RowMove]:
     return moves
 
 
-def _pack(tensors: Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Tensor:
+def _pack(tensors: Sequence[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
     """These rows of banks [S,...] side by side: [rows, elements]."""
-    index = torch.tensor(rows, dtype=torch.int64, device=tensors[0].device)
     return torch.cat([item[index].flatten(1) for item in tensors], dim=1)
 
 
@@ -107,12 +106,40 @@ def _unpack(packed: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch
     return [part.reshape(len(packed), *item.shape[1:]) for part, item in zip(parts, tensors, strict=True)]
 
 
+@dataclass(frozen=True, slots=True)
+class _ReplicaRows:
+    """One layer's rows on this rank, as indices on its device: ``mine`` go to their homes and come back; ``homes`` get
+    what arrives; ``turns`` has, for each further replica, the arrived rows and where they are added."""
+
+    plan: RowPlan
+    mine: torch.Tensor
+    homes: torch.Tensor
+    turns: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+    @classmethod
+    def of(cls, exchange: Exchange, number: int) -> _ReplicaRows:
+        """Those of a layer, as the map in use has them."""
+        plan = RowPlan.of(replica_moves(exchange.tables[number].experts), exchange.rank, exchange.size)
+
+        def index(rows: Sequence[int]) -> torch.Tensor:
+            return torch.tensor(rows, dtype=torch.int64, device=exchange.device)
+
+        homes = [move.target_slot for move in plan.arrivals]
+        turns = []
+        for turn in range(1, max((move.turn for move in plan.arrivals), default=0) + 1):
+            rows = [place for place, move in enumerate(plan.arrivals) if move.turn == turn]
+            turns.append((index(rows), index([homes[place] for place in rows])))
+        return cls(plan, index([move.source_slot for move in plan.sends]), index(homes), tuple(turns))
+
+
 class ReplicaSums:
     """The gradients of replicated experts, summed at the end of a step. `begin` sets earlier gradients aside."""
 
     def __init__(self, exchange: Exchange, weights: Weights, graded: Iterable[str]) -> None:
         self._exchange, self._weights, self._graded = exchange, weights, frozenset(graded)
         self._aside: dict[str, torch.Tensor] = {}
+        self._map: ExpertMap | None = None
+        self._rows: dict[int, _ReplicaRows] = {}
 
     def _layers(self) -> list[tuple[int, list[str]]]:
         """Local layers with replicas and their trained banks."""
@@ -124,6 +151,9 @@ class ReplicaSums:
     def begin(self) -> None:
         """Set aside what is summed already."""
         self._aside.clear()
+        if self._map is not self._exchange.map:  # once for a map: indices come from the host, which waits for them
+            self._map = self._exchange.map
+            self._rows = {number: _ReplicaRows.of(self._exchange, number) for number, _ in self._layers()}
         for _, names in self._layers():
             for name in names:
                 parameter = self._weights.parameters[name]
@@ -139,20 +169,16 @@ class ReplicaSums:
         self._aside.clear()
 
     def _sum(self, number: int, gradients: list[torch.Tensor]) -> None:
-        exchange = self._exchange
-        plan = RowPlan.of(replica_moves(exchange.tables[number].experts), exchange.rank, exchange.size)
+        exchange, rows = self._exchange, self._rows[number]
+        arriving, leaving = rows.plan.arriving(), rows.plan.leaving()
         what = f"gradients of replicas in {exchange.layers[number].name}"
-        mine = [move.source_slot for move in plan.sends]
-        arrived = _unpack(exchange.swap(_pack(gradients, mine), plan.arriving(), plan.leaving(), what), gradients)
-        for turn in range(1, max((move.turn for move in plan.arrivals), default=0) + 1):
-            rows = [index for index, move in enumerate(plan.arrivals) if move.turn == turn]
-            first = torch.tensor([plan.arrivals[index].target_slot for index in rows], device=exchange.device)
+        arrived = _unpack(exchange.swap(_pack(gradients, rows.mine), arriving, leaving, what), gradients)
+        for places, targets in rows.turns:
             for gradient, rows_of in zip(gradients, arrived, strict=True):
-                gradient[first] += rows_of[rows]
-        homes = [move.target_slot for move in plan.arrivals]
-        back = _unpack(exchange.swap(_pack(gradients, homes), plan.leaving(), plan.arriving(), what), gradients)
+                gradient[targets] += rows_of[places]
+        back = _unpack(exchange.swap(_pack(gradients, rows.homes), leaving, arriving, what), gradients)
         for gradient, rows_of in zip(gradients, back, strict=True):
-            gradient.index_copy_(0, torch.tensor(mine, dtype=torch.int64, device=exchange.device), rows_of)
+            gradient.index_copy_(0, rows.mine, rows_of)
 
     def _gradient(self, name: str) -> torch.Tensor:
         parameter = self._weights.parameters[name]
@@ -161,17 +187,20 @@ class ReplicaSums:
         return parameter.grad
 
 
-def expert_square(exchange: Exchange, weights: Weights) -> torch.Tensor:
-    """The squared 2-norm of the gradients of all local layers' experts, over the group; replicas count once."""
-    total = torch.zeros((), dtype=torch.float64, device=exchange.device)
+def expert_squares(exchange: Exchange, weights: Weights) -> torch.Tensor:
+    """The squared 2-norm of the gradients of all local layers' experts, over the group; replicas count once: [],
+    float64."""
+    counted = []
     for number in exchange.local:
-        first = exchange.tables[number].first_of(exchange.rank)
+        first = exchange.firsts[number]
         for name in exchange.layers[number].banks:
             gradient = weights.parameters[name].grad
-            if gradient is not None and first:
-                total += torch.linalg.vector_norm(gradient[torch.tensor(first, device=exchange.device)]).double() ** 2
-    comm.wait([comm.start_all_reduce(exchange.group, total)], exchange.timeout,
-              lambda: "the norm of experts' gradients", exchange.device.type == "cpu")
+            if gradient is not None:
+                counted.append(gradient if first is None else gradient[first])
+    norms = torch._foreach_norm(counted) if counted else ()
+    total = torch.stack([torch.zeros((), dtype=torch.float64, device=exchange.device),
+                         *(norm.double() for norm in norms)]).square().sum()
+    exchange.waits.wait([comm.start_all_reduce(exchange.group, total)], lambda: "the norm of experts' gradients")
     return total
 
 
@@ -222,7 +251,8 @@ def _move_bank(exchange: Exchange, weights: Weights, name: str, plan: RowPlan,
     def moved(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal row_bytes
         row_bytes += tensor[:1].nbytes
-        packed = _pack([tensor], [move.source_slot for move in plan.sends])
+        leaving = torch.tensor([move.source_slot for move in plan.sends], dtype=torch.int64, device=tensor.device)
+        packed = _pack([tensor], leaving)
         rows, = _unpack(exchange.swap(packed, plan.arriving(), plan.leaving(), f"experts of {name}"), [tensor])
         slots = torch.tensor([move.target_slot for move in plan.arrivals], dtype=torch.int64, device=tensor.device)
         return torch.empty_like(rows).index_copy_(0, slots, rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -67,13 +67,14 @@ def split_batch(graph: OperatorGraph, batch: Batch, num_microbatches: int) -> li
     return result
 
 
-def move_batch(microbatches: Sequence[Mapping[str, torch.Tensor]],
-               device: torch.device) -> list[dict[str, torch.Tensor]]:
-    """The microbatches on a device; to CUDA they go through page-locked memory, and the host does not wait."""
+def move_batch(microbatches: Sequence[Mapping[str, torch.Tensor]], device: torch.device,
+               names: Collection[str]) -> list[dict[str, torch.Tensor]]:
+    """These inputs of the microbatches on a device; to CUDA they go through page-locked memory, and the host does not
+    wait."""
     def moved(tensor: torch.Tensor) -> torch.Tensor:
         locked = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
         return locked.to(device, non_blocking=True)
-    return [{name: moved(tensor) for name, tensor in piece.items()} for piece in microbatches]
+    return [{name: moved(tensor) for name, tensor in piece.items() if name in names} for piece in microbatches]
 
 
 def check_sizes(graph: OperatorGraph, batch: int | None, seq: int | None, num_microbatches: int) -> None:

@@ -1,22 +1,19 @@
-"""Optimizers by name, learning-rate schedules, and gradient clipping over all ranks of a plan."""
+"""Optimizers by name, and learning-rate schedules."""
 
 from __future__ import annotations
 
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
 
-from mipipe.graphs.errors import InputError, RunError
+from mipipe.graphs.errors import InputError
 from mipipe.graphs.expressions import search
 from mipipe.graphs.named_code import import_named
 from mipipe.graphs.operator_graph import OperatorGraph, Role
-from mipipe.runtime.engine import comm
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.experts.moves import expert_square
 from mipipe.runtime.recipes.optimizers import BANK, OPTIMIZERS, MatrixOptimizer
 from mipipe.runtime.train.config import GroupConfig, ScheduleConfig
 
@@ -136,78 +133,3 @@ def learning_rate_factor(schedule: ScheduleConfig, steps: int) -> Callable[[int]
         return schedule.minimum + (1.0 - schedule.minimum) * left
 
     return factor
-
-
-def gradient_norm(engine: Engine) -> float:
-    """The 2-norm of all gradients of the plan; tied and replicated parameters and experts count once. All ranks must
-    call.
-
-    Raises:
-        RunError: the norm is not finite.
-    """
-    return LateClip(engine, None).clip()
-
-
-def _own_square(engine: Engine) -> torch.Tensor:
-    """The squared 2-norm of what this rank counts of the plan's gradients."""
-    owned = [item.grad for name, item in engine.named_parameters()
-             if item.grad is not None and engine.compiled.counts(name) and name not in engine.compiled.banks]
-    total = torch.zeros((), dtype=torch.float64, device=engine.mesh.device)
-    for norm in torch._foreach_norm(owned) if owned else ():
-        total += norm.double() ** 2
-    if engine.compiled.experts is not None:
-        total += expert_square(engine.compiled.experts, engine.weights)
-    return total
-
-
-def clip_gradients(engine: Engine, max_norm: float | None) -> float:
-    """The gradient norm before clipping; with ``max_norm`` all gradients are scaled down to it. All ranks must call."""
-    return LateClip(engine, max_norm).clip()
-
-
-class LateClip:
-    """Clipping for steps that do not wait for each other: by the norm of the step before, whose sum over the ranks is
-    made meanwhile. The first step waits for its own.
-
-    A norm that is not finite shows one step late. All ranks must call alike.
-    """
-
-    def __init__(self, engine: Engine, max_norm: float | None) -> None:
-        self._engine, self._max_norm = engine, max_norm
-        self._square: torch.Tensor | None = None
-        self._work: Any = None
-        self._step = 0
-
-    def clip(self) -> float:
-        """Scale the gradients down; the norm of the step before (of this one at the first)."""
-        first = self._square is None
-        before = 0.0 if first else self.finish()
-        self._square, self._step = _own_square(self._engine), self._engine.steps_done + 1
-        group = self._engine.mesh.all_group or self._engine.mesh.plan_group
-        if group is not None:
-            self._work = comm.start_all_reduce(group, self._square)
-        norm = self.finish() if first else before
-        if self._max_norm is not None and norm > self._max_norm:
-            gradients = [item.grad for item in self._engine.parameters() if item.grad is not None]
-            if gradients:
-                torch._foreach_mul_(gradients, self._max_norm / (norm + 1e-6))
-        return norm
-
-    def finish(self) -> float:
-        """The norm of the last step, once all ranks have made their part; 0.0 before any.
-
-        Raises:
-            RunError: it is not finite, or a rank did not make its part in time.
-        """
-        if self._square is None:
-            return 0.0
-        if self._work is not None:
-            comm.wait([self._work], timedelta(seconds=self._engine.options.timeout_s),
-                      lambda: f"{self._engine.mesh.text}, step {self._step}: the gradient norm",
-                      self._engine.mesh.device.type == "cpu")
-            self._work = None
-        value = float(self._square) ** 0.5
-        if not math.isfinite(value):
-            raise RunError(f"step {self._step}: the gradient norm is {value}; lower the learning rate, or look for bad"
-                           " data in this step's batch")
-        return value

@@ -20,11 +20,12 @@ from mipipe.planner.timeline import Timeline
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.experts.run import ExpertRun
 from mipipe.runtime.recipes.beams import Beams
+from mipipe.runtime.train.clip import Clip
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.data import Batches
 from mipipe.runtime.train.launching.processes import gather
 from mipipe.runtime.train.metrics import Metrics, Record, memory_record, open_metrics
-from mipipe.runtime.train.optim import LateClip, clip_gradients, learning_rate_factor, make_optimizer
+from mipipe.runtime.train.optim import learning_rate_factor, make_optimizer
 from mipipe.runtime.train.prefetch import Prefetched
 from mipipe.runtime.train.trace import measured_timeline
 from mipipe.runtime.weights.checkpoint import Checkpoints
@@ -64,7 +65,8 @@ class Trainer:
         self._rates = [group["lr"] for group in self.optimizer.param_groups] if self.optimizer is not None else []
         self._factor = learning_rate_factor(config.schedule, config.steps)
         self._norm = 0.0
-        self._late = LateClip(engine, config.clip) if config.barrier == "none" else None
+        self._late = config.barrier == "none"
+        self._clip = Clip(engine, config.clip, self._late)
         self._unsummed: _Done | None = None
         engine.on_update = self._update
         self.checkpoints: Checkpoints | None = None
@@ -87,7 +89,7 @@ class Trainer:
 
     def _update(self) -> None:
         """Clip, set the learning rate, step, forget the gradients."""
-        self._norm = clip_gradients(self.engine, self.config.clip) if self._late is None else self._late.clip()
+        self._clip.clip()
         if self.optimizer is not None:
             for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * self._factor(self.engine.steps_done)
@@ -233,11 +235,11 @@ class Trainer:
         if self.beams is not None:
             extra |= {"adapters/grown": self.beams.after(step + 1)}
         done = _Done(step, time.perf_counter() - begin, loading, extra)
-        if self._late is None:
-            known = [(done, loss)]
-        else:
+        if self._late:
             before, self._unsummed = self._unsummed, done
             known = [] if before is None else [(before, loss)]
+        else:
+            known = [(done, loss)]
         losses = [self._tell(*item) for item in known]
         self._checkpoint(step + 1, last)
         return losses
@@ -245,9 +247,9 @@ class Trainer:
     def _flush(self) -> list[float]:
         """The loss of the last step, where it was not waited for."""
         done, self._unsummed = self._unsummed, None
-        if done is None or self._late is None:
+        if done is None or not self._late:
             return []
-        loss, self._norm = self.engine.finish(), self._late.finish()
+        loss, self._norm = self.engine.finish(), self._clip.finish()
         return [self._tell(done, loss)]
 
     def _tell(self, done: _Done, loss: float | None) -> float:
@@ -276,6 +278,7 @@ class Trainer:
             try:
                 with _profiler(self.config.profile if last else None, self.engine):
                     loss = self.engine.step(batch)
+                self._norm = self._clip.carried()
                 return loss, loading, skipped
             except BatchError as error:
                 if not self.config.data.skip_invalid or skipped >= SKIPPED_IN_A_ROW:

@@ -242,7 +242,7 @@ def pack_state(data: dict[str, Any]) -> bytes:
     torch.save(data, stream)
     stream.seek(0)
     try:
-        torch.load(stream, weights_only=True)
+        torch.load(stream, weights_only=True)  # bytes that we made a moment ago: may the restricted reader read them?
     except Exception as error:
         raise RunError("data: the loader's state_dict() holds more than tensors, numbers, texts, lists and dicts, so it"
                        f" cannot be saved: {_reason(error)}") from None
@@ -256,6 +256,8 @@ def read_loader(path: Path) -> dict[str, Any]:
         InputError: it is something else.
     """
     try:
+        # a checkpoint's file is data: weights_only builds tensors, numbers, texts, lists and dicts, and calls nothing
+        # that the file names (torch's own unpickler with a list of what it may make)
         data = torch.load(path, weights_only=True)
     except Exception as error:
         raise InputError(f"checkpoint {path.parent}: {path.name} cannot be read: {_reason(error)}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -23,13 +23,15 @@ class Weights:
     """Local parameters and buffers by canonical FQN (the first name of a tied tensor), and the name of every FQN.
 
     ``compute`` holds what the phase functions read: the parameter itself, or its copy in the trace's dtype where the
-    master weights have another (mixed precision).
+    master weights have another (mixed precision). ``homes`` make the memory of gradients that have a place of their
+    own; others lie where the operator that made them put them.
     """
 
     parameters: dict[str, nn.Parameter]
     buffers: dict[str, torch.Tensor]
     compute: dict[str, torch.Tensor]
     canonical: dict[str, str]
+    homes: dict[nn.Parameter, Callable[[], torch.Tensor]] = field(default_factory=dict)
 
     def tensor(self, fqn: str) -> torch.Tensor:
         """The tensor the phase functions read for an FQN."""

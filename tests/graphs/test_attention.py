@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from mipipe.graphs.operators import dense_attention as dense
+from mipipe.graphs.operators import efficient_attention as efficient
 from mipipe.graphs.operators import flash_attention as flash
-from mipipe.graphs.operators.kernels import attention, attention_backward
+from mipipe.graphs.operators.attention_options import Options
+from mipipe.graphs.operators.attention_trust import Kind, agrees
+from mipipe.graphs.operators.kernels import EFFICIENT, FLASH, attention, attention_backward
 
 CASES = [(causal, window, sinks, sizes, groups, lengths) for causal, window, sinks, sizes, groups, lengths in
          itertools.product((True, False), (0, 3), (True, False), ((8, 8), (12, 8), (8, 20)), (4, 2),
@@ -21,7 +24,7 @@ def drawn(case, dtype=torch.float64):
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
     return (draw(2, 4, queries, size), draw(2, groups, keys, size), draw(2, groups, keys, value),
-            draw(4) if sinks else None, draw(2, 4, queries, value), flash.Options(causal, window, size ** -0.5))
+            draw(4) if sinks else None, draw(2, 4, queries, value), Options(causal, window, size ** -0.5))
 
 
 def by_formula(q, k, v, sinks, grad, options, mask=None):
@@ -105,37 +108,87 @@ def kernel_backward(grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout
     return tuple(item.transpose(1, 2) for item in found)
 
 
+def efficient_bias(q, k, bias, causal):
+    """The scores' mask of the memory-efficient kernel, and what it asks of one: finite, in rows of whole 16 bytes."""
+    hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
+    if bias is None:
+        return torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, float("-inf")) if causal else None
+    assert not causal and bias.shape == (*q.shape[:3], k.shape[2]) and bias.isfinite().all()
+    assert all(step * bias.element_size() % 16 == 0 for step in bias.stride()[:-1]) and bias.stride(-1) == 1
+    return bias
+
+
+def efficient_forward(q, k, v, bias, compute_lse, dropout=0.0, causal=False, *, scale=None):
+    """The memory-efficient forward as documented: heads and head sizes equal, logsumexp in whole 32 queries."""
+    assert q.shape[1] == k.shape[1] == v.shape[1] and q.shape[-1] == v.shape[-1] and compute_lse and not dropout
+    assert q.shape[-1] * q.element_size() % 16 == 0
+    out, lse = dense.forward(q, k, v, efficient_bias(q, k, bias, causal), None, scale, 0.0)
+    return out, torch.nn.functional.pad(lse, (0, -q.shape[2] % 32), value=7.0), torch.zeros(()), torch.zeros(())
+
+
+def efficient_backward(grad, q, k, v, bias, out, lse, seed, offset, dropout, wanted, causal=False, *, scale=None):
+    """The memory-efficient backward: queries beyond the last one have an infinite logsumexp."""
+    assert lse.shape[-1] % 32 == 0 and lse[..., q.shape[2]:].isposinf().all() and wanted == [True, True, True, False]
+    assert grad.shape == out.shape == q.shape
+    found = dense.backward(grad, q, k, v, efficient_bias(q, k, bias, causal), out, lse[..., :q.shape[2]], scale, 0.0)
+    return *found, torch.empty(0)
+
+
 @pytest.fixture
 def documented():
     """CUDA's kernels on the CPU, by their documentation."""
     library = torch.library.Library("aten", "IMPL")
     library.impl("_flash_attention_forward", kernel_forward, "CPU")
     library.impl("_flash_attention_backward", kernel_backward, "CPU")
+    library.impl("_scaled_dot_product_efficient_attention", efficient_forward, "CPU")
+    library.impl("_scaled_dot_product_efficient_attention_backward", efficient_backward, "CPU")
+    agrees.cache_clear()
     yield
+    agrees.cache_clear()
     library._destroy()
 
 
+@pytest.mark.parametrize("kernel", [FLASH, EFFICIENT], ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_how_cudas_kernel_is_called(case, documented):
+def test_how_cudas_kernels_are_called(case, kernel, documented):
     q, k, v, sinks, grad, options = drawn(case)
-    out, lse = flash.cuda_forward(q, k, v, sinks, options)
-    found = (out, *flash.cuda_backward(grad, q, k, v, out, lse, options))
+    out, lse = kernel.forward(q, k, v, None, sinks, options)
+    found = (out, *kernel.backward(grad, q, k, v, None, out, lse, options))
     for here, there in zip(found, by_formula(q, k, v, sinks, grad, options), strict=False):
         torch.testing.assert_close(here, there, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_masks_on_cuda(added, causal, documented):
+    """Boolean or added, for all heads or for each, with a query that sees nothing."""
+    q, k, v, sinks, grad, options = drawn((causal, 0, True, (8, 12), 2, (5, 9)))
+    for heads in (1, 4):
+        mask = torch.rand(2, heads, 5, 9, generator=torch.Generator().manual_seed(1)) > 0.5
+        mask[0, :, 2] = False
+        given = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf")) if added else mask
+        out, lse = EFFICIENT.forward(q, k, v, given, sinks, options)
+        assert not out[0, :, 2].any()
+        found = out, *EFFICIENT.backward(grad, q, k, v, given, out, lse, options)
+        for here, there in zip(found, by_formula(q, k, v, sinks, grad, options, mask), strict=False):
+            torch.testing.assert_close(here, there, rtol=1e-10, atol=1e-12)
+
+
+KIND = Kind(torch.bfloat16, (16, 16), True, True, True, True, True, "none")
+
+
 def test_a_kernel_is_used_after_it_agreed_with_the_formulas(documented, monkeypatch):
-    case = (torch.device("cpu"), torch.bfloat16, (16, 16), True, True, True, True, True)
-    flash.agrees.cache_clear()
-    assert flash.agrees(*case)
-    flash.agrees.cache_clear()
+    kinds = [(FLASH, KIND), (EFFICIENT, KIND), (EFFICIENT, KIND._replace(masked="bool", square=False)),
+             (EFFICIENT, KIND._replace(masked="added", dtype=torch.float32))]
+    assert all(agrees(kernel, torch.device("cpu"), kind) for kernel, kind in kinds)
+    agrees.cache_clear()
     monkeypatch.setattr(flash, "_cuda_window", lambda q, k, options: (options.window, 0))  # one key too many
-    assert not flash.agrees(*case)
-    flash.agrees.cache_clear()
+    monkeypatch.setattr(efficient, "_bias", lambda q, k, mask, options: (None, None))  # no mask at all
+    assert not any(agrees(kernel, torch.device("cpu"), kind) for kernel, kind in kinds)
 
 
 def test_a_kernel_that_fails_is_not_used():
     """On this device there is none."""
-    flash.agrees.cache_clear()
-    assert not flash.agrees(torch.device("cpu"), torch.bfloat16, (16, 16), False, False, True, False, True)
-    flash.agrees.cache_clear()
+    agrees.cache_clear()
+    assert not agrees(FLASH, torch.device("cpu"), KIND) and not agrees(EFFICIENT, torch.device("cpu"), KIND)
+    agrees.cache_clear()

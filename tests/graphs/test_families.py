@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_cuda import assert_on_fake_cuda
 from torch import Tensor, nn
 
 from mipipe.graphs.capture import loss as losses
@@ -275,6 +276,8 @@ def test_family_equals_eager(name: str) -> None:
 
 def assert_same(graph: OperatorGraph, model: nn.Module, batch: Mapping[str, Tensor], loss: Tensor,
                 rtol: float = RTOL) -> None:
+    """Loss and gradients of the graph are those of the model; and its traces are CUDA's as well."""
+    assert_on_fake_cuda(graph)
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     step = run_step(graph, parameter_tensors(graph, named), batch)
     loss.backward()

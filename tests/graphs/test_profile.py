@@ -12,7 +12,14 @@ from mipipe.graphs.coarse.graph_index import index_graph
 from mipipe.graphs.errors import GraphError, InputError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph, ParameterSpec, Phase, Segment, Tags, TensorSpec, Value
 from mipipe.graphs.profiling.profile import ProfileOptions, _recall, _remember, profile_groups
-from mipipe.graphs.profiling.profile_worker import _lots, candidates, in_turn, measure_groups
+from mipipe.graphs.profiling.profile_worker import (
+    EventMoments,
+    _lots,
+    candidates,
+    in_turn,
+    measure_groups,
+    timed_rounds,
+)
 from mipipe.graphs.profiling.rehearse import build_group, index_bound, model_input, rehearse
 from mipipe.graphs.tracing.partition import trace_segment
 
@@ -140,6 +147,46 @@ def test_groups_run_in_turn_and_as_many_together_as_fit(transformer):
     assert split == [names[:2], names[2:]]
     assert [len(lot) for lot in _lots(iter(found), 1)] == [1, 1, 1]
     assert [len(lot) for lot in _lots(iter(found), None)] == [3]
+
+
+class Queue:
+    """A device that a host runs ahead of: launching takes ``launch_ns`` of the host, working ``work_ns`` of the
+    device."""
+
+    def __init__(self, launch_ns, work_ns):
+        self.launch_ns, self.work_ns, self.host_ns, self.free_ns = launch_ns, work_ns, 0, 0
+
+    def launch(self):
+        self.host_ns += self.launch_ns
+        self.free_ns = max(self.free_ns, self.host_ns) + self.work_ns
+
+    def event(self):
+        queue = self
+
+        class Event:
+            def record(self):
+                self.at_ns = max(queue.free_ns, queue.host_ns)
+
+            def elapsed_time(self, later):
+                return (later.at_ns - self.at_ns) / 1e6
+
+        return Event()
+
+    def synchronize(self):
+        self.host_ns = max(self.host_ns, self.free_ns)
+
+
+@pytest.mark.parametrize(("launch_ns", "work_ns", "wanted"), [(4_000, 9_000, 9_000), (9_000, 4_000, 9_000)])
+def test_a_device_s_spans_have_no_gap_that_a_run_has_not(launch_ns, work_ns, wanted):
+    """What a kernel takes where it outlasts its launch, the launch where it does not: also for a round's first call,
+    which after a wait would have both."""
+    queue = Queue(launch_ns, work_ns)
+    moments = EventMoments(queue.event, queue.synchronize)
+    found = list(timed_rounds([queue.launch] * 3, 25, moments))
+    assert found == [pytest.approx([wanted] * 3)] * 25
+    moments.together = 1  # as it was: a wait before every round
+    spans = list(timed_rounds([queue.launch] * 3, 5, moments))
+    assert [max(item) for item in spans] == pytest.approx([launch_ns + work_ns] * 5)
 
 
 def test_known_groups_are_neighbours_of_new_ones_and_stay(transformer, tmp_path):

@@ -1,5 +1,7 @@
 """The roofline against numbers worked out by hand."""
 
+import dataclasses
+
 import pytest
 
 from mipipe.graphs.cluster import DeviceKind, shipped_kinds
@@ -64,6 +66,8 @@ def test_causal_attention_computes_half_and_never_reads_the_scores():
     h100 = shipped_kinds()["h100"]
     assert operator_seconds(full, h100) == pytest.approx(flops / 989e12)
     assert operator_seconds(causal, h100) == pytest.approx(flops / 2 / 989e12)
+    capped = dataclasses.replace(causal, args=[*args[:8], 30.0])  # by its formulas, on whole scores in float32
+    assert operator_seconds(capped, h100) == pytest.approx(flops / 67e12)
 
 
 def test_cpu_and_foreign_graphs_are_refused(transformer):

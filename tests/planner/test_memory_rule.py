@@ -12,9 +12,10 @@ from mipipe.graphs.errors import PlanError
 from mipipe.graphs.topology import Device, Link, Topology
 from mipipe.planner.bounds.at_placement import placement_bound
 from mipipe.planner.check import check_plan
+from mipipe.planner.compare import baseline_rows
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.measure import measure
-from mipipe.planner.execution.simulate_memory import rank_peaks
+from mipipe.planner.execution.simulate_memory import rank_peaks, sends_fit
 from mipipe.planner.jobs.arrays import build, with_mirrors
 from mipipe.planner.jobs.job_shop import job_shop, peak_memory
 from mipipe.planner.jobs.memory import peaks
@@ -22,6 +23,8 @@ from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.plan import Placement, Plan, Stage
 from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
+from mipipe.planner.problems.uniform import uniform_problem
+from mipipe.planner.schedules import BASELINES
 from mipipe.planner.search.lists import RULES, schedule
 
 LACKING = ((False, False), (True, False), (False, True), (True, True))
@@ -70,6 +73,23 @@ def test_every_reader_of_the_memory_rule_counts_the_same_bytes(no_i: bool, no_w:
         with pytest.raises(PlanError, match="activations and buffers take"):
             check_plan(Plan("list", problem.replace(limits=Limits(activation_bytes=max(simulated) - 1)), placement,
                             plan.schedule))
+
+
+def test_sends_are_held_where_there_is_room_for_all_of_them() -> None:
+    """Beside the peak and what is resident: to the byte."""
+    made = uniform_problem(ranks=2, microbatches=4, f=1, i=1, w=1, activations=3)
+    problem = made.replace(edges=tuple(dataclasses.replace(edge, num_bytes=7, grad_bytes=9) for edge in made.edges))
+    plan = next(row.plan for row in baseline_rows(problem, BASELINES[0]) if row.plan is not None)
+    program = lower(plan)
+    for rank in range(2):
+        there = view(problem, plan.placement)
+        sent = sum(move.num_bytes for move in program.transfers if move.source_rank == rank)
+        need = there.resident_bytes[rank] + rank_peaks(there, program)[rank] + sent
+        for size in (need, need - 1):
+            devices = tuple(dataclasses.replace(item, memory_bytes=size) for item in problem.topology.devices)
+            topology = dataclasses.replace(problem.topology, devices=devices)
+            fits = sends_fit(view(problem.replace(topology=topology), plan.placement), program, rank)
+            assert sent >= 7 * 4 and fits is (size == need)
 
 
 @pytest.mark.parametrize("seed", [*range(12), 354])  # in 354 a bound took what RECOMPUTE gives back for lost

@@ -23,7 +23,7 @@ from mipipe.planner.schedules import BASELINES
 from mipipe.planner.solve import plan as solve
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
-from mipipe.runtime.train.optim import gradient_norm
+from mipipe.runtime.train.clip import gradient_norm
 
 EXPERTS, LAYERS, VOCAB, COUNT = 8, 2, 64, 2
 

@@ -10,6 +10,7 @@ from mipipe.graphs.operator_graph import Phase
 from mipipe.graphs.tracing.partition import trace_module
 from mipipe.graphs.tracing.trace import build_phase, phase_signature
 from mipipe.runtime.engine.compiling.calls import accumulator
+from mipipe.runtime.engine.reduce import FlatGradients
 
 
 def test_few_gradients_are_alive_at_a_time():
@@ -43,7 +44,7 @@ def test_few_gradients_are_alive_at_a_time():
 def test_gradients_add_up_in_memory_of_their_own(owned):
     """Kept as it is only where one parameter takes it; a second microbatch is added."""
     one, two, three = (nn.Parameter(torch.zeros(2)) for _ in range(3))
-    add = accumulator([(0, one, owned), (1, two, owned), (1, three, owned)])
+    add = accumulator([(0, one, owned), (1, two, owned), (1, three, owned)], {})
     for _ in range(2):
         add(0, torch.ones(2))
         add(1, torch.full((2,), 2.0))
@@ -51,3 +52,25 @@ def test_gradients_add_up_in_memory_of_their_own(owned):
     assert [item.grad.tolist() for item in (one, two, three)] == [[2, 2], [4, 4], [4, 4]]
     two.grad.zero_()
     assert three.grad.tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gradients_of_a_bucket_lie_side_by_side(dtype):
+    """Views of one vector at whole 16 bytes, made with the first; one that nobody made is zero; gaps are zero."""
+    parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in ((3,), (2, 2), (), (5,))]
+    flat = FlatGradients(parameters)
+    add = accumulator([(place, item, True) for place, item in enumerate(parameters[:3])], flat.homes())
+    for _ in range(2):
+        for place in (2, 0, 1):
+            add(place, torch.full(parameters[place].shape, place + 1.0, dtype=dtype))
+    whole = flat.whole()
+    assert [item.grad.tolist() for item in parameters] == [[2] * 3, [[4, 4], [4, 4]], 6, [0] * 5]
+    assert float(whole.double().sum()) == 2 * 3 + 4 * 4 + 6
+    starts = [item.grad.data_ptr() - whole.data_ptr() for item in parameters]
+    assert starts == sorted(starts) and all(start % 16 == 0 for start in starts)
+    whole.mul_(10)
+    assert parameters[1].grad.tolist() == [[40, 40], [40, 40]]
+    flat.forget()
+    parameters[0].grad = None
+    add(0, torch.ones(3, dtype=dtype))
+    assert parameters[0].grad.tolist() == [1] * 3 and parameters[1].grad.tolist() == [[40, 40], [40, 40]]

@@ -16,10 +16,12 @@ from runtime_cases import chain_graph, chain_state, plan_of, problem_of
 
 import mipipe.runtime
 from mipipe.graphs.errors import RunError
+from mipipe.planner import device_memory
 from mipipe.planner.compare import baseline_rows
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.schedules import BASELINES
+from mipipe.planner.team import Team
 from mipipe.runtime.engine import comm
 from mipipe.runtime.engine import mesh as meshes
 from mipipe.runtime.engine.engine import Engine
@@ -59,6 +61,19 @@ def test_every_process_makes_the_same_groups(ranks, copies, exchange, apart, dat
             assert spec.members == tuple(order[c * ranks + spec.key[0]] for c in range(copies))
     assert any(spec.control for spec in specs) == (apart and copies > 1)
     assert any(spec.use is Use.EXCHANGE for spec in specs) == (exchange and copies > 1)
+
+
+def test_communicators_and_the_context_fit_beside_the_nominal_memory():
+    """Four ranks in DualPipe's order on three copies with experts, two members each: of every process."""
+    team = Team({"tensor": 2})
+    places = places_of(range(24), 4, 3, team)
+    specs = [spec for spec in group_specs(PROGRAMS[4], [((0, 1), (), False)], places, True, True, team, True)
+             if not spec.control]
+    for process in range(24):
+        mine = [spec for spec in specs if process in spec.members]
+        channels = sum(spec.use is Use.CHANNEL for spec in mine)
+        held = device_memory.communicators_bytes(channels, len(mine) - channels)
+        assert len(mine) >= 7 and device_memory.CONTEXT_BYTES + held <= device_memory.RUNTIME_BYTES
 
 
 def opened():
@@ -119,7 +134,7 @@ def test_a_default_group_without_the_cpu_is_refused(monkeypatch):
                 meshes.check_control()
 
 
-TENSORS = {"engine/comm.py", "engine/team.py"}
+TENSORS = {"engine/comm.py"}
 """Where collectives of tensors on the device are started."""
 CONTROL = {"engine/engine.py": {"all_reduce", "all_gather"}, "experts/run.py": {"all_reduce", "broadcast_object_list"},
            "train/trace.py": {"send", "recv"}, "train/launching/processes.py": {"all_gather_object"},
@@ -192,3 +207,24 @@ def test_values_of_a_transfer_go_in_one_launch_where_each_is_a_kernel(start, nam
         assert start(group, [torch.empty(size + 1, device=device) for size in range(count)], 1) == works
         messages = [(name, size + 1, 1) for size in range(count)]
         assert group.asked == (["begin", *messages, "end"] if works == ["one work"] else messages)
+
+
+class Event:
+    """A moment of a device that comes after so many looks."""
+
+    def __init__(self, looks):
+        self.looks = looks
+
+    def query(self):
+        self.looks -= 1
+        return self.looks <= 0
+
+
+def test_what_the_host_needs_now_is_waited_for_with_a_limit_and_a_name():
+    """At once on a CPU; from a device once its event is over, or the line that says who did not come."""
+    waits, counts = comm.Waits(timedelta(seconds=0.05), False), torch.arange(3)
+    assert comm.to_host(counts).tensor is counts and comm.to_host(counts).event is None
+    assert waits.arrived(comm.to_host(counts), lambda: "never asked") is counts
+    assert waits.arrived(comm.Coming(counts, Event(5)), lambda: "never asked") is counts
+    with pytest.raises(RunError, match=r"^the routing of layer 3: nothing for 0\.05 s; the peer hangs"):
+        waits.arrived(comm.Coming(counts, Event(10**9)), lambda: "the routing of layer 3")

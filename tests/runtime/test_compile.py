@@ -12,6 +12,9 @@ import torch
 from mipipe.graphs.capture.loss import sum_over
 from mipipe.graphs.capture.model import capture_module
 from mipipe.graphs.errors import RunError
+from mipipe.graphs.operator_graph import Phase
+from mipipe.graphs.tracing.trace import phase_signature
+from mipipe.runtime.engine.compiling import phases
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
 
@@ -94,3 +97,60 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, tmp_path, name):
         monkeypatch.setenv("CXX", name)
     with pytest.raises(RunError, match=r"torch.compile needs a C.. compiler, but none was found .*train without"):
         Engine(one_rank(), cases.chain_graph(), cases.chain_state(), options=EngineOptions(compile=True))
+
+
+def slow_compiler(made, graph, state, batch, timeout_s):
+    """Rank 1 compiles for longer than a step may take; nothing else is compiled."""
+    import time
+    original = phases.Phases.code
+
+    def code(self, *arguments):
+        time.sleep(0.2 * torch.distributed.get_rank())
+        return original(self, *arguments)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(phases.Phases, "code", code)
+    patch.setattr(phases.Phases, "compiles", lambda *arguments: False)
+    patch.setattr(phases, "Compiler", lambda rehearsal: rehearsal)
+    try:
+        engine = Engine(made, graph, state, options=EngineOptions(compile=True, timeout_s=timeout_s))
+        return engine.step(batch)
+    finally:
+        patch.undo()
+
+
+@pytest.mark.distributed
+def test_a_rank_that_compiles_for_long_is_waited_for(pool):
+    """The time limit of a step is not that of compiling."""
+    case = equal.case("skip")
+    made = dags.random_plan(random.Random(3), case.graph, 2, COUNT)
+    batch = models.token_batch(equal.ROWS * COUNT, equal.LENGTH, 11)
+    one, other = pool.run(2, __file__, "slow_compiler", made, case.graph, case.state(), batch, 1.0)
+    assert one == other
+
+
+@pytest.mark.parametrize("name", ["moe", "skip"])
+def test_every_phase_can_be_run_before_the_first_step(name):
+    """On zeros, once for each trace, in what it saves and gives of the traced shapes; generators stay as they are."""
+    graph = equal.case(name).graph
+    warm = phases.Phases(graph, torch.device("cpu"), warm=True)
+    seen = []
+    original = warm._rehearsal.run
+
+    def run(function, trace, phase, handing):
+        given, results = original(function, trace, phase, handing)
+        seen.append((trace.digest, phase))
+        names = phase_signature(trace, phase)[1]
+        for result, label in zip(results, names, strict=True):
+            if label in trace.specs:
+                assert tuple(result.shape) == trace.specs[label].shape, label
+        return given, results
+
+    warm._rehearsal.run = run
+    state = torch.get_rng_state()
+    for segment in graph.segments * 2:
+        for phase in Phase:
+            warm.code(warm.trace(segment), phase, segment.name)
+    assert torch.equal(torch.get_rng_state(), state) and not warm._rehearsal._values
+    wanted = [(trace.digest, phase) for trace in graph.traces for phase in Phase if trace.has(phase)]
+    assert sorted(seen) == sorted(wanted)

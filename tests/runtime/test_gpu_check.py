@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,11 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.py"
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(SCRIPT.parent))  # where a script finds what lies beside it
+    try:
+        return importlib.import_module("gpu_check")
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
 
 
 def hold(results):
@@ -34,15 +36,42 @@ def hold(results):
     assert results["fused"] == {**results["fused"], "steps": 2.0, "finite": True}
 
 
+def hold_runs(results):
+    """What the parts about whole runs must say, as far as they ran."""
+    assert results and not [name for name, part in results.items() if "failed" in part]
+    if both := results.get("together"):
+        assert both["loss_error"] < 1e-4 and both["norm_error"] < 1e-3 and both["streams_agree"] and both["aside"]
+    if run := results.get("training"):
+        assert run["resumes_bitwise"] and run["falls"] and 0.2 < run["predicted/step"] < 2.0
+    if fast := results.get("compiled"):
+        assert fast["graphs"] > 0 and fast["in_steps"] == 0
+        assert fast["compiled"] == pytest.approx(fast["plain"], rel=1e-2)
+
+
+KERNELS = ["parity", "attention", "grouped", "dense", "fused"]
+RUNS = ["communicators", "together", "training", "compiled"]
+
+
 def test_the_rehearsal(script, tmp_path, capsys):
     """All parts run on the CPU, each prints its line, and the file has them all."""
     save(chain_graph(2), tmp_path / "chain.json")
-    results = script.main([str(tmp_path / "chain.json"), "--device", "cpu", "--out", str(tmp_path / "found.json")])
+    results = script.main([str(tmp_path / "chain.json"), "--device", "cpu", "--out", str(tmp_path / "found.json"),
+                           "--only", *KERNELS, "communicators"])
     hold(results)
-    assert results["parity chain"]["host_syncs"] == 0 and set(results["dense"]) >= {"flash", "window", "sinks"}
+    assert results["parity chain"]["host_syncs"] == 0
+    assert set(results["dense"]) >= {"flash", "window", "sinks", "mask", "softcap"}
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(": {")[0] for line in lines[1:]] == list(results)
     assert json.loads((tmp_path / "found.json").read_text())["parts"] == results
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("part", RUNS[1:])
+def test_the_rehearsal_of_whole_runs(script, part):
+    """Two processes, training with a halt, torch.compile: on the CPU, each by itself."""
+    results = script.main(["--device", "cpu", "--only", part])
+    hold_runs(results)
 
 
 def test_a_part_that_fails_stops_no_other(script, tmp_path, monkeypatch):
@@ -56,7 +85,7 @@ def test_a_part_that_fails_stops_no_other(script, tmp_path, monkeypatch):
 
     monkeypatch.setattr(kernels, "grouped_mm_weight", every_other)
     monkeypatch.setattr(script, "CASES", script.CASES[:1])
-    results = script.main([str(tmp_path / "absent.json"), "--device", "cpu"])
+    results = script.main([str(tmp_path / "absent.json"), "--device", "cpu", "--only", *KERNELS])
     assert "InputError" in results["parity absent"]["failed"]
     assert results["grouped"]["worst"] == pytest.approx(0.5, rel=0.1)
     assert results["attention"]["cases"] == 4 and results["fused"]["finite"]
@@ -66,4 +95,15 @@ def test_a_part_that_fails_stops_no_other(script, tmp_path, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu(script, tmp_path):
     save(chain_graph(2), tmp_path / "chain.json")
-    hold(script.main([str(tmp_path / "chain.json")]))
+    hold(script.main([str(tmp_path / "chain.json"), "--only", *KERNELS]))
+
+
+@pytest.mark.gpu
+@pytest.mark.distributed
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_whole_runs_on_a_gpu(script):
+    results = script.main(["--only", *RUNS])
+    hold_runs(results)
+    assert results["training"]["clock"] == "events" and results["communicators"]["driver_bytes 8"] > 0
+    spans, step = results["training"]["spans_s"], results["training"]["measured_step_s"]
+    assert 0.5 < spans / step < 1.05

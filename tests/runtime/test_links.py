@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from mipipe.cli.main import app
 from mipipe.graphs.cluster import load_cluster
-from mipipe.graphs.topology import Link
-from mipipe.runtime.train.links import MeasuredLink, _summary, write_cluster
+from mipipe.graphs.topology import Link, Topology
+from mipipe.runtime.train.links import SIZES, MeasuredLink, _summary, measure_links, write_cluster
 
 CLUSTER = """format: mipipe.cluster
 version: 1
@@ -38,6 +39,20 @@ def test_what_is_missing_is_named(cluster: Path) -> None:
     assert result.exit_code == 1 and "expected --cluster CLUSTER.yaml" in result.output
     result = CliRunner().invoke(app, ["calibrate", "measured.json"])
     assert result.exit_code == 1 and "needs --plan and --costs" in result.output
+
+
+def measured(sizes, together):
+    """What two ranks measure of their link; all ranks get the same."""
+    return measure_links(Topology.uniform(2), torch.device("cpu"), 5, sizes, together)
+
+
+@pytest.mark.distributed
+def test_messages_of_several_sizes_and_several_for_each_wait(pool):
+    """As a GPU's are: the rate is what the largest message adds to the one before it."""
+    assert SIZES["cuda"][-2] >= 64 << 20
+    first, second = pool.run(2, __file__, "measured", (8, 1 << 16, 1 << 20), 3)
+    assert first == second and set(first) == {"within_host"}
+    assert 10**3 < first["within_host"].latency_ns < 10**9 and first["within_host"].bytes_per_s > 10**6
 
 
 @pytest.mark.distributed

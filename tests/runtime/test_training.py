@@ -27,6 +27,7 @@ from mipipe.runtime.train.config import (
     TrainConfig,
 )
 from mipipe.runtime.train.data import Batches
+from mipipe.runtime.train.launching import devices
 from mipipe.runtime.train.optim import learning_rate_factor, parameter_groups, with_fused
 from mipipe.runtime.train.trace import measured_timeline
 from mipipe.runtime.train.training import Trainer
@@ -173,6 +174,51 @@ def test_resume_is_bitwise(pool, tmp_path):
     assert start == 3
     assert first + rest == whole
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+
+def train_deterministic(made, graph, state, config, resume=False):
+    """`train` as a worker does it with ``deterministic: true``."""
+    assert config.deterministic
+    devices.deterministic()
+    try:
+        engine = Engine(made, graph, state, options=EngineOptions(seed=config.seed))
+        trainer = Trainer(engine, config, Batches(token_batches()))
+        losses = trainer.run(trainer.resume() if resume else 0)
+        return losses, {name: item.detach() for name, item in engine.named_parameters()}
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def token_batches():
+    """An endless loader for the models with 64 tokens."""
+    number = 0
+    while True:
+        yield models.token_batch(equal.ROWS * COUNT, equal.LENGTH, 64, seed=100 + number)
+        number += 1
+
+
+def test_deterministic_runs_and_resumes_are_bitwise_equal(pool, tmp_path):
+    """A mixture in float32 on two ranks, with clipping: twice from the start, and once more from its middle."""
+    case = equal.case("moe", torch.float32)
+    made = dags.random_plan(random.Random(7), case.graph, 2, COUNT)
+
+    def once(steps, resume=False, **more):
+        answers = pool.run(2, __file__, "train_deterministic", made, case.graph, case.state(),
+                           config(steps, clip=0.5, deterministic=True, **more), resume)
+        weights = {}
+        for _, mine in answers:
+            weights.update(mine)
+        return answers[0][0], weights
+
+    saved = CheckpointConfig(str(tmp_path / "c"), every=2)
+    first, weights = once(4)
+    again, same = once(4)
+    half, _ = once(2, checkpoint=saved)
+    rest, resumed = once(4, resume=True, checkpoint=saved)
+    assert first == again == half + rest
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, same[name]) and torch.equal(tensor, resumed[name]), name
 
 
 def test_resume_under_another_plan(pool, tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,8 +76,12 @@ def run_calls(calls: Sequence[Call], frame: Frame, seed: Callable[[int], int]) -
             frame[slot] = None
 
 
-def accumulator(gradients: Sequence[tuple[int, torch.nn.Parameter, bool]]) -> Callable[[int, torch.Tensor], None]:
-    """What W's function hands its gradients to: (position, gradient) is added to the parameters of that position."""
+def accumulator(gradients: Sequence[tuple[int, torch.nn.Parameter, bool]],
+                homes: Mapping[torch.nn.Parameter, Callable[[], torch.Tensor]]) -> Callable[[int, torch.Tensor], None]:
+    """What W's function hands its gradients to: (position, gradient) is added to the parameters of that position.
+
+    ``homes`` are those of `Weights`, looked up when a gradient comes.
+    """
     takers: dict[int, list[tuple[torch.nn.Parameter, bool]]] = {}
     for position, parameter, owned in gradients:
         takers.setdefault(position, []).append((parameter, owned))
@@ -87,6 +91,8 @@ def accumulator(gradients: Sequence[tuple[int, torch.nn.Parameter, bool]]) -> Ca
         for parameter, owned in found:
             if parameter.grad is not None:
                 parameter.grad.add_(gradient)
+            elif parameter in homes:
+                parameter.grad = homes[parameter]().copy_(gradient)
             elif owned and len(found) == 1 and gradient.dtype is parameter.dtype and gradient.is_contiguous():
                 parameter.grad = gradient
             else:

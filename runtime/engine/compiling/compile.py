@@ -21,7 +21,7 @@ from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
 from mipipe.planner.team import Team
 from mipipe.runtime.engine.buckets import with_copy_sums
-from mipipe.runtime.engine.comm import Waits
+from mipipe.runtime.engine.comm import Waits, start_all_reduce, wait
 from mipipe.runtime.engine.compiling.compiled import Compiled, LocalRank
 from mipipe.runtime.engine.compiling.flow import GradientFlow, gradient_flow
 from mipipe.runtime.engine.compiling.phases import Phases
@@ -76,7 +76,7 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
     segments = {index: [segment for segment in graph.segments if stage_of[segment.name] == index] for index in here}
     names = {fqn for members in segments.values() for segment in members
              for fqn in (*segment.parameters, *segment.buffers)}
-    experts = make_exchange(plan, graph, stage_of, mesh, options)
+    experts = make_exchange(plan, graph, stage_of, mesh, options, waits)
     weights = load_weights(graph, names, source, device, options.master_dtype,
                            None if experts is None else experts.rows(), member_pieces(member, whole, mesh))
     loss = next(value.spec for value in graph.values if value.name == graph.loss)
@@ -87,6 +87,8 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
     counters, watched = routing_counters(graph, stage_of, here, device)
     stages = {index: build_stage(graph, flow, segments[index], index, stage_of, weights, loss_gradient, phases,
                                  graph.outputs, watched, again_in(team, segments[index])) for index in here}
+    if options.compile and dist.is_initialized():
+        wait_for_compilers(mesh)
     for index, code in stages.items():
         if code.buffer_updates and len(plan.placement.stages[index].ranks) > 1:
             raise PlanError(f"stage {index}: has buffers that F changes (batch statistics), so it cannot have replicas;"
@@ -104,6 +106,22 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
                     exchanges_aside=_exchanges_aside(local, stage_of), sampler=sampler,
                     uncompiled=tuple(item.name for items in segments.values() for item in items
                                      if options.compile and not phases.compiles(phases.trace(item), item.name)))
+
+
+COMPILING = timedelta(hours=1)
+"""How long ranks wait for the one that compiles longest; a step's timeout is for what takes a step's time."""
+
+
+def wait_for_compilers(mesh: Mesh) -> None:
+    """Return when all ranks are here.
+
+    Raises:
+        RunError: one has failed, or is not within `COMPILING`.
+    """
+    group = dist.new_group(timeout=COMPILING, backend="gloo")
+    wait([start_all_reduce(group, torch.zeros(1))], COMPILING,
+         lambda: f"{mesh.text}: waiting for other ranks to compile")
+    dist.destroy_process_group(group)
 
 
 def again_in(team: Team, segments: Sequence[Segment]) -> list[tuple[str, ...]]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from mipipe.graphs.errors import RunError
 from mipipe.graphs.operator_graph import Phase, SegmentTrace
-from mipipe.graphs.tracing.trace import phase_signature, uses_random
-
-PhaseFunction = Callable[..., tuple[Tensor, ...]]
+from mipipe.graphs.tracing.trace import uses_random
+from mipipe.runtime.engine.compiling.rehearsal import PhaseFunction, Rehearsal
 
 _COMPILERS = ("g++", "clang++", "c++", "icpx")
 
@@ -29,12 +28,11 @@ def check_compiler() -> None:
 
 
 class Compiler:
-    """Compiles the phases of traces. What F saves is what I and W are compiled for, strides included."""
+    """Compiles the phases of traces by running them in a rehearsal."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, rehearsal: Rehearsal) -> None:
         check_compiler()
-        self._device = device
-        self._values: dict[str, dict[str, Tensor]] = {}
+        self._rehearsal = rehearsal
 
     def compile(self, function: PhaseFunction, trace: SegmentTrace, phase: Phase) -> tuple[PhaseFunction,
                                                                                            tuple[bool, ...]]:
@@ -47,25 +45,16 @@ class Compiler:
         if uses_random(trace):
             options["fallback_random"] = True
         compiled: PhaseFunction = torch.compile(function, dynamic=False, fullgraph=True, options=options)
-        values = self._values.setdefault(trace.digest, {})
-        arguments, names = phase_signature(trace, phase)
-        for name in arguments:
-            if name not in values:
-                spec = trace.specs[name]
-                values[name] = torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=self._device)
-        with torch.no_grad(), torch.random.fork_rng():
-            try:
-                results = compiled(*(values[name] for name in arguments))
-            except Exception as error:
-                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise RunError(f"compile: {phase} of trace {trace.digest} ({', '.join(trace.parameters[:1])}...):"
-                               f" torch.compile failed: {first}; train without `compile`") from error
-        owned = _owned(results, [values[name] for name in arguments])
-        values.update(zip(names, results, strict=True))
-        return compiled, owned
+        try:
+            given, results = self._rehearsal.run(compiled, trace, phase)
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise RunError(f"compile: {phase} of trace {trace.digest} ({', '.join(trace.parameters[:1])}...):"
+                           f" torch.compile failed: {first}; train without `compile`") from error
+        return compiled, _owned(results, given)
 
 
-def _owned(results: tuple[Tensor, ...], arguments: list[Tensor]) -> tuple[bool, ...]:
+def _owned(results: Sequence[Tensor], arguments: Sequence[Tensor]) -> tuple[bool, ...]:
     pointers = [item.untyped_storage().data_ptr() for item in (*results, *arguments)]
     return tuple(pointers.count(pointer) == 1 and item.untyped_storage().nbytes() == item.nbytes
                  for item, pointer in zip(results, pointers, strict=False))

@@ -13,6 +13,7 @@ from mipipe.graphs.operator_graph import OperatorGraph, Phase, Segment, SegmentT
 from mipipe.graphs.tracing.operator_kinds import resolve_operator
 from mipipe.graphs.tracing.trace import CONSTANT, GETITEM, build_phase, phase_signature, uses_random
 from mipipe.runtime.engine.compiling.compile_phases import Compiler
+from mipipe.runtime.engine.compiling.rehearsal import Rehearsal
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +41,18 @@ class Phases:
     The engine runs a whole step without autograd, so the functions' own guard (a microsecond or two for each call) is
     taken off. ``given`` has implementations of operators by kind for segments that need their own (expert parallelism);
     these have sizes that change, and are never compiled. Neither are grouped products, whose numbers of rows are data,
-    nor traces with the operators of ``team``, by which members talk.
+    nor traces with the operators of ``team``, by which members talk. ``warm`` runs once, on zeros, what talks to nobody
+    (None: on CUDA).
     """
 
     def __init__(self, graph: OperatorGraph, device: torch.device, compile: bool = False,
                  given: Mapping[str, Mapping[str, Callable[..., Any]]] | None = None,
-                 team: Mapping[str, Callable[..., Any]] | None = None) -> None:
+                 team: Mapping[str, Callable[..., Any]] | None = None, warm: bool | None = None) -> None:
         self.device = device
         self._given, self._team = given or {}, team or {}
-        self._compiler = Compiler(device) if compile else None
+        self._warm = device.type == "cuda" if warm is None else warm
+        self._rehearsal = Rehearsal(device)
+        self._compiler = Compiler(self._rehearsal) if compile else None
         self._traces = {trace.digest: trace for trace in graph.traces}
         self._codes: dict[tuple[str, Phase, str], PhaseCode] = {}
 
@@ -58,8 +62,12 @@ class Phases:
 
     def compiles(self, trace: SegmentTrace, segment: str) -> bool:
         """Whether the phases of a segment with this trace go through torch.compile."""
-        return self._compiler is not None and segment not in self._given and \
-            not any(operator.kind in GROUPED or operator.kind in self._team for operator in trace.operators)
+        return self._compiler is not None and not self._talks(trace, segment) and \
+            not any(operator.kind in GROUPED for operator in trace.operators)
+
+    def _talks(self, trace: SegmentTrace, segment: str) -> bool:
+        """Whether other ranks take part in a segment."""
+        return segment in self._given or any(operator.kind in self._team for operator in trace.operators)
 
     def code(self, trace: SegmentTrace, phase: Phase, segment: str = "") -> PhaseCode:
         """The function of one phase of a trace; ``segment`` matters where it has operators of its own."""
@@ -77,6 +85,10 @@ class Phases:
                 assert self._compiler is not None
                 function, owned = self._compiler.compile(function, trace, phase)
                 function = _handing(function) if phase is Phase.W else function
+            elif self._warm and trace.has(phase) and not self._talks(trace, segment):
+                self._rehearsal.run(function, trace, phase, handing)
+            if phase is Phase.W:
+                self._rehearsal.forget(trace)
             random = phase is Phase.F and (uses_random(trace) or _draws(given))
             found = PhaseCode(function, arguments, results, owned, random)
             self._codes[key] = found

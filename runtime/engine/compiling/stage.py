@@ -189,7 +189,9 @@ class _Builder:
                               if result == name]
         saved = self.slots.number
         reads = tuple(slots[name] if name in slots else saved(("saved", segment.name, name)) for name in code.arguments)
-        function = partial(code.function, accumulator(gradients)) if phase is Phase.W else code.function
+        function = code.function
+        if phase is Phase.W:
+            function = partial(code.function, accumulator(gradients, self.weights.homes))
         return Call(function, getter(reads), reads, tuple(sums), tuple(stores), tuple(gradients))
 
 

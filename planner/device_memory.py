@@ -1,0 +1,45 @@
+"""What of a device's memory tensors cannot fill: the one place that says so, for plans, for teams and for runs.
+
+An allocator of cached blocks reserves more than tensors hold. Beside it lie the driver's context with its kernels,
+libraries' workspaces and the buffers of communicators. A device's nominal memory (80 GB) is smaller than its real one
+(80 GiB and what is not sold) by more than these are, so of a nominal memory only the allocator's share is taken off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mipipe.graphs.cluster import Cluster
+from mipipe.graphs.topology import Topology
+
+ALLOCATOR_SLACK = 0.07
+"""Of what tensors hold, how much more an allocator of cached blocks has reserved at its peak."""
+RUNTIME_BYTES = 4 * 10**9
+"""What the driver's context, libraries and communicators hold of a device beside torch's allocator, where it is in a
+tensor group, a pipeline and a group of copies; a device's nominal memory is smaller than its real one by as much."""
+CONTEXT_BYTES = 2 * 10**9
+"""Of these the context with all kernels loaded, and the workspaces of libraries: an upper bound, not measured here."""
+CHANNEL_BLOCKS, GROUP_BLOCKS = 4, 16
+"""Blocks of a GPU that one NCCL communicator may occupy, of a channel and of a group: a waiting receive holds them, and
+the rest computes."""
+BLOCK_BYTES = (4 << 20) + (512 << 10) + 640 * 120 * 8 * 8
+"""Buffers of one block of a communicator, one for each of NCCL's protocols: Simple (NCCL_BUFFSIZE, 4 MiB by its
+documentation), LL (8 steps of 512 threads' 8 lines of 16 bytes) and LL128 (8 steps of 640 threads' 120 words of 8
+bytes, as its sources have it)."""
+
+
+def communicators_bytes(channels: int, groups: int) -> int:
+    """What the communicators of a process hold at most, each with one algorithm's connections."""
+    return BLOCK_BYTES * (CHANNEL_BLOCKS * channels + GROUP_BLOCKS * groups)
+
+
+def room_for_tensors(memory_bytes: int) -> int:
+    """Of a device's nominal memory what tensors can fill."""
+    return round(memory_bytes / (1 + ALLOCATOR_SLACK))
+
+
+def tensors_fit(cluster: Cluster) -> Topology:
+    """The cluster's devices with what tensors can fill: of GPUs without the allocator's share, of CPUs all."""
+    return dataclasses.replace(cluster.topology, devices=tuple(
+        dataclasses.replace(device, memory_bytes=room_for_tensors(device.memory_bytes))
+        if cluster.kinds[device.kind].has_peaks else device for device in cluster.topology.devices))
