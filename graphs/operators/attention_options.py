@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Options(NamedTuple):
+class AttentionOptions(NamedTuple):
     """How queries see keys; see `mipipe.graphs.operators.kernels.attention`."""
 
     causal: bool

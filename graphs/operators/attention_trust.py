@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from mipipe.graphs.operators import dense_attention as dense
-from mipipe.graphs.operators.attention_options import Options
+from mipipe.graphs.operators.attention_options import AttentionOptions
 
 AGREEMENT = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.03}
 """The largest difference from the formulas, relative to their largest value, at which a kernel is taken to be right."""
 
 
-class Kernel(NamedTuple):
+class AttentionKernel(NamedTuple):
     """A kernel: ``forward(q, k, v, mask, sinks, options)`` gives output and logsumexp, ``backward(grad, q, k, v, mask,
     out, lse, options)`` the gradients of q, k and v; heads of k and v as they come."""
 
@@ -28,7 +28,7 @@ class Kernel(NamedTuple):
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-class Kind(NamedTuple):
+class AttentionKind(NamedTuple):
     """A kind of case: what decides which code of a kernel runs. ``masked``: none, bool or added."""
 
     dtype: torch.dtype
@@ -41,14 +41,15 @@ class Kind(NamedTuple):
     masked: str
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, options: Options) -> Kind:
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None,
+           options: AttentionOptions) -> AttentionKind:
         masked = "none" if mask is None else "bool" if mask.dtype is torch.bool else "added"
         return cls(q.dtype, (q.shape[-1], v.shape[-1]), q.shape[1] > k.shape[1], sinks is not None, options.causal,
                    options.window > 0, q.shape[-2] == k.shape[-2], masked)
 
 
 @functools.cache
-def agrees(kernel: Kernel, device: torch.device, kind: Kind) -> bool:
+def agrees(kernel: AttentionKernel, device: torch.device, kind: AttentionKind) -> bool:
     """Whether a kernel and the formulas give the same on a small input."""
     generator = torch.Generator().manual_seed(0)
 
@@ -63,7 +64,7 @@ def agrees(kernel: Kernel, device: torch.device, kind: Kind) -> bool:
     seen[0, 0, 5] = False  # a query that sees nothing
     added = torch.randn(2, 1, queries, keys, generator=generator).masked_fill(~seen, float("-inf"))
     mask = {"none": None, "bool": seen.to(device), "added": added.to(device, kind.dtype)}[kind.masked]
-    options = Options(kind.causal, 7 if kind.window else 0, kind.sizes[0] ** -0.5)
+    options = AttentionOptions(kind.causal, 7 if kind.window else 0, kind.sizes[0] ** -0.5)
     try:
         out, lse = kernel.forward(q, k, v, mask, sink, options)
         found = (out, *kernel.backward(grad, q, k, v, mask, out, lse, options))
@@ -78,7 +79,7 @@ def agrees(kernel: Kernel, device: torch.device, kind: Kind) -> bool:
 
 
 def by_formulas(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None,
-                options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                options: AttentionOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output and gradients of q, k and v by `mipipe.graphs.operators.dense_attention`."""
     heads, groups = q.shape[1], k.shape[1]
     wide_k, wide_v = dense.expand_heads(k, heads), dense.expand_heads(v, heads)

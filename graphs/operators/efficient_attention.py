@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mipipe.graphs.operators import dense_attention as dense
-from mipipe.graphs.operators.attention_options import Options, padded, with_sinks
+from mipipe.graphs.operators.attention_options import AttentionOptions, padded, with_sinks
 
 ROWS = 32
 """The kernel's logsumexp has room for a multiple of so many queries (aten's kAlignLSE)."""
@@ -27,7 +27,7 @@ def takes(q: Tensor, k: Tensor, softcap: float) -> bool:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None,
-            options: Options) -> tuple[Tensor, Tensor]:
+            options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """Output [B,H,S,E] and logsumexp [B,H,S]; ``k`` and ``v`` have G heads."""
     bias, hidden = _bias(q, k, mask, options)
     size = _size(q, v)
@@ -41,7 +41,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor 
 
 
 def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor,
-             options: Options) -> tuple[Tensor, Tensor, Tensor]:
+             options: AttentionOptions) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, from what `forward` gave."""
     bias, hidden = _bias(q, k, mask, options)
     size, groups, queries = _size(q, v), k.shape[1], q.shape[-2]
@@ -66,7 +66,7 @@ def _wide(x: Tensor, q: Tensor, size: int) -> Tensor:
     return padded(dense.expand_heads(x, q.shape[1]), size)
 
 
-def _bias(q: Tensor, k: Tensor, mask: Tensor | None, options: Options) -> tuple[Tensor | None, Tensor | None]:
+def _bias(q: Tensor, k: Tensor, mask: Tensor | None, options: AttentionOptions) -> tuple[Tensor | None, Tensor | None]:
     """The additive mask [B,H,S,T] as the kernel takes it, and which queries see no key; None where its own causal mask
     (from the first query on) or none at all says everything."""
     square = q.shape[-2] == k.shape[-2]

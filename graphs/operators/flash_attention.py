@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mipipe.graphs.operators import dense_attention as dense
-from mipipe.graphs.operators.attention_options import Options, padded, with_sinks
+from mipipe.graphs.operators.attention_options import AttentionOptions, padded, with_sinks
 
 LARGEST_HEAD = 256
 """The head size up to which CUDA's flash kernel computes."""
@@ -23,7 +23,7 @@ def on_cpu(q: Tensor, softcap: float) -> bool:
     return q.device.type == "cpu" and not softcap and q.numel() > 0
 
 
-def takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, softcap: float) -> bool:
+def takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: AttentionOptions, softcap: float) -> bool:
     """Whether CUDA's flash kernel computes a case, as far as its inputs say."""
     return (q.is_cuda and mask is None and not softcap and q.dtype in (torch.float16, torch.bfloat16)
             and max(q.shape[-1], v.shape[-1]) <= LARGEST_HEAD and q.numel() > 0 and k.numel() > 0
@@ -31,7 +31,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options
 
 
 def cpu_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None,
-                options: Options) -> tuple[Tensor, Tensor]:
+                options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """Output [B,H,S,E] and logsumexp [B,H,S]; ``k`` and ``v`` have all query heads."""
     plain, bias = _cpu_mask(q, k, mask, options)
     size = max(q.shape[-1], v.shape[-1])
@@ -44,7 +44,7 @@ def cpu_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Ten
 
 
 def cpu_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor,
-                 options: Options) -> tuple[Tensor, Tensor, Tensor]:
+                 options: AttentionOptions) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, from what `cpu_forward` gave."""
     plain, bias = _cpu_mask(q, k, mask, options)
     size = max(q.shape[-1], v.shape[-1])
@@ -57,7 +57,7 @@ def cpu_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
 
 
 def cuda_forward(q: Tensor, k: Tensor, v: Tensor, mask: None, sinks: Tensor | None,
-                 options: Options) -> tuple[Tensor, Tensor]:
+                 options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """Output [B,H,S,E], which lies in memory as [B,S,H,E], and logsumexp [B,H,S]."""
     size, left, right = _cuda_size(q, v), *_cuda_window(q, k, options)
     out, lse = torch.ops.aten._flash_attention_forward(
@@ -67,7 +67,7 @@ def cuda_forward(q: Tensor, k: Tensor, v: Tensor, mask: None, sinks: Tensor | No
 
 
 def cuda_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: None, out: Tensor, lse: Tensor,
-                  options: Options) -> tuple[Tensor, Tensor, Tensor]:
+                  options: AttentionOptions) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, from what `cuda_forward` gave."""
     size, left, right = _cuda_size(q, v), *_cuda_window(q, k, options)
     seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
@@ -79,7 +79,7 @@ def cuda_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: None, out
     return tuple(item.transpose(1, 2)[..., :like.shape[-1]] for item, like in zip(found, (q, k, v), strict=True))
 
 
-def _cpu_mask(q: Tensor, k: Tensor, mask: Tensor | None, options: Options) -> tuple[bool, Tensor | None]:
+def _cpu_mask(q: Tensor, k: Tensor, mask: Tensor | None, options: AttentionOptions) -> tuple[bool, Tensor | None]:
     """Whether the kernel's own causal mask says it all; else the additive mask."""
     plain = options.causal and not options.window and mask is None and q.shape[-2] == k.shape[-2]
     return plain, None if plain else dense.bias_of(q, k, mask, options.causal, options.window)
@@ -89,12 +89,12 @@ def _cuda_size(q: Tensor, v: Tensor) -> int:
     return -(-max(q.shape[-1], v.shape[-1]) // 8) * 8
 
 
-def _cuda_causal(q: Tensor, k: Tensor, options: Options) -> bool:
+def _cuda_causal(q: Tensor, k: Tensor, options: AttentionOptions) -> bool:
     """Whether the kernel's plain causal mask is asked for; every other band is a window."""
     return options.causal and not options.window and q.shape[-2] == k.shape[-2]
 
 
-def _cuda_window(q: Tensor, k: Tensor, options: Options) -> tuple[int | None, int | None]:
+def _cuda_window(q: Tensor, k: Tensor, options: AttentionOptions) -> tuple[int | None, int | None]:
     """How many keys before and after its own a query sees (-1: all); keys end where queries end."""
     if _cuda_causal(q, k, options) or not (options.causal or options.window):
         return None, None

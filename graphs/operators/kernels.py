@@ -20,8 +20,8 @@ from torch import Tensor
 from mipipe.graphs.operators import dense_attention as dense
 from mipipe.graphs.operators import efficient_attention as efficient
 from mipipe.graphs.operators import flash_attention as flash
-from mipipe.graphs.operators.attention_options import Options
-from mipipe.graphs.operators.attention_trust import Kernel, Kind, agrees
+from mipipe.graphs.operators.attention_options import AttentionOptions
+from mipipe.graphs.operators.attention_trust import AttentionKernel, AttentionKind, agrees
 
 HAS_GROUPED_MM = hasattr(torch.ops.aten, "_grouped_mm")
 
@@ -38,7 +38,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tenso
     Queries that see no key give zeros. ``window`` 0 and ``softcap`` 0.0 switch these off. The output lies in memory as
     [B,S,H,E].
     """
-    options = Options(causal, window, scale)
+    options = AttentionOptions(causal, window, scale)
     kernel = fused_kernel(q, k, v, mask, sinks, options, softcap)
     if kernel is not None:
         out, lse = kernel.forward(q, k, v, mask, sinks, options)
@@ -55,7 +55,7 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tens
                        out: Tensor, lse: Tensor, causal: bool, window: int, scale: float,
                        softcap: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, from what `attention` kept."""
-    options = Options(causal, window, scale)
+    options = AttentionOptions(causal, window, scale)
     kernel = fused_kernel(q, k, v, mask, sinks, options, softcap)
     if kernel is not None:
         dq, dk, dv = kernel.backward(grad, q, k, v, mask, out, lse, options)
@@ -71,18 +71,18 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tens
             _heads_inside(dense.sum_heads(dv, groups)))
 
 
-FLASH = Kernel("flash", flash.cuda_forward, flash.cuda_backward)
-EFFICIENT = Kernel("memory-efficient", efficient.forward, efficient.backward)
+FLASH = AttentionKernel("flash", flash.cuda_forward, flash.cuda_backward)
+EFFICIENT = AttentionKernel("memory-efficient", efficient.forward, efficient.backward)
 
 
-def fused_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, options: Options,
-                 softcap: float) -> Kernel | None:
+def fused_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, options: AttentionOptions,
+                 softcap: float) -> AttentionKernel | None:
     """The kernel of CUDA that computes a case: the first that takes it and has agreed with the formulas."""
     if not q.is_cuda:
         return None
     fits = ((FLASH, flash.takes(q, k, v, mask, options, softcap)), (EFFICIENT, efficient.takes(q, k, softcap)))
     return next((kernel for kernel, taken in fits
-                 if taken and agrees(kernel, q.device, Kind.of(q, k, v, mask, sinks, options))), None)
+                 if taken and agrees(kernel, q.device, AttentionKind.of(q, k, v, mask, sinks, options))), None)
 
 
 def takes_grouped(*operands: Tensor) -> bool:

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 
 from mipipe.graphs.errors import MipipeError, RunError
-from mipipe.runtime.engine.streams import HostStreams, Streams
+from mipipe.runtime.engine.streams import DeviceStreams, HostStreams
 
 
 class SideStream:
     """`submit` hands an action over, `wait` returns when what was handed over under a key is done, `launched` when its
     thread is through it, whatever its device still does. ``streams`` are the device's."""
 
-    def __init__(self, streams: Streams | None = None) -> None:
-        self.streams: Streams = streams or HostStreams()
+    def __init__(self, streams: DeviceStreams | None = None) -> None:
+        self.streams: DeviceStreams = streams or HostStreams()
         self._pool = ThreadPoolExecutor(1, "collective")
         self._by_key: dict[Hashable, Future[Any]] = {}
         self._last: Future[Any] | None = None

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 
-class Streams(Protocol):
+class DeviceStreams(Protocol):
     """``mark`` is a moment behind all that the current stream was given; ``follow`` makes the current stream go on
     after one; within ``beside`` the second stream is the current one; ``keep`` a tensor for what a stream (``aside``:
     the second) still does with it."""
@@ -64,6 +64,6 @@ class CudaStreams:
         tensor.record_stream(self._second if aside else self._main)
 
 
-def streams_of(device: torch.device) -> Streams:
+def streams_of(device: torch.device) -> DeviceStreams:
     """The streams of a device, for the calling thread."""
     return CudaStreams(device) if device.type == "cuda" else HostStreams()

@@ -8,8 +8,8 @@ import torch
 from mipipe.graphs.operators import dense_attention as dense
 from mipipe.graphs.operators import efficient_attention as efficient
 from mipipe.graphs.operators import flash_attention as flash
-from mipipe.graphs.operators.attention_options import Options
-from mipipe.graphs.operators.attention_trust import Kind, agrees
+from mipipe.graphs.operators.attention_options import AttentionOptions
+from mipipe.graphs.operators.attention_trust import AttentionKind, agrees
 from mipipe.graphs.operators.kernels import EFFICIENT, FLASH, attention, attention_backward
 
 CASES = [(causal, window, sinks, sizes, groups, lengths) for causal, window, sinks, sizes, groups, lengths in
@@ -24,7 +24,7 @@ def drawn(case, dtype=torch.float64):
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
     return (draw(2, 4, queries, size), draw(2, groups, keys, size), draw(2, groups, keys, value),
-            draw(4) if sinks else None, draw(2, 4, queries, value), Options(causal, window, size ** -0.5))
+            draw(4) if sinks else None, draw(2, 4, queries, value), AttentionOptions(causal, window, size ** -0.5))
 
 
 def by_formula(q, k, v, sinks, grad, options, mask=None):
@@ -174,7 +174,7 @@ def test_masks_on_cuda(added, causal, documented):
             torch.testing.assert_close(here, there, rtol=1e-10, atol=1e-12)
 
 
-KIND = Kind(torch.bfloat16, (16, 16), True, True, True, True, True, "none")
+KIND = AttentionKind(torch.bfloat16, (16, 16), True, True, True, True, True, "none")
 
 
 def test_a_kernel_is_used_after_it_agreed_with_the_formulas(documented, monkeypatch):
