@@ -59,7 +59,9 @@ def no_stack_traces() -> Iterator[None]:
         fx.config.do_not_emit_stack_traces = before
 
 
-PORTABLE = get_decompositions([torch.ops.aten.log_sigmoid_forward, torch.ops.aten.log_sigmoid_backward])
+PORTABLE = {operator: formula for operator, formula in get_decompositions(
+    [torch.ops.aten.log_sigmoid_forward, torch.ops.aten.log_sigmoid_backward]).items()
+    if isinstance(operator, torch._ops.OpOverload)}
 """Operators whose results have other shapes on other devices (what a CPU keeps for the backward), as their formulas."""
 
 
