@@ -122,8 +122,8 @@ def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
                                           load_factor=config.experts.load_factor if config.experts else None,
                                           elastic=_elastic(config), shard_parameters=shards_parameters(config, plan)))
     if engine.compiled.uncompiled and rank() == 0:
-        tell(options.report, "compile: runs without torch.compile, as numbers of rows are data there, or members of a"
-                             " team talk: " + ", ".join(engine.compiled.uncompiled))
+        tell(options.report, "compile: runs without torch.compile, as ranks exchange rows there, or members of a team"
+                             " talk: " + ", ".join(engine.compiled.uncompiled))
     inner = weights.base if isinstance(weights, LayeredWeights) else weights
     stored = inner if isinstance(inner, StoredWeights) else None
     del weights, inner  # the whole model, where it was made here

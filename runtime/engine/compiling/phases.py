@@ -31,17 +31,14 @@ class PhaseCode:
     random: bool
 
 
-GROUPED = {"mipipe.grouped_mm.default", "mipipe.grouped_mm_weight.default"}
-"""Operators that read numbers of rows on the host, for which torch.compile has no graph."""
-
-
 class Phases:
     """Phase functions by trace and phase; ``compile`` passes them through torch.compile.
 
     The engine runs a whole step without autograd, so the functions' own guard (a microsecond or two for each call) is
     taken off. ``given`` has implementations of operators by kind for segments that need their own (expert parallelism);
-    these have sizes that change, and are never compiled. Neither are grouped products, whose numbers of rows are data,
-    nor traces with the operators of ``team``, by which members talk. ``warm`` runs once, on zeros, what talks to nobody
+    these have sizes that change, and are never compiled; nor are traces with the operators of ``team``, by which
+    members talk. Our own operators are compiled as calls: they choose kernels, and read numbers of rows, by themselves.
+    ``warm`` runs once, on zeros, what talks to nobody
     (None: on CUDA).
     """
 
@@ -62,8 +59,7 @@ class Phases:
 
     def compiles(self, trace: SegmentTrace, segment: str) -> bool:
         """Whether the phases of a segment with this trace go through torch.compile."""
-        return self._compiler is not None and not self._talks(trace, segment) and \
-            not any(operator.kind in GROUPED for operator in trace.operators)
+        return self._compiler is not None and not self._talks(trace, segment)
 
     def _talks(self, trace: SegmentTrace, segment: str) -> bool:
         """Whether other ranks take part in a segment."""
@@ -79,6 +75,8 @@ class Phases:
             arguments, results = phase_signature(trace, phase)
             compiled = self.compiles(trace, segment) and trace.has(phase)
             handing = phase is Phase.W and not compiled
+            if compiled:
+                given = {**as_calls(trace), **given}
             function = inspect.unwrap(build_phase(trace, phase, device=self.device, given=given, handing=handing))
             owned = _owned(trace, phase, results)
             if compiled:
@@ -93,6 +91,12 @@ class Phases:
             found = PhaseCode(function, arguments, results, owned, random)
             self._codes[key] = found
         return found
+
+
+def as_calls(trace: SegmentTrace) -> dict[str, Callable[..., Any]]:
+    """Our own operators of a trace as the dispatcher has them, which torch.compile does not look into."""
+    return {item.kind: resolve_operator(item.kind) for item in trace.operators
+            if item.kind.startswith("mipipe.") and item.kind != CONSTANT}
 
 
 def _draws(given: Mapping[str, Callable[..., Any]] | None) -> bool:
