@@ -106,7 +106,7 @@ def slow_compiler(made, graph, state, batch, timeout_s):
     original = phases.Phases.code
 
     def code(self, *arguments):
-        time.sleep(0.2 * torch.distributed.get_rank())
+        time.sleep(0.06 * torch.distributed.get_rank())
         return original(self, *arguments)
 
     patch = pytest.MonkeyPatch()
@@ -126,7 +126,7 @@ def test_a_rank_that_compiles_for_long_is_waited_for(pool):
     case = equal.case("skip")
     made = dags.random_plan(random.Random(3), case.graph, 2, COUNT)
     batch = models.token_batch(equal.ROWS * COUNT, equal.LENGTH, 11)
-    one, other = pool.run(2, __file__, "slow_compiler", made, case.graph, case.state(), batch, 1.0)
+    one, other = pool.run(2, __file__, "slow_compiler", made, case.graph, case.state(), batch, 0.5)
     assert one == other
 
 

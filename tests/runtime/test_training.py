@@ -166,6 +166,7 @@ def test_a_barrier_is_needed_where_all_ranks_sum_up_after_every_step():
         TrainConfig(2, barrier="none", experts=ExpertsConfig())
 
 
+@pytest.mark.slow
 def test_resume_is_bitwise(pool, tmp_path):
     """Six steps at once, and three, a checkpoint, three more: the same losses and weights to the last bit."""
     whole, weights, _ = run(pool, plan(3), config(6))
