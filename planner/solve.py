@@ -26,7 +26,6 @@ from mipipe.graphs.serialize import to_data
 from mipipe.planner import clock
 from mipipe.planner.bounds.over_placements import Bound, problem_bound
 from mipipe.planner.calls import Ledger, counting
-from mipipe.planner.check import arrays as check_arrays
 from mipipe.planner.check import check_plan
 from mipipe.planner.clock import OutOfTimeError
 from mipipe.planner.execution.steps import schedule_period
@@ -35,7 +34,7 @@ from mipipe.planner.ladder import exactly, period
 from mipipe.planner.ladder import large as scale
 from mipipe.planner.ladder import order_rungs as rungs
 from mipipe.planner.ladder import placement_rungs as placing
-from mipipe.planner.ladder.activities import Pacing, Polishing, Proving
+from mipipe.planner.ladder.activities import Pacing, Polishing, Proving, Tightening
 from mipipe.planner.ladder.admission import admit_placement, enter, has_plan, recomputing, take
 from mipipe.planner.ladder.explain import explain_plan
 from mipipe.planner.ladder.loop import Activity, loop
@@ -207,7 +206,7 @@ def _first_plans(run: Run) -> scale.Tuning | None:
 def _activities(run: Run, tuning: scale.Tuning | None) -> list[Activity]:
     """What the options allow beside annealing."""
     slice_s = min(1.0, max(0.2, 0.02 * run.options.time_limit_s))
-    steps: dict[str, Callable[[float], bool]] = {}
+    steps: dict[str, Callable[[float], bool]] = {"bound": Tightening(run).step}
     if run.options.use_milp:
         steps |= {"pacing": Pacing(run).step, "proposing": Proposing(run, take).step, "proving": Proving(run).step,
                   "windows": Polishing(run).step}
@@ -252,8 +251,7 @@ def _finish(run: Run) -> SolveResult:
                  best.makespan_ns, bound, best.bound.ns,
                  {"method": best.rung, "seconds": round(run.seconds, 3), "seed": run.options.seed,
                   "termination": ended.value})
-    if not check_arrays.holds(found):
-        check_plan(found)
+    check_plan(found)
     how = How(best.proposer, best.lineage, "" if lowest is None else lowest.what, best.bound.what)
     return SolveResult(found, best.makespan_ns, bound, best.bound.ns, ended, run.seconds, tuple(run.history),
                        best.rung, tuple(run.ablation), explain_plan(best), how=how)

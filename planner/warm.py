@@ -5,13 +5,16 @@ numba keeps the result beside the source (or in the user's cache folder); instal
 
 from __future__ import annotations
 
+from mipipe.planner.check.plan import check_plan
 from mipipe.planner.devices.compiled import compile_kernels
+from mipipe.planner.jobs.arcs import COMPILED
 from mipipe.planner.jobs.arrays import build
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.ladder.large import LARGE_ACTIONS
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.problems.uniform import uniform_problem
+from mipipe.planner.schedules import BASELINES
 from mipipe.planner.search import annealing as search
 from mipipe.planner.search import follow
 from mipipe.planner.search import lists as greedy
@@ -19,7 +22,8 @@ from mipipe.planner.solve import plan
 
 
 def warm() -> None:
-    """Compile the kernels of lists, of searches with and without pairs, of large problems and of `place`: a minute."""
+    """Compile the kernels of lists, of searches with and without pairs, of large problems, of the
+    check of large plans and of `place`: a minute."""
     small = uniform_problem(ranks=2, microbatches=4, f=3, i=4, w=2, comm=1, copies=1, activations=2)
     instance = build(view(small, next(propose_shapes(small, "chain"))))
     orders = greedy.schedule(instance, greedy.RULES[0])
@@ -31,6 +35,8 @@ def warm() -> None:
     for problem in (small, large):
         plan(problem, PlanOptions(time_limit_s=2.0, placement="v", use_milp=False, use_baselines=False))
     plan(pairs, PlanOptions(time_limit_s=20.0, placement="two-way", use_milp=False, use_baselines=False))
+    many = uniform_problem(ranks=4, microbatches=COMPILED // 12 + 1, f=3, i=4, w=2)
+    check_plan(BASELINES[0].plan(many), large=1)
     compile_kernels()
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import numpy as np
 from rich.text import Text
 
 from mipipe.graphs.units import format_bytes, format_ns
 from mipipe.planner.actions import ActionKind, Stream
-from mipipe.planner.timeline import Span, Timeline
+from mipipe.planner.timeline import ALL_KINDS, ALL_STREAMS, Span, Timeline
 
 STYLES = {
     ActionKind.F: ("black on #8ab4f8", "black on #c6dafc"),
@@ -52,9 +53,6 @@ def draw_timeline(timeline: Timeline, width: int, until_ns: int | None = None) -
     bubbles = timeline.bubbles_ns()
     makespan = max(timeline.makespan_ns, 1)
     stages = stages_by_rank(timeline)
-    spans: dict[tuple[int, Stream], list[Span]] = {}
-    for span in timeline.spans:
-        spans.setdefault((span.rank, span.stream), []).append(span)
     for stream in (Stream.COMPUTE, Stream.COLLECTIVE):
         if stream is Stream.COLLECTIVE and not _visible(timeline, stream, until / columns):
             continue
@@ -62,7 +60,7 @@ def draw_timeline(timeline: Timeline, width: int, until_ns: int | None = None) -
             text.append("communication stream\n", "dim")
         for rank in range(timeline.num_ranks):
             text.append(f"{names[rank]:<{gutter}}", "bold")
-            text.append_text(_line(spans.get((rank, stream), []), stages[rank], columns, until))
+            text.append_text(_line(_seen(timeline, rank, stream, columns, until), stages[rank], columns, until))
             if stream is Stream.COMPUTE:
                 text.append(f" {bubbles[rank] / makespan:6.1%} ", "dim")
             text.append("\n")
@@ -72,22 +70,33 @@ def draw_timeline(timeline: Timeline, width: int, until_ns: int | None = None) -
 
 def _visible(timeline: Timeline, stream: Stream, column_ns: float) -> bool:
     """Whether anything on the stream takes half a column or more."""
-    return any(span.stream is stream and 2 * (span.end_ns - span.start_ns) >= column_ns for span in timeline.spans)
+    at = timeline.columns
+    return bool(((at.stream == ALL_STREAMS.index(stream)) & (2 * (at.end_ns - at.start_ns) >= column_ns)).any())
 
 
 def stages_by_rank(timeline: Timeline) -> list[list[int]]:
     """The stages each rank computes, in the order of their numbers."""
-    found: list[set[int]] = [set() for _ in range(timeline.num_ranks)]
-    for span in timeline.spans:
-        if span.stage >= 0 and span.stream is not Stream.CHANNEL:
-            found[span.rank].add(span.stage)
-    return [sorted(stages) for stages in found]
+    at = timeline.columns
+    chosen = (at.stage >= 0) & (at.stream != ALL_STREAMS.index(Stream.CHANNEL))
+    found: list[list[int]] = [[] for _ in range(timeline.num_ranks)]
+    width = int(at.stage.max(initial=0)) + 1
+    for key in np.unique(at.rank[chosen] * width + at.stage[chosen]).tolist():
+        found[key // width].append(key % width)
+    return found
+
+
+def _seen(timeline: Timeline, rank: int, stream: Stream, columns: int, until: int) -> list[Span]:
+    """The spans of a line that reach into another column than they begin in, by start."""
+    at = timeline.columns
+    own = np.flatnonzero((at.rank == rank) & (at.stream == ALL_STREAMS.index(stream)))
+    begin, end = (np.rint(time[own].astype(float) * columns / until) for time in (at.start_ns, at.end_ns))
+    return sorted((timeline.spans[n] for n in own[end > begin].tolist()), key=lambda span: (span.start_ns, span.end_ns))
 
 
 def _line(spans: Sequence[Span], stages: Sequence[int], columns: int, until: int) -> Text:
     line = Text()
     at = 0
-    for span in sorted(spans, key=lambda span: (span.start_ns, span.end_ns)):
+    for span in spans:
         begin, end = (round(time * columns / until) for time in (span.start_ns, span.end_ns))
         begin, end = max(begin, at), min(end, columns)
         if end <= begin:
@@ -137,8 +146,8 @@ def legend(*timelines: Timeline) -> Text:
              ActionKind.ALL_TO_ALL: "all-to-all", ActionKind.OPTIMIZER_STEP: "O optimizer",
              ActionKind.CALIBRATE: "K calibrate", ActionKind.MEASURE: "M measure", ActionKind.COMBINE: "C combine",
              ActionKind.SAVE: "S save"}
-    kinds = {span.kind for timeline in timelines for span in timeline.spans
-             if span.stream is not Stream.CHANNEL and span.end_ns > span.start_ns}
+    kinds = {ALL_KINDS[kind] for at in (timeline.columns for timeline in timelines) for kind in np.unique(
+        at.kind[(at.stream != ALL_STREAMS.index(Stream.CHANNEL)) & (at.end_ns > at.start_ns)]).tolist()}
     text = Text()
     for kind, name in names.items():
         if kind in kinds:

@@ -1,24 +1,21 @@
 """What a plan takes: makespan, busy time and peak memory of every rank, without writing its timeline where possible.
 
-Lowering and simulating costs too much for hundreds of thousands of actions. Where every action is elementary or a B (an
-I that takes as long as both, then a W of no time) and values in flight take neither memory nor channels, an order alone
-gives all figures, by arrays. Tests hold the two ways against each other.
+Lowering and simulating costs too much for hundreds of thousands of actions. An order alone gives all figures, by arrays
+(`mipipe.planner.jobs.order_times`), but where actions take no time and values in flight take memory: what takes none
+may be put anywhere at its moment by lowering. Tests hold the two ways against each other.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 
-from mipipe.planner.actions import ActionKind, Stream
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate
-from mipipe.planner.jobs import paths as kernels
-from mipipe.planner.jobs.arrays import Instance, build, to_array
-from mipipe.planner.jobs.memory import carries_bytes, peaks
+from mipipe.planner.jobs.memory import carries_bytes
+from mipipe.planner.jobs.order_times import OrderTimes, arrays_of, peaks_of, times_of
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.plan import Plan, Schedule
 
@@ -51,26 +48,25 @@ def measure(plan: Plan) -> Measures:
 
 def by_arrays(stage_view: StageView, schedule: Schedule) -> Measures | None:
     """The measures by arrays; None where the schedule needs more (module docstring), is incomplete or deadlocks."""
-    found = timed(stage_view, schedule)
-    if found is None:
+    times = timed(stage_view, schedule)
+    if times is None or not exact(times):
         return None
-    instance, start, _ = found
-    ranks = stage_view.problem.num_ranks
-    compute = np.array([stream is Stream.COMPUTE for _, stream in instance.machine_key])[instance.machine]
-    busy = np.zeros(ranks, dtype=np.int64)
-    np.add.at(busy, instance.rank[compute], instance.dur[compute])
-    resident, end = stage_view.resident_bytes, start + instance.dur
-    most = peaks(instance.rank, start, end, instance.alloc + instance.work, instance.free + instance.work, ranks)
-    return Measures(int(end.max()), tuple(busy.tolist()), resident,
-                    tuple(size + peak for size, peak in zip(resident, most, strict=True)))
+    resident = stage_view.resident_bytes
+    return Measures(times.makespan_ns, tuple(busy_of(times).tolist()), resident,
+                    tuple(size + peak for size, peak in zip(resident, peaks_of(times), strict=True)))
 
 
-class Timed(NamedTuple):
-    """The actions as arrays, the start of each, and the order of each machine as `to_array` has it."""
+def busy_of(times: OrderTimes) -> np.ndarray:
+    """Time that every rank's compute stream is occupied by actions and by its update."""
+    actions, view = times.actions, times.actions.view
+    busy = np.array(view.updates_ns(), dtype=np.int64)
+    np.add.at(busy, actions.rank, np.where(actions.collective == 0, actions.dur, 0))
+    return busy
 
-    instance: Instance
-    start: np.ndarray
-    seq: np.ndarray
+
+def exact(times: OrderTimes) -> bool:
+    """Whether memory follows from these times (module docstring)."""
+    return bool(times.actions.dur.all()) or not carries_bytes(times.actions.view)
 
 
 class _Same:
@@ -87,66 +83,13 @@ class _Same:
         return hash(tuple(map(id, self.parts)))
 
 
-def timed(stage_view: StageView, schedule: Schedule) -> Timed | None:
-    """The actions of a schedule with their times; None as `by_arrays`. The last answer is kept: who explains, measures
-    and draws a plan asks for the same."""
+def timed(stage_view: StageView, schedule: Schedule) -> OrderTimes | None:
+    """The times of a schedule; None where it is incomplete or deadlocks. The last answer is kept: who explains,
+    measures and draws a plan asks for the same."""
     return _timed(_Same(stage_view, schedule))
 
 
 @lru_cache(maxsize=1)
-def _timed(given: _Same) -> Timed | None:
-    stage_view, schedule = given.view, given.schedule
-    if carries_bytes(stage_view) or any(stage_view.updates_ns()) \
-            or any(stage_view.reduce_ns(stage) for stage in range(stage_view.num_stages)):
-        return None
-    instance = build(stage_view)
-    if (instance.dur == 0).any():
-        return None  # what takes no time may come in any order at its moment
-    orders, fused = _orders(instance, schedule)
-    if orders is None:
-        return None
-    instance = _joined(instance, fused)
-    seq, length = to_array(orders), instance.lengths()
-    start = np.zeros(instance.size, dtype=np.int64)
-    spare = [np.zeros(instance.size, dtype=np.int64) for _ in range(3)]
-    makespan = kernels.times(seq, length, instance.dur, instance.succ_ptr, instance.succ, instance.lag, instance.waits,
-                             start, *spare)
-    return None if makespan < 0 else Timed(instance, start, seq)
-
-
-def _orders(instance: Instance, schedule: Schedule) -> tuple[list[list[int]] | None, list[int]]:
-    """The schedule in node numbers, every node once on its machine (None if it is not that); the I of every B."""
-    number = instance.number
-    orders, fused = [], []
-    for rank, stream in instance.machine_key:
-        order = schedule.ranks[rank].compute if stream is Stream.COMPUTE else schedule.ranks[rank].collective
-        line: list[int] = []
-        try:
-            for action in order:
-                if action.kind is ActionKind.B:
-                    line += [number[part[1], part[0], part[2]] for part in action.parts()]
-                    fused.append(line[-2])
-                else:
-                    line.append(number[action.stage, action.kind, action.microbatch])
-        except KeyError:
-            return None, []
-        orders.append(line)
-    everything = np.concatenate([np.array(order, dtype=np.int64) for order in orders])
-    machines = np.repeat(np.arange(len(orders)), [len(order) for order in orders])
-    given = sum(len(rank.compute) + len(rank.collective) for rank in schedule.ranks) + len(fused)
-    if given != len(everything) or (np.bincount(everything, minlength=instance.size) != 1).any():
-        return None, []
-    return (orders if (instance.machine[everything] == machines).all() else None), fused
-
-
-def _joined(instance: Instance, fused: list[int]) -> Instance:
-    """The instance with the durations of every B on its I; the W that follows takes none."""
-    if not fused:
-        return instance
-    one = np.array(fused, dtype=np.int64)
-    two = np.array([instance.number[int(instance.depth[n]), ActionKind.W, int(instance.own_microbatch[n])]
-                    for n in fused], dtype=np.int64)
-    dur = instance.dur.copy()
-    dur[one] += dur[two]
-    dur[two] = 0
-    return replace(instance, dur=dur)
+def _timed(given: _Same) -> OrderTimes | None:
+    actions = arrays_of(given.view, given.schedule)
+    return None if actions is None else times_of(actions)

@@ -1,24 +1,24 @@
 """The simulated timeline of a large plan by arrays, where an order alone gives all times, as when it is measured.
 
-Lowering and simulating takes 100 microseconds an action: half a minute for 64 ranks x 1,024 microbatches. Where every
-action is elementary and what is transferred takes neither memory nor channels, the same spans and memory come from the
-arrays in 2 s. A test holds the two against each other.
+Lowering and simulating takes 100 microseconds an action: half a minute for 64 ranks x 1,024 microbatches. The same
+memory comes from the arrays, and the spans that someone looks at. A test holds the two against each other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 
-from mipipe.planner.actions import Action, ActionKind, Stream
+from mipipe.planner.actions import ActionKind, Stream
 from mipipe.planner.execution.lower import lower
-from mipipe.planner.execution.measure import timed
+from mipipe.planner.execution.measure import exact, timed
 from mipipe.planner.execution.simulate import simulate
-from mipipe.planner.jobs.arrays import Instance
-from mipipe.planner.jobs.dependencies import KINDS, dependencies
-from mipipe.planner.jobs.stages import StageView, view
+from mipipe.planner.jobs.order_times import COMPUTE_KINDS, OrderTimes, held
+from mipipe.planner.jobs.stages import view
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Transfer
-from mipipe.planner.timeline import Span, Timeline
+from mipipe.planner.timeline import ALL_KINDS, ALL_STREAMS, Columns, LazySpans, Span, Timeline
 
 LARGE = 20_000
 """Actions from which arrays are worth it: fewer are lowered and simulated in 2 s."""
@@ -33,79 +33,88 @@ def timeline_of(plan: Plan, large: int = LARGE) -> Timeline:
 
 def by_arrays(plan: Plan) -> Timeline | None:
     """The timeline where arrays can say it, else None."""
-    if not all(action.kind in KINDS for order in plan.schedule.ranks for action in order.compute):
-        return None
     stage_view = view(plan.problem, plan.placement)
-    if any(order.collective for order in plan.schedule.ranks) and _reduced(stage_view):
-        return None  # sums of gradients run behind all collectives of their ranks
-    quick = timed(stage_view, plan.schedule)
-    if quick is None:
+    times = timed(stage_view, plan.schedule)
+    if times is None or not exact(times):
         return None
-    instance, start, _ = quick
-    end = start + instance.dur
-    spans = [*_actions(instance, start), *_transfers(stage_view, instance, end),
-             *_reductions(stage_view, instance, end)]
-    spans.sort(key=lambda span: (span.start_ns, span.rank, span.stream, span.end_ns))
-    return Timeline("simulated", plan.problem.num_ranks, tuple(spans), _memory(stage_view, instance, start),
+    return Timeline("simulated", plan.problem.num_ranks, _spans(times), _memory(times),
                     stage_view.resident_bytes, plan.problem.unit_ns, {"plan": plan.name})
 
 
-def _actions(instance: Instance, start: np.ndarray) -> list[Span]:
-    columns = (instance.machine, instance.kind, instance.depth, instance.own_microbatch, start, start + instance.dur)
-    spans = []
-    for machine, kind, stage, m, begin, end in zip(*(column.tolist() for column in columns), strict=True):
-        rank, stream = instance.machine_key[machine]
-        spans.append(Span(rank, stream, KINDS[kind], str(Action(stage, KINDS[kind], m)), begin, end, stage, m))
-    return spans
+def _spans(times: OrderTimes) -> LazySpans:
+    """All actions, then the transfers, sums and updates, by start, rank, stream and end."""
+    actions, value = times.actions, times.actions.value
+    moved = np.flatnonzero(times.moved)
+    rank, stage, back = actions.nodes.rank, actions.nodes.stage, value["maker"][moved]
+    few = _few(times)
+    compute, collective, channel = (ALL_STREAMS.index(stream) for stream in (
+        Stream.COMPUTE, Stream.COLLECTIVE, Stream.CHANNEL))
+    code = np.array([ALL_KINDS.index(kind) for kind in COMPUTE_KINDS])
+    columns = [np.concatenate([np.asarray(column, dtype=np.int64) for column in parts]) for parts in (
+        (actions.rank, rank[back], [span.rank for span in few]),
+        (np.where(actions.collective == 1, collective, compute), np.full(len(moved), channel),
+         [ALL_STREAMS.index(span.stream) for span in few]),
+        (code[actions.kind], np.full(len(moved), ALL_KINDS.index(ActionKind.SEND)),
+         [ALL_KINDS.index(span.kind) for span in few]),
+        (times.start, times.begin[moved], [span.start_ns for span in few]),
+        (times.end, times.over[moved], [span.end_ns for span in few]),
+        (actions.stage, stage[back], [span.stage for span in few]),
+        (np.full(actions.size, -1), rank[value["reader"][moved]], np.full(len(few), -1)))]
+    names = np.array([sorted(ALL_STREAMS).index(stream) for stream in ALL_STREAMS])
+    order = np.lexsort((columns[4], names[columns[1]], columns[0], columns[3]))
+
+    def make(places: Sequence[int]) -> Iterable[Span]:
+        for number in order[places].tolist():
+            if number < actions.size:
+                yield _action(times, number)
+            elif number < actions.size + len(moved):
+                yield _transfer(times, int(moved[number - actions.size]))
+            else:
+                yield few[number - actions.size - len(moved)]
+
+    return LazySpans(Columns(*(column[order] for column in columns)), make)
 
 
-def _transfers(stage_view: StageView, instance: Instance, end: np.ndarray) -> list[Span]:
-    """What goes from rank to rank, each from its producer's end on."""
-    table = np.zeros((stage_view.num_stages, len(KINDS), stage_view.problem.num_microbatches), np.int64)
-    table[instance.depth, instance.kind, instance.own_microbatch] = end
-    topology, routes = stage_view.problem.topology, stage_view.placement.routes
-    spans = []
-    for one in dependencies(stage_view):
-        if one.edge < 0:
-            continue
-        (source, kind), (target, _) = one.maker, one.reader
-        made = table[source, KINDS.index(kind)].tolist()
-        for m, (here, there) in enumerate(zip(routes[source], routes[target], strict=True)):
-            if here != there:
-                label = str(Transfer(source, target, m, here, there, one.backward, 0))
-                spans.append(Span(here, Stream.CHANNEL, ActionKind.SEND, label, made[m],
-                                  made[m] + topology.transfer_ns(here, there, 0), source, m, peer=there))
-    return spans
+def _action(times: OrderTimes, number: int) -> Span:
+    actions = times.actions
+    action = actions.action(number)
+    stream = Stream.COLLECTIVE if actions.collective[number] else Stream.COMPUTE
+    return Span(int(actions.rank[number]), stream, action.kind, str(action), int(times.start[number]),
+                int(times.end[number]), action.stage, action.microbatch)
 
 
-def _reductions(stage_view: StageView, instance: Instance, end: np.ndarray) -> list[Span]:
-    """The sums of replicas' gradients, which take no time here, each at the end of its stage's last W."""
-    weights = instance.kind == KINDS.index(ActionKind.W)
-    spans = []
-    for stage in _reduced(stage_view):
-        ready = int(end[weights & (instance.depth == stage)].max())
-        spans += [Span(rank, Stream.COLLECTIVE, ActionKind.ALL_REDUCE, f"reduce {stage}", ready, ready, stage)
-                  for rank in stage_view.placement.stages[stage].ranks]
-    return spans
+def _transfer(times: OrderTimes, number: int) -> Span:
+    """A value's way from rank to rank."""
+    nodes, value = times.actions.nodes, times.actions.value
+    made, read = int(value["maker"][number]), int(value["reader"][number])
+    move = Transfer(int(nodes.stage[made]), int(nodes.stage[read]), int(nodes.microbatch[made]), int(nodes.rank[made]),
+                    int(nodes.rank[read]), bool(value["backward"][number]), int(value["num_bytes"][number]))
+    return Span(move.source_rank, Stream.CHANNEL, ActionKind.SEND, str(move), int(times.begin[number]),
+                int(times.over[number]), move.source_stage, move.microbatch, peer=move.target_rank)
 
 
-def _reduced(stage_view: StageView) -> list[int]:
-    """The stages whose gradients are summed over replicas."""
-    return [stage for stage, placed in enumerate(stage_view.placement.stages)
-            if len(placed.ranks) > 1 and stage_view.w_ns[stage] is not None]
+def _few(times: OrderTimes) -> list[Span]:
+    """The sums of gradients on every member, and the updates that take time."""
+    stages, updates = times.actions.view.placement.stages, times.actions.view.updates_ns()
+    found = [Span(rank, Stream.COLLECTIVE, ActionKind.ALL_REDUCE, f"reduce {stage}", start, end, stage)
+             for stage, start, end in times.reductions for rank in stages[stage].ranks]
+    return found + [Span(rank, Stream.COMPUTE, ActionKind.OPTIMIZER_STEP, "update", int(end) - took, int(end))
+                    for rank, (took, end) in enumerate(zip(updates, times.ends, strict=True)) if took]
 
 
-def _memory(stage_view: StageView, instance: Instance, start: np.ndarray) -> tuple[tuple[tuple[int, int], ...], ...]:
+def _memory(times: OrderTimes) -> tuple[tuple[tuple[int, int], ...], ...]:
     """Per rank the steps of its memory, resident bytes included; a moment's changes are one step."""
-    moments = np.concatenate([start, start + instance.dur])
-    change = np.concatenate([instance.alloc + instance.work, -instance.free - instance.work])
-    owner = np.concatenate([instance.rank, instance.rank])
+    owner, since, until, size = held(times)
+    owner, moments, change = np.tile(owner, 2), np.concatenate([since, until]), np.concatenate([size, -size])
+    order = np.argsort(owner, kind="stable")
+    resident = times.actions.view.resident_bytes
+    ends = np.searchsorted(owner[order], np.arange(len(resident) + 1))
     curves = []
-    for rank, resident in enumerate(stage_view.resident_bytes):
-        own = owner == rank
+    for rank, held_bytes in enumerate(resident):
+        own = order[ends[rank]:ends[rank + 1]]
         when, place = np.unique(np.concatenate([[0], moments[own]]), return_inverse=True)
         sums = np.zeros(len(when), dtype=np.int64)
-        np.add.at(sums, place, np.concatenate([[resident], change[own]]))
+        np.add.at(sums, place, np.concatenate([[held_bytes], change[own]]))
         steps = (sums != 0) | (np.arange(len(when)) == 0)
         curves.append(tuple(zip(when[steps].tolist(), np.cumsum(sums)[steps].tolist(), strict=True)))
     return tuple(curves)

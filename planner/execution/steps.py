@@ -13,8 +13,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
+
+from mipipe.graphs.errors import PlanError
+from mipipe.planner.jobs.order_times import arrays_of, no_channel_used, times_of
 from mipipe.planner.jobs.stages import StageView, view
-from mipipe.planner.jobs.times import compile_actions, orders_of, run_orders
+from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.plan import Plan, Schedule
 
 MOST_ACTIONS = 6_000
@@ -51,21 +55,22 @@ def schedule_period(stage_view: StageView, schedule: Schedule) -> int:
 
 def step_ends(stage_view: StageView, schedule: Schedule, most: int) -> list[list[int]]:
     """The end of every rank's work in each step, until steps repeat exactly, at most ``most``; 0 for an idle rank."""
-    compiled = compile_actions(stage_view, schedule.actions())
-    orders = orders_of(compiled, schedule)
-    members = [stage.ranks for stage in stage_view.placement.stages]
-    since, channels = [0] * stage_view.problem.num_ranks, dict[int, int]()
+    actions = arrays_of(stage_view, schedule)
+    if actions is None:
+        evaluate(stage_view, schedule)  # says what is amiss
+    assert actions is not None
+    members = [list(stage.ranks) for stage in stage_view.placement.stages]
+    since, channels = np.zeros(stage_view.problem.num_ranks, dtype=np.int64), no_channel_used(stage_view)
     found: list[list[int]] = []
     for _ in range(most):
-        times = run_orders(compiled, orders, since, channels)
-        assert times is not None, "the orders deadlock"
+        times = times_of(actions, since, channels)
+        if times is None:
+            raise PlanError("schedule: the order deadlocks; see `mipipe check`")
         ends = since.copy()
-        for rank, start, duration in zip(compiled.ranks, times.starts, compiled.durations, strict=True):
-            ends[rank] = max(ends[rank], start + duration)
+        np.maximum.at(ends, actions.rank, times.end)
         for stage, _, end in times.reductions:
-            for rank in members[stage]:
-                ends[rank] = max(ends[rank], end)
-        found.append(ends)
+            ends[members[stage]] = np.maximum(ends[members[stage]], end)
+        found.append(ends.tolist())
         since = ends
         if _repeated(found) is not None:
             break

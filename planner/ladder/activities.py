@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mipipe.graphs.errors import PlanError
+from mipipe.planner.bounds.at_placement import placement_bound
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.ladder import order_rungs as rungs
 from mipipe.planner.ladder.candidate import Candidate, judge_orders, offer_judged
@@ -30,6 +32,32 @@ ROUTES = 4
 
 WAITING = 3
 """Patterns that wait for a round of annealing, at most."""
+
+
+BOUNDED_S, BOUNDED_SHARE = 2.5e-5, 0.1
+"""Seconds per action that a placement's job-shop bound takes, and the share of the time limit that it is worth."""
+
+
+@dataclass(slots=True)
+class Tightening:
+    """The job-shop bound at the best placement, where it was too large for that when it was admitted."""
+
+    run: Run
+
+    def step(self, seconds: float) -> bool:
+        """Bound the best candidate; False where it is bounded, or too large for the time limit."""
+        found, limit = self.run.best, self.run.options.time_limit_s
+        if found is None or found.bounded:
+            return False
+        size = 3 * found.view.num_stages * found.view.problem.num_microbatches
+        if BOUNDED_S * size > min(self.run.left, BOUNDED_SHARE * limit):
+            return False
+        found.bounded = True
+        try:
+            found.bound = max(found.bound, placement_bound(found.view), key=lambda bound: bound.ns)
+        except PlanError as error:  # an action of no time holds its bytes for none, and the bound counts them
+            found.notes.append(f"bound: {error}")
+        return True
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from mipipe.planner.bounds.over_placements import facts_of
 from mipipe.planner.jobs.arrays import with_mirrors
 from mipipe.planner.jobs.memory import in_flight
 from mipipe.planner.ladder.candidate import Candidate, Judged, candidate, first_orders, judge, offer_judged
-from mipipe.planner.ladder.large import CHECK_SHARE, chain_actions
+from mipipe.planner.ladder.large import CHECK_S, CHECK_SHARE, chain_actions
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlacementName, PlanOptions
 from mipipe.planner.placements.cuts import earliest_end
@@ -34,9 +34,6 @@ from mipipe.planner.search.lists import Orders
 
 INTERPRETED = 4_000
 """Actions up to which the first list schedule is interpreted, so that it need not wait for a compiler."""
-
-CHECKED_S = 6e-5
-"""Seconds per action that checking, explaining and drawing a plan take where arrays do not do it."""
 
 MANY_ACTIONS = 20_000
 """Actions of a chain from which only the shapes of `SHAPES_OF_MANY` enter: time does not suffice for all."""
@@ -77,7 +74,7 @@ def enter(run: Run) -> None:
         if not _admit(run, found) and shortage(run.problem, found.placement) is None:
             run.leave_out(found.bound.ns)  # one microbatch at a time fits, so other orders may
         built, spent = built + size, spent + run.seconds - began
-        run.reserve_s = min(CHECK_SHARE * limit, max(0.5 * spent / built, 3 * CHECKED_S) * size)
+        run.reserve_s = min(CHECK_SHARE * limit, max(0.5 * spent / built, 3 * CHECK_S) * size)
     if run.options.placement != "free":  # few, and the bound is to hold for all of them
         for found in waiting:
             run.leave_out(found.bound.ns)

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds import at_placement as bounds
+from mipipe.planner.bounds.load import load_bound
 from mipipe.planner.execution.lower import lower
-from mipipe.planner.execution.measure import by_arrays
+from mipipe.planner.execution.measure import by_arrays, exact, timed
 from mipipe.planner.execution.simulate_memory import rank_peaks
 from mipipe.planner.how import then
 from mipipe.planner.jobs.arrays import Instance, build, mirror, with_mirrors
-from mipipe.planner.jobs.memory import capacity, carries_bytes
+from mipipe.planner.jobs.memory import capacities, capacity, carries_bytes
+from mipipe.planner.jobs.order_times import peaks_of
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.plan import Placement, Plan, Schedule
@@ -26,6 +28,9 @@ from mipipe.planner.search import lists as greedy
 from mipipe.planner.search.annealing import Search
 from mipipe.planner.search.lists import Orders
 from mipipe.planner.search.pair_search import PairSearch
+
+BOUND_ACTIONS = 20_000
+"""Actions up to which a placement's job-shop bound is worked out at once: it takes 20 microseconds an action."""
 
 _OFFERS = threading.Lock()
 """Two threads may improve one candidate: the better of their schedules stays."""
@@ -52,6 +57,8 @@ class Candidate:
     (`mipipe.planner.search.streams`), if any, ``pairs`` instead of both on orders with overlapped pairs, where these
     gain. ``quick``: its first list was made without the compiler, by one rule.
 
+    ``bounded``: its bound is that of the job shop, too.
+
     ``proposer``, ``lineage`` and ``searched`` are steps as of `mipipe.planner.how`: who proposed the placement, what
     led to ``best``, and what led to the orders that the searches go on from.
     """
@@ -73,6 +80,7 @@ class Candidate:
     reserved: int = 0
     notes: list[str] = field(default_factory=list)
     clean: bool | None = None
+    bounded: bool = False
     proposer: tuple[str, ...] = ()
     lineage: tuple[str, ...] = ()
     searched: tuple[str, ...] = ("list",)
@@ -114,21 +122,30 @@ def candidate(problem: PlanningProblem, placement: Placement, proposer: tuple[st
     """
     stage_view = view(problem, placement)
     halved = mirror(stage_view) is not None
-    return Candidate(stage_view, bounds.placement_bound(stage_view), halved, build(stage_view, halve=halved),
-                     proposer=proposer or (f"shape {placement.name}",))
+    capacities(stage_view)
+    many = 3 * stage_view.num_stages * problem.num_microbatches > BOUND_ACTIONS
+    bound = None if many else bounds.placement_bound(stage_view)
+    instance = build(stage_view, halve=halved)
+    return Candidate(stage_view, bound or load_bound(instance), halved, instance,
+                     proposer=proposer or (f"shape {placement.name}",), bounded=not many)
 
 
 def judge(stage_view: StageView, schedule: Schedule, *, saved_fit: bool = False) -> Judged:
     """The schedule's makespan by the evaluator, and its memory by the rules of the simulated program.
 
     ``saved_fit``: saved tensors are known to fit, so memory is looked at only where values in flight take some.
+
+    Raises:
+        PlanError: as `mipipe.planner.jobs.times.evaluate`.
     """
-    _, evaluation = evaluate(stage_view, schedule)
+    times = timed(stage_view, schedule)
+    makespan_ns = evaluate(stage_view, schedule)[1].makespan_ns if times is None else times.makespan_ns
     excess = (0,) * stage_view.problem.num_ranks
     if not saved_fit or carries_bytes(stage_view):
-        peaks = rank_peaks(stage_view, lower(Plan("", stage_view.problem, stage_view.placement, schedule)))
+        peaks = (peaks_of(times) if times is not None and exact(times) else
+                 rank_peaks(stage_view, lower(Plan("", stage_view.problem, stage_view.placement, schedule))))
         excess = tuple(max(0, peak - capacity(stage_view, rank)) for rank, peak in enumerate(peaks))
-    return Judged(schedule, evaluation.makespan_ns, excess)
+    return Judged(schedule, makespan_ns, excess)
 
 
 def offer_judged(found: Candidate, judged: Judged, rung: str, after: tuple[str, ...] = ()) -> bool:

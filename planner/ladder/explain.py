@@ -6,7 +6,6 @@ would have to change for a shorter step.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -14,13 +13,13 @@ from typing import NamedTuple
 import numpy as np
 
 from mipipe.graphs.units import format_bytes, format_ns
-from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.at_placement import placement_bound
-from mipipe.planner.execution.measure import Timed, timed
+from mipipe.planner.bounds.load import load_bound
+from mipipe.planner.execution.measure import timed
 from mipipe.planner.jobs.memory import capacity
+from mipipe.planner.jobs.order_times import OrderTimes
 from mipipe.planner.jobs.stages import view
-from mipipe.planner.jobs.times import ActionNodes, Evaluation, evaluate
-from mipipe.planner.ladder.candidate import Candidate
+from mipipe.planner.ladder.candidate import BOUND_ACTIONS, Candidate
 from mipipe.planner.placements.branches import encoders
 from mipipe.planner.problem import Limits
 
@@ -34,8 +33,9 @@ def explain_plan(found: Candidate) -> tuple[str, ...]:
     """Lines that say what binds the candidate's best schedule."""
     assert found.best is not None
     told = partial(told_time, unit_ns=found.view.problem.unit_ns)
-    spans, channel = _spans(found)
-    makespan = found.makespan_ns
+    times = timed(found.view, found.best.schedule)
+    assert times is not None, "a judged schedule is complete"
+    spans, makespan = _spans(times), found.makespan_ns
     lines = [_placement(found)]
     above = f", {makespan / found.bound.ns - 1:.1%} above it" if found.bound.ns else ""
     lines.append(f"bound at this placement: {told(found.bound.ns)} ({found.bound.what}); the plan takes"
@@ -45,7 +45,7 @@ def explain_plan(found: Candidate) -> tuple[str, ...]:
     lines.append(f"device: rank {rank} has the most work, {told(own.busy)}; it starts at {told(own.first)},"
                  f" ends {told(makespan - own.last)} before the step and idles"
                  f" {told(own.last - own.first - own.busy)} in between")
-    return (*lines, *channel, *_memory(found))
+    return (*lines, *_channel(times), *_memory(found, times))
 
 
 class _Span(NamedTuple):
@@ -56,29 +56,12 @@ class _Span(NamedTuple):
     last: int
 
 
-def _spans(found: Candidate) -> tuple[list[_Span], list[str]]:
-    """The span of every rank, and what is to be said of channels; by arrays where an order alone gives the times."""
-    assert found.best is not None
-    ranks = range(found.view.problem.num_ranks)
-    quick = timed(found.view, found.best.schedule)
-    if quick is None:
-        compiled, evaluation = evaluate(found.view, found.best.schedule)
-        compute = [node for node in range(len(compiled.ranks)) if compiled.streams[node] is Stream.COMPUTE]
-        where = np.array([compiled.ranks[node] for node in compute])
-        start = np.array([evaluation.starts[node] for node in compute])
-        taken = np.array([compiled.durations[node] for node in compute])
-        channel = _channel(compiled, evaluation)
-    else:
-        instance, start, _ = quick
-        compute_machine = np.array([stream is Stream.COMPUTE for _, stream in instance.machine_key])
-        chosen = compute_machine[instance.machine]
-        where, start, taken = instance.rank[chosen], start[chosen], instance.dur[chosen]
-        source = np.repeat(instance.rank, np.diff(instance.succ_ptr))
-        moved = bool((source != instance.rank[instance.succ]).any())
-        channel = [_LATENCY_ALONE] if moved else []
-    spans = [_Span(int(taken[own].sum()), int(start[own].min(initial=found.makespan_ns)),
-                   int((start[own] + taken[own]).max(initial=0))) for own in (where == rank for rank in ranks)]
-    return spans, channel
+def _spans(times: OrderTimes) -> list[_Span]:
+    """The span of every rank."""
+    actions, ranks = times.actions, range(times.actions.view.problem.num_ranks)
+    own = [(actions.rank == rank) & (actions.collective == 0) for rank in ranks]
+    return [_Span(int(actions.dur[mine].sum()), int(times.start[mine].min(initial=times.makespan_ns)),
+                  int(times.end[mine].max(initial=0))) for mine in own]
 
 
 def told_time(time_ns: float, unit_ns: int) -> str:
@@ -105,28 +88,26 @@ def _placement(found: Candidate) -> str:
     return line
 
 
-def _channel(compiled: ActionNodes, evaluation: Evaluation) -> list[str]:
-    told = partial(told_time, unit_ns=compiled.view.problem.unit_ns)
-    topology = compiled.view.problem.topology
-    moved: dict[tuple[int, int], int] = defaultdict(int)
-    for transfer in evaluation.transfers:
-        action = compiled.actions[transfer.producer]
-        source, target = compiled.view.rank(action.stage, action.microbatch), compiled.ranks[transfer.consumer]
-        moved[source, target] += transfer.end_ns - transfer.start_ns - topology.link(source, target).latency_ns
-    if not moved:
+def _channel(times: OrderTimes) -> list[str]:
+    """The channel that is occupied longest."""
+    problem, value = times.actions.view.problem, times.actions.value
+    if not times.moved.any():
         return []
-    if not any(moved.values()):
+    occupied = value["occupied"][times.moved]
+    if not occupied.any():
         return [_LATENCY_ALONE]
-    (source, target), load = max(moved.items(), key=lambda item: item[1])
-    return [f"channel: rank {source} to rank {target} is the busiest, {told(load)} of"
-            f" {told(evaluation.makespan_ns)}"]
+    load = np.zeros(int(value["channel"].max()) + 1, dtype=np.int64)
+    np.add.at(load, value["channel"][times.moved], occupied)
+    source, target = divmod(int(load.argmax()), problem.topology.num_devices)
+    told = partial(told_time, unit_ns=problem.unit_ns)
+    return [f"channel: rank {source} to rank {target} is the busiest, {told(int(load.max()))} of"
+            f" {told(times.makespan_ns)}"]
 
 
-def _memory(found: Candidate) -> list[str]:
+def _memory(found: Candidate, times: OrderTimes) -> list[str]:
     """How full the fullest rank's activation memory gets, by the order alone (values in flight not counted)."""
-    assert found.best is not None
     capacities = [capacity(found.view, rank) for rank in range(found.view.problem.num_ranks)]
-    peaks = _peaks(found)
+    peaks = _peaks(times)
     share = [peak / max(1, room) for peak, room in zip(peaks, capacities, strict=True)]
     rank = max(range(len(share)), key=share.__getitem__)
     if not peaks[rank]:
@@ -141,32 +122,18 @@ def _memory(found: Candidate) -> list[str]:
             f" {told}"]
 
 
-def _peaks(found: Candidate) -> list[int]:
+def _peaks(times: OrderTimes) -> list[int]:
     """Per rank the most bytes of activations held at once along its order of compute actions."""
-    assert found.best is not None
-    quick = timed(found.view, found.best.schedule)
-    if quick is not None and quick.instance.dur.all():  # no B among the actions, which is held as one
-        return _elementary_peaks(quick)
-    instance, peaks = found.instance, [0] * found.view.problem.num_ranks
-    for rank, order in enumerate(found.best.schedule.ranks):
-        used = 0
-        for action in order.compute:
-            nodes = [n for kind, stage, m in action.parts() if (n := instance.number.get((stage, kind, m))) is not None]
-            if not nodes:
-                break  # a halved instance knows half of the ranks
-            used += sum(int(instance.alloc[n]) for n in nodes)
-            peaks[rank] = max(peaks[rank], used + max(int(instance.work[n]) for n in nodes))
-            used -= sum(int(instance.free[n]) for n in nodes)
-    return peaks
-
-
-def _elementary_peaks(quick: Timed) -> list[int]:
-    """The same by arrays, where every action is an F, I or W."""
-    instance, peaks = quick.instance, [0] * len(quick.instance.cap)
-    for (rank, _), order, length in zip(instance.machine_key, quick.seq, instance.lengths(), strict=True):
-        nodes = order[:length]
-        held = np.cumsum(instance.alloc[nodes]) - np.cumsum(instance.free[nodes])
-        peaks[rank] = int((held + instance.free[nodes] + instance.work[nodes]).max(initial=0))
+    actions, nodes = times.actions, times.actions.nodes
+    alloc, free, work = (np.zeros(actions.size, dtype=np.int64) for _ in range(3))
+    np.add.at(alloc, actions.doer, nodes.alloc)
+    np.add.at(free, actions.doer, nodes.free)
+    np.maximum.at(work, actions.doer, nodes.work)
+    peaks = []
+    for rank in range(actions.view.problem.num_ranks):
+        own = (actions.rank == rank) & (actions.collective == 0)
+        returned = np.cumsum(free[own])
+        peaks.append(int((np.cumsum(alloc[own]) - returned + free[own] + work[own]).max(initial=0)))
     return peaks
 
 
@@ -174,6 +141,8 @@ def _proven_without_memory(found: Candidate) -> bool:
     """Whether the makespan meets a bound at its placement that holds with any memory."""
     if found.makespan_ns > found.bound.ns:
         return False
+    if found.instance.size > BOUND_ACTIONS:
+        return found.makespan_ns <= load_bound(found.instance).ns
     problem = found.view.problem
     devices = tuple(replace(device, memory_bytes=1 << 60) for device in problem.topology.devices)
     free = problem.replace(limits=Limits(), topology=replace(problem.topology, devices=devices))

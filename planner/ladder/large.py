@@ -20,17 +20,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from mipipe.graphs.errors import PlanError
 from mipipe.planner import clock
 from mipipe.planner.actions import Stream
-from mipipe.planner.bounds.at_placement import Bound, placement_bound
+from mipipe.planner.bounds.at_placement import placement_bound
+from mipipe.planner.bounds.load import load_bound
 from mipipe.planner.bounds.over_placements import facts_of
 from mipipe.planner.jobs.arrays import Instance, build, mirror
-from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.jobs.stages import StageView, view
-from mipipe.planner.ladder.candidate import Candidate, judge_orders, offer_judged
+from mipipe.planner.ladder.candidate import BOUND_ACTIONS, Candidate, judge_orders, offer_judged
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlacementName
 from mipipe.planner.placements.cuts import earliest_end, place_spread, units
@@ -49,9 +47,6 @@ lists and searches."""
 
 PUBLISHED_ACTIONS = 5_000
 """Actions of a chain up to which published schedules are looked at: their orders are Python lists."""
-
-BOUND_ACTIONS = 20_000
-"""Actions of a chain up to which a placement's job-shop bound is computed."""
 
 LARGE_SHAPES: tuple[PlacementName, ...] = ("two-way", "twin-v", "twin-wave", "ring", "chain", "v")
 """Shapes tried on large problems, the most promising first."""
@@ -234,7 +229,7 @@ def _apply(run: Run, entry: OutlineEntry, rung: str, seconds: float = 0.0) -> No
     if found is None:
         whole = view(run.problem, entry.placement)
         instance = _instance(whole)
-        found = Candidate(whole, _load_bound(instance), bool((instance.twin >= 0).any()), instance,
+        found = Candidate(whole, load_bound(instance), bool((instance.twin >= 0).any()), instance,
                           proposer=(f"shape {entry.placement.name}",))
     if few and rung != "list":
         found.bound = max(found.bound, placement_bound(found.view), key=lambda bound: bound.ns)
@@ -275,15 +270,3 @@ def _blended(instance: Instance, lines: quotas.Lines, entry: OutlineEntry, forwa
 
 def _instance(whole: StageView) -> Instance:
     return build(whole, halve=mirror(whole) is not None)
-
-
-def _load_bound(instance: Instance) -> Bound:
-    """The best over ranks of earliest start + load (its share in overlapped pairs) + what must follow."""
-    after, gain = instance.tail - instance.dur, pair_gain(instance.view.problem)
-    values = []
-    for machine in range(instance.num_machines):
-        own = instance.machine == machine
-        values.append(gain.shortened(int(instance.head[own].min())) + gain.shared(int(instance.dur[own].sum()))
-                      + gain.shortened(int(after[own].min())))
-    rank = instance.machine_key[int(np.argmax(values))][0]
-    return Bound(max(values), f"rank {rank}: earliest start + load + what must follow")

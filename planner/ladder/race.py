@@ -41,7 +41,7 @@ TRIAL_S = 1.0
 FIRST, LONGEST = 0.18, 5.0
 """Seconds of a slice before the first round, and of the longest: every round's are 1.7 times as long."""
 
-JUDGE_S = 4e-5
+JUDGE_S = 8e-6
 """Seconds that judging a schedule takes for each of its actions, about."""
 JUDGE_LATE, JUDGE_LATE_S = 0.05, 0.5
 """How far beyond the limit a schedule may still be judged: a share of it, and seconds."""

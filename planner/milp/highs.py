@@ -251,6 +251,7 @@ def _outcome(solver: highspy.Highs, matrix: Matrix, seen: _Seen, seconds: float)
             bound = info.mip_dual_bound
     if objective is not None and values is not None:
         for column, value in zip(matrix.variables, values, strict=True):
-            column.set_value(float(value), skip_validation=True)
+            if not column.fixed:  # its value is in the rows, and HiGHS sees a free column instead
+                column.set_value(float(value), skip_validation=True)
     nodes = max(0, int(info.mip_node_count))  # -1 of a linear program
     return SolverOutcome(termination, objective, bound, seconds, matrix.lp.num_col_, matrix.lp.num_row_, nodes)

@@ -41,6 +41,19 @@ def test_optimal_values_land_on_the_variables():
     assert (outcome.num_variables, outcome.num_constraints) == (2, 1)
 
 
+def test_a_fixed_variable_keeps_its_value():
+    """It is in the rows as a number, so HiGHS may answer anything for its column; the same model is solved again: a
+    configuration bound of 103 was then proven beside a plan of 102."""
+    model = pyo.ConcreteModel()
+    model.a, model.b = pyo.Var(bounds=(0, 9), domain=pyo.Integers), pyo.Var(bounds=(1, 10))
+    model.row = pyo.Constraint(expr=model.a <= model.b)
+    model.goal = pyo.Objective(expr=model.a, sense=pyo.maximize)
+    model.b.fix(7)
+    for _ in range(2):
+        assert highs.solve(model, time_limit_s=5, seed=0).bound == pytest.approx(7)
+    assert model.b.value == 7
+
+
 def test_a_linear_program_has_its_value_as_bound():
     model = pyo.ConcreteModel()
     model.a = pyo.Var(bounds=(0, None))

@@ -13,16 +13,12 @@ from random import Random
 import pytest
 
 from mipipe.planner import clock
-from mipipe.planner.actions import Stream
 from mipipe.planner.check import check_plan
 from mipipe.planner.check.arrays import holds
 from mipipe.planner.execution.lower import lower
-from mipipe.planner.execution.quick_timeline import by_arrays, timeline_of
-from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.ladder.state import Progress
-from mipipe.planner.options import Objective, PlacementName, PlanOptions
-from mipipe.planner.plan import Plan
-from mipipe.planner.problem import Limits, PlanningProblem
+from mipipe.planner.options import Objective, PlanOptions
+from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.solve import SolveResult, Termination, plan
@@ -60,7 +56,7 @@ def kept(seeds: range, objectives: Sequence[Objective] = ("makespan",)) -> None:
         ended.add(result.termination)
         if result.plan is not None:
             check_plan(result.plan)
-            early = result.seconds < 0.6 and objective == "makespan"  # a part is kept for the check
+            early = result.seconds < 0.7 and objective == "makespan"  # a part is kept for the check
             assert not early or result.termination is Termination.OPTIMAL, f"seed {seed}: ended without a proof"
     assert len(ended) > 1  # the memory is tight enough that some have no plan
 
@@ -120,9 +116,10 @@ def test_a_solve_asks_the_clock_until_it_says_no() -> None:
         asked += 1
         return 1.0 if asked < 50 else -1.0
 
-    pairs = next(item for item in BASELINES if item.name == "DualPipe")
+    pairs = next(item for item in BASELINES if item.name == "DualPipe").plan(
+        uniform_problem(ranks=4, microbatches=1000, f=1, i=1, w=1, fb=2), split=False)
     with clock.watched(left), pytest.raises(clock.OutOfTimeError):
-        pairs.plan(uniform_problem(ranks=4, microbatches=1000, f=1, i=1, w=1, fb=2), split=False)
+        lower(pairs)
     assert asked == 50
     clock.ask()  # nobody watches
 
@@ -133,58 +130,3 @@ def test_a_solve_that_ctrl_c_ended_says_so_in_its_plan() -> None:
 
     result = plan(uniform_problem(ranks=4, microbatches=8, f=1, i=2, w=3), PlanOptions(), stop)
     assert result.plan is not None and result.plan.provenance["termination"] == Termination.INTERRUPTED.value
-
-
-@pytest.mark.parametrize("name", ["1F1B", "ZB-H1", "ZB-V", "DualPipe", "Interleaved 1F1B"])
-def test_the_check_by_arrays_says_what_the_checker_says(name: str) -> None:
-    """Sound plans hold; any damage makes it say no, and the checker then names it."""
-    problem = uniform_problem(ranks=4, microbatches=8, f=2, i=3, w=1, comm=1)
-    found = next(item for item in BASELINES if item.name == name).plan(problem)
-    found = dataclasses.replace(found, problem=found.problem.replace(limits=Limits()))
-    check_plan(found)
-    assert holds(found)
-    first, *others = found.schedule.ranks
-    turned = dataclasses.replace(first, compute=first.compute[::-1])
-    short = dataclasses.replace(first, compute=first.compute[:-1])
-    twice = dataclasses.replace(first, compute=(*first.compute, first.compute[0]))
-    swapped = [others[0], first, *others[1:]]
-    damaged = [dataclasses.replace(found, schedule=dataclasses.replace(found.schedule, ranks=tuple(ranks)))
-               for ranks in ([turned, *others], [short, *others], [twice, *others], swapped)]
-    damaged.append(dataclasses.replace(found, makespan_ns=found.makespan_ns + 1))
-    damaged.append(dataclasses.replace(found, bound_ns=found.makespan_ns + 1))
-    damaged.append(dataclasses.replace(found, problem=found.problem.replace(limits=Limits(activation_bytes=8_000))))
-    damaged.append(dataclasses.replace(found, problem=found.problem.replace(limits=Limits(resident_bytes=10))))
-    for other in damaged:
-        assert not holds(other)
-        with pytest.raises(Exception, match=r"."):
-            check_plan(other)
-
-
-def test_the_check_by_arrays_leaves_what_it_does_not_know_to_the_checker() -> None:
-    problem = two_stream_problem(ranks=2, microbatches=4)
-    assert any(group.stream is Stream.COLLECTIVE for group in problem.groups)
-    assert not holds(BASELINES[1].plan(problem))
-    pairs = next(item for item in BASELINES if item.name == "DualPipe").plan(
-        uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, fb=2), split=False)
-    assert not holds(pairs)
-
-
-@pytest.mark.parametrize("name", ["1F1B", "ZB-V", "DualPipe", "Interleaved 1F1B"])
-def test_a_timeline_by_arrays_is_the_simulated_one(name: str) -> None:
-    problem = uniform_problem(ranks=4, microbatches=8, f=2, i=3, w=1, comm=1, last="0.3", layers=16)
-    _by_arrays_as_simulated(next(item for item in BASELINES if item.name == name).plan(problem))
-
-
-@pytest.mark.parametrize("placement", ["chain", "v", "wave"])
-def test_a_timeline_of_two_streams_by_arrays_is_the_simulated_one(placement: PlacementName) -> None:
-    problem = two_stream_problem(ranks=4, microbatches=6, layers=16)
-    result = plan(problem, PlanOptions(time_limit_s=1, placement=placement))
-    assert result.plan is not None and any(order.collective for order in result.plan.schedule.ranks)
-    _by_arrays_as_simulated(result.plan)
-
-
-def _by_arrays_as_simulated(found: Plan) -> None:
-    quick, simulated = by_arrays(found), simulate(found, lower(found))
-    assert quick is not None and timeline_of(found, large=1) == quick
-    assert dataclasses.replace(quick, spans=()) == dataclasses.replace(simulated, spans=())
-    assert sorted(map(repr, quick.spans)) == sorted(map(repr, simulated.spans))
