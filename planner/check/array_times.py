@@ -16,7 +16,7 @@ from mipipe.planner.check.facts import Demands
 
 
 @dataclass(frozen=True, slots=True)
-class Clock:
+class ArrayTimes:
     """Start and end of every action, what is held of values in flight as columns (rank, from, to, bytes), the end of
     everything."""
 
@@ -27,7 +27,7 @@ class Clock:
 
 
 def run_clock(facts: Demands, rank: np.ndarray, lane: np.ndarray, duration: np.ndarray, doer: np.ndarray,
-              flows: np.ndarray, followings: np.ndarray) -> Clock | None:
+              flows: np.ndarray, followings: np.ndarray) -> ArrayTimes | None:
     """The times of actions that are numbered by rank, stream and position; None where they wait for each other.
 
     Args:
@@ -64,7 +64,7 @@ def run_clock(facts: Demands, rank: np.ndarray, lane: np.ndarray, duration: np.n
     made, taken = end[maker], start[reader]
     in_flight = [(here, made, np.where(away, moved[1], taken), amount),
                  (there[away], posted[away], taken[away], amount[away])]
-    return Clock(start, end, in_flight, max(int(moved[1].max(initial=0)), _end(facts, rank, lane, end, doer)))
+    return ArrayTimes(start, end, in_flight, max(int(moved[1].max(initial=0)), _end(facts, rank, lane, end, doer)))
 
 
 def _pointers(first: np.ndarray, size: int) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 
 from mipipe.graphs.errors import PlanError
 from mipipe.planner.actions import Action, ActionKind, Stream
-from mipipe.planner.check.array_times import Clock, run_clock
+from mipipe.planner.check.array_times import ArrayTimes, run_clock
 from mipipe.planner.check.facts import Demands, check_placement, scaled
 from mipipe.planner.check.memory import check_resident
 from mipipe.planner.plan import Plan
@@ -187,7 +187,7 @@ Held = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """Columns: rank, from, to, bytes."""
 
 
-def _memory_suffices(facts: Demands, read: Read, clock: Clock) -> bool:
+def _memory_suffices(facts: Demands, read: Read, clock: ArrayTimes) -> bool:
     """Whether every rank keeps its limits at every moment; what ends at a moment is gone before what begins comes."""
     problem = facts.plan.problem
     workspace = np.array([max(group.workspace_bytes for group in facts.groups(stage))
@@ -206,7 +206,7 @@ def _memory_suffices(facts: Demands, read: Read, clock: Clock) -> bool:
     return bool((level <= room[rank[order]]).all())
 
 
-def _saved(facts: Demands, read: Read, clock: Clock) -> Iterator[Held]:
+def _saved(facts: Demands, read: Read, clock: ArrayTimes) -> Iterator[Held]:
     """Saved tensors, group by group."""
     problem, stages, count = facts.plan.problem, len(facts.phases), facts.plan.problem.num_microbatches
     routes = np.array(facts.plan.placement.routes, dtype=np.int64)
