@@ -33,6 +33,7 @@ from mipipe.planner.jobs.rank_clocks import on_rank_clocks
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.ladder.admission import enter, has_plan
 from mipipe.planner.ladder.candidate import Candidate, judge
+from mipipe.planner.ladder.large import check_s
 from mipipe.planner.ladder.repeating import RUNG as REPEATED
 from mipipe.planner.ladder.repeating import short_instance
 from mipipe.planner.ladder.state import Incumbent, Run
@@ -88,6 +89,7 @@ def climb(run: Run) -> None:
         InfeasibleError: no list fits the memory of any placement.
     """
     run.period_bound_ns = period_bound(run.problem).ns
+    run.reserve_s = check_s(run)
     entries: list[PeriodEntry] = []
     for placement in _placements(run):
         if run.left < (1 - LISTED) * run.options.time_limit_s:
