@@ -3,6 +3,8 @@ from mipipe.runtime.engine.options import EngineOptions as EngineOptions
 from mipipe.runtime.merge.launch import MergeOptions as MergeOptions
 from mipipe.runtime.merge.launch import MergeResult as MergeResult
 from mipipe.runtime.recipes.fused import make_fused as make_fused
+from mipipe.runtime.recipes.task_router import task_features as task_features
+from mipipe.runtime.recipes.task_router import task_shares as task_shares
 from mipipe.runtime.recipes.votes import count_votes as count_votes
 from mipipe.runtime.train.clip import clip_gradients as clip_gradients
 from mipipe.runtime.train.clip import gradient_norm as gradient_norm
