@@ -1,10 +1,12 @@
 """Conversions of experts on byte-level models trained here: what each keeps of the model, beside plainer choices.
 
-    python benchmarks/convert.py WORK [SEED...]   # some ten minutes a seed on one core: results/convert.txt
+    python benchmarks/convert.py run WORK [SEED...]   # some ten minutes a seed on one core
+    python benchmarks/convert.py table WORK           # results/convert.txt: means over the seeds that are there
 
-Two mixtures of experts (seeds 0 and 1) and two dense models are trained by `mipipe train` on text of Python's own
-library: its code without comments and strings, and its docstrings. Losses are in nats per byte on files that training
-never saw.
+A mixture of experts and a dense model of every seed are trained by `mipipe train` on text of Python's own library: its
+code without comments and strings, and its docstrings. Losses are in nats per byte on files that training never saw.
+Errors are standard errors over seeds, and a difference of two rows is judged by its own, seed by seed. What is in WORK
+already is not made again.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from mipipe.runtime.tuning.objectives import Measure, Objectives
 SIZES = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 128}
 EXPERTS, INNER, TOP, SEQ, BATCH = 8, 48, 2, 96, 12
-STEPS, TUNING = 500, 80
+STEPS, TUNING, DRAWS = 500, 80, 6
+Numbers = dict[str, float]
+"""Losses by name."""
 CLUSTER = Path(__file__).resolve().parents[1] / "examples" / "cluster_1cpu.yaml"
 
 
@@ -53,6 +57,10 @@ def texts(work: Path) -> None:
             gap = len(data) // count
             rows = [{"tokens": list(data[start * gap:start * gap + SEQ])} for start in range(count)]
             (work / f"{domain}_{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [line for domain in ("code", "docs")
+            for line in (work / f"{domain}_calibration.jsonl").read_text().splitlines(keepends=True)]
+    for half in range(2):  # both kinds in each
+        (work / f"half{half}_calibration.jsonl").write_text("".join(rows[half::2]))
     (work / "both").mkdir(exist_ok=True)
     (work / "both" / "text.txt").write_text("".join((work / domain / "text.txt").read_text()[:1_500_000]
                                                     for domain in ("code", "docs")))
@@ -88,13 +96,13 @@ def call(*arguments: object) -> None:
 
 def train(work: Path, source: Path, out: Path, steps: int, *, data: str = "both", seed: int = 0, lr: float = 2e-3,
           weights: bool = True, elastic: int | None = None, settings: tuple[str, ...] = (),
-          freeze: str | None = None, router_loss: float = 0.0) -> Path:
+          freeze: str | None = None) -> Path:
     """A model trained by `mipipe train`; what an earlier run of this benchmark left is used again."""
     if out.exists():
         return out
     graph, plan, config = (work / f"{out.name}.{end}" for end in ("graph.json", "plan.json", "yaml"))
     given = [item for setting in settings for item in ("--set", setting)] + (["--freeze", freeze] if freeze else [])
-    call("capture", source, "--seq", SEQ, "--batch", BATCH, "--router-loss", router_loss, "--no-verify", "-o", graph,
+    call("capture", source, "--seq", SEQ, "--batch", BATCH, "--no-verify", "-o", graph,
          *given)
     call("profile", graph, "--workers", "1", "-o", work / f"{out.name}.costs.json")
     call("plan", graph, "--cluster", CLUSTER, "--costs", work / f"{out.name}.costs.json", "--microbatches", "1",
@@ -148,80 +156,74 @@ def calibration(data: str) -> dict[str, Any]:
     return {"data": f"{data}_calibration.jsonl", "samples": 128, "length": SEQ}
 
 
-def pruning(work: Path, moe: Path, seed: int) -> list[str]:
+def pruning(work: Path, moe: Path, seed: int) -> Numbers:
     """Half the experts: merged by M-SMoE, by chance, by others' measures; pruned; compressed."""
     common = {"model": moe.name, "groups": EXPERTS // 2, "calibration": calibration("both")}
-    whole, rows = loss(work, moe), []
-    rows.append(f"{'all experts':34s} {whole:7.4f}")
+    rows = {"all experts": loss(work, moe)}
     for similarity in ("router_logits", "router_weights", "weights"):
-        out, record = converted(work, f"{moe.name}_{similarity}",
-                                {"method": "m_smoe", "similarity": similarity, **common})
-        share = record["bytes"] / record["source_bytes"]
-        rows.append(f"{f'm_smoe, {similarity}':34s} {loss(work, out):7.4f}  {share:.0%} of the bytes")
+        out, _ = converted(work, f"{moe.name}_{similarity}", {"method": "m_smoe", "similarity": similarity, **common})
+        rows[f"m_smoe, {similarity}"] = loss(work, out)
     chance = [loss(work, converted(work, f"{moe.name}_random{draw}", {
-        "method": "m_smoe", "similarity": "random", "seed": draw, **common})[0]) for draw in range(20)]
-    rows.append(f"{'random groups, 20 draws':34s} {statistics.mean(chance):7.4f}  +-"
-                f" {statistics.stdev(chance):.4f} (s.d.), {min(chance):.4f} to {max(chance):.4f}")
+        "method": "m_smoe", "similarity": "random", "seed": draw, **common})[0]) for draw in range(DRAWS)]
+    rows[f"random groups, mean of {DRAWS}"] = statistics.mean(chance)
+    rows[f"random groups, best of {DRAWS}"] = min(chance)
     bare, _ = converted(work, f"{moe.name}_unaligned", {"method": "m_smoe", "align": False, **common})
-    rows.append(f"{'m_smoe without alignment':34s} {loss(work, bare):7.4f}")
+    rows["m_smoe without alignment"] = loss(work, bare)
     for by in ("usage", "weight"):
         out, _ = converted(work, f"{moe.name}_pruned_{by}", {"method": "prune_experts", "model": moe.name, "by": by,
                                                              "keep": EXPERTS // 2, "calibration": calibration("both")})
-        rows.append(f"{f'pruned by {by}':34s} {loss(work, out):7.4f}")
-    merged = work / f"{moe.name}_router_logits"
-    tuned = train(work, merged, work / f"{merged.name}_tuned", TUNING, seed=seed, lr=5e-4)
-    rows.append(f"{f'm_smoe, {TUNING} steps of training':34s} {loss(work, tuned):7.4f}")
+        rows[f"pruned by {by}"] = loss(work, out)
+    for name in ("router_logits", "random0", "pruned_weight"):
+        tuned = train(work, work / f"{moe.name}_{name}", work / f"{moe.name}_{name}_tuned", TUNING, seed=seed, lr=5e-4)
+        rows[f"{name}, {TUNING} steps of training"] = loss(work, tuned)
     for steps in (0, 100):
-        out, record = converted(work, f"{moe.name}_mc{steps}",
-                                {"method": "mc_smoe", "steps": steps, "lr": 1e-3, **common})
-        share = record["bytes"] / record["source_bytes"]
-        rows.append(f"{f'mc_smoe, {steps} steps':34s} {loss(work, out):7.4f}  {share:.0%} of the bytes")
+        out, _ = converted(work, f"{moe.name}_mc{steps}", {"method": "mc_smoe", "steps": steps, "lr": 1e-3, **common})
+        rows[f"mc_smoe, {steps} steps"] = loss(work, out)
     return rows
 
 
-def molae(work: Path, moe: Path, seed: int) -> list[str]:
-    """Error and loss against the parameters of gate and up projections."""
-    rows = [f"{'latent, grouping':34s} {'kept':>6s} {'error':>7s} {'optimal':>8s} {'loss':>7s}"]
-    for latent, grouping in ((48, "consecutive"), (48, "similar"), (40, "similar"), (32, "similar"), (24, "similar")):
+def molae(work: Path, moe: Path, seed: int) -> Numbers:
+    """Loss by the share of the parameters of gate and up projections."""
+    rows = {}
+    for latent, grouping in ((48, "consecutive"), (48, "similar"), (32, "similar"), (24, "similar")):
         out, record = converted(work, f"{moe.name}_molae{latent}{grouping}", {
             "method": "molae", "model": moe.name, "group": 4, "latent": latent, "grouping": grouping})
         error, optimal = (statistics.mean(row[key] for row in record["layers"].values())
                           for key in ("error", "optimal_error"))
+        assert error <= 1.001 * optimal, f"{out}: error {error}, optimal {optimal}"
         kept = record["gate_up_parameters"] / record["gate_up_parameters_before"]
-        rows.append(f"{f'{latent}, {grouping}':34s} {kept:6.1%} {error:7.4f} {optimal:8.4f} {loss(work, out):7.4f}")
+        rows[f"latent {latent}, {grouping} ({kept:.0%})"] = loss(work, out)
     out = train(work, work / f"{moe.name}_molae32similar", work / f"{moe.name}_molae32_tuned", TUNING, seed=seed,
                 lr=5e-4)
-    rows.append(f"{f'32, similar, {TUNING} steps of training':42s} {'':16s} {loss(work, out):7.4f}")
+    rows[f"latent 32, similar, {TUNING} steps of training"] = loss(work, out)
     return rows
 
 
-def elastic(work: Path, moe: Path, seed: int) -> list[str]:
+def elastic(work: Path, moe: Path, seed: int) -> Numbers:
     """The same model trained further, plainly and with co-activation sampling, at 1 to 3 times its experts."""
-    rows = [f"{'experts per token':34s} " + " ".join(f"{count:7d}" for count in range(TOP, 3 * TOP + 1))]
-    for name, pool, sharp in (("plain", None, 0.0), ("elastic", 3 * TOP, 0.0),
-                              ("elastic, router loss 0.001", 3 * TOP, 1e-3)):
-        out = train(work, moe, work / f"{moe.name}_{name.split(' ')[0].strip(',')}{sharp}", 2 * TUNING, seed=seed,
-                    lr=1e-3, elastic=pool, router_loss=sharp)
-        rows.append(f"{name:34s} " + " ".join(f"{loss(work, out, count):7.4f}" for count in range(TOP, 3 * TOP + 1)))
+    rows = {}
+    for name, pool in (("plain", None), ("elastic", 3 * TOP)):
+        out = train(work, moe, work / f"{moe.name}_{name}", 2 * TUNING, seed=seed, lr=1e-3, elastic=pool)
+        rows |= {f"{name}, {count} experts a token": loss(work, out, count) for count in range(TOP, 3 * TOP + 1, 2)}
     return rows
 
 
-def dive(work: Path, dense: Path, seed: int) -> list[str]:
-    """Experts pruned for code and for prose beside experts of channels chosen at random."""
-    recipe = {"method": "dive", "model": dense.name, "experts": 2, "pruned": 0.5, "seed": seed,
-              "domains": [calibration("code"), calibration("docs")]}
-    made, record = converted(work, f"{dense.name}_dive", recipe)
+def dive(work: Path, dense: Path, seed: int) -> Numbers:
+    """Experts pruned for code and for prose beside experts of channels chosen at random, and of a random split."""
+    recipe = {"method": "dive", "model": dense.name, "experts": 2, "pruned": 0.5, "seed": seed}
+    made, _ = converted(work, f"{dense.name}_dive", {**recipe, "domains": [calibration("code"), calibration("docs")]})
+    split, _ = converted(work, f"{dense.name}_split", {**recipe, "domains": [calibration("half0"),
+                                                                             calibration("half1")]})
     chance = work / f"{dense.name}_chance"
     if not chance.exists():
         at_random(made, dense, chance, seed)
-    rows = [f"{'dense':34s} {loss(work, dense):7.4f}",
-            f"  (the two experts share {statistics.mean(record['overlap'].values()):.0%} of their channels)"]
-    for name, folder in (("dive", made), ("random channels", chance)):
+    rows = {"dense": loss(work, dense)}
+    for name, folder in (("dive", made), ("texts split at random", split), ("random channels", chance)):
         router = train(work, folder, work / f"{folder.name}_router", TUNING, seed=seed, lr=5e-3,
                        freeze=r"^(?!.*gate\.weight)", settings=("num_experts_per_tok=2", "router_temperature=0.5"))
         tuned = train(work, router, work / f"{folder.name}_tuned", TUNING, seed=seed, lr=5e-4)
-        rows.append(f"{name:34s} {loss(work, folder):7.4f}  router trained {loss(work, router):7.4f}  all trained"
-                    f" {loss(work, tuned):7.4f}")
+        rows |= {name: loss(work, folder), f"{name}, router trained": loss(work, router),
+                 f"{name}, all trained": loss(work, tuned)}
     return rows
 
 
@@ -245,42 +247,91 @@ def at_random(made: Path, dense: Path, out: Path, seed: int) -> None:
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
 
 
-def routers(work: Path, moe: Path, seed: int) -> list[str]:
-    """Two mixtures tuned on code and on prose, merged, with and without their routers solved for afterwards."""
+def routers(work: Path, moe: Path, seed: int) -> Numbers:
+    """Two mixtures tuned on code and on prose, merged, with and without their routers solved for afterwards; the mean
+    of the losses on both."""
     tuned = {data: train(work, moe, work / f"{moe.name}_{data}", 2 * TUNING, data=data, seed=seed, lr=2e-3)
              for data in ("code", "docs")}
     names = [{"model": folder.name, "calibration": f"{data}_calibration.jsonl"} for data, folder in tuned.items()]
-    sizes = {"samples": 64, "length": SEQ}
     half = {"merge_method": "linear", "models": [{"model": item["model"], "parameters": {"weight": 0.5}}
                                                  for item in names]}
-    merged = work / f"{moe.name}_mean"
-    if not merged.exists():
-        path = work / f"{merged.name}.recipe.yaml"
-        path.write_text(yaml.safe_dump(half))
-        merge(path, merged)
-        path = work / f"{merged.name}_routed.recipe.yaml"
-        path.write_text(yaml.safe_dump({"merge_method": "router_calibration", "base_model": merged.name,
-                                        "models": names, "calibration": sizes}))
-        merge(path, work / f"{merged.name}_routed")
-    rows = [f"{'':34s} {'code':>7s} {'docs':>7s}"]
-    for name, folder in (("before tuning", moe), ("tuned on code", tuned["code"]), ("tuned on docs", tuned["docs"]),
-                         ("mean", merged), ("mean, routers calibrated", work / f"{merged.name}_routed")):
-        rows.append(f"{name:34s} " + " ".join(f"{loss(work, folder, data=data):7.4f}" for data in ("code", "docs")))
-    return rows
+    mean = work / f"{moe.name}_mean"
+    routed = {"merge_method": "router_calibration", "base_model": mean.name, "models": names,
+              "calibration": {"samples": 64, "length": SEQ}}
+    for out, recipe in ((mean, half), (work / f"{mean.name}_routed", routed)):
+        if not out.exists():
+            path = work / f"{out.name}.recipe.yaml"
+            path.write_text(yaml.safe_dump(recipe))
+            merge(path, out)
+    return {name: statistics.mean(loss(work, folder, data=data) for data in ("code", "docs"))
+            for name, folder in (("before tuning", moe), ("tuned on code", tuned["code"]),
+                                 ("tuned on docs", tuned["docs"]), ("mean", mean),
+                                 ("mean, routers calibrated", work / f"{mean.name}_routed"))}
 
 
-def main(work: Path, seeds: Sequence[int] = (0, 1)) -> None:
+SECTIONS = {"Half the experts (4 of 8 a layer on average)": pruning, "MoLAE, groups of 4": molae,
+            "Elastic MoE: trained further, pool 6, probability 0.5": elastic,
+            "DIVE: 2 experts of half the channels, one per token": dive,
+            "Two mixtures tuned apart, merged": routers}
+CLAIMS = (("m_smoe, router_logits", f"random groups, mean of {DRAWS}"),
+          ("m_smoe, router_logits", "m_smoe without alignment"),
+          (f"router_logits, {TUNING} steps of training", f"random0, {TUNING} steps of training"),
+          ("elastic, 6 experts a token", "plain, 6 experts a token"),
+          ("elastic, 2 experts a token", "plain, 2 experts a token"),
+          ("dive", "random channels"), ("dive, all trained", "random channels, all trained"),
+          ("dive", "texts split at random"), ("dive, all trained", "texts split at random, all trained"),
+          ("mean, routers calibrated", "mean"))
+
+
+def run(work: Path, seeds: Sequence[int]) -> None:
+    """Make and measure what ``WORK/results.json`` lacks, every section on all seeds before the next."""
+    file = work / "results.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    for title, section in SECTIONS.items():
+        found, kind = results.setdefault(title, {}), "dense" if section is dive else "moe"
+        for seed in [seed for seed in seeds if str(seed) not in found]:
+            model = train(work, start(work, kind), work / f"{kind}{seed}", STEPS, seed=seed, weights=False)
+            found[str(seed)] = section(work, model, seed)
+            file.write_text(json.dumps(results, indent=1))
+            print(f"seed {seed}, {title}", flush=True)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard error."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):8.4f} +- {error:.4f}"
+
+
+def table(work: Path) -> None:
+    """Rows of every section, and which differences are beyond two standard errors."""
+    results = {title: seeds for title, seeds in json.loads((work / "results.json").read_text()).items() if seeds}
+    every: dict[str, dict[str, float]] = {}
+    for title, seeds in results.items():
+        print(f"{title}: {len(seeds)} seeds")
+        for name in next(iter(seeds.values())):
+            every[name] = {seed: rows[name] for seed, rows in seeds.items()}
+            print(f"  {name:46s} {spread(list(every[name].values()))}")
+        print()
+    print("Differences, seed by seed")
+    for better, worse in CLAIMS:
+        if better in every and worse in every:
+            apart = [every[worse][seed] - value for seed, value in every[better].items()]
+            error = statistics.stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else float("inf")
+            mean = statistics.mean(apart)
+            verdict = "holds" if mean > 2 * error else "is the other way round" if mean < -2 * error else "is not shown"
+            print(f"  {better} below {worse}: {spread(apart).strip()}, {verdict}")
+
+
+def main() -> None:
+    step, work = sys.argv[1], Path(sys.argv[2]).resolve()
+    if step == "table":
+        table(work)
+        return
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     texts(work)
-    for seed in seeds:
-        moe = train(work, start(work, "moe"), work / f"moe{seed}", STEPS, seed=seed, weights=False)
-        dense = train(work, start(work, "dense"), work / f"dense{seed}", STEPS, seed=seed, weights=False)
-        for title, rows in (("Half the experts", pruning(work, moe, seed)), ("MoLAE", molae(work, moe, seed)),
-                            ("Elastic MoE", elastic(work, moe, seed)), ("DIVE", dive(work, dense, seed)),
-                            ("Merged mixtures", routers(work, moe, seed))):
-            print(f"{title}, seed {seed}: held-out loss in nats per byte\n  " + "\n  ".join(rows) + "\n", flush=True)
+    run(work, [int(item) for item in sys.argv[3:]] or range(5))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve(), [int(item) for item in sys.argv[2:]] or (0, 1))
+    main()

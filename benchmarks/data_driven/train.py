@@ -1,9 +1,10 @@
-"""Byte-level language models of 1.3 M parameters, trained by the product: a base, and an expert for each kind of text.
+"""Byte-level language models of 0.9 M parameters, trained by the product: a base, and an expert for each kind of text.
 
     python benchmarks/data_driven/train.py WORK SEED
 
-The base learns prose and a little of everything; every expert continues from it on one kind. What is there already is
-not trained again. WORK/SEED/NAME are Hugging Face folders with a tokenizer of single bytes.
+The base (WORK/base, one for all seeds) learns prose and a little of everything; every expert (WORK/SEED/KIND) continues
+from it on one kind, in an order that follows from its seed. What is there already is not trained again. The folders are
+Hugging Face's, with a tokenizer of single bytes.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ import mipipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_driven import texts
+from data_driven.methods import EXPERTS
 
-EXPERTS = ("code", "german", "russian", "logs", "numbers")
-CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 256, "hidden_size": 160,
-          "intermediate_size": 432, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 256, "hidden_size": 128,
+          "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
           "max_position_embeddings": 256, "tie_word_embeddings": False, "rms_norm_eps": 1e-5, "use_cache": False}
 LENGTH, ROWS = 128, 16
-BASE, TUNED = (260, 2.5e-3), (110, 1.5e-3)
+BASE, TUNED = (900, 3e-3), (60, 2.5e-4)
 """Steps and learning rate of the base and of an expert."""
-SHARE = 60_000
+SHARE = 150_000
 """Bytes of every expert's kind that the base sees beside its prose."""
 
 
@@ -41,7 +42,8 @@ def corpora(work: Path) -> Path:
         for part in ("validation", "test"):
             (folder / name / f"{part}.txt").write_bytes(parts[part])
     (folder / "base" / "train").mkdir(parents=True, exist_ok=True)
-    mixed = b"".join((folder / name / "train" / "text.txt").read_bytes()[:SHARE] for name in EXPERTS)
+    mixed = b"".join((folder / name / "train" / "text.txt").read_bytes()[:SHARE].decode(errors="ignore").encode()
+                     for name in EXPERTS)
     (folder / "base" / "train" / "text.txt").write_bytes((folder / "prose/train/text.txt").read_bytes() + mixed)
     (folder / "done").touch()
     return folder
@@ -60,28 +62,33 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
+def folder_of(work: Path, seed: int, name: str) -> Path:
+    return work / "base" if name == "base" else work / str(seed) / name
+
+
 def train(work: Path, seed: int) -> None:
-    """Train what is missing of one seed's six models."""
-    folder, data = work / str(seed), corpora(work)
-    model = work / "model"
+    """Train what is missing of the base and of one seed's five experts."""
+    data, model = corpora(work), work / "model"
+    missing = [name for name in ("base", *EXPERTS) if not (folder_of(work, seed, name) / "tokenizer.json").exists()]
+    if not missing:
+        return
     model.mkdir(parents=True, exist_ok=True)
     (model / "config.json").write_text(json.dumps(CONFIG))
     graph = mipipe.capture(model, seq=LENGTH, batch=ROWS)
     cluster = mipipe.load_cluster(Path(__file__).resolve().parents[2] / "examples/cluster_1cpu.yaml")
     costs = mipipe.profile(graph)
     plan = mipipe.plan(graph, cluster, microbatches=1, costs=costs, time_limit_s=2).plan
-    for name, (steps, rate) in (("base", BASE), *((name, TUNED) for name in EXPERTS)):
-        if (folder / name / "tokenizer.json").exists():
-            continue
-        shutil.rmtree(folder / name, ignore_errors=True)
-        config = {"steps": steps, "seed": seed, "clip": 1.0, "save": {"folder": str(folder / name)},
+    for name in missing:
+        folder, (steps, rate) = folder_of(work, seed, name), BASE if name == "base" else TUNED
+        shutil.rmtree(folder, ignore_errors=True)
+        config = {"steps": steps, "seed": seed, "clip": 1.0, "save": {"folder": str(folder)},
                   "optimizer": {"name": "adamw", "lr": rate, "options": {"weight_decay": 0.01, "betas": [0.9, 0.98]}},
                   "schedule": {"name": "cosine", "warmup": 20, "minimum": 0.1},
                   "data": {"source": str(data / name / "train")}}
         if name != "base":
-            config["weights"] = str(folder / "base")
+            config["weights"] = str(work / "base")
         result = mipipe.train(plan, graph, config, device="cpu")
-        write_tokenizer(folder / name)
+        write_tokenizer(folder)
         print(f"seed {seed}, {name}: loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f}", flush=True)
 
 
