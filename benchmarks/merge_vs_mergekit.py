@@ -7,10 +7,13 @@
     python benchmarks/merge_vs_mergekit.py --scale 0.2b --ranks 1 2 --repeats 3    # our own ranks
 
 Synthetic Llama checkpoints (a base and two experts, base + noise) are written once. Each method runs in a fresh process
-with one thread, alternating between the two programs; the best of ``--repeats`` counts. Peak memory is the process's
-largest resident set minus that of a process that only imports torch, each measured by its own interpreter; mapped
-input files count in it, so the peak of anonymous memory alone (sampled 50 times a second) is compared too. Processor
-time is shown beside wall time: on a busy machine it is the steadier figure.
+with one thread, alternating between the two programs; the best of ``--repeats`` counts. Peak memory is the largest
+resident set of the process, or what it and its forks hold together (sampled, shared pages counted once), minus that of
+a process that only imports torch; mapped input files count in it, so the peak of anonymous memory alone is compared
+too. Processor time, forks included, is shown beside wall time: on a busy machine it is the steadier figure.
+
+Ours opens every result as transformers would, which mergekit does not, and remembers what it has opened: ``linear
+first`` is the first merge of an architecture, in a fork that imports transformers; all others are later ones.
 
 Differences of bfloat16 weights are coarse, so many of a tensor's magnitudes equal its k-th largest, and which of them a
 trimming method keeps is each program's choice: the first in row order here, whatever an unstable sort leaves there.
@@ -54,6 +57,7 @@ SCALES = {  # hidden, inner, layers, heads, key-value heads, vocabulary
     "1b": (2048, 5632, 20, 32, 8, 32000),
 }
 METHODS: dict[str, dict[str, Any]] = {
+    "linear first": {"weight": [0.6, 0.4]},
     "linear": {"weight": [0.6, 0.4]},
     "slerp": {"t": 0.4},
     "task_arithmetic": {"weight": [0.6, 0.4]},
@@ -145,19 +149,36 @@ def recipe(root: Path, name: str, dtype: str) -> dict[str, Any]:
 # Programs -------------------------------------------------------------------------------------------------------------
 
 WATCH = """
-import json, resource, runpy, sys, threading, time
+import contextlib, json, os, resource, runpy, sys, threading, time
 sys.argv = sys.argv[1:]
 
 def status(key):
     with open("/proc/self/status") as lines:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
+def forks(process):
+    try:
+        with open(f"/proc/{{process}}/task/{{process}}/children") as line:
+            found = line.read().split()
+    except OSError:
+        return []
+    return [pid for child in found for pid in (child, *forks(child))]
+
+def shares():
+    found = [0, 0]
+    for process in (os.getpid(), *forks(os.getpid())):
+        with contextlib.suppress(OSError), open(f"/proc/{{process}}/smaps_rollup") as lines:
+            sizes = {{line.split()[0]: 1024 * int(line.split()[1]) for line in lines if line.startswith("Pss")}}
+            found = [found[0] + sizes["Pss:"], found[1] + sizes["Pss_Anon:"]]
+    return found
+
 def sample():
     while True:
-        anonymous[0] = max(anonymous[0], status("RssAnon"))
+        now = shares() if forks(os.getpid()) else [0, status("RssAnon")]
+        peaks[:] = map(max, peaks, now)
         time.sleep(0.02)
 
-anonymous = [0]
+peaks = [0, 0]
 threading.Thread(target=sample, daemon=True).start()
 try:
     {body}
@@ -166,7 +187,7 @@ except SystemExit as ended:
         raise
 finally:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    found = {{"peak": status("VmHWM"), "anonymous": max(anonymous[0], status("RssAnon")),
+    found = {{"peak": max(peaks[0], status("VmHWM")), "anonymous": max(peaks[1], status("RssAnon")),
               "cpu": sum(item.ru_utime + item.ru_stime for item in used)}}
     sys.stderr.write("\\nMEASURED " + json.dumps(found) + "\\n")
 """
@@ -175,9 +196,12 @@ finally:
 ``VmHWM`` begins anew with the program; ``ru_maxrss`` would include what this process was when it forked."""
 
 
-def measured(python: Path, body: str, arguments: list[str]) -> dict[str, float]:
-    """Seconds of wall and of processor time (of the whole process) and peak bytes, resident and anonymous."""
+def measured(python: Path, body: str, arguments: list[str], cache: Path | None = None) -> dict[str, float]:
+    """Seconds of wall and of processor time (forks included) and peak bytes, resident and anonymous."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else neither program's modules are compiled but once
+    if cache is not None:
+        environment["XDG_CACHE_HOME"] = str(cache)
     began = time.perf_counter()
     done = subprocess.run([str(python), "-c", WATCH.format(body=body), *arguments], capture_output=True, text=True,
                           env=environment, check=False)
@@ -198,10 +222,14 @@ def install(environment: Path) -> Path:
     return python
 
 
-def run_mipipe(file: Path, out: Path, ranks: int = 1) -> dict[str, float]:
-    """``mipipe merge``; of several ranks only the seconds are measured, memory is the first process's."""
+def run_mipipe(file: Path, out: Path, name: str, ranks: int = 1) -> dict[str, float]:
+    """``mipipe merge``, with a cache of its own, which is empty for the first merge of an architecture."""
+    cache = file.parent / "cache"
+    if name.endswith(" first"):
+        shutil.rmtree(cache, ignore_errors=True)
     body = "runpy.run_module('mipipe.cli.main', run_name='__main__')"
-    return measured(Path(sys.executable), body, ["mipipe", "merge", str(file), "-o", str(out), "--ranks", str(ranks)])
+    arguments = ["mipipe", "merge", str(file), "-o", str(out), "--ranks", str(ranks)]
+    return measured(Path(sys.executable), body, arguments, cache)
 
 
 def compare_ranks(root: Path, names: list[str], dtype: str, repeats: int, counts: list[int]) -> None:
@@ -215,7 +243,7 @@ def compare_ranks(root: Path, names: list[str], dtype: str, repeats: int, counts
                 out, file = root / "out-mipipe", root / "recipe.yaml"
                 shutil.rmtree(out, ignore_errors=True)
                 file.write_text(yaml.safe_dump(recipe(root, name, dtype)))
-                run = run_mipipe(file, out, count)
+                run = run_mipipe(file, out, name, count)
                 seen = best.setdefault(count, run)
                 best[count] = {key: min(seen[key], value) for key, value in run.items()}
         ratios = [best[counts[-1]][key] / best[counts[0]][key] for key in ("seconds", "cpu")]
@@ -319,7 +347,7 @@ def main() -> None:
                 shutil.rmtree(out, ignore_errors=True)
                 file = root / "recipe.yaml"
                 file.write_text(yaml.safe_dump(recipe(root, name, arguments.dtype)))
-                run = run_mipipe(file, out) if program == "mipipe" else run_mergekit(python, file, out)
+                run = run_mipipe(file, out, name) if program == "mipipe" else run_mergekit(python, file, out)
                 run["memory"] = run["peak"] - bare[program]["peak"]
                 run["anonymous"] -= bare[program]["anonymous"]
                 seen = best.setdefault(program, run)

@@ -188,28 +188,32 @@ def _dry_run(plans: list[MergePlan], timeline: str | None, json_output: bool, ve
              planning_ns: int = 0) -> None:
     """Show what merges would do, by simulating their programs."""
     from mipipe.graphs.serialize import save
-    from mipipe.planner.merging.costs import start_ns
+    from mipipe.planner.merging.costs import start_ns, verify_ns
     from mipipe.planner.merging.lower import lower_merge
     from mipipe.planner.merging.simulate import simulate_merge
+    from mipipe.runtime.merge.output.opened import key_of_graph, was_opened
 
     simulated = [(plan, simulate_merge(plan, lower_merge(plan))) for plan in plans]
     if timeline is not None:
         save(simulated[-1][1], timeline)
     for note in dict.fromkeys(note for plan in plans for note in plan.graph.notes):
         _note(note)
-    start = start_ns(plans[-1].rates, verify, len(plans[-1].loads)) + planning_ns
-    total = start + sum(shown.makespan_ns for _, shown in simulated)
+    rates, ranks = plans[-1].rates, len(plans[-1].loads)
+    merging = sum(shown.makespan_ns for _, shown in simulated)
+    start = start_ns(rates, ranks) + planning_ns
+    if verify and not all(was_opened(key_of_graph(plan.graph)) for plan in plans):
+        start += verify_ns(rates, merging, ranks)
+    total = start + merging
     if json_output:
         emit({"recipes": [_facts(*item) for item in simulated], "start_ns": start, "total_ns": total})
         return
     for item in simulated:
         _show(*item)
-    rates = plans[-1].rates
     stdout().print(f"estimated time {format_ns(total)}, {format_ns(start)} of it to start{' and verify' * verify}, by"
                    f" simulation at rates measured now (read {format_bytes(round(rates.read))}/s, write"
                    f" {format_bytes(round(rates.write))}/s)", soft_wrap=True)
-    if len(plans[-1].loads) > 1:
-        _say_whether_ranks_pay(plans, total - start)
+    if ranks > 1:
+        _say_whether_ranks_pay(plans, merging)
 
 
 def _say_whether_ranks_pay(plans: list[MergePlan], merging_ns: int) -> None:
@@ -223,7 +227,7 @@ def _say_whether_ranks_pay(plans: list[MergePlan], merging_ns: int) -> None:
     for plan in plans:
         single = plan_merge(plan.graph, 1, plan.rates)
         alone += simulate_merge(single, lower_merge(single)).makespan_ns
-    several = merging_ns + start_ns(plans[-1].rates, False, ranks) - start_ns(plans[-1].rates, False)
+    several = merging_ns + start_ns(plans[-1].rates, ranks) - start_ns(plans[-1].rates)
     if several > 0.9 * alone:
         stdout().print(f"{ranks} ranks do not pay: one would merge in {format_ns(alone)}, they in {format_ns(several)}",
                        soft_wrap=True)

@@ -72,33 +72,33 @@ CALIBRATED: tuple[MethodSpec, ...] = (
                           high=1.0),
         Parameter("ridge", 1e-6, "pull to the average, as a multiple of the mean diagonal", low=0.0, above=True)),
         Base.UNUSED, 1, whole=True, oriented=True, classes=_MAPS, needs=_gram,
-        apply="calibrated.regmean", elsewhere="calibrated.plain_average"),
+        apply="closed_forms.regmean", elsewhere="closed_forms.plain_average"),
     MethodSpec("pleas", "PLeaS: Merging Models with Permutations and Least Squares", "2407.02447", (
         _SHARE, Parameter("matching", "activations", "how the second model's units are matched with the first's", str,
                           choices=("activations", "weights")),
         Parameter("least_squares", True, "solve for outputs on samples; false: average", bool),
         Parameter("ridge", 1e-6, "pull to the average, as a multiple of the mean diagonal", low=0.0, above=True)),
         Base.UNUSED, 2, 2, whole=True, classes=_MAPS, needs=_joint,
-        apply="calibrated.pleas", elsewhere="calibrated.plain_average"),
+        apply="closed_forms.pleas", elsewhere="closed_forms.plain_average"),
     MethodSpec("fisher", "Merging Models with Fisher-Weighted Averaging", "2111.09832", (
         _SHARE, Parameter("floor", 1e-10, "smallest Fisher information that counts", low=0.0, above=True)), Base.UNUSED,
-        apply="calibrated.fisher", needs=_fisher),
+        apply="closed_forms.fisher", needs=_fisher),
     MethodSpec("aim", "Activation-Informed Merging of Large Language Models", "2502.02421", (
         *_HOST, Parameter("omega", 0.4, "share of the change kept at the most salient input", low=0.0, high=1.0)),
         whole=True, oriented=True, needs=_saliency,
-        apply="calibrated.aim", measure="calibrated.aim_rounds", rounds=_host_rounds),
+        apply="informed.aim", measure="informed.aim_rounds", rounds=_host_rounds),
     MethodSpec("acm", "Activation-Guided Consensus Merging for Large Language Models", "2505.14009", (
         *_HOST, Parameter("t", 1.0, "how fast the coefficient falls with the information", low=0.0, above=True),
         Parameter("scale", 2.0, "the coefficient without any information is half of it", low=0.0, above=True),
         Parameter("normalise_information", True, "divide an expert's information by its largest", bool)),
-        needs=_moments, apply="calibrated.acm", measure="calibrated.acm_rounds", rounds=_host_rounds),
+        needs=_moments, apply="informed.acm", measure="informed.acm_rounds", rounds=_host_rounds),
     MethodSpec("sens", "Sens-Merging: Sensitivity-Guided Parameter Balancing", "2502.12420", (
         Parameter("weight", 1.0, "factor of each model's task vector", per_model=True),
         Parameter("lambda", 1.0, "factor of the merged task vector"),
         Parameter("normalize", False, "divide by the sum of weights", bool),
         Parameter("alpha", 0.7, "the coefficient of an average layer"),
         Parameter("temperature", 2.0, "of the softmax over experts", low=0.0, above=True)),
-        apply="calibrated.sens", needs=_sensitivity),
+        apply="informed.sens", needs=_sensitivity),
     MethodSpec("expert_merging", "Expert Merging: Unsupervised Expert Alignment and Importance-Guided Layer Chunking",
                "2509.25712", (
         Parameter("learning_rate", 0.5, "of AdamW", low=0.0, above=True),
@@ -113,19 +113,19 @@ CALIBRATED: tuple[MethodSpec, ...] = (
                   low=0.0),
         Parameter("kappa", 1.0, "how much more important tensors get", low=0.0),
         Parameter("coefficients", None, "learned by the merge", list, optional=True)),
-        whole=True, learned=True, apply="calibrated.expert_merging"),
+        whole=True, learned=True, apply="directed.expert_merging"),
     MethodSpec("arm", "Merging Beyond: Streaming LLM Updates via Activation-Guided Rotations", "2602.03237", (
         Parameter("eta", 0.7, "step towards the checkpoint"),
         Parameter("energy", 0.99, "share of the squared singular values that is turned", low=0.0, high=1.0,
                   above=True)),
-        max_models=2, whole=True, oriented=True, needs=_cross, apply="calibrated.arm"),
+        max_models=2, whole=True, oriented=True, needs=_cross, apply="directed.arm"),
     MethodSpec("router_calibration", "Routers of merged mixtures of experts, calibrated in closed form", "2606.03391", (
         Parameter("weight", 1.0, "how much each model's routing counts", per_model=True, low=0.0, above=True),
         Parameter("ridge", 1e-4, "pull to the merged router, as a multiple of the mean curvature", low=0.0, above=True),
         Parameter("hessian", True, "weigh logits by what they change in the shares of experts", bool)),
-        whole=True, needs=_routing, apply="calibrated.router_calibration"),
+        whole=True, needs=_routing, apply="closed_forms.router_calibration"),
     MethodSpec("rcp", "RCP-Merging: Merging Long Chain-of-Thought Models with Domain-Specific Models", "2508.03140", (
         Parameter("strength", 1000.0, "weight of the prior that keeps reasoning", low=0.0),),
         min_models=2, max_models=2,
-        apply="calibrated.rcp", needs=_votes),
+        apply="directed.rcp", needs=_votes),
 )

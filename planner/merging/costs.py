@@ -184,18 +184,25 @@ def loop_seconds(samples: Sequence[tuple[float, float]]) -> float:
 
 
 START_LOOPS, VERIFY_LOOPS, FORK_LOOPS = 215, 340, 5
-"""What it takes to start the command and import torch, to verify the result with transformers, and to start a rank, in
-loops."""
+"""What it takes to start the command and import torch, to import transformers (which verifies the result), and to start
+a rank, in loops."""
 STEP_LOOPS = {ActionKind.LOAD: 0.012, ActionKind.MEASURE: 0.04, ActionKind.COMBINE: 0.012, ActionKind.SAVE: 0.006}
 """What an instruction takes however small its tensor is."""
 COUNT_LOOPS = 0.12
 """The same for a round of counting magnitudes, whose histograms do not depend on the size."""
 
 
-def start_ns(rates: MergeRates, verify: bool, num_ranks: int = 1) -> int:
-    """Nanoseconds of a merge's command beside the merge itself."""
-    loops = START_LOOPS + VERIFY_LOOPS * verify + FORK_LOOPS * (num_ranks if num_ranks > 1 else 0)
+def start_ns(rates: MergeRates, num_ranks: int = 1) -> int:
+    """Nanoseconds of a merge's command before the merge itself."""
+    loops = START_LOOPS + FORK_LOOPS * (num_ranks if num_ranks > 1 else 0)
     return round(loops * rates.loop_s * 1e9)
+
+
+def verify_ns(rates: MergeRates, merging_ns: int, num_ranks: int = 1) -> int:
+    """Nanoseconds that are waited for the verification after a merge: transformers is imported while it runs, beside
+    it where a processor is free, in turns with its ranks where none is."""
+    work = round(VERIFY_LOOPS * rates.loop_s * 1e9)
+    return max(0, work - merging_ns) if rates.cores > num_ranks else work
 
 
 def step_overhead(unit: MergeUnit, kind: ActionKind, rates: MergeRates) -> float:

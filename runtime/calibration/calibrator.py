@@ -1,73 +1,27 @@
-"""Runs a rank's calibration streams, a layer at a time, and leaves what was measured in files.
+"""Runs a rank's calibration streams, a layer at a time, and leaves what was measured in files
+(`mipipe.runtime.calibration.files`).
 
-Under the merge's partial folder, ``calibration`` holds the samples (``samples-N.npz``), and for every stream a folder
-with the residual streams between layers (``states-MEMBER-LAYER``), gradients (``gradients-MEMBER-LAYER``), the
-statistics of each layer (``forward-LAYER.safetensors``, ``backward-LAYER.safetensors``) and a mark for each finished
-step. A run that was interrupted goes on after the last mark, on any ranks: a stream is run by one process, in one
+A run that was interrupted goes on after the last finished step, on any ranks: a stream is run by one process, in one
 order.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mipipe.graphs.calibration.streams import CalibrationPlan, ModelStream
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.runtime.calibration import gradients
 from mipipe.runtime.calibration.decoder import Decoder
-from mipipe.runtime.calibration.states import States
-from mipipe.runtime.calibration.statistics import FORWARD, Capture, Fields
+from mipipe.runtime.calibration.files import States, keep, samples_file, stream_folder
+from mipipe.runtime.calibration.members import RunningModel, linked, watching
+from mipipe.runtime.calibration.statistics import FORWARD, Capture
 from mipipe.runtime.calibration.tokens import Samples
-
-ROUTER = re.compile(r"(^|\.)(gate|router|wg|router\.layer)$")
-"""Paths inside a layer of what sends tokens to experts (a dense MLP's gate is called gate_proj)."""
-FOLDER = "calibration"
-"""The folder inside a merge's partial folder."""
-
-
-def samples_file(folder: Path, calibration: CalibrationPlan, data: str) -> Path:
-    """Where the samples of a data source are."""
-    return folder / FOLDER / f"samples-{calibration.sources.index(data)}.npz"
-
-
-def stream_folder(folder: Path, index: int) -> Path:
-    """Where a stream's files are."""
-    return folder / FOLDER / f"stream-{index}"
-
-
-@dataclass
-class _Member:
-    """A model of the running stream with its samples ``[first, stop)``."""
-
-    decoder: Decoder
-    ids: Tensor
-    lengths: Tensor
-    first: int
-    stop: int
-    hidden: int = 0
-    states: dict[int, States] = field(default_factory=dict)
-
-    def rows(self, batch: int) -> Iterator[tuple[int, int]]:
-        """Batches as rows relative to the first."""
-        count = self.stop - self.first
-        yield from ((start, min(start + batch, count)) for start in range(0, count, batch))
-
-    def mask(self, start: int, stop: int) -> Tensor:
-        """Which tokens of rows are real."""
-        lengths = self.lengths[self.first + start:self.first + stop]
-        return torch.arange(self.ids.shape[1])[None] < lengths[:, None]
-
-    def tokens(self, start: int, stop: int) -> Tensor:
-        return self.ids[self.first + start:self.first + stop]
 
 
 class Calibrator:
@@ -77,7 +31,7 @@ class Calibrator:
                  dtype: torch.dtype) -> None:
         self._calibration, self._folder, self._open, self._dtype = calibration, folder, open_model, dtype
         self._running = -1
-        self._members: list[_Member] = []
+        self._members: list[RunningModel] = []
 
     def step(self, index: int, step: int) -> None:
         """Run a step of a stream, unless an earlier run did.
@@ -116,8 +70,8 @@ class Calibrator:
                 raise InputError(f"{decoder.label}: has {decoder.layers} layers, the merge"
                                  f" {self._calibration.num_layers}")
             first, stop = self._calibration.rows(stream, len(samples.ids))
-            self._members.append(_Member(decoder, torch.from_numpy(samples.ids).long(),
-                                         torch.from_numpy(samples.lengths), first, stop))
+            self._members.append(RunningModel(decoder, torch.from_numpy(samples.ids).long(),
+                                              torch.from_numpy(samples.lengths), first, stop))
 
     def _batch(self, stream: ModelStream) -> int:
         return 1 if stream.gradients else self._calibration.batch
@@ -151,7 +105,7 @@ class Calibrator:
         self._rest_of_rows(stream, folder)
         for member in self._members:
             member.decoder.drop_rest()
-        self._keep(folder / "forward-embedding.safetensors", stream.statistics, found)
+        keep(folder / "forward-embedding.safetensors", stream.statistics, found)
 
     def _rest_of_rows(self, stream: ModelStream, folder: Path) -> None:
         """Embed what later members have beyond the first one's samples (each may have its own data)."""
@@ -186,7 +140,7 @@ class Calibrator:
                 self._through(folder, number, layer, start, stop, False)
         for member in self._members:
             member.decoder.drop_layer(layer)
-        self._keep(folder / f"forward-{layer}.safetensors", stream.statistics, found)
+        keep(folder / f"forward-{layer}.safetensors", stream.statistics, found)
 
     def _through(self, folder: Path, number: int, layer: int, start: int, stop: int,
                  watch: bool) -> dict[str, Capture]:
@@ -195,12 +149,12 @@ class Calibrator:
         states = self._states(folder, "states", number, layer).read(start, stop)
         seen: dict[str, Capture] = {}
         mask = member.mask(start, stop)
-        with _watching(member.decoder, layer, mask, seen) if watch else _nothing():
+        with watching(member.decoder, layer, mask, seen) if watch else contextlib.nullcontext():
             out = member.decoder.forward(layer, states)
         if not bool(torch.isfinite(out[mask].sum())):
             raise RunError(f"{member.decoder.label}: layer {layer} gives values that are not finite numbers")
         self._states(folder, "states", number, layer + 1).write(start, out)
-        return _linked(seen)
+        return linked(seen)
 
     def _head(self, stream: ModelStream, folder: Path) -> None:
         """The statistics of what goes into the head."""
@@ -219,7 +173,7 @@ class Calibrator:
                     statistic.add(seen)
         for member in self._members:
             member.decoder.drop_rest()
-        self._keep(folder / "forward-head.safetensors", stream.statistics, found)
+        keep(folder / "forward-head.safetensors", stream.statistics, found)
 
     def _loss(self, stream: ModelStream, folder: Path) -> None:
         """The gradients of the loss on the last states, and the statistics of norm and head."""
@@ -242,7 +196,7 @@ class Calibrator:
                 self._take(found, number, values[number])
         for member in self._members:
             member.decoder.drop_rest()
-        self._keep(folder / "backward-rest.safetensors", stream.statistics, found)
+        keep(folder / "backward-rest.safetensors", stream.statistics, found)
 
     def _backward(self, stream: ModelStream, folder: Path, layer: int) -> None:
         self._record(stream)
@@ -262,7 +216,7 @@ class Calibrator:
                 self._take(found, number, values[number])
         for member in self._members:
             member.decoder.drop_layer(layer)
-        self._keep(folder / f"backward-{layer}.safetensors", stream.statistics, found)
+        keep(folder / f"backward-{layer}.safetensors", stream.statistics, found)
 
     @staticmethod
     def _take(found: Sequence[gradients.GradientStatistic], number: int, values: Mapping[str, nn.Parameter]) -> None:
@@ -272,19 +226,6 @@ class Calibrator:
             statistic.add(number, sample)
         for value in values.values():
             value.grad = None
-
-    @staticmethod
-    def _keep(file: Path, names: Sequence[str], found: Sequence[Any]) -> None:
-        tensors: dict[str, Tensor] = {}
-        for statistic, made in zip(names, found, strict=bool(found)) if found else ():
-            fields: Fields = made.result()
-            tensors |= {f"{name}|{statistic}|{item}": value.contiguous() for (name, item), value in fields.items()}
-        if tensors:
-            try:
-                save_file(tensors, file.with_suffix(".partial"))
-                file.with_suffix(".partial").rename(file)
-            except OSError as error:
-                raise RunError(f"{file}: cannot be written: {error.strerror}") from None
 
     def _forget(self, stream: ModelStream, folder: Path, step: int) -> None:
         """Remove states that no later step reads."""
@@ -313,53 +254,3 @@ def _parameters(decoder: Decoder, prefix: str) -> dict[str, nn.Parameter]:
 
 def _plain(values: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in values.items()}
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def _watching(decoder: Decoder, layer: int, mask: Tensor, seen: dict[str, Capture]) -> Iterator[None]:
-    """Note what modules with a weight of their own see while a layer runs, in the order in which they run."""
-    hooks = []
-    inputs: dict[int, str] = {}
-    kept: list[Any] = []  # inputs stay alive, so that no two have the same id
-
-    def note(name: str, linear: bool, router: bool) -> Any:
-        def hook(_module: nn.Module, given: tuple[Any, ...], out: Any) -> None:
-            if not given or not isinstance(given[0], Tensor):
-                return
-            if router and given[0].dim() == 2 and len(given[0]) == mask.numel():  # routers see tokens, not samples
-                rows = given[0][mask.flatten()]
-                seen[name] = Capture(name, rows, rows @ _module.weight.T, True, name, "", True)  # type: ignore[operator]
-            elif given[0].shape[:2] == mask.shape and isinstance(out, Tensor):
-                kept.append(given[0])
-                shared = inputs.setdefault(id(given[0]), name) if linear else name
-                seen[name] = Capture(name, given[0][mask], out[mask], linear, shared, "", router)
-        return hook
-
-    prefix = decoder.prefix(layer)
-    for path, module in decoder.model.get_submodule(prefix[:-1]).named_modules():
-        name = decoder.stored(f"{prefix}{path}.weight") if path and "weight" in module._parameters else None
-        if name is not None:
-            linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-            router = ROUTER.search(path) is not None and module._parameters["weight"].dim() == 2
-            hooks.append(module.register_forward_hook(note(name, linear, router)))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _linked(seen: dict[str, Capture]) -> dict[str, Capture]:
-    """The captures with, for each module that is no linear map, the next one that is."""
-    found: dict[str, Capture] = {}
-    after = ""
-    for name, capture in reversed(list(seen.items())):
-        after = name if capture.linear else after
-        found[name] = Capture(name, capture.inputs, capture.outputs, capture.linear, capture.shared,
-                              "" if capture.linear else after, capture.router)
-    return dict(reversed(list(found.items())))

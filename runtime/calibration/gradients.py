@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mipipe.runtime.calibration.statistics import Fields
+from mipipe.runtime.calibration.statistics import Fields, Sums
 
 Gradients = Mapping[str, tuple[Tensor, Tensor]]
 """Of one sample, by parameter: its gradient and its value."""
@@ -31,25 +31,15 @@ class GradientStatistic(Protocol):
         """The sums."""
 
 
-class _Base(GradientStatistic):
+class _Base(Sums, GradientStatistic):
     def __init__(self, _values: Sequence[Mapping[str, Tensor]]) -> None:
-        self.found: Fields = {}
+        super().__init__()
 
     def add(self, member: int, sample: Gradients) -> None:
         """Take a sample."""
 
-    def put(self, name: str, field: str, value: Tensor) -> None:
-        key = name, field
-        if key in self.found:
-            self.found[key] += value
-        else:
-            self.found[key] = value.clone()
-
     def count(self, name: str) -> None:
         self.put(name, "count", torch.ones(1, dtype=torch.float64))
-
-    def result(self) -> Fields:
-        return self.found
 
 
 class Fisher(_Base):

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mipipe.graphs.calibration.streams import CalibrationPlan
-from mipipe.runtime.calibration.calibrator import stream_folder
+from mipipe.runtime.calibration.files import stream_folder
 from mipipe.runtime.calibration.gradients import ENTRYWISE
 from mipipe.runtime.calibration.statistics import AS
 

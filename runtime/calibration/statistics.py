@@ -55,7 +55,7 @@ class Statistic(Protocol):
         """The sums."""
 
 
-class _Sums:
+class Sums:
     """Sums of tensors by parameter and field."""
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ def _count(tokens: Tensor) -> Tensor:
     return torch.tensor([float(len(tokens))], dtype=torch.float64)
 
 
-class MeanAbs(_Sums):
+class MeanAbs(Sums):
     """``sum |x_j|`` of the inputs of every linear map."""
 
     def add(self, captures: Sequence[Mapping[str, Capture]]) -> None:
@@ -91,7 +91,7 @@ class MeanAbs(_Sums):
                 self.put(name, "count", _count(seen.inputs))
 
 
-class Gram(_Sums):
+class Gram(Sums):
     """``sum x x^T`` of the inputs of every linear map; maps with the same inputs share one."""
 
     def add(self, captures: Sequence[Mapping[str, Capture]]) -> None:
@@ -102,7 +102,7 @@ class Gram(_Sums):
                 self.share(seen)
 
 
-class OutputMoments(_Sums):
+class OutputMoments(Sums):
     """First and second moments, feature by feature, of two members' outputs."""
 
     def add(self, captures: Sequence[Mapping[str, Capture]]) -> None:
@@ -117,7 +117,7 @@ class OutputMoments(_Sums):
             self.put(name, "count", _count(one))
 
 
-class Cross(_Sums):
+class Cross(Sums):
     """Products of two members' inputs with themselves and each other."""
 
     def add(self, captures: Sequence[Mapping[str, Capture]]) -> None:
@@ -132,7 +132,7 @@ class Cross(_Sums):
                 self.share(seen)
 
 
-class JointMoments(_Sums):
+class JointMoments(Sums):
     """The second moment of two members' inputs side by side, and the sum of each; of linear maps."""
 
     def add(self, captures: Sequence[Mapping[str, Capture]]) -> None:
@@ -146,7 +146,7 @@ class JointMoments(_Sums):
                 self.share(seen)
 
 
-class RouterStatistics(_Sums):
+class RouterStatistics(Sums):
     """What a router of the first member sees, what the second member's router says of the same tokens, and how much
     that matters: the mean Hessian ``diag(p) - p p^T`` of its softmax."""
 

@@ -64,6 +64,7 @@ def draw_samples(source: str, tokenizer_folder: str, samples: int, length: int, 
         if source not in allowed:
             raise InputError(f"{where}: data: a recipe calls no code; name the loader on the command line too (--loader"
                              f" {source})")
+        # runs code of the person who merges: named by --loader or MergeOptions, not by the recipe alone
         rows = _of_items(import_named(source)(), tokenizer_folder, f"{where}: {source}", samples)
     elif not Path(source).is_file():
         raise InputError(f"{where}: data: {source}: no such file; expected a text or JSONL file, or"

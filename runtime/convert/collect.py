@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.models.configuration import first_line
 from mipipe.runtime.calibration.decoder import Decoder
-from mipipe.runtime.calibration.states import States
+from mipipe.runtime.calibration.files import States
 from mipipe.runtime.calibration.tokens import Samples
 from mipipe.runtime.convert.source import Source
 from mipipe.runtime.merge.programs.router import quiet_transformers

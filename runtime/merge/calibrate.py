@@ -20,8 +20,9 @@ from mipipe.graphs.merging.participants import TOKEN_TABLES
 from mipipe.graphs.merging.tensor_classes import TableRows
 from mipipe.graphs.serialize import digest, from_data
 from mipipe.planner.merging.plan import MergePlan
-from mipipe.runtime.calibration.calibrator import FOLDER, Calibrator, samples_file
+from mipipe.runtime.calibration.calibrator import Calibrator
 from mipipe.runtime.calibration.decoder import Decoder
+from mipipe.runtime.calibration.files import FOLDER, samples_file
 from mipipe.runtime.calibration.results import Results
 from mipipe.runtime.calibration.tokens import Samples, draw_samples
 from mipipe.runtime.merge.exchange import MergeRanks

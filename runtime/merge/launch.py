@@ -43,7 +43,6 @@ from mipipe.runtime.merge.programs.router import make_router
 from mipipe.runtime.merge.programs.transplant import transplant, wants_transplant
 from mipipe.runtime.merge.pytorch_files import convert_pickled
 from mipipe.runtime.train.launching.failures import explain_failure
-from mipipe.runtime.train.launching.launch import run_watched
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +263,8 @@ def run_plan(plan: MergePlan, out: Path, options: MergeOptions,
         run_forked(lambda ranks: worker.work(plan, out, ranks, device, ranks.tell, options.timeline),
                    options.num_ranks, advance)
         return
+    from mipipe.runtime.train.launching.launch import run_watched  # it imports all of training
+
     with tempfile.TemporaryDirectory(prefix="mipipe-merge-") as reports:
         log = Path(reports) / "torchrun.log"
         code = run_watched(merge_command(out, options, reports), log, None)

@@ -24,6 +24,7 @@ from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.execute import RankReport, merge_timeline, run_rank
 from mipipe.runtime.merge.forked import can_fork, run_forked
 from mipipe.runtime.merge.output.card import RECORD, write_companions
+from mipipe.runtime.merge.output.opened import key_of_graph, was_opened
 from mipipe.runtime.merge.output.verifier import Verifier
 from mipipe.runtime.merge.output.verify import MARK
 from mipipe.runtime.merge.parts import describe_parts
@@ -55,7 +56,7 @@ def work(plan: MergePlan, out: Path, exchange: MergeRanks, device: torch.device,
         return _work(plan, out, exchange, device, progress, timeline, None)
     named = plan.graph.config.get("architectures")
     architecture = str(named[0]) if isinstance(named, list) and named else ""
-    imports = bool(architecture) and "transformers" not in sys.modules
+    imports = bool(architecture) and "transformers" not in sys.modules and not was_opened(key_of_graph(plan.graph))
     with Verifier(architecture, imports and can_fork() and device.type == "cpu") as verifier:
         return _work(plan, out, exchange, device, progress, timeline, verifier)
 

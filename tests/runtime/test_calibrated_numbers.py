@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 import mipipe
 from mipipe.runtime.calibration.gradients import RcpVotes
 from mipipe.runtime.calibration.results import information
-from mipipe.runtime.merge.methods.calibrated import acm_coefficient, rcp, regmean, rotation, softmax
+from mipipe.runtime.merge.methods.closed_forms import regmean
+from mipipe.runtime.merge.methods.directed import rcp, rotation
+from mipipe.runtime.merge.methods.informed import acm_coefficient, softmax
 from mipipe.runtime.merge.methods.method import Tile
 
 
@@ -75,7 +77,7 @@ def test_a_rotation_is_found_again_and_equal_inputs_turn_nothing():
 
 def test_streaming_towards_one_checkpoint():
     """``1 - (1 - eta)^3`` of the way after three steps without rotation."""
-    from mipipe.runtime.merge.methods.calibrated import arm
+    from mipipe.runtime.merge.methods.directed import arm
     theta, phi = torch.zeros(2, 2, dtype=torch.float64), torch.ones(2, 2, dtype=torch.float64)
     for _ in range(3):
         theta = arm(Tile(theta, (phi,), measured=Given({})), None, eta=0.3, energy=1.0)

@@ -20,7 +20,7 @@ from mipipe.planner.merging.lower import lower_merge
 from mipipe.planner.merging.plan import plan_recipe
 from mipipe.planner.merging.simulate import simulate_merge
 from mipipe.planner.timeline import Timeline
-from mipipe.runtime.calibration import calibrator
+from mipipe.runtime.calibration import calibrator, files
 from mipipe.runtime.merge.calibrate import open_decoder, with_samples
 from mipipe.runtime.merge.calibrate import write_samples as write_samples_of
 from mipipe.runtime.merge.launch import MergeOptions
@@ -77,7 +77,7 @@ def test_ranks_do_not_show(place, tmp_path, method):
     in_threads(plan, tmp_path / "two")
     assert all(plan.streams)
     assert merged(data, tmp_path / "one") == (tmp_path / "two/model.safetensors").read_bytes()
-    assert not (tmp_path / "one" / calibrator.FOLDER).exists()
+    assert not (tmp_path / "one" / files.FOLDER).exists()
 
 
 def test_an_interrupted_calibration_goes_on(place, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import mipipe
 from mipipe.graphs.errors import InputError
-from mipipe.runtime.merge.methods.calibrated import chunk_bounds, merged_tensor
+from mipipe.runtime.merge.methods.directed import chunk_bounds, merged_tensor
 from mipipe.runtime.merge.programs.expert_merging import Fit, Teacher, answers, chunk_counts, whole_state
 
 

@@ -11,7 +11,7 @@ from mipipe.graphs.merging.build import build
 from mipipe.graphs.merging.methods import METHODS
 from mipipe.graphs.merging.recipes.recipe import parse_recipe
 from mipipe.planner.actions import ActionKind
-from mipipe.planner.merging.costs import MergeRates, loop_seconds, start_ns
+from mipipe.planner.merging.costs import MergeRates, loop_seconds, start_ns, verify_ns
 from mipipe.planner.merging.lower import lower_merge
 from mipipe.planner.merging.plan import plan_merge
 from mipipe.planner.merging.simulate import simulate_merge
@@ -69,10 +69,13 @@ def test_on_a_shared_machine_a_loop_takes_what_its_share_leaves():
     assert loop_seconds([(0.005, 0.0), (0.007, 0.0)]) == pytest.approx(0.006)  # a clock too coarse for it
 
 
-def test_starting_counts_and_verifying_more():
-    rates = MergeRates(1.0, 1.0, 1.0, 1.0, loop_s=0.01)
-    assert 0 < start_ns(rates, False) < start_ns(rates, True) < start_ns(rates, True, 4)
-    assert start_ns(rates, False, 1) == start_ns(rates, False)
+def test_starting_counts_and_verifying_what_is_left_of_it_after_the_merge():
+    """Transformers is imported beside a merge that leaves a processor free."""
+    rates = MergeRates(1.0, 1.0, 1.0, 1.0, cores=2, loop_s=0.01)
+    assert 0 < start_ns(rates) == start_ns(rates, 1) < start_ns(rates, 4)
+    alone = verify_ns(rates, 0)
+    assert alone == verify_ns(rates, 10**12, 2) > 0 == verify_ns(rates, alone + 1)
+    assert verify_ns(rates, 10**9) == alone - 10**9
 
 
 def test_a_dry_run_says_when_ranks_do_not_pay(tmp_path):

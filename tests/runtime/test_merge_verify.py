@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,10 +16,16 @@ from mipipe.cli.main import app
 from mipipe.graphs.errors import RunError
 from mipipe.graphs.merging.recipes.recipe import parse_recipe
 from mipipe.runtime.merge.launch import MergeOptions, merge
+from mipipe.runtime.merge.output import opened, verify
 from mipipe.runtime.merge.output.verifier import Verifier
 from mipipe.runtime.merge.output.verify import verify_output
 
 transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(autouse=True)
+def nothing_opened_before(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 def run(data, out, **options):
@@ -129,3 +137,83 @@ def test_the_command_verifies_unless_told_not_to(tmp_path):
     result = CliRunner().invoke(app, call)
     assert result.exit_code == RunError.exit_code and "--no-verify" in result.output
     assert CliRunner().invoke(app, [*call, "--no-verify"]).exit_code == 0
+
+
+def test_what_was_opened_once_is_not_opened_again(tmp_path, monkeypatch):
+    """The result of another merge with the same config and tensors; nothing else that differs in anything."""
+    made = []
+    monkeypatch.setattr(verify, "_meta_model", lambda *given, make=verify._meta_model: made.append(1) or make(*given))
+    folder = write(tmp_path / "a", state(0))
+    result = merge([parse_recipe(passthrough(folder), "recipe")], tmp_path / "one", MergeOptions(verify=True))
+    assert made == [1] and opened.was_opened(opened.key_of_graph(result.plan.graph))
+    write(tmp_path / "b", state(1))
+    run(passthrough(tmp_path / "b"), tmp_path / "two")
+    assert made == [1]
+    others = [(without(state(0)), {}, False), (without(state(0)), {}, False), (state(0), {"rope_theta": 5.0}, True),
+              (state(0), {"intermediate_size": 12}, False),
+              ({name: value.half() for name, value in state(0).items()}, {}, True)]
+    for number, (tensors, config, held) in enumerate(others):
+        write(tmp_path / f"c{number}", tensors, config)
+        if held:
+            assert verify_output(tmp_path / f"c{number}") == ""
+        else:
+            with pytest.raises(RunError):
+                verify_output(tmp_path / f"c{number}")
+        assert len(made) == number + 2
+
+
+def test_another_transformers_opens_again(monkeypatch):
+    tensors = [("a", (2, 3), "F32")]
+    key = opened.key_of({"model_type": "llama"}, tensors)
+    opened.note_opened(key, "LlamaForCausalLM")
+    assert opened.was_opened(key) and not opened.was_opened(None)
+    found = opened.importlib.metadata.distribution
+
+    class Edited:
+        """An installation whose files change in place."""
+
+        version, read_text = "9", {"RECORD": "a,b", "direct_url.json": '{"dir_info": {"editable": true}}'}.get
+
+    class Newer(Edited):
+        read_text = {"RECORD": "a,c"}.get
+
+    for other in (Edited, Newer):
+        monkeypatch.setattr(opened.importlib.metadata, "distribution",
+                            lambda name, other=other: other if name == "transformers" else found(name))
+        assert not opened.was_opened(opened.key_of({"model_type": "llama"}, tensors))
+    assert opened.key_of({"model_type": "llama"}, tensors) != key
+    monkeypatch.undo()
+    assert opened.key_of({"model_type": "mipipe_mixtral"}, tensors) is None
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert verify_output(write(tmp_path / "a", state(0))) == ""
+
+
+def test_entries_that_were_used_last_are_kept(monkeypatch):
+    monkeypatch.setattr(opened, "KEPT", 2)
+    keys = [opened.key_of({"layers": layers}, []) for layers in range(3)]
+    folder = opened.cache_folder("opened")
+    for place, key in enumerate(keys[:2]):
+        opened.note_opened(key, "Own")
+        os.utime(folder / key, (place + 1, place + 1))
+    assert opened.was_opened(keys[0])  # used again
+    opened.note_opened(keys[2], "Own")
+    assert [opened.was_opened(key) for key in keys] == [True, False, True]
+
+
+@pytest.mark.slow
+def test_the_merging_process_does_without_transformers(tmp_path):
+    """Whether the result is opened by a fork, or was before."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(passthrough(write(tmp_path / "a", state(0)))))
+    code = ("import sys, time; from typer.testing import CliRunner; from mipipe.cli.main import app; "
+            "result = CliRunner().invoke(app, sys.argv[1:]); print(result.output, result.exit_code); "
+            "sys.exit(result.exit_code or 'transformers' in sys.modules)")
+    for out in ("one", "two"):
+        done = subprocess.run([sys.executable, "-c", code, "merge", str(recipe), "-o", str(tmp_path / out)],
+                              capture_output=True, text=True, timeout=100, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert (tmp_path / out / "model.safetensors").exists()

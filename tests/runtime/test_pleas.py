@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import mipipe
 from mipipe.graphs.errors import InputError
-from mipipe.runtime.merge.methods.calibrated import pleas
+from mipipe.runtime.merge.methods.closed_forms import pleas
 from mipipe.runtime.merge.methods.method import Tile
 from mipipe.runtime.merge.programs.pleas import assignment
 

@@ -9,7 +9,7 @@ from calibration_fixtures import family, recipe, write_samples
 from safetensors.torch import load_file
 
 import mipipe
-from mipipe.runtime.merge.methods.calibrated import conjugate_gradients
+from mipipe.runtime.merge.methods.closed_forms import conjugate_gradients
 
 
 @pytest.fixture(scope="module", params=["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.slow)])

@@ -1,7 +1,8 @@
 """Verification beside the merge: a fork that imports transformers meanwhile, and checks the result when it is there.
 
 Importing transformers takes seconds and a hundred megabytes, which a merge does without: the process that merges stays
-small, and where a processor is free nobody waits.
+small, and where a processor is free nobody waits. Where transformers has opened the same config and tensors before
+(`mipipe.runtime.merge.output.opened`), there is no fork.
 """
 
 from __future__ import annotations

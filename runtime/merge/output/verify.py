@@ -2,7 +2,8 @@
 
 Names and shapes of the stored tensors, renamed as transformers renames them on loading, are held against the model that
 the config describes; token ids of the tokenizer against the rows of the embedding. No weights are read: that they are
-finite was checked as they were written.
+finite was checked as they were written. What transformers said once of the same config and the same tensors is
+remembered (`mipipe.runtime.merge.output.opened`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from mipipe.graphs.merging.participants import TOKEN_TABLES
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify
 from mipipe.graphs.merging.tokens.vocabulary import read_tokens
 from mipipe.graphs.models.configuration import converted_classes, first_line, without_code
+from mipipe.runtime.merge.output.opened import key_of, note_opened, was_opened
 
 HINT = "; the result is kept beside it: --no-verify publishes it as it is"
 MARK = "verify"
@@ -41,6 +43,9 @@ def verify_output(folder: Path) -> str:
     _check_tokens(folder, files)
     if not files.config.get("architectures"):
         return "the result was not opened with transformers: its config names no architecture"
+    key = key_of(files.config, ((name, item.shape, item.dtype) for name, item in files.tensors.items()))
+    if was_opened(key):
+        return ""
     try:
         transformers = importlib.import_module("transformers")
     except ImportError:
@@ -49,6 +54,7 @@ def verify_output(folder: Path) -> str:
     if model is None:
         return f"the result was not opened with transformers: {reason}"
     _compare(model, loaded_tensors(files, model))
+    note_opened(key, type(model).__name__)
     return ""
 
 

@@ -31,7 +31,7 @@ from mipipe.graphs.merging.graph import MergeGraph
 from mipipe.graphs.serialize import digest, write_text
 from mipipe.runtime.calibration.decoder import Decoder
 from mipipe.runtime.calibration.tokens import Samples
-from mipipe.runtime.merge.methods.calibrated import merged_tensor
+from mipipe.runtime.merge.methods.directed import merged_tensor
 
 METHOD = "expert_merging"
 RESTART, GROWTH, FLOOR = 50, 2, 0.1

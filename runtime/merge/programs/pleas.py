@@ -4,7 +4,7 @@ A decoder's weights may be permuted without changing what it computes: the resid
 model), the hidden units of every MLP, and the heads of every attention (groups of query heads with their key and value
 head, and query heads inside a group). Orders are found by matching, from weights (coordinate descent over these groups,
 at most 100 rounds) or from activations (inputs of the maps that read a group, both models on the same tokens). The
-merge then reads the second model in these orders; `mipipe.runtime.merge.methods.calibrated.pleas` does the least
+merge then reads the second model in these orders; `mipipe.runtime.merge.methods.closed_forms.pleas` does the least
 squares.
 
 Units stay merged one to one (the paper's partial merging with wider layers is not there), and decoders have the names
