@@ -83,7 +83,8 @@ def training(device: torch.device) -> Report:
     seconds = sorted(record["time_metrics/end_to_end(s)"] for record in whole.records[1:-1])
     _, predicted = planned(device.type)
     busy = sum(span.end_ns - span.start_ns for span in timeline.spans) / 1e9
-    return {"resumes_bitwise": whole.losses == first.losses + rest.losses, "falls": whole.losses[-1] < whole.losses[0],
+    equal = whole.losses == rest.losses and whole.losses[:10] == first.losses  # a resumed run's records go on
+    return {"resumes_bitwise": equal, "falls": whole.losses[-1] < whole.losses[0],
             "step_s": seconds[len(seconds) // 2], "predicted_s": predicted,
             "predicted/step": predicted / seconds[len(seconds) // 2], "clock": timeline.notes["clock"],
             "spans_s": busy, "measured_step_s": whole.records[-1]["time_metrics/end_to_end(s)"]}

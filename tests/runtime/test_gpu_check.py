@@ -42,7 +42,7 @@ def hold_runs(results):
     if both := results.get("together"):
         assert both["loss_error"] < 1e-4 and both["norm_error"] < 1e-3 and both["streams_agree"] and both["aside"]
     if run := results.get("training"):
-        assert run["resumes_bitwise"] and run["falls"] and 0.2 < run["predicted/step"] < 2.0
+        assert run["resumes_bitwise"] and run["falls"] and run["predicted/step"] > 0
     if fast := results.get("compiled"):
         assert fast["graphs"] > 0 and fast["in_steps"] == 0
         assert fast["compiled"] == pytest.approx(fast["plain"], rel=1e-2)
@@ -106,4 +106,4 @@ def test_whole_runs_on_a_gpu(script):
     hold_runs(results)
     assert results["training"]["clock"] == "events" and results["communicators"]["driver_bytes 8"] > 0
     spans, step = results["training"]["spans_s"], results["training"]["measured_step_s"]
-    assert 0.5 < spans / step < 1.05
+    assert 0.5 < spans / step < 1.05 and 0.5 < results["training"]["predicted/step"] < 1.5
