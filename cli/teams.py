@@ -75,7 +75,8 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
                                 schedule=request.schedule or ("interleaved" if degrees.chunks > 1 else "1F1B"))
         found = None
     else:
-        from mipipe.planner.teams.search import TeamOptions, search_teams
+        from mipipe.planner.teams.options import TeamOptions
+        from mipipe.planner.teams.search import search_teams
 
         pricer = Pricer(model_pieces(model), machine)
         options = TeamOptions(given, request.microbatch, cast("Recompute | None", request.recomputation), time_limit,

@@ -14,7 +14,7 @@ from mipipe.graphs.units import format_bytes
 if TYPE_CHECKING:
     from mipipe.graphs.costs.efficiency import Achieved
     from mipipe.planner.teams.evaluate import TeamResult
-    from mipipe.planner.teams.search import Found
+    from mipipe.planner.teams.found import Found
 
 AXIS_NAMES = {"tensor": "tensor", "context": "context", "expert": "expert", "data": "data"}
 

@@ -17,11 +17,13 @@ from mipipe.planner.teams.pricing import ADAM_BYTES, GRADIENT_BYTES, PieceCost, 
 @dataclass(frozen=True, slots=True)
 class Point:
     """Degrees (with one chunk and no recomputation) and seconds that no placement or schedule of theirs is below:
-    ``bound`` where forwards and backwards do not overlap, ``floor`` where they may, too."""
+    ``bound`` where forwards and backwards do not overlap, ``floor`` where they may, too. Overlapped pairs take at least
+    the share ``stays`` of their parts' time."""
 
     bound: float
     degrees: Degrees
     floor: float = 0.0
+    stays: float = 0.5
 
 
 SHARES = np.array((0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0))
@@ -106,7 +108,7 @@ def points(pricer: Pricer, devices: int, global_batch: int, given: Mapping[str, 
     def price(degrees: Degrees) -> Point | None:
         if degrees not in tried:
             bound = bound_of(pricer, degrees, global_batch, recomputation) if roughly_fits(pricer, degrees) else None
-            tried[degrees] = None if bound is None else Point(bound[0], degrees, bound[1])
+            tried[degrees] = None if bound is None else Point(bound[0], degrees, *bound[1:])
         return tried[degrees]
 
     def enough() -> bool:
@@ -172,9 +174,9 @@ def mode_costs(pricer: Pricer, degrees: Degrees, recomputation: Recompute | None
 
 
 def bound_of(pricer: Pricer, degrees: Degrees, global_batch: int,
-             recomputation: Recompute | None) -> tuple[float, float] | None:
+             recomputation: Recompute | None) -> tuple[float, float, float] | None:
     """Seconds below which no placement of pieces on these ranks is, in any order without overlapped pairs, and in any
-    order at all; None where memory never suffices.
+    order at all, and the share of their time that overlapped pairs take at least; None where memory never suffices.
 
     The ranks together do all work of all microbatches and the optimizer's; the busiest does at least its share, and at
     least the largest piece. Before it begins, another rank has done a forward (all ranks but one). What a piece keeps
@@ -185,7 +187,8 @@ def bound_of(pricer: Pricer, degrees: Degrees, global_batch: int,
     a bound (Lagrange).
 
     Overlapped pairs hide collectives behind kernels or kernels behind collectives (`stages.overlap_rule`), in all as
-    much as the shorter of both, so the longer stays.
+    much as the shorter of both, so the longer stays. Every action in a pair takes as much of its own time at least as
+    the rule leaves of a pair's, so that share of the bound without pairs stays, too.
     """
     by_mode = list(mode_costs(pricer, degrees, recomputation).values())
     microbatches = global_batch // (degrees.copies * degrees.microbatch)
@@ -210,11 +213,13 @@ def bound_of(pricer: Pricer, degrees: Degrees, global_batch: int,
     mixed += (1 - SHARES[:, None]) * fixed / degrees.ranks - PRICES * scale
     rounding = 2e-9 * (microbatches + 1)  # a problem's durations are whole nanoseconds
     bound = max(float(mixed.max()), microbatches * float(least.max())) - rounding
-    kernels = np.array([[_kernels(cost) for cost in costs] for costs in by_mode]).min(axis=0).sum()
-    talk = np.array([[cost.f.total + cost.backward - _kernels(cost) for cost in costs] for costs in by_mode])
-    floor = microbatches * max(float(kernels), float(talk.min(axis=0).sum()))
+    kernels = np.array([[_kernels(cost) for cost in costs] for costs in by_mode])
+    talk = seconds - kernels
+    floor = microbatches * max(float(kernels.min(axis=0).sum()), float(talk.min(axis=0).sum()))
     floor = (floor + sum(cost.optimizer for cost in by_mode[0])) / degrees.ranks - rounding
-    return bound, min(bound, floor)
+    most, least_kernels = float(talk.max(axis=0).sum()), float(kernels.min(axis=0).sum())
+    stays = max(0.5, 1 - most / max(1e-30, most + least_kernels)) - 1e-6
+    return bound, min(bound, max(floor, stays * bound)), stays
 
 
 def _kernels(cost: PieceCost) -> float:

@@ -13,8 +13,11 @@ from mipipe.graphs.errors import InfeasibleError, InputError
 from mipipe.planner.milp.placement.degrees import ChainTask, ModeCost, stage_counts
 from mipipe.planner.teams.degrees import RECOMPUTE, Degrees
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
+from mipipe.planner.teams.options import TeamOptions
+from mipipe.planner.teams.orders import order_of
+from mipipe.planner.teams.packing import packed
 from mipipe.planner.teams.pricing import Pricer
-from mipipe.planner.teams.search import TeamOptions, search_teams
+from mipipe.planner.teams.search import search_teams
 from mipipe.planner.teams.space import all_degrees, bound_of, least_seconds, points, roughly_fits, variants
 
 
@@ -67,6 +70,31 @@ def test_all_degrees_of_eight_devices(pieces, memory):
     assert found.best.seconds <= best.seconds * 1.001
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", [45 * 10**6, 28 * 10**6])
+def test_searched_degrees_equal_those_of_trying_all_with_the_order_level(pieces, memory):
+    """As the first, with the schedule of every mesh's two best cuts searched for two seconds: the search takes as long
+    at most, and where its degrees are others its step is shorter."""
+    pricer = Pricer(pieces, machine(memory))
+    given = {"context": 1, "zero": 1, "chunks": 1}
+    by_mesh: dict[Degrees, list[TeamResult]] = {}
+    for item in everything(pricer, 8, 16, given, 1):
+        by_mesh.setdefault(replace(item.degrees, recompute="none"), []).append(item)
+    ordered: list[TeamResult] = []
+    for items in by_mesh.values():
+        items.sort(key=lambda item: item.seconds)
+        ordered.append(items[0])
+        for item in items[:2] if items[0].degrees.ranks > 1 else ():
+            better = order_of(pricer, item, 16, 2.0, 0)
+            ordered += [] if better is None or better.shortage else [better]
+    best = min(ordered, key=lambda item: item.seconds)
+    found = search_teams(pricer, 8, 16, TeamOptions({"context": 1, "zero": 1}, 1, None, 60.0))
+    assert found.best.seconds <= best.seconds * 1.002
+    mesh = [(item.degrees.ranks, item.degrees.split, item.degrees.copies) for item in (found.best, best)]
+    assert mesh[0] == mesh[1] or found.best.seconds < best.seconds
+    assert found.bound <= found.best.seconds and found.bound <= best.seconds
+
+
 def test_no_evaluated_step_is_below_its_bound(pieces):
     """A bound holds for every cut, schedule and recomputation of its degrees."""
     pricer = Pricer(pieces, machine(60 * 10**6))
@@ -78,6 +106,7 @@ def test_no_evaluated_step_is_below_its_bound(pieces):
             found = evaluate_teams(pricer, replace(degrees, recompute=mode), 16)
             if not found.shortage:
                 assert bound is not None and found.seconds >= bound[0] >= bound[1], degrees.text()
+                assert found.seconds >= packed(pricer, degrees, 16)[0]
                 assert roughly_fits(pricer, degrees) and found.seconds >= least_seconds(pricer) * 16 / 8
 
 
@@ -148,3 +177,5 @@ def test_overlapped_pairs_stay_above_the_floor(pieces, degrees, schedule):
     found = evaluate_teams(pricer, degrees, 16, schedule=schedule)
     bound = bound_of(pricer, degrees, 16, None)
     assert bound is not None and found.seconds >= bound[1]
+    if schedule == "dualpipev":  # every layer on one rank
+        assert found.seconds >= packed(pricer, degrees, 16)[1]

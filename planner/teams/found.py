@@ -1,0 +1,109 @@
+"""What a search of degrees found: the best, its bounds, and what makes the others lose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mipipe.planner.teams.evaluate import TeamResult
+
+RUNNERS = 3
+"""Other degrees that are told."""
+
+
+@dataclass
+class Found:
+    """What a search found: the best, what came next and why it loses, and bounds in seconds over all degrees:
+    ``bound`` over all placements, ``whole_bound`` over those with every layer on one rank."""
+
+    best: TeamResult
+    bound: float
+    whole_bound: float
+    runners: list[tuple[TeamResult, str]]
+    notes: list[str]
+    combinations: int
+    fitting: int
+    solved: int
+    seconds: float
+
+    @property
+    def gap(self) -> float:
+        """To the bound over all placements."""
+        return self.best.seconds / self.bound - 1 if self.bound else 0.0
+
+    @property
+    def whole_gap(self) -> float | None:
+        """To the bound over placements with every layer on one rank; None where the best is none of them."""
+        one = all(len(stage.ranks) == 1 for stage in self.best.plan.placement.stages)
+        return self.best.seconds / self.whole_bound - 1 if one and self.whole_bound else None
+
+    def how(self) -> str:
+        """How the best was found, in a few words."""
+        return (f"best of {self.combinations:,} combinations of degrees ({self.fitting:,} found that may fit,"
+                f" {self.solved} solved) in {self.seconds:.1f} s")
+
+    def bound_text(self) -> str:
+        """Step, bound and gap."""
+        shown = "proven optimal" if self.gap < 5e-5 else f"gap {self.gap:.1%}"
+        text = (f"step {self.best.seconds:.4g} s, bound over all degrees, placements and orders {self.bound:.4g} s"
+                f" ({shown})")
+        if self.whole_gap is None or self.whole_gap > self.gap - 5e-4:
+            return text
+        return text + f"; with every layer on one rank {self.whole_bound:.4g} s (gap {self.whole_gap:.1%})"
+
+    def data(self, told: Callable[[TeamResult], dict[str, Any]]) -> dict[str, Any]:
+        """As JSON data, beside the best's own."""
+        return {"bound_s": self.bound, "gap": self.gap, "whole_bound_s": self.whole_bound,
+                "whole_gap": self.whole_gap, "combinations": self.combinations, "solved": self.solved,
+                "seconds": round(self.seconds, 3), "notes": self.notes,
+                "runners_up": [{**told(result), "loses_by": why} for result, why in self.runners]}
+
+
+def _axes(result: TeamResult) -> tuple[int, ...]:
+    degrees = result.degrees
+    return degrees.ranks, degrees.tensor, degrees.context, degrees.expert, degrees.copies
+
+
+def distinct(results: list[TeamResult]) -> int:
+    return len({_axes(item) for item in results})
+
+
+def runners_of(results: list[TeamResult]) -> list[tuple[TeamResult, str]]:
+    """The best of other degrees, each with the parts of a step in which it loses most."""
+    top, seen = results[0], {_axes(results[0])}
+    found: list[tuple[TeamResult, str]] = []
+    for item in results[1:]:
+        if _axes(item) in seen or len(found) == RUNNERS:
+            continue
+        seen.add(_axes(item))
+        found.append((item, why_slower(item, top)))
+    return found
+
+
+def why_slower(item: TeamResult, top: TeamResult) -> str:
+    """What one configuration spends more than another, the largest first, and what it saves most."""
+    def parts(result: TeamResult) -> dict[str, float]:
+        times = result.times
+        return {"kernels": times.kernels, **{f"{axis} communication": seconds for axis, seconds in times.axes.items()},
+                "pipeline communication": times.pipeline, "bubble": times.bubble, "optimizer": times.optimizer}
+
+    mine, other = parts(item), parts(top)
+    more = sorted(((mine[name] - other[name], name) for name in mine), reverse=True)
+    worse = [f"{name} +{seconds:.3g} s" for seconds, name in more[:2] if seconds > 0.002 * top.seconds]
+    saved = [f"{name} {seconds:.3g} s" for seconds, name in more[-1:] if seconds < -0.002 * top.seconds]
+    return ", ".join(worse + saved) or "about equal"
+
+
+def notes_of(results: list[TeamResult], top: TeamResult) -> list[str]:
+    pipelines = [item for item in results if item.degrees.ranks > 1]
+    alone = [item for item in results if item.degrees.ranks == 1]
+    if top.degrees.ranks == 1 and pipelines:
+        item = pipelines[0]
+        return [f"no pipeline: the best one tried ({item.degrees.text()}) takes {item.seconds:.4g} s,"
+                f" {item.seconds / top.seconds - 1:+.1%}: {why_slower(item, top)}"]
+    if top.degrees.ranks > 1 and alone:
+        item = alone[0]
+        return [f"a pipeline pays: without one ({item.degrees.text()}) the step takes {item.seconds:.4g} s,"
+                f" {item.seconds / top.seconds - 1:+.1%}: {why_slower(item, top)}"]
+    return []

@@ -1,0 +1,118 @@
+"""Stages of one combination of degrees by the master MIP, and what they take when simulated."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mipipe.graphs.errors import MipipeError
+from mipipe.planner.milp.placement.degrees import ChainTask, ModeCost, StageCounts, stage_counts
+from mipipe.planner.teams.degrees import Degrees, Recompute
+from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
+from mipipe.planner.teams.options import TeamOptions
+from mipipe.planner.teams.pricing import PieceCost, Pricer
+from mipipe.planner.teams.space import mode_costs
+
+SQUEEZES = 3
+"""How often a master is solved again with as much less memory as its stages took too much when simulated."""
+CHUNKS = (1, 2, 3, 4, 5, 6, 8, 10)
+"""Stages per rank that are tried, as far as the layers go."""
+
+
+def chunks_of(pricer: Pricer, degrees: Degrees, global_batch: int, options: TeamOptions) -> list[int]:
+    """Stages per rank that are possible, the most promising first: many, but two pieces in each where that may be."""
+    microbatches = global_batch // (degrees.copies * degrees.microbatch)
+    pieces = len(pricer.model.pieces)
+    found = [chunks for chunks in (CHUNKS if degrees.ranks > 1 else (1,))
+             if options.given.get("chunks", chunks) == chunks and chunks * degrees.ranks <= pieces
+             and (chunks == 1 or microbatches % degrees.ranks == 0)]
+    return sorted(found, key=lambda chunks: (2 * chunks * degrees.ranks > pieces and chunks > 1, -min(chunks, 4)))
+
+
+def solved(pricer: Pricer, degrees: Degrees, global_batch: int, options: TeamOptions, cutoff: float,
+            effort: tuple[float, float]) -> TeamResult | None:
+    """What the master's stages take for one combination; None where none fit or beat the cutoff.
+
+    Where anything runs again, the master is asked for stages in which no whole layer does, too: it holds the workspace
+    of whole layers ready on every rank, and that may be what is lacking.
+    """
+    first = _with_modes(pricer, degrees, global_batch, options, cutoff, effort, whole=True)
+    if options.recomputation is not None or (first is not None and set(first.recompute) == {"none"}):
+        return first
+    least = cutoff if first is None else min(cutoff, first.seconds)
+    other = _with_modes(pricer, degrees, global_batch, options, least, effort, whole=False)
+    found = [item for item in (first, other) if item is not None]
+    return min(found, key=lambda item: item.seconds, default=None)
+
+
+def _with_modes(pricer: Pricer, degrees: Degrees, global_batch: int, options: TeamOptions, cutoff: float,
+                effort: tuple[float, float], whole: bool) -> TeamResult | None:
+    """The master's stages, simulated; with less memory where they took too much. ``whole``: layers may run again."""
+    microbatches = global_batch // (degrees.copies * degrees.microbatch)
+    task, modes = chain_task(pricer, degrees, microbatches, options.recomputation, whole)
+    for _ in range(SQUEEZES):
+        answer = stage_counts(task, time_limit_s=effort[0], gap=effort[1], seed=options.seed,
+                              cutoff=None if cutoff == float("inf") else cutoff)
+        result = None if answer is None else _evaluated(pricer, degrees, answer, modes, global_batch)
+        if result is None or not result.shortage:
+            return result
+        task = replace(task, memory=round(0.99 * task.memory - result.shortage))
+    return None
+
+
+def chain_task(pricer: Pricer, degrees: Degrees, microbatches: int,
+               recomputation: Recompute | None, whole: bool = True) -> tuple[ChainTask, list[Recompute]]:
+    """The master's task for one combination, and the modes its counts are by (``whole``: with that of whole layers)."""
+    model, by_mode = pricer.model, mode_costs(pricer, degrees, recomputation)
+    by_mode = {mode: costs for mode, costs in by_mode.items() if whole or mode != "full"}
+    runs: list[tuple[int, tuple[ModeCost, ...]]] = []
+    last = -1
+    for number, piece in enumerate(model.pieces):
+        if piece.kind == last:
+            runs[-1] = (runs[-1][0] + 1, runs[-1][1])
+            continue
+        last = piece.kind
+        runs.append((1, tuple(_mode_cost(costs[number]) for costs in by_mode.values())))
+    link = pricer.machine.fabric.link(degrees.team * degrees.copies).link
+    size = max((model.index.num_bytes[value.name] for value in model.graph.values if "float" in value.spec.dtype
+                and model.index.source[value.name] >= 0), default=0)
+    parts = degrees.context * (degrees.tensor if degrees.sequence or pricer.machine.scatter else 1)
+    passing = round(size * degrees.microbatch / model.sequences / parts)
+    hop = link.transfer_ns(passing) / 1e9
+    room = pricer.machine.usable_bytes - 2 * passing * min(2, degrees.ranks - 1)
+    return ChainTask(tuple(runs), degrees.ranks, degrees.chunks, microbatches, hop,
+                     pricer.machine.kind.achieved.action_ns * 1e-9, room), list(by_mode)
+
+
+def _mode_cost(cost: PieceCost) -> ModeCost:
+    return ModeCost(cost.f.total, cost.backward, cost.optimizer, cost.resident, cost.kept,
+                    cost.again + cost.late + cost.gathered + cost.buffers)
+
+
+def _evaluated(pricer: Pricer, degrees: Degrees, answer: StageCounts, modes: list[Recompute],
+               global_batch: int) -> TeamResult | None:
+    """The simulated step of the master's stages; pieces of a stage in the model's order, modes in theirs."""
+    model = pricer.model
+    layers: list[int] = []
+    recompute: list[Recompute] = []
+    order = _run_order(pricer)
+    for stage in answer.counts:
+        count = 0
+        for number, by_mode in enumerate(stage):
+            queue = [mode for mode, size in zip(modes, by_mode, strict=True) for _ in range(size)]
+            layer = model.pieces[order[number]].layer is not None
+            recompute += queue if layer or "none" not in modes else ["none"] * len(queue)  # only layers run again
+            count += len(queue) if layer else 0
+        layers.append(count)
+    uniform = set(recompute)
+    shown = replace(degrees, recompute=recompute[0] if len(uniform) == 1 else "none")
+    try:
+        return evaluate_teams(pricer, shown, global_batch, layers=layers, recompute=recompute,
+                              schedule="interleaved" if degrees.chunks > 1 else "1F1B")
+    except MipipeError:
+        return None
+
+
+def _run_order(pricer: Pricer) -> list[int]:
+    """The first piece of every run of equal pieces."""
+    pieces = pricer.model.pieces
+    return [number for number, piece in enumerate(pieces) if not number or pieces[number - 1].kind != piece.kind]

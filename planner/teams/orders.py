@@ -1,0 +1,86 @@
+"""Schedules of the best degrees beyond 1F1B: published ones, and the order level."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import cast
+
+from mipipe.graphs.errors import MipipeError
+from mipipe.planner.options import PlanOptions
+from mipipe.planner.solve import plan
+from mipipe.planner.teams.degrees import Recompute
+from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams, piece_costs, result_of
+from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.stages import cut_pieces, stage_cost, team_problem
+
+TRIED = 3
+"""Pipelines on which published schedules are tried."""
+PUBLISHED = ("zb-h1", "zb-v", "dualpipev", "dualpipe")
+"""Published schedules that are tried on the best pipelines beside 1F1B and interleaved 1F1B."""
+
+
+def ordered(pricer: Pricer, results: list[TeamResult], global_batch: int, until: float, seed: int,
+            tell: Callable[[str], None]) -> list[TeamResult]:
+    """The results with the best pipelines' schedules searched up to a moment of the monotonic clock."""
+    for item in [item for item in results if item.degrees.ranks > 1][:TRIED]:
+        for name in PUBLISHED:
+            if time.monotonic() < until:
+                tell(f"{name} on {item.degrees.text()}")
+                results += _published(pricer, item, name, global_batch)
+    results.sort(key=lambda found: found.seconds)
+    best = results[0]
+    left = until - time.monotonic()
+    pipelines = [item for item in results if item.degrees.ranks > 1
+                 and item.seconds - item.times.bubble - item.times.pipeline < best.seconds][:2]
+    for number, item in enumerate(pipelines):
+        share = left / (len(pipelines) - number)
+        if share < 2.0:
+            break
+        start = time.monotonic()
+        tell(f"ordering {item.degrees.text()}")
+        better = order_of(pricer, item, global_batch, share, seed)
+        left -= time.monotonic() - start
+        if better is not None and better.seconds < item.seconds:
+            results.append(better)
+    return sorted(results, key=lambda found: found.seconds)
+
+
+def _published(pricer: Pricer, item: TeamResult, name: str, global_batch: int) -> list[TeamResult]:
+    """A result's degrees under a published schedule, with its stages where that has as many, with even ones, and with
+    all layers run again; those that fit and are faster."""
+    degrees = replace(item.degrees, chunks=1)
+    same = item.layers if item.degrees.chunks == 1 else None
+    for layers, mode in ((same, None), (None, "none"), (None, "selective"), (None, "full")):
+        if mode is None and same is None:
+            continue
+        try:
+            if mode is None:
+                made = evaluate_teams(pricer, degrees, global_batch, layers=layers, schedule=name,
+                                      recompute=item.recompute)
+            else:
+                made = evaluate_teams(pricer, replace(degrees, recompute=cast("Recompute", mode)), global_batch,
+                                      schedule=name)
+        except MipipeError:
+            continue
+        if not made.shortage:
+            return [made] if made.seconds < item.seconds else []
+    return []
+
+
+def order_of(pricer: Pricer, item: TeamResult, global_batch: int, seconds: float, seed: int) -> TeamResult | None:
+    """The order level on the stages of a result, weight gradients on their own; None where it has no plan."""
+    degrees = item.degrees
+    costs = piece_costs(pricer, degrees, item.recompute)
+    pieces = cut_pieces(pricer.model, item.layers)
+    stages = [stage_cost(costs, members, pricer.machine, split=True, first_chunk=number < degrees.ranks)
+              for number, members in enumerate(pieces)]
+    count = item.plan.problem.num_microbatches
+    problem = team_problem(pricer.model, degrees, pricer.machine, stages, count)
+    solved = plan(problem, PlanOptions(time_limit_s=seconds, seed=seed, recompute=False))
+    if solved.plan is None:
+        return None
+    instant = round(1e9 * (item.seconds - item.times.pipeline))
+    name = f"planned order ({solved.plan.placement.name})"
+    return result_of(pricer, degrees, global_batch, solved.plan, stages, name, item.layers, instant, item.recompute)

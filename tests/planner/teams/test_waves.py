@@ -1,0 +1,69 @@
+"""Whole pieces on ranks: the bound by packing against trying all; list orders against the checker and the bounds."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from team_machine import machine
+
+from mipipe.planner.check import check_plan
+from mipipe.planner.teams.degrees import Degrees
+from mipipe.planner.teams.evaluate import evaluate_teams
+from mipipe.planner.teams.options import TeamOptions
+from mipipe.planner.teams.packing import TOLERANCE, least_busiest, packed
+from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.search import search_teams
+from mipipe.planner.teams.space import bound_of
+from mipipe.planner.teams.waves import wave, wave_shape
+
+
+def busiest(seconds: list[float], counts: list[int], ranks: int) -> float:
+    """By every assignment of pieces to ranks."""
+    sizes = [size for size, count in zip(seconds, counts, strict=True) for _ in range(count)]
+    return min(max(sum(size for size, home in zip(sizes, homes, strict=True) if home == rank) for rank in range(ranks))
+               for homes in product(range(ranks), repeat=len(sizes)))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_packing_equals_every_assignment(seed):
+    rng = np.random.default_rng(seed)
+    counts = [int(rng.integers(3, 5)), *(int(count) for count in rng.integers(1, 3, size=2))]
+    seconds = [float(size) for size in rng.uniform(0.1, 2.0, size=3)]
+    for ranks in (2, 3):
+        found, best = least_busiest(seconds, counts, ranks), busiest(seconds, counts, ranks)
+        assert best * (1 - 2 * TOLERANCE) <= found <= best * (1 + 1e-9)
+
+
+def test_packing_of_a_known_model():
+    """80 layers and a head of 0.73 layers on 8 ranks: some rank has 10 and the head; replicas aside, no rank less."""
+    assert least_busiest([1.0, 0.73], [80, 1], 8) == pytest.approx(10.73, rel=TOLERANCE)
+    assert least_busiest([1.0, 2.1], [80, 1], 8) == pytest.approx(11.0, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("degrees", [Degrees(ranks=2, tensor=4, sequence=True), Degrees(ranks=2, copies=4),
+                                     Degrees(ranks=2, tensor=2, copies=2)])
+def test_orders_by_lists_fit_and_stay_above_the_bounds(pieces, degrees):
+    """In a little more memory than 1F1B needs (inputs stay for weight gradients): checked by the rules of plans, no
+    faster than the busiest rank."""
+    pricer = Pricer(pieces, machine())
+    usual = evaluate_teams(pricer, degrees, 16)
+    pricer = Pricer(pieces, machine(round(1.25 * max(item.peak for item in usual.memory))))
+    bound = bound_of(pricer, degrees, 16, None)
+    assert bound is not None
+    for chunks, turns in ((1, False), (2, True), (3, True)):
+        found = wave(pricer, degrees, 16, wave_shape(2, chunks, turns=turns), ["none"] * len(pieces.pieces), 0.05)
+        assert found is not None and not found.shortage
+        assert sum(found.layers) == 6 and found.times.total == pytest.approx(found.seconds)
+        check_plan(found.plan)
+        assert found.seconds >= max(bound[0], packed(pricer, degrees, 16)[0])
+        assert packed(pricer, degrees, 16)[0] >= packed(pricer, degrees, 16)[1]
+
+
+def test_a_search_tells_both_bounds(pieces):
+    found = search_teams(Pricer(pieces, machine()), 8, 16, TeamOptions({"ranks": 4}, time_limit_s=3.0))
+    assert found.bound <= found.whole_bound <= found.best.seconds
+    assert found.whole_gap is not None and 0 <= found.whole_gap <= found.gap
+    assert found.data(lambda result: {})["whole_bound_s"] == found.whole_bound
+    assert "with every layer on one rank" in found.bound_text()
