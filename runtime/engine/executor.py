@@ -31,7 +31,9 @@ from mipipe.runtime.engine.record import StepRecord, no_collection
 from mipipe.runtime.engine.side_stream import SideStream
 from mipipe.runtime.engine.streams import streams_of
 
-Handlers = Sequence[tuple[Callable[[Any], None], Any]]
+Handlers = Sequence[tuple[Callable[["Executor", Any], None], Any]]
+"""What runs an instruction, and its argument. Functions, not methods of one executor, which would hold itself: groups
+have to end with the engine, not as the interpreter does (a thread of theirs that still holds a tensor aborts then)."""
 
 
 class Executor:
@@ -58,11 +60,11 @@ class Executor:
             self._made_aside = {transfer for step in steps if step.aside for piece in step.pieces
                                 for transfer, _ in piece.outgoing}
             self._frames_aside = {piece.frame for step in steps if step.aside for piece in step.pieces}
-        handlers: dict[ActionKind, Callable[[Any], None]] = {
-            ActionKind.F: self._compute, ActionKind.I: self._compute, ActionKind.W: self._compute,
-            ActionKind.B: self._compute, ActionKind.OVERLAP_F_B: self._compute, ActionKind.RECOMPUTE: self._compute,
-            ActionKind.SEND: self._send, ActionKind.RECV: self._receive, ActionKind.FREE: self._free,
-            ActionKind.ALL_REDUCE: self._all_reduce, ActionKind.OPTIMIZER_STEP: self._update}
+        handlers: dict[ActionKind, Callable[[Executor, Any], None]] = {
+            **dict.fromkeys((ActionKind.F, ActionKind.I, ActionKind.W, ActionKind.B, ActionKind.OVERLAP_F_B,
+                             ActionKind.RECOMPUTE), Executor._compute),
+            ActionKind.SEND: Executor._send, ActionKind.RECV: Executor._receive, ActionKind.FREE: Executor._free,
+            ActionKind.ALL_REDUCE: Executor._all_reduce, ActionKind.OPTIMIZER_STEP: Executor._update}
         missing = [item.kind for item in compiled.instructions if item.kind not in handlers]
         if missing:
             raise ProgramError(f"program: instruction {missing[0]} is not known to the engine")
@@ -103,7 +105,7 @@ class Executor:
             self._clock.begin()
             with torch.no_grad(), no_collection():
                 for position, (handler, argument) in enumerate(program):  # noqa: B007
-                    handler(argument)
+                    handler(self, argument)
                     if self._tracking:
                         self._measure()
                 self._join()

@@ -12,6 +12,8 @@ losses, files, clocks, goes as CPU tensors on the default group, whose backend t
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn
 
 from mipipe.graphs.errors import RunError
 from mipipe.graphs.sharding.gathered import COPIES
@@ -120,6 +123,8 @@ def build_mesh(program: Program, shared: Iterable[Shared] = (), *, team: Team = 
         RunError: the world is not a multiple of the plan's devices, the default group cannot carry CPU tensors, or a
             peer does not come to the opening of a group.
     """
+    atexit.unregister(gc.collect)  # groups kept by cycles end here, not with the interpreter: it aborts where a thread
+    atexit.register(gc.collect)  # of a group then still holds a tensor of Python's
     num_ranks, world_size = len(program.ranks), dist.get_world_size()
     check_processes(world_size, num_ranks, team)
     check_control()
