@@ -10,10 +10,10 @@ import errno
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from mipipe.graphs.merging.passes import is_whole, num_rounds
 from mipipe.graphs.serialize import STRICT
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.merging.steps import TILE_ENTRIES, MergeStep, reads
+
+Found = TypeVar("Found")
 
 SVD_FACTOR = 12
 """Flops of a thin SVD over ``m n min(m, n)``: between 4 and 20 by the share of wide matrices (Golub and Van
@@ -141,29 +143,36 @@ def measure_rates(graph: MergeGraph, output: str | Path) -> MergeRates:
     Of recipes planned before those they build on have run, some inputs do not exist yet, and a full disk takes no
     sample: then reading is taken to be as fast as writing, or writing as reading.
     """
+    loops = [_loop() for _ in range(10)]
+    share = processor_share(loops)
     sample_bytes = max(2**16, min(SAMPLE_BYTES, graph.write_bytes))
     files = (Path(item.folder) / item.tensor.file for unit in graph.units for item in unit.inputs)
     source = next((file for file in files if file.is_file()), None)
     buffer = bytearray(sample_bytes)
     read = 0.0
     if source is not None:
-        began = time.perf_counter()
         with source.open("rb", buffering=0) as stream:
-            count = max(1, stream.readinto(buffer))
-        read = count / max(time.perf_counter() - began, 1e-6)
-    write = _write_rate(Path(output), buffer)
+            seconds, count = timed(lambda: stream.readinto(buffer), share)
+        read = max(1, count or 0) / seconds
+    write = _write_rate(Path(output), buffer, share)
     values = np.ones(TILE_ENTRIES, dtype=np.float32)
-    began = time.perf_counter()
-    for _ in range(16):
-        np.add(values, values, out=values)
-    stream_rate = 16 * values.nbytes / max(time.perf_counter() - began, 1e-6)
+    added, _ = timed(lambda: [np.add(values, values, out=values) for _ in range(16)], share)
     square = np.ones((256, 256), dtype=np.float32)
-    began = time.perf_counter()
-    for _ in range(8):
-        square @ square
-    flops = 8 * 2 * 256**3 / max(time.perf_counter() - began, 1e-6)
-    return MergeRates(read or write or UNKNOWN_RATE, write or read or UNKNOWN_RATE, stream_rate, flops, _num_cores(),
-                      loop_seconds([_loop() for _ in range(10)]))
+    multiplied, _ = timed(lambda: [square @ square for _ in range(8)], share)
+    return MergeRates(read or write or UNKNOWN_RATE, write or read or UNKNOWN_RATE, 16 * values.nbytes / added,
+                      8 * 2 * 256**3 / multiplied, _num_cores(), loop_seconds(loops))
+
+
+def timed(work: Callable[[], Found], share: float) -> tuple[float, Found]:
+    """Seconds that a piece of work takes at this process's share of a processor, and what it returns.
+
+    What passed, or what it computed over the share, whichever is more: others take turns of milliseconds, which spare a
+    short piece of work or hit it.
+    """
+    began, computed = time.perf_counter(), time.thread_time()
+    found = work()
+    computed, passed = time.thread_time() - computed, time.perf_counter() - began
+    return max(passed, computed / share, 1e-6), found
 
 
 def _loop() -> tuple[float, float]:
@@ -173,14 +182,19 @@ def _loop() -> tuple[float, float]:
     return time.perf_counter() - began, time.process_time() - computed
 
 
+def processor_share(samples: Sequence[tuple[float, float]]) -> float:
+    """This process's share of a processor, in (0, 1], from (passed, computed) seconds of several loops."""
+    passed, computed = (sum(column) for column in zip(*samples, strict=True))
+    return min(1.0, computed / passed) if passed > 0 and computed > 0 else 1.0
+
+
 def loop_seconds(samples: Sequence[tuple[float, float]]) -> float:
     """Seconds that a loop takes on average beside whatever else the machine does, from (passed, computed) of several.
 
-    Others take turns of milliseconds: a single loop may be spared or hit, all of them get this process's share.
+    A single loop may be spared by others or hit, all of them get this process's share.
     """
-    passed, computed = (sum(column) for column in zip(*samples, strict=True))
-    share = min(1.0, computed / passed) if passed > 0 and computed > 0 else 1.0
-    return min((cpu for _, cpu in samples if cpu > 0), default=passed / len(samples)) / share
+    passed = sum(loop for loop, _ in samples)
+    return min((cpu for _, cpu in samples if cpu > 0), default=passed / len(samples)) / processor_share(samples)
 
 
 START_LOOPS, VERIFY_LOOPS, FORK_LOOPS = 215, 340, 5
@@ -211,20 +225,22 @@ def step_overhead(unit: MergeUnit, kind: ActionKind, rates: MergeRates) -> float
     return loops * rates.loop_s
 
 
-def _write_rate(output: Path, sample: bytearray) -> float:
+def _write_rate(output: Path, sample: bytearray, share: float) -> float:
     """Bytes per second written beside the output, down to the disk; 0 where the disk is full."""
     parent = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.is_dir())
-    began = time.perf_counter()
-    try:
+
+    def write() -> None:
         with tempfile.TemporaryFile(dir=parent) as scratch:
             scratch.write(sample)
             scratch.flush()
             os.fsync(scratch.fileno())
+
+    try:
+        return len(sample) / timed(write, share)[0]
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         return 0.0  # whether the result has room is for those who reserve it to say
-    return len(sample) / max(time.perf_counter() - began, 1e-6)
 
 
 def _num_cores() -> int:

@@ -1,6 +1,7 @@
 """What ``mipipe merge`` says beside merging: its methods, and what a dry run foresees."""
 
 import json
+import time
 
 import pytest
 from merge_fixtures import trio
@@ -11,7 +12,7 @@ from mipipe.graphs.merging.build import build
 from mipipe.graphs.merging.methods import METHODS
 from mipipe.graphs.merging.recipes.recipe import parse_recipe
 from mipipe.planner.actions import ActionKind
-from mipipe.planner.merging.costs import MergeRates, loop_seconds, start_ns, verify_ns
+from mipipe.planner.merging.costs import MergeRates, loop_seconds, processor_share, start_ns, timed, verify_ns
 from mipipe.planner.merging.lower import lower_merge
 from mipipe.planner.merging.plan import plan_merge
 from mipipe.planner.merging.simulate import simulate_merge
@@ -67,6 +68,21 @@ def test_on_a_shared_machine_a_loop_takes_what_its_share_leaves():
     assert loop_seconds([(0.005, 0.005)] * 7 + [(0.055, 0.005)] * 3) == pytest.approx(0.005 * 0.2 / 0.05)
     assert loop_seconds([(0.004, 0.005), (0.006, 0.0055)]) == pytest.approx(0.005)  # clocks differ: never faster
     assert loop_seconds([(0.005, 0.0), (0.007, 0.0)]) == pytest.approx(0.006)  # a clock too coarse for it
+
+
+def test_short_samples_count_at_the_share_of_the_process():
+    own = []
+
+    def work():
+        began = time.thread_time()
+        own.append(sum(range(100_000)))
+        own.append(time.thread_time() - began)
+        return own[0]
+
+    seconds, found = timed(work, 0.1)
+    assert seconds >= 10 * own[1] > 0 and found == sum(range(100_000))
+    assert timed(lambda: time.sleep(0.02), 1.0)[0] >= 0.02
+    assert processor_share([(0.5, 0.1), (0.5, 0.3)]) == pytest.approx(0.4)
 
 
 def test_starting_counts_and_verifying_what_is_left_of_it_after_the_merge():
