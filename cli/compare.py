@@ -73,8 +73,9 @@ def compare(
                                                        " planned one).")] = None,
     time_limit: Annotated[float, typer.Option(
         "--time-limit", min=0.1, max=MOST_SECONDS,
-        help="Seconds for the planned row: its solves, checks and all. Published rows are made before and not counted:"
-             " below a second together up to 8 ranks, minutes at 64 x 1,024; --schedules leaves some out.")] = 30.0,
+        help="Seconds for all rows: published ones have half of them (below a second together up to 8 ranks, half a"
+             " minute at 64 x 1,024; what is not measured by then is left out, with a note), the planned row's solves,"
+             " checks and all what is left.")] = 30.0,
     seed: Seed = 0,
     draw: Annotated[bool, typer.Option("--draw", help="Draw the timelines of all rows on one time scale.")] = False,
     html_file: Html = None,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from mipipe.planner import clock
 from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.schedules.pattern import EvenTimes
 
@@ -63,6 +64,7 @@ def list_order(shop: ListProblem, urgency: Urgency) -> tuple[int, list[list[Acti
     end = 0
     while events:
         now, number = heapq.heappop(events)
+        clock.ask()
         rank = ranks[number]
         if rank.free_ns > now:
             continue

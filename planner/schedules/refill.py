@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from mipipe.planner import clock
 from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.schedules.list_order import ListProblem
 
@@ -32,6 +33,7 @@ def refill_weights(shop: ListProblem, orders: Sequence[Sequence[Action]], patien
     ready: dict[Part, int] = {(ActionKind.F, 0, microbatch): 0 for microbatch in range(shop.num_microbatches)}
     events = [(0, number) for number in range(len(ranks))]
     while events:
+        clock.ask()
         now, number = heapq.heappop(events)
         rank = ranks[number]
         if rank.free_ns > now:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from mipipe.planner import clock
 from mipipe.planner.actions import Action
 from mipipe.planner.schedules.pattern import EvenTimes, forward, input_gradient, weight_gradient
 
@@ -96,6 +97,7 @@ def _run(build: _Build) -> None:
     _fill(build)
     _balance(build)
     for _ in range(2 * build.microbatches):
+        clock.ask()
         _gradients(build)
         _forwards(build)
     for number, rank in enumerate(build.ranks):

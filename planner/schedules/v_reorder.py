@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mipipe.planner import clock
 from mipipe.planner.actions import Action
 from mipipe.planner.schedules.pattern import forward, input_gradient, weight_gradient
 
@@ -64,6 +65,7 @@ def _weight_slots(row: list[list[int]]) -> Iterator[tuple[int, bool]]:
     taken = {slot: phase for phase, line in enumerate(row) for slot in line}
     last, waiting, slot = max(taken), {True: 0, False: 0}, 0
     while slot <= last or any(waiting.values()):
+        clock.ask()
         phase = taken.get(slot)
         if phase is None and any(waiting.values()):
             far = waiting[True] > 0

@@ -77,7 +77,9 @@ def commands() -> Iterator[tuple[str, list[str]]]:
     yield "exportable", ["plan", small, "--exportable"]
     yield "recompute", ["plan", middle, "--recompute"]
     yield "two-way", ["plan", middle, "--placement", "two-way"]
-    yield "all rows", ["compare", "--ranks", "8", "--microbatches", "20"]
+    for ranks, microbatches in SIZES:
+        size = ["--ranks", str(ranks), "--microbatches", str(microbatches)]
+        yield f"all rows {ranks}x{microbatches}", ["compare", *size]
     for layers in (4, 61):
         yield f"experts {layers}", ["experts", "--loads", f"loads-{layers}.json", "--cluster", "cluster.yaml",
                                     "--replicas", "8"]

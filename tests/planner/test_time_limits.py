@@ -15,6 +15,7 @@ import pytest
 from mipipe.planner import clock
 from mipipe.planner.check import check_plan
 from mipipe.planner.check.arrays import holds
+from mipipe.planner.compare import compare
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.ladder.state import Progress
 from mipipe.planner.options import Objective, PlanOptions
@@ -122,6 +123,14 @@ def test_a_solve_asks_the_clock_until_it_says_no() -> None:
         lower(pairs)
     assert asked == 50
     clock.ask()  # nobody watches
+
+
+def test_published_rows_without_time_are_left_out_and_say_so() -> None:
+    """At 64 x 1,024 all published rows took 26 s, whatever the limit."""
+    rows = compare(uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1), ["1F1B", "zb-v"],
+                   PlanOptions(time_limit_s=1e-9))
+    assert [row.name for row in rows] == ["1F1B", "ZB-V"]
+    assert all(row.makespan is None and row.note.startswith("left out") for row in rows)
 
 
 def test_a_solve_that_ctrl_c_ended_says_so_in_its_plan() -> None:
