@@ -103,7 +103,17 @@ def model_of(name: str, layers: str, hidden: str, heads: str, seq: int, notes: s
         raise InputError(f"model {name}: its configuration is not known here")
     if not (layers and hidden and heads):
         raise InputError(f"model {name}: the row gives no layers, hidden size and heads")
-    vocab = re.search(r"vocab (\d+)", notes)
+    width, count, parts = (_size(name, text) for text in (hidden, layers, heads))
+    if count > 1000 or width % parts:
+        raise InputError(f"model {name}: {count} layers of {width} in {parts} heads; expected at most 1,000 layers, and"
+                         " heads that divide the hidden size")
+    vocab = re.search(r"vocab (\d{1,7})\b", notes)
     return Model("GPT2LMHeadModel", {
-        **_GPT, "n_embd": int(hidden), "n_layer": int(layers), "n_head": int(heads),
+        **_GPT, "n_embd": width, "n_layer": count, "n_head": parts,
         "n_positions": seq, "vocab_size": int(vocab[1]) if vocab else 51200})
+
+
+def _size(name: str, text: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,6}(\.0)?", text):
+        raise InputError(f"model {name}: found {text!r} among layers, hidden size and heads; expected whole numbers")
+    return int(text.removesuffix(".0"))

@@ -57,7 +57,7 @@ def predict(runs: Sequence[Run], builder: Builder, told: Callable[[str], None]) 
     """Rows of the runs that can be built; the others with why not."""
     rows, left, known = [], [], {}
     for number, run in enumerate(runs):
-        told(f"{number + 1} of {len(runs)}: {run.name} {run.model}")
+        told(f"row {number + 1} of {len(runs)}: {run.name} {run.model}")
         build = run.build
         if build is None:
             left.append(run)

@@ -8,6 +8,7 @@ a row does not state is assumed as `Build.assumed` says.
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,25 +103,38 @@ def read_runs(path: Path) -> list[Run]:
     Raises:
         InputError: a column is missing, or there is no row.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        raise InputError(f"{path}: no rows; expected the columns {', '.join(COLUMNS)}")
-    missing = [name for name in COLUMNS if name not in rows[0]]
-    if missing:
-        raise InputError(f"{path}: no column {missing[0]!r}; expected the columns {', '.join(COLUMNS)}")
+    rows = read_rows(path, COLUMNS)
     sizes = {row["model"]: row for row in reversed(rows) if row["tp"] and row["layers"]}
     found = []
     for row in rows:
         full = _completed(row, sizes)
+        facts = row["group"], row["id"], row["model"], row["hardware"], row["date_or_version"], row["precision"]
         try:
-            build, why = _build(full), ""
-        except (InputError, ValueError) as error:
-            build, why = None, str(error)
-        found.append(Run(row["group"], row["id"], row["model"], row["hardware"], row["date_or_version"],
-                         row["precision"], _step(full, build), _number(row["meas_tflops_per_gpu"]),
-                         _number(row["meas_memory_GB"]), build, why))
+            build = _build(full)
+            found.append(Run(*facts, _step(full, build), _number(row, "meas_tflops_per_gpu"),
+                             _number(row, "meas_memory_GB"), build))
+        except InputError as error:
+            found.append(Run(*facts, None, None, None, None, str(error)))
     return found
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a CSV file that has these columns; a cell that a row lacks is empty.
+
+    Raises:
+        InputError: no such file, no text, no row, or a column is missing.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [{name: (value or "").strip() for name, value in row.items() if isinstance(name, str) and not
+                     isinstance(value, list)} for row in csv.DictReader(file)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: {error}; expected a CSV file in UTF-8") from None
+    missing = [name for name in columns if not rows or name not in rows[0]]
+    if missing:
+        raise InputError(f"{path}: no {'column ' + repr(missing[0]) if rows else 'rows'}; expected the columns"
+                         f" {', '.join(columns)}")
+    return rows
 
 
 def _completed(row: Mapping[str, str], sizes: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
@@ -131,24 +145,44 @@ def _completed(row: Mapping[str, str], sizes: Mapping[str, Mapping[str, str]]) -
             for name, value in row.items()}
 
 
-def _step(row: Mapping[str, str], build: Build | None) -> float | None:
+def _step(row: Mapping[str, str], build: Build) -> float | None:
     """Measured seconds of a step; of tokens or samples per second where these were measured."""
-    tokens, samples = _number(row["meas_tokens_per_s_per_gpu"]), _number(row["meas_samples_per_s_per_gpu"])
-    if build is not None and tokens:
+    tokens, samples = _number(row, "meas_tokens_per_s_per_gpu"), _number(row, "meas_samples_per_s_per_gpu")
+    if tokens:
         return build.global_batch * build.seq / tokens / build.devices
-    if build is not None and samples:
+    if samples:
         return build.global_batch / samples / build.devices
-    return _number(row["meas_step_time_s"]) or _number(row["derived_step_time_s"])
+    return _number(row, "meas_step_time_s") or _number(row, "derived_step_time_s")
 
 
 def _whole(row: Mapping[str, str], name: str) -> int:
-    if not row[name].isdecimal() or not int(row[name]):
-        raise InputError(f"{name}: found {row[name]!r}, expected a number of at least 1")
-    return int(row[name])
+    found = _stated(row, name)
+    if found is None:
+        raise InputError(f"{name}: found {row[name]!r}, expected a whole number of at least 1")
+    return found
 
 
-def _number(text: str) -> float | None:
-    return float(text) if text else None
+def _stated(row: Mapping[str, str], name: str) -> int | None:
+    """A whole number where the cell has one; None where it says something else or nothing (``n/a``, ``not stated``)."""
+    text = row[name].removesuffix(".0")
+    if not re.fullmatch(r"-?[0-9]{1,9}", text):
+        return None
+    if int(text) < 1:
+        raise InputError(f"{name}: found {row[name]!r}, expected a whole number of at least 1")
+    return int(text)
+
+
+def _number(row: Mapping[str, str], name: str) -> float | None:
+    """A measured number; None where the cell is empty."""
+    if not row[name]:
+        return None
+    try:
+        found = float(row[name])
+    except ValueError:
+        found = 0.0
+    if not 0 < found < math.inf:
+        raise InputError(f"{name}: found {row[name]!r}, expected a number above 0")
+    return found
 
 
 def _build(row: Mapping[str, str]) -> Build:
@@ -177,32 +211,32 @@ def _build(row: Mapping[str, str]) -> Build:
 
 
 def _degrees(row: Mapping[str, str], count: int, model: Model, assumed: list[str]) -> tuple[Degrees, int, str]:
-    tensor, ranks, context = (_whole(row, name) if row[name].isdecimal() else 1 for name in ("tp", "pp", "cp"))
+    tensor, ranks, context = (_stated(row, name) or 1 for name in ("tp", "pp", "cp"))
     copies, left = divmod(count, tensor * ranks * context)
     if left or not copies:
         raise InputError(f"tp {tensor} x pp {ranks} x cp {context} does not divide {count} devices")
     batch = _whole(row, "global_batch")
-    micro = _number(row["micro_batch"]) if row["micro_batch"].isdecimal() else None
-    if micro is None:
-        assumed.append("microbatch 1")
-    microbatch = int(micro or 1)
-    each = batch // copies
+    microbatch, each = _stated(row, "micro_batch"), batch // copies
     schedule = row["schedule"].split(" (")[0].lower()
     if schedule == "not stated":
         schedule = "interleaved 1f1b" if ranks > 1 else "1f1b"
         assumed.append(f"schedule {schedule}")
-    if not schedule and row["vpp"].isdecimal() and int(row["vpp"]) > 1:
+    if not schedule and (_stated(row, "vpp") or 1) > 1:
         schedule = "interleaved 1f1b"
     if schedule not in SCHEDULES:
         raise InputError(f"schedule {row['schedule']}: expected one of {', '.join(SCHEDULES)}")
     name = SCHEDULES[schedule]
     chunks = _chunks(row, model, ranks, name, assumed)
+    if microbatch is None:
+        microbatch = _microbatch(row, each, ranks * chunks)
+        assumed.append(f"microbatch {microbatch}")
     if chunks > 1 and (each // microbatch) % ranks:
         raise InputError(f"interleaved 1F1B of {each // microbatch} microbatches on {ranks} ranks is not published")
     fsdp = re.search(r"fsdp=(\d+)", row["dp_or_fsdp"])
     sharding = row["optimizer_sharding"]
-    zero = 3 if fsdp and int(fsdp[1]) > 1 else 0 if sharding.startswith("none") or row["group"] == "sailor_sosp25" \
-        else 1
+    whole = row["group"] == "torchtitan" and ranks > 1  # its pipelines gather parameters once a step, and sum gradients
+    zero = (1 if whole else 3) if fsdp and int(fsdp[1]) > 1 else \
+        0 if sharding.startswith("none") or row["group"] == "sailor_sosp25" else 1
     again = row["recompute"].lower()
     sequence = tensor > 1 and ("no sequence" not in again and "no sp" not in again) and (
         "sequence parallel" in again or "+ sp" in again or row["group"] not in OLD)
@@ -212,7 +246,7 @@ def _degrees(row: Mapping[str, str], count: int, model: Model, assumed: list[str
         assumed.append("nothing runs again: how many layers do is not stated")
     recompute: Recompute = "full" if again.startswith("full") else \
         "selective" if again.startswith(("selective", "per-op")) else "none"
-    expert = int(row["ep"]) if row["ep"].isdecimal() else 1
+    expert = _stated(row, "ep") or 1
     return (Degrees(ranks, tensor, sequence, context, expert, copies, chunks, microbatch, zero, recompute), batch,
             name if chunks > 1 or name != "Interleaved 1F1B" else "1F1B")
 
@@ -237,16 +271,23 @@ HELD = ("megatron_sc21_table1", "mt_nlg_530b", "korthikanti_table5", "zero_bubbl
 def _chunks(row: Mapping[str, str], model: Model, ranks: int, schedule: str, assumed: list[str]) -> int:
     if ranks == 1 or schedule != "Interleaved 1F1B":
         return 1
-    if row["vpp"].isdecimal():
-        return int(row["vpp"])
+    stated = _stated(row, "vpp")
+    if stated is not None:
+        return stated
     layers = next((int(value) for name, value in model.overrides.items() if name in ("n_layer", "num_hidden_layers")),
-                  int(row["layers"] or 0))
+                  _stated(row, "layers") or 0)
     if row["vpp"].startswith("max"):
         return -(-layers // ranks)
     chunks = max(size for size in range(1, layers // ranks + 1) if layers % (size * ranks) == 0 and size <= 6) \
         if layers and layers % ranks == 0 else 2
     assumed.append(f"{chunks} stages per rank")
     return chunks
+
+
+def _microbatch(row: Mapping[str, str], each: int, stages: int) -> int:
+    """Sequences of a microbatch where none is stated: torchtitan divides a copy's batch into as many as it has stages;
+    1 elsewhere."""
+    return max(1, each // stages) if row["group"] == "torchtitan" and stages > 1 and each % stages == 0 else 1
 
 
 def _layers(row: Mapping[str, str]) -> tuple[int, ...] | None:
@@ -259,9 +300,11 @@ def _layers(row: Mapping[str, str]) -> tuple[int, ...] | None:
 
 
 class Builder:
-    """Evaluates builds; captures and profiles are kept between them. ``kinds`` replace the shipped device kinds."""
+    """Evaluates builds; captures and profiles are kept between them, captures in ``folder`` for later runs as well
+    (None: where `mipipe` keeps its own). ``kinds`` replace the shipped device kinds."""
 
-    def __init__(self, kinds: Mapping[str, DeviceKind] | None = None) -> None:
+    def __init__(self, kinds: Mapping[str, DeviceKind] | None = None, folder: Path | None = None) -> None:
+        self.folder = folder
         self.kinds = {**shipped_kinds(), **(kinds or {})}
         self._models: dict[Any, ModelPieces] = {}
         self._pricers: dict[Any, Pricer] = {}
@@ -276,7 +319,7 @@ class Builder:
         key = build.model.source, str(build.model.overrides), build.seq
         if key not in self._models:
             options = {"seq": build.seq, "batch": 1, "dtype": "bfloat16", "overrides": build.model.overrides}
-            self._models[key] = model_pieces(capture_cached(build.model.source, options).graph)
+            self._models[key] = model_pieces(capture_cached(build.model.source, options, folder=self.folder).graph)
         if (*key, machine.kernels) not in self._pricers:
             self._pricers[*key, machine.kernels] = Pricer(self._models[key], machine)
         return self._pricers[*key, machine.kernels].on(machine, measured)

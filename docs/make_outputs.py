@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -154,8 +155,7 @@ def make(name: str, folder: Path, done: set[str]) -> None:
     shown = []
     for command in output.commands:
         print(f"$ {command}", flush=True)
-        # the commands are written above, in this file
-        ran = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, timeout=600,
+        ran = subprocess.run(shlex.split(command), cwd=folder, capture_output=True, text=True, timeout=600,
                              env={**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb",
                                   "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(folder),
                                   "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"})

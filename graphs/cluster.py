@@ -174,34 +174,32 @@ def read_cluster(data: Mapping[str, Any], where: str) -> Cluster:
     return Cluster(_topology(devices, text, where), kinds)
 
 
-def uniform_cluster(kind_name: str | DeviceKind, devices: int, per_host: int = 8,
+def uniform_cluster(kind: str | DeviceKind, devices: int, per_host: int = 8,
                     memory_bytes: int | None = None) -> Cluster:
-    """A cluster of equal hosts of a kind (by its name: a shipped one), with the kind's usual links at the share of them
+    """A cluster of equal hosts of a kind (a name: of a shipped one), with the kind's usual links at the share of them
     that is achieved.
 
     Raises:
         InputError: an unknown kind, one whose links or memory are not known, a number of devices that hosts do not
             make up.
     """
-    if isinstance(kind_name, DeviceKind):
-        kind, kind_name = kind_name, kind_name.name
-    else:
+    if isinstance(kind, str):
         kinds = shipped_kinds()
-        if kind_name not in kinds:
-            raise InputError(f"--kind {shown(kind_name)}: unknown device kind; known are {', '.join(sorted(kinds))}")
-        kind = kinds[kind_name]
+        if kind not in kinds:
+            raise InputError(f"--kind {shown(kind)}: unknown device kind; known are {', '.join(sorted(kinds))}")
+        kind = kinds[kind]
     memory = kind.memory_bytes if memory_bytes is None else memory_bytes
     if kind.host_link is None or kind.network is None or memory is None:
-        raise InputError(f"--kind {kind_name}: its links and memory are not known; describe it in a cluster file"
+        raise InputError(f"--kind {kind.name}: its links and memory are not known; describe it in a cluster file"
                          " (--cluster)")
     if not 1 <= devices <= MOST_DEVICES or per_host < 1 or (devices > per_host and devices % per_host):
         raise InputError(f"--devices {shown(devices)}, --per-host {shown(per_host)}: expected 1 to {MOST_DEVICES}"
                          " devices, a multiple of those on a host")
-    placed = tuple(Device(f"host{index // per_host}/{index % per_host}", kind_name, memory, f"host{index // per_host}",
+    placed = tuple(Device(f"host{index // per_host}/{index % per_host}", kind.name, memory, f"host{index // per_host}",
                           index % per_host) for index in range(devices))
     inside, outside = (Link(link.latency_ns, round((link.bytes_per_s or 0) * kind.achieved.link))
                        for link in (kind.host_link, kind.network))
-    return Cluster(Topology(placed, inside, outside), {kind_name: kind})
+    return Cluster(Topology(placed, inside, outside), {kind.name: kind})
 
 
 def shipped_kinds(fitted: bool = True) -> dict[str, DeviceKind]:

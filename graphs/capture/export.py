@@ -96,6 +96,8 @@ def flatten_program(program: torch.export.ExportedProgram, prefix: str, aliases:
     ``code``: the custom Functions and hooks recorded in the export.
     """
     graph, signature = fx.Graph(), program.graph_signature
+    of_parameters, of_buffers, of_constants = (signature.inputs_to_parameters, signature.inputs_to_buffers,
+                                               signature.inputs_to_lifted_tensor_constants)  # each makes a dict anew
     env: dict[fx.Node, Any] = {}
     inputs: dict[str, fx.Node] = {}
     parameters: dict[str, fx.Node] = {}
@@ -103,11 +105,10 @@ def flatten_program(program: torch.export.ExportedProgram, prefix: str, aliases:
     shared: dict[str, fx.Node] = {}
     for node in program.graph.find_nodes(op="placeholder"):
         name = node.name
-        target = (signature.inputs_to_parameters.get(name) or signature.inputs_to_buffers.get(name)
-                  or signature.inputs_to_lifted_tensor_constants.get(name))
+        target = of_parameters.get(name) or of_buffers.get(name) or of_constants.get(name)
         if not isinstance(node.meta.get("val"), Tensor):
             continue
-        if name in signature.inputs_to_lifted_tensor_constants:
+        if name in of_constants:
             made = _constant(graph, program.constants[target], str(target))
         elif target is None:
             made = inputs[_input_name(node)] = graph.placeholder(name)
@@ -116,8 +117,8 @@ def flatten_program(program: torch.export.ExportedProgram, prefix: str, aliases:
             first = aliases.get(target, target)
             made = shared[first] if first in shared else graph.placeholder(name)
             shared[first] = made
-            (parameters if name in signature.inputs_to_parameters else buffers)[fqn] = made
-        made.meta.update(val=node.meta["val"], stack=(), given=name not in signature.inputs_to_parameters)
+            (parameters if name in of_parameters else buffers)[fqn] = made
+        made.meta.update(val=node.meta["val"], stack=(), given=name not in of_parameters)
         env[node] = made
     results = _copy_nodes(program.graph_module, graph, env, prefix)
     specs = signature.output_specs

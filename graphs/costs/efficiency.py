@@ -26,7 +26,8 @@ LowDtype = Literal["float8", "float4"]
 class Evidence:
     """The measured runs that shares were fitted on: how many, the mean relative error of a step when the model of the
     run was held out, and how far they reach (least and most): devices, parameters, tokens of a sequence; the types of
-    products, and kinds of models (``dense``, ``experts``)."""
+    products, and kinds of models (``dense``, ``experts``). ``thin``: types of products that runs of one model alone
+    stand for on this kind."""
 
     __pydantic_config__: ClassVar = STRICT
     runs: int
@@ -36,6 +37,7 @@ class Evidence:
     tokens: tuple[int, int]
     products: tuple[str, ...]
     models: tuple[str, ...]
+    thin: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

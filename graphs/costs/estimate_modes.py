@@ -129,12 +129,7 @@ def estimated_profile(trace: SegmentTrace, role: Role, split: TeamSplit, *, fuse
     layout = Layout.SEQUENCE if split.context > 1 or (split.sequence and split.tensor > 1) else Layout.REPLICATED
     return ModeProfile(trace.digest, split.mode, axes, (layout,) * len(trace.inputs), (layout,) * len(trace.outputs),
                        estimate.parts(), estimate.resident(), estimate.kept(cut),
-                       {phase: _phase_work(trace, phase, made) for phase, made in work.items()})
-
-
-def _phase_work(trace: SegmentTrace, phase: Phase, made: _Work) -> PhaseWork:
-    return PhaseWork(sum(item.flops * item.count for item in made.products), round(made.moved), made.kernels,
-                     trace.workspace_bytes.get(phase, 0), tuple(made.products), tuple(made.collectives))
+                       {phase: estimate.phase_work(phase, made, fused) for phase, made in work.items()})
 
 
 @dataclass(slots=True)
@@ -308,6 +303,14 @@ class _Estimate:
         if Phase.I in work:
             work[Phase.I].collectives += [Collective(CollectiveKind.ALL_GATHER, "context", size),
                                           Collective(CollectiveKind.REDUCE_SCATTER, "context", size)]
+
+    def phase_work(self, phase: Phase, made: _Work, fused: bool) -> PhaseWork:
+        """A phase's work. Its workspace is the eager operators', divided as what the products by columns make; that of
+        fused kernels stays on the chip, but for losses."""
+        parts = self.split.context * self.split.tensor if self.rules.has("columns") else self.whole()
+        alive = -(-self.trace.workspace_bytes.get(phase, 0) // parts) if self.role is Role.HEAD or not fused else 0
+        return PhaseWork(sum(item.flops * item.count for item in made.products), round(made.moved), made.kernels,
+                         alive, tuple(made.products), tuple(made.collectives))
 
     def parts(self) -> tuple[ParameterPart, ...]:
         found = []

@@ -19,6 +19,8 @@ from mipipe.graphs.operator_graph import DTYPE_BYTES, Operator, Phase, SegmentTr
 _HEAVY = ("aten.embedding", "aten.index", "aten.scatter", "aten.sort", "aten.topk", "aten.convolution", "aten.gather",
           "aten.histc", "mipipe.")
 """Operators without products that no elementwise kernel takes in."""
+_LOSS = "aten._log_softmax."
+"""A loss's log-probabilities are kept, in float32: losses are kernels of their own, and do not run again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,8 @@ def _cut(trace: SegmentTrace, makers: dict[str, Operator], origin: dict[str, str
         name = pending.pop()
         graph.add_edge((name, 0), (name, 1), capacity=max(1, _size(name, trace, makers)))
         maker = makers.get(name)
-        if maker is None or maker.phase is not Phase.F or (_heavy(maker) and not maker.kind.startswith(again or "-")):
+        if maker is None or maker.phase is not Phase.F or maker.kind.startswith(_LOSS) or (
+                _heavy(maker) and not maker.kind.startswith(again or "-")):
             graph.add_edge("source", (name, 0))
             continue
         for source in maker.inputs:

@@ -15,14 +15,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from mipipe.graphs.costs.exchange import exchange_note, exchange_ns
 from mipipe.graphs.costs.table import CostTable, GroupCost
 from mipipe.graphs.errors import GraphError, InputError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role
+from mipipe.graphs.serialize import save, write_text
 from mipipe.graphs.topology import Link
 
 DEFAULT_CACHE = cache_folder("profile")
@@ -204,9 +204,11 @@ def _measure(graph: OperatorGraph, coarse: CoarseGraph, names: Sequence[str], de
              options: ProfileOptions, progress: Callable[[int, int], None] | None) -> dict[str, list[Samples]]:
     """Samples of the named groups from every worker: processes that wait for one another before each lot."""
     with tempfile.TemporaryDirectory(prefix="mipipe-profile-") as folder:
-        task = Path(folder) / "task.pickle"
-        task.write_bytes(pickle.dumps((graph, coarse, tuple(names), device, _room(device, workers), options)))
-        processes = [_start(task, rank, options, Path(folder)) for rank in range(workers)]
+        save(graph, Path(folder) / "graph.json")
+        save(coarse, Path(folder) / "coarse.json")
+        task = {"names": list(names), "device": device, "room": _room(device, workers), "options": asdict(options)}
+        write_text(Path(folder) / "task.json", json.dumps(task))
+        processes = [_start(rank, options, Path(folder)) for rank in range(workers)]
         try:
             found: dict[str, list[Samples]] = {}
             while len(found) < len(names):
@@ -241,10 +243,10 @@ def _room(device: str, workers: int) -> int | None:
     return int(torch.cuda.get_device_properties(torch.device(device)).total_memory) // (2 * sharing)
 
 
-def _start(task: Path, rank: int, options: ProfileOptions, folder: Path) -> subprocess.Popen[str]:
+def _start(rank: int, options: ProfileOptions, folder: Path) -> subprocess.Popen[str]:
     """One worker; it ends by itself after the time limit."""
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
-    command = [sys.executable, "-m", "mipipe.graphs.profiling.profile_worker", str(task), str(rank)]
+    command = [sys.executable, "-m", "mipipe.graphs.profiling.profile_worker", str(folder), str(rank)]
     with (folder / f"stderr{rank}").open("w") as errors:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
                                 env=environment)

@@ -1,4 +1,6 @@
-"""One profiling process, started by `mipipe.graphs.profiling.profile` as ``python -m`` this module ``TASK RANK``.
+"""One profiling process, started by `mipipe.graphs.profiling.profile` as ``python -m`` this module ``FOLDER RANK``.
+
+The folder has ``graph.json``, ``coarse.json`` and ``task.json`` (names of groups, device, room in bytes, options).
 
 Speaks JSON lines on stdout: ``{"ready": [group, ...]}`` when these groups' tensors are there, then, after a line on
 stdin, ``{"samples": {group: {phase: [ns, ...]}}}``; ``{"error": text}`` when a group cannot be run.
@@ -8,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import pickle
 import signal
 import sys
 import time
@@ -25,6 +26,7 @@ from mipipe.graphs.coarse.graph_index import index_graph
 from mipipe.graphs.operator_graph import OperatorGraph, Phase
 from mipipe.graphs.profiling.profile import ProfileOptions
 from mipipe.graphs.profiling.rehearse import GroupRun, rehearse
+from mipipe.graphs.serialize import load
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +41,15 @@ class ProfiledGroup:
 Steps = list[tuple[ProfiledGroup, Phase]]
 
 
-def main(task: str, rank: int) -> None:
+def main(folder: str, rank: int) -> None:
     """Measure the task's groups, in step with the other workers."""
-    # our parent process wrote it a moment ago, into a private temporary folder: no file that a person gives
-    graph, coarse, names, device_name, room, options = pickle.loads(Path(task).read_bytes())
+    place = Path(folder)
+    graph, coarse = load(place / "graph.json", OperatorGraph), load(place / "coarse.json", CoarseGraph)
+    task = json.loads((place / "task.json").read_text(encoding="utf-8"))
+    names, room, options = task["names"], task["room"], ProfileOptions(**task["options"])
     signal.alarm(max(1, round(options.timeout_s)))
     torch.set_num_threads(options.threads)
-    device = torch.device(device_name)
+    device = torch.device(task["device"])
     if device.type == "cuda":
         device = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(device)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from mipipe.graphs.collector import no_collection
 from mipipe.graphs.errors import InputError, ProblemError
 from mipipe.planner.compare import baseline_named
 from mipipe.planner.device_memory import ALLOCATOR_SLACK, RUNTIME_BYTES
@@ -153,10 +154,11 @@ def evaluate_teams(pricer: Pricer, degrees: Degrees, global_batch: int, *, layer
     problem = team_problem(model, degrees, machine, stages, microbatches)
     if held and count == degrees.ranks:
         problem = hold_transfers(problem)
-    found = baseline.plan(problem, split=split)
-    instant = baseline.plan(team_problem(model, degrees, machine, stages, microbatches, instant=True), split=split)
-    return result_of(pricer, degrees, global_batch, found, stages, baseline.name, tuple(layers),
-                     instant.makespan_ns or 0, tuple(recompute))
+    with no_collection():  # some 100,000 actions: half the time would go into looking for cycles among them
+        found = baseline.plan(problem, split=split)
+        instant = baseline.plan(team_problem(model, degrees, machine, stages, microbatches, instant=True), split=split)
+        return result_of(pricer, degrees, global_batch, found, stages, baseline.name,
+                         tuple(layers), instant.makespan_ns or 0, tuple(recompute))
 
 
 def piece_costs(pricer: Pricer, degrees: Degrees, recompute: Sequence[Recompute] = ()) -> list[PieceCost]:

@@ -85,7 +85,7 @@ def chain_task(pricer: Pricer, degrees: Degrees, microbatches: int,
 
 def _mode_cost(cost: PieceCost) -> ModeCost:
     return ModeCost(cost.f.total, cost.backward, cost.optimizer, cost.resident, cost.kept,
-                    cost.again + cost.late + cost.gathered + cost.buffers)
+                    cost.while_running)
 
 
 def _evaluated(pricer: Pricer, degrees: Degrees, answer: StageCounts, modes: list[Recompute],

@@ -39,6 +39,8 @@ def _kinds(pricer: Pricer, known: Evidence) -> list[str]:
     products = pricer.machine.low or "16 bits"
     if products not in known.products:
         found.append(f"products in {products}, the runs behind the efficiencies had {' and '.join(known.products)}")
+    elif products in known.thin:
+        found.append(f"products in {products}, which runs of one model alone stand for on this device kind")
     kind = "experts" if any(segment.tags.role is Role.EXPERTS for segment in pricer.model.graph.segments) else "dense"
     if kind not in known.models:
         found.append(f"a model {'with experts' if kind == 'experts' else 'without experts'}, the runs behind the"

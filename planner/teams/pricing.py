@@ -93,10 +93,12 @@ class PieceCost:
     """One piece on one member: phases (None: it has no such phase), bytes, and what it takes at the end of a step.
 
     ``kept`` stays from F to the end of the backward, ``late`` from I to W, per microbatch; ``again`` is ``kept`` of a
-    piece whose F runs again, which it holds while its backward runs. ``reduce``, ``gather``: seconds of the gradients'
+    piece whose F runs again, which it holds while its backward runs; ``until_w`` is the part of ``kept`` (of ``again``)
+    that W reads: the inputs of products with parameters. ``reduce``, ``gather``: seconds of the gradients'
     way between copies and of the updated parameters' way back, ``optimizer`` of the update itself. ``gathered``: whole
     gradients, and parameters of this piece and the next, where copies hold parts of them; ``buffers``: the largest
-    tensor of a collective.
+    tensor of a collective, ``workspace`` what is alive within a phase beside arguments and results (of a head: the
+    loss's gradients by the logits).
     """
 
     f: PhaseCost
@@ -113,6 +115,8 @@ class PieceCost:
     optimizer: float
     gathered: int = 0
     buffers: int = 0
+    until_w: int = 0
+    workspace: int = 0
 
     @property
     def backward(self) -> float:
@@ -121,6 +125,11 @@ class PieceCost:
     @property
     def resident(self) -> int:
         return self.weights + self.gradients + self.state
+
+    @property
+    def while_running(self) -> int:
+        """Bytes that the piece needs while its backward runs, I and W at once, beside what is kept."""
+        return self.again + self.gathered + self.buffers + max(self.workspace, self.late)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +230,7 @@ class Pricer:
         piece, machine = self.model.kinds[kind], self.machine
         count = degrees.microbatch / self.model.sequences
         found: dict[Phase, PhaseCost] = {}
-        kept = late = dense = experts = trained = trained_experts = buffers = 0
+        kept = until_w = late = dense = experts = trained = trained_experts = buffers = workspace = 0
         for member in piece.members:
             profile = self.profile(member, degrees)
             for phase, work in profile.phases.items():
@@ -234,10 +243,11 @@ class Pricer:
                         seconds += machine.kind.achieved.expert_ns * 1e-9
                     cost = PhaseCost(seconds, self._talk(work.collectives, degrees, count, self.fanout(member)))
                     found[phase] = found[phase].plus(cost) if phase in found else cost
+                    workspace = max(workspace, round(work.workspace_bytes * count))
                     buffers = max(buffers, *(round(item.num_bytes * count) for item in work.collectives), 0)
             if self.model.index.runs(member, Phase.I) or self.model.index.runs(member, Phase.W):
                 kept += profile.kept.fi + profile.kept.fw
-                late += profile.kept.iw
+                until_w, late = until_w + profile.kept.fw, late + profile.kept.iw
             dense, experts = dense + profile.resident.dense, experts + profile.resident.experts
             if self.model.index.runs(member, Phase.W):
                 trained += profile.resident.trainable_dense
@@ -247,7 +257,7 @@ class Pricer:
             again, kept = kept, self._inputs(piece.members[0], degrees, count)
             found[Phase.I] = found[Phase.I].plus(found[Phase.F])
         price = self._resident(degrees, found, (kept, late, again), (dense, experts), (trained, trained_experts))
-        return replace(price, buffers=buffers)
+        return replace(price, buffers=buffers, until_w=round(until_w * count), workspace=workspace)
 
     def _inputs(self, member: int, degrees: Degrees, count: float) -> int:
         """Bytes of a piece's inputs on one member."""

@@ -2,16 +2,18 @@
 
 The problem is that of one member of every team: all members do the same. Its devices are teams with one member's
 memory; the link between two ranks is that of members of equal index. Where the schedule has whole backwards (B), they
-run layer by layer, so what stays between I and W is one piece's at a time and counts as workspace; schedules that put
-W off keep it for the whole stage. Values on their way between ranks have a buffer at both ends, collectives one for
-their largest tensor. Gradients are reduced over copies while the last microbatch's backward goes on, and updated
-parameters gathered while the first forward does; the update has what neither hides.
+run layer by layer, so what stays between I and W is one piece's at a time and counts as workspace. Schedules that put W
+off keep it for the whole stage, and of the activations what W reads: the inputs of products, beside the gradients of
+their results. The others go piece by piece while I runs, and make room for these gradients. Values on their way between
+ranks have a buffer at both ends, collectives one for their largest tensor. Gradients are reduced over copies while the
+last microbatch's backward goes on, and updated parameters gathered while the first forward does; the update has what
+neither hides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mipipe.graphs.errors import ProblemError
 from mipipe.graphs.topology import Device, Link, Topology
@@ -26,11 +28,13 @@ KIND = "team"
 @dataclass(frozen=True, slots=True)
 class StageCost:
     """A stage's pieces together. ``phases`` holds F, I and W (None where there is none) with the action's overhead in
-    their compute; ``exposed_data`` is what copies add to the update, ``optimizer`` the update itself (seconds)."""
+    their compute; ``kept`` stays from F to the end of I (where that is an action), ``until_w`` from F and ``late`` from
+    I to the end of W; ``exposed_data`` is what copies add to the update, ``optimizer`` the update itself (seconds)."""
 
     pieces: tuple[int, ...]
     phases: tuple[PhaseCost, PhaseCost | None, PhaseCost | None]
     kept: int
+    until_w: int
     late: int
     workspace: int
     weights: int
@@ -107,14 +111,25 @@ def stage_cost(costs: Sequence[PieceCost], pieces: Sequence[int], machine: Machi
         paid = name == "f" or split or (name == "i" or not any(cost.i for cost in own))
         phases.append(total.plus(overhead) if there and paid else total if there or name == "f" else None)
     assert phases[0] is not None
-    workspace = max((cost.again + cost.gathered + cost.buffers + (0 if split else cost.late) for cost in own),
-                    default=0)
-    return StageCost(tuple(pieces), (phases[0], phases[1], phases[2]), sum(cost.kept for cost in own),
-                     sum(cost.late for cost in own) if split else 0, workspace, sum(cost.weights for cost in own),
-                     sum(cost.gradients for cost in own), sum(cost.state for cost in own),
+    workspace = max((replace(cost, late=0).while_running if split else cost.while_running for cost in own), default=0)
+    held_bytes = kept_apart(own) if split else (0, sum(cost.kept for cost in own), 0)
+    return StageCost(tuple(pieces), (phases[0], phases[1], phases[2]), *held_bytes, workspace,
+                     sum(cost.weights for cost in own), sum(cost.gradients for cost in own),
+                     sum(cost.state for cost in own),
                      sum(cost.reduce + cost.gather for cost in own) if held else
                      exposed_reduction(own) + exposed_gather(own) if first_chunk else 0.0,
                      sum(cost.optimizer for cost in own))
+
+
+def kept_apart(own: Sequence[PieceCost]) -> tuple[int, int, int]:
+    """Bytes of a stage from F to I, from F to W and from I to W. I frees a piece's activations that W does not read
+    before it makes the next one's gradients: what takes their place counts as held from F to W."""
+    rest = [cost.kept if cost.again else cost.kept - cost.until_w for cost in own]
+    read = [0 if cost.again else cost.until_w for cost in own]
+    late = [cost.late + (cost.until_w if cost.again else 0) for cost in own]
+    most = max((sum(rest[:number + 1]) + sum(late[number:]) for number in range(len(own))), default=0)
+    reused = sum(rest) + sum(late) - most
+    return sum(rest) - reused, sum(read) + reused, sum(late) - reused
 
 
 def exposed_reduction(own: Sequence[PieceCost]) -> float:
@@ -157,7 +172,8 @@ def team_problem(model: ModelPieces, degrees: Degrees, machine: Machine, stages:
         f, i, w = ((None if phase is None else _ns(phase.total)) for phase in stage.phases)
         groups.append(Group(f"stage {number}: " + (names[0] if len(set(names)) < 2 else " .. ".join(names)),
                             {KIND: PhaseTimes(f or 0, i, w)}, resident_bytes=stage.resident,
-                            gradient_bytes=stage.gradients, saved_fw_bytes=stage.kept, saved_iw_bytes=stage.late,
+                            gradient_bytes=stage.gradients, saved_fi_bytes=stage.kept, saved_fw_bytes=stage.until_w,
+                            saved_iw_bytes=stage.late,
                             workspace_bytes=stage.workspace + passing[number], segments=segments,
                             update_ns=_ns(stage.exposed_data + stage.optimizer)))
     devices = tuple(Device(f"team{rank}", KIND, machine.usable_bytes, f"host{rank}") for rank in range(count))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from mipipe.graphs.collector import no_collection
 from mipipe.graphs.errors import MipipeError, ProgramError, RunError
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.execution.simulate_memory import sends_fit
@@ -27,7 +28,7 @@ from mipipe.runtime.engine.compiling.calls import ActionCode, random_key, run_ca
 from mipipe.runtime.engine.compiling.compiled import Compiled
 from mipipe.runtime.engine.compiling.instructions import ActionPart, Step, Transport
 from mipipe.runtime.engine.options import EngineOptions
-from mipipe.runtime.engine.record import StepRecord, no_collection
+from mipipe.runtime.engine.record import StepRecord
 from mipipe.runtime.engine.side_stream import SideStream
 from mipipe.runtime.engine.streams import streams_of
 

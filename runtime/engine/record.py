@@ -1,10 +1,7 @@
-"""What a step leaves behind, and the garbage collector that waits until it is over."""
+"""What a step leaves behind."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,16 +20,3 @@ class StepRecord:
     transfer_times: list[tuple[int, int, int]] = field(default_factory=list)
     memory: list[tuple[int, int]] = field(default_factory=list)
     clock: Literal["host", "events"] = "host"
-
-
-@contextlib.contextmanager
-def no_collection() -> Iterator[None]:
-    """Python's cyclic garbage collector waits meanwhile: with torch loaded one pass takes tens of milliseconds, and a
-    pause of one rank is a pause of all. Nothing is lost: tensors go by reference counts."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -63,8 +63,8 @@ def test_a_file_becomes_devices_links_and_kinds(tmp_path):
 
 def test_shipped_kinds_name_their_source_and_only_cpu_lacks_peaks():
     kinds = shipped_kinds()
-    assert set(kinds) == {"h100", "h100_hbm2e", "h200", "h800", "gh200", "a100", "b200", "b300", "gb200", "gb300",
-                          "mi300x", "cpu"}
+    assert set(kinds) == {"h100", "h100_hbm2e", "h200", "h800", "gh200", "a100", "a100_40", "v100", "b200", "b300",
+                          "gb200", "gb300", "mi300x", "cpu"}
     assert all(kind.source for kind in kinds.values())
     assert [name for name, kind in kinds.items() if not kind.has_peaks] == ["cpu"]
     # Two public figures as an anchor: arithmetic intensity at which an H100 and an A100 turn compute-bound in bfloat16.

@@ -18,7 +18,14 @@ from mipipe.planner.teams.evaluate import evaluate_teams
 from mipipe.planner.teams.outside import outside
 from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.remedies import remedy
-from mipipe.planner.teams.stages import cut_pieces, even_layers, exposed_gather, exposed_reduction, stage_cost
+from mipipe.planner.teams.stages import (
+    cut_pieces,
+    even_layers,
+    exposed_gather,
+    exposed_reduction,
+    kept_apart,
+    stage_cost,
+)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +90,23 @@ def test_memory_is_divided_by_what_divides_it(pricer, pieces):
     teams = evaluate_teams(pricer, Degrees(tensor=4), 8).memory[0]
     norms = 13 * 256
     assert teams.gradients == pytest.approx(4 * ((count - norms) / 4 + norms), rel=1e-6)
+
+
+def test_split_backwards_keep_what_weight_gradients_read(pricer, pieces):
+    """Of a stage's bytes from F to I, F to W and I to W: before I all that is kept, after it the inputs of products and
+    the gradients of their results; I makes room for these as it goes, and never needs more than its worst moment."""
+    costs = pricer.costs(Degrees())
+    to_i, to_w, late = kept_apart(costs)
+    read, gradients = (sum(getattr(cost, name) for cost in costs) for name in ("until_w", "late"))
+    assert to_i + to_w == sum(cost.kept for cost in costs) and to_w + late == read + gradients
+    assert 0 < read < to_i + to_w and 0 <= late < gradients
+    clock, worst = sum(cost.kept for cost in costs), 0
+    for cost in reversed(costs):
+        worst = max(worst, clock + cost.late)
+        clock += cost.late + cost.until_w - cost.kept
+    assert to_i + to_w + late == worst
+    again = pricer.costs(Degrees(recompute="full"))
+    assert sum(kept_apart(again)[1:]) >= sum(cost.until_w + cost.late for cost in again if cost.again)
 
 
 def test_recomputation_and_sequence_keep_less_and_take_longer(pricer):

@@ -55,6 +55,11 @@ def test_rows_become_configurations(tmp_path: Path) -> None:
     ({"hidden": ""}, "gives no layers, hidden size and heads"),
     ({"hardware": "TPU v5"}, "hardware TPU v5: no such device kind"),
     ({"precision": "INT3"}, "precision INT3: expected one of"),
+    ({"tp": "0"}, "tp: found '0', expected a whole number of at least 1"),
+    ({"tp": "-2"}, "tp: found '-2'"), ({"n_gpus": "many"}, "n_gpus: found 'many'"),
+    ({"meas_step_time_s": "fast"}, "meas_step_time_s: found 'fast', expected a number above 0"),
+    ({"meas_memory_GB": "nan"}, "meas_memory_GB: found 'nan'"), ({"layers": "2.5"}, "found '2.5' among layers"),
+    ({"heads": "5"}, "heads that divide the hidden size"), ({"ep": "0"}, "ep: found '0'"),
     ({"tp": "3"}, "tp 3 x pp 2 x cp 1 does not divide 8 devices"),
     ({"schedule": "wavelike"}, "schedule wavelike: expected one of"),
     ({"layout_or_notes": "LoRA Performance"}, "fine-tuning with adapters")])
@@ -62,6 +67,24 @@ def test_rows_that_are_not_built_say_why(tmp_path: Path, change: dict[str, str],
     run, = read_runs(table(tmp_path / "runs.csv", change))
     assert run.build is None and why in run.why
     assert predict([run], Builder(), str) == ([], [run])
+
+
+def test_cells_that_a_row_lacks_are_empty(tmp_path: Path) -> None:
+    """A row shorter than the header, and one with cells too many."""
+    path = table(tmp_path / "runs.csv", {})
+    head, row = path.read_text().splitlines()
+    path.write_text("\n".join([head, row.rpartition("vocab 512")[0], row + ",more,cells", "only"]) + "\n")
+    short, longer, only = read_runs(path)
+    assert short.build is not None and short.step_s is None
+    assert longer.build == read_runs(table(tmp_path / "runs.csv", {}))[0].build
+    assert only.build is None and only.why.startswith("seq_len: found '', expected")
+
+
+def test_torchtitan_divides_a_copys_batch_into_as_many_microbatches_as_stages(tmp_path: Path) -> None:
+    run, = read_runs(table(tmp_path / "runs.csv", {
+        "group": "torchtitan", "dp_or_fsdp": "fsdp=2", "micro_batch": "(local batch 8 split)", "global_batch": "16"}))
+    assert run.build is not None and (run.build.degrees.microbatch, run.build.degrees.zero) == (2, 1)
+    assert run.build.assumed == ("microbatch 2",)
 
 
 def test_a_table_of_another_kind(tmp_path: Path) -> None:
@@ -93,7 +116,8 @@ def test_a_fit_finds_the_shares_that_made_its_rows(tmp_path: Path) -> None:
     runs = read_runs(table(tmp_path / "runs.csv", *changes))
     builder, kinds = Builder(), shipped_kinds(fitted=False)
     true = replace(kinds["a100"], achieved=kinds["a100"].achieved.but(product=0.5, action_ns=300_000))
-    points = [Point(run.build, run.name, [run], builder.evaluate(run.build, true).seconds) for run in runs if run.build]
+    points = [Point(run.build, run.name, run.version, [run], builder.evaluate(run.build, true).seconds)
+              for run in runs if run.build]
     fit = Fit(builder, kinds, points)
     values, at, _ = fit.run(1)
     assert max(abs(at)) < 0.03 < max(abs(fit.logs(fit.start)))

@@ -1,0 +1,144 @@
+"""Steps and memory of Sailor's artifact (SOSP 2025) by its own measured times of layers on one device.
+
+As ``mipipe plan --layer-times --held``: 1F1B, transfers that hold the compute stream, the reduction of gradients by the
+cost model of collectives; and the peak memory. Nothing is fitted. Rows with several kinds of devices are listed, not
+built.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from published_models import model_of
+from published_runs import Build, Builder, read_rows
+from published_zero_bubble import number_of
+from rich.console import Console
+from rich.table import Table
+
+from mipipe.graphs.errors import InputError, MipipeError
+from mipipe.planner.problems.from_layers import read_layer_times
+from mipipe.planner.teams.degrees import Degrees
+
+MODELS = {"GPT-Neo-2.7B": "GPT-Neo-2.7", "OPT-350M": "OPT-350", "LLAMA-3-8B": "LLAMA-3-8", "OPT-30B": "OPT-30"}
+"""Names in the profiles."""
+
+KINDS = {"GH-96": ("gh200", 4), "A100-40": ("a100_40", 4), "A100-80": ("a100", 4), "V100-16": ("v100", 4)}
+"""The device kind, and devices on a host."""
+
+SEQ = 2048
+
+COLUMNS = ("file", "model", "layers_per_stage", "dp", "tp", "gpus", "gpu_kinds", "mbs", "gbs", "real_step_s",
+           "max_mem_bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class SailorRow:
+    """A measured step in seconds and ours; ``why`` says why there is none."""
+
+    plan: str
+    model: str
+    stages: int
+    devices: int
+    microbatches: int
+    measured: float
+    predicted: float | None
+    measured_bytes: float
+    predicted_bytes: int | None
+    why: str = ""
+
+
+def sailor(path: Path, profiles: Path, builder: Builder, told: Callable[[str], None]) -> list[SailorRow]:
+    """The steps and memory of every row."""
+    rows = read_rows(path, COLUMNS)
+    found = []
+    for number, row in enumerate(rows):
+        told(f"Sailor's row {number + 1} of {len(rows)}: {row['model']}")
+        name, measured = row["file"].removesuffix(".json"), 0.0
+        sizes: tuple[int, int, int, float] = (0, 0, 0, 0.0)
+        try:
+            cut, copies, tensor = (_whole_numbers(row, name) for name in ("layers_per_stage", "dp", "tp"))
+            size, batch, devices = (round(number_of(row, name)) for name in ("mbs", "gbs", "gpus"))
+            sizes = len(cut), devices, batch // (size * copies[0]), number_of(row, "real_step_s")
+            measured = number_of(row, "max_mem_bytes")
+            build, kind = _build(row, cut, copies, tensor, size, batch, devices)
+            layers = read_layer_times(profiles, MODELS[row["model"]], kind, size, tensor[0])
+            result = builder.evaluate(build, measured=layers)
+        except MipipeError as error:
+            found.append(SailorRow(name, row["model"], *sizes, None, measured, None, str(error)))
+            continue
+        found.append(SailorRow(name, row["model"], *sizes, result.seconds, measured,
+                               max(item.on_device for item in result.memory)))
+    return found
+
+
+def _build(row: Mapping[str, str], cut: Sequence[int], copies: Sequence[int], tensor: Sequence[int], size: int,
+           batch: int, devices: int) -> tuple[Build, str]:
+    """A row as it is evaluated, and its device's name in the profiles."""
+    try:
+        kinds = json.loads(row["gpu_kinds"])
+    except ValueError:
+        kinds = None
+    if not isinstance(kinds, list) or not kinds or not all(isinstance(kind, str) for kind in kinds):
+        raise InputError(f"gpu_kinds: found {row['gpu_kinds']!r}, expected a list of names")
+    if len(set(kinds)) > 1 or len(set(tensor)) > 1 or len(set(copies)) > 1:
+        raise InputError("several kinds of devices, or degrees by stage")
+    if kinds[0] not in KINDS or row["model"] not in MODELS:
+        raise InputError(f"{row['model']} on {kinds[0]}: not known here")
+    degrees = Degrees(ranks=len(cut), tensor=tensor[0], copies=copies[0], microbatch=size, zero=0)
+    if degrees.devices != devices:
+        raise InputError(f"gpus: found {devices}, but stages x tp x dp are {degrees.devices}")
+    device, per_host = KINDS[kinds[0]]
+    inner = (cut[0] - 1, *cut[1:-1], cut[-1] - 1)
+    build = Build(model_of(row["model"], "", "", "", SEQ, ""), SEQ, device, devices, min(per_host, devices), "float16",
+                  None, fused=True, flash=False, cut=False, overlap=False, scatter=False, degrees=degrees,
+                  global_batch=batch, schedule="1F1B", held=True, layers=inner if len(cut) > 1 else None, assumed=())
+    return build, kinds[0]
+
+
+def _whole_numbers(row: Mapping[str, str], name: str) -> list[int]:
+    """A list of whole numbers in a cell."""
+    try:
+        found = json.loads(row[name])
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not found or not all(type(item) is int and 0 < item < 10**6 for item in found):
+        raise InputError(f"{name}: found {row[name]!r}, expected a list of whole numbers of at least 1")
+    return found
+
+
+def show_sailor(console: Console, rows: list[SailorRow]) -> None:
+    """A table of the rows, and lines of their errors and ranks."""
+    table = Table(title="Sailor (SOSP 2025): measured steps, and predicted from its profiles of layers")
+    for name in ("plan", "model", "stages", "devices", "microbatches", "measured s", "predicted", "ratio", "GB",
+                 "predicted", "ratio"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        cells = (row.plan, row.model, *map(str, (row.stages, row.devices, row.microbatches)), f"{row.measured:.3f}")
+        held = f"{row.measured_bytes / 1e9:.2f}"
+        table.add_row(*cells, *((row.why, "", held) if row.predicted is None or row.predicted_bytes is None else
+                                (f"{row.predicted:.3f}", f"{row.predicted / row.measured:.3f}", held,
+                                 f"{row.predicted_bytes / 1e9:.2f}",
+                                 f"{row.predicted_bytes / row.measured_bytes:.3f}")))
+    console.print(table)
+    built = [row for row in rows if row.predicted is not None]
+    if not built:
+        console.print(f"none of {len(rows)} rows built")
+        return
+    piped = [row for row in built if row.stages > 1 and row.microbatches > 1]
+    errors = [row.predicted / row.measured - 1 for row in piped if row.predicted is not None]
+    if errors:
+        console.print(f"{len(piped)} rows with a pipeline and more than one microbatch: mean error"
+                  f" {sum(map(abs, errors)) / len(errors):.1%}, bias {sum(errors) / len(errors):+.1%}; {len(built)} of"
+                  f" {len(rows)} rows built")
+    off = [row.predicted_bytes / row.measured_bytes - 1 for row in built if row.predicted_bytes is not None]
+    console.print(f"peak memory of {len(off)} rows: mean error {sum(map(abs, off)) / len(off):.1%}, bias"
+                  f" {sum(off) / len(off):+.1%}")
+    groups: dict[tuple[str, int], list[SailorRow]] = {}
+    for row in built:
+        groups.setdefault((row.model, row.devices), []).append(row)
+    pairs = [(one, two) for own in groups.values() for n, one in enumerate(own) for two in own[n + 1:]]
+    right = sum((one.measured < two.measured) == ((one.predicted or 0) < (two.predicted or 0)) for one, two in pairs)
+    console.print(f"pairs of plans for the same model and devices ranked as measured: {right} of {len(pairs)}")
