@@ -7,10 +7,10 @@ predicted and measured steps agree. There are few: a share of products for every
 of experts costs the host, for every device kind; and for every generation the size at half of the best share, shares
 of attention, grouped products, memory and links, and the overhead of an action. Each starts at the value that
 ``hardware.yaml`` assumes and is held to it with the weight `PRIORS` says, so that rows say only what they can; a share
-is 1 at most. Where a kind of device ran several versions of software, each has a level of its own, held to none by
-`LEVEL`: it takes up what containers differ by, and is left out of every prediction. Configurations that were measured
-in several versions count once; far residuals count by their size, not its square (Huber, "Robust estimation of a
-location parameter", 1964).
+is 1 at most. Where a source has several versions of its software on a kind of device, each has a level of its own, held
+to none by `LEVEL`: it takes up what containers differ by, and is left out of every prediction. Configurations that were
+measured in several versions count once; far residuals count by their size, not its square (Huber, "Robust estimation of
+a location parameter", 1964).
 
 Between simulations a step follows the busiest rank's work, and so it does beyond two rounds of microbatches; the fit is
 repeated from a simulation at what was fitted.
@@ -148,30 +148,32 @@ class Fit:
             kept.append(point)
         self.points = kept
 
-    def logs(self, values: np.ndarray) -> np.ndarray:
-        """The logarithms of predicted over measured steps, as the busiest rank's work says."""
-        kinds = {name: self.kind(name, values) for name in {point.build.kind for point in self.points}}
+    def logs(self, values: np.ndarray, chosen: np.ndarray | None = None) -> np.ndarray:
+        """The logarithms of predicted over measured steps, as the busiest rank's work says; of all or chosen points."""
+        points = [point for number, point in enumerate(self.points) if chosen is None or chosen[number]]
+        kinds = {name: self.kind(name, values) for name in {point.build.kind for point in points}}
         busy = {repr(build): busiest(self.builder.pricer(build, kinds[build.kind]), build)
-                for build in {repr(point.build): point.build for point in self.points}.values()}
+                for build in {repr(point.build): point.build for point in points}.values()}
         return np.array([math.log(point.simulated * busy[repr(point.build)] / point.busy / point.measured)
-                         for point in self.points])
+                         for point in points])
 
     def slopes(self, values: np.ndarray, at: np.ndarray) -> np.ndarray:
         """Derivatives of `logs`: [points, parameters]."""
-        step, columns = -0.05, []
-        for number in range(len(values)):
+        step, found = -0.05, np.zeros((len(at), len(values)))
+        for number, (_, owner) in enumerate(self.names):
+            mine = np.array([owner in owners(point.build.kind).values() for point in self.points])
             moved = values.copy()
             moved[number] += step
-            columns.append((self.logs(moved) - at) / step)
-        return np.array(columns).T
+            found[mine, number] = (self.logs(moved, mine) - at[mine]) / step
+        return found
 
     def solve(self, values: np.ndarray, at: np.ndarray, slopes: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         """The parameters that suit the chosen points best beside the versions' levels, where logarithms go as the
         derivatives say."""
-        by_kind: dict[str, set[str]] = {}
+        versions: dict[tuple[str, str], set[str]] = {}
         for point in self.points:
-            by_kind.setdefault(point.build.kind, set()).add(point.level)
-        levels = sorted(level for own in by_kind.values() if len(own) > 1 for level in own)
+            versions.setdefault((point.runs[0].group, point.build.kind), set()).add(point.level)
+        levels = sorted(level for own in versions.values() if len(own) > 1 for level in own)
         of_level = np.array([[float(point.level == level) for level in levels] for point in self.points]
                             ).reshape(len(self.points), len(levels))
         every, none = np.hstack([slopes, of_level]), np.zeros(len(levels))

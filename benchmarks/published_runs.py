@@ -36,7 +36,9 @@ COLUMNS = ("group", "id", "model", "layers", "hidden", "heads", "hardware", "n_g
 
 HARDWARE: tuple[tuple[str, str, int], ...] = (
     ("gh200", "gh200", 4), ("gb300", "gb300", 64), ("gb200", "gb200", 64), ("b300", "b300", 8), ("b200", "b200", 8),
-    ("h100 96gb", "h100_hbm2e", 8), ("h100", "h100", 8), ("h200", "h200", 8), ("h800", "h800", 8), ("a100", "a100", 8))
+    ("h100 96gb", "h100_hbm2e", 8), ("h100", "h100", 8), ("h200", "h200", 8), ("h800", "h800", 8),
+    ("a100 40gb", "a100_40", 8), ("a100-40", "a100_40", 8), ("a100", "a100", 8),
+    ("v100", "v100", 8), ("mi300x", "mi300x", 8))
 """What a row's hardware contains (first match), the device kind, and devices that share a fast link."""
 
 PRECISIONS: tuple[tuple[str, str, LowDtype | None], ...] = (
@@ -46,7 +48,8 @@ PRECISIONS: tuple[tuple[str, str, LowDtype | None], ...] = (
 
 SCHEDULES = {"1f1b": "1F1B", "interleaved 1f1b": "Interleaved 1F1B", "1f1b-i": "Interleaved 1F1B", "none": "1F1B",
              "interleaved 1f1b + scatter/gather": "Interleaved 1F1B", "zb-1p": "ZB-H1", "zb-2p": "ZB-H2",
-             "dualpipe": "DualPipe", "": "1F1B"}
+             "zb-h1": "ZB-H1", "zb-h2": "ZB-H2", "zb-v": "ZB-V", "gpipe": "GPipe", "dualpipe": "DualPipe",
+             "dualpipev": "DualPipeV", "interleaved": "Interleaved 1F1B", "": "1F1B"}
 
 
 @dataclass(frozen=True)
@@ -295,7 +298,9 @@ def _layers(row: Mapping[str, str]) -> tuple[int, ...] | None:
     found = re.search(r"layers per stage \[([\d, ]+)\]", row["layout_or_notes"])
     if found is None:
         return None
-    counts = [int(size) for size in found[1].split(",")]
+    counts = [int(size) for size in re.findall(r"\d{1,6}", found[1])]
+    if not counts or min(counts) < 1:
+        raise InputError(f"layers per stage [{found[1]}]: expected numbers of at least 1")
     return None if len(counts) == 1 else (counts[0] - 1, *counts[1:-1], counts[-1] - 1)
 
 
