@@ -3,14 +3,12 @@
     python benchmarks/fit_costs.py --runs runs.csv [--write] [--only Hopper Ampere ...]
 
 A row of `benchmarks/published_runs.py` is predicted by the product; parameters are fitted so that the logarithms of
-predicted and measured steps agree. There are few: a share of products for every chip and type of products; what a layer
-of experts costs the host, for every device kind; and for every generation the size at half of the best share, shares
+predicted and measured steps agree. There are few: a share of products for every device kind and type of products; what
+a layer of experts costs the host, for every kind; and for every generation the size at half of the best share, shares
 of attention, grouped products, memory and links, and the overhead of an action. Each starts at the value that
 ``hardware.yaml`` assumes and is held to it with the weight `PRIORS` says, so that rows say only what they can; a share
-is 1 at most. Where a source has several versions of its software on a kind of device, each has a level of its own, held
-to none by `LEVEL`: it takes up what containers differ by, and is left out of every prediction. Configurations that were
-measured in several versions count once; far residuals count by their size, not its square (Huber, "Robust estimation of
-a location parameter", 1964).
+is 1 at most. Configurations that were measured in several versions count once; far residuals count by their size, not
+its square (Huber, "Robust estimation of a location parameter", 1964).
 
 Between simulations a step follows the busiest rank's work, and so it does beyond two rounds of microbatches; the fit is
 repeated from a simulation at what was fitted.
@@ -23,7 +21,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,25 +43,18 @@ GENERATIONS = {"a100": "Ampere", "h100": "Hopper", "h100_hbm2e": "Hopper", "b200
                "gb200": "Blackwell", "gb300": "Blackwell"}
 """Device kinds that are fitted, and which of them share parameters."""
 
-CHIPS = {"a100": "A100", "h100": "H100", "h100_hbm2e": "H100 at 500 W", "b200": "B200", "gb200": "B200", "b300": "B300",
-         "gb300": "B300"}
-"""And which of them have the same chip."""
-
 PRIORS: dict[str, tuple[str, float]] = {
-    "product": ("chip", 0.5), "product_fp8": ("chip", 0.5), "product_fp4": ("chip", 0.5), "expert_ns": ("kind", 1.5),
+    "product": ("kind", 0.5), "product_fp8": ("kind", 0.5), "product_fp4": ("kind", 0.5), "expert_ns": ("kind", 1.5),
     "half": ("generation", 0.7), "attention": ("generation", 0.3), "grouped": ("generation", 0.4),
     "memory": ("generation", 0.25), "link": ("generation", 0.1), "hidden": ("generation", 0.2),
     "action_ns": ("generation", 0.7)}
-"""What is fitted, whether a kind, a chip or a generation has it, and how far (in logarithms) it may leave what is
-assumed."""
+"""What is fitted, whether a kind or a generation has it, and how far (in logarithms) it may leave what is assumed."""
 
-SAME_CHIP = {"h200": "h100", "h800": "h100", "gh200": "h100"}
+SAME_CHIP = {"a100_40": "a100", "h200": "h100", "h800": "h100", "gh200": "h100"}
 """Kinds without enough runs that have the chip of a fitted kind: its shares are assumed for them."""
 
 NOISE = 0.06
 """A step's relative noise: containers of one configuration differ by a median of 5.9 %."""
-LEVEL = 0.06
-"""And so do versions of software from each other, over all they run."""
 HUBER = 1.5
 """Residuals beyond so many times the noise count linearly."""
 APART = ("sailor_sosp25",)
@@ -74,22 +64,14 @@ START_EXPERT_NS = 500_000
 
 @dataclass
 class Point:
-    """One configuration in one version of its software: its rows' mean measured step, and what was simulated where.
-    ``weight``: one divided by the versions that ran it."""
+    """One configuration: its rows' mean measured step, its own parameters, and what was simulated where."""
 
     build: Build
     model: str
-    level: str
     runs: list[Run]
     measured: float
-    weight: float = 1.0
     simulated: float = 0.0
     busy: float = 0.0
-
-
-def owners(kind: str) -> dict[str, str]:
-    """Who has the parameters of a device kind, by scope."""
-    return {"kind": kind, "chip": CHIPS[kind], "generation": GENERATIONS[kind]}
 
 
 class Fit:
@@ -106,7 +88,7 @@ class Fit:
         experts = {point.build.kind for point in points if has_experts(builder.pricer(point.build))}
         for name, (scope, _) in PRIORS.items():
             for kind in sorted(used):
-                owner = owners(kind)[scope]
+                owner = kind if scope == "kind" else GENERATIONS[kind]
                 wanted = ((kind, name) in lows if name.startswith("product") else kind in experts
                           if name in ("expert_ns", "grouped") else name != "hidden" or overlaps)
                 if wanted and (name, owner) not in self.names:
@@ -116,14 +98,14 @@ class Fit:
         self.most = np.array([math.inf if name == "half" or name.endswith("_ns") else 0.0 for name, _ in self.names])
 
     def _assumed(self, name: str, owner: str) -> float:
-        kind = next(kind for kind in GENERATIONS if owner in owners(kind).values())
+        kind = owner if owner in self.kinds else next(kind for kind, own in GENERATIONS.items() if own == owner)
         return float(getattr(self.kinds[kind].achieved, name)) or START_EXPERT_NS
 
     def kind(self, name: str, values: np.ndarray) -> DeviceKind:
         """A device kind with the parameters."""
         shares: dict[str, Any] = {}
         for (parameter, owner), value in zip(self.names, values, strict=True):
-            if owner in owners(name).values():
+            if owner in (name, GENERATIONS[name]):
                 number = math.exp(value)
                 shares[parameter] = round(number) if parameter.endswith("_ns") else round(number, 4)
         base = self.kinds[name].achieved
@@ -133,62 +115,46 @@ class Fit:
 
     def simulate(self, values: np.ndarray) -> None:
         """Evaluates every configuration with the parameters."""
-        kept, known = [], dict[str, tuple[float, float]]()
+        kept = []
         for point in self.points:
-            build, kind = point.build, self.kind(point.build.kind, values)
+            kind = self.kind(point.build.kind, values)
+            pricer, few = self.builder.pricer(point.build, kind), with_few(point.build)
             try:
-                if repr(build) not in known:
-                    pricer, few = self.builder.pricer(build, kind), with_few(build)
-                    busy = busiest(pricer, build)
-                    known[repr(build)] = (self.builder.evaluate(few, kind).seconds - busiest(pricer, few) + busy, busy)
+                point.simulated = self.builder.evaluate(few, kind).seconds - busiest(pricer, few)
             except MipipeError as error:
                 self.left.append(f"{point.runs[0].name}: {error}")
                 continue
-            point.simulated, point.busy = known[repr(build)]
+            point.busy = busiest(pricer, point.build)
+            point.simulated += point.busy
             kept.append(point)
         self.points = kept
 
-    def logs(self, values: np.ndarray, chosen: np.ndarray | None = None) -> np.ndarray:
-        """The logarithms of predicted over measured steps, as the busiest rank's work says; of all or chosen points."""
-        points = [point for number, point in enumerate(self.points) if chosen is None or chosen[number]]
-        kinds = {name: self.kind(name, values) for name in {point.build.kind for point in points}}
-        busy = {repr(build): busiest(self.builder.pricer(build, kinds[build.kind]), build)
-                for build in {repr(point.build): point.build for point in points}.values()}
-        return np.array([math.log(point.simulated * busy[repr(point.build)] / point.busy / point.measured)
-                         for point in points])
+    def logs(self, values: np.ndarray) -> np.ndarray:
+        """The logarithms of predicted over measured steps, as the busiest rank's work says."""
+        kinds = {name: self.kind(name, values) for name in {point.build.kind for point in self.points}}
+        return np.array([math.log(point.simulated * busiest(self.builder.pricer(point.build, kinds[point.build.kind]),
+                                                            point.build) / point.busy / point.measured)
+                         for point in self.points])
 
     def slopes(self, values: np.ndarray, at: np.ndarray) -> np.ndarray:
         """Derivatives of `logs`: [points, parameters]."""
-        step, found = -0.05, np.zeros((len(at), len(values)))
-        for number, (_, owner) in enumerate(self.names):
-            mine = np.array([owner in owners(point.build.kind).values() for point in self.points])
+        step, columns = -0.05, []
+        for number in range(len(values)):
             moved = values.copy()
             moved[number] += step
-            found[mine, number] = (self.logs(moved, mine) - at[mine]) / step
-        return found
+            columns.append((self.logs(moved) - at) / step)
+        return np.array(columns).T
 
     def solve(self, values: np.ndarray, at: np.ndarray, slopes: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-        """The parameters that suit the chosen points best beside the versions' levels, where logarithms go as the
-        derivatives say."""
-        versions: dict[tuple[str, str], set[str]] = {}
-        for point in self.points:
-            versions.setdefault((point.runs[0].group, point.build.kind), set()).add(point.level)
-        levels = sorted(level for own in versions.values() if len(own) > 1 for level in own)
-        of_level = np.array([[float(point.level == level) for level in levels] for point in self.points]
-                            ).reshape(len(self.points), len(levels))
-        every, none = np.hstack([slopes, of_level]), np.zeros(len(levels))
-        origin, start = np.concatenate([values, none]), np.concatenate([self.start, none])
-        tight = np.concatenate([self.width, none + LEVEL]) ** -2.0
-        most = np.concatenate([self.most, none + math.inf])
-        share = chosen * np.array([point.weight for point in self.points])
-        found = origin.copy()
+        """The parameters that suit the chosen points best, where logarithms go as the derivatives say."""
+        found = values.copy()
         for _ in range(30):
-            residuals = at + every @ (found - origin)
-            weights = share * np.minimum(1.0, HUBER * NOISE / np.maximum(np.abs(residuals), 1e-9)) / NOISE ** 2
-            left = every.T @ (weights[:, None] * every) + np.diag(tight)
-            right = every.T @ (weights * residuals) + (found - start) * tight
-            found = _bounded_step(left, right, found, most)
-        return np.clip(found[:len(values)], values - 0.5, values + 0.5)
+            residuals = at + slopes @ (found - values)
+            weights = chosen * np.minimum(1.0, HUBER * NOISE / np.maximum(np.abs(residuals), 1e-9)) / NOISE ** 2
+            left = slopes.T @ (weights[:, None] * slopes) + np.diag(self.width ** -2.0)
+            right = slopes.T @ (weights * residuals) + (found - self.start) * self.width ** -2.0
+            found = _bounded_step(left, right, found, self.most)
+        return np.clip(found, values - 0.5, values + 0.5)
 
     def run(self, rounds: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Parameters, the logarithms there, and their derivatives."""
@@ -254,7 +220,7 @@ def busiest(pricer: Pricer, build: Build) -> float:
 
 
 def points_of(runs: Sequence[Run], builder: Builder, console: Console) -> list[Point]:
-    """One point for each configuration and version, of the mean of its measured steps."""
+    """One point for each configuration, of the mean of its measured steps."""
     found: dict[str, Point] = {}
     for run in runs:
         build = run.build
@@ -264,16 +230,12 @@ def points_of(runs: Sequence[Run], builder: Builder, console: Console) -> list[P
             measured = measured_step(run, builder)
             if measured is None:
                 continue
-            level = f"{run.group} {run.version} {build.kind}"
-            point = found.setdefault(f"{build!r} {level}", Point(build, family(run.model), level, [], 0.0))
+            point = found.setdefault(repr(build), Point(build, family(run.model), [], 0.0))
         except MipipeError as error:
             console.print(f"{run.name}: {error}", soft_wrap=True, markup=False)
             continue
         point.runs.append(run)
         point.measured = (point.measured * (len(point.runs) - 1) + measured) / len(point.runs)
-    versions = Counter(repr(point.build) for point in found.values())
-    for point in found.values():
-        point.weight = 1 / versions[repr(point.build)]
     return list(found.values())
 
 
@@ -329,8 +291,7 @@ def fit_generation(fit: Fit, generation: str, rounds: int, console: Console) -> 
     held = fit.held_out(values, at, slopes)
     for line in fit.left:
         console.print(f"not built: {line}", soft_wrap=True, markup=False)
-    builds = {repr(point.build) for point in fit.points}
-    console.print(f"\n{generation}: {len(builds)} configurations of {sum(len(p.runs) for p in fit.points)} rows,"
+    console.print(f"\n{generation}: {len(fit.points)} configurations of {sum(len(p.runs) for p in fit.points)} rows,"
                   f" {len(fit.names)} parameters")
     for (name, owner), value, start in zip(fit.names, values, fit.start, strict=True):
         console.print(f"  {name:12} {owner:10} {math.exp(value):12.4g}   assumed {math.exp(start):.4g}")
@@ -347,9 +308,6 @@ def fit_generation(fit: Fit, generation: str, rounds: int, console: Console) -> 
         found = evidence(points, held[chosen], fit.builder)
         own_error = float(np.mean(np.abs(np.expm1(at[chosen]))))
         console.print(f"  {name}: {found.runs} rows, mean error {own_error:.1%}, cross-validated {found.error:.1%}")
-        off = ratio_errors(points, held[chosen])
-        if off:
-            console.print(f"    ratios within one version: median error {np.median(off):.1%} of {len(off)} pairs")
         groups = sorted({run.group for point in points for run in point.runs})
         achieved = fit.kind(name, values).achieved.but(origin="fitted", source=", ".join(groups))
         written[name] = to_data(replace(achieved, evidence=found))
@@ -358,12 +316,6 @@ def fit_generation(fit: Fit, generation: str, rounds: int, console: Console) -> 
                 source = f"those fitted for {name}, the same chip"
                 written[other] = to_data(achieved.but(origin="assumed", source=source))
     return written
-
-
-def ratio_errors(points: Sequence[Point], logs: np.ndarray) -> list[float]:
-    """Relative errors of the ratios of two configurations' steps in one version of their software."""
-    return [math.expm1(abs(logs[at] - logs[other])) for at in range(len(points)) for other in range(at)
-            if points[at].level == points[other].level]
 
 
 def _write(written: Mapping[str, Any]) -> None:

@@ -116,8 +116,7 @@ def test_a_fit_finds_the_shares_that_made_its_rows(tmp_path: Path) -> None:
     runs = read_runs(table(tmp_path / "runs.csv", *changes))
     builder, kinds = Builder(), shipped_kinds(fitted=False)
     true = replace(kinds["a100"], achieved=kinds["a100"].achieved.but(product=0.5, action_ns=300_000))
-    points = [Point(run.build, run.name, run.version, [run], builder.evaluate(run.build, true).seconds)
-              for run in runs if run.build]
+    points = [Point(run.build, run.name, [run], builder.evaluate(run.build, true).seconds) for run in runs if run.build]
     fit = Fit(builder, kinds, points)
     values, at, _ = fit.run(1)
     assert max(abs(at)) < 0.03 < max(abs(fit.logs(fit.start)))
