@@ -237,8 +237,9 @@ def _degrees(row: Mapping[str, str], count: int, model: Model, assumed: list[str
         raise InputError(f"interleaved 1F1B of {each // microbatch} microbatches on {ranks} ranks is not published")
     fsdp = re.search(r"fsdp=(\d+)", row["dp_or_fsdp"])
     sharding = row["optimizer_sharding"]
-    whole = row["group"] == "torchtitan" and ranks > 1  # its pipelines gather parameters once a step, and sum gradients
-    zero = (1 if whole else 3) if fsdp and int(fsdp[1]) > 1 else \
+    titan = row["group"] == "torchtitan"  # divides parameters over the context axis too; its pipelines keep them whole
+    shards, whole = int(fsdp[1]) * (context if titan else 1) if fsdp else 1, titan and ranks > 1
+    zero = (1 if whole else 3) if shards > 1 else \
         0 if sharding.startswith("none") or row["group"] == "sailor_sosp25" else 1
     again = row["recompute"].lower()
     sequence = tensor > 1 and ("no sequence" not in again and "no sp" not in again) and (
