@@ -250,6 +250,8 @@ def _degrees(row: Mapping[str, str], count: int, model: Model, assumed: list[str
         assumed.append("nothing runs again: how many layers do is not stated")
     recompute: Recompute = "full" if again.startswith("full") else \
         "selective" if again.startswith(("selective", "per-op")) else "none"
+    if recompute == "none" and again and not again.startswith("no"):
+        assumed.append("parts of layers that run again count as kept")
     expert = _stated(row, "ep") or 1
     return (Degrees(ranks, tensor, sequence, context, expert, copies, chunks, microbatch, zero, recompute), batch,
             name if chunks > 1 or name != "Interleaved 1F1B" else "1F1B")
