@@ -128,3 +128,10 @@ def test_the_placement_bound_holds_with_replicas_and_modes(recompute: bool) -> N
     bound, _ = placement.free_bound(problem, time_limit_s=5.0, seed=0)
     result = plan(problem, PlanOptions(time_limit_s=3.0, recompute=recompute, use_search=False))
     assert bound is not None and result.makespan_ns is not None and bound <= result.makespan_ns
+
+
+def test_fewer_microbatches_than_devices_that_share_them_are_dealt_all_the_same() -> None:
+    """No share was half a microbatch, and the solve ended in a division by none."""
+    assert deal([0.25] * 4, 1, None) == (0,)
+    assert deal([0.3, 0.4, 0.3], 1, [2]) == (1,)
+    assert sorted(deal([0.2] * 5, 2, None)) == [0, 1]
