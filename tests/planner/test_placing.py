@@ -15,7 +15,7 @@ from mipipe.planner.jobs.stages import view
 from mipipe.planner.ladder import placement_rungs as placing
 from mipipe.planner.milp.placement import modes
 from mipipe.planner.milp.placement import shares as placement
-from mipipe.planner.milp.placement.routes import to_placement, to_shares
+from mipipe.planner.milp.placement.routes import deal, to_placement, to_shares
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.feasible import shortage
 from mipipe.planner.placements.shapes import propose_shapes

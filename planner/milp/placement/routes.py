@@ -58,8 +58,8 @@ def deal(share: Sequence[float], num_microbatches: int, before: Sequence[int] | 
 
 
 def _whole(share: Sequence[float], total: int) -> list[int]:
-    """Whole numbers in proportion to the shares, by largest remainders; shares below half a microbatch are dropped, unless
-    all are."""
+    """Whole numbers in proportion to the shares, by largest remainders; shares below half a microbatch are dropped,
+    unless all are."""
     wanted = [value * total if value * total >= 0.5 else 0.0 for value in share]
     if not any(wanted):  # fewer microbatches than devices that share them
         wanted = list(share)
