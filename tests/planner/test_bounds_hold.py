@@ -72,6 +72,11 @@ def test_bounds_are_below_a_plan_that_exists() -> None:
     assert met > 20  # the bounds say something
 
 
+def test_the_placement_mip_rounds_loads_as_the_plan_does() -> None:
+    """Phase by phase: half of 5, of 4 and of 2 ns are 2, 2 and 1, but half of all three is 6; a plan of 112 exists."""
+    assert (shares.free_bound(tight_plan(1071).problem, time_limit_s=5.0, seed=0)[0] or 0) <= 112
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_mips_are_below_a_plan_that_exists_and_below_what_is_planned() -> None:

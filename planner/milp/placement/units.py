@@ -13,7 +13,7 @@ from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.first_gradients import colocated
 from mipipe.planner.bounds.over_placements import GroupTimes, facts_of, work_of
 from mipipe.planner.jobs.overlap import pair_gain
-from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.problem import Group, PlanningProblem
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def units_of(problem: PlanningProblem) -> Units:
     facts = facts_of(problem)
     groups = colocated(problem)
     kinds = [device.kind for device in problem.topology.devices]
-    work = {stream: [[sum(work_of(problem, problem.groups[g], problem.groups[g].times[kind].total_ns)
+    work = {stream: [[sum(_work(problem, problem.groups[g], kind)
                           for g in unit if problem.groups[g].stream is stream) for kind in kinds] for unit in groups]
             for stream in (Stream.COMPUTE, Stream.COLLECTIVE)}
     gradient = [min((head for g in unit if (head := facts.gradient_head[g]) is not None), default=None)
@@ -53,6 +53,12 @@ def units_of(problem: PlanningProblem) -> Units:
                  [sum(_kept_area(problem, facts, g) for g in unit) for unit in groups],
                  [sum(work_of(problem, problem.groups[g], facts.f[g]) for g in unit) for unit in groups],
                  [min(facts.head[g] for g in unit) for unit in groups], gradient)
+
+
+def _work(problem: PlanningProblem, group: Group, kind: str) -> int:
+    """Work of all phases of a group on a kind of device; loads are multiplied out and rounded for each phase."""
+    times = group.times[kind]
+    return sum(work_of(problem, group, phase or 0) for phase in (times.f_ns, times.i_ns, times.w_ns))
 
 
 def _saved(problem: PlanningProblem, g: int) -> int:
