@@ -14,7 +14,8 @@ from mipipe.graphs.expressions import search
 from mipipe.graphs.named_code import import_named
 from mipipe.graphs.operator_graph import OperatorGraph, Role
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.recipes.optimizers import BANK, OPTIMIZERS, MatrixOptimizer
+from mipipe.runtime.recipes.matrices import ParameterShard
+from mipipe.runtime.recipes.optimizers import BANK, OPTIMIZERS, SHARD, MatrixOptimizer
 from mipipe.runtime.train.config import GroupConfig, ScheduleConfig
 
 _TORCH = {name.lower(): item for name, item in vars(torch.optim).items()
@@ -30,12 +31,14 @@ def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any], shard:
     ``groups``: parameters with other options.
 
     Raises:
-        InputError: there is no such optimizer, or it does not take these options.
+        InputError: there is no such optimizer, it does not take these options, or (REG, Muon) a matrix does not lie in
+            equal parts along one axis of the team.
     """
     kind, roles = optimizer_class(name), parameter_roles(engine.graph)
     parameters = parameter_groups(engine.named_parameters(), groups, roles)
     if issubclass(kind, MatrixOptimizer):
         parameters = _apart(parameters, {id(item): roles.get(name) for name, item in engine.named_parameters()})
+        _tell_shards(engine)
     if not parameters:
         return None
     if shard and engine.compiled.banks:
@@ -82,6 +85,24 @@ def _apart(groups: Sequence[Mapping[str, Any]], roles: Mapping[int, Role | None]
             if members:
                 made.append({"matrix": matrix, **group, "params": members})
     return made
+
+
+def _tell_shards(engine: Engine) -> None:
+    """Say on every matrix that members of the team hold in parts how it lies (`ParameterShard`), for `MatrixOptimizer`.
+
+    Raises:
+        InputError: one lies in parts along two axes, or in sections.
+    """
+    for name, item in engine.named_parameters():
+        divisions = engine.compiled.divisions.get(name, ())
+        if item.dim() < 2 or not divisions:
+            continue
+        first = divisions[0]
+        if len(divisions) > 1 or first.sections > 1:
+            raise InputError(f"optimizer: {name} lies in parts along {', '.join(part.axis for part in divisions)}"
+                             + (f" in {first.sections} sections" if first.sections > 1 else "") + ", and REG and Muon"
+                             " take matrices in equal parts along one axis; take adamw, or other degrees")
+        setattr(item, SHARD, ParameterShard(first.dim, engine.mesh.axes[first.axis], engine.options.timeout_s))
 
 
 def parameter_groups(named: Sequence[tuple[str, torch.nn.Parameter]], groups: Sequence[GroupConfig],

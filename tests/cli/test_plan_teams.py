@@ -156,7 +156,7 @@ def test_train_refuses_in_one_line_what_teams_do_not_do(mipipe, graph, tmp_path)
     assert "capture with --batch 2" in ended.stderr
     refused("microbatches of 2 sequences, but the graph was captured with 1; capture it with --batch 2")
     mipipe("plan", graph, *DEVICES, "--degrees", "tensor=2,ranks=2,copies=2", "--microbatch", 1, "-o", plan)
-    refused("optimizer muon: looks at whole tensors", config="steps: 1\noptimizer: {name: muon}\n")
+    refused("optimizer adafactor: looks at whole tensors", config="steps: 1\noptimizer: {name: adafactor}\n")
     refused("6 processes were started, but the plan has 2 ranks of 2 devices (tensor 2); start 4", "--processes", 6)
     refused("--elastic takes plans of single devices", "--elastic",
             config=f"steps: 1\ncheckpoint: {{folder: {tmp_path / 'kept'}}}\n")

@@ -18,6 +18,7 @@ from mipipe.graphs.cluster import shipped_kinds
 from mipipe.graphs.coarse.coarsen import coarsen
 from mipipe.graphs.costs.roofline import roofline
 from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.recipes.adapters import AdapterConfig, adapt
 from mipipe.graphs.topology import Topology
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
@@ -52,11 +53,19 @@ class Case:
 
 @functools.cache
 def case(name: str, dtype: torch.dtype = torch.float64) -> Case:
-    """``moe``, ``llama`` (tied), ``vlm``, ``vlm-frozen`` (vision tower), ``vlm-lora`` (language model), ``skip``."""
+    """``moe``, ``llama`` (tied), ``llama-dora`` (adapters of a recipe), ``vlm``,
+    ``vlm-frozen`` (vision tower), ``vlm-lora`` (language model), ``skip``."""
     if name == "skip":
         module, shift, loss_of = models.skip_module(dtype), False, None
-    elif name in ("moe", "llama"):
-        module, shift, loss_of = getattr(models, f"tiny_{name}")(dtype), True, models.token_losses
+    elif name in ("moe", "llama", "llama-dora"):
+        module, shift, loss_of = getattr(models, f"tiny_{name.partition('-')[0]}")(dtype), True, models.token_losses
+        if name == "llama-dora":
+            torch.manual_seed(13)
+            adapt(module, AdapterConfig(("q_proj", "o_proj", "down_proj"), "dora", 4))
+            with torch.no_grad():
+                for key, item in module.named_parameters():
+                    if item.requires_grad and "magnitude" not in key:
+                        item.normal_(0.0, 0.1)
     else:
         module, shift, loss_of = models.tiny_vlm(dtype), True, models.token_losses
         if name == "vlm-frozen":

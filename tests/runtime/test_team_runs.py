@@ -12,12 +12,17 @@ import runtime_models as models
 import torch
 from safetensors.torch import load_file
 
+from mipipe.graphs.operator_graph import Role
+from mipipe.graphs.recipes.adapters import is_adapter
 from mipipe.planner.team import Team, TeamMode
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.engine.team import member_pieces
+from mipipe.runtime.recipes.adapter_files import adapter_tensors
+from mipipe.runtime.recipes.optimizers import BANK, OPTIMIZERS
 from mipipe.runtime.train.config import CheckpointConfig, OptimizerConfig, TrainConfig
 from mipipe.runtime.train.data import Batches
+from mipipe.runtime.train.optim import parameter_roles
 from mipipe.runtime.train.training import Trainer
 from mipipe.runtime.weights.checkpoint import optimizer_tensors
 from mipipe.runtime.weights.checkpoint_run import Start
@@ -63,11 +68,22 @@ def train(name, plan, graph, state, config, folder=None):
 
 
 @functools.cache
-def alone(name):
+def alone(name, optimizer_name="adamw"):
     """The same training in one process: losses and the weights after every step."""
     made = equal.case(name)
     before = {key: item.clone() for key, item in made.module.state_dict().items()}
-    optimizer = torch.optim.AdamW([item for item in made.module.parameters() if item.requires_grad], lr=1e-2)
+    trained = {key: item for key, item in made.module.named_parameters() if item.requires_grad}
+    if optimizer_name == "adamw":
+        optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    else:
+        roles = parameter_roles(made.graph)
+        chosen = [key for key, item in trained.items()
+                  if item.dim() > 1 and roles.get(key) not in (Role.EMBEDDING, Role.HEAD)]
+        for key in chosen:
+            setattr(trained[key], BANK, roles.get(key) is Role.EXPERTS and trained[key].dim() == 3)
+        optimizer = OPTIMIZERS[optimizer_name]([
+            {"params": [trained[key] for key in chosen], "matrix": True},
+            {"params": [item for key, item in trained.items() if key not in chosen], "matrix": False}], lr=1e-2)
     losses, weights = [], []
     for _, batch in zip(range(STEPS), batches_of(name, 0, 1), strict=False):
         pieces = models.chunked(batch, MICROBATCHES)
@@ -84,14 +100,14 @@ def plan_of(graph, ranks, team):
     return replace(dags.random_plan(random.Random(3), graph, ranks, count), team=team)
 
 
-def config_of(folder, steps, shard=False):
-    return TrainConfig(steps, optimizer=OptimizerConfig("adamw", 1e-2, shard=shard), clip=CLIP,
+def config_of(folder, steps, shard=False, name="adamw"):
+    return TrainConfig(steps, optimizer=OptimizerConfig(name, 1e-2, shard=shard), clip=CLIP,
                        checkpoint=CheckpointConfig(str(folder), every=1, keep=9))
 
 
-def check(name, answers, first, last):
+def check(name, answers, first, last, optimizer="adamw"):
     """Losses of the steps after ``first`` up to ``last``, and the weights after these."""
-    losses, weights = alone(name)
+    losses, weights = alone(name, optimizer)
     for own, mine, _ in answers:
         assert own == pytest.approx(losses[first:last], rel=1e-9)
         for key, (item, piece) in mine.items():
@@ -160,3 +176,35 @@ def test_copies_of_teams_share_optimizer_state(pool, tmp_path, name, shard):
     again = pool.run(4, __file__, "train", name, plan_of(made.graph, 2, Team({"tensor": 2}, modes=(
         TeamMode("tensor", "sequence"),))), made.graph, made.state(), config_of(tmp_path, STEPS), timeout=240.0)
     check(name, again, 2, STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, optimizer", [("llama", "muon"), ("llama", "reg"), ("moe", "muon")])
+def test_optimizers_of_matrices_see_whole_ones(pool, tmp_path, name, optimizer):
+    """Norms of rows and columns are summed over the members that hold parts, a matrix is put together where it must be:
+    two teams of two, then two copies of one that share the state, are one process."""
+    made = equal.case(name)
+    first = pool.run(4, __file__, "train", name, plan_of(made.graph, 2, TEAMS), made.graph, made.state(),
+                     config_of(tmp_path, 2, name=optimizer), timeout=240.0)
+    check(name, first, 0, 2, optimizer)
+    again = pool.run(4, __file__, "train", name, plan_of(made.graph, 1, replace(TEAMS, copies=2)), made.graph,
+                     made.state(), config_of(tmp_path, STEPS, True, optimizer), timeout=240.0)
+    check(name, again, 2, STEPS, optimizer)
+
+
+def adapters_of(plan, graph, state):
+    """What a process does: all adapters of an engine as they are saved."""
+    return adapter_tensors(Engine(plan, graph, state))
+
+
+@pytest.mark.slow
+def test_adapters_of_a_recipe_train_on_teams(pool, tmp_path):
+    """DoRA, whose norms are those of whole rows: two teams of two are one process, and what is saved is whole."""
+    made = equal.case("llama-dora")
+    state = made.state()
+    plan = plan_of(made.graph, 2, TEAMS)
+    check("llama-dora", pool.run(4, __file__, "train", "llama-dora", plan, made.graph, state, config_of(tmp_path, 2),
+                                 timeout=240.0), 0, 2)
+    for found in pool.run(4, __file__, "adapters_of", plan, made.graph, state, timeout=120.0):
+        assert found and set(found) == {key for key in state if is_adapter(key)}
+        assert all(torch.equal(item, state[key]) for key, item in found.items())

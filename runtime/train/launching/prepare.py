@@ -72,8 +72,8 @@ def read_job(plan: str | Path, graph: str | Path, config: str | Path, model: str
 def check_team(plan: Plan, graph: OperatorGraph, config: TrainConfig) -> None:
     """Raise `InputError` where a run is asked for something that teams, or copies that share parameters, do not do."""
     team, sharded = plan.team, shards_parameters(config, plan)
-    whole = ("adafactor", "lbfgs", "muon", "reg")
-    if (sharded or (team is not None and team.members > 1)) and config.optimizer.name.lower() in whole:
+    name, divided = config.optimizer.name.lower(), team is not None and team.members > 1
+    if (name in ("adafactor", "lbfgs") and (sharded or divided)) or (name in ("muon", "reg") and sharded):
         raise InputError(f"optimizer {config.optimizer.name}: looks at whole tensors, of which members of a team, or"
                          " copies with shard: parameters, have parts; take one that treats elements alike, such as"
                          " adamw")
@@ -92,9 +92,11 @@ def check_team(plan: Plan, graph: OperatorGraph, config: TrainConfig) -> None:
                          " expert and tensor alike")
     if team.members == 1:
         return
-    if recipe_of(graph).adapters is not None:
-        raise InputError(f"plan {plan.name}: its ranks are teams ({team.text()}), and adapters of a recipe do not go"
-                         " with teams yet; plan single devices, or copies of them")
+    adapters = recipe_of(graph).adapters
+    if adapters is not None and adapters.period:
+        raise InputError(f"plan {plan.name}: its ranks are teams ({team.text()}), and adapters whose ranks grow (period"
+                         f" {adapters.period}) look at whole ones; leave period out, or plan single devices or copies"
+                         " of them")
     if expert_layers(graph):
         raise InputError(f"plan {plan.name}: its ranks are teams ({team.text()}), but the graph was captured with"
                          " --expert-parallel, experts shared by copies; capture it without, and divide experts inside"
