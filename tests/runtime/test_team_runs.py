@@ -179,7 +179,7 @@ def test_copies_of_teams_share_optimizer_state(pool, tmp_path, name, shard):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, optimizer", [("llama", "muon"), ("llama", "reg"), ("moe", "muon")])
+@pytest.mark.parametrize("name, optimizer", [("llama", "muon"), ("llama", "reg")])
 def test_optimizers_of_matrices_see_whole_ones(pool, tmp_path, name, optimizer):
     """Norms of rows and columns are summed over the members that hold parts, a matrix is put together where it must be:
     two teams of two, then two copies of one that share the state, are one process."""
