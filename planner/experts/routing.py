@@ -89,7 +89,7 @@ def read_arrays(path: Path, num_experts: int | None = None) -> Loads:
     counts: list[np.ndarray] = []
     for name, chosen in _arrays(path):
         where = f"{path}: {name}"
-        if chosen.ndim != 3 or chosen.dtype.kind not in "iu":
+        if chosen.ndim != 3 or not chosen.size or chosen.dtype.kind not in "iu":  # none may be of 10**12 layers
             raise InputError(f"{where}: found {chosen.dtype} of shape {list(chosen.shape)}, expected the experts of"
                              " every token as integers [tokens, MoE layers, top-k]")
         if counts and len(counts) != chosen.shape[1]:
