@@ -10,9 +10,9 @@ import heapq
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from mipipe.planner.check.facts import Demands
+from mipipe.planner.kernel import kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def _pointers(first: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(np.bincount(first, minlength=size))])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _run(duration, waits, flow_ptr, by_maker, reader, away, channel, lasts, latency, next_ptr, following, free, start,
          end, moved):
     """Let everything happen as early as it can; False where some actions wait for each other."""

@@ -1,8 +1,8 @@
 """Kernels that are compiled before they are called, in a process of their own, so that a time limit can hold.
 
 numba compiles on the first call, which takes ten seconds and more and cannot be stopped; later processes find the
-result in a cache beside the source. A search that finds no cache lets a second process fill it, meanwhile does what
-needs no kernel, and ends that process if its own time is over first.
+result in a cache beside the source (`mipipe.planner.kernel`). A search that finds no cache lets a second process fill
+it, meanwhile does what needs no kernel, and ends that process if its own time is over first.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 
 from mipipe.planner.devices import kernels
 from mipipe.planner.devices.instance import WorkloadNode, contract_classes
+from mipipe.planner.kernel import is_compiled
 
 
 @contextmanager
 def compiling() -> Iterator[Callable[[], bool]]:
     """Whether the kernels can be called without a wait, to be asked again and again; leaves no process behind."""
-    if _is_compiled():
+    if is_compiled(kernels.anneal_throughput):
         yield lambda: True
         return
     child = subprocess.Popen([sys.executable, "-c", f"from {__name__} import compile_kernels; compile_kernels()"],
@@ -41,14 +41,3 @@ def compile_kernels() -> None:
     start = np.zeros(3, dtype=np.int64)
     kernels.is_contiguous(workload, 0, start)
     kernels.anneal_throughput(workload, start, False, 10, 1.0, 0.1, 0.5, 0.5, 1, 4, 0, np.zeros(1, dtype=np.bool_))
-
-
-def _is_compiled() -> bool:
-    """Whether this process has called the kernel, or numba's cache has an entry younger than the source."""
-    kernel = kernels.anneal_throughput
-    stats = getattr(kernel, "stats", None)  # a plain function where NUMBA_DISABLE_JIT is set
-    if stats is None or kernel.signatures:
-        return True
-    source = Path(kernels.__file__)
-    return any(entry.stat().st_mtime >= source.stat().st_mtime
-               for entry in Path(stats.cache_path).glob(f"{source.stem}.anneal_throughput-*.nbi"))

@@ -13,9 +13,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from mipipe.planner.devices.instance import PlaceInstance
+from mipipe.planner.kernel import kernel
 
 PIECE = 16
 
@@ -59,7 +59,7 @@ def workload_of(instance: PlaceInstance) -> Workload:
         np.ascontiguousarray(instance.edges[:, 0]), np.ascontiguousarray(instance.edges[:, 1]))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def touch(w, v, sign, device, loads, seen):
     """Add ``sign`` times value v's transfers to the loads. ``seen`` is scratch, one flag per device."""
     home = device[w.source[v]]
@@ -77,7 +77,7 @@ def touch(w, v, sign, device, loads, seen):
         loads[home] += sign * w.cost[v]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def norm_of(loads, doublings):
     """The p-norm of the loads, p = 2^doublings: close to the largest load, but it sees the others too."""
     peak = loads.max()
@@ -92,7 +92,7 @@ def norm_of(loads, doublings):
     return peak * total ** (1.0 / 2 ** doublings)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def all_loads(w, device):
     """Loads of all devices under an assignment."""
     loads = np.zeros(w.num_devices)
@@ -104,7 +104,7 @@ def all_loads(w, device):
     return loads
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def is_contiguous(w, target, device):
     """Whether no forward path leaves ``target`` and returns; edges are sorted by topological source."""
     after = np.zeros(len(w.node_class), np.bool_)
@@ -122,7 +122,7 @@ def is_contiguous(w, target, device):
     return True
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def neighbour(w, c):
     """A random class at the other end of one of c's values (c itself where it reads its own)."""
     v = w.touched[np.random.randint(w.touch_start[c], w.touch_start[c + 1])]
@@ -131,7 +131,7 @@ def neighbour(w, c):
     return w.readers[np.random.randint(w.start[v], w.start[v + 1])]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def grow(w, device, moved, begin, reach):
     """Extend ``moved[begin]`` to a connected piece of its device of up to ``reach`` classes; where it ends."""
     end = begin + 1
@@ -150,7 +150,7 @@ def grow(w, device, moved, begin, reach):
     return end
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def draw_move(w, device, moved, exchanges, large, small):
     """A random move into ``moved``: ``moved[:split]`` go to the device returned, ``moved[split:end]`` come back."""
     first = np.random.randint(len(device))
@@ -176,7 +176,7 @@ def draw_move(w, device, moved, exchanges, large, small):
     return new, end, end
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def move_class(w, c, target, device, loads, seen):
     """Put class c on ``target``, loads kept up to date."""
     here = device[c]
@@ -189,7 +189,7 @@ def move_class(w, c, target, device, loads, seen):
         touch(w, w.touched[j], 1.0, device, loads, seen)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def shift_of(w, moved, split, end, old, new):
     """Bytes that a move takes from ``old`` to ``new``; infinity where a class may not run there."""
     shift = 0.0
@@ -201,7 +201,7 @@ def shift_of(w, moved, split, end, old, new):
     return shift
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def anneal_throughput(w, device, contiguous, steps, hot, cold, exchanges, large, small, doublings, seed, stop):
     """The best assignment seen and its largest load; ``device`` is the start and is not changed.
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from mipipe.graphs.topology import Topology
 from mipipe.planner.jobs.dependencies import KINDS, Dependency, StageKind, dependencies
 from mipipe.planner.jobs.memory import effects
 from mipipe.planner.jobs.stages import StageView
+from mipipe.planner.kernel import kernel
 
 Arcs = tuple[np.ndarray, np.ndarray, np.ndarray]
 """(from, to, lag): ``to`` starts at least ``lag`` after the end of ``from``."""
@@ -95,11 +95,11 @@ def longest(succ_ptr: np.ndarray, succ: np.ndarray, lag: np.ndarray, pred_ptr: n
             pred_lag: np.ndarray, dur: np.ndarray) -> np.ndarray:
     """Longest path from the start of every node to the end, by precedence alone (given predecessors first: from the
     beginning to the node's end)."""
-    kernel = _longest if len(dur) >= COMPILED else _longest.py_func
-    return kernel(succ_ptr, succ, lag, pred_ptr, pred, pred_lag, dur)
+    chosen = _longest if len(dur) >= COMPILED else _longest.py_func
+    return chosen(succ_ptr, succ, lag, pred_ptr, pred, pred_lag, dur)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _longest(succ_ptr, succ, lag, pred_ptr, pred, pred_lag, dur):
     size = dur.shape[0]
     left = succ_ptr[1:] - succ_ptr[:-1]

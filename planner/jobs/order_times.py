@@ -15,7 +15,6 @@ from itertools import chain
 from operator import attrgetter
 
 import numpy as np
-from numba import njit
 
 from mipipe.planner import clock
 from mipipe.planner.actions import Action, ActionKind, Stream
@@ -23,6 +22,7 @@ from mipipe.planner.jobs.arcs import COMPILED, Nodes, nodes_of
 from mipipe.planner.jobs.dependencies import KINDS, dependencies
 from mipipe.planner.jobs.memory import carries_bytes, holdings, peaks
 from mipipe.planner.jobs.stages import StageView
+from mipipe.planner.kernel import kernel
 from mipipe.planner.plan import Schedule
 
 COMPUTE_KINDS = (*KINDS, ActionKind.B, ActionKind.OVERLAP_F_B)
@@ -234,9 +234,9 @@ def times_of(actions: ActionArrays, since: np.ndarray | None = None,
                                                                               minlength=actions.size)
     made = np.zeros(len(actions.value["channel"]), dtype=np.int64)
     over = made.copy()
-    kernel = _run if actions.size >= COMPILED else _run.py_func
+    chosen = _run if actions.size >= COMPILED else _run.py_func
     value = actions.value
-    done = kernel(actions.dur, follow, waits, actions.ptr, actions.reader, actions.carried, value["channel"],
+    done = chosen(actions.dur, follow, waits, actions.ptr, actions.reader, actions.carried, value["channel"],
                   value["took"], value["occupied"], free, begin, made, over)
     if done < actions.size:
         return None
@@ -248,7 +248,7 @@ def no_channel_used(view: StageView) -> np.ndarray:
     return np.zeros(view.problem.topology.num_devices ** 2, dtype=np.int64)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _run(dur, follow, waits, ptr, reader, carried, channel, took, occupied, free, start, begin, over):
     """Run all actions, the earliest end first, into ``start``, ``begin`` and ``over``; how many could run."""
     heap = [(0, 0) for _ in range(0)]

@@ -8,10 +8,11 @@ in order; classes (interchangeable microbatches) stay in their fixed internal or
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from mipipe.planner.kernel import kernel
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def times(seq, length, dur, succ_ptr, succ, lag, waits0, start, follow, waits, queue):
     """Earliest starts under the given orders, into ``start``; the makespan, or -1 if the orders deadlock.
 
@@ -55,7 +56,7 @@ def times(seq, length, dur, succ_ptr, succ, lag, waits0, start, follow, waits, q
     return makespan if last == count else -1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def memory_fits(seq, k, first, last, used, alloc, free, work, cap):
     """Whether positions first..last of machine k keep within ``cap`` when ``used`` is held before them."""
     for i in range(first, last + 1):
@@ -67,7 +68,7 @@ def memory_fits(seq, k, first, last, used, alloc, free, work, cap):
     return True
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def overflow(seq, k, first, last, used, alloc, free, work, cap):
     """Bytes beyond ``cap``, summed over positions first..last of machine k, when ``used`` is held before them."""
     total = 0
@@ -79,7 +80,7 @@ def overflow(seq, k, first, last, used, alloc, free, work, cap):
     return total
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def shift(seq, k, i, j, cls):
     """Move the node at position i of machine k to position j, keeping every class in its internal order."""
     moved = seq[k, i]
@@ -100,7 +101,7 @@ def shift(seq, k, i, j, cls):
     seq[k, j] = moved
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def trace(tip, start, dur, pred_ptr, pred, pred_lag, seq, pos, machine, path):
     """A critical path backwards from ``tip`` into ``path``; its length. Ties are broken at random."""
     size = 0
@@ -130,7 +131,7 @@ def trace(tip, start, dur, pred_ptr, pred, pred_lag, seq, pos, machine, path):
         n = choice
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def by_time(kept, queue):
     """The nodes by start, ties in the topological order ``queue``."""
     keys = np.zeros(queue.shape[0], np.int64)

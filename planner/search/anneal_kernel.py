@@ -13,22 +13,22 @@ take turns.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from mipipe.planner.jobs.paths import overflow, shift, trace
+from mipipe.planner.kernel import kernel
 from mipipe.planner.search.anneal_state import cost_of, likely_cycle, makespan_of, overfull, state_of, take
 
 TURN = 200
 """Accepted moves between two changes of the price of memory."""
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def repriced(fitting):
     """The factor by which the price of memory changes after a `TURN` in which ``fitting`` orders fitted."""
     return 1.1 if fitting < 0.3 * TURN else 0.9 if fitting > 0.7 * TURN else 1.0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def beside_block(machine, pos, path, size, at):
     """A place for action ``path[at]`` of a critical path: in its block (a run on one machine) or next to it."""
     k = machine[path[at]]
@@ -50,7 +50,7 @@ def beside_block(machine, pos, path, size, at):
     return first - 1 + np.random.randint(final - first + 3)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _pick(facts, state, path, size, wild):
     """A move (machine, from, to): out of a critical block, or, with probability ``wild``, any action a little way."""
     machine, pos = facts.machine, state.pos
@@ -68,7 +68,7 @@ def _pick(facts, state, path, size, wild):
     return k, i, min(max(j, 0), state.length[k] - 1)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _critical(facts, state, makespan, path):
     """A critical path from a machine's last action that ends at the makespan, at random, into ``path``; its length."""
     tip = -1
@@ -83,7 +83,7 @@ def _critical(facts, state, makespan, path):
                  facts.machine, path)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def anneal(facts, seq, length, iterations, hot, cold, tilt, wild, press, target, seed, best):
     """Improve ``seq`` in place for some iterations; ``best`` gets the best order that fits, if any; its makespan.
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from mipipe.planner.jobs.paths import by_time, overflow, shift, times
+from mipipe.planner.kernel import kernel
 
 
 class AnnealState(NamedTuple):
@@ -36,7 +36,7 @@ class AnnealState(NamedTuple):
     log_start: np.ndarray
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def state_of(facts, seq, length):
     """The state of an order that does not deadlock."""
     count = facts.dur.shape[0]
@@ -53,7 +53,7 @@ def state_of(facts, seq, length):
     return AnnealState(seq, length, pos, before, kept, topo, tpos, waits, queue, stamp, log_node, log_start)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def makespan_of(facts, state):
     value = 0
     for k in range(state.seq.shape[0]):
@@ -62,7 +62,7 @@ def makespan_of(facts, state):
     return value
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def cost_of(facts, state, makespan, tilt, fine):
     """Makespan plus ``tilt`` times the mean end of the machines (a slope on its plateaus) plus the price of memory."""
     total = 0.0
@@ -73,7 +73,7 @@ def cost_of(facts, state, makespan, tilt, fine):
     return makespan + tilt * total / state.seq.shape[0] + fine
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _reorder(facts, state, lo, hi):
     """A topological order of the nodes at places lo..hi after a move among them, into ``queue``; False for a cycle."""
     seq, length, pos, machine = state.seq, state.length, state.pos, facts.machine
@@ -112,7 +112,7 @@ def _reorder(facts, state, lo, hi):
     return last == hi - lo + 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _propagate(facts, state, lo, pending, limit, now):
     """Recompute the starts of the ``pending`` stamped nodes from place ``lo`` on, and of what follows from changes.
 
@@ -154,7 +154,7 @@ def _propagate(facts, state, lo, pending, limit, now):
     return changes
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def likely_cycle(facts, state, k, i, j):
     """Whether a shift from i to j (already made) probably closes a cycle: some neighbour of the moved node lies, in
     time, between it and what it passed. Exact only when False (Balas and Vazacopoulos, 1998)."""
@@ -173,7 +173,7 @@ def likely_cycle(facts, state, k, i, j):
     return False
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _renumber(state, k, a, b):
     """Set the positions of machine k's nodes at a..b; the range of their places in the topological order."""
     lo = state.topo.shape[0]
@@ -186,7 +186,7 @@ def _renumber(state, k, a, b):
     return lo, hi
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _swap_places(state, lo, hi):
     """Exchange places lo..hi of the topological order with what ``queue`` holds."""
     for place in range(lo, hi + 1):
@@ -196,7 +196,7 @@ def _swap_places(state, lo, hi):
         state.tpos[n] = place
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def take(facts, state, k, i, j, now, tilt, fine, least, threshold):
     """Make the move that ``shift`` has made in ``seq`` if its cost stays within ``threshold``.
 
@@ -232,7 +232,7 @@ def take(facts, state, k, i, j, now, tilt, fine, least, threshold):
     return -1, 0.0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def overfull(facts, seq, length):
     """Bytes beyond the limits, summed over all positions."""
     over = 0

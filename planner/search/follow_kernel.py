@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from mipipe.planner.kernel import kernel
 from mipipe.planner.search.list_steps import FAR, first_to_start, fresh, run
 
 AHEAD = 128
@@ -25,7 +25,7 @@ class FollowTask(NamedTuple):
     patience: int
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def follow(facts, task, seq, start):
     """Fill ``seq`` and ``start`` by list scheduling that memory cannot block; the makespan, or -1 if it does.
 
@@ -96,7 +96,7 @@ def follow(facts, task, seq, start):
     return makespan
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fill(facts, rows, row_length, filler, patience, seq, start):
     """Fill ``seq`` and ``start``: machine k runs ``rows[k, :row_length[k]]`` in this order and ``filler`` nodes, in the
     order of their classes, between them; the makespan, or -1 if memory or the order blocks it.

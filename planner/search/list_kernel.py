@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from mipipe.planner.kernel import kernel
 from mipipe.planner.search.list_steps import FAR, first_to_start, fresh, run
 
 
@@ -22,7 +22,7 @@ class ListTask(NamedTuple):
     microbatches: int
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def list_schedule(facts, task, seq, start):
     """Fill ``seq`` and ``start`` by list scheduling; the makespan, or -1 if memory blocks everything.
 

@@ -11,7 +11,8 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+
+from mipipe.planner.kernel import kernel
 
 FAR = 1 << 62
 """Later than every moment of a schedule, in nanoseconds."""
@@ -37,7 +38,7 @@ class ListState(NamedTuple):
     dirty: np.ndarray
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fresh(facts, num_machines):
     """The state before the first action."""
     machine, base = facts.machine, facts.base
@@ -54,7 +55,7 @@ def fresh(facts, num_machines):
                      np.full(num_machines, -1, np.int64), np.ones(num_machines, np.bool_))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def first_to_start(state):
     """The machine whose choice starts first; -1 where no machine has one."""
     chosen, earliest = -1, FAR
@@ -64,7 +65,7 @@ def first_to_start(state):
     return chosen
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def run(facts, state, k, seq, start):
     """Machine ``k`` runs its choice: into ``seq`` and ``start``, and what waits for it learns of its end, which is
     returned. All machines of the rank, whose memory has changed, choose again."""

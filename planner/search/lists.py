@@ -154,9 +154,9 @@ def schedule(instance: Instance, rule: ListRule, rng: np.random.Generator | None
     length = instance.lengths()
     seq = np.full((instance.num_machines, int(length.max())), -1, dtype=np.int64)
     start = np.zeros(instance.size, dtype=np.int64)
-    kernel = list_schedule if compiled else interpreted(list_schedule)
+    chosen = list_schedule if compiled else interpreted(list_schedule)
     task = ListTask(instance.kind <= KINDS.index(ActionKind.RECOMPUTE), instance.kind == KINDS.index(ActionKind.W),
                     priorities(instance, rule, rng), int(rule.delay * period(instance)), rule.limit,
                     instance.view.problem.num_microbatches)
-    makespan = kernel(instance.fixed, task, seq, start)
+    makespan = chosen(instance.fixed, task, seq, start)
     return None if makespan < 0 else Orders(seq, length, int(makespan))

@@ -11,9 +11,9 @@ Pairs stay out of the order of their classes; alone, the k-th of a class stays t
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from mipipe.planner.jobs.paths import shift
+from mipipe.planner.kernel import kernel
 from mipipe.planner.search.anneal_kernel import TURN, beside_block, repriced
 from mipipe.planner.search.pair_state import install, member, overfull, times, tokens_of
 
@@ -21,7 +21,7 @@ NEAR = 8
 """Places within which a move looks for a partner."""
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _critical(facts, state, start, makespan, pos, path):
     """A critical path backwards from the end into ``path``, ties at random; its length. Fills ``pos``."""
     tip = -1
@@ -58,7 +58,7 @@ def _critical(facts, state, start, makespan, pos, path):
     return size
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _find(row, size, n):
     for p in range(size):
         if row[p] == n:
@@ -66,7 +66,7 @@ def _find(row, size, n):
     return -1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _partner(facts, state, k, i, want):
     """A place near i of a token of machine k, at random: 0 an F alone, 2 an I alone with its W, 4 a pair; -1: none."""
     seen = 0
@@ -82,7 +82,7 @@ def _partner(facts, state, k, i, want):
     return found
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _joined(facts, state, k, i, row, mates):
     """Into ``row``: machine k's order with the token at i (an F or an I) and one nearby joined; its size, or -1."""
     n = state.seq[k, i]
@@ -107,7 +107,7 @@ def _joined(facts, state, k, i, row, mates):
     return size
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _parted(facts, state, k, i, row, mates):
     """The order with the pair at i in parts, its W right there or a little later; its size."""
     forward = state.seq[k, i]
@@ -139,7 +139,7 @@ def _parted(facts, state, k, i, row, mates):
     return size
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _exchanged(facts, state, k, i, row, mates):
     """The order with the pair at i and another token nearby having exchanged their F or their backward; or -1."""
     f = state.seq[k, i]
@@ -164,7 +164,7 @@ def _exchanged(facts, state, k, i, row, mates):
     return size if facts.own_microbatch[n] != facts.own_microbatch[back] else -1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _shifted(facts, state, k, i, pos, path, size, at, row, mates):
     """The order with the token at i elsewhere: in or next to its block of the critical path, or a little way off."""
     count = state.length[k]
@@ -183,7 +183,7 @@ def _shifted(facts, state, k, i, pos, path, size, at, row, mates):
     return count
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def anneal(facts, seq, length, mate, cap, iterations, hot, cold, tilt, wild, press, target, seed, best_seq, best_length,
            best_mate):
     """Improve an order with pairs in place; the best that fits ``cap`` goes into ``best_*``; its makespan.
@@ -264,7 +264,7 @@ def anneal(facts, seq, length, mate, cap, iterations, hot, cold, tilt, wild, pre
     return best
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _cost(state, start, makespan, tilt, fine):
     """Makespan plus ``tilt`` times the mean end of the machines plus the price of memory."""
     total = 0.0

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from mipipe.planner.kernel import kernel
 
 
 class PairFacts(NamedTuple):
@@ -51,7 +52,7 @@ class Tokens(NamedTuple):
     cls: np.ndarray
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def tokens_of(facts, seq, length, mate):
     """The tokens of an order with given mates; arrays are copied."""
     count = facts.dur.shape[0]
@@ -63,7 +64,7 @@ def tokens_of(facts, seq, length, mate):
     return state
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def join(facts, state, f, i):
     w = facts.weight[i]
     state.mate[f] = i
@@ -78,7 +79,7 @@ def join(facts, state, f, i):
     state.cls[f] = -1 - f
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def part_pair(facts, state, f):
     i = state.mate[f]
     state.mate[f] = -1
@@ -92,7 +93,7 @@ def part_pair(facts, state, f):
     state.cls[f] = facts.cls[f]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def install(facts, state, k, row, mates, size):
     """Make ``row`` with its mates machine k's order."""
     for p in range(state.length[k]):
@@ -105,7 +106,7 @@ def install(facts, state, k, row, mates, size):
     state.length[k] = size
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def member(facts, state, n, part):
     """The node of a token: 0 itself (the F of a pair), 1 the I, 2 the W."""
     if part == 0:
@@ -113,7 +114,7 @@ def member(facts, state, n, part):
     return state.mate[n] if part == 1 else facts.weight[state.mate[n]]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def times(facts, state, start, waits, follow, queue):
     """Earliest starts of all tokens into ``start``; the makespan, or -1 for a deadlock."""
     total = 0
@@ -156,7 +157,7 @@ def times(facts, state, start, waits, follow, queue):
     return makespan if last == total else -1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def overfull(state, k, cap):
     """Bytes beyond ``cap``, summed over machine k's order."""
     used = 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from mipipe.planner.kernel import kernel
 
 _FAR = 1 << 62
 
@@ -30,7 +31,7 @@ class QuotaTask(NamedTuple):
     in_turn: bool
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def quota_schedule(facts, task, seq, start):
     """Fill ``seq`` and ``start``; the makespan, or -1 if quotas and memory block everything.
 

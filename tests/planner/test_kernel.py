@@ -1,0 +1,61 @@
+"""What is kept of a compiled kernel counts only while all that the kernel is made of is the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from mipipe.planner.jobs.paths import shift
+from mipipe.planner.kernel import files_of
+from mipipe.planner.search import anneal_kernel, anneal_state
+
+INNER = """
+from mipipe.planner.kernel import kernel
+
+@kernel
+def inner(x):
+    return x + {}
+"""
+OUTER = """
+from typing import NamedTuple
+from mipipe.planner.kernel import is_compiled, kernel
+from inner import inner
+
+class {name}(NamedTuple):
+    x: int
+
+@kernel
+def outer(pair):
+    return inner(pair.x)
+
+print(is_compiled(outer), outer({name}(1)), outer.stats.cache_hits and sum(outer.stats.cache_hits.values()))
+"""
+
+
+def run(folder: Path, added: int, name: str = "Pair") -> str:
+    (folder / "inner.py").write_text(INNER.format(added))
+    (folder / "outer.py").write_text(OUTER.format(name=name))
+    ended = subprocess.run([sys.executable, "-B", "-c", "import outer"], cwd=folder, capture_output=True, text=True,
+                           timeout=100)
+    assert not ended.returncode, ended.stderr
+    return ended.stdout.strip()
+
+
+def test_a_kernel_is_as_new_as_what_it_calls(tmp_path: Path) -> None:
+    """Numba alone would add 1 for ever: only the other module's text changes. A class that is gone ends no run."""
+    assert run(tmp_path, 1) == "False 2 Counter()"
+    assert run(tmp_path, 1) == "True 2 1"
+    assert run(tmp_path, 5) == "False 6 Counter()"
+    assert run(tmp_path, 5, "Couple") == "False 6 Counter()"
+    assert run(tmp_path, 5, "Couple") == "True 6 1"
+    for index in tmp_path.rglob("*.nbi"):
+        index.write_bytes(index.read_bytes()[:40])
+    assert run(tmp_path, 5, "Couple") == "False 6 Counter()"
+
+
+def test_files_of_a_kernel_reach_through_modules() -> None:
+    """The annealer calls its state, which walks along paths: all three modules count."""
+    files = {Path(file).name for file in files_of(anneal_kernel.anneal)}
+    assert {Path(anneal_kernel.__file__).name, Path(anneal_state.__file__).name, "paths.py"} <= files
+    assert files_of(shift) == {shift.py_func.__code__.co_filename}
