@@ -23,19 +23,19 @@ class _Index(IndexDataCacheFile):
 
     def _load_index(self) -> Any:
         try:
-            return super()._load_index()
+            return super()._load_index()  # type: ignore[no-untyped-call]
         except Exception:  # what unpickling may raise has no common kind; the index is made anew
             return {}
 
 
 class _KernelCache(FunctionCache):
     def __init__(self, function: Callable[..., Any], stamp: str) -> None:
-        super().__init__(function)
-        self._cache_file = _Index(self._cache_path, self._impl.filename_base, stamp)
+        super().__init__(function)  # type: ignore[no-untyped-call]
+        self._cache_file = _Index(self._cache_path, self._impl.filename_base, stamp)  # type: ignore[no-untyped-call]
 
     def is_filled(self) -> bool:
         """Whether anything compiled from today's text is kept."""
-        return bool(self._cache_file._load_index())
+        return bool(self._cache_file._load_index())  # type: ignore[no-untyped-call]
 
 
 @cache
@@ -57,8 +57,8 @@ def stamp_of(files: Iterable[str]) -> str:
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile ``function`` at its first call, without the GIL, and keep the result; with NUMBA_DISABLE_JIT as it is."""
-    compiled = njit(nogil=True)(function)
-    if isinstance(compiled, Dispatcher):
+    compiled: Any = njit(nogil=True)(function)
+    if hasattr(compiled, "py_func"):
         compiled.files = files_of(function)
         compiled._cache = _KernelCache(function, stamp_of(compiled.files))
     return compiled
@@ -66,4 +66,5 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 def is_compiled(function: Any) -> bool:
     """Whether calling a kernel needs no compiler: this process has called it, it is kept, or it is plain Python."""
-    return not isinstance(function, Dispatcher) or bool(function.signatures) or function._cache.is_filled()
+    signatures = getattr(function, "signatures", None)
+    return signatures is None or bool(signatures) or bool(function._cache.is_filled())
