@@ -80,7 +80,8 @@ def test_memory_by_use_adds_up() -> None:
     timeline = simulate(found, lower(found))
     for rank, part in enumerate(memory_by_use(found, timeline)):
         assert (part.weights, part.gradients, part.optimizer) == (20, 16, 96)
-        assert part.resident == 132 and part.activations >= 30 and part.capacity == 1000
+        assert part.resident == 132 and part.activations >= 30
+        assert part.capacity == 935  # 1,000 / 1.07: the rest is the allocator's
         assert part.peak == timeline.peak_bytes(rank)
 
 

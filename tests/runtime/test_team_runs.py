@@ -119,6 +119,7 @@ TEAMS = Team({"tensor": 2})
 OTHERS = Team({"context": 2, "tensor": 2}, modes=(TeamMode("tensor", "sequence"),))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_other_degrees_and_without(pool, tmp_path):
     """Two teams of two save after two steps; a team of two axes goes on, and a single process does; the folder that the
     team saves has the weights of one process, and each member reads its part of them."""
