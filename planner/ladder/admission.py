@@ -184,13 +184,16 @@ def seed_search(run: Run, found: Candidate, *, compiled: bool = True) -> bool:
 
 def _outlined(run: Run, found: Candidate, orders: Orders) -> Orders:
     """Start the search without collectives where there are some; its list lifted, if better than the given orders."""
+    clock.ask()
     small = relax.relaxed(found.instance)
     if small is None or not run.options.use_search:
         return orders
+    clock.ask()
     made = lists.best_list(small, run.options.seed, few=OUTLINED)
     if made is None:
         return orders
     found.outline = search.start(small, made, run.options.seed + 3, found.bound.ns)
+    clock.ask()
     lifted = lift(found.instance, small, made)
     return lifted if lifted is not None and lifted.makespan_ns < orders.makespan_ns else orders
 

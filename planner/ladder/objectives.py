@@ -40,16 +40,20 @@ STEPS = 5
 def parts(count: int, options: PlanOptions, solve: Callable[..., Any],
           on_progress: Callable[[Progress], None] | None) -> Callable[[PlanningProblem], Any]:
     """A function that solves one of ``count`` problems after another within the options' time, which the solves to come
-    share evenly. The first, if it ends without a plan for want of time, goes on for all of it, as any solve may."""
-    began, turns = time.monotonic(), 0
+    share evenly. The first, if it ends without a plan for want of time, goes on for all of it, as any solve may; None
+    for one whose turn comes when less is left than half of what the one before took: it would end without a plan."""
+    began, turns, last = time.monotonic(), 0, 0.0
 
     def run(problem: PlanningProblem, seconds: float) -> Any:
         return solve(problem, replace(options, objective="makespan", time_limit_s=seconds), on_progress)
 
     def solve_part(problem: PlanningProblem) -> Any:
-        nonlocal turns
+        nonlocal turns, last
         now = time.monotonic()
-        part = max(LEAST_S, (options.time_limit_s - (now - began)) / (count - turns))
+        left = options.time_limit_s - (now - began)
+        if turns and left < 0.5 * last:
+            return None
+        part = max(LEAST_S, left / (count - turns))
         turns += 1
         with clock.watched(lambda: now + part - time.monotonic()) if turns > 1 else nullcontext():
             found = run(problem, part)
@@ -57,6 +61,7 @@ def parts(count: int, options: PlanOptions, solve: Callable[..., Any],
             found = run(problem, max(LEAST_S, options.time_limit_s - (time.monotonic() - began)))
             if found.termination.value == OUT_OF_TIME:
                 found = replace(found, reason=no_plan_within(options.time_limit_s))
+        last = time.monotonic() - now
         return replace(found, seconds=time.monotonic() - began)
 
     return solve_part
@@ -91,7 +96,7 @@ def least_memory(problem: PlanningProblem, options: PlanOptions, solve: Callable
             break
         middle = (low + high) // 2
         found = solve_part(limited(problem, middle))
-        if interrupted(found):
+        if found is None or interrupted(found):
             break
         if found.plan is not None and found.makespan_ns is not None and found.makespan_ns <= most:
             # what limits the placement at less memory is no bound for the problem; that over all placements is one
@@ -122,7 +127,9 @@ def best_utilisation(problem: PlanningProblem, options: PlanOptions, solve: Call
     for _ in range(tries):
         in_use = without_slowest(problem, in_use)
         found = solve_part(on_devices(problem, in_use))
-        if interrupted(found) or found.plan is None or found.makespan_ns is None or found.makespan_ns > most:
+        if found is None or interrupted(found):
+            break
+        if found.plan is None or found.makespan_ns is None or found.makespan_ns > most:
             break
         bound, source = first.bound_ns, first.how.bound
         if options.placement != "free" and bound is not None and (found.bound_ns or 0) < bound:

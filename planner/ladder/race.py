@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mipipe.planner import clock
 from mipipe.planner.jobs import paths as kernels
 from mipipe.planner.jobs.arrays import orders_from, to_array
 from mipipe.planner.ladder.admission import RESERVES, reserve, start_again
@@ -90,7 +91,11 @@ class Race:
         def until() -> float:
             return 0.0 if stop() else min(end - time.monotonic(), run.left)
 
-        self._enter()
+        try:
+            with clock.watched(lambda: run.left):  # a thread of its own may run this
+                self._enter()
+        except clock.OutOfTimeError:
+            return True
         run.stopped = False
         with ThreadPoolExecutor(threads) as pool:
             try:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+import numpy as np
+
 from mipipe.planner import clock
 from mipipe.planner.actions import Stream
 from mipipe.planner.jobs.overlap import pair_gain
@@ -79,37 +81,36 @@ def fit_cuts(problem: PlanningProblem, shape: Shape, groups: Sequence[int] | Non
     blocks = units(problem, groups)
     count = shape.num_stages
     work = loads(problem)
-    base = [float(sum(work[g][r] for where, held in beside if where == r for g in held))
-            for r in range(problem.num_ranks)]
-    base_bytes = [float(sum(problem.groups[g].resident_bytes for where, held in beside if where == r for g in held))
-                  for r in range(problem.num_ranks)]
-    sizes = [[sum(work[g][r] for g in block) for r in range(problem.num_ranks)] for block in blocks]
+    ranks, microbatches = problem.num_ranks, problem.num_microbatches
+    base = np.array([float(sum(work[g][r] for where, held in beside if where == r for g in held))
+                     for r in range(ranks)])
+    base_bytes = np.array([float(sum(problem.groups[g].resident_bytes for where, held in beside if where == r
+                                     for g in held)) for r in range(ranks)])
+    sizes = [[sum(work[g][r] for g in block) for r in range(ranks)] for block in blocks]
     weight = [sum(problem.groups[g].resident_bytes for g in block) for block in blocks]
-    room = [resident_room(problem, r) for r in range(problem.num_ranks)]
+    room = np.array([float(resident_room(problem, r)) for r in range(ranks)])
     by_kind = {device.kind: r for r, device in enumerate(problem.topology.devices)}
     kind_sums = {kind: [0, *accumulate(size[r] for size in sizes)] for kind, r in by_kind.items()}
-    sums = [kind_sums[device.kind] for device in problem.topology.devices]
-    weights = [0, *accumulate(weight)]
+    sums = np.array([kind_sums[device.kind] for device in problem.topology.devices], dtype=np.float64)
+    weights = np.array([0, *accumulate(weight)], dtype=np.float64)
     heads = _heads(problem, blocks) if by_head else []
     alike = len(set(map(tuple, sizes))) == 1 == len(set(weight)) and len(by_kind) == 1
     if alike and len(blocks) % count == 0 and not beside and not by_head:
         return [[g for block in blocks[k * len(blocks) // count:(k + 1) * len(blocks) // count] for g in block]
                 for k in range(count)]
 
+    stage = np.tile(np.arange(count), 2 if shape.two_way else 1)  # of every holder of a stage, beside ``where`` it is
+    where = np.array([*shape.rank_of, *((ranks - 1 - rank for rank in shape.rank_of) if shape.two_way else ())])
+    share = 0.5 if shape.two_way else 1.0
+
     def cost(cuts: Sequence[int]) -> tuple[float, float, float]:
-        load, bytes_ = base.copy(), base_bytes.copy()
-        for k in range(count):
-            low, high = cuts[k], cuts[k + 1]
-            rank = shape.rank_of[k]
-            halves = [(rank, 0.5), (problem.num_ranks - 1 - rank, 0.5)] if shape.two_way else [(rank, 1.0)]
-            for where, share in halves:
-                load[where] += share * (sums[where][high] - sums[where][low])
-                bytes_[where] += weights[high] - weights[low]
-        over = sum(max(0.0, have - limit) for have, limit in zip(bytes_, room, strict=True))
-        empty = sum(cuts[k] == cuts[k + 1] for k in range(count))
-        wait = _waits(shape, cuts, heads, problem.num_ranks) if by_head else [0] * problem.num_ranks
-        ends = [problem.num_microbatches * l + w for l, w in zip(load, wait, strict=True)]  # noqa: E741
-        return over, max(ends) + empty * 1e-9, sum(end * end for end in ends)
+        at = np.array(cuts)
+        low, high = at[:-1][stage], at[1:][stage]
+        load = base + np.bincount(where, share * (sums[where, high] - sums[where, low]), ranks)
+        have = base_bytes + np.bincount(where, weights[high] - weights[low], ranks)
+        ends = microbatches * load + (np.array(_waits(shape, cuts, heads, ranks)) if by_head else 0)
+        empty = int((at[1:] == at[:-1]).sum())
+        return float(np.maximum(0.0, have - room).sum()), float(ends.max()) + empty * 1e-9, float(ends @ ends)
 
     best: tuple[tuple[float, float, float], list[int]] | None = None
     starts = (_even(len(blocks), count), _balanced([max(size) for size in sizes], count))
