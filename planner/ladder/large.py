@@ -116,7 +116,8 @@ def climb(run: Run) -> Tuning | None:
             continue
         if not entries:
             _apply(run, entry, "list")
-            entry = _enter(run, placement, 0.02 * limit) or entry  # the first plan took the first rule at hand
+            if run.left > 0:  # the first plan took the first rule at hand
+                entry = _enter(run, placement, 0.02 * limit) or entry
         entries.append(entry)
     if not entries:
         return None
@@ -126,7 +127,7 @@ def climb(run: Run) -> Tuning | None:
         entries.sort(key=lambda entry: entry.expected_ns)
         for entry in entries[:kept]:
             _tune(run, entry, min(0.03 * limit / kept, run.left))
-    for entry in entries[:2]:
+    for entry in entries[:2] if run.left > 0 or run.best is None else ():
         _apply(run, entry, "quotas")
     heads = facts_of(run.problem).head
     for placement in left_out:

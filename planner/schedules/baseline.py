@@ -119,6 +119,10 @@ def _expand(stages: StageView, action: Action, parts: Sequence[Sequence[int]], s
                            (gradients[0].stage, action.partner[1]))]
         single = {stages.streams[small.stage] for small in (*ahead, *gradients)} == {Stream.COMPUTE}
         return [*ahead, *gradients] if single else _interleaved(stages, ahead, gradients)
+    stage = action.stage
+    if parts[stage] == [stage] and (action.kind is ActionKind.F or (
+            action.kind is ActionKind.B and not split and None not in (stages.i_ns[stage], stages.w_ns[stage]))):
+        return [action]
     if action.kind is ActionKind.F:
         return _ahead(parts[action.stage], action.microbatch)
     gradients = _gradients(stages, parts[action.stage], action.microbatch)
