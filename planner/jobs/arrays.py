@@ -17,6 +17,7 @@ judged by `mipipe.planner.jobs.times` and the checker afterwards.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -194,12 +195,14 @@ def build(view: StageView, halve: bool = False) -> Instance:
         tuple((int(key) // 2, Stream.COMPUTE if key % 2 else Stream.COLLECTIVE) for key in keys))
 
 
-def with_mirrors(instance: Instance, orders: list[list[int]]) -> Schedule:
-    """The schedule of orders of nodes, one per machine, with mirror images written out."""
+def with_mirrors(instance: Instance, orders: list[list[int]], ask: Callable[[], None] = lambda: None) -> Schedule:
+    """The schedule of orders of nodes, one per machine, with mirror images written out; ``ask`` before each machine:
+    half a million actions take a second."""
     ranks = instance.view.problem.num_ranks
     compute: list[tuple[Action, ...]] = [() for _ in range(ranks)]
     collective: list[tuple[Action, ...]] = [() for _ in range(ranks)]
     for (rank, stream), order in zip(instance.machine_key, orders, strict=True):
+        ask()
         target = compute if stream is Stream.COMPUTE else collective
         at = np.array(order, dtype=np.int64)
         stages, kinds = instance.depth[at].tolist(), [KINDS[kind] for kind in instance.kind[at].tolist()]

@@ -170,8 +170,9 @@ def seed_search(run: Run, found: Candidate, *, compiled: bool = True) -> bool:
         if compiled and turn == 0:
             orders = _outlined(run, found, orders)
         found.quick = not compiled
-        clock.ask()  # orders become a schedule by a second for each half a million actions
-        judged = judge(found.view, with_mirrors(found.instance, orders.lists()), saved_fit=True)
+        schedule = with_mirrors(found.instance, orders.lists(), clock.ask)
+        clock.ask()
+        judged = judge(found.view, schedule, saved_fit=True)
         if judged.fits:
             offer_judged(found, judged, "list")
             found.search = search.start(found.instance, orders, run.options.seed + 1, found.bound.ns)
