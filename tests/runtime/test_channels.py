@@ -91,6 +91,7 @@ def opened():
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_groups_are_opened_in_one_order(pool):
     """Two copies of two ranks: what two processes both open, they open in the same order; every channel is there."""

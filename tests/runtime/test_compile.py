@@ -120,6 +120,7 @@ def slow_compiler(made, graph, state, batch, timeout_s):
         patch.undo()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_rank_that_compiles_for_long_is_waited_for(pool):
     """The time limit of a step is not that of compiling."""

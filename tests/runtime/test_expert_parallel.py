@@ -94,6 +94,7 @@ def run_capped(plan, graph, state, factor):
     return None
 
 
+@pytest.mark.slow
 def test_more_rows_than_the_load_factor(pool):
     """Refused before the allocation, by name; a factor that suffices changes nothing."""
     module, graph = ex.captured()
