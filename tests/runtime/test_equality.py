@@ -66,8 +66,9 @@ def baseline_plans(problem):
     return plans, refused
 
 
-@pytest.mark.parametrize("name, ranks", [*((name, 4) for name in MODELS[:3]), *FEWER, *(
-    pytest.param(*case, marks=pytest.mark.slow) for case in (("vlm-frozen", 4), ("vlm-lora", 4), ("moe", 2)))])
+@pytest.mark.parametrize("name, ranks", [("moe", 4), ("vlm", 4), *FEWER, *(
+    pytest.param(*case, marks=pytest.mark.slow) for case in (("skip", 4), ("vlm-frozen", 4), ("vlm-lora", 4),
+                                                             ("moe", 2)))])
 def test_every_baseline(pool, name, ranks):
     """GPipe to DualPipe, whole and split, on the same problem the planner gets."""
     made = equal.case(name)
