@@ -11,9 +11,24 @@ from hypothesis import strategies as st
 pytestmark = pytest.mark.distributed
 
 
+PLANS = given(seed=st.integers(0, 2**32), ranks=st.integers(1, 4), segments=st.integers(2, 9),
+              microbatches=st.integers(1, 3))
+
+
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(seed=st.integers(0, 2**32), ranks=st.integers(1, 4), segments=st.integers(2, 9), microbatches=st.integers(1, 3))
+@PLANS
 def test_random_plans_equal_autograd(pool, seed, ranks, segments, microbatches):
+    check(pool, seed, ranks, segments, microbatches)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@PLANS
+def test_many_random_plans_equal_autograd(pool, seed, ranks, segments, microbatches):
+    check(pool, seed, ranks, segments, microbatches)
+
+
+def check(pool, seed, ranks, segments, microbatches):
     """Losses and gradients equal to 1e-12 in float64, on every holder of every parameter."""
     rng = random.Random(seed)
     graph = dags.random_graph(rng, segments)
