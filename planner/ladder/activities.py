@@ -163,11 +163,8 @@ def middle_of(found: Candidate) -> dict[OperationKey, float] | None:
 
 
 def general_pattern(run: Run, found: Candidate, seconds: float, start: dict[OperationKey, float] | None = None) -> None:
-    """The periodic MIP's pattern for a candidate, unrolled and squeezed; ``start``: where the MIP may begin."""
+    """The periodic MIP's pattern for a candidate, squeezed; ``start``: where the MIP may begin."""
     if len(set(route_names(found.view))) > ROUTES:
-        return
-    if found.two_streams:
-        rungs.pace_candidate(run, found, seconds)
         return
     began, before = time.monotonic(), found.makespan_ns
     result = periodic.pace(found.view, time_limit_s=seconds, seed=run.options.seed, start=start)

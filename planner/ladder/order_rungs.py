@@ -24,8 +24,6 @@ from mipipe.planner.ladder.state import Run
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
 from mipipe.planner.milp.order import job_shop as order
 from mipipe.planner.milp.order import windows
-from mipipe.planner.milp.periodic import pattern_mip as periodic
-from mipipe.planner.milp.periodic import unroll
 from mipipe.planner.placements.shapes import resident_fits
 from mipipe.planner.plan import Placement, Schedule
 from mipipe.planner.schedules import BASELINES
@@ -140,19 +138,6 @@ def _orders(instance: Instance, schedule: Schedule) -> Orders:
 def same(one: Placement, other: Placement) -> bool:
     """Whether two placements differ in their names at most."""
     return (one.stages, one.routes) == (other.stages, other.routes)
-
-
-def pace_candidate(run: Run, found: Candidate, seconds: float) -> None:
-    """The periodic MIP's pattern, unrolled and squeezed."""
-    began, before = time.monotonic(), found.makespan_ns
-    result = periodic.pace(found.view, time_limit_s=seconds, seed=run.options.seed)
-    if result.starts_ns is not None:
-        schedule = unroll.unroll(found.view, result)
-        if schedule is not None:
-            adopt(run, found, schedule, "periodic MIP")
-    record(run, "periodic MIP", found, before, began, result.outcome, period=None if result.period_ns is None
-           else result.period_ns / run.problem.unit_ns)
-    _again(result.outcome)
 
 
 def polish_candidate(run: Run, found: Candidate, seconds: float, window: int = 40, turn: int = 0) -> None:

@@ -22,15 +22,12 @@ from mipipe.planner.actions import ActionKind
 from mipipe.planner.jobs import paths as kernels
 from mipipe.planner.jobs.arrays import Instance
 from mipipe.planner.jobs.dependencies import KINDS
-from mipipe.planner.milp.periodic.pattern import route_names
+from mipipe.planner.milp.periodic.pattern import WEIGHT_DELAYS, route_names
 from mipipe.planner.search.follow_kernel import FollowTask, fill, follow
 from mipipe.planner.search.lists import Orders
 
 PATIENCE = (0.3, 0.1, 0.03, 0.0)
 """Shares of a period a rank waits for an earlier action that is on its way."""
-
-WEIGHT_DELAYS = (0.0, 1.0, 3.0, 8.0)
-"""Periods by which weight gradients stand back."""
 
 SPANS = 4
 """Parts of the step, and of the ranks, with waits of their own in `tuned_fill`."""

@@ -31,8 +31,10 @@ def follow(facts, task, seq, start):
 
     The machine that can start first takes, of the heads of its classes that could start within ``patience`` of that
     moment, the one of smallest priority. A node that takes memory starts only when it fits and all such nodes before
-    it in the given order still fit at their own places (`mipipe.planner.milp.periodic.unroll` has the argument); -1
-    only where the given order itself breaks the memory.
+    it in the given order still fit at their own places; all others may come early. So memory never blocks the list: of
+    the nodes not yet run the first in the given order can always run, since its predecessors are done, and if it takes
+    memory, at least the frees before it in that order are done and what came early has left its room. -1 only where
+    the given order itself breaks the memory.
     """
     rank, base, alloc, free, work = facts.rank, facts.base, facts.alloc, facts.free, facts.work
     prio, place, slack_ptr, slack = task.prio, task.place, task.slack_ptr, task.slack.copy()

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 
 from mipipe.graphs.errors import PlanError
 from mipipe.planner.bounds.at_placement import placement_bound, problem_bound
+from mipipe.planner.jobs.arrays import build, with_mirrors
 from mipipe.planner.jobs.job_shop import elementary_actions, job_shop, peak_memory
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.jobs.times import evaluate
@@ -20,10 +21,10 @@ from mipipe.planner.milp.order.job_shop import solve_order
 from mipipe.planner.milp.periodic import pattern_mip as periodic
 from mipipe.planner.milp.periodic.modulo import greedy
 from mipipe.planner.milp.periodic.pattern import pattern_of
-from mipipe.planner.milp.periodic.unroll import squeeze, unroll
 from mipipe.planner.milp.placement import shares as placement
 from mipipe.planner.plan import Placement, RankOrder, Schedule, Stage
 from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
+from mipipe.planner.search.follow import followed, moments_at, squeezed
 
 sys.path.insert(0, str(Path(__file__).parent))
 from milp_cases import at, may_queue, optimum, placements, problems
@@ -58,6 +59,13 @@ def one_by_one(stage_view: StageView) -> Schedule:
     return Schedule(tuple(RankOrder(tuple(order)) for order in ranks))
 
 
+def unrolled(stage_view: StageView, result: periodic.PeriodicResult) -> Schedule | None:
+    """The schedule of all microbatches that follows a pattern."""
+    instance = build(stage_view)
+    orders = squeezed(instance, moments_at(instance, result.period_ns, result.starts_ns), result.period_ns)
+    return None if orders is None else with_mirrors(instance, orders.lists())
+
+
 def assert_valid(stage_view: StageView, schedule: Schedule) -> int:
     """The makespan of a schedule that evaluates and keeps the memory."""
     compiled, evaluation = evaluate(stage_view, schedule)
@@ -76,7 +84,7 @@ def test_chain_is_paced_at_its_load(activations):
     if activations >= 4:
         assert result.period_ns == 3 * problem.unit_ns
     assert result.span_ns >= (4 + 4 + 1 - 1e-3) * problem.unit_ns  # one microbatch alone: 4 F, 4 I, a W
-    assert_valid(chain_view(problem), unroll(chain_view(problem), result))
+    assert_valid(chain_view(problem), unrolled(chain_view(problem), result))
 
 
 def test_one_activation_takes_a_whole_microbatch_per_period():
@@ -99,7 +107,7 @@ def test_two_directions_share_a_pattern():
     assert result.period_ns == 10 * problem.unit_ns  # both directions once: two stages of 5
     for stage, kind, name in pattern.keys:
         assert result.starts_ns[stage, kind, name] == result.starts_ns[stage, kind, 0]
-    assert assert_valid(stage_view, unroll(stage_view, result)) >= 42 * problem.unit_ns
+    assert assert_valid(stage_view, unrolled(stage_view, result)) >= 42 * problem.unit_ns
 
 
 def test_greedy_patterns_keep_every_rule():
@@ -129,7 +137,7 @@ def test_stages_on_many_ranks_rove():
     stage_view = view(problem, Placement(stages, routes))
     result = periodic.pace(stage_view, time_limit_s=20, seed=0)
     assert result.period_ns == pytest.approx(3.3 * problem.unit_ns)
-    assert_valid(stage_view, unroll(stage_view, result))
+    assert_valid(stage_view, unrolled(stage_view, result))
 
 
 def test_two_streams_are_paced():
@@ -139,7 +147,7 @@ def test_two_streams_are_paced():
     stage_view = at(problem, tuple(g // 4 for g in stages))
     result = periodic.pace(stage_view, time_limit_s=30, seed=0)
     assert result.period_ns is not None and result.period_ns >= 60 * problem.unit_ns
-    assert_valid(stage_view, unroll(stage_view, result))
+    assert_valid(stage_view, unrolled(stage_view, result))
 
 
 @SLOW
@@ -148,24 +156,23 @@ def test_unrolled_patterns_are_valid(problem):
     for stage_view in placements(problem)[-1:]:
         result = periodic.pace(stage_view, time_limit_s=5, seed=0)
         assume(result.starts_ns is not None)
-        schedule = unroll(stage_view, result)
+        schedule = unrolled(stage_view, result)
         assert schedule is not None
         assert assert_valid(stage_view, schedule) >= placement_bound(stage_view).ns
 
 
-def test_squeeze_never_blocks_on_memory():
+def test_following_a_pattern_never_blocks_on_memory():
     """Priorities that ask for all forwards first still keep the memory and finish."""
     problem = uniform_problem(ranks=2, microbatches=6, f=1, i=1, w=1, layers=4, activations=2, copies=1)
     stage_view = v_view(problem)
     result = periodic.pace(stage_view, time_limit_s=20, seed=0)
-    jobs = job_shop(stage_view, fifo=False)
-    from mipipe.planner.milp.periodic.unroll import moments
-    when = moments(jobs, result)
-    forwards_first = [moment - 1e12 * (action.kind.value == "F")
-                      for moment, action in zip(when, jobs.compiled.actions, strict=True)]
-    orders = squeeze(jobs, when, forwards_first, 0)
+    instance = build(stage_view)
+    moments = moments_at(instance, result.period_ns, result.starts_ns)
+    orders = followed(instance, moments, moments - 1e12 * (instance.kind == 0), 0)
     assert orders is not None
-    assert sum(map(len, orders.values())) == jobs.count
+    schedule = with_mirrors(instance, orders.lists())
+    assert sum(len(order.compute) for order in schedule.ranks) == instance.size
+    assert_valid(stage_view, schedule)
 
 
 @SLOW

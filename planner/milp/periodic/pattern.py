@@ -12,6 +12,9 @@ from mipipe.planner.jobs.stages import StageView
 OperationKey = tuple[int, ActionKind, int]
 """(stage, kind, class), a class named by its first microbatch."""
 
+WEIGHT_DELAYS = (0.0, 1.0, 3.0, 8.0)
+"""Periods by which weight gradients may stand back when a pattern is followed. Which wins differs from case to case."""
+
 
 @dataclass(frozen=True, slots=True)
 class PeriodicPattern:

@@ -11,7 +11,7 @@ Operation o = (stage, kind, class) of the k-th microbatch of its class starts at
 (Software pipelining by modulo scheduling, Rau 1994; Tessel's "repetend", Lin et al. 2024.) The size does not depend on
 the number of microbatches. Two classes that are each other's image under an exchange of ranks (the two directions of a
 two-way pipeline) share one pattern, which halves the model. What is left out: warm-up and cool-down
-(`mipipe.planner.milp.periodic.unroll` squeezes them), microbatches of different durations (the pattern uses means; the
+(`mipipe.planner.search.follow` squeezes them), microbatches of different durations (the pattern uses means; the
 order adapts when it is evaluated), memory across the two streams of a rank (counted as held), contended channels.
 """
 
