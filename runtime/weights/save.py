@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,20 +24,24 @@ from torch import Tensor, nn
 from mipipe.graphs.capture.expert_groups import parse_slice
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.merging.layout import Shard, index_json, lay_out
-from mipipe.graphs.operators.collectives import whole_of
 from mipipe.graphs.recipes.expansion import is_expansion
 from mipipe.graphs.recipes.objective import REFERENCE
 from mipipe.graphs.recipes.source import recipe_of
 from mipipe.graphs.serialize import load_data
 from mipipe.graphs.units import parse_bytes
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.team import axes_of
 from mipipe.runtime.recipes.adapter_files import write_adapters
 from mipipe.runtime.recipes.votes import fused_weights
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.launching.processes import failure_of, first_of, gather, rank
 from mipipe.runtime.train.models import empty_module, take_reference
-from mipipe.runtime.weights.checkpoint_tensors import held_pieces, shared_rows
+from mipipe.runtime.weights.own_pieces import (
+    StoredPiece,
+    byte_slice,
+    divided_names,
+    own_pieces,
+    put_together,
+)
 from mipipe.runtime.weights.reader import TORCH_DTYPES
 from mipipe.runtime.weights.stored_names import StoredView, is_transformers, stored_views
 from mipipe.runtime.weights.stored_weights import INDEX, StoredWeights
@@ -132,10 +135,6 @@ def plan_views(engine: Engine, module: nn.Module, dtype: torch.dtype | None = No
     return stored_views(module, tensors, DTYPE_NAMES, dtype)
 
 
-StoredPiece = tuple[str, tuple[int, int] | None]
-"""A parameter, or some of its rows."""
-
-
 def _write_own(views: Sequence[StoredView], shards: Sequence[Shard], folder: Path,
                mine: Iterable[tuple[StoredPiece, Tensor]]) -> None:
     """Write what this rank holds and no rank before it does. All of ``mine`` is taken, whatever fails: members of a
@@ -157,80 +156,6 @@ def _write_own(views: Sequence[StoredView], shards: Sequence[Shard], folder: Pat
         writer.close()
     if failure is not None:
         raise failure
-
-
-def divided_names(engine: Engine) -> list[str]:
-    """The parameters and buffers that are divided among this process and others, and that no rank before this one
-    holds: all processes that have parts of one name it. All ranks must call."""
-    mesh, pieces = engine.mesh, held_pieces(engine)
-    held = [name for name in (*engine.weights.parameters, *engine.weights.buffers)
-            if name in pieces and (not mesh.copy or engine.compiled.apart(name))]
-    earlier = {name for rank, names in gather((mesh.rank, held)) for name in names if rank < mesh.rank}
-    return [name for name in held if name not in earlier]
-
-
-def put_together(engine: Engine, names: Iterable[str]) -> Iterator[tuple[StoredPiece, Tensor]]:
-    """What is divided, whole, one tensor after the other, for the first process. All that have parts must take all."""
-    compiled, mesh = engine.compiled, engine.mesh
-    axes = axes_of(mesh, compiled.waits)
-    for name in names:
-        tensor = engine.weights.parameters.get(name, engine.weights.buffers.get(name))
-        assert tensor is not None
-        whole = tensor.detach()
-        for item in reversed(compiled.divisions[name]):
-            whole = whole_of(axes[item.axis].gather(whole), item.dim, item.sections)
-        if not mesh.member and not mesh.copy:
-            yield parse_slice(name), whole
-
-
-def divided_shapes(engine: Engine, names: Iterable[str]) -> dict[StoredPiece, Tensor]:
-    """What `put_together` will give, on the meta device."""
-    pieces, found = held_pieces(engine), dict[StoredPiece, Tensor]()
-    for name in names if not engine.mesh.member and not engine.mesh.copy else ():
-        tensor = engine.weights.parameters.get(name, engine.weights.buffers.get(name))
-        assert tensor is not None
-        found[parse_slice(name)] = torch.empty(pieces[name].shape, dtype=tensor.dtype, device="meta")
-    return found
-
-
-def own_pieces(engine: Engine) -> dict[StoredPiece, Tensor]:
-    """What this rank writes: its whole parameters and buffers that no rank before it holds. All ranks must call."""
-    shared, divided = shared_rows(engine), engine.compiled.divisions
-    local: dict[StoredPiece, Tensor] = {}
-    for name, item in (*engine.weights.parameters.items(), *engine.weights.buffers.items()):
-        base, rows = parse_slice(name)
-        if name in divided:
-            continue
-        if name in shared:
-            local.update({(base, (row, row + 1)): item[place:place + 1].detach()
-                          for place, row in enumerate(shared[name])})
-        else:
-            local[base, rows] = item.detach()
-    earlier = {piece for pieces in gather(list(local))[:rank()] for piece in pieces}
-    return {piece: tensor for piece, tensor in local.items() if piece not in earlier}
-
-
-def byte_slice(view: StoredView, rows: tuple[int, int] | None, tensor: Tensor) -> tuple[int, Tensor | None]:
-    """What a parameter, or rows of it, gives to a stored tensor, and at which byte; None where it gives nothing.
-
-    Raises:
-        InputError: the stored tensor mixes rows that are held apart.
-    """
-    tensor = tensor.contiguous()
-    place = tensor.storage_offset()
-    if rows is None:
-        return 0, torch.as_strided(tensor, view.shape, view.stride, place + view.offset)
-    row = tensor.numel() // (rows[1] - rows[0])
-    last = view.offset + sum((size - 1) * step for size, step in zip(view.shape, view.stride, strict=True))
-    begin, end = rows[0] * row, rows[1] * row
-    if begin <= view.offset and last < end:
-        return 0, torch.as_strided(tensor, view.shape, view.stride, place + view.offset - begin)
-    if last < begin or end <= view.offset:
-        return 0, None
-    width = math.prod(view.shape[1:])
-    if view.offset or view.stride != torch.empty(view.shape, device="meta").stride() or width != row:
-        raise InputError(f"save: {view.name} mixes rows of {view.fqn} that different ranks hold")
-    return begin * TORCH_DTYPES[view.dtype].itemsize, tensor
 
 
 def unused_views(weights: StoredWeights | None, names: set[str]) -> list[StoredView]:

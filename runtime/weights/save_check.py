@@ -16,16 +16,8 @@ from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.launching.processes import failure_of, first_of, gather, rank
 from mipipe.runtime.train.models import empty_module
 from mipipe.runtime.weights.checkpoint_tensors import held_pieces
-from mipipe.runtime.weights.save import (
-    byte_slice,
-    divided_names,
-    divided_shapes,
-    own_pieces,
-    plan_views,
-    save_trained,
-    target_of,
-    unused_views,
-)
+from mipipe.runtime.weights.own_pieces import byte_slice, divided_names, divided_shapes, own_pieces
+from mipipe.runtime.weights.save import plan_views, save_trained, target_of, unused_views
 from mipipe.runtime.weights.stored_weights import StoredWeights
 
 

@@ -18,7 +18,8 @@ from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.mesh import Mesh
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.models import empty_module, initial_weights
-from mipipe.runtime.weights.save import Target, byte_slice, save_weights
+from mipipe.runtime.weights.own_pieces import byte_slice
+from mipipe.runtime.weights.save import Target, save_weights
 from mipipe.runtime.weights.stored_names import StoredView
 
 transformers = pytest.importorskip("transformers")
