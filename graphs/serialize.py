@@ -28,6 +28,8 @@ Amount = Annotated[int, Field(ge=0, le=2**62)]
 """An integer of a file that counts something (bytes, nanoseconds, operations)."""
 Count = Annotated[int, Field(ge=1, le=2**31)]
 """An integer of a file of which there is at least one."""
+MOST_SUMMED = 1e15
+"""The largest number of a file that is summed in floating point: beyond it, sums lose the small ones."""
 
 
 class Saved(Protocol):

@@ -22,6 +22,9 @@ from mipipe.graphs.units import shown
 MOST_DEVICES = 16_384
 """Devices of a cluster: more is a slip of the pen, and would be planned for days."""
 
+UNLIMITED_BYTES = 2**60
+"""A device with this much memory or more has no limit."""
+
 
 @dataclass(frozen=True, slots=True)
 class Device:

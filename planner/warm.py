@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from mipipe.planner.check.plan import check_plan
 from mipipe.planner.devices.compiled import compile_kernels
-from mipipe.planner.jobs.arcs import COMPILED
 from mipipe.planner.jobs.arrays import build
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.ladder.large import LARGE_ACTIONS
@@ -18,6 +17,7 @@ from mipipe.planner.schedules import BASELINES
 from mipipe.planner.search import annealing as search
 from mipipe.planner.search import follow
 from mipipe.planner.search import lists as greedy
+from mipipe.planner.sizes import COMPILED
 from mipipe.planner.solve import plan
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from mipipe.cli.printing.terminal import stages_by_rank
 from mipipe.graphs.serialize import write_text
+from mipipe.graphs.topology import UNLIMITED_BYTES
 from mipipe.graphs.units import format_bytes
 from mipipe.planner.actions import Stream
 from mipipe.planner.timeline import Timeline
@@ -130,7 +131,7 @@ def _panel(panel: Panel) -> dict[str, Any]:
             rank["peak"] = timeline.peak_bytes(number)
             rank["resident"] = timeline.resident_bytes[number] if timeline.resident_bytes else 0
             rank["peak_text"] = panel.sizes[number] if panel.sizes else format_bytes(timeline.peak_bytes(number))
-            if capacity is not None and capacity < 2**60:
+            if capacity is not None and capacity < UNLIMITED_BYTES:
                 rank["capacity"] = capacity
                 rank["peak_text"] += f" of {format_bytes(capacity)}"
     return {"title": panel.title, "origin": timeline.origin, "makespan": timeline.makespan_ns,

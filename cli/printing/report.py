@@ -11,8 +11,9 @@ from rich.console import Console
 from mipipe.cli.printing import terminal
 from mipipe.cli.printing.output import number
 from mipipe.graphs.serialize import to_data
+from mipipe.graphs.topology import UNLIMITED_BYTES
 from mipipe.graphs.units import format_bytes
-from mipipe.planner.execution.estimate import RESERVE, UNLIMITED_BYTES, RankMemory, estimate, memory_by_use
+from mipipe.planner.execution.estimate import RESERVE, RankMemory, estimate, memory_by_use
 from mipipe.planner.execution.steps import quick_period
 from mipipe.planner.how import How, how_lines, how_of
 from mipipe.planner.options import options_of

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from rich.text import Text
 
+from mipipe.graphs.topology import UNLIMITED_BYTES
 from mipipe.graphs.units import format_bytes, format_ns
 from mipipe.planner.actions import ActionKind, Stream
 from mipipe.planner.timeline import ALL_KINDS, ALL_STREAMS, Span, Timeline
@@ -181,7 +182,7 @@ def memory_lines(timeline: Timeline, capacities: Sequence[int | None], uses: Seq
         resident = timeline.resident_bytes[rank] if timeline.resident_bytes else 0
         use = uses[rank] if uses else f"resident {format_bytes(resident)}"
         text = f"rank {rank}: peak {format_bytes(peak)} ({use})"
-        if capacity is not None and capacity < 2**60:
+        if capacity is not None and capacity < UNLIMITED_BYTES:
             text += f" of {format_bytes(capacity)}, {peak / max(capacity, 1):.0%}"
         lines.append(text)
     return lines

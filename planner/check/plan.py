@@ -8,15 +8,12 @@ from mipipe.planner.check.facts import Demands, Part, check_placement, part_text
 from mipipe.planner.check.memory import check_activations, check_resident
 from mipipe.planner.check.times import CheckedTimes, lanes_of, order_times
 from mipipe.planner.plan import Plan
+from mipipe.planner.sizes import VERY_MANY
 
 _COMPUTE_KINDS = (ActionKind.F, ActionKind.I, ActionKind.W, ActionKind.B, ActionKind.OVERLAP_F_B, ActionKind.RECOMPUTE)
 
 
-LARGE = 20_000
-"""Actions from which a plan is read by arrays first: fewer are checked in 2 s."""
-
-
-def check_plan(plan: Plan, large: int = LARGE) -> None:
+def check_plan(plan: Plan, large: int = VERY_MANY) -> None:
     """Check a plan: placement, routes, the actions of every rank, the order, memory, and the figures it states.
 
     With at least ``large`` actions arrays decide whether it is sound; what is not is gone through for the reason.

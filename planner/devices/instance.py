@@ -22,10 +22,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.serialize import from_data, load_data
+from mipipe.graphs.serialize import MOST_SUMMED, from_data, load_data
 
-MOST = 1e15
-"""Of a time or size: beyond it, sums of floating-point numbers lose the small ones."""
 MOST_DEVICES = 4096
 
 
@@ -33,10 +31,10 @@ class _Node(BaseModel):
     model_config = ConfigDict(extra="ignore")
     id: int
     supportedOnFpga: bool
-    cpuLatency: float = Field(ge=0, le=MOST)
-    fpgaLatency: float = Field(ge=0, le=MOST)
+    cpuLatency: float = Field(ge=0, le=MOST_SUMMED)
+    fpgaLatency: float = Field(ge=0, le=MOST_SUMMED)
     isBackwardNode: bool
-    size: float = Field(0.0, ge=0, le=MOST)
+    size: float = Field(0.0, ge=0, le=MOST_SUMMED)
     colorClass: int | str | None = None
 
 
@@ -44,7 +42,7 @@ class _Edge(BaseModel):
     model_config = ConfigDict(extra="ignore")
     sourceId: int
     destId: int
-    cost: float = Field(ge=0, le=MOST)
+    cost: float = Field(ge=0, le=MOST_SUMMED)
 
 
 class _Workload(BaseModel):

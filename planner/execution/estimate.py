@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mipipe.graphs.serialize import from_data
+from mipipe.graphs.topology import UNLIMITED_BYTES
 from mipipe.planner.plan import Plan
 from mipipe.planner.problems.on_cluster import ModelFacts
 from mipipe.planner.timeline import Timeline
@@ -17,8 +18,6 @@ from mipipe.planner.timeline import Timeline
 RESERVE = 0.05
 """The share of a device's memory that a plan had better leave free: CUDA's context (0.5 to 1 GB of 80) and
 fragmentation."""
-UNLIMITED_BYTES = 1 << 60
-"""From here on a memory size means that the problem sets no limit."""
 
 
 @dataclass(frozen=True, slots=True)

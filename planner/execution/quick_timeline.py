@@ -18,13 +18,11 @@ from mipipe.planner.jobs.order_times import COMPUTE_KINDS, OrderTimes, held
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Transfer
+from mipipe.planner.sizes import VERY_MANY
 from mipipe.planner.timeline import ALL_KINDS, ALL_STREAMS, Columns, LazySpans, Span, Timeline
 
-LARGE = 20_000
-"""Actions from which arrays are worth it: fewer are lowered and simulated in 2 s."""
 
-
-def timeline_of(plan: Plan, large: int = LARGE) -> Timeline:
+def timeline_of(plan: Plan, large: int = VERY_MANY) -> Timeline:
     """The simulated timeline of a plan, by arrays if it has at least ``large`` actions and they allow it."""
     count = sum(len(order.compute) for order in plan.schedule.ranks)
     found = by_arrays(plan) if count >= large else None

@@ -20,9 +20,7 @@ from mipipe.planner.jobs.order_times import arrays_of, no_channel_used, times_of
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.plan import Plan, Schedule
-
-MOST_ACTIONS = 6_000
-"""Actions up to which the period is worth its time beside a makespan that was asked for."""
+from mipipe.planner.sizes import MANY
 
 MOST_STEPS = 24
 """Steps after which those that do not repeat exactly are averaged, over the last half."""
@@ -31,7 +29,7 @@ MOST_STEPS = 24
 def quick_period(plan: Plan) -> int | None:
     """The period of a plan where that takes less than a second or two; None for larger ones."""
     count = sum(len(order.compute) + len(order.collective) for order in plan.schedule.ranks)
-    return period_of(plan) if count <= MOST_ACTIONS else None
+    return period_of(plan) if count <= MANY else None
 
 
 def period_of(plan: Plan) -> int:

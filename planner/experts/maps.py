@@ -15,11 +15,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mipipe.graphs.errors import InfeasibleError, InputError, shown
-from mipipe.graphs.serialize import STRICT, Amount, Count
+from mipipe.graphs.serialize import MOST_SUMMED, STRICT, Amount, Count
 from mipipe.graphs.topology import Topology
-
-MOST = 1e15
-"""Tokens, and nanoseconds a token: beyond what sums of floating-point numbers tell apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +47,16 @@ class ExpertLoads:
             if len(row) != num_experts:
                 raise InputError(f"loads[{layer}]: {len(row)} experts, but layer 0 has {num_experts}")
             for expert, load in enumerate(row):
-                if not 0 <= load <= MOST:
+                if not 0 <= load <= MOST_SUMMED:
                     raise InputError(f"loads[{layer}][{expert}]: found {load}, expected a number of tokens, 0 or more")
         for kind, time in self.token_ns.items():
-            if not 0 <= time <= MOST:
+            if not 0 <= time <= MOST_SUMMED:
                 raise InputError(f"loads: token_ns of {shown(kind)}: found {time}, expected nanoseconds, 0 or more")
         if self.coactivation and len(self.coactivation) != len(self.loads):
             raise InputError(f"coactivation: {len(self.coactivation)} layers, but loads have {len(self.loads)}")
         for layer, pairs in enumerate(self.coactivation):
             for first, second, count in pairs:
-                if not (0 <= first < num_experts and 0 <= second < num_experts) or not 0 <= count <= MOST:
+                if not (0 <= first < num_experts and 0 <= second < num_experts) or not 0 <= count <= MOST_SUMMED:
                     raise InputError(f"coactivation[{layer}]: found ({first}, {second}, {count}), expected two experts"
                                      f" below {num_experts} and a count of 0 or more")
 

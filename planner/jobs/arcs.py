@@ -14,6 +14,7 @@ from mipipe.planner.jobs.dependencies import KINDS, Dependency, StageKind, depen
 from mipipe.planner.jobs.memory import effects
 from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.kernel import kernel
+from mipipe.planner.sizes import COMPILED
 
 Arcs = tuple[np.ndarray, np.ndarray, np.ndarray]
 """(from, to, lag): ``to`` starts at least ``lag`` after the end of ``from``."""
@@ -85,10 +86,6 @@ def to_csr(size: int, arcs: Arcs) -> Arcs:
     pointer = np.zeros(size + 1, dtype=np.int64)
     np.cumsum(np.bincount(arcs[0], minlength=size), out=pointer[1:])
     return pointer, arcs[1][order], arcs[2][order]
-
-
-COMPILED = 4_000
-"""Nodes from which `longest` is compiled: a first plan of a small problem should not wait for a compiler."""
 
 
 def longest(succ_ptr: np.ndarray, succ: np.ndarray, lag: np.ndarray, pred_ptr: np.ndarray, pred: np.ndarray,

@@ -18,12 +18,13 @@ import numpy as np
 
 from mipipe.planner import clock
 from mipipe.planner.actions import Action, ActionKind, Stream
-from mipipe.planner.jobs.arcs import COMPILED, Nodes, nodes_of
+from mipipe.planner.jobs.arcs import Nodes, nodes_of
 from mipipe.planner.jobs.dependencies import KINDS, dependencies
 from mipipe.planner.jobs.memory import carries_bytes, holdings, peaks
 from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.kernel import kernel
 from mipipe.planner.plan import Schedule
+from mipipe.planner.sizes import COMPILED
 
 COMPUTE_KINDS = (*KINDS, ActionKind.B, ActionKind.OVERLAP_F_B)
 """The kinds of a plan's actions; ``ActionArrays.kind`` counts in it."""

@@ -31,14 +31,10 @@ from mipipe.planner.search import lists as greedy
 from mipipe.planner.search import streams as relax
 from mipipe.planner.search.lift import lift
 from mipipe.planner.search.lists import Orders
-
-INTERPRETED = 4_000
-"""Actions up to which the first list schedule is interpreted, so that it need not wait for a compiler."""
-
-MANY_ACTIONS = 20_000
-"""Actions of a chain from which only the shapes of `SHAPES_OF_MANY` enter: time does not suffice for all."""
+from mipipe.planner.sizes import COMPILED, VERY_MANY
 
 SHAPES_OF_MANY: tuple[PlacementName, ...] = ("chain", "two-way", "v")
+"""The shapes that enter beyond `VERY_MANY` actions of a chain: time does not suffice for all."""
 
 MANY, LISTED = 6, 0.1
 """After so many candidates lists may take no more than this share of the time: the most promising come first."""
@@ -57,7 +53,7 @@ def enter(run: Run) -> None:
     """
     limit = run.options.time_limit_s
     waiting = _most_promising(run, propose_shapes(run.problem, run.options.placement))
-    if run.options.placement == "free" and chain_actions(run.problem) > MANY_ACTIONS:
+    if run.options.placement == "free" and chain_actions(run.problem) > VERY_MANY:
         waiting = filter(None, (_candidate(run, placement) for name in SHAPES_OF_MANY
                                 for placement in propose_shapes(run.problem, name)))
     built, spent = 0, 0.0
@@ -144,7 +140,7 @@ def _admit(run: Run, found: Candidate) -> bool:
     As long as there is no plan, the first rule decides: it is quick, and what `has_plan` promises is then kept.
     """
     fits = run.best is None and seed_search(run, found, compiled=False)
-    if not fits and (run.best is not None or found.instance.size > INTERPRETED):
+    if not fits and (run.best is not None or found.instance.size > COMPILED):
         fits = seed_search(run, found)
     if fits:
         run.candidates.append(found)
@@ -161,7 +157,7 @@ def seed_search(run: Run, found: Candidate, *, compiled: bool = True) -> bool:
     for turn in range(RESERVES):
         clock.ask()
         orders = (first_orders(found, compiled=True, seed=run.options.seed) if compiled else
-                  greedy.schedule(found.instance, greedy.RULES[0], compiled=found.instance.size > INTERPRETED))
+                  greedy.schedule(found.instance, greedy.RULES[0], compiled=found.instance.size > COMPILED))
         if orders is None and turn == 0 and usual.any():
             found.instance.cap[:] += usual
             continue

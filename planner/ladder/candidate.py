@@ -28,9 +28,7 @@ from mipipe.planner.search import lists as greedy
 from mipipe.planner.search.annealing import Search
 from mipipe.planner.search.lists import Orders
 from mipipe.planner.search.pair_search import PairSearch
-
-BOUND_ACTIONS = 20_000
-"""Actions up to which a placement's job-shop bound is worked out at once: it takes 20 microseconds an action."""
+from mipipe.planner.sizes import VERY_MANY
 
 _OFFERS = threading.Lock()
 """Two threads may improve one candidate: the better of their schedules stays."""
@@ -123,7 +121,7 @@ def candidate(problem: PlanningProblem, placement: Placement, proposer: tuple[st
     stage_view = view(problem, placement)
     halved = mirror(stage_view) is not None
     capacities(stage_view)
-    many = 3 * stage_view.num_stages * problem.num_microbatches > BOUND_ACTIONS
+    many = 3 * stage_view.num_stages * problem.num_microbatches > VERY_MANY
     bound = None if many else bounds.placement_bound(stage_view)
     instance = build(stage_view, halve=halved)
     return Candidate(stage_view, bound or load_bound(instance), halved, instance,

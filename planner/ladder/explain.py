@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mipipe.graphs.topology import UNLIMITED_BYTES
 from mipipe.graphs.units import format_bytes, format_ns
 from mipipe.planner.bounds.at_placement import placement_bound
 from mipipe.planner.bounds.load import load_bound
@@ -19,9 +20,10 @@ from mipipe.planner.execution.measure import timed
 from mipipe.planner.jobs.memory import capacity
 from mipipe.planner.jobs.order_times import OrderTimes
 from mipipe.planner.jobs.stages import view
-from mipipe.planner.ladder.candidate import BOUND_ACTIONS, Candidate
+from mipipe.planner.ladder.candidate import Candidate
 from mipipe.planner.placements.branches import encoders
 from mipipe.planner.problem import Limits
+from mipipe.planner.sizes import VERY_MANY
 
 FULL = 0.97
 """Share of a rank's memory from which it is called full."""
@@ -141,9 +143,9 @@ def _proven_without_memory(found: Candidate) -> bool:
     """Whether the makespan meets a bound at its placement that holds with any memory."""
     if found.makespan_ns > found.bound.ns:
         return False
-    if found.instance.size > BOUND_ACTIONS:
+    if found.instance.size > VERY_MANY:
         return found.makespan_ns <= load_bound(found.instance).ns
     problem = found.view.problem
-    devices = tuple(replace(device, memory_bytes=1 << 60) for device in problem.topology.devices)
+    devices = tuple(replace(device, memory_bytes=UNLIMITED_BYTES) for device in problem.topology.devices)
     free = problem.replace(limits=Limits(), topology=replace(problem.topology, devices=devices))
     return found.makespan_ns <= placement_bound(view(free, found.placement)).ns

@@ -28,7 +28,7 @@ from mipipe.planner.bounds.load import load_bound
 from mipipe.planner.bounds.over_placements import facts_of
 from mipipe.planner.jobs.arrays import Instance, build, mirror
 from mipipe.planner.jobs.stages import StageView, view
-from mipipe.planner.ladder.candidate import BOUND_ACTIONS, Candidate, judge_orders, offer_judged
+from mipipe.planner.ladder.candidate import Candidate, judge_orders, offer_judged
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlacementName
 from mipipe.planner.placements.cuts import earliest_end, place_spread, units
@@ -40,13 +40,11 @@ from mipipe.planner.search import bidirectional as two_ended
 from mipipe.planner.search import lists as greedy
 from mipipe.planner.search import quotas
 from mipipe.planner.search.lists import Orders
+from mipipe.planner.sizes import MANY, VERY_MANY
 
 LARGE_ACTIONS = 1_500
 """Actions of a chain from which a problem is large: from there tuned rules give shorter plans than the race of
 lists and searches."""
-
-PUBLISHED_ACTIONS = 5_000
-"""Actions of a chain up to which published schedules are looked at: their orders are Python lists."""
 
 LARGE_SHAPES: tuple[PlacementName, ...] = ("two-way", "twin-v", "twin-wave", "ring", "chain", "v")
 """Shapes tried on large problems, the most promising first."""
@@ -85,7 +83,7 @@ def applies(problem: PlanningProblem) -> bool:
 
 def is_huge(problem: PlanningProblem) -> bool:
     """Whether looking at published schedules takes too long; where pairs gain they are worth more time."""
-    return chain_actions(problem) > (BOUND_ACTIONS if problem.pairs_gain else PUBLISHED_ACTIONS)
+    return chain_actions(problem) > (VERY_MANY if problem.pairs_gain else MANY)
 
 
 def chain_actions(problem: PlanningProblem) -> int:
@@ -231,7 +229,7 @@ def _apply(run: Run, entry: OutlineEntry, rung: str, seconds: float = 0.0) -> No
     tried, and the best is tuned some ``seconds`` more.
     """
     found = next((other for other in run.candidates if other.placement == entry.placement), None)
-    few = chain_actions(run.problem) <= BOUND_ACTIONS
+    few = chain_actions(run.problem) <= VERY_MANY
     if found is None:
         whole = view(run.problem, entry.placement)
         instance = _instance(whole)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mipipe.planner.execution.estimate import UNLIMITED_BYTES
+from mipipe.graphs.topology import UNLIMITED_BYTES
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.uniform import activation_unit_bytes

@@ -16,10 +16,9 @@ from typing import Any
 
 from mipipe.graphs.errors import InputError, ProblemError, shown
 from mipipe.graphs.read_files import load_json, read_text
-from mipipe.graphs.topology import Device, Link, Topology
+from mipipe.graphs.topology import UNLIMITED_BYTES, Device, Link, Topology
 from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
 
-UNLIMITED = 1 << 60
 KIND = "measured"
 
 
@@ -107,5 +106,5 @@ def problem_of_layers(layers: Sequence[LayerTimes], layers_per_stage: Sequence[i
                             update_ns=update + round(1e9 * reduce_s)))
     edges = tuple(GroupEdge(stage, (stage + 1,), message_bytes, message_bytes, f"stage {stage}.out")
                   for stage in range(len(groups) - 1))
-    devices = tuple(Device(f"rank{number}", KIND, UNLIMITED, f"host{number}") for number in range(len(groups)))
+    devices = tuple(Device(f"rank{number}", KIND, UNLIMITED_BYTES, f"host{number}") for number in range(len(groups)))
     return PlanningProblem(name, tuple(groups), edges, Topology(devices, link, link), num_microbatches)

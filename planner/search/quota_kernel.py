@@ -7,8 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mipipe.planner.kernel import kernel
-
-_FAR = 1 << 62
+from mipipe.planner.search.list_steps import FAR
 
 
 class QuotaTask(NamedTuple):
@@ -71,12 +70,12 @@ def quota_schedule(facts, task, seq, start):
             if wake[other] < now:
                 now = wake[other]
                 k = other
-        if now >= _FAR:
+        if now >= FAR:
             return -1
         chosen = -1
         urgency = np.inf
         only_filler = True
-        later = _FAR
+        later = FAR
         turn = np.inf
         if in_turn:
             for index in range(class_ptr[k], class_ptr[k + 1]):

@@ -217,8 +217,3 @@ def _ns(seconds: float) -> int:
     if not 0 <= seconds < 1e9:
         raise ProblemError(f"teams: a phase of {seconds:g} s; expected rates and sizes of real devices")
     return round(seconds * 1e9)
-
-
-def by_axis(stages: Sequence[StageCost], microbatches: int) -> dict[Axis, float]:
-    """Seconds of a step in each axis's collectives, on all stages given together."""
-    return {axis: microbatches * sum(stage.spent(axis) for stage in stages) for axis in AXES}

@@ -12,11 +12,12 @@ from random import Random
 from mipipe.cli.printing.terminal import draw_timeline
 from mipipe.graphs.errors import PlanError
 from mipipe.planner.check.arrays import holds
-from mipipe.planner.check.plan import LARGE, check_plan
+from mipipe.planner.check.plan import check_plan
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.quick_timeline import by_arrays, timeline_of
 from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.plan import Plan, Schedule
+from mipipe.planner.sizes import VERY_MANY
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_bounds_hold import tight_plan
@@ -62,7 +63,7 @@ def test_the_check_by_arrays_says_what_the_checker_says() -> None:
     assert found[True] > 60 and found[False] > 300
 
 
-def verdict(plan: Plan, large: int = LARGE) -> str:
+def verdict(plan: Plan, large: int = VERY_MANY) -> str:
     """What the checker says against a plan."""
     try:
         check_plan(plan, large)

@@ -1,0 +1,12 @@
+"""Sizes from which planning, timing and checking go another way, in elementary actions (F, I, W): each once for all."""
+
+COMPILED = 4_000
+"""From here loops over actions are compiled: a first plan of a small problem should not wait for a compiler."""
+
+MANY = 5_000
+"""Up to here orders may be Python lists, and work in proportion to the actions may be repeated: published schedules are
+looked at, several waits are tried for one pattern, and the period of a plan is found beside its makespan."""
+
+VERY_MANY = 20_000
+"""Up to here everything may be looked at, at 20 to 100 microseconds an action: all shapes enter, each placement has its
+job-shop bound, plans are checked and timed action by action; beyond, few shapes enter, and arrays do the rest."""
