@@ -30,6 +30,10 @@ MEANINGS = ("warm-up: until work reaches the busiest rank, until gradients come 
             " where values arrive at once, no rank waits for memory, and forwards that run again take no time")
 
 
+SHOWN = 0.0005
+"""The least gain that is told."""
+
+
 def bubble_rows(plan: Plan) -> list[dict[str, Any]]:
     """Every rank's bubble and its parts as JSON data, in the problem's unit."""
     unit = plan.problem.unit_ns
@@ -47,7 +51,7 @@ def what_if_rows(found: Sequence[WhatIf], unit_ns: int) -> list[dict[str, Any]]:
     return [{"what": item.what, "makespan": None if item.makespan_ns is None else number(item.makespan_ns / unit_ns),
              "each_before": item.each_before_ns / unit_ns,
              "each": None if item.each_ns is None else item.each_ns / unit_ns, "gain": item.gain,
-             "seconds": round(item.seconds, 3)} for item in found]
+             "gain_at_most": item.most, "seconds": round(item.seconds, 3)} for item in found]
 
 
 def print_explanation(result: SolveResult, plan: Plan, more: Sequence[WhatIf]) -> None:
@@ -61,19 +65,21 @@ def print_explanation(result: SolveResult, plan: Plan, more: Sequence[WhatIf]) -
     for line in result.explanation:
         console.print(line)
     for item in more:
-        console.print(_told(item, unit), soft_wrap=True)
+        console.print(told_what_if(item, unit), soft_wrap=True)
     print_rows(console, [rung_cells(row, unit) for row in result.ablation], title="what each rung found")
     if not sys.stdout.isatty():
         log(f"{len(result.history)} improvements")
 
 
-def _told(item: WhatIf, unit_ns: int) -> str:
+def told_what_if(item: WhatIf, unit_ns: int) -> str:
     """What a little more would give, in a line."""
-    if item.makespan_ns is None or item.gain is None:
-        return f"with {item.what}: no plan within {item.seconds:.1f} s"
-    change = f"{item.gain:.1%} less" if item.gain >= 0 else f"{-item.gain:.1%} more"
-    return (f"with {item.what}: makespan {format_time(item.makespan_ns, unit_ns)}, {change} a microbatch (solved again"
-            f" for {item.seconds:.1f} s)")
+    if item.most is not None and item.most < SHOWN:
+        return f"with {item.what}: no plan is shorter, by the bound"
+    limit = "" if item.most is None else f"; by the bound at most {item.most:.1%} less"
+    if item.gain is None or item.makespan_ns is None or item.gain < SHOWN:
+        return f"with {item.what}: nothing shorter a microbatch found in {item.seconds:.1f} s{limit}"
+    return (f"with {item.what}: makespan {format_time(item.makespan_ns, unit_ns)}, {item.gain:.1%} less a microbatch"
+            f" (solved again for {item.seconds:.1f} s{limit})")
 
 
 def rung_cells(row: Mapping[str, Any], unit_ns: int) -> dict[str, Any]:

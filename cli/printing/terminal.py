@@ -55,7 +55,7 @@ def draw_timeline(timeline: Timeline, width: int, until_ns: int | None = None) -
     makespan = max(timeline.makespan_ns, 1)
     stages = stages_by_rank(timeline)
     for stream in (Stream.COMPUTE, Stream.COLLECTIVE):
-        if stream is Stream.COLLECTIVE and not _visible(timeline, stream, until / columns):
+        if stream is Stream.COLLECTIVE and not _visible(timeline, stream, columns, until):
             continue
         if stream is Stream.COLLECTIVE:
             text.append("communication stream\n", "dim")
@@ -69,10 +69,12 @@ def draw_timeline(timeline: Timeline, width: int, until_ns: int | None = None) -
     return text
 
 
-def _visible(timeline: Timeline, stream: Stream, column_ns: float) -> bool:
-    """Whether anything on the stream takes half a column or more."""
+def _visible(timeline: Timeline, stream: Stream, columns: int, until: int) -> bool:
+    """Whether anything on the stream is drawn: reaches into another column than it begins in."""
     at = timeline.columns
-    return bool(((at.stream == ALL_STREAMS.index(stream)) & (2 * (at.end_ns - at.start_ns) >= column_ns)).any())
+    own = at.stream == ALL_STREAMS.index(stream)
+    begin, end = (np.rint(time[own].astype(float) * columns / until) for time in (at.start_ns, at.end_ns))
+    return bool((np.minimum(end, columns) > begin).any())
 
 
 def stages_by_rank(timeline: Timeline) -> list[list[int]]:

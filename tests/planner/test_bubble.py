@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from mipipe.cli.printing.explained import told_what_if
 from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.ladder.bubble import bubble_parts
-from mipipe.planner.ladder.what_if import what_if
+from mipipe.planner.ladder.what_if import WhatIf, what_if
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan, RankOrder, Schedule
 from mipipe.planner.problem import PhaseTimes, PlanningProblem
@@ -109,6 +110,18 @@ def test_what_a_little_more_would_give() -> None:
     assert asked[1].num_ranks == 3 and asked[2].num_microbatches == 5
     assert more[0].gain is not None and more[0].gain > 0.1  # one activation at a time lets one rank work at once
     assert all(item.makespan_ns is not None and item.makespan_ns <= found.makespan_ns for item in more[:2])
+    assert all(item.gain is not None and item.most is not None and item.gain <= item.most for item in more)
+
+
+def test_what_was_not_found_is_not_said_to_take_longer() -> None:
+    none = "nothing shorter a microbatch found in 0.5 s"
+    for took, least, words in ((90, 80, "makespan 45, 10.0% less a microbatch (solved again for 0.5 s; by the bound at"
+                                        " most 20.0% less)"),
+                               (130, 80, f"{none}; by the bound at most 20.0% less"),
+                               (None, None, none),
+                               (130, 101, "no plan is shorter, by the bound")):
+        item = WhatIf("one more device", took, 100.0, took, least, 0.5)
+        assert told_what_if(item, 2) == f"with one more device: {words}"
 
 
 def test_forwards_that_run_again_on_one_rank_are_what_the_others_wait_for() -> None:
