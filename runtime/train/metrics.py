@@ -91,8 +91,15 @@ def _records_before(path: Path, start: int) -> list[str]:
     return kept
 
 
+def forget_memory(device: torch.device) -> None:
+    """Let `memory_record` count from here on, where memory is counted by the device's allocator: what building a model
+    took for a moment is no step's."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def memory_record(device: torch.device) -> Record:
-    """The most memory used so far: the allocator's on CUDA, else the process's resident size."""
+    """The most memory used so far: the allocator's on CUDA since `forget_memory`, else the process's resident size."""
     if device.type == "cuda":
         return {"memory/max_active(GiB)": torch.cuda.max_memory_allocated(device) / 2**30,
                 "memory/max_reserved(GiB)": torch.cuda.max_memory_reserved(device) / 2**30}

@@ -24,7 +24,7 @@ from mipipe.runtime.train.clip import Clip
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.data import Batches
 from mipipe.runtime.train.launching.processes import gather
-from mipipe.runtime.train.metrics import Metrics, Record, memory_record, open_metrics
+from mipipe.runtime.train.metrics import Metrics, Record, forget_memory, memory_record, open_metrics
 from mipipe.runtime.train.optim import learning_rate_factor, make_optimizer
 from mipipe.runtime.train.prefetch import Prefetched
 from mipipe.runtime.train.trace import measured_timeline
@@ -144,6 +144,7 @@ class Trainer:
         config = self.config
         self._metrics = open_metrics(config.metrics, config.tensorboard, start) if self.first else None
         losses: list[float] = []
+        forget_memory(self.engine.mesh.device)
         try:
             for step in range(start, config.steps):
                 losses += self._step(step)

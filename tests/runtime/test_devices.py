@@ -114,11 +114,29 @@ def test_a_worker_binds_its_device(monkeypatch):
     monkeypatch.setenv("CUDA_MODULE_LOADING", "LAZY")
     monkeypatch.setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "")
     monkeypatch.delenv("NCCL_LAUNCH_ORDER_IMPLICIT")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "the user's")
     assert devices.bind("cpu") == torch.device("cpu") and not bound
     assert devices.bind("cuda") == torch.device("cuda", 3)
     (device, environment), = bound
     assert device == torch.device("cuda", 3) and environment["CUDA_MODULE_LOADING"] == "LAZY"
     assert environment["NCCL_LAUNCH_ORDER_IMPLICIT"] == "1"
+
+
+@pytest.mark.parametrize("kind, said, found", [
+    ("cpu", "", ""), ("cuda", "", "expandable_segments:True"), ("cuda", "max_split_size_mb:512", "")])
+def test_the_allocator_is_told_unless_the_user_has(monkeypatch, kind, said, found):
+    """Segments that grow in place, on CUDA; what the user says of the allocator (torch read it long ago) stays."""
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for name in ("NCCL_LAUNCH_ORDER_IMPLICIT", "CUDA_MODULE_LOADING"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", said)
+    before = torch._C._accelerator_getAllocatorSettings()
+    torch._C._accelerator_setAllocatorSettings("")
+    try:
+        devices.bind(kind)
+        assert torch._C._accelerator_getAllocatorSettings() == found
+    finally:
+        torch._C._accelerator_setAllocatorSettings(before)
 
 
 def test_which_counts_of_steps_a_device_reads():

@@ -19,6 +19,7 @@ from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.train import metrics, training
 from mipipe.runtime.train.config import (
     CheckpointConfig,
     ExpertsConfig,
@@ -335,3 +336,17 @@ def test_a_metrics_file_has_one_line_for_each_step(pool, tmp_path):
     assert [record["loss_metrics/global_avg_loss"] for record in records] == losses
     assert {"step", "grad_norm", "lr", "throughput(tps)", "time_metrics/end_to_end(s)"} <= set(records[0])
     assert 0 <= records[-1]["bubble_ratio/measured"] < 1
+
+
+def test_memory_is_counted_from_the_first_step(monkeypatch):
+    """What building the model took for a moment is no step's; a resident size has no such count."""
+    asked, reset = [], []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    case = equal.case("skip")
+    engine = Engine(plan(1, ranks=1), case.graph, case.state())
+    monkeypatch.setattr(training, "forget_memory", lambda device: asked.append((device, engine.steps_done)))
+    Trainer(engine, config(2), Batches(batches())).run()
+    assert asked == [(torch.device("cpu"), 0)]
+    for device in (torch.device("cpu"), torch.device("cuda", 3)):
+        metrics.forget_memory(device)
+    assert reset == [torch.device("cuda", 3)]

@@ -64,15 +64,26 @@ def bind(kind: str) -> torch.device:
 
     Kernels of several communicators must start in one order on all GPUs, and nothing that waits for a whole GPU, such
     as loading a kernel at its first use, may come while a receive occupies it: NCCL and CUDA are told so where the
-    user has not (NVIDIA, NCCL documentation, "Using multiple NCCL communicators concurrently").
+    user has not (NVIDIA, NCCL documentation, "Using multiple NCCL communicators concurrently"). The allocator is told
+    as well: its segments grow in place, so that microbatches and rows of changing sizes leave no gaps between them.
     """
     if kind == "cpu":
         return torch.device("cpu")
     for name, value in (("NCCL_LAUNCH_ORDER_IMPLICIT", "1"), ("CUDA_MODULE_LOADING", "EAGER")):
         os.environ.setdefault(name, value)
+    if not any(os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        _tell_allocator("expandable_segments:True")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+def _tell_allocator(settings: str) -> None:
+    """Set options of torch's allocator as its environment variable does, which torch reads when it is imported."""
+    tell = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or getattr(
+        torch._C, "_cuda_cudaCachingAllocator_set_allocator_settings", None)  # its name until torch 2.9
+    if tell is not None:
+        tell(settings)
 
 
 def deterministic() -> None:
