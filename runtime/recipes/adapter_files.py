@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.recipes.adapters import DOWN, AdapterConfig, is_adapter, peft_config, peft_tensors
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.team import member_pieces
-from mipipe.runtime.train.launching.processes import gather, rank
+from mipipe.runtime.train.launching.processes import gather
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -32,16 +33,14 @@ def adapter_tensors(engine: Engine) -> dict[str, Tensor]:
     return dict(sorted(found.items()))
 
 
-def write_adapters(engine: Engine, config: AdapterConfig, folder: Path, base: str, replace: bool = False) -> None:
-    """Write a PEFT folder, whole or not at all. All ranks must call; the first writes.
+def write_adapters(tensors: Mapping[str, Tensor], config: AdapterConfig, folder: Path, base: str,
+                   replace: bool = False) -> None:
+    """Write what `adapter_tensors` gives as a PEFT folder, whole or not at all.
 
     Raises:
         InputError: the folder exists, and is none to be replaced.
     """
     from safetensors.torch import save_file
-    tensors = adapter_tensors(engine)
-    if rank():
-        return
     if folder.exists() and not (replace and all((folder / name).exists() for name in FILES)):
         raise InputError(f"{folder}: exists already; give another folder to save to, or remove it")
     partial = folder.with_name(folder.name + ".next")

@@ -30,10 +30,10 @@ from mipipe.graphs.recipes.source import recipe_of
 from mipipe.graphs.serialize import load_data
 from mipipe.graphs.units import parse_bytes
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.recipes.adapter_files import write_adapters
+from mipipe.runtime.recipes.adapter_files import adapter_tensors, write_adapters
 from mipipe.runtime.recipes.votes import fused_weights
 from mipipe.runtime.train.config import TrainConfig
-from mipipe.runtime.train.launching.processes import failure_of, first_of, gather, rank
+from mipipe.runtime.train.launching.processes import failures_of, first_of, gather, rank
 from mipipe.runtime.train.models import empty_module, take_reference
 from mipipe.runtime.weights.own_pieces import (
     StoredPiece,
@@ -84,7 +84,7 @@ def save_weights(engine: Engine, module: nn.Module, target: Target, source: Path
     shards = lay_out([*views, *leftover], target.shard_bytes)
     job = f"mipipe train {engine.compiled.program.plan_digest} {engine.steps_done}"
     folder = partial_folder(_next(target.folder))
-    on_first_rank(lambda: _prepare(target.folder, shards, job, replace))
+    on_first_rank(engine, lambda: _prepare(target.folder, shards, job, replace))
     fused = fused_weights(engine)
     mine = {piece: fused.get(piece[0], item) for piece, item in own_pieces(engine).items()}
     divided = divided_names(engine)
@@ -94,8 +94,8 @@ def save_weights(engine: Engine, module: nn.Module, target: Target, source: Path
         if rank() == 0:
             _write_unused(weights, leftover, shards, folder)
 
-    on_all_ranks(write)
-    on_first_rank(lambda: _finish(module, target, source, shards, folder, changed))
+    on_all_ranks(engine, write)
+    on_first_rank(engine, lambda: _finish(module, target, source, shards, folder, changed))
 
 
 def save_trained(engine: Engine, config: TrainConfig, weights: StoredWeights | None, replace: bool = False) -> None:
@@ -103,7 +103,8 @@ def save_trained(engine: Engine, config: TrainConfig, weights: StoredWeights | N
     target, adapters = target_of(config), recipe_of(engine.graph).adapters
     if adapters is not None:
         base = config.weights or str(engine.graph.source.get("source", ""))
-        on_all_ranks(lambda: write_adapters(engine, adapters, target.folder, base, replace))
+        tensors = adapter_tensors(engine)
+        on_first_rank(engine, lambda: write_adapters(tensors, adapters, target.folder, base, replace))
         return
     source = config.weights or config.model or engine.graph.source.get("source", "")
     folder = Path(source) if Path(source).is_dir() else Path(source).parent if Path(source).is_file() else None
@@ -239,13 +240,13 @@ def _write_config(module: Any, path: Path, dtype: str) -> None:
     path.write_text(json.dumps(data, indent=2, sort_keys=True, default=str) + "\n")
 
 
-def on_first_rank(action: Callable[[], None]) -> None:
+def on_first_rank(engine: Engine, action: Callable[[], None]) -> None:
     """Do something on the first process; its failure is raised by all."""
-    on_all_ranks(action if rank() == 0 else lambda: None)
+    on_all_ranks(engine, action if rank() == 0 else lambda: None)
 
 
-def on_all_ranks(action: Callable[[], None]) -> None:
-    """Do something; where it fails on one rank, raise `RunError` on all."""
-    failure = first_of(gather(failure_of(action, Exception)))  # of any kind, or the others would wait for this rank
+def on_all_ranks(engine: Engine, action: Callable[[], None]) -> None:
+    """Do something, however long it takes (`failures_of`); where it fails on one rank, raise `RunError` on all."""
+    failure = first_of(failures_of(action, engine.options.timeout_s))  # of any kind, or others would wait for this rank
     if failure is not None:
         raise RunError(f"weights cannot be saved: {failure}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,10 +14,10 @@ from mipipe.graphs.recipes.source import recipe_of
 from mipipe.graphs.units import format_bytes
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import TrainConfig
-from mipipe.runtime.train.launching.processes import failure_of, first_of, gather, rank
+from mipipe.runtime.train.launching.processes import failure_of, failures_of, first_of, gather, rank
 from mipipe.runtime.train.models import empty_module
 from mipipe.runtime.weights.checkpoint_tensors import held_pieces
-from mipipe.runtime.weights.own_pieces import byte_slice, divided_names, divided_shapes, own_pieces
+from mipipe.runtime.weights.own_pieces import StoredPiece, byte_slice, divided_names, divided_shapes, own_pieces
 from mipipe.runtime.weights.save import plan_views, save_trained, target_of, unused_views
 from mipipe.runtime.weights.stored_weights import StoredWeights
 
@@ -79,17 +80,18 @@ def save_or_rescue(engine: Engine, config: TrainConfig, weights: StoredWeights |
     except Exception as error:
         folder = Path(config.save.folder)
         rescue = folder.with_name(folder.name + ".rescued")
-        failed = first_of(gather(failure_of(lambda: _write_plain(engine, rescue), Exception)))
+        mine = own_pieces(engine)
+        failed = first_of(failures_of(lambda: _write_plain(engine, mine, rescue), engine.options.timeout_s))
         left = (f"nor as they are: {failed}" if failed else
                 f"they are in {rescue} as torch.save wrote them, one file for each rank, by the names of the graph")
         raise RunError(f"{error}; {left}") from error
 
 
-def _write_plain(engine: Engine, folder: Path) -> None:
+def _write_plain(engine: Engine, mine: Mapping[StoredPiece, torch.Tensor], folder: Path) -> None:
     """What this rank writes, as torch.save does; names have the rows where a parameter is held in parts."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name if rows is None else f"{name}[{rows[0]}:{rows[1]}]": tensor.cpu()
-               for (name, rows), tensor in own_pieces(engine).items()}
+               for (name, rows), tensor in mine.items()}
     for name, piece in held_pieces(engine).items():
         tensor = engine.weights.parameters.get(name, engine.weights.buffers.get(name))
         if tensor is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import runtime_equal as equal
 import safetensors.torch
@@ -13,6 +16,7 @@ from mipipe.graphs.errors import InputError, RunError
 from mipipe.planner.schedules import BASELINES
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import SaveConfig, TrainConfig
+from mipipe.runtime.train.launching import processes
 from mipipe.runtime.weights import save as save_weights
 from mipipe.runtime.weights import save_check
 
@@ -94,3 +98,31 @@ def test_weights_that_cannot_be_saved_are_rescued(tmp_path, monkeypatch):
     found = torch.load(tmp_path / "out.rescued" / "rank-0.pt", weights_only=True)
     held = {**engine.weights.parameters, **engine.weights.buffers}
     assert set(found) == set(held) and all(torch.equal(found[name], item) for name, item in held.items())
+
+
+def slow_disk(seconds, timeout_s):
+    """What all ranks hear when rank 1 writes for longer than a collective may take, and rank 2 fails at once."""
+    def write():
+        if processes.rank() == 1:
+            time.sleep(seconds)
+        if processes.rank() == 2:
+            raise OSError(28, "No space left on device")
+
+    begin = time.monotonic()
+    found = processes.failures_of(write, timeout_s)
+    return found, time.monotonic() - begin, [item.name for item in threading.enumerate() if item.name == "alive"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_disk_slower_than_the_time_limit_ends_nothing(pool):
+    """The limit is for processes that hang or are gone: who writes still tells that it is alive."""
+    answers = pool.run(3, __file__, "slow_disk", 5.0, 2.0, timeout=2.0)
+    assert [found for found, _, _ in answers] == [[None, None, "[Errno 28] No space left on device"]] * 3
+    assert all(spent >= 4.5 and not left for _, spent, left in answers)
+
+
+@pytest.mark.distributed
+def test_every_rank_hears_what_failed_where(pool):
+    answers = pool.run(3, __file__, "slow_disk", 0.0, 60.0)
+    assert [found for found, _, _ in answers] == [[None, None, "[Errno 28] No space left on device"]] * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -45,3 +46,40 @@ def failure_of(action: Callable[[], object],
     except kinds as error:
         return str(error) if isinstance(error, (MipipeError, OSError)) else f"{type(error).__name__}: {error}"
     return None
+
+
+BEAT_S = 5.0
+"""How often processes that wait for one another's work tell that they are alive."""
+
+
+def failures_of(action: Callable[[], object], timeout_s: float) -> list[str | None]:
+    """Do something that may take any time, such as writing to a slow disk; by rank, the text of what it ended with, or
+    None. All processes call it, and return together; ``action`` may use no group that this function does (the default).
+
+    Who is done waits for the others for as long as they live: a thread of every process tells so meanwhile, well within
+    ``timeout_s``, so that the limit of a collective holds for processes that hang or are gone, not for their disks.
+    """
+    if world() == 1:
+        return [failure_of(action, Exception)]
+    done, mine = threading.Event(), list[str | None]()
+    told: list[tuple[Any, ...]] = []
+    lost: list[Exception] = []
+
+    def tell() -> None:
+        try:
+            while not told or not all(ended for ended, *_ in told):
+                done.wait(min(BEAT_S, timeout_s / 4))
+                told[:] = gather((done.is_set(), *mine))
+        except Exception as error:
+            lost.append(error)
+
+    thread = threading.Thread(target=tell, name="alive", daemon=True)
+    thread.start()
+    try:
+        mine.append(failure_of(action, Exception))
+    finally:
+        done.set()
+    thread.join()
+    if lost:
+        raise lost[0]
+    return [text for _, *texts in told for text in texts]
