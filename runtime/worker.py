@@ -49,7 +49,7 @@ from mipipe.runtime.train.launching.prepare import (
 )
 from mipipe.runtime.train.launching.processes import rank
 from mipipe.runtime.train.launching.rendezvous import start_processes
-from mipipe.runtime.train.models import LayeredWeights, initial_weights
+from mipipe.runtime.train.models import LayeredWeights, weights_for_host
 from mipipe.runtime.train.prefetch import Prefetched
 from mipipe.runtime.train.training import Trainer
 from mipipe.runtime.weights.checkpoint_run import Start
@@ -113,7 +113,7 @@ def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
         check_outputs(job.config)
     plan, program, graph, config = job.plan, job.program, job.graph, job.config
     master = getattr(torch, config.dtype) if config.dtype else None
-    weights = initial_weights(graph, config)
+    weights = weights_for_host(graph, config)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     maps = read_maps(config, graph, max(1, world // job.processes(1)))
     engine = Engine(plan, graph, weights, program=program, device=device,

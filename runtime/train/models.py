@@ -1,8 +1,9 @@
-"""Initial weights of a run: from safetensors files, or a random initialisation that every rank repeats alike."""
+"""Initial weights of a run: from safetensors files, or a random initialisation that a process of each host makes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from mipipe.graphs.recipes.objective import REFERENCE
 from mipipe.graphs.recipes.options import LossConfig, RecipeConfig
 from mipipe.graphs.recipes.source import recipe_of, with_recipe
 from mipipe.runtime.train.config import TrainConfig
+from mipipe.runtime.train.launching.processes import world
+from mipipe.runtime.weights.host_weights import HostWeights
 from mipipe.runtime.weights.stored_weights import StoredWeights, parameters_on_meta
 
 _SOURCE_OPTIONS = ("seq", "batch", "dtype", "overrides", "images", "image", "frames", "expert_groups", "freeze")
@@ -45,6 +48,15 @@ def initial_weights(graph: OperatorGraph, config: TrainConfig) -> Mapping[str, t
     base = {name: item.detach() for name, item in module.named_parameters(remove_duplicate=False)}
     base.update(dict(module.named_buffers(remove_duplicate=False)))
     return base if not recipe else _layered(graph, config, module, frozen, base)
+
+
+def weights_for_host(graph: OperatorGraph, config: TrainConfig) -> Mapping[str, torch.Tensor] | HostWeights:
+    """`initial_weights` for all processes of this host, which all call it: those of a folder each reads for itself, a
+    random initialisation the first one makes for all."""
+    if config.weights or world() == 1:
+        return initial_weights(graph, config)
+    torch.manual_seed(config.seed)
+    return HostWeights(partial(initial_weights, graph, config), config.timeout_s)
 
 
 def _layered(graph: OperatorGraph, config: TrainConfig, module: nn.Module, frozen: nn.Module | None,

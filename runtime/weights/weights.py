@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,11 +12,12 @@ from torch import nn
 from mipipe.graphs.capture.expert_groups import parse_slice
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.runtime.weights.host_weights import HostWeights
 from mipipe.runtime.weights.pieces import Piece
 from mipipe.runtime.weights.stored_weights import StoredWeights
 
-WeightSource = Mapping[str, torch.Tensor] | nn.Module | Callable[[], nn.Module]
-"""Where weights come from: a state dict, a module, or a function that makes the module."""
+WeightSource = Mapping[str, torch.Tensor] | nn.Module | Callable[[], nn.Module] | HostWeights
+"""Where weights come from: a state dict, a module, a function that makes the module, or one process of the host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +71,19 @@ def load_weights(graph: OperatorGraph, names: Iterable[str], source: WeightSourc
     Raises:
         GraphError: a name is missing in the source, its shape differs, or it has no values (meta device).
     """
-    state = _state(source)
     wanted = set(names)
     canonical = {item.fqn: item.tied_to or item.fqn for item in graph.parameters}
     needed = {canonical[name] for name in wanted}
+    find = partial(_find_any, dict(pieces or {}))
+    state = source.hand_out([item.fqn for item in graph.parameters if item.fqn in needed], find) \
+        if isinstance(source, HostWeights) else _state(source)
     parameters: dict[str, nn.Parameter] = {}
     buffers: dict[str, torch.Tensor] = {}
     compute: dict[str, torch.Tensor] = {}
     for item in graph.parameters:
         if item.fqn not in needed:
             continue
-        piece = (pieces or {}).get(item.fqn)
-        found = _find(state, item.fqn) if piece is None else _find_piece(state, item.fqn, piece)
+        found = find(state, item.fqn)
         if found is None:
             raise GraphError(f"weights: {item.fqn!r} is in the operator graph but not in the model given; the graph was"
                              " captured from another model")
@@ -104,6 +107,12 @@ def load_weights(graph: OperatorGraph, names: Iterable[str], source: WeightSourc
     return Weights(parameters, buffers, compute, canonical)
 
 
+def _find_any(pieces: Mapping[str, Piece], state: Mapping[str, torch.Tensor], fqn: str) -> torch.Tensor | None:
+    """What is wanted of a name: a piece of its tensor where one is named, else all of it."""
+    piece = pieces.get(fqn)
+    return _find(state, fqn) if piece is None else _find_piece(state, fqn, piece)
+
+
 def _find(state: Mapping[str, torch.Tensor], fqn: str) -> torch.Tensor | None:
     """A tensor by name; a slice of an expert bank is cut from the bank where the source has no slices."""
     base, rows = parse_slice(fqn)
@@ -121,7 +130,7 @@ def _find_piece(state: Mapping[str, torch.Tensor], fqn: str, piece: Piece) -> to
     return found if found is None or tuple(found.shape) != piece.shape else piece.cut(found)
 
 
-def _state(source: WeightSource) -> Mapping[str, torch.Tensor]:
+def _state(source: Mapping[str, torch.Tensor] | nn.Module | Callable[[], nn.Module]) -> Mapping[str, torch.Tensor]:
     if isinstance(source, Mapping):
         return source
     module = source if isinstance(source, nn.Module) else source()

@@ -139,7 +139,7 @@ TENSORS = {"engine/comm.py"}
 """Where collectives of tensors on the device are started."""
 CONTROL = {"engine/engine.py": {"all_reduce", "all_gather"}, "experts/run.py": {"all_reduce", "broadcast_object_list"},
            "train/trace.py": {"send", "recv"}, "train/launching/processes.py": {"all_gather_object"},
-           "worker.py": {"barrier"}}
+           "weights/host_weights.py": {"isend", "irecv"}, "worker.py": {"barrier"}}
 """Which collectives are called elsewhere, all with CPU tensors or objects."""
 APART = {"train/links.py"}
 """A program of its own, which measures the tensors' backend."""
