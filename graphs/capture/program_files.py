@@ -44,7 +44,9 @@ def load_program(path: str | Path) -> torch.export.ExportedProgram:
             for item in entries:
                 text = archive.read(item).decode("utf-8")
                 _check(load_json(text, f"{path}: {shown(item.filename, quoted=False)}", foreign=True), str(path))
-    except (zipfile.BadZipFile, OSError, UnicodeDecodeError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, OSError, UnicodeDecodeError, RuntimeError) as error:
+        # zipfile's for an entry that is encrypted (RuntimeError) or compressed in a way it does not know (its subclass
+        # NotImplementedError)
         raise _no_program(path, error) from None
     try:
         with silence(), _tensors_alone():

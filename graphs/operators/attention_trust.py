@@ -6,6 +6,7 @@ device lacks, then costs speed, not a run's mathematics.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -68,14 +69,28 @@ def agrees(kernel: AttentionKernel, device: torch.device, kind: AttentionKind) -
     try:
         out, lse = kernel.forward(q, k, v, mask, sink, options)
         found = (out, *kernel.backward(grad, q, k, v, mask, out, lse, options))
-    except (RuntimeError, NotImplementedError):
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the kernel
+    except RuntimeError as error:  # how torch says that a device, a size or a build has no such kernel, and that the
+        # operator itself is not there on it (NotImplementedError, a RuntimeError as well)
+        _tell(kernel, device, kind, str(error).strip().partition("\n")[0])
         return False
     wide = [item.double().cpu() for item in (grad, q, k, v)]
     there = None if mask is None else mask.cpu() if mask.dtype is torch.bool else mask.double().cpu()
     wanted = by_formulas(wide[0], wide[1], wide[2], wide[3], there, None if sink is None else sink.double().cpu(),
                          options)
-    return all(bool((here.double().cpu() - right).abs().max() <= AGREEMENT[kind.dtype] * right.abs().max())
-               for here, right in zip(found, wanted, strict=True))
+    worst = max(float((here.double().cpu() - right).abs().max() / right.abs().max())
+                for here, right in zip(found, wanted, strict=True))
+    if not worst <= AGREEMENT[kind.dtype]:
+        _tell(kernel, device, kind, f"differs by {worst:.1e} of the largest value")
+        return False
+    return True
+
+
+def _tell(kernel: AttentionKernel, device: torch.device, kind: AttentionKind, why: str) -> None:
+    """Say once that a kind of case takes more time and memory than its costs say."""
+    warnings.warn(f"attention: the {kernel.name} kernel on {device.type} is not used for {kind}: {why}", RuntimeWarning,
+                  stacklevel=3)
 
 
 def by_formulas(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None,

@@ -55,43 +55,68 @@ def settle_routers(model: nn.Module) -> None:
             settled.to = lambda *unused, settled=settled: settled  # type: ignore
 
 
-def sharpen_routers(model: nn.Module) -> None:
-    """Let a model's outputs have a ``router_loss``: minus the divergence of routing from uniform, Elastic MoE's
-    hierarchical router loss (arXiv 2509.21892): the mean over layers and tokens of -sum_e p_e ln(E p_e).
-
-    Its gradient reaches the routers' weights alone: their logits are computed once more from hidden states cut off.
+def routers_of(model: nn.Module, what: str) -> list[Any]:
+    """The routers of a MoE model: modules beside experts, with weights [experts, hidden] that give logits. ``what``
+    needs them.
 
     Raises:
-        GraphError: the model has no routers whose weights [experts, hidden] give logits.
+        GraphError: it has none.
+    """
+    found = [part for part in model.modules() if type(part).__name__.endswith("Router")
+             and isinstance(getattr(part, "weight", None), nn.Parameter)]
+    if not found:
+        raise GraphError(f"{what}: {type(model).__name__} has no routers with weights [experts, hidden]")
+    return found
+
+
+def with_router_loss(model: nn.Module, name: str, term: Callable[[Tensor], Tensor], alone: bool = False) -> None:
+    """Let a model's outputs have ``name``: the mean over layers and tokens of ``term`` of the routers' logits
+    [T, experts] -> [T]. The logits are computed once more; ``alone``: the gradient reaches the routers' weights only.
+
+    Raises:
+        GraphError: as `routers_of`.
     """
     terms: list[Tensor] = []
-    routers = [part for part in model.modules() if type(part).__name__.endswith("Router")
-               and isinstance(getattr(part, "weight", None), nn.Parameter)]
-    if not routers:
-        raise GraphError(f"{type(model).__name__}: a router loss needs routers with weights [experts, hidden], which it"
-                         " does not have")
-    for part in routers:
-        part.forward = _with_sharpness(part, part.forward, terms)
+    for part in routers_of(model, name):
+        part.forward = _recording(part, part.forward, terms, term, alone)
     forward = model.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
         terms.clear()
         output = forward(*args, **kwargs)
-        output.router_loss = torch.stack(terms).mean()
+        setattr(output, name, torch.stack(terms).mean())
         terms.clear()
         return output
 
     model.forward = run
 
 
-def _with_sharpness(part: Any, forward: Callable[..., Any], terms: list[Tensor]) -> Callable[..., Any]:
+def _recording(part: Any, forward: Callable[..., Any], terms: list[Tensor], term: Callable[[Tensor], Tensor],
+               alone: bool) -> Callable[..., Any]:
     def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        logits = torch.nn.functional.linear(hidden.detach().reshape(-1, hidden.shape[-1]), part.weight)
-        shares = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        terms.append(-(shares.exp() * (shares + math.log(logits.shape[-1]))).sum(-1).mean())
+        given = (hidden.detach() if alone else hidden).reshape(-1, hidden.shape[-1])
+        logits = nn.functional.linear(given, part.weight)
+        terms.append(term(logits.to(torch.promote_types(logits.dtype, torch.float32))).mean())
         return forward(hidden, *args, **kwargs)
 
     return run
+
+
+def sharpen_routers(model: nn.Module) -> None:
+    """Let a model's outputs have a ``router_loss``: minus the divergence of routing from uniform, Elastic MoE's
+    hierarchical router loss (arXiv 2509.21892): the mean over layers and tokens of -sum_e p_e ln(E p_e).
+
+    Its gradient reaches the routers' weights alone.
+
+    Raises:
+        GraphError: as `routers_of`.
+    """
+    with_router_loss(model, "router_loss", _sharpness, alone=True)
+
+
+def _sharpness(logits: Tensor) -> Tensor:
+    shares = logits.log_softmax(-1)
+    return -(shares.exp() * (shares + math.log(logits.shape[-1]))).sum(-1)
 
 
 def _with_every_expert(forward: Callable[..., Any], count: int) -> Callable[..., Any]:

@@ -7,14 +7,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.operators.routers import routers_of, with_router_loss
 from mipipe.graphs.serialize import STRICT
 
 
@@ -36,47 +35,16 @@ class RouterConfig:
             raise InputError("router: says nothing; give balance, z or freeze, or leave it out")
 
 
-def routers_of(model: nn.Module) -> list[Any]:
-    """The routers of a MoE model: modules beside experts, with weights [experts, hidden] that give logits.
+def freeze_routers(model: nn.Module) -> None:
+    """Switch the gradients of all routers' parameters off.
 
     Raises:
-        InputError: it has none.
+        GraphError: it has none.
     """
-    found = [part for part in model.modules() if type(part).__name__.endswith("Router")
-             and isinstance(getattr(part, "weight", None), nn.Parameter)]
-    if not found:
-        raise InputError(f"router: {type(model).__name__} has no routers with weights [experts, hidden]")
-    return found
-
-
-def freeze_routers(model: nn.Module) -> None:
-    """Switch the gradients of all routers' parameters off."""
-    for part in routers_of(model):
+    for part in routers_of(model, "router.freeze"):
         part.requires_grad_(False)
 
 
 def with_z_loss(model: nn.Module) -> None:
-    """Let a model's outputs have a ``z_loss``; the logits are computed once more."""
-    terms: list[Tensor] = []
-    for part in routers_of(model):
-        part.forward = _recording(part, part.forward, terms)
-    forward = model.forward
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        terms.clear()
-        output = forward(*args, **kwargs)
-        output.z_loss = torch.stack(terms).mean()
-        terms.clear()
-        return output
-
-    model.forward = run
-
-
-def _recording(part: Any, forward: Callable[..., Any], terms: list[Tensor]) -> Callable[..., Any]:
-    def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        logits = nn.functional.linear(hidden.reshape(-1, hidden.shape[-1]), part.weight)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        terms.append(wide.logsumexp(-1).square().mean())
-        return forward(hidden, *args, **kwargs)
-
-    return run
+    """Let a model's outputs have a ``z_loss``; raises as `freeze_routers`."""
+    with_router_loss(model, "z_loss", lambda logits: logits.logsumexp(-1).square())

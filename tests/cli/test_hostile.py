@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,17 @@ def test_no_text_of_a_graph_becomes_code(graph: dict[str, Any], text: str) -> No
         except MipipeError as error:
             assert str(error).startswith(("hostile.json", "operator", "trace"))
     assert tried > 50
+
+
+@pytest.mark.parametrize("change", [{"name": f"x = {TOUCH}; y"}, {"name": "__builtins__"}, {"kind": f"{TOUCH}.a.b"},
+                                    {"kind": "aten.add.__class__"}, {"args": [{"ref": TOUCH}]},
+                                    {"kwargs": {f"x={TOUCH}": 1}}], ids=str)
+def test_a_trace_that_was_read_by_nobody_is_checked_as_well(graph: dict[str, Any], change: dict[str, Any]) -> None:
+    """What becomes text is checked where it does, wherever the trace is from."""
+    trace = from_data(graph, OperatorGraph, "graph.json").traces[0]
+    first, *rest = trace.operators
+    with pytest.raises(GraphError):
+        build_phase(replace(trace, digest="another", operators=(replace(first, **change), *rest)), first.phase)
 
 
 def test_keys_of_a_graph_do_not_become_code(graph: dict[str, Any]) -> None:

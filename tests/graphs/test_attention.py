@@ -184,11 +184,28 @@ def test_a_kernel_is_used_after_it_agreed_with_the_formulas(documented, monkeypa
     agrees.cache_clear()
     monkeypatch.setattr(flash, "_cuda_window", lambda q, k, options: (options.window, 0))  # one key too many
     monkeypatch.setattr(efficient, "_bias", lambda q, k, mask, options: (None, None))  # no mask at all
-    assert not any(agrees(kernel, torch.device("cpu"), kind) for kernel, kind in kinds)
+    with pytest.warns(RuntimeWarning, match=r"attention: the .* kernel on cpu is not used .*: differs by") as told:
+        assert not any(agrees(kernel, torch.device("cpu"), kind) for kernel, kind in kinds)
+        assert not any(agrees(kernel, torch.device("cpu"), kind) for kernel, kind in kinds)
+    assert len(told) == len(kinds)
 
 
 def test_a_kernel_that_fails_is_not_used():
     """On this device there is none."""
     agrees.cache_clear()
-    assert not agrees(FLASH, torch.device("cpu"), KIND) and not agrees(EFFICIENT, torch.device("cpu"), KIND)
+    with pytest.warns(RuntimeWarning, match=r"is not used for AttentionKind.*: Could not run 'aten::"):
+        assert not agrees(FLASH, torch.device("cpu"), KIND) and not agrees(EFFICIENT, torch.device("cpu"), KIND)
     agrees.cache_clear()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), TypeError("an argument that torch took away")])
+def test_what_says_nothing_of_a_kernel_is_no_verdict(error, monkeypatch):
+    """A device that is full at the moment, and a fault of ours, end with their own error."""
+    agrees.cache_clear()
+
+    def fail(*arguments):
+        raise error
+
+    with pytest.raises(type(error)):
+        agrees(FLASH._replace(forward=fail), torch.device("cpu"), KIND)
+    assert not agrees.cache_info().currsize

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mipipe.graphs.capture.model import capture
-from mipipe.graphs.errors import InputError
+from mipipe.graphs.errors import GraphError, InputError
 from mipipe.graphs.models.sources import open_source
 from mipipe.graphs.recipes.options import LossConfig, RecipeConfig
 from mipipe.graphs.recipes.routers import RouterConfig
@@ -51,12 +51,19 @@ def test_frozen_routers_get_no_gradient():
     assert frozen == ["model.layers.0.mlp.gate.weight"]
 
 
-@pytest.mark.parametrize("make, text", [
-    (lambda: RouterConfig(), "router: says nothing"),
-    (lambda: RouterConfig(z=-1.0), "z: found -1.0"),
-    (lambda: capture("LlamaForCausalLM", seq=6, verify=False, overrides={"num_hidden_layers": 1, "vocab_size": 9},
-                     recipe=RecipeConfig(router=RouterConfig(z=0.1))), "LlamaForCausalLM has no routers"),
+def dense(**options):
+    return capture("LlamaForCausalLM", seq=6, verify=False, overrides={"num_hidden_layers": 1, "vocab_size": 9},
+                   **options)
+
+
+@pytest.mark.parametrize("make, kind, text", [
+    (lambda: RouterConfig(), InputError, "router: says nothing"),
+    (lambda: RouterConfig(z=-1.0), InputError, "z: found -1.0"),
+    (lambda: dense(recipe=RecipeConfig(router=RouterConfig(z=0.1))), GraphError, "^z_loss: LlamaForCausalLM has no"),
+    (lambda: dense(recipe=RecipeConfig(router=RouterConfig(freeze=True))), GraphError,
+     "^router.freeze: LlamaForCausalLM has no"),
+    (lambda: dense(router_loss=0.1), GraphError, "^router_loss: LlamaForCausalLM has no routers with weights"),
 ])
-def test_what_has_no_routers_is_one_line(make, text):
-    with pytest.raises(InputError, match=text):
+def test_what_has_no_routers_is_one_line(make, kind, text):
+    with pytest.raises(kind, match=text):
         make()
