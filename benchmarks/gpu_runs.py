@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -74,7 +75,8 @@ def trained(device: torch.device, folder: Path, steps: int, **more: Any) -> Any:
 
 def training(device: torch.device) -> Report:
     """20 steps under ``deterministic: true``, the same again with a halt in the middle: losses equal to the last bit;
-    beside it the measured step, the predicted one, and what spans of the timeline make of a step."""
+    beside it the measured step, the predicted one (also by the quickest step without optimizer and files), and what spans
+    of the timeline make of a step."""
     with tempfile.TemporaryDirectory() as folder:
         whole = trained(device, Path(folder) / "whole", 20)
         first = trained(device, Path(folder) / "halves", 10)
@@ -86,8 +88,29 @@ def training(device: torch.device) -> Report:
     equal = whole.losses == rest.losses and whole.losses[:10] == first.losses  # a resumed run's records go on
     return {"resumes_bitwise": equal, "falls": whole.losses[-1] < whole.losses[0],
             "step_s": seconds[len(seconds) // 2], "predicted_s": predicted,
-            "predicted/step": predicted / seconds[len(seconds) // 2], "clock": timeline.notes["clock"],
+            "predicted/step": predicted / seconds[len(seconds) // 2], "predicted/least": predicted / least_step(device),
+            "clock": timeline.notes["clock"],
             "spans_s": busy, "measured_step_s": whole.records[-1]["time_metrics/end_to_end(s)"]}
+
+
+def least_step(device: torch.device, repeats: int = 20) -> float:
+    """The seconds of the engine's quickest step of some, by the clock that `profile` took for what it predicts: on a
+    CPU the time of its one thread, which other programs do not lengthen; a step waits for its device."""
+    plan, _ = planned(device.type)
+    graph, threads = language_model(device.type, "bfloat16"), torch.get_num_threads()
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
+    weights, batch = example(graph)
+    torch.set_num_threads(1)
+    try:
+        engine, spent = mipipe.Engine(plan, graph, weights, device=device), []
+        for _ in range(repeats):
+            begin = clock()
+            engine.step(batch)
+            spent.append(clock() - begin)
+            engine.zero_grad()
+        return min(spent)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def compiled(device: torch.device) -> Report:

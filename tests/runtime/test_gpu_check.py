@@ -42,7 +42,7 @@ def hold_runs(results):
     if both := results.get("together"):
         assert both["loss_error"] < 1e-4 and both["norm_error"] < 1e-3 and both["streams_agree"] and both["aside"]
     if run := results.get("training"):
-        assert run["resumes_bitwise"] and run["falls"] and run["predicted/step"] > 0
+        assert run["resumes_bitwise"] and run["falls"] and 0.5 < run["predicted/least"] < 2.0
     if fast := results.get("compiled"):
         assert fast["graphs"] > 0 and fast["in_steps"] == 0
         assert fast["compiled"] == pytest.approx(fast["plain"], rel=1e-2)
