@@ -75,8 +75,8 @@ def trained(device: torch.device, folder: Path, steps: int, **more: Any) -> Any:
 
 def training(device: torch.device) -> Report:
     """20 steps under ``deterministic: true``, the same again with a halt in the middle: losses equal to the last bit;
-    beside it the measured step, the predicted one (also by the quickest step without optimizer and files), and what spans
-    of the timeline make of a step."""
+    beside it the measured step, the predicted one (also by the quickest step without optimizer and files), and what
+    spans of the timeline make of a step."""
     with tempfile.TemporaryDirectory() as folder:
         whole = trained(device, Path(folder) / "whole", 20)
         first = trained(device, Path(folder) / "halves", 10)

@@ -14,9 +14,10 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import load, load_data
 from mipipe.graphs.units import parse_bytes
+from mipipe.planner.device_memory import with_memory
 from mipipe.planner.experts.files import read_loads
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.problems.on_cluster import ModelFacts, model_problem, with_memory
+from mipipe.planner.problems.on_cluster import ModelFacts, model_problem
 
 MICROBATCHES_PER_RANK = 4
 """Microbatches of a step, by rank, where a model is planned and no number is given: warm-up then weighs little."""

@@ -48,8 +48,8 @@ def plan(
         help="Relative sizes of the microbatches by modality branch (YAML, such as 'vision: [0, 3, 1, 4]' for the"
              " images in each).")] = None,
     activations: Annotated[str | None, typer.Option(help="Limit on every device's activations, such as 20GB.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Memory of every device, such as 80GB, instead of the"
-                                                    " cluster's.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory of every device, such as 80GB, in place of what the"
+                                                    " cluster's file or kind says.")] = None,
     optimizer: Annotated[str, typer.Option(help="What the optimizer keeps: none, sgd, momentum, adam, adamw,"
                                                 " adamw_mixed (16-bit weights with float32 master weights and moments);"
                                                 " auto: adamw_mixed for 16-bit models, else adamw.")] = "auto",

@@ -28,7 +28,11 @@ UNLIMITED_BYTES = 2**60
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One accelerator, or one worker process on a CPU. ``local_rank`` counts within ``host``."""
+    """One accelerator, or one worker process on a CPU. ``local_rank`` counts within ``host``.
+
+    ``nominal_bytes``: the memory it is sold with, where ``memory_bytes`` is only what of that tensors can fill
+    (`mipipe.planner.device_memory`).
+    """
 
     __pydantic_config__: ClassVar = STRICT
     name: str
@@ -36,6 +40,7 @@ class Device:
     memory_bytes: int
     host: str = "host0"
     local_rank: int = 0
+    nominal_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.memory_bytes < 0 or self.local_rank < 0:

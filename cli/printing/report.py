@@ -186,7 +186,7 @@ def memory_warnings(uses: Sequence[RankMemory]) -> list[str]:
         return []
     share, rank, part = max(tight, key=lambda item: item[0])
     names = ("rank " if len(tight) == 1 else "ranks ") + ", ".join(str(number) for _, number, _ in tight)
-    most = round((part.capacity or 0) * (1 - RESERVE))
+    most = round((part.nominal or part.capacity or 0) * (1 - RESERVE))
     return [f"warning: {names}: planned to {share:.0%} of the memory of rank {rank}; the framework and fragmentation"
             f" take some too: keep {RESERVE:.0%} free (--memory {format_bytes(most).replace(' ', '')}, or --recompute)"]
 

@@ -26,7 +26,8 @@ class TaskLoss:
     ``kind``: ``language`` (sum of token cross-entropies; ``shift`` where position t predicts t + 1), ``classes``,
     ``ctc`` (labels padded with -100; ``options`` are ctc_loss's), or ``own`` (the model returns its loss). A router's
     auxiliary loss is added times the count of valid labels, so that after the division by their global count it is the
-    average over tokens; so is a router's own loss (`mipipe.graphs.operators.routers.sharpen_routers`), by ``sharpness``.
+    average over tokens; so is a router's own loss (`mipipe.graphs.operators.routers.sharpen_routers`), by
+    ``sharpness``.
     """
 
     kind: str

@@ -22,7 +22,8 @@ fragmentation."""
 
 @dataclass(frozen=True, slots=True)
 class RankMemory:
-    """A rank's bytes by use at its peak; ``capacity`` is None where the problem sets no limit.
+    """A rank's bytes by use at its peak; ``capacity`` is None where the problem sets no limit, ``nominal`` the device's
+    memory as a cluster file says it, where tensors cannot fill all of it.
 
     ``resident`` is weights, gradients and optimizer together; the three are None where the plan does not say which
     optimizer it counts with. ``activations`` is everything else: saved tensors, workspace, values in flight.
@@ -34,6 +35,7 @@ class RankMemory:
     weights: int | None = None
     gradients: int | None = None
     optimizer: int | None = None
+    nominal: int | None = None
 
     @property
     def peak(self) -> int:
@@ -105,11 +107,12 @@ def memory_by_use(plan: Plan, timeline: Timeline) -> tuple[RankMemory, ...]:
         capacity = None if device.memory_bytes >= UNLIMITED_BYTES else device.memory_bytes
         activations = timeline.peak_bytes(rank) - resident
         if facts is None:
-            found.append(RankMemory(resident, activations, capacity))
+            found.append(RankMemory(resident, activations, capacity, nominal=device.nominal_bytes))
             continue
         held = [plan.problem.groups[group] for stage in plan.placement.stages if rank in stage.ranks
                 for group in stage.groups]
         gradients = sum(group.gradient_bytes for group in held)
         kept = sum(round(group.gradient_bytes * facts.state_bytes) for group in held)
-        found.append(RankMemory(resident, activations, capacity, resident - gradients - kept, gradients, kept))
+        found.append(RankMemory(resident, activations, capacity, resident - gradients - kept, gradients, kept,
+                                device.nominal_bytes))
     return tuple(found)

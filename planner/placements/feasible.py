@@ -18,6 +18,7 @@ import numpy as np
 from mipipe.graphs.units import exact_bytes, format_bytes
 from mipipe.planner import clock
 from mipipe.planner.clock import OutOfTimeError
+from mipipe.planner.device_memory import memory_for
 from mipipe.planner.jobs.arrays import Instance, build
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.placements.cuts import resident_room, units
@@ -137,8 +138,9 @@ def _remedy(problem: PlanningProblem, least: Shortage, admits: Admits | None) ->
     size = enough(memory + least.lacking_bytes, with_memory, admits)
     where = "a device memory of" if equal else "on devices that have less, a memory of"
     if size is not None:
-        return f"{where} {exact_bytes(size)} would do, or more devices"
-    return f"{where} at least {memory + least.lacking_bytes}B is needed, or more devices"
+        return f"{where} {exact_bytes(memory_for(devices[least.rank], size))} would do, or more devices"
+    needed = memory_for(devices[least.rank], memory + least.lacking_bytes)
+    return f"{where} at least {needed}B is needed, or more devices"
 
 
 def enough(first: int, changed: Callable[[int], PlanningProblem], admits: Admits | None) -> int | None:

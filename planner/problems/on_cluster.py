@@ -8,7 +8,6 @@ causal attention the lower triangle only, as its estimated time does.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +24,7 @@ from mipipe.graphs.costs.table import CostTable
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import DTYPE_BYTES, OperatorGraph
 from mipipe.graphs.serialize import STRICT
-from mipipe.graphs.topology import Topology
-from mipipe.planner.device_memory import tensors_fit
+from mipipe.planner.device_memory import tensors_fit, with_memory
 from mipipe.planner.experts.maps import ExpertLoads
 from mipipe.planner.problem import Limits, PlanningProblem
 from mipipe.planner.problems.expert_loads import with_expert_loads
@@ -69,7 +67,7 @@ def model_problem(model: OperatorGraph | CoarseGraph, cluster: Cluster, num_micr
         model: an operator graph; a coarse graph needs ``costs``.
         groups, granularity: as for `coarsen`; neither: as ``costs`` were made, or chosen by the size of the model.
         costs: measured costs; None: roofline estimates of the cluster's device kinds.
-        memory_bytes: what tensors can fill of every device, in place of what they can of the cluster's
+        memory_bytes: of every device in place of the cluster's; of a GPU's the allocator has its share
             (`mipipe.planner.device_memory`).
         activation_bytes: a limit on every device's activations.
         optimizer: ``auto`` is ``adamw_mixed`` where most trainable bytes are of a 16-bit dtype, else ``adamw``.
@@ -120,14 +118,6 @@ def estimated_costs(coarse: CoarseGraph, graph: OperatorGraph, cluster: Cluster,
         raise InputError(f"{where}: device kind {unknown[0]!r} has no peak rates to estimate costs from; run"
                          " `mipipe profile` on it and give its file as --costs")
     return roofline(coarse, graph, kinds, link=slowest_link(cluster.topology))
-
-
-def with_memory(topology: Topology, memory_bytes: int | None) -> Topology:
-    """The topology with every device's memory set, unchanged for None."""
-    if memory_bytes is None:
-        return topology
-    return dataclasses.replace(topology, devices=tuple(dataclasses.replace(device, memory_bytes=memory_bytes)
-                                                       for device in topology.devices))
 
 
 def default_optimizer(model: OperatorGraph | CoarseGraph) -> OptimizerName:

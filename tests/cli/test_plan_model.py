@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from mipipe.cli.inputs import read_problem
 from mipipe.graphs.operator_graph import OperatorGraph
-from mipipe.graphs.serialize import digest, load
+from mipipe.graphs.serialize import digest, load, save
+from mipipe.graphs.units import parse_bytes
+from mipipe.planner.device_memory import with_memory
 from mipipe.planner.plan import Plan
 
 CLUSTER = """\
@@ -69,9 +73,34 @@ def test_a_full_device_is_warned_of(mipipe, inside: Path) -> None:
     line = ("plan", "cli_models:small", "--cluster", "two.yaml", "--placement", "chain", "--microbatches", 1, *QUICK)
     ranks = mipipe(*line, "--json").data["ranks"]
     peak = max(rank["peak_bytes"] for rank in ranks)
-    full, roomy = (mipipe(*line, "--memory", f"{size}B") for size in (peak, round(peak / 0.94)))
+    full, roomy = (mipipe(*line, "--memory", f"{round(1.07 * size)}B") for size in (peak, peak / 0.94))
     assert "warning: rank" in full.stdout and "100% of the memory" in full.stdout
     assert roomy.code == 0 and "warning" not in roomy.stdout
+
+
+def test_memory_means_one_thing(mipipe, inside: Path) -> None:
+    """What a cluster file says: on the command line, of a problem that was made for GPUs, and for teams."""
+    (inside / "small.yaml").write_text((CLUSTER % "h100").replace("h100}", "h100, memory: 5MB}"))
+    line = ("plan", "cli_models:small", "--microbatches", 2, "--placement", "chain", *QUICK)
+    assert mipipe(*line, "--cluster", "small.yaml", "-o", "said.json").code == 0
+    assert mipipe(*line, "--cluster", "two.yaml", "--memory", "5MB", "-o", "asked.json").code == 0
+    said, asked = (load(name, Plan).problem for name in ("said.json", "asked.json"))
+    assert said.digest() == asked.digest()
+    held = {(item.memory_bytes, item.nominal_bytes) for item in said.topology.devices}
+    assert held == {(round(5e6 / 1.07), 5 * 10**6)}
+    save(said.replace(topology=with_memory(said.topology, 10**9)), inside / "problem.json")
+    again, _ = read_problem(inside / "problem.json", None, None, memory="5MB")
+    assert again.digest() == said.digest()
+
+
+def test_the_memory_that_is_promised_for_gpus_would_do(mipipe, inside: Path) -> None:
+    """In the terms of the cluster's file: what tensors need, and the allocator's share."""
+    line = ("plan", "cli_models:small", "--cluster", "two.yaml", "--microbatches", 2, "--placement", "chain", *QUICK)
+    ended = mipipe(*line, "--memory", "100B")
+    promised = re.search(r"a device memory of (\S+) would do", ended.error)
+    assert ended.code == 3 and promised, ended.error
+    assert mipipe(*line, "--memory", promised[1]).code == 0
+    assert mipipe(*line, "--memory", f"{round(parse_bytes(promised[1]) / 1.07)}B").code == 3
 
 
 def test_what_is_wrong_shows_before_the_capture(mipipe, monkeypatch: pytest.MonkeyPatch) -> None:
