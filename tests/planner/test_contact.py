@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -20,6 +21,7 @@ from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.program import Program
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.solve import plan
+from mipipe.planner.team import Team
 
 sys.path.insert(0, str(Path(__file__).parent))
 from planner_random import random_problem
@@ -137,3 +139,57 @@ def test_openings_that_do_not_help_are_refused():
     alone = openings(lower(chain))[0], Communicator(True, (0, 1))
     with pytest.raises(ProgramError, match="rank 1 never uses the sum over ranks 0, 1, for which others wait"):
         check_first_contact(chain, lower(chain), ((*alone[0], alone[1]), alone[0]))
+
+
+def on_four(name: str) -> Plan:
+    problem = uniform_problem(ranks=4, microbatches=8, f=2, i=2, w=1, copies=2, activations=10)
+    baseline = next(item for item in BASELINES if item.name == name.removesuffix(" of teams"))
+    found = next(row.plan for row in baseline_rows(problem, baseline) if row.plan is not None)
+    return replace(found, team=Team({"tensor": 2})) if name.endswith(" of teams") else found
+
+
+def broken(program: Program, rank: int, first: int, second: int) -> Program:
+    """The program with two instructions of a rank exchanged."""
+    items = list(program.ranks[rank])
+    items[first], items[second] = items[second], items[first]
+    return replace(program, ranks=tuple(tuple(items) if number == rank else own
+                                        for number, own in enumerate(program.ranks)))
+
+
+@pytest.mark.parametrize("name", ["DualPipe", "Chimera", "ZB-V", "Interleaved 1F1B", "DualPipe of teams"])
+def test_what_is_broken_by_hand_is_caught(name):
+    """Two first contacts of a rank exchanged at start-up, one rank that leaves the exchange out, all that do, and sums
+    in another order on one rank: each is an error that begins with one line; and what passes comes through."""
+    found = on_four(name)
+    program = lower(found)
+    opened = openings(program)
+    check_program(found, program)
+    check_first_contact(found, program, opened)
+    caught = 0
+    for rank, own in enumerate(opened):
+        for place in range(len(own) - 1):
+            order = (*own[:place], own[place + 1], own[place], *own[place + 2:])
+            changed = [*opened[:rank], order, *opened[rank + 1:]]
+            if stuck(program, changed):
+                with pytest.raises(ProgramError, match=r"^program: deadlock at first contact: opening the [^\n]*"):
+                    check_first_contact(found, program, changed)
+                caught += 1
+            else:  # the two have no rank in common but this one, and nobody comes between
+                check_first_contact(found, program, changed)
+        with pytest.raises(ProgramError, match=r"^program: deadlock at first contact: "):
+            check_first_contact(found, program, [*opened[:rank], (), *opened[rank + 1:]])
+    assert caught >= 4
+    if stuck(program, ()):
+        with pytest.raises(ProgramError, match=r"^program: deadlock at first contact: [^\n]*SEND"):
+            check_first_contact(found, program)
+    else:
+        check_first_contact(found, program)
+    assert bool(stuck(program, ())) == name.startswith(TWO_WAY)
+    for rank, own in enumerate(program.ranks):
+        sums = [index for index, item in enumerate(own) if item.kind is ActionKind.ALL_REDUCE]
+        assert len(sums) == (2 if name.startswith(TWO_WAY) else 0)
+        if sums:
+            with pytest.raises(ProgramError, match=r"^program: deadlock at first contact: [^\n]*ALL_REDUCE"):
+                check_first_contact(found, broken(program, rank, *sums), opened)
+            with pytest.raises(ProgramError, match=r"^program: deadlock: |comes after the reduction of stage"):
+                check_program(found, broken(program, rank, *sums))
