@@ -250,7 +250,8 @@ def check_control() -> None:
 
 
 def _create(spec: GroupSpec, device: torch.device, timeout: timedelta) -> Any:
-    """The group; all processes call, and only its members wait for one another.
+    """The group; all processes call, and only its members wait for one another: others count it and go on (torch has
+    no barrier over the world here unless ``TORCH_DIST_INIT_BARRIER`` asks for one).
 
     Not torch's ``use_local_synchronization``: it names a group by how many its caller is in, on which members with
     other neighbours do not agree.

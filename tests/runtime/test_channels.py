@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -74,6 +75,37 @@ def test_communicators_and_the_context_fit_beside_the_nominal_memory():
         channels = sum(spec.use is Use.CHANNEL for spec in mine)
         held = device_memory.communicators_bytes(channels, len(mine) - channels)
         assert len(mine) >= 7 and device_memory.CONTEXT_BYTES + held <= device_memory.RUNTIME_BYTES
+
+
+class Counted(dist.Store):
+    """A store that counts what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def _count(self, *given):
+        self.asked += 1
+        raise RuntimeError("asked")
+
+    set = get = add = wait = check = _count
+
+
+def test_groups_of_others_cost_a_process_no_wait():
+    """In a run of 1,024 processes, of 256 copies of 4 ranks, one asks the others nothing about groups it is not in."""
+    importlib.import_module("torch.testing._internal.distributed.fake_pg")  # a default group without peers
+    store = Counted()
+    dist.init_process_group("fake", rank=0, world_size=1024, store=store)
+    try:
+        specs = group_specs(PROGRAMS[4], [((0, 1), (), False)], places_of(range(1024), 4, 256, ALONE), True, True)
+        others = [spec for spec in specs if 0 not in spec.members]
+        for spec in others:
+            assert meshes._create(spec, torch.device("cpu"), timedelta(seconds=1)) is dist.GroupMember.NON_GROUP_MEMBER
+        assert len(others) > 1700 and not store.asked
+        with pytest.raises(RuntimeError, match="asked"):
+            meshes._create(next(spec for spec in specs if 0 in spec.members), torch.device("cpu"), timedelta(seconds=1))
+    finally:
+        dist.destroy_process_group()
 
 
 def opened():
