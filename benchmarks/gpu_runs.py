@@ -84,13 +84,16 @@ def training(device: torch.device) -> Report:
         timeline = load(Path(folder) / "whole.json", mipipe.Timeline)
     seconds = sorted(record["time_metrics/end_to_end(s)"] for record in whole.records[1:-1])
     _, predicted = planned(device.type)
+    last = whole.records[-1]
+    held = {"reserved/active": last["memory/max_reserved(GiB)"] / last["memory/max_active(GiB)"]} \
+        if device.type == "cuda" else {}
     busy = sum(span.end_ns - span.start_ns for span in timeline.spans) / 1e9
     equal = whole.losses == rest.losses and whole.losses[:10] == first.losses  # a resumed run's records go on
     return {"resumes_bitwise": equal, "falls": whole.losses[-1] < whole.losses[0],
             "step_s": seconds[len(seconds) // 2], "predicted_s": predicted,
             "predicted/step": predicted / seconds[len(seconds) // 2], "predicted/least": predicted / least_step(device),
             "clock": timeline.notes["clock"],
-            "spans_s": busy, "measured_step_s": whole.records[-1]["time_metrics/end_to_end(s)"]}
+            "spans_s": busy, "measured_step_s": last["time_metrics/end_to_end(s)"], **held}
 
 
 def least_step(device: torch.device, repeats: int = 20) -> float:
