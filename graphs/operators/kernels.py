@@ -98,20 +98,25 @@ def takes_grouped(*operands: Tensor) -> bool:
     return HAS_GROUPED_MM and all(item.dtype is torch.bfloat16 and item.numel() and aligned(item) for item in operands)
 
 
+def grouped_rows(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """`grouped_mm` as one product of torch's grouped kernel, which does not write the rows beyond the last group."""
+    out = torch.ops.aten._grouped_mm(x, weight, offsets)
+    beyond = torch.arange(x.shape[0], device=x.device) >= offsets[-1]
+    return out.masked_fill_(beyond[:, None], 0)
+
+
 def grouped_weight(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     """`grouped_mm_weight` as one product of torch's grouped kernel, whose result for a group without rows is not
     read: it is zero."""
     out = torch.ops.aten._grouped_mm(x.t(), grad, offsets)
     rows = torch.diff(offsets, prepend=offsets.new_zeros(1))
-    return torch.where((rows > 0)[:, None, None], out, torch.zeros((), dtype=out.dtype, device=out.device))
+    return out.masked_fill_((rows <= 0)[:, None, None], 0)
 
 
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Rows x [N,K] of group e (rows offsets[e-1] to offsets[e]) times weight[e] [K,M]; rows beyond are zero: [N,M]."""
     if x.is_cuda and takes_grouped(x, weight):
-        out = torch.ops.aten._grouped_mm(x, weight, offsets)
-        used = torch.arange(x.shape[0], device=x.device) < offsets[-1]
-        return torch.where(used[:, None], out, torch.zeros((), dtype=out.dtype, device=out.device))
+        return grouped_rows(x, weight, offsets)
     out = torch.empty(x.shape[0], weight.shape[2], dtype=x.dtype, device=x.device)
     start = 0
     for expert, end in enumerate(offsets.tolist()):

@@ -54,6 +54,22 @@ def test_the_weight_gradient_of_one_product_is_that_of_the_loop(ends):
     assert not found[[number for number, (a, b) in enumerate(zip((0, *ends), ends, strict=False)) if a == b]].any()
 
 
+@pytest.mark.parametrize("ends", [(7, 7, 33), (0, 0, 0), (40, 40, 40), (1, 2, 40)])
+def test_the_rows_of_one_product_are_those_of_the_loop(ends, monkeypatch):
+    """Rows beyond the last group are zero, whatever the kernel left there."""
+    x, weight = torch.randn(40, 16, dtype=torch.bfloat16), torch.randn(3, 16, 24, dtype=torch.bfloat16)
+    offsets, product = torch.tensor(ends, dtype=torch.int32), torch.ops.aten._grouped_mm
+
+    def unwritten(*operands):
+        out = product(*operands)
+        out[ends[-1]:] = float("nan")
+        return out
+
+    wanted = kernels.grouped_mm(x, weight, offsets)
+    monkeypatch.setattr(torch.ops.aten, "_grouped_mm", unwritten)
+    torch.testing.assert_close(kernels.grouped_rows(x, weight, offsets), wanted, rtol=1e-2, atol=1e-2)
+
+
 def test_other_dtypes_are_for_the_loop():
     for dtype in (torch.float32, torch.float16):
         assert not kernels.takes_grouped(torch.randn(8, 8, dtype=dtype), torch.randn(2, 8, 8, dtype=dtype))
