@@ -33,7 +33,7 @@ from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.recipes.adapter_files import adapter_tensors, write_adapters
 from mipipe.runtime.recipes.votes import fused_weights
 from mipipe.runtime.train.config import TrainConfig
-from mipipe.runtime.train.launching.processes import failures_of, first_of, gather, rank
+from mipipe.runtime.train.launching.processes import failures_of, first_of, rank
 from mipipe.runtime.train.models import empty_module, take_reference
 from mipipe.runtime.weights.own_pieces import (
     StoredPiece,
