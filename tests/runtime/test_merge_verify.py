@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -173,15 +174,29 @@ def test_another_transformers_opens_again(monkeypatch):
         """An installation whose files change in place."""
 
         version, read_text = "9", {"RECORD": "a,b", "direct_url.json": '{"dir_info": {"editable": true}}'}.get
+        locate_file = found("transformers").locate_file
 
     class Newer(Edited):
         read_text = {"RECORD": "a,c"}.get
 
-    for other in (Edited, Newer):
+    class Elsewhere(Newer):
+        """What is imported is a checkout ahead on the path."""
+
+        locate_file = staticmethod(lambda name: f"/elsewhere/{name}")
+
+    class Odd(Newer):
+        read_text = {"RECORD": "a,c", "direct_url.json": "{"}.get
+
+    class Odder(Newer):
+        read_text = {"RECORD": "a,c", "direct_url.json": '{"dir_info": 3}'}.get
+
+    keys = {}
+    for other in (Edited, Newer, Elsewhere, Odd, Odder):
         monkeypatch.setattr(opened.importlib.metadata, "distribution",
                             lambda name, other=other: other if name == "transformers" else found(name))
-        assert not opened.was_opened(opened.key_of({"model_type": "llama"}, tensors))
-    assert opened.key_of({"model_type": "llama"}, tensors) != key
+        keys[other] = opened.key_of({"model_type": "llama"}, tensors)
+        assert not opened.was_opened(keys[other])
+    assert keys.pop(Newer) not in (key, None) and set(keys.values()) == {None}
     monkeypatch.undo()
     assert opened.key_of({"model_type": "mipipe_mixtral"}, tensors) is None
 
@@ -190,6 +205,80 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert verify_output(write(tmp_path / "a", state(0))) == ""
+
+
+def test_a_source_that_was_edited_in_place_opens_again(tmp_path, monkeypatch):
+    """As people patch an installed transformers; its RECORD stays."""
+    (tmp_path / "transformers" / "models").mkdir(parents=True)
+    source = tmp_path / "transformers" / "models" / "modeling_own.py"
+    source.write_text("width = 1")
+    (tmp_path / "transformers" / "__init__.py").write_text("")
+    spec = opened.importlib.util.spec_from_file_location("transformers", tmp_path / "transformers" / "__init__.py")
+    monkeypatch.setattr(opened.importlib.util, "find_spec", lambda _name: spec)
+    found = opened.importlib.metadata.distribution("transformers")
+    monkeypatch.setattr(type(found), "locate_file", lambda _self, name: tmp_path / name)
+    key = opened.key_of({"model_type": "own"}, [])
+    assert key is not None and key == opened.key_of({"model_type": "own"}, [])
+    source.write_text("width = 2")
+    os.utime(source, ns=(1, 1))
+    assert opened.key_of({"model_type": "own"}, []) not in (key, None)
+
+
+@pytest.mark.parametrize("entry", ["empty", "cut", "other", "folder", "pipe", "link", "binary"])
+def test_an_entry_that_is_no_whole_one_of_this_check_is_none(tmp_path, entry):
+    """It opens again, does not wait, and is replaced where it can be."""
+    files = write(tmp_path / "a", state(0))
+    checkpoint = verify.read_checkpoint(files)
+    key = opened.key_of(checkpoint.config, ((name, item.shape, item.dtype)
+                                            for name, item in checkpoint.tensors.items()))
+    path = opened.cache_folder("opened") / key
+    path.parent.mkdir(parents=True)
+    whole = f"LlamaForCausalLM of transformers 5 opened {key}\n"
+    if entry == "folder":
+        path.mkdir()
+    elif entry == "pipe":
+        os.mkfifo(path)
+    elif entry == "link":
+        (tmp_path / "whole").write_text(whole)
+        path.symlink_to(tmp_path / "whole")
+    else:
+        content = {"empty": "", "cut": whole[:-1], "other": whole.replace(key, "0" * 32), "binary": "\x00\udcff"}[entry]
+        path.write_bytes(content.encode(errors="surrogateescape"))
+    assert not opened.was_opened(key)
+    bad = write(tmp_path / "b", without(state(0)))
+    with pytest.raises(RunError):
+        verify_output(bad)
+    assert verify_output(files) == ""
+    assert opened.was_opened(key) == (entry in ("empty", "cut", "other", "binary"))
+
+
+def test_the_entry_of_another_user_is_none(monkeypatch):
+    key = opened.key_of({"model_type": "llama"}, [])
+    opened.note_opened(key, "LlamaForCausalLM")
+    assert opened.was_opened(key)
+    monkeypatch.setattr(opened.os, "geteuid", lambda: 4321)
+    assert not opened.was_opened(key)
+
+
+def test_many_merges_at_once_drop_old_entries(monkeypatch):
+    monkeypatch.setattr(opened, "KEPT", 3)
+    keys = [f"{number:032x}" for number in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda key: opened.note_opened(key, "Own"), keys))
+    opened.note_opened(keys[0], "Own")
+    assert opened.was_opened(keys[0]) and len(list(opened.cache_folder("opened").iterdir())) == 3
+
+
+def test_a_user_without_a_home_has_no_cache(tmp_path):
+    """A container's: no HOME, and no name in /etc/passwd."""
+    code = ("import os, pathlib; os.environ.pop('HOME', None); pathlib.os.path.expanduser = lambda path: path;"
+            "from mipipe.runtime.merge.output import opened; from mipipe.graphs.merging.checkpoints.hub_cache import"
+            " cached_model; key = opened.key_of({'layers': 1}, []); opened.note_opened(key, 'Own');"
+            "print(key is not None, opened.was_opened(key), cached_model('a/b'))")
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False,
+                          env=environment, cwd=tmp_path)
+    assert done.stdout == "True False None\n", done.stderr
 
 
 def test_entries_that_were_used_last_are_kept(monkeypatch):

@@ -16,9 +16,9 @@ _NAME = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?"
 def cache_folder() -> Path:
     """Where huggingface_hub keeps models: ``HF_HUB_CACHE``, ``HF_HOME/hub``, or ``~/.cache/huggingface/hub``."""
     if os.environ.get("HF_HUB_CACHE"):
-        return Path(os.environ["HF_HUB_CACHE"]).expanduser()
+        return Path(os.path.expanduser(os.environ["HF_HUB_CACHE"]))
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("HF_HOME") or f"{cache}/huggingface").expanduser() / "hub"
+    return Path(os.path.expanduser(os.environ.get("HF_HOME") or f"{cache}/huggingface")) / "hub"
 
 
 def cached_model(label: str) -> Path | None:

@@ -3,7 +3,8 @@
 Whether transformers opens a result follows from its config, from the names, shapes and dtypes of its tensors, and from
 the transformers that is installed. What passed once passes again, and a merge of models of the same architecture as
 an earlier one imports no transformers for it. Failures are not kept, nor is anything of a transformers that is
-installed to be edited, or of a converted mixture, whose class is our own. Nothing here imports torch.
+installed to be edited, or of a converted mixture, whose class is our own. An entry that is not whole, not this user's,
+or not a file is none. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
-from collections.abc import Iterable, Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +56,21 @@ def was_opened(key: str | None) -> bool:
     """Whether the check of this name has passed."""
     if key is None:
         return False
+    path = cache_folder("opened") / key
     try:
-        os.utime(cache_folder("opened") / key)  # used now: among the last to go
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or not _says(path.read_bytes(), key):
+            return False
     except OSError:
         return False
+    with contextlib.suppress(OSError):
+        os.utime(path)  # used now: among the last to go
     return True
+
+
+def _says(content: bytes, key: str) -> bool:
+    """Whether an entry is whole, and of this check."""
+    return content.endswith(f" {key}\n".encode())
 
 
 def note_opened(key: str | None, architecture: str) -> None:
@@ -67,22 +80,60 @@ def note_opened(key: str | None, architecture: str) -> None:
     folder = cache_folder("opened")
     with contextlib.suppress(OSError, InputError):
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / key, f"{architecture}, transformers {importlib.metadata.version('transformers')}\n")
-        entries = sorted(folder.iterdir(), key=lambda item: item.stat().st_mtime, reverse=True)
-        for old in entries[KEPT:]:
-            old.unlink(missing_ok=True)
+        if os.path.lexists(folder / key) and not stat.S_ISREG((folder / key).lstat().st_mode):
+            return  # a pipe would be waited for, a link be followed
+        version = importlib.metadata.version("transformers")
+        write_text(folder / key, f"{architecture} of transformers {version} opened {key}\n")
+        _drop_old(folder)
 
 
-def _installed() -> list[str] | None:
-    """The transformers that is installed, by the digests of its files, and torch; None if that may change unseen."""
+def _drop_old(folder: Path) -> None:
+    """Keep the entries used last; other merges may be doing so too."""
+    times: dict[Path, float] = {}
+    for item in folder.iterdir():
+        with contextlib.suppress(OSError):
+            times[item] = item.lstat().st_mtime
+    for old in sorted(times, key=lambda item: times[item], reverse=True)[KEPT:]:
+        with contextlib.suppress(OSError):
+            old.unlink()
+
+
+def _installed() -> list[Any] | None:
+    """The transformers that is installed, by the digests of its files, and torch; None if that may change unseen.
+
+    What is imported must be what is installed (no checkout ahead of it on the path), and its sources as they were then.
+    """
     try:
         found = importlib.metadata.distribution("transformers")
-    except importlib.metadata.PackageNotFoundError:
+        torch = importlib.metadata.version("torch")
+        spec = importlib.util.find_spec("transformers")
+        files, origin = found.read_text("RECORD"), found.read_text("direct_url.json")
+        kind = json.loads(origin) if origin else {}
+    except (importlib.metadata.PackageNotFoundError, ValueError):
         return None
-    files, origin = found.read_text("RECORD"), found.read_text("direct_url.json")
-    if files is None or (origin is not None and json.loads(origin).get("dir_info", {}).get("editable")):
+    if files is None or spec is None or spec.origin is None or not isinstance(kind, dict):
         return None
-    return [found.version, hashlib.sha256(files.encode()).hexdigest(), importlib.metadata.version("torch")]
+    place = os.path.realpath(os.fspath(found.locate_file("transformers")))
+    if os.path.realpath(os.path.dirname(spec.origin)) != place:
+        return None
+    if not isinstance(kind.get("dir_info", {}), dict) or kind.get("dir_info", {}).get("editable"):
+        return None
+    try:
+        sources = hashlib.sha256(json.dumps(sorted(_sources(place))).encode()).hexdigest()
+    except OSError:
+        return None
+    return [found.version, hashlib.sha256(files.encode()).hexdigest(), sources, torch]
+
+
+def _sources(folder: str) -> Iterator[tuple[str, int, int]]:
+    """Path, size and time of change of every source file of a package."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _sources(entry.path)
+            elif entry.name.endswith(".py"):
+                found = entry.stat()
+                yield entry.path, found.st_size, found.st_mtime_ns
 
 
 def _check() -> str:
