@@ -11,10 +11,10 @@ from mipipe.graphs.calibration.streams import CalibrationPlan
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.expressions import search
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, licence_of
-from mipipe.graphs.merging.checkpoints.layer_config import COUNTS, picked_layers
+from mipipe.graphs.merging.checkpoints.layer_config import Picked, layer_count, numbered_note, picked_layers
 from mipipe.graphs.merging.checkpoints.lora import rename
 from mipipe.graphs.merging.graph import MergeGraph, MergeModel, MergeUnit
-from mipipe.graphs.merging.participants import AUTO_NAMES, Participant, num_layers
+from mipipe.graphs.merging.participants import AUTO_NAMES, Participant
 from mipipe.graphs.merging.recipes.recipe import Branch, MergeRecipe
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify, with_layer
 from mipipe.graphs.merging.units import MergeRule, UnitBuilder, slice_length
@@ -45,14 +45,21 @@ def build(recipe: MergeRecipe, where: str = "recipe",
                       builder.opened[tokenizer].tokenizer_folder, to_data(recipe), builder.vocabulary,
                       "float64" if recipe.dtype == "float64" else "float32", recipe.seed,
                       align is not None and align.experts, align is not None and align.hidden_units,
-                      tuple(builder.notes()), _calibration(builder, units))
+                      _notes(builder), _calibration(builder, units))
+
+
+def _notes(builder: UnitBuilder) -> tuple[str, ...]:
+    """Lines for whoever merges."""
+    notes = builder.notes()
+    if builder.recipe.slices:
+        notes.append(numbered_note(builder.text_config(builder.reference_label), _picked(builder), builder.where))
+    return tuple(note for note in notes if note)
 
 
 def _calibration(builder: UnitBuilder, units: Sequence[MergeUnit]) -> CalibrationPlan | None:
     """The models to run first, of what the recipe's methods need."""
-    recipe, config = builder.recipe, builder.reference.files.config
-    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    layers = next((text[key] for key in COUNTS if type(text.get(key)) is int and text[key] > 0), 0)
+    recipe = builder.recipe
+    layers = layer_count(builder.text_config(builder.reference_label))
     own = {builder.labels.index(model.model): model.calibration for model in builder.all_models() if model.calibration}
     return calibration_of(units, recipe.calibration, own, layers, recipe.seed, builder.where)
 
@@ -63,6 +70,13 @@ def _source(label: str, participant: Participant) -> MergeModel:
     licences = dict.fromkeys(licence_of(part.path) for part in parts)  # each once, the model's first
     return MergeModel(label, participant.files.path, "+".join(part.fingerprint for part in parts), " + ".join(licences),
                       sum(part.num_bytes for part in parts), participant.files.file)
+
+
+def _picked(builder: UnitBuilder) -> list[Picked]:
+    """Where each layer of the output comes from: its slice's first source."""
+    return [Picked(source.layer_range[0] + step, builder.text_config(source.model))
+            for piece in builder.recipe.slices for source in piece.sources[:1] if source.layer_range
+            for step in range(slice_length(source))]
 
 
 def _branch_of(recipe: MergeRecipe, name: str) -> Branch | None:
@@ -107,7 +121,7 @@ def _slice_rules(builder: UnitBuilder) -> list[tuple[str, MergeRule]]:
     layer = 0
     for number, piece in enumerate(recipe.slices):
         for source in piece.sources:
-            available = num_layers(builder.opened[source.model], prefix)
+            available = builder.stack_layers(source.model, prefix)
             assert source.layer_range is not None
             if source.layer_range[1] > available:
                 raise InputError(f"{builder.where}: slices[{number}]: layer_range {list(source.layer_range)} of"
@@ -163,12 +177,12 @@ def _config(builder: UnitBuilder, units: Sequence[MergeUnit]) -> dict[str, Any]:
     """The output's config.json: the reference's, with layers, vocabulary, dtype and tie as the merge made them."""
     recipe = builder.recipe
     config = dict(builder.reference.files.config)
+    if not config:
+        return config  # state dicts of something else
     text = dict(config["text_config"]) if isinstance(config.get("text_config"), dict) else None
     inner = config if text is None else text
     if recipe.slices:
-        picked = [(source.layer_range[0] + step) for piece in recipe.slices for source in piece.sources[:1]
-                  if source.layer_range for step in range(slice_length(source))]
-        made = picked_layers(inner, picked, builder.where)
+        made = picked_layers(inner, _picked(builder), builder.where)
         config, text = (made, None) if text is None else (config, made)
         inner = made
     rows = next((unit.shape[0] for unit in units if unit.name == builder.reference.token_table), None)

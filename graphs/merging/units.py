@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.expert_layout import as_single, has_banks, is_single
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTensor
-from mipipe.graphs.merging.checkpoints.layer_config import differences
+from mipipe.graphs.merging.checkpoints.layer_config import differences, layer_count
 from mipipe.graphs.merging.graph import Adapter, Input, MergeUnit
 from mipipe.graphs.merging.method_spec import Base
 from mipipe.graphs.merging.methods import BY_NAME
@@ -194,8 +195,22 @@ class UnitBuilder:
         if stack is None:
             return 1
         if stack not in self._depths:
-            self._depths[stack] = max(1, num_layers(self.reference, stack))
+            self._depths[stack] = max(1, self.stack_layers(self.reference_label, stack))
         return self._depths[stack]
+
+    def stack_layers(self, label: str, stack: str) -> int:
+        """How many layers a model has under a prefix: of the decoder as many as its config says.
+
+        Files may have more, as those that predict further tokens (DeepSeek-V3's, numbered on from the last).
+        """
+        stored = num_layers(self.opened[label], stack)
+        told = layer_count(self.text_config(label)) if stack == self.prefix else 0
+        return min(stored, told) if told else stored
+
+    def text_config(self, label: str) -> Mapping[str, Any]:
+        """The config of a model's text decoder."""
+        config = self.opened[label].files.config
+        return config["text_config"] if isinstance(config.get("text_config"), dict) else config
 
     def position(self, name: str, rule: MergeRule, depth: int) -> float:
         """Where a tensor stands on a gradient, as in mergekit: layers evenly from 0 to 1, all others at 0.
@@ -207,7 +222,7 @@ class UnitBuilder:
             return 0.0
         if rule.step is not None and self.is_decoder(name):
             layer, depth = rule.step, slice_length(rule.models[0])
-        return layer / (depth - 1) if depth > 1 else 1.0
+        return min(1.0, layer / (depth - 1)) if depth > 1 else 1.0
 
     def dtype(self, first: StoredTensor) -> str:
         wanted = self.recipe.out_dtype or self.recipe.dtype

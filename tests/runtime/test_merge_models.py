@@ -38,7 +38,7 @@ def test_passthrough_stacks_layers_of_two_models(tmp_path):
     assert torch.equal(found["model.embed_tokens.weight"], weights["a"]["model.embed_tokens.weight"])
     assert torch.equal(found["lm_head.weight"], weights["b"]["lm_head.weight"])
     config = config_of(tmp_path / "out")
-    assert config["num_hidden_layers"] == 4 and config["layer_types"] == ["a0", "a1", "a1", "a2"]
+    assert config["num_hidden_layers"] == 4 and config["layer_types"] == ["a0", "a1", "b1", "b2"]
 
 
 def test_layer_swapping_equals_its_slices(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mipipe.graphs.errors import InputError
@@ -16,6 +17,14 @@ INDICES = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idx
 """Lists of layer numbers (or text with commas between them)."""
 CYCLES = ("block_types", "layer_pattern")
 """Lists of kinds that are repeated over the layers."""
+KINDS = ("layers_block_type", "layer_types", "mlp_layer_types", "hybrid_override_pattern")
+"""Lists (or words) of kinds by layer, whose length is the number of layers where no count says it."""
+PATTERN = "hybrid_override_pattern"
+"""Nemotron-H's word of a letter by layer."""
+NUMBERED = "per_layer_config"
+"""A mapping from the numbers of layers to what differs there."""
+USUAL = ("full_attention", "dense", False)
+"""Kinds that layers have of which a config says nothing."""
 FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 """Counts of first layers that differ from the rest."""
 LAST = ("num_kv_shared_layers",)
@@ -25,14 +34,20 @@ PERIODS: dict[str, tuple[str, str]] = {
     "moe_layer_freq": ("", ""), "moe_layer_interval": ("", ""), "sliding_window_pattern": ("", "layer_types"),
     "_sliding_window_pattern": ("", "layer_types"), "global_attn_every_n_layers": ("", "layer_types"),
     "layer_group_size": ("", "layer_types"), "full_attention_interval": ("", "layer_types"),
-    "no_rope_layer_interval": ("", "no_rope_layers"), "attn_layer_period": ("attn_layer_offset", ""),
+    "no_rope_layer_interval": ("", "no_rope_layers"), "attn_layer_period": ("attn_layer_offset", "layers_block_type"),
     "expert_layer_period": ("expert_layer_offset", "")}
 """Periods over layers: the key of their offset, and the list that counts in their place where there is one."""
 _OTHERWISE = re.compile(r"architectures|token_id|time_step|languages|^mtp_")
 """Lists that may be as long as there are layers, and are not by layer."""
 UNSAID = ("kv_source_layers", "loop_layer_index_start", "loop_layer_index_end", "n_layers_per_attn_res_block",
-          "num_layers_per_stack", "n_input_layers", "n_recurrent_layers", "linear_attn_config")
+          "num_layers_per_stack", "n_input_layers", "n_recurrent_layers", "linear_attn_config",
+          "num_decoder_layers", "decoder_layers", "encoder_layers")
 """What names layers in ways that do not carry over: it is kept for all layers in their order, else refused."""
+COMPUTED = {"diffllama": "weighs its two attentions by the number of the layer",
+            "beam": "weighs residuals by the number of the layer",
+            "minicpm3": "scales residuals by the number of layers", "minicpm": "scales residuals by the number of layers",
+            "minimax": "lets attention decay by the number of the layer"}
+"""Models, by type, that compute by a layer's number or by how many there are."""
 BEHAVIOUR = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "num_attention_heads",
              "num_key_value_heads", "head_dim", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon",
              "hidden_act", "hidden_activation", "activation_function", "sliding_window", "use_sliding_window",
@@ -40,67 +55,127 @@ BEHAVIOUR = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_fa
 """What changes a model's function and no tensor's shape."""
 
 
-def picked_layers(config: Mapping[str, Any], picked: Sequence[int], where: str) -> dict[str, Any]:
-    """The text model's config for layers taken from its own: lists, counts and periods by layer follow.
+@dataclass(frozen=True)
+class Picked:
+    """A layer of the output: the number it has in the model it comes from, and the config of that model's text."""
+
+    old: int
+    config: Mapping[str, Any]
+
+
+def layer_count(config: Mapping[str, Any]) -> int:
+    """How many layers a text model's config says there are; 0 where it says nothing.
+
+    Layers beyond them, as for predicting further tokens, are of no stack that can be picked from.
+    """
+    told = [config[key] for key in COUNTS if type(config.get(key)) is int and config[key] > 0]
+    lists = [len(config[key]) for key in KINDS if isinstance(config.get(key), (list, str)) and config[key]]
+    return min(told, default=0) or min(lists, default=0)
+
+
+def picked_layers(config: Mapping[str, Any], picked: Sequence[int | Picked], where: str) -> dict[str, Any]:
+    """The text model's config for layers that were picked: lists, counts and periods by layer follow.
 
     Args:
-        picked: for each layer of the output, the layer it comes from.
+        config: of the model whose architecture the output has; empty for state dicts that have none.
+        picked: for each layer of the output, the layer it comes from; numbers alone are of ``config``.
 
     Raises:
         InputError: the config cannot say what the picked layers are.
     """
-    counts = {key: config[key] for key in COUNTS if isinstance(config.get(key), int) and config[key] > 0}
-    before = min(counts.values(), default=0)
+    if not config:
+        return {}
+    before = layer_count(config)
+    layers = [item if isinstance(item, Picked) else Picked(item, config) for item in picked]
+    whole = [item.old for item in layers] == list(range(before))
     found = dict(config)
     for key in UNSAID:
-        _expect(not config.get(key) or list(picked) == list(range(before)), where, key, config.get(key))
-    for key, value in config.items():
-        if key in INDICES:
-            found[key] = _renumbered(value, picked)
-        elif key in CYCLES and isinstance(value, list) and value:
-            found[key] = [value[old % len(value)] for old in picked]
-        elif key == "attention_types" and isinstance(value, list):  # GPT-Neo: kinds and how often they are repeated
-            kinds = [kind for kinds, times in value for _ in range(times) for kind in kinds]
-            found[key] = [[[kinds[old] for old in picked], 1]]
-        elif key == "hybrid_override_pattern" and isinstance(value, str):  # Nemotron-H: a letter by layer
-            found[key] = "".join(value[old] for old in picked)
-        elif isinstance(value, list) and len(value) == before and not _OTHERWISE.search(key):
-            found[key] = [value[old] for old in picked]
+        same = all(item.config.get(key) == config.get(key) for item in layers)
+        _expect(same and (whole or not config.get(key)), where, key, config.get(key))
+    for key in dict.fromkeys(key for each in (config, *(item.config for item in layers)) for key in each):
+        kinds = [_kind_of(key, item) for item in layers]
+        told = [kind for kind in kinds if kind is not _UNTOLD]
+        if not told:
+            _expect(key not in KINDS or not config.get(key), where, key, config.get(key))
+            continue
+        if len(told) < len(kinds):  # as of another transformers, which leaves out what is usual
+            _expect(told[0] in USUAL and all(kind == told[0] for kind in told), where, key, config.get(key, "(unsaid)"))
+            kinds = [told[0]] * len(kinds)
+        value = next(each[key] for each in (config, *(item.config for item in layers)) if each.get(key) is not None)
+        found[key] = _together(key, value, kinds)
+        if isinstance(config.get(key), list) and key in KINDS:
+            found[key] += config[key][before:]  # of layers that predict further tokens
+    listed = isinstance(config.get("mlp_layer_types"), list)
     for key in FIRST:
-        if isinstance(config.get(key), int) and config[key] > 0:
-            flags = [old < config[key] for old in picked]
-            _expect(flags == sorted(flags, reverse=True), where, key, config[key])
+        flags = [item.old < _number(item.config, key) for item in layers]
+        if any(flags) or _number(config, key) > 0:
+            _expect(listed or key in config and flags == sorted(flags, reverse=True), where, key, config.get(key))
             found[key] = sum(flags)
     for key in LAST:
-        if isinstance(config.get(key), int) and config[key] > 0:
-            flags = [old >= before - config[key] for old in picked]
-            _expect(flags == sorted(flags), where, key, config[key])
+        flags = [0 < layer_count(item.config) - item.old <= _number(item.config, key) for item in layers]
+        if any(flags) or _number(config, key) > 0:
+            _expect(key in config and flags == sorted(flags), where, key, config.get(key))
             found[key] = sum(flags)
     if isinstance(config.get("moe_layer_end_index"), int) and config["moe_layer_end_index"] >= 0:
-        flags = [old <= config["moe_layer_end_index"] for old in picked]
+        flags = [item.old <= _number(item.config, "moe_layer_end_index") for item in layers]
         _expect(flags == sorted(flags, reverse=True), where, "moe_layer_end_index", config["moe_layer_end_index"])
         found["moe_layer_end_index"] = sum(flags) - 1
     if isinstance(config.get("max_window_layers"), int):
-        flags = [old < config["max_window_layers"] for old in picked]
-        listed = isinstance(config.get("layer_types"), list) or not config.get("use_sliding_window")
-        _expect(listed or flags == sorted(flags, reverse=True), where, "max_window_layers", config["max_window_layers"])
+        flags = [item.old < _number(item.config, "max_window_layers") for item in layers]
+        free = isinstance(config.get("layer_types"), list) or not config.get("use_sliding_window")
+        _expect(free or flags == sorted(flags, reverse=True), where, "max_window_layers", config["max_window_layers"])
         found["max_window_layers"] = sum(flags)
     for key, (offset, instead) in PERIODS.items():
         period = config.get(key)
         if isinstance(period, int) and period > 1 and not (instead and isinstance(config.get(instead), list)):
             hit = _hit(period, config.get(offset) if offset else period - 1)
-            _expect(all(hit(new) == hit(old) for new, old in enumerate(picked)), where, key, period)
-    for key, value in counts.items():
-        found[key] = len(picked) * value // before
-    return found if counts else {**found, COUNTS[0]: len(picked)}
+            same = all((item.config.get(key), item.config.get(offset)) == (period, config.get(offset)) for item in layers)
+            _expect(same and all(hit(new) == hit(item.old) for new, item in enumerate(layers)), where, key, period)
+    counts = [key for key in COUNTS if isinstance(config.get(key), int) and config[key] > 0]
+    for key in counts:
+        found[key] = len(layers) * config[key] // before
+    return found if before else {**found, COUNTS[0]: len(layers)}
 
 
-def _renumbered(value: Any, picked: Sequence[int]) -> Any:
-    """Layer numbers (a list, or text with commas between them) as they are after picking."""
-    if isinstance(value, str) and value:
-        old_numbers = [int(item) for item in value.split(",") if item.strip().isdigit()]
-        return ",".join(str(new) for new, old in enumerate(picked) if old in old_numbers)
-    return [new for new, old in enumerate(picked) if old in value] if isinstance(value, list) else value
+_UNTOLD = object()
+"""A key that says nothing about a layer."""
+
+
+def _kind_of(key: str, layer: Picked) -> Any:
+    """What a key of a layer's own config says about it."""
+    value, old, before = layer.config.get(key), layer.old, layer_count(layer.config)
+    if key in INDICES:
+        if isinstance(value, str) and value:
+            return str(old) in [item.strip() for item in value.split(",")]
+        return old in value if isinstance(value, list) else _UNTOLD
+    if key in CYCLES:
+        return value[old % len(value)] if isinstance(value, list) and value else _UNTOLD
+    if key == "attention_types" and isinstance(value, list):  # GPT-Neo: kinds and how often they are repeated
+        value = [kind for kinds, times in value for _ in range(times) for kind in kinds]
+    elif key == NUMBERED and isinstance(value, dict):
+        return value.get(str(old), value.get(old))
+    elif _OTHERWISE.search(key) or not isinstance(value, list if key != PATTERN else str):
+        return _UNTOLD
+    further = layer.config.get("num_nextn_predict_layers")
+    lengths = (before, before + further if key in KINDS and isinstance(further, int) else before)
+    return value[old] if len(value) in lengths and old < before else _UNTOLD
+
+
+def _together(key: str, value: Any, kinds: Sequence[Any]) -> Any:
+    """A key's value for the output's layers."""
+    if key in INDICES:
+        numbers = [new for new, kind in enumerate(kinds) if kind]
+        return ",".join(map(str, numbers)) if isinstance(value, str) else numbers
+    if key == "attention_types":
+        return [[list(kinds), 1]]
+    if key == NUMBERED:
+        return {str(new): kind for new, kind in enumerate(kinds) if kind is not None}
+    return "".join(kinds) if key == PATTERN else list(kinds)
+
+
+def _number(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    return value if isinstance(value, int) else 0
 
 
 def _hit(period: int, offset: Any) -> Callable[[int], bool]:
@@ -112,6 +187,16 @@ def _expect(holds: bool, where: str, key: str, value: Any) -> None:
     if not holds:
         raise InputError(f"{where}: slices: the config's {key} {value} cannot say which of the stacked layers are of"
                          " which kind; take layers so that the pattern goes on, or first layers first")
+
+
+def numbered_note(config: Mapping[str, Any], picked: Sequence[Picked], where: str) -> str:
+    """A line about models that compute by a layer's number or by how many layers there are, where these change."""
+    reason = COMPUTED.get(str(config.get("model_type")), "")
+    if config.get("scale_attn_by_inverse_layer_idx"):
+        reason = "divides attention by the number of the layer"
+    same = [item.old for item in picked] == list(range(layer_count(config)))
+    return "" if same or not reason else (f"{where}: slices: {config.get('model_type')} {reason}, so layers that get"
+                                          " another number compute otherwise than in their model")
 
 
 def differences(label: str, config: Mapping[str, Any], other: str, reference: Mapping[str, Any]) -> str:
