@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.files import licence_of, read_checkpoint, read_header
 from mipipe.graphs.merging.graph import MergeUnit
 from mipipe.graphs.merging.layout import index_json, lay_out
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify, layer_index, layer_prefix, pieces, with_layer
-from mipipe.graphs.merging.tokens.vocabulary import join
+from mipipe.graphs.merging.tokens.vocabulary import join, next_added, read_tokens
 from mipipe.graphs.merging.values import gradient
 
 
@@ -110,6 +111,31 @@ def test_joined_vocabularies():
     assert joined.rows == ((0, 1, -1, -1), (-1, 0, 2, -1))
     kept = join(tokens, [3, 3], 1, union=False, multiple_of=None)
     assert kept.size == 3 and kept.rows == ((1, -1, -1), (0, 1, 2)) and kept.added == ()
+
+
+@pytest.mark.parametrize(("vocab", "added", "others"), [
+    ({"a": 0, "b": 1, "c": 9}, {}, ["x", "y"]), ({"a": 0, "b": 1}, {"s": 2, "t": 3}, ["x", "t", "y"]),
+    ({"a": 0, "s": 1, "c": 2}, {"s": 1}, ["x"]), ({"a": 0, "b": 3}, {}, ["x", "y"])])
+def test_added_tokens_get_the_ids_that_the_tokenizer_gives_them(tmp_path, vocab, added, others):
+    """Also where its vocabulary leaves ids out; where it would give one twice, that is an error."""
+    tokenizers = pytest.importorskip("tokenizers")
+    entry = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "added_tokens": [{"id": index, "content": token, **entry} for token, index in added.items()],
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "a"}}))
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    theirs.add_special_tokens(others)
+    expected = {token: theirs.token_to_id(token) for token in others}
+    mine = read_tokens(str(tmp_path))
+    tokens = [mine, {token: index for index, token in enumerate(others)}]
+    if len({*mine.values(), *expected.values()}) < len(mine | expected):
+        with pytest.raises(InputError, match="'y' would be added with the id 3, which is 'b's"):
+            join(tokens, [12, 12], 0, True, None, [{}, dict.fromkeys(others)], first=next_added(str(tmp_path)))
+        return
+    joined = join(tokens, [12, 12], 0, True, None, [{}, dict.fromkeys(others)], first=next_added(str(tmp_path)))
+    assert {**mine, **dict(joined.added)} == {**mine, **expected}
+    for token, index in joined.added:
+        assert joined.rows[1][index] == others.index(token)
 
 
 def test_a_folder_without_an_index_reads_all_its_files(tmp_path):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.merging.participants import Participant
 from mipipe.graphs.merging.recipes.tokenizer_rule import TokenizerRule, TokenOrigin, TokenRule
-from mipipe.graphs.merging.tokens.vocabulary import GivenRow, Vocabulary, added_entries, join, read_tokens
+from mipipe.graphs.merging.tokens.vocabulary import GivenRow, Vocabulary, added_entries, join, next_added, read_tokens
 
 
 def join_vocabularies(rule: TokenizerRule | None, opened: Mapping[str, Participant], reference: str,
@@ -33,7 +33,7 @@ def join_vocabularies(rule: TokenizerRule | None, opened: Mapping[str, Participa
     tokens = [read_tokens(opened[label].tokenizer_folder) for label in labels]
     extra = [added_entries(opened[label].tokenizer_folder) for label in labels]
     joined = join(tokens, sizes, labels.index(main), rule.source == "union", rule.pad_to_multiple_of, extra,
-                  rule.tokens)
+                  rule.tokens, next_added(opened[main].tokenizer_folder))
     slots = {**tokens[labels.index(main)], **dict(joined.added)}
     given = [_given_row(token, slots[token], entry, labels, tokens, sizes, where)
              for token, entry in rule.tokens.items() if token in slots]

@@ -85,8 +85,21 @@ def added_entries(folder: str) -> dict[str, dict[str, Any]]:
             isinstance(entry.get("content"), str)}
 
 
+def next_added(folder: str) -> int:
+    """The id that a tokenizer gives to the next token added to it, whatever its file says.
+
+    As Hugging Face's tokenizers: one more than the last added token's, but no less than the vocabulary has tokens. Where
+    a vocabulary leaves ids out this is not beyond its last.
+    """
+    data = load_data(Path(folder) / "tokenizer.json", foreign=True)
+    size = len(data["model"]["vocab"])
+    added = [entry["id"] for entry in added_entries(folder).values()]
+    return max([size, *(index + 1 for index in added)])
+
+
 def join(tokens: Sequence[dict[str, int]], sizes: Sequence[int], main: int, union: bool,
-         multiple_of: int | None, extra: Sequence[Mapping[str, Any]] = (), wanted: Iterable[str] = ()) -> Vocabulary:
+         multiple_of: int | None, extra: Sequence[Mapping[str, Any]] = (), wanted: Iterable[str] = (),
+         first: int | None = None) -> Vocabulary:
     """The output's rows for each model.
 
     Args:
@@ -97,34 +110,35 @@ def join(tokens: Sequence[dict[str, int]], sizes: Sequence[int], main: int, unio
         multiple_of: pad the table to a multiple of this.
         extra: the added tokens of every model.
         wanted: tokens that the output has in any case.
+        first: the id of the first token that is added (`next_added`); else the first that is free after all.
+
+    Raises:
+        InputError: the main tokenizer would give an added token the id of another.
     """
-    size = sizes[main]
     slots: dict[str, int] = dict(tokens[main])
     added: list[tuple[str, int]] = []
-    if union:
-        size = max(tokens[main].values()) + 1
-        for flag in (True, False):  # added tokens first: a tokenizer numbers them on from its vocabulary
-            for index, other in enumerate(tokens):
-                special = extra[index] if extra else {}
-                for token in sorted(other, key=lambda text, other=other: (other[text], text)):  # type: ignore[misc]
-                    if token not in slots and (token in special) == flag:
-                        slots[token] = size
-                        added += [(token, size)] if flag else []
-                        size += 1
-            for token in wanted if flag else ():
-                if token not in slots:
-                    slots[token] = size
-                    added.append((token, size))
-                    size += 1
-        size = max(size, sizes[main])
-    else:
-        free = max(tokens[main].values()) + 1  # rows of padding, if the table has some, then new ones
-        for token in wanted:
+    last = max(tokens[main].values()) + 1
+    following, taken = last if first is None else first, set(tokens[main].values())
+    added_there = [token for index, other in enumerate(tokens) if union
+                   for token in sorted(other, key=lambda text, other=other: (other[text], text))  # type: ignore[misc]
+                   if token in (extra[index] if extra else {})]
+    for token in (*added_there, *wanted):  # first of all: a tokenizer numbers them on from its vocabulary
+        if token in slots:
+            continue
+        if following in taken:
+            other = next(text for text, index in tokens[main].items() if index == following)
+            raise InputError(f"tokenizer: the token {shown(token)} would be added with the id {following}, which is"
+                             f" {shown(other)}'s: the vocabulary leaves ids out")
+        slots[token] = following
+        added.append((token, following))
+        following += 1
+    size = max(last, following)
+    for other in tokens if union else ():
+        for token in sorted(other, key=lambda text, other=other: (other[text], text)):  # type: ignore[misc]
             if token not in slots:
-                slots[token] = free
-                added.append((token, free))
-                free += 1
-        size = max(size, free)
+                slots[token] = size
+                size += 1
+    size = max(size, sizes[main])
     if multiple_of:
         size = -(-size // multiple_of) * multiple_of
     rows = []

@@ -31,7 +31,7 @@ from mipipe.runtime.weights.reader import Shelf
 ATOMS = 64
 """Common tokens that a new token's row is made of, tokensurgeon's default; fewer where there are fewer."""
 BLOCK_BYTES = 2**28
-"""Inner products held at once."""
+"""Inner products, or chosen rows, held at once."""
 
 
 def wants_transplant(recipe: MergeRecipe, known: Collection[str]) -> bool:
@@ -119,12 +119,14 @@ def transplanted(rows: Tensor, donor: Tensor, mine: Mapping[str, int], theirs: M
     found = rows.mean(0).repeat(size, 1)
     own, given = rows[[mine[token] for token in common]], donor[[theirs[token] for token in common]]
     found[[theirs[token] for token in common]] = own
-    missing = [row for token, row in theirs.items() if token not in set(common) and row < len(donor)]
+    known = set(common)
+    missing = [row for token, row in theirs.items() if token not in known and row < len(donor)]
     if missing:
-        block = max(1, BLOCK_BYTES // (4 * len(common)))
+        count = min(ATOMS, len(common), given.shape[1])
+        block = max(1, BLOCK_BYTES // max(4 * len(common), 8 * count * given.shape[1]))
         for start in range(0, len(missing), block):
             part = missing[start:start + block]
-            chosen, weights = matching_pursuit(donor[part], given, min(ATOMS, len(common), given.shape[1]))
+            chosen, weights = matching_pursuit(donor[part], given, count)
             found[part] = (own[chosen] * weights[..., None]).sum(1)
     return found
 
