@@ -129,7 +129,7 @@ def test_added_tokens_get_the_ids_that_the_tokenizer_gives_them(tmp_path, vocab,
     mine = read_tokens(str(tmp_path))
     tokens = [mine, {token: index for index, token in enumerate(others)}]
     if len({*mine.values(), *expected.values()}) < len(mine | expected):
-        with pytest.raises(InputError, match="'y' would be added with the id 3, which is 'b's"):
+        with pytest.raises(InputError, match="'y' would be added with the id 3, which 'b' has"):
             join(tokens, [12, 12], 0, True, None, [{}, dict.fromkeys(others)], first=next_added(str(tmp_path)))
         return
     joined = join(tokens, [12, 12], 0, True, None, [{}, dict.fromkeys(others)], first=next_added(str(tmp_path)))

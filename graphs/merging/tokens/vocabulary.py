@@ -127,8 +127,8 @@ def join(tokens: Sequence[dict[str, int]], sizes: Sequence[int], main: int, unio
             continue
         if following in taken:
             other = next(text for text, index in tokens[main].items() if index == following)
-            raise InputError(f"tokenizer: the token {shown(token)} would be added with the id {following}, which is"
-                             f" {shown(other)}'s: the vocabulary leaves ids out")
+            raise InputError(f"tokenizer: the token {shown(token)} would be added with the id {following}, which"
+                             f" {shown(other)} has: the vocabulary leaves ids out")
         slots[token] = following
         added.append((token, following))
         following += 1
