@@ -16,10 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mipipe.graphs.errors import InputError, shown
+from mipipe.graphs.models.configuration import first_line
 from mipipe.graphs.named_code import import_named, is_named_code
 from mipipe.graphs.read_files import load_json
 
 Ids = npt.NDArray[np.int32]
+BY_TOKENS = "; give a JSONL file with tokens in every line"
+"""What to do without a tokenizer."""
 LETTERS = 24
 """Letters read for every token wanted: more than tokens of any usual vocabulary have on average."""
 
@@ -93,8 +96,15 @@ def _padded(rows: Sequence[Sequence[int]], source: str, vocabulary: int, where: 
     return Samples(ids, lengths)
 
 
-def _tokenizer(folder: str, where: str) -> Any:
-    """The tokenizer of a model's folder."""
+def load_tokenizer(folder: str | Path, where: str = "", hint: str = "") -> Any:
+    """The tokenizer of a model's folder.
+
+    Args:
+        where: opens the error; ``hint`` ends it.
+
+    Raises:
+        InputError: there is none that transformers loads without code of the folder.
+    """
     from transformers import AutoTokenizer
     try:
         found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -102,8 +112,7 @@ def _tokenizer(folder: str, where: str) -> Any:
             raise ValueError("it makes no tokens of a text")
         return found
     except Exception as error:
-        raise InputError(f"{where}: data: {folder} has no tokenizer that can be loaded ({str(error).splitlines()[0]});"
-                         " give a JSONL file with tokens in every line") from None
+        raise InputError(f"{where}{folder} has no tokenizer that can be loaded ({first_line(error)}){hint}") from None
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
@@ -118,7 +127,7 @@ def _of_text(path: Path, folder: str, samples: int, length: int, generator: np.r
         text = raw.decode()
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: data: {path}: is no UTF-8 text (byte {error.start})") from None
-    tokenizer = _tokenizer(folder, where)
+    tokenizer = load_tokenizer(folder, f"{where}: data: ", BY_TOKENS)
     if len(text) <= samples * length * LETTERS:
         tokens = _encode(tokenizer, text)
         windows = [tokens[start:start + length] for start in range(0, len(tokens), length)]
@@ -155,7 +164,7 @@ def _of_items(items: Iterable[Any], folder: str, where: str, samples: int) -> li
         if text is None:
             raise InputError(f"{where}: sample {number}: found {shown(json.dumps(item, default=str))}, expected a text,"
                              " or a mapping with text, prompt and response, or tokens")
-        tokenizer = tokenizer or _tokenizer(folder, where)
+        tokenizer = tokenizer or load_tokenizer(folder, f"{where}: data: ", BY_TOKENS)
         rows.append(_encode(tokenizer, text))
     return rows
 

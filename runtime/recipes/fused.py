@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.operators.vocabulary import IGNORED
-from mipipe.graphs.read_files import load_json
+from mipipe.graphs.read_files import load_json, read_text
 from mipipe.graphs.recipes.rows import batch_inputs
+from mipipe.runtime.calibration.tokens import load_tokenizer
 from mipipe.runtime.recipes.alignment import (
     Distribution,
     align,
@@ -38,6 +39,7 @@ from mipipe.runtime.recipes.alignment import (
     shares,
     source_place,
 )
+from mipipe.runtime.recipes.tables import read_tables
 from mipipe.runtime.train.batches import Batch
 
 TENSORS, FACTS = "fused.safetensors", "fused.json"
@@ -71,6 +73,9 @@ def make_fused(pivot: str | Path, source: str | Path, texts: str | Path, out: st
         InputError: a model, a tokenizer or a line that is none, or ``out`` exists.
     """
     folder = Path(out)
+    for name, value, least in (("samples", samples, 1), ("length", length, 2), ("top", top, 1)):
+        if value is not None and value < least:
+            raise InputError(f"make_fused: {name}: found {value}, expected at least {least}")
     if folder.exists():
         raise InputError(f"{folder}: exists already; give another folder, or remove it")
     dialogues = _dialogues(Path(texts))[:samples]
@@ -84,6 +89,8 @@ def make_fused(pivot: str | Path, source: str | Path, texts: str | Path, out: st
     same, matched, unknown = _vocabularies(tokenizers, counts)
     rows = [_fused(one, other, alignment, same, matched, unknown)
             for one, other, alignment in zip(*read, alignments, strict=True)]
+    if not any(len(one.ids) > one.first for one in read[0]):
+        raise InputError(f"{texts}: no response is left of rows of {length} tokens; give a larger length")
     facts = {"pivot": str(pivot), "source": str(source), "texts": str(texts), "rows": len(rows), "top": top,
              "rows_of_the_source": sum(other.loss < one.loss for one, other in zip(*read, strict=True)),
              "tokens": sum(len(one.ids) - one.first for one in read[0]),
@@ -101,7 +108,7 @@ def _dialogues(path: Path) -> list[tuple[str, str]]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         item = load_json(line, f"{path}, line {number}", foreign=True)
@@ -116,12 +123,7 @@ def _dialogues(path: Path) -> list[tuple[str, str]]:
 
 
 def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-    try:
-        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise InputError(f"{folder}: has no tokenizer that can be loaded ({(str(error).splitlines() or ['?'])[0]})") \
-            from None
+    found = load_tokenizer(folder)
     if not getattr(found, "is_fast", False):
         raise InputError(f"{folder}: its tokenizer does not say where tokens lie in a text (it is no fast one)")
     return found
@@ -141,6 +143,9 @@ def _read(model: Any, tokenizer: Any, prompt: str, response: str, length: int, t
     first = max(1, sum(end <= len(prompt) for end in ends))  # of the first token there is no distribution
     if len(ids) < 2:
         return _Read(ids, pieces(tokenizer, ids), len(ids), [[] for _ in ids], [[] for _ in ids], 0.0)
+    known = model.get_input_embeddings().num_embeddings
+    if max(ids) >= known:
+        raise InputError(f"{model.name_or_path}: its tokenizer has the token {max(ids)}, its embedding {known} rows")
     logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].float()
     losses = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
     best = logits.topk(min(top, logits.shape[-1]))
@@ -203,9 +208,11 @@ class FusedRows:
 
     def __init__(self, graph: OperatorGraph, rows: int, seed: int, folder: str, copy: int = 0, copies: int = 1) -> None:
         path = Path(folder) / TENSORS
-        if not path.is_file():
-            raise InputError(f"data: {path}: no such file; mipipe.runtime.make_fused writes it")
-        self._tensors = load_file(path)
+        self._tensors = read_tables(path, "make_fused", {"input_ids": 2, "labels": 2, "fused_ids": 3, "fused_probs": 3})
+        sizes = {tuple(item.shape[:2]) for item in self._tensors.values()}
+        if len(sizes) > 1 or not min(next(iter(sizes))):
+            raise InputError(f"data: {path}: has no row, or tensors that do not fit each other; make it again with"
+                             " mipipe.runtime.make_fused")
         self._rows, self._seed, self._copy, self._copies = rows, seed, copy, copies
         specs = batch_inputs(graph)
         lost = sorted(set(specs) - set(self._tensors))

@@ -11,18 +11,21 @@ whose statistics would depend on how a step is cut into microbatches; features a
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph
-from mipipe.graphs.read_files import load_json
-from mipipe.runtime.calibration.tokens import draw_samples
+from mipipe.graphs.models.configuration import first_line
+from mipipe.graphs.serialize import load_data
+from mipipe.runtime.calibration.tokens import draw_samples, load_tokenizer
+from mipipe.runtime.recipes.tables import read_tables
 from mipipe.runtime.train.batches import Batch
 
 TENSORS, FACTS = "features.safetensors", "features.json"
@@ -41,6 +44,8 @@ def task_features(model: str | Path, texts: Mapping[str, str | Path], out: str |
         InputError: fewer than two tasks, the model or a text cannot be read, or ``out`` exists.
     """
     folder = Path(out)
+    if samples < 1 or length < 2:
+        raise InputError(f"task features: samples {samples} and length {length}: expected at least 1, and 2")
     if len(texts) < 2:
         raise InputError(f"task features: found {len(texts)} tasks, expected two or more to choose from")
     if folder.exists():
@@ -55,10 +60,12 @@ def task_features(model: str | Path, texts: Mapping[str, str | Path], out: str |
             found.append(_feature(loaded, ids[:size].tolist()))
             tasks.append(number)
     features = torch.stack(found)
-    folder.mkdir(parents=True)
+    partial = folder.with_name(f"{folder.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
     save_file({"features": features, "tasks": torch.tensor(tasks), "mean": features.mean(0),
-               "spread": features.std(0).clamp(min=1e-6)}, folder / TENSORS)
-    (folder / FACTS).write_text(json.dumps({"model": str(model), "tasks": list(texts)}) + "\n")
+               "spread": features.std(0).clamp(min=1e-6)}, partial / TENSORS)
+    (partial / FACTS).write_text(json.dumps({"model": str(model), "tasks": list(texts)}) + "\n")
+    os.rename(partial, folder)
 
 
 @torch.no_grad()
@@ -70,10 +77,22 @@ def _feature(model: Any, ids: Sequence[int]) -> Tensor:
 
 
 def _read(folder: str | Path) -> dict[str, Tensor]:
-    path = Path(folder) / TENSORS
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; mipipe.runtime.task_features writes it")
-    return load_file(path)
+    found = read_tables(Path(folder) / TENSORS, "task_features", {"features": 2, "tasks": 1, "mean": 1, "spread": 1})
+    counts = [len(found["features"]), len(found["tasks"])], [found["features"].shape[1], *found["mean"].shape]
+    if not counts[0][0] or any(len(set(numbers)) > 1 for numbers in counts) or int(found["tasks"].min()) < 0:
+        raise InputError(f"{Path(folder) / TENSORS}: has no row, or tensors that do not fit each other; make it again"
+                         " with mipipe.runtime.task_features")
+    return found
+
+
+def _facts(folder: str | Path) -> tuple[str, list[str]]:
+    """The model whose features they are, and the names of the tasks."""
+    path = Path(folder) / FACTS
+    data = load_data(path, foreign=True)
+    model, tasks = data.get("model"), data.get("tasks")
+    if not isinstance(model, str) or not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
+        raise InputError(f"{path}: expected model and tasks, as mipipe.runtime.task_features writes them")
+    return model, tasks
 
 
 class TaskRouter(nn.Module):
@@ -116,22 +135,26 @@ def task_shares(router: str | Path, folder: str | Path, prompt: str) -> dict[str
         router: what ``mipipe train`` saved. folder: the features it was trained on.
 
     Raises:
-        InputError: a router of other features, or a prompt without tokens.
+        InputError: a router of other features, features of a model that is not there, or a prompt without tokens.
     """
-    from transformers import AutoTokenizer
-
     from mipipe.runtime.tuning.objectives import load_model
-    found, facts = _read(folder), load_json((Path(folder) / FACTS).read_text(), str(Path(folder) / FACTS), foreign=True)
+    found, (model, tasks) = _read(folder), _facts(folder)
     made, _ = factory(str(folder))
+    file = Path(router) / "model.safetensors"
+    weights = read_tables(file, "task_features' factory, trained by mipipe train,", {})
     try:
-        made.load_state_dict(load_file(Path(router) / "model.safetensors"))
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{router}: is no router of {folder} ({str(error).splitlines()[0]})") from None
-    tokenizer = AutoTokenizer.from_pretrained(facts["model"], local_files_only=True, trust_remote_code=False)
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise InputError("task shares: the prompt has no token")
-    feature = (_feature(load_model(Path(facts["model"])), ids) - found["mean"]) / found["spread"]
+        made.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"{router}: is no router of {folder} ({first_line(error)})") from None
+    ids = load_tokenizer(Path(model))(prompt, add_special_tokens=False)["input_ids"]
+    loaded = load_model(Path(model))
+    known = loaded.get_input_embeddings().num_embeddings
+    if not ids or max(ids) >= known:
+        raise InputError("task shares: the prompt has no token" if not ids else
+                         f"{model}: its tokenizer has the token {max(ids)}, its embedding {known} rows")
+    feature = (_feature(loaded, ids) - found["mean"]) / found["spread"]
     with torch.no_grad():
         shares = made.eval()(feature[None])[0].softmax(-1)
-    return dict(zip(facts["tasks"], shares.tolist(), strict=True))
+    if len(shares) != len(tasks):
+        raise InputError(f"{folder}: names {len(tasks)} tasks in {FACTS}, but has features of {len(shares)}")
+    return dict(zip(tasks, shares.tolist(), strict=True))

@@ -2,10 +2,12 @@
 
 import functools
 import json
+import shutil
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from mipipe.graphs.capture.model import capture_module
 from mipipe.graphs.errors import InputError
@@ -144,6 +146,20 @@ def test_what_cannot_be_fused_is_one_line(place):
     model(place / "pivot", ["the"], 0)
     make_fused(place / "pivot", place / "pivot", place / "texts.jsonl", place / "fused", samples=1)
     (place / "wrong.jsonl").write_text('{"prompt": "a"}\n')
+    (place / "extra.jsonl").write_text(json.dumps({"text": "extra words"}))
+    (place / "bytes.jsonl").write_bytes(b"\xff\xfe{}")
+    (place / "long.jsonl").write_text(json.dumps({"prompt": "the" * 20, "response": "cat"}))
+    good = load_file(place / "fused" / "fused.safetensors")
+    for name, tensors in (("cut", None), ("less", {"labels": good["labels"]}),
+                          ("odd", {**good, "labels": good["labels"][:, :1].contiguous()}),
+                          ("empty", {name: item[:0] for name, item in good.items()})):
+        (place / name).mkdir()
+        if tensors is None:
+            (place / name / "fused.safetensors").write_bytes(b"x" * 30)
+        else:
+            save_file(tensors, place / name / "fused.safetensors")
+    shutil.copytree(place / "pivot", place / "wide")
+    tokenizer(place / "wide", ["the", "extra", "words"])
     for make, text in (
             (lambda: make_fused(place / "pivot", place / "pivot", place / "texts.jsonl", place / "fused"),
              "exists already"),
@@ -151,6 +167,18 @@ def test_what_cannot_be_fused_is_one_line(place):
              r"wrong\.jsonl, line 1: expected text, or prompt and response"),
             (lambda: make_fused(place / "pivot", place, place / "texts.jsonl", place / "new"), "has no tokenizer"),
             (lambda: FusedRows(fused_graph(), 1, 0, str(place / "fused")), "but the graph takes"),
+            (lambda: FusedRows(fused_graph(), 1, 0, str(place / "cut")), "no safetensors file"),
+            (lambda: FusedRows(fused_graph(), 1, 0, str(place / "less")), "found no input_ids"),
+            (lambda: FusedRows(fused_graph(), 1, 0, str(place / "odd")), "do not fit each other"),
+            (lambda: FusedRows(fused_graph(), 1, 0, str(place / "empty")), "has no row"),
+            (lambda: make_fused(place / "pivot", place / "pivot", place / "texts.jsonl", place / "new", top=0),
+             "top: found 0, expected at least 1"),
+            (lambda: make_fused(place / "pivot", place / "pivot", place / "bytes.jsonl", place / "new"),
+             "not a text file"),
+            (lambda: make_fused(place / "pivot", place / "pivot", place / "long.jsonl", place / "new", length=4),
+             "no response is left of rows of 4 tokens"),
+            (lambda: make_fused(place / "pivot", place / "wide", place / "extra.jsonl", place / "new"),
+             "wide: its tokenizer has the token .*, its embedding .* rows"),
             (lambda: FusedRows(fused_graph(), 1, 0, str(place / "none")), "make_fused writes it"),
             (lambda: check_source(DataConfig("fused")), "needs options")):
         with pytest.raises(InputError, match=text) as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import runtime_dags as dags
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_fused import model
 
 from mipipe.graphs.capture.model import capture_module
@@ -59,3 +59,44 @@ def test_what_is_no_router_is_one_line(place):
         task_features(place / "model", texts, place / "features")
     with pytest.raises(InputError, match="is no router of"):
         task_shares(place / "model", place / "features", "a")
+    with pytest.raises(InputError, match="samples 0 and length 16: expected at least 1"):
+        task_features(place / "model", texts, place / "new", samples=0, length=16)
+
+
+def test_what_is_damaged_or_gone_is_one_line(place):
+    """Of a trained router's folder, of the features it was trained on, and of the model they are of."""
+    texts = {name: place / f"{name}.jsonl" for name in ("early", "late")}
+    task_features(place / "model", texts, place / "features", samples=2, length=16)
+    good = load_file(place / "features" / "features.safetensors")
+    facts = (place / "features" / "features.json").read_text()
+    made, _ = factory(str(place / "features"))
+    (place / "router").mkdir()
+    save_file(made.state_dict(), place / "router" / "model.safetensors")
+    assert sum(task_shares(place / "router", place / "features", "ab").values()) == pytest.approx(1.0)
+
+    def refused(text):
+        with pytest.raises(InputError, match=text) as error:
+            task_shares(place / "router", place / "features", "ab")
+        assert "\n" not in str(error.value)
+
+    for tensors, text in (({"features": good["features"]}, "found no tasks"),
+                          ({**good, "tasks": good["tasks"][:, None]}, r"found tasks of shape \[4, 1\]"),
+                          ({**good, "tasks": good["tasks"][:1]}, "do not fit"), ({**good, "mean": good["mean"][:3]}, "fit"),
+                          ({name: item[:0] for name, item in good.items()}, "has no row")):
+        save_file(tensors, place / "features" / "features.safetensors")
+        refused(text)
+    (place / "features" / "features.safetensors").write_bytes(b"x" * 40)
+    refused("no safetensors file")
+    save_file(good, place / "features" / "features.safetensors")
+    for content, text in (("{", "features.json"), ("[]", "expected a mapping"), ('{"model": 3}', "expected model and tasks"),
+                          (json.dumps({**json.loads(facts), "tasks": ["one"]}), "names 1 tasks"),
+                          (json.dumps({**json.loads(facts), "model": str(place / "none")}), "has no tokenizer")):
+        (place / "features" / "features.json").write_text(content)
+        refused(text)
+    (place / "features" / "features.json").unlink()
+    refused("features.json")
+    (place / "features" / "features.json").write_text(facts)
+    (place / "router" / "model.safetensors").write_bytes(b"")
+    refused("no safetensors file")
+    (place / "router" / "model.safetensors").unlink()
+    refused("no such file")

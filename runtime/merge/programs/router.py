@@ -23,7 +23,9 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, read_checkpoint
 from mipipe.graphs.merging.participants import TOKEN_TABLES
 from mipipe.graphs.merging.recipes.moe_recipe import RANDOM, ROUTER, SHARED_GATE, Expert, MoeRecipe, router_tensors
+from mipipe.graphs.models.configuration import first_line
 from mipipe.graphs.serialize import digest, load_data
+from mipipe.runtime.calibration.tokens import load_tokenizer
 from mipipe.runtime.weights.reader import TORCH_DTYPES, Shelf
 
 SMALL = 1e-8
@@ -105,12 +107,7 @@ def _tokens(recipe: MoeRecipe, base: CheckpointFiles, gated: Sequence[Expert],
     """Token ids of every expert's positive and negative inputs, each below ``vocabulary``."""
     tokenizer: Any = None
     if any(expert.positive_prompts or expert.negative_prompts for expert in gated):
-        from transformers import AutoTokenizer
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
-        except Exception as error:
-            raise InputError(f"{recipe.base_model}: its tokenizer cannot be loaded"
-                             f" ({str(error).splitlines()[0]}); give positive_tokens instead of prompts") from None
+        tokenizer = load_tokenizer(base.path, hint="; give positive_tokens instead of prompts")
 
     def ids(prompts: Sequence[str], tokens: Sequence[Sequence[int]]) -> Prompts:
         start = (tokenizer.bos_token or "") if tokenizer is not None else ""
@@ -203,7 +200,7 @@ def _empty_model(base: CheckpointFiles) -> Any:
             model = AutoModel.from_config(config, attn_implementation="eager").eval()
         model.rotary_emb = type(model.rotary_emb)(config=config)  # its buffers are no weights, but computed
     except Exception as error:
-        raise InputError(f"{base.path}: transformers makes no model of it ({str(error).splitlines()[0]}); gate_mode"
+        raise InputError(f"{base.path}: transformers makes no model of it ({first_line(error)}); gate_mode"
                          " cheap_embed needs none") from None
     return model
 
