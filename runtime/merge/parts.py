@@ -136,8 +136,17 @@ def describe_parts(graph: MergeGraph, folder: Path) -> Parts:
         units.append(dataclasses.replace(unit, method=unit.parameters["of"], parameters=values) if stored else unit)
     first = next(unit for unit in units if unit.method != "copy")
     labels = tuple(graph.models[item.model].label for item in first.models)
-    size = sum(tensor.num_bytes for file in folder.glob("parts-*.safetensors") for tensor in read_header(file)[0])
-    return Parts(first.method, dataclasses.replace(graph, units=tuple(units)), labels, size)
+    return Parts(first.method, dataclasses.replace(graph, units=tuple(units)), labels, stored_bytes(folder))
+
+
+def stored_bytes(folder: Path) -> int:
+    """The bytes of all parts in a folder.
+
+    Raises:
+        InputError: a file that is cut or damaged.
+    """
+    return sum(tensor.num_bytes for file in sorted(folder.glob("parts-*.safetensors"))
+               for tensor in read_header(file)[0])
 
 
 class PartsWriter:

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.models.configuration import first_line
+from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import load_data
 from mipipe.runtime.calibration.tokens import draw_samples, load_tokenizer
 from mipipe.runtime.recipes.tables import read_tables

@@ -28,7 +28,8 @@ def test_lists_counts_and_numbers_of_layers():
     ({"moe_layer_interval": 2}, [0, 1, 1], "moe_layer_interval 2"),
     ({"kv_source_layers": [0, 0, 2, 2]}, [0, 1, 2], "kv_source_layers"),
     ({"linear_attn_config": {"kda_layers": [1, 2]}}, [0, 1, 1], "linear_attn_config"),
-    ({"encoder_layers": 4, "decoder_layers": 4}, [0, 1, 1], "decoder_layers 4"), ({"num_decoder_layers": 4}, [0, 0], "4"),
+    ({"encoder_layers": 4, "decoder_layers": 4}, [0, 1, 1], "decoder_layers 4"),
+    ({"num_decoder_layers": 4}, [0, 0], "4"),
     ({"layer_types": ["s", "f", "s"]}, [0, 1], "layer_types")])
 def test_what_a_config_cannot_say_is_refused(entry, picked, message):
     with pytest.raises(InputError, match=message):

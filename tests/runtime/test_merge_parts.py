@@ -10,6 +10,7 @@ from merge_fixtures import in_threads, read, trio, write
 from typer.testing import CliRunner
 
 from mipipe.cli.main import app
+from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.recipes.recipe import parse_recipe
 from mipipe.graphs.serialize import load
 from mipipe.planner.timeline import Timeline
@@ -73,6 +74,15 @@ def test_routes_and_methods_that_cannot_be(tmp_path):
     store(recipe(tmp_path, "onebit", route=0), tmp_path / "parts")
     with pytest.raises(Exception, match="--route: found 2 weights, expected 3"):
         rebuild(tmp_path / "parts", tmp_path / "out", [1.0, 0.0])
+    with pytest.raises(InputError, match=r"--route: found nan, 0\.0, 1\.0, expected finite"):
+        rebuild(tmp_path / "parts", tmp_path / "out", [float("nan"), 0.0, 1.0])
+    file = next((tmp_path / "parts").glob("parts-*.safetensors"))
+    whole = file.read_bytes()
+    for content, text in ((whole[:-4], "truncated"), (b"", "no safetensors file"), (None, "holds 0 bytes of parts")):
+        file.unlink() if content is None else file.write_bytes(content)
+        with pytest.raises(InputError, match=text):
+            rebuild(tmp_path / "parts", tmp_path / "out", [1.0, 0.0, 0.0])
+    file.write_bytes(whole)
     (tmp_path / "base" / "model-00001-of-00002.safetensors").touch()
     with pytest.raises(Exception, match="base: has changed since the parts in"):
         rebuild(tmp_path / "parts", tmp_path / "out", [1.0, 0.0, 0.0])

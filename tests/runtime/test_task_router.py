@@ -81,14 +81,16 @@ def test_what_is_damaged_or_gone_is_one_line(place):
 
     for tensors, text in (({"features": good["features"]}, "found no tasks"),
                           ({**good, "tasks": good["tasks"][:, None]}, r"found tasks of shape \[4, 1\]"),
-                          ({**good, "tasks": good["tasks"][:1]}, "do not fit"), ({**good, "mean": good["mean"][:3]}, "fit"),
+                          ({**good, "tasks": good["tasks"][:1]}, "do not fit"),
+                          ({**good, "mean": good["mean"][:3]}, "do not fit"),
                           ({name: item[:0] for name, item in good.items()}, "has no row")):
         save_file(tensors, place / "features" / "features.safetensors")
         refused(text)
     (place / "features" / "features.safetensors").write_bytes(b"x" * 40)
     refused("no safetensors file")
     save_file(good, place / "features" / "features.safetensors")
-    for content, text in (("{", "features.json"), ("[]", "expected a mapping"), ('{"model": 3}', "expected model and tasks"),
+    for content, text in (("{", "features.json"), ("[]", "expected a mapping"),
+                          ('{"model": 3}', "expected model and tasks"),
                           (json.dumps({**json.loads(facts), "tasks": ["one"]}), "names 1 tasks"),
                           (json.dumps({**json.loads(facts), "model": str(place / "none")}), "has no tokenizer")):
         (place / "features" / "features.json").write_text(content)

@@ -45,7 +45,7 @@ UNSAID = ("kv_source_layers", "loop_layer_index_start", "loop_layer_index_end", 
 """What names layers in ways that do not carry over: it is kept for all layers in their order, else refused."""
 COMPUTED = {"diffllama": "weighs its two attentions by the number of the layer",
             "beam": "weighs residuals by the number of the layer",
-            "minicpm3": "scales residuals by the number of layers", "minicpm": "scales residuals by the number of layers",
+            "minicpm3": "scales residuals by the number of layers",
             "minimax": "lets attention decay by the number of the layer"}
 """Models, by type, that compute by a layer's number or by how many there are."""
 BEHAVIOUR = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "num_attention_heads",
@@ -109,7 +109,7 @@ def picked_layers(config: Mapping[str, Any], picked: Sequence[int | Picked], whe
     for key in FIRST:
         flags = [item.old < _number(item.config, key) for item in layers]
         if any(flags) or _number(config, key) > 0:
-            _expect(listed or key in config and flags == sorted(flags, reverse=True), where, key, config.get(key))
+            _expect(listed or (key in config and flags == sorted(flags, reverse=True)), where, key, config.get(key))
             found[key] = sum(flags)
     for key in LAST:
         flags = [0 < layer_count(item.config) - item.old <= _number(item.config, key) for item in layers]
@@ -129,7 +129,8 @@ def picked_layers(config: Mapping[str, Any], picked: Sequence[int | Picked], whe
         period = config.get(key)
         if isinstance(period, int) and period > 1 and not (instead and isinstance(config.get(instead), list)):
             hit = _hit(period, config.get(offset) if offset else period - 1)
-            same = all((item.config.get(key), item.config.get(offset)) == (period, config.get(offset)) for item in layers)
+            said = period, config.get(offset)
+            same = all((item.config.get(key), item.config.get(offset)) == said for item in layers)
             _expect(same and all(hit(new) == hit(item.old) for new, item in enumerate(layers)), where, key, period)
     counts = [key for key in COUNTS if isinstance(config.get(key), int) and config[key] > 0]
     for key in counts:

@@ -88,8 +88,8 @@ def added_entries(folder: str) -> dict[str, dict[str, Any]]:
 def next_added(folder: str) -> int:
     """The id that a tokenizer gives to the next token added to it, whatever its file says.
 
-    As Hugging Face's tokenizers: one more than the last added token's, but no less than the vocabulary has tokens. Where
-    a vocabulary leaves ids out this is not beyond its last.
+    As Hugging Face's tokenizers: one more than the last added token's, but no less than the vocabulary has tokens.
+    Where a vocabulary leaves ids out this is not beyond its last.
     """
     data = load_data(Path(folder) / "tokenizer.json", foreign=True)
     size = len(data["model"]["vocab"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from mipipe.graphs.serialize import load
 from mipipe.planner.merging.plan import MergePlan, plan_graph, plan_recipe
 from mipipe.runtime.merge.launch import MergeOptions, check_target, made_by, run_plan
 from mipipe.runtime.merge.output.lock import only_one
-from mipipe.runtime.merge.parts import STORABLE, Parts
+from mipipe.runtime.merge.parts import STORABLE, Parts, stored_bytes
 from mipipe.runtime.weights.reader import TORCH_DTYPES
 
 SHARED = "shared"
@@ -104,7 +105,7 @@ def rebuild(folder: Path, out: Path, route: Sequence[float], options: MergeOptio
     """An ordinary checkpoint from a parts folder: base (or shared model) plus ``sum_t route_t delta_t``.
 
     Raises:
-        InputError: no parts folder, a route of another length, a base that has changed.
+        InputError: no parts folder, damaged or missing parts, a route of another length, a base that has changed.
     """
     options = options or MergeOptions()
     check_target(out)
@@ -121,6 +122,11 @@ def plan_rebuild(folder: Path, out: Path, route: Sequence[float], options: Merge
     if len(route) != len(parts.experts):
         raise InputError(f"--route: found {len(route)} weights, expected {len(parts.experts)}, one for each of"
                          f" {', '.join(parts.experts)}")
+    if not all(math.isfinite(weight) for weight in route):
+        raise InputError(f"--route: found {', '.join(map(str, route))}, expected finite numbers")
+    if stored_bytes(folder) != parts.num_bytes:
+        raise InputError(f"{folder}: holds {stored_bytes(folder)} bytes of parts, expected {parts.num_bytes}: files are"
+                         " missing or of another merge; store them again")
     graph = _at_home(parts.graph, folder)
     units = tuple(_rebuilt(unit, folder, route) for unit in graph.units)
     return plan_graph(dataclasses.replace(graph, units=units), out, options.num_ranks, options.memory_cap,
