@@ -231,9 +231,6 @@ def _say_whether_ranks_pay(plans: list[MergePlan], merging_ns: int) -> None:
     if several > 0.9 * alone:
         stdout().print(f"{ranks} ranks do not pay: one would merge in {format_ns(alone)}, they in {format_ns(several)}",
                        soft_wrap=True)
-    elif ranks > plans[-1].rates.cores:
-        stdout().print(f"{ranks} ranks share {_count(plans[-1].rates.cores, 'processor')} here, which the estimate does"
-                       " not count", soft_wrap=True)
 
 
 def _facts(plan: MergePlan, timeline: Timeline) -> dict[str, Any]:

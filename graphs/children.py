@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 GRACE_S = 10.0
@@ -16,22 +16,35 @@ GRACE_S = 10.0
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str], **streams: Any) -> Iterator[subprocess.Popen[Any]]:
-    """A process in a session of its own, which is ended with all it started where the block ends with an exception, and
-    (Linux) when this process is killed. Signals wait until it is there: else nothing would end a process just begun."""
-    waiting = {signal.SIGINT, signal.SIGTERM}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
-    process = None
+def signals_wait() -> Iterator[Callable[[], None]]:
+    """Let Ctrl-C and SIGTERM wait until the end of the block, in which a process is started and noted.
 
-    def begin() -> None:
+    Else nothing would end a process just begun; and what is raised while Python forks is lost. A fork calls what this
+    yields, once it is ready for signals.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+
+    def go_on() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        die_with_parent(signal.SIGTERM)
 
     try:
-        try:
+        yield go_on
+    finally:
+        go_on()
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], **streams: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A process in a session of its own, which is ended with all it started where the block ends with an exception, and
+    (Linux) when this process is killed."""
+    process = None
+    try:
+        with signals_wait() as go_on:
+            def begin() -> None:
+                go_on()
+                die_with_parent(signal.SIGTERM)
+
             process = subprocess.Popen(command, start_new_session=True, preexec_fn=begin, **streams)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield process
     except BaseException:
         if process is not None:

@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -50,7 +50,9 @@ class MergeRates:
     """Measured rates of one rank: bytes per second read, written and passed through elementwise work, and flops.
 
     ``cores``: processors the ranks share. Reading ahead pays where there are more of them than ranks. ``loop_s``:
-    seconds that the interpreter takes for `_loop`, in which what does not depend on sizes is counted.
+    seconds that the interpreter takes for `_loop`, in which what does not depend on sizes is counted. ``share``: of a
+    processor that the measuring process got; ``read_wait`` and ``write_wait``: the parts of reading and writing that
+    waited for the disk.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -60,6 +62,30 @@ class MergeRates:
     flops: float
     cores: int = 1
     loop_s: float = 0.0
+    share: float = 1.0
+    read_wait: float = 0.0
+    write_wait: float = 0.0
+
+
+BUSY_SHARE = 0.9
+"""A process that gets less than this of a processor shares it with others; above, it is taken to be alone on it."""
+
+
+def shared_rates(rates: MergeRates, num_ranks: int) -> MergeRates:
+    """The rates of each of several ranks that work at once, from those of one process alone.
+
+    Ranks share the processors with each other and with whatever else runs: on ``c`` processors a process that gets the
+    share ``s`` has ``c / s - 1`` others beside it, and each of ``r`` ranks gets ``c / (c / s - 1 + r)``. All of them
+    wait for one disk.
+    """
+    others = rates.cores / rates.share - 1 if rates.share < BUSY_SHARE else 0.0
+    slower = max(1.0, rates.share / min(1.0, rates.cores / (others + num_ranks)))
+
+    def moved(rate: float, wait: float) -> float:
+        return rate / (wait * num_ranks + (1 - wait) * slower)
+
+    return replace(rates, read=moved(rates.read, rates.read_wait), write=moved(rates.write, rates.write_wait),
+                   stream=rates.stream / slower, flops=rates.flops / slower, loop_s=rates.loop_s * slower)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,22 +175,28 @@ def measure_rates(graph: MergeGraph, output: str | Path) -> MergeRates:
     files = (Path(item.folder) / item.tensor.file for unit in graph.units for item in unit.inputs)
     source = next((file for file in files if file.is_file()), None)
     buffer = bytearray(sample_bytes)
-    read = 0.0
+    read, read_wait = 0.0, 0.0
     if source is not None:
         with source.open("rb", buffering=0) as stream:
-            seconds, count = timed(lambda: stream.readinto(buffer), share)
-        read = max(1, count or 0) / seconds
-    write = _write_rate(Path(output), buffer, share)
+            seconds, computed, count = timed(lambda: stream.readinto(buffer), share)
+        read, read_wait = max(1, count or 0) / seconds, waited(seconds, computed, share)
+    write, write_wait = _write_rate(Path(output), buffer, share)
     values = np.ones(TILE_ENTRIES, dtype=np.float32)
-    added, _ = timed(lambda: [np.add(values, values, out=values) for _ in range(16)], share)
+    added, *_ = timed(lambda: [np.add(values, values, out=values) for _ in range(16)], share)
     square = np.ones((256, 256), dtype=np.float32)
-    multiplied, _ = timed(lambda: [square @ square for _ in range(8)], share)
+    multiplied, *_ = timed(lambda: [square @ square for _ in range(8)], share)
     return MergeRates(read or write or UNKNOWN_RATE, write or read or UNKNOWN_RATE, 16 * values.nbytes / added,
-                      8 * 2 * 256**3 / multiplied, _num_cores(), loop_seconds(loops))
+                      8 * 2 * 256**3 / multiplied, _num_cores(), loop_seconds(loops), share, read_wait, write_wait)
 
 
-def timed(work: Callable[[], Found], share: float) -> tuple[float, Found]:
-    """Seconds that a piece of work takes at this process's share of a processor, and what it returns.
+def waited(seconds: float, computed: float, share: float) -> float:
+    """The part of some seconds that a process waited for a device, and not for its turn on a processor."""
+    return max(0.0, 1 - computed / share / seconds)
+
+
+def timed(work: Callable[[], Found], share: float) -> tuple[float, float, Found]:
+    """Seconds that a piece of work takes at this process's share of a processor, those it computed, and what it
+    returns.
 
     What passed, or what it computed over the share, whichever is more: others take turns of milliseconds, which spare a
     short piece of work or hit it.
@@ -172,7 +204,7 @@ def timed(work: Callable[[], Found], share: float) -> tuple[float, Found]:
     began, computed = time.perf_counter(), time.thread_time()
     found = work()
     computed, passed = time.thread_time() - computed, time.perf_counter() - began
-    return max(passed, computed / share, 1e-6), found
+    return max(passed, computed / share, 1e-6), computed, found
 
 
 def _loop() -> tuple[float, float]:
@@ -225,8 +257,9 @@ def step_overhead(unit: MergeUnit, kind: ActionKind, rates: MergeRates) -> float
     return loops * rates.loop_s
 
 
-def _write_rate(output: Path, sample: bytearray, share: float) -> float:
-    """Bytes per second written beside the output, down to the disk; 0 where the disk is full."""
+def _write_rate(output: Path, sample: bytearray, share: float) -> tuple[float, float]:
+    """Bytes per second written beside the output, down to the disk, and the part of that time which waited for it; 0
+    where the disk is full."""
     parent = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.is_dir())
 
     def write() -> None:
@@ -236,11 +269,12 @@ def _write_rate(output: Path, sample: bytearray, share: float) -> float:
             os.fsync(scratch.fileno())
 
     try:
-        return len(sample) / timed(write, share)[0]
+        seconds, computed, _ = timed(write, share)
+        return len(sample) / seconds, waited(seconds, computed, share)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        return 0.0  # whether the result has room is for those who reserve it to say
+        return 0.0, 0.0  # whether the result has room is for those who reserve it to say
 
 
 def _num_cores() -> int:

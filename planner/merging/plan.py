@@ -28,6 +28,7 @@ from mipipe.planner.merging.costs import (
     UnitCost,
     held_bytes,
     measure_rates,
+    shared_rates,
     step_bytes,
     unit_cost,
 )
@@ -55,6 +56,7 @@ class MergePlan:
 
     Every unit is walked in portions of about ``portion_entries``, read ``ahead`` steps before they are needed; see
     `mipipe.planner.merging.lower`. ``memory_bytes`` bounds what a rank then has in memory beyond the bare process.
+    ``rates`` are those of one process alone (`mipipe.planner.merging.costs.shared_rates` has those of its ranks).
     ``bound_ns`` is a proven lower bound of the longest rank at these costs, None where none was computed.
     """
 
@@ -99,7 +101,7 @@ def plan_merge(graph: MergeGraph, num_ranks: int, rates: MergeRates, memory_cap:
         InfeasibleError: a unit needs more memory than the cap.
     """
     width = 8 if graph.compute_dtype == "float64" else 4
-    costs = [unit_cost(unit, rates, width) for unit in graph.units]
+    costs = [unit_cost(unit, shared_rates(rates, num_ranks), width) for unit in graph.units]
     portion, ahead, memory = _fit_portions(graph, width, num_ranks, 1 if rates.cores > num_ranks else 0, memory_cap)
     streams, running = assign_streams(graph, num_ranks, rates, memory_cap)
     ranks, bound, notes = _assign(costs, num_ranks, time_limit_s, seed)

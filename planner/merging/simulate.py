@@ -7,6 +7,8 @@ small. Memory is what was read and not yet freed, what was merged and not yet sa
 
 from __future__ import annotations
 
+import dataclasses
+
 from mipipe.graphs.errors import ProgramError
 from mipipe.graphs.merging.graph import columns_of
 from mipipe.planner.actions import Action, ActionKind
@@ -14,6 +16,7 @@ from mipipe.planner.merging.calibration import RunCosts
 from mipipe.planner.merging.costs import (
     OVERHEAD_BYTES,
     held_bytes,
+    shared_rates,
     spectral_seconds,
     step_overhead,
     stream_seconds,
@@ -28,12 +31,13 @@ from mipipe.planner.timeline import Span, Timeline
 
 
 def simulate_merge(plan: MergePlan, program: Program) -> Timeline:
-    """The simulated timeline of a merge.
+    """The simulated timeline of a merge, at the rates of ranks that share processors and disk.
 
     Raises:
         ProgramError: something is computed on before it is loaded, or freed or saved before it is there, or is left
             over at the end, or the ranks disagree on how many statistics they share.
     """
+    plan = dataclasses.replace(plan, rates=shared_rates(plan.rates, len(program.ranks)))
     ranks = [_Rank(plan, number) for number in range(len(program.ranks))]
     places = [0] * len(ranks)
     while True:

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
 from mipipe.graphs import errors
-from mipipe.graphs.children import die_with_parent
+from mipipe.graphs.children import die_with_parent, signals_wait
 from mipipe.graphs.errors import MipipeError, RunError
 from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.output.lock import let_go_in_fork
@@ -91,14 +91,15 @@ def run_forked(work: Callable[[ForkedRanks], object], size: int, advance: Callab
     try:
         for rank in range(size):
             ours, theirs = Pipe()
-            pid = os.fork()
-            if pid == 0:
-                for other in (*pipes, ours):
-                    other.close()
-                _child(work, ForkedRanks(rank, size, theirs), theirs)
-            theirs.close()
-            pipes.append(ours)
-            pids.append(pid)
+            with signals_wait() as go_on:
+                pid = os.fork()
+                if pid == 0:
+                    for other in (*pipes, ours):
+                        other.close()
+                    _child(work, ForkedRanks(rank, size, theirs), theirs, go_on)
+                theirs.close()
+                pipes.append(ours)
+                pids.append(pid)
         _serve(pipes, pids, advance)
     finally:
         for pid in pids:
@@ -109,12 +110,14 @@ def run_forked(work: Callable[[ForkedRanks], object], size: int, advance: Callab
             pipe.close()
 
 
-def _child(work: Callable[[ForkedRanks], object], ranks: ForkedRanks, parent: Connection) -> None:
+def _child(work: Callable[[ForkedRanks], object], ranks: ForkedRanks, parent: Connection,
+           go_on: Callable[[], None]) -> None:
     """A rank's life; never returns."""
     let_go_in_fork()
     die_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends the ranks
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    go_on()
     message: tuple[str, Any] = ("end", None)
     try:
         work(ranks)

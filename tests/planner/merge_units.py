@@ -5,7 +5,7 @@ from mipipe.graphs.merging.graph import Input, MergeGraph, MergeModel, MergeUnit
 from mipipe.graphs.merging.tensor_classes import TensorClass
 from mipipe.planner.merging.costs import MergeRates
 
-RATES = MergeRates(1e9, 1e9, 4e9, 1e10)
+RATES = MergeRates(1e9, 1e9, 4e9, 1e10, cores=8)
 
 
 def unit(name, rows, method="linear", columns=64, models=2):

@@ -12,7 +12,16 @@ from mipipe.graphs.merging.build import build
 from mipipe.graphs.merging.methods import METHODS
 from mipipe.graphs.merging.recipes.recipe import parse_recipe
 from mipipe.planner.actions import ActionKind
-from mipipe.planner.merging.costs import MergeRates, loop_seconds, processor_share, start_ns, timed, verify_ns
+from mipipe.planner.merging.costs import (
+    MergeRates,
+    loop_seconds,
+    processor_share,
+    shared_rates,
+    start_ns,
+    timed,
+    verify_ns,
+    waited,
+)
 from mipipe.planner.merging.lower import lower_merge
 from mipipe.planner.merging.plan import plan_merge
 from mipipe.planner.merging.simulate import simulate_merge
@@ -79,10 +88,33 @@ def test_short_samples_count_at_the_share_of_the_process():
         own.append(time.thread_time() - began)
         return own[0]
 
-    seconds, found = timed(work, 0.1)
-    assert seconds >= 10 * own[1] > 0 and found == sum(range(100_000))
+    seconds, computed, found = timed(work, 0.1)
+    assert seconds >= 10 * computed >= 10 * own[1] > 0 and found == sum(range(100_000))
+    assert waited(2.0, 0.1, 0.2) == pytest.approx(0.75) and waited(1.0, 0.3, 0.2) == 0.0
     assert timed(lambda: time.sleep(0.02), 1.0)[0] >= 0.02
     assert processor_share([(0.5, 0.1), (0.5, 0.3)]) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(("cores", "share", "ranks", "slower"), [
+    (2, 1.0, 2, 1.0), (1, 1.0, 2, 2.0), (2, 1.0, 4, 2.0),  # alone on the machine: ranks beyond its processors take turns
+    (2, 0.5, 2, 1.25),  # beside three others on two processors: of five, each gets 0.4 of one in place of 0.5
+    (1, 0.5, 3, 2.0), (8, 0.95, 8, 1.0)])
+def test_ranks_share_processors_and_the_disk(cores, share, ranks, slower):
+    rates = MergeRates(100.0, 50.0, 10.0, 20.0, cores, 0.01, share, read_wait=0.25, write_wait=1.0)
+    found = shared_rates(rates, ranks)
+    assert (found.stream, found.flops, found.loop_s) == pytest.approx((10 / slower, 20 / slower, 0.01 * slower))
+    assert found.read == pytest.approx(100 / (0.25 * ranks + 0.75 * slower))
+    assert found.write == pytest.approx(50 / ranks)
+    assert shared_rates(rates, 1) == rates
+
+
+def test_two_ranks_on_one_processor_are_foreseen_to_take_as_long_as_one(tmp_path):
+    trio(tmp_path)
+    times = []
+    for cores, ranks in ((1, 1), (1, 2), (2, 2)):
+        plan = plan_of(tmp_path, ranks, MergeRates(1e9, 1e9, 1e7, 1e9, cores))
+        times.append(simulate_merge(plan, lower_merge(plan)).makespan_ns)
+    assert times[1] == pytest.approx(2 * times[2], rel=0.01) and times[1] >= 0.99 * times[0]
 
 
 def test_starting_counts_and_verifying_what_is_left_of_it_after_the_merge():

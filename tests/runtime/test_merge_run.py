@@ -363,6 +363,26 @@ def test_classes_of_the_tiny_transformer(root):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("start", ["run_forked(lambda ranks: time.sleep(1), 2, print)",
+                                   "Verifier('LlamaForCausalLM', True).__enter__()"])
+def test_a_signal_while_forking_is_not_lost(start):
+    """Python ignores what is raised in the functions that it calls around a fork."""
+    code = ("import os, signal, time\n"
+            "from mipipe.runtime.merge.forked import run_forked\n"
+            "from mipipe.runtime.merge.output.verifier import Verifier\n"
+            "def interrupted(number, frame): raise KeyboardInterrupt\n"
+            "signal.signal(signal.SIGTERM, interrupted)\n"
+            "def hit(): os.kill(os.getpid(), signal.SIGTERM)\n"
+            "os.register_at_fork(after_in_parent=hit)\n"
+            f"try:\n    {start}\n    print('lost')\n"
+            "except KeyboardInterrupt:\n    print('told')\n"
+            "try:\n    os.waitpid(-1, 0)\n    print('left one')\n"
+            "except ChildProcessError:\n    print('none left')\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    assert done.stdout == "told\nnone left\n", done.stdout + done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_sigterm_leaves_nothing_but_what_is_done(root, tmp_path):
     """No temporary folder, no rank; the same command goes on. Exit code 130."""

@@ -12,6 +12,7 @@ import gc
 import importlib
 import os
 import signal
+from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ from types import TracebackType
 import torch
 
 from mipipe.graphs import errors
-from mipipe.graphs.children import die_with_parent
+from mipipe.graphs.children import die_with_parent, signals_wait
 from mipipe.graphs.errors import MipipeError
 from mipipe.runtime.merge.output.lock import let_go_in_fork
 from mipipe.runtime.merge.output.verify import verify_output
@@ -41,16 +42,24 @@ class Verifier:
     def __enter__(self) -> Verifier:
         if self._forks:
             ours, theirs = Pipe()
-            pid = os.fork()
-            if pid == 0:
-                ours.close()
-                _serve(theirs, self._architecture)
-            theirs.close()
-            self._child = pid, ours
+            try:
+                with signals_wait() as go_on:
+                    pid = os.fork()
+                    if pid == 0:
+                        ours.close()
+                        _serve(theirs, self._architecture, go_on)
+                    theirs.close()
+                    self._child = pid, ours
+            except BaseException:
+                self._end()
+                raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
+        self._end()
+
+    def _end(self) -> None:
         if self._child is not None:
             pid, pipe = self._child
             pipe.close()
@@ -76,11 +85,13 @@ class Verifier:
         return str(text)
 
 
-def _serve(pipe: Connection, architecture: str) -> None:
+def _serve(pipe: Connection, architecture: str, go_on: Callable[[], None]) -> None:
     """The fork's life; never returns."""
     let_go_in_fork()
     die_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    go_on()
     torch.set_num_threads(1)
     gc.disable()  # a fifth of the time that importing transformers takes; nothing lives long here
     with contextlib.suppress(BaseException):
