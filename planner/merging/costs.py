@@ -163,6 +163,11 @@ SAMPLE_BYTES = 2**23
 """Rates of reading and writing are measured on at most this much, and on no more than the merge writes."""
 
 
+def rates_to_run(num_ranks: int) -> MergeRates | None:
+    """Rates that do to run a plan of one rank, whose order they do not change; None where they have to be measured."""
+    return None if num_ranks > 1 else MergeRates(UNKNOWN_RATE, UNKNOWN_RATE, UNKNOWN_RATE, UNKNOWN_RATE, _num_cores())
+
+
 def measure_rates(graph: MergeGraph, output: str | Path) -> MergeRates:
     """Rates of reading the inputs, writing beside the output, and arithmetic on one core, from short samples.
 

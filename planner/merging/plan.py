@@ -115,8 +115,9 @@ def plan_merge(graph: MergeGraph, num_ranks: int, rates: MergeRates, memory_cap:
 
 
 def plan_recipe(recipe: MergeRecipe, where: str, out: Path, known: Mapping[str, CheckpointFiles], num_ranks: int,
-                memory_cap: int | None, shard_bytes: int, dtype: str | None = None) -> MergePlan:
-    """The plan of one recipe at rates measured now; ``dtype`` replaces its out_dtype.
+                memory_cap: int | None, shard_bytes: int, dtype: str | None = None,
+                rates: MergeRates | None = None) -> MergePlan:
+    """The plan of one recipe; ``dtype`` replaces its out_dtype, ``rates`` those that are measured now.
 
     Raises:
         InputError, InfeasibleError: see `mipipe.graphs.merging.build.build` and `plan_merge`.
@@ -124,17 +125,19 @@ def plan_recipe(recipe: MergeRecipe, where: str, out: Path, known: Mapping[str, 
     if dtype is not None:
         recipe = dataclasses.replace(recipe, out_dtype=dtype)
     graph = build(recipe, f"{where}, recipe {recipe.name}" if recipe.name else where, known)
-    return plan_graph(graph, out, num_ranks, memory_cap, shard_bytes)
+    return plan_graph(graph, out, num_ranks, memory_cap, shard_bytes, rates)
 
 
-def plan_graph(graph: MergeGraph, out: Path, num_ranks: int, memory_cap: int | None, shard_bytes: int) -> MergePlan:
-    """The plan of a graph at rates measured now."""
-    return plan_merge(graph, num_ranks, measure_rates(graph, out), memory_cap, shard_bytes)
+def plan_graph(graph: MergeGraph, out: Path, num_ranks: int, memory_cap: int | None, shard_bytes: int,
+               rates: MergeRates | None = None) -> MergePlan:
+    """The plan of a graph, at rates measured now where none are given."""
+    return plan_merge(graph, num_ranks, measure_rates(graph, out) if rates is None else rates, memory_cap, shard_bytes)
 
 
 def plan_chain(recipes: Sequence[MergeRecipe], where: str, out: Path, num_ranks: int, memory_cap: int | None,
                shard_bytes: int, dtype: str | None = None,
-               opened: Mapping[str, CheckpointFiles] | None = None) -> list[MergePlan]:
+               opened: Mapping[str, CheckpointFiles] | None = None,
+               rates: MergeRates | None = None) -> list[MergePlan]:
     """The plans of chained recipes of which none has run: later ones read the layouts of earlier ones.
 
     ``opened``: models by the labels that recipes have for them.
@@ -142,7 +145,7 @@ def plan_chain(recipes: Sequence[MergeRecipe], where: str, out: Path, num_ranks:
     known = dict(opened or {})
     plans = []
     for recipe in recipes:
-        plans.append(plan_recipe(recipe, where, out, known, num_ranks, memory_cap, shard_bytes, dtype))
+        plans.append(plan_recipe(recipe, where, out, known, num_ranks, memory_cap, shard_bytes, dtype, rates))
         known[recipe.name] = as_checkpoint(plans[-1].graph, plans[-1].shards)
     return plans
 

@@ -28,6 +28,7 @@ from mipipe.graphs.merging.graph import MergeGraph
 from mipipe.graphs.merging.recipes.moe_recipe import MoeRecipe, build_moe, dry_router, read_moe_recipe
 from mipipe.graphs.merging.recipes.recipe import MergeRecipe, read_recipes
 from mipipe.graphs.serialize import load_data
+from mipipe.planner.merging.costs import rates_to_run
 from mipipe.planner.merging.plan import SHARD_BYTES, MergePlan, plan_chain, plan_graph, plan_recipe
 from mipipe.runtime.calibration.tokens import Samples
 from mipipe.runtime.merge import worker
@@ -130,7 +131,7 @@ def _merge_recipes(recipes: Sequence[MergeRecipe], out: Path, options: MergeOpti
     converted = [Path(files.path).name for files in known.values()]
     if len(recipes) > 1:  # what is wrong with a later one shall not show after hours of the first
         plan_chain([part for part in recipes if part.adapter is None], where, out, options.num_ranks,
-                   options.memory_cap, options.shard_bytes, options.dtype, known)
+                   options.memory_cap, options.shard_bytes, options.dtype, known, rates_to_run(options.num_ranks))
     for number, part in enumerate(recipes):
         last = number == len(recipes) - 1
         target = out if last else steps / part.name
@@ -141,7 +142,7 @@ def _merge_recipes(recipes: Sequence[MergeRecipe], out: Path, options: MergeOpti
         if part.adapter is not None:
             return _kept(part, where, out, known, began, options, tell)
         plan = plan_recipe(part, where, out, known, options.num_ranks, options.memory_cap, options.shard_bytes,
-                           options.dtype)
+                           options.dtype, rates_to_run(options.num_ranks))
         _tell_notes(plan.graph, tell)
         plan, samples = with_samples(plan, options.loaders, where, tell, steps / "learned")
         if not (target.exists() and made_by(target, plan)):
@@ -192,7 +193,8 @@ def assemble_moe(recipe: MoeRecipe, out: Path, options: MergeOptions, where: str
     files = make_router(recipe, steps / "router")
     if options.dtype is not None:
         recipe = dataclasses.replace(recipe, dtype=options.dtype)
-    plan = plan_graph(build_moe(recipe, files, where), out, options.num_ranks, options.memory_cap, options.shard_bytes)
+    plan = plan_graph(build_moe(recipe, files, where), out, options.num_ranks, options.memory_cap, options.shard_bytes,
+                      rates_to_run(options.num_ranks))
     _tell_notes(plan.graph, tell)
     run_plan(plan, out, options, progress)
     _forget(steps, ["router"])

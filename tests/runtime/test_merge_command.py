@@ -96,7 +96,7 @@ def test_short_samples_count_at_the_share_of_the_process():
 
 
 @pytest.mark.parametrize(("cores", "share", "ranks", "slower"), [
-    (2, 1.0, 2, 1.0), (1, 1.0, 2, 2.0), (2, 1.0, 4, 2.0),  # alone on the machine: ranks beyond its processors take turns
+    (2, 1.0, 2, 1.0), (1, 1.0, 2, 2.0), (2, 1.0, 4, 2.0),  # alone: ranks beyond the processors take turns
     (2, 0.5, 2, 1.25),  # beside three others on two processors: of five, each gets 0.4 of one in place of 0.5
     (1, 0.5, 3, 2.0), (8, 0.95, 8, 1.0)])
 def test_ranks_share_processors_and_the_disk(cores, share, ranks, slower):
