@@ -111,7 +111,20 @@ def mlx(_folder, tensors):
     return {**tensors, f"{name}.weight": torch.ones(16, 1, dtype=torch.int32), f"{name}.scales": torch.ones(16, 1)}
 
 
+def pair(integers, beside):
+    """Integers of these dimensions in place of a weight, and what is beside them: of HQQ, AQLM, quanto, and more."""
+    def make(_folder, tensors):
+        name = "model.layers.0.mlp.up_proj"
+        tensors.pop(f"{name}.weight")
+        return {**tensors, f"{name}.{integers}": torch.ones(8, 16, dtype=torch.uint8),
+                **({f"{name}.{beside}": torch.ones(16, 1)} if beside else {})}
+    return make
+
+
 @pytest.mark.parametrize(("make", "config", "message"), [
+    *((pair(*names), {}, "in place of weights") for names in (
+        ("W_q", "scale"), ("codes", "codebooks"), ("weight._data", "weight._scale"), ("q_weight", "q_scale"),
+        ("B", "s"), ("indices", "centroids.weight"), ("weight_qdata", "weight_scale"), ("weight", ""))),
     (gptq, {}, "quantize_config.json"), (packed, {}, "qweight holds packed weights"), (mlx, {}, "has scales beside it"),
     (None, {"quantization": {"bits": 4, "group_size": 64}}, "config.json has quantization"),
     (None, {"text_config": {"quantization_config": {"bits": 4}}}, "config.json has quantization_config")])

@@ -17,6 +17,9 @@ _KEYS = ("quantization_config", "quantization", "compression_config")
 _FILES = ("quantize_config.json", "quant_config.json")
 _PACKED = re.compile(r"\.(qweight|qzeros|weight_packed|weight\.absmax|weight\.quant_state\.\w+|SCB)$")
 _SCALES = re.compile(r"(\.weight)?[._](scales?|scale_inv|scb|absmax|zeros|zero_point)$", re.IGNORECASE)
+_PAIRS = (("W_q", "scale"), ("codes", "codebooks"), ("weight._data", "weight._scale"), ("q_weight", "q_scale"),
+          ("B", "s"), ("indices", "centroids.weight"), ("weight_qdata", "weight_scale"))
+"""A module's packed integers and what stands beside them: of HQQ, AQLM, quanto, ExLlamaV2, Marlin, VPTQ, torchao."""
 
 
 def refuse_quantised(label: str, files: CheckpointFiles) -> None:
@@ -47,4 +50,8 @@ def _reason(files: CheckpointFiles) -> str:
         odd = tensor.dtype not in FLOATING or tensor.dtype in QUANTISED
         if odd and len(tensor.shape) >= 2 and name.removesuffix(".weight") in modules:
             return f"tensor {name} of dtype {tensor.dtype} has scales beside it"
+        if odd and tensor.dtype != "BOOL" and len(tensor.shape) >= 2:
+            beside = [f"{name.removesuffix(part)}{other}" for part, other in _PAIRS if name.endswith("." + part)]
+            if name.endswith(".weight") or any(other in files.tensors for other in beside):
+                return f"tensor {name} holds integers of dtype {tensor.dtype} in place of weights"
     return ""
