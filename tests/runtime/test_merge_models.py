@@ -7,6 +7,7 @@ import pytest
 import torch
 from merge_fixtures import CONFIG, HIDDEN, read, state, trio, write
 
+from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.build import build
 from mipipe.graphs.merging.recipes.recipe import parse_recipe
 from mipipe.runtime.merge.launch import MergeOptions, merge
@@ -107,6 +108,20 @@ def test_gradients_in_slices_run_over_each_slice(tmp_path):
         expected = np.interp(place, np.linspace(0, 1, len(values)), values)
         assert found[f"model.layers.{layer}.mlp.up_proj.weight"] == pytest.approx(expected), layer
     assert {found[name] for name in found if ".layers." not in name} == {0.0}
+
+
+def test_layers_beyond_the_configs_count_in_no_stack(tmp_path):
+    """As DeepSeek-V3's that predicts a further token is numbered on from the last of the stack."""
+    weights = trio(tmp_path, layers=3)["base"]
+    for name in ("a", "b"):
+        write(tmp_path / name, weights, {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2})
+    recipe = {"merge_method": "slerp", "base_model": f"{tmp_path}/a", "parameters": {"t": [0.0, 0.5]}}
+    graph = build(parse_recipe({**recipe, "models": [{"model": f"{tmp_path}/b"}]}, "recipe"))
+    found = {unit.name: unit.parameters["t"] for unit in graph.units if unit.method != "copy"}
+    assert [found[f"model.layers.{layer}.mlp.up_proj.weight"] for layer in range(3)] == [0.0, 0.5, 0.5]
+    sources = [{"model": f"{tmp_path}/{name}", "layer_range": [0, 3]} for name in "ab"]
+    with pytest.raises(InputError, match="which has 2 layers"):
+        build(parse_recipe({**recipe, "slices": [{"sources": sources}]}, "recipe"))
 
 
 # Vocabularies ---------------------------------------------------------------------------------------------------------
