@@ -203,8 +203,11 @@ def test_quantised_models(root):
     fails(root, recipe(root, models=[{"model": f"{root}/f8"}]), "is stored in F8_E4M3; dequantise")
     weights["model.layers.0.mlp.up_proj.weight"] = torch.ones(16, 8, dtype=torch.int8)
     write(root / "i8", weights)
-    fails(root, recipe(root, models=[{"model": f"{root}/i8"}]), "up_proj.weight is stored as F32 in", "but I8 in",
-          "i8; dequantise")
+    fails(root, recipe(root, models=[{"model": f"{root}/i8"}]), "i8: is quantised", "integers of dtype I8 in place of")
+    for name, dtype in (("f", torch.float32), ("i", torch.int8)):
+        write(root / name, {**read(root / "expert1"), "model.layers.0.gate": torch.ones(16, 8, dtype=dtype)})
+    fails(root, recipe(root, base_model=f"{root}/f", models=[{"model": f"{root}/i"}]),
+          "layers.0.gate is stored as F32 in", "but I8 in", "/i; dequantise")
 
 
 def test_values_that_are_no_numbers(root):

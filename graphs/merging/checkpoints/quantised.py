@@ -50,7 +50,7 @@ def _reason(files: CheckpointFiles) -> str:
         odd = tensor.dtype not in FLOATING or tensor.dtype in QUANTISED
         if odd and len(tensor.shape) >= 2 and name.removesuffix(".weight") in modules:
             return f"tensor {name} of dtype {tensor.dtype} has scales beside it"
-        if odd and tensor.dtype != "BOOL" and len(tensor.shape) >= 2:
+        if odd and tensor.dtype not in (*QUANTISED, "BOOL") and len(tensor.shape) >= 2:
             beside = [f"{name.removesuffix(part)}{other}" for part, other in _PAIRS if name.endswith("." + part)]
             if name.endswith(".weight") or any(other in files.tensors for other in beside):
                 return f"tensor {name} holds integers of dtype {tensor.dtype} in place of weights"
