@@ -104,6 +104,35 @@ def test_an_adapter_is_extracted_from_two_checkpoints(tmp_path, rule):
             torch.testing.assert_close(value, weights["expert1"][name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [{"energy": 1.0}, {"energy": 0.7}])
+def test_peft_loads_an_adapter_extracted_of_a_mixture(tmp_path, rule):
+    """Whose blocks transformers joins and renames, so that all experts and routers have one rank; the others theirs."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(
+        vocab_size=12, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2)).eval()
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(0.05 * torch.randn_like(value))
+    model.save_pretrained(tmp_path / "tuned")
+    run(task(tmp_path, "tuned", adapter=rule), tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] and not any("moe" in module for module in config["rank_pattern"])
+    run({"merge_method": "passthrough", "models": [{"model": f"{tmp_path}/base+{tmp_path}/lora"}]}, tmp_path / "again")
+    loaded = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+                                            tmp_path / "lora").eval()
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        found, again = (item(ids).logits for item in (
+            loaded, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()))
+        torch.testing.assert_close(found, again, rtol=0, atol=1e-5)
+        if rule["energy"] == 1.0:
+            torch.testing.assert_close(found, model(ids).logits, rtol=0, atol=1e-5)
+
+
 def test_an_adapter_extracted_of_a_tied_model_with_biases(tmp_path):
     """PEFT ties nothing that it saves, and has the bias of a module that it wraps inside the wrapper."""
     weights = {}

@@ -90,6 +90,13 @@ def test_all_unknown_keys_and_parameters_are_named():
                       "parameters": {"wieght": 1, "densty": 0.5}}, "recipe")
 
 
+def test_parameters_left_empty_are_none():
+    """As where all of them are commented out."""
+    models = [{"model": "a", "parameters": None}, {"model": "b"}]
+    empty = parse_recipe({"merge_method": "linear", "models": models, "parameters": None}, "recipe")
+    assert empty == parse_recipe({"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}]}, "recipe")
+
+
 def test_a_single_filter_is_a_list_of_one(tmp_path):
     weights = trio(tmp_path)
     found = run({"merge_method": "passthrough", "models": [{"model": f"{tmp_path}/base"}],

@@ -40,11 +40,12 @@ def _python_names(data: Any) -> Any:
     """The data with ``from`` and ``to`` of name rules as Python spells them, and ``1e-5`` as the number it is.
 
     YAML 1.1, which PyYAML reads, takes a number without a point for a word. A parameter that is one filter becomes a
-    list of one.
+    list of one; ``parameters:`` without any are none.
     """
     if isinstance(data, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", data):
         return float(data)
     if isinstance(data, dict):
+        data = {key: item for key, item in data.items() if (key, item) != ("parameters", None)}
         renamed = {"from": "source", "to": "target"} if set(data) == {"from", "to"} else {}
         found = {renamed.get(key, key): _python_names(item) for key, item in data.items()}
         if isinstance(found.get("parameters"), dict):

@@ -93,7 +93,24 @@ def extract(graph: MergeGraph, rule: AdapterRule) -> Extracted:
             found.tensors[f"base_model.model.{module}.base_layer.bias"] = found.tensors.pop(f"base_model.model.{name}")
     if not found.ranks:
         raise InputError("adapter: the merge changes no matrix of the base, so there is no adapter to make")
+    _even_experts(found)
     return found
+
+
+def _even_experts(found: Extracted) -> None:
+    """Rows and columns of zeros up to the largest rank for experts and their router.
+
+    transformers joins the experts of a block and renames it on loading, where ``rank_pattern`` does not follow.
+    """
+    largest = max(found.ranks.values())
+    blocks = tuple({module[:module.index(".experts.") + 1] for module in found.ranks if ".experts." in module})
+    for module in [module for module in found.ranks if module.startswith(blocks)] if blocks else ():
+        for part in "AB":
+            name = f"base_model.model.{module}.lora_{part}.weight"
+            more = largest - found.ranks[module]
+            found.tensors[name] = torch.nn.functional.pad(found.tensors[name], (0, more) if part == "B" else
+                                                          (0, 0, 0, more))
+        found.ranks[module] = largest
 
 
 def factors(delta: Tensor, rule: AdapterRule) -> tuple[Tensor, Tensor, float, float]:
