@@ -283,6 +283,28 @@ def refuse_overflow(name: str, values: Tensor, dtype: torch.dtype) -> None:
                        " choose another dtype (out_dtype, --dtype)")
 
 
+def as_stored(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values in the dtype in which they are written, contiguous and their own.
+
+    Raises:
+        RunError: some are not finite, or the dtype cannot hold them.
+    """
+    refuse_infinite(name, values)
+    refuse_overflow(name, values, dtype)
+    return values.to(dtype, copy=True).contiguous()
+
+
+def refuse_infinite(name: str, values: Tensor) -> None:
+    """Raise for values that are not finite, of whichever input they are.
+
+    Raises:
+        RunError: naming the tensor.
+    """
+    if not bool(torch.isfinite(values).all()):
+        raise RunError(f"{name}: comes out with values that are not finite numbers; look for them in the models, or"
+                       " check the method's parameters")
+
+
 def refuse_nonfinite(unit: MergeUnit, piece: UnitPiece) -> None:
     """Raise for a tensor that came out with NaN or infinite values, naming the input at fault if there is one."""
     for tile in piece.tiles(whole=False):

@@ -11,7 +11,7 @@ import yaml
 from merge_fixtures import read, state, trio, write
 from safetensors.torch import load_file, save_file
 
-from mipipe.graphs.errors import InputError
+from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.merging.recipes.recipe import parse_recipe
 from mipipe.runtime.merge import MergeOptions, merge, merge_state_dicts
 from mipipe.runtime.merge.programs.transplant import matching_pursuit, transplanted
@@ -102,6 +102,30 @@ def test_an_adapter_is_extracted_from_two_checkpoints(tmp_path, rule):
             tmp_path / "again")
         for name, value in read(tmp_path / "again").items():
             torch.testing.assert_close(value, weights["expert1"][name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("model.layers.0.mlp.up_proj.weight", float("nan"), "up_proj.weight: comes out with values that are not finite"),
+    ("model.norm.weight", float("inf"), "norm.weight: comes out with"),
+    ("model.norm.weight", 70000.0, "norm.weight: has values up to 70000, which float16")])
+def test_values_that_an_adapter_cannot_hold_are_refused(tmp_path, name, value, message):
+    """Extracted of a model, as kept from adapters, and before anything is decomposed."""
+    weights = trio(tmp_path)["expert1"]
+    weights[name].view(-1)[1] = value
+    write(tmp_path / "wrong", weights)
+    with pytest.raises(RunError, match=message):
+        run(task(tmp_path, "wrong", adapter={"rank": 2}, out_dtype="float16"), tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+    if "up_proj" in name:
+        run(task(tmp_path, "expert2", adapter={"rank": 2}), tmp_path / "one")
+        tensors = load_file(tmp_path / "one" / "adapter_model.safetensors")
+        tensors["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"][0] = value
+        save_file({key: item for key, item in tensors.items() if "lora_" in key},
+                  tmp_path / "one" / "adapter_model.safetensors")
+        for method in ("task_arithmetic", "ties"):
+            with pytest.raises(RunError, match="not finite"):
+                run({"merge_method": method, "base_model": f"{tmp_path}/base", "models": [{"model": f"{tmp_path}/one"}],
+                     "adapter": {"rank": 2}}, tmp_path / method)
 
 
 @pytest.mark.slow

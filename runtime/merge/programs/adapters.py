@@ -27,7 +27,7 @@ from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.graphs.merging.passes import scope_of
 from mipipe.graphs.merging.recipes.recipe import AdapterRule
 from mipipe.graphs.serialize import write_text
-from mipipe.runtime.merge.engine import refuse_overflow
+from mipipe.runtime.merge.engine import as_stored, refuse_infinite
 from mipipe.runtime.merge.methods.method import merge_tensors
 from mipipe.runtime.merge.methods.registry import BY_METHOD
 from mipipe.runtime.merge.methods.spectral import svd
@@ -59,6 +59,7 @@ def keep_adapters(graph: MergeGraph, rank: int | None, out: Path) -> KeptAdapter
 
     Raises:
         InputError: a model that is no adapter, a method that cannot be kept low-rank, no rank where one is needed.
+        RunError: values that are not finite, or that the dtype cannot hold.
     """
     units = [unit for unit in graph.units if any(item.adapters for item in unit.inputs)]
     if not units:
@@ -72,16 +73,16 @@ def keep_adapters(graph: MergeGraph, rank: int | None, out: Path) -> KeptAdapter
     with Shelf() as shelf, torch.no_grad():
         for unit in units:
             up, down = _merged(unit, graph, shelf)
+            refuse_infinite(unit.name, up)
+            refuse_infinite(unit.name, down)
             total = float((up.T @ up @ (down @ down.T)).trace())
             up, down = truncate(up, down, min(rank or len(down), len(down), *unit.shape))
             whole, lost = whole + total, lost + max(0.0, total - float((up.T @ up @ (down @ down.T)).trace()))
             module = unit.name.removesuffix(".weight")
             ranks[module] = len(down)
             dtype = TORCH_DTYPES[unit.dtype]
-            refuse_overflow(unit.name, down, dtype)
-            refuse_overflow(unit.name, up, dtype)
-            tensors[f"base_model.model.{module}.lora_A.weight"] = down.to(dtype).contiguous()
-            tensors[f"base_model.model.{module}.lora_B.weight"] = up.to(dtype).contiguous()
+            tensors[f"base_model.model.{module}.lora_A.weight"] = as_stored(unit.name, down, dtype)
+            tensors[f"base_model.model.{module}.lora_B.weight"] = as_stored(unit.name, up, dtype)
     _write(graph, tensors, _config(units, ranks), out)
     return KeptAdapter(ranks, sum(value.nbytes for value in tensors.values()), 1.0 - lost / whole if whole else 1.0)
 
@@ -179,6 +180,8 @@ def _merged(unit: MergeUnit, graph: MergeGraph, shelf: Shelf) -> tuple[Tensor, T
         return (torch.cat([factor * scale * up for factor, (up, _) in zip(weight, models, strict=True)], 1),
                 torch.cat([down for _, down in models]))
     deltas = [(up @ down).float() for up, down in models]
+    for delta in deltas:
+        refuse_infinite(unit.name, delta)
     blocks = []
     for piece in pieces_of(unit, graph.source_config):
         rows = [delta[piece.start:piece.stop] for delta in deltas]

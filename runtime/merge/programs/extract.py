@@ -21,6 +21,7 @@ from mipipe.graphs.merging.participants import TOKEN_TABLES, tied_head
 from mipipe.graphs.merging.passes import scope_of
 from mipipe.graphs.merging.recipes.recipe import AdapterRule
 from mipipe.graphs.merging.tensor_classes import TensorClass
+from mipipe.runtime.merge.engine import as_stored, refuse_infinite
 from mipipe.runtime.merge.methods.method import merge_piece
 from mipipe.runtime.merge.methods.registry import BY_METHOD
 from mipipe.runtime.merge.methods.spectral import svd
@@ -58,6 +59,7 @@ def extract(graph: MergeGraph, rule: AdapterRule) -> Extracted:
     Raises:
         InputError: a method without a base or with statistics of several tensors, matrices stored transposed, other
             shapes than the base's, or a merge that changes no matrix.
+        RunError: values that are not finite, or that the dtype cannot hold.
     """
     found = Extracted()
     tied = not any(unit.tensor_class is TensorClass.HEAD for unit in graph.units)
@@ -68,6 +70,7 @@ def extract(graph: MergeGraph, rule: AdapterRule) -> Extracted:
                 continue
             _check(unit)
             merged, base = _merged(unit, around)
+            refuse_infinite(unit.name, merged)
             delta = merged - base
             if not bool(delta.any()):
                 continue
@@ -78,15 +81,15 @@ def extract(graph: MergeGraph, rule: AdapterRule) -> Extracted:
                     saved.append(tied_head(unit.name))
                 found.saved += saved
                 for name in saved:
-                    value = merged.reshape(unit.shape).to(dtype, copy=True).contiguous()
+                    value = as_stored(unit.name, merged.reshape(unit.shape), dtype)
                     found.tensors[f"base_model.model.{name}"] = value
                 continue
             up, down, total, lost = factors(delta, rule)
             found.whole, found.lost = found.whole + total, found.lost + lost
             module = unit.name.removesuffix(".weight")
             found.ranks[module] = len(down)
-            found.tensors[f"base_model.model.{module}.lora_A.weight"] = down.to(dtype).contiguous()
-            found.tensors[f"base_model.model.{module}.lora_B.weight"] = up.to(dtype).contiguous()
+            found.tensors[f"base_model.model.{module}.lora_A.weight"] = as_stored(unit.name, down, dtype)
+            found.tensors[f"base_model.model.{module}.lora_B.weight"] = as_stored(unit.name, up, dtype)
     for name in found.saved:
         module, _, end = name.rpartition(".")
         if end == "bias" and module in found.ranks:  # PEFT's wrapper has the module inside it
