@@ -232,23 +232,41 @@ def run_mipipe(file: Path, out: Path, name: str, ranks: int = 1) -> dict[str, fl
     return measured(Path(sys.executable), body, arguments, cache)
 
 
+def estimated(file: Path, out: Path, name: str, ranks: int) -> float:
+    """Seconds of a merge by ``--dry-run``."""
+    cache = file.parent / "cache"
+    if name.endswith(" first"):
+        shutil.rmtree(cache, ignore_errors=True)
+    command = [sys.executable, "-m", "mipipe.cli.main", "merge", str(file), "-o", str(out), "--ranks", str(ranks),
+               "--dry-run", "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cache)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return float(json.loads(done.stdout)["total_ns"]) / 1e9
+
+
 def compare_ranks(root: Path, names: list[str], dtype: str, repeats: int, counts: list[int]) -> None:
-    """The seconds of our merges on one and on several ranks, taking turns; the best of the repeats counts."""
+    """The seconds of our merges on one and on several ranks, taking turns; the best of the repeats counts. Before each
+    the dry run says how long it will take: from the least to the largest of its estimate over the run after it."""
     table = Table("method", *(f"{count} rank{'s' * (count > 1)}: s, of cpu" for count in counts),
-                  "ratio of the last to one", title="mipipe's own merges, whole commands, files of the input in memory")
+                  "ratio of the last to one", *(f"estimate / run, {count}" for count in counts),
+                  title="mipipe's own merges, whole commands, files of the input in memory")
     for name in names:
         best: dict[int, dict[str, float]] = {}
+        foreseen: dict[int, list[float]] = {count: [] for count in counts}
         for _ in range(repeats):
             for count in counts:
                 out, file = root / "out-mipipe", root / "recipe.yaml"
                 shutil.rmtree(out, ignore_errors=True)
                 file.write_text(yaml.safe_dump(recipe(root, name, dtype)))
+                estimate = estimated(file, out, name, count)
                 run = run_mipipe(file, out, name, count)
+                foreseen[count].append(estimate / run["seconds"])
                 seen = best.setdefault(count, run)
                 best[count] = {key: min(seen[key], value) for key, value in run.items()}
         ratios = [best[counts[-1]][key] / best[counts[0]][key] for key in ("seconds", "cpu")]
         table.add_row(name, *(f"{best[count]['seconds']:.1f}, {best[count]['cpu']:.1f}" for count in counts),
-                      f"{ratios[0]:.2f}, {ratios[1]:.2f}")
+                      f"{ratios[0]:.2f}, {ratios[1]:.2f}",
+                      *(f"{min(foreseen[count]):.2f} to {max(foreseen[count]):.2f}" for count in counts))
     Console(width=120).print(table)
 
 

@@ -126,9 +126,9 @@ def join(tokens: Sequence[dict[str, int]], sizes: Sequence[int], main: int, unio
         if token in slots:
             continue
         if following in taken:
-            other = next(text for text, index in tokens[main].items() if index == following)
+            holder = next(text for text, index in tokens[main].items() if index == following)
             raise InputError(f"tokenizer: the token {shown(token)} would be added with the id {following}, which"
-                             f" {shown(other)} has: the vocabulary leaves ids out")
+                             f" {shown(holder)} has: the vocabulary leaves ids out")
         slots[token] = following
         added.append((token, following))
         following += 1

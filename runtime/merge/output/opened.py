@@ -113,7 +113,7 @@ def _installed() -> list[Any] | None:
         return None
     if files is None or spec is None or spec.origin is None or not isinstance(kind, dict):
         return None
-    place = os.path.realpath(os.fspath(found.locate_file("transformers")))
+    place = os.path.realpath(str(found.locate_file("transformers")))
     if os.path.realpath(os.path.dirname(spec.origin)) != place:
         return None
     if not isinstance(kind.get("dir_info", {}), dict) or kind.get("dir_info", {}).get("editable"):
