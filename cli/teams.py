@@ -28,7 +28,7 @@ from mipipe.planner.team import TeamMode
 from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, Recompute, completed, parse_degrees
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.outside import outside
-from mipipe.planner.teams.pieces import model_pieces, rows_of
+from mipipe.planner.teams.pieces import indivisible_of, model_pieces, rows_of
 from mipipe.planner.teams.pricing import Machine, Pricer, check_machine
 from mipipe.planner.teams.remedies import remedy
 
@@ -93,13 +93,16 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
         if output is not None:
             save(_to_run(result, model, by_branch), output)
     draw(result)
+    whole = indivisible_of(pricer.model, result.degrees)
     if json_output:
-        emit(team_data(result) | {"outside": outside(pricer, result.degrees)}
+        emit(team_data(result) | {"outside": outside(pricer, result.degrees), "whole_on_every_member": list(whole)}
              | ({} if found is None else found.data(team_data)))
         return
     if note:
         console.print(note, soft_wrap=True, markup=False)
     print_team(console, result, "evaluated as given" if found is None else found.how())
+    for line in whole:
+        console.print(f"whole on every member: {line}", soft_wrap=True, markup=False)
     for line in outside(pricer, result.degrees):
         console.print(f"warning: outside what was validated: {line}", soft_wrap=True, markup=False)
     if by_branch:

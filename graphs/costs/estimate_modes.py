@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 
 from mipipe.graphs.coarse.totals import operator_flops
 from mipipe.graphs.costs.fusion import Kernel, LiveTensor, kept, kernels, made_in_backward
-from mipipe.graphs.costs.split_rules import ATTENTION, SplitRules, split_rules
+from mipipe.graphs.costs.split_rules import ATTENTION, SplitRules, fitting, split_rules
 from mipipe.graphs.modes import (
     Collective,
     CollectiveKind,
@@ -111,7 +111,7 @@ def estimated_profile(trace: SegmentTrace, role: Role, split: TeamSplit, *, fuse
     Args:
         trace: of the segment, of one microbatch as captured.
         role: of the segment.
-        split: the team's degrees; sizes that they do not divide are rounded up.
+        split: the team's degrees; what the tensor degree does not divide stays whole (`split_rules.indivisible`).
         fused: elementwise operators run as fused kernels keep and move; else as the trace's eager operators.
         attention_again: attention runs again in the backward, and its results are not kept.
         flash: attention is one kernel.
@@ -120,7 +120,9 @@ def estimated_profile(trace: SegmentTrace, role: Role, split: TeamSplit, *, fuse
     """
     cut = fused if cut is None else cut
     known = facts or trace_facts(trace, role, fused=fused, attention_again=attention_again, cut=cut)
-    estimate = _Estimate(trace, role, known.rules, split, known, flash, attention_again)
+    heads = heads_of(trace)
+    rules = fitting(known.rules, trace, split.tensor, None if heads is None else heads[1])
+    estimate = _Estimate(trace, role, rules, split, known, flash, attention_again)
     work = {phase: _Work() for phase in Phase if trace.has(phase)}
     estimate.compute(work, fused, attention_again)
     estimate.talk(work)
@@ -151,20 +153,13 @@ class _Estimate:
         return self.split.context * self.split.tensor if name in self.rules.shared else self.whole()
 
     def degree(self, parameter: str) -> int:
-        """Into how many parts a parameter is divided; key heads at most into as many as there are."""
+        """Into how many parts a parameter is divided."""
         cut = self.rules.cuts[parameter]
         if cut == "whole":
             return 1
         if cut == "bank":
             return math.gcd(self.split.expert, self.trace.specs[parameter].shape[0])
-        heads, size = heads_of(self.trace), self.trace.specs[parameter].shape[0 if cut == "columns" else -1]
-        if heads is not None and cut == "columns" and self.split.tensor > heads[1] and size % heads[1] == 0 \
-                and size % self.split.tensor == 0 and size < self._widest():
-            return heads[1]
         return self.split.tensor
-
-    def _widest(self) -> int:
-        return max(self.trace.specs[name].shape[0] for name, cut in self.rules.cuts.items() if cut == "columns")
 
     def compute(self, work: dict[Phase, _Work], fused: bool, attention_again: bool) -> None:
         """Products, bytes and kernels of every phase."""
@@ -298,7 +293,7 @@ class _Estimate:
         specs = {item.name: item.outputs[0] for item in self.trace.operators} | self.trace.specs
         found = next(item for item in self.trace.phase_operators(Phase.F) if item.kind.startswith(ATTENTION))
         size = sum(specs[name].num_bytes for name in found.inputs[1:3])
-        size = -(-size // min(self.split.tensor, specs[found.inputs[1]].shape[1]))
+        size = -(-size // (1 if specs[found.inputs[1]].shape[1] % self.split.tensor else self.split.tensor))
         work[Phase.F].collectives.append(Collective(CollectiveKind.ALL_GATHER, "context", size))
         if Phase.I in work:
             work[Phase.I].collectives += [Collective(CollectiveKind.ALL_GATHER, "context", size),

@@ -60,6 +60,34 @@ def split_rules(trace: SegmentTrace, role: Role) -> SplitRules:
     return SplitRules(cuts, _shared(trace, products, cuts), products)
 
 
+def indivisible(rules: SplitRules, trace: SegmentTrace, members: int, key_heads: int | None) -> dict[str, str]:
+    """Parameters that the rules divide and so many members cannot, each with the reason: they stay whole on every one.
+
+    ``key_heads``: of the segment's attention; None where it has none.
+    """
+    divided = {name: cut for name, cut in rules.cuts.items() if cut in ("columns", "rows")}
+    widest = max((trace.specs[name].shape[0] for name, cut in divided.items() if cut == "columns"), default=0)
+    found = {}
+    for name, cut in divided.items():
+        shape = trace.specs[name].shape
+        table = cut == "rows" and name not in rules.products.values()
+        size = shape[0] if cut == "columns" or table else shape[-1]
+        if size % members:
+            found[name] = f"{size:,} {'rows' if cut == 'columns' or table else 'columns'}"
+        elif key_heads is not None and cut == "columns" and size < widest and key_heads % members:
+            found[name] = f"{key_heads} key heads"
+    return found
+
+
+def fitting(rules: SplitRules, trace: SegmentTrace, members: int, key_heads: int | None) -> SplitRules:
+    """The rules with what so many members cannot divide left whole (`indivisible`)."""
+    left = indivisible(rules, trace, members, key_heads)
+    if not left:
+        return rules
+    cuts: dict[str, Cut] = {name: "whole" if name in left else cut for name, cut in rules.cuts.items()}
+    return SplitRules(cuts, _shared(trace, rules.products, cuts), rules.products)
+
+
 def weight_of(name: str, trace: SegmentTrace, makers: dict[str, Operator]) -> str | None:
     """The parameter that a value is a view or a copy of."""
     while name not in trace.parameters:

@@ -214,8 +214,8 @@ def result_of(pricer: Pricer, degrees: Degrees, global_batch: int, plan: Plan, s
     seconds, kernels = took.makespan_ns / 1e9, mean(None)
     paired = plan.schedule.has_pairs
     hidden = kernels + sum(axes.values()) + optimizer - sum(took.busy_ns) / 1e9 / degrees.ranks if paired else 0.0
-    if hidden > 0:  # overlapped pairs hide collectives behind kernels
-        shown = sum(axes.values())
+    shown = sum(axes.values())
+    if hidden > 0 and shown > 0:  # overlapped pairs hide collectives behind kernels; without any it is rounding
         axes = {axis: spent * max(0.0, 1 - hidden / shown) for axis, spent in axes.items()}
     pipeline = max(0.0, seconds - instant_ns / 1e9)
     bubble = seconds - kernels - sum(axes.values()) - optimizer - pipeline

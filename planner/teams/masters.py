@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from mipipe.graphs.errors import MipipeError
 from mipipe.planner.milp.placement.degrees import ChainTask, ModeCost, StageCounts, stage_counts
+from mipipe.planner.teams.bounds import mode_costs
 from mipipe.planner.teams.degrees import Degrees, Recompute
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.pricing import PieceCost, Pricer
-from mipipe.planner.teams.space import mode_costs
 
 SQUEEZES = 3
 """How often a master is solved again with as much less memory as its stages took too much when simulated."""

@@ -13,9 +13,6 @@ from itertools import product
 
 import numpy as np
 
-from mipipe.planner.teams.degrees import Degrees
-from mipipe.planner.teams.pricing import PieceCost, Pricer
-
 TOLERANCE = 5e-4
 """Relative width at which the bisection ends; the answer is its lower end."""
 STATES = 256
@@ -60,22 +57,3 @@ def _holds(limit: float, loads: np.ndarray, size: float, within: np.ndarray, res
     for _ in range(ranks):
         most = (here + most[rest]).max(axis=1)
     return bool(most[-1] >= count)
-
-
-def packed(pricer: Pricer, degrees: Degrees, global_batch: int) -> tuple[float, float]:
-    """Seconds that the busiest rank works at least in a step where every piece is on one rank and runs once, and of
-    these seconds the least where overlapped pairs hide collectives behind kernels or kernels behind collectives."""
-    model, costs = pricer.model, pricer.costs(degrees)
-    counts = [0] * len(model.kinds)
-    of_kind: list[PieceCost] = [costs[0]] * len(model.kinds)
-    for piece, cost in zip(model.pieces, costs, strict=True):
-        counts[piece.kind] += 1
-        of_kind[piece.kind] = cost
-    kernels = [sum(phase.compute for phase in (cost.f, cost.i, cost.w) if phase) for cost in of_kind]
-    whole = [cost.f.total + cost.backward for cost in of_kind]
-    talk = [both - own for both, own in zip(whole, kernels, strict=True)]
-    microbatches = global_batch // (degrees.copies * degrees.microbatch)
-    rounding = 2e-9 * (microbatches + 1)  # a problem's durations are whole nanoseconds
-    each, first, second = (microbatches * least_busiest(times, counts, degrees.ranks) - rounding
-                           for times in (whole, kernels, talk))
-    return each, max(first, second)

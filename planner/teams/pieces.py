@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph
 from mipipe.graphs.coarse.totals import model_flops
 from mipipe.graphs.costs.estimate_modes import heads_of
-from mipipe.graphs.costs.split_rules import split_rules
+from mipipe.graphs.costs.split_rules import indivisible, split_rules
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role
 from mipipe.planner.teams.degrees import Degrees
@@ -46,6 +47,22 @@ class ModelPieces:
     def layers(self) -> list[int]:
         """The indices of pieces that are layers."""
         return [number for number, piece in enumerate(self.pieces) if piece.layer is not None]
+
+    @cached_property
+    def readers(self) -> tuple[tuple[frozenset[int], frozenset[int]], ...]:
+        """Of every piece, those that read what it makes, and those of them that give it a gradient."""
+        piece_of = {member: number for number, piece in enumerate(self.pieces) for member in piece.members}
+        found: list[tuple[set[int], set[int]]] = [(set(), set()) for _ in self.pieces]
+        for value in self.graph.values:
+            source = self.index.source[value.name]
+            if source < 0:
+                continue
+            home = piece_of[source]
+            others = {piece_of[reader] for reader in self.index.readers[value.name]} - {home}
+            found[home][0].update(others)
+            if value.name in self.index.returns_grad:
+                found[home][1].update(others)
+        return tuple((frozenset(readers), frozenset(graded)) for readers, graded in found)
 
     def flops(self, full: bool = False) -> float:
         """The model's flops of one sequence, as papers count them (`mipipe.graphs.coarse.totals`); ``full``: with all
@@ -135,6 +152,21 @@ def _member_misfit(model: ModelPieces, member: int, degrees: Degrees) -> str | N
         if wrong:
             return f"expert={degrees.expert} does not divide the {wrong[0]} experts of {name}"
     return None
+
+
+def indivisible_of(model: ModelPieces, degrees: Degrees) -> tuple[str, ...]:
+    """What every member of the tensor axis has in whole as its size does not divide: a line for each size."""
+    found: dict[str, list[str]] = {}
+    for piece in model.kinds if degrees.tensor > 1 else ():
+        for member in piece.members:
+            segment, trace, heads = model.graph.segments[member], model.index.traces[member], heads_of(
+                model.index.traces[member])
+            rules = split_rules(trace, segment.tags.role)
+            why = indivisible(rules, trace, degrees.tensor, None if heads is None else heads[1])
+            for reason in dict.fromkeys(why.values()):
+                found.setdefault(reason, []).append(segment.name)
+    return tuple(f"{', '.join(names)}: {reason} do not divide by tensor {degrees.tensor}"
+                 for reason, names in found.items())
 
 
 def _near(value: int, step: int) -> str:

@@ -22,7 +22,8 @@ def remedy(pricer: Pricer, result: TeamResult) -> str:
         if not found.shortage:
             return f"{text} would fit"
     most = max(item.peak for item in result.memory)
-    return f"no single change of a degree would fit; --memory {-(-most // 10**9)}GB would"
+    enough = f"{-(-most // 10**9)}GB" if most > 10**10 else f"{-(-most // 10**6)}MB"
+    return f"no single change of a degree would fit; --memory {enough} would"
 
 
 def changes(degrees: Degrees) -> Iterator[tuple[Degrees, str]]:

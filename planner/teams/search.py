@@ -9,8 +9,8 @@
    least to do, as long as that is below the best step.
 4. The order level (`mipipe.planner.solve`) improves the schedule of the best pipelines in the time that is left.
 
-Two bounds are told: one over all placements, and a higher one over those with every layer on one rank, where a rank has
-whole layers (`mipipe.planner.teams.packing`).
+Three bounds are told: over all placements and orders; over placements with every layer on one rank, where a rank has
+whole layers (`mipipe.planner.teams.packing`); and over those of them without overlapped pairs.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from dataclasses import replace
 
 from mipipe.graphs.errors import InfeasibleError, TimeUpError
 from mipipe.graphs.units import format_bytes
-from mipipe.planner.teams.degrees import check_given, completed
+from mipipe.planner.teams.bounds import packed
+from mipipe.planner.teams.degrees import Recompute, check_given, completed
 from mipipe.planner.teams.evaluate import TeamResult
 from mipipe.planner.teams.found import RUNNERS, Found, distinct, notes_of, runners_of
 from mipipe.planner.teams.masters import chunks_of, solved
 from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.orders import ordered
-from mipipe.planner.teams.packing import packed
 from mipipe.planner.teams.pieces import misfit
 from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.space import Point, points, promise
@@ -67,7 +67,8 @@ def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamO
     for number, point in enumerate(_in_turn(pricer, waiting, global_batch)):
         spent = time.monotonic() - began
         if distinct(results) > RUNNERS and (point.bound >= best
-                                            or packed(pricer, point.degrees, global_batch)[0] >= best):
+                                            or packed(pricer, point.degrees, global_batch,
+                                                      options.recomputation)[0] >= best):
             continue
         if spent > MASTER * options.time_limit_s and results:
             break
@@ -89,13 +90,14 @@ def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamO
         raise InfeasibleError(_why_none(pricer, count, options, devices, global_batch))
     unpriced = float("inf") if space.unpriced is None else space.unpriced
     bound = min(*[point.floor for point in waiting], unpriced)
-    whole_bound = min(unpriced, _whole_bound(pricer, waiting, global_batch, PACKED * options.time_limit_s))
+    whole_bound, plain_bound = (min(unpriced, least) for least in _whole_bounds(
+        pricer, waiting, global_batch, options.recomputation, PACKED * options.time_limit_s))
     results = _polished(pricer, results, global_batch, options, began, tell)
     if options.order:
         results = _waved(pricer, results, waiting, global_batch, options, began, tell)
         results = ordered(pricer, results, global_batch, began + ORDER * options.time_limit_s, options.seed, tell)
     top = results[0]
-    return Found(top, min(bound, top.seconds), min(whole_bound, top.seconds), runners_of(results),
+    return Found(top, *(min(least, top.seconds) for least in (bound, whole_bound, plain_bound)), runners_of(results),
                  notes_of(results, top), count, len(waiting), tries, time.monotonic() - began)
 
 
@@ -112,16 +114,19 @@ def _in_turn(pricer: Pricer, waiting: list[Point], global_batch: int) -> list[Po
     return [waiting[number] for _, number in sorted(ranked)]
 
 
-def _whole_bound(pricer: Pricer, waiting: list[Point], global_batch: int, seconds: float) -> float:
-    """The least over combinations of what the busiest rank takes where every piece is on one rank; those that there is
-    no time for count with their bound over all placements."""
-    least, until = float("inf"), time.monotonic() + seconds
-    for point in sorted(waiting, key=lambda point: point.floor):
-        if point.floor >= least or time.monotonic() > until:
-            return min(least, point.floor)
-        whole, paired = packed(pricer, point.degrees, global_batch)
-        least = min(least, max(point.floor, paired, point.stays * whole))
-    return least
+def _whole_bounds(pricer: Pricer, waiting: list[Point], global_batch: int, recomputation: Recompute | None,
+                  seconds: float) -> tuple[float, float]:
+    """The least over combinations of what the busiest rank takes where every piece is on one rank, with overlapped
+    pairs and without; those that there is no time for count with their bound over all placements."""
+    least, until = [float("inf"), float("inf")], time.monotonic() + seconds
+    for which, order in enumerate((lambda point: point.floor, lambda point: point.bound)):
+        for point in sorted(waiting, key=order):
+            if order(point) >= least[which] or time.monotonic() > until:
+                least[which] = min(least[which], order(point))
+                break
+            plain, paired = packed(pricer, point.degrees, global_batch, recomputation, point.stays)
+            least[which] = min(least[which], max(order(point), plain if which else paired))
+    return least[0], least[1]
 
 
 def _polished(pricer: Pricer, results: list[TeamResult], global_batch: int, options: TeamOptions, began: float,

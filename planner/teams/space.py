@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from mipipe.graphs.costs.split_rules import ATTENTION
 from mipipe.graphs.operator_graph import DTYPE_BYTES, Role
-from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, Recompute
+from mipipe.planner.teams.bounds import bound_of
+from mipipe.planner.teams.degrees import Degrees, Recompute
 from mipipe.planner.teams.pieces import ModelPieces, misfit
-from mipipe.planner.teams.pricing import ADAM_BYTES, GRADIENT_BYTES, PieceCost, Pricer
+from mipipe.planner.teams.pricing import ADAM_BYTES, GRADIENT_BYTES, Pricer
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +25,8 @@ class Point:
     stays: float = 0.5
 
 
-SHARES = np.array((0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0))
-"""Weights of the memory's bound beside the work's: any is valid."""
-
-
 MOST_CHUNKS = 8
 """Stages per rank that a guess counts with at the most."""
-PRICES = np.array((0.0, 0.1, 0.2, 0.3, 0.5, 1.0))
-"""Prices of holding a microbatch, in steps without recomputation: any is valid."""
 
 
 def divisors(value: int) -> list[int]:
@@ -165,63 +158,3 @@ def least_seconds(pricer: Pricer) -> float:
                     peak = kind.peak(low or pricer.machine.dtype)
                     total += item.count * item.flops / (peak * kind.achieved.share(item.kind, item.narrow, low))
     return total / model.sequences
-
-
-def mode_costs(pricer: Pricer, degrees: Degrees, recomputation: Recompute | None) -> dict[Recompute, list[PieceCost]]:
-    """The cost of every piece in every mode of recomputation that is allowed."""
-    allowed: tuple[Recompute, ...] = RECOMPUTE if recomputation is None else (recomputation,)  # type: ignore[assignment]
-    return {mode: pricer.costs(replace(degrees, recompute=mode)) for mode in allowed}
-
-
-def bound_of(pricer: Pricer, degrees: Degrees, global_batch: int,
-             recomputation: Recompute | None) -> tuple[float, float, float] | None:
-    """Seconds below which no placement of pieces on these ranks is, in any order without overlapped pairs, and in any
-    order at all, and the share of their time that overlapped pairs take at least; None where memory never suffices.
-
-    The ranks together do all work of all microbatches and the optimizer's; the busiest does at least its share, and at
-    least the largest piece. Before it begins, another rank has done a forward (all ranks but one). What a piece keeps
-    of a microbatch stays at least as long as the microbatch takes from there to the end of the model and back, so bytes
-    times seconds of all that is kept are within what all ranks have left for as long as the step takes (Little's law);
-    and when a microbatch's last forward ends, all it keeps is there at once. Recomputation trades one for the other,
-    piece by piece: any weighted mean of the bounds, with any price on the last, least over the modes of every piece, is
-    a bound (Lagrange).
-
-    Overlapped pairs hide collectives behind kernels or kernels behind collectives (`stages.overlap_rule`), in all as
-    much as the shorter of both, so the longer stays. Every action in a pair takes as much of its own time at least as
-    the rule leaves of a pair's, so that share of the bound without pairs stays, too.
-    """
-    by_mode = list(mode_costs(pricer, degrees, recomputation).values())
-    microbatches = global_batch // (degrees.copies * degrees.microbatch)
-    seconds = np.array([[cost.f.total + cost.backward for cost in costs] for costs in by_mode])
-    kept = np.array([[cost.kept for cost in costs] for costs in by_mode], dtype=float)
-    again = np.array([[cost.again for cost in costs] for costs in by_mode], dtype=float)
-    resident = sum(cost.resident for cost in by_mode[0])
-    room = degrees.ranks * pricer.machine.usable_bytes - resident
-    largest = max(cost.resident for cost in by_mode[0]) + float((kept + again).min(axis=0).max())
-    if room < kept.min(axis=0).sum() or largest > pricer.machine.usable_bytes:
-        return None
-    least = seconds.min(axis=0)
-    action = pricer.machine.kind.achieved.action_ns * 1e-9
-    fixed = 2 * action * microbatches * degrees.ranks + sum(cost.optimizer for cost in by_mode[0])
-    if degrees.ranks > 1:
-        fixed += (degrees.ranks - 1) * by_mode[0][0].f.total
-    areas = microbatches * kept * np.cumsum(least[::-1])[::-1] / room
-    loads = microbatches * seconds / degrees.ranks
-    held, scale = kept / room, float(loads.min(axis=0).sum())
-    share, price = SHARES[:, None, None, None], PRICES[None, :, None, None]
-    mixed = ((1 - share) * loads + share * areas + price * scale * held).min(axis=2).sum(axis=2)
-    mixed += (1 - SHARES[:, None]) * fixed / degrees.ranks - PRICES * scale
-    rounding = 2e-9 * (microbatches + 1)  # a problem's durations are whole nanoseconds
-    bound = max(float(mixed.max()), microbatches * float(least.max())) - rounding
-    kernels = np.array([[_kernels(cost) for cost in costs] for costs in by_mode])
-    talk = seconds - kernels
-    floor = microbatches * max(float(kernels.min(axis=0).sum()), float(talk.min(axis=0).sum()))
-    floor = (floor + sum(cost.optimizer for cost in by_mode[0])) / degrees.ranks - rounding
-    most, least_kernels = float(talk.max(axis=0).sum()), float(kernels.min(axis=0).sum())
-    stays = max(0.5, 1 - most / max(1e-30, most + least_kernels)) - 1e-6
-    return bound, min(bound, max(floor, stays * bound)), stays
-
-
-def _kernels(cost: PieceCost) -> float:
-    """Seconds of a piece's own kernels for one microbatch."""
-    return sum(phase.compute for phase in (cost.f, cost.i, cost.w) if phase is not None)

@@ -19,9 +19,9 @@ from mipipe.planner.placements.cuts import Shape, fit_cuts, place
 from mipipe.planner.plan import Plan
 from mipipe.planner.search import lists, quotas
 from mipipe.planner.search.lists import Orders
+from mipipe.planner.teams.bounds import packed
 from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, Recompute
 from mipipe.planner.teams.evaluate import TeamResult, piece_costs, result_of
-from mipipe.planner.teams.packing import packed
 from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.space import Point
 from mipipe.planner.teams.stages import stage_cost, team_problem
@@ -48,7 +48,7 @@ def promising(pricer: Pricer, points: Sequence[Point], global_batch: int) -> lis
         made = _fitting(pricer, point.degrees)
         if made is None:
             continue
-        ends = packed(pricer, made, global_batch)[0]
+        ends = packed(pricer, made, global_batch, made.recompute)[0]
         mesh = made.ranks, made.split, made.copies
         if mesh not in found or ends < found[mesh][0]:
             found[mesh] = ends, made

@@ -50,17 +50,19 @@ def make_exchange(plan: Plan, graph: OperatorGraph, stage_of: Mapping[str, int],
                     waits, options.load_factor)
 
 
-def routing_counters(graph: OperatorGraph, stage_of: Mapping[str, int], local: Iterable[int],
+def routing_counters(graph: OperatorGraph, whole: OperatorGraph, stage_of: Mapping[str, int], local: Iterable[int],
                      device: torch.device) -> tuple[dict[int, torch.Tensor], Counters]:
     """Counters [experts] by the number of the MoE layer in the graph, and what `build_stage` needs to fill them.
 
-    A layer is counted on the rank (and in the copy) that runs its first expert segment.
+    A layer is counted on the rank (and in the copy) that runs its first expert segment. Routers choose among all
+    experts of ``whole``, whose banks members or copies may hold in parts (``graph``).
     """
+    experts = {layer.name: layer.num_experts for layer in routed_layers(whole)}
     counters: dict[int, torch.Tensor] = {}
     watched: Counters = {}
     here = set(local)
     for number, layer in enumerate(routed_layers(graph)):
         if stage_of[layer.segment] in here:
-            counters[number] = torch.zeros(layer.num_experts, dtype=torch.int64, device=device)
+            counters[number] = torch.zeros(experts[layer.name], dtype=torch.int64, device=device)
             watched[layer.segment] = layer.index, counters[number]
     return counters, watched

@@ -58,6 +58,7 @@ class ExpertRun:
         self._config = config
         self.fault = ""  # why its files could not be written
         self._layers = routed_layers(engine.graph) if config is not None else ()
+        self._repeats = _repeats(engine) if config is not None else []
         self._first = engine.mesh.first
         if config is None:
             return
@@ -136,13 +137,14 @@ class ExpertRun:
             self.fault = f"experts: {error}"
 
     def counts(self) -> torch.Tensor:
-        """Tokens of the last step by layer and expert, over all ranks and copies [layers, experts]."""
+        """Tokens of the last step by layer and expert, over all ranks and copies [layers, experts]; each once, however
+        many members of a team see it."""
         total = torch.zeros(len(self._layers), self._layers[0].num_experts, dtype=torch.int64)
         for number, counter in self._engine.routing_counts().items():
             total[number] = counter
         if world() > 1:
             dist.all_reduce(total)
-        return total
+        return total // torch.tensor(self._repeats)[:, None]
 
     def loads(self) -> ExpertLoads:
         """Tokens per step and expert, the mean of the last window, as `mipipe experts` takes them."""
@@ -159,6 +161,17 @@ class ExpertRun:
             kept = sum(item.nbytes for item in state.values() if isinstance(item, torch.Tensor) and item.dim())
             return 1.0 + kept / parameter.nbytes
         return 1.0
+
+
+def _repeats(engine: Engine) -> list[int]:
+    """How many members of a team see the same tokens, of every MoE layer."""
+    whole, own = ({layer.name: _tokens(graph, layer) for layer in routed_layers(graph)}
+                  for graph in (engine.graph, engine.compiled.graph))
+    return [engine.mesh.team.members * own[name] // tokens for name, tokens in whole.items()]
+
+
+def _tokens(graph: OperatorGraph, layer: RoutedLayer) -> int:
+    return next(value.spec.shape[0] for value in graph.values if value.name == layer.index)
 
 
 def replan_map(loads: ExpertLoads, current: ExpertMap, replan: ReplanConfig) -> ExpertMap:

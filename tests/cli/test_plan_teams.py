@@ -51,6 +51,14 @@ def test_as_json(mipipe, graph):
     assert data["basis"]["evidence"]["runs"] > 10 and data["outside"]
 
 
+def test_what_does_not_divide_is_told(mipipe, graph, tmp_path):
+    """Key heads that the tensor degree does not divide are whole on every member, and the plan says so."""
+    ended = mipipe("plan", graph, *DEVICES, "--degrees", "tensor=8")
+    assert "whole on every member: model.layers.0.self_attn: 4 key heads do not divide by tensor 8" in ended.stdout
+    data = json.loads(mipipe("plan", graph, *DEVICES, "--degrees", "tensor=4,copies=2", "--json").stdout)
+    assert data["whole_on_every_member"] == []
+
+
 def test_where_efficiencies_come_from(mipipe, graph):
     """Fitted ones say on how many runs and how far off; others that they are assumed, and by what."""
     fitted, assumed = (mipipe("plan", graph, "--devices", 8, "--kind", kind, "--global-batch", 32, "--degrees",
@@ -137,6 +145,10 @@ def test_too_little_memory_says_which_degree_would_do(mipipe, graph):
     assert ended.code == 3
     for text in ("needs", "of 45.00 MB (weights", "--microbatch 1 would fit"):
         assert text in ended.stderr
+    nothing = mipipe("plan", graph, *DEVICES, "--degrees", "copies=8", "--memory", "3MB")
+    enough = re.search(r"no single change of a degree would fit; --memory (\d+MB) would", nothing.stderr)
+    assert nothing.code == 3 and enough is not None, nothing.stderr
+    assert mipipe("plan", graph, *DEVICES, "--degrees", "copies=8", "--memory", enough[1]).code == 0
     searched = mipipe("plan", graph, *DEVICES, "--memory", "1MB")
     assert searched.code == 3 and "combinations of degrees fits 1.00 MB" in searched.stderr
 

@@ -84,7 +84,7 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
     sampler = None if options.elastic is None else CoActivation(*options.elastic)
     given = joined_kernels(kernels_of(experts), {} if sampler is None else sampled_routers(graph, sampler))
     phases = Phases(graph, device, options.compile, given, member_operators(mesh, waits))
-    counters, watched = routing_counters(graph, stage_of, here, device)
+    counters, watched = routing_counters(graph, whole, stage_of, here, device)
     stages = {index: build_stage(graph, flow, segments[index], index, stage_of, weights, loss_gradient, phases,
                                  graph.outputs, watched, again_in(team, segments[index])) for index in here}
     if options.compile and dist.is_initialized():

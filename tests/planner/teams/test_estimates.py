@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
+from conftest import CONFIG
 
-from mipipe.graphs.costs.estimate_modes import TeamSplit, estimated_profile
+from mipipe.graphs.capture.model import capture
+from mipipe.graphs.costs.estimate_modes import TeamSplit, estimated_profile, heads_of
 from mipipe.graphs.costs.fusion import kept
-from mipipe.graphs.costs.split_rules import split_rules
+from mipipe.graphs.costs.split_rules import indivisible, split_rules
 from mipipe.graphs.modes import CollectiveKind
 from mipipe.graphs.operator_graph import Phase, Role
+from mipipe.graphs.sharding.modes import with_modes
 
 
 def traces(graph):
@@ -32,8 +36,6 @@ def test_columns_then_rows(llama):
 def test_estimates_equal_what_is_traced(llama, mode):
     """The estimate and `mipipe.graphs.sharding` derive a member's work from the trace by ways of their own. Flops other
     than attention's (there the estimate halves a causal mask's), parameters and collectives of blocks are the same."""
-    from mipipe.graphs.sharding.modes import with_modes
-
     graph = with_modes(llama, (mode,), (4,))
     for trace, role in traces(graph):
         traced = graph.modes.find(trace.digest, mode, 4)
@@ -48,6 +50,38 @@ def test_estimates_equal_what_is_traced(llama, mode):
                    for one in (work, own)]
             if phase is not Phase.W:  # the second gather of the sequence runs beside I's products
                 assert big[0] == big[1]
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """A layer with two key heads, an inner size of 690 and a vocabulary of 1,023: what four members cannot divide."""
+    folder = tmp_path_factory.mktemp("odd")
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": 1, "num_key_value_heads": 2,
+                                                    "intermediate_size": 690, "vocab_size": 1023}))
+    return capture(str(folder), seq=512, dtype="bfloat16", verify=False)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_what_does_not_divide_is_whole_as_when_traced(odd, size):
+    """Odd sizes and fewer key heads than members: the estimate divides what the runtime divides, and says the rest."""
+    graph = with_modes(odd, ("tensor",), (size,))
+    reasons = {}
+    for trace, role in traces(graph):
+        traced = graph.modes.find(trace.digest, "tensor", size)
+        estimate = estimated_profile(trace, role, TeamSplit(size), fused=False)
+        assert estimate.resident == traced.resident, role
+        if role is not Role.ATTENTION or size == 2:  # there the runtime gives members parts of q's and o's backward
+            for phase, work in traced.phases.items():
+                assert [sum(item.flops * item.count for item in one.products if "attention" not in item.kind)
+                        for one in (work, estimate.phases[phase])] == [work.flops - sum(
+                            item.flops * item.count for item in work.products if "attention" in item.kind)] * 2
+        heads = heads_of(trace)
+        reasons |= indivisible(split_rules(trace, role), trace, size, None if heads is None else heads[1])
+    said = {name.removeprefix("p_").removesuffix("_weight"): why for name, why in reasons.items()}
+    vocabulary = {"weight": "1,023 rows"}
+    assert said == vocabulary if size == 2 else said == {
+        **vocabulary, "k_proj": "2 key heads", "v_proj": "2 key heads", "gate_proj": "690 rows", "up_proj": "690 rows",
+        "down_proj": "690 columns"}
 
 
 def test_a_team_of_one_does_all_and_says_nothing(llama):

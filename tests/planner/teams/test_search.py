@@ -11,14 +11,14 @@ from team_machine import machine
 
 from mipipe.graphs.errors import InfeasibleError, InputError
 from mipipe.planner.milp.placement.degrees import ChainTask, ModeCost, stage_counts
+from mipipe.planner.teams.bounds import bound_of, packed
 from mipipe.planner.teams.degrees import RECOMPUTE, Degrees
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.orders import order_of
-from mipipe.planner.teams.packing import packed
 from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.search import search_teams
-from mipipe.planner.teams.space import all_degrees, bound_of, least_seconds, points, roughly_fits, variants
+from mipipe.planner.teams.space import all_degrees, least_seconds, points, roughly_fits, variants
 
 
 def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
@@ -106,7 +106,7 @@ def test_no_evaluated_step_is_below_its_bound(pieces):
             found = evaluate_teams(pricer, replace(degrees, recompute=mode), 16)
             if not found.shortage:
                 assert bound is not None and found.seconds >= bound[0] >= bound[1], degrees.text()
-                assert found.seconds >= packed(pricer, degrees, 16)[0]
+                assert found.seconds >= packed(pricer, degrees, 16, None)[0]
                 assert roughly_fits(pricer, degrees) and found.seconds >= least_seconds(pricer) * 16 / 8
 
 
@@ -178,4 +178,4 @@ def test_overlapped_pairs_stay_above_the_floor(pieces, degrees, schedule):
     bound = bound_of(pricer, degrees, 16, None)
     assert bound is not None and found.seconds >= bound[1]
     if schedule == "dualpipev":  # every layer on one rank
-        assert found.seconds >= packed(pricer, degrees, 16)[1]
+        assert found.seconds >= packed(pricer, degrees, 16, None, bound[2])[1]

@@ -10,13 +10,13 @@ import pytest
 from team_machine import machine
 
 from mipipe.planner.check import check_plan
+from mipipe.planner.teams.bounds import bound_of, packed
 from mipipe.planner.teams.degrees import Degrees
 from mipipe.planner.teams.evaluate import evaluate_teams
 from mipipe.planner.teams.options import TeamOptions
-from mipipe.planner.teams.packing import TOLERANCE, least_busiest, packed
+from mipipe.planner.teams.packing import TOLERANCE, least_busiest
 from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.search import search_teams
-from mipipe.planner.teams.space import bound_of
 from mipipe.planner.teams.waves import wave, wave_shape
 
 
@@ -58,18 +58,27 @@ def test_orders_by_lists_fit_and_stay_above_the_bounds(pieces, degrees):
         assert found is not None and not found.shortage
         assert sum(found.layers) == 6 and found.times.total == pytest.approx(found.seconds)
         check_plan(found.plan)
-        assert found.seconds >= max(bound[0], packed(pricer, degrees, 16)[0])
-        assert packed(pricer, degrees, 16)[0] >= packed(pricer, degrees, 16)[1]
+        assert found.seconds >= max(bound[0], packed(pricer, degrees, 16, "none")[0])
+        plain, paired = packed(pricer, degrees, 16, None, bound[2])
+        assert plain >= paired
 
 
-def test_a_search_tells_both_bounds(pieces):
+def test_a_search_tells_its_bounds(pieces):
     found = search_teams(Pricer(pieces, machine()), 8, 16, TeamOptions({"ranks": 4}, time_limit_s=3.0))
     assert found.bound <= found.whole_bound <= found.best.seconds
+    assert found.whole_bound <= found.plain_bound <= found.best.seconds
     one = all(len(stage.ranks) == 1 for stage in found.best.plan.placement.stages)  # as fast as the machine was
     assert found.whole_gap is None if not one else 0 <= found.whole_gap <= found.gap
-    assert found.data(lambda result: {})["whole_bound_s"] == found.whole_bound
+    assert found.plain_gap is None or 0 <= found.plain_gap <= (found.whole_gap or 0.0)
+    data = found.data(lambda result: {})
+    assert data["whole_bound_s"] == found.whole_bound and data["plain_bound_s"] == found.plain_bound
     chain = evaluate_teams(Pricer(pieces, machine()), Degrees(ranks=4, copies=2), 16)
-    told = replace(found, best=chain, bound=0.8 * chain.seconds, whole_bound=0.9 * chain.seconds)
-    assert told.bound_text().endswith("with every layer on one rank "
-                                      f"{told.whole_bound:.4g} s (gap 11.1%)")
-    assert "one rank" not in replace(told, whole_bound=told.bound).bound_text()  # no more than the other bound says
+    told = replace(found, best=chain, bound=0.8 * chain.seconds, whole_bound=0.9 * chain.seconds,
+                   plain_bound=0.95 * chain.seconds)
+    text = f"with every layer on one rank {told.whole_bound:.4g} s (gap 11.1%)"
+    assert told.bound_text().endswith(f"{text}; and no overlapped pairs {told.plain_bound:.4g} s (gap 5.3%)")
+    assert replace(told, plain_bound=told.whole_bound).bound_text().endswith(text)
+    less = replace(told, whole_bound=told.bound)  # no more than the other bound says
+    assert less.bound_text().endswith("; with every layer on one rank and no overlapped pairs"
+                                      f" {told.plain_bound:.4g} s (gap 5.3%)")
+    assert "one rank" not in replace(less, plain_bound=told.bound).bound_text()

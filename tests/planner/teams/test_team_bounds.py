@@ -1,0 +1,143 @@
+"""Bounds of degrees against plans: none is above a plan, whatever its schedule, cut, recomputation and memory."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from team_machine import machine
+
+from mipipe.graphs.errors import MipipeError
+from mipipe.planner.teams.bounds import bound_of, packed
+from mipipe.planner.teams.degrees import RECOMPUTE, Degrees
+from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
+from mipipe.planner.teams.orders import order_of
+from mipipe.planner.teams.pieces import ModelPieces
+from mipipe.planner.teams.pricing import Machine, PhaseCost, PieceCost, Pricer
+from mipipe.planner.teams.waves import shapes_of, wave
+
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "v-half", "v-min", "dualpipe", "dualpipev")
+MESHES = [Degrees(ranks=2, copies=4), Degrees(ranks=2, copies=4, zero=3), Degrees(ranks=4, copies=2),
+          Degrees(ranks=2, tensor=4, sequence=True), Degrees(ranks=4, tensor=2), Degrees(ranks=4, context=2),
+          Degrees(ranks=2, tensor=2, sequence=True, copies=2, zero=2), Degrees(ranks=3), Degrees(copies=8),
+          Degrees(tensor=8)]
+BATCH = 24
+
+
+class Heavy(Pricer):
+    """The small model with other costs: little that stays, much that a microbatch keeps, and random seconds and bytes
+    of every kind of piece."""
+
+    def __init__(self, model: ModelPieces, own: Machine, seed: int) -> None:
+        super().__init__(model, own)
+        self.seed = seed
+
+    def on(self, own: Machine, measured: object = None) -> Heavy:
+        return Heavy(self.model, own, self.seed)
+
+    def costs(self, degrees: Degrees) -> list[PieceCost]:
+        source = random.Random(self.seed)
+        factors = [[source.choice((0.3, 1.0, 3.0)) for _ in range(6)] for _ in self.model.kinds]
+        return [_scaled(cost, *factors[piece.kind])
+                for piece, cost in zip(self.model.pieces, super().costs(degrees), strict=True)]
+
+
+def _scaled(cost: PieceCost, f: float, i: float, w: float, kept: float, read: float, late: float) -> PieceCost:
+    def phase(own: PhaseCost | None, factor: float) -> PhaseCost | None:
+        return None if own is None else PhaseCost(own.compute * factor, {axis: seconds * factor for axis, seconds
+                                                                          in own.talk.items()})
+
+    forward = phase(cost.f, f)
+    assert forward is not None
+    whole = cost.again or cost.kept
+    saved = {"again" if cost.again else "kept": round(200 * kept * whole)}
+    again = replace(cost, kept=cost.kept * 20) if cost.again else cost
+    return replace(again, f=forward, i=phase(cost.i, i), w=phase(cost.w, w), **saved,
+                   until_w=round(min(200 * kept * whole, 200 * min(kept, read) * cost.until_w)),
+                   late=round(60 * late * cost.late), weights=cost.weights // 50, gradients=0, state=0, buffers=0,
+                   workspace=0, gathered=0)
+
+
+def check(pricer: Pricer, result: TeamResult) -> None:
+    """The bounds on devices with just the memory that a plan takes are not above its step."""
+    most = max(item.peak for item in result.memory)
+    kind = pricer.machine.kind
+    just = pricer.on(replace(pricer.machine, memory_bytes=most + most // 10**5 + 1, kind=kind))
+    degrees = replace(result.degrees, chunks=1, recompute="none")
+    bound = bound_of(just, degrees, result.global_batch, None)
+    assert bound is not None, "the plan fits, the bound says that none does"
+    plain, floor, stays = bound
+    where = f"{result.schedule} on {degrees.text()}, layers {result.layers}, {result.recompute}"
+    paired = result.plan.schedule.has_pairs
+    assert result.seconds >= (floor if paired else plain), f"{where}: {result.seconds} is below {bound}"
+    if all(len(stage.ranks) == 1 for stage in result.plan.placement.stages):
+        whole = packed(just, degrees, result.global_batch, None, stays)
+        assert result.seconds >= whole[paired], f"{where}: {result.seconds} is below {whole} with layers whole"
+
+
+def drawn(pricer: Pricer, source: random.Random) -> TeamResult | None:
+    """A random configuration of the small model; None where the schedule does not exist for it."""
+    degrees = replace(source.choice(MESHES), microbatch=source.choice((1, 1, 2)))
+    batch = source.choice((2, 4, 6, 8)) * degrees.copies * degrees.microbatch
+    schedule = source.choice(SCHEDULES)
+    if schedule == "interleaved":
+        degrees = replace(degrees, chunks=2 if degrees.ranks < 4 else 1)
+    recompute = [source.choice(RECOMPUTE) if piece.layer is not None else "none" for piece in pricer.model.pieces]
+    recompute = source.choice([(), recompute])
+    count = len(pricer.model.layers)
+    try:
+        return evaluate_teams(pricer, degrees, batch, schedule=schedule, recompute=recompute, layers=source.choice(
+            [None, _cut(count, 2 * degrees.ranks, source), _cut(count, degrees.ranks, source)]))
+    except MipipeError:
+        return None
+
+
+def _cut(layers: int, stages: int, source: random.Random) -> list[int]:
+    """Layers of stages, at least one in those between the ends."""
+    ends = sorted(source.choices(range(layers + 1), k=stages - 1))
+    return [after - before for before, after in zip([0, *ends], [*ends, layers], strict=True)]
+
+
+@pytest.mark.parametrize("seed, draws", [(0, 50), *(pytest.param(seed, 200, marks=pytest.mark.slow)
+                                                    for seed in range(1, 9))])
+def test_no_bound_is_above_a_plan(pieces, seed, draws):
+    """Random configurations, each on devices that have just the memory that it takes."""
+    for pricer in (Pricer(pieces, machine(10**12)), Heavy(pieces, machine(10**12), seed)):
+        source = random.Random(seed)
+        found = [made for _ in range(draws) if (made := drawn(pricer, source)) is not None]
+        assert len(found) > draws // 5 and len({item.schedule for item in found}) > 5
+        for result in found:
+            check(pricer, result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("degrees", MESHES[:-3])
+def test_no_bound_is_above_a_planned_order(pieces, degrees):
+    """Lists on Vs, Ws and chains, and the order level, in all memory and in 1.3 and 1.1 times the least of 1F1B."""
+    pricer = Pricer(pieces, machine(10**12))
+    least = min(max(item.peak for item in evaluate_teams(pricer, replace(degrees, recompute=mode), BATCH).memory)
+                for mode in RECOMPUTE)
+    for memory in (10**12, round(1.3 * least), round(1.1 * least)):
+        tight = pricer.on(replace(pricer.machine, memory_bytes=memory))
+        for mode in RECOMPUTE:
+            again = [mode if piece.layer is not None else "none" for piece in pieces.pieces]
+            for shape in shapes_of(len(pieces.pieces), degrees.ranks):
+                made = wave(tight, degrees, BATCH, shape, again, 0.2)
+                if made is not None and not made.shortage:
+                    check(pricer, made)
+        start = evaluate_teams(tight, degrees, BATCH)
+        better = order_of(tight, start, BATCH, 2.0, 0)
+        if better is not None and not better.shortage:
+            check(pricer, better)
+
+
+def test_few_microbatches_in_flight_wait(pieces):
+    """Where a rank's memory holds one microbatch, forwards wait for the first backward: the bound says so."""
+    degrees = Degrees(ranks=4, copies=2)
+    pricer = Pricer(pieces, machine(10**12))
+    loose = bound_of(pricer, degrees, 8, "none")
+    costs = pricer.costs(degrees)
+    held = sum(cost.resident + cost.kept for cost in costs) + 4 * max(cost.while_running for cost in costs)
+    tight = bound_of(pricer.on(replace(pricer.machine, memory_bytes=round(1.1 * held / 4))), degrees, 8, "none")
+    assert loose is not None and tight is not None and tight[0] > 1.1 * loose[0]
