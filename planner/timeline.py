@@ -39,6 +39,24 @@ class Span:
                 f"rank {self.rank}, {self.label}: ends at {self.end_ns} ns, before its start {self.start_ns} ns")
 
 
+@dataclass(frozen=True, slots=True)
+class AxisSpan:
+    """How long a rank waited for a collective of its team along ``axis`` (``tensor``, ``context``, ``copies``), within
+    an action."""
+
+    __pydantic_config__: ClassVar = STRICT
+    rank: Amount
+    axis: str
+    label: str
+    start_ns: Amount
+    end_ns: Amount
+
+    def __post_init__(self) -> None:
+        if self.end_ns < self.start_ns:
+            raise TimelineError(f"rank {self.rank}, {self.label} along {self.axis}: ends at {self.end_ns} ns, before"
+                                f" its start {self.start_ns} ns")
+
+
 ALL_STREAMS, ALL_KINDS = tuple(Stream), tuple(ActionKind)
 """What ``Columns.stream`` and ``Columns.kind`` count in."""
 
@@ -100,7 +118,9 @@ def _number(given: int) -> int:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Spans of all ranks, and each rank's memory over time as ``(ns, bytes)`` steps (resident bytes included)."""
+    """Spans of all ranks, and each rank's memory over time as ``(ns, bytes)`` steps (resident bytes included).
+
+    ``axes``: of measured runs on teams, collectives within the spans, of the first member of every team."""
 
     FORMAT: ClassVar = "mipipe.timeline"
     VERSION: ClassVar = 1
@@ -112,9 +132,14 @@ class Timeline:
     resident_bytes: tuple[Amount, ...] = ()
     unit_ns: Annotated[int, Field(ge=1, le=2**53)] = 1
     notes: dict[str, Any] = field(default_factory=dict)
+    axes: tuple[AxisSpan, ...] = ()
 
     def __post_init__(self) -> None:
         at = self.columns
+        for item in self.axes:
+            if item.rank >= self.num_ranks:
+                raise TimelineError(f"timeline: {item.label} along {item.axis} is of rank {item.rank}, but there are"
+                                    f" {self.num_ranks} ranks")
         if (at.end_ns - at.start_ns).sum(dtype=float) > 2**62:  # sums are counted in 64 bits
             raise TimelineError("timeline: its spans last more than 2**62 ns together")
         for number in np.flatnonzero((at.rank < 0) | (at.rank >= self.num_ranks) | (at.peer < -1)

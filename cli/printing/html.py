@@ -122,6 +122,10 @@ def _panel(panel: Panel) -> dict[str, Any]:
         ranks[span.rank][span.stream.value].append(
             [span.start_ns, span.end_ns, kinds.setdefault(span.kind.value, len(kinds)),
              labels.setdefault(span.label, len(labels)), span.microbatch, second, span.peer, span.stage])
+    for item in timeline.axes:
+        ranks[item.rank].setdefault(f"along {item.axis}", []).append(
+            [item.start_ns, item.end_ns, kinds.setdefault("COLLECTIVE", len(kinds)),
+             labels.setdefault(item.label, len(labels)), -1, 0, None, -1])
     bubbles = timeline.bubbles_ns()
     for number, rank in enumerate(ranks):
         rank["bubble"] = bubbles[number]

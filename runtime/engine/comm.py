@@ -116,12 +116,21 @@ class Waits:
     def __init__(self, timeout: timedelta, blocking: bool) -> None:
         self.timeout, self.blocking = timeout, blocking
         self._open: list[tuple[Any, Callable[[], str]]] = []
+        self.talk: list[tuple[str, str, int, int]] = []
 
     def wait(self, works: Sequence[Any], where: Callable[[], str]) -> None:
         """As `wait`: what follows, on the host or on its device, has what the works bring."""
         wait(works, self.timeout, where, self.blocking)
         if not self.blocking:
             self._open += [(work, where) for work in works]
+
+    def wait_along(self, axis: str, what: str, work: Any, where: Callable[[], str]) -> None:
+        """`wait` for a collective of the team, which is recorded in ``talk`` (axis, what, start, end) where the host
+        waits for it itself."""
+        start = time.perf_counter_ns()
+        self.wait([work], where)
+        if self.blocking:
+            self.talk.append((axis, what, start, time.perf_counter_ns()))
 
     def arrived(self, coming: Coming, where: Callable[[], str]) -> torch.Tensor:
         """A tensor that the host needs now.

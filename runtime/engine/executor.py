@@ -92,6 +92,7 @@ class Executor:
 
     def _walk(self, program: Handlers, microbatches: list[dict[str, torch.Tensor]], step: int) -> StepRecord:
         self._microbatches, self._step, self._record = microbatches, step, StepRecord(clock=self._clock.kind)
+        self._waits.talk = self._record.talk
         self._compiled.weights.refresh()
         if self._compiled.sampler is not None:
             self._compiled.sampler.active = not self._evaluating

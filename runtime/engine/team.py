@@ -52,7 +52,7 @@ class Axis:
         Raises:
             RunError: another member is gone, or does not take part in time.
         """
-        self.waits.wait([work], lambda: f"member {self.member} of axis {self.name}: {what}")
+        self.waits.wait_along(self.name, what, work, lambda: f"member {self.member} of axis {self.name}: {what}")
 
     def all_reduce(self, x: Tensor, op: str) -> Tensor:
         out = x.contiguous().clone()

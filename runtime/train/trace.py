@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from mipipe.planner.actions import ActionKind, Stream
-from mipipe.planner.timeline import Span, Timeline
+from mipipe.planner.timeline import AxisSpan, Span, Timeline
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.launching import processes
 
@@ -39,8 +39,9 @@ def measured_timeline(engine: Engine) -> Timeline | None:
         compute.append((index, *place, start + offset, end + offset))
     moved = [(index, side, moment + offset) for index, side, moment in engine.record.transfer_times]
     memory = [(moment + offset, size) for moment, size in engine.record.memory]
+    talk = [(axis, what, start + offset, end + offset) for axis, what, start, end in engine.record.talk]
     mesh = engine.mesh
-    mine = (rank, mesh.copy == 0 and mesh.member == 0, compute, moved, memory)
+    mine = (rank, mesh.copy == 0 and mesh.member == 0, compute, moved, memory, talk)
     everyone = processes.gather(mine)
     if not mesh.first:
         return None
@@ -49,11 +50,14 @@ def measured_timeline(engine: Engine) -> Timeline | None:
 
 def _assemble(engine: Engine, everyone: Sequence[Any]) -> Timeline:
     program = engine.compiled.program
-    origin = min((start for _, _, compute, _, _ in everyone for *_, start, _ in compute), default=0)
+    origin = min((start for _, _, compute, *_ in everyone for *_, start, _ in compute), default=0)
     spans = []
     sent: dict[int, int] = {}
     arrived: dict[int, int] = {}
-    for rank, _, compute, moved, _ in everyone:
+    axes: list[AxisSpan] = []
+    for rank, _, compute, moved, _, talk in everyone:
+        axes += [AxisSpan(rank, axis, what, max(0, start - origin), max(0, end - origin))
+                 for axis, what, start, end in talk]
         for index, stage, microbatch, start, end in compute:
             instruction = program.ranks[rank][index]
             label = str(instruction.action) if instruction.action else str(instruction.kind)
@@ -67,11 +71,11 @@ def _assemble(engine: Engine, everyone: Sequence[Any]) -> Timeline:
             spans.append(Span(transfer.source_rank, Stream.CHANNEL, ActionKind.SEND, str(transfer), start, end,
                               transfer.source_stage, transfer.microbatch, transfer.target_rank))
     spans.sort(key=lambda span: (span.start_ns, span.rank))
-    memory = tuple(tuple((moment - origin, size) for moment, size in sizes) for *_, sizes in everyone)
+    memory = tuple(tuple((moment - origin, size) for moment, size in sizes) for *_, sizes, _ in everyone)
     return Timeline("measured", len(everyone), tuple(spans), memory if any(memory) else (),
                     unit_ns=engine.plan.problem.unit_ns,
                     notes={"plan": engine.plan.name, "threads": torch.get_num_threads(), "step": engine.steps_done,
-                           "device": engine.mesh.device.type, "clock": engine.record.clock})
+                           "device": engine.mesh.device.type, "clock": engine.record.clock}, axes=tuple(axes))
 
 
 def clock_offset_ns(engine: Engine) -> int:

@@ -13,9 +13,14 @@ import runtime_models as models
 import torch
 from safetensors.torch import load_file
 
+from mipipe.cli.printing.html import Panel, page
+from mipipe.graphs.errors import TimelineError
 from mipipe.graphs.operator_graph import Role
 from mipipe.graphs.recipes.adapters import is_adapter
+from mipipe.graphs.serialize import load, save
+from mipipe.planner.actions import Stream
 from mipipe.planner.team import Team, TeamMode
+from mipipe.planner.timeline import Timeline
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.engine.team import member_pieces
@@ -24,6 +29,7 @@ from mipipe.runtime.recipes.optimizers import BANK, OPTIMIZERS
 from mipipe.runtime.train.config import CheckpointConfig, ExpertsConfig, OptimizerConfig, TrainConfig
 from mipipe.runtime.train.data import Batches
 from mipipe.runtime.train.optim import parameter_roles
+from mipipe.runtime.train.trace import measured_timeline
 from mipipe.runtime.train.training import Trainer
 from mipipe.runtime.weights.checkpoint import optimizer_tensors
 from mipipe.runtime.weights.checkpoint_run import Start
@@ -187,6 +193,34 @@ def test_copies_of_teams_share_optimizer_state(pool, tmp_path, name, shard):
     again = pool.run(4, __file__, "train", name, plan_of(made.graph, 2, Team({"tensor": 2}, modes=(
         TeamMode("tensor", "sequence"),))), made.graph, made.state(), config_of(tmp_path, STEPS), timeout=240.0)
     check(name, again, 2, STEPS)
+
+
+def measured(plan, graph, state, batch):
+    """What a process does: a step, and its timeline."""
+    engine = Engine(plan, graph, state)
+    engine.step(batch)
+    return measured_timeline(engine)
+
+
+@pytest.mark.slow
+def test_a_timeline_has_a_lane_for_each_axis(pool, tmp_path):
+    """Waits for collectives lie within the actions of their rank; the HTML page draws a lane for each axis."""
+    made = equal.case("llama")
+    for ranks, team in ((1, OTHERS), (2, TEAMS)):
+        timeline, *others = pool.run(4, __file__, "measured", plan_of(made.graph, ranks, team), made.graph,
+                                     made.state(), made.batch(MICROBATCHES), timeout=240.0)
+        assert others == [None] * 3
+        assert {(item.rank, item.axis) for item in timeline.axes} == {
+            (rank, axis) for rank in range(ranks) for axis in team.axes}
+        for item in timeline.axes:
+            assert any(span.rank == item.rank and span.stream is Stream.COMPUTE and span.start_ns <= item.start_ns
+                       and item.end_ns <= span.end_ns for span in timeline.spans), item
+        save(timeline, tmp_path / "timeline.json")
+        assert load(tmp_path / "timeline.json", Timeline).axes == timeline.axes
+        text = page("measured", [Panel("measured", timeline)])
+        assert all(f'"along {axis}"' in text for axis in team.axes)
+        with pytest.raises(TimelineError, match="there are 1 ranks"):
+            replace(timeline, num_ranks=1, spans=(), memory=(), axes=(replace(timeline.axes[0], rank=1),))
 
 
 @pytest.mark.slow
