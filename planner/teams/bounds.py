@@ -8,7 +8,7 @@ import numpy as np
 
 from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, Recompute
 from mipipe.planner.teams.pricing import PieceCost, Pricer
-from mipipe.planner.teams.windows import chain_of, seconds_of, windows_of
+from mipipe.planner.teams.windows import chain_of, phase_table, table, windows_of
 
 SHARES = np.array((0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0))
 """Weights of the memory's bound beside the work's: any is valid."""
@@ -42,10 +42,9 @@ def bound_of(pricer: Pricer, degrees: Degrees, global_batch: int,
     of_mode = mode_costs(pricer, degrees, recomputation)
     by_mode = list(of_mode.values())
     microbatches = global_batch // (degrees.copies * degrees.microbatch)
-    forward, inputs, weights, kept, again, read = (
-        np.array([[of(cost) for cost in costs] for costs in by_mode], dtype=float) for of in (
-            lambda cost: cost.f.total, lambda cost: seconds_of(cost.i), lambda cost: seconds_of(cost.w),
-            lambda cost: cost.kept, lambda cost: cost.again, lambda cost: cost.late + cost.until_w))
+    forward, inputs, weights = (phase_table(by_mode, name) for name in ("f", "i", "w"))
+    kept, again = table(by_mode, lambda cost: cost.kept), table(by_mode, lambda cost: cost.again)
+    read = table(by_mode, lambda cost: cost.late + cost.until_w)
     seconds = forward + inputs + weights
     resident = sum(cost.resident for cost in by_mode[0])
     usable = pricer.machine.usable_bytes
@@ -65,7 +64,7 @@ def bound_of(pricer: Pricer, degrees: Degrees, global_batch: int,
     mixed += (1 - SHARES[:, None]) * fixed / degrees.ranks - PRICES * scale
     rounding = 2e-9 * (microbatches + 1)  # a problem's durations are whole nanoseconds
     bound = float(mixed.max()) - rounding
-    kernels = np.array([[_kernels(cost) for cost in costs] for costs in by_mode])
+    kernels = table(by_mode, _kernels)
     stays, most = _pairs(kernels, seconds - kernels, 3e-9 * pricer.machine.kind.achieved.action_ns * len(by_mode[0]))
     busy = max(float(kernels.min(axis=0).sum()), float((seconds - kernels).min(axis=0).sum()))
     floor = max(microbatches * busy + update, microbatches * busy + stays * update
@@ -96,8 +95,7 @@ def packed(pricer: Pricer, degrees: Degrees, global_batch: int, recomputation: R
     the share ``stays`` of their time at least. The busiest rank of the best packing bounds both, and what the first
     forwards and the last backwards leave undone."""
     by_mode = mode_costs(pricer, degrees, recomputation)
-    forward, inputs = (np.array([[seconds_of(phase(cost)) for cost in costs] for costs in by_mode.values()]).min(axis=0)
-                       for phase in (lambda cost: cost.f, lambda cost: cost.i))
+    forward, inputs = (phase_table(by_mode.values(), name).min(axis=0) for name in ("f", "i"))
     chain = chain_of(pricer.model, forward.tolist(), inputs.tolist())
     windows = windows_of(pricer.model, by_mode, chain, degrees.ranks,
                          global_batch // (degrees.copies * degrees.microbatch), pricer.machine.usable_bytes)

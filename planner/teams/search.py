@@ -97,8 +97,8 @@ def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamO
         results = _waved(pricer, results, waiting, global_batch, options, began, tell)
         results = ordered(pricer, results, global_batch, began + ORDER * options.time_limit_s, options.seed, tell)
     top = results[0]
-    return Found(top, *(min(least, top.seconds) for least in (bound, whole_bound, plain_bound)), runners_of(results),
-                 notes_of(results, top), count, len(waiting), tries, time.monotonic() - began)
+    return Found(top, min(bound, top.seconds), min(whole_bound, top.seconds), min(plain_bound, top.seconds),
+                 runners_of(results), notes_of(results, top), count, len(waiting), tries, time.monotonic() - began)
 
 
 def _in_turn(pricer: Pricer, waiting: list[Point], global_batch: int) -> list[Point]:
@@ -118,15 +118,20 @@ def _whole_bounds(pricer: Pricer, waiting: list[Point], global_batch: int, recom
                   seconds: float) -> tuple[float, float]:
     """The least over combinations of what the busiest rank takes where every piece is on one rank, with overlapped
     pairs and without; those that there is no time for count with their bound over all placements."""
-    least, until = [float("inf"), float("inf")], time.monotonic() + seconds
-    for which, order in enumerate((lambda point: point.floor, lambda point: point.bound)):
-        for point in sorted(waiting, key=order):
-            if order(point) >= least[which] or time.monotonic() > until:
-                least[which] = min(least[which], order(point))
+    until = time.monotonic() + seconds
+    found = []
+    for pairs in (True, False):
+        least = float("inf")
+        known = {id(point): point.floor if pairs else point.bound for point in waiting}
+        for point in sorted(waiting, key=lambda point: known[id(point)]):
+            own = known[id(point)]
+            if own >= least or time.monotonic() > until:
+                least = min(least, own)
                 break
             plain, paired = packed(pricer, point.degrees, global_batch, recomputation, point.stays)
-            least[which] = min(least[which], max(order(point), plain if which else paired))
-    return least[0], least[1]
+            least = min(least, max(own, paired if pairs else plain))
+        found.append(least)
+    return found[0], found[1]
 
 
 def _polished(pricer: Pricer, results: list[TeamResult], global_batch: int, options: TeamOptions, began: float,

@@ -23,8 +23,9 @@ Overlapped pairs need a forward and a backward, so there are none in the windows
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -122,11 +123,9 @@ def windows_of(model: ModelPieces, by_mode: Mapping[Recompute, Sequence[PieceCos
         counts[piece.kind] += 1
         place[piece.kind] = number
     own = [[costs[number] for number in place] for costs in by_mode.values()]
-    f, i, w, kept, late = (np.array([[read(cost) for cost in costs] for costs in own], dtype=float) for read in (
-        lambda cost: cost.f.total, lambda cost: seconds_of(cost.i), lambda cost: seconds_of(cost.w),
-        lambda cost: cost.kept, lambda cost: cost.late + cost.until_w))
-    resident, update = (np.array([read(cost) for cost in own[0]], dtype=float) for read in (
-        lambda cost: cost.resident, lambda cost: cost.optimizer))
+    f, i, w = (phase_table(own, name) for name in ("f", "i", "w"))
+    kept, late = table(own, lambda cost: cost.kept), table(own, lambda cost: cost.late + cost.until_w)
+    resident, update = table(own, lambda cost: cost.resident)[0], table(own, lambda cost: cost.optimizer)[0]
     memory -= min(replace(cost, late=0).while_running for costs in own for cost in costs)
     grid = np.array([(first, last) for first in (np.nan, *SHARES) for last in (np.nan, *SHARES)])
     used = ~np.isnan(grid)
@@ -141,6 +140,15 @@ def windows_of(model: ModelPieces, by_mode: Mapping[Recompute, Sequence[PieceCos
                    2e-9 * (microbatches + len(model.pieces) + 1))
 
 
-def seconds_of(cost: PhaseCost | None) -> float:
-    """Of a phase; 0 where there is none."""
-    return 0.0 if cost is None else cost.total
+def table(by_mode: Iterable[Sequence[PieceCost]], read: Callable[[PieceCost], float]) -> np.ndarray:
+    """What is read of every cost: [modes, pieces]."""
+    return np.array([[read(cost) for cost in costs] for costs in by_mode], dtype=float)
+
+
+def phase_table(by_mode: Iterable[Sequence[PieceCost]], name: Literal["f", "i", "w"]) -> np.ndarray:
+    """Seconds of a phase of every piece [modes, pieces]; 0 where there is none."""
+    def seconds(cost: PieceCost) -> float:
+        phase: PhaseCost | None = getattr(cost, name)
+        return 0.0 if phase is None else phase.total
+
+    return table(by_mode, seconds)
