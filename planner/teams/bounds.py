@@ -8,7 +8,7 @@ import numpy as np
 
 from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, Recompute
 from mipipe.planner.teams.pricing import PieceCost, Pricer
-from mipipe.planner.teams.windows import chain_of, phase_table, table, windows_of
+from mipipe.planner.teams.windows import path_times, phase_table, table, windows_of
 
 SHARES = np.array((0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0))
 """Weights of the memory's bound beside the work's: any is valid."""
@@ -52,11 +52,11 @@ def bound_of(pricer: Pricer, degrees: Degrees, global_batch: int,
     largest = max(cost.resident for cost in by_mode[0]) + float((kept + again).min(axis=0).max())
     if room < kept.min(axis=0).sum() or largest > usable:
         return None
-    chain = chain_of(pricer.model, forward.min(axis=0).tolist(), inputs.min(axis=0).tolist())
-    windows = windows_of(pricer.model, of_mode, chain, degrees.ranks, microbatches, usable)
+    paths = path_times(pricer.model, forward.min(axis=0).tolist(), inputs.min(axis=0).tolist())
+    windows = windows_of(pricer.model, of_mode, paths, degrees.ranks, microbatches, usable)
     update = sum(cost.optimizer for cost in by_mode[0])
     fixed = 2 * pricer.machine.kind.achieved.action_ns * 1e-9 * microbatches + update
-    areas = microbatches * (kept * chain.stay + np.minimum(kept, read) * weights) / room
+    areas = microbatches * (kept * paths.stay + np.minimum(kept, read) * weights) / room
     loads = microbatches * seconds / degrees.ranks
     held, scale = kept / room, float(loads.min(axis=0).sum())
     share, price = SHARES[:, None, None, None], PRICES[None, :, None, None]
@@ -68,7 +68,7 @@ def bound_of(pricer: Pricer, degrees: Degrees, global_batch: int,
     stays, most = _pairs(kernels, seconds - kernels, 3e-9 * pricer.machine.kind.achieved.action_ns * len(by_mode[0]))
     busy = max(float(kernels.min(axis=0).sum()), float((seconds - kernels).min(axis=0).sum()))
     floor = max(microbatches * busy + update, microbatches * busy + stays * update
-                + (1 - most) * (chain.first + chain.last) * degrees.ranks) / degrees.ranks - rounding
+                + (1 - most) * (paths.first + paths.last) * degrees.ranks) / degrees.ranks - rounding
     floor = max(floor, windows.mean(stays), stays * bound)
     bound = max(bound, windows.mean())
     return bound, min(bound, floor), stays
@@ -96,7 +96,7 @@ def packed(pricer: Pricer, degrees: Degrees, global_batch: int, recomputation: R
     forwards and the last backwards leave undone."""
     by_mode = mode_costs(pricer, degrees, recomputation)
     forward, inputs = (phase_table(by_mode.values(), name).min(axis=0) for name in ("f", "i"))
-    chain = chain_of(pricer.model, forward.tolist(), inputs.tolist())
-    windows = windows_of(pricer.model, by_mode, chain, degrees.ranks,
+    paths = path_times(pricer.model, forward.tolist(), inputs.tolist())
+    windows = windows_of(pricer.model, by_mode, paths, degrees.ranks,
                          global_batch // (degrees.copies * degrees.microbatch), pricer.machine.usable_bytes)
     return windows.busiest(), windows.busiest(stays) if stays < 1 else windows.busiest()

@@ -41,7 +41,7 @@ TRIED = 3
 
 
 @dataclass(frozen=True)
-class Windows:
+class IdleWindows:
     """Prices of a combination of degrees. ``added[price, kind]`` seconds of a piece, ``spared[price]`` what the memory
     of a rank takes away; ``used[price]``: which windows count (the first price has neither); ``ends``: their seconds;
     ``rounding``: seconds by which a problem's whole nanoseconds may be below.
@@ -77,7 +77,7 @@ class Windows:
 
 
 @dataclass(frozen=True, slots=True)
-class Chain:
+class PathTimes:
     """The longest ways through a model, in seconds of no placement: ``first`` of a forward to an end of it, the least
     over ends; ``last`` of gradients from an end back, likewise; ``stay[p]`` of a microbatch from the begin of piece
     p's forward to the end of its input gradient."""
@@ -87,7 +87,7 @@ class Chain:
     stay: np.ndarray
 
 
-def chain_of(model: ModelPieces, forward: Sequence[float], inputs: Sequence[float]) -> Chain:
+def path_times(model: ModelPieces, forward: Sequence[float], inputs: Sequence[float]) -> PathTimes:
     """The ways through a model whose pieces take these seconds forward, and for their input gradients."""
     count = len(model.pieces)
     come, back, stay = np.zeros(count), np.zeros(count), np.zeros(count)
@@ -103,17 +103,17 @@ def chain_of(model: ModelPieces, forward: Sequence[float], inputs: Sequence[floa
         stay[piece] = forward[piece] + inputs[piece] + beyond
     first = min(come[piece] for piece, (_, graded) in enumerate(model.readers) if not graded)
     last = min(back[piece] for piece, (readers, _) in enumerate(model.readers) if not readers)
-    return Chain(float(first), float(last), stay)
+    return PathTimes(float(first), float(last), stay)
 
 
-def windows_of(model: ModelPieces, by_mode: Mapping[Recompute, Sequence[PieceCost]], chain: Chain, ranks: int,
-               microbatches: int, memory: int) -> Windows:
+def windows_of(model: ModelPieces, by_mode: Mapping[Recompute, Sequence[PieceCost]], paths: PathTimes, ranks: int,
+               microbatches: int, memory: int) -> IdleWindows:
     """The windows' prices for pieces of these costs.
 
     Args:
         model: in pieces; equal ones have equal costs.
         by_mode: the cost of every piece in every mode of recomputation that is allowed.
-        chain: of pieces in the mode that takes least.
+        paths: of pieces in the mode that takes least.
         ranks: of the pipeline.
         microbatches: M of a step of one copy.
         memory: bytes of a rank's member; an action that runs needs its workspace, too.
@@ -136,7 +136,7 @@ def windows_of(model: ModelPieces, by_mode: Mapping[Recompute, Sequence[PieceCos
     after = np.where(used[:, 1, None, None], np.maximum(0.0, np.maximum(i + w - b * kept, w - b * late)), 0.0)
     added = (microbatches * (f + i + w - early - after).min(axis=1) + prices.sum(axis=1)[:, None] * resident
              + np.where(used[:, 1, None], 0.0, update))
-    return Windows(tuple(counts), ranks, added, prices.sum(axis=1) * memory, used, (chain.first, chain.last),
+    return IdleWindows(tuple(counts), ranks, added, prices.sum(axis=1) * memory, used, (paths.first, paths.last),
                    2e-9 * (microbatches + len(model.pieces) + 1))
 
 
