@@ -181,7 +181,9 @@ def _why_none(pricer: Pricer, count: int, options: TeamOptions, devices: int, gl
         if reason is not None:
             return f"no plan exists: {reason}"
     if not count:
+        more = -(-global_batch // devices) * devices
         return "no plan exists: no degrees divide the devices, heads, sequences and batch" + (
-            " with those that are fixed" if options.given else "")
+            " with those that are fixed; fix fewer" if options.given else
+            f"; --global-batch {more} would, with copies={devices}")
     return (f"no plan exists: none of {count} combinations of degrees fits {format_bytes(pricer.machine.memory_bytes)}"
             " per device; give more devices or memory" + (", or fix fewer degrees" if options.given else ""))

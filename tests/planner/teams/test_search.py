@@ -128,6 +128,14 @@ def test_where_nothing_is_left(pieces, given, memory, error, message):
         search_teams(Pricer(pieces, machine(memory)), 8, 16, TeamOptions(given, time_limit_s=10.0))
 
 
+def test_where_no_degrees_divide_a_batch_that_would_is_named(pieces):
+    """Eleven devices, eight pieces and a batch of 16 sequences: 22 are two for each of eleven copies."""
+    pricer = Pricer(pieces, machine())
+    with pytest.raises(InfeasibleError, match="--global-batch 22 would, with copies=11"):
+        search_teams(pricer, 11, 16, TeamOptions(time_limit_s=10.0))
+    assert list(all_degrees(pieces, 11, 22, {})) == [Degrees(copies=11)]
+
+
 def test_a_pipeline_that_does_not_pay_loses_and_the_plan_says_so(pieces):
     """Few microbatches and quick links: copies with sharded state beat every chain."""
     found = search_teams(Pricer(pieces, machine()), 4, 8, TeamOptions({"tensor": 1, "context": 1}, time_limit_s=20.0,
