@@ -38,8 +38,8 @@ def tune(
     limit: Annotated[int | None, typer.Option(help="Examples of each --lm-eval task; all if not given.",
                                               min=1)] = None,
     search: Annotated[str, typer.Option(help="grid, cma (CMA-ES on the weighted sum), nsga3 (NSGA-III on all"
-                                             " scores), map or bayes-map (quadratic surrogates of every"
-                                             " score).")] = "grid",
+                                             " scores), map or bayes-map (quadratic surrogates of every score),"
+                                             " nested-map (pairs of experts, one score for each).")] = "grid",
     budget: Annotated[int, typer.Option(help="Merges, at most (all but grid).", min=1)] = 40,
     points: Annotated[int, typer.Option(help="Values of each range in a grid.", min=1)] = 5,
     weight: Annotated[list[str] | None, typer.Option(metavar="NAME=NUMBER", help="A score's weight in the sum that"

@@ -1,5 +1,5 @@
-"""Ways to search: a grid, CMA-ES, NSGA-III, and quadratic surrogates. Each asks for points in rounds and is told their
-scores.
+"""Ways to search: a grid, CMA-ES, NSGA-III, and quadratic surrogates (nested ones: `mipipe.runtime.tuning.nested`).
+Each asks for points in rounds and is told their scores.
 
 All are the same on every run with the same seed and scores, so a search that was interrupted repeats its questions and
 finds their answers in the journal.
@@ -14,6 +14,7 @@ import numpy as np
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.tuning.space import SearchSpace
+from mipipe.runtime.tuning.nested import Nested
 from mipipe.runtime.tuning.surrogate import (
     Array,
     bin_scores,
@@ -28,7 +29,7 @@ from mipipe.runtime.tuning.surrogate import (
 
 Values = tuple[Any, ...]
 Scores = Mapping[str, float]
-KINDS = ("grid", "cma", "nsga3", "map", "bayes-map")
+KINDS = ("grid", "cma", "nsga3", "map", "bayes-map", "nested-map")
 TEMPERATURE = 0.07
 """Of the softmax over bins by which Bayesian MAP chooses directions (the reference's)."""
 ROUND = 4
@@ -65,6 +66,8 @@ def make_search(kind: str, space: SearchSpace, budget: int, points: int, seed: i
         return Evolution(space, budget, seed, weights)
     if kind == "nsga3":
         return Fronts(space, budget, seed)
+    if kind == "nested-map":
+        return Nested(space, budget, seed, weights)
     return (Bayesian if kind == "bayes-map" else Surrogates)(space, budget, seed, weights)
 
 

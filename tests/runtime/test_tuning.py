@@ -105,6 +105,55 @@ def test_the_preferred_point_of_two_quadratics():
         assert search.facts()["r_squared"] == {"one": 1.0, "two": 1.0}
 
 
+def nested(experts, budget, score_of, weights=None, seed=0):
+    """A nested search to its end: the points it asked for, their scores, and its facts."""
+    search = make_search("nested-map", space(experts), budget, 5, seed, weights or {})
+    points = []
+    while asked := search.ask():
+        points += [(values, score_of(np.array(values))) for values in asked]
+        search.tell(points[-len(asked):])
+    return points, search.facts()
+
+
+def apart(values):
+    """M_t = 1 - (c_t - 1)^2 - 0.5 sum of the others' squares."""
+    return {f"s{t}": 1 - (values[t] - 1) ** 2 - 0.5 * (np.delete(values, t) ** 2).sum() for t in range(len(values))}
+
+
+def test_nested_map_of_two_is_map_and_of_more_goes_pair_by_pair():
+    """T = 2: the preferred point of two quadratics, (2/3, 2/3) with scores of 2/3; T experts take T + 21 (T - 1)
+    points, a fifth of a pair's with equal scalings; every quadratic is exact, and the end is near the best there is."""
+    points, facts = nested(2, 60, apart)
+    assert len(points) == 2 + 21 and facts["pairs"][0]["r_squared"] == [1.0, 1.0]
+    assert sum(values[0] == values[1] for values, _ in points[2:22]) == 4
+    assert points[-1][0] == pytest.approx([2 / 3, 2 / 3], abs=0.02)
+    assert list(points[-1][1].values()) == pytest.approx([2 / 3, 2 / 3], abs=0.02)
+    w = 0.8
+    values = nested(2, 60, apart, {"s0": w, "s1": 1 - w})[0][-1][0]
+    assert values == pytest.approx([w / (w + 0.5 * (1 - w)), (1 - w) / ((1 - w) + 0.5 * w)], abs=0.03)
+    points, facts = nested(4, 200, apart)
+    assert len(points) == 4 + 21 * 3 and [sum(map(len, pair["of"])) for pair in facts["pairs"]] == [2, 2, 4]
+    best = 4 * (1 - 0.36 - 0.5 * 3 * 0.16)  # sum over tasks at c = 1 / (1 + 0.5 (T - 1)) = 0.4
+    assert best - 0.02 < sum(points[-1][1].values()) <= best
+
+
+def test_nested_map_merges_what_is_nearest_first():
+    """Experts 0 and 2 have the nearest scores, so they are the first pair."""
+    def scores(values):
+        return {f"s{t}": height * (1 - (values[t] - 1) ** 2) for t, height in enumerate((0.9, 0.2, 0.8))}
+
+    assert nested(3, 200, scores)[1]["pairs"][0]["of"] == [["w0"], ["w2"]]
+
+
+def test_what_nested_map_cannot_search_is_one_line():
+    with pytest.raises(InputError, match="w0 does not begin at 0, where an expert is left out"):
+        make_search("nested-map", space(2, -1.0), 60, 5, 0, {})
+    with pytest.raises(InputError, match="and a budget of at least 17"):
+        make_search("nested-map", space(3), 16, 5, 0, {})
+    with pytest.raises(InputError, match=r"3 free values, but 1 scores \(all\); expected one for each expert"):
+        nested(3, 200, lambda values: {"all": 1.0})
+
+
 def test_bayesian_map_looks_where_the_quadratics_are_worst():
     """A score that is quadratic but for a bump in one direction draws the new points there."""
     angles = np.random.default_rng(1).random((50, 2)) * np.pi / 2
