@@ -24,9 +24,9 @@ from mipipe.graphs.operator_graph import Phase
 from mipipe.graphs.serialize import STRICT
 from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.execution.lower import lower
+from mipipe.planner.execution.measure import makespan_of
 from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.jobs.stages import StageView, view
-from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.from_graph import times_of
@@ -110,9 +110,9 @@ def calibrate(plan: Plan, measured: Timeline, costs: CostTable) -> tuple[CostTab
     rows = [_row(f"stage {stage} {phase}", kind, pairs) for (stage, phase, kind), pairs in sorted(samples.items())]
     rows += [_row(f"transfers {source}->{target}", "", pairs)
              for (source, target), pairs in sorted(_transfer_samples(plan, measured).items())]
-    before = evaluate(stages, plan.schedule)[1].makespan_ns
+    before = makespan_of(stages, plan.schedule)
     problem = with_costs(plan.problem, table)
-    after = evaluate(view(problem, plan.placement), plan.schedule)[1].makespan_ns
+    after = makespan_of(view(problem, plan.placement), plan.schedule)
     return table, Drift(_step_ns(measured), before, after, launch, tuple(rows))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 import mipipe.graphs.operators.kernels  # noqa: F401  (registers mipipe's operators)
 from mipipe.graphs.operators.recurrent import LAYERS
 from mipipe.graphs.tracing.joint import attention_call
-from mipipe.graphs.tracing.storages import argument, origin, storage_of
+from mipipe.graphs.tracing.storages import argument, mutates, origin, storage_of
 
 _DROPPED = ("aten._assert", "aten.sym_constrain", "aten._functional_assert")
 _SAME = {"aten.alias.default", "aten.lift_fresh_copy.default", "aten.lift_fresh.default"}
@@ -70,8 +71,8 @@ def _functional(graph: fx.Graph, node: fx.Node, placeholders: set[fx.Node]) -> N
 
     What stays is made functional inside its segment, which therefore holds all views of the tensor (see `segment`).
     """
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+    target: Any = node.target
+    if not mutates(node) or str(target) == "aten.copy_.default":  # a copy as a function has no derivative
         return
     changed = argument(node, 0)
     name = target._schema.name.split("::")[1]

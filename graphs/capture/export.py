@@ -21,6 +21,7 @@ from mipipe.graphs.capture.python_state import refuse_changes
 from mipipe.graphs.capture.seen import keep_assigned, seen_mode, silence
 from mipipe.graphs.capture.unsayable import (
     Unsayable,
+    draws,
     explain_export,
     fits_no_graph,
     line_in_model,
@@ -28,7 +29,7 @@ from mipipe.graphs.capture.unsayable import (
 from mipipe.graphs.errors import GraphError, MipipeError
 from mipipe.graphs.operators.dynamic_rows import pick_rows
 from mipipe.graphs.tracing.joint import make_constant, no_stack_traces
-from mipipe.graphs.tracing.storages import argument
+from mipipe.graphs.tracing.storages import argument, mutates, written
 
 aten = torch.ops.aten
 
@@ -125,6 +126,10 @@ def flatten_program(program: torch.export.ExportedProgram, prefix: str, aliases:
     user = [item for item, spec in zip(results, specs, strict=True) if spec.kind.name in ("USER_OUTPUT", "LOSS_OUTPUT")]
     outputs = {name: node for name, node in zip(_output_names(program), user, strict=True) if isinstance(node, fx.Node)}
     if code is not None:
+        if code.seeded and any(map(draws, graph.nodes)):
+            raise GraphError(f"model {code.model}: its forward, at {next(iter(code.seeded))}, sets the state of torch's"
+                             " random generator and draws, and a run keys random numbers by its seed, step, microbatch"
+                             " and operator; draw without setting it, or keep fixed numbers in a buffer")
         moved = code.settle(graph, {**parameters, **buffers})
         outputs = {name: moved.get(node, node) for name, node in outputs.items()}
     outputs.update(clean(graph, outputs))
@@ -138,8 +143,7 @@ def flatten_program(program: torch.export.ExportedProgram, prefix: str, aliases:
 def needed(graph: fx.Graph, outputs: Iterable[fx.Node]) -> set[fx.Node]:
     """Nodes that an output or a tensor changed in place depends on."""
     live: set[fx.Node] = set()
-    pending = [*outputs, *(node for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)
-                           and node.target._schema.is_mutable)]
+    pending = [*outputs, *filter(mutates, graph.nodes)]
     while pending:
         node = pending.pop()
         if node not in live:
@@ -259,14 +263,13 @@ def _change_values_only(graph: fx.Graph, before: fx.Node | None) -> dict[fx.Node
     copied = list(itertools.takewhile(lambda node: node is not before, reversed(graph.nodes)))[::-1]
     changed: dict[fx.Node, fx.Node] = {}
     for node in copied:
-        target = node.target
-        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and node.all_input_nodes:
-            first = argument(node, 0)
-            changed[node] = changed.get(first, first)
+        for item in written(node):
+            source = changed.get(item, item)
+            changed.setdefault(node, source)
             with graph.inserting_before(node):
-                made = graph.call_function(aten.detach.default, (changed[node],))
-            made.meta.update(changed[node].meta, stack=node.meta.get("stack", ()))
-            node.args = (made, *node.args[1:])
+                made = graph.call_function(aten.detach.default, (source,))
+            made.meta.update(source.meta, stack=node.meta.get("stack", ()))
+            node.replace_input_with(item, made)
     return {node: source for node, source in changed.items() if source not in copied}
 
 

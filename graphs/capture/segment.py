@@ -21,7 +21,7 @@ from mipipe.graphs.capture.export import Exported, needed
 from mipipe.graphs.capture.labels import Granularity, Label, label_nodes
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operators import dynamic_rows
-from mipipe.graphs.tracing.storages import argument, origin, storage_of
+from mipipe.graphs.tracing.storages import argument, origin, storage_of, written
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,9 @@ def _live_nodes(exported: Exported) -> list[fx.Node]:
     return [node for node in exported.graph.nodes if node in live and node.op == "call_function"]
 
 
-def _mutated(node: fx.Node) -> fx.Node | None:
-    """The node whose tensor an operator changes in place, if any: the model's own one where it is changed by a view."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
-        return None
-    found = next((item for item in node.all_input_nodes), None)
-    return origin(found) if found is not None and origin(found).op == "placeholder" else found
+def _mutated(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose tensors an operator changes in place: the model's own ones where they are changed by a view."""
+    return [origin(item) if origin(item).op == "placeholder" else item for item in written(node)]
 
 
 def clonable(exported: Exported, nodes: Sequence[fx.Node]) -> set[fx.Node]:
@@ -86,7 +82,7 @@ def clonable(exported: Exported, nodes: Sequence[fx.Node]) -> set[fx.Node]:
     batch_norms = {item for node in nodes if "batch_norm" in str(node.target) for item in node.all_input_nodes}
     given |= {node for node in exported.buffers.values() if node not in batch_norms}
     placed = [*exported.inputs.values(), *exported.buffers.values(), *exported.parameters.values()]
-    barred = {storage_of(item) for node in nodes if (item := _mutated(node)) is not None}
+    barred = {storage_of(item) for node in nodes for item in _mutated(node)}
     barred &= {storage_of(node) for node in placed}
     while True:
         free = {node for node in given if storage_of(node) not in barred}
@@ -95,7 +91,7 @@ def clonable(exported: Exported, nodes: Sequence[fx.Node]) -> set[fx.Node]:
             storage = storage_of(node)
             if not seeded and (storage is None or storage not in barred) and free.issuperset(node.all_input_nodes):
                 free.add(node)
-        changed = {storage_of(item) for node in nodes if (item := _mutated(node)) is not None and node not in free}
+        changed = {storage_of(item) for node in nodes if node not in free for item in _mutated(node)}
         if changed <= barred:
             return {node for node in free if node.op == "call_function"}
         barred |= changed
@@ -105,7 +101,7 @@ def _needed_copies(group: Iterable[fx.Node], cloned: set[fx.Node]) -> set[fx.Nod
     """The clonable nodes that a group reads, directly or not, with the changes in place of their tensors."""
     changes: dict[int | None, list[fx.Node]] = {}
     for node in cloned:
-        if (item := _mutated(node)) is not None:
+        for item in _mutated(node):
             changes.setdefault(storage_of(item), []).append(node)
     found: set[fx.Node] = set()
     pending = [item for node in group for item in (node, *node.all_input_nodes)]
@@ -122,18 +118,18 @@ def _keep_together(nodes: Sequence[fx.Node], labels: dict[fx.Node, Label]) -> No
 
     Where that is a parameter or buffer of the model, its readers do: there only their order says which value they read.
     """
-    changed = {storage_of(found): labels[node] for node in nodes if (found := _mutated(node)) is not None
-               and found.op == "call_function"}
+    changed = {storage_of(found): labels[node] for node in nodes for found in _mutated(node)
+               if found.op == "call_function"}
     for node in nodes:
         if node.target is operator.getitem:
             labels[node] = labels[argument(node, 0)]
         elif isinstance(node.meta.get("val"), Tensor) and storage_of(node) in changed:
             labels[node] = changed[storage_of(node)]
-    whole = {node: found for node in nodes if (found := _mutated(node)) is not None and found.op == "placeholder"
+    whole = {(node, found) for node in nodes for found in _mutated(node) if found.op == "placeholder"
              and "batch_norm" not in str(node.target)}
-    for source in dict.fromkeys(whole.values()):
+    for source in dict.fromkeys(found for node in nodes for found in _mutated(node) if (node, found) in whole):
         readers = [node for node in nodes if any(origin(item) is source for item in (node, *node.all_input_nodes))]
-        first = next((node for node in readers if node not in whole and origin(node) is not source), readers[0])
+        first = next((node for node in readers if (node, source) not in whole and origin(node) is not source), readers[0])
         labels.update(dict.fromkeys(readers, labels[first]))
 
 

@@ -32,6 +32,16 @@ def fits_no_graph(node: fx.Node) -> bool:
     return str(node.target) in _TO_NUMBER or _is_transformed(node)
 
 
+def draws(node: fx.Node) -> bool:
+    """Whether a node draws random numbers: its operator can, and it is no dropout of nothing."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    given = {one.name: node.args[place] if place < len(node.args) else node.kwargs.get(one.name, one.default_value)
+             for place, one in enumerate(target._schema.arguments)}
+    return not any(given.get(name, 1) in (0, False) for name in ("p", "dropout_p", "dropout", "train", "training"))
+
+
 class Unsayable(GraphError):
     """An operator of the model does what no trace can say, such as a result whose size depends on data."""
 

@@ -43,7 +43,7 @@ from mipipe.graphs.capture.user_calls import (
     sort_nodes,
 )
 from mipipe.graphs.errors import GraphError
-from mipipe.graphs.tracing.storages import origin, storage_of
+from mipipe.graphs.tracing.storages import origin, storage_of, written
 
 _SIMPLE = (bool, int, float, complex, str, type(None), torch.dtype)
 CALL, HOOK = "mipipe.user_call.default", "mipipe.user_hook.default"
@@ -60,6 +60,7 @@ class UserCode:
     hooks: list[UserHook] = field(default_factory=list)
     known: dict[str, int] = field(default_factory=dict)
     blocked: dict[str, None] = field(default_factory=dict)
+    seeded: dict[str, None] = field(default_factory=dict)
 
     def call(self, kind: type[Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A Function's results, recorded as one operator; equal calls get one number, so that equal layers are alike.
@@ -173,8 +174,7 @@ class UserCode:
     def _settle_changes(self, graph: fx.Graph, tensor: fx.Node, made: UserHook) -> None:
         """Have a hook see the gradient of its tensor before it is changed in place, as autograd does: of a copy."""
         storage = storage_of(tensor)
-        changed = any(tensor < node and storage_of(node) == storage and isinstance(node.target, torch._ops.OpOverload)
-                      and node.target._schema.is_mutable for node in graph.nodes)
+        changed = any(tensor < node and storage_of(item) == storage for node in graph.nodes for item in written(node))
         if not changed or tensor.op == "placeholder":
             return
         if origin(tensor) is not tensor:
@@ -237,7 +237,9 @@ def watched(module: nn.Module, name: str, prefix: str) -> Iterator[UserCode]:
     exchange = [(Tensor, "register_hook", lambda tensor, hook: (
                      code.hook(tensor, hook) if tensor.requires_grad else register(tensor, hook))),
                 *((owner, attribute, _refusing(name, text, owner.__dict__[attribute], flag))
-                  for owner, attribute, text, flag in _REFUSED)]
+                  for owner, attribute, text, flag in _REFUSED),
+                *((owner, attribute, _noting(code, owner.__dict__[attribute]))
+                  for owner in (torch, torch.random) for attribute in ("manual_seed", "set_rng_state"))]
     kept = [(owner, attribute, owner.__dict__[attribute]) for owner, attribute, _ in exchange]
     _ACTIVE.append(code)
     try:
@@ -281,6 +283,16 @@ def _refusing(name: str, text: str, original: Any, flag: str) -> Any:
         raise GraphError(f"model {name}: its forward, at {calling_line(_ACTIVE[-1].module)}, {text}")
 
     return staticmethod(refuse) if isinstance(original, staticmethod) else refuse
+
+
+def _noting(code: UserCode, original: Any) -> Any:
+    """A function that sets the state of torch's generator, and notes the model's line that calls it."""
+    def note(*args: Any, **kwargs: Any) -> Any:
+        if _tracing() and not drawn_by_torch():
+            code.seeded[calling_line()] = None
+        return original(*args, **kwargs)
+
+    return note
 
 
 def _call(tensors: Sequence[Tensor], number: int) -> list[Tensor]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from mipipe.graphs.capture.labels import Label, is_heavy
-from mipipe.graphs.tracing.storages import storage_of
+from mipipe.graphs.tracing.storages import storage_of, written
 
 Pair = tuple[int, int]
 _which = 0
@@ -245,8 +245,7 @@ def _keys(nodes: Sequence[fx.Node]) -> dict[fx.Node, Any]:
     What is changed in place anywhere has no other key than itself.
     """
     keys: dict[fx.Node, Any] = {}
-    changed = {storage_of(node.all_input_nodes[0]) for node in nodes if isinstance(node.target, torch._ops.OpOverload)
-               and node.target._schema.is_mutable and node.all_input_nodes}
+    changed = {storage_of(item) for node in nodes for item in written(node)}
     numbers: dict[Any, int] = {}
     for node in nodes:
         steady = storage_of(node) not in changed or storage_of(node) is None

@@ -23,7 +23,7 @@ import mipipe.graphs.operators.kernels  # noqa: F401  (both register mipipe's op
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import TensorSpec
 from mipipe.graphs.tracing.simplify import simplify, split_convolutions
-from mipipe.graphs.tracing.storages import own_storages
+from mipipe.graphs.tracing.storages import mutates, own_storages
 
 JointFunction = Callable[..., Sequence[Tensor]]
 aten = torch.ops.aten
@@ -120,7 +120,7 @@ def trace_joint(function: JointFunction, specs: Sequence[TensorSpec], differenti
         with fx.traceback.preserve_node_meta():
             module = make_fx(joint, tracing_mode="fake", decomposition_table=PORTABLE)(arguments, tangents)
         _declare_batch_norm(module)
-        if any(_mutates(node) for node in module.graph.nodes):
+        if any(map(mutates, module.graph.nodes)):
             flat = arguments + tangents
             with fx.traceback.preserve_node_meta():
                 module = make_fx(torch.func.functionalize(module_on_lists(module, len(arguments)), remove="mutations"),
@@ -188,10 +188,6 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else scores + mask
     return torch.nn.functional.dropout(scores.softmax(dim=-1), dropout, True) @ value
-
-
-def _mutates(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _is_copy_of(node: fx.Node, inputs: Sequence[fx.Node]) -> bool:

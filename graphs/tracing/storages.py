@@ -16,11 +16,37 @@ def origin(node: fx.Node) -> fx.Node:
     """The node whose tensor ``node`` views, through any number of views; itself where it is no view."""
     while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
         returns = node.target._schema.returns
-        source = next(iter(node.all_input_nodes), None)
-        if source is None or len(returns) != 1 or returns[0].alias_info is None:
+        if len(returns) != 1 or returns[0].alias_info is None:
+            break
+        sets = returns[0].alias_info.before_set
+        source = next((item for given, item in _aliased(node) if given.before_set & sets), None)
+        if source is None:
             break
         node = source
     return node
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether a node's operator changes a tensor in place."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def written(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose tensors an operator changes in place, as its schema says: the first argument of ``add_``, but
+    ``out=`` of others, and several of some."""
+    return list(dict.fromkeys(item for given, item in _aliased(node) if given.is_write)) if mutates(node) else []
+
+
+def _aliased(node: fx.Node) -> list[tuple[Any, fx.Node]]:
+    """A node's arguments that its operator's schema has notes on (views, changes in place), with these notes."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    found: list[tuple[Any, fx.Node]] = []
+    for place, one in enumerate(node.target._schema.arguments):
+        value = node.args[place] if place < len(node.args) and not one.kwarg_only else node.kwargs.get(one.name)
+        if one.alias_info is not None:
+            items = value if isinstance(value, (list, tuple)) else [value]
+            found += [(one.alias_info, item) for item in items if isinstance(item, fx.Node)]
+    return found
 
 
 def argument(node: fx.Node, index: int) -> Any:

@@ -17,6 +17,7 @@ from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.jobs.memory import carries_bytes
 from mipipe.planner.jobs.order_times import OrderTimes, arrays_of, peaks_of, times_of
 from mipipe.planner.jobs.stages import StageView, view
+from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.plan import Plan, Schedule
 
 
@@ -54,6 +55,16 @@ def by_arrays(stage_view: StageView, schedule: Schedule) -> Measures | None:
     resident = stage_view.resident_bytes
     return Measures(times.makespan_ns, tuple(busy_of(times).tolist()), resident,
                     tuple(size + peak for size, peak in zip(resident, peaks_of(times), strict=True)))
+
+
+def makespan_of(stage_view: StageView, schedule: Schedule) -> int:
+    """The end of a schedule's last action, sum of gradients or update, in nanoseconds.
+
+    Raises:
+        PlanError: as `mipipe.planner.jobs.times.evaluate`, which says what is amiss.
+    """
+    times = timed(stage_view, schedule)
+    return evaluate(stage_view, schedule)[1].makespan_ns if times is None else times.makespan_ns
 
 
 def busy_of(times: OrderTimes) -> np.ndarray:

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 
@@ -24,6 +25,12 @@ from mipipe.graphs.read_files import load_json, read_bytes, read_text
 
 MOST_EXPERTS = 65_536
 """Experts of one layer that a trace may name: beyond, the number is taken for damage."""
+
+MOST_LAYERS = 65_536
+"""MoE layers that an array may have, likewise."""
+
+MOST_UNPACKED_BYTES, MOST_UNPACKED = 2**30, 100
+"""What a compressed file may unpack to: this much, or beyond it so many times its own size (routes shrink by ten)."""
 
 LayerKey = tuple[str, int, int]
 """Block, number of the multi-token prediction module (-1 outside one), layer: in the order a token meets them."""
@@ -92,6 +99,9 @@ def read_arrays(path: Path, num_experts: int | None = None) -> Loads:
         if chosen.ndim != 3 or not chosen.size or chosen.dtype.kind not in "iu":  # none may be of 10**12 layers
             raise InputError(f"{where}: found {chosen.dtype} of shape {list(chosen.shape)}, expected the experts of"
                              " every token as integers [tokens, MoE layers, top-k]")
+        if chosen.shape[1] > MOST_LAYERS:
+            raise InputError(f"{where}: found shape {list(chosen.shape)}, expected [tokens, MoE layers, top-k] with at"
+                             f" most {MOST_LAYERS} layers")
         if counts and len(counts) != chosen.shape[1]:
             raise InputError(f"{where}: {chosen.shape[1]} layers, but the arrays before have {len(counts)}")
         counts = counts or [np.zeros(0, dtype=np.int64)] * chosen.shape[1]
@@ -105,6 +115,10 @@ def _arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     """The arrays of a file with their names; never unpickles."""
     raw = read_bytes(path)
     try:
+        if raw.startswith(b"PK"):
+            size = sum(info.file_size for info in ZipFile(io.BytesIO(raw)).infolist())
+            if size > max(MOST_UNPACKED_BYTES, MOST_UNPACKED * len(raw)):
+                raise ValueError(f"{size} bytes unpacked, from {len(raw)}")
         found = np.load(io.BytesIO(raw), allow_pickle=False)
         if isinstance(found, np.ndarray):
             yield "array", found

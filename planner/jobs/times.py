@@ -133,12 +133,8 @@ def orders_of(compiled: ActionNodes, schedule: Schedule) -> list[list[int]]:
     return orders
 
 
-def run_orders(compiled: ActionNodes, orders: Sequence[Sequence[int]], since: Sequence[int] = (),
-               channels: dict[int, int] | None = None) -> Evaluation | None:
-    """Times of all actions under the given orders; None if the orders deadlock.
-
-    ``since``: no rank begins before its moment here; ``channels``: when each is free, which is kept up to date.
-    """
+def run_orders(compiled: ActionNodes, orders: Sequence[Sequence[int]]) -> Evaluation | None:
+    """Times of all actions under the given orders; None if the orders deadlock."""
     count = len(compiled.actions)
     durations, releases = compiled.durations, compiled.releases
     waits = compiled.num_waits.copy()
@@ -147,11 +143,11 @@ def run_orders(compiled: ActionNodes, orders: Sequence[Sequence[int]], since: Se
         for first, second in itertools.pairwise(order):
             following[first] = second
             waits[second] += 1
-    ready = [since[rank] for rank in compiled.ranks] if since else [0] * count
+    ready = [0] * count
     starts = ready.copy()
     heap = [(ready[node] + durations[node], node) for node in range(count) if waits[node] == 0]
     heapq.heapify(heap)
-    free: dict[int, int] = {} if channels is None else channels
+    free: dict[int, int] = {}
     transfers: list[TransferSpan] = []
     finished = 0
     makespan = 0

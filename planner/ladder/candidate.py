@@ -13,14 +13,13 @@ from mipipe.planner.actions import Stream
 from mipipe.planner.bounds import at_placement as bounds
 from mipipe.planner.bounds.load import load_bound
 from mipipe.planner.execution.lower import lower
-from mipipe.planner.execution.measure import by_arrays, exact, timed
+from mipipe.planner.execution.measure import by_arrays, exact, makespan_of, timed
 from mipipe.planner.execution.simulate_memory import rank_peaks
 from mipipe.planner.how import then
 from mipipe.planner.jobs.arrays import Instance, build, mirror, with_mirrors
 from mipipe.planner.jobs.memory import capacities, capacity, carries_bytes
 from mipipe.planner.jobs.order_times import peaks_of
 from mipipe.planner.jobs.stages import StageView, view
-from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.plan import Placement, Plan, Schedule
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.search import best_list as lists
@@ -137,7 +136,7 @@ def judge(stage_view: StageView, schedule: Schedule, *, saved_fit: bool = False)
         PlanError: as `mipipe.planner.jobs.times.evaluate`.
     """
     times = timed(stage_view, schedule)
-    makespan_ns = evaluate(stage_view, schedule)[1].makespan_ns if times is None else times.makespan_ns
+    makespan_ns = makespan_of(stage_view, schedule) if times is None else times.makespan_ns
     excess = (0,) * stage_view.problem.num_ranks
     if not saved_fit or carries_bytes(stage_view):
         peaks = (peaks_of(times) if times is not None and exact(times) else

@@ -15,10 +15,10 @@ import numpy as np
 
 from mipipe.graphs.errors import MipipeError, PlanError
 from mipipe.planner.bounds.at_placement import Bound
+from mipipe.planner.execution.measure import makespan_of
 from mipipe.planner.jobs import paths as kernels
 from mipipe.planner.jobs.arrays import Instance, build, orders_from, to_array
 from mipipe.planner.jobs.stages import view
-from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.ladder.candidate import Candidate, candidate, judge, offer_judged
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
@@ -91,7 +91,7 @@ def published(run: Run) -> None:
                 continue
             found = next((other for other in run.candidates if same(other.placement, known.placement)), None)
             stages = found.view if found is not None else view(run.problem, known.placement)
-            if evaluate(stages, known.schedule)[1].makespan_ns >= (found.makespan_ns if found else run.makespan_ns):
+            if makespan_of(stages, known.schedule) >= (found.makespan_ns if found else run.makespan_ns):
                 continue
             judged = judge(stages, known.schedule)
             found = found or candidate(run.problem, known.placement)

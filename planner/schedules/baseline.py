@@ -15,9 +15,8 @@ from functools import lru_cache
 from typing import Literal
 
 from mipipe.planner.actions import Action, ActionKind, Stream
-from mipipe.planner.execution.measure import by_arrays
+from mipipe.planner.execution.measure import makespan_of
 from mipipe.planner.jobs.stages import StageView, view
-from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.schedules.closed_forms import ClosedForm
@@ -49,9 +48,7 @@ class Baseline:
         placement, parts = _placed(problem, pattern, cut_stages(problem, pattern.stage_ranks, cut, self.name))
         stages = view(problem, placement)
         schedule = Schedule(tuple(_rank_order(stages, order, parts, split) for order in pattern.orders))
-        quick = by_arrays(stages, schedule)
-        makespan_ns = evaluate(stages, schedule)[1].makespan_ns if quick is None else quick.makespan_ns
-        return Plan(self.name, problem, placement, schedule, makespan_ns, provenance={
+        return Plan(self.name, problem, placement, schedule, makespan_of(stages, schedule), provenance={
             "method": self.name, "source": self.source, "accounting": "split" if split else "indivisible", "cut": cut})
 
     def published(self, problem: PlanningProblem) -> float | None:

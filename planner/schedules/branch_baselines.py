@@ -13,6 +13,7 @@ from typing import Literal
 
 from mipipe.graphs.errors import ProblemError
 from mipipe.planner.actions import Action, ActionKind, Stream
+from mipipe.planner.execution.measure import makespan_of
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.placements.branches import encoders
@@ -45,8 +46,8 @@ def plan_with_encoder(problem: PlanningProblem, baseline: Baseline, where: Where
     else:
         trunk = _trunk(problem, rest)
         found = _beside(problem, baseline.plan(trunk, split=split, cut=cut), chosen, rest)
-    _, evaluation = evaluate(view(problem, found.placement), found.schedule)
-    return replace(found, name=f"{baseline.name}, encoder {where}", makespan_ns=evaluation.makespan_ns)
+    return replace(found, name=f"{baseline.name}, encoder {where}",
+                   makespan_ns=makespan_of(view(problem, found.placement), found.schedule))
 
 
 def _trunk(problem: PlanningProblem, rest: Sequence[int]) -> PlanningProblem:

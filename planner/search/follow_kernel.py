@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mipipe.planner.kernel import kernel
-from mipipe.planner.search.list_steps import FAR, first_to_start, fresh, run
+from mipipe.planner.search.list_steps import FAR, first_to_start, fresh, passed_over, run
 
 AHEAD = 128
 """How many places an action that takes memory may overtake in its rank's given order."""
@@ -58,9 +58,7 @@ def follow(facts, task, seq, start):
                     if n >= base[c + 1] or state.waits[n] > 0:
                         continue
                     time = max(state.free_at[k], state.ready[n])
-                    if turn == 0 and time >= earliest:
-                        continue
-                    if turn == 1 and (time > earliest + task.patience or prio[n] >= best_prio):
+                    if passed_over(turn, time, earliest, task.patience, prio[n], best_prio):
                         continue
                     if place[n] >= 0:
                         r = rank[n]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mipipe.planner.kernel import kernel
-from mipipe.planner.search.list_steps import FAR, first_to_start, fresh, run
+from mipipe.planner.search.list_steps import FAR, first_to_start, fresh, passed_over, run
 
 
 class ListTask(NamedTuple):
@@ -89,9 +89,7 @@ def list_schedule(facts, task, seq, start):
                     if n >= base[c + 1] or state.waits[n] > 0:
                         continue
                     time = max(state.free_at[k], state.ready[n])
-                    if turn == 1 and (time > earliest + delay or prio[n] >= best_prio):
-                        continue
-                    if turn == 0 and time >= earliest:
+                    if passed_over(turn, time, earliest, delay, prio[n], best_prio):
                         continue
                     if flying >= limit and not in_list[microbatch[n]]:
                         full = True
@@ -110,9 +108,7 @@ def list_schedule(facts, task, seq, start):
                         continue
                     if room < pending:
                         time = max(time, pending_until)
-                        if turn == 1 and time > earliest + delay:
-                            continue
-                        if turn == 0 and time >= earliest:
+                        if passed_over(turn, time, earliest, delay, prio[n], best_prio):
                             continue
                     if alloc[n] > 0:
                         m = microbatch[n]

@@ -3,6 +3,9 @@
 `mipipe.planner.search.list_kernel` and the two of `mipipe.planner.search.follow_kernel` build a schedule action by
 action: every machine chooses what it would run next and when, the machine that can start first runs it. They differ in
 the choice, above all in the rule by which memory lets an action start. A machine is *dirty* when it must choose again.
+
+Which head of a class is next, and what is chosen of it, stays written out in each kernel: a step of that innermost loop
+that is given the state counts references of all its arrays in every call, which makes a schedule three times as long.
 """
 
 from __future__ import annotations
@@ -53,6 +56,15 @@ def fresh(facts, num_machines):
                      np.zeros(num_machines, np.int64), np.zeros(num_machines, np.int64),
                      np.full(num_machines, -1, np.int64), np.full(num_machines, -1, np.int64),
                      np.full(num_machines, -1, np.int64), np.ones(num_machines, np.bool_))
+
+
+@kernel
+def passed_over(turn, time, earliest, patience, prio, best):
+    """Whether an action that could start at ``time`` is none to choose. A machine goes over its heads twice: turn 0
+    seeks the ``earliest`` start; turn 1, of those within ``patience`` of it, the smallest priority, ``best`` so far."""
+    if turn == 0:
+        return time >= earliest
+    return time > earliest + patience or prio >= best
 
 
 @kernel

@@ -288,8 +288,32 @@ KEPT: dict[str, Callable[[], Model]] = {
     "hook before a change in place": lambda: model(changed_after_hook),
     "hook after a change in place": lambda: model(lambda self, x: hook(lambda *_: lambda grad: grad * 3)(self, x.mul(2)
                                                                                                        .add_(1))),
+    "written by out=": lambda: model(out_of_region),
+    "empty and filled": lambda: model(copied),
+    "a seed that nothing uses": lambda: model(seeded(lambda x: nn.functional.dropout(x, 0.0) + x)),
     "detach in place": lambda: model(lambda self, x: x + self.second(x).mul(2).detach_()),
 }
+
+
+def out_of_region(self: Any, x: Tensor) -> Tensor:
+    """``out=`` writes what the schema says, which is not the first argument, into a tensor, a view and two tensors."""
+    whole, part, rows = x * 3, torch.zeros_like(x), torch.empty(10, 8, dtype=x.dtype)
+    values, places = torch.empty(5, 3, dtype=x.dtype), torch.empty(5, 3, dtype=torch.long)
+    with torch.no_grad():
+        torch.mul(x, 2, out=whole)
+        torch.add(x[:, :4], 1, out=part[:, 4:])
+        torch.cat([x, x.sin()], out=rows)
+        torch.topk(x, 3, out=(values, places))
+        torch.mul(self.mask, 0.5, out=self.mask)
+        torch._foreach_mul_([rows, part], 0.7)
+    return x + whole + part + rows[5:] + values.sum(-1, keepdim=True) + places.sum() + self.mask
+
+
+def copied(self: Any, x: Tensor) -> Tensor:
+    """Tensors made empty and filled: with the same values, with others' layout, dtype and shape, and changed then."""
+    same, turned = torch.empty_like(x).copy_(x), torch.empty(8, 5, dtype=x.dtype).t().copy_(x.sin())
+    row, half = torch.empty_like(x).copy_(x.mean(0)), torch.empty(5, 8, dtype=torch.float32).copy_(x * 2)
+    return same.mul_(2) + x * turned + row + half.double()
 
 
 def hooked_forward(made: Model) -> Model:
@@ -306,6 +330,27 @@ def changed_after_hook(self: Any, x: Tensor) -> Tensor:
     y.register_hook(lambda grad: grad * 0.5)
     y[:, :4].mul_(3)
     return y.add_(1).square()
+
+
+def seeded(draw: Callable[[Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """A middle that draws after it has set torch's generator."""
+    def middle(self: Any, x: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return draw(x)
+    return middle
+
+
+def drawn_twice(self: Any, x: Tensor) -> Tensor:
+    state = torch.get_rng_state()
+    once = nn.functional.dropout(x, 0.5)
+    torch.set_rng_state(state)
+    return once + nn.functional.dropout(x, 0.5)
+
+
+def forked(self: Any, x: Tensor) -> Tensor:
+    with torch.random.fork_rng():
+        torch.random.manual_seed(3)
+        return x + torch.randn_like(x)
 
 
 def remembered(self: Any, x: Tensor) -> Tensor:
@@ -520,6 +565,12 @@ REFUSED: dict[str, tuple[Callable[[], Model], str]] = {
                          r"autograd\.py:\d+ .*x\.detach\(\) in place of x\.item\(\)"),
     "numbers of data": (lambda: model(lambda self, x: x * sum(x.detach().mean(0).tolist())), r"x\.detach\(\) in place"),
     "vmap": (lambda: model(lambda self, x: torch.vmap(lambda row: row * 2)(x)), r"model Own: .*vmap.*extra dimension"),
+    "a seed in the forward": (lambda: model(seeded(torch.rand_like)),
+                              r"at .*autograd\.py:\d+, sets the state of torch's random generator and draws"),
+    "a seed before attention": (lambda: model(seeded(lambda x: nn.functional.scaled_dot_product_attention(
+        x[None], x[None], x[None], dropout_p=0.1)[0])), r"autograd\.py:\d+, sets the state of torch's random"),
+    "random numbers drawn twice": (lambda: model(drawn_twice), r"autograd\.py:\d+, sets the state of torch's random"),
+    "a fork of the generator": (lambda: model(forked), r"autograd\.py:\d+, sets the state of torch's random generator"),
     "a generator of torch's": (lambda: model(lambda self, x: x + torch.rand(1, generator=torch.Generator())),
                                r"at .*autograd\.py:\d+, draws from a torch\.Generator"),
 }

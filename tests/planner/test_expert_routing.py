@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,6 +92,52 @@ def test_a_damaged_header_is_one_line(tmp_path: Path, header: str) -> None:
     with pytest.raises(InputError, match=r"a\.npy: not readable as NumPy's arrays") as raised:
         read_loads(tmp_path / "a.npy")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("shape", "descr", "message"), [
+    ((5, 2000000000000, 0), "<i2", r"found int16 of shape \[5, 2000000000000, 0\], expected the experts of"),
+    ((0, 2, 2), "<i2", r"found int16 of shape \[0, 2, 2\], expected the experts of"),
+    ((0,), "<i2", r"found int16 of shape \[0\]"),
+    ((), "<i2", r"found int16 of shape \[\]"),
+    ((2, 1, 1), "<f2", "found float16 of shape"),
+    ((2, 1, 1), "|b1", "found bool of shape"),
+    ((2, 1, 1), "<U1", "found <U1 of shape"),
+    ((2, 1, 1), "<M8[s]", r"found datetime64\[s\] of shape"),
+    ((2, 1, 1), [("a", "<i2"), ("b", "<i2")], "of shape"),
+    ((1, 70000, 1), "|i1", "with at most 65536 layers"),
+    ((1, 1, 1) * 40, "|i1", "not readable as NumPy's arrays"),
+    ((1, 2000000000000, 2000000000000), "<i2", "not readable as NumPy's arrays"),
+    ((2**62, 4, 1), "<i8", "not readable as NumPy's arrays"),
+    ((10**30, 0, 1), "<i8", "not readable as NumPy's arrays"),
+    ((-1, -1, 1), "<i2", "not readable as NumPy's arrays"),
+    ((0, -5, 1), "<i2", "not readable as NumPy's arrays|found int16"),
+    ((True, 1.5, "3"), "<i2", "not readable as NumPy's arrays"),
+    ((2, 1, 1), "|O", "not readable as NumPy's arrays"),
+    ((2, 1, 1), [("a", "|O")], "not readable as NumPy's arrays"),
+    ((2, 1, 1), "|V1000000000000", "not readable as NumPy's arrays")])
+def test_a_header_that_says_anything_is_one_line(tmp_path: Path, shape: Any, descr: Any, message: str) -> None:
+    """Whatever size and type a header claims, none is believed before it is looked at; in an archive likewise."""
+    header = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode()
+    raw = b"\x93NUMPY\x02\x00" + len(header).to_bytes(4, "little") + header + bytes(80_000)
+    (tmp_path / "a.npy").write_bytes(raw)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("routes.npy", raw)
+    for name in ("a.npy", "a.npz"):
+        with pytest.raises(InputError, match=message) as raised:
+            read_loads(tmp_path / name)
+        assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
+
+
+def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:
+    """A gigabyte of zeros is a megabyte of file: its size is read from the directory, before anything is unpacked."""
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("routes.npy", bytes(2_000_000))
+    raw = bytearray((tmp_path / "a.npz").read_bytes())
+    entry = raw.rfind(b"PK\x01\x02")
+    raw[entry + 24:entry + 28] = (2**32 - 2).to_bytes(4, "little")  # the unpacked size, as a real bomb says it
+    (tmp_path / "a.npz").write_bytes(raw)
+    with pytest.raises(InputError, match="not readable as NumPy's arrays: 4294967294 bytes unpacked"):
+        read_loads(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.uint64])

@@ -54,6 +54,52 @@ def test_a_kernel_is_as_new_as_what_it_calls(tmp_path: Path) -> None:
     assert run(tmp_path, 5, "Couple") == "False 6 Counter()"
 
 
+CONSTANTS = """
+from typing import NamedTuple
+ADDED, TABLE, NESTED = {}
+class Facts(NamedTuple):
+    {}: int
+    {}: int
+"""
+USER = """
+import numpy
+import constants
+from constants import ADDED, TABLE, Facts
+from mipipe.planner.kernel import is_compiled, kernel
+
+@kernel
+def user(facts):
+    return ADDED + TABLE[0] + constants.NESTED[0] + 100 * facts.first - facts.second
+
+print(is_compiled(user), user(Facts(first=1, second=2)), sum(user.stats.cache_hits.values()))
+"""
+
+
+def test_constants_and_fields_of_modules_without_kernels_count(tmp_path: Path) -> None:
+    """A constant is frozen wherever it was imported from, and the place of a field in a named tuple is, too."""
+    def found(constants: str, *names: str) -> str:
+        (tmp_path / "constants.py").write_text(CONSTANTS.format(constants, *names or ("first", "second")))
+        (tmp_path / "user.py").write_text(USER)
+        ended = subprocess.run([sys.executable, "-B", "-c", "import numpy, user"], cwd=tmp_path, capture_output=True,
+                               text=True, timeout=100)
+        assert not ended.returncode, ended.stderr
+        return ended.stdout.strip()
+
+    assert found("1, (0, 0), (0,)") == "False 99 0"
+    assert found("1, (0, 0), (0,)") == "True 99 1"
+    assert found("3, (0, 0), (0,)") == "False 101 0"
+    assert found("3, (5, 0), (0,)") == "False 106 0"
+    assert found("3, (5, 0), (7,)") == "False 113 0"
+    assert found("3, (5, 0), (7,)", "second", "first").endswith("113 0")
+    assert found("3, (5, 0), (7,)", "second", "first") == "True 113 1"
+
+
+def test_constants_of_a_kernel_are_those_it_names(tmp_path: Path) -> None:
+    """Every kernel's constant values are known by name; what else its module holds, addresses above all, is not."""
+    assert "TURN=200;" in "".join(anneal_kernel.anneal.constants)
+    assert not any(" at 0x" in text for text in anneal_kernel.anneal.constants)
+
+
 def test_files_of_a_kernel_reach_through_modules() -> None:
     """The annealer calls its state, which walks along paths: all three modules count."""
     files = {Path(file).name for file in files_of(anneal_kernel.anneal)}
