@@ -163,8 +163,15 @@ class Loader(yaml.SafeLoader):
         super().flatten_mapping(node)
 
 
+_AS_READ_HERE = {
+    "int": re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)$"),
+    "float": re.compile(r"([-+]?[0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|[-+]?\.[0-9][0-9_]*([eE][-+]?[0-9]+)?"
+                        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")}
+"""Numbers of YAML 1.1 without those that YAML 1.2 reads otherwise: 010 (eight there) and 1:30 (ninety) are texts."""
+
 Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:timestamp"]
+    first: [(tag, _AS_READ_HERE.get(tag.rpartition(":")[2], pattern)) for tag, pattern in rules
+            if tag != "tag:yaml.org,2002:timestamp"]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
 
@@ -174,7 +181,7 @@ class Dumper(yaml.SafeDumper):
 
 for _kind in (Loader, Dumper):  # YAML 1.2's floats: YAML 1.1 wants a dot and a signed exponent, and makes texts of 1e-8
     _kind.add_implicit_resolver("tag:yaml.org,2002:float",
-                                re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+                                re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$|[-+]\.[0-9]+$"),
                                 list("-+.0123456789"))
 
 

@@ -121,7 +121,7 @@ def build_model(config: Any, device: str, dtype: torch.dtype | None, expert_grou
         part.use_cache = False
         part.mipipe_expert_groups = expert_groups
     config._experts_implementation = NAME
-    attempts = (adjustment.attention, "sdpa", "eager")
+    attempts = implementations(kind, adjustment.attention)
     with torch.device(device):
         for index, name in enumerate(attempts):
             try:
@@ -129,12 +129,14 @@ def build_model(config: Any, device: str, dtype: torch.dtype | None, expert_grou
             except ImportError as error:
                 raise InputError(_needs(kind.__name__, error)) from error
             except Exception as error:  # a ValueError may say that the class has no such attention
-                if index + 1 < len(attempts) and isinstance(error, ValueError):
+                if index + 1 < len(attempts) and isinstance(error, (ValueError, KeyError)):
                     continue
                 raise InputError(f"model {kind.__name__} cannot be built from this configuration:"
                                  f" {type(error).__name__}: {first_line(error)}; check its values and those of --set"
                                  ) from error
             break
+    _settle_attention(model, adjustment.attention)
+    _settle_device(model, device)
     for part in model.modules():
         inner = getattr(part, "config", None)
         if inner is not None:
@@ -148,6 +150,37 @@ def build_model(config: Any, device: str, dtype: torch.dtype | None, expert_grou
     if adjustment.fixed_grids:
         fix_grids(model, grid_for(config, sizes or Sizes()))
     return model.train()
+
+
+def implementations(kind: Any, wanted: str) -> tuple[str, ...]:
+    """The attention implementations to try for a class, best first: one that is registered from outside only where the
+    class asks for such. What it does not ask for it would take for its own, without the mask that goes with it."""
+    return (*((wanted,) if getattr(kind, "_supports_attention_backend", False) else ()),
+            *(("sdpa",) if getattr(kind, "_supports_sdpa", False) else ()), "eager")
+
+
+def _settle_attention(model: nn.Module, wanted: str) -> None:
+    """Give parts with a configuration of their own (a tower, a Q-Former) the attention that their class can have."""
+    from transformers import PreTrainedModel
+
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    asking = {id(part.config) for part in parts if wanted in implementations(type(part), wanted)}
+    for part in parts:
+        if id(part.config) not in asking and part.config._attn_implementation == wanted:
+            part.config._attn_implementation_internal = implementations(type(part), wanted)[0]
+
+
+def _settle_device(model: nn.Module, device: str) -> None:
+    """Move what the class made elsewhere (``torch.FloatTensor(3, 4)`` asks no device context), ties kept."""
+    moved: dict[torch.Tensor, torch.Tensor] = {}
+    for part in model.modules():
+        for table in (part._parameters, part._buffers):
+            for name, item in table.items():
+                if item is not None and item.device.type != torch.device(device).type:
+                    if item not in moved:
+                        there = item.detach().to(device)
+                        moved[item] = nn.Parameter(there, item.requires_grad) if table is part._parameters else there
+                    table[name] = moved[item]  # type: ignore[assignment]
 
 
 def _needs(name: str, error: ImportError) -> str:

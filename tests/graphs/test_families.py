@@ -148,6 +148,29 @@ SLOW = {
     **{name: Case(name, BERT) for name in (
         "BertForTokenClassification", "BertForSequenceClassification", "BertForMultipleChoice", "BertForPreTraining",
         "BertForNextSentencePrediction", "RobertaForQuestionAnswering")},
+    "bloom": Case("BloomForCausalLM", {"vocab_size": 64, "hidden_size": 16, "n_layer": 2, "n_head": 4}),
+    "mpt": Case("MptForCausalLM", {"vocab_size": 64, "d_model": 16, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
+    "gpt_neo": Case("GPTNeoForCausalLM", {
+        "vocab_size": 64, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "window_size": 4,
+        "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64}),
+    "falcon": Case("FalconForCausalLM", {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2,
+                                         "num_attention_heads": 4, "alibi": True}),
+    "gptj": Case("GPTJForCausalLM", {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4,
+                                     "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "xlnet": Case("XLNetLMHeadModel", {"vocab_size": 64, "d_model": 16, "n_layer": 2, "n_head": 4, "d_inner": 32,
+                                       "dropout": 0.0}),
+    "rwkv": Case("RwkvForCausalLM", {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2,
+                                     "attention_hidden_size": 16, "intermediate_size": 32, "context_length": 32}),
+    "jamba": Case("JambaForCausalLM", {
+        **TEXT, "num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+        "expert_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}),
+    "minimax": Case("MiniMaxForCausalLM", {
+        **TEXT, "head_dim": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 4,
+        "layer_types": ["linear_attention", "full_attention"]}),
+    "lfm2": Case("Lfm2ForCausalLM", {**TEXT, "layer_types": ["conv", "full_attention"]}),
+    "cohere2": Case("Cohere2ForCausalLM", {**TEXT, "sliding_window": 4}),
+    "deberta_v2": Case("DebertaV2ForMaskedLM", {**BERT, "relative_attention": True, "position_buckets": 4,
+                                                "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0}),
     "llama_classes": Case("LlamaForSequenceClassification", {**TEXT, "pad_token_id": 0}),
     "qwen2_5_vl": Case("qwen2_5_vl", {**QWEN_VL, "vision_config.window_size": 8, "vision_config.fullatt_block_indexes":
                                       [1]}, TWO_IMAGES, BRANCHES),
@@ -294,6 +317,23 @@ def assert_same(graph: OperatorGraph, model: nn.Module, batch: Mapping[str, Tens
     for key, grad in expected.items():  # a key bias has no gradient but rounding, hence the floor
         error = (gradients[key] - grad).norm() / torch.maximum(grad.norm(), 1e-6 * largest)
         assert error <= rtol, f"{key}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize(("architecture", "first"), [
+    ("LlamaForCausalLM", "mipipe"), ("GptOssForCausalLM", "mipipe"), ("FalconForCausalLM", "sdpa"),
+    ("BloomForCausalLM", "eager"), ("MptForCausalLM", "eager"), ("GPTNeoForCausalLM", "eager")])
+def test_a_class_has_an_attention_from_outside_only_if_it_asks(architecture: str, first: str) -> None:
+    """With another one, Bloom's own attention was given no mask and read what comes later: no error, another model."""
+    kind = getattr(transformers, architecture)
+    assert families.implementations(kind, families.NAME)[0] == first
+    if first == "eager":
+        overrides = next(case.overrides for case in SLOW.values() if case.source == architecture)
+        config = configuration.read_model_config(architecture, overrides)
+        model = families.build_model(config, "cpu", torch.float64).eval()
+        ids = torch.arange(16).reshape(2, 8)
+        changed = torch.cat([ids[:, :5], ids[:, 5:] + 20], 1)
+        before, after = (model(input_ids=item).logits[:, :5] for item in (ids, changed))
+        torch.testing.assert_close(before, after, rtol=1e-12, atol=1e-12)
 
 
 def test_layers_share_traces_and_moe_has_its_roles() -> None:

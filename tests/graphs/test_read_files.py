@@ -77,7 +77,7 @@ YAML = [
     ("? [a]\n: b", "not readable as YAML"),
     ("? !!null\n: b", "found the key None"),
     ("a: " + "9" * 5000, "not readable as YAML"),
-    ("a: 1:" + "9:" * 3000 + "9", "64 bits"),
+    ("a: !!int 1:" + "9:" * 3000 + "9", "64 bits"),
     ("a: \x01", "not readable as YAML"),
     ("x" * (8 * 2**20 + 1), "characters of YAML"),
 ]

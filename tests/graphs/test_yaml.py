@@ -11,12 +11,20 @@ from mipipe.graphs.merging.recipes.recipe import read_recipes
 from mipipe.graphs.serialize import load_data, yaml_text, yaml_value
 from mipipe.runtime.train.config import read_train_config
 
-SPELLINGS = ["1e-8", "1E-8", "1e8", "+1e8", "-1e+8", "3.0e4", "3.e4", ".5e3", "-.5E-3", "12e03", "1.5e-2"]
+SPELLINGS = ["1e-8", "1E-8", "1e8", "+1e8", "-1e+8", "3.0e4", "3.e4", ".5e3", "-.5E-3", "12e03", "1.5e-2", "+.5", "-.5",
+             "017.5"]
 
 
 @pytest.mark.parametrize("text", SPELLINGS)
 def test_exponents_are_numbers(text):
     assert yaml_value(text) == float(text) and isinstance(yaml_value(text), float)
+
+
+@pytest.mark.parametrize("text", ["010", "-017", "0100", "00", "08", "1:30", "12:30:45", "1:30.5", "0o17", "1,000"])
+def test_numbers_that_may_mean_two_things_are_texts(text: str) -> None:
+    """``steps: 0100`` is 64 in YAML 1.1 and 100 in YAML 1.2: where a number is expected it is refused, not guessed."""
+    assert yaml_value(text) == text
+    assert yaml_value(yaml_text({"v": text})) == {"v": text}
 
 
 @pytest.mark.parametrize("text", ["e8", "1e", "1e-", "1e8x", "v1e8", "1.2.3e4", "1e8 2", "--1e8", "e-8", "_1e8"])
