@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from mipipe.graphs.capture.expert_groups import parse_slice
 from mipipe.graphs.capture.python_state import changed_containers, containers
@@ -223,7 +224,8 @@ def _restored(module: nn.Module) -> Iterator[None]:
 
 
 class seeded_by_shape(TorchDispatchMode):
-    """Inside, every random operator starts from a seed of its own: the shape of what it fills."""
+    """Inside, every random operator starts from a seed of its own, the shape of what it fills, and numbers go to the
+    same places whatever the layout: a graph makes contiguous what leaves a segment, and kernels fill as memory lies."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -234,6 +236,13 @@ class seeded_by_shape(TorchDispatchMode):
             first = args[0] if args else None
             shape = list(first.shape) if isinstance(first, Tensor) else first
             torch.manual_seed(zlib.crc32(repr((self.seed, shape)).encode()))
+            if isinstance(first, Tensor) and not first.is_contiguous():
+                whole = first.contiguous()
+                result = func(whole, *args[1:], **(kwargs or {}))
+                if func._schema.is_mutable:
+                    return first.copy_(whole)
+                return tree_map_only(Tensor, lambda item: torch.empty_like(first, dtype=item.dtype).copy_(item)
+                                     if item.shape == first.shape else item, result)
         return func(*args, **(kwargs or {}))
 
 

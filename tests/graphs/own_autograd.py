@@ -179,6 +179,13 @@ class Model(nn.Module):
         return nn.functional.cross_entropy(self.head(torch.tanh(self.second(x))), y)
 
 
+class Turned(nn.Module):
+    """Its result lies column by column."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * 2).t().contiguous().t()
+
+
 class Decorated(Model):
     @torch.autocast("cpu", dtype=torch.bfloat16)
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -279,6 +286,7 @@ KEPT: dict[str, Callable[[], Model]] = {
     "weight norm": lambda: model(lambda self, x: self.extra(x), parametrizations.weight_norm(nn.Linear(8, 8))),
     "spectral norm": lambda: model(lambda self, x: self.extra(x), parametrizations.spectral_norm(nn.Linear(8, 8))),
     "batch norm": lambda: model(lambda self, x: self.extra(x), nn.BatchNorm1d(8)),
+    "dropout of another layout": lambda: model(lambda self, x: nn.functional.dropout(self.extra(x), 0.5), Turned()),
     "dropout twice": lambda: model(lambda self, x: self.extra(x) * self.extra(x), nn.Dropout(0.3)),
     "attention with dropout": lambda: model(lambda self, x: self.extra(x[None], x[None], x[None])[0][0],
                                             nn.MultiheadAttention(8, 2, dropout=0.2, batch_first=True)),
