@@ -19,7 +19,7 @@ import numpy as np
 from numba import njit
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.dispatcher import Dispatcher
-from numba.core.types import BaseNamedTuple, BaseTuple
+from numba.core.types import BaseTuple
 
 
 class _Index(IndexDataCacheFile):
@@ -53,8 +53,8 @@ def _text(file: str) -> bytes:
 def _fields(types: Iterable[Any]) -> tuple[Any, ...]:
     """The names of the fields of all named tuples among some types, and of those within them: numba tells two types
     apart by their class and the types of their fields."""
-    return tuple((getattr(item, "fields", ()) if isinstance(item, BaseNamedTuple) else (), _fields(item))
-                 for item in types if isinstance(item, BaseTuple))
+    return tuple((getattr(item, "fields", ()), _fields(getattr(item, "types", ()))) for item in types
+                 if isinstance(item, BaseTuple))
 
 
 def _names(code: CodeType) -> set[str]:

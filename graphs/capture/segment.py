@@ -129,7 +129,8 @@ def _keep_together(nodes: Sequence[fx.Node], labels: dict[fx.Node, Label]) -> No
              and "batch_norm" not in str(node.target)}
     for source in dict.fromkeys(found for node in nodes for found in _mutated(node) if (node, found) in whole):
         readers = [node for node in nodes if any(origin(item) is source for item in (node, *node.all_input_nodes))]
-        first = next((node for node in readers if (node, source) not in whole and origin(node) is not source), readers[0])
+        first = next((node for node in readers if (node, source) not in whole and origin(node) is not source),
+                     readers[0])
         labels.update(dict.fromkeys(readers, labels[first]))
 
 

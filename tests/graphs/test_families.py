@@ -158,7 +158,7 @@ SLOW = {
     "gptj": Case("GPTJForCausalLM", {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4,
                                      "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "xlnet": Case("XLNetLMHeadModel", {"vocab_size": 64, "d_model": 16, "n_layer": 2, "n_head": 4, "d_inner": 32,
-                                       "dropout": 0.0}),
+                                       "dropout": 0.0}, dtype="float32"),  # some of its parameters are, always
     "rwkv": Case("RwkvForCausalLM", {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2,
                                      "attention_hidden_size": 16, "intermediate_size": 32, "context_length": 32}),
     "jamba": Case("JambaForCausalLM", {
