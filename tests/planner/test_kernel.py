@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from mipipe.planner.jobs.paths import shift
 from mipipe.planner.kernel import files_of
 from mipipe.planner.search import anneal_kernel, anneal_state
@@ -75,6 +77,7 @@ print(is_compiled(user), user(Facts(first=1, second=2)), sum(user.stats.cache_hi
 """
 
 
+@pytest.mark.slow
 def test_constants_and_fields_of_modules_without_kernels_count(tmp_path: Path) -> None:
     """A constant is frozen wherever it was imported from, and the place of a field in a named tuple is, too."""
     def found(constants: str, *names: str) -> str:
