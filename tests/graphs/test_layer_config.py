@@ -105,6 +105,13 @@ def test_a_layer_is_what_its_own_model_says():
             picked_layers(config, layers, "recipe")
 
 
+def test_a_count_that_is_somewhere_else_is_refused():
+    """As in thinker_config, or in llm_config of models with code of their own."""
+    with pytest.raises(InputError, match="says how many layers there are in llm_config"):
+        picked_layers({"llm_config": {"num_hidden_layers": 4}, "hidden_size": 3}, [0, 1], "recipe")
+    assert picked_layers({"model_type": "llama"}, [0, 1, 1], "recipe") == {"model_type": "llama", "num_hidden_layers": 3}
+
+
 def test_models_that_compute_by_number_are_said():
     config = {"model_type": "diffllama", "num_hidden_layers": 2}
     assert "diffllama weighs" in numbered_note(config, [Picked(0, config), Picked(0, config)], "recipe")

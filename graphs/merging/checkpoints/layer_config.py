@@ -86,6 +86,10 @@ def picked_layers(config: Mapping[str, Any], picked: Sequence[int | Picked], whe
     if not config:
         return {}
     before = layer_count(config)
+    inner = [key for key, value in config.items() if isinstance(value, dict) and layer_count(value)]
+    if inner and not before:
+        raise InputError(f"{where}: slices: the config says how many layers there are in {' and '.join(inner)}, where it"
+                         " cannot be changed; expected them at the top, or in text_config")
     layers = [item if isinstance(item, Picked) else Picked(item, config) for item in picked]
     whole = [item.old for item in layers] == list(range(before))
     found = dict(config)
