@@ -109,7 +109,7 @@ def test_a_count_that_is_somewhere_else_is_refused():
     """As in thinker_config, or in llm_config of models with code of their own."""
     with pytest.raises(InputError, match="says how many layers there are in llm_config"):
         picked_layers({"llm_config": {"num_hidden_layers": 4}, "hidden_size": 3}, [0, 1], "recipe")
-    assert picked_layers({"model_type": "llama"}, [0, 1, 1], "recipe") == {"model_type": "llama", "num_hidden_layers": 3}
+    assert picked_layers({"hidden_size": 8}, [0, 1, 1], "recipe") == {"hidden_size": 8, "num_hidden_layers": 3}
 
 
 def test_models_that_compute_by_number_are_said():

@@ -88,27 +88,15 @@ def picked_layers(config: Mapping[str, Any], picked: Sequence[int | Picked], whe
     before = layer_count(config)
     inner = [key for key, value in config.items() if isinstance(value, dict) and layer_count(value)]
     if inner and not before:
-        raise InputError(f"{where}: slices: the config says how many layers there are in {' and '.join(inner)}, where it"
-                         " cannot be changed; expected them at the top, or in text_config")
+        raise InputError(f"{where}: slices: the config says how many layers there are in {' and '.join(inner)}, where"
+                         " it cannot be changed; expected them at the top, or in text_config")
     layers = [item if isinstance(item, Picked) else Picked(item, config) for item in picked]
     whole = [item.old for item in layers] == list(range(before))
     found = dict(config)
     for key in UNSAID:
         same = all(item.config.get(key) == config.get(key) for item in layers)
         _expect(same and (whole or not config.get(key)), where, key, config.get(key))
-    for key in dict.fromkeys(key for each in (config, *(item.config for item in layers)) for key in each):
-        kinds = [_kind_of(key, item) for item in layers]
-        told = [kind for kind in kinds if kind is not _UNTOLD]
-        if not told:
-            _expect(key not in KINDS or not config.get(key), where, key, config.get(key))
-            continue
-        if len(told) < len(kinds):  # as of another transformers, which leaves out what is usual
-            _expect(told[0] in USUAL and all(kind == told[0] for kind in told), where, key, config.get(key, "(unsaid)"))
-            kinds = [told[0]] * len(kinds)
-        value = next(each[key] for each in (config, *(item.config for item in layers)) if each.get(key) is not None)
-        found[key] = _together(key, value, kinds)
-        if isinstance(config.get(key), list) and key in KINDS:
-            found[key] += config[key][before:]  # of layers that predict further tokens
+    found |= _lists(config, layers, where)
     listed = isinstance(config.get("mlp_layer_types"), list)
     for key in FIRST:
         flags = [item.old < _number(item.config, key) for item in layers]
@@ -129,6 +117,34 @@ def picked_layers(config: Mapping[str, Any], picked: Sequence[int | Picked], whe
         free = isinstance(config.get("layer_types"), list) or not config.get("use_sliding_window")
         _expect(free or flags == sorted(flags, reverse=True), where, "max_window_layers", config["max_window_layers"])
         found["max_window_layers"] = sum(flags)
+    _check_periods(config, layers, where)
+    counts = [key for key in COUNTS if isinstance(config.get(key), int) and config[key] > 0]
+    for key in counts:
+        found[key] = len(layers) * config[key] // before
+    return found if before else {**found, COUNTS[0]: len(layers)}
+
+
+def _lists(config: Mapping[str, Any], layers: Sequence[Picked], where: str) -> dict[str, Any]:
+    """The config's lists and mappings by layer, as they are for the output's layers."""
+    found: dict[str, Any] = {}
+    for key in dict.fromkeys(key for each in (config, *(item.config for item in layers)) for key in each):
+        kinds = [_kind_of(key, item) for item in layers]
+        told = [kind for kind in kinds if kind is not _UNTOLD]
+        if not told:
+            _expect(key not in KINDS or not config.get(key), where, key, config.get(key))
+            continue
+        if len(told) < len(kinds):  # as of another transformers, which leaves out what is usual
+            _expect(told[0] in USUAL and all(kind == told[0] for kind in told), where, key, config.get(key, "(unsaid)"))
+            kinds = [told[0]] * len(kinds)
+        value = next(each[key] for each in (config, *(item.config for item in layers)) if each.get(key) is not None)
+        found[key] = _together(key, value, kinds)
+        if isinstance(config.get(key), list) and key in KINDS:
+            found[key] += config[key][layer_count(config):]  # of layers that predict further tokens
+    return found
+
+
+def _check_periods(config: Mapping[str, Any], layers: Sequence[Picked], where: str) -> None:
+    """Raise unless every period goes on over the output's layers."""
     for key, (offset, instead) in PERIODS.items():
         period = config.get(key)
         if isinstance(period, int) and period > 1 and not (instead and isinstance(config.get(instead), list)):
@@ -136,10 +152,6 @@ def picked_layers(config: Mapping[str, Any], picked: Sequence[int | Picked], whe
             said = period, config.get(offset)
             same = all((item.config.get(key), item.config.get(offset)) == said for item in layers)
             _expect(same and all(hit(new) == hit(item.old) for new, item in enumerate(layers)), where, key, period)
-    counts = [key for key in COUNTS if isinstance(config.get(key), int) and config[key] > 0]
-    for key in counts:
-        found[key] = len(layers) * config[key] // before
-    return found if before else {**found, COUNTS[0]: len(layers)}
 
 
 _UNTOLD = object()
