@@ -33,11 +33,13 @@ mergekit (LGPL-3.0) is a peer, never a dependency: this script installs it into 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -149,37 +151,13 @@ def recipe(root: Path, name: str, dtype: str) -> dict[str, Any]:
 # Programs -------------------------------------------------------------------------------------------------------------
 
 WATCH = """
-import contextlib, json, os, resource, runpy, sys, threading, time
+import json, resource, runpy, sys
 sys.argv = sys.argv[1:]
 
 def status(key):
     with open("/proc/self/status") as lines:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
-def forks(process):
-    try:
-        with open(f"/proc/{{process}}/task/{{process}}/children") as line:
-            found = line.read().split()
-    except OSError:
-        return []
-    return [pid for child in found for pid in (child, *forks(child))]
-
-def shares():
-    found = [0, 0]
-    for process in (os.getpid(), *forks(os.getpid())):
-        with contextlib.suppress(OSError), open(f"/proc/{{process}}/smaps_rollup") as lines:
-            sizes = {{line.split()[0]: 1024 * int(line.split()[1]) for line in lines if line.startswith("Pss")}}
-            found = [found[0] + sizes["Pss:"], found[1] + sizes["Pss_Anon:"]]
-    return found
-
-def sample():
-    while True:
-        now = shares() if forks(os.getpid()) else [0, status("RssAnon")]
-        peaks[:] = map(max, peaks, now)
-        time.sleep(0.02)
-
-peaks = [0, 0]
-threading.Thread(target=sample, daemon=True).start()
 try:
     {body}
 except SystemExit as ended:
@@ -187,13 +165,38 @@ except SystemExit as ended:
         raise
 finally:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    found = {{"peak": max(peaks[0], status("VmHWM")), "anonymous": max(peaks[1], status("RssAnon")),
+    found = {{"peak": status("VmHWM"), "anonymous": status("RssAnon"),
               "cpu": sum(item.ru_utime + item.ru_stime for item in used)}}
     sys.stderr.write("\\nMEASURED " + json.dumps(found) + "\\n")
 """
-"""Runs a program in its own interpreter and says how large it became and how much processor time it used.
+"""What the measured process runs. It has no thread of its own: mipipe forks only where there is none."""
+SAMPLE_S = 0.02
+"""Between two looks at a process's memory."""
 
-``VmHWM`` begins anew with the program; ``ru_maxrss`` would include what this process was when it forked."""
+
+def forks(process: int) -> list[int]:
+    """The processes that one has started, and theirs."""
+    try:
+        found = [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:
+        return []
+    return [each for child in found for each in (child, *forks(child))]
+
+
+def held(process: int) -> tuple[int, int]:
+    """Bytes that a process and its forks hold, shared pages counted once: of all memory (0 without forks, where the
+    process knows its peak), and of anonymous memory."""
+    others = forks(process)
+    total, anonymous = 0, 0
+    with contextlib.suppress(OSError, StopIteration):
+        if not others:
+            lines = Path(f"/proc/{process}/status").read_text().splitlines()
+            return 0, 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+        for each in (process, *others):
+            lines = Path(f"/proc/{each}/smaps_rollup").read_text().splitlines()
+            sizes = {line.split()[0]: 1024 * int(line.split()[1]) for line in lines if line.startswith("Pss")}
+            total, anonymous = total + sizes["Pss:"], anonymous + sizes["Pss_Anon:"]
+    return total, anonymous
 
 
 def measured(python: Path, body: str, arguments: list[str], cache: Path | None = None) -> dict[str, float]:
@@ -202,14 +205,25 @@ def measured(python: Path, body: str, arguments: list[str], cache: Path | None =
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else neither program's modules are compiled but once
     if cache is not None:
         environment["XDG_CACHE_HOME"] = str(cache)
-    began = time.perf_counter()
-    done = subprocess.run([str(python), "-c", WATCH.format(body=body), *arguments], capture_output=True, text=True,
-                          env=environment, check=False)
-    seconds = time.perf_counter() - began
-    lines = [line for line in done.stderr.splitlines() if line.startswith("MEASURED ")]
-    if done.returncode or not lines:
-        raise SystemExit(f"{arguments}: failed\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return {**json.loads(lines[-1].removeprefix("MEASURED ")), "seconds": seconds}
+    peaks = [0, 0]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        began = time.perf_counter()
+        process = subprocess.Popen([str(python), "-c", WATCH.format(body=body), *arguments], stdout=out, stderr=err,
+                                   env=environment)
+        while process.poll() is None:
+            peaks = list(map(max, peaks, held(process.pid)))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(SAMPLE_S)
+        seconds = time.perf_counter() - began
+        out.seek(0)
+        err.seek(0)
+        told = out.read(), err.read()
+    lines = [line for line in told[1].splitlines() if line.startswith("MEASURED ")]
+    if process.returncode or not lines:
+        raise SystemExit(f"{arguments}: failed\n{told[0][-2000:]}\n{told[1][-4000:]}")
+    found = json.loads(lines[-1].removeprefix("MEASURED "))
+    return {"cpu": found["cpu"], "peak": max(peaks[0], found["peak"]), "anonymous": max(peaks[1], found["anonymous"]),
+            "seconds": seconds}
 
 
 def install(environment: Path) -> Path:
