@@ -2,7 +2,7 @@
 
     python benchmarks/fit_costs.py --runs runs.csv [--write] [--only Hopper Ampere ...]
 
-A row of `benchmarks/published_runs.py` is predicted by the product; parameters are fitted so that the logarithms of
+A row of `benchmarks/predictions/rows.py` is predicted by the product; parameters are fitted so that the logarithms of
 predicted and measured steps agree. There are few: a share of products for every device kind and type of products; what
 a layer of experts costs the host, for every kind; and for every generation the size at half of the best share, shares
 of attention, grouped products, memory and links, and the overhead of an action. Each starts at the value that
@@ -22,201 +22,26 @@ import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from published_runs import Build, Builder, Run, measured_step, read_runs
+from predictions.build import Builder, measured_step
+from predictions.fit import GENERATIONS, Fit, Point, has_experts
+from predictions.rows import Run, read_runs
 from rich.console import Console
 
-from mipipe.graphs.cluster import DeviceKind, shipped_kinds
+from mipipe.graphs.cluster import shipped_kinds
 from mipipe.graphs.costs.efficiency import Evidence
 from mipipe.graphs.errors import MipipeError
-from mipipe.graphs.operator_graph import Role
 from mipipe.graphs.serialize import to_data, write_text, yaml_text
-from mipipe.planner.teams.evaluate import schedule_of
-from mipipe.planner.teams.pricing import Pricer
-from mipipe.planner.teams.stages import cut_pieces, even_layers, stage_cost
-
-GENERATIONS = {"a100": "Ampere", "h100": "Hopper", "h100_hbm2e": "Hopper", "b200": "Blackwell", "b300": "Blackwell",
-               "gb200": "Blackwell", "gb300": "Blackwell"}
-"""Device kinds that are fitted, and which of them share parameters."""
-
-PRIORS: dict[str, tuple[str, float]] = {
-    "product": ("kind", 0.5), "product_fp8": ("kind", 0.5), "product_fp4": ("kind", 0.5), "expert_ns": ("kind", 1.5),
-    "half": ("generation", 0.7), "attention": ("generation", 0.3), "grouped": ("generation", 0.4),
-    "memory": ("generation", 0.25), "link": ("generation", 0.1), "hidden": ("generation", 0.2),
-    "action_ns": ("generation", 0.7)}
-"""What is fitted, whether a kind or a generation has it, and how far (in logarithms) it may leave what is assumed."""
 
 SAME_CHIP = {"a100_40": "a100", "h200": "h100", "h800": "h100", "gh200": "h100"}
 """Kinds without enough runs that have the chip of a fitted kind: its shares are assumed for them."""
 
-NOISE = 0.06
-"""A step's relative noise: containers of one configuration differ by a median of 5.9 %."""
-HUBER = 1.5
-"""Residuals beyond so many times the noise count linearly."""
 APART = ("sailor_sosp25",)
 """Groups that are predicted, not fitted: eager kernels of another framework."""
-START_EXPERT_NS = 500_000
-
-
-@dataclass
-class Point:
-    """One configuration: its rows' mean measured step, its own parameters, and what was simulated where."""
-
-    build: Build
-    model: str
-    runs: list[Run]
-    measured: float
-    simulated: float = 0.0
-    busy: float = 0.0
-
-
-class Fit:
-    """All parameters as logarithms, by (name, kind or generation)."""
-
-    def __init__(self, builder: Builder, kinds: Mapping[str, DeviceKind], points: Sequence[Point]) -> None:
-        self.builder, self.kinds, self.points = builder, kinds, points
-        self.left: list[str] = []
-        self.names: list[tuple[str, str]] = []
-        used = {point.build.kind for point in points}
-        lows = {(point.build.kind, {None: "product", "float8": "product_fp8", "float4": "product_fp4"}[point.build.low])
-                for point in points}
-        overlaps = any(point.build.overlap for point in points)
-        experts = {point.build.kind for point in points if has_experts(builder.pricer(point.build))}
-        for name, (scope, _) in PRIORS.items():
-            for kind in sorted(used):
-                owner = kind if scope == "kind" else GENERATIONS[kind]
-                wanted = ((kind, name) in lows if name.startswith("product") else kind in experts
-                          if name in ("expert_ns", "grouped") else name != "hidden" or overlaps)
-                if wanted and (name, owner) not in self.names:
-                    self.names.append((name, owner))
-        self.start = np.array([math.log(self._assumed(name, owner)) for name, owner in self.names])
-        self.width = np.array([PRIORS[name][1] for name, _ in self.names])
-        self.most = np.array([math.inf if name == "half" or name.endswith("_ns") else 0.0 for name, _ in self.names])
-
-    def _assumed(self, name: str, owner: str) -> float:
-        kind = owner if owner in self.kinds else next(kind for kind, own in GENERATIONS.items() if own == owner)
-        return float(getattr(self.kinds[kind].achieved, name)) or START_EXPERT_NS
-
-    def kind(self, name: str, values: np.ndarray) -> DeviceKind:
-        """A device kind with the parameters."""
-        shares: dict[str, Any] = {}
-        for (parameter, owner), value in zip(self.names, values, strict=True):
-            if owner in (name, GENERATIONS[name]):
-                number = math.exp(value)
-                shares[parameter] = round(number) if parameter.endswith("_ns") else round(number, 4)
-        base = self.kinds[name].achieved
-        if "attention" in shares:
-            shares["attention_backward"] = round(base.attention_backward * shares["attention"] / base.attention, 4)
-        return replace(self.kinds[name], achieved=base.but(**shares))
-
-    def simulate(self, values: np.ndarray) -> None:
-        """Evaluates every configuration with the parameters."""
-        kept = []
-        for point in self.points:
-            kind = self.kind(point.build.kind, values)
-            pricer, few = self.builder.pricer(point.build, kind), with_few(point.build)
-            try:
-                point.simulated = self.builder.evaluate(few, kind).seconds - busiest(pricer, few)
-            except MipipeError as error:
-                self.left.append(f"{point.runs[0].name}: {error}")
-                continue
-            point.busy = busiest(pricer, point.build)
-            point.simulated += point.busy
-            kept.append(point)
-        self.points = kept
-
-    def logs(self, values: np.ndarray) -> np.ndarray:
-        """The logarithms of predicted over measured steps, as the busiest rank's work says."""
-        kinds = {name: self.kind(name, values) for name in {point.build.kind for point in self.points}}
-        return np.array([math.log(point.simulated * busiest(self.builder.pricer(point.build, kinds[point.build.kind]),
-                                                            point.build) / point.busy / point.measured)
-                         for point in self.points])
-
-    def slopes(self, values: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """Derivatives of `logs`: [points, parameters]."""
-        step, columns = -0.05, []
-        for number in range(len(values)):
-            moved = values.copy()
-            moved[number] += step
-            columns.append((self.logs(moved) - at) / step)
-        return np.array(columns).T
-
-    def solve(self, values: np.ndarray, at: np.ndarray, slopes: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-        """The parameters that suit the chosen points best, where logarithms go as the derivatives say."""
-        found = values.copy()
-        for _ in range(30):
-            residuals = at + slopes @ (found - values)
-            weights = chosen * np.minimum(1.0, HUBER * NOISE / np.maximum(np.abs(residuals), 1e-9)) / NOISE ** 2
-            left = slopes.T @ (weights[:, None] * slopes) + np.diag(self.width ** -2.0)
-            right = slopes.T @ (weights * residuals) + (found - self.start) * self.width ** -2.0
-            found = _bounded_step(left, right, found, self.most)
-        return np.clip(found, values - 0.5, values + 0.5)
-
-    def run(self, rounds: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Parameters, the logarithms there, and their derivatives."""
-        values = self.start.copy()
-        for _ in range(rounds):
-            self.simulate(values)
-            for _ in range(3):
-                at = self.logs(values)
-                values = self.solve(values, at, self.slopes(values, at), np.ones(len(self.points)))
-        at = self.logs(values)
-        return values, at, self.slopes(values, at)
-
-    def held_out(self, values: np.ndarray, at: np.ndarray, slopes: np.ndarray) -> np.ndarray:
-        """The logarithms of predicted over measured, each model predicted by the fit on all others."""
-        found = np.zeros(len(self.points))
-        for model in {point.model for point in self.points}:
-            own = np.array([point.model == model for point in self.points])
-            other = self.solve(values, at, slopes, ~own * 1.0)
-            found[own] = (at + slopes @ (other - values))[own]
-        return found
-
-
-def _bounded_step(left: np.ndarray, right: np.ndarray, found: np.ndarray, most: np.ndarray) -> np.ndarray:
-    """Newton's step that stays at or below ``most``: parameters that would go beyond are held there, the others solved
-    for again."""
-    free, step = np.ones(len(found), dtype=bool), np.zeros(len(found))
-    while True:
-        rest = right[free] + left[np.ix_(free, ~free)] @ step[~free]
-        step[free] = -np.linalg.solve(left[np.ix_(free, free)], rest)
-        over = free & (found + step > most)
-        if not over.any():
-            return found + step
-        step[over] = (most - found)[over]
-        free &= ~over
-
-
-def has_experts(pricer: Pricer) -> bool:
-    """Whether a model has layers of experts."""
-    return any(segment.tags.role is Role.EXPERTS for segment in pricer.model.graph.segments)
-
-
-def with_few(build: Build) -> Build:
-    """A build with two rounds of microbatches at most: from there on each adds what the busiest rank does of it."""
-    one = build.degrees.copies * build.degrees.microbatch
-    return replace(build, global_batch=min(build.global_batch, one * 2 * build.degrees.ranks))
-
-
-def busiest(pricer: Pricer, build: Build) -> float:
-    """Seconds of work of the busiest rank in a step."""
-    degrees, model = build.degrees, pricer.model
-    costs = pricer.costs(degrees)
-    microbatches = build.global_batch // (degrees.copies * degrees.microbatch)
-    baseline, split = schedule_of(build.schedule, degrees)
-    count = degrees.ranks * degrees.chunks if "Interleaved" in build.schedule else degrees.ranks
-    if baseline.name in ("DualPipe", "ZB-V", "DualPipeV"):
-        count = degrees.ranks
-    loads = [0.0] * degrees.ranks
-    for number, members in enumerate(cut_pieces(model, build.layers or even_layers(len(model.layers), count))):
-        stage = stage_cost(costs, members, pricer.machine, split=split, first_chunk=number < degrees.ranks,
-                           held=build.held)
-        loads[number % degrees.ranks] += microbatches * stage.load + stage.exposed_data + stage.optimizer
-    return max(loads)
 
 
 def points_of(runs: Sequence[Run], builder: Builder, console: Console) -> list[Point]:

@@ -2,7 +2,7 @@
 
     python benchmarks/planner_teams.py --runs runs.csv [--only 70b] [--json]
 
-For every case: the published row, evaluated as `benchmarks/published_runs.py` builds it; the plan within the case's
+For every case: the published row, evaluated as `benchmarks/predictions/rows.py` builds it; the plan within the case's
 time limit, on the same machine, batch and sequence length, every degree free; its bound, gap, time and memory. Exits
 with 1 where a plan is slower than a published configuration that fits the memory, or a gap is beyond the goal.
 """
@@ -17,7 +17,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from published_runs import Builder, Run, read_runs
+from predictions.build import Builder
+from predictions.rows import Run, read_runs
 from rich.console import Console
 from rich.table import Table
 

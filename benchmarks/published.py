@@ -3,11 +3,11 @@
     python benchmarks/published.py --runs runs.csv
     python benchmarks/published.py --zero-bubble zero_bubble.csv --sailor sailor.csv --profiles profiles.json [--json]
 
-``--runs``: every row is built as `benchmarks/published_runs.py` says (the model captured on the meta device, degrees,
-schedule, recomputation and precision as given, costs of the shipped device kinds, the simulator) and reported as
-`benchmarks/published_report.py` says. ``--zero-bubble`` and ``--sailor``: `benchmarks/published_zero_bubble.py` and
-`benchmarks/published_sailor.py`. Rows that cannot be built are listed with the reason. Progress goes to stderr. A model
-is captured once at each length of its sequences; captures are kept in a folder (``--cache``), where a second run finds
+``--runs``: every row is built as `predictions/rows.py` says (the model captured on the meta device, degrees, schedule,
+recomputation and precision as given, costs of the shipped device kinds, the simulator) and reported as
+`predictions/report.py` says. ``--zero-bubble`` and ``--sailor``: `predictions/zero_bubble.py` and
+`predictions/sailor.py`. Rows that cannot be built are listed with the reason. Progress goes to stderr. A model is
+captured once at each length of its sequences; captures are kept in a folder (``--cache``), where a second run finds
 them.
 """
 
@@ -20,11 +20,12 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from published_plot import draw
-from published_report import predict, show, summary
-from published_runs import Builder, read_runs
-from published_sailor import sailor, show_sailor
-from published_zero_bubble import show_zero_bubble, zero_bubble
+from predictions.build import Builder
+from predictions.plot import draw
+from predictions.report import predict, show, summary
+from predictions.rows import read_runs
+from predictions.sailor import sailor, show_sailor
+from predictions.zero_bubble import show_zero_bubble, zero_bubble
 from rich.console import Console
 
 from mipipe.graphs.cache import cache_folder

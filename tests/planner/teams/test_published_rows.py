@@ -14,9 +14,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 
-from fit_costs import Fit, Point
-from published_report import bests, predict, ranks, ratios
-from published_runs import COLUMNS, Builder, read_runs
+from predictions.build import Builder
+from predictions.fit import Fit, Point
+from predictions.report import bests, predict, ranks, ratios
+from predictions.rows import COLUMNS, read_runs
 
 from mipipe.graphs.cluster import shipped_kinds
 from mipipe.graphs.errors import InputError

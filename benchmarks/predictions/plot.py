@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from published_report import Row
+from predictions.report import Row
 
 from mipipe.graphs.write_files import write_text
 

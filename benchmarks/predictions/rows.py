@@ -1,32 +1,23 @@
-"""Rows of published runs as configurations of the product: read, built and evaluated.
+"""Rows of published runs as configurations of the product.
 
-A row (the columns of `COLUMNS`) becomes a model captured on the meta device, a cluster of a shipped device kind,
-degrees, schedule, recomputation and precision; `mipipe.planner.teams.evaluate` says what its step takes and holds. What
-a row does not state is assumed as `Build.assumed` says.
+A row (the columns of `COLUMNS`) names a model (`predictions/models.py`), a cluster of a shipped device kind, degrees,
+schedule, recomputation and precision; `predictions/build.py` evaluates it. What a row does not state is assumed as
+`Build.assumed` says.
 """
 
 from __future__ import annotations
 
-import csv
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from published_models import Model, model_of
+from predictions.cells import measured, read_rows, stated, whole
+from predictions.models import Model, model_of
 
-from mipipe.graphs.capture.cached import capture_cached
-from mipipe.graphs.cluster import DeviceKind, shipped_kinds, uniform_cluster
-from mipipe.graphs.costs.collectives import fabric_of
 from mipipe.graphs.costs.efficiency import LowDtype
 from mipipe.graphs.errors import InputError
-from mipipe.planner.problems.from_layers import LayerTimes
 from mipipe.planner.teams.degrees import Degrees, Recompute
-from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
-from mipipe.planner.teams.pieces import ModelPieces, model_pieces
-from mipipe.planner.teams.pricing import Machine, Pricer
 
 COLUMNS = ("group", "id", "model", "layers", "hidden", "heads", "hardware", "n_gpus", "precision", "seq_len",
            "global_batch", "micro_batch", "tp", "pp", "cp", "vpp", "ep", "dp_or_fsdp", "schedule", "recompute",
@@ -114,30 +105,11 @@ def read_runs(path: Path) -> list[Run]:
         facts = row["group"], row["id"], row["model"], row["hardware"], row["date_or_version"], row["precision"]
         try:
             build = _build(full)
-            found.append(Run(*facts, _step(full, build), _number(row, "meas_tflops_per_gpu"),
-                             _number(row, "meas_memory_GB"), build))
+            found.append(Run(*facts, _step(full, build), measured(row, "meas_tflops_per_gpu"),
+                             measured(row, "meas_memory_GB"), build))
         except InputError as error:
             found.append(Run(*facts, None, None, None, None, str(error)))
     return found
-
-
-def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file that has these columns; a cell that a row lacks is empty.
-
-    Raises:
-        InputError: no such file, no text, no row, or a column is missing.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [{name: (value or "").strip() for name, value in row.items() if isinstance(name, str) and not
-                     isinstance(value, list)} for row in csv.DictReader(file)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: {error}; expected a CSV file in UTF-8") from None
-    missing = [name for name in columns if not rows or name not in rows[0]]
-    if missing:
-        raise InputError(f"{path}: no {'column ' + repr(missing[0]) if rows else 'rows'}; expected the columns"
-                         f" {', '.join(columns)}")
-    return rows
 
 
 def _completed(row: Mapping[str, str], sizes: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
@@ -150,49 +122,19 @@ def _completed(row: Mapping[str, str], sizes: Mapping[str, Mapping[str, str]]) -
 
 def _step(row: Mapping[str, str], build: Build) -> float | None:
     """Measured seconds of a step; of tokens or samples per second where these were measured."""
-    tokens, samples = _number(row, "meas_tokens_per_s_per_gpu"), _number(row, "meas_samples_per_s_per_gpu")
+    tokens, samples = measured(row, "meas_tokens_per_s_per_gpu"), measured(row, "meas_samples_per_s_per_gpu")
     if tokens:
         return build.global_batch * build.seq / tokens / build.devices
     if samples:
         return build.global_batch / samples / build.devices
-    return _number(row, "meas_step_time_s") or _number(row, "derived_step_time_s")
-
-
-def _whole(row: Mapping[str, str], name: str) -> int:
-    found = _stated(row, name)
-    if found is None:
-        raise InputError(f"{name}: found {row[name]!r}, expected a whole number of at least 1")
-    return found
-
-
-def _stated(row: Mapping[str, str], name: str) -> int | None:
-    """A whole number where the cell has one; None where it says something else or nothing (``n/a``, ``not stated``)."""
-    text = row[name].removesuffix(".0")
-    if not re.fullmatch(r"-?[0-9]{1,9}", text):
-        return None
-    if int(text) < 1:
-        raise InputError(f"{name}: found {row[name]!r}, expected a whole number of at least 1")
-    return int(text)
-
-
-def _number(row: Mapping[str, str], name: str) -> float | None:
-    """A measured number; None where the cell is empty."""
-    if not row[name]:
-        return None
-    try:
-        found = float(row[name])
-    except ValueError:
-        found = 0.0
-    if not 0 < found < math.inf:
-        raise InputError(f"{name}: found {row[name]!r}, expected a number above 0")
-    return found
+    return measured(row, "meas_step_time_s") or measured(row, "derived_step_time_s")
 
 
 def _build(row: Mapping[str, str]) -> Build:
     assumed: list[str] = []
     if "LoRA" in row["layout_or_notes"]:
         raise InputError("fine-tuning with adapters that the row does not describe")
-    seq = _whole(row, "seq_len")
+    seq = whole(row, "seq_len")
     model = model_of(row["model"], row["layers"], row["hidden"], row["heads"], seq, row["layout_or_notes"])
     if model.note:
         assumed.append(model.note)
@@ -202,7 +144,7 @@ def _build(row: Mapping[str, str]) -> Build:
     precision = next(((dtype, low) for text, dtype, low in PRECISIONS if text in row["precision"].lower()), None)
     if precision is None:
         raise InputError(f"precision {row['precision']}: expected one of {', '.join(item[0] for item in PRECISIONS)}")
-    count = _whole(row, "n_gpus")
+    count = whole(row, "n_gpus")
     degrees, batch, schedule = _degrees(row, count, model, assumed)
     modern = row["group"] not in UNFUSED
     return Build(model, seq, hardware[0], count, min(hardware[1], count), *precision,
@@ -214,17 +156,17 @@ def _build(row: Mapping[str, str]) -> Build:
 
 
 def _degrees(row: Mapping[str, str], count: int, model: Model, assumed: list[str]) -> tuple[Degrees, int, str]:
-    tensor, ranks, context = (_stated(row, name) or 1 for name in ("tp", "pp", "cp"))
+    tensor, ranks, context = (stated(row, name) or 1 for name in ("tp", "pp", "cp"))
     copies, left = divmod(count, tensor * ranks * context)
     if left or not copies:
         raise InputError(f"tp {tensor} x pp {ranks} x cp {context} does not divide {count} devices")
-    batch = _whole(row, "global_batch")
-    microbatch, each = _stated(row, "micro_batch"), batch // copies
+    batch = whole(row, "global_batch")
+    microbatch, each = stated(row, "micro_batch"), batch // copies
     schedule = row["schedule"].split(" (")[0].lower()
     if schedule == "not stated":
         schedule = "interleaved 1f1b" if ranks > 1 else "1f1b"
         assumed.append(f"schedule {schedule}")
-    if not schedule and (_stated(row, "vpp") or 1) > 1:
+    if not schedule and (stated(row, "vpp") or 1) > 1:
         schedule = "interleaved 1f1b"
     if schedule not in SCHEDULES:
         raise InputError(f"schedule {row['schedule']}: expected one of {', '.join(SCHEDULES)}")
@@ -238,8 +180,8 @@ def _degrees(row: Mapping[str, str], count: int, model: Model, assumed: list[str
     fsdp = re.search(r"fsdp=(\d+)", row["dp_or_fsdp"])
     sharding = row["optimizer_sharding"]
     titan = row["group"] == "torchtitan"  # divides parameters over the context axis too; its pipelines keep them whole
-    shards, whole = int(fsdp[1]) * (context if titan else 1) if fsdp else 1, titan and ranks > 1
-    zero = (1 if whole else 3) if shards > 1 else \
+    shards, apart = int(fsdp[1]) * (context if titan else 1) if fsdp else 1, titan and ranks > 1
+    zero = (1 if apart else 3) if shards > 1 else \
         0 if sharding.startswith("none") or row["group"] == "sailor_sosp25" else 1
     again = row["recompute"].lower()
     sequence = tensor > 1 and ("no sequence" not in again and "no sp" not in again) and (
@@ -252,7 +194,7 @@ def _degrees(row: Mapping[str, str], count: int, model: Model, assumed: list[str
         "selective" if again.startswith(("selective", "per-op")) else "none"
     if recompute == "none" and again and not again.startswith("no"):
         assumed.append("parts of layers that run again count as kept")
-    expert = _stated(row, "ep") or 1
+    expert = stated(row, "ep") or 1
     return (Degrees(ranks, tensor, sequence, context, expert, copies, chunks, microbatch, zero, recompute), batch,
             name if chunks > 1 or name != "Interleaved 1F1B" else "1F1B")
 
@@ -277,11 +219,11 @@ HELD = ("megatron_sc21_table1", "mt_nlg_530b", "korthikanti_table5", "zero_bubbl
 def _chunks(row: Mapping[str, str], model: Model, ranks: int, schedule: str, assumed: list[str]) -> int:
     if ranks == 1 or schedule != "Interleaved 1F1B":
         return 1
-    stated = _stated(row, "vpp")
-    if stated is not None:
-        return stated
+    chunks = stated(row, "vpp")
+    if chunks is not None:
+        return chunks
     layers = next((int(value) for name, value in model.overrides.items() if name in ("n_layer", "num_hidden_layers")),
-                  _stated(row, "layers") or 0)
+                  stated(row, "layers") or 0)
     if row["vpp"].startswith("max"):
         return -(-layers // ranks)
     chunks = max(size for size in range(1, layers // ranks + 1) if layers % (size * ranks) == 0 and size <= 6) \
@@ -305,44 +247,3 @@ def _layers(row: Mapping[str, str]) -> tuple[int, ...] | None:
     if not counts or min(counts) < 1:
         raise InputError(f"layers per stage [{found[1]}]: expected numbers of at least 1")
     return None if len(counts) == 1 else (counts[0] - 1, *counts[1:-1], counts[-1] - 1)
-
-
-class Builder:
-    """Evaluates builds; captures and profiles are kept between them, captures in ``folder`` for later runs as well
-    (None: where `mipipe` keeps its own). ``kinds`` replace the shipped device kinds."""
-
-    def __init__(self, kinds: Mapping[str, DeviceKind] | None = None, folder: Path | None = None) -> None:
-        self.folder = folder
-        self.kinds = {**shipped_kinds(), **(kinds or {})}
-        self._models: dict[Any, ModelPieces] = {}
-        self._pricers: dict[Any, Pricer] = {}
-
-    def pricer(self, build: Build, kind: DeviceKind | None = None,
-               measured: Sequence[LayerTimes] | None = None) -> Pricer:
-        """The pricer of a build's model on its machine."""
-        kind = kind or self.kinds[build.kind]
-        fabric = fabric_of(uniform_cluster(kind, build.devices, build.per_host).topology)
-        machine = Machine(kind, fabric, kind.memory_bytes or 0, build.dtype, build.low, build.fused, build.flash,
-                          build.cut, build.overlap, build.scatter)
-        key = build.model.source, str(build.model.overrides), build.seq
-        if key not in self._models:
-            options = {"seq": build.seq, "batch": 1, "dtype": "bfloat16", "overrides": build.model.overrides}
-            self._models[key] = model_pieces(capture_cached(build.model.source, options, folder=self.folder).graph)
-        if (*key, machine.kernels) not in self._pricers:
-            self._pricers[*key, machine.kernels] = Pricer(self._models[key], machine)
-        return self._pricers[*key, machine.kernels].on(machine, measured)
-
-    def evaluate(self, build: Build, kind: DeviceKind | None = None,
-                 measured: Sequence[LayerTimes] | None = None) -> TeamResult:
-        """What a build takes and holds, by the product; ``measured``: times of its layers, in place of estimates."""
-        return evaluate_teams(self.pricer(build, kind, measured), build.degrees, build.global_batch,
-                              layers=build.layers, schedule=build.schedule, held=build.held)
-
-
-def measured_step(run: Run, builder: Builder) -> float | None:
-    """Measured seconds of a step; where only the rate of model FLOPs was published, those of the captured graph by it
-    (Megatron-LM counts causal attention in full)."""
-    if run.step_s is not None or run.tflops is None or run.build is None:
-        return run.step_s
-    flops = builder.pricer(run.build).model.flops(full=run.group.startswith("megatron"))
-    return flops * run.build.global_batch / (run.tflops * 1e12 * run.build.devices)

@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from published_models import model_of
-from published_runs import Build, Builder, read_rows
-from published_zero_bubble import number_of
+from predictions.build import Builder
+from predictions.cells import number, read_rows, whole_numbers
+from predictions.models import model_of
+from predictions.rows import Build
 from rich.console import Console
 from rich.table import Table
 
@@ -54,15 +55,15 @@ def sailor(path: Path, profiles: Path, builder: Builder, told: Callable[[str], N
     """The steps and memory of every row."""
     rows = read_rows(path, COLUMNS)
     found = []
-    for number, row in enumerate(rows):
-        told(f"Sailor's row {number + 1} of {len(rows)}: {row['model']}")
+    for at, row in enumerate(rows):
+        told(f"Sailor's row {at + 1} of {len(rows)}: {row['model']}")
         name, measured = row["file"].removesuffix(".json"), 0.0
         sizes: tuple[int, int, int, float] = (0, 0, 0, 0.0)
         try:
-            cut, copies, tensor = (_whole_numbers(row, name) for name in ("layers_per_stage", "dp", "tp"))
-            size, batch, devices = (round(number_of(row, name)) for name in ("mbs", "gbs", "gpus"))
-            sizes = len(cut), devices, batch // (size * copies[0]), number_of(row, "real_step_s")
-            measured = number_of(row, "max_mem_bytes")
+            cut, copies, tensor = (whole_numbers(row, name) for name in ("layers_per_stage", "dp", "tp"))
+            size, batch, devices = (round(number(row, name)) for name in ("mbs", "gbs", "gpus"))
+            sizes = len(cut), devices, batch // (size * copies[0]), number(row, "real_step_s")
+            measured = number(row, "max_mem_bytes")
             build, kind = _build(row, cut, copies, tensor, size, batch, devices)
             layers = read_layer_times(profiles, MODELS[row["model"]], kind, size, tensor[0])
             result = builder.evaluate(build, measured=layers)
@@ -96,17 +97,6 @@ def _build(row: Mapping[str, str], cut: Sequence[int], copies: Sequence[int], te
                   None, fused=True, flash=False, cut=False, overlap=False, scatter=False, degrees=degrees,
                   global_batch=batch, schedule="1F1B", held=True, layers=inner if len(cut) > 1 else None, assumed=())
     return build, kinds[0]
-
-
-def _whole_numbers(row: Mapping[str, str], name: str) -> list[int]:
-    """A list of whole numbers in a cell."""
-    try:
-        found = json.loads(row[name])
-    except ValueError:
-        found = None
-    if not isinstance(found, list) or not found or not all(type(item) is int and 0 < item < 10**6 for item in found):
-        raise InputError(f"{name}: found {row[name]!r}, expected a list of whole numbers of at least 1")
-    return found
 
 
 def show_sailor(console: Console, rows: list[SailorRow]) -> None:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from published_runs import Builder, Run, measured_step
+from predictions.build import Builder, measured_step
+from predictions.rows import Run
 from rich.console import Console
 from rich.table import Table
 

@@ -8,16 +8,15 @@ embedding and the head, overheads of launching.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from published_runs import read_rows
+from predictions.cells import number, read_rows
 from rich.console import Console
 from rich.table import Table
 
-from mipipe.graphs.errors import InputError, MipipeError
+from mipipe.graphs.errors import MipipeError
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.held_transfers import hold_transfers
@@ -63,11 +62,11 @@ class StepRow:
 def zero_bubble(path: Path) -> tuple[list[RateRow], list[StepRow], list[str]]:
     """Bubble rates and steps of every row; and of those that cannot be built why not."""
     rates, steps, left = [], [], []
-    for number, row in enumerate(read_rows(path, COLUMNS)):
+    for at, row in enumerate(read_rows(path, COLUMNS)):
         try:
             own_rates, own_steps = _row(row)
         except MipipeError as error:
-            left.append(f"row {number + 1} ({row['model']}): {error}")
+            left.append(f"row {at + 1} ({row['model']}): {error}")
             continue
         rates += own_rates
         steps += own_steps
@@ -75,34 +74,19 @@ def zero_bubble(path: Path) -> tuple[list[RateRow], list[StepRow], list[str]]:
 
 
 def _row(row: Mapping[str, str]) -> tuple[list[RateRow], list[StepRow]]:
-    ranks, count, size = (round(number_of(row, name)) for name in ("p", "m", "micro_batch"))
-    work = sum(number_of(row, name) for name in ("T_F", "T_B", "T_W"))
+    ranks, count, size = (round(number(row, name)) for name in ("p", "m", "micro_batch"))
+    work = sum(number(row, name) for name in ("T_F", "T_B", "T_W"))
     problem = uniform_problem(ranks=ranks, microbatches=count, f=row["T_F"], i=row["T_B"], w=row["T_W"],
                               comm=row["T_comm"], layers=ranks, copies=1, activations=ranks)
     plans = {name: _plan(problem, name) for name, _ in STEPS}
     ms = {name: _ms(plan) for name, plan in plans.items()}
-    rates = [RateRow(row["model"], ranks, count, name, number_of(row, f"bubble_{name}"),
+    rates = [RateRow(row["model"], ranks, count, name, number(row, f"bubble_{name}"),
                      round(1 - count * work / ms[name], 4)) for name in RATES if row[f"bubble_{name}"]]
     steps = [StepRow(row["model"], ranks, count, name,
-                     count * size / (number_of(row, f"samples_s_gpu_{column}") * ranks) * 1e3, ms[name],
+                     count * size / (number(row, f"samples_s_gpu_{column}") * ranks) * 1e3, ms[name],
                      _ms(_plan(hold_transfers(problem), name))) for name, column in STEPS
              if row[f"samples_s_gpu_{column}"]]
     return rates, steps
-
-
-def number_of(row: Mapping[str, str], name: str) -> float:
-    """The number in a cell.
-
-    Raises:
-        InputError: there is none above 0.
-    """
-    try:
-        found = float(row[name])
-    except ValueError:
-        found = 0.0
-    if not 0 < found < math.inf:
-        raise InputError(f"{name}: found {row[name]!r}, expected a number above 0")
-    return found
 
 
 def _plan(problem: PlanningProblem, name: str) -> Plan:
