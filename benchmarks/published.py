@@ -47,6 +47,10 @@ def main() -> None:
         parser.error("give --runs FILE, --zero-bubble FILE, or --sailor FILE with --profiles FILE")
     if (options.sailor is None) != (options.profiles is None):
         parser.error("--sailor and --profiles go together")
+    if options.runs is None and (options.plot is not None or options.brief):
+        parser.error("--plot and --brief go with --runs")
+    if options.plot is not None and not options.plot.resolve().parent.is_dir():
+        parser.error(f"--plot {options.plot}: no such folder")
     began = time.monotonic()
 
     def told(text: str) -> None:

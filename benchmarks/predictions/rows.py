@@ -147,7 +147,10 @@ def _build(row: Mapping[str, str]) -> Build:
     count = whole(row, "n_gpus")
     degrees, batch, schedule = _degrees(row, count, model, assumed)
     modern = row["group"] not in UNFUSED
-    return Build(model, seq, hardware[0], count, min(hardware[1], count), *precision,
+    per_host = next(size for size in range(min(hardware[1], count), 0, -1) if count % size == 0)
+    if count > per_host and per_host < hardware[1]:
+        assumed.append(f"hosts with {per_host} of {hardware[1]} devices")
+    return Build(model, seq, hardware[0], count, per_host, *precision,
                  fused="eager" not in row["layout_or_notes"], flash=modern, cut=modern,
                  overlap=row["group"] in OVERLAP or "async" in row["layout_or_notes"].lower(),
                  scatter=row["group"] not in WHOLE, degrees=degrees, global_batch=batch, schedule=schedule,

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from predictions.build import Builder
-from predictions.cells import number, read_rows, whole_numbers
+from predictions.cells import measured, read_rows, whole, whole_numbers
 from predictions.models import model_of
 from predictions.rows import Build
 from rich.console import Console
 from rich.table import Table
 
-from mipipe.graphs.errors import InputError, MipipeError
+from mipipe.graphs.errors import InputError, MipipeError, shown
+from mipipe.graphs.read_files import load_json
+from mipipe.graphs.serialize import read_text
 from mipipe.planner.problems.from_layers import read_layer_times
 from mipipe.planner.teams.degrees import Degrees
 
@@ -37,40 +39,49 @@ COLUMNS = ("file", "model", "layers_per_stage", "dp", "tp", "gpus", "gpu_kinds",
 
 @dataclass(frozen=True, slots=True)
 class SailorRow:
-    """A measured step in seconds and ours; ``why`` says why there is none."""
+    """A measured step in seconds and ours, and the peak memory (None: not measured); ``why`` says why there is no
+    prediction."""
 
     plan: str
     model: str
     stages: int
     devices: int
     microbatches: int
-    measured: float
+    measured: float | None
     predicted: float | None
-    measured_bytes: float
+    measured_bytes: float | None
     predicted_bytes: int | None
     why: str = ""
 
 
 def sailor(path: Path, profiles: Path, builder: Builder, told: Callable[[str], None]) -> list[SailorRow]:
-    """The steps and memory of every row."""
+    """The steps and memory of every row.
+
+    Raises:
+        InputError: no table of such rows, or no profiles of any model.
+    """
     rows = read_rows(path, COLUMNS)
+    known = load_json(read_text(profiles), str(profiles))
+    if not isinstance(known, dict) or not known:
+        raise InputError(f"{profiles}: found {shown(known)}, expected times of layers by model, device, microbatch and"
+                         " tensor degree")
     found = []
     for at, row in enumerate(rows):
         told(f"Sailor's row {at + 1} of {len(rows)}: {row['model']}")
-        name, measured = row["file"].removesuffix(".json"), 0.0
-        sizes: tuple[int, int, int, float] = (0, 0, 0, 0.0)
+        plan, held = row["file"].removesuffix(".json"), None
+        sizes: tuple[int, int, int, float | None] = (0, 0, 0, None)
         try:
             cut, copies, tensor = (whole_numbers(row, name) for name in ("layers_per_stage", "dp", "tp"))
-            size, batch, devices = (round(number(row, name)) for name in ("mbs", "gbs", "gpus"))
-            sizes = len(cut), devices, batch // (size * copies[0]), number(row, "real_step_s")
-            measured = number(row, "max_mem_bytes")
+            size, batch, devices = (whole(row, name) for name in ("mbs", "gbs", "gpus"))
+            sizes = len(cut), devices, batch // (size * copies[0]), measured(row, "real_step_s")
+            held = measured(row, "max_mem_bytes")
             build, kind = _build(row, cut, copies, tensor, size, batch, devices)
             layers = read_layer_times(profiles, MODELS[row["model"]], kind, size, tensor[0])
             result = builder.evaluate(build, measured=layers)
         except MipipeError as error:
-            found.append(SailorRow(name, row["model"], *sizes, None, measured, None, str(error)))
+            found.append(SailorRow(plan, row["model"], *sizes, None, held, None, str(error)))
             continue
-        found.append(SailorRow(name, row["model"], *sizes, result.seconds, measured,
+        found.append(SailorRow(plan, row["model"], *sizes, result.seconds, held,
                                max(item.on_device for item in result.memory)))
     return found
 
@@ -106,29 +117,41 @@ def show_sailor(console: Console, rows: list[SailorRow]) -> None:
                  "predicted", "ratio"):
         table.add_column(name, justify="right")
     for row in rows:
-        cells = (row.plan, row.model, *map(str, (row.stages, row.devices, row.microbatches)), f"{row.measured:.3f}")
-        held = f"{row.measured_bytes / 1e9:.2f}"
-        table.add_row(*cells, *((row.why, "", held) if row.predicted is None or row.predicted_bytes is None else
-                                (f"{row.predicted:.3f}", f"{row.predicted / row.measured:.3f}", held,
-                                 f"{row.predicted_bytes / 1e9:.2f}",
-                                 f"{row.predicted_bytes / row.measured_bytes:.3f}")))
-    console.print(table)
+        if row.predicted is not None and row.predicted_bytes is not None:
+            table.add_row(row.plan, row.model, *map(str, (row.stages, row.devices, row.microbatches)),
+                          *_beside(row.measured, row.predicted, 1, 3), *_beside(row.measured_bytes, row.predicted_bytes,
+                                                                               1e9, 2))
     built = [row for row in rows if row.predicted is not None]
+    if built:
+        console.print(table)
+    for row in rows:
+        if row.predicted is None:
+            console.print(f"not built: {row.plan} ({row.model}): {row.why}", soft_wrap=True, markup=False)
     if not built:
         console.print(f"none of {len(rows)} rows built")
         return
     piped = [row for row in built if row.stages > 1 and row.microbatches > 1]
-    errors = [row.predicted / row.measured - 1 for row in piped if row.predicted is not None]
+    errors = [row.predicted / row.measured - 1 for row in piped if row.predicted is not None and row.measured]
     if errors:
-        console.print(f"{len(piped)} rows with a pipeline and more than one microbatch: mean error"
+        console.print(f"{len(errors)} rows with a pipeline and more than one microbatch: mean error"
                   f" {sum(map(abs, errors)) / len(errors):.1%}, bias {sum(errors) / len(errors):+.1%}; {len(built)} of"
                   f" {len(rows)} rows built")
-    off = [row.predicted_bytes / row.measured_bytes - 1 for row in built if row.predicted_bytes is not None]
-    console.print(f"peak memory of {len(off)} rows: mean error {sum(map(abs, off)) / len(off):.1%}, bias"
-                  f" {sum(off) / len(off):+.1%}")
+    off = [row.predicted_bytes / row.measured_bytes - 1 for row in built
+           if row.predicted_bytes is not None and row.measured_bytes]
+    if off:
+        console.print(f"peak memory of {len(off)} rows: mean error {sum(map(abs, off)) / len(off):.1%}, bias"
+                      f" {sum(off) / len(off):+.1%}")
     groups: dict[tuple[str, int], list[SailorRow]] = {}
     for row in built:
-        groups.setdefault((row.model, row.devices), []).append(row)
+        if row.measured:
+            groups.setdefault((row.model, row.devices), []).append(row)
     pairs = [(one, two) for own in groups.values() for n, one in enumerate(own) for two in own[n + 1:]]
-    right = sum((one.measured < two.measured) == ((one.predicted or 0) < (two.predicted or 0)) for one, two in pairs)
+    right = sum(((one.measured or 0) < (two.measured or 0)) == ((one.predicted or 0) < (two.predicted or 0))
+                for one, two in pairs)
     console.print(f"pairs of plans for the same model and devices ranked as measured: {right} of {len(pairs)}")
+
+
+def _beside(measured: float | None, predicted: float, unit: float, digits: int) -> tuple[str, str, str]:
+    """Cells of a measurement (empty where there is none), a prediction and their ratio."""
+    own = f"{predicted / unit:.{digits}f}"
+    return (f"{measured / unit:.{digits}f}", own, f"{predicted / measured:.3f}") if measured else ("", own, "")

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from predictions.cells import number, read_rows
+from predictions.cells import number, read_rows, whole
 from rich.console import Console
 from rich.table import Table
 
-from mipipe.graphs.errors import MipipeError
+from mipipe.graphs.errors import InputError, MipipeError
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.held_transfers import hold_transfers
@@ -32,6 +32,9 @@ STEPS = (("1F1B", "1F1B"), ("ZB-H1", "ZB-1p"))
 COLUMNS = ("p", "m", "model", "micro_batch", "T_F", "T_B", "T_W", "T_comm", *(f"bubble_{name}" for name in RATES),
            *(f"samples_s_gpu_{column}" for _, column in STEPS))
 """What is read of a row; times in ms."""
+
+MOST = 200_000
+"""Microbatches on all ranks together that a row may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,9 @@ def zero_bubble(path: Path) -> tuple[list[RateRow], list[StepRow], list[str]]:
 
 
 def _row(row: Mapping[str, str]) -> tuple[list[RateRow], list[StepRow]]:
-    ranks, count, size = (round(number(row, name)) for name in ("p", "m", "micro_batch"))
+    ranks, count, size = (whole(row, name) for name in ("p", "m", "micro_batch"))
+    if ranks * count > MOST:
+        raise InputError(f"p x m: found {ranks} x {count}, expected at most {MOST:,} together")
     work = sum(number(row, name) for name in ("T_F", "T_B", "T_W"))
     problem = uniform_problem(ranks=ranks, microbatches=count, f=row["T_F"], i=row["T_B"], w=row["T_W"],
                               comm=row["T_comm"], layers=ranks, copies=1, activations=ranks)

@@ -9,6 +9,7 @@ from team_machine import machine
 
 from mipipe.graphs.costs.efficiency import Evidence
 from mipipe.graphs.errors import InputError, MipipeError
+from mipipe.graphs.operator_graph import Role
 from mipipe.planner.check import check_plan
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate
@@ -211,6 +212,36 @@ def test_what_is_far_from_what_was_validated_is_told(pieces):
     assert "no published run of small" in outside(Pricer(pieces, machine()), Degrees())[0]
     within = replace(known, parameters=(10**6, 10**9), models=("dense", "experts"))
     assert outside(Pricer(pieces, machine(evidence=within)), Degrees(copies=8)) == []
+
+
+NEAR = Evidence(12, 0.05, (8, 64), (10**6, 10**9), (512, 8192), ("16 bits", "float8"), ("dense",), ("float8",))
+"""Runs that the small model lies among."""
+
+
+@pytest.mark.parametrize("known, low, model, devices, told", [
+    ({}, None, {}, 8, None), ({}, None, {}, 2, None),
+    ({}, None, {}, 1, "1 devices, the runs behind the efficiencies had 8 to 64"),
+    ({}, None, {}, 256, None), ({}, None, {}, 512, "512 devices, the runs"),
+    ({"parameters": (10**9, 10**10)}, None, {}, 8, "parameters, the runs behind the efficiencies had 1,000,000,000 to"),
+    ({"parameters": (10**4, 10**5)}, None, {}, 8, "parameters, the runs behind the efficiencies had 10,000 to 100,000"),
+    ({"tokens": (8192, 8192)}, None, {}, 8, "512 tokens a sequence, the runs behind the efficiencies had 8,192 to"),
+    ({"tokens": (16, 32)}, None, {}, 8, "512 tokens a sequence, the runs behind the efficiencies had 16 to 32"),
+    ({}, "float4", {}, 8, "products in float4, the runs behind the efficiencies had 16 bits and float8"),
+    ({}, "float8", {}, 8, "products in float8, which runs of one model alone stand for on this device kind"),
+    ({"thin": ("16 bits",)}, None, {}, 8, "products in 16 bits, which runs of one model alone stand for"),
+    ({"models": ("experts",)}, None, {}, 8, "a model without experts, the runs behind the efficiencies were experts"),
+    ({}, None, {"experts": True}, 8, "a model with experts, the runs behind the efficiencies were dense"),
+    ({}, None, {"tokens": None}, 8, "a model without tokens, the runs behind the efficiencies were language models")])
+def test_every_reason_to_doubt_a_prediction_is_told_alone(pieces, known, low, model, devices, told):
+    """Hardware's number, the model's size and kind, sequences, precision: one line for the one thing that is far off,
+    none at the edge of a factor of four."""
+    own = replace(pieces, tokens=model.get("tokens", pieces.tokens))
+    if "experts" in model:
+        segments = [replace(segment, tags=replace(segment.tags, role=Role.EXPERTS)) for segment in own.graph.segments]
+        own = replace(own, graph=replace(own.graph, segments=tuple(segments)))
+    there = machine(evidence=replace(NEAR, **known), origin="fitted")
+    found = outside(Pricer(own, replace(there, low=low)), Degrees(copies=devices))
+    assert found == [] if told is None else len(found) == 1 and told in found[0], found
 
 
 def test_layers_of_experts_cost_the_host(pieces):
