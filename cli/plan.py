@@ -125,11 +125,13 @@ def plan(
                                                                          " in parts; or each sends all of it.",
                                           rich_help_panel=_TEAMS)] = True,
     layer_times: Annotated[str | None, typer.Option(
-        "--layer-times", help="Evaluate with measured times of layers in place of estimates: a JSON file, model ->"
-                              " device -> microbatch -> tensor degree -> layer -> [forward, backward, update] in"
-                              " seconds.", rich_help_panel=_TEAMS)] = None,
+        "--layer-times", help="Evaluate with measured times of layers in place of estimates: the cost table of"
+                              " `mipipe profile` for this graph, or a JSON file, model -> device -> microbatch ->"
+                              " tensor degree -> layer -> [forward, backward, update] in seconds.",
+        rich_help_panel=_TEAMS)] = None,
     layer_entry: Annotated[str | None, typer.Option("--layer-entry", help="Its model and device, as MODEL/DEVICE (where"
-                                                                          " it has several).",
+                                                                          " it has several); a cost table's device"
+                                                                          " kind.",
                                                     rich_help_panel=_TEAMS)] = None,
     time_limit: TimeLimit = 60.0,
     seed: Seed = 0,

@@ -16,9 +16,10 @@ from mipipe.cli.team_request import TeamRequest
 from mipipe.graphs.cluster import Cluster, load_cluster, uniform_cluster
 from mipipe.graphs.costs.collectives import fabric_of
 from mipipe.graphs.costs.efficiency import LowDtype
+from mipipe.graphs.costs.table import CostTable
 from mipipe.graphs.errors import InfeasibleError, InputError
 from mipipe.graphs.operator_graph import OperatorGraph
-from mipipe.graphs.serialize import digest, save
+from mipipe.graphs.serialize import digest, load, load_data, save
 from mipipe.graphs.units import format_bytes, parse_bytes
 from mipipe.planner.plan import Plan
 from mipipe.planner.problems.from_layers import LayerTimes, entry_of, read_layer_times
@@ -28,8 +29,9 @@ from mipipe.planner.team import TeamMode
 from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, Recompute, completed, parse_degrees
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.outside import outside
-from mipipe.planner.teams.pieces import indivisible_of, model_pieces, rows_of
+from mipipe.planner.teams.pieces import ModelPieces, indivisible_of, model_pieces, rows_of
 from mipipe.planner.teams.pricing import Machine, Pricer, check_machine
+from mipipe.planner.teams.profiled import profiled_layers
 from mipipe.planner.teams.remedies import remedy
 
 LOW: dict[str, LowDtype] = {"fp8": "float8", "float8": "float8", "fp4": "float4", "float4": "float4"}
@@ -70,7 +72,8 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
     if full:
         again = cast("Recompute", request.recomputation or "none")
         degrees = completed(given, devices, request.microbatch or 1, again)
-        pricer = Pricer(model_pieces(model), machine, _measured(request, degrees))
+        pieces = model_pieces(model)
+        pricer = Pricer(pieces, machine, _measured(request, degrees, pieces))
         result = evaluate_teams(pricer, degrees, request.global_batch, layers=layers, held=request.held,
                                 schedule=request.schedule or ("interleaved" if degrees.chunks > 1 else "1F1B"))
         found = None
@@ -114,7 +117,7 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
         console.print(f"wrote {output}")
 
 
-def _measured(request: TeamRequest, degrees: Degrees) -> tuple[LayerTimes, ...] | None:
+def _measured(request: TeamRequest, degrees: Degrees, model: ModelPieces) -> tuple[LayerTimes, ...] | None:
     """The measured times of layers of a configuration, where a table was given."""
     if request.layer_times is None:
         if request.layer_entry is not None:
@@ -124,8 +127,10 @@ def _measured(request: TeamRequest, degrees: Degrees) -> tuple[LayerTimes, ...] 
         raise InputError(f"--recomputation {degrees.recompute}: measured times of layers have it in their backward or"
                          " not; leave it out")
     path = Path(request.layer_times)
-    model, device = entry_of(path, request.layer_entry)
-    return read_layer_times(path, model, device, degrees.microbatch, degrees.tensor)
+    if load_data(path).get("format") == CostTable.FORMAT:
+        return profiled_layers(load(path, CostTable), model, degrees, str(path), request.layer_entry)
+    name, device = entry_of(path, request.layer_entry)
+    return read_layer_times(path, name, device, degrees.microbatch, degrees.tensor)
 
 
 def _cluster(request: TeamRequest, cluster: Path | None, memory: str | None) -> Cluster:

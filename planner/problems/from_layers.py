@@ -24,11 +24,13 @@ KIND = "measured"
 
 @dataclass(frozen=True, slots=True)
 class LayerTimes:
-    """Seconds of one layer: forward and backward of a microbatch, and the update of its parameters."""
+    """Seconds of one layer: forward and backward of a microbatch, and the update of its parameters (None: not
+    measured). ``weights``: of the weight gradients, where they were measured apart; ``backward`` is without them."""
 
     forward: float
     backward: float
-    update: float
+    update: float | None
+    weights: float | None = None
 
 
 def read_layer_times(path: Path, model: str, device: str, microbatch: int, tensor: int) -> tuple[LayerTimes, ...]:
@@ -100,8 +102,9 @@ def problem_of_layers(layers: Sequence[LayerTimes], layers_per_stage: Sequence[i
     for stage, count in enumerate(layers_per_stage):
         own = layers[first:first + count]
         first += count
-        forward, backward, update = (round(1e9 * sum(getattr(layer, phase) for layer in own))
-                                     for phase in ("forward", "backward", "update"))
+        forward, update = (round(1e9 * sum(getattr(layer, phase) or 0.0 for layer in own))
+                           for phase in ("forward", "update"))
+        backward = round(1e9 * sum(layer.backward + (layer.weights or 0.0) for layer in own))
         groups.append(Group(f"stage {stage}", {KIND: PhaseTimes(forward, backward, None)},
                             update_ns=update + round(1e9 * reduce_s)))
     edges = tuple(GroupEdge(stage, (stage + 1,), message_bytes, message_bytes, f"stage {stage}.out")

@@ -139,7 +139,7 @@ def evaluate_teams(pricer: Pricer, degrees: Degrees, global_batch: int, *, layer
     if len(layers) != count:
         raise InputError(f"--layers-per-stage: {len(layers)} numbers, but {baseline.name} on {degrees.ranks} ranks has"
                          f" {count} stages")
-    if split and pricer.measured is not None:
+    if split and pricer.measured is not None and any(layer.weights is None for layer in pricer.measured):
         raise InputError(f"--schedule {baseline.name}: divides backwards, which measured times of layers do not; take"
                          " 1f1b or interleaved")
     costs = piece_costs(pricer, degrees, recompute)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -158,7 +158,7 @@ class Pricer:
         self.model, self.machine, self.measured = model, machine, measured
         self.origins: Counter[str] = Counter()
         self._profiles: dict[tuple[str, object, bool], ModeProfile] = {}
-        self._costs: dict[tuple[int, Degrees], PieceCost] = {}
+        self._costs: dict[tuple[int, Degrees, LayerTimes | None], PieceCost] = {}
         self._footprints: dict[TeamSplit, Footprint] = {}
         self._facts: dict[tuple[str, Role, bool], TraceFacts] = {}
 
@@ -171,17 +171,16 @@ class Pricer:
 
     def costs(self, degrees: Degrees) -> list[PieceCost]:
         """The cost of every piece, in the model's order."""
-        by_kind = [self._kind(number, degrees) for number in range(len(self.model.kinds))]
-        found = [by_kind[piece.kind] for piece in self.model.pieces]
         if self.measured is None:
-            return found
-        return [replace(cost, f=PhaseCost(own.forward), i=PhaseCost(own.backward), w=None, optimizer=own.update)
-                for cost, own in zip(found, self.measured, strict=True)]
+            by_kind = [self._kind(number, degrees) for number in range(len(self.model.kinds))]
+            return [by_kind[piece.kind] for piece in self.model.pieces]
+        return [self._kind(piece.kind, degrees, own)
+                for piece, own in zip(self.model.pieces, self.measured, strict=True)]
 
-    def _kind(self, kind: int, degrees: Degrees) -> PieceCost:
-        key = kind, _without_ranks(degrees)
+    def _kind(self, kind: int, degrees: Degrees, measured: LayerTimes | None = None) -> PieceCost:
+        key = kind, _without_ranks(degrees), measured
         if key not in self._costs:
-            self._costs[key] = self._price(kind, degrees)
+            self._costs[key] = self._price(kind, degrees, measured)
         return self._costs[key]
 
     def profile(self, member: int, degrees: Degrees) -> ModeProfile:
@@ -226,7 +225,7 @@ class Pricer:
             self._footprints[degrees.split] = Footprint(sums[0], sums[1], sums[2], sums[3], kept)
         return self._footprints[degrees.split]
 
-    def _price(self, kind: int, degrees: Degrees) -> PieceCost:
+    def _price(self, kind: int, degrees: Degrees, measured: LayerTimes | None) -> PieceCost:
         piece, machine = self.model.kinds[kind], self.machine
         count = degrees.microbatch / self.model.sequences
         found: dict[Phase, PhaseCost] = {}
@@ -256,7 +255,11 @@ class Pricer:
         if degrees.recompute == "full" and Phase.I in found and piece.layer is not None:
             again, kept = kept, self._inputs(piece.members[0], degrees, count)
             found[Phase.I] = found[Phase.I].plus(found[Phase.F])
+        if measured is not None:
+            found = _as_measured(found, measured)
         price = self._resident(degrees, found, (kept, late, again), (dense, experts), (trained, trained_experts))
+        if measured is not None and measured.update is not None:
+            price = replace(price, optimizer=measured.update)
         return replace(price, buffers=buffers, until_w=round(until_w * count), workspace=workspace)
 
     def _inputs(self, member: int, degrees: Degrees, count: float) -> int:
@@ -311,8 +314,9 @@ class Pricer:
                 (kinds.ALL_GATHER, training if degrees.zero else 0), (kinds.ALL_GATHER, num_bytes))]
             if degrees.zero < 2:
                 reduce += spent[0]
-            elif Phase.W in found:
-                found[Phase.W] = _beside(found[Phase.W], spent[0])
+            elif parameters:
+                last = Phase.W if Phase.W in found else Phase.I
+                found[last] = _beside(found[last], spent[0])
                 gathered += parameters * GRADIENT_BYTES
             if degrees.zero < 3:
                 gather += spent[1]
@@ -339,6 +343,14 @@ def with_estimates(traced: ModeProfile, estimate: ModeProfile, fused: bool) -> M
         phases[phase] = replace(work, products=products, kernels=rest.kernels, bytes_moved=max(0, apart) + sum(
             item.bytes_moved * item.count for item in products))
     return replace(traced, phases=phases, kept=estimate.kept if fused else traced.kept)
+
+
+def _as_measured(found: Mapping[Phase, PhaseCost], measured: LayerTimes) -> dict[Phase, PhaseCost]:
+    """Phases as long as they were measured; where W was not measured apart, I is the whole backward."""
+    times = {Phase.F: measured.forward, Phase.I: measured.backward}
+    if measured.weights is not None:
+        times = {phase: seconds for phase, seconds in (times | {Phase.W: measured.weights}).items() if phase in found}
+    return {phase: PhaseCost(seconds) for phase, seconds in times.items()}
 
 
 def _beside(cost: PhaseCost, seconds: float) -> PhaseCost:

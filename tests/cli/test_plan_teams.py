@@ -108,6 +108,40 @@ def test_measured_times_of_layers(mipipe, graph, tmp_path):
         assert ended.code == 1 and message in ended.stderr, ended.stderr
 
 
+@pytest.mark.slow
+def test_a_profile_of_one_device_predicts_the_cluster(mipipe, graph, tmp_path):
+    """`mipipe profile`'s own table: 8 microbatches on two ranks by hand from its F, I and W; schedules that divide
+    backwards as well; and what a profile of whole layers on one device cannot say."""
+    table = tmp_path / "costs.json"
+    assert mipipe("profile", graph, "--granularity", "layer", "-o", table).code == 0
+    other = json.loads(table.read_text())
+    times = {entry["group"]: sum(entry["times_ns"].values()) / 1e9 for entry in other["entries"]}
+    layer, head = times["model.layers.0"], times["lm_head"]
+    options = (*DEVICES, "--layer-times", table, "--json")
+    full = ("--degrees", "ranks=2,copies=4,zero=1", "--layers-per-stage", "2,2")
+    ended = mipipe("plan", graph, *options, *full)
+    assert ended.code == 0, ended.stderr
+    data = json.loads(ended.stdout)
+    assert data["basis"]["layers_measured"] and data["outside"] == []
+    work = 8 * (2 * layer + head) + 2 * layer + times["model.embed_tokens"]
+    assert data["step_s"] == pytest.approx(work, rel=0.15)
+    split = mipipe("plan", graph, *options, *full, "--schedule", "zb-h1")
+    assert split.code == 0 and json.loads(split.stdout)["step_s"] < data["step_s"]
+    (tmp_path / "other.json").write_text(json.dumps(other | {"graph_digest": "0" * 16}))
+    (tmp_path / "estimated.json").write_text(json.dumps(other | {
+        "entries": [entry | {"origin": "roofline"} for entry in other["entries"]]}))
+    (tmp_path / "coarse.json").write_text(json.dumps(other | {"notes": {"groups": "2"}}))
+    for wrong, message in (
+            (("--degrees", "tensor=2,ranks=2,copies=2"), "times of whole layers on one device, but the plan divides"),
+            ((*full, "--microbatch", "2"), "capture with --batch 2 and profile that graph"),
+            ((*full, "--layer-entry", "h100"), "--layer-entry 'h100'; expected one of cpu"),
+            ((*full, "--layer-times", tmp_path / "other.json"), "was measured on another graph"),
+            ((*full, "--layer-times", tmp_path / "estimated.json"), "holds estimates, not measurements"),
+            ((*full, "--layer-times", tmp_path / "coarse.json"), "profile with --granularity layer")):
+        ended = mipipe("plan", graph, *options, *wrong)
+        assert ended.code == 1 and message in ended.stderr, ended.stderr
+
+
 def test_far_from_what_was_validated(mipipe, graph):
     """The small model is far below the sizes of published runs."""
     ended = mipipe("plan", graph, *DEVICES, "--degrees", "copies=8")
