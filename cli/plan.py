@@ -127,7 +127,7 @@ def plan(
     layer_times: Annotated[str | None, typer.Option(
         "--layer-times", help="Evaluate with measured times of layers in place of estimates: the cost table of"
                               " `mipipe profile` for this graph, or a JSON file, model -> device -> microbatch ->"
-                              " tensor degree -> layer -> [forward, backward, update] in seconds.",
+                              " tensor degree -> layer -> three numbers in seconds: forward, backward, update.",
         rich_help_panel=_TEAMS)] = None,
     layer_entry: Annotated[str | None, typer.Option("--layer-entry", help="Its model and device, as MODEL/DEVICE (where"
                                                                           " it has several); a cost table's device"
