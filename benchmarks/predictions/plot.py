@@ -13,6 +13,8 @@ from mipipe.graphs.write_files import write_text
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 800, 520, 64, 56, 20
 INK, QUIET, LINE, PAPER, BAND = "#22303c", "#66757f", "#d9dfe3", "#ffffff", "#eaf1f7"
+BEYOND = {0.5: "≤ ", 2.0: "≥ "}
+"""What lies beyond the axis is drawn at its end."""
 COLOURS = ("#2f6db3", "#d9822b", "#3f8f5b", "#a8466a", "#7a5fb0", "#8a7a2f", "#2e9c9c", "#c0504d", "#5b6b78", "#1b2a5a")
 
 
@@ -39,7 +41,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     for ratio in (0.5, 0.7, 0.9, 1.0, 1.1, 1.4, 2.0):
         strong = INK if ratio == 1 else LINE
         parts += [f'<line x1="{LEFT}" x2="{right}" y1="{up(ratio):.1f}" y2="{up(ratio):.1f}" stroke="{strong}"/>',
-                  f'<text x="{LEFT - 8}" y="{up(ratio) + 4:.1f}" text-anchor="end" fill="{QUIET}">{ratio:g}</text>']
+                  f'<text x="{LEFT - 8}" y="{up(ratio) + 4:.1f}" text-anchor="end" fill="{QUIET}">'
+                  f'{BEYOND.get(ratio, "")}{ratio:g}</text>']
     for power in range(low, high + 1):
         x = across(10 ** power)
         parts += [f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="{LINE}"/>',

@@ -118,7 +118,7 @@ def show_sailor(console: Console, rows: list[SailorRow]) -> None:
         table.add_column(name, justify="right")
     for row in rows:
         if row.predicted is not None and row.predicted_bytes is not None:
-            table.add_row(row.plan, row.model, *map(str, (row.stages, row.devices, row.microbatches)),
+            table.add_row(_short(row.plan), row.model, *map(str, (row.stages, row.devices, row.microbatches)),
                           *_beside(row.measured, row.predicted, 1, 3), *_beside(row.measured_bytes, row.predicted_bytes,
                                                                                1e9, 2))
     built = [row for row in rows if row.predicted is not None]
@@ -149,6 +149,12 @@ def show_sailor(console: Console, rows: list[SailorRow]) -> None:
     right = sum(((one.measured or 0) < (two.measured or 0)) == ((one.predicted or 0) < (two.predicted or 0))
                 for one, two in pairs)
     console.print(f"pairs of plans for the same model and devices ranked as measured: {right} of {len(pairs)}")
+
+
+def _short(plan: str) -> str:
+    """A plan's machine and number: of ``clariden/GPT-NEO/N16/plan_config_N16_D4`` its first and last part."""
+    parts = plan.split("/")
+    return "/".join((parts[0], parts[-1].removeprefix("plan_config_"))) if len(parts) > 1 else plan
 
 
 def _beside(measured: float | None, predicted: float, unit: float, digits: int) -> tuple[str, str, str]:
