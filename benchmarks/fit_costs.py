@@ -5,10 +5,11 @@
 A row of `benchmarks/predictions/rows.py` is predicted by the product; parameters are fitted so that the logarithms of
 predicted and measured steps agree. There are few: a share of products for every device kind and type of products; what
 a layer of experts costs the host, for every kind; and for every generation the size at half of the best share, shares
-of attention, grouped products, memory and links, and the overhead of an action. Each starts at the value that
-``hardware.yaml`` assumes and is held to it with the weight `PRIORS` says, so that rows say only what they can; a share
-is 1 at most. Configurations that were measured in several versions count once; far residuals count by their size, not
-its square (Huber, "Robust estimation of a location parameter", 1964).
+of attention, grouped products, memory and links, what is hidden of collectives, and the overhead of an action. Each
+starts at the value that ``hardware.yaml`` assumes and is held to it, and kinds of one generation are held to each
+other, with the weights `predictions.fit.PRIORS` says, so that rows say only what they can; a share is 1 at most.
+Configurations that were measured in several versions count once; far residuals count by their size, not its square
+(Huber, "Robust estimation of a location parameter", 1964).
 
 Between simulations a step follows the busiest rank's work, and so it does beyond two rounds of microbatches; the fit is
 repeated from a simulation at what was fitted.
@@ -28,14 +29,14 @@ from typing import Any
 
 import numpy as np
 from predictions.build import Builder, measured_step
-from predictions.fit import GENERATIONS, Fit, Point, has_experts
+from predictions.fit import GENERATIONS, Fit, Point, has_experts, value_of
 from predictions.rows import Run, read_runs
 from rich.console import Console
 
 from mipipe.graphs.cluster import shipped_kinds
 from mipipe.graphs.costs.efficiency import Evidence
 from mipipe.graphs.errors import MipipeError
-from mipipe.graphs.serialize import to_data, write_text, yaml_text
+from mipipe.graphs.serialize import load_data, to_data, write_text, yaml_text
 
 SAME_CHIP = {"a100_40": "a100", "h200": "h100", "h800": "h100", "gh200": "h100"}
 """Kinds without enough runs that have the chip of a fitted kind: its shares are assumed for them."""
@@ -119,7 +120,7 @@ def fit_generation(fit: Fit, generation: str, rounds: int, console: Console) -> 
     console.print(f"\n{generation}: {len(fit.points)} configurations of {sum(len(p.runs) for p in fit.points)} rows,"
                   f" {len(fit.names)} parameters")
     for (name, owner), value, start in zip(fit.names, values, fit.start, strict=True):
-        console.print(f"  {name:12} {owner:10} {math.exp(value):12.4g}   assumed {math.exp(start):.4g}")
+        console.print(f"  {name:12} {owner:10} {value_of(name, value):12.4g}   assumed {value_of(name, start):.4g}")
     console.print("  predicted / measured: fitted, and with the model held out")
     for point, own, other in sorted(zip(fit.points, at, held, strict=True), key=lambda item: item[0].runs[0].name):
         degrees = point.build.degrees
@@ -144,10 +145,12 @@ def fit_generation(fit: Fit, generation: str, rounds: int, console: Console) -> 
 
 
 def _write(written: Mapping[str, Any]) -> None:
+    """The values in place of those of the same kinds; kinds that were not fitted now keep theirs."""
     path = Path(__file__).resolve().parent.parent / "graphs" / "achieved.yaml"
     text = ("# Shares of the peaks that published runs show (mipipe.graphs.costs.efficiency), written by\n"
             "# benchmarks/fit_costs.py; they take the place of those that hardware.yaml assumes.\n")
-    write_text(path, text + yaml_text(dict(written)))
+    known = load_data(path) if path.exists() else {}
+    write_text(path, text + yaml_text(known | dict(written)))
 
 
 if __name__ == "__main__":

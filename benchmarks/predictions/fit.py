@@ -22,18 +22,20 @@ GENERATIONS = {"a100": "Ampere", "h100": "Hopper", "h100_hbm2e": "Hopper", "b200
                "gb200": "Blackwell", "gb300": "Blackwell"}
 """Device kinds that are fitted, and which of them share parameters."""
 
-PRIORS: dict[str, tuple[str, float]] = {
-    "product": ("kind", 0.5), "product_fp8": ("kind", 0.5), "product_fp4": ("kind", 0.5), "expert_ns": ("kind", 1.5),
-    "half": ("generation", 0.7), "attention": ("generation", 0.3), "grouped": ("generation", 0.4),
-    "memory": ("generation", 0.25), "link": ("generation", 0.1), "hidden": ("generation", 0.2),
-    "action_ns": ("generation", 0.7)}
-"""What is fitted, whether a kind or a generation has it, and how far (in logarithms) it may leave what is assumed."""
+PRIORS: dict[str, tuple[float, float]] = {
+    "product": (0.5, 0.07), "product_fp8": (0.5, 0.07), "product_fp4": (0.5, 0.07), "expert_ns": (1.5, 0.4),
+    "half": (0.7, 0.0), "attention": (0.3, 0.0), "grouped": (0.4, 0.0), "memory": (0.25, 0.0), "link": (0.1, 0.0),
+    "hidden": (0.2, 0.0), "hidden_experts": (0.7, 0.0), "action_ns": (0.7, 0.0)}
+"""What is fitted: how far (in logarithms) a generation may leave what is assumed, and its kinds the generation (0: they
+have one value together). Kinds of one generation are one chip at different clocks: what one has too few rows for, the
+others say."""
 
 NOISE = 0.06
 """A step's relative noise: containers of one configuration differ by a median of 5.9 %."""
 HUBER = 1.5
 """Residuals beyond so many times the noise count linearly."""
-START_EXPERT_NS = 500_000
+STARTS = {"expert_ns": 500_000, "hidden_experts": 0.3}
+"""Where ``hardware.yaml`` assumes nothing."""
 
 
 @dataclass
@@ -60,27 +62,32 @@ class Fit:
                 for point in points}
         overlaps = any(point.build.overlap for point in points)
         experts = {point.build.kind for point in points if has_experts(builder.pricer(point.build))}
-        for name, (scope, _) in PRIORS.items():
+        for name, (_, apart) in PRIORS.items():
             for kind in sorted(used):
-                owner = kind if scope == "kind" else GENERATIONS[kind]
-                wanted = ((kind, name) in lows if name.startswith("product") else kind in experts
-                          if name in ("expert_ns", "grouped") else name != "hidden" or overlaps)
+                owner = kind if apart else GENERATIONS[kind]
+                wanted = ((kind, name) in lows if name.startswith("product") else
+                          (overlaps or not name.startswith("hidden")) and
+                          (kind in experts or name not in ("expert_ns", "grouped", "hidden_experts")))
                 if wanted and (name, owner) not in self.names:
                     self.names.append((name, owner))
-        self.start = np.array([math.log(self._assumed(name, owner)) for name, owner in self.names])
-        self.width = np.array([PRIORS[name][1] for name, _ in self.names])
+        self.start = np.array([self._assumed(name, owner) for name, owner in self.names])
+        self.precision = np.linalg.inv(np.array([
+            [(one[0] == other[0]) * PRIORS[one[0]][0] ** 2 + (one == other) * PRIORS[one[0]][1] ** 2
+             for other in self.names] for one in self.names]))
         self.most = np.array([math.inf if name == "half" or name.endswith("_ns") else 0.0 for name, _ in self.names])
 
     def _assumed(self, name: str, owner: str) -> float:
+        """The logarithm of a parameter's first value."""
         kind = owner if owner in self.kinds else next(kind for kind, own in GENERATIONS.items() if own == owner)
-        return float(getattr(self.kinds[kind].achieved, name)) or START_EXPERT_NS
+        found = float(getattr(self.kinds[kind].achieved, name)) or STARTS[name]
+        return math.log(1 - found if name == "hidden_experts" else found)
 
     def kind(self, name: str, values: np.ndarray) -> DeviceKind:
         """A device kind with the parameters."""
         shares: dict[str, Any] = {}
         for (parameter, owner), value in zip(self.names, values, strict=True):
             if owner in (name, GENERATIONS[name]):
-                number = math.exp(value)
+                number = value_of(parameter, value)
                 shares[parameter] = round(number) if parameter.endswith("_ns") else round(number, 4)
         base = self.kinds[name].achieved
         if "attention" in shares:
@@ -125,8 +132,8 @@ class Fit:
         for _ in range(30):
             residuals = at + slopes @ (found - values)
             weights = chosen * np.minimum(1.0, HUBER * NOISE / np.maximum(np.abs(residuals), 1e-9)) / NOISE ** 2
-            left = slopes.T @ (weights[:, None] * slopes) + np.diag(self.width ** -2.0)
-            right = slopes.T @ (weights * residuals) + (found - self.start) * self.width ** -2.0
+            left = slopes.T @ (weights[:, None] * slopes) + self.precision
+            right = slopes.T @ (weights * residuals) + self.precision @ (found - self.start)
             found = _bounded_step(left, right, found, self.most)
         return np.clip(found, values - 0.5, values + 0.5)
 
@@ -149,6 +156,11 @@ class Fit:
             other = self.solve(values, at, slopes, ~own * 1.0)
             found[own] = (at + slopes @ (other - values))[own]
         return found
+
+
+def value_of(name: str, logarithm: float) -> float:
+    """A parameter from the logarithm that is fitted; of what is hidden of all-to-alls that is what is seen."""
+    return 1 - math.exp(logarithm) if name == "hidden_experts" else math.exp(logarithm)
 
 
 def _bounded_step(left: np.ndarray, right: np.ndarray, found: np.ndarray, most: np.ndarray) -> np.ndarray:

@@ -5,8 +5,9 @@ slow, and half the best is reached at ``half``. Attention and grouped products h
 kernels reach ``memory`` of the memory's bandwidth, links ``link`` of theirs. Every pipeline action costs
 ``action_ns`` beside its kernels, every layer of experts ``expert_ns`` in each of its phases: tokens are counted,
 sorted and sent by many small kernels that the host waits for. ``hidden`` is the share of the tensor axis's collectives
-that goes on behind products where a run overlaps them (user buffers, asynchronous tensor parallelism). ``origin`` says
-where the numbers come from, `Evidence` what they were held against.
+that goes on behind products where a run overlaps them (user buffers, asynchronous tensor parallelism),
+``hidden_experts`` that of all-to-alls of experts. ``origin`` says where the numbers come from, `Evidence` what they
+were held against.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Achieved:
     memory: float = 1.0
     link: float = 1.0
     hidden: float = 0.7
+    hidden_experts: float = 0.0
     action_ns: int = 0
     expert_ns: int = 0
     origin: Origin = "given"

@@ -40,9 +40,9 @@ GRADIENT_BYTES = 4
 class Machine:
     """The devices all alike. ``low``: the type that products run in where not in ``dtype``; ``fused``: elementwise
     kernels are fused; ``flash``: attention is one kernel; ``cut``: what stays for the backward is chosen as compilers
-    do, else what autograd saves (None: as ``fused``); ``overlap``: collectives of the tensor axis run behind products
-    as far as the kind's ``hidden`` says; ``scatter``: a value between ranks that all tensor members have goes in parts,
-    one from each, else each sends all of it."""
+    do, else what autograd saves (None: as ``fused``); ``overlap``: collectives of the tensor and expert axes run behind
+    kernels as far as the kind's ``hidden`` and ``hidden_experts`` say; ``scatter``: a value between ranks that all
+    tensor members have goes in parts, one from each, else each sends all of it."""
 
     kind: DeviceKind
     fabric: Fabric
@@ -287,8 +287,11 @@ class Pricer:
             spent = collective_ns(self.machine.fabric, item.kind, round(item.num_bytes * count), members, stride,
                                   fanout=fanout)
             found[axis] = found.get(axis, 0.0) + item.count * spent / 1e9
-        if self.machine.overlap and "tensor" in found:
-            found["tensor"] *= 1 - self.machine.kind.achieved.hidden
+        if self.machine.overlap:
+            achieved = self.machine.kind.achieved
+            for axis, hidden in (("tensor", achieved.hidden), ("expert", achieved.hidden_experts)):
+                if axis in found:
+                    found[axis] *= 1 - hidden  # type: ignore[index]
         return found
 
     def _resident(self, degrees: Degrees, found: dict[Phase, PhaseCost], kept: tuple[int, int, int],

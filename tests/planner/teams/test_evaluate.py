@@ -9,6 +9,7 @@ from team_machine import machine
 
 from mipipe.graphs.costs.efficiency import Evidence
 from mipipe.graphs.errors import InputError, MipipeError
+from mipipe.graphs.modes import Collective, CollectiveKind
 from mipipe.graphs.operator_graph import Role
 from mipipe.planner.check import check_plan
 from mipipe.planner.execution.lower import lower
@@ -248,6 +249,20 @@ def test_layers_of_experts_cost_the_host(pieces):
     """Dense models have none."""
     one, two = (evaluate_teams(Pricer(pieces, machine(expert_ns=cost)), Degrees(), 2) for cost in (0, 10**6))
     assert one.seconds == two.seconds
+
+
+def test_what_an_overlapping_run_hides_of_collectives(pieces):
+    """Of the tensor axis's collectives and of experts' all-to-alls each its own share; of the context axis's nothing;
+    and where a run does not overlap, nothing at all."""
+    talk = tuple(Collective(kind, axis, 2**20) for kind, axis in (
+        (CollectiveKind.ALL_REDUCE, "tensor"), (CollectiveKind.ALL_TO_ALL, "expert"),
+        (CollectiveKind.ALL_GATHER, "context")))
+    degrees = Degrees(tensor=2, context=2, expert=2, copies=2)
+    shown, hidden = (Pricer(pieces, replace(machine(hidden=0.6, hidden_experts=0.25), overlap=overlap))._talk(
+        talk, degrees, 1.0, 1.0) for overlap in (False, True))
+    assert all(shown.values()) and set(shown) == {"tensor", "expert", "context"}
+    assert {axis: hidden[axis] / shown[axis] for axis in shown} == pytest.approx(
+        {"tensor": 0.4, "expert": 0.75, "context": 1.0})
 
 
 def test_the_same_model_on_another_machine(pieces):

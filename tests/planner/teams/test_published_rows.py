@@ -124,3 +124,22 @@ def test_a_fit_finds_the_shares_that_made_its_rows(tmp_path: Path) -> None:
     found = {name: math.exp(value) for (name, _), value in zip(fit.names, values, strict=True)}
     assert found["product"] == pytest.approx(0.5, rel=0.1) and found["action_ns"] > 150_000
     assert np.isfinite(values).all()
+
+
+def test_kinds_of_one_chip_say_what_one_has_no_rows_for(tmp_path: Path) -> None:
+    """Rows of one kind of Hopper are half as fast as assumed: the share of the other, whose one row says little (a
+    weight of nothing), goes with them; that of another type of products, which no row has, is not fitted."""
+    small = {"seq_len": "1024", "hidden": "1024", "vpp": "1", "schedule": "1F1B", "precision": "BF16"}
+    changes = [{**small, "id": micro, "hardware": "H100", "micro_batch": micro} for micro in ("1", "2", "4", "8")]
+    runs = read_runs(table(tmp_path / "runs.csv", *changes, {**small, "id": "other", "hardware": "H100 96GB HBM2e"}))
+    builder, kinds = Builder(), shipped_kinds(fitted=False)
+    points = [Point(run.build, run.name, [run], 1.0) for run in runs if run.build]
+    fit = Fit(builder, kinds, points)
+    assert ("product_fp8", "h100") not in fit.names
+    own, other = (fit.names.index(("product", kind)) for kind in ("h100", "h100_hbm2e"))
+    slopes = np.zeros((len(points), len(fit.names)))
+    slopes[:4, own] = -1.0
+    at = np.array([*[math.log(0.7)] * 4, 0.0])
+    found = fit.solve(fit.start, at, slopes, np.array([1.0, 1.0, 1.0, 1.0, 0.0])) - fit.start
+    assert found[own] == pytest.approx(math.log(0.7), rel=0.1)
+    assert found[other] == pytest.approx(found[own], rel=0.1)
