@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mipipe.graphs.errors import InputError
 
@@ -85,16 +86,22 @@ def stated(row: Row, name: str) -> int | None:
     return int(text)
 
 
+def listed(row: Row, name: str) -> list[Any]:
+    """The list that a cell has as JSON; empty where there is none."""
+    try:
+        found = json.loads(row[name])
+    except (ValueError, RecursionError):
+        return []
+    return found if isinstance(found, list) else []
+
+
 def whole_numbers(row: Row, name: str) -> list[int]:
     """The list of whole numbers in a cell.
 
     Raises:
         InputError: there is no list of numbers of at least 1.
     """
-    try:
-        found = json.loads(row[name])
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, list) or not found or not all(type(item) is int and 0 < item < 10**6 for item in found):
+    found = listed(row, name)
+    if not found or not all(type(item) is int and 0 < item < 10**6 for item in found):
         raise InputError(f"{name}: found {row[name]!r}, expected a list of whole numbers of at least 1")
     return found

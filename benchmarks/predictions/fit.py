@@ -34,6 +34,8 @@ NOISE = 0.06
 """A step's relative noise: containers of one configuration differ by a median of 5.9 %."""
 HUBER = 1.5
 """Residuals beyond so many times the noise count linearly."""
+STEPS = 12
+"""Newton's steps after a simulation, at most; each goes half a logarithm at most."""
 STARTS = {"expert_ns": 500_000, "hidden_experts": 0.3}
 """Where ``hardware.yaml`` assumes nothing."""
 
@@ -142,9 +144,11 @@ class Fit:
         values = self.start.copy()
         for _ in range(rounds):
             self.simulate(values)
-            for _ in range(3):
-                at = self.logs(values)
+            for _ in range(STEPS):
+                at, before = self.logs(values), values
                 values = self.solve(values, at, self.slopes(values, at), np.ones(len(self.points)))
+                if np.max(np.abs(values - before)) < 0.01:
+                    break
         at = self.logs(values)
         return values, at, self.slopes(values, at)
 

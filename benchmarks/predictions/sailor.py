@@ -7,13 +7,12 @@ built.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from predictions.build import Builder
-from predictions.cells import measured, read_rows, whole, whole_numbers
+from predictions.cells import listed, measured, read_rows, whole, whole_numbers
 from predictions.models import model_of
 from predictions.rows import Build
 from rich.console import Console
@@ -89,11 +88,8 @@ def sailor(path: Path, profiles: Path, builder: Builder, told: Callable[[str], N
 def _build(row: Mapping[str, str], cut: Sequence[int], copies: Sequence[int], tensor: Sequence[int], size: int,
            batch: int, devices: int) -> tuple[Build, str]:
     """A row as it is evaluated, and its device's name in the profiles."""
-    try:
-        kinds = json.loads(row["gpu_kinds"])
-    except ValueError:
-        kinds = None
-    if not isinstance(kinds, list) or not kinds or not all(isinstance(kind, str) for kind in kinds):
+    kinds = listed(row, "gpu_kinds")
+    if not kinds or not all(isinstance(kind, str) for kind in kinds):
         raise InputError(f"gpu_kinds: found {row['gpu_kinds']!r}, expected a list of names")
     if len(set(kinds)) > 1 or len(set(tensor)) > 1 or len(set(copies)) > 1:
         raise InputError("several kinds of devices, or degrees by stage")
