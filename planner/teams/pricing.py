@@ -291,7 +291,7 @@ class Pricer:
             achieved = self.machine.kind.achieved
             for axis, hidden in (("tensor", achieved.hidden), ("expert", achieved.hidden_experts)):
                 if axis in found:
-                    found[axis] *= 1 - hidden  # type: ignore[index]
+                    found[axis] *= 1 - hidden
         return found
 
     def _resident(self, degrees: Degrees, found: dict[Phase, PhaseCost], kept: tuple[int, int, int],
