@@ -171,12 +171,13 @@ def _settle_attention(model: nn.Module, wanted: str) -> None:
 
 
 def _settle_device(model: nn.Module, device: str) -> None:
-    """Move what the class made elsewhere (``torch.FloatTensor(3, 4)`` asks no device context), ties kept."""
+    """Move what the class made elsewhere (``torch.FloatTensor(3, 4)`` asks no device context), ties kept; what is
+    without values (`mipipe.runtime.train.models.empty_module`) stays so."""
     moved: dict[torch.Tensor, torch.Tensor] = {}
     for part in model.modules():
         for table in (part._parameters, part._buffers):
             for name, item in table.items():
-                if item is not None and item.device.type != torch.device(device).type:
+                if item is not None and item.device.type not in ("meta", torch.device(device).type):
                     if item not in moved:
                         there = item.detach().to(device)
                         moved[item] = nn.Parameter(there, item.requires_grad) if table is part._parameters else there
