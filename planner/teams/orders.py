@@ -13,10 +13,12 @@ from mipipe.planner.solve import plan
 from mipipe.planner.teams.degrees import Recompute
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams, piece_costs, result_of
 from mipipe.planner.teams.pricing import Pricer
-from mipipe.planner.teams.stages import cut_pieces, stage_cost, team_problem
+from mipipe.planner.teams.stages import cut_pieces, overlap_rule, stage_cost, team_problem
 
 TRIED = 3
 """Pipelines on which published schedules are tried."""
+SEARCHED = 4
+"""Meshes whose order is searched: that of the best pipeline, then those that overlapped pairs may make the best."""
 PUBLISHED = ("zb-h1", "zb-v", "dualpipev", "dualpipe")
 """Published schedules that are tried on the best pipelines beside 1F1B and interleaved 1F1B."""
 
@@ -32,8 +34,12 @@ def ordered(pricer: Pricer, results: list[TeamResult], global_batch: int, until:
     results.sort(key=lambda found: found.seconds)
     best = results[0]
     left = until - time.monotonic()
-    pipelines = [item for item in results if item.degrees.ranks > 1
-                 and item.seconds - item.times.bubble - item.times.pipeline < best.seconds][:2]
+    by_mesh: dict[tuple[object, ...], TeamResult] = {}
+    for item in results:
+        if item.degrees.ranks > 1 and least_of(item) < best.seconds:
+            by_mesh.setdefault((item.degrees.ranks, item.degrees.split, item.degrees.copies), item)
+    pipelines = [*list(by_mesh.values())[:1], *sorted(list(by_mesh.values())[1:], key=least_of)]
+    pipelines = pipelines[:min(SEARCHED, max(1, int(left // 2.0)))]
     for number, item in enumerate(pipelines):
         share = left / (len(pipelines) - number)
         if share < 2.0:
@@ -45,6 +51,13 @@ def ordered(pricer: Pricer, results: list[TeamResult], global_batch: int, until:
         if better is not None and better.seconds < item.seconds:
             results.append(better)
     return sorted(results, key=lambda found: found.seconds)
+
+
+def least_of(item: TeamResult) -> float:
+    """Seconds of a result without its waits, if overlapped pairs hid all that they can."""
+    rule, times = overlap_rule(item.stages), item.times
+    busy = item.seconds - times.bubble - times.pipeline - times.optimizer
+    return busy * rule.numerator / rule.denominator + times.optimizer
 
 
 def _published(pricer: Pricer, item: TeamResult, name: str, global_batch: int) -> list[TeamResult]:

@@ -7,7 +7,8 @@
    published schedules. The search's bound is the least over all combinations, overlapped pairs allowed.
 3. Orders by tuned lists on stages in Vs and Ws (`mipipe.planner.teams.waves`) for combinations whose busiest rank has
    least to do, as long as that is below the best step.
-4. The order level (`mipipe.planner.solve`) improves the schedule of the best pipelines in the time that is left.
+4. The order level (`mipipe.planner.solve`) improves the schedule of the best pipelines in the time that is left, and of
+   that which would be best if all its forwards overlapped with backwards.
 
 Three bounds are told: over all placements and orders; over placements with every layer on one rank, where a rank has
 whole layers (`mipipe.planner.teams.packing`); and over those of them without overlapped pairs.
@@ -22,7 +23,7 @@ from dataclasses import replace
 from mipipe.graphs.errors import InfeasibleError, TimeUpError
 from mipipe.graphs.units import format_bytes
 from mipipe.planner.teams.bounds import packed
-from mipipe.planner.teams.degrees import Recompute, check_given, completed
+from mipipe.planner.teams.degrees import Degrees, Recompute, check_given, completed
 from mipipe.planner.teams.evaluate import TeamResult
 from mipipe.planner.teams.found import RUNNERS, Found, distinct, notes_of, runners_of
 from mipipe.planner.teams.masters import chunks_of, solved
@@ -38,6 +39,8 @@ PRICED, MASTER, POLISH, WAVES, ORDER = 0.3, 0.45, 0.55, 0.8, 0.9
 lists, and no order searched."""
 QUICK, FINE = (1.0, 0.02), (3.0, 2e-4)
 """Seconds and gap of a master: when combinations are tried, and for the best of them."""
+PAIRED = 2
+"""Meshes that are tried for their overlapped pairs alone."""
 POLISHED = 3
 """Combinations that are solved finely, with every number of chunks."""
 PACKED = 0.1
@@ -94,6 +97,7 @@ def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamO
         pricer, waiting, global_batch, options.recomputation, PACKED * options.time_limit_s))
     results = _polished(pricer, results, global_batch, options, began, tell)
     if options.order:
+        results += _with_pairs(pricer, results, waiting, global_batch, options, began)
         results = _waved(pricer, results, waiting, global_batch, options, began, tell)
         results = ordered(pricer, results, global_batch, began + ORDER * options.time_limit_s, options.seed, tell)
     top = results[0]
@@ -107,8 +111,7 @@ def _in_turn(pricer: Pricer, waiting: list[Point], global_batch: int) -> list[Po
     seen: dict[tuple[object, ...], int] = {}
     ranked = []
     for guess, number in guessed:
-        degrees = waiting[number].degrees
-        mesh = degrees.ranks, degrees.split, degrees.copies
+        mesh = _mesh(waiting[number].degrees)
         ranked.append((guess * LATER ** seen.get(mesh, 0), number))
         seen[mesh] = seen.get(mesh, 0) + 1
     return [waiting[number] for _, number in sorted(ranked)]
@@ -148,6 +151,33 @@ def _polished(pricer: Pricer, results: list[TeamResult], global_batch: int, opti
             if better is not None:
                 results.append(better)
     return sorted(results, key=lambda found: found.seconds)
+
+
+def _with_pairs(pricer: Pricer, results: list[TeamResult], waiting: list[Point], global_batch: int,
+                options: TeamOptions, began: float) -> list[TeamResult]:
+    """Stages on meshes that were not tried as they lose without overlapped pairs, and may win with them: the order
+    level looks for these."""
+    if options.given.get("chunks", 1) != 1:
+        return []
+    best = min(item.seconds for item in results)
+    tried = {_mesh(item.degrees) for item in results}
+    may: dict[tuple[object, ...], tuple[float, Degrees]] = {}
+    for point in sorted(waiting, key=lambda point: point.floor):
+        mesh = _mesh(point.degrees)
+        if point.floor >= best or time.monotonic() - began > POLISH * options.time_limit_s:
+            break
+        if point.degrees.ranks > 1 and mesh not in tried and mesh not in may:
+            paired = packed(pricer, point.degrees, global_batch, options.recomputation, point.stays)[1]
+            may[mesh] = max(point.floor, paired), point.degrees
+    found = []
+    for least, degrees in sorted(may.values(), key=lambda item: item[0])[:PAIRED]:
+        made = solved(pricer, degrees, global_batch, options, float("inf"), QUICK) if least < best else None
+        found += [] if made is None else [made]
+    return found
+
+
+def _mesh(degrees: Degrees) -> tuple[object, ...]:
+    return degrees.ranks, degrees.split, degrees.copies
 
 
 def _waved(pricer: Pricer, results: list[TeamResult], waiting: list[Point], global_batch: int, options: TeamOptions,
