@@ -95,6 +95,8 @@ def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamO
     bound = min(*[point.floor for point in waiting], unpriced)
     whole_bound, plain_bound = (min(unpriced, least) for least in _whole_bounds(
         pricer, waiting, global_batch, options.recomputation, PACKED * options.time_limit_s))
+    whole_bound = max(bound, whole_bound)  # where time was short; each is over fewer plans than the one before
+    plain_bound = max(whole_bound, plain_bound)
     results = _polished(pricer, results, global_batch, options, began, tell)
     if options.order:
         results += _with_pairs(pricer, results, waiting, global_batch, options, began)
