@@ -57,7 +57,7 @@ def compare(
     combine: Annotated[str | None, typer.Option(help="F,I of its combine, on the communication stream: 8,8.",
                                                 rich_help_panel=_STREAMS)] = None,
     copies: Annotated[float | None, typer.Option(help="Planned rows: parameters per device, in even shares, at most"
-                                                      " (default 2).", rich_help_panel=_CHAIN)] = None,
+                                                      " (default 2).", min=1.0, rich_help_panel=_CHAIN)] = None,
     activations: Annotated[float | None, typer.Option(help="Planned rows: activations per device at most, in even"
                                                            " stages of one microbatch (default ranks + 1).",
                                                       rich_help_panel=_CHAIN)] = None,

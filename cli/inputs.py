@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +63,16 @@ def read_problem(graph: Path | OperatorGraph, cluster: Path | None, microbatches
                          sizes=None if sizes is None else read_sizes(sizes, count), where=str(cluster), **details)
 
 
-def check_cluster(model: str, cluster: Path | None, costs: Path | None) -> None:
-    """Raise before a capture, which takes a while, for what would be wrong after it."""
+def check_cluster(model: str, cluster: Path | None, costs: Path | None, options: Mapping[str, object]) -> None:
+    """Raise before a capture, which takes a while, for what would be wrong after it; ``options``: of the capture."""
     if cluster is None:
         raise InputError(f"{model}: planning a model needs --cluster CLUSTER.yaml, which describes the devices")
     unknown = [kind.name for kind in load_cluster(cluster).kinds.values() if not kind.has_peaks]
     if unknown and costs is None:
+        given = "".join(f" --{name} {value}" for name, value in options.items() if value is not None)
         raise InputError(f"{cluster}: device kind {unknown[0]!r} has no peak rates to estimate costs from: run `mipipe"
-                         f" capture {model} -o graph.json` and, on it, `mipipe profile graph.json -o costs.json`; then"
-                         " plan with --costs costs.json")
+                         f" capture {model}{given} -o graph.json` and, on it, `mipipe profile graph.json -o"
+                         " costs.json`; then plan with --costs costs.json")
 
 
 def read_sizes(path: Path, microbatches: int) -> dict[str, list[float]]:

@@ -187,7 +187,8 @@ def plan(
                          " --recompute, --pareto and --exact do not go with it")
     model, note = None, ""
     if names_model(graph):
-        check_cluster(graph, cluster, costs)
+        check_cluster(graph, cluster, costs, {"seq": seq, "batch": batch, "dtype": dtype,
+                                               "set": None if not settings else " --set ".join(settings)})
         model, note = captured(graph, seq=seq, batch=batch, dtype=dtype, settings=settings or [],
                                use_cache=not no_cache)
     if model is None:
@@ -241,7 +242,7 @@ def plan(
     if output is not None:
         console.print(f"wrote {output}")
     kept = save_graph or (None if model is None else model.path)
-    for line in next_steps(output, Path(graph) if model is None else kept, facts):
+    for line in next_steps(output, Path(graph) if model is None else kept, facts, graph):
         console.print(line, style="dim", soft_wrap=True, markup=False)
 
 

@@ -91,7 +91,10 @@ def _explained(error: ValidationError, where: str) -> str:
     first = next((item for item in errors if item["type"] in _UNKNOWN), errors[0])
     place = _place(first["loc"])
     found = "" if isinstance(first["input"], (dict, list)) else f" (found {shown(first['input'])})"
+    missing = list(dict.fromkeys(_place(item["loc"]) for item in errors if item["type"] == "missing"))
     more = f"; {error.error_count() - 1} more" if error.error_count() > 1 else ""
+    if first["type"] in _UNKNOWN and missing:  # perhaps what was meant
+        more = f"; missing: {', '.join(shown(item, quoted=False) for item in missing)}"
     expected = _WORDS.get(first["type"], first["msg"]).format(**first.get("ctx", {}))
     return f"{where}: {shown(place, quoted=False) or 'top level'}: {expected}{found}{more}"
 

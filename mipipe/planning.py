@@ -120,7 +120,7 @@ def compare(problem: PlanningProblem | Plan | PathLike, schedules: Sequence[str]
     Args:
         problem: what to plan (`uniform_problem` makes abstract ones), or a plan for its problem.
         schedules: names of rows, such as ``["1F1B", "ZB-V", "mipipe"]``; None: all.
-        time_limit_s: for the planned row.
+        time_limit_s: for all rows together.
         without: parts the planned row does without, as of `plan`.
         chunks: stages per rank of interleaved 1F1B.
 
@@ -190,10 +190,14 @@ def _problem(model: OperatorGraph | CoarseGraph | PathLike, cluster: Cluster | T
     from mipipe.graphs.cluster import Cluster, DeviceKind, shipped_kinds
     from mipipe.graphs.coarse.graph import CoarseGraph
     from mipipe.graphs.costs.table import CostTable
+    from mipipe.graphs.errors import InputError
     from mipipe.graphs.operator_graph import OperatorGraph
     from mipipe.graphs.topology import Topology
     from mipipe.planner.problems.on_cluster import model_problem
 
+    if isinstance(model, (str, Path)) and Path(model).is_dir():
+        raise InputError(f"{model}: is a folder, expected a graph or its file: mipipe.capture({str(model)!r}, seq=...)"
+                         " makes one of a model")
     found = model if isinstance(model, (OperatorGraph, CoarseGraph)) else load(model)
     if isinstance(cluster, Topology):
         known = shipped_kinds()

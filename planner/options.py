@@ -29,8 +29,8 @@ starts."""
 class PlanOptions:
     """Options of one solve.
 
-    ``placement``: ``free`` lets the planner choose; another name fixes the shape, and bounds are then bounds at the
-    placement. ``use_baselines``: published schedules may start the search. ``use_milp``: HiGHS may be called.
+    ``placement``: ``free`` lets the planner choose; another name fixes the shape, and bounds are then over placements
+    of that shape. ``use_baselines``: published schedules may start the search. ``use_milp``: HiGHS may be called.
     ``use_search``: orders are annealed (`without` names these three). ``objective``: ``memory`` minimises peak
     activation memory at a makespan within ``1 + epsilon`` of the best, ``utilisation`` maximises the share of computing
     time of the devices in use at such a makespan (`mipipe.planner.ladder.objectives` defines both), ``period``

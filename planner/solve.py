@@ -30,10 +30,7 @@ from mipipe.planner.check import check_plan
 from mipipe.planner.clock import OutOfTimeError
 from mipipe.planner.execution.steps import schedule_period
 from mipipe.planner.how import How
-from mipipe.planner.ladder import exactly, period
-from mipipe.planner.ladder import large as scale
-from mipipe.planner.ladder import order_rungs as rungs
-from mipipe.planner.ladder import placement_rungs as placing
+from mipipe.planner.ladder import exactly, large, order_rungs, period, placement_rungs
 from mipipe.planner.ladder.activities import Pacing, Polishing, Proving, Tightening
 from mipipe.planner.ladder.admission import admit_placement, enter, has_plan, recomputing, take
 from mipipe.planner.ladder.explain import explain_plan
@@ -168,9 +165,10 @@ def _ladder(run: Run) -> None:
     if not run.candidates:
         raise InfeasibleError(why_infeasible(run.problem, run.options.placement,
                                              lambda changed: has_plan(changed, run.options)))
-    run.ablation.append({"rung": "list", "placement": run.candidates[0].placement.name, "before": None,
-                         "makespan": run.makespan_ns / run.problem.unit_ns, "variables": None, "constraints": None,
-                         "seconds": round(run.seconds, 3)})
+    if run.best is not None:
+        run.ablation.append({"rung": run.best.rung, "placement": run.best.placement.name, "before": None,
+                             "makespan": run.makespan_ns / run.problem.unit_ns, "variables": None, "constraints": None,
+                             "seconds": round(run.seconds, 3)})
     began, before = run.seconds, run.makespan_ns
     loop(run, _activities(run, tuning), Race(run) if run.options.use_search else None)
     if run.options.use_search and run.best is not None:
@@ -181,36 +179,37 @@ def _ladder(run: Run) -> None:
                              "seconds": round(run.seconds - began, 3)})
 
 
-def _first_plans(run: Run) -> scale.Tuning | None:
+def _first_plans(run: Run) -> large.Tuning | None:
     """Candidates of the known shapes, by lists, and of published schedules; rules to tune where these made them."""
     options, tuning = run.options, None
-    if scale.applies(run.problem) and options.use_search:
-        published = options.use_baselines and not scale.is_huge(run.problem)
+    if large.applies(run.problem) and options.use_search:
+        published = options.use_baselines and not large.is_huge(run.problem)
         if published and run.problem.pairs_gain:  # lists have no pairs: what has some comes first
-            rungs.published(run)
-        tuning = scale.climb(run)
+            order_rungs.published(run)
+        tuning = large.climb(run)
         if published and not run.problem.pairs_gain:
-            rungs.published(run)
+            order_rungs.published(run)
         if run.candidates:
             return tuning
     enter(run)
     if options.use_baselines:
-        rungs.published(run)
+        order_rungs.published(run)
     if options.use_milp:
         if options.placement == "free" and not run.candidates:
-            placing.by_mip(run, admit_placement)
-        placing.with_modes(run, admit_placement, list(islice(propose_shapes(run.problem, options.placement), 3)))
+            placement_rungs.by_mip(run, admit_placement)
+        shapes = islice(propose_shapes(run.problem, options.placement), 3)
+        placement_rungs.with_modes(run, admit_placement, list(shapes))
     return tuning
 
 
-def _activities(run: Run, tuning: scale.Tuning | None) -> list[Activity]:
+def _activities(run: Run, tuning: large.Tuning | None) -> list[Activity]:
     """What the options allow beside annealing."""
     slice_s = min(1.0, max(0.2, 0.02 * run.options.time_limit_s))
     steps: dict[str, Callable[[float], bool]] = {"bound": Tightening(run).step}
     if run.options.use_milp:
         steps |= {"pacing": Pacing(run).step, "proposing": Proposing(run, take).step, "proving": Proving(run).step,
                   "windows": Polishing(run).step}
-        steps |= {f"{bound.name} bound": bound.step for bound in placing.bounding(run)}
+        steps |= {f"{bound.name} bound": bound.step for bound in placement_rungs.bounding(run)}
     if tuning is not None:
         steps["quotas"] = tuning.step
     if run.options.use_search:

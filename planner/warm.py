@@ -14,9 +14,7 @@ from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.schedules import BASELINES
-from mipipe.planner.search import annealing as search
-from mipipe.planner.search import follow
-from mipipe.planner.search import lists as greedy
+from mipipe.planner.search import annealing, follow, lists
 from mipipe.planner.sizes import COMPILED
 from mipipe.planner.solve import plan
 
@@ -26,9 +24,9 @@ def warm() -> None:
     check of large plans and of `place`: a minute."""
     small = uniform_problem(ranks=2, microbatches=4, f=3, i=4, w=2, comm=1, copies=1, activations=2)
     instance = build(view(small, next(propose_shapes(small, "chain"))))
-    orders = greedy.schedule(instance, greedy.RULES[0])
+    orders = lists.schedule(instance, lists.RULES[0])
     assert orders is not None
-    search.advance(search.start(instance, orders, seed=0), seconds=0.1)
+    annealing.advance(annealing.start(instance, orders, seed=0), seconds=0.1)
     follow.squeezed(instance, instance.head.astype(float), float(instance.dur.sum()))
     pairs = uniform_problem(ranks=2, microbatches=4, f=3, i=4, w=2, fb=8, copies=2, activations=3)
     large = uniform_problem(ranks=4, microbatches=LARGE_ACTIONS // 12 + 1, f=3, i=4, w=2, activations=3)

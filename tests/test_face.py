@@ -92,3 +92,8 @@ def test_examples_import_from_the_faces_only(path: Path) -> None:
 def test_what_is_public_is_documented() -> None:
     missing = [name for name in read_stub(str(ROOT / "mipipe" / "__init__.pyi")) if not getattr(mipipe, name).__doc__]
     assert not missing
+
+
+def test_a_folder_is_no_graph(tmp_path: Path) -> None:
+    with pytest.raises(mipipe.InputError, match=r"is a folder, expected a graph or its file: mipipe\.capture\('"):
+        mipipe.plan(tmp_path, "examples/cluster_2cpu.yaml", microbatches=2)

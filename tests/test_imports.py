@@ -146,3 +146,13 @@ def _reachable(start: str, arrows: dict[str, set[str]]) -> set[str]:
             found.add(target)
             pending.append(target)
     return found
+
+
+def test_modules_go_by_their_own_names() -> None:
+    """A module of the planner is imported under its own name: one thing, one name."""
+    named = {(file.relative_to(ROOT).as_posix(), node.module, alias.name, alias.asname)
+             for file in (ROOT / "planner").rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))
+             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mipipe") for alias in node.names
+             if alias.asname not in (None, alias.name)
+             and (ROOT / (node.module or "").removeprefix("mipipe.").replace(".", "/") / f"{alias.name}.py").is_file()}
+    assert not named

@@ -187,8 +187,10 @@ def memory_warnings(uses: Sequence[RankMemory]) -> list[str]:
     share, rank, part = max(tight, key=lambda item: item[0])
     names = ("rank " if len(tight) == 1 else "ranks ") + ", ".join(str(number) for _, number, _ in tight)
     most = round((part.nominal or part.capacity or 0) * (1 - RESERVE))
-    return [f"warning: {names}: planned to {share:.0%} of the memory of rank {rank}; the framework and fragmentation"
-            f" take some too: keep {RESERVE:.0%} free (--memory {format_bytes(most).replace(' ', '')}, or --recompute)"]
+    lacks = ("of what tensors can fill of" if part.nominal else "of the memory of",
+             "; sizes are estimates" if part.nominal else "; the framework and fragmentation take some too")
+    return [f"warning: {names}: planned to {share:.0%} {lacks[0]} rank {rank}{lacks[1]}: keep {RESERVE:.0%} free"
+            f" (--memory {format_bytes(most).replace(' ', '')}, or --recompute)"]
 
 
 def estimate_lines(plan: Plan, timeline: Timeline) -> list[str]:
@@ -213,8 +215,8 @@ def estimate_lines(plan: Plan, timeline: Timeline) -> list[str]:
             " (--optimizer); the optimizer's step and data loading are not simulated"]
 
 
-def next_steps(plan_file: Path | None, graph_file: Path | None, facts: ModelFacts | None) -> list[str]:
-    """What a user may run on the plan that was just made."""
+def next_steps(plan_file: Path | None, graph_file: Path | None, facts: ModelFacts | None, source: str) -> list[str]:
+    """What a user may run on the plan that was just made; ``source``: what was planned, as it was named."""
     if plan_file is None:
         return ["next: give -o plan.json to keep the plan; --html timeline.html draws it"]
     steps = [f"mipipe show {plan_file} --html timeline.html"]
@@ -224,7 +226,8 @@ def next_steps(plan_file: Path | None, graph_file: Path | None, facts: ModelFact
         graph = graph_file or "graph.json"
         if facts.costs.keys() & {"roofline"}:
             steps.append(f"mipipe profile {graph} -o costs.json (on the machine; then plan with --costs costs.json)")
-        steps.append(f"mipipe train --plan {plan_file} --graph {graph} --config train.yaml")
+        model = "" if ":" not in source or Path(source).exists() else f" --model {source}"
+        steps.append(f"mipipe train --plan {plan_file} --graph {graph} --config train.yaml{model}")
     return ["next: " + "\n      ".join(steps)]
 
 

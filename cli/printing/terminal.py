@@ -156,7 +156,7 @@ def legend(*timelines: Timeline) -> Text:
         if kind in kinds:
             text.append(f" {name} ", STYLES.get(kind, _COMM)[0])
             text.append(" ")
-    text.append("· idle", "dim")
+    text.append("· idle, blank: the action goes on", "dim")
     if any(len(stages) > 1 for timeline in timelines for stages in stages_by_rank(timeline)):
         text.append("  lower case: every second stage of the rank (of two half-stages: the second); right: the rank's"
                     " bubble", "dim")

@@ -29,6 +29,7 @@ from fractions import Fraction
 
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.first_gradients import ChainUnit, chain_units, common_room, least_first_gradients
+from mipipe.planner.jobs.memory import activation_room, resident_room
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.problem import Group, PlanningProblem
 
@@ -108,7 +109,7 @@ def _idle_before_gradient(problem: PlanningProblem, facts: GroupTimes, members: 
              if (head := facts.gradient_head[g]) is not None]
     if len(heads) < len(members) or any(problem.groups[g].recompute_bytes is not None for g in members):
         return 0  # forwards of frozen groups hold nothing; recomputed ones as little as they like
-    room = sum(room_of(problem, rank) for rank in range(problem.num_ranks))
+    room = sum(activation_room(problem, rank) for rank in range(problem.num_ranks))
     held = {g: _held_before(problem, g) for g in members if not _saved(problem, g)}
     # what saves nothing comes after forwards that do, so many microbatches fit at once; more, as others return bytes
     relief = _relief(problem, facts, held)
@@ -279,15 +280,3 @@ def work_of(problem: PlanningProblem, group: Group, duration: int) -> int:
     if not group.loads:
         return duration * problem.num_microbatches
     return sum(round(duration * load) for load in group.loads)
-
-
-def resident_room(problem: PlanningProblem, rank: int) -> int:
-    limit = problem.limits.resident_bytes
-    memory = problem.topology.devices[rank].memory_bytes
-    return memory if limit is None else min(memory, limit)
-
-
-def room_of(problem: PlanningProblem, rank: int) -> int:
-    limit = problem.limits.activation_bytes
-    memory = problem.topology.devices[rank].memory_bytes
-    return memory if limit is None else min(memory, limit)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mipipe.planner.bounds.over_placements import cheapest_hop, resident_room
+from mipipe.planner.bounds.over_placements import cheapest_hop
+from mipipe.planner.jobs.memory import resident_room
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.problem import PlanningProblem
 

@@ -226,13 +226,13 @@ class _Search:
 
     def _proving(self, part: Region, target: float, seconds: float, settle: Callable[[float], None]) -> TimedJob:
         """The MIP over a part: a better assignment is offered, a bound given to ``settle``."""
-        from mipipe.planner.milp import device_placement as milp
+        from mipipe.planner.milp import device_placement
         from mipipe.planner.milp.highs import SolverStatus
 
         def job(stop: np.ndarray) -> Callable[[], None]:
             try:
                 with clock.watched(lambda: -1.0 if stop[0] else self.left):
-                    found, outcome = milp.solve_part(part, target, time_limit_s=seconds, seed=self.seed,
+                    found, outcome = device_placement.solve_part(part, target, time_limit_s=seconds, seed=self.seed,
                                                      contiguous=self.contiguous, stop=lambda: bool(stop[0]))
             except clock.OutOfTimeError:
                 return lambda: None

@@ -25,8 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mipipe.planner.actions import Action, ActionKind, Stream
-from mipipe.planner.jobs import arcs as instance_arrays
-from mipipe.planner.jobs.arcs import longest, to_csr
+from mipipe.planner.jobs.arcs import arcs_of, longest, nodes_of, to_csr
 from mipipe.planner.jobs.dependencies import KINDS
 from mipipe.planner.jobs.memory import capacity
 from mipipe.planner.jobs.stages import StageView
@@ -159,7 +158,7 @@ def mirror(view: StageView) -> list[int] | None:
 
 def build(view: StageView, halve: bool = False) -> Instance:
     """The instance of a placement; its quotient under `mirror` where ``halve`` and the symmetry exists."""
-    nodes = instance_arrays.nodes_of(view)
+    nodes = nodes_of(view)
     image = mirror(view) if halve else None
     ranks, count = view.problem.num_ranks, view.problem.num_microbatches
     mine = np.arange(count) if image is None else np.array(image, dtype=np.int64)
@@ -174,7 +173,7 @@ def build(view: StageView, halve: bool = False) -> Instance:
         line = np.arange(len(nodes.stage)) - nodes.microbatch
         number = np.where(number >= 0, number, number[line + mine[nodes.microbatch]])
         twin = mine[nodes.microbatch[kept]]
-    source, target, lag = instance_arrays.arcs_of(view, nodes)
+    source, target, lag = arcs_of(view, nodes)
     inside = nodes.rank[source] < ranks // 2 if image is not None else slice(None)
     arcs = number[source[inside]], number[target[inside]], lag[inside]
     succ_ptr, succ, lag = to_csr(len(kept), arcs)

@@ -16,6 +16,22 @@ from mipipe.graphs.errors import PlanError
 from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.jobs.dependencies import dependencies, kinds_of
 from mipipe.planner.jobs.stages import StageView
+from mipipe.planner.problem import PlanningProblem
+
+
+def resident_room(problem: PlanningProblem, rank: int) -> int:
+    """Bytes of weights, gradients and optimizer state a rank may hold."""
+    return _room(problem, rank, problem.limits.resident_bytes)
+
+
+def activation_room(problem: PlanningProblem, rank: int) -> int:
+    """Bytes of all else a rank may hold, if it held nothing resident."""
+    return _room(problem, rank, problem.limits.activation_bytes)
+
+
+def _room(problem: PlanningProblem, rank: int, limit: int | None) -> int:
+    memory = problem.topology.devices[rank].memory_bytes
+    return memory if limit is None else min(memory, limit)
 
 
 @dataclass(frozen=True, slots=True)

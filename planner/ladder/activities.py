@@ -13,14 +13,12 @@ import numpy as np
 from mipipe.graphs.errors import PlanError
 from mipipe.planner.bounds.at_placement import placement_bound
 from mipipe.planner.jobs.times import evaluate
-from mipipe.planner.ladder import order_rungs as rungs
+from mipipe.planner.ladder import order_rungs
 from mipipe.planner.ladder.candidate import Candidate, judge_orders, offer_judged
 from mipipe.planner.ladder.state import Run
-from mipipe.planner.milp.periodic import legs, staircase
-from mipipe.planner.milp.periodic import pattern_mip as periodic
+from mipipe.planner.milp.periodic import legs, pattern_mip, staircase
 from mipipe.planner.milp.periodic.pattern import OperationKey, route_names
-from mipipe.planner.search import annealing as search
-from mipipe.planner.search import follow, pair_search
+from mipipe.planner.search import annealing, follow, pair_search
 from mipipe.planner.search.lists import Orders
 
 WINDOWS = (40, 60, 90)
@@ -129,7 +127,7 @@ def shared_pattern(run: Run, found: Candidate, seconds: float) -> Paced | None:
     orders = follow.squeezed(found.instance, moments, pattern.period_ns, stop=lambda: run.left <= 0)
     if orders is not None and not offer_orders(run, found, orders, staircase.NAME):
         begin_with(found, orders, staircase.NAME)
-    rungs.record(run, staircase.NAME, found, before, began, pattern.outcome,
+    order_rungs.record(run, staircase.NAME, found, before, began, pattern.outcome,
                  period=pattern.period_ns / run.problem.unit_ns)
     return Paced(found, moments)
 
@@ -142,7 +140,7 @@ def tune_waits(run: Run, paced: Paced, seconds: float, turn: int) -> None:
     orders, paced.waits = follow.tuned_fill(found.instance, paced.moments, seconds, run.options.seed + turn,
                                             paced.waits, stop=lambda: run.left <= 0)
     if orders is not None and offer_orders(run, found, orders, "tuned waits", (staircase.NAME,)):
-        rungs.record(run, "tuned waits", found, before, began)
+        order_rungs.record(run, "tuned waits", found, before, began)
 
 
 def middle_of(found: Candidate) -> dict[OperationKey, float] | None:
@@ -167,13 +165,13 @@ def general_pattern(run: Run, found: Candidate, seconds: float, start: dict[Oper
     if len(set(route_names(found.view))) > ROUTES:
         return
     began, before = time.monotonic(), found.makespan_ns
-    result = periodic.pace(found.view, time_limit_s=seconds, seed=run.options.seed, start=start)
+    result = pattern_mip.pace(found.view, time_limit_s=seconds, seed=run.options.seed, start=start)
     if result.starts_ns is not None and result.period_ns is not None:
         moments = follow.moments_at(found.instance, result.period_ns, result.starts_ns)
         orders = follow.squeezed(found.instance, moments, result.period_ns, stop=lambda: run.left <= 0)
         if orders is not None and not offer_orders(run, found, orders, "periodic MIP"):
             begin_with(found, orders, "periodic MIP")
-    rungs.record(run, "periodic MIP", found, before, began, result.outcome,
+    order_rungs.record(run, "periodic MIP", found, before, began, result.outcome,
                  period=None if result.period_ns is None else result.period_ns / run.problem.unit_ns)
 
 
@@ -185,7 +183,7 @@ def offer_orders(run: Run, found: Candidate, orders: Orders, rung: str, after: t
     found.helpers.clear()
     if found.pairs is not None and found.best is not None:
         pair_search.go_on_from(found.pairs, found.best.schedule, found.makespan_ns)
-    found.search = search.start(found.instance, orders, run.options.seed + 17, found.bound.ns)
+    found.search = annealing.start(found.instance, orders, run.options.seed + 17, found.bound.ns)
     run.note(found, rung)
     return True
 
@@ -208,7 +206,8 @@ class Polishing:
         best = self.run.best
         if best is None or best.closed:
             return False
-        rungs.polish_candidate(self.run, best, seconds, window=WINDOWS[self.rounds % len(WINDOWS)], turn=self.rounds)
+        order_rungs.polish_candidate(self.run, best, seconds, window=WINDOWS[self.rounds % len(WINDOWS)],
+                                     turn=self.rounds)
         self.rounds += 1
         return True
 
@@ -224,8 +223,8 @@ class Proving:
         """Work on the candidate that keeps the bound low; False where none is small enough."""
         run = self.run
         rivals = [found for found in run.candidates if found.bound.ns < run.makespan_ns and not found.closed
-                  and found.instance.size <= rungs.EXACT_NODES]
+                  and found.instance.size <= order_rungs.EXACT_NODES]
         if not rivals:
             return False
-        rungs.prove(run, min(rivals, key=lambda found: found.bound.ns), seconds)
+        order_rungs.prove(run, min(rivals, key=lambda found: found.bound.ns), seconds)
         return True

@@ -25,10 +25,7 @@ from mipipe.planner.placements.feasible import shortage, with_recomputation
 from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.search import annealing as search
-from mipipe.planner.search import best_list as lists
-from mipipe.planner.search import lists as greedy
-from mipipe.planner.search import streams as relax
+from mipipe.planner.search import annealing, best_list, lists, streams
 from mipipe.planner.search.lift import lift
 from mipipe.planner.search.lists import Orders
 from mipipe.planner.sizes import COMPILED, VERY_MANY
@@ -157,7 +154,7 @@ def seed_search(run: Run, found: Candidate, *, compiled: bool = True) -> bool:
     for turn in range(RESERVES):
         clock.ask()
         orders = (first_orders(found, compiled=True, seed=run.options.seed) if compiled else
-                  greedy.schedule(found.instance, greedy.RULES[0], compiled=found.instance.size > COMPILED))
+                  lists.schedule(found.instance, lists.RULES[0], compiled=found.instance.size > COMPILED))
         if orders is None and turn == 0 and usual.any():
             found.instance.cap[:] += usual
             continue
@@ -171,7 +168,7 @@ def seed_search(run: Run, found: Candidate, *, compiled: bool = True) -> bool:
         judged = judge(found.view, schedule, saved_fit=True)
         if judged.fits:
             offer_judged(found, judged, "list")
-            found.search = search.start(found.instance, orders, run.options.seed + 1, found.bound.ns)
+            found.search = annealing.start(found.instance, orders, run.options.seed + 1, found.bound.ns)
             run.note(found, "list scheduling")
             return True
         reserve(found, judged)
@@ -182,14 +179,14 @@ def seed_search(run: Run, found: Candidate, *, compiled: bool = True) -> bool:
 def _outlined(run: Run, found: Candidate, orders: Orders) -> Orders:
     """Start the search without collectives where there are some; its list lifted, if better than the given orders."""
     clock.ask()
-    small = relax.relaxed(found.instance)
+    small = streams.relaxed(found.instance)
     if small is None or not run.options.use_search:
         return orders
     clock.ask()
-    made = lists.best_list(small, run.options.seed, few=OUTLINED)
+    made = best_list.best_list(small, run.options.seed, few=OUTLINED)
     if made is None:
         return orders
-    found.outline = search.start(small, made, run.options.seed + 3, found.bound.ns)
+    found.outline = annealing.start(small, made, run.options.seed + 3, found.bound.ns)
     clock.ask()
     lifted = lift(found.instance, small, made)
     return lifted if lifted is not None and lifted.makespan_ns < orders.makespan_ns else orders

@@ -10,7 +10,7 @@ import threading
 from dataclasses import dataclass, field
 
 from mipipe.planner.actions import Stream
-from mipipe.planner.bounds import at_placement as bounds
+from mipipe.planner.bounds import at_placement
 from mipipe.planner.bounds.load import load_bound
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.measure import by_arrays, exact, makespan_of, timed
@@ -22,8 +22,7 @@ from mipipe.planner.jobs.order_times import peaks_of
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.plan import Placement, Plan, Schedule
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.search import best_list as lists
-from mipipe.planner.search import lists as greedy
+from mipipe.planner.search import best_list, lists
 from mipipe.planner.search.annealing import Search
 from mipipe.planner.search.lists import Orders
 from mipipe.planner.search.pair_search import PairSearch
@@ -61,7 +60,7 @@ class Candidate:
     """
 
     view: StageView
-    bound: bounds.Bound
+    bound: at_placement.Bound
     halved: bool
     instance: Instance
     search: Search | None = None
@@ -121,7 +120,7 @@ def candidate(problem: PlanningProblem, placement: Placement, proposer: tuple[st
     halved = mirror(stage_view) is not None
     capacities(stage_view)
     many = 3 * stage_view.num_stages * problem.num_microbatches > VERY_MANY
-    bound = None if many else bounds.placement_bound(stage_view)
+    bound = None if many else at_placement.placement_bound(stage_view)
     instance = build(stage_view, halve=halved)
     return Candidate(stage_view, bound or load_bound(instance), halved, instance,
                      proposer=proposer or (f"shape {placement.name}",), bounded=not many)
@@ -166,8 +165,9 @@ def judge_orders(found: Candidate, orders: Orders) -> Judged:
 def first_orders(found: Candidate, *, compiled: bool, seed: int = 0) -> Orders | None:
     """The best list schedule over the rules, with quotas and without; None where none fits the memory."""
     if not compiled:
-        return greedy.schedule(found.instance, greedy.RULES[0], compiled=False)
-    return lists.best_list(found.instance, seed, 0 if found.two_streams else 1000)  # there the outline's list is better
+        return lists.schedule(found.instance, lists.RULES[0], compiled=False)
+    trials = 0 if found.two_streams else 1000  # there the outline's list is better
+    return best_list.best_list(found.instance, seed, trials)
 
 
 def peak_activations(plan: Plan) -> int:

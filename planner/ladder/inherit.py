@@ -14,8 +14,7 @@ from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.ladder.activities import offer_orders
 from mipipe.planner.ladder.candidate import Candidate
 from mipipe.planner.ladder.state import Run
-from mipipe.planner.search import follow
-from mipipe.planner.search import lists as greedy
+from mipipe.planner.search import follow, lists
 
 RUNG = "inherited order"
 
@@ -41,5 +40,5 @@ def inherit(run: Run, found: Candidate) -> bool:
     for c in range(len(instance.base) - 1):  # a class keeps its own order
         own = slice(instance.base[c], instance.base[c + 1])
         moments[own] = np.maximum.accumulate(moments[own])
-    orders = follow.squeezed(instance, moments, float(greedy.period(instance)), stop=lambda: run.left <= 0)
+    orders = follow.squeezed(instance, moments, float(lists.period(instance)), stop=lambda: run.left <= 0)
     return orders is not None and offer_orders(run, found, orders, RUNG, best.lineage)

@@ -35,10 +35,7 @@ from mipipe.planner.placements.cuts import earliest_end, place_spread, units
 from mipipe.planner.placements.shapes import light_ends, propose_shapes, resident_fits, shapes
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.search import annealing as search
-from mipipe.planner.search import bidirectional as two_ended
-from mipipe.planner.search import lists as greedy
-from mipipe.planner.search import quotas
+from mipipe.planner.search import annealing, bidirectional, lists, quotas
 from mipipe.planner.search.lists import Orders
 from mipipe.planner.sizes import MANY, VERY_MANY
 
@@ -191,7 +188,7 @@ def _enter(run: Run, placement: Placement, seconds: float) -> OutlineEntry | Non
 def _expected(run: Run, small: Instance, orders: Orders) -> int:
     """The makespan with all microbatches, if the rest runs at the pace of the busiest rank."""
     rest = run.problem.num_microbatches - small.view.problem.num_microbatches
-    return orders.makespan_ns + rest * greedy.period(small)
+    return orders.makespan_ns + rest * lists.period(small)
 
 
 def _tune(run: Run, entry: OutlineEntry, seconds: float) -> None:
@@ -215,9 +212,9 @@ def _longer(run: Run, instance: Instance, lines: quotas.Lines, tuned: quotas.Tun
 
 def _turn(run: Run, entry: OutlineEntry, seconds: float) -> None:
     """Tune an entry's rule for reversed time, which is good at the other end of the step."""
-    mirrored, lines, _ = two_ended.backwards(entry.small, entry.lines)
+    mirrored, lines, _ = bidirectional.backwards(entry.small, entry.lines)
     tuned = quotas.tune(mirrored, lines, seconds, run.options.seed + entry.turns, start=entry.backward,
-                        rules=two_ended.backward_rules, stop=lambda: run.interrupted)
+                        rules=bidirectional.backward_rules, stop=lambda: run.interrupted)
     entry.turns += 1
     entry.backward = tuned.rule if tuned is not None else None
 
@@ -258,7 +255,7 @@ def _apply(run: Run, entry: OutlineEntry, rung: str, seconds: float = 0.0) -> No
         found.searched = found.lineage
         if found not in run.candidates:
             run.candidates.append(found)
-        found.search = search.start(found.instance, orders, run.options.seed + 1, found.bound.ns)
+        found.search = annealing.start(found.instance, orders, run.options.seed + 1, found.bound.ns)
         run.note(found, rung)
 
 
@@ -266,10 +263,10 @@ def _blended(instance: Instance, lines: quotas.Lines, entry: OutlineEntry, forwa
     """The better of a schedule and of what it becomes with the entry's backward rule at the other end."""
     if entry.backward is None:
         return forward
-    mirrored, turned, image = two_ended.backwards(instance, lines)
-    _, small, _ = two_ended.backwards(entry.small, entry.lines)
+    mirrored, turned, image = bidirectional.backwards(instance, lines)
+    _, small, _ = bidirectional.backwards(entry.small, entry.lines)
     backward = quotas.run_rule(mirrored, turned, quotas.moved(entry.backward, small, turned))
-    return forward if backward is None else two_ended.blend(instance, lines, forward, mirrored, image, backward)
+    return forward if backward is None else bidirectional.blend(instance, lines, forward, mirrored, image, backward)
 
 
 def _instance(whole: StageView) -> Instance:

@@ -16,19 +16,17 @@ import numpy as np
 from mipipe.graphs.errors import MipipeError, PlanError
 from mipipe.planner.bounds.at_placement import Bound
 from mipipe.planner.execution.measure import makespan_of
-from mipipe.planner.jobs import paths as kernels
+from mipipe.planner.jobs import paths
 from mipipe.planner.jobs.arrays import Instance, build, orders_from, to_array
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.ladder.candidate import Candidate, candidate, judge, offer_judged
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
-from mipipe.planner.milp.order import job_shop as order
-from mipipe.planner.milp.order import windows
+from mipipe.planner.milp.order import job_shop, windows
 from mipipe.planner.placements.shapes import resident_fits
 from mipipe.planner.plan import Placement, Schedule
 from mipipe.planner.schedules import BASELINES
-from mipipe.planner.search import annealing as search
-from mipipe.planner.search import pair_search
+from mipipe.planner.search import annealing, pair_search
 from mipipe.planner.search.lists import Orders
 
 EXACT_NODES = 130
@@ -52,7 +50,7 @@ def adopt(run: Run, found: Candidate, schedule: Schedule, rung: str, after: tupl
             found.searched = found.lineage
         elif found.search is not None and not found.halved:
             found.helpers.clear()
-            found.search = search.start(found.instance, _orders(found.instance, schedule), run.options.seed + 17,
+            found.search = annealing.start(found.instance, _orders(found.instance, schedule), run.options.seed + 17,
                                         found.bound.ns)
             found.searched = found.lineage
     return kept
@@ -115,7 +113,7 @@ def _seed(run: Run, found: Candidate) -> None:
     assert found.best is not None
     if found.halved:
         found.halved, found.instance = False, build(found.view)
-    found.search = search.start(found.instance, _orders(found.instance, found.best.schedule), run.options.seed + 31,
+    found.search = annealing.start(found.instance, _orders(found.instance, found.best.schedule), run.options.seed + 31,
                                 found.bound.ns)
     found.outline = None
     found.pairs = pair_search.start(found.instance, found.search.best, run.options.seed + 37, found.bound.ns)
@@ -130,7 +128,7 @@ def _orders(instance: Instance, schedule: Schedule) -> Orders:
     """A schedule's orders by the search's own clock, pairs in parts."""
     seq, length = to_array(orders_from(instance, schedule)), instance.lengths()
     spare = [np.zeros(instance.size, dtype=np.int64) for _ in range(4)]
-    makespan = kernels.times(seq, length, instance.dur, instance.succ_ptr, instance.succ, instance.lag, instance.waits,
+    makespan = paths.times(seq, length, instance.dur, instance.succ_ptr, instance.succ, instance.lag, instance.waits,
                              *spare)
     return Orders(seq, length, int(makespan))
 
@@ -158,7 +156,7 @@ def prove(run: Run, found: Candidate, seconds: float) -> None:
     if found.best is None or found.closed or found.instance.size > EXACT_NODES:
         return
     began, before = time.monotonic(), found.makespan_ns
-    result = order.solve_order(found.view, time_limit_s=seconds, seed=run.options.seed, start=found.best.schedule)
+    result = job_shop.solve_order(found.view, time_limit_s=seconds, seed=run.options.seed, start=found.best.schedule)
     if result.schedule is not None and result.makespan_ns is not None and result.makespan_ns < before:
         adopt(run, found, result.schedule, "order MIP")
     if result.bound_ns > found.bound.ns:

@@ -26,7 +26,7 @@ from mipipe.graphs.errors import InfeasibleError, MipipeError, PlanError
 from mipipe.planner.bounds.over_placements import Bound, facts_of, work_of
 from mipipe.planner.execution.steps import schedule_period
 from mipipe.planner.how import then
-from mipipe.planner.jobs import paths as kernels
+from mipipe.planner.jobs import paths
 from mipipe.planner.jobs.arrays import Instance, build, orders_from, to_array, with_mirrors
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.jobs.rank_clocks import on_rank_clocks
@@ -43,9 +43,7 @@ from mipipe.planner.placements.shapes import propose_shapes, resident_fits
 from mipipe.planner.plan import Placement, Schedule
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.schedules import BASELINES
-from mipipe.planner.search import annealing as search
-from mipipe.planner.search import best_list as lists
-from mipipe.planner.search import quotas
+from mipipe.planner.search import annealing, best_list, quotas
 from mipipe.planner.search.annealing import Search
 from mipipe.planner.search.lists import Orders
 from mipipe.planner.search.repeat import stretched
@@ -149,7 +147,7 @@ def _repeat_lists(run: Run, pool: ThreadPoolExecutor, live: list[PeriodEntry]) -
 
 def _round(run: Run, pool: ThreadPoolExecutor, live: list[PeriodEntry], seconds: float, turn: int) -> None:
     """Anneal every placement for some seconds, and meanwhile tune its quotas, where it has any, or a short step."""
-    annealed = [pool.submit(search.advance, entry.search, seconds, lambda: run.stopped or run.interrupted)
+    annealed = [pool.submit(annealing.advance, entry.search, seconds, lambda: run.stopped or run.interrupted)
                 for entry in live]
     seed, names = run.options.seed + 101 * turn, (REPEATED, "quotas")
     tuned = [(entry, pool.submit(_repeat if turn % 2 else _tune, run, entry, seconds, seed)) for entry in live]
@@ -200,12 +198,12 @@ def _repeat(run: Run, entry: PeriodEntry, seconds: float, seed: int) -> Orders |
     if size not in entry.shorts:
         made = short_instance(entry.candidate, size)
         short = None if made is None else on_rank_clocks(made)
-        orders = None if short is None else lists.best_list(short, seed)
+        orders = None if short is None else best_list.best_list(short, seed)
         if short is None or orders is None:
             return None
         found.append(stretched(short, orders, entry.candidate.instance, stop))
         load = int(np.bincount(short.machine, weights=short.dur).max())
-        entry.shorts[size] = search.start(short, orders, seed, load)
+        entry.shorts[size] = annealing.start(short, orders, seed, load)
     known = entry.shorts.pop(size)  # to the end: the next turn is another one's
     entry.shorts[size] = known
     if seconds:
@@ -213,7 +211,7 @@ def _repeat(run: Run, entry: PeriodEntry, seconds: float, seed: int) -> Orders |
         tuned = None if lines is None else quotas.tune(known.instance, lines, seconds, seed, stop=stop)
         if tuned is not None and tuned.orders.makespan_ns < known.best.makespan_ns:
             known.best = tuned.orders
-        search.advance(known, seconds, stop)
+        annealing.advance(known, seconds, stop)
         found.append(stretched(known.instance, known.best, entry.candidate.instance, stop))
     return min((one for one in found if one is not None), key=lambda one: one.makespan_ns, default=None)
 
@@ -237,13 +235,14 @@ def _enter(run: Run, stage_view: StageView, schedule: Schedule | None = None,
         instance = on_rank_clocks(build(stage_view))
     except PlanError:
         return None
-    orders = lists.best_list(instance, run.options.seed) if schedule is None else orders_of_schedule(instance, schedule)
+    orders = (best_list.best_list(instance, run.options.seed) if schedule is None
+              else orders_of_schedule(instance, schedule))
     if orders is None:
         return None
     load = int(np.bincount(instance.machine, weights=instance.dur).max())
     found = Candidate(stage_view, Bound(load, "work of the busiest rank"), False, instance,
                       proposer=proposer or (f"shape {stage_view.placement.name}",))
-    entry = PeriodEntry(found, search.start(instance, orders, run.options.seed + 1, load),
+    entry = PeriodEntry(found, annealing.start(instance, orders, run.options.seed + 1, load),
                         lines=quotas.lines_of(instance))
     found.searched = proposer or ("list",)
     _harvest(run, entry, schedule)
@@ -254,9 +253,9 @@ def orders_of_schedule(instance: Instance, schedule: Schedule) -> Orders | None:
     """A schedule's orders with their makespan on the instance's clocks; None where they deadlock or overfill memory."""
     seq, length = to_array(orders_from(instance, schedule)), instance.lengths()
     spare = [np.zeros(instance.size, dtype=np.int64) for _ in range(4)]
-    makespan = kernels.times(seq, length, instance.dur, instance.succ_ptr, instance.succ, instance.lag, instance.waits,
+    makespan = paths.times(seq, length, instance.dur, instance.succ_ptr, instance.succ, instance.lag, instance.waits,
                              *spare)
-    fits = all(kernels.memory_fits(seq, k, 0, length[k] - 1, 0, instance.alloc, instance.free, instance.work,
+    fits = all(paths.memory_fits(seq, k, 0, length[k] - 1, 0, instance.alloc, instance.free, instance.work,
                                    instance.cap[instance.rank[seq[k, 0]]]) for k in range(len(seq)))
     return Orders(seq, length, int(makespan)) if makespan >= 0 and fits else None
 

@@ -19,8 +19,7 @@ from mipipe.planner.bounds.over_placements import Bound
 from mipipe.planner.ladder.candidate import Candidate
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
-from mipipe.planner.milp.placement import cells, modes
-from mipipe.planner.milp.placement import shares as placement
+from mipipe.planner.milp.placement import cells, modes, shares
 from mipipe.planner.milp.placement.cells import CellBound
 from mipipe.planner.milp.placement.configurations import configuration_bound
 from mipipe.planner.placements.shapes import resident_fits
@@ -56,7 +55,7 @@ def by_mip(run: Run, admit: Admit) -> None:
         return
     for replicas, count in ((1, 3), (2, 2)):
         began = time.monotonic()
-        for proposal in placement.propose_by_mip(problem, time_limit_s=SHARE * run.options.time_limit_s,
+        for proposal in shares.propose_by_mip(problem, time_limit_s=SHARE * run.options.time_limit_s,
                                                  seed=run.options.seed, count=count, max_replicas=replicas):
             _enter(run, admit, proposal.placement, ("placement MIP",), began, proposal.outcome,
                    estimate=proposal.estimate_ns / run.problem.unit_ns)
@@ -96,7 +95,7 @@ class Bounding:
 def bounding(run: Run) -> list[Bounding]:
     """What bounds all placements: the placement MIP, and what a single device can hold and do."""
     def by_placements(problem: PlanningProblem, seconds: float, seed: int) -> tuple[Bound | None, SolverOutcome]:
-        found, outcome = placement.free_bound(problem, time_limit_s=seconds, seed=seed)
+        found, outcome = shares.free_bound(problem, time_limit_s=seconds, seed=seed)
         return None if found is None else Bound(found, "placement MIP"), outcome
 
     def by_configurations(problem: PlanningProblem, seconds: float, seed: int) -> tuple[Bound, SolverOutcome]:

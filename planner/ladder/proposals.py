@@ -22,6 +22,7 @@ from mipipe.graphs.errors import PlanError
 from mipipe.planner import clock
 from mipipe.planner.bounds.at_placement import Bound, placement_bound
 from mipipe.planner.bounds.over_placements import facts_of
+from mipipe.planner.jobs.memory import resident_room
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.ladder.candidate import Candidate, candidate
 from mipipe.planner.ladder.inherit import inherit
@@ -29,11 +30,10 @@ from mipipe.planner.ladder.order_rungs import same
 from mipipe.planner.ladder.placement_rungs import record_placing, without_recomputation
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.milp.highs import SolverOutcome
-from mipipe.planner.milp.placement import master
-from mipipe.planner.milp.placement import shares as placement
+from mipipe.planner.milp.placement import master, shares
 from mipipe.planner.placements import counts
 from mipipe.planner.placements.counts import Chain, Cut
-from mipipe.planner.placements.cuts import earliest_end, resident_room
+from mipipe.planner.placements.cuts import earliest_end
 from mipipe.planner.placements.shapes import light_ends, propose_shapes, resident_fits
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
@@ -195,7 +195,7 @@ class Proposing:
         self.asked += 1
         began, before = time.monotonic(), run.makespan_ns
         given = problem if run.options.recompute else without_recomputation(problem)
-        proposal, outcome = placement.propose_beyond(
+        proposal, outcome = shares.propose_beyond(
             given, self.known, hop_weight=weight, pressure=pressure, max_replicas=1 if single else replicas,
             cutoff_ns=run.makespan_ns, time_limit_s=seconds, seed=run.options.seed + self.asked)
         if proposal is None:

@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mipipe.planner import clock
-from mipipe.planner.jobs import paths as kernels
+from mipipe.planner.jobs import paths
 from mipipe.planner.jobs.arrays import orders_from, to_array
 from mipipe.planner.ladder.admission import RESERVES, reserve, start_again
 from mipipe.planner.ladder.candidate import Candidate, first_orders, judge, judge_orders, offer_judged
 from mipipe.planner.ladder.state import Run
-from mipipe.planner.search import annealing as search
-from mipipe.planner.search import pair_search
+from mipipe.planner.search import annealing, pair_search
 from mipipe.planner.search.lift import lift
 from mipipe.planner.search.lists import Orders
 from mipipe.planner.search.pair_search import PairSearch
@@ -63,7 +62,7 @@ LEAST = 0.15
 """Share of the time limit that must be left for a last round (`mipipe.planner.search.annealing.finish`)."""
 
 
-Worker = search.Search | PairSearch
+Worker = annealing.Search | PairSearch
 """A search at a candidate's placement, without overlapped pairs or with them."""
 
 
@@ -163,10 +162,10 @@ def _last_round(run: Run, found: Candidate, seconds: float, threads: int) -> Non
         return
     if first is found.outline:
         seconds = OUTLINE * run.options.time_limit_s - run.seconds
-    if not first.ends and first.instance.size <= search.LASTING and seconds > LEAST * run.options.time_limit_s:
+    if not first.ends and first.instance.size <= annealing.LASTING and seconds > LEAST * run.options.time_limit_s:
         for worker in (first, *_helpers(run, found, threads - 1)):
-            assert isinstance(worker, search.Search)
-            search.finish(worker, seconds)
+            assert isinstance(worker, annealing.Search)
+            annealing.finish(worker, seconds)
 
 
 def _ranked(live: Sequence[Candidate]) -> list[Candidate]:
@@ -201,7 +200,7 @@ def _round(run: Run, pool: ThreadPoolExecutor, waiting: list[tuple[Candidate, Wo
 def _advance(worker: Worker, seconds: float, stop: Callable[[], bool]) -> bool:
     if isinstance(worker, PairSearch):
         return pair_search.advance(worker, seconds, stop)
-    return search.advance(worker, seconds, stop)
+    return annealing.advance(worker, seconds, stop)
 
 
 def _helpers(run: Run, found: Candidate, count: int) -> list[Worker]:
@@ -213,7 +212,7 @@ def _helpers(run: Run, found: Candidate, count: int) -> list[Worker]:
         found.helpers.clear()
     while len(found.helpers) < count:
         seed = run.options.seed + 1009 * (len(found.helpers) + 1)
-        found.helpers.append(search.start(first.instance, first.best, seed, found.bound.ns))
+        found.helpers.append(annealing.start(first.instance, first.best, seed, found.bound.ns))
     ahead = min([first, *found.helpers], key=lambda worker: worker.best.makespan_ns)
     for worker in (first, *found.helpers):
         worker.best, worker.origin = ahead.best, ahead.origin
@@ -229,7 +228,7 @@ def _worker(run: Run, found: Candidate) -> Worker:
     outline = found.outline
     if outline is None or outline.finished or run.seconds > OUTLINE * run.options.time_limit_s:
         return found.search
-    return found.search if outline.rounds > OUTLINE_ROUNDS and outline.instance.size >= search.LARGE else outline
+    return found.search if outline.rounds > OUTLINE_ROUNDS and outline.instance.size >= annealing.LARGE else outline
 
 
 def _time_to_judge(run: Run, found: Candidate) -> bool:
@@ -267,7 +266,7 @@ def _harvest(run: Run, found: Candidate, worker: Worker) -> None:
         again = known or first_orders(found, compiled=True, seed=run.options.seed + found.reserved)
         if again is not None:
             found.searched = found.lineage if known is not None else ("list",)
-            found.search = search.start(found.instance, again, run.options.seed + found.reserved, found.bound.ns)
+            found.search = annealing.start(found.instance, again, run.options.seed + found.reserved, found.bound.ns)
 
 
 def _harvest_pairs(run: Run, found: Candidate, worker: PairSearch) -> None:
@@ -284,7 +283,7 @@ def _harvest_pairs(run: Run, found: Candidate, worker: PairSearch) -> None:
         pair_search.reserve(worker, np.maximum(excess, excess[::-1]) if found.halved else excess)
 
 
-def _lift(found: Candidate, worker: search.Search) -> Orders | None:
+def _lift(found: Candidate, worker: annealing.Search) -> Orders | None:
     """The whole orders of what a search without collectives has found since last time, if they are the best so far."""
     assert found.search is not None
     if worker.best.makespan_ns >= found.seen_outline_ns:
@@ -305,6 +304,6 @@ def _known(found: Candidate) -> Orders | None:
     length = instance.lengths()
     for k in range(instance.num_machines):
         cap = instance.cap[instance.rank[seq[k, 0]]]
-        if not kernels.memory_fits(seq, k, 0, length[k] - 1, 0, instance.alloc, instance.free, instance.work, cap):
+        if not paths.memory_fits(seq, k, 0, length[k] - 1, 0, instance.alloc, instance.free, instance.work, cap):
             return None
     return Orders(seq, length, found.makespan_ns)

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field, replace
 from mipipe.graphs.errors import PlanError
 from mipipe.planner.jobs.arrays import Instance, build, mirror
 from mipipe.planner.jobs.stages import view
-from mipipe.planner.ladder import order_rungs as rungs
+from mipipe.planner.ladder import order_rungs
 from mipipe.planner.ladder.activities import offer_orders
 from mipipe.planner.ladder.candidate import Candidate
 from mipipe.planner.ladder.state import Run
-from mipipe.planner.search import annealing as search
-from mipipe.planner.search import best_list as lists
+from mipipe.planner.search import annealing, best_list
 from mipipe.planner.search.annealing import Search
 from mipipe.planner.search.repeat import stretched
 
@@ -58,9 +57,9 @@ class Repeating:
         short = self._next(found, sizes)
         if short.search is None:
             return True
-        search.advance(short.search, seconds, lambda: run.left <= 0)
+        annealing.advance(short.search, seconds, lambda: run.left <= 0)
         if self._stretch(short, ("list", "annealing")):
-            rungs.record(run, RUNG, found, before, began)
+            order_rungs.record(run, RUNG, found, before, began)
         return True
 
     def _next(self, found: Candidate, sizes: list[int]) -> Short:
@@ -69,8 +68,8 @@ class Repeating:
         if len(known) == len(sizes):
             return min(known, key=lambda short: short.long_ns)
         small = short_instance(found, sizes[len(known)])
-        orders = None if small is None else lists.best_list(small, self.run.options.seed)
-        made = None if small is None or orders is None else search.start(small, orders, self.run.options.seed + 3)
+        orders = None if small is None else best_list.best_list(small, self.run.options.seed)
+        made = None if small is None or orders is None else annealing.start(small, orders, self.run.options.seed + 3)
         self.shorts.append(Short(found, sizes[len(known)], made))
         self._stretch(self.shorts[-1], ("list",))  # what lists give may repeat better than what comes of it
         return self.shorts[-1]

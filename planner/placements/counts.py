@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from mipipe.planner.actions import Stream
+from mipipe.planner.jobs.memory import resident_room
 from mipipe.planner.jobs.overlap import pair_gain
-from mipipe.planner.placements.cuts import deal_ends, resident_room, units
+from mipipe.planner.placements.cuts import deal_ends, units
 from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import Group, PlanningProblem
 

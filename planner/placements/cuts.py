@@ -15,6 +15,7 @@ import numpy as np
 
 from mipipe.planner import clock
 from mipipe.planner.actions import Stream
+from mipipe.planner.jobs.memory import resident_room
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import PlanningProblem
@@ -179,13 +180,6 @@ def _descend(cuts: list[int], cost: Callable[[Sequence[int]], tuple[float, float
                     if new < value:
                         cuts, value, improved = trial, new, True
     return cuts
-
-
-def resident_room(problem: PlanningProblem, rank: int) -> int:
-    """Bytes of weights and optimizer state a rank may hold."""
-    limit = problem.limits.resident_bytes
-    memory = problem.topology.devices[rank].memory_bytes
-    return memory if limit is None else min(limit, memory)
 
 
 def split_streams(problem: PlanningProblem, groups: Sequence[int]) -> list[list[int]]:

@@ -20,8 +20,9 @@ from mipipe.planner import clock
 from mipipe.planner.clock import OutOfTimeError
 from mipipe.planner.device_memory import memory_for
 from mipipe.planner.jobs.arrays import Instance, build
+from mipipe.planner.jobs.memory import resident_room
 from mipipe.planner.jobs.stages import view
-from mipipe.planner.placements.cuts import resident_room, units
+from mipipe.planner.placements.cuts import units
 from mipipe.planner.placements.shapes import all_placements, keeps_single, resident_bytes, shapes
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem

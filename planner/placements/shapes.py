@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 
 from mipipe.planner import clock
 from mipipe.planner.actions import Stream
+from mipipe.planner.jobs.memory import resident_room
 from mipipe.planner.placements import branches
-from mipipe.planner.placements.cuts import Shape, fit_cuts, loads, place, place_spread, resident_room, units
+from mipipe.planner.placements.cuts import Shape, fit_cuts, loads, place, place_spread, units
 from mipipe.planner.placements.ring import rings
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from mipipe.planner.jobs.arrays import Instance
-from mipipe.planner.search import anneal_kernel as anneal
-from mipipe.planner.search import best_list as lists
+from mipipe.planner.search import anneal_kernel, best_list
 from mipipe.planner.search.lists import Orders
 
 SLICE = 10_000_000
@@ -144,7 +143,7 @@ def _slice(search: Search) -> None:
     search.done += moves
     last = min(first, _heat(search) * scale)
     best = search.current.copy()
-    makespan = anneal.anneal(
+    makespan = anneal_kernel.anneal(
         instance.fixed, search.current, search.best.length, moves, first, last, search.tilt, search.wild,
         search.price, search.target_ns, search.seed * 7919 + search.rounds * 104729 + search.done, best)
     if makespan < search.best.makespan_ns:
@@ -170,7 +169,7 @@ def _begin_round(search: Search) -> None:
     if turn == "fresh" and search.patterns:
         search.source, fresh = search.patterns.pop(0)
     elif turn == "fresh":
-        fresh = lists.best_list(search.instance, int(rng.integers(1 << 30)), 100)
+        fresh = best_list.best_list(search.instance, int(rng.integers(1 << 30)), 100)
         search.source = search.origin if fresh is None else LISTED
     search.current = (search.best if fresh is None else fresh).seq.copy()
     if search.rounds == 0:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from mipipe.planner.jobs.arrays import Instance
-from mipipe.planner.search import lists as greedy
-from mipipe.planner.search import quotas
+from mipipe.planner.search import lists, quotas
 from mipipe.planner.search.lists import Orders
 
 QUOTA_S = 0.3
@@ -25,7 +24,7 @@ MOST_S = 1.5
 
 def best_list(instance: Instance, seed: int, trials: int = 1000, *, few: int = QUOTA_NODES) -> Orders | None:
     """The shortest list schedule found, None where none fits the memory; ``few``: nodes from which quotas are tuned."""
-    tuned = greedy.best_of(instance, trials, np.random.default_rng(seed))
+    tuned = lists.best_of(instance, trials, np.random.default_rng(seed))
     lines = quotas.lines_of(instance) if instance.size >= few else None
     seconds = min(MOST_S, QUOTA_S * max(1.0, instance.size / QUOTA_NODES))
     other = quotas.tune(instance, lines, seconds, seed) if lines is not None else None

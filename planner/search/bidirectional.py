@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mipipe.planner.jobs import paths as kernels
+from mipipe.planner.jobs import paths
 from mipipe.planner.jobs.arcs import longest, to_csr
 from mipipe.planner.jobs.arrays import Instance
 from mipipe.planner.search import quotas
@@ -82,6 +82,6 @@ def starts(instance: Instance, orders: Orders) -> np.ndarray:
     """The earliest start of every node."""
     found = np.zeros(instance.size, dtype=np.int64)
     spare = [np.zeros(instance.size, dtype=np.int64) for _ in range(3)]
-    kernels.times(orders.seq, orders.length, instance.dur, instance.succ_ptr, instance.succ, instance.lag,
+    paths.times(orders.seq, orders.length, instance.dur, instance.succ_ptr, instance.succ, instance.lag,
                   instance.waits, found, *spare)
     return found

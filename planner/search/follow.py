@@ -19,7 +19,7 @@ import numpy as np
 
 from mipipe.planner import clock
 from mipipe.planner.actions import ActionKind
-from mipipe.planner.jobs import paths as kernels
+from mipipe.planner.jobs import paths
 from mipipe.planner.jobs.arrays import Instance
 from mipipe.planner.jobs.dependencies import KINDS
 from mipipe.planner.milp.periodic.pattern import WEIGHT_DELAYS, route_names
@@ -156,10 +156,10 @@ def plain(instance: Instance, moments: np.ndarray) -> Orders | None:
         own = np.flatnonzero(instance.machine == k)
         seq[k, :length[k]] = own[np.lexsort((own, moments[own]))]
         cap = instance.cap[instance.rank[seq[k, 0]]]
-        if not kernels.memory_fits(seq, k, 0, length[k] - 1, 0, instance.alloc, instance.free, instance.work, cap):
+        if not paths.memory_fits(seq, k, 0, length[k] - 1, 0, instance.alloc, instance.free, instance.work, cap):
             return None
     spare = [np.zeros(instance.size, dtype=np.int64) for _ in range(4)]
-    makespan = kernels.times(seq, length, instance.dur, instance.succ_ptr, instance.succ, instance.lag, instance.waits,
+    makespan = paths.times(seq, length, instance.dur, instance.succ_ptr, instance.succ, instance.lag, instance.waits,
                              *spare)
     return Orders(seq, length, int(makespan)) if makespan >= 0 else None
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 
 from mipipe.planner.actions import Stream
-from mipipe.planner.jobs import paths as kernels
+from mipipe.planner.jobs import paths
 from mipipe.planner.jobs.arrays import Instance
 from mipipe.planner.search.lists import Orders
 
@@ -31,7 +31,7 @@ def lift(instance: Instance, small: Instance, orders: Orders) -> Orders | None:
             return None
         seq[k, :length[k]] = served
     spare = [np.zeros(instance.size, dtype=np.int64) for _ in range(4)]
-    makespan = kernels.times(seq, length, instance.dur, instance.succ_ptr, instance.succ, instance.lag, instance.waits,
+    makespan = paths.times(seq, length, instance.dur, instance.succ_ptr, instance.succ, instance.lag, instance.waits,
                              *spare)
     return Orders(seq, length, int(makespan)) if makespan >= 0 else None
 
@@ -43,7 +43,7 @@ def _urgency(instance: Instance, small: Instance, orders: Orders, whole: list[in
     for row, size in enumerate(orders.length):
         back[row, :size] = orders.seq[row, :size][::-1]
     after = np.zeros(count, dtype=np.int64)
-    kernels.times(back, orders.length, small.dur, small.pred_ptr, small.pred, small.pred_lag, np.diff(small.succ_ptr),
+    paths.times(back, orders.length, small.dur, small.pred_ptr, small.pred, small.pred_lag, np.diff(small.succ_ptr),
                   after, *(np.zeros(count, dtype=np.int64) for _ in range(3)))
     known = dict(zip(whole, (after + small.dur).tolist(), strict=True))
     dur, succ, lag, pointer = (array.tolist() for array in (instance.dur, instance.succ, instance.lag,

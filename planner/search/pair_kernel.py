@@ -5,7 +5,8 @@ the W after it) that run with it in ``mate``. Besides the moves of `mipipe.plann
 of its critical block, or a little way) there are moves that join an F with an I and its W nearby, part a pair, and
 exchange partners. Every move is evaluated in full: pairs change the graph, and rows with pairs are short.
 
-Pairs stay out of the order of their classes; alone, the k-th of a class stays the k-th (`kernels.shift`).
+Pairs stay out of the order of their classes; alone, the k-th of a class stays the k-th
+(`mipipe.planner.jobs.paths.shift`).
 """
 
 from __future__ import annotations

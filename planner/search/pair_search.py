@@ -26,12 +26,11 @@ F, I, W = (KINDS.index(kind) for kind in (ActionKind.F, ActionKind.I, ActionKind
 
 TURNS = ("fresh", "price", "fresh", "wall")
 """How rounds differ: from the first order without pairs, or from the best so far; memory has a price but in ``wall``
-(`mipipe.planner.search.anneal_kernel`). Two-way, 8 ranks x 20, F,I,W = 1,1.1,0.9, ratio 0.85: a million moves (2.6 s)
-from the first order give 58.6 to 59.2, rounds from the best alone stay at 59.3 to 59.6 for 15 s."""
+(`mipipe.planner.search.anneal_kernel`). Rounds from the best alone stay where they are."""
 
 FASTER, MOST = 2.5, 4_000_000
-"""By how much a round is longer than the one before, and the moves of the longest: five times as many gain 0.1 of 59,
-as much as another beginning."""
+"""By how much a round is longer than the one before, and the moves of the longest: longer ones gain no more than
+another beginning."""
 
 DURATIONS = 1_000
 """Different durations of forwards, or of backwards, up to which pairs are searched: their table is the square."""

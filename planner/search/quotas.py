@@ -18,7 +18,7 @@ import numpy as np
 
 from mipipe.planner import clock
 from mipipe.planner.jobs.arrays import Instance
-from mipipe.planner.search import lists as greedy
+from mipipe.planner.search import lists
 from mipipe.planner.search.lists import Orders
 from mipipe.planner.search.quota_kernel import QuotaTask, quota_schedule
 
@@ -91,10 +91,10 @@ def lines_of(instance: Instance) -> Lines | None:
     size, count = np.zeros_like(last), np.zeros_like(last)
     size[line[enters]] = instance.alloc[first][enters]
     count[line[enters]] = np.diff(instance.base)[enters]
-    span = greedy.period(instance) * instance.view.problem.num_microbatches
+    span = lists.period(instance) * instance.view.problem.num_microbatches
     return Lines(np.searchsorted(np.sort(machine), np.arange(instance.num_machines + 1)),
                  np.argsort(machine, kind="stable"), line, enters, leaves, kind == 3, kind, stage,
-                 greedy.admission(instance)[instance.own_microbatch],
+                 lists.admission(instance)[instance.own_microbatch],
                  instance.cap[np.array([rank for rank, _ in instance.machine_key])], keys[0], keys[1], size, count,
                  np.maximum(0, ends - begins), span / np.maximum(1, count), float(instance.dur.mean()))
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from mipipe.planner.jobs import paths as kernels
+from mipipe.planner.jobs import paths
 from mipipe.planner.jobs.arrays import Instance
-from mipipe.planner.search import lists as greedy
+from mipipe.planner.search import lists
 from mipipe.planner.search.follow import filled, followed, plain
 from mipipe.planner.search.lists import Orders
 
@@ -63,7 +63,7 @@ def start_times(instance: Instance, orders: Orders) -> np.ndarray:
     """When every node starts under the orders, in ns."""
     start = np.zeros(instance.size, dtype=np.int64)
     spare = [np.zeros(instance.size, dtype=np.int64) for _ in range(3)]
-    kernels.times(orders.seq, orders.length, instance.dur, instance.succ_ptr, instance.succ, instance.lag,
+    paths.times(orders.seq, orders.length, instance.dur, instance.succ_ptr, instance.succ, instance.lag,
                   instance.waits, start, *spare)
     return start
 
@@ -95,7 +95,7 @@ def _windows(short: Instance, starts: np.ndarray, makespan: int, long: Instance,
     most = max(added.values())
     if most <= 0:
         return
-    pace = greedy.period(long) * long.view.problem.num_microbatches / max(_count(long, b) for _, b in pairs)
+    pace = lists.period(long) * long.view.problem.num_microbatches / max(_count(long, b) for _, b in pairs)
     begins = BEGINS * makespan
     found = []
     for repeats in sorted({round(most / size) for size in range(1, most + 1)}):

@@ -84,6 +84,8 @@ def test_the_cpu_kind_has_no_peak_and_needs_its_memory_stated():
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"hosts__0__colour": "red"}, r"c.yaml: hosts\[0\]\.colour: unknown key"),
+    ({"hosts": [{"name": "alpha", "device": 8, "kind": "h100"}]},
+     r"c.yaml: hosts\[0\]\.device: unknown key \(found 8\); missing: hosts\[0\]\.devices$"),
     ({"hosts__0__kind": "h300"}, r"hosts\[0\]\.kind: unknown device kind 'h300'; known are a100"),
     ({"hosts__0__devices": 0}, r"hosts\[0\]\.devices: found 0, expected at least 1"),
     ({"hosts__1__name": "alpha"}, r"hosts\[1\]\.name: two hosts are named 'alpha'"),

@@ -25,8 +25,9 @@ from itertools import pairwise
 from mipipe.planner import clock
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.first_gradients import colocated, common_room
-from mipipe.planner.bounds.over_placements import facts_of, resident_room, room_of, work_of
+from mipipe.planner.bounds.over_placements import facts_of, work_of
 from mipipe.planner.bounds.tails import tails_of
+from mipipe.planner.jobs.memory import activation_room, resident_room
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.milp import pyo
 from mipipe.planner.problem import Group, PlanningProblem
@@ -124,7 +125,7 @@ def devices_model(problem: PlanningProblem, bins: Sequence[Bin], least_ns: int,
     """
     model = pyo.ConcreteModel(name="configuration MIP")
     model.unit_ns = max(1.0, least_ns / 1000)
-    kinds = Counter((problem.topology.devices[rank].kind, resident_room(problem, rank), room_of(problem, rank),
+    kinds = Counter((problem.topology.devices[rank].kind, resident_room(problem, rank), activation_room(problem, rank),
                      problem.topology.devices[rank].memory_bytes) for rank in range(problem.num_ranks))
     model.counts = list(kinds.values())
     pairs = [(q, b) for q in range(len(kinds)) for b in range(len(bins))]
