@@ -47,15 +47,15 @@ def statistics(graph: OperatorGraph, microbatches: Sequence[Microbatch]) -> list
     """What is summed over the copies of a plan before a step; `complete` takes the sums.
 
     Raises:
-        BatchError: rewards that are no numbers, groups of one response.
+        BatchError: numbers for the loss that are no finite ones, groups of one response.
     """
     info = info_of(graph)
     if info["reduction"] != "rows":
         return [float(sum(weight(graph, piece) for piece in microbatches))]
     tokens = float(sum(int(_mask(info, piece).sum()) for piece in microbatches))
     name, rows = info["name"], float(sum(piece[info["labels"]].shape[0] for piece in microbatches))
-    for key in ("rewards", "advantages"):
-        if key in info["batch"] and not all(bool(torch.isfinite(piece[key]).all()) for piece in microbatches):
+    for key in info["batch"]:
+        if not all(bool(torch.isfinite(piece[key]).all()) for piece in microbatches):
             raise BatchError(f"loss {name}: {key} has values that are no finite numbers")
     if name == "rift":
         signs = [float(sum(int((sign * piece["rewards"] > 0).sum()) for piece in microbatches)) for sign in (1, -1)]

@@ -10,6 +10,7 @@ to the copies of a plan in turn.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.operator_graph import OperatorGraph, TensorSpec
 from mipipe.graphs.recipes.rows import batch_inputs
 
 IGNORED = -100
@@ -51,8 +52,11 @@ class Rollouts:
         if "input_ids" not in self._specs:
             raise InputError(f"data: rollouts are tokens, but {graph.model} has no input 'input_ids'")
         self._length = self._specs["input_ids"].shape[-1]
+        if not isinstance(folder, str) or not (max_age is None or (type(max_age) is int and max_age >= 0)):
+            raise InputError(f"data: rollouts: folder {folder!r}, max_age {max_age!r}; expected a folder's path, and a"
+                             " whole number of steps of at least 0")
         self._rows, self._seed, self._copy, self._copies, self._max_age = rows, seed, copy, copies, max_age
-        self._groups = _grouped(read_rollouts(Path(folder), self._length, set(self._specs)))
+        self._groups = _grouped(read_rollouts(Path(folder), self._length, self._specs))
         sizes = {len(group) for group in self._groups}
         if len(sizes) > 1 or rows % min(sizes):
             raise InputError(f"data: rollouts {folder}: groups of {', '.join(map(str, sorted(sizes)))} responses, but a"
@@ -119,6 +123,18 @@ class Rollouts:
         return {name: made[name].to(getattr(torch, spec.dtype)) for name, spec in self._specs.items()}
 
 
+def _check_numbers(found: Any, where: str, count: int | None) -> None:
+    """Raise unless ``found`` is a list of ``count`` finite numbers, or (None) one number."""
+    numbers = found if isinstance(found, list) else [found]
+    if isinstance(found, list) is (count is None) or not all(
+            type(item) in (int, float) and math.isfinite(item) for item in numbers):
+        wanted = "one finite number, of the whole response" if count is None else \
+            f"a list of finite numbers, one for each of the {count} response tokens"
+        raise InputError(f"{where}: expected {wanted}")
+    if count is not None and len(numbers) != count:
+        raise InputError(f"{where} has {len(numbers)} numbers for {count} response tokens")
+
+
 def _at(values: Tensor, item: Rollout, length: int) -> Tensor:
     """Numbers of response tokens at their places in the row."""
     row = torch.zeros(length, dtype=torch.float64)
@@ -133,8 +149,8 @@ def _grouped(found: Sequence[Rollout]) -> list[list[Rollout]]:
     return [groups[key] for key in sorted(groups)]
 
 
-def read_rollouts(folder: Path, length: int, asked: set[str]) -> list[Rollout]:
-    """The responses of a folder; ``asked``: inputs of the loss that each must have.
+def read_rollouts(folder: Path, length: int, asked: Mapping[str, TensorSpec]) -> list[Rollout]:
+    """The responses of a folder; ``asked``: the graph's inputs, of which each must have what the loss reads.
 
     Raises:
         InputError: there are none, or a line is not what it should be.
@@ -150,7 +166,7 @@ def read_rollouts(folder: Path, length: int, asked: set[str]) -> list[Rollout]:
     return found
 
 
-def _parse(line: str, where: str, length: int, asked: set[str]) -> Rollout:
+def _parse(line: str, where: str, length: int, asked: Mapping[str, TensorSpec]) -> Rollout:
     try:
         data = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -158,8 +174,8 @@ def _parse(line: str, where: str, length: int, asked: set[str]) -> Rollout:
     if not isinstance(data, dict) or set(data) - KNOWN:
         odd = next(iter(sorted(set(data) - KNOWN)), "") if isinstance(data, dict) else type(data).__name__
         raise InputError(f"{where}: found {odd!r}; expected an object with {', '.join(sorted(KNOWN))}")
-    needed = {"prompt", "response", "group"} | ({"reward"} if asked & {"rewards", "advantages"} else set()) \
-        | (asked & set(BY_TOKEN))
+    needed = {"prompt", "response", "group"} | ({"reward"} if {"rewards", "advantages"} & set(asked) else set()) \
+        | (set(asked) & set(BY_TOKEN))
     missing = sorted(needed - set(data))
     if missing:
         raise InputError(f"{where}: has no {missing[0]!r}, which the loss needs")
@@ -170,11 +186,13 @@ def _parse(line: str, where: str, length: int, asked: set[str]) -> Rollout:
     if not prompt or not response or len(prompt) + len(response) > length:
         raise InputError(f"{where}: {len(prompt)} tokens of prompt and {len(response)} of response, but a row has"
                          f" {length}; both need at least one")
-    for name in BY_TOKEN:
-        if isinstance(data.get(name), list) and len(data[name]) != len(response):
-            raise InputError(f"{where}: {name} has {len(data[name])} numbers for {len(response)} response tokens")
+    for name in (name for name in BY_TOKEN if name in asked):
+        _check_numbers(data[name], f"{where}: {name}", len(response) if len(asked[name].shape) > 1 else None)
+    if data.get("foreign", 0) not in (0, 1):
+        raise InputError(f"{where}: foreign: found {data['foreign']!r}, expected 0 or 1")
     reward, group, version = data.get("reward", 0.0), data["group"], data.get("version", 0)
-    if type(group) is not int or type(version) is not int or not isinstance(reward, (int, float)):
-        raise InputError(f"{where}: expected group and version as whole numbers, reward as a number")
+    if type(group) is not int or type(version) is not int or type(reward) not in (int, float) \
+            or not math.isfinite(reward):
+        raise InputError(f"{where}: expected group and version as whole numbers, reward as a finite number")
     return Rollout((*prompt, *response), len(prompt), float(reward), group, version,
                    {key: data[key] for key in (*BY_TOKEN, "foreign") if key in data})

@@ -186,6 +186,37 @@ def test_what_a_batch_lacks_is_one_line(change, text):
         engine.step(given)
 
 
+@pytest.mark.parametrize("name, options, key", [
+    ("grpo", {}, "old_log_probs"), ("grpo", {"distill": 0.5}, "teacher_log_probs"), ("dpo", {}, "reference_log_probs"),
+    ("fuse", {"labels": 0.7, "top": 4}, "fused_probs"), ("rift", {}, "rewards")])
+def test_numbers_that_are_none_are_refused_before_the_step(name, options, key):
+    graph, whole = whole_and_graph(name, **options)
+    whole[key] = whole[key].clone()
+    whole[key].view(-1)[1] = float("nan")
+    engine = Engine(dags.random_plan(random.Random(1), graph, 1, COUNT), graph,
+                    recipes.state_of(recipes.built(name, **options)[0]))
+    with pytest.raises(BatchError, match=f"loss {name}: {key} has values that are no finite numbers"):
+        engine.step(whole)
+    assert all(item.grad is None for item in engine.parameters())
+
+
+@pytest.mark.parametrize("name, options", [("spo", {"mask": True}), ("rift", {"mask": True})])
+def test_responses_without_a_token_teach_nothing_and_a_batch_of_them_is_refused(name, options):
+    """One response's mask is empty: gradients are those of the others with the same weights; all empty: one line."""
+    def masked(rows):
+        def change(module, whole):
+            mask = torch.ones_like(whole["response_mask"])
+            mask[rows] = 0
+            return mask
+        return {"response_mask": change}
+
+    _, gradients, module, whole = stepped(name, masked([1]), options)
+    wanted = expected(name, options, module, whole)
+    close(0.0, gradients, wanted, name, 1e-12, loss_is_value=False)
+    with pytest.raises(BatchError, match="the batch has no valid label; every label is ignored"):
+        stepped(name, masked(list(range(6))), options)
+
+
 def split_group(plan, graph, state, whole):
     engine = Engine(plan, graph, state)
     try:

@@ -68,7 +68,10 @@ def test_old_rollouts_are_passed_over_and_then_missed(tmp_path):
 
 
 @pytest.mark.parametrize("more, text", [
-    ({"reward": None}, "reward as a number"),
+    ({"reward": None}, "reward as a finite number"),
+    ({"reward": float("nan")}, "reward as a finite number"),
+    ({"version": 1.5}, "expected group and version as whole numbers"),
+    ({"foreign": "yes"}, "foreign: found 'yes', expected 0 or 1"),
     ({"prompt": []}, "0 tokens of prompt"),
     ({"prompt": [1] * 9}, "but a row has 7"),
     ({"response": ["a"]}, "response: expected a list of token ids"),
@@ -78,6 +81,26 @@ def test_what_is_no_rollout_is_one_line(tmp_path, more, text):
     with pytest.raises(InputError, match=text) as error:
         batches(write(tmp_path / "a", **more))
     assert "line 1" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("loss, more, text", [
+    ("grpo", {"old_log_probs": -3.4}, "old_log_probs: expected a list of finite numbers, one for each of the 1"),
+    ("grpo", {"old_log_probs": ["a"]}, "old_log_probs: expected a list of finite numbers"),
+    ("grpo", {"old_log_probs": [float("-inf")]}, "old_log_probs: expected a list of finite numbers"),
+    ("grpo", {"old_log_probs": [-1.0, -2.0]}, "old_log_probs has 2 numbers for 1 response tokens"),
+    ("dpo", {"reference_log_probs": [-1.0]}, "reference_log_probs: expected one finite number, of the whole response"),
+])
+def test_numbers_of_another_form_than_the_loss_reads_are_one_line(tmp_path, loss, more, text):
+    with pytest.raises(InputError, match=text) as error:
+        make_batches(DataConfig("rollouts", options={"folder": write(tmp_path / "a", **more)}), recipes.built(loss)[1],
+                     4, 0)
+    assert "line 1" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("age", ["16", -1, 1.5, True])
+def test_an_age_that_is_no_number_of_steps_is_one_line(tmp_path, age):
+    with pytest.raises(InputError, match="expected a folder's path, and a whole number of steps of at least 0"):
+        batches(write(tmp_path / "a"), max_age=age)
 
 
 def test_a_loss_names_what_a_line_lacks(tmp_path):
