@@ -81,7 +81,7 @@ def memory(console: Console, layers: int) -> bool:
     loads, topology = ExpertLoads(rows, "DeepSeek-V3"), cluster(devices)
     options = ExpertOptions(per_layer * devices - experts, polish=False)
     began = time.monotonic()
-    slots = share_slots(loads, topology, per_layer * layers, options)
+    slots = share_slots(loads, topology, per_layer * layers)
     seconds = time.monotonic() - began
     totals = {"equal": plan_experts(loads, topology, options), "shared": plan_experts(loads, topology, options,
                                                                                       slots=slots)}

@@ -56,7 +56,7 @@ def experts(
     if memory is not None:
         if replicas:
             raise InputError("--memory says how many slots there are: --replicas does not go with it")
-        slots = share_slots(loads, topology, slots_in_memory(loads, parse_bytes(memory, "--memory")), options)
+        slots = share_slots(loads, topology, slots_in_memory(loads, parse_bytes(memory, "--memory")))
     before = None if current is None else read_map(current, loads.num_experts, topology.num_devices)
     with progress(f"placing {loads.num_experts} experts of {loads.num_layers} layers"):
         result = plan_experts(loads, topology, options, current=before, slots=slots)

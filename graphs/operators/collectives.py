@@ -27,7 +27,6 @@ from mipipe.graphs.errors import GraphError
 COLLECTIVES = {f"mipipe.{name}.default": name for name in ("all_reduce", "all_gather", "reduce_scatter",
                                                            "exchange_parts")}
 """The operator kinds that send something."""
-TAKE_PART = "mipipe.take_part.default"
 
 
 def part_of(x: Tensor, member: int, size: int, dim: int, sections: int) -> Tensor:

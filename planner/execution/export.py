@@ -20,7 +20,7 @@ from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.plan import Plan, RankOrder, Schedule
 from mipipe.planner.timeline import Span, Timeline
 
-_REMEDY = "; `mipipe plan --exportable` (or --placement v) makes plans that can be"
+REMEDY = "; `mipipe plan --exportable` (or --placement v) makes plans that can be"
 """What to do about a plan that torch's grammar cannot say, where another plan of the same model may be one."""
 
 _GRADIENTS = (ActionKind.I, ActionKind.W)
@@ -87,11 +87,11 @@ def _check_chain(stages: StageView) -> None:
     for number, stage in enumerate(stages.placement.stages):
         if len(stage.ranks) > 1:
             raise PlanError(f"stage {number}: is on ranks {', '.join(map(str, stage.ranks))}; torch's schedule CSV has"
-                            f" one rank for each stage, so this plan cannot be exported to it{_REMEDY}")
+                            f" one rank for each stage, so this plan cannot be exported to it{REMEDY}")
         if stages.streams[number] is not Stream.COMPUTE:
             raise PlanError(f"stage {number}: runs on the collective stream; torch's schedule CSV has one stream")
         if stage.recompute:
-            raise PlanError(f"stage {number}: recomputes; torch's schedule CSV has no action for it{_REMEDY}")
+            raise PlanError(f"stage {number}: recomputes; torch's schedule CSV has no action for it{REMEDY}")
         if stages.i_ns[number] is None and stages.w_ns[number] is None:
             raise PlanError(f"stage {number}: has no gradients; torch's schedule runtime wants a backward for every"
                             " forward, so this plan cannot be exported to it")
@@ -99,7 +99,7 @@ def _check_chain(stages: StageView) -> None:
         if targets != ({number + 1} if number < last else set()):
             found = f"stages {', '.join(map(str, sorted(targets)))}" if targets else "no stage"
             raise PlanError(f"stage {number}: feeds {found}, expected {'no other' if number == last else number + 1};"
-                            f" torch's schedule CSV knows only chains, so this plan cannot be exported to it{_REMEDY}")
+                            f" torch's schedule CSV knows only chains, so this plan cannot be exported to it{REMEDY}")
 
 
 def _as_torch(stages: StageView, action: Action) -> Action:

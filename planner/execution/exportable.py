@@ -12,12 +12,14 @@ from collections.abc import Callable
 
 from mipipe.graphs.errors import PlanError
 from mipipe.planner.calls import counting
-from mipipe.planner.execution.export import torch_csv
+from mipipe.planner.execution.export import REMEDY, torch_csv
 from mipipe.planner.options import PlacementName, PlanOptions
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.solve import Progress, SolveResult, Termination, plan, with_calls
 
 SHAPES: tuple[PlacementName, ...] = ("v", "chain", "interleaved", "wave")
+LARGER = "; groups so large that each feeds the next alone make a chain: fewer --groups"
+"""What to do where the shapes that are chains of stages are none for these groups: a value crosses some of them."""
 FIRST = 0.4
 """Share of the time in which the shapes are told apart; lists find most of the difference at once."""
 
@@ -69,6 +71,7 @@ def _checked(result: SolveResult) -> tuple[SolveResult, str]:
     try:
         torch_csv(result.plan)
     except PlanError as error:
+        reason = str(error).removesuffix(REMEDY) + LARGER
         return dataclasses.replace(result, plan=None, makespan_ns=None, termination=Termination.INFEASIBLE,
-                                   reason=str(error)), str(error)
+                                   reason=reason), reason
     return result, ""

@@ -153,7 +153,7 @@ FURTHER_SLOTS = 3
 """How many slots beyond an even share a layer may get: with more, the busiest device hardly gains."""
 
 
-def share_slots(loads: ExpertLoads, topology: Topology, total_slots: int, options: ExpertOptions) -> tuple[int, ...]:
+def share_slots(loads: ExpertLoads, topology: Topology, total_slots: int) -> tuple[int, ...]:
     """Slots per device for each layer, at most ``total_slots`` per device over all layers, with the least total time.
 
     Exact by dynamic programming, given what the search finds for every layer and number of slots.

@@ -33,7 +33,7 @@ from mipipe.planner.sizes import COMPILED, VERY_MANY
 SHAPES_OF_MANY: tuple[PlacementName, ...] = ("chain", "two-way", "v")
 """The shapes that enter beyond `VERY_MANY` actions of a chain: time does not suffice for all."""
 
-MANY, LISTED = 6, 0.1
+SEVERAL, LISTED = 6, 0.1
 """After so many candidates lists may take no more than this share of the time: the most promising come first."""
 
 OUTLINED = 100
@@ -55,7 +55,7 @@ def enter(run: Run) -> None:
                                 for placement in propose_shapes(run.problem, name)))
     built, spent = 0, 0.0
     for found in waiting:
-        if run.best is not None and run.left < (0.5 if len(run.candidates) < MANY else 1 - LISTED) * limit:
+        if run.best is not None and run.left < (0.5 if len(run.candidates) < SEVERAL else 1 - LISTED) * limit:
             run.leave_out(found.bound.ns)
             break
         size = len(found.placement.stages) * run.problem.num_microbatches

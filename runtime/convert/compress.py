@@ -55,7 +55,7 @@ def plan_compress(recipe: CompressExperts, source: Source, samples: Samples, see
     importance, losses = _train(recipe, student, teacher, samples, kept)
     figures = {**grouping_figures(grouping), "ranks": ranks, "rows": kept, "loss": losses}
     made = {layer.number: _pruned(student, layer.number, importance, kept) for layer in layers}
-    units = [_unit(source, layer, made[layer.number], recipe.out_dtype) for layer in layers]
+    units = [_unit(layer, made[layer.number], recipe.out_dtype) for layer in layers]
     units += copied(source, lambda name: is_expert(name) or is_bank(name), module_name, recipe.out_dtype)
     settings["rows"] = kept
     return Conversion(converted_config(source, settings), tuple(units), figures, True, _describe)
@@ -164,7 +164,7 @@ def _pruned(student: Any, number: int, importance: Mapping[str, Tensor], kept: M
     return found
 
 
-def _unit(source: Source, layer: MoeLayer, state: State, out_dtype: str | None) -> Unit:
+def _unit(layer: MoeLayer, state: State, out_dtype: str | None) -> Unit:
     dtype = written_dtype(layer.experts[0]["gate_proj"], out_dtype)
     named = {f"{module_name(layer.block)}.experts.{name}": item for name, item in state.items()}
     pieces = tuple(OutputTensor(name, dtype if item.is_floating_point() else "I64", tuple(item.shape))

@@ -30,7 +30,7 @@ ROUND_TRIPS = 20
 def measured_timeline(engine: Engine) -> Timeline | None:
     """The timeline of the engine's last step on plan rank 0 of the first copy, of the first member of every team; None
     elsewhere. All ranks must call."""
-    offset = clock_offset_ns(engine)
+    offset = clock_offset_ns()
     rank, program = engine.mesh.rank, engine.compiled.program
     compute = []
     for index, start, end in engine.record.events:
@@ -78,7 +78,7 @@ def _assemble(engine: Engine, everyone: Sequence[Any]) -> Timeline:
                            "device": engine.mesh.device.type, "clock": engine.record.clock}, axes=tuple(axes))
 
 
-def clock_offset_ns(engine: Engine) -> int:
+def clock_offset_ns() -> int:
     """What to add to this process's clock to get rank 0's. Collective."""
     boots = processes.gather(_boot_id())
     offset = 0

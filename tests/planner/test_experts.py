@@ -175,14 +175,14 @@ def test_shared_moves_are_the_best_choice(rows: list[list[tuple[int, int]]], tot
 def test_shared_slots_go_where_the_skew_is() -> None:
     flat, skewed = tuple([10.0] * 8), (80.0, *([1.0] * 7))
     loads = ExpertLoads((flat, skewed))
-    slots = share_slots(loads, cluster(4), 5, ExpertOptions())
+    slots = share_slots(loads, cluster(4), 5)
     assert slots == (2, 3)
     assert slots_in_memory(ExpertLoads(loads.loads, expert_bytes=100), 550) == 5
     result = plan_experts(loads, cluster(4), ExpertOptions(time_limit_s=2), slots=slots)
     assert [len(row) for row in result.map.physical_to_logical] == [8, 12]
     assert result.layers[1].max_over_mean < result.layers[1].greedy_max_over_mean * (1 + 1e-9)
     with pytest.raises(InfeasibleError, match="smallest that would do is 4"):
-        share_slots(loads, cluster(4), 3, ExpertOptions())
+        share_slots(loads, cluster(4), 3)
 
 
 def test_map_tables_are_eplbs_and_survive_validation() -> None:

@@ -13,8 +13,10 @@ from mipipe.graphs.topology import Topology
 from mipipe.planner.actions import Action, Stream
 from mipipe.planner.check import check_plan
 from mipipe.planner.execution.export import perfetto_text, read_torch_csv, torch_csv, with_torch_order
+from mipipe.planner.execution.exportable import LARGER, plan_exportable
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate
+from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
 from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
@@ -22,6 +24,15 @@ from mipipe.planner.schedules import BASELINES
 
 BY_NAME = {baseline.name: baseline for baseline in BASELINES}
 CHAINS = ["GPipe", "1F1B", "Interleaved 1F1B", "ZB-H1", "ZB-H2", "ZB1P", "ZB-V", "V-Half", "V-Min", "DualPipeV"]
+
+
+def test_where_a_value_crosses_every_cut_the_remedy_is_another() -> None:
+    """`plan --exportable` does not send a user to itself: larger groups are what helps."""
+    problem = uniform_problem(ranks=4, microbatches=4, f=1, i=1, w=1, layers=4, copies=1)
+    crossed = problem.replace(edges=(*(edge for edge in problem.edges if edge.source), GroupEdge(0, (1, 2, 3))))
+    found, _ = plan_exportable(crossed, PlanOptions(time_limit_s=1.0, use_milp=False))
+    assert found.plan is None and found.reason.endswith(LARGER) and "--exportable" not in found.reason
+    assert "torch's schedule CSV knows only chains" in found.reason
 
 
 def planned(name: str, **options) -> Plan:

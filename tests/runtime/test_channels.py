@@ -197,7 +197,7 @@ def offset(delay):
     trace._boot_id = lambda: f"host{dist.get_rank()}"
     trace.time.perf_counter_ns = lambda: clock() + delay * dist.get_rank()
     try:
-        return trace.clock_offset_ns(None)
+        return trace.clock_offset_ns()
     finally:
         trace._boot_id, trace.time.perf_counter_ns = original, clock
 

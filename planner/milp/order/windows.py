@@ -46,7 +46,7 @@ def improve_by_windows(view: StageView, schedule: Schedule, *, window: int, time
     evaluation = run_orders(jobs.compiled, orders)
     assert evaluation is not None, "the given schedule deadlocks"
     improvements, stale, turn = 0, 0, 0
-    intervals = _intervals(evaluation, jobs, window)
+    intervals = _intervals(evaluation, window)
     while stale < len(intervals) and evaluation.makespan_ns > target_ns:
         left = deadline - time.monotonic()
         if left <= 0:
@@ -61,7 +61,7 @@ def improve_by_windows(view: StageView, schedule: Schedule, *, window: int, time
                 orders, evaluation = found, better
                 improvements += 1
                 stale = -1
-                intervals = _intervals(evaluation, jobs, window)
+                intervals = _intervals(evaluation, window)
         if interrupted:
             break
         stale += 1
@@ -72,7 +72,7 @@ def _schedule(jobs: Jobs, orders: list[list[int]]) -> Schedule:
     return to_schedule(jobs, {jobs.machine[order[0]]: order for order in orders})
 
 
-def _intervals(evaluation: Evaluation, jobs: Jobs, window: int) -> list[tuple[int, int]]:
+def _intervals(evaluation: Evaluation, window: int) -> list[tuple[int, int]]:
     """Half-overlapping intervals of at most ``window`` starts, the two ends of the step first, then inwards."""
     starts = sorted(evaluation.starts)
     count = len(starts)

@@ -54,9 +54,9 @@ def configuration_bound(problem: PlanningProblem, *, time_limit_s: float,
     outcome = SolverOutcome(SolverStatus.TIME_LIMIT, None, None, 0.0, 0, 0)
     tried_ns = _above(best.ns)
     while (left := time_limit_s - (time.monotonic() - began)) > 0.05:
-        outcome = _heaviest(model, bins, weights, tried_ns, left, seed)
+        outcome = _heaviest(model, weights, tried_ns, left, seed)
         if outcome.bound is not None and outcome.bound < 1 - 1e-6:
-            refuted = _lightest(model, bins, weights, tried_ns, min(left, LONGEST_S), seed)
+            refuted = _lightest(model, weights, tried_ns, min(left, LONGEST_S), seed)
             value = tried_ns if refuted is None else max(tried_ns, refuted)
             best = Bound(value, "configuration MIP: what single devices can do, whichever groups they hold")
             tried_ns = _above(best.ns)
@@ -77,7 +77,7 @@ def _above(bound_ns: int) -> int:
     return bound_ns + max(1, int(STEP * bound_ns))
 
 
-def _heaviest(model: pyo.ConcreteModel, bins: Sequence[Bin], weights: Sequence[float], makespan_ns: int,
+def _heaviest(model: pyo.ConcreteModel, weights: Sequence[float], makespan_ns: int,
               seconds: float, seed: int) -> SolverOutcome:
     """The most weight that the devices carry within a makespan, as a share of all; below 1 it is refuted."""
     model.makespan.fix(makespan_ns / model.unit_ns)
@@ -92,7 +92,7 @@ def _heaviest(model: pyo.ConcreteModel, bins: Sequence[Bin], weights: Sequence[f
     return outcome
 
 
-def _lightest(model: pyo.ConcreteModel, bins: Sequence[Bin], weights: Sequence[float], least_ns: int, seconds: float,
+def _lightest(model: pyo.ConcreteModel, weights: Sequence[float], least_ns: int, seconds: float,
               seed: int) -> int | None:
     """A bound on the least makespan in which the devices carry all the weight."""
     model.makespan.unfix()

@@ -147,7 +147,7 @@ def devices_model(problem: PlanningProblem, bins: Sequence[Bin], least_ns: int,
             model.rows.add(model.n[q, b] == x if bins[b].whole else model.n[q, b] <= x)
         _streams(model, problem, bins, windows, q, kind)
         _order(model, problem, bins, windows, q)
-        _memory(model, problem, bins, windows, q, capacity, memory)
+        _memory(model, bins, windows, q, capacity, memory)
     return model
 
 
@@ -278,7 +278,7 @@ def _done(model: pyo.ConcreteModel, q: int, b: int, p: int, phase: int, k: int) 
     return sum(model.v[q, b, p, phase, j] for j in range(k + 1) if (q, b, p, phase, j) in model.v)
 
 
-def _memory(model: pyo.ConcreteModel, problem: PlanningProblem, bins: Sequence[Bin], windows: Windows, q: int,
+def _memory(model: pyo.ConcreteModel, bins: Sequence[Bin], windows: Windows, q: int,
             capacity: int, memory: int) -> None:
     """What is held at the windows' ends fits the capacity, and with the resident bytes the memory."""
     resident = sum(one.resident / max(1, memory) * model.x[q, b] for b, one in enumerate(bins))

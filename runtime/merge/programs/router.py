@@ -70,7 +70,7 @@ def _gates(recipe: MoeRecipe, base: CheckpointFiles, gated: Sequence[Expert], la
     table = next((name for name in base.tensors if name.endswith(TOKEN_TABLES)), None)
     if table is None:
         raise InputError(f"{base.path}: has no token embedding, which gate_mode {recipe.gate_mode} needs")
-    tokens = _tokens(recipe, base, gated, base.tensors[table].shape[0])
+    tokens = _tokens(base, gated, base.tensors[table].shape[0])
     flat = [ids for pair in tokens for prompts in pair for ids in prompts]
     with Shelf() as shelf, torch.no_grad():
         embedded = [_embed(ids, base, table, shelf) for ids in flat]
@@ -102,7 +102,7 @@ def _unit(rows: Tensor) -> Tensor:
     return rows / rows.norm(dim=-1, keepdim=True).clamp_min(SMALL)
 
 
-def _tokens(recipe: MoeRecipe, base: CheckpointFiles, gated: Sequence[Expert],
+def _tokens(base: CheckpointFiles, gated: Sequence[Expert],
             vocabulary: int) -> list[tuple[Prompts, Prompts]]:
     """Token ids of every expert's positive and negative inputs, each below ``vocabulary``."""
     tokenizer: Any = None
