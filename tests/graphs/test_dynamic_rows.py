@@ -70,7 +70,7 @@ class Model(nn.Module):
 
 
 @pytest.mark.parametrize("words", [
-    "where", "concatenated", *(pytest.param(words, marks=pytest.mark.slow) for words in ("nonzero", "mask", "one_hot")),
+    "where", *(pytest.param(words, marks=pytest.mark.slow) for words in ("concatenated", "nonzero", "mask", "one_hot")),
 ])
 def test_loops_over_experts(words: str) -> None:
     """Also where an expert gets no token, or all; the layers share their traces, and the experts are one segment."""

@@ -85,7 +85,7 @@ def state_of(module):
 
 
 @pytest.mark.parametrize("shard", [False, True])
-@pytest.mark.parametrize("seed, clip", [(3, None), (4, 0.1)])
+@pytest.mark.parametrize("seed, clip", [pytest.param(3, None, marks=pytest.mark.slow), (4, 0.1)])
 def test_two_copies_of_two_ranks_equal_one_process(pool, seed, clip, shard):
     """Losses, weights and evaluation; frozen parameters stay, tied and replicated ones count once in clipping."""
     module, graph = frozen_and_tied()
