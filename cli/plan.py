@@ -76,6 +76,9 @@ def plan(
                                                             " and what one more GB (activation), device or microbatch"
                                                             " would give, each solved again in a twentieth of the time"
                                                             " (from 4 s on).")] = False,
+    branches: Annotated[int | None, typer.Option(help="So many branches that train side by side (`branches` in"
+                                                      " train.yaml), each with a plan for an equal share of the"
+                                                      " devices.", min=1)] = None,
     seq: Annotated[int | None, typer.Option(help="Tokens per sequence (default 128).", min=1,
                                             rich_help_panel=_CAPTURE)] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences per microbatch (default 1).", min=1,
@@ -152,7 +155,7 @@ def plan(
         _refuse({"--microbatches": microbatches, "--groups": groups, "--granularity": granularity, "--costs": costs,
                  "--experts": experts, "--sizes": sizes, "--activations": activations, "--batch": batch,
                  "--exportable": exportable, "--pareto": pareto, "--recompute": recompute, "--explain": explain,
-                 "--placement": placement != "free", "--objective": objective != "makespan",
+                 "--placement": placement != "free", "--objective": objective != "makespan", "--branches": branches,
                  "--optimizer": optimizer not in ("auto", "adamw_mixed")})
         plan_teams(graph, request, cluster=cluster, memory=memory, seq=seq, dtype=dtype, settings=settings or [],
                    use_cache=not no_cache, save_graph=save_graph, output=output, time_limit=time_limit, seed=seed,
@@ -198,6 +201,14 @@ def plan(
     problem, facts = read_problem(Path(graph) if model is None else model.graph, cluster, microbatches, groups=groups,
                                   granularity=granularity, costs=costs, memory=memory, experts=experts, sizes=sizes,
                                   activations=activations, optimizer=optimizer, recompute=recompute)
+    if branches is not None:
+        from mipipe.cli.branches import plan_of_branches
+
+        if pareto or explain or exportable or html_file is not None or trace_file is not None:
+            raise InputError("--branches: --pareto, --explain, --exportable, --html and --trace do not go with it")
+        plan_of_branches(Path(graph) if model is None else model.graph, problem, facts, branches, options, _solved,
+                         output, json_output)
+        return
     if pareto:
         print_frontier(problem, options, html_file, json_output)
         return
@@ -271,6 +282,15 @@ def _solve(problem: PlanningProblem, options: PlanOptions, exportable: bool) -> 
         if exportable:
             return plan_exportable(problem, options, show_progress(update, problem.unit_ns))
         return solve(problem, options, show_progress(update, problem.unit_ns)), options
+
+
+def _solved(problem: PlanningProblem, options: PlanOptions) -> Plan:
+    """The plan of a problem; raises as `raise_reason` where there is none."""
+    result, _ = _solve(problem, options, False)
+    if result.plan is None:
+        raise_reason(result)
+    assert result.plan is not None
+    return result.plan
 
 
 def show_progress(update: Callable[[str], None], unit_ns: int) -> Callable[[Progress], None]:

@@ -35,9 +35,11 @@ from mipipe.planner.execution.simulate import simulate
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.experts.run import read_maps
+from mipipe.runtime.recipes.branches import BranchPeer, BranchRollouts, Together, check_positions
+from mipipe.runtime.recipes.light import CutWeights, is_second
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.data import Batches, make_batches
-from mipipe.runtime.train.launching import devices, stopping
+from mipipe.runtime.train.launching import devices, processes, stopping
 from mipipe.runtime.train.launching.failures import DONE, SAID, STARTED, signals_of
 from mipipe.runtime.train.launching.prepare import (
     PreparedRun,
@@ -49,7 +51,7 @@ from mipipe.runtime.train.launching.prepare import (
 )
 from mipipe.runtime.train.launching.processes import rank
 from mipipe.runtime.train.launching.rendezvous import start_processes
-from mipipe.runtime.train.models import LayeredWeights, weights_for_host
+from mipipe.runtime.train.models import LayeredWeights, empty_module, weights_for_host
 from mipipe.runtime.train.prefetch import Prefetched
 from mipipe.runtime.train.training import Trainer
 from mipipe.runtime.weights.checkpoint_run import Start
@@ -88,8 +90,14 @@ def train(options: argparse.Namespace) -> list[float]:
         devices.deterministic()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = devices.bind(devices.choose(options.device, devices.kinds_of(job.plan), here))
-    store = start_processes(world, device, job.config.timeout_s)
-    losses = run(job, device, options, store)
+    branches = job.branches
+    joined = start_processes(world, device, job.config.timeout_s, max(1, len(branches)))
+    branch = None
+    if branches:
+        assert job.config.branches is not None
+        branch = BranchPeer(joined.branch, job.config.branches, joined.attempt, job.config.timeout_s)
+        job = branches[branch.number]
+    losses = run(job, device, options, joined.store, branch)
     if dist.is_initialized():
         dist.barrier()  # who leaves early closes connections on which others may still wait
         dist.destroy_process_group()
@@ -103,8 +111,9 @@ def _elastic(config: TrainConfig) -> tuple[int, float] | None:
 
 
 def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
-        store: dist.Store | None = None) -> list[float]:
-    """Build the engine and train. ``store``: torchrun's, which lives as long as the run, over all restarts."""
+        store: dist.Store | None = None, branch: BranchPeer | None = None) -> list[float]:
+    """Build the engine and train. ``store``: torchrun's, which lives as long as the run, over all restarts;
+    ``branch``: which of several this is."""
     start, began = start_of(options), None
     if store is not None and start is Start.FRESH and store.check([RUN_KEY]):
         start, began = Start.RESTART, store.get(RUN_KEY).decode()
@@ -114,8 +123,7 @@ def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
     plan, program, graph, config = job.plan, job.program, job.graph, job.config
     master = getattr(torch, config.dtype) if config.dtype else None
     weights = weights_for_host(graph, config)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    maps = read_maps(config, graph, max(1, world // job.processes(1)))
+    maps = read_maps(config, graph, max(1, processes.world() // job.processes(1)))
     engine = Engine(plan, graph, weights, program=program, device=device,
                     options=EngineOptions(config.seed, config.timeout_s, config.compile, master,
                                           barrier=config.barrier == "step", expert_map=maps.get(0),
@@ -124,31 +132,44 @@ def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
     if engine.compiled.uncompiled and rank() == 0:
         tell(options.report, "compile: runs without torch.compile, as ranks exchange rows there, or members of a team"
                              " talk: " + ", ".join(engine.compiled.uncompiled))
-    inner = weights.base if isinstance(weights, LayeredWeights) else weights
+    inner: Any = weights
+    while isinstance(inner, (LayeredWeights, CutWeights)):
+        inner = inner.base
     stored = inner if isinstance(inner, StoredWeights) else None
     del weights, inner  # the whole model, where it was made here
     if config.save is not None:
         from mipipe.runtime.weights.save_check import check_save
         check_save(engine, config, stored)
     rows = microbatch_rows(graph) * plan.problem.num_microbatches
-    loaded = make_batches(config.data, graph, rows, config.seed, engine.mesh.copy, engine.mesh.num_copies)
+    loaded = make_batches(config.data, graph, rows, config.seed, engine.mesh.copy, engine.mesh.num_copies) \
+        if branch is None else Batches(BranchRollouts(engine, config, branch, rows), rows, in_turn=True)
+    if is_second(graph) and config.adapters is not None and config.adapters.light is not None:
+        loaded.resume({"taken": config.adapters.light.steps})  # the first stage had those before
     batches: Batches | Prefetched = loaded
     if config.data.prefetch:
         batches = Prefetched(loaded, engine.mesh.device.type == "cuda", config.timeout_s)
-    show = ProgressBar(config.steps, options.progress) if options.progress != "none" else None
+    shown = options.progress != "none" and (branch is None or not branch.number)
+    show = ProgressBar(config.steps, options.progress) if shown else None
     say = functools.partial(tell, options.report)
-    trainer = Trainer(engine, config, batches, show, simulate(plan, program), maps, say, stopping.asked)
+    stop = Together(branch, stopping.asked, lambda: engine.steps_done) if branch is not None else stopping.asked
+    trainer = Trainer(engine, config, batches, show, simulate(plan, program), maps, say, stop)
     if "period" in plan.provenance and config.barrier == "step":
         trainer.say("the plan was made for steps without a barrier; 'barrier: none' in the configuration runs them so")
     done = trainer.begin(start, began)
+    if branch is not None:
+        check_positions(branch, done)
     if trainer.first:
         if store is not None:
             store.set(RUN_KEY, trainer.run_id)
-        announce(options.report, trainer, done)
+        announce(options.report, trainer, done, "" if branch is None else f"branch {branch.name}: ")
     losses = trainer.run(done)
+    if trainer.light is not None:
+        trainer.light.write(config, empty_module(graph, config))
     if config.save is not None:
         from mipipe.runtime.weights.save_check import save_or_rescue
         save_or_rescue(engine, config, stored, replace=start is not Start.FRESH)
+    if branch is not None and rank() == 0:
+        branch.meet("done")
     if options.report is not None and os.environ.get("LOCAL_RANK", "0") == "0":  # each host has a launcher
         (Path(options.report) / DONE).write_text("")
     return losses
@@ -173,8 +194,8 @@ def tell(folder: str | None, text: str) -> None:
         stream.write(text + "\n")
 
 
-def announce(folder: str | None, trainer: Trainer, done: int) -> None:
-    """Say which step the run starts from, and from what; after a restart also why."""
+def announce(folder: str | None, trainer: Trainer, done: int, who: str = "") -> None:
+    """Say which step the run (``who``: of its branches) starts from, and from what; after a restart also why."""
     config, restart = trainer.config, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     source = f"checkpoint {trainer.restored}" if trainer.restored is not None else \
         f"the weights in {config.weights}" if config.weights else f"random weights (seed {config.seed})"
@@ -185,7 +206,7 @@ def announce(folder: str | None, trainer: Trainer, done: int) -> None:
     text = f"starting with step {done + 1} of {config.steps} from {source}"
     if done >= config.steps:
         text = f"all {config.steps} steps are done in {source}"
-    tell(folder, why + text)
+    tell(folder, who + why + text)
     if folder is not None and not (Path(folder) / STARTED).exists():
         (Path(folder) / STARTED).write_text(json.dumps({"step": done, "source": source}))
 

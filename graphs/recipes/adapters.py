@@ -31,24 +31,61 @@ PARTS = (DOWN, UP, GATE, MAGNITUDE)
 
 
 @dataclass(frozen=True, slots=True)
+class LightConfig:
+    """Light-PEFT (arXiv 2406.03792) in a run: after ``steps`` steps with masks on heads and feed-forward units, these
+    shares of heads (of every layer), units, adapters and ranks (of all) go, and the rest of the run trains what is left
+    of the model, captured and planned anew.
+
+    ``folder``: what the first stage leaves, its decisions and adapters. ``penalty``: the weight of sum |mask|.
+    ``multiple``: a layer keeps a multiple of so many units. ``second``: this graph, or run, is of the second stage.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    steps: int
+    folder: str
+    heads: float = 1 / 3
+    units: float = 1 / 3
+    modules: float = 0.75
+    ranks: float = 0.5
+    penalty: float = 1e-4
+    multiple: int = 1
+    second: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "units", "modules", "ranks"):
+            share = getattr(self, name)
+            if not 0 <= share < 1:
+                raise InputError(f"adapters: light: {name}: found {share}, expected a share from 0 to below 1")
+        if self.steps < 2 or self.penalty < 0 or self.multiple < 1:
+            raise InputError(f"adapters: light: steps {self.steps}, penalty {self.penalty}, multiple {self.multiple};"
+                             " expected at least 2 steps (the second half is watched), a penalty of at least 0, and a"
+                             " multiple of at least 1")
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterConfig:
     """Adapters of rank ``rank`` on the linear layers that ``targets`` names: a list of last names (``q_proj``), or
     ``re:`` and a regular expression on whole names.
 
     ``alpha``: None for the rank (BeamLoRA: twice the rank). ``tau``: temperature of BeamLoRA's gates. Every ``period``
     steps it prunes and grows ranks (0: never); the share of scores kept rises from ``keep`` to 1 over the run.
+    ``light-peft`` is LoRA with a first stage that says what goes (`LightConfig`).
     """
 
     __pydantic_config__: ClassVar = STRICT
     targets: str | tuple[str, ...]
-    method: Literal["lora", "dora", "beamlora"] = "lora"
+    method: Literal["lora", "dora", "beamlora", "light-peft"] = "lora"
     rank: int = 16
     alpha: float | None = None
     tau: float = 0.05
     period: int = 0
     keep: float = 0.95
+    light: LightConfig | None = None
 
     def __post_init__(self) -> None:
+        if (self.light is not None) != (self.method == "light-peft"):
+            raise InputError("adapters: light goes with the method light-peft, which needs it: {steps: 100, folder:"
+                             f" light}}; found method {self.method}" + (" with light" if self.light else " alone"))
         if self.rank < 1 or (self.alpha is not None and not self.alpha > 0) or not self.tau > 0:
             raise InputError(f"adapters: rank {self.rank}, alpha {self.alpha}, tau {self.tau}; expected a rank of at"
                              " least 1, and alpha and tau above 0")

@@ -5,15 +5,19 @@ the loss and strength times sum |m| (`add_penalty`); `Importance` watches adapte
 remove heads (layer by layer), units (over all layers), adapters and their ranks for good. The model is smaller then: it
 is captured again, planned again, and trained on. Heads that share keys and values go together.
 
-Left out: what a configuration would say of the new sizes; the model lives on in memory, or by its own code.
+In a run (``adapters: {method: light-peft}``) a probe beside every adapter takes ||dW x|| / ||W x|| of a microbatch for
+its gradient, so that the backward of any plan sums them up.
+
+Left out: what a configuration would say of the new sizes; a run saves a model of the old shape, zeros where something
+is gone.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +25,11 @@ from torch import Tensor, nn
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.recipes.adapters import DOWN, GATE, PARTS, UP, AdaptedLinear
 from mipipe.graphs.recipes.expansion import COLUMNS, ROWS, feed_forward_layers
+from mipipe.graphs.serialize import STRICT
 
-MASK, PROJECTIONS = "unit_mask", ("q_proj", "k_proj", "v_proj", "o_proj")
+MASK, PROBE, PROJECTIONS = "unit_mask", "light_probe", ("q_proj", "k_proj", "v_proj", "o_proj")
+Cuts = Mapping[str, tuple[tuple[int, list[int]], ...]]
+"""What stays of tensors, by name: places along dimensions."""
 
 
 class MaskedUnits:
@@ -66,6 +73,49 @@ def add_penalty(named: Iterable[tuple[str, nn.Parameter]], strength: float = 1e-
     for name, item in named:
         if name.rpartition(".")[2] == MASK and item.grad is not None:
             item.grad.add_(item.sign(), alpha=strength)
+
+
+class _Ratio(torch.autograd.Function):
+    """``y`` as it is; the gradient of ``probe`` [1] is ||added|| / ||plain||."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, probe: Tensor, plain: Tensor, added: Tensor) -> Tensor:
+        ctx.save_for_backward(plain, added)
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        plain, added = ctx.saved_tensors
+        ratio = added.double().norm() / plain.double().norm().clamp(min=1e-30)
+        return grad, ratio.reshape(1).to(grad.dtype), None, None
+
+
+class ProbedLinear(AdaptedLinear):
+    """A layer with an adapter whose importance its backward tells: the gradient of ``light_probe``."""
+
+    light_probe: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = nn.functional.linear(x, self.weight)
+        added = nn.functional.linear(nn.functional.linear(x, self.lora_A), self.lora_B) * self.config.scale
+        y = plain + added if self.bias is None else plain + self.bias + added
+        made: Tensor = _Ratio.apply(  # type: ignore[no-untyped-call]
+            y, self.light_probe, plain.detach(), added.detach())
+        return made
+
+
+def add_probes(model: nn.Module) -> nn.Module:
+    """The model, changed: a probe beside every adapter."""
+    for part in model.modules():
+        if type(part) is AdaptedLinear:
+            part.__class__ = ProbedLinear
+            part.register_parameter(PROBE, nn.Parameter(part.weight.new_zeros(1)))
+    return model
+
+
+def is_light(name: str) -> bool:
+    """Whether a parameter is a mask or a probe of a first stage."""
+    return name.rpartition(".")[2] in (MASK, PROBE)
 
 
 class Importance:
@@ -116,17 +166,28 @@ class Importance:
                 for name, found in self._products.items()}
 
 
+class AdapterImportance(Protocol):
+    """The importance of adapters, and of each of their ranks."""
+
+    def modules(self) -> Mapping[str, float]: ...
+
+    def ranks(self) -> Mapping[str, Tensor]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class KeptUnits:
     """What stays, by layer: groups of heads, feed-forward units, and ranks of adapters (none: the adapter goes)."""
 
+    FORMAT: ClassVar = "mipipe.light"
+    VERSION: ClassVar = 1
+    __pydantic_config__: ClassVar = STRICT
     heads: dict[str, list[int]] = field(default_factory=dict)
     units: dict[str, list[int]] = field(default_factory=dict)
     ranks: dict[str, list[int]] = field(default_factory=dict)
 
 
-def choose_kept(model: nn.Module, importance: Importance | None = None, *, heads: float = 1 / 3, units: float = 1 / 3,
-           modules: float = 0.75, ranks: float = 0.5, multiple: int = 1) -> KeptUnits:
+def choose_kept(model: nn.Module, importance: AdapterImportance | None = None, *, heads: float = 1 / 3,
+                units: float = 1 / 3, modules: float = 0.75, ranks: float = 0.5, multiple: int = 1) -> KeptUnits:
     """What stays after pruning these shares: heads by layer, units and ranks over all layers, adapters by importance.
 
     A layer keeps a head, and as many units as are a multiple of ``multiple``, at least one multiple.
@@ -159,30 +220,73 @@ def choose_kept(model: nn.Module, importance: Importance | None = None, *, heads
     return kept
 
 
+def cuts_of(model: nn.Module, kept: KeptUnits) -> Cuts:
+    """What stays of every weight and adapter that loses something, in the model as it is before."""
+    found: dict[str, list[tuple[int, list[int]]]] = {}
+
+    def cut(name: str, linear: Any, places: list[int], dimension: int) -> None:
+        parts = {"weight": dimension, **({"bias": 0} if dimension == 0 and linear.bias is not None else {})}
+        if isinstance(linear, AdaptedLinear):
+            parts[UP if dimension == 0 else DOWN] = dimension
+        for key, along in parts.items():
+            found.setdefault(f"{name}.{key}", []).append((along, places))
+
+    for name, layer in attention_layers(model).items():
+        groups = layer.k_proj.out_features // layer.head_dim
+        for item in PROJECTIONS if name in kept.heads else ():
+            linear = getattr(layer, item)
+            width = (linear.in_features if item == "o_proj" else linear.out_features) // groups
+            places = [group * width + place for group in kept.heads[name] for place in range(width)]
+            cut(f"{name}.{item}", linear, places, 1 if item == "o_proj" else 0)
+    for name, layer in feed_forward_layers(model).items():
+        for item in (*ROWS, *COLUMNS) if name in kept.units else ():
+            cut(f"{name}.{item}", getattr(layer, item), kept.units[name], 1 if item in COLUMNS else 0)
+    for name, places in kept.ranks.items():
+        for key, along in ((DOWN, 0), (UP, 1), (GATE, 0)) if places else ():
+            if hasattr(model.get_submodule(name), key):
+                found.setdefault(f"{name}.{key}", []).append((along, places))
+    return {name: tuple(items) for name, items in found.items()}
+
+
+def cut(whole: Tensor, cuts: tuple[tuple[int, list[int]], ...]) -> Tensor:
+    """What stays of a tensor."""
+    for dimension, places in cuts:
+        whole = whole.index_select(dimension, torch.tensor(places, device=whole.device))
+    return whole
+
+
+def uncut(part: Tensor, shape: Sequence[int], cuts: tuple[tuple[int, list[int]], ...]) -> Tensor:
+    """A tensor of ``shape`` with what stayed at its places, zeros elsewhere."""
+    for number in reversed(range(len(cuts))):
+        dimension, places = cuts[number]
+        sizes = [*part.shape]
+        sizes[dimension] = shape[dimension]
+        part = part.new_zeros(sizes).index_copy(dimension, torch.tensor(places, device=part.device), part)
+    return part
+
+
 @torch.no_grad()
 def lighten(model: nn.Module, kept: KeptUnits, fold: bool = False) -> nn.Module:
     """The model, changed: what does not stay is gone, and so are the masks (``fold``: multiplied into the weights)."""
-    for name, layer in attention_layers(model).items():
-        groups, width = layer.k_proj.out_features // layer.head_dim, layer.head_dim
-        chosen = kept.heads.get(name, list(range(groups)))
-        _unmask(layer.o_proj, fold)
-        for item in PROJECTIONS:
-            linear = getattr(layer, item)
-            size = linear.in_features if item == "o_proj" else linear.out_features
-            _keep(linear, _places(chosen, size // groups), 1 if item == "o_proj" else 0)
-        assert layer.k_proj.out_features == len(chosen) * width
-    for name, layer in feed_forward_layers(model).items():
-        _unmask(layer.down_proj, fold)
-        chosen = kept.units.get(name, list(range(layer.down_proj.in_features)))
-        for item in (*ROWS, *COLUMNS):
-            _keep(getattr(layer, item), torch.tensor(chosen), 1 if item in COLUMNS else 0)
+    masked = [layer.o_proj for layer in attention_layers(model).values()]
+    for linear in (*masked, *(layer.down_proj for layer in feed_forward_layers(model).values())):
+        _unmask(linear, fold)
+    for name, items in cuts_of(model, kept).items():
+        layer, _, key = name.rpartition(".")
+        linear = model.get_submodule(layer)
+        old = getattr(linear, key)
+        setattr(linear, key, nn.Parameter(cut(old, items), old.requires_grad))
     for name, chosen in kept.ranks.items():
-        _keep_ranks(model.get_submodule(name), chosen)
+        linear = model.get_submodule(name)
+        if not chosen:  # the layer is a plain one again
+            for part in (*PARTS, PROBE):
+                if hasattr(linear, part):
+                    delattr(linear, part)
+            linear.__class__ = nn.Linear
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
     return model
-
-
-def _places(groups: list[int], width: int) -> Tensor:
-    return (torch.tensor(groups)[:, None] * width + torch.arange(width)).reshape(-1)
 
 
 def _unmask(linear: Any, fold: bool) -> None:
@@ -195,31 +299,3 @@ def _unmask(linear: Any, fold: bool) -> None:
             linear.lora_A.mul_(mask)
     delattr(linear, MASK)
     linear.__class__ = type(linear).plain
-
-
-def _keep(linear: Any, places: Tensor, dimension: int) -> None:
-    """Keep rows (0) or columns (1) of a layer's weight, of its bias and of its adapter."""
-    parts = {"weight": dimension, **({"bias": 0} if dimension == 0 and linear.bias is not None else {})}
-    if isinstance(linear, AdaptedLinear):
-        parts[UP if dimension == 0 else DOWN] = dimension
-    for key, along in parts.items():
-        old = getattr(linear, key)
-        setattr(linear, key, nn.Parameter(old.index_select(along, places.to(old.device)), old.requires_grad))
-    if dimension == 0:
-        linear.out_features = len(places)
-    else:
-        linear.in_features = len(places)
-
-
-def _keep_ranks(linear: Any, places: list[int]) -> None:
-    """Keep some ranks of an adapter; none: the layer is a plain one again."""
-    if not places:
-        for part in PARTS:
-            if hasattr(linear, part):
-                delattr(linear, part)
-        linear.__class__ = nn.Linear
-        return
-    chosen = torch.tensor(places)
-    for key, along in ((DOWN, 0), (UP, 1), (GATE, 0)):
-        if hasattr(linear, key):
-            setattr(linear, key, nn.Parameter(getattr(linear, key).index_select(along, chosen)))

@@ -16,10 +16,11 @@ from mipipe.graphs.models.sources import ModelSource
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.adapters import adapt
 from mipipe.graphs.recipes.expansion import expand, read_pairs
+from mipipe.graphs.recipes.lightening import KeptUnits, add_masks, add_probes, lighten
 from mipipe.graphs.recipes.objective import REFERENCE, RecipeLoss
 from mipipe.graphs.recipes.options import LossConfig, RecipeConfig, ReferenceConfig
 from mipipe.graphs.recipes.routers import RouterConfig, freeze_routers, with_z_loss
-from mipipe.graphs.serialize import from_data, load_data, to_data
+from mipipe.graphs.serialize import from_data, load, load_data, to_data
 
 
 def with_recipe(source: ModelSource, recipe: RecipeConfig, recorded: Mapping[str, Any] | None = None,
@@ -44,6 +45,9 @@ def with_recipe(source: ModelSource, recipe: RecipeConfig, recorded: Mapping[str
     if recipe.expand is not None:
         pairs = pairs or read_pairs(recipe.expand.votes)
         record["expand_pairs"] = {name: [list(side) for side in sides] for name, sides in pairs.items()}
+    kept = _kept(recipe, recorded)
+    if kept is not None:
+        record["light_kept"] = to_data(kept)
     if recipe.reference is not None and recipe.reference.model != "self":
         data = data or _configuration(recipe.reference)
         record["reference_config"] = data
@@ -62,6 +66,10 @@ def with_recipe(source: ModelSource, recipe: RecipeConfig, recorded: Mapping[str
         made = source.build(device)
         if recipe.adapters is not None:
             adapt(made, recipe.adapters)
+            if kept is not None:
+                lighten(made, kept)
+            elif recipe.adapters.light is not None:
+                add_masks(add_probes(made))
         if recipe.expand is not None:
             expand(made, pairs, device)
         if recipe.router is not None and recipe.router.freeze:
@@ -93,6 +101,20 @@ def recipe_of(graph: OperatorGraph) -> RecipeConfig:
     if not isinstance(data, Mapping):
         raise GraphError(f"graph of {graph.model}: its record of a recipe is a {type(data).__name__}; capture it again")
     return from_data(dict(data), RecipeConfig, f"graph of {graph.model}, recipe")
+
+
+def _kept(recipe: RecipeConfig, recorded: Mapping[str, Any]) -> KeptUnits | None:
+    """What a second stage of Light-PEFT keeps; None in other graphs."""
+    light = None if recipe.adapters is None else recipe.adapters.light
+    if light is None or not light.second:
+        return None
+    if "light_kept" in recorded:
+        return from_data(dict(recorded["light_kept"]), KeptUnits, "graph, light_kept")
+    return load(Path(light.folder) / KEPT, KeptUnits)
+
+
+KEPT, STAGE = "kept.json", "adapters.safetensors"
+"""What a first stage of Light-PEFT leaves: its decisions, and its adapters before anything is cut."""
 
 
 def _configuration(reference: ReferenceConfig) -> dict[str, Any]:

@@ -12,25 +12,14 @@ from torch import Tensor
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.recipes.adapters import DOWN, AdapterConfig, is_adapter, peft_config, peft_tensors
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.team import member_pieces
-from mipipe.runtime.train.launching.processes import gather
+from mipipe.runtime.recipes.whole import whole_tensors
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def adapter_tensors(engine: Engine) -> dict[str, Tensor]:
-    """All adapters, whole (members of a team may hold parts), on every rank. All ranks must call."""
-    pieces = member_pieces(engine.compiled, engine.graph, engine.mesh)
-    own = {name: (item.detach().cpu(), pieces.get(name)) for name, item in engine.named_parameters()
-           if is_adapter(name)}
-    found: dict[str, Tensor] = {}
-    for part in gather(own):
-        for name, (item, piece) in part.items():
-            if piece is None:
-                found.setdefault(name, item)
-            else:
-                piece.put(found.setdefault(name, item.new_zeros(piece.shape)), item)
-    return dict(sorted(found.items()))
+    """All adapters, whole, on every rank. All ranks must call."""
+    return whole_tensors(engine, is_adapter)
 
 
 def write_adapters(tensors: Mapping[str, Tensor], config: AdapterConfig, folder: Path, base: str,

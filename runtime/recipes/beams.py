@@ -5,8 +5,8 @@ are pruned; in its layer a pruned rank takes the A row, the B column and AdamW's
 period before, and both get the mean of their gates. p rises from ``keep`` to 1 by the cosine over the run. Layers may
 lie on different ranks of a plan, so scores are gathered, and pairs are drawn from the seed and the step, alike on all.
 
-Left out: sharded optimizer state, which is refused; the state of half a period before is not in checkpoints, so a run
-resumed after it grows nothing at the end of that period.
+Left out: sharded optimizer state and teams, which are refused; the state of half a period before is not in
+checkpoints, so a run resumed after it grows nothing at the end of that period.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ class Beams:
 
     def __init__(self, engine: Engine, config: AdapterConfig, optimizer: torch.optim.Optimizer | None, steps: int,
                  seed: int) -> None:
-        if hasattr(optimizer, "optim"):
-            raise InputError("adapters: beamlora with a period moves optimizer state, which does not go with"
-                             " optimizer.shard; leave one of them out")
+        divided = any(name in engine.compiled.divisions for name, _ in engine.named_parameters())
+        if hasattr(optimizer, "optim") or divided:
+            raise InputError("adapters: ranks that grow (period) move whole ones and their optimizer state, which does"
+                             " not go with teams or optimizer.shard; leave period out, or plan without them")
         self._config, self._optimizer, self._steps, self._seed = config, optimizer, steps, seed
         named = dict(engine.named_parameters())
         self._layers = {name.rpartition(".")[0]: {part: named[f"{name.rpartition('.')[0]}.{part}"]

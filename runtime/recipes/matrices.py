@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mipipe.graphs.operators.collectives import part_of, whole_of
 from mipipe.runtime.engine import comm
 
 SMALLEST_NORM = 1e-12
@@ -25,32 +26,53 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 @dataclass(frozen=True, slots=True)
-class ParameterShard:
-    """A rank's part of a parameter: equal parts of ``dimension`` (of the parameter) lie on the ranks of ``group``. They
-    wait ``timeout_s`` seconds for one another."""
+class Along:
+    """One division of a parameter: each of ``sections`` equal blocks of ``dimension`` lies in equal parts on the ranks
+    of ``group``."""
 
     dimension: int
     group: Any
+    sections: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterShard:
+    """A rank's part of a parameter, by its divisions, one after the other: members of a team, copies with ``shard:
+    parameters``, or both. Ranks wait ``timeout_s`` seconds for one another."""
+
+    divisions: tuple[Along, ...]
     timeout_s: float = 600.0
 
-    @property
-    def parts(self) -> int:
-        return dist.get_world_size(self.group)
+    def size(self, dimension: int) -> int:
+        """How many parts the dimension is in."""
+        return math.prod(dist.get_world_size(item.group) for item in self.divisions if item.dimension == dimension)
 
-    def sum(self, total: Tensor) -> Tensor:
-        """``total``, summed over the ranks in place.
+    def sum(self, total: Tensor, dimensions: tuple[int, ...] = (-2, -1)) -> Tensor:
+        """``total``, summed in place over the ranks that have other parts along these dimensions.
 
         Raises:
             RunError: a rank did not give its part in time.
         """
-        self._wait(comm.start_all_reduce(self.group, total), "sum of a matrix's norms", total)
+        for item in self.divisions:
+            if item.dimension in dimensions:
+                self._wait(comm.start_all_reduce(item.group, total), "sum of a matrix's norms", total)
         return total
 
-    def gather(self, part: Tensor) -> list[Tensor]:
-        """The parts of all ranks; raises as `sum`."""
-        parts = [torch.empty_like(part) for _ in range(self.parts)]
-        self._wait(comm.start_all_gather(self.group, parts, part), "gathering a matrix", part)
-        return parts
+    def whole(self, part: Tensor) -> Tensor:
+        """The tensor of which ``part`` is this rank's; raises as `sum`."""
+        for item in reversed(self.divisions):
+            part = part.contiguous()
+            parts = [torch.empty_like(part) for _ in range(dist.get_world_size(item.group))]
+            self._wait(comm.start_all_gather(item.group, parts, part), "gathering a matrix", part)
+            part = whole_of(parts, item.dimension % part.dim(), item.sections)
+        return part
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This rank's part of a whole tensor."""
+        for item in self.divisions:
+            whole = part_of(whole, dist.get_rank(item.group), dist.get_world_size(item.group),
+                            item.dimension % whole.dim(), item.sections)
+        return whole
 
     def _wait(self, work: Any, what: str, tensor: Tensor) -> None:
         comm.wait([work], timedelta(seconds=self.timeout_s), lambda: f"rank {dist.get_rank()}: the optimizer's {what}",
@@ -59,9 +81,7 @@ class ParameterShard:
 
 def sum_over(shard: ParameterShard | None, total: Tensor, along: int) -> Tensor:
     """``total``, summed over the ranks where the matrix is split along ``along`` (-2: its rows, -1: its columns)."""
-    if shard is not None and shard.dimension == along:
-        shard.sum(total)
-    return total
+    return total if shard is None else shard.sum(total, (along,))
 
 
 def _norms(matrix: Tensor, along: int, power: float, shard: ParameterShard | None) -> Tensor:
@@ -74,7 +94,7 @@ def equilibrate(matrix: Tensor, shard: ParameterShard | None = None, *, power: f
                 sequential: bool = False) -> Tensor:
     """diag(r)^-1/2 M diag(c)^-1/2 with the p-norms r of rows and c of columns, both of the same M.
 
-    ``sequential``: rows to norm 1, then columns. ``shard``'s dimension is -2 or -1 here.
+    ``sequential``: rows to norm 1, then columns. ``shard``'s dimensions are -2 and -1 here.
     """
     for _ in range(passes):
         if sequential:
@@ -89,19 +109,15 @@ def equilibrate(matrix: Tensor, shard: ParameterShard | None = None, *, power: f
 def with_rms(matrix: Tensor, rms: float, shard: ParameterShard | None = None) -> Tensor:
     """The matrix scaled so that the root mean square of its entries is ``rms``; zeros stay zeros."""
     square = matrix.square().sum(dim=(-2, -1), keepdim=True)
-    parts = 1
     if shard is not None:
         shard.sum(square)
-        parts = shard.parts
-    size = matrix.shape[-2] * matrix.shape[-1] * parts
+    size = math.prod(whole_sizes(matrix, shard))
     return matrix * (rms * math.sqrt(size) / square.sqrt().clamp(min=SMALLEST_NORM))
 
 
 def orthogonalise(matrix: Tensor, shard: ParameterShard | None = None, *, steps: int = 5) -> Tensor:
     """This rank's part of the matrix with all singular values near 1. A matrix in parts is gathered for it."""
-    whole = matrix
-    if shard is not None:
-        whole = torch.cat(shard.gather(matrix.contiguous()), dim=shard.dimension)
+    whole = matrix if shard is None else shard.whole(matrix)
     tall = whole.shape[-2] > whole.shape[-1]
     x = whole.transpose(-2, -1) if tall else whole
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
@@ -110,7 +126,7 @@ def orthogonalise(matrix: Tensor, shard: ParameterShard | None = None, *, steps:
         gram = x @ x.transpose(-2, -1)
         x = a * x + (b * gram + c * gram @ gram) @ x
     x = x.transpose(-2, -1) if tall else x
-    return x if shard is None else x.chunk(shard.parts, dim=shard.dimension)[dist.get_rank(shard.group)]
+    return x if shard is None else shard.own(x)
 
 
 def whole_sizes(matrix: Tensor, shard: ParameterShard | None) -> tuple[int, int]:
@@ -118,4 +134,4 @@ def whole_sizes(matrix: Tensor, shard: ParameterShard | None) -> tuple[int, int]
     rows, columns = matrix.shape[-2:]
     if shard is None:
         return rows, columns
-    return (rows * shard.parts, columns) if shard.dimension == -2 else (rows, columns * shard.parts)
+    return rows * shard.size(-2), columns * shard.size(-1)

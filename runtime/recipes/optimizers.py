@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -124,9 +125,10 @@ def _in_matrix(parameter: nn.Parameter) -> ParameterShard | None:
     shard: ParameterShard | None = getattr(parameter, SHARD, None)
     if shard is None:
         return None
-    if getattr(parameter, BANK, False):
-        return None if shard.dimension == 0 else ParameterShard(shard.dimension - 3, shard.group)
-    return ParameterShard(-2 if shard.dimension == 0 else -1, shard.group)
+    bank = bool(getattr(parameter, BANK, False))
+    kept = tuple(replace(item, dimension=item.dimension - 3 if bank else -2 if item.dimension == 0 else -1)
+                 for item in shard.divisions if not bank or item.dimension)
+    return replace(shard, divisions=kept) if kept else None
 
 
 OPTIMIZERS: dict[str, type[MatrixOptimizer]] = {"reg": Reg, "muon": Muon}

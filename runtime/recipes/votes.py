@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mipipe.graphs.errors import InputError
 from mipipe.graphs.recipes.expansion import (
     PARTS,
     ActivationVotes,
@@ -20,7 +19,7 @@ from mipipe.graphs.recipes.expansion import (
 from mipipe.graphs.serialize import save
 from mipipe.runtime.calibration.tokens import draw_samples
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.train.launching.processes import gather
+from mipipe.runtime.recipes.whole import whole_tensors
 
 
 def count_votes(model: str | Path, texts: str | Path, out: str | Path, *, ratio: float = 0.375, stage: int = 0,
@@ -49,24 +48,18 @@ def count_votes(model: str | Path, texts: str | Path, out: str | Path, *, ratio:
     return found
 
 
-def fused_weights(engine: Engine) -> dict[str, Tensor]:
-    """This rank's weights of expanded layers as they compute, by name; none in other runs. All ranks must call.
+def fuser(engine: Engine) -> Callable[[str, Tensor], Tensor]:
+    """(name, whole weight) -> the weight as its layer computes with it; another one only where the run expands layers.
+    All ranks must call."""
+    parts: dict[str, Tensor] = {}
+    if any(is_expansion(item.fqn) for item in engine.graph.parameters):
+        parts = whole_tensors(engine, is_expansion)
 
-    Raises:
-        InputError: such a weight is divided among a team.
-    """
-    held = {**engine.weights.parameters, **engine.weights.buffers}
-    if not any(is_expansion(item.fqn) for item in engine.graph.parameters):
-        return {}
-    parts: dict[str, Any] = {}
-    for own in gather({name: item.detach().cpu() for name, item in held.items() if is_expansion(name)}):
-        parts |= own
-    found = {}
-    for layer in sorted({name.rpartition(".")[0] for name in parts}):
-        name = f"{layer}.weight"
-        if name in engine.compiled.divisions:
-            raise InputError(f"expand: {name} is divided among a team, which APEX does not go with yet; plan without")
-        if name in held:
-            own = {part: parts[f"{layer}.{part}"].to(held[name].device) for part in PARTS}
-            found[name] = expanded_weight(held[name].detach(), own, dimension_of(name))
-    return found
+    def fused(name: str, weight: Tensor) -> Tensor:
+        layer = name.rpartition(".")[0]
+        if not name.endswith(".weight") or f"{layer}.{PARTS[0]}" not in parts:
+            return weight
+        own = {part: parts[f"{layer}.{part}"].to(weight.device) for part in PARTS}
+        return expanded_weight(weight.detach(), own, dimension_of(name))
+
+    return fused

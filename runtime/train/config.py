@@ -6,7 +6,7 @@ it names them. Python's own library is refused, and a loader and an optimizer mu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +19,7 @@ from mipipe.graphs.recipes.options import LossConfig, RecipeConfig, ReferenceCon
 from mipipe.graphs.recipes.routers import RouterConfig
 from mipipe.graphs.serialize import STRICT, from_data, load_data
 from mipipe.graphs.units import parse_bytes
+from mipipe.runtime.train.branches import BranchesConfig, apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +208,8 @@ class TrainConfig:
 
     ``loss`` (a name, or `LossConfig`), ``reference``, ``adapters``, ``router`` (losses of a MoE model's routers, or
     none of their training) and ``expand`` (a stage of APEX) are part of the graph: `mipipe capture --config` reads them
-    from the same file, and a run is refused where its graph has others.
+    from the same file, and a run is refused where its graph has others. ``branches``: several runs side by side that
+    teach each other, under a plan with as many branches; their rollouts take the place of ``data``.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -237,6 +239,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig | None = None
     save: SaveConfig | None = None
     experts: ExpertsConfig | None = None
+    branches: BranchesConfig | None = None
     timeout_s: float = 600.0
 
     @property
@@ -255,6 +258,32 @@ class TrainConfig:
         if self.barrier == "none" and self.experts is not None:
             raise InputError("train config: barrier none does not go with experts, whose loads all ranks sum up after"
                              " every step; leave one of them out")
+        if self.branches is not None:
+            self._check_branches()
+
+    def _check_branches(self) -> None:
+        loss = self.recipe.loss
+        if loss is None or loss.name != "grpo" or (self.branches is not None and len(self.branches.tasks) > 1
+                                                   and self.branches.taught and not loss.values["distill"]):
+            raise InputError("train config: branches go with the loss grpo with distill above 0, which is the strength"
+                             " of what they teach each other")
+        alone = {"data": self.data != DataConfig(), "adapters": self.adapters is not None,
+                 "expand": self.expand is not None, "experts": self.experts is not None,
+                 "barrier: none": self.barrier == "none"}
+        for what, given in alone.items():
+            if given:
+                raise InputError(f"train config: {what} does not go with branches, "
+                                 + ("whose tasks make the rollouts" if what == "data" else
+                                    "which keep a copy of the whole policy in step, and average whole weights")
+                                 + "; leave it out")
+
+    def of_branch(self, name: str) -> TrainConfig:
+        """The run of one of the branches: the same, with outputs of its own (``save.folder`` is for their mean)."""
+        save, kept = self.save, self.checkpoint
+        return replace(self, branches=None, metrics=apart(self.metrics, name), timeline=apart(self.timeline, name),
+                       tensorboard=apart(self.tensorboard, name), profile=apart(self.profile, name),
+                       save=None if save is None else replace(save, folder=f"{save.folder.rstrip('/')}.{name}"),
+                       checkpoint=None if kept is None else replace(kept, folder=str(Path(kept.folder) / name)))
 
 
 def read_train_config(path: str | Path) -> TrainConfig:

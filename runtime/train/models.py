@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,15 +16,17 @@ from mipipe.graphs.models.sources import open_source
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.adapters import initial, is_adapter
 from mipipe.graphs.recipes.expansion import first_value, is_expansion
+from mipipe.graphs.recipes.lightening import MASK, is_light
 from mipipe.graphs.recipes.objective import REFERENCE
 from mipipe.graphs.recipes.options import LossConfig, RecipeConfig
 from mipipe.graphs.recipes.source import recipe_of, with_recipe
+from mipipe.runtime.recipes.light import CutWeights, cuts_in, first_stage, is_second
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.launching.processes import world
 from mipipe.runtime.weights.host_weights import HostWeights
 from mipipe.runtime.weights.stored_weights import StoredWeights, parameters_on_meta
 
-_SOURCE_OPTIONS = ("seq", "batch", "dtype", "overrides", "images", "image", "frames", "expert_groups", "freeze")
+SOURCE_OPTIONS = ("seq", "batch", "dtype", "overrides", "images", "image", "frames", "expert_groups", "freeze")
 
 
 def initial_weights(graph: OperatorGraph, config: TrainConfig) -> Mapping[str, torch.Tensor]:
@@ -35,6 +38,11 @@ def initial_weights(graph: OperatorGraph, config: TrainConfig) -> Mapping[str, t
         InputError: the weights cannot be read, or the graph does not say where its model came from.
     """
     recipe = recipe_of(graph)
+    if is_second(graph):
+        assert recipe.adapters is not None and recipe.adapters.light is not None
+        before = first_stage(graph)
+        return CutWeights(initial_weights(before, config), Path(recipe.adapters.light.folder),
+                          cuts_in(graph, empty_module(before, config)))
     if config.weights:
         module = empty_module(graph, config)
         frozen = take_reference(module)
@@ -68,6 +76,8 @@ def _layered(graph: OperatorGraph, config: TrainConfig, module: nn.Module, froze
         name: initial(name, item, adapters, config.seed, base.__getitem__)
         for name, item in module.named_parameters() if is_adapter(name)}
     made |= {name: first_value(name, item) for name, item in module.named_parameters() if is_expansion(name)}
+    made |= {name: torch.full(item.shape, float(name.endswith(MASK)), dtype=item.dtype)
+             for name, item in module.named_parameters() if is_light(name)}
     return LayeredWeights(base, reference, made)
 
 
@@ -155,13 +165,19 @@ def empty_module(graph: OperatorGraph, config: TrainConfig) -> nn.Module:
         handle.remove()
 
 
+def plain_module(graph: OperatorGraph, config: TrainConfig) -> nn.Module:
+    """`empty_module` without what a recipe adds."""
+    source = {name: item for name, item in graph.source.items() if name not in ("recipe", "light_kept")}
+    return empty_module(replace(graph, source=source), config)
+
+
 def build_module(graph: OperatorGraph, config: TrainConfig) -> nn.Module:
     """The model on the CPU, initialised from torch's generator: made again as the graph records, or as ``model`` says.
 
     Raises:
         InputError: the graph was captured from a module in memory, or its source is not there any more.
     """
-    known = {key: graph.source[key] for key in _SOURCE_OPTIONS if key in graph.source}
+    known = {key: graph.source[key] for key in SOURCE_OPTIONS if key in graph.source}
     if config.model is None and isinstance(graph.source.get("config"), Mapping):
         known["config"] = graph.source["config"]
     opened = open_source(source_of(graph, config), **known)

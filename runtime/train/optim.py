@@ -13,13 +13,17 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.expressions import search
 from mipipe.graphs.named_code import import_named
 from mipipe.graphs.operator_graph import OperatorGraph, Role
+from mipipe.graphs.sharding.gathered import COPIES
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.recipes.matrices import ParameterShard
+from mipipe.runtime.recipes.matrices import Along, ParameterShard
 from mipipe.runtime.recipes.optimizers import BANK, OPTIMIZERS, SHARD, MatrixOptimizer
 from mipipe.runtime.train.config import GroupConfig, ScheduleConfig
 
+_UNFIT = (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
+"""Classes of torch.optim that can take no step here: LBFGS asks for the loss again in its step, SparseAdam takes
+sparse gradients alone."""
 _TORCH = {name.lower(): item for name, item in vars(torch.optim).items()
-          if inspect.isclass(item) and issubclass(item, torch.optim.Optimizer) and item is not torch.optim.Optimizer}
+          if inspect.isclass(item) and issubclass(item, torch.optim.Optimizer) and item not in _UNFIT}
 
 
 def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any], shard: bool = False,
@@ -31,8 +35,7 @@ def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any], shard:
     ``groups``: parameters with other options.
 
     Raises:
-        InputError: there is no such optimizer, it does not take these options, or (REG, Muon) a matrix does not lie in
-            equal parts along one axis of the team.
+        InputError: there is no such optimizer, or it does not take these options.
     """
     kind, roles = optimizer_class(name), parameter_roles(engine.graph)
     parameters = parameter_groups(engine.named_parameters(), groups, roles)
@@ -88,21 +91,15 @@ def _apart(groups: Sequence[Mapping[str, Any]], roles: Mapping[int, Role | None]
 
 
 def _tell_shards(engine: Engine) -> None:
-    """Say on every matrix that members of the team hold in parts how it lies (`ParameterShard`), for `MatrixOptimizer`.
-
-    Raises:
-        InputError: one lies in parts along two axes, or in sections.
-    """
+    """Say on every matrix that members of the team, or copies, hold in parts how it lies (`ParameterShard`), for
+    `MatrixOptimizer`."""
+    groups = {**engine.mesh.axes, COPIES: engine.mesh.copy_group}
     for name, item in engine.named_parameters():
         divisions = engine.compiled.divisions.get(name, ())
-        if item.dim() < 2 or not divisions:
-            continue
-        first = divisions[0]
-        if len(divisions) > 1 or first.sections > 1:
-            raise InputError(f"optimizer: {name} lies in parts along {', '.join(part.axis for part in divisions)}"
-                             + (f" in {first.sections} sections" if first.sections > 1 else "") + ", and REG and Muon"
-                             " take matrices in equal parts along one axis; take adamw, or other degrees")
-        setattr(item, SHARD, ParameterShard(first.dim, engine.mesh.axes[first.axis], engine.options.timeout_s))
+        if item.dim() > 1 and divisions:
+            setattr(item, SHARD, ParameterShard(
+                tuple(Along(part.dim, groups[part.axis], part.sections) for part in divisions),
+                engine.options.timeout_s))
 
 
 def parameter_groups(named: Sequence[tuple[str, torch.nn.Parameter]], groups: Sequence[GroupConfig],

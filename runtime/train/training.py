@@ -20,6 +20,7 @@ from mipipe.planner.timeline import Timeline
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.experts.run import ExpertRun
 from mipipe.runtime.recipes.beams import Beams
+from mipipe.runtime.recipes.light import Lightening, mask_groups
 from mipipe.runtime.train.clip import Clip
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.data import Batches
@@ -61,7 +62,10 @@ class Trainer:
         options = {"lr": config.optimizer.lr, **config.optimizer.options}
         team = engine.plan.team
         shard = bool(config.optimizer.shard) or (team is not None and team.zero > 0)
-        self.optimizer = make_optimizer(config.optimizer.name, engine, options, shard, config.optimizer.groups)
+        adapters = recipe_of(engine.graph).adapters
+        watched = adapters is not None and adapters.light is not None and not adapters.light.second
+        groups = (*(mask_groups(options["lr"]) if watched else ()), *config.optimizer.groups)
+        self.optimizer = make_optimizer(config.optimizer.name, engine, options, shard, groups)
         self._rates = [group["lr"] for group in self.optimizer.param_groups] if self.optimizer is not None else []
         self._factor = learning_rate_factor(config.schedule, config.steps)
         self._norm = 0.0
@@ -76,7 +80,7 @@ class Trainer:
                                            timeout_s=config.timeout_s, accept=config.checkpoint.accept,
                                            run=run_of(config, engine.plan.problem.graph_digest))
         self.experts = ExpertRun(engine, config.experts, maps or {}, self.optimizer, config.steps)
-        adapters = recipe_of(engine.graph).adapters
+        self.light = Lightening(engine, adapters, config.steps) if watched and adapters is not None else None
         self.beams = None if adapters is None or not adapters.period else \
             Beams(engine, adapters, self.optimizer, config.steps, config.seed)
         self.first = engine.mesh.first
@@ -89,6 +93,8 @@ class Trainer:
 
     def _update(self) -> None:
         """Clip, set the learning rate, step, forget the gradients."""
+        if self.light is not None:
+            self.light.before_update()
         self._clip.clip()
         if self.optimizer is not None:
             for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):

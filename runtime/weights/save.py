@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mipipe.graphs.capture.expert_groups import parse_slice
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.merging.layout import Shard, index_json, lay_out
+from mipipe.graphs.recipes.adapters import is_adapter
 from mipipe.graphs.recipes.expansion import is_expansion
 from mipipe.graphs.recipes.objective import REFERENCE
 from mipipe.graphs.recipes.source import recipe_of
@@ -31,10 +32,11 @@ from mipipe.graphs.serialize import load_data
 from mipipe.graphs.units import parse_bytes
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.recipes.adapter_files import adapter_tensors, write_adapters
-from mipipe.runtime.recipes.votes import fused_weights
+from mipipe.runtime.recipes.light import first_stage, is_second, merged
+from mipipe.runtime.recipes.votes import fuser
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.launching.processes import failures_of, first_of, rank
-from mipipe.runtime.train.models import empty_module, take_reference
+from mipipe.runtime.train.models import empty_module, plain_module, take_reference
 from mipipe.runtime.weights.own_pieces import (
     StoredPiece,
     byte_slice,
@@ -63,7 +65,8 @@ class Target:
 
 
 def save_weights(engine: Engine, module: nn.Module, target: Target, source: Path | None = None,
-                 weights: StoredWeights | None = None, replace: bool = False, changed: bool = False) -> None:
+                 weights: StoredWeights | None = None, replace: bool = False, changed: bool = False,
+                 fused: Callable[[str, Tensor], Tensor] | None = None) -> None:
     """Write the engine's weights as a Hugging Face folder. All ranks must call; each tensor is written by one.
 
     Args:
@@ -74,6 +77,7 @@ def save_weights(engine: Engine, module: nn.Module, target: Target, source: Path
         weights: what the engine was loaded from; stored tensors of a folder that the graph does not use are copied.
         replace: an existing folder of that name is replaced.
         changed: the model is not what ``source``'s config.json says (``--set``), so that is written anew.
+        fused: (name, whole weight) -> what is written of it; None: as the layers of the graph compute with it.
 
     Raises:
         InputError: the folder exists, or the model cannot be stored.
@@ -85,12 +89,11 @@ def save_weights(engine: Engine, module: nn.Module, target: Target, source: Path
     job = f"mipipe train {engine.compiled.program.plan_digest} {engine.steps_done}"
     folder = partial_folder(_next(target.folder))
     on_first_rank(engine, lambda: _prepare(target.folder, shards, job, replace))
-    fused = fused_weights(engine)
-    mine = {piece: fused.get(piece[0], item) for piece, item in own_pieces(engine).items()}
-    divided = divided_names(engine)
+    made, mine, divided = fused or fuser(engine), own_pieces(engine), divided_names(engine)
 
     def write() -> None:
-        _write_own(views, shards, folder, itertools.chain(mine.items(), put_together(engine, divided)))
+        whole = itertools.chain(mine.items(), put_together(engine, divided))
+        _write_own(views, shards, folder, whole, made)
         if rank() == 0:
             _write_unused(weights, leftover, shards, folder)
 
@@ -99,9 +102,10 @@ def save_weights(engine: Engine, module: nn.Module, target: Target, source: Path
 
 
 def save_trained(engine: Engine, config: TrainConfig, weights: StoredWeights | None, replace: bool = False) -> None:
-    """Save a finished run's weights as its configuration says (of a run of adapters, these alone): `save_weights`."""
+    """Save a finished run's weights as its configuration says (of a run of adapters, these alone; of Light-PEFT's
+    second stage, the whole model with them): `save_weights`."""
     target, adapters = target_of(config), recipe_of(engine.graph).adapters
-    if adapters is not None:
+    if adapters is not None and not is_second(engine.graph):
         base = config.weights or str(engine.graph.source.get("source", ""))
         tensors = adapter_tensors(engine)
         on_first_rank(engine, lambda: write_adapters(tensors, adapters, target.folder, base, replace))
@@ -112,7 +116,11 @@ def save_trained(engine: Engine, config: TrainConfig, weights: StoredWeights | N
     if folder is None and "config" in engine.graph.source and rank() == 0:
         print(f"save: {source} is not there from here, so no tokenizer or other small file of it is copied",
               file=sys.stderr, flush=True)
-    save_weights(engine, empty_module(engine.graph, config), target, folder, weights, replace, changed)
+    module, fused = empty_module(engine.graph, config), None
+    if adapters is not None:
+        module = plain_module(engine.graph, config)
+        fused = merged(engine, empty_module(first_stage(engine.graph), config), module, adapters)
+    save_weights(engine, module, target, folder, weights, replace, changed, fused)
 
 
 def target_of(config: TrainConfig) -> Target:
@@ -130,16 +138,17 @@ def plan_views(engine: Engine, module: nn.Module, dtype: torch.dtype | None = No
     for item in engine.graph.parameters:
         name, rows = parse_slice(item.fqn)
         frozen = name.startswith(f"{REFERENCE}.")
-        if item.tied_to is None and item.persistent and not frozen and not is_expansion(name) and name not in tensors:
-            shape = shapes.get(name, ()) if rows is not None else item.spec.shape
+        added = is_expansion(name) or is_adapter(name)
+        if item.tied_to is None and item.persistent and not frozen and not added and name not in tensors:
+            shape = shapes.get(name, ()) if rows is not None else shapes.get(name, item.spec.shape)
             tensors[name] = torch.empty(shape, dtype=getattr(torch, item.spec.dtype), device="meta")
     return stored_views(module, tensors, DTYPE_NAMES, dtype)
 
 
 def _write_own(views: Sequence[StoredView], shards: Sequence[Shard], folder: Path,
-               mine: Iterable[tuple[StoredPiece, Tensor]]) -> None:
-    """Write what this rank holds and no rank before it does. All of ``mine`` is taken, whatever fails: members of a
-    team put it together."""
+               mine: Iterable[tuple[StoredPiece, Tensor]], fused: Callable[[str, Tensor], Tensor]) -> None:
+    """Write what this rank holds and no rank before it does, as ``fused`` makes it. All of ``mine`` is taken, whatever
+    fails: members of a team put it together."""
     places: dict[str, list[StoredView]] = {}
     for view in views:
         places.setdefault(view.fqn, []).append(view)
@@ -147,6 +156,8 @@ def _write_own(views: Sequence[StoredView], shards: Sequence[Shard], folder: Pat
     try:
         for (name, rows), tensor in mine:
             try:
+                if failure is None and name in places:
+                    tensor = fused(name, tensor)
                 for view in places.get(name, ()) if failure is None else ():
                     offset, part = byte_slice(view, rows, tensor)
                     if part is not None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 from mipipe.cli.main import app
 from mipipe.graphs.serialize import save
@@ -72,3 +75,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert found is not None
     save(found, path / "plan.json")
     return path
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a small model and its weights, that loaders are found from."""
+    import torch
+    from recipe_runs import HERE, MODEL
+    from transformers import AutoConfig, AutoModelForCausalLM
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(HERE)
+    monkeypatch.setenv("PYTHONPATH", HERE)
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").write_text(json.dumps(MODEL))
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("config")).save_pretrained("base")
+    return tmp_path

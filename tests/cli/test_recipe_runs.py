@@ -6,50 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from recipe_runs import cluster, mipipe, write
 from typer.testing import CliRunner
 
 from mipipe.cli.main import app
-
-HERE = str(Path(__file__).parent)
-MODEL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16, "intermediate_size": 32,
-         "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 32,
-         "max_position_embeddings": 64}
-
-
-def mipipe(*words, code=0):
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result.output
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder with a small model and its weights, that loaders are found from."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(HERE)
-    monkeypatch.setenv("PYTHONPATH", HERE)
-    Path("config").mkdir()
-    (tmp_path / "config" / "config.json").write_text(json.dumps(MODEL))
-    torch.manual_seed(3)
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("config")).save_pretrained("base")
-    return tmp_path
-
-
-def write(name, **settings):
-    data = {"steps": 3, "weights": "base", "optimizer": {"name": "reg", "lr": 1e-2},
-            "data": {"source": "recipe_loader:responses"}, "metrics": f"{name}.jsonl", **settings}
-    Path(f"{name}.yaml").write_text(yaml.safe_dump(data))
-    return f"{name}.yaml"
-
-
-def cluster(ranks):
-    path = Path(f"cluster{ranks}.yaml")
-    path.write_text(yaml.safe_dump({
-        "format": "mipipe.cluster", "version": 1,
-        "hosts": [{"name": "localhost", "devices": ranks, "kind": "h100", "memory": "2GB"}],
-        "links": {"within_host": {"latency": "400us", "bandwidth": "1GB/s"}}}))
-    return path
 
 
 def run(config, ranks=2, copies=1, batch=2):
@@ -229,3 +189,51 @@ def test_a_loader_that_ends_the_process_is_told(place, code, status, text):
     said = mipipe("train", "--plan", "plan.json", "--graph", "graph.json", "--config", config, "--device", "cpu",
                   code=status)
     assert text in said.replace("\n", " "), said
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_light_peft_prunes_and_plans_in_the_middle_of_a_run(place):
+    """Two ranks or one, ZeRO or not: the same decisions, the same losses after, and a saved model that computes them;
+    a run that ended after its first stage goes on."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+    found = {}
+    for name, ranks, copies, shard in (("one", 1, 1, False), ("two", 2, 1, False), ("zero", 1, 2, "parameters")):
+        light = {"steps": 4, "folder": f"{name}-light", "units": 0.25, "heads": 0.5, "modules": 0.5, "ranks": 0.25}
+        config = write(name, steps=8, optimizer={"name": "adamw", "lr": 1e-2, "shard": shard}, loss="rift",
+                       adapters={"method": "light-peft", "rank": 4, "targets": "re:_proj$", "light": light},
+                       checkpoint={"folder": f"{name}-kept", "every": 1}, save={"folder": f"{name}-out"},
+                       data={"source": "recipe_loader:shared"})
+        records = run(config, ranks, copies, batch=4 // copies)
+        first = [json.loads(line) for line in Path(f"{name}.first.jsonl").read_text().splitlines()]
+        assert len(first) == 4 and len(records) == 4
+        found[name] = ([record["loss_metrics/global_avg_loss"] for record in (*first, *records)],
+                       json.loads(Path(f"{name}-light/kept.json").read_text()),
+                       load_file(f"{name}-out/model.safetensors"))
+        assert (Path(f"{name}-light") / "plan.json").exists()
+    losses, kept, weights = found["one"]
+    assert sum(map(len, kept["units"].values())) == 48 and kept["heads"]  # of 64, and of 14 adapters with 4 ranks each
+    assert sum(map(len, kept["ranks"].values())) == 21 and sum(map(bool, kept["ranks"].values())) <= 7
+    for name in ("two", "zero"):
+        assert found[name][1] == kept
+        assert found[name][0] == pytest.approx(losses, rel=2e-4)
+        assert all(torch.allclose(item, weights[key], rtol=1e-3, atol=1e-5) for key, item in found[name][2].items())
+    base = load_file("base/model.safetensors")
+    assert {key: item.shape for key, item in base.items()} == {key: item.shape for key, item in weights.items()}
+    for layer, units in kept["units"].items():
+        stays = weights[f"{layer}.down_proj.weight"].any(0).nonzero()[:, 0].tolist()
+        assert stays == units and weights[f"{layer}.gate_proj.weight"].any(1).nonzero()[:, 0].tolist() == units
+    assert AutoModelForCausalLM.from_pretrained("one-out")(input_ids=torch.arange(8)[None]).logits.isfinite().all()
+    said = mipipe("train", "--plan", "one-plan.json", "--graph", "one.json", "--config", "one.yaml", "--device", "cpu",
+                  code=1).replace("\n", " ")
+    assert "save.folder one-out exists already" in said
+    for path in Path("one-out").iterdir():
+        path.unlink()
+    Path("one-out").rmdir()
+    for path in sorted(Path("one-kept").glob("step*"))[-2:]:
+        path.rename(path.with_name("gone-" + path.name))
+    mipipe("train", "--plan", "one-plan.json", "--graph", "one.json", "--config", "one.yaml", "--device", "cpu",
+           "--resume")
+    again = load_file("one-out/model.safetensors")
+    assert all(torch.allclose(item, weights[key], rtol=1e-5, atol=1e-7) for key, item in again.items())

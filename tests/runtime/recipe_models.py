@@ -44,22 +44,22 @@ def built(name, reference=False, chunk=0, mask=False, **options):
     return _built((name, reference, chunk, mask, *sorted(options.items())))
 
 
-def batch(graph, rows, seed=0):
-    """A batch with everything that a loss may ask for; groups of three responses, prompts of two or three tokens."""
+def batch(graph, rows, seed=0, length=LENGTH, vocabulary=VOCABULARY, each=3):
+    """A batch with everything that a loss may ask for; groups of ``each`` responses, prompts of two or three tokens."""
     from mipipe.graphs.recipes.rows import batch_inputs
     draw = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, VOCABULARY, (rows, LENGTH), generator=draw)
+    ids = torch.randint(0, vocabulary, (rows, length), generator=draw)
     labels = ids.clone()
     for row in range(rows):
         labels[row, :2 + row % 2] = -100
-        labels[row, LENGTH - row % 3:] = -100
-    real = {name: torch.randn(rows, LENGTH, generator=draw, dtype=torch.float64) * 0.3 - 3.0
+        labels[row, length - row % 3:] = -100
+    real = {name: torch.randn(rows, length, generator=draw, dtype=torch.float64) * 0.3 - 3.0
             for name in ("old_log_probs", "teacher_log_probs")}
     made = {"input_ids": ids, "labels": labels, "rewards": torch.randn(rows, generator=draw, dtype=torch.float64),
-            "group_ids": torch.arange(rows) // 3 + 7, "foreign": (torch.arange(rows) % 2).double(),
-            "response_mask": torch.randint(0, 2, (rows, LENGTH), generator=draw), **real,
-            "fused_ids": torch.randint(0, VOCABULARY, (rows, LENGTH, 4), generator=draw),
-            "fused_probs": torch.rand(rows, LENGTH, 4, generator=draw, dtype=torch.float64)}
+            "group_ids": torch.arange(rows) // each + 7, "foreign": (torch.arange(rows) % 2).double(),
+            "response_mask": torch.randint(0, 2, (rows, length), generator=draw), **real,
+            "fused_ids": torch.randint(0, vocabulary, (rows, length, 4), generator=draw),
+            "fused_probs": torch.rand(rows, length, 4, generator=draw, dtype=torch.float64)}
     made["advantages"] = made["rewards"]
     wanted = batch_inputs(graph)
     made["reference_log_probs"] = real["old_log_probs"] - 0.2 if len(getattr(

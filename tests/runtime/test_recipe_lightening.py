@@ -10,7 +10,16 @@ from test_recipe_expansion import COUNT, ROWS, UNITS, WIDTH, Model
 from mipipe.graphs.capture.model import capture_module
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.recipes.adapters import AdapterConfig, adapt
-from mipipe.graphs.recipes.lightening import Importance, add_masks, add_penalty, choose_kept, lighten
+from mipipe.graphs.recipes.lightening import (
+    Importance,
+    add_masks,
+    add_penalty,
+    add_probes,
+    choose_kept,
+    cut,
+    lighten,
+    uncut,
+)
 from mipipe.runtime.engine.engine import Engine
 
 X = torch.randn(ROWS * COUNT, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -87,6 +96,42 @@ def test_adapters_and_ranks_go_by_importance():
     lighten(model, kept)
     left = {name for name, _ in model.named_parameters() if "lora" in name}
     assert left == {f"{name}.lora_{part}" for name in stay for part in "AB"}
+
+
+def test_probes_of_a_run_are_what_is_watched_by_hand():
+    """The gradient of a probe is the sum of ||dW x|| / ||W x|| over microbatches; outputs and other gradients stay."""
+    model = made()
+    with torch.no_grad():
+        for name, item in model.named_parameters():
+            if "lora_B" in name or "mask" in name:
+                item.uniform_(0.5, 1.0)
+    ratios = {}
+    for piece in X.chunk(COUNT):
+        with Importance(model) as watched:
+            model(piece)
+        for name, value in watched.modules().items():
+            ratios[name] = ratios.get(name, 0.0) + value
+    model(X)["loss"].backward()
+    wanted = {name: item.grad for name, item in model.named_parameters()}
+    add_probes(model)
+    graph = capture_module(model, {"x": X[:ROWS]}, granularity="module")
+    engine = Engine(dags.random_plan(random.Random(0), graph, 1, COUNT), graph, model)
+    engine.step({"x": X})
+    for name, item in engine.named_parameters():
+        if name.endswith("probe"):
+            assert float(item.grad) == pytest.approx(ratios[name.rpartition(".")[0]], rel=1e-12)
+        else:
+            assert torch.allclose(item.grad, wanted[name], rtol=1e-10, atol=1e-14), name
+    assert len(ratios) == 4
+
+
+def test_what_was_cut_is_put_back_as_zeros():
+    whole = torch.arange(12.0).reshape(3, 4)
+    cuts = ((0, [0, 2]), (1, [1, 3]))
+    part = cut(whole, cuts)
+    assert part.tolist() == [[1.0, 3.0], [9.0, 11.0]]
+    back = uncut(part, (3, 4), cuts)
+    assert torch.equal(cut(back, cuts), part) and float(back.sum()) == float(part.sum()) and back.shape == whole.shape
 
 
 def test_a_smaller_model_is_captured_again_in_the_middle_of_a_run():

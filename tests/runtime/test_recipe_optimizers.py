@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import Role
-from mipipe.runtime.recipes.matrices import ParameterShard, equilibrate, orthogonalise, with_rms
+from mipipe.runtime.recipes.matrices import Along, ParameterShard, equilibrate, orthogonalise, with_rms
 from mipipe.runtime.recipes.optimizers import SHARD, Muon, Reg
 from mipipe.runtime.train.config import GroupConfig, OptimizerConfig, TrainConfig
 from mipipe.runtime.train.optim import parameter_groups
@@ -60,7 +60,7 @@ def parts(kind, dimension, sizes, bank):
     whole = matrix(*sizes)
     rank, size = dist.get_rank(), dist.get_world_size()
     own = torch.nn.Parameter(whole.chunk(size, dimension)[rank].clone())
-    setattr(own, SHARD, ParameterShard(dimension, group))
+    setattr(own, SHARD, ParameterShard((Along(dimension, group),)))
     own.mipipe_bank = bank
     optimizer = KINDS[kind]([own], lr=0.1)
     for seed in (1, 2):

@@ -8,6 +8,7 @@ and save.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -22,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from mipipe.graphs.children import GRACE_S, running
-from mipipe.graphs.errors import RunError, StoppedError
+from mipipe.graphs.errors import InputError, RunError, StoppedError
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.launching import devices
 from mipipe.runtime.train.launching.failures import DONE, SAID, STARTED, explain_failure, reports
-from mipipe.runtime.train.launching.prepare import check_start, check_world, read_job
+from mipipe.runtime.train.launching.prepare import check_saving, check_start, check_world, read_job
+from mipipe.runtime.train.launching.stages import light_of, run_stages
 from mipipe.runtime.weights.checkpoint_run import Start
 
 POLL_S = 0.1
@@ -105,7 +107,24 @@ def train(plan: str | Path, graph: str | Path, config: str | Path, *, resume: bo
         check_world(job, count)
         device = devices.choose(device, devices.kinds_of(job.plan), count)
     start = start_of(resume, resume_if_any)
-    check_start(settings, start)
+    light = light_of(job)
+    if light is not None and settings.steps != light.steps:
+        if torchrun or num_processes is not None:
+            raise InputError("light-peft captures and plans between two stages on this host: --torchrun and --processes"
+                             " do not go with it")
+
+        def stage(other_plan: Path | None, other_graph: Path | None, file: Path, how: Start) -> None:
+            train(other_plan or plan, other_graph or graph, file, resume=how is Start.RESUME,
+                  resume_if_any=how is Start.RESUME_IF_ANY, max_restarts=max_restarts, copies=copies,
+                  timeout_s=timeout_s, progress=progress, model=model, device=device, say=say)
+
+        check_start(dataclasses.replace(settings, checkpoint=None), Start.FRESH if start is Start.FRESH
+                    else Start.RESUME_IF_ANY)
+        done = run_stages(job, light, start, stage, say)
+        return TrainResult(tuple(read_records(done)), done)
+    check_saving(settings, start is not Start.FRESH)
+    for each in job.branches or (job,):
+        check_start(each.config, start)
     shown = progress_file(progress)
     with tempfile.TemporaryDirectory(prefix="mipipe-", ignore_cleanup_errors=True) as folder:
         command = torchrun_command(plan, graph, config, count, start=start, progress=shown, max_restarts=max_restarts,
@@ -119,6 +138,8 @@ def train(plan: str | Path, graph: str | Path, config: str | Path, *, resume: bo
             sys.stderr.write("\r\x1b[K" if shown not in (None, "-", "lines") else "")  # the progress line
             raise error
         began = read_start(Path(folder))
+    if job.branches:
+        settings = job.branches[0].config
     return TrainResult(tuple(read_records(settings)), settings, *began)
 
 

@@ -7,11 +7,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mipipe.graphs.errors import InputError
+from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.source import recipe_of
 from mipipe.graphs.serialize import load
 from mipipe.graphs.write_files import check_apart
+from mipipe.planner.branches import load_plans
 from mipipe.planner.check import check_program
 from mipipe.planner.check.graph import check_graph
 from mipipe.planner.execution.lower import lower
@@ -38,11 +39,22 @@ class PreparedRun:
     program: Program
     graph: OperatorGraph
     config: TrainConfig
+    plans: tuple[Plan, ...] = ()
 
     def processes(self, copies: int | None) -> int:
-        """How many run it: the plan's devices, in the copies that are asked for, else in those it was made for."""
+        """How many run it: the plan's devices, in the copies that are asked for, else in those it was made for; of all
+        branches."""
         team = self.plan.team or ALONE
-        return len(self.program.ranks) * team.members * (team.copies if copies is None else copies)
+        each = len(self.program.ranks) * team.members * (team.copies if copies is None else copies)
+        return each * len(self.branches or (self,))
+
+    @property
+    def branches(self) -> tuple[PreparedRun, ...]:
+        """The runs of all branches; none where the run is one."""
+        if self.config.branches is None:
+            return ()
+        return tuple(PreparedRun(plan, lower(plan), self.graph, self.config.of_branch(name))
+                     for name, plan in zip(self.config.branches.names, self.plans, strict=True))
 
 
 def read_job(plan: str | Path, graph: str | Path, config: str | Path, model: str | None = None) -> PreparedRun:
@@ -55,9 +67,12 @@ def read_job(plan: str | Path, graph: str | Path, config: str | Path, model: str
     settings = read_train_config(config)
     if model is not None:
         settings = dataclasses.replace(settings, model=model)
-    read_graph, read_plan = load(graph, OperatorGraph), load(plan, Plan)
-    check_graph(read_plan, read_graph)
-    check_team(read_plan, read_graph, settings)
+    read_graph, plans = load(graph, OperatorGraph), load_plans(plan)
+    read_plan = plans[0]
+    for item in plans:
+        check_graph(item, read_graph)
+        check_team(item, read_graph, settings)
+    check_branches(len(plans), read_graph, settings, str(plan))
     check_sizes(read_graph, settings.batch, settings.seq, read_plan.problem.num_microbatches)
     optimizer_class(settings.optimizer.name)
     check_source(settings.data)
@@ -65,18 +80,38 @@ def read_job(plan: str | Path, graph: str | Path, config: str | Path, model: str
     check_recipe(read_graph, settings)
     check_folders(settings)
     program = lower(read_plan)
-    check_program(read_plan, program)
-    return PreparedRun(read_plan, program, read_graph, settings)
+    for item in plans:
+        check_program(item, program if item is read_plan else lower(item))
+    return PreparedRun(read_plan, program, read_graph, settings, plans)
+
+
+def check_branches(plans: int, graph: OperatorGraph, config: TrainConfig, plan: str) -> None:
+    """Raise `InputError` where a run's branches are not those of its plan, or do not go with its graph."""
+    count = 1 if config.branches is None else len(config.branches.tasks)
+    if plans != count:
+        raise InputError(f"{plan}: is a plan of {plans} branch{'es' if plans > 1 else ''}, but the configuration has"
+                         f" {count}; plan with --branches {count}")
+    if config.branches is not None and expert_layers(graph):
+        raise InputError("branches do not go with a graph of --expert-parallel, whose experts no process has all of;"
+                         " capture it without")
 
 
 def check_team(plan: Plan, graph: OperatorGraph, config: TrainConfig) -> None:
     """Raise `InputError` where a run is asked for something that teams, or copies that share parameters, do not do."""
     team, sharded = plan.team, shards_parameters(config, plan)
     name, divided = config.optimizer.name.lower(), team is not None and team.members > 1
-    if (name in ("adafactor", "lbfgs") and (sharded or divided)) or (name in ("muon", "reg") and sharded):
+    if name == "adafactor" and (sharded or divided):
         raise InputError(f"optimizer {config.optimizer.name}: looks at whole tensors, of which members of a team, or"
                          " copies with shard: parameters, have parts; take one that treats elements alike, such as"
                          " adamw")
+    adapters = recipe_of(graph).adapters
+    if adapters is not None and adapters.period and (divided or config.optimizer.shard or (team and team.zero)):
+        raise InputError(f"adapters: ranks that grow (period {adapters.period}) move whole ones and their optimizer"
+                         " state, of which members of a team, or copies with optimizer.shard, have parts; leave period"
+                         " out, or plan single devices or copies of them without shard")
+    if adapters is not None and adapters.light is not None and divided:
+        raise InputError("adapters: light-peft removes units of whole layers, of which members of a team have parts;"
+                         " plan single devices, or copies of them")
     if sharded and expert_layers(graph):
         raise InputError("optimizer.shard: parameters divides every parameter among the copies of the plan, but experts"
                          " live on some of them; leave it out with expert parallelism")
@@ -92,11 +127,6 @@ def check_team(plan: Plan, graph: OperatorGraph, config: TrainConfig) -> None:
                          " expert and tensor alike")
     if team.members == 1:
         return
-    adapters = recipe_of(graph).adapters
-    if adapters is not None and adapters.period:
-        raise InputError(f"plan {plan.name}: its ranks are teams ({team.text()}), and adapters whose ranks grow (period"
-                         f" {adapters.period}) look at whole ones; leave period out, or plan single devices or copies"
-                         " of them")
     if expert_layers(graph):
         raise InputError(f"plan {plan.name}: its ranks are teams ({team.text()}), but the graph was captured with"
                          " --expert-parallel, experts shared by copies; capture it without, and divide experts inside"
@@ -180,5 +210,9 @@ def _probe(what: str, folder: Path) -> None:
 
 
 def check_world(job: PreparedRun, processes: int) -> None:
-    """Raise `RunError` unless the number of processes is a multiple of the plan's devices."""
-    check_processes(processes, len(job.program.ranks), job.plan.team or ALONE)
+    """Raise `RunError` unless the number of processes is a multiple of the plan's devices, of all branches."""
+    count = max(1, len(job.branches))
+    if processes % count:
+        raise RunError(f"{processes} processes were started for {count} branches; start a multiple of"
+                       f" {job.processes(1)}")
+    check_processes(processes // count, len(job.program.ranks), job.plan.team or ALONE)

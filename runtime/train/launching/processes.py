@@ -32,6 +32,15 @@ def gather(item: T, group: Any = None) -> list[T]:
     return found
 
 
+def gather_first(item: T) -> list[T]:
+    """Every process's ``item``, by rank, on the first process; nothing on the others. All processes call it."""
+    if world() == 1:
+        return [item]
+    found: list[Any] | None = [None] * world() if rank() == 0 else None
+    dist.gather_object(item, found, 0)
+    return found or []
+
+
 def first_of(texts: list[str | None]) -> str | None:
     """The first text that is not None: of `gather`ed failures, the first rank's."""
     return next((text for text in texts if text is not None), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -39,10 +40,20 @@ def connect(timeout_s: float, grace_s: float = 5.0) -> tuple[dist.Store, int, in
     raise RunError(f"rendezvous at {place}: {reason}")
 
 
-def start_processes(world: int, device: torch.device, timeout_s: float) -> dist.Store | None:
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """How a process came into its run: torchrun's store (None: torchrun did not start it), one that is new after every
+    restart, and the number of its branch."""
+
+    store: dist.Store | None
+    attempt: dist.Store
+    branch: int = 0
+
+
+def start_processes(world: int, device: torch.device, timeout_s: float, branches: int = 1) -> Joined:
     """Join the process group, gloo on every device: what processes tell one another goes there, tensors on the groups
-    of `mipipe.runtime.engine.mesh`. Returns torchrun's store, where torchrun started this process. One thread on a CPU:
-    ranks share the cores, and reruns are bitwise equal.
+    of `mipipe.runtime.engine.mesh`. Each of ``branches`` blocks of processes has a group, and a part of the store, of
+    its own. One thread on a CPU: ranks share the cores, and reruns are bitwise equal.
 
     Raises:
         RunError: the rendezvous did not come about, or workers would compute on different sorts of devices.
@@ -50,12 +61,15 @@ def start_processes(world: int, device: torch.device, timeout_s: float) -> dist.
     if device.type == "cpu":
         torch.set_num_threads(1)
     if world == 1 and "TORCHELASTIC_RESTART_COUNT" not in os.environ:
-        return None
+        return Joined(None, dist.HashStore())
     store, place, size = connect(timeout_s)
+    number, each = place * branches // size, size // branches
+    # torchrun keeps one store over restarts: without a prefix, ranks would find the addresses of those that died.
+    attempt = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     if world > 1:
-        # torchrun keeps one store over restarts: without a prefix, ranks would find the addresses of those that died.
-        attempt = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         agree(attempt, place, device, timeout_s)
-        dist.init_process_group("gloo", store=attempt, rank=place, world_size=size,
+    if each > 1:
+        own = attempt if branches == 1 else dist.PrefixStore(f"branch{number}", attempt)
+        dist.init_process_group("gloo", store=own, rank=place % each, world_size=each,
                                 timeout=timedelta(seconds=timeout_s))
-    return store
+    return Joined(store if branches == 1 else dist.PrefixStore(f"branch{number}", store), attempt, number)
