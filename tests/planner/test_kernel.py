@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from mipipe.graphs.serialize import save
 from mipipe.planner.jobs.paths import shift
 from mipipe.planner.kernel import files_of
+from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
 from mipipe.planner.search import anneal_kernel, anneal_state
 
 INNER = """
@@ -108,3 +111,43 @@ def test_files_of_a_kernel_reach_through_modules() -> None:
     files = {Path(file).name for file in files_of(anneal_kernel.anneal)}
     assert {Path(anneal_kernel.__file__).name, Path(anneal_state.__file__).name, "paths.py"} <= files
     assert files_of(shift) == {shift.py_func.__code__.co_filename}
+
+
+SIZES = (uniform_problem(ranks=4, microbatches=8, f=2, i=2, w=1),
+         uniform_problem(ranks=8, microbatches=200, f=3, i=4, w=2),
+         uniform_problem(ranks=4, microbatches=8, f=3, i=4, w=2, fb=6, copies=2),
+         two_stream_problem(ranks=4, microbatches=400))
+"""Of every kind of search, below and above where loops over actions are compiled."""
+PLANNED = """
+import sys
+from numba.core import event
+
+class Listener(event.Listener):
+    def on_start(self, event):
+        print("compiled", event.data["dispatcher"])
+    def on_end(self, event):
+        pass
+
+event.register("numba:compile", Listener())
+from mipipe.graphs.serialize import load
+from mipipe.planner.options import PlanOptions
+from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.solve import plan
+
+for file in sys.argv[1:]:
+    for objective in ("makespan", "period"):
+        assert plan(load(file, PlanningProblem), PlanOptions(time_limit_s=3, objective=objective)).plan is not None
+"""
+
+
+@pytest.mark.slow
+def test_warming_leaves_nothing_to_compile(tmp_path: Path) -> None:
+    """`longest` was left to the first plan of more than `COMPILED` actions, whatever its limit."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-m", "mipipe.planner.warm"], check=True, env=environment, timeout=280)
+    for number, problem in enumerate(SIZES):
+        save(problem, tmp_path / f"{number}.json")
+    files = [tmp_path / f"{number}.json" for number in range(len(SIZES))]
+    ended = subprocess.run([sys.executable, "-c", PLANNED, *files], check=True, env=environment,
+                           timeout=200, capture_output=True, text=True)
+    assert not ended.stdout

@@ -131,7 +131,8 @@ def run_steps(plan: Plan, graph: OperatorGraph, state: Any, maps: list[ExpertMap
         if name not in rows and item.grad is not None:
             gradients[name] = [item.grad]
     return {"losses": losses, "gradients": gradients, "norms": norms, "counts": counts, "moved": moved,
-            "aside": engine.compiled.exchanges_aside}
+            "aside": engine.compiled.exchanges_aside,
+            "exchanges": bool(plan.schedule.ranks[engine.mesh.rank].collective)}
 
 
 def alone(steps: int, copies: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
