@@ -145,7 +145,8 @@ assert sys.argv[3] != "fork" or done[-1][0] == done[-1][1], done
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("started_by", ["fork", *(pytest.param(how, marks=pytest.mark.slow) for how in ("child", "torchrun"))])
+@pytest.mark.parametrize("started_by", ["fork", pytest.param("child", marks=pytest.mark.slow),
+                                        pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_two_processes_give_the_same_bytes(root, tmp_path, started_by):
     """Forks of the process, of one that it starts, or torchrun's."""
     recipe = tmp_path / "recipe.yaml"
