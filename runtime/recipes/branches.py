@@ -66,6 +66,7 @@ class BranchPeer:
         except RuntimeError:  # torch's DistStoreError
             raise RunError(f"branch {self.name}: nothing from branch {self.config.names[of]} for {self.timeout_s:g} s"
                            f" ({key}); it hangs or is gone") from None
+        # what `say` of another process of this run wrote; by torch's restricted reader, which calls nothing it names
         return torch.load(io.BytesIO(self.store.get(f"branches/{key}")), weights_only=True)
 
     def forget(self, key: str) -> None:
