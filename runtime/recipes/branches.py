@@ -182,7 +182,9 @@ class BranchRollouts:
     def _sampled(self, task: int, rows: int, number: int) -> dict[str, Tensor]:
         """Rollouts of this branch's policy on a task, checked, without a teacher."""
         source, options, name = self._sources[task]
-        draw = torch.Generator().manual_seed((self._seed * 1_000_003 + number) * 64 + self._branch.number * 8 + task)
+        width = max(8, len(self._sources))  # no two branches, tasks and numbers draw the same
+        place = (self._seed * 1_000_003 + number) * width**2 + self._branch.number * width + task
+        draw = torch.Generator().manual_seed(place)
         with torch.no_grad():
             found = source(self._policy, rows, draw, **options)
         where = f"branches: {name}"

@@ -35,7 +35,7 @@ from mipipe.graphs.recipes.lightening import (
 from mipipe.graphs.recipes.source import KEPT, STAGE, recipe_of
 from mipipe.graphs.serialize import from_data, save, to_data
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.recipes.whole import put_together, whole_tensors
+from mipipe.runtime.recipes.whole import from_parts, whole_tensors
 from mipipe.runtime.train.config import GroupConfig, TrainConfig
 from mipipe.runtime.train.launching.processes import rank
 
@@ -86,7 +86,7 @@ class Lightening:
         from safetensors.torch import save_file
 
         whole = whole_tensors(self._engine, lambda name: is_adapter(name) or is_light(name), first_only=True)
-        sums = put_together(self._engine, self._sums, first_only=True)
+        sums = from_parts(self._engine, self._sums, first_only=True)
         if not self._counted:
             raise RunError("light-peft: the first stage resumed after its last step, so nothing was counted; remove its"
                            f" checkpoints in {config.checkpoint and config.checkpoint.folder}, and start it anew")

@@ -15,10 +15,10 @@ def whole_tensors(engine: Engine, wanted: Callable[[str], bool], first_only: boo
     """The parameters and buffers of these names on the CPU, whole (members of a team, or copies, may hold parts), on
     every rank or (``first_only``) on the first. All ranks must call."""
     held = {**engine.weights.parameters, **engine.weights.buffers}
-    return put_together(engine, {name: item for name, item in held.items() if wanted(name)}, first_only)
+    return from_parts(engine, {name: item for name, item in held.items() if wanted(name)}, first_only)
 
 
-def put_together(engine: Engine, tensors: Mapping[str, Tensor], first_only: bool = False) -> dict[str, Tensor]:
+def from_parts(engine: Engine, tensors: Mapping[str, Tensor], first_only: bool = False) -> dict[str, Tensor]:
     """Tensors that lie as the parameters of the same names do, whole, as `whole_tensors` has them."""
     pieces, compiled = member_pieces(engine.compiled, engine.graph, engine.mesh), engine.compiled
     own = {name: (item.detach().cpu(), pieces.get(name)) for name, item in tensors.items()
