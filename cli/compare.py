@@ -83,7 +83,7 @@ def compare(
 ) -> None:
     """Compare published schedules with the planned one: makespan, bubble, memory, bound and gap."""
     check_files(problem_file, html=html_file)
-    from mipipe.cli.abstract import abstract_problem
+    from mipipe.cli.requests.abstract import abstract_problem
     from mipipe.planner.compare import compare as compare_schedules
     from mipipe.planner.options import PlanOptions
     from mipipe.planner.options import without as parts_off

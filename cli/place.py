@@ -68,7 +68,7 @@ def _instance(file: Path, cluster: Path | None, costs: Path | None, groups: int 
     from mipipe.planner.devices.instance import read_instance
 
     if str(load_data(file).get("format", "")).startswith("mipipe."):
-        from mipipe.cli.inputs import read_problem
+        from mipipe.cli.requests.inputs import read_problem
         from mipipe.planner.devices.from_problem import instance_of
 
         problem, _ = read_problem(file, cluster, None if cluster is None else 1, groups=groups, costs=costs)

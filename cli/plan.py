@@ -145,12 +145,12 @@ def plan(
     """Plan a training step: placement, order of work, and a bound. Ctrl-C (or SIGTERM) keeps the best plan so far."""
     check_files(graph, cluster, costs, experts, sizes, output=output, html=html_file, trace=trace_file,
                 save_graph=save_graph)
-    from mipipe.cli.team_request import TeamRequest
+    from mipipe.cli.requests.team_request import TeamRequest
 
     request = TeamRequest(degrees, devices, kind, per_host, global_batch, microbatch, layers_per_stage, schedule,
                           recomputation, modes, eager, held, scatter, layer_times, layer_entry)
     if request.given:
-        from mipipe.cli.teams import plan_teams
+        from mipipe.cli.requests.teams import plan_teams
 
         _refuse({"--microbatches": microbatches, "--groups": groups, "--granularity": granularity, "--costs": costs,
                  "--experts": experts, "--sizes": sizes, "--activations": activations, "--batch": batch,
@@ -161,8 +161,6 @@ def plan(
                    use_cache=not no_cache, save_graph=save_graph, output=output, time_limit=time_limit, seed=seed,
                    draw=lambda found: _draw(found.plan, html_file, trace_file), json_output=json_output)
         return
-    from mipipe.cli.captured import captured, names_model, refuse_capture_options
-    from mipipe.cli.inputs import check_cluster, read_problem
     from mipipe.cli.printing.explained import LEAST_S, MORE, bubble_rows, print_explanation, what_if_rows
     from mipipe.cli.printing.panels import write_files
     from mipipe.cli.printing.report import (
@@ -174,6 +172,8 @@ def plan(
         print_plan,
         timeline_data,
     )
+    from mipipe.cli.requests.captured import captured, names_model, refuse_capture_options
+    from mipipe.cli.requests.inputs import check_cluster, read_problem
     from mipipe.graphs.serialize import save, to_data
     from mipipe.planner.execution.quick_timeline import timeline_of
     from mipipe.planner.ladder.what_if import what_if
@@ -202,7 +202,7 @@ def plan(
                                   granularity=granularity, costs=costs, memory=memory, experts=experts, sizes=sizes,
                                   activations=activations, optimizer=optimizer, recompute=recompute)
     if branches is not None:
-        from mipipe.cli.branches import plan_of_branches
+        from mipipe.cli.requests.branches import plan_of_branches
 
         if pareto or explain or exportable or html_file is not None or trace_file is not None:
             raise InputError("--branches: --pareto, --explain, --exportable, --html and --trace do not go with it")

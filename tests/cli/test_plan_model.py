@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mipipe.cli.inputs import read_problem
+from mipipe.cli.requests.inputs import read_problem
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import digest, load, save
 from mipipe.graphs.units import parse_bytes
@@ -104,7 +104,7 @@ def test_the_memory_that_is_promised_for_gpus_would_do(mipipe, inside: Path) -> 
 
 
 def test_what_is_wrong_shows_before_the_capture(mipipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mipipe.cli.captured.captured", None)
+    monkeypatch.setattr("mipipe.cli.requests.captured.captured", None)
     assert "--cluster" in mipipe("plan", "cli_models:small").error
     said = mipipe("plan", "cli_models:small", "--seq", 64, "--cluster", "cpu.yaml").error
     assert "mipipe capture cli_models:small --seq 64 -o graph.json" in said and "mipipe profile" in said
@@ -128,7 +128,7 @@ def test_capture_options_are_for_models(mipipe, folder: Path) -> None:
 
 
 def test_a_configuration_says_its_dtype(tmp_path: Path) -> None:
-    from mipipe.cli.captured import own_dtype
+    from mipipe.cli.requests.captured import own_dtype
 
     for config, dtype in (({"torch_dtype": "bfloat16"}, "bfloat16"), ({"dtype": "float16"}, "float16"), ({}, "float32"),
                           ({"text_config": {"dtype": "bfloat16"}}, "bfloat16"), ({"dtype": 3}, "float32"),

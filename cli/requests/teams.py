@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from mipipe.cli.captured import captured, names_model
 from mipipe.cli.files import check_positive, open_any
 from mipipe.cli.printing.output import emit, log, progress, stdout
 from mipipe.cli.printing.teams import print_runners, print_team, team_data
-from mipipe.cli.team_request import TeamRequest
+from mipipe.cli.requests.captured import captured, names_model
+from mipipe.cli.requests.team_request import TeamRequest
 from mipipe.graphs.cluster import Cluster, load_cluster, uniform_cluster
 from mipipe.graphs.costs.collectives import fabric_of
 from mipipe.graphs.costs.efficiency import LowDtype

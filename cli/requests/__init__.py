@@ -1,0 +1,1 @@
+"""From a verb's options and files to what is planned: problems, captured models, teams and their degrees, branches."""
