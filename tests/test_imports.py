@@ -14,8 +14,8 @@ LAYERS = ("graphs", "planner", "runtime", "cli")
 TORCH_IN_GRAPHS = ("capture", "models", "operators", "profiling", "recipes", "sharding", "tracing")
 """Folders of graphs/ that work on tensors and modules; everything else starts without torch."""
 LIGHT_VERBS = ("plan", "place", "experts", "calibrate", "check", "simulate", "show", "compare", "export",
-               "main", "files", "requests.inputs", "printing.modes", "printing.output", "printing.terminal", "printing.html",
-               "printing.frontier", "printing.panels", "printing.report", "printing.tables")
+               "main", "files", "requests.inputs", "printing.modes", "printing.output", "printing.terminal",
+               "printing.html", "printing.frontier", "printing.panels", "printing.report", "printing.tables")
 """Modules of cli/ that must work without torch."""
 
 
