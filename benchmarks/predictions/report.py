@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from predictions.build import Builder, measured_step
-from predictions.rows import Run
+from predictions.rows import Published, Run
 from rich.console import Console
 from rich.table import Table
 
@@ -26,16 +26,10 @@ ON_DEVICE = ("sailor_sosp25",)
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Published):
     """A run that was predicted: ``workload`` of a step (sequences x tokens), seconds, tokens/s and TFLOP/s per device,
     GB of the fullest device (None: not measured)."""
 
-    group: str
-    name: str
-    model: str
-    hardware: str
-    version: str
-    precision: str
     degrees: str
     devices: int
     workload: str

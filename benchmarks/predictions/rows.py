@@ -69,8 +69,8 @@ class Build:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A row: what identifies it, what was measured, and how it is built (or why not)."""
+class Published:
+    """What identifies a published run."""
 
     group: str
     name: str
@@ -78,6 +78,12 @@ class Run:
     hardware: str
     version: str
     precision: str
+
+
+@dataclass(frozen=True)
+class Run(Published):
+    """A row: what identifies it, what was measured, and how it is built (or why not)."""
+
     step_s: float | None
     tflops: float | None
     memory_gb: float | None
