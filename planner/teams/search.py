@@ -124,7 +124,7 @@ def _whole_bounds(pricer: Pricer, waiting: list[Point], global_batch: int, recom
     """The least over combinations of what the busiest rank takes where every piece is on one rank, with overlapped
     pairs and without; those that there is no time for count with their bound over all placements."""
     until = time.monotonic() + seconds
-    found = []
+    found, both = [], dict[int, tuple[float, float]]()
     for pairs in (True, False):
         least = float("inf")
         known = {id(point): point.floor if pairs else point.bound for point in waiting}
@@ -133,7 +133,9 @@ def _whole_bounds(pricer: Pricer, waiting: list[Point], global_batch: int, recom
             if own >= least or time.monotonic() > until:
                 least = min(least, own)
                 break
-            plain, paired = packed(pricer, point.degrees, global_batch, recomputation, point.stays)
+            if id(point) not in both:
+                both[id(point)] = packed(pricer, point.degrees, global_batch, recomputation, point.stays)
+            plain, paired = both[id(point)]
             least = min(least, max(own, paired if pairs else plain))
         found.append(least)
     return found[0], found[1]
