@@ -14,8 +14,10 @@ import numpy as np
 
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate
+from mipipe.planner.jobs.action_arrays import arrays_of
 from mipipe.planner.jobs.memory import carries_bytes
-from mipipe.planner.jobs.order_times import OrderTimes, arrays_of, peaks_of, times_of
+from mipipe.planner.jobs.order_memory import peaks_of
+from mipipe.planner.jobs.order_times import OrderTimes, times_of
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.plan import Plan, Schedule

@@ -14,7 +14,9 @@ from mipipe.planner.actions import ActionKind, Stream
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.measure import exact, timed
 from mipipe.planner.execution.simulate import simulate
-from mipipe.planner.jobs.order_times import COMPUTE_KINDS, OrderTimes, held
+from mipipe.planner.jobs.action_arrays import COMPUTE_KINDS
+from mipipe.planner.jobs.order_memory import held
+from mipipe.planner.jobs.order_times import OrderTimes
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Transfer

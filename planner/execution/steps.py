@@ -16,7 +16,8 @@ from itertools import pairwise
 import numpy as np
 
 from mipipe.graphs.errors import PlanError
-from mipipe.planner.jobs.order_times import arrays_of, no_channel_used, times_of
+from mipipe.planner.jobs.action_arrays import arrays_of
+from mipipe.planner.jobs.order_times import no_channel_used, times_of
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.plan import Plan, Schedule

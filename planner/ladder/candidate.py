@@ -18,7 +18,7 @@ from mipipe.planner.execution.simulate_memory import rank_peaks
 from mipipe.planner.how import then
 from mipipe.planner.jobs.arrays import Instance, build, mirror, with_mirrors
 from mipipe.planner.jobs.memory import capacities, capacity, carries_bytes
-from mipipe.planner.jobs.order_times import peaks_of
+from mipipe.planner.jobs.order_memory import peaks_of
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.plan import Placement, Plan, Schedule
 from mipipe.planner.problem import PlanningProblem
