@@ -46,7 +46,7 @@ SCHEDULES = {"1f1b": "1F1B", "interleaved 1f1b": "Interleaved 1F1B", "1f1b-i": "
 @dataclass(frozen=True)
 class Build:
     """A row as it is evaluated. ``fused``, ``flash``, ``cut``, ``overlap``, ``scatter``: as
-    of `mipipe.planner.teams.pricing.Machine`; ``held`` as of `mipipe.planner.teams.evaluate.evaluate_teams`."""
+    of `mipipe.planner.teams.machine.Machine`; ``held`` as of `mipipe.planner.teams.evaluate.evaluate_teams`."""
 
     model: Model
     seq: int

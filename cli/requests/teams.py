@@ -28,9 +28,10 @@ from mipipe.planner.team import AXES as TEAM_AXES
 from mipipe.planner.team import TeamMode
 from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, Recompute, completed, parse_degrees
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
+from mipipe.planner.teams.machine import Machine, check_machine
 from mipipe.planner.teams.outside import outside
 from mipipe.planner.teams.pieces import ModelPieces, indivisible_of, model_pieces, rows_of
-from mipipe.planner.teams.pricing import Machine, Pricer, check_machine
+from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.profiled import profiled_layers
 from mipipe.planner.teams.remedies import remedy
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, Recompute
-from mipipe.planner.teams.pricing import PieceCost, Pricer
+from mipipe.planner.teams.piece_cost import PieceCost
+from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.windows import path_times, phase_table, table, windows_of
 
 SHARES = np.array((0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0))

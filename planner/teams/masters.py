@@ -10,7 +10,8 @@ from mipipe.planner.teams.bounds import mode_costs
 from mipipe.planner.teams.degrees import Degrees, Recompute
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.options import TeamOptions
-from mipipe.planner.teams.pricing import PieceCost, Pricer
+from mipipe.planner.teams.piece_cost import PieceCost
+from mipipe.planner.teams.pricing import Pricer
 
 SQUEEZES = 3
 """How often a master is solved again with as much less memory as its stages took too much when simulated."""

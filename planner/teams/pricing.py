@@ -11,125 +11,26 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from mipipe.graphs.cluster import DeviceKind
-from mipipe.graphs.costs.collectives import Fabric, collective_ns
-from mipipe.graphs.costs.efficiency import LowDtype, phase_seconds
+from mipipe.graphs.costs.collectives import collective_ns
+from mipipe.graphs.costs.efficiency import phase_seconds
 from mipipe.graphs.costs.estimate_modes import TeamSplit, TraceFacts, estimated_profile, trace_facts
 from mipipe.graphs.costs.split_rules import ATTENTION
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.modes import Collective, CollectiveKind, ModeProfile
 from mipipe.graphs.operator_graph import DTYPE_BYTES, Phase, Role
-from mipipe.planner.device_memory import room_for_tensors
 from mipipe.planner.problems.from_layers import LayerTimes
 from mipipe.planner.teams.degrees import Degrees
+from mipipe.planner.teams.machine import Machine
+from mipipe.planner.teams.piece_cost import Axis, PhaseCost, PieceCost, as_measured, beside
 from mipipe.planner.teams.pieces import ModelPieces
 
-Axis = Literal["tensor", "context", "expert", "data"]
-AXES: tuple[Axis, ...] = ("tensor", "context", "expert", "data")
 ADAM_BYTES = 12
 """Optimizer state of a parameter: a master copy and two moments in float32 (Rajbhandari et al., 2020, section 3.1)."""
 GRADIENT_BYTES = 4
 """A gradient that is summed over microbatches is float32."""
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """The devices all alike. ``low``: the type that products run in where not in ``dtype``; ``fused``: elementwise
-    kernels are fused; ``flash``: attention is one kernel; ``cut``: what stays for the backward is chosen as compilers
-    do, else what autograd saves (None: as ``fused``); ``overlap``: collectives of the tensor and expert axes run behind
-    kernels as far as the kind's ``hidden`` and ``hidden_experts`` say; ``scatter``: a value between ranks that all
-    tensor members have goes in parts, one from each, else each sends all of it."""
-
-    kind: DeviceKind
-    fabric: Fabric
-    memory_bytes: int
-    dtype: str = "bfloat16"
-    low: LowDtype | None = None
-    fused: bool = True
-    flash: bool = True
-    cut: bool | None = None
-    overlap: bool = False
-    scatter: bool = True
-
-    @property
-    def kernels(self) -> tuple[bool, bool, bool]:
-        """What profiles depend on."""
-        return self.fused, self.flash, self.fused if self.cut is None else self.cut
-
-    @property
-    def usable_bytes(self) -> int:
-        """Of the memory what tensors can fill."""
-        return room_for_tensors(self.memory_bytes)
-
-    @property
-    def peak(self) -> float:
-        """The peak that utilisation is counted against."""
-        return self.kind.peak(self.low or self.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class PhaseCost:
-    """Seconds of one phase of a piece for one microbatch: its own kernels, and collectives by axis."""
-
-    compute: float = 0.0
-    talk: dict[Axis, float] = field(default_factory=dict)
-
-    @property
-    def total(self) -> float:
-        return self.compute + sum(self.talk.values())
-
-    def plus(self, other: PhaseCost) -> PhaseCost:
-        """Both, one after the other."""
-        return PhaseCost(self.compute + other.compute, {axis: self.talk.get(axis, 0.0) + other.talk.get(axis, 0.0)
-                                                        for axis in {*self.talk, *other.talk}})
-
-
-@dataclass(frozen=True, slots=True)
-class PieceCost:
-    """One piece on one member: phases (None: it has no such phase), bytes, and what it takes at the end of a step.
-
-    ``kept`` stays from F to the end of the backward, ``late`` from I to W, per microbatch; ``again`` is ``kept`` of a
-    piece whose F runs again, which it holds while its backward runs; ``until_w`` is the part of ``kept`` (of ``again``)
-    that W reads: the inputs of products with parameters. ``reduce``, ``gather``: seconds of the gradients'
-    way between copies and of the updated parameters' way back, ``optimizer`` of the update itself. ``gathered``: whole
-    gradients, and parameters of this piece and the next, where copies hold parts of them; ``buffers``: the largest
-    tensor of a collective, ``workspace`` what is alive within a phase beside arguments and results (of a head: the
-    loss's gradients by the logits).
-    """
-
-    f: PhaseCost
-    i: PhaseCost | None
-    w: PhaseCost | None
-    kept: int
-    late: int
-    again: int
-    weights: int
-    gradients: int
-    state: int
-    reduce: float
-    gather: float
-    optimizer: float
-    gathered: int = 0
-    buffers: int = 0
-    until_w: int = 0
-    workspace: int = 0
-
-    @property
-    def backward(self) -> float:
-        return (self.i.total if self.i else 0.0) + (self.w.total if self.w else 0.0)
-
-    @property
-    def resident(self) -> int:
-        return self.weights + self.gradients + self.state
-
-    @property
-    def while_running(self) -> int:
-        """Bytes that the piece needs while its backward runs, I and W at once, beside what is kept."""
-        return self.again + self.gathered + self.buffers + max(self.workspace, self.late)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +157,7 @@ class Pricer:
             again, kept = kept, self._inputs(piece.members[0], degrees, count)
             found[Phase.I] = found[Phase.I].plus(found[Phase.F])
         if measured is not None:
-            found = _as_measured(found, measured)
+            found = as_measured(found, measured)
         price = self._resident(degrees, found, (kept, late, again), (dense, experts), (trained, trained_experts))
         if measured is not None and measured.update is not None:
             price = replace(price, optimizer=measured.update)
@@ -319,7 +220,7 @@ class Pricer:
                 reduce += spent[0]
             elif parameters:
                 last = Phase.W if Phase.W in found else Phase.I
-                found[last] = _beside(found[last], spent[0])
+                found[last] = beside(found[last], spent[0])
                 gathered += parameters * GRADIENT_BYTES
             if degrees.zero < 3:
                 gather += spent[1]
@@ -327,7 +228,7 @@ class Pricer:
             gathered += 2 * num_bytes
             for phase in (Phase.F, Phase.I):
                 if phase in found:
-                    found[phase] = _beside(found[phase], spent[2])
+                    found[phase] = beside(found[phase], spent[2])
         bandwidth = float(self.machine.kind.bytes_per_s or 1) * self.machine.kind.achieved.memory
         return PieceCost(found[Phase.F], found.get(Phase.I), found.get(Phase.W), *kept, weights, gradients, state,
                          reduce, gather, touched / bandwidth, gathered)
@@ -348,27 +249,6 @@ def with_estimates(traced: ModeProfile, estimate: ModeProfile, fused: bool) -> M
     return replace(traced, phases=phases, kept=estimate.kept if fused else traced.kept)
 
 
-def _as_measured(found: Mapping[Phase, PhaseCost], measured: LayerTimes) -> dict[Phase, PhaseCost]:
-    """Phases as long as they were measured; where W was not measured apart, I is the whole backward."""
-    times = {Phase.F: measured.forward, Phase.I: measured.backward}
-    if measured.weights is not None:
-        times = {phase: seconds for phase, seconds in (times | {Phase.W: measured.weights}).items() if phase in found}
-    return {phase: PhaseCost(seconds) for phase, seconds in times.items()}
-
-
-def _beside(cost: PhaseCost, seconds: float) -> PhaseCost:
-    """A phase with a transfer of so many seconds under way beside it: only what is longer than the phase shows."""
-    return cost.plus(PhaseCost(0.0, {"data": max(0.0, seconds - cost.total)}))
-
-
 def _without_ranks(degrees: Degrees) -> Degrees:
     """The degrees that a piece's price depends on."""
     return replace(degrees, ranks=1, chunks=1)
-
-
-def check_machine(machine: Machine) -> None:
-    """Raise `InputError` where a device kind has no peaks to price with."""
-    if not machine.kind.has_peaks:
-        raise InputError(f"device kind {machine.kind.name}: has no peak rates to estimate teams from; give one with"
-                         " peaks (device_kinds: in the cluster file)")
-    _ = machine.peak, machine.kind.peak(machine.dtype)

@@ -19,8 +19,9 @@ from mipipe.graphs.errors import ProblemError
 from mipipe.graphs.topology import Device, Link, Topology
 from mipipe.planner.problem import Group, GroupEdge, OverlapRule, PhaseTimes, PlanningProblem
 from mipipe.planner.teams.degrees import Degrees
+from mipipe.planner.teams.machine import Machine
+from mipipe.planner.teams.piece_cost import AXES, Axis, PhaseCost, PieceCost
 from mipipe.planner.teams.pieces import ModelPieces
-from mipipe.planner.teams.pricing import AXES, Axis, Machine, PhaseCost, PieceCost
 
 KIND = "team"
 

@@ -6,7 +6,7 @@ from mipipe.graphs.cluster import DeviceKind
 from mipipe.graphs.costs.collectives import Fabric, Level
 from mipipe.graphs.costs.efficiency import Achieved
 from mipipe.graphs.topology import Link
-from mipipe.planner.teams.pricing import Machine
+from mipipe.planner.teams.machine import Machine
 
 
 def machine(memory: int = 10**9, **achieved) -> Machine:

@@ -12,9 +12,11 @@ from mipipe.graphs.errors import MipipeError
 from mipipe.planner.teams.bounds import bound_of, packed
 from mipipe.planner.teams.degrees import RECOMPUTE, Degrees
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
+from mipipe.planner.teams.machine import Machine
 from mipipe.planner.teams.orders import order_of
+from mipipe.planner.teams.piece_cost import PhaseCost, PieceCost
 from mipipe.planner.teams.pieces import ModelPieces
-from mipipe.planner.teams.pricing import Machine, PhaseCost, PieceCost, Pricer
+from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.waves import shapes_of, wave
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "v-half", "v-min", "dualpipe", "dualpipev")

@@ -1,0 +1,54 @@
+"""The devices that a team runs on, all alike: their memory, their peaks, how they compute and talk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mipipe.graphs.cluster import DeviceKind
+from mipipe.graphs.costs.collectives import Fabric
+from mipipe.graphs.costs.efficiency import LowDtype
+from mipipe.graphs.errors import InputError
+from mipipe.planner.device_memory import room_for_tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The devices all alike. ``low``: the type that products run in where not in ``dtype``; ``fused``: elementwise
+    kernels are fused; ``flash``: attention is one kernel; ``cut``: what stays for the backward is chosen as compilers
+    do, else what autograd saves (None: as ``fused``); ``overlap``: collectives of the tensor and expert axes run behind
+    kernels as far as the kind's ``hidden`` and ``hidden_experts`` say; ``scatter``: a value between ranks that all
+    tensor members have goes in parts, one from each, else each sends all of it."""
+
+    kind: DeviceKind
+    fabric: Fabric
+    memory_bytes: int
+    dtype: str = "bfloat16"
+    low: LowDtype | None = None
+    fused: bool = True
+    flash: bool = True
+    cut: bool | None = None
+    overlap: bool = False
+    scatter: bool = True
+
+    @property
+    def kernels(self) -> tuple[bool, bool, bool]:
+        """What profiles depend on."""
+        return self.fused, self.flash, self.fused if self.cut is None else self.cut
+
+    @property
+    def usable_bytes(self) -> int:
+        """Of the memory what tensors can fill."""
+        return room_for_tensors(self.memory_bytes)
+
+    @property
+    def peak(self) -> float:
+        """The peak that utilisation is counted against."""
+        return self.kind.peak(self.low or self.dtype)
+
+
+def check_machine(machine: Machine) -> None:
+    """Raise `InputError` where a device kind has no peaks to price with."""
+    if not machine.kind.has_peaks:
+        raise InputError(f"device kind {machine.kind.name}: has no peak rates to estimate teams from; give one with"
+                         " peaks (device_kinds: in the cluster file)")
+    _ = machine.peak, machine.kind.peak(machine.dtype)
