@@ -137,7 +137,7 @@ def _tell_adapter(result: MergeResult, json_output: bool) -> None:
 def _parts(recipe: Path, output: Path, route: str | None, options: MergeOptions, dry_run: bool,
            json_output: bool) -> None:
     """Store a recipe's experts, or rebuild a model from stored ones."""
-    from mipipe.graphs.merging.recipes.recipe import read_recipes
+    from mipipe.graphs.merging.recipes.read import read_recipes
     from mipipe.runtime.merge.programs import store
 
     if route is None:
@@ -170,7 +170,7 @@ def _parts(recipe: Path, output: Path, route: str | None, options: MergeOptions,
 def _plans(recipe: Path, output: Path, ranks: int, cap: int | None, size: int, dtype: str | None) -> list[MergePlan]:
     """The plans of a file's recipes, or of its assembly."""
     from mipipe.graphs.merging.recipes.moe_recipe import build_moe, dry_router, read_moe_recipe
-    from mipipe.graphs.merging.recipes.recipe import read_recipes
+    from mipipe.graphs.merging.recipes.read import read_recipes
     from mipipe.planner.merging.plan import plan_chain, plan_graph
 
     assembly = read_moe_recipe(recipe)

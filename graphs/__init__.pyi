@@ -17,9 +17,9 @@ from mipipe.graphs.costs.table import CostTable as CostTable
 from mipipe.graphs.costs.table import GroupCost as GroupCost
 from mipipe.graphs.errors import MipipeError as MipipeError
 from mipipe.graphs.merging.methods import METHODS as METHODS
+from mipipe.graphs.merging.recipes.read import parse_recipe as parse_recipe
+from mipipe.graphs.merging.recipes.read import read_recipes as read_recipes
 from mipipe.graphs.merging.recipes.recipe import MergeRecipe as MergeRecipe
-from mipipe.graphs.merging.recipes.recipe import parse_recipe as parse_recipe
-from mipipe.graphs.merging.recipes.recipe import read_recipes as read_recipes
 from mipipe.graphs.models.sources import open_source as open_source
 from mipipe.graphs.operator_graph import Operator as Operator
 from mipipe.graphs.operator_graph import OperatorGraph as OperatorGraph
@@ -36,9 +36,9 @@ from mipipe.graphs.recipes.adapters import adapt as adapt
 from mipipe.graphs.recipes.expansion import ActivationVotes as ActivationVotes
 from mipipe.graphs.recipes.expansion import expand as expand
 from mipipe.graphs.recipes.expansion import fuse as fuse
-from mipipe.graphs.recipes.lightening import Importance as Importance
-from mipipe.graphs.recipes.lightening import add_masks as add_masks
-from mipipe.graphs.recipes.lightening import add_penalty as add_penalty
+from mipipe.graphs.recipes.importance import Importance as Importance
+from mipipe.graphs.recipes.importance import add_masks as add_masks
+from mipipe.graphs.recipes.importance import add_penalty as add_penalty
 from mipipe.graphs.recipes.lightening import choose_kept as choose_kept
 from mipipe.graphs.recipes.lightening import lighten as lighten
 from mipipe.graphs.recipes.options import LossConfig as LossConfig

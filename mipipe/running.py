@@ -85,7 +85,8 @@ def merge(recipe: PathLike | Mapping[str, Any] | MergeRecipe | Sequence[MergeRec
         InputError: the recipe, a model or an option is wrong, or ``out`` exists.
         InfeasibleError: the memory is below what one tensor needs. RunError: a source is damaged, a rank died.
     """
-    from mipipe.graphs.merging.recipes.recipe import MergeRecipe, parse_recipe
+    from mipipe.graphs.merging.recipes.read import parse_recipe
+    from mipipe.graphs.merging.recipes.recipe import MergeRecipe
     from mipipe.graphs.units import parse_bytes
     from mipipe.runtime.merge.launch import MergeOptions
     from mipipe.runtime.merge.launch import merge as run

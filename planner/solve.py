@@ -34,10 +34,11 @@ from mipipe.planner.ladder import exactly, large, order_rungs, period, placement
 from mipipe.planner.ladder.activities import Pacing, Polishing, Proving, Tightening
 from mipipe.planner.ladder.admission import admit_placement, enter, has_plan, recomputing, take
 from mipipe.planner.ladder.explain import explain_plan
+from mipipe.planner.ladder.harvest import ANNEALING
 from mipipe.planner.ladder.loop import Activity, loop
 from mipipe.planner.ladder.objectives import OUT_OF_TIME, best_utilisation, least_memory, no_plan_within
 from mipipe.planner.ladder.proposals import Proposing
-from mipipe.planner.ladder.race import ANNEALING, Race
+from mipipe.planner.ladder.race import Race
 from mipipe.planner.ladder.repeating import Repeating
 from mipipe.planner.ladder.state import Incumbent, Progress, Run
 from mipipe.planner.options import PlanOptions

@@ -26,6 +26,7 @@ from mipipe.graphs.capture.unsayable import (
     fits_no_graph,
     line_in_model,
 )
+from mipipe.graphs.capture.user_code import UserCode
 from mipipe.graphs.errors import GraphError, MipipeError
 from mipipe.graphs.operators.dynamic_rows import pick_rows
 from mipipe.graphs.tracing.joint import make_constant, no_stack_traces
@@ -48,7 +49,7 @@ class Exported:
     parameters: dict[str, fx.Node]
     buffers: dict[str, fx.Node]
     outputs: dict[str, fx.Node]
-    code: user_autograd.UserCode | None = None
+    code: UserCode | None = None
 
 
 def export_model(module: nn.Module, inputs: Mapping[str, Any], *, prefix: str = "") -> Exported:
@@ -91,7 +92,7 @@ def aliases_of(module: nn.Module) -> dict[str, str]:
 
 
 def flatten_program(program: torch.export.ExportedProgram, prefix: str, aliases: Mapping[str, str],
-                    code: user_autograd.UserCode | None = None) -> Exported:
+                    code: UserCode | None = None) -> Exported:
     """The flat graph of an exported program; ``aliases`` maps FQNs of tied tensors to the first one.
 
     ``code``: the custom Functions and hooks recorded in the export.

@@ -1,23 +1,14 @@
 """Profiles of a mode from the shapes of a trace, where none was traced: an estimate, and told as one.
 
 Which products and values a team shares follows from the structural rule (`mipipe.graphs.costs.split_rules`); what they
-take is divided by the degrees that divide them. Collectives are those of the published recipes:
-
-- ``tensor``: one all-reduce of the result after the products by rows, one of the input's gradient (Shoeybi et al.,
-  2019);
-- ``sequence``: an all-gather and a reduce-scatter in their place, and activations between blocks in parts (Korthikanti
-  et al., "Reducing activation recomputation in large transformer models", MLSys 2023);
-- experts: tokens sent to their experts and back, forward and backward (Lepikhin et al., "GShard", ICLR 2021); every
-  member sends its part of the sequence, whatever the mode, and rows are even over experts;
-- context: keys and values gathered before attention, their gradients reduced and scattered (Dubey et al., "The Llama 3
-  herd of models", 2024, section 3.3.2).
+take is divided by the degrees that divide them. Collectives are
+`mipipe.graphs.costs.mode_collectives`'.
 
 Attention is one kernel that keeps its scores on the chip, or, as before such kernels (``flash`` False), products in
 batches with kernels for scale, mask, softmax and dropout between them, whose scores go through memory and stay for the
 backward (`SCORES_FORWARD`, `SCORES_BACKWARD`, `SCORES_KEPT`; 16-bit scores, Korthikanti et al., section 4).
 
-Left out: the second all-gather of ``sequence`` before weight gradients (it runs beside the input gradient's product),
-and what a member holds twice at boundaries that do not divide.
+Left out: what a member holds twice at boundaries that do not divide.
 """
 
 from __future__ import annotations
@@ -26,11 +17,11 @@ import math
 from dataclasses import dataclass, field
 
 from mipipe.graphs.coarse.totals import operator_flops
-from mipipe.graphs.costs.fusion import Kernel, LiveTensor, kept, kernels, made_in_backward
-from mipipe.graphs.costs.split_rules import ATTENTION, SplitRules, fitting, split_rules
+from mipipe.graphs.costs.mode_collectives import ModeCollectives
+from mipipe.graphs.costs.split_rules import ATTENTION, SplitRules, fitting
+from mipipe.graphs.costs.trace_facts import TeamSplit, TraceFacts, heads_of, trace_facts
 from mipipe.graphs.modes import (
     Collective,
-    CollectiveKind,
     KeptBytes,
     Layout,
     ModeProfile,
@@ -51,56 +42,11 @@ SCORES_KEPT = 5
 """Bytes kept of it: softmax's result, dropout's mask and result."""
 
 
-@dataclass(frozen=True, slots=True)
-class TeamSplit:
-    """Degrees inside a team: ``tensor`` members share products and heads, ``context`` the sequence, ``expert`` the
-    banks. ``sequence``: activations between blocks are divided over the tensor members too."""
-
-    tensor: int = 1
-    context: int = 1
-    expert: int = 1
-    sequence: bool = False
-
-    @property
-    def mode(self) -> str:
-        return "sequence" if self.sequence else "tensor"
-
-
 @dataclass(slots=True)
 class _Work:
     products: list[Product] = field(default_factory=list)
-    collectives: list[Collective] = field(default_factory=list)
     moved: float = 0.0
     kernels: int = 0
-
-
-def heads_of(trace: SegmentTrace) -> tuple[int, int] | None:
-    """Query heads and key heads of a segment's attention; None where it has none."""
-    found = next((item for item in trace.phase_operators(Phase.F) if item.kind.startswith(ATTENTION)), None)
-    if found is None:
-        return None
-    specs = {item.name: item.outputs[0] for item in trace.operators} | trace.specs
-    query, key = (specs[name].shape for name in found.inputs[:2])
-    return query[1], key[1]
-
-
-@dataclass(frozen=True, slots=True)
-class TraceFacts:
-    """What estimates need to know of a trace, whatever the team: its rules, its kernels where they are fused (else
-    none), and what fused kernels keep, ``late`` of it from I on."""
-
-    rules: SplitRules
-    kernels: tuple[Kernel, ...]
-    kept: tuple[LiveTensor, ...]
-    late: frozenset[str]
-
-
-def trace_facts(trace: SegmentTrace, role: Role, *, fused: bool = True, attention_again: bool = False,
-                cut: bool | None = None) -> TraceFacts:
-    """The facts of one trace, as for `estimated_profile`."""
-    again = (f"{ATTENTION}.",) if attention_again else ()
-    return TraceFacts(split_rules(trace, role), tuple(kernels(trace)) if fused else (),
-                      tuple(kept(trace, again)) if (fused if cut is None else cut) else (), made_in_backward(trace))
 
 
 def estimated_profile(trace: SegmentTrace, role: Role, split: TeamSplit, *, fused: bool = True,
@@ -125,13 +71,13 @@ def estimated_profile(trace: SegmentTrace, role: Role, split: TeamSplit, *, fuse
     estimate = _Estimate(trace, role, rules, split, known, flash, attention_again)
     work = {phase: _Work() for phase in Phase if trace.has(phase)}
     estimate.compute(work, fused, attention_again)
-    estimate.talk(work)
+    talk = ModeCollectives(trace, role, rules, split).by_phase(work)
     axes = {name: size for name, size in (("expert", split.expert), ("context", split.context),
                                           ("tensor", split.tensor)) if size > 1}
     layout = Layout.SEQUENCE if split.context > 1 or (split.sequence and split.tensor > 1) else Layout.REPLICATED
     return ModeProfile(trace.digest, split.mode, axes, (layout,) * len(trace.inputs), (layout,) * len(trace.outputs),
                        estimate.parts(), estimate.resident(), estimate.kept(cut),
-                       {phase: estimate.phase_work(phase, made, fused) for phase, made in work.items()})
+                       {phase: estimate.phase_work(phase, made, talk[phase], fused) for phase, made in work.items()})
 
 
 @dataclass(slots=True)
@@ -232,80 +178,13 @@ class _Estimate:
         return Product(kind, 2 * rows * wide * deep, size * (rows * (wide + deep) + wide * deep),
                        min(rows, wide, deep))
 
-    def talk(self, work: dict[Phase, _Work]) -> None:
-        """The collectives of every phase."""
-        split = self.split
-        if split.tensor > 1:
-            self._tensor(work)
-        if split.context > 1 and heads_of(self.trace) is not None:
-            self._context(work)
-        if split.expert > 1 and self.rules.has("bank"):
-            for operator in self.trace.operators:
-                parameter = self.rules.products.get(operator.name)
-                if parameter is None or operator.phase is not Phase.F or self.rules.cuts[parameter] != "bank":
-                    continue
-                specs = {item.name: item.outputs[0] for item in self.trace.operators} | self.trace.specs
-                first = operator is self._banks()[0]
-                spec = specs[operator.inputs[0]] if first else operator.outputs[0]
-                size = -(-spec.num_bytes // (split.context * split.tensor))
-                if first or operator is self._banks()[-1]:
-                    for phase in (Phase.F, Phase.I):
-                        if phase in work:
-                            work[phase].collectives.append(Collective(CollectiveKind.ALL_TO_ALL, "expert", size))
-
-    def _banks(self) -> list[Operator]:
-        """The products of the forward with banks of experts."""
-        return [item for item in self.trace.phase_operators(Phase.F)
-                if self.rules.cuts.get(self.rules.products.get(item.name, ""), "") == "bank"]
-
-    def _tensor(self, work: dict[Phase, _Work]) -> None:
-        rows, columns = self.rules.has("rows"), self.rules.has("columns")
-        size = self._between()
-        kinds = CollectiveKind
-        back = work.get(Phase.I, work[Phase.F])
-        if self.split.sequence:
-            if columns:
-                work[Phase.F].collectives.append(Collective(kinds.ALL_GATHER, "tensor", size))
-                back.collectives.append(Collective(kinds.REDUCE_SCATTER, "tensor", size))
-            if rows:
-                work[Phase.F].collectives.append(Collective(kinds.REDUCE_SCATTER, "tensor", size))
-                work.get(Phase.I, work.get(Phase.W, work[Phase.F])).collectives.append(
-                    Collective(kinds.ALL_GATHER, "tensor", size))
-        else:
-            if rows:
-                work[Phase.F].collectives.append(Collective(kinds.ALL_REDUCE, "tensor", size))
-            if columns and Phase.I in work:
-                back.collectives.append(Collective(kinds.ALL_REDUCE, "tensor", size))
-            if self.rules.has("bank"):
-                work[Phase.F].collectives.append(Collective(kinds.ALL_GATHER, "tensor", size))
-                back.collectives.append(Collective(kinds.ALL_GATHER, "tensor", size))
-
-    def _between(self) -> int:
-        """Bytes of the activation between blocks, on one member of the context axis."""
-        floats = [self.trace.specs[name].num_bytes for name in self.trace.outputs
-                  if name in self.trace.specs and self.trace.specs[name].shape]
-        if self.role is Role.HEAD:
-            floats = [self.trace.specs[name].num_bytes for name in self.trace.inputs
-                      if "float" in self.trace.specs[name].dtype]
-        return -(-max(floats, default=0) // self.split.context)
-
-    def _context(self, work: dict[Phase, _Work]) -> None:
-        specs = {item.name: item.outputs[0] for item in self.trace.operators} | self.trace.specs
-        found = next(item for item in self.trace.phase_operators(Phase.F) if item.kind.startswith(ATTENTION))
-        size = sum(specs[name].num_bytes for name in found.inputs[1:3])
-        size = -(-size // (1 if specs[found.inputs[1]].shape[1] % self.split.tensor else self.split.tensor))
-        work[Phase.F].collectives.append(Collective(CollectiveKind.ALL_GATHER, "context", size))
-        if Phase.I in work:
-            work[Phase.I].collectives += [Collective(CollectiveKind.ALL_GATHER, "context", size),
-                                          Collective(CollectiveKind.REDUCE_SCATTER, "context", size)]
-
-    def phase_work(self, phase: Phase, made: _Work, fused: bool) -> PhaseWork:
+    def phase_work(self, phase: Phase, made: _Work, talk: list[Collective], fused: bool) -> PhaseWork:
         """A phase's work. Its workspace is the eager operators', divided as what the products by columns make; that of
         fused kernels stays on the chip, but for losses."""
         parts = self.split.context * self.split.tensor if self.rules.has("columns") else self.whole()
         alive = -(-self.trace.workspace_bytes.get(phase, 0) // parts) if self.role is Role.HEAD or not fused else 0
         return PhaseWork(sum(item.flops * item.count for item in made.products), round(made.moved), made.kernels,
-                         alive, tuple(made.products), tuple(made.collectives))
+                         alive, tuple(made.products), tuple(talk))
 
     def parts(self) -> tuple[ParameterPart, ...]:
         found = []

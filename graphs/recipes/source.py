@@ -16,7 +16,8 @@ from mipipe.graphs.models.sources import ModelSource
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.adapters import adapt
 from mipipe.graphs.recipes.expansion import expand, read_pairs
-from mipipe.graphs.recipes.lightening import KeptUnits, add_masks, add_probes, lighten
+from mipipe.graphs.recipes.importance import add_masks, add_probes
+from mipipe.graphs.recipes.lightening import KeptUnits, lighten
 from mipipe.graphs.recipes.objective import REFERENCE, RecipeLoss
 from mipipe.graphs.recipes.options import LossConfig, RecipeConfig, ReferenceConfig
 from mipipe.graphs.recipes.routers import RouterConfig, freeze_routers, with_z_loss

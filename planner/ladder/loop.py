@@ -20,7 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
-from mipipe.planner.ladder.race import ANNEALING, Race
+from mipipe.planner.ladder.harvest import ANNEALING
+from mipipe.planner.ladder.race import Race
 from mipipe.planner.ladder.state import Incumbent, Run
 
 FADING = 0.6

@@ -18,39 +18,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from mipipe.graphs.errors import InfeasibleError, MipipeError, PlanError
+from mipipe.graphs.errors import InfeasibleError
 from mipipe.planner.bounds.over_placements import Bound, facts_of, work_of
-from mipipe.planner.execution.steps import schedule_period
-from mipipe.planner.how import then
-from mipipe.planner.jobs import paths
-from mipipe.planner.jobs.arrays import Instance, build, orders_from, to_array, with_mirrors
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.jobs.rank_clocks import on_rank_clocks
-from mipipe.planner.jobs.stages import StageView, view
+from mipipe.planner.jobs.stages import view
 from mipipe.planner.ladder.admission import enter, has_plan
-from mipipe.planner.ladder.candidate import Candidate, judge
 from mipipe.planner.ladder.large import check_s
+from mipipe.planner.ladder.period_entry import LISTED, PeriodEntry, enter_period, enter_published, harvest_period, take
 from mipipe.planner.ladder.repeating import RUNG as REPEATED
 from mipipe.planner.ladder.repeating import short_instance
-from mipipe.planner.ladder.state import Incumbent, Run
+from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlacementName
 from mipipe.planner.placements.feasible import why_infeasible
 from mipipe.planner.placements.shapes import propose_shapes, resident_fits
-from mipipe.planner.plan import Placement, Schedule
+from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.schedules import BASELINES
 from mipipe.planner.search import annealing, best_list, quotas
-from mipipe.planner.search.annealing import Search
 from mipipe.planner.search.lists import Orders
 from mipipe.planner.search.repeat import stretched
 
-LISTED, REPEATING = 0.3, 0.6
-"""Shares of the time limit after which no more placements are scheduled by list, and no more short steps repeated as
-lists give them."""
+REPEATING = 0.6
+"""Share of the time limit after which no more short steps are repeated as lists give them."""
 
 FIRST: tuple[PlacementName, ...] = ("v", "wave", "interleaved", "chain")
 """Shapes that are looked at before all others: without a barrier the first two lose the least."""
@@ -63,21 +55,6 @@ SLICE_S, MOST_S = 0.5, 5.0
 
 SHORT = (5, 6, 4, 8)
 """Microbatches for every two ranks of the short steps whose middles are repeated, in turns."""
-
-
-@dataclass(slots=True)
-class PeriodEntry:
-    """A placement in the race: its search on the ranks' clocks, and the period of the best schedule found there; the
-    lines of its instance, where quotas fit it, and the best rule so far (`mipipe.planner.search.quotas`); the searches
-    of its short steps, by their microbatches."""
-
-    candidate: Candidate
-    search: Search
-    period_ns: int = 1 << 62
-    seen_ns: int = 1 << 62
-    lines: quotas.Lines | None = None
-    rule: quotas.QuotaRule | None = None
-    shorts: dict[int, Search] = field(default_factory=dict)
 
 
 def climb(run: Run) -> None:
@@ -93,10 +70,10 @@ def climb(run: Run) -> None:
         if run.left < (1 - LISTED) * run.options.time_limit_s:
             break
         if resident_fits(run.problem, placement):
-            entry = _enter(run, view(run.problem, placement))
+            entry = enter_period(run, view(run.problem, placement))
             entries += [] if entry is None else [entry]
     if run.options.use_baselines:
-        _published(run, entries)
+        enter_published(run, entries)
     if not entries:
         entries = _with_room(run)
     if not entries:
@@ -120,7 +97,8 @@ def _with_room(run: Run) -> list[PeriodEntry]:
     """
     enter(run)
     known, run.candidates, run.best = run.candidates, [], None
-    made = [_enter(run, found.view, found.best.schedule, found.proposer) for found in known if found.best is not None]
+    made = [enter_period(run, found.view, found.best.schedule, found.proposer) for found in known
+            if found.best is not None]
     return [entry for entry in made if entry is not None]
 
 
@@ -142,7 +120,7 @@ def _repeat_lists(run: Run, pool: ThreadPoolExecutor, live: list[PeriodEntry]) -
             some = live[at:at + run.options.threads]
             made = [(entry, pool.submit(_repeat, run, entry, 0.0, run.options.seed + size)) for entry in some]
             for entry, job in made:
-                _take(run, entry, job.result(), REPEATED)
+                take(run, entry, job.result(), REPEATED)
 
 
 def _round(run: Run, pool: ThreadPoolExecutor, live: list[PeriodEntry], seconds: float, turn: int) -> None:
@@ -154,19 +132,12 @@ def _round(run: Run, pool: ThreadPoolExecutor, live: list[PeriodEntry], seconds:
     try:
         for entry, job in zip(live, annealed, strict=True):
             job.result()
-            _harvest(run, entry)
+            harvest_period(run, entry)
         for entry, made in ((entry, other.result()) for entry, other in tuned):
-            _take(run, entry, made, names[1 - turn % 2])
+            take(run, entry, made, names[1 - turn % 2])
     except BaseException:
         run.stopped = True
         raise
-
-
-def _take(run: Run, entry: PeriodEntry, made: Orders | None, rung: str) -> None:
-    """Let the search of a placement go on from orders that something else made, if they are better."""
-    if made is not None and made.makespan_ns < entry.search.best.makespan_ns:
-        entry.search.best, entry.search.origin, entry.candidate.searched = made, "", (rung,)
-        _harvest(run, entry, rung=rung)
 
 
 def _tune(run: Run, entry: PeriodEntry, seconds: float, seed: int) -> Orders | None:
@@ -226,81 +197,6 @@ def period_bound(problem: PlanningProblem) -> Bound:
                       f"work of the {stream.value} stream over {problem.num_ranks} devices")
         best = max(best, found, key=lambda bound: bound.ns)
     return best
-
-
-def _enter(run: Run, stage_view: StageView, schedule: Schedule | None = None,
-           proposer: tuple[str, ...] = ()) -> PeriodEntry | None:
-    """A placement with its first schedule, the best list's where none is given; None where none fits the memory."""
-    try:
-        instance = on_rank_clocks(build(stage_view))
-    except PlanError:
-        return None
-    orders = (best_list.best_list(instance, run.options.seed) if schedule is None
-              else orders_of_schedule(instance, schedule))
-    if orders is None:
-        return None
-    load = int(np.bincount(instance.machine, weights=instance.dur).max())
-    found = Candidate(stage_view, Bound(load, "work of the busiest rank"), False, instance,
-                      proposer=proposer or (f"shape {stage_view.placement.name}",))
-    entry = PeriodEntry(found, annealing.start(instance, orders, run.options.seed + 1, load),
-                        lines=quotas.lines_of(instance))
-    found.searched = proposer or ("list",)
-    _harvest(run, entry, schedule)
-    return entry if found.best is not None else None
-
-
-def orders_of_schedule(instance: Instance, schedule: Schedule) -> Orders | None:
-    """A schedule's orders with their makespan on the instance's clocks; None where they deadlock or overfill memory."""
-    seq, length = to_array(orders_from(instance, schedule)), instance.lengths()
-    spare = [np.zeros(instance.size, dtype=np.int64) for _ in range(4)]
-    makespan = paths.times(seq, length, instance.dur, instance.succ_ptr, instance.succ, instance.lag, instance.waits,
-                             *spare)
-    fits = all(paths.memory_fits(seq, k, 0, length[k] - 1, 0, instance.alloc, instance.free, instance.work,
-                                   instance.cap[instance.rank[seq[k, 0]]]) for k in range(len(seq)))
-    return Orders(seq, length, int(makespan)) if makespan >= 0 and fits else None
-
-
-def _published(run: Run, entries: list[PeriodEntry]) -> None:
-    """Published schedules within the limits: starts where they beat the lists of their placements."""
-    for baseline in BASELINES:
-        if run.left < (1 - LISTED) * run.options.time_limit_s:
-            return
-        try:
-            known = baseline.plan(run.problem, split=True)
-        except MipipeError:
-            continue
-        if run.options.placement not in ("free", known.placement.name) or not resident_fits(run.problem,
-                                                                                           known.placement):
-            continue
-        entry = _enter(run, view(run.problem, known.placement), known.schedule, (f"published {baseline.name}",))
-        if entry is not None:
-            entries.append(entry)
-
-
-def _harvest(run: Run, entry: PeriodEntry, schedule: Schedule | None = None, rung: str = "annealing") -> None:
-    """Judge the best orders of a placement if they are new, and take their plan where its period is the shortest.
-
-    ``rung``: what made them, if they are not the first.
-    """
-    orders, found = entry.search.best, entry.candidate
-    if orders.makespan_ns >= entry.seen_ns:
-        return
-    entry.seen_ns = orders.makespan_ns
-    schedule = schedule or with_mirrors(found.instance, orders.lists())
-    judged = judge(found.view, schedule)
-    if not judged.fits:
-        return
-    period = schedule_period(found.view, schedule)
-    if period >= entry.period_ns:
-        return
-    found.lineage = found.searched if found.best is None else then(found.searched, rung)
-    entry.period_ns, found.best, found.rung = period, judged, found.lineage[-1]
-    if run.best is None or period < run.period_ns:
-        run.best, run.period_ns = found, period
-        run.history.append(Incumbent(run.seconds, judged.makespan_ns, found.rung, found.placement.name))
-        run.report(f"period {period / run.problem.unit_ns:g}" if run.problem.unit_ns != 1 else "period")
-    if found not in run.candidates:
-        run.candidates.append(found)
 
 
 def _closed(run: Run) -> bool:

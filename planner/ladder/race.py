@@ -13,21 +13,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from mipipe.planner import clock
-from mipipe.planner.jobs import paths
-from mipipe.planner.jobs.arrays import orders_from, to_array
-from mipipe.planner.ladder.admission import RESERVES, reserve, start_again
-from mipipe.planner.ladder.candidate import Candidate, first_orders, judge, judge_orders, offer_judged
+from mipipe.planner.ladder.admission import start_again
+from mipipe.planner.ladder.candidate import Candidate
+from mipipe.planner.ladder.harvest import Worker, harvest
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.search import annealing, pair_search
-from mipipe.planner.search.lift import lift
-from mipipe.planner.search.lists import Orders
 from mipipe.planner.search.pair_search import PairSearch
-
-ANNEALING = "annealing"
-"""What the searches are called where a plan says how it came about."""
 
 FINALISTS = 2
 """Placements that share the time after the elimination rounds: the winner is among the first two nearly always."""
@@ -40,11 +32,6 @@ TRIAL_S = 1.0
 
 FIRST, LONGEST = 0.18, 5.0
 """Seconds of a slice before the first round, and of the longest: every round's are 1.7 times as long."""
-
-JUDGE_S = 8e-6
-"""Seconds that judging a schedule takes for each of its actions, about."""
-JUDGE_LATE, JUDGE_LATE_S = 0.05, 0.5
-"""How far beyond the limit a schedule may still be judged: a share of it, and seconds."""
 
 OUTLINE = 0.6
 """Share of the time limit in which problems with a collective stream are searched without it."""
@@ -60,10 +47,6 @@ LAST = 0.4
 
 LEAST = 0.15
 """Share of the time limit that must be left for a last round (`mipipe.planner.search.annealing.finish`)."""
-
-
-Worker = annealing.Search | PairSearch
-"""A search at a candidate's placement, without overlapped pairs or with them."""
 
 
 @dataclass(slots=True)
@@ -194,7 +177,7 @@ def _round(run: Run, pool: ThreadPoolExecutor, waiting: list[tuple[Candidate, Wo
         for future in done:
             found, worker = busy.pop(future)
             future.result()
-            _harvest(run, found, worker)
+            harvest(run, found, worker)
 
 
 def _advance(worker: Worker, seconds: float, stop: Callable[[], bool]) -> bool:
@@ -229,81 +212,3 @@ def _worker(run: Run, found: Candidate) -> Worker:
     if outline is None or outline.finished or run.seconds > OUTLINE * run.options.time_limit_s:
         return found.search
     return found.search if outline.rounds > OUTLINE_ROUNDS and outline.instance.size >= annealing.LARGE else outline
-
-
-def _time_to_judge(run: Run, found: Candidate) -> bool:
-    """Whether a schedule of this size is judged in what is left of the limit, and a little more."""
-    problem = found.view.problem
-    actions = 3 * found.view.num_stages * problem.num_microbatches
-    limit = run.options.time_limit_s
-    return actions * JUDGE_S <= limit - run.seconds + JUDGE_LATE * limit + JUDGE_LATE_S
-
-
-def _harvest(run: Run, found: Candidate, worker: Worker) -> None:
-    """Judge what a search found since last time; where values in flight overfill a rank, search with less memory."""
-    if isinstance(worker, PairSearch):
-        _harvest_pairs(run, found, worker)
-        return
-    orders = worker.best
-    if worker.instance is not found.instance:
-        lifted = _lift(found, worker)
-        if lifted is None:
-            return
-        orders = lifted
-    if orders.makespan_ns >= found.seen_ns or not (found.exact or _time_to_judge(run, found)):
-        return
-    found.seen_ns = orders.makespan_ns
-    judged = judge_orders(found, orders)
-    if judged.fits:
-        offer_judged(found, judged, ANNEALING, (worker.origin,) if worker.origin else found.searched)
-        run.note(found, ANNEALING)
-    elif found.reserved < RESERVES:
-        found.reserved += 1
-        reserve(found, judged)
-        found.seen_ns = found.makespan_ns
-        found.helpers.clear()
-        known = _known(found)
-        again = known or first_orders(found, compiled=True, seed=run.options.seed + found.reserved)
-        if again is not None:
-            found.searched = found.lineage if known is not None else ("list",)
-            found.search = annealing.start(found.instance, again, run.options.seed + found.reserved, found.bound.ns)
-
-
-def _harvest_pairs(run: Run, found: Candidate, worker: PairSearch) -> None:
-    """The same for a search with overlapped pairs."""
-    if worker.best.makespan_ns >= worker.seen_ns or not _time_to_judge(run, found):
-        return
-    worker.seen_ns = worker.best.makespan_ns
-    judged = judge(found.view, pair_search.to_schedule(worker, worker.best))
-    if judged.fits:
-        offer_judged(found, judged, ANNEALING, found.searched)
-        run.note(found, ANNEALING)
-    elif worker.reserved < RESERVES:
-        excess = np.array(judged.excess_bytes)
-        pair_search.reserve(worker, np.maximum(excess, excess[::-1]) if found.halved else excess)
-
-
-def _lift(found: Candidate, worker: annealing.Search) -> Orders | None:
-    """The whole orders of what a search without collectives has found since last time, if they are the best so far."""
-    assert found.search is not None
-    if worker.best.makespan_ns >= found.seen_outline_ns:
-        return None
-    found.seen_outline_ns = worker.best.makespan_ns
-    lifted = lift(found.instance, worker.instance, worker.best)
-    if lifted is None or lifted.makespan_ns >= found.search.best.makespan_ns:
-        return None
-    found.search.best, found.search.origin = lifted, worker.origin
-    return lifted
-
-
-def _known(found: Candidate) -> Orders | None:
-    """The candidate's best schedule as orders, if it is within the reduced memory."""
-    if found.best is None or found.halved or found.best.schedule.has_pairs:
-        return None
-    seq, instance = to_array(orders_from(found.instance, found.best.schedule)), found.instance
-    length = instance.lengths()
-    for k in range(instance.num_machines):
-        cap = instance.cap[instance.rank[seq[k, 0]]]
-        if not paths.memory_fits(seq, k, 0, length[k] - 1, 0, instance.alloc, instance.free, instance.work, cap):
-            return None
-    return Orders(seq, length, found.makespan_ns)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-from mipipe.graphs.costs.estimate_modes import TeamSplit
+from mipipe.graphs.costs.trace_facts import TeamSplit
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import STRICT
 

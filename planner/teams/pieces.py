@@ -12,8 +12,8 @@ from typing import Any
 
 from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph
 from mipipe.graphs.coarse.totals import model_flops
-from mipipe.graphs.costs.estimate_modes import heads_of
 from mipipe.graphs.costs.split_rules import indivisible, split_rules
+from mipipe.graphs.costs.trace_facts import heads_of
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role
 from mipipe.planner.teams.degrees import Degrees

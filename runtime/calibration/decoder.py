@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTensor
-from mipipe.graphs.models.configuration import know_converted
+from mipipe.runtime.calibration.empty_decoder import empty_decoder, layer_stack
 from mipipe.runtime.merge.output.verify import Loaded, loaded_tensors
 from mipipe.runtime.merge.programs.router import quiet_transformers
 
@@ -47,12 +47,12 @@ class Decoder:
             InputError: transformers makes no causal language model of it.
         """
         self.label, self._read, self._rows, self._dtype = label, read, rows, dtype
-        self.model = _empty_model(label, folder, dtype)
+        self.model = empty_decoder(label, folder, dtype)
         files = CheckpointFiles(folder, {}, {name: dataclasses.replace(tensor, name=name)
                                              for name, tensor in tensors.items()}, "")
         self._loaded: dict[str, Loaded] = loaded_tensors(files, self.model)
         self._own = {name: tuple(value.shape) for name, value in self.model.state_dict(keep_vars=True).items()}
-        stack, self._at, self._name = _layers(self.model, label)
+        stack, self._at, self._name = layer_stack(self.model, label)
         self._stack: nn.ModuleList = stack
         self.layers = len(stack)
         self.embedding = self.model.get_input_embeddings()
@@ -266,48 +266,3 @@ def _passing(stack: nn.ModuleList, states: Tensor | None, tuples: bool, seen: li
 def _is_parameter(model: nn.Module, own: str) -> bool:
     path, _, name = own.rpartition(".")
     return name in model.get_submodule(path)._parameters
-
-
-def _empty_model(label: str, folder: str, dtype: torch.dtype) -> Any:
-    """The config's causal language model without weights; buffers that are computed are there."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    know_converted(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        config.dtype = dtype
-        with quiet_transformers(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(  # experts: kernels that take any dtype and sum in one order
-                config, attn_implementation="sdpa", experts_implementation="eager", trust_remote_code=False).eval()
-        _compute_buffers(model)
-    except Exception as error:
-        raise InputError(f"{label}: cannot be run for calibration: transformers makes no causal language model of it"
-                         f" ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
-    return model.to(dtype) if dtype is torch.float64 else model
-
-
-def _compute_buffers(model: Any) -> None:
-    """Give buffers that are no weights (rotary frequencies, scales) their values, as transformers does on loading."""
-    saved = set(model.state_dict())
-    for path, module in model.named_modules():
-        names = [name for name, value in module.named_buffers(recurse=False)
-                 if value.is_meta and f"{path}.{name}".lstrip(".") not in saved]
-        for name in names:
-            value = module._buffers[name]
-            module._buffers[name] = torch.zeros(value.shape, dtype=value.dtype)
-        if names:
-            if "RotaryEmbedding" in type(module).__name__ and hasattr(module, "config"):
-                fresh = type(module)(config=module.config)
-                for name, value in fresh.named_buffers(recurse=False):
-                    module._buffers[name] = value
-            else:
-                model._init_weights(module)
-
-
-def _layers(model: Any, label: str) -> tuple[nn.ModuleList, Any, str]:
-    """The stack of decoder layers, the module that runs it, and the stack's name."""
-    number = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == number and number:
-            return module, model.get_submodule(path.rpartition(".")[0]), path
-    raise InputError(f"{label}: cannot be run for calibration: {type(model).__name__} has no stack of {number} layers")

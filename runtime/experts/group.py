@@ -10,7 +10,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.plan import Plan
 from mipipe.runtime.engine.comm import Waits
-from mipipe.runtime.engine.compiling.stage import Counters
+from mipipe.runtime.engine.compiling.stage_calls import Counters
 from mipipe.runtime.engine.mesh import Mesh
 from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.experts.exchange import Exchange, check_map, contiguous_map

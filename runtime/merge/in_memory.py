@@ -12,7 +12,8 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.build import build
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTensor
 from mipipe.graphs.merging.graph import MergeUnit
-from mipipe.graphs.merging.recipes.recipe import MergeRecipe, parse_recipe
+from mipipe.graphs.merging.recipes.read import parse_recipe
+from mipipe.graphs.merging.recipes.recipe import MergeRecipe
 from mipipe.planner.merging.costs import MergeRates
 from mipipe.planner.merging.lower import lower_rank
 from mipipe.planner.merging.plan import plan_merge

@@ -26,7 +26,8 @@ from mipipe.graphs.merging.build import build
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, read_checkpoint
 from mipipe.graphs.merging.graph import MergeGraph
 from mipipe.graphs.merging.recipes.moe_recipe import MoeRecipe, build_moe, dry_router, read_moe_recipe
-from mipipe.graphs.merging.recipes.recipe import MergeRecipe, read_recipes
+from mipipe.graphs.merging.recipes.read import read_recipes
+from mipipe.graphs.merging.recipes.recipe import MergeRecipe
 from mipipe.graphs.serialize import load_data
 from mipipe.planner.merging.costs import rates_to_run
 from mipipe.planner.merging.plan import SHARD_BYTES, MergePlan, plan_chain, plan_graph, plan_recipe

@@ -20,18 +20,8 @@ from torch import Tensor, nn
 from mipipe.graphs.errors import RunError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.adapters import DOWN, UP, AdapterConfig, is_adapter
-from mipipe.graphs.recipes.lightening import (
-    MASK,
-    PROBE,
-    Cuts,
-    KeptUnits,
-    add_penalty,
-    choose_kept,
-    cut,
-    cuts_of,
-    is_light,
-    uncut,
-)
+from mipipe.graphs.recipes.importance import MASK, PROBE, add_penalty, is_light
+from mipipe.graphs.recipes.lightening import Cuts, KeptUnits, choose_kept, cut, cuts_of, uncut
 from mipipe.graphs.recipes.source import KEPT, STAGE, recipe_of
 from mipipe.graphs.serialize import from_data, save, to_data
 from mipipe.runtime.engine.engine import Engine

@@ -16,7 +16,7 @@ from mipipe.graphs.models.sources import open_source
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.adapters import initial, is_adapter
 from mipipe.graphs.recipes.expansion import first_value, is_expansion
-from mipipe.graphs.recipes.lightening import MASK, is_light
+from mipipe.graphs.recipes.importance import MASK, is_light
 from mipipe.graphs.recipes.objective import REFERENCE
 from mipipe.graphs.recipes.options import LossConfig, RecipeConfig
 from mipipe.graphs.recipes.source import recipe_of, with_recipe

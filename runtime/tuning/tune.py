@@ -21,7 +21,8 @@ import numpy as np
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.recipes.paths import beside_recipe
-from mipipe.graphs.merging.recipes.recipe import MergeRecipe, parse_recipe
+from mipipe.graphs.merging.recipes.read import parse_recipe
+from mipipe.graphs.merging.recipes.recipe import MergeRecipe
 from mipipe.graphs.serialize import yaml_documents
 from mipipe.graphs.tuning.space import SearchSpace, space_of
 from mipipe.planner.merging.plan import MergePlan, plan_recipe

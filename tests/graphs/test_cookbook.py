@@ -7,7 +7,7 @@ import pytest
 from mipipe.graphs.converting.recipe import METHODS, read_convert_recipe
 from mipipe.graphs.merging.methods import RECIPE_NAMES
 from mipipe.graphs.merging.recipes.moe_recipe import read_moe_recipe
-from mipipe.graphs.merging.recipes.recipe import read_recipes
+from mipipe.graphs.merging.recipes.read import read_recipes
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 RECIPES = sorted((DOCS / "recipes").glob("*.yaml"))

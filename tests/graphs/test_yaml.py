@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mipipe.cli.capture import parse_settings
 from mipipe.graphs.cluster import load_cluster
-from mipipe.graphs.merging.recipes.recipe import read_recipes
+from mipipe.graphs.merging.recipes.read import read_recipes
 from mipipe.graphs.serialize import load_data, yaml_text, yaml_value
 from mipipe.runtime.train.config import read_train_config
 

@@ -11,10 +11,10 @@ import pytest
 from mipipe.planner.ladder import loop as loop_module
 from mipipe.planner.ladder.admission import admit_placement
 from mipipe.planner.ladder.candidate import candidate, judge
+from mipipe.planner.ladder.harvest import ANNEALING
 from mipipe.planner.ladder.inherit import inherit
 from mipipe.planner.ladder.loop import HOPE, Activity, gains, loop
 from mipipe.planner.ladder.proposals import finest, replicas_fit
-from mipipe.planner.ladder.race import ANNEALING
 from mipipe.planner.ladder.state import Incumbent, Run
 from mipipe.planner.milp.placement.shares import propose_beyond
 from mipipe.planner.options import PlanOptions

@@ -14,7 +14,8 @@ from mipipe.planner.jobs.arrays import build, with_mirrors
 from mipipe.planner.jobs.rank_clocks import offsets, on_rank_clocks
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
-from mipipe.planner.ladder.period import _enter, _repeat, orders_of_schedule, period_bound
+from mipipe.planner.ladder.period import _repeat, period_bound
+from mipipe.planner.ladder.period_entry import enter_period, orders_of_schedule
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.shapes import propose_shapes
@@ -105,7 +106,7 @@ def test_a_short_step_with_its_middle_repeated_is_a_step_of_all_microbatches() -
     """Valid, within memory, and where the short step has no idle time the long one has hardly any."""
     problem = uniform_problem(ranks=2, microbatches=18, f=10, i=12, w=7, comm=1, activations=4, copies=1, layers=4)
     run = Run(problem, PlanOptions(time_limit_s=20, objective="period"))
-    entry = _enter(run, view(problem, next(propose_shapes(problem, "v"))))
+    entry = enter_period(run, view(problem, next(propose_shapes(problem, "v"))))
     assert entry is not None
     for turn in range(2):  # steps of 5 and 6 microbatches
         orders = _repeat(run, entry, 0.05, turn)

@@ -13,7 +13,7 @@ from merge_fixtures import in_threads
 
 import mipipe
 from mipipe.graphs.errors import InfeasibleError, InputError, RunError
-from mipipe.graphs.merging.recipes.recipe import parse_recipe
+from mipipe.graphs.merging.recipes.read import parse_recipe
 from mipipe.graphs.serialize import load
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.merging.lower import lower_merge

@@ -7,7 +7,7 @@ import pytest
 import torch
 from merge_fixtures import read, state, write
 
-from mipipe.graphs.merging.recipes.recipe import read_recipes
+from mipipe.graphs.merging.recipes.read import read_recipes
 from mipipe.runtime.merge.launch import merge
 
 RECIPES = Path(__file__).resolve().parents[2] / "docs" / "recipes"

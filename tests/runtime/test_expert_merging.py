@@ -77,7 +77,7 @@ def test_ranks_do_not_show(place, tmp_path, budget):
 
 def test_the_loss_is_what_it_says_and_a_zero_change_has_no_gradient(place):
     """Against transformers' own forward of the merged weights; the gradient against differences."""
-    from mipipe.graphs.merging.recipes.recipe import parse_recipe
+    from mipipe.graphs.merging.recipes.read import parse_recipe
     from mipipe.planner.merging.plan import plan_recipe
     from mipipe.runtime.merge.calibrate import open_decoder
     from mipipe.runtime.merge.sources import Surroundings

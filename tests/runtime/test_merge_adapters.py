@@ -8,7 +8,7 @@ from merge_fixtures import read, trio
 from safetensors.torch import save_file
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merging.recipes.recipe import parse_recipe
+from mipipe.graphs.merging.recipes.read import parse_recipe
 from mipipe.runtime.merge.launch import MergeOptions, merge
 
 

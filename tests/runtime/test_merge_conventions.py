@@ -8,7 +8,7 @@ from merge_numbers import deltas, merged
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.build import build
-from mipipe.graphs.merging.recipes.recipe import parse_recipe
+from mipipe.graphs.merging.recipes.read import parse_recipe
 from mipipe.runtime.merge.methods import projective
 from mipipe.runtime.merge.methods.disentangle import ranks, scores
 

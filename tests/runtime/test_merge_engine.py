@@ -9,7 +9,7 @@ from merge_fixtures import PARAMETERS, read, recipe_for, trio
 
 from mipipe.graphs.merging.method_spec import Scope
 from mipipe.graphs.merging.passes import is_whole, num_rounds, scope_of
-from mipipe.graphs.merging.recipes.recipe import parse_recipe
+from mipipe.graphs.merging.recipes.read import parse_recipe
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.merging import costs as merge_costs
 from mipipe.planner.merging import steps

@@ -10,7 +10,7 @@ from merge_fixtures import CONFIG, read, state, trio, write
 from safetensors.torch import load_file, save_file
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merging.recipes.recipe import parse_recipe
+from mipipe.graphs.merging.recipes.read import parse_recipe
 from mipipe.runtime.merge.launch import MergeOptions, merge
 
 MODULES = {"model.layers.0.self_attn.q_proj": (8, 8), "model.layers.1.self_attn.q_proj": (8, 8),

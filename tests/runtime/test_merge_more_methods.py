@@ -10,7 +10,7 @@ from merge_numbers import deltas, merged
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.merging import methods
 from mipipe.graphs.merging.method_spec import Parameter
-from mipipe.graphs.merging.recipes.recipe import parse_recipe
+from mipipe.graphs.merging.recipes.read import parse_recipe
 from mipipe.runtime.merge.in_memory import merge_state_dicts
 from mipipe.runtime.merge.methods import own, projective, spectral
 from mipipe.runtime.merge.methods.method import Round

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from mipipe.cli.main import app
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merging.recipes.recipe import parse_recipe
+from mipipe.graphs.merging.recipes.read import parse_recipe
 from mipipe.graphs.serialize import load
 from mipipe.planner.timeline import Timeline
 from mipipe.runtime.merge import parts as parts_module

@@ -12,7 +12,7 @@ from merge_fixtures import read, state, trio, write
 from safetensors.torch import load_file, save_file
 
 from mipipe.graphs.errors import InputError, RunError
-from mipipe.graphs.merging.recipes.recipe import parse_recipe
+from mipipe.graphs.merging.recipes.read import parse_recipe
 from mipipe.runtime.merge import MergeOptions, merge, merge_state_dicts
 from mipipe.runtime.merge.programs.transplant import matching_pursuit, transplanted
 

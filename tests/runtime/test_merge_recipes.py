@@ -10,7 +10,7 @@ from merge_fixtures import read, state, trio, write
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.build import build
 from mipipe.graphs.merging.checkpoints.hub_cache import cached_model, split_label
-from mipipe.graphs.merging.recipes.recipe import parse_recipe, read_recipes
+from mipipe.graphs.merging.recipes.read import parse_recipe, read_recipes
 from mipipe.graphs.merging.tokens.chat_templates import NAMED
 from mipipe.runtime.merge.launch import MergeOptions, merge
 

@@ -16,7 +16,7 @@ from merge_fixtures import in_threads, read, recipe_for, state, trio, write
 
 from mipipe.graphs.errors import InfeasibleError
 from mipipe.graphs.merging.method_spec import Scope
-from mipipe.graphs.merging.recipes.recipe import parse_recipe
+from mipipe.graphs.merging.recipes.read import parse_recipe
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify, layer_index
 from mipipe.planner.merging.plan import SHARD_BYTES, plan_recipe
 from mipipe.runtime.merge import forked

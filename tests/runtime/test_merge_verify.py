@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from mipipe.cli.main import app
 from mipipe.graphs.errors import RunError
-from mipipe.graphs.merging.recipes.recipe import parse_recipe
+from mipipe.graphs.merging.recipes.read import parse_recipe
 from mipipe.runtime.merge.launch import MergeOptions, merge
 from mipipe.runtime.merge.output import opened, verify
 from mipipe.runtime.merge.output.verifier import Verifier

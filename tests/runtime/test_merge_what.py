@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.build import build
 from mipipe.graphs.merging.checkpoints.files import read_checkpoint
-from mipipe.graphs.merging.recipes.recipe import parse_recipe
+from mipipe.graphs.merging.recipes.read import parse_recipe
 from mipipe.runtime.merge.launch import MergeOptions, merge
 
 

@@ -10,7 +10,7 @@ import pytest
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.named_code import import_named
 from mipipe.runtime import worker
-from mipipe.runtime.worker import ProgressBar
+from mipipe.runtime.train.launching.telling import ProgressBar
 
 
 def told(capsys: pytest.CaptureFixture[str], steps: int, seconds: float, monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -10,16 +10,8 @@ from test_recipe_expansion import COUNT, ROWS, UNITS, WIDTH, Model
 from mipipe.graphs.capture.model import capture_module
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.recipes.adapters import AdapterConfig, adapt
-from mipipe.graphs.recipes.lightening import (
-    Importance,
-    add_masks,
-    add_penalty,
-    add_probes,
-    choose_kept,
-    cut,
-    lighten,
-    uncut,
-)
+from mipipe.graphs.recipes.importance import Importance, add_masks, add_penalty, add_probes
+from mipipe.graphs.recipes.lightening import choose_kept, cut, lighten, uncut
 from mipipe.runtime.engine.engine import Engine
 
 X = torch.randn(ROWS * COUNT, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3))

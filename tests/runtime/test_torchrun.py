@@ -36,11 +36,11 @@ from mipipe.runtime.train.data import make_batches
 from mipipe.runtime.train.launching.elastic import lost_ranks, remaining, train_elastic
 from mipipe.runtime.train.launching.failures import explain_failure
 from mipipe.runtime.train.launching.launch import torchrun_command, train
+from mipipe.runtime.train.launching.telling import report
 from mipipe.runtime.train.models import initial_weights
 from mipipe.runtime.train.training import Trainer
 from mipipe.runtime.weights.checkpoint_folder import complete, read_state, verify
 from mipipe.runtime.weights.stored_weights import stored_places
-from mipipe.runtime.worker import report
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 

@@ -27,7 +27,7 @@ from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.graphs.merging.passes import scope_of
 from mipipe.graphs.merging.recipes.recipe import AdapterRule
 from mipipe.graphs.serialize import write_text
-from mipipe.runtime.merge.engine import as_stored, refuse_infinite
+from mipipe.runtime.merge.finite import as_stored, refuse_infinite
 from mipipe.runtime.merge.methods.method import merge_tensors
 from mipipe.runtime.merge.methods.registry import BY_METHOD
 from mipipe.runtime.merge.methods.spectral import svd

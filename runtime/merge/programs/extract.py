@@ -21,7 +21,7 @@ from mipipe.graphs.merging.participants import TOKEN_TABLES, tied_head
 from mipipe.graphs.merging.passes import scope_of
 from mipipe.graphs.merging.recipes.recipe import AdapterRule
 from mipipe.graphs.merging.tensor_classes import TensorClass
-from mipipe.runtime.merge.engine import as_stored, refuse_infinite
+from mipipe.runtime.merge.finite import as_stored, refuse_infinite
 from mipipe.runtime.merge.methods.method import merge_piece
 from mipipe.runtime.merge.methods.registry import BY_METHOD
 from mipipe.runtime.merge.methods.spectral import svd

@@ -9,9 +9,10 @@ import pytest
 from conftest import CONFIG
 
 from mipipe.graphs.capture.model import capture
-from mipipe.graphs.costs.estimate_modes import TeamSplit, estimated_profile, heads_of
+from mipipe.graphs.costs.estimate_modes import estimated_profile
 from mipipe.graphs.costs.fusion import kept
 from mipipe.graphs.costs.split_rules import indivisible, split_rules
+from mipipe.graphs.costs.trace_facts import TeamSplit, heads_of
 from mipipe.graphs.modes import CollectiveKind
 from mipipe.graphs.operator_graph import Phase, Role
 from mipipe.graphs.sharding.modes import with_modes

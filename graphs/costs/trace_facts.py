@@ -1,0 +1,53 @@
+"""What estimates of modes know of a trace whatever the team, and the degrees inside a team."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mipipe.graphs.costs.fusion import Kernel, LiveTensor, kept, kernels, made_in_backward
+from mipipe.graphs.costs.split_rules import ATTENTION, SplitRules, split_rules
+from mipipe.graphs.operator_graph import Phase, Role, SegmentTrace
+
+
+@dataclass(frozen=True, slots=True)
+class TeamSplit:
+    """Degrees inside a team: ``tensor`` members share products and heads, ``context`` the sequence, ``expert`` the
+    banks. ``sequence``: activations between blocks are divided over the tensor members too."""
+
+    tensor: int = 1
+    context: int = 1
+    expert: int = 1
+    sequence: bool = False
+
+    @property
+    def mode(self) -> str:
+        return "sequence" if self.sequence else "tensor"
+
+
+def heads_of(trace: SegmentTrace) -> tuple[int, int] | None:
+    """Query heads and key heads of a segment's attention; None where it has none."""
+    found = next((item for item in trace.phase_operators(Phase.F) if item.kind.startswith(ATTENTION)), None)
+    if found is None:
+        return None
+    specs = {item.name: item.outputs[0] for item in trace.operators} | trace.specs
+    query, key = (specs[name].shape for name in found.inputs[:2])
+    return query[1], key[1]
+
+
+@dataclass(frozen=True, slots=True)
+class TraceFacts:
+    """What estimates need to know of a trace, whatever the team: its rules, its kernels where they are fused (else
+    none), and what fused kernels keep, ``late`` of it from I on."""
+
+    rules: SplitRules
+    kernels: tuple[Kernel, ...]
+    kept: tuple[LiveTensor, ...]
+    late: frozenset[str]
+
+
+def trace_facts(trace: SegmentTrace, role: Role, *, fused: bool = True, attention_again: bool = False,
+                cut: bool | None = None) -> TraceFacts:
+    """The facts of one trace, as for `estimated_profile`."""
+    again = (f"{ATTENTION}.",) if attention_again else ()
+    return TraceFacts(split_rules(trace, role), tuple(kernels(trace)) if fused else (),
+                      tuple(kept(trace, again)) if (fused if cut is None else cut) else (), made_in_backward(trace))
