@@ -24,7 +24,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mipipe.planner.compare import ComparisonRow, compare
+from mipipe.planner.compare import compare
+from mipipe.planner.comparison_rows import ComparisonRow
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.uniform import in_activations, in_copies, two_stream_problem, uniform_problem

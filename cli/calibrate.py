@@ -112,7 +112,7 @@ def _replan(plan: Plan, table: CostTable, path: Path, time_limit: float | None, 
     """The new plan's figures; written to ``path``. What is not given is as the plan was made."""
     import dataclasses
 
-    from mipipe.cli.plan import show_progress
+    from mipipe.cli.requests.solving import show_progress
     from mipipe.graphs.serialize import save, to_data
     from mipipe.planner.options import options_of
     from mipipe.planner.replan import replan

@@ -23,7 +23,7 @@ from mipipe.cli.printing.output import (
 )
 
 if TYPE_CHECKING:
-    from mipipe.planner.compare import ComparisonRow
+    from mipipe.planner.comparison_rows import ComparisonRow
     from mipipe.planner.problem import PlanningProblem
 
 EXAMPLE = "mipipe compare --ranks 8 --microbatches 20 --f 2 --i 2 --w 1"

@@ -65,7 +65,8 @@ def experts(
     if eplb_file is not None:
         write_text(eplb_file, json.dumps(eplb_tables(result.map)) + "\n")
     rows = [{"layer": number, "max/mean": layer.max_over_mean, "greedy rule": layer.greedy_max_over_mean,
-             "gap": f"{layer.gap:.2%}", "moved": layer.moved} for number, layer in enumerate(result.layers)]
+             "gap": "" if layer.gap is None else f"{layer.gap:.2%}",
+             "moved": layer.moved} for number, layer in enumerate(result.layers)]
     if json_output:
         emit({"output": str(output) if output else None, "devices": topology.num_devices,
               "seconds": round(result.seconds, 3),

@@ -53,7 +53,8 @@ def place(
         emit(data)
         return
     console = stdout()
-    proven = "proven optimal" if result.gap == 0 else f"bound {result.bound:.8g}, gap {result.gap:.2%}"
+    proven = "proven optimal" if result.gap == 0 else (
+        f"bound {result.bound:.8g}" + ("" if result.gap is None else f", gap {result.gap:.2%}"))
     console.print(f"{instance.name}: largest load {result.objective:.8g} ({proven}), found by {result.method} in"
                   f" {result.seconds:.1f} s")
     devices: dict[str, int] = {}

@@ -9,16 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mipipe.cli.printing.frontier import print_frontier
-from mipipe.cli.printing.output import Html, Json, Seed, TimeLimit, Trace, Without, check_files, emit, progress, stdout
-from mipipe.graphs.errors import InfeasibleError, InputError, TimeUpError
+from mipipe.cli.printing.output import Html, Json, Seed, TimeLimit, Trace, Without, check_files, emit, stdout
+from mipipe.graphs.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from mipipe.planner.options import PlanOptions
     from mipipe.planner.plan import Plan
-    from mipipe.planner.problem import PlanningProblem
-    from mipipe.planner.solve import Progress, SolveResult
 
 EXAMPLE = "mipipe plan examples/qwen3_moe_tiny --cluster examples/cluster_8xh100.yaml -o plan.json"
 
@@ -161,19 +156,13 @@ def plan(
                    use_cache=not no_cache, save_graph=save_graph, output=output, time_limit=time_limit, seed=seed,
                    draw=lambda found: _draw(found.plan, html_file, trace_file), json_output=json_output)
         return
-    from mipipe.cli.printing.explained import LEAST_S, MORE, bubble_rows, print_explanation, what_if_rows
+    from mipipe.cli.printing.explained import LEAST_S, MORE, explanation_data, print_explanation
     from mipipe.cli.printing.panels import write_files
-    from mipipe.cli.printing.report import (
-        estimate_data,
-        gap,
-        how_data,
-        next_steps,
-        plan_data,
-        print_plan,
-        timeline_data,
-    )
+    from mipipe.cli.printing.planned import print_result, result_data
+    from mipipe.cli.printing.report import next_steps
     from mipipe.cli.requests.captured import captured, names_model, refuse_capture_options
     from mipipe.cli.requests.inputs import check_cluster, read_problem
+    from mipipe.cli.requests.solving import raise_reason, solve_shown, solved
     from mipipe.graphs.serialize import save, to_data
     from mipipe.planner.execution.quick_timeline import timeline_of
     from mipipe.planner.ladder.what_if import what_if
@@ -206,14 +195,15 @@ def plan(
 
         if pareto or explain or exportable or html_file is not None or trace_file is not None:
             raise InputError("--branches: --pareto, --explain, --exportable, --html and --trace do not go with it")
-        plan_of_branches(Path(graph) if model is None else model.graph, problem, facts, branches, options, _solved,
+        plan_of_branches(Path(graph) if model is None else model.graph, problem, facts, branches, options, solved,
                          output, json_output)
         return
     if pareto:
         print_frontier(problem, options, html_file, json_output)
         return
     spare = MORE * time_limit if explain and objective == "makespan" and MORE * time_limit >= LEAST_S else 0.0
-    result, options = _solve(problem, dataclasses.replace(options, time_limit_s=time_limit - 3 * spare), exportable)
+    result, options = solve_shown(problem, dataclasses.replace(options, time_limit_s=time_limit - 3 * spare),
+                                  exportable)
     options = dataclasses.replace(options, time_limit_s=time_limit)
     if result.plan is None:
         raise_reason(result)
@@ -227,27 +217,17 @@ def plan(
         save(found, output)
     write_files(found, [(f"simulated, placement {found.placement.name}", timeline)], html_file, trace_file)
     if json_output:
-        data = {**plan_data(found), **timeline_data(timeline), **estimate_data(found, timeline),
-                "termination": result.termination.value, "rung": result.rung, "seconds": round(result.seconds, 3),
-                "placement_gap": gap(found.makespan_ns, found.placement_bound_ns),
-                "history": [{"seconds": round(item.seconds, 3), "makespan": item.makespan_ns / problem.unit_ns,
-                             "rung": item.rung, "placement": item.placement} for item in result.history],
-                "how": how_data(result.how)}
+        data = result_data(result, found, timeline)
         if model is not None:
             data |= {"graph": {"file": None if model.path is None else str(model.path), "reused": model.reused}}
         if explain:
-            data |= {"explanation": list(result.explanation), "ablation": list(result.ablation),
-                     "bubbles": bubble_rows(found), "what_if": what_if_rows(more, problem.unit_ns)}
+            data |= explanation_data(result, found, more)
         emit(data)
         return
     console = stdout()
     if note:
         console.print(note, soft_wrap=True, markup=False)
-    print_plan(console, found, timeline)
-    console.print(f"found by {result.rung} in {result.seconds:.1f} s ({result.termination.value})")
-    if "utilisation" in found.provenance:
-        console.print(f"utilisation {found.provenance['utilisation']:.1%} of the {found.provenance['devices_in_use']}"
-                      f" devices in use, of {problem.num_ranks}")
+    print_result(console, result, found, timeline)
     if explain:
         print_explanation(result, found, more)
     if output is not None:
@@ -271,49 +251,3 @@ def _draw(found: Plan, html_file: Path | None, trace_file: Path | None) -> None:
 
     if html_file is not None or trace_file is not None:
         write_files(found, [(f"simulated, {found.name}", timeline_of(found))], html_file, trace_file)
-
-
-def _solve(problem: PlanningProblem, options: PlanOptions, exportable: bool) -> tuple[SolveResult, PlanOptions]:
-    """The result of the solve that was asked for, and the options it was found with."""
-    from mipipe.planner.execution.exportable import plan_exportable
-    from mipipe.planner.solve import plan as solve
-
-    with progress("planning") as update:
-        if exportable:
-            return plan_exportable(problem, options, show_progress(update, problem.unit_ns))
-        return solve(problem, options, show_progress(update, problem.unit_ns)), options
-
-
-def _solved(problem: PlanningProblem, options: PlanOptions) -> Plan:
-    """The plan of a problem; raises as `raise_reason` where there is none."""
-    result, _ = _solve(problem, options, False)
-    if result.plan is None:
-        raise_reason(result)
-    assert result.plan is not None
-    return result.plan
-
-
-def show_progress(update: Callable[[str], None], unit_ns: int) -> Callable[[Progress], None]:
-    """A progress callback that says the best makespan, its gap and who found it."""
-    from mipipe.cli.printing.terminal import format_time
-
-    def on_progress(state: Progress) -> None:
-        text = f"{state.seconds:.0f} s, {state.phase}"
-        if state.makespan_ns:
-            text += f", makespan {format_time(state.makespan_ns, unit_ns)}"
-        if state.makespan_ns and state.bound_ns:
-            text += f" (gap {state.makespan_ns / state.bound_ns - 1:.1%})"
-        update(text)
-
-    return on_progress
-
-
-def raise_reason(result: SolveResult) -> None:
-    """Raise the error of a solve that ended without a plan."""
-    from mipipe.planner.solve import Termination
-
-    if result.termination is Termination.INFEASIBLE:
-        raise InfeasibleError(f"no plan was found: {result.reason}")
-    if result.termination is Termination.INTERRUPTED:
-        raise KeyboardInterrupt
-    raise TimeUpError(result.reason)

@@ -104,7 +104,7 @@ def replan_devices(problem: PlanningProblem, options: PlanOptions) -> Plan:
     Raises:
         InfeasibleError: the model does not fit on them.
     """
-    from mipipe.cli.plan import raise_reason
+    from mipipe.cli.requests.solving import raise_reason
     from mipipe.graphs.serialize import to_data
     from mipipe.planner.solve import Termination, plan
 

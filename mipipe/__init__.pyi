@@ -27,7 +27,7 @@ from mipipe.models import profile as profile
 from mipipe.planner.actions import Action as Action
 from mipipe.planner.actions import ActionKind as ActionKind
 from mipipe.planner.actions import Stream as Stream
-from mipipe.planner.compare import ComparisonRow as ComparisonRow
+from mipipe.planner.comparison_rows import ComparisonRow as ComparisonRow
 from mipipe.planner.execution.estimate import Estimate as Estimate
 from mipipe.planner.execution.estimate import estimate as estimate
 from mipipe.planner.options import PlanOptions as PlanOptions

@@ -3,7 +3,7 @@ from mipipe.planner.actions import ActionKind as ActionKind
 from mipipe.planner.actions import Stream as Stream
 from mipipe.planner.check import check_plan as check_plan
 from mipipe.planner.check import check_program as check_program
-from mipipe.planner.compare import ComparisonRow as ComparisonRow
+from mipipe.planner.comparison_rows import ComparisonRow as ComparisonRow
 from mipipe.planner.devices.place import place as place
 from mipipe.planner.execution.estimate import Estimate as Estimate
 from mipipe.planner.execution.estimate import RankMemory as RankMemory

@@ -29,6 +29,7 @@ from mipipe.planner.calls import Ledger, counting
 from mipipe.planner.check import check_plan
 from mipipe.planner.clock import OutOfTimeError
 from mipipe.planner.execution.steps import schedule_period
+from mipipe.planner.gap import gap_of
 from mipipe.planner.how import How
 from mipipe.planner.ladder import exactly, large, order_rungs, period, placement_rungs
 from mipipe.planner.ladder.activities import Pacing, Polishing, Proving, Tightening
@@ -86,9 +87,7 @@ class SolveResult:
     @property
     def gap(self) -> float | None:
         """``makespan / bound - 1``; None without a plan or a bound."""
-        if not self.makespan_ns or not self.bound_ns:
-            return None
-        return self.makespan_ns / self.bound_ns - 1
+        return gap_of(self.makespan_ns, self.bound_ns)
 
 
 def plan(problem: PlanningProblem, options: PlanOptions | None = None,

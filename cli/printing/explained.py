@@ -54,6 +54,12 @@ def what_if_rows(found: Sequence[WhatIf], unit_ns: int) -> list[dict[str, Any]]:
              "gain_at_most": item.most, "seconds": round(item.seconds, 3)} for item in found]
 
 
+def explanation_data(result: SolveResult, plan: Plan, more: Sequence[WhatIf]) -> dict[str, Any]:
+    """What ``--explain`` adds as JSON data, times in the problem's unit."""
+    return {"explanation": list(result.explanation), "ablation": list(result.ablation), "bubbles": bubble_rows(plan),
+            "what_if": what_if_rows(more, plan.problem.unit_ns)}
+
+
 def print_explanation(result: SolveResult, plan: Plan, more: Sequence[WhatIf]) -> None:
     """The tables and lines of ``--explain``."""
     console, unit = stdout(), plan.problem.unit_ns

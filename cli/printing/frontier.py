@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mipipe.cli.printing.output import emit, progress, stdout
+from mipipe.planner.gap import gap_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def print_frontier(problem: PlanningProblem, options: PlanOptions, html_file: Path | None, json_output: bool) -> None:
     """Plan at several activation limits and show how the bubble falls as memory grows."""
     from mipipe.cli.printing import html
-    from mipipe.cli.printing.report import gap, size_text
+    from mipipe.cli.printing.report import size_text
     from mipipe.cli.printing.tables import print_rows
     from mipipe.planner.pareto import pareto
 
@@ -29,7 +30,7 @@ def print_frontier(problem: PlanningProblem, options: PlanOptions, html_file: Pa
         "activation_bytes": point.activation_bytes, "peak_bytes": point.peak_bytes,
         "makespan": None if point.makespan_ns is None else point.makespan_ns / unit,
         "bound": None if point.bound_ns is None else point.bound_ns / unit, "bubble_ratio": point.bubble_ratio,
-        "gap": gap(point.makespan_ns, point.bound_ns), "placement": point.placement, "reason": point.reason}
+        "gap": gap_of(point.makespan_ns, point.bound_ns), "placement": point.placement, "reason": point.reason}
         for point in points]
     told = [frontier_cells(point, problem) for point in points]
     if html_file is not None:
@@ -52,11 +53,11 @@ def print_frontier(problem: PlanningProblem, options: PlanOptions, html_file: Pa
 
 def frontier_cells(point: ParetoPoint, problem: PlanningProblem) -> dict[str, str]:
     """A point of the frontier as a person reads it."""
-    from mipipe.cli.printing.report import gap, size_text
+    from mipipe.cli.printing.report import size_text
     from mipipe.cli.printing.terminal import format_time
 
     unit_ns = problem.unit_ns
-    share = gap(point.makespan_ns, point.bound_ns)
+    share = gap_of(point.makespan_ns, point.bound_ns)
     return {"activation limit": size_text(problem, point.activation_bytes),
             "peak": "" if point.peak_bytes is None else size_text(problem, point.peak_bytes),
             "makespan": "" if point.makespan_ns is None else format_time(point.makespan_ns, unit_ns),

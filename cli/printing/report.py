@@ -15,6 +15,7 @@ from mipipe.graphs.topology import UNLIMITED_BYTES
 from mipipe.graphs.units import format_bytes
 from mipipe.planner.execution.estimate import RESERVE, RankMemory, estimate, memory_by_use
 from mipipe.planner.execution.steps import quick_period
+from mipipe.planner.gap import gap_of
 from mipipe.planner.how import How, how_lines, how_of
 from mipipe.planner.options import options_of
 from mipipe.planner.plan import Plan
@@ -74,7 +75,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "microbatches": plan.problem.num_microbatches,
         "bound": None if plan.bound_ns is None else number(plan.bound_ns / unit),
         "placement_bound": None if plan.placement_bound_ns is None else number(plan.placement_bound_ns / unit),
-        "gap": gap(plan.makespan_ns, plan.bound_ns),
+        "gap": gap_of(plan.makespan_ns, plan.bound_ns),
         "period": _period(plan),
         "provenance": plan.provenance,
     }
@@ -89,13 +90,6 @@ def how_data(how: How) -> dict[str, Any]:
     """How a plan came about as JSON data: who proposed and ordered, the bounds' sources, HiGHS's calls and part."""
     return {**to_data(how), "calls": how.calls, "seconds": round(how.seconds, 3), "nodes": how.nodes,
             "highs_part": list(how.highs_part)}
-
-
-def gap(makespan_ns: int | None, bound_ns: int | None) -> float | None:
-    """``makespan / bound - 1``; None where either is unknown."""
-    if makespan_ns is None or not bound_ns:
-        return None
-    return makespan_ns / bound_ns - 1
 
 
 def print_timeline(console: Console, timeline: Timeline, limits: Sequence[int | None] = (),
@@ -171,7 +165,7 @@ def period_line(plan: Plan) -> str:
     large for it."""
     unit, noted = plan.problem.unit_ns, plan.provenance.get("period")
     if isinstance(noted, dict) and {"period_ns", "bound_ns"} <= noted.keys():
-        missing = gap(noted["period_ns"], noted["bound_ns"])
+        missing = gap_of(noted["period_ns"], noted["bound_ns"])
         proven = "proven optimal" if not missing else f"gap {missing:.1%}"
         return (f"from step to step without a barrier {terminal.format_time(noted['period_ns'], unit)}, bound"
                 f" {terminal.format_time(noted['bound_ns'], unit)} ({proven})")
@@ -265,7 +259,7 @@ def bound_line(plan: Plan) -> str:
     for name, bound in ((over, plan.bound_ns),
                         ("bound at this placement", plan.placement_bound_ns)):
         if bound is not None:
-            missing = gap(plan.makespan_ns, bound)
+            missing = gap_of(plan.makespan_ns, bound)
             shown = "proven optimal" if not missing else f"gap {missing:.1%}"
             parts.append(f"{name} {terminal.format_time(bound, unit)} ({shown})")
     return ", ".join(parts)
@@ -279,7 +273,7 @@ def report_tiles(plan: Plan, timeline: Timeline) -> list[tuple[str, str]]:
              ("largest bubble", terminal.format_time(max(timeline.bubbles_ns()), unit)),
              ("placement", plan.placement.name), ("ranks", str(plan.problem.num_ranks)),
              ("microbatches", str(plan.problem.num_microbatches))]
-    missing = gap(plan.makespan_ns, plan.bound_ns)
+    missing = gap_of(plan.makespan_ns, plan.bound_ns)
     if plan.bound_ns is not None and missing is not None:
         tiles += [("bound", terminal.format_time(plan.bound_ns, unit)), ("gap", f"{missing:.1%}")]
     found = estimate(plan, timeline)

@@ -9,7 +9,6 @@ from typing import Any
 
 from mipipe.cli.files import open_any
 from mipipe.cli.printing.output import emit, stdout
-from mipipe.cli.printing.report import gap
 from mipipe.cli.printing.tables import print_rows
 from mipipe.cli.printing.terminal import format_time
 from mipipe.graphs.errors import InputError
@@ -17,6 +16,7 @@ from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import save, to_data
 from mipipe.graphs.units import format_bytes
 from mipipe.planner.branches import exchange_bytes, exchange_ns, plan_branches
+from mipipe.planner.gap import gap_of
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
@@ -49,7 +49,7 @@ def plan_of_branches(graph: Path | OperatorGraph, problem: PlanningProblem, fact
     tokens = int(facts.tokens) if facts is not None and facts.tokens else 0
     sent = exchange_bytes(tokens), exchange_ns(problem.topology, found.devices, tokens)
     names = [[problem.topology.devices[place].name for place in own] for own in found.devices]
-    gaps = [gap(plan.makespan_ns, plan.bound_ns) for plan in found.plans]
+    gaps = [gap_of(plan.makespan_ns, plan.bound_ns) for plan in found.plans]
     if json_output:
         rows = [{"branch": number, "devices": own, "makespan_ns": plan.makespan_ns, "gap": near,
                  "placement": plan.placement.name}

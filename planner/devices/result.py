@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mipipe.planner.gap import gap_of
+
 PlaceProgress = Callable[[float, str], None]
 TOLERANCE = 2e-6
 
@@ -25,7 +27,7 @@ class PlaceResult:
     contracted_classes: int
 
     @property
-    def gap(self) -> float:
-        """``(objective - bound) / objective``; 0 up to the solver's tolerance of 2e-6, which counts as proven."""
-        gap = (self.objective - self.bound) / self.objective if self.objective else 0.0
-        return gap if gap > TOLERANCE else 0.0
+    def gap(self) -> float | None:
+        """``objective / bound - 1``; 0 up to the solver's tolerance of 2e-6, which counts as proven."""
+        gap = gap_of(self.objective, self.bound)
+        return 0.0 if gap is not None and gap <= TOLERANCE else gap

@@ -18,6 +18,7 @@ from mipipe.planner.experts.greedy import greedy_layer
 from mipipe.planner.experts.maps import ExpertLoads, ExpertMap, layer_bound, slots_for, unit_times
 from mipipe.planner.experts.migrate import changes, moved_experts, share_moves
 from mipipe.planner.experts.swaps import Layer, balanced_start, gather_partners, improve_map, shared_tokens
+from mipipe.planner.gap import gap_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +65,9 @@ class LayerReport:
     shared_tokens: float
 
     @property
-    def gap(self) -> float:
-        """``(busiest - bound) / busiest``."""
-        return (self.busiest - self.bound) / self.busiest if self.busiest else 0.0
+    def gap(self) -> float | None:
+        """``busiest / bound - 1``."""
+        return gap_of(self.busiest, self.bound)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ import highspy
 import numpy as np
 
 from mipipe.planner import calls, clock
+from mipipe.planner.gap import gap_of
 from mipipe.planner.milp import pyo
 
 
@@ -47,10 +48,8 @@ class SolverOutcome:
 
     @property
     def gap(self) -> float | None:
-        """``(objective - bound) / objective``; None if either is missing."""
-        if self.objective is None or self.bound is None:
-            return None
-        return abs(self.objective - self.bound) / max(abs(self.objective), 1e-9)
+        """As `mipipe.planner.gap`; HiGHS itself stops at one relative to the objective."""
+        return gap_of(self.objective, self.bound)
 
     @property
     def has_solution(self) -> bool:

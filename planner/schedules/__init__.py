@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+from mipipe.graphs.errors import InputError
 from mipipe.planner.schedules import closed_forms
 from mipipe.planner.schedules.baseline import Baseline, OrderAccounting
 from mipipe.planner.schedules.chimera import chimera
@@ -23,6 +24,8 @@ __all__ = [
     "EvenTimes",
     "OrderAccounting",
     "StagePattern",
+    "baseline_named",
+    "folded_name",
     "merge_streams",
     "with_chunks",
 ]
@@ -53,3 +56,22 @@ def with_chunks(chunks: int) -> tuple[Baseline, ...]:
     return tuple(replace(baseline, make=partial(interleaved, chunks=chunks),
                          closed_form=partial(closed_forms.interleaved, chunks=chunks))
                  if baseline.name == INTERLEAVED else baseline for baseline in BASELINES)
+
+
+def baseline_named(name: str) -> Baseline:
+    """The published schedule of a name, whatever its case and hyphens (``zb-h1``, ``interleaved``).
+
+    Raises:
+        InputError: there is none.
+    """
+    known = {folded_name(baseline.name): baseline for baseline in BASELINES}
+    known["interleaved"] = known[folded_name("Interleaved 1F1B")]
+    if folded_name(name) not in known:
+        raise InputError(f"schedule {name!r}: unknown; expected one of"
+                         f" {', '.join(baseline.name for baseline in BASELINES)}")
+    return known[folded_name(name)]
+
+
+def folded_name(name: str) -> str:
+    """A name without case, hyphens and spaces."""
+    return "".join(letter for letter in name.lower() if letter.isalnum())

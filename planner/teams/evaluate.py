@@ -13,12 +13,11 @@ from typing import Any
 
 from mipipe.graphs.collector import no_collection
 from mipipe.graphs.errors import InputError, ProblemError
-from mipipe.planner.compare import baseline_named
 from mipipe.planner.device_memory import ALLOCATOR_SLACK, RUNTIME_BYTES
 from mipipe.planner.execution.measure import measure
 from mipipe.planner.plan import Plan
 from mipipe.planner.problems.held_transfers import hold_transfers
-from mipipe.planner.schedules import Baseline, EvenTimes
+from mipipe.planner.schedules import Baseline, EvenTimes, baseline_named
 from mipipe.planner.schedules.one_f_one_b import interleaved, one_f_one_b
 from mipipe.planner.teams.as_team import branches_of, team_of
 from mipipe.planner.teams.degrees import Degrees, Recompute

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mipipe.planner.gap import gap_of
 from mipipe.planner.teams.evaluate import TeamResult
 
 RUNNERS = 3
@@ -32,20 +33,20 @@ class Found:
     @property
     def gap(self) -> float:
         """To the bound over all placements."""
-        return self.best.seconds / self.bound - 1 if self.bound else 0.0
+        return gap_of(self.best.seconds, self.bound) or 0.0
 
     @property
     def whole_gap(self) -> float | None:
         """To the bound over placements with every layer on one rank; None where the best is none of them."""
         one = all(len(stage.ranks) == 1 for stage in self.best.plan.placement.stages)
-        return self.best.seconds / self.whole_bound - 1 if one and self.whole_bound else None
+        return gap_of(self.best.seconds, self.whole_bound) if one else None
 
     @property
     def plain_gap(self) -> float | None:
         """To the bound without overlapped pairs, too; None where the best has some."""
-        if self.whole_gap is None or self.best.plan.schedule.has_pairs or not self.plain_bound:
+        if self.whole_gap is None or self.best.plan.schedule.has_pairs:
             return None
-        return self.best.seconds / self.plain_bound - 1
+        return gap_of(self.best.seconds, self.plain_bound)
 
     def how(self) -> str:
         """How the best was found, in a few words."""

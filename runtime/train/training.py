@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from mipipe.graphs.errors import BatchError, MipipeError, RunError, StoppedError
 from mipipe.graphs.recipes.source import recipe_of
-from mipipe.graphs.serialize import save
 from mipipe.planner.experts.maps import ExpertMap
 from mipipe.planner.timeline import Timeline
 from mipipe.runtime.engine.engine import Engine
@@ -25,10 +19,10 @@ from mipipe.runtime.train.clip import Clip
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.data import Batches
 from mipipe.runtime.train.launching.processes import gather
-from mipipe.runtime.train.metrics import Metrics, Record, forget_memory, memory_record, open_metrics
+from mipipe.runtime.train.metrics import forget_memory
 from mipipe.runtime.train.optim import learning_rate_factor, make_optimizer
 from mipipe.runtime.train.prefetch import Prefetched
-from mipipe.runtime.train.trace import measured_timeline
+from mipipe.runtime.train.step_reports import StepDone, StepProfile, StepReports
 from mipipe.runtime.weights.checkpoint import Checkpoints
 from mipipe.runtime.weights.checkpoint_run import Start, changes, run_of
 
@@ -36,17 +30,6 @@ LAST_CHECKPOINT_S = 60.0
 """How long a run that fails waits at most for the checkpoint it had begun to write."""
 SKIPPED_IN_A_ROW = 100
 """After so many invalid batches one after another there is no sense in looking for a valid one."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Done:
-    """What is known of a step without its loss: its number from 0, its seconds in all and of loading, and more for its
-    record."""
-
-    step: int
-    seconds: float
-    loading: float
-    extra: Record
 
 
 class Trainer:
@@ -58,7 +41,7 @@ class Trainer:
                  maps: Mapping[int, ExpertMap] | None = None, say: Callable[[str], None] = lambda text: None,
                  stop: Callable[[], bool] = lambda: False) -> None:
         self.engine, self.config, self.batches = engine, config, batches
-        self.progress, self.predicted, self.stop = progress, predicted, stop
+        self.stop = stop
         options = {"lr": config.optimizer.lr, **config.optimizer.options}
         team = engine.plan.team
         shard = bool(config.optimizer.shard) or (team is not None and team.zero > 0)
@@ -71,7 +54,7 @@ class Trainer:
         self._norm = 0.0
         self._late = config.barrier == "none"
         self._clip = Clip(engine, config.clip, self._late)
-        self._unsummed: _Done | None = None
+        self._unsummed: StepDone | None = None
         engine.on_update = self._update
         self.checkpoints: Checkpoints | None = None
         if config.checkpoint is not None:
@@ -85,9 +68,8 @@ class Trainer:
             Beams(engine, adapters, self.optimizer, config.steps, config.seed)
         self.first = engine.mesh.first
         self.say = say if self.first else lambda text: None
-        self._metrics: Metrics | None = None
+        self._reports = StepReports(engine, config, self._factor, predicted, progress, self.say)
         self._begun, self._saved = False, 0
-        self._held: Record | None = None
         self.restored: Path | None = None
         engine.notice = lambda: self.stop() or bool(self._fault())
 
@@ -101,10 +83,6 @@ class Trainer:
                 group["lr"] = rate * self._factor(self.engine.steps_done)
             self.optimizer.step()
         self.engine.zero_grad()
-
-    @property
-    def _wants_times(self) -> str | None:
-        return self.config.timeline or self.config.metrics or self.config.tensorboard
 
     @property
     def run_id(self) -> str:
@@ -148,7 +126,7 @@ class Trainer:
         if not self._begun:
             self.begin()
         config = self.config
-        self._metrics = open_metrics(config.metrics, config.tensorboard, start) if self.first else None
+        self._reports.open(start)
         losses: list[float] = []
         forget_memory(self.engine.mesh.device)
         try:
@@ -161,8 +139,8 @@ class Trainer:
             if self.checkpoints is not None:
                 self.checkpoints.finish()
             if losses:
-                self._measure()
-            self._write_held()
+                self._reports.measure()
+            self._reports.write_held()
             if self._fault():
                 raise RunError(f"{self._fault()}; all {config.steps} steps are done, and their checkpoints saved")
         except BaseException:
@@ -171,40 +149,12 @@ class Trainer:
                     self.checkpoints.finish(min(LAST_CHECKPOINT_S, self.config.timeout_s))
             raise
         finally:
-            if self._metrics is not None:
-                self._write_held()
-                self._metrics.close()
+            self._reports.close()
         return losses
-
-    def _measure(self) -> None:
-        """The timeline of the last step, for its record and its file; after all is saved, and no failure of it ends the
-        run."""
-        if not self._wants_times:
-            return
-        try:
-            timeline = measured_timeline(self.engine)
-            if timeline is None:
-                return
-            if self._held is not None and timeline.in_device_time:
-                self._held["bubble_ratio/measured"] = timeline.bubble_ratio
-                if self.predicted is not None:
-                    self._held["bubble_ratio/predicted"] = self.predicted.bubble_ratio
-            if self.config.timeline:
-                save(timeline, self.config.timeline)
-        except (MipipeError, OSError, RuntimeError) as error:
-            self.say(f"the timeline of the last step could not be taken: {error}")
-
-    def _write_held(self) -> None:
-        record, self._held = self._held, None
-        self._write(record)
-
-    def _write(self, record: Record | None) -> None:
-        if self._metrics is not None and record is not None:
-            self._metrics.write(record)
 
     def _fault(self) -> str:
         """Why a file of this rank's could not be written; the run ends for it after a step, like for SIGTERM."""
-        return (self._metrics.fault if self._metrics is not None else "") or self.experts.fault
+        return self._reports.fault or self.experts.fault
 
     def _end_early(self, done: int) -> None:
         """Save what is done and raise; on all ranks, after the same step."""
@@ -236,18 +186,18 @@ class Trainer:
         """One step, and the losses that are known by its end: its own, or without a barrier that of the step before."""
         begin = time.perf_counter()
         last = step == self.config.steps - 1
-        self.engine.measuring = last and bool(self._wants_times)
+        self.engine.measuring = last and self._reports.wants_times
         loss, loading, skipped = self._advance(step, last)
         extra = self.experts.after(step + 1) | ({"data/skipped": skipped} if skipped else {})
         if self.beams is not None:
             extra |= {"adapters/grown": self.beams.after(step + 1)}
-        done = _Done(step, time.perf_counter() - begin, loading, extra)
+        done = StepDone(step, time.perf_counter() - begin, loading, extra)
         if self._late:
             before, self._unsummed = self._unsummed, done
             known = [] if before is None else [(before, loss)]
         else:
             known = [(done, loss)]
-        losses = [self._tell(*item) for item in known]
+        losses = [self._reports.tell(*item, self._norm) for item in known]
         self._checkpoint(step + 1, last)
         return losses
 
@@ -257,23 +207,7 @@ class Trainer:
         if done is None or not self._late:
             return []
         loss, self._norm = self.engine.finish(), self._clip.finish()
-        return [self._tell(done, loss)]
-
-    def _tell(self, done: _Done, loss: float | None) -> float:
-        """A step's loss, checked; its record goes to the metrics."""
-        assert loss is not None
-        if not math.isfinite(loss):
-            raise RunError(f"step {done.step + 1}: the loss is {loss}; lower the learning rate, clip gradients, or look"
-                           " for bad data in this step's batch")
-        if self._metrics is not None:
-            record = {**self._record(done, loss), **done.extra}
-            if done.step == self.config.steps - 1:
-                self._held = record  # it gets what the timeline says, once all is saved
-            else:
-                self._write(record)
-        if self.progress is not None and self.first:
-            self.progress(done.step + 1, loss)
-        return loss
+        return [self._reports.tell(done, loss, self._norm)]
 
     def _advance(self, step: int, last: bool) -> tuple[float | None, float, int]:
         """The engine's step with the next valid batch: loss, seconds of loading, invalid batches passed over."""
@@ -283,7 +217,7 @@ class Trainer:
             batch = next(self.batches)
             loading += time.perf_counter() - begin
             try:
-                with _profiler(self.config.profile if last else None, self.engine):
+                with StepProfile(self.config.profile if last else None, self.engine):
                     loss = self.engine.step(batch)
                 self._norm = self._clip.carried()
                 return loss, loading, skipped
@@ -300,40 +234,3 @@ class Trainer:
         if last or (every and done % every == 0):
             self.checkpoints.save(done, self.batches.state())
             self._saved = done
-
-    def _record(self, done: _Done, loss: float) -> Record:
-        record: Record = {
-            "step": done.step + 1, "loss_metrics/global_avg_loss": loss, "grad_norm": self._norm,
-            "lr": self.config.optimizer.lr * self._factor(done.step), "time_metrics/end_to_end(s)": done.seconds,
-            "time_metrics/data_loading(s)": done.loading,
-            "time_metrics/data_loading(%)": 100 * done.loading / done.seconds}
-        tokens = self._tokens()
-        if tokens:
-            record["throughput(tps)"] = tokens / done.seconds
-        return record | memory_record(self.engine.mesh.device)
-
-    def _tokens(self) -> int:
-        """Tokens of one step over all copies."""
-        spec = next((value.spec for value in self.engine.graph.values if value.name == "input_ids"), None)
-        if spec is None:
-            return 0
-        return math.prod(spec.shape) * self.engine.plan.problem.num_microbatches * self.engine.mesh.num_copies
-
-
-class _profiler:
-    """torch.profiler around one step, written as a Chrome trace for each rank; nothing without a path."""
-
-    def __init__(self, path: str | None, engine: Engine) -> None:
-        mesh = engine.mesh
-        place = (mesh.copy * mesh.num_ranks + mesh.rank) * mesh.team.members + mesh.member
-        self._path = Path(path).with_suffix(f".rank{place}.json") if path else None
-        self._profile = torch.profiler.profile() if path else None
-
-    def __enter__(self) -> None:
-        if self._profile is not None:
-            self._profile.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        if self._profile is not None:
-            self._profile.__exit__(*error)
-            self._profile.export_chrome_trace(str(self._path))

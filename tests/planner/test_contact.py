@@ -12,7 +12,7 @@ import pytest
 from mipipe.graphs.errors import ProgramError
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.check import check_first_contact, check_program
-from mipipe.planner.compare import baseline_rows
+from mipipe.planner.comparison_rows import baseline_rows
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.opening import Communicator, openings
 from mipipe.planner.options import PlanOptions

@@ -1,6 +1,6 @@
 """What the README's first screen says of its example: the figures, the bounds, and how the plan was found."""
 
-from mipipe.planner.compare import baseline_rows
+from mipipe.planner.comparison_rows import baseline_rows
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.schedules import BASELINES

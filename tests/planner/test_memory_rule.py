@@ -12,7 +12,7 @@ from mipipe.graphs.errors import PlanError
 from mipipe.graphs.topology import Device, Link, Topology
 from mipipe.planner.bounds.at_placement import placement_bound
 from mipipe.planner.check import check_plan
-from mipipe.planner.compare import baseline_rows
+from mipipe.planner.comparison_rows import baseline_rows
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.measure import measure
 from mipipe.planner.execution.simulate_memory import rank_peaks, sends_fit

@@ -18,7 +18,7 @@ from runtime_cases import chain_graph, chain_state, plan_of, problem_of
 import mipipe.runtime
 from mipipe.graphs.errors import RunError
 from mipipe.planner import device_memory
-from mipipe.planner.compare import baseline_rows
+from mipipe.planner.comparison_rows import baseline_rows
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.schedules import BASELINES

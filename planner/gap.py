@@ -1,0 +1,12 @@
+"""How far a value that is minimised is above a bound on it: one definition, whatever is planned."""
+
+from __future__ import annotations
+
+
+def gap_of(value: float | None, bound: float | None) -> float | None:
+    """``(value - bound) / |bound|``: 0 is a proof. None where either is unknown, or the bound is 0 and says nothing."""
+    if value is None or bound is None:
+        return None
+    if value == bound:
+        return 0.0
+    return (value - bound) / abs(bound) if bound else None
