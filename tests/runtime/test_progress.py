@@ -9,14 +9,14 @@ import pytest
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.named_code import import_named
-from mipipe.runtime import worker
+from mipipe.runtime.train.launching import telling
 from mipipe.runtime.train.launching.telling import ProgressBar
 
 
 def told(capsys: pytest.CaptureFixture[str], steps: int, seconds: float, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The steps whose lines are printed in a run of steps that take so many seconds each."""
     clock = iter(range(1, steps + 1))
-    monkeypatch.setattr(worker.time, "monotonic", lambda: 1000 + seconds * next(clock))
+    monkeypatch.setattr(telling.time, "monotonic", lambda: 1000 + seconds * next(clock))
     show = ProgressBar(steps, "lines")
     for step in range(1, steps + 1):
         show(step, 1.0 / step)
