@@ -27,8 +27,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mipipe.graphs.capture.loss import sum_over
 from mipipe.graphs.capture.model import capture_module
+from mipipe.graphs.models.loss import sum_over
 from mipipe.graphs.operator_graph import OperatorGraph, Phase
 from mipipe.graphs.operators import kernels
 from mipipe.graphs.operators.layers import NAME, exchange_experts, register

@@ -34,7 +34,7 @@ from predictions.rows import Run, read_runs
 from rich.console import Console
 
 from mipipe.graphs.cluster import shipped_kinds
-from mipipe.graphs.costs.efficiency import Evidence
+from mipipe.graphs.efficiency import Evidence
 from mipipe.graphs.errors import MipipeError
 from mipipe.graphs.serialize import load_data, to_data, write_text, yaml_text
 
@@ -147,7 +147,7 @@ def fit_generation(fit: Fit, generation: str, rounds: int, console: Console) -> 
 def _write(written: Mapping[str, Any]) -> None:
     """The values in place of those of the same kinds; kinds that were not fitted now keep theirs."""
     path = Path(__file__).resolve().parent.parent / "graphs" / "achieved.yaml"
-    text = ("# Shares of the peaks that published runs show (mipipe.graphs.costs.efficiency), written by\n"
+    text = ("# Shares of the peaks that published runs show (mipipe.graphs.efficiency), written by\n"
             "# benchmarks/fit_costs.py; they take the place of those that hardware.yaml assumes.\n")
     known = load_data(path) if path.exists() else {}
     write_text(path, text + yaml_text(known | dict(written)))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from mipipe.cli.printing.modes import captured_graph, parse_modes
 from mipipe.cli.printing.output import Json, check_files, emit, log, progress, stdout
+from mipipe.cli.requests.modes import captured_graph, parse_modes
+from mipipe.cli.requests.settings import parse_settings
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.serialize import yaml_value
 
 EXAMPLE = "mipipe capture examples/qwen3_moe_tiny --seq 64 --batch 2 -o graph.json"
 
@@ -115,17 +115,3 @@ def capture(
         found = ", ".join(f"{mode} on {size}" for mode, size in graph.modes.teams)
         console.print(f"modes: {found} (mipipe show {output} --modes {graph.modes.teams[0][1]})", soft_wrap=True)
     console.print(f"wrote {output}")
-
-
-def parse_settings(settings: list[str]) -> dict[str, Any]:
-    """``["a.b=3", "c=text"]`` as a mapping; values are read as YAML (numbers, booleans)."""
-    parsed: dict[str, Any] = {}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals or not name:
-            raise InputError(f"--set {setting}: expected name=value, such as num_hidden_layers=8")
-        try:
-            parsed[name] = yaml_value(value)
-        except ValueError:
-            raise InputError(f"--set {setting}: {value!r} is no YAML value; quote it") from None
-    return parsed

@@ -29,9 +29,9 @@ def export(
     json_output: Json = False,
 ) -> None:
     """Write a plan or a timeline in other tools' formats."""
-    from mipipe.cli.files import open_any
     from mipipe.cli.printing import html, panels
     from mipipe.cli.printing.report import report_tiles
+    from mipipe.cli.requests.files import open_any
     from mipipe.graphs.serialize import write_text
     from mipipe.planner.execution.export import perfetto_text, torch_csv
     from mipipe.planner.execution.lower import lower

@@ -34,7 +34,7 @@ def show(
 ) -> None:
     """Show a graph's summary, or plans and timelines on one time scale with their ratios."""
     check_files(*files, html=html_file, trace=trace_file)
-    from mipipe.cli.files import open_any
+    from mipipe.cli.requests.files import open_any
     from mipipe.graphs.coarse.graph import CoarseGraph
     from mipipe.graphs.costs.table import CostTable
     from mipipe.graphs.operator_graph import OperatorGraph

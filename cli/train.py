@@ -69,7 +69,7 @@ def train(
                                copies=copies, min_ranks=min_ranks, timeout_s=timeout, progress=progress,
                                model=model, device=device, say=log)
     else:
-        from mipipe.runtime.train.launching.averaged import train as run
+        from mipipe.runtime.averaged import train as run
 
         result = run(plan_file, graph_file, config_file, resume=resume, resume_if_any=resume_if_any,
                      max_restarts=max_restarts, copies=copies, timeout_s=timeout, progress=progress,

@@ -1,5 +1,4 @@
 from mipipe.graphs.capture.annotate import load_patterns as load_patterns
-from mipipe.graphs.capture.loss import sum_over as sum_over
 from mipipe.graphs.capture.model import capture_module as capture_module
 from mipipe.graphs.capture.model import capture_program as capture_program
 from mipipe.graphs.cluster import Cluster as Cluster
@@ -20,6 +19,7 @@ from mipipe.graphs.merging.methods import METHODS as METHODS
 from mipipe.graphs.merging.recipes.read import parse_recipe as parse_recipe
 from mipipe.graphs.merging.recipes.read import read_recipes as read_recipes
 from mipipe.graphs.merging.recipes.recipe import MergeRecipe as MergeRecipe
+from mipipe.graphs.models.loss import sum_over as sum_over
 from mipipe.graphs.models.sources import open_source as open_source
 from mipipe.graphs.operator_graph import Operator as Operator
 from mipipe.graphs.operator_graph import OperatorGraph as OperatorGraph

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 
-from mipipe.graphs.costs.efficiency import Achieved
+from mipipe.graphs.efficiency import Achieved
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import STRICT, check_header, from_data, load_data
 from mipipe.graphs.topology import MOST_DEVICES, Device, Link, Topology

@@ -27,7 +27,7 @@ def load(path: PathLike, kind: Any = None) -> Any:
     Raises:
         InputError: unreadable, or another kind of file.
     """
-    from mipipe.cli.files import open_any
+    from mipipe.cli.requests.files import open_any
     from mipipe.graphs.coarse.graph import CoarseGraph
     from mipipe.graphs.costs.table import CostTable
     from mipipe.graphs.operator_graph import OperatorGraph

@@ -80,7 +80,7 @@ def plan(model: OperatorGraph | CoarseGraph | PlanningProblem | PathLike,
 
     from mipipe.graphs.errors import InputError
     from mipipe.graphs.serialize import to_data
-    from mipipe.planner.execution.exportable import plan_exportable
+    from mipipe.planner.exportable import plan_exportable
     from mipipe.planner.options import PlanOptions
     from mipipe.planner.options import without as parts_off
     from mipipe.planner.problem import PlanningProblem

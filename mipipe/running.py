@@ -41,7 +41,7 @@ def train(plan: Plan | PathLike, graph: OperatorGraph | PathLike, config: TrainC
     """
     from mipipe.graphs.serialize import save as write
     from mipipe.graphs.serialize import to_data, write_text
-    from mipipe.runtime.train.launching.averaged import train as run
+    from mipipe.runtime.averaged import train as run
 
     with tempfile.TemporaryDirectory(prefix="mipipe-train-") as folder:
         files: list[PathLike] = []

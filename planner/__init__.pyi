@@ -12,7 +12,6 @@ from mipipe.planner.execution.export import perfetto_text as perfetto_text
 from mipipe.planner.execution.export import read_torch_csv as read_torch_csv
 from mipipe.planner.execution.export import torch_csv as torch_csv
 from mipipe.planner.execution.export import with_torch_order as with_torch_order
-from mipipe.planner.execution.exportable import plan_exportable as plan_exportable
 from mipipe.planner.execution.lower import lower as lower
 from mipipe.planner.execution.measure import Measures as Measures
 from mipipe.planner.execution.measure import measure as measure
@@ -21,6 +20,7 @@ from mipipe.planner.experts.maps import ExpertLoads as ExpertLoads
 from mipipe.planner.experts.maps import ExpertMap as ExpertMap
 from mipipe.planner.experts.plan import ExpertOptions as ExpertOptions
 from mipipe.planner.experts.plan import plan_experts as plan_experts
+from mipipe.planner.exportable import plan_exportable as plan_exportable
 from mipipe.planner.options import PlanOptions as PlanOptions
 from mipipe.planner.plan import Placement as Placement
 from mipipe.planner.plan import Plan as Plan

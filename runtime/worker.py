@@ -28,14 +28,16 @@ from mipipe.graphs.errors import MipipeError, StoppedError, tells_all
 from mipipe.graphs.named_code import no_exit
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.execution.simulate import simulate
+from mipipe.runtime.engine import processes
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
-from mipipe.runtime.experts.run import read_maps
+from mipipe.runtime.engine.processes import rank
 from mipipe.runtime.recipes.branches import BranchPeer, BranchRollouts, Together, check_positions
 from mipipe.runtime.recipes.light import CutWeights, is_second
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.data import Batches, make_batches
-from mipipe.runtime.train.launching import devices, processes, stopping
+from mipipe.runtime.train.expert_run import read_maps
+from mipipe.runtime.train.launching import devices, stopping
 from mipipe.runtime.train.launching.failures import DONE
 from mipipe.runtime.train.launching.prepare import (
     PreparedRun,
@@ -45,7 +47,6 @@ from mipipe.runtime.train.launching.prepare import (
     read_job,
     shards_parameters,
 )
-from mipipe.runtime.train.launching.processes import rank
 from mipipe.runtime.train.launching.rendezvous import start_processes
 from mipipe.runtime.train.launching.telling import ProgressBar, announce, report, tell
 from mipipe.runtime.train.models import LayeredWeights, empty_module, weights_for_host

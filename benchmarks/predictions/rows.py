@@ -15,7 +15,7 @@ from pathlib import Path
 from predictions.cells import measured, read_rows, stated, whole
 from predictions.models import Model, model_of
 
-from mipipe.graphs.costs.efficiency import LowDtype
+from mipipe.graphs.efficiency import LowDtype
 from mipipe.graphs.errors import InputError
 from mipipe.planner.teams.degrees import Degrees, Recompute
 

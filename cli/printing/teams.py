@@ -12,7 +12,7 @@ from mipipe.graphs.serialize import to_data
 from mipipe.graphs.units import format_bytes
 
 if TYPE_CHECKING:
-    from mipipe.graphs.costs.efficiency import Achieved
+    from mipipe.graphs.efficiency import Achieved
     from mipipe.planner.teams.evaluate import TeamResult
     from mipipe.planner.teams.found import Found
 

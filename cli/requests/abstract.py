@@ -6,7 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from mipipe.cli.files import open_any
+from mipipe.cli.requests.files import open_any
 from mipipe.graphs.errors import InputError
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem

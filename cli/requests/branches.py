@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mipipe.cli.files import open_any
 from mipipe.cli.printing.output import emit, stdout
 from mipipe.cli.printing.tables import print_rows
 from mipipe.cli.printing.terminal import format_time
+from mipipe.cli.requests.files import open_any
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import save, to_data

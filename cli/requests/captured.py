@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mipipe.cli.capture import parse_settings
 from mipipe.cli.printing.output import progress
+from mipipe.cli.requests.settings import parse_settings
 from mipipe.graphs.errors import InputError
 
 if TYPE_CHECKING:

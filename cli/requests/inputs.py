@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mipipe.cli.files import check_positive, open_any
+from mipipe.cli.requests.files import check_positive, open_any
 from mipipe.graphs.cluster import load_cluster
 from mipipe.graphs.coarse.graph import CoarseGraph
 from mipipe.graphs.costs.table import CostTable

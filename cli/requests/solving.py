@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def solve_shown(problem: PlanningProblem, options: PlanOptions, exportable: bool) -> tuple[SolveResult, PlanOptions]:
     """The result of the solve that was asked for, and the options it was found with."""
-    from mipipe.planner.execution.exportable import plan_exportable
+    from mipipe.planner.exportable import plan_exportable
     from mipipe.planner.solve import plan as solve
 
     with progress("planning") as update:

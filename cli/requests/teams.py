@@ -8,15 +8,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from mipipe.cli.files import check_positive, open_any
 from mipipe.cli.printing.output import emit, log, progress, stdout
 from mipipe.cli.printing.teams import print_runners, print_team, team_data
 from mipipe.cli.requests.captured import captured, names_model
+from mipipe.cli.requests.files import check_positive, open_any
 from mipipe.cli.requests.team_request import TeamRequest
 from mipipe.graphs.cluster import Cluster, load_cluster, uniform_cluster
 from mipipe.graphs.costs.collectives import fabric_of
-from mipipe.graphs.costs.efficiency import LowDtype
 from mipipe.graphs.costs.table import CostTable
+from mipipe.graphs.efficiency import LowDtype
 from mipipe.graphs.errors import InfeasibleError, InputError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import digest, load, load_data, save

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, fx
 
 from mipipe.graphs.capture.export import Exported
-from mipipe.graphs.capture.seen import silence
 from mipipe.graphs.capture.segment import SegmentCut
 from mipipe.graphs.capture.unsayable import NUMBERS
 from mipipe.graphs.capture.user_calls import line_of_error
 from mipipe.graphs.errors import GraphError
+from mipipe.graphs.models.silence import silence
 from mipipe.graphs.operator_graph import OperatorGraph, ParameterSpec, Segment, SegmentTrace, TensorSpec, Value
-from mipipe.graphs.operators.dynamic_rows import stand_ins
+from mipipe.graphs.tracing.dynamic_rows import stand_ins
 from mipipe.graphs.tracing.joint import output_mask
 from mipipe.graphs.tracing.module_paths import inside
 from mipipe.graphs.tracing.partition import trace_segment

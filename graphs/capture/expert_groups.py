@@ -7,32 +7,16 @@ group's segment reads the tokens and the routing, computes its own experts, and 
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 from torch import fx
 
 from mipipe.graphs.capture.export import Exported
 from mipipe.graphs.operator_graph import ParameterSpec, TensorSpec
 from mipipe.graphs.operators.expert_kernels import RETURN, ROUTE, SEND
+from mipipe.graphs.tracing.parameter_slices import RowRange
 from mipipe.graphs.tracing.storages import argument
-
-RowRange = tuple[int, int]
-T = TypeVar("T")
-
-
-def parse_slice(fqn: str) -> tuple[str, RowRange | None]:
-    """The parameter that an FQN names and the rows of it: ``'a.b[0:16]'`` -> ``('a.b', (0, 16))``; None: all."""
-    match = re.fullmatch(r"(.*)\[(\d+):(\d+)\]", fqn)
-    return (match[1], (int(match[2]), int(match[3]))) if match else (fqn, None)
-
-
-def slice_tensor(named: Mapping[str, T], fqn: str) -> T:
-    """The tensor of an FQN, cut to its rows if it names a slice; ``named`` has whole parameters (or the slice)."""
-    base, rows = parse_slice(fqn)
-    return named[fqn] if fqn in named or rows is None else named[base][rows[0]:rows[1]]  # type: ignore[index]
 
 
 def split_banks(exported: Exported) -> tuple[Exported, dict[str, list[RowRange]]]:

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from mipipe.graphs.capture import user_autograd
 from mipipe.graphs.capture.cleaning import clean
 from mipipe.graphs.capture.python_state import refuse_changes
-from mipipe.graphs.capture.seen import keep_assigned, seen_mode, silence
+from mipipe.graphs.capture.seen import keep_assigned, seen_mode
 from mipipe.graphs.capture.unsayable import (
     Unsayable,
     draws,
@@ -28,7 +28,8 @@ from mipipe.graphs.capture.unsayable import (
 )
 from mipipe.graphs.capture.user_code import UserCode
 from mipipe.graphs.errors import GraphError, MipipeError
-from mipipe.graphs.operators.dynamic_rows import pick_rows
+from mipipe.graphs.models.silence import silence
+from mipipe.graphs.tracing.dynamic_rows import pick_rows
 from mipipe.graphs.tracing.joint import make_constant, no_stack_traces
 from mipipe.graphs.tracing.storages import argument, mutates, written
 

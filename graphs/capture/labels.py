@@ -12,13 +12,10 @@ from typing import Literal
 
 from torch import fx
 
-from mipipe.graphs.operators.recurrent import LAYERS
-from mipipe.graphs.tracing.joint import attention_call
+from mipipe.graphs.tracing.heavy import is_heavy
 
 Granularity = Literal["layer", "block", "module", "operator"]
 Label = str
-_HEAVY = re.compile(r"linear|mm\b|matmul|conv|embedding|attention|einsum|bilinear|grouped_mm|label_log_probs"
-                    r"|teacher_distance")
 _EXPERTS = re.compile(r"^(experts)$")
 _SHARED = re.compile(r"shared_experts?$|shared_mlp$")
 _CONTAINERS = ("Sequential", "ModuleList", "ModuleDict")
@@ -150,12 +147,6 @@ def _moe_part(node: fx.Node, inner: str, rest: str) -> str:
     if _SHARED.search(inner):
         return "shared_experts"
     return rest
-
-
-def is_heavy(node: fx.Node) -> bool:
-    """Whether an operator is a matrix product, a convolution, an embedding, attention or a recurrent layer."""
-    known = node.target is attention_call or node.target in LAYERS.values()
-    return known or _HEAVY.search(str(node.target)) is not None
 
 
 def _attach(nodes: Sequence[fx.Node], labels: dict[fx.Node, Label | None], units: Mapping[fx.Node, str]) -> None:

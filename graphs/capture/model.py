@@ -3,7 +3,7 @@
 `capture` takes whatever names a model (see `mipipe.graphs.models.sources`), `capture_module` a module in memory. The
 loss is part of the graph and the gradient that starts its backward is an argument of the last segment, so the runtime
 chooses the scale: 1 / (valid labels of all microbatches) where ``source["loss"]`` says that the loss is a sum over
-labels, 1 / (number of microbatches) where it is a mean (`mipipe.graphs.capture.loss`).
+labels, 1 / (number of microbatches) where it is a mean (`mipipe.graphs.models.loss`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mipipe.graphs.capture import loss as losses
 from mipipe.graphs.capture import verify as verifying
 from mipipe.graphs.capture.annotate import Patterns, annotate
 from mipipe.graphs.capture.assemble import TraceProgress, assemble
@@ -27,6 +26,7 @@ from mipipe.graphs.capture.program_files import load_program
 from mipipe.graphs.capture.segment import cut_segments
 from mipipe.graphs.costs.exchange import check_exchange
 from mipipe.graphs.errors import GraphError
+from mipipe.graphs.models import loss as losses
 from mipipe.graphs.models.sources import open_source
 from mipipe.graphs.operator_graph import OperatorGraph, ParameterSpec
 from mipipe.graphs.recipes.options import RecipeConfig
@@ -98,7 +98,7 @@ def capture_module(module: nn.Module, example_inputs: Mapping[str, Any], *, loss
         example_inputs: tensors by forward argument, with the sizes of one microbatch; other values are fixed.
         loss: ``loss(outputs, inputs) -> scalar`` if the module does not return its loss itself (as its only scalar,
             or under the name ``loss``).
-        loss_info: how the loss is normalised, see `mipipe.graphs.capture.loss`; by default a mean over microbatches.
+        loss_info: how the loss is normalised, see `mipipe.graphs.models.loss`; by default a mean over microbatches.
         granularity: ``layer``, ``block`` (attention, MLP, parts of a MoE layer), ``module`` (each linear, attention
             and the like with what is around it) or ``operator`` (each of their operators).
         patterns: corrections of the annotation.

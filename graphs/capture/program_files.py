@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from mipipe.graphs.capture.seen import silence
 from mipipe.graphs.errors import InputError, shown
+from mipipe.graphs.models.silence import silence
 from mipipe.graphs.read_files import MAX_BYTES, load_json
 
 _TARGET = re.compile(r"torch\.ops\.(aten|prims|mipipe|higher_order|[a-z]\w*)\.[A-Za-z_]\w*(\.[A-Za-z_]\w*)?"

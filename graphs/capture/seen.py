@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -69,19 +66,6 @@ def _with_tensors(index: Any) -> Any:
     if isinstance(index, tuple):
         return tuple(_with_tensors(item) for item in index)
     return torch.tensor(index).to("meta") if type(index) is list and index else index
-
-
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Inside, torch neither prints half a graph nor logs its own traceback before it raises: our one line says it."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=r"The tensor attributes? .* assigned during export")
-            yield
-    finally:
-        logging.disable(before)
 
 
 PARTS = frozenset(nn.Module().__dict__)

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from mipipe.graphs.capture.export import Exported, needed
 from mipipe.graphs.capture.labels import Granularity, Label, label_nodes
 from mipipe.graphs.errors import GraphError
-from mipipe.graphs.operators import dynamic_rows
+from mipipe.graphs.tracing import dynamic_rows
 from mipipe.graphs.tracing.storages import argument, origin, storage_of, written
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mipipe.graphs.capture.seen import seen_mode, silence
+from mipipe.graphs.capture.seen import seen_mode
 from mipipe.graphs.capture.user_calls import line_of_error
 from mipipe.graphs.errors import GraphError
-from mipipe.graphs.operators.dynamic_rows import is_dynamic
+from mipipe.graphs.models.silence import silence
+from mipipe.graphs.tracing.dynamic_rows import is_dynamic
 
 NUMBERS = ("a Python value depends on tensor data there; keep it a tensor (x.detach() in place of x.item()), use"
            " torch.where instead of if, leave out a test that only skips empty work, compute it outside the model, or"

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from mipipe.graphs.capture.expert_groups import parse_slice
 from mipipe.graphs.capture.python_state import changed_containers, containers
 from mipipe.graphs.capture.seen import attributes_kept
 from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph
@@ -31,6 +30,7 @@ from mipipe.graphs.errors import GraphError, MipipeError
 from mipipe.graphs.operator_graph import OperatorGraph, Phase
 from mipipe.graphs.profiling.rehearse import model_input
 from mipipe.graphs.tracing.compose import parameter_tensors, run_step
+from mipipe.graphs.tracing.parameter_slices import parse_slice
 
 MAX_PARAMETERS, MAX_FLOPS = 20_000_000, 10 ** 10
 """What is verified unasked: some seconds of one CPU core for three forwards and backwards."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mipipe.graphs.calibration.derive import calibration_of
 from mipipe.graphs.calibration.streams import CalibrationPlan
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.expressions import search
@@ -14,6 +13,7 @@ from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, licence_of
 from mipipe.graphs.merging.checkpoints.layer_config import Picked, layer_count, numbered_note, picked_layers
 from mipipe.graphs.merging.checkpoints.lora import rename
 from mipipe.graphs.merging.graph import MergeGraph, MergeModel, MergeUnit
+from mipipe.graphs.merging.needed_streams import calibration_of
 from mipipe.graphs.merging.participants import AUTO_NAMES, Participant
 from mipipe.graphs.merging.recipes.recipe import Branch, MergeRecipe
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify, with_layer

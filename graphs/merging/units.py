@@ -26,7 +26,7 @@ from mipipe.graphs.merging.tensor_classes import (
     layer_prefix,
     with_layer,
 )
-from mipipe.graphs.merging.tokens.token_rows import check_given, join_vocabularies
+from mipipe.graphs.merging.token_rows import check_given, join_vocabularies
 from mipipe.graphs.merging.values import Filters, values_of
 
 _EXPERT = re.compile(r"^(.*\.(?:mlp|block_sparse_moe|moe|feed_forward|ffn))\.(?:experts(?:\.|$)|gate\.|router\.)")

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mipipe.graphs.capture import loss as losses
-from mipipe.graphs.capture.seen import silence
 from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.expressions import check_expression, search
+from mipipe.graphs.models import loss as losses
+from mipipe.graphs.models.silence import silence
 from mipipe.graphs.named_code import import_named, is_named_code
 from mipipe.graphs.serialize import load_data
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mipipe.graphs.capture import loss as losses
+from mipipe.graphs.models import loss as losses
 from mipipe.graphs.models.families import ADJUSTMENTS, Adjustment
 
 LANGUAGE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ForSpeechSeq2Seq")

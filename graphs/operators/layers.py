@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import mipipe.graphs.operators.expert_kernels
 import mipipe.graphs.operators.kernels  # noqa: F401  (both register mipipe's operators)
 from mipipe.graphs.errors import GraphError
-from mipipe.graphs.tracing.joint import plain_attention, trains
+from mipipe.graphs.operators.plain_attention import plain_attention, trains
 
 NAME = "mipipe"
 """The name under which both are registered with transformers."""

@@ -1,6 +1,6 @@
 """Sizes in a traced graph that depend on rows picked by data become operators that ask for them.
 
-A segment is traced twice, with other stand-ins for the counts (`mipipe.graphs.operators.dynamic_rows`). What differs
+A segment is traced twice, with other stand-ins for the counts (`mipipe.graphs.tracing.dynamic_rows`). What differs
 between the traces is matched with a multiple of one count, or of the sum of counts of several masks in a row (rows
 concatenated over experts, and where each part begins); if none fits, with such a sum and a constant (rows beside fixed
 ones). What fits two of them is refused.

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mipipe.graphs.capture import loss as normalised
 from mipipe.graphs.errors import GraphError, InputError
+from mipipe.graphs.models import loss as normalised
 from mipipe.graphs.named_code import import_named, is_named_code
 from mipipe.graphs.operators import vocabulary
 from mipipe.graphs.recipes import losses

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mipipe.graphs.capture.loss import MEAN, weight
 from mipipe.graphs.errors import BatchError
+from mipipe.graphs.models.loss import MEAN, weight
 from mipipe.graphs.operator_graph import OperatorGraph, TensorSpec
 from mipipe.graphs.recipes.options import GROUPED
 

@@ -14,13 +14,13 @@ from typing import Any
 from torch import fx
 
 from mipipe.graphs.operator_graph import Operator, Phase, SegmentTrace
-from mipipe.graphs.operators.dynamic_rows import DIRECT as ROWS
 from mipipe.graphs.sharding.assign import Assignment, Layouts, first_backward, results_of
 from mipipe.graphs.sharding.builder import CPU, Builder
 from mipipe.graphs.sharding.parts import WHOLE, Kind, local_shape
 from mipipe.graphs.sharding.programs import PROGRAMS
 from mipipe.graphs.trace_rules import CONSTANT, GETITEM
 from mipipe.graphs.tracing import joint as joint_graph
+from mipipe.graphs.tracing.dynamic_rows import DIRECT as ROWS
 from mipipe.graphs.tracing.joint import Joint
 from mipipe.graphs.tracing.operator_kinds import resolve_operator
 from mipipe.graphs.tracing.partition import to_trace

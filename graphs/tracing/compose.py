@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mipipe.graphs.capture.expert_groups import parse_slice, slice_tensor
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Segment
+from mipipe.graphs.tracing.parameter_slices import parse_slice, slice_tensor
 from mipipe.graphs.tracing.trace import build_phase, phase_signature
 
 

@@ -22,6 +22,7 @@ import mipipe.graphs.operators.expert_kernels
 import mipipe.graphs.operators.kernels  # noqa: F401  (both register mipipe's operators)
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import TensorSpec
+from mipipe.graphs.operators.plain_attention import plain_attention, trains
 from mipipe.graphs.tracing.simplify import simplify, split_convolutions
 from mipipe.graphs.tracing.storages import mutates, own_storages
 
@@ -169,25 +170,6 @@ def attention_call(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor 
         mask = mask.expand(*lead, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
     out, _ = torch.ops.mipipe.attention(*four, mask, None, is_causal, 0, float(scale), 0.0)
     return out.reshape(*query.shape[:-1], value.shape[-1])
-
-
-def trains(mask: Tensor | None) -> bool:
-    """Whether a mask has a gradient (a learned position bias), which the attention operator does not compute."""
-    return mask is not None and mask.requires_grad
-
-
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool,
-                    scale: float | None) -> Tensor:
-    """Attention in plain operators: for dropout (the dropped weights are kept in any case) and masks that train."""
-    heads = query.shape[-3]
-    key, value = (x.repeat_interleave(heads // x.shape[-3], dim=-3) for x in (key, value))
-    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if causal:
-        band = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~band, float("-inf"))
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else scores + mask
-    return torch.nn.functional.dropout(scores.softmax(dim=-1), dropout, True) @ value
 
 
 def _is_copy_of(node: fx.Node, inputs: Sequence[fx.Node]) -> bool:

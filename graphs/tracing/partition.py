@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from mipipe.graphs.operator_graph import Operator, Phase, SavedTensor, SegmentTrace, TensorSpec
-from mipipe.graphs.operators import dynamic_rows
 from mipipe.graphs.operators.flops import count_flops, inside_bytes, num_bytes
 from mipipe.graphs.operators.row_sizes import restore_sizes
 from mipipe.graphs.serialize import digest
+from mipipe.graphs.tracing import dynamic_rows
 from mipipe.graphs.tracing import joint as joint_graph
 from mipipe.graphs.tracing.joint import Joint, JointFunction, trace_joint
 from mipipe.graphs.tracing.module_paths import module_paths

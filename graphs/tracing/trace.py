@@ -24,10 +24,11 @@ from torch import Tensor
 
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import DTYPE_BYTES, Operator, Phase, SegmentTrace, TensorSpec
-from mipipe.graphs.operators import ctc, dynamic_rows, expert_kernels, kernels, owned_experts, recurrent, vocabulary
+from mipipe.graphs.operators import ctc, expert_kernels, kernels, owned_experts, recurrent, vocabulary
 from mipipe.graphs.trace_rules import CONSTANT as CONSTANT
 from mipipe.graphs.trace_rules import GETITEM as GETITEM
 from mipipe.graphs.trace_rules import check_trace
+from mipipe.graphs.tracing import dynamic_rows
 from mipipe.graphs.tracing.operator_kinds import resolve_operator
 
 PhaseFunction = Callable[..., tuple[Tensor, ...]]

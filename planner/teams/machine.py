@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mipipe.graphs.cluster import DeviceKind
 from mipipe.graphs.costs.collectives import Fabric
-from mipipe.graphs.costs.efficiency import LowDtype
+from mipipe.graphs.efficiency import LowDtype
 from mipipe.graphs.errors import InputError
 from mipipe.planner.device_memory import room_for_tensors
 

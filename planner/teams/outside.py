@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mipipe.graphs.costs.efficiency import Evidence
+from mipipe.graphs.efficiency import Evidence
 from mipipe.graphs.operator_graph import Role
 from mipipe.planner.teams.degrees import Degrees
 from mipipe.planner.teams.pricing import Pricer

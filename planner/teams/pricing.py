@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mipipe.graphs.costs.collectives import collective_ns
-from mipipe.graphs.costs.efficiency import phase_seconds
 from mipipe.graphs.costs.estimate_modes import estimated_profile
 from mipipe.graphs.costs.split_rules import ATTENTION
 from mipipe.graphs.costs.trace_facts import TeamSplit, TraceFacts, trace_facts
+from mipipe.graphs.efficiency import phase_seconds
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.modes import Collective, CollectiveKind, ModeProfile
 from mipipe.graphs.operator_graph import DTYPE_BYTES, Phase, Role

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTensor
 from mipipe.runtime.calibration.empty_decoder import empty_decoder, layer_stack
+from mipipe.runtime.calibration.quiet import quiet_transformers
 from mipipe.runtime.merge.output.verify import Loaded, loaded_tensors
-from mipipe.runtime.merge.programs.router import quiet_transformers
 
 Read = Callable[[str], Tensor]
 """A whole tensor by its name in the merge, in the compute dtype."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.models.configuration import know_converted
-from mipipe.runtime.merge.programs.router import quiet_transformers
+from mipipe.runtime.calibration.quiet import quiet_transformers
 
 
 def empty_decoder(label: str, folder: str, dtype: torch.dtype) -> Any:

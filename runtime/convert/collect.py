@@ -20,9 +20,9 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.models.configuration import first_line
 from mipipe.runtime.calibration.decoder import Decoder
 from mipipe.runtime.calibration.files import States
+from mipipe.runtime.calibration.quiet import quiet_transformers
 from mipipe.runtime.calibration.tokens import Samples
 from mipipe.runtime.convert.source import Source
-from mipipe.runtime.merge.programs.router import quiet_transformers
 
 BATCH = 4
 """Samples that run together."""

@@ -34,7 +34,7 @@ from mipipe.planner.execution.opening import opening_order
 from mipipe.planner.program import Program
 from mipipe.planner.team import Team
 from mipipe.runtime.engine import comm
-from mipipe.runtime.train.launching.processes import gather
+from mipipe.runtime.engine.processes import gather
 
 ALONE = Team({})
 """A rank that is one device."""

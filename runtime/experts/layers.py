@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mipipe.graphs.capture.expert_groups import parse_slice
 from mipipe.graphs.errors import PlanError
 from mipipe.graphs.operator_graph import DTYPE_BYTES, OperatorGraph, Phase, Role, Segment, SegmentTrace
 from mipipe.graphs.operators.expert_kernels import ROUTE
+from mipipe.graphs.tracing.parameter_slices import parse_slice
 from mipipe.planner.plan import Plan
 
 GROUPED = ("mipipe.grouped_mm.default",)

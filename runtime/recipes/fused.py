@@ -29,6 +29,7 @@ from mipipe.graphs.operators.vocabulary import IGNORED
 from mipipe.graphs.read_files import load_json, read_text
 from mipipe.graphs.recipes.rows import batch_inputs
 from mipipe.runtime.calibration.tokens import load_tokenizer
+from mipipe.runtime.engine.batches import Batch
 from mipipe.runtime.recipes.alignment import (
     Distribution,
     align,
@@ -40,7 +41,6 @@ from mipipe.runtime.recipes.alignment import (
     source_place,
 )
 from mipipe.runtime.recipes.tables import read_tables
-from mipipe.runtime.train.batches import Batch
 
 TENSORS, FACTS = "fused.safetensors", "fused.json"
 

@@ -25,9 +25,9 @@ from mipipe.graphs.recipes.lightening import Cuts, KeptUnits, choose_kept, cut, 
 from mipipe.graphs.recipes.source import KEPT, STAGE, recipe_of
 from mipipe.graphs.serialize import from_data, save, to_data
 from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.processes import rank
 from mipipe.runtime.recipes.whole import from_parts, whole_tensors
 from mipipe.runtime.train.config import GroupConfig, TrainConfig
-from mipipe.runtime.train.launching.processes import rank
 
 RATES = {"o_proj": 100.0, "down_proj": 50.0}
 """How much faster masks learn than the rest: those of heads, and of feed-forward units (arXiv 2406.03792)."""

@@ -25,8 +25,8 @@ from mipipe.graphs.models.configuration import first_line
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import load_data
 from mipipe.runtime.calibration.tokens import draw_samples, load_tokenizer
+from mipipe.runtime.engine.batches import Batch
 from mipipe.runtime.recipes.tables import read_tables
-from mipipe.runtime.train.batches import Batch
 
 TENSORS, FACTS = "features.safetensors", "features.json"
 

@@ -18,9 +18,9 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.named_code import import_named
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.rows import batch_inputs
+from mipipe.runtime.engine.batches import Batch
 from mipipe.runtime.recipes.fused import FusedRows
 from mipipe.runtime.recipes.rollouts import Rollouts
-from mipipe.runtime.train.batches import Batch
 from mipipe.runtime.train.config import DataConfig
 
 ROLLOUTS, FUSED = "rollouts", "fused"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mipipe.graphs.errors import RunError
-from mipipe.runtime.train.batches import Batch
+from mipipe.runtime.engine.batches import Batch
 from mipipe.runtime.train.data import Batches
 
 _MORE, _END = True, False

@@ -12,13 +12,13 @@ from mipipe.graphs.recipes.source import recipe_of
 from mipipe.planner.experts.maps import ExpertMap
 from mipipe.planner.timeline import Timeline
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.experts.run import ExpertRun
+from mipipe.runtime.engine.processes import gather
 from mipipe.runtime.recipes.beams import Beams
 from mipipe.runtime.recipes.light import Lightening, mask_groups
 from mipipe.runtime.train.clip import Clip
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.data import Batches
-from mipipe.runtime.train.launching.processes import gather
+from mipipe.runtime.train.expert_run import ExpertRun
 from mipipe.runtime.train.metrics import forget_memory
 from mipipe.runtime.train.optim import learning_rate_factor, make_optimizer
 from mipipe.runtime.train.prefetch import Prefetched

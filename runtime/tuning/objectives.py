@@ -17,8 +17,8 @@ import torch
 from mipipe.graphs.errors import InputError, RunError, shown
 from mipipe.graphs.models.configuration import know_converted
 from mipipe.graphs.named_code import import_named
+from mipipe.runtime.calibration.quiet import quiet_transformers
 from mipipe.runtime.calibration.tokens import Samples, draw_samples
-from mipipe.runtime.merge.programs.router import quiet_transformers
 from mipipe.runtime.tuning.harness import check_tasks, task_scores
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from mipipe.graphs.errors import InputError, MipipeError, RunError
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.train.launching.processes import failure_of, first_of, gather, rank, world
+from mipipe.runtime.engine.processes import failure_of, first_of, gather, rank, world
 from mipipe.runtime.weights import checkpoint_folder as folders
 from mipipe.runtime.weights.checkpoint_files import PREFIX, SUFFIX, check_dtypes, share_out, write_tensors
 from mipipe.runtime.weights.checkpoint_run import RunIdentity, Start, check_same, named, new_id

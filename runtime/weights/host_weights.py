@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mipipe.graphs.errors import MipipeError
 from mipipe.runtime.engine import comm
-from mipipe.runtime.train.launching.processes import failures_of, first_of, gather, rank
+from mipipe.runtime.engine.processes import failures_of, first_of, gather, rank
 
 Find = Callable[[Mapping[str, Tensor], str], Tensor | None]
 """What a process wants of a name: the tensor, its own piece of it, or None where it is not there."""

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mipipe.graphs.capture.expert_groups import parse_slice
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.merging.layout import Shard, index_json, lay_out
 from mipipe.graphs.recipes.adapters import is_adapter
@@ -29,13 +28,14 @@ from mipipe.graphs.recipes.expansion import is_expansion
 from mipipe.graphs.recipes.objective import REFERENCE
 from mipipe.graphs.recipes.source import recipe_of
 from mipipe.graphs.serialize import load_data
+from mipipe.graphs.tracing.parameter_slices import parse_slice
 from mipipe.graphs.units import parse_bytes
 from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.processes import failures_of, first_of, rank
 from mipipe.runtime.recipes.adapter_files import adapter_tensors, write_adapters
 from mipipe.runtime.recipes.light import first_stage, is_second, merged
 from mipipe.runtime.recipes.votes import fuser
 from mipipe.runtime.train.config import TrainConfig
-from mipipe.runtime.train.launching.processes import failures_of, first_of, rank
 from mipipe.runtime.train.models import empty_module, plain_module, take_reference
 from mipipe.runtime.weights.own_pieces import (
     StoredPiece,

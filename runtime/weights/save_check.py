@@ -13,8 +13,8 @@ from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.recipes.source import recipe_of
 from mipipe.graphs.units import format_bytes
 from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.processes import failure_of, failures_of, first_of, gather, rank
 from mipipe.runtime.train.config import TrainConfig
-from mipipe.runtime.train.launching.processes import failure_of, failures_of, first_of, gather, rank
 from mipipe.runtime.train.models import empty_module
 from mipipe.runtime.weights.checkpoint_tensors import held_pieces
 from mipipe.runtime.weights.own_pieces import StoredPiece, byte_slice, divided_names, divided_shapes, own_pieces

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mipipe.graphs.capture.expert_groups import parse_slice
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.files import read_index
+from mipipe.graphs.tracing.parameter_slices import parse_slice
 from mipipe.runtime.weights.pieces import Piece
 from mipipe.runtime.weights.stored_names import TensorRecipe, recipes
 

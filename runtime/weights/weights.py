@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from mipipe.graphs.capture.expert_groups import parse_slice
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.tracing.parameter_slices import parse_slice
 from mipipe.runtime.weights.host_weights import HostWeights
 from mipipe.runtime.weights.pieces import Piece
 from mipipe.runtime.weights.stored_weights import StoredWeights

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mipipe.graphs.cluster import shipped_kinds, uniform_cluster
 from mipipe.graphs.costs.collectives import MESSAGE_NS, Fabric, Level, collective_ns, fabric_of
-from mipipe.graphs.costs.efficiency import Achieved, phase_seconds
+from mipipe.graphs.efficiency import Achieved, phase_seconds
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.modes import CollectiveKind, PhaseWork, Product
 from mipipe.graphs.topology import Link

@@ -16,11 +16,11 @@ import torch
 from fake_cuda import assert_on_fake_cuda
 from torch import Tensor, nn
 
-from mipipe.graphs.capture import loss as losses
-from mipipe.graphs.capture.expert_groups import parse_slice
 from mipipe.graphs.capture.model import capture
+from mipipe.graphs.models import loss as losses
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role
 from mipipe.graphs.tracing.compose import parameter_tensors, run_step
+from mipipe.graphs.tracing.parameter_slices import parse_slice
 
 transformers = pytest.importorskip("transformers")
 from mipipe.graphs.models import configuration, families, tasks  # noqa: E402

@@ -5,7 +5,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mipipe.cli.capture import parse_settings
+from mipipe.cli.requests.settings import parse_settings
 from mipipe.graphs.cluster import load_cluster
 from mipipe.graphs.merging.recipes.read import read_recipes
 from mipipe.graphs.serialize import load_data, yaml_text, yaml_value

@@ -13,9 +13,9 @@ from mipipe.graphs.topology import Topology
 from mipipe.planner.actions import Action, Stream
 from mipipe.planner.check import check_plan
 from mipipe.planner.execution.export import perfetto_text, read_torch_csv, torch_csv, with_torch_order
-from mipipe.planner.execution.exportable import LARGER, plan_exportable
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate
+from mipipe.planner.exportable import LARGER, plan_exportable
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem

@@ -12,11 +12,11 @@ import runtime_models as models
 import torch
 from torch import nn
 
-from mipipe.graphs.capture.loss import sum_over
 from mipipe.graphs.capture.model import capture_module
 from mipipe.graphs.cluster import shipped_kinds
 from mipipe.graphs.coarse.coarsen import coarsen
 from mipipe.graphs.costs.roofline import roofline
+from mipipe.graphs.models.loss import sum_over
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.adapters import AdapterConfig, adapt
 from mipipe.graphs.topology import Topology

@@ -12,8 +12,8 @@ import runtime_models as models
 import torch
 from torch import nn
 
-from mipipe.graphs.capture.loss import sum_over
 from mipipe.graphs.capture.model import capture_module
+from mipipe.graphs.models.loss import sum_over
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.operators.layers import NAME, exchange_experts, register
 from mipipe.planner.experts.maps import ExpertMap

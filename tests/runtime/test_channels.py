@@ -169,9 +169,10 @@ def test_a_default_group_without_the_cpu_is_refused(monkeypatch):
 
 TENSORS = {"engine/comm.py"}
 """Where collectives of tensors on the device are started."""
-CONTROL = {"engine/engine.py": {"all_reduce", "all_gather"}, "experts/run.py": {"all_reduce", "broadcast_object_list"},
+CONTROL = {"engine/engine.py": {"all_reduce", "all_gather"},
+           "train/expert_run.py": {"all_reduce", "broadcast_object_list"},
            "recipes/branches.py": {"broadcast_object_list"},
-           "train/trace.py": {"send", "recv"}, "train/launching/processes.py": {"all_gather_object", "gather_object"},
+           "train/trace.py": {"send", "recv"}, "engine/processes.py": {"all_gather_object", "gather_object"},
            "weights/host_weights.py": {"isend", "irecv"}, "worker.py": {"barrier"}}
 """Which collectives are called elsewhere, all with CPU tensors or objects."""
 APART = {"train/links.py"}

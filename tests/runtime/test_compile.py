@@ -9,9 +9,9 @@ import runtime_equal as equal
 import runtime_models as models
 import torch
 
-from mipipe.graphs.capture.loss import sum_over
 from mipipe.graphs.capture.model import capture_module
 from mipipe.graphs.errors import RunError
+from mipipe.graphs.models.loss import sum_over
 from mipipe.graphs.operator_graph import Phase
 from mipipe.graphs.tracing.trace import phase_signature
 from mipipe.runtime.engine.compiling import phases

@@ -9,8 +9,8 @@ import runtime_equal as equal
 import runtime_models as models
 import torch
 
-from mipipe.graphs.capture.loss import sum_over
 from mipipe.graphs.capture.model import capture_module
+from mipipe.graphs.models.loss import sum_over
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.schedules import BASELINES
 from mipipe.runtime.engine import buckets

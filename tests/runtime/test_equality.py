@@ -10,9 +10,9 @@ import runtime_equal as equal
 import runtime_models as models
 import torch
 
-from mipipe.graphs.capture.loss import sum_over
 from mipipe.graphs.capture.model import capture_module
 from mipipe.graphs.errors import ProblemError
+from mipipe.graphs.models.loss import sum_over
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.solve import plan as solve

@@ -17,9 +17,9 @@ from mipipe.planner.experts.maps import ExpertLoads
 from mipipe.planner.experts.plan import ExpertOptions, plan_experts
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
-from mipipe.runtime.experts.run import read_maps, replan_map
 from mipipe.runtime.train.config import CheckpointConfig, ExpertsConfig, OptimizerConfig, ReplanConfig, TrainConfig
 from mipipe.runtime.train.data import Batches
+from mipipe.runtime.train.expert_run import read_maps, replan_map
 from mipipe.runtime.train.training import Trainer
 
 pytestmark = pytest.mark.distributed

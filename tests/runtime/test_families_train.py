@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "graphs"))
 import runtime_equal as equal
 import test_families as families
 
-from mipipe.graphs.capture.loss import weight
 from mipipe.graphs.capture.model import capture
+from mipipe.graphs.models.loss import weight
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.solve import plan as solve
 

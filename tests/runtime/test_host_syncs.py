@@ -28,9 +28,9 @@ ROOT = Path(mipipe.runtime.__file__).parents[1]
 READS = {"tolist", "numpy", "item", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__"}
 SIZED = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.masked_select.default",
          "aten.unique_consecutive.default", "aten._unique2.default", "aten.repeat_interleave.Tensor"}
-ON_HOST = ("graphs/recipes/rows.py", "graphs/capture/loss.py:weight", "engine/engine.py:_prepare",
+ON_HOST = ("graphs/recipes/rows.py", "graphs/models/loss.py:weight", "engine/engine.py:_prepare",
            "engine/engine.py:_groups_fault", "engine/engine.py:_end_sum",
-           "exchange.py:send", "exchange.py:give_back", "torch/optim", "grouped_mm", "train/batches.py",
+           "exchange.py:send", "exchange.py:give_back", "torch/optim", "grouped_mm", "engine/batches.py",
            "train/data.py")
 """Who reads tensors that are on the host on every device: labels before they are moved, counts on gloo, step counters
 of an optimizer that is not fused. Loops over experts' rows are the CPU's; CUDA has a kernel for them."""

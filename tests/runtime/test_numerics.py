@@ -9,8 +9,8 @@ import runtime_equal as equal
 import runtime_models as models
 import torch
 
-from mipipe.graphs.capture.loss import sum_over
 from mipipe.graphs.capture.model import capture_module
+from mipipe.graphs.models.loss import sum_over
 from mipipe.runtime.engine.options import EngineOptions
 
 pytestmark = pytest.mark.distributed

@@ -12,8 +12,8 @@ from mipipe.graphs.errors import BatchError, InputError
 from mipipe.graphs.recipes import losses
 from mipipe.graphs.recipes.options import LossConfig, RecipeConfig, ReferenceConfig
 from mipipe.graphs.recipes.rows import batch_inputs
+from mipipe.runtime.engine.batches import split_batch
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.train.batches import split_batch
 
 COUNT, COPIES = 3, 2
 CASES = [

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from mipipe.graphs.capture.model import capture_module
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.planner.schedules import BASELINES
+from mipipe.runtime.engine import processes
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import SaveConfig, TrainConfig
-from mipipe.runtime.train.launching import processes
 from mipipe.runtime.weights import save as save_weights
 from mipipe.runtime.weights import save_check
 

@@ -12,8 +12,8 @@ import runtime_teams as teams
 import torch
 from runtime_pool import Pool
 
-from mipipe.graphs.capture.loss import sum_over
 from mipipe.graphs.capture.model import capture_module
+from mipipe.graphs.models.loss import sum_over
 from mipipe.graphs.operator_graph import Role
 from mipipe.graphs.sharding.team_graph import MemberGraph
 from mipipe.planner.team import Team, TeamMode

@@ -10,9 +10,9 @@ import runtime_models as models
 import safetensors
 import torch
 
-from mipipe.graphs.capture.expert_groups import slice_tensor
 from mipipe.graphs.capture.model import capture
 from mipipe.graphs.errors import InputError, RunError
+from mipipe.graphs.tracing.parameter_slices import slice_tensor
 from mipipe.planner.schedules import BASELINES
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.mesh import Mesh

@@ -30,9 +30,9 @@ from mipipe.graphs.merging.recipes.recipe import (
     merged_models,
     same_model,
 )
-from mipipe.graphs.merging.recipes.tokenizer_rule import check_tokenizer_rule
 from mipipe.graphs.merging.recipes.value_checks import check_parameters
 from mipipe.graphs.merging.tokens.chat_templates import NAMED
+from mipipe.graphs.merging.tokens.tokenizer_rule import check_tokenizer_rule
 from mipipe.graphs.serialize import from_data, yaml_documents
 
 

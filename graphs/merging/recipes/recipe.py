@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from mipipe.graphs.calibration.rule import CalibrationRule
 from mipipe.graphs.merging.method_spec import Base, MethodSpec
 from mipipe.graphs.merging.methods import BY_NAME
-from mipipe.graphs.merging.recipes.tokenizer_rule import TokenizerRule
+from mipipe.graphs.merging.tokens.tokenizer_rule import TokenizerRule
 from mipipe.graphs.serialize import STRICT
 
 Parameters = dict[str, Any]

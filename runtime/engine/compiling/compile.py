@@ -29,12 +29,12 @@ from mipipe.runtime.engine.compiling.resolve import Resolver
 from mipipe.runtime.engine.compiling.stage import build_stage, check_segments
 from mipipe.runtime.engine.mesh import ALONE, Mesh, build_mesh
 from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.engine.processes import world
 from mipipe.runtime.engine.team import member_graph, member_operators, member_pieces
 from mipipe.runtime.experts.elastic import CoActivation, joined_kernels, sampled_routers
 from mipipe.runtime.experts.exchange import kernels_of
 from mipipe.runtime.experts.group import make_exchange, routing_counters
 from mipipe.runtime.experts.layers import expert_layers
-from mipipe.runtime.train.launching.processes import world
 from mipipe.runtime.weights.weights import WeightSource, load_weights
 
 

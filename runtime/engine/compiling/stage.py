@@ -29,7 +29,8 @@ from mipipe.runtime.engine.compiling.calls import (
 )
 from mipipe.runtime.engine.compiling.flow import GradientFlow
 from mipipe.runtime.engine.compiling.phases import Phases
-from mipipe.runtime.engine.compiling.stage_calls import Counters, StageCalls
+from mipipe.runtime.engine.compiling.stage_calls import StageCalls
+from mipipe.runtime.experts.group import Counters
 from mipipe.runtime.weights.weights import Weights
 
 

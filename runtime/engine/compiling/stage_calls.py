@@ -21,10 +21,10 @@ from mipipe.runtime.engine.compiling.calls import (
 )
 from mipipe.runtime.engine.compiling.flow import GradientFlow
 from mipipe.runtime.engine.compiling.phases import PhaseCode, Phases
+from mipipe.runtime.experts.group import Counters
 from mipipe.runtime.weights.weights import Weights
 
 BlockKey = tuple[str, ...]
-Counters = dict[str, tuple[str, torch.Tensor]]
 
 
 @dataclass(slots=True)

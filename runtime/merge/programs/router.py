@@ -7,11 +7,9 @@ in ``hidden_avg``; here every prompt's own tokens count.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from mipipe.graphs.merging.participants import TOKEN_TABLES
 from mipipe.graphs.merging.recipes.moe_recipe import RANDOM, ROUTER, SHARED_GATE, Expert, MoeRecipe, router_tensors
 from mipipe.graphs.models.configuration import first_line
 from mipipe.graphs.serialize import digest, load_data
+from mipipe.runtime.calibration.quiet import quiet_transformers
 from mipipe.runtime.calibration.tokens import load_tokenizer
 from mipipe.runtime.weights.reader import TORCH_DTYPES, Shelf
 
@@ -128,32 +127,6 @@ def _embed(ids: Sequence[int], base: CheckpointFiles, table: str, shelf: Shelf) 
     """The embeddings of tokens, ``[tokens, hidden]``, read row by row."""
     tensor = base.tensors[table]
     return torch.cat([shelf.read_rows(base.path, tensor, token, token + 1, tensor.shape[1]) for token in ids]).float()
-
-
-_MAKING = threading.RLock()
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No bars and no reports on what a checkpoint has beyond the model; one thread at a time.
-
-    transformers sets torch's default dtype while it makes a model, and this sets its logging: both are the process's.
-    """
-    from transformers.utils import logging
-    with _MAKING:
-        yield from _quietly(logging)
-
-
-def _quietly(logging: Any) -> Iterator[None]:
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _hidden_states(base: CheckpointFiles, embedded: Sequence[Tensor], shelf: Shelf, average: bool) -> list[Tensor]:

@@ -19,9 +19,9 @@ from mipipe.planner.execution.lower import lower
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
 from mipipe.planner.teams.pieces import rows_of
+from mipipe.runtime.engine.batches import check_sizes
 from mipipe.runtime.engine.mesh import ALONE, check_processes
 from mipipe.runtime.experts.layers import expert_layers
-from mipipe.runtime.train.batches import check_sizes
 from mipipe.runtime.train.config import TrainConfig, read_train_config
 from mipipe.runtime.train.data import check_source
 from mipipe.runtime.train.models import check_recipe, source_of

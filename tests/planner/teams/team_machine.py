@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mipipe.graphs.cluster import DeviceKind
 from mipipe.graphs.costs.collectives import Fabric, Level
-from mipipe.graphs.costs.efficiency import Achieved
+from mipipe.graphs.efficiency import Achieved
 from mipipe.graphs.topology import Link
 from mipipe.planner.teams.machine import Machine
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from team_machine import machine
 
-from mipipe.graphs.costs.efficiency import Evidence
+from mipipe.graphs.efficiency import Evidence
 from mipipe.graphs.errors import InputError, MipipeError
 from mipipe.graphs.modes import Collective, CollectiveKind
 from mipipe.graphs.operator_graph import Role

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mipipe.graphs.capture.labels import Label, is_heavy
+from mipipe.graphs.tracing.heavy import is_heavy
 from mipipe.graphs.tracing.storages import storage_of, written
 
 Pair = tuple[int, int]
@@ -159,7 +159,7 @@ def _source(mask: fx.Node) -> fx.Node:
     return mask.all_input_nodes[0] if len(mask.all_input_nodes) == 1 else mask
 
 
-def keep_together(nodes: Sequence[fx.Node], labels: dict[fx.Node, Label]) -> None:
+def keep_together(nodes: Sequence[fx.Node], labels: dict[fx.Node, str]) -> None:
     """One label for all that depends on a count, up to and with the operators whose results have fixed sizes again.
 
     Rows that are summed up into one tensor, one mask after another, are one group: the experts of a layer.

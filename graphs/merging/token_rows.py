@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.merging.participants import Participant
-from mipipe.graphs.merging.recipes.tokenizer_rule import TokenizerRule, TokenOrigin, TokenRule
+from mipipe.graphs.merging.tokens.tokenizer_rule import TokenizerRule, TokenOrigin, TokenRule
 from mipipe.graphs.merging.tokens.vocabulary import GivenRow, Vocabulary, added_entries, join, next_added, read_tokens
 
 
