@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Collection, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,16 @@ def _files(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
+@cache
+def _nodes(path: Path) -> tuple[ast.stmt, ...]:
+    """The imports of a file, wherever in it they stand."""
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    return tuple(node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom))
+
+
 def _imports(path: Path) -> Iterator[tuple[str, int]]:
-    """Every module name a file imports, with its line, wherever in the file the import stands."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+    """Every module name a file imports, with its line."""
+    for node in _nodes(path):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -137,7 +145,7 @@ CIRCLES = {
 
 
 def test_no_folder_imports_itself_through_others() -> None:
-    """Modules directly in graphs/, planner/, runtime/ and cli/ stand for themselves: data below folders, verbs above."""
+    """Modules directly in graphs/, planner/, runtime/ and cli/ stand for themselves: data below, verbs above."""
     files = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
              for path in _files(*LAYERS)}
     room = {module: module if path.parent.parent == ROOT else ".".join(path.relative_to(ROOT).parts[:-1])
@@ -154,7 +162,7 @@ def test_no_folder_imports_itself_through_others() -> None:
 
 def _names(path: Path) -> Iterator[tuple[str, int]]:
     """As `_imports`, with the imported name appended: `from a import b` may name the module a.b."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+    for node in _nodes(path):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
