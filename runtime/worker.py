@@ -28,6 +28,7 @@ from mipipe.graphs.errors import MipipeError, StoppedError, tells_all
 from mipipe.graphs.named_code import no_exit
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.execution.simulate import simulate
+from mipipe.planner.experts.maps import ExpertMap
 from mipipe.runtime.engine import processes
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
@@ -108,6 +109,28 @@ def _elastic(config: TrainConfig) -> tuple[int, float] | None:
     return None if wanted is None else (wanted.pool, wanted.probability)
 
 
+def engine_options(job: PreparedRun, expert_map: ExpertMap | None) -> EngineOptions:
+    """What the configuration says of the engine."""
+    config = job.config
+    return EngineOptions(config.seed, config.timeout_s, config.compile,
+                         getattr(torch, config.dtype) if config.dtype else None, barrier=config.barrier == "step",
+                         expert_map=expert_map, load_factor=config.experts.load_factor if config.experts else None,
+                         elastic=_elastic(config), shard_parameters=shards_parameters(config, job.plan))
+
+
+def batches_of(job: PreparedRun, engine: Engine, branch: BranchPeer | None) -> Batches | Prefetched:
+    """The batches of this process's copy: its part of the data, or what a branch samples."""
+    graph, config = job.graph, job.config
+    rows = microbatch_rows(graph) * job.plan.problem.num_microbatches
+    loaded = make_batches(config.data, graph, rows, config.seed, engine.mesh.copy, engine.mesh.num_copies) \
+        if branch is None else Batches(BranchRollouts(engine, config, branch, rows), rows, in_turn=True)
+    if is_second(graph) and config.adapters is not None and config.adapters.light is not None:
+        loaded.resume({"taken": config.adapters.light.steps})  # the first stage had those before
+    if config.data.prefetch:
+        return Prefetched(loaded, engine.mesh.device.type == "cuda", config.timeout_s)
+    return loaded
+
+
 def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
         store: dist.Store | None = None, branch: BranchPeer | None = None) -> list[float]:
     """Build the engine and train. ``store``: torchrun's, which lives as long as the run, over all restarts;
@@ -119,14 +142,9 @@ def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
     if rank() == 0:
         check_outputs(job.config)
     plan, program, graph, config = job.plan, job.program, job.graph, job.config
-    master = getattr(torch, config.dtype) if config.dtype else None
     weights = weights_for_host(graph, config)
     maps = read_maps(config, graph, max(1, processes.world() // job.processes(1)))
-    engine = Engine(plan, graph, weights, program=program, device=device,
-                    options=EngineOptions(config.seed, config.timeout_s, config.compile, master,
-                                          barrier=config.barrier == "step", expert_map=maps.get(0),
-                                          load_factor=config.experts.load_factor if config.experts else None,
-                                          elastic=_elastic(config), shard_parameters=shards_parameters(config, plan)))
+    engine = Engine(plan, graph, weights, program=program, device=device, options=engine_options(job, maps.get(0)))
     if engine.compiled.uncompiled and rank() == 0:
         tell(options.report, "compile: runs without torch.compile, as ranks exchange rows there, or members of a team"
                              " talk: " + ", ".join(engine.compiled.uncompiled))
@@ -138,14 +156,7 @@ def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
     if config.save is not None:
         from mipipe.runtime.weights.save_check import check_save
         check_save(engine, config, stored)
-    rows = microbatch_rows(graph) * plan.problem.num_microbatches
-    loaded = make_batches(config.data, graph, rows, config.seed, engine.mesh.copy, engine.mesh.num_copies) \
-        if branch is None else Batches(BranchRollouts(engine, config, branch, rows), rows, in_turn=True)
-    if is_second(graph) and config.adapters is not None and config.adapters.light is not None:
-        loaded.resume({"taken": config.adapters.light.steps})  # the first stage had those before
-    batches: Batches | Prefetched = loaded
-    if config.data.prefetch:
-        batches = Prefetched(loaded, engine.mesh.device.type == "cuda", config.timeout_s)
+    batches = batches_of(job, engine, branch)
     shown = options.progress != "none" and (branch is None or not branch.number)
     show = ProgressBar(config.steps, options.progress) if shown else None
     say = functools.partial(tell, options.report)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
+
+from rich.console import Console
 
 from mipipe.cli.printing.output import emit, log, progress, stdout
 from mipipe.cli.printing.teams import print_runners, print_team, team_data
@@ -105,17 +107,23 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
     if note:
         console.print(note, soft_wrap=True, markup=False)
     print_team(console, result, "evaluated as given" if found is None else found.how())
-    for line in whole:
-        console.print(f"whole on every member: {line}", soft_wrap=True, markup=False)
-    for line in outside(pricer, result.degrees):
-        console.print(f"warning: outside what was validated: {line}", soft_wrap=True, markup=False)
-    if by_branch:
-        console.print("modes of branches: " + ", ".join(f"{branch} {mode}" for branch, mode in by_branch.items())
-                      + "; the figures are those of one mode for all")
+    _print_notes(console, whole, outside(pricer, result.degrees), by_branch)
     if found is not None:
         print_runners(console, found)
     if output is not None:
         console.print(f"wrote {output}")
+
+
+def _print_notes(console: Console, whole: Sequence[str], beyond: Sequence[str],
+                 by_branch: Mapping[str, TeamMode]) -> None:
+    """What a reader of the figures should know: what no member shares, what was not validated, modes of branches."""
+    for line in whole:
+        console.print(f"whole on every member: {line}", soft_wrap=True, markup=False)
+    for line in beyond:
+        console.print(f"warning: outside what was validated: {line}", soft_wrap=True, markup=False)
+    if by_branch:
+        console.print("modes of branches: " + ", ".join(f"{branch} {mode}" for branch, mode in by_branch.items())
+                      + "; the figures are those of one mode for all")
 
 
 def _measured(request: TeamRequest, degrees: Degrees, model: ModelPieces) -> tuple[LayerTimes, ...] | None:

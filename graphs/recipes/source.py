@@ -39,7 +39,6 @@ def with_recipe(source: ModelSource, recipe: RecipeConfig, recorded: Mapping[str
         raise InputError(f"{source.record['source']}: a factory returns its loss itself; another loss, or a reference,"
                          " goes with transformers models")
     record = {**source.record, "recipe": to_data(recipe)}
-    real = torch.float64 if record["dtype"] == "float64" else torch.float32
     recorded = recorded or {}
     loss, data = source.loss, dict(recorded.get("reference_config", {}))
     pairs: Any = recorded.get("expand_pairs", {})
@@ -53,15 +52,7 @@ def with_recipe(source: ModelSource, recipe: RecipeConfig, recorded: Mapping[str
         data = data or _configuration(recipe.reference)
         record["reference_config"] = data
     if (recipe.loss is not None or recipe.router is not None) and with_loss:
-        task, ids = source.task, source.inputs("meta").get("labels")
-        wanted, router = recipe.loss or LossConfig("cross_entropy"), recipe.router or RouterConfig(freeze=True)
-        if task.kind != "language" or ids is None:
-            raise InputError(f"loss {wanted.name}: goes with language models, which give logits for every token;"
-                             f" {source.name} is none")
-        balance = task.coefficient if router.balance is None else router.balance
-        constants = {**task.constants, **({"output_router_logits": True} if router.balance else {})}
-        loss = RecipeLoss(wanted, task.shift, ids.shape[0], ids.shape[1], balance, task.sharpness, router.z, constants,
-                          recipe.reference is not None, real)
+        loss = _loss_of(source, recipe)
 
     def build(device: str) -> nn.Module:
         made = source.build(device)
@@ -88,6 +79,24 @@ def with_recipe(source: ModelSource, recipe: RecipeConfig, recorded: Mapping[str
     if isinstance(loss, RecipeLoss):
         changed |= {"loss": loss, "loss_info": loss.info, "withheld": loss.withheld, "constants": loss.constants}
     return replace(source, **changed)
+
+
+def _loss_of(source: ModelSource, recipe: RecipeConfig) -> RecipeLoss:
+    """The loss that a recipe names; the model's own where it only says something of routers.
+
+    Raises:
+        InputError: the model is no language model.
+    """
+    task, ids = source.task, source.inputs("meta").get("labels")
+    wanted, router = recipe.loss or LossConfig("cross_entropy"), recipe.router or RouterConfig(freeze=True)
+    if task is None or task.kind != "language" or ids is None:
+        raise InputError(f"loss {wanted.name}: goes with language models, which give logits for every token;"
+                         f" {source.name} is none")
+    balance = task.coefficient if router.balance is None else router.balance
+    constants = {**task.constants, **({"output_router_logits": True} if router.balance else {})}
+    real = torch.float64 if source.record["dtype"] == "float64" else torch.float32
+    return RecipeLoss(wanted, task.shift, ids.shape[0], ids.shape[1], balance, task.sharpness, router.z, constants,
+                      recipe.reference is not None, real)
 
 
 def recipe_of(graph: OperatorGraph) -> RecipeConfig:

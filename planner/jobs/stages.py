@@ -140,10 +140,6 @@ def view(problem: PlanningProblem, placement: Placement) -> StageView:
                         for m, held in enumerate(saved)) if late else saved)
         kept.append(size("recompute_bytes"))
         workspace.append(max(group.workspace_bytes for group in groups))
-    resident = [0] * problem.num_ranks
-    for stage in placement.stages:
-        for rank in stage.ranks:
-            resident[rank] += sum(problem.groups[group].resident_bytes for group in stage.groups)
     edges = _stage_edges(problem, stage_of)
     incoming: list[list[int]] = [[] for _ in placement.stages]
     outgoing: list[list[int]] = [[] for _ in placement.stages]
@@ -151,8 +147,17 @@ def view(problem: PlanningProblem, placement: Placement) -> StageView:
         outgoing[edge.source].append(number)
         incoming[edge.target].append(number)
     return StageView(problem, placement, tuple(streams), tuple(f_ns), tuple(i_ns), tuple(w_ns), tuple(fi), tuple(fw),
-                     tuple(iw), tuple(kept), tuple(workspace), tuple(resident), edges, tuple(map(tuple, incoming)),
-                     tuple(map(tuple, outgoing)))
+                     tuple(iw), tuple(kept), tuple(workspace), _resident(problem, placement), edges,
+                     tuple(map(tuple, incoming)), tuple(map(tuple, outgoing)))
+
+
+def _resident(problem: PlanningProblem, placement: Placement) -> tuple[int, ...]:
+    """Bytes by rank of all groups that it holds."""
+    found = [0] * problem.num_ranks
+    for stage in placement.stages:
+        for rank in stage.ranks:
+            found[rank] += sum(problem.groups[group].resident_bytes for group in stage.groups)
+    return tuple(found)
 
 
 def _late_gradients(problem: PlanningProblem, stage: Stage) -> list[tuple[int, Sequence[float]]]:

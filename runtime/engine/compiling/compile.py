@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from datetime import timedelta
 
@@ -13,6 +13,7 @@ from mipipe.graphs.errors import PlanError
 from mipipe.graphs.operator_graph import OperatorGraph, Segment
 from mipipe.graphs.operators.expert_kernels import RETURN, ROUTE, SEND
 from mipipe.graphs.sharding.gathered import COPIES, gathered
+from mipipe.graphs.sharding.team_graph import MemberGraph
 from mipipe.planner.actions import Stream
 from mipipe.planner.check import check_program
 from mipipe.planner.check.graph import check_graph
@@ -63,14 +64,9 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
     flow = gradient_flow(graph)
     stage_of = _stage_of_segments(plan, graph)
     holders, stages_of = _holders(plan, graph, stage_of)
-    shared = {(ranks, member.sums.get(name, ()), any(item.axis == COPIES for item in member.divisions.get(name, ())))
-              for name, ranks in holders.items() if len(ranks) > 1 or name in member.sums}
-    if mesh is None and dist.is_initialized():
-        mesh = build_mesh(program, shared, team=team, exchange=bool(expert_layers(graph)), device=device,
-                          topology=plan.problem.topology if plan.team is None else None, timeout_s=options.timeout_s,
-                          across=across)
-    elif mesh is None:
-        mesh = _alone(program, device, team)
+    if mesh is None:
+        mesh = _mesh_of(plan, program, member, holders, device, options, across) if dist.is_initialized() \
+            else _alone(program, device, team)
     waits = Waits(timedelta(seconds=options.timeout_s), device.type == "cpu")
     here = [index for index, stage in enumerate(plan.placement.stages) if mesh.rank in stage.ranks]
     segments = {index: [segment for segment in graph.segments if stage_of[segment.name] == index] for index in here}
@@ -106,6 +102,16 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
                     exchanges_aside=_exchanges_aside(local, stage_of), sampler=sampler,
                     uncompiled=tuple(item.name for items in segments.values() for item in items
                                      if options.compile and not phases.compiles(phases.trace(item), item.name)))
+
+
+def _mesh_of(plan: Plan, program: Program, member: MemberGraph, holders: Mapping[str, tuple[int, ...]],
+             device: torch.device, options: EngineOptions, across: bool) -> Mesh:
+    """The process groups of a program: of ranks that hold the same parameter, of teams, of experts, of copies."""
+    shared = {(ranks, member.sums.get(name, ()), any(item.axis == COPIES for item in member.divisions.get(name, ())))
+              for name, ranks in holders.items() if len(ranks) > 1 or name in member.sums}
+    return build_mesh(program, shared, team=plan.team or ALONE, exchange=bool(expert_layers(member.graph)),
+                      device=device, topology=plan.problem.topology if plan.team is None else None,
+                      timeout_s=options.timeout_s, across=across)
 
 
 COMPILING = timedelta(hours=1)
