@@ -115,7 +115,7 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
 
 
 def _print_notes(console: Console, whole: Sequence[str], beyond: Sequence[str],
-                 by_branch: Mapping[str, TeamMode]) -> None:
+                 by_branch: Mapping[str, str]) -> None:
     """What a reader of the figures should know: what no member shares, what was not validated, modes of branches."""
     for line in whole:
         console.print(f"whole on every member: {line}", soft_wrap=True, markup=False)
