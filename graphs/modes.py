@@ -201,17 +201,3 @@ class GraphModes:
     def teams(self) -> tuple[tuple[str, int], ...]:
         """The modes and numbers of members that there are profiles of."""
         return tuple(dict.fromkeys((item.mode, item.members) for item in self.profiles))
-
-
-def layout_change(source: Layout, target: Layout) -> tuple[CollectiveKind | None, CollectiveKind | None]:
-    """What a value of one layout takes to become the other, in F, and its gradient on the way back, in I.
-
-    None: nothing is sent, each member takes its part of what it has.
-    """
-    if source is target:
-        return None, None
-    if source is Layout.REPLICATED:
-        return None, CollectiveKind.ALL_GATHER
-    if target is Layout.REPLICATED:
-        return CollectiveKind.ALL_GATHER, None
-    return CollectiveKind.ALL_TO_ALL, CollectiveKind.ALL_TO_ALL

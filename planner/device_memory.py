@@ -18,20 +18,9 @@ ALLOCATOR_SLACK = 0.07
 RUNTIME_BYTES = 4 * 10**9
 """What the driver's context, libraries and communicators hold of a device beside torch's allocator, where it is in a
 tensor group, a pipeline and a group of copies; a device's nominal memory is smaller than its real one by as much."""
-CONTEXT_BYTES = 2 * 10**9
-"""Of these the context with all kernels loaded, and the workspaces of libraries: an upper bound, not measured here."""
 CHANNEL_BLOCKS, GROUP_BLOCKS = 4, 16
 """Blocks of a GPU that one NCCL communicator may occupy, of a channel and of a group: a waiting receive holds them, and
 the rest computes."""
-BLOCK_BYTES = (4 << 20) + (512 << 10) + 640 * 120 * 8 * 8
-"""Buffers of one block of a communicator, one for each of NCCL's protocols: Simple (NCCL_BUFFSIZE, 4 MiB by its
-documentation), LL (8 steps of 512 threads' 8 lines of 16 bytes) and LL128 (8 steps of 640 threads' 120 words of 8
-bytes, as its sources have it)."""
-
-
-def communicators_bytes(channels: int, groups: int) -> int:
-    """What the communicators of a process hold at most, each with one algorithm's connections."""
-    return BLOCK_BYTES * (CHANNEL_BLOCKS * channels + GROUP_BLOCKS * groups)
 
 
 def room_for_tensors(memory_bytes: int) -> int:

@@ -24,10 +24,6 @@ from torch import Tensor
 
 from mipipe.graphs.errors import GraphError
 
-COLLECTIVES = {f"mipipe.{name}.default": name for name in ("all_reduce", "all_gather", "reduce_scatter",
-                                                           "exchange_parts")}
-"""The operator kinds that send something."""
-
 
 def part_of(x: Tensor, member: int, size: int, dim: int, sections: int) -> Tensor:
     """The part of member ``member``: a view where ``sections`` is 1."""

@@ -8,8 +8,6 @@ experts that divide over the nodes: pack groups to nodes, replicate within nodes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from mipipe.graphs.errors import InputError
@@ -54,45 +52,3 @@ def greedy_layer(weights: np.ndarray, num_slots: int, num_devices: int, num_node
         bins = pack(np.repeat(weights[members] / counts, counts), num_devices // num_nodes)
         rows.extend(items[bins == device] for device in range(num_devices // num_nodes))
     return np.stack(rows)
-
-
-def rebalance_experts(weight: Sequence[Sequence[float]] | np.ndarray, num_replicas: int, num_groups: int,
-                      num_nodes: int, num_gpus: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """EPLB's interface: the greedy rule's maps for all layers.
-
-    Args:
-        weight: load of each expert, [layers, experts].
-        num_replicas: physical experts per layer in all, a multiple of ``num_gpus``.
-        num_groups: groups of experts (tokens choose groups first).
-        num_nodes: nodes with equally many devices.
-        num_gpus: devices in all.
-
-    Returns:
-        ``physical_to_logical`` [layers, num_replicas], ``logical_to_physical`` [layers, experts, most replicas] padded
-        with -1, ``count`` [layers, experts].
-
-    Raises:
-        InputError: sizes that do not divide.
-    """
-    table = np.asarray(weight, dtype=float)
-    num_experts = table.shape[1]
-    for name, whole, part in (("num_replicas", num_replicas, num_gpus), ("num_gpus", num_gpus, num_nodes),
-                              ("experts", num_experts, num_groups)):
-        if part < 1 or whole % part:
-            raise InputError(f"rebalance_experts: {name} = {whole} is not a multiple of {part}")
-    if num_replicas < num_experts:
-        raise InputError(f"rebalance_experts: num_replicas = {num_replicas} is below the {num_experts} experts")
-    maps = np.stack([greedy_layer(row, num_replicas, num_gpus, num_nodes, num_groups).ravel() for row in table])
-    return maps, *inverse_maps(maps, num_experts)
-
-
-def inverse_maps(physical: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """``logical_to_physical`` (padded with -1) and ``count`` of a ``physical_to_logical`` table [layers, slots]."""
-    counts = np.stack([np.bincount(row, minlength=num_experts) for row in physical])
-    logical = np.full((len(physical), num_experts, int(counts.max())), -1)
-    for layer, row in enumerate(physical):
-        filled = np.zeros(num_experts, dtype=int)
-        for slot, expert in enumerate(row):
-            logical[layer, expert, filled[expert]] = slot
-            filled[expert] += 1
-    return logical, counts

@@ -1,25 +1,19 @@
-"""A planning problem from measured times of layers, without a model: profile a layer once, predict the cluster.
+"""Measured times of layers, to plan from in place of estimates: profile a layer once, predict the cluster.
 
 A table holds for every layer of a model what its forward, its backward and its parameters' update took on one kind of
 device at one microbatch size and tensor degree, in the form of Sailor's artifact (Strati et al., SOSP 2025), seconds:
-``{model: {device: {microbatch: {tensor degree: {layer: [forward, backward, update]}}}}}``. A stage of layers is one
-group on one rank; its backward is not divided into I and W, which the table does not tell apart, so schedules that
-divide it cannot be planned from one.
+``{model: {device: {microbatch: {tensor degree: {layer: [forward, backward, update]}}}}}``. The backward is not
+divided into I and W, which the table does not tell apart, so schedules that divide it cannot be planned from one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mipipe.graphs.errors import InputError, ProblemError, shown
+from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.read_files import load_json, read_text
-from mipipe.graphs.topology import UNLIMITED_BYTES, Device, Link, Topology
-from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
-
-KIND = "measured"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,37 +71,3 @@ def _times(values: Any, where: str) -> LayerTimes:
                     for value in values)):
         raise InputError(f"{where}: found {shown(values)}, expected [forward, backward, update] in seconds")
     return LayerTimes(*map(float, values))
-
-
-def problem_of_layers(layers: Sequence[LayerTimes], layers_per_stage: Sequence[int], *, num_microbatches: int,
-                      link: Link, message_bytes: int, reduce_s: float = 0.0, name: str = "layers") -> PlanningProblem:
-    """The problem of a chain of stages of measured layers, stage s on rank s.
-
-    Args:
-        layers: the model's layers.
-        layers_per_stage: how many of them each stage has, in order.
-        num_microbatches: of one step of one copy.
-        link: between two ranks.
-        message_bytes: of the value that a stage gives to the next for one microbatch, and of its gradient.
-        reduce_s: seconds by which the reduction of gradients over copies lengthens the step.
-        name: of the problem.
-
-    Raises:
-        ProblemError: the stages do not add up to the layers, or one is empty.
-    """
-    if sum(layers_per_stage) != len(layers) or min(layers_per_stage, default=0) < 1:
-        raise ProblemError(f"layers per stage: {', '.join(map(str, layers_per_stage))} make {sum(layers_per_stage)};"
-                           f" expected at least one each, and the {len(layers)} measured layers together")
-    groups, first = [], 0
-    for stage, count in enumerate(layers_per_stage):
-        own = layers[first:first + count]
-        first += count
-        forward, update = (round(1e9 * sum(getattr(layer, phase) or 0.0 for layer in own))
-                           for phase in ("forward", "update"))
-        backward = round(1e9 * sum(layer.backward + (layer.weights or 0.0) for layer in own))
-        groups.append(Group(f"stage {stage}", {KIND: PhaseTimes(forward, backward, None)},
-                            update_ns=update + round(1e9 * reduce_s)))
-    edges = tuple(GroupEdge(stage, (stage + 1,), message_bytes, message_bytes, f"stage {stage}.out")
-                  for stage in range(len(groups) - 1))
-    devices = tuple(Device(f"rank{number}", KIND, UNLIMITED_BYTES, f"host{number}") for number in range(len(groups)))
-    return PlanningProblem(name, tuple(groups), edges, Topology(devices, link, link), num_microbatches)

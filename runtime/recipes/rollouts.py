@@ -66,7 +66,6 @@ class Rollouts:
                              f" {rows // min(sizes) * copies} of one step over {copies} copies")
         self._each = rows // min(sizes)
         self._next = 0
-        self.ages: list[int] = []
 
     def skip(self, count: int) -> None:
         """Make ``count`` the number of the next batch."""
@@ -93,9 +92,7 @@ class Rollouts:
         draw = torch.Generator().manual_seed(self._seed * 1_000_003 + number // passes)
         order = torch.randperm(len(fresh), generator=draw).tolist()
         first = number % passes * wanted + self._copy * self._each
-        chosen = [item for place in order[first:first + self._each] for item in fresh[place]]
-        self.ages = [number - item.version for item in chosen]
-        return self._tensors(chosen)
+        return self._tensors([item for place in order[first:first + self._each] for item in fresh[place]])
 
     def _tensors(self, chosen: Sequence[Rollout]) -> dict[str, Tensor]:
         ids = torch.zeros(len(chosen), self._length, dtype=torch.int64)

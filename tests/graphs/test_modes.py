@@ -16,7 +16,6 @@ from mipipe.graphs.modes import (
     ParameterPart,
     PhaseWork,
     Resident,
-    layout_change,
 )
 from mipipe.graphs.operator_graph import OperatorGraph, Phase
 from mipipe.graphs.serialize import digest, load, save
@@ -71,12 +70,3 @@ def test_another_version_of_modes_is_refused(transformer, tmp_path):
     (tmp_path / "graph.json").write_text(json.dumps(data))
     with pytest.raises(InputError, match="modes"):
         load(tmp_path / "graph.json", OperatorGraph)
-
-
-def test_changes_of_layout():
-    """To gather is a collective, to take a part of what one has is none; gradients go the other way."""
-    replicated, sequence, batch = Layout
-    assert layout_change(batch, batch) == (None, None)
-    assert layout_change(replicated, sequence) == (None, CollectiveKind.ALL_GATHER)
-    assert layout_change(batch, replicated) == (CollectiveKind.ALL_GATHER, None)
-    assert layout_change(batch, sequence) == (CollectiveKind.ALL_TO_ALL, CollectiveKind.ALL_TO_ALL)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mipipe.graphs.errors import InputError, ProblemError
-from mipipe.graphs.topology import Link
-from mipipe.planner.problems.from_layers import LayerTimes, problem_of_layers, read_layer_times
+from mipipe.graphs.errors import InputError
+from mipipe.graphs.topology import UNLIMITED_BYTES, Device, Link, Topology
+from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
+from mipipe.planner.problems.from_layers import LayerTimes, read_layer_times
 from mipipe.planner.problems.held_transfers import hold_transfers
 from mipipe.planner.schedules import BASELINES
 
@@ -23,8 +24,14 @@ def test_a_step_of_1f1b_by_hand(tmp_path: Path) -> None:
     path.write_text(json.dumps(TABLE))
     layers = read_layer_times(path, "Tiny", "GH-96", 4, 1)
     assert layers[1] == LayerTimes(0.003, 0.006, 0.0)
-    problem = problem_of_layers(layers, [2, 1], num_microbatches=3, link=Link(10**6, 10**9), message_bytes=10**6,
-                                reduce_s=0.01)
+    groups = tuple(Group(f"stage {stage}", {"measured": PhaseTimes(
+        round(1e9 * sum(layer.forward for layer in own)), round(1e9 * sum(layer.backward for layer in own)), None)},
+        update_ns=round(1e9 * sum(0.01 / len(own) + (layer.update or 0.0) for layer in own)))
+        for stage, own in enumerate((layers[:2], layers[2:])))
+    devices = tuple(Device(f"rank{number}", "measured", UNLIMITED_BYTES, f"host{number}") for number in range(2))
+    link = Link(10**6, 10**9)
+    problem = PlanningProblem("layers", groups, (GroupEdge(0, (1,), 10**6, 10**6, "stage 0.out"),),
+                              Topology(devices, link, link), 3)
     one_f_one_b = next(baseline for baseline in BASELINES if baseline.name == "1F1B")
     # stage 0: F 0..4, F ..8, B waits for F 6..8 and B ..12 of stage 1 and a link, 14..22, F ..26, B ..34, and the last
     # B for F 28..30 and B ..34 of stage 1 and a link, 36..44; then its update and the reduction
@@ -52,10 +59,3 @@ def test_times_are_three_numbers(tmp_path: Path, entry: object) -> None:
     path.write_text(json.dumps({"m": {"d": {"1": {"1": {"0": entry}}}}}))
     with pytest.raises(InputError, match=r"layer 0: found .* expected \[forward, backward, update\] in seconds"):
         read_layer_times(path, "m", "d", 1, 1)
-
-
-def test_stages_add_up_to_the_layers() -> None:
-    layers = [LayerTimes(1e-3, 2e-3, 0.0)] * 4
-    for cut in ([1, 2], [4, 0], []):
-        with pytest.raises(ProblemError, match="expected at least one each, and the 4 measured layers together"):
-            problem_of_layers(layers, cut, num_microbatches=2, link=Link(), message_bytes=0)

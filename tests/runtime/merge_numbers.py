@@ -23,3 +23,14 @@ def merged(name, base, models, **params):
 def deltas(name, *taus, **params):
     """The merged delta over a zero base."""
     return merged(name, torch.zeros_like(taus[0]), list(taus), **params)
+
+
+def lore_objective(models, base, found, mu):
+    """What LoRE minimises: ``sum_i (0.5 ||base + delta_i - model_i||^2 + mu ||delta_i||_*)``."""
+    return sum(0.5 * float((base + delta - model).square().sum()) + mu * float(torch.linalg.svdvals(delta).sum())
+               for model, delta in zip(models, found, strict=True))
+
+
+def optmerge_loss(value, targets, maps):
+    """What OptMerge minimises: ``sum_i ||(X - target_i) L_i^T||^2`` (the norms of task vectors are inside the maps)."""
+    return sum(float(((value - target) @ part.T).square().sum()) for target, part in zip(targets, maps, strict=True))

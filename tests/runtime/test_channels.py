@@ -17,8 +17,8 @@ from runtime_cases import chain_graph, chain_state, plan_of, problem_of
 
 import mipipe.runtime
 from mipipe.graphs.errors import RunError
-from mipipe.planner import device_memory
 from mipipe.planner.comparison_rows import baseline_rows
+from mipipe.planner.device_memory import CHANNEL_BLOCKS, GROUP_BLOCKS, RUNTIME_BYTES
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.schedules import BASELINES
@@ -64,6 +64,14 @@ def test_every_process_makes_the_same_groups(ranks, copies, exchange, apart, dat
     assert any(spec.use is Use.EXCHANGE for spec in specs) == (exchange and copies > 1)
 
 
+CONTEXT_BYTES = 2 * 10**9
+"""The driver's context with all kernels loaded, and the workspaces of libraries: an upper bound, not measured here."""
+BLOCK_BYTES = (4 << 20) + (512 << 10) + 640 * 120 * 8 * 8
+"""Buffers of one block of a communicator, one for each of NCCL's protocols: Simple (NCCL_BUFFSIZE, 4 MiB by its
+documentation), LL (8 steps of 512 threads' 8 lines of 16 bytes) and LL128 (8 steps of 640 threads' 120 words of 8
+bytes, as its sources have it)."""
+
+
 def test_communicators_and_the_context_fit_beside_the_nominal_memory():
     """Four ranks in DualPipe's order on three copies with experts, two members each: of every process."""
     team = Team({"tensor": 2})
@@ -73,8 +81,8 @@ def test_communicators_and_the_context_fit_beside_the_nominal_memory():
     for process in range(24):
         mine = [spec for spec in specs if process in spec.members]
         channels = sum(spec.use is Use.CHANNEL for spec in mine)
-        held = device_memory.communicators_bytes(channels, len(mine) - channels)
-        assert len(mine) >= 7 and device_memory.CONTEXT_BYTES + held <= device_memory.RUNTIME_BYTES
+        held = BLOCK_BYTES * (CHANNEL_BLOCKS * channels + GROUP_BLOCKS * (len(mine) - channels))
+        assert len(mine) >= 7 and CONTEXT_BYTES + held <= RUNTIME_BYTES
 
 
 class Counted(dist.Store):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from merge_fixtures import state, trio, write
-from merge_numbers import deltas, merged
+from merge_numbers import deltas, merged, optmerge_loss
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.build import build
@@ -117,8 +117,8 @@ def test_optmerge_by_default_stays_near_the_sum_and_beats_the_average():
     targets, maps = projective.optmerge_targets(taus, 16, True)
     found = deltas("optmerge", *taus)
     assert deltas("optmerge", *taus, solver="closed_form").norm() > 5 * sum(taus).norm() > 5 * found.norm()
-    loss = projective.optmerge_loss(found, targets, maps)
-    assert loss < 0.8 * projective.optmerge_loss(sum(taus) / 3, targets, maps)
+    loss = optmerge_loss(found, targets, maps)
+    assert loss < 0.8 * optmerge_loss(sum(taus) / 3, targets, maps)
     gram = sum(part.T.double() @ part.double() for part in maps).numpy()
     pulled = sum(target.double() @ part.T.double() @ part.double() for target, part in zip(targets, maps, strict=True))
     pull = np.trace(gram) / 48

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from merge_numbers import close, deltas, merged, tensor
+from merge_numbers import close, deltas, lore_objective, merged, optmerge_loss, tensor
 
 from mipipe.graphs.merging.tensor_classes import TensorClass
 from mipipe.runtime.merge.methods import disentangle, low_rank, one_bit, projective, spectral
@@ -53,7 +53,7 @@ def test_lore_threshold_objective_and_two_models():
     values = []
     for iterations in range(1, 8):
         base, found = low_rank.lore_estimate(models, .3, iterations)
-        values.append(low_rank.lore_objective(models, base, found, .3))
+        values.append(lore_objective(models, base, found, .3))
     assert all(after <= before + 1e-9 for before, after in itertools.pairwise(values))
     average = (models[0] + models[1]) / 2
     close(merged("lore", None, models[:2], mu=.2, lambda_=.7), average, 1e-12)
@@ -87,10 +87,10 @@ def test_optmerge_closed_form_and_descent():
         targets, maps = projective.optmerge_targets(taus, 1, centred)
         solved = projective.optmerge_closed_form(sum(taus), targets, maps)
         close(solved, [[3, 2], [0, 1]])
-        assert projective.optmerge_loss(solved, targets, maps) < 1e-20
+        assert optmerge_loss(solved, targets, maps) < 1e-20
     targets, maps = projective.optmerge_targets(taus, 1, False)
-    assert projective.optmerge_loss(sum(taus), targets, maps) == pytest.approx(1.0)
-    assert projective.optmerge_loss(sum(taus) / 2, targets, maps) == pytest.approx(3.025)
+    assert optmerge_loss(sum(taus), targets, maps) == pytest.approx(1.0)
+    assert optmerge_loss(sum(taus) / 2, targets, maps) == pytest.approx(3.025)
     descended = projective.optmerge_descent(sum(taus), targets, maps, "adam", 1e-2, 3000)
     close(descended, [[3, 2], [0, 1]], 1e-3)
 
@@ -109,7 +109,7 @@ def test_optmerge_sums_experts_with_orthogonal_row_spaces():
     taus = [left[:, 3 * i:3 * i + 2] @ right[:, 3 * i:3 * i + 2].T for i in range(2)]
     close(deltas("optmerge", *taus, centred=False), sum(taus), 1e-9)
     targets, maps = projective.optmerge_targets(taus, 4, False)
-    assert projective.optmerge_loss(sum(taus), targets, maps) < 1e-20
+    assert optmerge_loss(sum(taus), targets, maps) < 1e-20
 
 
 def test_rmm_compression():

@@ -52,12 +52,6 @@ def lore_estimate(models: Sequence[Tensor], mu: float, iterations: int,
     return base, deltas
 
 
-def lore_objective(models: Sequence[Tensor], base: Tensor, deltas: Sequence[Tensor], mu: float) -> float:
-    """The value of `lore_estimate`'s objective."""
-    return sum(0.5 * float((base + delta - model).square().sum()) + mu * float(svd(delta)[1].sum())
-               for model, delta in zip(models, deltas, strict=True))
-
-
 def lore(tile: Tile, _stats: Any, *, mu: float, lambda_: float, iterations: int, combine: str,
          density: Sequence[float]) -> Tensor:
     """``theta_0 + lambda tau*``, tau* the mean of the estimated task vectors, or TIES on them.

@@ -57,13 +57,9 @@ def optmerge_targets(deltas: Sequence[Tensor], rank: int, centred: bool) -> tupl
     return targets, maps
 
 
-def optmerge_loss(value: Tensor, targets: Sequence[Tensor], maps: Sequence[Tensor]) -> float:
-    """``sum_i ||(X - target_i) L_i^T||^2 / ||tau_i||^2`` (the norm is inside the maps)."""
-    return sum(float(((value - target) @ part.T).square().sum()) for target, part in zip(targets, maps, strict=True))
-
-
 def optmerge_closed_form(start: Tensor, targets: Sequence[Tensor], maps: Sequence[Tensor]) -> Tensor:
-    """The minimiser nearest to the start: ``(sum target_i G_i) (sum G_i)^+ + X_0 (I - P)``.
+    """The minimiser of ``sum_i ||(X - target_i) L_i^T||^2 / ||tau_i||^2`` (the norm is inside the maps) nearest to the
+    start: ``(sum target_i G_i) (sum G_i)^+ + X_0 (I - P)``.
 
     ``G_i = L_i^T L_i``; descent never moves the part of ``X_0`` outside the range P of ``sum G_i``.
     """
@@ -80,7 +76,7 @@ def optmerge_closed_form(start: Tensor, targets: Sequence[Tensor], maps: Sequenc
 
 
 def optmerge_ridge(start: Tensor, targets: Sequence[Tensor], maps: Sequence[Tensor], strength: float) -> Tensor:
-    """The minimiser of `optmerge_loss` plus ``mu ||X - X_0||^2``: ``(sum target_i G_i + mu X_0) (sum G_i + mu I)^-1``.
+    """The minimiser of the loss plus ``mu ||X - X_0||^2``: ``(sum target_i G_i + mu X_0) (sum G_i + mu I)^-1``.
 
     ``mu`` is ``strength`` times the mean eigenvalue of ``sum G_i``. Task vectors of full rank leave directions in which
     the loss is nearly flat and its minimiser anywhere; there X stays at the start, as in the authors' short descent.
@@ -123,7 +119,7 @@ def optmerge(tile: Tile, _stats: Any, *, lambda_: float, solver: str, ridge: flo
 
 def optmerge_descent(value: Tensor, targets: Sequence[Tensor], maps: Sequence[Tensor], solver: str, rate: float,
                      steps: int) -> Tensor:
-    """Gradient steps on `optmerge_loss`: ``2 sum_i ((X - target_i) L_i^T) L_i``."""
+    """Gradient steps on the loss: ``2 sum_i ((X - target_i) L_i^T) L_i``."""
     value = value.clone()
     adam, momentum = Adam(value, rate), torch.zeros_like(value)
     for _ in range(steps):
