@@ -39,6 +39,7 @@ from mipipe.graphs.serialize import STRICT, Amount, Count, digest
 from mipipe.graphs.topology import Topology
 from mipipe.graphs.units import shown
 from mipipe.planner.actions import Stream
+from mipipe.planner.sizes import MOST_COUNT
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +130,6 @@ class OverlapRule:
         return round(Fraction((forward_ns + backward_ns) * self.numerator, self.denominator))
 
 
-MOST_MICROBATCHES = 2**16
-"""Microbatches of one step: more is a slip of the pen."""
-
 MOST_AMOUNT = 2**61
 """Nanoseconds of a step that does one thing at a time, and bytes that all its microbatches keep: sums of two such
 numbers are counted in 64 bits everywhere."""
@@ -152,7 +150,7 @@ class PlanningProblem:
     groups: tuple[Group, ...]
     edges: tuple[GroupEdge, ...]
     topology: Topology
-    num_microbatches: Annotated[int, Field(ge=1, le=MOST_MICROBATCHES)]
+    num_microbatches: Annotated[int, Field(ge=1, le=MOST_COUNT)]
     limits: Limits = Limits()
     colocate: tuple[tuple[int, ...], ...] = ()
     overlap: OverlapRule = OverlapRule()
@@ -160,9 +158,9 @@ class PlanningProblem:
     unit_ns: Annotated[int, Field(ge=1, le=2**53)] = 1
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_microbatches <= MOST_MICROBATCHES:
+        if not 1 <= self.num_microbatches <= MOST_COUNT:
             raise ProblemError(f"problem {self.name}: {shown(self.num_microbatches)} microbatches; expected at least 1"
-                               f" and at most {MOST_MICROBATCHES}")
+                               f" and at most {MOST_COUNT}")
         if not self.groups:
             raise ProblemError(f"problem {self.name}: no groups to plan")
         seen: set[str] = set()

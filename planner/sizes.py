@@ -7,6 +7,9 @@ MANY = 5_000
 """Up to here orders may be Python lists, and work in proportion to the actions may be repeated: published schedules are
 looked at, several waits are tried for one pattern, and the period of a plan is found beside its makespan."""
 
+MOST_COUNT = 2**16
+"""Microbatches of a step, experts of a layer, layers of a trace: more is a slip of the pen, or damage."""
+
 VERY_MANY = 20_000
 """Up to here everything may be looked at, at 20 to 100 microseconds an action: all shapes enter, each placement has its
 job-shop bound, plans are checked and timed action by action; beyond, few shapes enter, and arrays do the rest."""

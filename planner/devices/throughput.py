@@ -42,8 +42,8 @@ PROVABLE = 900
 PATIENCE = 40
 """Short annealing runs without improvement after which the MIP is next."""
 
-FIRST_SHARE, BOUND_SHARE = 0.25, 0.25
-"""Shares of the time limit for the first annealing runs, and for a bound where no proof is in reach."""
+SHARE = 0.25
+"""Of the time left: for the first annealing runs, and for a bound where no proof is in reach."""
 
 SOLVER = "mipipe.planner.milp.device_placement"
 """Loaded when it is first needed: Pyomo and HiGHS take a second, on a busy machine several."""
@@ -111,7 +111,7 @@ class _Search:
                     time.sleep(0.05)
             if not ready():
                 return
-            self._run(self._first(), FIRST_SHARE * self.left)
+            self._run(self._first(), SHARE * self.left)
             while self.left > 0.1 and not self._proven() and self._provable() and self._prove():
                 pass
             if not self._proven():
@@ -149,7 +149,7 @@ class _Search:
         first ones the MIP over the whole, for its bound."""
         if not self._provable() and self._solver_fits():
             part = Region(*merge_above(self.instance, self._budget(), self.value))
-            yield self._proving(part, self.value, BOUND_SHARE * self.left, self._raise_bound)
+            yield self._proving(part, self.value, SHARE * self.left, self._raise_bound)
         for number in count():
             if number < self.threads or number % 2:
                 yield self._annealing(self._budget() / 2, 0.006, None, LAYERS)

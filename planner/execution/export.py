@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mipipe.graphs.errors import InputError, PlanError
+from mipipe.graphs.topology import MOST_DEVICES
 from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.plan import Plan, RankOrder, Schedule
@@ -27,9 +28,6 @@ _GRADIENTS = (ActionKind.I, ActionKind.W)
 _TRANSFER = re.compile(r"(\d+)([⇒⇐])(\d+):(\d+)")
 _LANES = 1_000
 """Thread ids left for what is under way at once on one channel."""
-
-_PID_STEP = 10_000
-"""Between the process ids of two timelines in one trace; the first one's are the ranks."""
 
 
 def torch_csv(plan: Plan) -> str:
@@ -119,7 +117,7 @@ def perfetto_text(*timelines: Timeline) -> str:
     """Timelines as one trace for Perfetto or chrome://tracing: process = rank, thread = stream or channel.
 
     Arrows (flows) lead from a transfer to the action that reads it, counters show memory. The first timeline's process
-    ids are its ranks; those of the next start at 10,000, and so on.
+    ids are its ranks; those of the next start at 16,384, the most that a cluster has, and so on.
     """
     events = [event for number, timeline in enumerate(timelines) for event in _events(timeline, number, len(timelines))]
     trace = {"traceEvents": events, "displayTimeUnit": "ms"}
@@ -127,7 +125,7 @@ def perfetto_text(*timelines: Timeline) -> str:
 
 
 def _events(timeline: Timeline, number: int, count: int) -> Iterator[dict[str, Any]]:
-    base = number * _PID_STEP
+    base = number * MOST_DEVICES
     for rank in range(timeline.num_ranks):
         name = f"rank {rank}" + (f", {timeline.origin}" if count > 1 else "")
         yield {"ph": "M", "name": "process_name", "pid": base + rank, "args": {"name": name}}

@@ -22,12 +22,7 @@ import numpy as np
 
 from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.read_files import load_json, read_bytes, read_text
-
-MOST_EXPERTS = 65_536
-"""Experts of one layer that a trace may name: beyond, the number is taken for damage."""
-
-MOST_LAYERS = 65_536
-"""MoE layers that an array may have, likewise."""
+from mipipe.planner.sizes import MOST_COUNT
 
 MOST_UNPACKED_BYTES, MOST_UNPACKED = 2**30, 100
 """What a compressed file may unpack to: this much, or beyond it so many times its own size (routes shrink by ten)."""
@@ -99,9 +94,9 @@ def read_arrays(path: Path, num_experts: int | None = None) -> Loads:
         if chosen.ndim != 3 or not chosen.size or chosen.dtype.kind not in "iu":  # none may be of 10**12 layers
             raise InputError(f"{where}: found {chosen.dtype} of shape {list(chosen.shape)}, expected the experts of"
                              " every token as integers [tokens, MoE layers, top-k]")
-        if chosen.shape[1] > MOST_LAYERS:
+        if chosen.shape[1] > MOST_COUNT:
             raise InputError(f"{where}: found shape {list(chosen.shape)}, expected [tokens, MoE layers, top-k] with at"
-                             f" most {MOST_LAYERS} layers")
+                             f" most {MOST_COUNT} layers")
         if counts and len(counts) != chosen.shape[1]:
             raise InputError(f"{where}: {chosen.shape[1]} layers, but the arrays before have {len(counts)}")
         counts = counts or [np.zeros(0, dtype=np.int64)] * chosen.shape[1]
@@ -151,9 +146,9 @@ def _added(counts: np.ndarray, chosen: np.ndarray, where: str) -> np.ndarray:
     if not chosen.size:
         return counts
     low, high = int(chosen.min()), int(chosen.max())
-    if low < 0 or high >= MOST_EXPERTS:
+    if low < 0 or high >= MOST_COUNT:
         raise InputError(f"{where}: a token is sent to expert {low if low < 0 else high}, expected 0 to"
-                         f" {MOST_EXPERTS - 1}")
+                         f" {MOST_COUNT - 1}")
     more = np.bincount(chosen.ravel().astype(np.int64))
     size = max(len(counts), len(more))
     return np.pad(counts, (0, size - len(counts))) + np.pad(more, (0, size - len(more)))
@@ -164,7 +159,7 @@ def _even(layers: list[np.ndarray], num_experts: int | None, where: str) -> Load
     highest = max(map(len, layers))
     if not highest:
         raise InputError(f"{where}: no token is sent to any expert")
-    if num_experts is not None and not highest <= num_experts <= MOST_EXPERTS:
+    if num_experts is not None and not highest <= num_experts <= MOST_COUNT:
         raise InputError(f"{where}: tokens are sent to {highest} experts, but --num-experts says {num_experts};"
-                         f" expected {highest} to {MOST_EXPERTS}")
+                         f" expected {highest} to {MOST_COUNT}")
     return tuple(tuple(np.pad(layer, (0, (num_experts or highest) - len(layer))).tolist()) for layer in layers)

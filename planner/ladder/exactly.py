@@ -17,6 +17,7 @@ from dataclasses import replace
 
 from mipipe.graphs.errors import InfeasibleError, InputError, ProblemError
 from mipipe.planner.bounds.over_placements import Bound, problem_bound
+from mipipe.planner.ladder.admission import RESERVES
 from mipipe.planner.ladder.candidate import Candidate, candidate, judge, offer_judged
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.milp.highs import SolverStatus
@@ -35,9 +36,6 @@ a minute."""
 MOST_PRODUCTS = 20_000
 """Products of two assignments (pairs of units x devices squared) up to which the model is written."""
 
-TRIES = 4
-"""Solves with ever less memory before values in flight are given up on."""
-
 PROVING = 0.2
 """Share of the time limit that is left for the bound at the placement."""
 
@@ -55,7 +53,7 @@ def climb(run: Run, admit: Callable[[Run, Placement], Candidate | None]) -> None
         if admit(run, placement) is not None:
             break
     problem = run.problem
-    for turn in range(TRIES):
+    for turn in range(RESERVES):
         left = run.left - PROVING * run.options.time_limit_s
         if left <= 0 or run.closed:
             break

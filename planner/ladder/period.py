@@ -41,9 +41,6 @@ from mipipe.planner.search import annealing, best_list, quotas
 from mipipe.planner.search.lists import Orders
 from mipipe.planner.search.repeat import stretched
 
-REPEATING = 0.6
-"""Share of the time limit after which no more short steps are repeated as lists give them."""
-
 FIRST: tuple[PlacementName, ...] = ("v", "wave", "interleaved", "chain")
 """Shapes that are looked at before all others: without a barrier the first two lose the least."""
 
@@ -115,7 +112,7 @@ def _repeat_lists(run: Run, pool: ThreadPoolExecutor, live: list[PeriodEntry]) -
     """Repeat the middles of short steps as lists give them, size after size of `SHORT` for the best placements."""
     for size in SHORT:
         for at in range(0, len(live), run.options.threads):
-            if _closed(run) or run.seconds > REPEATING * run.options.time_limit_s:
+            if _closed(run) or run.seconds > 2 * LISTED * run.options.time_limit_s:
                 return
             some = live[at:at + run.options.threads]
             made = [(entry, pool.submit(_repeat, run, entry, 0.0, run.options.seed + size)) for entry in some]

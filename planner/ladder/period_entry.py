@@ -24,7 +24,8 @@ from mipipe.planner.search.annealing import Search
 from mipipe.planner.search.lists import Orders
 
 LISTED = 0.3
-"""Share of the time limit after which no more placements are scheduled by list."""
+"""Share of the time limit after which no more placements are scheduled by list; as much again is for the middles of
+short steps as lists give them."""
 
 
 @dataclass(slots=True)

@@ -24,7 +24,8 @@ from mipipe.graphs.operator_graph import Role, Tags
 from mipipe.graphs.topology import MOST_DEVICES, Topology
 from mipipe.graphs.units import shown
 from mipipe.planner.actions import Stream
-from mipipe.planner.problem import MOST_MICROBATCHES, Group, GroupEdge, Limits, OverlapRule, PhaseTimes, PlanningProblem
+from mipipe.planner.problem import Group, GroupEdge, Limits, OverlapRule, PhaseTimes, PlanningProblem
+from mipipe.planner.sizes import MOST_COUNT
 
 Number = int | float | str | Fraction
 
@@ -172,7 +173,7 @@ def _unit(times: list[Fraction]) -> int:
 
 def _check_sizes(ranks: int, microbatches: int, layers: int) -> None:
     for label, value in (("ranks", ranks), ("microbatches", microbatches), ("layers", layers)):
-        most = MOST_DEVICES if label == "ranks" else MOST_MICROBATCHES
+        most = MOST_DEVICES if label == "ranks" else MOST_COUNT
         if not 1 <= value <= most:
             raise ProblemError(f"{label}: found {shown(value)}, expected at least 1 and at most {most}")
     if ranks * microbatches > MOST_CELLS:

@@ -26,9 +26,8 @@ from mipipe.planner.schedules.pattern import forward, input_gradient, weight_gra
 INTERVAL = 6
 """Slots after which a building block repeats: the actions of one microbatch on a rank."""
 
-_PHASES = 4
-_WEIGHTS = 4
-"""The number under which a rank's weight gradients, of both stages together, stand beside its phases."""
+_PHASES = _WEIGHTS = 4
+"""Phases of a rank, numbered from 0; beside them, under the next number, its weight gradients of both stages."""
 
 Slots = list[list[list[int]]]
 """``[rank][phase][microbatch]``: the slot of an action; with weight gradients, these are the fifth list of a rank."""

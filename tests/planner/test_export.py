@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from mipipe.graphs.errors import InputError, PlanError
-from mipipe.graphs.topology import Topology
+from mipipe.graphs.topology import MOST_DEVICES, Topology
 from mipipe.planner.actions import Action, Stream
 from mipipe.planner.check import check_plan
 from mipipe.planner.execution.export import perfetto_text, read_torch_csv, torch_csv, with_torch_order
@@ -154,7 +154,7 @@ def test_two_timelines_in_one_trace():
     measured = dataclasses.replace(simulated, origin="measured", memory=())
     events = json.loads(perfetto_text(simulated, measured))["traceEvents"]
     names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
-    assert names[0] == "rank 0, simulated" and names[10_000] == "rank 0, measured"
+    assert names[0] == "rank 0, simulated" and names[MOST_DEVICES] == "rank 0, measured"
     arrows = [event["id"] for event in events if event["ph"] == "s"]
     assert len(arrows) == len(set(arrows)) == 2 * len(lower(plan).transfers)
     assert sum(event["ph"] == "X" for event in events) == 2 * len(simulated.spans)
