@@ -191,7 +191,7 @@ def plan(
                                   granularity=granularity, costs=costs, memory=memory, experts=experts, sizes=sizes,
                                   activations=activations, optimizer=optimizer, recompute=recompute)
     if branches is not None:
-        from mipipe.cli.requests.branches import plan_of_branches
+        from mipipe.cli.requests.policy_branches import plan_of_branches
 
         if pareto or explain or exportable or html_file is not None or trace_file is not None:
             raise InputError("--branches: --pareto, --explain, --exportable, --html and --trace do not go with it")

@@ -33,8 +33,8 @@ from mipipe.runtime.engine import processes
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.engine.processes import rank
-from mipipe.runtime.recipes.branches import BranchPeer, BranchRollouts, Together, check_positions
 from mipipe.runtime.recipes.light import CutWeights, is_second
+from mipipe.runtime.recipes.policy_branches import BranchPeer, BranchRollouts, Together, check_positions
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.data import Batches, make_batches
 from mipipe.runtime.train.expert_run import read_maps

@@ -19,7 +19,7 @@ from mipipe.graphs.recipes.options import LossConfig, RecipeConfig, ReferenceCon
 from mipipe.graphs.recipes.routers import RouterConfig
 from mipipe.graphs.serialize import STRICT, from_data, load_data
 from mipipe.graphs.units import parse_bytes
-from mipipe.runtime.train.branches import BranchesConfig, apart
+from mipipe.runtime.train.policy_branches import BranchesConfig, apart
 
 
 @dataclass(frozen=True, slots=True)

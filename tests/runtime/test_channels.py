@@ -179,7 +179,7 @@ TENSORS = {"engine/comm.py"}
 """Where collectives of tensors on the device are started."""
 CONTROL = {"engine/engine.py": {"all_reduce", "all_gather"},
            "train/expert_run.py": {"all_reduce", "broadcast_object_list"},
-           "recipes/branches.py": {"broadcast_object_list"},
+           "recipes/policy_branches.py": {"broadcast_object_list"},
            "train/trace.py": {"send", "recv"}, "engine/processes.py": {"all_gather_object", "gather_object"},
            "weights/host_weights.py": {"isend", "irecv"}, "worker.py": {"barrier"}}
 """Which collectives are called elsewhere, all with CPU tensors or objects."""

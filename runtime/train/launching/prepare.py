@@ -12,11 +12,11 @@ from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.source import recipe_of
 from mipipe.graphs.serialize import load
 from mipipe.graphs.write_files import check_apart
-from mipipe.planner.branches import load_plans
 from mipipe.planner.check import check_program
 from mipipe.planner.check.graph import check_graph
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.plan import Plan
+from mipipe.planner.policy_branches import load_plans
 from mipipe.planner.program import Program
 from mipipe.planner.teams.pieces import rows_of
 from mipipe.runtime.engine.batches import check_sizes

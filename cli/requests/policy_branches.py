@@ -15,10 +15,10 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import save, to_data
 from mipipe.graphs.units import format_bytes
-from mipipe.planner.branches import exchange_bytes, exchange_ns, plan_branches
 from mipipe.planner.gap import gap_of
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
+from mipipe.planner.policy_branches import exchange_bytes, exchange_ns, plan_branches
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.on_cluster import ModelFacts
 

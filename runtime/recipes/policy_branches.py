@@ -28,9 +28,9 @@ from mipipe.graphs.recipes.rows import batch_inputs
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.processes import first_of, gather, rank, world
 from mipipe.runtime.recipes.whole import whole_tensors
-from mipipe.runtime.train.branches import BranchesConfig
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.models import build_module, take_reference
+from mipipe.runtime.train.policy_branches import BranchesConfig
 
 GIVEN = ("foreign", "teacher_log_probs")
 """Inputs that the run makes, and no task's function."""

@@ -18,16 +18,23 @@ from mipipe.graphs.coarse.coarsen import coarsen
 from mipipe.graphs.costs.roofline import roofline
 from mipipe.graphs.errors import InfeasibleError, InputError
 from mipipe.graphs.topology import Topology
-from mipipe.planner.branches import BranchPlan, branch_problems, exchange_bytes, exchange_ns, plan_branches, shares
+from mipipe.planner.policy_branches import (
+    BranchPlan,
+    branch_problems,
+    exchange_bytes,
+    exchange_ns,
+    plan_branches,
+    shares,
+)
 from mipipe.planner.problems.from_graph import build_problem
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.schedules import BASELINES
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.recipes.branches import BranchPeer, BranchRollouts, Together
-from mipipe.runtime.train.branches import BranchesConfig, TaskConfig, apart
+from mipipe.runtime.recipes.policy_branches import BranchPeer, BranchRollouts, Together
 from mipipe.runtime.train.config import TrainConfig, read_train_config
 from mipipe.runtime.train.data import Batches
 from mipipe.runtime.train.models import initial_weights
+from mipipe.runtime.train.policy_branches import BranchesConfig, TaskConfig, apart
 from mipipe.runtime.train.training import Trainer
 
 TASKS = {"even": TaskConfig("recipe_loader:answers"), "odd": TaskConfig("recipe_loader:answers", {"even": False})}
@@ -106,7 +113,7 @@ def by_hand(steps):
     """The same in a plain loop over two models in this process: losses of each, and the weights in the end."""
     from transformers import AutoModelForCausalLM
 
-    from mipipe.runtime.recipes.branches import log_probs
+    from mipipe.runtime.recipes.policy_branches import log_probs
     config = BranchesConfig(TASKS, BRANCHES["rewarded"], BRANCHES["taught"])
     policies = [AutoModelForCausalLM.from_pretrained("base").eval() for _ in TASKS]
     optimizers = [torch.optim.AdamW(policy.parameters(), lr=1e-2) for policy in policies]

@@ -1,4 +1,4 @@
-"""What `train.yaml` says of branches (CoPD, arXiv 2604.27083): tasks, cycles, and where each branch's outputs go."""
+"""What `train.yaml` says of branches of a policy (CoPD, arXiv 2604.27083): tasks, cycles, each branch's outputs."""
 
 from __future__ import annotations
 

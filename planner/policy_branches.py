@@ -1,4 +1,4 @@
-"""A plan of plans: branches that train side by side, each under a plan for its share of a cluster (CoPD).
+"""A plan of plans: branches of a policy that train side by side, each planned on its share of a cluster (CoPD).
 
 Branches do the same work, so shares are equal blocks of consecutive devices. Each branch's first device keeps a copy of
 the whole policy, which samples its rollouts and answers as a teacher: that much of its memory is not the plan's. In a
