@@ -1,3 +1,4 @@
+from mipipe.runtime.checkpoints.checkpoint import Checkpoints as Checkpoints
 from mipipe.runtime.engine.engine import Engine as Engine
 from mipipe.runtime.engine.options import EngineOptions as EngineOptions
 from mipipe.runtime.merge.launch import MergeOptions as MergeOptions
@@ -23,4 +24,3 @@ from mipipe.runtime.train.optim import learning_rate_factor as learning_rate_fac
 from mipipe.runtime.train.optim import make_optimizer as make_optimizer
 from mipipe.runtime.train.trace import measured_timeline as measured_timeline
 from mipipe.runtime.train.training import Trainer as Trainer
-from mipipe.runtime.weights.checkpoint import Checkpoints as Checkpoints

@@ -29,6 +29,7 @@ from mipipe.graphs.named_code import no_exit
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.experts.maps import ExpertMap
+from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.engine import processes
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
@@ -53,7 +54,6 @@ from mipipe.runtime.train.launching.telling import ProgressBar, announce, report
 from mipipe.runtime.train.models import LayeredWeights, empty_module, weights_for_host
 from mipipe.runtime.train.prefetch import Prefetched
 from mipipe.runtime.train.training import Trainer
-from mipipe.runtime.weights.checkpoint_run import Start
 from mipipe.runtime.weights.stored_weights import StoredWeights
 
 
@@ -154,7 +154,7 @@ def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
     stored = inner if isinstance(inner, StoredWeights) else None
     del weights, inner  # the whole model, where it was made here
     if config.save is not None:
-        from mipipe.runtime.weights.save_check import check_save
+        from mipipe.runtime.checkpoints.save_check import check_save
         check_save(engine, config, stored)
     batches = batches_of(job, engine, branch)
     shown = options.progress != "none" and (branch is None or not branch.number)
@@ -175,7 +175,7 @@ def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
     if trainer.light is not None:
         trainer.light.write(config, empty_module(graph, config))
     if config.save is not None:
-        from mipipe.runtime.weights.save_check import save_or_rescue
+        from mipipe.runtime.checkpoints.save_check import save_or_rescue
         save_or_rescue(engine, config, stored, replace=start is not Start.FRESH)
     if branch is not None and rank() == 0:
         branch.meet("done")

@@ -138,9 +138,9 @@ CIRCLES = {
     ("graphs.coarse", "graphs.costs"),
     ("graphs.merging", "graphs.merging.checkpoints", "graphs.merging.recipes"),
     ("planner.devices", "planner.experts", "planner.milp"),
-    ("runtime.engine", "runtime.engine.compiling", "runtime.experts", "runtime.merge", "runtime.merge.methods",
-     "runtime.merge.programs", "runtime.recipes", "runtime.train", "runtime.train.launching", "runtime.tuning",
-     "runtime.weights")}
+    ("runtime.engine", "runtime.engine.compiling", "runtime.experts", "runtime.weights"),
+    ("runtime.checkpoints", "runtime.recipes", "runtime.train"),
+    ("runtime.merge", "runtime.merge.programs")}
 """Folders that import each other in a circle; what comes apart goes from here, and nothing comes in."""
 
 

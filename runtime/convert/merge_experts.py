@@ -19,11 +19,11 @@ from torch import Tensor
 from mipipe.graphs.converting.decisions import groups_per_layer, join_groups
 from mipipe.graphs.converting.recipe import MergeExperts, Merging, PruneExperts
 from mipipe.graphs.errors import InputError
+from mipipe.runtime.calibration.whole_model import EXPERT_COUNTS
 from mipipe.runtime.convert.collect import RoutingCounts
 from mipipe.runtime.convert.output import Conversion, OutputTensor, Unit, converted_config, copied, written_dtype
 from mipipe.runtime.convert.source import PARTS, Matrices, MoeLayer, Source, is_bank, is_expert, module_name, moe_layers
 from mipipe.runtime.merge.align import assign
-from mipipe.runtime.tuning.objectives import EXPERT_COUNTS
 
 SeeRouting = Callable[[Sequence[MoeLayer]], Mapping[int, RoutingCounts]]
 """Runs the model on the texts and tells the routing of layers by their numbers."""

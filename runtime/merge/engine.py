@@ -38,7 +38,7 @@ Event = tuple[int, int, int]
 
 
 class Sink(Protocol):
-    """Where results go: `mipipe.runtime.weights.writer.Writer` or `mipipe.runtime.merge.parts.PartsWriter`."""
+    """Where results go: `mipipe.runtime.weights.writer.Writer` or `mipipe.runtime.merge.methods.parts.PartsWriter`."""
 
     def write(self, name: str, offset: int, data: Any) -> int:
         """Write what belongs at an offset of a tensor; returns how many bytes."""

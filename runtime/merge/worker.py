@@ -23,11 +23,11 @@ from mipipe.runtime.merge.calibrate import forget_calibration
 from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.execute import RankReport, merge_timeline, run_rank
 from mipipe.runtime.merge.forked import can_fork, run_forked
+from mipipe.runtime.merge.methods.parts import describe_parts
 from mipipe.runtime.merge.output.card import RECORD, write_companions
 from mipipe.runtime.merge.output.opened import key_of_graph, was_opened
 from mipipe.runtime.merge.output.verifier import Verifier
 from mipipe.runtime.merge.output.verify import MARK
-from mipipe.runtime.merge.parts import describe_parts
 from mipipe.runtime.weights.writer import partial_folder, prepare, publish_folder
 
 

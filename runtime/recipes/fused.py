@@ -131,7 +131,7 @@ def _tokenizer(folder: Path) -> Any:
 
 def _read_all(folder: Path, tokenizer: Any, dialogues: Sequence[tuple[str, str]], length: int, top: int) -> list[_Read]:
     """Every dialogue as a model reads it; one model is in memory at a time."""
-    from mipipe.runtime.tuning.objectives import load_model
+    from mipipe.runtime.calibration.whole_model import load_model
     model = load_model(folder)
     return [_read(model, tokenizer, prompt, response, length, top) for prompt, response in dialogues]
 

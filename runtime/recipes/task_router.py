@@ -50,7 +50,7 @@ def task_features(model: str | Path, texts: Mapping[str, str | Path], out: str |
         raise InputError(f"task features: found {len(texts)} tasks, expected two or more to choose from")
     if folder.exists():
         raise InputError(f"{folder}: exists already; give another folder, or remove it")
-    from mipipe.runtime.tuning.objectives import load_model
+    from mipipe.runtime.calibration.whole_model import load_model
     loaded = load_model(Path(model))
     vocabulary = loaded.config.get_text_config().vocab_size
     found, tasks = [], []
@@ -137,7 +137,7 @@ def task_shares(router: str | Path, folder: str | Path, prompt: str) -> dict[str
     Raises:
         InputError: a router of other features, features of a model that is not there, or a prompt without tokens.
     """
-    from mipipe.runtime.tuning.objectives import load_model
+    from mipipe.runtime.calibration.whole_model import load_model
     found, (model, tasks) = _read(folder), _facts(folder)
     made, _ = factory(str(folder))
     file = Path(router) / "model.safetensors"

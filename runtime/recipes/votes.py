@@ -35,7 +35,7 @@ def count_votes(model: str | Path, texts: str | Path, out: str | Path, *, ratio:
     Raises:
         InputError: the model or the texts cannot be read, or the model has no gated feed-forward layers.
     """
-    from mipipe.runtime.tuning.objectives import load_model
+    from mipipe.runtime.calibration.whole_model import load_model
     loaded = load_model(Path(model))
     rows = draw_samples(str(texts), str(model), samples, length, seed, loaded.config.get_text_config().vocab_size,
                         where="votes")

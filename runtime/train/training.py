@@ -11,6 +11,8 @@ from mipipe.graphs.errors import BatchError, MipipeError, RunError, StoppedError
 from mipipe.graphs.recipes.source import recipe_of
 from mipipe.planner.experts.maps import ExpertMap
 from mipipe.planner.timeline import Timeline
+from mipipe.runtime.checkpoints.checkpoint import Checkpoints
+from mipipe.runtime.checkpoints.checkpoint_run import Start, changes, run_of
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.processes import gather
 from mipipe.runtime.recipes.beams import Beams
@@ -23,8 +25,6 @@ from mipipe.runtime.train.metrics import forget_memory
 from mipipe.runtime.train.optim import learning_rate_factor, make_optimizer
 from mipipe.runtime.train.prefetch import Prefetched
 from mipipe.runtime.train.step_reports import StepDone, StepProfile, StepReports
-from mipipe.runtime.weights.checkpoint import Checkpoints
-from mipipe.runtime.weights.checkpoint_run import Start, changes, run_of
 
 LAST_CHECKPOINT_S = 60.0
 """How long a run that fails waits at most for the checkpoint it had begun to write."""

@@ -1,1 +1,1 @@
-"""Weights and checkpoints on disk: read, written, resumed."""
+"""Weights on disk and in a worker: read, cut to the pieces that a rank holds, written."""

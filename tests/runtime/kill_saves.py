@@ -17,12 +17,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import runtime_cases as cases
 
+from mipipe.runtime.checkpoints.checkpoint import Checkpoints  # noqa: F401  (imported before forking)
+from mipipe.runtime.checkpoints.checkpoint_folder import complete, read_state, verify
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import CheckpointConfig, OptimizerConfig, TrainConfig
 from mipipe.runtime.train.data import Batches
 from mipipe.runtime.train.training import Trainer
-from mipipe.runtime.weights.checkpoint import Checkpoints  # noqa: F401  (imported before forking)
-from mipipe.runtime.weights.checkpoint_folder import complete, read_state, verify
 
 STEPS, COUNT = 24, 2
 

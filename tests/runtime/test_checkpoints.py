@@ -20,16 +20,16 @@ import torch
 from safetensors.torch import load_file
 
 from mipipe.graphs.errors import InputError, RunError
+from mipipe.runtime.checkpoints.checkpoint import Checkpoints, pack_state
+from mipipe.runtime.checkpoints.checkpoint_folder import complete, latest, read_state, verify
+from mipipe.runtime.checkpoints.checkpoint_run import Start
+from mipipe.runtime.checkpoints.checkpoint_tensors import shared_rows
+from mipipe.runtime.checkpoints.save import Target, save_weights
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.train.config import CheckpointConfig, DataConfig, TrainConfig
 from mipipe.runtime.train.data import Batches, make_batches
 from mipipe.runtime.train.training import Trainer
-from mipipe.runtime.weights.checkpoint import Checkpoints, pack_state
-from mipipe.runtime.weights.checkpoint_folder import complete, latest, read_state, verify
-from mipipe.runtime.weights.checkpoint_run import Start
-from mipipe.runtime.weights.checkpoint_tensors import shared_rows
-from mipipe.runtime.weights.save import Target, save_weights
 
 
 def test_a_kill_while_saving_loses_nothing(tmp_path):

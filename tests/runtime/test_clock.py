@@ -14,6 +14,7 @@ from mipipe.graphs.costs.table import CostTable
 from mipipe.graphs.errors import TimelineError
 from mipipe.planner.calibrate import calibrate
 from mipipe.planner.timeline import Timeline
+from mipipe.runtime.checkpoints.checkpoint_folder import complete
 from mipipe.runtime.engine import engine as engines
 from mipipe.runtime.engine.clock import EventClock, HostClock, clock_for
 from mipipe.runtime.engine.engine import Engine
@@ -21,7 +22,6 @@ from mipipe.runtime.train import training
 from mipipe.runtime.train.config import CheckpointConfig, TrainConfig
 from mipipe.runtime.train.data import Batches
 from mipipe.runtime.train.trace import measured_timeline
-from mipipe.runtime.weights.checkpoint_folder import complete
 
 
 class Device:

@@ -13,12 +13,12 @@ from mipipe.graphs.capture.model import capture_module
 from mipipe.graphs.models.loss import sum_over
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.schedules import BASELINES
+from mipipe.runtime.checkpoints.checkpoint import optimizer_tensors
 from mipipe.runtime.engine import buckets
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import CheckpointConfig, OptimizerConfig, TrainConfig
 from mipipe.runtime.train.data import Batches
 from mipipe.runtime.train.training import Trainer
-from mipipe.runtime.weights.checkpoint import optimizer_tensors
 
 pytestmark = pytest.mark.distributed
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from runtime_cases import chain_graph, plan_of, problem_of
 
 from mipipe.graphs.errors import InputError, RunError
+from mipipe.runtime.checkpoints.checkpoint_tensors import counted_on_device
 from mipipe.runtime.train.launching import devices
-from mipipe.runtime.weights.checkpoint_tensors import counted_on_device
 
 
 @pytest.fixture

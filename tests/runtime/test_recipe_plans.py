@@ -21,6 +21,8 @@ from mipipe.graphs.recipes.routers import RouterConfig
 from mipipe.graphs.recipes.source import recipe_of, with_recipe
 from mipipe.graphs.serialize import save
 from mipipe.planner.team import Team, TeamMode
+from mipipe.runtime.checkpoints.save import save_trained
+from mipipe.runtime.checkpoints.save_check import check_save
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.train.config import OptimizerConfig, SaveConfig, TrainConfig
@@ -28,8 +30,6 @@ from mipipe.runtime.train.data import Batches
 from mipipe.runtime.train.launching.prepare import check_team, shards_parameters
 from mipipe.runtime.train.models import initial_weights
 from mipipe.runtime.train.training import Trainer
-from mipipe.runtime.weights.save import save_trained
-from mipipe.runtime.weights.save_check import check_save
 
 pytestmark = pytest.mark.distributed
 

@@ -18,15 +18,15 @@ from test_run_starts import trainer
 
 from mipipe.graphs.errors import BatchError, InputError, RunError, StoppedError
 from mipipe.runtime import worker
+from mipipe.runtime.checkpoints.checkpoint import check_finite
+from mipipe.runtime.checkpoints.checkpoint_folder import complete, latest, read_state, verify
+from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import CheckpointConfig, DataConfig, OptimizerConfig, TrainConfig
 from mipipe.runtime.train.data import Batches, TextBytes
 from mipipe.runtime.train.launching.failures import DONE
 from mipipe.runtime.train.launching.launch import end_of
 from mipipe.runtime.train.training import SKIPPED_IN_A_ROW, Trainer
-from mipipe.runtime.weights.checkpoint import check_finite
-from mipipe.runtime.weights.checkpoint_folder import complete, latest, read_state, verify
-from mipipe.runtime.weights.checkpoint_run import Start
 
 
 def batches(*odd, count=6):

@@ -16,16 +16,16 @@ import runtime_cases as cases
 import torch
 
 from mipipe.graphs.errors import InputError, RunError
+from mipipe.runtime.checkpoints.checkpoint import read_loader
+from mipipe.runtime.checkpoints.checkpoint_files import share_out
+from mipipe.runtime.checkpoints.checkpoint_folder import complete, forget, latest, read_owner, read_state, write_owner
+from mipipe.runtime.checkpoints.checkpoint_run import Start
+from mipipe.runtime.checkpoints.folder_lock import FolderLock
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import CheckpointConfig, DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from mipipe.runtime.train.data import Batches
 from mipipe.runtime.train.launching.prepare import check_start
 from mipipe.runtime.train.training import Trainer
-from mipipe.runtime.weights.checkpoint import read_loader
-from mipipe.runtime.weights.checkpoint_files import share_out
-from mipipe.runtime.weights.checkpoint_folder import complete, forget, latest, read_owner, read_state, write_owner
-from mipipe.runtime.weights.checkpoint_run import Start
-from mipipe.runtime.weights.folder_lock import FolderLock
 
 
 def config_of(folder, steps=3, **changes):
@@ -195,7 +195,7 @@ def test_a_checkpoint_runs_no_code(tmp_path):
 HOLDING = """
 import sys, time
 from pathlib import Path
-from mipipe.runtime.weights.folder_lock import FolderLock
+from mipipe.runtime.checkpoints.folder_lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
@@ -260,7 +260,7 @@ def test_each_tensor_is_written_once_and_evenly():
 
 
 def test_dtypes_come_back_to_the_last_bit(tmp_path):
-    from mipipe.runtime.weights.checkpoint_files import DTYPES, read_tensor, stored_tensors, write_tensors
+    from mipipe.runtime.checkpoints.checkpoint_files import DTYPES, read_tensor, stored_tensors, write_tensors
     kinds = {name: dtype for name, dtype in DTYPES.items() if not dtype.is_complex}
     tensors = {name: torch.arange(6).to(dtype).reshape(2, 3) for name, dtype in kinds.items()}
     tensors |= {"complex": torch.tensor([1 + 2j, 3j])}

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from mipipe.graphs.capture.model import capture_module
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.planner.schedules import BASELINES
+from mipipe.runtime.checkpoints import save as save_weights
+from mipipe.runtime.checkpoints import save_check
 from mipipe.runtime.engine import processes
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import SaveConfig, TrainConfig
-from mipipe.runtime.weights import save as save_weights
-from mipipe.runtime.weights import save_check
 
 
 class Odd(nn.Module):

@@ -15,9 +15,9 @@ import pytest
 from test_torchrun import command_of, files, importable, killing, undisturbed, workers_of, write_config
 
 from mipipe.graphs.errors import RunError
+from mipipe.runtime.checkpoints.checkpoint_folder import latest, read_state, verify
 from mipipe.runtime.train.launching.launch import train
 from mipipe.runtime.train.launching.rendezvous import connect
-from mipipe.runtime.weights.checkpoint_folder import latest, read_state, verify
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 __all__ = ["files", "importable"]

@@ -21,6 +21,9 @@ from mipipe.graphs.serialize import load, save
 from mipipe.planner.actions import Stream
 from mipipe.planner.team import Team, TeamMode
 from mipipe.planner.timeline import Timeline
+from mipipe.runtime.checkpoints.checkpoint import optimizer_tensors
+from mipipe.runtime.checkpoints.checkpoint_run import Start
+from mipipe.runtime.checkpoints.save import Target, save_weights
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.engine.team import member_pieces
@@ -31,9 +34,6 @@ from mipipe.runtime.train.data import Batches
 from mipipe.runtime.train.optim import parameter_roles
 from mipipe.runtime.train.trace import measured_timeline
 from mipipe.runtime.train.training import Trainer
-from mipipe.runtime.weights.checkpoint import optimizer_tensors
-from mipipe.runtime.weights.checkpoint_run import Start
-from mipipe.runtime.weights.save import Target, save_weights
 from mipipe.runtime.weights.stored_weights import StoredWeights
 
 pytestmark = pytest.mark.distributed

@@ -30,6 +30,7 @@ from mipipe.planner.plan import Plan
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.team import Team
 from mipipe.planner.timeline import Timeline
+from mipipe.runtime.checkpoints.checkpoint_folder import complete, read_state, verify
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import read_train_config
 from mipipe.runtime.train.data import make_batches
@@ -39,7 +40,6 @@ from mipipe.runtime.train.launching.launch import torchrun_command, train
 from mipipe.runtime.train.launching.telling import report
 from mipipe.runtime.train.models import initial_weights
 from mipipe.runtime.train.training import Trainer
-from mipipe.runtime.weights.checkpoint_folder import complete, read_state, verify
 from mipipe.runtime.weights.stored_weights import stored_places
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]

@@ -14,12 +14,12 @@ from mipipe.graphs.capture.model import capture
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.tracing.parameter_slices import slice_tensor
 from mipipe.planner.schedules import BASELINES
+from mipipe.runtime.checkpoints.own_pieces import byte_slice
+from mipipe.runtime.checkpoints.save import Target, save_weights
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.mesh import Mesh
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.models import empty_module, initial_weights
-from mipipe.runtime.weights.own_pieces import byte_slice
-from mipipe.runtime.weights.save import Target, save_weights
 from mipipe.runtime.weights.stored_names import StoredView
 
 transformers = pytest.importorskip("transformers")

@@ -27,7 +27,7 @@ from mipipe.runtime.engine.compiling.compiled import Compiled, LocalRank
 from mipipe.runtime.engine.compiling.flow import GradientFlow, gradient_flow
 from mipipe.runtime.engine.compiling.phases import Phases
 from mipipe.runtime.engine.compiling.resolve import Resolver
-from mipipe.runtime.engine.compiling.stage import build_stage, check_segments
+from mipipe.runtime.engine.compiling.stage import StageCode, build_stage, check_segments
 from mipipe.runtime.engine.mesh import ALONE, Mesh, build_mesh
 from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.engine.processes import world
@@ -85,10 +85,7 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
                                  graph.outputs, watched, again_in(team, segments[index])) for index in here}
     if options.compile and dist.is_initialized():
         wait_for_compilers(mesh)
-    for index, code in stages.items():
-        if code.buffer_updates and len(plan.placement.stages[index].ranks) > 1:
-            raise PlanError(f"stage {index}: has buffers that F changes (batch statistics), so it cannot have replicas;"
-                            " plan it on one rank")
+    _refuse_changed_buffers(plan, stages)
     trained = {name for name, item in weights.parameters.items() if item.requires_grad}
     graded = tuple(sorted(_graded(graph, flow) & trained))
     exclusive = frozenset(name for name, where in stages_of.items() if len(where) == 1)
@@ -102,6 +99,14 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
                     exchanges_aside=_exchanges_aside(local, stage_of), sampler=sampler,
                     uncompiled=tuple(item.name for items in segments.values() for item in items
                                      if options.compile and not phases.compiles(phases.trace(item), item.name)))
+
+
+def _refuse_changed_buffers(plan: Plan, stages: Mapping[int, StageCode]) -> None:
+    """Raise where replicas of a stage would each change buffers of their own."""
+    for index, code in stages.items():
+        if code.buffer_updates and len(plan.placement.stages[index].ranks) > 1:
+            raise PlanError(f"stage {index}: has buffers that F changes (batch statistics), so it cannot have replicas;"
+                            " plan it on one rank")
 
 
 def _mesh_of(plan: Plan, program: Program, member: MemberGraph, holders: Mapping[str, tuple[int, ...]],

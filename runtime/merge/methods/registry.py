@@ -9,7 +9,7 @@ from typing import Any
 from mipipe.graphs.merging.method_spec import MethodSpec
 from mipipe.graphs.merging.methods import METHODS as SPECS
 from mipipe.graphs.merging.methods import REBUILD, STORE
-from mipipe.runtime.merge import parts
+from mipipe.runtime.merge.methods import parts
 from mipipe.runtime.merge.methods.method import Method, no_rounds
 
 

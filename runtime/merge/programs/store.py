@@ -1,7 +1,7 @@
 """Storing a recipe's experts as parts, and rebuilding models from them: planned and run like any merge.
 
 `store` writes a parts folder once; `rebuild` makes an ordinary checkpoint for one expert or a mixture, whenever a
-router asks for it. What is stored: `mipipe.runtime.merge.parts`.
+router asks for it. What is stored: `mipipe.runtime.merge.methods.parts`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from mipipe.graphs.merging.recipes.recipe import MergeRecipe
 from mipipe.graphs.serialize import load
 from mipipe.planner.merging.plan import MergePlan, plan_graph, plan_recipe
 from mipipe.runtime.merge.launch import MergeOptions, check_target, made_by, run_plan
+from mipipe.runtime.merge.methods.parts import STORABLE, Parts, stored_bytes
 from mipipe.runtime.merge.output.lock import only_one
-from mipipe.runtime.merge.parts import STORABLE, Parts, stored_bytes
 from mipipe.runtime.weights.reader import TORCH_DTYPES
 
 SHARED = "shared"

@@ -21,6 +21,7 @@ from mipipe.graphs.errors import InputError, RunError, StoppedError
 from mipipe.graphs.serialize import save
 from mipipe.planner.plan import Plan, check_single_devices
 from mipipe.planner.problem import PlanningProblem
+from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.train.launching.devices import choose, kinds_of
 from mipipe.runtime.train.launching.failures import exits, is_consequence, killed_ranks, reports
 from mipipe.runtime.train.launching.launch import (
@@ -36,7 +37,6 @@ from mipipe.runtime.train.launching.launch import (
     torchrun_command,
 )
 from mipipe.runtime.train.launching.prepare import check_start, read_job
-from mipipe.runtime.weights.checkpoint_run import Start
 
 Replan = Callable[[PlanningProblem], Plan]
 """A plan for the same groups on fewer devices."""

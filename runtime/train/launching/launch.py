@@ -24,12 +24,12 @@ from typing import Any
 
 from mipipe.graphs.children import GRACE_S, running
 from mipipe.graphs.errors import InputError, RunError, StoppedError
+from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.launching import devices
 from mipipe.runtime.train.launching.failures import DONE, SAID, STARTED, explain_failure, reports
 from mipipe.runtime.train.launching.prepare import check_saving, check_start, check_world, read_job
 from mipipe.runtime.train.launching.stages import light_of, run_stages
-from mipipe.runtime.weights.checkpoint_run import Start
 
 POLL_S = 0.1
 """How often the launcher looks what its children have to say."""

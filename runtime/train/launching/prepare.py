@@ -19,6 +19,9 @@ from mipipe.planner.plan import Plan
 from mipipe.planner.policy_branches import load_plans
 from mipipe.planner.program import Program
 from mipipe.planner.teams.pieces import rows_of
+from mipipe.runtime.checkpoints.checkpoint_folder import choose, probe, read_state
+from mipipe.runtime.checkpoints.checkpoint_run import Start
+from mipipe.runtime.checkpoints.folder_lock import FolderLock
 from mipipe.runtime.engine.batches import check_sizes
 from mipipe.runtime.engine.mesh import ALONE, check_processes
 from mipipe.runtime.experts.layers import expert_layers
@@ -26,9 +29,6 @@ from mipipe.runtime.train.config import TrainConfig, read_train_config
 from mipipe.runtime.train.data import check_source
 from mipipe.runtime.train.models import check_recipe, source_of
 from mipipe.runtime.train.optim import optimizer_class
-from mipipe.runtime.weights.checkpoint_folder import choose, probe, read_state
-from mipipe.runtime.weights.checkpoint_run import Start
-from mipipe.runtime.weights.folder_lock import FolderLock
 
 
 @dataclass(frozen=True, slots=True)

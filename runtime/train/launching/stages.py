@@ -27,11 +27,11 @@ from mipipe.planner.plan import Plan
 from mipipe.planner.problems.from_graph import build_problem
 from mipipe.planner.problems.on_cluster import default_optimizer, estimated_costs
 from mipipe.planner.solve import plan as solve
+from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.launching.prepare import PreparedRun
 from mipipe.runtime.train.models import SOURCE_OPTIONS, source_of
 from mipipe.runtime.train.policy_branches import apart
-from mipipe.runtime.weights.checkpoint_run import Start
 
 FIRST = "first"
 """The first stage, in the names of its outputs."""

@@ -3,7 +3,7 @@
 ``model.<parameter>`` and ``optimizer.<parameter>.<state>``; a bank of experts that several ranks share is stored expert
 by expert, ``model.<bank>[7]``, and what a team divides piece by piece, ``model.<parameter>@0:0-16`` (rows 0 to 15).
 Whatever wrote a checkpoint, any piece is read from whole tensors, experts or other pieces.
-Tensors are in safetensors files (`mipipe.runtime.weights.checkpoint_files`), numbers of the optimizer in
+Tensors are in safetensors files (`mipipe.runtime.checkpoints.checkpoint_files`), numbers of the optimizer in
 ``state.json``.
 """
 
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from mipipe.graphs.errors import InputError
+from mipipe.runtime.checkpoints.checkpoint_files import CheckpointTensor, read_tensor, stored_tensors
+from mipipe.runtime.checkpoints.checkpoint_folder import CheckpointState
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.team import member_pieces
 from mipipe.runtime.train.optim import local_optimizer
-from mipipe.runtime.weights.checkpoint_files import CheckpointTensor, read_tensor, stored_tensors
-from mipipe.runtime.weights.checkpoint_folder import CheckpointState
 from mipipe.runtime.weights.pieces import Box, Piece, Ranges, overlap, parse_piece
 
 RowsOf = Mapping[str, Sequence[int]]

@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import STRICT, load, save
+from mipipe.runtime.checkpoints.checkpoint_run import RunIdentity, Start
 from mipipe.runtime.weights import durable
-from mipipe.runtime.weights.checkpoint_run import RunIdentity, Start
 
 STATE, OWNER = "state.json", "run.json"
 

@@ -2,8 +2,8 @@
 
 Tensors go by the model's names, never by rank or stage, so a run may resume under another plan. What a rank writes of
 weights and optimizer state is copied at once; a thread writes it, hashes it, and makes the folder visible while
-training goes on. What the folder holds and when it counts is in `mipipe.runtime.weights.checkpoint_folder`, whose it is
-in `mipipe.runtime.weights.checkpoint_run`.
+training goes on. What the folder holds and when it counts is in `mipipe.runtime.checkpoints.checkpoint_folder`, whose
+it is in `mipipe.runtime.checkpoints.checkpoint_run`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import torch
 import torch.distributed as dist
 
 from mipipe.graphs.errors import InputError, MipipeError, RunError
+from mipipe.runtime.checkpoints import checkpoint_folder as folders
+from mipipe.runtime.checkpoints.checkpoint_files import PREFIX, SUFFIX, check_dtypes, share_out, write_tensors
+from mipipe.runtime.checkpoints.checkpoint_run import RunIdentity, Start, check_same, named, new_id
+from mipipe.runtime.checkpoints.checkpoint_tensors import host_copies, load_tensors, model_tensors, optimizer_tensors
+from mipipe.runtime.checkpoints.folder_lock import LAST_BREATH_S, FolderLock
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.processes import failure_of, first_of, gather, rank, world
-from mipipe.runtime.weights import checkpoint_folder as folders
-from mipipe.runtime.weights.checkpoint_files import PREFIX, SUFFIX, check_dtypes, share_out, write_tensors
-from mipipe.runtime.weights.checkpoint_run import RunIdentity, Start, check_same, named, new_id
-from mipipe.runtime.weights.checkpoint_tensors import host_copies, load_tensors, model_tensors, optimizer_tensors
-from mipipe.runtime.weights.folder_lock import LAST_BREATH_S, FolderLock
 
 
 @dataclass(frozen=True, slots=True)

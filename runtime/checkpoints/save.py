@@ -30,6 +30,13 @@ from mipipe.graphs.recipes.source import recipe_of
 from mipipe.graphs.serialize import load_data
 from mipipe.graphs.tracing.parameter_slices import parse_slice
 from mipipe.graphs.units import parse_bytes
+from mipipe.runtime.checkpoints.own_pieces import (
+    StoredPiece,
+    byte_slice,
+    divided_names,
+    own_pieces,
+    put_together,
+)
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.processes import failures_of, first_of, rank
 from mipipe.runtime.recipes.adapter_files import adapter_tensors, write_adapters
@@ -37,13 +44,6 @@ from mipipe.runtime.recipes.light import first_stage, is_second, merged
 from mipipe.runtime.recipes.votes import fuser
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.models import empty_module, plain_module, take_reference
-from mipipe.runtime.weights.own_pieces import (
-    StoredPiece,
-    byte_slice,
-    divided_names,
-    own_pieces,
-    put_together,
-)
 from mipipe.runtime.weights.reader import TORCH_DTYPES
 from mipipe.runtime.weights.stored_names import StoredView, is_transformers, stored_views
 from mipipe.runtime.weights.stored_weights import INDEX, StoredWeights
