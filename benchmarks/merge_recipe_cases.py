@@ -118,10 +118,69 @@ def cases() -> list[Case]:
         Case("parameters of other methods", "llama", {
             "merge_method": "linear", "models": models("one", "two", **WEIGHT, density=[0.5, 0.5]),
             "parameters": {"int8_mask": True, "lambda": 0.5}}),
+        *conventions(),
     ]
     for family in ("llama", "mistral", "qwen2", "qwen3_moe", "mixtral"):
         found += methods_of(family)
     return found + assemblies()
+
+
+def conventions() -> list[Case]:
+    """What recipes mean where it is easily meant otherwise: whose values count, for which layer, with which base."""
+    def piece(*sources: tuple[str, int, int], **more: Any) -> dict[str, Any]:
+        return {"sources": [{"model": f"{{{name}}}", "layer_range": [first, last]} for name, first, last in sources],
+                **more}
+
+    by_level = [piece(("one", 0, 3), ("two", 0, 3),
+                      parameters={"weight": [{"filter": "self_attn", "value": [0.5, 3]}]}),
+                piece(("one", 0, 3), ("three", 3, 6))]
+    by_level[0]["sources"][0]["parameters"] = {"weight": [{"filter": "mlp", "value": 0.2}]}
+    by_level[1]["sources"][1]["parameters"] = {"weight": [0, 1]}
+    own_layers = piece(("one", 2, 5), ("two", 0, 3))
+    own_layers["sources"][0]["parameters"] = {"weight": [{"filter": "layers.3.", "value": 0.2}, {"value": 1}]}
+    own_layers["sources"][1]["parameters"] = {"weight": [{"filter": "layers.2.", "value": 5}, {"value": 0.5}]}
+    pair, rescaled = models("one", "two", **WEIGHT), {"density": 0.3, "rescale": True}
+    plain = {**BASED, "merge_method": "linear"}
+    return [
+        Case("slices of one layer, gradient", "llama", {
+            "merge_method": "slerp", "base_model": "{one}", "parameters": {"t": [0, 0.3, 1]},
+            "slices": [piece(("one", layer, layer + 1), ("two", layer, layer + 1)) for layer in range(LAYERS)]}),
+        Case("values of sources, slices, recipe", "llama", {"merge_method": "linear", "parameters": {"weight": 1.0},
+                                                            "slices": by_level}),
+        Case("filters of a source's own layers", "llama", {"merge_method": "linear", "slices": [own_layers]}),
+        Case("filters of the result's layers", "llama", {
+            "merge_method": "slerp", "base_model": "{one}", "parameters": {"t": [{"filter": "layers.2.", "value": 0.9},
+                                                                                 {"filter": "*", "value": 0.1}]},
+            "slices": [piece(("one", 2, 5), ("two", 0, 3)), piece(("one", 0, 1), ("two", 5, 6))]}),
+        Case("filter for a tied head", "qwen2", {
+            "merge_method": "slerp", "base_model": "{one}", "models": models("one", "two"),
+            "parameters": {"t": [{"filter": "lm_head", "value": 0.7}, {"filter": "embed_tokens", "value": 0.2},
+                                 {"value": 0.5}]}}),
+        Case("linear, base_model and a weight for all", "llama", {**plain, "models": models("one", "two"),
+                                                                  "parameters": {"weight": 0.5}}),
+        Case("linear, base_model and slices", "llama", {**plain, "parameters": {"weight": [0.3, 0.6]},
+                                                        "slices": [piece(("one", 0, 3), ("two", 3, 6))]}),
+        Case("karcher, base_model", "llama", {**BASED, "merge_method": "karcher", "models": models("one", "two")}),
+        Case("karcher, base_model and slices", "llama", {**BASED, "merge_method": "karcher",
+                                                         "slices": [piece(("one", 0, 3), ("two", 0, 3))]}),
+        *(Case(f"{method}, rescale", "llama", {**BASED, "merge_method": method, "models": pair, "parameters": rescaled})
+          for method in ("ties", "breadcrumbs", "breadcrumbs_ties")),
+        *(Case(f"breadcrumbs, density {density:g}, gamma 0.1", "llama", {
+            **BASED, "merge_method": "breadcrumbs", "models": pair, "parameters": {"density": density, "gamma": 0.1}})
+          for density in (1.0, 0.95)),
+        *(Case(f"nuslerp by columns{', of task vectors' if base else ''}", "llama", {
+            **base, "merge_method": "nuslerp", "models": pair,
+            "parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": True}}) for base in ({}, BASED)),
+        Case("ties, a negative weight", "llama", {**BASED, "merge_method": "ties", "models": models(
+            "one", "two", weight=[0.5, -0.7], density=[0.4, 0.6])}),
+        Case("sce of small changes", "llama", {**BASED, "merge_method": "sce",
+                                               "models": models("near-one", "near-two")},
+             "mean squares of task vectors below 1e-6: weights here, equal ones in mergekit; each follows its rule",
+             small_changes),
+        Case("task_arithmetic, weights that cancel", "llama", {
+            **BASED, "merge_method": "task_arithmetic", "parameters": {"normalize": True},
+            "models": models("one", "two", weight=[0.5, -0.5])}),
+    ]
 
 
 def methods_of(family: str) -> list[Case]:
@@ -186,6 +245,20 @@ def same_tokens(ours: Weights, theirs: Weights, _given: dict[str, Weights]) -> b
     count = len(WORDS) + 3
     return all(float((value[:count] - theirs[name][:count]).abs().max()) < 1e-5 if "norm" not in name and
                value.shape[0] == 32 else torch.allclose(value, theirs[name], atol=1e-5) for name, value in ours.items())
+
+
+def small_changes(ours: Weights, theirs: Weights, given: dict[str, Weights]) -> bool:
+    """Whether SCE's result is that of weights by squares (arXiv 2408.07990), and mergekit's that of equal ones."""
+    for name, base in given["base"].items():
+        deltas = torch.stack([given[model][name] - base for model in ("near-one", "near-two")]).double()
+        agreed = deltas.sign() == torch.where(deltas.sum(0) >= 0, 1.0, -1.0)
+        squares = deltas.square().flatten(1).mean(1)
+        for found, weight in ((ours, squares / squares.sum()), (theirs, torch.full((2,), 0.5, dtype=torch.float64))):
+            share = weight.reshape(-1, *[1] * base.dim()) * agreed
+            expected = base + (deltas * share).sum(0) / share.sum(0).clamp_min(1e-12)
+            if float((found[name] - expected).abs().max()) > 1e-6 * float(base.abs().max()):
+                return False
+    return True
 
 
 def outside_experts(ours: Weights, theirs: Weights, _given: dict[str, Weights]) -> bool:

@@ -31,7 +31,7 @@ import yaml
 from merge_recipe_cases import LAYERS, WORDS, Case, Weights, cases
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mipipe.graphs.errors import MipipeError
@@ -77,6 +77,16 @@ def write_models(root: Path) -> None:
                     value.copy_(start[own] + (0.02 * torch.randn_like(value) if number else 0))
                 base.save_pretrained(root / family / name)
                 write_tokenizer(root / family / name, ["<|one|>"] if name == "one" else [])
+
+
+def write_near(folder: Path) -> None:
+    """Models ``near-one`` and ``near-two``, whose changes of the base are a thousandth and two of the others'."""
+    base = load_file(folder / "base" / "model.safetensors")
+    for name, share in (("one", 1e-3), ("two", 2e-3)):
+        shutil.copytree(folder / name, folder / f"near-{name}")
+        other = load_file(folder / name / "model.safetensors")
+        save_file({key: base[key] + share * (value - base[key]) for key, value in other.items()},
+                  folder / f"near-{name}" / "model.safetensors", {"format": "pt"})
 
 
 def write_tokenizer(folder: Path, more: list[str]) -> None:
@@ -203,6 +213,7 @@ def main() -> None:
         root = Path(folder)
         python = merge_vs_mergekit.install((arguments.environment or root / "environment").absolute())
         write_models(root)
+        write_near(root / "llama")
         chosen = [case for case in cases() if not arguments.only or any(word in f"{case.family} {case.name}"
                                                                          for word in arguments.only)]
         jobs = [write_job(case, root, number) for number, case in enumerate(chosen)]
@@ -223,7 +234,7 @@ def compare(case: Case, root: Path, number: int, file: Path, failure: str) -> tu
     if failure:
         return case.family, case.name, "", "mergekit refuses", failure[:160]
     ours, theirs = load(out), load(root / f"theirs-{number}")
-    given = {name: load(root / case.family / name) for name in ("base", "one", "two", "three")}
+    given = {folder.name: load(folder) for folder in (root / case.family).iterdir()}
     worst, where = difference(ours, theirs)
     shutil.rmtree(out)
     figure = f"{worst:.2g}"

@@ -34,7 +34,7 @@ def build(recipe: MergeRecipe, where: str = "recipe",
     units = tuple(sorted((builder.unit(name, rule) for name, rule in rules), key=lambda unit: unit.name))
     if not units:
         raise InputError(f"{where}: its branches drop every tensor")
-    builder.filters.check(where)
+    idle = builder.filters.check(where, "lm_head.weight" if builder.reference.tied and not builder.untied else "")
     models = tuple(_source(label, found) for label, found in builder.opened.items())
     rule = recipe.vocabulary
     tokenizer = builder.reference_label if rule is None or rule.source in ("base", "union") else rule.source
@@ -45,7 +45,7 @@ def build(recipe: MergeRecipe, where: str = "recipe",
                       builder.opened[tokenizer].tokenizer_folder, to_data(recipe), builder.vocabulary,
                       "float64" if recipe.dtype == "float64" else "float32", recipe.seed,
                       align is not None and align.experts, align is not None and align.hidden_units,
-                      _notes(builder), _calibration(builder, units))
+                      (*_notes(builder), *idle), _calibration(builder, units))
 
 
 def _notes(builder: UnitBuilder) -> tuple[str, ...]:

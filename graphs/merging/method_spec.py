@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from mipipe.graphs.calibration.streams import Need
 from mipipe.graphs.merging.tensor_classes import TensorClass
@@ -77,7 +77,8 @@ class MethodSpec:
     the tensor classes it does not define. ``rounds``: how many these are; ``scope``: what they are summed over.
     ``whole``: works on whole matrices (singular values), not tile by tile. ``classes``: the tensor classes it defines.
     ``oriented``: rows and columns play different roles, so matrices stored transposed are turned first. ``base_first``:
-    a base listed among the models is the first of them; ``base_last``: a base not listed is merged as a further model.
+    a base listed among the models is the first of them; ``base_last``: a base not listed is merged as a further model,
+    always or where the recipe has a weight for all models.
     ``needs``: statistics that running the models finds out, before anything is merged; ``learned``: its coefficients
     are trained before. ``factors``: it
     merges the factors of LoRA adapters, not their products. ``check``: what is wrong with
@@ -101,7 +102,7 @@ class MethodSpec:
     rounds: Number = _never
     scope: Callable[[Params], Scope] = _of_piece
     base_first: bool = False
-    base_last: bool = False
+    base_last: Literal["", "always", "weighted"] = ""
     check: Callable[[Params], str] = _fine
     decompositions: int = 0
     needs: Callable[[Params], tuple[Need, ...]] = _nothing

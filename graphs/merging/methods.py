@@ -31,7 +31,11 @@ def _trims(params: Params) -> bool:
 
 
 def _ties_rounds(params: Params) -> int:
-    return 2 * _trims(params) + (params["zero_sum"] == "majority")
+    return (2 + bool(params["rescale"])) * _trims(params) + (params["zero_sum"] == "majority")
+
+
+def _breadcrumbs_rounds(params: Params) -> int:
+    return 2 + bool(params["rescale"])
 
 
 def _dare_rounds(params: Params) -> int:
@@ -77,6 +81,7 @@ _WEIGHT = Parameter("weight", 1.0, "factor of each model's task vector", per_mod
 _LAMBDA = Parameter("lambda", 1.0, "factor of the merged task vector")
 _DENSITY = Parameter("density", 1.0, "share of entries kept", per_model=True, low=0.0, high=1.0, above=True)
 _RESCALE = Parameter("rescale", True, "make up for what was dropped", bool)
+_RESTORE = Parameter("rescale", False, "scale what stays to the L1 norm before trimming", bool)
 _SUM = Parameter("normalize", False, "divide by the sum of weights", bool)
 _MEAN = Parameter("normalize", True, "divide by the sum of weights", bool)
 _INT8 = Parameter("int8_mask", False, "accepted for mergekit's recipes; masks here are always one byte", bool)
@@ -87,7 +92,7 @@ _CHANGE = Parameter("epsilon", 1e-5, "entries that change no more are taken as u
 _ROUTE = Parameter("route", None, "the router's weight of each expert; equal ones if not given", per_model=True,
                    optional=True)
 
-TIES = (_WEIGHT, _DENSITY, _LAMBDA, _MEAN, _INT8,
+TIES = (_WEIGHT, _DENSITY, _LAMBDA, _MEAN, _INT8, _RESTORE,
         Parameter("combine", "mean", "how agreeing entries join", str, choices=("mean", "max")),
         Parameter("scope", "tensor", "trim within each tensor or over the whole model", str,
                   choices=("tensor", "model")),
@@ -98,11 +103,11 @@ DARE = (_WEIGHT, _DENSITY, _LAMBDA, _SUM, _INT8, _RESCALE,
 DELLA = (_WEIGHT, _DENSITY, _EPSILON, _LAMBDA, _RESCALE, _INT8,
          Parameter("rescale_norm", "l1", "to the L1 norm before dropping (mergekit), or by each entry's probability"
                    " (the paper)", str, choices=("l1", "expected")))
-BREADCRUMBS = (_WEIGHT, _DENSITY, _GAMMA, _LAMBDA, _SUM, _INT8)
+BREADCRUMBS = (_WEIGHT, _DENSITY, _GAMMA, _LAMBDA, _SUM, _INT8, _RESTORE)
 
 METHODS: tuple[MethodSpec, ...] = (
     MethodSpec("linear", "Model soups: averaging weights of multiple fine-tuned models", "2203.05482",
-               (_SHARE, _MEAN), Base.UNUSED, check=_something_left,
+               (_SHARE, _MEAN), Base.UNUSED, base_last="weighted", check=_something_left,
         apply="arithmetic.linear"),
     MethodSpec("passthrough", "copying layers of one model", "", (
         Parameter("scale", 1.0, "factor of the weights", per_model=True),), Base.UNUSED, max_models=1,
@@ -121,7 +126,7 @@ METHODS: tuple[MethodSpec, ...] = (
     MethodSpec("karcher", "Riemannian center of mass and mollifier smoothing (Karcher 1977)", "", (
         _SHARE, Parameter("max_iter", 10, "iterations", int, low=1), Parameter("tol", 1e-5, "step that ends them",
                                                                                 low=0.0)), Base.UNUSED,
-        base_last=True, check=_something_left,
+        base_last="always", check=_something_left,
         apply="spherical.karcher", measure="spherical.karcher_rounds", rounds=_once),
     MethodSpec("multislerp", "Multi-SLERP, the barycentre on a sphere (Goddard 2025)", "", (
         _SHARE, Parameter("normalize_weights", True, "divide by the sum of weights", bool),
@@ -147,9 +152,9 @@ METHODS: tuple[MethodSpec, ...] = (
                (*DELLA, _MEAN), check=_della_fits,
         apply="task_vectors.della", measure="task_vectors.della_rounds", rounds=_dare_rounds),
     MethodSpec("breadcrumbs", "Model Breadcrumbs", "2312.06795", BREADCRUMBS,
-        apply="task_vectors.breadcrumbs", measure="task_vectors.breadcrumbs_rounds", rounds=_twice),
+        apply="task_vectors.breadcrumbs", measure="task_vectors.breadcrumbs_rounds", rounds=_breadcrumbs_rounds),
     MethodSpec("breadcrumbs_ties", "Model Breadcrumbs, with TIES' vote", "2312.06795", BREADCRUMBS,
-        apply="task_vectors.breadcrumbs_ties", measure="task_vectors.breadcrumbs_rounds", rounds=_twice),
+        apply="task_vectors.breadcrumbs_ties", measure="task_vectors.breadcrumbs_rounds", rounds=_breadcrumbs_rounds),
     MethodSpec("arcee_fusion", "Arcee Fusion, importance by divergence of softmaxes (Arcee AI)", "", max_models=1,
         apply="selective.arcee_fusion", measure="selective.arcee_fusion_rounds", rounds=_twice),
     MethodSpec("nearswap", "NearSwap (alchemonaut 2024)", "", (

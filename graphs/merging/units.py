@@ -15,7 +15,15 @@ from mipipe.graphs.merging.graph import Adapter, Input, MergeUnit
 from mipipe.graphs.merging.method_spec import Base
 from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.graphs.merging.participants import Participant, decoder_prefix, num_layers, open_participant
-from mipipe.graphs.merging.recipes.recipe import DTYPES, MergeRecipe, Parameters, RecipeModel, merged_models, same_model
+from mipipe.graphs.merging.recipes.recipe import (
+    DTYPES,
+    MergeRecipe,
+    Parameters,
+    RecipeModel,
+    merged_models,
+    merges_base,
+    same_model,
+)
 from mipipe.graphs.merging.tensor_classes import (
     FLOATING,
     QUANTISED,
@@ -107,7 +115,8 @@ class UnitBuilder:
                                                                                     found.adapters))]
         notes = [note for part in files for note in part.left_out]
         base, spec = self.recipe.base_model, self.recipe.spec
-        if base is not None and spec.base is Base.UNUSED and not (spec.base_first or spec.base_last) and not any(
+        if base is not None and spec.base is Base.UNUSED and not spec.base_first and not merges_base(
+                spec, self.recipe.models, [self.recipe.parameters]) and not any(
                 same_model(model, base) for model in self.all_models()):
             notes.append(f"{self.where}: {spec.name} does not read base_model {base}; only its config and names count")
         notes += [f"{self.where}: slices[{number}]: residual_weight does nothing, as in mergekit"
@@ -139,15 +148,18 @@ class UnitBuilder:
 
     def unit(self, name: str, rule: MergeRule) -> MergeUnit:
         """The unit of an output tensor under a rule."""
-        def source(model: RecipeModel) -> Input:
+        def there(model: RecipeModel) -> str:
             if rule.step is None or not self.is_decoder(name):
-                return self.inputs(model.model, name)
+                return name
             layers = model.layer_range or rule.models[0].layer_range
             assert layers is not None
-            return self.inputs(model.model, with_layer(name, layers[0] + rule.step))
+            return with_layer(name, layers[0] + rule.step)
+
+        def source(model: RecipeModel) -> Input:
+            return self.inputs(model.model, there(model))
 
         spec = BY_NAME[rule.method]
-        chosen = merged_models(spec, rule.models, rule.base)
+        chosen = merged_models(spec, rule.models, rule.base, rule.shared)
         given = next((model for model in rule.models if same_model(model, rule.base)), None)
         base = source(given or RecipeModel(rule.base)) if rule.base and spec.base is not Base.UNUSED else None
         models = tuple(map(source, chosen))
@@ -159,7 +171,7 @@ class UnitBuilder:
                              group=rule.group)
         layer = layer_index(name)
         depth = self.depth(name)
-        values = values_of(spec, [model.parameters for model in chosen], rule.shared, name,
+        values = values_of(spec, [(model.parameters, there(model)) for model in chosen], rule.shared, name,
                            self.position(name, rule, depth), self.filters, self.where)
         shape, gathered, crop = self.shape(name, kind, base, models)
         if gathered and self.vocabulary is not None:

@@ -21,20 +21,27 @@ class Filters:
 
     def matches(self, pattern: str, name: str) -> bool:
         """Whether a filter applies to a tensor: ``*`` to all, ``re:...`` by regular expression, else by substring."""
-        if pattern == "*":
-            hit = True
-        elif pattern.startswith("re:"):
-            hit = search(pattern[3:], name) is not None
-        else:
-            hit = pattern in name
+        hit = _fits(pattern, name)
         self._hits[pattern] = self._hits.get(pattern, False) or hit
         return hit
 
-    def check(self, where: str) -> None:
-        """Raises for a filter that matched no tensor at all."""
+    def check(self, where: str, head: str = "") -> list[str]:
+        """Lines about filters that matched only ``head``, a head that is the embedding and so no tensor of its own.
+
+        Raises:
+            InputError: a filter that matched no tensor at all.
+        """
         unused = sorted(pattern for pattern, hit in self._hits.items() if not hit)
-        if unused:
-            raise InputError(f"{where}: filter {unused[0]!r} matches no tensor of the model")
+        strange = [pattern for pattern in unused if not (head and _fits(pattern, head))]
+        if strange:
+            raise InputError(f"{where}: filter {strange[0]!r} matches no tensor of the model")
+        return [f"{where}: filter {pattern!r} does nothing: the models' head is their embedding" for pattern in unused]
+
+
+def _fits(pattern: str, name: str) -> bool:
+    if pattern.startswith("re:"):
+        return search(pattern[3:], name) is not None
+    return pattern == "*" or pattern in name
 
 
 def lookup(value: Any, name: str, position: float, filters: Filters) -> Any:
@@ -68,24 +75,24 @@ def gradient(values: Sequence[Any], position: float) -> Any:
     return float(values[left]) * (1 - share) + float(values[left + 1]) * share
 
 
-def values_of(spec: MethodSpec, own: Sequence[Parameters], shared: Iterable[Parameters], name: str, position: float,
-              filters: Filters, where: str) -> dict[str, Any]:
+def values_of(spec: MethodSpec, own: Sequence[tuple[Parameters, str]], shared: Iterable[Parameters], name: str,
+              position: float, filters: Filters, where: str) -> dict[str, Any]:
     """Every parameter of a method for one tensor: a list per model for per-model parameters.
 
     Args:
-        own: parameters of each model.
+        own: parameters of each model, with the name of the tensor in it (in slices, another layer's); filters of
+            a model's own values look at that name, and at it in per-model values for all models (as in mergekit).
         shared: parameters of the slice or branch, then of the recipe: the first that has a value counts.
     """
     levels = list(shared)
     values: dict[str, Any] = {}
     for parameter in spec.parameters:
-        common = _first(levels, parameter.name, name, position, filters)
         if parameter.per_model:
-            found = [_first([mine], parameter.name, name, position, filters) for mine in own]
-            items = [common if item is MISSING else item for item in found]
+            items = [_first([mine, *levels], parameter.name, there, position, filters) for mine, there in own]
         else:
-            mine = _first(list(own), parameter.name, name, position, filters)
-            items = [mine if mine is not MISSING else common]
+            found = [_first([mine], parameter.name, there, position, filters) for mine, there in own]
+            items = [next((item for item in found if item is not MISSING),
+                          _first(levels, parameter.name, name, position, filters))]
         items = [parameter.default if item is MISSING else item for item in items]
         if not parameter.optional and any(item is None for item in items):
             raise InputError(f"{where}: {spec.name} needs the parameter {parameter.name} ({parameter.doc}); tensor"

@@ -169,3 +169,65 @@ def test_della_restores_the_norm_or_divides_by_the_probability(method):
     chance = 0.4 + 0.4 * tau.abs().argsort(1).argsort(1) / 49
     torch.testing.assert_close(expected[stays], (tau / chance)[stays], rtol=1e-5, atol=1e-6)
     assert torch.equal(deltas(method, tau, density=0.6, epsilon=0.2, rescale=False), torch.where(stays, tau, 0.0))
+
+
+@pytest.mark.parametrize(("method", "more"), [
+    ("ties", {}), ("ties", {"scope": "model"}), ("ties", {"zero_sum": "majority"}), ("breadcrumbs", {"gamma": 0.1}),
+    ("breadcrumbs_ties", {"gamma": 0.1})])
+@pytest.mark.parametrize("coarse", [False, True])
+def test_rescale_restores_the_l1_norm_of_what_is_trimmed(method, more, coarse):
+    """mergekit's ``rescale``: what stays times the sum of magnitudes before, over that after; also where magnitudes are
+    equal, so that only some of them stay."""
+    tau = arrays(8, 300, count=1)[0]
+    tau = torch.from_numpy(np.sign(tau) * np.ceil(4 * np.abs(tau)) / 4 if coarse else tau)
+    plain = deltas(method, tau, density=0.3, **more)
+    found = deltas(method, tau, density=0.3, rescale=True, **more)
+    factor = float(tau.abs().sum() / plain.abs().sum())
+    assert factor > 1.5
+    np.testing.assert_allclose(found, factor * plain, rtol=1e-6)
+    assert torch.equal(deltas(method, tau, density=1.0, rescale=True), deltas(method, tau, density=1.0))
+
+
+def test_filters_of_a_model_see_the_names_it_has_itself(tmp_path):
+    """In slices another layer's, as in mergekit; values that the merge has once go by the result's names."""
+    trio(tmp_path, layers=4)
+    sources = [{"model": f"{tmp_path}/expert1", "layer_range": [2, 4],
+                "parameters": {"weight": [{"filter": "layers.3.", "value": 5.0}]}},
+               {"model": f"{tmp_path}/expert2", "layer_range": [0, 2]}]
+    graph = build(parse_recipe({"merge_method": "task_arithmetic", "slices": [
+        {"base_model": f"{tmp_path}/expert3", "sources": [*sources, {"model": f"{tmp_path}/expert3",
+                                                                     "layer_range": [1, 3]}]}], "parameters": {
+        "weight": [{"filter": "layers.0.", "value": 0.5}, {"value": 1.0}],
+        "lambda": [{"filter": "layers.1.", "value": 2.0}, {"value": 3.0}]}}, "recipe"))
+    values = {unit.layer: unit.parameters for unit in graph.units if unit.name.endswith("up_proj.weight")}
+    assert [values[layer]["weight"] for layer in (0, 1)] == [[1.0, 0.5], [5.0, 1.0]]
+    assert [values[layer]["lambda"] for layer in (0, 1)] == [3.0, 2.0]
+
+
+@pytest.mark.parametrize(("changes", "count"), [
+    ({"parameters": {"weight": 0.5}}, 3), ({}, 2),
+    ({"models": None, "parameters": {"weight": 0.5}, "slices": [[("expert1", 0), ("expert2", 0)]]}, 2)])
+def test_linear_merges_a_base_model_by_the_weight_of_all(tmp_path, changes, count):
+    """As mergekit, which adds the base to whole models, so that it needs a weight; of slices the sources count."""
+    trio(tmp_path)
+    data = {"merge_method": "linear", "base_model": f"{tmp_path}/base",
+            "models": [{"model": f"{tmp_path}/expert{seed}"} for seed in (1, 2)], **changes}
+    data = {key: value for key, value in data.items() if value is not None}
+    data["slices"] = [{"sources": [{"model": f"{tmp_path}/{name}", "layer_range": [first, first + 2]}
+                                   for name, first in piece]} for piece in data.get("slices", [])]
+    graph = build(parse_recipe(data, "recipe"))
+    assert {len(unit.models) for unit in graph.units if unit.method != "copy"} == {count}
+    assert any("does not read base_model" in note for note in graph.notes) == (count == 2)
+
+
+def test_a_filter_for_a_head_that_is_the_embedding_is_a_line(tmp_path):
+    for seed, name in enumerate("ab"):
+        tensors = {key: value for key, value in state(seed).items() if key != "lm_head.weight"}
+        write(tmp_path / name, tensors, {"tie_word_embeddings": True})
+    data = {"merge_method": "linear", "models": [{"model": f"{tmp_path}/{name}"} for name in "ab"]}
+    found = build(parse_recipe({**data, "parameters": {"weight": [{"filter": "lm_head", "value": 2.0},
+                                                                  {"value": 1.0}]}}, "recipe"))
+    assert found.notes == ("recipe: filter 'lm_head' does nothing: the models' head is their embedding",)
+    with pytest.raises(InputError, match="filter 'lm_haed' matches no tensor"):
+        build(parse_recipe({**data, "parameters": {"weight": [{"filter": "lm_haed", "value": 2.0}, {"value": 1.0}]}},
+                           "recipe"))

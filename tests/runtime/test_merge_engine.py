@@ -24,7 +24,9 @@ from mipipe.runtime.merge.worker import begin
 from mipipe.runtime.weights.writer import publish_folder
 
 VARIANTS = {"ties": [{"density": 1.0}, {"density": [0.5, 1.0, 1.0], "zero_sum": "majority"}, {"scope": "model"},
-                     {"scope": "model", "density": 0.2}],
+                     {"scope": "model", "density": 0.2}, {"density": 1.0, "rescale": True},
+                     {"density": 0.5, "rescale": True, "zero_sum": "majority"}],
+            "breadcrumbs": [{"density": 0.5, "rescale": True}], "breadcrumbs_ties": [{"rescale": True}],
             "dare_linear": [{"density": 0.5, "rescale_norm": "l1"}, {"density": 0.5, "rescale": False},
                             {"rescale_norm": "l1"}],
             "nuslerp": [{"weight": 1.0, "nuslerp_row_wise": True}, {"weight": 1.0, "nuslerp_flatten": False}],

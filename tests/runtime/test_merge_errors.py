@@ -57,7 +57,7 @@ def cut(file, num_bytes):
     ({"parameters": {"normalize": 1}}, ["normalize: found 1, expected true or false"]),
     ({"merge_method": "ties", "parameters": {"density": 0}}, ["density: found 0, expected more than 0"]),
     ({"merge_method": "ties", "parameters": {"density": 1.5}}, ["density: found 1.5, expected at most 1"]),
-    ({"merge_method": "linear", "parameters": {"weight": 0}}, ["weight: found 0, 0, which add up to 0"]),
+    ({"merge_method": "linear", "parameters": {"weight": 0}}, ["weight: found 0, 0, 0, which add up to 0"]),
     ({"merge_method": "linear", "models": [{"model": "./expert1", "parameters": {"weight": 1}},
                                            {"model": "./expert2", "parameters": {"weight": -1}}]},
      ["weight: found 1, -1, which add up to 0", "(tensor "]),

@@ -88,6 +88,20 @@ def test_adapters_that_cannot_be_added(tmp_path, config, message):
         merged(tmp_path)
 
 
+@pytest.mark.parametrize(("name", "config", "message"), [
+    ("model.layers.0.mlp.up_proj.lora_B.bias", {"lora_bias": True}, "lora_B.bias is no LoRA factor"),
+    ("model.layers.0.mlp.experts.base_layer.lora_A.weight", {"target_parameters": ["mlp.experts.down_proj"]},
+     "experts.base_layer, which .* target_parameters are no matrices")])
+def test_factors_of_other_things_than_matrices(tmp_path, name, config, message):
+    """A bias beside lora_B, and stacked experts: PEFT adds them, so leaving them out would be another model."""
+    trio(tmp_path)
+    write_adapter(tmp_path / "lora", **config)
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    save_file({**load_file(file), f"base_model.model.{name}": torch.ones(16)}, file)
+    with pytest.raises(InputError, match=message):
+        merged(tmp_path)
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_starts_that_the_base_has_lost_are_found_in_it_again(tmp_path, init):
     """PEFT: PiSSA's base keeps W less its r leading singular triplets, OLoRA's W - s Q_r R_r; the factors are added."""

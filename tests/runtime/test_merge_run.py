@@ -100,8 +100,8 @@ def test_ties_over_the_whole_model_has_one_threshold(root, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "changes"), [
-    ("linear", {}), ("ties", {"parameters": {"density": 0.3, "scope": "model"}}), ("dare_ties", {}), ("frank", {}),
-    ("doge", {}), ("slerp", {}), ("tsvm", {}), ("widen", {}), ("karcher", {}), ("sce", {}),
+    ("linear", {}), ("ties", {"parameters": {"density": 0.3, "scope": "model", "rescale": True}}), ("dare_ties", {}),
+    ("frank", {}), ("doge", {}), ("slerp", {}), ("tsvm", {}), ("widen", {}), ("karcher", {}), ("sce", {}),
 ])
 def test_ranks_and_memory_caps_do_not_show_in_the_result(name, changes, root, tmp_path):
     data = recipe_for(name, root, **changes)

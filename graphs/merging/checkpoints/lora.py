@@ -114,7 +114,7 @@ def rename(pairs: Pairs, name: str) -> str:
 def factor_name(name: str) -> tuple[str, str] | None:
     """``(module, "A" or "B" or "magnitude")`` of an adapter tensor's name; None for others."""
     match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?(A|B|magnitude)(?:_vector)?(?:\.\w+?)??"
-                         r"(?:\.weight)?", name)
+                         r"(?:\.weight)?(?<!\.bias)", name)
     return (match[1], match[2]) if match else None
 
 
@@ -205,8 +205,10 @@ def _check_fit(adapter: CheckpointFiles, base: str, module: str, found: Mapping[
                weight: StoredTensor | None, turned: bool) -> None:
     path = adapter.path
     if weight is None:
-        raise InputError(f"{path}: adapts {module}, which {base} does not have; where the names differ by a prefix,"
-                         " give the model a name map (names: auto, or from/to)")
+        hint = ("; its target_parameters are no matrices of their own, as stacked experts are, and cannot be merged"
+                if adapter.adapter.get("target_parameters") else "; where the names differ by a prefix, give the model"
+                " a name map (names: auto, or from/to)")
+        raise InputError(f"{path}: adapts {module}, which {base} does not have{hint}")
     missing = {"A", "B"} - set(found)
     if missing:
         raise InputError(f"{path}: has no lora_{min(missing)} for {module}")

@@ -169,7 +169,7 @@ def _check_method(name: str, models: Sequence[RecipeModel], base: str | None, sh
     if not models:
         return
     others = [model for model in models if not same_model(model, base)]
-    count = len(merged_models(spec, models, base))
+    count = len(merged_models(spec, models, base, [shared]))
     low, high = spec.min_models, spec.max_models
     if count < low or (high is not None and count > high):
         expected = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"

@@ -134,13 +134,22 @@ class MergeRecipe:
         return TokenizerRule(self.tokenizer_source) if self.tokenizer_source else None
 
 
-def merged_models(spec: MethodSpec, models: Sequence[RecipeModel], base: str | None) -> list[RecipeModel]:
+def merges_base(spec: MethodSpec, models: Sequence[RecipeModel], shared: Sequence[Parameters]) -> bool:
+    """Whether a base that is not among whole models is merged as one more, by the values for all models; slices say
+    themselves what they are made of (both as in mergekit)."""
+    if not models or models[0].layer_range is not None:
+        return False
+    return spec.base_last == "always" or (spec.base_last == "weighted" and any("weight" in item for item in shared))
+
+
+def merged_models(spec: MethodSpec, models: Sequence[RecipeModel], base: str | None,
+                  shared: Sequence[Parameters]) -> list[RecipeModel]:
     """The models whose weights go in: without the base where task vectors are merged, with it first for SLERP."""
     if spec.base_first and base is not None:
         others = [model for model in models if not same_model(model, base)]
         given = [model for model in models if same_model(model, base)]
         return [*(given[:1] or [RecipeModel(base)]), *others]
-    if spec.base_last and base is not None and not any(same_model(model, base) for model in models):
+    if base is not None and merges_base(spec, models, shared) and not any(same_model(model, base) for model in models):
         return [*models, RecipeModel(base)]
     if spec.base is Base.UNUSED:
         return list(models)

@@ -35,7 +35,7 @@ def _host_rounds(*, host: str, density: Sequence[float], **_params: Any) -> tupl
     if host != "ties":
         return ()
     return tuple(Round(functools.partial(step.measure, scope="tensor"), functools.partial(step.finish, scope="tensor"))
-                 for step in ties_rounds(density=density, scope="tensor", zero_sum="plus"))
+                 for step in ties_rounds(density=density, scope="tensor", zero_sum="plus", rescale=False))
 
 
 def aim_rounds(**params: Any) -> tuple[Round, ...]:

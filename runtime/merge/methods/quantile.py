@@ -82,6 +82,8 @@ class TopK:
 
     threshold: Threshold
     used: int = field(default=0)
+    factor: float = 1.0
+    """What takes the place of 1 in `mask`."""
 
     def mask(self, values: Tensor) -> Tensor:
         """1 for the entries of the next tile that belong to the top k, 0 for the others, in the values' dtype.
@@ -90,14 +92,15 @@ class TopK:
         """
         size = values.abs().to(torch.float32)
         if self.threshold.quota is None:
-            return size.neg_().add_(self.threshold.value).sign_().clamp_min_(0).neg_().add_(1).to(values.dtype)
+            chosen = size.neg_().add_(self.threshold.value).sign_().clamp_min_(0).neg_().add_(1)
+            return (chosen if self.factor == 1.0 else chosen.mul_(self.factor)).to(values.dtype)
         chosen = (size - self.threshold.value).sign_().clamp_min_(0)
         left = self.threshold.quota - self.used
         if left > 0:
             equal = where_equal(magnitude_keys(values), self.threshold.key)[:left]
             self.used += len(equal)
             chosen.view(-1)[equal] = 1.0
-        return chosen.to(values.dtype)
+        return (chosen if self.factor == 1.0 else chosen.mul_(self.factor)).to(values.dtype)
 
 
 def top_k_mask(values: Tensor, count: int) -> Tensor:

@@ -146,9 +146,32 @@ def norm_round(dropped: Callable[..., Sequence[Tensor]]) -> Round:
         return torch.stack(rows)
 
     def finish(total: Tensor, _stats: Any, **_params: Any) -> list[float]:
-        return [float(before / after) if min(before, after) >= 1e-7 else 1.0 for before, after in total]
+        return [_restoring(before, after) for before, after in total]
 
     return Round(measure, finish)
+
+
+def trimmed_norm_round(trimmed: Callable[[Tile, Cutoffs], Sequence[Tensor]]) -> Round:
+    """Restores the L1 norms that trimming (``trimmed(tile, cutoffs)``) lessens: the factors go into the cutoffs."""
+
+    def measure(tile: Tile, cutoffs: Cutoffs, **_params: Any) -> Tensor:
+        rows = [torch.stack([delta.abs().sum(dtype=torch.float64), left.abs().sum(dtype=torch.float64)])
+                for delta, left in zip(tile.deltas(), trimmed(tile, cutoffs), strict=True)]
+        return torch.stack(rows)
+
+    def finish(total: Tensor, cutoffs: Cutoffs, **_params: Any) -> Cutoffs:
+        for (before, after), selections in zip(total, cutoffs, strict=True):
+            for selection in selections:
+                selection.factor = _restoring(before, after)
+                selection.used = 0  # the measuring pass has used up the quota of ties
+        return cutoffs
+
+    return Round(measure, finish)
+
+
+def _restoring(before: Tensor, after: Tensor) -> float:
+    """The factor from one norm to another; 1 where one of them is about zero."""
+    return float(before / after) if min(before, after) >= 1e-7 else 1.0
 
 
 def dare_norm_round() -> Round:

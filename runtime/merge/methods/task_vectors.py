@@ -22,6 +22,7 @@ from mipipe.runtime.merge.methods.sparsify import (
     norm_round,
     threshold_rounds,
     trim,
+    trimmed_norm_round,
 )
 
 
@@ -88,11 +89,15 @@ def _finish_majority(total: Tensor, cutoffs: Cutoffs | None, **_params: Any) -> 
     return cutoffs, 1.0 if total >= 0 else -1.0
 
 
-def ties_rounds(*, density: Sequence[float], scope: str, zero_sum: str, **_params: Any) -> tuple[Round, ...]:
-    """Two counting rounds where entries are trimmed, and one for the majority sign where it is asked for."""
+def ties_rounds(*, density: Sequence[float], scope: str, zero_sum: str, rescale: bool,
+                **_params: Any) -> tuple[Round, ...]:
+    """Two counting rounds where entries are trimmed, one for their norms and one for the majority sign where these are
+    asked for."""
     rounds: tuple[Round, ...] = ()
     if min(density) < 1.0:
         rounds = threshold_rounds(deltas_of, _ties_counts, keep_ties=scope == "model")
+        if rescale:
+            rounds += (trimmed_norm_round(trim),)
     if zero_sum == "majority":
         rounds += (Round(_measure_majority, _finish_majority),)
     return rounds
@@ -167,8 +172,9 @@ def della(tile: Tile, stats: Sequence[float] | None, *, weight: Sequence[float],
 # Breadcrumbs ----------------------------------------------------------------------------------------------------------
 
 
-def breadcrumbs_rounds(**_params: Any) -> tuple[Round, ...]:
-    return threshold_rounds(deltas_of, breadcrumbs_counts)
+def breadcrumbs_rounds(*, rescale: bool, **_params: Any) -> tuple[Round, ...]:
+    return threshold_rounds(deltas_of, breadcrumbs_counts) + (
+        (trimmed_norm_round(breadcrumbs_deltas),) if rescale else ())
 
 
 def breadcrumbs(tile: Tile, stats: Cutoffs, *, weight: Sequence[float], lambda_: float, normalize: bool,
