@@ -66,7 +66,7 @@ SEQUENCE = {"CLIP": 64, "Whisper": 448}
 def capture_row(name: str, seq: int) -> dict[str, Any]:
     """One family: captured, then counted independently."""
     from mipipe.graphs.capture.model import capture
-    from mipipe.graphs.coarse.summary import graph_summary
+    from mipipe.graphs.costs.summary import graph_summary
 
     source, overrides = FAMILIES[name]
     begin, started = time.perf_counter(), time.process_time()

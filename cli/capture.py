@@ -76,8 +76,8 @@ def capture(
         from mipipe.graphs.capture.annotate import load_patterns
         from mipipe.graphs.capture.model import capture as capture_model
         from mipipe.graphs.coarse.coverage import warnings_of
-        from mipipe.graphs.coarse.summary import graph_summary, summary_rows
         from mipipe.graphs.coarse.totals import headline
+        from mipipe.graphs.costs.summary import graph_summary, summary_rows
         from mipipe.graphs.serialize import save
         from mipipe.planner.experts.files import read_loads
 

@@ -29,7 +29,7 @@ def profile(
     check_files(graph_file, cluster, output=output)
     from mipipe.graphs.cluster import load_cluster
     from mipipe.graphs.coarse.coarsen import coarsen
-    from mipipe.graphs.costs.exchange import slowest_link
+    from mipipe.graphs.exchange import slowest_link
     from mipipe.graphs.operator_graph import OperatorGraph
     from mipipe.graphs.serialize import load, save
 

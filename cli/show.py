@@ -76,8 +76,8 @@ def _show_graph(graph: OperatorGraph | CoarseGraph, table: CostTable | None, htm
                 json_output: bool) -> None:
     from mipipe.cli.printing.tables import cell, print_rows
     from mipipe.graphs.coarse.coverage import warnings_of
-    from mipipe.graphs.coarse.summary import coarse_svg, graph_summary, summary_rows
     from mipipe.graphs.coarse.totals import headline
+    from mipipe.graphs.costs.summary import coarse_svg, graph_summary, summary_rows
     from mipipe.graphs.operator_graph import OperatorGraph
     from mipipe.planner.problems.on_cluster import coarse_for
 

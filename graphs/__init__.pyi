@@ -10,8 +10,8 @@ from mipipe.graphs.coarse.coarsen import coarsen as coarsen
 from mipipe.graphs.coarse.graph import CoarseGraph as CoarseGraph
 from mipipe.graphs.coarse.graph import GroupValue as GroupValue
 from mipipe.graphs.coarse.graph import OpGroup as OpGroup
-from mipipe.graphs.coarse.summary import graph_summary as graph_summary
 from mipipe.graphs.costs.roofline import roofline as roofline
+from mipipe.graphs.costs.summary import graph_summary as graph_summary
 from mipipe.graphs.costs.table import CostTable as CostTable
 from mipipe.graphs.costs.table import GroupCost as GroupCost
 from mipipe.graphs.errors import MipipeError as MipipeError

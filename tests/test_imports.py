@@ -135,7 +135,6 @@ def test_no_module_imports_itself_through_others() -> None:
 
 
 CIRCLES = {
-    ("graphs.coarse", "graphs.costs"),
     ("graphs.merging", "graphs.merging.checkpoints", "graphs.merging.recipes"),
     ("planner.devices", "planner.experts", "planner.milp"),
     ("runtime.engine", "runtime.engine.compiling", "runtime.experts", "runtime.weights"),

@@ -24,8 +24,8 @@ from mipipe.graphs.capture.export import aliases_of, export_model, flatten_progr
 from mipipe.graphs.capture.labels import Granularity
 from mipipe.graphs.capture.program_files import load_program
 from mipipe.graphs.capture.segment import cut_segments
-from mipipe.graphs.costs.exchange import check_exchange
 from mipipe.graphs.errors import GraphError
+from mipipe.graphs.exchange import check_exchange
 from mipipe.graphs.models import loss as losses
 from mipipe.graphs.models.sources import open_source
 from mipipe.graphs.operator_graph import OperatorGraph, ParameterSpec

@@ -1,1 +1,1 @@
-"""Operators merged into the groups that a planner places, and what a graph is made of."""
+"""Operators merged into the groups that a planner places, counted and drawn."""

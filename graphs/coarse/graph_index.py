@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mipipe.graphs.costs.exchange import Share, expert_shares
+from mipipe.graphs.exchange import Share, expert_shares
 from mipipe.graphs.operator_graph import OperatorGraph, ParameterSpec, Phase, Segment, SegmentTrace
 
 LISTS_OF_VIEWS = ("aten.split.", "aten.split_with_sizes.", "aten.chunk.", "aten.unbind.")
@@ -19,7 +19,7 @@ class GraphIndex:
     indices of those that read it, in order. ``acting`` are the segments whose I and W run: those with a gradient from
     the loss. ``returns_grad`` are the values whose gradient some reader gives and the maker takes. (The runtime decides
     the same from the graph alone, `mipipe.runtime.engine.compiling.flow`.) ``twins[trace][name]`` is the output or
-    input gradient whose storage a saved tensor of another name shares. ``shares``: see `mipipe.graphs.costs.exchange`.
+    input gradient whose storage a saved tensor of another name shares. ``shares``: see `mipipe.graphs.exchange`.
     """
 
     graph: OperatorGraph

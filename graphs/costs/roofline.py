@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from mipipe.graphs.cluster import DeviceKind
 from mipipe.graphs.coarse.graph import CoarseGraph
 from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph
-from mipipe.graphs.costs.exchange import exchange_note, exchange_ns
 from mipipe.graphs.costs.table import CostTable, GroupCost
 from mipipe.graphs.errors import GraphError, ProblemError
+from mipipe.graphs.exchange import exchange_note, exchange_ns
 from mipipe.graphs.operator_graph import Operator, OperatorGraph, Phase, Role, SegmentTrace
 from mipipe.graphs.topology import Link
 
@@ -36,7 +36,7 @@ def roofline(coarse: CoarseGraph, graph: OperatorGraph, kinds: Mapping[str, Devi
         graph: the operator graph they were made from.
         kinds: device kinds with peaks, by name.
         dtype: the rate of matrix products; None: that of each operator's own result.
-        link: what all-to-alls of expert parallelism are charged to (see `mipipe.graphs.costs.exchange`).
+        link: what all-to-alls of expert parallelism are charged to (see `mipipe.graphs.exchange`).
 
     Raises:
         ProblemError: a kind is always profiled (``cpu``), or all-to-alls have no link.

@@ -29,9 +29,9 @@ from typing import Any
 from mipipe.graphs.cache import cache_folder
 from mipipe.graphs.coarse.graph import CoarseGraph, OpGroup
 from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph
-from mipipe.graphs.costs.exchange import exchange_note, exchange_ns
 from mipipe.graphs.costs.table import CostTable, GroupCost
 from mipipe.graphs.errors import GraphError, InputError, RunError
+from mipipe.graphs.exchange import exchange_note, exchange_ns
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role
 from mipipe.graphs.serialize import save, write_text
 from mipipe.graphs.topology import Link

@@ -18,10 +18,10 @@ from mipipe.graphs.coarse.coarsen import GroupGranularity, coarsen
 from mipipe.graphs.coarse.graph import CoarseGraph
 from mipipe.graphs.coarse.graph_index import index_graph
 from mipipe.graphs.coarse.totals import model_flops, num_tokens
-from mipipe.graphs.costs.exchange import slowest_link
 from mipipe.graphs.costs.roofline import roofline
 from mipipe.graphs.costs.table import CostTable
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.exchange import slowest_link
 from mipipe.graphs.operator_graph import DTYPE_BYTES, OperatorGraph
 from mipipe.graphs.serialize import STRICT
 from mipipe.planner.device_memory import tensors_fit, with_memory

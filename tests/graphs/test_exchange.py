@@ -12,9 +12,9 @@ from mipipe.graphs.capture.model import capture
 from mipipe.graphs.cluster import DeviceKind
 from mipipe.graphs.coarse.coarsen import coarsen
 from mipipe.graphs.coarse.graph_index import index_graph
-from mipipe.graphs.costs.exchange import check_exchange, expert_shares, moved_bytes, share_of, slowest_link
 from mipipe.graphs.costs.roofline import roofline
 from mipipe.graphs.errors import InputError, ProblemError
+from mipipe.graphs.exchange import check_exchange, expert_shares, moved_bytes, share_of, slowest_link
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role
 from mipipe.graphs.topology import Link, Topology
 from mipipe.planner.actions import Stream

@@ -22,8 +22,8 @@ from mipipe.graphs.capture import verify as verifying
 from mipipe.graphs.capture.model import capture, capture_module
 from mipipe.graphs.capture.verify import seeded_by_shape
 from mipipe.graphs.coarse.coverage import warnings_of
-from mipipe.graphs.coarse.summary import graph_summary
 from mipipe.graphs.coarse.totals import attended_pairs, flops_per_token, headline
+from mipipe.graphs.costs.summary import graph_summary
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operators.dense_attention import bias_of
 from mipipe.graphs.tracing.compose import parameter_tensors, run_step

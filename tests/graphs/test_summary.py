@@ -8,8 +8,8 @@ import pytest
 from mipipe.graphs.cluster import DeviceKind
 from mipipe.graphs.coarse.coarsen import coarsen
 from mipipe.graphs.coarse.drawing import HEIGHT, WIDTH
-from mipipe.graphs.coarse.summary import coarse_svg, graph_summary, summary_rows
 from mipipe.graphs.costs.roofline import roofline
+from mipipe.graphs.costs.summary import coarse_svg, graph_summary, summary_rows
 from mipipe.graphs.operator_graph import Phase
 
 SVG = "{http://www.w3.org/2000/svg}"
