@@ -158,10 +158,10 @@ def plan(
         return
     from mipipe.cli.printing.explained import LEAST_S, MORE, explanation_data, print_explanation
     from mipipe.cli.printing.panels import write_files
-    from mipipe.cli.printing.planned import print_result, result_data
+    from mipipe.cli.printing.planned import print_next, print_result, result_data
     from mipipe.cli.printing.report import next_steps
-    from mipipe.cli.requests.captured import captured, names_model, refuse_capture_options
-    from mipipe.cli.requests.inputs import check_cluster, read_problem
+    from mipipe.cli.requests.captured import captured_if_model
+    from mipipe.cli.requests.inputs import read_problem
     from mipipe.cli.requests.solving import raise_reason, solve_shown, solved
     from mipipe.graphs.serialize import save, to_data
     from mipipe.planner.execution.quick_timeline import timeline_of
@@ -177,16 +177,8 @@ def plan(
     if exportable and (exact or recompute or pareto or placement != "free" or objective != "makespan"):
         raise InputError("--exportable chooses among the shapes that can be exported: --placement, --objective,"
                          " --recompute, --pareto and --exact do not go with it")
-    model, note = None, ""
-    if names_model(graph):
-        check_cluster(graph, cluster, costs, {"seq": seq, "batch": batch, "dtype": dtype,
-                                               "set": None if not settings else " --set ".join(settings)})
-        model, note = captured(graph, seq=seq, batch=batch, dtype=dtype, settings=settings or [],
-                               use_cache=not no_cache)
-    if model is None:
-        refuse_capture_options(graph, seq=seq, batch=batch, dtype=dtype, set=settings, **{"save-graph": save_graph})
-    elif save_graph is not None:
-        save(model.graph, save_graph)
+    model, note = captured_if_model(graph, cluster, costs, seq=seq, batch=batch, dtype=dtype, settings=settings or [],
+                                    use_cache=not no_cache, save_graph=save_graph)
     problem, facts = read_problem(Path(graph) if model is None else model.graph, cluster, microbatches, groups=groups,
                                   granularity=granularity, costs=costs, memory=memory, experts=experts, sizes=sizes,
                                   activations=activations, optimizer=optimizer, recompute=recompute)
@@ -230,11 +222,8 @@ def plan(
     print_result(console, result, found, timeline)
     if explain:
         print_explanation(result, found, more)
-    if output is not None:
-        console.print(f"wrote {output}")
-    kept = save_graph or (None if model is None else model.path)
-    for line in next_steps(output, Path(graph) if model is None else kept, facts, graph):
-        console.print(line, style="dim", soft_wrap=True, markup=False)
+    kept = Path(graph) if model is None else save_graph or model.path
+    print_next(console, next_steps(output, kept, facts, graph), output)
 
 
 def _refuse(options: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -32,3 +34,11 @@ def print_result(console: Console, result: SolveResult, found: Plan, timeline: T
     if "utilisation" in found.provenance:
         console.print(f"utilisation {found.provenance['utilisation']:.1%} of the {found.provenance['devices_in_use']}"
                       f" devices in use, of {found.problem.num_ranks}")
+
+
+def print_next(console: Console, steps: Iterable[str], output: Path | None) -> None:
+    """What was written, and what may come next."""
+    if output is not None:
+        console.print(f"wrote {output}")
+    for line in steps:
+        console.print(line, style="dim", soft_wrap=True, markup=False)

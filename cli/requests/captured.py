@@ -50,6 +50,28 @@ def captured(source: str, *, seq: int | None, batch: int | None, dtype: str | No
                    " (--batch, --seq and --dtype change it)")
 
 
+def captured_if_model(source: str, cluster: Path | None, costs: Path | None, *, seq: int | None, batch: int | None,
+                      dtype: str | None, settings: list[str], use_cache: bool,
+                      save_graph: Path | None) -> tuple[Captured | None, str]:
+    """As `captured` where a model is given, which ``save_graph`` keeps; None for a file of mipipe's.
+
+    Raises:
+        InputError: as `captured`; a model without a cluster, or an option of the capture for a file.
+    """
+    if not names_model(source):
+        refuse_capture_options(source, seq=seq, batch=batch, dtype=dtype, set=settings, **{"save-graph": save_graph})
+        return None, ""
+    from mipipe.cli.requests.inputs import check_cluster
+    from mipipe.graphs.serialize import save
+
+    check_cluster(source, cluster, costs, {"seq": seq, "batch": batch, "dtype": dtype,
+                                           "set": " --set ".join(settings) if settings else None})
+    model, note = captured(source, seq=seq, batch=batch, dtype=dtype, settings=settings, use_cache=use_cache)
+    if save_graph is not None:
+        save(model.graph, save_graph)
+    return model, note
+
+
 def own_dtype(source: str) -> str:
     """The dtype that a model's configuration names, where it names a usual one; else float32."""
     path = Path(source)
