@@ -42,6 +42,7 @@ def stacked(*pieces: tuple[str, int, int]) -> list[dict[str, Any]]:
 
 
 WEIGHT = {"weight": [0.6, 0.4]}
+WHOLE = [{"sources": [{"model": f"{{{name}}}", "layer_range": [0, LAYERS]} for name in ("one", "two")]}]
 BASED: dict[str, Any] = {"base_model": "{base}"}
 GRADIENT = [{"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]}, {"filter": "mlp", "value": [1, 0.5, 0.7, 0.3, 0]},
             {"value": 0.5}]
@@ -70,8 +71,7 @@ def cases() -> list[Case]:
                                                                                      weight=[1.0, 0.3, 0.5])}),
         Case("examples/gradient-slerp", "llama", {
             "merge_method": "slerp", "base_model": "{one}", "parameters": {"t": GRADIENT},
-            "slices": [{"sources": [{"model": "{one}", "layer_range": [0, LAYERS]},
-                                    {"model": "{two}", "layer_range": [0, LAYERS]}]}]}),
+            "slices": WHOLE}),
         Case("examples/orcamini-platy-44layer", "llama", {
             "merge_method": "passthrough", "slices": stacked(("one", 0, 4), ("two", 2, 6))}),
         Case("examples/bio-merge", "mistral", {
@@ -90,9 +90,7 @@ def cases() -> list[Case]:
                        {"model": "{three}", "parameters": {"density": 0.33, "weight": [
                            {"filter": "mlp", "value": 0.5}, {"value": 0}]}}]},
              chained=[{"name": "first", "merge_method": "slerp", "base_model": "{one}", "parameters": {"t": GRADIENT},
-                       "slices": [{"sources": [{"model": "{one}", "layer_range": [0, LAYERS]},
-                                               {"model": "{two}", "layer_range": [0, LAYERS]}]}]}]),
-        # a modules section, and keys of slices
+                       "slices": WHOLE}]),
         Case("modules: default", "llama", {"merge_method": "linear", "modules": {"default": {
             "models": models("one", "two", **WEIGHT), "parameters": {"normalize": True}}}}),
         Case("slices: base_model, residual_weight", "llama", {
@@ -127,20 +125,19 @@ def cases() -> list[Case]:
 
 def conventions() -> list[Case]:
     """What recipes mean where it is easily meant otherwise: whose values count, for which layer, with which base."""
-    def piece(*sources: tuple[str, int, int], **more: Any) -> dict[str, Any]:
-        return {"sources": [{"model": f"{{{name}}}", "layer_range": [first, last]} for name, first, last in sources],
-                **more}
+    def piece(*sources: tuple[Any, ...], weight: Any = None) -> dict[str, Any]:
+        """A slice of layers ``[first, last)`` of sources, some with a weight of their own, or one weight for all."""
+        own = [{"parameters": {"weight": source[3]}} if len(source) > 3 else {} for source in sources]
+        return {"sources": [{"model": f"{{{source[0]}}}", "layer_range": list(source[1:3]), **values}
+                            for source, values in zip(sources, own, strict=True)],
+                **({"parameters": {"weight": weight}} if weight else {})}
 
-    by_level = [piece(("one", 0, 3), ("two", 0, 3),
-                      parameters={"weight": [{"filter": "self_attn", "value": [0.5, 3]}]}),
-                piece(("one", 0, 3), ("three", 3, 6))]
-    by_level[0]["sources"][0]["parameters"] = {"weight": [{"filter": "mlp", "value": 0.2}]}
-    by_level[1]["sources"][1]["parameters"] = {"weight": [0, 1]}
-    own_layers = piece(("one", 2, 5), ("two", 0, 3))
-    own_layers["sources"][0]["parameters"] = {"weight": [{"filter": "layers.3.", "value": 0.2}, {"value": 1}]}
-    own_layers["sources"][1]["parameters"] = {"weight": [{"filter": "layers.2.", "value": 5}, {"value": 0.5}]}
+    by_level = [piece(("one", 0, 3, [{"filter": "mlp", "value": 0.2}]), ("two", 0, 3),
+                      weight=[{"filter": "self_attn", "value": [0.5, 3]}]),
+                piece(("one", 0, 3), ("three", 3, 6, [0, 1]))]
+    own_layers = piece(("one", 2, 5, [{"filter": "layers.3.", "value": 0.2}, {"value": 1}]),
+                       ("two", 0, 3, [{"filter": "layers.2.", "value": 5}, {"value": 0.5}]))
     pair, rescaled = models("one", "two", **WEIGHT), {"density": 0.3, "rescale": True}
-    plain = {**BASED, "merge_method": "linear"}
     return [
         Case("slices of one layer, gradient", "llama", {
             "merge_method": "slerp", "base_model": "{one}", "parameters": {"t": [0, 0.3, 1]},
@@ -156,10 +153,10 @@ def conventions() -> list[Case]:
             "merge_method": "slerp", "base_model": "{one}", "models": models("one", "two"),
             "parameters": {"t": [{"filter": "lm_head", "value": 0.7}, {"filter": "embed_tokens", "value": 0.2},
                                  {"value": 0.5}]}}),
-        Case("linear, base_model and a weight for all", "llama", {**plain, "models": models("one", "two"),
-                                                                  "parameters": {"weight": 0.5}}),
-        Case("linear, base_model and slices", "llama", {**plain, "parameters": {"weight": [0.3, 0.6]},
-                                                        "slices": [piece(("one", 0, 3), ("two", 3, 6))]}),
+        Case("linear, base_model and a weight for all", "llama", {
+            **BASED, "merge_method": "linear", "models": models("one", "two"), "parameters": {"weight": 0.5}}),
+        Case("linear, base_model and slices", "llama", {**BASED, "merge_method": "linear", "slices": [
+            piece(("one", 0, 3), ("two", 3, 6), weight=[0.3, 0.6])]}),
         Case("karcher, base_model", "llama", {**BASED, "merge_method": "karcher", "models": models("one", "two")}),
         Case("karcher, base_model and slices", "llama", {**BASED, "merge_method": "karcher",
                                                          "slices": [piece(("one", 0, 3), ("two", 0, 3))]}),
