@@ -76,7 +76,7 @@ def cases() -> list[Case]:
             "merge_method": "passthrough", "slices": stacked(("one", 0, 4), ("two", 2, 6))}),
         Case("examples/bio-merge", "mistral", {
             **BASED, "merge_method": "ties", "models": models("one", "two", density=[0.5, 0.5], weight=[0.5, 0.5]),
-            "parameters": {"normalize": False, "int8_mask": True}}),
+            "parameters": {"normalize": 0.0, "int8_mask": 1.0}}),
         Case("examples/ties", "llama", {
             **BASED, "merge_method": "ties", "parameters": {"normalize": True, "int8_mask": True},
             "models": models("one", "two", density=[[1, 0.7, 0.1], 0.5], weight=[1.0, [0, 0.3, 0.7, 1]])}),
@@ -95,7 +95,7 @@ def cases() -> list[Case]:
             "models": models("one", "two", **WEIGHT), "parameters": {"normalize": True}}}}),
         Case("slices: base_model, residual_weight", "llama", {
             "merge_method": "task_arithmetic", "parameters": {"weight": 0.5}, "slices": [
-                {"base_model": "{base}", "residual_weight": 0.5,
+                {"base_model": {"model": {"path": "{base}"}}, "residual_weight": 0.5,
                  "sources": [{"model": "{base}", "layer_range": [0, 3]}, {"model": "{one}", "layer_range": [0, 3]}]},
                 {"base_model": "{three}",
                  "sources": [{"model": "{three}", "layer_range": [3, 6]}, {"model": "{two}", "layer_range": [3, 6]}]},

@@ -99,6 +99,8 @@ def values_of(spec: MethodSpec, own: Sequence[tuple[Parameters, str]], shared: I
                              f" {name} has none")
         if parameter.kind is int:
             items = [item if item is None else round(item) for item in items]
+        if parameter.kind is bool:
+            items = [item if item is None else bool(item) for item in items]
         values[parameter.name] = items if parameter.per_model else items[0]
     return values
 

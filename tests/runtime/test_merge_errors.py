@@ -54,7 +54,7 @@ def cut(file, num_bytes):
     ({"merge_method": "tiess"}, ["merge_method: found 'tiess'", "task_arithmetic"]),
     ({"parameters": {"densty": 0.5}}, ["no parameter 'densty'", "weight, lambda"]),
     ({"parameters": {"lambda": "much"}}, ["lambda: found 'much', expected a number"]),
-    ({"parameters": {"normalize": 1}}, ["normalize: found 1, expected true or false"]),
+    ({"parameters": {"normalize": 2}}, ["normalize: found 2, expected true or false"]),
     ({"merge_method": "ties", "parameters": {"density": 0}}, ["density: found 0, expected more than 0"]),
     ({"merge_method": "ties", "parameters": {"density": 1.5}}, ["density: found 1.5, expected at most 1"]),
     ({"merge_method": "linear", "parameters": {"weight": 0}}, ["weight: found 0, 0, 0, which add up to 0"]),

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 from merge_fixtures import read, state, trio, write
 
 from mipipe.graphs.errors import InputError
@@ -80,6 +81,35 @@ def test_a_slice_has_a_base_of_its_own(tmp_path):
 def test_modules_that_cannot_be(modules, message):
     with pytest.raises(InputError, match=message):
         parse_recipe({"merge_method": "linear", "modules": modules}, "recipe")
+
+
+def test_models_may_be_spelt_out_as_in_model_cards(tmp_path):
+    """mergekit once wrote models as mappings, and truth values as numbers, into the cards of its results."""
+    data = {"merge_method": "ties", "base_model": {"model": {"path": "org/base", "revision": None}},
+            "parameters": {"normalize": 1.0, "int8_mask": 0},
+            "slices": [{"sources": [{"layer_range": [0, 2], "model": {"model": {"path": "org/a", "revision": "v2"}}},
+                                    {"layer_range": [0, 2], "model": {"model": {"path": "here"}, "lora": {
+                                        "path": "org/lora"}, "override_architecture": None}}]}]}
+    recipe = parse_recipe(data, "recipe")
+    assert recipe.base_model == "org/base"
+    assert [source.model for source in recipe.slices[0].sources] == ["org/a@v2", "here+org/lora"]
+    (tmp_path / "here").mkdir()
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
+    assert read_recipes(tmp_path / "recipe.yaml")[0].slices[0].sources[1].model == f"{tmp_path}/here+org/lora"
+    for wrong in ({"model": {"path": "a", "branch": "b"}}, {"path": 3}, {"lora": {"path": "a"}}):
+        with pytest.raises(InputError, match="base_model"):
+            parse_recipe({**data, "base_model": wrong}, "recipe")
+
+
+def test_numbers_for_truth_values_mean_the_same(tmp_path):
+    trio(tmp_path)
+    data = {"merge_method": "ties", "base_model": f"{tmp_path}/base", "models": [{"model": f"{tmp_path}/expert1"}]}
+    for number in (0, 1.0):
+        graph = build(parse_recipe({**data, "parameters": {"normalize": number}}, "recipe"))
+        assert all(unit.parameters["normalize"] is bool(number) for unit in graph.units if unit.method == "ties")
+    for wrong in (0.5, 2, [0, 1]):
+        with pytest.raises(InputError, match="normalize: found"):
+            parse_recipe({**data, "parameters": {"normalize": wrong}}, "recipe")
 
 
 def test_all_unknown_keys_and_parameters_are_named():

@@ -17,6 +17,8 @@ MODULES = {"multi_modal_projector": r"multi_modal_projector|visual\.(.*\.)?merge
            "encoder": r"(^|\.)encoder\.", "shared": r"^shared\."}
 """Tensors of mergekit's modules beside the text decoder, in the order in which they claim them."""
 DECODERS = ("default", "text_decoder", "decoder")
+NAMING = ("model", "base_model", "source_model", "tokenizer_source")
+"""Keys whose value names a model."""
 
 
 def normal_form(data: dict[str, Any], where: str) -> dict[str, Any]:
@@ -25,7 +27,7 @@ def normal_form(data: dict[str, Any], where: str) -> dict[str, Any]:
     Raises:
         InputError: ``modules`` that cannot be told apart, or beside ``models`` or ``slices``.
     """
-    found: dict[str, Any] = _python_names(data)
+    found: dict[str, Any] = _python_names(with_labels(data))
     if isinstance(found.get("modules"), dict):
         found = _without_modules(found, where)
     if isinstance(found.get("calibration"), str):
@@ -34,6 +36,30 @@ def normal_form(data: dict[str, Any], where: str) -> dict[str, Any]:
         if isinstance(found.get(key), str):
             found[key] = SHORT.get(found[key], found[key])
     return found
+
+
+def with_labels(data: Any) -> Any:
+    """The data with models that are spelt out, as in the recipes of model cards that mergekit wrote (``{model: {path:
+    org/name, revision: v2}, lora: {path: org/adapter}}``), as ``org/name@v2+org/adapter``."""
+    if isinstance(data, list):
+        return [with_labels(item) for item in data]
+    if not isinstance(data, dict):
+        return data
+    return {key: _label(item) if key in NAMING and isinstance(item, dict) else with_labels(item)
+            for key, item in data.items()}
+
+
+def _label(model: dict[str, Any]) -> Any:
+    """A model's name; what is spelt otherwise stays as it is, for the check of types to say so."""
+    given = {key: value for key, value in model.items() if value is not None}
+    if isinstance(given.get("path"), str) and set(given) <= {"path", "revision"}:
+        return f"{given['path']}@{given['revision']}" if "revision" in given else given["path"]
+    if "model" in given and set(given) <= {"model", "lora"}:
+        parts = [given[key] for key in ("model", "lora") if key in given]
+        names = [_label(part) if isinstance(part, dict) else part for part in parts]
+        if all(isinstance(name, str) for name in names):
+            return "+".join(names)
+    return model
 
 
 def _python_names(data: Any) -> Any:

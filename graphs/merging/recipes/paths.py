@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mipipe.graphs.merging.checkpoints.hub_cache import split_label
+from mipipe.graphs.merging.recipes.forms import with_labels
 
 _KEYS = ("model", "base_model", "architecture", "source_model", "tokenizer_source", "source", "data", "calibration")
 """The keys of a recipe whose text may name a model's folder (``base+adapter`` names two), or a file of samples."""
@@ -19,11 +20,11 @@ def beside_recipe(documents: Sequence[Any], path: str | Path) -> list[Any]:
     What is absolute, names an earlier recipe of the file, or is no folder there stays as it is (and is then looked for
     in the current folder).
     """
-    folder = Path(path).parent
+    folder, found = Path(path).parent, [with_labels(item) for item in documents]
     if folder.resolve() == Path.cwd():
-        return list(documents)
-    names = {str(item["name"]) for item in documents if isinstance(item, dict) and "name" in item}
-    return [_resolved(item, folder, names) for item in documents]
+        return found
+    names = {str(item["name"]) for item in found if isinstance(item, dict) and "name" in item}
+    return [_resolved(item, folder, names) for item in found]
 
 
 def _resolved(data: Any, folder: Path, names: Collection[str], inside: str = "") -> Any:

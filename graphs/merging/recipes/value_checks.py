@@ -27,8 +27,8 @@ def check_parameters(spec: MethodSpec, values: Mapping[str, Any], where: str, ow
                          f" {', '.join(map(repr, strange))}; it has {known}")
     for key, value in values.items():
         parameter = spec.parameter(key)
-        if parameter is None:
-            continue
+        if parameter is None or (parameter.kind is bool and type(value) in (int, float) and value in (0, 1)):
+            continue  # recipes of older model cards have normalize: 1.0
         if own and not parameter.per_model and spec.name not in ("passthrough",):
             raise InputError(f"{where}: {key} of {spec.name} is one value for all models; move it to the recipe's"
                              " parameters")
