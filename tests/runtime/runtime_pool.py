@@ -1,8 +1,8 @@
 """Four persistent worker processes that run test functions as the ranks of a gloo group.
 
-torch is imported once for each worker. A task is a file and the name of a function in it; the function gets its
-arguments inside an initialised process group of the asked size and returns something picklable. Imports (seconds of CPU
-for each worker, of which several may share a core) are done before a task's time begins.
+Workers are forked from a server that has imported torch and what most tasks use: seconds of CPU, once for a session. A
+task is a file and the name of a function in it; the function gets its arguments inside an initialised process group of
+the asked size and returns something picklable. What else its file imports is done before a task's time begins.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from typing import Any
 WORKERS = 4
 IMPORT_S = 240.0
 """How long the workers may take to import torch and a task's module."""
+IMPORTED = ("hypothesis", "mipipe.graphs.capture.model", "mipipe.runtime.worker", "pytest", "torch._dynamo",
+            "torch.distributed.checkpoint", "transformers")
+"""What the server imports: most files of tests, and the first optimizer torch._dynamo."""
 
 
 class TaskError(AssertionError):
@@ -35,7 +38,6 @@ def worker_main(rank: int, connection: Any, log: str) -> None:
     os.dup2(handle, 2)
     import torch
     import torch.distributed as dist
-    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # the first optimizer imports torch._dynamo: 3 s of CPU
     torch.set_num_threads(1)
     modules: dict[str, Any] = {}
     while True:
@@ -75,7 +77,8 @@ class Pool:
         self._count = 0
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(IMPORTED))
         for rank in range(self._size):
             ours, theirs = context.Pipe()
             log = Path(self._folder.name) / f"rank{rank}-{self._count}.log"
@@ -90,18 +93,15 @@ class Pool:
         Raises:
             TaskError: a rank raised or gave no answer within ``timeout`` seconds.
         """
-        if not self._workers:
-            self._start()
         self._count += 1
-        store = f"{self._folder.name}/store{self._count}"
-        starts = [log.stat().st_size if log.exists() else 0 for _, _, log in self._workers]
-        for _, connection, _ in self._workers[:world]:
-            connection.send((path, name, args, world, store, timeout))
-        answers = self._answers(world, IMPORT_S)
-        if all(state == "ready" for state, _ in answers):
-            for _, connection, _ in self._workers[:world]:
-                connection.send("go")
-            answers = self._answers(world, timeout + 20)
+        try:
+            if not self._workers:
+                self._start()
+            starts = [log.stat().st_size if log.exists() else 0 for _, _, log in self._workers]
+            answers = self._ask(world, (path, name, args, world, f"{self._folder.name}/store{self._count}", timeout))
+        except BaseException:  # a test out of time, Ctrl-C: what the workers say later is no answer to the next task
+            self.close()
+            raise
         if all(state == "ok" for state, _ in answers):
             return [value for _, value in answers]
         lines = []
@@ -111,6 +111,17 @@ class Pool:
             lines.append(f"--- rank {rank}: {state}\n{text if state == 'error' else ''}\n{output}")
         self.close()
         raise TaskError(f"{name} on {world} ranks failed\n" + "\n".join(lines))
+
+    def _ask(self, world: int, task: tuple[Any, ...]) -> list[Any]:
+        """What every rank says to a task, once all have imported its file."""
+        for _, connection, _ in self._workers[:world]:
+            connection.send(task)
+        answers = self._answers(world, IMPORT_S)
+        if all(state == "ready" for state, _ in answers):
+            for _, connection, _ in self._workers[:world]:
+                connection.send("go")
+            answers = self._answers(world, task[-1] + 20)
+        return answers
 
     def _answers(self, world: int, patience: float) -> list[Any]:
         """What every rank says within so many seconds."""
