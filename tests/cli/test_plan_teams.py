@@ -69,7 +69,7 @@ def test_where_efficiencies_come_from(mipipe, graph):
 
 
 def test_free_degrees_are_searched(mipipe, graph):
-    ended = mipipe("plan", graph, "--devices", 8, "--kind", "mi300x", "--global-batch", 32, "--time-limit", 12)
+    ended = mipipe("plan", graph, "--devices", 2, "--kind", "mi300x", "--global-batch", 8, "--time-limit", 7)
     assert ended.code == 0, ended.stderr
     for text in ("best of ", "combinations of degrees", "bound over all degrees", "next: ", "no pipeline: "):
         assert text in ended.stdout, text

@@ -156,28 +156,27 @@ def workers_of(config):
 
 
 def test_killed_ranks_resume_and_a_lost_one_is_done_without(files):
-    """From the command line. SIGKILL in three steps and on both ranks: torchrun restarts, and no loss differs in a bit.
-    The fourth uses up the restarts: the supervisor plans for one rank as the first plan was made, and Adam's state goes
-    on there."""
-    orders = ["0 3 kill", "1 5 kill", "0 7 kill", "1 11 kill"]
+    """From the command line. SIGKILL on one rank: torchrun restarts, and no loss differs in a bit. The second, on the
+    other, uses up the restarts: the supervisor plans for one rank as the first plan was made, and Adam's state goes on
+    there."""
+    orders = ["0 5 kill", "1 11 kill"]
     config = write_config(files, "killed", steps=STEPS, data=killing(files, "killed", orders),
                           checkpoint={"folder": str(files / "killed"), "every": 2})
     options = PlanOptions(time_limit_s=1.0, placement="chain", seed=5)
     plan = load(files / "plan2.json", Plan)
     save(dataclasses.replace(plan, provenance={"options": to_data(options)}), files / "made.json")
     command = [sys.executable, "-m", "mipipe.cli.main", "train", "--plan", str(files / "made.json"), "--graph",
-               str(files / "graph.json"), "--config", str(config), "--elastic", "--max-restarts", "3", "--timeout",
+               str(files / "graph.json"), "--config", str(config), "--elastic", "--max-restarts", "1", "--timeout",
                "500", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     losses, calm = json.loads(done.stdout)["losses"], undisturbed(files, STEPS).losses
-    assert tuple(losses[:8]) == calm[:8]  # step 8 was on disk when the fourth was killed
+    assert tuple(losses[:8]) == calm[:8]  # step 8 was on disk when the second was killed
     assert losses == pytest.approx(calm, rel=1e-5)
-    first, *restarts, lost, last = done.stderr.splitlines()
+    first, restart, lost, last = done.stderr.splitlines()
     assert first == "starting with step 1 of 12 from random weights (seed 0)"
-    for number, (line, killed) in enumerate(zip(restarts, (0, 1, 0), strict=True), 1):  # each says why, and from what
-        assert re.match(rf"restart {number} \(rank {killed} was killed by signal 9 \(SIGKILL\) .*\): starting with step"
-                        r" \d+ of 12 from ", line), line
+    assert re.match(r"restart 1 \(rank 0 was killed by signal 9 \(SIGKILL\) .*\): starting with step [35] of 12 from ",
+                    restart), restart  # says why, and from what
     assert lost == "rank 1 lost: planning for 1 device"
     assert re.match(r"starting with step (9|11) of 12 from checkpoint .*step-(8|10)$", last), last
     again = load(files / "killed" / "plan-1-ranks.json", Plan)
@@ -406,7 +405,7 @@ def test_kills_at_random_moments(files, round_):
     calm = undisturbed(files, 20, 0.2)
     config = write_config(files, name, steps=20, data=killing(files, name, [], delay=0.2),
                           checkpoint={"folder": str(files / name), "every": 1})
-    rng, stop, kills = random.Random(round_), threading.Event(), []
+    rng, stop, kills, said = random.Random(round_), threading.Event(), [], []
 
     def kill_now_and_then():
         while len(kills) < 3 and not stop.wait(rng.uniform(2, 7)):
@@ -419,12 +418,15 @@ def test_kills_at_random_moments(files, round_):
     killer = threading.Thread(target=kill_now_and_then)
     killer.start()
     try:
-        result = train(files / "plan2.json", files / "graph.json", config, timeout_s=600, max_restarts=4)
+        result = train(files / "plan2.json", files / "graph.json", config, timeout_s=600, max_restarts=4,
+                       say=said.append)
     finally:
         stop.set()
         killer.join()
     assert len(kills) == 3
     assert result.losses == calm.losses
+    numbers = [int(line.split()[1]) for line in said if re.match(r"restart \d+ \(rank [01] was killed by signal 9", line)]
+    assert numbers and numbers == list(range(1, len(numbers) + 1)), said
     for path in complete(files / name):
         verify(path, read_state(path))
 
