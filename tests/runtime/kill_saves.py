@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-import torch._dynamo  # noqa: F401  (as the next: the first optimizer imports it, a second of CPU for each child)
+import torch._dynamo  # the first optimizer imports it, a second of CPU for each child
 
 sys.path.insert(0, str(Path(__file__).parent))
 import runtime_cases as cases
