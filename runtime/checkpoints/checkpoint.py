@@ -9,10 +9,7 @@ it is in `mipipe.runtime.checkpoints.checkpoint_run`.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
-import shutil
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -29,6 +26,7 @@ from mipipe.runtime.checkpoints import checkpoint_folder as folders
 from mipipe.runtime.checkpoints.checkpoint_files import PREFIX, SUFFIX, check_dtypes, share_out, write_tensors
 from mipipe.runtime.checkpoints.checkpoint_run import RunIdentity, Start, check_same, named, new_id
 from mipipe.runtime.checkpoints.checkpoint_tensors import host_copies, load_tensors, model_tensors, optimizer_tensors
+from mipipe.runtime.checkpoints.data_state import pack_state, pack_values, read_loader, reason
 from mipipe.runtime.checkpoints.folder_lock import LAST_BREATH_S, FolderLock
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.processes import failure_of, first_of, gather, rank, world
@@ -43,7 +41,11 @@ class Restored:
 
     def loader(self, copy: int) -> dict[str, Any]:
         """The state of the loader of a copy of the plan."""
-        return read_loader(self.folder / f"data-{copy}.pt")
+        name = f"data-{copy}.pt"
+        if name not in self.state.files:
+            raise InputError(f"checkpoint {self.folder}: {folders.STATE} does not list {name}; remove the folder to use"
+                             " an earlier checkpoint")
+        return read_loader(self.folder / name)
 
 
 class Checkpoints:
@@ -98,6 +100,17 @@ class Checkpoints:
         self._together(lambda: folders.write_owner(self.folder, self.run) if rank() == 0 else None)
         return restored
 
+    def rehearse(self, data: dict[str, Any]) -> None:
+        """Raise `RunError` now where `save` would at the end of a long run: what cannot be written as data in the state
+        of this copy's loader or of the optimizer, once both have one."""
+        held = optimizer_tensors(self._engine, self._optimizer)
+
+        def pack() -> None:
+            pack_state(data)
+            pack_values({name: item for name, item in held.items() if not isinstance(item, torch.Tensor)})
+
+        self._together(pack, RunError)
+
     def save(self, step: int, data: dict[str, Any]) -> None:
         """Start writing the state after ``step`` steps, ``data`` (of this copy's loader) included; waits for the one
         before.
@@ -108,7 +121,7 @@ class Checkpoints:
         self.finish()
         folder = folders.partial(self.folder, step)
         if rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+            folders.clear(folder)
         held = {**model_tensors(self._engine), **optimizer_tensors(self._engine, self._optimizer)}
         loader = b""
 
@@ -177,7 +190,7 @@ class Checkpoints:
         """Write this rank's part once it is ``copied``, and make the checkpoint visible when all are on disk."""
         failure, files = None, {}
         try:
-            json.dumps(values)
+            pack_values(values)
             copied()
             mine = [folder / f"{PREFIX}{rank()}{SUFFIX}"]
             write_tensors(mine[0], tensors)
@@ -186,7 +199,7 @@ class Checkpoints:
                 mine[-1].write_bytes(loader)
             files = folders.seal(mine)
         except Exception as error:
-            failure = _reason(error)
+            failure = reason(error)
         try:
             gathered = gather((failure, files, values), self._group)
             failure = first_of([text for text, _, _ in gathered])
@@ -198,10 +211,10 @@ class Checkpoints:
                     folders.publish_checkpoint(folder, whole)
                     folders.forget(self.folder, self._keep, self.run.id)
                 except (OSError, MipipeError) as error:
-                    failure = _reason(error)
+                    failure = reason(error)
             failure = first_of(gather(failure, self._group))
         except RuntimeError as error:
-            failure = _reason(error)
+            failure = reason(error)
         if failure is not None:
             raise RunError(f"checkpoint {folder}: cannot be written: {failure}; earlier checkpoints are untouched")
         self.saved = folder.with_suffix("")
@@ -230,44 +243,3 @@ def check_finite(engine: Engine, optimizer: torch.optim.Optimizer | None, step: 
         name = next(name for name, good in zip(tensors, finite, strict=True) if not good)
         raise RunError(f"step {step}: {name} is not finite after the update, so no checkpoint is made of it; lower the"
                        " learning rate, or clip gradients, and resume from an earlier checkpoint")
-
-
-def pack_state(data: dict[str, Any]) -> bytes:
-    """A loader's state as bytes that are read back without running any code from them.
-
-    Raises:
-        RunError: it holds more than tensors, numbers, texts, lists and dicts.
-    """
-    stream = io.BytesIO()
-    torch.save(data, stream)
-    stream.seek(0)
-    try:
-        torch.load(stream, weights_only=True)  # bytes that we made a moment ago: may the restricted reader read them?
-    except Exception as error:
-        raise RunError("data: the loader's state_dict() holds more than tensors, numbers, texts, lists and dicts, so it"
-                       f" cannot be saved: {_reason(error)}") from None
-    return stream.getvalue()
-
-
-def read_loader(path: Path) -> dict[str, Any]:
-    """A loader's state as `pack_state` made it, by torch's restricted reader.
-
-    Raises:
-        InputError: it is something else.
-    """
-    try:
-        # a checkpoint's file is data: weights_only builds tensors, numbers, texts, lists and dicts, and calls nothing
-        # that the file names (torch's own unpickler with a list of what it may make)
-        data = torch.load(path, weights_only=True)
-    except Exception as error:
-        raise InputError(f"checkpoint {path.parent}: {path.name} cannot be read: {_reason(error)}") from None
-    if not isinstance(data, dict) or not isinstance(data.get("taken"), int):
-        raise InputError(f"checkpoint {path.parent}: {path.name} holds no loader's state")
-    return data
-
-
-def _reason(error: BaseException) -> str:
-    """One line of an error."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f": {os.fspath(error.filename)}" if error.filename else "")
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

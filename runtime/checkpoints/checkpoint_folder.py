@@ -7,6 +7,7 @@ Nothing here is unpickled: JSON, and safetensors files for the weights.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import shutil
@@ -43,7 +44,7 @@ class CheckpointState:
     values: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        wrong = [name for name in self.files if Path(name).name != name or name in (STATE, "")]
+        wrong = [name for name in self.files if Path(name).name != name or name in (STATE, "", "..")]
         if self.step < 1 or self.copies < 1 or wrong:
             raise InputError(f"{STATE}: step {self.step}, copies {self.copies}, files {wrong[:1]}; expected numbers"
                              " from 1 and plain file names")
@@ -111,7 +112,7 @@ def write_owner(folder: Path, run: RunIdentity) -> None:
     """Say whose folder it is, and remove what a killed run left half-written."""
     save(run, folder / OWNER)
     for path in folder.glob("step-*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
+        clear(path)
 
 
 def _run_id(folder: Path) -> str | None:
@@ -161,7 +162,7 @@ def publish_checkpoint(folder: Path, state: CheckpointState) -> None:
     """Write ``state.json`` and rename ``step-N.partial`` to ``step-N``."""
     save(state, folder / STATE)
     target = folder.with_suffix("")
-    shutil.rmtree(target, ignore_errors=True)
+    clear(target)
     durable.publish(folder, target, [folder / STATE])
 
 
@@ -171,6 +172,15 @@ def forget(folder: Path, keep: int, run_id: str) -> None:
     for path in own[:-keep]:
         (path / STATE).unlink(missing_ok=True)  # first, so that no half-removed folder looks whole
         shutil.rmtree(path, ignore_errors=True)
+
+
+def clear(path: Path) -> None:
+    """Remove what is in a checkpoint's place: a folder, or a file or link that somebody has put there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):  # what is written there next says what is wrong
+            path.unlink()
 
 
 def probe(folder: Path) -> None:

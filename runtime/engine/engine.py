@@ -72,10 +72,11 @@ class Engine:
         """The trainable parameters of this rank with their canonical names."""
         return [(name, item) for name, item in self.weights.parameters.items() if item.requires_grad]
 
-    def step(self, batch: Batch) -> float | None:
+    def step(self, batch: Batch | BatchError) -> float | None:
         """The loss of one step: the sum of all microbatches' losses over the global number of valid labels.
 
-        ``batch``: tensors by the graph's input names, split along their first dimension, or a list of microbatches.
+        ``batch``: tensors by the graph's input names, split along their first dimension, or a list of microbatches; or
+        why there is none, which is raised on every copy of the plan.
         Gradients are added to what ``.grad`` holds. None where the loss is not known to this rank (``share_loss``), or
         not yet: without a barrier it is that of the step before.
 
@@ -114,11 +115,13 @@ class Engine:
         """The outputs of the last evaluation on this rank, by value and microbatch."""
         return self.record.outputs
 
-    def _prepare(self, batch: Batch) -> tuple[list[dict[str, torch.Tensor]], float]:
+    def _prepare(self, batch: Batch | BatchError) -> tuple[list[dict[str, torch.Tensor]], float]:
         """The microbatches, and what the losses are divided by, over all copies of the plan; raises as `step`."""
         microbatches: list[dict[str, torch.Tensor]] = []
         sums, weight, fault = [0.0] * rows.STATISTICS, 0.0, ""
         try:  # before the batch is on a device that it would wait for
+            if isinstance(batch, BatchError):
+                raise batch
             microbatches = split_batch(self.graph, batch, self.plan.problem.num_microbatches)
             own = rows.statistics(self.graph, microbatches)
             sums[:len(own)] = own

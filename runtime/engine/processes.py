@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -53,6 +54,8 @@ def failure_of(action: Callable[[], object],
     try:
         action()
     except kinds as error:
+        if isinstance(error, OSError) and error.strerror and error.filename:
+            return f"{os.fspath(error.filename)}: {error.strerror}"
         return str(error) if isinstance(error, (MipipeError, OSError)) else f"{type(error).__name__}: {error}"
     return None
 

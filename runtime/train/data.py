@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mipipe.graphs.errors import InputError
+from mipipe.graphs.errors import BatchError, InputError
 from mipipe.graphs.named_code import import_named
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.rows import batch_inputs
@@ -55,7 +55,13 @@ class Batches:
     def __next__(self) -> Batch:
         if self._iterator is None:
             self._iterator = _epochs(self._source)
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except InputError as error:
+            self._iterator = None
+            if not self.taken:
+                raise
+            raise BatchError(str(error)) from None
         self.taken += 1
         return batch
 

@@ -1,4 +1,7 @@
-"""Numbers of a run: one JSON line for each step and TensorBoard scalars, under torchtitan's names."""
+"""Numbers of a run: one JSON line for each step and TensorBoard scalars, under torchtitan's names.
+
+Where one of them cannot be written, the run is to end after the step, with what was done saved: `Metrics.fault`.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ class Metrics:
     """The records of a run and where they go. Written by one rank."""
 
     file: str = ""
+    folder: str = ""
     stream: TextIO | None = None
     board: Any = None
     records: list[Record] = field(default_factory=list)
@@ -39,9 +43,14 @@ class Metrics:
                 self.fault = f"metrics {self.file}: cannot be written: {error.strerror}"
                 self._close_stream()
         if self.board is not None:
-            for name, value in record.items():
-                if name != "step":
-                    self.board.add_scalar(name, value, int(record["step"]))
+            try:
+                for name, value in record.items():
+                    if name != "step":
+                        self.board.add_scalar(name, value, int(record["step"]))
+                self.board.flush()  # its thread else finds out about a full disk when nobody asks any more
+            except OSError as error:
+                self.fault = f"tensorboard {self.folder}: cannot be written: {error.strerror}"
+                self._close_board()
 
     def _close_stream(self) -> None:
         stream, self.stream = self.stream, None
@@ -49,26 +58,31 @@ class Metrics:
             with contextlib.suppress(OSError):  # what could not be written is still waiting to be
                 stream.close()
 
+    def _close_board(self) -> None:
+        board, self.board = self.board, None
+        if board is not None:
+            with contextlib.suppress(OSError):
+                board.close()
+
     def close(self) -> None:
         self._close_stream()
-        if self.board is not None:
-            self.board.close()
+        self._close_board()
 
 
-def open_metrics(file: str | None, folder: str | None, start: int) -> Metrics:
+def open_metrics(file: str | None, folder: str | None, start: int, again: bool = False) -> Metrics:
     """Metrics that go to a JSONL file and a TensorBoard folder; what an earlier run wrote beyond ``start`` goes.
 
-    A run that starts anew leaves an earlier run's file beside its own, as ``<file>.previous``. What is no regular file
-    (a pipe, a device) is written as it is.
+    A run that starts anew leaves an earlier run's file beside its own, as ``<file>.previous``; ``again``: the file is
+    that of the run itself, which is started again. What is no regular file (a pipe, a device) is written as it is.
 
     Raises:
         InputError: the file cannot be written.
     """
-    metrics = Metrics(file or "")
+    metrics = Metrics(file or "", folder or "")
     if file:
         path = Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not start and path.is_file() and path.stat().st_size:
+        if not start and not again and path.is_file() and path.stat().st_size:
             os.replace(path, path.with_name(path.name + ".previous"))
         metrics.stream = open_lines(path, "".join(line + "\n" for line in _records_before(path, start)))
     if folder:
@@ -82,12 +96,12 @@ def _records_before(path: Path, start: int) -> list[str]:
     if not start or not path.is_file():
         return []
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
             if json.loads(line)["step"] <= start:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            break  # the line that was being written when the run was killed
+                kept.append(line.decode())
+        except (ValueError, KeyError, TypeError, RecursionError):
+            break  # the line that was being written when the run was killed, or what a disk has made of it
     return kept
 
 

@@ -53,10 +53,10 @@ class StepReports:
         """Why a record could not be written; empty where all were."""
         return self._metrics.fault if self._metrics is not None else ""
 
-    def open(self, start: int) -> None:
-        """Begin to write records, those of the steps from ``start``."""
+    def open(self, start: int, again: bool = False) -> None:
+        """Begin to write records, those of the steps from ``start``; ``again``: as `open_metrics`."""
         if self.engine.mesh.first:
-            self._metrics = open_metrics(self.config.metrics, self.config.tensorboard, start)
+            self._metrics = open_metrics(self.config.metrics, self.config.tensorboard, start, again)
 
     def close(self) -> None:
         """Write what waits, and close the files."""
@@ -127,19 +127,44 @@ class StepReports:
 
 
 class StepProfile:
-    """torch.profiler around one step, written as a Chrome trace for each rank; nothing without a path."""
+    """torch.profiler around one step, written as a Chrome trace for each rank; nothing without a path.
 
-    def __init__(self, path: str | None, engine: Engine) -> None:
+    A trace that cannot be written is said, and ends nothing: the step is done, and is to be saved.
+    """
+
+    def __init__(self, path: str | None, engine: Engine, say: Callable[[str], None]) -> None:
         mesh = engine.mesh
         place = (mesh.copy * mesh.num_ranks + mesh.rank) * mesh.team.members + mesh.member
         self._path = Path(path).with_suffix(f".rank{place}.json") if path else None
         self._profile = torch.profiler.profile() if path else None
+        self._say = say
 
     def __enter__(self) -> None:
         if self._profile is not None:
             self._profile.__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        if self._profile is not None:
-            self._profile.__exit__(*error)
+        if self._profile is None or self._path is None:
+            return
+        self._profile.__exit__(*error)
+        try:
             self._profile.export_chrome_trace(str(self._path))
+            fault = "" if _is_whole(self._path) else "it is missing or cut off; is the disk full?"
+        except (OSError, RuntimeError) as failure:
+            fault = str(failure).strip().partition("\n")[0]
+        if fault:
+            self._say(f"profile {self._path}: cannot be written: {fault}")
+
+
+_TAIL_BYTES = 8192
+"""How much of a trace's end is looked at: more than a file's name, which stands there."""
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a trace is there, with its end; torch says nothing where it could not write it."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        stream.seek(-min(_TAIL_BYTES, path.stat().st_size), 2)
+        tail = stream.read().rstrip()
+    return b"]" in tail and tail.endswith(b"}")

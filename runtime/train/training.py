@@ -13,6 +13,7 @@ from mipipe.planner.experts.maps import ExpertMap
 from mipipe.planner.timeline import Timeline
 from mipipe.runtime.checkpoints.checkpoint import Checkpoints
 from mipipe.runtime.checkpoints.checkpoint_run import Start, changes, run_of
+from mipipe.runtime.engine.batches import Batch
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.processes import gather
 from mipipe.runtime.recipes.beams import Beams
@@ -69,7 +70,7 @@ class Trainer:
         self.first = engine.mesh.first
         self.say = say if self.first else lambda text: None
         self._reports = StepReports(engine, config, self._factor, predicted, progress, self.say)
-        self._begun, self._saved = False, 0
+        self._begun, self._saved, self._again = False, 0, False
         self.restored: Path | None = None
         engine.notice = lambda: self.stop() or bool(self._fault())
 
@@ -97,7 +98,7 @@ class Trainer:
         Raises:
             InputError: as `Checkpoints.begin`; or the loader's position cannot be divided among this run's copies.
         """
-        self._begun = True
+        self._begun, self._again = True, start is Start.RESTART
         restored = self.checkpoints.begin(start, run_id) if self.checkpoints is not None else None
         if restored is None:
             return 0
@@ -126,12 +127,14 @@ class Trainer:
         if not self._begun:
             self.begin()
         config = self.config
-        self._reports.open(start)
+        self._reports.open(start, self._again)
         losses: list[float] = []
         forget_memory(self.engine.mesh.device)
         try:
             for step in range(start, config.steps):
                 losses += self._step(step)
+                if step == start and self.checkpoints is not None:  # not known before: state begins with a step
+                    self.checkpoints.rehearse(self.batches.state())
                 if self.engine.noticed and step + 1 < config.steps:
                     losses += self._flush()
                     self._end_early(step + 1)
@@ -214,18 +217,26 @@ class Trainer:
         loading, skipped = 0.0, 0
         while True:
             begin = time.perf_counter()
-            batch = next(self.batches)
+            batch = self._next_batch()
             loading += time.perf_counter() - begin
             try:
-                with StepProfile(self.config.profile if last else None, self.engine):
+                with StepProfile(self.config.profile if last else None, self.engine, self.say):
                     loss = self.engine.step(batch)
                 self._norm = self._clip.carried()
                 return loss, loading, skipped
             except BatchError as error:
                 if not self.config.data.skip_invalid or skipped >= SKIPPED_IN_A_ROW:
-                    raise BatchError(f"{error}; {self._keep(step, before=True)}") from None
+                    kept = self._keep(step, before=not isinstance(batch, BatchError))
+                    raise BatchError(f"{error}; {kept}") from None
                 skipped += 1
                 self.say(f"{error}; passed over (skip_invalid)")
+
+    def _next_batch(self) -> Batch | BatchError:
+        """The next batch; where the data has ended, that, which the engine tells the other copies."""
+        try:
+            return next(self.batches)
+        except BatchError as error:
+            return error
 
     def _checkpoint(self, done: int, last: bool) -> None:
         if self.checkpoints is None or self.config.checkpoint is None:

@@ -20,10 +20,11 @@ import torch
 from safetensors.torch import load_file
 
 from mipipe.graphs.errors import InputError, RunError
-from mipipe.runtime.checkpoints.checkpoint import Checkpoints, pack_state
+from mipipe.runtime.checkpoints.checkpoint import Checkpoints
 from mipipe.runtime.checkpoints.checkpoint_folder import complete, latest, read_state, verify
 from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.checkpoints.checkpoint_tensors import shared_rows
+from mipipe.runtime.checkpoints.data_state import pack_state
 from mipipe.runtime.checkpoints.save import Target, save_weights
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions

@@ -5,10 +5,15 @@ import dataclasses
 import itertools
 import json
 import os
+import random
+import re
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import kill_saves
+import numpy
 import pytest
 import runtime_cases as cases
 import torch
@@ -21,11 +26,13 @@ from mipipe.runtime import worker
 from mipipe.runtime.checkpoints.checkpoint import check_finite
 from mipipe.runtime.checkpoints.checkpoint_folder import complete, latest, read_state, verify
 from mipipe.runtime.checkpoints.checkpoint_run import Start
+from mipipe.runtime.checkpoints.data_state import read_loader
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import CheckpointConfig, DataConfig, OptimizerConfig, TrainConfig
 from mipipe.runtime.train.data import Batches, TextBytes
 from mipipe.runtime.train.launching.failures import DONE
 from mipipe.runtime.train.launching.launch import end_of
+from mipipe.runtime.train.prefetch import Prefetched
 from mipipe.runtime.train.training import SKIPPED_IN_A_ROW, Trainer
 
 
@@ -100,6 +107,77 @@ def test_a_loader_without_any_valid_batch_ends(tmp_path):
     assert len(taken) == SKIPPED_IN_A_ROW + 1
 
 
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_data_that_ends(tmp_path, skip, ahead):
+    """What was done with it is saved, and more data goes on exactly there; none at all is an input's error."""
+    def ending(folder, count):
+        made = saved_once(folder, steps=6, loader=iter(batches()[:count]), data=DataConfig(skip_invalid=skip))
+        if ahead:
+            made.batches = Prefetched(made.batches, False, 20.0)
+        return made
+
+    whole = trainer(tmp_path / "whole", 6, loader=batches()).run()
+    with pytest.raises(BatchError, match=r"step 4: data: the loader .* ended and cannot be iterated again; what was "
+                                         r"done is saved in .*step-3; go on with --resume"):
+        ending(tmp_path, 3).run()
+    more = ending(tmp_path, 6)
+    assert more.run(more.begin(Start.RESUME)) == whole[3:]
+    with pytest.raises(InputError, match="the loader gives no batch"):
+        ending(tmp_path / "none", 0).run()
+
+
+def uneven(folder, counts):
+    """Two copies of one rank, whose data ends after so many batches."""
+    engine = Engine(kill_saves.one_rank(), cases.chain_graph(), cases.chain_state())
+    config = TrainConfig(8, checkpoint=CheckpointConfig(str(folder)), timeout_s=20.0)
+    made = Trainer(engine, config, Batches(iter(batches()[:counts[engine.mesh.copy]])))
+    with pytest.raises(BatchError) as caught:
+        made.run()
+    return str(caught.value), made.batches.state()["taken"]
+
+
+@pytest.mark.distributed
+def test_data_of_one_copy_that_ends_stops_all(pool, tmp_path):
+    """At the same step, within no timeout, and each saves its own place."""
+    (first, had), (second, ended) = pool.run(2, __file__, "uneven", tmp_path, (5, 3))
+    assert first.startswith("step 4: another copy of the plan got a batch that does not fit; what was done is saved in")
+    assert second.startswith("step 4: data: the loader gives no batch, or ended") and (had, ended) == (4, 3)
+    assert [read_loader(tmp_path / "step-3" / f"data-{copy}.pt")["taken"] for copy in range(2)] == [3, 3]
+
+
+class Odd(kill_saves.Loader):
+    """Its state holds what is no data."""
+
+    def __init__(self, state):
+        super().__init__()
+        self.state = state
+
+    def state_dict(self):
+        return {"at": 3, "more": [1, {"odd": self.state}]}
+
+
+@pytest.mark.parametrize("state", [numpy.arange(3), {1: lambda: 3}, random.Random(3), Path("/tmp")])
+def test_a_loader_that_cannot_be_saved_is_found_at_once(tmp_path, state):
+    """After the first step, not at the end of the run; by its place."""
+    with pytest.raises(RunError, match=r"cannot be saved: state_dict\(\)\['more'\]\[1\]\['odd'\](\[1\])? is a [\w.]+$"):
+        saved_once(tmp_path, steps=6, loader=Odd(state)).run()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_optimizer_that_cannot_be_saved_is_found_at_once(tmp_path):
+    class Noting(torch.optim.Adam):
+        def step(self, closure=None):
+            super().step(closure)
+            for state in self.state.values():
+                state["seen"] = {1, 2}
+
+    made = saved_once(tmp_path, steps=6)
+    made.optimizer.__class__ = Noting
+    with pytest.raises(RunError, match=r"optimizer\.layer0\.w\.seen is a builtins\.set, so the optimizer's state"):
+        made.run()
+
+
 def test_nothing_that_is_not_finite_is_saved(tmp_path):
     """A step that makes a weight infinite is named; the checkpoint before it stays the newest."""
     class Exploding(torch.optim.SGD):
@@ -143,6 +221,44 @@ def test_a_full_disk_under_metrics(tmp_path):
         last.run()
     assert latest(tmp_path / "one" / "c").name == "step-1"
     assert os.path.exists("/dev/full") and not os.path.isfile("/dev/full")
+
+
+def cramped(folder, name):
+    """A run whose disk takes no file of more than 20,000 bytes; what it ends with, and what it says."""
+    made = CheckpointConfig(str(folder / "c"), asynchronous=False)
+    config = TrainConfig(200, checkpoint=made, **{name: str(folder / name)})
+    said = []
+    trainer = Trainer(Engine(kill_saves.one_rank(), cases.chain_graph(), cases.chain_state()), config,
+                      Batches(kill_saves.Loader()), say=said.append)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        trainer.run()
+    except RunError as error:
+        said.append(str(error))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    return said
+
+
+@pytest.mark.distributed
+def test_a_full_disk_under_other_outputs(pool, tmp_path):
+    """Scalars for TensorBoard are a record, without which the run ends, saved; a profile of the last step is not."""
+    (text,), = pool.run(1, __file__, "cramped", tmp_path, "tensorboard")
+    assert re.match(r"step \d+: tensorboard .*: cannot be written: File too large; what was done is saved", text), text
+    verify(latest(tmp_path / "c"), read_state(latest(tmp_path / "c")))
+    (text,), = pool.run(1, __file__, "cramped", tmp_path / "other", "profile")
+    assert re.match(r"profile .*profile\.rank0\.json: cannot be written: it is missing or cut off", text), text
+    assert latest(tmp_path / "other" / "c").name == "step-200"
+
+
+def test_an_output_of_the_last_step_is_not_worth_the_run(tmp_path):
+    """What is written beside the checkpoint after the last step is said where it fails, and all is saved."""
+    (tmp_path / "gone").mkdir()
+    made = saved_once(tmp_path, steps=2, said=(said := []), profile=str(tmp_path / "gone" / "profile.json"))
+    (tmp_path / "gone").rmdir()
+    assert len(made.run()) == 2 and latest(tmp_path / "c").name == "step-2"
+    assert [text.partition(":")[0] for text in said] == [f"profile {tmp_path}/gone/profile.rank0.json"]
 
 
 def stopping(folder, plan, asked, metrics):

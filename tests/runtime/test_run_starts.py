@@ -16,10 +16,10 @@ import runtime_cases as cases
 import torch
 
 from mipipe.graphs.errors import InputError, RunError
-from mipipe.runtime.checkpoints.checkpoint import read_loader
 from mipipe.runtime.checkpoints.checkpoint_files import share_out
 from mipipe.runtime.checkpoints.checkpoint_folder import complete, forget, latest, read_owner, read_state, write_owner
 from mipipe.runtime.checkpoints.checkpoint_run import Start
+from mipipe.runtime.checkpoints.data_state import read_loader
 from mipipe.runtime.checkpoints.folder_lock import FolderLock
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import CheckpointConfig, DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
@@ -154,6 +154,7 @@ def test_a_restart_goes_on_with_its_own_run_only(tmp_path):
     '{"format": "mipipe.checkpoint", "version": 3, "step": "three"}',
     lambda data: {**data, "step": 2}, lambda data: {**data, "step": -1}, lambda data: {**data, "copies": 0},
     lambda data: {**data, "files": {"../../x": [1, "a"]}}, lambda data: {**data, "files": [1]},
+    lambda data: {**data, "files": {"..": [1, "a"]}},
     lambda data: {**data, "run": {}}, lambda data: {**data, "more": 1},
     lambda data: {**data, "files": {name: [1] for name in data["files"]}},
 ])
@@ -166,6 +167,53 @@ def test_a_state_of_another_shape_is_one_line(tmp_path, state):
         with pytest.raises(InputError, match=r"checkpoint .*step-3.*; remove the folder to use an earlier") as caught:
             attempt()
         assert "\n" not in str(caught.value)
+
+
+def test_a_loaders_state_that_is_not_listed_is_not_read(tmp_path):
+    """Nobody says that it is whole."""
+    trainer(tmp_path).run()
+    file = latest(tmp_path / "c") / "state.json"
+    data = json.loads(file.read_text())
+    file.write_text(json.dumps({**data, "files": {name: item for name, item in data["files"].items()
+                                                  if name != "data-0.pt"}}))
+    with pytest.raises(InputError, match=r"step-3: state\.json does not list data-0\.pt; remove the folder"):
+        trainer(tmp_path).begin(Start.RESUME)
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe{}\n", b"\0" * 40, b"[" * 100_000 + b"\n", b"[1]\n3\n",
+                                    b'{"step": "x"}\n'], ids=["bytes", "zeros", "deep", "lists", "text"])
+def test_damaged_metrics_end_no_resumed_run(tmp_path, damage):
+    """What is readable before the damage stays."""
+    trainer(tmp_path).run()
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(file.read_bytes() + damage)
+    made = trainer(tmp_path, 5)
+    made.run(made.begin(Start.RESUME))
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3, 4, 5]
+
+
+def test_a_restart_leaves_the_metrics_of_another_run_alone(tmp_path):
+    """A run that dies before its first checkpoint starts anew: what lies in the file then is its own."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    first = trainer(tmp_path)
+    first.run()
+    first.checkpoints.close()
+    shutil.rmtree(tmp_path / "c")
+    again = trainer(tmp_path)
+    assert again.begin(Start.RESTART, "another") == 0
+    again.run()
+    assert (tmp_path / "metrics.jsonl.previous").read_text() == '{"step": 1}\n'
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("name", ["step-4", "step-4.partial"])
+@pytest.mark.parametrize("kind", [Path.touch, Path.mkdir, lambda path: path.symlink_to("nowhere")])
+def test_what_lies_in_a_checkpoints_place_makes_way(tmp_path, name, kind):
+    trainer(tmp_path).run()
+    kind(tmp_path / "c" / name)
+    made = trainer(tmp_path, 4)
+    made.run(made.begin(Start.RESUME))
+    assert steps_in(tmp_path) == ["step-3", "step-4"] and read_state(tmp_path / "c" / "step-4").step == 4
 
 
 class Hostile:
