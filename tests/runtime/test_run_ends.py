@@ -209,14 +209,12 @@ def test_what_counts_as_finite(where, value):
 
 def test_a_full_disk_under_metrics(tmp_path):
     """The run ends after the next step, saved, with one line."""
-    made = saved_once(tmp_path, steps=6)
-    made.config = dataclasses.replace(made.config, metrics="/dev/full")
+    made = saved_once(tmp_path, steps=6, metrics="/dev/full")
     with pytest.raises(RunError, match=r"step 2: metrics /dev/full: cannot be written: No space left on device; what"
                                        r" was done is saved in .*step-2; go on with --resume"):
         made.run()
     verify(tmp_path / "c" / "step-2", read_state(tmp_path / "c" / "step-2"))
-    last = saved_once(tmp_path / "one", steps=1)
-    last.config = dataclasses.replace(last.config, metrics="/dev/full")
+    last = saved_once(tmp_path / "one", steps=1, metrics="/dev/full")
     with pytest.raises(RunError, match="No space left on device; all 1 steps are done, and their checkpoints saved"):
         last.run()
     assert latest(tmp_path / "one" / "c").name == "step-1"

@@ -30,8 +30,8 @@ from mipipe.runtime.train.training import Trainer
 
 def config_of(folder, steps=3, **changes):
     saved = CheckpointConfig(str(folder / "c"), every=1, keep=2, asynchronous=False, accept=changes.pop("accept", ()))
-    return TrainConfig(steps, checkpoint=saved, metrics=str(folder / "metrics.jsonl"),
-                       **{"optimizer": OptimizerConfig("adamw", 1e-2), **changes})
+    return TrainConfig(steps, checkpoint=saved, **{"metrics": str(folder / "metrics.jsonl"),
+                                                   "optimizer": OptimizerConfig("adamw", 1e-2), **changes})
 
 
 def trainer(folder, steps=3, layers=2, said=None, loader=None, **changes):
