@@ -122,6 +122,29 @@ def test_a_class_has_one_meaning() -> None:
     assert len(places) > 300 and not twice, twice
 
 
+def test_a_number_of_the_planner_has_its_words() -> None:
+    """What it counts, in what unit, and why so many, beneath every number that a module of planner/ names."""
+    def is_number(node: ast.expr) -> bool:
+        parts = node.elts if isinstance(node, ast.Tuple) else [node]
+        return all(isinstance(item, ast.Constant | ast.BinOp | ast.UnaryOp) and not any(
+            isinstance(name, ast.Name) for name in ast.walk(item)) and any(
+            isinstance(value, ast.Constant) and type(value.value) in (int, float) for value in ast.walk(item))
+            for item in parts) and bool(parts)
+
+    found, wrong = 0, []
+    for path in _files("planner"):
+        body, waiting = ast.parse(path.read_text(encoding="utf-8")).body, []
+        for node in body:
+            if isinstance(node, ast.Assign) and is_number(node.value):
+                waiting.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+                continue
+            found += len(waiting)
+            wrong += waiting if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) else []
+            waiting = []
+        wrong += waiting
+    assert found > 100 and not wrong, "numbers without words:\n" + "\n".join(wrong)
+
+
 def test_no_module_imports_itself_through_others() -> None:
     """Circles hide where a change may matter; imports inside functions and for types count too."""
     files = {".".join(("mipipe", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path

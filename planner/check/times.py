@@ -17,8 +17,8 @@ from mipipe.planner.check.facts import Demands, Part, part_text
 Place = tuple[int, int, int]
 """(rank, 0 for compute and 1 for collective, position)."""
 
-_GRID_COLUMNS = 7
-_GRID_ROWS = 16
+_GRID_COLUMNS, _GRID_ROWS = 7, 16
+"""Actions and ranks of the grid that shows where a plan waits for ever: what a terminal holds."""
 
 
 @dataclass(frozen=True, slots=True)

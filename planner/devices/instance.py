@@ -25,6 +25,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import MOST_SUMMED, from_data, load_data
 
 MOST_DEVICES = 4096
+"""Accelerators, and CPU cores, of a workload: a table of classes by devices must fit in memory."""
 
 
 class _Node(BaseModel):

@@ -18,6 +18,7 @@ from mipipe.planner.devices.instance import PlaceInstance
 from mipipe.planner.kernel import kernel
 
 PIECE = 16
+"""Classes of the largest piece that moves at once."""
 
 
 class Workload(NamedTuple):

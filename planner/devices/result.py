@@ -9,6 +9,7 @@ from mipipe.planner.gap import gap_of
 
 PlaceProgress = Callable[[float, str], None]
 TOLERANCE = 2e-6
+"""The gap up to which an assignment counts as proven: twice that at which the MIP stops."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.uniform import activation_unit_bytes
 
 GIGABYTE = 10**9
+"""Bytes that every device of a real cluster has more of."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ WORK = {"passthrough": 5, "linear": 16, "task_arithmetic": 12, "slerp": 8, "nusl
 """Time per entry, input and reading, in units of adding two arrays in place. For the methods not listed, singular
 values take the time."""
 OTHER_WORK = 12
+"""The same for those."""
 TEMPORARIES = 6
 """Float32 tensors of a tile's size alive at once beside inputs and task vectors."""
 

@@ -31,6 +31,7 @@ Number = int | float | str | Fraction
 
 _KIND = "device"
 _BASE_UNIT_NS = 10**6
+"""Nanoseconds of an abstract unit of time, before fractions of it are made whole."""
 _BYTES = 1000
 """Bytes of ``1 / ranks`` of a layer: fine enough that caps such as 8.5 or 0.75 * 33 activations are whole bytes."""
 

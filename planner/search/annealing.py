@@ -21,6 +21,7 @@ SLICE = 10_000_000
 """Moves of one kernel call times the nodes: a fraction of a second, which is how long Ctrl-C and the clock may wait."""
 
 TILTS = (0.0, 0.3, 0.05)
+"""Weights of the ranks' mean end beside the latest, in turns."""
 
 LISTED = "list"
 """What fresh lists are called where a plan says how it came about."""
@@ -33,6 +34,7 @@ LARGE_TURNS = ("wall", "wall", "price", "wall", "eased")
 """The same for instances of `LARGE` nodes and more, where a round is too short for a detour or another beginning."""
 
 EASE = 4 / 3
+"""Memory of an ``eased`` search, in what there is."""
 
 PRICE, LOW_PRICE = 0.5, 0.05
 """What an activation too many at one place of an order costs at first, in mean durations; low where most orders from

@@ -23,6 +23,7 @@ from mipipe.planner.search.lists import Orders
 from mipipe.planner.search.quota_kernel import QuotaTask, quota_schedule
 
 UNLIMITED = 1 << 40
+"""The quota of a line that keeps nothing: more microbatches than any step has."""
 
 
 @dataclass(frozen=True, slots=True)

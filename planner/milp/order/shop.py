@@ -22,6 +22,7 @@ from mipipe.planner.jobs.job_shop import Jobs
 from mipipe.planner.jobs.longest import heads_of
 
 NEVER = -(1 << 50)
+"""Length of a path that is none: below all times, and sums of a few of it still are 64 bits."""
 
 
 @dataclass(slots=True)
