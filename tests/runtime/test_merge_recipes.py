@@ -158,6 +158,9 @@ def test_models_are_found_in_the_local_cache(tmp_path, monkeypatch):
     assert "base_model:\n- org/tiny\n- org/tiny@v1.0\n" in card.split("---")[1]
     with pytest.raises(InputError, match="no such folder, and no such model in the cache"):
         run({"merge_method": "linear", "models": [{"model": "org/other"}]}, tmp_path / "out2")
+    (home / "snapshots" / ("c" * 40)).mkdir()
+    with pytest.raises(InputError, match=f"@v2: .* other revisions of this model: main, v1.0, {'c' * 40}"):
+        run({"merge_method": "linear", "models": [{"model": "org/tiny@v2"}]}, tmp_path / "out2")
 
 
 @pytest.mark.parametrize(("label", "parts"), [

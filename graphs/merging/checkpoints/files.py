@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mipipe.graphs.errors import InputError, shown
-from mipipe.graphs.merging.checkpoints.hub_cache import cache_folder, model_folder
+from mipipe.graphs.merging.checkpoints.hub_cache import model_folder, not_there
 from mipipe.graphs.read_files import load_json
 from mipipe.graphs.serialize import STRICT, Amount, load_data, read_text
 
@@ -98,9 +98,7 @@ def read_checkpoint(path: str | Path) -> CheckpointFiles:
     if folder.is_file():
         return _one_file(folder)
     if not folder.is_dir():
-        raise InputError(f"{path}: no such folder, and no such model in the cache {cache_folder()}; models are given as"
-                         " local checkpoint folders (config.json and .safetensors files), or by the name under which"
-                         " they were downloaded")
+        raise InputError(not_there(str(path)))
     adapter = _optional(folder / "adapter_config.json")
     files, named = (["adapter_model.safetensors"], None) if adapter else _model_files(folder)
     config = _optional(folder / "config.json")

@@ -26,7 +26,7 @@ def cached_model(label: str) -> Path | None:
     match = _NAME.fullmatch(label)
     if match is None or ".." in label:
         return None
-    folder = cache_folder() / f"models--{match['name'].replace('/', '--')}"
+    folder = _model_cache(match["name"])
     revision = match["revision"] or "main"
     ref = folder / "refs" / revision
     try:
@@ -40,6 +40,32 @@ def cached_model(label: str) -> Path | None:
         return whole
     short = sorted((folder / "snapshots").glob(f"{commit}*")) if re.fullmatch(r"[0-9a-f]{7,40}", commit) else []
     return short[0] if len(short) == 1 else None
+
+
+def not_there(label: str) -> str:
+    """What is wrong with a label for which `model_folder` finds nothing, and what to do."""
+    revisions = _revisions(label)
+    if revisions:
+        return (f"{label}: the cache {cache_folder()} has other revisions of this model: {', '.join(revisions[:5])};"
+                " give one of them (org/name@revision), or download this one")
+    return (f"{label}: no such folder, and no such model in the cache {cache_folder()}; models are given as local"
+            " checkpoint folders (config.json and .safetensors files), or by the name under which they were downloaded")
+
+
+def _revisions(label: str) -> list[str]:
+    """The branches and tags of a model that the cache has, then the commits that none of them names."""
+    match = _NAME.fullmatch(label)
+    if match is None or ".." in label:
+        return []
+    folder = _model_cache(match["name"])
+    names = {str(ref.relative_to(folder / "refs")): cached_model(f"{match['name']}@{ref.relative_to(folder / 'refs')}")
+             for ref in sorted((folder / "refs").rglob("*")) if ref.is_file()}
+    commits = sorted(path.name for path in (folder / "snapshots").glob("*") if path not in names.values())
+    return [*(name for name, path in names.items() if path is not None), *commits]
+
+
+def _model_cache(name: str) -> Path:
+    return cache_folder() / f"models--{name.replace('/', '--')}"
 
 
 def model_folder(label: str | Path) -> Path:
