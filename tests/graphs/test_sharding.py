@@ -13,10 +13,14 @@ from mipipe.graphs.coarse.mode_rows import mode_rows, undivided
 from mipipe.graphs.errors import GraphError, InputError
 from mipipe.graphs.modes import Layout
 from mipipe.graphs.operator_graph import Phase
-from mipipe.graphs.operators.collectives import COLLECTIVES, part_of, whole_of
+from mipipe.graphs.operators.collectives import part_of, whole_of
 from mipipe.graphs.serialize import save
 from mipipe.graphs.sharding.modes import member_program, settle_shared, with_modes
 from mipipe.graphs.sharding.parts import WHOLE, divided, fits, local_shape, reshaped
+
+COLLECTIVES = {f"mipipe.{name}.default": name for name in ("all_reduce", "all_gather", "reduce_scatter",
+                                                           "exchange_parts")}
+"""The operator kinds that send something."""
 
 TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8,
         "num_key_value_heads": 4, "max_position_embeddings": 64}
