@@ -18,7 +18,7 @@ from mipipe.runtime.checkpoints.checkpoint_folder import complete
 from mipipe.runtime.engine import engine as engines
 from mipipe.runtime.engine.clock import EventClock, HostClock, clock_for
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.train import training
+from mipipe.runtime.train import step_reports, training
 from mipipe.runtime.train.config import CheckpointConfig, TrainConfig
 from mipipe.runtime.train.data import Batches
 from mipipe.runtime.train.trace import measured_timeline
@@ -130,7 +130,7 @@ def test_the_timeline_comes_after_the_checkpoint_and_ends_no_run(on_device, monk
             raise fault
         return measured_timeline(given)
 
-    monkeypatch.setattr(training, "measured_timeline", taken)
+    monkeypatch.setattr(step_reports, "measured_timeline", taken)
     losses = training.Trainer(engine, config, Batches(endless()), say=said.append).run()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 2 and [record["step"] for record in records] == [1, 2]
@@ -144,6 +144,6 @@ def test_the_timeline_comes_after_the_checkpoint_and_ends_no_run(on_device, monk
 
 def test_who_wants_no_times_is_not_measured(on_device, monkeypatch):
     engine, _, device = on_device(10**6)
-    monkeypatch.setattr(training, "measured_timeline", lambda given: pytest.fail("measured"))
+    monkeypatch.setattr(step_reports, "measured_timeline", lambda given: pytest.fail("measured"))
     assert len(training.Trainer(engine, TrainConfig(2), Batches(endless())).run()) == 2
     assert not device.recorded
