@@ -426,7 +426,7 @@ def test_kills_at_random_moments(files, round_):
     assert len(kills) == 3
     assert result.losses == calm.losses
     numbers = [int(line.split()[1]) for line in said if line.startswith("restart ")]
-    assert numbers and numbers == list(range(1, len(numbers) + 1)), said
+    assert numbers and numbers == sorted(set(numbers)) and set(numbers) <= {1, 2, 3}, said  # killed early: no line
     for path in complete(files / name):
         verify(path, read_state(path))
 
