@@ -261,6 +261,9 @@ def test_who_is_lost(tmp_path):
     ({"0": -6, "1": -9, "2": -15}, r"rank 1 was killed by signal 9 \(SIGKILL\)"),
     ({"0": -15, "1": -6}, r"rank 1 was killed by signal 6 \(SIGABRT\); --resume continues"),
     ({"1": -99}, "rank 1 was killed by signal 99; --resume continues"),
+    ({"1": -2}, r"rank 1 was ended by signal 2 \(SIGINT\); --resume continues"),
+    ({"0": -15, "1": -2}, r"rank 1 was ended by signal 2 \(SIGINT\); --resume continues"),
+    ({"1": -15}, "rank 0, instruction 3: the connection is closed"),
     ({"1": 4}, "rank 0, instruction 3: the connection is closed; the peer has failed"),
     ({"1": 7}, r"rank 1 ended with exit code 7 and without a word: code of the model's"),
 ])
@@ -276,6 +279,12 @@ def test_a_killed_worker_is_named(tmp_path, codes, text):
     assert type(error) is RunError and re.match(text, str(error)), str(error)
     leave(0, "step 3: the loss is nan")
     assert str(explain_failure(tmp_path, tmp_path / "log", 1)) == "step 3: the loss is nan"
+
+
+def test_a_worker_that_is_ended_before_it_can_say_so_is_named(tmp_path):
+    """SIGTERM while it still imports: nobody has left a report."""
+    leave_exits(tmp_path, {"0": -15, "1": -15}, {"0": 12, "1": 11})
+    assert str(explain_failure(tmp_path, tmp_path / "log", 1)).startswith("rank 1 was ended by signal 15 (SIGTERM); --")
 
 
 @pytest.mark.parametrize("cause, shown", [(None, False), (RunError("0F0: the peer hangs"), False), (OSError(5), True)])

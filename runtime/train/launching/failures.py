@@ -32,7 +32,8 @@ def explain_failure(folder: Path, log: Path, code: int, show: bool = True) -> Mi
     stopped = next((item for item in found if item["type"] == StoppedError.__name__), None)
     if stopped is not None:
         return StoppedError(stopped["message"])
-    causes, killed = [item for item in found if not is_consequence(item)], signals_of(folder)
+    causes = [item for item in found if not is_consequence(item)]
+    killed = signals_of(folder) or ended_by_hand(folder, bool(found))
     if killed and not causes:
         return RunError(f"{killed}; --resume continues from the newest checkpoint, if one was saved, and --max-restarts"
                         " restarts workers")
@@ -113,6 +114,17 @@ def signals_of(folder: Path) -> str:
                         if code == StoppedError.exit_code])
     memory = " (by hand, or by the kernel for want of memory: see dmesg)" if signal.SIGKILL in killed.values() else ""
     return said + memory
+
+
+def ended_by_hand(folder: Path, reported: bool) -> str:
+    """Who was ended by a signal with which a launcher ends healthy workers, where that is all that happened: before it
+    could note SIGTERM, or by SIGINT, which no launcher of ours sends. Empty: nobody."""
+    found = {rank: item for rank, item in exits(folder).items()
+             if item.code in ENDED_BY_OTHERS and (not reported or item.code == -signal.SIGINT)}
+    if not found:
+        return ""
+    rank = min(found, key=lambda number: (found[number].time, number))
+    return f"rank {rank} was ended by {signal_name(-found[rank].code)}"
 
 
 def signal_name(number: int) -> str:
