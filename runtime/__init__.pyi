@@ -3,6 +3,10 @@ from mipipe.runtime.engine.engine import Engine as Engine
 from mipipe.runtime.engine.options import EngineOptions as EngineOptions
 from mipipe.runtime.merge.launch import MergeOptions as MergeOptions
 from mipipe.runtime.merge.launch import MergeResult as MergeResult
+from mipipe.runtime.recipes.dmm import StyledDenoiser as StyledDenoiser
+from mipipe.runtime.recipes.dmm import StyleDistillation as StyleDistillation
+from mipipe.runtime.recipes.dmm import trained_styles as trained_styles
+from mipipe.runtime.recipes.dmm import write_latents as write_latents
 from mipipe.runtime.recipes.fused import make_fused as make_fused
 from mipipe.runtime.recipes.task_router import task_features as task_features
 from mipipe.runtime.recipes.task_router import task_shares as task_shares
