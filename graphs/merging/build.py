@@ -17,6 +17,7 @@ from mipipe.graphs.merging.needed_streams import calibration_of
 from mipipe.graphs.merging.participants import AUTO_NAMES, Participant
 from mipipe.graphs.merging.recipes.recipe import Branch, MergeRecipe
 from mipipe.graphs.merging.tensor_classes import TensorClass, classify, with_layer
+from mipipe.graphs.merging.unit_groups import widened
 from mipipe.graphs.merging.units import MergeRule, UnitBuilder, slice_length
 from mipipe.graphs.serialize import to_data
 
@@ -35,13 +36,14 @@ def build(recipe: MergeRecipe, where: str = "recipe",
     if not units:
         raise InputError(f"{where}: its branches drop every tensor")
     idle = builder.filters.check(where, "lm_head.weight" if builder.reference.tied and not builder.untied else "")
+    units, config = widened(units, _config(builder, units), builder.reference.files.config, where)
     models = tuple(_source(label, found) for label, found in builder.opened.items())
     rule = recipe.vocabulary
     tokenizer = builder.reference_label if rule is None or rule.source in ("base", "union") else rule.source
     align = recipe.align
     if align is not None and not any(unit.experts and unit.method != "copy" for unit in units):
         raise InputError(f"{where}: align: the models have no experts to match")
-    return MergeGraph(units, models, _config(builder, units), builder.reference.files.config,
+    return MergeGraph(units, models, config, builder.reference.files.config,
                       builder.opened[tokenizer].tokenizer_folder, to_data(recipe), builder.vocabulary,
                       "float64" if recipe.dtype == "float64" else "float32", recipe.seed,
                       align is not None and align.experts, align is not None and align.hidden_units,

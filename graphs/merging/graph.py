@@ -63,7 +63,9 @@ class MergeUnit:
 
     ``method`` ``copy`` copies the first input's bytes. ``dtype`` is the output's (safetensors' spelling), ``shape`` the
     output's. ``vocabulary``: rows are gathered by the graph's vocabulary. ``crop``: inputs are cut to the shape from
-    the top left. ``group`` names the branch, over which statistics of the whole model are taken.
+    the top left. ``widened``: inputs are smaller, their units are partly kept side by side
+    (`mipipe.graphs.merging.unit_groups`). ``group`` names the branch, over which statistics of the whole model are
+    taken.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -83,6 +85,7 @@ class MergeUnit:
     crop: bool = False
     group: str = ""
     experts: str = ""
+    widened: bool = False
 
     @property
     def inputs(self) -> tuple[Input, ...]:
@@ -183,6 +186,6 @@ def pieces_of(unit: MergeUnit, config: Mapping[str, Any]) -> tuple[TableRows, ..
     Args:
         config: of the model whose architecture the output has (the graph's ``source_config``).
     """
-    if unit.vocabulary or unit.crop or unit.transposed:
+    if unit.vocabulary or unit.crop or unit.transposed or unit.widened:
         return (TableRows(unit.name, 0, unit.shape[0] if unit.shape else 1),)
     return pieces(unit.name, unit.shape, config)

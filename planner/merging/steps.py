@@ -79,6 +79,8 @@ def reads(unit: MergeUnit, step: MergeStep, graph: MergeGraph) -> list[tuple[Inp
         return [(unit.inputs[0], step.start, step.stop)]
     if is_gathered(unit, graph):
         return []
+    if unit.widened:  # its rows are not those of the inputs
+        return [(item, 0, item.tensor.num_bytes) for item in unit.inputs]
     found = []
     for item in unit.inputs:
         width = columns_of(unit, item.tensor.shape) * DTYPE_BITS[item.tensor.dtype] // 8

@@ -102,9 +102,10 @@ class UnitResults:
     """The results for some rows of one unit; models are numbered as in its tile, the base is -1."""
 
     def __init__(self, results: Results, name: str, models: Mapping[int, int], rows: tuple[int, int],
-                 turned: bool, columns: Mapping[int, Tensor] | None = None) -> None:
+                 turned: bool, columns: Mapping[int, Tensor] | None = None,
+                 units: Mapping[int, Tensor] | None = None) -> None:
         self._results, self._name, self._models, self._rows, self._turned = results, name, models, rows, turned
-        self._columns = columns or {}
+        self._columns, self._units = columns or {}, units or {}
 
     def fields(self, statistic: str, model: int) -> dict[str, Tensor]:
         """The fields of this tensor's statistic; empty where it was not measured."""
@@ -116,6 +117,10 @@ class UnitResults:
     def columns(self, model: int) -> Tensor | None:
         """The order in which a model's columns were read, where it is not its own."""
         return self._columns.get(model)
+
+    def units(self, model: int) -> Tensor | None:
+        """The order in which a model's rows were read, where it is not its own."""
+        return self._units.get(model)
 
     def every(self, statistic: str, model: int, item: str) -> dict[str, float]:
         """A field of one number for all tensors, by name."""

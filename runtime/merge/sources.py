@@ -35,7 +35,8 @@ class Reordering:
     block_rows: int = 1
     rows: dict[int, Tensor] = field(default_factory=dict)
     columns: dict[int, Tensor] = field(default_factory=dict)
-    """Hidden-unit order inside a block, by the block's number in the base's order."""
+    """Hidden-unit order inside a block, by the block's number in the base's order; -1 of units that a widened tensor
+    has from another model alone."""
     instead: str = ""
     """The unit whose tensor of the same model is read in place of this one (experts stored one by one)."""
 
@@ -95,11 +96,13 @@ class UnitPiece:
             if self.around.results is not None:
                 numbers = {place: item.model for place, item in enumerate(unit.models)}
                 numbers |= {-1: unit.base.model} if unit.base is not None else {}
+                orders = {place: order for place, item in enumerate(unit.models)
+                          if (order := self.around.orders.get((item.model, unit.name))) is not None}
                 measured = UnitResults(self.around.results, unit.name, numbers,
                                        (self.piece.start + start, self.piece.start + end), turn,
-                                       {place: order.columns[0] for place, item in enumerate(unit.models)
-                                        if (order := self.around.orders.get((item.model, unit.name))) is not None
-                                        and 0 in order.columns})
+                                       {place: order.columns[0] for place, order in orders.items()
+                                        if 0 in order.columns},
+                                       {place: order.rows[0] for place, order in orders.items() if 0 in order.rows})
             yield Tile(base, models, self.piece.key, index, len(ranges), unit.layer, unit.num_layers,
                        unit.tensor_class, self.around.graph.seed, self._adapters(start, end), measured)
 
@@ -125,6 +128,8 @@ class UnitPiece:
         unit = self.unit
         if unit.vocabulary:
             return self._gathered(start, stop)
+        if unit.widened:
+            return self._side_by_side(start, stop)
         columns = columns_of(unit, unit.shape)
         found = []
         for item in unit.inputs:
@@ -156,6 +161,23 @@ class UnitPiece:
                 parts[-1] = parts[-1][:, order.columns[block]].contiguous()
             place = end
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _side_by_side(self, start: int, stop: int) -> list[Tensor]:
+        """Both models in the wide shape: zeros where a model has no column, and rows of one model alone in both."""
+        found, known = [], []
+        for item in self.unit.models:
+            order = self.around.orders[item.model, self.unit.name]
+            columns = columns_of(self.unit, item.tensor.shape)
+            value = self._plain_rows(item, 0, item.tensor.shape[0], columns)
+            rows = order.rows.get(0, torch.arange(item.tensor.shape[0]))[start:stop]
+            value = value[rows.clamp_min(0)]
+            if 0 in order.columns:
+                places = order.columns[0]
+                value = torch.where((places < 0).to(value.device), 0, value[:, places.clamp_min(0)])
+            found.append(value)
+            known.append((rows >= 0).to(value.device)[:, None])
+        both = known[0] & known[1]
+        return [torch.where(both | known[number], value, found[1 - number]) for number, value in enumerate(found)]
 
     def whole(self, item: Input) -> Tensor:
         """All of an input's tensor in the compute dtype, with adapters added."""

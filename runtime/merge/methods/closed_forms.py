@@ -40,31 +40,55 @@ def regmean(tile: Tile, _stats: Any, *, weight: Sequence[float], reduce: float, 
     return (average + torch.linalg.solve(total, right, left=False)).to(tile.models[0])
 
 
-def pleas(tile: Tile, _stats: Any, *, weight: Sequence[float], ridge: float, **_params: Any) -> Tensor:
+def pleas(tile: Tile, _stats: Any, *, weight: Sequence[float], ridge: float, least_squares: bool = True,
+          **_params: Any) -> Tensor:
     """PLeaS' least squares (arXiv 2407.02447): the ``W`` whose outputs on averaged inputs are nearest to averaged
     outputs.
 
     ``min ||W z - o||^2`` with ``z = (x_1 + x_2) / 2`` and ``o = (W_1 x_1 + W_2 x_2) / 2``, in closed form from the
-    second moments of both models' inputs; the second model is already in the first's order. A multiple ``ridge`` of the
-    mean diagonal pulls to the average. Without samples the average itself.
+    second moments of both models' inputs; the second model is already in the first's order. Of units kept apart ``z``
+    and ``o`` are one model's own, and ``W`` is zero from one model's to the other's. A multiple ``ridge`` of the mean
+    diagonal pulls to the average. Without samples the average itself.
     """
-    fields = tile.measured.fields("joint", 1) if tile.measured is not None else {}
+    fields = tile.measured.fields("joint", 1) if tile.measured is not None and least_squares else {}
     average = plain_average(tile, _stats, weight=weight)
     if "sum" not in fields:
         return average
     assert tile.measured is not None
     both = fields["sum"].double() / float(fields["count"])
-    size, order = len(both) // 2, tile.measured.columns(1)
-    if order is not None:
-        places = torch.cat([torch.arange(size), size + order])
-        both = both[places][:, places]
-    blocks = both.reshape(2, size, 2, size).permute(0, 2, 1, 3).to(average.device)
-    inputs = blocks.sum((0, 1)) / 4
-    first, second = (model.double() - average for model in tile.models)
-    right = (first @ blocks[0].sum(0) + second @ blocks[1].sum(0)) / 4
+    size = len(both) // 2
+    columns = [order if (order := tile.measured.columns(number)) is not None else torch.arange(size)
+               for number in (0, 1)]
+    rows = [order if (order := tile.measured.units(number)) is not None else torch.arange(len(average))
+            for number in (0, 1)]
+    places = torch.cat([columns[0], torch.where(columns[1] < 0, -1, size + columns[1])])
+    both = torch.where((places[:, None] < 0) | (places[None] < 0), 0, both[places.clamp_min(0)][:, places.clamp_min(0)])
+    wide = len(columns[0])
+    blocks = both.reshape(2, wide, 2, wide).permute(0, 2, 1, 3).to(average.device)
+    whole = ((columns[0] >= 0) & (columns[1] >= 0)).to(average.device)
+    share = torch.where(whole, 0.5, 1.0).double()  # z = share * (x_1 + x_2), x_k zero where model k has no unit
+    inputs = share[:, None] * blocks.sum((0, 1)) * share
     scale = float(inputs.diagonal().mean())
     inputs.diagonal().add_(ridge * scale if scale > 0 else 1.0)
-    return (average + torch.linalg.solve(inputs, right, left=False)).to(tile.models[0])
+    found, base = average.clone(), average.double()
+    pairs = [model.double() for model in tile.models]
+    mine = [(order >= 0).to(average.device) for order in rows]
+    for chosen, apart in ((mine[0] & mine[1], None), (mine[0] & ~mine[1], 0), (mine[1] & ~mine[0], 1)):
+        if not bool(chosen.any()):
+            continue
+        # o z^T - base z z^T, from differences where there are any, so that equal models come back exactly
+        right = torch.zeros_like(base[chosen])
+        for number in (0, 1) if apart is None else (apart,):
+            part = 0.5 if apart is None else 1.0
+            right += part * (pairs[number][chosen] - base[chosen]) @ (blocks[number].sum(0) * share)
+            right += base[chosen] @ ((part - share[:, None]) * blocks[number].sum(0) * share)
+        free = (columns[0] >= 0 if apart == 0 else columns[1] >= 0 if apart == 1 else columns[0] > -2).to(right.device)
+        if apart is not None:  # the other model's input counts in z where units are merged
+            right -= base[chosen] @ (share[:, None] * blocks[1 - apart].sum(0) * share)
+        solved = torch.zeros_like(right)
+        solved[:, free] = torch.linalg.solve(inputs[free][:, free], right[:, free], left=False)
+        found[chosen] = (base[chosen] + solved).to(found)
+    return found
 
 
 def plain_average(tile: Tile, _stats: Any, *, weight: Sequence[float], **_params: Any) -> Tensor:

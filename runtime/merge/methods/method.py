@@ -37,7 +37,10 @@ class Measured(Protocol):
         """The fields of this tensor's statistic; empty where it was not measured."""
 
     def columns(self, model: int) -> Tensor | None:
-        """The order in which a model's columns were read, where it is not its own."""
+        """The order in which a model's columns were read, where it is not its own; -1: it has none there."""
+
+    def units(self, model: int) -> Tensor | None:
+        """The same of its rows."""
 
     def every(self, statistic: str, model: int, item: str) -> dict[str, float]:
         """A field of one number for all tensors, by name."""
