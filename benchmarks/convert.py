@@ -169,11 +169,16 @@ def pruning(work: Path, moe: Path, seed: int) -> Numbers:
     rows[f"random groups, best of {DRAWS}"] = min(chance)
     bare, _ = converted(work, f"{moe.name}_unaligned", {"method": "m_smoe", "align": False, **common})
     rows["m_smoe without alignment"] = loss(work, bare)
+    for size in (2, 16):
+        out, _ = converted(work, f"{moe.name}_ream{size}", {
+            "method": "ream", "model": moe.name, "groups": EXPERTS // 2, "group_size": size,
+            "calibration": calibration("both")})
+        rows[f"ream, groups of at most {size}"] = loss(work, out)
     for by in ("usage", "weight"):
         out, _ = converted(work, f"{moe.name}_pruned_{by}", {"method": "prune_experts", "model": moe.name, "by": by,
                                                              "keep": EXPERTS // 2, "calibration": calibration("both")})
         rows[f"pruned by {by}"] = loss(work, out)
-    for name in ("router_logits", "random0", "pruned_weight"):
+    for name in ("router_logits", "random0", "ream2", "pruned_weight"):
         tuned = train(work, work / f"{moe.name}_{name}", work / f"{moe.name}_{name}_tuned", TUNING, seed=seed, lr=5e-4)
         rows[f"{name}, {TUNING} steps of training"] = loss(work, tuned)
     for steps in (0, 100):
@@ -275,6 +280,7 @@ SECTIONS = {"Half the experts (4 of 8 a layer on average)": pruning, "MoLAE, gro
             "Two mixtures tuned apart, merged": routers}
 CLAIMS = (("m_smoe, router_logits", f"random groups, mean of {DRAWS}"),
           ("m_smoe, router_logits", "m_smoe without alignment"),
+          ("ream, groups of at most 2", "m_smoe, router_logits"), ("ream, groups of at most 2", "pruned by weight"),
           (f"router_logits, {TUNING} steps of training", f"random0, {TUNING} steps of training"),
           ("elastic, 6 experts a token", "plain, 6 experts a token"),
           ("elastic, 2 experts a token", "plain, 2 experts a token"),

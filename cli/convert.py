@@ -15,8 +15,9 @@ EXAMPLE = "mipipe convert recipe.yaml -o converted"
 
 def convert(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe: YAML with method (molae, m_smoe,"
-                                           " mc_smoe, prune_experts, dive, moe_adaptation), model and the method's"
-                                           " values; or an assembly of dense models, with experts and no method.")],
+                                           " mc_smoe, ream, prune_experts, dive, moe_adaptation), model and the"
+                                           " method's values; or an assembly of dense models, with experts and no"
+                                           " method.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to make.")],
     loader: Annotated[list[str] | None, typer.Option(
         metavar="PACKAGE.MODULE:FUNCTION", help="A function that the recipe may call for its texts; may be"

@@ -38,6 +38,21 @@ def join_groups(usage: Sequence[float], similarity: Table, count: int, capacity:
     return list(groups.values())
 
 
+def pseudo_groups(saliency: Sequence[float], distance: Table, count: int, size: int) -> list[list[int]]:
+    """Groups by their leaders' numbers, each led by one of the ``count`` most salient experts (REAM, arXiv 2604.04356).
+
+    From the most salient leader on, each takes the ``size - 1`` nearest experts that are left; where none is, groups
+    are single.
+    """
+    order = sorted(range(len(saliency)), key=lambda expert: (-saliency[expert], expert))
+    groups, left = {leader: [leader] for leader in order[:count]}, order[count:]
+    for leader, members in groups.items():
+        nearest = sorted(left, key=lambda expert: (distance[leader, expert], expert))[:size - 1]
+        members += nearest
+        left = [expert for expert in left if expert not in nearest]
+    return [groups[leader] for leader in sorted(groups)]
+
+
 def alike_neighbours(similarity: Table, group: int) -> list[int]:
     """An order of the experts in which those that are alike are neighbours: each run of ``group`` starts with the first
     expert that is left and takes the ones most similar to it on average over the run."""

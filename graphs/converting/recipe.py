@@ -124,6 +124,30 @@ class PruneExperts(ConversionRecipe):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ream(ConversionRecipe):
+    """REAM: ``groups`` merged experts in every layer (none: three quarters of them), each led by one of the most
+    salient, which take up to ``group_size - 1`` others. ``align``: hidden units are matched by activations and weights,
+    by one of them, or not. ``sequential``: every layer sees the layers before it merged."""
+
+    METHOD: ClassVar[str] = "ream"
+    calibration: CalibrationRule
+    groups: int | None = None
+    group_size: int = 16
+    align: Literal["both", "activations", "weights", "none"] = "both"
+    sequential: bool = True
+    experts_per_token: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("groups", "group_size", "experts_per_token"):
+            _at_least(key, getattr(self, key), 1)
+
+    def kept(self, experts: int) -> int:
+        """Merged experts of a layer that has so many."""
+        return self.groups or max(1, experts * 3 // 4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Dive(ConversionRecipe):
     """DIVE: a dense model's MLP pruned for each group of domains, ``pruned`` of its channels, is an expert of its own.
 
@@ -172,9 +196,9 @@ class MoeAdaptation(ConversionRecipe):
                              " to below 1, and no negative deviation")
 
 
-ConvertRecipe = Molae | MergeExperts | CompressExperts | PruneExperts | Dive | MoeAdaptation
+ConvertRecipe = Molae | MergeExperts | CompressExperts | Ream | PruneExperts | Dive | MoeAdaptation
 METHODS: dict[str, type[ConvertRecipe]] = {
-    kind.METHOD: kind for kind in (Molae, MergeExperts, CompressExperts, PruneExperts, Dive, MoeAdaptation)}
+    kind.METHOD: kind for kind in (Molae, MergeExperts, CompressExperts, Ream, PruneExperts, Dive, MoeAdaptation)}
 
 
 def _at_least(key: str, value: int | None, least: int) -> None:

@@ -107,7 +107,8 @@ def decoder_layer(model: Any, number: int) -> Any:
 
 
 @contextlib.contextmanager
-def _hooked(handles: list[Any]) -> Iterator[None]:
+def hooked(handles: list[Any]) -> Iterator[None]:
+    """Hooks that go when what is inside ends."""
     try:
         yield
     finally:
@@ -124,40 +125,80 @@ def run_layers(source: Source, samples: Samples, layers: Sequence[int], scratch:
         watch: called with every one of these layers, its number and a function that takes the rows of real tokens out
             of a tensor [batch, length, ...] or [batch * length, ...]; returns handles of hooks.
     """
-    config = source.files.config
-    decoder = Decoder(source.files.source, source.files.path, source.files.tensors,
-                      lambda name: source.read(source.files.tensors[name]),
-                      functools.partial(_rows_of, source), source.dtype)
+    decoder = open_decoder(source)
+    with layer_states(source, samples, scratch) as run:
+        run.start(decoder)
+        for number in range(max(layers) + 1):
+            layer = decoder.load_layer(number)
+            handles = watch(layer, number, run.real) if number in layers else []
+            with hooked(handles):
+                run.advance(decoder, number)
+            decoder.drop_layer(number)
+
+
+def open_decoder(source: Source) -> Decoder:
+    """The source, to be run layer by layer."""
+    return Decoder(source.files.source, source.files.path, source.files.tensors,
+                   lambda name: source.read(source.files.tensors[name]), functools.partial(rows_of, source),
+                   source.dtype)
+
+
+@dataclass
+class LayerStates:
+    """Samples between two layers of a model: their tokens, states in a file, batches of rows."""
+
+    ids: Tensor
+    lengths: Tensor
+    states: States
+    batches: list[tuple[int, int]]
+    mask: Tensor
+
+    def real(self, item: Tensor) -> Tensor:
+        """The rows of real tokens of the batch that runs, out of [batch, length, ...] or [batch * length, ...]."""
+        return item.reshape(*self.mask.shape, -1)[self.mask]
+
+    def start(self, decoder: Decoder) -> None:
+        """States before the first layer."""
+        decoder.load_rest(head=False)
+        for start, stop in self.batches:
+            self.states.write(start, decoder.embed(self.ids[start:stop]))
+        decoder.drop_rest()
+
+    def passes(self, decoder: Decoder, number: int) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Run a loaded layer on all samples, which stay before it; what is yielded before each batch is `real`."""
+        for start, stop in self.batches:
+            self._mark(start, stop)
+            yield self.real
+            decoder.forward(number, self.states.read(start, stop))
+
+    def advance(self, decoder: Decoder, number: int) -> None:
+        """Take all samples through a loaded layer."""
+        for start, stop in self.batches:
+            self._mark(start, stop)
+            self.states.write(start, decoder.forward(number, self.states.read(start, stop)))
+
+    def _mark(self, start: int, stop: int) -> None:
+        self.mask = torch.arange(self.ids.shape[1])[None] < self.lengths[start:stop, None]
+
+
+@contextlib.contextmanager
+def layer_states(source: Source, samples: Samples, scratch: Path) -> Iterator[LayerStates]:
+    """Samples to be taken through a model layer by layer; ``scratch`` is a folder that is gone afterwards."""
     scratch.mkdir(parents=True, exist_ok=True)
     ids, lengths = torch.from_numpy(samples.ids).long(), torch.from_numpy(samples.lengths)
-    states = States(scratch / "states", ids.shape[1], int(config["hidden_size"]), source.dtype)
+    states = States(scratch / "states", ids.shape[1], int(source.files.config["hidden_size"]), source.dtype)
     batches = [(start, min(start + BATCH, len(ids))) for start in range(0, len(ids), BATCH)]
     try:
         with torch.no_grad():
-            decoder.load_rest(head=False)
-            for start, stop in batches:
-                states.write(start, decoder.embed(ids[start:stop]))
-            decoder.drop_rest()
-            for number in range(max(layers) + 1):
-                layer = decoder.load_layer(number)
-                mask = torch.empty(0)
-
-                def real(item: Tensor) -> Tensor:
-                    return item.reshape(*mask.shape, -1)[mask]  # noqa: B023
-
-                handles = watch(layer, number, real) if number in layers else []
-                with _hooked(handles):
-                    for start, stop in batches:
-                        mask = torch.arange(ids.shape[1])[None] < lengths[start:stop, None]
-                        states.write(start, decoder.forward(number, states.read(start, stop)))
-                decoder.drop_layer(number)
+            yield LayerStates(ids, lengths, states, batches, torch.empty(0))
     finally:
         states.remove()
+        (scratch / "config.json").unlink(missing_ok=True)  # of a model that is run before it is written
         with contextlib.suppress(OSError):
             scratch.rmdir()
 
 
-def _rows_of(source: Source, name: str, rows: Tensor) -> Tensor:
+def rows_of(source: Source, name: str, rows: Tensor) -> Tensor:
     """Some rows of a table."""
     tensor = source.files.tensors[name]
     return torch.cat([source.shelf.read_rows(source.files.path, tensor, int(row), int(row) + 1, tensor.shape[1])
@@ -211,7 +252,7 @@ def mean_loss(model: Any, samples: Samples, kept: Mapping[int, Tensor] | None = 
         lambda _module, _inputs, output, bias=bias: output + bias.to(output.dtype))
         for number, bias in (offset or {}).items()]
     total, count = 0.0, 0
-    with _hooked(handles), torch.no_grad():
+    with hooked(handles), torch.no_grad():
         for ids, labels in batches(samples):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             total += float(nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"))

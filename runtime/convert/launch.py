@@ -21,6 +21,7 @@ from mipipe.graphs.converting.recipe import (
     MergeExperts,
     Molae,
     PruneExperts,
+    Ream,
     read_convert_recipe,
 )
 from mipipe.graphs.serialize import to_data
@@ -29,9 +30,10 @@ from mipipe.runtime.calibration.tokens import Samples, draw_samples
 from mipipe.runtime.convert import collect
 from mipipe.runtime.convert.compress import plan_compress
 from mipipe.runtime.convert.from_dense import plan_adaptation, plan_dive
-from mipipe.runtime.convert.merge_experts import plan_merge, plan_prune
+from mipipe.runtime.convert.merge_experts import kept_config, plan_merge, plan_prune
 from mipipe.runtime.convert.molae import plan_molae
 from mipipe.runtime.convert.output import Conversion, write_conversion
+from mipipe.runtime.convert.ream import Result, decide, plan_ream
 from mipipe.runtime.convert.source import MoeLayer, Source, dense_layers, open_source
 from mipipe.runtime.merge.launch import check_target
 from mipipe.runtime.merge.output.lock import only_one
@@ -101,6 +103,11 @@ class Calibrated:
         return collect.routing(self._source, samples, {layer.number: len(layer.experts) for layer in layers},
                                self._scratch)
 
+    def merging(self, recipe: Ream, samples: Samples, layers: Sequence[MoeLayer], result: Result) -> None:
+        self._progress("running the model on the texts, merging its layers")
+        config = kept_config(self._source, recipe.kept(len(layers[0].experts)), recipe.experts_per_token)
+        decide(recipe, self._source, samples, layers, result, config, self._scratch)
+
     def channels(self, samples: Samples, layers: Mapping[int, int]) -> Mapping[int, collect.ChannelMoments]:
         self._progress("running the model on the texts")
         return collect.channels(self._source, samples, layers, self._scratch)
@@ -124,6 +131,8 @@ def plan(recipe: ConvertRecipe, source: Source, texts: Calibrated) -> Conversion
     routing = functools.partial(texts.routing, samples)
     if isinstance(recipe, MergeExperts):
         return plan_merge(recipe, source, routing)
+    if isinstance(recipe, Ream):
+        return plan_ream(recipe, source, functools.partial(texts.merging, recipe, samples))
     if isinstance(recipe, PruneExperts):
         return plan_prune(recipe, source, routing)
     if isinstance(recipe, CompressExperts):

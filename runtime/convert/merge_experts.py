@@ -185,17 +185,10 @@ def plan_prune(recipe: PruneExperts, source: Source, see: SeeRouting) -> Convers
         InputError: more to keep than there are, fewer than are chosen per token, experts routed in groups.
     """
     layers = moe_layers(source)
-    count, config = len(layers[0].experts), dict(source.files.config)
-    top = recipe.experts_per_token or config.get("num_experts_per_tok", 1)
-    if not top <= recipe.keep <= count:
-        raise InputError(f"keep: found {recipe.keep}, expected {top}, the experts per token, to {count}, the number"
-                         " of experts")
-    if (config.get("n_group") or 1) > 1:
-        raise InputError(f"{recipe.model}: routes by {config['n_group']} groups of neighbouring experts, of which none"
-                         " may lose more than another")
+    count = len(layers[0].experts)
+    check_kept(recipe.model, source, recipe.keep, count, recipe.experts_per_token, "keep")
     seen = see(layers)
     kept = {layer.number: _most_used(seen[layer.number], recipe) for layer in layers}
-    config |= {key: recipe.keep for key in EXPERT_COUNTS if key in config} | {"num_experts_per_tok": top}
     units = [_pruned(recipe, source, layer, kept[layer.number]) for layer in layers]
     routers = {item.name for layer in layers for item in (layer.router, layer.bias) if item is not None}
     units += copied(source, lambda name: is_expert(name) or is_bank(name) or name in routers,
@@ -203,9 +196,38 @@ def plan_prune(recipe: PruneExperts, source: Source, see: SeeRouting) -> Convers
     figures = {"kept": {str(number): experts for number, experts in kept.items()},
                "kept_usage": {str(number): sum(seen[number].usage[expert] for expert in experts)
                               for number, experts in kept.items()}}
-    return Conversion(config, tuple(units), figures, False,
+    return Conversion(kept_config(source, recipe.keep, recipe.experts_per_token), tuple(units), figures, False,
                       lambda record: f"{recipe.keep} of {count} experts a layer, which had"
                       f" {min(record['kept_usage'].values()):.1%} or more of all choices.")
+
+
+def check_kept(model: str, source: Source, kept: int, count: int, per_token: int | None, key: str) -> None:
+    """Raise where a model's own architecture cannot have ``kept`` of its ``count`` experts.
+
+    Raises:
+        InputError: fewer than are chosen per token, more than there are, or experts routed in groups.
+    """
+    config = source.files.config
+    top = per_token or config.get("num_experts_per_tok", 1)
+    if not top <= kept <= count:
+        raise InputError(f"{key}: found {kept}, expected {top}, the experts per token, to {count}, the number of"
+                         " experts")
+    if (config.get("n_group") or 1) > 1:
+        raise InputError(f"{model}: routes by {config['n_group']} groups of neighbouring experts, of which none"
+                         " may lose more than another")
+
+
+def kept_config(source: Source, kept: int, per_token: int | None) -> dict[str, Any]:
+    """The source's config with fewer experts."""
+    config = dict(source.files.config)
+    top = per_token or config.get("num_experts_per_tok", 1)
+    return config | {key: kept for key in EXPERT_COUNTS if key in config} | {"num_experts_per_tok": top}
+
+
+def pruned_tensors(layer: MoeLayer, expert: int, place: int) -> dict[str, str]:
+    """The names of an expert's tensors by part, under a new number."""
+    return {part: tensor.name.replace(f".experts.{expert}.", f".experts.{place}.")
+            for part, tensor in layer.experts[expert].items()}
 
 
 def _most_used(seen: RoutingCounts, recipe: PruneExperts) -> list[int]:
@@ -217,8 +239,7 @@ def _pruned(recipe: PruneExperts, source: Source, layer: MoeLayer, kept: Sequenc
     """The experts that stay, under their new numbers, and their router's rows."""
     stored = {}
     for place, expert in enumerate(kept):
-        for tensor in layer.experts[expert].values():
-            stored[tensor.name.replace(f".experts.{expert}.", f".experts.{place}.")] = tensor
+        stored |= {name: layer.experts[expert][part] for part, name in pruned_tensors(layer, expert, place).items()}
     routers = [item for item in (layer.router, layer.bias) if item is not None]
     pieces = [OutputTensor(name, written_dtype(tensor, recipe.out_dtype), tensor.shape)
               for name, tensor in stored.items()]

@@ -18,6 +18,7 @@ RECIPES = {
     "molae": {"model": "moe", "group": 4}, "m_smoe": {"model": "moe", "groups": 4, "calibration": TEXTS},
     "mc_smoe": {"model": "moe", "groups": 4, "calibration": TEXTS},
     "prune_experts": {"model": "moe", "keep": 4, "calibration": TEXTS},
+    "ream": {"model": "moe", "groups": 4, "calibration": TEXTS},
     "dive": {"model": "dense", "experts": 2, "domains": [TEXTS, TEXTS]},
     "moe_adaptation": {"model": "dense", "experts": 8, "experts_per_token": 4, "shared_ratio": 0.1, "dense_layers": [0],
                        "calibration": TEXTS}}

@@ -23,6 +23,7 @@ from mipipe.graphs.converting.decisions import (
     join_groups,
     kept_fraction,
     low_rank,
+    pseudo_groups,
     snake_deal,
 )
 from mipipe.graphs.errors import InputError
@@ -283,6 +284,136 @@ def test_other_architectures_convert_alike(models: Path, tmp_path: Path, host: s
     run(models, tmp_path / "molae", {"method": "molae", "group": 1, **common})
     assert torch.allclose(logits(tmp_path / "shared"), logits(tmp_path / "expanded"), atol=1e-9)
     assert torch.allclose(logits(tmp_path / "molae"), logits(tmp_path / "source"), atol=1e-5)
+
+
+# REAM (2604.04356)
+
+def test_leaders_take_the_nearest_in_the_order_of_their_saliency() -> None:
+    """By hand: 1 leads before 3; it takes its two nearest though 3 is nearer to one of them."""
+    distance = np.array([[0, .5, .9, .1, .9], [.5, 0, .2, .4, .6], [.9, .2, 0, .1, .3], [.1, .4, .1, 0, .7],
+                         [.9, .6, .3, .7, 0]])
+    saliency = [.1, .9, .2, .8, .3]
+    assert pseudo_groups(saliency, distance, 2, 3) == [[1, 2, 0], [3, 4]]
+    assert pseudo_groups(saliency, distance, 2, 5) == [[1, 2, 0, 4], [3]]
+    assert pseudo_groups(saliency, distance, 4, 2) == [[1, 0], [2], [3], [4]]
+
+
+@pytest.mark.parametrize("options", [{}, {"align": "weights", "sequential": False},
+                                     {"align": "activations", "group_size": 2}, {"align": "none"}])
+def test_ream_is_its_formulas(models: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """Saliency, groups, matching and means in numpy, from what goes into every block of the merged model itself."""
+    from scipy.optimize import linear_sum_assignment
+    from scipy.spatial.distance import cdist
+
+    record = run(models, tmp_path / "out", {"method": "ream", "model": "moe", "groups": 5, "calibration": CALIBRATION,
+                                            "dtype": "float64", "out_dtype": "float64", **options}).record
+    before, after = load_file(models / "moe/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    seen: dict[int, list[np.ndarray]] = {0: [], 1: []}
+    model = loaded(tmp_path / "out" if options.get("sequential", True) else models / "moe")
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(
+            lambda _module, inputs, number=number: seen[number].append(inputs[0].detach().numpy()[0]))
+    for row in write_tokens(tmp_path / "again.jsonl", TEXT):
+        with torch.no_grad():
+            model(input_ids=torch.tensor([row]))
+    assert model.config.num_experts == (5 if options.get("sequential", True) else EXPERTS)
+
+    def unit(value: np.ndarray) -> np.ndarray:
+        return value / np.linalg.norm(value, axis=-1, keepdims=True)
+
+    for layer in range(2):
+        x = np.concatenate(seen[layer])
+        parts = {part: experts_of(before, layer, part) for part in ("gate_proj", "up_proj", "down_proj")}
+        router = np.asarray(before[f"model.layers.{layer}.mlp.gate.weight"], np.float64)
+        z = x @ router.T
+        gates = np.exp(z - z.max(1, keepdims=True))
+        gates /= gates.sum(1, keepdims=True)
+        best = np.argsort(-gates, 1)[:, :2]
+        weights = np.take_along_axis(gates, best, 1)
+        weights /= weights.sum(1, keepdims=True)
+        inner = [(g := x @ parts["gate_proj"][e].T) / (1 + np.exp(-g)) * (x @ parts["up_proj"][e].T)
+                 for e in range(EXPERTS)]
+        outputs = [inner[e] @ parts["down_proj"][e].T for e in range(EXPERTS)]
+        saliency = np.array([np.mean([weights[t, k] * np.linalg.norm(outputs[e][t])
+                                      for t, k in np.argwhere(best == e)]) for e in range(EXPERTS)])
+        assert np.allclose(record["saliency"][str(layer)], saliency, rtol=1e-6)  # routers are in float32
+        means = unit(np.stack([(gates[:, e, None] * outputs[e]).mean(0) for e in range(EXPERTS)]))
+        logits_apart = cdist(unit(z.T), unit(z.T))
+        like = ((1 + means @ means.T) / 2 + 1 - logits_apart / logits_apart.max()) / 2
+        groups = pseudo_groups(saliency.tolist(), 1 - like, 5, options.get("group_size", 16))
+        assert record["groups"][str(layer)] == groups and any(len(group) > 1 for group in groups)
+        name = f"model.layers.{layer}.mlp."
+        assert np.allclose(after[f"{name}gate.weight"], router[[group[0] for group in groups]])
+        for place, group in enumerate(groups):
+            total = dict.fromkeys(parts, 0.0)
+            for expert in group:
+                flat = [unit(np.concatenate([parts["gate_proj"][e], parts["up_proj"][e], parts["down_proj"][e].T], 1))
+                        for e in (group[0], expert)]
+                cost = np.zeros((INNER, INNER))
+                if options.get("align", "both") in ("both", "activations"):
+                    cost += cdist(unit(inner[group[0]].T), unit(inner[expert].T))
+                if options.get("align", "both") in ("both", "weights"):
+                    cost += cdist(*flat)
+                order = np.arange(INNER) if options.get("align") == "none" else linear_sum_assignment(cost)[1]
+                share = saliency[expert] / saliency[group].sum()
+                for part, all_of in parts.items():
+                    fitted = all_of[expert][:, order] if part == "down_proj" else all_of[expert][order]
+                    total[part] = total[part] + share * fitted
+            for part, wanted in total.items():
+                assert np.allclose(after[f"{name}experts.{place}.{part}.weight"], wanted, atol=1e-7)
+
+
+def test_ream_of_permuted_copies_changes_no_output_and_all_groups_single_is_the_model(models: Path, tmp_path: Path
+                                                                                      ) -> None:
+    run(models, tmp_path / "same", {"method": "ream", "model": "moe", "groups": EXPERTS, "calibration": CALIBRATION})
+    assert torch.equal(logits(tmp_path / "same"), logits(models / "moe"))
+
+    def copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(2)
+        for layer in range(2):
+            for expert in range(1, EXPERTS):
+                order = torch.randperm(INNER, generator=generator)
+                for part in ("gate_proj", "up_proj", "down_proj"):
+                    place = f"model.layers.{layer}.mlp.experts.{{}}.{part}.weight"
+                    item = tensors[place.format(0)]
+                    moved = item[:, order] if part == "down_proj" else item[order]
+                    tensors[place.format(expert)] = moved.contiguous()
+        return tensors
+
+    rewritten(models / "moe", tmp_path / "copies", copies)
+    for align in ("both", "activations", "weights"):
+        run(models, tmp_path / align, {"method": "ream", "model": str(tmp_path / "copies"), "groups": 3,
+                                       "calibration": CALIBRATION, "align": align})
+        # router weights are in float32, and sum up over other experts
+        assert torch.allclose(logits(tmp_path / align), logits(tmp_path / "copies"), atol=1e-5)
+
+
+def test_ream_refuses_what_an_architecture_cannot_have(models: Path, tmp_path: Path) -> None:
+    for options, text in (({"groups": 1}, "groups: found 1, expected 2, the experts per token"),
+                          ({"groups": 9}, "groups: found 9"), ({"groups": 3, "group_size": 2}, "expected at least 3")):
+        with pytest.raises(InputError, match=text):
+            run(models, tmp_path / "out", {"method": "ream", "model": "moe", "calibration": CALIBRATION, **options})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", ["qwen2_moe", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe", "dots1", "mixtral"])
+def test_ream_takes_other_architectures(models: Path, tmp_path: Path, host: str) -> None:
+    """All groups single give the model again, fewer one that runs; experts that are routed in groups are refused."""
+    kind = transformers.CONFIG_MAPPING[host]
+    fields = {*kind.__dataclass_fields__, *kind.attribute_map}
+    known = {key: value for key, value in OTHERS.items() if key in fields}
+    for name, groups in (("source", 1), ("grouped", 2)):
+        torch.manual_seed(0)
+        config = kind(**known | ({"n_group": groups} if "n_group" in known else {}))
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+    common = {"method": "ream", "calibration": CALIBRATION}
+    for name, count in (("whole", 8), ("fewer", 5)):
+        run(models, tmp_path / name, {**common, "model": str(tmp_path / "source"), "groups": count})
+    assert torch.allclose(logits(tmp_path / "whole"), logits(tmp_path / "source"), atol=1e-9)
+    assert bool(logits(tmp_path / "fewer").isfinite().all())
+    if "n_group" in known:
+        with pytest.raises(InputError, match="routes by 2 groups of neighbouring experts"):
+            run(models, tmp_path / "no", {**common, "model": str(tmp_path / "grouped"), "groups": 5})
 
 
 # MC-SMoE
