@@ -2,11 +2,13 @@
 do.
 
     python benchmarks/data_driven_merging.py run WORK [--seeds 5]   # trains and merges, some forty minutes on a core
+    python benchmarks/data_driven_merging.py run WORK2 --mixture    # of mixtures of experts
     python benchmarks/data_driven_merging.py table WORK [-o FILE]
 
-One base (0.9 M parameters) has read Python's docstrings and a little of everything; for every seed five experts go on
-from it, each on one kind of text (`data_driven/texts.py`). A method's parameters are chosen by ``mipipe tune`` on
-validation text (`data_driven/methods.py` has the grids), its score is taken on test text that nothing else has seen:
+One base (0.9 M parameters; a mixture of experts has 0.6 M) has read Python's docstrings and a little of everything; for
+every seed five experts go on from it, each on one kind of text (`data_driven/texts.py`). A method's parameters are
+chosen by ``mipipe tune`` on validation text (`data_driven/methods.py` has the grids), its score is taken on test text
+that nothing else has seen:
 the mean over the five kinds of the expert's perplexity over the merged model's ("normalised", MergeBench's protocol),
 and how much worse than the base the model is at prose ("forgetting", nats per byte). Calibrated methods run each expert
 on samples of its own training text. Errors are standard errors over seeds; a difference of two methods is judged by its
@@ -34,16 +36,16 @@ from mipipe.runtime.tuning.protocol import Models, Task, evaluate_models, normal
 from mipipe.runtime.tuning.tune import TuneOptions, tune
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from data_driven.methods import DATA, EVERY, EXPERTS, FREE, SEARCHED, kind, recipe
+from data_driven.methods import DATA, EVERY, EXPERTS, FREE, OF_MIXTURES, ROUTED, SEARCHED, kind, recipe
 from data_driven.train import train
 
 VALIDATION = {"samples": 12, "length": 128}
 TEST = {"samples": 48, "length": 128}
 
 
-def run(work: Path, seed: int, methods: list[str]) -> None:
+def run(work: Path, seed: int, methods: list[str], mixture: bool = False) -> None:
     """Train what is missing of a seed, tune and measure the methods that ``WORK/SEED/results.json`` lacks."""
-    train(work, seed)
+    train(work, seed, mixture)
     file = work / str(seed) / "results.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for name in ("experts", *methods):
@@ -90,7 +92,7 @@ def one(name: str, work: Path, seed: int) -> dict[str, Any]:
     else:
         out, trials = place / "out", 1
         if not out.exists():
-            mipipe.merge(data[0], out, verify=False)
+            mipipe.merge(file, out, verify=False)
     row = measure(work, seed, {name: str(out)})[-1]
     return {"scores": dict(row.scores), "chosen": chosen, "trials": trials, "merge_s": row.seconds,
             "seconds": round(time.monotonic() - began, 1)}
@@ -120,7 +122,7 @@ def table(work: Path, out: Path | None) -> None:
              " from task", "arithmetic, seed by seed; +- is the standard error over the seeds counted", "",
              f"{'method':24} {'data':8} {'seeds':>5} {'normalised':>17} {'above TA':>18} {'forgetting':>18}"
              f" {'points':>6} {'tune s':>7}  {' '.join(f'{name:>8}' for name in EXPERTS)}"]
-    for name in ("base", *EVERY):
+    for name in ("base", *EVERY, *ROUTED):
         found = [results for results in every if name in results]
         if len(found) < 2:  # no error could be said
             continue
@@ -134,7 +136,7 @@ def table(work: Path, out: Path | None) -> None:
         lines.append(f"{name:24} {kind(name):8} {len(found):5} {mean:7.4f} +- {error:.4f} {apart:+8.4f} +- {unsure:.4f}"
                      f" {drop:+8.4f} +- {doubt:.4f} {trials:6.0f} {seconds:7.1f}"
                      f"  {' '.join(f'{share:8.3f}' for share in shares)}")
-    lines += ["", *verdicts(every, [name for name in EVERY if all(name in results for results in every)])]
+    lines += ["", *verdicts(every, [name for name in (*EVERY, *ROUTED) if all(name in results for results in every)])]
     text = "\n".join(lines) + "\n"
     print(text)
     if out is not None:
@@ -146,12 +148,17 @@ def verdicts(every: list[dict[str, Any]], names: list[str]) -> list[str]:
     def mean(name: str) -> float:
         return statistics.mean([score(results, name) for results in every])
 
-    free = max((name for name in names if name in FREE and name not in ("average", "task arithmetic")), key=mean)
-    samples = max((name for name in names if name in DATA), key=mean)
-    data = max((name for name in names if name not in FREE), key=mean)
-    claims = [("task arithmetic", "average"), (free, "task arithmetic"), (samples, free), (data, free)]
+    def best(chosen: list[str]) -> str:
+        return max(chosen, key=mean, default="")
+
+    free = best([name for name in names if name in FREE and name not in ("average", "task arithmetic")])
+    samples, data = best([name for name in names if name in DATA]), best([name for name in names if name not in FREE])
+    claims = [("task arithmetic", "average"), (free, "task arithmetic"), (samples, free), (data, free),
+              *ROUTED.items()]
     lines = []
     for better, worse in dict.fromkeys(claims):
+        if better not in names or worse not in names:
+            continue
         value, error = spread([score(results, better) - score(results, worse) for results in every])
         least = max(2 * error, 1e-6)
         verdict = "holds" if value > least else "is the other way round" if value < -least else "is not shown"
@@ -166,13 +173,16 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--methods", help="separated by commas; all if not given")
+    parser.add_argument("--mixture", action="store_true", help="of mixtures of experts; a folder of their own")
     given = parser.parse_args()
     if given.step == "table":
         table(given.work, given.output)
         return
     torch.set_num_threads(1)
-    for seed in range(given.seeds):
-        run(given.work, seed, given.methods.split(",") if given.methods else list(EVERY))
+    methods = given.methods.split(",") if given.methods else OF_MIXTURES if given.mixture else EVERY
+    for name in methods:  # a method on all seeds before the next
+        for seed in range(given.seeds):
+            run(given.work, seed, [name], given.mixture)
 
 
 if __name__ == "__main__":

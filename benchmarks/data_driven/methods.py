@@ -55,9 +55,13 @@ DATA: dict[str, dict[str, Any]] = {
 }
 ARM = "ARM (one after another)"
 CHAINS = {ARM: method("arm", eta=choose(0.2, 0.3, 0.5))}
+ROUTED = {f"{name}, routers calibrated": name for name in ("average", "task arithmetic", "RegMean")}
+"""Of mixtures of experts: merged by a method, then the routers solved for."""
 SEARCHED = {"MAP (5 weights)": ("map", 42), "CMA-ES (5 weights)": ("cma", 40), "CMA-ES (5 x 3 weights)": ("cma", 72)}
 """Weights of task arithmetic, per model (and per third of the layers), and how many points are tried."""
 EVERY = (*FREE, *DATA, *CHAINS, *SEARCHED)
+OF_MIXTURES = ("average", "task arithmetic", "Iso-C", "RegMean", *ROUTED)
+"""The methods that are compared on mixtures of experts."""
 
 
 def kind(name: str) -> str:
@@ -69,6 +73,13 @@ def recipe(name: str, base: Path, folder: Path, texts: Path) -> list[dict[str, A
     """A method's recipe with its grid: one document, or a chain of them."""
     if name in CHAINS:
         return _chain(CHAINS[name], base, folder, texts)
+    if name in ROUTED:
+        merged = recipe(ROUTED[name], base, folder, texts)[0]
+        models = [{"model": str(folder / expert), "calibration": str(texts / expert / "train" / "text.txt")}
+                  for expert in EXPERTS]
+        return [{**merged, "name": "merged"}, {
+            **method("router_calibration"), "dtype": "float32", "base_model": "merged", "models": models,
+            "calibration": {**CALIBRATION, "data": str(texts / "base" / "train" / "text.txt")}}]
     found: dict[str, Any] = {**(FREE | DATA).get(name, {"merge_method": "task_arithmetic"}), "dtype": "float32"}
     models: list[dict[str, Any]] = [{"model": str(folder / expert)} for expert in EXPERTS]
     if name in SEARCHED:

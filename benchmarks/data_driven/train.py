@@ -23,9 +23,16 @@ from data_driven.methods import EXPERTS
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 256, "hidden_size": 128,
           "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
           "max_position_embeddings": 256, "tie_word_embeddings": False, "rms_norm_eps": 1e-5, "use_cache": False}
+MIXTURE = {**CONFIG, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 96,
+           "num_hidden_layers": 3, "head_dim": 24, "intermediate_size": 192, "moe_intermediate_size": 64,
+           "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True, "decoder_sparse_step": 1,
+           "mlp_only_layers": [], "output_router_logits": True, "router_aux_loss_coef": 0.01}
+"""A mixture of experts of 0.6 M parameters."""
 LENGTH, ROWS = 128, 16
 BASE, TUNED = (900, 3e-3), (60, 2.5e-4)
 """Steps and learning rate of the base and of an expert."""
+MIXTURE_STEPS = 400
+"""Of a mixture's base, whose steps take longer."""
 SHARE = 150_000
 """Bytes of every expert's kind that the base sees beside its prose."""
 
@@ -66,14 +73,14 @@ def folder_of(work: Path, seed: int, name: str) -> Path:
     return work / "base" if name == "base" else work / str(seed) / name
 
 
-def train(work: Path, seed: int) -> None:
-    """Train what is missing of the base and of one seed's five experts."""
+def train(work: Path, seed: int, mixture: bool = False) -> None:
+    """Train what is missing of the base and of one seed's five experts; ``mixture``: of models with experts inside."""
     data, model = corpora(work), work / "model"
     missing = [name for name in ("base", *EXPERTS) if not (folder_of(work, seed, name) / "tokenizer.json").exists()]
     if not missing:
         return
     model.mkdir(parents=True, exist_ok=True)
-    (model / "config.json").write_text(json.dumps(CONFIG))
+    (model / "config.json").write_text(json.dumps(MIXTURE if mixture else CONFIG))
     graph = mipipe.capture(model, seq=LENGTH, batch=ROWS)
     cluster = mipipe.load_cluster(Path(__file__).resolve().parents[2] / "examples/cluster_1cpu.yaml")
     costs = mipipe.profile(graph)
@@ -81,6 +88,8 @@ def train(work: Path, seed: int) -> None:
     for name in missing:
         folder, (steps, rate) = folder_of(work, seed, name), BASE if name == "base" else TUNED
         shutil.rmtree(folder, ignore_errors=True)
+        if mixture and name == "base":
+            steps = MIXTURE_STEPS
         config = {"steps": steps, "seed": seed, "clip": 1.0, "save": {"folder": str(folder)},
                   "optimizer": {"name": "adamw", "lr": rate, "options": {"weight_decay": 0.01, "betas": [0.9, 0.98]}},
                   "schedule": {"name": "cosine", "warmup": 20, "minimum": 0.1},
