@@ -33,7 +33,7 @@ FREE: dict[str, dict[str, Any]] = {
     "task arithmetic": method("task_arithmetic", by=SUM),
     "TIES": method("ties", density=choose(0.3, 0.6, 1.0), by=choose(0.25, 0.5, 0.75, 1.0)),
     "DARE": method("dare_linear", density=choose(0.5, 0.9), by=FEW),
-    "DELLA": method("della", density=choose(0.5, 0.9), by=MEAN),
+    "DELLA": method("della", density=choose(0.5, 0.8), by=MEAN),  # density -+ 0.15 (epsilon) inside (0, 1)
     "Breadcrumbs": method("breadcrumbs", density=choose(0.7, 0.95), by=FEW),
     "Model Stock": method("model_stock", filter_wise=choose(False, True)),
     "SCE": method("sce", select_topk=choose(0.1, 0.3, 0.6, 1.0)),

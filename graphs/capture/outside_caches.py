@@ -45,8 +45,8 @@ def caches_kept(module: nn.Module) -> Iterator[None]:
         for function in cached:
             function.cache_clear()
         for value, before in kept:
-            if any(isinstance(item, torch.Tensor) for item in tree_leaves(_items(value))) \
-                    and not _same_items(value, before):
+            if not _same_items(value, before) \
+                    and any(isinstance(item, torch.Tensor) for item in _leaves(value)):
                 value.clear()
                 getattr(value, "update" if isinstance(value, (dict, set)) else "extend")(before)
 
@@ -55,9 +55,23 @@ def _items(value: Any) -> list[Any]:
     return list(value.items()) if isinstance(value, dict) else list(value)
 
 
+def _leaves(value: Any) -> list[Any]:
+    """What is in a container and the containers in it, each entered once: one may hold itself."""
+    entered = set[int]()
+
+    def known(item: Any) -> bool:
+        if not isinstance(item, (dict, list, tuple, deque)):
+            return False
+        new = id(item) not in entered
+        entered.add(id(item))
+        return not new
+
+    return tree_leaves(_items(value), is_leaf=known)
+
+
 def _same_items(one: Any, other: Any) -> bool:
     """Whether two containers hold the same objects in the same order."""
-    flat, rest = tree_leaves(_items(one)), tree_leaves(_items(other))
+    flat, rest = _leaves(one), _leaves(other)
     return len(flat) == len(rest) and all(a is b for a, b in zip(flat, rest, strict=True))
 
 

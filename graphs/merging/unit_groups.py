@@ -117,7 +117,7 @@ def apart(groups: UnitGroups, config: Mapping[str, Any], where: str = "recipe") 
         InputError: other values for some tensors, a budget beside shares, or a number of heads that no config has.
     """
     keys = ("separate", "separate_heads", "budget", "worth_heads")
-    values = [tuple(unit.parameters.get(key) for key in keys) for unit in groups.units.values()]
+    values: list[tuple[Any, ...]] = [tuple(unit.parameters.get(key) for key in keys) for unit in groups.units.values()]
     if any(value != values[0] for value in values):
         raise InputError(f"{where}: {METHOD}: {', '.join(keys)} are of the whole model; found several values")
     mlp, heads, budget, worth = values[0] if values else (0.0, 0.0, None, 1.0)

@@ -20,6 +20,7 @@ from mipipe.graphs.converting.decisions import groups_per_layer, join_groups
 from mipipe.graphs.converting.recipe import MergeExperts, Merging, PruneExperts
 from mipipe.graphs.errors import InputError
 from mipipe.runtime.calibration.whole_model import EXPERT_COUNTS
+from mipipe.graphs.merging.checkpoints.files import StoredTensor
 from mipipe.runtime.convert.collect import RoutingCounts
 from mipipe.runtime.convert.output import Conversion, OutputTensor, Unit, converted_config, copied, written_dtype
 from mipipe.runtime.convert.source import PARTS, Matrices, MoeLayer, Source, is_bank, is_expert, module_name, moe_layers
@@ -237,7 +238,7 @@ def _most_used(seen: RoutingCounts, recipe: PruneExperts) -> list[int]:
 
 def _pruned(recipe: PruneExperts, source: Source, layer: MoeLayer, kept: Sequence[int]) -> Unit:
     """The experts that stay, under their new numbers, and their router's rows."""
-    stored = {}
+    stored: dict[str, StoredTensor] = {}
     for place, expert in enumerate(kept):
         stored |= {name: layer.experts[expert][part] for part, name in pruned_tensors(layer, expert, place).items()}
     routers = [item for item in (layer.router, layer.bias) if item is not None]

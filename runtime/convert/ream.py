@@ -17,7 +17,9 @@ expert anew); weights are compared whole (there 64 principal components).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -173,8 +175,6 @@ class Result:
 
     def decoder(self, folder: Path, config: Mapping[str, Any]) -> Decoder:
         """The merged model, to be run layer by layer; ``folder`` gets its config."""
-        import json
-
         write_text(folder / "config.json", json.dumps(dict(config)))
         first = next(iter(self.layers.values())).experts[0]
         tensors = {name: tensor for name, tensor in self.source.tensors.items()
@@ -199,7 +199,7 @@ def decide(recipe: Ream, source: Source, samples: Samples, layers: Sequence[MoeL
             stack = whole.load_layer(number)
             if number in by_number:
                 result.decided[number] = _decide_layer(recipe, source, by_number[number], stack.mlp,
-                                                       lambda number=number: run.passes(whole, number))
+                                                       functools.partial(run.passes, whole, number))
             if after is not whole:
                 whole.drop_layer(number)
                 after.load_layer(number)
@@ -207,7 +207,8 @@ def decide(recipe: Ream, source: Source, samples: Samples, layers: Sequence[MoeL
             after.drop_layer(number)
 
 
-def _decide_layer(recipe: Ream, source: Source, layer: MoeLayer, block: Any, run: Callable[[], Any]) -> Groups:
+def _decide_layer(recipe: Ream, source: Source, layer: MoeLayer, block: Any,
+                  run: Callable[[], Iterator[Callable[[Tensor], Tensor]]]) -> Groups:
     inner, hidden = layer.sizes
     found = Statistics(len(layer.experts), hidden, torch.sigmoid if layer.bias is not None else lambda z: z.softmax(-1))
     logits: list[Tensor] = []

@@ -61,9 +61,10 @@ class StyledDenoiser(nn.Module):
                              " makes its time embedding (time_embedding)") from None
         self.denoiser, self._time = denoiser, time_embedding
         self.styles = nn.Embedding(styles, width)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        nn.init.zeros_(self.mlp[2].weight)
-        nn.init.zeros_(self.mlp[2].bias)
+        last = nn.Linear(width, width)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), last)
 
     def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor, style: Tensor) -> Tensor:
         """The noise [B,C,H,W]; ``style`` [B,T] are weights of the styles."""
@@ -154,7 +155,7 @@ class StyleDistillation(nn.Module):
                 wanted.append(whole)
             for number, denoiser in enumerate(self.teachers):
                 own = text if teacher_text is None else teacher_text[:, number]
-                wanted.append(self._watched(denoiser, lambda denoiser=denoiser, own=own:  # type: ignore[misc]
+                wanted.append(self._watched(denoiser, lambda denoiser=denoiser, own=own:
                                             noise(denoiser(latents, timesteps, own))))
         loss = nn.functional.mse_loss(said, torch.cat([one for one, _ in wanted]))
         if self._features:

@@ -239,6 +239,9 @@ def table(size: int) -> Tensor:
 
 
 TABLES: dict[int, Tensor] = {}
+REGISTRY: dict[str, object] = {}
+"""Holds itself, as registries of libraries do."""
+REGISTRY["registry"] = REGISTRY
 
 
 def tabled(self: Any, x: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def test_the_loss_is_the_formula(distance):
         apart = [((a - b) ** 2).mean() if distance == "mse"
                  else (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).mean()
                  for a, b in zip(mine[1], wanted[1], strict=True)]
-        total += float(((mine[0] - wanted[0]) ** 2).mean() + 0.3 * sum(apart) / 3) / 2
+        total += (((mine[0] - wanted[0]) ** 2).mean() + 0.3 * sum(apart) / 3).item() / 2
     assert made(**given)["loss"].item() == pytest.approx(total, rel=1e-5)
     turned = copy.deepcopy(made)
     turned.teachers = nn.ModuleList(list(turned.teachers)[::-1])
@@ -171,7 +171,7 @@ def test_a_planned_run_learns_its_teachers_and_later_another(tmp_path, monkeypat
         config = {"steps": steps, "model": source, "optimizer": {"name": "adamw", "lr": 3e-3},
                   "data": {"source": "mipipe.runtime.recipes.dmm:batches",
                            "options": {"folder": str(tmp_path / "data")}},
-                  "save": {"folder": str(tmp_path / name)}}
+                  "metrics": str(tmp_path / f"{name}.jsonl"), "save": {"folder": str(tmp_path / name)}}
         (tmp_path / "train.yaml").write_text(yaml.safe_dump(config))
         return list(mipipe.train(plan, graph, tmp_path / "train.yaml", progress=False).losses)
 

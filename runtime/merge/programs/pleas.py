@@ -187,5 +187,5 @@ def ordered(graph: MergeGraph, around: Surroundings, results: Results | None) ->
                 known_side = group is not None and group in places
                 maps.append({0: features(units, places[group][number], stored[axis], group[0])}
                             if known_side and group is not None else {})
-            found[(first, second)[number], name] = Reordering(None, stored[0], *maps)
+            found[(first, second)[number], name] = Reordering(None, stored[0], maps[0], maps[1])
     return dataclasses.replace(around, orders=found)
