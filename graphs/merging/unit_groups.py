@@ -71,7 +71,7 @@ def unit_groups(units: Sequence[MergeUnit], config: Mapping[str, Any], where: st
     """The groups of the units that PLeaS merges.
 
     Raises:
-        InputError: a tensor that Llama's family does not have.
+        InputError: a tensor that Llama's family does not have, or a config without sizes.
     """
     odd = next((unit.name for unit in units if unit.method == METHOD
                 and not any(pattern.search(unit.name) for pattern in _KNOWN)), None)
@@ -79,6 +79,10 @@ def unit_groups(units: Sequence[MergeUnit], config: Mapping[str, Any], where: st
         raise InputError(f"{where}: {METHOD} orders the units of decoders with the names of Llama's family; found"
                          f" the tensor {odd}")
     text = _text(config)
+    lacking = next((key for key in ("num_attention_heads", "hidden_size", "intermediate_size")
+                    if not isinstance(text.get(key), int)), None)
+    if lacking is not None:
+        raise InputError(f"{where}: {METHOD} needs the first model's config.json, which has no {lacking}")
     heads = int(text["num_attention_heads"])
     return UnitGroups({unit.name: unit for unit in units if unit.method == METHOD}, heads,
                       int(text.get("num_key_value_heads") or heads),

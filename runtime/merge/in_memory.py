@@ -12,6 +12,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.build import build
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTensor
 from mipipe.graphs.merging.graph import MergeUnit
+from mipipe.graphs.merging.methods import BY_NAME
 from mipipe.graphs.merging.recipes.read import parse_recipe
 from mipipe.graphs.merging.recipes.recipe import MergeRecipe
 from mipipe.planner.merging.costs import MergeRates
@@ -20,6 +21,7 @@ from mipipe.planner.merging.plan import plan_merge
 from mipipe.runtime.merge.align import match_experts
 from mipipe.runtime.merge.engine import MergeEngine
 from mipipe.runtime.merge.exchange import MergeRanks
+from mipipe.runtime.merge.programs.pleas import ordered
 from mipipe.runtime.merge.sources import Surroundings
 from mipipe.runtime.merge.survey import Survey
 from mipipe.runtime.weights.reader import TORCH_DTYPES, Range, Shelf
@@ -37,13 +39,18 @@ def merge_state_dicts(recipe: MergeRecipe | Mapping[str, Any], models: Mapping[s
         config: a config.json's content, where the merge needs one (fused projections, tied heads).
 
     Raises:
-        InputError: the recipe or a model is wrong, or the recipe needs files (vocabularies, adapters).
+        InputError: the recipe or a model is wrong, or the recipe needs files (vocabularies, adapters, models to run).
     """
     parsed = recipe if isinstance(recipe, MergeRecipe) else parse_recipe(dict(recipe), "recipe")
     if parsed.vocabulary is not None or parsed.adapter is not None:
         raise InputError("recipe: state dicts in memory have no tokenizers or adapters; leave these keys out")
     known = {label: _described(label, state, config or {}) for label, state in models.items()}
     graph = build(parsed, "recipe", known)
+    running = next((unit.method for unit in graph.units if (spec := BY_NAME.get(unit.method)) is not None
+                    and (spec.learned or spec.needs(unit.parameters))), None)
+    if running is not None:
+        raise InputError(f"recipe: {running} runs the models on samples, which state dicts in memory are not enough"
+                         " for; merge folders (mipipe.merge)")
     plan = plan_merge(graph, 1, MergeRates(1e9, 1e9, 1e9, 1e9))
     device = next((tensor.device for state in models.values() for tensor in state.values()), torch.device("cpu"))
     around = Surroundings(graph, _MemoryShelf(models), device,
@@ -51,6 +58,7 @@ def merge_state_dicts(recipe: MergeRecipe | Mapping[str, Any], models: Mapping[s
     ranks = MergeRanks.alone()
     if graph.align_experts:
         around = match_experts(around, graph.units, ranks)
+    around = ordered(graph, around, None)
     sink = _Collected(graph.units)
     MergeEngine(plan, around, Survey(graph.units, ranks), sink, frozenset()).run(lower_rank(plan, 0))
     return {name: tensor.to(device) for name, tensor in sink.tensors.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +14,9 @@ from safetensors.torch import load_file
 import mipipe
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.build import build
-from mipipe.graphs.merging.recipes.recipe import parse_recipe
+from mipipe.graphs.merging.recipes.read import parse_recipe
 from mipipe.graphs.merging.unit_groups import apart_within, unit_groups
+from mipipe.runtime.merge.in_memory import merge_state_dicts
 from mipipe.runtime.merge.methods.closed_forms import pleas
 from mipipe.runtime.merge.methods.method import Tile
 from mipipe.runtime.merge.programs.pleas import assignment, by_weights
@@ -151,6 +154,21 @@ def test_a_permuted_model_kept_apart_in_part_computes_the_same(place, tmp_path, 
         work = [sum(value.numel() for name, value in model.named_parameters() if value.dim() == 2
                     and "embed" not in name) for model in (made, one)]
         assert 1.25 < work[0] / work[1] <= 1.4
+
+
+def test_state_dicts_in_memory_are_matched_and_widened_too(place, tmp_path):
+    data = recipe(place, matching="weights", least_squares=False, separate=0.5)
+    calibration = data.pop("calibration")
+    mipipe.merge(data, tmp_path / "out")
+    states = {item["model"]: load_file(f"{item['model']}/model.safetensors") for item in data["models"]}
+    config = json.loads((place / "one/config.json").read_text())
+    found, wanted = merge_state_dicts(data, states, config), load_file(tmp_path / "out/model.safetensors")
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in found)
+    run = {"calibration": calibration, "parameters": {"matching": "activations"}}
+    for given, sizes, text in ((run, config, "pleas runs the models on samples"),
+                               ({}, {}, "needs the first model's config.json, which has no num_attention_heads")):
+        with pytest.raises(InputError, match=text):
+            merge_state_dicts({**data, **given}, states, sizes)
 
 
 def test_half_of_the_heads_in_a_class_that_takes_them(place, tmp_path):
