@@ -19,7 +19,8 @@ from torch import Tensor
 from mipipe.graphs.merging.graph import Input, MergeUnit, columns_of
 from mipipe.graphs.merging.tensor_classes import is_stacked
 from mipipe.runtime.merge.exchange import MergeRanks
-from mipipe.runtime.merge.sources import Reordering, Surroundings
+from mipipe.runtime.merge.reordering import Reordering
+from mipipe.runtime.merge.sources import Surroundings
 
 _SINGLE = re.compile(r"\.experts\.(\d+)\.")
 _ROUTER = re.compile(r"\.(?:gate|router)(?:\.weight|\.linear\.weight|\.bias|\.e_score_correction_bias)$"

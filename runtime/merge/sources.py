@@ -21,24 +21,8 @@ from mipipe.graphs.merging.tensor_classes import TableRows
 from mipipe.graphs.merging.tokens.vocabulary import GivenRow
 from mipipe.runtime.calibration.results import Results, UnitResults
 from mipipe.runtime.merge.methods.method import Tile, tile_ranges
+from mipipe.runtime.merge.reordering import Reordering
 from mipipe.runtime.weights.reader import Shelf
-
-
-@dataclass(frozen=True)
-class Reordering:
-    """How one input's rows and columns map to the base's order: lists of source indices, None where unchanged.
-
-    ``blocks`` reorders runs of ``block_rows`` rows (experts of a stacked bank, one row per expert in a router).
-    """
-
-    blocks: tuple[int, ...] | None = None
-    block_rows: int = 1
-    rows: dict[int, Tensor] = field(default_factory=dict)
-    columns: dict[int, Tensor] = field(default_factory=dict)
-    """Hidden-unit order inside a block, by the block's number in the base's order; -1 of units that a widened tensor
-    has from another model alone."""
-    instead: str = ""
-    """The unit whose tensor of the same model is read in place of this one (experts stored one by one)."""
 
 
 @dataclass(frozen=True)
@@ -167,15 +151,9 @@ class UnitPiece:
         found, known = [], []
         for item in self.unit.models:
             order = self.around.orders[item.model, self.unit.name]
-            columns = columns_of(self.unit, item.tensor.shape)
-            value = self._plain_rows(item, 0, item.tensor.shape[0], columns)
-            rows = order.rows.get(0, torch.arange(item.tensor.shape[0]))[start:stop]
-            value = value[rows.clamp_min(0)]
-            if 0 in order.columns:
-                places = order.columns[0]
-                value = torch.where((places < 0).to(value.device), 0, value[:, places.clamp_min(0)])
+            value, has = order.spread(self.whole(item).reshape(item.tensor.shape[0], -1), start, stop)
             found.append(value)
-            known.append((rows >= 0).to(value.device)[:, None])
+            known.append(has)
         both = known[0] & known[1]
         return [torch.where(both | known[number], value, found[1 - number]) for number, value in enumerate(found)]
 

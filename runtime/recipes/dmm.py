@@ -36,8 +36,8 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.expressions import check_expression, search
 from mipipe.graphs.models.configuration import first_line
 from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.runtime.engine.batches import Batch
 from mipipe.runtime.recipes.tables import read_tables
-from mipipe.runtime.train.batches import Batch
 
 TENSORS = "latents.safetensors"
 BLOCKS = r"^(down_blocks\.\d+|mid_block|up_blocks\.\d+)$"

@@ -24,7 +24,8 @@ from mipipe.graphs.merging.graph import MergeGraph
 from mipipe.graphs.merging.tensor_classes import TableRows
 from mipipe.graphs.merging.unit_groups import METHOD, TABLE, Group, UnitGroups, apart, unit_groups
 from mipipe.runtime.calibration.results import Results
-from mipipe.runtime.merge.sources import Reordering, Surroundings, UnitPiece
+from mipipe.runtime.merge.reordering import Reordering
+from mipipe.runtime.merge.sources import Surroundings, UnitPiece
 
 ROUNDS = 100
 """Rounds of coordinate descent, at most."""
