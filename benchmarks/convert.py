@@ -174,6 +174,13 @@ def pruning(work: Path, moe: Path, seed: int) -> Numbers:
             "method": "ream", "model": moe.name, "groups": EXPERTS // 2, "group_size": size,
             "calibration": calibration("both")})
         rows[f"ream, groups of at most {size}"] = loss(work, out)
+    mild = EXPERTS * 3 // 4  # the paper's share
+    out, _ = converted(work, f"{moe.name}_ream_mild", {"method": "ream", "model": moe.name, "groups": mild,
+                                                       "group_size": 2, "calibration": calibration("both")})
+    rows[f"ream, {mild} experts"] = loss(work, out)
+    out, _ = converted(work, f"{moe.name}_pruned_mild", {"method": "prune_experts", "model": moe.name, "by": "weight",
+                                                         "keep": mild, "calibration": calibration("both")})
+    rows[f"pruned by weight, {mild} experts"] = loss(work, out)
     for by in ("usage", "weight"):
         out, _ = converted(work, f"{moe.name}_pruned_{by}", {"method": "prune_experts", "model": moe.name, "by": by,
                                                              "keep": EXPERTS // 2, "calibration": calibration("both")})
@@ -281,6 +288,7 @@ SECTIONS = {"Half the experts (4 of 8 a layer on average)": pruning, "MoLAE, gro
 CLAIMS = (("m_smoe, router_logits", f"random groups, mean of {DRAWS}"),
           ("m_smoe, router_logits", "m_smoe without alignment"),
           ("ream, groups of at most 2", "m_smoe, router_logits"), ("ream, groups of at most 2", "pruned by weight"),
+          ("ream, 6 experts", "pruned by weight, 6 experts"),
           (f"router_logits, {TUNING} steps of training", f"random0, {TUNING} steps of training"),
           ("elastic, 6 experts a token", "plain, 6 experts a token"),
           ("elastic, 2 experts a token", "plain, 2 experts a token"),

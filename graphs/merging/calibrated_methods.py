@@ -91,7 +91,7 @@ CALIBRATED: tuple[MethodSpec, ...] = (
         apply="closed_forms.fisher", needs=_fisher),
     MethodSpec("aim", "Activation-Informed Merging of Large Language Models", "2502.02421", (
         *_HOST, Parameter("omega", 0.4, "share of the change kept at the most salient input", low=0.0, high=1.0)),
-        whole=True, oriented=True, needs=_saliency,
+        oriented=True, needs=_saliency,
         apply="informed.aim", measure="informed.aim_rounds", rounds=_host_rounds),
     MethodSpec("acm", "Activation-Guided Consensus Merging for Large Language Models", "2505.14009", (
         *_HOST, Parameter("t", 1.0, "how fast the coefficient falls with the information", low=0.0, above=True),

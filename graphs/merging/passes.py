@@ -37,6 +37,9 @@ def is_wide(unit: MergeUnit) -> bool:
 
 
 def is_whole(unit: MergeUnit) -> bool:
-    """Whether a unit's pieces are merged as whole matrices, not tile by tile."""
+    """Whether a unit's pieces are merged as whole matrices, not tile by tile: where the method needs them so, or tells
+    rows from columns and the matrix is stored transposed."""
     spec = BY_NAME.get(unit.method)
-    return spec is not None and spec.whole and unit.tensor_class in spec.classes
+    if spec is None or unit.tensor_class not in spec.classes:
+        return False
+    return spec.whole or (spec.oriented and unit.transposed)

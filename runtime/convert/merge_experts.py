@@ -19,8 +19,8 @@ from torch import Tensor
 from mipipe.graphs.converting.decisions import groups_per_layer, join_groups
 from mipipe.graphs.converting.recipe import MergeExperts, Merging, PruneExperts
 from mipipe.graphs.errors import InputError
-from mipipe.runtime.calibration.whole_model import EXPERT_COUNTS
 from mipipe.graphs.merging.checkpoints.files import StoredTensor
+from mipipe.runtime.calibration.whole_model import EXPERT_COUNTS
 from mipipe.runtime.convert.collect import RoutingCounts
 from mipipe.runtime.convert.output import Conversion, OutputTensor, Unit, converted_config, copied, written_dtype
 from mipipe.runtime.convert.source import PARTS, Matrices, MoeLayer, Source, is_bank, is_expert, module_name, moe_layers

@@ -205,7 +205,7 @@ class MergeEngine:
         assert at.method is not None
         wide = self.survey.stats(at.unit)
         dtype = TORCH_DTYPES[at.unit.dtype]
-        turned = at.unit.transposed and at.method.spec.whole and at.method.spec.oriented
+        turned = at.unit.transposed and is_whole(at.unit) and at.method.spec.oriented
         found: list[Merged] = []
         for tile in self._tiles(at, step, whole=is_whole(at.unit)):
             merged = at.method.apply(tile, at.stats if wide is None else wide, **at.values)

@@ -9,6 +9,9 @@ from calibration_fixtures import LENGTH, family, recipe, write_samples
 from safetensors.torch import load_file
 
 import mipipe
+from mipipe.graphs.merging.build import build
+from mipipe.graphs.merging.passes import is_whole
+from mipipe.graphs.merging.recipes.read import parse_recipe
 
 NEAR = {"rtol": 1e-6, "atol": 1e-8}
 
@@ -112,6 +115,32 @@ def test_aim_keeps_what_salient_inputs_see(llama, tmp_path, host):
             mean = np.abs(seen[name]).mean(0)
             wanted = base[name] + (wanted - base[name]) * (1 - mean / mean.max() * 0.7)
         assert np.allclose(value, wanted, **NEAR), name
+
+
+def test_aim_works_tile_by_tile_and_knows_rows_of_inputs(tmp_path):
+    """GPT-2 stores inputs by rows: a map's factor is of its inputs there too. What is stored as usual is never whole,
+    so that a head takes no more memory than a few tiles."""
+    models = family(tmp_path, "gpt2", 1)
+    rows = write_samples(tmp_path / "a.jsonl", 1)
+    data = recipe(tmp_path, "aim", ("a.jsonl",), {"lambda": 1.0, "omega": 0.0})
+    mipipe.merge(data, tmp_path / "out")
+    found, seen = load_file(tmp_path / "out/model.safetensors"), {}
+    handles = [module.register_forward_pre_hook(lambda _module, inputs, name=name: seen.setdefault(name, []).append(
+        inputs[0].detach().double().reshape(-1, inputs[0].shape[-1])))
+        for name, module in models["base"].named_modules() if type(module).__name__ == "Conv1D"]
+    with torch.no_grad():
+        for row in rows:
+            models["base"](input_ids=torch.tensor([row]))
+    base, expert = (load_file(tmp_path / f"{name}/model.safetensors") for name in ("base", "expert1"))
+    assert len(handles) == len(seen) == 8
+    for name, values in seen.items():
+        key = next(key for key in base if key.endswith(f"{name.removeprefix('transformer.')}.weight"))
+        mean = torch.cat(values).abs().mean(0)
+        wanted = base[key] + (expert[key].double() - base[key]) * (1 - mean / mean.max())[:, None]
+        assert torch.allclose(found[key], wanted, atol=1e-5), name
+    units = build(parse_recipe(data, "recipe")).units
+    whole = {unit.name for unit in units if is_whole(unit)}
+    assert whole == {unit.name for unit in units if unit.transposed and unit.method != "copy"} and len(whole) == 8
 
 
 def test_acm_scales_by_the_information_of_outputs(llama, tmp_path):
