@@ -76,20 +76,12 @@ class MethodSpec:
     ``apply`` names its function, ``measure`` the one that lists its `Round`s of statistics, ``elsewhere`` what merges
     the tensor classes it does not define. ``rounds``: how many these are; ``scope``: what they are summed over.
     ``whole``: works on whole matrices (singular values), not tile by tile. ``classes``: the tensor classes it defines.
-    ``oriented``: rows and columns play different roles, so matrices stored transposed are turned first. ``base_first``:
-    a base listed among the models is the first of them; ``base_last``: a base not listed is merged as a further model,
-    always or where the recipe has a weight for all models.
-    ``needs``: statistics that running the models finds out, before anything is merged; ``learned``: its coefficients
-    are trained before. ``factors``: it
-    merges the factors of LoRA adapters, not their products. ``check``: what is wrong with
-    values that are each in their range, or an empty text. ``decompositions``: singular value decompositions per model
-    and matrix.
     ``oriented``: rows and columns play different roles, so matrices stored transposed are whole, and turned first.
     ``base_first``: a base listed among the models is the first of them; ``base_last``: a base not listed is merged as a
-    further model. ``needs``: statistics that running the models finds out, before anything is merged; ``learned``: its
-    coefficients are trained before. ``factors``: it merges the factors of LoRA adapters, not their products. ``check``:
-    what is wrong with values that are each in their range, or an empty text. ``decompositions``: singular value
-    decompositions per model and matrix.
+    further model, always or where the recipe has a weight for all models. ``needs``: statistics that running the models
+    finds out, before anything is merged; ``learned``: its coefficients are trained before. ``factors``: it merges the
+    factors of LoRA adapters, not their products. ``check``: what is wrong with values that are each in their range, or
+    an empty text. ``decompositions``: singular value decompositions per model and matrix.
     """
 
     name: str
