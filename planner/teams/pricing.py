@@ -46,6 +46,21 @@ class Footprint:
     kept: float
 
 
+@dataclass(frozen=True, slots=True)
+class PieceWork:
+    """A piece's seconds and bytes of one microbatch on one member, and bytes of its parameters, dense and of experts
+    (``held``; those that train), as `PieceCost` has them."""
+
+    phases: dict[Phase, PhaseCost]
+    kept: int
+    late: int
+    until_w: int
+    held: tuple[int, int]
+    trained: tuple[int, int]
+    buffers: int
+    workspace: int
+
+
 class Pricer:
     """Prices pieces on a machine; profiles are kept between calls. ``origins`` counts where profiles came from.
 
@@ -61,6 +76,8 @@ class Pricer:
         self.origins: Counter[str] = Counter()
         self._profiles: dict[tuple[str, object, bool], ModeProfile] = {}
         self._costs: dict[tuple[int, Degrees, LayerTimes | None], PieceCost] = {}
+        self._works: dict[tuple[int, TeamSplit, int, bool], PieceWork] = {}
+        self._fanouts: dict[str, float] = {}
         self._footprints: dict[TeamSplit, Footprint] = {}
         self._facts: dict[tuple[str, Role, bool], TraceFacts] = {}
 
@@ -128,12 +145,31 @@ class Pricer:
         return self._footprints[degrees.split]
 
     def _price(self, kind: int, degrees: Degrees, measured: LayerTimes | None) -> PieceCost:
+        piece, work = self.model.kinds[kind], self._work(kind, degrees)
+        count = degrees.microbatch / self.model.sequences
+        found = dict(work.phases)
+        kept, again = work.kept, 0
+        if degrees.recompute == "full" and Phase.I in found and piece.layer is not None:
+            again, kept = kept, self._inputs(piece.members[0], degrees, count)
+            found[Phase.I] = found[Phase.I].plus(found[Phase.F])
+        if measured is not None:
+            found = as_measured(found, measured)
+        price = self._resident(degrees, found, (kept, work.late, again), work.held, work.trained)
+        if measured is not None and measured.update is not None:
+            price = replace(price, optimizer=measured.update)
+        return replace(price, buffers=work.buffers, until_w=work.until_w, workspace=work.workspace)
+
+    def _work(self, kind: int, degrees: Degrees) -> PieceWork:
+        """What of a piece's cost is the same however copies share state and whether whole layers run again."""
+        key = kind, degrees.split, degrees.microbatch, degrees.recompute == "selective"
+        if key in self._works:
+            return self._works[key]
         piece, machine = self.model.kinds[kind], self.machine
         count = degrees.microbatch / self.model.sequences
         found: dict[Phase, PhaseCost] = {}
         kept = until_w = late = dense = experts = trained = trained_experts = buffers = workspace = 0
         for member in piece.members:
-            profile = self.profile(member, degrees)
+            profile, fanout = self.profile(member, degrees), self.fanout(member)
             for phase, work in profile.phases.items():
                 if self.model.index.runs(member, phase):
                     seconds = phase_seconds(work, machine.kind.achieved, flops=machine.kind.peak(machine.dtype),
@@ -142,7 +178,7 @@ class Pricer:
                                             launch_ns=machine.kind.launch_ns, count=count)
                     if self.model.graph.segments[member].tags.role is Role.EXPERTS:
                         seconds += machine.kind.achieved.expert_ns * 1e-9
-                    cost = PhaseCost(seconds, self._talk(work.collectives, degrees, count, self.fanout(member)))
+                    cost = PhaseCost(seconds, self._talk(work.collectives, degrees, count, fanout))
                     found[phase] = found[phase].plus(cost) if phase in found else cost
                     workspace = max(workspace, round(work.workspace_bytes * count))
                     buffers = max(buffers, *(round(item.num_bytes * count) for item in work.collectives), 0)
@@ -153,16 +189,9 @@ class Pricer:
             if self.model.index.runs(member, Phase.W):
                 trained += profile.resident.trainable_dense
                 trained_experts += profile.resident.trainable_experts
-        kept, late, again = round(kept * count), round(late * count), 0
-        if degrees.recompute == "full" and Phase.I in found and piece.layer is not None:
-            again, kept = kept, self._inputs(piece.members[0], degrees, count)
-            found[Phase.I] = found[Phase.I].plus(found[Phase.F])
-        if measured is not None:
-            found = as_measured(found, measured)
-        price = self._resident(degrees, found, (kept, late, again), (dense, experts), (trained, trained_experts))
-        if measured is not None and measured.update is not None:
-            price = replace(price, optimizer=measured.update)
-        return replace(price, buffers=buffers, until_w=round(until_w * count), workspace=workspace)
+        self._works[key] = PieceWork(found, round(kept * count), round(late * count), round(until_w * count),
+                                     (dense, experts), (trained, trained_experts), buffers, workspace)
+        return self._works[key]
 
     def _inputs(self, member: int, degrees: Degrees, count: float) -> int:
         """Bytes of a piece's inputs on one member."""
@@ -173,10 +202,13 @@ class Pricer:
     def fanout(self, member: int) -> float:
         """Experts per token of a segment with banks of experts; 1 for others."""
         trace = self.model.index.traces[member]
+        if trace.digest in self._fanouts:
+            return self._fanouts[trace.digest]
         rows = [item.outputs[0].shape[0] for item in trace.phase_operators(Phase.F) if "grouped_mm" in item.kind]
         floats = [trace.specs[name].shape for name in trace.inputs if "float" in trace.specs[name].dtype]
         tokens = max((math.prod(shape[:-1]) for shape in floats if shape), default=0)
-        return max(1.0, rows[0] / tokens) if rows and tokens else 1.0
+        self._fanouts[trace.digest] = max(1.0, rows[0] / tokens) if rows and tokens else 1.0
+        return self._fanouts[trace.digest]
 
     def _talk(self, collectives: tuple[Collective, ...], degrees: Degrees, count: float,
               fanout: float) -> dict[Axis, float]:

@@ -142,7 +142,12 @@ def windows_of(model: ModelPieces, by_mode: Mapping[Recompute, Sequence[PieceCos
 
 def table(by_mode: Iterable[Sequence[PieceCost]], read: Callable[[PieceCost], float]) -> np.ndarray:
     """What is read of every cost: [modes, pieces]."""
-    return np.array([[read(cost) for cost in costs] for costs in by_mode], dtype=float)
+    rows = []
+    for costs in by_mode:  # equal pieces have one cost
+        known = {id(cost): cost for cost in costs}
+        values = {key: read(cost) for key, cost in known.items()}
+        rows.append([values[id(cost)] for cost in costs])
+    return np.array(rows, dtype=float)
 
 
 def phase_table(by_mode: Iterable[Sequence[PieceCost]], name: Literal["f", "i", "w"]) -> np.ndarray:
