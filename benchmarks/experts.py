@@ -67,7 +67,7 @@ def placement(console: Console, max_layers: int, only: list[int]) -> bool:
                           f"{np.mean([row.greedy_max_over_mean for row in full.layers]):.4f}",
                           f"{np.mean([row.max_over_mean for row in quick.layers]):.4f}", f"{seconds:.1f}",
                           f"{np.mean([row.max_over_mean for row in full.layers]):.4f}", f"{full.seconds:.1f}",
-                          f"{max(row.gap for row in full.layers):.2%}", str(worse))
+                          f"{max(row.gap or 0.0 for row in full.layers):.2%}", str(worse))
     console.print(table)
     return fine
 

@@ -56,14 +56,15 @@ def main() -> int:
         notes = [result.method]
         if known is not None and round(result.objective, 4) > known:
             notes.append("ABOVE THE BEST KNOWN")
-        if proof and result.gap > 0:
+        if proof and result.gap != 0:
             notes.append("NOT PROVEN")
         missed += len(notes) > 1
         if arguments.judge is not None:
             told = judged(arguments.judge, path, result, "contig" if arguments.contiguous else "noncontig")
             notes.append(told)
             missed += told != "judge agrees"
-        print(f"{path.stem:40} {result.objective:9.4f} {result.bound:9.4f} {result.gap:7.2%}"
+        print(f"{path.stem:40} {result.objective:9.4f} {result.bound:9.4f}"
+              f" {'-' if result.gap is None else f'{result.gap:.2%}':>7}"
               f" {'-' if known is None else known:>10} {result.seconds:6.1f}  {', '.join(notes)}", flush=True)
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
     return int(missed > 0)

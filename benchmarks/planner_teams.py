@@ -49,7 +49,7 @@ class Row:
     def good(self) -> bool:
         """Within the goal, and no slower than a published configuration that fits."""
         slower = not self.published.shortage and self.found.best.seconds > self.published.seconds
-        return not slower and self.found.gap <= GOAL
+        return not slower and self.found.gap is not None and self.found.gap <= GOAL
 
 
 def solve(run: Run, builder: Builder, limit: float, tell: Console) -> Row:
@@ -92,7 +92,7 @@ def show(console: Console, rows: list[Row]) -> None:
                           str(data["degrees"]), str(data["microbatch"]), str(data["zero"]), str(data["recomputation"]),
                           str(data["schedule"]), f"{result.seconds:.3f}", f"{result.tokens_per_s_per_device or 0:,.0f}",
                           format_bytes(max(item.peak for item in result.memory)) + ("!" if result.shortage else ""),
-                          *((f"{row.found.bound:.3f}", f"{row.found.gap:.1%}", f"{row.found.whole_bound:.3f}",
+                          *((f"{row.found.bound:.3f}", _gap(row.found.gap), f"{row.found.whole_bound:.3f}",
                              _gap(row.found.whole_gap), f"{row.found.plain_bound:.3f}", _gap(row.found.plain_gap),
                              f"{row.seconds:.0f}", format_bytes(row.memory)) if mine else [""] * 8))
     console.print(table)

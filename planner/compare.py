@@ -19,7 +19,6 @@ from mipipe.planner.comparison_rows import (
     ComparisonRow,
     baseline_rows,
     has_streams,
-    in_units,
     measured_row,
     units_or_none,
 )
@@ -28,6 +27,7 @@ from mipipe.planner.how import How
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.problems.uniform import in_units
 from mipipe.planner.schedules import BASELINES, Baseline, folded_name, with_chunks
 from mipipe.planner.schedules.one_f_one_b import CHUNKS
 from mipipe.planner.solve import Termination, plan
@@ -101,11 +101,11 @@ def _choose(names: Sequence[str] | None) -> set[str]:
     known = [*(baseline.name for baseline in BASELINES), PLANNED]
     if names is None:
         return set(known)
-    byfolded_name = {folded_name(name): name for name in known}
-    unknown = [name for name in names if folded_name(name) not in byfolded_name]
+    by_folded = {folded_name(name): name for name in known}
+    unknown = [name for name in names if folded_name(name) not in by_folded]
     if unknown:
         raise InputError(f"schedule {unknown[0]!r}: unknown; expected some of {', '.join(known)}")
-    return {byfolded_name[folded_name(name)] for name in names}
+    return {by_folded[folded_name(name)] for name in names}
 
 
 def planned_row(problem: PlanningProblem, options: PlanOptions, rows: Sequence[ComparisonRow],
@@ -141,7 +141,7 @@ def _planned_row(problem: PlanningProblem, options: PlanOptions, rows: Sequence[
     seconds = round(time.monotonic() - began, 2)
     result = min(results, key=lambda found: found.makespan_ns or 1 << 62)
     accounting: Accounting = "streams" if has_streams(problem) else "split"
-    if result.plan is not None and not (better and _makespan(best) < in_units(result.makespan_ns or 0, problem)):
+    if result.plan is not None and not (better and _makespan(best) < in_units(problem, result.makespan_ns or 0)):
         row, rung, how = measured_row(PLANNED, accounting, result.plan), result.rung, result.how
     elif better and best is not None:
         row, rung = dataclasses.replace(best, name=PLANNED, accounting=accounting, note=""), f"published {best.name}"

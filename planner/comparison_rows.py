@@ -36,7 +36,7 @@ from mipipe.planner.execution.steps import quick_period
 from mipipe.planner.how import How
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.problems.uniform import in_activations, in_copies
+from mipipe.planner.problems.uniform import in_activations, in_copies, in_units
 from mipipe.planner.schedules import INTERLEAVED, Baseline, merge_streams
 from mipipe.planner.timeline import Timeline
 
@@ -123,10 +123,10 @@ def measured_row(name: str, accounting: Accounting, found: Plan) -> ComparisonRo
     bubbles = [took.makespan_ns - busy for busy in took.busy_ns]
     activations = max(peak - held for peak, held in zip(took.peak_bytes, took.resident_bytes, strict=True))
     ratio = sum(bubbles) / (problem.num_ranks * took.makespan_ns) if took.makespan_ns else 0.0
-    return ComparisonRow(name, accounting, makespan=in_units(took.makespan_ns, problem),
+    return ComparisonRow(name, accounting, makespan=in_units(problem, took.makespan_ns),
                          period=units_or_none(quick_period(found), problem),
-                         bubble=in_units(max(bubbles), problem),
-                         bubble_mean=in_units(Fraction(sum(bubbles), len(bubbles)), problem), bubble_ratio=ratio,
+                         bubble=in_units(problem, max(bubbles)),
+                         bubble_mean=in_units(problem, Fraction(sum(bubbles), len(bubbles))), bubble_ratio=ratio,
                          devices=problem.num_ranks, parameter_copies=in_copies(problem, max(took.resident_bytes)),
                          peak_activations=in_activations(problem, activations), placement=found.placement.name,
                          plan=found, measures=took)
@@ -137,9 +137,5 @@ def has_streams(problem: PlanningProblem) -> bool:
     return any(group.stream is Stream.COLLECTIVE for group in problem.groups)
 
 
-def in_units(time_ns: int | Fraction, problem: PlanningProblem) -> float:
-    return float(Fraction(time_ns) / problem.unit_ns)
-
-
 def units_or_none(time_ns: int | None, problem: PlanningProblem) -> float | None:
-    return None if time_ns is None else in_units(time_ns, problem)
+    return None if time_ns is None else in_units(problem, time_ns)

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import MOST_SUMMED, from_data, load_data
 
-MOST_DEVICES = 4096
+MOST_PLACED = 4096
 """Accelerators, and CPU cores, of a workload: a table of classes by devices must fit in memory."""
 
 
@@ -48,8 +48,8 @@ class _Edge(BaseModel):
 
 class _Workload(BaseModel):
     model_config = ConfigDict(extra="ignore")
-    maxFPGAs: int = Field(ge=0, le=MOST_DEVICES)
-    maxCPUs: int = Field(ge=0, le=MOST_DEVICES)
+    maxFPGAs: int = Field(ge=0, le=MOST_PLACED)
+    maxCPUs: int = Field(ge=0, le=MOST_PLACED)
     maxSizePerFPGA: float = Field(ge=0)
     nodes: list[_Node] = Field(min_length=1)
     edges: list[_Edge]

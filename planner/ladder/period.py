@@ -28,7 +28,14 @@ from mipipe.planner.jobs.rank_clocks import on_rank_clocks
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.ladder.admission import enter, has_plan
 from mipipe.planner.ladder.large import check_s
-from mipipe.planner.ladder.period_entry import LISTED, PeriodEntry, enter_period, enter_published, harvest_period, take
+from mipipe.planner.ladder.period_entry import (
+    PERIOD_LISTED,
+    PeriodEntry,
+    enter_period,
+    enter_published,
+    harvest_period,
+    take_period,
+)
 from mipipe.planner.ladder.repeating import RUNG as REPEATED
 from mipipe.planner.ladder.repeating import short_instance
 from mipipe.planner.ladder.state import Run
@@ -64,7 +71,7 @@ def climb(run: Run) -> None:
     run.reserve_s = check_s(run)
     entries: list[PeriodEntry] = []
     for placement in _placements(run):
-        if run.left < (1 - LISTED) * run.options.time_limit_s:
+        if run.left < (1 - PERIOD_LISTED) * run.options.time_limit_s:
             break
         if resident_fits(run.problem, placement):
             entry = enter_period(run, view(run.problem, placement))
@@ -112,12 +119,12 @@ def _repeat_lists(run: Run, pool: ThreadPoolExecutor, live: list[PeriodEntry]) -
     """Repeat the middles of short steps as lists give them, size after size of `SHORT` for the best placements."""
     for size in SHORT:
         for at in range(0, len(live), run.options.threads):
-            if _closed(run) or run.seconds > 2 * LISTED * run.options.time_limit_s:
+            if _closed(run) or run.seconds > 2 * PERIOD_LISTED * run.options.time_limit_s:
                 return
             some = live[at:at + run.options.threads]
             made = [(entry, pool.submit(_repeat, run, entry, 0.0, run.options.seed + size)) for entry in some]
             for entry, job in made:
-                take(run, entry, job.result(), REPEATED)
+                take_period(run, entry, job.result(), REPEATED)
 
 
 def _round(run: Run, pool: ThreadPoolExecutor, live: list[PeriodEntry], seconds: float, turn: int) -> None:
@@ -131,7 +138,7 @@ def _round(run: Run, pool: ThreadPoolExecutor, live: list[PeriodEntry], seconds:
             job.result()
             harvest_period(run, entry)
         for entry, made in ((entry, other.result()) for entry, other in tuned):
-            take(run, entry, made, names[1 - turn % 2])
+            take_period(run, entry, made, names[1 - turn % 2])
     except BaseException:
         run.stopped = True
         raise

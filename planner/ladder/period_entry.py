@@ -23,7 +23,7 @@ from mipipe.planner.search import annealing, best_list, quotas
 from mipipe.planner.search.annealing import Search
 from mipipe.planner.search.lists import Orders
 
-LISTED = 0.3
+PERIOD_LISTED = 0.3
 """Share of the time limit after which no more placements are scheduled by list; as much again is for the middles of
 short steps as lists give them."""
 
@@ -43,7 +43,7 @@ class PeriodEntry:
     shorts: dict[int, Search] = field(default_factory=dict)
 
 
-def take(run: Run, entry: PeriodEntry, made: Orders | None, rung: str) -> None:
+def take_period(run: Run, entry: PeriodEntry, made: Orders | None, rung: str) -> None:
     """Let the search of a placement go on from orders that something else made, if they are better."""
     if made is not None and made.makespan_ns < entry.search.best.makespan_ns:
         entry.search.best, entry.search.origin, entry.candidate.searched = made, "", (rung,)
@@ -85,7 +85,7 @@ def orders_of_schedule(instance: Instance, schedule: Schedule) -> Orders | None:
 def enter_published(run: Run, entries: list[PeriodEntry]) -> None:
     """Published schedules within the limits: starts where they beat the lists of their placements."""
     for baseline in BASELINES:
-        if run.left < (1 - LISTED) * run.options.time_limit_s:
+        if run.left < (1 - PERIOD_LISTED) * run.options.time_limit_s:
             return
         try:
             known = baseline.plan(run.problem, split=True)

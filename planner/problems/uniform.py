@@ -152,9 +152,9 @@ def in_activations(problem: PlanningProblem, num_bytes: int) -> float:
     return float(num_bytes / unit) if unit else 0.0
 
 
-def in_units(problem: PlanningProblem, time_ns: int) -> float:
+def in_units(problem: PlanningProblem, time_ns: int | Fraction) -> float:
     """A duration in the unit people gave the problem's durations in."""
-    return float(Fraction(time_ns, problem.unit_ns))
+    return float(Fraction(time_ns) / problem.unit_ns)
 
 
 def _exact(value: Number, label: str) -> Fraction:

@@ -31,9 +31,9 @@ class Found:
     seconds: float
 
     @property
-    def gap(self) -> float:
-        """To the bound over all placements."""
-        return gap_of(self.best.seconds, self.bound) or 0.0
+    def gap(self) -> float | None:
+        """To the bound over all placements; None where there is none."""
+        return gap_of(self.best.seconds, self.bound)
 
     @property
     def whole_gap(self) -> float | None:
@@ -55,13 +55,13 @@ class Found:
 
     def bound_text(self) -> str:
         """Step, bound and gap."""
-        shown = "proven optimal" if self.gap < 5e-5 else f"gap {self.gap:.1%}"
+        told = self.gap
+        shown = "no gap to it" if told is None else "proven optimal" if told < 5e-5 else f"gap {told:.1%}"
         text = (f"step {self.best.seconds:.4g} s, bound over all degrees, placements and orders {self.bound:.4g} s"
                 f" ({shown})")
-        told = self.gap
         for gap, bound, what in ((self.whole_gap, self.whole_bound, "with every layer on one rank"),
                                  (self.plain_gap, self.plain_bound, "and no overlapped pairs")):
-            if gap is not None and gap <= told - 5e-4:
+            if gap is not None and told is not None and gap <= told - 5e-4:
                 what = what if told != self.gap or what.startswith("with") else f"with every layer on one rank {what}"
                 text, told = f"{text}; {what} {bound:.4g} s (gap {gap:.1%})", gap
         return text

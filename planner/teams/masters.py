@@ -29,7 +29,7 @@ def chunks_of(pricer: Pricer, degrees: Degrees, global_batch: int, options: Team
     return sorted(found, key=lambda chunks: (2 * chunks * degrees.ranks > pieces and chunks > 1, -min(chunks, 4)))
 
 
-def solved(pricer: Pricer, degrees: Degrees, global_batch: int, options: TeamOptions, cutoff: float,
+def solved_master(pricer: Pricer, degrees: Degrees, global_batch: int, options: TeamOptions, cutoff: float,
             effort: tuple[float, float]) -> TeamResult | None:
     """What the master's stages take for one combination; None where none fit or beat the cutoff.
 

@@ -82,6 +82,6 @@ def as_measured(found: Mapping[Phase, PhaseCost], measured: LayerTimes) -> dict[
     return {phase: PhaseCost(seconds) for phase, seconds in times.items()}
 
 
-def beside(cost: PhaseCost, seconds: float) -> PhaseCost:
+def phase_beside(cost: PhaseCost, seconds: float) -> PhaseCost:
     """A phase with a transfer of so many seconds under way beside it: only what is longer than the phase shows."""
     return cost.plus(PhaseCost(0.0, {"data": max(0.0, seconds - cost.total)}))

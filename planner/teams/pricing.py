@@ -25,7 +25,7 @@ from mipipe.graphs.operator_graph import DTYPE_BYTES, Phase, Role
 from mipipe.planner.problems.from_layers import LayerTimes
 from mipipe.planner.teams.degrees import Degrees
 from mipipe.planner.teams.machine import Machine
-from mipipe.planner.teams.piece_cost import Axis, PhaseCost, PieceCost, as_measured, beside
+from mipipe.planner.teams.piece_cost import Axis, PhaseCost, PieceCost, as_measured, phase_beside
 from mipipe.planner.teams.pieces import ModelPieces
 
 ADAM_BYTES = 12
@@ -253,7 +253,7 @@ class Pricer:
                 reduce += spent[0]
             elif parameters:
                 last = Phase.W if Phase.W in found else Phase.I
-                found[last] = beside(found[last], spent[0])
+                found[last] = phase_beside(found[last], spent[0])
                 gathered += parameters * GRADIENT_BYTES
             if degrees.zero < 3:
                 gather += spent[1]
@@ -261,7 +261,7 @@ class Pricer:
             gathered += 2 * num_bytes
             for phase in (Phase.F, Phase.I):
                 if phase in found:
-                    found[phase] = beside(found[phase], spent[2])
+                    found[phase] = phase_beside(found[phase], spent[2])
         bandwidth = float(self.machine.kind.bytes_per_s or 1) * self.machine.kind.achieved.memory
         return PieceCost(found[Phase.F], found.get(Phase.I), found.get(Phase.W), *kept, weights, gradients, state,
                          reduce, gather, touched / bandwidth, gathered)

@@ -26,7 +26,7 @@ from mipipe.planner.teams.bounds import packed
 from mipipe.planner.teams.degrees import Degrees, Recompute, check_given, completed
 from mipipe.planner.teams.evaluate import TeamResult
 from mipipe.planner.teams.found import RUNNERS, Found, distinct, notes_of, runners_of
-from mipipe.planner.teams.masters import chunks_of, solved
+from mipipe.planner.teams.masters import chunks_of, solved_master
 from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.orders import ordered
 from mipipe.planner.teams.pieces import misfit
@@ -81,7 +81,7 @@ def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamO
         tries += 1
         cutoff = best if distinct(results) > RUNNERS else 2 * best
         for chunks in chunks_of(pricer, point.degrees, global_batch, options)[:1]:
-            found = solved(pricer, replace(point.degrees, chunks=chunks), global_batch, options, cutoff, QUICK)
+            found = solved_master(pricer, replace(point.degrees, chunks=chunks), global_batch, options, cutoff, QUICK)
             if found is not None:
                 results.append(found)
                 best = min(best, found.seconds)
@@ -151,7 +151,7 @@ def _polished(pricer: Pricer, results: list[TeamResult], global_batch: int, opti
                 break
             degrees = replace(item.degrees, chunks=chunks, recompute="none")
             tell(f"polishing {degrees.text()}")
-            better = solved(pricer, degrees, global_batch, options, 1.05 * results[0].seconds, FINE)
+            better = solved_master(pricer, degrees, global_batch, options, 1.05 * results[0].seconds, FINE)
             if better is not None:
                 results.append(better)
     return sorted(results, key=lambda found: found.seconds)
@@ -175,7 +175,7 @@ def _with_pairs(pricer: Pricer, results: list[TeamResult], waiting: list[Point],
             may[mesh] = max(point.floor, paired), point.degrees
     found = []
     for least, degrees in sorted(may.values(), key=lambda item: item[0])[:PAIRED]:
-        made = solved(pricer, degrees, global_batch, options, float("inf"), QUICK) if least < best else None
+        made = solved_master(pricer, degrees, global_batch, options, float("inf"), QUICK) if least < best else None
         found += [] if made is None else [made]
     return found
 

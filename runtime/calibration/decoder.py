@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTensor
-from mipipe.runtime.calibration.empty_decoder import empty_decoder, layer_stack
+from mipipe.runtime.calibration.empty_decoder import decoder_stack, empty_decoder
 from mipipe.runtime.calibration.quiet import quiet_transformers
 from mipipe.runtime.merge.output.verify import Loaded, loaded_tensors
 
@@ -52,7 +52,7 @@ class Decoder:
                                              for name, tensor in tensors.items()}, "")
         self._loaded: dict[str, Loaded] = loaded_tensors(files, self.model)
         self._own = {name: tuple(value.shape) for name, value in self.model.state_dict(keep_vars=True).items()}
-        stack, self._at, self._name = layer_stack(self.model, label)
+        stack, self._at, self._name = decoder_stack(self.model, label)
         self._stack: nn.ModuleList = stack
         self.layers = len(stack)
         self.embedding = self.model.get_input_embeddings()

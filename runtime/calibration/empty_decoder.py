@@ -48,7 +48,7 @@ def _compute_buffers(model: Any) -> None:
                 model._init_weights(module)
 
 
-def layer_stack(model: Any, label: str) -> tuple[nn.ModuleList, Any, str]:
+def decoder_stack(model: Any, label: str) -> tuple[nn.ModuleList, Any, str]:
     """The stack of decoder layers, the module that runs it, and the stack's name."""
     number = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
     for path, module in model.named_modules():

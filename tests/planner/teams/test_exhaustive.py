@@ -11,9 +11,10 @@ from team_brute import best_ordered, everything
 from team_machine import machine
 
 from mipipe.planner.teams.evaluate import TeamResult
+from mipipe.planner.teams.machine import Machine
 from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.pieces import ModelPieces, model_pieces
-from mipipe.planner.teams.pricing import Machine, Pricer
+from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.search import search_teams
 
 WIDE = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 8192}
