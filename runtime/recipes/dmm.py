@@ -23,6 +23,7 @@ the released trainer does not have either, and an average of the weights over st
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -77,10 +78,15 @@ class StyledDenoiser(nn.Module):
             hook.remove()
 
     def with_more(self, count: int) -> StyledDenoiser:
-        """The same with ``count`` further styles, for further teachers."""
+        """A copy with ``count`` further styles, for further teachers; this one can be its ``previous``.
+
+        One that only teaches (nothing of it trains) gives a copy that trains.
+        """
         rows, width = self.styles.weight.shape
-        grown = StyledDenoiser(self.denoiser, rows + count, width, self._time)
-        grown.mlp = self.mlp
+        grown = StyledDenoiser(copy.deepcopy(self.denoiser), rows + count, width, self._time)
+        grown.mlp = copy.deepcopy(self.mlp)
+        if not any(item.requires_grad for item in self.parameters()):
+            grown.requires_grad_(True).train()
         with torch.no_grad():
             grown.styles.weight[:rows] = self.styles.weight
         return grown
@@ -107,7 +113,8 @@ class StyleDistillation(nn.Module):
         blocks: a regular expression of the names of modules whose outputs are features.
 
     Raises:
-        InputError: no teacher, another number of styles, or no block of that name.
+        InputError: no teacher, another number of styles, no block of that name, or parameters that the student shares
+            with a teacher, which would freeze them.
     """
 
     def __init__(self, student: StyledDenoiser, teachers: Sequence[nn.Module],
@@ -124,6 +131,13 @@ class StyleDistillation(nn.Module):
             raise InputError(f"styles: found distance {distance!r} and weight of features {features}; expected mse or"
                              " cosine, and no negative weight")
         check_expression(blocks, "blocks")
+        mine = {id(item): name for name, item in student.named_parameters()}
+        for who, teacher in (*((f"teacher {number}", item) for number, item in enumerate(teachers)),
+                             *([] if previous is None else [("the previous student", previous)])):
+            shared = next((mine[id(item)] for item in teacher.parameters() if id(item) in mine), None)
+            if shared is not None:
+                raise InputError(f"styles: the student's {shared} is also {who}'s, whose parameters do not train; give"
+                                 " one of them a copy (copy.deepcopy)")
         self.student, self.teachers, self.previous = student, nn.ModuleList(teachers), previous
         self._features, self._distance = features, distance
         self._blocks = [name for name, _ in student.denoiser.named_modules() if search(blocks, name)]

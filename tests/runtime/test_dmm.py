@@ -134,6 +134,7 @@ def test_styles_are_interpolated_and_hooks_leave_nothing_behind():
         alone.styles.weight.copy_(row)
     assert torch.allclose(between, alone(**given, style=torch.ones(2, 1)), atol=1e-6)
     grown = student.with_more(1)
+    assert not {id(item) for item in grown.parameters()} & {id(item) for item in student.parameters()}
     assert torch.equal(grown(**given, style=torch.tensor([[0.0, 1.0, 0.0]] * 2)), second)
     assert not student.denoiser.time_embedding._forward_hooks
 
@@ -195,6 +196,17 @@ def test_a_planned_run_learns_its_teachers_and_later_another(tmp_path, monkeypat
         trained_styles(tmp_path / "out", StyledDenoiser(Denoiser(0), 3, WIDTH))
 
 
+def test_a_student_that_goes_on_with_more_trains_whole():
+    """Beside the previous one, which teaches, however often it has taught."""
+    student = StyledDenoiser(Denoiser(0), 1, WIDTH)
+    for _ in range(2):
+        made = StyleDistillation(student.with_more(1), [Denoiser(1)], previous=student)
+        made(**sample())["loss"].backward()
+        assert all(item.requires_grad for item in made.student.parameters()) and made.student.denoiser.training
+        assert made.student.denoiser.conv_in.weight.grad is not None
+        assert not any(item.requires_grad for item in (*made.previous.parameters(), *made.teachers.parameters()))
+
+
 def test_noise_and_captions_are_drawn_as_said(tmp_path):
     clean = torch.full((1, CHANNELS, 32, 32), 2.0)
     write_latents(tmp_path / "data", clean, torch.ones(1, 3, TEXT), torch.zeros(3, TEXT), torch.ones(1, 2, 3, TEXT),
@@ -211,10 +223,15 @@ def test_noise_and_captions_are_drawn_as_said(tmp_path):
 
 
 def test_what_does_not_fit_is_one_line(tmp_path):
+    base = Denoiser(0)
+    student = StyledDenoiser(base, 1, WIDTH)
     cases = [(lambda: StyledDenoiser(Denoiser(0), 2, WIDTH, "clock"), "has no module clock"),
              (lambda: factory(0), "found no teacher|styles: found 0"),
              (lambda: StyleDistillation(StyledDenoiser(Denoiser(0), 3, WIDTH), [Denoiser(1)]),
               "the student has 3, but there are 1"),
+             (lambda: StyleDistillation(StyledDenoiser(base, 1, WIDTH), [base]),
+              r"the student's denoiser\.\S+ is also teacher 0's, .* a copy \(copy\.deepcopy\)"),
+             (lambda: StyleDistillation(student, [], previous=student), "is also the previous student's"),
              (lambda: factory(distance="far"), "expected mse or cosine"),
              (lambda: factory(blocks="^stages"), "no module of a Denoiser matches"),
              (lambda: write_latents(tmp_path / "new", torch.zeros(2, 4, 4), torch.zeros(2, 3, 6), torch.zeros(3, 6)),
@@ -225,3 +242,4 @@ def test_what_does_not_fit_is_one_line(tmp_path):
         with pytest.raises(InputError, match=text) as error:
             call()
         assert "\n" not in str(error.value)
+    assert all(item.requires_grad for item in student.parameters())
