@@ -76,6 +76,11 @@ class BatchError(RunError):
     copy of the plan knows."""
 
 
+class DataEnd(BatchError):
+    """A copy's loader gives no next batch: it has ended, or cannot read on. No batch is passed over for it, on any
+    copy."""
+
+
 def tells_all(error: BaseException | None) -> bool:
     """Whether an error's message is meant for people, and no traceback adds to it: neither it nor what made a run fail
     came from outside."""

@@ -136,7 +136,8 @@ def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
     """Build the engine and train. ``store``: torchrun's, which lives as long as the run, over all restarts;
     ``branch``: which of several this is."""
     start, began = start_of(options), None
-    if store is not None and start is Start.FRESH and store.check([RUN_KEY]):
+    again = store is not None and store.check([RUN_KEY])
+    if store is not None and again and start is Start.FRESH:
         start, began = Start.RESTART, store.get(RUN_KEY).decode()
     check_saving(job.config, start is not Start.FRESH)
     if rank() == 0:
@@ -164,7 +165,7 @@ def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
     trainer = Trainer(engine, config, batches, show, simulate(plan, program), maps, say, stop)
     if "period" in plan.provenance and config.barrier == "step":
         trainer.say("the plan was made for steps without a barrier; 'barrier: none' in the configuration runs them so")
-    done = trainer.begin(start, began)
+    done = trainer.begin(start, began, again)
     if branch is not None:
         check_positions(branch, done)
     if trainer.first:

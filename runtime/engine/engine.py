@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mipipe.graphs.errors import BatchError, RunError
+from mipipe.graphs.errors import BatchError, DataEnd, RunError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes import rows
 from mipipe.planner.experts.maps import ExpertMap
@@ -82,6 +82,7 @@ class Engine:
 
         Raises:
             BatchError: the batch does not fit, or has no labels, here or on another copy of the plan; nothing is done.
+            DataEnd: there is no batch, here or on another copy, because its data ended.
             RunError: an instruction failed or a peer kept this rank waiting for too long.
         """
         microbatches, weight = self._prepare(batch)
@@ -127,13 +128,14 @@ class Engine:
             sums[:len(own)] = own
         except BatchError as error:
             fault = str(error)
-        faults = int(bool(fault))
+        faults, ends = int(bool(fault)), int(isinstance(batch, DataEnd))
         if self.mesh.copy_control is not None:
-            total = torch.tensor([*sums, faults], dtype=torch.float64)
+            total = torch.tensor([*sums, faults, ends], dtype=torch.float64)
             dist.all_reduce(total, group=self.mesh.copy_control)
-            *sums, last = total.tolist()
-            faults = int(last)
-        if faults:
+            *sums, faults, ends = total.tolist()
+        if ends:
+            fault = fault or "the data of another copy of the plan has no next batch"
+        elif faults:
             fault = fault or "another copy of the plan got a batch that does not fit"
         else:
             fault = self._groups_fault(microbatches)
@@ -141,7 +143,7 @@ class Engine:
             if not fault and weight <= 0:
                 fault = "the batch has no valid label; every label is ignored"
         if fault:
-            raise BatchError(f"step {self.steps_done + 1}: {fault}")
+            raise (DataEnd if ends else BatchError)(f"step {self.steps_done + 1}: {fault}")
         return move_batch(microbatches, self.mesh.device, self._inputs), weight
 
     def _groups_fault(self, microbatches: list[dict[str, torch.Tensor]]) -> str:

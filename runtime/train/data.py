@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mipipe.graphs.errors import BatchError, InputError
+from mipipe.graphs.errors import DataEnd, InputError
 from mipipe.graphs.named_code import import_named
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.rows import batch_inputs
@@ -53,6 +53,11 @@ class Batches:
         return self
 
     def __next__(self) -> Batch:
+        """The next batch.
+
+        Raises:
+            DataEnd: the loader has no next one, or fails at it; `InputError` where it has not even a first.
+        """
         if self._iterator is None:
             self._iterator = _epochs(self._source)
         try:
@@ -61,7 +66,7 @@ class Batches:
             self._iterator = None
             if not self.taken:
                 raise
-            raise BatchError(str(error)) from None
+            raise DataEnd(str(error)) from None
         self.taken += 1
         return batch
 

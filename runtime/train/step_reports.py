@@ -129,7 +129,8 @@ class StepReports:
 class StepProfile:
     """torch.profiler around one step, written as a Chrome trace for each rank; nothing without a path.
 
-    A trace that cannot be written is said, and ends nothing: the step is done, and is to be saved.
+    A trace that cannot be written is said (``say``: this rank's, as each has its own trace), and ends nothing: the step
+    is done, and is to be saved.
     """
 
     def __init__(self, path: str | None, engine: Engine, say: Callable[[str], None]) -> None:

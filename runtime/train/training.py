@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from mipipe.graphs.errors import BatchError, MipipeError, RunError, StoppedError
+from mipipe.graphs.errors import BatchError, DataEnd, MipipeError, RunError, StoppedError
 from mipipe.graphs.recipes.source import recipe_of
 from mipipe.planner.experts.maps import ExpertMap
 from mipipe.planner.timeline import Timeline
@@ -35,7 +35,8 @@ SKIPPED_IN_A_ROW = 100
 
 class Trainer:
     """One rank's training run: `begin`, then `run`. ``progress`` is called with (step, loss) after every step, ``say``
-    (on the first rank) with lines for people; ``stop`` is asked after every step whether this process is to end."""
+    with lines for people (on the first rank; on others only where a file of their own cannot be written); ``stop`` is
+    asked after every step whether this process is to end."""
 
     def __init__(self, engine: Engine, config: TrainConfig, batches: Batches | Prefetched,
                  progress: Callable[[int, float], None] | None = None, predicted: Timeline | None = None,
@@ -68,7 +69,7 @@ class Trainer:
         self.beams = None if adapters is None or not adapters.period else \
             Beams(engine, adapters, self.optimizer, config.steps, config.seed)
         self.first = engine.mesh.first
-        self.say = say if self.first else lambda text: None
+        self._say_here, self.say = say, say if self.first else lambda text: None
         self._reports = StepReports(engine, config, self._factor, predicted, progress, self.say)
         self._begun, self._saved, self._again = False, 0, False
         self.restored: Path | None = None
@@ -90,15 +91,16 @@ class Trainer:
         """The run's id in its checkpoints, once it has begun."""
         return self.checkpoints.run.id if self.checkpoints is not None else "none"
 
-    def begin(self, start: Start = Start.FRESH, run_id: str | None = None) -> int:
+    def begin(self, start: Start = Start.FRESH, run_id: str | None = None, again: bool = False) -> int:
         """Take the run's folder and load the checkpoint that the run starts from, if any; the steps done by it.
 
-        ``run_id``: of the run that a restart is of.
+        ``run_id``: of the run that a restart is of; ``again``: this run has begun before, so its metrics are its own
+        (as after a restart that has its run's id).
 
         Raises:
             InputError: as `Checkpoints.begin`; or the loader's position cannot be divided among this run's copies.
         """
-        self._begun, self._again = True, start is Start.RESTART
+        self._begun, self._again = True, again or start is Start.RESTART
         restored = self.checkpoints.begin(start, run_id) if self.checkpoints is not None else None
         if restored is None:
             return 0
@@ -220,14 +222,14 @@ class Trainer:
             batch = self._next_batch()
             loading += time.perf_counter() - begin
             try:
-                with StepProfile(self.config.profile if last else None, self.engine, self.say):
+                with StepProfile(self.config.profile if last else None, self.engine, self._say_here):
                     loss = self.engine.step(batch)
                 self._norm = self._clip.carried()
                 return loss, loading, skipped
             except BatchError as error:
-                if not self.config.data.skip_invalid or skipped >= SKIPPED_IN_A_ROW:
+                if isinstance(error, DataEnd) or not self.config.data.skip_invalid or skipped >= SKIPPED_IN_A_ROW:
                     kept = self._keep(step, before=not isinstance(batch, BatchError))
-                    raise BatchError(f"{error}; {kept}") from None
+                    raise type(error)(f"{error}; {kept}") from None
                 skipped += 1
                 self.say(f"{error}; passed over (skip_invalid)")
 

@@ -62,9 +62,9 @@ def test_wrong_usage_ends_with_2(mipipe, arguments: list[str]) -> None:
 
 
 CODES = {errors.InputError: 1, errors.GraphError: 1, errors.ProblemError: 1, errors.TimelineError: 1,
-         errors.InfeasibleError: 3, errors.RunError: 4, errors.BatchError: 4, errors.PlanError: 5,
-         errors.ProgramError: 5,
-         errors.TimeUpError: 6, errors.StoppedError: 130, KeyboardInterrupt: 130}
+         errors.InfeasibleError: 3, errors.RunError: 4, errors.BatchError: 4, errors.DataEnd: 4,
+         errors.PlanError: 5, errors.ProgramError: 5, errors.TimeUpError: 6, errors.StoppedError: 130,
+         KeyboardInterrupt: 130}
 
 
 @pytest.mark.parametrize("kind", CODES, ids=lambda kind: kind.__name__)

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_run_starts import trainer
 
-from mipipe.graphs.errors import BatchError, InputError, RunError, StoppedError
+from mipipe.graphs.errors import BatchError, DataEnd, InputError, RunError, StoppedError
 from mipipe.runtime import worker
 from mipipe.runtime.checkpoints.checkpoint import check_finite
 from mipipe.runtime.checkpoints.checkpoint_folder import complete, latest, read_state, verify
@@ -127,21 +127,24 @@ def test_data_that_ends(tmp_path, skip, ahead):
         ending(tmp_path / "none", 0).run()
 
 
-def uneven(folder, counts):
+def uneven(folder, counts, skip):
     """Two copies of one rank, whose data ends after so many batches."""
     engine = Engine(kill_saves.one_rank(), cases.chain_graph(), cases.chain_state())
-    config = TrainConfig(8, checkpoint=CheckpointConfig(str(folder)), timeout_s=20.0)
-    made = Trainer(engine, config, Batches(iter(batches()[:counts[engine.mesh.copy]])))
-    with pytest.raises(BatchError) as caught:
+    config = TrainConfig(8, checkpoint=CheckpointConfig(str(folder)), timeout_s=20.0,
+                         data=DataConfig(skip_invalid=skip))
+    made = Trainer(engine, config, Batches(iter(batches()[:counts[engine.mesh.copy]])), say=(said := []).append)
+    with pytest.raises(DataEnd) as caught:
         made.run()
-    return str(caught.value), made.batches.state()["taken"]
+    return str(caught.value), made.batches.state()["taken"], said
 
 
 @pytest.mark.distributed
-def test_data_of_one_copy_that_ends_stops_all(pool, tmp_path):
-    """At the same step, within no timeout, and each saves its own place."""
-    (first, had), (second, ended) = pool.run(2, __file__, "uneven", tmp_path, (5, 3))
-    assert first.startswith("step 4: another copy of the plan got a batch that does not fit; what was done is saved in")
+@pytest.mark.parametrize("skip", [False, True])
+def test_data_of_one_copy_that_ends_stops_all(pool, tmp_path, skip):
+    """At the same step, within no timeout, and each saves its own place; no good batch is passed over for it."""
+    (first, had, said), (second, ended, _) = pool.run(2, __file__, "uneven", tmp_path, (5, 3), skip)
+    assert said == [] and first.startswith("step 4: the data of another copy of the plan has no next batch; what was"
+                                           " done is saved in")
     assert second.startswith("step 4: data: the loader gives no batch, or ended") and (had, ended) == (4, 3)
     assert [read_loader(tmp_path / "step-3" / f"data-{copy}.pt")["taken"] for copy in range(2)] == [3, 3]
 
@@ -257,6 +260,24 @@ def test_an_output_of_the_last_step_is_not_worth_the_run(tmp_path):
     (tmp_path / "gone").rmdir()
     assert len(made.run()) == 2 and latest(tmp_path / "c").name == "step-2"
     assert [text.partition(":")[0] for text in said] == [f"profile {tmp_path}/gone/profile.rank0.json"]
+
+
+def profiled(folder, plan):
+    """What each of two ranks says of a profile in ``folder``."""
+    engine, said = Engine(plan, cases.chain_graph(), cases.chain_state()), []
+    config = TrainConfig(1, profile=str(folder / "profile.json"), timeout_s=20.0)
+    Trainer(engine, config, Batches(kill_saves.Loader()), say=said.append).run()
+    return said
+
+
+@pytest.mark.distributed
+def test_a_profile_that_another_rank_cannot_write_is_said(pool, tmp_path):
+    """By that rank, whose file it is."""
+    from test_checkpoints import two_ranks
+    (tmp_path / "profile.rank1.json" / "full").mkdir(parents=True)  # torch removes an empty one
+    first, second = pool.run(2, __file__, "profiled", tmp_path, two_ranks())
+    assert first == [] and len(second) == 1
+    assert second[0].startswith(f"profile {tmp_path}/profile.rank1.json: cannot be written: ")
 
 
 def stopping(folder, plan, asked, metrics):

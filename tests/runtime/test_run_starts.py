@@ -192,7 +192,9 @@ def test_damaged_metrics_end_no_resumed_run(tmp_path, damage):
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3, 4, 5]
 
 
-def test_a_restart_leaves_the_metrics_of_another_run_alone(tmp_path):
+@pytest.mark.parametrize("how", [{"start": Start.RESTART, "run_id": "another"},
+                                 {"start": Start.RESUME_IF_ANY, "again": True}])
+def test_a_restart_leaves_the_metrics_of_another_run_alone(tmp_path, how):
     """A run that dies before its first checkpoint starts anew: what lies in the file then is its own."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     first = trainer(tmp_path)
@@ -200,7 +202,7 @@ def test_a_restart_leaves_the_metrics_of_another_run_alone(tmp_path):
     first.checkpoints.close()
     shutil.rmtree(tmp_path / "c")
     again = trainer(tmp_path)
-    assert again.begin(Start.RESTART, "another") == 0
+    assert again.begin(**how) == 0
     again.run()
     assert (tmp_path / "metrics.jsonl.previous").read_text() == '{"step": 1}\n'
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
