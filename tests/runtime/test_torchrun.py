@@ -1,11 +1,13 @@
 """Whole runs under torchrun: files in, losses out; workers that fail, hang or are killed."""
 
+import argparse
 import dataclasses
 import functools
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from pathlib import Path
 import pytest
 import runtime_equal as equal
 import torch
+import torch.distributed as dist
 import yaml
 from runtime_models import ROWS_OF_BYTES
 from safetensors.torch import load_file
@@ -30,14 +33,16 @@ from mipipe.planner.plan import Plan
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.team import Team
 from mipipe.planner.timeline import Timeline
+from mipipe.runtime import worker
 from mipipe.runtime.checkpoints.checkpoint_folder import complete, read_state, verify
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.train.config import read_train_config
+from mipipe.runtime.train.config import TrainConfig, read_train_config
 from mipipe.runtime.train.data import make_batches
 from mipipe.runtime.train.launching.elastic import lost_ranks, remaining, train_elastic
 from mipipe.runtime.train.launching.failures import explain_failure
 from mipipe.runtime.train.launching.launch import torchrun_command, train
-from mipipe.runtime.train.launching.telling import report
+from mipipe.runtime.train.launching.prepare import read_job
+from mipipe.runtime.train.launching.telling import announce, report
 from mipipe.runtime.train.models import initial_weights
 from mipipe.runtime.train.training import Trainer
 from mipipe.runtime.weights.stored_weights import stored_places
@@ -285,6 +290,40 @@ def test_a_worker_that_is_ended_before_it_can_say_so_is_named(tmp_path):
     """SIGTERM while it still imports: nobody has left a report."""
     leave_exits(tmp_path, {"0": -15, "1": -15}, {"0": 12, "1": 11})
     assert str(explain_failure(tmp_path, tmp_path / "log", 1)).startswith("rank 1 was ended by signal 15 (SIGTERM); --")
+
+
+@pytest.mark.parametrize("codes, text, cause", [
+    ({"0": 7, "1": -15}, "rank 0 ended with exit code 7 and without a word", ""),
+    ({"0": 1, "1": -15}, "torchrun ended with status 1: ImportError: no such thing", ""),
+    ({"0": 7, "1": -1}, "rank 0 ended with exit code 7 and without a word", ""),
+    ({"0": -1, "1": -15}, "rank 0 was ended by signal 1 (SIGHUP); --", "rank 0 was ended by signal 1 (SIGHUP)"),
+    ({"1": -2}, "rank 1 was ended by signal 2 (SIGINT); --", "rank 1 was ended by signal 2 (SIGINT)"),
+    ({"0": 7, "1": -11}, "rank 1 was killed by signal 11 (SIGSEGV); --", "rank 1 was killed by signal 11 (SIGSEGV)"),
+])
+def test_who_ended_first_is_told_by_error_and_restart(tmp_path, monkeypatch, codes, text, cause):
+    """No worker that was ended for another's sake; nobody has left a report, as none is left at a restart."""
+    leave_exits(tmp_path, codes)
+    (tmp_path / "log").write_text("ImportError: no such thing\n")
+    assert str(explain_failure(tmp_path, tmp_path / "log", 1)).startswith(text)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    announce(str(tmp_path), argparse.Namespace(config=TrainConfig(4), restored=None), 0)
+    why = f"restart 1 ({cause})" if cause else "restart 1"
+    assert (tmp_path / "said.txt").read_text() == f"{why}: starting with step 1 of 4 from random weights (seed 0)\n"
+
+
+def test_a_restart_before_the_first_checkpoint_keeps_the_metrics_before_the_run(files, tmp_path):
+    """Under --resume-if-any, too, what the run itself has written is not another run's."""
+    config = write_config(tmp_path, "early", steps=1, checkpoint={"folder": str(tmp_path / "c")})
+    metrics = tmp_path / "early.jsonl"
+    metrics.write_text('{"step": 9}\n')
+    options = worker.parse_arguments(["--plan", str(files / "plan1.json"), "--graph", str(files / "graph.json"),
+                                      "--config", str(config), "--resume-if-any", "--progress", "none"])
+    store = dist.HashStore()
+    for _ in range(2):
+        worker.run(read_job(options.plan, options.graph, options.config), torch.device("cpu"), options, store)
+        shutil.rmtree(tmp_path / "c")  # as if it had died before its first
+    assert metrics.with_name("early.jsonl.previous").read_text() == '{"step": 9}\n'
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1]
 
 
 @pytest.mark.parametrize("cause, shown", [(None, False), (RunError("0F0: the peer hangs"), False), (OSError(5), True)])

@@ -33,7 +33,7 @@ def explain_failure(folder: Path, log: Path, code: int, show: bool = True) -> Mi
     if stopped is not None:
         return StoppedError(stopped["message"])
     causes = [item for item in found if not is_consequence(item)]
-    killed = signals_of(folder) or ended_by_hand(folder, bool(found))
+    killed = signals_of(folder, bool(found))
     if killed and not causes:
         return RunError(f"{killed}; --resume continues from the newest checkpoint, if one was saved, and --max-restarts"
                         " restarts workers")
@@ -103,8 +103,13 @@ def killed_ranks(folder: Path, world: int) -> set[int]:
     return silent or {min(aborted, key=lambda rank: (found[rank].time, rank))}
 
 
-def signals_of(folder: Path) -> str:
-    """Who was killed by a signal, or asked to end, for people; empty: nobody."""
+def signals_of(folder: Path, reported: bool) -> str:
+    """Who was killed by a signal, or asked to end, for people; else who was ended by one of those that end healthy
+    workers, where that is all that happened; empty: nobody. ``reported``: whether a worker left an error."""
+    return _killed(folder) or _ended_by_hand(folder, reported)
+
+
+def _killed(folder: Path) -> str:
     codes = {rank: item.code for rank, item in exits(folder).items()}
     taken = {rank: -code for rank, code in codes.items() if code < 0 and code not in ENDED_BY_OTHERS}
     first = {rank: number for rank, number in taken.items() if number != signal.SIGABRT}
@@ -116,9 +121,11 @@ def signals_of(folder: Path) -> str:
     return said + memory
 
 
-def ended_by_hand(folder: Path, reported: bool) -> str:
+def _ended_by_hand(folder: Path, reported: bool) -> str:
     """Who was ended by a signal with which a launcher ends healthy workers, where that is all that happened: before it
     could note SIGTERM, or by SIGINT, which no launcher of ours sends. Empty: nobody."""
+    if not reported and any(item.code not in ENDED_BY_OTHERS for item in exits(folder).values()):
+        return ""  # that is why the launcher ended them
     found = {rank: item for rank, item in exits(folder).items()
              if item.code in ENDED_BY_OTHERS and (not reported or item.code == -signal.SIGINT)}
     if not found:

@@ -38,7 +38,7 @@ def announce(folder: str | None, trainer: Trainer, done: int, who: str = "") -> 
         f"the weights in {config.weights}" if config.weights else f"random weights (seed {config.seed})"
     why = ""
     if restart:
-        cause = signals_of(Path(folder)) if folder is not None else ""
+        cause = signals_of(Path(folder), reported=False) if folder is not None else ""  # it is removed by now
         why = f"restart {restart}{f' ({cause})' if cause else ''}: "
     text = f"starting with step {done + 1} of {config.steps} from {source}"
     if done >= config.steps:
