@@ -51,8 +51,10 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run. `begin` comes first; `save` starts one, `finish` waits for the started one.
 
-    All ranks call every method, in the same order. ``timeout_s`` bounds every wait. ``run``: the run's identity
-    (without one, only the graph and the seed count); ``accept``: what may differ from it in a checkpoint.
+    All ranks call every method, in the same order. While a checkpoint is being written, its thread has the group of
+    processes to itself: a method that asks the other ranks waits for it first. ``timeout_s`` bounds every wait.
+    ``run``: the run's identity (without one, only the graph and the seed count); ``accept``: what may differ from it
+    in a checkpoint.
 
     Raises:
         InputError: the folder cannot be written, or another job uses it.
@@ -102,7 +104,8 @@ class Checkpoints:
 
     def rehearse(self, data: dict[str, Any]) -> None:
         """Raise `RunError` now where `save` would at the end of a long run: what cannot be written as data in the state
-        of this copy's loader or of the optimizer, once both have one."""
+        of this copy's loader or of the optimizer, once both have one. Waits for a started one."""
+        self.finish()
         held = optimizer_tensors(self._engine, self._optimizer)
 
         def pack() -> None:

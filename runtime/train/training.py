@@ -137,6 +137,7 @@ class Trainer:
                 losses += self._step(step)
                 if step == start and self.checkpoints is not None:  # not known before: state begins with a step
                     self.checkpoints.rehearse(self.batches.state())
+                self._checkpoint(step + 1, step + 1 == config.steps)
                 if self.engine.noticed and step + 1 < config.steps:
                     losses += self._flush()
                     self._end_early(step + 1)
@@ -202,9 +203,7 @@ class Trainer:
             known = [] if before is None else [(before, loss)]
         else:
             known = [(done, loss)]
-        losses = [self._reports.tell(*item, self._norm) for item in known]
-        self._checkpoint(step + 1, last)
-        return losses
+        return [self._reports.tell(*item, self._norm) for item in known]
 
     def _flush(self) -> list[float]:
         """The loss of the last step, where it was not waited for."""

@@ -123,6 +123,30 @@ def test_a_full_disk_is_one_clear_error_on_all_ranks(pool, tmp_path):
     verify(tmp_path / "step-1", read_state(tmp_path / "step-1"))
 
 
+def rehearsed_late(folder):
+    """Each rank's thread and its caller come to what they ask the other in another order; the checkpoint's steps."""
+    engine = Engine(two_ranks(), cases.chain_graph(), cases.chain_state())
+    optimizer = torch.optim.Adam(engine.parameters())
+    saved = Checkpoints(folder, engine, optimizer, timeout_s=20)
+    saved.begin(Start.FRESH)
+    engine.step(cases.chain_batch(2))
+    optimizer.step()
+    first = engine.mesh.rank == 0
+    saved._thread.submit(time.sleep, 0.0 if first else 1.0)  # as on a slow disk: the write begins after it
+    saved.save(1, {"taken": 1})
+    time.sleep(0.5 if first else 0.0)
+    saved.rehearse({"taken": 1})
+    saved.finish()
+    return [path.name for path in complete(folder)]
+
+
+@pytest.mark.distributed
+def test_what_is_asked_while_a_checkpoint_is_written_waits(pool, tmp_path):
+    """On one rank the thread that writes is ahead of the caller, on the other behind; nothing is exchanged between a
+    thread and a caller."""
+    assert pool.run(2, __file__, "rehearsed_late", tmp_path) == [["step-1"]] * 2
+
+
 def stopped(folder):
     """Rank 1 stops (SIGSTOP) in its fourth step, for three seconds; both say what they saw."""
     began = []
