@@ -47,7 +47,7 @@ from mipipe.runtime.train.launching.prepare import (
     check_saving,
     check_world,
     read_job,
-    shards_parameters,
+    zero_of,
 )
 from mipipe.runtime.train.launching.rendezvous import start_processes
 from mipipe.runtime.train.launching.telling import ProgressBar, announce, report, tell
@@ -115,7 +115,7 @@ def engine_options(job: PreparedRun, expert_map: ExpertMap | None) -> EngineOpti
     return EngineOptions(config.seed, config.timeout_s, config.compile,
                          getattr(torch, config.dtype) if config.dtype else None, barrier=config.barrier == "step",
                          expert_map=expert_map, load_factor=config.experts.load_factor if config.experts else None,
-                         elastic=_elastic(config), shard_parameters=shards_parameters(config, job.plan))
+                         elastic=_elastic(config), zero=zero_of(config, job.plan, job.graph))
 
 
 def batches_of(job: PreparedRun, engine: Engine, branch: BranchPeer | None) -> Batches | Prefetched:

@@ -142,8 +142,6 @@ def not_executed(result: TeamResult) -> list[str]:
                      " axis, and refuses this plan")
     elif degrees.expert > 1:
         found.append("experts are added up over the team, with no exchange of tokens")
-    if degrees.zero == 2 and degrees.copies > 1:
-        found.append("copies divide the optimizer's state alone (ZeRO-1)")
     if degrees.zero and degrees.context > 1:
         found.append("members along the context axis do not divide the optimizer's state")
     return [f"`mipipe train` runs this plan, but {'; '.join(found)}"] if found and "refuses" not in found[0] else \

@@ -1,8 +1,10 @@
-"""Parameters that copies of a plan hold in parts: gathered for each segment, gradients summed and scattered (ZeRO-3).
+"""Parameters that copies of a plan hold in parts (Rajbhandari et al., "ZeRO", SC 2020).
 
-Every copy runs the whole of its segments on samples of its own, so a trace stays what it is but for its parameters: an
-all-gather makes one whole before F reads it, and once more before the backward does, and a reduce-scatter leaves of its
-gradient the part that the copy has (Rajbhandari et al., "ZeRO", SC 2020, stage 3).
+Every copy runs the whole of its segments on samples of its own, so a trace stays what it is but for its parameters.
+With stage 3 an all-gather makes one whole before F reads it, and once more before the backward does, and a
+reduce-scatter leaves of its gradient the part that the copy has. With stage 2 parameters are whole while a step runs,
+and of every microbatch's gradient the part stays; with stage 1 the trace is what it is, and the sum over microbatches
+is scattered. There the engine gathers what copies updated (`mipipe.runtime.engine.parts`).
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ COPIES = "copies"
 """The axis that copies of the plan are along."""
 
 
-def gathered(member: MemberGraph, size: int) -> MemberGraph:
-    """The graph of a copy, of ``size``, that holds a part of every parameter whose first dimension divides."""
+def gathered(member: MemberGraph, size: int, zero: int = 3) -> MemberGraph:
+    """The graph of a copy, of ``size``, that holds a part of every parameter whose first dimension divides; below stage
+    3 (``zero``) of those that train."""
     graph = member.graph
     canonical = {item.fqn: item.tied_to or item.fqn for item in graph.parameters}
     parts = {item.fqn for item in graph.parameters if not item.buffer and item.tied_to is None
-             and item.spec.shape and fits(item.spec.shape, divided(0), size)}
+             and item.spec.shape and fits(item.spec.shape, divided(0), size) and (item.trainable or zero == 3)}
     made: dict[tuple[str, tuple[str, ...]], SegmentTrace] = {}
     segments = []
     traces = {trace.digest: trace for trace in graph.traces}
@@ -32,9 +35,9 @@ def gathered(member: MemberGraph, size: int) -> MemberGraph:
         trace = traces[segment.trace]
         names = tuple(name for name, fqn in zip(trace.parameters, segment.parameters, strict=True)
                       if canonical[fqn] in parts)
-        key = segment.trace, names
+        key = segment.trace, names if zero > 1 else ()
         if key not in made:
-            made[key] = with_gathers(trace, names, size) if names else trace
+            made[key] = _over_copies(trace, names, size, zero) if names and zero > 1 else trace
         segments.append(replace(segment, trace=made[key].digest))
     divisions = dict(member.divisions)
     for fqn in parts:
@@ -46,15 +49,15 @@ def gathered(member: MemberGraph, size: int) -> MemberGraph:
     return MemberGraph(changed, divisions, member.sums)
 
 
-def with_gathers(trace: SegmentTrace, names: tuple[str, ...], size: int) -> SegmentTrace:
-    """A trace whose parameters of these names come in parts, and whose gradients of them leave in parts."""
-    whole = {name: f"{name}_whole" for name in names}
+def _over_copies(trace: SegmentTrace, names: tuple[str, ...], size: int, zero: int) -> SegmentTrace:
+    """A trace whose gradients of these parameters leave in parts; with stage 3 the parameters come in parts, too."""
+    whole = {name: f"{name}_whole" if zero == 3 else name for name in names}
     gathers = [Operator(whole[name], "mipipe.all_gather.default", Phase.F, [{"ref": name}, 0, 1, size, COPIES], {},
-                        (trace.specs[name],)) for name in names]
+                        (trace.specs[name],)) for name in names if zero == 3]
     operators = [replace(op, args=renamed(op.args, whole), kwargs=renamed(op.kwargs, whole))
                  for op in trace.operators]
     specs = trace.specs | {whole[name]: trace.specs[name] for name in names}
-    specs |= {name: _part(trace.specs[name], size) for name in names}
+    specs |= {name: _part(trace.specs[name], size) for name in names if zero == 3}
     grads = list(trace.parameter_grads)
     for place, name in enumerate(trace.parameters):
         grad = grads[place]
@@ -68,8 +71,8 @@ def with_gathers(trace: SegmentTrace, names: tuple[str, ...], size: int) -> Segm
     later = [op for op in operators if op.phase is not Phase.F]
     changed = replace(trace, digest="", operators=(*gathers, *forward, *later), specs=specs, saved=saved,
                       parameter_grads=tuple(grads))
-    again = with_again(replace(changed, digest=digest(changed)), set(whole.values()))
-    return again
+    done = replace(changed, digest=digest(changed))
+    return with_again(done, set(whole.values())) if zero == 3 else done
 
 
 def _part(spec: TensorSpec, size: int) -> TensorSpec:

@@ -36,7 +36,7 @@ def buckets_of(local: LocalRank, names: Iterable[str], what: str) -> tuple[Bucke
     found: list[Bucket] = []
     filling: dict[tuple[object, ...], tuple[list[str], int]] = {}
     for name in names:
-        holders, parameter = local.holders[name], local.weights.parameters[name]
+        holders, parameter = local.holders[name], local.weights.summed(name)
         key = holders if len(holders) > 1 else (), local.sums.get(name, ()), local.apart(name), parameter.dtype
         members, size = filling.get(key, ([], 0))
         filling[key] = [*members, name], size + parameter.nbytes
@@ -61,7 +61,7 @@ def with_copy_sums(local: LocalRank, resolved: Iterable[Ready]) -> tuple[Ready, 
     Buckets fill in the order in which parameters become ready, over several actions where these are small.
     """
     instructions = list(resolved)
-    name_of = {id(parameter): name for name, parameter in local.weights.parameters.items()}
+    name_of = {id(local.weights.summed(name)): name for name in local.weights.parameters}
     alone = {name for name in local.graded if len(local.holders[name]) == 1
              and local.reduction(name) is not None} - local.banks
     if not alone:

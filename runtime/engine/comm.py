@@ -18,6 +18,10 @@ import torch.distributed as dist
 
 from mipipe.graphs.errors import RunError
 
+_REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Their names from torch 2.13 on, and before."""
+
 
 def start_send(group: Any, tensors: Sequence[torch.Tensor], peer: int) -> list[Any]:
     """The works of a send of every tensor; ``peer`` is the receiver's rank within the group."""
@@ -52,8 +56,35 @@ def start_all_gather(group: Any, parts: list[torch.Tensor], part: torch.Tensor) 
 
 
 def start_reduce_scatter(group: Any, part: torch.Tensor, parts: torch.Tensor) -> Any:
-    """The work of a sum of every rank's ``parts`` [ranks,...], of which ``part`` gets this rank's; gloo has none."""
-    return dist.reduce_scatter_tensor(part, parts, group=group, async_op=True)
+    """The work of a sum of every rank's ``parts`` [ranks,...], of which ``part`` gets this rank's."""
+    return _REDUCE_SCATTER(part, parts, group=group, async_op=True)
+
+
+def start_reduce_scatters(group: Any, parts: Sequence[torch.Tensor], wholes: Sequence[torch.Tensor]) -> list[Any]:
+    """The works of sums of every rank's ``wholes``, of whose first dimension ``parts`` get this rank's range; a part
+    may be the view of its whole."""
+    pairs = dict(zip(map(id, parts), wholes, strict=True))
+    return _together(group, parts, lambda part: _REDUCE_SCATTER(part, pairs[id(part)], group=group, async_op=True))
+
+
+def start_gather_parts(group: Any, wholes: Sequence[torch.Tensor], parts: Sequence[torch.Tensor],
+                       size: int) -> tuple[list[Any], Callable[[], None]]:
+    """The works of a gathering of every rank's ``parts`` (of one dtype) into ``wholes`` along the first dimension, and
+    what to call when they are done; a part may be the view of its whole."""
+    if wholes[0].is_cuda:
+        pairs = dict(zip(map(id, parts), wholes, strict=True))
+        return _together(group, parts, lambda part: _ALL_GATHER(pairs[id(part)], part, group=group,
+                                                                async_op=True)), lambda: None
+    flat = torch.cat([part.detach().reshape(-1) for part in parts])
+    every = flat.new_empty(size, flat.numel())
+
+    def put() -> None:
+        place = 0
+        for whole, part in zip(wholes, parts, strict=True):
+            whole.view(size, -1).copy_(every[:, place:place + part.numel()])
+            place += part.numel()
+
+    return [dist.all_gather(list(every), flat, group=group, async_op=True)], put
 
 
 def start_all_to_all(group: Any, output: torch.Tensor, rows: torch.Tensor, arriving: Sequence[int] | None = None,

@@ -28,6 +28,7 @@ from mipipe.runtime.engine.compiling.calls import ActionCode, random_key, run_ca
 from mipipe.runtime.engine.compiling.compiled import Compiled
 from mipipe.runtime.engine.compiling.instructions import ActionPart, Step, Transport
 from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.engine.parts import Gathers
 from mipipe.runtime.engine.record import StepRecord
 from mipipe.runtime.engine.side_stream import SideStream
 from mipipe.runtime.engine.streams import streams_of
@@ -46,6 +47,7 @@ class Executor:
         self._waits = compiled.waits
         self._buffers = Buffers()
         self._reducer = reduce.Reducer(compiled, self._waits)
+        self._gathers = Gathers(compiled, self._waits)
         self._microbatches: list[dict[str, torch.Tensor]] = []
         self._record = StepRecord()
         self._clock: Clock = HostClock()
@@ -93,7 +95,7 @@ class Executor:
     def _walk(self, program: Handlers, microbatches: list[dict[str, torch.Tensor]], step: int) -> StepRecord:
         self._microbatches, self._step, self._record = microbatches, step, StepRecord(clock=self._clock.kind)
         self._waits.talk = self._record.talk
-        self._compiled.weights.refresh()
+        self._gathers.refresh()
         if self._compiled.sampler is not None:
             self._compiled.sampler.active = not self._evaluating
         for counter in self._compiled.counters.values():

@@ -2,8 +2,9 @@
 
 Sums start where `mipipe.runtime.engine.buckets` put them, run while the rank goes on computing, and are finished before
 the optimizer. The gradients of a bucket are made side by side in one flat tensor, which is summed as it is: nothing is
-copied before or after. Gradients that were there before the step (accumulation over several steps) are set aside first,
-so that they are not summed twice.
+copied before or after. Of parameters that copies update in parts, each gets its part of the sum
+(`mipipe.runtime.engine.parts`). Gradients that were there before the step (accumulation over several steps) are set
+aside first, so that they are not summed twice.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from mipipe.planner.actions import ActionKind
 from mipipe.runtime.engine import comm
 from mipipe.runtime.engine.buckets import Bucket, buckets_of
 from mipipe.runtime.engine.compiling.compiled import Compiled
+from mipipe.runtime.engine.parts import part_of, scattered
 from mipipe.runtime.experts.moves import ReplicaSums
 
 ALIGNED = 16
@@ -65,9 +67,9 @@ class Reducer:
     """The reductions of one rank's step: `begin`, `start` by bucket, `finish`."""
 
     def __init__(self, compiled: Compiled, waits: comm.Waits) -> None:
-        self._parameters = compiled.weights.parameters
+        self._parameters, self._sums, self._mesh = compiled.weights.parameters, compiled.weights.sums, compiled.mesh
         self._waits = waits
-        self._pending: list[tuple[Any, Bucket]] = []
+        self._pending: list[tuple[list[Any], Bucket]] = []
         self._aside: dict[str, Tensor] = {}
         self._done = True
         summed = sorted(set(compiled.graded) - compiled.banks)
@@ -76,7 +78,7 @@ class Reducer:
                  for bucket in ready.argument]
         there = {name for bucket in early for name in bucket.names}
         self._late = buckets_of(compiled, sorted(set(summed) - there), "gradients of tied parameters")
-        self._flat = {bucket.names: FlatGradients([self._parameters[name] for name in bucket.names])
+        self._flat = {bucket.names: FlatGradients([compiled.weights.summed(name) for name in bucket.names])
                       for bucket in (*early, *self._late)}
         for flat in self._flat.values():
             compiled.weights.homes.update(flat.homes())
@@ -88,6 +90,8 @@ class Reducer:
         self._pending.clear()
         self._aside.clear()
         self._done = False
+        for item in self._sums.values():
+            item.grad = None
         if self._replicas is not None:
             self._replicas.begin()
         for flat in self._flat.values():
@@ -101,7 +105,12 @@ class Reducer:
     def start(self, buckets: Iterable[Bucket]) -> None:
         """Start the sums of these buckets; a gradient that this rank did not make counts as zero."""
         for bucket in buckets:
-            self._pending.append((comm.start_all_reduce(bucket.group, self._flat[bucket.names].whole()), bucket))
+            flat = self._flat[bucket.names].whole()
+            sums = [grad for name in bucket.names if name in self._sums
+                    and (grad := self._sums[name].grad) is not None]
+            works = scattered(bucket.group, sums, flat, self._mesh.copy, self._mesh.num_copies) \
+                if sums and bucket.group is self._mesh.copy_group else [comm.start_all_reduce(bucket.group, flat)]
+            self._pending.append((works, bucket))
 
     def finish(self) -> None:
         """Complete all sums and add what was set aside. Later calls in the same step do nothing."""
@@ -111,12 +120,21 @@ class Reducer:
         self.start(self._late)
         if self._replicas is not None:
             self._replicas.finish()
-        for work, bucket in self._pending:
-            self._waits.wait([work], functools.partial("all-reduce of {}".format, bucket.what))
+        for works, bucket in self._pending:
+            self._waits.wait(works, functools.partial("sum of {}".format, bucket.what))
             self._flat[bucket.names].forget()
+            self._take_parts(bucket.names)
         self._pending.clear()
         for name, earlier in self._aside.items():
             gradient = self._parameters[name].grad
             assert gradient is not None
             gradient.add_(earlier)
         self._aside.clear()
+
+    def _take_parts(self, names: Iterable[str]) -> None:
+        """Leave this copy's parts of these sums to the parameters."""
+        for name in names:
+            if name in self._sums:
+                whole, self._sums[name].grad = self._sums[name].grad, None
+                assert whole is not None
+                self._parameters[name].grad = part_of(whole, self._mesh.copy, self._mesh.num_copies)

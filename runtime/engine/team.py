@@ -67,7 +67,7 @@ class Axis:
         return parts
 
     def reduce_scatter(self, x: Tensor, dim: int, sections: int) -> Tensor:
-        """This member's part of the sum; gloo has no such operation, and sums whole tensors."""
+        """This member's part of the sum; gloo's own reduce-scatter is slower than its sum of whole tensors."""
         if not x.is_cuda:
             return part_of(self.all_reduce(x, "sum"), self.member, self.size, dim, sections).clone()
         parts = torch.stack([part_of(x, member, self.size, dim, sections) for member in range(self.size)])

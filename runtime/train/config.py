@@ -46,7 +46,7 @@ class OptimizerConfig:
     package.module:Class; ``options`` are its further arguments.
 
     ``groups`` give some parameters other options. ``shard`` divides the optimizer's state among data-parallel copies of
-    the plan (ZeRO stage 1); ``parameters``: parameters and gradients as well (ZeRO stage 3).
+    the plan (ZeRO stage 1); ``gradients``: gradients as well (stage 2); ``parameters``: these and parameters (stage 3).
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -54,7 +54,7 @@ class OptimizerConfig:
     lr: float = 1e-3
     options: dict[str, Any] = field(default_factory=dict)
     groups: tuple[GroupConfig, ...] = ()
-    shard: bool | Literal["parameters"] = False
+    shard: bool | Literal["gradients", "parameters"] = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,8 @@ def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any], shard:
     """An optimizer over the rank's parameters; None for a rank without any.
 
     ``name``: a class of torch.optim in any case (``adamw``), or ``package.module:Class`` for others. ``shard`` divides
-    its state among the plan's copies (torch's ZeroRedundancyOptimizer): each updates a part and broadcasts it.
+    its state among the plan's copies: each has a part of every parameter (`EngineOptions`), or, where the optimizer
+    looks at whole ones, updates some whole parameters and broadcasts them (torch's ZeroRedundancyOptimizer).
     ``groups``: parameters with other options.
 
     Raises:
@@ -55,6 +56,14 @@ def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any], shard:
         return kind(parameters, **options)
     except (TypeError, ValueError) as error:
         raise InputError(f"optimizer {name}: {error}") from None
+
+
+def takes_parts(name: str, zero: int) -> bool:
+    """Whether an optimizer updates parts of parameters for the copies of a plan that share its state (``zero`` 1) or
+    gradients (2): one that treats elements alike does. REG and Muon put whole matrices together where gradients come
+    in parts, and have whole ones else; of the user's own nothing is known."""
+    name = name.lower()
+    return zero > 1 if name in OPTIMIZERS else name in _TORCH and name != "adafactor"
 
 
 def with_fused(kind: Any, options: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -21,12 +21,25 @@ WeightSource = Mapping[str, torch.Tensor] | nn.Module | Callable[[], nn.Module] 
 
 
 @dataclass(frozen=True, slots=True)
+class CopyParts:
+    """Parameters of which copy ``copy`` of ``size`` updates a part of the first dimension; ``summed``: their gradients
+    are summed whole over microbatches."""
+
+    names: frozenset[str]
+    copy: int
+    size: int
+    summed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Weights:
     """Local parameters and buffers by canonical FQN (the first name of a tied tensor), and the name of every FQN.
 
-    ``compute`` holds what the phase functions read: the parameter itself, or its copy in the trace's dtype where the
-    master weights have another (mixed precision). ``homes`` make the memory of gradients that have a place of their
-    own; others lie where the operator that made them put them.
+    ``compute`` holds what the phase functions read: the parameter itself, its copy in the trace's dtype where the
+    master weights have another (mixed precision), or the whole of which the parameter is this copy's part. ``homes``
+    make the memory of gradients that have a place of their own; others lie where the operator that made them put them.
+    ``own`` is the part in ``compute`` of parameters that are parts, and ``sums`` where their whole gradients are summed
+    (parameters without memory but for ``.grad``); those that the trace scatters have none.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -34,11 +47,17 @@ class Weights:
     compute: dict[str, torch.Tensor]
     canonical: dict[str, str]
     homes: dict[nn.Parameter, Callable[[], torch.Tensor]] = field(default_factory=dict)
+    own: dict[str, torch.Tensor] = field(default_factory=dict)
+    sums: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def tensor(self, fqn: str) -> torch.Tensor:
         """The tensor the phase functions read for an FQN."""
         name = self.canonical[fqn]
         return self.compute[name] if name in self.compute else self.buffers[name]
+
+    def summed(self, name: str) -> nn.Parameter:
+        """To whose ``.grad`` W adds the gradients of a parameter."""
+        return self.sums.get(name, self.parameters[name])
 
     def state(self, fqn: str) -> torch.Tensor:
         """The tensor that F itself changes, for an FQN.
@@ -52,21 +71,24 @@ class Weights:
                              " master weights of another dtype; leave 'dtype' out of the train config")
         return self.tensor(fqn).detach()
 
+    @torch.no_grad()
     def refresh(self) -> None:
-        """Copy master weights into their compute copies."""
+        """Copy master weights into their compute copies, parts into the whole's part."""
         for name, tensor in self.compute.items():
-            if tensor is not self.parameters[name]:
-                tensor.copy_(self.parameters[name])
+            target, source = self.own.get(name, tensor), self.parameters[name]
+            if target.data_ptr() != source.data_ptr():
+                target.copy_(source)
 
 
 def load_weights(graph: OperatorGraph, names: Iterable[str], source: WeightSource, device: torch.device,
                  master_dtype: torch.dtype | None = None,
                  rows: Mapping[str, Sequence[int]] | None = None,
-                 pieces: Mapping[str, Piece] | None = None) -> Weights:
+                 pieces: Mapping[str, Piece] | None = None, parts: CopyParts | None = None) -> Weights:
     """Weights of the given FQNs, copied from ``source`` to ``device``.
 
     ``rows``: of these parameters only some rows, in this order (the experts a rank holds). ``pieces``: of these only
-    the piece that a member of a team holds; of stored weights nothing else is read.
+    the piece that a member of a team holds; of stored weights nothing else is read. ``parts``: parameters of which this
+    copy updates a part, while what runs reads them whole.
 
     Raises:
         GraphError: a name is missing in the source, its shape differs, or it has no values (meta device).
@@ -80,6 +102,8 @@ def load_weights(graph: OperatorGraph, names: Iterable[str], source: WeightSourc
     parameters: dict[str, nn.Parameter] = {}
     buffers: dict[str, torch.Tensor] = {}
     compute: dict[str, torch.Tensor] = {}
+    own: dict[str, torch.Tensor] = {}
+    sums: dict[str, nn.Parameter] = {}
     for item in graph.parameters:
         if item.fqn not in needed:
             continue
@@ -101,10 +125,19 @@ def load_weights(graph: OperatorGraph, names: Iterable[str], source: WeightSourc
             continue
         trainable = item.trainable and (dtype.is_floating_point or dtype.is_complex)
         kept = master_dtype if master_dtype is not None and trainable and not dtype.is_complex else dtype
+        if parts is not None and item.fqn in parts.names:
+            shape = (parts.size * found.shape[0], *found.shape[1:])
+            compute[item.fqn] = torch.empty(shape, dtype=dtype, device=device)
+            own[item.fqn] = compute[item.fqn].chunk(parts.size)[parts.copy].copy_(found.detach())
+            part = own[item.fqn] if kept is dtype else found.detach().to(device, kept, copy=True).contiguous()
+            parameters[item.fqn] = nn.Parameter(part)
+            if parts.summed:
+                sums[item.fqn] = nn.Parameter(torch.empty((), dtype=kept, device=device).expand(shape))
+            continue
         parameter = nn.Parameter(found.detach().to(device, kept, copy=True).contiguous(), requires_grad=trainable)
         parameters[item.fqn] = parameter
         compute[item.fqn] = parameter if kept is dtype else parameter.detach().to(dtype)
-    return Weights(parameters, buffers, compute, canonical)
+    return Weights(parameters, buffers, compute, canonical, own=own, sums=sums)
 
 
 def _find_any(pieces: Mapping[str, Piece], state: Mapping[str, torch.Tensor], fqn: str) -> torch.Tensor | None:

@@ -27,7 +27,7 @@ from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.train.config import OptimizerConfig, SaveConfig, TrainConfig
 from mipipe.runtime.train.data import Batches
-from mipipe.runtime.train.launching.prepare import check_team, shards_parameters
+from mipipe.runtime.train.launching.prepare import check_team, zero_of
 from mipipe.runtime.train.models import initial_weights
 from mipipe.runtime.train.training import Trainer
 
@@ -95,7 +95,7 @@ def begun(graph, plan, config):
     """All that happens before the first step."""
     check_team(plan, graph, config)
     engine = Engine(plan, graph, initial_weights(graph, config),
-                    options=EngineOptions(config.seed, shard_parameters=shards_parameters(config, plan)))
+                    options=EngineOptions(config.seed, zero=zero_of(config, plan, graph)))
     if config.save is not None:
         check_save(engine, config, None)
     mesh = engine.mesh

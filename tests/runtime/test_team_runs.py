@@ -31,6 +31,7 @@ from mipipe.runtime.recipes.adapter_files import adapter_tensors
 from mipipe.runtime.recipes.optimizers import BANK, OPTIMIZERS
 from mipipe.runtime.train.config import CheckpointConfig, ExpertsConfig, OptimizerConfig, TrainConfig
 from mipipe.runtime.train.data import Batches
+from mipipe.runtime.train.launching.prepare import zero_of
 from mipipe.runtime.train.optim import parameter_roles
 from mipipe.runtime.train.trace import measured_timeline
 from mipipe.runtime.train.training import Trainer
@@ -56,7 +57,7 @@ def batches_of(name, copy, copies):
 def train(name, plan, graph, state, config, folder=None):
     """What a process does: losses, this member's part of every weight, the names it keeps optimizer state for; then a
     folder, from which the weights are read back."""
-    options = EngineOptions(shard_parameters=config.optimizer.shard == "parameters")
+    options = EngineOptions(zero=zero_of(config, plan, graph))
     engine = Engine(plan, graph, state, options=options)
     mesh = engine.mesh
     rows = equal.ROWS * MICROBATCHES // mesh.num_copies
@@ -178,18 +179,17 @@ def test_copies_hold_parts_of_parameters(pool, tmp_path, ranks, team):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "moe", "vlm", "vlm-frozen", "vlm-lora"])
-@pytest.mark.parametrize("shard", [False, True, "parameters"])
+@pytest.mark.parametrize("shard", [False, True, "gradients", "parameters"])
 def test_copies_of_teams_share_optimizer_state(pool, tmp_path, name, shard):
-    """Two copies of a team of two, with the state of every parameter in one of them or in both; then one copy of other
-    degrees goes on."""
+    """Two copies of a team of two, with all state in both of them or parts in each; then one copy of other degrees goes
+    on."""
     made = equal.case(name)
     first = pool.run(4, __file__, "train", name, plan_of(made.graph, 1, replace(TEAMS, copies=2)), made.graph,
                      made.state(), config_of(tmp_path, 2, shard), timeout=240.0)
     check(name, first, 0, 2)
     kept = [answer[2] for answer in first]
-    for member in range(2) if shard != "parameters" else ():
-        both = kept[member] & kept[member + 2]
-        assert (not both) if shard else both == kept[member]
+    for member in range(2):
+        assert (kept[member] == kept[member + 2]) == (not shard)
     again = pool.run(4, __file__, "train", name, plan_of(made.graph, 2, Team({"tensor": 2}, modes=(
         TeamMode("tensor", "sequence"),))), made.graph, made.state(), config_of(tmp_path, STEPS), timeout=240.0)
     check(name, again, 2, STEPS)

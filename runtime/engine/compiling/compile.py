@@ -36,7 +36,7 @@ from mipipe.runtime.experts.elastic import CoActivation, joined_kernels, sampled
 from mipipe.runtime.experts.exchange import kernels_of
 from mipipe.runtime.experts.group import make_exchange, routing_counters
 from mipipe.runtime.experts.layers import expert_layers
-from mipipe.runtime.weights.weights import WeightSource, load_weights
+from mipipe.runtime.weights.weights import CopyParts, WeightSource, load_weights
 
 
 def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program: Program | None, mesh: Mesh | None,
@@ -57,15 +57,16 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
     else:
         check_program(plan, program)
     copies = mesh.num_copies if mesh is not None else max(1, world() // (len(program.ranks) * team.members))
-    across = options.shard_parameters and copies > 1
-    if across:
-        member = gathered(member, copies)
+    zero = options.zero if copies > 1 else 0
+    if zero:
+        member = gathered(member, copies, zero)
         graph = member.graph
     flow = gradient_flow(graph)
     stage_of = _stage_of_segments(plan, graph)
     holders, stages_of = _holders(plan, graph, stage_of)
+    apart = {name for name, divisions in member.divisions.items() if any(item.axis == COPIES for item in divisions)}
     if mesh is None:
-        mesh = _mesh_of(plan, program, member, holders, device, options, across) if dist.is_initialized() \
+        mesh = _mesh_of(plan, program, member, holders, device, options, zero) if dist.is_initialized() \
             else _alone(program, device, team)
     waits = Waits(timedelta(seconds=options.timeout_s), device.type == "cpu")
     here = [index for index, stage in enumerate(plan.placement.stages) if mesh.rank in stage.ranks]
@@ -74,7 +75,8 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
              for fqn in (*segment.parameters, *segment.buffers)}
     experts = make_exchange(plan, graph, stage_of, mesh, options, waits)
     weights = load_weights(graph, names, source, device, options.master_dtype,
-                           None if experts is None else experts.rows(), member_pieces(member, whole, mesh))
+                           None if experts is None else experts.rows(), member_pieces(member, whole, mesh),
+                           CopyParts(frozenset(apart), mesh.copy, copies, zero == 1) if 0 < zero < 3 else None)
     loss = next(value.spec for value in graph.values if value.name == graph.loss)
     loss_gradient = torch.ones(loss.shape, dtype=getattr(torch, loss.dtype), device=device)
     sampler = None if options.elastic is None else CoActivation(*options.elastic)
@@ -92,7 +94,8 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
     local = LocalRank(plan=plan, graph=graph, program=program, flow=flow, mesh=mesh, weights=weights,
                       loss_gradient=loss_gradient, stages=stages, holders=holders, exclusive=exclusive, graded=graded,
                       experts=experts, banks=frozenset() if experts is None else frozenset(experts.rows()),
-                      counters=counters, waits=waits, divisions=member.divisions, sums=member.sums)
+                      counters=counters, waits=waits, divisions=member.divisions, sums=member.sums,
+                      zero=zero)
     instructions, evaluation = Resolver(local, stage_of).resolve(options.prepost)
     return Compiled(**{item.name: getattr(local, item.name) for item in fields(local)},
                     instructions=with_copy_sums(local, instructions), evaluation=evaluation,
@@ -110,13 +113,14 @@ def _refuse_changed_buffers(plan: Plan, stages: Mapping[int, StageCode]) -> None
 
 
 def _mesh_of(plan: Plan, program: Program, member: MemberGraph, holders: Mapping[str, tuple[int, ...]],
-             device: torch.device, options: EngineOptions, across: bool) -> Mesh:
+             device: torch.device, options: EngineOptions, zero: int) -> Mesh:
     """The process groups of a program: of ranks that hold the same parameter, of teams, of experts, of copies."""
-    shared = {(ranks, member.sums.get(name, ()), any(item.axis == COPIES for item in member.divisions.get(name, ())))
+    shared = {(ranks, member.sums.get(name, ()),
+               zero > 1 and any(item.axis == COPIES for item in member.divisions.get(name, ())))
               for name, ranks in holders.items() if len(ranks) > 1 or name in member.sums}
     return build_mesh(program, shared, team=plan.team or ALONE, exchange=bool(expert_layers(member.graph)),
                       device=device, topology=plan.problem.topology if plan.team is None else None,
-                      timeout_s=options.timeout_s, across=across)
+                      timeout_s=options.timeout_s, across=zero > 0)
 
 
 COMPILING = timedelta(hours=1)

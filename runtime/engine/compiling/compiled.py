@@ -32,7 +32,8 @@ class LocalRank:
     stage only; ``graded``: local trainable parameters that get a gradient; ``experts``: the group that shares the
     experts of this rank's layers, ``banks`` the parameters of these, which differ between copies; ``counters``: routing
     counts of this rank's MoE layers by their number in the graph. ``graph`` is that of one member of the rank's team,
-    whose ``divisions`` and ``sums`` of parameters are as `MemberGraph` has them; ``waits``: what the rank waits for."""
+    whose ``divisions`` and ``sums`` of parameters are as `MemberGraph` has them; ``waits``: what the rank waits for;
+    ``zero``: what copies divide (`EngineOptions`)."""
 
     plan: Plan
     graph: OperatorGraph
@@ -51,14 +52,19 @@ class LocalRank:
     waits: Waits
     divisions: Mapping[str, tuple[Division, ...]] = field(default_factory=dict)
     sums: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    zero: int = 0
 
     def reduction(self, name: str) -> Any:
         """The group that sums the gradients of a parameter; None where nobody else has a part of them."""
-        return self.mesh.reduction(self.holders[name], self.sums.get(name, ()), self.apart(name))
+        return self.mesh.reduction(self.holders[name], self.sums.get(name, ()), self.scattered(name))
 
     def apart(self, name: str) -> bool:
-        """Whether the copies of the plan hold parts of a parameter, whose gradients are sums over them already."""
+        """Whether the copies of the plan hold parts of a parameter."""
         return any(item.axis == COPIES for item in self.divisions.get(name, ()))
+
+    def scattered(self, name: str) -> bool:
+        """Whether they do, and W's gradients are sums over them already, of which each copy has its part."""
+        return self.zero > 1 and self.apart(name)
 
     @property
     def across(self) -> bool:

@@ -153,7 +153,7 @@ class StageCalls:
                 if name in needed and name not in slots:
                     stores.append((position, self.slots.number(("saved", segment.name, name))))
             else:
-                gradients += [(position, self.weights.parameters[self.weights.canonical[fqn]], code.owned[position])
+                gradients += [(position, self.weights.summed(self.weights.canonical[fqn]), code.owned[position])
                               for result, fqn in zip(trace.parameter_grads, segment.parameters, strict=True)
                               if result == name]
         saved = self.slots.number

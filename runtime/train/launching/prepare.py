@@ -28,7 +28,7 @@ from mipipe.runtime.experts.layers import expert_layers
 from mipipe.runtime.train.config import TrainConfig, read_train_config
 from mipipe.runtime.train.data import check_source
 from mipipe.runtime.train.models import check_recipe, source_of
-from mipipe.runtime.train.optim import optimizer_class
+from mipipe.runtime.train.optim import optimizer_class, takes_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +98,12 @@ def check_branches(plans: int, graph: OperatorGraph, config: TrainConfig, plan: 
 
 def check_team(plan: Plan, graph: OperatorGraph, config: TrainConfig) -> None:
     """Raise `InputError` where a run is asked for something that teams, or copies that share parameters, do not do."""
-    team, sharded = plan.team, shards_parameters(config, plan)
+    team, sharded = plan.team, zero_of(config, plan, graph) > 1
     name, divided = config.optimizer.name.lower(), team is not None and team.members > 1
     if name == "adafactor" and (sharded or divided):
         raise InputError(f"optimizer {config.optimizer.name}: looks at whole tensors, of which members of a team, or"
-                         " copies with shard: parameters, have parts; take one that treats elements alike, such as"
-                         " adamw")
+                         " copies that shard gradients or parameters, have parts; take one that treats elements alike,"
+                         " such as adamw")
     adapters = recipe_of(graph).adapters
     if adapters is not None and adapters.period and (divided or config.optimizer.shard or (team and team.zero)):
         raise InputError(f"adapters: ranks that grow (period {adapters.period}) move whole ones and their optimizer"
@@ -113,8 +113,8 @@ def check_team(plan: Plan, graph: OperatorGraph, config: TrainConfig) -> None:
         raise InputError("adapters: light-peft removes units of whole layers, of which members of a team have parts;"
                          " plan single devices, or copies of them")
     if sharded and expert_layers(graph):
-        raise InputError("optimizer.shard: parameters divides every parameter among the copies of the plan, but experts"
-                         " live on some of them; leave it out with expert parallelism")
+        raise InputError("optimizer.shard divides every parameter among the copies of the plan, but experts live on"
+                         " some of them; leave it out with expert parallelism")
     if team is None:
         return
     rows = rows_of(graph)
@@ -133,9 +133,15 @@ def check_team(plan: Plan, graph: OperatorGraph, config: TrainConfig) -> None:
                          " teams (mode expert)")
 
 
-def shards_parameters(config: TrainConfig, plan: Plan) -> bool:
-    """Whether copies hold parts of parameters: as configured, or as the plan of teams says."""
-    return config.optimizer.shard == "parameters" or (plan.team is not None and plan.team.zero == 3)
+def zero_of(config: TrainConfig, plan: Plan, graph: OperatorGraph) -> int:
+    """What copies of the plan divide by parts of every parameter (`EngineOptions`), as configured, or as the plan of
+    teams says. 0 also where whole parameters go to one copy each (`mipipe.runtime.train.optim`): an optimizer that
+    looks at whole tensors updates them so, and banks of experts are refused there."""
+    asked = {False: 0, True: 1, "gradients": 2, "parameters": 3}[config.optimizer.shard]
+    zero = max(asked, plan.team.zero if plan.team is not None else 0)
+    if zero == 3 or asked == 2 or (not expert_layers(graph) and takes_parts(config.optimizer.name, zero)):
+        return zero
+    return 0
 
 
 def check_folders(config: TrainConfig) -> None:

@@ -1,0 +1,65 @@
+"""Parameters of which every copy of the plan updates a part: gathered before a step reads them, gradients scattered.
+
+What sharded optimizer state asks of copies (Rajbhandari et al., "ZeRO", SC 2020, stages 1 and 2): the sums of gradients
+are needed in parts alone, a reduce-scatter, and the updated parts by all, an all-gather, together what one all-reduce
+moves. On CUDA a group of them is one launch. On CPUs gloo's all-reduce is faster than its reduce-scatter
+(`benchmarks/results/NOTES.md`), so gradients are summed whole there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mipipe.runtime.engine import comm
+from mipipe.runtime.engine.compiling.compiled import LocalRank
+
+GATHER_BYTES = 25 * 2**20
+"""Parts that are gathered together: as many as gradients are summed together (`mipipe.runtime.engine.buckets`)."""
+
+
+class Gathers:
+    """The parts of parameters that this copy updates, and how all copies come to have the whole."""
+
+    def __init__(self, local: LocalRank, waits: comm.Waits) -> None:
+        self._weights, self._mesh, self._waits = local.weights, local.mesh, waits
+        self._groups: list[list[str]] = []
+        filling: dict[torch.dtype, tuple[list[str], int]] = {}
+        for name, part in self._weights.own.items():
+            names, size = filling.get(part.dtype, ([], 0))
+            filling[part.dtype] = [*names, name], size + part.nbytes
+            if filling[part.dtype][1] >= GATHER_BYTES:
+                self._groups.append(filling.pop(part.dtype)[0])
+        self._groups += [names for names, _ in filling.values()]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring what the optimizer changed to where phase functions read it, on all copies.
+
+        Raises:
+            RunError: another copy does not come.
+        """
+        self._weights.refresh()
+        weights, group, copies = self._weights, self._mesh.copy_group, self._mesh.num_copies
+        begun = [(names, *comm.start_gather_parts(group, [weights.compute[name] for name in names],
+                                                  [weights.own[name] for name in names], copies))
+                 for names in self._groups]
+        for names, works, put in begun:
+            self._waits.wait(works, functools.partial("all-gather of {} parameters".format, len(names)))
+            put()
+
+
+def scattered(group: Any, sums: Sequence[torch.Tensor], flat: torch.Tensor, copy: int, copies: int) -> list[Any]:
+    """The works of a sum over copies of gradients that lie in ``flat``; afterwards this copy's part of each of ``sums``
+    is summed (`part_of`), the rest is not to be read."""
+    if not flat.is_cuda:
+        return [comm.start_all_reduce(group, flat)]
+    return comm.start_reduce_scatters(group, [part_of(item, copy, copies) for item in sums], sums)
+
+
+def part_of(tensor: torch.Tensor, copy: int, copies: int) -> torch.Tensor:
+    """A copy's part of a tensor's first dimension, a view."""
+    return tensor.chunk(copies)[copy]
