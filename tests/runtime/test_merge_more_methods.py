@@ -5,14 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from merge_numbers import deltas, merged
+from merge_numbers import deltas, merged, optmerge_loss
 
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.merging import methods
 from mipipe.graphs.merging.method_spec import Parameter
 from mipipe.graphs.merging.recipes.read import parse_recipe
 from mipipe.runtime.merge.in_memory import merge_state_dicts
-from mipipe.runtime.merge.methods import own, projective, spectral
+from mipipe.runtime.merge.methods import own, spectral
 from mipipe.runtime.merge.methods.method import Round
 from mipipe.runtime.merge.methods.registry import BY_METHOD
 
@@ -110,7 +110,7 @@ def test_wudi_descends_from_the_sum_to_its_minimiser():
     maps = [tau / tau.norm() for tau in tensors(*taus)]
 
     def loss(value):
-        return projective.optmerge_loss(value, tensors(*taus), maps)
+        return optmerge_loss(value, tensors(*taus), maps)
 
     short = deltas("wudi", *tensors(*taus))
     longer = deltas("wudi", *tensors(*taus), learning_rate=1e-3, steps=2000)

@@ -6,7 +6,7 @@ import pytest
 import recipe_models as recipes
 import torch
 
-from mipipe.graphs.errors import InputError
+from mipipe.graphs.errors import DataEnd, InputError
 from mipipe.runtime.train.config import DataConfig
 from mipipe.runtime.train.data import check_source, make_batches
 
@@ -63,7 +63,7 @@ def test_old_rollouts_are_passed_over_and_then_missed(tmp_path):
         assert all(number - group <= 2 for group in batch["group_ids"].tolist())
     for _ in range(3):
         next(made)
-    with pytest.raises(InputError, match="step 8: 1 groups are at most 2 steps old, 2 are needed"):
+    with pytest.raises(DataEnd, match="step 8: 1 groups are at most 2 steps old, 2 are needed"):
         next(made)
 
 
