@@ -184,21 +184,23 @@ def test_experts_join_the_most_similar_leader_with_room() -> None:
     assert join_groups([.4, .1, .3, .2], table, 2, capacity=2) == [[0, 3], [2, 1]]
 
 
+def permuted_copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every expert of a layer made the first one, its units in another order."""
+    generator = torch.Generator().manual_seed(2)
+    for layer in range(2):
+        for expert in range(1, EXPERTS):
+            order = torch.randperm(INNER, generator=generator)
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                place = f"model.layers.{layer}.mlp.experts.{{}}.{part}.weight"
+                item = tensors[place.format(0)]
+                moved = item[:, order] if part == "down_proj" else item[order]
+                tensors[place.format(expert)] = moved.contiguous()
+    return tensors
+
+
 @pytest.mark.parametrize("layout", ["shared", "expanded"])
 def test_merging_permuted_copies_changes_no_output(models: Path, tmp_path: Path, layout: str) -> None:
-    def copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(2)
-        for layer in range(2):
-            for expert in range(1, EXPERTS):
-                order = torch.randperm(INNER, generator=generator)
-                for part in ("gate_proj", "up_proj", "down_proj"):
-                    place = f"model.layers.{layer}.mlp.experts.{{}}.{part}.weight"
-                    item = tensors[place.format(0)]
-                    moved = item[:, order] if part == "down_proj" else item[order]
-                    tensors[place.format(expert)] = moved.contiguous()
-        return tensors
-
-    rewritten(models / "moe", tmp_path / "copies", copies)
+    rewritten(models / "moe", tmp_path / "copies", permuted_copies)
     recipe = {"method": "m_smoe", "model": str(tmp_path / "copies"), "groups": 3, "calibration": CALIBRATION,
               "layout": layout}
     result = run(models, tmp_path / "out", recipe)
@@ -368,19 +370,7 @@ def test_ream_of_permuted_copies_changes_no_output_and_all_groups_single_is_the_
     run(models, tmp_path / "same", {"method": "ream", "model": "moe", "groups": EXPERTS, "calibration": CALIBRATION})
     assert torch.equal(logits(tmp_path / "same"), logits(models / "moe"))
 
-    def copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(2)
-        for layer in range(2):
-            for expert in range(1, EXPERTS):
-                order = torch.randperm(INNER, generator=generator)
-                for part in ("gate_proj", "up_proj", "down_proj"):
-                    place = f"model.layers.{layer}.mlp.experts.{{}}.{part}.weight"
-                    item = tensors[place.format(0)]
-                    moved = item[:, order] if part == "down_proj" else item[order]
-                    tensors[place.format(expert)] = moved.contiguous()
-        return tensors
-
-    rewritten(models / "moe", tmp_path / "copies", copies)
+    rewritten(models / "moe", tmp_path / "copies", permuted_copies)
     for align in ("both", "activations", "weights"):
         run(models, tmp_path / align, {"method": "ream", "model": str(tmp_path / "copies"), "groups": 3,
                                        "calibration": CALIBRATION, "align": align})
