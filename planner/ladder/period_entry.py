@@ -15,6 +15,7 @@ from mipipe.planner.jobs.arrays import Instance, build, orders_from, to_array, w
 from mipipe.planner.jobs.rank_clocks import on_rank_clocks
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.ladder.candidate import Candidate, judge
+from mipipe.planner.ladder.harvest import ANNEALING
 from mipipe.planner.ladder.state import Incumbent, Run
 from mipipe.planner.placements.shapes import resident_fits
 from mipipe.planner.plan import Schedule
@@ -99,7 +100,7 @@ def enter_published(run: Run, entries: list[PeriodEntry]) -> None:
             entries.append(entry)
 
 
-def harvest_period(run: Run, entry: PeriodEntry, schedule: Schedule | None = None, rung: str = "annealing") -> None:
+def harvest_period(run: Run, entry: PeriodEntry, schedule: Schedule | None = None, rung: str = ANNEALING) -> None:
     """Judge the best orders of a placement if they are new, and take their plan where its period is the shortest.
 
     ``rung``: what made them, if they are not the first.

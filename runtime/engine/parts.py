@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from mipipe.graphs.operators.collectives import part_of
 from mipipe.runtime.engine import comm
 from mipipe.runtime.engine.compiling.compiled import LocalRank
 
@@ -57,9 +58,4 @@ def scattered(group: Any, sums: Sequence[torch.Tensor], flat: torch.Tensor, copy
     is summed (`part_of`), the rest is not to be read."""
     if not flat.is_cuda:
         return [comm.start_all_reduce(group, flat)]
-    return comm.start_reduce_scatters(group, [part_of(item, copy, copies) for item in sums], sums)
-
-
-def part_of(tensor: torch.Tensor, copy: int, copies: int) -> torch.Tensor:
-    """A copy's part of a tensor's first dimension, a view."""
-    return tensor.chunk(copies)[copy]
+    return comm.start_reduce_scatters(group, [part_of(item, copy, copies, 0, 1) for item in sums], sums)

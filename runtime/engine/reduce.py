@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mipipe.graphs.operators.collectives import part_of
 from mipipe.planner.actions import ActionKind
 from mipipe.runtime.engine import comm
 from mipipe.runtime.engine.buckets import Bucket, buckets_of
 from mipipe.runtime.engine.compiling.compiled import Compiled
-from mipipe.runtime.engine.parts import part_of, scattered
+from mipipe.runtime.engine.parts import scattered
 from mipipe.runtime.experts.moves import ReplicaSums
 
 ALIGNED = 16
@@ -137,4 +138,4 @@ class Reducer:
             if name in self._sums:
                 whole, self._sums[name].grad = self._sums[name].grad, None
                 assert whole is not None
-                self._parameters[name].grad = part_of(whole, self._mesh.copy, self._mesh.num_copies)
+                self._parameters[name].grad = part_of(whole, self._mesh.copy, self._mesh.num_copies, 0, 1)
