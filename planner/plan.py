@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import STRICT, Amount
-from mipipe.planner.actions import Action, Order
+from mipipe.planner.actions import Action, Order, Stream
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.team import Team
 
@@ -45,6 +45,10 @@ class RankOrder:
     __pydantic_config__: ClassVar = STRICT
     compute: Order = ()
     collective: Order = ()
+
+    def of(self, stream: Stream) -> Order:
+        """The order of one stream."""
+        return self.compute if stream is Stream.COMPUTE else self.collective
 
 
 @dataclass(frozen=True, slots=True)

@@ -224,7 +224,7 @@ def orders_from(instance: Instance, schedule: Schedule) -> list[list[int]]:
     number = instance.number
     result = []
     for rank, stream in instance.machine_key:
-        order = schedule.ranks[rank].compute if stream is Stream.COMPUTE else schedule.ranks[rank].collective
+        order = schedule.ranks[rank].of(stream)
         result.append([number[stage, kind, m] for action in order for kind, stage, m in action.parts()])
     return [_in_class_order(instance, order) for order in result]
 

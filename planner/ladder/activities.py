@@ -19,7 +19,7 @@ from mipipe.planner.ladder.state import Run
 from mipipe.planner.milp.periodic import legs, pattern_mip, staircase
 from mipipe.planner.milp.periodic.pattern import OperationKey, route_names
 from mipipe.planner.search import annealing, follow, pair_search
-from mipipe.planner.search.lists import Orders
+from mipipe.planner.search.orders import Orders
 
 WINDOWS = (40, 60, 90)
 """Actions whose order is free at once, in turns: what small windows leave, larger ones may find."""

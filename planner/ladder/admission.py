@@ -27,7 +27,7 @@ from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.search import annealing, best_list, lists, streams
 from mipipe.planner.search.lift import lift
-from mipipe.planner.search.lists import Orders
+from mipipe.planner.search.orders import Orders
 from mipipe.planner.sizes import COMPILED, VERY_MANY
 
 SHAPES_OF_MANY: tuple[PlacementName, ...] = ("chain", "two-way", "v")

@@ -24,7 +24,7 @@ from mipipe.planner.plan import Placement, Plan, Schedule
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.search import best_list, lists
 from mipipe.planner.search.annealing import Search
-from mipipe.planner.search.lists import Orders
+from mipipe.planner.search.orders import Orders
 from mipipe.planner.search.pair_search import PairSearch
 from mipipe.planner.sizes import VERY_MANY
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from mipipe.planner.jobs import paths
-from mipipe.planner.jobs.arrays import orders_from, to_array
 from mipipe.planner.ladder.admission import RESERVES, reserve
 from mipipe.planner.ladder.candidate import Candidate, first_orders, judge, judge_orders, offer_judged
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.search import annealing, pair_search
 from mipipe.planner.search.lift import lift
-from mipipe.planner.search.lists import Orders
+from mipipe.planner.search.orders import Orders, memory_holds, orders_of_schedule
 from mipipe.planner.search.pair_search import PairSearch
 
 ANNEALING = "annealing"
@@ -96,10 +94,5 @@ def _known(found: Candidate) -> Orders | None:
     """The candidate's best schedule as orders, if it is within the reduced memory."""
     if found.best is None or found.halved or found.best.schedule.has_pairs:
         return None
-    seq, instance = to_array(orders_from(found.instance, found.best.schedule)), found.instance
-    length = instance.lengths()
-    for k in range(instance.num_machines):
-        cap = instance.cap[instance.rank[seq[k, 0]]]
-        if not paths.memory_fits(seq, k, 0, length[k] - 1, 0, instance.alloc, instance.free, instance.work, cap):
-            return None
-    return Orders(seq, length, found.makespan_ns)
+    known = orders_of_schedule(found.instance, found.best.schedule)
+    return known if known is not None and memory_holds(found.instance, known.seq, known.length) else None

@@ -36,7 +36,7 @@ from mipipe.planner.placements.shapes import light_ends, propose_shapes, residen
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.search import annealing, bidirectional, lists, quotas
-from mipipe.planner.search.lists import Orders
+from mipipe.planner.search.orders import Orders
 from mipipe.planner.sizes import MANY, VERY_MANY
 
 LARGE_ACTIONS = 1_500

@@ -11,13 +11,10 @@ import time
 from itertools import product
 from typing import Any
 
-import numpy as np
-
 from mipipe.graphs.errors import MipipeError, PlanError
 from mipipe.planner.bounds.at_placement import Bound
 from mipipe.planner.execution.measure import makespan_of
-from mipipe.planner.jobs import paths
-from mipipe.planner.jobs.arrays import Instance, build, orders_from, to_array
+from mipipe.planner.jobs.arrays import build
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.ladder.candidate import Candidate, candidate, judge, offer_judged
 from mipipe.planner.ladder.state import Run
@@ -27,7 +24,7 @@ from mipipe.planner.placements.shapes import resident_fits
 from mipipe.planner.plan import Placement, Schedule
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.search import annealing, pair_search
-from mipipe.planner.search.lists import Orders
+from mipipe.planner.search.orders import orders_of_schedule
 
 EXACT_NODES = 130
 """Elementary actions up to which the exact order MIP is tried: HiGHS proves about 100 with a fixed placement."""
@@ -50,8 +47,7 @@ def adopt(run: Run, found: Candidate, schedule: Schedule, rung: str, after: tupl
             found.searched = found.lineage
         elif found.search is not None and not found.halved:
             found.helpers.clear()
-            found.search = annealing.start(found.instance, _orders(found.instance, schedule), run.options.seed + 17,
-                                        found.bound.ns)
+            found.search = _search_from(found, schedule, run.options.seed + 17)
             found.searched = found.lineage
     return kept
 
@@ -113,8 +109,7 @@ def _seed(run: Run, found: Candidate) -> None:
     assert found.best is not None
     if found.halved:
         found.halved, found.instance = False, build(found.view)
-    found.search = annealing.start(found.instance, _orders(found.instance, found.best.schedule), run.options.seed + 31,
-                                found.bound.ns)
+    found.search = _search_from(found, found.best.schedule, run.options.seed + 31)
     found.outline = None
     found.pairs = pair_search.start(found.instance, found.search.best, run.options.seed + 37, found.bound.ns)
     if found.pairs is not None:
@@ -124,13 +119,11 @@ def _seed(run: Run, found: Candidate) -> None:
         run.candidates.append(found)
 
 
-def _orders(instance: Instance, schedule: Schedule) -> Orders:
-    """A schedule's orders by the search's own clock, pairs in parts."""
-    seq, length = to_array(orders_from(instance, schedule)), instance.lengths()
-    spare = [np.zeros(instance.size, dtype=np.int64) for _ in range(4)]
-    makespan = paths.times(seq, length, instance.dur, instance.succ_ptr, instance.succ, instance.lag, instance.waits,
-                             *spare)
-    return Orders(seq, length, int(makespan))
+def _search_from(found: Candidate, schedule: Schedule, seed: int) -> annealing.Search:
+    """A search that begins at a schedule that was judged, pairs in parts."""
+    orders = orders_of_schedule(found.instance, schedule)
+    assert orders is not None, "a judged schedule deadlocks"
+    return annealing.start(found.instance, orders, seed, found.bound.ns)
 
 
 def same(one: Placement, other: Placement) -> bool:

@@ -45,7 +45,7 @@ from mipipe.planner.placements.shapes import propose_shapes, resident_fits
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.search import annealing, best_list, quotas
-from mipipe.planner.search.lists import Orders
+from mipipe.planner.search.orders import Orders
 from mipipe.planner.search.repeat import stretched
 
 FIRST: tuple[PlacementName, ...] = ("v", "wave", "interleaved", "chain")
@@ -56,6 +56,10 @@ KEPT = 4
 
 SLICE_S, MOST_S = 0.5, 5.0
 """Seconds of annealing before the first comparison, and at most; rounds grow by half."""
+
+LISTS_REPEATED = 2 * PERIOD_LISTED
+"""Share of the time limit after which no more short steps have their middles repeated as lists give them: what
+scheduling placements by list may take, once more."""
 
 SHORT = (5, 6, 4, 8)
 """Microbatches for every two ranks of the short steps whose middles are repeated, in turns."""
@@ -119,7 +123,7 @@ def _repeat_lists(run: Run, pool: ThreadPoolExecutor, live: list[PeriodEntry]) -
     """Repeat the middles of short steps as lists give them, size after size of `SHORT` for the best placements."""
     for size in SHORT:
         for at in range(0, len(live), run.options.threads):
-            if _closed(run) or run.seconds > 2 * PERIOD_LISTED * run.options.time_limit_s:
+            if _closed(run) or run.seconds > LISTS_REPEATED * run.options.time_limit_s:
                 return
             some = live[at:at + run.options.threads]
             made = [(entry, pool.submit(_repeat, run, entry, 0.0, run.options.seed + size)) for entry in some]

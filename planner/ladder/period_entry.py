@@ -10,8 +10,7 @@ from mipipe.graphs.errors import MipipeError, PlanError
 from mipipe.planner.bounds.over_placements import Bound
 from mipipe.planner.execution.steps import schedule_period
 from mipipe.planner.how import then
-from mipipe.planner.jobs import paths
-from mipipe.planner.jobs.arrays import Instance, build, orders_from, to_array, with_mirrors
+from mipipe.planner.jobs.arrays import build, with_mirrors
 from mipipe.planner.jobs.rank_clocks import on_rank_clocks
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.ladder.candidate import Candidate, judge
@@ -22,11 +21,10 @@ from mipipe.planner.plan import Schedule
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.search import annealing, best_list, quotas
 from mipipe.planner.search.annealing import Search
-from mipipe.planner.search.lists import Orders
+from mipipe.planner.search.orders import Orders, memory_holds, orders_of_schedule
 
 PERIOD_LISTED = 0.3
-"""Share of the time limit after which no more placements are scheduled by list; as much again is for the middles of
-short steps as lists give them."""
+"""Share of the time limit after which no more placements are scheduled by list."""
 
 
 @dataclass(slots=True)
@@ -60,7 +58,7 @@ def enter_period(run: Run, stage_view: StageView, schedule: Schedule | None = No
         return None
     orders = (best_list.best_list(instance, run.options.seed) if schedule is None
               else orders_of_schedule(instance, schedule))
-    if orders is None:
+    if orders is None or not memory_holds(instance, orders.seq, orders.length):
         return None
     load = int(np.bincount(instance.machine, weights=instance.dur).max())
     found = Candidate(stage_view, Bound(load, "work of the busiest rank"), False, instance,
@@ -70,17 +68,6 @@ def enter_period(run: Run, stage_view: StageView, schedule: Schedule | None = No
     found.searched = proposer or ("list",)
     harvest_period(run, entry, schedule)
     return entry if found.best is not None else None
-
-
-def orders_of_schedule(instance: Instance, schedule: Schedule) -> Orders | None:
-    """A schedule's orders with their makespan on the instance's clocks; None where they deadlock or overfill memory."""
-    seq, length = to_array(orders_from(instance, schedule)), instance.lengths()
-    spare = [np.zeros(instance.size, dtype=np.int64) for _ in range(4)]
-    makespan = paths.times(seq, length, instance.dur, instance.succ_ptr, instance.succ, instance.lag, instance.waits,
-                             *spare)
-    fits = all(paths.memory_fits(seq, k, 0, length[k] - 1, 0, instance.alloc, instance.free, instance.work,
-                                   instance.cap[instance.rank[seq[k, 0]]]) for k in range(len(seq)))
-    return Orders(seq, length, int(makespan)) if makespan >= 0 and fits else None
 
 
 def enter_published(run: Run, entries: list[PeriodEntry]) -> None:

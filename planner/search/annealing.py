@@ -15,7 +15,7 @@ import numpy as np
 
 from mipipe.planner.jobs.arrays import Instance
 from mipipe.planner.search import anneal_kernel, best_list
-from mipipe.planner.search.lists import Orders
+from mipipe.planner.search.orders import Orders
 
 SLICE = 10_000_000
 """Moves of one kernel call times the nodes: a fraction of a second, which is how long Ctrl-C and the clock may wait."""

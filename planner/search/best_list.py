@@ -10,7 +10,7 @@ import numpy as np
 
 from mipipe.planner.jobs.arrays import Instance
 from mipipe.planner.search import lists, quotas
-from mipipe.planner.search.lists import Orders
+from mipipe.planner.search.orders import Orders
 
 QUOTA_S = 0.3
 """Seconds in which quotas are tuned for a list, for each `QUOTA_NODES` nodes."""

@@ -13,11 +13,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from mipipe.planner.jobs import paths
 from mipipe.planner.jobs.arcs import longest, to_csr
 from mipipe.planner.jobs.arrays import Instance
 from mipipe.planner.search import quotas
-from mipipe.planner.search.lists import Orders
+from mipipe.planner.search.orders import Orders, start_times
 from mipipe.planner.search.quotas import Lines, QuotaRule
 
 WINDOWS = ((0.0, 1.0), (0.2, 0.8), (0.3, 0.5), (0.5, 0.7), (0.1, 0.5), (0.5, 0.9))
@@ -61,8 +60,8 @@ def blend(instance: Instance, lines: Lines, forward: Orders, mirrored: Instance,
 
     ``mirrored`` and ``image`` are from `backwards`, ``backward`` orders ``mirrored``.
     """
-    begin = starts(instance, forward)
-    end = forward.makespan_ns - (starts(mirrored, backward) + mirrored.dur)[image]
+    begin = start_times(instance, forward)
+    end = forward.makespan_ns - (start_times(mirrored, backward) + mirrored.dur)[image]
     place = lines.place / max(float(lines.place.max()), 1e-9)
     early = 1e-7 * instance.head / max(1, int(instance.head.max()))  # a topological order among equals
     best, count = forward, np.maximum(1, lines.count)
@@ -76,12 +75,3 @@ def blend(instance: Instance, lines: Lines, forward: Orders, mirrored: Instance,
             if orders is not None and orders.makespan_ns < best.makespan_ns:
                 best = orders
     return best
-
-
-def starts(instance: Instance, orders: Orders) -> np.ndarray:
-    """The earliest start of every node."""
-    found = np.zeros(instance.size, dtype=np.int64)
-    spare = [np.zeros(instance.size, dtype=np.int64) for _ in range(3)]
-    paths.times(orders.seq, orders.length, instance.dur, instance.succ_ptr, instance.succ, instance.lag,
-                  instance.waits, found, *spare)
-    return found

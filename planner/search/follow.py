@@ -19,12 +19,11 @@ import numpy as np
 
 from mipipe.planner import clock
 from mipipe.planner.actions import ActionKind
-from mipipe.planner.jobs import paths
 from mipipe.planner.jobs.arrays import Instance
 from mipipe.planner.jobs.dependencies import KINDS
 from mipipe.planner.milp.periodic.pattern import WEIGHT_DELAYS, route_names
 from mipipe.planner.search.follow_kernel import FollowTask, fill, follow
-from mipipe.planner.search.lists import Orders
+from mipipe.planner.search.orders import Orders, memory_holds, timed
 
 PATIENCE = (0.3, 0.1, 0.03, 0.0)
 """Shares of a period a rank waits for an earlier action that is on its way."""
@@ -155,13 +154,7 @@ def plain(instance: Instance, moments: np.ndarray) -> Orders | None:
     for k in range(instance.num_machines):
         own = np.flatnonzero(instance.machine == k)
         seq[k, :length[k]] = own[np.lexsort((own, moments[own]))]
-        cap = instance.cap[instance.rank[seq[k, 0]]]
-        if not paths.memory_fits(seq, k, 0, length[k] - 1, 0, instance.alloc, instance.free, instance.work, cap):
-            return None
-    spare = [np.zeros(instance.size, dtype=np.int64) for _ in range(4)]
-    makespan = paths.times(seq, length, instance.dur, instance.succ_ptr, instance.succ, instance.lag, instance.waits,
-                             *spare)
-    return Orders(seq, length, int(makespan)) if makespan >= 0 else None
+    return timed(instance, seq, length) if memory_holds(instance, seq, length) else None
 
 
 def _places(instance: Instance, moments: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ import numpy as np
 from mipipe.planner.actions import Stream
 from mipipe.planner.jobs import paths
 from mipipe.planner.jobs.arrays import Instance
-from mipipe.planner.search.lists import Orders
+from mipipe.planner.search.orders import Orders, timed
 
 
 def lift(instance: Instance, small: Instance, orders: Orders) -> Orders | None:
@@ -30,10 +30,7 @@ def lift(instance: Instance, small: Instance, orders: Orders) -> Orders | None:
         if len(served) < length[k]:
             return None
         seq[k, :length[k]] = served
-    spare = [np.zeros(instance.size, dtype=np.int64) for _ in range(4)]
-    makespan = paths.times(seq, length, instance.dur, instance.succ_ptr, instance.succ, instance.lag, instance.waits,
-                             *spare)
-    return Orders(seq, length, int(makespan)) if makespan >= 0 else None
+    return timed(instance, seq, length)
 
 
 def _urgency(instance: Instance, small: Instance, orders: Orders, whole: list[int]) -> list[int]:

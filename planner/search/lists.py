@@ -17,19 +17,7 @@ from mipipe.planner.jobs.arrays import Instance
 from mipipe.planner.jobs.dependencies import KINDS
 from mipipe.planner.search.list_kernel import ListTask, list_schedule
 from mipipe.planner.search.list_steps import interpreted
-
-
-@dataclass(frozen=True, slots=True)
-class Orders:
-    """``seq[k, :length[k]]`` is the order of machine k; ``makespan_ns`` without queueing on channels."""
-
-    seq: np.ndarray
-    length: np.ndarray
-    makespan_ns: int
-
-    def lists(self) -> list[list[int]]:
-        """The orders as lists, one per machine."""
-        return [[int(n) for n in row[:size]] for row, size in zip(self.seq, self.length, strict=True)]
+from mipipe.planner.search.orders import Orders
 
 
 @dataclass(frozen=True, slots=True)

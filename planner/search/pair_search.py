@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from mipipe.planner.actions import Action, ActionKind, Stream
+from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.jobs.arrays import Instance, with_mirrors
 from mipipe.planner.jobs.dependencies import KINDS
 from mipipe.planner.plan import RankOrder, Schedule
 from mipipe.planner.search import pair_kernel
 from mipipe.planner.search.annealing import COLD, LARGE, PRICE, SLICE, TILTS
-from mipipe.planner.search.lists import Orders
+from mipipe.planner.search.orders import Orders
 from mipipe.planner.search.pair_state import PairFacts
 
 F, I, W = (KINDS.index(kind) for kind in (ActionKind.F, ActionKind.I, ActionKind.W))  # noqa: E741
@@ -106,9 +106,8 @@ def go_on_from(search: PairSearch, schedule: Schedule, makespan_ns: int) -> None
     found = Paired(np.full_like(search.first.seq, -1), search.first.length.copy(),
                    np.full(instance.size, -1, dtype=np.int64), makespan_ns)
     for k, (rank, stream) in enumerate(instance.machine_key):
-        order = schedule.ranks[rank].compute if stream is Stream.COMPUTE else schedule.ranks[rank].collective
         row = []
-        for action in order:
+        for action in schedule.ranks[rank].of(stream):
             parts = [instance.number[stage, kind, m] for kind, stage, m in action.parts()]
             if action.partner is not None:
                 found.mate[parts[0]] = parts[1]

@@ -19,7 +19,7 @@ import numpy as np
 from mipipe.planner import clock
 from mipipe.planner.jobs.arrays import Instance
 from mipipe.planner.search import lists
-from mipipe.planner.search.lists import Orders
+from mipipe.planner.search.orders import Orders
 from mipipe.planner.search.quota_kernel import QuotaTask, quota_schedule
 
 UNLIMITED = 1 << 40

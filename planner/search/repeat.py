@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from mipipe.planner.jobs import paths
 from mipipe.planner.jobs.arrays import Instance
 from mipipe.planner.search import lists
 from mipipe.planner.search.follow import filled, followed, plain
-from mipipe.planner.search.lists import Orders
+from mipipe.planner.search.orders import Orders, start_times
 
 BEGINS = np.linspace(0.22, 0.62, 41)
 """Where a window may begin, in shares of the short step."""
@@ -57,15 +56,6 @@ def stretched(short: Instance, orders: Orders, long: Instance,
         if stop():
             break
     return best
-
-
-def start_times(instance: Instance, orders: Orders) -> np.ndarray:
-    """When every node starts under the orders, in ns."""
-    start = np.zeros(instance.size, dtype=np.int64)
-    spare = [np.zeros(instance.size, dtype=np.int64) for _ in range(3)]
-    paths.times(orders.seq, orders.length, instance.dur, instance.succ_ptr, instance.succ, instance.lag,
-                  instance.waits, start, *spare)
-    return start
 
 
 def _classes(short: Instance, long: Instance) -> list[tuple[int, int]] | None:

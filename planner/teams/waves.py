@@ -18,7 +18,7 @@ from mipipe.planner.ladder.candidate import judge
 from mipipe.planner.placements.cuts import Shape, fit_cuts, place
 from mipipe.planner.plan import Plan
 from mipipe.planner.search import lists, quotas
-from mipipe.planner.search.lists import Orders
+from mipipe.planner.search.orders import Orders
 from mipipe.planner.teams.bounds import packed
 from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, Recompute
 from mipipe.planner.teams.evaluate import TeamResult, piece_costs, result_of

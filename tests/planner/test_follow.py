@@ -20,7 +20,7 @@ from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.search import best_list as lists
 from mipipe.planner.search.follow import followed, moments_at, squeezed
-from mipipe.planner.search.lists import Orders
+from mipipe.planner.search.orders import Orders
 from mipipe.planner.search.repeat import stretched
 
 

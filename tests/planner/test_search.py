@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from mipipe.planner.bounds.at_placement import placement_bound
 from mipipe.planner.jobs.arrays import Instance, build, mirror, with_mirrors
-from mipipe.planner.jobs.paths import memory_fits, shift, times
+from mipipe.planner.jobs.paths import shift
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.placements.shapes import propose_shapes
@@ -21,6 +22,7 @@ from mipipe.planner.search import best_list as lists
 from mipipe.planner.search import lists as greedy
 from mipipe.planner.search import streams as relax
 from mipipe.planner.search.lift import lift
+from mipipe.planner.search.orders import Orders, memory_holds, orders_of_schedule, start_times, timed
 
 
 def _instance(problem: PlanningProblem, shape: str) -> Instance:
@@ -28,7 +30,7 @@ def _instance(problem: PlanningProblem, shape: str) -> Instance:
     return build(stage_view, halve=mirror(stage_view) is not None)
 
 
-def _start(instance: Instance) -> greedy.Orders:
+def _start(instance: Instance) -> Orders:
     orders = greedy.schedule(instance, greedy.RULES[0])
     assert orders is not None
     return orders
@@ -45,9 +47,25 @@ def test_results_are_what_the_evaluator_says_and_fit_memory(shape: str) -> None:
     assert found.makespan_ns <= before
     _, evaluation = evaluate(instance.view, with_mirrors(instance, found.lists()))
     assert evaluation.makespan_ns == found.makespan_ns >= placement_bound(instance.view).ns
-    for k in range(instance.num_machines):
-        cap = instance.cap[instance.rank[found.seq[k, 0]]]
-        assert memory_fits(found.seq, k, 0, found.length[k] - 1, 0, instance.alloc, instance.free, instance.work, cap)
+    assert memory_holds(instance, found.seq, found.length)
+
+
+@pytest.mark.parametrize("shape", ["chain", "v", "interleaved", "two-way"])
+def test_a_schedule_and_its_orders_are_one(shape: str) -> None:
+    """Orders come back from their schedule, with its makespan; less memory is seen, and so is an order that blocks."""
+    problem = uniform_problem(ranks=4, microbatches=8, f=10, i=12, w=8, comm=1, activations=4)
+    instance = build(view(problem, next(propose_shapes(problem, shape))))
+    orders = _start(instance)
+    schedule = with_mirrors(instance, orders.lists())
+    again = orders_of_schedule(instance, schedule)
+    assert again is not None and again.lists() == orders.lists()
+    assert again.makespan_ns == orders.makespan_ns == evaluate(instance.view, schedule)[1].makespan_ns
+    assert (start_times(instance, again) + instance.dur).max() == again.makespan_ns
+    assert memory_holds(instance, again.seq, again.length)
+    assert not memory_holds(replace(instance, cap=instance.cap // 4), again.seq, again.length)
+    turned = again.seq.copy()
+    turned[0, :again.length[0]] = turned[0, :again.length[0]][::-1]
+    assert timed(instance, turned, again.length) is None
 
 
 def test_finds_the_optimum_of_every_order() -> None:
@@ -55,12 +73,9 @@ def test_finds_the_optimum_of_every_order() -> None:
     instance = _instance(problem, "chain")
     rows = _start(instance).lists()
     best = 1 << 62
-    length = instance.lengths()
-    spare = [np.zeros(instance.size, dtype=np.int64) for _ in range(4)]
     for first, second in itertools.product(*(set(itertools.permutations(row)) for row in rows)):
-        makespan = times(np.array([first, second]), length, instance.dur, instance.succ_ptr, instance.succ,
-                         instance.lag, instance.waits, *spare)
-        best = makespan if 0 <= makespan < best else best
+        found = timed(instance, np.array([first, second]), instance.lengths())
+        best = best if found is None else min(best, found.makespan_ns)
     worker = search.start(instance, _start(instance), seed=0, target_ns=best)
     search.advance(worker, 5.0)
     assert worker.best.makespan_ns == best
@@ -96,12 +111,10 @@ def test_orders_kept_while_memory_has_a_price_fit_it() -> None:
     press = np.array([0.1 * small.dur.mean() / small.alloc.max()])
     hot = 2.0 * float(small.dur.mean())
     makespan = anneal.anneal(small.fixed, seq, start.length, 20_000, hot, hot, 0.0, 0.2, press, 0, 1, best)
-    fits = [[memory_fits(orders, k, 0, start.length[k] - 1, 0, small.alloc, small.free, small.work,
-                         small.cap[small.rank[orders[k, 0]]]) for k in range(small.num_machines)]
-            for orders in (seq, best)]
-    assert not all(fits[0]) and all(fits[1])
-    spare = [np.zeros(small.size, dtype=np.int64) for _ in range(4)]
-    assert makespan == times(best, start.length, small.dur, small.succ_ptr, small.succ, small.lag, small.waits, *spare)
+    fits = [memory_holds(small, orders, start.length) for orders in (seq, best)]
+    assert fits == [False, True]
+    found = timed(small, best, start.length)
+    assert found is not None and found.makespan_ns == makespan
     assert placement_bound(small.view).ns <= makespan <= start.makespan_ns
 
 
@@ -144,9 +157,7 @@ def test_a_last_round_cools_by_the_clock_and_rounds_go_on_after_it() -> None:
     found = worker.best
     _, evaluation = evaluate(instance.view, with_mirrors(instance, found.lists()))
     assert evaluation.makespan_ns == found.makespan_ns
-    for k in range(instance.num_machines):
-        cap = instance.cap[instance.rank[found.seq[k, 0]]]
-        assert memory_fits(found.seq, k, 0, found.length[k] - 1, 0, instance.alloc, instance.free, instance.work, cap)
+    assert memory_holds(instance, found.seq, found.length)
 
 
 def test_a_fresh_round_begins_with_a_pattern_and_says_so() -> None:
