@@ -88,16 +88,16 @@ def chain_actions(problem: PlanningProblem) -> int:
     return 3 * problem.num_ranks * problem.num_microbatches
 
 
-def check_s(run: Run) -> float:
-    """Seconds kept for what follows the search."""
-    return min(CHECK_SHARE * run.options.time_limit_s, CHECK_S * chain_actions(run.problem))
+def check_s(run: Run, actions: int) -> float:
+    """Seconds kept for what follows the search, for a plan of so many actions."""
+    return min(CHECK_SHARE * run.options.time_limit_s, CHECK_S * actions)
 
 
 def climb(run: Run) -> Tuning | None:
     """Make the run's candidates: the first at once by default rules, the best of all placements by tuned ones; what
     goes on tuning them, None where no list fits."""
     limit = run.options.time_limit_s
-    run.reserve_s = check_s(run)
+    run.reserve_s = check_s(run, chain_actions(run.problem))
     entries: list[OutlineEntry] = []
     waiting = large_placements(run)
     left_out: list[Placement] = []

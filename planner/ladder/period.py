@@ -16,8 +16,10 @@ where it is shared out evenly; at the placement, the busiest rank's. HiGHS takes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 
@@ -48,6 +50,9 @@ from mipipe.planner.search import annealing, best_list, quotas
 from mipipe.planner.search.orders import Orders
 from mipipe.planner.search.repeat import stretched
 
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
+
 FIRST: tuple[PlacementName, ...] = ("v", "wave", "interleaved", "chain")
 """Shapes that are looked at before all others: without a barrier the first two lose the least."""
 
@@ -72,7 +77,6 @@ def climb(run: Run) -> None:
         InfeasibleError: no list fits the memory of any placement.
     """
     run.period_bound_ns = period_bound(run.problem).ns
-    run.reserve_s = check_s(run)
     entries: list[PeriodEntry] = []
     for placement in _placements(run):
         if run.left < (1 - PERIOD_LISTED) * run.options.time_limit_s:
@@ -80,6 +84,8 @@ def climb(run: Run) -> None:
         if resident_fits(run.problem, placement):
             entry = enter_period(run, view(run.problem, placement))
             entries += [] if entry is None else [entry]
+            if entry is not None:
+                run.reserve_s = max(run.reserve_s, check_s(run, entry.candidate.instance.size))
     if run.options.use_baselines:
         enter_published(run, entries)
     if not entries:
@@ -92,12 +98,24 @@ def climb(run: Run) -> None:
     with ThreadPoolExecutor(max(2, run.options.threads)) as pool:
         if run.options.use_search:
             _repeat_lists(run, pool, live)
-        while run.options.use_search and live and run.left > 0 and not _closed(run):
+        while run.options.use_search and live and _spare(run, live) > 0 and not _closed(run):
             turn += 1
-            _round(run, pool, live, min(seconds, run.left), turn)
+            _round(run, pool, live, min(seconds, _spare(run, live)), turn)
             live = sorted(live, key=lambda entry: entry.search.best.makespan_ns)[:max(1, len(live) // 2)]
             live = [entry for entry in live if not entry.search.finished]
             seconds = min(MOST_S, 1.5 * seconds)
+
+
+def _spare(run: Run, live: list[PeriodEntry]) -> float:
+    """Seconds left beside those in which what was found for the placements is judged, one after the other."""
+    return run.left - len(live) * run.judging_s
+
+
+def _job(pool: ThreadPoolExecutor, work: Callable[Args, Result], /, *args: Args.args,
+         **named: Args.kwargs) -> Future[Result]:
+    """Work for the pool under the clock of the solve."""
+    context = copy_context()
+    return pool.submit(lambda: context.run(work, *args, **named))
 
 
 def _with_room(run: Run) -> list[PeriodEntry]:
@@ -126,17 +144,17 @@ def _repeat_lists(run: Run, pool: ThreadPoolExecutor, live: list[PeriodEntry]) -
             if _closed(run) or run.seconds > LISTS_REPEATED * run.options.time_limit_s:
                 return
             some = live[at:at + run.options.threads]
-            made = [(entry, pool.submit(_repeat, run, entry, 0.0, run.options.seed + size)) for entry in some]
+            made = [(entry, _job(pool, _repeat, run, entry, 0.0, run.options.seed + size)) for entry in some]
             for entry, job in made:
                 take_period(run, entry, job.result(), REPEATED)
 
 
 def _round(run: Run, pool: ThreadPoolExecutor, live: list[PeriodEntry], seconds: float, turn: int) -> None:
     """Anneal every placement for some seconds, and meanwhile tune its quotas, where it has any, or a short step."""
-    annealed = [pool.submit(annealing.advance, entry.search, seconds, lambda: run.stopped or run.interrupted)
+    annealed = [_job(pool, annealing.advance, entry.search, seconds, lambda: run.stopped or run.interrupted)
                 for entry in live]
     seed, names = run.options.seed + 101 * turn, (REPEATED, "quotas")
-    tuned = [(entry, pool.submit(_repeat if turn % 2 else _tune, run, entry, seconds, seed)) for entry in live]
+    tuned = [(entry, _job(pool, _repeat if turn % 2 else _tune, run, entry, seconds, seed)) for entry in live]
     try:
         for entry, job in zip(live, annealed, strict=True):
             job.result()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from mipipe.graphs.errors import MipipeError, PlanError
+from mipipe.planner import clock
 from mipipe.planner.bounds.over_placements import Bound
 from mipipe.planner.execution.steps import schedule_period
 from mipipe.planner.how import then
@@ -93,14 +95,16 @@ def harvest_period(run: Run, entry: PeriodEntry, schedule: Schedule | None = Non
     ``rung``: what made them, if they are not the first.
     """
     orders, found = entry.search.best, entry.candidate
-    if orders.makespan_ns >= entry.seen_ns:
+    if orders.makespan_ns >= entry.seen_ns or (run.best is not None and run.left < run.judging_s):
         return
-    entry.seen_ns = orders.makespan_ns
-    schedule = schedule or with_mirrors(found.instance, orders.lists())
+    entry.seen_ns, began = orders.makespan_ns, time.monotonic()
+    schedule = schedule or with_mirrors(found.instance, orders.lists(), clock.ask)
     judged = judge(found.view, schedule)
+    clock.ask()
     if not judged.fits:
         return
     period = schedule_period(found.view, schedule)
+    run.judging_s = max(run.judging_s, time.monotonic() - began)
     if period >= entry.period_ns:
         return
     found.lineage = found.searched if found.best is None else then(found.searched, rung)

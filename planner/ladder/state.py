@@ -44,7 +44,8 @@ class Run:
     """One solve in progress. ``left_out_ns``: no placement left out for want of time can be shorter. ``entered``: every
     placement of the shape asked for is among the candidates or was left out. ``bound_what`` is the argument for
     ``bound_ns``; `raise_bound` sets both. ``no_plan`` says why there is none, if
-    not for want of time. ``period_ns`` and its bound are those of the objective of that name."""
+    not for want of time. ``period_ns`` and its bound are those of the objective of that name, and
+    ``judging_s`` the seconds that judging one of its schedules took at most."""
 
     problem: PlanningProblem
     options: PlanOptions
@@ -64,6 +65,7 @@ class Run:
     no_plan: str = ""
     period_ns: int = 1 << 62
     period_bound_ns: int = 0
+    judging_s: float = 0.0
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     @property

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from mipipe.planner import clock
 from mipipe.planner.jobs.arrays import Instance
 from mipipe.planner.search import lists
 from mipipe.planner.search.follow import filled, followed, plain
@@ -48,6 +49,7 @@ def stretched(short: Instance, orders: Orders, long: Instance,
     for moments in _windows(short, starts, orders.makespan_ns, long, pairs):
         found = [plain(long, moments)]
         for patience in PATIENCE:
+            clock.ask()
             if best is not None and stop():
                 break
             found.append(filled(long, moments, weight, int(patience * scale)))

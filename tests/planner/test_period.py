@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from mipipe.planner import clock
 from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.check import check_plan
 from mipipe.planner.execution.steps import period_of, step_ends
@@ -14,7 +16,7 @@ from mipipe.planner.jobs.arrays import build, with_mirrors
 from mipipe.planner.jobs.rank_clocks import offsets, on_rank_clocks
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
-from mipipe.planner.ladder.period import _repeat, period_bound
+from mipipe.planner.ladder.period import _job, _repeat, period_bound
 from mipipe.planner.ladder.period_entry import enter_period, orders_of_schedule
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlanOptions
@@ -117,6 +119,16 @@ def test_a_short_step_with_its_middle_repeated_is_a_step_of_all_microbatches() -
     assert sorted(entry.shorts) == [5, 6]
     assert period_of(found) <= 1.05 * period_bound(problem).ns
     assert _repeat(Run(problem.replace(num_microbatches=4), run.options), entry, 0.05, 0) is None
+
+
+def test_work_in_threads_ends_with_the_solve() -> None:
+    """Repeating a middle takes seconds on a large problem: a thread that does it asks the clock of its solve."""
+    problem = uniform_problem(ranks=4, microbatches=32, f=1, i=1, w=1, layers=8, copies=1)
+    run = Run(problem, PlanOptions(placement="v", time_limit_s=60))
+    entry = enter_period(run, view(problem, next(iter(propose_shapes(problem, "v")))))
+    assert entry is not None
+    with ThreadPoolExecutor(1) as pool, clock.watched(lambda: -1.0), pytest.raises(clock.OutOfTimeError):
+        _job(pool, _repeat, run, entry, 0.0, 0).result()
 
 
 def test_what_fits_nowhere_is_infeasible_for_the_period_as_well() -> None:
