@@ -38,10 +38,13 @@ def train(
     timeout: Annotated[float | None, typer.Option(help="End the run after this many seconds.")] = None,
     torchrun: Annotated[str, typer.Option(help="Flags for torchrun, for several nodes, such as '--nnodes 2"
                                                " --rdzv-endpoint host:29500'.")] = "",
-    processes: Annotated[int | None, typer.Option(help="Processes on this host (default: all of the plan's devices).",
+    processes: Annotated[int | None, typer.Option(help="Processes on this host (default: all of the plan's devices);"
+                                                       " with --elastic, devices that there are, spare ones too.",
                                                   min=1)] = None,
-    elastic: Annotated[bool, typer.Option("--elastic", help="When a rank is lost for good, plan for the others and"
-                                                            " resume there (one host; needs checkpoints).")] = False,
+    elastic: Annotated[bool, typer.Option("--elastic", help="When a rank is lost for good, or fewer devices are here"
+                                                            " than the plan is for, plan for those that are left, teams"
+                                                            " with other degrees, and resume there (one host; needs"
+                                                            " checkpoints).")] = False,
     min_ranks: Annotated[int, typer.Option(help="With --elastic: end the run when fewer are left.", min=1)] = 1,
     replan_seconds: Annotated[float | None, typer.Option(help="With --elastic: time limit for planning again (default:"
                                                               " the plan's own).", min=0.1)] = None,
@@ -54,20 +57,23 @@ def train(
     if device not in (None, "cpu", "cuda"):
         raise typer.BadParameter(f"{device!r} is neither cpu nor cuda", param_hint="--device")
     if elastic:
-        if torchrun or processes is not None:
-            raise InputError("--elastic watches all ranks of one host: --torchrun and --processes do not go with it")
+        if torchrun:
+            raise InputError("--elastic watches all ranks of one host: --torchrun does not go with it")
         from mipipe.graphs.serialize import load
         from mipipe.planner.options import options_of
         from mipipe.planner.plan import Plan
         from mipipe.runtime.train.launching.elastic import train_elastic
 
-        options = options_of(load(plan_file, Plan))
-        if replan_seconds is not None:
-            options = dataclasses.replace(options, time_limit_s=replan_seconds)
-        result = train_elastic(plan_file, graph_file, config_file, lambda problem: replan_devices(problem, options),
-                               resume=resume, resume_if_any=resume_if_any, max_restarts=max_restarts,
-                               copies=copies, min_ranks=min_ranks, timeout_s=timeout, progress=progress,
-                               model=model, device=device, say=log)
+        def replan(problem: PlanningProblem) -> Plan:
+            options = options_of(load(plan_file, Plan))
+            if replan_seconds is not None:
+                options = dataclasses.replace(options, time_limit_s=replan_seconds)
+            return replan_devices(problem, options)
+
+        result = train_elastic(plan_file, graph_file, config_file, replan, resume=resume, resume_if_any=resume_if_any,
+                               max_restarts=max_restarts, copies=copies, min_ranks=min_ranks, num_processes=processes,
+                               replan_s=replan_seconds, timeout_s=timeout, progress=progress, model=model,
+                               device=device, say=log)
     else:
         from mipipe.runtime.averaged import train as run
 

@@ -31,6 +31,7 @@ from mipipe.planner.team import TeamMode
 from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, Recompute, completed, parse_degrees
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.machine import Machine, check_machine
+from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.outside import outside
 from mipipe.planner.teams.pieces import ModelPieces, indivisible_of, model_pieces, rows_of
 from mipipe.planner.teams.pricing import Pricer
@@ -68,6 +69,7 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
     sizes = [given.get("tensor", given.get("sequence", 1)),
              *(given.get(name, 1) for name in ("ranks", "context", "copies"))]
     told = request.schedule, layers, request.layer_times
+    options = TeamOptions(given, request.microbatch, cast("Recompute | None", request.recomputation), time_limit, seed)
     full = any(value is not None for value in told) or (bool(given) and math.prod(sizes) == devices)
     console = stdout()
     if request.held and not full:
@@ -81,12 +83,9 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
                                 schedule=request.schedule or ("interleaved" if degrees.chunks > 1 else "1F1B"))
         found = None
     else:
-        from mipipe.planner.teams.options import TeamOptions
         from mipipe.planner.teams.search import search_teams
 
         pricer = Pricer(model_pieces(model), machine)
-        options = TeamOptions(given, request.microbatch, cast("Recompute | None", request.recomputation), time_limit,
-                              seed)
         with progress("planning") as update:
             found = search_teams(pricer, devices, request.global_batch, options, update)
         result = found.best
@@ -97,7 +96,9 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
         if save_graph is not None:
             save(model, save_graph)
         if output is not None:
-            save(_to_run(result, model, by_branch), output)
+            from mipipe.planner.teams.again import TeamTask, with_task
+
+            save(with_task(_to_run(result, model, by_branch), TeamTask(machine, options)), output)
     draw(result)
     whole = indivisible_of(pricer.model, result.degrees)
     if json_output:

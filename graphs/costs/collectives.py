@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
+from mipipe.graphs.errors import InputError
 from mipipe.graphs.modes import CollectiveKind
+from mipipe.graphs.serialize import STRICT, Count
 from mipipe.graphs.topology import Link, Topology
 
 MESSAGE_NS = 1_000
@@ -26,8 +29,9 @@ MESSAGE_NS = 1_000
 class Level:
     """Units of ``size`` devices whose members reach each other over ``link``, as seen from one device."""
 
+    __pydantic_config__: ClassVar = STRICT
     name: str
-    size: int
+    size: Count
     link: Link
 
 
@@ -35,7 +39,12 @@ class Level:
 class Fabric:
     """The levels of a cluster, the innermost first; the last holds all devices. Links as usable, not as sold."""
 
+    __pydantic_config__: ClassVar = STRICT
     levels: tuple[Level, ...]
+
+    def __post_init__(self) -> None:
+        if not self.levels:
+            raise InputError("a fabric without levels; expected at least that of all devices")
 
     def link(self, stride: int) -> Level:
         """The level at which devices ``stride`` apart in the mesh's order meet."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mipipe.graphs.operator_graph import OperatorGraph, Role
+from mipipe.planner.plan import Plan
 from mipipe.planner.team import Team, TeamMode
 from mipipe.planner.teams.degrees import Degrees, Recompute
 from mipipe.planner.teams.pieces import ModelPieces
@@ -33,3 +34,13 @@ def team_of(model: ModelPieces, degrees: Degrees, kind: str, recompute: Sequence
                       for member in piece.members if way == "selective")
     return Team(axes, degrees.copies, tuple(modes), kind, degrees.microbatch, degrees.expert, degrees.zero, again,
                 attention)
+
+
+def degrees_of(plan: Plan, copies: int | None = None) -> Degrees:
+    """The degrees of a plan, with one chunk; of one of single devices, too. ``copies``: of it that run; None: those it
+    was made for."""
+    team = plan.team if plan.team is not None else Team({})
+    sequence = any(item.mode == "sequence" and not item.segments for item in team.modes)
+    return Degrees(plan.problem.num_ranks, team.axes.get("tensor", 1), sequence, team.axes.get("context", 1),
+                   team.expert, team.copies if copies is None else copies, microbatch=max(1, team.microbatch),
+                   zero=team.zero)

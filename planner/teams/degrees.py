@@ -79,7 +79,7 @@ def parse_degrees(text: str) -> dict[str, int]:
         if not equals or name not in KEYS:
             raise InputError(f"--degrees {part.strip()}: expected name=number with a name of {', '.join(KEYS)}, such as"
                              " tensor=8,ranks=4,copies=2")
-        least = 0 if name == "zero" else 1
+        least = least_of(name)
         if not value.isdecimal() or len(value) > 6 or int(value) < least or (name == "zero" and int(value) > 3):
             raise InputError(f"--degrees {part.strip()}: expected a number from {least}"
                              + (" to 3" if name == "zero" else ""))
@@ -90,6 +90,11 @@ def parse_degrees(text: str) -> dict[str, int]:
         raise InputError("--degrees: tensor and sequence are one axis; sequence=8 divides what tensor=8 divides, and"
                          " the activations between blocks too")
     return found
+
+
+def least_of(name: str) -> int:
+    """The least that a degree can be."""
+    return 0 if name == "zero" else 1
 
 
 def check_given(given: Mapping[str, int], devices: int) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mipipe.graphs.cluster import DeviceKind
 from mipipe.graphs.costs.collectives import Fabric
 from mipipe.graphs.efficiency import LowDtype
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.serialize import STRICT, Amount
 from mipipe.planner.device_memory import room_for_tensors
 
 
@@ -19,9 +21,10 @@ class Machine:
     kernels as far as the kind's ``hidden`` and ``hidden_experts`` say; ``scatter``: a value between ranks that all
     tensor members have goes in parts, one from each, else each sends all of it."""
 
+    __pydantic_config__: ClassVar = STRICT
     kind: DeviceKind
     fabric: Fabric
-    memory_bytes: int
+    memory_bytes: Amount
     dtype: str = "bfloat16"
     low: LowDtype | None = None
     fused: bool = True

@@ -31,7 +31,7 @@ from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.orders import ordered
 from mipipe.planner.teams.pieces import misfit
 from mipipe.planner.teams.pricing import Pricer
-from mipipe.planner.teams.space import Point, points, promise
+from mipipe.planner.teams.space import Point, anything, points, promise
 from mipipe.planner.teams.waves import TUNED_S, promising, shapes_of, wave
 
 PRICED, MASTER, POLISH, WAVES, ORDER = 0.3, 0.45, 0.55, 0.8, 0.9
@@ -50,8 +50,9 @@ LATER = 1.03
 
 
 def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamOptions,
-                 tell: Callable[[str], None] = lambda text: None) -> Found:
-    """The best degrees within the time limit.
+                 tell: Callable[[str], None] = lambda text: None,
+                 wanted: Callable[[Degrees], bool] = anything) -> Found:
+    """The best degrees within the time limit, of those that are ``wanted`` (as for `points`).
 
     Raises:
         InputError: what is fixed does not divide the devices.
@@ -61,7 +62,7 @@ def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamO
     began = time.monotonic()
     check_given(options.given, devices)
     space = points(pricer, devices, global_batch, options.given, options.microbatch, options.recomputation,
-                   lambda: time.monotonic() - began < PRICED * options.time_limit_s)
+                   lambda: time.monotonic() - began < PRICED * options.time_limit_s, wanted)
     waiting, count = space.points, space.combinations
     if not waiting:
         raise InfeasibleError(_why_none(pricer, count, options, devices, global_batch))

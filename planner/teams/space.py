@@ -60,13 +60,20 @@ def all_degrees(model: ModelPieces, devices: int, global_batch: int, given: Mapp
                             yield made
 
 
-def variants(degrees: Degrees, global_batch: int, given: Mapping[str, int],
-             microbatch: int | None = None) -> Iterator[list[Degrees]]:
-    """Degrees with every microbatch size, the smallest first: a list for each way in which copies share state."""
+def anything(degrees: Degrees) -> bool:
+    """Every degrees are wanted."""
+    return True
+
+
+def variants(degrees: Degrees, global_batch: int, given: Mapping[str, int], microbatch: int | None = None,
+             wanted: Callable[[Degrees], bool] = anything) -> Iterator[list[Degrees]]:
+    """Degrees with every microbatch size, the smallest first: a list for each way in which copies share state. Only
+    those that are ``wanted``."""
     sizes = [size for size in divisors(global_batch // degrees.copies) if microbatch in (None, size)]
     for zero in (1, 2, 3) if degrees.copies * degrees.context > 1 else (1,):
         if given.get("zero", zero) == zero:
-            yield [replace(degrees, microbatch=size, zero=zero) for size in sizes]
+            made = [replace(degrees, microbatch=size, zero=zero) for size in sizes]
+            yield [each for each in made if wanted(each)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +91,16 @@ ALL = 8_000
 
 
 def points(pricer: Pricer, devices: int, global_batch: int, given: Mapping[str, int], microbatch: int | None,
-           recomputation: Recompute | None, in_time: Callable[[], bool] = lambda: True) -> DegreeSpace:
-    """Combinations of degrees, priced as long as there is time.
+           recomputation: Recompute | None, in_time: Callable[[], bool] = lambda: True,
+           wanted: Callable[[Degrees], bool] = anything) -> DegreeSpace:
+    """Combinations of degrees that are ``wanted``, priced as long as there is time.
 
     Axes with the smallest microbatch come first, small teams before large ones; then, the most promising axes first,
     their other microbatches and ways to share state. A larger microbatch keeps more: where one does not fit, larger
     ones are not looked at.
     """
     bases = list(all_degrees(pricer.model, devices, global_batch, given))
-    lines = {base: list(variants(base, global_batch, given, microbatch)) for base in bases}
+    lines = {base: list(variants(base, global_batch, given, microbatch, wanted)) for base in bases}
     count = sum(len(line) for base in bases for line in lines[base])
     host = pricer.machine.fabric.levels[0].size
     bases.sort(key=lambda base: (base.team > host, base.team, base.expert > 8 * host))

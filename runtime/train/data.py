@@ -72,9 +72,11 @@ class Batches:
 
     def state(self, before: bool = False) -> dict[str, Any]:
         """What `resume` needs; ``before``: to get the last batch once more, where the loader has no state of its own
-        (else it goes on after that batch)."""
+        (else it goes on after that batch). ``divides``: whether other copies that take as many samples a step can
+        continue from it."""
         own = self._source.state_dict() if hasattr(self._source, "state_dict") else None
-        return {"taken": self.taken - int(before and own is None), "rows": self._rows, "loader": own}
+        return {"taken": self.taken - int(before and own is None), "rows": self._rows, "loader": own,
+                "divides": hasattr(self._source, "reshard") or (self._in_turn and own is None)}
 
     def continue_from(self, states: Callable[[int], dict[str, Any]], before: int, copy: int, copies: int) -> None:
         """Continue, as copy ``copy`` of ``copies``, after what all ``before`` copies of a checkpoint had taken;
@@ -206,6 +208,11 @@ def _loader(source: str) -> Any:
         raise InputError(f"data source {source}: takes no {missing[0]!r}; it is called with (graph=, rows=, seed=) and"
                          " the options")
     return found
+
+
+def takes_copies(config: DataConfig) -> bool:
+    """Whether the source loads for one of several copies of a plan."""
+    return ":" not in config.source or "copy" in inspect.signature(_loader(config.source)).parameters
 
 
 def _folder(source: str) -> Path:

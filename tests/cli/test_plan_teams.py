@@ -10,6 +10,7 @@ import pytest
 from mipipe.graphs.serialize import load
 from mipipe.planner.check import check_plan
 from mipipe.planner.plan import Plan
+from mipipe.planner.teams.again import task_of
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 688,
           "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 1024,
@@ -37,7 +38,11 @@ def test_a_configuration_is_evaluated(mipipe, graph, tmp_path):
                  "optimizer state sharded over copies", "estimated from shapes", "assumed",
                  "`mipipe train` runs this plan"):
         assert text in ended.stdout, text
-    check_plan(load(tmp_path / "plan.json", Plan))
+    made = load(tmp_path / "plan.json", Plan)
+    check_plan(made)
+    task = task_of(made)  # --elastic plans again with it
+    assert task.machine.kind.name == "h100" and task.options.given == {"tensor": 2, "ranks": 2, "copies": 2}
+    assert task.options.recomputation == "full"
     shown = mipipe("show", tmp_path / "plan.json")
     assert shown.code == 0, shown.stderr
 
@@ -188,7 +193,7 @@ def test_too_little_memory_says_which_degree_would_do(mipipe, graph):
 
 
 def test_train_refuses_in_one_line_what_teams_do_not_do(mipipe, graph, tmp_path):
-    """Other microbatches than the graph's, an optimizer of whole tensors, too few processes, a supervisor of ranks."""
+    """Other microbatches than the graph's, an optimizer of whole tensors, too few processes."""
     plan = tmp_path / "plan.json"
 
     def refused(text, *options, config="steps: 1\n"):
@@ -204,8 +209,6 @@ def test_train_refuses_in_one_line_what_teams_do_not_do(mipipe, graph, tmp_path)
     mipipe("plan", graph, *DEVICES, "--degrees", "tensor=2,ranks=2,copies=2", "--microbatch", 1, "-o", plan)
     refused("optimizer adafactor: looks at whole tensors", config="steps: 1\noptimizer: {name: adafactor}\n")
     refused("6 processes were started, but the plan has 2 ranks of 2 devices (tensor 2); start 4", "--processes", 6)
-    refused("--elastic takes plans of single devices", "--elastic",
-            config=f"steps: 1\ncheckpoint: {{folder: {tmp_path / 'kept'}}}\n")
 
 
 @pytest.mark.slow

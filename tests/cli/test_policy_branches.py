@@ -203,6 +203,23 @@ def test_branches_of_one_and_of_two_devices_are_a_loop_by_hand(place):
 
 
 @pytest.mark.slow
+def test_a_supervisor_has_one_plan(place):
+    """Several branches, and the two stages of Light-PEFT, which --elastic would train as one, are refused by it."""
+    light = {"steps": 2, "folder": "light"}
+    adapters = {"method": "light-peft", "rank": 4, "targets": "re:_proj$", "light": light}
+    for name, options, devices, text in (
+            ("several", {"loss": LOSS, "branches": BRANCHES, "data": {}}, 2, "every branch has a plan"),
+            ("staged", {"adapters": adapters}, 1, "both stages of light-peft have a plan")):
+        config = write(name, steps=4, **options)
+        mipipe("capture", "base", "--seq", 8, "--batch", 4, "--config", config, "-o", f"{name}.json")
+        mipipe("plan", f"{name}.json", "--cluster", cluster(devices), "--microbatches", 2, "--time-limit", 2, "-o",
+               f"{name}-plan.json", *(["--branches", 2] if devices > 1 else []))
+        said = mipipe("train", "--plan", f"{name}-plan.json", "--graph", f"{name}.json", "--config", config, "--device",
+                      "cpu", "--elastic", code=1)
+        assert f"--elastic makes one plan again, but {text}; use --max-restarts" in said.replace("\n", " ")
+
+
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_branches_resume_and_refuse(place):
     """Checkpoints of all branches after one step; what was one run is one; bad tasks are one line."""

@@ -170,6 +170,12 @@ def byte_model() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return Mean(vocab=256, width=16, layers=4), token_batch(ROWS_OF_BYTES, 16, 256)
 
 
+def byte_model_64() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """`byte_model` in float64."""
+    module, inputs = byte_model()
+    return module.double(), inputs
+
+
 ROWS_OF_BYTES = 2
 
 
@@ -203,6 +209,23 @@ class KillOnce:
                 if what == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise ValueError("a loader that fails")
+
+
+class KillInTurn(KillOnce):
+    """`KillOnce` whose samples are one sequence, of which copies of a plan take batches in turn."""
+
+    def __init__(self, graph: Any, rows: int, seed: int, order: str, delay: float = 0.0, copy: int = 0,
+                 copies: int = 1) -> None:
+        super().__init__(graph, 1, seed, order, delay)
+        self._rows, self._copy, self._copies = rows, copy, copies
+
+    def __iter__(self) -> Any:
+        while True:
+            first = (self._taken * self._copies + self._copy) * self._rows
+            self._taken += 1
+            self._obey()
+            samples = [self._text.batch(first + row) for row in range(self._rows)]
+            yield {name: torch.cat([item[name] for item in samples]) for name in samples[0]}
 
 
 class KillOneCopy(KillOnce):

@@ -50,6 +50,15 @@ def test_what_is_refused(cuda, here, name, kinds, count, text):
         devices.choose(name, kinds, count)
 
 
+@pytest.mark.parametrize("here, name, kinds, count, left", [
+    (6, None, ["h100"], 8, 6), (8, None, ["h100"], 4, 4), (2, "cuda", ["cpu"], 4, 2), (0, None, ["h100"], 8, 8),
+    (2, "cpu", ["h100"], 8, 8), (2, None, ["cpu"], 4, 4), (1, None, ["device"], 2, 2)])
+def test_how_many_are_within_reach(cuda, here, name, kinds, count, left):
+    """Fewer where CUDA devices of the plan are gone; none at all, or other kinds, are for `choose` to judge."""
+    cuda(here)
+    assert devices.within_reach(name, kinds, count) == left
+
+
 def test_the_kinds_of_a_plan():
     problem = problem_of(chain_graph(1), 1, 2)
     plan = plan_of(problem, [([0], [0]), ([1], [1])], [[0], [1]], ["0F0 0B0", "1F0 1I0"])

@@ -340,6 +340,7 @@ def test_positions_are_divided_anew(phases):
             except InputError as error:
                 assert "are no whole number of batches" in str(error) and len(seen) % (rows * copies)
                 continue
+            assert len(seen) % (rows * copies) == 0 and all(state["divides"] for state in states)
         for _ in range(count):
             seen += [sample for item in made for sample in next(item)]
         states, before = [item.state() for item in made], copies
@@ -355,7 +356,7 @@ def test_loaders_that_divide_their_position_themselves():
     made = Batches(Own([1]), 4)
     states = [{"taken": 5, "rows": 4, "loader": {"at": copy}} for copy in range(2)]
     made.continue_from(states.__getitem__, 2, 1, 3)
-    assert made._source.given == (states, 1, 3) and made.taken == 5
+    assert made._source.given == (states, 1, 3) and made.taken == 5 and made.state()["divides"]
     text = torch.arange(200, dtype=torch.uint8)
     graph = text_graph()
     drawn = {copy: Batches(TextBytes(text, 2, graph, 0, copy), 2) for copy in range(4)}
@@ -375,7 +376,12 @@ def text_graph():
     (None, (2, 4), (4, 4), False), (None, (4, 4), (1, 4), False)])
 def test_positions_that_cannot_be_divided_are_refused(loader, had, now, turns):
     """A loader's own state is of its copy; without one, nobody knows how the copies share the data."""
-    made = Batches([], now[1], in_turn=turns, name="my:loader")
+    class Stateful(list):
+        def state_dict(self):
+            return loader
+
+    made = Batches([] if loader is None else Stateful(), now[1], in_turn=turns, name="my:loader")
+    assert not made.state()["divides"]
     states = [{"taken": 5, "rows": had[1], "loader": loader}] * had[0]
     with pytest.raises(InputError, match=rf"data: the checkpoint's position is that of {had[0]} cop.* of {had[1]} rows"
                                          rf" a step, this run has {now[0]} of {now[1]}, and my:loader cannot divide it"

@@ -38,7 +38,7 @@ from mipipe.runtime.checkpoints.checkpoint_folder import complete, read_state, v
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import TrainConfig, read_train_config
 from mipipe.runtime.train.data import make_batches
-from mipipe.runtime.train.launching.elastic import lost_ranks, remaining, train_elastic
+from mipipe.runtime.train.launching.elastic import lost_ranks, topology_left, train_elastic
 from mipipe.runtime.train.launching.failures import explain_failure
 from mipipe.runtime.train.launching.launch import torchrun_command, train
 from mipipe.runtime.train.launching.prepare import read_job
@@ -178,13 +178,14 @@ def test_killed_ranks_resume_and_a_lost_one_is_done_without(files):
     losses, calm = json.loads(done.stdout)["losses"], undisturbed(files, STEPS).losses
     assert tuple(losses[:8]) == calm[:8]  # step 8 was on disk when the second was killed
     assert losses == pytest.approx(calm, rel=1e-5)
-    first, restart, lost, last = done.stderr.splitlines()
+    first, restart, lost, degrees, last = done.stderr.splitlines()
     assert first == "starting with step 1 of 12 from random weights (seed 0)"
     assert re.match(r"restart 1 \(rank 0 was killed by signal 9 \(SIGKILL\) .*\): starting with step [35] of 12 from ",
                     restart), restart  # says why, and from what
     assert lost == "rank 1 lost: planning for 1 device"
+    assert degrees == "degrees were ranks=2,copies=1, are ranks=1,copies=1 from here on"
     assert re.match(r"starting with step (9|11) of 12 from checkpoint .*step-(8|10)$", last), last
-    again = load(files / "killed" / "plan-1-ranks.json", Plan)
+    again = load(files / "killed" / "plan-1-devices.json", Plan)
     assert again.problem.graph_digest == plan.problem.graph_digest and again.problem.num_ranks == 1
     assert options_of(again) == options
     assert not (files / "killed.orders").read_text()
@@ -345,15 +346,17 @@ def test_flags_for_several_nodes_pass_through():
     assert "--standalone" in torchrun_command("p", "g", "c", 8)
 
 
-def test_what_remains():
-    """Whole copies of the plan while there are any, then every device that is left."""
-    assert remaining(2, [0, 1, 2, 3], {1}) == (1, [0, 2])
-    assert remaining(2, [0, 2], {0}) == (0, [2])
-    assert remaining(4, [0, 1, 2, 3], {1, 3}) == (0, [0, 2])
+@pytest.mark.parametrize("ran, lost, count, kept", [
+    (3, {1}, 2, [0, 2]), (3, set(), 2, [0, 1]), (3, {0, 1}, 2, [0, 1]), (6, {0, 1, 3, 5}, 2, [1, 2]),
+    (6, {1, 2, 4, 5}, 2, [0, 1])])
+def test_the_devices_of_a_plan_that_are_left(ran, lost, count, kept):
+    """Those that some copy did not lose; else (none lost, spare ones, the same one of several copies) as many of the
+    first. Links stay theirs."""
     topology = Topology(Topology.uniform(3).devices, Link(1), Link(2), {"0->2": Link(3), "1->2": Link(4)})
-    fewer = topology.without({1})
-    assert [device.name for device in fewer.devices] == ["device0", "device2"]
-    assert fewer.overrides == {"0->1": Link(3)}
+    left = topology_left(topology, ran, lost, count)
+    assert [device.name for device in left.devices] == [f"device{number}" for number in kept]
+    assert left.overrides == {f"{kept.index(a)}->{kept.index(2)}": link for a, link in ((0, Link(3)), (1, Link(4)))
+                              if a in kept and 2 in kept}
 
 
 def test_elastic_needs_checkpoints_and_ranks(files):

@@ -59,6 +59,15 @@ def choose(name: str | None, kinds: Iterable[str], count: int) -> str:
                      " say --device cpu to run it on CPUs, or start it where the devices are")
 
 
+def within_reach(name: str | None, kinds: Iterable[str], count: int) -> int:
+    """How many of ``count`` workers this host has devices for, where some are lost: fewer only where these are to be
+    CUDA devices (named, or as the plan says), and there are any."""
+    named = set(kinds)
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    on_cuda = name == "cuda" or (name is None and not named & {"cpu", ANY})
+    return min(count, here) if on_cuda and here else count
+
+
 def bind(kind: str) -> torch.device:
     """This worker's device of a kind; with CUDA it is the current one from now on.
 

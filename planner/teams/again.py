@@ -1,0 +1,132 @@
+"""A plan of teams made again for fewer devices: what it was made for, and the degrees of what is left.
+
+The sequences of a step stay the same, so that training goes on as it was: what a copy less would have done, the others
+do. Where no degrees divide the devices that are left, or fewer of them are faster, some stay idle.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from mipipe.graphs.errors import InfeasibleError, InputError, MipipeError, TimeUpError
+from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.serialize import STRICT, from_data, to_data
+from mipipe.planner.plan import Plan
+from mipipe.planner.teams.as_team import team_of
+from mipipe.planner.teams.degrees import Degrees
+from mipipe.planner.teams.evaluate import TeamResult
+from mipipe.planner.teams.machine import Machine, check_machine
+from mipipe.planner.teams.options import TeamOptions
+from mipipe.planner.teams.pieces import model_pieces, rows_of
+from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.search import search_teams
+from mipipe.planner.teams.space import anything, least_seconds
+
+LEAST_S = 0.5
+"""The least time limit of a search on one number of devices."""
+
+KEY = "task"
+"""Where a plan's provenance has its `TeamTask`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TeamTask:
+    """What a plan of teams was made for: devices, all alike, and what was fixed."""
+
+    __pydantic_config__: ClassVar = STRICT
+    machine: Machine
+    options: TeamOptions
+
+
+def with_task(plan: Plan, task: TeamTask) -> Plan:
+    """The plan, with what it was made for in its provenance."""
+    return replace(plan, provenance={**plan.provenance, KEY: to_data(task)})
+
+
+def task_of(plan: Plan) -> TeamTask:
+    """What a plan of teams was made for.
+
+    Raises:
+        InputError: it does not say, or not in what can be planned with.
+    """
+    if KEY not in plan.provenance:
+        raise InputError(f"plan {plan.name}: does not say what devices it was made for, so that it cannot be made again"
+                         " for fewer; plan with `mipipe plan GRAPH --global-batch B` and this version of mipipe")
+    task = from_data(plan.provenance[KEY], TeamTask, f"plan {plan.name}: provenance.{KEY}")
+    check_machine(task.machine)
+    return task
+
+
+def made_again(plan: Plan, graph: OperatorGraph, devices: int, *, copies: int, least: int = 1,
+               seconds: float | None = None, runs: Callable[[Plan], bool] = lambda plan: True) -> Plan:
+    """The plan of the least step on at most so many devices, for the graph's microbatch and the sequences of a step
+    that ``copies`` of the plan take, with the plan's own modes of branches.
+
+    Args:
+        plan: one of teams that says what it was made for (`task_of`).
+        graph: that it was made for.
+        devices: that are left.
+        copies: of the plan that ran.
+        least: devices that it must use.
+        seconds: the time limit; None: that of the plan.
+        runs: whether degrees are possible, by a plan that has their team (all else is that of ``plan``).
+
+    Raises:
+        InputError: the plan does not say what it was made for.
+        InfeasibleError: there is none.
+    """
+    task, rows = task_of(plan), rows_of(graph)
+    pricer = Pricer(model_pieces(graph), task.machine)
+    kind = task.machine.kind.name
+    options = replace(task.options, microbatch=rows, time_limit_s=seconds or task.options.time_limit_s)
+    found = best_of_fewer(pricer, devices, rows * plan.problem.num_microbatches * copies, options, least=least,
+                          wanted=lambda degrees: runs(replace(plan, team=team_of(pricer.model, degrees, kind)))).plan
+    assert plan.team is not None and found.team is not None
+    own = tuple(item for item in plan.team.modes if item.segments and item.mode != "expert")
+    team = found.team if "tensor" not in found.team.axes else replace(found.team, modes=found.team.modes + own)
+    problem = found.problem.replace(graph_digest=plan.problem.graph_digest)
+    return with_task(replace(found, problem=problem, team=team), task)
+
+
+def best_of_fewer(pricer: Pricer, devices: int, global_batch: int, options: TeamOptions, *, least: int = 1,
+                  wanted: Callable[[Degrees], bool] = anything) -> TeamResult:
+    """The least step on ``least`` to ``devices`` devices. What is fixed stays so where any number of them can have it,
+    else all degrees and recomputation are free.
+
+    Raises:
+        InfeasibleError: there is none.
+    """
+    wishes = [options]
+    if options.given or options.recomputation is not None:
+        wishes.append(replace(options, given={}, recomputation=None))
+    reason: MipipeError | None = None
+    for wish in wishes:
+        found, reason = _best(pricer, range(devices, least - 1, -1), global_batch, wish, wanted)
+        if found is not None:
+            return found
+    why = str(reason).removeprefix("no plan exists: ")
+    raise InfeasibleError(f"no plan exists for {least} to {devices} devices and {global_batch} sequences a step: {why}")
+
+
+def _best(pricer: Pricer, counts: range, global_batch: int, options: TeamOptions,
+          wanted: Callable[[Degrees], bool]) -> tuple[TeamResult | None, MipipeError | None]:
+    """The best over numbers of devices, each with half of the time that is left, up to where even full use of them
+    would be slower; and why the first number that had none has none."""
+    until, work = time.monotonic() + options.time_limit_s, least_seconds(pricer) * global_batch
+    best: TeamResult | None = None
+    reason: MipipeError | None = None
+    for count in counts:
+        left = until - time.monotonic()
+        if best is not None and (work / count >= best.seconds or left <= 0):
+            break
+        share = max(LEAST_S, left / 2 if count > counts[-1] else left)
+        try:
+            found = search_teams(pricer, count, global_batch, replace(options, time_limit_s=share), wanted=wanted).best
+        except (InputError, InfeasibleError, TimeUpError) as error:
+            reason = reason or error
+            continue
+        best = found if best is None or found.seconds < best.seconds else best
+    return best, reason

@@ -1,0 +1,86 @@
+"""A plan of teams made again for fewer devices: as good as trying all, on some of them where that is better."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from team_brute import everything
+from team_machine import machine
+
+from mipipe.graphs.errors import InfeasibleError, InputError
+from mipipe.graphs.serialize import digest, load, save
+from mipipe.planner.check.plan import check_plan
+from mipipe.planner.plan import Plan
+from mipipe.planner.team import TeamMode
+from mipipe.planner.teams.again import TeamTask, best_of_fewer, made_again, task_of, with_task
+from mipipe.planner.teams.as_team import degrees_of
+from mipipe.planner.teams.degrees import Degrees
+from mipipe.planner.teams.evaluate import evaluate_teams
+from mipipe.planner.teams.options import TeamOptions
+from mipipe.planner.teams.pricing import Pricer
+
+QUICK = TeamOptions({}, 1, None, 4.0, order=False)
+
+
+@pytest.mark.parametrize("batch, links, used", [
+    pytest.param(6, 10**10, 3, marks=pytest.mark.slow), (2, 10**10, 2),
+    pytest.param(4, 10**7, 1, marks=pytest.mark.slow)])
+def test_what_is_left_is_used_as_well_as_it_can_be(pieces, batch, links, used):
+    """No degrees of any number of devices up to three are better: three copies of six sequences; as two do not divide
+    by three, two copies beside an idle device; one device alone where links are slow."""
+    pricer, given = Pricer(pieces, machine(inside=links)), {"context": 1, "zero": 1, "chunks": 1}
+    found = best_of_fewer(pricer, 3, batch, replace(QUICK, given=given))
+    every = [item for count in range(1, 4) for item in everything(pricer, count, batch, given, 1)]
+    assert found.seconds <= min(item.seconds for item in every) * 1.001
+    assert found.degrees.devices == used and not found.shortage
+
+
+@pytest.mark.parametrize("given, devices, kept", [
+    ({"tensor": 2}, 3, True), ({"ranks": 2, "copies": 1}, 3, True), ({"tensor": 2, "ranks": 2}, 3, False),
+    ({"tensor": 2, "ranks": 2}, 7, True)])
+def test_what_was_fixed_stays_so_where_it_can(pieces, given, devices, kept):
+    """On some of the devices, else nothing is fixed any more."""
+    degrees = best_of_fewer(Pricer(pieces, machine()), devices, 8, replace(QUICK, given=given)).degrees
+    assert all(getattr(degrees, name) == size for name, size in given.items()) == kept
+    assert degrees.devices <= devices
+
+
+def test_degrees_that_do_not_run_are_passed_over(pieces):
+    """And where none is left, or none has the memory, or as many devices as are asked for, the reason is told."""
+    pricer = Pricer(pieces, machine())
+    found = best_of_fewer(pricer, 3, 8, QUICK, wanted=lambda degrees: degrees.ranks == 1)
+    assert found.degrees.ranks == 1 and best_of_fewer(pricer, 3, 8, QUICK).degrees.ranks == 3
+    with pytest.raises(InfeasibleError, match=r"^no plan exists for 1 to 3 devices and 8 sequences a step: none of"):
+        best_of_fewer(Pricer(pieces, machine(10**6)), 3, 8, QUICK)
+    with pytest.raises(InfeasibleError, match=r"^no plan exists for 3 to 3 devices and 8 "):
+        best_of_fewer(pricer, 3, 8, QUICK, least=3, wanted=lambda degrees: degrees.devices < 3)
+
+
+def test_a_plan_made_again_is_one_for_the_same_run(llama, pieces, tmp_path):
+    """From its file: complete, for the same graph, as many sequences a step, with the modes that a branch has of its
+    own where there is an axis for them; and it can be made again once more. One that does not say what it was made for
+    is refused."""
+    spec, batch = machine(), 12
+    before = evaluate_teams(Pricer(pieces, spec), Degrees(ranks=2, tensor=2, copies=2, microbatch=1), batch).plan
+    own = TeamMode("tensor", "batch", (llama.segments[1].name,))
+    before = replace(before, problem=before.problem.replace(graph_digest=digest(llama)),
+                     team=replace(before.team, modes=(own,)))
+    with pytest.raises(InputError, match="does not say what devices it was made for"):
+        made_again(before, llama, 3, copies=2)
+    save(with_task(before, TeamTask(spec, replace(QUICK, given={"tensor": 2}))), tmp_path / "plan.json")
+    kept = load(tmp_path / "plan.json", Plan)
+    assert task_of(kept) == TeamTask(spec, replace(QUICK, given={"tensor": 2}))
+    degrees = []
+    for devices in (5, 3, 1):
+        again = made_again(kept, llama, devices, copies=kept.team.copies)
+        check_plan(again)
+        assert again.problem.graph_digest == digest(llama) and task_of(again) == task_of(kept)
+        assert again.problem.num_microbatches * again.team.copies == batch
+        assert (own in again.team.modes) == ("tensor" in again.team.axes)
+        degrees.append(degrees_of(again).devices)
+        kept = again
+    assert degrees == [4, 2, 1]
+    told = {**kept.provenance["task"], "options": {"given": {"ranks": 0}}}
+    with pytest.raises(InputError, match=r"provenance\.task: .*'ranks' is 0; expected ranks, tensor"):
+        task_of(replace(kept, provenance={"task": told}))
