@@ -26,6 +26,8 @@ _SECONDS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 
 _FLOPS = {f"{prefix}{name}": 10**power for prefix, power in (("", 0), ("M", 6), ("G", 9), ("T", 12), ("P", 15))
           for name in ("FLOPS", "FLOP/s")}
 
+GIGABYTE, MILLISECOND_NS = _BYTES["GB"], _SECONDS["ms"]
+
 MOST = 2**62
 """No quantity is as large: 4 exabytes, 146 years, 4.6 exaflops."""
 

@@ -30,17 +30,12 @@ from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.uniform import in_units
 from mipipe.planner.schedules import BASELINES, Baseline, folded_name, with_chunks
 from mipipe.planner.schedules.one_f_one_b import CHUNKS
+from mipipe.planner.sizes import NEVER_NS
 from mipipe.planner.solve import Termination, plan
+from mipipe.planner.time_shares import SHARES
 
 PLANNED = "mipipe"
 """The name of the planned row."""
-RESERVE = 0.2
-"""Share of the time limit kept for a second solve from published schedules, in case one of them is better."""
-
-
-PUBLISHED, SPARE = 0.5, 0.1
-"""Shares of the time limit that published schedules have where the planned row follows, and what of it they may take
-without the planned row having less: a limit holds within a tenth."""
 
 
 def compare(problem: PlanningProblem, names: Sequence[str] | None = None, options: PlanOptions | None = None,
@@ -57,8 +52,8 @@ def compare(problem: PlanningProblem, names: Sequence[str] | None = None, option
     chosen = _choose(names)
     tell = on_progress or (lambda text: None)
     options, began = options or PlanOptions(), time.monotonic()
-    limit = options.time_limit_s
-    share = PUBLISHED if PLANNED in chosen else 1.0
+    limit, spare = options.time_limit_s, SHARES.compared_spare * options.time_limit_s
+    share = SHARES.compared if PLANNED in chosen else 1.0
     rows: list[ComparisonRow] = []
     longest = 0.0
     for baseline in with_chunks(chunks):
@@ -67,8 +62,8 @@ def compare(problem: PlanningProblem, names: Sequence[str] | None = None, option
             longest = _rows_in_time(problem, baseline, lambda: share * limit - (time.monotonic() - began), rows,
                                     longest)
     if PLANNED in chosen:
-        late = max(0.0, time.monotonic() - began - SPARE * limit)
-        ours = dataclasses.replace(options, time_limit_s=max(SPARE * limit, limit - late))
+        late = max(0.0, time.monotonic() - began - spare)
+        ours = dataclasses.replace(options, time_limit_s=max(spare, limit - late))
         rows.append(planned_row(problem, ours, rows, tell))
     return rows
 
@@ -125,7 +120,8 @@ def _planned_row(problem: PlanningProblem, options: PlanOptions, rows: Sequence[
                  tell: Callable[[str], None]) -> ComparisonRow:
     """The row of `planned_row`, with the calls of HiGHS in the winner's solve alone."""
     began = time.monotonic()
-    alone = dataclasses.replace(options, time_limit_s=(1 - RESERVE) * options.time_limit_s, use_baselines=False)
+    kept = SHARES.restarted * options.time_limit_s
+    alone = dataclasses.replace(options, time_limit_s=options.time_limit_s - kept, use_baselines=False)
     first = plan(problem, alone, lambda state: tell(f"{PLANNED}, {state.phase}, {state.seconds:.0f} s"))
     results = [first]
     own = units_or_none(first.makespan_ns, problem)
@@ -134,12 +130,12 @@ def _planned_row(problem: PlanningProblem, options: PlanOptions, rows: Sequence[
     best = min(known, key=_makespan, default=None)
     better = best is not None and (own is None or _makespan(best) < own)
     left = options.time_limit_s - (time.monotonic() - began)
-    useful = left > (0.5 * RESERVE * options.time_limit_s if first.plan is not None else alone.time_limit_s)
+    useful = left > (0.5 * kept if first.plan is not None else alone.time_limit_s)
     if better and first.termination is not Termination.INTERRUPTED and useful:
         results.append(plan(problem, dataclasses.replace(options, time_limit_s=left),
                             lambda state: tell(f"{PLANNED}, from published schedules, {state.seconds:.0f} s")))
     seconds = round(time.monotonic() - began, 2)
-    result = min(results, key=lambda found: found.makespan_ns or 1 << 62)
+    result = min(results, key=lambda found: found.makespan_ns or NEVER_NS)
     accounting: Accounting = "streams" if has_streams(problem) else "split"
     if result.plan is not None and not (better and _makespan(best) < in_units(problem, result.makespan_ns or 0)):
         row, rung, how = measured_row(PLANNED, accounting, result.plan), result.rung, result.how

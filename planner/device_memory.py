@@ -12,10 +12,11 @@ import math
 
 from mipipe.graphs.cluster import Cluster
 from mipipe.graphs.topology import Device, Topology
+from mipipe.graphs.units import GIGABYTE
 
 ALLOCATOR_SLACK = 0.07
 """Of what tensors hold, how much more an allocator of cached blocks has reserved at its peak."""
-RUNTIME_BYTES = 4 * 10**9
+RUNTIME_BYTES = 4 * GIGABYTE
 """What the driver's context, libraries and communicators hold of a device beside torch's allocator, where it is in a
 tensor group, a pipeline and a group of copies; a device's nominal memory is smaller than its real one by as much."""
 CHANNEL_BLOCKS, GROUP_BLOCKS = 4, 16

@@ -15,13 +15,13 @@ from mipipe.planner.calls import counting
 from mipipe.planner.execution.export import REMEDY, torch_csv
 from mipipe.planner.options import PlacementName, PlanOptions
 from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.sizes import NEVER_NS
 from mipipe.planner.solve import Progress, SolveResult, Termination, plan, with_calls
+from mipipe.planner.time_shares import SHARES
 
 SHAPES: tuple[PlacementName, ...] = ("v", "chain", "interleaved", "wave")
 LARGER = "; groups so large that each feeds the next alone make a chain: fewer --groups"
 """What to do where the shapes that are chains of stages are none for these groups: a value crosses some of them."""
-FIRST = 0.4
-"""Share of the time in which the shapes are told apart; lists find most of the difference at once."""
 
 
 def plan_exportable(problem: PlanningProblem, options: PlanOptions,
@@ -43,7 +43,7 @@ def _best_of_shapes(problem: PlanningProblem, options: PlanOptions,
     refused = ""
     for shape in SHAPES:
         chosen = dataclasses.replace(options, placement=shape, recompute=False,
-                                     time_limit_s=options.time_limit_s * FIRST / len(SHAPES))
+                                     time_limit_s=options.time_limit_s * SHARES.told_apart / len(SHAPES))
         result, refusal = _checked(plan(problem, chosen, on_progress))
         tried.append((result, chosen))
         refused = refused or refusal
@@ -61,7 +61,7 @@ def _best_of_shapes(problem: PlanningProblem, options: PlanOptions,
 
 
 def _rank(tried: tuple[SolveResult, PlanOptions]) -> int:
-    return tried[0].makespan_ns or 1 << 62
+    return tried[0].makespan_ns or NEVER_NS
 
 
 def _checked(result: SolveResult) -> tuple[SolveResult, str]:

@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from mipipe.graphs.errors import InfeasibleError, InputError
+from mipipe.graphs.operator_graph import DTYPE_BYTES
 from mipipe.graphs.serialize import STRICT, Amount, load, load_data
 from mipipe.graphs.topology import Topology
 from mipipe.graphs.units import format_bytes
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
 
-BYTES_OF_TOKEN = 8 + 8 + 8
+BYTES_OF_TOKEN = 2 * DTYPE_BYTES["int64"] + DTYPE_BYTES["float64"]
 """Of a foreign row: token id and label go to the teacher, a log probability in double comes back."""
 
 

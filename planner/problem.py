@@ -37,7 +37,7 @@ from mipipe.graphs.errors import ProblemError
 from mipipe.graphs.operator_graph import Tags
 from mipipe.graphs.serialize import STRICT, Amount, Count, digest
 from mipipe.graphs.topology import Topology
-from mipipe.graphs.units import shown
+from mipipe.graphs.units import MOST, shown
 from mipipe.planner.actions import Stream
 from mipipe.planner.sizes import MOST_COUNT
 
@@ -130,7 +130,7 @@ class OverlapRule:
         return round(Fraction((forward_ns + backward_ns) * self.numerator, self.denominator))
 
 
-MOST_AMOUNT = 2**61
+MOST_AMOUNT = MOST // 2
 """Nanoseconds of a step that does one thing at a time, and bytes that all its microbatches keep: sums of two such
 numbers are counted in 64 bits everywhere."""
 

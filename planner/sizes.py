@@ -1,5 +1,14 @@
 """Sizes from which planning, timing and checking go another way, in elementary actions (F, I, W): each once for all."""
 
+from mipipe.graphs.units import MOST
+
+NEVER_NS = MOST
+"""Moment, makespan or period of what there is none of: later than any."""
+
+BOUNDED_S, CHECKED_S, JUDGED_S = 2.5e-5, 1.2e-5, 8e-6
+"""Seconds per action, about: of a placement's job-shop bound; of checking, explaining and drawing a plan in the end, by
+arrays; of judging a schedule."""
+
 COMPILED = 4_000
 """From here loops over actions are compiled: a first plan of a small problem should not wait for a compiler."""
 

@@ -47,6 +47,8 @@ from mipipe.planner.placements.feasible import why_infeasible
 from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.sizes import NEVER_NS
+from mipipe.planner.time_shares import SHARES
 
 __all__ = ["Incumbent", "Progress", "SolveResult", "Termination", "plan"]
 
@@ -204,7 +206,7 @@ def _first_plans(run: Run) -> large.Tuning | None:
 
 def _activities(run: Run, tuning: large.Tuning | None) -> list[Activity]:
     """What the options allow beside annealing."""
-    slice_s = min(1.0, max(0.2, 0.02 * run.options.time_limit_s))
+    slice_s = min(1.0, max(0.2, SHARES.first_slice * run.options.time_limit_s))
     steps: dict[str, Callable[[float], bool]] = {"bound": Tightening(run).step}
     if run.options.use_milp:
         steps |= {"pacing": Pacing(run).step, "proposing": Proposing(run, take).step, "proving": Proving(run).step,
@@ -221,7 +223,7 @@ def _with_period(run: Run, result: SolveResult) -> SolveResult:
     """The result of a solve for the period: that decides whether it is optimal, and stands in its plan's provenance."""
     if result.plan is None:
         return result
-    if run.best is not None and run.period_ns >= 1 << 62:  # time was up before its first plan's period was asked for
+    if run.best is not None and run.period_ns >= NEVER_NS:  # time was up before its first plan's period was asked for
         run.period_ns = schedule_period(run.best.view, result.plan.schedule)
     ended = (Termination.OPTIMAL if run.period_ns <= run.period_bound_ns else
              Termination.INTERRUPTED if run.interrupted else Termination.FEASIBLE)

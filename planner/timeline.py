@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field
 
 from mipipe.graphs.errors import TimelineError
 from mipipe.graphs.serialize import STRICT, Amount
+from mipipe.graphs.units import MOST
 from mipipe.planner.actions import ActionKind, Stream
 
 
@@ -140,8 +141,8 @@ class Timeline:
             if item.rank >= self.num_ranks:
                 raise TimelineError(f"timeline: {item.label} along {item.axis} is of rank {item.rank}, but there are"
                                     f" {self.num_ranks} ranks")
-        if (at.end_ns - at.start_ns).sum(dtype=float) > 2**62:  # sums are counted in 64 bits
-            raise TimelineError("timeline: its spans last more than 2**62 ns together")
+        if (at.end_ns - at.start_ns).sum(dtype=float) > MOST:  # sums are counted in 64 bits
+            raise TimelineError(f"timeline: its spans last more than {MOST} ns together")
         for number in np.flatnonzero((at.rank < 0) | (at.rank >= self.num_ranks) | (at.peer < -1)
                                      | (at.peer >= self.num_ranks))[:1].tolist():
             span = self.spans[number]

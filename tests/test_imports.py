@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Collection, Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,8 @@ def test_a_class_has_one_meaning() -> None:
 
 
 def test_a_number_of_the_planner_has_its_words() -> None:
-    """What it counts, in what unit, and why so many, beneath every number that a module of planner/ names."""
+    """What it counts, in what unit, and why so many, beneath every number that a module of planner/ names, and beneath
+    every row of a table of numbers. There are not to be more of them: what follows from another is derived."""
     def is_number(node: ast.expr) -> bool:
         parts = node.elts if isinstance(node, ast.Tuple) else [node]
         return all(isinstance(item, ast.Constant | ast.BinOp | ast.UnaryOp) and not any(
@@ -131,18 +133,32 @@ def test_a_number_of_the_planner_has_its_words() -> None:
             isinstance(value, ast.Constant) and type(value.value) in (int, float) for value in ast.walk(item))
             for item in parts) and bool(parts)
 
-    found, wrong = 0, []
-    for path in _files("planner"):
-        body, waiting = ast.parse(path.read_text(encoding="utf-8")).body, []
-        for node in body:
+    def is_said(node: ast.stmt) -> bool:
+        return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+    def named(body: list[ast.stmt]) -> Iterator[tuple[int, bool]]:
+        """The line of every number that a body names, and whether words follow."""
+        waiting: list[int] = []
+        for node in [*body, ast.Pass()]:
             if isinstance(node, ast.Assign) and is_number(node.value):
-                waiting.append(f"{path.relative_to(ROOT)}:{node.lineno}")
-                continue
-            found += len(waiting)
-            wrong += waiting if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) else []
-            waiting = []
-        wrong += waiting
-    assert found > 100 and not wrong, "numbers without words:\n" + "\n".join(wrong)
+                waiting.append(node.lineno)
+            else:
+                yield from ((line, is_said(node)) for line in waiting)
+                waiting = []
+
+    def tables(body: list[ast.stmt]) -> Iterator[ast.ClassDef]:
+        """Classes of which a module names the one with all defaults."""
+        made = {node.value.func.id for node in body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
+                and isinstance(node.value.func, ast.Name) and not node.value.args and not node.value.keywords}
+        yield from (node for node in body if isinstance(node, ast.ClassDef) and node.name in made)
+
+    bodies = [(path, ast.parse(path.read_text(encoding="utf-8")).body) for path in _files("planner")]
+    numbers = [(path, line, said) for path, body in bodies for line, said in named(body)]
+    rows = [(path, row.lineno, is_said(after)) for path, body in bodies for table in tables(body)
+            for row, after in pairwise([*table.body, ast.Pass()]) if isinstance(row, ast.AnnAssign)]
+    wrong = [f"{path.relative_to(ROOT)}:{line}" for path, line, said in (*numbers, *rows) if not said]
+    assert not wrong, "numbers without words:\n" + "\n".join(wrong)
+    assert 100 < len(numbers) <= 148 and len(rows) > 30
 
 
 def test_no_module_imports_itself_through_others() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mipipe.planner.gap import gap_of
+from mipipe.planner.gap import SOLVER_GAP, gap_of
 
 PlaceProgress = Callable[[float, str], None]
-TOLERANCE = 2e-6
+TOLERANCE = 2 * SOLVER_GAP
 """The gap up to which an assignment counts as proven: twice that at which the MIP stops."""
 
 

@@ -26,8 +26,6 @@ REMEDY = "; `mipipe plan --exportable` (or --placement v) makes plans that can b
 
 _GRADIENTS = (ActionKind.I, ActionKind.W)
 _TRANSFER = re.compile(r"(\d+)([⇒⇐])(\d+):(\d+)")
-_LANES = 1_000
-"""Thread ids left for what is under way at once on one channel."""
 
 
 def torch_csv(plan: Plan) -> str:
@@ -154,7 +152,7 @@ def _threads(timeline: Timeline) -> dict[Span, tuple[int, str]]:
 
     Transfers under way at once (latency occupies no channel) take further threads, for a viewer can only nest slices.
     """
-    found: dict[Span, tuple[int, str]] = {}
+    lanes: dict[Span, tuple[int, int, str]] = {}
     ends: dict[tuple[int, str, int], list[int]] = {}
     for span in sorted(timeline.spans, key=lambda span: span.start_ns):
         name, place = span.stream.value, int(span.stream is Stream.COLLECTIVE)
@@ -164,8 +162,9 @@ def _threads(timeline: Timeline) -> dict[Span, tuple[int, str]]:
         busy = ends.setdefault((span.rank, name, place), [])
         lane = next((number for number, end in enumerate(busy) if end <= span.start_ns), len(busy))
         busy[lane:lane + 1] = [span.end_ns]
-        found[span] = (place * _LANES + lane, name if lane == 0 else f"{name} ({lane + 1})")
-    return found
+        lanes[span] = place, lane, name if lane == 0 else f"{name} ({lane + 1})"
+    most = max(map(len, ends.values()), default=0)
+    return {span: (place * most + lane, name) for span, (place, lane, name) in lanes.items()}
 
 
 def _arrows(timeline: Timeline) -> Iterator[tuple[Span, Span]]:

@@ -20,6 +20,8 @@ from mipipe.planner.milp.periodic import legs, pattern_mip, staircase
 from mipipe.planner.milp.periodic.pattern import OperationKey, route_names
 from mipipe.planner.search import annealing, follow, pair_search
 from mipipe.planner.search.orders import Orders
+from mipipe.planner.sizes import BOUNDED_S
+from mipipe.planner.time_shares import SHARES
 
 WINDOWS = (40, 60, 90)
 """Actions whose order is free at once, in turns: what small windows leave, larger ones may find."""
@@ -32,8 +34,6 @@ WAITING = 3
 """Patterns that wait for a round of annealing, at most."""
 
 
-BOUNDED_S, BOUNDED_SHARE = 2.5e-5, 0.1
-"""Seconds per action that a placement's job-shop bound takes, and the share of the time limit that it is worth."""
 
 
 @dataclass(slots=True)
@@ -48,7 +48,7 @@ class Tightening:
         if found is None or found.bounded:
             return False
         size = 3 * found.view.num_stages * found.view.problem.num_microbatches
-        if BOUNDED_S * size > min(self.run.left, BOUNDED_SHARE * limit):
+        if BOUNDED_S * size > min(self.run.left, SHARES.bounding * limit):
             return False
         found.bounded = True
         try:

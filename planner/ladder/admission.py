@@ -17,7 +17,7 @@ from mipipe.planner.bounds.over_placements import facts_of
 from mipipe.planner.jobs.arrays import with_mirrors
 from mipipe.planner.jobs.memory import in_flight
 from mipipe.planner.ladder.candidate import Candidate, Judged, candidate, first_orders, judge, offer_judged
-from mipipe.planner.ladder.large import CHECK_S, CHECK_SHARE, chain_actions
+from mipipe.planner.ladder.large import chain_actions
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlacementName, PlanOptions
 from mipipe.planner.placements.cuts import earliest_end
@@ -28,13 +28,14 @@ from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.search import annealing, best_list, lists, streams
 from mipipe.planner.search.lift import lift
 from mipipe.planner.search.orders import Orders
-from mipipe.planner.sizes import COMPILED, VERY_MANY
+from mipipe.planner.sizes import CHECKED_S, COMPILED, VERY_MANY
+from mipipe.planner.time_shares import SHARES
 
 SHAPES_OF_MANY: tuple[PlacementName, ...] = ("chain", "two-way", "v")
 """The shapes that enter beyond `VERY_MANY` actions of a chain: time does not suffice for all."""
 
-SEVERAL, LISTED = 6, 0.1
-"""After so many candidates lists may take no more than this share of the time: the most promising come first."""
+SEVERAL = 6
+"""After so many candidates lists take less of the time: the most promising come first."""
 
 OUTLINED = 100
 """Nodes from which quotas are tuned for the first list of a search without collectives."""
@@ -55,19 +56,21 @@ def enter(run: Run) -> None:
                                 for placement in propose_shapes(run.problem, name)))
     built, spent = 0, 0.0
     for found in waiting:
-        if run.best is not None and run.left < (0.5 if len(run.candidates) < SEVERAL else 1 - LISTED) * limit:
+        until = SHARES.until_entered if len(run.candidates) < SEVERAL else SHARES.until_several
+        if run.best is not None and run.past(until):
             run.leave_out(found.bound.ns)
             break
         size = len(found.placement.stages) * run.problem.num_microbatches
         expected = spent / built * size if built else 0.0
-        if run.best is not None and (run.left - expected < 0.5 * limit or found.bound.ns >= run.makespan_ns):
+        late = run.left - expected < (1 - SHARES.until_entered) * limit
+        if run.best is not None and (late or found.bound.ns >= run.makespan_ns):
             run.leave_out(found.bound.ns)
             continue
         began = run.seconds
         if not _admit(run, found) and shortage(run.problem, found.placement) is None:
             run.leave_out(found.bound.ns)  # one microbatch at a time fits, so other orders may
         built, spent = built + size, spent + run.seconds - began
-        run.reserve_s = min(CHECK_SHARE * limit, max(0.5 * spent / built, 3 * CHECK_S) * size)
+        run.reserve_s = min(SHARES.checking * limit, max(0.5 * spent / built, 3 * CHECKED_S) * size)
     if run.options.placement != "free":  # few, and the bound is to hold for all of them
         for found in waiting:
             run.leave_out(found.bound.ns)
@@ -81,11 +84,11 @@ def _most_promising(run: Run, waiting: Iterator[Placement]) -> Iterator[Candidat
     proposed: list[Placement] = []
     for placement in waiting:
         proposed.append(placement)
-        if run.left < 0.9 * run.options.time_limit_s:
+        if run.past(SHARES.until_proposed):
             break
     proposed.sort(key=lambda placement: earliest_end(run.problem, placement, heads))
     rest = iter(proposed)
-    in_time = takewhile(lambda _: run.left > 0.85 * run.options.time_limit_s, count())
+    in_time = takewhile(lambda _: not run.past(SHARES.until_bounded), count())
     bounded = [_candidate(run, placement) for _, placement in zip(in_time, rest, strict=False)]
     yield from sorted(filter(None, bounded), key=lambda made: made.bound.ns)
     yield from filter(None, (_candidate(run, placement) for placement in chain(rest, waiting)))

@@ -26,7 +26,7 @@ from mipipe.planner.search import best_list, lists
 from mipipe.planner.search.annealing import Search
 from mipipe.planner.search.orders import Orders
 from mipipe.planner.search.pair_search import PairSearch
-from mipipe.planner.sizes import VERY_MANY
+from mipipe.planner.sizes import NEVER_NS, VERY_MANY
 
 _OFFERS = threading.Lock()
 """Two threads may improve one candidate: the better of their schedules stays."""
@@ -71,8 +71,8 @@ class Candidate:
     rung: str = ""
     seconds: float = 0.0
     quick: bool = False
-    seen_ns: int = 1 << 62
-    seen_outline_ns: int = 1 << 62
+    seen_ns: int = NEVER_NS
+    seen_outline_ns: int = NEVER_NS
     reserved: int = 0
     notes: list[str] = field(default_factory=list)
     clean: bool | None = None
@@ -87,7 +87,7 @@ class Candidate:
 
     @property
     def makespan_ns(self) -> int:
-        return self.best.makespan_ns if self.best else 1 << 62
+        return self.best.makespan_ns if self.best else NEVER_NS
 
     @property
     def two_streams(self) -> bool:

@@ -28,6 +28,7 @@ from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.time_shares import SHARES
 
 MOST_JOBS = 100
 """Jobs (groups x phases x microbatches) from which the model is refused: 40 are proven within seconds, 70 seldom within
@@ -35,9 +36,6 @@ a minute."""
 
 MOST_PRODUCTS = 20_000
 """Products of two assignments (pairs of units x devices squared) up to which the model is written."""
-
-PROVING = 0.2
-"""Share of the time limit that is left for the bound at the placement."""
 
 
 def climb(run: Run, admit: Callable[[Run, Placement], Candidate | None]) -> None:
@@ -54,7 +52,7 @@ def climb(run: Run, admit: Callable[[Run, Placement], Candidate | None]) -> None
             break
     problem = run.problem
     for turn in range(RESERVES):
-        left = run.left - PROVING * run.options.time_limit_s
+        left = run.left - SHARES.proving * run.options.time_limit_s
         if left <= 0 or run.closed:
             break
         run.report("exact MIP")

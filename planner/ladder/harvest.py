@@ -11,14 +11,14 @@ from mipipe.planner.search import annealing, pair_search
 from mipipe.planner.search.lift import lift
 from mipipe.planner.search.orders import Orders, memory_holds, orders_of_schedule
 from mipipe.planner.search.pair_search import PairSearch
+from mipipe.planner.sizes import JUDGED_S
+from mipipe.planner.time_shares import SHARES
 
 ANNEALING = "annealing"
 """What the searches are called where a plan says how it came about."""
 
-JUDGE_S = 8e-6
-"""Seconds that judging a schedule takes for each of its actions, about."""
-JUDGE_LATE, JUDGE_LATE_S = 0.05, 0.5
-"""How far beyond the limit a schedule may still be judged: a share of it, and seconds."""
+JUDGE_LATE_S = 0.5
+"""Seconds beyond the limit and a share of it in which a schedule may still be judged."""
 
 
 Worker = annealing.Search | PairSearch
@@ -30,7 +30,7 @@ def _time_to_judge(run: Run, found: Candidate) -> bool:
     problem = found.view.problem
     actions = 3 * found.view.num_stages * problem.num_microbatches
     limit = run.options.time_limit_s
-    return actions * JUDGE_S <= limit - run.seconds + JUDGE_LATE * limit + JUDGE_LATE_S
+    return actions * JUDGED_S <= limit - run.seconds + SHARES.late * limit + JUDGE_LATE_S
 
 
 def harvest(run: Run, found: Candidate, worker: Worker) -> None:

@@ -37,7 +37,8 @@ from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.search import annealing, bidirectional, lists, quotas
 from mipipe.planner.search.orders import Orders
-from mipipe.planner.sizes import MANY, VERY_MANY
+from mipipe.planner.sizes import CHECKED_S, MANY, VERY_MANY
+from mipipe.planner.time_shares import SHARES
 
 LARGE_ACTIONS = 1_500
 """Actions of a chain from which a problem is large: from there tuned rules give shorter plans than the race of
@@ -52,9 +53,6 @@ MOST_STAGES = 2
 ROUNDS = 3
 """Microbatches per rank on which rules are tuned: warm-up and cool-down last about one each."""
 
-CHECK_S, CHECK_SHARE = 1.2e-5, 0.4
-"""Seconds per action that checking, explaining and drawing the plan take in the end, by arrays; and the share of the
-time limit that is kept for it at most."""
 
 
 @dataclass(slots=True)
@@ -90,7 +88,7 @@ def chain_actions(problem: PlanningProblem) -> int:
 
 def check_s(run: Run, actions: int) -> float:
     """Seconds kept for what follows the search, for a plan of so many actions."""
-    return min(CHECK_SHARE * run.options.time_limit_s, CHECK_S * actions)
+    return min(SHARES.checking * run.options.time_limit_s, CHECKED_S * actions)
 
 
 def climb(run: Run) -> Tuning | None:
@@ -102,17 +100,17 @@ def climb(run: Run) -> Tuning | None:
     waiting = large_placements(run)
     left_out: list[Placement] = []
     for placement in waiting:
-        if (entries and run.left < 0.85 * limit) or run.interrupted:
+        if (entries and run.past(SHARES.until_bounded)) or run.interrupted:
             left_out += [placement, *(waiting if run.options.placement != "free" else ())]
             break
-        entry = _enter(run, placement, 0.02 * limit if entries else 0.0)
+        entry = _enter(run, placement, SHARES.first_quotas * limit if entries else 0.0)
         if entry is None:  # no list fits, but other orders may
             left_out.append(placement)
             continue
         if not entries:
             _apply(run, entry, "list")
             if run.left > 0:  # the first plan took the first rule at hand
-                entry = _enter(run, placement, 0.02 * limit) or entry
+                entry = _enter(run, placement, SHARES.first_quotas * limit) or entry
         entries.append(entry)
     if not entries:
         return None
@@ -121,7 +119,7 @@ def climb(run: Run) -> Tuning | None:
     for kept in (3, 2, 1):
         entries.sort(key=lambda entry: entry.expected_ns)
         for entry in entries[:kept]:
-            _tune(run, entry, min(0.03 * limit / kept, run.left))
+            _tune(run, entry, min(SHARES.more_quotas * limit / kept, run.left))
     for entry in entries[:2] if run.left > 0 or run.best is None else ():
         _apply(run, entry, "quotas")
     heads = facts_of(run.problem).head

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from mipipe.planner.ladder.harvest import ANNEALING
-from mipipe.planner.ladder.race import Race
+from mipipe.planner.ladder.race import TURN_S, Race
 from mipipe.planner.ladder.state import Incumbent, Run
+from mipipe.planner.time_shares import SHARES
 
 FADING = 0.6
 """What gains and seconds of earlier slices count in the next."""
@@ -36,12 +37,6 @@ LONGER = 1.6
 
 LEAST_S = 0.02
 """Seconds that a slice counts at least, however soon it ended: what ends at once must not go on for ever."""
-
-MOST = 0.15
-"""Share of the time limit that one slice takes at most."""
-
-SEARCH_S = 1.0
-"""Seconds of a slice of annealing."""
 
 
 @dataclass(slots=True)
@@ -72,8 +67,8 @@ class Activity:
 
 def loop(run: Run, activities: Sequence[Activity], race: Race | None) -> None:
     """Work until the solve is closed, its time is up, or nothing is left that could be done."""
-    threads, longest, turn = run.options.threads, MOST * run.options.time_limit_s, 0
-    annealing = None if race is None else Activity(ANNEALING, lambda seconds: race.step(seconds, threads), SEARCH_S)
+    threads, longest, turn = run.options.threads, SHARES.longest_slice * run.options.time_limit_s, 0
+    annealing = None if race is None else Activity(ANNEALING, lambda seconds: race.step(seconds, threads), TURN_S)
     everything = [*activities, *([annealing] if annealing is not None else [])]
     while run.left > 0 and not run.closed:
         state = (run.makespan_ns, len(run.candidates), run.lowest_ns or 0)
@@ -92,12 +87,12 @@ def loop(run: Run, activities: Sequence[Activity], race: Race | None) -> None:
         risen = max(0, (run.lowest_ns or 0) - bound) / max(1, bound)
         if chosen is annealing:
             chosen.note(by_annealing, seconds)
-            chosen.slice_s = SEARCH_S
+            chosen.slice_s = TURN_S
         else:
             chosen.note(by_others + risen + max(0.0, 1 - least_bound(run) / room), seconds)
             if annealing is not None and threads > 1:
                 annealing.note(by_annealing, seconds)
-                annealing.slice_s = SEARCH_S
+                annealing.slice_s = TURN_S
         if not active:
             chosen.resting = state
 

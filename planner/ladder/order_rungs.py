@@ -25,6 +25,8 @@ from mipipe.planner.plan import Placement, Schedule
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.search import annealing, pair_search
 from mipipe.planner.search.orders import orders_of_schedule
+from mipipe.planner.sizes import NEVER_NS
+from mipipe.planner.time_shares import SHARES
 
 EXACT_NODES = 130
 """Elementary actions up to which the exact order MIP is tried: HiGHS proves about 100 with a fixed placement."""
@@ -58,7 +60,7 @@ def record(run: Run, rung: str, found: Candidate, before: int, began: float, out
     unit = run.problem.unit_ns
 
     def shown(makespan: int) -> float | None:
-        return None if makespan >= 1 << 62 else makespan / unit
+        return None if makespan >= NEVER_NS else makespan / unit
 
     run.ablation.append({
         "rung": rung, "placement": found.placement.name, "before": shown(before), "makespan": shown(found.makespan_ns),
@@ -77,7 +79,7 @@ def published(run: Run) -> None:
     if run.problem.pairs_gain:  # only then are a schedule's own blocks ever shorter than the same order split
         tries = [*product((False,), BASELINES[::-1], ("even", "balanced")), *tries]
     for split, baseline, cut in tries:
-        if run.left < 0.5 * run.options.time_limit_s:
+        if run.past(SHARES.until_entered):
             break
         try:
             known = baseline.plan(run.problem, split=split, cut=cut)  # type: ignore[arg-type]

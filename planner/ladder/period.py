@@ -31,7 +31,6 @@ from mipipe.planner.jobs.stages import view
 from mipipe.planner.ladder.admission import enter, has_plan
 from mipipe.planner.ladder.large import check_s
 from mipipe.planner.ladder.period_entry import (
-    PERIOD_LISTED,
     PeriodEntry,
     enter_period,
     enter_published,
@@ -49,6 +48,7 @@ from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.search import annealing, best_list, quotas
 from mipipe.planner.search.orders import Orders
 from mipipe.planner.search.repeat import stretched
+from mipipe.planner.time_shares import SHARES
 
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
@@ -61,10 +61,6 @@ KEPT = 4
 
 SLICE_S, MOST_S = 0.5, 5.0
 """Seconds of annealing before the first comparison, and at most; rounds grow by half."""
-
-LISTS_REPEATED = 2 * PERIOD_LISTED
-"""Share of the time limit after which no more short steps have their middles repeated as lists give them: what
-scheduling placements by list may take, once more."""
 
 SHORT = (5, 6, 4, 8)
 """Microbatches for every two ranks of the short steps whose middles are repeated, in turns."""
@@ -79,7 +75,7 @@ def climb(run: Run) -> None:
     run.period_bound_ns = period_bound(run.problem).ns
     entries: list[PeriodEntry] = []
     for placement in _placements(run):
-        if run.left < (1 - PERIOD_LISTED) * run.options.time_limit_s:
+        if run.past(SHARES.until_listed):
             break
         if resident_fits(run.problem, placement):
             entry = enter_period(run, view(run.problem, placement))
@@ -141,7 +137,7 @@ def _repeat_lists(run: Run, pool: ThreadPoolExecutor, live: list[PeriodEntry]) -
     """Repeat the middles of short steps as lists give them, size after size of `SHORT` for the best placements."""
     for size in SHORT:
         for at in range(0, len(live), run.options.threads):
-            if _closed(run) or run.seconds > LISTS_REPEATED * run.options.time_limit_s:
+            if _closed(run) or run.seconds > SHARES.until_repeated * run.options.time_limit_s:
                 return
             some = live[at:at + run.options.threads]
             made = [(entry, _job(pool, _repeat, run, entry, 0.0, run.options.seed + size)) for entry in some]

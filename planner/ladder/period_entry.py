@@ -24,9 +24,8 @@ from mipipe.planner.schedules import BASELINES
 from mipipe.planner.search import annealing, best_list, quotas
 from mipipe.planner.search.annealing import Search
 from mipipe.planner.search.orders import Orders, memory_holds, orders_of_schedule
-
-PERIOD_LISTED = 0.3
-"""Share of the time limit after which no more placements are scheduled by list."""
+from mipipe.planner.sizes import NEVER_NS
+from mipipe.planner.time_shares import SHARES
 
 
 @dataclass(slots=True)
@@ -37,8 +36,8 @@ class PeriodEntry:
 
     candidate: Candidate
     search: Search
-    period_ns: int = 1 << 62
-    seen_ns: int = 1 << 62
+    period_ns: int = NEVER_NS
+    seen_ns: int = NEVER_NS
     lines: quotas.Lines | None = None
     rule: quotas.QuotaRule | None = None
     shorts: dict[int, Search] = field(default_factory=dict)
@@ -75,7 +74,7 @@ def enter_period(run: Run, stage_view: StageView, schedule: Schedule | None = No
 def enter_published(run: Run, entries: list[PeriodEntry]) -> None:
     """Published schedules within the limits: starts where they beat the lists of their placements."""
     for baseline in BASELINES:
-        if run.left < (1 - PERIOD_LISTED) * run.options.time_limit_s:
+        if run.past(SHARES.until_listed):
             return
         try:
             known = baseline.plan(run.problem, split=True)

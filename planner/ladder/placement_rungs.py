@@ -25,9 +25,8 @@ from mipipe.planner.milp.placement.configurations import configuration_bound
 from mipipe.planner.placements.shapes import resident_fits
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
-
-SHARE = 0.04
-"""Of the time limit, for each call of the placement MIP where nothing else fits."""
+from mipipe.planner.sizes import NEVER_NS
+from mipipe.planner.time_shares import SHARES
 
 MODED = 4
 """Placements for which modes are chosen: the best by their first schedules, and the first that nothing fits."""
@@ -55,7 +54,7 @@ def by_mip(run: Run, admit: Admit) -> None:
         return
     for replicas, count in ((1, 3), (2, 2)):
         began = time.monotonic()
-        for proposal in shares.propose_by_mip(problem, time_limit_s=SHARE * run.options.time_limit_s,
+        for proposal in shares.propose_by_mip(problem, time_limit_s=SHARES.placement_mip * run.options.time_limit_s,
                                                  seed=run.options.seed, count=count, max_replicas=replicas):
             _enter(run, admit, proposal.placement, ("placement MIP",), began, proposal.outcome,
                    estimate=proposal.estimate_ns / run.problem.unit_ns)
@@ -121,7 +120,7 @@ def with_modes(run: Run, admit: Admit, waiting: list[Placement]) -> None:
     bases = [(found.placement, found.proposer) for found in best]
     for base, proposer in bases or [(shape, (f"shape {shape.name}",)) for shape in waiting]:
         for pressure in modes.PRESSURES:
-            if run.best is not None and run.left < 0.6 * run.options.time_limit_s:
+            if run.best is not None and run.past(SHARES.until_moded):
                 return
             began = time.monotonic()
             try:
@@ -162,7 +161,7 @@ def record_placing(run: Run, rung: str, name: str, before: int, began: float, ou
     unit = run.problem.unit_ns
 
     def shown(makespan: int) -> float | None:
-        return None if makespan >= 1 << 62 else makespan / unit
+        return None if makespan >= NEVER_NS else makespan / unit
 
     run.ablation.append({"rung": rung, "placement": name, "before": shown(before), "makespan": shown(run.makespan_ns),
                          "variables": outcome.num_variables, "constraints": outcome.num_constraints,

@@ -37,6 +37,7 @@ from mipipe.planner.placements.cuts import earliest_end
 from mipipe.planner.placements.shapes import light_ends, propose_shapes, resident_fits
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.sizes import NEVER_NS
 
 TURNS = (2, 1, 3, 4)
 """Positions per device that are tried, the most promising first."""
@@ -73,7 +74,7 @@ class ProposalFamily:
     positions: int
     cuts: list[Cut] = field(default_factory=list)
     best: Cut | None = None
-    value_ns: int = 1 << 62
+    value_ns: int = NEVER_NS
     asked: int = 0
     misses: int = 0
     closed: bool = False
@@ -108,7 +109,7 @@ class Proposing:
         self._learn()
         if self._next_shape():
             return True
-        open_ones = [family for family in self.families if not family.closed and family.value_ns < 1 << 62]
+        open_ones = [family for family in self.families if not family.closed and family.value_ns < NEVER_NS]
         self.turns += 1
         if not open_ones or self.turns % UNITS == 0:
             return self._ask_units(seconds) or bool(open_ones)

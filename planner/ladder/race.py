@@ -20,6 +20,7 @@ from mipipe.planner.ladder.harvest import Worker, harvest
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.search import annealing, pair_search
 from mipipe.planner.search.pair_search import PairSearch
+from mipipe.planner.time_shares import SHARES
 
 FINALISTS = 2
 """Placements that share the time after the elimination rounds: the winner is among the first two nearly always."""
@@ -27,26 +28,17 @@ FINALISTS = 2
 TRIALS = 3
 """Slices that every candidate has before it may be given up."""
 
-TRIAL_S = 1.0
-"""Seconds of the longest of these slices."""
+TURN_S = 1.0
+"""Seconds of the race before another activity may have its turn, and of the longest slice on trial."""
 
 FIRST, LONGEST = 0.18, 5.0
 """Seconds of a slice before the first round, and of the longest: every round's are 1.7 times as long."""
-
-OUTLINE = 0.6
-"""Share of the time limit in which problems with a collective stream are searched without it."""
 
 OUTLINE_ROUNDS = 1
 """Rounds after which a large search without collectives ends: it hardly gains then, the whole one does."""
 
 FAR = 1.08
 """Finalists this many times as long as the best are given up."""
-
-LAST = 0.4
-"""Share of the time limit after which only the most promising of the finalists is searched, by all threads."""
-
-LEAST = 0.15
-"""Share of the time limit that must be left for a last round (`mipipe.planner.search.annealing.finish`)."""
 
 
 @dataclass(slots=True)
@@ -120,7 +112,7 @@ class Race:
         kept = _ranked([found for found in self.live if able(found)])
         if self.slice_s > FIRST:
             kept = kept[:max(FINALISTS, (len(kept) + 1) // 2)]
-        if run.seconds > LAST * run.options.time_limit_s and 0 < len(kept) <= FINALISTS:
+        if run.seconds > SHARES.until_raced * run.options.time_limit_s and 0 < len(kept) <= FINALISTS:
             kept = [min(kept, key=_middle)]
             _last_round(run, kept[0], run.left, run.options.threads)
         if 1 < len(kept) <= FINALISTS:
@@ -130,7 +122,7 @@ class Race:
         self.live = kept + tried or _ranked([found for found in self.known if able(found)])[:FINALISTS]
         self.slice_s = min(LONGEST, self.slice_s * 1.7)
         on_trial = {id(found) for found in tried}
-        self.queue = [(found, _worker(run, found), min(TRIAL_S if id(found) in on_trial else LONGEST, self.slice_s))
+        self.queue = [(found, _worker(run, found), min(TURN_S if id(found) in on_trial else LONGEST, self.slice_s))
                       for found in self.live]
         for found in self.live if len(self.live) < threads else ():
             self.queue += [(found, other, self.slice_s)
@@ -144,8 +136,9 @@ def _last_round(run: Run, found: Candidate, seconds: float, threads: int) -> Non
     if isinstance(first, PairSearch):
         return
     if first is found.outline:
-        seconds = OUTLINE * run.options.time_limit_s - run.seconds
-    if not first.ends and first.instance.size <= annealing.LASTING and seconds > LEAST * run.options.time_limit_s:
+        seconds = SHARES.until_outlined * run.options.time_limit_s - run.seconds
+    enough = seconds > SHARES.last_round * run.options.time_limit_s
+    if enough and not first.ends and first.instance.size <= annealing.LASTING:
         for worker in (first, *_helpers(run, found, threads - 1)):
             assert isinstance(worker, annealing.Search)
             annealing.finish(worker, seconds)
@@ -209,6 +202,6 @@ def _worker(run: Run, found: Candidate) -> Worker:
     if found.pairs is not None:
         return found.pairs
     outline = found.outline
-    if outline is None or outline.finished or run.seconds > OUTLINE * run.options.time_limit_s:
+    if outline is None or outline.finished or run.seconds > SHARES.until_outlined * run.options.time_limit_s:
         return found.search
     return found.search if outline.rounds > OUTLINE_ROUNDS and outline.instance.size >= annealing.LARGE else outline

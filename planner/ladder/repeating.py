@@ -15,6 +15,7 @@ from mipipe.planner.ladder.state import Run
 from mipipe.planner.search import annealing, best_list
 from mipipe.planner.search.annealing import Search
 from mipipe.planner.search.repeat import stretched
+from mipipe.planner.sizes import NEVER_NS
 
 SHORT = (4, 5, 6)
 """Microbatches for every two ranks of the short steps, in turns: warm-up and cool-down last about one per rank each."""
@@ -29,7 +30,7 @@ class Short:
     found: Candidate
     microbatches: int
     search: Search | None
-    long_ns: int = 1 << 62
+    long_ns: int = NEVER_NS
 
 
 @dataclass(slots=True)

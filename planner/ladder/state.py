@@ -12,6 +12,7 @@ from mipipe.planner.bounds.over_placements import Bound
 from mipipe.planner.ladder.candidate import Candidate
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.sizes import NEVER_NS
 
 GRACE_S = 1.0
 """Seconds beyond the limit in which a first plan may still be found."""
@@ -60,10 +61,10 @@ class Run:
     stopped: bool = False
     interrupted: bool = False
     reserve_s: float = 0.0
-    left_out_ns: int = 1 << 62
+    left_out_ns: int = NEVER_NS
     entered: bool = False
     no_plan: str = ""
-    period_ns: int = 1 << 62
+    period_ns: int = NEVER_NS
     period_bound_ns: int = 0
     judging_s: float = 0.0
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -77,6 +78,10 @@ class Run:
         """Seconds until the limit, less what the last check of the plan takes; none after Ctrl-C."""
         return 0.0 if self.interrupted else self.options.time_limit_s - self.reserve_s - self.seconds
 
+    def past(self, share: float) -> bool:
+        """Whether so much of the time limit is over, what is kept for the end counted as over."""
+        return self.left < (1 - share) * self.options.time_limit_s
+
     @property
     def patience(self) -> float:
         """Seconds until the solve stops where it stands (`mipipe.planner.clock`): at the limit; `GRACE_S` later as long
@@ -85,7 +90,7 @@ class Run:
 
     @property
     def makespan_ns(self) -> int:
-        return self.best.makespan_ns if self.best else 1 << 62
+        return self.best.makespan_ns if self.best else NEVER_NS
 
     @property
     def closed(self) -> bool:
@@ -136,7 +141,7 @@ class Run:
     def note(self, found: Candidate, phase: str) -> bool:
         """Make a candidate's incumbent the solve's if it is better; whether it was."""
         with self.lock:
-            known = self.history[-1].makespan_ns if self.history else 1 << 62
+            known = self.history[-1].makespan_ns if self.history else NEVER_NS
             if found.best is None or found.makespan_ns >= known:
                 return False
             self.best = found

@@ -12,12 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mipipe.graphs.topology import UNLIMITED_BYTES
+from mipipe.graphs.units import GIGABYTE
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.uniform import activation_unit_bytes
-
-GIGABYTE = 10**9
-"""Bytes that every device of a real cluster has more of."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,15 +33,14 @@ Loan, Matrix Computations, section 8.6)."""
 OVERHEAD_BYTES = 2**25
 """What a rank's process takes beyond its tensors: libraries loaded at first use, and what the allocator keeps in
 reserve, whatever is merged."""
+OTHERS = "others"
 WORK = {"passthrough": 5, "linear": 16, "task_arithmetic": 12, "slerp": 8, "nuslerp": 29, "karcher": 9,
         "model_stock": 11, "ties": 37, "dare_linear": 44, "dare_ties": 60, "della": 370, "della_linear": 350,
         "breadcrumbs": 43, "breadcrumbs_ties": 44, "sce": 65, "varm": 17, "frank": 16, "layer_swapping": 9,
         "widen": 105, "onebit": 30, "multislerp": 9, "arcee_fusion": 60, "nearswap": 12, "ram": 16, "ramplus_tl": 20,
-        "fisher": 20, "rcp": 16, "sens": 14}
-"""Time per entry, input and reading, in units of adding two arrays in place. For the methods not listed, singular
-values take the time."""
-OTHER_WORK = 12
-"""The same for those."""
+        "fisher": 20, "rcp": 16, "sens": 14, OTHERS: 12}
+"""Time per entry, input and reading, in units of adding two arrays in place. Of other methods, singular values take the
+time."""
 TEMPORARIES = 6
 """Float32 tensors of a tile's size alive at once beside inputs and task vectors."""
 
@@ -113,7 +112,7 @@ def unit_cost(unit: MergeUnit, rates: MergeRates, compute_bytes: int = 4) -> Uni
 
 def stream_seconds(unit: MergeUnit, entries: int, rates: MergeRates, compute_bytes: int) -> float:
     """Seconds of elementwise work on some entries of a unit, for one reading."""
-    return entries * len(unit.inputs) * WORK.get(unit.method, OTHER_WORK) * compute_bytes / rates.stream
+    return entries * len(unit.inputs) * WORK.get(unit.method, WORK[OTHERS]) * compute_bytes / rates.stream
 
 
 def spectral_seconds(unit: MergeUnit, rates: MergeRates) -> float:
@@ -235,32 +234,30 @@ def loop_seconds(samples: Sequence[tuple[float, float]]) -> float:
     return min((cpu for _, cpu in samples if cpu > 0), default=passed / len(samples)) / processor_share(samples)
 
 
-START_LOOPS, VERIFY_LOOPS, FORK_LOOPS = 215, 340, 5
-"""What it takes to start the command and import torch, to import transformers (which verifies the result), and to start
-a rank, in loops."""
-STEP_LOOPS = {ActionKind.LOAD: 0.012, ActionKind.MEASURE: 0.04, ActionKind.COMBINE: 0.012, ActionKind.SAVE: 0.006}
-"""What an instruction takes however small its tensor is."""
-COUNT_LOOPS = 0.12
-"""The same for a round of counting magnitudes, whose histograms do not depend on the size."""
+LOOPS = {"start": 215, "verify": 340, "fork": 5, ActionKind.LOAD: 0.012, ActionKind.MEASURE: 0.04, "count": 0.12,
+         ActionKind.COMBINE: 0.012, ActionKind.SAVE: 0.006}
+"""In loops what does not depend on sizes: starting the command and importing torch, importing transformers (which
+verifies the result), starting a rank; and an instruction however small its tensor is, among them a round of counting
+magnitudes, whose histograms have one size."""
 
 
 def start_ns(rates: MergeRates, num_ranks: int = 1) -> int:
     """Nanoseconds of a merge's command before the merge itself."""
-    loops = START_LOOPS + FORK_LOOPS * (num_ranks if num_ranks > 1 else 0)
+    loops = LOOPS["start"] + LOOPS["fork"] * (num_ranks if num_ranks > 1 else 0)
     return round(loops * rates.loop_s * 1e9)
 
 
 def verify_ns(rates: MergeRates, merging_ns: int, num_ranks: int = 1) -> int:
     """Nanoseconds that are waited for the verification after a merge: transformers is imported while it runs, beside
     it where a processor is free, in turns with its ranks where none is."""
-    work = round(VERIFY_LOOPS * rates.loop_s * 1e9)
+    work = round(LOOPS["verify"] * rates.loop_s * 1e9)
     return max(0, work - merging_ns) if rates.cores > num_ranks else work
 
 
 def step_overhead(unit: MergeUnit, kind: ActionKind, rates: MergeRates) -> float:
     """Seconds of an instruction on a unit that do not depend on its size."""
-    loops = COUNT_LOOPS if kind is ActionKind.MEASURE and num_rounds(unit) > 1 else STEP_LOOPS.get(kind, 0.0)
-    return loops * rates.loop_s
+    counts = kind is ActionKind.MEASURE and num_rounds(unit) > 1
+    return LOOPS.get("count" if counts else kind, 0.0) * rates.loop_s
 
 
 def _write_rate(output: Path, sample: bytearray, share: float) -> tuple[float, float]:

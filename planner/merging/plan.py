@@ -20,7 +20,7 @@ from mipipe.graphs.merging.graph import MergeGraph, MergeUnit
 from mipipe.graphs.merging.layout import Shard, as_checkpoint, lay_out
 from mipipe.graphs.merging.recipes.recipe import MergeRecipe
 from mipipe.graphs.serialize import STRICT, digest
-from mipipe.graphs.units import format_bytes
+from mipipe.graphs.units import GIGABYTE, format_bytes
 from mipipe.planner.merging.calibration import assign_streams
 from mipipe.planner.merging.costs import (
     OVERHEAD_BYTES,
@@ -34,7 +34,7 @@ from mipipe.planner.merging.costs import (
 )
 from mipipe.planner.merging.steps import TILE_ENTRIES, unit_steps
 
-SHARD_BYTES = 5 * 10**9
+SHARD_BYTES = 5 * GIGABYTE
 """Largest output file, as transformers splits by default."""
 
 
@@ -155,7 +155,7 @@ def _place(unit: MergeUnit) -> tuple[str, str, int]:
     return first.folder, first.tensor.file, first.tensor.start
 
 
-PORTION_ENTRIES = 2**20
+PORTION_ENTRIES = 4 * TILE_ENTRIES
 """Entries of a portion: large enough that walking through a program takes no time beside them."""
 NUM_PORTIONS = 2**13
 """Portions of a large model are so large that there are about this many."""

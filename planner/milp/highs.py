@@ -19,7 +19,7 @@ import highspy
 import numpy as np
 
 from mipipe.planner import calls, clock
-from mipipe.planner.gap import gap_of
+from mipipe.planner.gap import SOLVER_GAP, gap_of
 from mipipe.planner.milp import pyo
 
 
@@ -70,7 +70,7 @@ class Matrix:
 
 
 def solve(model: pyo.ConcreteModel, *, time_limit_s: float, seed: int, threads: int = 1, warm_start: bool = False,
-          gap: float = 1e-6, absolute_gap: float = 1e-6, cutoff: float | None = None,
+          gap: float = SOLVER_GAP, absolute_gap: float = 1e-6, cutoff: float | None = None,
           on_incumbent: Callable[[float, np.ndarray], None] | None = None,
           on_bound: Callable[[float], None] | None = None, stop: Callable[[], bool] | None = None,
           options: dict[str, Any] | None = None, matrix: Matrix | None = None) -> SolverOutcome:

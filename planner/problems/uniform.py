@@ -11,7 +11,7 @@ Conventions, stated because every comparison rests on them:
 - Parameters are counted in even shares: all resident bytes of the model / ranks; ``copies`` caps a rank's sum.
 - The embedding and the head have durations only: neither parameters nor activations are counted on them.
 - Gradient reduction between copies costs nothing (``gradient_bytes`` is 0), values in flight take no memory.
-- Durations may be fractions (1.1). ``unit_ns`` is the least multiple of 10**6 ns that makes all of them whole.
+- Durations may be fractions (1.1). ``unit_ns`` is the least multiple of a millisecond that makes all of them whole.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fractions import Fraction
 from mipipe.graphs.errors import ProblemError
 from mipipe.graphs.operator_graph import Role, Tags
 from mipipe.graphs.topology import MOST_DEVICES, Topology
-from mipipe.graphs.units import shown
+from mipipe.graphs.units import MILLISECOND_NS, shown
 from mipipe.planner.actions import Stream
 from mipipe.planner.problem import Group, GroupEdge, Limits, OverlapRule, PhaseTimes, PlanningProblem
 from mipipe.planner.sizes import MOST_COUNT
@@ -30,8 +30,6 @@ from mipipe.planner.sizes import MOST_COUNT
 Number = int | float | str | Fraction
 
 _KIND = "device"
-_BASE_UNIT_NS = 10**6
-"""Nanoseconds of an abstract unit of time, before fractions of it are made whole."""
 _BYTES = 1000
 """Bytes of ``1 / ranks`` of a layer: fine enough that caps such as 8.5 or 0.75 * 33 activations are whole bytes."""
 
@@ -169,7 +167,7 @@ def _exact(value: Number, label: str) -> Fraction:
 
 
 def _unit(times: list[Fraction]) -> int:
-    return math.lcm(_BASE_UNIT_NS, *(time.denominator for time in times))
+    return math.lcm(MILLISECOND_NS, *(time.denominator for time in times))
 
 
 def _check_sizes(ranks: int, microbatches: int, layers: int) -> None:

@@ -23,11 +23,12 @@ from mipipe.planner import clock
 from mipipe.planner.actions import Action
 from mipipe.planner.schedules.pattern import forward, input_gradient, weight_gradient
 
-INTERVAL = 6
-"""Slots after which a building block repeats: the actions of one microbatch on a rank."""
-
 _PHASES = _WEIGHTS = 4
 """Phases of a rank, numbered from 0; beside them, under the next number, its weight gradients of both stages."""
+
+INTERVAL = _PHASES + 2
+"""Slots after which a building block repeats: the actions of one microbatch on a rank, its phases and both stages'
+weight gradients."""
 
 Slots = list[list[list[int]]]
 """``[rank][phase][microbatch]``: the slot of an action; with weight gradients, these are the fifth list of a rank."""

@@ -17,6 +17,7 @@ import numpy as np
 from mipipe.planner.jobs.paths import overflow, shift, trace
 from mipipe.planner.kernel import kernel
 from mipipe.planner.search.anneal_state import cost_of, likely_cycle, makespan_of, overfull, state_of, take
+from mipipe.planner.sizes import NEVER_NS
 
 TURN = 200
 """Accepted moves between two changes of the price of memory."""
@@ -89,7 +90,7 @@ def anneal(facts, seq, length, iterations, hot, cold, tilt, wild, press, target,
 
     The temperature falls from ``hot`` to ``cold`` ns. ``wild`` is the share of moves off the critical path. ``press``,
     an array of one number, is the price of a byte and changes; 0 makes memory a wall. Stops early at ``target``.
-    Returns 1 << 62 where no order fitted.
+    Returns NEVER_NS where no order fitted.
     """
     np.random.seed(seed)
     state = state_of(facts, seq, length)
@@ -98,7 +99,7 @@ def anneal(facts, seq, length, iterations, hot, cold, tilt, wild, press, target,
     over = overfull(facts, seq, length)
     makespan = makespan_of(facts, state)
     cost = cost_of(facts, state, makespan, tilt, press[0] * over)
-    best_makespan, best_cost = 1 << 62, np.inf
+    best_makespan, best_cost = NEVER_NS, np.inf
     if over == 0:
         best[:] = seq
         best_makespan, best_cost = makespan, cost

@@ -24,6 +24,7 @@ from mipipe.planner.jobs.dependencies import KINDS
 from mipipe.planner.milp.periodic.pattern import WEIGHT_DELAYS, route_names
 from mipipe.planner.search.follow_kernel import FollowTask, fill, follow
 from mipipe.planner.search.orders import Orders, memory_holds, timed
+from mipipe.planner.sizes import NEVER_NS
 
 PATIENCE = (0.3, 0.1, 0.03, 0.0)
 """Shares of a period a rank waits for an earlier action that is on its way."""
@@ -79,7 +80,7 @@ def tuned_fill(instance: Instance, moments: np.ndarray, seconds: float, seed: in
     place = instance.rank * SPANS // max(1, len(instance.cap))
     waits = np.array(start or [0.3] * (2 * SPANS) + [0.0] * SPANS)
     best: Orders | None = None
-    current = 1 << 62
+    current = NEVER_NS
     while best is None or (time.monotonic() < end and not stop()):
         clock.ask()
         trial = waits.copy()
@@ -97,7 +98,7 @@ def tuned_fill(instance: Instance, moments: np.ndarray, seconds: float, seed: in
 
 
 def _length(tried: tuple[float, Orders | None]) -> int:
-    return 1 << 62 if tried[1] is None else tried[1].makespan_ns
+    return NEVER_NS if tried[1] is None else tried[1].makespan_ns
 
 
 def moments_at(instance: Instance, period_ns: float, starts: Mapping[tuple[int, ActionKind, int], float]) -> np.ndarray:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mipipe.planner.kernel import kernel
-from mipipe.planner.search.list_steps import FAR, first_to_start, fresh, passed_over, run
+from mipipe.planner.search.list_steps import first_to_start, fresh, passed_over, run
+from mipipe.planner.sizes import NEVER_NS
 
 AHEAD = 128
 """How many places an action that takes memory may overtake in its rank's given order."""
@@ -49,7 +50,7 @@ def follow(facts, task, seq, start):
                 continue
             state.dirty[k] = False
             state.best_node[k] = -1
-            earliest = FAR
+            earliest = NEVER_NS
             for turn in range(2):
                 best_prio = np.inf
                 for index in range(state.ptr[k], state.ptr[k + 1]):
@@ -77,7 +78,7 @@ def follow(facts, task, seq, start):
                     else:
                         best_prio = prio[n]
                         state.best_node[k], state.best_class[k], state.best_time[k] = n, c, time
-                if earliest == FAR:
+                if earliest == NEVER_NS:
                     break
         chosen = first_to_start(state)
         if chosen < 0:
@@ -114,12 +115,12 @@ def fill(facts, rows, row_length, filler, patience, seq, start):
             if not state.dirty[k]:
                 continue
             state.dirty[k] = False
-            node, cls, start_at = -1, -1, FAR
+            node, cls, start_at = -1, -1, NEVER_NS
             if at[k] < row_length[k]:
                 n = rows[k, at[k]]
                 if state.waits[n] == 0 and alloc[n] + work[n] <= room[rank[n]]:
                     node, start_at = n, max(state.free_at[k], state.ready[n])
-            best, first_ready = start_at, FAR
+            best, first_ready = start_at, NEVER_NS
             if node >= 0:
                 best -= patience[node]
             for index in range(state.ptr[k], state.ptr[k + 1]):

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mipipe.planner.kernel import kernel
-from mipipe.planner.search.list_steps import FAR, first_to_start, fresh, passed_over, run
+from mipipe.planner.search.list_steps import first_to_start, fresh, passed_over, run
+from mipipe.planner.sizes import NEVER_NS
 
 
 class ListTask(NamedTuple):
@@ -80,7 +81,7 @@ def list_schedule(facts, task, seq, start):
                 continue
             state.dirty[k] = False
             state.best_node[k] = -1
-            earliest = FAR
+            earliest = NEVER_NS
             for turn in range(2):
                 best_prio = np.inf
                 for index in range(state.ptr[k], state.ptr[k + 1]):
@@ -136,7 +137,7 @@ def list_schedule(facts, task, seq, start):
                     else:
                         best_prio = prio[n]
                         state.best_node[k], state.best_class[k], state.best_time[k] = n, c, time
-                if earliest == FAR:
+                if earliest == NEVER_NS:
                     break
         chosen = first_to_start(state)
         if chosen < 0:

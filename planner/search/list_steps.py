@@ -16,9 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mipipe.planner.kernel import kernel
-
-FAR = 1 << 62
-"""Later than every moment of a schedule, in nanoseconds."""
+from mipipe.planner.sizes import NEVER_NS
 
 
 class ListState(NamedTuple):
@@ -70,7 +68,7 @@ def passed_over(turn, time, earliest, patience, prio, best):
 @kernel
 def first_to_start(state):
     """The machine whose choice starts first; -1 where no machine has one."""
-    chosen, earliest = -1, FAR
+    chosen, earliest = -1, NEVER_NS
     for k in range(state.best_node.shape[0]):
         if state.best_node[k] >= 0 and state.best_time[k] < earliest:
             chosen, earliest = k, state.best_time[k]

@@ -17,6 +17,7 @@ from mipipe.planner.jobs.paths import shift
 from mipipe.planner.kernel import kernel
 from mipipe.planner.search.anneal_kernel import TURN, beside_block, repriced
 from mipipe.planner.search.pair_state import install, member, overfull, times, tokens_of
+from mipipe.planner.sizes import NEVER_NS
 
 NEAR = 8
 """Places within which a move looks for a partner."""
@@ -189,7 +190,7 @@ def anneal(facts, seq, length, mate, cap, iterations, hot, cold, tilt, wild, pre
            best_mate):
     """Improve an order with pairs in place; the best that fits ``cap`` goes into ``best_*``; its makespan.
 
-    Arguments as of `mipipe.planner.search.anneal_kernel.anneal`; 1 << 62 where no order fitted.
+    Arguments as of `mipipe.planner.search.anneal_kernel.anneal`; NEVER_NS where no order fitted.
     """
     np.random.seed(seed)
     count = facts.dur.shape[0]
@@ -203,7 +204,7 @@ def anneal(facts, seq, length, mate, cap, iterations, hot, cold, tilt, wild, pre
     over = full.sum()
     makespan = times(facts, state, start, waits, follow, queue)
     cost = _cost(state, start, makespan, tilt, press[0] * over)
-    best, best_cost = 1 << 62, np.inf
+    best, best_cost = NEVER_NS, np.inf
     if over == 0:
         best, best_cost = makespan, cost
         best_seq[:], best_length[:], best_mate[:] = state.seq, state.length, state.mate

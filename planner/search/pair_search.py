@@ -21,6 +21,7 @@ from mipipe.planner.search import pair_kernel
 from mipipe.planner.search.annealing import COLD, LARGE, PRICE, SLICE, TILTS
 from mipipe.planner.search.orders import Orders
 from mipipe.planner.search.pair_state import PairFacts
+from mipipe.planner.sizes import NEVER_NS
 
 F, I, W = (KINDS.index(kind) for kind in (ActionKind.F, ActionKind.I, ActionKind.W))  # noqa: E741
 
@@ -67,7 +68,7 @@ class PairSearch:
     first: Paired
     rounds: int = 0
     length: int = 60_000
-    seen_ns: int = 1 << 62
+    seen_ns: int = NEVER_NS
     reserved: int = 0
     others: list[PairSearch] = field(default_factory=list)
     done: int = 0
@@ -123,8 +124,8 @@ def reserve(search: PairSearch, excess: np.ndarray) -> None:
     """Search with less memory: values in flight, which the kernel does not see, overfill ranks by ``excess``."""
     search.reserved += 1
     search.cap = search.cap - excess
-    search.best, search.seen_ns = search.first.copy(), 1 << 62
-    search.best.makespan_ns = 1 << 62
+    search.best, search.seen_ns = search.first.copy(), NEVER_NS
+    search.best.makespan_ns = NEVER_NS
     search.done = search.round_length = 0
     for other in search.others:
         other.cap, other.best = search.cap, search.best

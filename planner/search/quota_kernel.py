@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mipipe.planner.kernel import kernel
-from mipipe.planner.search.list_steps import FAR
+from mipipe.planner.sizes import NEVER_NS
 
 
 class QuotaTask(NamedTuple):
@@ -70,12 +70,12 @@ def quota_schedule(facts, task, seq, start):
             if wake[other] < now:
                 now = wake[other]
                 k = other
-        if now >= FAR:
+        if now >= NEVER_NS:
             return -1
         chosen = -1
         urgency = np.inf
         only_filler = True
-        later = FAR
+        later = NEVER_NS
         turn = np.inf
         if in_turn:
             for index in range(class_ptr[k], class_ptr[k + 1]):

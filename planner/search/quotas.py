@@ -21,9 +21,7 @@ from mipipe.planner.jobs.arrays import Instance
 from mipipe.planner.search import lists
 from mipipe.planner.search.orders import Orders
 from mipipe.planner.search.quota_kernel import QuotaTask, quota_schedule
-
-UNLIMITED = 1 << 40
-"""The quota of a line that keeps nothing: more microbatches than any step has."""
+from mipipe.planner.sizes import MOST_COUNT
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +146,7 @@ def quotas(lines: Lines, slack: float) -> np.ndarray:
             least = min(fitting, key=lambda n: (quota[n] + 1) / max(1e-9, float(need[n])))
             quota[least] += 1
             used += int(lines.size[least])
-    quota[lines.size == 0] = UNLIMITED
+    quota[lines.size == 0] = MOST_COUNT  # what keeps nothing has no limit
     return quota
 
 
@@ -156,7 +154,7 @@ def even_quotas(lines: Lines) -> np.ndarray:
     """Equally many microbatches for every line of a rank, as many as fit."""
     total = np.zeros(len(lines.cap), dtype=np.int64)
     np.add.at(total, lines.machine, lines.size)
-    return np.where(lines.size > 0, np.maximum(1, lines.cap // np.maximum(1, total))[lines.machine], UNLIMITED)
+    return np.where(lines.size > 0, np.maximum(1, lines.cap // np.maximum(1, total))[lines.machine], MOST_COUNT)
 
 
 def first_rules(lines: Lines) -> Iterator[QuotaRule]:

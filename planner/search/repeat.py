@@ -15,15 +15,13 @@ import numpy as np
 
 from mipipe.planner import clock
 from mipipe.planner.jobs.arrays import Instance
+from mipipe.planner.milp.periodic.pattern import PACES
 from mipipe.planner.search import lists
 from mipipe.planner.search.follow import filled, followed, plain
 from mipipe.planner.search.orders import Orders, start_times
 
 BEGINS = np.linspace(0.22, 0.62, 41)
 """Where a window may begin, in shares of the short step."""
-
-PACES = (1.0, 1.01, 1.02, 1.035, 1.05)
-"""How long a window may be, in loads of the busiest rank."""
 
 KEPT = 8
 """Windows that are followed: those in which the classes' actions are closest to what is repeated."""

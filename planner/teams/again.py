@@ -17,6 +17,7 @@ from mipipe.graphs.serialize import STRICT, from_data, to_data
 from mipipe.planner.plan import Plan
 from mipipe.planner.teams.as_team import team_of
 from mipipe.planner.teams.degrees import Degrees
+from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import TeamResult
 from mipipe.planner.teams.machine import Machine, check_machine
 from mipipe.planner.teams.options import TeamOptions
@@ -24,9 +25,6 @@ from mipipe.planner.teams.pieces import model_pieces, rows_of
 from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.search import search_teams
 from mipipe.planner.teams.space import anything, least_seconds
-
-LEAST_S = 0.5
-"""The least time limit of a search on one number of devices."""
 
 KEY = "task"
 """Where a plan's provenance has its `TeamTask`."""
@@ -122,7 +120,7 @@ def _best(pricer: Pricer, counts: range, global_batch: int, options: TeamOptions
         left = until - time.monotonic()
         if best is not None and (work / count >= best.seconds or left <= 0):
             break
-        share = max(LEAST_S, left / 2 if count > counts[-1] else left)
+        share = max(EFFORT.least_s, left / 2 if count > counts[-1] else left)
         try:
             found = search_teams(pricer, count, global_batch, replace(options, time_limit_s=share), wanted=wanted).best
         except (InputError, InfeasibleError, TimeUpError) as error:

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mipipe.planner.gap import gap_of
+from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import TeamResult
-
-RUNNERS = 3
-"""Other degrees that are told."""
 
 
 @dataclass
@@ -89,7 +87,7 @@ def runners_of(results: list[TeamResult]) -> list[tuple[TeamResult, str]]:
     top, seen = results[0], {_axes(results[0])}
     found: list[tuple[TeamResult, str]] = []
     for item in results[1:]:
-        if _axes(item) in seen or len(found) == RUNNERS:
+        if _axes(item) in seen or len(found) == EFFORT.told:
             continue
         seen.add(_axes(item))
         found.append((item, why_slower(item, top)))

@@ -14,7 +14,8 @@ from mipipe.planner.teams.piece_cost import PieceCost
 from mipipe.planner.teams.pricing import Pricer
 
 SQUEEZES = 3
-"""How often a master is solved again with as much less memory as its stages took too much when simulated."""
+"""How often a master is solved, or an order made, again with as much less memory as what it gave took too much when
+simulated."""
 CHUNKS = (1, 2, 3, 4, 5, 6, 8, 10)
 """Stages per rank that are tried, as far as the layers go."""
 

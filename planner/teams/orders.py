@@ -11,14 +11,11 @@ from mipipe.graphs.errors import MipipeError
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.solve import plan
 from mipipe.planner.teams.degrees import Recompute
+from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams, piece_costs, result_of
 from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.stages import cut_pieces, overlap_rule, stage_cost, team_problem
 
-TRIED = 3
-"""Pipelines on which published schedules are tried."""
-SEARCHED = 4
-"""Meshes whose order is searched: that of the best pipeline, then those that overlapped pairs may make the best."""
 PUBLISHED = ("zb-h1", "zb-v", "dualpipev", "dualpipe")
 """Published schedules that are tried on the best pipelines beside 1F1B and interleaved 1F1B."""
 
@@ -26,7 +23,7 @@ PUBLISHED = ("zb-h1", "zb-v", "dualpipev", "dualpipe")
 def ordered(pricer: Pricer, results: list[TeamResult], global_batch: int, until: float, seed: int,
             tell: Callable[[str], None]) -> list[TeamResult]:
     """The results with the best pipelines' schedules searched up to a moment of the monotonic clock."""
-    for item in [item for item in results if item.degrees.ranks > 1][:TRIED]:
+    for item in [item for item in results if item.degrees.ranks > 1][:EFFORT.published]:
         for name in PUBLISHED:
             if time.monotonic() < until:
                 tell(f"{name} on {item.degrees.text()}")
@@ -39,7 +36,7 @@ def ordered(pricer: Pricer, results: list[TeamResult], global_batch: int, until:
         if item.degrees.ranks > 1 and least_of(item) < best.seconds:
             by_mesh.setdefault((item.degrees.ranks, item.degrees.split, item.degrees.copies), item)
     pipelines = [*list(by_mesh.values())[:1], *sorted(list(by_mesh.values())[1:], key=least_of)]
-    pipelines = pipelines[:min(SEARCHED, max(1, int(left // 2.0)))]
+    pipelines = pipelines[:min(EFFORT.ordered, max(1, int(left // 2.0)))]
     for number, item in enumerate(pipelines):
         share = left / (len(pipelines) - number)
         if share < 2.0:

@@ -28,9 +28,9 @@ from mipipe.planner.teams.machine import Machine
 from mipipe.planner.teams.piece_cost import Axis, PhaseCost, PieceCost, as_measured, phase_beside
 from mipipe.planner.teams.pieces import ModelPieces
 
-ADAM_BYTES = 12
+ADAM_BYTES = 3 * DTYPE_BYTES["float32"]
 """Optimizer state of a parameter: a master copy and two moments in float32 (Rajbhandari et al., 2020, section 3.1)."""
-GRADIENT_BYTES = 4
+GRADIENT_BYTES = DTYPE_BYTES["float32"]
 """A gradient that is summed over microbatches is float32."""
 
 

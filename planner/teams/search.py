@@ -24,27 +24,19 @@ from mipipe.graphs.errors import InfeasibleError, TimeUpError
 from mipipe.graphs.units import format_bytes
 from mipipe.planner.teams.bounds import packed
 from mipipe.planner.teams.degrees import Degrees, Recompute, check_given, completed
+from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import TeamResult
-from mipipe.planner.teams.found import RUNNERS, Found, distinct, notes_of, runners_of
+from mipipe.planner.teams.found import Found, distinct, notes_of, runners_of
 from mipipe.planner.teams.masters import chunks_of, solved_master
 from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.orders import ordered
 from mipipe.planner.teams.pieces import misfit
 from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.space import Point, anything, points, promise
-from mipipe.planner.teams.waves import TUNED_S, promising, shapes_of, wave
+from mipipe.planner.teams.waves import promising, shapes_of, wave
 
-PRICED, MASTER, POLISH, WAVES, ORDER = 0.3, 0.45, 0.55, 0.8, 0.9
-"""Shares of the time limit after which no further degrees are priced, none tried, none solved finely, none ordered by
-lists, and no order searched."""
 QUICK, FINE = (1.0, 0.02), (3.0, 2e-4)
 """Seconds and gap of a master: when combinations are tried, and for the best of them."""
-PAIRED = 2
-"""Meshes that are tried for their overlapped pairs alone."""
-POLISHED = 3
-"""Combinations that are solved finely, with every number of chunks."""
-PACKED = 0.1
-"""Share of the time limit for the bound where every layer is on one rank."""
 LATER = 1.03
 """By how much longer steps are guessed for every other point of the same mesh that comes before."""
 
@@ -62,7 +54,7 @@ def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamO
     began = time.monotonic()
     check_given(options.given, devices)
     space = points(pricer, devices, global_batch, options.given, options.microbatch, options.recomputation,
-                   lambda: time.monotonic() - began < PRICED * options.time_limit_s, wanted)
+                   lambda: time.monotonic() - began < EFFORT.until_priced * options.time_limit_s, wanted)
     waiting, count = space.points, space.combinations
     if not waiting:
         raise InfeasibleError(_why_none(pricer, count, options, devices, global_batch))
@@ -70,17 +62,17 @@ def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamO
     tries, best = 0, float("inf")
     for number, point in enumerate(_in_turn(pricer, waiting, global_batch)):
         spent = time.monotonic() - began
-        if distinct(results) > RUNNERS and (point.bound >= best
-                                            or packed(pricer, point.degrees, global_batch,
-                                                      options.recomputation)[0] >= best):
+        if distinct(results) > EFFORT.told and (point.bound >= best
+                                                or packed(pricer, point.degrees, global_batch,
+                                                          options.recomputation)[0] >= best):
             continue
-        if spent > MASTER * options.time_limit_s and results:
+        if spent > EFFORT.until_tried * options.time_limit_s and results:
             break
         if spent > options.time_limit_s:
             break
         tell(f"{number} of {len(waiting)} combinations, best {best:.4g} s")
         tries += 1
-        cutoff = best if distinct(results) > RUNNERS else 2 * best
+        cutoff = best if distinct(results) > EFFORT.told else 2 * best
         for chunks in chunks_of(pricer, point.degrees, global_batch, options)[:1]:
             found = solved_master(pricer, replace(point.degrees, chunks=chunks), global_batch, options, cutoff, QUICK)
             if found is not None:
@@ -95,14 +87,15 @@ def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamO
     unpriced = float("inf") if space.unpriced is None else space.unpriced
     bound = min(*[point.floor for point in waiting], unpriced)
     whole_bound, plain_bound = (min(unpriced, least) for least in _whole_bounds(
-        pricer, waiting, global_batch, options.recomputation, PACKED * options.time_limit_s))
+        pricer, waiting, global_batch, options.recomputation, EFFORT.packing * options.time_limit_s))
     whole_bound = max(bound, whole_bound)  # where time was short; each is over fewer plans than the one before
     plain_bound = max(whole_bound, plain_bound)
     results = _polished(pricer, results, global_batch, options, began, tell)
     if options.order:
         results += _with_pairs(pricer, results, waiting, global_batch, options, began)
         results = _waved(pricer, results, waiting, global_batch, options, began, tell)
-        results = ordered(pricer, results, global_batch, began + ORDER * options.time_limit_s, options.seed, tell)
+        until = began + EFFORT.until_ordered * options.time_limit_s
+        results = ordered(pricer, results, global_batch, until, options.seed, tell)
     top = results[0]
     return Found(top, min(bound, top.seconds), min(whole_bound, top.seconds), min(plain_bound, top.seconds),
                  runners_of(results), notes_of(results, top), count, len(waiting), tries, time.monotonic() - began)
@@ -146,9 +139,9 @@ def _polished(pricer: Pricer, results: list[TeamResult], global_batch: int, opti
               tell: Callable[[str], None]) -> list[TeamResult]:
     """The results, the best combinations solved again finely and with every number of chunks."""
     results = sorted(results, key=lambda found: found.seconds)
-    for item in results[:POLISHED]:
+    for item in results[:EFFORT.polished]:
         for chunks in chunks_of(pricer, item.degrees, global_batch, options):
-            if time.monotonic() - began > POLISH * options.time_limit_s:
+            if time.monotonic() - began > EFFORT.until_polished * options.time_limit_s:
                 break
             degrees = replace(item.degrees, chunks=chunks, recompute="none")
             tell(f"polishing {degrees.text()}")
@@ -169,13 +162,13 @@ def _with_pairs(pricer: Pricer, results: list[TeamResult], waiting: list[Point],
     may: dict[tuple[object, ...], tuple[float, Degrees]] = {}
     for point in sorted(waiting, key=lambda point: point.floor):
         mesh = _mesh(point.degrees)
-        if point.floor >= best or time.monotonic() - began > POLISH * options.time_limit_s:
+        if point.floor >= best or time.monotonic() - began > EFFORT.until_polished * options.time_limit_s:
             break
         if point.degrees.ranks > 1 and mesh not in tried and mesh not in may:
             paired = packed(pricer, point.degrees, global_batch, options.recomputation, point.stays)[1]
             may[mesh] = max(point.floor, paired), point.degrees
     found = []
-    for least, degrees in sorted(may.values(), key=lambda item: item[0])[:PAIRED]:
+    for least, degrees in sorted(may.values(), key=lambda item: item[0])[:EFFORT.paired]:
         made = solved_master(pricer, degrees, global_batch, options, float("inf"), QUICK) if least < best else None
         found += [] if made is None else [made]
     return found
@@ -196,11 +189,11 @@ def _waved(pricer: Pricer, results: list[TeamResult], waiting: list[Point], glob
         if ends >= best:
             break
         for shape in shapes_of(len(pricer.model.pieces), degrees.ranks):
-            if time.monotonic() - began > WAVES * options.time_limit_s:
+            if time.monotonic() - began > EFFORT.until_listed * options.time_limit_s:
                 return found
             tell(f"{shape.name} on {degrees.text()}, best {best:.4g} s")
             made = wave(pricer, degrees, global_batch, shape, [degrees.recompute] * len(pricer.model.pieces),
-                        TUNED_S, options.seed)
+                        EFFORT.tuned_s, options.seed)
             if made is None or made.shortage:
                 break
             found.append(made)

@@ -9,6 +9,7 @@ from mipipe.graphs.costs.split_rules import ATTENTION
 from mipipe.graphs.operator_graph import DTYPE_BYTES, Role
 from mipipe.planner.teams.bounds import bound_of
 from mipipe.planner.teams.degrees import Degrees, Recompute
+from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.pieces import ModelPieces, misfit
 from mipipe.planner.teams.pricing import ADAM_BYTES, GRADIENT_BYTES, Pricer
 
@@ -86,8 +87,6 @@ class DegreeSpace:
     unpriced: float | None = None
 
 
-ALL = 8_000
-"""Combinations up to which all are priced before anything is solved."""
 
 
 def points(pricer: Pricer, devices: int, global_batch: int, given: Mapping[str, int], microbatch: int | None,
@@ -113,7 +112,7 @@ def points(pricer: Pricer, devices: int, global_batch: int, given: Mapping[str, 
         return tried[degrees]
 
     def enough() -> bool:
-        return count > ALL and not in_time()
+        return count > EFFORT.priced and not in_time()
 
     firsts: dict[Degrees, float] = {}
     for base in bases:

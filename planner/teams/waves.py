@@ -21,30 +21,25 @@ from mipipe.planner.search import lists, quotas
 from mipipe.planner.search.orders import Orders
 from mipipe.planner.teams.bounds import packed
 from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, Recompute
+from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import TeamResult, piece_costs, result_of
+from mipipe.planner.teams.masters import SQUEEZES
 from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.space import Point
 from mipipe.planner.teams.stages import stage_cost, team_problem
 
 TRIALS = 100
 """List rules tried before quotas are tuned."""
-SQUEEZES = 3
-"""How often an order is made again with as much less memory as values under way took too much."""
 
 ALIVE = 0.7
 """Of the microbatches that 1F1B has under way on its first rank, those that these orders need at least to wait little:
 half and some for ends and stages that are not even."""
-TUNED_S = 0.5
-"""Seconds in which one order's quotas are tuned."""
-MOST = 200
-"""Combinations of the least bounds that are looked at."""
-
 
 def promising(pricer: Pricer, points: Sequence[Point], global_batch: int) -> list[tuple[float, Degrees]]:
     """Seconds of the busiest rank and degrees of pipelines whose memory holds as many microbatches as orders here need,
     with the least recomputation of all layers that makes it so; the shortest first, one for each mesh."""
     found: dict[tuple[object, ...], tuple[float, Degrees]] = {}
-    for point in [point for point in points if point.degrees.ranks > 1][:MOST]:
+    for point in [point for point in points if point.degrees.ranks > 1][:EFFORT.listed]:
         made = _fitting(pricer, point.degrees)
         if made is None:
             continue

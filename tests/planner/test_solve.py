@@ -19,7 +19,6 @@ from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.ladder import admission as entering
-from mipipe.planner.ladder import race
 from mipipe.planner.ladder.admission import enter
 from mipipe.planner.ladder.candidate import Judged, candidate
 from mipipe.planner.ladder.order_rungs import published
@@ -31,6 +30,7 @@ from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.search import annealing as search
 from mipipe.planner.solve import Progress, Termination, plan
+from mipipe.planner.time_shares import SHARES
 
 sys.path.insert(0, str(Path(__file__).parent))
 from planner_problems import problems
@@ -235,4 +235,4 @@ def test_the_last_placement_left_is_searched_in_one_round_that_cools_over_the_ti
     result = plan(problem, PlanOptions(time_limit_s=5, placement="wave", use_milp=False, threads=2))
     assert result.plan is not None and result.termination is Termination.FEASIBLE
     assert len({seed for seed, _ in begun}) == len(begun) == rounds, "one round on each thread, from seeds of their own"
-    assert all(race.LEAST * 5 < seconds < (1 - race.LAST) * 5 for _, seconds in begun)
+    assert all(SHARES.last_round * 5 < seconds < (1 - SHARES.until_raced) * 5 for _, seconds in begun)

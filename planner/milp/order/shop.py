@@ -20,9 +20,10 @@ import numpy as np
 from mipipe.planner.bounds.at_placement import heads_and_tails, reduce_tails
 from mipipe.planner.jobs.job_shop import Jobs
 from mipipe.planner.jobs.longest import heads_of
+from mipipe.planner.sizes import NEVER_NS
 
-NEVER = -(1 << 50)
-"""Length of a path that is none: below all times, and sums of a few of it still are 64 bits."""
+NO_PATH = -NEVER_NS
+"""Length of a path that is none: with any time added it is still below 0."""
 
 
 @dataclass(slots=True)
@@ -142,9 +143,9 @@ def tighten(shop: Shop, horizon: int) -> Tight | None:
         if distance is None:
             return None
         release = np.array(shop.release, dtype=np.int64)
-        release = np.maximum(release, (release[:, None] + distance).max(axis=0, initial=NEVER))
+        release = np.maximum(release, (release[:, None] + distance).max(axis=0, initial=NO_PATH))
         latest = horizon - np.array(shop.tail, dtype=np.int64) - durations
-        latest = np.minimum(latest, (latest[None, :] - distance).min(axis=1, initial=-NEVER))
+        latest = np.minimum(latest, (latest[None, :] - distance).min(axis=1, initial=-NO_PATH))
         if (release > latest).any():
             return None
         before = distance >= durations[:, None]
@@ -190,21 +191,21 @@ def _follow_producers(shop: Shop, pairs: list[tuple[int, int]], before: np.ndarr
 
 
 def _distances(count: int, durations: np.ndarray, arcs: list[tuple[int, int, int]]) -> np.ndarray | None:
-    """Longest paths from start to start, `NEVER` where there is none; None if the arcs form a cycle."""
+    """Longest paths from start to start, `NO_PATH` where there is none; None if the arcs form a cycle."""
     lags: dict[tuple[int, int], int] = {}
     for first, second, lag in arcs:
         lags[first, second] = max(lag, lags.get((first, second), 0))
     found = heads_of(durations.tolist(), ((first, second, lag) for (first, second), lag in lags.items()))
     if len(found.order) < count:
         return None
-    distance = np.full((count, count), NEVER, dtype=np.int64)
+    distance = np.full((count, count), NO_PATH, dtype=np.int64)
     for job in reversed(found.order):
         row = distance[job]
         for second, lag in found.after[job]:
             step = int(durations[job]) + lag
             np.maximum(row, distance[second] + step, out=row)
             row[second] = max(row[second], step)
-        row[row < 0] = NEVER
+        row[row < 0] = NO_PATH
     return distance
 
 

@@ -12,6 +12,9 @@ from mipipe.planner.jobs.stages import StageView
 OperationKey = tuple[int, ActionKind, int]
 """(stage, kind, class), a class named by its first microbatch."""
 
+PACES = (1.0, 1.01, 1.02, 1.035, 1.05)
+"""Periods that are tried, in loads of the busiest rank: what a good pattern has."""
+
 WEIGHT_DELAYS = (0.0, 1.0, 3.0, 8.0)
 """Periods by which weight gradients may stand back when a pattern is followed. Which wins differs from case to case."""
 

@@ -27,9 +27,9 @@ from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.milp import highs, pyo
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
 from mipipe.planner.milp.periodic.modulo import greedy
-from mipipe.planner.milp.periodic.pattern import OperationKey, PeriodicPattern, pattern_of
+from mipipe.planner.milp.periodic.pattern import PACES, OperationKey, PeriodicPattern, pattern_of
 
-STEPS = (1.0, 1.01, 1.02, 1.035, 1.05, 1.075, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0)
+STEPS = (*PACES, 1.075, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0)
 """Periods tried, in loads of the busiest rank."""
 
 

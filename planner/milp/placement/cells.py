@@ -32,6 +32,7 @@ from mipipe.planner import clock
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.first_gradients import chain_units, fewest_holders, moments_of
 from mipipe.planner.bounds.over_placements import Bound, cheapest_hop, facts_of, problem_bound, room_of_units
+from mipipe.planner.gap import SOLVER_GAP
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.milp import highs, pyo
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
@@ -49,7 +50,7 @@ BOX, LEAST_BOX, TIGHTER = 1.06, 1.03, 0.6
 """By what factor weights may move at once at first, and when another makespan is tried; what is left of its excess over
 1 when they became no better."""
 
-REFUTED = 1 - 1e-5
+REFUTED = 1 - 10 * SOLVER_GAP
 """Shares below this are not the whole, whatever the solver's tolerances."""
 
 INCUMBENTS = 4

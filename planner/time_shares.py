@@ -1,0 +1,68 @@
+"""How a time limit is shared out: a row for every part of a solve, or of several, that works for a share or until one.
+
+Shares of what is left, of single MIPs and of gains stand where they are used; seconds that do not depend on the limit,
+too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TimeShares:
+    """Shares of the time limit. Of ``until_*`` all that has passed since the solve began counts, of the others only
+    what the part itself takes."""
+
+    until_proposed: float = 0.1
+    """Shapes are proposed, the most promising of which enter first."""
+    until_bounded: float = 0.15
+    """Placements are bounded to tell the most promising; placements of large problems are tried."""
+    until_entered: float = 0.5
+    """Placements enter with a first schedule, and published schedules are tried."""
+    until_several: float = 0.1
+    """The same where there are several candidates already: the most promising came first."""
+    until_moded: float = 0.4
+    """Modes are chosen once there is a plan."""
+    until_listed: float = 0.3
+    """Placements are scheduled by list for the shortest period."""
+    until_repeated: float = 2 * until_listed
+    """Middles of short steps are repeated as lists give them."""
+    until_outlined: float = 0.6
+    """Problems with a collective stream are searched without it."""
+    until_raced: float = 0.4
+    """Finalists race; then only the most promising is searched, by all threads."""
+
+    first_quotas: float = 0.02
+    """Quotas of one placement of a large problem, before placements are compared."""
+    more_quotas: float = 0.03
+    """Quotas of the placements of a large problem that are still compared, together."""
+    placement_mip: float = 0.04
+    """One call of the placement MIP where nothing else fits."""
+    first_slice: float = 0.02
+    """The first slice of an activity beside annealing."""
+    longest_slice: float = 0.15
+    """One slice of any activity, at most."""
+    last_round: float = 0.15
+    """What must be left for a last round (`mipipe.planner.search.annealing.finish`)."""
+    bounding: float = 0.1
+    """A placement's job-shop bound, at most."""
+    proving: float = 0.2
+    """Kept by the exact model for the bound at its placement."""
+    checking: float = 0.4
+    """Kept for checking, explaining and drawing the plan, at most."""
+    late: float = 0.05
+    """How far beyond the limit a schedule may still be judged."""
+
+    told_apart: float = 0.4
+    """`mipipe.planner.exportable`: first solves of all shapes together; lists find most of the difference at once."""
+    compared: float = 0.5
+    """`mipipe.planner.compare`: published schedules, where the planned row follows."""
+    compared_spare: float = 0.1
+    """What of it they may take without the planned row having less: a limit holds within a tenth."""
+    restarted: float = 0.2
+    """Kept for a second solve from published schedules, in case one of them is better."""
+
+
+SHARES = TimeShares()
+"""Those of every solve."""
