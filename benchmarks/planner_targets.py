@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from octopipe import octopipe_problem
 from period import SETTINGS, Setting
 
 from mipipe.planner.compare import compare
@@ -196,9 +197,21 @@ def zero_line(setting: Setting, problem: PlanningProblem, limit_s: float, seed: 
     return replace(line, reference=f"{best[1]} {best[0]:g}, ZB-1p as printed {printed:.6g}")
 
 
+def octopipe(factor: float) -> Iterator[Row]:
+    """OctoPipe's public instance; the gap must stay within 2 %."""
+    yield Row("nemotron 4 x 8", partial(octopipe_line, 60 * factor))
+
+
+def octopipe_line(limit_s: float, seed: int) -> Line:
+    """The line of OctoPipe's instance."""
+    line = solve_line("octopipe", "nemotron 4 x 8", octopipe_problem(), limit_s, seed,
+                      reference="OctoPipe 89,870, 1F1B 133,121")
+    return replace(line, target=1.02 * line.bound if line.bound else None)
+
+
 SECTIONS: dict[str, Callable[[float], Iterator[Row]]] = {
     "optima": optima, "dualpipe": dualpipe, "v": v_shape, "free": free, "uneven": uneven, "streams": streams,
-    "scale": scale, "zero": zero,
+    "scale": scale, "zero": zero, "octopipe": octopipe,
 }
 
 

@@ -37,6 +37,7 @@ from mipipe.planner.ladder.admission import admit_placement, enter, has_plan, re
 from mipipe.planner.ladder.explain import explain_plan
 from mipipe.planner.ladder.harvest import ANNEALING
 from mipipe.planner.ladder.loop import Activity, loop
+from mipipe.planner.ladder.moving import Moving
 from mipipe.planner.ladder.objectives import OUT_OF_TIME, best_utilisation, least_memory, no_plan_within
 from mipipe.planner.ladder.proposals import Proposing
 from mipipe.planner.ladder.race import Race
@@ -216,7 +217,11 @@ def _activities(run: Run, tuning: large.Tuning | None) -> list[Activity]:
         steps["quotas"] = tuning.step
     if run.options.use_search:
         steps["repeating"] = Repeating(run).step
-    return [Activity(name, step, slice_s) for name, step in steps.items()]
+    found = [Activity(name, step, slice_s) for name, step in steps.items()]
+    if run.options.use_search:
+        moving = Moving(run)
+        found.append(Activity("moving", moving.step, slice_s, progress=lambda: moving.gained))
+    return found
 
 
 def _with_period(run: Run, result: SolveResult) -> SolveResult:

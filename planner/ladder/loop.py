@@ -2,10 +2,11 @@
 
 Activities (`Activity`) share the time by one rule. Each has a *worth*: what it has gained lately for the seconds it
 took lately, gains being the shares by which the makespan fell and the bound rose, or by which the lowest bound of a
-candidate fell (a proposal that leaves room for better orders). The worthiest goes next. What gains nothing gets longer
-slices, more seldom: it may only need more time at once, and its seconds count against it. New activities count as worth
-trying. Where there is more than one thread, one of them works for the chosen activity and the others anneal
-(`mipipe.planner.ladder.race`); with one, annealing is an activity like the others.
+candidate fell (a proposal that leaves room for better orders), or by what it says itself (`Activity.progress`: stages
+moved towards a better plan). The worthiest goes next. What gains nothing gets longer slices, more seldom: it may only
+need more time at once, and its seconds count against it. New activities count as worth trying. Where there is more than
+one thread, one of them works for the chosen activity and the others anneal (`mipipe.planner.ladder.race`); with one,
+annealing is an activity like the others.
 
 Nothing here knows how large a problem is: what is too slow for it gains nothing and stands back.
 """
@@ -42,7 +43,10 @@ LEAST_S = 0.02
 @dataclass(slots=True)
 class Activity:
     """Something that improves the plan or the bound. ``step(seconds)`` works about so long and says whether there was
-    anything to do; where there was not, it rests until the incumbent, the candidates or the bound change."""
+    anything to do; where there was not, it rests until the incumbent, the candidates or the bound change.
+
+    ``progress()``: the shares gained so far by what may become the best, but is not yet.
+    """
 
     name: str
     step: Callable[[float], bool]
@@ -51,6 +55,7 @@ class Activity:
     spent_s: float = 0.0
     resting: tuple[int, ...] | None = None
     turn: int = 0
+    progress: Callable[[], float] = lambda: 0.0
 
     @property
     def worth(self) -> float:
@@ -79,7 +84,7 @@ def loop(run: Run, activities: Sequence[Activity], race: Race | None) -> None:
         turn += 1
         chosen.turn = turn
         seen, bound, began = len(run.history), run.lowest_ns or 0, time.monotonic()
-        room = least_bound(run)
+        room, progress = least_bound(run), chosen.progress()
         with beside(run, race if chosen is not annealing else None, threads - 1):
             active = chosen.step(min(chosen.slice_s, longest, max(0.05, run.left)))
         seconds = time.monotonic() - began
@@ -89,7 +94,8 @@ def loop(run: Run, activities: Sequence[Activity], race: Race | None) -> None:
             chosen.note(by_annealing, seconds)
             chosen.slice_s = TURN_S
         else:
-            chosen.note(by_others + risen + max(0.0, 1 - least_bound(run) / room), seconds)
+            own = chosen.progress() - progress
+            chosen.note(by_others + risen + own + max(0.0, 1 - least_bound(run) / room), seconds)
             if annealing is not None and threads > 1:
                 annealing.note(by_annealing, seconds)
                 annealing.slice_s = TURN_S

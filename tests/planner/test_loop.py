@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from types import SimpleNamespace
@@ -57,6 +58,25 @@ def test_nobody_starves_and_who_has_nothing_to_do_rests(monkeypatch: pytest.Monk
 
     loop(run, [step("one", True), step("two", True), step("idle", False)], None)
     assert calls["idle"] == 1 and calls["one"] > 2 and abs(calls["one"] - calls["two"]) <= 1 and run.left <= 0
+
+
+def test_progress_of_its_own_is_a_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An activity that works towards something better has a worth before its first incumbent."""
+    ticks = count()
+    monkeypatch.setattr(loop_module, "time", SimpleNamespace(monotonic=lambda: 0.001 * next(ticks)))
+    run = Run(uniform_problem(ranks=2, microbatches=2, f=1, i=1, w=1), PlanOptions(time_limit_s=0.5))
+    steps = {"towards": 0, "nothing": 0}
+
+    def step(name: str) -> Callable[[float], bool]:
+        def work(seconds: float) -> bool:
+            steps[name] += 1
+            run.interrupted = sum(steps.values()) == 40
+            return True
+        return work
+
+    loop(run, [Activity("nothing", step("nothing"), 0.01),
+               Activity("towards", step("towards"), 0.01, progress=lambda: 0.01 * steps["towards"])], None)
+    assert steps["towards"] > 3 * steps["nothing"] > 0
 
 
 def test_a_loop_with_nothing_left_to_do_ends() -> None:

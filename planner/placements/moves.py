@@ -1,0 +1,123 @@
+"""Placements next to a given one: a boundary moved, a unit with another host, hosts exchanged.
+
+A *host* is what a stage says of where it runs: its ranks, the rank of every microbatch, and whether F runs again. Moves
+only hand hosts of the placement from unit to unit (groups that must stay together), so copies stay copies and mirror
+images stay mirror images.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from mipipe.planner.placements.cuts import units
+from mipipe.planner.plan import Placement, Stage
+from mipipe.planner.problem import PlanningProblem
+
+Host = tuple[tuple[int, ...], tuple[int, ...], bool]
+"""Ranks, the rank of every microbatch, and whether F runs again."""
+
+KINDS = ("boundary", "boundary", "boundary", "exchange", "rehost", "stages")
+"""Moves, as often as they are drawn: the first or last unit of a stage joins the stage beside it; two units exchange
+hosts; a unit takes the host of another; two stages exchange hosts."""
+
+MOVED = "+moved"
+"""What the name of a placement ends in that is no longer what was proposed."""
+
+
+class Units:
+    """A placement unit by unit: the host of each, and whether it begins a stage."""
+
+    def __init__(self, problem: PlanningProblem, placement: Placement) -> None:
+        """Raise `ValueError` where a stage is no run of consecutive whole units."""
+        self.blocks = [tuple(block) for block in units(problem)]
+        self.hosts: list[Host] = []
+        self.begins: list[bool] = []
+        paired = zip(placement.stages, placement.routes, strict=True)
+        for stage, route in sorted(paired, key=lambda pair: pair[0].groups):
+            at, first = 0, True
+            while at < len(stage.groups):
+                block = self.blocks[len(self.hosts)]
+                if stage.groups[at:at + len(block)] != block:
+                    raise ValueError("a stage that is no run of whole units")
+                self.hosts.append((stage.ranks, route, stage.recompute))
+                self.begins.append(first)
+                at, first = at + len(block), False
+
+    def placement(self, name: str) -> Placement:
+        """The placement of the hosts and beginnings as they are."""
+        stages: list[Stage] = []
+        routes: list[tuple[int, ...]] = []
+        for b, (block, host) in enumerate(zip(self.blocks, self.hosts, strict=True)):
+            if b and not self.begins[b] and host == self.hosts[b - 1]:
+                stages[-1] = replace(stages[-1], groups=(*stages[-1].groups, *block))
+            else:
+                stages.append(Stage(block, host[0], host[2]))
+                routes.append(host[1])
+        return Placement(tuple(stages), tuple(routes), name)
+
+    def shift(self, boundary: int, *, left: bool) -> None:
+        """Let the unit behind a boundary join the stage before it, or (``left`` False) the one before join the next."""
+        if left:
+            self.hosts[boundary] = self.hosts[boundary - 1]
+            self.begins[boundary] = False
+            if boundary + 1 < len(self.begins):
+                self.begins[boundary + 1] = True
+        else:
+            self.hosts[boundary - 1] = self.hosts[boundary]
+            self.begins[boundary - 1], self.begins[boundary] = True, False
+
+    def give(self, unit: int, host: Host) -> None:
+        """Give a unit a host; it joins a stage beside it that has the same one."""
+        self.hosts[unit] = host
+        self.begins[unit] = unit == 0 or self.hosts[unit - 1] != host
+        if unit + 1 < len(self.hosts):
+            self.begins[unit + 1] = self.hosts[unit + 1] != host
+
+    def stage_of(self, unit: int) -> range:
+        """The units of the stage that a unit is in."""
+        first, last = unit, unit + 1
+        while not self.begins[first]:
+            first -= 1
+        while last < len(self.begins) and not self.begins[last]:
+            last += 1
+        return range(first, last)
+
+
+def is_movable(problem: PlanningProblem, placement: Placement) -> bool:
+    """Whether a placement has moves: every stage a run of whole units, at least two hosts."""
+    try:
+        return len(set(Units(problem, placement).hosts)) > 1
+    except ValueError:
+        return False
+
+
+def neighbour(problem: PlanningProblem, placement: Placement, rng: random.Random) -> Placement | None:
+    """A placement one or two random moves away; None where the placement has no such moves."""
+    try:
+        found = Units(problem, placement)
+    except ValueError:
+        return None
+    size = len(found.blocks)
+    if size < 2 or len(set(found.hosts)) < 2:
+        return None
+    for _ in range(rng.choice((1, 1, 2))):
+        move, one, two = rng.choice(KINDS), *rng.sample(range(size), 2)
+        if move == "boundary":
+            boundary = rng.choice([b for b in range(1, size) if found.begins[b]] or [one or two])
+            found.shift(boundary, left=rng.random() < 0.5)
+        elif move == "stages":
+            first, second = found.stage_of(one), found.stage_of(two)
+            here, there = found.hosts[one], found.hosts[two]
+            for unit in first:
+                found.hosts[unit] = there
+            for unit in second:
+                found.hosts[unit] = here
+        else:
+            here, there = found.hosts[one], found.hosts[two]
+            found.give(one, there)
+            if move == "exchange":
+                found.give(two, here)
+    name = placement.name if placement.name.endswith(MOVED) else placement.name + MOVED
+    made = found.placement(name)
+    return None if (made.stages, made.routes) == (placement.stages, placement.routes) else made

@@ -1,0 +1,110 @@
+"""Placements a move away: they stay whole, and moves judged by their orders find what all placements hold."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mipipe.graphs.topology import Topology
+from mipipe.planner.check import check_plan
+from mipipe.planner.how import by_highs
+from mipipe.planner.jobs.arrays import build, mirror
+from mipipe.planner.jobs.stages import view
+from mipipe.planner.ladder.admission import admit_placement
+from mipipe.planner.ladder.moving import MOVING, Moving
+from mipipe.planner.ladder.state import Run
+from mipipe.planner.options import PlanOptions
+from mipipe.planner.placements.cuts import units
+from mipipe.planner.placements.moves import MOVED, Units, is_movable, neighbour
+from mipipe.planner.placements.shapes import propose_shapes
+from mipipe.planner.plan import Placement, Plan, Stage
+from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
+from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
+from mipipe.planner.search import lists
+
+
+def uneven_chain(durations: list[int], ranks: int, microbatches: int) -> PlanningProblem:
+    """A chain of layers with one replica each whose F, I and W take so many units."""
+    groups = tuple(Group(f"layer{n}", {"device": PhaseTimes(time, time, time)}, resident_bytes=1, saved_fw_bytes=1,
+                         single=True) for n, time in enumerate(durations))
+    edges = tuple(GroupEdge(n, (n + 1,), value=f"layer{n}.out") for n in range(len(groups) - 1))
+    return PlanningProblem("uneven", groups, edges, Topology.uniform(ranks, latency_ns=1, kind="device"), microbatches)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(["chain", "v", "wave", "two-way", "twin-v"]),
+       st.sampled_from([0, 0.5]), st.booleans())
+def test_moves_keep_every_group_once_its_units_whole_and_copies_images(seed: int, shape: str, ends: float,
+                                                                       streams: bool) -> None:
+    rng = random.Random(seed)
+    problem = (two_stream_problem(ranks=4, microbatches=4, layers=16) if streams else
+               uniform_problem(ranks=4, microbatches=4, f=1, i=1, w=1, layers=16, first=ends, last=ends))
+    placement = next(propose_shapes(problem, shape))
+    halved = mirror(view(problem, placement)) is not None
+    hosts = {(stage.ranks, route) for stage, route in zip(placement.stages, placement.routes, strict=True)}
+    for _ in range(6):
+        made = neighbour(problem, placement, rng)
+        if made is None:
+            continue
+        placement = made
+        assert placement.name.count(MOVED) == 1
+        assert [g for stage in placement.stages for g in stage.groups] == list(range(len(problem.groups)))
+        assert {(stage.ranks, route) for stage, route in zip(placement.stages, placement.routes, strict=True)} <= hosts
+        assert all(sum(set(block) <= set(stage.groups) for stage in placement.stages) == 1
+                   for block in units(problem))
+        assert (mirror(view(problem, placement)) is not None) == halved
+
+
+def test_what_divides_a_unit_or_has_one_host_is_left_alone() -> None:
+    problem = uniform_problem(ranks=2, microbatches=2, f=1, i=1, w=1, layers=4)
+    together = problem.replace(colocate=((0, 1),))
+    apart = Placement((Stage((0,), (0,)), Stage((1, 2), (1,)), Stage((3,), (0,))), ((0, 0), (1, 1), (0, 0)))
+    one = Placement((Stage((0, 1, 2, 3), (0,)),), ((0, 0),))
+    assert is_movable(problem, apart) and not is_movable(together, apart) and not is_movable(problem, one)
+    assert neighbour(together, apart, random.Random(0)) is None is neighbour(problem, one, random.Random(0))
+    with pytest.raises(ValueError, match="whole units"):
+        Units(together, apart)
+
+
+@pytest.mark.parametrize("durations", [[3, 1, 4, 1, 5, 9],
+                                       pytest.param([1, 8, 1, 1, 7, 1, 5, 2], marks=pytest.mark.slow)])
+def test_moves_find_what_the_best_list_of_all_placements_is(durations: list[int]) -> None:
+    """Six and eight layers on two ranks: 31 and 127 placements, each by three rules."""
+    problem = uneven_chain(durations, ranks=2, microbatches=4)
+    placements = itertools.product((0, 1), repeat=len(durations))
+    least = min(_list(problem, hosts) for hosts in placements if len({*hosts}) > 1)
+    run = Run(problem, PlanOptions(time_limit_s=1000, threads=1))
+    admit_placement(run, next(propose_shapes(problem, "chain")))
+    before, shapes = run.makespan_ns, list(run.candidates)
+    moving = Moving(run)
+    for _ in range(100):
+        if run.makespan_ns <= least:
+            break
+        moving.step(0.2)
+    assert run.makespan_ns <= least < before
+    assert run.best is not None and run.best not in shapes and run.best.lineage[-1] == MOVING
+    for found in run.candidates[len(shapes):]:
+        assert found.proposer[-1] == MOVING and found.placement.name.endswith(MOVED) and found.makespan_ns < before
+        check_plan(Plan("", problem, found.placement, found.best.schedule, found.makespan_ns))
+    assert not by_highs(MOVING)
+
+
+def _list(problem: PlanningProblem, hosts: tuple[int, ...]) -> int:
+    stages = [Stage(tuple(g for g, _ in part), (rank,))
+              for rank, part in itertools.groupby(enumerate(hosts), key=lambda item: item[1])]
+    routes = tuple(stage.ranks * problem.num_microbatches for stage in stages)
+    instance = build(view(problem, Placement(tuple(stages), routes)))
+    made = [lists.schedule(instance, rule) for rule in lists.RULES[:3]]
+    return min(orders.makespan_ns for orders in made if orders is not None)
+
+
+def test_a_named_shape_is_not_moved() -> None:
+    problem = uniform_problem(ranks=2, microbatches=4, f=1, i=1, w=1, layers=8, copies=1)
+    run = Run(problem, PlanOptions(time_limit_s=1000, placement="chain"))
+    for shape in propose_shapes(problem, "chain"):
+        admit_placement(run, shape)
+    assert not Moving(run).step(1.0)
