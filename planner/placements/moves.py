@@ -25,7 +25,7 @@ MOVED = "+moved"
 """What the name of a placement ends in that is no longer what was proposed."""
 
 
-class Units:
+class UnitHosts:
     """A placement unit by unit: the host of each, and whether it begins a stage."""
 
     def __init__(self, problem: PlanningProblem, placement: Placement) -> None:
@@ -87,7 +87,7 @@ class Units:
 def is_movable(problem: PlanningProblem, placement: Placement) -> bool:
     """Whether a placement has moves: every stage a run of whole units, at least two hosts."""
     try:
-        return len(set(Units(problem, placement).hosts)) > 1
+        return len(set(UnitHosts(problem, placement).hosts)) > 1
     except ValueError:
         return False
 
@@ -95,7 +95,7 @@ def is_movable(problem: PlanningProblem, placement: Placement) -> bool:
 def neighbour(problem: PlanningProblem, placement: Placement, rng: random.Random) -> Placement | None:
     """A placement one or two random moves away; None where the placement has no such moves."""
     try:
-        found = Units(problem, placement)
+        found = UnitHosts(problem, placement)
     except ValueError:
         return None
     size = len(found.blocks)

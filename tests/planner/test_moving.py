@@ -19,7 +19,7 @@ from mipipe.planner.ladder.moving import MOVING, Moving
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.cuts import units
-from mipipe.planner.placements.moves import MOVED, Units, is_movable, neighbour
+from mipipe.planner.placements.moves import MOVED, UnitHosts, is_movable, neighbour
 from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.plan import Placement, Plan, Stage
 from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
@@ -67,7 +67,7 @@ def test_what_divides_a_unit_or_has_one_host_is_left_alone() -> None:
     assert is_movable(problem, apart) and not is_movable(together, apart) and not is_movable(problem, one)
     assert neighbour(together, apart, random.Random(0)) is None is neighbour(problem, one, random.Random(0))
     with pytest.raises(ValueError, match="whole units"):
-        Units(together, apart)
+        UnitHosts(together, apart)
 
 
 @pytest.mark.parametrize("durations", [[3, 1, 4, 1, 5, 9],
