@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mipipe.planner.options import PlanOptions
     from mipipe.planner.plan import Plan
     from mipipe.planner.problem import PlanningProblem
+    from mipipe.runtime.train.launching.launch import TrainResult
 
 EXAMPLE = "mipipe train --plan plan.json --graph graph.json --config train.yaml"
 
@@ -81,6 +82,11 @@ def train(
                      max_restarts=max_restarts, copies=copies, timeout_s=timeout, progress=progress,
                      torchrun=shlex.split(torchrun), num_processes=processes, model=model, device=device,
                      say=log)
+    _print_result(result, config_file, json_output)
+
+
+def _print_result(result: TrainResult, config_file: Path, json_output: bool) -> None:
+    """What the run left, as a line for people or as data."""
     losses = result.losses
     if json_output:
         emit({"steps": result.config.steps, "start": result.start, "source": result.source,

@@ -46,23 +46,11 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
                dtype: str | None, settings: list[str], use_cache: bool, save_graph: Path | None, output: Path | None,
                time_limit: float, seed: int, draw: Callable[[TeamResult], None], json_output: bool) -> None:
     """Plan or evaluate, and print."""
-    for value, option in ((request.devices, "--devices"), (request.global_batch, "--global-batch"),
-                          (request.microbatch, "--microbatch")):
-        check_positive(value, option)
-    if request.global_batch is None:
-        raise InputError("plan: teams need --global-batch, the sequences of one step over all copies")
-    if request.recomputation not in (None, *RECOMPUTE):
-        raise InputError(f"--recomputation {request.recomputation}: expected one of {', '.join(RECOMPUTE)}")
+    global_batch = _batch_of(request)
     described = _cluster(request, cluster, memory)
     given = {} if request.degrees is None else parse_degrees(request.degrees)
     model, note = _graph(graph, seq, dtype, settings, use_cache)
-    kinds = {device.kind for device in described.topology.devices}
-    if len(kinds) > 1:
-        raise InputError(f"{cluster}: teams are planned on equal devices, but there are {', '.join(sorted(kinds))}")
-    machine = Machine(described.kinds[next(iter(kinds))], fabric_of(described.topology),
-                      min(device.memory_bytes for device in described.topology.devices), graph_dtype(model),
-                      LOW.get(dtype or ""), not request.eager, scatter=request.scatter)
-    check_machine(machine)
+    machine = _machine(described, str(cluster), model, dtype, request)
     devices = described.topology.num_devices
     by_branch = {} if request.modes is None else parse_modes(request.modes, model)
     layers = None if request.layers is None else _layers(request.layers)
@@ -79,7 +67,7 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
         degrees = completed(given, devices, request.microbatch or 1, again)
         pieces = model_pieces(model)
         pricer = Pricer(pieces, machine, _measured(request, degrees, pieces))
-        result = evaluate_teams(pricer, degrees, request.global_batch, layers=layers, held=request.held,
+        result = evaluate_teams(pricer, degrees, global_batch, layers=layers, held=request.held,
                                 schedule=request.schedule or ("interleaved" if degrees.chunks > 1 else "1F1B"))
         found = None
     else:
@@ -87,7 +75,7 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
 
         pricer = Pricer(model_pieces(model), machine)
         with progress("planning") as update:
-            found = search_teams(pricer, devices, request.global_batch, options, update)
+            found = search_teams(pricer, devices, global_batch, options, update)
         result = found.best
     if result.shortage:
         raise InfeasibleError(_too_little(pricer, result))
@@ -101,18 +89,43 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
             save(with_task(_to_run(result, model, by_branch), TeamTask(machine, options)), output)
     draw(result)
     whole = indivisible_of(pricer.model, result.degrees)
+    beyond = outside(pricer, result.degrees)
     if json_output:
-        emit(team_data(result) | {"outside": outside(pricer, result.degrees), "whole_on_every_member": list(whole)}
+        emit(team_data(result) | {"outside": beyond, "whole_on_every_member": list(whole)}
              | ({} if found is None else found.data(team_data)))
         return
     if note:
         console.print(note, soft_wrap=True, markup=False)
     print_team(console, result, "evaluated as given" if found is None else found.how())
-    _print_notes(console, whole, outside(pricer, result.degrees), by_branch)
+    _print_notes(console, whole, beyond, by_branch)
     if found is not None:
         print_runners(console, found)
     if output is not None:
         console.print(f"wrote {output}")
+
+
+def _batch_of(request: TeamRequest) -> int:
+    """The sequences of one step, of a request whose numbers and names are checked."""
+    for value, option in ((request.devices, "--devices"), (request.global_batch, "--global-batch"),
+                          (request.microbatch, "--microbatch")):
+        check_positive(value, option)
+    if request.global_batch is None:
+        raise InputError("plan: teams need --global-batch, the sequences of one step over all copies")
+    if request.recomputation not in (None, *RECOMPUTE):
+        raise InputError(f"--recomputation {request.recomputation}: expected one of {', '.join(RECOMPUTE)}")
+    return request.global_batch
+
+
+def _machine(described: Cluster, where: str, model: OperatorGraph, dtype: str | None, request: TeamRequest) -> Machine:
+    """The devices that teams are made of, and how they run the model."""
+    kinds = {device.kind for device in described.topology.devices}
+    if len(kinds) > 1:
+        raise InputError(f"{where}: teams are planned on equal devices, but there are {', '.join(sorted(kinds))}")
+    machine = Machine(described.kinds[next(iter(kinds))], fabric_of(described.topology),
+                      min(device.memory_bytes for device in described.topology.devices), graph_dtype(model),
+                      LOW.get(dtype or ""), not request.eager, scatter=request.scatter)
+    check_machine(machine)
+    return machine
 
 
 def _print_notes(console: Console, whole: Sequence[str], beyond: Sequence[str],

@@ -33,7 +33,7 @@ of units for problems that are no chain of equal devices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mipipe.planner import clock
@@ -138,27 +138,15 @@ def _in_order(model: pyo.ConcreteModel, chain: Chain, positions: int) -> None:
 def _device_rows(model: pyo.ConcreteModel, chain: Chain, positions: int, scale: float) -> None:
     """Everything that holds on one device."""
     ks, ds, rs, runs = range(positions), range(chain.devices), range(len(chain.runs)), chain.runs
-    hop, count = chain.hop_ns / scale, chain.microbatches
-
-    def of(name: str, k: int) -> pyo.Expression:
-        return sum(getattr(runs[r], name) / scale * model.n[r, k] for r in rs)
+    count = chain.microbatches
 
     def on(name: str, d: int) -> pyo.Expression:
         return sum(getattr(runs[r], name) * model.m[r, k, d] for r in rs for k in held_by[d])
 
     held_by = [[k for k in ks if (k, d) in model.x] for d in ds]
-    forth = (sum(run.f * run.count for run in runs) + sum(chain.spread_f_ns)) / scale
-    back = sum(run.i * run.count for run in runs) / scale
-    crossings = hop * sum(model.t[k] for k in range(positions - 1))
-    start = [chain.spread_f_ns[0] / scale + sum(of("f", j) + hop * model.t[j] for j in range(k)) for k in ks]
-    gradient = [forth + crossings + sum(of("i", j) + hop * model.t[j - 1] for j in range(k + 1, positions))
-                for k in ks]
-    after = [sum(of("i", j) + hop * model.t[j] for j in range(k)) for k in ks]
-    rest = [sum(of("f", j) for j in range(k + 1, positions)) + hop * sum(model.t[j] for j in range(k, positions - 1))
-            + back + crossings for k in ks]
-    big = forth + back + 2 * hop * positions
+    moments, big = _moments(model, chain, positions, scale)
     horizon = big + count / scale * chain.work_ns
-    for name in ("first", "back", "last", "end"):
+    for name in moments:
         model.add_component(name, pyo.Var(list(model.x), domain=pyo.Binary))
     saved = [run for run in runs if run.saved]
     rate = max((run.f / run.saved for run in saved), default=0.0)
@@ -166,16 +154,7 @@ def _device_rows(model: pyo.ConcreteModel, chain: Chain, positions: int, scale: 
     for d in ds:
         model.rows.add(model.e[d] <= model.C)
         load = count / scale * (on("f", d) + on("i", d) + on("w", d)) + model.s[d]
-        chosen = {}
-        for name, values in (("first", start), ("back", gradient), ("last", rest), ("end", after)):
-            pick = model.component(name)
-            value = pyo.Var(bounds=(0, None))
-            model.add_component(f"{name}_{d}", value)
-            chosen[name] = value
-            model.rows.add(sum(pick[k, d] for k in held_by[d]) == 1)
-            for k in held_by[d]:
-                model.rows.add(pick[k, d] <= model.x[k, d])
-                model.rows.add(value >= values[k] - big * (1 - pick[k, d]))
+        chosen = _at_some_position(model, moments, d, held_by[d], big)
         model.rows.add(model.e[d] >= chosen["first"] + load)
         model.rows.add(model.e[d] >= chosen["first"] + count / scale * (on("f", d) + on("i", d)) + chosen["end"])
         for at, k in enumerate(held_by[d]):
@@ -183,8 +162,8 @@ def _device_rows(model: pyo.ConcreteModel, chain: Chain, positions: int, scale: 
             early = count / scale * sum(runs[r].f * model.m[r, j, d] for r in rs for j in before)
             behind = count / scale * sum((runs[r].i + runs[r].w) * model.m[r, j, d] for r in rs for j in up_to)
             far = horizon * (1 - model.x[k, d])
-            model.rows.add(model.e[d] >= start[k] + load - early - far)
-            model.rows.add(model.e[d] >= gradient[k] + behind - far)
+            model.rows.add(model.e[d] >= moments["first"][k] + load - early - far)
+            model.rows.add(model.e[d] >= moments["back"][k] + behind - far)
         model.rows.add(on("resident", d) / max(1, chain.room) <= 1)
         if saved:
             share = on("saved", d) / chain.capacity
@@ -196,6 +175,42 @@ def _device_rows(model: pyo.ConcreteModel, chain: Chain, positions: int, scale: 
             needed = (count / scale * on("f", d)
                       + price / scale * (count * on("saved", d) - chain.capacity))
             model.rows.add(model.e[d] >= chosen["back"] + needed - held - light + chosen["last"])
+
+
+def _moments(model: pyo.ConcreteModel, chain: Chain, positions: int, scale: float) -> tuple[
+        dict[str, list[pyo.Expression]], float]:
+    """Per position of the first microbatch: when it comes (``first``) and its gradient does (``back``); what follows
+    its forward (``last``) and its gradient (``end``) elsewhere. And a number above all of them."""
+    ks, runs, hop = range(positions), chain.runs, chain.hop_ns / scale
+
+    def of(name: str, k: int) -> pyo.Expression:
+        return sum(getattr(run, name) / scale * model.n[r, k] for r, run in enumerate(runs))
+
+    forth = (sum(run.f * run.count for run in runs) + sum(chain.spread_f_ns)) / scale
+    back = sum(run.i * run.count for run in runs) / scale
+    crossings = hop * sum(model.t[k] for k in range(positions - 1))
+    return {
+        "first": [chain.spread_f_ns[0] / scale + sum(of("f", j) + hop * model.t[j] for j in range(k)) for k in ks],
+        "back": [forth + crossings + sum(of("i", j) + hop * model.t[j - 1] for j in range(k + 1, positions))
+                 for k in ks],
+        "last": [sum(of("f", j) for j in range(k + 1, positions))
+                 + hop * sum(model.t[j] for j in range(k, positions - 1)) + back + crossings for k in ks],
+        "end": [sum(of("i", j) + hop * model.t[j] for j in range(k)) for k in ks]}, forth + back + 2 * hop * positions
+
+
+def _at_some_position(model: pyo.ConcreteModel, moments: Mapping[str, Sequence[pyo.Expression]], d: int,
+                      held: Sequence[int], big: float) -> dict[str, pyo.Var]:
+    """Each moment of a device at one of the positions it has, whichever the solver finds best."""
+    chosen = {}
+    for name, values in moments.items():
+        pick, value = model.component(name), pyo.Var(bounds=(0, None))
+        model.add_component(f"{name}_{d}", value)
+        chosen[name] = value
+        model.rows.add(sum(pick[k, d] for k in held) == 1)
+        for k in held:
+            model.rows.add(pick[k, d] <= model.x[k, d])
+            model.rows.add(value >= values[k] - big * (1 - pick[k, d]))
+    return chosen
 
 
 def _exclude(model: pyo.ConcreteModel, chain: Chain, cut: Cut, number: int) -> None:

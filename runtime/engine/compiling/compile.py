@@ -49,18 +49,15 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
             needs.
     """
     check_graph(plan, graph)
-    team = plan.team or ALONE
-    whole, member = graph, member_graph(team, graph)
-    graph = member.graph
     if program is None:
         program = lower(plan)
     else:
         check_program(plan, program)
+    team = plan.team or ALONE
     copies = mesh.num_copies if mesh is not None else max(1, world() // (len(program.ranks) * team.members))
     zero = options.zero if copies > 1 else 0
-    if zero:
-        member = gathered(member, copies, zero)
-        graph = member.graph
+    member = member_graph(team, graph) if not zero else gathered(member_graph(team, graph), copies, zero)
+    whole, graph = graph, member.graph
     flow = gradient_flow(graph)
     stage_of = _stage_of_segments(plan, graph)
     holders, stages_of = _holders(plan, graph, stage_of)
@@ -77,8 +74,7 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
     weights = load_weights(graph, names, source, device, options.master_dtype,
                            None if experts is None else experts.rows(), member_pieces(member, whole, mesh),
                            CopyParts(frozenset(apart), mesh.copy, copies, zero == 1) if 0 < zero < 3 else None)
-    loss = next(value.spec for value in graph.values if value.name == graph.loss)
-    loss_gradient = torch.ones(loss.shape, dtype=getattr(torch, loss.dtype), device=device)
+    loss_gradient = _ones_of_loss(graph, device)
     sampler = None if options.elastic is None else CoActivation(*options.elastic)
     given = joined_kernels(kernels_of(experts), {} if sampler is None else sampled_routers(graph, sampler))
     phases = Phases(graph, device, options.compile, given, member_operators(mesh, waits))
@@ -102,6 +98,12 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
                     exchanges_aside=_exchanges_aside(local, stage_of), sampler=sampler,
                     uncompiled=tuple(item.name for items in segments.values() for item in items
                                      if options.compile and not phases.compiles(phases.trace(item), item.name)))
+
+
+def _ones_of_loss(graph: OperatorGraph, device: torch.device) -> torch.Tensor:
+    """The gradient of the loss by itself."""
+    loss = next(value.spec for value in graph.values if value.name == graph.loss)
+    return torch.ones(loss.shape, dtype=getattr(torch, loss.dtype), device=device)
 
 
 def _refuse_changed_buffers(plan: Plan, stages: Mapping[int, StageCode]) -> None:

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.launching import devices
 from mipipe.runtime.train.launching.failures import DONE, SAID, STARTED, explain_failure, reports
-from mipipe.runtime.train.launching.prepare import check_saving, check_start, check_world, read_job
+from mipipe.runtime.train.launching.prepare import PreparedRun, check_saving, check_start, check_world, read_job
 from mipipe.runtime.train.launching.stages import light_of, run_stages
 
 POLL_S = 0.1
@@ -122,17 +123,24 @@ def train(plan: str | Path, graph: str | Path, config: str | Path, *, resume: bo
                     else Start.RESUME_IF_ANY)
         done = run_stages(job, light, start, stage, say)
         return TrainResult(tuple(read_records(done)), done)
+    command = partial(torchrun_command, plan, graph, config, count, start=start, max_restarts=max_restarts,
+                      torchrun=torchrun, timeout_s=settings.timeout_s, model=model, device=device)
+    return _run(job, start, command, timeout_s, progress_file(progress), say)
+
+
+def _run(job: PreparedRun, start: Start, command: Callable[..., list[str]], timeout_s: float | None,
+         shown: str | None, say: Say) -> TrainResult:
+    """What a run under torchrun left; raises as `train`. ``command``: its command line but for the progress shown and
+    the folder of reports."""
+    settings = job.config
     check_saving(settings, start is not Start.FRESH)
     for each in job.branches or (job,):
         check_start(each.config, start)
-    shown = progress_file(progress)
     with tempfile.TemporaryDirectory(prefix="mipipe-", ignore_cleanup_errors=True) as folder:
-        command = torchrun_command(plan, graph, config, count, start=start, progress=shown, max_restarts=max_restarts,
-                                   report=folder, torchrun=torchrun, timeout_s=settings.timeout_s, model=model,
-                                   device=device)
         log = Path(folder) / "torchrun.log"
         with stop_signal() as asked:
-            code = run_watched(command, log, timeout_s, Watch(Path(folder), say, asked, settings.timeout_s))
+            code = run_watched(command(progress=shown, report=folder), log, timeout_s,
+                               Watch(Path(folder), say, asked, settings.timeout_s))
         error = end_of(Path(folder), log, code, asked.is_set())
         if error is not None:
             sys.stderr.write("\r\x1b[K" if shown not in (None, "-", "lines") else "")  # the progress line
