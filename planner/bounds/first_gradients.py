@@ -39,8 +39,9 @@ class ChainUnit:
 
 
 def least_first_gradients(units: Sequence[ChainUnit], *, devices: int, microbatches: int, room: int, slack: int,
-                          relief: Fraction = Fraction(0)) -> int:
-    """The least sum of the devices' first gradients, less ``relief`` of the time each comes before the last of them.
+                          relief: Fraction = Fraction(0), most: int | None = None) -> tuple[int, int]:
+    """The least sum of the devices' first gradients, less ``relief`` of the time each comes before the last of them;
+    and the latest moment that there is.
 
     Args:
         units: those that a device may see its first gradient of; a unit without resident bytes can be everywhere.
@@ -48,10 +49,12 @@ def least_first_gradients(units: Sequence[ChainUnit], *, devices: int, microbatc
         room: resident bytes of all devices together.
         slack: nanoseconds by which two parts of a path may fall short of the whole (a transfer counted in neither).
         relief: at most ``1 / devices``, so that no device gains by seeing its first gradient later.
+        most: later moments count as this one. A device that does nothing at all sees no gradient; it counts as one
+            that sees its first at the latest moment.
     """
     solid = [unit for unit in units if unit.size]
     total = sum(unit.size for unit in solid)
-    latest = max(unit.gradient for unit in units)
+    latest, last = max(unit.gradient for unit in units), 0
     sums = []
     for fewest in fewest_holders(units, devices=devices, room=room):
         spare = max(0, room - fewest * total) // min((unit.size for unit in solid), default=1)
@@ -62,8 +65,10 @@ def least_first_gradients(units: Sequence[ChainUnit], *, devices: int, microbatc
         for count in range(len(paid) + 1):
             cells = [*free[:devices - count], *paid[:count]]
             cells += [latest] * (devices - len(cells))
+            last = max(last, *cells)
+            cells = cells if most is None else [min(most, cell) for cell in cells]
             sums.append(sum(cells) - math.ceil(relief * (devices * max(cells) - sum(cells))))
-    return min(sums)
+    return min(sums), last if most is None else min(most, last)
 
 
 def fewest_holders(units: Sequence[ChainUnit], *, devices: int, room: int) -> range:

@@ -10,7 +10,8 @@ Which group a device meets first is the placement's choice; but D devices meet D
 replicated, and replicas take resident bytes (and are forbidden where every group is ``single``). So the sum over
 devices is at least the sum of the D smallest heads, where as many devices may share the very smallest as replicas fit
 into the memory left over. On a chain the first gradients are further apart: no two devices have one of the same group
-and microbatch (`mipipe.planner.bounds.first_gradients`). Groups without resident bytes can be everywhere: they count as
+and microbatch (`mipipe.planner.bounds.first_gradients`); a device that does nothing waits for no gradient, so no moment
+beyond the bound counts (`_within`). Groups without resident bytes can be everywhere: they count as
 filling idle time with all their work, or as sharable, whichever is better.
 
 Where a forward and a backward may overlap, work counts at a pair's ratio r (`mipipe.planner.jobs.overlap`), and so does
@@ -74,7 +75,13 @@ def _stream_bound(problem: PlanningProblem, facts: GroupTimes, members: list[int
     work = gain.shared(sum(work_of(problem, problem.groups[g], duration) for g in members
                            for duration in (facts.f[g], facts.i[g], facts.w[g])))
     start = _idle_before_start(problem, facts, members)
-    gradient = _idle_before_gradient(problem, facts, members) if stream is Stream.COMPUTE else 0
+    gradient = 0
+    if stream is Stream.COMPUTE:
+        known = max(facts.longest, -(-(work + max(0, start)) // devices))
+        gradient, latest = _idle_before_gradient(problem, facts, members)
+        if latest > max(known, -(-(work + gradient) // devices)):
+            gradient = _within(lambda most: _idle_before_gradient(problem, facts, members, most)[0], known, work,
+                               devices)
     alone = _idle_without_pairs(problem, facts, members, gain.ratio) if gain.ratio < 1 else 0
     idle = max(0, start, gradient, alone)
     why = ""
@@ -84,6 +91,17 @@ def _stream_bound(problem: PlanningProblem, facts: GroupTimes, members: list[int
                   "gradients come back and work can overlap")
         why = f", and what each waits before {reason}"
     return Bound(-(-(work + idle) // devices), f"work of the {stream.value} stream over {devices} devices{why}")
+
+
+def _within(idle: Callable[[int], int], known: int, work: int, devices: int) -> int:
+    """Idle time where first gradients may come later than the bound: devices that do nothing at all wait for none, so
+    a moment counts up to what is ``known`` of the makespan, and up to the bounds that follow."""
+    while True:
+        found = idle(known)
+        bound = -(-(work + found) // devices)
+        if bound <= known:
+            return found
+        known = bound
 
 
 def _idle_before_start(problem: PlanningProblem, facts: GroupTimes, members: list[int]) -> int:
@@ -103,12 +121,14 @@ def _idle_without_pairs(problem: PlanningProblem, facts: GroupTimes, members: li
     return int((1 - ratio) * _spread(problem, gradients) + ratio * max(0, _idle_before_start(problem, facts, members)))
 
 
-def _idle_before_gradient(problem: PlanningProblem, facts: GroupTimes, members: list[int]) -> int:
-    """Sum over devices of (first gradient - forwards that fit); may be negative."""
+def _idle_before_gradient(problem: PlanningProblem, facts: GroupTimes, members: list[int],
+                          most: int | None = None) -> tuple[int, int]:
+    """Sum over devices of (first gradient - forwards that fit), which may be negative, and the latest first gradient.
+    ``most``: as of `least_first_gradients`."""
     heads = [(head, problem.groups[g].resident_bytes) for g in members
              if (head := facts.gradient_head[g]) is not None]
     if len(heads) < len(members) or any(problem.groups[g].recompute_bytes is not None for g in members):
-        return 0  # forwards of frozen groups hold nothing; recomputed ones as little as they like
+        return 0, 0  # forwards of frozen groups hold nothing; recomputed ones as little as they like
     room = sum(activation_room(problem, rank) for rank in range(problem.num_ranks))
     held = {g: _held_before(problem, g) for g in members if not _saved(problem, g)}
     # what saves nothing comes after forwards that do, so many microbatches fit at once; more, as others return bytes
@@ -129,17 +149,19 @@ def _idle_before_gradient(problem: PlanningProblem, facts: GroupTimes, members: 
     rounding = 1.001 if any(problem.groups[g].loads for g in members) else 1.0
     ratio = pair_gain(problem).ratio
     forwards = int(ratio * (int(room * per_byte * rounding) + free + 1)) + 1
-    first = max(_spread(problem, heads), _first_gradients(problem, facts, relief or Fraction(0), solid=False))
-    first_solid = max(_spread(problem, solid), _first_gradients(problem, facts, relief or Fraction(0), solid=True))
-    return max(first, first_solid - int(ratio * filled)) - forwards
+    apart, latest = _first_gradients(problem, facts, relief or Fraction(0), most, solid=False)
+    apart_solid, latest_solid = _first_gradients(problem, facts, relief or Fraction(0), most, solid=True)
+    first, first_solid = max(_spread(problem, heads), apart), max(_spread(problem, solid), apart_solid)
+    return max(first, first_solid - int(ratio * filled)) - forwards, max(latest, latest_solid)
 
 
 def _saved(problem: PlanningProblem, g: int) -> int:
     return problem.groups[g].saved_fi_bytes + problem.groups[g].saved_fw_bytes
 
 
-def _first_gradients(problem: PlanningProblem, facts: GroupTimes, relief: Fraction, *, solid: bool) -> int:
-    """The least sum of the devices' first gradients on a chain, less ``relief`` (`least_first_gradients`); else 0."""
+def _first_gradients(problem: PlanningProblem, facts: GroupTimes, relief: Fraction, most: int | None, *,
+                     solid: bool) -> tuple[int, int]:
+    """`least_first_gradients` of a chain; elsewhere 0, 0."""
     plain = pair_gain(problem).ratio == 1
     light = [min(group.loads, default=1.0) if plain else 0.0 for group in problem.groups]
     hop = cheapest_hop(problem) if plain else 0
@@ -147,9 +169,9 @@ def _first_gradients(problem: PlanningProblem, facts: GroupTimes, relief: Fracti
                                             for column in (facts.f, facts.i)],
                         heads=facts.head, gradient_heads=facts.gradient_head, hop=hop, solid=solid)
     if units is None:
-        return 0
+        return 0, 0
     return least_first_gradients(units, devices=problem.num_ranks, microbatches=problem.num_microbatches,
-                                 room=room_of_units(problem, units), slack=hop, relief=relief)
+                                 room=room_of_units(problem, units), slack=hop, relief=relief, most=most)
 
 
 def room_of_units(problem: PlanningProblem, units: Sequence[ChainUnit]) -> int:

@@ -49,6 +49,24 @@ def test_the_mip_gives_the_fast_device_twice_the_work_and_bounds_the_step() -> N
     assert "placement MIP bound" in rows
 
 
+@pytest.mark.parametrize(("memory", "slow", "latency_ns", "best"), [
+    ((1000, 15, 1000), 20, 0, 2 * 30),  # a device that holds no group, and what fits the known shapes is slow
+    ((1000, 1000, 1000), 1000, 0, 2 * 30),  # a device so slow that nothing is worth giving to it
+    ((25, 25, 1000), 20, 10_000, 2 * 60),  # links so slow that one device does all
+])
+def test_devices_may_hold_nothing(memory: tuple[int, ...], slow: int, latency_ns: int, best: int) -> None:
+    """The placement MIP's proof counts placements in which some devices idle; groups of one replica each."""
+    times = {"fast": PhaseTimes(10, 10, 10), "slow": PhaseTimes(slow, slow, slow)}
+    count = 1 if latency_ns == 0 else 2
+    groups = tuple(Group(f"g{n}", times, resident_bytes=20, single=True) for n in range(count))
+    edges = tuple(GroupEdge(n, (n + 1,), 0, 0, f"v{n}") for n in range(count - 1))
+    kinds = ("slow", "slow", "fast")
+    devices = tuple(Device(f"d{n}", kind, size) for n, (kind, size) in enumerate(zip(kinds, memory, strict=True)))
+    problem = PlanningProblem("idle", groups, edges, Topology(devices, Link(latency_ns), Link(latency_ns)), 2)
+    result = plan(problem, PlanOptions(time_limit_s=10.0, threads=1, use_search=False))
+    assert (result.makespan_ns, result.bound_ns, result.termination) == (best, best, Termination.OPTIMAL)
+
+
 def test_a_placement_and_its_shares_are_inverse() -> None:
     problem = multimodal_problem()
     units = placement.units_of(problem).groups

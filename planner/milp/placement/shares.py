@@ -11,7 +11,8 @@ microbatches u runs on d. Per device, for each stream, with everything per step 
     n[u,d] <= x[u,d],  sum_d n[u,d] = 1,  1 <= sum_d x[u,d] <= max_replicas
     r[u,d] <= n[u,d],  sum_d r[u,d] = z[u]                 u runs F again before its gradients (where it may): its work
                                                            grows by again_u, its area shrinks to what is kept meanwhile
-    head_d = sum_u head_u first[u,d],  sum_u first[u,d] = 1,  first <= x     (continuous: the least head wins by itself)
+    head_d = sum_u head_u first[u,d],  sum_u first[u,d] = 1 - idle_d,  first <= x    (the least head wins by itself)
+    x[u,d] <= 1 - idle_d                                   a device may hold nothing: see `_may_idle`
 
 q is the least share of its time that work takes in an overlapped pair (`mipipe.planner.jobs.overlap`). The row with
 saved_u only for one replica each: then a microbatch holds all of them at once. Heads, areas and returns count transfers
@@ -31,6 +32,7 @@ from itertools import pairwise
 from mipipe.planner import clock
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.over_placements import work_of
+from mipipe.planner.jobs.memory import resident_room
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.milp import highs, pyo
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
@@ -173,7 +175,7 @@ def build(problem: PlanningProblem, units: Units, *, max_replicas: int, contiguo
         model.rows.add(sum(model.r[u, d] for d in devices) == model.z[u])
         for d in devices:
             model.rows.add(model.r[u, d] <= share(model)[u, d])
-    device_rows(model, problem, units, pressure)
+    device_rows(model, problem, units, pressure, _may_idle(problem, units, max_replicas))
     moved = hops(model, problem, units) if hop_weight else 0.0
     model.goal = pyo.Objective(expr=model.makespan + hop_weight * moved)
     if contiguous:
@@ -198,16 +200,34 @@ def share(model: pyo.ConcreteModel) -> pyo.Var:
     return model.x if n is None else n
 
 
-def device_rows(model: pyo.ConcreteModel, problem: PlanningProblem, units: Units, pressure: float) -> None:
+def _may_idle(problem: PlanningProblem, units: Units, max_replicas: int) -> list[int]:
+    """Devices that may have to hold nothing for a placement to be in the model.
+
+    Where all devices may share a unit, one with room for any unit need not: holding it and running none of its
+    microbatches costs nothing (its head and its return are below every makespan).
+    """
+    if max_replicas < problem.num_ranks:
+        return list(range(problem.num_ranks))
+    least = min(units.resident)
+    return [d for d in range(problem.num_ranks) if least > resident_room(problem, d)]
+
+
+def device_rows(model: pyo.ConcreteModel, problem: PlanningProblem, units: Units, pressure: float,
+                may_idle: Sequence[int]) -> None:
     """Everything that holds on one device: load with head and with return, memory and its area."""
     scale, members, n = _scale(problem), range(len(units.groups)), share(model)
     may = [(u, kept) for u in members if (kept := units.kept[u]) is not None]
     model.first = pyo.Var(members, range(problem.num_ranks), bounds=(0, 1))
     model.back = pyo.Var(members, range(problem.num_ranks), bounds=(0, 1))
+    model.idle = pyo.Var(may_idle, domain=pyo.Binary)
     rate = forwards_per_byte(problem)
     ratio = float(pair_gain(problem).ratio)
     for d, device in enumerate(problem.topology.devices):
         clock.ask()
+        busy = 1 - model.idle[d] if d in model.idle else 1
+        if d in model.idle:
+            for u in members:
+                model.rows.add(model.x[u, d] <= busy)
         resident, room = (device.memory_bytes if limit is None else min(device.memory_bytes, limit)
                           for limit in (problem.limits.resident_bytes, problem.limits.activation_bytes))
         model.rows.add(sum(units.resident[u] / max(1, resident) * model.x[u, d] for u in members) <= 1)
@@ -218,7 +238,7 @@ def device_rows(model: pyo.ConcreteModel, problem: PlanningProblem, units: Units
             area = pressure / max(1, room) / scale
             given = sum(area * (units.area[u] - units.kept_area[u]) * model.r[u, d] for u, _ in may)
             model.rows.add(model.makespan >= sum(area * units.area[u] * n[u, d] for u in members) - given)
-        model.rows.add(sum(model.first[u, d] for u in members) == 1)
+        model.rows.add(sum(model.first[u, d] for u in members) == busy)
         for u in members:
             model.rows.add(model.first[u, d] <= model.x[u, d])
         head = sum(units.head[u] / scale * model.first[u, d] for u in members)
@@ -229,7 +249,7 @@ def device_rows(model: pyo.ConcreteModel, problem: PlanningProblem, units: Units
                     load += sum(units.again[u] / scale * model.r[u, d] for u, _ in may)
                 model.rows.add(model.makespan >= load + (head if stream is Stream.COMPUTE else 0))
         if rate is not None and all(moment is not None for moment in units.gradient):
-            model.rows.add(sum(model.back[u, d] for u in members) == 1)
+            model.rows.add(sum(model.back[u, d] for u in members) == busy)
             for u in members:
                 model.rows.add(model.back[u, d] <= model.x[u, d])
             back = sum((units.gradient[u] or 0) / scale * model.back[u, d] for u in members)
