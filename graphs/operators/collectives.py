@@ -50,30 +50,33 @@ def _alone(name: str) -> Callable[..., Tensor]:
     return run
 
 
+def _scaled(x: Tensor, dim: int, up: int, down: int) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = shape[dim] * up // down
+    return x.new_empty(shape)
+
+
+SHAPED: dict[str, Callable[..., Tensor]] = {
+    "all_reduce": lambda x, op, size, axis: x.new_empty(x.shape),
+    "all_gather": lambda x, dim, sections, size, axis: _scaled(x, dim, size, 1),
+    "reduce_scatter": lambda x, dim, sections, size, axis: _scaled(x, dim, 1, size),
+    "exchange_parts": lambda x, source, target, size, axis: _scaled(_scaled(x, source[0], size, 1), target[0], 1, size),
+    "take_part": lambda x, dim, sections, size, axis: _scaled(x, dim, 1, size)}
+"""A new tensor as each operator's result is, with nothing in it."""
+SILENT = {"take_part"}
+"""Those in which nobody talks."""
+
+
 def _define() -> None:
     """Register the operators with fake implementations; what they compute is given by whoever runs them."""
-    def scaled(x: Tensor, dim: int, up: int, down: int) -> Tensor:
-        shape = list(x.shape)
-        shape[dim] = shape[dim] * up // down
-        return x.new_empty(shape)
-
-    fakes: dict[str, tuple[str, Callable[..., Tensor]]] = {
-        "all_reduce": ("(Tensor x, str op, int size, str axis) -> Tensor",
-                       lambda x, op, size, axis: x.new_empty(x.shape)),
-        "all_gather": ("(Tensor x, int dim, int sections, int size, str axis) -> Tensor",
-                       lambda x, dim, sections, size, axis: scaled(x, dim, size, 1)),
-        "reduce_scatter": ("(Tensor x, int dim, int sections, int size, str axis) -> Tensor",
-                           lambda x, dim, sections, size, axis: scaled(x, dim, 1, size)),
-        "exchange_parts": ("(Tensor x, int[] from_dim, int[] to_dim, int size, str axis) -> Tensor",
-                           lambda x, source, target, size, axis: scaled(scaled(x, source[0], size, 1), target[0], 1,
-                                                                        size)),
-        "take_part": ("(Tensor x, int dim, int sections, int size, str axis) -> Tensor",
-                      lambda x, dim, sections, size, axis: scaled(x, dim, 1, size)),
-    }
-    for name, (schema, fake) in fakes.items():
+    divided = "(Tensor x, int dim, int sections, int size, str axis) -> Tensor"
+    schemas = {"all_reduce": "(Tensor x, str op, int size, str axis) -> Tensor", "all_gather": divided,
+               "reduce_scatter": divided, "take_part": divided,
+               "exchange_parts": "(Tensor x, int[] from_dim, int[] to_dim, int size, str axis) -> Tensor"}
+    for name, schema in schemas.items():
         torch.library.define(f"mipipe::{name}", schema)
         torch.library.impl(f"mipipe::{name}", "CompositeExplicitAutograd", _alone(name))
-        torch.library.register_fake(f"mipipe::{name}", fake)
+        torch.library.register_fake(f"mipipe::{name}", SHAPED[name])
 
 
 _define()

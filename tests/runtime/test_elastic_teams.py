@@ -188,7 +188,8 @@ def one_stream(graph, rows, seed):
 
 
 @pytest.mark.parametrize("source, done, copies, said", [
-    ("stdlib", 2, 3, ()), ("test_elastic_teams:one_stream", 2, 1, ("one_stream",)),
+    pytest.param("stdlib", 2, 3, (), marks=pytest.mark.slow),
+    pytest.param("test_elastic_teams:one_stream", 2, 1, ("one_stream",), marks=pytest.mark.slow),
     ("test_elastic_teams:Own", 0, 3, ()), ("test_elastic_teams:Own", 2, 1, ("Own",))])
 def test_copies_are_as_many_as_the_data_can_be_divided_among(files, tmp_path, source, done, copies, said):
     """Three devices with three copies, if each of them gets its part of the data from the checkpoint's position on;

@@ -14,6 +14,7 @@ from mipipe.graphs.tracing.operator_kinds import resolve_operator
 from mipipe.graphs.tracing.trace import CONSTANT, GETITEM, build_phase, phase_signature, uses_random
 from mipipe.runtime.engine.compiling.compile_phases import Compiler
 from mipipe.runtime.engine.compiling.rehearsal import Rehearsal
+from mipipe.runtime.engine.compiling.team_calls import TeamCalls, can_order
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +37,9 @@ class Phases:
 
     The engine runs a whole step without autograd, so the functions' own guard (a microsecond or two for each call) is
     taken off. ``given`` has implementations of operators by kind for segments that need their own (expert parallelism);
-    these have sizes that change, and are never compiled; nor are traces with the operators of ``team``, by which
-    members talk. Our own operators are compiled as calls: they choose kernels, and read numbers of rows, by themselves.
-    ``warm`` runs once, on zeros, what talks to nobody
-    (None: on CUDA).
+    these have sizes that change, and are never compiled. The operators of ``team``, by which members talk, and our own
+    are compiled as calls (`TeamCalls`): these choose kernels, and read numbers of rows, by themselves. ``warm`` runs
+    once, on zeros, what talks to nobody (None: on CUDA).
     """
 
     def __init__(self, graph: OperatorGraph, device: torch.device, compile: bool = False,
@@ -50,6 +50,7 @@ class Phases:
         self._warm = device.type == "cuda" if warm is None else warm
         self._rehearsal = Rehearsal(device)
         self._compiler = Compiler(self._rehearsal) if compile else None
+        self._calls = TeamCalls(self._team) if compile and self._team and can_order() else None
         self._traces = {trace.digest: trace for trace in graph.traces}
         self._codes: dict[tuple[str, Phase, str], PhaseCode] = {}
 
@@ -59,11 +60,12 @@ class Phases:
 
     def compiles(self, trace: SegmentTrace, segment: str) -> bool:
         """Whether the phases of a segment with this trace go through torch.compile."""
-        return self._compiler is not None and not self._talks(trace, segment)
+        return self._compiler is not None and segment not in self._given and (
+            self._calls is not None or not self._in_team(trace))
 
-    def _talks(self, trace: SegmentTrace, segment: str) -> bool:
-        """Whether other ranks take part in a segment."""
-        return segment in self._given or any(operator.kind in self._team for operator in trace.operators)
+    def _in_team(self, trace: SegmentTrace) -> bool:
+        """Whether members of a team talk in a trace."""
+        return any(operator.kind in self._team for operator in trace.operators)
 
     def code(self, trace: SegmentTrace, phase: Phase, segment: str = "") -> PhaseCode:
         """The function of one phase of a trace; ``segment`` matters where it has operators of its own."""
@@ -76,14 +78,13 @@ class Phases:
             compiled = self.compiles(trace, segment) and trace.has(phase)
             handing = phase is Phase.W and not compiled
             if compiled:
-                given = {**as_calls(trace), **given}
+                given = {**as_calls(trace), **(self._calls.calls if self._calls is not None else {})}
             function = inspect.unwrap(build_phase(trace, phase, device=self.device, given=given, handing=handing))
             owned = _owned(trace, phase, results)
             if compiled:
-                assert self._compiler is not None
-                function, owned = self._compiler.compile(function, trace, phase)
+                function, owned = self._compiled(function, trace, phase)
                 function = _handing(function) if phase is Phase.W else function
-            elif self._warm and trace.has(phase) and not self._talks(trace, segment):
+            elif self._warm and trace.has(phase) and segment not in self._given and not self._in_team(trace):
                 self._rehearsal.run(function, trace, phase, handing)
             if phase is Phase.W:
                 self._rehearsal.forget(trace)
@@ -91,6 +92,17 @@ class Phases:
             found = PhaseCode(function, arguments, results, owned, random)
             self._codes[key] = found
         return found
+
+    def _compiled(self, function: Callable[..., Any], trace: SegmentTrace,
+                  phase: Phase) -> tuple[Callable[..., Any], tuple[bool, ...]]:
+        """The function through torch.compile, and which of its results are fresh."""
+        assert self._compiler is not None
+        if self._calls is None:
+            return self._compiler.compile(function, trace, phase)
+        with self._calls.quiet():
+            compiled, owned = self._compiler.compile(function, trace, phase)
+        compiled.team_calls = self._calls  # type: ignore[attr-defined]  # its operators are there as long as it is
+        return compiled, owned
 
 
 def as_calls(trace: SegmentTrace) -> dict[str, Callable[..., Any]]:
