@@ -20,21 +20,19 @@ from mipipe.planner.jobs.memory import in_flight
 from mipipe.planner.ladder import order_rungs
 from mipipe.planner.ladder.candidate import Candidate, candidate, judge_orders, offer_judged
 from mipipe.planner.ladder.inherit import Moments, inherited, moments_of
+from mipipe.planner.ladder.race import TURN_S
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.placements.cuts import earliest_end
 from mipipe.planner.placements.moves import is_movable, neighbour
 from mipipe.planner.placements.shapes import resident_fits
 from mipipe.planner.search import annealing
-from mipipe.planner.sizes import VERY_MANY
+from mipipe.planner.sizes import NEVER_NS, VERY_MANY
 
 MOVING = "moved stages"
 """What the search is called where a plan says how it came about."""
 
 PATIENT = 8
 """Tries without success after which every further one is annealed a round longer."""
-
-LONGEST_S = 1.0
-"""Seconds of annealing after which a try ends in any case."""
 
 FORGIVEN = 0.0005
 """Share of its makespan by which every try without success sets a line back behind the others."""
@@ -50,7 +48,7 @@ class Line:
 
     found: Candidate
     known: Moments = field(default_factory=dict)
-    seen_ns: int = 1 << 62
+    seen_ns: int = NEVER_NS
     misses: int = 0
 
     @property
@@ -124,13 +122,13 @@ class Moving:
         if orders is None:
             return True
         search = annealing.start(found.instance, orders, run.options.seed + 31 * self.tries, found.bound.ns)
-        annealing.advance(search, LONGEST_S, lambda: run.left <= 0 or search.best.makespan_ns < least,
+        annealing.advance(search, TURN_S, lambda: run.left <= 0 or search.best.makespan_ns < least,
                           1 + line.misses // PATIENT)
         if search.best.makespan_ns >= least or not offer_judged(
                 found, judge_orders(found, search.best), MOVING, line.found.lineage):
             return True
         found.searched, found.search = found.lineage, search
-        line.found, line.seen_ns, line.misses = found, 1 << 62, 0
+        line.found, line.seen_ns, line.misses = found, NEVER_NS, 0
         if found.makespan_ns < before:
             self.known.add(found)
             with run.lock:

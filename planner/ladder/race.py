@@ -29,7 +29,8 @@ TRIALS = 3
 """Slices that every candidate has before it may be given up."""
 
 TURN_S = 1.0
-"""Seconds of the race before another activity may have its turn, and of the longest slice on trial."""
+"""Seconds of the race before another activity may have its turn, of the longest slice on trial, and of the longest
+search at a placement that may become a candidate."""
 
 FIRST, LONGEST = 0.18, 5.0
 """Seconds of a slice before the first round, and of the longest: every round's are 1.7 times as long."""

@@ -26,8 +26,10 @@ class SearchEffort:
     """Meshes that are tried for their overlapped pairs alone."""
     listed: int = 200
     """Combinations of the least bounds among which those are chosen whose orders are made by lists."""
+    rules: int = 100
+    """List rules tried for one of them before its quotas are tuned."""
     tuned_s: float = 0.5
-    """In which the quotas of one of them are tuned."""
+    """In which these are tuned."""
     until_listed: float = 0.8
     """Orders are."""
     published: int = 3

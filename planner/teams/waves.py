@@ -28,9 +28,6 @@ from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.space import Point
 from mipipe.planner.teams.stages import stage_cost, team_problem
 
-TRIALS = 100
-"""List rules tried before quotas are tuned."""
-
 ALIVE = 0.7
 """Of the microbatches that 1F1B has under way on its first rank, those that these orders need at least to wait little:
 half and some for ends and stages that are not even."""
@@ -98,7 +95,7 @@ def wave(pricer: Pricer, degrees: Degrees, global_batch: int, shape: Shape, reco
         return None
     for _ in range(SQUEEZES):
         lines = quotas.lines_of(instance)
-        tuned = [lists.best_of(instance, TRIALS, np.random.default_rng(seed)),
+        tuned = [lists.best_of(instance, EFFORT.rules, np.random.default_rng(seed)),
                  None if lines is None else quotas.tune(instance, lines, seconds, seed)]
         orders: list[Orders] = [item.orders for item in tuned if item is not None]
         if not orders:
