@@ -10,10 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from mipipe.graphs.errors import InputError, ProblemError
-from mipipe.graphs.topology import Topology
+from mipipe.graphs.topology import Device, Link, Topology
 from mipipe.planner.actions import Stream
 from mipipe.planner.check import check_plan
 from mipipe.planner.jobs.memory import carries_bytes
+from mipipe.planner.jobs.stages import view
+from mipipe.planner.jobs.times import evaluate
+from mipipe.planner.milp.order.exact import solve_exact
 from mipipe.planner.milp.order.exact_parts import num_jobs
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
@@ -108,3 +111,27 @@ def test_it_decides_the_placement_itself(options: dict[str, object]) -> None:
 def test_recomputation_may_be_switched_off() -> None:
     result = plan(AGAIN, PlanOptions(time_limit_s=10, exact=True, recompute=False))
     assert result.plan is not None and not any(stage.recompute for stage in result.plan.placement.stages)
+
+
+def _far_apart(times: list[tuple[int, int | None, int | None]], edges: list[tuple[int, tuple[int, ...], int]],
+               ranks: int, microbatches: int, links: dict[str, int]) -> PlanningProblem:
+    """Durations from nanoseconds to days; ``edges``: (source, targets, bytes), of which a million take a millisecond."""
+    groups = tuple(Group(f"g{n}", {"d": PhaseTimes(*of)}, saved_fi_bytes=3) for n, of in enumerate(times))
+    link = Link(0, 10**9)
+    topology = Topology(tuple(Device(f"d{rank}", "d", 1 << 50, local_rank=rank) for rank in range(ranks)), link, link,
+                        {key: Link(value) for key, value in links.items()})
+    made = tuple(GroupEdge(source, targets, size, 1, f"v{n}") for n, (source, targets, size) in enumerate(edges))
+    return PlanningProblem("far apart", groups, made, topology, microbatches)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("times", [[(3, 7, 10), (10**9, 0, 0), (0, 7, None)], [(10, 10, 10), (10, 10, 10)]])
+def test_times_are_far_apart(times: list[tuple[int, int | None, int | None]], seed: int) -> None:
+    """A link of 10^15 ns makes 10^9 ns one unit of the model: no bound is rounded up to a whole one, and jobs shorter
+    than the solver's tolerances have an order that runs."""
+    edges = [(n, (n + 1,), 10**6 * (n == 0)) for n in range(len(times) - 1)]
+    problem = _far_apart(times, edges, 4, 3, {"0->1": 10**15, "1->2": 10**12, "2->1": 10**12})
+    result = solve_exact(problem, time_limit_s=5.0, seed=seed)
+    assert result.bound_ns <= 3 * sum(phase or 0 for of in times for phase in of)  # all on one device
+    assert result.placement is not None and result.schedule is not None
+    assert evaluate(view(problem, result.placement), result.schedule)[1].makespan_ns == result.makespan_ns

@@ -21,6 +21,7 @@ by groups of the collective stream (refused).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from typing import Any
@@ -36,6 +37,9 @@ from mipipe.planner.milp.highs import SolverOutcome
 from mipipe.planner.milp.order.exact_parts import MipTransfer, Sketch, sketch
 from mipipe.planner.plan import Placement, RankOrder, Schedule, Stage
 from mipipe.planner.problem import PlanningProblem
+
+TOLERANCE = 1e-4
+"""Units by which the solver's bound may be too high."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +74,17 @@ def solve_exact(problem: PlanningProblem, *, time_limit_s: float, seed: int,
     outcome = highs.solve(model, time_limit_s=time_limit_s, seed=seed, gap=0.0, absolute_gap=0.999)
     bound = problem_bound(problem).ns
     if outcome.bound is not None:  # of schedules without overlapped pairs; those with pairs stretch to such ones
-        bound = max(bound, pair_gain(problem).shared(round((-int(-(outcome.bound - 1e-4) // 1)) * drawn.unit)))
+        proven = outcome.bound - TOLERANCE  # in units; a makespan is so many whole ones only where all times are
+        units = math.ceil(proven) if drawn.whole else proven
+        bound = max(bound, pair_gain(problem).shared(math.floor(units * drawn.unit)))
     if not outcome.has_solution:
         return ExactResult(None, None, None, bound, outcome)
     placement, schedule = _read(drawn, model)
     try:
         _, evaluation = evaluate(view(problem, placement), schedule)
-    except PlanError as error:
-        raise AssertionError(f"the exact model's order is no schedule: {error}") from None
+    except PlanError:  # jobs shorter than the solver's tolerances have any order there
+        placement, schedule = _read(drawn, model, by_start=True)
+        _, evaluation = evaluate(view(problem, placement), schedule)
     return ExactResult(placement, schedule, evaluation.makespan_ns, min(bound, evaluation.makespan_ns), outcome)
 
 
@@ -239,7 +246,8 @@ def _share(model: pyo.ConcreteModel, drawn: Sketch, b: int, a: int, scale: int) 
     return share
 
 
-def _read(drawn: Sketch, model: pyo.ConcreteModel) -> tuple[Placement, Schedule]:
+def _read(drawn: Sketch, model: pyo.ConcreteModel, by_start: bool = False) -> tuple[Placement, Schedule]:
+    """The solution as a placement and orders; ``by_start``: by start times, and never against what precedes what."""
     device = [max(range(drawn.problem.num_ranks), key=lambda d: model.x[u, d].value) for u in range(len(drawn.units))]
     unit = {g: u for u, members in enumerate(drawn.units) for g in members}
     count = drawn.problem.num_microbatches
@@ -252,9 +260,14 @@ def _read(drawn: Sketch, model: pyo.ConcreteModel) -> tuple[Placement, Schedule]
             return int(drawn.precedes(a, b))
         return round(model.y[a, b].value) if a < b else 1 - round(model.y[b, a].value)
 
+    jobs = range(len(drawn.jobs))
+    depth = drawn.reach.sum(axis=0)  # how many jobs come before; more, the later on any path
+    latest = [max([model.s[j].value, *(model.s[b].value for b in jobs if drawn.precedes(b, j))]) for j in jobs]
+
     def line(rank: int, stream: Stream) -> tuple[Action, ...]:
-        members = [j for j in range(len(drawn.jobs)) if drawn.stream[j] is stream and device[drawn.unit_of[j]] == rank]
-        ordered = sorted(members, key=lambda j: sum(comes_first(other, j) for other in members if other != j))
+        members = [j for j in jobs if drawn.stream[j] is stream and device[drawn.unit_of[j]] == rank]
+        ordered = sorted(members, key=lambda j: (latest[j], depth[j]) if by_start else
+                         sum(comes_first(other, j) for other in members if other != j))
         return tuple(Action(g, ActionKind(kind), m) for g, kind, m in (drawn.jobs[j] for j in ordered))
 
     return placement, Schedule(tuple(RankOrder(line(rank, Stream.COMPUTE), line(rank, Stream.COLLECTIVE))

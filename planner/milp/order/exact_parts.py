@@ -35,12 +35,14 @@ class MipTransfer:
 class Sketch:
     """The numbers of `mipipe.planner.milp.order.exact`; times in ``unit`` nanoseconds, ``duration[j][d]`` by device.
 
+    ``whole``: every time is a whole number of units, so that makespans are as well.
     ``arcs`` hold without a transfer (one unit, or FIFO); ``pairs`` are the jobs whose order is open if they meet on a
     device; ``meetings`` the pairs of transfers that could meet on a channel.
     """
 
     problem: PlanningProblem
     unit: float
+    whole: bool
     units: list[list[int]]
     jobs: list[Operation]
     unit_of: list[int]
@@ -80,7 +82,8 @@ def sketch(problem: PlanningProblem, horizon_ns: int | None) -> Sketch:
     unit = math.gcd(*times) or 1
     horizon = horizon_ns if horizon_ns is not None else sum(map(max, exact)) + sum(
         max(table.values(), default=0) for _, _, table in moved)
-    if horizon // unit > 10**6:
+    whole = horizon // unit <= 10**6
+    if not whole:
         unit = horizon // 10**6
     links = [*arcs, *((a, b) for a, b, _ in moved)]
     head, tail, reach = _closure([min(row) for row in exact], links)
@@ -93,7 +96,7 @@ def sketch(problem: PlanningProblem, horizon_ns: int | None) -> Sketch:
     transfers = [MipTransfer(a, b, {pair: value / unit for pair, value in table.items()},
                              {pair: (value - problem.topology.link(*pair).latency_ns) / unit
                               for pair, value in table.items()}) for a, b, table in moved]
-    return Sketch(problem, unit, units, jobs, [unit_of_group[g] for g, _, _ in jobs], stream,
+    return Sketch(problem, unit, whole, units, jobs, [unit_of_group[g] for g, _, _ in jobs], stream,
                   [[value / unit for value in row] for row in exact], arcs, transfers, meets,
                   _meetings(transfers, exact, unit, len(set(stream))), [value / unit for value in head],
                   [value / unit for value in tail], alloc, free,
