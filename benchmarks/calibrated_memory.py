@@ -1,10 +1,11 @@
 """Memory and bytes of a calibrated merge of two Llama-shaped models of 1.1 billion parameters, on one and two ranks.
 
-    python benchmarks/calibrated_memory.py WORK [--samples 4] [-o FILE]
+    python benchmarks/calibrated_memory.py WORK [--samples 4] [--interrupt SECONDS] [-o FILE]
 
 Random weights in bfloat16, random tokens; ``aim`` runs the base, layer by layer. What a rank has in memory does not
 depend on the number of samples, which lie in a file between two layers; time does, in proportion. One sample is in a
-layer at a time: the head's 32,000 logits of two do not fit in 2 GiB beside its weights.
+layer at a time: the head's 32,000 logits of two do not fit in 2 GiB beside its weights. With ``--interrupt`` the merge
+on two ranks is first begun by the command and gets SIGTERM after so many seconds; then it is run again to its end.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import argparse
 import hashlib
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -49,10 +53,24 @@ def write_model(folder: Path, seed: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
+def interrupt(recipe: Path, out: Path, seconds: float) -> str:
+    """Begin a merge on two ranks, stop it after some seconds, and say what became of it."""
+    command = ["merge", str(recipe), "-o", str(out), "--ranks", "2", "--memory", "2GiB", "--no-verify"]
+    child = subprocess.Popen([sys.executable, "-c", "from mipipe.cli.main import main; main()", *command],
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGTERM)
+    code = child.wait(60)
+    return f"stopped by SIGTERM after {seconds:g} s (exit {code})" if not out.exists() else "ended before SIGTERM"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("work", type=Path)
     parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--interrupt", type=float, metavar="SECONDS")
     parser.add_argument("-o", "--output", type=Path)
     given = parser.parse_args()
     for seed, name in enumerate(("base", "expert")):
@@ -69,15 +87,21 @@ def main() -> None:
     for ranks in (1, 2):
         out = given.work / f"out-{ranks}"
         shutil.rmtree(out, ignore_errors=True)
+        note = ""
+        if ranks == 2 and given.interrupt is not None:
+            file = given.work / "recipe.json"  # JSON is YAML
+            file.write_text(json.dumps(recipe))
+            note = f", {interrupt(file, out, given.interrupt)} and resumed"
         result = mipipe.merge(recipe, out, ranks=ranks, memory="2GiB", verify=False)
         seal = hashlib.sha256()
         for file in sorted(out.glob("*.safetensors")):
             seal.update(file.read_bytes())
         seals.append(seal.hexdigest())
+        note += f" with {done} units done" if note and (done := sum(one["resumed"] for one in result.reports)) else ""
         peak = max(report["peak_bytes"] for report in result.reports)
         lines.append(f"{ranks} rank{'s' * (ranks > 1)}: {given.samples} samples of 512 tokens, peak memory above the"
                      f" bare"
-                     f" process {format_bytes(peak)} a rank, {result.seconds:.0f} s, sha256 {seals[-1][:16]}")
+                     f" process {format_bytes(peak)} a rank, {result.seconds:.0f} s, sha256 {seals[-1][:16]}{note}")
         shutil.rmtree(out)
         print(lines[-1], flush=True)
     lines.append("same bytes" if len(set(seals)) == 1 else "BYTES DIFFER")

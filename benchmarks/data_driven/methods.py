@@ -54,7 +54,8 @@ DATA: dict[str, dict[str, Any]] = {
                              accumulate=5, exclude="norm"),
 }
 ARM = "ARM (one after another)"
-CHAINS = {ARM: method("arm", eta=choose(0.2, 0.3, 0.5))}
+CHAINS = {ARM: method("arm", eta={**choose(0.1, 0.2, 0.3, 0.5, 0.7), "as": "eta"})}
+"""One step length for the whole chain."""
 ROUTED = {f"{name}, routers calibrated": name for name in ("average", "task arithmetic", "RegMean")}
 """Of mixtures of experts: merged by a method, then the routers solved for."""
 SEARCHED = {"MAP (5 weights)": ("map", 42), "CMA-ES (5 weights)": ("cma", 40), "CMA-ES (5 x 3 weights)": ("cma", 72)}

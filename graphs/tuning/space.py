@@ -1,14 +1,15 @@
 """A recipe's free values: ``{search: [low, high]}`` for numbers in a range, ``{choose: [a, b, c]}`` for one of a few.
 
 They may stand wherever a parameter's value does: in a gradient over layers, in a filter's value, per model. A point
-gives each its value; numbers are kept in [0, 1] of their range, and ``integer: true`` rounds them.
+gives each its value; numbers are kept in [0, 1] of their range, and ``integer: true`` rounds them. Places with the same
+``as: name`` have one value.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mipipe.graphs.errors import InputError, shown
@@ -18,18 +19,21 @@ Path = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Free:
-    """A value left open: where it stands, and its range, or the values it may take."""
+    """A value left open: where it stands, and its range, or the values it may take. ``tied``: the name of a value that
+    stands in several places, ``others`` its places but the first."""
 
     path: Path
     low: float = 0.0
     high: float = 1.0
     integer: bool = False
     choices: tuple[Any, ...] = ()
+    tied: str = ""
+    others: tuple[Path, ...] = ()
 
     @property
     def name(self) -> str:
-        """The place in words, without what every place shares: ``models.0.weight``."""
-        return ".".join(str(part) for part in self.path[1:] if part not in ("parameters", "value"))
+        """Its own name, or the place in words, without what every place shares: ``models.0.weight``."""
+        return self.tied or ".".join(str(part) for part in self.path[1:] if part not in ("parameters", "value"))
 
     def value(self, unit: float) -> Any:
         """The value at a number in [0, 1]."""
@@ -58,7 +62,8 @@ class SearchSpace:
         """The documents with values put in."""
         found: list[Any] = list(self.documents)
         for item, value in zip(self.free, values, strict=True):
-            found = _with(found, item.path, value)
+            for path in (item.path, *item.others):
+                found = _with(found, path, value)
         return found
 
     def grid(self, points: int) -> list[tuple[Any, ...]]:
@@ -83,14 +88,30 @@ def space_of(documents: Sequence[Any], where: str) -> SearchSpace:
     """The free values of a recipe's documents.
 
     Raises:
-        InputError: a range that is none, or no free value at all.
+        InputError: a range that is none, one name for different values, or no free value at all.
     """
-    free = tuple(_found(list(documents), (), where))
+    free = _tied(_found(list(documents), (), where), where)
     if not free:
         raise InputError(f"{where}: leaves no value open; write {{search: [0.0, 1.0]}} or {{choose: [a, b]}} in place"
                          f" of"
                          " one")
     return SearchSpace(tuple(documents), free)
+
+
+def _tied(found: Sequence[Free], where: str) -> tuple[Free, ...]:
+    """The free values, those of one name made one."""
+    kept: list[Free] = []
+    for item in found:
+        known = next((at for at, other in enumerate(kept) if item.tied and other.tied == item.tied), None)
+        if known is None:
+            kept.append(item)
+            continue
+        first = kept[known]
+        if replace(first, path=item.path, others=()) != item:
+            raise InputError(f"{where}: {'.'.join(map(str, item.path[1:]))}: as: {item.tied} is another range or choice at"
+                             f" {'.'.join(map(str, first.path[1:]))}; give both the same, or two names")
+        kept[known] = replace(first, others=(*first.others, item.path))
+    return tuple(kept)
 
 
 def _found(data: Any, path: Path, where: str) -> list[Free]:
@@ -105,19 +126,23 @@ def _found(data: Any, path: Path, where: str) -> list[Free]:
 
 def _free(data: Mapping[Any, Any], path: Path, where: str) -> Free:
     at = f"{where}: {'.'.join(map(str, path[1:]))}"
-    unknown = sorted(map(str, set(data) - {"search", "choose", "integer"}))
+    unknown = sorted(map(str, set(data) - {"search", "choose", "integer", "as"}))
     if unknown or len({"search", "choose"} & set(data)) != 1:
-        raise InputError(f"{at}: found the keys {', '.join(map(str, data))}, expected search (with integer) or choose")
+        raise InputError(f"{at}: found the keys {', '.join(map(str, data))}, expected search (with integer) or choose,"
+                         " and as")
+    tied = data.get("as", "")
+    if not isinstance(tied, str) or (not tied and "as" in data):
+        raise InputError(f"{at}: as: found {shown(tied)}, expected a name")
     if "choose" in data:
         choices = data["choose"]
         if not isinstance(choices, list) or not choices:
             raise InputError(f"{at}: choose: found {shown(choices)}, expected a list of values")
-        return Free(path, choices=tuple(choices))
+        return Free(path, choices=tuple(choices), tied=tied)
     ends = data["search"]
     if (not isinstance(ends, list) or len(ends) != 2 or not all(isinstance(end, (int, float)) for end in ends)
             or isinstance(ends[0], bool) or not ends[0] < ends[1]):
         raise InputError(f"{at}: search: found {shown(ends)}, expected [low, high] with low below high")
-    return Free(path, float(ends[0]), float(ends[1]), bool(data.get("integer", False)))
+    return Free(path, float(ends[0]), float(ends[1]), bool(data.get("integer", False)), tied=tied)
 
 
 def _with(data: Any, path: Path, value: Any) -> Any:

@@ -53,7 +53,23 @@ def test_free_values_stand_anywhere():
     assert len(found.grid(3)) == 3 * 2 * 3 and found.grid(3)[0] == (0.0, 0.2, 1)
 
 
+def test_places_of_one_name_have_one_value():
+    """A chain of three documents with one step length: three points, not 27."""
+    free = {"choose": [0.1, 0.3, 0.5], "as": "eta"}
+    found = space_of([{"parameters": {"eta": free}} for _ in range(3)], "recipe")
+    assert [item.name for item in found.free] == ["eta"] and found.grid(3) == [(0.1,), (0.3,), (0.5,)]
+    assert found.documents_at((0.3,)) == [{"parameters": {"eta": 0.3}}] * 3
+    one = {"search": [0, 1], "as": "x"}
+    ranges = space_of([{"a": one, "b": [{"search": [0, 1]}, one]}], "")
+    assert [item.name for item in ranges.free] == ["x", "b.0"]
+    assert ranges.documents_at((0.5, 0.25)) == [{"a": 0.5, "b": [0.25, 0.5]}]
+
+
 @pytest.mark.parametrize(("data", "message"), [
+    ({"a": {"search": [0, 1], "as": ""}}, "a: as: found '', expected a name"),
+    ({"a": {"search": [0, 1], "as": 3}}, "as: found 3, expected a name"),
+    ({"a": {"search": [0, 1], "as": "x"}, "b": {"search": [0, 2], "as": "x"}},
+     r"parameters\.b: as: x is another range or choice at parameters\.a"),
     ({"a": 1}, "leaves no value open"),
     ({"a": {"search": [1, 0]}}, "expected \\[low, high\\] with low below high"),
     ({"a": {"search": 3}}, "expected \\[low, high\\]"),
