@@ -108,8 +108,9 @@ def _tied(found: Sequence[Free], where: str) -> tuple[Free, ...]:
             continue
         first = kept[known]
         if replace(first, path=item.path, others=()) != item:
-            raise InputError(f"{where}: {'.'.join(map(str, item.path[1:]))}: as: {item.tied} is another range or choice at"
-                             f" {'.'.join(map(str, first.path[1:]))}; give both the same, or two names")
+            here, there = (".".join(map(str, one.path[1:])) for one in (item, first))
+            raise InputError(f"{where}: {here}: as: {item.tied} is another range or choice at {there}; give both the"
+                             " same, or two names")
         kept[known] = replace(first, others=(*first.others, item.path))
     return tuple(kept)
 
