@@ -115,7 +115,7 @@ def test_recomputation_may_be_switched_off() -> None:
 
 def _far_apart(times: list[tuple[int, int | None, int | None]], edges: list[tuple[int, tuple[int, ...], int]],
                ranks: int, microbatches: int, links: dict[str, int]) -> PlanningProblem:
-    """Durations from nanoseconds to days; ``edges``: (source, targets, bytes), of which a million take a millisecond."""
+    """Durations from nanoseconds to days; ``edges``: (source, targets, bytes), a million take a millisecond."""
     groups = tuple(Group(f"g{n}", {"d": PhaseTimes(*of)}, saved_fi_bytes=3) for n, of in enumerate(times))
     link = Link(0, 10**9)
     topology = Topology(tuple(Device(f"d{rank}", "d", 1 << 50, local_rank=rank) for rank in range(ranks)), link, link,
