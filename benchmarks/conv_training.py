@@ -41,7 +41,8 @@ class _Graph:
 
 def conv_training(blocks: tuple[int, ...] = (3, 4, 6, 3), devices: int = 6, cores: int = 0,
                   batch: int = 32, link: float = 50e9) -> dict[str, Any]:
-    """The workload in the exchange format of `mipipe.planner.devices.instance`, as data; ``link`` in bytes/s."""
+    """The workload in the exchange format of `mipipe.planner.devices.instances.instance`, as data; ``link``
+    in bytes/s."""
     graph = _Graph(batch)
     into, side = 64, 56
     last = graph.add([graph.convolution(graph.add([], 3, 224), 3, 64, 7, 112)], 64, 56)

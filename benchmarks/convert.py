@@ -28,7 +28,7 @@ import yaml
 
 from mipipe.cli.main import app
 from mipipe.runtime.convert.launch import convert
-from mipipe.runtime.merge.launch import merge
+from mipipe.runtime.merge.launching.launch import merge
 from mipipe.runtime.tuning.objectives import Measure, Objectives
 
 SIZES = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -30,7 +30,7 @@ import torch
 import yaml
 
 import mipipe
-from mipipe.runtime.merge.launch import MergeOptions
+from mipipe.runtime.merge.launching.launch import MergeOptions
 from mipipe.runtime.tuning.objectives import Objectives
 from mipipe.runtime.tuning.protocol import Models, Task, evaluate_models, normalised_performance
 from mipipe.runtime.tuning.tune import TuneOptions, tune

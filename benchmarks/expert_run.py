@@ -33,8 +33,8 @@ from mipipe.graphs.operator_graph import OperatorGraph, Phase
 from mipipe.graphs.operators import kernels
 from mipipe.graphs.operators.layers import NAME, exchange_experts, register
 from mipipe.graphs.topology import Topology
-from mipipe.planner.experts.greedy import greedy_layer
-from mipipe.planner.experts.maps import ExpertLoads, ExpertMap, device_times
+from mipipe.planner.experts.balance.greedy import greedy_layer
+from mipipe.planner.experts.balance.maps import ExpertLoads, ExpertMap, device_times
 from mipipe.planner.experts.plan import ExpertOptions, plan_experts
 from mipipe.planner.plan import Plan
 from mipipe.planner.problems.from_graph import problem_of_groups

@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mipipe.graphs.topology import Device, Link, Topology
-from mipipe.planner.experts.greedy import greedy_layer
-from mipipe.planner.experts.maps import ExpertLoads, layer_bound, unit_times
+from mipipe.planner.experts.balance.greedy import greedy_layer
+from mipipe.planner.experts.balance.maps import ExpertLoads, layer_bound, unit_times
+from mipipe.planner.experts.balance.swaps import Layer, balanced_start, improve_map
 from mipipe.planner.experts.migrate import align, best_change, moved_experts
 from mipipe.planner.experts.plan import ExpertOptions, plan_experts, share_slots
-from mipipe.planner.experts.swaps import Layer, balanced_start, improve_map
 
 SETUPS = (("DeepSeek-V3", 58, 256, 32, 32), ("DeepSeek-V3", 58, 256, 32, 96), ("DeepSeek-V3", 58, 256, 32, 144),
           ("DeepSeek-V3", 58, 256, 32, 288), ("DeepSeek-V3", 58, 256, 64, 320), ("Qwen3-MoE", 48, 128, 16, 16),

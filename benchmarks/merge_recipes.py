@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mipipe.graphs.errors import MipipeError
-from mipipe.runtime.merge.launch import MergeOptions, merge
+from mipipe.runtime.merge.launching.launch import MergeOptions, merge
 
 EQUAL = 8.0
 

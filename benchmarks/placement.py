@@ -5,9 +5,10 @@
     python benchmarks/placement.py DIR --contiguous        # the throughput files, contiguous
     python benchmarks/placement.py DIR --judge DIR/evaluate.py
 
-DIR holds files named ``<objective>.<granularity>.<model>.json`` in the format of `mipipe.planner.devices.instance`;
-they are read in place. With ``--judge`` a program that reads workload and assignment, prints JSON and exits 0 for a
-feasible assignment checks every line. A value above the best known is marked, never hidden, and so is a lost proof.
+DIR holds files named ``<objective>.<granularity>.<model>.json`` in the format of
+`mipipe.planner.devices.instances.instance`; they are read in place. With ``--judge`` a program that reads workload and
+assignment, prints JSON and exits 0 for a feasible assignment checks every line. A value above the best known is marked,
+never hidden, and so is a lost proof.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mipipe.planner.devices.instance import read_instance
+from mipipe.planner.devices.instances.instance import read_instance
 from mipipe.planner.devices.place import PlaceResult, place
 
 BEST_KNOWN = {  # value, contiguous value, whether a proof of the value is known

@@ -29,7 +29,7 @@ def convert(
 ) -> None:
     """Convert a model's experts as RECIPE says: shared projections, merged, compressed or pruned experts, or a mixture
     made of a dense model. An interrupted conversion continues when the same command runs again."""
-    from mipipe.graphs.merging.recipes.moe_recipe import is_moe_recipe
+    from mipipe.graphs.merging.moe_recipe import is_moe_recipe
     from mipipe.graphs.serialize import load_data
 
     size = parse_bytes(shard_size, "--shard-size")

@@ -18,7 +18,7 @@ from mipipe.graphs.units import format_bytes, format_ns, parse_bytes
 if TYPE_CHECKING:
     from mipipe.planner.merging.plan import MergePlan
     from mipipe.planner.timeline import Timeline
-    from mipipe.runtime.merge.launch import MergeOptions, MergeResult
+    from mipipe.runtime.merge.launching.launch import MergeOptions, MergeResult
 
 EXAMPLE = "mipipe merge recipe.yaml -o merged --ranks 2 --memory 4GB"
 
@@ -67,7 +67,7 @@ def merge(
         raise typer.BadParameter("rebuilds what --store made before; give one of them", param_hint="--route")
     record = None if timeline is None else str(timeline)
     if store or route is not None:
-        from mipipe.runtime.merge.launch import MergeOptions
+        from mipipe.runtime.merge.launching.launch import MergeOptions
 
         if dtype is not None:
             raise typer.BadParameter("parts and what is rebuilt from them have the models' dtypes; leave it out",
@@ -79,8 +79,8 @@ def merge(
         plans = _plans(recipe, output, ranks, cap, size, dtype)
         _dry_run(plans, record, json_output, not no_verify, round((time.perf_counter() - began) * 1e9))
         return
-    from mipipe.runtime.merge.launch import MergeOptions
-    from mipipe.runtime.merge.launch import merge as run
+    from mipipe.runtime.merge.launching.launch import MergeOptions
+    from mipipe.runtime.merge.launching.launch import merge as run
     from mipipe.runtime.weights.writer import partial_folder
 
     options = MergeOptions(ranks, device, cap, size, dtype, record, verify=not no_verify,
@@ -138,7 +138,7 @@ def _parts(recipe: Path, output: Path, route: str | None, options: MergeOptions,
            json_output: bool) -> None:
     """Store a recipe's experts, or rebuild a model from stored ones."""
     from mipipe.graphs.merging.recipes.read import read_recipes
-    from mipipe.runtime.merge.programs import store
+    from mipipe.runtime.merge.launching import store
 
     if route is None:
         recipes = read_recipes(recipe)
@@ -169,7 +169,7 @@ def _parts(recipe: Path, output: Path, route: str | None, options: MergeOptions,
 
 def _plans(recipe: Path, output: Path, ranks: int, cap: int | None, size: int, dtype: str | None) -> list[MergePlan]:
     """The plans of a file's recipes, or of its assembly."""
-    from mipipe.graphs.merging.recipes.moe_recipe import build_moe, dry_router, read_moe_recipe
+    from mipipe.graphs.merging.moe_recipe import build_moe, dry_router, read_moe_recipe
     from mipipe.graphs.merging.recipes.read import read_recipes
     from mipipe.planner.merging.plan import plan_chain, plan_graph
 

@@ -12,7 +12,7 @@ from mipipe.cli.printing.output import Json, Seed, TimeLimit, check_files, emit,
 from mipipe.graphs.errors import InputError
 
 if TYPE_CHECKING:
-    from mipipe.planner.devices.instance import PlaceInstance
+    from mipipe.planner.devices.instances.instance import PlaceInstance
 
 EXAMPLE = "mipipe place throughput.layer.bert24_training.json --json -o assignment.json"
 
@@ -66,7 +66,7 @@ def place(
 def _instance(file: Path, cluster: Path | None, costs: Path | None, groups: int | None) -> PlaceInstance:
     """The workload of a file of either kind."""
     from mipipe.graphs.serialize import load_data
-    from mipipe.planner.devices.instance import read_instance
+    from mipipe.planner.devices.instances.instance import read_instance
 
     if str(load_data(file).get("format", "")).startswith("mipipe."):
         from mipipe.cli.requests.inputs import read_problem

@@ -60,7 +60,7 @@ def tune(
 ) -> None:
     """Search a recipe's free values: each point is merged (only tensors that change) and measured."""
     check_files(html=html)
-    from mipipe.runtime.merge.launch import MergeOptions
+    from mipipe.runtime.merge.launching.launch import MergeOptions
     from mipipe.runtime.tuning.objectives import Objectives
     from mipipe.runtime.tuning.tune import TuneOptions
     from mipipe.runtime.tuning.tune import tune as run

@@ -15,7 +15,7 @@ from mipipe.graphs.costs.summary import graph_summary as graph_summary
 from mipipe.graphs.costs.table import CostTable as CostTable
 from mipipe.graphs.costs.table import GroupCost as GroupCost
 from mipipe.graphs.errors import MipipeError as MipipeError
-from mipipe.graphs.merging.methods import METHODS as METHODS
+from mipipe.graphs.merging.method_table.methods import METHODS as METHODS
 from mipipe.graphs.merging.recipes.read import parse_recipe as parse_recipe
 from mipipe.graphs.merging.recipes.read import read_recipes as read_recipes
 from mipipe.graphs.merging.recipes.recipe import MergeRecipe as MergeRecipe

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mipipe.graphs.operator_graph import OperatorGraph
     from mipipe.graphs.topology import Topology
     from mipipe.planner.comparison_rows import ComparisonRow
-    from mipipe.planner.experts.maps import ExpertLoads
+    from mipipe.planner.experts.balance.maps import ExpertLoads
     from mipipe.planner.options import Objective, Part, PlacementName
     from mipipe.planner.plan import Plan
     from mipipe.planner.problem import PlanningProblem

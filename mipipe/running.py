@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mipipe.graphs.operator_graph import OperatorGraph
     from mipipe.planner.plan import Plan
     from mipipe.runtime.convert.launch import ConvertResult
-    from mipipe.runtime.merge.launch import MergeResult
+    from mipipe.runtime.merge.launching.launch import MergeResult
     from mipipe.runtime.train.config import TrainConfig
     from mipipe.runtime.train.launching.launch import TrainResult
 
@@ -88,8 +88,8 @@ def merge(recipe: PathLike | Mapping[str, Any] | MergeRecipe | Sequence[MergeRec
     from mipipe.graphs.merging.recipes.read import parse_recipe
     from mipipe.graphs.merging.recipes.recipe import MergeRecipe
     from mipipe.graphs.units import parse_bytes
-    from mipipe.runtime.merge.launch import MergeOptions
-    from mipipe.runtime.merge.launch import merge as run
+    from mipipe.runtime.merge.launching.launch import MergeOptions
+    from mipipe.runtime.merge.launching.launch import merge as run
 
     options = MergeOptions(num_ranks=ranks, device=device, memory_cap=size_of(memory, "memory"),
                            shard_bytes=parse_bytes(shard, "shard"), dtype=dtype,

@@ -16,8 +16,8 @@ from mipipe.planner.execution.lower import lower as lower
 from mipipe.planner.execution.measure import Measures as Measures
 from mipipe.planner.execution.measure import measure as measure
 from mipipe.planner.execution.simulate import simulate as simulate
-from mipipe.planner.experts.maps import ExpertLoads as ExpertLoads
-from mipipe.planner.experts.maps import ExpertMap as ExpertMap
+from mipipe.planner.experts.balance.maps import ExpertLoads as ExpertLoads
+from mipipe.planner.experts.balance.maps import ExpertMap as ExpertMap
 from mipipe.planner.experts.plan import ExpertOptions as ExpertOptions
 from mipipe.planner.experts.plan import plan_experts as plan_experts
 from mipipe.planner.exportable import plan_exportable as plan_exportable

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mipipe.graphs.merging.recipes.read import parse_recipe
-from mipipe.runtime.merge.launch import merge
+from mipipe.runtime.merge.launching.launch import merge
 from mipipe.runtime.train.config import read_train_config
 from mipipe.runtime.train.launching.launch import Say, TrainResult
 from mipipe.runtime.train.launching.launch import train as run

@@ -28,7 +28,7 @@ from mipipe.graphs.errors import MipipeError, StoppedError, tells_all
 from mipipe.graphs.named_code import no_exit
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.execution.simulate import simulate
-from mipipe.planner.experts.maps import ExpertMap
+from mipipe.planner.experts.balance.maps import ExpertMap
 from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.engine import processes
 from mipipe.runtime.engine.engine import Engine

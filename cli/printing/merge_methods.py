@@ -10,12 +10,12 @@ from rich.table import Table
 from mipipe.cli.printing.output import emit, stdout
 
 if TYPE_CHECKING:
-    from mipipe.graphs.merging.method_spec import MethodSpec
+    from mipipe.graphs.merging.method_table.method_spec import MethodSpec
 
 
 def list_methods(name: str | None, json_output: bool) -> None:
     """Print every merge method with its parameters, or the one of a name."""
-    from mipipe.graphs.merging.methods import METHODS, RECIPE_NAMES
+    from mipipe.graphs.merging.method_table.methods import METHODS, RECIPE_NAMES
 
     chosen = [spec for spec in METHODS if name in (None, spec.name)]
     if not chosen:

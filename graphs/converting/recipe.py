@@ -5,7 +5,7 @@
     groups: 4
     calibration: {data: sample.txt, samples: 64, length: 256}
 
-Without ``method`` and with ``experts`` it is an assembly of dense models (`mipipe.graphs.merging.recipes.moe_recipe`).
+Without ``method`` and with ``experts`` it is an assembly of dense models (`mipipe.graphs.merging.moe_recipe`).
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ from mipipe.graphs.expressions import search
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, licence_of
 from mipipe.graphs.merging.checkpoints.layer_config import Picked, layer_count, numbered_note, picked_layers
 from mipipe.graphs.merging.checkpoints.lora import rename
+from mipipe.graphs.merging.checkpoints.tensor_classes import TensorClass, classify, with_layer
 from mipipe.graphs.merging.graph import MergeGraph, MergeModel, MergeUnit
 from mipipe.graphs.merging.needed_streams import calibration_of
 from mipipe.graphs.merging.participants import AUTO_NAMES, Participant
 from mipipe.graphs.merging.recipes.recipe import Branch, MergeRecipe
-from mipipe.graphs.merging.tensor_classes import TensorClass, classify, with_layer
 from mipipe.graphs.merging.unit_groups import widened
 from mipipe.graphs.merging.units import MergeRule, UnitBuilder, slice_length
 from mipipe.graphs.serialize import to_data

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from mipipe.graphs.calibration.streams import CalibrationPlan
 from mipipe.graphs.merging.checkpoints.files import DTYPE_BITS, StoredTensor
-from mipipe.graphs.merging.tensor_classes import TableRows, TensorClass, is_stacked, pieces, table_shape
+from mipipe.graphs.merging.checkpoints.tensor_classes import TableRows, TensorClass, is_stacked, pieces, table_shape
 from mipipe.graphs.merging.tokens.vocabulary import Vocabulary
 from mipipe.graphs.serialize import STRICT
 

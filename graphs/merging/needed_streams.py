@@ -8,7 +8,7 @@ from mipipe.graphs.calibration.rule import CalibrationRule
 from mipipe.graphs.calibration.streams import CalibrationPlan, Member, ModelStream, Need, Who
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.graph import MergeUnit
-from mipipe.graphs.merging.methods import BY_NAME
+from mipipe.graphs.merging.method_table.methods import BY_NAME
 
 
 def calibration_of(units: Sequence[MergeUnit], rule: CalibrationRule | None, own: Mapping[int, str],

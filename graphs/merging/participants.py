@@ -18,8 +18,8 @@ from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTenso
 from mipipe.graphs.merging.checkpoints.hub_cache import model_folder, split_label
 from mipipe.graphs.merging.checkpoints.lora import BoundAdapter, LoraFactors, Pairs, bind, initial_adapter, rename
 from mipipe.graphs.merging.checkpoints.quantised import refuse_quantised
+from mipipe.graphs.merging.checkpoints.tensor_classes import TensorClass, classify, layer_prefix
 from mipipe.graphs.merging.recipes.recipe import NameRule
-from mipipe.graphs.merging.tensor_classes import TensorClass, classify, layer_prefix
 
 TOKEN_TABLES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight",
                 "tok_embeddings.weight")

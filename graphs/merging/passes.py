@@ -7,8 +7,8 @@ own. A test holds these numbers to what the methods do.
 from __future__ import annotations
 
 from mipipe.graphs.merging.graph import MergeUnit
-from mipipe.graphs.merging.method_spec import Scope
-from mipipe.graphs.merging.methods import BY_NAME
+from mipipe.graphs.merging.method_table.method_spec import Scope
+from mipipe.graphs.merging.method_table.methods import BY_NAME
 
 
 def num_rounds(unit: MergeUnit) -> int:

@@ -11,9 +11,19 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.expert_layout import as_single, has_banks, is_single
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTensor
 from mipipe.graphs.merging.checkpoints.layer_config import differences, layer_count
+from mipipe.graphs.merging.checkpoints.tensor_classes import (
+    FLOATING,
+    QUANTISED,
+    TensorClass,
+    classify,
+    is_transposed,
+    layer_index,
+    layer_prefix,
+    with_layer,
+)
 from mipipe.graphs.merging.graph import Adapter, Input, MergeUnit
-from mipipe.graphs.merging.method_spec import Base
-from mipipe.graphs.merging.methods import BY_NAME
+from mipipe.graphs.merging.method_table.method_spec import Base
+from mipipe.graphs.merging.method_table.methods import BY_NAME
 from mipipe.graphs.merging.participants import Participant, decoder_prefix, num_layers, open_participant
 from mipipe.graphs.merging.recipes.recipe import (
     DTYPES,
@@ -23,16 +33,6 @@ from mipipe.graphs.merging.recipes.recipe import (
     merged_models,
     merges_base,
     same_model,
-)
-from mipipe.graphs.merging.tensor_classes import (
-    FLOATING,
-    QUANTISED,
-    TensorClass,
-    classify,
-    is_transposed,
-    layer_index,
-    layer_prefix,
-    with_layer,
 )
 from mipipe.graphs.merging.token_rows import check_given, join_vocabularies
 from mipipe.graphs.merging.values import Filters, values_of

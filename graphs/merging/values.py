@@ -7,7 +7,7 @@ from typing import Any
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.expressions import search
-from mipipe.graphs.merging.method_spec import MethodSpec
+from mipipe.graphs.merging.method_table.method_spec import MethodSpec
 from mipipe.graphs.merging.recipes.recipe import Parameters
 
 MISSING = object()

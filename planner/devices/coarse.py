@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mipipe.planner.devices.contract import merge_classes
-from mipipe.planner.devices.instance import PlaceInstance
+from mipipe.planner.devices.instances.contract import merge_classes
+from mipipe.planner.devices.instances.instance import PlaceInstance
 
 PIECES = 12
 """Pieces per device on the coarse level."""

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from mipipe.planner.devices import kernels
-from mipipe.planner.devices.instance import WorkloadNode, contract_classes
+from mipipe.planner.devices.instances.instance import WorkloadNode, contract_classes
 from mipipe.planner.kernel import is_compiled
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mipipe.planner.devices import kernels
-from mipipe.planner.devices.instance import PlaceInstance
+from mipipe.planner.devices.instances.instance import PlaceInstance
 from mipipe.planner.devices.starts import contracted, fill_in_order, pack_first
 
 

@@ -9,7 +9,7 @@ and what one microbatch saves.
 from __future__ import annotations
 
 from mipipe.graphs.errors import ProblemError
-from mipipe.planner.devices.instance import PlaceInstance, WorkloadNode, contract_classes
+from mipipe.planner.devices.instances.instance import PlaceInstance, WorkloadNode, contract_classes
 from mipipe.planner.problem import PlanningProblem
 
 

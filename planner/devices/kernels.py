@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mipipe.planner.devices.instance import PlaceInstance
+from mipipe.planner.devices.instances.instance import PlaceInstance
 from mipipe.planner.kernel import kernel
 
 PIECE = 16

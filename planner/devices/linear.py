@@ -19,7 +19,7 @@ from itertools import pairwise
 import networkx as nx
 import numpy as np
 
-from mipipe.planner.devices.instance import PlaceInstance
+from mipipe.planner.devices.instances.instance import PlaceInstance
 
 WORK = 2e8
 """Table entries computed for one order at most, some tenths of a second: longer orders are cut into equal pieces."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from mipipe.graphs.errors import InfeasibleError
-from mipipe.planner.devices.instance import PlaceInstance
+from mipipe.planner.devices.instances.instance import PlaceInstance
 from mipipe.planner.devices.result import PlaceProgress, PlaceResult
 from mipipe.planner.devices.throughput import place_throughput
 

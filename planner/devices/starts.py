@@ -5,7 +5,7 @@ from __future__ import annotations
 import networkx as nx
 import numpy as np
 
-from mipipe.planner.devices.instance import PlaceInstance
+from mipipe.planner.devices.instances.instance import PlaceInstance
 
 
 def max_load(instance: PlaceInstance, device: np.ndarray) -> float:

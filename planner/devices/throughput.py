@@ -1,12 +1,12 @@
-"""The throughput problem of `mipipe.planner.devices.instance`: a contiguous start, annealing from it, the MIP's proof.
+"""The throughput problem of a workload: a contiguous start, annealing from it, the MIP's proof.
 
 1. Cut linear orders into intervals (`mipipe.planner.devices.linear`): a start within tenths of a second, without
    kernels, for the contiguous and the unrestricted search alike. Nothing worse is ever kept.
 2. Anneal from the best known and afresh, on pieces (`mipipe.planner.devices.coarse`) and then on their classes, and on
    the instance contracted at several thresholds, a few seconds in all: operator graphs are solved by then.
-3. Prove by MIP with the best value as the cutoff, part by part (`mipipe.planner.devices.contract.parts`), where the
-   contracted instance is small enough for that to end; of a larger one HiGHS gets one thread for a short while, for a
-   bound better than the average load.
+3. Prove by MIP with the best value as the cutoff, part by part (`mipipe.planner.devices.instances.contract.parts`),
+   where the contracted instance is small enough for that to end; of a larger one HiGHS gets one thread for a short
+   while, for a bound better than the average load.
 4. Anneal on until the time is over: afresh in runs as long as the time left, then, a little warmed, from the best.
    Layer graphs are load balancing, which the MIP hardly improves, and one slow cooling beats several fast ones.
 
@@ -27,9 +27,9 @@ from mipipe.graphs.errors import TimeUpError
 from mipipe.planner import clock
 from mipipe.planner.devices.coarse import coarsen
 from mipipe.planner.devices.compiled import compiling
-from mipipe.planner.devices.contract import Region, average_bound, merge_above, parts, transfer_budget
 from mipipe.planner.devices.cooling import LAYERS, OPERATORS, Cooling, Moves, cool
-from mipipe.planner.devices.instance import PlaceInstance
+from mipipe.planner.devices.instances.contract import Region, average_bound, merge_above, parts, transfer_budget
+from mipipe.planner.devices.instances.instance import PlaceInstance
 from mipipe.planner.devices.linear import best_intervals
 from mipipe.planner.devices.result import TOLERANCE, PlaceResult
 from mipipe.planner.devices.starts import fits, max_load

@@ -9,7 +9,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.read_files import load_json
 from mipipe.graphs.serialize import from_data, load, read_text
 from mipipe.planner.experts import routing
-from mipipe.planner.experts.maps import ExpertLoads, ExpertMap
+from mipipe.planner.experts.balance.maps import ExpertLoads, ExpertMap
 
 
 def read_loads(path: Path, num_experts: int | None = None) -> ExpertLoads:

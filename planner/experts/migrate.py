@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mipipe.planner.experts.swaps import Layer, best_exchange, best_swap
+from mipipe.planner.experts.balance.swaps import Layer, best_exchange, best_swap
 
 
 def moved_experts(current: np.ndarray, target: np.ndarray) -> np.ndarray:

@@ -14,10 +14,10 @@ import numpy as np
 
 from mipipe.graphs.errors import InfeasibleError, InputError
 from mipipe.graphs.topology import Topology
-from mipipe.planner.experts.greedy import greedy_layer
-from mipipe.planner.experts.maps import ExpertLoads, ExpertMap, layer_bound, slots_for, unit_times
+from mipipe.planner.experts.balance.greedy import greedy_layer
+from mipipe.planner.experts.balance.maps import ExpertLoads, ExpertMap, layer_bound, slots_for, unit_times
+from mipipe.planner.experts.balance.swaps import Layer, balanced_start, gather_partners, improve_map, shared_tokens
 from mipipe.planner.experts.migrate import changes, moved_experts, share_moves
-from mipipe.planner.experts.swaps import Layer, balanced_start, gather_partners, improve_map, shared_tokens
 from mipipe.planner.gap import gap_of
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from mipipe.graphs.calibration.streams import ModelStream
 from mipipe.graphs.errors import InfeasibleError
 from mipipe.graphs.merging.checkpoints.files import DTYPE_BITS
+from mipipe.graphs.merging.checkpoints.tensor_classes import TensorClass
 from mipipe.graphs.merging.graph import MergeGraph
-from mipipe.graphs.merging.tensor_classes import TensorClass
 from mipipe.graphs.units import format_bytes
 from mipipe.planner.merging.costs import OVERHEAD_BYTES, MergeRates
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from mipipe.graphs.merging.checkpoints.files import DTYPE_BITS
 from mipipe.graphs.merging.graph import MergeGraph, MergeUnit, columns_of, matrix_shape
-from mipipe.graphs.merging.methods import BY_NAME
+from mipipe.graphs.merging.method_table.methods import BY_NAME
 from mipipe.graphs.merging.passes import is_whole, num_rounds
 from mipipe.graphs.serialize import STRICT
 from mipipe.planner.actions import ActionKind

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mipipe.graphs.merging.checkpoints.files import DTYPE_BITS
+from mipipe.graphs.merging.checkpoints.tensor_classes import TableRows
 from mipipe.graphs.merging.graph import Input, MergeGraph, MergeUnit, columns_of, pieces_of
-from mipipe.graphs.merging.method_spec import Scope
+from mipipe.graphs.merging.method_table.method_spec import Scope
 from mipipe.graphs.merging.passes import is_whole, is_wide, num_rounds, scope_of
-from mipipe.graphs.merging.tensor_classes import TableRows
 from mipipe.planner.actions import ActionKind
 
 TILE_ENTRIES = 2**18

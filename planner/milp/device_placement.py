@@ -1,4 +1,4 @@
-"""Max-load device placement as a MIP (the throughput objective of `mipipe.planner.devices.instance`).
+"""Max-load device placement as a MIP (the throughput objective of `mipipe.planner.devices.instances.instance`).
 
 - ``x[c, d] = 1``: class c is on device d; ``sum_d x[c, d] = 1``; ``sum_c size[c] x[c, d] <= memory``;
 - ``in[v, d] >= x[r, d] - x[s, d]`` for every reader r of value v with source s: accelerator d reads v from outside;
@@ -15,8 +15,8 @@ Equal devices are told apart by giving class k only to the first k + 1 of them. 
 ``sum_d in[v, d] + out[v, d] <= z[v]``, ``|x[s, d] - x[r, d]| <= z[v]``, ``sum_v z[v] = 1``, and no two accelerators
 share it: ``x[s, d] + sum_{e != d} x[r, e] <= 1``; the end that must be on the core is there if ``z[v] = 1``.
 
-With the value known as a cutoff and the classes contracted by `mipipe.planner.devices.contract`, HiGHS proves operator
-graphs of a hundred classes (``benchmarks/results/placement.txt``).
+With the value known as a cutoff and the classes contracted by `mipipe.planner.devices.instances.contract`, HiGHS proves
+operator graphs of a hundred classes (``benchmarks/results/placement.txt``).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from collections.abc import Callable
 import numpy as np
 
 from mipipe.planner import clock
-from mipipe.planner.devices.contract import Region, transfer_budget
-from mipipe.planner.devices.instance import PlaceInstance
+from mipipe.planner.devices.instances.contract import Region, transfer_budget
+from mipipe.planner.devices.instances.instance import PlaceInstance
 from mipipe.planner.milp import highs, pyo
 
 MANY, DISTINCT = 50, 10

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mipipe.planner.experts.swaps import Layer
+from mipipe.planner.experts.balance.swaps import Layer
 from mipipe.planner.milp import highs, pyo
 
 PATTERNS = 40_000

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from mipipe.planner.experts.swaps import Layer
+from mipipe.planner.experts.balance.swaps import Layer
 from mipipe.planner.milp import highs, pyo
 
 

@@ -16,7 +16,7 @@ from mipipe.graphs.coarse.graph import CoarseGraph, OpGroup
 from mipipe.graphs.costs.table import CostTable, GroupCost
 from mipipe.graphs.errors import InputError, ProblemError
 from mipipe.graphs.operator_graph import Role
-from mipipe.planner.experts.maps import ExpertLoads
+from mipipe.planner.experts.balance.maps import ExpertLoads
 
 
 def with_expert_loads(costs: CostTable, coarse: CoarseGraph, loads: ExpertLoads) -> CostTable:

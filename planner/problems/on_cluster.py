@@ -25,7 +25,7 @@ from mipipe.graphs.exchange import slowest_link
 from mipipe.graphs.operator_graph import DTYPE_BYTES, OperatorGraph
 from mipipe.graphs.serialize import STRICT
 from mipipe.planner.device_memory import tensors_fit, with_memory
-from mipipe.planner.experts.maps import ExpertLoads
+from mipipe.planner.experts.balance.maps import ExpertLoads
 from mipipe.planner.problem import Limits, PlanningProblem
 from mipipe.planner.problems.expert_loads import with_expert_loads
 from mipipe.planner.problems.from_graph import STATE_BYTES, OptimizerName, build_problem

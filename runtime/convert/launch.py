@@ -35,7 +35,7 @@ from mipipe.runtime.convert.molae import plan_molae
 from mipipe.runtime.convert.output import Conversion, write_conversion
 from mipipe.runtime.convert.ream import Result, decide, plan_ream
 from mipipe.runtime.convert.source import MoeLayer, Source, dense_layers, open_source
-from mipipe.runtime.merge.launch import check_target
+from mipipe.runtime.merge.launching.launch import check_target
 from mipipe.runtime.merge.output.lock import only_one
 from mipipe.runtime.weights.reader import Shelf
 

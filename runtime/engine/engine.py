@@ -13,7 +13,7 @@ import torch.distributed as dist
 from mipipe.graphs.errors import BatchError, DataEnd, RunError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes import rows
-from mipipe.planner.experts.maps import ExpertMap
+from mipipe.planner.experts.balance.maps import ExpertMap
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
 from mipipe.runtime.engine import comm

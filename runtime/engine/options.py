@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mipipe.planner.experts.maps import ExpertMap
+from mipipe.planner.experts.balance.maps import ExpertMap
 
 
 @dataclass(frozen=True, slots=True)

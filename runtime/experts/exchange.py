@@ -22,7 +22,7 @@ import torch
 
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.operators.expert_kernels import RETURN, ROUTE, SEND, count_into, scatter_rows
-from mipipe.planner.experts.maps import ExpertMap
+from mipipe.planner.experts.balance.maps import ExpertMap
 from mipipe.runtime.engine import comm
 from mipipe.runtime.experts.layers import ExpertLayer
 

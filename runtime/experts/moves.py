@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mipipe.graphs.errors import InputError
-from mipipe.planner.experts.maps import ExpertMap
+from mipipe.planner.experts.balance.maps import ExpertMap
 from mipipe.runtime.engine import comm
 from mipipe.runtime.experts.exchange import Exchange, check_map
 from mipipe.runtime.weights.weights import Weights

@@ -1,9 +1,9 @@
-from mipipe.graphs.merging.method_spec import Base as Base
-from mipipe.graphs.merging.method_spec import Parameter as Parameter
+from mipipe.graphs.merging.method_table.method_spec import Base as Base
+from mipipe.graphs.merging.method_table.method_spec import Parameter as Parameter
 from mipipe.runtime.merge.in_memory import merge_state_dicts as merge_state_dicts
-from mipipe.runtime.merge.launch import MergeOptions as MergeOptions
-from mipipe.runtime.merge.launch import MergeResult as MergeResult
-from mipipe.runtime.merge.launch import merge as merge
+from mipipe.runtime.merge.launching.launch import MergeOptions as MergeOptions
+from mipipe.runtime.merge.launching.launch import MergeResult as MergeResult
+from mipipe.runtime.merge.launching.launch import merge as merge
 from mipipe.runtime.merge.methods.method import Round as Round
 from mipipe.runtime.merge.methods.method import Tile as Tile
 from mipipe.runtime.merge.methods.own import method as method

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mipipe.graphs.merging.checkpoints.tensor_classes import is_stacked
 from mipipe.graphs.merging.graph import Input, MergeUnit, columns_of
-from mipipe.graphs.merging.tensor_classes import is_stacked
 from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.reordering import Reordering
 from mipipe.runtime.merge.sources import Surroundings

@@ -15,9 +15,9 @@ from torch import Tensor
 from mipipe.graphs.calibration.rule import CalibrationRule
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.files import DTYPE_BITS
+from mipipe.graphs.merging.checkpoints.tensor_classes import TableRows
 from mipipe.graphs.merging.graph import Input, MergeGraph, MergeUnit
 from mipipe.graphs.merging.participants import TOKEN_TABLES
-from mipipe.graphs.merging.tensor_classes import TableRows
 from mipipe.graphs.serialize import digest, from_data
 from mipipe.planner.merging.plan import MergePlan
 from mipipe.runtime.calibration.calibrator import Calibrator
@@ -26,8 +26,8 @@ from mipipe.runtime.calibration.files import FOLDER, samples_file
 from mipipe.runtime.calibration.results import Results
 from mipipe.runtime.calibration.tokens import Samples, draw_samples
 from mipipe.runtime.merge.exchange import MergeRanks
-from mipipe.runtime.merge.programs.expert_merging import METHOD, learn
-from mipipe.runtime.merge.programs.pleas import ordered
+from mipipe.runtime.merge.expert_merging import METHOD, learn
+from mipipe.runtime.merge.pleas import ordered
 from mipipe.runtime.merge.sources import Surroundings, UnitPiece
 from mipipe.runtime.weights.reader import Shelf
 

@@ -18,7 +18,7 @@ from mipipe.runtime.merge.calibrate import RankCalibration
 from mipipe.runtime.merge.engine import Event, MergeEngine
 from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.methods.parts import PartsWriter
-from mipipe.runtime.merge.programs.pleas import ordered
+from mipipe.runtime.merge.pleas import ordered
 from mipipe.runtime.merge.sources import Surroundings
 from mipipe.runtime.merge.survey import Survey
 from mipipe.runtime.weights.reader import Shelf

@@ -2,7 +2,8 @@
 
 The parent does no work: it passes on what ranks gather, notices at once when one fails or dies, and then ends the
 others. A process with threads is not forked: it starts one of its own that is. Ranks on CUDA devices are started by
-torchrun (`mipipe.runtime.merge.launch`), because a device that the parent has opened cannot be used by its forks.
+torchrun (`mipipe.runtime.merge.launching.launch`), because a device that the parent has opened cannot be used by its
+forks.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.build import build
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTensor
 from mipipe.graphs.merging.graph import MergeUnit
-from mipipe.graphs.merging.methods import BY_NAME
+from mipipe.graphs.merging.method_table.methods import BY_NAME
 from mipipe.graphs.merging.recipes.read import parse_recipe
 from mipipe.graphs.merging.recipes.recipe import MergeRecipe
 from mipipe.planner.merging.costs import MergeRates
@@ -21,7 +21,7 @@ from mipipe.planner.merging.plan import plan_merge
 from mipipe.runtime.merge.align import match_experts
 from mipipe.runtime.merge.engine import MergeEngine
 from mipipe.runtime.merge.exchange import MergeRanks
-from mipipe.runtime.merge.programs.pleas import ordered
+from mipipe.runtime.merge.pleas import ordered
 from mipipe.runtime.merge.sources import Surroundings
 from mipipe.runtime.merge.survey import Survey
 from mipipe.runtime.weights.reader import TORCH_DTYPES, Range, Shelf

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.files import StoredTensor
+from mipipe.graphs.merging.checkpoints.tensor_classes import TableRows
 from mipipe.graphs.merging.graph import Adapter, Input, MergeGraph, MergeUnit, columns_of, pieces_of
-from mipipe.graphs.merging.methods import BY_NAME
-from mipipe.graphs.merging.tensor_classes import TableRows
+from mipipe.graphs.merging.method_table.methods import BY_NAME
 from mipipe.graphs.merging.tokens.vocabulary import GivenRow
 from mipipe.runtime.calibration.results import Results, UnitResults
 from mipipe.runtime.merge.methods.method import Tile, tile_ranges

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.graph import MergeUnit
-from mipipe.graphs.merging.method_spec import Scope
+from mipipe.graphs.merging.method_table.method_spec import Scope
 from mipipe.graphs.merging.passes import is_wide, scope_of
 from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.methods.method import Round, fill

@@ -18,8 +18,8 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import save, write_text
 from mipipe.graphs.topology import Topology
+from mipipe.planner.experts.balance.maps import ExpertLoads, ExpertMap, slots_for
 from mipipe.planner.experts.files import read_map
-from mipipe.planner.experts.maps import ExpertLoads, ExpertMap, slots_for
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.processes import world
 from mipipe.runtime.experts.exchange import check_map

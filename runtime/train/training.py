@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mipipe.graphs.errors import BatchError, DataEnd, MipipeError, RunError, StoppedError
 from mipipe.graphs.recipes.source import recipe_of
-from mipipe.planner.experts.maps import ExpertMap
+from mipipe.planner.experts.balance.maps import ExpertMap
 from mipipe.planner.timeline import Timeline
 from mipipe.runtime.checkpoints.checkpoint import Checkpoints
 from mipipe.runtime.checkpoints.checkpoint_run import Start, changes, run_of

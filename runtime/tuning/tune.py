@@ -27,7 +27,7 @@ from mipipe.graphs.serialize import yaml_documents
 from mipipe.graphs.tuning.space import SearchSpace, space_of
 from mipipe.planner.merging.plan import MergePlan, plan_recipe
 from mipipe.runtime.merge.calibrate import with_samples
-from mipipe.runtime.merge.launch import MergeOptions, Reuse, merge, run_plan
+from mipipe.runtime.merge.launching.launch import MergeOptions, Reuse, merge, run_plan
 from mipipe.runtime.tuning.objectives import Measure, Objectives
 from mipipe.runtime.tuning.search import KINDS, Values, make_search, total
 from mipipe.runtime.tuning.surrogate import not_dominated

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mipipe.graphs.serialize import load, save
-from mipipe.planner.experts.maps import ExpertLoads, ExpertMap
+from mipipe.planner.experts.balance.maps import ExpertLoads, ExpertMap
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 
 from mipipe.graphs.serialize import to_data
 from mipipe.planner.actions import ActionKind, Stream
-from mipipe.planner.experts.maps import ExpertLoads, ExpertMap
+from mipipe.planner.experts.balance.maps import ExpertLoads, ExpertMap
 from mipipe.planner.timeline import Span, Timeline
 
 TIMELINE = Timeline("measured", 2, (Span(0, Stream.COMPUTE, ActionKind.F, "0F0", 0, 10, 0, 0),

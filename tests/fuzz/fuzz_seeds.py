@@ -16,7 +16,7 @@ import yaml
 from mipipe.graphs.serialize import save
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate
-from mipipe.planner.experts.maps import ExpertLoads, ExpertMap
+from mipipe.planner.experts.balance.maps import ExpertLoads, ExpertMap
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.solve import plan

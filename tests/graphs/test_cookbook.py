@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from mipipe.graphs.converting.recipe import METHODS, read_convert_recipe
-from mipipe.graphs.merging.methods import RECIPE_NAMES
-from mipipe.graphs.merging.recipes.moe_recipe import read_moe_recipe
+from mipipe.graphs.merging.method_table.methods import RECIPE_NAMES
+from mipipe.graphs.merging.moe_recipe import read_moe_recipe
 from mipipe.graphs.merging.recipes.read import read_recipes
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

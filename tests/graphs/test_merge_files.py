@@ -11,9 +11,16 @@ from safetensors.torch import load_file, save_file
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.files import licence_of, read_checkpoint, read_header
+from mipipe.graphs.merging.checkpoints.tensor_classes import (
+    TensorClass,
+    classify,
+    layer_index,
+    layer_prefix,
+    pieces,
+    with_layer,
+)
 from mipipe.graphs.merging.graph import MergeUnit
 from mipipe.graphs.merging.layout import index_json, lay_out
-from mipipe.graphs.merging.tensor_classes import TensorClass, classify, layer_index, layer_prefix, pieces, with_layer
 from mipipe.graphs.merging.tokens.vocabulary import join, next_added, read_tokens
 from mipipe.graphs.merging.values import gradient
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mipipe.graphs.merging.recipes.moe_recipe import read_moe_recipe
+from mipipe.graphs.merging.moe_recipe import read_moe_recipe
 from mipipe.graphs.merging.recipes.read import read_recipes
 from mipipe.graphs.merging.recipes.recipe import MergeRecipe
 

@@ -1,8 +1,8 @@
 """Small merge graphs for the planner's tests."""
 
 from mipipe.graphs.merging.checkpoints.files import StoredTensor
+from mipipe.graphs.merging.checkpoints.tensor_classes import TensorClass
 from mipipe.graphs.merging.graph import Input, MergeGraph, MergeModel, MergeUnit
-from mipipe.graphs.merging.tensor_classes import TensorClass
 from mipipe.planner.merging.costs import MergeRates
 
 RATES = MergeRates(1e9, 1e9, 4e9, 1e10, cores=8)

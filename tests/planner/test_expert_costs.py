@@ -11,7 +11,7 @@ from mipipe.graphs.operator_graph import Phase, Role, Tags
 from mipipe.graphs.topology import Topology
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate
-from mipipe.planner.experts.maps import ExpertLoads
+from mipipe.planner.experts.balance.maps import ExpertLoads
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Placement, Plan
 from mipipe.planner.problems.expert_loads import group_shares, with_expert_loads

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from mipipe.graphs.errors import InfeasibleError, InputError
 from mipipe.graphs.topology import Device, Link, Topology
-from mipipe.planner.experts.greedy import greedy_layer
-from mipipe.planner.experts.maps import ExpertLoads, ExpertMap, device_times, layer_bound, slots_for, unit_times
+from mipipe.planner.experts.balance.greedy import greedy_layer
+from mipipe.planner.experts.balance.maps import ExpertLoads, ExpertMap, device_times, layer_bound, slots_for, unit_times
+from mipipe.planner.experts.balance.swaps import Layer, balanced_start, improve_map, shared_tokens
 from mipipe.planner.experts.migrate import Change, align, best_change, moved_experts, share_moves
 from mipipe.planner.experts.plan import ExpertOptions, plan_experts, share_slots, slots_in_memory
-from mipipe.planner.experts.swaps import Layer, balanced_start, improve_map, shared_tokens
 from mipipe.planner.milp.expert_patterns import solve_layer
 
 EPLB_EXAMPLE = [[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],

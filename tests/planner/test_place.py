@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from mipipe.graphs.errors import InfeasibleError, InputError
 from mipipe.planner.devices import cooling
 from mipipe.planner.devices import kernels as place_kernels
-from mipipe.planner.devices.contract import merge_above, parts, transfer_budget
 from mipipe.planner.devices.from_problem import instance_of
-from mipipe.planner.devices.instance import PlaceInstance, read_instance
+from mipipe.planner.devices.instances.contract import merge_above, parts, transfer_budget
+from mipipe.planner.devices.instances.instance import PlaceInstance, read_instance
 from mipipe.planner.devices.place import place
 from mipipe.planner.devices.starts import max_load
 from mipipe.planner.devices.workers import TimedJob, run_jobs

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from mipipe.planner.devices import kernels, linear, throughput
 from mipipe.planner.devices.coarse import LARGEST, PIECES, coarsen
 from mipipe.planner.devices.compiled import compile_kernels
-from mipipe.planner.devices.contract import average_bound
-from mipipe.planner.devices.instance import PlaceInstance, WorkloadNode, contract_classes, read_instance
+from mipipe.planner.devices.instances.contract import average_bound
+from mipipe.planner.devices.instances.instance import PlaceInstance, WorkloadNode, contract_classes, read_instance
 from mipipe.planner.devices.linear import best_intervals, cut_order, interval_loads, topological_orders
 from mipipe.planner.devices.place import check_feasible, place
 from mipipe.planner.devices.result import PlaceResult
@@ -232,7 +232,7 @@ COLD = """
 import json, sys, time
 from pathlib import Path
 from mipipe.planner.devices import kernels
-from mipipe.planner.devices.instance import read_instance
+from mipipe.planner.devices.instances.instance import read_instance
 from mipipe.planner.devices.place import place
 from mipipe.planner.kernel import is_compiled
 cold = not is_compiled(kernels.anneal_throughput)

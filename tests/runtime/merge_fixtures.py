@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from mipipe.graphs.merging.method_spec import Base
-from mipipe.graphs.merging.methods import BY_NAME
+from mipipe.graphs.merging.method_table.method_spec import Base
+from mipipe.graphs.merging.method_table.methods import BY_NAME
 from mipipe.runtime.merge.exchange import MergeRanks
 from mipipe.runtime.merge.worker import begin, work
 

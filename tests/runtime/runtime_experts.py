@@ -16,7 +16,7 @@ from mipipe.graphs.capture.model import capture_module
 from mipipe.graphs.models.loss import sum_over
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.operators.layers import NAME, exchange_experts, register
-from mipipe.planner.experts.maps import ExpertMap
+from mipipe.planner.experts.balance.maps import ExpertMap
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
 from mipipe.planner.schedules import BASELINES

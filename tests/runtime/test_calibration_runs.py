@@ -23,8 +23,8 @@ from mipipe.planner.timeline import Timeline
 from mipipe.runtime.calibration import calibrator, files
 from mipipe.runtime.merge.calibrate import open_decoder, with_samples
 from mipipe.runtime.merge.calibrate import write_samples as write_samples_of
-from mipipe.runtime.merge.launch import MergeOptions
-from mipipe.runtime.merge.launch import merge as run
+from mipipe.runtime.merge.launching.launch import MergeOptions
+from mipipe.runtime.merge.launching.launch import merge as run
 from mipipe.runtime.merge.sources import Surroundings
 from mipipe.runtime.merge.worker import begin
 from mipipe.runtime.weights.reader import Shelf

@@ -8,7 +8,7 @@ import torch
 from merge_fixtures import read, state, write
 
 from mipipe.graphs.merging.recipes.read import read_recipes
-from mipipe.runtime.merge.launch import merge
+from mipipe.runtime.merge.launching.launch import merge
 
 RECIPES = Path(__file__).resolve().parents[2] / "docs" / "recipes"
 LAYERS = {"deeper-model": 32, "task-in-a-language": 8}

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 import mipipe
 from mipipe.graphs.errors import InputError
+from mipipe.runtime.merge.expert_merging import Fit, Teacher, answers, chunk_counts, whole_state
 from mipipe.runtime.merge.methods.directed import chunk_bounds, merged_tensor
-from mipipe.runtime.merge.programs.expert_merging import Fit, Teacher, answers, chunk_counts, whole_state
 
 
 @pytest.fixture(scope="module")

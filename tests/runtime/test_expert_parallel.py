@@ -11,7 +11,7 @@ import torch
 from mipipe.graphs.errors import InputError, PlanError, RunError
 from mipipe.graphs.operator_graph import Role
 from mipipe.graphs.tracing.compose import run_step
-from mipipe.planner.experts.maps import ExpertMap
+from mipipe.planner.experts.balance.maps import ExpertMap
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.experts.exchange import SlotTable, contiguous_map

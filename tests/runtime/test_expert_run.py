@@ -12,8 +12,8 @@ import torch
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import save
 from mipipe.graphs.topology import Topology
+from mipipe.planner.experts.balance.maps import ExpertLoads
 from mipipe.planner.experts.files import read_loads
-from mipipe.planner.experts.maps import ExpertLoads
 from mipipe.planner.experts.plan import ExpertOptions, plan_experts
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.engine.options import EngineOptions

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.recipes.read import parse_recipe
-from mipipe.runtime.merge.launch import MergeOptions, merge
+from mipipe.runtime.merge.launching.launch import MergeOptions, merge
 
 
 def run(data, out, **options):

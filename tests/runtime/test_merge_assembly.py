@@ -8,8 +8,8 @@ from merge_fixtures import read
 from safetensors.torch import load_file
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merging.recipes.moe_recipe import parse_moe_recipe
-from mipipe.runtime.merge.launch import MergeOptions, assemble_moe
+from mipipe.graphs.merging.moe_recipe import parse_moe_recipe
+from mipipe.runtime.merge.launching.launch import MergeOptions, assemble_moe
 from mipipe.runtime.merge.programs.router import make_router
 
 transformers = pytest.importorskip("transformers")

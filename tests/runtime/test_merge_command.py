@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from mipipe.cli.main import app
 from mipipe.graphs.merging.build import build
-from mipipe.graphs.merging.methods import METHODS
+from mipipe.graphs.merging.method_table.methods import METHODS
 from mipipe.graphs.merging.recipes.read import parse_recipe
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.merging.costs import (

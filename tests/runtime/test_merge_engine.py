@@ -7,7 +7,7 @@ import pytest
 import torch
 from merge_fixtures import PARAMETERS, read, recipe_for, trio
 
-from mipipe.graphs.merging.method_spec import Scope
+from mipipe.graphs.merging.method_table.method_spec import Scope
 from mipipe.graphs.merging.passes import is_whole, num_rounds, scope_of
 from mipipe.graphs.merging.recipes.read import parse_recipe
 from mipipe.planner.actions import ActionKind

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from mipipe.cli.main import app
 from mipipe.graphs.errors import MipipeError
 from mipipe.graphs.merging.recipes.read import parse_recipe
-from mipipe.runtime.merge.launch import merge
+from mipipe.runtime.merge.launching.launch import merge
 from mipipe.runtime.weights import writer as output
 
 

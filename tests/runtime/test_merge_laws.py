@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mipipe.graphs.merging.method_spec import Base
-from mipipe.graphs.merging.methods import METHODS as SPECS
-from mipipe.graphs.merging.tensor_classes import TensorClass
+from mipipe.graphs.merging.checkpoints.tensor_classes import TensorClass
+from mipipe.graphs.merging.method_table.method_spec import Base
+from mipipe.graphs.merging.method_table.methods import METHODS as SPECS
 from mipipe.planner.merging import steps
 from mipipe.runtime.merge.methods import quantile
 from mipipe.runtime.merge.methods.method import merge_tensors

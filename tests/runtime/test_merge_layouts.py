@@ -5,7 +5,7 @@ import torch
 from merge_fixtures import read, state, write
 
 from mipipe.graphs.merging.recipes.read import parse_recipe
-from mipipe.runtime.merge.launch import MergeOptions, merge
+from mipipe.runtime.merge.launching.launch import MergeOptions, merge
 
 MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 

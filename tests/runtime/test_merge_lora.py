@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.recipes.read import parse_recipe
-from mipipe.runtime.merge.launch import MergeOptions, merge
+from mipipe.runtime.merge.launching.launch import MergeOptions, merge
 
 MODULES = {"model.layers.0.self_attn.q_proj": (8, 8), "model.layers.1.self_attn.q_proj": (8, 8),
            "model.layers.0.mlp.up_proj": (16, 8), "model.layers.1.mlp.down_proj": (8, 16)}

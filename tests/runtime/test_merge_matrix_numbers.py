@@ -7,7 +7,7 @@ import pytest
 import torch
 from merge_numbers import close, deltas, lore_objective, merged, optmerge_loss, tensor
 
-from mipipe.graphs.merging.tensor_classes import TensorClass
+from mipipe.graphs.merging.checkpoints.tensor_classes import TensorClass
 from mipipe.runtime.merge.methods import disentangle, low_rank, one_bit, projective, spectral
 from mipipe.runtime.merge.methods.method import merge_tensors
 from mipipe.runtime.merge.methods.registry import BY_METHOD

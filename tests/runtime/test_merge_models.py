@@ -10,7 +10,7 @@ from merge_fixtures import CONFIG, HIDDEN, read, state, trio, write
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.build import build
 from mipipe.graphs.merging.recipes.read import parse_recipe
-from mipipe.runtime.merge.launch import MergeOptions, merge
+from mipipe.runtime.merge.launching.launch import MergeOptions, merge
 from mipipe.runtime.merge.methods.method import merge_tensors
 from mipipe.runtime.merge.methods.registry import BY_METHOD
 

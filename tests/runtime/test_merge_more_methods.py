@@ -8,8 +8,8 @@ import torch
 from merge_numbers import deltas, merged, optmerge_loss
 
 from mipipe.graphs.errors import InputError, RunError
-from mipipe.graphs.merging import methods
-from mipipe.graphs.merging.method_spec import Parameter
+from mipipe.graphs.merging.method_table import methods
+from mipipe.graphs.merging.method_table.method_spec import Parameter
 from mipipe.graphs.merging.recipes.read import parse_recipe
 from mipipe.runtime.merge.in_memory import merge_state_dicts
 from mipipe.runtime.merge.methods import own, spectral

@@ -14,9 +14,9 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.recipes.read import parse_recipe
 from mipipe.graphs.serialize import load
 from mipipe.planner.timeline import Timeline
-from mipipe.runtime.merge.launch import MergeOptions, merge, run_plan
+from mipipe.runtime.merge.launching.launch import MergeOptions, merge, run_plan
+from mipipe.runtime.merge.launching.store import plan_rebuild, plan_store, rebuild, store
 from mipipe.runtime.merge.methods import parts as parts_module
-from mipipe.runtime.merge.programs.store import plan_rebuild, plan_store, rebuild, store
 
 
 def recipe(root, method, **parameters):

@@ -265,7 +265,7 @@ FAILING = """
 import json, os, sys
 from mipipe.graphs.errors import RunError
 from mipipe.runtime.merge import worker
-from mipipe.runtime.merge.launch import MergeOptions, merge
+from mipipe.runtime.merge.launching.launch import MergeOptions, merge
 work = worker.work
 
 def fail(plan, out, ranks, *rest):

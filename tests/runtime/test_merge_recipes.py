@@ -13,7 +13,7 @@ from mipipe.graphs.merging.build import build
 from mipipe.graphs.merging.checkpoints.hub_cache import cached_model, split_label
 from mipipe.graphs.merging.recipes.read import parse_recipe, read_recipes
 from mipipe.graphs.merging.tokens.chat_templates import NAMED
-from mipipe.runtime.merge.launch import MergeOptions, merge
+from mipipe.runtime.merge.launching.launch import MergeOptions, merge
 
 
 def run(data, out, **options):

@@ -15,12 +15,12 @@ import yaml
 from merge_fixtures import in_threads, read, recipe_for, state, trio, write
 
 from mipipe.graphs.errors import InfeasibleError
-from mipipe.graphs.merging.method_spec import Scope
+from mipipe.graphs.merging.checkpoints.tensor_classes import TensorClass, classify, layer_index
+from mipipe.graphs.merging.method_table.method_spec import Scope
 from mipipe.graphs.merging.recipes.read import parse_recipe
-from mipipe.graphs.merging.tensor_classes import TensorClass, classify, layer_index
 from mipipe.planner.merging.plan import SHARD_BYTES, plan_recipe
 from mipipe.runtime.merge import forked
-from mipipe.runtime.merge.launch import MergeOptions, merge
+from mipipe.runtime.merge.launching.launch import MergeOptions, merge
 from mipipe.runtime.merge.methods.method import fill, merge_tensors
 from mipipe.runtime.merge.methods.registry import BY_METHOD, METHODS
 from mipipe.runtime.weights import writer as output
@@ -130,7 +130,8 @@ def test_shards_of_inputs_and_output_do_not_show_in_the_result(root, tmp_path):
 IN_TWO = """
 import sys
 from pathlib import Path
-from mipipe.runtime.merge import forked, launch
+from mipipe.runtime.merge import forked
+from mipipe.runtime.merge.launching import launch
 if sys.argv[3] != "fork":
     launch.can_fork = lambda: False
 if sys.argv[3] == "torchrun":
@@ -229,7 +230,7 @@ def test_a_killed_process_leaves_no_result_and_can_be_continued(root, tmp_path):
     program = f"""
 import os, signal
 from mipipe.runtime.weights import writer as output
-from mipipe.runtime.merge import launch
+from mipipe.runtime.merge.launching import launch
 output.JOURNAL_BYTES = 1
 def die(done, total):
     if done > total / 2:

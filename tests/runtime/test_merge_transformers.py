@@ -7,8 +7,8 @@ import pytest
 import torch
 import yaml
 
-from mipipe.graphs.merging.recipes.moe_recipe import parse_moe_recipe
-from mipipe.runtime.merge.launch import MergeOptions, merge
+from mipipe.graphs.merging.moe_recipe import parse_moe_recipe
+from mipipe.runtime.merge.launching.launch import MergeOptions, merge
 
 transformers = pytest.importorskip("transformers")
 logging.getLogger("transformers").setLevel(logging.ERROR)

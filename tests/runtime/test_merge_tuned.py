@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from mipipe.runtime.merge.launch import merge
+from mipipe.runtime.merge.launching.launch import merge
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow

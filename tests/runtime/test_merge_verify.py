@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from mipipe.cli.main import app
 from mipipe.graphs.errors import RunError
 from mipipe.graphs.merging.recipes.read import parse_recipe
-from mipipe.runtime.merge.launch import MergeOptions, merge
+from mipipe.runtime.merge.launching.launch import MergeOptions, merge
 from mipipe.runtime.merge.output import opened, verify
 from mipipe.runtime.merge.output.verifier import Verifier
 from mipipe.runtime.merge.output.verify import verify_output

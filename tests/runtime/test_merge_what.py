@@ -11,7 +11,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.build import build
 from mipipe.graphs.merging.checkpoints.files import read_checkpoint
 from mipipe.graphs.merging.recipes.read import parse_recipe
-from mipipe.runtime.merge.launch import MergeOptions, merge
+from mipipe.runtime.merge.launching.launch import MergeOptions, merge
 
 
 def run(data, out):

@@ -19,7 +19,7 @@ from mipipe.graphs.merging.unit_groups import apart_within, unit_groups
 from mipipe.runtime.merge.in_memory import merge_state_dicts
 from mipipe.runtime.merge.methods.closed_forms import pleas
 from mipipe.runtime.merge.methods.method import Tile
-from mipipe.runtime.merge.programs.pleas import assignment, by_weights
+from mipipe.runtime.merge.pleas import assignment, by_weights
 
 HEADS, GROUPS, WIDTH = SMALL["num_attention_heads"], SMALL["num_key_value_heads"], 4
 

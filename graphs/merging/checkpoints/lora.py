@@ -18,7 +18,7 @@ from typing import Any
 from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.expressions import check_expression, search, substitute
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTensor, read_checkpoint
-from mipipe.graphs.merging.tensor_classes import TensorClass, classify, is_transposed
+from mipipe.graphs.merging.checkpoints.tensor_classes import TensorClass, classify, is_transposed
 
 PEFT_ALPHA = 8.0
 """``lora_alpha`` where an adapter's config gives none, PEFT's default."""

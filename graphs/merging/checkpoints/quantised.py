@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles
-from mipipe.graphs.merging.tensor_classes import FLOATING, QUANTISED
+from mipipe.graphs.merging.checkpoints.tensor_classes import FLOATING, QUANTISED
 
 _KEYS = ("quantization_config", "quantization", "compression_config")
 _FILES = ("quantize_config.json", "quant_config.json")

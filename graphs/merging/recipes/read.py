@@ -14,8 +14,8 @@ from typing import Any, Literal
 from mipipe.graphs.calibration.rule import check_calibration
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.expressions import check_expression, substitute
-from mipipe.graphs.merging.method_spec import Base
-from mipipe.graphs.merging.methods import BY_NAME, RECIPE_NAMES
+from mipipe.graphs.merging.method_table.method_spec import Base
+from mipipe.graphs.merging.method_table.methods import BY_NAME, RECIPE_NAMES
 from mipipe.graphs.merging.recipes.forms import normal_form
 from mipipe.graphs.merging.recipes.paths import beside_recipe
 from mipipe.graphs.merging.recipes.recipe import (

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from mipipe.graphs.calibration.rule import CalibrationRule
-from mipipe.graphs.merging.method_spec import Base, MethodSpec
-from mipipe.graphs.merging.methods import BY_NAME
+from mipipe.graphs.merging.method_table.method_spec import Base, MethodSpec
+from mipipe.graphs.merging.method_table.methods import BY_NAME
 from mipipe.graphs.merging.tokens.tokenizer_rule import TokenizerRule
 from mipipe.graphs.serialize import STRICT
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.expressions import check_expression
-from mipipe.graphs.merging.method_spec import MethodSpec, Parameter
-from mipipe.graphs.merging.methods import BY_NAME
+from mipipe.graphs.merging.method_table.method_spec import MethodSpec, Parameter
+from mipipe.graphs.merging.method_table.methods import BY_NAME
 
 
 def check_parameters(spec: MethodSpec, values: Mapping[str, Any], where: str, own: bool = False) -> None:

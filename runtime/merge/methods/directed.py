@@ -18,7 +18,7 @@ from mipipe.runtime.merge.methods.method import Tile
 
 
 def expert_merging(tile: Tile, _stats: Any, *, coefficients: Sequence[Sequence[float]], **_params: Any) -> Tensor:
-    """``theta_0 + sum_k alpha_k tau_k`` with the coefficients that `mipipe.runtime.merge.programs.expert_merging`
+    """``theta_0 + sum_k alpha_k tau_k`` with the coefficients that `mipipe.runtime.merge.expert_merging`
     learned, ``[models][parts]``: each holds for its contiguous part of the tensor."""
     shares = torch.tensor(coefficients, dtype=tile.origin.dtype, device=tile.origin.device)
     return merged_tensor(tile.origin, tile.deltas(), shares)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mipipe.graphs.merging.tensor_classes import layer_index
+from mipipe.graphs.merging.checkpoints.tensor_classes import layer_index
 from mipipe.runtime.merge.methods.arithmetic import task_arithmetic
 from mipipe.runtime.merge.methods.closed_forms import mean_field
 from mipipe.runtime.merge.methods.method import Round, Tile

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mipipe.graphs.merging.method_spec import MethodSpec, Params, Scope
-from mipipe.graphs.merging.tensor_classes import TensorClass
+from mipipe.graphs.merging.checkpoints.tensor_classes import TensorClass
+from mipipe.graphs.merging.method_table.method_spec import MethodSpec, Params, Scope
 from mipipe.planner.merging import steps
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mipipe.graphs.merging.tensor_classes import TensorClass
+from mipipe.graphs.merging.checkpoints.tensor_classes import TensorClass
 from mipipe.runtime.merge.methods.method import Round, Tile
 from mipipe.runtime.merge.methods.task_vectors import vote
 

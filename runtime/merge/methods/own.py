@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from mipipe.graphs.merging import methods
-from mipipe.graphs.merging.method_spec import Base, MethodSpec, Parameter
-from mipipe.graphs.merging.tensor_classes import TensorClass
+from mipipe.graphs.merging.checkpoints.tensor_classes import TensorClass
+from mipipe.graphs.merging.method_table import methods
+from mipipe.graphs.merging.method_table.method_spec import Base, MethodSpec, Parameter
 from mipipe.runtime.merge.methods.method import Method, Round, no_rounds
 from mipipe.runtime.merge.methods.registry import BY_METHOD
 

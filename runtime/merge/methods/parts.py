@@ -2,7 +2,7 @@
 
 For the methods that need not collapse their experts into one model: 1bit-Merging (signs and a scale per matrix),
 Twin-Merging (rank-compressed differences from a shared model) and RMM (a basis the experts share).
-`mipipe.runtime.merge.programs.store` writes and rebuilds whole models; here are its tensors.
+`mipipe.runtime.merge.launching.store` writes and rebuilds whole models; here are its tensors.
 
 A parts folder holds ``parts.json``, for Twin-Merging the shared model under ``shared``, and files of tensors named
 ``<piece>/<expert>/<part>`` (``<piece>/<part>`` where experts share it). Deltas that are not compressed are kept in the
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from mipipe.graphs.errors import RunError
 from mipipe.graphs.merging.checkpoints.files import read_header
+from mipipe.graphs.merging.checkpoints.tensor_classes import TensorClass
 from mipipe.graphs.merging.graph import MergeGraph
-from mipipe.graphs.merging.tensor_classes import TensorClass
 from mipipe.graphs.serialize import STRICT
 from mipipe.runtime.merge.methods.low_rank import canonical_factors, rmm_compress, rmm_reconstruct, twin_rank
 from mipipe.runtime.merge.methods.method import Tile

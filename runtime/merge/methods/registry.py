@@ -1,4 +1,4 @@
-"""The merge methods ready to run: for each row of `mipipe.graphs.merging.methods`, the functions that it names."""
+"""The merge methods ready to run: the functions that each row of `mipipe.graphs.merging.method_table.methods` names."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from mipipe.graphs.merging.method_spec import MethodSpec
-from mipipe.graphs.merging.methods import METHODS as SPECS
-from mipipe.graphs.merging.methods import REBUILD, STORE
+from mipipe.graphs.merging.method_table.method_spec import MethodSpec
+from mipipe.graphs.merging.method_table.methods import METHODS as SPECS
+from mipipe.graphs.merging.method_table.methods import REBUILD, STORE
 from mipipe.runtime.merge.methods import parts
 from mipipe.runtime.merge.methods.method import Method, no_rounds
 
@@ -26,6 +26,6 @@ def _method(spec: MethodSpec) -> Method:
 
 METHODS = tuple(map(_method, SPECS))
 INTERNAL = (Method(STORE, parts.compress), Method(REBUILD, parts.reconstruct))
-"""What storing and rebuilding parts runs in place of a merge; see `mipipe.runtime.merge.programs.store`."""
+"""What storing and rebuilding parts runs in place of a merge; see `mipipe.runtime.merge.launching.store`."""
 
 BY_METHOD = {method.spec.name: method for method in (*METHODS, *INTERNAL)}

@@ -14,7 +14,7 @@ import yaml
 
 from mipipe.graphs.merging.graph import MergeGraph
 from mipipe.graphs.merging.layout import index_json
-from mipipe.graphs.merging.methods import BY_NAME
+from mipipe.graphs.merging.method_table.methods import BY_NAME
 from mipipe.graphs.merging.tokens.chat_templates import NAMED
 from mipipe.graphs.merging.tokens.vocabulary import union_tokenizer
 from mipipe.graphs.serialize import load_data, write_text

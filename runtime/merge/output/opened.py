@@ -22,7 +22,7 @@ from typing import Any
 
 from mipipe.graphs.cache import cache_folder
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merging import tensor_classes
+from mipipe.graphs.merging.checkpoints import tensor_classes
 from mipipe.graphs.merging.graph import MergeGraph
 from mipipe.graphs.write_files import write_text
 

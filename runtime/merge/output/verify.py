@@ -21,8 +21,8 @@ import torch
 
 from mipipe.graphs.errors import RunError, shown
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTensor, read_checkpoint
+from mipipe.graphs.merging.checkpoints.tensor_classes import TensorClass, classify
 from mipipe.graphs.merging.participants import TOKEN_TABLES
-from mipipe.graphs.merging.tensor_classes import TensorClass, classify
 from mipipe.graphs.merging.tokens.vocabulary import read_tokens
 from mipipe.graphs.models.configuration import converted_classes, first_line, without_code
 from mipipe.runtime.merge.output.opened import key_of, note_opened, was_opened

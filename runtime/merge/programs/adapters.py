@@ -22,8 +22,8 @@ from torch import Tensor
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.files import read_checkpoint
 from mipipe.graphs.merging.graph import Input, MergeGraph, MergeUnit, pieces_of
-from mipipe.graphs.merging.method_spec import Base, Scope
-from mipipe.graphs.merging.methods import BY_NAME
+from mipipe.graphs.merging.method_table.method_spec import Base, Scope
+from mipipe.graphs.merging.method_table.methods import BY_NAME
 from mipipe.graphs.merging.passes import scope_of
 from mipipe.graphs.merging.recipes.recipe import AdapterRule
 from mipipe.graphs.serialize import write_text

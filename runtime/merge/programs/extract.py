@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.merging.checkpoints.tensor_classes import TensorClass
 from mipipe.graphs.merging.graph import MergeGraph, MergeUnit
-from mipipe.graphs.merging.method_spec import Scope
+from mipipe.graphs.merging.method_table.method_spec import Scope
 from mipipe.graphs.merging.participants import TOKEN_TABLES, tied_head
 from mipipe.graphs.merging.passes import scope_of
 from mipipe.graphs.merging.recipes.recipe import AdapterRule
-from mipipe.graphs.merging.tensor_classes import TensorClass
 from mipipe.runtime.merge.finite import as_stored, refuse_infinite
 from mipipe.runtime.merge.methods.method import merge_piece
 from mipipe.runtime.merge.methods.registry import BY_METHOD

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, read_checkpoint
+from mipipe.graphs.merging.moe_recipe import RANDOM, ROUTER, SHARED_GATE, Expert, MoeRecipe, router_tensors
 from mipipe.graphs.merging.participants import TOKEN_TABLES
-from mipipe.graphs.merging.recipes.moe_recipe import RANDOM, ROUTER, SHARED_GATE, Expert, MoeRecipe, router_tensors
 from mipipe.graphs.models.configuration import first_line
 from mipipe.graphs.serialize import digest, load_data
 from mipipe.runtime.calibration.quiet import quiet_transformers

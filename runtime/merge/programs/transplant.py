@@ -20,9 +20,9 @@ from torch import Tensor
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, read_checkpoint
 from mipipe.graphs.merging.checkpoints.hub_cache import model_folder
+from mipipe.graphs.merging.checkpoints.tensor_classes import TensorClass, classify
 from mipipe.graphs.merging.participants import TOKEN_TABLES
 from mipipe.graphs.merging.recipes.recipe import Branch, MergeRecipe, RecipeModel
-from mipipe.graphs.merging.tensor_classes import TensorClass, classify
 from mipipe.graphs.merging.tokens.tokenizer_rule import TokenizerRule
 from mipipe.graphs.merging.tokens.vocabulary import read_tokens
 from mipipe.runtime.merge.output.card import COPIED

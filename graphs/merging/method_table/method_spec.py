@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from mipipe.graphs.calibration.streams import Need
-from mipipe.graphs.merging.tensor_classes import TensorClass
+from mipipe.graphs.merging.checkpoints.tensor_classes import TensorClass
 
 
 class Base(StrEnum):

@@ -1,10 +1,10 @@
-"""The rows of the table of merge methods that run the models on samples; see `mipipe.graphs.merging.methods`."""
+"""Rows of methods that run the models on samples; see `mipipe.graphs.merging.method_table.methods`."""
 
 from __future__ import annotations
 
 from mipipe.graphs.calibration.streams import Need, Who
-from mipipe.graphs.merging.method_spec import Base, MethodSpec, Parameter, Params
-from mipipe.graphs.merging.tensor_classes import TensorClass
+from mipipe.graphs.merging.checkpoints.tensor_classes import TensorClass
+from mipipe.graphs.merging.method_table.method_spec import Base, MethodSpec, Parameter, Params
 
 _MAPS = frozenset({TensorClass.MATRIX, TensorClass.HEAD})
 _SHARE = Parameter("weight", 1.0, "factor of each model", per_model=True, low=0.0, above=True)

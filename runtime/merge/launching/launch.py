@@ -25,7 +25,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.build import build
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, read_checkpoint
 from mipipe.graphs.merging.graph import MergeGraph
-from mipipe.graphs.merging.recipes.moe_recipe import MoeRecipe, build_moe, dry_router, read_moe_recipe
+from mipipe.graphs.merging.moe_recipe import MoeRecipe, build_moe, dry_router, read_moe_recipe
 from mipipe.graphs.merging.recipes.read import read_recipes
 from mipipe.graphs.merging.recipes.recipe import MergeRecipe
 from mipipe.graphs.serialize import load_data

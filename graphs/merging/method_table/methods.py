@@ -8,9 +8,9 @@ the papers given.
 from __future__ import annotations
 
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.merging.calibrated_methods import CALIBRATED, FACTORS
-from mipipe.graphs.merging.method_spec import Base, MethodSpec, Parameter, Params, Scope
-from mipipe.graphs.merging.tensor_classes import TensorClass
+from mipipe.graphs.merging.checkpoints.tensor_classes import TensorClass
+from mipipe.graphs.merging.method_table.calibrated_methods import CALIBRATED, FACTORS
+from mipipe.graphs.merging.method_table.method_spec import Base, MethodSpec, Parameter, Params, Scope
 
 
 def _of_layer(_params: Params) -> Scope:
@@ -269,7 +269,7 @@ STORE = MethodSpec("store", "task vectors stored apart, compressed", "", (
 REBUILD = MethodSpec("rebuild", "a model rebuilt from stored parts", "", (
     Parameter("folder", None, "the parts", str), Parameter("route", None, "each expert's weight"),
     Parameter("turned", False, "the parts are of the transposed matrix", bool)), min_models=0, whole=True)
-"""What `mipipe.runtime.merge.programs.store` plans and runs like merges, and no recipe can ask for."""
+"""What `mipipe.runtime.merge.launching.store` plans and runs like merges, and no recipe can ask for."""
 
 BY_NAME = {spec.name: spec for spec in (*METHODS, STORE, REBUILD)}
 RECIPE_NAMES = [spec.name for spec in METHODS]

@@ -20,8 +20,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from mipipe.graphs.merging.checkpoints.tensor_classes import TableRows
 from mipipe.graphs.merging.graph import MergeGraph
-from mipipe.graphs.merging.tensor_classes import TableRows
 from mipipe.graphs.merging.unit_groups import METHOD, TABLE, Group, UnitGroups, apart, unit_groups
 from mipipe.runtime.calibration.results import Results
 from mipipe.runtime.merge.reordering import Reordering

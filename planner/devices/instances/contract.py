@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mipipe.planner.devices.instance import PlaceInstance
+from mipipe.planner.devices.instances.instance import PlaceInstance
 
 
 @dataclass(frozen=True, slots=True)

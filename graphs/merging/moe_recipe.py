@@ -16,12 +16,12 @@ from typing import Any, ClassVar, Literal
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, StoredTensor, licence_of, read_checkpoint
 from mipipe.graphs.merging.checkpoints.quantised import refuse_quantised
+from mipipe.graphs.merging.checkpoints.tensor_classes import classify, layer_index
 from mipipe.graphs.merging.graph import Input, MergeGraph, MergeModel, MergeUnit
 from mipipe.graphs.merging.moe_families import Family, choose_family
 from mipipe.graphs.merging.recipes.forms import normal_form
 from mipipe.graphs.merging.recipes.paths import beside_recipe
 from mipipe.graphs.merging.recipes.recipe import DTYPES
-from mipipe.graphs.merging.tensor_classes import classify, layer_index
 from mipipe.graphs.serialize import STRICT, from_data, to_data, yaml_documents
 
 RANDOM = ("random", "uniform_random")

@@ -18,11 +18,11 @@ from mipipe.graphs.merging.build import build
 from mipipe.graphs.merging.checkpoints.files import CheckpointFiles, read_checkpoint
 from mipipe.graphs.merging.graph import Input, MergeGraph, MergeUnit
 from mipipe.graphs.merging.layout import as_checkpoint
-from mipipe.graphs.merging.methods import BY_NAME
+from mipipe.graphs.merging.method_table.methods import BY_NAME
 from mipipe.graphs.merging.recipes.recipe import MergeRecipe
 from mipipe.graphs.serialize import load
 from mipipe.planner.merging.plan import MergePlan, plan_graph, plan_recipe
-from mipipe.runtime.merge.launch import MergeOptions, check_target, made_by, run_plan
+from mipipe.runtime.merge.launching.launch import MergeOptions, check_target, made_by, run_plan
 from mipipe.runtime.merge.methods.parts import STORABLE, Parts, stored_bytes
 from mipipe.runtime.merge.output.lock import only_one
 from mipipe.runtime.weights.reader import TORCH_DTYPES

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mipipe.planner.experts.greedy import pack, replicate
-from mipipe.planner.experts.maps import device_times
+from mipipe.planner.experts.balance.greedy import pack, replicate
+from mipipe.planner.experts.balance.maps import device_times
 
 
 @dataclass(frozen=True, slots=True)

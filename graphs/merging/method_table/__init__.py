@@ -1,0 +1,1 @@
+"""The table of merge methods: names, parameters, papers and what each needs. No mathematics, no recipes."""

@@ -1,0 +1,1 @@
+"""Device-placement workloads as arrays, and the smaller ones that follow from what cannot be cut."""
