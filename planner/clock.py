@@ -15,6 +15,9 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
+LEAST_S = 0.05
+"""Seconds of a solve or a MIP whose turn comes when none are left; none begins for less."""
+
 STEPS = 4_096
 """Steps of a loop over actions between two looks at the clock: some hundredths of a second."""
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 SOLVER_GAP = 1e-6
 """Relative gap at which a MIP stops and its incumbent counts as optimal, where nothing else is asked for."""
 
+BOUND_SLACK = 100 * SOLVER_GAP
+"""Units of its objective by which a MIP's bound may be too high: rows hold within the solver's tolerances."""
+
 
 def gap_of(value: float | None, bound: float | None) -> float | None:
     """``(value - bound) / |bound|``: 0 is a proof. None where either is unknown, or the bound is 0 and says nothing."""

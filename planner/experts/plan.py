@@ -14,6 +14,7 @@ import numpy as np
 
 from mipipe.graphs.errors import InfeasibleError, InputError
 from mipipe.graphs.topology import Topology
+from mipipe.planner import clock
 from mipipe.planner.experts.balance.greedy import greedy_layer
 from mipipe.planner.experts.balance.maps import ExpertLoads, ExpertMap, layer_bound, slots_for, unit_times
 from mipipe.planner.experts.balance.swaps import Layer, balanced_start, gather_partners, improve_map, shared_tokens
@@ -224,7 +225,7 @@ def _polish(layers: list[Layer], maps: list[np.ndarray], bounds: list[float], op
     waiting = [number for number in np.argsort(gaps)[::-1].tolist() if gaps[number] > worth * bounds[number]]
     for done, number in enumerate(waiting):
         left = options.time_limit_s - (time.monotonic() - began)
-        if left <= 0.05 or options.groups > 1 or layers[number].together is not None:
+        if left <= clock.LEAST_S or options.groups > 1 or layers[number].together is not None:
             break
         layer, devices = layers[number], maps[number]
         share = left / (len(waiting) - done)

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
+from mipipe.planner import clock
 from mipipe.planner.ladder.harvest import ANNEALING
 from mipipe.planner.ladder.race import TURN_S, Race
 from mipipe.planner.ladder.state import Incumbent, Run
@@ -86,7 +87,7 @@ def loop(run: Run, activities: Sequence[Activity], race: Race | None) -> None:
         seen, bound, began = len(run.history), run.lowest_ns or 0, time.monotonic()
         room, progress = least_bound(run), chosen.progress()
         with beside(run, race if chosen is not annealing else None, threads - 1):
-            active = chosen.step(min(chosen.slice_s, longest, max(0.05, run.left)))
+            active = chosen.step(min(chosen.slice_s, longest, max(clock.LEAST_S, run.left)))
         seconds = time.monotonic() - began
         by_annealing, by_others = gains(run.history[max(0, seen - 1):])
         risen = max(0, (run.lowest_ns or 0) - bound) / max(1, bound)

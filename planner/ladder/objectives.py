@@ -27,8 +27,6 @@ from mipipe.planner.problem import PlanningProblem
 DEVICES_GIVEN_BACK = 3
 """Most devices `best_utilisation` tries to do without: each costs a solve."""
 
-LEAST_S = 0.05
-"""Seconds of a solve whose turn comes when none are left."""
 
 OUT_OF_TIME = "time up without a plan"
 """The termination of a solve that had no time for a first plan."""
@@ -53,12 +51,12 @@ def parts(count: int, options: PlanOptions, solve: Callable[..., Any],
         left = options.time_limit_s - (now - began)
         if turns and left < 0.5 * last:
             return None
-        part = max(LEAST_S, left / (count - turns))
+        part = max(clock.LEAST_S, left / (count - turns))
         turns += 1
         with clock.watched(lambda: now + part - time.monotonic()) if turns > 1 else nullcontext():
             found = run(problem, part)
         if turns == 1 and count > 1 and found.termination.value == OUT_OF_TIME:
-            found = run(problem, max(LEAST_S, options.time_limit_s - (time.monotonic() - began)))
+            found = run(problem, max(clock.LEAST_S, options.time_limit_s - (time.monotonic() - began)))
             if found.termination.value == OUT_OF_TIME:
                 found = replace(found, reason=no_plan_within(options.time_limit_s))
         last = time.monotonic() - now

@@ -163,7 +163,7 @@ def _round(run: Run, pool: ThreadPoolExecutor, waiting: list[tuple[Candidate, Wo
     while waiting or busy:
         while waiting and len(busy) < threads and until() > 0 and not run.closed:
             found, worker, seconds = waiting.pop(0)
-            seconds = min(seconds, max(0.05, until()))
+            seconds = min(seconds, max(clock.LEAST_S, until()))
             busy[pool.submit(_advance, worker, seconds, lambda: run.stopped or until() <= 0)] = (found, worker)
         if not busy:
             return

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mipipe.planner import clock
 from mipipe.planner.experts.balance.swaps import Layer
 from mipipe.planner.milp import highs, pyo
 
@@ -81,7 +82,7 @@ def solve_layer(layer: Layer, start: np.ndarray, bound: float, *, time_limit_s: 
         if not len(waiting):
             return PatternResult(best, layer.makespan(best), layer.makespan(best))
         left = ends - time.monotonic()
-        if left <= 0.05:
+        if left <= clock.LEAST_S:
             return PatternResult(best, layer.makespan(best), bound)
         limit = float(waiting[len(waiting) // 2])
         found, ended = _within(layer, items, slots, limit, left, seed)

@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 
+from mipipe.planner import clock
 from mipipe.planner.experts.balance.swaps import Layer
 from mipipe.planner.milp import highs, pyo
 
@@ -60,7 +61,7 @@ def _repack(layer: Layer, devices: np.ndarray, members: np.ndarray, time_limit_s
         m.x[e, d] for e in range(len(experts))) == devices.shape[1])
     model.busy = pyo.Constraint(range(len(members)), rule=lambda m, d: sum(
         float(share[e] * layer.units[members[d]] / scale) * m.x[e, d] for e in range(len(experts))) <= m.T)
-    outcome = highs.solve(model, time_limit_s=min(max(time_limit_s, 0.05), 0.5), seed=seed, gap=1e-4)
+    outcome = highs.solve(model, time_limit_s=min(max(time_limit_s, clock.LEAST_S), 0.5), seed=seed, gap=1e-4)
     if not outcome.has_solution:
         return None
     result = devices.copy()

@@ -110,7 +110,7 @@ def solve(model: pyo.ConcreteModel, *, time_limit_s: float, seed: int, threads: 
     solver.passModel(matrix.lp)
     if warm_start:
         _set_start(solver, matrix)
-    solver.setOptionValue("time_limit", max(0.05, time_limit_s - (time.monotonic() - began)))
+    solver.setOptionValue("time_limit", max(clock.LEAST_S, time_limit_s - (time.monotonic() - began)))
     seen = _run(solver, on_incumbent, on_bound, stop)
     outcome = _outcome(solver, matrix, seen, time.monotonic() - began)
     calls.note(model.name, outcome.seconds, outcome.nodes)

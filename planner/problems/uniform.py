@@ -33,8 +33,8 @@ _KIND = "device"
 _BYTES = 1000
 """Bytes of ``1 / ranks`` of a layer: fine enough that caps such as 8.5 or 0.75 * 33 activations are whole bytes."""
 
-MOST_CELLS = 2**20
-"""Ranks x microbatches: 16 times 64 x 1,024, for which the published schedules alone take minutes."""
+MOST_CELLS = 16 * MOST_COUNT
+"""Ranks x microbatches: 16 ranks with the most microbatches, for which the published schedules alone take minutes."""
 
 
 def uniform_problem(*, ranks: int, microbatches: int, f: Number, i: Number, w: Number, comm: Number = 0,

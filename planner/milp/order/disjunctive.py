@@ -17,6 +17,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+from mipipe.planner.gap import BOUND_SLACK
 from mipipe.planner.milp import highs, pyo
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
 from mipipe.planner.milp.order.shop import Shop, Tight, tighten, time_unit
@@ -63,8 +64,8 @@ def solve_shop(shop: Shop, horizon_ns: int, *, time_limit_s: float, seed: int, l
         bound = max(bound, horizon_ns + 1)
     elif outcome.bound is not None:
         # the solver's feasibility tolerance is 1e-6 of a unit; a bound just above an integer must not be rounded up
-        bound = max(bound, -int(-(outcome.bound - 1e-4) // 1) * unit if _integral(shop, unit)
-                    else int((outcome.bound - 1e-4) * unit))
+        bound = max(bound, -int(-(outcome.bound - BOUND_SLACK) // 1) * unit if _integral(shop, unit)
+                    else int((outcome.bound - BOUND_SLACK) * unit))
     return ShopResult(_orders(model, shop, tight) if outcome.has_solution else None, bound, outcome)
 
 

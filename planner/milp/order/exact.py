@@ -29,6 +29,7 @@ from typing import Any
 from mipipe.graphs.errors import PlanError, ProblemError
 from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.bounds.at_placement import problem_bound
+from mipipe.planner.gap import BOUND_SLACK
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
@@ -37,9 +38,6 @@ from mipipe.planner.milp.highs import SolverOutcome
 from mipipe.planner.milp.order.exact_parts import MipTransfer, Sketch, sketch
 from mipipe.planner.plan import Placement, RankOrder, Schedule, Stage
 from mipipe.planner.problem import PlanningProblem
-
-TOLERANCE = 1e-4
-"""Units by which the solver's bound may be too high."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +72,7 @@ def solve_exact(problem: PlanningProblem, *, time_limit_s: float, seed: int,
     outcome = highs.solve(model, time_limit_s=time_limit_s, seed=seed, gap=0.0, absolute_gap=0.999)
     bound = problem_bound(problem).ns
     if outcome.bound is not None:  # of schedules without overlapped pairs; those with pairs stretch to such ones
-        proven = outcome.bound - TOLERANCE  # in units; a makespan is so many whole ones only where all times are
+        proven = outcome.bound - BOUND_SLACK  # in units; a makespan is so many whole ones only where all times are
         units = math.ceil(proven) if drawn.whole else proven
         bound = max(bound, pair_gain(problem).shared(math.floor(units * drawn.unit)))
     if not outcome.has_solution:

@@ -22,6 +22,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from itertools import combinations
 
+from mipipe.planner import clock
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.milp import highs, pyo
@@ -58,7 +59,7 @@ def pace(view: StageView, period_ns: int | None = None, *, time_limit_s: float, 
         known = start or greedy(pattern, period)
         last = number + 1 == len(periods)
         limit = left if last else left / 2 if known else left / 4
-        if limit <= 0.05 and known is None:
+        if limit <= clock.LEAST_S and known is None:
             break
         model = build(pattern, period)
         if known is not None:

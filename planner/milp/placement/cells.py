@@ -178,12 +178,13 @@ class CellBound:
         model.makespan.setub(tried_ns / model.unit_ns)
         model.goal.set_value(sum(weight * model.n[0, j] for j, weight in enumerate(case.tried)))
         seen: list[np.ndarray] = []
-        self.outcome = highs.solve(model, time_limit_s=min(LONGEST_S, max(0.05, end - time.monotonic())), seed=seed,
-                                   gap=GAP, matrix=matrix,
+        limit = min(LONGEST_S, max(clock.LEAST_S, end - time.monotonic()))
+        self.outcome = highs.solve(model, time_limit_s=limit, seed=seed, gap=GAP, matrix=matrix,
                                    on_incumbent=lambda _, values: seen.append(values))
         infeasible = self.outcome.infeasible
         unfinished = not infeasible and self.outcome.termination is not SolverStatus.OPTIMAL
-        if self.outcome.termination is SolverStatus.INTERRUPTED or (unfinished and time.monotonic() >= end - 0.05):
+        over = time.monotonic() >= end - clock.LEAST_S
+        if self.outcome.termination is SolverStatus.INTERRUPTED or (unfinished and over):
             return None  # what little it has proven would stay
         place = {id(column): number for number, column in enumerate(matrix.variables)}
         at = [place[id(model.n[0, j])] for j in range(len(self.bins))]

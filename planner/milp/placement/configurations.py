@@ -21,6 +21,7 @@ import math
 import time
 from collections.abc import Sequence
 
+from mipipe.planner import clock
 from mipipe.planner.bounds.over_placements import Bound, problem_bound
 from mipipe.planner.milp import highs, pyo
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
@@ -53,7 +54,7 @@ def configuration_bound(problem: PlanningProblem, *, time_limit_s: float,
     model = devices_model(problem, bins, best.ns)
     outcome = SolverOutcome(SolverStatus.TIME_LIMIT, None, None, 0.0, 0, 0)
     tried_ns = _above(best.ns)
-    while (left := time_limit_s - (time.monotonic() - began)) > 0.05:
+    while (left := time_limit_s - (time.monotonic() - began)) > clock.LEAST_S:
         outcome = _heaviest(model, weights, tried_ns, left, seed)
         if outcome.bound is not None and outcome.bound < 1 - 1e-6:
             refuted = _lightest(model, weights, tried_ns, min(left, LONGEST_S), seed)

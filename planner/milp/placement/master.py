@@ -37,6 +37,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mipipe.planner import clock
+from mipipe.planner.gap import BOUND_SLACK
 from mipipe.planner.milp import highs, pyo
 from mipipe.planner.milp.highs import SolverOutcome
 from mipipe.planner.placements.counts import Chain, Cut
@@ -77,7 +78,7 @@ def propose(chain: Chain, positions: int, cuts: Sequence[Cut] = (), *, time_limi
         return None, outcome
     where = tuple(max((d for j, d in model.x if j == k), key=lambda d: model.x[k, d].value) for k in range(positions))
     counts = tuple(tuple(round(model.n[r, k].value) for k in range(positions)) for r in range(len(chain.runs)))
-    bound = None if outcome.bound is None else max(0.0, outcome.bound / (1 + EVEN) - 1e-4) * scale
+    bound = None if outcome.bound is None else max(0.0, outcome.bound / (1 + EVEN) - BOUND_SLACK) * scale
     return MasterProposal(Cut(where, counts), model.C.value * scale, bound, outcome), outcome
 
 
