@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from mipipe.graphs.errors import InputError, shown
+from mipipe.graphs.errors import InputError, MipipeError, printable, shown
 
 _NAMED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)
 
@@ -64,3 +64,27 @@ def no_exit() -> Iterator[None]:
         *_, last = traceback.extract_tb(ended.__traceback__)
         raise InputError(f"{last.filename}, line {last.lineno}: ends the process ({shown(last.line, quoted=False)})"
                          " before the work is done; return, or raise an error that says what is wrong") from None
+
+
+@contextlib.contextmanager
+def in_one_line(kind: type[MipipeError], what: str) -> Iterator[None]:
+    """Inside, whatever a person's code raises becomes an error of ``kind``: ``what`` it was, the exception and the last
+    line that is neither ours nor torch's. Errors of our own pass."""
+    try:
+        yield
+    except MipipeError:
+        raise
+    except Exception as error:
+        raise kind(f"{what}: {_told(error)}") from None
+
+
+def _told(error: Exception) -> str:
+    """An exception in one line; of one that torch passes on from a process of a loader, the original's last line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    passed_on = len(lines) > 1 and "Original Traceback" in str(error)
+    text = lines[-1] if passed_on else f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    places = [f"{frame.f_code.co_filename}, line {line}" for frame, line in traceback.walk_tb(error.__traceback__)
+              if frame.f_globals.get("__name__", "").partition(".")[0] not in ("mipipe", "torch", "queue")]
+    if passed_on:
+        places = [f"{file}, line {line}" for file, line in re.findall(r'File "(.+)", line (\d+)', str(error))[-1:]]
+    return shown(text, quoted=False, most=300) + (f" ({printable(places[-1])})" if places else "")

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from mipipe.graphs.errors import DataEnd, InputError
-from mipipe.graphs.named_code import import_named
+from mipipe.graphs.errors import DataEnd, InputError, RunError, shown
+from mipipe.graphs.named_code import import_named, in_one_line
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.rows import batch_inputs
 from mipipe.runtime.engine.batches import Batch
@@ -61,7 +61,8 @@ class Batches:
         if self._iterator is None:
             self._iterator = _epochs(self._source)
         try:
-            batch = next(self._iterator)
+            with in_one_line(InputError, f"data: {self._name} failed at its batch {self.taken + 1}"):
+                batch = next(self._iterator)
         except InputError as error:
             self._iterator = None
             if not self.taken:
@@ -74,7 +75,8 @@ class Batches:
         """What `resume` needs; ``before``: to get the last batch once more, where the loader has no state of its own
         (else it goes on after that batch). ``divides``: whether other copies that take as many samples a step can
         continue from it."""
-        own = self._source.state_dict() if hasattr(self._source, "state_dict") else None
+        with in_one_line(RunError, f"data: {self._name} failed in its state_dict()"):
+            own = self._source.state_dict() if hasattr(self._source, "state_dict") else None
         return {"taken": self.taken - int(before and own is None), "rows": self._rows, "loader": own,
                 "divides": hasattr(self._source, "reshard") or (self._in_turn and own is None)}
 
@@ -87,6 +89,11 @@ class Batches:
         """
         first = states(min(copy, before - 1))
         rows = first.get("rows") or self._rows
+        with in_one_line(InputError, f"data: {self._name} cannot take its position from the checkpoint"):
+            self._continue_from(first, rows, states, before, copy, copies)
+
+    def _continue_from(self, first: dict[str, Any], rows: int, states: Callable[[int], dict[str, Any]], before: int,
+                       copy: int, copies: int) -> None:
         if before == copies and rows == self._rows:
             self.resume(first)
         elif hasattr(self._source, "reshard"):
@@ -230,7 +237,11 @@ def read_text_bytes(folder: Path, suffix: str, max_bytes: int) -> torch.Tensor:
     """
     text = bytearray()
     for path in sorted(item for item in folder.rglob(f"*{suffix}") if item.is_file()):
-        text += path.read_bytes()[:max_bytes - len(text)] + b"\n"
+        try:
+            with path.open("rb") as stream:
+                text += stream.read(max_bytes - len(text)) + b"\n"
+        except OSError as error:
+            raise InputError(f"data: {path}: cannot be read: {error.strerror}") from None
         if len(text) >= max_bytes:
             break
     if not text:
@@ -267,11 +278,9 @@ def make_batches(config: DataConfig, graph: OperatorGraph, rows: int, seed: int,
                              " would train on the same batches; give it that parameter")
         if "copies" in takes:
             options["copies"] = copies
-        try:
+        with in_one_line(InputError, f"data source {config.source}, called with (graph=, rows=, seed=) and the options,"
+                                     " failed"):
             loader = source(graph=graph, rows=rows, seed=seed, **options)
-        except TypeError as error:
-            raise InputError(f"data source {config.source}: {error}; it is called with (graph=, rows=, seed=) and the"
-                             " options") from None
         return Batches(loader, rows, in_turn={"copy", "copies"} <= set(takes), name=config.source)
     if config.source == ROLLOUTS:
         unknown = sorted(set(options) - {"folder", "max_age"})
@@ -281,7 +290,11 @@ def make_batches(config: DataConfig, graph: OperatorGraph, rows: int, seed: int,
     if config.source == FUSED:
         return Batches(FusedRows(graph, rows, seed, copy=copy, copies=copies, **options), rows, in_turn=True,
                        name=FUSED)
-    max_bytes = int(options.pop("max_bytes", DEFAULT_BYTES))
+    max_bytes = options.pop("max_bytes", DEFAULT_BYTES)
+    if type(max_bytes) is float and max_bytes.is_integer():  # 1e6
+        max_bytes = int(max_bytes)
+    if type(max_bytes) is not int or max_bytes < 1:
+        raise InputError(f"data: max_bytes: found {shown(max_bytes)}, expected a whole number of at least 1")
     if options:
         raise InputError(f"data: unknown option {sorted(options)[0]!r}; expected max_bytes")
     text = stdlib_text(max_bytes) if config.source == "stdlib" else \

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from mipipe.graphs.errors import RunError
+from mipipe.graphs.errors import DataEnd, RunError
 from mipipe.runtime.train.data import Batches
 from mipipe.runtime.train.prefetch import Prefetched
 
@@ -51,7 +51,7 @@ def test_what_the_loader_raises_is_raised_where_its_batch_is_asked_for():
         raise ValueError("a damaged file")
     ahead = Prefetched(Batches(broken()), False, 20.0)
     next(ahead)
-    with pytest.raises(ValueError, match="a damaged file"):
+    with pytest.raises(DataEnd, match="ValueError: a damaged file"):
         next(ahead)
 
 

@@ -29,7 +29,7 @@ from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.checkpoints.data_state import read_loader
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.train.config import CheckpointConfig, DataConfig, OptimizerConfig, TrainConfig
-from mipipe.runtime.train.data import Batches, TextBytes
+from mipipe.runtime.train.data import Batches, TextBytes, make_batches
 from mipipe.runtime.train.launching.failures import DONE
 from mipipe.runtime.train.launching.launch import end_of
 from mipipe.runtime.train.prefetch import Prefetched
@@ -125,6 +125,74 @@ def test_data_that_ends(tmp_path, skip, ahead):
     assert more.run(more.begin(Start.RESUME)) == whole[3:]
     with pytest.raises(InputError, match="the loader gives no batch"):
         ending(tmp_path / "none", 0).run()
+
+
+class Failing:
+    """Batches of a list until one, where a person's code raises; with or without a state of its own."""
+
+    def __init__(self, made, at, error):
+        self.made, self.at, self.error = made, at, error
+
+    def __iter__(self):
+        for number, batch in enumerate(self.made):
+            if number == self.at:
+                raise self.error
+            yield batch
+
+
+class FailingState(Failing):
+    where = ""
+
+    def state_dict(self):
+        if self.where == "state_dict":
+            raise self.error
+        return {"place": 1}
+
+    def load_state_dict(self, state):
+        raise self.error
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("error, told", [
+    (ValueError("corrupt sample 17"), "ValueError: corrupt sample 17"), (KeyError("text"), "KeyError: 'text'"),
+    (FileNotFoundError(2, "No such file", "shard"), "FileNotFoundError: .*shard"), (MemoryError(), "MemoryError"),
+    (RuntimeError('Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n'
+                  '  File "mine.py", line 7, in read\n    1 / 0\nZeroDivisionError: division by zero\n'),
+     "ZeroDivisionError: division by zero .mine.py, line 7."),
+])
+def test_a_loader_that_raises(tmp_path, error, told, ahead):
+    """It is an end of the data: what was done is saved, in one line that names the loader's, and goes on from there."""
+    def failing(folder, at, **changes):
+        made = saved_once(folder, steps=6, loader=Failing(batches(), at, error), **changes)
+        if ahead:
+            made.batches = Prefetched(made.batches, False, 20.0)
+        return made
+
+    whole = trainer(tmp_path / "whole", 6, loader=batches()).run()
+    with pytest.raises(DataEnd, match=rf"step 4: data: the loader failed at its batch 4: {told}.*"
+                                      r"what was done is saved in .*step-3; go on with --resume") as caught:
+        failing(tmp_path, 3).run()
+    assert "\n" not in str(caught.value) and ("mine.py" in str(caught.value) or __file__ in str(caught.value))
+    mended = failing(tmp_path, 99)
+    assert mended.run(mended.begin(Start.RESUME)) == whole[3:]
+    with pytest.raises(InputError, match="failed at its batch 1"):
+        failing(tmp_path / "none", 0).run()
+
+
+def test_a_loaders_state_that_raises(tmp_path):
+    loader = FailingState(batches(), 99, ValueError("worker_0"))
+    trainer(tmp_path, 3, loader=loader).run()
+    with pytest.raises(InputError, match=r"the loader cannot take its position from the checkpoint: ValueError: wor"):
+        trainer(tmp_path, 4, loader=loader).begin(Start.RESUME)
+    loader.where = "state_dict"
+    with pytest.raises(RunError, match=r"the loader failed in its state_dict\(\): ValueError: worker_0 \("):
+        trainer(tmp_path / "other", 3, loader=loader).run()
+
+
+@pytest.mark.parametrize("size", ["abc", None, -5, 0, 1.5, True, [1]])
+def test_sizes_of_texts_are_whole_numbers(size):
+    with pytest.raises(InputError, match=r"max_bytes: found .*, expected a whole number of at least 1"):
+        make_batches(DataConfig(options={"max_bytes": size}), cases.chain_graph(), 2, 0)
 
 
 def uneven(folder, counts, skip):
