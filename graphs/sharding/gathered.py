@@ -9,6 +9,7 @@ is scattered. There the engine gathers what copies updated (`mipipe.runtime.engi
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from mipipe.graphs.operator_graph import Operator, OperatorGraph, Phase, SegmentTrace, TensorSpec
@@ -21,12 +22,12 @@ COPIES = "copies"
 """The axis that copies of the plan are along."""
 
 
-def gathered(member: MemberGraph, size: int, zero: int = 3) -> MemberGraph:
+def gathered(member: MemberGraph, size: int, zero: int = 3, apart: Collection[str] = ()) -> MemberGraph:
     """The graph of a copy, of ``size``, that holds a part of every parameter whose first dimension divides; below stage
-    3 (``zero``) of those that train."""
+    3 (``zero``) of those that train. ``apart``: parameters (canonical FQNs) that copies hold otherwise: experts."""
     graph = member.graph
     canonical = {item.fqn: item.tied_to or item.fqn for item in graph.parameters}
-    parts = {item.fqn for item in graph.parameters if not item.buffer and item.tied_to is None
+    parts = {item.fqn for item in graph.parameters if not item.buffer and item.tied_to is None and item.fqn not in apart
              and item.spec.shape and fits(item.spec.shape, divided(0), size) and (item.trainable or zero == 3)}
     made: dict[tuple[str, tuple[str, ...]], SegmentTrace] = {}
     segments = []

@@ -122,6 +122,7 @@ def own_square(engine: Engine) -> torch.Tensor:
     parts = [norm.double() for norm in torch._foreach_norm(owned)] if owned else []
     total = torch.stack(parts).square().sum() if parts else \
         torch.zeros((), dtype=torch.float64, device=engine.mesh.device)
-    if engine.compiled.experts is not None:
-        total = total + expert_squares(engine.compiled.experts, engine.weights)
+    if engine.compiled.experts is not None:  # all copies' experts, as each copy is summed up, or all together are
+        experts = expert_squares(engine.compiled.experts, engine.weights)
+        total = total if engine.compiled.across and engine.mesh.copy else total + experts
     return total

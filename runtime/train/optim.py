@@ -45,9 +45,10 @@ def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any], shard:
         _tell_shards(engine)
     if not parameters:
         return None
-    if shard and engine.compiled.banks:
-        raise InputError("optimizer.shard divides every parameter among the copies of the plan, but experts live on"
-                         " some of them; leave it out with expert parallelism")
+    if shard and engine.compiled.banks and not engine.compiled.across:
+        raise InputError(f"optimizer {name}: copies that share its state update some whole parameters each, but experts"
+                         " live on some copies; take one that treats elements alike, such as adamw, or leave"
+                         " optimizer.shard out (a plan's zero: --degrees zero=0)")
     options = with_fused(kind, options, engine.mesh.device)
     try:
         if shard and engine.mesh.copy_group is not None and not engine.compiled.across:

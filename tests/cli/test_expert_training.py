@@ -41,3 +41,38 @@ def test_a_run_counts_and_the_next_follows_the_map(mipipe, tmp_path: Path) -> No
                 "--replicas", 4, "-o", tmp_path / "map.json")
     assert losses["first"] == pytest.approx(losses["second"], rel=1e-6)
     assert losses["first"][-1] < losses["first"][0]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_experts_over_the_copies_of_a_plan_of_degrees(mipipe, tmp_path: Path) -> None:
+    """Planned by degrees, what runs is told, and run: two ranks of two copies that share the experts and all other
+    optimizer state have the losses of two copies of a plan of one device, which share the experts."""
+    def ended(*arguments: object) -> str:
+        found = mipipe(*arguments)
+        assert found.code == 0, f"{arguments[0]}: {found.stderr}"
+        return " ".join(found.stdout.split())
+
+    for parallel in (1, 2):
+        ended("capture", ROOT / "examples/qwen3_moe_tiny", "--seq", 32, "--batch", 2, *(
+            ["--expert-parallel", 2] if parallel > 1 else []), "--set", "num_hidden_layers=2", "-o",
+            tmp_path / f"graph{parallel}.json")
+    degrees = ("--kind", "h100", "--global-batch", 8, "--microbatch", 2, "--degrees")
+    shared, whole = tmp_path / "graph2.json", tmp_path / "graph1.json"
+    told = ended("plan", shared, "--devices", 4, *degrees, "ranks=2,copies=2,expert=2", "-o", tmp_path / "plan2.json")
+    assert "`mipipe train` runs this plan" in told and "runs this plan, but" not in told
+    ended("plan", shared, "--devices", 2, *degrees, "copies=2,expert=2,zero=0", "-o", tmp_path / "plan1.json")
+    told = ended("plan", shared, "--devices", 4, *degrees, "ranks=4")
+    assert "captured with --expert-parallel 2, and `mipipe train` refuses this plan; --degrees tensor=1" in told
+    told = ended("plan", whole, "--devices", 2, *degrees, "copies=2,expert=2")
+    assert "or over all copies of single devices (capture with --expert-parallel 2), and refuses this plan" in told
+    losses = []
+    for ranks in (1, 2):
+        metrics = tmp_path / f"{ranks}.jsonl"
+        config = {"steps": 3, "optimizer": {"name": "adamw", "lr": 1e-3}, "clip": 0.5, "data": {"source": "stdlib"},
+                  "metrics": str(metrics)}
+        (tmp_path / "train.yaml").write_text(yaml.safe_dump(config))
+        ended("train", "--plan", tmp_path / f"plan{ranks}.json", "--graph", shared, "--config", tmp_path / "train.yaml",
+              "--device", "cpu", "--timeout", 300)
+        losses.append([json.loads(line)["loss_metrics/global_avg_loss"] for line in metrics.read_text().splitlines()])
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-5)

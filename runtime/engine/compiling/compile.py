@@ -56,7 +56,9 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
     team = plan.team or ALONE
     copies = mesh.num_copies if mesh is not None else max(1, world() // (len(program.ranks) * team.members))
     zero = options.zero if copies > 1 else 0
-    member = member_graph(team, graph) if not zero else gathered(member_graph(team, graph), copies, zero)
+    member = member_graph(team, graph)
+    if zero:
+        member = gathered(member, copies, zero, {name for layer in expert_layers(graph) for name in layer.banks})
     whole, graph = graph, member.graph
     flow = gradient_flow(graph)
     stage_of = _stage_of_segments(plan, graph)

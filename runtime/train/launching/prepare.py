@@ -112,36 +112,35 @@ def check_team(plan: Plan, graph: OperatorGraph, config: TrainConfig) -> None:
     if adapters is not None and adapters.light is not None and divided:
         raise InputError("adapters: light-peft removes units of whole layers, of which members of a team have parts;"
                          " plan single devices, or copies of them")
-    if sharded and expert_layers(graph):
-        raise InputError("optimizer.shard divides every parameter among the copies of the plan, but experts live on"
-                         " some of them; leave it out with expert parallelism")
     if team is None:
         return
     rows = rows_of(graph)
     if team.microbatch not in (0, rows):
         raise InputError(f"plan {plan.name}: has microbatches of {team.microbatch} sequences, but the graph was"
                          f" captured with {rows}; capture it with --batch {team.microbatch} and plan that")
-    if team.expert > 1 and (team.expert != team.axes.get("tensor") or "context" in team.axes):
-        raise InputError(f"plan {plan.name}: divides experts over {team.expert} devices, but training divides them over"
-                         f" the tensor axis of a team alone ({team.text()}); plan with --degrees expert=1, or with"
-                         " expert and tensor alike")
-    if team.members == 1:
-        return
     if expert_layers(graph):
-        raise InputError(f"plan {plan.name}: its ranks are teams ({team.text()}), but the graph was captured with"
-                         " --expert-parallel, experts shared by copies; capture it without, and divide experts inside"
-                         " teams (mode expert)")
+        if divided:
+            raise InputError(f"plan {plan.name}: its ranks are teams ({team.text()}), but the graph was captured with"
+                             " --expert-parallel, experts shared by copies; capture it without, and divide experts"
+                             " inside teams (mode expert)")
+        if team.expert != team.copies:
+            raise InputError(f"plan {plan.name}: divides experts over {team.expert} of {team.copies} copies, but the"
+                             " graph was captured with --expert-parallel, experts shared by all copies; plan with"
+                             f" --degrees copies={team.copies},expert={team.copies}")
+    elif team.expert > 1 and (team.expert != team.axes.get("tensor") or "context" in team.axes):
+        over = "" if divided else f", capture with --expert-parallel {team.expert} and plan copies={team.expert},"
+        raise InputError(f"plan {plan.name}: divides experts over {team.expert} devices, but training divides them over"
+                         f" the tensor axis of a team alone ({team.text()}); plan with --degrees expert=1{over} or with"
+                         " expert and tensor alike")
 
 
 def zero_of(config: TrainConfig, plan: Plan, graph: OperatorGraph) -> int:
     """What copies of the plan divide by parts of every parameter (`EngineOptions`), as configured, or as the plan of
     teams says. 0 also where whole parameters go to one copy each (`mipipe.runtime.train.optim`): an optimizer that
-    looks at whole tensors updates them so, and banks of experts are refused there."""
+    looks at whole tensors updates them so."""
     asked = {False: 0, True: 1, "gradients": 2, "parameters": 3}[config.optimizer.shard]
     zero = max(asked, plan.team.zero if plan.team is not None else 0)
-    if zero == 3 or asked == 2 or (not expert_layers(graph) and takes_parts(config.optimizer.name, zero)):
-        return zero
-    return 0
+    return zero if zero == 3 or asked == 2 or takes_parts(config.optimizer.name, zero) else 0
 
 
 def check_folders(config: TrainConfig) -> None:

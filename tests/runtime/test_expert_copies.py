@@ -1,0 +1,140 @@
+"""Plans of teams whose experts are over the copies: all-to-alls between copies, which divide all other state."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import pytest
+import runtime_equal as equal
+import runtime_experts as ex
+import torch
+from test_elastic_teams import MACHINE
+
+from mipipe.graphs.errors import InputError
+from mipipe.graphs.serialize import digest
+from mipipe.planner.team import Team
+from mipipe.planner.teams.degrees import Degrees
+from mipipe.planner.teams.evaluate import evaluate_teams
+from mipipe.planner.teams.pieces import model_pieces
+from mipipe.planner.teams.pricing import Pricer
+from mipipe.runtime.checkpoints.checkpoint_run import Start
+from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.engine.team import member_pieces
+from mipipe.runtime.train.clip import gradient_norm
+from mipipe.runtime.train.config import CheckpointConfig, OptimizerConfig, TrainConfig
+from mipipe.runtime.train.data import Batches
+from mipipe.runtime.train.launching.prepare import check_team, zero_of
+from mipipe.runtime.train.training import Trainer
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 3
+reference = functools.cache(ex.alone)
+
+
+def plan_of(graph, degrees):
+    """1F1B on even stages, as `mipipe plan` evaluates them."""
+    batch = equal.ROWS * ex.COUNT * degrees.copies
+    plan = evaluate_teams(Pricer(model_pieces(graph), MACHINE), replace(degrees, microbatch=equal.ROWS), batch).plan
+    return replace(plan, problem=plan.problem.replace(graph_digest=digest(graph)))
+
+
+def steps_of(plan, graph, state, zero, moves):
+    """What a process does: Adam steps (``moves``: experts move after the first); losses, norms and the last gradients,
+    experts by name, pieces of all others."""
+    engine = Engine(plan, graph, state, options=EngineOptions(zero=zero))
+    mesh = engine.mesh
+    optimizer = torch.optim.Adam(engine.parameters(), lr=1e-2, foreach=False)
+    losses, norms = [], []
+    for step in range(STEPS):
+        losses.append(engine.step(ex.batch_of(step, mesh.copy, mesh.num_copies)))
+        norms.append(gradient_norm(engine))
+        if step < STEPS - 1:
+            optimizer.step()
+            optimizer.zero_grad()
+        if moves and not step:
+            engine.place_experts(ex.replicated_map(mesh.num_copies), optimizer)
+    rows = engine.compiled.experts.rows()
+    pieces, found = member_pieces(engine.compiled, graph, mesh), []
+    for name, item in engine.named_parameters():
+        for slot, expert in enumerate(rows.get(name, [])):
+            found.append((name, expert, None, item.grad[slot]))
+        if name not in rows:
+            found.append((name, None, pieces.get(name), item.grad))
+    return losses, norms, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, zero, moves", [(1, 0, False), (1, 1, False), (1, 2, False), (1, 3, True),
+                                               (2, 1, True)])
+def test_experts_over_copies_equal_one_process(pool, ranks, zero, moves):
+    """Losses, norms and gradients to 1e-12, whatever copies divide of all that is no expert, also after experts with
+    their optimizer state have moved to a map with replicas."""
+    degrees = Degrees(ranks, copies=2, expert=2)
+    module, graph = ex.captured()
+    answers = pool.run(degrees.devices, __file__, "steps_of", plan_of(graph, degrees), graph, ex.state_of(module), zero,
+                       moves)
+    wanted, experts, divided = reference(STEPS, degrees.copies), set(), 0
+    for losses, norms, gradients in answers:
+        assert losses == pytest.approx(wanted["losses"], rel=1e-12)
+        assert norms == pytest.approx(wanted["norms"], rel=1e-11)
+        for name, expert, piece, gradient in gradients:
+            whole = wanted["gradients"][name]
+            expected = whole if piece is None else piece.cut(whole)
+            expected = expected if expert is None else expected[expert]
+            difference = torch.linalg.vector_norm(gradient - expected)
+            assert difference <= 1e-12 * torch.linalg.vector_norm(whole) + 1e-30, name
+            experts |= set() if expert is None else {(name, expert)}
+            divided += piece is not None
+    assert len(experts) == ex.LAYERS * 2 * ex.EXPERTS and bool(divided) == bool(zero)
+
+
+def config_of(folder, steps, name="adam"):
+    return TrainConfig(steps, optimizer=OptimizerConfig(name, 1e-2), clip=0.1,
+                       checkpoint=CheckpointConfig(str(folder), every=1))
+
+
+def train(plan, graph, state, config):
+    """What a process does: the losses of a run, from its checkpoint if there is one."""
+    engine = Engine(plan, graph, state, options=EngineOptions(zero=zero_of(config, plan, graph)))
+    copy, copies = engine.mesh.copy, engine.mesh.num_copies
+    batches = Batches((ex.batch_of(step, copy, copies) for step in range(9)), equal.ROWS * ex.COUNT, in_turn=True)
+    trainer = Trainer(engine, config, batches)
+    return trainer.run(trainer.begin(Start.RESUME_IF_ANY))
+
+
+@pytest.mark.slow
+def test_a_run_with_experts_over_copies_goes_on(pool, tmp_path):
+    """ZeRO-1 as the plan says, clipped; saved after two steps and resumed with two ranks; all losses are those of the
+    run that never stopped, without any division of state."""
+    module, graph = ex.captured()
+    first, other = (plan_of(graph, Degrees(ranks, copies=2, expert=2)) for ranks in (1, 2))
+    plain, state = replace(first, team=replace(first.team, zero=0)), ex.state_of(module)
+    assert zero_of(config_of(tmp_path, 2), first, graph) == 1
+    calm = pool.run(2, __file__, "train", plain, graph, state, config_of(tmp_path / "calm", STEPS + 1))[0]
+    begun = pool.run(2, __file__, "train", first, graph, state, config_of(tmp_path / "kept", 2))
+    later = pool.run(4, __file__, "train", other, graph, state, config_of(tmp_path / "kept", STEPS + 1))
+    for losses in begun:
+        assert losses == pytest.approx(calm[:2], rel=1e-12)
+    for losses in later:
+        assert losses == pytest.approx(calm[2:], rel=1e-12)
+
+
+@pytest.mark.parametrize("parallel, team, text", [
+    (True, Team({}, 2, expert=2), None), (False, Team({}, 2), None), (False, Team({"tensor": 2}, expert=2), None),
+    (True, Team({}, 4, expert=2), "divides experts over 2 of 4 copies, .* plan with --degrees copies=4,expert=4"),
+    (True, Team({}, 2), "divides experts over 1 of 2 copies"),
+    (True, Team({"tensor": 2}), "but the graph was captured with --expert-parallel, experts shared by copies; capture"),
+    (False, Team({}, 2, expert=2), "with --degrees expert=1, capture with --expert-parallel 2 and plan copies=2, or"),
+    (False, Team({"tensor": 2}, 2, expert=4), "with --degrees expert=1 or with expert and tensor alike")])
+def test_which_experts_are_trained(tmp_path, parallel, team, text):
+    """Over all copies, where the graph was captured so; whole or over the tensor axis, where it was not."""
+    _, graph = ex.captured(parallel)
+    plan = replace(ex.plan_for(graph, 1), team=team)
+    if text is None:
+        check_team(plan, graph, config_of(tmp_path, 1))
+        return
+    with pytest.raises(InputError, match=text):
+        check_team(plan, graph, config_of(tmp_path, 1))
