@@ -49,7 +49,7 @@ from mipipe.planner.problems.from_graph import problem_of_groups
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.solve import plan as solve
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.ranks.options import EngineOptions
 from mipipe.runtime.train.trace import measured_timeline
 
 ROWS, WIDTH = 4, 4

@@ -27,10 +27,10 @@ from mipipe.graphs.coarse.graph_index import index_graph
 from mipipe.graphs.profiling.rehearse import model_input
 from mipipe.graphs.serialize import load, save
 from mipipe.graphs.topology import Topology
-from mipipe.runtime.engine import comm
-from mipipe.runtime.engine import mesh as meshes
-from mipipe.runtime.engine.mesh import GroupSpec, Use
-from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.ranks import comm
+from mipipe.runtime.ranks import mesh as meshes
+from mipipe.runtime.ranks.mesh import GroupSpec, Use
+from mipipe.runtime.ranks.options import EngineOptions
 
 Report = dict[str, Any]
 MICROBATCHES = 4

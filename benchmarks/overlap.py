@@ -37,7 +37,7 @@ from mipipe.planner.plan import Plan
 from mipipe.planner.problems.from_graph import build_problem
 from mipipe.planner.solve import plan as solve
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.ranks.options import EngineOptions
 
 COPIES, COUNT = 2, 4
 UNITS = {Role.DISPATCH: 8, Role.COMBINE: 8, Role.EXPERTS: 10}

@@ -33,9 +33,9 @@ from mipipe.planner.actions import Action
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 from mipipe.planner.problems.from_graph import problem_of_groups
 from mipipe.planner.team import Team
+from mipipe.runtime.engine.compiling.team import member_pieces
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.options import EngineOptions
-from mipipe.runtime.engine.team import member_pieces
+from mipipe.runtime.ranks.options import EngineOptions
 from mipipe.runtime.weights.pieces import Piece
 
 

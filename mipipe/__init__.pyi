@@ -59,8 +59,8 @@ from mipipe.running import merge as merge
 from mipipe.running import train as train
 from mipipe.runtime.convert.launch import ConvertResult as ConvertResult
 from mipipe.runtime.engine.engine import Engine as Engine
-from mipipe.runtime.engine.options import EngineOptions as EngineOptions
 from mipipe.runtime.merge.launching.launch import MergeResult as MergeResult
+from mipipe.runtime.ranks.options import EngineOptions as EngineOptions
 from mipipe.runtime.train.config import TrainConfig as TrainConfig
 from mipipe.runtime.train.launching.launch import TrainResult as TrainResult
 

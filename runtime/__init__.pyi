@@ -1,8 +1,8 @@
 from mipipe.runtime.checkpoints.checkpoint import Checkpoints as Checkpoints
 from mipipe.runtime.engine.engine import Engine as Engine
-from mipipe.runtime.engine.options import EngineOptions as EngineOptions
 from mipipe.runtime.merge.launching.launch import MergeOptions as MergeOptions
 from mipipe.runtime.merge.launching.launch import MergeResult as MergeResult
+from mipipe.runtime.ranks.options import EngineOptions as EngineOptions
 from mipipe.runtime.recipes.dmm import StyledDenoiser as StyledDenoiser
 from mipipe.runtime.recipes.dmm import StyleDistillation as StyleDistillation
 from mipipe.runtime.recipes.dmm import trained_styles as trained_styles

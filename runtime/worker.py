@@ -30,10 +30,10 @@ from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.experts.balance.maps import ExpertMap
 from mipipe.runtime.checkpoints.checkpoint_run import Start
-from mipipe.runtime.engine import processes
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.options import EngineOptions
-from mipipe.runtime.engine.processes import rank
+from mipipe.runtime.ranks import processes
+from mipipe.runtime.ranks.options import EngineOptions
+from mipipe.runtime.ranks.processes import rank
 from mipipe.runtime.recipes.light import CutWeights, is_second
 from mipipe.runtime.recipes.policy_branches import BranchPeer, BranchRollouts, Together, check_positions
 from mipipe.runtime.train.config import TrainConfig

@@ -7,9 +7,9 @@
 - ``mipipe::take_part``: the member's part of a tensor that it has in whole; nothing is sent.
 
 A stored program names the axis of the team, never a process group: whoever runs it gives the implementations
-(`mipipe.runtime.engine.team`). ``sections`` says that so many blocks lie side by side along the dimension, each of
-which is divided: a member's part is its part of every block (a fused gate and up projection has 2, a flattened batch
-of sequences that are divided has one for each sequence).
+(`mipipe.runtime.engine.compiling.team`). ``sections`` says that so many blocks lie side by side along the dimension,
+each of which is divided: a member's part is its part of every block (a fused gate and up projection has 2, a flattened
+batch of sequences that are divided has one for each sequence).
 
 Legend: T members along the axis (``size``), member m of 0 .. T - 1.
 """

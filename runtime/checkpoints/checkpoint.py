@@ -29,7 +29,7 @@ from mipipe.runtime.checkpoints.checkpoint_tensors import host_copies, load_tens
 from mipipe.runtime.checkpoints.data_state import pack_state, pack_values, read_loader, reason
 from mipipe.runtime.checkpoints.folder_lock import LAST_BREATH_S, FolderLock
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.processes import failure_of, first_of, gather, rank, world
+from mipipe.runtime.ranks.processes import failure_of, first_of, gather, rank, world
 
 
 @dataclass(frozen=True, slots=True)

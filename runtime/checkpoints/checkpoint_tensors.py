@@ -21,8 +21,8 @@ from torch import Tensor
 from mipipe.graphs.errors import InputError
 from mipipe.runtime.checkpoints.checkpoint_files import CheckpointTensor, read_tensor, stored_tensors
 from mipipe.runtime.checkpoints.checkpoint_folder import CheckpointState
+from mipipe.runtime.engine.compiling.team import member_pieces
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.team import member_pieces
 from mipipe.runtime.train.optim import local_optimizer
 from mipipe.runtime.weights.pieces import Box, Piece, Ranges, overlap, parse_piece
 

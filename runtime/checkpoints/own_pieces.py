@@ -13,9 +13,9 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.operators.collectives import whole_of
 from mipipe.graphs.tracing.parameter_slices import parse_slice
 from mipipe.runtime.checkpoints.checkpoint_tensors import held_pieces, shared_rows
+from mipipe.runtime.engine.compiling.team import axes_of
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.processes import gather, rank
-from mipipe.runtime.engine.team import axes_of
+from mipipe.runtime.ranks.processes import gather, rank
 from mipipe.runtime.weights.reader import TORCH_DTYPES
 from mipipe.runtime.weights.stored_names import StoredView
 

@@ -38,7 +38,7 @@ from mipipe.runtime.checkpoints.own_pieces import (
     put_together,
 )
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.processes import failures_of, first_of, rank
+from mipipe.runtime.ranks.processes import failures_of, first_of, rank
 from mipipe.runtime.recipes.adapter_files import adapter_tensors, write_adapters
 from mipipe.runtime.recipes.light import first_stage, is_second, merged
 from mipipe.runtime.recipes.votes import fuser

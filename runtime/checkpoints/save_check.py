@@ -16,7 +16,7 @@ from mipipe.runtime.checkpoints.checkpoint_tensors import held_pieces
 from mipipe.runtime.checkpoints.own_pieces import StoredPiece, byte_slice, divided_names, divided_shapes, own_pieces
 from mipipe.runtime.checkpoints.save import plan_views, save_trained, target_of, unused_views
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.processes import failure_of, failures_of, first_of, gather, rank
+from mipipe.runtime.ranks.processes import failure_of, failures_of, first_of, gather, rank
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.models import empty_module
 from mipipe.runtime.weights.stored_weights import StoredWeights

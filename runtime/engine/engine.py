@@ -16,18 +16,18 @@ from mipipe.graphs.recipes import rows
 from mipipe.planner.experts.balance.maps import ExpertMap
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
-from mipipe.runtime.engine import comm
 from mipipe.runtime.engine.batches import Batch, move_batch, split_batch
 from mipipe.runtime.engine.clock import clock_for
 from mipipe.runtime.engine.compiling.compile import compile_rank
 from mipipe.runtime.engine.compiling.compiled import Compiled
 from mipipe.runtime.engine.compiling.instructions import Step
 from mipipe.runtime.engine.executor import Executor
-from mipipe.runtime.engine.mesh import Mesh
-from mipipe.runtime.engine.options import EngineOptions
-from mipipe.runtime.engine.processes import world
 from mipipe.runtime.engine.record import StepRecord
 from mipipe.runtime.experts.moves import Moved, move_experts
+from mipipe.runtime.ranks import comm
+from mipipe.runtime.ranks.mesh import Mesh
+from mipipe.runtime.ranks.options import EngineOptions
+from mipipe.runtime.ranks.processes import world
 from mipipe.runtime.weights.weights import Weights, WeightSource
 
 

@@ -20,18 +20,19 @@ from mipipe.graphs.errors import MipipeError, ProgramError, RunError
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.execution.simulate_memory import sends_fit
 from mipipe.planner.jobs.stages import view
-from mipipe.runtime.engine import comm, reduce
-from mipipe.runtime.engine.buckets import Bucket
-from mipipe.runtime.engine.buffers import Buffers
+from mipipe.runtime.engine import reduce
 from mipipe.runtime.engine.clock import Clock, HostClock
+from mipipe.runtime.engine.compiling.buckets import Bucket
+from mipipe.runtime.engine.compiling.buffers import Buffers
 from mipipe.runtime.engine.compiling.calls import ActionCode, random_key, run_calls
 from mipipe.runtime.engine.compiling.compiled import Compiled
 from mipipe.runtime.engine.compiling.instructions import ActionPart, Step, Transport
-from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.engine.parts import Gathers
 from mipipe.runtime.engine.record import StepRecord
 from mipipe.runtime.engine.side_stream import SideStream
 from mipipe.runtime.engine.streams import streams_of
+from mipipe.runtime.ranks import comm
+from mipipe.runtime.ranks.options import EngineOptions
 
 Handlers = Sequence[tuple[Callable[["Executor", Any], None], Any]]
 """What runs an instruction, and its argument. Functions, not methods of one executor, which would hold itself: groups

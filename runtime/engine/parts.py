@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from mipipe.graphs.operators.collectives import part_of
-from mipipe.runtime.engine import comm
+from mipipe.runtime.engine.compiling.buckets import BUCKET_BYTES
 from mipipe.runtime.engine.compiling.compiled import LocalRank
+from mipipe.runtime.ranks import comm
 
-GATHER_BYTES = 25 * 2**20
-"""Parts that are gathered together: as many as gradients are summed together (`mipipe.runtime.engine.buckets`)."""
+GATHER_BYTES = BUCKET_BYTES
+"""Parts that are gathered together: as many as gradients are summed together."""
 
 
 class Gathers:

@@ -1,8 +1,8 @@
 """Gradient sums between ranks: replicas of a stage or expert, tied parameters, members of a team, copies of the plan.
 
-Sums start where `mipipe.runtime.engine.buckets` put them, run while the rank goes on computing, and are finished before
-the optimizer. The gradients of a bucket are made side by side in one flat tensor, which is summed as it is: nothing is
-copied before or after. Of parameters that copies update in parts, each gets its part of the sum
+Sums start where `mipipe.runtime.engine.compiling.buckets` put them, run while the rank goes on computing, and are
+finished before the optimizer. The gradients of a bucket are made side by side in one flat tensor, which is summed as it
+is: nothing is copied before or after. Of parameters that copies update in parts, each gets its part of the sum
 (`mipipe.runtime.engine.parts`). Gradients that were there before the step (accumulation over several steps) are set
 aside first, so that they are not summed twice.
 """
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from mipipe.graphs.operators.collectives import part_of
 from mipipe.planner.actions import ActionKind
-from mipipe.runtime.engine import comm
-from mipipe.runtime.engine.buckets import Bucket, buckets_of
+from mipipe.runtime.engine.compiling.buckets import Bucket, buckets_of
 from mipipe.runtime.engine.compiling.compiled import Compiled
 from mipipe.runtime.engine.parts import scattered
 from mipipe.runtime.experts.moves import ReplicaSums
+from mipipe.runtime.ranks import comm
 
 ALIGNED = 16
 """Gradients start at multiples of this many bytes, as vectorised kernels want it."""

@@ -23,8 +23,8 @@ import torch
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.operators.expert_kernels import RETURN, ROUTE, SEND, count_into, scatter_rows
 from mipipe.planner.experts.balance.maps import ExpertMap
-from mipipe.runtime.engine import comm
 from mipipe.runtime.experts.layers import ExpertLayer
+from mipipe.runtime.ranks import comm
 
 Routing = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 

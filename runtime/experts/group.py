@@ -9,11 +9,11 @@ import torch
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.plan import Plan
-from mipipe.runtime.engine.comm import Waits
-from mipipe.runtime.engine.mesh import Mesh
-from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.experts.exchange import Exchange, check_map, contiguous_map
 from mipipe.runtime.experts.layers import check_together, expert_layers, routed_layers
+from mipipe.runtime.ranks.comm import Waits
+from mipipe.runtime.ranks.mesh import Mesh
+from mipipe.runtime.ranks.options import EngineOptions
 
 Counters = dict[str, tuple[str, torch.Tensor]]
 """Of segments whose routing is counted: the value with the chosen experts, and where to add them."""

@@ -16,8 +16,8 @@ import torch
 
 from mipipe.graphs.errors import InputError
 from mipipe.planner.experts.balance.maps import ExpertMap
-from mipipe.runtime.engine import comm
 from mipipe.runtime.experts.exchange import Exchange, check_map
+from mipipe.runtime.ranks import comm
 from mipipe.runtime.weights.weights import Weights
 
 

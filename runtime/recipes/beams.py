@@ -21,7 +21,7 @@ from torch import Tensor
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.recipes.adapters import DOWN, GATE, UP, AdapterConfig, scores
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.processes import gather
+from mipipe.runtime.ranks.processes import gather
 
 
 def kept_share(step: int, steps: int, keep: float) -> float:

@@ -25,7 +25,7 @@ from mipipe.graphs.recipes.lightening import Cuts, KeptUnits, choose_kept, cut, 
 from mipipe.graphs.recipes.source import KEPT, STAGE, recipe_of
 from mipipe.graphs.serialize import from_data, save, to_data
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.processes import rank
+from mipipe.runtime.ranks.processes import rank
 from mipipe.runtime.recipes.whole import from_parts, whole_tensors
 from mipipe.runtime.train.config import GroupConfig, TrainConfig
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mipipe.graphs.operators.collectives import part_of, whole_of
-from mipipe.runtime.engine import comm
+from mipipe.runtime.ranks import comm
 
 SMALLEST_NORM = 1e-12
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -26,7 +26,7 @@ from mipipe.graphs.named_code import import_named
 from mipipe.graphs.recipes.objective import REFERENCE
 from mipipe.graphs.recipes.rows import batch_inputs
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.processes import first_of, gather, rank, world
+from mipipe.runtime.ranks.processes import first_of, gather, rank, world
 from mipipe.runtime.recipes.whole import whole_tensors
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.models import build_module, take_reference

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from mipipe.runtime.engine.compiling.team import member_pieces
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.processes import gather, gather_first
-from mipipe.runtime.engine.team import member_pieces
+from mipipe.runtime.ranks.processes import gather, gather_first
 
 
 def whole_tensors(engine: Engine, wanted: Callable[[str], bool], first_only: bool = False) -> dict[str, Tensor]:

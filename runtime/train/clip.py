@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from mipipe.graphs.errors import RunError
-from mipipe.runtime.engine import comm
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.experts.moves import expert_squares
+from mipipe.runtime.ranks import comm
 
 TINY = 1e-6
 """What torch.nn.utils.clip_grad_norm_ adds to a norm before it divides by it."""

@@ -21,9 +21,9 @@ from mipipe.graphs.topology import Topology
 from mipipe.planner.experts.balance.maps import ExpertLoads, ExpertMap, slots_for
 from mipipe.planner.experts.files import read_map
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.processes import world
 from mipipe.runtime.experts.exchange import check_map
 from mipipe.runtime.experts.layers import RoutedLayer, expert_layers, routed_layers
+from mipipe.runtime.ranks.processes import world
 from mipipe.runtime.train.config import ExpertsConfig, ReplanConfig, TrainConfig
 from mipipe.runtime.train.metrics import Record
 from mipipe.runtime.train.optim import local_optimizer

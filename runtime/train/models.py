@@ -20,7 +20,7 @@ from mipipe.graphs.recipes.importance import MASK, is_light
 from mipipe.graphs.recipes.objective import REFERENCE
 from mipipe.graphs.recipes.options import LossConfig, RecipeConfig
 from mipipe.graphs.recipes.source import recipe_of, with_recipe
-from mipipe.runtime.engine.processes import world
+from mipipe.runtime.ranks.processes import world
 from mipipe.runtime.recipes.light import CutWeights, cuts_in, first_stage, is_second
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.weights.host_weights import HostWeights

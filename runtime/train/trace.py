@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 from mipipe.planner.actions import ActionKind, Stream
 from mipipe.planner.timeline import AxisSpan, Span, Timeline
-from mipipe.runtime.engine import processes
 from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.ranks import processes
 
 ROUND_TRIPS = 20
 """Enough for one of them to be undisturbed."""

@@ -15,7 +15,7 @@ from mipipe.runtime.checkpoints.checkpoint import Checkpoints
 from mipipe.runtime.checkpoints.checkpoint_run import Start, changes, run_of
 from mipipe.runtime.engine.batches import Batch
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.processes import gather
+from mipipe.runtime.ranks.processes import gather
 from mipipe.runtime.recipes.beams import Beams
 from mipipe.runtime.recipes.light import Lightening, mask_groups
 from mipipe.runtime.train.clip import Clip

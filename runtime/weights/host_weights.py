@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mipipe.graphs.errors import MipipeError
-from mipipe.runtime.engine import comm
-from mipipe.runtime.engine.processes import failures_of, first_of, gather, rank
+from mipipe.runtime.ranks import comm
+from mipipe.runtime.ranks.processes import failures_of, first_of, gather, rank
 
 Find = Callable[[Mapping[str, Tensor], str], Tensor | None]
 """What a process wants of a name: the tensor, its own piece of it, or None where it is not there."""

@@ -22,7 +22,7 @@ from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 from mipipe.planner.problem import PhaseTimes, PlanningProblem
 from mipipe.planner.problems.from_graph import problem_of_groups
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.ranks.options import EngineOptions
 
 ROWS, WIDTH = 3, 4
 

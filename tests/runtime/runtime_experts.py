@@ -22,7 +22,7 @@ from mipipe.planner.plan import Plan
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.solve import plan as solve
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.ranks.options import EngineOptions
 from mipipe.runtime.train.clip import gradient_norm
 
 EXPERTS, LAYERS, VOCAB, COUNT = 8, 2, 64, 2

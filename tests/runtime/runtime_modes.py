@@ -18,9 +18,9 @@ from mipipe.graphs.sharding.parts import PARTIAL, WHOLE, Kind
 from mipipe.graphs.tracing.compose import run_step
 from mipipe.graphs.tracing.trace import build_phase, phase_signature
 from mipipe.planner.team import Team, TeamMode
-from mipipe.runtime.engine.comm import Waits
+from mipipe.runtime.engine.compiling.team import Axis, member_pieces, team_operators
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.team import Axis, member_pieces, team_operators
+from mipipe.runtime.ranks.comm import Waits
 
 
 def make_state(graph, seed=0):

@@ -10,9 +10,9 @@ import torch
 
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.plan import Plan
+from mipipe.runtime.engine.compiling.team import member_pieces
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.options import EngineOptions
-from mipipe.runtime.engine.team import member_pieces
+from mipipe.runtime.ranks.options import EngineOptions
 from mipipe.runtime.weights.pieces import Piece
 
 

@@ -23,10 +23,10 @@ from mipipe.planner.execution.lower import lower
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.team import Team
-from mipipe.runtime.engine import comm
-from mipipe.runtime.engine import mesh as meshes
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.mesh import ALONE, GroupSpec, Use, group_specs, places_of
+from mipipe.runtime.ranks import comm
+from mipipe.runtime.ranks import mesh as meshes
+from mipipe.runtime.ranks.mesh import ALONE, GroupSpec, Use, group_specs, places_of
 from mipipe.runtime.train import trace
 
 RUNTIME = Path(mipipe.runtime.__file__).parent
@@ -175,12 +175,12 @@ def test_a_default_group_without_the_cpu_is_refused(monkeypatch):
                 meshes.check_control()
 
 
-TENSORS = {"engine/comm.py"}
+TENSORS = {"ranks/comm.py"}
 """Where collectives of tensors on the device are started."""
 CONTROL = {"engine/engine.py": {"all_reduce", "all_gather"},
            "train/expert_run.py": {"all_reduce", "broadcast_object_list"},
            "recipes/policy_branches.py": {"broadcast_object_list"},
-           "train/trace.py": {"send", "recv"}, "engine/processes.py": {"all_gather_object", "gather_object"},
+           "train/trace.py": {"send", "recv"}, "ranks/processes.py": {"all_gather_object", "gather_object"},
            "weights/host_weights.py": {"isend", "irecv"}, "worker.py": {"barrier"}}
 """Which collectives are called elsewhere, all with CPU tensors or objects."""
 APART = {"train/links.py"}

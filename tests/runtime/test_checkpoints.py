@@ -27,7 +27,7 @@ from mipipe.runtime.checkpoints.checkpoint_tensors import shared_rows
 from mipipe.runtime.checkpoints.data_state import pack_state
 from mipipe.runtime.checkpoints.save import Target, save_weights
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.ranks.options import EngineOptions
 from mipipe.runtime.train.config import CheckpointConfig, DataConfig, TrainConfig
 from mipipe.runtime.train.data import Batches, make_batches
 from mipipe.runtime.train.training import Trainer

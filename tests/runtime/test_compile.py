@@ -20,10 +20,10 @@ from mipipe.graphs.sharding.team_graph import MemberGraph
 from mipipe.graphs.tracing.trace import phase_signature
 from mipipe.planner.team import Team, TeamMode
 from mipipe.runtime.engine.compiling import phases
+from mipipe.runtime.engine.compiling.team import member_graph
 from mipipe.runtime.engine.compiling.team_calls import TeamCalls
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.options import EngineOptions
-from mipipe.runtime.engine.team import member_graph
+from mipipe.runtime.ranks.options import EngineOptions
 
 COUNT = 2
 

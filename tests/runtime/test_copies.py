@@ -14,9 +14,9 @@ from mipipe.graphs.models.loss import sum_over
 from mipipe.planner.actions import ActionKind
 from mipipe.planner.schedules import BASELINES
 from mipipe.runtime.checkpoints.checkpoint import optimizer_tensors
-from mipipe.runtime.engine import buckets
+from mipipe.runtime.engine.compiling import buckets
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.ranks.options import EngineOptions
 from mipipe.runtime.recipes.whole import from_parts, whole_tensors
 from mipipe.runtime.train.config import CheckpointConfig, OptimizerConfig, TrainConfig
 from mipipe.runtime.train.data import Batches

@@ -21,8 +21,8 @@ from mipipe.planner.plan import Plan
 from mipipe.planner.solve import plan as solve
 from mipipe.runtime.engine.compiling.calls import random_key
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.experts.elastic import CoActivation
+from mipipe.runtime.ranks.options import EngineOptions
 from mipipe.runtime.train.config import TrainConfig, read_train_config
 
 POOL, SEED = 6, 5

@@ -4,7 +4,7 @@ import pytest
 import runtime_cases as cases
 import torch
 
-from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.ranks.options import EngineOptions
 
 CASES = cases.__file__
 

@@ -17,7 +17,7 @@ from mipipe.planner.options import PlanOptions
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.solve import plan as solve
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.ranks.options import EngineOptions
 
 pytestmark = pytest.mark.distributed
 

@@ -13,10 +13,10 @@ from mipipe.graphs.operator_graph import Role
 from mipipe.graphs.tracing.compose import run_step
 from mipipe.planner.experts.balance.maps import ExpertMap
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.options import EngineOptions
 from mipipe.runtime.experts.exchange import SlotTable, contiguous_map
 from mipipe.runtime.experts.layers import expert_layers, routed_layers
 from mipipe.runtime.experts.moves import RowPlan, placement_moves, replica_moves
+from mipipe.runtime.ranks.options import EngineOptions
 
 pytestmark = pytest.mark.distributed
 

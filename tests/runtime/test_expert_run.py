@@ -16,7 +16,7 @@ from mipipe.planner.experts.balance.maps import ExpertLoads
 from mipipe.planner.experts.files import read_loads
 from mipipe.planner.experts.plan import ExpertOptions, plan_experts
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.ranks.options import EngineOptions
 from mipipe.runtime.train.config import CheckpointConfig, ExpertsConfig, OptimizerConfig, ReplanConfig, TrainConfig
 from mipipe.runtime.train.data import Batches
 from mipipe.runtime.train.expert_run import read_maps, replan_map

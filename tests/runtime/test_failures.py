@@ -17,9 +17,9 @@ from mipipe.planner.actions import ActionKind, Stream
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.program import Instruction
 from mipipe.planner.team import Team
-from mipipe.runtime.engine import comm
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.ranks import comm
+from mipipe.runtime.ranks.options import EngineOptions
 
 ORDERS = ["0F0 0F1 0I0 0W0 0I1 0W1", "1F0 1I0 1W0 1F1 1I1 1W1"]
 

@@ -12,7 +12,7 @@ from runtime_cases import chain_graph, chain_state, plan_of, problem_of
 
 from mipipe.graphs.errors import InputError
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.processes import rank
+from mipipe.runtime.ranks.processes import rank
 from mipipe.runtime.weights.host_weights import HostWeights
 from mipipe.runtime.weights.pieces import Piece
 from mipipe.runtime.weights.weights import _find_any

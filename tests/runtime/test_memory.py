@@ -11,7 +11,7 @@ from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.schedules import BASELINES
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.ranks.options import EngineOptions
 
 COUNT = 3
 

@@ -13,7 +13,7 @@ from mipipe.graphs.operator_graph import Phase
 from mipipe.graphs.serialize import save
 from mipipe.graphs.sharding.modes import member_program
 from mipipe.graphs.tracing.trace import build_phase, phase_signature
-from mipipe.runtime.engine.team import team_operators
+from mipipe.runtime.engine.compiling.team import team_operators
 
 pytestmark = pytest.mark.distributed
 

@@ -11,7 +11,7 @@ import torch
 
 from mipipe.graphs.capture.model import capture_module
 from mipipe.graphs.models.loss import sum_over
-from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.ranks.options import EngineOptions
 
 pytestmark = pytest.mark.distributed
 

@@ -24,7 +24,7 @@ from mipipe.planner.team import Team, TeamMode
 from mipipe.runtime.checkpoints.save import save_trained
 from mipipe.runtime.checkpoints.save_check import check_save
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.ranks.options import EngineOptions
 from mipipe.runtime.train.config import OptimizerConfig, SaveConfig, TrainConfig
 from mipipe.runtime.train.data import Batches
 from mipipe.runtime.train.launching.prepare import check_team, zero_of

@@ -16,8 +16,8 @@ from mipipe.graphs.errors import InputError, RunError
 from mipipe.planner.schedules import BASELINES
 from mipipe.runtime.checkpoints import save as save_weights
 from mipipe.runtime.checkpoints import save_check
-from mipipe.runtime.engine import processes
 from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.ranks import processes
 from mipipe.runtime.train.config import SaveConfig, TrainConfig
 
 

@@ -24,9 +24,9 @@ from mipipe.planner.timeline import Timeline
 from mipipe.runtime.checkpoints.checkpoint import optimizer_tensors
 from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.checkpoints.save import Target, save_weights
+from mipipe.runtime.engine.compiling.team import member_pieces
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.options import EngineOptions
-from mipipe.runtime.engine.team import member_pieces
+from mipipe.runtime.ranks.options import EngineOptions
 from mipipe.runtime.recipes.adapter_files import adapter_tensors
 from mipipe.runtime.recipes.optimizers import BANK, OPTIMIZERS
 from mipipe.runtime.train.config import CheckpointConfig, ExpertsConfig, OptimizerConfig, TrainConfig

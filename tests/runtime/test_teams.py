@@ -18,7 +18,7 @@ from mipipe.graphs.operator_graph import Role
 from mipipe.graphs.sharding.team_graph import MemberGraph
 from mipipe.planner.team import Team, TeamMode
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.ranks.options import EngineOptions
 
 pytestmark = pytest.mark.distributed
 

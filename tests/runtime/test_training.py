@@ -18,7 +18,7 @@ from mipipe.graphs.errors import InputError, RunError
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.options import EngineOptions
+from mipipe.runtime.ranks.options import EngineOptions
 from mipipe.runtime.train import metrics, training
 from mipipe.runtime.train.config import (
     CheckpointConfig,

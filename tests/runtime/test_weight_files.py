@@ -17,7 +17,7 @@ from mipipe.planner.schedules import BASELINES
 from mipipe.runtime.checkpoints.own_pieces import byte_slice
 from mipipe.runtime.checkpoints.save import Target, save_weights
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.mesh import Mesh
+from mipipe.runtime.ranks.mesh import Mesh
 from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.models import empty_module, initial_weights
 from mipipe.runtime.weights.stored_names import StoredView

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mipipe.graphs.operators.expert_kernels import count_into
-from mipipe.runtime.engine.buffers import Frame
+from mipipe.runtime.engine.compiling.buffers import Frame
 
 
 @dataclass(slots=True)

@@ -21,21 +21,21 @@ from mipipe.planner.execution.lower import lower
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
 from mipipe.planner.team import Team
-from mipipe.runtime.engine.buckets import with_copy_sums
-from mipipe.runtime.engine.comm import Waits, start_all_reduce, wait
+from mipipe.runtime.engine.compiling.buckets import with_copy_sums
 from mipipe.runtime.engine.compiling.compiled import Compiled, LocalRank
 from mipipe.runtime.engine.compiling.flow import GradientFlow, gradient_flow
 from mipipe.runtime.engine.compiling.phases import Phases
 from mipipe.runtime.engine.compiling.resolve import Resolver
 from mipipe.runtime.engine.compiling.stage import StageCode, build_stage, check_segments
-from mipipe.runtime.engine.mesh import ALONE, Mesh, build_mesh
-from mipipe.runtime.engine.options import EngineOptions
-from mipipe.runtime.engine.processes import world
-from mipipe.runtime.engine.team import member_graph, member_operators, member_pieces
+from mipipe.runtime.engine.compiling.team import member_graph, member_operators, member_pieces
 from mipipe.runtime.experts.elastic import CoActivation, joined_kernels, sampled_routers
 from mipipe.runtime.experts.exchange import kernels_of
 from mipipe.runtime.experts.group import make_exchange, routing_counters
 from mipipe.runtime.experts.layers import expert_layers
+from mipipe.runtime.ranks.comm import Waits, start_all_reduce, wait
+from mipipe.runtime.ranks.mesh import ALONE, Mesh, build_mesh
+from mipipe.runtime.ranks.options import EngineOptions
+from mipipe.runtime.ranks.processes import world
 from mipipe.runtime.weights.weights import CopyParts, WeightSource, load_weights
 
 

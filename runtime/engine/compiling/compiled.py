@@ -16,13 +16,13 @@ from mipipe.graphs.sharding.gathered import COPIES
 from mipipe.graphs.sharding.team_graph import Division
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
-from mipipe.runtime.engine.comm import Waits
 from mipipe.runtime.engine.compiling.flow import GradientFlow
 from mipipe.runtime.engine.compiling.instructions import Ready
 from mipipe.runtime.engine.compiling.stage import StageCode
-from mipipe.runtime.engine.mesh import Mesh
 from mipipe.runtime.experts.elastic import CoActivation
 from mipipe.runtime.experts.exchange import Exchange
+from mipipe.runtime.ranks.comm import Waits
+from mipipe.runtime.ranks.mesh import Mesh
 from mipipe.runtime.weights.weights import Weights
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mipipe.planner.actions import ActionKind
-from mipipe.runtime.engine.buffers import Frame
+from mipipe.runtime.engine.compiling.buffers import Frame
 from mipipe.runtime.engine.compiling.calls import ActionCode
 
 

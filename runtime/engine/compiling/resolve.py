@@ -10,8 +10,8 @@ import torch
 from mipipe.graphs.errors import ProgramError
 from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.program import Instruction
-from mipipe.runtime.engine.buckets import stage_buckets
-from mipipe.runtime.engine.buffers import Frame
+from mipipe.runtime.engine.compiling.buckets import stage_buckets
+from mipipe.runtime.engine.compiling.buffers import Frame
 from mipipe.runtime.engine.compiling.compiled import LocalRank
 from mipipe.runtime.engine.compiling.instructions import ActionPart, Ready, Step, Transport
 from mipipe.runtime.engine.compiling.stage import StageCode

@@ -18,7 +18,7 @@ import torch
 
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Segment
-from mipipe.runtime.engine.buffers import Frame
+from mipipe.runtime.engine.compiling.buffers import Frame
 from mipipe.runtime.engine.compiling.calls import (
     ActionCode,
     Call,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Segment, SegmentTrace, TensorSpec
-from mipipe.runtime.engine.buffers import Frame
+from mipipe.runtime.engine.compiling.buffers import Frame
 from mipipe.runtime.engine.compiling.calls import (
     Call,
     accumulator,

@@ -30,7 +30,7 @@ from mipipe.planner.teams.as_team import degrees_of
 from mipipe.runtime.checkpoints.checkpoint_folder import choose as newest_of
 from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.checkpoints.data_state import read_loader
-from mipipe.runtime.engine.mesh import ALONE
+from mipipe.runtime.ranks.mesh import ALONE
 from mipipe.runtime.train.data import takes_copies
 from mipipe.runtime.train.launching.devices import choose, kinds_of, within_reach
 from mipipe.runtime.train.launching.failures import exits, is_consequence, killed_ranks, reports

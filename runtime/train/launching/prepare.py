@@ -23,8 +23,8 @@ from mipipe.runtime.checkpoints.checkpoint_folder import choose, probe, read_sta
 from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.checkpoints.folder_lock import FolderLock
 from mipipe.runtime.engine.batches import check_sizes
-from mipipe.runtime.engine.mesh import ALONE, check_processes
 from mipipe.runtime.experts.layers import expert_layers
+from mipipe.runtime.ranks.mesh import ALONE, check_processes
 from mipipe.runtime.train.config import TrainConfig, read_train_config
 from mipipe.runtime.train.data import check_source
 from mipipe.runtime.train.models import check_recipe, source_of

@@ -52,7 +52,7 @@ class Joined:
 
 def start_processes(world: int, device: torch.device, timeout_s: float, branches: int = 1) -> Joined:
     """Join the process group, gloo on every device: what processes tell one another goes there, tensors on the groups
-    of `mipipe.runtime.engine.mesh`. Each of ``branches`` blocks of processes has a group, and a part of the store, of
+    of `mipipe.runtime.ranks.mesh`. Each of ``branches`` blocks of processes has a group, and a part of the store, of
     its own. One thread on a CPU: ranks share the cores, and reruns are bitwise equal.
 
     Raises:

@@ -24,8 +24,8 @@ from mipipe.graphs.sharding.gathered import COPIES
 from mipipe.graphs.sharding.team_graph import Division, MemberGraph
 from mipipe.graphs.tracing.again import with_attention_again
 from mipipe.planner.team import Team
-from mipipe.runtime.engine import comm
-from mipipe.runtime.engine.mesh import Mesh
+from mipipe.runtime.ranks import comm
+from mipipe.runtime.ranks.mesh import Mesh
 from mipipe.runtime.weights.pieces import Piece, piece_of
 
 Reduction = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}

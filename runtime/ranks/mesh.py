@@ -33,8 +33,8 @@ from mipipe.planner.device_memory import CHANNEL_BLOCKS, GROUP_BLOCKS
 from mipipe.planner.execution.opening import opening_order
 from mipipe.planner.program import Program
 from mipipe.planner.team import Team
-from mipipe.runtime.engine import comm
-from mipipe.runtime.engine.processes import gather
+from mipipe.runtime.ranks import comm
+from mipipe.runtime.ranks.processes import gather
 
 ALONE = Team({})
 """A rank that is one device."""
