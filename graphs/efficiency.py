@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from mipipe.graphs.errors import InputError
 from mipipe.graphs.modes import PhaseWork
 from mipipe.graphs.serialize import STRICT
 
@@ -63,6 +64,17 @@ class Achieved:
     origin: Origin = "given"
     source: str = ""
     evidence: Evidence | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("product", "product_fp8", "product_fp4", "attention", "attention_backward", "grouped", "memory",
+                     "link"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"achieved: {name} is {getattr(self, name):g}; expected a share above 0")
+        if not (self.half >= 0 and 0 <= self.hidden <= 1 and 0 <= self.hidden_experts <= 1
+                and min(self.action_ns, self.expert_ns) >= 0):
+            raise InputError(f"achieved: half {self.half:g}, hidden {self.hidden:g}, hidden_experts"
+                             f" {self.hidden_experts:g}, action_ns {self.action_ns}, expert_ns {self.expert_ns};"
+                             " expected none below 0, and of what is hidden a share up to 1")
 
     def share(self, kind: str, narrow: int, low: LowDtype | None = None) -> float:
         """The share of the peak that an operator of ``kind`` reaches whose narrowest side is ``narrow``; ``low``: in

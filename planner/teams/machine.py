@@ -50,8 +50,9 @@ class Machine:
 
 
 def check_machine(machine: Machine) -> None:
-    """Raise `InputError` where a device kind has no peaks to price with."""
+    """Raise `InputError` where a device kind has no peaks to price with, or some of 0."""
     if not machine.kind.has_peaks:
         raise InputError(f"device kind {machine.kind.name}: has no peak rates to estimate teams from; give one with"
                          " peaks (device_kinds: in the cluster file)")
-    _ = machine.peak, machine.kind.peak(machine.dtype)
+    if min(machine.peak, machine.kind.peak(machine.dtype), machine.kind.bytes_per_s or 0) <= 0:
+        raise InputError(f"device kind {machine.kind.name}: has a peak rate or bandwidth of 0; expected rates above 0")

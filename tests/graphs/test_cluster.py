@@ -94,6 +94,8 @@ def test_the_cpu_kind_has_no_peak_and_needs_its_memory_stated():
     ({"device_kinds__h200x8__base": "h20"}, r"device_kinds\.h200x8\.base: unknown device kind 'h20'"),
     ({"device_kinds__h200x8__efficiency": 1.5}, r"h200x8\.efficiency: found 1.5, expected a share"),
     ({"device_kinds__h200x8__count": 0}, r"h200x8\.count: found 0"),
+    ({"device_kinds__mine__achieved": {"product": 0}}, r"c.yaml: achieved: product is 0; expected a share above 0"),
+    ({"device_kinds__mine__achieved": {"hidden": 2}}, r"c.yaml: achieved: .* hidden 2, .* a share up to 1"),
     ({"device_kinds__mine__bandwidth": None}, r"device_kinds\.mine: has flops but no bandwidth"),
     ({"device_kinds__mine__launch_overhead": None}, r"device_kinds\.mine: has flops but no launch_overhead"),
     ({"device_kinds__mine__flops": None}, r"device_kinds\.mine: expected base: .* or flops:"),

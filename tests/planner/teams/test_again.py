@@ -81,6 +81,20 @@ def test_a_plan_made_again_is_one_for_the_same_run(llama, pieces, tmp_path):
         degrees.append(degrees_of(again).devices)
         kept = again
     assert degrees == [4, 2, 1]
-    told = {**kept.provenance["task"], "options": {"given": {"ranks": 0}}}
-    with pytest.raises(InputError, match=r"provenance\.task: .*'ranks' is 0; expected ranks, tensor"):
-        task_of(replace(kept, provenance={"task": told}))
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"options": {"given": {"ranks": 0}}}, r"provenance\.task: degrees: 'ranks' is 0; expected ranks, tensor"),
+    ({"options": {"time_limit_s": 0}}, r"provenance\.task: degrees: microbatch None, time limit 0.0 s; expected both"),
+    ({"machine": {"kind": {"flops": {"bfloat16": 0}}}}, "device kind small: has a peak rate or bandwidth of 0"),
+    ({"machine": {"kind": {"achieved": {"memory": 0}}}}, r"provenance\.task: achieved: memory is 0; expected a share"),
+    ({"machine": {"fabric": {"levels": []}}}, r"provenance\.task: a fabric without levels")])
+def test_what_a_plan_file_says_it_was_made_for_is_checked(llama, pieces, change, message):
+    def changed(data, change):
+        return {**data, **{key: changed(data[key], item) if isinstance(item, dict) else item
+                           for key, item in change.items()}}
+
+    plan = evaluate_teams(Pricer(pieces, machine()), Degrees(microbatch=1), 1).plan
+    task = with_task(plan, TeamTask(machine(), replace(QUICK, microbatch=None, given={"ranks": 1}))).provenance["task"]
+    with pytest.raises(InputError, match=message):
+        made_again(replace(plan, provenance={"task": changed(task, change)}), llama, 1, copies=1)
