@@ -19,9 +19,9 @@ from mipipe.planner.teams.evaluate import evaluate_teams
 from mipipe.planner.teams.pieces import model_pieces
 from mipipe.planner.teams.pricing import Pricer
 from mipipe.runtime.checkpoints.checkpoint_run import Start
+from mipipe.runtime.engine.compiling.team import member_pieces
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.engine.options import EngineOptions
-from mipipe.runtime.engine.team import member_pieces
+from mipipe.runtime.ranks.options import EngineOptions
 from mipipe.runtime.train.clip import gradient_norm
 from mipipe.runtime.train.config import CheckpointConfig, OptimizerConfig, TrainConfig
 from mipipe.runtime.train.data import Batches
