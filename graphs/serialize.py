@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Protocol, TypeVar, cast
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticKnownError, SchemaValidator, core_schema
 
 from mipipe.graphs.errors import InputError, MipipeError, shown
 from mipipe.graphs.read_files import Dumper, load_json, load_yaml
@@ -47,6 +48,42 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
+@functools.cache
+def _reader(kind: Any) -> SchemaValidator:
+    """Pydantic's validator of a kind, for which a number is a number: no text (``010`` would be ten, and is eight in
+    one version of YAML), and no ``true`` or ``on`` (which would be one). Keys of mappings are texts in JSON."""
+    return SchemaValidator(_of_numbers(_adapter(kind).core_schema))
+
+
+def _of_numbers(schema: Any, key: bool = False) -> Any:
+    if isinstance(schema, list | tuple):
+        return type(schema)(_of_numbers(item) for item in schema)
+    if not isinstance(schema, dict):
+        return schema
+    made = {name: _of_numbers(value, name == "keys_schema") if name not in ("metadata", "cls", "config") else value
+            for name, value in schema.items()}
+    if schema.get("type") in ("int", "float"):
+        check = _whole_key if key else _NUMBERS[schema["type"]]
+        return core_schema.no_info_before_validator_function(check, cast(Any, made))
+    return made
+
+
+def _number(error: Any, value: Any) -> Any:
+    if isinstance(value, bool | str):
+        raise PydanticKnownError(error)
+    return value
+
+
+def _whole_key(value: Any) -> Any:
+    if isinstance(value, bool) or (isinstance(value, str) and not (value.isdecimal() and str(int(value)) == value)):
+        raise PydanticKnownError("int_type")
+    return value
+
+
+_NUMBERS: dict[str, Any] = {"int": functools.partial(_number, "int_type"),
+                            "float": functools.partial(_number, "float_type")}
+
+
 def to_data(value: Any) -> Any:
     """The plain JSON data (dicts, lists, strings, numbers) of a dataclass."""
     kind: Any = type(value)
@@ -68,7 +105,7 @@ _WORDS = {**_UNKNOWN, "tuple_type": "expected a list", "list_type": "expected a 
 def from_data(data: Any, kind: type[T], where: str) -> T:
     """A ``kind`` validated from plain data; ``where`` (a file, an option) opens the error message."""
     try:
-        found: T = _adapter(cast(Any, kind)).validate_python(data)
+        found: T = _reader(cast(Any, kind)).validate_python(data)
         if hasattr(found, "check_read"):  # rules of files that what is made in memory may lack for a while
             found.check_read()
         return found

@@ -124,7 +124,8 @@ class SaveConfig:
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
 
     def __post_init__(self) -> None:
-        parse_bytes(self.shard, "train config, save.shard")
+        if parse_bytes(self.shard, "train config, save.shard") < 1:
+            raise InputError(f"train config, save.shard: found {self.shard}, expected a size above 0, such as 5GB")
 
 
 @dataclass(frozen=True, slots=True)

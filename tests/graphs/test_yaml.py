@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from mipipe.cli.requests.settings import parse_settings
 from mipipe.graphs.cluster import load_cluster
+from mipipe.graphs.errors import InputError
 from mipipe.graphs.merging.recipes.read import read_recipes
 from mipipe.graphs.serialize import load_data, yaml_text, yaml_value
 from mipipe.runtime.train.config import read_train_config
@@ -41,6 +42,21 @@ def test_any_float_as_python_writes_it(value):
 def test_what_is_written_is_read_back(data):
     """A name such as 1e5 gets quotes."""
     assert yaml_value(yaml_text(data)) == data
+
+
+@pytest.mark.parametrize("place", ["steps: {}", "steps: 1\nseed: {}", "steps: 1\nclip: {}",
+                                   "steps: 1\noptimizer: {{lr: {}}}", "steps: 1\ncheckpoint: {{folder: c, keep: {}}}",
+                                   "steps: 1\nschedule: {{decay: {}}}",
+                                   "steps: 1\nexperts: {{moves: {{{}: map.json}}}}"])
+@pytest.mark.parametrize("value", ["010", "1:30", "true", "on", "yes", '"3"', '" 5"', '"1_0"', "'nan'", "[1]"])
+def test_where_a_number_is_expected_nothing_else_is_one(tmp_path, place, value):
+    """Neither texts nor truth values, which pydantic would convert."""
+    if "moves" in place and value in ("[1]", '"3"'):
+        return  # a key of a mapping is text in JSON, and no list in YAML
+    (tmp_path / "train.yaml").write_text(place.format(value))
+    with pytest.raises(InputError, match=r"expected a (whole )?number") as caught:
+        read_train_config(tmp_path / "train.yaml")
+    assert "\n" not in str(caught.value)
 
 
 def test_in_every_kind_of_file(tmp_path):
