@@ -118,14 +118,14 @@ def spread(values: list[float]) -> tuple[float, float]:
 def table(work: Path, out: Path | None) -> None:
     """Write the table, and which differences hold beyond two standard errors."""
     every = [json.loads(file.read_text()) for file in sorted(work.glob("[0-9]*/results.json"))]
+    rows = [name for name in ("base", *EVERY, *ROUTED) if sum(name in results for results in every) > 1]
+    wide = max(map(len, ("method", *rows)))  # one seed says no error
     lines = ["normalised = mean of the expert's perplexity over the merged model's on test text; above TA = difference"
              " from task", "arithmetic, seed by seed; +- is the standard error over the seeds counted", "",
-             f"{'method':24} {'data':8} {'seeds':>5} {'normalised':>17} {'above TA':>18} {'forgetting':>18}"
+             f"{'method':{wide}} {'data':8} {'seeds':>5} {'normalised':>17} {'above TA':>18} {'forgetting':>18}"
              f" {'points':>6} {'tune s':>7}  {' '.join(f'{name:>8}' for name in EXPERTS)}"]
-    for name in ("base", *EVERY, *ROUTED):
+    for name in rows:
         found = [results for results in every if name in results]
-        if len(found) < 2:  # no error could be said
-            continue
         mean, error = spread([score(results, name) for results in found])
         apart, unsure = spread([score(results, name) - score(results, "task arithmetic") for results in found])
         drop, doubt = spread([forgetting(results, name) for results in found])
@@ -133,8 +133,8 @@ def table(work: Path, out: Path | None) -> None:
         seconds = statistics.mean([results[name].get("seconds", 0) for results in found])
         shares = [statistics.mean([math.exp(results["experts"][text][text] - results[name]["scores"][text])
                                    for results in found]) for text in EXPERTS]
-        lines.append(f"{name:24} {kind(name):8} {len(found):5} {mean:7.4f} +- {error:.4f} {apart:+8.4f} +- {unsure:.4f}"
-                     f" {drop:+8.4f} +- {doubt:.4f} {trials:6.0f} {seconds:7.1f}"
+        lines.append(f"{name:{wide}} {kind(name):8} {len(found):5} {mean:7.4f} +- {error:.4f} {apart:+8.4f}"
+                     f" +- {unsure:.4f} {drop:+8.4f} +- {doubt:.4f} {trials:6.0f} {seconds:7.1f}"
                      f"  {' '.join(f'{share:8.3f}' for share in shares)}")
     lines += ["", *verdicts(every, [name for name in (*EVERY, *ROUTED) if all(name in results for results in every)])]
     text = "\n".join(lines) + "\n"
