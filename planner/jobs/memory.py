@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mipipe.graphs.errors import PlanError
-from mipipe.planner.actions import Action, ActionKind
+from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.jobs.dependencies import dependencies, kinds_of
 from mipipe.planner.jobs.stages import StageView
 from mipipe.planner.problem import PlanningProblem
@@ -148,6 +148,15 @@ def peaks(rank: np.ndarray, start: np.ndarray, end: np.ndarray, taken: np.ndarra
 def carries_bytes(view: StageView) -> bool:
     """Whether values in flight take memory; if none does, saved tensors and workspace are all there is."""
     return any(any(one.num_bytes) for one in dependencies(view))
+
+
+def searches_see_all(view: StageView) -> bool:
+    """Whether what searches count is all that ranks hold: saved tensors, and the workspace of one action at a time. Not
+    where values in flight take memory, or a rank's two streams may run at once and each needs a workspace."""
+    needing = [{rank for stage, route in enumerate(view.placement.routes) if view.workspace[stage]
+                and (view.streams[stage] is Stream.COLLECTIVE) is collective for rank in route}
+               for collective in (False, True)]
+    return not (needing[0] & needing[1] or carries_bytes(view))
 
 
 def in_flight(view: StageView) -> np.ndarray:

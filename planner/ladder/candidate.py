@@ -17,7 +17,7 @@ from mipipe.planner.execution.measure import by_arrays, exact, makespan_of, time
 from mipipe.planner.execution.simulate_memory import rank_peaks
 from mipipe.planner.how import then
 from mipipe.planner.jobs.arrays import Instance, build, mirror, with_mirrors
-from mipipe.planner.jobs.memory import capacities, capacity, carries_bytes
+from mipipe.planner.jobs.memory import capacities, capacity, searches_see_all
 from mipipe.planner.jobs.order_memory import peaks_of
 from mipipe.planner.jobs.stages import StageView, view
 from mipipe.planner.plan import Placement, Plan, Schedule
@@ -100,8 +100,8 @@ class Candidate:
         no update follows."""
         if self.clean is None:
             view = self.view
-            self.clean = not (carries_bytes(view) or any(view.updates_ns())
-                              or any(view.reduce_ns(s) for s in range(view.num_stages)))
+            self.clean = searches_see_all(view) and not (
+                any(view.updates_ns()) or any(view.reduce_ns(s) for s in range(view.num_stages)))
         return self.clean
 
     @property
@@ -129,7 +129,7 @@ def candidate(problem: PlanningProblem, placement: Placement, proposer: tuple[st
 def judge(stage_view: StageView, schedule: Schedule, *, saved_fit: bool = False) -> Judged:
     """The schedule's makespan by the evaluator, and its memory by the rules of the simulated program.
 
-    ``saved_fit``: saved tensors are known to fit, so memory is looked at only where values in flight take some.
+    ``saved_fit``: saved tensors are known to fit, so memory is looked at only where there is more (`searches_see_all`).
 
     Raises:
         PlanError: as `mipipe.planner.jobs.times.evaluate`.
@@ -137,7 +137,7 @@ def judge(stage_view: StageView, schedule: Schedule, *, saved_fit: bool = False)
     times = timed(stage_view, schedule)
     makespan_ns = makespan_of(stage_view, schedule) if times is None else times.makespan_ns
     excess = (0,) * stage_view.problem.num_ranks
-    if not saved_fit or carries_bytes(stage_view):
+    if not (saved_fit and searches_see_all(stage_view)):
         peaks = (peaks_of(times) if times is not None and exact(times) else
                  rank_peaks(stage_view, lower(Plan("", stage_view.problem, stage_view.placement, schedule))))
         excess = tuple(max(0, peak - capacity(stage_view, rank)) for rank, peak in enumerate(peaks))

@@ -10,8 +10,9 @@ that nothing starts before what it reads on these clocks either: lists, quotas a
 Long steps come from short ones as well: without a barrier a step of few microbatches may have next to no idle time, and
 repeating its middle (`mipipe.planner.search.repeat`) adds none.
 
-Placements are the known shapes. Published schedules within the limits are starts, too. The bound is a device's work
-where it is shared out evenly; at the placement, the busiest rank's. HiGHS takes no part.
+Placements are the known shapes; where none fits, HiGHS is asked for some, and takes no other part. Published schedules
+within the limits are starts, too. The bound is a device's work where it is shared out evenly; at the placement, the
+busiest rank's.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mipipe.planner.bounds.over_placements import Bound, facts_of, work_of
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.jobs.rank_clocks import on_rank_clocks
 from mipipe.planner.jobs.stages import view
-from mipipe.planner.ladder.admission import enter, has_plan
+from mipipe.planner.ladder.admission import admit_placement, enter, has_plan, recomputing
 from mipipe.planner.ladder.large import check_s
 from mipipe.planner.ladder.period_entry import (
     PeriodEntry,
@@ -37,6 +38,7 @@ from mipipe.planner.ladder.period_entry import (
     harvest_period,
     take_period,
 )
+from mipipe.planner.ladder.placement_rungs import by_mip
 from mipipe.planner.ladder.repeating import RUNG as REPEATED
 from mipipe.planner.ladder.repeating import short_instance
 from mipipe.planner.ladder.state import Run
@@ -115,9 +117,13 @@ def _job(pool: ThreadPoolExecutor, work: Callable[Args, Result], /, *args: Args.
 
 
 def _with_room(run: Run) -> list[PeriodEntry]:
-    """Entries from the first plans for the makespan, whose lists leave room for values in flight where that is needed.
-    """
+    """Entries from the first plans for the makespan, whose lists leave room for values in flight where that is needed;
+    where no known shape fits, of the placement MIP's placements, and with forwards that run again."""
     enter(run)
+    if not run.candidates and run.options.use_milp and run.options.placement == "free":
+        by_mip(run, admit_placement)
+    if not run.candidates and run.options.recompute:
+        recomputing(run)
     known, run.candidates, run.best = run.candidates, [], None
     made = [enter_period(run, found.view, found.best.schedule, found.proposer) for found in known
             if found.best is not None]

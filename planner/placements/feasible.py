@@ -104,8 +104,9 @@ def why_infeasible(problem: PlanningProblem, name: str, admits: Admits | None = 
         lack = shortage(problem, placement)
         if lack is None:
             fullest = Shortage(0, ACTIVATIONS, 0, 0, placement.name)
-            return (f"at placement {placement.name} the saved tensors of one microbatch fit, but not with the values in"
-                    f" flight beside them; {_remedy(problem, fullest, admits)}")
+            return (f"no plan was found: at placement {placement.name} the saved tensors of one microbatch fit, but no"
+                    " order that was tried leaves room for the values in flight and workspaces beside them;"
+                    f" {_remedy(problem, fullest, admits)}")
         found.append(lack)
     if not found:
         return _why_none(problem, name)
@@ -128,6 +129,8 @@ def _remedy(problem: PlanningProblem, least: Shortage, admits: Admits | None) ->
                 limits=replace(limits, **{key: size})), admits)
             if size is not None:
                 return f"raise the {label} limit to {exact_bytes(size)}, use more devices, or recompute"
+            if not least.need_bytes:  # nothing says how much, or that it takes more
+                return f"raise the {label} limit, use more devices, or recompute"
             return f"raise the {label} limit, at least to {first}B, use more devices, or recompute"
     memory = devices[least.rank].memory_bytes
     equal = len({device.memory_bytes for device in devices}) == 1
@@ -140,6 +143,8 @@ def _remedy(problem: PlanningProblem, least: Shortage, admits: Admits | None) ->
     where = "a device memory of" if equal else "on devices that have less, a memory of"
     if size is not None:
         return f"{where} {exact_bytes(memory_for(devices[least.rank], size))} would do, or more devices"
+    if not least.need_bytes:
+        return "more memory or more devices may do"
     needed = memory_for(devices[least.rank], memory + least.lacking_bytes)
     return f"{where} at least {needed}B is needed, or more devices"
 

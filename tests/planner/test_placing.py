@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 
 from mipipe.graphs.topology import Device, Link, Topology
+from mipipe.planner.actions import Stream
 from mipipe.planner.check import check_plan
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.ladder import placement_rungs as placing
 from mipipe.planner.milp.placement import modes
 from mipipe.planner.milp.placement import shares as placement
 from mipipe.planner.milp.placement.routes import deal, to_placement, to_shares
-from mipipe.planner.options import PlanOptions
-from mipipe.planner.placements.feasible import shortage
+from mipipe.planner.options import Objective, PlanOptions
+from mipipe.planner.placements.feasible import shortage, why_infeasible
 from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
 from mipipe.planner.problems.uniform import uniform_problem
@@ -65,6 +66,43 @@ def test_devices_may_hold_nothing(memory: tuple[int, ...], slow: int, latency_ns
     problem = PlanningProblem("idle", groups, edges, Topology(devices, Link(latency_ns), Link(latency_ns)), 2)
     result = plan(problem, PlanOptions(time_limit_s=10.0, threads=1, use_search=False))
     assert (result.makespan_ns, result.bound_ns, result.termination) == (best, best, Termination.OPTIMAL)
+
+
+@pytest.mark.parametrize("objective", ["makespan", "period"])
+def test_where_no_shape_fits_every_objective_asks_the_mip(objective: Objective) -> None:
+    """Only the last device holds a group; without the MIP no plan is found, which proves nothing."""
+    groups = tuple(Group(f"g{n}", {"d": PhaseTimes(10, 10, 10)}, resident_bytes=20, saved_fw_bytes=1) for n in range(2))
+    devices = tuple(Device(f"d{n}", "d", size) for n, size in enumerate((15, 15, 1000)))
+    problem = PlanningProblem("small", groups, (GroupEdge(0, (1,), 1, 1, "v"),), Topology(devices, Link(), Link()), 2)
+    result = plan(problem, PlanOptions(time_limit_s=1.0, threads=1, objective=objective))
+    assert result.makespan_ns == 2 * 60, result.reason
+    without = plan(problem, PlanOptions(time_limit_s=1.0, threads=1, objective=objective, use_milp=False))
+    assert without.plan is None and "a memory of 22B would do" in without.reason  # for the known shapes
+
+
+@pytest.mark.parametrize("limit", [None, 1000])
+def test_what_no_argument_shows_is_not_claimed(limit: int | None) -> None:
+    """Where one microbatch fits, nothing says that more memory is needed, or how much."""
+    problem = _two_kinds().replace(limits=Limits(activation_bytes=limit))
+    reason = why_infeasible(problem, "chain")
+    assert reason.startswith("no plan was found: at placement chain") and "needed" not in reason
+    assert reason.endswith("more memory or more devices may do" if limit is None else
+                           "raise the activation limit, use more devices, or recompute")
+
+
+def test_the_workspaces_of_two_streams_at_once_are_counted() -> None:
+    """A dispatch's W and the next forward overlap, each with a workspace: no list sees that, the plan's check did."""
+    groups = (Group("dispatch", {"d": PhaseTimes(2, 100, 1)}, stream=Stream.COLLECTIVE, saved_fi_bytes=3,
+                    workspace_bytes=1),
+              Group("experts", {"d": PhaseTimes(2, 15, 0)}, workspace_bytes=1))
+    topology = Topology((Device("d0", "d", 1 << 50),), Link(), Link())
+    problem = PlanningProblem("streams", groups, (GroupEdge(0, (1,), 0, 0, "v"),), topology, 2)
+    for size in (4, 5):
+        result = plan(problem.replace(limits=Limits(activation_bytes=size)), PlanOptions(time_limit_s=0.5, threads=1))
+        assert result.plan is not None or (size == 4 and "raise the activation limit to 5B" in result.reason)
+    least = plan(problem, PlanOptions(time_limit_s=0.5, threads=1, objective="memory"))
+    assert least.plan is not None
+    check_plan(least.plan)
 
 
 def test_a_placement_and_its_shares_are_inverse() -> None:
