@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mipipe.graphs.errors import InputError
+from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.expressions import search
 from mipipe.graphs.named_code import import_named
 from mipipe.graphs.operator_graph import OperatorGraph, Role
@@ -39,6 +39,7 @@ def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any], shard:
         InputError: there is no such optimizer, or it does not take these options.
     """
     kind, roles = optimizer_class(name), parameter_roles(engine.graph)
+    _check_options(name, kind, options, groups)
     parameters = parameter_groups(engine.named_parameters(), groups, roles)
     if issubclass(kind, MatrixOptimizer):
         parameters = _apart(parameters, {id(item): roles.get(name) for name, item in engine.named_parameters()})
@@ -57,6 +58,33 @@ def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any], shard:
         return kind(parameters, **options)
     except (TypeError, ValueError) as error:
         raise InputError(f"optimizer {name}: {error}") from None
+
+
+def _check_options(name: str, kind: Any, options: Mapping[str, Any], groups: Sequence[GroupConfig]) -> None:
+    """Raise `InputError` where a group's options are not the optimizer's: torch checks those given for all parameters
+    alone. Of the user's own optimizers nothing is known."""
+    if kind not in (*_TORCH.values(), *OPTIMIZERS.values()):
+        return
+    for group in groups:
+        own = {key: value for key, value in group.options.items() if key != "matrix"}  # no argument, see `_apart`
+        which = f"optimizer {name}, group {shown(group.match if group.match is not None else str(group.role))}"
+        try:
+            known = kind([torch.nn.Parameter(torch.zeros(2, 2))], **options).defaults
+            unknown = sorted(set(group.options) - set(known))
+            if unknown:
+                raise InputError(f"{which}: unknown option {shown(unknown[0])}; expected {', '.join(sorted(known))}")
+            kind([torch.nn.Parameter(torch.zeros(2, 2))], **{**options, **own})
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{which}: {error}") from None
+
+
+def check_matches(groups: Sequence[GroupConfig], graph: OperatorGraph) -> None:
+    """Raise `InputError` where a group's expression fits no parameter of the graph: it is mistyped."""
+    names = [item.fqn for item in graph.parameters if not item.buffer]
+    for group in groups:
+        if group.match is not None and not any(search(group.match, name) is not None for name in names):
+            raise InputError(f"train config, optimizer.groups: {shown(group.match)} matches no parameter of the graph,"
+                             f" whose first is {names[0] if names else 'none'}")
 
 
 def takes_parts(name: str, zero: int) -> bool:

@@ -2,7 +2,9 @@
 
 import random
 
+import kill_saves
 import pytest
+import runtime_cases as cases
 import runtime_dags as dags
 import test_copies as copies
 import torch
@@ -10,10 +12,11 @@ import torch.distributed as dist
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import Role
+from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.recipes.matrices import Along, ParameterShard, equilibrate, orthogonalise, with_rms
 from mipipe.runtime.recipes.optimizers import SHARD, Muon, Reg
 from mipipe.runtime.train.config import GroupConfig, OptimizerConfig, TrainConfig
-from mipipe.runtime.train.optim import parameter_groups
+from mipipe.runtime.train.optim import check_matches, make_optimizer, parameter_groups
 
 KINDS = {"reg": Reg, "muon": Muon}
 
@@ -138,3 +141,25 @@ def test_groups_by_role_and_name():
 def test_what_is_no_group_is_one_line():
     with pytest.raises(InputError, match="a group has neither match nor role"):
         GroupConfig(options={"lr": 1.0})
+
+
+@pytest.mark.parametrize("name, options, message", [
+    ("adamw", {"weight_decey": 0.0}, "unknown option 'weight_decey'; expected amsgrad, betas"),
+    ("adamw", {"params": 3}, "unknown option 'params'"), ("sgd", {"betas": [0.9, 0.9]}, "unknown option 'betas'"),
+    ("adamw", {"lr": -5}, "Invalid learning rate: -5"), ("adamw", {"lr": "a"}, "not supported between"),
+    ("adamw", {"betas": 1}, "subscriptable"), ("muon", {"momentun": 1}, "unknown option 'momentun'"),
+])
+def test_options_of_a_group_are_the_optimizers(name, options, message):
+    """torch looks at none of them; a mistyped one was left out without a word, a wrong one ended the first step."""
+    made = Engine(kill_saves.one_rank(), cases.chain_graph(), cases.chain_state())
+    for group in (GroupConfig(".", options), GroupConfig("nothing fits", options)):
+        with pytest.raises(InputError, match=f"optimizer {name}, group '.*': .*{message}"):
+            make_optimizer(name, made, {"lr": 0.1}, groups=[group])
+    make_optimizer(name, made, {"lr": 0.1}, groups=[GroupConfig(".", {"lr": 0.2})])
+
+
+def test_a_group_that_fits_no_parameter_is_mistyped():
+    graph = cases.chain_graph()
+    check_matches([GroupConfig("layer"), GroupConfig(None, role=Role.EXPERTS)], graph)
+    with pytest.raises(InputError, match=r"optimizer\.groups: 'laier' matches no parameter of the graph, whose first"):
+        check_matches([GroupConfig("layer"), GroupConfig("laier")], graph)

@@ -28,7 +28,7 @@ from mipipe.runtime.ranks.mesh import ALONE, check_processes
 from mipipe.runtime.train.config import TrainConfig, read_train_config
 from mipipe.runtime.train.data import check_source
 from mipipe.runtime.train.models import check_recipe, source_of
-from mipipe.runtime.train.optim import optimizer_class, takes_parts
+from mipipe.runtime.train.optim import check_matches, optimizer_class, takes_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,7 @@ def read_job(plan: str | Path, graph: str | Path, config: str | Path, model: str
     check_branches(len(plans), read_graph, settings, str(plan))
     check_sizes(read_graph, settings.batch, settings.seq, read_plan.problem.num_microbatches)
     optimizer_class(settings.optimizer.name)
+    check_matches(settings.optimizer.groups, read_graph)
     check_source(settings.data)
     source_of(read_graph, settings)
     check_recipe(read_graph, settings)
