@@ -159,15 +159,22 @@ def _saved(problem: PlanningProblem, g: int) -> int:
     return problem.groups[g].saved_fi_bytes + problem.groups[g].saved_fw_bytes
 
 
-def _first_gradients(problem: PlanningProblem, facts: GroupTimes, relief: Fraction, most: int | None, *,
-                     solid: bool) -> tuple[int, int]:
-    """`least_first_gradients` of a chain; elsewhere 0, 0."""
+def lightest_units(problem: PlanningProblem, facts: GroupTimes, *, solid: bool) -> tuple[list[ChainUnit] | None, int]:
+    """(`chain_units` as fast as any microbatch passes them, nanoseconds of the cheapest hop between two); both take no
+    time where pairs may hide all of it."""
     plain = pair_gain(problem).ratio == 1
     light = [min(group.loads, default=1.0) if plain else 0.0 for group in problem.groups]
     hop = cheapest_hop(problem) if plain else 0
-    units = chain_units(problem, durations=[[int(value * load) for value, load in zip(column, light, strict=True)]
-                                            for column in (facts.f, facts.i)],
-                        heads=facts.head, gradient_heads=facts.gradient_head, hop=hop, solid=solid)
+    durations = [[int(value * load) for value, load in zip(column, light, strict=True)]
+                 for column in (facts.f, facts.i)]
+    return chain_units(problem, durations=durations, heads=facts.head, gradient_heads=facts.gradient_head, hop=hop,
+                       solid=solid), hop
+
+
+def _first_gradients(problem: PlanningProblem, facts: GroupTimes, relief: Fraction, most: int | None, *,
+                     solid: bool) -> tuple[int, int]:
+    """`least_first_gradients` of a chain; elsewhere 0, 0."""
+    units, hop = lightest_units(problem, facts, solid=solid)
     if units is None:
         return 0, 0
     return least_first_gradients(units, devices=problem.num_ranks, microbatches=problem.num_microbatches,

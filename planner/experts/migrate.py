@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mipipe.planner.experts.balance.swaps import Layer, best_exchange, best_swap
+from mipipe.planner.experts.balance.swaps import Layer, best_move
 
 
 def moved_experts(current: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -104,10 +104,7 @@ def changes(layer: Layer, current: np.ndarray, fresh: np.ndarray, *, horizon: fl
     candidates = [current]
     state = current
     for _ in range(rounds):
-        times = layer.times(state)
-        changed = best_swap(layer, state, times)
-        if changed is None:
-            changed = best_exchange(layer, state, times)
+        changed = best_move(layer, state, layer.times(state))
         if changed is None:
             break
         state = changed

@@ -81,6 +81,17 @@ def overflow(seq, k, first, last, used, alloc, free, work, cap):
 
 
 @kernel
+def cost_of(seq, length, start, dur, makespan, tilt, fine):
+    """Makespan plus ``tilt`` times the mean end of the machines (a slope on its plateaus) plus the price of memory."""
+    total = 0.0
+    if tilt > 0.0:
+        for k in range(seq.shape[0]):
+            n = seq[k, length[k] - 1]
+            total += start[n] + dur[n]
+    return makespan + tilt * total / seq.shape[0] + fine
+
+
+@kernel
 def shift(seq, k, i, j, cls):
     """Move the node at position i of machine k to position j, keeping every class in its internal order."""
     moved = seq[k, i]

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from mipipe.planner.jobs.paths import overflow, shift, trace
+from mipipe.planner.jobs.paths import cost_of, overflow, shift, trace
 from mipipe.planner.kernel import kernel
-from mipipe.planner.search.anneal_state import cost_of, likely_cycle, makespan_of, overfull, state_of, take
+from mipipe.planner.search.anneal_state import likely_cycle, makespan_of, overfull, state_of, take
 from mipipe.planner.sizes import NEVER_NS
 
 TURN = 200
@@ -98,7 +98,7 @@ def anneal(facts, seq, length, iterations, hot, cold, tilt, wild, press, target,
     least = tilt * facts.dur.sum() / seq.shape[0]
     over = overfull(facts, seq, length)
     makespan = makespan_of(facts, state)
-    cost = cost_of(facts, state, makespan, tilt, press[0] * over)
+    cost = cost_of(seq, length, state.kept, facts.dur, makespan, tilt, press[0] * over)
     best_makespan, best_cost = NEVER_NS, np.inf
     if over == 0:
         best[:] = seq
@@ -137,6 +137,6 @@ def anneal(facts, seq, length, iterations, hot, cold, tilt, wild, press, target,
         fitting += over == 0
         if press[0] > 0.0 and accepted % TURN == 0:
             press[0] *= repriced(fitting)
-            cost = cost_of(facts, state, makespan, tilt, press[0] * over)
+            cost = cost_of(seq, length, state.kept, facts.dur, makespan, tilt, press[0] * over)
             fitting = 0
     return best_makespan

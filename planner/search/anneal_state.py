@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mipipe.planner.jobs.paths import by_time, overflow, shift, times
+from mipipe.planner.jobs.paths import by_time, cost_of, overflow, shift, times
 from mipipe.planner.kernel import kernel
 
 
@@ -60,17 +60,6 @@ def makespan_of(facts, state):
         n = state.seq[k, state.length[k] - 1]
         value = max(value, state.kept[n] + facts.dur[n])
     return value
-
-
-@kernel
-def cost_of(facts, state, makespan, tilt, fine):
-    """Makespan plus ``tilt`` times the mean end of the machines (a slope on its plateaus) plus the price of memory."""
-    total = 0.0
-    if tilt > 0.0:
-        for k in range(state.seq.shape[0]):
-            n = state.seq[k, state.length[k] - 1]
-            total += state.kept[n] + facts.dur[n]
-    return makespan + tilt * total / state.seq.shape[0] + fine
 
 
 @kernel
@@ -216,7 +205,7 @@ def take(facts, state, k, i, j, now, tilt, fine, least, threshold):
     changes = _propagate(facts, state, lo, until - a + 1, threshold - least - fine, now)
     if changes >= 0:
         makespan = makespan_of(facts, state)
-        cost = cost_of(facts, state, makespan, tilt, fine)
+        cost = cost_of(state.seq, state.length, state.kept, facts.dur, makespan, tilt, fine)
         if cost <= threshold:
             for p in range(a, b + 1):
                 n = state.seq[k, p]

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from mipipe.planner.jobs.paths import shift
+from mipipe.planner.jobs.paths import cost_of, overflow, shift
 from mipipe.planner.kernel import kernel
 from mipipe.planner.search.anneal_kernel import TURN, beside_block, repriced
-from mipipe.planner.search.pair_state import install, member, overfull, times, tokens_of
+from mipipe.planner.search.pair_state import install, member, times, tokens_of
 from mipipe.planner.sizes import NEVER_NS
 
 NEAR = 8
@@ -200,10 +200,11 @@ def anneal(facts, seq, length, mate, cap, iterations, hot, cold, tilt, wild, pre
     machines = seq.shape[0]
     full = np.zeros(machines, np.int64)
     for k in range(machines):
-        full[k] = overfull(state, k, cap[facts.rank[state.seq[k, 0]]])
+        room = cap[facts.rank[state.seq[k, 0]]]
+        full[k] = overflow(state.seq, k, 0, state.length[k] - 1, 0, state.alloc, state.free, state.work, room)
     over = full.sum()
     makespan = times(facts, state, start, waits, follow, queue)
-    cost = _cost(state, start, makespan, tilt, press[0] * over)
+    cost = cost_of(state.seq, state.length, start, state.dur, makespan, tilt, press[0] * over)
     best, best_cost = NEVER_NS, np.inf
     if over == 0:
         best, best_cost = makespan, cost
@@ -240,11 +241,12 @@ def anneal(facts, seq, length, mate, cap, iterations, hot, cold, tilt, wild, pre
         for p in range(before):
             old[p], old_mates[p] = state.seq[k, p], state.mate[state.seq[k, p]]
         install(facts, state, k, row, mates, new)
-        more = overfull(state, k, cap[facts.rank[n]]) - full[k]
+        room = cap[facts.rank[n]]
+        more = overflow(state.seq, k, 0, state.length[k] - 1, 0, state.alloc, state.free, state.work, room) - full[k]
         value = -1
         if more <= 0 or (press[0] > 0.0 and press[0] * more <= 20.0 * temperature):
             value = times(facts, state, other, waits, follow, queue)
-        changed = _cost(state, other, value, tilt, press[0] * (over + more))
+        changed = cost_of(state.seq, state.length, other, state.dur, value, tilt, press[0] * (over + more))
         if value < 0 or changed > cost - temperature * np.log(1.0 - np.random.random()):
             install(facts, state, k, old, old_mates, before)
             continue
@@ -260,18 +262,7 @@ def anneal(facts, seq, length, mate, cap, iterations, hot, cold, tilt, wild, pre
         fitting += over == 0
         if press[0] > 0.0 and accepted % TURN == 0:
             press[0] *= repriced(fitting)
-            cost = _cost(state, start, makespan, tilt, press[0] * over)
+            cost = cost_of(state.seq, state.length, start, state.dur, makespan, tilt, press[0] * over)
             fitting = 0
     seq[:], length[:], mate[:] = state.seq, state.length, state.mate
     return best
-
-
-@kernel
-def _cost(state, start, makespan, tilt, fine):
-    """Makespan plus ``tilt`` times the mean end of the machines plus the price of memory."""
-    total = 0.0
-    if tilt > 0.0:
-        for k in range(state.seq.shape[0]):
-            n = state.seq[k, state.length[k] - 1]
-            total += start[n] + state.dur[n]
-    return makespan + tilt * total / state.seq.shape[0] + fine

@@ -155,16 +155,3 @@ def times(facts, state, start, waits, follow, queue):
                 queue[last] = s
                 last += 1
     return makespan if last == total else -1
-
-
-@kernel
-def overfull(state, k, cap):
-    """Bytes beyond ``cap``, summed over machine k's order."""
-    used = 0
-    total = 0
-    for p in range(state.length[k]):
-        n = state.seq[k, p]
-        used += state.alloc[n]
-        total += max(0, used + state.work[n] - cap)
-        used -= state.free[n]
-    return total

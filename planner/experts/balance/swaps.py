@@ -51,13 +51,17 @@ def improve_map(layer: Layer, devices: np.ndarray, bound: float, *, rounds: int 
         times = layer.times(best)
         if times.max() <= bound * (1 + 1e-6):
             break
-        changed = best_swap(layer, best, times)
-        if changed is None:
-            changed = best_exchange(layer, best, times)
+        changed = best_move(layer, best, times)
         if changed is None:
             break
         best = changed
     return best
+
+
+def best_move(layer: Layer, devices: np.ndarray, times: np.ndarray) -> np.ndarray | None:
+    """The map after the best swap, or where none helps the best exchange; None where neither does."""
+    changed = best_swap(layer, devices, times)
+    return best_exchange(layer, devices, times) if changed is None else changed
 
 
 def best_swap(layer: Layer, devices: np.ndarray, times: np.ndarray) -> np.ndarray | None:

@@ -30,10 +30,9 @@ import numpy as np
 
 from mipipe.planner import clock
 from mipipe.planner.actions import Stream
-from mipipe.planner.bounds.first_gradients import chain_units, fewest_holders, moments_of
-from mipipe.planner.bounds.over_placements import Bound, cheapest_hop, facts_of, problem_bound, room_of_units
+from mipipe.planner.bounds.first_gradients import fewest_holders, moments_of
+from mipipe.planner.bounds.over_placements import Bound, facts_of, lightest_units, problem_bound, room_of_units
 from mipipe.planner.gap import SOLVER_GAP
-from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.milp import highs, pyo
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
 from mipipe.planner.milp.placement.configurations import WIDEST
@@ -223,14 +222,9 @@ def cases_of(problem: PlanningProblem) -> tuple[list[Bin], list[CellCase]]:
     """The bins, and a case for each number of holders that the unit with the fewest may have; no cases where the
     problem is no chain on equal devices."""
     devices = problem.topology.devices
-    facts, plain = facts_of(problem), pair_gain(problem).ratio == 1
     if len({device.kind for device in devices}) > 1 or len({device.memory_bytes for device in devices}) > 1:
         return [], []
-    light = [min(group.loads, default=1.0) if plain else 0.0 for group in problem.groups]
-    hop = cheapest_hop(problem) if plain else 0
-    units = chain_units(problem, durations=[[int(value * load) for value, load in zip(column, light, strict=True)]
-                                            for column in (facts.f, facts.i)],
-                        heads=facts.head, gradient_heads=facts.gradient_head, hop=hop, solid=True)
+    units, hop = lightest_units(problem, facts_of(problem), solid=True)
     if units is None:
         return [], []
     units = units[::-1]

@@ -108,13 +108,17 @@ def optmerge(tile: Tile, _stats: Any, *, lambda_: float, solver: str, ridge: flo
     value = torch.zeros_like(deltas[0])
     for delta in deltas:
         value.add_(delta, alpha=1.0 if start == "sum" else 1.0 / len(deltas))
+    return tile.origin + lambda_ * _minimised(value, targets, maps, solver, ridge, learning_rate, steps)
+
+
+def _minimised(value: Tensor, targets: Sequence[Tensor], maps: Sequence[Tensor], solver: str, ridge: float, rate: float,
+               steps: int) -> Tensor:
+    """OptMerge's problem solved from a start, as ``solver`` says."""
     if solver == "ridge":
-        value = optmerge_ridge(value, targets, maps, ridge)
-    elif solver == "closed_form":
-        value = optmerge_closed_form(value, targets, maps)
-    else:
-        value = optmerge_descent(value, targets, maps, solver, learning_rate, steps)
-    return tile.origin + lambda_ * value
+        return optmerge_ridge(value, targets, maps, ridge)
+    if solver == "closed_form":
+        return optmerge_closed_form(value, targets, maps)
+    return optmerge_descent(value, targets, maps, solver, rate, steps)
 
 
 def optmerge_descent(value: Tensor, targets: Sequence[Tensor], maps: Sequence[Tensor], solver: str, rate: float,
@@ -149,13 +153,7 @@ def wudi(tile: Tile, _stats: Any, *, lambda_: float, solver: str, ridge: float, 
     if not deltas:
         return tile.origin.clone()
     value, maps = torch.stack(deltas).sum(0), [delta / delta.norm() for delta in deltas]
-    if solver == "ridge":
-        value = optmerge_ridge(value, deltas, maps, ridge)
-    elif solver == "closed_form":
-        value = optmerge_closed_form(value, deltas, maps)
-    else:
-        value = optmerge_descent(value, deltas, maps, solver, learning_rate, steps)
-    return tile.origin + lambda_ * value
+    return tile.origin + lambda_ * _minimised(value, deltas, maps, solver, ridge, learning_rate, steps)
 
 
 # DOGE -----------------------------------------------------------------------------------------------------------------
