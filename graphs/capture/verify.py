@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves_with_path, tree_map_only
 
 from mipipe.graphs.capture.python_state import changed_containers, containers
 from mipipe.graphs.capture.seen import attributes_kept
@@ -101,21 +101,21 @@ def verify(graph: OperatorGraph, module: nn.Module, inputs: Mapping[str, Any] | 
     differences: list[str] = []
     for attempt in range(2):  # routing decisions may fall apart over rounding: then not twice
         generator = torch.Generator().manual_seed(attempt)
-        batch = _made_up(index, generator, places) if inputs is None else dict(inputs)
+        batch: Mapping[str, Any] = _made_up(index, generator, places) if inputs is None else inputs
         with _restored(module), torch.random.fork_rng(), seeded_by_shape(attempt):
             _unlike_a_fresh_one(module, graph, attempt)
             named = [*module.named_parameters(), *module.named_buffers()]
             start = {name.removeprefix("wrapped."): item.detach().clone() for name, item in named}
             held = containers(module)
-            first = eager_step(module, batch, graph.loss)
+            first = eager_step(module, _copied(batch), graph.loss)
             moved = changed_containers(module, held)
             now = [*module.named_parameters(), *module.named_buffers()]  # a forward may assign other tensors
             changed = {name.removeprefix("wrapped."): item.detach().clone() for name, item in now}
             with torch.no_grad():
                 for name, item in now:
-                    item.copy_(start[name.removeprefix("wrapped.")])
-            second = eager_step(module, batch, graph.loss)
-            made = run_step(graph, parameter_tensors(graph, start), batch)
+                    _set(item, start[name.removeprefix("wrapped.")])
+            second = eager_step(module, _copied(batch), graph.loss)
+            made = run_step(graph, parameter_tensors(graph, start), _by_name(_copied(batch)))
         _same_twice(graph, first, second, moved)
         differences = compare(graph, LossAndGradients(float(made.outputs[graph.loss]), made.gradients), first)
         differences += [f"{name} is changed by the forward, and the graph does not change it" for name in start
@@ -126,6 +126,33 @@ def verify(graph: OperatorGraph, module: nn.Module, inputs: Mapping[str, Any] | 
     raise GraphError(f"model {graph.model}: on one microbatch the captured graph differs from eager autograd:"
                      f" {'; '.join(shown)}; something in the model acts on values or gradients where an export does not"
                      " see it")
+
+
+def _copied(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch for one call, which may change its inputs in place."""
+    return tree_map_only(Tensor, lambda item: item.detach().clone(), dict(batch))
+
+
+def _by_name(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch as a graph takes it: tensors in lists and dicts by the names that an export gives them (``xs_0``)."""
+    return {"_".join(str(getattr(part, "key", getattr(part, "idx", part))) for part in path): item
+            for path, item in tree_leaves_with_path(dict(batch))}
+
+
+def _set(item: Tensor, value: Tensor) -> None:
+    """Give a tensor a value; one that has it already may be expanded, and then cannot be written."""
+    if not torch.equal(item, value):
+        item.copy_(value)
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """The norm of the difference; what is not finite in both alike is none."""
+    alike = (one == other) | (one.isnan() & other.isnan())
+    return float((one - other).masked_fill(alike, 0).norm())
+
+
+def _size(gradient: Tensor) -> float:
+    return float(torch.where(gradient.isfinite(), gradient, 0).norm())
 
 
 def _same_values(one: Tensor, other: Tensor) -> bool:
@@ -161,9 +188,10 @@ def compare(graph: OperatorGraph, found: LossAndGradients, expected: LossAndGrad
     kinds |= {value.spec.dtype for value in graph.values}
     allowed, share = next(_TOLERANCE[kind] for kind in reversed(_TOLERANCE) if kind in kinds or kind == "float64")
     differences = []
-    if not abs(found.loss - expected.loss) <= allowed * max(abs(expected.loss), 1e-3):
+    alike = found.loss == expected.loss or (math.isnan(found.loss) and math.isnan(expected.loss))
+    if not alike and not abs(found.loss - expected.loss) <= allowed * max(abs(expected.loss), 1e-3):
         differences.append(f"loss {found.loss:.6g}, {whose} {expected.loss:.6g}")
-    largest = max((float(grad.norm()) for grad in expected.gradients.values()), default=0.0)
+    largest = max((_size(grad) for grad in expected.gradients.values()), default=0.0)
     parts: dict[str, Tensor] = {}
     for name, gradient in found.gradients.items():  # slices of expert banks
         base, rows = parse_slice(name)
@@ -174,11 +202,11 @@ def compare(graph: OperatorGraph, found: LossAndGradients, expected: LossAndGrad
     errors = []
     for name in {*parts, *expected.gradients}:
         one, other = parts.get(name), expected.gradients.get(name)
-        size = 0.0 if other is None else float(other.norm())
+        size = 0.0 if other is None else _size(other)
         if one is None or other is None:
             error = float((other if one is None else one).norm())  # type: ignore[union-attr]
         else:
-            error = float((one - other).norm())
+            error = _distance(one, other)
         relative = error / max(size, share * largest, 1e-30)
         if not relative <= allowed:
             errors.append((relative, name, "has no gradient" if one is None else f"is off by {relative:.2g}"
@@ -218,7 +246,7 @@ def _restored(module: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for item, value in tensors.items():
-                item.copy_(value)
+                _set(item, value)
         for item, gradient in gradients.items():
             item.grad = gradient
 

@@ -112,6 +112,37 @@ def test_a_loss_without_gradient_is_refused() -> None:
         capture_module(module, own.batch(), loss=lambda out, inputs: out.detach())
 
 
+class Awkward(nn.Module):
+    """What eager autograd does without complaint, and a verification that is careless does not."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.first, self.head = kind, nn.Linear(4, 4), nn.Linear(4, 3)
+        self.register_buffer("scale", torch.rand(1, 4).expand(5, 4) if kind == "expanded" else torch.ones(4))
+
+    def forward(self, x: Any, y: Tensor) -> Tensor:
+        if self.kind == "nested":
+            x = x["a"] + x["b"][1]
+        if self.kind == "in place":
+            x.mul_(2)
+        x = self.first(x) * self.scale
+        if self.kind == "not finite":  # the gradient of a square root below 0, times 0
+            x = torch.where(x > 0, x.sqrt(), 0)
+        return nn.functional.cross_entropy(self.head(x), y)
+
+
+@pytest.mark.parametrize("kind", ["expanded", "nested", "in place", "not finite"])
+def test_a_verification_is_no_more_particular_than_eager_autograd(kind: str) -> None:
+    """Buffers that cannot be written, inputs that the forward changes or that are nested, gradients NaN on both
+    sides: the model is verified, and no reason is made up why it is not."""
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 4), torch.randint(0, 3, (5,))
+    inputs = {"x": {"a": x, "b": [x, x + 1]} if kind == "nested" else x, "y": y}
+    before = x.clone()
+    graph = capture_module(Awkward(kind), inputs, verify=True)
+    assert not warnings_of(graph) and torch.equal(x, before)
+
+
 def damaged(graph: Any, factor: float) -> Any:
     """The graph with every gradient of its first linear layer's weight times a factor."""
     traces = []
