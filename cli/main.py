@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import io
 import os
 import re
 import signal
@@ -86,6 +87,8 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
             fail(str(error), error.exit_code)
         except KeyboardInterrupt:
             fail("interrupted", 130)
+        except MemoryError:
+            fail("this machine has no memory left for it; end other programs, or ask for less", 1)
         except BrokenPipeError:  # the reader of our output (head, less) has gone
             _leave_pipe()
             raise typer.Exit(0) from None
@@ -137,6 +140,8 @@ def main() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the shell; the next file that is opened would take its place
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a terminal of few letters, or a file's name that is no text
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _as_ctrl_c)
     try:

@@ -211,7 +211,7 @@ def read_bytes(path: str | Path) -> bytes:
                              " a file")
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as stream:
             if stat.S_ISREG(mode):
-                data = stream.read(MAX_BYTES + 1)
+                data = _read_file(stream)
             else:
                 data = _read_pipe(stream.fileno(), str(path))
     except OSError as error:
@@ -221,6 +221,20 @@ def read_bytes(path: str | Path) -> bytes:
     if len(data) > MAX_BYTES:
         raise InputError(f"{path}: has more than {MAX_BYTES // 2**20} MiB, which no file of this kind has")
     return data
+
+
+def _read_file(stream: Any) -> bytes:
+    """What a file holds, at most one byte more than `MAX_BYTES`: room is made for what is there, and one read may give
+    less than was asked for."""
+    parts: list[bytes] = []
+    size, expected = 0, os.fstat(stream.fileno()).st_size
+    while size <= MAX_BYTES:
+        part = stream.read(min(MAX_BYTES + 1 - size, max(2**16, expected - size + 1)))
+        if not part:
+            break
+        parts.append(part)
+        size += len(part)
+    return b"".join(parts)
 
 
 def _read_pipe(handle: int, where: str) -> bytes:

@@ -195,3 +195,21 @@ def test_sigterm_ends_any_verb_as_ctrl_c_does(tmp_path: Path) -> None:
                                timeout=60, preexec_fn=before)
         assert ended.returncode == 130 and ended.stderr == "mipipe: interrupted\n"
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("letters", ["ascii", "latin-1", "cp437"])
+def test_a_terminal_of_few_letters_is_printed_to(folder: Path, letters: str) -> None:
+    """The timeline's signs are question marks there; a traceback helps nobody."""
+    ended = subprocess.run([sys.executable, "-m", "mipipe", "show", str(folder / "plan.json")], capture_output=True,
+                           env={**os.environ, "PYTHONIOENCODING": letters, "LC_ALL": "C"}, timeout=60, check=False)
+    assert ended.returncode == 0 and b"makespan" in ended.stdout and not ended.stderr
+
+
+def test_memory_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def verb() -> None:
+        raise MemoryError
+
+    with pytest.raises(typer.Exit) as ended:
+        guarded(verb)()
+    assert ended.value.exit_code == 1
+    assert capsys.readouterr().err.startswith("mipipe: error: this machine has no memory left")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from mipipe.graphs import read_files
 from mipipe.graphs.errors import InputError, shown
-from mipipe.graphs.read_files import MAX_DEPTH, load_json, load_yaml, read_text
+from mipipe.graphs.read_files import MAX_DEPTH, load_json, load_yaml, read_bytes, read_text
 from mipipe.graphs.serialize import load_data
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -127,3 +130,25 @@ def test_what_is_echoed_is_one_short_line(value: object) -> None:
         text = shown(value, quoted)
         assert len(text) <= 110 and "\n" not in text and "\x1b" not in text
         text.encode()
+
+
+def test_reading_takes_the_memory_of_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the most that there may be: 1 GiB for every file is refused on small machines. And to the end, however
+    little a file system gives at a time."""
+    (tmp_path / "file").write_bytes(b"x" * 300_000)
+    tracemalloc.start()
+    try:
+        assert read_bytes(tmp_path / "file") == b"x" * 300_000
+        assert tracemalloc.get_traced_memory()[1] < 2**21
+    finally:
+        tracemalloc.stop()
+
+    class Slow(io.FileIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            return super().read(min(7000, 7000 if size is None else size))
+
+    with Slow(str(tmp_path / "file")) as stream:
+        assert len(read_files._read_file(stream)) == 300_000
+    monkeypatch.setattr(read_files, "MAX_BYTES", 100_000)
+    with pytest.raises(InputError, match="has more than"):
+        read_bytes(tmp_path / "file")

@@ -1,0 +1,1 @@
+../../mipipe/__main__.py
