@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -159,6 +160,29 @@ def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer that holds this process's state: the local part of a sharded one, else itself."""
     inner: torch.optim.Optimizer = getattr(optimizer, "optim", optimizer)  # ZeroRedundancyOptimizer's name for it
     return inner
+
+
+def check_continues(optimizer: torch.optim.Optimizer) -> None:
+    """Raise `InputError` unless one of torch's optimizers can go on from the state that it was given: a step of a copy
+    of each group's smallest parameter shows it. With other options it may need what was not kept (``amsgrad``)."""
+    local = local_optimizer(optimizer)
+    if type(local) not in _TORCH.values():
+        return
+    for group in local.param_groups:
+        held = [item for item in group["params"] if local.state.get(item)]
+        if not held:
+            continue
+        smallest = min(held, key=lambda item: item.numel())
+        tried = torch.nn.Parameter(smallest.detach().clone())
+        tried.grad = torch.zeros_like(tried)
+        again = type(local)([{**group, "params": [tried]}])  # type: ignore[call-arg]
+        again.state[tried] = copy.deepcopy(local.state[smallest])
+        try:
+            again.step()
+        except KeyError as error:
+            raise InputError(f"optimizer {type(local).__name__}: its options need the state {error}, which the"
+                             " checkpoint, saved with others, has not; resume with the options it was saved with"
+                             ) from None
 
 
 def optimizer_class(name: str) -> Any:

@@ -23,7 +23,7 @@ from mipipe.runtime.train.config import TrainConfig
 from mipipe.runtime.train.data import Batches
 from mipipe.runtime.train.expert_run import ExpertRun
 from mipipe.runtime.train.metrics import forget_memory
-from mipipe.runtime.train.optim import learning_rate_factor, make_optimizer
+from mipipe.runtime.train.optim import check_continues, learning_rate_factor, make_optimizer
 from mipipe.runtime.train.prefetch import Prefetched
 from mipipe.runtime.train.step_reports import StepDone, StepProfile, StepReports
 
@@ -104,6 +104,8 @@ class Trainer:
         restored = self.checkpoints.begin(start, run_id) if self.checkpoints is not None else None
         if restored is None:
             return 0
+        if self.optimizer is not None:
+            check_continues(self.optimizer)
         mesh = self.engine.mesh
         self.batches.continue_from(restored.loader, restored.state.copies, mesh.copy, mesh.num_copies)
         self.restored, done = restored.folder, restored.state.step

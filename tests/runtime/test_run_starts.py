@@ -118,6 +118,22 @@ def test_what_a_resumed_run_may_change_is_said(tmp_path):
     assert read_state(latest(tmp_path / "c")).run.id == owner
 
 
+@pytest.mark.parametrize("name, before, now, needed", [
+    ("adamw", {}, {"amsgrad": True}, "max_exp_avg_sq"), ("rmsprop", {}, {"centered": True}, "grad_avg"),
+    ("rmsprop", {}, {"momentum": 0.9}, "momentum_buffer"), ("adamw", {"amsgrad": True}, {}, ""),
+    ("sgd", {}, {"momentum": 0.9}, ""), ("adamw", {}, {"betas": [0.5, 0.6]}, ""),
+])
+def test_options_that_need_other_state(tmp_path, name, before, now, needed):
+    """Found when the run is resumed, not as a KeyError of its first step; those that do not are only said."""
+    trainer(tmp_path, optimizer=OptimizerConfig(name, 1e-2, before)).run()
+    made = trainer(tmp_path, 4, optimizer=OptimizerConfig(name, 1e-2, now))
+    if needed:
+        with pytest.raises(InputError, match=f"its options need the state '{needed}', which the checkpoint"):
+            made.begin(Start.RESUME)
+    else:
+        assert len(made.run(made.begin(Start.RESUME))) == 1
+
+
 def test_two_runs_in_one_folder(tmp_path):
     """Pruning keeps to its own; the folder's own run is resumed; where nobody knows whose it is, both are named."""
     trainer(tmp_path, 9).run()
