@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from mipipe.planner import clock
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.first_gradients import ChainUnit, chain_units, common_room, least_first_gradients
 from mipipe.planner.jobs.memory import activation_room, resident_room
@@ -78,10 +79,13 @@ def _stream_bound(problem: PlanningProblem, facts: GroupTimes, members: list[int
     gradient = 0
     if stream is Stream.COMPUTE:
         known = max(facts.longest, -(-(work + max(0, start)) // devices))
-        gradient, latest = _idle_before_gradient(problem, facts, members)
-        if latest > max(known, -(-(work + gradient) // devices)):
-            gradient = _within(lambda most: _idle_before_gradient(problem, facts, members, most)[0], known, work,
-                               devices)
+        gradients = _before_gradients(problem, facts, members)
+        if gradients is not None:
+            gradient, latest = gradients.idle(devices, problem.num_microbatches)
+            bound = max(known, -(-(work + gradient) // devices))
+            if latest > bound:
+                gradient = _within(lambda most: gradients.idle(devices, problem.num_microbatches, most)[0], known,
+                                   bound, work, devices)
     alone = _idle_without_pairs(problem, facts, members, gain.ratio) if gain.ratio < 1 else 0
     idle = max(0, start, gradient, alone)
     why = ""
@@ -93,15 +97,25 @@ def _stream_bound(problem: PlanningProblem, facts: GroupTimes, members: list[int
     return Bound(-(-(work + idle) // devices), f"work of the {stream.value} stream over {devices} devices{why}")
 
 
-def _within(idle: Callable[[int], int], known: int, work: int, devices: int) -> int:
+def _within(idle: Callable[[int], int], known: int, most: int, work: int, devices: int) -> int:
     """Idle time where first gradients may come later than the bound: devices that do nothing at all wait for none, so
-    a moment counts up to what is ``known`` of the makespan, and up to the bounds that follow."""
-    while True:
-        found = idle(known)
-        bound = -(-(work + found) // devices)
-        if bound <= known:
-            return found
-        known = bound
+    a moment counts up to the makespan only, which is ``known`` or more and at its bound ``most`` or less.
+
+    That is the least makespan K with ``devices * K >= work + idle(K)``. Idle time grows with K, by at most the devices
+    for each nanosecond, so what holds at K holds beyond, and K is found by halving.
+
+    Raises:
+        OutOfTimeError: the solve's time is over.
+    """
+    low, high = known, most
+    while low < high:
+        clock.ask()
+        middle = (low + high) // 2
+        if work + idle(middle) <= devices * middle:
+            high = middle
+        else:
+            low = middle + 1
+    return idle(low)
 
 
 def _idle_before_start(problem: PlanningProblem, facts: GroupTimes, members: list[int]) -> int:
@@ -121,14 +135,37 @@ def _idle_without_pairs(problem: PlanningProblem, facts: GroupTimes, members: li
     return int((1 - ratio) * _spread(problem, gradients) + ratio * max(0, _idle_before_start(problem, facts, members)))
 
 
-def _idle_before_gradient(problem: PlanningProblem, facts: GroupTimes, members: list[int],
-                          most: int | None = None) -> tuple[int, int]:
-    """Sum over devices of (first gradient - forwards that fit), which may be negative, and the latest first gradient.
-    ``most``: as of `least_first_gradients`."""
+@dataclass(frozen=True, slots=True)
+class _BeforeGradients:
+    """What each device waits for its first gradient, less the forwards that fit before it, whatever the makespan.
+
+    ``forwards`` and ``filled``: nanoseconds of all devices; ``spread``: the least sum of heads (`_spread`); ``chain``:
+    (units, hop, their room) for `least_first_gradients`, None where the problem is no chain; each of those two over
+    all units and over those with resident bytes.
+    """
+
+    forwards: int
+    filled: int
+    spread: tuple[int, int]
+    chain: tuple[tuple[list[ChainUnit], int, int] | None, ...]
+    relief: Fraction
+
+    def idle(self, devices: int, microbatches: int, most: int | None = None) -> tuple[int, int]:
+        """Sum over devices of (first gradient - forwards that fit), which may be negative, and the latest first
+        gradient. ``most``: as of `least_first_gradients`."""
+        apart = [(0, 0) if chain is None else least_first_gradients(
+            chain[0], devices=devices, microbatches=microbatches, room=chain[2], slack=chain[1], relief=self.relief,
+            most=most) for chain in self.chain]
+        first, first_solid = (max(least, found) for least, (found, _) in zip(self.spread, apart, strict=True))
+        return max(first, first_solid - self.filled) - self.forwards, max(latest for _, latest in apart)
+
+
+def _before_gradients(problem: PlanningProblem, facts: GroupTimes, members: list[int]) -> _BeforeGradients | None:
+    """None where forwards may hold nothing: those of frozen groups, and recomputed ones as little as they like."""
     heads = [(head, problem.groups[g].resident_bytes) for g in members
              if (head := facts.gradient_head[g]) is not None]
     if len(heads) < len(members) or any(problem.groups[g].recompute_bytes is not None for g in members):
-        return 0, 0  # forwards of frozen groups hold nothing; recomputed ones as little as they like
+        return None
     room = sum(activation_room(problem, rank) for rank in range(problem.num_ranks))
     held = {g: _held_before(problem, g) for g in members if not _saved(problem, g)}
     # what saves nothing comes after forwards that do, so many microbatches fit at once; more, as others return bytes
@@ -145,14 +182,15 @@ def _idle_before_gradient(problem: PlanningProblem, facts: GroupTimes, members: 
             free += min(work, facts.f[g] * room // held[g] + 1)
     filled = sum(work_of(problem, problem.groups[g], duration) for g in members
                  if not problem.groups[g].resident_bytes for duration in (facts.f[g], facts.i[g], facts.w[g]))
-    solid = [(head, size) for head, size in heads if size]
     rounding = 1.001 if any(problem.groups[g].loads for g in members) else 1.0
     ratio = pair_gain(problem).ratio
     forwards = int(ratio * (int(room * per_byte * rounding) + free + 1)) + 1
-    apart, latest = _first_gradients(problem, facts, relief or Fraction(0), most, solid=False)
-    apart_solid, latest_solid = _first_gradients(problem, facts, relief or Fraction(0), most, solid=True)
-    first, first_solid = max(_spread(problem, heads), apart), max(_spread(problem, solid), apart_solid)
-    return max(first, first_solid - int(ratio * filled)) - forwards, max(latest, latest_solid)
+    chains = []
+    for solid in (False, True):
+        units, hop = lightest_units(problem, facts, solid=solid)
+        chains.append(None if units is None else (units, hop, room_of_units(problem, units)))
+    spread = _spread(problem, heads), _spread(problem, [(head, size) for head, size in heads if size])
+    return _BeforeGradients(forwards, int(ratio * filled), spread, tuple(chains), relief or Fraction(0))
 
 
 def _saved(problem: PlanningProblem, g: int) -> int:
@@ -169,16 +207,6 @@ def lightest_units(problem: PlanningProblem, facts: GroupTimes, *, solid: bool) 
                  for column in (facts.f, facts.i)]
     return chain_units(problem, durations=durations, heads=facts.head, gradient_heads=facts.gradient_head, hop=hop,
                        solid=solid), hop
-
-
-def _first_gradients(problem: PlanningProblem, facts: GroupTimes, relief: Fraction, most: int | None, *,
-                     solid: bool) -> tuple[int, int]:
-    """`least_first_gradients` of a chain; elsewhere 0, 0."""
-    units, hop = lightest_units(problem, facts, solid=solid)
-    if units is None:
-        return 0, 0
-    return least_first_gradients(units, devices=problem.num_ranks, microbatches=problem.num_microbatches,
-                                 room=room_of_units(problem, units), slack=hop, relief=relief, most=most)
 
 
 def room_of_units(problem: PlanningProblem, units: Sequence[ChainUnit]) -> int:

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 
 from mipipe.graphs.errors import PlanError
-from mipipe.graphs.topology import Topology
+from mipipe.graphs.topology import Device, Link, Topology
+from mipipe.planner import clock
 from mipipe.planner.actions import ActionKind, Stream
+from mipipe.planner.bounds import over_placements
 from mipipe.planner.bounds.first_gradients import (
     ChainUnit,
     chain_units,
@@ -248,3 +250,24 @@ def test_branches_and_other_devices_have_no_cells():
     uneven = problem.replace(topology=replace(problem.topology, devices=(devices[0], other)))
     bound = CellBound(uneven)
     assert cases_of(uneven)[1] == [] and bound.improve(1, 1.0, 0) is None and bound.ended
+
+
+def test_a_bound_on_moments_takes_few_passes_and_asks_the_clock(monkeypatch):
+    """Where each pass gains a small share only (one group a device, slow links): halved, and ended with the solve."""
+    passes = []
+
+    def counted(*args, **named):
+        passes.append(named.get("most"))
+        return least_first_gradients(*args, **named)
+
+    monkeypatch.setattr(over_placements, "least_first_gradients", counted)
+    count = 32
+    groups = tuple(Group(f"l{n}", {"d": PhaseTimes(10**6, 10**6, 10**6)}, resident_bytes=10, saved_fw_bytes=1,
+                         single=True) for n in range(count))
+    edges = tuple(GroupEdge(n, (n + 1,), 0, 0, f"v{n}") for n in range(count - 1))
+    topology = Topology(tuple(Device(f"d{n}", "d", 2**40) for n in range(count)), Link(10**10), Link(10**10))
+    problem = PlanningProblem("slow links", groups, edges, topology, 16, limits=Limits(activation_bytes=count))
+    assert problem_bound(problem).ns == 543_999_998
+    assert len(passes) < 2 * 40  # units with resident bytes and all units
+    with pytest.raises(clock.OutOfTimeError), clock.watched(lambda: -1.0):
+        problem_bound(problem)
