@@ -282,3 +282,10 @@ def test_training_names_the_model_or_ends(mipipe, graph: dict[str, Any], tmp_pat
     ended = mipipe("train", "--plan", "plan.json", "--graph", "graph.json", "--config", "train.yaml", "--timeout", 60,
                    "--model", "os:system")
     assert ended.code != 0 and "Python's own library" in ended.error
+    for output in ({"timeline": "plan.json"}, {"metrics": "./graph.json"}, {"profile": "train.yaml"},
+                   {"experts": {"loads": "plan.json"}}):  # nothing that is read is replaced
+        before = (tmp_path / "plan.json").read_bytes()
+        (tmp_path / "train.yaml").write_text(yaml.safe_dump({"steps": 1, **output}))
+        ended = mipipe("train", "--plan", "plan.json", "--graph", "graph.json", "--config", "train.yaml")
+        assert ended.code == 1 and "is also read: give what is written" in ended.error
+        assert (tmp_path / "plan.json").read_bytes() == before

@@ -11,7 +11,7 @@ from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.source import recipe_of
 from mipipe.graphs.serialize import load
-from mipipe.graphs.write_files import check_apart
+from mipipe.graphs.write_files import check_apart, same_file
 from mipipe.planner.check import check_program
 from mipipe.planner.check.graph import check_graph
 from mipipe.planner.execution.lower import lower
@@ -67,6 +67,7 @@ def read_job(plan: str | Path, graph: str | Path, config: str | Path, model: str
     settings = read_train_config(config)
     if model is not None:
         settings = dataclasses.replace(settings, model=model)
+    check_kept(settings, plan, graph, config)
     read_graph, plans = load(graph, OperatorGraph), load_plans(plan)
     read_plan = plans[0]
     for item in plans:
@@ -177,13 +178,28 @@ def check_start(config: TrainConfig, start: Start) -> None:
     check_outputs(config)
 
 
+def _written(config: TrainConfig) -> dict[str, str | None]:
+    """The files that a run writes, by what names them."""
+    experts = config.experts
+    return {"metrics": config.metrics, "timeline": config.timeline, "profile": config.profile,
+            "experts.loads": experts.loads if experts else None,
+            "experts.history": experts.history if experts else None}
+
+
+def check_kept(config: TrainConfig, *read: str | Path) -> None:
+    """Raise `InputError` where a file that the run will write is one that it reads."""
+    experts = config.experts
+    maps = [experts.map, *experts.moves.values()] if experts is not None else []
+    for what, file in _written(config).items():
+        for other in (*read, *maps):
+            if file is not None and other is not None and same_file(file, other):
+                raise InputError(f"train config: {what}: {file} is also read: give what is written a name of its own")
+
+
 def check_outputs(config: TrainConfig) -> None:
     """Raise `InputError` where a file that the run will write cannot be written, which else shows at its end, or two
     are one."""
-    experts = config.experts
-    files = {"metrics": config.metrics, "timeline": config.timeline, "profile": config.profile,
-             "experts.loads": experts.loads if experts else None,
-             "experts.history": experts.history if experts else None}
+    files = _written(config)
     for what, file in files.items():
         if file is not None:
             _check_output(what, Path(file))
