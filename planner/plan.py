@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import STRICT, Amount
 from mipipe.planner.actions import Action, Order, Stream
 from mipipe.planner.problem import PlanningProblem
@@ -90,11 +89,3 @@ class Plan:
     placement_bound_ns: Amount | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     team: Team | None = None
-
-
-def check_single_devices(plan: Plan, what: str) -> None:
-    """Raise `InputError` for a plan whose ranks are teams of devices, which ``what`` takes not."""
-    if plan.team is not None:
-        raise InputError(f"plan {plan.name}: its ranks are teams of devices ({plan.team.text()}, {plan.team.copies}"
-                         f" copies); {what} takes plans of single devices, as `mipipe plan GRAPH --cluster CLUSTER.yaml"
-                         " --microbatches M` makes them")

@@ -15,6 +15,7 @@ from mipipe.graphs.errors import InfeasibleError, InputError, MipipeError, TimeU
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import STRICT, from_data, to_data
 from mipipe.planner.plan import Plan
+from mipipe.planner.team import Team, TeamMode
 from mipipe.planner.teams.as_team import team_of
 from mipipe.planner.teams.degrees import Degrees
 from mipipe.planner.teams.effort import EFFORT
@@ -59,7 +60,8 @@ def task_of(plan: Plan) -> TeamTask:
 
 
 def made_again(plan: Plan, graph: OperatorGraph, devices: int, *, copies: int, least: int = 1,
-               seconds: float | None = None, runs: Callable[[Plan], bool] = lambda plan: True) -> Plan:
+               seconds: float | None = None, runs: Callable[[Plan], bool] = lambda plan: True,
+               divides: Callable[[Plan], bool] = lambda plan: True) -> Plan:
     """The plan of the least step on at most so many devices, for the graph's microbatch and the sequences of a step
     that ``copies`` of the plan take, with the plan's own modes of branches.
 
@@ -71,60 +73,87 @@ def made_again(plan: Plan, graph: OperatorGraph, devices: int, *, copies: int, l
         least: devices that it must use.
         seconds: the time limit; None: that of the plan.
         runs: whether degrees are possible, by a plan that has their team (all else is that of ``plan``).
+        divides: whether the graph can be divided as a plan's team says: asked of the best alone, where asking is slow.
 
     Raises:
         InputError: the plan does not say what it was made for.
         InfeasibleError: there is none.
+        TimeUpError: none was found in time.
     """
+    began = time.monotonic()
     task, rows = task_of(plan), rows_of(graph)
     pricer = Pricer(model_pieces(graph), task.machine)
-    kind = task.machine.kind.name
-    options = replace(task.options, microbatch=rows, time_limit_s=seconds or task.options.time_limit_s)
-    found = best_of_fewer(pricer, devices, rows * plan.problem.num_microbatches * copies, options, least=least,
-                          wanted=lambda degrees: runs(replace(plan, team=team_of(pricer.model, degrees, kind)))).plan
-    assert plan.team is not None and found.team is not None
-    own = tuple(item for item in plan.team.modes if item.segments and item.mode != "expert")
-    team = found.team if "tensor" not in found.team.axes else replace(found.team, modes=found.team.modes + own)
-    problem = found.problem.replace(graph_digest=plan.problem.graph_digest)
-    return with_task(replace(found, problem=problem, team=team), task)
+    limit_s, refused = seconds or task.options.time_limit_s, list[tuple[dict[str, int], tuple[TeamMode, ...]]]()
+    until = began + limit_s
+    own = tuple(item for item in (plan.team or Team({})).modes if item.segments and item.mode != "expert")
+
+    def with_own(team: Team | None) -> Team:
+        assert team is not None
+        return team if "tensor" not in team.axes else replace(team, modes=team.modes + own)
+
+    def wanted(degrees: Degrees) -> bool:
+        team = with_own(team_of(pricer.model, degrees, task.machine.kind.name))
+        return (team.axes, team.modes) not in refused and runs(replace(plan, team=team))
+
+    while (left := until - time.monotonic()) > 0:
+        options = replace(task.options, microbatch=rows, time_limit_s=left)
+        found = best_of_fewer(pricer, devices, rows * plan.problem.num_microbatches * copies, options, least=least,
+                              wanted=wanted).plan
+        problem, team = found.problem.replace(graph_digest=plan.problem.graph_digest), with_own(found.team)
+        made = with_task(replace(found, problem=problem, team=team), task)
+        if divides(made):
+            return made
+        refused.append((team.axes, team.modes))
+    raise TimeUpError(f"no plan found for {least} to {devices} devices within {limit_s:g} s: the graph cannot be"
+                      f" divided as the best of {len(refused)} say; give more time")
 
 
 def best_of_fewer(pricer: Pricer, devices: int, global_batch: int, options: TeamOptions, *, least: int = 1,
                   wanted: Callable[[Degrees], bool] = anything) -> TeamResult:
     """The least step on ``least`` to ``devices`` devices. What is fixed stays so where any number of them can have it,
-    else all degrees and recomputation are free.
+    else all degrees and recomputation are free, for which half of the time is kept.
 
     Raises:
         InfeasibleError: there is none.
+        TimeUpError: none was found in time.
     """
+    until = time.monotonic() + options.time_limit_s
     wishes = [options]
     if options.given or options.recomputation is not None:
         wishes.append(replace(options, given={}, recomputation=None))
     reason: MipipeError | None = None
     for wish in wishes:
-        found, reason = _best(pricer, range(devices, least - 1, -1), global_batch, wish, wanted)
+        now = time.monotonic()
+        found, reason = _best(pricer, range(devices, least - 1, -1), global_batch, wish, wanted,
+                              until if wish is wishes[-1] else now + (until - now) / 2)
         if found is not None:
             return found
+    if isinstance(reason, TimeUpError):
+        raise TimeUpError(f"no plan found for {least} to {devices} devices and {global_batch} sequences a step within"
+                          f" {options.time_limit_s:g} s; give more time")
     why = str(reason).removeprefix("no plan exists: ")
     raise InfeasibleError(f"no plan exists for {least} to {devices} devices and {global_batch} sequences a step: {why}")
 
 
 def _best(pricer: Pricer, counts: range, global_batch: int, options: TeamOptions,
-          wanted: Callable[[Degrees], bool]) -> tuple[TeamResult | None, MipipeError | None]:
+          wanted: Callable[[Degrees], bool], until: float) -> tuple[TeamResult | None, MipipeError | None]:
     """The best over numbers of devices, each with half of the time that is left, up to where even full use of them
-    would be slower; and why the first number that had none has none."""
-    until, work = time.monotonic() + options.time_limit_s, least_seconds(pricer) * global_batch
+    would be slower; and why there is none: time was up for a number, else as for the first of them."""
+    work = least_seconds(pricer) * global_batch
     best: TeamResult | None = None
     reason: MipipeError | None = None
     for count in counts:
         left = until - time.monotonic()
-        if best is not None and (work / count >= best.seconds or left <= 0):
+        if best is not None and work / count >= best.seconds:
             break
-        share = max(EFFORT.least_s, left / 2 if count > counts[-1] else left)
+        if left <= 0:
+            reason = TimeUpError("no time is left")
+            break
+        share = min(left, max(EFFORT.least_s, left / 2)) if count > counts[-1] else left
         try:
             found = search_teams(pricer, count, global_batch, replace(options, time_limit_s=share), wanted=wanted).best
         except (InputError, InfeasibleError, TimeUpError) as error:
-            reason = reason or error
+            reason = error if isinstance(error, TimeUpError) else reason or error
             continue
         best = found if best is None or found.seconds < best.seconds else best
     return best, reason

@@ -29,6 +29,7 @@ class TeamOptions:
             if name not in KEYS or size < least_of(name):
                 raise InputError(f"degrees: {shown(name)} is {shown(size)}; expected {', '.join(KEYS)}, each at least"
                                  " 1 (zero: 0)")
-        if (self.microbatch or 1) < 1 or not 0 < self.time_limit_s < math.inf:
-            raise InputError(f"degrees: microbatch {self.microbatch}, time limit {self.time_limit_s} s; expected both"
-                             " above 0")
+        if self.microbatch is not None and self.microbatch < 1:
+            raise InputError(f"microbatch: is {shown(self.microbatch)}; expected at least 1 sequence")
+        if not 0 < self.time_limit_s < math.inf:
+            raise InputError(f"time limit: is {self.time_limit_s} s; expected a number above 0")

@@ -10,7 +10,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.plan import Plan
 from mipipe.runtime.experts.exchange import Exchange, check_map, contiguous_map
-from mipipe.runtime.experts.layers import check_together, expert_layers, routed_layers
+from mipipe.runtime.experts.layers import check_sharers, check_together, expert_layers, routed_layers
 from mipipe.runtime.ranks.comm import Waits
 from mipipe.runtime.ranks.mesh import Mesh
 from mipipe.runtime.ranks.options import EngineOptions
@@ -35,11 +35,7 @@ def make_exchange(plan: Plan, graph: OperatorGraph, stage_of: Mapping[str, int],
             raise InputError("expert map: this graph has no expert-parallel layers; capture the model with"
                              " --expert-parallel")
         return None
-    planned = int(graph.source.get("expert_parallel", 1))
-    if planned > 1 and planned != mesh.num_copies:
-        raise InputError(f"expert parallelism: the graph was captured with its experts shared by {planned} ranks, and"
-                         f" planned so, but the run has {mesh.num_copies} copies of the plan; start it with --copies"
-                         f" {planned}, or capture with --expert-parallel {mesh.num_copies}")
+    check_sharers(graph, mesh.num_copies)
     if mesh.num_copies < 2:
         if options.expert_map is not None:
             check_map(options.expert_map, layers, 1)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mipipe.graphs.errors import PlanError
+from mipipe.graphs.errors import InputError, PlanError
 from mipipe.graphs.operator_graph import DTYPE_BYTES, OperatorGraph, Phase, Role, Segment, SegmentTrace
 from mipipe.graphs.operators.expert_kernels import ROUTE
 from mipipe.graphs.tracing.parameter_slices import parse_slice
@@ -59,6 +59,20 @@ def expert_layers(graph: OperatorGraph) -> tuple[ExpertLayer, ...]:
         found.append(ExpertLayer(home.removesuffix(".dispatch"), experts, tuple(item.name for item in segments),
                                  tuple(dict.fromkeys(banks))))
     return tuple(found)
+
+
+def sharers(graph: OperatorGraph) -> int:
+    """How many copies of the plan experts were captured to be shared by; 1: by any number, or none."""
+    return int(graph.source.get("expert_parallel", 1))
+
+
+def check_sharers(graph: OperatorGraph, copies: int) -> None:
+    """Raise `InputError` where experts were captured to be shared by another number of copies of the plan."""
+    captured = sharers(graph)
+    if captured > 1 and captured != copies:
+        raise InputError(f"expert parallelism: the graph was captured with its experts shared by {captured} ranks, and"
+                         f" planned so, but the run has {copies} copies of the plan; start it with --copies"
+                         f" {captured}, or capture with --expert-parallel {copies}")
 
 
 def _routed_experts(trace: SegmentTrace) -> int | None:

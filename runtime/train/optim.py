@@ -48,9 +48,7 @@ def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any], shard:
     if not parameters:
         return None
     if shard and engine.compiled.banks and not engine.compiled.across:
-        raise InputError(f"optimizer {name}: copies that share its state update some whole parameters each, but experts"
-                         " live on some copies; take one that treats elements alike, such as adamw, or leave"
-                         " optimizer.shard out (a plan's zero: --degrees zero=0)")
+        raise whole_beside_experts(name)
     options = with_fused(kind, options, engine.mesh.device)
     try:
         if shard and engine.mesh.copy_group is not None and not engine.compiled.across:
@@ -61,31 +59,44 @@ def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any], shard:
         raise InputError(f"optimizer {name}: {error}") from None
 
 
+def whole_beside_experts(name: str) -> InputError:
+    """Why an optimizer that looks at whole parameters does not share its state where copies share experts."""
+    return InputError(f"optimizer {name}: copies that share its state update some whole parameters each, but experts"
+                      " live on some copies; take one that treats elements alike, such as adamw, or leave"
+                      " optimizer.shard out (a plan's zero: --degrees zero=0)")
+
+
 def _check_options(name: str, kind: Any, options: Mapping[str, Any], groups: Sequence[GroupConfig]) -> None:
     """Raise `InputError` where a group's options are not the optimizer's: torch checks those given for all parameters
     alone. Of the user's own optimizers nothing is known."""
     if kind not in (*_TORCH.values(), *OPTIMIZERS.values()):
         return
+    def made(more: Mapping[str, Any], which: str) -> torch.optim.Optimizer:
+        try:
+            found: torch.optim.Optimizer = kind([torch.nn.Parameter(torch.zeros(2, 2))], **{**options, **more})
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{which}: {error}") from None
+        return found
+
+    known = made({}, f"optimizer {name}").defaults if groups else {}
     for group in groups:
         own = {key: value for key, value in group.options.items() if key != "matrix"}  # no argument, see `_apart`
         which = f"optimizer {name}, group {shown(group.match if group.match is not None else str(group.role))}"
-        try:
-            known = kind([torch.nn.Parameter(torch.zeros(2, 2))], **options).defaults
-            unknown = sorted(set(group.options) - set(known))
-            if unknown:
-                raise InputError(f"{which}: unknown option {shown(unknown[0])}; expected {', '.join(sorted(known))}")
-            kind([torch.nn.Parameter(torch.zeros(2, 2))], **{**options, **own})
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{which}: {error}") from None
+        unknown = sorted(set(group.options) - set(known))
+        if unknown:
+            raise InputError(f"{which}: unknown option {shown(unknown[0])}; expected {', '.join(sorted(known))}")
+        made(own, which)
 
 
 def check_matches(groups: Sequence[GroupConfig], graph: OperatorGraph) -> None:
-    """Raise `InputError` where a group's expression fits no parameter of the graph: it is mistyped."""
-    names = [item.fqn for item in graph.parameters if not item.buffer]
+    """Raise `InputError` where a group's expression fits no parameter that an optimizer has: a trainable one, by the
+    first of its names where it is tied."""
+    names = [item.fqn for item in graph.parameters if item.trainable and item.tied_to is None and not item.buffer]
     for group in groups:
         if group.match is not None and not any(search(group.match, name) is not None for name in names):
-            raise InputError(f"train config, optimizer.groups: {shown(group.match)} matches no parameter of the graph,"
-                             f" whose first is {names[0] if names else 'none'}")
+            raise InputError(f"train config, optimizer.groups: {shown(group.match)} matches no trainable parameter of"
+                             " the graph (a tied one goes by the first of its names), whose first is"
+                             f" {names[0] if names else 'none'}")
 
 
 def takes_parts(name: str, zero: int) -> bool:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import runtime_equal as equal
+import runtime_experts as ex
+import torch
 import yaml
 from runtime_models import ROWS_OF_BYTES
 
@@ -20,6 +22,7 @@ from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import digest, load, save
 from mipipe.graphs.topology import Link
+from mipipe.planner.execution.lower import lower
 from mipipe.planner.plan import Plan
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.team import Team
@@ -31,11 +34,13 @@ from mipipe.planner.teams.machine import Machine
 from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.pieces import model_pieces
 from mipipe.planner.teams.pricing import Pricer
+from mipipe.runtime.checkpoints.checkpoint_folder import CheckpointState
+from mipipe.runtime.checkpoints.checkpoint_run import RunIdentity
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.train.config import DataConfig, read_train_config
+from mipipe.runtime.train.config import CheckpointConfig, DataConfig, TrainConfig, read_train_config
 from mipipe.runtime.train.data import make_batches
 from mipipe.runtime.train.launching.elastic import Running, Supervisor, train_elastic
-from mipipe.runtime.train.launching.prepare import read_job
+from mipipe.runtime.train.launching.prepare import PreparedRun, check_world, read_job
 from mipipe.runtime.train.models import initial_weights
 from mipipe.runtime.train.training import Trainer
 
@@ -133,8 +138,9 @@ def supervised(files, folder, monkeypatch, losses, plan="free", steps=STEPS, **o
         return (None if lost is None else RunError("killed")), lost or set(), (0, "")
 
     monkeypatch.setattr("mipipe.runtime.train.launching.elastic.attempt", attempt)
+    options = {"device": "cpu", **options}
     train_elastic(files / f"{plan}.json", files / "graph.json", write_config(folder, "run", steps),
-                  lambda problem: pytest.fail("planned for single devices"), say=said.append, device="cpu", **options)
+                  lambda problem: pytest.fail("planned for single devices"), say=said.append, **options)
     return said, started
 
 
@@ -153,6 +159,46 @@ def test_what_a_supervisor_of_teams_does(files, tmp_path, monkeypatch):
                     " ranks=1,tensor=2,copies=1 from here on; 1 device idle",
                     "rank 0 lost: going on with 1 device that was spare"]
     assert [devices for devices, _ in started] == [[0, 1, 2, 3], [0, 2], [2, 3]]
+
+
+def test_devices_that_are_not_here_are_no_spare_ones(files, tmp_path, monkeypatch):
+    """Else a lost GPU would be taken again, as none of those that are told of could be hidden."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    with pytest.raises(InputError, match="--processes 5: torch sees 4 CUDA devices on this host; give at most as many"):
+        supervised(files, tmp_path, monkeypatch, [{1}], num_processes=5, device="cuda")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 5)
+    _, started = supervised(files, tmp_path, monkeypatch, [{1}], num_processes=5, device="cuda")
+    assert [devices for devices, _ in started] == [[0, 1, 2, 3], [0, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("shared, copies, ran", [
+    (1, 2, "ranks=1,expert=4,copies=4"), (2, 2, "ranks=2,expert=2,copies=2"), (4, 2, None)])
+def test_experts_that_copies_share_keep_their_number(files, tmp_path, shared, copies, ran):
+    """Of six devices one is lost: four copies would be the best of what is left, but a graph whose experts were
+    captured for two goes on with two. One for four does not start with two. Plans
+    of single devices lose no copy of those that share."""
+    _, graph = ex.captured()
+    graph = replace(graph, source={**graph.source, "expert_parallel": shared})
+    degrees = Degrees(3, copies=copies, expert=copies, microbatch=equal.ROWS)
+    plan = evaluate_teams(Pricer(model_pieces(graph), MACHINE), degrees, 4 * equal.ROWS).plan
+    plan = with_task(replace(plan, problem=plan.problem.replace(graph_digest=digest(graph))),
+                     TeamTask(MACHINE, TeamOptions({"zero": 1}, time_limit_s=4.0, order=False)))
+    config = TrainConfig(4, checkpoint=CheckpointConfig(str(tmp_path), every=1))
+    job = PreparedRun(plan, lower(plan), graph, config)
+    if ran is None:
+        with pytest.raises(InputError, match="its experts shared by 4 ranks, and planned so, but the run has 2 copies"):
+            check_world(job, 6)
+        return
+    check_world(job, 6)
+    plain = Running(replace(plan, team=None), tmp_path / "plan.json", copies)
+    supervisor = Supervisor(job, str(tmp_path), lambda problem: pytest.fail("of single devices"), None, 1, str)
+    assert supervisor.fitted(Running(plan, tmp_path / "plan.json", copies), range(5), {5}).text() == ran
+    if shared == 1:
+        assert supervisor.fitted(plain, range(5), {5}).copies == 1
+        return
+    with pytest.raises(RunError, match="rank 5 lost, of copies that share experts, 5 left, but at least 6 must run"):
+        supervisor.fitted(plain, range(5), {5}, RunError("killed"))
 
 
 def test_where_a_supervisor_of_teams_gives_up(files, tmp_path, monkeypatch):
@@ -190,13 +236,19 @@ def one_stream(graph, rows, seed):
 @pytest.mark.parametrize("source, done, copies, said", [
     pytest.param("stdlib", 2, 3, (), marks=pytest.mark.slow),
     pytest.param("test_elastic_teams:one_stream", 2, 1, ("one_stream",), marks=pytest.mark.slow),
-    ("test_elastic_teams:Own", 0, 3, ()), ("test_elastic_teams:Own", 2, 1, ("Own",))])
+    ("test_elastic_teams:Own", 0, 3, ()), ("test_elastic_teams:Own", 2, 1, ("Own",)),
+    ("stdlib", "unsaid", 1, ("stdlib",))])
 def test_copies_are_as_many_as_the_data_can_be_divided_among(files, tmp_path, source, done, copies, said):
     """Three devices with three copies, if each of them gets its part of the data from the checkpoint's position on;
-    else one copy of three."""
+    else, or where an older checkpoint does not say, one copy of three."""
     config = write_config(tmp_path, "data", 9)
     config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "data": {"source": source}}))
-    if done:
+    if done == "unsaid":
+        folder = tmp_path / "kept" / "step-2"
+        folder.mkdir(parents=True)
+        torch.save({"taken": 2}, folder / "data-0.pt")
+        save(CheckpointState(2, 1, "", RunIdentity("older", 0, "", ""), {}), folder / "state.json")
+    elif done:
         alone(files, config, done)
     lines = []
     supervisor = Supervisor(read_job(files / "free.json", files / "graph.json", config), str(tmp_path / "kept"),

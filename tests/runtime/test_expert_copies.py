@@ -13,6 +13,8 @@ from test_elastic_teams import MACHINE
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import digest
+from mipipe.graphs.tracing.dynamic_rows import DIRECT
+from mipipe.planner.execution.lower import lower
 from mipipe.planner.team import Team
 from mipipe.planner.teams.degrees import Degrees
 from mipipe.planner.teams.evaluate import evaluate_teams
@@ -25,7 +27,8 @@ from mipipe.runtime.ranks.options import EngineOptions
 from mipipe.runtime.train.clip import gradient_norm
 from mipipe.runtime.train.config import CheckpointConfig, OptimizerConfig, TrainConfig
 from mipipe.runtime.train.data import Batches
-from mipipe.runtime.train.launching.prepare import check_team, zero_of
+from mipipe.runtime.train.launching.elastic import Supervisor
+from mipipe.runtime.train.launching.prepare import PreparedRun, check_copies, check_team, zero_of
 from mipipe.runtime.train.training import Trainer
 
 pytestmark = pytest.mark.distributed
@@ -138,3 +141,42 @@ def test_which_experts_are_trained(tmp_path, parallel, team, text):
         return
     with pytest.raises(InputError, match=text):
         check_team(plan, graph, config_of(tmp_path, 1))
+
+
+@pytest.mark.parametrize("captured, copies, optimizer, zero, text", [
+    (4, 4, "adam", 1, None), (1, 2, "adam", 1, None), (2, 2, "muon", 0, None), (2, 2, "muon", 2, None),
+    (4, 2, "adam", 0, "experts shared by 4 ranks, and planned so, but the run has 2 copies"),
+    (2, 1, "adam", 0, "experts shared by 2 ranks, and planned so, but the run has 1 copies"),
+    (2, 2, "adafactor", 1, "optimizer adafactor: copies that share its state update some whole parameters each"),
+    (2, 2, "muon", 1, "optimizer muon: copies that share its state update some whole parameters each")])
+def test_what_copies_that_share_experts_do_not_do_is_refused_before_they_start(tmp_path, captured, copies, optimizer,
+                                                                               zero, text):
+    """As many copies as the graph was captured for; optimizers that look at whole tensors have whole state."""
+    _, graph = ex.captured()
+    graph = replace(graph, source={**graph.source, "expert_parallel": captured})
+    plan, config = replace(ex.plan_for(graph, 1), team=Team({}, copies, expert=copies, zero=zero)), \
+        config_of(tmp_path, 1, optimizer)
+    if text is None:
+        check_copies(plan, graph, config, copies)
+        return
+    with pytest.raises(InputError, match=text):
+        check_copies(plan, graph, config, copies)
+
+
+def test_rows_picked_by_data_are_not_for_teams(tmp_path):
+    """Before any member's graph is made: a plan that is made again for teams is passed over, too."""
+    _, graph = ex.captured(False)
+    first, *others = graph.traces
+    kind = replace(first.operators[0], kind=next(iter(DIRECT)))
+    picking = replace(graph, traces=(replace(first, operators=(kind, *first.operators[1:])), *others))
+    for axes, fits in (({}, True), ({"tensor": 2}, False)):
+        plan = replace(ex.plan_for(graph, 1), team=Team(axes, 2))
+        check_team(plan, graph, config_of(tmp_path, 1))
+        if fits:
+            check_team(plan, picking, config_of(tmp_path, 1))
+            continue
+        for item, divides in ((graph, True), (picking, False)):
+            job = PreparedRun(plan, lower(plan), item, config_of(tmp_path, 1))
+            assert Supervisor(job, "", lambda problem: pytest.fail("planned"), None, 1, str).divides(plan) is divides
+        with pytest.raises(InputError, match=r"its ranks are teams \(tensor 2\), but segment .* picks rows by data"):
+            check_team(plan, picking, config_of(tmp_path, 1))

@@ -1,6 +1,7 @@
 """REG and Muon: closed forms, laws, matrices in parts, and the same weights under a plan with copies and ZeRO."""
 
 import random
+from dataclasses import replace
 
 import kill_saves
 import pytest
@@ -152,6 +153,8 @@ def test_what_is_no_group_is_one_line():
 def test_options_of_a_group_are_the_optimizers(name, options, message):
     """torch looks at none of them; a mistyped one was left out without a word, a wrong one ended the first step."""
     made = Engine(kill_saves.one_rank(), cases.chain_graph(), cases.chain_state())
+    with pytest.raises(InputError, match=r"^optimizer adamw: Invalid learning rate: -1"):  # not the group's fault
+        make_optimizer("adamw", made, {"lr": -1.0}, groups=[GroupConfig(".", {"lr": 0.2})])
     for group in (GroupConfig(".", options), GroupConfig("nothing fits", options)):
         with pytest.raises(InputError, match=f"optimizer {name}, group '.*': .*{message}"):
             make_optimizer(name, made, {"lr": 0.1}, groups=[group])
@@ -161,5 +164,10 @@ def test_options_of_a_group_are_the_optimizers(name, options, message):
 def test_a_group_that_fits_no_parameter_is_mistyped():
     graph = cases.chain_graph()
     check_matches([GroupConfig("layer"), GroupConfig(None, role=Role.EXPERTS)], graph)
-    with pytest.raises(InputError, match=r"optimizer\.groups: 'laier' matches no parameter of the graph, whose first"):
+    with pytest.raises(InputError, match=r"optimizer\.groups: 'laier' matches no trainable parameter of the graph"):
         check_matches([GroupConfig("layer"), GroupConfig("laier")], graph)
+    first, *others = graph.parameters
+    for change in ({"trainable": False}, {"tied_to": others[0].fqn}, {"buffer": True}):
+        beside = replace(graph, parameters=(replace(first, fqn="apart", **change), *others))
+        with pytest.raises(InputError, match=f"'apart' matches no trainable .* whose first is {others[0].fqn}"):
+            check_matches([GroupConfig("apart")], beside)

@@ -6,9 +6,10 @@ chose differently end before they wait for one another.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import torch
@@ -66,6 +67,34 @@ def within_reach(name: str | None, kinds: Iterable[str], count: int) -> int:
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     on_cuda = name == "cuda" or (name is None and not named & {"cpu", ANY})
     return min(count, here) if on_cuda and here else count
+
+
+def check_spare(kind: str, count: int) -> None:
+    """Raise `InputError` where not all of ``count`` devices of a host, spare ones too, are there."""
+    here = torch.cuda.device_count() if kind == "cuda" else count
+    if here < count:
+        raise InputError(f"--processes {count}: torch sees {here} CUDA device{'s' if here > 1 else ''} on this host;"
+                         " give at most as many")
+
+
+class visible_devices(contextlib.AbstractContextManager[None]):
+    """Let child processes see only these CUDA devices, where there are any."""
+
+    def __init__(self, devices: Sequence[int]) -> None:
+        self._devices = devices
+        self._before = os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    def __enter__(self) -> None:
+        if torch.cuda.is_available():
+            known = self._before.split(",") if self._before else [str(i) for i in range(torch.cuda.device_count())]
+            if max(self._devices) < len(known):
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(known[device] for device in self._devices)
+
+    def __exit__(self, *error: object) -> None:
+        if self._before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self._before
+        else:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
 
 
 def bind(kind: str) -> torch.device:

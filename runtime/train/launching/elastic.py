@@ -10,15 +10,11 @@ finite, wrong input) end the run as they do without it.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from mipipe.graphs.errors import InputError, RunError, StoppedError
 from mipipe.graphs.serialize import save
@@ -30,9 +26,11 @@ from mipipe.planner.teams.as_team import degrees_of
 from mipipe.runtime.checkpoints.checkpoint_folder import choose as newest_of
 from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.checkpoints.data_state import read_loader
+from mipipe.runtime.engine.compiling.team import member_graph
+from mipipe.runtime.experts.layers import sharers
 from mipipe.runtime.ranks.mesh import ALONE
 from mipipe.runtime.train.data import takes_copies
-from mipipe.runtime.train.launching.devices import choose, kinds_of, within_reach
+from mipipe.runtime.train.launching.devices import check_spare, choose, kinds_of, visible_devices, within_reach
 from mipipe.runtime.train.launching.failures import exits, is_consequence, killed_ranks, reports
 from mipipe.runtime.train.launching.launch import (
     Say,
@@ -47,7 +45,7 @@ from mipipe.runtime.train.launching.launch import (
     stop_signal,
     torchrun_command,
 )
-from mipipe.runtime.train.launching.prepare import PreparedRun, check_start, check_team, read_job
+from mipipe.runtime.train.launching.prepare import PreparedRun, check_copies, check_start, check_team, read_job
 from mipipe.runtime.train.launching.stages import light_of
 
 Replan = Callable[[PlanningProblem], Plan]
@@ -93,18 +91,22 @@ class Supervisor:
         Raises:
             RunError: too few are left.
             InfeasibleError: there is no plan for them.
+            TimeUpError: none was found in time.
         """
         who = f"{_names(lost)} lost" if lost else \
             f"plan {now.plan.name} is for {now.devices} devices, {len(alive)} are here"
-        if len(alive) < self.least:
-            raise self._too_few(who, len(alive), error)
+        least = self.least
+        if now.plan.team is None and sharers(self.job.graph) > 1:  # experts of a copy less would be nowhere
+            who, least = f"{who}, of copies that share experts", max(least, now.devices)
+        if len(alive) < least:
+            raise self._too_few(who, len(alive), least, error)
         copies = min(now.copies, len(alive) // now.each)
         if copies == now.copies:
             self.say(f"{who}: going on with {_devices(len(lost))} that {'were' if len(lost) > 1 else 'was'} spare")
             return now
         if now.plan.team is None and copies:
-            if copies * now.each < self.least:
-                raise self._too_few(who, copies * now.each, error)
+            if copies * now.each < least:
+                raise self._too_few(who, copies * now.each, least, error)
             self.say(f"{who}: going on with {copies} cop{'ies' if copies > 1 else 'y'} of the plan")
             return Running(now.plan, now.path, copies)
         self.say(f"{who}: planning for {_devices(len(alive))}")
@@ -126,15 +128,15 @@ class Supervisor:
                 self.say(f"the position in the data is not divided anew ({self.job.config.data.source}), so the number"
                          f" of copies stays {now.copies}")
             made = made_again(now.plan, self.job.graph, count, copies=now.copies, least=self.least,
-                              seconds=self.replan_s, runs=lambda plan: self._trains(plan, None if divides else
-                                                                                    now.copies))
+                              seconds=self.replan_s, divides=self.divides,
+                              runs=lambda plan: self._trains(plan, None if divides else now.copies))
         after = Running(made, Path(), 1 if made.team is None else made.team.copies)
         return Running(made, Path(self.folder) / f"plan-{after.devices}-devices.json", after.copies)
 
     def _position_divides(self) -> bool:
         """Whether other copies can continue from the newest checkpoint's position in the data."""
         newest = newest_of(Path(self.folder), Start.RESUME_IF_ANY)
-        return newest is None or bool(read_loader(newest / "data-0.pt").get("divides", True))
+        return newest is None or bool(read_loader(newest / "data-0.pt").get("divides", False))
 
     def _trains(self, plan: Plan, copies: int | None) -> bool:
         """Whether training takes a plan's team, and its copies (``copies``: as many; None: any number) get data."""
@@ -143,15 +145,24 @@ class Supervisor:
             return False
         try:
             check_team(plan, self.job.graph, self.job.config)
+            check_copies(plan, self.job.graph, self.job.config, plan.team.copies)
         except InputError:
             return False
         return True
 
-    def _too_few(self, who: str, left: int, error: Exception | None) -> Exception:
+    def divides(self, plan: Plan) -> bool:
+        """Whether the graph has members of a plan's team: slow, so it is asked of what is to run alone."""
+        try:
+            member_graph(plan.team or ALONE, self.job.graph)
+        except InputError:
+            return False
+        return True
+
+    def _too_few(self, who: str, left: int, least: int, error: Exception | None) -> Exception:
         """The error where too few devices are left: the attempt's own where that says that all is saved."""
         if isinstance(error, StoppedError):
             return error
-        return RunError(f"{who}, {left} {'can run' if error is None else 'left'}, but at least {self.least} must run;"
+        return RunError(f"{who}, {left} {'can run' if error is None else 'left'}, but at least {least} must run;"
                         f" checkpoints are in {self.folder}")
 
 
@@ -178,6 +189,7 @@ def train_elastic(plan: str | Path, graph: str | Path, config: str | Path, repla
         InputError: the configuration has no checkpoints, or a plan of teams does not say what it was made for.
         RunError: too few ranks are left, or as the worker raised it.
         InfeasibleError: there is no plan for what is left.
+        TimeUpError: none was found in time.
         StoppedError: this process was asked to end (SIGTERM).
     """
     job = read_job(plan, graph, config, model)
@@ -185,9 +197,11 @@ def train_elastic(plan: str | Path, graph: str | Path, config: str | Path, repla
     start, began = start_of(resume, resume_if_any), None
     check_start(job.config, start)
     now = Running(job.plan, Path(plan), copies or (job.plan.team or ALONE).copies)
+    check_copies(now.plan, job.graph, job.config, now.copies)
     kinds = kinds_of(job.plan)
     alive = list(range(num_processes or within_reach(device, kinds, now.devices)))
     device = choose(device, kinds, min(now.devices, len(alive)))
+    check_spare(device, len(alive))
     supervisor = Supervisor(job, folder, replan, replan_s, max(1, min_ranks), say)
     shown = progress_file(progress)
     with stop_signal() as asked:
@@ -273,23 +287,3 @@ def lost_ranks(folder: Path, world: int) -> set[int]:
     if found and all(is_consequence(item) for item in found):
         return set(range(world)) - {item["rank"] for item in found}
     return set()
-
-
-class visible_devices(contextlib.AbstractContextManager[None]):
-    """Let child processes see only these CUDA devices, where there are any."""
-
-    def __init__(self, devices: Sequence[int]) -> None:
-        self._devices = devices
-        self._before = os.environ.get("CUDA_VISIBLE_DEVICES")
-
-    def __enter__(self) -> None:
-        if torch.cuda.is_available():
-            known = self._before.split(",") if self._before else [str(i) for i in range(torch.cuda.device_count())]
-            if max(self._devices) < len(known):
-                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(known[device] for device in self._devices)
-
-    def __exit__(self, *error: object) -> None:
-        if self._before is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = self._before
-        else:
-            os.environ.pop("CUDA_VISIBLE_DEVICES", None)

@@ -11,6 +11,7 @@ from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.source import recipe_of
 from mipipe.graphs.serialize import load
+from mipipe.graphs.sharding.member import has_dynamic_rows
 from mipipe.graphs.write_files import check_apart, same_file
 from mipipe.planner.check import check_program
 from mipipe.planner.check.graph import check_graph
@@ -23,12 +24,12 @@ from mipipe.runtime.checkpoints.checkpoint_folder import choose, probe, read_sta
 from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.checkpoints.folder_lock import FolderLock
 from mipipe.runtime.engine.batches import check_sizes
-from mipipe.runtime.experts.layers import expert_layers
+from mipipe.runtime.experts.layers import check_sharers, expert_layers
 from mipipe.runtime.ranks.mesh import ALONE, check_processes
 from mipipe.runtime.train.config import TrainConfig, read_train_config
 from mipipe.runtime.train.data import check_source
 from mipipe.runtime.train.models import check_recipe, source_of
-from mipipe.runtime.train.optim import check_matches, optimizer_class, takes_parts
+from mipipe.runtime.train.optim import check_matches, optimizer_class, takes_parts, whole_beside_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,11 @@ def check_team(plan: Plan, graph: OperatorGraph, config: TrainConfig) -> None:
                          " plan single devices, or copies of them")
     if team is None:
         return
+    picking = [segment.name for segment in graph.segments if divided and has_dynamic_rows(graph.trace(segment))]
+    if picking:
+        raise InputError(f"plan {plan.name}: its ranks are teams ({team.text()}), but segment {picking[0]} picks rows"
+                         " by data, in which members would differ; capture the model with grouped experts, or plan with"
+                         " --degrees tensor=1,context=1")
     rows = rows_of(graph)
     if team.microbatch not in (0, rows):
         raise InputError(f"plan {plan.name}: has microbatches of {team.microbatch} sequences, but the graph was"
@@ -134,6 +140,16 @@ def check_team(plan: Plan, graph: OperatorGraph, config: TrainConfig) -> None:
         raise InputError(f"plan {plan.name}: divides experts over {team.expert} devices, but training divides them over"
                          f" the tensor axis of a team alone ({team.text()}); plan with --degrees expert=1{over} or with"
                          " expert and tensor alike")
+
+
+def check_copies(plan: Plan, graph: OperatorGraph, config: TrainConfig, copies: int) -> None:
+    """Raise `InputError` where so many copies of a plan cannot share a graph's experts, or the state beside them."""
+    if not expert_layers(graph):
+        return
+    check_sharers(graph, copies)
+    shared = config.optimizer.shard or (plan.team is not None and plan.team.zero)
+    if copies > 1 and shared and not zero_of(config, plan, graph):
+        raise whole_beside_experts(config.optimizer.name)
 
 
 def zero_of(config: TrainConfig, plan: Plan, graph: OperatorGraph) -> int:
@@ -232,9 +248,11 @@ def _probe(what: str, folder: Path) -> None:
 
 
 def check_world(job: PreparedRun, processes: int) -> None:
-    """Raise `RunError` unless the number of processes is a multiple of the plan's devices, of all branches."""
+    """Raise `RunError` unless the number of processes is a multiple of the plan's devices, of all branches, and
+    `InputError` where its copies cannot be as many (`check_copies`)."""
     count = max(1, len(job.branches))
     if processes % count:
         raise RunError(f"{processes} processes were started for {count} branches; start a multiple of"
                        f" {job.processes(1)}")
     check_processes(processes // count, len(job.program.ranks), job.plan.team or ALONE)
+    check_copies(job.plan, job.graph, job.config, processes // job.processes(1))

@@ -8,7 +8,7 @@ import pytest
 from team_brute import everything
 from team_machine import machine
 
-from mipipe.graphs.errors import InfeasibleError, InputError
+from mipipe.graphs.errors import InfeasibleError, InputError, TimeUpError
 from mipipe.graphs.serialize import digest, load, save
 from mipipe.planner.check.plan import check_plan
 from mipipe.planner.plan import Plan
@@ -57,6 +57,52 @@ def test_degrees_that_do_not_run_are_passed_over(pieces):
         best_of_fewer(pricer, 3, 8, QUICK, least=3, wanted=lambda degrees: degrees.devices < 3)
 
 
+@pytest.mark.parametrize("given", [{}, {"tensor": 2, "ranks": 2}])
+def test_the_time_limit_is_one_for_all_that_is_tried(pieces, monkeypatch, given):
+    """For every number of devices and both wishes, on a clock that searches move on by all they may take. Without an
+    answer nothing is said of whether a plan exists."""
+    clock, spent = [0.0], []
+
+    def search(pricer, devices, batch, options, wanted):
+        spent.append(options.time_limit_s)
+        clock[0] += options.time_limit_s
+        raise TimeUpError("no degrees evaluated")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mipipe.planner.teams.again.search_teams", search)
+        patched.setattr("mipipe.planner.teams.again.time.monotonic", lambda: clock[0])
+        with pytest.raises(TimeUpError, match="no plan found for 1 to 64 devices and 8 sequences a step within 4 s"):
+            best_of_fewer(Pricer(pieces, machine()), 64, 8, replace(QUICK, given=given))
+    assert len(spent) > 2 and sum(spent) <= 4.0
+    with pytest.raises(TimeUpError):
+        best_of_fewer(Pricer(pieces, machine()), 3, 8, replace(QUICK, given=given, time_limit_s=1e-9))
+
+
+def test_what_is_asked_of_degrees_is_asked_of_branches_modes_too(llama, pieces):
+    """Degrees are judged with the modes that a branch has of its own; where the graph cannot be divided as the best
+    say, others are taken, or none in time."""
+    plan = evaluate_teams(Pricer(pieces, machine()), Degrees(2, 2, copies=2, microbatch=1), 12).plan
+    own = TeamMode("tensor", "batch", (llama.segments[1].name,))
+    plan = with_task(replace(plan, team=replace(plan.team, modes=(own,))), TeamTask(machine(), replace(QUICK, given={
+        "context": 1, "zero": 1})))
+    asked, found = [], []
+
+    def runs(other):
+        asked.append(other.team)
+        return other.team.members > 1
+
+    def divides(other):
+        found.append(other.team)
+        return len(found) > 1
+
+    again = made_again(plan, llama, 4, copies=2, runs=runs, divides=divides)
+    assert all((own in team.modes) == ("tensor" in team.axes) for team in asked) and len(found) == 2
+    first, second = ((team.axes, team.modes) for team in found)
+    assert first != second == (again.team.axes, again.team.modes)
+    with pytest.raises((InfeasibleError, TimeUpError), match="no plan"):
+        made_again(plan, llama, 2, copies=2, seconds=0.5, runs=runs, divides=lambda other: False)
+
+
 def test_a_plan_made_again_is_one_for_the_same_run(llama, pieces, tmp_path):
     """From its file: complete, for the same graph, as many sequences a step, with the modes that a branch has of its
     own where there is an axis for them; and it can be made again once more. One that does not say what it was made for
@@ -85,7 +131,8 @@ def test_a_plan_made_again_is_one_for_the_same_run(llama, pieces, tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     ({"options": {"given": {"ranks": 0}}}, r"provenance\.task: degrees: 'ranks' is 0; expected ranks, tensor"),
-    ({"options": {"time_limit_s": 0}}, r"provenance\.task: degrees: microbatch None, time limit 0.0 s; expected both"),
+    ({"options": {"time_limit_s": 0}}, r"provenance\.task: time limit: is 0.0 s; expected a number above 0"),
+    ({"options": {"microbatch": 0}}, r"provenance\.task: microbatch: is 0; expected at least 1 sequence"),
     ({"machine": {"kind": {"flops": {"bfloat16": 0}}}}, "device kind small: has a peak rate or bandwidth of 0"),
     ({"machine": {"kind": {"achieved": {"memory": 0}}}}, r"provenance\.task: achieved: memory is 0; expected a share"),
     ({"machine": {"fabric": {"levels": []}}}, r"provenance\.task: a fabric without levels")])
