@@ -2,7 +2,8 @@
 
 A solve says once how much time is left (`watched`); loops over actions, placements, rules and rows ask now and then,
 wherever they stand, without carrying a deadline through their arguments. Where no solve is watched (a test, a verb that
-only simulates), asking does nothing. Threads start unwatched: what runs in them takes a ``stop`` of its own.
+only simulates), asking does nothing. Threads start unwatched: what runs in one takes a ``stop`` of its own, or a copy
+of the context of the solve (`contextvars.copy_context`), under whose clock it is then.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ _LEFT: ContextVar[Callable[[], float] | None] = ContextVar("left", default=None)
 
 @contextmanager
 def watched(left: Callable[[], float] | None) -> Iterator[None]:
-    """Let `ask` raise as soon as ``left()``, the seconds left, is below 0, or those of what this is a part of; None:
-    never, for what must be finished."""
+    """Let `ask` raise as soon as no seconds are left by ``left()``, or of what this is a part of; None: never, for what
+    must be finished."""
     whole = _LEFT.get()
     token = _LEFT.set(left if left is None or whole is None else lambda: min(left(), whole()))
     try:
@@ -48,7 +49,7 @@ def ask() -> None:
         OutOfTimeError: the solve's time is over.
     """
     left = _LEFT.get()
-    if left is not None and left() < 0:
+    if left is not None and left() <= 0:
         raise OutOfTimeError
 
 

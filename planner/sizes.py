@@ -1,4 +1,5 @@
-"""Sizes from which planning, timing and checking go another way, in elementary actions (F, I, W): each once for all."""
+"""Sizes from which planning, timing and checking go another way, in elementary actions (F, I, W), what such an action
+takes of the planner's time, and the moment that never comes: each once for all."""
 
 from mipipe.graphs.units import MOST
 

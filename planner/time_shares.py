@@ -11,8 +11,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TimeShares:
-    """Shares of the time limit. Of ``until_*`` all that has passed since the solve began counts, of the others only
-    what the part itself takes."""
+    """Shares of the time limit, of four kinds.
+
+    ``until_*``: of all that has passed since the solve began; what is kept for the end counts as passed
+    (`mipipe.planner.ladder.state.Run.past`), but not for ``until_repeated``, ``until_outlined`` and ``until_raced``.
+    ``last_round``, ``proving``, ``checking``, ``restarted``: what is left or kept for a part that follows. ``late``:
+    what is added to the limit. The others: what the part itself takes, at most."""
 
     until_proposed: float = 0.1
     """Shapes are proposed, the most promising of which enter first."""

@@ -8,6 +8,7 @@ gives each its value; numbers are kept in [0, 1] of their range, and ``integer: 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,8 @@ Path = tuple[str | int, ...]
 @dataclass(frozen=True, slots=True)
 class Free:
     """A value left open: where it stands, and its range, or the values it may take. ``tied``: the name of a value that
-    stands in several places, ``others`` its places but the first."""
+    stands in several places, ``others`` its places but the first; ``numbered``: whether its name begins with the
+    document it stands in, since another document leaves the same place open."""
 
     path: Path
     low: float = 0.0
@@ -29,11 +31,14 @@ class Free:
     choices: tuple[Any, ...] = ()
     tied: str = ""
     others: tuple[Path, ...] = ()
+    numbered: bool = False
 
     @property
     def name(self) -> str:
-        """Its own name, or the place in words, without what every place shares: ``models.0.weight``."""
-        return self.tied or ".".join(str(part) for part in self.path[1:] if part not in ("parameters", "value"))
+        """Its own name, or the place in words, without what every place shares: ``models.0.weight``; of the second of
+        several documents with that place ``1.models.0.weight``."""
+        return self.tied or ".".join(str(part) for part in self.path[0 if self.numbered else 1:]
+                                     if part not in ("parameters", "value"))
 
     def value(self, unit: float) -> Any:
         """The value at a number in [0, 1]."""
@@ -88,13 +93,13 @@ def space_of(documents: Sequence[Any], where: str) -> SearchSpace:
     """The free values of a recipe's documents.
 
     Raises:
-        InputError: a range that is none, one name for different values, or no free value at all.
+        InputError: a range that is none, one name for different values, a name that is another value's place, or no
+            free value at all.
     """
-    free = _tied(_found(list(documents), (), where), where)
+    free = _named(_tied(_found(list(documents), (), where), where), where)
     if not free:
         raise InputError(f"{where}: leaves no value open; write {{search: [0.0, 1.0]}} or {{choose: [a, b]}} in place"
-                         f" of"
-                         " one")
+                         " of one")
     return SearchSpace(tuple(documents), free)
 
 
@@ -113,6 +118,20 @@ def _tied(found: Sequence[Free], where: str) -> tuple[Free, ...]:
                              " same, or two names")
         kept[known] = replace(first, others=(*first.others, item.path))
     return tuple(kept)
+
+
+def _named(free: Sequence[Free], where: str) -> tuple[Free, ...]:
+    """The free values, each under a name of its own: places that several documents have begin with their number."""
+    count = Counter(item.name for item in free if not item.tied)
+    named = tuple(replace(item, numbered=not item.tied and count[item.name] > 1) for item in free)
+    first: dict[str, Free] = {}
+    for item in named:
+        known = first.setdefault(item.name, item)
+        if known is not item:
+            here, there = (".".join(map(str, one.path[1:])) for one in (item, known))
+            raise InputError(f"{where}: {here}: found the name {item.name}, which the value at {there} has, expected"
+                             " another; give one of them another name by as:")
+    return named
 
 
 def _found(data: Any, path: Path, where: str) -> list[Free]:

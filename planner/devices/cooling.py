@@ -32,7 +32,6 @@ classes."""
 PROBE, LONGEST = 2_000, 500_000
 """Steps per class that say how fast a long run is; it takes the time left, and at most so many steps per class."""
 
-
 FINISHED = 0.9
 """Share of the time left that a long run is sized for: one that ends before it is cold is lost."""
 

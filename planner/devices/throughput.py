@@ -38,7 +38,6 @@ from mipipe.planner.devices.workers import TimedJob, run_jobs
 PROVABLE = 900
 """Classes times devices of a contracted instance up to which HiGHS usually ends within a minute."""
 
-
 PATIENCE = 40
 """Short annealing runs without improvement after which the MIP is next."""
 

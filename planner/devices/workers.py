@@ -15,7 +15,6 @@ import numpy as np
 TimedJob = Callable[[np.ndarray], Callable[[], None]]
 """Takes the flag, works, and returns what to do with the result; that part runs in the calling thread."""
 
-
 POLL = 0.1
 """Seconds between two looks at whether it is enough."""
 

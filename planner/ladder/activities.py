@@ -29,11 +29,8 @@ WINDOWS = (40, 60, 90)
 ROUTES = 4
 """Routes up to which microbatches repeat anything: a ring has one for nearly every microbatch."""
 
-
 WAITING = 3
 """Patterns that wait for a round of annealing, at most."""
-
-
 
 
 @dataclass(slots=True)

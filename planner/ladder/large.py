@@ -54,7 +54,6 @@ ROUNDS = 3
 """Microbatches per rank on which rules are tuned: warm-up and cool-down last about one each."""
 
 
-
 @dataclass(slots=True)
 class OutlineEntry:
     """A placement in the comparison: cut down to few microbatches, and the best rule found for it there."""

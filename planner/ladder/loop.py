@@ -37,7 +37,7 @@ gains."""
 LONGER = 1.6
 """By how much the next slice of an activity is longer that gained nothing."""
 
-LEAST_S = 0.02
+COUNTED_S = 0.02
 """Seconds that a slice counts at least, however soon it ended: what ends at once must not go on for ever."""
 
 
@@ -66,7 +66,7 @@ class Activity:
     def note(self, gain: float, seconds: float) -> None:
         """Count a slice."""
         self.gained = FADING * self.gained + gain
-        self.spent_s = FADING * self.spent_s + max(LEAST_S, seconds)
+        self.spent_s = FADING * self.spent_s + max(COUNTED_S, seconds)
         if gain <= 0:
             self.slice_s *= LONGER
 

@@ -27,7 +27,6 @@ from mipipe.planner.problem import PlanningProblem
 DEVICES_GIVEN_BACK = 3
 """Most devices `best_utilisation` tries to do without: each costs a solve."""
 
-
 OUT_OF_TIME = "time up without a plan"
 """The termination of a solve that had no time for a first plan."""
 

@@ -14,7 +14,7 @@ from typing import Any
 from mipipe.graphs.errors import MipipeError, PlanError
 from mipipe.planner.bounds.at_placement import Bound
 from mipipe.planner.execution.measure import makespan_of
-from mipipe.planner.jobs.arrays import build
+from mipipe.planner.jobs.arrays import Instance, build
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.ladder.candidate import Candidate, candidate, judge, offer_judged
 from mipipe.planner.ladder.state import Run
@@ -48,9 +48,10 @@ def adopt(run: Run, found: Candidate, schedule: Schedule, rung: str, after: tupl
             pair_search.go_on_from(found.pairs, schedule, found.makespan_ns)
             found.searched = found.lineage
         elif found.search is not None and not found.halved:
-            found.helpers.clear()
-            found.search = _search_from(found, schedule, run.options.seed + 17)
-            found.searched = found.lineage
+            search = _search_from(found, found.instance, schedule, run.options.seed + 17)
+            if search is not None:
+                found.helpers.clear()
+                found.search, found.searched = search, found.lineage
     return kept
 
 
@@ -107,25 +108,26 @@ def published(run: Run) -> None:
 
 
 def _seed(run: Run, found: Candidate) -> None:
-    """Enter a candidate that came with a schedule: the search starts there, on the whole placement."""
+    """Enter a candidate that came with a schedule: the search starts there, on the whole placement. Where no search can
+    (`_search_from`), the candidate keeps the one it has, if any."""
     assert found.best is not None
-    if found.halved:
-        found.halved, found.instance = False, build(found.view)
-    found.search = _search_from(found, found.best.schedule, run.options.seed + 31)
-    found.outline = None
-    found.pairs = pair_search.start(found.instance, found.search.best, run.options.seed + 37, found.bound.ns)
-    if found.pairs is not None:
-        pair_search.go_on_from(found.pairs, found.best.schedule, found.makespan_ns)
-    found.searched = found.lineage
+    instance = build(found.view) if found.halved else found.instance
+    search = _search_from(found, instance, found.best.schedule, run.options.seed + 31)
+    if search is not None:
+        found.halved, found.instance, found.search, found.outline = False, instance, search, None
+        found.pairs = pair_search.start(instance, search.best, run.options.seed + 37, found.bound.ns)
+        if found.pairs is not None:
+            pair_search.go_on_from(found.pairs, found.best.schedule, found.makespan_ns)
+        found.searched = found.lineage
     if found not in run.candidates:
         run.candidates.append(found)
 
 
-def _search_from(found: Candidate, schedule: Schedule, seed: int) -> annealing.Search:
-    """A search that begins at a schedule that was judged, pairs in parts."""
-    orders = orders_of_schedule(found.instance, schedule)
-    assert orders is not None, "a judged schedule deadlocks"
-    return annealing.start(found.instance, orders, seed, found.bound.ns)
+def _search_from(found: Candidate, instance: Instance, schedule: Schedule, seed: int) -> annealing.Search | None:
+    """A search that begins at a schedule that was judged, pairs in parts; None where its orders deadlock in a search,
+    which takes the microbatches of a stage's replica in their order: with replicas a schedule may not."""
+    orders = orders_of_schedule(instance, schedule)
+    return None if orders is None else annealing.start(instance, orders, seed, found.bound.ns)
 
 
 def same(one: Placement, other: Placement) -> bool:

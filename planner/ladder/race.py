@@ -29,8 +29,10 @@ TRIALS = 3
 """Slices that every candidate has before it may be given up."""
 
 TURN_S = 1.0
-"""Seconds of the race before another activity may have its turn, of the longest slice on trial, and of the longest
-search at a placement that may become a candidate."""
+"""Seconds of a turn of annealing, after which another activity may have its own."""
+
+TRIED_S = 1.0
+"""Seconds of the longest slice on trial."""
 
 FIRST, LONGEST = 0.18, 5.0
 """Seconds of a slice before the first round, and of the longest: every round's are 1.7 times as long."""
@@ -123,7 +125,7 @@ class Race:
         self.live = kept + tried or _ranked([found for found in self.known if able(found)])[:FINALISTS]
         self.slice_s = min(LONGEST, self.slice_s * 1.7)
         on_trial = {id(found) for found in tried}
-        self.queue = [(found, _worker(run, found), min(TURN_S if id(found) in on_trial else LONGEST, self.slice_s))
+        self.queue = [(found, _worker(run, found), min(TRIED_S if id(found) in on_trial else LONGEST, self.slice_s))
                       for found in self.live]
         for found in self.live if len(self.live) < threads else ():
             self.queue += [(found, other, self.slice_s)

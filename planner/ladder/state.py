@@ -85,8 +85,8 @@ class Run:
     @property
     def patience(self) -> float:
         """Seconds until the solve stops where it stands (`mipipe.planner.clock`): at the limit; `GRACE_S` later as long
-        as there is no plan."""
-        return self.left if self.best is not None else self.left + self.reserve_s + GRACE_S
+        as there is no plan; at once after Ctrl-C, in whatever thread."""
+        return self.left if self.best is not None or self.interrupted else self.left + self.reserve_s + GRACE_S
 
     @property
     def makespan_ns(self) -> int:

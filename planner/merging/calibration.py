@@ -18,7 +18,6 @@ from mipipe.planner.merging.costs import OVERHEAD_BYTES, MergeRates
 SQUARE = {"gram": 1, "cross": 3, "joint": 4, "routing": 1}
 """How many matrices of inputs by inputs a statistic keeps for every linear map."""
 
-
 RUNNING_BYTES = 2**27
 """What running a model takes beside its tensors: transformers, imported at first use."""
 

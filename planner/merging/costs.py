@@ -234,30 +234,34 @@ def loop_seconds(samples: Sequence[tuple[float, float]]) -> float:
     return min((cpu for _, cpu in samples if cpu > 0), default=passed / len(samples)) / processor_share(samples)
 
 
-LOOPS = {"start": 215, "verify": 340, "fork": 5, ActionKind.LOAD: 0.012, ActionKind.MEASURE: 0.04, "count": 0.12,
-         ActionKind.COMBINE: 0.012, ActionKind.SAVE: 0.006}
-"""In loops what does not depend on sizes: starting the command and importing torch, importing transformers (which
-verifies the result), starting a rank; and an instruction however small its tensor is, among them a round of counting
-magnitudes, whose histograms have one size."""
+STARTING, VERIFYING, FORKING = 215, 340, 5
+"""Loops of what a merge does once: starting the command and importing torch, importing transformers (which verifies the
+result), starting a rank."""
+
+LOOPS = {ActionKind.LOAD: 0.012, ActionKind.MEASURE: 0.04, ActionKind.COMBINE: 0.012, ActionKind.SAVE: 0.006}
+"""Loops of an instruction however small its tensor is."""
+
+COUNTING = 0.12
+"""Loops of a round of counting magnitudes, in place of what MEASURE takes else: its histograms have one size."""
 
 
 def start_ns(rates: MergeRates, num_ranks: int = 1) -> int:
     """Nanoseconds of a merge's command before the merge itself."""
-    loops = LOOPS["start"] + LOOPS["fork"] * (num_ranks if num_ranks > 1 else 0)
+    loops = STARTING + FORKING * (num_ranks if num_ranks > 1 else 0)
     return round(loops * rates.loop_s * 1e9)
 
 
 def verify_ns(rates: MergeRates, merging_ns: int, num_ranks: int = 1) -> int:
     """Nanoseconds that are waited for the verification after a merge: transformers is imported while it runs, beside
     it where a processor is free, in turns with its ranks where none is."""
-    work = round(LOOPS["verify"] * rates.loop_s * 1e9)
+    work = round(VERIFYING * rates.loop_s * 1e9)
     return max(0, work - merging_ns) if rates.cores > num_ranks else work
 
 
 def step_overhead(unit: MergeUnit, kind: ActionKind, rates: MergeRates) -> float:
     """Seconds of an instruction on a unit that do not depend on its size."""
     counts = kind is ActionKind.MEASURE and num_rounds(unit) > 1
-    return LOOPS.get("count" if counts else kind, 0.0) * rates.loop_s
+    return (COUNTING if counts else LOOPS.get(kind, 0.0)) * rates.loop_s
 
 
 def _write_rate(output: Path, sample: bytearray, share: float) -> tuple[float, float]:

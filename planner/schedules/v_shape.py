@@ -50,7 +50,8 @@ def v_min(ranks: int, microbatches: int, times: EvenTimes | None = None) -> Stag
 def zb_v(ranks: int, microbatches: int, times: EvenTimes | None = None) -> StagePattern:
     """1F1B's activations and, where F, I and W are equal, no bubble between a rank's first and last action."""
     times = times or EvenTimes(1, 1, 1)
-    half, many = replace(times, comm=2 * times.comm), INTERVAL * ranks * microbatches > _MANY_ACTIONS
+    half = replace(times, comm=2 * times.comm)
+    many = 2 * 3 * ranks * microbatches > _MANY_ACTIONS  # F, I and W of both stages
     switches = [(True, True)] if many else [(one, two) for one in (True, False) for two in (True, False)]
     tried = [greedy_v(ranks, microbatches, half, pair) for pair in switches]
     orders = [order for order in tried if order is not None]

@@ -87,8 +87,6 @@ class DegreeSpace:
     unpriced: float | None = None
 
 
-
-
 def points(pricer: Pricer, devices: int, global_batch: int, given: Mapping[str, int], microbatch: int | None,
            recomputation: Recompute | None, in_time: Callable[[], bool] = lambda: True,
            wanted: Callable[[Degrees], bool] = anything) -> DegreeSpace:

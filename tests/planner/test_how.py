@@ -13,16 +13,21 @@ import pytest
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import load, save, to_data
+from mipipe.graphs.topology import Device, Link, Topology
+from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.calls import SolverCalls, counting
 from mipipe.planner.how import How, by_highs, how_lines, how_of
 from mipipe.planner.ladder import order_rungs as rungs
 from mipipe.planner.ladder.admission import enter
+from mipipe.planner.ladder.candidate import candidate, first_orders
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.milp import highs
 from mipipe.planner.options import PARTS, PlanOptions, without
-from mipipe.planner.plan import Plan
-from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
+from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
 from mipipe.planner.problems.uniform import uniform_problem
+from mipipe.planner.search import annealing
+from mipipe.planner.search.orders import orders_of_schedule
 from mipipe.planner.solve import plan
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -92,6 +97,28 @@ def test_what_goes_on_from_a_mips_order_keeps_its_share() -> None:
     found.best = replace(found.best, makespan_ns=2 * found.best.makespan_ns)
     assert rungs.adopt(run, found, better.schedule, "windows MIP", found.lineage)
     assert found.lineage == found.searched == ("list", "windows MIP")
+
+
+def test_a_schedule_no_search_can_begin_at_is_kept() -> None:
+    """A search takes the microbatches of a replica in their order; here 1 must come first, where routes cross."""
+    groups = tuple(Group(f"g{n}", {"d": PhaseTimes(1, 1, 1)}) for n in range(3))
+    edges = tuple(GroupEdge(n, (n + 1,), 0, 0, f"v{n}") for n in range(2))
+    topology = Topology((Device("a", "d", 1000), Device("b", "d", 1000)), Link(), Link())
+    problem = PlanningProblem("crossing", groups, edges, topology, 2)
+    placement = Placement((Stage((0,), (0,)), Stage((1,), (1,)), Stage((2,), (0, 1))), ((0, 0), (1, 1), (1, 0)))
+    f, i, w = ActionKind.F, ActionKind.I, ActionKind.W
+    orders = ([(0, f, 1), (2, f, 1), (2, i, 1), (2, w, 1), (0, f, 0), (0, i, 1), (0, w, 1), (0, i, 0), (0, w, 0)],
+              [(1, f, 1), (1, i, 1), (1, w, 1), (1, f, 0), (2, f, 0), (2, i, 0), (2, w, 0), (1, i, 0), (1, w, 0)])
+    schedule = Schedule(tuple(RankOrder(tuple(Action(*action) for action in order)) for order in orders))
+    run = Run(problem, PlanOptions(time_limit_s=5))
+    found = candidate(problem, placement)
+    first = first_orders(found, compiled=False)
+    assert first is not None and orders_of_schedule(found.instance, schedule) is None
+    search = found.search = annealing.start(found.instance, first, 0, found.bound.ns)
+    assert rungs.adopt(run, found, schedule, "windows MIP")
+    assert found.best is not None and found.best.schedule is schedule and found.search is search
+    rungs._seed(run, found)
+    assert found.search is search and run.candidates == [found]
 
 
 @pytest.mark.slow

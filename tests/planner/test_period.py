@@ -25,6 +25,7 @@ from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.schedules import BASELINES
+from mipipe.planner.search.best_list import best_list
 from mipipe.planner.solve import Termination, plan
 
 
@@ -129,6 +130,18 @@ def test_work_in_threads_ends_with_the_solve() -> None:
     assert entry is not None
     with ThreadPoolExecutor(1) as pool, clock.watched(lambda: -1.0), pytest.raises(clock.OutOfTimeError):
         _job(pool, _repeat, run, entry, 0.0, 0).result()
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_work_in_threads_ends_with_ctrl_c(planned: bool) -> None:
+    """Whether there is a plan already or not."""
+    problem = uniform_problem(ranks=4, microbatches=32, f=1, i=1, w=1, layers=8, copies=1)
+    run = Run(problem, PlanOptions(placement="v", time_limit_s=60))
+    entry = enter_period(run, view(problem, next(iter(propose_shapes(problem, "v")))))
+    assert entry is not None and run.best is not None
+    run.best, run.interrupted = run.best if planned else None, True
+    with ThreadPoolExecutor(1) as pool, clock.watched(lambda: run.patience), pytest.raises(clock.OutOfTimeError):
+        _job(pool, best_list, entry.candidate.instance, 0).result()
 
 
 def test_what_fits_nowhere_is_infeasible_for_the_period_as_well() -> None:

@@ -65,7 +65,22 @@ def test_places_of_one_name_have_one_value():
     assert ranges.documents_at((0.5, 0.25)) == [{"a": 0.5, "b": [0.25, 0.5]}]
 
 
+def test_every_value_has_a_name_of_its_own():
+    """Documents of a chain leave the same place open: their numbers tell the values apart."""
+    free = {"search": [0, 1]}
+    chain = space_of([{"parameters": {"t": free, "eta": free}}, {"parameters": {"t": free}}], "recipe")
+    assert [item.name for item in chain.free] == ["0.t", "eta", "1.t"]
+    assert chain.documents_at((0.1, 0.2, 0.3))[1] == {"parameters": {"t": 0.3}}
+    nested = {"models": {"parameters": {"w": free}}, "w": free}  # named alike in one document: no number helps
+    assert len({item.name for item in space_of([nested], "recipe").free}) == 2
+
+
 @pytest.mark.parametrize(("data", "message"), [
+    ({"a": {"search": [0, 1], "as": "b"}, "b": {"search": [0, 1]}},
+     r"parameters\.b: found the name b, which the value at parameters\.a has"),
+    ({"b": {"search": [0, 1]}, "a": {"search": [0, 1], "as": "b"}},
+     r"parameters\.a: found the name b, which the value at parameters\.b has"),
+    ({"a": {"search": [0, 1]}, "value": {"a": {"search": [0, 1]}}}, r"found the name 0\.a, which .* has"),
     ({"a": {"search": [0, 1], "as": ""}}, "a: as: found '', expected a name"),
     ({"a": {"search": [0, 1], "as": 3}}, "as: found 3, expected a name"),
     ({"a": {"search": [0, 1], "as": "x"}, "b": {"search": [0, 2], "as": "x"}},

@@ -44,7 +44,6 @@ from mipipe.planner.problem import PlanningProblem
 HOP_WEIGHTS = (1.0, 4.0, 0.25, 0.0)
 """Weights of transfer time that give different placements: few hops shorten warm-up, many start devices sooner."""
 
-
 LASTING = 1.5
 """How much longer than on the shortest path activations stay in a schedule without idle time, where it matters which
 groups run F again: a chain of P equal stages with F = I = W holds P microbatches at its first stage, each for P periods

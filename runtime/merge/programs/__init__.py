@@ -1,1 +1,1 @@
-"""Programs beside merging: LoRA adapters extracted, tokenizers transplanted, routers made, experts stored as parts."""
+"""Programs beside merging: LoRA adapters extracted, tokenizers transplanted, routers made."""
