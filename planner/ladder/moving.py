@@ -20,7 +20,6 @@ from mipipe.planner.jobs.memory import in_flight
 from mipipe.planner.ladder import order_rungs
 from mipipe.planner.ladder.candidate import Candidate, candidate, judge_orders, offer_judged
 from mipipe.planner.ladder.inherit import Moments, inherited, moments_of
-from mipipe.planner.ladder.race import TURN_S
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.placements.cuts import earliest_end
 from mipipe.planner.placements.moves import is_movable, neighbour
@@ -34,22 +33,26 @@ MOVING = "moved stages"
 PATIENT = 8
 """Tries without success after which every further one is annealed a round longer."""
 
+LONGEST_S = 1.0
+"""Seconds of annealing after which a try ends in any case."""
+
 FORGIVEN = 0.0005
 """Share of its makespan by which every try without success sets a line back behind the others."""
 
 DRAWN = 400
-"""Neighbours that are drawn until one has a bound below the incumbent."""
+"""Neighbours that are drawn for a line in vain, none with a bound below the incumbent, before it ends."""
 
 
 @dataclass(slots=True)
 class Line:
-    """From a candidate's placement to others: ``found`` is where it stands, ``known`` the moments of the actions there,
-    ``misses`` the tries since it became shorter."""
+    """From a candidate's placement to others: ``found`` is where it stands, ``latest`` the moments of its actions,
+    ``misses`` the tries since it became shorter, ``drawn`` the neighbours drawn in vain since the last try."""
 
     found: Candidate
-    known: Moments = field(default_factory=dict)
+    latest: Moments = field(default_factory=dict)
     seen_ns: int = NEVER_NS
     misses: int = 0
+    drawn: int = 0
 
     @property
     def promise(self) -> float:
@@ -62,8 +65,20 @@ class Line:
         best = self.found.best
         assert best is not None
         if best.makespan_ns < self.seen_ns:
-            self.known, self.seen_ns = moments_of(self.found.view, best.schedule), best.makespan_ns
-        return self.known
+            self.latest, self.seen_ns = moments_of(self.found.view, best.schedule), best.makespan_ns
+        return self.latest
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to try: too many draws in vain, or a best order with overlapped pairs, of which none
+        inherits."""
+        return self.drawn >= DRAWN or self.found.best is None or self.found.best.schedule.has_pairs
+
+    @property
+    def aside_ns(self) -> int:
+        """By how much the plan's clock is behind the search's (queueing, reductions, updates), at the line's best."""
+        found = self.found
+        return 0 if found.exact or found.search is None else max(0, found.makespan_ns - found.search.best.makespan_ns)
 
 
 @dataclass(slots=True)
@@ -87,11 +102,13 @@ class Moving:
             self.rng.seed(run.options.seed)
         while run.left > 0 and not run.closed:
             self._begin_lines()
+            self.lines = [line for line in self.lines if not line.over]
             line = min(self.lines, key=lambda line: line.promise, default=None)
             if line is None:
                 return False
-            if not self._try(line):
-                self.lines.remove(line)
+            found = self._neighbour(line, end)
+            if found is not None:
+                self._try(line, found, end)
             if time.monotonic() >= end:
                 break
         return True
@@ -108,28 +125,28 @@ class Moving:
                 self.lines.append(Line(found))
             self.known.add(found)
 
-    def _try(self, line: Line) -> bool:
-        """Schedule a neighbour of a line's placement; False where none may become the best."""
+    def _try(self, line: Line, found: Candidate, end: float) -> None:
+        """Schedule a neighbour of a line's placement by the line's order, and go on there if that is shorter. Orders are
+        made until a moment of the monotonic clock."""
         run = self.run
-        found = self._neighbour(line.found)
-        if found is None:
-            return False
         self.tries += 1
         line.misses += 1
-        began, before, least = time.monotonic(), run.makespan_ns, line.found.makespan_ns
+        began, before = time.monotonic(), run.makespan_ns
+        aim = line.found.makespan_ns - line.aside_ns
         found.instance.cap[:] -= in_flight(found.view)
-        orders = inherited(line.moments, found.instance, lambda: run.left <= 0)
+        orders = inherited(line.moments, found.instance, lambda: run.left <= 0 or time.monotonic() >= end)
         if orders is None:
-            return True
+            return
         search = annealing.start(found.instance, orders, run.options.seed + 31 * self.tries, found.bound.ns)
-        annealing.advance(search, TURN_S, lambda: run.left <= 0 or search.best.makespan_ns < least,
+        annealing.advance(search, LONGEST_S, lambda: run.left <= 0 or search.best.makespan_ns < aim,
                           1 + line.misses // PATIENT)
-        if search.best.makespan_ns >= least or not offer_judged(
-                found, judge_orders(found, search.best), MOVING, line.found.lineage):
-            return True
+        judged = judge_orders(found, search.best) if search.best.makespan_ns < aim else None
+        least = line.found.makespan_ns  # which the race may have shortened meanwhile
+        if judged is None or judged.makespan_ns >= least or not offer_judged(found, judged, MOVING, line.found.lineage):
+            return
         found.searched, found.search = found.lineage, search
         line.found, line.seen_ns, line.misses = found, NEVER_NS, 0
-        if found.makespan_ns < before:
+        if found.makespan_ns < run.makespan_ns:
             self.known.add(found)
             with run.lock:
                 run.candidates.append(found)
@@ -137,21 +154,24 @@ class Moving:
             order_rungs.record(run, MOVING, found, before, began)
         else:
             self.gained += 1 - found.makespan_ns / least
-        return True
 
-    def _neighbour(self, base: Candidate) -> Candidate | None:
-        """A neighbour of a candidate's placement whose bound is below the incumbent; None where none was drawn."""
+    def _neighbour(self, line: Line, end: float) -> Candidate | None:
+        """A neighbour of a line's placement that is no candidate's and whose bound is below the incumbent; None where
+        none was drawn by a moment of the monotonic clock."""
         run = self.run
-        for _ in range(DRAWN):
+        while line.drawn < DRAWN and time.monotonic() < end and not run.closed:
             clock.ask()
-            placement = neighbour(run.problem, base.placement, self.rng)
+            line.drawn += 1
+            placement = neighbour(run.problem, line.found.placement, self.rng)
             if (placement is None or not resident_fits(run.problem, placement)
-                    or earliest_end(run.problem, placement, self.heads) >= run.makespan_ns):
+                    or earliest_end(run.problem, placement, self.heads) >= run.makespan_ns
+                    or any(order_rungs.same(other.placement, placement) for other in list(run.candidates))):
                 continue
             try:
-                found = candidate(run.problem, placement, then(base.proposer, MOVING))
+                found = candidate(run.problem, placement, then(line.found.proposer, MOVING))
             except PlanError:
                 continue
             if found.bound.ns < run.makespan_ns:
+                line.drawn = 0
                 return found
         return None

@@ -2,7 +2,7 @@
 
 A *host* is what a stage says of where it runs: its ranks, the rank of every microbatch, and whether F runs again. Moves
 only hand hosts of the placement from unit to unit (groups that must stay together), so copies stay copies and mirror
-images stay mirror images.
+images stay mirror images. F runs again only where all groups of the stage that comes of it can.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class UnitHosts:
     def __init__(self, problem: PlanningProblem, placement: Placement) -> None:
         """Raise `ValueError` where a stage is no run of consecutive whole units."""
         self.blocks = [tuple(block) for block in units(problem)]
+        self.again = [group.recompute_bytes is not None for group in problem.groups]
         self.hosts: list[Host] = []
         self.begins: list[bool] = []
         paired = zip(placement.stages, placement.routes, strict=True)
@@ -54,7 +55,9 @@ class UnitHosts:
             else:
                 stages.append(Stage(block, host[0], host[2]))
                 routes.append(host[1])
-        return Placement(tuple(stages), tuple(routes), name)
+        kept = tuple(stage if not stage.recompute or all(self.again[g] for g in stage.groups)
+                     else replace(stage, recompute=False) for stage in stages)
+        return Placement(kept, tuple(routes), name)
 
     def shift(self, boundary: int, *, left: bool) -> None:
         """Let the unit behind a boundary join the stage before it, or (``left`` False) the one before join the next."""

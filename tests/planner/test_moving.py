@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 
@@ -57,6 +58,40 @@ def test_moves_keep_every_group_once_its_units_whole_and_copies_images(seed: int
         assert all(sum(set(block) <= set(stage.groups) for stage in placement.stages) == 1
                    for block in units(problem))
         assert (mirror(view(problem, placement)) is not None) == halved
+
+
+def test_frozen_groups_never_run_their_forward_again() -> None:
+    """A stage that runs F again is moved to groups that cannot: they do not, and the plan passes its check."""
+    frozen = [Group(f"e{n}", {"d": PhaseTimes(time, None, None)}, resident_bytes=1) for n, time in enumerate((5, 9, 9))]
+    trained = [Group(f"l{n}", {"d": PhaseTimes(3, 3, 3)}, resident_bytes=1, saved_fw_bytes=10, recompute_bytes=1)
+               for n in range(3)]
+    edges = tuple(GroupEdge(n, (n + 1,), 0, None if n < 3 else 0, f"v{n}") for n in range(5))
+    problem = PlanningProblem("frozen", (*frozen, *trained), edges, Topology.uniform(3, latency_ns=0, kind="d"), 2)
+    placement = Placement((Stage((0,), (0,)), Stage((1, 2), (1,)), Stage((3, 4, 5), (2,), True)),
+                          ((0, 0), (1, 1), (2, 2)))
+    rng, moved = random.Random(1), 0
+    for _ in range(60):
+        made = neighbour(problem, placement, rng)
+        if made is None:
+            continue
+        assert not any(stage.recompute and min(stage.groups) < 3 for stage in made.stages)
+        moved += any(stage.recompute for stage in made.stages)
+        view(problem, made)
+    assert moved
+
+
+def test_moves_are_judged_by_the_clock_of_the_plan() -> None:
+    """Updates that the search's clock does not see: lines get shorter by the plan's clock, and only then are moved."""
+    problem = uneven_chain([3, 1, 4, 1, 5, 9, 2, 6], ranks=2, microbatches=4)
+    problem = problem.replace(groups=tuple(dataclasses.replace(group, update_ns=20) for group in problem.groups))
+    run = Run(problem, PlanOptions(time_limit_s=1000, threads=1))
+    first = admit_placement(run, next(propose_shapes(problem, "chain")))
+    assert first is not None and not first.exact
+    moving, lengths = Moving(run), [run.makespan_ns]
+    for _ in range(40):
+        moving.step(0.02)
+        lengths.append(moving.lines[0].found.makespan_ns if moving.lines else lengths[-1])
+    assert lengths == sorted(lengths, reverse=True) and moving.gained >= 0
 
 
 def test_what_divides_a_unit_or_has_one_host_is_left_alone() -> None:
