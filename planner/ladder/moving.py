@@ -126,7 +126,7 @@ class Moving:
             self.known.add(found)
 
     def _try(self, line: Line, found: Candidate, end: float) -> None:
-        """Schedule a neighbour of a line's placement by the line's order, and go on there if that is shorter. Orders are
+        """Schedule a neighbour of a line by the order there, and go on from it if that is shorter. Orders are
         made until a moment of the monotonic clock."""
         run = self.run
         self.tries += 1

@@ -24,7 +24,7 @@ from runtime_models import ROWS_OF_BYTES
 from safetensors.torch import load_file
 
 from mipipe.graphs.capture.model import capture
-from mipipe.graphs.errors import InputError, PlanError, RunError, StoppedError
+from mipipe.graphs.errors import InputError, MipipeError, PlanError, RunError, StoppedError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import load, save, to_data
 from mipipe.graphs.topology import Link, Topology
@@ -137,14 +137,15 @@ def test_what_a_run_leaves_behind(files):
         assert json.loads((files / f"profile.rank{rank}.json").read_text())["traceEvents"]
 
 
-def test_a_failing_rank_ends_the_run_with_its_traceback(files, capfd):
-    """Within seconds, by name; no worker is left."""
+def test_a_failing_loader_ends_the_run_in_a_line_that_says_where(files, capfd):
+    """Within seconds, with the loader's own file; no worker is left."""
     config = write_config(files, "bad", data=killing(files, "bad", ["1 2 fail"]))
     start = time.monotonic()
-    with pytest.raises(RunError, match="rank 1: ValueError: a loader that fails"):
+    with pytest.raises(MipipeError, match="step 2: data: runtime_models:KillOnce failed at its batch 2: .*loader that"
+                                          " fails"):
         train(files / "plan2.json", files / "graph.json", config, timeout_s=300)
     assert time.monotonic() - start < 200
-    assert "_obey" in capfd.readouterr().err
+    assert "Traceback" not in capfd.readouterr().err
     assert not workers_of(config)
 
 
