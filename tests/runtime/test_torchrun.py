@@ -141,8 +141,8 @@ def test_a_failing_loader_ends_the_run_in_a_line_that_says_where(files, capfd):
     """Within seconds, with the loader's own file; no worker is left."""
     config = write_config(files, "bad", data=killing(files, "bad", ["1 2 fail"]))
     start = time.monotonic()
-    with pytest.raises(MipipeError, match="step 2: data: runtime_models:KillOnce failed at its batch 2: .*loader that"
-                                          " fails"):
+    with pytest.raises(MipipeError, match=r"step 2: data: runtime_models:KillOnce failed at its batch 2: .*loader that"
+                                          r" fails"):
         train(files / "plan2.json", files / "graph.json", config, timeout_s=300)
     assert time.monotonic() - start < 200
     assert "Traceback" not in capfd.readouterr().err
