@@ -65,7 +65,7 @@ def bound_of(pricer: Pricer, degrees: Degrees, global_batch: int,
     mixed += (1 - SHARES[:, None]) * fixed / degrees.ranks - PRICES * scale
     rounding = 2e-9 * (microbatches + 1)  # a problem's durations are whole nanoseconds
     bound = float(mixed.max()) - rounding
-    kernels = table(by_mode, _kernels)
+    kernels = table(by_mode, seconds_in_kernels)
     stays, most = _pairs(kernels, seconds - kernels, 3e-9 * pricer.machine.kind.achieved.action_ns * len(by_mode[0]))
     busy = max(float(kernels.min(axis=0).sum()), float((seconds - kernels).min(axis=0).sum()))
     floor = max(microbatches * busy + update, microbatches * busy + stays * update
@@ -85,7 +85,7 @@ def _pairs(kernels: np.ndarray, talk: np.ndarray, overhead: float) -> tuple[floa
     return max(0.5, *shares) - 1e-6, min(1.0, max(ends) + 1e-6)
 
 
-def _kernels(cost: PieceCost) -> float:
+def seconds_in_kernels(cost: PieceCost) -> float:
     """Seconds of a piece's own kernels for one microbatch."""
     return sum(phase.compute for phase in (cost.f, cost.i, cost.w) if phase is not None)
 

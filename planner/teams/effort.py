@@ -7,23 +7,31 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class SearchEffort:
-    """``until_*`` and ``packing`` are shares of the time limit, ``*_s`` seconds, the others numbers of what is looked
-    at at most."""
+    """``until_*`` are shares of the time limit, ``*_s`` seconds, ``*_bubble`` a share of a microbatch's time, the
+    others numbers of what is looked at at most."""
 
     priced: int = 8_000
-    """Combinations that are priced however long it takes, before anything is solved."""
-    until_priced: float = 0.3
-    """Further combinations are priced."""
+    """Combinations up to which all are priced, however long it takes, before anything is solved."""
+    until_priced: float = 0.15
+    """Where there are more, the most promising are priced before anything is solved."""
+    until_first_tried: float = 0.28
+    """Where there are more, those are solved quickly, by their bounds."""
+    until_more_priced: float = 0.36
+    """Those that may be faster than the best of these are priced."""
     until_tried: float = 0.45
     """Combinations are solved quickly, by their bounds."""
-    packing: float = 0.1
-    """The bound where every layer is on one rank."""
     polished: int = 3
     """Combinations that are solved finely, with every number of chunks."""
     until_polished: float = 0.55
     """They are."""
     paired: int = 2
-    """Meshes that are tried for their overlapped pairs alone."""
+    """Meshes that are tried for their overlapped pairs alone by the order level."""
+    dualpipev: int = 12
+    """Meshes and microbatches on which DualPipeV is tried for its overlapped pairs."""
+    dualpipev_bubble: float = 0.33
+    """Of a microbatch's time its bubble in guesses at its step: by its closed form where F, I and W take as long."""
+    until_dualpipev: float = 0.6
+    """It is tried."""
     listed: int = 200
     """Combinations of the least bounds among which those are chosen whose orders are made by lists."""
     rules: int = 100
@@ -36,8 +44,12 @@ class SearchEffort:
     """Pipelines on which published schedules are tried."""
     ordered: int = 4
     """Meshes whose order is searched: that of the best pipeline, then those that overlapped pairs may make the best."""
-    until_ordered: float = 0.9
+    until_ordered: float = 0.87
     """It is."""
+    until_bounded: float = 0.92
+    """Those that may be faster than the best of all are priced, for the bound."""
+    until_packed: float = 0.97
+    """The bound where every layer is on one rank is worked on."""
     told: int = 3
     """Other degrees that are told."""
     least_s: float = 0.5

@@ -2,22 +2,75 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
 
 from mipipe.graphs.errors import MipipeError
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.solve import plan
-from mipipe.planner.teams.degrees import Recompute
+from mipipe.planner.teams.bounds import seconds_in_kernels
+from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, Recompute
 from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams, piece_costs, result_of
 from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.space import Point
 from mipipe.planner.teams.stages import cut_pieces, overlap_rule, stage_cost, team_problem
 
 PUBLISHED = ("zb-h1", "zb-v", "dualpipev", "dualpipe")
 """Published schedules that are tried on the best pipelines beside 1F1B and interleaved 1F1B."""
+
+
+def paired(pricer: Pricer, points: Sequence[Point], global_batch: int, best: float,
+           until: float) -> list[TeamResult]:
+    """DualPipeV on the meshes and microbatches on which its pairs may gain most, with the least recomputation of all
+    layers that its memory asks for, up to a moment of the monotonic clock; what fits and is faster than the best."""
+    found: list[TeamResult] = []
+    for guess, degrees in pair_guesses(pricer, points, global_batch, best, until)[:EFFORT.dualpipev]:
+        if time.monotonic() > until or guess >= best:
+            break
+        try:
+            made = evaluate_teams(pricer, degrees, global_batch, schedule="dualpipev")
+        except MipipeError:
+            continue
+        if not made.shortage and made.seconds < best:
+            best = made.seconds
+            found.append(made)
+    return found
+
+
+def pair_guesses(pricer: Pricer, points: Sequence[Point], global_batch: int, best: float,
+                 until: float = math.inf) -> list[tuple[float, Degrees]]:
+    """Guesses at the steps of DualPipeV below the best, the shortest first, and their degrees; one for each mesh and
+    microbatch, of the points that there is time for. It holds a microbatch more than there are ranks, of which about as
+    many have no pair, and its bubble is (R - 1) (FB + B - 3W) of its half stages (DeepSeek-AI, 2025)."""
+    found: dict[tuple[object, ...], tuple[float, Degrees]] = {}
+    for point in points:
+        if time.monotonic() > until:
+            break
+        degrees, count = point.degrees, global_batch // (point.degrees.copies * point.degrees.microbatch)
+        if degrees.ranks < 2 or count < 2 * degrees.ranks or 2 * degrees.ranks > len(pricer.model.pieces) \
+                or point.floor >= best:
+            continue
+        for mode in RECOMPUTE:
+            made = replace(degrees, recompute=cast("Recompute", mode))
+            costs = pricer.costs(made)
+            kernels = sum(seconds_in_kernels(cost) for cost in costs)
+            talk = sum(cost.f.total + cost.backward for cost in costs) - kernels
+            alone = min(count, degrees.ranks)
+            guess = ((count - alone) * max(kernels, talk) + alone * (kernels + talk)
+                     + sum(cost.optimizer for cost in costs)) / degrees.ranks
+            guess += (degrees.ranks - 1) / degrees.ranks * EFFORT.dualpipev_bubble * (kernels + talk)
+            held = sum(cost.resident + (degrees.ranks + 1) * cost.kept for cost in costs) / degrees.ranks
+            if held + max(cost.while_running for cost in costs) > pricer.machine.usable_bytes:
+                continue
+            key = degrees.ranks, degrees.split, degrees.copies, degrees.microbatch
+            if guess < found.get(key, (best, made))[0]:
+                found[key] = guess, made
+            break
+    return sorted(found.values(), key=lambda item: item[0])
 
 
 def ordered(pricer: Pricer, results: list[TeamResult], global_batch: int, until: float, seed: int,

@@ -49,7 +49,7 @@ class Footprint:
 @dataclass(frozen=True, slots=True)
 class PieceWork:
     """A piece's seconds and bytes of one microbatch on one member, and bytes of its parameters, dense and of experts
-    (``held``; those that train), as `PieceCost` has them."""
+    (``held``; those that train), as `PieceCost` has them; and how many collectives it waits for."""
 
     phases: dict[Phase, PhaseCost]
     kept: int
@@ -59,6 +59,7 @@ class PieceWork:
     trained: tuple[int, int]
     buffers: int
     workspace: int
+    collectives: int
 
 
 class Pricer:
@@ -129,20 +130,26 @@ class Pricer:
         if degrees.split not in self._footprints:
             sums, kept = [0, 0, 0, 0], 0.0
             plain = replace(degrees, recompute="none", microbatch=1)
-            for piece in self.model.pieces:
+            counts = Counter(piece.kind for piece in self.model.pieces)
+            for number, piece in enumerate(self.model.kinds):
                 acts = False
                 for member in piece.members:
                     held = self.profile(member, plain).resident
                     trains = self.model.index.runs(member, Phase.W)
                     sizes = (held.dense, held.experts, trains * held.trainable_dense, trains * held.trainable_experts)
-                    sums = [total + size for total, size in zip(sums, sizes, strict=True)]
+                    sums = [total + counts[number] * size for total, size in zip(sums, sizes, strict=True)]
                     acts = acts or self.model.index.runs(member, Phase.I)
                 if acts and piece.layer is not None:
-                    kept += min(self._inputs(piece.members[0], plain, 1 / self.model.sequences),
-                                sum(self.profile(member, plain).kept.fi + self.profile(member, plain).kept.fw
-                                    for member in piece.members))
+                    kept += counts[number] * min(
+                        self._inputs(piece.members[0], plain, 1 / self.model.sequences),
+                        sum(self.profile(member, plain).kept.fi + self.profile(member, plain).kept.fw
+                            for member in piece.members))
             self._footprints[degrees.split] = Footprint(sums[0], sums[1], sums[2], sums[3], kept)
         return self._footprints[degrees.split]
+
+    def collectives(self, degrees: Degrees) -> int:
+        """How many collectives all pieces wait for in a microbatch."""
+        return sum(self._work(piece.kind, degrees).collectives for piece in self.model.pieces)
 
     def _price(self, kind: int, degrees: Degrees, measured: LayerTimes | None) -> PieceCost:
         piece, work = self.model.kinds[kind], self._work(kind, degrees)
@@ -167,7 +174,7 @@ class Pricer:
         piece, machine = self.model.kinds[kind], self.machine
         count = degrees.microbatch / self.model.sequences
         found: dict[Phase, PhaseCost] = {}
-        kept = until_w = late = dense = experts = trained = trained_experts = buffers = workspace = 0
+        kept = until_w = late = dense = experts = trained = trained_experts = buffers = workspace = talks = 0
         for member in piece.members:
             profile, fanout = self.profile(member, degrees), self.fanout(member)
             for phase, work in profile.phases.items():
@@ -182,6 +189,7 @@ class Pricer:
                     found[phase] = found[phase].plus(cost) if phase in found else cost
                     workspace = max(workspace, round(work.workspace_bytes * count))
                     buffers = max(buffers, *(round(item.num_bytes * count) for item in work.collectives), 0)
+                    talks += sum(item.count for item in work.collectives)
             if self.model.index.runs(member, Phase.I) or self.model.index.runs(member, Phase.W):
                 kept += profile.kept.fi + profile.kept.fw
                 until_w, late = until_w + profile.kept.fw, late + profile.kept.iw
@@ -190,7 +198,7 @@ class Pricer:
                 trained += profile.resident.trainable_dense
                 trained_experts += profile.resident.trainable_experts
         self._works[key] = PieceWork(found, round(kept * count), round(late * count), round(until_w * count),
-                                     (dense, experts), (trained, trained_experts), buffers, workspace)
+                                     (dense, experts), (trained, trained_experts), buffers, workspace, talks)
         return self._works[key]
 
     def _inputs(self, member: int, degrees: Degrees, count: float) -> int:

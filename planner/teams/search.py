@@ -1,12 +1,14 @@
 """Degrees chosen: every combination bounded, the promising ones solved by the master MIP, the winners ordered.
 
-1. Every combination of degrees gets a bound (`mipipe.planner.teams.space`); those whose memory cannot suffice are out.
-2. In the order of bounds, as long as a bound is below the best step found: the master
+1. Combinations of degrees get a bound (`mipipe.planner.teams.space`), all where they are few, else those that may be
+   faster than the best step found, the most promising first; those whose memory cannot suffice are out.
+2. By their promise, as long as a bound is below the best step found: the master
    (`mipipe.planner.milp.placement.degrees`) cuts the layers into stages and says which run again, for one chunk per
    rank and for more; the simulator says what 1F1B and interleaved 1F1B take on its stages, and for the best other
    published schedules. The search's bound is the least over all combinations, overlapped pairs allowed.
-3. Orders by tuned lists on stages in Vs and Ws (`mipipe.planner.teams.waves`) for combinations whose busiest rank has
-   least to do, as long as that is below the best step.
+3. DualPipeV where its overlapped pairs may gain most. Orders by tuned lists on stages in Vs and Ws
+   (`mipipe.planner.teams.waves`) for combinations whose busiest rank has least to do, as long as that is below the best
+   step.
 4. The order level (`mipipe.planner.solve`) improves the schedule of the best pipelines in the time that is left, and of
    that which would be best if all its forwards overlapped with backwards.
 
@@ -16,6 +18,7 @@ whole layers (`mipipe.planner.teams.packing`); and over those of them without ov
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,10 +32,10 @@ from mipipe.planner.teams.evaluate import TeamResult
 from mipipe.planner.teams.found import Found, distinct, notes_of, runners_of
 from mipipe.planner.teams.masters import chunks_of, solved_master
 from mipipe.planner.teams.options import TeamOptions
-from mipipe.planner.teams.orders import ordered
+from mipipe.planner.teams.orders import ordered, paired
 from mipipe.planner.teams.pieces import misfit
 from mipipe.planner.teams.pricing import Pricer
-from mipipe.planner.teams.space import Point, anything, points, promise
+from mipipe.planner.teams.space import DegreeSpace, Point, anything, promise
 from mipipe.planner.teams.waves import promising, shapes_of, wave
 
 QUICK, FINE = (1.0, 0.02), (3.0, 2e-4)
@@ -44,7 +47,7 @@ LATER = 1.03
 def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamOptions,
                  tell: Callable[[str], None] = lambda text: None,
                  wanted: Callable[[Degrees], bool] = anything) -> Found:
-    """The best degrees within the time limit, of those that are ``wanted`` (as for `points`).
+    """The best degrees within the time limit, of those that are ``wanted``.
 
     Raises:
         InputError: what is fixed does not divide the devices.
@@ -53,52 +56,91 @@ def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamO
     """
     began = time.monotonic()
     check_given(options.given, devices)
-    space = points(pricer, devices, global_batch, options.given, options.microbatch, options.recomputation,
-                   lambda: time.monotonic() - began < EFFORT.until_priced * options.time_limit_s, wanted)
-    waiting, count = space.points, space.combinations
-    if not waiting:
-        raise InfeasibleError(_why_none(pricer, count, options, devices, global_batch))
+
+    def in_time(share: float) -> bool:
+        return time.monotonic() - began < share * options.time_limit_s
+
+    space = DegreeSpace(pricer, devices, global_batch, options.given, options.microbatch, options.recomputation, wanted)
+    if space.combinations <= EFFORT.priced:
+        space.all()
+    else:
+        space.more(lambda: in_time(EFFORT.until_priced))
     results: list[TeamResult] = []
-    tries, best = 0, float("inf")
+    seen: dict[Degrees, bool] = {}
+    if space.left()[0] < math.inf:
+        _try(pricer, results, seen, space.points, global_batch, options, EFFORT.until_first_tried, in_time, tell)
+        tell("pricing what may be faster")
+        space.more(lambda: in_time(EFFORT.until_more_priced), min((item.seconds for item in results), default=math.inf))
+    _try(pricer, results, seen, space.points, global_batch, options, EFFORT.until_tried, in_time, tell)
+    while not results and in_time(1.0) and space.left()[0] < math.inf:  # no stages for those that were priced
+        space.more(lambda: len(seen) == len(space.points) and in_time(1.0))
+        _try(pricer, results, seen, space.points, global_batch, options, EFFORT.until_tried, in_time, tell)
+    if not results:
+        if space.left()[0] < math.inf or len(seen) < len(space.points):
+            raise TimeUpError(f"no degrees evaluated within {options.time_limit_s:g} s; try a longer --time-limit")
+        raise InfeasibleError(_why_none(pricer, space.combinations, options, devices, global_batch))
+    results = _improved(pricer, results, space.points, global_batch, options, began, tell)
+    top = results[0]
+    tell("pricing what may be faster")
+    space.more(lambda: in_time(EFFORT.until_bounded), top.seconds, by_floors=True)
+    bound, whole, plain = (min(least, top.seconds) for least in _bounds(pricer, space, global_batch, options, began))
+    return Found(top, bound, whole, plain, runners_of(results), notes_of(results, top), space.combinations,
+                 len(space.points), sum(seen.values()), time.monotonic() - began)
+
+
+def _try(pricer: Pricer, results: list[TeamResult], seen: dict[Degrees, bool], waiting: list[Point], global_batch: int,
+         options: TeamOptions, share: float, in_time: Callable[[float], bool], tell: Callable[[str], None]) -> None:
+    """Adds to ``results`` what the master makes of points that may be the best, in turn, up to a share of the time
+    limit, or until there is one. ``seen``: points that this was done with, and whether they were solved."""
+    best = min((item.seconds for item in results), default=math.inf)
     for number, point in enumerate(_in_turn(pricer, waiting, global_batch)):
-        spent = time.monotonic() - began
-        if distinct(results) > EFFORT.told and (point.bound >= best
-                                                or packed(pricer, point.degrees, global_batch,
-                                                          options.recomputation)[0] >= best):
+        if point.degrees in seen:
             continue
-        if spent > EFFORT.until_tried * options.time_limit_s and results:
-            break
-        if spent > options.time_limit_s:
+        enough = distinct(results) > EFFORT.told
+        if enough and (point.bound >= best
+                       or packed(pricer, point.degrees, global_batch, options.recomputation)[0] >= best):
+            seen[point.degrees] = False
+            continue
+        if not in_time(share) and (results or not in_time(1.0)):
             break
         tell(f"{number} of {len(waiting)} combinations, best {best:.4g} s")
-        tries += 1
-        cutoff = best if distinct(results) > EFFORT.told else 2 * best
+        seen[point.degrees] = True
         for chunks in chunks_of(pricer, point.degrees, global_batch, options)[:1]:
-            found = solved_master(pricer, replace(point.degrees, chunks=chunks), global_batch, options, cutoff, QUICK)
+            found = solved_master(pricer, replace(point.degrees, chunks=chunks), global_batch, options,
+                                  best if enough else 2 * best, QUICK)
             if found is not None:
                 results.append(found)
                 best = min(best, found.seconds)
-    else:
-        number = len(waiting)
-    if not results:
-        if number < len(waiting):
-            raise TimeUpError(f"no degrees evaluated within {options.time_limit_s:g} s; try a longer --time-limit")
-        raise InfeasibleError(_why_none(pricer, count, options, devices, global_batch))
-    unpriced = float("inf") if space.unpriced is None else space.unpriced
-    bound = min(*[point.floor for point in waiting], unpriced)
-    whole_bound, plain_bound = (min(unpriced, least) for least in _whole_bounds(
-        pricer, waiting, global_batch, options.recomputation, EFFORT.packing * options.time_limit_s))
-    whole_bound = max(bound, whole_bound)  # where time was short; each is over fewer plans than the one before
-    plain_bound = max(whole_bound, plain_bound)
+
+
+def _improved(pricer: Pricer, results: list[TeamResult], waiting: list[Point], global_batch: int, options: TeamOptions,
+              began: float, tell: Callable[[str], None]) -> list[TeamResult]:
+    """The results, the best first, with better stages and orders for the best of them, and for others that orders may
+    make the best."""
     results = _polished(pricer, results, global_batch, options, began, tell)
-    if options.order:
-        results += _with_pairs(pricer, results, waiting, global_batch, options, began)
-        results = _waved(pricer, results, waiting, global_batch, options, began, tell)
-        until = began + EFFORT.until_ordered * options.time_limit_s
-        results = ordered(pricer, results, global_batch, until, options.seed, tell)
-    top = results[0]
-    return Found(top, min(bound, top.seconds), min(whole_bound, top.seconds), min(plain_bound, top.seconds),
-                 runners_of(results), notes_of(results, top), count, len(waiting), tries, time.monotonic() - began)
+    if not options.order:
+        return results
+    results += _with_pairs(pricer, results, waiting, global_batch, options, began)
+    if options.recomputation is None and options.given.get("chunks", 1) == 1:
+        tell("overlapped pairs")
+        best = min(item.seconds for item in results)
+        until = began + EFFORT.until_dualpipev * options.time_limit_s
+        results += paired(pricer, waiting, global_batch, best, until)
+    results = _waved(pricer, results, waiting, global_batch, options, began, tell)
+    until = began + EFFORT.until_ordered * options.time_limit_s
+    return ordered(pricer, results, global_batch, until, options.seed, tell)
+
+
+def _bounds(pricer: Pricer, space: DegreeSpace, global_batch: int, options: TeamOptions,
+            began: float) -> tuple[float, float, float]:
+    """Seconds over all degrees below all steps, below those with every layer on one rank, and below those of them
+    without overlapped pairs."""
+    left, left_plain = space.left()
+    bound = min(left, *(point.floor for point in space.points))
+    whole, plain = _whole_bounds(pricer, space.points, global_batch, options.recomputation,
+                                 began + EFFORT.until_packed * options.time_limit_s)
+    whole = max(bound, min(left, whole))  # where time was short; each is over fewer plans than the one before
+    return bound, whole, max(whole, min(left_plain, plain))
 
 
 def _in_turn(pricer: Pricer, waiting: list[Point], global_batch: int) -> list[Point]:
@@ -114,10 +156,10 @@ def _in_turn(pricer: Pricer, waiting: list[Point], global_batch: int) -> list[Po
 
 
 def _whole_bounds(pricer: Pricer, waiting: list[Point], global_batch: int, recomputation: Recompute | None,
-                  seconds: float) -> tuple[float, float]:
+                  until: float) -> tuple[float, float]:
     """The least over combinations of what the busiest rank takes where every piece is on one rank, with overlapped
-    pairs and without; those that there is no time for count with their bound over all placements."""
-    until = time.monotonic() + seconds
+    pairs and without; those that there is no time for, up to a moment of the monotonic clock, count with their bound
+    over all placements."""
     found, both = [], dict[int, tuple[float, float]]()
     for pairs in (True, False):
         least = float("inf")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import heapq
+import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import count
 
 from mipipe.graphs.costs.split_rules import ATTENTION
 from mipipe.graphs.operator_graph import DTYPE_BYTES, Role
-from mipipe.planner.teams.bounds import bound_of
+from mipipe.planner.teams.bounds import bound_of, seconds_in_kernels
 from mipipe.planner.teams.degrees import Degrees, Recompute
-from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.pieces import ModelPieces, misfit
 from mipipe.planner.teams.pricing import ADAM_BYTES, GRADIENT_BYTES, Pricer
 
@@ -78,63 +81,149 @@ def variants(degrees: Degrees, global_batch: int, given: Mapping[str, int], micr
 
 
 @dataclass(frozen=True, slots=True)
+class Unpriced:
+    """Degrees that are not priced one by one: all with the same ``axes``, or those of them with one ``microbatch``, in
+    all ways to share state. None takes less than ``floor`` seconds, or than ``plain`` where forwards and backwards do
+    not overlap. ``guess``: of the best of them; those not looked at yet have 0 and are looked at first."""
+
+    axes: Degrees
+    microbatch: int | None
+    floor: float
+    plain: float
+    guess: float = 0.0
+
+
 class DegreeSpace:
-    """The points whose memory may suffice, by their bounds; how many combinations there are; and a bound for those
-    that there was no time to price (None: all were)."""
+    """All combinations of degrees that are ``wanted``: those that are priced and whose memory may suffice are
+    ``points``, by their bounds; the others are priced as time goes on.
 
-    points: list[Point]
-    combinations: int
-    unpriced: float | None = None
-
-
-def points(pricer: Pricer, devices: int, global_batch: int, given: Mapping[str, int], microbatch: int | None,
-           recomputation: Recompute | None, in_time: Callable[[], bool] = lambda: True,
-           wanted: Callable[[Degrees], bool] = anything) -> DegreeSpace:
-    """Combinations of degrees that are ``wanted``, priced as long as there is time.
-
-    Axes with the smallest microbatch come first, small teams before large ones; then, the most promising axes first,
-    their other microbatches and ways to share state. A larger microbatch keeps more: where one does not fit, larger
-    ones are not looked at.
+    Work that is cut alike takes less in one large microbatch than in small ones: launches, latencies and what a layer
+    of experts costs by itself are paid once. So one price at the largest microbatch, without what shared state adds and
+    without recomputation, is below all combinations with these axes, and most are never priced one by one.
     """
-    bases = list(all_degrees(pricer.model, devices, global_batch, given))
-    lines = {base: list(variants(base, global_batch, given, microbatch, wanted)) for base in bases}
-    count = sum(len(line) for base in bases for line in lines[base])
-    host = pricer.machine.fabric.levels[0].size
-    bases.sort(key=lambda base: (base.team > host, base.team, base.expert > 8 * host))
-    tried: dict[Degrees, Point | None] = {}
 
-    def price(degrees: Degrees) -> Point | None:
-        if degrees not in tried:
-            bound = bound_of(pricer, degrees, global_batch, recomputation) if roughly_fits(pricer, degrees) else None
-            tried[degrees] = None if bound is None else Point(bound[0], degrees, *bound[1:])
-        return tried[degrees]
+    def __init__(self, pricer: Pricer, devices: int, global_batch: int, given: Mapping[str, int],
+                 microbatch: int | None, recomputation: Recompute | None,
+                 wanted: Callable[[Degrees], bool] = anything) -> None:
+        self._pricer, self._batch, self._recomputation = pricer, global_batch, recomputation
+        self.points: list[Point] = []
+        self.combinations = 0
+        self._lines: dict[Degrees, list[list[Degrees]]] = {}
+        least = least_seconds(pricer) * global_batch / devices
+        for base in all_degrees(pricer.model, devices, global_batch, given):
+            lines = list(variants(base, global_batch, given, microbatch, wanted))
+            self.combinations += sum(len(line) for line in lines)
+            lines = [made for line in lines if (made := _fitting(pricer, line))]
+            if lines:
+                self._lines[base] = lines
+        self._unpriced = [Unpriced(base, None, least, least) for base in self._lines]
 
-    def enough() -> bool:
-        return count > EFFORT.priced and not in_time()
+    def all(self) -> list[Point]:
+        """Price all that is not; the points, the least bounds first."""
+        for item in self._unpriced:
+            for size in self._sizes(item.axes) if item.microbatch is None else [item.microbatch]:
+                self.points += self._priced(item.axes, size)
+        self._unpriced = []
+        self.points.sort(key=lambda point: point.bound)
+        return self.points
 
-    firsts: dict[Degrees, float] = {}
-    for base in bases:
-        for line in lines[base] if not enough() else ():
-            first = price(line[0]) if line else None
-            if first is not None:
-                firsts[base] = promise(pricer, first, global_batch)
-                break
-    for base in sorted(firsts, key=lambda base: firsts[base]):
-        for line in lines[base]:
-            for degrees in line:
-                if enough() or price(degrees) is None:
-                    break
-    found = [point for point in tried.values() if point is not None]
-    left = least_seconds(pricer) * global_batch / devices if enough() else None
-    return DegreeSpace(sorted(found, key=lambda point: point.bound), count, left)
+    def more(self, keep_on: Callable[[], bool], below: float = math.inf, *, by_floors: bool = False) -> list[Point]:
+        """Price as long as ``keep_on`` says what may take less than ``below`` seconds, the most promising first, or the
+        least floors; the new points, which are among ``points`` from now on."""
+        found: list[Point] = []
+        numbers = count()
+        heap: list[tuple[float, int, Unpriced]] = []
+        left: list[Unpriced] = []
+
+        def add(item: Unpriced) -> None:
+            if item.floor >= below:
+                left.append(item)
+            else:
+                heapq.heappush(heap, (item.floor if by_floors else item.guess, next(numbers), item))
+
+        for item in self._unpriced:
+            add(item)
+        while heap and keep_on():
+            item = heapq.heappop(heap)[2]
+            if item.microbatch is not None:
+                made = self._priced(item.axes, item.microbatch)
+                self.points += made
+                found += made
+            elif not item.guess:
+                add(self._looked_at(item.axes))
+            else:
+                for size in self._sizes(item.axes):
+                    add(self._looked_at(item.axes, size))
+        self._unpriced = left + [item for _, _, item in heap]
+        self.points.sort(key=lambda point: point.bound)
+        return found
+
+    def left(self) -> tuple[float, float]:
+        """Seconds that nothing unpriced is below, and the same without overlapped pairs; infinite where all is."""
+        return (min((item.floor for item in self._unpriced), default=math.inf),
+                min((item.plain for item in self._unpriced), default=math.inf))
+
+    def _sizes(self, base: Degrees) -> list[int]:
+        """The microbatches of certain axes, the smallest first."""
+        return sorted({degrees.microbatch for line in self._lines[base] for degrees in line})
+
+    def _looked_at(self, base: Degrees, size: int | None = None) -> Unpriced:
+        sizes = [size] if size is not None else self._sizes(base)
+        floor, plain = floor_of(self._pricer, replace(base, microbatch=sizes[-1]), self._batch, self._recomputation)
+        bubble = bubble_of(self._pricer, replace(base, microbatch=sizes[0]), self._batch)
+        return Unpriced(base, size, floor, plain, max(1e-30, plain * (1 + bubble)))
+
+    def _priced(self, base: Degrees, size: int) -> list[Point]:
+        """The points of axes with one microbatch. A larger one keeps more: where one does not fit, those are not looked
+        at that share state alike."""
+        found = []
+        for number, line in enumerate(self._lines[base]):
+            for made in line:
+                if made.microbatch == size:
+                    bound = bound_of(self._pricer, made, self._batch, self._recomputation)
+                    if bound is None:
+                        self._lines[base][number] = [other for other in line if other.microbatch < size]
+                    else:
+                        found.append(Point(bound[0], made, *bound[1:]))
+        return found
+
+
+def _fitting(pricer: Pricer, line: list[Degrees]) -> list[Degrees]:
+    """Those of a line, whose microbatches grow, that may fit by what all ranks hold together."""
+    return line[:bisect_left(line, True, key=lambda degrees: not roughly_fits(pricer, degrees))]
+
+
+def floor_of(pricer: Pricer, degrees: Degrees, global_batch: int,
+             recomputation: Recompute | None = None) -> tuple[float, float]:
+    """Seconds below every step with these axes and with this microbatch or a smaller one, whatever the memory, the way
+    in which copies share state and the recomputation that is allowed (None: any); and where forwards and backwards do
+    not overlap. The ranks together do all work once, and kernels and collectives at best beside one another."""
+    modes: list[Recompute] = ["selective" if recomputation == "selective" else "none"]  # "full" adds to "none"
+    if recomputation is None and pricer.model.graph.modes is not None:
+        modes.append("selective")  # estimated where the other is traced: it may be less
+    plain = [replace(degrees, zero=1, recompute=mode, chunks=1) for mode in modes]
+    costs = list(zip(*(pricer.costs(each) for each in plain), strict=True))
+    kernels = sum(min(seconds_in_kernels(cost) for cost in piece) for piece in costs)
+    talk = sum(min(cost.f.total + cost.backward - seconds_in_kernels(cost) for cost in piece) for piece in costs)
+    update = sum(piece[0].optimizer for piece in costs)
+    microbatches, most = global_batch // (degrees.copies * degrees.microbatch), global_batch // degrees.copies
+    collectives = max(pricer.collectives(each) for each in plain)
+    rounding = 1e-9 * (most * (collectives / degrees.ranks + 2) + 2)  # collectives and durations are whole nanoseconds
+    found = [(microbatches * busy + update) * (1 - 1e-9) / degrees.ranks - rounding
+             for busy in (max(kernels, talk), kernels + talk)]
+    return max(0.0, found[0]), max(0.0, found[1])
 
 
 def promise(pricer: Pricer, point: Point, global_batch: int) -> float:
-    """A guess at the step of a combination: its bound with the bubble of interleaved 1F1B (Narayanan et al., 2021)."""
-    degrees = point.degrees
+    """A guess at the step of a combination: its bound with a bubble."""
+    return point.bound * (1 + bubble_of(pricer, point.degrees, global_batch))
+
+
+def bubble_of(pricer: Pricer, degrees: Degrees, global_batch: int) -> float:
+    """A guess at the bubble in shares of the work: that of interleaved 1F1B (Narayanan et al., 2021)."""
     microbatches = global_batch // (degrees.copies * degrees.microbatch)
     chunks = 1 if microbatches % degrees.ranks else min(MOST_CHUNKS, max(1, len(pricer.model.layers) // degrees.ranks))
-    return point.bound * (1 + (degrees.ranks - 1) / (microbatches * chunks))
+    return (degrees.ranks - 1) / (microbatches * chunks)
 
 
 def roughly_fits(pricer: Pricer, degrees: Degrees) -> bool:
@@ -150,8 +239,9 @@ def roughly_fits(pricer: Pricer, degrees: Degrees) -> bool:
 
 
 def least_seconds(pricer: Pricer) -> float:
-    """Device seconds of one sequence that no degrees are below: products at their best shapes, which are those of a
-    team of one, without their bytes, which larger microbatches share."""
+    """Device seconds of one sequence that no degrees are below: products at their best shapes, without their bytes,
+    which larger microbatches share. The best are those of a team of one; but of banks of experts any, for each expert
+    has more rows where they are divided over copies."""
     model, kind = pricer.model, pricer.machine.kind
     total = 0.0
     for member in range(len(model.graph.segments)):
@@ -161,5 +251,6 @@ def least_seconds(pricer: Pricer) -> float:
                 for item in work.products:
                     low = None if item.kind.startswith(ATTENTION) else pricer.machine.low
                     peak = kind.peak(low or pricer.machine.dtype)
-                    total += item.count * item.flops / (peak * kind.achieved.share(item.kind, item.narrow, low))
+                    achieved = kind.achieved.but(half=0.0) if "grouped" in item.kind else kind.achieved
+                    total += item.count * item.flops / (peak * achieved.share(item.kind, item.narrow, low))
     return total / model.sequences

@@ -8,15 +8,17 @@ import pytest
 from team_brute import all_of, everything
 from team_machine import machine
 
-from mipipe.graphs.errors import InfeasibleError, InputError
+from mipipe.graphs.errors import InfeasibleError, InputError, TimeUpError
 from mipipe.planner.milp.placement.degrees import ChainTask, ModeCost, stage_counts
+from mipipe.planner.teams import search
 from mipipe.planner.teams.bounds import bound_of, packed
 from mipipe.planner.teams.degrees import RECOMPUTE, Degrees
+from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import evaluate_teams
 from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.search import search_teams
-from mipipe.planner.teams.space import all_degrees, least_seconds, points, roughly_fits
+from mipipe.planner.teams.space import DegreeSpace, all_degrees, least_seconds, roughly_fits
 
 
 @pytest.mark.parametrize("memory", [10**9, pytest.param(45 * 10**6, marks=pytest.mark.slow), 28 * 10**6])
@@ -60,11 +62,36 @@ def test_no_evaluated_step_is_below_its_bound(pieces):
 
 def test_what_is_fixed_stays_fixed(pieces):
     pricer = Pricer(pieces, machine())
-    waiting = points(pricer, 8, 16, {"sequence": 2, "ranks": 2}, 2, "full").points
-    assert waiting
+    space = DegreeSpace(pricer, 8, 16, {"sequence": 2, "ranks": 2}, 2, "full")
+    waiting = space.all()
+    assert waiting and space.left() == (float("inf"), float("inf"))
     assert all((point.degrees.tensor, point.degrees.sequence, point.degrees.ranks, point.degrees.microbatch)
                == (2, True, 2, 2) for point in waiting)
     assert [point.bound for point in waiting] == sorted(point.bound for point in waiting)
+
+
+def test_what_cannot_be_faster_is_not_priced(pieces, monkeypatch):
+    """Where there are too many combinations to price all first: the same best and the same bound over all degrees, from
+    fewer that are priced. Where none fits, or none was solved in time, the search says so."""
+    pricer = Pricer(pieces, machine(45 * 10**6, host=4))
+    options = TeamOptions({"context": 1, "zero": 1}, time_limit_s=60.0, order=False)
+    every = search_teams(pricer, 8, 16, options)
+    monkeypatch.setattr(search, "EFFORT", replace(EFFORT, priced=0))
+    few = search_teams(pricer, 8, 16, options)
+    assert few.best.degrees == every.best.degrees and few.best.seconds <= every.best.seconds * 1.001
+    assert few.bound == every.bound and few.combinations == every.combinations
+    monkeypatch.setattr(search, "EFFORT", replace(EFFORT, priced=0, until_priced=0.0, until_more_priced=0.0))
+    short = search_teams(pricer, 8, 16, options)
+    assert 0 < short.fitting < every.fitting and short.bound == every.bound
+    monkeypatch.setattr(search, "EFFORT", replace(EFFORT, priced=0, until_priced=0.0, until_more_priced=0.0,
+                                                  until_bounded=0.0))
+    loose = search_teams(pricer, 8, 16, options)
+    assert loose.fitting < 4 and 0 < loose.bound <= every.bound
+    assert loose.bound <= loose.whole_bound <= loose.plain_bound <= loose.best.seconds
+    with pytest.raises(InfeasibleError, match=r"none of .* combinations of degrees fits"):
+        search_teams(Pricer(pieces, machine(10**6)), 8, 16, options)
+    with pytest.raises(TimeUpError, match="no degrees evaluated within 1e-09 s"):
+        search_teams(pricer, 8, 16, replace(options, time_limit_s=1e-9))
 
 
 @pytest.mark.parametrize("given, memory, error, message", [
@@ -120,7 +147,7 @@ def test_layers_run_again_only_where_memory_is_short():
 
 def test_degrees_of_one_device(pieces):
     pricer = Pricer(pieces, machine())
-    assert {point.degrees for point in points(pricer, 1, 4, {}, None, None).points} == {
+    assert {point.degrees for point in DegreeSpace(pricer, 1, 4, {}, None, None).all()} == {
         Degrees(microbatch=size) for size in (1, 2, 4)}
 
 

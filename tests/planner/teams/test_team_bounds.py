@@ -9,14 +9,17 @@ import pytest
 from team_machine import machine
 
 from mipipe.graphs.errors import MipipeError
+from mipipe.graphs.sharding.modes import with_modes
+from mipipe.planner.teams import space
 from mipipe.planner.teams.bounds import bound_of, packed
-from mipipe.planner.teams.degrees import RECOMPUTE, Degrees
+from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, Recompute
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.machine import Machine
 from mipipe.planner.teams.orders import order_of
 from mipipe.planner.teams.piece_cost import PhaseCost, PieceCost
-from mipipe.planner.teams.pieces import ModelPieces
+from mipipe.planner.teams.pieces import ModelPieces, model_pieces
 from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.space import DegreeSpace, all_degrees, floor_of, least_seconds, roughly_fits, variants
 from mipipe.planner.teams.waves import shapes_of, wave
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "v-half", "v-min", "dualpipe", "dualpipev")
@@ -25,6 +28,7 @@ MESHES = [Degrees(ranks=2, copies=4), Degrees(ranks=2, copies=4, zero=3), Degree
           Degrees(ranks=2, tensor=2, sequence=True, copies=2, zero=2), Degrees(ranks=3), Degrees(copies=8),
           Degrees(tensor=8)]
 BATCH = 24
+LEAST = 0.3
 
 
 class Heavy(Pricer):
@@ -40,7 +44,7 @@ class Heavy(Pricer):
 
     def costs(self, degrees: Degrees) -> list[PieceCost]:
         source = random.Random(self.seed)
-        factors = [[source.choice((0.3, 1.0, 3.0)) for _ in range(6)] for _ in self.model.kinds]
+        factors = [[source.choice((LEAST, 1.0, 3.0)) for _ in range(6)] for _ in self.model.kinds]
         return [_scaled(cost, *factors[piece.kind])
                 for piece, cost in zip(self.model.pieces, super().costs(degrees), strict=True)]
 
@@ -132,6 +136,62 @@ def test_no_bound_is_above_a_planned_order(pieces, degrees):
         better = order_of(tight, start, BATCH, 2.0, 0)
         if better is not None and not better.shortage:
             check(pricer, better)
+
+
+@pytest.mark.parametrize("seed", [None, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(6))])
+def test_floors_of_axes_are_below_all_of_their_combinations(pieces, seed, monkeypatch):
+    """With one microbatch and with the largest alone; so what is priced only as far as it may be faster says the same
+    bound as pricing all."""
+    if seed is not None:  # these costs are random multiples of what the profiles say
+        monkeypatch.setattr(space, "least_seconds", lambda pricer: LEAST * least_seconds(pricer))
+    memory = 60 * 10**6 if seed is None else 4 * 10**9
+    own = machine(memory, host=4, outside=3 * 10**8, hidden=0.3, expert_ns=10**5)
+    compare_floors(Pricer(pieces, own) if seed is None else Heavy(pieces, own, seed), by_floors=seed is not None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [None, *RECOMPUTE])
+def test_floors_of_traced_modes(llama, recompute):
+    """Traced modes beside estimated ones, of which one may take less than the other; and a recomputation that is
+    given."""
+    traced = model_pieces(with_modes(llama, ("tensor", "sequence"), (2, 4)))
+    compare_floors(Pricer(traced, machine(60 * 10**6, host=4, outside=3 * 10**8)), recompute, by_floors=True)
+
+
+def compare_floors(pricer: Pricer, recompute: Recompute | None = None, *, by_floors: bool) -> None:
+    """Of eight devices and 16 sequences."""
+    pieces = pricer.model
+    found = []
+    for base in all_degrees(pieces, 8, 16, {}):
+        sizes = [item.microbatch for item in next(iter(variants(base, 16, {})))]
+        floor, plain = floor_of(pricer, replace(base, microbatch=sizes[-1]), 16, recompute)
+        for line in variants(base, 16, {}):
+            for degrees in line:
+                least = floor_of(pricer, degrees, 16, recompute)
+                assert floor <= least[0] and plain <= least[1], degrees.text()
+                made = bound_of(pricer, degrees, 16, recompute) if roughly_fits(pricer, degrees) else None
+                if made is not None:
+                    found.append(made)
+                    assert least[0] <= made[1] and least[1] <= made[0], degrees.text()
+    least, plain = (min(made[number] for made in found) for number in (1, 0))
+    known = DegreeSpace(pricer, 8, 16, {}, None, recompute)
+    assert not known.more(lambda: False) and known.left()[0] <= least
+    few = known.more(lambda: True, 1.1 * least, by_floors=by_floors)
+    assert 0 < len(few) < len(found) and min(point.floor for point in few) == least
+    assert known.left()[0] >= 1.1 * least and min(known.left()[1], *(point.bound for point in few)) <= plain
+    known.more(lambda: True)
+    assert len(known.points) == len(found) and known.left() == (float("inf"), float("inf"))
+    whole = DegreeSpace(pricer, 8, 16, {}, None, recompute)
+    assert {*whole.all()} == {*known.points}
+    assert [point.bound for point in whole.points] == [point.bound for point in known.points]
+
+    def some(degrees: Degrees) -> bool:
+        return degrees.microbatch not in (2, 4) if degrees.zero == 3 else degrees.microbatch == 4
+
+    part = DegreeSpace(pricer, 8, 16, {}, None, recompute, some)
+    part.more(lambda: True)
+    assert {*part.points} == {point for point in known.points if some(point.degrees)} and part.points
+    assert part.combinations < known.combinations
 
 
 def test_few_microbatches_in_flight_wait(pieces):

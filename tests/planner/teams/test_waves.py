@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from itertools import product
 
@@ -14,9 +15,11 @@ from mipipe.planner.teams.bounds import bound_of, packed
 from mipipe.planner.teams.degrees import Degrees
 from mipipe.planner.teams.evaluate import evaluate_teams
 from mipipe.planner.teams.options import TeamOptions
+from mipipe.planner.teams.orders import pair_guesses, paired
 from mipipe.planner.teams.packing import TOLERANCE, least_busiest
 from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.search import search_teams
+from mipipe.planner.teams.space import DegreeSpace
 from mipipe.planner.teams.waves import wave, wave_shape
 
 
@@ -61,6 +64,20 @@ def test_orders_by_lists_fit_and_stay_above_the_bounds(pieces, degrees):
         assert found.seconds >= max(bound[0], packed(pricer, degrees, 16, "none")[0])
         plain, paired = packed(pricer, degrees, 16, None, bound[2])
         assert plain >= paired
+
+
+def test_pairs_are_tried_where_they_may_gain(pieces):
+    """On slow links, with as little recomputation as the memory asks for; nothing that does not fit or is slower."""
+    pricer = Pricer(pieces, machine(45 * 10**6, host=4, inside=10**9, outside=10**8))
+    points = DegreeSpace(pricer, 8, 32, {}, None, None).all()
+    guesses = pair_guesses(pricer, points, 32, float("inf"))
+    assert [guess for guess, _ in guesses] == sorted(guess for guess, _ in guesses)
+    assert {degrees.recompute for _, degrees in guesses} > {"none"}
+    found = paired(pricer, points, 32, float("inf"), time.monotonic() + 60)
+    assert found and all(item.plan.schedule.has_pairs and not item.shortage for item in found)
+    assert [item.seconds for item in found] == sorted((item.seconds for item in found), reverse=True)
+    assert not paired(pricer, points, 32, found[-1].seconds, time.monotonic() - 1)
+    assert not pair_guesses(pricer, points, 32, guesses[0][0])
 
 
 def test_a_search_tells_its_bounds(pieces):
