@@ -2,9 +2,8 @@
 
     python benchmarks/calibrated_memory.py WORK [--samples 4] [--interrupt SECONDS] [-o FILE]
 
-Random weights in bfloat16, random tokens; ``aim`` runs the base, layer by layer. What a rank has in memory does not
-depend on the number of samples, which lie in a file between two layers; time does, in proportion. One sample is in a
-layer at a time: the head's 32,000 logits of two do not fit in 2 GiB beside its weights. With ``--interrupt`` the merge
+Random weights in bfloat16, random tokens; ``aim`` runs the base, layer by layer. Samples lie in a file between two
+layers, one is in a layer at a time: the head's 32,000 logits of two do not fit in 2 GiB beside its weights. With ``--interrupt`` the merge
 on two ranks is first begun by the command and gets SIGTERM after so many seconds; then it is run again to its end.
 """
 
@@ -17,6 +16,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -92,7 +93,8 @@ def main() -> None:
             file = given.work / "recipe.json"  # JSON is YAML
             file.write_text(json.dumps(recipe))
             note = f", {interrupt(file, out, given.interrupt)} and resumed"
-        result = mipipe.merge(recipe, out, ranks=ranks, memory="2GiB", verify=False)
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # nothing of another merge is in its memory
+            result = pool.submit(mipipe.merge, recipe, out, ranks=ranks, memory="2GiB", verify=False).result()
         seal = hashlib.sha256()
         for file in sorted(out.glob("*.safetensors")):
             seal.update(file.read_bytes())
