@@ -3,8 +3,9 @@
     python benchmarks/calibrated_memory.py WORK [--samples 4] [--interrupt SECONDS] [-o FILE]
 
 Random weights in bfloat16, random tokens; ``aim`` runs the base, layer by layer. Samples lie in a file between two
-layers, one is in a layer at a time: the head's 32,000 logits of two do not fit in 2 GiB beside its weights. With ``--interrupt`` the merge
-on two ranks is first begun by the command and gets SIGTERM after so many seconds; then it is run again to its end.
+layers, one is in a layer at a time: the head's 32,000 logits of two do not fit in 2 GiB beside its weights. With
+``--interrupt`` the merge on two ranks is first begun by the command and gets SIGTERM after so many seconds; then it is
+run again to its end.
 """
 
 from __future__ import annotations
