@@ -48,7 +48,7 @@ CLUSTER = {"format": "mipipe.cluster", "version": 1,
            "hosts": [{"name": "a", "devices": 2, "kind": "cpu", "memory": "2GB"}],
            "links": {"within_host": {"latency": "400us", "bandwidth": "1GB/s"}}}
 TRAIN = {"steps": 4, "seed": 0, "optimizer": {"name": "adamw", "lr": 0.01, "options": {"weight_decay": 0.1},
-                                              "groups": [{"match": "norm", "options": {"lr": 0.1}}]},
+                                              "groups": [{"match": "embed", "options": {"lr": 0.1}}]},
          "schedule": {"name": "cosine", "warmup": 1, "decay": 2, "minimum": 0.1},
          "data": {"source": "stdlib", "options": {"max_bytes": 1000}}, "clip": 1.0, "metrics": "metrics.jsonl",
          "checkpoint": {"folder": "checkpoints", "every": 2}, "save": {"folder": "saved", "shard": "1MB"},
