@@ -220,7 +220,8 @@ def _activities(run: Run, tuning: large.Tuning | None) -> list[Activity]:
     found = [Activity(name, step, slice_s) for name, step in steps.items()]
     if run.options.use_search:
         moving = Moving(run)
-        found.append(Activity("moving", moving.step, slice_s, progress=lambda: moving.gained))
+        found.append(Activity("moving", moving.step, slice_s, progress=lambda: moving.gained,
+                              wide=moving.step))
     return found
 
 

@@ -5,8 +5,8 @@ took lately, gains being the shares by which the makespan fell and the bound ros
 candidate fell (a proposal that leaves room for better orders), or by what it says itself (`Activity.progress`: stages
 moved towards a better plan). The worthiest goes next. What gains nothing gets longer slices, more seldom: it may only
 need more time at once, and its seconds count against it. New activities count as worth trying. Where there is more than
-one thread, one of them works for the chosen activity and the others anneal (`mipipe.planner.ladder.race`); with one,
-annealing is an activity like the others.
+one thread, one of them works for the chosen activity and the others anneal (`mipipe.planner.ladder.race`), or work for
+it as well where they can and it gained more lately; with one, annealing is an activity like the others.
 
 Nothing here knows how large a problem is: what is too slow for it gains nothing and stands back.
 """
@@ -46,7 +46,8 @@ class Activity:
     """Something that improves the plan or the bound. ``step(seconds)`` works about so long and says whether there was
     anything to do; where there was not, it rests until the incumbent, the candidates or the bound change.
 
-    ``progress()``: the shares gained so far by what may become the best, but is not yet.
+    ``progress()``: the shares gained so far by what may become the best, but is not yet. ``wide(seconds, threads)``: a
+    step on several threads, where there is one.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Activity:
     resting: tuple[int, ...] | None = None
     turn: int = 0
     progress: Callable[[], float] = lambda: 0.0
+    wide: Callable[[float, int], bool] | None = None
 
     @property
     def worth(self) -> float:
@@ -86,8 +88,13 @@ def loop(run: Run, activities: Sequence[Activity], race: Race | None) -> None:
         chosen.turn = turn
         seen, bound, began = len(run.history), run.lowest_ns or 0, time.monotonic()
         room, progress = least_bound(run), chosen.progress()
-        with beside(run, race if chosen is not annealing else None, threads - 1):
-            active = chosen.step(min(chosen.slice_s, longest, max(clock.LEAST_S, run.left)))
+        given = min(chosen.slice_s, longest, max(clock.LEAST_S, run.left))
+        alone = chosen.wide is not None and annealing is not None and chosen.gained > annealing.gained
+        if alone and chosen.wide is not None:
+            active = chosen.wide(given, threads)
+        else:
+            with beside(run, race if chosen is not annealing else None, threads - 1):
+                active = chosen.step(given)
         seconds = time.monotonic() - began
         by_annealing, by_others = gains(run.history[max(0, seen - 1):])
         risen = max(0, (run.lowest_ns or 0) - bound) / max(1, bound)
@@ -97,7 +104,7 @@ def loop(run: Run, activities: Sequence[Activity], race: Race | None) -> None:
         else:
             own = chosen.progress() - progress
             chosen.note(by_others + risen + own + max(0.0, 1 - least_bound(run) / room), seconds)
-            if annealing is not None and threads > 1:
+            if annealing is not None and threads > 1 and not alone:
                 annealing.note(by_annealing, seconds)
                 annealing.slice_s = TURN_S
         if not active:

@@ -9,7 +9,10 @@ one that is shorter than the run's best plan enters the run as a candidate, to b
 from __future__ import annotations
 
 import random
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from mipipe.graphs.errors import PlanError
@@ -25,6 +28,7 @@ from mipipe.planner.placements.cuts import earliest_end
 from mipipe.planner.placements.moves import is_movable, neighbour
 from mipipe.planner.placements.shapes import resident_fits
 from mipipe.planner.search import annealing
+from mipipe.planner.search.orders import Orders
 from mipipe.planner.sizes import NEVER_NS, VERY_MANY
 
 MOVING = "moved stages"
@@ -35,6 +39,9 @@ PATIENT = 8
 
 LONGEST_S = 1.0
 """Seconds of annealing after which a try ends in any case."""
+
+WAIT_S = 0.2
+"""How often the main thread looks up from waiting for tries, for Ctrl-C."""
 
 FORGIVEN = 0.0005
 """Share of its makespan by which every try without success sets a line back behind the others."""
@@ -82,6 +89,20 @@ class Line:
 
 
 @dataclass(slots=True)
+class Try:
+    """A neighbour of a line that is being ordered, for so many rounds of annealing, by the moments of the line's
+    actions; ``aim_ns`` is what it must be below."""
+
+    line: Line
+    found: Candidate
+    moments: Moments
+    aim_ns: int
+    number: int
+    rounds: int
+    began: float
+
+
+@dataclass(slots=True)
 class Moving:
     """The lines of a run, in turns. ``known``: candidates that began a line or came of one; ``gained``: the shares by
     which lines became shorter."""
@@ -94,23 +115,34 @@ class Moving:
     gained: float = 0.0
     rng: random.Random = field(default_factory=random.Random)
 
-    def step(self, seconds: float) -> bool:
-        """Try neighbours for some seconds; False where there is nothing to move."""
-        run, end = self.run, time.monotonic() + seconds
+    def step(self, seconds: float, threads: int = 1) -> bool:
+        """Try neighbours for some seconds, as many at once as there are threads; False where there is nothing to
+        move."""
+        run, end, halted = self.run, time.monotonic() + seconds, threading.Event()
         if not self.heads:
             self.heads = facts_of(run.problem).head
             self.rng.seed(run.options.seed)
-        while run.left > 0 and not run.closed:
-            self._begin_lines()
-            self.lines = [line for line in self.lines if not line.over]
-            line = min(self.lines, key=lambda line: line.promise, default=None)
-            if line is None:
-                return False
-            found = self._neighbour(line, end)
-            if found is not None:
-                self._try(line, found, end)
-            if time.monotonic() >= end:
-                break
+
+        def over() -> bool:
+            return halted.is_set() or run.left <= 0
+
+        busy: dict[Future[Orders | None], Try] = {}
+        with ThreadPoolExecutor(threads) as pool:
+            try:
+                while busy or (not over() and not run.closed and time.monotonic() < end):
+                    self._begin_lines()
+                    self.lines = [line for line in self.lines if not line.over]
+                    if not self.lines and not busy:
+                        return False
+                    while self.lines and len(busy) < threads and not over() and time.monotonic() < end:
+                        made = self._next(end)
+                        if made is None:
+                            break
+                        busy[pool.submit(self._ordered, made, end, over)] = made
+                    for future in wait(busy, timeout=WAIT_S, return_when=FIRST_COMPLETED).done:
+                        self._judge(busy.pop(future), future.result())
+            finally:
+                halted.set()
         return True
 
     def _begin_lines(self) -> None:
@@ -125,33 +157,47 @@ class Moving:
                 self.lines.append(Line(found))
             self.known.add(found)
 
-    def _try(self, line: Line, found: Candidate, end: float) -> None:
-        """Schedule a neighbour of a line by the order there, and go on from it if that is shorter. Orders are
-        made until a moment of the monotonic clock."""
-        run = self.run
+    def _next(self, end: float) -> Try | None:
+        """A neighbour of the line whose turn it is, with the moments it inherits; None where none was drawn in time."""
+        line = min(self.lines, key=lambda line: line.promise)
+        found = self._neighbour(line, end)
+        if found is None:
+            return None
         self.tries += 1
         line.misses += 1
-        began, before = time.monotonic(), run.makespan_ns
-        aim = line.found.makespan_ns - line.aside_ns
         found.instance.cap[:] -= in_flight(found.view)
-        orders = inherited(line.moments, found.instance, lambda: run.left <= 0 or time.monotonic() >= end)
+        return Try(line, found, line.moments, line.found.makespan_ns - line.aside_ns, self.tries,
+                   1 + line.misses // PATIENT, time.monotonic())
+
+    def _ordered(self, made: Try, end: float, over: Callable[[], bool]) -> Orders | None:
+        """The orders that a neighbour inherits, if it does until a moment of the monotonic clock, annealed; in any
+        thread."""
+        found = made.found
+        orders = inherited(made.moments, found.instance, lambda: over() or time.monotonic() >= end)
         if orders is None:
+            return None
+        search = annealing.start(found.instance, orders, self.run.options.seed + 31 * made.number, found.bound.ns)
+        annealing.advance(search, LONGEST_S, lambda: over() or search.best.makespan_ns < made.aim_ns, made.rounds)
+        found.search = search
+        return search.best
+
+    def _judge(self, made: Try, orders: Orders | None) -> None:
+        """Let the line go on from a neighbour if it is shorter than where that stands."""
+        run, line, found = self.run, made.line, made.found
+        if orders is None or orders.makespan_ns >= made.aim_ns:
             return
-        search = annealing.start(found.instance, orders, run.options.seed + 31 * self.tries, found.bound.ns)
-        annealing.advance(search, LONGEST_S, lambda: run.left <= 0 or search.best.makespan_ns < aim,
-                          1 + line.misses // PATIENT)
-        judged = judge_orders(found, search.best) if search.best.makespan_ns < aim else None
-        least = line.found.makespan_ns  # which the race may have shortened meanwhile
-        if judged is None or judged.makespan_ns >= least or not offer_judged(found, judged, MOVING, line.found.lineage):
+        judged, least = judge_orders(found, orders), line.found.makespan_ns  # which others may have shortened meanwhile
+        if judged.makespan_ns >= least or not offer_judged(found, judged, MOVING, line.found.lineage):
             return
-        found.searched, found.search = found.lineage, search
+        before = run.makespan_ns
+        found.searched = found.lineage
         line.found, line.seen_ns, line.misses = found, NEVER_NS, 0
-        if found.makespan_ns < run.makespan_ns:
+        if found.makespan_ns < before:
             self.known.add(found)
             with run.lock:
                 run.candidates.append(found)
                 run.note(found, MOVING)
-            order_rungs.record(run, MOVING, found, before, began)
+            order_rungs.record(run, MOVING, found, before, made.began)
         else:
             self.gained += 1 - found.makespan_ns / least
 
