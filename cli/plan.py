@@ -165,7 +165,7 @@ def plan(
     from mipipe.cli.requests.solving import raise_reason, solve_shown, solved
     from mipipe.graphs.serialize import save, to_data
     from mipipe.planner.execution.quick_timeline import timeline_of
-    from mipipe.planner.ladder.what_if import what_if
+    from mipipe.planner.explain.what_if import what_if
     from mipipe.planner.options import PlanOptions
     from mipipe.planner.options import without as parts_off
     from mipipe.planner.solve import Termination

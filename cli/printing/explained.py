@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from mipipe.cli.printing.output import log, number, stdout
 from mipipe.cli.printing.tables import print_rows
 from mipipe.cli.printing.terminal import format_time
-from mipipe.planner.ladder.bubble import BubbleParts, bubble_parts
+from mipipe.planner.explain.bubble import BubbleParts, bubble_parts
 
 if TYPE_CHECKING:
-    from mipipe.planner.ladder.what_if import WhatIf
+    from mipipe.planner.explain.what_if import WhatIf
     from mipipe.planner.plan import Plan
     from mipipe.planner.solve import SolveResult
 
@@ -23,7 +23,7 @@ LEAST_S = 0.2
 """Seconds below which none of them is worth a solve."""
 
 PARTS = ("bubble", "warm_up", "imbalance", "transfers", "memory", "recomputation")
-"""A rank's bubble and its parts, as `mipipe.planner.ladder.bubble` defines them."""
+"""A rank's bubble and its parts, as `mipipe.planner.explain.bubble` defines them."""
 
 MEANINGS = ("warm-up: until work reaches the busiest rank, until gradients come back, after its last action; imbalance:"
             " work this rank has less than the busiest; transfers, memory, recomputation: what the step is shorter"

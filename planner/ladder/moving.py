@@ -40,9 +40,6 @@ PATIENT = 8
 LONGEST_S = 1.0
 """Seconds of annealing after which a try ends in any case."""
 
-WAIT_S = 0.2
-"""How often the main thread looks up from waiting for tries, for Ctrl-C."""
-
 FORGIVEN = 0.0005
 """Share of its makespan by which every try without success sets a line back behind the others."""
 
@@ -139,7 +136,7 @@ class Moving:
                         if made is None:
                             break
                         busy[pool.submit(self._ordered, made, end, over)] = made
-                    for future in wait(busy, timeout=WAIT_S, return_when=FIRST_COMPLETED).done:
+                    for future in wait(busy, timeout=0.2, return_when=FIRST_COMPLETED).done:
                         self._judge(busy.pop(future), future.result())
             finally:
                 halted.set()

@@ -10,8 +10,8 @@ from mipipe.cli.printing.explained import told_what_if
 from mipipe.planner.actions import Action, ActionKind
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate
-from mipipe.planner.ladder.bubble import bubble_parts
-from mipipe.planner.ladder.what_if import WhatIf, what_if
+from mipipe.planner.explain.bubble import bubble_parts
+from mipipe.planner.explain.what_if import WhatIf, what_if
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan, RankOrder, Schedule
 from mipipe.planner.problem import PhaseTimes, PlanningProblem
