@@ -79,6 +79,32 @@ def test_progress_of_its_own_is_a_gain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert steps["towards"] > 3 * steps["nothing"] > 0
 
 
+def test_what_gains_more_than_annealing_has_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only once it has gained: until then, and beside what gains nothing, the other threads anneal."""
+    ticks = count()
+    monkeypatch.setattr(loop_module, "time", SimpleNamespace(monotonic=lambda: 0.001 * next(ticks)))
+    run = Run(uniform_problem(ranks=2, microbatches=2, f=1, i=1, w=1), PlanOptions(time_limit_s=0.5, threads=2))
+    calls: list[tuple[str, int]] = []
+
+    def wide(name: str) -> Callable[..., bool]:
+        def work(seconds: float, threads: int = 1) -> bool:
+            calls.append((name, threads))
+            run.interrupted = len(calls) == 30
+            return True
+        return work
+
+    def race(seconds: float, threads: int, stop: object = None) -> bool:
+        calls.append(("annealing", threads))
+        return True
+
+    gain = Activity("gain", wide("gain"), 0.01, progress=lambda: 0.01 * len(calls), wide=wide("gain"))
+    loop(run, [gain, Activity("nothing", wide("nothing"), 0.01, wide=wide("nothing"))],
+         SimpleNamespace(step=race))  # type: ignore[arg-type]
+    first, *later = [threads for name, threads in calls if name == "gain"]
+    assert first == 1 and {*later} == {2}
+    assert all(threads == 1 for name, threads in calls if name == "nothing")
+
+
 def test_a_loop_with_nothing_left_to_do_ends() -> None:
     run = Run(uniform_problem(ranks=2, microbatches=2, f=1, i=1, w=1), PlanOptions(time_limit_s=60))
     loop(run, [Activity("idle", lambda _: False, 0.01)], None)

@@ -105,9 +105,10 @@ def test_what_divides_a_unit_or_has_one_host_is_left_alone() -> None:
         UnitHosts(together, apart)
 
 
-@pytest.mark.parametrize("durations", [[3, 1, 4, 1, 5, 9],
-                                       pytest.param([1, 8, 1, 1, 7, 1, 5, 2], marks=pytest.mark.slow)])
-def test_moves_find_what_the_best_list_of_all_placements_is(durations: list[int]) -> None:
+@pytest.mark.parametrize(("durations", "threads"), [
+    ([3, 1, 4, 1, 5, 9], 1), ([3, 1, 4, 1, 5, 9], 2),
+    pytest.param([1, 8, 1, 1, 7, 1, 5, 2], 1, marks=pytest.mark.slow)])
+def test_moves_find_what_the_best_list_of_all_placements_is(durations: list[int], threads: int) -> None:
     """Six and eight layers on two ranks: 31 and 127 placements, each by three rules."""
     problem = uneven_chain(durations, ranks=2, microbatches=4)
     placements = itertools.product((0, 1), repeat=len(durations))
@@ -119,7 +120,7 @@ def test_moves_find_what_the_best_list_of_all_placements_is(durations: list[int]
     for _ in range(100):
         if run.makespan_ns <= least:
             break
-        moving.step(0.2)
+        moving.step(0.2, threads)
     assert run.makespan_ns <= least < before
     assert run.best is not None and run.best not in shapes and run.best.lineage[-1] == MOVING
     for found in run.candidates[len(shapes):]:
