@@ -15,8 +15,6 @@ While kernels are compiled (`mipipe.planner.devices.compiled`) step 3 runs first
 
 from __future__ import annotations
 
-import importlib
-import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import count, takewhile
@@ -34,6 +32,7 @@ from mipipe.planner.devices.linear import best_intervals
 from mipipe.planner.devices.result import TOLERANCE, PlaceResult
 from mipipe.planner.devices.starts import fits, max_load
 from mipipe.planner.devices.workers import TimedJob, run_jobs
+from mipipe.planner.milp import pyo
 
 PROVABLE = 900
 """Classes times devices of a contracted instance up to which HiGHS usually ends within a minute."""
@@ -43,9 +42,6 @@ PATIENCE = 40
 
 SHARE = 0.25
 """Of the time left: for the first annealing runs, and for a bound where no proof is in reach."""
-
-SOLVER = "mipipe.planner.milp.device_placement"
-"""Loaded when it is first needed: Pyomo and HiGHS take a second, on a busy machine several."""
 
 HOT, WARM = 0.1, 0.01
 """Temperatures to begin with, afresh and from an assignment that is to be improved."""
@@ -146,7 +142,7 @@ class _Search:
     def _longer(self) -> Iterator[TimedJob]:
         """Long runs without end, the first one of every thread afresh, then every second one from the best; beside the
         first ones the MIP over the whole, for its bound."""
-        if not self._provable() and self._solver_fits():
+        if not self._provable() and pyo.loaded(self.left):
             part = Region(*merge_above(self.instance, self._budget(), self.value))
             yield self._proving(part, self.value, SHARE * self.left, self._raise_bound)
         for number in count():
@@ -201,16 +197,9 @@ class _Search:
         small, _ = merge_above(self.instance, self._budget(), self.value)
         return self.best is None or small.num_classes * small.num_devices < PROVABLE
 
-    def _solver_fits(self) -> bool:
-        """Whether the solver is loaded, which a second thread does, and there still is time."""
-        loading = threading.Thread(target=importlib.import_module, args=(SOLVER,), daemon=True)
-        loading.start()
-        loading.join(max(self.left, 0.0))
-        return not loading.is_alive() and self.left > 0
-
     def _prove(self, until: Callable[[], bool] = lambda: False) -> bool:
         """Solve all parts of the contracted instance: improves, or proves. Whether something better was found."""
-        if not self._solver_fits():
+        if not pyo.loaded(self.left) or self.left <= 0:
             return False
         before, instance = self.value, self.instance
         worst = instance.acc.sum() + instance.cpu.sum() + (instance.num_devices + 1) * instance.value_cost.sum()
