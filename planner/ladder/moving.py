@@ -2,8 +2,9 @@
 
 The master proposes by bounds, and where positions are many a bound says little of the order that a placement allows. A
 placement one move away (`mipipe.planner.placements.moves`) allows nearly the same order: so it inherits that, annealed
-for a moment. Every candidate begins a *line*, which goes on to a neighbour that became shorter than where it stands;
-one that is shorter than the run's best plan enters the run as a candidate, to be annealed and polished like any other.
+for a moment. Every candidate begins a *line*, which goes on to a neighbour that became shorter than its record or
+hardly longer (record-to-record travel: Dueck, Journal of Computational Physics 104, 1993); one that is shorter than the
+run's best plan enters the run as a candidate, to be annealed and polished like any other.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from mipipe.planner.jobs.memory import in_flight
 from mipipe.planner.ladder import order_rungs
 from mipipe.planner.ladder.candidate import Candidate, candidate, judge_orders, offer_judged
 from mipipe.planner.ladder.inherit import Moments, inherited, moments_of
+from mipipe.planner.ladder.race import TRIED_S
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.placements.cuts import earliest_end
 from mipipe.planner.placements.moves import is_movable, neighbour
@@ -34,11 +36,11 @@ from mipipe.planner.sizes import NEVER_NS, VERY_MANY
 MOVING = "moved stages"
 """What the search is called where a plan says how it came about."""
 
-PATIENT = 8
-"""Tries without success after which every further one is annealed a round longer."""
+DEVIATION = 0.002
+"""Share of its record by which a line may become longer on its way."""
 
-LONGEST_S = 1.0
-"""Seconds of annealing after which a try ends in any case."""
+SEVERAL = 3
+"""Placements drawn for a try: the one whose busiest rank can end first is tried."""
 
 FORGIVEN = 0.0005
 """Share of its makespan by which every try without success sets a line back behind the others."""
@@ -50,11 +52,13 @@ DRAWN = 400
 @dataclass(slots=True)
 class Line:
     """From a candidate's placement to others: ``found`` is where it stands, ``latest`` the moments of its actions,
-    ``misses`` the tries since it became shorter, ``drawn`` the neighbours drawn in vain since the last try."""
+    ``record_ns`` the shortest makespan on its way, ``misses`` the tries since, ``drawn`` the neighbours drawn in vain
+    since the last try."""
 
     found: Candidate
     latest: Moments = field(default_factory=dict)
     seen_ns: int = NEVER_NS
+    record_ns: int = NEVER_NS
     misses: int = 0
     drawn: int = 0
 
@@ -62,6 +66,12 @@ class Line:
     def promise(self) -> float:
         """By which lines take turns: the smallest first."""
         return (self.found.makespan_ns + self.found.bound.ns) / 2 * (1 + FORGIVEN * self.misses)
+
+    @property
+    def allowed_ns(self) -> int:
+        """Below what the next makespan must be."""
+        self.record_ns = min(self.record_ns, self.found.makespan_ns)  # others improve where the line stands as well
+        return round(self.record_ns * (1 + DEVIATION))
 
     @property
     def moments(self) -> Moments:
@@ -163,8 +173,9 @@ class Moving:
         self.tries += 1
         line.misses += 1
         found.instance.cap[:] -= in_flight(found.view)
-        return Try(line, found, line.moments, line.found.makespan_ns - line.aside_ns, self.tries,
-                   1 + line.misses // PATIENT, time.monotonic())
+        ends = 2 * (found.view.num_stages - 1)  # moves of an end of a stage: when as many failed, rounds are too short
+        return Try(line, found, line.moments, line.allowed_ns - line.aside_ns, self.tries, 1 + line.misses // ends,
+                   time.monotonic())
 
     def _ordered(self, made: Try, end: float, over: Callable[[], bool]) -> Orders | None:
         """The orders that a neighbour inherits, if it does until a moment of the monotonic clock, annealed; in any
@@ -174,29 +185,31 @@ class Moving:
         if orders is None:
             return None
         search = annealing.start(found.instance, orders, self.run.options.seed + 31 * made.number, found.bound.ns)
-        annealing.advance(search, LONGEST_S, lambda: over() or search.best.makespan_ns < made.aim_ns, made.rounds)
+        annealing.advance(search, TRIED_S, lambda: over() or search.best.makespan_ns < made.aim_ns, made.rounds)
         found.search = search
         return search.best
 
     def _judge(self, made: Try, orders: Orders | None) -> None:
-        """Let the line go on from a neighbour if it is shorter than where that stands."""
+        """Let the line go on from a neighbour if that is short enough."""
         run, line, found = self.run, made.line, made.found
         if orders is None or orders.makespan_ns >= made.aim_ns:
             return
-        judged, least = judge_orders(found, orders), line.found.makespan_ns  # which others may have shortened meanwhile
-        if judged.makespan_ns >= least or not offer_judged(found, judged, MOVING, line.found.lineage):
+        judged, allowed = judge_orders(found, orders), line.allowed_ns  # others may have shortened the line meanwhile
+        if judged.makespan_ns >= allowed or not offer_judged(found, judged, MOVING, line.found.lineage):
             return
-        before = run.makespan_ns
+        before, record = run.makespan_ns, line.record_ns
         found.searched = found.lineage
-        line.found, line.seen_ns, line.misses = found, NEVER_NS, 0
+        line.found, line.seen_ns = found, NEVER_NS
+        if found.makespan_ns < record:
+            line.record_ns, line.misses = found.makespan_ns, 0
         if found.makespan_ns < before:
             self.known.add(found)
             with run.lock:
                 run.candidates.append(found)
                 run.note(found, MOVING)
             order_rungs.record(run, MOVING, found, before, made.began)
-        else:
-            self.gained += 1 - found.makespan_ns / least
+        elif found.makespan_ns < record:
+            self.gained += 1 - found.makespan_ns / record
 
     def _neighbour(self, line: Line, end: float) -> Candidate | None:
         """A neighbour of a line's placement that is no candidate's and whose bound is below the incumbent; None where
@@ -205,7 +218,9 @@ class Moving:
         while line.drawn < DRAWN and time.monotonic() < end and not run.closed:
             clock.ask()
             line.drawn += 1
-            placement = neighbour(run.problem, line.found.placement, self.rng)
+            drawn = [neighbour(run.problem, line.found.placement, self.rng) for _ in range(SEVERAL)]
+            placement = min((one for one in drawn if one is not None), default=None,
+                            key=lambda one: earliest_end(run.problem, one, self.heads))
             if (placement is None or not resident_fits(run.problem, placement)
                     or earliest_end(run.problem, placement, self.heads) >= run.makespan_ns
                     or any(order_rungs.same(other.placement, placement) for other in list(run.candidates))):

@@ -90,7 +90,7 @@ def test_moves_are_judged_by_the_clock_of_the_plan() -> None:
     moving, lengths = Moving(run), [run.makespan_ns]
     for _ in range(40):
         moving.step(0.02)
-        lengths.append(moving.lines[0].found.makespan_ns if moving.lines else lengths[-1])
+        lengths.append(moving.lines[0].record_ns if moving.lines else lengths[-1])
     assert lengths == sorted(lengths, reverse=True) and moving.gained >= 0
 
 
