@@ -47,6 +47,11 @@ def of(bank: Tensor, part: slice | None) -> Tensor:
     return bank if part is None else bank[part]
 
 
+def scaled(rows: Tensor, scale: Tensor | None) -> Tensor:
+    """Rows [N,M] times their scales [N,1]; None: the rows."""
+    return rows if scale is None else rows * scale
+
+
 class Experts(nn.Module):
     """What the kinds of experts share: rows are sorted by slot, each slot works on its own, the results are weighted.
 
@@ -56,6 +61,11 @@ class Experts(nn.Module):
     has_gate, is_transposed, is_concatenated = True, False, True
     separate = False
     """Whether a slot's weights are rows of the banks and nothing else, as expert parallelism moves them."""
+
+    @property
+    def scales_inner(self) -> bool:
+        """Whether `expert_outputs` takes the routing weights: its down projection has no bias."""
+        return not self.has_bias
 
     def __init__(self, config: Any, settings: dict[str, Any]) -> None:
         super().__init__()
@@ -86,8 +96,10 @@ class Experts(nn.Module):
         """What `expert_outputs` gets for each of the sorted rows; ``slot`` counts from slot ``first``, of ``size``."""
         return hidden[token]
 
-    def expert_outputs(self, rows: Tensor, ends: Tensor, slot: Tensor, part: slice | None, grouped: Any) -> Tensor:
-        """What the slots ``part`` (None: all) make of sorted rows: [N,H]. ``grouped``: as `grouped_loop`."""
+    def expert_outputs(self, rows: Tensor, ends: Tensor, slot: Tensor, part: slice | None, grouped: Any,
+                       scale: Tensor | None = None) -> Tensor:
+        """What the slots ``part`` (None: all) make of sorted rows: [N,H]. ``grouped``: as `grouped_loop`. ``scale``
+        [N,1]: by which the down projection's input is multiplied (`scales_inner`)."""
         raise NotImplementedError  # each of `KINDS` has its own; this class is none of them
 
     def gated(self, joined: Tensor) -> Tensor:
@@ -108,9 +120,10 @@ class Banks(Experts):
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden, self.inner))
         self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, self.hidden)) if self.has_bias else None
 
-    def expert_outputs(self, rows: Tensor, ends: Tensor, slot: Tensor, part: slice | None, grouped: Any) -> Tensor:
+    def expert_outputs(self, rows: Tensor, ends: Tensor, slot: Tensor, part: slice | None, grouped: Any,
+                       scale: Tensor | None = None) -> Tensor:
         inner = self.gated(grouped(rows, of(self.gate_up_proj, part).transpose(1, 2), ends))
-        out = grouped(inner, of(self.down_proj, part).transpose(1, 2), ends)
+        out = grouped(scaled(inner, scale), of(self.down_proj, part).transpose(1, 2), ends)
         return out if self.down_proj_bias is None else out + of(self.down_proj_bias, part)[slot]
 
 
@@ -140,7 +153,8 @@ class LatentExperts(Experts):
         latents = F.linear(hidden, bank.reshape(-1, self.hidden)).view(-1, 2 * self.latent)
         return latents[token * (high - low) + (slot + first) // self.group - low]
 
-    def expert_outputs(self, rows: Tensor, ends: Tensor, slot: Tensor, part: slice | None, grouped: Any) -> Tensor:
+    def expert_outputs(self, rows: Tensor, ends: Tensor, slot: Tensor, part: slice | None, grouped: Any,
+                       scale: Tensor | None = None) -> Tensor:
         if not self.once:
             first, stop = (0, self.num_experts) if part is None else (part.start, part.stop)
             low, high = self._groups(first, stop)
@@ -152,7 +166,8 @@ class LatentExperts(Experts):
             rows = grouped(rows, bank.transpose(1, 2), shared)
         gate, up = (grouped(half.contiguous(), of(bank, part).transpose(1, 2), ends) for half, bank in zip(
             rows.chunk(2, dim=-1), (self.gate_proj, self.up_proj), strict=True))
-        return grouped(self.act_fn(gate) * up, of(self.down_proj, part).transpose(1, 2), ends)
+        inner = scaled(self.act_fn(gate) * up, scale)
+        return grouped(inner, of(self.down_proj, part).transpose(1, 2), ends)
 
     def _groups(self, first: int, stop: int) -> tuple[int, int]:
         if first % self.group or (stop % self.group and stop != self.num_experts):
@@ -178,7 +193,8 @@ class CompressedExperts(Experts):
             self.register_parameter(f"{name}_sparse", nn.Parameter(torch.empty(self.num_experts, kept, into)))
             self.register_buffer(f"{name}_rows", torch.arange(kept).repeat(self.num_experts, 1))
 
-    def expert_outputs(self, rows: Tensor, ends: Tensor, slot: Tensor, part: slice | None, grouped: Any) -> Tensor:
+    def expert_outputs(self, rows: Tensor, ends: Tensor, slot: Tensor, part: slice | None, grouped: Any,
+                       scale: Tensor | None = None) -> Tensor:
         def project(x: Tensor, name: str) -> Tensor:
             left, right, sparse, places = (of(getattr(self, f"{name}_{item}"), part)
                                            for item in ("left", "right", "sparse", "rows"))
@@ -188,7 +204,7 @@ class CompressedExperts(Experts):
             return out.scatter_add(1, places[slot], grouped(x, sparse.transpose(1, 2), ends))
 
         inner = self.act_fn(project(rows, "gate_proj")) * project(rows, "up_proj")
-        return project(inner, "down_proj")
+        return project(scaled(inner, scale), "down_proj")
 
 
 KINDS: dict[str, type[Experts]] = {"banks": Banks, "latent": LatentExperts, "compressed": CompressedExperts}

@@ -1,7 +1,8 @@
 """Attention and experts in transformers' interfaces, built on mipipe's operators.
 
 Attention is one operator: grouped heads are not repeated, causal masks and windows are flags instead of tensors. The
-experts of a layer are grouped matrix products, optionally in groups that may be placed on different devices.
+experts of a layer are grouped matrix products, optionally in groups that may be placed on different devices; routing
+weights are applied before the down projection where it is linear (`scales_inner`).
 Legend: B batch, H heads, G key heads, S queries, T keys (or tokens), D and E head sizes, k experts per token.
 """
 
@@ -89,7 +90,7 @@ def experts_interface(module: Any, hidden: Tensor, index: Tensor, weights: Tenso
 
 def expert_group(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, first: int, size: int) -> Tensor:
     """The partial sum [T,H] of experts ``first`` to ``first + size``."""
-    tokens, top = index.shape
+    top = index.shape[1]
     whole = size == module.num_experts
     chosen = index.reshape(-1)
     if not whole:
@@ -103,22 +104,42 @@ def expert_group(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, fi
     rows = (module.expert_inputs(hidden, order // top, local, first, size) if hasattr(module, "expert_inputs")
             else hidden[order // top])
 
-    out = expert_rows(module, rows, offsets, local, None if whole else slice(first, first + size))
-    out = out * weights.reshape(-1)[order].unsqueeze(-1)
-    if used is not None:
-        out = torch.where(used.unsqueeze(-1), out, torch.zeros((), dtype=out.dtype, device=out.device))
-    return out[torch.argsort(order)].view(tokens, top, -1).sum(dim=1)
+    part, scale = None if whole else slice(first, first + size), weights.reshape(-1)[order].unsqueeze(-1)
+    if scales_inner(module):  # rows of other experts are zero, and stay so
+        out = expert_rows(module, rows, offsets, local, part, scale)
+    else:
+        out = expert_rows(module, rows, offsets, local, part) * scale
+        if used is not None:
+            out = torch.where(used.unsqueeze(-1), out, torch.zeros((), dtype=out.dtype, device=out.device))
+    return _summed(out[torch.argsort(order)], weights)
+
+
+def scales_inner(module: Any) -> bool:
+    """Whether routing weights may be applied before the down projection: ``w * down(h) = down(w * h)``.
+
+    So they are, as Megatron-LM applies them: what the down projection makes need not be kept for the gradient of the
+    weights. A bias or a norm after the projection, or another function of a converted expert, forbids it.
+    """
+    if hasattr(module, "expert_outputs"):
+        return bool(getattr(module, "scales_inner", False))
+    return not module.has_bias and not getattr(module, "has_post_expert_norm", False)
+
+
+def _summed(rows: Tensor, weights: Tensor) -> Tensor:
+    """The sum over the chosen experts, in the wider of the dtypes of rows and weights: [T*k,H] -> [T,H]."""
+    return rows.view(*weights.shape, -1).sum(dim=1, dtype=torch.promote_types(rows.dtype, weights.dtype))
 
 
 def expert_rows(module: Any, rows: Tensor, offsets: Tensor, local: Tensor | None = None,
-                part: slice | None = None) -> Tensor:
-    """What experts make of rows [N,H] that are sorted by expert and end at ``offsets``: [N,H], not weighted yet.
+                part: slice | None = None, scale: Tensor | None = None) -> Tensor:
+    """What experts make of rows [N,H] that are sorted by expert and end at ``offsets``: [N,H].
 
     ``part``: these of the bank's experts, by default all. ``local`` [N]: each row's expert among them, for biases.
+    ``scale`` [N,1]: by which the down projection's input is multiplied (`scales_inner`).
     Converted experts (`mipipe.graphs.models.mipipe_moe`) say themselves what they make of sorted rows.
     """
     if hasattr(module, "expert_outputs"):
-        return module.expert_outputs(rows, offsets, local, part, _grouped)
+        return module.expert_outputs(rows, offsets, local, part, _grouped, *(() if scale is None else (scale,)))
 
     def project(x: Tensor, name: str) -> Tensor:
         bank = getattr(module, name)
@@ -134,7 +155,7 @@ def expert_rows(module: Any, rows: Tensor, offsets: Tensor, local: Tensor | None
         inner = module._apply_gate(project(rows, "gate_up_proj"))
     else:
         inner = module.act_fn(project(rows, "up_proj"))
-    out = project(inner, "down_proj")
+    out = project(inner if scale is None else inner * scale, "down_proj")
     return module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
 
 
@@ -147,7 +168,8 @@ def expert_parallel(module: Any, hidden: Tensor, index: Tensor, weights: Tensor)
     """All experts of a MoE layer, by all-to-all: rows to the experts' ranks, their work there, and back.
 
     Between `all_to_all_send` and `all_to_all_return` nothing depends on the number of rows, which differs in every
-    call of a run; the weighted sum over the chosen experts is made where the tokens came from.
+    call of a run. Routing weights travel with their rows (`scales_inner`); the sum over the chosen experts is made
+    where the tokens came from.
     """
     tokens, top = index.shape
     if module.has_bias or not getattr(module, "separate", True):
@@ -158,9 +180,12 @@ def expert_parallel(module: Any, hidden: Tensor, index: Tensor, weights: Tensor)
     rows = hidden.unsqueeze(1).expand(tokens, top, hidden.shape[-1]).reshape(tokens * top, hidden.shape[-1])
     arrived = torch.ops.mipipe.all_to_all_send(rows, order, arrive, splits)
 
-    out = expert_rows(module, arrived, offsets)
+    scale = None
+    if scales_inner(module):
+        scale = torch.ops.mipipe.all_to_all_send(weights.reshape(-1, 1), order, arrive, splits)
+    out = expert_rows(module, arrived, offsets, scale=scale)
     back = torch.ops.mipipe.all_to_all_return(out, order, arrive, splits)
-    return (back * weights.reshape(-1, 1)).view(tokens, top, -1).sum(dim=1).to(hidden.dtype)
+    return _summed(back if scale is not None else back * weights.reshape(-1, 1), weights).to(hidden.dtype)
 
 
 def exchange_experts(module: nn.Module) -> nn.Module:

@@ -25,6 +25,7 @@ from mipipe.planner.solve import plan
 
 RANKS, TOKENS, TOP, HIDDEN = 4, 16, 2, 16
 BYTES = TOKENS * TOP * HIDDEN * 4
+SENT = BYTES + TOKENS * TOP * 4  # rows go with their routing weights, and come back weighted
 FREE = DeviceKind("free", {"float32": 10**18}, 10**18, None, 0, "test")
 SLOW = Link(1000, 10**6)
 
@@ -44,9 +45,12 @@ def test_all_to_alls_are_collective_segments_that_move_every_row(graph: Operator
     assert [group.name.rpartition(".")[2] for group in coarse.groups if group.collective] == ["dispatch", "combine"]
     number = {segment.tags.role: place for place, segment in enumerate(graph.segments)}
     share = expert_shares(graph)["model.layers.0.mlp.dispatch"]
-    for role in (Role.DISPATCH, Role.COMBINE):
+    for role, size in ((Role.DISPATCH, SENT), (Role.COMBINE, BYTES)):
         trace = index.traces[number[role]]
-        assert [moved_bytes(trace, phase, share) for phase in Phase] == [BYTES * 3 // 4, BYTES * 3 // 4, 0]
+        assert [moved_bytes(trace, phase, share) for phase in Phase] == [size * 3 // 4, size * 3 // 4, 0]
+    weighted = next(trace for segment, trace in zip(graph.segments, index.traces, strict=True)
+                    if segment.name.endswith(".mlp.sum"))
+    assert not weighted.saved  # rows come back weighted: none is kept for the gradient of the weights
     experts = next(group for group in coarse.groups if group.tags.role is Role.EXPERTS)
     assert experts.parameter_bytes == experts.trainable_bytes == 3 * 8 * HIDDEN * 8 * 4 // RANKS
 
@@ -55,7 +59,7 @@ def test_their_time_is_that_of_the_slowest_link_and_of_the_busiest_rank(graph: O
     coarse = coarsen(graph, granularity="operator")
     table = roofline(coarse, graph, {"free": FREE}, link=SLOW)
     sent = next(entry for entry in table.entries if entry.group.endswith("dispatch"))
-    assert sent.times_ns == dict.fromkeys((Phase.F, Phase.I), SLOW.transfer_ns(BYTES * 3 // 4))
+    assert sent.times_ns == dict.fromkeys((Phase.F, Phase.I), SLOW.transfer_ns(SENT * 3 // 4))
     assert table.notes["all_to_all"].startswith("4 ranks, 1000 ns and 0.001 GB/s, busiest rank 1 x")
     with pytest.raises(ProblemError, match="all-to-alls, so they need a link"):
         roofline(coarse, graph, {"free": FREE})

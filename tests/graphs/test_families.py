@@ -346,6 +346,21 @@ def test_layers_share_traces_and_moe_has_its_roles() -> None:
     assert roles[-1] is Role.HEAD
     crossing = [item for item in graph.values if item.source and "self_attn" in item.source]
     assert all(item.spec.shape == (2, 8, 16) for item in crossing)  # no mask, no rotary embedding is sent
+    assert not keeps_down_projections(graph)
+
+
+def keeps_down_projections(graph: OperatorGraph) -> bool:
+    """Whether the backward of experts reads what their down projections make, with or without a bias."""
+    found = []
+    for segment in graph.segments:
+        if segment.tags.role is Role.EXPERTS:
+            trace = graph.trace(segment)
+            forward = list(trace.phase_operators(Phase.F))
+            last = max(place for place, item in enumerate(forward) if "grouped_mm" in item.kind)
+            made = {item.name for item in forward[last:] if item.outputs[0].shape == forward[last].outputs[0].shape}
+            found.append(any(made & {*item.inputs} for item in trace.operators if item.phase is not Phase.F))
+    assert found
+    return any(found)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.slow),
@@ -359,6 +374,7 @@ def test_expert_groups_are_parallel_branches(name: str) -> None:
     assert {segment.tags.expert_group for segment in groups} == {0, 1}
     made = {name for segment in groups for name in segment.outputs}
     assert not any(set(segment.inputs) & made for segment in groups)  # no group waits for another
+    assert keeps_down_projections(graph) == (name == "gpt_oss")  # a bias: routing weights come after it
     sizes = [torch.Size(item.spec.shape).numel() for item in graph.parameters if not item.buffer and not item.tied_to]
     assert sum(sizes) == sum(parameter.numel() for parameter in model.parameters())
 
