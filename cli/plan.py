@@ -107,7 +107,8 @@ def plan(
                                                          rich_help_panel=_TEAMS)] = None,
     schedule: Annotated[str | None, typer.Option(help="Evaluate a published schedule: 1f1b, interleaved, zb-h1, ...",
                                                  rich_help_panel=_TEAMS)] = None,
-    recomputation: Annotated[str | None, typer.Option(help="What runs again in the backward: none, selective"
+    recomputation: Annotated[str | None, typer.Option(help="What runs again in the backward: none, latents"
+                                                           " (up-projections of latent attention), selective"
                                                            " (attention), full (layers).",
                                                       rich_help_panel=_TEAMS)] = None,
     modes: Annotated[str | None, typer.Option(help="Other modes for some branches along the tensor axis, such as"

@@ -30,8 +30,7 @@ def with_again(trace: SegmentTrace, roots: Collection[str], light: Collection[st
     ``light``: other operators of F that run again where they read what does, or where they are views for it.
     """
     forward = {op.name: op for op in trace.phase_operators(Phase.F)}
-    made: set[str] = set()
-    views: set[str] = set()
+    made, views = set[str](), set[str]()
     for op in forward.values():
         moved = op.kind in MOVES and len(op.inputs) == 1 and op.inputs[0] in made
         if op.name in roots or moved or (op.name in light and any(name in made for name in op.inputs)):
@@ -56,9 +55,9 @@ def with_again(trace: SegmentTrace, roots: Collection[str], light: Collection[st
                       kwargs=renamed(op.kwargs, names)) for name, op in forward.items() if name in needed]
     changed = [replace(op, args=renamed(op.args, names), kwargs=renamed(op.kwargs, names)) for op in late]
     specs = trace.specs | {names[name]: trace.specs[name] for name in needed if name in trace.specs}
-    moved = replace(trace, digest="", operators=(*forward.values(), *copies, *changed), specs=specs)
-    moved = replace(moved, saved=tuple(_saved(moved, trace, names)))
-    return replace(moved, digest=digest(moved))
+    found = replace(trace, digest="", operators=(*forward.values(), *copies, *changed), specs=specs)
+    found = replace(found, saved=tuple(_saved(found, trace, names)))
+    return replace(found, digest=digest(found))
 
 
 def copied(name: str) -> str | None:

@@ -37,7 +37,8 @@ class Team:
     ``kind``: of the devices. ``microbatch``: sequences of one microbatch (0: as the graph was captured). ``expert``:
     devices that share banks of experts. ``zero``: what copies divide among them (`mipipe.planner.teams.degrees`).
     ``again``: segments that keep only what goes into them and run again in the backward, in runs that do so together;
-    ``attention_again``: those of which attention alone does.
+    ``attention_again``: those of which attention alone does; ``latents_again``: those of which queries, keys and values
+    are made of latents again (`mipipe.graphs.costs.latents`).
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -50,6 +51,7 @@ class Team:
     zero: Amount = 0
     again: tuple[tuple[str, ...], ...] = ()
     attention_again: tuple[str, ...] = ()
+    latents_again: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if list(self.axes) != [axis for axis in AXES if axis in self.axes] or min(self.axes.values(), default=2) < 2:

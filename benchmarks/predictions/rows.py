@@ -200,7 +200,8 @@ def _degrees(row: Mapping[str, str], count: int, model: Model, assumed: list[str
     if 'granularity="full"' in again:
         assumed.append("nothing runs again: how many layers do is not stated")
     recompute: Recompute = "full" if again.startswith("full") else \
-        "selective" if again.startswith(("selective", "per-op")) else "none"
+        "selective" if again.startswith(("selective", "per-op")) else \
+        "latents" if again.startswith('recompute_modules=["mla_up_proj"]') else "none"
     if recompute == "none" and again and not again.startswith("no"):
         assumed.append("parts of layers that run again count as kept")
     expert = stated(row, "ep") or 1

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console
 
@@ -28,7 +28,7 @@ from mipipe.planner.problems.from_layers import LayerTimes, entry_of, read_layer
 from mipipe.planner.problems.on_cluster import graph_dtype
 from mipipe.planner.team import AXES as TEAM_AXES
 from mipipe.planner.team import TeamMode
-from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, Recompute, completed, parse_degrees
+from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, completed, parse_degrees
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.machine import Machine, check_machine
 from mipipe.planner.teams.options import TeamOptions
@@ -50,6 +50,10 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
     described = _cluster(request, cluster, memory)
     given = {} if request.degrees is None else parse_degrees(request.degrees)
     model, note = _graph(graph, seq, dtype, settings, use_cache)
+    pieces = model_pieces(model)
+    if request.recomputation not in (None, *pieces.recompute):
+        raise InputError(f"--recomputation {request.recomputation}: {model.model} makes no queries, keys and values of"
+                         f" latents; expected one of {', '.join(pieces.recompute)}")
     machine = _machine(described, str(cluster), model, dtype, request)
     devices = described.topology.num_devices
     by_branch = {} if request.modes is None else parse_modes(request.modes, model)
@@ -57,15 +61,14 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
     sizes = [given.get("tensor", given.get("sequence", 1)),
              *(given.get(name, 1) for name in ("ranks", "context", "copies"))]
     told = request.schedule, layers, request.layer_times
-    options = TeamOptions(given, request.microbatch, cast("Recompute | None", request.recomputation), time_limit, seed)
+    options = TeamOptions(given, request.microbatch, request.recomputation, time_limit, seed)
     full = any(value is not None for value in told) or (bool(given) and math.prod(sizes) == devices)
     console = stdout()
     if request.held and not full:
         raise InputError("--held is for a configuration given in full (--schedule 1f1b and all degrees)")
     if full:
-        again = cast("Recompute", request.recomputation or "none")
+        again = request.recomputation or "none"
         degrees = completed(given, devices, request.microbatch or 1, again)
-        pieces = model_pieces(model)
         pricer = Pricer(pieces, machine, _measured(request, degrees, pieces))
         result = evaluate_teams(pricer, degrees, global_batch, layers=layers, held=request.held,
                                 schedule=request.schedule or ("interleaved" if degrees.chunks > 1 else "1F1B"))
@@ -73,7 +76,7 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
     else:
         from mipipe.planner.teams.search import search_teams
 
-        pricer = Pricer(model_pieces(model), machine)
+        pricer = Pricer(pieces, machine)
         with progress("planning") as update:
             found = search_teams(pricer, devices, global_batch, options, update)
         result = found.best

@@ -58,7 +58,7 @@ def kernels(trace: SegmentTrace) -> list[Kernel]:
             name = group[name]
         return name
 
-    light = {operator.name: operator for operator in members if not _heavy(operator)}
+    light = {operator.name: operator for operator in members if not heavy(operator)}
     for name, operator in light.items():
         for source in operator.inputs:
             maker = light.get(origin.get(source, source))
@@ -108,7 +108,7 @@ def _cut(trace: SegmentTrace, makers: dict[str, Operator], origin: dict[str, str
         graph.add_edge((name, 0), (name, 1), capacity=max(1, _size(name, trace, makers)))
         maker = makers.get(name)
         if maker is None or maker.phase is not Phase.F or maker.kind.startswith(_LOSS) or (
-                _heavy(maker) and not maker.kind.startswith(again or "-")):
+                heavy(maker) and not maker.kind.startswith(again or "-")):
             graph.add_edge("source", (name, 0))
             continue
         for source in maker.inputs:
@@ -133,7 +133,7 @@ def _cut(trace: SegmentTrace, makers: dict[str, Operator], origin: dict[str, str
 
 def _kernel(run: list[Operator], trace: SegmentTrace, origin: dict[str, str], readers: dict[str, set[str]]) -> Kernel:
     names = {operator.name for operator in run}
-    if len(run) == 1 and _heavy(run[0]):
+    if len(run) == 1 and heavy(run[0]):
         operator = run[0]
         return Kernel(operator.phase, operator, {operator.name: operator.bytes_read + operator.bytes_written})
     tensors: dict[str, int] = {}
@@ -174,7 +174,8 @@ def _moves(operator: Operator) -> bool:
     return bool(operator.flops or operator.bytes_read or operator.bytes_written)
 
 
-def _heavy(operator: Operator) -> bool:
+def heavy(operator: Operator) -> bool:
+    """Whether an operator is a kernel of its own, in no run of elementwise ones."""
     return bool(operator.flops) or operator.kind.startswith(_HEAVY)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mipipe.graphs.again import copied
 from mipipe.graphs.operator_graph import Operator, Phase, Role, SegmentTrace
 
 Cut = Literal["columns", "rows", "whole", "bank"]
@@ -148,8 +149,10 @@ def _shared(trace: SegmentTrace, products: dict[str, str], cuts: dict[str, Cut])
     shared: set[str] = set()
     inside: dict[Phase, Cut] = {Phase.F: "columns", Phase.I: "rows"}
     for operator in trace.operators:
-        parameter = products.get(operator.name)
-        if parameter is not None:
+        parameter, first = products.get(operator.name), copied(operator.name)
+        if first is not None:
+            split = first in shared
+        elif parameter is not None:
             split = cuts[parameter] == inside.get(operator.phase)
         else:
             split = any(name in shared for name in operator.inputs)

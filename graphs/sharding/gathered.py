@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
+from mipipe.graphs.again import renamed, with_again
 from mipipe.graphs.operator_graph import Operator, OperatorGraph, Phase, SegmentTrace, TensorSpec
 from mipipe.graphs.serialize import digest
 from mipipe.graphs.sharding.parts import divided, fits, local_shape
 from mipipe.graphs.sharding.team_graph import Division, MemberGraph
-from mipipe.graphs.tracing.again import renamed, with_again
 
 COPIES = "copies"
 """The axis that copies of the plan are along."""

@@ -132,6 +132,13 @@ def _team_faults(team: Team, problem: PlanningProblem) -> Iterator[str]:
         if seen & set(run):
             yield f"segment {min(seen & set(run))} runs again twice"
         seen |= set(run)
+    for what, names in (("attention", team.attention_again), ("up-projections", team.latents_again)):
+        for name in names:
+            if name not in home:
+                yield f"{what} of segment {name!r} run again, which the graph does not have"
+            if name in seen:
+                yield f"segment {name} runs again twice"
+        seen |= set(names)
 
 
 def _ratio_faults(what: str, sizes: Iterable[tuple[Group, int, int]]) -> Iterator[str]:

@@ -32,8 +32,10 @@ def team_of(model: ModelPieces, degrees: Degrees, kind: str, recompute: Sequence
                   for piece, way in zip(model.pieces, ways, strict=True) if way == "full")
     attention = tuple(graph.segments[member].name for piece, way in zip(model.pieces, ways, strict=True)
                       for member in piece.members if way == "selective")
+    latents = tuple(graph.segments[member].name for piece, way in zip(model.pieces, ways, strict=True)
+                    for member in piece.members if way == "latents" and member in model.latents)
     return Team(axes, degrees.copies, tuple(modes), kind, degrees.microbatch, degrees.expert, degrees.zero, again,
-                attention)
+                attention, latents)
 
 
 def degrees_of(plan: Plan, copies: int | None = None) -> Degrees:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, Recompute
+from mipipe.planner.teams.degrees import Degrees, Recompute
 from mipipe.planner.teams.piece_cost import PieceCost
 from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.windows import path_times, phase_table, table, windows_of
@@ -19,7 +19,7 @@ PRICES = np.array((0.0, 0.1, 0.2, 0.3, 0.5, 1.0))
 
 def mode_costs(pricer: Pricer, degrees: Degrees, recomputation: Recompute | None) -> dict[Recompute, list[PieceCost]]:
     """The cost of every piece in every mode of recomputation that is allowed."""
-    allowed: tuple[Recompute, ...] = RECOMPUTE if recomputation is None else (recomputation,)  # type: ignore[assignment]
+    allowed = pricer.model.recompute if recomputation is None else (recomputation,)
     return {mode: pricer.costs(replace(degrees, recompute=mode)) for mode in allowed}
 
 

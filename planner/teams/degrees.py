@@ -16,8 +16,8 @@ from mipipe.graphs.costs.trace_facts import TeamSplit
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import STRICT
 
-Recompute = Literal["none", "selective", "full"]
-RECOMPUTE: tuple[str, ...] = get_args(Recompute)
+Recompute = Literal["none", "latents", "selective", "full"]
+RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
 KEYS = ("ranks", "tensor", "sequence", "context", "expert", "copies", "chunks", "zero")
 """What ``--degrees`` may fix. ``sequence=8`` is ``tensor=8`` with activations between blocks divided as well."""
 
@@ -27,7 +27,8 @@ class Degrees:
     """A run's degrees. ``microbatch`` counts sequences of one copy; ``chunks`` are stages per rank.
 
     ``zero``: what copies divide among them: nothing (0), optimizer state (1), gradients too (2), parameters too (3).
-    ``recompute``: what runs again in the backward: nothing, attention (``selective``), whole layers (``full``).
+    ``recompute``: what runs again in the backward: nothing, the up-projections of latents (``latents``), attention
+    (``selective``), whole layers (``full``).
     """
 
     __pydantic_config__: ClassVar = STRICT

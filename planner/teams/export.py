@@ -21,7 +21,8 @@ from mipipe.planner.team import Team
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """What engines are told of a plan. ``recompute``: none, selective, full, or ``block`` with layers per stage."""
+    """What engines are told of a plan. ``recompute``: none, latents, selective, full, or ``block`` with layers per
+    stage."""
 
     team: Team
     ranks: int
@@ -85,18 +86,25 @@ def configuration(plan: Plan, engine: str) -> Configuration:
 
 
 def _recompute(plan: Plan, team: Team, engine: str, layers: int) -> tuple[str, int]:
-    if not team.again and not team.attention_again:
+    ways = {"layers": team.again, "attention": team.attention_again, "up-projections": team.latents_again}
+    found = [name for name, again in ways.items() if again]
+    if not found:
         return "none", 0
-    if team.again and team.attention_again:
-        raise _cannot(plan, engine, "one way of recomputation; this plan has layers and attention that run again")
+    if len(found) > 1:
+        raise _cannot(plan, engine, f"one way of recomputation; this plan has {' and '.join(found)} that run again")
     if team.attention_again:
         return "selective", 0
+    if team.latents_again:
+        if len(team.latents_again) != layers:
+            raise _cannot(plan, engine, f"up-projections that run again in all layers or in none; here they do in"
+                                        f" {len(team.latents_again)} of {layers}; plan with --recomputation latents")
+        return "latents", 0
     counts = [sum(bool(run) and run[0] in group.segments for run in team.again) for group in plan.problem.groups]
     if sum(counts) == layers:
         return "full", 0
     if len(set(counts)) > 1:
         raise _cannot(plan, engine, f"as many layers that run again in every stage; here they are {counts}; plan with"
-                                    " --recomputation none, selective or full")
+                                    " --recomputation none, latents, selective or full")
     return "block", counts[0]
 
 
@@ -159,8 +167,9 @@ def megatron_options(plan: Plan, engine: str = "Megatron-LM") -> dict[str, Any]:
     elif team.zero > 1 and team.copies > 1:
         options |= {"use-megatron-fsdp": True, "data-parallel-sharding-strategy":
                     "optim_grads" if team.zero == 2 else "optim_grads_params"}
-    if found.recompute == "selective":
-        options |= {"recompute-granularity": "selective", "recompute-modules": "core_attn"}
+    modules = {"selective": "core_attn", "latents": "mla_up_proj"}.get(found.recompute)
+    if modules is not None:
+        options |= {"recompute-granularity": "selective", "recompute-modules": modules}
     elif found.recompute != "none":
         options |= {"recompute-granularity": "full", "recompute-method": "block" if found.block else "uniform",
                     "recompute-num-layers": found.block or 1}
@@ -201,6 +210,9 @@ def torchtitan_config(plan: Plan, csv_file: str) -> tuple[str, str | None]:
     """
     found = configuration(plan, "torchtitan")
     team = found.team
+    if found.recompute == "latents":
+        raise _cannot(plan, "torchtitan", "no recomputation of up-projections of latents; plan with --recomputation"
+                                          " none, selective or full")
     if found.recompute == "block":
         raise _cannot(plan, "torchtitan", "recomputation of all layers or of none; plan with --recomputation none,"
                                           " selective or full")

@@ -6,13 +6,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import cast
 
 from mipipe.graphs.errors import MipipeError
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.solve import plan
 from mipipe.planner.teams.bounds import seconds_in_kernels
-from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, Recompute
+from mipipe.planner.teams.degrees import Degrees
 from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams, piece_costs, result_of
 from mipipe.planner.teams.pricing import Pricer
@@ -54,8 +53,8 @@ def pair_guesses(pricer: Pricer, points: Sequence[Point], global_batch: int, bes
         if degrees.ranks < 2 or count < 2 * degrees.ranks or 2 * degrees.ranks > len(pricer.model.pieces) \
                 or point.floor >= best:
             continue
-        for mode in RECOMPUTE:
-            made = replace(degrees, recompute=cast("Recompute", mode))
+        for mode in pricer.model.recompute:
+            made = replace(degrees, recompute=mode)
             costs = pricer.costs(made)
             kernels = sum(seconds_in_kernels(cost) for cost in costs)
             talk = sum(cost.f.total + cost.backward for cost in costs) - kernels
@@ -115,7 +114,7 @@ def _published(pricer: Pricer, item: TeamResult, name: str, global_batch: int) -
     all layers run again; those that fit and are faster."""
     degrees = replace(item.degrees, chunks=1)
     same = item.layers if item.degrees.chunks == 1 else None
-    for layers, mode in ((same, None), (None, "none"), (None, "selective"), (None, "full")):
+    for layers, mode in ((same, None), *((None, way) for way in pricer.model.recompute)):
         if mode is None and same is None:
             continue
         try:
@@ -123,8 +122,7 @@ def _published(pricer: Pricer, item: TeamResult, name: str, global_batch: int) -
                 made = evaluate_teams(pricer, degrees, global_batch, layers=layers, schedule=name,
                                       recompute=item.recompute)
             else:
-                made = evaluate_teams(pricer, replace(degrees, recompute=cast("Recompute", mode)), global_batch,
-                                      schedule=name)
+                made = evaluate_teams(pricer, replace(degrees, recompute=mode), global_batch, schedule=name)
         except MipipeError:
             continue
         if not made.shortage:

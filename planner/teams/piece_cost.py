@@ -35,12 +35,12 @@ class PieceCost:
     """One piece on one member: phases (None: it has no such phase), bytes, and what it takes at the end of a step.
 
     ``kept`` stays from F to the end of the backward, ``late`` from I to W, per microbatch; ``again`` is ``kept`` of a
-    piece whose F runs again, which it holds while its backward runs; ``until_w`` is the part of ``kept`` (of ``again``)
-    that W reads: the inputs of products with parameters. ``reduce``, ``gather``: seconds of the gradients'
-    way between copies and of the updated parameters' way back, ``optimizer`` of the update itself. ``gathered``: whole
-    gradients, and parameters of this piece and the next, where copies hold parts of them; ``buffers``: the largest
-    tensor of a collective, ``workspace`` what is alive within a phase beside arguments and results (of a head: the
-    loss's gradients by the logits).
+    piece whose F runs again, which it holds while its backward runs; ``rerun`` is what it makes again meanwhile where a
+    part of F runs again; ``until_w`` is the part of ``kept`` (of ``again``) that W reads: the inputs of products with
+    parameters. ``reduce``, ``gather``: seconds of the gradients' way between copies and of the updated parameters' way
+    back, ``optimizer`` of the update itself. ``gathered``: whole gradients, and parameters of this piece and the next,
+    where copies hold parts of them; ``buffers``: the largest tensor of a collective, ``workspace`` what is alive within
+    a phase beside arguments and results (of a head: the loss's gradients by the logits).
     """
 
     f: PhaseCost
@@ -59,6 +59,7 @@ class PieceCost:
     buffers: int = 0
     until_w: int = 0
     workspace: int = 0
+    rerun: int = 0
 
     @property
     def backward(self) -> float:
@@ -71,7 +72,7 @@ class PieceCost:
     @property
     def while_running(self) -> int:
         """Bytes that the piece needs while its backward runs, I and W at once, beside what is kept."""
-        return self.again + self.gathered + self.buffers + max(self.workspace, self.late)
+        return self.again + self.rerun + self.gathered + self.buffers + max(self.workspace, self.late)
 
 
 def as_measured(found: Mapping[Phase, PhaseCost], measured: LayerTimes) -> dict[Phase, PhaseCost]:

@@ -6,17 +6,19 @@ Equal layers are one *kind* of piece, priced once. A piece is what the master pl
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph
 from mipipe.graphs.coarse.totals import model_flops
+from mipipe.graphs.costs.latents import with_latents_again
 from mipipe.graphs.costs.split_rules import indivisible, split_rules
 from mipipe.graphs.costs.trace_facts import heads_of
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role
-from mipipe.planner.teams.degrees import Degrees
+from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role, SegmentTrace
+from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, Recompute
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,25 @@ class ModelPieces:
             if value.name in self.index.returns_grad:
                 found[home][1].update(others)
         return tuple((frozenset(readers), frozenset(graded)) for readers, graded in found)
+
+    @cached_property
+    def latents(self) -> Mapping[int, SegmentTrace]:
+        """The segments (by index) that make queries, keys and values of latents, with the traces that make them again
+        in the backward."""
+        traces = {trace.digest: trace for trace in self.index.traces}
+        again = {key: with_latents_again(trace) for key, trace in traces.items()}
+        return {member: again[trace.digest] for member, trace in enumerate(self.index.traces)
+                if again[trace.digest] is not trace and self.graph.segments[member].tags.layer is not None}
+
+    @cached_property
+    def recompute(self) -> tuple[Recompute, ...]:
+        """The ways to run something again that there are for this model, none among them."""
+        return tuple(way for way in RECOMPUTE if way != "latents" or self.latents)
+
+    def trace(self, member: int, recompute: Recompute) -> SegmentTrace:
+        """The trace of a segment (by index) where layers run again in a way."""
+        own = self.index.traces[member]
+        return self.latents.get(member, own) if recompute == "latents" else own
 
     def flops(self, full: bool = False) -> float:
         """The model's flops of one sequence, as papers count them (`mipipe.graphs.coarse.totals`); ``full``: with all

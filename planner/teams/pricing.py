@@ -23,7 +23,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.modes import Collective, CollectiveKind, ModeProfile
 from mipipe.graphs.operator_graph import DTYPE_BYTES, Phase, Role
 from mipipe.planner.problems.from_layers import LayerTimes
-from mipipe.planner.teams.degrees import Degrees
+from mipipe.planner.teams.degrees import Degrees, Recompute
 from mipipe.planner.teams.machine import Machine
 from mipipe.planner.teams.piece_cost import Axis, PhaseCost, PieceCost, as_measured, phase_beside
 from mipipe.planner.teams.pieces import ModelPieces
@@ -77,7 +77,7 @@ class Pricer:
         self.origins: Counter[str] = Counter()
         self._profiles: dict[tuple[str, object, bool], ModeProfile] = {}
         self._costs: dict[tuple[int, Degrees, LayerTimes | None], PieceCost] = {}
-        self._works: dict[tuple[int, TeamSplit, int, bool], PieceWork] = {}
+        self._works: dict[tuple[int, TeamSplit, int, Recompute], PieceWork] = {}
         self._fanouts: dict[str, float] = {}
         self._footprints: dict[TeamSplit, Footprint] = {}
         self._facts: dict[tuple[str, Role, bool], TraceFacts] = {}
@@ -105,7 +105,7 @@ class Pricer:
 
     def profile(self, member: int, degrees: Degrees) -> ModeProfile:
         """The profile of a segment on a team of these degrees."""
-        trace, role = self.model.index.traces[member], self.model.graph.segments[member].tags.role
+        trace, role = self.model.trace(member, degrees.recompute), self.model.graph.segments[member].tags.role
         again = degrees.recompute == "selective"
         key = trace.digest, (role, degrees.split), again
         if key in self._profiles:
@@ -130,6 +130,7 @@ class Pricer:
         if degrees.split not in self._footprints:
             sums, kept = [0, 0, 0, 0], 0.0
             plain = replace(degrees, recompute="none", microbatch=1)
+            ways = [plain, replace(plain, recompute="latents")] if self.model.latents else [plain]
             counts = Counter(piece.kind for piece in self.model.pieces)
             for number, piece in enumerate(self.model.kinds):
                 acts = False
@@ -142,8 +143,8 @@ class Pricer:
                 if acts and piece.layer is not None:
                     kept += counts[number] * min(
                         self._inputs(piece.members[0], plain, 1 / self.model.sequences),
-                        sum(self.profile(member, plain).kept.fi + self.profile(member, plain).kept.fw
-                            for member in piece.members))
+                        *(sum(self.profile(member, way).kept.fi + self.profile(member, way).kept.fw
+                              for member in piece.members) for way in ways))
             self._footprints[degrees.split] = Footprint(sums[0], sums[1], sums[2], sums[3], kept)
         return self._footprints[degrees.split]
 
@@ -155,20 +156,24 @@ class Pricer:
         piece, work = self.model.kinds[kind], self._work(kind, degrees)
         count = degrees.microbatch / self.model.sequences
         found = dict(work.phases)
-        kept, again = work.kept, 0
+        kept, again, rerun = work.kept, 0, 0
         if degrees.recompute == "full" and Phase.I in found and piece.layer is not None:
             again, kept = kept, self._inputs(piece.members[0], degrees, count)
             found[Phase.I] = found[Phase.I].plus(found[Phase.F])
+        elif degrees.recompute == "latents":
+            rerun = max(0, self._work(kind, replace(degrees, recompute="none")).kept - kept)
         if measured is not None:
             found = as_measured(found, measured)
         price = self._resident(degrees, found, (kept, work.late, again), work.held, work.trained)
         if measured is not None and measured.update is not None:
             price = replace(price, optimizer=measured.update)
-        return replace(price, buffers=work.buffers, until_w=work.until_w, workspace=work.workspace)
+        return replace(price, buffers=work.buffers, until_w=work.until_w, workspace=work.workspace,
+                       rerun=rerun)
 
     def _work(self, kind: int, degrees: Degrees) -> PieceWork:
         """What of a piece's cost is the same however copies share state and whether whole layers run again."""
-        key = kind, degrees.split, degrees.microbatch, degrees.recompute == "selective"
+        way = degrees.recompute if degrees.recompute != "full" else "none"
+        key = kind, degrees.split, degrees.microbatch, way
         if key in self._works:
             return self._works[key]
         piece, machine = self.model.kinds[kind], self.machine

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from mipipe.graphs.errors import MipipeError
-from mipipe.planner.teams.degrees import Degrees
+from mipipe.planner.teams.degrees import Degrees, Recompute
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.pricing import Pricer
 
 
 def remedy(pricer: Pricer, result: TeamResult) -> str:
     """A clause that names the first change that fits, or the memory that would do."""
-    for degrees, text in changes(result.degrees):
+    for degrees, text in changes(result.degrees, pricer.model.recompute):
         try:
             found = evaluate_teams(pricer, degrees, result.global_batch,
                                    schedule="1F1B" if degrees.chunks == 1 else "interleaved")
@@ -26,14 +26,16 @@ def remedy(pricer: Pricer, result: TeamResult) -> str:
     return f"no single change of a degree would fit; --memory {enough} would"
 
 
-def changes(degrees: Degrees) -> Iterator[tuple[Degrees, str]]:
-    """Degrees with one thing changed, the cheapest first; copies make room for what grows."""
+def changes(degrees: Degrees, ways: Sequence[Recompute]) -> Iterator[tuple[Degrees, str]]:
+    """Degrees with one thing changed, the cheapest first; copies make room for what grows. ``ways``: of recomputation
+    that there are."""
     if degrees.microbatch > 1:
         yield replace(degrees, microbatch=1), "--microbatch 1"
     if degrees.zero == 0 and degrees.copies * degrees.context > 1:
         yield replace(degrees, zero=1), "zero=1"
-    if degrees.recompute == "none":
-        yield replace(degrees, recompute="selective"), "--recomputation selective"
+    for way in ways if degrees.recompute == "none" else ():
+        if way not in ("none", "full"):
+            yield replace(degrees, recompute=way), f"--recomputation {way}"
     if degrees.tensor > 1 and not degrees.sequence:
         yield replace(degrees, sequence=True), f"sequence={degrees.tensor} in place of tensor={degrees.tensor}"
     for factor in (2, 4, 8):

@@ -198,9 +198,10 @@ def floor_of(pricer: Pricer, degrees: Degrees, global_batch: int,
     """Seconds below every step with these axes and with this microbatch or a smaller one, whatever the memory, the way
     in which copies share state and the recomputation that is allowed (None: any); and where forwards and backwards do
     not overlap. The ranks together do all work once, and kernels and collectives at best beside one another."""
-    modes: list[Recompute] = ["selective" if recomputation == "selective" else "none"]  # "full" adds to "none"
-    if recomputation is None and pricer.model.graph.modes is not None:
-        modes.append("selective")  # estimated where the other is traced: it may be less
+    modes: list[Recompute] = ["none" if recomputation in (None, "full") else recomputation]  # "full" adds to "none"
+    if recomputation is None:  # estimated where "none" is traced, or fused in another way: it may be less
+        modes += [way for way in pricer.model.recompute if way == "latents" or (
+            way == "selective" and pricer.model.graph.modes is not None)]
     plain = [replace(degrees, zero=1, recompute=mode, chunks=1) for mode in modes]
     costs = list(zip(*(pricer.costs(each) for each in plain), strict=True))
     kernels = sum(min(seconds_in_kernels(cost) for cost in piece) for piece in costs)

@@ -20,7 +20,7 @@ from mipipe.planner.plan import Plan
 from mipipe.planner.search import lists, quotas
 from mipipe.planner.search.orders import Orders
 from mipipe.planner.teams.bounds import packed
-from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, Recompute
+from mipipe.planner.teams.degrees import Degrees, Recompute
 from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import TeamResult, piece_costs, result_of
 from mipipe.planner.teams.masters import SQUEEZES
@@ -48,10 +48,10 @@ def promising(pricer: Pricer, points: Sequence[Point], global_batch: int) -> lis
 
 
 def _fitting(pricer: Pricer, degrees: Degrees) -> Degrees | None:
-    for mode in RECOMPUTE:
-        made = dataclasses.replace(degrees, recompute=mode)  # type: ignore[arg-type]
+    for mode in pricer.model.recompute:
+        made = dataclasses.replace(degrees, recompute=mode)
         costs = pricer.costs(made)
-        work = max(cost.again + cost.gathered + cost.buffers for cost in costs)
+        work = max(cost.again + cost.rerun + cost.gathered + cost.buffers for cost in costs)
         held = sum(cost.resident + ALIVE * degrees.ranks * cost.kept for cost in costs)
         if held / degrees.ranks + work <= pricer.machine.usable_bytes:
             return made

@@ -164,6 +164,8 @@ def test_far_from_what_was_validated(mipipe, graph):
      "tensor=3 does not divide the 8 heads"),
     ((*DEVICES, "--degrees", "ranks=4,copies=2", "--recomputation", "some"),
      "--recomputation some: expected one of none"),
+    ((*DEVICES, "--recomputation", "latents"),
+     "--recomputation latents: LlamaForCausalLM makes no queries, keys and values of latents; expected one of none"),
     ((*DEVICES, "--degrees", "copies=8", "--layers-per-stage", "4;4"), "expected numbers such as 9,9,8"),
     ((*DEVICES, "--degrees", "ranks=2,copies=4", "--layers-per-stage", "2,1"),
      "3 layers in 2 stages, but the model has 4"),

@@ -95,6 +95,18 @@ def tiny_moe(dtype: torch.dtype = torch.float64) -> nn.Module:
     return Qwen3MoeForCausalLM(config).to(dtype)
 
 
+def tiny_deepseek(dtype: torch.dtype = torch.float64, dense: int = 1) -> nn.Module:
+    """transformers' DeepSeek-V3: 3 layers with latent attention, 4 experts in all but the first ones, 2 active."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+    config = DeepseekV3Config(vocab_size=64, hidden_size=16, intermediate_size=32, moe_intermediate_size=8,
+                              num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=6,
+                              kv_lora_rank=4, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4, n_routed_experts=4,
+                              num_experts_per_tok=2, n_group=2, topk_group=1, n_shared_experts=1,
+                              first_k_dense_replace=dense, max_position_embeddings=64, use_cache=False)
+    torch.manual_seed(12)
+    return DeepseekV3ForCausalLM(config).to(dtype)
+
+
 def tiny_llama(dtype: torch.dtype = torch.float64) -> nn.Module:
     """transformers' Llama: 4 layers, fewer key heads than query heads, tied embedding and head."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -13,6 +13,7 @@ import torch
 from runtime_pool import Pool
 
 from mipipe.graphs.capture.model import capture_module
+from mipipe.graphs.errors import InputError
 from mipipe.graphs.models.loss import sum_over
 from mipipe.graphs.operator_graph import Role
 from mipipe.graphs.sharding.team_graph import MemberGraph
@@ -102,9 +103,9 @@ def test_dropout_and_float32(pool):
         teams.compare(pool, made, plans_of(made.graph, 2, one_mode("sequence")), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "vlm"])
+@pytest.mark.parametrize("name", ["llama", "vlm", "deepseek"])
 def test_what_runs_again_changes_nothing_but_memory(name):
-    """Whole layers, and attention alone, in split and whole backwards."""
+    """Whole layers, attention alone, and up-projections of latents, in split and whole backwards."""
     made = equal.case(name)
     graph = made.graph
     layers = {}
@@ -113,12 +114,14 @@ def test_what_runs_again_changes_nothing_but_memory(name):
             layers.setdefault((segment.tags.branch, segment.tags.layer), []).append(segment.name)
     attention = tuple(segment.name for segment in graph.segments if segment.tags.role is Role.ATTENTION)
     whole = tuple(map(tuple, layers.values()))
+    ways = [Team({}), Team({}, again=whole), Team({}, attention_again=attention)]
+    ways += [Team({}, latents_again=attention)] if name == "deepseek" else []
     options = EngineOptions(track_memory=True)
     for orders in ("0F0 0I0 0W0", "0F0 0B0"):
         plan = cases.plan_of(cases.problem_of(graph, 1, 1, [[segment.name for segment in graph.segments]]),
                              [([0], [0])], [[0]], [orders])
         found = []
-        for team in (Team({}), Team({}, again=whole), Team({}, attention_again=attention)):
+        for team in ways:
             engine = Engine(replace(plan, team=team), graph, made.state(), options=options)
             loss = engine.step(made.batch(1))
             found.append((loss, {key: item.grad for key, item in engine.named_parameters()},
@@ -127,6 +130,21 @@ def test_what_runs_again_changes_nothing_but_memory(name):
             assert loss == found[0][0] and peak < found[0][2]
             assert gradients.keys() == found[0][1].keys()
             assert all(torch.equal(item, found[0][1][key]) for key, item in gradients.items())
+
+
+def test_latents_made_again_on_teams_and_copies_that_share_parameters(pool):
+    """Members make their part again; where copies hold parts of parameters, from gathered ones; a model without latents
+    is refused in one line."""
+    for name, team in (("deepseek", one_mode("tensor")), ("deepseek-dense", one_mode("sequence")),
+                       ("deepseek-dense", one_mode("context")), ("deepseek-dense", Team({}, 2, zero=3))):
+        made = equal.case(name)
+        own = tuple(segment.name for segment in made.graph.segments if segment.tags.role is Role.ATTENTION)
+        teams.compare(pool, made, plans_of(made.graph, 1, replace(team, latents_again=own)))
+    other = equal.case("llama")
+    names = [segment.name for segment in other.graph.segments if segment.tags.role is Role.ATTENTION]
+    plan = plans_of(other.graph, 1, Team({}, latents_again=tuple(names)))[0]
+    with pytest.raises(InputError, match=f"segment {names[0]}: has no up-projections of latents"):
+        Engine(plan, other.graph, other.state())
 
 
 @pytest.mark.slow

@@ -17,12 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mipipe.graphs.again import with_attention_again
+from mipipe.graphs.costs.latents import graph_with_latents_again
 from mipipe.graphs.errors import GraphError, InputError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.operators.collectives import part_of, whole_of
 from mipipe.graphs.sharding.gathered import COPIES
 from mipipe.graphs.sharding.team_graph import Division, MemberGraph
-from mipipe.graphs.tracing.again import with_attention_again
 from mipipe.planner.team import Team
 from mipipe.runtime.ranks import comm
 from mipipe.runtime.ranks.mesh import Mesh
@@ -84,8 +85,8 @@ class Axis:
 
 
 def member_graph(team: Team, graph: OperatorGraph) -> MemberGraph:
-    """The graph of one member of a team, with attention that runs again where it is to; the graph itself where a rank
-    is one device.
+    """The graph of one member of a team, with attention and up-projections of latents that run again where they are
+    to; the graph itself where a rank is one device.
 
     Raises:
         InputError: the graph cannot be divided so.
@@ -94,9 +95,11 @@ def member_graph(team: Team, graph: OperatorGraph) -> MemberGraph:
     try:
         for axis, size in team.axes.items():
             made = made.divided(axis, size, team.modes_along(axis, [segment.name for segment in graph.segments]))
+        again = _with_attention_again(made.graph, set(team.attention_again))
+        again = graph_with_latents_again(again, graph, set(team.latents_again)) if team.latents_again else again
     except GraphError as error:
         raise InputError(f"team ({team.text()}): {error}") from None
-    return replace(made, graph=_with_attention_again(made.graph, set(team.attention_again)))
+    return replace(made, graph=again)
 
 
 def _with_attention_again(graph: OperatorGraph, names: set[str]) -> OperatorGraph:

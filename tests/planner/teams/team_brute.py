@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations, pairwise
 
-from mipipe.planner.teams.degrees import RECOMPUTE, Degrees
+from mipipe.planner.teams.degrees import Degrees
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.orders import order_of
 from mipipe.planner.teams.pricing import Pricer
@@ -36,7 +36,7 @@ def everything(pricer: Pricer, devices: int, batch: int, given: Mapping[str, int
     layers = len(pricer.model.layers)
     for degrees in all_of(pricer, devices, batch, given, microbatch):
         for cut in compositions(layers, degrees.ranks) if degrees.ranks > 1 else ((layers,),):
-            for mode in RECOMPUTE:
+            for mode in pricer.model.recompute:
                 found = evaluate_teams(pricer, replace(degrees, recompute=mode), batch, layers=cut)
                 if not (fits and found.shortage):
                     yield found

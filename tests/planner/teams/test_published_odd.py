@@ -93,6 +93,7 @@ HERE = {"group": "nvidia_megatron_bridge", "hardware": "DGX-H100", "precision": 
     {"tp": "2", "pp": "2", "schedule": "ZB-V"}, {"pp": "4", "schedule": "ZB-H1"}, {"pp": "2", "schedule": "1F1B"},
     {"pp": "2", "schedule": "GPipe"}, {"pp": "2", "schedule": "interleaved 1F1B", "vpp": "2"},
     {"recompute": "full"}, {"recompute": "full uniform 1"}, {"recompute": "selective (core_attn)"},
+    {"recompute": 'recompute_modules=["mla_up_proj"] granularity="selective"'},
     {"pp": "2", "schedule": "dualpipe"}, {"n_gpus": "12", "global_batch": "24"}])
 def test_what_other_rows_may_bring_is_built(builder: Builder, tmp_path: Path, change: dict[str, str]) -> None:
     """Other hardware, precisions, degrees, schedules and recomputations."""

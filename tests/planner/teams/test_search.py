@@ -12,7 +12,7 @@ from mipipe.graphs.errors import InfeasibleError, InputError, TimeUpError
 from mipipe.planner.milp.placement.degrees import ChainTask, ModeCost, stage_counts
 from mipipe.planner.teams import search
 from mipipe.planner.teams.bounds import bound_of, packed
-from mipipe.planner.teams.degrees import RECOMPUTE, Degrees
+from mipipe.planner.teams.degrees import Degrees
 from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import evaluate_teams
 from mipipe.planner.teams.options import TeamOptions
@@ -52,7 +52,7 @@ def test_no_evaluated_step_is_below_its_bound(pieces):
         if number % 7:
             continue
         bound = bound_of(pricer, degrees, 16, None)
-        for mode in RECOMPUTE:
+        for mode in pieces.recompute:
             found = evaluate_teams(pricer, replace(degrees, recompute=mode), 16)
             if not found.shortage:
                 assert bound is not None and found.seconds >= bound[0] >= bound[1], degrees.text()

@@ -89,7 +89,8 @@ def drawn(pricer: Pricer, source: random.Random) -> TeamResult | None:
     schedule = source.choice(SCHEDULES)
     if schedule == "interleaved":
         degrees = replace(degrees, chunks=2 if degrees.ranks < 4 else 1)
-    recompute = [source.choice(RECOMPUTE) if piece.layer is not None else "none" for piece in pricer.model.pieces]
+    ways = pricer.model.recompute
+    recompute = [source.choice(ways) if piece.layer is not None else "none" for piece in pricer.model.pieces]
     recompute = source.choice([(), recompute])
     count = len(pricer.model.layers)
     try:
@@ -105,10 +106,13 @@ def _cut(layers: int, stages: int, source: random.Random) -> list[int]:
     return [after - before for before, after in zip([0, *ends], [*ends, layers], strict=True)]
 
 
-@pytest.mark.parametrize("seed, draws", [(0, 50), *(pytest.param(seed, 200, marks=pytest.mark.slow)
-                                                    for seed in range(1, 9))])
-def test_no_bound_is_above_a_plan(pieces, seed, draws):
+@pytest.mark.parametrize("model, seed, draws", [
+    ("pieces", 0, 50), ("latent_pieces", 0, 50),
+    *(pytest.param(model, seed, 200, marks=pytest.mark.slow) for model in ("pieces", "latent_pieces")
+      for seed in range(1, 9))])
+def test_no_bound_is_above_a_plan(request, model, seed, draws):
     """Random configurations, each on devices that have just the memory that it takes."""
+    pieces = request.getfixturevalue(model)
     for pricer in (Pricer(pieces, machine(10**12)), Heavy(pieces, machine(10**12), seed)):
         source = random.Random(seed)
         found = [made for _ in range(draws) if (made := drawn(pricer, source)) is not None]
@@ -123,10 +127,10 @@ def test_no_bound_is_above_a_planned_order(pieces, degrees):
     """Lists on Vs, Ws and chains, and the order level, in all memory and in 1.3 and 1.1 times the least of 1F1B."""
     pricer = Pricer(pieces, machine(10**12))
     least = min(max(item.peak for item in evaluate_teams(pricer, replace(degrees, recompute=mode), BATCH).memory)
-                for mode in RECOMPUTE)
+                for mode in pieces.recompute)
     for memory in (10**12, round(1.3 * least), round(1.1 * least)):
         tight = pricer.on(replace(pricer.machine, memory_bytes=memory))
-        for mode in RECOMPUTE:
+        for mode in pieces.recompute:
             again = [mode if piece.layer is not None else "none" for piece in pieces.pieces]
             for shape in shapes_of(len(pieces.pieces), degrees.ranks):
                 made = wave(tight, degrees, BATCH, shape, again, 0.2)
@@ -156,6 +160,10 @@ def test_floors_of_traced_modes(llama, recompute):
     given."""
     traced = model_pieces(with_modes(llama, ("tensor", "sequence"), (2, 4)))
     compare_floors(Pricer(traced, machine(60 * 10**6, host=4, outside=3 * 10**8)), recompute, by_floors=True)
+
+
+def test_floors_where_latents_may_be_made_again(latent_pieces):
+    compare_floors(Pricer(latent_pieces, machine(40 * 10**6, host=4, outside=3 * 10**8)), by_floors=True)
 
 
 def compare_floors(pricer: Pricer, recompute: Recompute | None = None, *, by_floors: bool) -> None:
