@@ -20,18 +20,16 @@ class SearchEffort:
     """Those that may be faster than the best of these are priced."""
     until_tried: float = 0.45
     """Combinations are solved quickly, by their bounds."""
-    polished: int = 3
-    """Combinations that are solved finely, with every number of chunks."""
-    until_polished: float = 0.55
-    """They are."""
     paired: int = 2
     """Meshes that are tried for their overlapped pairs alone by the order level."""
-    dualpipev: int = 12
-    """Meshes and microbatches on which DualPipeV is tried for its overlapped pairs."""
-    dualpipev_bubble: float = 0.33
-    """Of a microbatch's time its bubble in guesses at its step: by its closed form where F, I and W take as long."""
-    until_dualpipev: float = 0.6
-    """It is tried."""
+    mixed_s: float = 0.5
+    """In which the stages of a published schedule, of which some layers run again, are found."""
+    until_dualpipev: float = 0.55
+    """DualPipeV is tried for its overlapped pairs, on the meshes and microbatches where these may gain most."""
+    polished: int = 3
+    """Combinations that are solved finely, with every number of chunks."""
+    until_polished: float = 0.62
+    """They are."""
     listed: int = 200
     """Combinations of the least bounds among which those are chosen whose orders are made by lists."""
     rules: int = 100

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
+from typing import TypeVar
 
 from mipipe.graphs.errors import MipipeError
 from mipipe.planner.milp.placement.degrees import ChainTask, ModeCost, StageCounts, stage_counts
@@ -12,6 +15,8 @@ from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.piece_cost import PieceCost
 from mipipe.planner.teams.pricing import Pricer
+
+Cost = TypeVar("Cost")
 
 SQUEEZES = 3
 """How often a master is solved, or an order made, again with as much less memory as what it gave took too much when
@@ -54,7 +59,8 @@ def _with_modes(pricer: Pricer, degrees: Degrees, global_batch: int, options: Te
     for _ in range(SQUEEZES):
         answer = stage_counts(task, time_limit_s=effort[0], gap=effort[1], seed=options.seed,
                               cutoff=None if cutoff == float("inf") else cutoff)
-        result = None if answer is None else _evaluated(pricer, degrees, answer, modes, global_batch)
+        result = None if answer is None else evaluated(
+                pricer, degrees, answer, modes, global_batch, "interleaved" if degrees.chunks > 1 else "1F1B")
         if result is None or not result.shortage:
             return result
         task = replace(task, memory=round(0.99 * task.memory - result.shortage))
@@ -66,14 +72,7 @@ def chain_task(pricer: Pricer, degrees: Degrees, microbatches: int,
     """The master's task for one combination, and the modes its counts are by (``whole``: with that of whole layers)."""
     model, by_mode = pricer.model, mode_costs(pricer, degrees, recomputation)
     by_mode = {mode: costs for mode, costs in by_mode.items() if whole or mode != "full"}
-    runs: list[tuple[int, tuple[ModeCost, ...]]] = []
-    last = -1
-    for number, piece in enumerate(model.pieces):
-        if piece.kind == last:
-            runs[-1] = (runs[-1][0] + 1, runs[-1][1])
-            continue
-        last = piece.kind
-        runs.append((1, tuple(_mode_cost(costs[number]) for costs in by_mode.values())))
+    runs = runs_of(pricer, by_mode, _mode_cost)
     link = pricer.machine.fabric.link(degrees.team * degrees.copies).link
     size = max((model.index.num_bytes[value.name] for value in model.graph.values if "float" in value.spec.dtype
                 and model.index.source[value.name] >= 0), default=0)
@@ -81,8 +80,16 @@ def chain_task(pricer: Pricer, degrees: Degrees, microbatches: int,
     passing = round(size * degrees.microbatch / model.sequences / parts)
     hop = link.transfer_ns(passing) / 1e9
     room = pricer.machine.usable_bytes - 2 * passing * min(2, degrees.ranks - 1)
-    return ChainTask(tuple(runs), degrees.ranks, degrees.chunks, microbatches, hop,
+    return ChainTask(runs, degrees.ranks, degrees.chunks, microbatches, hop,
                      pricer.machine.kind.achieved.action_ns * 1e-9, room), list(by_mode)
+
+
+def runs_of(pricer: Pricer, by_mode: Mapping[Recompute, Sequence[PieceCost]],
+                  read: Callable[[PieceCost], Cost]) -> tuple[tuple[int, tuple[Cost, ...]], ...]:
+    """Runs of equal pieces in the model's order: how many, and what is read of one's cost in every mode."""
+    order = [*_run_order(pricer), len(pricer.model.pieces)]
+    return tuple((after - first, tuple(read(costs[first]) for costs in by_mode.values()))
+                 for first, after in pairwise(order))
 
 
 def _mode_cost(cost: PieceCost) -> ModeCost:
@@ -90,9 +97,9 @@ def _mode_cost(cost: PieceCost) -> ModeCost:
                     cost.while_running)
 
 
-def _evaluated(pricer: Pricer, degrees: Degrees, answer: StageCounts, modes: list[Recompute],
-               global_batch: int) -> TeamResult | None:
-    """The simulated step of the master's stages; pieces of a stage in the model's order, modes in theirs."""
+def evaluated(pricer: Pricer, degrees: Degrees, answer: StageCounts, modes: Sequence[Recompute], global_batch: int,
+              schedule: str) -> TeamResult | None:
+    """The simulated step of a MIP's stages; pieces of a stage in the model's order, modes in theirs."""
     model = pricer.model
     layers: list[int] = []
     recompute: list[Recompute] = []
@@ -109,7 +116,7 @@ def _evaluated(pricer: Pricer, degrees: Degrees, answer: StageCounts, modes: lis
     shown = replace(degrees, recompute=recompute[0] if len(uniform) == 1 else "none")
     try:
         return evaluate_teams(pricer, shown, global_batch, layers=layers, recompute=recompute,
-                              schedule="interleaved" if degrees.chunks > 1 else "1F1B")
+                              schedule=schedule)
     except MipipeError:
         return None
 

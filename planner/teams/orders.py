@@ -4,47 +4,68 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from mipipe.graphs.errors import MipipeError
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.solve import plan
-from mipipe.planner.teams.bounds import seconds_in_kernels
-from mipipe.planner.teams.degrees import Degrees
+from mipipe.planner.teams.degrees import Degrees, Recompute
 from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams, piece_costs, result_of
+from mipipe.planner.teams.mixing import mixed, pair_guess
 from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.space import Point
 from mipipe.planner.teams.stages import cut_pieces, overlap_rule, stage_cost, team_problem
 
+PAIRS = "dualpipev"
+"""The published schedule of overlapped pairs that is looked for on all meshes."""
+LATER = 1.03
+"""By how much longer steps are guessed for every other point of the same mesh, or number of ranks, that comes
+before."""
 PUBLISHED = ("zb-h1", "zb-v", "dualpipev", "dualpipe")
 """Published schedules that are tried on the best pipelines beside 1F1B and interleaved 1F1B."""
 
 
-def paired(pricer: Pricer, points: Sequence[Point], global_batch: int, best: float,
-           until: float) -> list[TeamResult]:
-    """DualPipeV on the meshes and microbatches on which its pairs may gain most, with the least recomputation of all
-    layers that its memory asks for, up to a moment of the monotonic clock; what fits and is faster than the best."""
+def paired(pricer: Pricer, points: Sequence[Point], global_batch: int, best: float, until: float,
+           seed: int = 0) -> list[TeamResult]:
+    """DualPipeV on the meshes and microbatches on which its pairs may gain most, on even stages and with some layers
+    run again, up to a moment of the monotonic clock; what fits and is faster than the best."""
     found: list[TeamResult] = []
-    for guess, degrees in pair_guesses(pricer, points, global_batch, best, until)[:EFFORT.dualpipev]:
-        if time.monotonic() > until or guess >= best:
+    for guess, degrees in pair_guesses(pricer, points, global_batch, best, until):
+        if time.monotonic() > until:
             break
-        try:
-            made = evaluate_teams(pricer, degrees, global_batch, schedule="dualpipev")
-        except MipipeError:
+        if guess >= best:
             continue
-        if not made.shortage and made.seconds < best:
+        for made in _pairs_on(pricer, degrees, global_batch, best, seed):
             best = made.seconds
             found.append(made)
     return found
 
 
+def _pairs_on(pricer: Pricer, degrees: Degrees, global_batch: int, best: float, seed: int) -> Iterator[TeamResult]:
+    """DualPipeV on even stages where nothing runs again, and on those that the MIP finds, each better than the last."""
+    costs = pricer.costs(degrees)
+    held = sum(cost.resident + (degrees.ranks + 1) * cost.kept for cost in costs)
+    if held <= degrees.ranks * pricer.machine.usable_bytes:
+        try:
+            made = evaluate_teams(pricer, degrees, global_batch, schedule=PAIRS)
+        except MipipeError:
+            return
+        if not made.shortage and made.seconds < best:
+            best = made.seconds
+            yield made
+    mix = mixed(pricer, degrees, global_batch, PAIRS, best, EFFORT.mixed_s, seed)
+    if mix is not None:
+        yield mix
+
+
 def pair_guesses(pricer: Pricer, points: Sequence[Point], global_batch: int, best: float,
                  until: float = math.inf) -> list[tuple[float, Degrees]]:
-    """Guesses at the steps of DualPipeV below the best, the shortest first, and their degrees; one for each mesh and
-    microbatch, of the points that there is time for. It holds a microbatch more than there are ranks, of which about as
-    many have no pair, and its bubble is (R - 1) (FB + B - 3W) of its half stages (DeepSeek-AI, 2025)."""
+    """Guesses at the steps of DualPipeV below the best, and their degrees, of the points that there is time for; one
+    for each mesh and microbatch. The shortest first, but numbers of ranks take turns: the more ranks, the fewer layers
+    are on each, and the more a guess leaves out."""
     found: dict[tuple[object, ...], tuple[float, Degrees]] = {}
     for point in points:
         if time.monotonic() > until:
@@ -53,33 +74,28 @@ def pair_guesses(pricer: Pricer, points: Sequence[Point], global_batch: int, bes
         if degrees.ranks < 2 or count < 2 * degrees.ranks or 2 * degrees.ranks > len(pricer.model.pieces) \
                 or point.floor >= best:
             continue
-        for mode in pricer.model.recompute:
-            made = replace(degrees, recompute=mode)
-            costs = pricer.costs(made)
-            kernels = sum(seconds_in_kernels(cost) for cost in costs)
-            talk = sum(cost.f.total + cost.backward for cost in costs) - kernels
-            alone = min(count, degrees.ranks)
-            guess = ((count - alone) * max(kernels, talk) + alone * (kernels + talk)
-                     + sum(cost.optimizer for cost in costs)) / degrees.ranks
-            guess += (degrees.ranks - 1) / degrees.ranks * EFFORT.dualpipev_bubble * (kernels + talk)
-            held = sum(cost.resident + (degrees.ranks + 1) * cost.kept for cost in costs) / degrees.ranks
-            if held + max(cost.while_running for cost in costs) > pricer.machine.usable_bytes:
-                continue
-            key = degrees.ranks, degrees.split, degrees.copies, degrees.microbatch
-            if guess < found.get(key, (best, made))[0]:
-                found[key] = guess, made
-            break
-    return sorted(found.values(), key=lambda item: item[0])
+        guess = pair_guess(pricer, degrees, global_batch)
+        key = degrees.ranks, degrees.split, degrees.copies, degrees.microbatch
+        if guess is not None and guess < found.get(key, (best, degrees))[0]:
+            found[key] = guess, degrees
+    ordered_guesses = sorted(found.values(), key=lambda item: item[0])
+    before = Counter[int]()
+    ranked = []
+    for number, (guess, degrees) in enumerate(ordered_guesses):
+        ranked.append((guess * LATER ** before[degrees.ranks], number))
+        before[degrees.ranks] += 1
+    return [ordered_guesses[number] for _, number in sorted(ranked)]
 
 
 def ordered(pricer: Pricer, results: list[TeamResult], global_batch: int, until: float, seed: int,
-            tell: Callable[[str], None]) -> list[TeamResult]:
-    """The results with the best pipelines' schedules searched up to a moment of the monotonic clock."""
+            mode: Recompute | None, tell: Callable[[str], None]) -> list[TeamResult]:
+    """The results with the best pipelines' schedules searched up to a moment of the monotonic clock. ``mode``: of
+    recomputation, where it is fixed."""
     for item in [item for item in results if item.degrees.ranks > 1][:EFFORT.published]:
         for name in PUBLISHED:
             if time.monotonic() < until:
                 tell(f"{name} on {item.degrees.text()}")
-                results += _published(pricer, item, name, global_batch)
+                results += _published(pricer, item, name, global_batch, mode, seed)
     results.sort(key=lambda found: found.seconds)
     best = results[0]
     left = until - time.monotonic()
@@ -109,25 +125,22 @@ def least_of(item: TeamResult) -> float:
     return busy * rule.numerator / rule.denominator + times.optimizer
 
 
-def _published(pricer: Pricer, item: TeamResult, name: str, global_batch: int) -> list[TeamResult]:
+def _published(pricer: Pricer, item: TeamResult, name: str, global_batch: int, mode: Recompute | None,
+               seed: int) -> list[TeamResult]:
     """A result's degrees under a published schedule, with its stages where that has as many, with even ones, and with
-    all layers run again; those that fit and are faster."""
+    some layers run again; those that fit and are faster."""
     degrees = replace(item.degrees, chunks=1)
     same = item.layers if item.degrees.chunks == 1 else None
-    for layers, mode in ((same, None), *((None, way) for way in pricer.model.recompute)):
-        if mode is None and same is None:
-            continue
+    for layers, again in ((same, item.recompute), (None, ())) if same is not None else ((None, ()),):
         try:
-            if mode is None:
-                made = evaluate_teams(pricer, degrees, global_batch, layers=layers, schedule=name,
-                                      recompute=item.recompute)
-            else:
-                made = evaluate_teams(pricer, replace(degrees, recompute=mode), global_batch, schedule=name)
+            made = evaluate_teams(pricer, degrees if again else replace(degrees, recompute=mode or "none"),
+                                  global_batch, layers=layers, schedule=name, recompute=again)
         except MipipeError:
             continue
         if not made.shortage:
             return [made] if made.seconds < item.seconds else []
-    return []
+    mix = None if mode is not None else mixed(pricer, degrees, global_batch, name, item.seconds, EFFORT.mixed_s, seed)
+    return [] if mix is None else [mix]
 
 
 def order_of(pricer: Pricer, item: TeamResult, global_batch: int, seconds: float, seed: int) -> TeamResult | None:

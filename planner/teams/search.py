@@ -6,7 +6,8 @@
    (`mipipe.planner.milp.placement.degrees`) cuts the layers into stages and says which run again, for one chunk per
    rank and for more; the simulator says what 1F1B and interleaved 1F1B take on its stages, and for the best other
    published schedules. The search's bound is the least over all combinations, overlapped pairs allowed.
-3. DualPipeV where its overlapped pairs may gain most. Orders by tuned lists on stages in Vs and Ws
+3. DualPipeV where its overlapped pairs may gain most, on stages by a MIP that counts what it holds of each
+   (`mipipe.planner.teams.mixing`). Orders by tuned lists on stages in Vs and Ws
    (`mipipe.planner.teams.waves`) for combinations whose busiest rank has least to do, as long as that is below the best
    step.
 4. The order level (`mipipe.planner.solve`) improves the schedule of the best pipelines in the time that is left, and of
@@ -32,7 +33,7 @@ from mipipe.planner.teams.evaluate import TeamResult
 from mipipe.planner.teams.found import Found, distinct, notes_of, runners_of
 from mipipe.planner.teams.masters import chunks_of, solved_master
 from mipipe.planner.teams.options import TeamOptions
-from mipipe.planner.teams.orders import ordered, paired
+from mipipe.planner.teams.orders import LATER, ordered, paired
 from mipipe.planner.teams.pieces import misfit
 from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.space import DegreeSpace, Point, anything, promise
@@ -40,8 +41,6 @@ from mipipe.planner.teams.waves import promising, shapes_of, wave
 
 QUICK, FINE = (1.0, 0.02), (3.0, 2e-4)
 """Seconds and gap of a master: when combinations are tried, and for the best of them."""
-LATER = 1.03
-"""By how much longer steps are guessed for every other point of the same mesh that comes before."""
 
 
 def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamOptions,
@@ -117,18 +116,18 @@ def _improved(pricer: Pricer, results: list[TeamResult], waiting: list[Point], g
               began: float, tell: Callable[[str], None]) -> list[TeamResult]:
     """The results, the best first, with better stages and orders for the best of them, and for others that orders may
     make the best."""
+    if options.order and options.recomputation is None and options.given.get("chunks", 1) == 1:
+        tell("overlapped pairs")
+        best = min(item.seconds for item in results)
+        until = began + EFFORT.until_dualpipev * options.time_limit_s
+        results += paired(pricer, waiting, global_batch, best, until, options.seed)
     results = _polished(pricer, results, global_batch, options, began, tell)
     if not options.order:
         return results
     results += _with_pairs(pricer, results, waiting, global_batch, options, began)
-    if options.recomputation is None and options.given.get("chunks", 1) == 1:
-        tell("overlapped pairs")
-        best = min(item.seconds for item in results)
-        until = began + EFFORT.until_dualpipev * options.time_limit_s
-        results += paired(pricer, waiting, global_batch, best, until)
     results = _waved(pricer, results, waiting, global_batch, options, began, tell)
     until = began + EFFORT.until_ordered * options.time_limit_s
-    return ordered(pricer, results, global_batch, until, options.seed, tell)
+    return ordered(pricer, results, global_batch, until, options.seed, options.recomputation, tell)
 
 
 def _bounds(pricer: Pricer, space: DegreeSpace, global_batch: int, options: TeamOptions,
@@ -181,7 +180,7 @@ def _polished(pricer: Pricer, results: list[TeamResult], global_batch: int, opti
               tell: Callable[[str], None]) -> list[TeamResult]:
     """The results, the best combinations solved again finely and with every number of chunks."""
     results = sorted(results, key=lambda found: found.seconds)
-    for item in results[:EFFORT.polished]:
+    for item in [item for item in results if not item.plan.schedule.has_pairs][:EFFORT.polished]:
         for chunks in chunks_of(pricer, item.degrees, global_batch, options):
             if time.monotonic() - began > EFFORT.until_polished * options.time_limit_s:
                 break

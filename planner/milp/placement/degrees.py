@@ -23,6 +23,7 @@ Stage s is on rank s mod P (one chunk per rank: a chain; more: interleaved). The
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mipipe.planner.milp import highs, pyo
@@ -100,7 +101,8 @@ def _build(task: ChainTask) -> pyo.ConcreteModel:
     keys = [(r, s, m) for r, (_, costs) in enumerate(task.runs) for s in stages for m in range(len(costs))]
     model.n = pyo.Var(keys, domain=pyo.NonNegativeIntegers, bounds=lambda _, r, s, m: (0, task.runs[r][0]))
     model.rows = pyo.ConstraintList()
-    _order_runs(model, task)
+    in_order(model, [count for count, _ in task.runs], [len(costs) for _, costs in task.runs], task.stages,
+             even=task.chunks > 1)
     model.forward, model.backward, model.head = (pyo.Var(stages), pyo.Var(stages), pyo.Var(range(task.ranks + 1)))
     model.time, model.step = pyo.Var(domain=pyo.NonNegativeReals), pyo.Var(domain=pyo.NonNegativeReals)
     usual = max((cost.workspace for count, costs in task.runs if count > 1 for cost in costs), default=0)
@@ -144,23 +146,22 @@ def work_of(task: ChainTask) -> float:
     return max(1e-9, sum(count * (costs[0].forward + costs[0].backward) for count, costs in task.runs))
 
 
-def _order_runs(model: pyo.ConcreteModel, task: ChainTask) -> None:
-    """All pieces somewhere, runs in their order, no stage empty; with several chunks stages are nearly even."""
-    stages = range(task.stages)
-    pairs = [(r, s) for r in range(len(task.runs)) for s in stages]
+def in_order(model: pyo.ConcreteModel, sizes: Sequence[int], modes: Sequence[int], count: int, *, even: bool) -> None:
+    """All pieces of runs of these ``sizes`` in ``count`` stages, runs in their order, no stage empty; ``even``: stages
+    are nearly so. The pieces are ``model.n[r, s, m]``, m below ``modes[r]``."""
+    stages = range(count)
+    pairs = [(r, s) for r in range(len(sizes)) for s in stages]
     model.done, model.reached = pyo.Var(pairs, domain=pyo.Binary), pyo.Var(pairs, domain=pyo.NonNegativeReals)
     for r, s in pairs:
-        count, costs = task.runs[r]
         before = model.reached[r, s - 1] if s else 0
-        model.rows.add(model.reached[r, s] == before + sum(model.n[r, s, m] for m in range(len(costs))))
-        model.rows.add(model.reached[r, s] >= count * model.done[r, s])
+        model.rows.add(model.reached[r, s] == before + sum(model.n[r, s, m] for m in range(modes[r])))
+        model.rows.add(model.reached[r, s] >= sizes[r] * model.done[r, s])
         if r:
-            model.rows.add(model.reached[r, s] <= count * model.done[r - 1, s])
-        if s == task.stages - 1:
-            model.rows.add(model.reached[r, s] == count)
-    even, more = divmod(sum(count for count, _ in task.runs), task.stages)
+            model.rows.add(model.reached[r, s] <= sizes[r] * model.done[r - 1, s])
+        if s == count - 1:
+            model.rows.add(model.reached[r, s] == sizes[r])
+    each, more = divmod(sum(sizes), count)
     for s in stages:
-        inner = task.chunks > 1 and 0 < s < task.stages - 1
-        here = sum(model.n[r, s, m] for r, (_, costs) in enumerate(task.runs) for m in range(len(costs)))
-        model.rows.add(pyo.inequality(max(1, even - 1) if inner else 1, here,
-                                      even + 1 + bool(more) if task.chunks > 1 else None))
+        inner = even and 0 < s < count - 1
+        here = sum(model.n[r, s, m] for r in range(len(sizes)) for m in range(modes[r]))
+        model.rows.add(pyo.inequality(max(1, each - 1) if inner else 1, here, each + 1 + bool(more) if even else None))
