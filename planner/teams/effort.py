@@ -24,11 +24,11 @@ class SearchEffort:
     """Meshes that are tried for their overlapped pairs alone by the order level."""
     mixed_s: float = 0.5
     """In which the stages of a published schedule, of which some layers run again, are found."""
-    until_dualpipev: float = 0.55
+    until_dualpipev: float = 0.54
     """DualPipeV is tried for its overlapped pairs, on the meshes and microbatches where these may gain most."""
     polished: int = 3
     """Combinations that are solved finely, with every number of chunks."""
-    until_polished: float = 0.62
+    until_polished: float = 0.57
     """They are."""
     listed: int = 200
     """Combinations of the least bounds among which those are chosen whose orders are made by lists."""

@@ -100,18 +100,7 @@ def _mode_cost(cost: PieceCost) -> ModeCost:
 def evaluated(pricer: Pricer, degrees: Degrees, answer: StageCounts, modes: Sequence[Recompute], global_batch: int,
               schedule: str) -> TeamResult | None:
     """The simulated step of a MIP's stages; pieces of a stage in the model's order, modes in theirs."""
-    model = pricer.model
-    layers: list[int] = []
-    recompute: list[Recompute] = []
-    order = _run_order(pricer)
-    for stage in answer.counts:
-        count = 0
-        for number, by_mode in enumerate(stage):
-            queue = [mode for mode, size in zip(modes, by_mode, strict=True) for _ in range(size)]
-            layer = model.pieces[order[number]].layer is not None
-            recompute += queue if layer or "none" not in modes else ["none"] * len(queue)  # only layers run again
-            count += len(queue) if layer else 0
-        layers.append(count)
+    layers, recompute = layers_of(pricer, answer, modes)
     uniform = set(recompute)
     shown = replace(degrees, recompute=recompute[0] if len(uniform) == 1 else "none")
     try:
@@ -119,6 +108,22 @@ def evaluated(pricer: Pricer, degrees: Degrees, answer: StageCounts, modes: Sequ
                               schedule=schedule)
     except MipipeError:
         return None
+
+
+def layers_of(pricer: Pricer, answer: StageCounts, modes: Sequence[Recompute]) -> tuple[list[int], list[Recompute]]:
+    """Layers of every stage of an answer, and the mode of every piece: in the model's order, modes in theirs."""
+    layers: list[int] = []
+    recompute: list[Recompute] = []
+    order = _run_order(pricer)
+    for stage in answer.counts:
+        count = 0
+        for number, by_mode in enumerate(stage):
+            queue = [mode for mode, size in zip(modes, by_mode, strict=True) for _ in range(size)]
+            layer = pricer.model.pieces[order[number]].layer is not None
+            recompute += queue if layer or "none" not in modes else ["none"] * len(queue)  # only layers run again
+            count += len(queue) if layer else 0
+        layers.append(count)
+    return layers, recompute
 
 
 def _run_order(pricer: Pricer) -> list[int]:

@@ -7,19 +7,21 @@ layers every stage has, and which mode each of them; the simulator says what the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from mipipe.graphs.errors import MipipeError
 from mipipe.planner.milp.placement.mixed import MixCost, MixTask, RankOrders, mixed_counts
+from mipipe.planner.placements.cuts import Shape
 from mipipe.planner.schedules import EvenTimes
 from mipipe.planner.schedules.dualpipe import dualpipe_v
 from mipipe.planner.teams.bounds import mode_costs, seconds_in_kernels
 from mipipe.planner.teams.degrees import Degrees, Recompute
 from mipipe.planner.teams.evaluate import TeamResult, schedule_of
 from mipipe.planner.teams.holding import orders_of
-from mipipe.planner.teams.masters import SQUEEZES, evaluated, runs_of
+from mipipe.planner.teams.masters import SQUEEZES, evaluated, layers_of, runs_of
 from mipipe.planner.teams.packing import least_busiest
 from mipipe.planner.teams.piece_cost import PieceCost
 from mipipe.planner.teams.pricing import Pricer
@@ -53,9 +55,32 @@ def mix_task(pricer: Pricer, degrees: Degrees, global_batch: int, schedule: str)
     microbatches = global_batch // (degrees.copies * degrees.microbatch)
     pattern = baseline.make(degrees.ranks, microbatches, EvenTimes(1, 1, 1))
     by_mode = mode_costs(pricer, degrees, None)
-    mix = v_mix(pricer, degrees, list(by_mode.values()))
+    mix = rank_mix(pricer, degrees, v_alive(degrees.ranks))
     return MixTask(runs_of(pricer, by_mode, lambda cost: mix_cost(cost, split)), pattern.num_stages, orders_of(pattern),
                    (pricer.machine.usable_bytes,) * degrees.ranks, 1.0 if mix is None else mix.share), list(by_mode)
+
+
+def wave_stages(pricer: Pricer, degrees: Degrees, global_batch: int, shape: Shape, alive: float, seconds: float,
+                seed: int = 0) -> tuple[list[int], list[Recompute]] | None:
+    """Layers of every stage, and the mode of every piece, for an order that is not known yet; None where none fit.
+
+    ``alive``: microbatches of the model that its first rank holds, in shares of the ranks; of a stage as many as that
+    makes for what is left of the model after it. With them it holds what one stage's weight gradients wait for.
+    """
+    microbatches = global_batch // (degrees.copies * degrees.microbatch)
+    by_mode, stages = mode_costs(pricer, degrees, None), shape.num_stages
+    hop = 2 * alive * degrees.ranks / stages
+    held = [min(microbatches, math.ceil(1 + hop * (stages - stage - 1))) for stage in range(stages)]
+    orders = []
+    for rank in range(degrees.ranks):
+        own = [stage for stage in range(stages) if shape.rank_of[stage] == rank]
+        moments = tuple(tuple((stage, held[stage], held[stage], int(stage == waits)) for stage in own) for waits in own)
+        work, every = (tuple((stage, microbatches, *more) for stage in own) for more in ((0,), ()))
+        orders.append(RankOrders(moments, work, work, every, every, own[0], own[-1], own[-1], own[0]))
+    task = MixTask(runs_of(pricer, by_mode, lambda cost: mix_cost(cost, True)), stages, tuple(orders),
+                   (pricer.machine.usable_bytes,) * degrees.ranks, 1.0)
+    answer = mixed_counts(task, time_limit_s=seconds, seed=seed)
+    return None if answer is None else layers_of(pricer, answer, list(by_mode))
 
 
 def mix_cost(cost: PieceCost, split: bool) -> MixCost:
@@ -128,12 +153,12 @@ def seconds_of(cost: PieceCost) -> float:
     return cost.f.total + cost.backward
 
 
-def v_mix(pricer: Pricer, degrees: Degrees, by_mode: Sequence[Sequence[PieceCost]]) -> MeanMix | None:
-    """The mix of DualPipeV on these ranks, which holds a microbatch of all its stages more than there are ranks; None
-    where memory does not suffice. Where whole layers run again there must be room for one."""
+def rank_mix(pricer: Pricer, degrees: Degrees, alive: Sequence[float]) -> MeanMix | None:
+    """The mix on these ranks that holds so many microbatches (`mean_mix`); None where memory does not suffice. Where
+    whole layers run again there must be room for one."""
+    by_mode = list(mode_costs(pricer, degrees, None).values())
     resident = sum(cost.resident for cost in by_mode[0])
     work = [max(cost.while_running for cost in costs) for costs in by_mode]
-    alive = [1.5 * degrees.ranks + 0.5, 0.5 * degrees.ranks + 0.5]  # means of stages on the way down a V, and back up
     found = []
     for allowed in {max(work), min(work)}:
         own = [costs for costs, size in zip(by_mode, work, strict=True) if size <= allowed]
@@ -141,15 +166,19 @@ def v_mix(pricer: Pricer, degrees: Degrees, by_mode: Sequence[Sequence[PieceCost
     return min((mix for mix in found if mix is not None), key=lambda mix: mix.forward + mix.backward, default=None)
 
 
+def v_alive(ranks: int) -> list[float]:
+    """Microbatches that DualPipeV holds of a stage on the way down its V, and back up: means over ranks."""
+    return [1.5 * ranks + 0.5, 0.5 * ranks + 0.5]
+
+
 def pair_guess(pricer: Pricer, degrees: Degrees, global_batch: int) -> float | None:
     """A guess at the step of DualPipeV with some layers run again: stages of equal work, but that of the busiest rank
     where layers stay whole. None where memory does not suffice."""
-    by_mode = list(mode_costs(pricer, degrees, None).values())
-    mix = v_mix(pricer, degrees, by_mode)
+    mix = rank_mix(pricer, degrees, v_alive(degrees.ranks))
     if mix is None:
         return None
     return (_even_seconds(degrees.ranks, global_batch // (degrees.copies * degrees.microbatch), mix)
-            + sum(cost.optimizer for cost in by_mode[0]) / degrees.ranks)
+            + sum(cost.optimizer for cost in pricer.costs(degrees)) / degrees.ranks)
 
 
 def _even_seconds(ranks: int, microbatches: int, mix: MeanMix) -> float:

@@ -37,7 +37,7 @@ from mipipe.planner.teams.orders import LATER, ordered, paired
 from mipipe.planner.teams.pieces import misfit
 from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.space import DegreeSpace, Point, anything, promise
-from mipipe.planner.teams.waves import promising, shapes_of, wave
+from mipipe.planner.teams.waves import listed, promising, shapes_of
 
 QUICK, FINE = (1.0, 0.02), (3.0, 2e-4)
 """Seconds and gap of a master: when combinations are tried, and for the best of them."""
@@ -228,13 +228,12 @@ def _waved(pricer: Pricer, results: list[TeamResult], waiting: list[Point], glob
     for ends, degrees in promising(pricer, waiting, global_batch):
         best = min(item.seconds for item in found)
         if ends >= best:
-            break
+            continue
         for shape in shapes_of(len(pricer.model.pieces), degrees.ranks):
             if time.monotonic() - began > EFFORT.until_listed * options.time_limit_s:
                 return found
             tell(f"{shape.name} on {degrees.text()}, best {best:.4g} s")
-            made = wave(pricer, degrees, global_batch, shape, [degrees.recompute] * len(pricer.model.pieces),
-                        EFFORT.tuned_s, options.seed)
+            made = listed(pricer, degrees, global_batch, shape, options.seed)
             if made is None or made.shortage:
                 break
             found.append(made)

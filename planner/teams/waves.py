@@ -24,9 +24,11 @@ from mipipe.planner.teams.degrees import Degrees, Recompute
 from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import TeamResult, piece_costs, result_of
 from mipipe.planner.teams.masters import SQUEEZES
+from mipipe.planner.teams.mixing import rank_mix, wave_stages
+from mipipe.planner.teams.packing import least_busiest
 from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.space import Point
-from mipipe.planner.teams.stages import stage_cost, team_problem
+from mipipe.planner.teams.stages import cut_pieces, stage_cost, team_problem
 
 ALIVE = 0.7
 """Of the microbatches that 1F1B has under way on its first rank, those that these orders need at least to wait little:
@@ -34,28 +36,45 @@ half and some for ends and stages that are not even."""
 
 def promising(pricer: Pricer, points: Sequence[Point], global_batch: int) -> list[tuple[float, Degrees]]:
     """Seconds of the busiest rank and degrees of pipelines whose memory holds as many microbatches as orders here need,
-    with the least recomputation of all layers that makes it so; the shortest first, one for each mesh."""
-    found: dict[tuple[object, ...], tuple[float, Degrees]] = {}
+    the shortest first, one for each mesh; then those of which some layers must run again, likewise: uneven stages make
+    orders wait."""
+    found: dict[tuple[object, ...], tuple[bool, float, Degrees]] = {}
     for point in [point for point in points if point.degrees.ranks > 1][:EFFORT.listed]:
-        made = _fitting(pricer, point.degrees)
+        degrees = point.degrees
+        again = not _fits_whole(pricer, degrees)
+        if not again:
+            ends = packed(pricer, degrees, global_batch, "none")[0]
+        else:
+            mix = rank_mix(pricer, degrees, [ALIVE * degrees.ranks])
+            if mix is None:
+                continue
+            ends = least_busiest(mix.seconds, mix.counts, degrees.ranks) * (
+                global_batch // (degrees.copies * degrees.microbatch))
+        mesh = degrees.ranks, degrees.split, degrees.copies
+        if mesh not in found or (again, ends) < found[mesh][:2]:
+            found[mesh] = again, ends, degrees
+    return [(ends, degrees) for _, ends, degrees in sorted(found.values(), key=lambda item: item[:2])]
+
+
+def _fits_whole(pricer: Pricer, degrees: Degrees) -> bool:
+    """Whether nothing needs to run again."""
+    costs = pricer.costs(degrees)
+    work = max(cost.again + cost.gathered + cost.buffers for cost in costs)
+    held = sum(cost.resident + ALIVE * degrees.ranks * cost.kept for cost in costs)
+    return held / degrees.ranks + work <= pricer.machine.usable_bytes
+
+
+def listed(pricer: Pricer, degrees: Degrees, global_batch: int, shape: Shape, seed: int = 0) -> TeamResult | None:
+    """The best list order on stages of a shape, some layers run again where memory asks for it; None where none
+    fits."""
+    layers: Sequence[int] = ()
+    recompute: Sequence[Recompute] = ["none"] * len(pricer.model.pieces)
+    if not _fits_whole(pricer, degrees):
+        made = wave_stages(pricer, degrees, global_batch, shape, ALIVE, EFFORT.mixed_s, seed)
         if made is None:
-            continue
-        ends = packed(pricer, made, global_batch, made.recompute)[0]
-        mesh = made.ranks, made.split, made.copies
-        if mesh not in found or ends < found[mesh][0]:
-            found[mesh] = ends, made
-    return sorted(found.values(), key=lambda item: item[0])
-
-
-def _fitting(pricer: Pricer, degrees: Degrees) -> Degrees | None:
-    for mode in pricer.model.recompute:
-        made = dataclasses.replace(degrees, recompute=mode)
-        costs = pricer.costs(made)
-        work = max(cost.again + cost.rerun + cost.gathered + cost.buffers for cost in costs)
-        held = sum(cost.resident + ALIVE * degrees.ranks * cost.kept for cost in costs)
-        if held / degrees.ranks + work <= pricer.machine.usable_bytes:
-            return made
-    return None
+            return None
+        layers, recompute = made
+    return wave(pricer, degrees, global_batch, shape, recompute, EFFORT.tuned_s, seed, layers)
 
 
 def shapes_of(pieces: int, ranks: int) -> Iterator[Shape]:
@@ -73,17 +92,21 @@ def wave_shape(ranks: int, chunks: int, *, turns: bool) -> Shape:
 
 
 def wave(pricer: Pricer, degrees: Degrees, global_batch: int, shape: Shape, recompute: Sequence[Recompute],
-         seconds: float, seed: int = 0) -> TeamResult | None:
+         seconds: float, seed: int = 0, layers: Sequence[int] = ()) -> TeamResult | None:
     """The best list order found on a shape's stages; None where no order fits the memory or a stage would be empty.
 
-    ``recompute``: of every piece of the model; ``seconds``: in which quotas are tuned.
+    ``recompute``: of every piece of the model; ``seconds``: in which quotas are tuned; ``layers``: of every stage,
+    where they are known.
     """
     model, machine = pricer.model, pricer.machine
     microbatches = global_batch // (degrees.copies * degrees.microbatch)
     costs = piece_costs(pricer, degrees, recompute)
     try:
-        alone = [stage_cost(costs, (piece,), machine, split=True) for piece in range(len(costs))]
-        parts = fit_cuts(team_problem(model, degrees, machine, alone, microbatches), shape)
+        if layers:
+            parts = [list(part) for part in cut_pieces(model, layers)]
+        else:
+            alone = [stage_cost(costs, (piece,), machine, split=True) for piece in range(len(costs))]
+            parts = fit_cuts(team_problem(model, degrees, machine, alone, microbatches), shape)
         if not all(parts):
             return None
         stages = [stage_cost(costs, part, machine, split=True, first_chunk=number < degrees.ranks)
@@ -107,7 +130,7 @@ def wave(pricer: Pricer, degrees: Degrees, global_batch: int, shape: Shape, reco
         instance.cap[:] -= np.array(judged.excess_bytes, dtype=instance.cap.dtype)
     else:
         return None
-    layers = tuple(sum(model.pieces[piece].layer is not None for piece in part) for part in parts)
+    own = tuple(sum(model.pieces[piece].layer is not None for piece in part) for part in parts)
     plan = Plan(problem.name, problem, whole.placement, judged.schedule, judged.makespan_ns)
     return result_of(pricer, dataclasses.replace(degrees, chunks=len(shape.rank_of) // degrees.ranks), global_batch,
-                     plan, stages, f"planned order ({shape.name})", layers, judged.makespan_ns, tuple(recompute))
+                     plan, stages, f"planned order ({shape.name})", own, judged.makespan_ns, tuple(recompute))
