@@ -31,15 +31,16 @@ PUBLISHED = ("zb-h1", "zb-v", "dualpipev", "dualpipe")
 def paired(pricer: Pricer, points: Sequence[Point], global_batch: int, best: float, until: float,
            seed: int = 0) -> list[TeamResult]:
     """DualPipeV on the meshes and microbatches on which its pairs may gain most, on even stages and with some layers
-    run again, up to a moment of the monotonic clock; what fits and is faster than the best."""
+    run again, up to a moment of the monotonic clock; what fits and is faster than the best, or nearly: the order level
+    may make that the best."""
     found: list[TeamResult] = []
     for guess, degrees in pair_guesses(pricer, points, global_batch, best, until):
         if time.monotonic() > until:
             break
         if guess >= NEAR * best:
             continue
-        for made in _pairs_on(pricer, degrees, global_batch, best, seed):
-            best = made.seconds
+        for made in _pairs_on(pricer, degrees, global_batch, NEAR * best, seed):
+            best = min(best, made.seconds)
             found.append(made)
     return found
 

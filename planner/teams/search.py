@@ -210,6 +210,8 @@ def _with_pairs(pricer: Pricer, results: list[TeamResult], waiting: list[Point],
             may[mesh] = max(point.floor, paired), point.degrees
     found = []
     for least, degrees in sorted(may.values(), key=lambda item: item[0])[:EFFORT.paired]:
+        if time.monotonic() - began > EFFORT.until_polished * options.time_limit_s:
+            break
         made = solved_master(pricer, degrees, global_batch, options, float("inf"), QUICK) if least < best else None
         found += [] if made is None else [made]
     return found
