@@ -14,6 +14,7 @@ from mipipe.planner.check import check_plan
 from mipipe.planner.teams.bounds import bound_of, packed
 from mipipe.planner.teams.degrees import Degrees
 from mipipe.planner.teams.evaluate import evaluate_teams
+from mipipe.planner.teams.mixing import NEAR
 from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.orders import pair_guesses, paired
 from mipipe.planner.teams.packing import TOLERANCE, least_busiest
@@ -67,15 +68,19 @@ def test_orders_by_lists_fit_and_stay_above_the_bounds(pieces, degrees):
 
 
 def test_pairs_are_tried_where_they_may_gain(pieces):
-    """On slow links, with as little recomputation as the memory asks for; nothing that does not fit or is slower."""
+    """On slow links, some layers run again where the memory asks for it; nothing that does not fit or is far slower."""
     pricer = Pricer(pieces, machine(45 * 10**6, host=4, inside=10**9, outside=10**8))
     points = DegreeSpace(pricer, 8, 32, {}, None, None).all()
     guesses = pair_guesses(pricer, points, 32, float("inf"))
-    assert [guess for guess, _ in guesses] == sorted(guess for guess, _ in guesses)
-    assert {degrees.recompute for _, degrees in guesses} > {"none"}
+    assert guesses[0][0] == min(guess for guess, _ in guesses)
+    for ranks in {degrees.ranks for _, degrees in guesses}:
+        own = [guess for guess, degrees in guesses if degrees.ranks == ranks]
+        assert own == sorted(own)
     found = paired(pricer, points, 32, float("inf"), time.monotonic() + 60)
     assert found and all(item.plan.schedule.has_pairs and not item.shortage for item in found)
-    assert [item.seconds for item in found] == sorted((item.seconds for item in found), reverse=True)
+    assert all(item.seconds < NEAR * min(before.seconds for before in found[:number + 1])
+               for number, item in enumerate(found))
+    assert any("full" in item.recompute for item in found)
     assert not paired(pricer, points, 32, found[-1].seconds, time.monotonic() - 1)
     assert not pair_guesses(pricer, points, 32, guesses[0][0])
 
