@@ -24,6 +24,9 @@ class SearchEffort:
     """Meshes that are tried for their overlapped pairs alone by the order level."""
     mixed_s: float = 0.5
     """In which the stages of a published schedule, of which some layers run again, are found."""
+    near: float = 1.02
+    """By how much longer than the best a guess or a MIP says that a step is where it may still be the best when
+    simulated, or searched."""
     until_dualpipev: float = 0.54
     """DualPipeV is tried for its overlapped pairs, on the meshes and microbatches where these may gain most."""
     polished: int = 3

@@ -19,6 +19,7 @@ from mipipe.planner.schedules import EvenTimes
 from mipipe.planner.schedules.dualpipe import dualpipe_v
 from mipipe.planner.teams.bounds import mode_costs, seconds_in_kernels
 from mipipe.planner.teams.degrees import Degrees, Recompute
+from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import TeamResult, schedule_of
 from mipipe.planner.teams.holding import orders_of
 from mipipe.planner.teams.masters import SQUEEZES, evaluated, layers_of, runs_of
@@ -26,9 +27,6 @@ from mipipe.planner.teams.packing import least_busiest
 from mipipe.planner.teams.piece_cost import PieceCost
 from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.stages import kept_apart
-
-NEAR = 1.02
-"""How far beyond what is to be beaten the MIP's step may be, which is near the simulated one."""
 
 
 def mixed(pricer: Pricer, degrees: Degrees, global_batch: int, schedule: str, best: float, seconds: float,
@@ -40,7 +38,7 @@ def mixed(pricer: Pricer, degrees: Degrees, global_batch: int, schedule: str, be
     except MipipeError:  # the schedule does not exist for these sizes
         return None
     for _ in range(SQUEEZES):
-        answer = mixed_counts(task, time_limit_s=seconds, seed=seed, cutoff=NEAR * best)
+        answer = mixed_counts(task, time_limit_s=seconds, seed=seed, cutoff=EFFORT.near * best)
         made = None if answer is None else evaluated(pricer, degrees, answer, modes, global_batch, schedule)
         if made is None or not made.shortage:
             return made if made is not None and made.seconds < best else None

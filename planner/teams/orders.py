@@ -14,7 +14,7 @@ from mipipe.planner.solve import plan
 from mipipe.planner.teams.degrees import Degrees, Recompute
 from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams, piece_costs, result_of
-from mipipe.planner.teams.mixing import NEAR, mixed, pair_guess
+from mipipe.planner.teams.mixing import mixed, pair_guess
 from mipipe.planner.teams.pricing import Pricer
 from mipipe.planner.teams.space import Point
 from mipipe.planner.teams.stages import cut_pieces, overlap_rule, stage_cost, team_problem
@@ -37,9 +37,9 @@ def paired(pricer: Pricer, points: Sequence[Point], global_batch: int, best: flo
     for guess, degrees in pair_guesses(pricer, points, global_batch, best, until):
         if time.monotonic() > until:
             break
-        if guess >= NEAR * best:
+        if guess >= EFFORT.near * best:
             continue
-        for made in _pairs_on(pricer, degrees, global_batch, NEAR * best, seed):
+        for made in _pairs_on(pricer, degrees, global_batch, EFFORT.near * best, seed):
             best = min(best, made.seconds)
             found.append(made)
     return found

@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from mipipe.planner.gap import BOUND_SLACK
 from mipipe.planner.milp import highs, pyo
 from mipipe.planner.milp.placement.degrees import StageCounts, in_order
 
@@ -94,11 +95,7 @@ def mixed_counts(task: MixTask, *, time_limit_s: float, seed: int = 0, cutoff: f
     counts = tuple(tuple(tuple(round(pyo.value(model.n[r, s, m])) for m in range(len(costs)))
                          for r, (_, costs) in enumerate(task.runs)) for s in range(task.stages))
     return StageCounts(counts, pyo.value(model.time) * scale,
-                       None if outcome.bound is None else outcome.bound * scale / (1 + _SMALL))
-
-
-_SMALL = 1e-3
-"""Weight of the mean load beside the busiest rank's: a tie-break."""
+                       None if outcome.bound is None else outcome.bound * scale / (1 + BOUND_SLACK))
 
 
 def _work_of(task: MixTask) -> float:
@@ -126,7 +123,7 @@ def _build(task: MixTask) -> pyo.ConcreteModel:
             model.rows.add(model.work[p] + sum(
                 _total(model, task, stage, {"resident": 1 / unit, "fi": fi / unit, "fw": fw / unit, "iw": iw / unit})
                 for stage, fi, fw, iw in moment) <= task.memory[p] / unit)
-    model.goal = pyo.Objective(expr=model.time + _SMALL * sum(model.busy[p] for p in ranks) / len(ranks),
+    model.goal = pyo.Objective(expr=model.time + BOUND_SLACK * sum(model.busy[p] for p in ranks) / len(ranks),
                                sense=pyo.minimize)
     return model
 

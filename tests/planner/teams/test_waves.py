@@ -13,8 +13,8 @@ from team_machine import machine
 from mipipe.planner.check import check_plan
 from mipipe.planner.teams.bounds import bound_of, packed
 from mipipe.planner.teams.degrees import Degrees
+from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import evaluate_teams
-from mipipe.planner.teams.mixing import NEAR
 from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.orders import pair_guesses, paired
 from mipipe.planner.teams.packing import TOLERANCE, least_busiest
@@ -78,7 +78,7 @@ def test_pairs_are_tried_where_they_may_gain(pieces):
         assert own == sorted(own)
     found = paired(pricer, points, 32, float("inf"), time.monotonic() + 60)
     assert found and all(item.plan.schedule.has_pairs and not item.shortage for item in found)
-    assert all(item.seconds < NEAR * min(before.seconds for before in found[:number + 1])
+    assert all(item.seconds < EFFORT.near * min(before.seconds for before in found[:number + 1])
                for number, item in enumerate(found))
     assert any("full" in item.recompute for item in found)
     assert not paired(pricer, points, 32, found[-1].seconds, time.monotonic() - 1)
