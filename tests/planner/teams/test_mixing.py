@@ -14,7 +14,7 @@ from mipipe.planner.check import check_plan
 from mipipe.planner.milp.placement.degrees import StageCounts
 from mipipe.planner.milp.placement.mixed import MixCost, MixTask, mixed_counts
 from mipipe.planner.schedules.dualpipe import dualpipe, dualpipe_v
-from mipipe.planner.teams.degrees import RECOMPUTE, Degrees
+from mipipe.planner.teams.degrees import Degrees
 from mipipe.planner.teams.evaluate import evaluate_teams
 from mipipe.planner.teams.holding import orders_of
 from mipipe.planner.teams.mixing import mean_mix, mixed, pair_guess, wave_stages
@@ -122,7 +122,7 @@ def test_what_dualpipe_holds(ranks):
 
 def test_a_mean_mix_is_within_its_room(pieces):
     """More room never takes more time; no room is no mix; ample room is the least time."""
-    costs = [Pricer(pieces, machine()).costs(Degrees(recompute=mode)) for mode in RECOMPUTE]
+    costs = [Pricer(pieces, machine()).costs(Degrees(recompute=mode)) for mode in pieces.recompute]
     every = sum(cost.kept for cost in costs[0])
     found = [mean_mix(costs, share * every * 5, [8.0, 2.0]) for share in (1.0, 0.8, 0.6, 0.4)]
     steps = [mix.forward + mix.backward for mix in found if mix is not None]
@@ -138,7 +138,7 @@ def test_pairs_on_mixed_stages_fit_and_beat_one_mode_for_all(pieces, degrees):
     ends = [max(item.peak for item in evaluate_teams(usual, replace(degrees, recompute=mode), 32,
                                                      schedule="dualpipev").memory) for mode in ("full", "none")]
     pricer = Pricer(pieces, machine(round(0.6 * ends[0] + 0.4 * ends[1])))
-    one = [made for mode in RECOMPUTE for made in [evaluate_teams(pricer, replace(degrees, recompute=mode), 32,
+    one = [made for mode in pieces.recompute for made in [evaluate_teams(pricer, replace(degrees, recompute=mode), 32,
                                                                   schedule="dualpipev")] if not made.shortage]
     found = mixed(pricer, degrees, 32, "dualpipev", float("inf"), 10.0)
     assert found is not None and not found.shortage and "none" in found.recompute
