@@ -31,6 +31,7 @@ from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.experts.balance.maps import ExpertMap
 from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.experts.layers import expert_degree
 from mipipe.runtime.ranks import processes
 from mipipe.runtime.ranks.options import EngineOptions
 from mipipe.runtime.ranks.processes import rank
@@ -144,7 +145,8 @@ def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
         check_outputs(job.config)
     plan, program, graph, config = job.plan, job.program, job.graph, job.config
     weights = weights_for_host(graph, config)
-    maps = read_maps(config, graph, max(1, processes.world() // job.processes(1)))
+    sharing = expert_degree(plan.team, graph, max(1, processes.world() // job.processes(1)))
+    maps = read_maps(config, graph, sharing)
     engine = Engine(plan, graph, weights, program=program, device=device, options=engine_options(job, maps.get(0)))
     if engine.compiled.uncompiled and rank() == 0:
         tell(options.report, "compile: runs without torch.compile, as ranks exchange rows there, or members of a team"

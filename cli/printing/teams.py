@@ -137,15 +137,13 @@ def not_executed(result: TeamResult) -> list[str]:
     """What the runtime does not do as planned, so that a run of this plan takes more than is told here."""
     degrees, shared = result.degrees, result.plan.provenance["team"]["expert_parallel"]
     found = []
-    over_copies = degrees.team == 1 and degrees.expert == degrees.copies
-    if shared > 1 and not (over_copies and shared == degrees.copies):
-        found.append(f"experts over {degrees.expert} devices: the graph was captured with --expert-parallel {shared},"
-                     f" and `mipipe train` refuses this plan; --degrees tensor=1,context=1,copies={shared},"
-                     f"expert={shared} runs")
+    if shared > 1 and degrees.team > 1:
+        found.append(f"the graph was captured with --expert-parallel {shared}, whose experts copies of single devices"
+                     " share, and `mipipe train` refuses this plan; --degrees tensor=1,context=1 runs")
     elif shared == 1 and (degrees.expert not in (1, degrees.tensor) or (degrees.expert > 1 and degrees.context > 1)):
         found.append(f"experts over {degrees.expert} devices: `mipipe train` runs experts whole, over the tensor axis,"
-                     " or over all copies of single devices (capture with --expert-parallel"
-                     f"{f' {degrees.expert}' if over_copies else ''}), and refuses this plan")
+                     " or over copies of single devices (capture with --expert-parallel"
+                     f"{f' {degrees.expert}' if degrees.team == 1 else ''}), and refuses this plan")
     elif shared == 1 and degrees.expert > 1:
         found.append("experts are added up over the team, with no exchange of tokens")
     if degrees.zero and degrees.context > 1:

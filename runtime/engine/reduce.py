@@ -34,11 +34,15 @@ class FlatGradients:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = tuple(parameters)
-        step = max(1, ALIGNED // self._parameters[0].element_size())
-        sizes = [-(-item.numel() // step) * step for item in self._parameters]
+        self._step = max(1, ALIGNED // self._parameters[0].element_size())
+        self._flat: Tensor | None = None
+        self.lay_out()
+
+    def lay_out(self) -> None:
+        """Measure the parameters, which may have other sizes now: banks of experts that have moved."""
+        sizes = [-(-item.numel() // self._step) * self._step for item in self._parameters]
         self._starts = [0, *itertools.accumulate(sizes)]
         self._gaps = self._starts[-1] != sum(item.numel() for item in self._parameters)
-        self._flat: Tensor | None = None
 
     def homes(self) -> dict[nn.Parameter, Any]:
         """What makes the memory of each parameter's gradient, not initialised."""
@@ -73,7 +77,7 @@ class Reducer:
         self._pending: list[tuple[list[Any], Bucket]] = []
         self._aside: dict[str, Tensor] = {}
         self._done = True
-        summed = sorted(set(compiled.graded) - compiled.banks)
+        summed = sorted(compiled.graded)
         self._shared = [name for name in summed if compiled.reduction(name) is not None]
         early = [bucket for ready in compiled.instructions if ready.kind is ActionKind.ALL_REDUCE
                  for bucket in ready.argument]
@@ -83,8 +87,10 @@ class Reducer:
                       for bucket in (*early, *self._late)}
         for flat in self._flat.values():
             compiled.weights.homes.update(flat.homes())
-        self._replicas = None if compiled.experts is None else ReplicaSums(compiled.experts, compiled.weights,
-                                                                           compiled.graded)
+        self._experts = compiled.experts
+        self._map = None if self._experts is None else self._experts.map
+        self._replicas = None if self._experts is None else ReplicaSums(self._experts, compiled.weights,
+                                                                        compiled.graded)
 
     def begin(self) -> None:
         """Set earlier gradients aside."""
@@ -95,6 +101,10 @@ class Reducer:
             item.grad = None
         if self._replicas is not None:
             self._replicas.begin()
+        if self._experts is not None and self._experts.map is not self._map:
+            self._map = self._experts.map
+            for flat in self._flat.values():
+                flat.lay_out()
         for flat in self._flat.values():
             flat.forget()
         for name in self._shared:
@@ -119,13 +129,13 @@ class Reducer:
             return
         self._done = True
         self.start(self._late)
-        if self._replicas is not None:
-            self._replicas.finish()
         for works, bucket in self._pending:
             self._waits.wait(works, functools.partial("sum of {}".format, bucket.what))
             self._flat[bucket.names].forget()
             self._take_parts(bucket.names)
         self._pending.clear()
+        if self._replicas is not None:  # of sums over the copies that hold the same experts, where there are such
+            self._replicas.finish()
         for name, earlier in self._aside.items():
             gradient = self._parameters[name].grad
             assert gradient is not None

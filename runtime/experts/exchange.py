@@ -1,7 +1,8 @@
 """Expert parallelism: the experts of a MoE layer live on several ranks, and tokens travel to them and back.
 
-The ranks of a group are one plan rank in every data-parallel copy of the plan. All copies run the same program, so
-their all-to-alls meet in one order, whatever the plan; a collective operator is part of its segment's trace
+The ranks of a group are one plan rank in neighbouring data-parallel copies of the plan, all of them or runs of so many
+(`mipipe.runtime.experts.layers.expert_degree`); groups hold their experts by one map. All copies run the same program,
+so their all-to-alls meet in one order, whatever the plan; a collective operator is part of its segment's trace
 (`mipipe.graphs.operators.expert_kernels`), and this module gives the implementation that talks to other ranks. An
 `ExpertMap` says which experts each rank holds: uneven and replicated ones too. The j-th row of an expert with c
 replicas on source rank r goes to replica (j + r) mod c, so splits are even and the same in every rerun. Nothing is
@@ -202,8 +203,8 @@ def check_map(expert_map: ExpertMap, layers: Sequence[ExpertLayer], size: int) -
     expected = len(layers), layers[0].num_experts, size
     if found != expected:
         texts = [f"{a} layers of {b} experts on {c} devices" for a, b, c in (found, expected)]
-        raise InputError(f"expert map: has {texts[0]}, but this run has {texts[1]} (the copies of the plan); make a map"
-                         " for this model and cluster (mipipe experts)")
+        raise InputError(f"expert map: has {texts[0]}, but this run has {texts[1]} (the copies that share experts);"
+                         " make a map for this model and these devices (mipipe experts)")
     uneven = [layer.name for layer in layers if layer.num_experts != expert_map.num_experts]
     if uneven:
         raise InputError(f"expert map: {uneven[0]} has another number of experts than {layers[0].name}")

@@ -10,7 +10,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.plan import Plan
 from mipipe.runtime.experts.exchange import Exchange, check_map, contiguous_map
-from mipipe.runtime.experts.layers import check_sharers, check_together, expert_layers, routed_layers
+from mipipe.runtime.experts.layers import check_together, expert_layers, routed_layers
 from mipipe.runtime.ranks.comm import Waits
 from mipipe.runtime.ranks.mesh import Mesh
 from mipipe.runtime.ranks.options import EngineOptions
@@ -19,14 +19,13 @@ Counters = dict[str, tuple[str, torch.Tensor]]
 """Of segments whose routing is counted: the value with the chosen experts, and where to add them."""
 
 
-def make_exchange(plan: Plan, graph: OperatorGraph, stage_of: Mapping[str, int], mesh: Mesh,
+def make_exchange(plan: Plan, graph: OperatorGraph, stage_of: Mapping[str, int], mesh: Mesh, sharing: int,
                   options: EngineOptions, waits: Waits) -> Exchange | None:
-    """The group that shares this rank's experts; None for one copy of the plan, or a graph captured otherwise.
-    ``waits``: what this rank waits for.
+    """The group of ``sharing`` neighbouring copies that shares this rank's experts; None where each has all of them, or
+    the graph was captured otherwise. ``waits``: what this rank waits for.
 
     Raises:
-        InputError: an expert map where there is nothing to map, or for another model or number of copies; a graph
-            captured for another number of copies.
+        InputError: an expert map where there is nothing to map, or for another model or number of copies.
         PlanError: the plan separates what must stay together.
     """
     layers = expert_layers(graph)
@@ -35,17 +34,16 @@ def make_exchange(plan: Plan, graph: OperatorGraph, stage_of: Mapping[str, int],
             raise InputError("expert map: this graph has no expert-parallel layers; capture the model with"
                              " --expert-parallel")
         return None
-    check_sharers(graph, mesh.num_copies)
-    if mesh.num_copies < 2:
+    if sharing < 2:
         if options.expert_map is not None:
             check_map(options.expert_map, layers, 1)
         return None
     check_together(plan, layers, stage_of)
     local = [number for number, layer in enumerate(layers)
              if mesh.rank in plan.placement.stages[stage_of[layer.segments[0]]].ranks]
-    expert_map = options.expert_map or contiguous_map(layers, mesh.num_copies, graph.model)
-    return Exchange(layers, local, expert_map, mesh.exchange_group, mesh.copy, mesh.num_copies, mesh.device,
-                    waits, options.load_factor)
+    expert_map = options.expert_map or contiguous_map(layers, sharing, graph.model)
+    return Exchange(layers, local, expert_map, mesh.exchange_group, mesh.copy % sharing, sharing, mesh.device, waits,
+                    options.load_factor)
 
 
 def routing_counters(graph: OperatorGraph, whole: OperatorGraph, stage_of: Mapping[str, int], local: Iterable[int],

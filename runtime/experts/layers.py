@@ -11,6 +11,7 @@ from mipipe.graphs.operator_graph import DTYPE_BYTES, OperatorGraph, Phase, Role
 from mipipe.graphs.operators.expert_kernels import ROUTE
 from mipipe.graphs.tracing.parameter_slices import parse_slice
 from mipipe.planner.plan import Plan
+from mipipe.planner.team import Team
 
 GROUPED = ("mipipe.grouped_mm.default",)
 
@@ -62,17 +63,31 @@ def expert_layers(graph: OperatorGraph) -> tuple[ExpertLayer, ...]:
 
 
 def sharers(graph: OperatorGraph) -> int:
-    """How many copies of the plan experts were captured to be shared by; 1: by any number, or none."""
+    """How many copies of a plan of single devices share the experts of a graph, which was captured, and is charged, so;
+    1: all of them, or none."""
     return int(graph.source.get("expert_parallel", 1))
 
 
-def check_sharers(graph: OperatorGraph, copies: int) -> None:
-    """Raise `InputError` where experts were captured to be shared by another number of copies of the plan."""
-    captured = sharers(graph)
-    if captured > 1 and captured != copies:
-        raise InputError(f"expert parallelism: the graph was captured with its experts shared by {captured} ranks, and"
-                         f" planned so, but the run has {copies} copies of the plan; start it with --copies"
-                         f" {captured}, or capture with --expert-parallel {copies}")
+def expert_degree(team: Team | None, graph: OperatorGraph, copies: int) -> int:
+    """How many neighbouring copies of a plan, of ``copies``, share the experts of a graph; 1: each has all of them.
+
+    A plan of teams says it (`Team.expert`), whatever number the graph was captured with: its operators are the same for
+    all. A plan of single devices follows its graph (`sharers`).
+
+    Raises:
+        InputError: the copies are no groups of so many.
+    """
+    if not expert_layers(graph):
+        return 1
+    degree = team.expert if team is not None else sharers(graph)
+    degree = copies if team is None and degree < 2 else degree
+    if copies % degree:
+        by = "planned" if team is not None else "captured"
+        change = f"plan with --degrees expert={copies}" if team is not None else \
+            f"capture with --expert-parallel {copies}"
+        raise InputError(f"expert parallelism: experts were {by} to be shared by {degree} copies of the plan, but the"
+                         f" run has {copies}; start it with --copies {degree}, or a multiple of it, or {change}")
+    return degree
 
 
 def _routed_experts(trace: SegmentTrace) -> int | None:

@@ -133,7 +133,8 @@ class _ReplicaRows:
 
 
 class ReplicaSums:
-    """The gradients of replicated experts, summed at the end of a step. `begin` sets earlier gradients aside."""
+    """The gradients of replicated experts, summed over their group at the end of a step. `begin` sets earlier ones
+    aside."""
 
     def __init__(self, exchange: Exchange, weights: Weights, graded: Iterable[str]) -> None:
         self._exchange, self._weights, self._graded = exchange, weights, frozenset(graded)

@@ -52,8 +52,9 @@ class Mesh:
     ``channels[(source, target)]`` hold the groups of this copy and member, ``reductions[ranks, axes, apart]`` those
     plan ranks with the members along those axes, in all copies or (``apart``) in this one; ``axes`` the members along
     each axis of the team; ``plan_group`` all of this copy, ``all_group`` all of every copy, ``copy_group`` this member
-    in every copy, and ``exchange_group`` the same for what experts exchange beside the gradients' sums.
-    ``copy_control`` is ``copy_group`` for CPU tensors.
+    in every copy. ``exchange_group`` are the neighbouring copies that share this member's experts, all or a part of
+    them, apart for what these exchange beside the gradients' sums; ``expert_copies_group`` those, one of each such
+    part, that hold the same experts. ``copy_control`` is ``copy_group`` for CPU tensors.
     """
 
     rank: int
@@ -71,6 +72,7 @@ class Mesh:
     all_group: Any = None
     copy_group: Any = None
     exchange_group: Any = None
+    expert_copies_group: Any = None
     copy_control: Any = None
 
     @property
@@ -110,14 +112,14 @@ class Mesh:
         return self.reductions[members, axes, apart]
 
 
-def build_mesh(program: Program, shared: Iterable[Shared] = (), *, team: Team = ALONE, exchange: bool = False,
+def build_mesh(program: Program, shared: Iterable[Shared] = (), *, team: Team = ALONE, sharing: int = 1,
                topology: Topology | None = None, device: torch.device | None = None, timeout_s: float = 60.0,
                across: bool = False) -> Mesh:
     """The mesh of this process for ``program``, inside the initialised default process group.
 
     ``shared`` lists further sets of plan ranks and axes that reduce together (tied parameters, partial sums);
-    ``exchange``: experts are shared between copies; ``across``: parameters are. The world may hold several copies of
-    the plan, in the order of `places_of`, after ordering processes by host and local rank.
+    ``sharing``: so many neighbouring copies share experts; ``across``: all share parameters. The world may hold several
+    copies of the plan, in the order of `places_of`, after ordering processes by host and local rank.
 
     Raises:
         RunError: the world is not a multiple of the plan's devices, the default group cannot carry CPU tensors, or a
@@ -133,7 +135,7 @@ def build_mesh(program: Program, shared: Iterable[Shared] = (), *, team: Team = 
     copy, rank, member = next(place for place, number in places.items() if number == dist.get_rank())
     mesh = Mesh(rank, num_ranks, copy, num_copies, device or torch.device("cpu"), places, member, team)
     timeout = timedelta(seconds=timeout_s)
-    for spec in group_specs(program, shared, places, exchange, mesh.device.type != "cpu", team, across):
+    for spec in group_specs(program, shared, places, sharing, mesh.device.type != "cpu", team, across):
         group = _create(spec, mesh.device, timeout)
         if dist.get_rank() not in spec.members:
             continue
@@ -182,6 +184,7 @@ class Use(Enum):
     COPY = "copy_group"
     COPY_CONTROL = "copy_control"
     EXCHANGE = "exchange_group"
+    EXPERT_COPIES = "expert_copies_group"
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,11 +201,11 @@ class GroupSpec:
         return self.use is Use.COPY_CONTROL
 
 
-def group_specs(program: Program, shared: Iterable[Shared], places: Places, exchange: bool, apart: bool,
+def group_specs(program: Program, shared: Iterable[Shared], places: Places, sharing: int, apart: bool,
                 team: Team = ALONE, across: bool = False) -> list[GroupSpec]:
     """All groups of all copies in the one order in which every process makes and opens its own.
 
-    ``apart``: control traffic has another backend than tensors.
+    ``sharing``: copies that share experts. ``apart``: control traffic has another backend than tensors.
     """
     num_ranks, members = len(program.ranks), range(team.members)
     copies = range(len(places) // (num_ranks * team.members))
@@ -225,10 +228,14 @@ def group_specs(program: Program, shared: Iterable[Shared], places: Places, exch
         specs += [GroupSpec(Use.REDUCTION, key, tuple(
             places[copy, rank, member] for copy in together for rank in ranks for member in line))
             for together in ([(copy,) for copy in copies] if alone else [tuple(copies)]) for line in lines(team, axes)]
-    uses = (Use.COPY, *((Use.COPY_CONTROL,) if apart else ()), *((Use.EXCHANGE,) if exchange else ()))
+    uses = [(Use.COPY, [copies]), *([(Use.COPY_CONTROL, [copies])] if apart else [])]
+    if sharing > 1:
+        uses.append((Use.EXCHANGE, [copies[first:first + sharing] for first in copies[::sharing]]))
+    if 1 < sharing < len(copies):
+        uses.append((Use.EXPERT_COPIES, [copies[place::sharing] for place in range(sharing)]))
     for rank in range(num_ranks if len(copies) > 1 else 0):
-        specs += [GroupSpec(use, (rank,), tuple(places[copy, rank, member] for copy in copies))
-                  for member in members for use in uses]
+        specs += [GroupSpec(use, (rank,), tuple(places[copy, rank, member] for copy in together))
+                  for member in members for use, parts in uses for together in parts]
     return specs
 
 

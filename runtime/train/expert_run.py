@@ -29,8 +29,9 @@ from mipipe.runtime.train.metrics import Record
 from mipipe.runtime.train.optim import local_optimizer
 
 
-def read_maps(config: TrainConfig, graph: OperatorGraph, copies: int) -> dict[int, ExpertMap]:
-    """The expert maps of a run by the step after which each is used (0: from the start), read and found to fit.
+def read_maps(config: TrainConfig, graph: OperatorGraph, sharing: int) -> dict[int, ExpertMap]:
+    """The expert maps of a run by the step after which each is used (0: from the start), read and found to fit the
+    ``sharing`` copies of the plan that share experts; each such group follows them.
 
     Raises:
         InputError: a file is no map, or is for another model or number of copies, or the run cannot follow it.
@@ -43,9 +44,9 @@ def read_maps(config: TrainConfig, graph: OperatorGraph, copies: int) -> dict[in
     if not layers:
         raise InputError("train config: experts.map and experts.moves need a graph with expert-parallel layers; capture"
                          " the model with --expert-parallel")
-    maps = {step: read_map(Path(file), layers[0].num_experts, copies) for step, file in files.items()}
+    maps = {step: read_map(Path(file), layers[0].num_experts, sharing) for step, file in files.items()}
     for expert_map in maps.values():
-        check_map(expert_map, layers, copies)
+        check_map(expert_map, layers, sharing)
     return maps
 
 
@@ -72,8 +73,8 @@ class ExpertRun:
         if config.replan is not None and engine.compiled.experts is None:
             raise InputError("train config: experts.replan moves experts between copies of the plan, but this run"
                              " shares none; capture with --expert-parallel and start several copies")
-        if config.replan is not None:
-            replan_sizes(config.replan, self._layers[0].num_experts, engine.mesh.num_copies)
+        if config.replan is not None and engine.compiled.experts is not None:
+            replan_sizes(config.replan, self._layers[0].num_experts, engine.compiled.experts.size)
         if config.history and self._first:
             Path(config.history).parent.mkdir(parents=True, exist_ok=True)
 
@@ -147,8 +148,11 @@ class ExpertRun:
         return total // torch.tensor(self._repeats)[:, None]
 
     def loads(self) -> ExpertLoads:
-        """Tokens per step and expert, the mean of the last window, as `mipipe experts` takes them."""
-        mean = torch.stack(list(self._window)).double().mean(dim=0)
+        """Tokens per step and expert, the mean of the last window, as `mipipe experts` takes them: of a group of copies
+        that shares experts, where there are several the mean over them."""
+        exchange = self._engine.compiled.experts
+        groups = 1 if exchange is None else self._engine.mesh.num_copies // exchange.size
+        mean = torch.stack(list(self._window)).double().mean(dim=0) / groups
         layer: RoutedLayer = self._layers[0]
         return ExpertLoads(tuple(tuple(row) for row in mean.tolist()), self._engine.graph.model,
                            token_bytes=layer.token_bytes, expert_bytes=round(layer.expert_bytes * self._state_factor()))
@@ -184,18 +188,18 @@ def replan_map(loads: ExpertLoads, current: ExpertMap, replan: ReplanConfig) -> 
     return plan_experts(loads, topology, options, current=current if alike else None).map
 
 
-def replan_sizes(replan: ReplanConfig, num_experts: int, copies: int) -> tuple[Topology, int]:
-    """The devices to plan for and the slots of each.
+def replan_sizes(replan: ReplanConfig, num_experts: int, sharing: int) -> tuple[Topology, int]:
+    """The devices to plan for, one for each of ``sharing`` copies that share experts, and the slots of each.
 
     Raises:
         InputError: the cluster has another number of devices.
         InfeasibleError: the replicas do not divide over them.
     """
-    topology = Topology.uniform(copies) if replan.cluster is None else load_cluster(replan.cluster).topology
-    if topology.num_devices != copies:
-        raise InputError(f"{replan.cluster}: has {topology.num_devices} devices, but the run has {copies} copies of the"
-                         " plan that share the experts; expected one device for each")
-    return topology, slots_for(num_experts, replan.replicas, copies)
+    topology = Topology.uniform(sharing) if replan.cluster is None else load_cluster(replan.cluster).topology
+    if topology.num_devices != sharing:
+        raise InputError(f"{replan.cluster}: has {topology.num_devices} devices, but {sharing} copies of the plan share"
+                         " the experts; expected one device for each")
+    return topology, slots_for(num_experts, replan.replicas, sharing)
 
 
 def rank_loads(counts: torch.Tensor, expert_map: ExpertMap, layer: int) -> torch.Tensor:

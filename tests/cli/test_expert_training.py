@@ -62,10 +62,11 @@ def test_experts_over_the_copies_of_a_plan_of_degrees(mipipe, tmp_path: Path) ->
     told = ended("plan", shared, "--devices", 4, *degrees, "ranks=2,copies=2,expert=2", "-o", tmp_path / "plan2.json")
     assert "`mipipe train` runs this plan" in told and "runs this plan, but" not in told
     ended("plan", shared, "--devices", 2, *degrees, "copies=2,expert=2,zero=0", "-o", tmp_path / "plan1.json")
-    told = ended("plan", shared, "--devices", 4, *degrees, "ranks=4")
-    assert "captured with --expert-parallel 2, and `mipipe train` refuses this plan; --degrees tensor=1" in told
+    told = ended("plan", shared, "--devices", 4, *degrees, "tensor=2,copies=2")
+    assert "captured with --expert-parallel 2, whose experts copies of single devices share" in told
+    assert "and `mipipe train` refuses this plan; --degrees tensor=1,context=1 runs" in told
     told = ended("plan", whole, "--devices", 2, *degrees, "copies=2,expert=2")
-    assert "or over all copies of single devices (capture with --expert-parallel 2), and refuses this plan" in told
+    assert "or over copies of single devices (capture with --expert-parallel 2), and refuses this plan" in told
     losses = []
     for ranks in (1, 2):
         metrics = tmp_path / f"{ranks}.jsonl"

@@ -41,14 +41,15 @@ def dualpipe(ranks):
 PROGRAMS = {ranks: dualpipe(ranks) for ranks in (2, 4)}
 
 
-@given(ranks=st.sampled_from((2, 4)), copies=st.integers(1, 3), exchange=st.booleans(), apart=st.booleans(),
-       data=st.data())
-def test_every_process_makes_the_same_groups(ranks, copies, exchange, apart, data):
+@given(ranks=st.sampled_from((2, 4)), copies=st.integers(1, 4), apart=st.booleans(), data=st.data())
+def test_every_process_makes_the_same_groups(ranks, copies, apart, data):
     """Whatever the processes' order: each channel of each copy once, each set of ranks over all copies, and every
-    process in the groups of its own rank."""
+    process in the groups of its own rank; copies that share experts are neighbours, and one of each such group holds
+    the same."""
+    sharing = data.draw(st.sampled_from([size for size in range(1, copies + 1) if copies % size == 0]))
     order = data.draw(st.permutations(range(ranks * copies)))
     places = places_of(order, ranks, copies, ALONE)
-    specs = group_specs(PROGRAMS[ranks], [((0, 1), (), False)], places, exchange, apart)
+    specs = group_specs(PROGRAMS[ranks], [((0, 1), (), False)], places, sharing, apart)
     assert len(specs) == len(set(specs))
     program = PROGRAMS[ranks]
     pairs = {(move.source_rank, move.target_rank) for move in program.transfers}
@@ -58,10 +59,18 @@ def test_every_process_makes_the_same_groups(ranks, copies, exchange, apart, dat
     for spec in specs:
         if spec.use is Use.REDUCTION:
             assert set(spec.members) == {order[c * ranks + member] for c in range(copies) for member in spec.key[0]}
-        if spec.use in (Use.COPY, Use.COPY_CONTROL, Use.EXCHANGE):
-            assert spec.members == tuple(order[c * ranks + spec.key[0]] for c in range(copies))
+        own = [order[c * ranks + spec.key[0]] for c in range(copies)] if spec.key and len(spec.key) == 1 else []
+        if spec.use in (Use.COPY, Use.COPY_CONTROL):
+            assert spec.members == tuple(own)
+        if spec.use is Use.EXCHANGE:
+            first = own.index(spec.members[0])
+            assert not first % sharing and spec.members == tuple(own[first:first + sharing])
+        if spec.use is Use.EXPERT_COPIES:
+            assert spec.members == tuple(own[own.index(spec.members[0])::sharing]) and len(spec.members) > 1
     assert any(spec.control for spec in specs) == (apart and copies > 1)
-    assert any(spec.use is Use.EXCHANGE for spec in specs) == (exchange and copies > 1)
+    for use, groups in ((Use.EXCHANGE, copies // sharing if sharing > 1 else 0),
+                        (Use.EXPERT_COPIES, sharing if 1 < sharing < copies else 0)):
+        assert sum(spec.use is use for spec in specs) == ranks * groups
 
 
 CONTEXT_BYTES = 2 * 10**9
@@ -73,16 +82,16 @@ bytes, as its sources have it)."""
 
 
 def test_communicators_and_the_context_fit_beside_the_nominal_memory():
-    """Four ranks in DualPipe's order on three copies with experts, two members each: of every process."""
+    """Four ranks in DualPipe's order on four copies with experts over two, two members each: of every process."""
     team = Team({"tensor": 2})
-    places = places_of(range(24), 4, 3, team)
-    specs = [spec for spec in group_specs(PROGRAMS[4], [((0, 1), (), False)], places, True, True, team, True)
+    places = places_of(range(32), 4, 4, team)
+    specs = [spec for spec in group_specs(PROGRAMS[4], [((0, 1), (), False)], places, 2, True, team, True)
              if not spec.control]
-    for process in range(24):
+    for process in range(32):
         mine = [spec for spec in specs if process in spec.members]
         channels = sum(spec.use is Use.CHANNEL for spec in mine)
         held = BLOCK_BYTES * (CHANNEL_BLOCKS * channels + GROUP_BLOCKS * (len(mine) - channels))
-        assert len(mine) >= 7 and CONTEXT_BYTES + held <= RUNTIME_BYTES
+        assert len(mine) >= 8 and CONTEXT_BYTES + held <= RUNTIME_BYTES
 
 
 class Counted(dist.Store):
@@ -105,7 +114,7 @@ def test_groups_of_others_cost_a_process_no_wait():
     store = Counted()
     dist.init_process_group("fake", rank=0, world_size=1024, store=store)
     try:
-        specs = group_specs(PROGRAMS[4], [((0, 1), (), False)], places_of(range(1024), 4, 256, ALONE), True, True)
+        specs = group_specs(PROGRAMS[4], [((0, 1), (), False)], places_of(range(1024), 4, 256, ALONE), 16, True)
         others = [spec for spec in specs if 0 not in spec.members]
         for spec in others:
             assert meshes._create(spec, torch.device("cpu"), timedelta(seconds=1)) is dist.GroupMember.NON_GROUP_MEMBER

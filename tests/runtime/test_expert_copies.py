@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from dataclasses import replace
 
 import pytest
 import runtime_equal as equal
 import runtime_experts as ex
 import torch
+from safetensors.torch import load_file
 from test_elastic_teams import MACHINE
 
 from mipipe.graphs.errors import InputError
@@ -21,6 +23,7 @@ from mipipe.planner.teams.evaluate import evaluate_teams
 from mipipe.planner.teams.pieces import model_pieces
 from mipipe.planner.teams.pricing import Pricer
 from mipipe.runtime.checkpoints.checkpoint_run import Start
+from mipipe.runtime.checkpoints.save import Target, save_weights
 from mipipe.runtime.engine.compiling.team import member_pieces
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.ranks.options import EngineOptions
@@ -37,9 +40,9 @@ STEPS = 3
 reference = functools.cache(ex.alone)
 
 
-def plan_of(graph, degrees):
-    """1F1B on even stages, as `mipipe plan` evaluates them."""
-    batch = equal.ROWS * ex.COUNT * degrees.copies
+def plan_of(graph, degrees, turns=None):
+    """1F1B on even stages, as `mipipe plan` evaluates them; ``turns``: for the batches of so many copies."""
+    batch = equal.ROWS * ex.COUNT * (turns or degrees.copies)
     plan = evaluate_teams(Pricer(model_pieces(graph), MACHINE), replace(degrees, microbatch=equal.ROWS), batch).plan
     return replace(plan, problem=plan.problem.replace(graph_digest=digest(graph)))
 
@@ -58,8 +61,8 @@ def steps_of(plan, graph, state, zero, moves):
             optimizer.step()
             optimizer.zero_grad()
         if moves and not step:
-            engine.place_experts(ex.replicated_map(mesh.num_copies), optimizer)
-    rows = engine.compiled.experts.rows()
+            engine.place_experts(ex.replicated_map(engine.compiled.experts.size), optimizer)
+    rows = engine.compiled.experts.rows() if engine.compiled.experts is not None else {}
     pieces, found = member_pieces(engine.compiled, graph, mesh), []
     for name, item in engine.named_parameters():
         for slot, expert in enumerate(rows.get(name, [])):
@@ -70,12 +73,13 @@ def steps_of(plan, graph, state, zero, moves):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks, zero, moves", [(1, 0, False), (1, 1, False), (1, 2, False), (1, 3, True),
-                                               (2, 1, True)])
-def test_experts_over_copies_equal_one_process(pool, ranks, zero, moves):
+@pytest.mark.parametrize("ranks, copies, sharing, zero, moves", [
+    (1, 2, 2, 0, False), (1, 2, 2, 1, False), (1, 2, 2, 2, False), (1, 2, 2, 3, True), (2, 2, 2, 1, True),
+    (1, 4, 2, 0, True), (1, 4, 2, 1, True), (1, 4, 2, 2, False), (1, 4, 2, 3, True), (2, 2, 1, 1, False)])
+def test_experts_over_copies_equal_one_process(pool, ranks, copies, sharing, zero, moves):
     """Losses, norms and gradients to 1e-12, whatever copies divide of all that is no expert, also after experts with
-    their optimizer state have moved to a map with replicas."""
-    degrees = Degrees(ranks, copies=2, expert=2)
+    their optimizer state have moved to a map with replicas; over all copies, over groups of them, and whole."""
+    degrees = Degrees(ranks, copies=copies, expert=sharing)
     module, graph = ex.captured()
     answers = pool.run(degrees.devices, __file__, "steps_of", plan_of(graph, degrees), graph, ex.state_of(module), zero,
                        moves)
@@ -91,7 +95,7 @@ def test_experts_over_copies_equal_one_process(pool, ranks, zero, moves):
             assert difference <= 1e-12 * torch.linalg.vector_norm(whole) + 1e-30, name
             experts |= set() if expert is None else {(name, expert)}
             divided += piece is not None
-    assert len(experts) == ex.LAYERS * 2 * ex.EXPERTS and bool(divided) == bool(zero)
+    assert len(experts) == (ex.LAYERS * 2 * ex.EXPERTS if sharing > 1 else 0) and bool(divided) == bool(zero)
 
 
 def config_of(folder, steps, name="adam"):
@@ -99,41 +103,68 @@ def config_of(folder, steps, name="adam"):
                        checkpoint=CheckpointConfig(str(folder), every=1))
 
 
-def train(plan, graph, state, config):
-    """What a process does: the losses of a run, from its checkpoint if there is one."""
+TURNS = 4
+"""Copies for which a run's batches are made, whatever copies take them."""
+
+
+def share_of(step, copy, copies):
+    """One copy's part of a step's batch of `TURNS` copies."""
+    each = TURNS // copies
+    parts = [ex.batch_of(step, turn, TURNS) for turn in range(copy * each, copy * each + each)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def train(plan, graph, state, config, saved=None):
+    """What a process does: the losses of a run, from its checkpoint if there is one; its weights are saved."""
     engine = Engine(plan, graph, state, options=EngineOptions(zero=zero_of(config, plan, graph)))
     copy, copies = engine.mesh.copy, engine.mesh.num_copies
-    batches = Batches((ex.batch_of(step, copy, copies) for step in range(9)), equal.ROWS * ex.COUNT, in_turn=True)
+    batches = Batches((share_of(step, copy, copies) for step in range(9)), equal.ROWS * ex.COUNT * TURNS // copies,
+                      in_turn=True)
     trainer = Trainer(engine, config, batches)
-    return trainer.run(trainer.begin(Start.RESUME_IF_ANY))
+    losses = trainer.run(trainer.begin(Start.RESUME_IF_ANY))
+    if saved is not None:
+        save_weights(engine, torch.nn.Module(), Target(saved, 10**9))
+    return losses
 
 
 @pytest.mark.slow
 def test_a_run_with_experts_over_copies_goes_on(pool, tmp_path):
-    """ZeRO-1 as the plan says, clipped; saved after two steps and resumed with two ranks; all losses are those of the
-    run that never stopped, without any division of state."""
+    """ZeRO-1 as the plan says, clipped; saved after two steps with experts over two of four copies, and resumed with
+    them over all, whole, and over two copies of two ranks: all losses, and the weights at the end, are those of one
+    process that never stopped."""
     module, graph = ex.captured()
-    first, other = (plan_of(graph, Degrees(ranks, copies=2, expert=2)) for ranks in (1, 2))
-    plain, state = replace(first, team=replace(first.team, zero=0)), ex.state_of(module)
+    alone, first, *others = (plan_of(graph, degrees, TURNS) for degrees in (
+        Degrees(1), Degrees(1, copies=4, expert=2), Degrees(1, copies=4, expert=4), Degrees(1, copies=4, expert=1),
+        Degrees(2, copies=2, expert=2), Degrees(1, copies=4, expert=2)))
+    state = ex.state_of(module)
     assert zero_of(config_of(tmp_path, 2), first, graph) == 1
-    calm = pool.run(2, __file__, "train", plain, graph, state, config_of(tmp_path / "calm", STEPS + 1))[0]
-    begun = pool.run(2, __file__, "train", first, graph, state, config_of(tmp_path / "kept", 2))
-    later = pool.run(4, __file__, "train", other, graph, state, config_of(tmp_path / "kept", STEPS + 1))
+    calm, = pool.run(1, __file__, "train", alone, graph, state, config_of(tmp_path / "calm", STEPS + 1),
+                     tmp_path / "whole")
+    begun = pool.run(4, __file__, "train", first, graph, state, config_of(tmp_path / "kept", 2))
     for losses in begun:
         assert losses == pytest.approx(calm[:2], rel=1e-12)
-    for losses in later:
-        assert losses == pytest.approx(calm[2:], rel=1e-12)
+    wanted = load_file(tmp_path / "whole" / "model.safetensors")
+    for number, plan in enumerate(others):
+        kept, saved = tmp_path / f"kept{number}", tmp_path / f"whole{number}"
+        shutil.copytree(tmp_path / "kept", kept)
+        for losses in pool.run(4, __file__, "train", plan, graph, state, config_of(kept, STEPS + 1), saved):
+            assert losses == pytest.approx(calm[2:], rel=1e-12)
+        found = load_file(saved / "model.safetensors")
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert torch.allclose(found[name], tensor, rtol=1e-9, atol=1e-12), name
 
 
 @pytest.mark.parametrize("parallel, team, text", [
     (True, Team({}, 2, expert=2), None), (False, Team({}, 2), None), (False, Team({"tensor": 2}, expert=2), None),
-    (True, Team({}, 4, expert=2), "divides experts over 2 of 4 copies, .* plan with --degrees copies=4,expert=4"),
-    (True, Team({}, 2), "divides experts over 1 of 2 copies"),
+    (True, Team({}, 4, expert=2), None), (True, Team({}, 2), None),
+    (True, Team({}, 4, expert=3), "shared by 3 copies of the plan, but the run has 4; start it with --copies 3, or a"),
     (True, Team({"tensor": 2}), "but the graph was captured with --expert-parallel, experts shared by copies; capture"),
-    (False, Team({}, 2, expert=2), "with --degrees expert=1, capture with --expert-parallel 2 and plan copies=2, or"),
+    (False, Team({}, 2, expert=2), "with --degrees expert=1, capture with --expert-parallel 2 and plan that graph, or"),
     (False, Team({"tensor": 2}, 2, expert=4), "with --degrees expert=1 or with expert and tensor alike")])
 def test_which_experts_are_trained(tmp_path, parallel, team, text):
-    """Over all copies, where the graph was captured so; whole or over the tensor axis, where it was not."""
+    """Whole, over all copies or over groups of them, where the graph was captured with experts that copies share; whole
+    or over the tensor axis, where it was not."""
     _, graph = ex.captured(parallel)
     plan = replace(ex.plan_for(graph, 1), team=team)
     if text is None:
@@ -143,19 +174,23 @@ def test_which_experts_are_trained(tmp_path, parallel, team, text):
         check_team(plan, graph, config_of(tmp_path, 1))
 
 
-@pytest.mark.parametrize("captured, copies, optimizer, zero, text", [
-    (4, 4, "adam", 1, None), (1, 2, "adam", 1, None), (2, 2, "muon", 0, None), (2, 2, "muon", 2, None),
-    (4, 2, "adam", 0, "experts shared by 4 ranks, and planned so, but the run has 2 copies"),
-    (2, 1, "adam", 0, "experts shared by 2 ranks, and planned so, but the run has 1 copies"),
-    (2, 2, "adafactor", 1, "optimizer adafactor: copies that share its state update some whole parameters each"),
-    (2, 2, "muon", 1, "optimizer muon: copies that share its state update some whole parameters each")])
-def test_what_copies_that_share_experts_do_not_do_is_refused_before_they_start(tmp_path, captured, copies, optimizer,
-                                                                               zero, text):
-    """As many copies as the graph was captured for; optimizers that look at whole tensors have whole state."""
+@pytest.mark.parametrize("captured, sharing, copies, optimizer, zero, text", [
+    (4, 4, 4, "adam", 1, None), (1, 2, 2, "adam", 1, None), (2, 2, 2, "muon", 0, None), (2, 2, 2, "muon", 2, None),
+    (4, 2, 2, "adam", 0, None), (4, 2, 6, "adam", 1, None), (4, None, 8, "adam", 0, None),
+    (1, None, 3, "adam", 0, None), (2, 1, 2, "muon", 1, None),
+    (4, None, 2, "adam", 0, "captured to be shared by 4 copies of the plan, but the run has 2; start it with"
+     " --copies 4, or a multiple of it, or capture with --expert-parallel 2"),
+    (4, 2, 3, "adam", 0, "planned to be shared by 2 copies of the plan, but the run has 3; .* --degrees expert=3"),
+    (2, 2, 2, "adafactor", 1, "optimizer adafactor: copies that share its state update some whole parameters each"),
+    (2, 2, 4, "muon", 1, "optimizer muon: copies that share its state update some whole parameters each")])
+def test_what_copies_that_share_experts_do_not_do_is_refused_before_they_start(tmp_path, captured, sharing, copies,
+                                                                               optimizer, zero, text):
+    """Groups of as many copies as a plan of teams says, or the graph of one of single devices; optimizers that look at
+    whole tensors have whole state."""
     _, graph = ex.captured()
     graph = replace(graph, source={**graph.source, "expert_parallel": captured})
-    plan, config = replace(ex.plan_for(graph, 1), team=Team({}, copies, expert=copies, zero=zero)), \
-        config_of(tmp_path, 1, optimizer)
+    team = None if sharing is None else Team({}, copies, expert=sharing, zero=zero)
+    plan, config = replace(ex.plan_for(graph, 1), team=team), config_of(tmp_path, 1, optimizer)
     if text is None:
         check_copies(plan, graph, config, copies)
         return

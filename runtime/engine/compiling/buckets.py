@@ -2,7 +2,8 @@
 
 A parameter's sum starts as soon as nothing more is added to its gradient on this rank: replicas of a stage where the
 program says ALL_REDUCE, parameters of this rank alone (summed over the plan's data-parallel copies, and over members of
-its team that have parts of the sum) after the last W that adds to them, tied parameters at the end of the step.
+its team that have parts of the sum; those of shared experts over copies that hold the same ones) after the last W that
+adds to them, tied parameters at the end of the step.
 Parameters that are ready together share a bucket, one flat tensor of at most about `BUCKET_BYTES`. A set of holders,
 their members and copies are one group: one sum does all.
 """
@@ -37,7 +38,8 @@ def buckets_of(local: LocalRank, names: Iterable[str], what: str) -> tuple[Bucke
     filling: dict[tuple[object, ...], tuple[list[str], int]] = {}
     for name in names:
         holders, parameter = local.holders[name], local.weights.summed(name)
-        key = holders if len(holders) > 1 else (), local.sums.get(name, ()), local.apart(name), parameter.dtype
+        key = (holders if len(holders) > 1 else (), local.sums.get(name, ()), local.apart(name), name in local.banks,
+               parameter.dtype)
         members, size = filling.get(key, ([], 0))
         filling[key] = [*members, name], size + parameter.nbytes
         if filling[key][1] >= BUCKET_BYTES:
@@ -63,7 +65,7 @@ def with_copy_sums(local: LocalRank, resolved: Iterable[Ready]) -> tuple[Ready, 
     instructions = list(resolved)
     name_of = {id(local.weights.summed(name)): name for name in local.weights.parameters}
     alone = {name for name in local.graded if len(local.holders[name]) == 1
-             and local.reduction(name) is not None} - local.banks
+             and local.reduction(name) is not None}
     if not alone:
         return tuple(instructions)
     last: dict[str, int] = {}
@@ -75,7 +77,10 @@ def with_copy_sums(local: LocalRank, resolved: Iterable[Ready]) -> tuple[Ready, 
     behind: dict[int, list[Bucket]] = {}
     copies, sums = local.mesh.num_copies, any(name in local.sums for name in alone)
     over = " and ".join([f"{copies} copies"] * (copies > 1) + ["members"] * sums)
-    for bucket in buckets_of(local, order, f"gradients of the plan's {over}"):
+    for bucket in (*buckets_of(local, [name for name in order if name not in local.banks],
+                               f"gradients of the plan's {over}"),
+                   *buckets_of(local, [name for name in order if name in local.banks],
+                               "gradients of the copies that hold the same experts")):
         place = max(last[name] for name in bucket.names)
         while instructions[place + 1].kind in (ActionKind.SEND, ActionKind.RECV):  # peers' data first
             place += 1

@@ -31,7 +31,7 @@ from mipipe.runtime.engine.compiling.team import member_graph, member_operators,
 from mipipe.runtime.experts.elastic import CoActivation, joined_kernels, sampled_routers
 from mipipe.runtime.experts.exchange import kernels_of
 from mipipe.runtime.experts.group import make_exchange, routing_counters
-from mipipe.runtime.experts.layers import expert_layers
+from mipipe.runtime.experts.layers import expert_degree, expert_layers
 from mipipe.runtime.ranks.comm import Waits, start_all_reduce, wait
 from mipipe.runtime.ranks.mesh import ALONE, Mesh, build_mesh
 from mipipe.runtime.ranks.options import EngineOptions
@@ -55,24 +55,25 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
         check_program(plan, program)
     team = plan.team or ALONE
     copies = mesh.num_copies if mesh is not None else max(1, world() // (len(program.ranks) * team.members))
-    zero = options.zero if copies > 1 else 0
+    zero, sharing = options.zero if copies > 1 else 0, expert_degree(plan.team, graph, copies)
     member = member_graph(team, graph)
     if zero:
-        member = gathered(member, copies, zero, {name for layer in expert_layers(graph) for name in layer.banks})
+        shared = expert_layers(graph) if sharing > 1 else ()
+        member = gathered(member, copies, zero, {name for layer in shared for name in layer.banks})
     whole, graph = graph, member.graph
     flow = gradient_flow(graph)
     stage_of = _stage_of_segments(plan, graph)
     holders, stages_of = _holders(plan, graph, stage_of)
     apart = {name for name, divisions in member.divisions.items() if any(item.axis == COPIES for item in divisions)}
     if mesh is None:
-        mesh = _mesh_of(plan, program, member, holders, device, options, zero) if dist.is_initialized() \
+        mesh = _mesh_of(plan, program, member, holders, device, options, zero, sharing) if dist.is_initialized() \
             else _alone(program, device, team)
     waits = Waits(timedelta(seconds=options.timeout_s), device.type == "cpu")
     here = [index for index, stage in enumerate(plan.placement.stages) if mesh.rank in stage.ranks]
     segments = {index: [segment for segment in graph.segments if stage_of[segment.name] == index] for index in here}
     names = {fqn for members in segments.values() for segment in members
              for fqn in (*segment.parameters, *segment.buffers)}
-    experts = make_exchange(plan, graph, stage_of, mesh, options, waits)
+    experts = make_exchange(plan, graph, stage_of, mesh, sharing, options, waits)
     weights = load_weights(graph, names, source, device, options.master_dtype,
                            None if experts is None else experts.rows(), member_pieces(member, whole, mesh),
                            CopyParts(frozenset(apart), mesh.copy, copies, zero == 1) if 0 < zero < 3 else None)
@@ -117,13 +118,13 @@ def _refuse_changed_buffers(plan: Plan, stages: Mapping[int, StageCode]) -> None
 
 
 def _mesh_of(plan: Plan, program: Program, member: MemberGraph, holders: Mapping[str, tuple[int, ...]],
-             device: torch.device, options: EngineOptions, zero: int) -> Mesh:
+             device: torch.device, options: EngineOptions, zero: int, sharing: int) -> Mesh:
     """The process groups of a program: of ranks that hold the same parameter, of teams, of experts, of copies."""
     shared = {(ranks, member.sums.get(name, ()),
                zero > 1 and any(item.axis == COPIES for item in member.divisions.get(name, ())))
               for name, ranks in holders.items() if len(ranks) > 1 or name in member.sums}
-    return build_mesh(program, shared, team=plan.team or ALONE, exchange=bool(expert_layers(member.graph)),
-                      device=device, topology=plan.problem.topology if plan.team is None else None,
+    return build_mesh(program, shared, team=plan.team or ALONE, sharing=sharing, device=device,
+                      topology=plan.problem.topology if plan.team is None else None,
                       timeout_s=options.timeout_s, across=zero > 0)
 
 

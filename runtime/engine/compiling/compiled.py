@@ -30,9 +30,9 @@ from mipipe.runtime.weights.weights import Weights
 class LocalRank:
     """What one rank holds of a plan. ``holders[name]``: the ranks with a parameter; ``exclusive``: parameters of one
     stage only; ``graded``: local trainable parameters that get a gradient; ``experts``: the group that shares the
-    experts of this rank's layers, ``banks`` the parameters of these, which differ between copies; ``counters``: routing
-    counts of this rank's MoE layers by their number in the graph. ``graph`` is that of one member of the rank's team,
-    whose ``divisions`` and ``sums`` of parameters are as `MemberGraph` has them; ``waits``: what the rank waits for;
+    experts of this rank's layers, ``banks`` the parameters of these, which differ in it; ``counters``: routing counts
+    of this rank's MoE layers by their number in the graph. ``graph`` is that of one member of the rank's team, whose
+    ``divisions`` and ``sums`` of parameters are as `MemberGraph` has them; ``waits``: what the rank waits for;
     ``zero``: what copies divide (`EngineOptions`)."""
 
     plan: Plan
@@ -56,6 +56,8 @@ class LocalRank:
 
     def reduction(self, name: str) -> Any:
         """The group that sums the gradients of a parameter; None where nobody else has a part of them."""
+        if name in self.banks:
+            return self.mesh.expert_copies_group
         return self.mesh.reduction(self.holders[name], self.sums.get(name, ()), self.scattered(name))
 
     def apart(self, name: str) -> bool:

@@ -96,11 +96,12 @@ class Supervisor:
         who = f"{_names(lost)} lost" if lost else \
             f"plan {now.plan.name} is for {now.devices} devices, {len(alive)} are here"
         least = self.least
-        if now.plan.team is None and sharers(self.job.graph) > 1:  # experts of a copy less would be nowhere
-            who, least = f"{who}, of copies that share experts", max(least, now.devices)
+        together = sharers(self.job.graph) if now.plan.team is None else 1
+        if together > 1:  # experts of a copy less would be nowhere
+            who, least = f"{who}, of copies that share experts", max(least, together * now.each)
         if len(alive) < least:
             raise self._too_few(who, len(alive), least, error)
-        copies = min(now.copies, len(alive) // now.each)
+        copies = min(now.copies, len(alive) // now.each) // together * together
         if copies == now.copies:
             self.say(f"{who}: going on with {_devices(len(lost))} that {'were' if len(lost) > 1 else 'was'} spare")
             return now

@@ -24,7 +24,7 @@ from mipipe.runtime.checkpoints.checkpoint_folder import choose, probe, read_sta
 from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.checkpoints.folder_lock import FolderLock
 from mipipe.runtime.engine.batches import check_sizes
-from mipipe.runtime.experts.layers import check_sharers, expert_layers
+from mipipe.runtime.experts.layers import expert_degree, expert_layers
 from mipipe.runtime.ranks.mesh import ALONE, check_processes
 from mipipe.runtime.train.config import TrainConfig, read_train_config
 from mipipe.runtime.train.data import check_source
@@ -131,12 +131,9 @@ def check_team(plan: Plan, graph: OperatorGraph, config: TrainConfig) -> None:
             raise InputError(f"plan {plan.name}: its ranks are teams ({team.text()}), but the graph was captured with"
                              " --expert-parallel, experts shared by copies; capture it without, and divide experts"
                              " inside teams (mode expert)")
-        if team.expert != team.copies:
-            raise InputError(f"plan {plan.name}: divides experts over {team.expert} of {team.copies} copies, but the"
-                             " graph was captured with --expert-parallel, experts shared by all copies; plan with"
-                             f" --degrees copies={team.copies},expert={team.copies}")
+        expert_degree(team, graph, team.copies)
     elif team.expert > 1 and (team.expert != team.axes.get("tensor") or "context" in team.axes):
-        over = "" if divided else f", capture with --expert-parallel {team.expert} and plan copies={team.expert},"
+        over = "" if divided else f", capture with --expert-parallel {team.expert} and plan that graph,"
         raise InputError(f"plan {plan.name}: divides experts over {team.expert} devices, but training divides them over"
                          f" the tensor axis of a team alone ({team.text()}); plan with --degrees expert=1{over} or with"
                          " expert and tensor alike")
@@ -144,11 +141,10 @@ def check_team(plan: Plan, graph: OperatorGraph, config: TrainConfig) -> None:
 
 def check_copies(plan: Plan, graph: OperatorGraph, config: TrainConfig, copies: int) -> None:
     """Raise `InputError` where so many copies of a plan cannot share a graph's experts, or the state beside them."""
-    if not expert_layers(graph):
+    if expert_degree(plan.team, graph, copies) < 2:
         return
-    check_sharers(graph, copies)
     shared = config.optimizer.shard or (plan.team is not None and plan.team.zero)
-    if copies > 1 and shared and not zero_of(config, plan, graph):
+    if shared and not zero_of(config, plan, graph):
         raise whole_beside_experts(config.optimizer.name)
 
 
